@@ -1,0 +1,66 @@
+// Which instruction set runs: the best that the machine has, or the one that CELLSTACK_ISA names.
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "cell.h"
+
+namespace cellstack {
+namespace {
+
+std::vector<const InstructionSet*> find() {
+    std::vector<const InstructionSet*> sets;
+#ifdef CELLSTACK_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw"))
+        sets.push_back(&avx512::set);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2::set);
+#endif
+    sets.push_back(&baseline::set);
+    return sets;
+}
+
+const std::vector<const InstructionSet*>& available() {
+    static const std::vector<const InstructionSet*> sets = find();
+    return sets;
+}
+
+const InstructionSet* named(const char* name) {
+    for (const InstructionSet* set : available())
+        if (name && !strcmp(set->name, name)) return set;
+    return nullptr;
+}
+
+std::atomic<const InstructionSet*>& in_use() {
+    static std::atomic<const InstructionSet*> set{[] {
+        const InstructionSet* asked = named(getenv("CELLSTACK_ISA"));
+        return asked ? asked : available().front();
+    }()};
+    return set;
+}
+
+}  // namespace
+
+const InstructionSet& current() { return *in_use().load(std::memory_order_relaxed); }
+
+std::vector<const char*> instruction_sets() {
+    std::vector<const char*> names;
+    for (const InstructionSet* set : available()) names.push_back(set->name);
+    return names;
+}
+
+const char* instruction_set() { return current().name; }
+
+bool set_instruction_set(const char* name) {
+    const InstructionSet* set = named(name);
+    if (set) in_use().store(set);
+    return set != nullptr;
+}
+
+void activate(int activation, const float* x, float* y, int64_t n) { current().single.activate(activation, x, y, n); }
+void activate(int activation, const double* x, double* y, int64_t n) { current().twice.activate(activation, x, y, n); }
+
+}  // namespace cellstack

@@ -1,0 +1,211 @@
+// Vectors of one instruction set, as wide as the compiler flags of this translation unit allow, for float and double.
+//
+// Only what the kernel needs. The compiler's vector extension gives arithmetic and comparison; intrinsics stand where
+// it has no word: fused multiply-add, broadcasts, NaN-keeping minimum and maximum, the ragged last block.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // the same, for a lambda
+
+namespace cellstack {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+    static constexpr int W = kVectorBytes / 4;
+    typedef float V __attribute__((vector_size(kVectorBytes)));
+    typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+    typedef float U __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+template <>
+struct Vec<double> {
+    static constexpr int W = kVectorBytes / 8;
+    typedef double V __attribute__((vector_size(kVectorBytes)));
+    typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+    typedef double U __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+
+template <class T>
+using V = typename Vec<T>::V;
+
+template <class T>
+INLINE V<T> load(const T* p) {
+    return *reinterpret_cast<const typename Vec<T>::U*>(p);
+}
+template <class T>
+INLINE void store(T* p, V<T> v) {
+    *reinterpret_cast<typename Vec<T>::U*>(p) = v;
+}
+
+#if defined(__AVX512F__)
+INLINE V<float> splat(float x) { return (V<float>)_mm512_set1_ps(x); }
+INLINE V<double> splat(double x) { return (V<double>)_mm512_set1_pd(x); }
+INLINE V<float> fma(V<float> a, V<float> b, V<float> c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE V<double> fma(V<double> a, V<double> b, V<double> c) { return _mm512_fmadd_pd(a, b, c); }
+// min and max give their second operand where one is NaN, so a NaN in x passes a clamp
+INLINE V<float> clamp(V<float> x, float lo, float hi) {
+    return _mm512_max_ps(splat(lo), _mm512_min_ps(splat(hi), x));
+}
+INLINE V<double> clamp(V<double> x, double lo, double hi) {
+    return _mm512_max_pd(splat(lo), _mm512_min_pd(splat(hi), x));
+}
+INLINE V<float> load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+INLINE V<double> load_n(const double* p, int n) { return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }
+INLINE void store_n(float* p, V<float> v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
+INLINE void store_n(double* p, V<double> v, int n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v); }
+#else
+#if defined(__AVX2__)
+INLINE V<float> splat(float x) { return (V<float>)_mm256_set1_ps(x); }
+INLINE V<double> splat(double x) { return (V<double>)_mm256_set1_pd(x); }
+INLINE V<float> fma(V<float> a, V<float> b, V<float> c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE V<double> fma(V<double> a, V<double> b, V<double> c) { return _mm256_fmadd_pd(a, b, c); }
+INLINE V<float> clamp(V<float> x, float lo, float hi) {
+    return _mm256_max_ps(splat(lo), _mm256_min_ps(splat(hi), x));
+}
+INLINE V<double> clamp(V<double> x, double lo, double hi) {
+    return _mm256_max_pd(splat(lo), _mm256_min_pd(splat(hi), x));
+}
+#else
+INLINE V<float> splat(float x) { return V<float>{x, x, x, x}; }
+INLINE V<double> splat(double x) { return V<double>{x, x}; }
+#if defined(__aarch64__)
+INLINE V<float> fma(V<float> a, V<float> b, V<float> c) { return vfmaq_f32(c, a, b); }
+INLINE V<double> fma(V<double> a, V<double> b, V<double> c) { return vfmaq_f64(c, a, b); }
+#else
+template <class X>
+INLINE X fma(X a, X b, X c) {
+    return a * b + c;
+}
+#endif
+template <class X, class T>
+INLINE X clamp(X x, T lo, T hi) {
+    const X l = splat(lo), h = splat(hi);
+    x = x > h ? h : x;
+    return x < l ? l : x;
+}
+#endif
+template <class T>
+INLINE V<T> load_n(const T* p, int n) {
+    V<T> v{};
+    memcpy(&v, p, size_t(n) * sizeof(T));
+    return v;
+}
+template <class T, class X>
+INLINE void store_n(T* p, X v, int n) {
+    memcpy(p, &v, size_t(n) * sizeof(T));
+}
+#endif
+
+// The first n lanes, n = W for all but a layer's last block.
+template <class T>
+INLINE V<T> load_lanes(const T* p, int n) {
+    return n == Vec<T>::W ? load(p) : load_n(p, n);
+}
+template <class T>
+INLINE void store_lanes(T* p, V<T> v, int n) {
+    if (n == Vec<T>::W)
+        store(p, v);
+    else
+        store_n(p, v, n);
+}
+
+// Compile-time loops: with every index a constant, arrays of vectors live in registers.
+template <int N>
+struct Int {
+    constexpr operator int() const { return N; }
+};
+template <int N, class F>
+INLINE void unroll(F&& f) {
+    if constexpr (N > 0) {
+        unroll<N - 1>(f);
+        f(Int<N - 1>{});
+    }
+}
+
+// ── exp, sigmoid, tanh ───────────────────────────────────────────────────────────────────────────────────────────────
+// x = n·ln2 + r with |r| <= ln2/2; e^x - 1 = 2^n·(e^r - 1) + (2^n - 1), where e^r - 1 is a polynomial that keeps its
+// relative accuracy near 0. Largest errors seen over all floats: tests/test_kernel_math.py.
+
+template <class T>
+struct Exp;
+template <>
+struct Exp<float> {
+    static constexpr float lo = -87.3f, hi = 88.3f, tanh_limit = 20.0f;
+    static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f, log2e = 1.44269504088896341f;
+    static constexpr float magic = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer, which its low bits hold
+    static constexpr int mantissa = 23, bias = 127;
+    static constexpr int degree = 6;  // minimax on |r| <= 0.35, highest power first; e^r - 1 = r + r²·p(r)
+    static constexpr float p[degree] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                        4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+};
+template <>
+struct Exp<double> {
+    static constexpr double lo = -708.0, hi = 709.0, tanh_limit = 40.0;
+    static constexpr double ln2_hi = 0.693145751953125, ln2_lo = 1.42860682030941723212e-6;
+    static constexpr double log2e = 1.44269504088896340736;
+    static constexpr double magic = 6755399441055744.0;  // 1.5·2^52
+    static constexpr int mantissa = 52, bias = 1023;
+    static constexpr int degree = 12;  // Taylor: the rest is below 1e-17 on |r| <= 0.35
+    static constexpr double p[degree] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
+                                         1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
+                                         1.0 / 120,        1.0 / 24,        1.0 / 6,        0.5};
+};
+
+// 2^n and e^r - 1 of an x that lies in the range.
+template <class T>
+INLINE void split_exp(V<T> x, V<T>& power, V<T>& rest) {
+    using E = Exp<T>;
+    using I = typename Vec<T>::I;
+    V<T> shifted = fma(x, splat(E::log2e), splat(E::magic));
+    V<T> n = shifted - splat(E::magic);
+    V<T> r = fma(n, splat(-E::ln2_hi), x);
+    r = fma(n, splat(-E::ln2_lo), r);
+    V<T> p = splat(E::p[0]);
+    unroll<E::degree - 1>([&](auto k) INLINED { p = fma(p, r, splat(E::p[k + 1])); });
+    rest = fma(r * r, p, r);
+    // the low bits of `shifted` hold n; moved up into the exponent, the rest falls off
+    I bits = ((I)shifted + E::bias) << E::mantissa;
+    power = (V<T>)bits;
+}
+
+template <class T>
+INLINE V<T> exp_minus_one(V<T> x) {
+    V<T> power, rest;
+    split_exp<T>(clamp(x, Exp<T>::lo, Exp<T>::hi), power, rest);
+    return fma(power, rest, power - splat(T(1)));
+}
+template <class T>
+INLINE V<T> sigmoid(V<T> x) {
+    V<T> power, rest;
+    split_exp<T>(clamp(-x, Exp<T>::lo, Exp<T>::hi), power, rest);
+    return splat(T(1)) / (splat(T(1)) + fma(power, rest, power));
+}
+template <class T>
+INLINE V<T> tanh(V<T> x) {
+    V<T> power, rest;
+    split_exp<T>(clamp(x + x, -Exp<T>::tanh_limit, Exp<T>::tanh_limit), power, rest);
+    V<T> e = fma(power, rest, power - splat(T(1)));
+    return e / (e + splat(T(2)));
+}
+
+}  // namespace
+}  // namespace cellstack

@@ -1,0 +1,236 @@
+"""The kernel against the law (reference.py), on every instruction set of the machine."""
+
+import itertools
+
+import kernel_calls as native
+import numpy as np
+import pytest
+
+from cellstack import _kernel, reference
+from cellstack.spec import ACTIVATIONS
+
+TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
+
+
+@pytest.fixture(params=_kernel.isas())
+def isa(request):
+    before = _kernel.isa()
+    _kernel.set_isa(request.param)
+    yield request.param
+    _kernel.set_isa(before)
+
+
+def make(seed, batch, steps, width, units, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    new = lambda *shape, scale=1.0: (rng.standard_normal(shape) * scale).astype(dtype)  # noqa: E731
+    return {
+        "x": new(batch, steps, width),
+        "h0": new(batch, units, scale=0.5),
+        "c0": new(batch, units),
+        "kernel": new(width, 4 * units, scale=width**-0.5),
+        "recurrent_kernel": new(units, 4 * units, scale=units**-0.5),
+        "bias": new(4 * units, scale=0.3),
+    }, rng
+
+
+def in_float64(arrays):
+    return {name: a.astype(np.float64) for name, a in arrays.items()}
+
+
+def assert_same(got, expected, tolerance):
+    for name, a, b in zip(got._fields, got, expected, strict=True):
+        assert a.shape == b.shape, name
+        scale = max(1.0, np.abs(b).max(initial=0.0))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 5, 3, 4),
+    (2, 3, 6, 5),
+    (1, 70, 5, 16),
+    (1, 9, 8, 17),
+    (3, 11, 7, 33),
+    (5, 4, 20, 64),
+    (6, 7, 12, 32),
+    (7, 6, 16, 48),
+    (13, 5, 9, 40),
+    (32, 3, 30, 20),
+    (70, 2, 3, 7),
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["onward", "reverse"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_forward_and_backward_follow_the_reference(isa, shape, dtype, reverse, masked):
+    arrays, rng = make(hash(shape) % 1000, *shape, dtype)
+    batch, steps, _, units = shape
+    new = lambda *s: rng.standard_normal(s).astype(dtype)  # noqa: E731
+    flags = {"reverse": reverse, "mask": rng.random((batch, steps)) < 0.7 if masked else None}
+    if masked:
+        flags["recurrent_dropout"] = ((rng.random((batch, units)) < 0.6) / 0.6).astype(dtype)
+    law_flags = {k: v.astype(np.float64) if k == "recurrent_dropout" else v for k, v in flags.items()}
+    law_arrays = in_float64(arrays)
+    expected = reference.lstm_forward(**law_arrays, **law_flags)
+    got = native.forward(**arrays, **flags, threads=2)
+    assert_same(got, expected, TOLERANCE[dtype])
+
+    d = {
+        "dy": new(batch, steps, units),
+        "dh": new(batch, units),
+        "dc": new(batch, units),
+        "dgates": new(batch, steps, 4, units),
+        "dcells": new(batch, steps, units),
+    }
+    del arrays["bias"], law_arrays["bias"]
+    law_gradients = reference.lstm_backward(expected, **law_arrays, **in_float64(d), **law_flags)
+    assert_same(native.backward(got, **arrays, **d, **flags, threads=2), law_gradients, TOLERANCE[dtype] * 10)
+
+
+@pytest.mark.parametrize(("phi", "sigma"), itertools.product(ACTIVATIONS, ("sigmoid", "hard_sigmoid", "linear", "relu")))
+def test_every_activation(isa, phi, sigma):
+    arrays, rng = make(7, 3, 6, 5, 9, np.float64)
+    flags = {"activation": phi, "recurrent_activation": sigma}
+    expected = reference.lstm_forward(**arrays, **flags)
+    got = native.forward(**arrays, **flags)
+    assert_same(got, expected, 1e-11)
+    dy = rng.standard_normal(got.y.shape)
+    del arrays["bias"]
+    law = reference.lstm_backward(expected, **arrays, dy=dy, **flags)
+    assert_same(native.backward(got, **arrays, dy=dy, **flags), law, 1e-10)
+
+
+def test_bits_do_not_depend_on_batch_chunks_or_threads(isa):
+    arrays, _ = make(3, 9, 150, 10, 35)
+    whole = native.forward(**arrays, threads=1)
+    for threads in (2, 3, 4):
+        for a, b in zip(whole, native.forward(**arrays, threads=threads), strict=True):
+            np.testing.assert_array_equal(a, b)
+    for row in (0, 8):
+        own = {k: v[row : row + 1].copy() if k in ("x", "h0", "c0") else v for k, v in arrays.items()}
+        np.testing.assert_array_equal(native.forward(**own).y, whole.y[row : row + 1])
+    state, first = (arrays["h0"], arrays["c0"]), 0
+    for size in (1, 1, 2, 7, 64, 75):
+        part = native.forward(**{**arrays, "x": arrays["x"][:, first : first + size], "h0": state[0], "c0": state[1]})
+        np.testing.assert_array_equal(part.y, whole.y[:, first : first + size])
+        state, first = (part.h, part.c), first + size
+    assert first == 150
+
+
+def test_gradients_have_the_same_bits_on_any_number_of_threads(isa):
+    arrays, rng = make(4, 9, 40, 10, 35)
+    out = native.forward(**arrays)
+    dy = rng.standard_normal(out.y.shape).astype(np.float32)
+    del arrays["bias"]
+    one = native.backward(out, **arrays, dy=dy, threads=1)
+    for threads in (2, 5):
+        for a, b in zip(one, native.backward(out, **arrays, dy=dy, threads=threads), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_a_stack_is_its_layers_one_after_the_other(isa, batch, threads):
+    rng = np.random.default_rng(5)
+    widths = [6, 20, 33, 8]
+    cells, states = [], []
+    for seed, (width, units) in enumerate(itertools.pairwise(widths)):
+        arrays, _ = make(seed, batch, 1, width, units)
+        cells.append((arrays["kernel"], arrays["recurrent_kernel"], arrays["bias"], "tanh", "sigmoid"))
+        states.append((arrays["h0"], arrays["c0"]))
+    x = rng.standard_normal((batch, 200, 6)).astype(np.float32)
+    outs = native.forward_stack(x, cells, states, threads=threads, save=False)
+    for cell, state, out in zip(cells, states, outs, strict=True):
+        alone = native.forward(x, *state, *cell[:3])
+        np.testing.assert_array_equal(alone.y, out.y)
+        np.testing.assert_array_equal(alone.c, out.c)
+        x = alone.y
+
+
+def test_a_strided_input_is_read_in_place(isa):
+    arrays, _ = make(6, 4, 12, 7, 10)
+    time_major = np.ascontiguousarray(arrays["x"].transpose(1, 0, 2)).transpose(1, 0, 2)
+    assert not time_major.flags.c_contiguous
+    np.testing.assert_array_equal(native.forward(**{**arrays, "x": time_major}).y, native.forward(**arrays).y)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(0, 4), (3, 0), (0, 0)])
+def test_nothing_to_do(isa, batch, steps):
+    arrays, _ = make(1, batch, steps, 3, 4)
+    out = native.forward(**arrays, threads=2)
+    np.testing.assert_array_equal(out.h, arrays["h0"])
+    del arrays["bias"]
+    grads = native.backward(out, **arrays, dh=np.ones_like(arrays["h0"]), threads=2)
+    assert (grads.kernel == 0).all()
+    assert (grads.bias == 0).all()
+    np.testing.assert_array_equal(grads.h0, np.ones_like(arrays["h0"]))
+
+
+def test_linear_mode_is_exact(isa):
+    """With identity activations and small integers, float32 arithmetic is exact: the layout is compared bit for bit."""
+    rng = np.random.default_rng(8)
+    integers = lambda *shape: rng.integers(-1, 2, shape).astype(np.float32)  # noqa: E731
+    x, h0, c0 = integers(3, 3, 4), integers(3, 19), integers(3, 19)
+    weights = (integers(4, 76), integers(19, 76), integers(76))
+    flags = {"activation": "linear", "recurrent_activation": "linear"}
+    sparse = [w * (rng.random(w.shape) < 0.15) for w in weights]
+    got = native.forward(x, h0, c0, *(w.astype(np.float32) for w in sparse), **flags)
+    law = reference.lstm_forward(*(a.astype(np.float64) for a in (x, h0, c0, *sparse)), **flags)
+    assert np.abs(law.gates).max() > 3
+    assert max(np.abs(a).max() for a in law) < 2**24
+    for a, b in zip(got, law, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_all_23_wrong_gate_orders_are_seen(isa):
+    arrays, _ = make(9, 2, 4, 3, 5)
+    expected = reference.lstm_forward(**in_float64(arrays))
+    for order in itertools.permutations(range(4)):
+        swapped = dict(arrays)
+        for name in ("kernel", "recurrent_kernel", "bias"):
+            blocks = np.split(arrays[name], 4, axis=-1)
+            swapped[name] = np.ascontiguousarray(np.concatenate([blocks[k] for k in order], axis=-1))
+        wrong = np.abs(native.forward(**swapped).y - expected.y).max()
+        assert (wrong < TOLERANCE[np.float32]) == (order == (0, 1, 2, 3)), order
+
+
+def test_long_sequence_in_single_precision(isa):
+    arrays, _ = make(10, 1, 1000, 16, 64)
+    law = reference.lstm_forward(**in_float64(arrays))
+    assert np.abs(native.forward(**arrays).y - law.y).max() < 2e-6
+
+
+def test_nan_weights_give_nan(isa):
+    arrays, _ = make(11, 2, 3, 4, 5)
+    arrays["kernel"][0, 0] = np.nan
+    out = native.forward(**arrays)
+    assert np.isnan(out.gates[:, 0, 0, 0]).all()
+    assert np.isfinite(out.gates[:, 0, 1]).all()
+
+
+# Largest error in units of the last place. Every float32 is too many for each run; these are a million of them, over
+# all magnitudes at which the result is normal, and the two functions' own hard places.
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_activations_are_within_four_ulp(isa, name, dtype):
+    rng = np.random.default_rng(12)
+    magnitude = np.exp(rng.uniform(np.log(1e-30), np.log(87.0), 500_000))
+    x = np.concatenate([magnitude, -magnitude, np.linspace(-20, 20, 100_001), [0.0, -0.0]]).astype(dtype)
+    y = np.empty_like(x)
+    _kernel.activate(ACTIVATIONS.index(name), x, y)
+    exact = x.astype(np.longdouble)
+    exact = np.tanh(exact) if name == "tanh" else 1 / (1 + np.exp(-exact))
+    ulp = np.spacing(np.abs(exact).astype(dtype)).astype(np.longdouble)
+    assert (np.abs(y - exact) / ulp).max() < 4
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_activations_at_the_ends(isa, name):
+    x = np.array([np.inf, -np.inf, 1e30, -1e30, np.nan], np.float32)
+    y = np.empty_like(x)
+    _kernel.activate(ACTIVATIONS.index(name), x, y)
+    low = -1.0 if name == "tanh" else 0.0
+    np.testing.assert_allclose(y[:4], [1.0, low, 1.0, low], atol=1e-37)
+    assert np.isnan(y[4])
