@@ -1,0 +1,61 @@
+"""Writing files so that a reader sees the old one or the new one, whatever happens to the writer."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from os import PathLike
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` when the block ends, and vanishes if it fails.
+
+    The bytes go to a new file beside it, and to the disk, before the name is moved over in one step. The mode of the
+    file that was there is kept; one that can't be written to is not replaced; a symbolic link stays one.
+
+    Args:
+        path: the file to replace or to make.
+
+    Returns:
+        A context manager over the open binary file.
+
+    Raises:
+        OSError: `path` is no regular file, or may not be written.
+    """
+    target = os.path.realpath(path)
+    mode = None
+    with suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode
+    if mode is not None:
+        if not stat.S_ISREG(mode):
+            raise OSError(f"{os.fspath(path)}: expected a regular file to replace, found something else there")
+        if not os.access(target, os.W_OK):
+            raise PermissionError(f"{os.fspath(path)}: the file that is there may not be written to")
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{os.fspath(path)}: expected a folder {folder}, found none")
+    draft = os.path.join(folder, f".cellstack-{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            os.chmod(draft, stat.S_IMODE(mode))
+        os.replace(draft, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(draft)
+        raise
+    if os.name == "posix":  # the new name itself is on the disk only when its folder is
+        folder_descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(folder_descriptor)
+        finally:
+            os.close(folder_descriptor)

@@ -1,0 +1,349 @@
+"""The native format: safetensors, with the network's description as JSON in the header's metadata.
+
+A file is 8 bytes (little-endian length N), N bytes of JSON, then the arrays' bytes without gaps. Under `__metadata__`,
+the key `cellstack` holds the description: the format's version, the nodes in order with their names and settings, and
+the network's own metadata. A tensor is named by its node, its place in it and its array: `layer_0/forward/0/kernel`.
+
+The header is checked before an array is read, nothing in it is run, and memory stays near the size of the file.
+
+Ref: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from io import BufferedReader
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.files import replacing
+from cellstack.network import Network
+from cellstack.nodes import Activation, Array, Dense, Node, Pool, Standardise
+from cellstack.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.spec import CellSpec, FormatError
+
+NAME = "safetensors"
+SUFFIXES = (".safetensors",)
+KEY = "cellstack"
+VERSION = 1
+MAX_HEADER = 1 << 22  # thousands of nodes; JSON takes some twenty times its size when it is parsed
+RECURRENT_FLAGS = ("return_sequences", "go_backwards", "zero_output_for_mask")
+DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+
+
+def recognises(head: bytes) -> bool:
+    """Return whether a file that begins with `head` looks like safetensors: a length, then a JSON object."""
+    return len(head) > 8 and head[8:9] == b"{"
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _describe_cells(prefix: str, cells: tuple[Cell, ...], tensors: dict[str, Array]) -> list[dict[str, Any]]:
+    for number, cell in enumerate(cells):
+        for name in cell.spec.shapes:
+            tensors[f"{prefix}/{number}/{name}"] = getattr(cell, name)
+    return [asdict(cell.spec) for cell in cells]
+
+
+def _describe(prefix: str, node: Node, tensors: dict[str, Array]) -> dict[str, Any]:
+    """Return a node's description, and put its arrays into `tensors`."""
+    if isinstance(node, Recurrent):
+        settings = {name: getattr(node, name) for name in RECURRENT_FLAGS}
+        return {"type": "recurrent", "cells": _describe_cells(prefix, node.cells, tensors), **settings}
+    if isinstance(node, Bidirectional):
+        halves = {name: _describe(f"{prefix}/{name}", getattr(node, name), tensors) for name in ("forward", "backward")}
+        return {"type": "bidirectional", **halves, "merge_mode": node.merge_mode}
+    if isinstance(node, Standardise):
+        tensors |= {f"{prefix}/mean": node.mean, f"{prefix}/scale": node.scale}
+        return {"type": "standardise", "input_size": len(node.mean)}
+    if isinstance(node, Dense):
+        tensors[f"{prefix}/kernel"] = node.kernel
+        if node.bias is not None:
+            tensors[f"{prefix}/bias"] = node.bias
+        sizes = {"input_size": node.kernel.shape[0], "units": node.kernel.shape[1]}
+        return {"type": "dense", **sizes, "use_bias": node.bias is not None, "activation": node.activation}
+    if isinstance(node, Activation):
+        return {"type": "activation", "activation": node.activation}
+    if isinstance(node, Pool):
+        return {"type": "pool", "mode": node.mode}
+    raise TypeError(f"save: expected a node that the format knows, got {type(node).__name__}")
+
+
+def save(network: Network, path: str) -> None:
+    """Write `network` to `path`, whole or not at all.
+
+    Args:
+        network: what to write.
+        path: where to.
+
+    Raises:
+        ValueError: a description (names and metadata) of more than 4 MiB.
+        OSError: the file can't be written.
+    """
+    tensors: dict[str, Array] = {}
+    nodes = [
+        {"name": name, **_describe(name, node, tensors)}
+        for name, node in zip(network.names, network.nodes, strict=True)
+    ]
+    description = {"version": VERSION, "nodes": nodes, "metadata": network.metadata}
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {KEY: json.dumps(description)}}
+    end = 0
+    for name, array in tensors.items():
+        header[name] = {
+            "dtype": codes[array.dtype.newbyteorder("<")],
+            "shape": list(array.shape),
+            "data_offsets": [end, end + array.nbytes],
+        }
+        end += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the arrays start on a multiple of 8
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"save: expected a description of at most {MAX_HEADER} bytes, got {len(text)}")
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for array in tensors.values():
+            file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _short(value: Any) -> str:
+    """Return how a message shows what a file claims: printable, and short however long it is."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _parse(where: str, text: bytes | str) -> Any:
+    """Parse JSON strictly: UTF-8, no key twice, no NaN; whatever is wrong is a `FormatError`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise FormatError(f"{where}: expected every key once, found {_short(key)} more than once")
+            found[key] = value
+        return found
+
+    def no_constant(name: str) -> Any:
+        raise FormatError(f"{where}: expected numbers that JSON knows, found {name}")
+
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except FormatError:
+        raise
+    except RecursionError:
+        raise FormatError(f"{where}: expected a description, found JSON nested too deep") from None
+    except ValueError as error:  # bad UTF-8, bad JSON, numbers beyond reason
+        raise FormatError(f"{where}: expected JSON, found {error}") from None
+
+
+def _take(where: str, table: Any, fields: dict[str, type]) -> list[Any]:
+    """Return the values of `table`, which must have exactly these keys with values of these types."""
+    if not isinstance(table, dict) or table.keys() != fields.keys():
+        found = _short(sorted(table)) if isinstance(table, dict) else type(table).__name__
+        raise FormatError(f"{where}: expected the keys {sorted(fields)}, found {found}")
+    for name, kind in fields.items():
+        if type(table[name]) is not kind:  # bool is no int here
+            raise FormatError(f"{where}: expected {name} to be {kind.__name__}, found {type(table[name]).__name__}")
+    return [table[name] for name in fields]
+
+
+def _read_header(path: str, file: BufferedReader) -> tuple[dict[str, Any], dict[str, _Tensor], int]:
+    """Return the description, the table of tensors (checked against the file's size) and where their bytes begin."""
+    size = os.fstat(file.fileno()).st_size
+    first = file.read(8)
+    if len(first) < 8:
+        raise FormatError(f"{path}: expected at least 8 bytes, found {len(first)}")
+    length = int.from_bytes(first, "little")
+    if length > min(MAX_HEADER, size - 8):
+        raise FormatError(
+            f"{path}: expected a header of at most {min(MAX_HEADER, size - 8)} bytes, found a length of {length}"
+        )
+    header = _parse(f"{path}: header", file.read(length))
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: expected the header to be a JSON object, found {type(header).__name__}")
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(KEY), str):
+        raise FormatError(
+            f"{path}: expected a description under __metadata__.{KEY}, found none: "
+            "a safetensors file of weights alone doesn't say what to do with them"
+        )
+    tensors = {name: _read_entry(f"{path}: tensor {_short(name)}", entry) for name, entry in header.items()}
+    at = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if tensor.begin != at:
+            raise FormatError(
+                f"{path}: tensor {_short(name)}: expected its bytes to begin at {at}, found {tensor.begin}"
+            )
+        at = tensor.end
+    if size - 8 - length != at:
+        raise FormatError(f"{path}: expected {at} bytes of arrays, found {size - 8 - length}")
+    return _parse(f"{path}: description", metadata[KEY]), tensors, 8 + length
+
+
+def _read_entry(where: str, entry: Any) -> _Tensor:
+    dtype, shape, offsets = _take(where, entry, {"dtype": str, "shape": list, "data_offsets": list})
+    if dtype not in DTYPES:
+        raise FormatError(f"{where}: expected dtype {' or '.join(DTYPES)}, found {_short(dtype)}")
+    if len(offsets) != 2 or any(type(n) is not int or n < 0 for n in (*shape, *offsets)):
+        raise FormatError(f"{where}: expected a shape and two offsets of whole numbers, found {_short(entry)}")
+    begin, end = offsets
+    if len(shape) > 2 or prod(shape) * DTYPES[dtype].itemsize != end - begin:
+        raise FormatError(f"{where}: expected offsets that fit one or two axes and the dtype, found {_short(entry)}")
+    return _Tensor(DTYPES[dtype], tuple(shape), begin, end)
+
+
+class _Reader:
+    """Hands out the tensors of a file one by one, and knows which were never asked for."""
+
+    def __init__(self, path: str, file: BufferedReader, tensors: dict[str, _Tensor], start: int) -> None:
+        self.path, self.file, self.start = path, file, start
+        self.left = dict(tensors)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Array:
+        where = f"{self.path}: tensor {_short(name)}"
+        tensor = self.left.pop(name, None)
+        if tensor is None:
+            raise FormatError(f"{where}: expected it, with shape {list(shape)}, found no such tensor")
+        if tensor.shape != shape:
+            raise FormatError(f"{where}: expected shape {list(shape)}, found {_short(list(tensor.shape))}")
+        array = np.empty(shape, tensor.dtype)
+        self.file.seek(self.start + tensor.begin)
+        if self.file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
+            raise FormatError(f"{where}: expected {array.nbytes} bytes, found fewer")
+        return array
+
+    def cells(self, prefix: str, descriptions: list[Any]) -> tuple[Cell, ...]:
+        cells = []
+        fields = {"input_size": int, "units": int, "activation": str, "recurrent_activation": str, "use_bias": bool}
+        for number, description in enumerate(descriptions):
+            where = f"{prefix}/{number}"
+            spec = CellSpec(*_take(f"{self.path}: {_short(where)}", description, fields))
+            arrays = {name: self.take(f"{where}/{name}", shape) for name, shape in spec.shapes.items()}
+            cells.append(Cell(spec, **arrays))
+        return tuple(cells)
+
+
+def _recurrent(reader: _Reader, prefix: str, table: Any) -> Recurrent:
+    fields = {"type": str, "cells": list, **dict.fromkeys(RECURRENT_FLAGS, bool)}
+    kind, cells, *flags = _take(f"{reader.path}: {_short(prefix)}", table, fields)
+    if kind != "recurrent":
+        raise FormatError(f"{reader.path}: {_short(prefix)}: expected type 'recurrent', found {_short(kind)}")
+    return Recurrent(reader.cells(prefix, cells), *flags)
+
+
+def _bidirectional(reader: _Reader, prefix: str, table: Any) -> Bidirectional:
+    fields = {"type": str, "forward": dict, "backward": dict, "merge_mode": str}
+    _, forward, backward, merge_mode = _take(f"{reader.path}: {_short(prefix)}", table, fields)
+    ahead = _recurrent(reader, f"{prefix}/forward", forward)
+    return Bidirectional(ahead, _recurrent(reader, f"{prefix}/backward", backward), merge_mode)
+
+
+def _standardise(reader: _Reader, prefix: str, table: Any) -> Standardise:
+    _, size = _take(f"{reader.path}: {_short(prefix)}", table, {"type": str, "input_size": int})
+    return Standardise(reader.take(f"{prefix}/mean", (size,)), reader.take(f"{prefix}/scale", (size,)))
+
+
+def _dense(reader: _Reader, prefix: str, table: Any) -> Dense:
+    fields = {"type": str, "input_size": int, "units": int, "use_bias": bool, "activation": str}
+    _, size, units, use_bias, activation = _take(f"{reader.path}: {_short(prefix)}", table, fields)
+    kernel = reader.take(f"{prefix}/kernel", (size, units))
+    return Dense(kernel, reader.take(f"{prefix}/bias", (units,)) if use_bias else None, activation)
+
+
+def _activation(reader: _Reader, prefix: str, table: Any) -> Activation:
+    return Activation(_take(f"{reader.path}: {_short(prefix)}", table, {"type": str, "activation": str})[1])
+
+
+def _pool(reader: _Reader, prefix: str, table: Any) -> Pool:
+    return Pool(_take(f"{reader.path}: {_short(prefix)}", table, {"type": str, "mode": str})[1])
+
+
+BUILDERS: dict[str, Callable[[_Reader, str, Any], Node]] = {
+    "recurrent": _recurrent,
+    "bidirectional": _bidirectional,
+    "standardise": _standardise,
+    "dense": _dense,
+    "activation": _activation,
+    "pool": _pool,
+}
+
+
+def _node(reader: _Reader, entry: Any) -> tuple[str, Node]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise FormatError(f"{reader.path}: expected every node to have a name, found {_short(entry)}")
+    table = dict(entry)
+    name = table.pop("name")
+    kind = table.get("type")
+    builder = BUILDERS.get(kind) if isinstance(kind, str) else None
+    if builder is None:
+        raise FormatError(
+            f"{reader.path}: {_short(name)}: expected type to be one of {', '.join(BUILDERS)}, found {_short(kind)}"
+        )
+    try:
+        return name, builder(reader, name, table)
+    except FormatError:
+        raise
+    except (ValueError, TypeError) as error:  # what a node refuses in anybody's hands
+        raise FormatError(f"{reader.path}: {_short(name)}: {error}") from None
+
+
+def load(path: str) -> Network:
+    """Read the network in `path`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The network, bit for bit as it was saved.
+
+    Raises:
+        FormatError: the file is damaged, of a newer version, or not a network; names the file, the tensor, what was
+            expected and what was found.
+        OSError: the file can't be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _read(path, file)
+    except RecursionError:
+        raise FormatError(f"{path}: expected a description, found JSON nested too deep") from None
+
+
+def _read(path: str, file: BufferedReader) -> Network:
+    description, tensors, start = _read_header(path, file)
+    where = f"{path}: description"
+    version = description.get("version") if isinstance(description, dict) else None
+    if type(version) is not int or version < 1:
+        raise FormatError(f"{where}: expected a version, found {_short(version)}")
+    if version > VERSION:
+        raise FormatError(
+            f"{where}: expected version {VERSION} or older, found {_short(version)}: made by a newer cellstack"
+        )
+    _, entries, metadata = _take(where, description, {"version": int, "nodes": list, "metadata": dict})
+    reader = _Reader(path, file, tensors, start)
+    nodes = [_node(reader, entry) for entry in entries]
+    if reader.left:
+        found = _short(min(reader.left))
+        raise FormatError(f"{path}: tensor {found}: expected no such tensor, found one that no node uses")
+    try:
+        return Network([node for _, node in nodes], [name for name, _ in nodes], metadata)
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{path}: {error}") from None

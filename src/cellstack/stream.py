@@ -1,0 +1,165 @@
+"""A Stream: a Network run frame by frame, with a state that is the stream's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cellstack import _kernel
+from cellstack.network import Network, as_floats, as_states
+from cellstack.nodes import Activation, Array, Dense, Node, Pool, Standardise
+from cellstack.recurrent import Bidirectional, Recurrent
+from cellstack.spec import ShapeError, State, check_sequence, check_step
+
+
+def _why_not(node: Node) -> str | None:
+    """Return why a node can't answer after every frame; None where it can."""
+    if isinstance(node, Bidirectional) or (isinstance(node, Recurrent) and node.go_backwards):
+        return "it runs backwards from the end of the sequence, which a stream doesn't have"
+    if isinstance(node, Pool) and node.mode != "last":
+        return f"the {node.mode} over time is of the whole sequence, which a stream doesn't have"
+    return None
+
+
+class Stream:
+    """Frames in, what the network returns after each frame out; any chunking gives the same bits.
+
+    The state lies in the kernel; the weights are the network's, shared and never written. A stream belongs to one
+    thread at a time; different streams don't touch.
+
+    Args:
+        network: whose nodes all run forwards: `Standardise`, `Recurrent`, `Dense`, `Activation`, `Pool("last")`.
+        batch: how many sequences are stepped side by side, B.
+
+    Raises:
+        ValueError: a node that needs the whole sequence before it can answer, or a batch below 1.
+
+    >>> from cellstack import Cell, CellSpec
+    >>> cell = Cell(CellSpec(2, 3, use_bias=False), np.ones((2, 12)), np.ones((3, 12)))
+    >>> net = Network([Recurrent((cell,), return_sequences=False)])
+    >>> x = np.arange(10.0).reshape(1, 5, 2)
+    >>> stream = net.stream()
+    >>> for t in range(5):
+    ...     y = stream.step(x[:, t])
+    >>> bool((y == net(x)).all())
+    True
+    """
+
+    def __init__(self, network: Network, batch: int = 1) -> None:
+        if not isinstance(batch, (int, np.integer)) or batch < 1:
+            raise ValueError(f"Stream: expected batch to be an integer >= 1, got {batch!r}")
+        self.network = network
+        self.batch = int(batch)
+        self._dtype = network.dtype
+        self._parts: list[Any] = []  # what is run in turn: a kernel stream with its width, or a NumPy function
+        self._layers: list[tuple[Any, int]] = []  # each cell's kernel stream, and its place in it
+        for name, node in zip(network.names, network.nodes, strict=True):
+            why = _why_not(node)
+            if why is not None:
+                raise ValueError(f"Stream: expected nodes that can answer after every frame, got {name}: {why}")
+            if isinstance(node, Recurrent):
+                kernel = _kernel.Stream([cell.packed for cell in node.cells], self.batch)
+                self._parts.append((kernel, node.units))
+                self._layers += [(kernel, place) for place in range(len(node.cells))]
+            elif isinstance(node, (Standardise, Dense, Activation)):
+                self._parts.append((None, node.apply))
+        self._frame = (self.batch, network.input_size)
+
+    def step(self, x: Any) -> Array:
+        """Take one frame and return what the network returns after it.
+
+        Args:
+            x: `[B, I]`, array-like of real numbers, cast as in `Network.run`.
+
+        Returns:
+            `[B, W]`, the caller's own.
+
+        Raises:
+            ShapeError: a wrong rank, batch or width.
+            TypeError: values that aren't real numbers.
+        """
+        if type(x) is not np.ndarray or x.dtype != self._dtype or x.shape != self._frame or not x.flags.carray:
+            x = as_floats("Stream", "x", x, self._dtype)
+            check_step("Stream", x.shape, self.network.input_size)
+            self._check_batch(x)
+            x = np.require(x, requirements=("C", "A"))
+        return self._run(x, ())
+
+    def run(self, x: Any) -> Array:
+        """Take any number of frames and return what the network returns after each: the bits are those of `step`.
+
+        Args:
+            x: `[B, T, I]`, as for `step`; T may be 0.
+
+        Returns:
+            `[B, T, W]`, whether or not the network itself returns sequences.
+
+        Raises:
+            ShapeError: a wrong rank, batch or width.
+            TypeError: values that aren't real numbers.
+        """
+        x = as_floats("Stream", "x", x, self._dtype)
+        check_sequence("Stream", x.shape, self.network.input_size)
+        self._check_batch(x)
+        return self._run(np.require(x, requirements=("C", "A")), (x.shape[1],))
+
+    def _check_batch(self, x: Array) -> None:
+        if len(x) != self.batch:
+            raise ShapeError(f"Stream: expected x with B={self.batch}, got {x.shape}")
+
+    def _run(self, x: Array, steps: tuple[int, ...]) -> Array:
+        """Run the parts over a step (`steps` is ()) or over a chunk (`steps` is (T,))."""
+        given = x
+        with np.errstate(all="ignore"):
+            for kernel, part in self._parts:
+                if kernel is None:
+                    x = part(x)
+                else:
+                    y = np.empty((self.batch, *steps, part), self._dtype)
+                    (kernel.run if steps else kernel.step)(x, y)
+                    x = y
+        return x.copy() if x is given else x
+
+    @property
+    def state(self) -> tuple[State, ...]:
+        """The state now, one `State(h, c)` a cell, each `[B, H]`: copies. Setting it checks and copies likewise."""
+        states = {id(kernel): kernel.get_state() for kernel, _ in self._layers}
+        return tuple(State(*states[id(kernel)][place]) for kernel, place in self._layers)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        states = as_states("Stream", state, self.network.cells, self.batch)
+        for (kernel, place), pair in zip(self._layers, states, strict=True):
+            if pair is None:
+                raise TypeError("Stream: expected state to be a tuple of State(h, c), got None: reset() gives zeros")
+            kernel.set_state(place, *pair)
+
+    def reset(self, rows: Any = None, state: Any = None) -> None:
+        """Set the state of some rows, or of all, to zeros or to a state given.
+
+        Args:
+            rows: what indexes an axis of B: a number, numbers, a slice, a mask `[B]`; None = all rows.
+            state: one `State` a cell, each `[rows, H]`; None = zeros.
+
+        Raises:
+            ShapeError: a state that doesn't fit the rows.
+            IndexError: a row that isn't there.
+        """
+        chosen = np.arange(self.batch)[slice(None) if rows is None else rows].reshape(-1)
+        cells = self.network.cells
+        given = as_states("Stream", state, cells, len(chosen))
+        new = self.state
+        for pair, values in zip(new, given, strict=True):
+            for number, array in enumerate(pair):
+                array[chosen] = 0.0 if values is None else values[number]
+        self.state = new
+
+    def fork(self) -> Stream:
+        """Return a new stream that starts from a copy of this one's state."""
+        other = Stream(self.network, self.batch)
+        other.state = self.state
+        return other
+
+    def __repr__(self) -> str:
+        return f"Stream(batch={self.batch}) of {self.network!r}"
