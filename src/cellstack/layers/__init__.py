@@ -1,0 +1,33 @@
+"""The torch door: Keras's recurrent layers as torch modules, on one fused autograd op.
+
+Every layer takes tensors of its weights' dtype and device, integers, or anything array-like (which is converted), and
+raises before anything is computed: `ShapeError` for a wrong rank, width, batch or number of states; `TypeError` for a
+wrong dtype (complex, another floating dtype than the weights', a mask that isn't bool); `ValueError` for a tensor on
+another device. Dropout follows the module's `train()` and `eval()`, or the argument `training`.
+
+Regularisation terms are in `layer.losses` (`losses(module)` for a whole model), constraints are applied by
+`layer.apply_constraints()` (`apply_constraints(module)`) after each step of an optimiser. Weights written behind
+torch's back, through `.data` or a NumPy view, may not be seen by the next calls of up to 64 rows × steps.
+"""
+
+from cellstack.layers.base import apply_constraints, losses
+from cellstack.layers.bidirectional import Bidirectional
+from cellstack.layers.cells import LSTMCell
+from cellstack.layers.rnn import LSTM, RNN
+from cellstack.layers.stack import StackedRNNCells
+from cellstack.layers.time_distributed import TimeDistributed
+from cellstack.spec import ShapeError, State, Trace
+
+__all__ = [
+    "LSTM",
+    "RNN",
+    "Bidirectional",
+    "LSTMCell",
+    "ShapeError",
+    "StackedRNNCells",
+    "State",
+    "TimeDistributed",
+    "Trace",
+    "apply_constraints",
+    "losses",
+]

@@ -1,0 +1,195 @@
+"""`Bidirectional`: one layer forwards and one backwards over the same sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cellstack.layers.base import Layer, describe, revive
+from cellstack.layers.rnn import RNN, Plan
+from cellstack.spec import ShapeError, Trace
+
+MERGE_MODES = ("concat", "sum", "mul", "ave", None)
+
+
+class Bidirectional(Layer):
+    """Two layers over the same sequence, one in each direction; the backward output is turned back to time order.
+
+    With `return_sequences`, steps that a mask leaves out are zero in both outputs before they are merged, as in Keras.
+
+    Args:
+        layer: an `LSTM` or `RNN`; it becomes the forward layer, with the weights it has.
+        merge_mode: how the two outputs become one: "concat", "sum", "mul", "ave", or None (both are returned).
+        backward_layer: None: a new layer of the same configuration, in the other direction.
+        input_size: width I, to make the weights at once; None: at the first call.
+        name: said in error messages.
+
+    Raises:
+        TypeError: a layer that is no RNN.
+        ValueError: an unknown merge mode, or layers that don't fit together.
+
+    >>> from cellstack import layers
+    >>> both = Bidirectional(layers.LSTM(4, return_sequences=True))
+    >>> tuple(both(torch.zeros(2, 3, 6)).shape)
+    (2, 3, 8)
+
+    Ref: Schuster and Paliwal 1997, "Bidirectional Recurrent Neural Networks".
+    """
+
+    def __init__(
+        self,
+        layer: RNN,
+        merge_mode: str | None = "concat",
+        backward_layer: RNN | None = None,
+        *,
+        input_size: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        for argument, value in (("layer", layer), ("backward_layer", backward_layer)):
+            if not isinstance(value, RNN) and (argument == "layer" or value is not None):
+                raise TypeError(f"{self._owner}: expected {argument} to be an LSTM or RNN, got {type(value).__name__}")
+        if merge_mode not in MERGE_MODES:
+            raise ValueError(f"{self._owner}: expected merge_mode to be one of {MERGE_MODES}, got {merge_mode!r}")
+        self._config = {"layer": None, "merge_mode": merge_mode, "backward_layer": None}
+        self._config |= {"input_size": input_size, "name": name}
+        self._given_backward = backward_layer is not None
+        self.merge_mode = merge_mode
+        self.forward_layer = layer
+        if backward_layer is None:
+            config = layer.get_config()
+            # revive copies cells; a layer that has weights hands their width on, not the weights.
+            backward_layer = type(layer).from_config({**config, "go_backwards": not layer.go_backwards})
+            width = getattr(layer.cells[0], "input_size", None)
+            if width is not None and not backward_layer.built:
+                backward_layer.build(width)
+        self.backward_layer = backward_layer
+        for flag in ("return_sequences", "return_state", "stateful"):
+            if getattr(layer, flag) != getattr(backward_layer, flag):
+                raise ValueError(f"{self._owner}: expected the same {flag} in both layers")
+        if layer.go_backwards == backward_layer.go_backwards:
+            raise ValueError(
+                f"{self._owner}: expected layers of opposite directions, got go_backwards={layer.go_backwards} twice"
+            )
+        self.return_sequences, self.return_state = layer.return_sequences, layer.return_state
+        self.stateful = layer.stateful
+        if input_size is not None:
+            self.build(input_size)
+
+    def extra_repr(self) -> str:
+        """Say how outputs are merged."""
+        return f"merge_mode={self.merge_mode!r}"
+
+    def get_config(self) -> dict[str, Any]:
+        """Return everything that was given to the constructor, by argument."""
+        given = {"layer": describe(self.forward_layer)}
+        if self._given_backward:
+            given["backward_layer"] = describe(self.backward_layer)
+        return {**self._config, **given}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Bidirectional:
+        """Make a new layer, with weights of its own, from what `get_config` returned."""
+        return cls(**{key: revive(value) for key, value in config.items()})
+
+    def build(self, input_size: int | Sequence[int | None]) -> None:
+        """Make the weights of both layers for inputs of width `input_size`."""
+        self.forward_layer.build(input_size)
+        self.backward_layer.build(input_size)
+
+    @property
+    def states(self) -> tuple[Any, ...] | None:
+        """States that the next call starts from: the forward layer's, then the backward layer's; None for zeros."""
+        ahead, back = self.forward_layer, self.backward_layer
+        if ahead._states is None or back._states is None:
+            return None
+        return (*ahead.public_states(ahead._states), *back.public_states(back._states))
+
+    @states.setter
+    def states(self, value: Any) -> None:
+        self.forward_layer.states, self.backward_layer.states = self._halves(value)
+
+    def reset_states(self, states: Any = None, indices: Any = None) -> None:
+        """Forget the states, or replace them: see `RNN.reset_states`; `states` holds forward, then backward."""
+        ahead, back = self._halves(states)
+        self.forward_layer.reset_states(ahead, indices)
+        self.backward_layer.reset_states(back, indices)
+
+    def _halves(self, value: Any) -> tuple[Any, Any]:
+        if value is None:
+            return None, None
+        if not hasattr(value, "__len__") or len(value) == 0 or len(value) % 2:
+            came = len(value) if hasattr(value, "__len__") else type(value).__name__
+            raise ShapeError(f"{self._owner}: expected states for the forward, then the backward layer, got {came}")
+        half = len(value) // 2
+        return value[:half], value[half:]
+
+    def plan(self) -> Plan:
+        """Say which kernel runs each layer, and why; one line a layer."""
+        return Plan(
+            f"{direction}: {line}"
+            for direction, layer in (("forward", self.forward_layer), ("backward", self.backward_layer))
+            for line in layer.plan()
+        )
+
+    def forward(
+        self,
+        sequences: Any,
+        initial_state: Any = None,
+        mask: Any = None,
+        training: bool | None = None,
+        return_gates: bool = False,
+    ) -> Any:
+        """Run over a sequence in both directions.
+
+        Args:
+            sequences, mask, return_gates: see `RNN.forward`.
+            initial_state: the forward layer's states, then the backward layer's, in one list.
+            training: whether dropout is active; None: whether the module is in training mode.
+
+        Returns:
+            y, merged: `[B, T, 2H]` or `[B, 2H]` with "concat", else `[B, T, H]` or `[B, H]`; two outputs where
+            `merge_mode` is None. With `return_state` the states follow, forward then backward; with `return_gates` the
+            pair of the layers' traces, both in time order.
+
+        Raises:
+            ShapeError, TypeError, ValueError: see `RNN.forward`.
+        """
+        ahead, back = self.forward_layer, self.backward_layer
+        training = self.training if training is None else training
+        start, start_back = self._halves(initial_state)
+        zero = self.return_sequences
+        run = ahead.run(sequences, start, mask, training, return_gates, zero)
+        run_back = back.run(sequences, start_back, mask, training, return_gates, zero)
+        y, y_back, traces = run.y, run_back.y, (run.traces, run_back.traces)
+        if self.return_sequences:  # the one that ran backwards returns its steps in the order processed
+            y, y_back = (y.flip(1), y_back) if ahead.go_backwards else (y, y_back.flip(1))
+        results: list[Any] = list(_merge(y, y_back, self.merge_mode))
+        if self.return_state:
+            results += [*ahead.public_states(run.states), *back.public_states(run_back.states)]
+        if return_gates:
+            turned = [layer.go_backwards for layer in (ahead, back)]
+            results.append(tuple(_turn(t) if turn else t for t, turn in zip(traces, turned, strict=True)))
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+def _turn(trace: Any) -> Any:
+    """Return a trace, or a tuple of them, in the other direction."""
+    if isinstance(trace, Trace):
+        return Trace(*(part.flip(1) for part in trace))
+    return tuple(_turn(part) for part in trace)
+
+
+def _merge(y: Tensor, y_back: Tensor, mode: str | None) -> tuple[Tensor, ...]:
+    if mode == "concat":
+        return (torch.cat([y, y_back], dim=-1),)
+    if mode == "sum":
+        return (y + y_back,)
+    if mode == "ave":
+        return ((y + y_back) / 2,)
+    if mode == "mul":
+        return (y * y_back,)
+    return y, y_back

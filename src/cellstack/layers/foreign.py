@@ -1,0 +1,149 @@
+"""Cells of the user's own, and the Python loop that runs them: each cell is evaluated exactly T times a call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cellstack.layers.cells import LSTMCell
+from cellstack.spec import ShapeError, State
+
+
+class ForeignCell(nn.Module):
+    """A cell that is no torch module: any object with `state_size` and `call(x, states)` or `__call__`."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.cell = cell
+        self.state_size = cell.state_size
+        if getattr(cell, "output_size", None) is not None:
+            self.output_size = cell.output_size
+        if hasattr(cell, "get_initial_state"):
+            self.get_initial_state = cell.get_initial_state
+
+    def forward(self, inputs: Tensor, states: Any, **kwargs: Any) -> Any:
+        """Call the cell."""
+        function = self.cell if callable(self.cell) else self.cell.call
+        return function(inputs, states, **kwargs)
+
+
+def as_cell(owner: str, cell: Any) -> nn.Module:
+    """Return `cell` as a module.
+
+    Raises:
+        TypeError: it has no `state_size`, or can't be called.
+    """
+    if not hasattr(cell, "state_size") or not (callable(cell) or callable(getattr(cell, "call", None))):
+        raise TypeError(
+            f"{owner}: expected a cell (an object with state_size and a call (x, states) -> (y, states)), "
+            f"got {type(cell).__name__}"
+        )
+    return cell if isinstance(cell, nn.Module) else ForeignCell(cell)
+
+
+def cell_name(cell: nn.Module) -> str:
+    """Return the class name of a cell, of the user's object where one was wrapped."""
+    return type(cell.cell if isinstance(cell, ForeignCell) else cell).__name__
+
+
+def takes_training(cell: nn.Module) -> bool:
+    """Whether a cell's call has an argument `training`."""
+    target = cell.cell if isinstance(cell, ForeignCell) else cell.forward
+    if isinstance(cell, ForeignCell) and not callable(target):
+        target = target.call
+    return "training" in inspect.signature(target).parameters
+
+
+def output_width(cell: Any) -> int:
+    """Return the width of a cell's output: `output_size`, or else the width of its first state."""
+    width = getattr(cell, "output_size", None)
+    if width is None:
+        width = cell.state_size if isinstance(cell.state_size, int) else cell.state_size[0]
+    return int(width)
+
+
+def initial_state(cell: Any, batch: int, like: Tensor) -> Any:
+    """Return a cell's own initial state, or zeros by its `state_size`, of the dtype and on the device of `like`."""
+    if hasattr(cell, "get_initial_state"):
+        return cell.get_initial_state(batch_size=batch)
+    if isinstance(cell.state_size, int):
+        return like.new_zeros(batch, cell.state_size)
+    return [like.new_zeros(batch, size) for size in cell.state_size]
+
+
+def as_parts(state: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of one cell's state."""
+    return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def like_size(cell: Any, state: Any) -> Any:
+    """Return a state in the form that the cell's `state_size` has: a tensor, or a tuple of them; a `State` for ours."""
+    parts = as_parts(state)
+    if isinstance(cell, LSTMCell):
+        return State(*parts)
+    if isinstance(cell.state_size, int):
+        if len(parts) != 1:
+            raise ShapeError(f"{cell_name(cell)}: expected one state, got {len(parts)}")
+        return parts[0]
+    if len(parts) != len(cell.state_size):
+        raise ShapeError(f"{cell_name(cell)}: expected {len(cell.state_size)} states, got {len(parts)}")
+    return parts
+
+
+def _choose(used: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(used.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+
+def loop(
+    cells: Sequence[Any],
+    x: Tensor,
+    states: list[Any] | None,
+    used: Tensor | None,
+    training: bool,
+    reverse: bool,
+    like: Tensor,
+) -> tuple[Tensor, Tensor, list[Any]]:
+    """Run cells over `x [B, T, …]`, step by step.
+
+    Before the first step that the mask counts, the output is the first state of the top cell where that has the
+    output's shape (the initial h), else zeros.
+
+    Returns:
+        The top cell's output at every step, `[B, T, …]`, and after the last one; the states, one entry a cell.
+    """
+    batch, steps = x.shape[:2]
+    if states is None:
+        states = [like_size(cell, initial_state(cell, batch, like)) for cell in cells]
+    drops = [cell.masks(batch, training) if isinstance(cell, LSTMCell) else (None, None) for cell in cells]
+    extra = [{"training": training} if takes_training(cell) else {} for cell in cells]
+    first = as_parts(states[-1])[0]
+    last: Tensor | None = None
+    outputs = [x] * steps
+    for t in reversed(range(steps)) if reverse else range(steps):
+        value, new_states = x[:, t], []
+        for n, cell in enumerate(cells):
+            if isinstance(cell, LSTMCell):
+                new_states.append(State(*cell.step(value, states[n], drops[n])))
+                value = new_states[-1].h
+            else:
+                value, state = cell(value, list(as_parts(states[n])), **extra[n])
+                new_states.append(like_size(cell, state))
+        if used is not None:
+            if last is None:
+                last = first if first.shape == value.shape else torch.zeros_like(value)
+            value = _choose(used[:, t], value, last)
+            new_states = [
+                like_size(cell, [_choose(used[:, t], *pair) for pair in zip(as_parts(new), as_parts(old), strict=True)])
+                for cell, new, old in zip(cells, new_states, states, strict=True)
+            ]
+        outputs[t] = last = value
+        states = new_states
+    if last is None:  # no steps
+        width = output_width(cells[-1])
+        last = first if first.shape == (batch, width) else like.new_zeros(batch, width)
+        return like.new_zeros(batch, 0, width), last, states
+    return torch.stack(outputs, dim=1), last, states

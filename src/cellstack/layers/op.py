@@ -1,0 +1,358 @@
+"""The one autograd op behind every LSTM: `cellstack::lstm` and its backward, registered with torch.library.
+
+    lstm(x, h0[], c0[], weights[], recurrent_dropout[], mask?, activations[], reverse, sequences, save, threads)
+
+runs a stack of L layers in one call of the fused kernel. Results, in order:
+
+    h [B, H] a layer, c [B, H] a layer,
+    with save: y [B, T, H] a layer, gates [B, T, 4, H] a layer, cells [B, T, H] a layer; all are differentiable,
+    else, with sequences: y [B, T, H] of the top layer.
+
+`weights` holds kernel, recurrent_kernel, bias for each layer (a bias of size 0: none). `h0` and `c0` are empty (zeros)
+or have one `[B, H]` a layer; so has `recurrent_dropout`, where size 0 means none. `activations` holds two codes a layer
+(positions in `cellstack.spec.ACTIVATIONS`). `threads=0` means `torch.get_num_threads()`.
+
+The op trusts its caller: shapes and dtypes are checked once, in the layers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cellstack import _kernel
+from cellstack.layers import eager
+from cellstack.spec import ACTIVATIONS
+
+_LIBRARY = torch.library.Library("cellstack", "DEF")
+_FUNCTIONS = [eager.ACTIVATIONS[name] for name in ACTIVATIONS]
+
+_LIBRARY.define(
+    "lstm(Tensor x, Tensor[] h0, Tensor[] c0, Tensor[] weights, Tensor[] recurrent_dropout, Tensor? mask, "
+    "int[] activations, bool reverse, bool sequences, bool save, int threads) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "lstm_backward(Tensor x, Tensor[] h0, Tensor[] c0, Tensor[] weights, Tensor[] recurrent_dropout, Tensor? mask, "
+    "Tensor[] saved, Tensor?[] grads, int[] activations, bool reverse, bool[] wanted, int threads) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return `x` with its features side by side in memory; the kernel takes any strides for batch and time."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+# A step at batch 1 reads each weight once, so packing costs as much as two or three of them: short calls keep the
+# packed copies of the last few cells. An entry is valid while the arrays stand at their addresses in the versions that
+# were packed: every in-place change that torch sees is seen here (one through `.data` or a NumPy view is not).
+_PACKED: OrderedDict[tuple[int, ...], tuple[tuple[int, ...], Any, list[Tensor]]] = OrderedDict()
+_PACKED_LIMIT = 64
+_SHORT_CALL = 64  # rows × steps; above it packing is a few per cent of the work
+
+
+def _pack(weights: Sequence[Tensor], activation: int, recurrent_activation: int, short: bool) -> Any:
+    kernel, recurrent_kernel, bias = weights
+    short = short and not kernel.is_inference()  # inference tensors count no versions
+    key = versions = ()
+    if short:
+        key = kernel.data_ptr(), recurrent_kernel.data_ptr(), bias.data_ptr(), activation, recurrent_activation
+        versions = kernel._version, recurrent_kernel._version, bias._version
+        found = _PACKED.get(key)
+        if found is not None and found[0] == versions:
+            return found[1]
+    flat = [weight.detach().contiguous() for weight in weights]
+    packed = _kernel.Packed(
+        kernel.dtype == torch.float64,
+        kernel.shape[0],
+        recurrent_kernel.shape[0],
+        _address(flat[0]),
+        _address(flat[1]),
+        _address(flat[2]),
+        activation,
+        recurrent_activation,
+    )
+    if short:
+        # The arrays are kept alive with the entry, so that no others can come by their addresses.
+        _PACKED[key] = versions, packed, [weight.detach() for weight in weights]
+        if len(_PACKED) > _PACKED_LIMIT:
+            _PACKED.popitem(last=False)
+    return packed
+
+
+def _forward(
+    x: Tensor,
+    h0: Sequence[Tensor],
+    c0: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    recurrent_dropout: Sequence[Tensor],
+    mask: Tensor | None,
+    activations: Sequence[int],
+    reverse: bool,
+    sequences: bool,
+    save: bool,
+    threads: int,
+) -> list[Tensor]:
+    count, (batch, steps, _) = len(weights) // 3, x.shape
+    x = _rows(x)
+    mask = None if mask is None else mask.contiguous()
+    short = not save and batch * steps <= _SHORT_CALL
+    starts_h, starts_c, drops = ([t.contiguous() for t in group] for group in (h0, c0, recurrent_dropout))
+    hs, cs, ys, gates, cells, layers = [], [], [], [], [], []
+    for n in range(count):
+        packed = _pack(weights[3 * n : 3 * n + 3], activations[2 * n], activations[2 * n + 1], short)
+        units = packed.units
+        hs.append(x.new_empty(batch, units))
+        cs.append(x.new_empty(batch, units))
+        if save:
+            gates.append(x.new_empty(batch, steps, 4, units))
+            cells.append(x.new_empty(batch, steps, units))
+        if save or (sequences and n == count - 1):
+            ys.append(x.new_empty(batch, steps, units))
+        layers.append(
+            (
+                packed,
+                _address(starts_h[n]) if h0 else 0,
+                _address(starts_c[n]) if c0 else 0,
+                hs[n].data_ptr(),
+                cs[n].data_ptr(),
+                ys[-1].data_ptr() if ys else 0,
+                gates[n].data_ptr() if save else 0,
+                cells[n].data_ptr() if save else 0,
+                _address(drops[n]) if drops else 0,
+            )
+        )
+    _kernel.lstm_forward(
+        batch,
+        steps,
+        layers,
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        _address(mask),
+        reverse,
+        threads or torch.get_num_threads(),
+    )
+    return [*hs, *cs, *ys, *gates, *cells]
+
+
+def _backward(
+    x: Tensor,
+    h0: Sequence[Tensor],
+    c0: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    recurrent_dropout: Sequence[Tensor],
+    mask: Tensor | None,
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    activations: Sequence[int],
+    reverse: bool,
+    wanted: Sequence[bool],
+    threads: int,
+) -> list[Tensor]:
+    """Return the gradients of `[x, *h0, *c0, *weights]` that are wanted, in that order, as new contiguous tensors.
+
+    `saved` holds y, gates, cells (each a layer), `grads` the gradients of all results of the forward, None for zeros.
+    """
+    count, (batch, steps, _) = len(weights) // 3, x.shape
+    inputs = [x, *h0, *c0, *weights]
+    results = [t.new_empty(t.shape) if want else None for t, want in zip(inputs, wanted, strict=True)]
+    starts, at_c0, at_weights = bool(h0), 1 + len(h0), 1 + len(h0) + len(c0)
+    mask = None if mask is None else mask.contiguous()
+    from_above: Tensor | None = None
+    for n in reversed(range(count)):
+        below = _rows(x) if n == 0 else saved[n - 1]
+        kernel, recurrent_kernel, _ = (weight.contiguous() for weight in weights[3 * n : 3 * n + 3])
+        given = [grad if grad is None else grad.contiguous() for grad in grads[n::count]]
+        dh, dc, dy, dgates, dcells = given
+        if from_above is not None:
+            dy = from_above if dy is None else dy + from_above
+        lower = [*wanted[:1], *wanted[at_weights : at_weights + 3 * n]]
+        if starts:
+            lower += [*wanted[1 : 1 + n], *wanted[at_c0 : at_c0 + n]]
+        # The gradient of the layer's input: a result for the lowest, for the others the dy of the next one.
+        dx = results[0] if n == 0 else below.new_empty(below.shape) if any(lower) else None
+        dweights = results[at_weights + 3 * n : at_weights + 3 * n + 3]
+        start_h, start_c = (h0[n].contiguous(), c0[n].contiguous()) if starts else (None, None)
+        drop = recurrent_dropout[n].contiguous() if recurrent_dropout else None
+        _kernel.lstm_backward(
+            x.dtype == torch.float64,
+            batch,
+            steps,
+            below.shape[2],
+            recurrent_kernel.shape[0],
+            kernel.data_ptr(),
+            recurrent_kernel.data_ptr(),
+            below.data_ptr(),
+            below.stride(0),
+            below.stride(1),
+            _address(start_h),
+            _address(start_c),
+            saved[n].data_ptr(),
+            saved[count + n].data_ptr(),
+            saved[2 * count + n].data_ptr(),
+            _address(drop),
+            _address(mask),
+            _address(dy),
+            _address(dh),
+            _address(dc),
+            _address(dgates),
+            _address(dcells),
+            _address(dx),
+            _address(results[1 + n] if starts else None),
+            _address(results[at_c0 + n] if starts else None),
+            _address(dweights[0]),
+            _address(dweights[1]),
+            _address(dweights[2]),
+            activations[2 * n],
+            activations[2 * n + 1],
+            reverse,
+            threads or torch.get_num_threads(),
+        )
+        if dx is None:
+            break
+        from_above = dx
+    return [result for result in results if result is not None]
+
+
+def _fake_forward(
+    x: Tensor,
+    h0: Sequence[Tensor],
+    c0: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    recurrent_dropout: Sequence[Tensor],
+    mask: Tensor | None,
+    activations: Sequence[int],
+    reverse: bool,
+    sequences: bool,
+    save: bool,
+    threads: int,
+) -> list[Tensor]:
+    batch, steps, _ = x.shape
+    widths = [recurrent_kernel.shape[0] for recurrent_kernel in weights[1::3]]
+    finals = [x.new_empty(batch, units) for units in widths * 2]
+    if not save:
+        return [*finals, x.new_empty(batch, steps, widths[-1])] if sequences else finals
+    ys = [x.new_empty(batch, steps, units) for units in widths]
+    gates = [x.new_empty(batch, steps, 4, units) for units in widths]
+    return [*finals, *ys, *gates, *(y.new_empty(y.shape) for y in ys)]
+
+
+def _fake_backward(
+    x: Tensor,
+    h0: Sequence[Tensor],
+    c0: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    recurrent_dropout: Sequence[Tensor],
+    mask: Tensor | None,
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    activations: Sequence[int],
+    reverse: bool,
+    wanted: Sequence[bool],
+    threads: int,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, want in zip([x, *h0, *c0, *weights], wanted, strict=True) if want]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, h0, c0, weights, drops, mask, activations, reverse, _, save, threads = inputs
+    count = len(weights) // 3
+    ctx.counts = [1, len(h0), len(c0), len(weights), len(drops), int(mask is not None)]
+    ctx.rest = activations, reverse, save, threads
+    ctx.set_materialize_grads(False)  # gradients of gates are big and mostly absent
+    ctx.save_for_backward(x, *h0, *c0, *weights, *drops, *([] if mask is None else [mask]), *output[2 * count :])
+
+
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    activations, reverse, save, threads = ctx.rest
+    if not save:
+        raise RuntimeError("cellstack::lstm was run with save=False: nothing was kept for its backward pass")
+    groups, at = [], 0
+    for count in ctx.counts:
+        groups.append(list(ctx.saved_tensors[at : at + count]))
+        at += count
+    (x,), h0, c0, weights, drops, masks = groups
+    mask, saved = (masks[0] if masks else None), list(ctx.saved_tensors[at:])
+    inputs = [x, *h0, *c0, *weights]
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1], *ctx.needs_input_grad[2], *ctx.needs_input_grad[3]]
+    if torch.is_grad_enabled():  # create_graph: second derivatives go through the torch loop
+        functions = [_FUNCTIONS[code] for code in activations]
+        outputs = eager.lstm(x, h0, c0, weights, drops, mask, functions, reverse, True, True)
+        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+        found = torch.autograd.grad(
+            [out for out, _ in pairs],
+            [t for t, need in zip(inputs, needs, strict=True) if need],
+            [grad for _, grad in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    else:
+        found = torch.ops.cellstack.lstm_backward(
+            x, h0, c0, weights, drops, mask, saved, grads, activations, reverse, needs, threads
+        )
+    queue = iter(found)
+    flat = [next(queue) if need else None for need in needs]
+    ends = 1 + len(h0), 1 + len(h0) + len(c0)
+    return (
+        flat[0],
+        flat[1 : ends[0]],
+        flat[ends[0] : ends[1]],
+        flat[ends[1] :],
+        [None] * len(drops),
+        *[None] * 6,
+    )
+
+
+_LIBRARY.impl("lstm", _forward, "CPU")
+_LIBRARY.impl("lstm_backward", _backward, "CPU")
+torch.library.register_fake("cellstack::lstm", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("cellstack::lstm_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("cellstack::lstm", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
+
+lstm = torch.ops.cellstack.lstm.default
+isa = _kernel.isa
+
+
+# ── Dropout masks with a seed of the layer's own ───────────────────────────────────────────────────────────────────
+
+_LIBRARY.define(
+    "dropout_mask(Tensor(a!) draws, Tensor like, SymInt rows, SymInt width, float rate, int seed) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _dropout_mask(draws: Tensor, like: Tensor, rows: int, width: int, rate: float, seed: int) -> Tensor:
+    generator = torch.Generator(like.device)
+    generator.manual_seed((seed * 1_000_003 + int(draws)) % 2**63)
+    draws += 1
+    keep = torch.empty(rows, width, dtype=like.dtype, device=like.device)
+    return keep.bernoulli_(1.0 - rate, generator=generator).div_(1.0 - rate)
+
+
+def _fake_dropout_mask(draws: Tensor, like: Tensor, rows: int, width: int, rate: float, seed: int) -> Tensor:
+    return like.new_empty(rows, width)
+
+
+_LIBRARY.impl("dropout_mask", _dropout_mask, "CompositeExplicitAutograd")
+torch.library.register_fake("cellstack::dropout_mask", _fake_dropout_mask, lib=_LIBRARY)
+
+
+def dropout_mask(draws: Tensor | None, like: Tensor, rows: int, width: int, rate: float, seed: int | None) -> Tensor:
+    """Draw a mask `[rows, width]` of zeros and `1/(1-rate)`.
+
+    With a `seed`, the n-th mask is a function of the seed and n, which `draws` counts: a run can be repeated, and
+    resumed where it stopped. Without one it comes from torch's own generator.
+    """
+    if seed is None or draws is None:
+        return torch.nn.functional.dropout(like.new_ones(rows, width), rate)
+    return torch.ops.cellstack.dropout_mask(draws, like, rows, width, rate, seed)

@@ -1,0 +1,185 @@
+"""The state that a layer holds between calls: set, read, reset, kept, saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cellstack.layers.base import Layer, as_input
+from cellstack.layers.cells import LSTMCell
+from cellstack.layers.foreign import as_parts, cell_name, like_size
+from cellstack.spec import ShapeError, State
+
+
+class StatefulLayer(Layer):
+    """A layer with `states`: what the next call starts from. One entry a cell; a `State(h, c)` for an LSTMCell.
+
+    In a stateful layer they are what the last call left, cut off from its graph, and are part of the `state_dict`
+    (`states.0.h`, `states.0.c`, …; plain tensors). In any other layer states that were set serve one call.
+    """
+
+    stateful: bool
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__(name)
+        self._states: list[Any] | None = None
+
+    @property
+    def cells(self) -> Sequence[Any]:
+        """The cells, bottom first."""
+        raise NotImplementedError
+
+    @property
+    def stacked(self) -> bool:
+        """Whether states come one a cell."""
+        raise NotImplementedError
+
+    def _reference(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def states(self) -> Any:
+        """State that the next call starts from: (h, c), or one such pair a cell of a stack; None for zeros.
+
+        Raises (when set):
+            ShapeError: not the right number of arrays, or a wrong rank or width.
+            TypeError: a wrong dtype.
+        """
+        if self._states is None:
+            return None
+        return tuple(self._states) if self.stacked else self._states[0]
+
+    @states.setter
+    def states(self, value: Any) -> None:
+        self._states = None if value is None else self._as_states(value, None)
+
+    def public_states(self, states: list[Any]) -> tuple[Any, ...]:
+        """Return states in the order in which a call returns them: one a cell for a stack, else h, c."""
+        return tuple(states) if self.stacked else as_parts(states[0])
+
+    def reset_states(self, states: Any = None, indices: Any = None) -> None:
+        """Forget the state, or replace it.
+
+        Args:
+            states: what the next call starts from; None: zeros, for whatever batch comes.
+            indices: rows of the batch to reset, the others keep theirs; `states` then has one row for each.
+
+        Raises:
+            ShapeError: a wrong shape, or `indices` where no state is held.
+            IndexError: a row that isn't there.
+        """
+        if indices is None:
+            self.states = states
+            return
+        if self._states is None:
+            raise ShapeError(f"{self._owner}: expected a state whose rows can be reset, but none is held yet")
+        rows = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
+        batch = as_parts(self._states[0])[0].shape[0]
+        if rows.numel() and not (-batch <= int(rows.min()) and int(rows.max()) < batch):
+            raise IndexError(f"{self._owner}: expected indices within a batch of {batch}, got {rows.tolist()}")
+        new = None if states is None else self._as_states(states, rows.numel())
+        changed = []
+        for n, (cell, old) in enumerate(zip(self.cells, self._states, strict=True)):
+            parts = [part.clone() for part in as_parts(old)]
+            for k, part in enumerate(parts):
+                part[rows.to(part.device)] = torch.zeros((), dtype=part.dtype) if new is None else as_parts(new[n])[k]
+            changed.append(like_size(cell, parts))
+        self._states = changed
+
+    def _as_states(self, value: Any, batch: int | None) -> list[Any]:
+        """Return what was given as states, one entry a cell, checked against the cells and `batch`."""
+        if not hasattr(value, "__len__"):
+            raise TypeError(f"{self._owner}: expected a state of tensors or arrays, got {type(value).__name__}")
+        if not self.stacked:
+            if isinstance(value, (list, tuple)) and len(value) == 1 and hasattr(value[0], "__len__"):
+                one = value[0]  # a list of one state, as a stack would have
+                value = one if isinstance(one, (list, tuple)) and not isinstance(one[0], (int, float)) else value
+            entries = [value]
+        else:
+            entries = list(value)
+            if len(entries) != len(self.cells):
+                raise ShapeError(
+                    f"{self._owner}: expected {len(self.cells)} states, one a cell of the stack, got {len(entries)}"
+                )
+        states = []
+        for n, (cell, entry) in enumerate(zip(self.cells, entries, strict=True)):
+            layer = n if self.stacked else None
+            if isinstance(cell, LSTMCell):
+                state = cell.as_state(self._owner, entry, batch, layer)
+            else:
+                state = self._foreign_state(cell, entry, batch)
+            states.append(state)
+            batch = as_parts(state)[0].shape[0]
+        return states
+
+    def _foreign_state(self, cell: Any, entry: Any, batch: int | None) -> Any:
+        sizes = [cell.state_size] if isinstance(cell.state_size, int) else list(cell.state_size)
+        parts = list(entry) if isinstance(entry, (list, tuple)) else [entry]
+        tensors = [as_input(self._owner, "state", part, self._reference()) for part in parts]
+        state = like_size(cell, tensors)
+        for size, tensor in zip(sizes, tensors, strict=True):
+            rows = tensor.shape[0] if batch is None and tensor.ndim else batch
+            if isinstance(size, int) and tuple(tensor.shape) != (rows, size):
+                came = tuple(tensor.shape)
+                raise ShapeError(f"{self._owner}: expected a state of {cell_name(cell)} [B={rows}, {size}], got {came}")
+        return state
+
+    def _start(self, initial_state: Any, batch: int) -> list[Any] | None:
+        """Return the states that this call starts from, one entry a cell; None for zeros."""
+        if initial_state is not None:
+            states = self._as_states(initial_state, batch)
+        else:
+            states = self._states
+            if states is not None and as_parts(states[0])[0].shape[0] != batch:
+                held = as_parts(states[0])[0].shape[0]
+                raise ShapeError(
+                    f"{self._owner}: expected a batch of {held}, that of the state it holds, got {batch}: "
+                    f"reset_states() forgets the state"
+                )
+        if not self.stateful and self._states is not None:
+            self._states = None
+        return states
+
+    def _keep(self, states: list[Any]) -> None:
+        self._states = [
+            like_size(cell, [part.detach() for part in as_parts(state)])
+            for cell, state in zip(self.cells, states, strict=True)
+        ]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StatefulLayer:
+        super()._apply(fn, recurse)
+        if self._states is not None:
+            self._states = [
+                like_size(cell, [fn(part) for part in as_parts(state)])
+                for cell, state in zip(self.cells, self._states, strict=True)
+            ]
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stateful and self._states is not None:
+            for n, state in enumerate(self._states):
+                for k, part in enumerate(as_parts(state)):
+                    destination[f"{prefix}states.{n}.{self._key(state, k)}"] = part
+
+    @staticmethod
+    def _key(state: Any, k: int) -> str:
+        return State._fields[k] if isinstance(state, State) else str(k)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.stateful:
+            # Whether the other one had a state or not: afterwards this layer goes on where that one stood.
+            found: list[list[Tensor]] = [[] for _ in self.cells]
+            for n in range(len(self.cells)):
+                for key in (*State._fields, *map(str, range(16))):
+                    part = state_dict.pop(f"{prefix}states.{n}.{key}", None)
+                    if part is not None:
+                        found[n].append(part.to(self._reference()).clone())
+            try:
+                self.states = (found if self.stacked else found[0]) if all(found) else None
+            except ShapeError as error:
+                args[-1].append(str(error))  # error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

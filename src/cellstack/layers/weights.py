@@ -1,0 +1,195 @@
+"""Initialisers, regularisers and constraints: Keras's names over torch.nn.init and plain torch.
+
+Each of them is given as a name (`"glorot_uniform"`), a description (`{"class_name": "L2", "config": {"l2": 0.01}}`,
+as Keras writes it) or a callable of one tensor. An initialiser fills its tensor in place, as those of torch.nn.init
+do, or returns what is to be copied into it; a regulariser returns a scalar; a constraint returns the new weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Given = str | Mapping[str, Any] | Callable[[Tensor], Any] | None
+
+
+# ── Initialisers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def variance_scaling(
+    w: Tensor,
+    scale: float = 1.0,
+    mode: str = "fan_in",
+    distribution: str = "truncated_normal",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill `w` with variance `scale / fan`; `w` is `[inputs, outputs]`, so fan_in is its first axis."""
+    fan_in, fan_out = w.shape[0], w.shape[-1]
+    fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
+    std = math.sqrt(scale / max(1.0, fan))
+    if distribution == "uniform":
+        return nn.init.uniform_(w, -std * math.sqrt(3.0), std * math.sqrt(3.0), generator=generator)
+    if distribution == "untruncated_normal":
+        return nn.init.normal_(w, 0.0, std, generator=generator)
+    if distribution != "truncated_normal":
+        raise ValueError(f"expected distribution uniform, truncated_normal or untruncated_normal, got {distribution!r}")
+    std /= 0.87962566103423978  # the standard deviation of a unit normal cut off at ±2
+    return nn.init.trunc_normal_(w, 0.0, std, -2.0 * std, 2.0 * std, generator=generator)
+
+
+def random_normal(
+    w: Tensor, mean: float = 0.0, stddev: float = 0.05, generator: torch.Generator | None = None
+) -> Tensor:
+    """Fill `w` with normal numbers."""
+    return nn.init.normal_(w, mean, stddev, generator=generator)
+
+
+def random_uniform(
+    w: Tensor, minval: float = -0.05, maxval: float = 0.05, generator: torch.Generator | None = None
+) -> Tensor:
+    """Fill `w` with uniform numbers."""
+    return nn.init.uniform_(w, minval, maxval, generator=generator)
+
+
+def truncated_normal(
+    w: Tensor, mean: float = 0.0, stddev: float = 0.05, generator: torch.Generator | None = None
+) -> Tensor:
+    """Fill `w` with normal numbers cut off at two standard deviations."""
+    return nn.init.trunc_normal_(w, mean, stddev, mean - 2 * stddev, mean + 2 * stddev, generator=generator)
+
+
+def constant(w: Tensor, value: float = 0.0) -> Tensor:
+    """Fill `w` with `value`."""
+    return nn.init.constant_(w, value)
+
+
+def identity(w: Tensor, gain: float = 1.0) -> Tensor:
+    """Fill a matrix with `gain` on its diagonal."""
+    return nn.init.eye_(w).mul_(gain)
+
+
+INITIALIZERS: dict[str, Callable[..., Any]] = {
+    "constant": constant,
+    "glorot_normal": partial(variance_scaling, mode="fan_avg"),
+    "glorot_uniform": partial(variance_scaling, mode="fan_avg", distribution="uniform"),
+    "he_normal": partial(variance_scaling, scale=2.0),
+    "he_uniform": partial(variance_scaling, scale=2.0, distribution="uniform"),
+    "identity": identity,
+    "lecun_normal": variance_scaling,
+    "lecun_uniform": partial(variance_scaling, distribution="uniform"),
+    "ones": nn.init.ones_,
+    "orthogonal": nn.init.orthogonal_,
+    "random_normal": random_normal,
+    "random_uniform": random_uniform,
+    "truncated_normal": truncated_normal,
+    "variance_scaling": variance_scaling,
+    "zeros": nn.init.zeros_,
+}
+
+
+# ── Regularisers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def l1_l2(w: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
+    """Return `l1·Σ|w| + l2·Σw²`."""
+    return l1 * w.abs().sum() + l2 * w.square().sum()
+
+
+def _l1(w: Tensor, l1: float = 0.01) -> Tensor:
+    return l1_l2(w, l1=l1)
+
+
+def _l2(w: Tensor, l2: float = 0.01) -> Tensor:
+    return l1_l2(w, l2=l2)
+
+
+REGULARIZERS: dict[str, Callable[..., Any]] = {"l1": _l1, "l2": _l2, "l1_l2": l1_l2}
+
+
+# ── Constraints ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _norms(w: Tensor, axis: int) -> Tensor:
+    return w.square().sum(dim=axis, keepdim=True).sqrt()
+
+
+def max_norm(w: Tensor, max_value: float = 2.0, axis: int = 0) -> Tensor:
+    """Scale down what has a norm above `max_value` along `axis`."""
+    norms = _norms(w, axis)
+    return w * (norms.clamp(0.0, max_value) / (norms + 1e-7))
+
+
+def non_neg(w: Tensor) -> Tensor:
+    """Set what is negative to zero."""
+    return w.clamp(min=0.0)
+
+
+def unit_norm(w: Tensor, axis: int = 0) -> Tensor:
+    """Scale to norm 1 along `axis`."""
+    return w / (_norms(w, axis) + 1e-7)
+
+
+def min_max_norm(w: Tensor, min_value: float = 0.0, max_value: float = 1.0, rate: float = 1.0, axis: int = 0) -> Tensor:
+    """Move norms along `axis` into `[min_value, max_value]`, by the share `rate` of the way."""
+    norms = _norms(w, axis)
+    wanted = rate * norms.clamp(min_value, max_value) + (1.0 - rate) * norms
+    return w * (wanted / (norms + 1e-7))
+
+
+CONSTRAINTS: dict[str, Callable[..., Any]] = {
+    "max_norm": max_norm,
+    "min_max_norm": min_max_norm,
+    "non_neg": non_neg,
+    "unit_norm": unit_norm,
+}
+
+
+# ── What was given, as a function ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _snake(name: str) -> str:
+    return name if name == name.lower() else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def find(given: Given, table: Mapping[str, Callable[..., Any]], argument: str) -> Callable[[Tensor], Any] | None:
+    """Return the function that `given` stands for in `table`, None for None.
+
+    Raises:
+        ValueError: a name that isn't in the table.
+        TypeError: neither a name, a description nor a callable; or a setting that the function does not take.
+    """
+    settings: dict[str, Any] = {}
+    name = given
+    if isinstance(given, Mapping):
+        name, settings = given.get("class_name"), dict(given.get("config") or {})
+        if "class_name" not in given:
+            raise ValueError(f"expected {argument} to have a 'class_name', got {dict(given)!r}")
+    if name is None or (callable(name) and not isinstance(name, str)):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"expected {argument} to be a name, a description or a callable, got {type(name).__name__}")
+    function = table.get(_snake(name))
+    if function is None:
+        raise ValueError(f"expected {argument} to be one of {', '.join(table)} or a callable, got {name!r}")
+    seed = settings.pop("seed", None)
+    if isinstance(seed, int):
+        return partial(_seeded, function, seed, settings)
+    return partial(function, **settings) if settings else function
+
+
+def _seeded(function: Callable[..., Any], seed: int, settings: dict[str, Any], w: Tensor) -> Any:
+    return function(w, **settings, generator=torch.Generator(w.device).manual_seed(seed))
+
+
+@torch.no_grad()
+def fill(w: Tensor, initializer: Callable[[Tensor], Any]) -> None:
+    """Initialise `w` in place, whether `initializer` works in place or returns the values."""
+    values = initializer(w)
+    if isinstance(values, Tensor) and values is not w:
+        w.copy_(values)
