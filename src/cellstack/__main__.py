@@ -1,0 +1,8 @@
+"""`python -m cellstack` and `torchrun -m cellstack` are the command `cellstack`."""
+
+import sys
+
+from cellstack.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Checkpoints: all that a training needs to go on as if it had never stopped, in a file that is whole or absent."""
+
+from __future__ import annotations
+
+import os
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from cellstack.formats.files import replacing
+from cellstack.spec import FormatError
+
+VERSION = 1
+
+
+def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write `state` to `path`: a process that dies meanwhile leaves the file that was there before, whole."""
+    with replacing(path) as file:
+        torch.save({"cellstack_checkpoint": VERSION, **state}, file)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `save` wrote. Only tensors and plain values are read: nothing in the file is run.
+
+    Raises:
+        FormatError: the file is damaged, or no checkpoint of this version.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise FormatError(
+            f"{path}: expected a checkpoint, found a file that torch can't read: {_line(error)}"
+        ) from None
+    if not isinstance(state, dict) or state.get("cellstack_checkpoint") != VERSION:
+        raise FormatError(f"{path}: expected a checkpoint of version {VERSION}, found something else")
+    return state
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

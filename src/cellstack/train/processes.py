@@ -1,0 +1,80 @@
+"""One process or many: who this process is, and what the processes add up together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those that train together.
+
+    Args:
+        rank: number of this process, from 0.
+        world: how many there are.
+        device: where this process computes.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def rows(self, size: int) -> NDArray[np.int64]:
+        """Return this process's rows of a batch of `size`: every `world`-th one; none where the batch is too small."""
+        return np.arange(self.rank, size, self.world)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model with gradients averaged over the processes."""
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def add(self, values: list[float]) -> list[float]:
+        """Return the sums over all processes."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+@contextmanager
+def processes(device: str = "auto") -> Iterator[Processes]:
+    """Join the processes that `torchrun` started, or be the only one; leave at the end.
+
+    Args:
+        device: `"cpu"`, `"cuda"`, or `"auto"`: CUDA where there is a GPU for each process of this machine, else the
+            CPU. Processes meet through NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        ValueError: another device, or CUDA where there is none.
+    """
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"expected device auto, cpu or cuda, got {device!r}")
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device == "cuda" and gpus < needed:
+        raise ValueError(f"expected {needed} GPU(s) for device cuda, found {gpus}")
+    use_gpu = device != "cpu" and gpus >= needed
+    place = torch.device("cuda", local) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(place)
+    if world == 1:
+        yield Processes(device=place)
+        return
+    dist.init_process_group("nccl" if use_gpu else "gloo")
+    try:
+        yield Processes(dist.get_rank(), world, place)
+    finally:
+        dist.destroy_process_group()

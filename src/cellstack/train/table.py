@@ -1,0 +1,209 @@
+"""Read a CSV file as an evenly spaced time series. Needs no torch."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.spec import FormatError
+
+MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}
+DATES = ("%Y%m%d", "%Y/%m/%d", "%Y-%m", "%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """Distance between two rows: whole calendar months, or else seconds."""
+
+    months: int = 0
+    seconds: float = 0.0
+
+    @property
+    def season(self) -> int:
+        """Rows in the next longer natural period: a day of hours, a week of days, a year of weeks or of months."""
+        if self.months:
+            return 12 // self.months if 12 % self.months == 0 else 1
+        days = self.seconds / 86_400
+        return max(1, round(1 / days) if days < 1 else {1: 7, 7: 52}.get(round(days), 1))
+
+    def after(self, start: datetime, rows: int) -> datetime:
+        """Date of the row that stands `rows` after the one at `start`."""
+        if not self.months:
+            return start + timedelta(seconds=self.seconds * rows)
+        month = start.year * 12 + start.month - 1 + self.months * rows
+        last = _days_in_month(month)
+        at_end = start.day == _days_in_month(start.year * 12 + start.month - 1)
+        return start.replace(year=month // 12, month=month % 12 + 1, day=last if at_end else min(start.day, last))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of a series, one row a step of time.
+
+    Args:
+        columns: float64 `[N]` by name, NaN where a value is missing. Dates that the file leaves out are rows too,
+            all NaN.
+        texts: names of the columns that hold no numbers.
+        dates: of each row; None where the file has no column of dates.
+        date: name of the column of dates.
+        spacing: between two rows; None without dates.
+    """
+
+    path: str
+    columns: dict[str, NDArray[np.float64]]
+    texts: tuple[str, ...]
+    dates: list[datetime] | None
+    date: str | None
+    spacing: Spacing | None
+
+    def __len__(self) -> int:
+        """Rows N."""
+        return len(next(iter(self.columns.values())))
+
+    def date_after(self, rows: int) -> str | None:
+        """Date of the row that stands `rows` after the last one, in ISO form; None without dates."""
+        if self.dates is None or self.spacing is None:
+            return None
+        date = self.spacing.after(self.dates[-1], rows)
+        return date.isoformat() if (date.hour, date.minute, date.second) != (0, 0, 0) else date.date().isoformat()
+
+
+def read_csv(path: str | os.PathLike[str]) -> Table:
+    """Read a CSV file with a line of names, separated by commas, semicolons or tabs.
+
+    The first column whose cells are all dates in rising order gives the dates. Of the others, those of numbers are kept
+    and the rest is named.
+
+    Raises:
+        FormatError: not such a file; the message names the line, what was expected and what was found.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+    first = text.partition("\n")[0]
+    reader = csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count))
+    names = [name.strip() for name in next(reader, [])]
+    if not names or any(not name or _is_number(name) for name in names):
+        raise FormatError(f"{path}: line 1: expected the columns' names, found {first.strip()[:60]!r}")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise FormatError(f"{path}: line 1: expected a name once, found {name!r} {count} times")
+    rows: list[list[str]] = []
+    numbers: list[int] = []
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(names):
+                raise FormatError(f"{path}: line {reader.line_num}: expected {len(names)} cells, found {len(row)}")
+            rows.append([cell.strip() for cell in row])
+            numbers.append(reader.line_num)
+    except csv.Error as error:
+        raise FormatError(f"{path}: line {reader.line_num}: {error}") from None
+    if len(rows) < 2:
+        raise FormatError(f"{path}: expected at least two rows below the names, found {len(rows)}")
+    cells = dict(zip(names, zip(*rows, strict=True), strict=True))
+    dates, date = None, None
+    for name in names:
+        if (dates := _dates(cells[name])) is not None:
+            date = name
+            break
+    columns, texts = {}, []
+    for name in names:
+        if name == date:
+            continue
+        values = _numbers(path, name, cells[name], numbers)
+        if values is None:
+            texts.append(name)
+        else:
+            columns[name] = values
+    if not columns:
+        raise FormatError(f"{path}: expected a column of numbers, found none in {', '.join(names)}")
+    spacing = None
+    if dates is not None:
+        spacing, at, dates = _grid(path, dates)
+        columns = {name: _spread(values, at) for name, values in columns.items()}
+    return Table(str(path), columns, tuple(texts), dates, date, spacing)
+
+
+def _numbers(path: Path, name: str, cells: tuple[str, ...], lines: list[int]) -> NDArray[np.float64] | None:
+    """Return a column of numbers, or None where its first cell that isn't empty is none."""
+    present = [cell for cell in cells if cell.lower() not in MISSING]
+    if present and not _is_number(present[0]):
+        return None
+    values = np.full(len(cells), np.nan)
+    for n, cell in enumerate(cells):
+        if cell.lower() in MISSING:
+            continue
+        if not _is_number(cell):
+            raise FormatError(f"{path}: line {lines[n]}: expected a number in column {name!r}, found {cell[:40]!r}")
+        values[n] = float(cell)
+    return values
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return bool(np.isfinite(float(cell)))
+    except ValueError:
+        return False
+
+
+def _dates(cells: tuple[str, ...]) -> list[datetime] | None:
+    """Return the column's dates, None where a cell is no date or they don't rise."""
+    for parse in (datetime.fromisoformat, *(lambda cell, form=form: datetime.strptime(cell, form) for form in DATES)):
+        try:
+            dates = [parse(cell) for cell in cells]
+        except ValueError:
+            continue
+        aware = {date.tzinfo is None for date in dates}
+        if len(aware) == 1 and all(a < b for a, b in pairwise(dates)):
+            return dates
+    return None
+
+
+def _grid(path: Path, dates: list[datetime]) -> tuple[Spacing, NDArray[np.int64], list[datetime]]:
+    """Return the spacing, the place of each date on the even grid, and the grid's dates."""
+    months = np.array([date.year * 12 + date.month - 1 for date in dates])
+    ends = [date.day == _days_in_month(month) for date, month in zip(dates, months, strict=True)]
+    same_day = len({(date.day, date.time()) for date in dates}) == 1
+    gaps = np.diff(months)
+    if gaps.min() >= 1 and (same_day or all(ends)):
+        spacing = Spacing(months=int(gaps.min()))
+        at = (months - months[0]) / spacing.months
+    else:
+        seconds = np.array([(date - dates[0]).total_seconds() for date in dates])
+        spacing = Spacing(seconds=float(Counter(np.diff(seconds)).most_common(1)[0][0]))
+        at = seconds / spacing.seconds
+    places = np.rint(at).astype(np.int64)
+    uneven = np.flatnonzero(np.abs(at - places) > 1e-6)
+    if len(uneven):
+        date = dates[uneven[0]].isoformat()
+        unit = f"{spacing.months} months" if spacing.months else str(timedelta(seconds=spacing.seconds))
+        raise FormatError(f"{path}: expected dates spaced evenly by {unit}, found {date}, which lies between two steps")
+    if places[-1] >= 20 * len(dates):
+        raise FormatError(
+            f"{path}: expected dates without long gaps, found {places[-1] + 1} steps for {len(dates)} rows"
+        )
+    return spacing, places, [spacing.after(dates[0], n) for n in range(int(places[-1]) + 1)]
+
+
+def _spread(values: NDArray[np.float64], at: NDArray[np.int64]) -> NDArray[np.float64]:
+    out = np.full(int(at[-1]) + 1, np.nan)
+    out[at] = values
+    return out
+
+
+def _days_in_month(month: int) -> int:
+    start = datetime(month // 12, month % 12 + 1, 1)
+    return ((start + timedelta(days=32)).replace(day=1) - start).days

@@ -1,0 +1,175 @@
+"""Read sequences in the `.ts` format of the UCR and UEA archives. Needs no torch.
+
+Ref: Bagnall et al. 2018, "The UEA multivariate time series classification archive", section 2.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.spec import FormatError
+
+MISSING = {"?", "nan", ""}
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of one file, each with a class, with a target, or with neither.
+
+    Args:
+        x: one `[T, I]` float32 array a sequence, in the file's units; NaN where a value is missing.
+        y: `[N]`; int64 positions in `labels`, or float32 targets where `labels` is empty; None where the file has
+            neither.
+        labels: names of the classes.
+        name: the file's problem name, or its stem.
+    """
+
+    x: list[NDArray[np.float32]]
+    y: NDArray | None
+    labels: tuple[str, ...]
+    name: str
+
+    @property
+    def channels(self) -> int:
+        """Width I of a step."""
+        return self.x[0].shape[1]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Steps T of each sequence, `[N]`."""
+        return np.array([len(x) for x in self.x], np.int64)
+
+
+def read_ts(path: str | os.PathLike[str], labels: tuple[str, ...] | None = None) -> Sequences:
+    """Read a `.ts` file: univariate or multivariate, of equal or unequal length, with classes, targets or neither.
+
+    Args:
+        path: the file.
+        labels: names of the classes, in the order of a model trained before; as the file declares them where None.
+
+    Raises:
+        FormatError: the file can't be read as `.ts`; the message names the line, what was expected and what was found.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    header: dict[str, list[str]] = {}
+    rows: list[tuple[int, str]] = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+    in_data = False
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith(("#", "%")):
+            continue
+        if in_data:
+            rows.append((number, line))
+        elif line.startswith("@"):
+            key, *values = line[1:].split()
+            in_data = key.lower() == "data"
+            header[key.lower()] = values
+        else:
+            raise _error(path, number, "a header line that starts with @, or @data before the first sequence", line)
+    if not in_data:
+        raise FormatError(f"{path}: expected a line @data, found none in {len(lines)} lines")
+    if not rows:
+        raise FormatError(f"{path}: expected at least one sequence after @data, found none")
+    if _flag(path, header, "timestamps"):
+        raise FormatError(f"{path}: expected @timeStamps false, found true: only evenly spaced steps can be read")
+    reader = _Rows(path, header, labels)
+    x, y = zip(*(reader.sequence(number, line) for number, line in rows), strict=True)
+    name = " ".join(header.get("problemname", [])) or path.stem
+    return Sequences(list(x), reader.column(y), reader.labels, name)
+
+
+class _Rows:
+    """Reads lines after @data, and holds each against what the header and the lines before say."""
+
+    def __init__(self, path: Path, header: dict[str, list[str]], labels: tuple[str, ...] | None):
+        self.path = path
+        self.classes = _flag(path, header, "classlabel")
+        self.targets = not self.classes and _flag(path, header, "targetlabel")
+        declared = tuple(header.get("classlabel", [])[1:]) if self.classes else ()
+        if self.classes and not declared:
+            raise FormatError(f"{path}: expected the classes' names after @classLabel true, found none")
+        self.labels = declared if labels is None or not self.classes else labels
+        self.codes = {label: code for code, label in enumerate(self.labels)}
+        univariate = _flag(path, header, "univariate")
+        self.channels = _count(path, header, "dimensions") or _count(path, header, "dimension") or int(univariate)
+        self.equal = _flag(path, header, "equallength")
+        self.length = _count(path, header, "serieslength") if self.equal else 0
+        self.missing = "missing" not in header or _flag(path, header, "missing")
+
+    def sequence(self, number: int, line: str) -> tuple[NDArray[np.float32], str]:
+        """Return the line's `[T, I]` values, and its class or target as text."""
+        parts = line.split(":")
+        label = parts.pop().strip() if self.classes or self.targets else ""
+        self.channels = self.channels or len(parts)
+        if len(parts) != self.channels:
+            raise _error(self.path, number, f"{self.channels} channel(s) separated by ':'", str(len(parts)))
+        values = [self._channel(number, part) for part in parts]
+        lengths = {len(channel) for channel in values}
+        if len(lengths) > 1:
+            raise _error(self.path, number, "channels of one length", f"lengths {sorted(lengths)}")
+        if self.equal:
+            self.length = self.length or len(values[0])
+            if len(values[0]) != self.length:
+                raise _error(self.path, number, f"{self.length} steps (@equalLength true)", str(len(values[0])))
+        if self.classes and label not in self.codes:
+            raise _error(self.path, number, f"a class out of {', '.join(self.labels)}", repr(label))
+        if self.targets:
+            _number(self.path, number, label)
+        return np.array(values, np.float32).T.copy(), label
+
+    def column(self, texts: tuple[str, ...]) -> NDArray | None:
+        """Return classes as positions, or targets as numbers."""
+        if self.classes:
+            return np.array([self.codes[text] for text in texts], np.int64)
+        return np.array([float(text) for text in texts], np.float32) if self.targets else None
+
+    def _channel(self, number: int, text: str) -> list[float]:
+        if not text.strip():
+            raise _error(self.path, number, "at least one value a channel", "none")
+        values = []
+        for item in map(str.strip, text.split(",")):
+            if item.lower() not in MISSING:
+                values.append(_number(self.path, number, item))
+            elif self.missing:
+                values.append(np.nan)
+            else:
+                raise _error(self.path, number, "a number (the header says @missing false)", repr(item))
+        return values
+
+
+def _number(path: Path, number: int, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise _error(path, number, "a number", repr(text)) from None
+    if not abs(value) <= np.finfo(np.float32).max:
+        raise _error(path, number, "a finite number that float32 holds", repr(text))
+    return value
+
+
+def _flag(path: Path, header: dict[str, list[str]], key: str) -> bool:
+    value = (header.get(key) or ["false"])[0].lower()
+    if value not in ("true", "false"):
+        raise FormatError(f"{path}: expected true or false after @{key}, found {value!r}")
+    return value == "true"
+
+
+def _count(path: Path, header: dict[str, list[str]], key: str) -> int:
+    text = (header.get(key) or ["0"])[0]
+    if not text.isdigit():
+        raise FormatError(f"{path}: expected a whole number after @{key}, found {text!r}")
+    return int(text)
+
+
+def _error(path: Path, number: int, expected: str, found: str) -> FormatError:
+    found = found if len(found) <= 60 else found[:57] + "..."
+    return FormatError(f"{path}: line {number}: expected {expected}, found {found}")
