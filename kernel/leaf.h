@@ -56,6 +56,21 @@ struct Backward {
     T* dz;                         // out, [blocks][steps·batch][4][W], row t·batch + b
 };
 
+// Gradients of one block's weights: sums over m of a[m]ᵀ·dz[m], where a is x for the kernel and h_prev for the
+// recurrent kernel. Both and the bias go over dz together, since dz is what does not fit into the cache.
+template <class T>
+struct WeightGradient {
+    const T* dz;                   // [dz_rows][4][W]
+    int64_t dz_rows, units, block;
+    struct {
+        const T* const* rows;      // dz_rows rows of `columns`
+        int64_t columns;           // 0: not wanted
+        T* out;                    // [columns, 4H]
+        T* scratch;                // columns·4·W
+    } of[2];
+    T* bias;                       // [4H] or null
+};
+
 template <class T>
 struct Leaf {
     int width;
@@ -68,11 +83,7 @@ struct Leaf {
     // out[m] (rows of `columns`) = dz[m]·kernelᵀ for m in [first, last) of the rows·steps; row m goes to out[m]
     void (*input_gradient)(const T* dz, int64_t blocks, int64_t dz_rows, const T* kernel_t, int64_t columns,
                            int64_t first, int64_t last, T* const* out);
-    // gradient [columns, 4H] of one block: sum over m of a[m]ᵀ·dz[block][m]; `scratch` holds columns·4·W
-    void (*weight_gradient)(const T* dz_block, const T* const* a, int64_t dz_rows, int64_t columns, int64_t units,
-                            int64_t block, T* out, T* scratch);
-    // gradient [4H] of one block's bias
-    void (*bias_gradient)(const T* dz_block, int64_t dz_rows, int64_t units, int64_t block, T* out);
+    void (*weight_gradient)(const WeightGradient<T>&);
     void (*activate)(int activation, const T* x, T* y, int64_t n);
 };
 

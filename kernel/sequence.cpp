@@ -265,7 +265,7 @@ void lstm_backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>
     const int64_t transposed_in = g.dx ? Parts<T>::size(input_columns * blocks * wide) : 0;
     const int64_t all_dz = Parts<T>::size(blocks * rows_in_all * wide);
     const int64_t dropped = s.recurrent_dropout ? Parts<T>::size(rows_in_all * H) : 0;
-    const int64_t one_gradient = Parts<T>::size(std::max(I, H) * wide);
+    const int64_t one_gradient = Parts<T>::size((I + H) * wide);
     Scratch<T> scratch(2 * state + transposed + transposed_in + all_dz + dropped + threads * one_gradient +
                        Parts<T>::size(H));
     Parts<T> parts(scratch.get());
@@ -324,20 +324,20 @@ void lstm_backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>
     // Every task writes a part of its own, so the bits do not depend on which thread takes it.
     constexpr int64_t kInputRows = 384;
     const int64_t input_tasks = g.dx ? ceil_div(rows_in_all, kInputRows) : 0;
-    const int64_t tasks = input_tasks + blocks;
+    const int64_t weight_tasks = g.dkernel || g.drecurrent_kernel || g.dbias ? blocks : 0;
+    const int64_t tasks = input_tasks + weight_tasks;
     std::atomic<int64_t> next{0};
     parallel(int(std::min<int64_t>(threads, tasks)), [&](int k) {
         FlushDenormals flush;
         T* own = gradients + k * one_gradient;
         for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-            if (task < blocks) {
-                const T* dz_block = dz + task * rows_in_all * wide;
-                if (g.dkernel) leaf.weight_gradient(dz_block, x_rows.data(), rows_in_all, I, H, task, g.dkernel, own);
-                if (g.drecurrent_kernel)
-                    leaf.weight_gradient(dz_block, h_rows.data(), rows_in_all, H, H, task, g.drecurrent_kernel, own);
-                if (g.dbias) leaf.bias_gradient(dz_block, rows_in_all, H, task, g.dbias);
+            if (task < weight_tasks) {
+                leaf.weight_gradient({dz + task * rows_in_all * wide, rows_in_all, H, task,
+                                      {{x_rows.data(), g.dkernel ? I : 0, g.dkernel, own},
+                                       {h_rows.data(), g.drecurrent_kernel ? H : 0, g.drecurrent_kernel, own + I * wide}},
+                                      g.dbias});
             } else {
-                const int64_t first = (task - blocks) * kInputRows;
+                const int64_t first = (task - weight_tasks) * kInputRows;
                 leaf.input_gradient(dz, blocks, rows_in_all, kernel_t, I, first,
                                     std::min(rows_in_all, first + kInputRows), dx_rows.data());
             }

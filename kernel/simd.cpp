@@ -419,33 +419,28 @@ INLINE void weight_tile(const T* dz, const T* const* a, int64_t rows, int64_t co
 }
 
 template <class T>
-void weight_gradient(const T* dz, const T* const* a, int64_t dz_rows, int64_t columns, int64_t units, int64_t block,
-                     T* out, T* scratch) {
+void weight_gradient(const WeightGradient<T>& f) {
     constexpr int W = Vec<T>::W;
-    for (int64_t m = 0; m < dz_rows; m += kChunk) {
-        const int64_t rows = dz_rows - m < kChunk ? dz_rows - m : kChunk;
-        tiles(columns, [&](auto R, int64_t column) INLINED {
-            weight_tile<T, R>(dz + m * 4 * W, a + m, rows, column, m > 0, scratch);
-        });
+    V<T> bias[4];
+    unroll<4>([&](auto v) INLINED { bias[v] = splat(T(0)); });
+    for (int64_t m = 0; m < f.dz_rows; m += kChunk) {
+        const int64_t rows = f.dz_rows - m < kChunk ? f.dz_rows - m : kChunk;
+        const T* dz = f.dz + m * 4 * W;
+        for (const auto& of : f.of)
+            tiles(of.columns, [&](auto R, int64_t column) INLINED {
+                weight_tile<T, R>(dz, of.rows + m, rows, column, m > 0, of.scratch);
+            });
+        for (int64_t k = 0; k < rows; ++k)
+            unroll<4>([&](auto v) INLINED { bias[v] += load(dz + (k * 4 + v) * W); });
     }
-    const int64_t left = units - block * W;
+    const int64_t left = f.units - f.block * W;
     const int lanes = left < W ? int(left) : W;
-    for (int64_t k = 0; k < columns; ++k)
-        for (int gate = 0; gate < 4; ++gate)
-            store_lanes(out + k * 4 * units + gate * units + block * W,
-                        dz_rows ? load(scratch + (k * 4 + gate) * W) : splat(T(0)), lanes);
-}
-
-template <class T>
-void bias_gradient(const T* dz, int64_t dz_rows, int64_t units, int64_t block, T* out) {
-    constexpr int W = Vec<T>::W;
-    V<T> sums[4];
-    unroll<4>([&](auto v) INLINED { sums[v] = splat(T(0)); });
-    for (int64_t m = 0; m < dz_rows; ++m)
-        unroll<4>([&](auto v) INLINED { sums[v] += load(dz + (m * 4 + v) * W); });
-    const int64_t left = units - block * W;
-    const int lanes = left < W ? int(left) : W;
-    unroll<4>([&](auto v) INLINED { store_lanes(out + v * units + block * W, sums[v], lanes); });
+    for (const auto& of : f.of)
+        for (int64_t k = 0; k < of.columns; ++k)
+            for (int gate = 0; gate < 4; ++gate)
+                store_lanes(of.out + k * 4 * f.units + gate * f.units + f.block * W,
+                            f.dz_rows ? load(of.scratch + (k * 4 + gate) * W) : splat(T(0)), lanes);
+    if (f.bias) unroll<4>([&](auto v) INLINED { store_lanes(f.bias + v * f.units + f.block * W, bias[v], lanes); });
 }
 
 template <class T>
@@ -460,7 +455,7 @@ void activate(int activation, const T* x, T* y, int64_t n) {
 template <class T>
 constexpr Leaf<T> leaf() {
     return {Vec<T>::W,         pack<T>,           pack_transposed<T>, forward<T>, backward<T>,
-            input_gradient<T>, weight_gradient<T>, bias_gradient<T>,   activate<T>};
+            input_gradient<T>, weight_gradient<T>, activate<T>};
 }
 
 #define NAME_OF(x) #x

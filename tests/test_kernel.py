@@ -9,6 +9,7 @@ import pytest
 from cellstack import _kernel, reference
 from cellstack.spec import ACTIVATIONS
 
+SIGMAS = ("sigmoid", "hard_sigmoid", "linear", "relu")
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 
 
@@ -89,7 +90,7 @@ def test_forward_and_backward_follow_the_reference(isa, shape, dtype, reverse, m
     assert_same(native.backward(got, **arrays, **d, **flags, threads=2), law_gradients, TOLERANCE[dtype] * 10)
 
 
-@pytest.mark.parametrize(("phi", "sigma"), itertools.product(ACTIVATIONS, ("sigmoid", "hard_sigmoid", "linear", "relu")))
+@pytest.mark.parametrize(("phi", "sigma"), [*itertools.product(ACTIVATIONS, SIGMAS)])
 def test_every_activation(isa, phi, sigma):
     arrays, rng = make(7, 3, 6, 5, 9, np.float64)
     flags = {"activation": phi, "recurrent_activation": sigma}
