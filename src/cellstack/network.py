@@ -135,7 +135,7 @@ class Network:
     >>> net(np.zeros((5, 7, 3))).shape
     (5, 2)
     >>> net
-    Network of float64: [B, T, 3] -> [B, 2], 138 numbers
+    Network of float64: [B, T, 3] -> [B, 2], 136 numbers
       layer_0  Recurrent  LSTM 3 -> 4  [B, 4]  128
       layer_1  Dense      linear       [B, 2]    8
     """

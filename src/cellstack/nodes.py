@@ -32,8 +32,10 @@ class Flow(NamedTuple):
 
 def softmax(z: Array) -> Array:
     """Softmax over the last axis, shifted by the largest value so that nothing overflows."""
-    e = np.exp(z - np.max(z, axis=-1, keepdims=True))
-    return e / np.sum(e, axis=-1, keepdims=True)
+    e = z - np.maximum.reduce(z, axis=-1, keepdims=True)  # the ufuncs' own reduce: np.max costs a stream more
+    np.exp(e, out=e)
+    e /= np.add.reduce(e, axis=-1, keepdims=True)
+    return e
 
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
@@ -251,11 +253,10 @@ class Dense(Node):
         Each row is a product of its own, so that a row's bits don't depend on how many rows come with it: a matrix
         product may sum in another order for another number of rows, and a stream must equal a pass bit for bit.
         """
-        rows = np.ascontiguousarray(x).reshape(-1, 1, self.kernel.shape[0])
-        z = np.matmul(rows, self.kernel).reshape(*x.shape[:-1], self.kernel.shape[1])
+        z = np.matmul(np.ascontiguousarray(x)[..., None, :], self.kernel)[..., 0, :]
         if self.bias is not None:
             z += self.bias
-        return ACTIVATION_FUNCTIONS[self.activation](z)
+        return z if self.activation == "linear" else ACTIVATION_FUNCTIONS[self.activation](z)
 
     @property
     def summary(self) -> str:
