@@ -1,0 +1,312 @@
+"""Streams: the same bits at any chunking, states that don't touch, and what a stream can't run."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import make_cell, make_network, make_states
+
+from cellstack import Activation, Bidirectional, Dense, Network, Pool, Recurrent, ShapeError, State
+
+DTYPES = st.sampled_from(["float32", "float64"])
+
+
+def make_x(net, batch, steps, seed=0):
+    return np.random.default_rng(seed).normal(size=(batch, steps, net.input_size)).astype(net.dtype)
+
+
+def make_lstm(inputs=3, units=(4,), dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    widths = (inputs, *units)
+    return Network([Recurrent(tuple(make_cell(rng, i, h, dtype) for i, h in zip(widths, units, strict=False)))])
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    dtype=DTYPES,
+    batch=st.integers(1, 9),
+    chunks=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    steps_alone=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_chunking_gives_the_same_bits(seed, dtype, batch, chunks, steps_alone):
+    net = make_network(seed, dtype, streams=True)
+    total = sum(chunks)
+    x = make_x(net, batch, total, seed)
+    start = make_states(np.random.default_rng(seed), net, batch)
+    whole, stream = net.stream(batch), net.stream(batch)
+    whole.state = stream.state = start
+    y, parts, at = whole.run(x), [], 0
+    for size in chunks:
+        if size == 1 or steps_alone:
+            parts += [stream.step(x[:, t])[:, None] for t in range(at, at + size)]
+        else:
+            parts.append(stream.run(x[:, at : at + size]))
+        at += size
+    assert y.dtype == dtype
+    assert np.array_equal(np.concatenate([y[:, :0], *parts], axis=1), y)
+    expected, after = net.run(x, state=start)
+    for one, other, third in zip(whole.state, stream.state, after, strict=True):
+        assert same(one, other)
+        assert same(one, third)
+    if total and expected.ndim == 3:
+        assert np.array_equal(y, expected)
+    elif total:
+        assert np.array_equal(y[:, -1], expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_step_is_what_the_network_returns_after_that_frame(seed):
+    nodes = make_network(seed, streams=True).nodes
+    net = (
+        Network([*nodes, Pool("last")])
+        if Network(nodes)(np.zeros((1, 1, nodes[0].input_size))).ndim == 3
+        else Network(nodes)
+    )
+    x, stream = make_x(net, 2, 6), net.stream(2)
+    expected = np.stack([net(x[:, : t + 1]) for t in range(6)], axis=1)
+    assert np.array_equal(np.stack([stream.step(x[:, t]) for t in range(6)], axis=1), expected)
+    stream.reset()
+    assert np.array_equal(stream.run(x), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize(("inputs", "units"), [(1, (1,)), (12, (64, 64)), (128, (128,)), (5, (17, 3, 33))])
+def test_wide_layers_too(inputs, units, batch):
+    net = Network(
+        [*make_lstm(inputs, units).nodes, Dense(np.random.default_rng(1).normal(size=(units[-1], 40)).astype("f4"))]
+    )
+    x, stream = make_x(net, batch, 30), net.stream(batch)
+    steps = np.stack([stream.step(x[:, t]) for t in range(30)], axis=1)
+    assert np.array_equal(steps, net(x))
+    assert same([s for pair in stream.state for s in pair], [s for pair in net.run(x)[1] for s in pair])
+
+
+@given(order=st.lists(st.integers(0, 2), max_size=30), seed=st.integers(0, 100))
+@settings(max_examples=30, deadline=None)
+def test_streams_that_interleave_don_t_touch(order, seed):
+    net = make_network(seed, streams=True)
+    streams = [net.stream(2) for _ in range(3)]
+    xs = [make_x(net, 2, 30, n) for n in range(3)]
+    seen = [[] for _ in range(3)]
+    for which in order:
+        seen[which].append(streams[which].step(xs[which][:, len(seen[which])]))
+    for n in range(3):
+        expected = net.stream(2).run(xs[n])
+        for t, y in enumerate(seen[n]):
+            assert np.array_equal(y, expected[:, t])
+
+
+def test_rows_don_t_touch():
+    net = make_lstm(3, (20, 5))
+    x = make_x(net, 4, 6)
+    clean = net.stream(4).run(x)
+    x[2, 1] = np.nan
+    spoilt = net.stream(4).run(x)
+    assert np.array_equal(spoilt[[0, 1, 3]], clean[[0, 1, 3]])
+    assert np.isnan(spoilt[2, 1:]).all()
+
+
+def test_threads_each_with_a_stream():
+    net = make_lstm(3, (30, 30))
+    x, expected, wrong = make_x(net, 1, 200), make_lstm(3, (30, 30))(make_x(net, 1, 200)), []
+
+    def work():
+        stream = net.stream()
+        wrong.extend(t for t in range(200) if not np.array_equal(stream.step(x[:, t]), expected[:, t]))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# ── state ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_state_comes_and_goes_as_copies():
+    net = make_lstm(3, (4, 5))
+    x, stream = make_x(net, 2, 8), net.stream(2)
+    assert [pair.shape for pair in stream.state] == [(2, 2, 4), (2, 2, 5)]
+    assert all((array == 0).all() for pair in stream.state for array in pair)
+    stream.run(x[:, :4])
+    kept = stream.state
+    rest = stream.run(x[:, 4:])
+    kept_before = [array.copy() for pair in kept for array in pair]
+    stream.state = kept
+    kept[0].h[:] = 9  # ours again
+    assert np.array_equal(stream.run(x[:, 4:]), rest)
+    stream.state = [State(*kept_before[:2]), kept_before[2:]]  # any pairs will do
+    assert np.array_equal(stream.run(x[:, 4:]), rest)
+
+
+def test_a_fork_goes_its_own_way():
+    net = make_lstm(3, (4,))
+    x, stream = make_x(net, 1, 9), net.stream()
+    stream.run(x[:, :5])
+    other = stream.fork()
+    expected = net(x)
+    assert np.array_equal(other.run(x[:, 5:]), expected[:, 5:])
+    assert np.array_equal(stream.run(x[:, 5:]), expected[:, 5:])
+    assert other.network is net
+
+
+@pytest.mark.parametrize(
+    ("rows", "hit"),
+    [
+        (None, [0, 1, 2, 3]),
+        (2, [2]),
+        (-1, [3]),
+        ([0, 3], [0, 3]),
+        (np.array([3, 1]), [1, 3]),
+        (slice(1, 3), [1, 2]),
+        ([True, False, False, True], [0, 3]),
+        ([], []),
+    ],
+)
+def test_reset_of_some_rows(rows, hit):
+    net = make_lstm(3, (4, 5))
+    x, stream = make_x(net, 4, 6), net.stream(4)
+    stream.run(x)
+    before = stream.state
+    stream.reset(rows)
+    for pair, old in zip(stream.state, before, strict=True):
+        for array, kept in zip(pair, old, strict=True):
+            for row in range(4):
+                assert np.array_equal(array[row], np.zeros_like(kept[row]) if row in hit else kept[row])
+    assert np.array_equal(stream.run(x)[hit], net(x)[hit])
+
+
+def test_reset_to_a_state_of_these_rows():
+    net = make_lstm(3, (4,))
+    stream, state = net.stream(3), make_states(np.random.default_rng(0), net, 2)
+    stream.reset([2, 0], state)
+    assert np.array_equal(stream.state[0].h[[2, 0, 1]], [*state[0].h, np.zeros(4)])
+    assert np.array_equal(stream.state[0].c[[2, 0, 1]], [*state[0].c, np.zeros(4)])
+
+
+def test_reset_clears_nan():
+    net = make_lstm(3, (4,))
+    stream, x = net.stream(2), make_x(net, 2, 3)
+    stream.run(x * np.float32("nan"))
+    stream.reset()
+    assert np.array_equal(stream.run(x), net(x))
+
+
+# ── frames of every kind ────────────────────────────────────────────────────────────────────────────────────────────
+
+FORMS = {
+    "float64": lambda x: x.astype("float64"),
+    "integers": lambda x: x.astype("int32"),
+    "lists": lambda x: x.tolist(),
+    "fortran order": np.asfortranarray,
+    "strided": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
+    "another byte order": lambda x: x.astype(">f4"),
+    "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    "unaligned": lambda x: np.frombuffer(b" " + x.tobytes(), x.dtype, offset=1).reshape(x.shape),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dense", [False, True])
+def test_any_array_gives_what_a_plain_one_gives(form, dense):
+    nodes = make_lstm(3, (4,)).nodes + ((Dense(np.ones((4, 2), "f4")),) if dense else ())
+    net = Network(nodes)
+    x = np.round(make_x(net, 2, 4) * 3)
+    stream, expected = net.stream(2), net(x)
+    assert np.array_equal(stream.run(FORMS[form](x)), expected)
+    stream.reset()
+    assert np.array_equal(np.stack([stream.step(FORMS[form](x[:, t])) for t in range(4)], axis=1), expected)
+
+
+@pytest.mark.parametrize("nodes", [(Activation("linear"),), (Pool("last"),), make_lstm().nodes])
+def test_what_is_returned_is_the_caller_s(nodes):
+    net = Network(nodes)
+    x, stream = np.ones((1, 3), "f4"), net.stream()
+    first = stream.step(x)
+    kept = first.copy()
+    second = stream.step(2 * x)
+    assert np.array_equal(first, kept)
+    second[:] = 7
+    chunk = stream.run(x[:, None])
+    chunk[:] = 7
+    assert (x == 1).all()
+
+
+def test_no_frames():
+    net = make_lstm(3, (4,))
+    stream = net.stream(2)
+    stream.run(make_x(net, 2, 3))
+    before = stream.state
+    assert stream.run(np.zeros((2, 0, 3))).shape == (2, 0, 4)
+    assert same(stream.state[0], before[0])
+
+
+# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+X = np.zeros((2, 3), "f4")
+CALLS = {
+    "rank": (lambda s: s.step(X[None]), ShapeError, r"x \[B, I=3\], got \(1, 2, 3\): one step has no time axis"),
+    "vector": (lambda s: s.step(X[0]), ShapeError, r"x \[B, I=3\], got \(3,\)"),
+    "width": (lambda s: s.step(X[:, :2]), ShapeError, r"I=3\], got \(2, 2\)"),
+    "batch": (lambda s: s.step(X[:1]), ShapeError, r"B=2, got \(1, 3\)"),
+    "dtype": (lambda s: s.step(X + 1j), TypeError, "real numbers, got complex64"),
+    "chunk rank": (lambda s: s.run(X), ShapeError, r"x \[B, T, I=3\], got \(2, 3\)"),
+    "chunk batch": (lambda s: s.run(X[:1, None]), ShapeError, r"B=2, got \(1, 1, 3\)"),
+    "state": (lambda s: setattr(s, "state", (State(X, X),)), ShapeError, r"h of state of layer 0 \[B=2, H=4\]"),
+    "states": (lambda s: setattr(s, "state", ()), ShapeError, "tuple of 1 State"),
+    "no state": (lambda s: setattr(s, "state", None), TypeError, "got None: reset"),
+    "row": (lambda s: s.reset(2), IndexError, "out of bounds"),
+    "rows": (lambda s: s.reset([0, 1], (State(X, X),)), ShapeError, r"\[B=2, H=4\], got \(2, 3\)"),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_bad_call_says_what_was_expected_and_changes_nothing(case, dense):
+    call, error, message = CALLS[case]
+    nodes = make_lstm().nodes + ((Activation("relu"),) if dense else ())
+    stream = Network(nodes).stream(2)
+    stream.step(X + 1)
+    before = stream.state
+    with pytest.raises(error, match=message):
+        call(stream)
+    assert same(stream.state[0], before[0])
+
+
+BACKWARDS = Recurrent(make_lstm(4).nodes[0].cells, go_backwards=True)
+
+
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [
+        (Pool("mean"), "layer_1: the mean over time is of the whole sequence"),
+        (Pool("max"), "layer_1: the max over time is of the whole sequence"),
+        (BACKWARDS, "layer_1: it runs backwards from the end of the sequence"),
+    ],
+)
+def test_a_network_that_needs_the_whole_sequence_is_no_stream(node, why):
+    with pytest.raises(ValueError, match=why) as error:
+        Network([*make_lstm().nodes, node]).stream()
+    assert "\n" not in str(error.value)
+
+
+def test_a_bidirectional_network_is_no_stream():
+    cells = make_lstm().nodes[0].cells
+    net = Network([Bidirectional(Recurrent(cells), Recurrent(cells, go_backwards=True))])
+    with pytest.raises(ValueError, match="layer_0: it runs backwards from the end of the sequence"):
+        net.stream()
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5, "2", None])
+def test_a_batch_is_a_number_of_rows(batch):
+    with pytest.raises(ValueError, match="batch to be an integer >= 1"):
+        make_lstm().stream(batch)
