@@ -145,6 +145,7 @@ bool is_double(const nb::handle& packed) { return nb::isinstance<Packed<double>>
 }  // namespace
 
 NB_MODULE(_kernel, m) {
+    nb::set_leak_warnings(false);  // weights that a module of the user's still holds at exit are no leak
     m.doc() = "The kernel: LSTM steps and sequences on the CPU. Addresses are integers; nothing checks shapes here.";
     bind<float>(m, "PackedSingle", "StreamSingle");
     bind<double>(m, "PackedDouble", "StreamDouble");
