@@ -1,0 +1,54 @@
+# Every target makes the virtual environment .venv and installs what it needs. PYTHON=… picks another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
+
+.PHONY: help demo test test-all lint format bench sanitize clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/installed  ## the whole story on real speech, in under a minute
+	$(BIN)/cellstack demo
+
+test: $(VENV)/tested  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow and not download"
+
+test-all: $(VENV)/tested  ## all tests that need no download
+	$(BIN)/python -m pytest -m "not download"
+
+lint: $(VENV)/tested  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror kernel/*.h kernel/*.cpp
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/tested  ## rewrite the sources in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i kernel/*.h kernel/*.cpp
+
+bench: $(VENV)/tested  ## cellstack beside its peers, in one run
+	$(BIN)/pip install -q -e '.[bench]'
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/inference.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/training.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python benchmarks/step.py
+
+sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
+	PYTHON=$(PYTHON) tests/sanitize.sh address,undefined libasan.so
+	PYTHON=$(PYTHON) tests/sanitize.sh thread libtsan.so
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) .venv-sanitize-* build .pytest_cache .ruff_cache .hypothesis cellstack-demo
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/pip install -q -e '.[torch]'
+	touch $@
+
+$(VENV)/tested: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/pip install -q -e '.[test,lint]'
+	touch $@ $(VENV)/installed
