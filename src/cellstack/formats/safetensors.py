@@ -152,7 +152,7 @@ def _parse(where: str, text: bytes | str) -> Any:
     except RecursionError:
         raise FormatError(f"{where}: expected a description, found JSON nested too deep") from None
     except ValueError as error:  # bad UTF-8, bad JSON, numbers beyond reason
-        raise FormatError(f"{where}: expected JSON, found {error}") from None
+        raise FormatError(f"{where}: expected JSON, found {str(error)[:300]}") from None
 
 
 def _take(where: str, table: Any, fields: dict[str, type]) -> list[Any]:
@@ -222,9 +222,9 @@ class _Reader:
         where = f"{self.path}: tensor {_short(name)}"
         tensor = self.left.pop(name, None)
         if tensor is None:
-            raise FormatError(f"{where}: expected it, with shape {list(shape)}, found no such tensor")
+            raise FormatError(f"{where}: expected it, with shape {_short(list(shape))}, found no such tensor")
         if tensor.shape != shape:
-            raise FormatError(f"{where}: expected shape {list(shape)}, found {_short(list(tensor.shape))}")
+            raise FormatError(f"{where}: expected shape {_short(list(shape))}, found {_short(list(tensor.shape))}")
         array = np.empty(shape, tensor.dtype)
         self.file.seek(self.start + tensor.begin)
         if self.file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
@@ -303,7 +303,7 @@ def _node(reader: _Reader, entry: Any) -> tuple[str, Node]:
     except FormatError:
         raise
     except (ValueError, TypeError) as error:  # what a node refuses in anybody's hands
-        raise FormatError(f"{reader.path}: {_short(name)}: {error}") from None
+        raise FormatError(f"{reader.path}: {_short(name)}: {str(error)[:300]}") from None
 
 
 def load(path: str) -> Network:
@@ -346,4 +346,4 @@ def _read(path: str, file: BufferedReader) -> Network:
     try:
         return Network([node for _, node in nodes], [name for name, _ in nodes], metadata)
     except (ValueError, TypeError) as error:
-        raise FormatError(f"{path}: {error}") from None
+        raise FormatError(f"{path}: {str(error)[:300]}") from None

@@ -1,0 +1,482 @@
+"""The native format: bit for bit there and back, damage of every kind, and saving that is whole or not at all."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from networks import make_cell, make_network
+
+import cellstack as cs
+from cellstack.formats.files import replacing
+
+
+def file_of(header, data=b"", length=None):
+    """A file's bytes from a header (JSON or bytes) and its arrays' bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def parts_of(blob):
+    """The header and the arrays' bytes of a file."""
+    size = int.from_bytes(blob[:8], "little")
+    return json.loads(blob[8 : 8 + size]), blob[8 + size :]
+
+
+def small():
+    rng = np.random.default_rng(0)
+    stack = cs.Recurrent((make_cell(rng, 3, 2), make_cell(rng, 2, 2, use_bias=False)))
+    ahead, back = cs.Recurrent((make_cell(rng, 2, 2),)), cs.Recurrent((make_cell(rng, 2, 2),), go_backwards=True)
+    dense = cs.Dense(rng.normal(size=(4, 2)).astype("f4"), np.ones(2, "f4"), "softmax")
+    nodes = [
+        cs.Standardise(np.zeros(3, "f4"), np.ones(3, "f4")),
+        stack,
+        cs.Bidirectional(ahead, back),
+        cs.Pool(),
+        dense,
+    ]
+    return cs.Network(nodes, ["scale", "stack", "both", "pool", "out"], {"labels": ["a", "b"]})
+
+
+@pytest.fixture(scope="module")
+def blob(tmp_path_factory):
+    path = tmp_path_factory.mktemp("native") / "net.safetensors"
+    small().save(path)
+    return path.read_bytes()
+
+
+# ── there and back ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seed", range(40))
+def test_a_network_comes_back_bit_for_bit(seed, dtype, tmp_path):
+    net = make_network(seed, dtype)
+    path = tmp_path / "net.safetensors"
+    cs.Network(net.nodes, [f"node {n}" for n in range(len(net.nodes))], {"seed": seed, "é": [None, {"x": 0.1}]}).save(
+        path
+    )
+    other = cs.load(path)
+    assert [type(node) for node in other.nodes] == [type(node) for node in net.nodes]
+    assert other.names == tuple(f"node {n}" for n in range(len(net.nodes)))
+    assert other.metadata == {"seed": seed, "é": [None, {"x": 0.1}]}
+    assert other.dtype == net.dtype
+    for one, two in zip(net.cells, other.cells, strict=True):
+        assert one.spec == two.spec
+        assert all(getattr(one, k).tobytes() == getattr(two, k).tobytes() for k in one.spec.shapes)
+    rng = np.random.default_rng(seed)
+    x, mask = rng.normal(size=(3, 5, net.input_size)), rng.random((3, 5)) < 0.7
+    assert np.array_equal(other(x, mask), net(x, mask))
+    again = tmp_path / "again.SafeTensors"
+    other.save(str(again))
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_weights_that_are_no_numbers_come_back(tmp_path):
+    kernel = np.array([[np.nan, np.inf], [-np.inf, -0.0]], "f4")
+    cs.Network([cs.Dense(kernel)]).save(tmp_path / "net.safetensors")
+    assert cs.load(tmp_path / "net.safetensors").nodes[0].kernel.tobytes() == kernel.tobytes()
+
+
+def test_other_readers_and_writers_of_safetensors_agree(blob, tmp_path):
+    path, other = tmp_path / "net.safetensors", tmp_path / "other.safetensors"
+    path.write_bytes(blob)
+    tensors = safetensors.numpy.load_file(path)
+    assert np.array_equal(tensors["stack/0/kernel"], small().nodes[1].cells[0].kernel)
+    assert len(tensors) == 15
+    with safetensors.safe_open(path, "np") as file:
+        metadata = file.metadata()
+    safetensors.numpy.save_file(tensors, other, metadata)  # its order of tensors is its own
+    x = np.random.default_rng(0).normal(size=(2, 4, 3))
+    assert np.array_equal(cs.load(other)(x), small()(x))
+
+
+def test_a_fresh_process_loads_and_runs_without_torch(blob, tmp_path):
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(blob)
+    code = (
+        "import sys, numpy as np, cellstack as cs\n"
+        f"y = cs.load({str(path)!r})(np.ones((1, 4, 3)))\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(y.tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == small()(np.ones((1, 4, 3))).tolist()
+
+
+def test_the_suffix_picks_the_format(tmp_path):
+    for name in ("net.bin", "net", "net.onnx", ".safetensors"):
+        with pytest.raises(ValueError, match=r"ends as one of safetensors \(.safetensors\), got"):
+            small().save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_content_tells(blob, tmp_path):
+    (tmp_path / "anything.bin").write_bytes(blob)
+    assert cs.load(tmp_path / "anything.bin").names == small().names
+    for content in (b"", b"PK\x03\x04 a zip file", b"\x89HDF\r\n\x1a\n and more"):
+        (tmp_path / "other.bin").write_bytes(content)
+        with pytest.raises(cs.FormatError, match=r"other.bin: expected one of safetensors .*found a file that begins"):
+            cs.load(tmp_path / "other.bin")
+
+
+def test_files_that_can_t_be_opened_say_so(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        cs.load(tmp_path / "none.safetensors")
+    with pytest.raises(OSError, match="directory"):
+        cs.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="expected a folder"):
+        small().save(tmp_path / "none" / "net.safetensors")
+
+
+# ── damage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refused(path, content, message=None):
+    path.write_bytes(content)
+    with pytest.raises(cs.FormatError, match=message) as error:
+        cs.load(path)
+    text = str(error.value)
+    assert path.name in text
+    assert len(text) < 600
+    assert "\n" not in text
+    text.encode()  # printable, whatever the file held
+    return text
+
+
+def test_cut_off_anywhere(blob, tmp_path):
+    path = tmp_path / "net.safetensors"
+    for size in range(0, len(blob), 1 if len(blob) < 2000 else 7):
+        refused(path, blob[:size])
+    refused(path, blob + b"\0", "bytes of arrays, found")
+
+
+def edited(change):
+    """A change to the header's JSON, as a change to the file."""
+
+    def apply(blob):
+        header, data = parts_of(blob)
+        return file_of(change(header) or header, data)
+
+    return apply
+
+
+def described(change):
+    """A change to the description, as a change to the file."""
+
+    def apply(blob):
+        header, data = parts_of(blob)
+        description = json.loads(header["__metadata__"]["cellstack"])
+        description = change(description) or description
+        header["__metadata__"]["cellstack"] = description if isinstance(description, str) else json.dumps(description)
+        return file_of(header, data)
+
+    return apply
+
+
+def put(*path_and_value):
+    """A change that puts a value at a path of keys."""
+    *path, last, value = path_and_value
+
+    def change(table):
+        for key in path:
+            table = table[key]
+        table[last] = value
+
+    return change
+
+
+def drop(*path):
+    def change(table):
+        for key in path[:-1]:
+            table = table[key]
+        del table[path[-1]]
+
+    return change
+
+
+K = "stack/0/kernel"
+
+DAMAGE = {
+    "empty": (lambda b: b"", "at least 8 bytes, found 0"),
+    "length 2^63": (
+        lambda b: file_of(b[8:], length=1 << 63),
+        "a header of at most .* found a length of 9223372036854775808",
+    ),
+    "length 2^64-1": (lambda b: b"\xff" * 8 + b[8:], "found a length of 18446744073709551615"),
+    "length 0": (lambda b: bytes(8) + b[8:], "header: expected JSON"),
+    "length one less": (lambda b: file_of(b[8:], length=int.from_bytes(b[:8], "little") - 1), "expected"),
+    "length one more": (lambda b: file_of(b[8:], length=int.from_bytes(b[:8], "little") + 1), "expected"),
+    "bad utf-8": (lambda b: b[:20] + b"\xff" + b[21:], "header: expected JSON, found 'utf-8'"),
+    "a list": (lambda b: file_of([]), "header to be a JSON object, found list"),
+    "weights alone": (edited(drop("__metadata__")), "expected a description under __metadata__.cellstack, found none"),
+    "another's": (edited(put("__metadata__", {"format": "pt"})), "expected a description under"),
+    "no text": (edited(put("__metadata__", "cellstack", 3)), "expected a description under"),
+    "metadata list": (edited(put("__metadata__", [])), "expected a description under"),
+    "key twice": (lambda b: file_of(b'{"a": 1, "a": 2}'), "header: expected every key once, found 'a' more than once"),
+    "deep": (lambda b: file_of(b"[" * 100_000), "header: expected a description, found JSON nested too deep|JSON"),
+    "deep object": (lambda b: file_of(b'{"a":' * 100_000), "nested too deep"),
+    "deep description": (described(lambda d: "[" * 100_000), "description: expected a description, found JSON nested"),
+    "too long a number": (lambda b: file_of(b'{"a": ' + b"9" * 10_000 + b"}"), "expected"),
+    "nan": (lambda b: file_of(b'{"a": NaN}'), "header: expected numbers that JSON knows, found NaN"),
+    "entry number": (edited(put(K, 7)), f"tensor '{K}': expected the keys .* found int"),
+    "entry short": (edited(drop(K, "shape")), f"tensor '{K}': expected the keys"),
+    "entry long": (edited(put(K, "more", 1)), f"tensor '{K}': expected the keys"),
+    "dtype": (edited(put(K, "dtype", "BF16")), f"tensor '{K}': expected dtype F32 or F64, found 'BF16'"),
+    "dtype size": (edited(put(K, "dtype", "F64")), f"tensor '{K}': expected offsets that fit"),
+    "dtype type": (edited(put(K, "dtype", ["F32"])), f"tensor '{K}': expected dtype to be str, found list"),
+    "shape": (edited(put(K, "shape", [8, 3])), f"tensor '{K}': expected shape .3, 8., found .8, 3."),
+    "shape size": (edited(put(K, "shape", [3, 9])), f"tensor '{K}': expected offsets that fit"),
+    "shape negative": (edited(put(K, "shape", [-3, -8])), f"tensor '{K}': expected a shape and two offsets of whole"),
+    "shape bool": (edited(put(K, "shape", [True, 24])), f"tensor '{K}': expected a shape and two offsets of whole"),
+    "shape float": (edited(put(K, "shape", [3.0, 8.0])), f"tensor '{K}': expected a shape and two offsets of whole"),
+    "shape huge": (edited(put(K, "shape", [1 << 62, 1 << 62])), f"tensor '{K}': expected offsets that fit"),
+    "shape long": (edited(put(K, "shape", [1] * 100_000)), f"tensor '{K}': expected offsets that fit one or two axes"),
+    "shape none": (edited(put(K, "shape", [0, 1 << 62])), f"tensor '{K}': expected offsets that fit"),
+    "offsets": (edited(put(K, "data_offsets", [0, 96])), "expected its bytes to begin at"),
+    "offsets beyond": (edited(put(K, "data_offsets", [1 << 40, (1 << 40) + 96])), "expected its bytes to begin at"),
+    "offsets three": (edited(put(K, "data_offsets", [0, 96, 1])), f"tensor '{K}': expected a shape and two offsets"),
+    "offsets negative": (edited(put(K, "data_offsets", [-96, 0])), f"tensor '{K}': expected a shape and two offsets"),
+    "missing tensor": (
+        lambda b: edited(lambda h: {k: v for k, v in h.items() if k != "out/bias"})(b)[:-8],
+        "tensor 'out/bias': expected it, with shape .2., found no such tensor",
+    ),
+    "extra tensor": (
+        lambda b: edited(put("more", {"dtype": "F32", "shape": [1], "data_offsets": [len(parts_of(b)[1])] * 2}))(b),
+        "tensor 'more': expected offsets that fit",
+    ),
+    "unused tensor": (
+        lambda b: (
+            edited(
+                put(
+                    "more",
+                    {"dtype": "F32", "shape": [1], "data_offsets": [len(parts_of(b)[1]), len(parts_of(b)[1]) + 4]},
+                )
+            )(b)
+            + bytes(4)
+        ),
+        "tensor 'more': expected no such tensor, found one that no node uses",
+    ),
+    "surrogate name": (edited(put("\ud800", 7)), r"tensor '\\ud800': expected the keys"),
+    "no description": (described(lambda d: "null"), "description: expected a version, found None"),
+    "a list of it": (described(lambda d: "[]"), "description: expected a version, found None"),
+    "no json": (described(lambda d: "hello"), "description: expected JSON"),
+    "newer": (described(put("version", 2)), "expected version 1 or older, found 2: made by a newer cellstack"),
+    "version 0": (described(put("version", 0)), "description: expected a version, found 0"),
+    "version true": (described(put("version", True)), "description: expected a version, found True"),
+    "version long": (described(put("version", 10**4000)), "expected version 1 or older"),
+    "more keys": (described(put("code", "import os")), "description: expected the keys"),
+    "metadata text": (described(put("metadata", "x")), "description: expected metadata to be dict, found str"),
+    "metadata inf": (described(lambda d: json.dumps(d).replace('"a"', "1e999")), "metadata that JSON can hold"),
+    "no nodes": (described(put("nodes", [])), "tensor '.*': expected no such tensor, found one that no node uses"),
+    "node text": (described(put("nodes", 0, "x")), "every node to have a name, found 'x'"),
+    "no name": (described(drop("nodes", 0, "name")), "every node to have a name"),
+    "bad name": (described(put("nodes", 3, "name", "a/b")), "without '/', got 'a/b'"),
+    "same name": (described(put("nodes", 3, "name", "out")), "5 different names"),
+    "unknown node": (described(put("nodes", 3, "type", "gru")), "'pool': expected type to be one of .* found 'gru'"),
+    "type list": (described(put("nodes", 3, "type", [])), r"'pool': expected type to be one of .* found \[\]"),
+    "missing key": (described(drop("nodes", 3, "mode")), "'pool': expected the keys"),
+    "unknown key": (described(put("nodes", 3, "axis", 1)), "'pool': expected the keys"),
+    "unknown mode": (described(put("nodes", 3, "mode", "sum")), "'pool': Pool: expected mode to be one of"),
+    "unknown activation": (described(put("nodes", 4, "activation", "gelu")), "'out': Dense: expected activation"),
+    "flag": (described(put("nodes", 1, "go_backwards", 0)), "'stack': expected go_backwards to be bool, found int"),
+    "units": (
+        described(put("nodes", 1, "cells", 0, "units", 3)),
+        f"tensor '{K}': expected shape .3, 12., found .3, 8.",
+    ),
+    "units true": (
+        described(put("nodes", 1, "cells", 0, "units", True)),
+        "'stack/0': expected units to be int, found bool",
+    ),
+    "units none": (described(put("nodes", 1, "cells", 0, "units", 0)), "'stack': CellSpec: expected units >= 1, got 0"),
+    "units huge": (described(put("nodes", 1, "cells", 0, "units", 10**30)), f"tensor '{K}': expected shape"),
+    "units long": (described(put("nodes", 1, "cells", 0, "units", 10**4299)), "expected|Exceeds"),
+    "no cells": (described(put("nodes", 1, "cells", [])), "'stack': Recurrent: expected at least one cell"),
+    "cell text": (described(put("nodes", 1, "cells", 0, "x")), "'stack/0': expected the keys .* found str"),
+    "bias": (described(put("nodes", 1, "cells", 1, "use_bias", True)), "tensor 'stack/1/bias': expected it"),
+    "no bias": (described(put("nodes", 1, "cells", 0, "use_bias", False)), "tensor 'stack/0/bias': expected no such"),
+    "cell activation": (
+        described(put("nodes", 1, "cells", 0, "activation", "no")),
+        "'stack': CellSpec: expected activ",
+    ),
+    "half": (described(put("nodes", 2, "backward", "type", "dense")), "'both/backward': expected type 'recurrent'"),
+    "halves": (
+        described(put("nodes", 2, "backward", "go_backwards", False)),
+        "'both': Bidirectional: expected backward",
+    ),
+    "merge": (described(put("nodes", 2, "merge_mode", "max")), "'both': Bidirectional: expected merge_mode"),
+    "order": (described(lambda d: d["nodes"].reverse()), "expected"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(case, blob, tmp_path):
+    change, message = DAMAGE[case]
+    refused(tmp_path / "net.safetensors", change(blob), message)
+
+
+def loads(path, content):
+    """Whether a file of this content loads; if not, it must be for a `FormatError`."""
+    path.write_bytes(content)
+    try:
+        net = cs.load(path)
+    except cs.FormatError:
+        return False
+    net(np.zeros((1, 2, net.input_size)))  # what loads also runs
+    return True
+
+
+def test_every_bit_of_the_header(tmp_path):
+    """A flipped bit is found, or leaves a network (a name may read otherwise): never anything else."""
+    path = tmp_path / "net.safetensors"
+    cs.Network([cs.Recurrent((make_cell(np.random.default_rng(0), 3, 2),)), cs.Pool()]).save(path)
+    good = path.read_bytes()
+    size = 8 + int.from_bytes(good[:8], "little")
+    passed = 0
+    for at in range(size):
+        spoilt = bytearray(good)
+        spoilt[at] ^= 1 << (at % 8)
+        passed += loads(path, spoilt)
+    assert passed < size / 5  # most of it matters
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(10, {True}), (900, {True, False}), (5000, {False})])
+def test_metadata_may_be_deep_or_too_deep(depth, expected, blob, tmp_path):
+    deep = described(lambda d: json.dumps(d).replace('{"labels": ["a", "b"]}', '{"a":' * depth + "1" + "}" * depth))
+    assert loads(tmp_path / "net.safetensors", deep(blob)) in expected
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_damage(data, blob, tmp_path):
+    spoilt = bytearray(blob)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(spoilt)))
+        piece = data.draw(st.binary(max_size=9))
+        spoilt[at : at + data.draw(st.integers(0, 9))] = piece
+    loads(tmp_path / "net.safetensors", spoilt)
+
+
+@given(
+    header=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=9),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+        max_leaves=12,
+    )
+)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_json_in_any_place(header, blob, tmp_path):
+    path, (good, data) = tmp_path / "net.safetensors", parts_of(blob)
+    description = json.loads(good["__metadata__"]["cellstack"])
+    places = [header, {**good, "more": header}, {**good, K: header}, {**good, "__metadata__": header}]
+    texts = [header, {**description, "nodes": header}, {**description, "nodes": [header]}]
+    texts += [{**description, "nodes": [{**node, key: header}]} for node in description["nodes"] for key in node]
+    for place in places + [{**good, "__metadata__": {"cellstack": json.dumps(text)}} for text in texts]:
+        refused(path, file_of(place, data))
+
+
+def test_no_file_makes_the_reader_spend_memory_or_time(blob, tmp_path):
+    path = tmp_path / "net.safetensors"
+    limit = 1 << 22
+    bombs = [
+        file_of(b"[" + b"[]," * (limit // 3 - 2) + b"[]]"),
+        file_of(b"{" + b",".join(b'"%d":0' % n for n in range(350_000)) + b',"7":0}'),
+        file_of(edited(put(K, "shape", [1 << 62, 1 << 62]))(blob)[8:]),
+        file_of(b"{}", length=limit),
+        blob[:8] + bytes(1 << 24),
+        file_of(b" " * (limit + 1)),
+    ]
+    for bomb in bombs:
+        tracemalloc.start()
+        start = time.perf_counter()
+        refused(path, bomb)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 40 * limit
+        assert time.perf_counter() - start < 20
+
+
+def test_too_long_a_description_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="description of at most 4194304 bytes"):
+        cs.Network(small().nodes, metadata={"history": "x" * (1 << 22)}).save(tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# ── whole or not at all ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_killed_process_leaves_the_old_file(where, blob, tmp_path):
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(blob)
+    code = (
+        "import os, sys, time, numpy as np, cellstack as cs\n"
+        "def stop(*arguments):\n"
+        "    print('here', flush=True)\n"
+        "    time.sleep(60)\n"
+        f"os.{where} = stop\n"
+        f"cs.Network([cs.Dense(np.ones((1000, 1000), 'f4'))]).save({str(path)!r})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    assert path.read_bytes() == blob  # even now
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert path.read_bytes() == blob
+    assert cs.load(path).names == small().names
+    small().save(path)  # and what the dead one left is not in the way
+    assert path.read_bytes() == blob
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), replacing(path) as file:  # noqa: PT012
+            file.write(b"half of the n")
+            raise error
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links as POSIX has them")
+def test_modes_and_links_stay(tmp_path):
+    path, link = tmp_path / "file", tmp_path / "link"
+    old = os.umask(0o027)
+    try:
+        with replacing(path) as file:
+            file.write(b"1")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640  # as any new file
+    finally:
+        os.umask(old)
+    path.chmod(0o604)
+    link.symlink_to(path)
+    with replacing(link) as file:
+        file.write(b"2")
+    assert link.is_symlink()
+    assert path.read_bytes() == b"2"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
+    with pytest.raises(OSError, match="regular file"), replacing("/dev/null"):
+        pass
+    with pytest.raises(OSError, match="regular file"), replacing(tmp_path):
+        pass
+
+
+def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anything
+    with pytest.raises(PermissionError, match=r"net.safetensors: the file that is there may not be written"):
+        small().save(path)
+    assert path.read_bytes() == b"old"
