@@ -205,6 +205,8 @@ NB_MODULE(_kernel, m) {
           "x_stride_b"_a, "x_stride_t"_a, "h0"_a, "c0"_a, "y"_a, "gates"_a, "cells"_a, "recurrent_dropout"_a,
           "mask"_a, "dy"_a, "dhn"_a, "dcn"_a, "dgates"_a, "dcells"_a, "dx"_a, "dh0"_a, "dc0"_a, "dkernel"_a,
           "drecurrent_kernel"_a, "dbias"_a, "activation"_a, "recurrent_activation"_a, "reverse"_a, "threads"_a);
+    m.def("digest", [](uintptr_t address, int64_t words) { return digest(at<void>(address), words); }, "address"_a,
+          "words"_a, "A number that tells whether 32-bit words have changed since it was last taken.");
     m.def("activate",
           [](int activation, const nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& x,
              const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& y) {

@@ -22,6 +22,9 @@ bool set_instruction_set(const char* name);  // false: not among instruction_set
 void activate(int activation, const float* x, float* y, int64_t n);
 void activate(int activation, const double* x, double* y, int64_t n);
 
+// A number that tells whether `words` 32-bit words have changed since it was last taken.
+uint64_t digest(const void* data, int64_t words);
+
 // Weights of one cell in the layout of the instruction set that was in use when they were packed.
 template <class T>
 class Packed {

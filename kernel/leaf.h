@@ -91,6 +91,7 @@ struct InstructionSet {
     const char* name;
     Leaf<float> single;
     Leaf<double> twice;
+    uint64_t (*digest)(const void* data, int64_t words);
 };
 
 namespace baseline { extern const InstructionSet set; }

@@ -1,6 +1,9 @@
 """The kernel against the law (reference.py), on every instruction set of the machine."""
 
 import itertools
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import kernel_calls as native
 import numpy as np
@@ -235,3 +238,57 @@ def test_activations_at_the_ends(isa, name):
     low = -1.0 if name == "tanh" else 0.0
     np.testing.assert_allclose(y[:4], [1.0, low, 1.0, low], atol=1e-37)
     assert np.isnan(y[4])
+
+
+def test_a_digest_sees_every_word(isa):
+    rng = np.random.default_rng(13)
+    for size in (1, 63, 64, 65, 700):
+        a = rng.standard_normal(size).astype(np.float32)
+        seen = {_kernel.digest(a.ctypes.data, size)}
+        for k in range(size):
+            b = a.copy()
+            b[k] = np.nextafter(b[k], np.float32(9))
+            seen.add(_kernel.digest(b.ctypes.data, size))
+        swapped = a[::-1].copy()
+        seen.add(_kernel.digest(swapped.ctypes.data, size))
+        assert len(seen) == size + 1 + (size > 1)
+
+
+def test_calls_from_several_threads_do_not_touch():
+    arrays, _ = make(14, 6, 50, 12, 40)
+    expected = native.forward(**arrays)
+    with ThreadPoolExecutor(4) as pool:
+        for out in pool.map(lambda _: native.forward(**arrays, threads=3), range(60)):
+            for a, b in zip(out, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own():
+    arrays, _ = make(15, 6, 20, 12, 40)
+    expected = native.forward(**arrays, threads=2)
+    child = os.fork()
+    if child == 0:  # no assertion may escape here: pytest would go on in the child
+        out = native.forward(**arrays, threads=3)
+        os._exit(0 if np.array_equal(out.y, expected.y) else 1)
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child never came back")
+    assert status == 0
+    np.testing.assert_array_equal(native.forward(**arrays, threads=2).y, expected.y)
+
+
+def test_denormals_count_as_zero_and_the_mode_comes_back():
+    arrays, _ = make(16, 1, 3, 2, 4)
+    for name in ("x", "h0", "bias"):
+        arrays[name][:] = 0
+    arrays["c0"][:] = np.float32(1e-40)
+    assert (native.forward(**arrays).c == 0).all()
+    assert np.float32(1e-38) / np.float32(4) > 0
