@@ -144,7 +144,10 @@ def _layer(module: Any, path: str) -> Node | None:
             if not isinstance(node, Recurrent):
                 raise _refuse(path, module, f"expected {name} to be an LSTM or an RNN")
             halves.append(node)
-        return Bidirectional(halves[0], halves[1], module.merge_mode)
+        try:
+            return Bidirectional(halves[0], halves[1], module.merge_mode)
+        except ValueError as error:  # such as one whose forward layer runs backwards
+            raise _refuse(path, module, str(error)) from None
     if _is(module, "TimeDistributed", package=ours):
         inner = list(_nodes(module.layer, f"{path}.layer" if path else "layer"))
         if len(inner) == 1 and isinstance(inner[0], (Dense, Activation)):
@@ -152,13 +155,11 @@ def _layer(module: Any, path: str) -> Node | None:
         raise _refuse(path, module, "expected a TimeDistributed over one Linear or one activation")
     if not _is(module, "LSTM", "RNN", package=ours):
         return None
-    cell = module.cell
-    cells = list(cell.cells) if _is(cell, "StackedRNNCells", package=ours) else [cell]
-    for each in cells:
-        if not _is(each, "LSTMCell", package=ours):
-            raise _refuse(path, module, f"expected LSTM cells, got a {type(each).__name__}")
+    for cell in module.cells:
+        if not _is(cell, "LSTMCell", package=ours):
+            raise _refuse(path, module, f"expected LSTM cells, got a {type(cell).__name__}")
     flags = {name: bool(getattr(module, name)) for name in ("return_sequences", "go_backwards", "zero_output_for_mask")}
-    return Recurrent(tuple(_layer_cell(each, path, module) for each in cells), **flags)
+    return Recurrent(tuple(_layer_cell(cell, path, module) for cell in module.cells), **flags)
 
 
 def _layer_cell(cell: Any, path: str, module: Any) -> Cell:

@@ -1,0 +1,293 @@
+"""Torch modules as Networks: the same numbers, gates in their places, and what can't be taken named by its path."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cellstack as cs
+from cellstack import layers
+from cellstack.formats.layout import OURS, from_rows, reorder, to_rows
+
+TOLERANCE = 2e-6  # float32 on both sides, with their sums in another order
+ORDERS = ["".join(order) for order in itertools.permutations("ifgo")]
+
+
+def close(got, want, tolerance=TOLERANCE):
+    np.testing.assert_allclose(got, want.detach().numpy(), atol=tolerance, rtol=tolerance)
+
+
+# ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_gates_go_to_their_places(order):
+    blocks = {gate: np.arange(6.0).reshape(3, 2) + 10 * n for n, gate in enumerate("ifgo")}
+    theirs = np.concatenate([blocks[gate] for gate in order], axis=1)
+    ours = np.concatenate([blocks[gate] for gate in "ifgo"], axis=1)
+    assert np.array_equal(reorder(theirs, order), ours)
+    assert np.array_equal(reorder(ours, OURS, order), theirs)
+    assert (order == OURS) == np.array_equal(theirs, ours)
+    arrays = from_rows(theirs.T, theirs.T, (theirs[0], theirs[1]), order)
+    assert np.array_equal(arrays.kernel, ours)
+    assert np.array_equal(arrays.recurrent_kernel, ours)
+    assert np.array_equal(arrays.bias, ours[0] + ours[1])
+    weight, recurrent, bias = to_rows(arrays, order)
+    assert np.array_equal(weight, theirs.T)
+    assert np.array_equal(recurrent, theirs.T)
+    assert np.array_equal(bias, theirs[0] + theirs[1])
+
+
+def test_what_is_no_order_is_refused():
+    with pytest.raises(ValueError, match="permutation of ifgo, got 'iofc'"):
+        reorder(np.zeros(4), "iofc")
+    with pytest.raises(cs.ShapeError, match=r"four equal blocks along axis -1, got \(2, 6\)"):
+        reorder(np.zeros((2, 6)), "iofg")
+    assert from_rows(np.zeros((8, 3)), np.zeros((8, 2)), (), "ifgo").bias is None
+
+
+# ── torch.nn ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_lstm(depth, bidirectional, bias, batch_first, dtype):
+    settings = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "dropout": 0.5 * (depth > 1)}
+    module = nn.LSTM(5, 7, depth, **settings, dtype=dtype).eval()
+    net = cs.from_torch(module)
+    x = torch.randn(3, 9, 5, dtype=dtype)
+    h0, c0 = torch.randn(2, depth * (1 + bidirectional), 3, 7, dtype=dtype)
+    y, (h, c) = module(x if batch_first else x.transpose(0, 1), (h0, c0))
+    got, states = net.run(x.numpy(), state=[cs.State(*pair) for pair in zip(h0.numpy(), c0.numpy(), strict=True)])
+    tolerance = TOLERANCE if dtype == torch.float32 else 1e-13
+    close(got, y if batch_first else y.transpose(0, 1), tolerance)
+    close(np.stack([state.h for state in states]), h, tolerance)
+    close(np.stack([state.c for state in states]), c, tolerance)
+    assert got.dtype == net.dtype == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_lengths_are_packed_sequences(bidirectional):
+    module = nn.LSTM(5, 7, 2, batch_first=True, bidirectional=bidirectional)
+    x, lengths = torch.randn(4, 9, 5), torch.tensor([9, 1, 4, 6])
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    y, (h, _) = module(packed)
+    y = nn.utils.rnn.pad_packed_sequence(y, batch_first=True)[0]
+    got, states = cs.from_torch(module).run(x.numpy(), lengths=lengths)
+    close(np.stack([state.h for state in states]), h)
+    for row, length in enumerate(lengths):
+        close(got[row, :length], y[row, :length])
+
+
+def test_the_network_has_weights_of_its_own():
+    module = nn.LSTM(3, 4, batch_first=True)
+    x, net = torch.randn(1, 2, 3), cs.from_torch(module)
+    y = net(x)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.zero_()
+    assert np.array_equal(net(x), y)
+
+
+ACTIVATIONS = [
+    nn.ReLU(),
+    nn.Sigmoid(),
+    nn.Softsign(),
+    nn.Tanh(),
+    nn.Hardsigmoid(),
+    nn.Softmax(dim=-1),
+    nn.ELU(),
+    nn.Softplus(),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda module: type(module).__name__)
+def test_sequential(activation):
+    inner = nn.Sequential(nn.Linear(6, 8, bias=False), activation, nn.Dropout(0.5))
+    module = nn.Sequential(nn.Identity(), inner, nn.Linear(8, 4)).eval()
+    x = torch.randn(2, 5, 6)
+    close(cs.from_torch(module)(x), module(x))
+
+
+def test_an_lstm_within_a_sequential_hands_on_its_output():
+    lstm, head = nn.LSTM(3, 4, 2, batch_first=True), nn.Linear(4, 2)
+    x = torch.randn(2, 5, 3)
+    close(cs.from_torch(nn.Sequential(lstm, head))(x), head(lstm(x)[0]))
+
+
+def test_whatever_says_its_nodes():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 2))
+
+        def to_nodes(self):
+            return [cs.Dense(self.weight.detach().numpy())]
+
+    assert (cs.from_torch(nn.Sequential(Model(), nn.ReLU()))(np.ones((1, 1, 3))) == 3).all()
+
+
+# ── our layers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def randomise(module):
+    for weight in module.parameters():
+        nn.init.normal_(weight, 0.0, 0.5)
+    return module.eval()
+
+
+MASKS = [None, np.array([[False, True, True, False], [True, False, True, True], [False] * 4])]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["no mask", "mask"])
+@pytest.mark.parametrize("return_sequences", [False, True])
+@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("activations", [("tanh", "sigmoid"), ("relu", "hard_sigmoid"), (None, "softsign")])
+def test_our_lstm(mask, return_sequences, go_backwards, zero, use_bias, activations):
+    flags = {"return_sequences": return_sequences, "go_backwards": go_backwards, "zero_output_for_mask": zero}
+    lstm = randomise(layers.LSTM(6, *activations, use_bias, return_state=True, **flags, dropout=0.5, input_size=3))
+    x = torch.randn(3, 4, 3)
+    y, h, c = lstm(x, mask=mask)
+    got, (state,) = cs.from_torch(lstm).run(x, mask=mask)
+    close(got, y)
+    close(state.h, h)
+    close(state.c, c)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["no mask", "mask"])
+@pytest.mark.parametrize("go_backwards", [False, True])
+def test_our_stack(mask, go_backwards):
+    cells = [layers.LSTMCell(4), layers.LSTMCell(5, use_bias=False), layers.LSTMCell(3, "softsign")]
+    flags = {"return_sequences": True, "return_state": True, "go_backwards": go_backwards}
+    rnn = layers.RNN(cells, **flags)
+    x = torch.randn(3, 4, 6)
+    rnn(x)
+    randomise(rnn)
+    y, *states = rnn(x, mask=mask)
+    got, got_states = cs.from_torch(rnn).run(x, mask=mask)
+    close(got, y)
+    for one, other in zip(got_states, states, strict=True):
+        close(one.h, other.h)
+        close(one.c, other.c)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["no mask", "mask"])
+@pytest.mark.parametrize("merge_mode", ["concat", "sum", "mul", "ave"])
+@pytest.mark.parametrize("return_sequences", [False, True])
+@pytest.mark.parametrize("stack", [False, True])
+def test_our_bidirectional(mask, merge_mode, return_sequences, stack):
+    flags = {"return_sequences": return_sequences, "return_state": True}
+    inner = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], **flags) if stack else layers.LSTM(4, **flags)
+    both = randomise(layers.Bidirectional(inner, merge_mode, input_size=3))
+    x = torch.randn(3, 4, 3)
+    y, *states = both(x, mask=mask)
+    got, got_states = cs.from_torch(both).run(x, mask=mask)
+    close(got, y)
+    flat = [part for state in states for part in (state if stack else (state,))]
+    for one, other in zip([part for state in got_states for part in state], flat, strict=True):
+        close(one, other)
+
+
+def test_our_layers_in_a_row():
+    first, second = layers.LSTM(4, return_sequences=True), layers.Bidirectional(layers.LSTM(5, return_sequences=True))
+    module = nn.Sequential(first, nn.Dropout(0.3), second, layers.TimeDistributed(nn.Linear(10, 2)), nn.Softmax(-1))
+    x = torch.randn(2, 6, 3)
+    module(x)
+    randomise(module)
+    close(cs.from_torch(module)(x), module(x))
+    single = layers.LSTM(3, return_sequences=True, dtype="float64", input_size=2)
+    assert cs.from_torch(single).dtype == np.float64
+
+
+# ── what can't be taken ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def hooked():
+    module = nn.Linear(3, 3)
+    module.register_forward_hook(lambda module, inputs, output: output * 2)
+    return module
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Foreign(nn.Module):
+    state_size = output_size = 3
+
+    def forward(self, x, states):
+        return x, states
+
+
+def backwards_first():
+    back = layers.LSTM(4, go_backwards=True, return_sequences=True, input_size=3)
+    return layers.Bidirectional(back, backward_layer=layers.LSTM(4, return_sequences=True, input_size=3))
+
+
+REFUSED = {
+    "norm": (lambda: nn.BatchNorm1d(3), r"1\.0 \(BatchNorm1d\): expected an LSTM, a Linear"),
+    "gru": (lambda: nn.GRU(3, 3), r"1\.0 \(GRU\): expected an LSTM"),
+    "projection": (lambda: nn.LSTM(3, 4, proj_size=2), r"1\.0 \(LSTM\): expected proj_size=0.* got 2"),
+    "half": (
+        lambda: nn.Linear(3, 3, dtype=torch.bfloat16),
+        r"1\.0 \(Linear\): .*float32 or float64, got torch.bfloat16",
+    ),
+    "hook": (hooked, r"1\.0 \(Linear\): expected a module without forward hooks"),
+    "subclass": (lambda: Doubled(3, 3), r"1\.0 \(Doubled\): expected an LSTM"),
+    "softmax axis": (lambda: nn.Softmax(dim=1), r"1\.0 \(Softmax\): expected dim=-1, the feature axis, got 1"),
+    "elu": (lambda: nn.ELU(0.5), r"1\.0 \(ELU\): expected an LSTM"),
+    "softplus": (lambda: nn.Softplus(2.0), r"1\.0 \(Softplus\): expected an LSTM"),
+    "not built": (lambda: layers.LSTM(3), r"1\.0 \(LSTM\): .*weights don't exist yet"),
+    "activation": (lambda: layers.LSTM(3, "gelu", input_size=3), r"1\.0 \(LSTM\): .*activation gelu"),
+    "foreign": (lambda: layers.RNN(Foreign()), r"1\.0 \(RNN\): expected LSTM cells, got a Foreign"),
+    "two outputs": (
+        lambda: layers.Bidirectional(layers.LSTM(3, input_size=3), None),
+        r"1\.0 \(Bidirectional\): expected a merge_mode",
+    ),
+    "backwards first": (backwards_first, r"1\.0 \(Bidirectional\): .*expected forward with go_backwards=False"),
+    "distributed": (
+        lambda: layers.TimeDistributed(nn.Sequential(nn.Linear(3, 3), nn.Tanh())),
+        r"1\.0 \(TimeDistributed\): expected a TimeDistributed over one",
+    ),
+    "distributed gru": (lambda: layers.TimeDistributed(nn.GRU(3, 3)), r"1\.0\.layer \(GRU\): expected an LSTM"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_t_be_taken_is_named_by_its_path(case):
+    make, message = REFUSED[case]
+    with pytest.raises(TypeError, match=message):
+        cs.from_torch(nn.Sequential(nn.Linear(3, 3), nn.Sequential(make())))
+
+
+@pytest.mark.parametrize("module", [None, 3, "lstm", nn.Linear])
+def test_what_is_no_module(module):
+    with pytest.raises(TypeError, match=r"from_torch: the module .*expected a torch module"):
+        cs.from_torch(module)
+    with pytest.raises(TypeError, match="expected a module that computes something, got Sequential"):
+        cs.from_torch(nn.Sequential(nn.Identity()))
+
+
+def test_modules_that_don_t_meet():
+    with pytest.raises(cs.ShapeError, match="layer_1: expected an input of 4 features, got 3"):
+        cs.from_torch(nn.Sequential(nn.Linear(3, 3), nn.Linear(4, 2)))
+
+
+def test_it_does_not_import_torch():
+    code = (
+        "import sys, cellstack as cs\n"
+        "class Model:\n    def to_nodes(self): return [cs.Pool()]\n"
+        "print(cs.from_torch(Model()).names, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "('layer_0',) False\n"
