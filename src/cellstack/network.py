@@ -203,23 +203,23 @@ class Network:
     ) -> tuple[Array, tuple[State, ...]]:
         """Run the network over a batch of sequences.
 
-            Args:
-                x: `[B, T, I]`, array-like of real numbers; anything but the network's own dtype is cast to it, float64
-                    to a float32 network included. Any strides; B and T may be 0.
-                state: one `State(h, c)` a cell, each `[B, H]`, in the order of `cells`; a single `State` where there is
-                    one cell; None = zeros.
-        XX
-                lengths: `[B]` integers from 0 to T, instead of `mask`: the first steps of each row are used.
-                threads: how many the kernel may use; None = as many as this process has processors and work for.
+        Args:
+            x: `[B, T, I]`, array-like of real numbers; anything but the network's own dtype is cast to it, float64 to
+                a float32 network included. Any strides; B and T may be 0.
+            state: one `State(h, c)` a cell, each `[B, H]`, in the order of `cells`; a single `State` where there is
+                one cell; None = zeros.
+            mask: `[B, T]` of bool, True = use the step; None = all of them.
+            lengths: `[B]` integers from 0 to T, instead of `mask`: the first steps of each row are used.
+            threads: how many the kernel may use; None = as many as this process has processors and work for.
 
-            Returns:
-                `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; `state` is one `State` a cell,
-                after the last step (with T = 0, that at the start). Both belong to the caller.
+        Returns:
+            `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; `state` is one `State` a cell,
+            after the last step (with T = 0, that at the start). Both belong to the caller.
 
-            Raises:
-                ShapeError: a wrong rank, width, batch or number of states.
-                TypeError: values that aren't real numbers; mask and lengths at once.
-                ValueError: fewer than one thread.
+        Raises:
+            ShapeError: a wrong rank, width, batch or number of states.
+            TypeError: values that aren't real numbers; mask and lengths at once.
+            ValueError: fewer than one thread.
         """
         given = as_floats("Network", "x", x, self.dtype)
         check_sequence("Network", given.shape, self.input_size)
@@ -229,8 +229,8 @@ class Network:
         flow = Flow(given, as_mask("Network", mask, lengths, batch, steps), ())
         if threads is None:
             threads = max(1, min(processors(), max(batch, len(cells))))
-        elif threads < 1:
-            raise ValueError(f"Network: expected threads >= 1, got {threads}")
+        elif not isinstance(threads, (int, np.integer)) or threads < 1:
+            raise ValueError(f"Network: expected threads to be an integer >= 1, got {threads!r}")
         with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
             for node in self.nodes:
                 done = len(flow.states)
