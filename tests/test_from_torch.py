@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tolerances
 import torch
 from torch import nn
 
@@ -13,11 +14,10 @@ import cellstack as cs
 from cellstack import layers
 from cellstack.formats.layout import OURS, from_rows, reorder, to_rows
 
-TOLERANCE = 2e-6  # float32 on both sides, with their sums in another order
 ORDERS = ["".join(order) for order in itertools.permutations("ifgo")]
 
 
-def close(got, want, tolerance=TOLERANCE):
+def close(got, want, tolerance=tolerances.LOOP):
     np.testing.assert_allclose(got, want.detach().numpy(), atol=tolerance, rtol=tolerance)
 
 
@@ -66,7 +66,7 @@ def test_torch_lstm(depth, bidirectional, bias, batch_first, dtype):
     h0, c0 = torch.randn(2, depth * (1 + bidirectional), 3, 7, dtype=dtype)
     y, (h, c) = module(x if batch_first else x.transpose(0, 1), (h0, c0))
     got, states = net.run(x.numpy(), state=[cs.State(*pair) for pair in zip(h0.numpy(), c0.numpy(), strict=True)])
-    tolerance = TOLERANCE if dtype == torch.float32 else 1e-13
+    tolerance = tolerances.LOOP if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE
     close(got, y if batch_first else y.transpose(0, 1), tolerance)
     close(np.stack([state.h for state in states]), h, tolerance)
     close(np.stack([state.c for state in states]), c, tolerance)

@@ -53,9 +53,10 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             os.unlink(draft)
         raise
-    if os.name == "posix":  # the new name itself is on the disk only when its folder is
-        folder_descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(folder_descriptor)
-        finally:
-            os.close(folder_descriptor)
+    if os.name == "posix":
+        with suppress(OSError):  # the file is whole by now; not every file system can put a folder on the disk
+            folder_descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(folder_descriptor)
+            finally:
+                os.close(folder_descriptor)
