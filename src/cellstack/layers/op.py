@@ -355,4 +355,4 @@ def dropout_mask(draws: Tensor | None, like: Tensor, rows: int, width: int, rate
     """
     if seed is None or draws is None:
         return torch.nn.functional.dropout(like.new_ones(rows, width), rate)
-    return torch.ops.cellstack.dropout_mask(draws, like, rows, width, rate, seed)
+    return torch.ops.cellstack.dropout_mask(draws, like.detach(), rows, width, rate, seed)

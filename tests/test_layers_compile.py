@@ -1,0 +1,94 @@
+"""torch.compile and torch.export take a layer whole."""
+
+import copy
+
+import pytest
+import torch
+
+from cellstack import layers
+
+
+def lstm(**kwargs):
+    return layers.LSTM(5, return_sequences=True, return_state=True, input_size=3, **kwargs)
+
+
+def stack():
+    return layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_state=True, input_size=3)
+
+
+LAYERS = {
+    "lstm": lstm,
+    "backwards": lambda: lstm(go_backwards=True, zero_output_for_mask=True),
+    "stack": stack,
+    "bidirectional": lambda: layers.Bidirectional(lstm()),
+    "dropout": lambda: lstm(dropout=0.5, recurrent_dropout=0.5, seed=3),
+    "torch loop": lambda: lstm(activation="gelu"),
+}
+
+
+def flatten(results):
+    if isinstance(results, torch.Tensor):
+        return [results]
+    return [part for result in results for part in flatten(result)]
+
+
+def check(name, backend):
+    torch.compiler.reset()
+    layer = LAYERS[name]()
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, fullgraph=True, backend=backend)
+    mask = torch.tensor([[True, True, False, True], [True, False, True, True]])
+    for call in range(2):
+        x = torch.randn(2, 4, 3, requires_grad=True)
+        twin_x = x.detach().clone().requires_grad_()
+        expected, got = flatten(layer(x, mask=mask)), flatten(compiled(twin_x, mask=mask))
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(a, b)
+        sum(part.sum() for part in expected).backward()
+        sum(part.sum() for part in got).backward()
+        torch.testing.assert_close(x.grad, twin_x.grad)
+        for (key, a), b in zip(layer.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, msg=f"{key} in call {call}")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_in_one_graph(name):
+    check(name, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_by_inductor(name):
+    check(name, "inductor")
+
+
+def test_compiled_without_gradients_and_with_gates():
+    layer = lstm().eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, 3)
+    with torch.no_grad():
+        for a, b in zip(flatten(layer(x, return_gates=True)), flatten(compiled(x, return_gates=True)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compiled_stateful():
+    layer = lstm(stateful=True)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(2, 4, 3)
+        torch.testing.assert_close(layer(x)[0], compiled(x)[0])
+    torch.testing.assert_close(layer.states.c, twin.states.c)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["lstm", "stack", "bidirectional"])
+def test_exported_whole(name, strict):
+    layer = LAYERS[name]().eval()
+    x = torch.randn(2, 4, 3)
+    batch, steps = torch.export.Dim("batch", min=2), torch.export.Dim("steps", min=2)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch, 1: steps}, *[None] * 0), strict=strict)
+    assert any("cellstack.lstm" in str(node.target) for node in program.graph.nodes)
+    longer = torch.randn(3, 9, 3)
+    for a, b in zip(flatten(layer(longer)), flatten(program.module()(longer)), strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,282 @@
+"""The tutorial's steps, and the places where Keras sets a trap and we do the obvious thing."""
+
+import numpy as np
+import pytest
+import torch
+
+from cellstack import layers
+from cellstack.layers import ShapeError, State
+
+# ── The tutorial, with our layers ──────────────────────────────────────────────────────────────────────────────────
+
+LSTM_CELL_SIZE = 4
+STACK_INPUT = [
+    [[1, 2, 3, 4, 3, 2], [1, 2, 1, 1, 1, 2], [1, 2, 2, 2, 2, 2]],
+    [[1, 2, 3, 4, 3, 2], [3, 2, 2, 1, 1, 2], [0, 0, 0, 0, 3, 2]],
+]
+
+
+def test_the_tiny_lstm_of_the_tutorial():
+    state = (torch.zeros([1, LSTM_CELL_SIZE]),) * 2
+    lstm = layers.LSTM(LSTM_CELL_SIZE, return_sequences=True, return_state=True)
+    lstm.states = state
+    assert all(torch.equal(a, b) for a, b in zip(lstm.states, state, strict=True))
+    sample_input = [[3, 2, 2, 2, 2, 2]]
+    inputs = torch.tensor(np.reshape(sample_input, (1, 1, 6)), dtype=torch.float32)
+    output, final_memory_state, final_carry_state = lstm(inputs)
+    assert list(output.shape) == [1, 1, 4]
+    assert list(final_memory_state.shape) == [1, 4]
+    assert list(final_carry_state.shape) == [1, 4]
+
+
+def test_the_stacked_lstm_of_the_tutorial():
+    cells = []
+    cells.append(layers.LSTMCell(4))
+    cells.append(layers.LSTMCell(5))
+    stacked_lstm = layers.StackedRNNCells(cells)
+    lstm_layer = layers.RNN(stacked_lstm, return_sequences=True, return_state=True)
+    x = torch.tensor(np.reshape(STACK_INPUT, (2, 3, 6)), dtype=torch.float32)
+    output, final_memory_state, final_carry_state = lstm_layer(x)
+    assert list(output.shape) == [2, 3, 5]
+    assert list(final_memory_state.shape) == [2, 2, 4]
+    assert list(final_carry_state.shape) == [2, 2, 5]
+    h, _c = final_carry_state
+    assert torch.equal(h, output[:, -1])
+
+
+def test_plain_lists_and_integers_are_taken():
+    lstm = layers.LSTM(3)
+    as_list, as_array = lstm(STACK_INPUT), lstm(np.array(STACK_INPUT))
+    assert torch.equal(as_list, as_array)
+    assert torch.equal(as_list, lstm(torch.tensor(STACK_INPUT)))
+    assert torch.equal(as_list, lstm(np.array(STACK_INPUT, dtype=np.float64)))
+
+
+# ── Traps ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_1_states_that_were_set_are_honoured():
+    lstm = layers.LSTM(4, input_size=3)
+    x, h, c = torch.randn(2, 5, 3), torch.randn(2, 4), torch.randn(2, 4)
+    expected = lstm(x, initial_state=(h, c))
+    plain = lstm(x)
+    for state in ((h, c), [h, c], State(h, c), (h.numpy(), c.numpy()), torch.stack([h, c])):
+        lstm.states = state
+        assert isinstance(lstm.states, State)
+        assert torch.equal(lstm(x), expected)
+        assert lstm.states is None
+        assert torch.equal(lstm(x), plain)
+    assert not torch.equal(expected, plain)
+
+
+def test_1_a_refused_call_leaves_the_states():
+    lstm = layers.LSTM(4, input_size=3)
+    lstm.states = torch.randn(2, 4), torch.randn(2, 4)
+    with pytest.raises(ShapeError, match="batch of 2"):
+        lstm(torch.randn(3, 5, 3))
+    assert lstm.states is not None
+
+
+def test_1_states_of_a_stack_and_of_both_directions():
+    rnn = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], input_size=3)
+    x = torch.randn(2, 5, 3)
+    states = [(torch.randn(2, units), torch.randn(2, units)) for units in (4, 5)]
+    rnn.states = states
+    assert [state.shape for state in rnn.states] == [(2, 2, 4), (2, 2, 5)]
+    assert torch.equal(rnn(x), rnn(x, initial_state=states))
+    both = layers.Bidirectional(layers.LSTM(4), input_size=3)
+    halves = [torch.randn(2, 4) for _ in range(4)]
+    both.states = halves
+    assert len(both.states) == 4
+    assert torch.equal(both(x), both(x, initial_state=halves))
+    assert not torch.equal(both(x), both(x, initial_state=halves))
+
+
+def test_2_reset_states_resets_all_some_or_sets():
+    rnn = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], stateful=True, input_size=3)
+    x = torch.randn(3, 2, 3)
+    first = rnn(x)
+    held = [torch.stack(tuple(state)) for state in rnn.states]
+    rnn.reset_states(indices=[0, 2])
+    for state, before in zip(rnn.states, held, strict=True):
+        after = torch.stack(tuple(state))
+        assert torch.count_nonzero(after[:, [0, 2]]) == 0
+        assert torch.equal(after[:, 1], before[:, 1])
+    rows = [(torch.ones(1, units), torch.ones(1, units)) for units in (4, 5)]
+    rnn.reset_states(rows, indices=1)
+    assert torch.equal(rnn.states[1].c[1], torch.ones(5))
+    rnn.reset_states()
+    assert rnn.states is None
+    assert torch.equal(rnn(x), first)
+    rnn.reset_states([(torch.ones(3, u), torch.ones(3, u)) for u in (4, 5)])
+    assert torch.equal(rnn.states[0].h, torch.ones(3, 4))
+    with pytest.raises(IndexError, match="batch of 3"):
+        rnn.reset_states(indices=[3])
+    with pytest.raises(ShapeError, match="B=2"):
+        rnn.reset_states(rows, indices=[0, 1])
+    rnn.reset_states()
+    with pytest.raises(ShapeError, match="none is held"):
+        rnn.reset_states(indices=[0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_3_a_stack_of_one_cell(masked):
+    cell = layers.LSTMCell(4, input_size=3)
+    x = torch.randn(2, 5, 3)
+    mask = torch.rand(2, 5) < 0.5 if masked else None
+    y, state = layers.RNN([cell], return_sequences=True, return_state=True)(x, mask=mask)
+    z, h, c = layers.RNN(cell, return_sequences=True, return_state=True)(x, mask=mask)
+    assert torch.equal(y, z)
+    assert torch.equal(state.h, h)
+    assert torch.equal(state.c, c)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("recurrent_dropout", [0.0, 0.5])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_4_dropout_works_in_every_combination(seed, dropout, recurrent_dropout, masked, stateful, both):
+    cells = [
+        layers.LSTMCell(units, dropout=dropout, recurrent_dropout=recurrent_dropout, seed=seed) for units in (40, 50)
+    ]
+    layer = layers.RNN(cells, return_sequences=True, stateful=stateful)
+    layer = layers.Bidirectional(layer) if both else layer
+    x = torch.randn(2, 4, 30)
+    mask = torch.tensor([[True] * 4, [True, False, True, False]]) if masked else None
+    dropped = layer(x, mask=mask)
+    dropped.sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in layer.parameters())
+    if stateful:
+        layer.reset_states()
+    again = layer(x, mask=mask)
+    assert torch.equal(again, dropped) == (dropout == recurrent_dropout == 0.0)
+    layer.eval()
+    if stateful:
+        layer.reset_states()
+    calm = layer(x, mask=mask)
+    if stateful:
+        layer.reset_states()
+    assert torch.equal(layer(x, mask=mask, training=False), calm)
+
+
+def test_4_masks_are_drawn_once_a_call_and_scaled():
+    cell = layers.LSTMCell(1000, dropout=0.25, recurrent_dropout=0.5, seed=1, input_size=1000)
+    x_mask, h_mask = cell.masks(4, True)
+    assert x_mask.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert h_mask.unique().tolist() == [0.0, 2.0]
+    assert abs(float(x_mask.mean()) - 1.0) < 0.05
+    assert abs(float(h_mask.mean()) - 1.0) < 0.05
+    # An input that is the same at every step, through a cell that forgets all: every step gives the same.
+    cell = layers.LSTMCell(8, dropout=0.5, recurrent_activation="linear", input_size=6)
+    with torch.no_grad():
+        cell.recurrent_kernel.zero_()
+        cell.kernel[:, 8:16] = 0.0
+        cell.bias[8:16] = 0.0
+    y = layers.RNN(cell, return_sequences=True)(torch.randn(2, 1, 6).expand(2, 5, 6))
+    torch.testing.assert_close(y, y[:, :1].expand_as(y))
+
+
+def test_4_a_seed_makes_masks_repeatable_and_resumable():
+    def make():
+        return layers.LSTM(6, dropout=0.5, recurrent_dropout=0.5, seed=7, input_size=5)
+
+    a, b, x = make(), make(), torch.randn(2, 3, 5)
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a(x), b(x))
+    assert not torch.equal(a(x), a(x))
+    resumed = make()
+    resumed.load_state_dict(a.state_dict())
+    assert torch.equal(a(x), resumed(x))
+
+
+@pytest.mark.parametrize("return_sequences", [False, True])
+@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_5_a_leading_masked_step_emits_the_initial_h(return_sequences, go_backwards, stacked):
+    cell = [layers.LSTMCell(5), layers.LSTMCell(4)] if stacked else layers.LSTMCell(4)
+    rnn = layers.RNN(cell, return_sequences=return_sequences, go_backwards=go_backwards, input_size=3)
+    state = [(torch.randn(2, u), torch.randn(2, u)) for u in (5, 4)] if stacked else (torch.randn(2, 4),) * 2
+    top = state[1] if stacked else state
+    mask = torch.tensor([[False, False, False], [False, True, False]])
+    y = rnn(torch.randn(2, 3, 3), initial_state=state, mask=mask)
+    if return_sequences:
+        assert torch.equal(y[:, 0], top[0])
+        assert torch.equal(y[0], top[0][0].expand(3, 4))
+        assert torch.equal(y[1, 1], y[1, 2])
+    else:
+        assert torch.equal(y[0], top[0][0])
+
+
+def test_6_a_stateful_layer_keeps_what_a_given_state_led_to():
+    lstm = layers.LSTM(4, stateful=True, return_state=True, input_size=3)
+    x, start = torch.randn(2, 5, 3), (torch.randn(2, 4), torch.randn(2, 4))
+    _, h, c = lstm(x, initial_state=start)
+    assert torch.equal(lstm.states.h, h)
+    assert torch.equal(lstm.states.c, c)
+    assert not lstm.states.h.requires_grad
+    twin = layers.LSTM(4, return_state=True)
+    twin.load_state_dict({key: value for key, value in lstm.state_dict().items() if "states" not in key})
+    assert torch.equal(lstm(x)[0], twin(x, initial_state=(h, c))[0])
+    lstm.states = start
+    assert torch.equal(lstm(x)[0], twin(x, initial_state=start)[0])
+    with pytest.raises(ShapeError, match="reset_states"):
+        lstm(torch.randn(3, 5, 3))
+
+
+def test_7_the_state_is_saved_with_the_model_and_comes_back(tmp_path):
+    def make():
+        return layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], stateful=True)
+
+    rnn, x = make(), torch.randn(2, 5, 3)
+    rnn(x)
+    torch.save(rnn.state_dict(), tmp_path / "rnn.pt")
+    other = make()
+    other.load_state_dict(torch.load(tmp_path / "rnn.pt", weights_only=True))
+    assert torch.equal(other(x), rnn(x))
+    torch.save(rnn, tmp_path / "whole.pt")
+    assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(x), rnn(x))
+
+
+class Counting(torch.nn.Module):
+    state_size = 3
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x, states):
+        self.calls += 1
+        h = torch.tanh(x[:, :3] + states[0])
+        return h, [h]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_8_a_stack_evaluates_each_cell_exactly_t_times(masked, dropout):
+    cells = [Counting(), layers.LSTMCell(4, dropout=dropout), Counting()]
+    steps = []
+    plain = cells[1].step
+    cells[1].step = lambda *args: (steps.append(1), plain(*args))[1]
+    layers.RNN(cells)(torch.randn(2, 7, 5), mask=torch.rand(2, 7) < 0.5 if masked else None)
+    assert [cells[0].calls, len(steps), cells[2].calls] == [7, 7, 7]
+
+
+def test_9_no_steps_return_empty_sequences_and_the_initial_state():
+    rnn = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_sequences=True, return_state=True)
+    start = [(torch.randn(2, units), torch.randn(2, units)) for units in (4, 5)]
+    y, *states = rnn(torch.zeros(2, 0, 3), initial_state=start)
+    assert y.shape == (2, 0, 5)
+    for state, (h, c) in zip(states, start, strict=True):
+        assert torch.equal(state.h, h)
+        assert torch.equal(state.c, c)
+    assert torch.equal(layers.LSTM(4)(torch.zeros(2, 0, 3)), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("name", ["dropout", "recurrent_dropout"])
+@pytest.mark.parametrize("value", [1.0, 1.5, -0.1, float("nan"), "half"])
+def test_10_a_dropout_of_one_is_refused(name, value):
+    for make in (layers.LSTM, layers.LSTMCell):
+        with pytest.raises(ValueError, match=name):
+            make(4, **{name: value})
