@@ -190,6 +190,8 @@ def _seeded(function: Callable[..., Any], seed: int, settings: dict[str, Any], w
 @torch.no_grad()
 def fill(w: Tensor, initializer: Callable[[Tensor], Any]) -> None:
     """Initialise `w` in place, whether `initializer` works in place or returns the values."""
-    values = initializer(w)
-    if isinstance(values, Tensor) and values is not w:
+    drawn = w if w.dtype in (torch.float32, torch.float64) else w.float()  # torch factorises no half precision
+    values = initializer(drawn)
+    values = values if isinstance(values, Tensor) else drawn
+    if values is not w:
         w.copy_(values)

@@ -1,0 +1,434 @@
+"""Layers as torch modules: saving, copying, weights, configuration, gates, foreign cells, bad input."""
+
+import copy
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+
+from cellstack import layers
+from cellstack.layers import ShapeError, State, Trace
+
+MAKERS = {
+    "lstm": lambda: layers.LSTM(4, return_sequences=True),
+    "cell": lambda: layers.RNN(layers.LSTMCell(4, use_bias=False)),
+    "stack": lambda: layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_state=True),
+    "bidirectional": lambda: layers.Bidirectional(layers.LSTM(4, return_sequences=True), "sum"),
+    "stateful": lambda: layers.LSTM(4, stateful=True),
+    "time distributed": lambda: layers.TimeDistributed(torch.nn.Linear(3, 2)),
+}
+
+
+def flatten(results):
+    if isinstance(results, torch.Tensor):
+        return [results]
+    return [part for result in results for part in flatten(result)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(flatten(a), flatten(b), strict=True))
+
+
+@pytest.fixture(params=MAKERS)
+def make(request):
+    return MAKERS[request.param]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 3)
+
+
+# ── Copies and files ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_state_dict_round_trip_into_a_layer_without_weights(make, x):
+    layer, other = make(), make()
+    layer(x)
+    other.load_state_dict(layer.state_dict())
+    assert same(layer(x), other(x))
+
+
+def test_deepcopy_and_pickle_before_and_after_building(make, x, tmp_path):
+    layer = make()
+    for _ in range(2):
+        copied = copy.deepcopy(layer)
+        torch.save(layer, tmp_path / "layer.pt")
+        loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
+        results = []
+        for one in (layer, copied, loaded):
+            torch.manual_seed(3)  # the weights of what is not built yet
+            results.append(one(x))
+        assert same(results[0], results[1])
+        assert same(results[0], results[2])
+
+
+def test_get_config_makes_the_same_layer(make, x):
+    layer = make()
+    twin = type(layer).from_config(layer.get_config())
+    assert repr(twin) == repr(layer)
+    layer(x)
+    twin(x)
+    twin.set_weights(layer.get_weights())
+    for one in (layer, twin):
+        if hasattr(one, "reset_states"):
+            one.reset_states()
+    assert same(layer(x), twin(x))
+
+
+def test_everything_given_comes_back_from_get_config():
+    given = {
+        "units": 3,
+        "activation": torch.nn.functional.gelu,
+        "recurrent_activation": "hard_sigmoid",
+        "use_bias": True,
+        "kernel_initializer": "he_normal",
+        "recurrent_initializer": {"class_name": "Orthogonal", "config": {"gain": 0.5}},
+        "bias_initializer": torch.nn.init.ones_,
+        "unit_forget_bias": False,
+        "kernel_regularizer": "l2",
+        "recurrent_regularizer": "l1",
+        "bias_regularizer": {"class_name": "L2", "config": {"l2": 0.5}},
+        "activity_regularizer": "l1",
+        "kernel_constraint": "max_norm",
+        "recurrent_constraint": "unit_norm",
+        "bias_constraint": "non_neg",
+        "dropout": 0.25,
+        "recurrent_dropout": 0.5,
+        "seed": 4,
+        "return_sequences": True,
+        "return_state": True,
+        "go_backwards": True,
+        "stateful": True,
+        "unroll": True,
+        "zero_output_for_mask": True,
+        "input_size": 2,
+        "dtype": "float64",
+        "device": "cpu",
+        "name": "encoder",
+    }
+    layer = layers.LSTM(**given)
+    assert layer.get_config() == given
+    assert layers.LSTM.from_config(layer.get_config()).get_config() == given
+    assert layer.cell.kernel.dtype == torch.float64
+    both = layers.Bidirectional(layer, "ave")
+    assert layers.Bidirectional.from_config(both.get_config()).get_config() == both.get_config()
+
+
+def test_weights_in_the_order_and_layout_of_keras(x):
+    both = layers.Bidirectional(layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)]), input_size=3)
+    shapes = [w.shape for w in both.get_weights()]
+    assert shapes == [(3, 16), (4, 16), (16,), (4, 20), (5, 20), (20,)] * 2
+    weights = [np.random.default_rng(0).normal(size=shape) for shape in shapes]
+    unbuilt = layers.Bidirectional(layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)]))
+    unbuilt.set_weights(weights)
+    for got, wanted in zip(unbuilt.get_weights(), weights, strict=True):
+        assert np.array_equal(got, wanted.astype(np.float32))
+    before = both.get_weights()
+    with pytest.raises(ShapeError, match="expected 12 arrays"):
+        both.set_weights(weights[:-1])
+    with pytest.raises(ShapeError, match=r"recurrent_kernel \(4, 16\), got \(16, 4\)"):
+        both.set_weights([weights[0], weights[1].T, *weights[2:]])
+    assert all(np.array_equal(a, b) for a, b in zip(before, both.get_weights(), strict=True))
+    before[0][:] = 0.0
+    assert np.count_nonzero(both.get_weights()[0])
+
+
+def test_the_forget_bias_is_stored_and_may_be_left_out():
+    assert layers.LSTMCell(2, input_size=1).bias.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert layers.LSTMCell(2, input_size=1, unit_forget_bias=False).bias.tolist() == [0] * 8
+    assert layers.LSTMCell(2, input_size=1, use_bias=False).bias is None
+
+
+def test_moving_a_layer_counts_before_the_first_call(x):
+    lstm = layers.LSTM(4, stateful=True).double()
+    assert lstm(x.double()).dtype == torch.float64
+    assert lstm.float()(x).dtype == torch.float32
+    assert lstm.states.h.dtype == torch.float32
+
+
+def test_regularisers_and_constraints_within_a_model(x):
+    model = torch.nn.Sequential(
+        layers.LSTM(4, kernel_regularizer="l2", activity_regularizer="l1", input_size=3, kernel_constraint="non_neg")
+    )
+    y = model(x)
+    terms = layers.losses(model)
+    torch.testing.assert_close(terms[0], 0.01 * y.abs().sum())
+    torch.testing.assert_close(terms[1], 0.01 * model[0].cell.kernel.square().sum())
+    sum(terms).backward()
+    assert model[0].cell.kernel.grad is not None
+    copy.deepcopy(model)
+    layers.apply_constraints(model)
+    assert model[0].cell.kernel.min() >= 0.0
+
+
+# ── Gates ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_gates_obey_the_equations_and_have_gradients(x):
+    lstm = layers.LSTM(4, return_sequences=True, input_size=3)
+    y, trace = lstm(x, return_gates=True)
+    assert isinstance(trace, Trace)
+    assert torch.equal(trace.h, y)
+    c_prev = torch.cat([torch.zeros(2, 1, 4), trace.c[:, :-1]], dim=1)
+    torch.testing.assert_close(trace.c, trace.f * c_prev + trace.i * trace.g, rtol=0, atol=tolerances.LOOP)
+    torch.testing.assert_close(trace.h, trace.o * trace.c.tanh(), rtol=0, atol=tolerances.LOOP)
+    loop = layers.LSTM(4, activation=lambda z: z.tanh(), return_sequences=True)
+    loop.set_weights(lstm.get_weights())
+    _, expected = loop(x, return_gates=True)
+    for part, wanted in zip(trace, expected, strict=True):
+        torch.testing.assert_close(part, wanted, rtol=0, atol=tolerances.LOOP)
+        got, want = (
+            torch.autograd.grad(p.square().sum(), layer.cell.kernel, retain_graph=True)[0]
+            for p, layer in ((part, lstm), (wanted, loop))
+        )
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_gates_of_stacks_and_both_directions_come_in_the_order_of_y(x):
+    rnn = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_sequences=True, return_state=True)
+    y, state_1, state_2, traces = rnn(x, return_gates=True)
+    assert torch.equal(traces[1].h, y)
+    assert torch.equal(traces[0].h[:, -1], state_1.h)
+    assert torch.equal(traces[1].c[:, -1], state_2.c)
+    both = layers.Bidirectional(layers.LSTM(4, return_sequences=True))
+    y, (ahead, back) = both(x, return_gates=True)
+    assert torch.equal(y, torch.cat([ahead.h, back.h], dim=-1))
+    y, trace = layers.LSTM(4, return_sequences=True, go_backwards=True)(x, return_gates=True)
+    assert torch.equal(trace.h, y)
+    mask = torch.tensor([[True, False, True, True, False]] * 2)
+    _, trace = layers.LSTM(4)(x, mask=mask, return_gates=True)
+    assert torch.count_nonzero(trace.i[:, [1, 4]]) == 0
+    assert torch.equal(trace.c[:, 1], trace.c[:, 0])
+
+
+# ── Cells of the user's own ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Plain:
+    """A cell that knows nothing of torch modules, with one state."""
+
+    state_size = 3
+
+    def call(self, x, states):
+        h = (x[:, :3] + states[0]).tanh()
+        return h, [h]
+
+
+class Copying(torch.nn.Module):
+    """Our own cell's arithmetic behind a foreign face, with two states."""
+
+    state_size = (4, 4)
+    output_size = 4
+
+    def __init__(self, cell):
+        super().__init__()
+        self.inner = cell
+
+    def forward(self, x, states, training=False):
+        h, state = self.inner(x, states, training=training)
+        return h, state
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_foreign_cells_give_what_ours_give(x, masked, go_backwards, return_sequences):
+    cell = layers.LSTMCell(4, input_size=3)
+    flags = {"return_sequences": return_sequences, "return_state": True, "go_backwards": go_backwards}
+    mask = torch.rand(2, 5) < 0.5 if masked else None
+    start = (torch.randn(2, 4), torch.randn(2, 4))
+    ours = layers.RNN(cell, **flags)(x, mask=mask, initial_state=start)
+    theirs = layers.RNN(Copying(cell), **flags)(x, mask=mask, initial_state=start)
+    assert same(ours, theirs)
+
+
+def test_foreign_cells_in_stacks_and_alone(x):
+    rnn = layers.RNN([Plain(), layers.LSTMCell(4)], return_sequences=True, return_state=True)
+    y, first, second = rnn(x)
+    assert y.shape == (2, 5, 4)
+    assert first.shape == (2, 3)
+    assert isinstance(second, State)
+    assert "foreign cell Plain" in repr(rnn.plan())
+    with pytest.raises(TypeError, match="return_gates"):
+        rnn(x, return_gates=True)
+    alone = layers.RNN(Plain(), stateful=True, return_state=True)
+    y, state = alone(x)
+    assert torch.equal(y, state)
+    assert torch.equal(alone.states, state)
+    assert alone(torch.zeros(2, 0, 3))[0].shape == (2, 3)
+    with pytest.raises(ShapeError, match=r"Plain \[B=2, 3\], got \(2, 4\)"):
+        alone(x, initial_state=[torch.zeros(2, 4)])
+    with pytest.raises(TypeError, match="expected a cell"):
+        layers.RNN(torch.nn.Linear(3, 3))
+
+
+def test_time_distributed_folds_layers_of_ours(x):
+    clips = torch.randn(2, 4, 5, 3)
+    mask = torch.rand(2, 4, 5) < 0.7
+    lstm = layers.LSTM(6, return_state=True, input_size=3)
+    y, h, _c = layers.TimeDistributed(lstm)(clips, mask=mask)
+    assert y.shape == h.shape == (2, 4, 6)
+    assert torch.equal(y[:, 1], lstm(clips[:, 1], mask=mask[:, 1])[0])
+    assert layers.TimeDistributed(torch.nn.Linear(3, 2))(torch.zeros(2, 0, 3)).shape == (2, 0, 2)
+    with pytest.raises(ShapeError, match="three axes"):
+        layers.TimeDistributed(lstm)(torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="stateful"):
+        layers.TimeDistributed(layers.LSTM(3, stateful=True))
+
+
+# ── Plans ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_plan_says_which_kernel_and_why(x):
+    fused = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5, activation="relu")], input_size=3)
+    assert all("fused cpu kernel (" in line for line in fused.plan())
+    assert len(fused.plan()) == 2
+    assert "activation gelu is not one of" in layers.LSTM(4, activation="gelu").plan()[0]
+    assert "bfloat16 is neither float32 nor float64" in layers.LSTM(4, dtype="bfloat16").plan()[0]
+    assert layers.LSTM(4, dtype="bfloat16")(x.bfloat16()).dtype == torch.bfloat16
+    lines = layers.Bidirectional(layers.LSTM(4)).plan()
+    assert lines[0].startswith("forward: ")
+    assert lines[1].startswith("backward: ")
+
+
+def test_a_stack_with_one_layer_that_the_kernel_lacks(x):
+    cells = [layers.LSTMCell(4), layers.LSTMCell(5, activation="silu"), layers.LSTMCell(3), layers.LSTMCell(2)]
+    rnn = layers.RNN(cells, return_sequences=True, return_state=True)
+    y, *states = rnn(x)
+    value = x
+    for cell, state in zip(cells, states, strict=True):
+        value, h, c = layers.RNN(cell, return_sequences=True, return_state=True)(value)
+        assert torch.equal(h, state.h)
+        assert torch.equal(c, state.c)
+    assert torch.equal(value, y)
+
+
+# ── What comes in ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: torch.stack([x, x], dim=-1)[..., 0],
+        lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+        lambda x: torch.cat([x, x], dim=1).repeat_interleave(2, dim=1)[:, : 2 * x.shape[1] : 2],
+        lambda x: x.flip(1).flip(1),
+    ],
+)
+def test_any_strides_give_the_same(x, change):
+    lstm = layers.LSTM(4, return_sequences=True, input_size=3)
+    moved = change(x)
+    assert torch.equal(moved, x)
+    leaf, moved_leaf = x.clone().requires_grad_(), moved.detach().requires_grad_()
+    a, b = lstm(leaf), lstm(moved_leaf)
+    assert torch.equal(a, b)
+    ga, gb = (torch.autograd.grad(y.square().sum(), x)[0] for y, x in ((a, leaf), (b, moved_leaf)))
+    assert torch.equal(ga, gb)
+    row = x[:1, :1].expand(2, 5, 3)
+    assert torch.equal(lstm(row), lstm(row.contiguous()))
+    states = [torch.randn(4, 2).t() for _ in "hc"]
+    assert torch.equal(lstm(x, initial_state=states), lstm(x, initial_state=[s.contiguous() for s in states]))
+    mask = (torch.rand(5, 2) < 0.5).t()
+    assert torch.equal(lstm(x, mask=mask), lstm(x, mask=mask.contiguous()))
+
+
+def test_nan_stays_nan_and_in_its_row(x):
+    lstm = layers.LSTM(4, input_size=3)
+    x[0, 2, 1] = float("nan")
+    y = lstm(x)
+    assert y[0].isnan().all()
+    assert y[1].isfinite().all()
+    with torch.no_grad():
+        lstm.cell.kernel[0, 0] = float("nan")
+    assert lstm(torch.ones(2, 5, 3)).isnan().any()
+
+
+PAIR = (torch.zeros(2, 4), torch.zeros(2, 4))
+BAD = {
+    "rank 2": (lambda f: f(torch.zeros(5, 3)), ShapeError, r"expected sequences \[B, T, I=3\], got \(5, 3\)"),
+    "rank 4": (lambda f: f(torch.zeros(2, 5, 3, 1)), ShapeError, r"\(2, 5, 3, 1\)"),
+    "width": (lambda f: f(torch.zeros(2, 5, 7)), ShapeError, r"I=3\], got \(2, 5, 7\)"),
+    "float64": (lambda f: f(torch.zeros(2, 5, 3).double()), TypeError, r"float32.*got float64.*to\(torch.float32\)"),
+    "float16": (lambda f: f(torch.zeros(2, 5, 3).half()), TypeError, "got float16"),
+    "bfloat16": (lambda f: f(torch.zeros(2, 5, 3).bfloat16()), TypeError, "got bfloat16"),
+    "complex": (lambda f: f(torch.zeros(2, 5, 3, dtype=torch.complex64)), TypeError, "real numbers"),
+    "complex array": (lambda f: f(np.zeros((2, 5, 3), complex)), TypeError, "real numbers"),
+    "text": (lambda f: f([["a"]]), TypeError, "real numbers"),
+    "none": (lambda f: f(None), TypeError, "real numbers"),
+    "ragged": (lambda f: f([[[1, 2, 3]], [[1, 2, 3], [1, 2, 3]]]), TypeError, "array of numbers"),
+    "sparse": (lambda f: f(torch.zeros(2, 5, 3).to_sparse()), TypeError, "dense"),
+    "device": (lambda f: f(torch.zeros(2, 5, 3, device="meta")), ValueError, "on cpu.*got it on meta"),
+    "mask of integers": (lambda f: f(X, mask=torch.ones(2, 5)), TypeError, "mask of bool"),
+    "mask of a list of integers": (lambda f: f(X, mask=[[1] * 5] * 2), TypeError, "mask of bool"),
+    "mask shape": (lambda f: f(X, mask=torch.ones(5, 2).bool()), ShapeError, r"mask \[B=2, T=5\], got \(5, 2\)"),
+    "mask rank": (lambda f: f(X, mask=torch.ones(2, 5, 1).bool()), ShapeError, "mask"),
+    "mask of one row": (lambda f: f(X, mask=torch.ones(1, 5).bool()), ShapeError, "mask"),
+    "state batch": (lambda f: f(X, initial_state=[torch.zeros(3, 4)] * 2), ShapeError, r"\[B=2, H=4\], got \(3, 4\)"),
+    "state of one row": (lambda f: f(X, initial_state=[torch.zeros(1, 4)] * 2), ShapeError, r"got \(1, 4\)"),
+    "state width": (lambda f: f(X, initial_state=[PAIR[0], torch.zeros(2, 5)]), ShapeError, "c of state"),
+    "only h": (lambda f: f(X, initial_state=[PAIR[0]]), ShapeError, r"pair \(h, c\), got 1"),
+    "only h, a tensor": (lambda f: f(X, initial_state=PAIR[0]), ShapeError, r"pair \(h, c\)"),
+    "three states": (lambda f: f(X, initial_state=[PAIR[0]] * 3), ShapeError, r"pair \(h, c\), got 3"),
+    "state dtype": (lambda f: f(X, initial_state=[p.double() for p in PAIR]), TypeError, "state of float32"),
+    "state a number": (lambda f: f(X, initial_state=3), TypeError, "state of tensors"),
+    "unknown argument": (lambda f: f(X, time_major=True), TypeError, "time_major"),
+}
+X = torch.zeros(2, 5, 3)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gives_one_clear_error(name):
+    call, error, message = BAD[name]
+    for layer in (layers.LSTM(4, input_size=3), layers.LSTM(4, input_size=3, activation="gelu")):
+        with pytest.raises(error, match=message):
+            call(layer)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: layers.LSTM(0), ShapeError, "units >= 1"),
+        (lambda: layers.LSTM(2.5), TypeError, "integer"),
+        (lambda: layers.LSTM(4, activation="tanhh"), ValueError, "tanhh"),
+        (lambda: layers.LSTM(4, recurrent_activation=3), TypeError, "callable"),
+        (lambda: layers.LSTM(4, kernel_initializer="glorot"), ValueError, "kernel_initializer.*glorot_uniform"),
+        (lambda: layers.LSTM(4, kernel_regularizer="l3"), ValueError, "kernel_regularizer"),
+        (lambda: layers.LSTM(4, bias_constraint=3), TypeError, "bias_constraint"),
+        (lambda: layers.LSTM(4, time_major=True), TypeError, "time_major"),
+        (lambda: layers.LSTM(4, dtype="int32"), TypeError, "floating"),
+        (lambda: layers.LSTM(4, input_size=0), ShapeError, "input_size"),
+        (lambda: layers.RNN([]), ValueError, "at least one"),
+        (lambda: layers.RNN(3), TypeError, "expected a cell"),
+        (lambda: layers.RNN([layers.StackedRNNCells([layers.LSTMCell(3)])]), TypeError, "flat list"),
+        (
+            lambda: layers.RNN([layers.LSTMCell(3), layers.LSTMCell(4, input_size=5)], input_size=2),
+            ShapeError,
+            "as built",
+        ),
+        (lambda: layers.Bidirectional(torch.nn.LSTM(3, 4)), TypeError, "LSTM or RNN"),
+        (lambda: layers.Bidirectional(layers.LSTM(3), "max"), ValueError, "merge_mode"),
+        (lambda: layers.Bidirectional(layers.LSTM(3), backward_layer=layers.LSTM(3)), ValueError, "opposite"),
+        (
+            lambda: layers.Bidirectional(
+                layers.LSTM(3), backward_layer=layers.LSTM(3, go_backwards=True, return_state=True)
+            ),
+            ValueError,
+            "return_state",
+        ),
+        (lambda: layers.Bidirectional(layers.LSTM(3))(X, initial_state=[PAIR[0]] * 3), ShapeError, "got 3"),
+        (lambda: layers.LSTMCell(4)(X), ShapeError, "no time axis"),
+        (lambda: layers.RNN([layers.LSTMCell(4), layers.LSTMCell(4)])(X, initial_state=[PAIR]), ShapeError, "2 states"),
+    ],
+)
+def test_bad_constructions_and_calls(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_errors_name_the_layer():
+    with pytest.raises(ShapeError, match=r"^LSTM 'encoder': expected"):
+        layers.LSTM(4, name="encoder")(torch.zeros(2, 3))
