@@ -161,14 +161,15 @@ def _fail(verb: str, reason: str) -> int:
     return 2
 
 
-def _needs_torch(args: argparse.Namespace) -> None:
+def _needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
+    """Import torch, and set how many threads it may use: as given, else `threads`, else all."""
     try:
         import torch
         import tqdm  # noqa: F401
     except ModuleNotFoundError as error:
         raise UsageError(f"{args.verb} needs {error.name}: install cellstack[torch]") from None
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    if args.threads or threads:
+        torch.set_num_threads(args.threads or threads)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -323,12 +324,11 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    _needs_torch(args)
+    _needs_torch(args, threads=1)  # steps this small don't gain from a second thread
     try:
         from cellstack.train import demo
     except ModuleNotFoundError as error:
         raise UsageError(f"demo needs {error.name}: install cellstack[torch]") from None
-
     say = (lambda line="": print(line, file=sys.stderr)) if args.json else print
     report = demo.run(Path(args.output), args.seed, args.epochs, say)
     _print(args, _plain(report), [])

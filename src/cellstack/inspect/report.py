@@ -1,0 +1,259 @@
+"""The demo's report: one HTML file without outside resources, readable in light and in dark."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from cellstack.spec import Trace
+
+# Figures are drawn in stand-in colours that the page's style sheet replaces, so that one file serves light and dark.
+INK, FAINT = "#010203", "#010204"
+SERIES = ("#2a78d6", "#eb6834", "#1baf7a")  # blue, orange, green: told apart on white and on black, by colour-blind too
+THEME = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+GATE_MAP = LinearSegmentedColormap.from_list("gate", ["#0d2b52", "#2a78d6", "#9cc6f5", "#f3f7fc"])  # 0 to 1
+SIGNED_MAP = LinearSegmentedColormap.from_list("signed", ["#1c5cab", "#8fbdf0", "#f2f2f0", "#f3a98c", "#b8401f"])  # ±
+COUNT_MAP = LinearSegmentedColormap.from_list("count", ["#2a78d622", "#2a78d6"])
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1c1c1a; --muted: #5f5e5a; --line: #dedcd6;
+  --accent: #2368bd; }
+@media (prefers-color-scheme: dark) { :root { --page: #161615; --card: #20201e; --ink: #ecebe6; --muted: #a8a69e;
+  --line: #3a3936; --accent: #6aa9f0; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 0 0 .2rem; }
+p { margin: .3rem 0 .9rem; max-width: 46rem; color: var(--muted); }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1.4rem 1.5rem;
+  margin-top: 1.25rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .9rem; margin-top: 1.5rem; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: .9rem 1.1rem; }
+.tile b { display: block; font-size: 1.75rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--muted); font-size: .875rem; }
+figure { margin: .8rem 0 0; overflow-x: auto; }
+figure svg { display: block; width: 100%; height: auto; min-width: 34rem; }
+svg text { font-family: system-ui, sans-serif; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { color: var(--muted); font-weight: 600; } td.bar { width: 45%; text-align: left; }
+td.bar i { display: block; height: .6rem; border-radius: 3px; background: var(--accent); }
+details { margin-top: .8rem; } summary { cursor: pointer; color: var(--accent); }
+footer { color: var(--muted); font-size: .8125rem; margin-top: 1.5rem; }
+"""
+
+
+def demo_page(
+    result: dict[str, Any],
+    whole: Sequence[dict[str, float]],
+    causal: Sequence[dict[str, float]],
+    confusion: NDArray[np.int64],
+    gates: Sequence[tuple[str, Trace]],
+) -> str:
+    """Return the demo's page.
+
+    Args:
+        result: what the demo measured.
+        whole, causal: the history of each fit, see `Fit`.
+        confusion: `[true, predicted]` counts.
+        gates: name and trace `[T, H]` of each layer over the replayed utterance.
+    """
+    replay, labels = result["replay"], result["replay"]["labels"]
+    took = float(np.median(replay["microseconds"]))
+    tiles = [
+        (f"{result['bidirectional']['accuracy']:.1%}", "of test utterances told right, bidirectional stack"),
+        (f"{result['forward']['accuracy']:.1%}", "forward stack, frame by frame"),
+        (f"{took:.0f} µs", "a frame, in a process without torch"),
+        (f"{result['bidirectional']['train_seconds'] + result['forward']['train_seconds']:.0f} s", "to train both"),
+    ]
+    total = int(confusion.sum())
+    sections = [
+        _section(
+            "Training",
+            "Mean loss of an utterance (nats) in each pass over the training part, and on the part held out for "
+            "validation. The noise and dropout that only training sees keep its loss above the other.",
+            _curves({"bidirectional": whole, "forward": causal}),
+        ),
+        _section(
+            "Who was taken for whom",
+            f"The {total} test utterances, bidirectional stack: {int(np.trace(confusion))} lie on the diagonal.",
+            _confusion(confusion, labels),
+        ),
+        _section(
+            f"Frame by frame: test utterance {replay['utterance']}, speaker {replay['truth']}",
+            "What the forward stack holds likely after each frame: the mean of its answers so far. It was loaded from "
+            "its file in a process of its own, which never imported torch.",
+            _probabilities(replay) + _frame_table(replay),
+        ),
+        _section(
+            "Inside: the gates of the same utterance",
+            "Each row is a unit, each column a frame. Input, forget and output gates run from closed (dark) to open "
+            "(light); candidate, cell and output are signed. Units are sorted by how open their forget gate is.",
+            "".join(_gates(name, trace) for name, trace in gates),
+        ),
+    ]
+    cards = "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>cellstack: who is speaking?</title><style>{STYLE}</style></head><body><main>"
+        "<h1>Who is speaking?</h1><p>Nine speakers say two Japanese vowels. Two stacks of LSTMs learn to tell who it "
+        "is from 12 cepstrum coefficients a frame.</p>"
+        f'<div class="tiles">{cards}</div>{"".join(sections)}'
+        "<footer>Data: Japanese Vowels, Kudo, Toyama and Shimbo 1999, UCI Machine Learning Repository, CC BY 4.0. "
+        f"Seed {result['seed']}.</footer></main></body></html>\n"
+    )
+
+
+def _section(title: str, text: str, body: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{body}</section>"
+
+
+def _figure(figure: Figure, label: str) -> str:
+    """Return a figure as an inline SVG whose ink is the page's."""
+    out = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # ids are the page's, not the figure's: give each figure its own
+    mark = re.sub(r"\W+", "-", label.lower())
+    svg = re.sub(r'\bid="', f'id="{mark}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}-", svg)
+    svg = svg.replace(INK, "var(--ink)").replace(FAINT, "var(--muted)")
+    return f'<figure role="img" aria-label="{html.escape(label)}">{svg}</figure>'
+
+
+def _curves(histories: dict[str, Sequence[dict[str, float]]]) -> str:
+    with rc_context(THEME):
+        figure = Figure(figsize=(9, 2.9), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
+        for axis, (name, history) in zip(axes, histories.items(), strict=True):
+            epochs = [entry["epoch"] for entry in history]
+            for key, label, color in (("loss", "training", SERIES[0]), ("validation_loss", "validation", SERIES[1])):
+                if history and key in history[0]:
+                    axis.plot(epochs, [entry[key] for entry in history], color=color, label=label)
+            axis.set(title=name, xlabel="epoch", yscale="log")
+        axes[0].set_ylabel("loss (nats)")
+        axes[0].legend(loc="upper right")
+    return _figure(figure, "training curves")
+
+
+def _confusion(confusion: NDArray[np.int64], labels: Sequence[str]) -> str:
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    with rc_context(THEME | {"axes.grid": False}):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        axis = figure.subplots()
+        axis.pcolormesh(share[::-1], cmap=COUNT_MAP, vmin=0, vmax=1, edgecolors=FAINT, linewidth=0.15)
+        count = len(labels)
+        for row, column in np.ndindex(*confusion.shape):
+            if confusion[row, column]:
+                color = "white" if share[row, column] > 0.5 else INK
+                place = (column + 0.5, count - row - 0.5)
+                axis.text(*place, str(confusion[row, column]), ha="center", va="center", color=color)
+        ticks = np.arange(count) + 0.5
+        axis.set_xticks(ticks, labels)
+        axis.set_yticks(ticks, list(labels)[::-1])
+        axis.set(xlabel="speaker as told", ylabel="true speaker")
+        axis.tick_params(length=0)
+    return _figure(figure, "confusion matrix")
+
+
+def _probabilities(replay: dict[str, Any]) -> str:
+    so_far = np.array(replay["so_far"])
+    steps = np.arange(1, len(so_far) + 1)
+    truth = replay["labels"].index(replay["truth"])
+    rivals = [n for n in np.argsort(-so_far.max(axis=0)) if n != truth][:2]
+    with rc_context(THEME):
+        figure = Figure(figsize=(9, 2.7), layout="constrained")
+        axis = figure.subplots()
+        for n in range(so_far.shape[1]):
+            if n != truth and n not in rivals:
+                axis.plot(steps, so_far[:, n], color=FAINT, linewidth=0.9, alpha=0.5)
+        for n, color in zip([truth, *rivals], SERIES, strict=True):
+            label = f"speaker {replay['labels'][n]}" + (" (true)" if n == truth else "")
+            axis.plot(steps, so_far[:, n], color=color, label=label, marker="o", markersize=3)
+        axis.set(xlabel="frame", ylabel="probability so far", ylim=(-0.03, 1.03))
+        figure.legend(loc="outside right upper")
+    return _figure(figure, "probability after each frame")
+
+
+def _frame_table(replay: dict[str, Any]) -> str:
+    rows = []
+    for t, (so_far, took) in enumerate(zip(replay["so_far"], replay["microseconds"], strict=True), 1):
+        best = int(np.argmax(so_far))
+        name = html.escape(replay["labels"][best])
+        bar = f'<td class="bar"><i style="width:{so_far[best]:.1%}"></i></td>'
+        rows.append(f"<tr><td>{t}</td><td>{name}</td><td>{so_far[best]:.1%}</td>{bar}<td>{took:.1f}</td></tr>")
+    head = "<tr><th>frame</th><th>speaker</th><th>probability</th><th></th><th>µs</th></tr>"
+    return f"<details><summary>every frame as a table</summary><table>{head}{''.join(rows)}</table></details>"
+
+
+def _gates(name: str, trace: Trace) -> str:
+    order = np.argsort(-trace.f.mean(axis=0))
+    panels = [
+        ("input gate i", trace.i, True),
+        ("forget gate f", trace.f, True),
+        ("output gate o", trace.o, True),
+        ("candidate g", trace.g, False),
+        ("cell c", trace.c, False),
+        ("output h", trace.h, False),
+    ]
+    with rc_context(THEME | {"axes.grid": False, "axes.titlesize": 9}):
+        figure = Figure(figsize=(9, 4.4), layout="constrained")
+        figure.suptitle(name, x=0.01, ha="left", fontsize=10, fontweight="bold")
+        axes = figure.subplots(2, 3, sharex=True, sharey=True)
+        for axis, (title, values, is_gate) in zip(axes.flat, panels, strict=True):
+            limit = 1.0 if is_gate else max(float(np.abs(values).max()), 1e-6)
+            scale = (
+                {"cmap": GATE_MAP, "vmin": 0, "vmax": 1}
+                if is_gate
+                else {"cmap": SIGNED_MAP, "vmin": -limit, "vmax": limit}
+            )
+            extent = (0.5, len(values) + 0.5, values.shape[1] + 0.5, 0.5)
+            image = axis.imshow(values[:, order].T, aspect="auto", interpolation="nearest", extent=extent, **scale)
+            axis.set_title(title)
+            bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
+            bar.outline.set_visible(False)
+            bar.ax.tick_params(labelsize=7, length=2)
+        for axis in axes[1]:
+            axis.set_xlabel("frame")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("unit")
+    return _figure(figure, f"gates of {name}")
