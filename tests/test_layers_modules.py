@@ -305,6 +305,24 @@ def test_a_stack_with_one_layer_that_the_kernel_lacks(x):
     assert torch.equal(value, y)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
+def test_transforms_of_torch_func_take_the_torch_loop(x):
+    lstm = layers.LSTM(4, input_size=3)
+    tangent = torch.randn_like(x)
+    _, along = torch.func.jvp(lstm, (x,), (tangent,))
+    step = 1e-3
+    difference = (lstm(x + step * tangent) - lstm(x - step * tangent)) / (2 * step)
+    torch.testing.assert_close(along, difference, rtol=0, atol=1e-3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(lstm(dual)).tangent, along)
+        assert "torch.func" in lstm.plan()[0]
+    each = torch.func.vmap(torch.func.grad(lambda row: lstm(row[None]).sum()))(x)
+    leaf = x.clone().requires_grad_()
+    lstm(leaf).sum().backward()
+    torch.testing.assert_close(each, leaf.grad)
+
+
 # ── What comes in ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 

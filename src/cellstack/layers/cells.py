@@ -262,6 +262,8 @@ class LSTMCell(Layer):
             return "loop", f"there is no fused kernel for {device}"
         if dtype not in (torch.float32, torch.float64):
             return "loop", f"{str(dtype).removeprefix('torch.')} is neither float32 nor float64"
+        if op.transformed():
+            return "loop", "torch.func and forward-mode differentiation need torch's own operations"
         return "fused", ""
 
     def forward(self, inputs: Any, states: Any = None, training: bool | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -278,10 +280,11 @@ class LSTMCell(Layer):
         Raises:
             ShapeError, TypeError: see `cellstack.layers`.
         """
-        like = self._like if self.kernel is None else self.kernel
+        kernel = self.kernel
+        like = self._like if kernel is None else kernel
         x = as_input(self._owner, "inputs", inputs, like)
-        check_step(self._owner, x.shape, self.input_size, "inputs")
-        if not self.built:
+        check_step(self._owner, x.shape, None if kernel is None else kernel.shape[0], "inputs")
+        if kernel is None:
             self.build(x.shape[1])
         state = None if states is None else self.as_state(self._owner, states, x.shape[0])
         drops = self.masks(x.shape[0], self.training if training is None else training)
@@ -310,13 +313,17 @@ class LSTMCell(Layer):
         if input_drop is not None:
             x = x * input_drop
         arrays = self.arrays()
-        h0, c0 = ([], []) if state is None else ([state[0]], [state[1]])
-        drop, x = [] if recurrent_drop is None else [recurrent_drop], x.unsqueeze(1)
-        if self.route(arrays[0])[0] == "fused":
-            save = needs_grad(x, *h0, *c0, *arrays)
-            out = op.lstm(x, h0, c0, arrays, drop, None, self._codes, False, False, save, 0)
-        else:
-            out = eager.lstm(x, h0, c0, arrays, drop, None, self._functions, False, False, False)
+        h0, c0 = (None, None) if state is None else (state[0], state[1])
+        starts_h, starts_c = ([], []) if h0 is None or c0 is None else ([h0], [c0])
+        drop = [] if recurrent_drop is None else [recurrent_drop]
+        if self.route(arrays[0])[0] != "fused":
+            functions = self._functions
+            out = eager.lstm(x.unsqueeze(1), starts_h, starts_c, arrays, drop, None, functions, False, False, False)
+            return out[0], out[1]
+        save = needs_grad(x, *starts_h, *starts_c, *arrays)
+        if not save and not drop and x.is_cpu and op.direct(x):
+            return op.step(x, h0, c0, arrays, self._codes)
+        out = op.lstm(x.unsqueeze(1), starts_h, starts_c, arrays, drop, None, self._codes, False, False, save, 0)
         return out[0], out[1]
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cellstack import _kernel
 from cellstack.layers import eager
@@ -321,6 +322,64 @@ torch.library.register_autograd("cellstack::lstm", _differentiate, setup_context
 
 lstm = torch.ops.cellstack.lstm.default
 isa = _kernel.isa
+
+
+# ── Straight to the kernel ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work: only the torch loop knows these."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or forward_ad._current_level >= 0
+    )
+
+
+def direct(x: Tensor) -> bool:
+    """Whether nobody watches a call on `x` that needs no gradient and isn't `transformed`: no compiler, tracer, mode.
+
+    Then the dispatcher, which costs a small step more than its arithmetic does, may be left out.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def run(
+    x: Tensor,
+    h0: list[Tensor],
+    c0: list[Tensor],
+    weights: list[Tensor],
+    recurrent_dropout: list[Tensor],
+    mask: Tensor | None,
+    activations: list[int],
+    reverse: bool,
+    sequences: bool,
+    save: bool,
+) -> list[Tensor]:
+    """Call the op on CPU tensors, by the shortest way that gives the same."""
+    call = _forward if not save and x.is_cpu and direct(x) else lstm
+    return call(x, h0, c0, weights, recurrent_dropout, mask, activations, reverse, sequences, save, 0)
+
+
+def step(
+    x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], activations: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, h and c `[B, H]` or None."""
+    batch = x.shape[0]
+    packed = _pack(weights, activations[0], activations[1], batch <= _SHORT_CALL)
+    x = x.contiguous()
+    if h is not None and c is not None:
+        h, c = h.contiguous(), c.contiguous()
+    h_next, c_next = x.new_empty(batch, packed.units), x.new_empty(batch, packed.units)
+    layer = (packed, _address(h), _address(c), h_next.data_ptr(), c_next.data_ptr(), 0, 0, 0, 0)
+    threads = 1 if batch == 1 else torch.get_num_threads()
+    _kernel.lstm_forward(batch, 1, [layer], x.data_ptr(), x.shape[1], x.shape[1], 0, False, threads)
+    return h_next, c_next
 
 
 # ── Dropout masks with a seed of the layer's own ───────────────────────────────────────────────────────────────────

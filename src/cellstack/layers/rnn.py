@@ -269,7 +269,7 @@ class RNN(StatefulLayer):
             save = traced or needs_grad(y, *h0, *c0, *flat)
             if routes[start] == "fused":
                 codes = [code for cell in cells[part] for code in cell._codes]
-                out = op.lstm(y, h0, c0, flat, drop, used, codes, self.go_backwards, wanted, save, 0)
+                out = op.run(y, h0, c0, flat, drop, used, codes, self.go_backwards, wanted, save)
             elif routes[start] == "cudnn" and used is None and not drop and not traced and y.shape[0] * y.shape[1]:
                 start_h, start_c = (h0[0], c0[0]) if h0 else (None, None)
                 ends = eager.cudnn_lstm(y, start_h, start_c, flat, self.go_backwards)
