@@ -394,7 +394,7 @@ def test_no_file_makes_the_reader_spend_memory_or_time(blob, tmp_path):
         file_of(edited(put(K, "shape", [1 << 62, 1 << 62]))(blob)[8:]),
         file_of(b"{}", length=limit),
         blob[:8] + bytes(1 << 24),
-        file_of(b" " * (limit + 1)),
+        edited(put(K, "shape", [9] * 1_000_000))(blob),
     ]
     for bomb in bombs:
         tracemalloc.start()
@@ -404,6 +404,12 @@ def test_no_file_makes_the_reader_spend_memory_or_time(blob, tmp_path):
         tracemalloc.stop()
         assert peak < 40 * limit
         assert time.perf_counter() - start < 20
+
+
+def test_a_header_has_a_limit(tmp_path):
+    refused(
+        tmp_path / "net.safetensors", file_of(b" " * ((1 << 22) + 1)), "a header of at most 4194304 bytes, found a len"
+    )
 
 
 def test_too_long_a_description_is_not_written(tmp_path):

@@ -26,7 +26,7 @@ BELOW = {
     "formats": {"spec", "nodes", "recurrent", "network", "stream"},
     "inspect": {"spec", "reference", "_kernel", "nodes", "recurrent", "network", "stream", "formats", ""},
     "layers": {"spec", "reference", "_kernel"},
-    "train": {"spec", "reference", "_kernel", "layers", "nodes", "recurrent", "network", "stream", "formats", ""},
+    "train": {"spec", "layers", "nodes", "recurrent", "network", "stream", "formats", "inspect", ""},
     "": {"spec", "nodes", "recurrent", "network", "stream", "formats"},  # the door, cellstack/__init__.py
 }
 BELOW["cli"] = {*BELOW, "cli"}

@@ -154,6 +154,13 @@ FORMS = {
     "one row for all": lambda x: np.broadcast_to(x[:1], x.shape),
     "one step for all": lambda x: np.broadcast_to(x[:, :1], x.shape),
     "between other fields": lambda x: np.rec.fromarrays([np.zeros(x.shape, "i1"), x], names="a,b").b,
+    "rows a byte too long": lambda x: np.ndarray(
+        x.shape,
+        x.dtype,
+        b"".join(b"-" + row.tobytes() for row in x.reshape(-1, x.shape[2])),
+        1,
+        (x.shape[1] * (4 * x.shape[2] + 1), 4 * x.shape[2] + 1, 4),
+    ),
     "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
 }
 
@@ -167,6 +174,17 @@ def test_any_array_gives_what_a_plain_one_gives(form, seed):
     kept = copy.deepcopy(given)
     assert np.array_equal(net(given), net(plain))
     assert np.array_equal(given, kept)
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name not in ("bools", "rows a byte too long")])
+def test_a_state_may_come_as_any_array_too(form):
+    net, x = small(), np.zeros((6, 2, 3))
+    h, c = rng_of(4).integers(-5, 5, size=(2, 3, 2, 4)).astype("float32")
+    given = State(*(np.asarray(FORMS[form](array)).reshape(6, 4) for array in (h, c)))
+    if form in ("fortran order", "features first"):
+        given = State(*(np.asfortranarray(array) for array in given))
+    plain = State(*(np.array(array, "float32", order="C") for array in given))
+    assert np.array_equal(net.run(x, state=given)[0], net.run(x, state=[plain])[0])
 
 
 @pytest.mark.parametrize("batch", [0, 2])

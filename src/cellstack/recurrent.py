@@ -147,7 +147,7 @@ class Recurrent(Node):
         """
         batch, steps, _ = x.shape
         item = x.itemsize
-        if x.strides[2] != item or any(s < 0 or s % item for s in x.strides) or not x.flags.aligned:
+        if x.strides[2] != item or any(s % item for s in x.strides) or not x.flags.aligned:
             x = np.ascontiguousarray(x)
         if mask is not None:
             mask = np.ascontiguousarray(mask)
