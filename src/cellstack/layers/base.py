@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from cellstack.spec import ShapeError
 
@@ -43,12 +44,13 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
             return value
         raise TypeError(f"{owner}: expected {name} to be a dense tensor, got one of layout {value.layout}")
     if not isinstance(value, Tensor):
-        if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
-            value = torch.stack([torch.as_tensor(item) for item in value])
-            return as_input(owner, name, value, like)
+        if isinstance(value, PackedSequence):
+            raise TypeError(f"{owner}: expected {name} padded, with a mask: see torch.nn.utils.rnn.pad_packed_sequence")
+        if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
+            return as_input(owner, name, torch.stack(list(value)), like)
         try:
             array = np.asarray(value)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise TypeError(f"{owner}: expected {name} to be an array of numbers: {error}") from None
         if array.dtype.kind not in "biuf":
             raise TypeError(f"{owner}: expected {name} to hold real numbers, got an array of {array.dtype}")
@@ -77,7 +79,13 @@ def as_mask(owner: str, value: Any, like: Tensor) -> Tensor:
     Raises:
         TypeError: anything but bools. Whether 0 and 1 mean "use" or "leave out" differs from place to place.
     """
-    mask = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if isinstance(value, Tensor):
+        mask = value
+    else:
+        try:
+            mask = torch.from_numpy(np.array(value))
+        except (ValueError, TypeError) as error:
+            raise TypeError(f"{owner}: expected mask to be an array of bool: {error}") from None
     if mask.dtype != torch.bool:
         came = str(mask.dtype).removeprefix("torch.")
         raise TypeError(f"{owner}: expected mask of bool (True: use the step), got {came}: convert it, e.g. mask != 0")
@@ -150,6 +158,8 @@ class Layer(nn.Module):
         if not self.built and arrays and arrays[0].ndim == 2:
             self.build(arrays[0].shape[0])
         named = list(self.named_parameters())
+        if not self.built:
+            raise ShapeError(f"{self._owner}: expected the weights, kernel [I, 4H] first, got {len(arrays)} arrays")
         if len(named) != len(arrays):
             raise ShapeError(
                 f"{self._owner}: expected {len(named)} arrays ({', '.join(name for name, _ in named)}), "

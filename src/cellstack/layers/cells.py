@@ -116,6 +116,8 @@ class LSTMCell(Layer):
         self.use_bias, self.unit_forget_bias = use_bias, unit_forget_bias
         self.dropout = rate(self._owner, "dropout", dropout)
         self.recurrent_dropout = rate(self._owner, "recurrent_dropout", recurrent_dropout)
+        if seed is not None and (not isinstance(seed, int) or abs(seed) >= 2**63):
+            raise TypeError(f"{self._owner}: expected seed to be an integer of 64 bits or None, got {seed!r}")
         self.seed = seed
         self.register_buffer("draws", None if seed is None or not self.drops else torch.zeros((), dtype=torch.int64))
         roles = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
@@ -209,8 +211,12 @@ class LSTMCell(Layer):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         kernel = state_dict.get(f"{prefix}kernel")
-        if not self.built and kernel is not None and kernel.ndim == 2 and kernel.shape[1] == 4 * self.units:
-            self.build(kernel.shape[0])
+        if not self.built and kernel is not None:
+            if kernel.ndim == 2 and kernel.shape[1] == 4 * self.units:
+                self.build(kernel.shape[0])
+            else:
+                expected = f"expected {prefix}kernel [I, 4H={4 * self.units}], got {tuple(kernel.shape)}"
+                args[-1].append(f"{self._owner}: {expected}")  # error_msgs
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _loss_terms(self) -> Iterator[Tensor]:
@@ -296,6 +302,8 @@ class LSTMCell(Layer):
 
         A `batch` of None is taken from h.
         """
+        if not hasattr(value, "__len__"):
+            raise TypeError(f"{owner}: expected a state of tensors or arrays, got {type(value).__name__}")
         parts = [value] if isinstance(value, Tensor) and value.ndim < 3 else list(value)
         like = self._like if self.kernel is None else self.kernel
         tensors = [as_input(owner, "state", part, like) for part in parts]
