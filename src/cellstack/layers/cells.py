@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,186 @@ def rate(owner: str, name: str, value: float) -> float:
     return float(value)
 
 
-class LSTMCell(Layer):
+class Cell(Layer):
+    """What cells of every kind share: weights in blocks of H columns, one a gate, made at the first call or at once.
+
+    A subclass names its `gates` and its `State`, and gives `as_state` and `step`.
+    """
+
+    gates: ClassVar[tuple[str, ...]]
+    State: ClassVar[Any]
+
+    kernel: Tensor
+    recurrent_kernel: Tensor
+    bias: Tensor | None
+    draws: Tensor | None
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        super().__init__(given["name"])
+        self._config = given
+        units, seed, device = given["units"], given["seed"], given["device"]
+        activation, recurrent_activation = given["activation"], given["recurrent_activation"]
+        if isinstance(units, bool) or not isinstance(units, int):
+            raise TypeError(f"{self._owner}: expected units to be an integer, got {units!r}")
+        if units < 1:
+            raise ShapeError(f"{self._owner}: expected units >= 1, got {units}")
+        self.units = self.output_size = units
+        self.state_size = [units] * len(self.State._fields)
+        self.activation, self.recurrent_activation = activation, recurrent_activation
+        names = [eager.activation_name(a) for a in (activation, recurrent_activation)]
+        self._functions = [
+            eager.ACTIVATIONS[name] if name else a
+            for name, a in zip(names, (activation, recurrent_activation), strict=True)
+        ]
+        # The kernel's codes, and the names of those that it hasn't: these take the torch loop.
+        self._codes = [ACTIVATIONS.index(name) for name in names if name in ACTIVATIONS]
+        self._foreign = [
+            name or getattr(a, "__name__", type(a).__name__)
+            for name, a in zip(names, (activation, recurrent_activation), strict=True)
+            if name not in ACTIVATIONS
+        ]
+        self.use_bias = given["use_bias"]
+        self.dropout = rate(self._owner, "dropout", given["dropout"])
+        self.recurrent_dropout = rate(self._owner, "recurrent_dropout", given["recurrent_dropout"])
+        if seed is not None and (not isinstance(seed, int) or abs(seed) >= 2**63):
+            raise TypeError(f"{self._owner}: expected seed to be an integer of 64 bits or None, got {seed!r}")
+        self.seed = seed
+        self.register_buffer("draws", None if seed is None or not self.drops else torch.zeros((), dtype=torch.int64))
+        roles = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
+        self._parts = {
+            weight: [
+                weights.find(given[f"{role}_{kind}"], table, f"{role}_{kind}")
+                for kind, table in (
+                    ("initializer", weights.INITIALIZERS),
+                    ("regularizer", weights.REGULARIZERS),
+                    ("constraint", weights.CONSTRAINTS),
+                )
+            ]
+            for weight, role in roles.items()
+        }
+        for weight in roles:
+            self.register_parameter(weight, None)
+        # Carries dtype and device until there are weights, so that .to() and .double() count before the first call too.
+        self._like = torch.empty(0, dtype=as_dtype(given["dtype"]), device=device)
+        self._no_bias = torch.empty(0, dtype=self._like.dtype, device=device)
+        if given["input_size"] is not None:
+            self.build(given["input_size"])
+
+    @property
+    def _columns(self) -> int:
+        return len(self.gates) * self.units
+
+    def extra_repr(self) -> str:
+        """Say the widths, and the activations where they aren't the usual ones."""
+        parts = [str(self.units)] + ([f"input_size={self.input_size}"] if self.built else [])
+        for key, usual in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
+            if getattr(self, key) != usual:
+                parts.append(f"{key}={getattr(self, key)!r}")
+        return ", ".join(parts)
+
+    @property
+    def drops(self) -> bool:
+        """Whether training draws dropout masks."""
+        return self.dropout > 0.0 or self.recurrent_dropout > 0.0
+
+    @property
+    def built(self) -> bool:
+        """Whether the weights exist."""
+        return self.input_size is not None
+
+    @property
+    def input_size(self) -> int | None:
+        """Width I of the input, None before the weights exist."""
+        kernel = self.kernel
+        return None if kernel is None else kernel.shape[0]
+
+    def build(self, input_size: int | Sequence[int | None]) -> None:
+        """Make the weights for inputs of width `input_size` (or of a shape that ends in it)."""
+        width = last_axis(self._owner, input_size)
+        if self.input_size is not None:
+            if width != self.input_size:
+                raise ShapeError(f"{self._owner}: expected input_size {self.input_size}, as built, got {width}")
+            return
+        shapes: dict[str, tuple[int, ...]] = {
+            "kernel": (width, self._columns),
+            "recurrent_kernel": (self.units, self._columns),
+        }
+        if self.use_bias:
+            shapes["bias"] = (self._columns,)
+        for name, shape in shapes.items():
+            values, initializer = self._like.new_zeros(shape), self._parts[name][0]
+            if initializer is None:
+                raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
+            if name == "bias":
+                self._fill_bias(values, initializer)
+            else:
+                weights.fill(values, initializer)
+            setattr(self, name, nn.Parameter(values))
+
+    def _fill_bias(self, bias: Tensor, initializer: Any) -> None:
+        weights.fill(bias, initializer)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Cell:
+        super()._apply(fn, recurse)
+        self._like, self._no_bias = fn(self._like), fn(self._no_bias)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        kernel = state_dict.get(f"{prefix}kernel")
+        if not self.built and kernel is not None:
+            if kernel.ndim == 2 and kernel.shape[1] == self._columns:
+                self.build(kernel.shape[0])
+            else:
+                expected = f"expected {prefix}kernel [I, {len(self.gates)}H={self._columns}], got {tuple(kernel.shape)}"
+                args[-1].append(f"{self._owner}: {expected}")  # error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _loss_terms(self) -> Iterator[Tensor]:
+        for name, (_, regularizer, _) in self._parts.items():
+            if regularizer is not None and getattr(self, name) is not None:
+                yield regularizer(getattr(self, name))
+
+    @torch.no_grad()
+    def _constrain(self) -> None:
+        for name, (_, _, constraint) in self._parts.items():
+            weight = getattr(self, name)
+            if constraint is not None and weight is not None:
+                weight.copy_(constraint(weight))
+
+    def get_initial_state(self, batch_size: int) -> list[Tensor]:
+        """Return zeros for h and c, each `[batch_size, H]`."""
+        like = self._like if self.kernel is None else self.kernel
+        return [like.new_zeros(batch_size, self.units) for _ in self.state_size]
+
+    def arrays(self) -> list[Tensor]:
+        """Return kernel, recurrent_kernel and bias (size 0: none) as the op takes them."""
+        bias = self.bias
+        return [self.kernel, self.recurrent_kernel, self._no_bias if bias is None else bias]
+
+    def masks(self, batch: int, training: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Draw this call's dropout masks for x `[B, I]` and h `[B, H]`; None where nothing is dropped."""
+        if not training or not self.drops:
+            return None, None
+        kernel, draws = self.kernel, self.draws
+        return (
+            op.dropout_mask(draws, kernel, batch, kernel.shape[0], self.dropout, self.seed) if self.dropout else None,
+            op.dropout_mask(draws, kernel, batch, self.units, self.recurrent_dropout, self.seed)
+            if self.recurrent_dropout
+            else None,
+        )
+
+    def as_state(self, owner: str, value: Any, batch: int | None, layer: int | None = None) -> Any:
+        """Return a state that was given as tensors or arrays as a `State`, checked and converted."""
+        raise NotImplementedError
+
+    def step(
+        self, x: Tensor, state: Sequence[Tensor] | None, drops: tuple[Tensor | None, Tensor | None] = (None, None)
+    ) -> tuple[Tensor, ...]:
+        """Run one step on what is known to be right: x `[B, I]`, a state, masks as `masks` drew them."""
+        raise NotImplementedError
+
+
+class LSTMCell(Cell):
     """One step of a long short-term memory.
 
         z = x·kernel + h_prev·recurrent_kernel + bias        i, f, o = σ(z_i, z_f, z_o)    g = φ(z_g)
@@ -61,11 +240,6 @@ class LSTMCell(Layer):
     gates = GATES
     State = State
 
-    kernel: Tensor
-    recurrent_kernel: Tensor
-    bias: Tensor | None
-    draws: Tensor | None
-
     def __init__(
         self,
         units: int,
@@ -91,78 +265,21 @@ class LSTMCell(Layer):
         device: Any = None,
         name: str | None = None,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        super().__init__(name)
-        self._config = given
-        if isinstance(units, bool) or not isinstance(units, int):
-            raise TypeError(f"{self._owner}: expected units to be an integer, got {units!r}")
-        if units < 1:
-            raise ShapeError(f"{self._owner}: expected units >= 1, got {units}")
-        self.units = self.output_size = units
-        self.state_size = [units, units]
-        self.activation, self.recurrent_activation = activation, recurrent_activation
-        names = [eager.activation_name(a) for a in (activation, recurrent_activation)]
-        self._functions = [
-            eager.ACTIVATIONS[name] if name else a
-            for name, a in zip(names, (activation, recurrent_activation), strict=True)
-        ]
-        # The kernel's codes, and the names of those that it hasn't: these take the torch loop.
-        self._codes = [ACTIVATIONS.index(name) for name in names if name in ACTIVATIONS]
-        self._foreign = [
-            name or getattr(a, "__name__", type(a).__name__)
-            for name, a in zip(names, (activation, recurrent_activation), strict=True)
-            if name not in ACTIVATIONS
-        ]
-        self.use_bias, self.unit_forget_bias = use_bias, unit_forget_bias
-        self.dropout = rate(self._owner, "dropout", dropout)
-        self.recurrent_dropout = rate(self._owner, "recurrent_dropout", recurrent_dropout)
-        if seed is not None and (not isinstance(seed, int) or abs(seed) >= 2**63):
-            raise TypeError(f"{self._owner}: expected seed to be an integer of 64 bits or None, got {seed!r}")
-        self.seed = seed
-        self.register_buffer("draws", None if seed is None or not self.drops else torch.zeros((), dtype=torch.int64))
-        roles = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
-        self._parts = {
-            weight: [
-                weights.find(given[f"{role}_{kind}"], table, f"{role}_{kind}")
-                for kind, table in (
-                    ("initializer", weights.INITIALIZERS),
-                    ("regularizer", weights.REGULARIZERS),
-                    ("constraint", weights.CONSTRAINTS),
-                )
-            ]
-            for weight, role in roles.items()
-        }
-        for weight in roles:
-            self.register_parameter(weight, None)
-        # Carries dtype and device until there are weights, so that .to() and .double() count before the first call too.
-        self._like = torch.empty(0, dtype=as_dtype(dtype), device=device)
-        self._no_bias = torch.empty(0, dtype=self._like.dtype, device=device)
-        if input_size is not None:
-            self.build(input_size)
-
-    def extra_repr(self) -> str:
-        """Say the widths, and the activations where they aren't the usual ones."""
-        parts = [str(self.units)] + ([f"input_size={self.input_size}"] if self.built else [])
-        for key, usual in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
-            if getattr(self, key) != usual:
-                parts.append(f"{key}={getattr(self, key)!r}")
-        return ", ".join(parts)
+        super().__init__({key: value for key, value in locals().items() if key not in ("self", "__class__")})
 
     @property
-    def drops(self) -> bool:
-        """Whether training draws dropout masks."""
-        return self.dropout > 0.0 or self.recurrent_dropout > 0.0
+    def unit_forget_bias(self) -> bool:
+        """Whether the forget gate's bias starts at 1."""
+        return self._config["unit_forget_bias"]
 
-    @property
-    def built(self) -> bool:
-        """Whether the weights exist."""
-        return self.input_size is not None
-
-    @property
-    def input_size(self) -> int | None:
-        """Width I of the input, None before the weights exist."""
-        kernel = self.kernel
-        return None if kernel is None else kernel.shape[0]
+    def _fill_bias(self, bias: Tensor, initializer: Any) -> None:
+        if not self.unit_forget_bias:
+            super()._fill_bias(bias, initializer)
+            return
+        i, f, g_o = bias.split([self.units, self.units, 2 * self.units])
+        weights.fill(i, initializer)
+        weights.fill(g_o, initializer)
+        f.fill_(1.0)
 
     @property
     def spec(self) -> CellSpec:
@@ -177,81 +294,6 @@ class LSTMCell(Layer):
             raise ValueError(f"{self._owner}: no description for the activation {self._foreign[0]}")
         phi, sigma = (ACTIVATIONS[code] for code in self._codes)
         return CellSpec(self.input_size, self.units, phi, sigma, self.use_bias)
-
-    def build(self, input_size: int | Sequence[int | None]) -> None:
-        """Make the weights for inputs of width `input_size` (or of a shape that ends in it)."""
-        width = last_axis(self._owner, input_size)
-        if self.input_size is not None:
-            if width != self.input_size:
-                raise ShapeError(f"{self._owner}: expected input_size {self.input_size}, as built, got {width}")
-            return
-        shapes: dict[str, tuple[int, ...]] = {
-            "kernel": (width, 4 * self.units),
-            "recurrent_kernel": (self.units, 4 * self.units),
-        }
-        if self.use_bias:
-            shapes["bias"] = (4 * self.units,)
-        for name, shape in shapes.items():
-            values, initializer = self._like.new_zeros(shape), self._parts[name][0]
-            if initializer is None:
-                raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
-            if name == "bias" and self.unit_forget_bias:
-                i, f, g_o = values.split([self.units, self.units, 2 * self.units])
-                weights.fill(i, initializer)
-                weights.fill(g_o, initializer)
-                f.fill_(1.0)
-            else:
-                weights.fill(values, initializer)
-            setattr(self, name, nn.Parameter(values))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LSTMCell:
-        super()._apply(fn, recurse)
-        self._like, self._no_bias = fn(self._like), fn(self._no_bias)
-        return self
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        kernel = state_dict.get(f"{prefix}kernel")
-        if not self.built and kernel is not None:
-            if kernel.ndim == 2 and kernel.shape[1] == 4 * self.units:
-                self.build(kernel.shape[0])
-            else:
-                expected = f"expected {prefix}kernel [I, 4H={4 * self.units}], got {tuple(kernel.shape)}"
-                args[-1].append(f"{self._owner}: {expected}")  # error_msgs
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _loss_terms(self) -> Iterator[Tensor]:
-        for name, (_, regularizer, _) in self._parts.items():
-            if regularizer is not None and getattr(self, name) is not None:
-                yield regularizer(getattr(self, name))
-
-    @torch.no_grad()
-    def _constrain(self) -> None:
-        for name, (_, _, constraint) in self._parts.items():
-            weight = getattr(self, name)
-            if constraint is not None and weight is not None:
-                weight.copy_(constraint(weight))
-
-    def get_initial_state(self, batch_size: int) -> list[Tensor]:
-        """Return zeros for h and c, each `[batch_size, H]`."""
-        like = self._like if self.kernel is None else self.kernel
-        return [like.new_zeros(batch_size, self.units) for _ in self.state_size]
-
-    def arrays(self) -> list[Tensor]:
-        """Return kernel, recurrent_kernel and bias (size 0: none) as the op takes them."""
-        bias = self.bias
-        return [self.kernel, self.recurrent_kernel, self._no_bias if bias is None else bias]
-
-    def masks(self, batch: int, training: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Draw this call's dropout masks for x `[B, I]` and h `[B, H]`; None where nothing is dropped."""
-        if not training or not self.drops:
-            return None, None
-        kernel, draws = self.kernel, self.draws
-        return (
-            op.dropout_mask(draws, kernel, batch, kernel.shape[0], self.dropout, self.seed) if self.dropout else None,
-            op.dropout_mask(draws, kernel, batch, self.units, self.recurrent_dropout, self.seed)
-            if self.recurrent_dropout
-            else None,
-        )
 
     def route(self, kernel: Tensor) -> tuple[str, str]:
         """Return which way weights like `kernel` are computed ("fused", "cudnn" or "loop"), and why."""

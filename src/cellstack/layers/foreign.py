@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cellstack.layers.cells import LSTMCell
-from cellstack.spec import ShapeError, State
+from cellstack.layers.cells import Cell
+from cellstack.spec import ShapeError
 
 
 class ForeignCell(nn.Module):
@@ -83,8 +83,8 @@ def as_parts(state: Any) -> tuple[Tensor, ...]:
 def like_size(cell: Any, state: Any) -> Any:
     """Return a state in the form that the cell's `state_size` has: a tensor, or a tuple of them; a `State` for ours."""
     parts = as_parts(state)
-    if isinstance(cell, LSTMCell):
-        return State(*parts)
+    if isinstance(cell, Cell):
+        return cell.State(*parts)
     if isinstance(cell.state_size, int):
         if len(parts) != 1:
             raise ShapeError(f"{cell_name(cell)}: expected one state, got {len(parts)}")
@@ -118,7 +118,7 @@ def loop(
     batch, steps = x.shape[:2]
     if states is None:
         states = [like_size(cell, initial_state(cell, batch, like)) for cell in cells]
-    drops = [cell.masks(batch, training) if isinstance(cell, LSTMCell) else (None, None) for cell in cells]
+    drops = [cell.masks(batch, training) if isinstance(cell, Cell) else (None, None) for cell in cells]
     extra = [{"training": training} if takes_training(cell) else {} for cell in cells]
     first = as_parts(states[-1])[0]
     last: Tensor | None = None
@@ -126,9 +126,9 @@ def loop(
     for t in reversed(range(steps)) if reverse else range(steps):
         value, new_states = x[:, t], []
         for n, cell in enumerate(cells):
-            if isinstance(cell, LSTMCell):
-                new_states.append(State(*cell.step(value, states[n], drops[n])))
-                value = new_states[-1].h
+            if isinstance(cell, Cell):
+                new_states.append(cell.State(*cell.step(value, states[n], drops[n])))
+                value = new_states[-1][0]
             else:
                 value, state = cell(value, list(as_parts(states[n])), **extra[n])
                 new_states.append(like_size(cell, state))

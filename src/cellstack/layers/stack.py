@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.layers.base import Layer, last_axis
-from cellstack.layers.cells import LSTMCell
+from cellstack.layers.cells import Cell
 from cellstack.layers.foreign import as_cell, initial_state, output_width, takes_training
 from cellstack.spec import ShapeError
 
@@ -25,6 +25,7 @@ class StackedRNNCells(Layer):
     Raises:
         TypeError: something in `cells` is no cell.
 
+    >>> from cellstack.layers import LSTMCell
     >>> StackedRNNCells([LSTMCell(4), LSTMCell(5)]).state_size
     [[4, 4], [5, 5]]
     """
@@ -44,7 +45,7 @@ class StackedRNNCells(Layer):
     @property
     def built(self) -> bool:
         """Whether the weights of all our cells exist."""
-        return all(cell.built for cell in self.cells if isinstance(cell, LSTMCell))
+        return all(cell.built for cell in self.cells if isinstance(cell, Cell))
 
     @property
     def state_size(self) -> list[Any]:
@@ -60,7 +61,7 @@ class StackedRNNCells(Layer):
         """Make the weights of all our cells for inputs of width `input_size`."""
         width = last_axis(self._owner, input_size)
         for cell in self.cells:
-            if isinstance(cell, LSTMCell):
+            if isinstance(cell, Cell):
                 cell.build(width)
             width = output_width(cell)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cellstack.layers.base import Layer, as_input
-from cellstack.layers.cells import LSTMCell
+from cellstack.layers.cells import Cell
 from cellstack.layers.foreign import as_parts, cell_name, like_size
 from cellstack.spec import ShapeError, State
 
@@ -107,7 +107,7 @@ class StatefulLayer(Layer):
         states = []
         for n, (cell, entry) in enumerate(zip(self.cells, entries, strict=True)):
             layer = n if self.stacked else None
-            if isinstance(cell, LSTMCell):
+            if isinstance(cell, Cell):
                 state = cell.as_state(self._owner, entry, batch, layer)
             else:
                 state = self._foreign_state(cell, entry, batch)
