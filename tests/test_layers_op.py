@@ -240,3 +240,20 @@ def test_packed_weights_follow_every_change():
         assert torch.equal(cell(x)[0], fresh(x)[0])
         with torch.inference_mode():
             assert torch.equal(cell(x)[0], fresh(x)[0])
+
+
+def test_packed_weights_die_with_their_cell_and_know_new_memory():
+    cell = layers.LSTMCell(4, input_size=3)
+    x = torch.randn(1, 3)
+    before = len(op._PACKED)
+    with torch.no_grad():
+        cell(x)
+        assert len(op._PACKED) == before + 1
+        for _ in range(5):
+            for _ in range(2):  # the second may get the memory that the first gave back
+                cell.kernel.data = torch.randn(3, 16)
+            twin = layers.LSTMCell(4, input_size=3)
+            twin.set_weights(cell.get_weights())
+            assert torch.equal(cell(x)[0], twin(x)[0])
+    del cell, twin
+    assert len(op._PACKED) == before

@@ -17,7 +17,7 @@ The op trusts its caller: shapes and dtypes are checked once, in the layers.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,24 +53,26 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-# A step at batch 1 reads each weight once, so packing costs as much as two or three of them: short calls keep the
-# packed copies of the last few cells. An entry is valid while the arrays stand at their addresses in the versions that
-# were packed: every in-place change that torch sees is seen here (one through `.data` or a NumPy view is not).
-_PACKED: OrderedDict[tuple[int, ...], tuple[tuple[int, ...], Any, list[Tensor]]] = OrderedDict()
-_PACKED_LIMIT = 64
+# A step at batch 1 reads each weight once, so packing costs as much as two or three of them: short calls keep a cell's
+# packed copy, for as long as its kernel lives. It is valid while the arrays stand at their addresses in the versions
+# that were packed: each in-place change that torch sees is seen here (one through `.data` or a NumPy view is not).
+_PACKED: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...], Any, list[Tensor]]] = {}
 _SHORT_CALL = 64  # rows × steps; above it packing is a few per cent of the work
 
 
 def _pack(weights: Sequence[Tensor], activation: int, recurrent_activation: int, short: bool) -> Any:
     kernel, recurrent_kernel, bias = weights
-    short = short and not kernel.is_inference()  # inference tensors count no versions
-    key = versions = ()
+    at, stamp = id(kernel), ()
+    short = short and not any(weight.is_inference() for weight in weights)  # inference tensors count no versions
     if short:
-        key = kernel.data_ptr(), recurrent_kernel.data_ptr(), bias.data_ptr(), activation, recurrent_activation
-        versions = kernel._version, recurrent_kernel._version, bias._version
-        found = _PACKED.get(key)
-        if found is not None and found[0] == versions:
-            return found[1]
+        stamp = (
+            *(kernel.data_ptr(), recurrent_kernel.data_ptr(), bias.data_ptr()),
+            *(kernel._version, recurrent_kernel._version, bias._version),
+            *(activation, recurrent_activation),
+        )
+        found = _PACKED.get(at)
+        if found is not None and found[0]() is kernel and found[1] == stamp:
+            return found[2]
     flat = [weight.detach().contiguous() for weight in weights]
     packed = _kernel.Packed(
         kernel.dtype == torch.float64,
@@ -83,10 +85,9 @@ def _pack(weights: Sequence[Tensor], activation: int, recurrent_activation: int,
         recurrent_activation,
     )
     if short:
-        # The arrays are kept alive with the entry, so that no others can come by their addresses.
-        _PACKED[key] = versions, packed, [weight.detach() for weight in weights]
-        if len(_PACKED) > _PACKED_LIMIT:
-            _PACKED.popitem(last=False)
+        # The arrays' memory is held with the entry, so that nothing else can come to stand at their addresses.
+        held = [weight.detach() for weight in weights]
+        _PACKED[at] = weakref.ref(kernel, lambda _: _PACKED.pop(at, None)), stamp, packed, held
     return packed
 
 
