@@ -7,10 +7,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
-from cellstack import cli
+from cellstack import cli, layers
 from cellstack.formats import safetensors
-from cellstack.spec import ACTIVATIONS
+from cellstack.spec import ACTIVATIONS, ShapeError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,10 +48,10 @@ def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
 
 def test_both_doors_are_shown_and_one_needs_no_torch(tmp_path):
     torch_door, free_door = blocks_of(ROOT / "README.md")
-    for block, torch in ((torch_door, "True"), (free_door, "False")):
+    for block, loaded in ((torch_door, "True"), (free_door, "False")):
         code = block + "\nimport sys\nprint('torch' in sys.modules)"
         done = run(["-c", code], tmp_path)
-        assert done.splitlines()[-1] == torch
+        assert done.splitlines()[-1] == loaded
     assert "from cellstack import layers" in torch_door
 
 
@@ -150,6 +151,17 @@ def test_the_format_page_knows_every_node_and_the_version():
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)[1:] == list(safetensors.BUILDERS)
     assert f"| `version` | integer | {safetensors.VERSION} |" in text
     assert f"{safetensors.MAX_HEADER >> 20} MiB" in text
+
+
+def test_the_right_column_of_where_we_part_from_keras():
+    """Those rows that tests/test_layers_traps.py has not."""
+    cell = layers.LSTMCell(4, dropout=0.5)
+    assert [len(cell(torch.ones(rows, 3), cell.get_initial_state(rows))[0]) for rows in (2, 5)] == [2, 5]
+    lstm = layers.LSTM(4, return_sequences=True, input_size=3)
+    assert lstm(torch.ones(2, 0, 3)).shape == (2, 0, 4)
+    for state in ([torch.ones(1, 4)] * 2, [torch.ones(2, 3)] * 2, [torch.ones(2, 4)]):
+        with pytest.raises(ShapeError, match="expected"):
+            lstm(torch.ones(2, 5, 3), initial_state=state)
 
 
 def test_the_semantics_page_names_the_kernels_activations():
