@@ -73,6 +73,13 @@ class Parts {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A thread more for each this many multiplications (some 20 µs of one): below, waking it takes longer than it helps.
+constexpr int64_t kThreadWork = int64_t(1) << 20;
+
+int useful_threads(int asked, int64_t multiplications) {
+    return int(std::max<int64_t>(1, std::min<int64_t>(asked, multiplications / kThreadWork)));
+}
+
 }  // namespace
 
 // ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -184,7 +191,10 @@ void lstm_forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, i
     const int64_t B = in.batch, steps = in.steps;
     const int depth = int(layers.size());
     if (B == 0) return;
-    threads = std::max(1, threads);
+    int64_t work = 0;
+    for (const Layer<T>& layer : layers)
+        work += B * steps * 4 * layer.weights->units() * (layer.weights->input() + layer.weights->units());
+    threads = useful_threads(threads, work);
     // Threads take rows where there are enough, layers where there are not.
     const int groups = int(std::min<int64_t>(B, threads));
     const int teams = groups < threads && steps > 1 ? std::min(depth, threads / groups) : 1;
@@ -258,7 +268,7 @@ void lstm_backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>
     const int64_t B = in.batch, steps = in.steps, I = s.input, H = s.units, rows_in_all = B * steps;
     const int64_t W = leaf.width, wide = 4 * W, blocks = ceil_div(H, W);
     const int64_t columns = ceil_div(H, wide) * wide, input_columns = ceil_div(I, wide) * wide;
-    threads = std::max(1, threads);
+    threads = useful_threads(threads, B * steps * 8 * H * (I + H));
     const int groups = int(std::max<int64_t>(1, std::min<int64_t>(B, threads)));
 
     const int64_t state = Parts<T>::size(B * columns), transposed = Parts<T>::size(columns * blocks * wide);

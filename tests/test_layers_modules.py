@@ -460,3 +460,14 @@ def test_bad_constructions_and_calls(make, error, message):
 def test_errors_name_the_layer():
     with pytest.raises(ShapeError, match=r"^LSTM 'encoder': expected"):
         layers.LSTM(4, name="encoder")(torch.zeros(2, 3))
+
+
+def test_autocast_feeds_a_layer_in_the_weights_dtype():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 6), layers.LSTM(4, input_size=6))
+    x = torch.randn(2, 5, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, model(x), atol=2e-2, rtol=0)
+    y.sum().backward()
+    assert model[0].weight.grad is not None

@@ -242,6 +242,24 @@ def test_packed_weights_follow_every_change():
             assert torch.equal(cell(x)[0], fresh(x)[0])
 
 
+def test_packed_weights_follow_writes_that_torch_does_not_count():
+    cell, twin = (layers.LSTMCell(4, input_size=3) for _ in range(2))
+    x, state = torch.randn(1, 3), [torch.randn(1, 4), torch.randn(1, 4)]
+    writes = [
+        lambda: cell.kernel.data.mul_(2.0),
+        lambda: cell.recurrent_kernel.detach().numpy().__setitem__((1, 2), 7.0),
+        lambda: cell.bias.data.copy_(torch.randn(16)),
+    ]
+    with torch.no_grad():
+        for write in writes:
+            before = cell(x, state)[0], cell.kernel._version
+            write()
+            twin.set_weights(cell.get_weights())
+            assert not torch.equal(cell(x, state)[0], before[0])
+            assert torch.equal(cell(x, state)[0], twin(x, state)[0])
+            assert cell.kernel._version == before[1]
+
+
 def test_packed_weights_die_with_their_cell_and_know_new_memory():
     cell = layers.LSTMCell(4, input_size=3)
     x = torch.randn(1, 3)

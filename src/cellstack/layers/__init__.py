@@ -6,8 +6,8 @@ wrong dtype (complex, another floating dtype than the weights', a mask that isn'
 another device. Dropout follows the module's `train()` and `eval()`, or the argument `training`.
 
 Regularisation terms are in `layer.losses` (`losses(module)` for a whole model), constraints are applied by
-`layer.apply_constraints()` (`apply_constraints(module)`) after each step of an optimiser. Weights written behind
-torch's back, through `.data` or a NumPy view, may not be seen by the next calls of up to 64 rows × steps.
+`layer.apply_constraints()` (`apply_constraints(module)`) after each step of an optimiser. Under `torch.autocast` a
+floating input is brought to the weights' dtype, in which the kernel computes.
 """
 
 from cellstack.layers.base import apply_constraints, losses

@@ -33,7 +33,8 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
     """Return `value` as a tensor of the dtype and on the device of `like`.
 
-    A tensor has to have them already, unless it holds integers; arrays, lists and numbers are converted.
+    A tensor has to have them already, unless it holds integers or `torch.autocast` is on, whose mixture of dtypes is
+    meant; arrays, lists and numbers are converted.
 
     Raises:
         TypeError: complex numbers, another floating dtype, a sparse tensor, something that is no array of numbers.
@@ -64,7 +65,7 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
         )
     if value.is_complex():
         raise TypeError(f"{owner}: expected {name} to hold real numbers, got {value.dtype}")
-    if value.is_floating_point() and value.dtype != like.dtype:
+    if value.is_floating_point() and value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
         wanted, came = (str(t.dtype).removeprefix("torch.") for t in (like, value))
         raise TypeError(
             f"{owner}: expected {name} of {wanted}, the dtype of the weights, got {came}: "

@@ -53,31 +53,27 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-# A step at batch 1 reads each weight once, so packing costs as much as two or three of them: short calls keep a cell's
-# packed copy, for as long as its kernel lives. It is valid while the arrays stand at their addresses in the versions
-# that were packed: each in-place change that torch sees is seen here (one through `.data` or a NumPy view is not).
-_PACKED: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...], Any, list[Tensor]]] = {}
+# A step at batch 1 reads each weight once, and packing costs several steps: short calls keep a cell's packed copy, for as
+# long as its kernel lives. Whether it is still true is asked of the numbers themselves, at the price of reading them:
+# torch's version counters do not see a write through `.data` or a NumPy view, and stale weights would say nothing.
+_PACKED: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...], Any]] = {}
 _SHORT_CALL = 64  # rows × steps; above it packing is a few per cent of the work
 
 
 def _pack(weights: Sequence[Tensor], activation: int, recurrent_activation: int, short: bool) -> Any:
-    kernel, recurrent_kernel, bias = weights
+    kernel = weights[0]
     at, stamp = id(kernel), ()
-    short = short and not any(weight.is_inference() for weight in weights)  # inference tensors count no versions
+    flat = [weight.contiguous() for weight in weights]
     if short:
-        stamp = (
-            *(kernel.data_ptr(), recurrent_kernel.data_ptr(), bias.data_ptr()),
-            *(kernel._version, recurrent_kernel._version, bias._version),
-            *(activation, recurrent_activation),
-        )
+        words = kernel.element_size() // 4
+        stamp = (activation, recurrent_activation, *(_kernel.digest(_address(w), w.numel() * words) for w in flat))
         found = _PACKED.get(at)
         if found is not None and found[0]() is kernel and found[1] == stamp:
             return found[2]
-    flat = [weight.detach().contiguous() for weight in weights]
     packed = _kernel.Packed(
         kernel.dtype == torch.float64,
         kernel.shape[0],
-        recurrent_kernel.shape[0],
+        weights[1].shape[0],
         _address(flat[0]),
         _address(flat[1]),
         _address(flat[2]),
@@ -85,9 +81,7 @@ def _pack(weights: Sequence[Tensor], activation: int, recurrent_activation: int,
         recurrent_activation,
     )
     if short:
-        # The arrays' memory is held with the entry, so that nothing else can come to stand at their addresses.
-        held = [weight.detach() for weight in weights]
-        _PACKED[at] = weakref.ref(kernel, lambda _: _PACKED.pop(at, None)), stamp, packed, held
+        _PACKED[at] = weakref.ref(kernel, lambda _: _PACKED.pop(at, None)), stamp, packed
     return packed
 
 
