@@ -275,3 +275,16 @@ def test_packed_weights_die_with_their_cell_and_know_new_memory():
             assert torch.equal(cell(x)[0], twin(x)[0])
     del cell, twin
     assert len(op._PACKED) == before
+
+
+def test_a_stack_called_as_a_cell_is_one_call_of_the_op(monkeypatch):
+    stack = layers.StackedRNNCells([layers.LSTMCell(4), layers.LSTMCell(5)], input_size=3)
+    calls = []
+    monkeypatch.setattr(op, "run", lambda *args, inner=op.run: calls.append(args) or inner(*args))
+    x, states = torch.randn(2, 3), [[torch.randn(2, n) for _ in "hc"] for n in (4, 5)]
+    y, ends = stack(x, states)
+    assert len(calls) == 1
+    h, (h1, c1) = stack.cells[0](x, states[0])
+    top, (h2, c2) = stack.cells[1](h, states[1])
+    for a, b in zip((y, *ends[0], *ends[1]), (top, h1, c1, h2, c2), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

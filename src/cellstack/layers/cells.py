@@ -108,6 +108,12 @@ class Cell(Layer):
         return self.input_size is not None
 
     @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device that the cell works in: its kernel, once there is one."""
+        kernel = self.kernel
+        return self._like if kernel is None else kernel
+
+    @property
     def input_size(self) -> int | None:
         """Width I of the input, None before the weights exist."""
         kernel = self.kernel
@@ -168,7 +174,7 @@ class Cell(Layer):
 
     def get_initial_state(self, batch_size: int) -> list[Tensor]:
         """Return zeros for h and c, each `[batch_size, H]`."""
-        like = self._like if self.kernel is None else self.kernel
+        like = self.like
         return [like.new_zeros(batch_size, self.units) for _ in self.state_size]
 
     def arrays(self) -> list[Tensor]:
@@ -329,7 +335,7 @@ class LSTMCell(Cell):
             ShapeError, TypeError: see `cellstack.layers`.
         """
         kernel = self.kernel
-        like = self._like if kernel is None else kernel
+        like = self.like
         x = as_input(self._owner, "inputs", inputs, like)
         check_step(self._owner, x.shape, None if kernel is None else kernel.shape[0], "inputs")
         if kernel is None:
@@ -347,7 +353,7 @@ class LSTMCell(Cell):
         if not hasattr(value, "__len__"):
             raise TypeError(f"{owner}: expected a state of tensors or arrays, got {type(value).__name__}")
         parts = [value] if isinstance(value, Tensor) and value.ndim < 3 else list(value)
-        like = self._like if self.kernel is None else self.kernel
+        like = self.like
         tensors = [as_input(owner, "state", part, like) for part in parts]
         shapes = [tuple(t.shape) for t in tensors]
         if batch is None:

@@ -53,9 +53,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-# A step at batch 1 reads each weight once, and packing costs several steps: short calls keep a cell's packed copy, for as
-# long as its kernel lives. Whether it is still true is asked of the numbers themselves, at the price of reading them:
-# torch's version counters do not see a write through `.data` or a NumPy view, and stale weights would say nothing.
+# A step at batch 1 reads each weight once, and packing costs several steps: short calls keep a cell's packed copy, for
+# as long as its kernel lives. Whether it is still true is asked of the numbers themselves, at the price of reading
+# them: torch's version counters see no write through `.data` or a NumPy view, and stale weights would say nothing.
 _PACKED: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...], Any]] = {}
 _SHORT_CALL = 64  # rows × steps; above it packing is a few per cent of the work
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cellstack.layers import eager, foreign, op, weights
+from cellstack.layers import foreign, op, weights
 from cellstack.layers.base import Layer, as_input, as_mask, of_cell
-from cellstack.layers.cells import LSTMCell, needs_grad
+from cellstack.layers.cells import LSTMCell
 from cellstack.layers.foreign import as_cell, cell_name
-from cellstack.layers.stack import StackedRNNCells
+from cellstack.layers.stack import StackedRNNCells, run_lstms
 from cellstack.layers.state import StatefulLayer
-from cellstack.spec import ShapeError, State, Trace, check_mask, check_sequence
+from cellstack.spec import ShapeError, Trace, check_mask, check_sequence
 
 
 class Run(NamedTuple):
@@ -139,7 +139,7 @@ class RNN(StatefulLayer):
                 foreign_names = sorted({cell_name(c) for c in self.cells if not isinstance(c, LSTMCell)})
                 lines.append(f"{head}: torch loop: foreign cell {', '.join(foreign_names)}")
                 continue
-            kernel = cell._like if cell.kernel is None else cell.kernel
+            kernel = cell.like
             route, why = cell.route(kernel)
             width = "?" if cell.input_size is None else cell.input_size
             how = {"fused": f"fused cpu kernel ({op.isa()})", "cudnn": f"cuDNN through torch; {why}"}
@@ -199,7 +199,9 @@ class RNN(StatefulLayer):
         states = self._start(initial_state, batch)
         training = self.training if training is None else training
         if self._fusable:
-            y, last, states, traces = self._lstm(x, states, used, training, return_gates)
+            y, last, states, traces = run_lstms(
+                self.cells, x, states, used, training, return_gates, self.go_backwards, self.return_sequences
+            )
         elif return_gates:
             raise TypeError(f"{owner}: expected return_gates=False: only LSTMCells have gates to return")
         else:
@@ -236,62 +238,8 @@ class RNN(StatefulLayer):
         """Return a tensor of the dtype and on the device that the layer works in."""
         first = self.cells[0]
         if isinstance(first, LSTMCell):
-            kernel = first.kernel
-            return first._like if kernel is None else kernel
+            return first.like
         return next((p for p in self.parameters() if p.is_floating_point()), self._like)
-
-    def _lstm(
-        self, x: Tensor, states: list[Any] | None, used: Tensor | None, training: bool, traced: bool
-    ) -> tuple[Tensor, Tensor, list[Any], list[Trace]]:
-        """Run LSTMCells: as many as can be in one call of the op, the others each by its own route."""
-        cells, count = self.cells, len(self.cells)
-        arrays = [cell.arrays() for cell in cells]
-        drops = [cell.masks(x.shape[0], training) for cell in cells]
-        routes = [cell.route(weight[0])[0] for cell, weight in zip(cells, arrays, strict=True)]
-        finals: list[Any] = []
-        traces: list[Trace] = []
-        y = x
-        start = 0
-        while start < count:
-            stop = start + 1
-            while stop < count and routes[start] == routes[stop] == "fused" and drops[stop][0] is None:
-                stop += 1
-            if drops[start][0] is not None:
-                y = y * drops[start][0].unsqueeze(1)
-            part = slice(start, stop)
-            flat = [array for group in arrays[part] for array in group]
-            begin = [] if states is None else states[part]
-            h0, c0 = [state[0] for state in begin], [state[1] for state in begin]
-            drop = [cell._no_bias if d[1] is None else d[1] for cell, d in zip(cells[part], drops[part], strict=True)]
-            if all(d[1] is None for d in drops[part]):
-                drop = []
-            wanted = self.return_sequences or stop < count
-            save = traced or needs_grad(y, *h0, *c0, *flat)
-            if routes[start] == "fused":
-                codes = [code for cell in cells[part] for code in cell._codes]
-                out = op.run(y, h0, c0, flat, drop, used, codes, self.go_backwards, wanted, save)
-            elif routes[start] == "cudnn" and used is None and not drop and not traced and y.shape[0] * y.shape[1]:
-                start_h, start_c = (h0[0], c0[0]) if h0 else (None, None)
-                ends = eager.cudnn_lstm(y, start_h, start_c, flat, self.go_backwards)
-                out, save, wanted = [ends[1], ends[2], ends[0]], False, True
-            else:
-                functions = cells[start]._functions
-                save, wanted = traced, True
-                out = eager.lstm(y, h0, c0, flat, drop, used, functions, self.go_backwards, wanted, save)
-            width = stop - start
-            finals += map(State, out[:width], out[width : 2 * width])
-            if wanted or save:
-                y = out[3 * width - 1 if save else 2 * width]
-            if traced:
-                outputs, gates, memory = (out[k * width : (k + 1) * width] for k in (2, 3, 4))
-                traces += map(_trace, gates, memory, outputs)
-            start = stop
-        return y, finals[-1].h, finals, traces
-
-
-def _trace(gates: Tensor, cells: Tensor, y: Tensor) -> Trace:
-    i, f, g, o = gates.unbind(2)
-    return Trace(i, f, g, o, cells, y)
 
 
 def _expand(mask: Tensor, like: Tensor) -> Tensor:
