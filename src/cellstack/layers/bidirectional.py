@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cellstack.layers.base import Layer, describe, revive
-from cellstack.layers.rnn import RNN, Plan
+from cellstack.layers.rnn import RNN
 from cellstack.spec import ShapeError, Trace
 
 MERGE_MODES = ("concat", "sum", "mul", "ave", None)

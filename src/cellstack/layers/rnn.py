@@ -14,7 +14,7 @@ from cellstack.layers.cells import LSTMCell
 from cellstack.layers.foreign import as_cell, cell_name
 from cellstack.layers.stack import StackedRNNCells, run_lstms
 from cellstack.layers.state import StatefulLayer
-from cellstack.spec import ShapeError, Trace, check_mask, check_sequence
+from cellstack.spec import Plan, ShapeError, Trace, check_mask, check_sequence
 
 
 class Run(NamedTuple):
@@ -23,15 +23,6 @@ class Run(NamedTuple):
     y: Tensor  # [B, T, H] of the top cell, or [B, H] of the last step
     states: list[Any]  # one entry a cell
     traces: Any  # a Trace, for a stack a tuple of them; None where nobody asked
-
-
-class Plan(tuple[str, ...]):
-    """Which kernel runs each layer and why: one line a layer."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "\n".join(self)
 
 
 class RNN(StatefulLayer):

@@ -129,8 +129,9 @@ def run_lstms(
         stop = start + 1
         while stop < count and routes[start] == routes[stop] == "fused" and drops[stop][0] is None:
             stop += 1
-        if drops[start][0] is not None:
-            y = y * drops[start][0].unsqueeze(1)
+        input_drop = drops[start][0]
+        if input_drop is not None:
+            y = y * input_drop.unsqueeze(1)
         part = slice(start, stop)
         flat = [array for group in arrays[part] for array in group]
         begin = [] if states is None else states[part]
