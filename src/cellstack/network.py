@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cellstack import _kernel
 from cellstack.nodes import Array, Flow, Node
 from cellstack.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import ShapeError, State, check_mask, check_sequence, check_state
+from cellstack.spec import Plan, ShapeError, State, check_mask, check_sequence, check_state
 
 if TYPE_CHECKING:
     from cellstack.stream import Stream
@@ -101,15 +101,6 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-class Plan(tuple[str, ...]):
-    """One line a node; shows itself as these lines."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "\n".join(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)

@@ -53,6 +53,20 @@ class Trace(NamedTuple):
     h: Any
 
 
+class Plan(tuple[str, ...]):
+    """What runs each part and why: a tuple of lines that shows itself as these lines.
+
+    >>> Plan(["layer_0: fused kernel", "layer_1: NumPy"])
+    layer_0: fused kernel
+    layer_1: NumPy
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "\n".join(self)
+
+
 @dataclass(frozen=True)
 class CellSpec:
     """Description of one LSTM cell, without its arrays.

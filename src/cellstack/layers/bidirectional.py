@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cellstack.layers.base import Layer, describe, revive
 from cellstack.layers.rnn import RNN
-from cellstack.spec import ShapeError, Trace
+from cellstack.spec import Plan, ShapeError, Trace
 
 MERGE_MODES = ("concat", "sum", "mul", "ave", None)
 
