@@ -29,8 +29,14 @@ template <class T>
 Layer<T> layer_of(const nb::tuple& t) {
     if (t.size() != 9) throw nb::value_error("lstm_forward: a layer is a tuple of nine");
     const auto address = [&](int k) { return nb::cast<uintptr_t>(t[k]); };
-    return {nb::cast<const Packed<T>*>(t[0]), at<T>(address(1)), at<T>(address(2)), at<T>(address(3)),
-            at<T>(address(4)),                at<T>(address(5)), at<T>(address(6)), at<T>(address(7)),
+    return {nb::cast<const Packed<T>*>(t[0]),
+            at<T>(address(1)),
+            at<T>(address(2)),
+            at<T>(address(3)),
+            at<T>(address(4)),
+            at<T>(address(5)),
+            at<T>(address(6)),
+            at<T>(address(7)),
             at<T>(address(8))};
 }
 
@@ -150,73 +156,87 @@ NB_MODULE(_kernel, m) {
     bind<float>(m, "PackedSingle", "StreamSingle");
     bind<double>(m, "PackedDouble", "StreamDouble");
 
-    m.def("isas", [] {
-        nb::list names;
-        for (const char* name : instruction_sets()) names.append(name);
-        return names;
-    }, "Instruction sets that this machine runs, best first.");
+    m.def(
+        "isas",
+        [] {
+            nb::list names;
+            for (const char* name : instruction_sets()) names.append(name);
+            return names;
+        },
+        "Instruction sets that this machine runs, best first.");
     m.def("isa", &instruction_set, "The instruction set in use.");
-    m.def("set_isa", [](const char* name) {
-        if (!set_instruction_set(name)) throw nb::value_error("set_isa: this machine has no such instruction set");
-    }, "name"_a, "Use another instruction set for weights packed from now on.");
+    m.def(
+        "set_isa",
+        [](const char* name) {
+            if (!set_instruction_set(name)) throw nb::value_error("set_isa: this machine has no such instruction set");
+        },
+        "name"_a, "Use another instruction set for weights packed from now on.");
 
-    m.def("Packed",
-          [](bool twice, int64_t input, int64_t units, uintptr_t kernel, uintptr_t recurrent_kernel, uintptr_t bias,
-             int activation, int recurrent_activation) -> nb::object {
-              if (twice)
-                  return nb::cast(new Packed<double>(input, units, at<double>(kernel), at<double>(recurrent_kernel),
-                                                     at<double>(bias), activation, recurrent_activation),
-                                  nb::rv_policy::take_ownership);
-              return nb::cast(new Packed<float>(input, units, at<float>(kernel), at<float>(recurrent_kernel),
-                                                at<float>(bias), activation, recurrent_activation),
-                              nb::rv_policy::take_ownership);
-          },
-          "double"_a, "input_size"_a, "units"_a, "kernel"_a, "recurrent_kernel"_a, "bias"_a, "activation"_a,
-          "recurrent_activation"_a);
-    m.def("Stream",
-          [](const nb::list& packed, int64_t batch) -> nb::object {
-              if (packed.size() && is_double(packed[0]))
-                  return nb::cast(new BoundStream<double>(packed, batch), nb::rv_policy::take_ownership);
-              return nb::cast(new BoundStream<float>(packed, batch), nb::rv_policy::take_ownership);
-          },
-          "packed_list"_a, "batch"_a);
-    m.def("lstm_forward",
-          [](int64_t batch, int64_t steps, const nb::list& layers, uintptr_t x, int64_t stride_batch,
-             int64_t stride_time, uintptr_t mask, bool reverse, int threads) {
-              if (!layers.size()) throw nb::value_error("lstm_forward: no layers");
-              const bool twice = is_double(nb::cast<nb::tuple>(layers[0])[0]);
-              (twice ? forward<double> : forward<float>)(batch, steps, layers, x, stride_batch, stride_time, mask,
-                                                         reverse, threads);
-          },
-          "batch"_a, "steps"_a, "layers"_a, "x"_a, "x_stride_b"_a, "x_stride_t"_a, "mask"_a, "reverse"_a, "threads"_a);
-    m.def("lstm_backward",
-          [](bool twice, int64_t batch, int64_t steps, int64_t input, int64_t units, uintptr_t kernel,
-             uintptr_t recurrent_kernel, uintptr_t x, int64_t stride_batch, int64_t stride_time, uintptr_t h0,
-             uintptr_t c0, uintptr_t y, uintptr_t gates, uintptr_t cells, uintptr_t recurrent_dropout, uintptr_t mask,
-             uintptr_t dy, uintptr_t dhn, uintptr_t dcn, uintptr_t dgates, uintptr_t dcells, uintptr_t dx,
-             uintptr_t dh0, uintptr_t dc0, uintptr_t dkernel, uintptr_t drecurrent_kernel, uintptr_t dbias,
-             int activation, int recurrent_activation, bool reverse, int threads) {
-              (twice ? backward<double> : backward<float>)(
-                  batch, steps, input, units, kernel, recurrent_kernel, x, stride_batch, stride_time, h0, c0, y, gates,
-                  cells, recurrent_dropout, mask, dy, dhn, dcn, dgates, dcells, dx, dh0, dc0, dkernel,
-                  drecurrent_kernel, dbias, activation, recurrent_activation, reverse, threads);
-          },
-          "double"_a, "batch"_a, "steps"_a, "input_size"_a, "units"_a, "kernel"_a, "recurrent_kernel"_a, "x"_a,
-          "x_stride_b"_a, "x_stride_t"_a, "h0"_a, "c0"_a, "y"_a, "gates"_a, "cells"_a, "recurrent_dropout"_a,
-          "mask"_a, "dy"_a, "dhn"_a, "dcn"_a, "dgates"_a, "dcells"_a, "dx"_a, "dh0"_a, "dc0"_a, "dkernel"_a,
-          "drecurrent_kernel"_a, "dbias"_a, "activation"_a, "recurrent_activation"_a, "reverse"_a, "threads"_a);
-    m.def("digest", [](uintptr_t address, int64_t words) { return digest(at<void>(address), words); }, "address"_a,
-          "words"_a, "A number that tells whether 32-bit words have changed since it was last taken.");
-    m.def("activate",
-          [](int activation, const nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& x,
-             const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& y) {
-              activate(activation, x.data(), y.data(), int64_t(std::min(x.size(), y.size())));
-          },
-          "activation"_a, "x"_a.noconvert(), "y"_a.noconvert(), "One activation over an array, for tests.");
-    m.def("activate",
-          [](int activation, const nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>& x,
-             const nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>& y) {
-              activate(activation, x.data(), y.data(), int64_t(std::min(x.size(), y.size())));
-          },
-          "activation"_a, "x"_a.noconvert(), "y"_a.noconvert());
+    m.def(
+        "Packed",
+        [](bool twice, int64_t input, int64_t units, uintptr_t kernel, uintptr_t recurrent_kernel, uintptr_t bias,
+           int activation, int recurrent_activation) -> nb::object {
+            if (twice)
+                return nb::cast(new Packed<double>(input, units, at<double>(kernel), at<double>(recurrent_kernel),
+                                                   at<double>(bias), activation, recurrent_activation),
+                                nb::rv_policy::take_ownership);
+            return nb::cast(new Packed<float>(input, units, at<float>(kernel), at<float>(recurrent_kernel),
+                                              at<float>(bias), activation, recurrent_activation),
+                            nb::rv_policy::take_ownership);
+        },
+        "double"_a, "input_size"_a, "units"_a, "kernel"_a, "recurrent_kernel"_a, "bias"_a, "activation"_a,
+        "recurrent_activation"_a);
+    m.def(
+        "Stream",
+        [](const nb::list& packed, int64_t batch) -> nb::object {
+            if (packed.size() && is_double(packed[0]))
+                return nb::cast(new BoundStream<double>(packed, batch), nb::rv_policy::take_ownership);
+            return nb::cast(new BoundStream<float>(packed, batch), nb::rv_policy::take_ownership);
+        },
+        "packed_list"_a, "batch"_a);
+    m.def(
+        "lstm_forward",
+        [](int64_t batch, int64_t steps, const nb::list& layers, uintptr_t x, int64_t stride_batch, int64_t stride_time,
+           uintptr_t mask, bool reverse, int threads) {
+            if (!layers.size()) throw nb::value_error("lstm_forward: no layers");
+            const bool twice = is_double(nb::cast<nb::tuple>(layers[0])[0]);
+            (twice ? forward<double> : forward<float>)(batch, steps, layers, x, stride_batch, stride_time, mask,
+                                                       reverse, threads);
+        },
+        "batch"_a, "steps"_a, "layers"_a, "x"_a, "x_stride_b"_a, "x_stride_t"_a, "mask"_a, "reverse"_a, "threads"_a);
+    m.def(
+        "lstm_backward",
+        [](bool twice, int64_t batch, int64_t steps, int64_t input, int64_t units, uintptr_t kernel,
+           uintptr_t recurrent_kernel, uintptr_t x, int64_t stride_batch, int64_t stride_time, uintptr_t h0,
+           uintptr_t c0, uintptr_t y, uintptr_t gates, uintptr_t cells, uintptr_t recurrent_dropout, uintptr_t mask,
+           uintptr_t dy, uintptr_t dhn, uintptr_t dcn, uintptr_t dgates, uintptr_t dcells, uintptr_t dx, uintptr_t dh0,
+           uintptr_t dc0, uintptr_t dkernel, uintptr_t drecurrent_kernel, uintptr_t dbias, int activation,
+           int recurrent_activation, bool reverse, int threads) {
+            (twice ? backward<double> : backward<float>)(batch, steps, input, units, kernel, recurrent_kernel, x,
+                                                         stride_batch, stride_time, h0, c0, y, gates, cells,
+                                                         recurrent_dropout, mask, dy, dhn, dcn, dgates, dcells, dx, dh0,
+                                                         dc0, dkernel, drecurrent_kernel, dbias, activation,
+                                                         recurrent_activation, reverse, threads);
+        },
+        "double"_a, "batch"_a, "steps"_a, "input_size"_a, "units"_a, "kernel"_a, "recurrent_kernel"_a, "x"_a,
+        "x_stride_b"_a, "x_stride_t"_a, "h0"_a, "c0"_a, "y"_a, "gates"_a, "cells"_a, "recurrent_dropout"_a, "mask"_a,
+        "dy"_a, "dhn"_a, "dcn"_a, "dgates"_a, "dcells"_a, "dx"_a, "dh0"_a, "dc0"_a, "dkernel"_a, "drecurrent_kernel"_a,
+        "dbias"_a, "activation"_a, "recurrent_activation"_a, "reverse"_a, "threads"_a);
+    m.def(
+        "digest", [](uintptr_t address, int64_t words) { return digest(at<void>(address), words); }, "address"_a,
+        "words"_a, "A number that tells whether 32-bit words have changed since it was last taken.");
+    m.def(
+        "activate",
+        [](int activation, const nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& x,
+           const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& y) {
+            activate(activation, x.data(), y.data(), int64_t(std::min(x.size(), y.size())));
+        },
+        "activation"_a, "x"_a.noconvert(), "y"_a.noconvert(), "One activation over an array, for tests.");
+    m.def(
+        "activate",
+        [](int activation, const nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>& x,
+           const nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>& y) {
+            activate(activation, x.data(), y.data(), int64_t(std::min(x.size(), y.size())));
+        },
+        "activation"_a, "x"_a.noconvert(), "y"_a.noconvert());
 }

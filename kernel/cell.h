@@ -58,11 +58,11 @@ struct Layer {
 // Sequences of one batch.
 template <class T>
 struct Sequences {
-    int64_t batch, steps;        // either may be 0
-    const T* x;                  // [B, T, I]: element (b, t, i) at x[b·stride_batch + t·stride_time + i]
+    int64_t batch, steps;  // either may be 0
+    const T* x;            // [B, T, I]: element (b, t, i) at x[b·stride_batch + t·stride_time + i]
     int64_t stride_batch, stride_time;
-    const uint8_t* mask;         // [B, T]: 0 = leave the state as it is, gates 0, y repeats h; null: all ones
-    bool reverse;                // process steps from T-1 to 0; y, gates and cells stay in the order of x
+    const uint8_t* mask;  // [B, T]: 0 = leave the state as it is, gates 0, y repeats h; null: all ones
+    bool reverse;         // process steps from T-1 to 0; y, gates and cells stay in the order of x
 };
 
 // Runs a stack; y of one layer is x of the next. Two threads or more share the rows, or, where rows are fewer than

@@ -27,18 +27,18 @@ template <class T>
 struct Forward {
     Panels<T> w;
     int64_t rows, steps, first, last;
-    bool reverse;                  // step n is time steps-1-n
-    const T* x;                    // x of row r at time t: x + r·x_row + t·x_time
+    bool reverse;  // step n is time steps-1-n
+    const T* x;    // x of row r at time t: x + r·x_row + t·x_time
     int64_t x_row, x_time;
-    const uint8_t* mask;           // [rows][steps] or null
-    const T* recurrent_dropout;    // [rows][H] or null
-    T *h, *h_next;                 // [rows][blocks·W]; swapped after every step, so `h` is the state for even n-first
-    T* h_kept;                     // [rows][blocks·W], h before recurrent dropout; null without it
-    T* c;                          // [rows][blocks·W]
-    T *y, *cells;                  // element (r, t) at r·steps·H + t·H, or null; y has strides of its own
+    const uint8_t* mask;         // [rows][steps] or null
+    const T* recurrent_dropout;  // [rows][H] or null
+    T *h, *h_next;               // [rows][blocks·W]; swapped after every step, so `h` is the state for even n-first
+    T* h_kept;                   // [rows][blocks·W], h before recurrent dropout; null without it
+    T* c;                        // [rows][blocks·W]
+    T *y, *cells;                // element (r, t) at r·steps·H + t·H, or null; y has strides of its own
     int64_t y_row, y_time;
-    T* gates;                      // [rows][steps][4][H] or null
-    T* z;                          // scratch [blocks][(last-first)·rows][4][W]: x·kernel + bias; null: summed in place
+    T* gates;  // [rows][steps][4][H] or null
+    T* z;      // scratch [blocks][(last-first)·rows][4][W]: x·kernel + bias; null: summed in place
 };
 
 // Backward over rows of one layer, all steps.
@@ -47,28 +47,28 @@ struct Backward {
     int64_t units, blocks, rows, steps, batch, row0;  // rows row0 … row0+rows of a batch
     int activation, recurrent_activation;
     bool reverse;
-    const T* recurrent_t;          // transposed panels, see pack_transposed
-    const T *gates, *cells, *c0;   // [rows][steps][4][H], [rows][steps][H], [rows][H] (null: zeros)
-    const uint8_t* mask;           // [rows][steps] or null
-    const T* recurrent_dropout;    // [rows][H] or null
-    const T *dy, *dgates, *dcells; // as y, gates, cells; or null
-    T *dh, *dc;                    // [rows][columns], [rows][blocks·W]: in, those after the last step; out, of h0, c0
-    T* dz;                         // out, [blocks][steps·batch][4][W], row t·batch + b
+    const T* recurrent_t;           // transposed panels, see pack_transposed
+    const T *gates, *cells, *c0;    // [rows][steps][4][H], [rows][steps][H], [rows][H] (null: zeros)
+    const uint8_t* mask;            // [rows][steps] or null
+    const T* recurrent_dropout;     // [rows][H] or null
+    const T *dy, *dgates, *dcells;  // as y, gates, cells; or null
+    T *dh, *dc;                     // [rows][columns], [rows][blocks·W]: in, those after the last step; out, of h0, c0
+    T* dz;                          // out, [blocks][steps·batch][4][W], row t·batch + b
 };
 
 // Gradients of one block's weights: sums over m of a[m]ᵀ·dz[m], where a is x for the kernel and h_prev for the
 // recurrent kernel. Both and the bias go over dz together, since dz is what does not fit into the cache.
 template <class T>
 struct WeightGradient {
-    const T* dz;                   // [dz_rows][4][W]
+    const T* dz;  // [dz_rows][4][W]
     int64_t dz_rows, units, block;
     struct {
-        const T* const* rows;      // dz_rows rows of `columns`
-        int64_t columns;           // 0: not wanted
-        T* out;                    // [columns, 4H]
-        T* scratch;                // columns·4·W
+        const T* const* rows;  // dz_rows rows of `columns`
+        int64_t columns;       // 0: not wanted
+        T* out;                // [columns, 4H]
+        T* scratch;            // columns·4·W
     } of[2];
-    T* bias;                       // [4H] or null
+    T* bias;  // [4H] or null
 };
 
 template <class T>
@@ -94,10 +94,16 @@ struct InstructionSet {
     uint64_t (*digest)(const void* data, int64_t words);
 };
 
-namespace baseline { extern const InstructionSet set; }
+namespace baseline {
+extern const InstructionSet set;
+}
 #ifdef CELLSTACK_X86
-namespace avx2 { extern const InstructionSet set; }
-namespace avx512 { extern const InstructionSet set; }
+namespace avx2 {
+extern const InstructionSet set;
+}
+namespace avx512 {
+extern const InstructionSet set;
+}
 #endif
 
 }  // namespace cellstack

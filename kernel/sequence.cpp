@@ -342,10 +342,14 @@ void lstm_backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>
         T* own = gradients + k * one_gradient;
         for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
             if (task < weight_tasks) {
-                leaf.weight_gradient({dz + task * rows_in_all * wide, rows_in_all, H, task,
-                                      {{x_rows.data(), g.dkernel ? I : 0, g.dkernel, own},
-                                       {h_rows.data(), g.drecurrent_kernel ? H : 0, g.drecurrent_kernel, own + I * wide}},
-                                      g.dbias});
+                leaf.weight_gradient(
+                    {dz + task * rows_in_all * wide,
+                     rows_in_all,
+                     H,
+                     task,
+                     {{x_rows.data(), g.dkernel ? I : 0, g.dkernel, own},
+                      {h_rows.data(), g.drecurrent_kernel ? H : 0, g.drecurrent_kernel, own + I * wide}},
+                     g.dbias});
             } else {
                 const int64_t first = (task - weight_tasks) * kInputRows;
                 leaf.input_gradient(dz, blocks, rows_in_all, kernel_t, I, first,

@@ -62,9 +62,7 @@ INLINE V<double> splat(double x) { return (V<double>)_mm512_set1_pd(x); }
 INLINE V<float> fma(V<float> a, V<float> b, V<float> c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE V<double> fma(V<double> a, V<double> b, V<double> c) { return _mm512_fmadd_pd(a, b, c); }
 // min and max give their second operand where one is NaN, so a NaN in x passes a clamp
-INLINE V<float> clamp(V<float> x, float lo, float hi) {
-    return _mm512_max_ps(splat(lo), _mm512_min_ps(splat(hi), x));
-}
+INLINE V<float> clamp(V<float> x, float lo, float hi) { return _mm512_max_ps(splat(lo), _mm512_min_ps(splat(hi), x)); }
 INLINE V<double> clamp(V<double> x, double lo, double hi) {
     return _mm512_max_pd(splat(lo), _mm512_min_pd(splat(hi), x));
 }
@@ -78,9 +76,7 @@ INLINE V<float> splat(float x) { return (V<float>)_mm256_set1_ps(x); }
 INLINE V<double> splat(double x) { return (V<double>)_mm256_set1_pd(x); }
 INLINE V<float> fma(V<float> a, V<float> b, V<float> c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE V<double> fma(V<double> a, V<double> b, V<double> c) { return _mm256_fmadd_pd(a, b, c); }
-INLINE V<float> clamp(V<float> x, float lo, float hi) {
-    return _mm256_max_ps(splat(lo), _mm256_min_ps(splat(hi), x));
-}
+INLINE V<float> clamp(V<float> x, float lo, float hi) { return _mm256_max_ps(splat(lo), _mm256_min_ps(splat(hi), x)); }
 INLINE V<double> clamp(V<double> x, double lo, double hi) {
     return _mm256_max_pd(splat(lo), _mm256_min_pd(splat(hi), x));
 }

@@ -80,9 +80,7 @@ class Stream:
             ShapeError: a wrong rank, batch or width.
             TypeError: values that aren't real numbers.
         """
-        if not (
-            type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._frame and x.flags.carray
-        ):
+        if not (type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._frame and x.flags.carray):
             x = as_floats("Stream", "x", x, self._dtype)
             check_step("Stream", x.shape, self.network.input_size)
             self._check_batch(x)
