@@ -150,7 +150,7 @@ def test_the_format_page_knows_every_node_and_the_version():
     table = text[text.index("| `type` |") :].split("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)[1:] == list(safetensors.BUILDERS)
     assert f"| `version` | integer | {safetensors.VERSION} |" in text
-    assert f"{safetensors.MAX_HEADER >> 20} MiB" in text
+    assert f"{safetensors.MAX_DESCRIPTION >> 20} MiB" in text
 
 
 def test_the_right_column_of_where_we_part_from_keras():
