@@ -19,7 +19,7 @@ from cellstack.spec import Trace
 # Figures are drawn in stand-in colours that the page's style sheet replaces, so that one file serves light and dark.
 INK, FAINT = "#010203", "#010204"
 SERIES = ("#2a78d6", "#eb6834", "#1baf7a")  # blue, orange, green: told apart on white and on black, by colour-blind too
-THEME = {
+THEME: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -152,7 +152,9 @@ def _figure(figure: Figure, label: str) -> str:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # ids are the page's, not the figure's: give each figure its own
+    # ids are the page's, not the figure's: keep those that are referred to, and give each figure its own
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    svg = re.sub(r' \bid="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     mark = re.sub(r"\W+", "-", label.lower())
     svg = re.sub(r'\bid="', f'id="{mark}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}-", svg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pickle import UnpicklingError
 from typing import Any
 
@@ -28,11 +29,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
     """
     try:
+        with zipfile.ZipFile(path) as parts:  # checks every byte, before torch unpickles any
+            damaged = parts.testzip()
+        if damaged is not None:
+            raise FormatError(f"{path}: expected a checkpoint, found a file whose part {damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise FormatError(
-            f"{path}: expected a checkpoint, found a file that torch can't read: {_line(error)}"
-        ) from None
+    except (zipfile.BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError) as error:
+        raise FormatError(f"{path}: expected a checkpoint, found a file that can't be read: {_line(error)}") from None
     if not isinstance(state, dict) or state.get("cellstack_checkpoint") != VERSION:
         raise FormatError(f"{path}: expected a checkpoint of version {VERSION}, found something else")
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,4 +78,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), world, place)
     finally:
+        # What still refers to the group keeps its threads alive, and one that frees a tensor while the interpreter
+        # shuts down aborts the process: the wrapped model is part of cycles that only the collector breaks.
+        gc.collect()
         dist.destroy_process_group()

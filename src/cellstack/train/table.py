@@ -103,8 +103,9 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
     numbers: list[int] = []
     try:
         for row in reader:
-            if not row:
+            if not row and len(names) > 1:
                 continue
+            row = row or [""]  # in a file of one column, an empty line is a missing value
             if len(row) != len(names):
                 raise FormatError(f"{path}: line {reader.line_num}: expected {len(names)} cells, found {len(row)}")
             rows.append([cell.strip() for cell in row])

@@ -151,7 +151,7 @@ def _number(path: Path, number: int, text: str) -> float:
         value = float(text)
     except ValueError:
         raise _error(path, number, "a number", repr(text)) from None
-    if not abs(value) <= np.finfo(np.float32).max:
+    if not abs(value) <= float(np.finfo(np.float32).max):
         raise _error(path, number, "a finite number that float32 holds", repr(text))
     return value
 

@@ -1,0 +1,298 @@
+"""The model and the fit loop: repeatable, resumable, interruptible, and the same as what is exported."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from cellstack import FormatError, Network
+from cellstack.train import Inputs, Labelled, Model, Sequences, Settings, fit
+from cellstack.train import checkpoint as checkpoints
+
+CLASSES = ("a", "b", "c")
+
+
+@pytest.fixture
+def sequences(rng):
+    """Sequences that a model can learn to tell: each class has its own mean."""
+    y = np.arange(36) % 3
+    x = [rng.normal(size=(int(rng.integers(3, 7)), 4)).astype(np.float32) + np.float32(label) for label in y]
+    return Sequences(x, y, CLASSES, "toy")
+
+
+def prepare(sequences, seed=0, **options):
+    examples = Labelled(sequences)
+    kept, held = np.arange(27), np.arange(27, 36)
+    inputs = Inputs.measure(examples, kept)
+    torch.manual_seed(seed)
+    outputs = len(CLASSES) if options.get("task", "classify") == "classify" else examples.y.shape[1]
+    model = Model(inputs.standardise, outputs, (5, 4), **{"dropout": 0.3, **options})
+    return model, inputs, examples, kept, held
+
+
+SETTINGS = Settings(epochs=4, batch=4, noise=0.1, offset=0.1, seed=3)
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+class Raising:
+    """Examples that do something at the n-th batch that is fetched."""
+
+    def __init__(self, examples, at, action):
+        self.examples, self.lengths, self.left, self.action = examples, examples.lengths, at, action
+
+    def fetch(self, indices):
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+        return self.examples.fetch(indices)
+
+
+def test_a_run_repeats_bit_for_bit(sequences):
+    ends = []
+    for seed in (0, 0, 1):
+        model, *rest = prepare(sequences)
+        torch.manual_seed(123 + len(ends))  # what was drawn before must not matter
+        result = fit(model, *rest, Settings(epochs=3, batch=4, noise=0.1, seed=seed))
+        ends.append((weights(model), result.history))
+    assert_same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+    assert any(not torch.equal(value, ends[2][0][name]) for name, value in ends[0][0].items())
+
+
+def test_the_fit_leaves_the_global_generator_alone(sequences):
+    model, *rest = prepare(sequences)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    fit(model, *rest, SETTINGS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_it_learns_and_keeps_the_best(sequences):
+    model, *rest = prepare(sequences)
+    result = fit(model, *rest, Settings(epochs=25, batch=4, lr=2e-2, patience=0))
+    assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
+    assert result.best["accuracy"] >= 2 / 3  # a third by chance
+    assert result.best["validation_loss"] == min(entry["validation_loss"] for entry in result.history)
+    inputs, examples, _, held = rest
+    losses = []
+    for n in held:
+        batch = examples.fetch(np.array([n]))
+        x, _ = inputs(batch.x)
+        losses.append(model.losses(model(torch.from_numpy(x)), None, torch.from_numpy(batch.y)).item())
+    assert np.mean(losses) == pytest.approx(result.best["validation_loss"], rel=1e-5)
+
+
+def test_early_stopping(sequences):
+    model, *rest = prepare(sequences)
+    result = fit(model, *rest, Settings(epochs=50, batch=4, lr=1e-9, patience=3))
+    assert len(result.history) == result.best["epoch"] + 3
+
+
+@pytest.mark.parametrize("at", [1, 9, 14, 30])
+def test_resume_after_ctrl_c_equals_an_unbroken_run(sequences, tmp_path, at):
+    path = tmp_path / "run.ckpt"
+    whole, *rest = prepare(sequences)
+    expected = fit(whole, *rest, SETTINGS)
+
+    broken, inputs, examples, kept, held = prepare(sequences)
+    stopping = Raising(examples, at, lambda: signal.raise_signal(signal.SIGINT))
+    first = fit(broken, inputs, stopping, kept, held, SETTINGS, checkpoint=path)
+    assert first.interrupted
+    assert len(first.history) < 4
+
+    resumed, *rest = prepare(sequences, seed=99)
+    second = fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True)
+    assert second.history == expected.history
+    assert second.steps == expected.steps
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_resume_after_a_crash_equals_an_unbroken_run(sequences, tmp_path):
+    path = tmp_path / "run.ckpt"
+    whole, *rest = prepare(sequences)
+    expected = fit(whole, *rest, SETTINGS)
+
+    def crash():
+        raise OSError("the disk is gone")
+
+    broken, inputs, examples, kept, held = prepare(sequences)
+    with pytest.raises(OSError, match="gone"):
+        fit(broken, inputs, Raising(examples, 30, crash), kept, held, SETTINGS, checkpoint=path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.ckpt"]
+    resumed, *rest = prepare(sequences, seed=99)
+    second = fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True)
+    assert second.history == expected.history
+    assert_same(weights(resumed), weights(whole))
+    third = fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True)  # nothing is left to do
+    assert third.history == expected.history
+
+
+def test_a_checkpoint_of_other_settings_is_refused(sequences, tmp_path):
+    path = tmp_path / "run.ckpt"
+    model, *rest = prepare(sequences)
+    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    with pytest.raises(ValueError, match=r"expected lr as in this training, 0.1, found 0.005"):
+        fit(model, *rest, Settings(epochs=1, lr=0.1), checkpoint=path, resume=True)
+    model, *rest = prepare(sequences, dropout=0.0)
+    with pytest.raises(ValueError, match="expected dropout"):
+        fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "bit", "other", "text"])
+def test_a_damaged_checkpoint_is_a_format_error(tmp_path, damage):
+    path = tmp_path / "run.ckpt"
+    checkpoints.save(path, {"weights": torch.ones(1000)})
+    whole = path.read_bytes()
+    if damage == "other":
+        torch.save({"weights": 1}, path)
+    elif damage == "bit":
+        path.write_bytes(whole.replace(b"\0\0\x80?\0\0\x80?", b"\0\0\x80?\0\1\x80?", 1))
+    else:
+        path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "text": b"hello there"}[damage])
+    with pytest.raises(FormatError, match=r"run\.ckpt: expected a checkpoint"):
+        checkpoints.load(path)
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "run.ckpt"
+    checkpoints.save(path, {"n": 1})
+    with pytest.raises(Exception, match=r"pickle|lambda"):
+        checkpoints.save(path, {"n": lambda: None})
+    assert checkpoints.load(path)["n"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.ckpt"]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_handler_comes_back(sequences):
+    before = signal.getsignal(signal.SIGINT)
+    model, inputs, examples, kept, held = prepare(sequences)
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, inputs, Raising(examples, 3, twice), kept, held, SETTINGS)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_loss_that_explodes_is_an_error(sequences):
+    model, *rest = prepare(sequences)
+    with torch.no_grad():
+        model.head.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"no longer finite in epoch 1"):
+        fit(model, *rest, SETTINGS)
+    with pytest.raises(ValueError, match="at least one example"):
+        fit(model, rest[0], rest[1], np.arange(0), rest[3], SETTINGS)
+
+
+def test_constraints_and_penalties_are_applied(sequences):
+    from cellstack import layers
+
+    model, *rest = prepare(sequences)
+    layer = layers.LSTM(5, return_sequences=True, input_size=4, kernel_constraint="non_neg", kernel_regularizer="l2")
+    model.recurrent[0] = layer
+    fit(model, *rest, Settings(epochs=1, batch=4))
+    assert (torch.from_numpy(layer.get_weights()[0]) >= 0).all()
+    strong = []
+    for factor in (None, "l2"):
+        model, *rest = prepare(sequences)
+        torch.manual_seed(0)
+        layer = layers.LSTM(5, return_sequences=True, input_size=4, kernel_regularizer=factor)
+        model.recurrent[0] = layer
+        fit(model, *rest, Settings(epochs=1, batch=4))
+        strong.append(layer.get_weights()[0])
+    assert not np.array_equal(*strong)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "max", "last"])
+@pytest.mark.parametrize("every_step", [False, True])
+@pytest.mark.parametrize("task", ["classify", "regress"])
+def test_the_network_answers_as_the_model_does(rng, bidirectional, pooling, every_step, task):
+    mean, scale = rng.normal(size=(2, 4)).astype(np.float32)
+    targets = None if task == "classify" else (np.array([5.0, -2, 1]), np.array([2.0, 3, 0.5]))
+    model = Model((mean, np.abs(scale) + 1), 3, (5, 4), task, bidirectional, 0.5, pooling, every_step, targets).eval()
+    net = Network(tuple(model.to_nodes()))
+    x = rng.normal(size=(6, 7, 4)).astype(np.float32)
+    used = rng.random((6, 7)) < 0.6
+    used[0] = False
+    used[1] = True
+    for mask in (None, used):
+        held = None if mask is None else torch.from_numpy(mask)
+        with torch.no_grad():
+            expected = model.answer(model(torch.from_numpy(x), held), held).numpy()
+        np.testing.assert_allclose(net(x, mask=mask), expected, atol=2e-6, rtol=2e-6)
+
+
+def test_missing_targets_don_t_count(sequences):
+    """A target whose weight is 0 may be anything: gradients, and so the weights, are the same."""
+    ends = []
+    for value in (0.0, 1e6):
+        y = np.stack([np.arange(36, dtype=np.float32) % 3, np.full(36, value, np.float32)], axis=1)
+        examples = Labelled(sequences)
+        examples.y, examples.weight = y, np.stack([np.ones(36), np.zeros(36)], axis=1).astype(np.float32)
+        inputs = Inputs.measure(examples, np.arange(27))
+        torch.manual_seed(0)
+        model = Model(inputs.standardise, 2, (4,), "regress")
+        fit(model, inputs, examples, np.arange(27), np.arange(27, 36), Settings(epochs=1))
+        ends.append(weights(model))
+    assert_same(*ends)
+
+
+def test_the_bar_shows_loss_metric_speed_and_time_left(sequences, capsys):
+    model, *rest = prepare(sequences)
+    fit(model, *rest, SETTINGS, progress=True)
+    shown = capsys.readouterr().err
+    for part in ("loss=", "accuracy=", "step/s", "<00:00"):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", 0), ("batch", 0), ("lr", 0.0), ("lr", float("nan")), ("clip", -1.0), ("noise", -0.1)]
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"expected {name} >"):
+        Settings(**{name: value})
+
+
+def test_ctrl_c_in_a_terminal_keeps_the_best(tmp_path):
+    """A real SIGINT to a real `cellstack train`: it ends soon, says so, and has written a network that runs."""
+    from importlib.resources import files
+
+    data = files("cellstack") / "data" / "JapaneseVowels_TRAIN.ts"
+    output, checkpoint = tmp_path / "net.safetensors", tmp_path / "run.ckpt"
+    command = [sys.executable, "-m", "cellstack", "train", str(data), "-o", str(output), "--units", "8"]
+    command += ["--epochs", "100000", "--patience", "0", "--threads", "1", "--checkpoint", str(checkpoint), "--quiet"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "stopped by Ctrl-C" in out
+    assert "Traceback" not in err
+    from cellstack import load
+
+    assert load(output)(np.zeros((1, 3, 12))).shape == (1, 9)
+    assert checkpoints.load(checkpoint)["history"]

@@ -1,0 +1,148 @@
+"""CSV series: dates, gaps, windows that see nothing of the future, the seasonal-naive rule."""
+
+import numpy as np
+import pytest
+
+from cellstack import FormatError
+from cellstack.train import Inputs, Recipe, Windows, read_csv
+from cellstack.train.forecast import errors, parts
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def table_of(tmp_path, values, **others):
+    columns = {"y": values, **others}
+    lines = [",".join(columns)] + [
+        ",".join("" if np.isnan(value) else repr(float(value)) for value in row)
+        for row in zip(*columns.values(), strict=True)
+    ]
+    return read_csv(write(tmp_path / "series.csv", "\n".join(lines) + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("dates", "season", "after"),
+    [
+        (["20200104", "20200111", "20200118"], 52, "2020-01-25"),
+        (["2020-01-04", "2020-01-05", "2020-01-06"], 7, "2020-01-07"),
+        (["2020-01-31", "2020-02-29", "2020-03-31"], 12, "2020-04-30"),
+        (["2020-01", "2020-04", "2020-07"], 4, "2020-10-01"),
+        (["2020-01-01T00:00", "2020-01-01T01:00", "2020-01-01T02:00"], 24, "2020-01-01T03:00:00"),
+        (["2020-01-01", "2021-01-01", "2022-01-01"], 1, "2023-01-01"),
+    ],
+)
+def test_dates_give_the_season_and_go_on(tmp_path, dates, season, after):
+    rows = "\n".join(f"{date},{n}" for n, date in enumerate(dates))
+    table = read_csv(write(tmp_path / "a.csv", f"when,y\n{rows}\n"))
+    assert table.date == "when"
+    assert table.spacing.season == season
+    assert table.date_after(1) == after
+    assert table.columns["y"].tolist() == [0, 1, 2]
+
+
+def test_dates_left_out_are_missing_rows(tmp_path):
+    table = read_csv(write(tmp_path / "a.csv", "d,y\n2020-01-01,1\n2020-01-02,2\n2020-01-03,3\n2020-01-06,6\n"))
+    np.testing.assert_array_equal(table.columns["y"], [1, 2, 3, np.nan, np.nan, 6])
+
+
+def test_text_columns_are_named_and_other_separators_read(tmp_path):
+    table = read_csv(write(tmp_path / "a.csv", "y;place;z\n1;north;\n2;south;4\n"))
+    assert table.texts == ("place",)
+    assert table.dates is None
+    assert table.date_after(1) is None
+    np.testing.assert_array_equal(table.columns["z"], [np.nan, 4])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"line 1: expected the columns' names"),
+        ("1,2\n3,4\n5,6\n", r"line 1: expected the columns' names"),
+        ("a,a\n1,2\n3,4\n", r"expected a name once, found 'a' 2 times"),
+        ("a,b\n1,2\n3\n", r"line 3: expected 2 cells, found 1"),
+        ("a,b\n1,2\n3,oops\n", r"line 3: expected a number in column 'b', found 'oops'"),
+        ("a,b\n1,2\n", r"at least two rows"),
+        ("a\nx\ny\n", r"expected a column of numbers, found none"),
+        ("d,y\n2020-01-01,1\n2020-01-03,2\n2020-01-05,3\n2020-01-06,3\n", r"spaced evenly by 2 days.*found 2020-01-06"),
+        ("d,y\n2020-01-01,1\n2020-01-02,2\n2020-01-03,3\n2022-01-05,3\n", r"without long gaps"),
+    ],
+)
+def test_what_is_refused(tmp_path, text, message):
+    with pytest.raises(FormatError, match=message) as error:
+        read_csv(write(tmp_path / "bad.csv", text))
+    assert "bad.csv" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_windows_by_hand(tmp_path):
+    y = np.array([0.0, 10, 20, 1, 12, 23, 3, 15, 27])
+    table = table_of(tmp_path, y, z=np.arange(9.0))
+    windows = Windows(Recipe("y", ("z",), 4, 2, 3), table, np.array([5]))
+    batch = windows.fetch(np.array([0]))
+    # rows 4 and 5: less one season before, less the latest value in the window, the other column
+    np.testing.assert_array_equal(batch.x, [[[2, -11, 4], [3, 0, 5]]])
+    np.testing.assert_array_equal(windows.reference(np.array([0])), [[1, 12, 23, 1]])
+    np.testing.assert_array_equal(batch.y, [[2, 3, 4, 0]])
+    np.testing.assert_array_equal(batch.weight, [[1, 1, 1, 0]])  # the fourth lies beyond the table
+
+
+def test_missing_values_are_not_zeros(tmp_path):
+    y = np.array([0.0, 10, np.nan, 1, np.nan, 23, np.nan, 15, 27])
+    windows = Windows(Recipe("y", (), 3, 4, 3), table_of(tmp_path, y), np.array([5]))
+    batch = windows.fetch(np.array([0]))
+    # at row 5 no value of its phase came before: the difference is missing though the value is not
+    np.testing.assert_array_equal(batch.x, [[[np.nan, np.nan], [1, -22], [np.nan, np.nan], [np.nan, 0]]])
+    np.testing.assert_array_equal(windows.reference(np.array([0])), [[1, 10, 23]])
+    np.testing.assert_array_equal(batch.weight, [[0, 1, 1]])  # a missing target doesn't count
+
+
+def test_nothing_after_an_origin_is_seen(tmp_path, rng):
+    y, z = rng.normal(size=(2, 200)).cumsum(axis=1)
+    y[rng.random(200) < 0.1] = np.nan
+    recipe = Recipe("y", ("z",), 9, 12, 7)
+    origins = np.arange(60, 120)
+    before = Windows(recipe, table_of(tmp_path, y, z=z), origins)
+    for place in (0, 25, 59):
+        changed_y, changed_z = y.copy(), z.copy()
+        changed_y[origins[place] + 1 :] = 1e6
+        changed_z[origins[place] + 1 :] = -1e6
+        after = Windows(recipe, table_of(tmp_path, changed_y, z=changed_z), origins)
+        one = np.array([place])
+        np.testing.assert_array_equal(before.fetch(one).x, after.fetch(one).x)
+        np.testing.assert_array_equal(before.reference(one), after.reference(one))
+
+
+def test_parts_don_t_share_targets_and_leave_room():
+    recipe = Recipe("y", (), 10, 20, 7)
+    training, validation, test = parts(400, recipe, 0.2, 0.25)
+    assert training[0] >= recipe.season + recipe.window - 1
+    assert training[-1] + recipe.horizon < validation[0] + 1
+    assert validation[-1] + recipe.horizon < test[0] + 1
+    assert (test[0], test[-1]) == (299, 389)
+    with pytest.raises(ValueError, match="more rows for the training part"):
+        parts(60, recipe, 0.2, 0.25)
+
+
+def test_the_training_part_alone_is_measured(tmp_path, rng):
+    y = rng.normal(size=300).cumsum()
+    recipe = Recipe("y", (), 5, 10, 1)
+    training = parts(300, recipe, 0.1, 0.2)[0]
+    changed = y.copy()
+    changed[training[-1] + recipe.horizon + 1 :] += 1e5
+    measured = [
+        Inputs.measure(Windows(recipe, table_of(tmp_path, values), training), np.arange(len(training)))
+        for values in (y, changed)
+    ]
+    np.testing.assert_array_equal(measured[0].mean, measured[1].mean)
+    np.testing.assert_array_equal(measured[0].scale, measured[1].scale)
+
+
+def test_a_column_that_isn_t_there(tmp_path):
+    with pytest.raises(ValueError, match="a column of numbers 'x', found y"):
+        Windows(Recipe("x", (), 1, 1, 1), table_of(tmp_path, np.arange(5.0)), np.array([3]))
+
+
+def test_errors_leave_out_what_is_missing():
+    assert errors(np.array([1.0, 2, 5]), np.array([0.0, np.nan, 2])) == {"mae": 2.0, "rmse": np.sqrt(5)}

@@ -1,0 +1,65 @@
+"""Two processes, one result: torchrun against a single process, uneven and empty shards included."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from cellstack import load
+
+# 13 sequences of 5 lengths in batches of up to 3: shards of 2 + 1 and of 1 + 0 rows
+MAKE = textwrap.dedent(
+    """
+    import numpy as np
+    rng = np.random.default_rng(5)
+    lines = ["@problemName toy", "@timeStamps false", "@missing false", "@univariate false", "@dimensions 3"]
+    lines += ["@equalLength false", "@classLabel true a b", "@data"]
+    for n, length in enumerate([4] * 5 + [5] * 4 + [6] * 2 + [7, 8]):
+        x = rng.normal(size=(3, length)) + n % 2
+        lines.append(":".join(",".join(f"{v:.4f}" for v in row) for row in x) + ":" + "ab"[n % 2])
+    PATH.write_text("\\n".join(lines) + "\\n")
+    """
+)
+
+OPTIONS = [
+    "--units",
+    "6,5",
+    "--batch",
+    "3",
+    "--epochs",
+    "3",
+    "--validation",
+    "0.3",
+    "--dropout",
+    "0.4",
+    "--noise",
+    "0.2",
+]
+
+
+def train(path, output, ranks, *extra):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = (start if ranks > 1 else [sys.executable]) + ["-m", "cellstack", "train", str(path), "-o", str(output)]
+    command += [*OPTIONS, "--threads", "1", "--quiet", "--device", "cpu", *extra]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    return load(output)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_two_processes_give_what_one_gives(tmp_path, bidirectional):
+    path = tmp_path / "toy.ts"
+    exec(MAKE, {"PATH": path})
+    extra = ["--bidirectional"] if bidirectional else ["--every-step"]
+    one = train(path, tmp_path / "one.safetensors", 1, *extra)
+    two = train(path, tmp_path / "two.safetensors", 2, *extra)
+    start = train(path, tmp_path / "start.safetensors", 1, *extra, "--lr", "1e-12")
+    moved = 0.0
+    for cell, other, before in zip(one.cells, two.cells, start.cells, strict=True):
+        for name in ("kernel", "recurrent_kernel", "bias"):
+            np.testing.assert_allclose(getattr(cell, name), getattr(other, name), atol=1e-5, rtol=0)
+            moved = max(moved, float(np.abs(getattr(cell, name) - getattr(before, name)).max()))
+    assert moved > 1e-2  # the weights have gone far more than 1e-5
