@@ -37,7 +37,7 @@ ON_CALL = {("network", "stream"), ("network", "formats")}
 
 # Who may import what from outside the standard library. Torch has a door of its own.
 OUTSIDE = {"numpy"}
-OUTSIDE_ALSO = {"layers": {"torch"}, "train": {"torch", "tqdm"}, "inspect": {"matplotlib"}}
+OUTSIDE_ALSO = {"formats": {"safetensors"}, "layers": {"torch"}, "train": {"torch", "tqdm"}, "inspect": {"matplotlib"}}
 ON_CALL_ALSO = {"cli": {"torch", "tqdm"}}  # a verb that trains looks whether they are there
 
 

@@ -16,7 +16,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` when the block ends, and vanishes if it fails.
 
     The bytes go to a new file beside it, and to the disk, before the name is moved over in one step. The mode of the
-    file that was there is kept; one that can't be written to is not replaced; a symbolic link stays one.
+    file that was there is kept; one that can't be written to is not replaced; a symbolic link stays one. A process that
+    is killed meanwhile leaves its draft there, `.cellstack-….tmp`, which nothing reads and anyone may delete.
 
     Args:
         path: the file to replace or to make.

@@ -1,10 +1,11 @@
 """The native format: safetensors, with the network's description as JSON in the header's metadata.
 
-A file is 8 bytes (little-endian length N), N bytes of JSON, then the arrays' bytes without gaps. Under `__metadata__`,
-the key `cellstack` holds the description: the format's version, the nodes in order with their names and settings, and
-the network's own metadata. A tensor is named by its node, its place in it and its array: `layer_0/forward/0/kernel`.
+The container is written and read by the `safetensors` package. Under `__metadata__`, the key `cellstack` holds the
+description, which is ours: the format's version, the nodes in order with their names and settings, and the network's
+own metadata. A tensor is named by its node, its place in it and its array: `layer_0/forward/0/kernel`.
 
-The header is checked before an array is read, nothing in it is run, and memory stays near the size of the file.
+What a file claims of an array is checked before the array is read, nothing in it is run, and memory stays near the size
+of the arrays: a header takes some fifteen times its length, which the package keeps below 100 MB.
 
 Ref: https://github.com/huggingface/safetensors#format
 """
@@ -12,14 +13,13 @@ Ref: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from io import BufferedReader
-from math import prod
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
 
 from cellstack.formats.files import replacing
 from cellstack.network import Network
@@ -31,9 +31,9 @@ NAME = "safetensors"
 SUFFIXES = (".safetensors",)
 KEY = "cellstack"
 VERSION = 1
-MAX_HEADER = 1 << 22  # thousands of nodes; JSON takes some twenty times its size when it is parsed
+MAX_DESCRIPTION = 1 << 22  # thousands of nodes; JSON takes some twenty times its size when it is parsed
 RECURRENT_FLAGS = ("return_sequences", "go_backwards", "zero_output_for_mask")
-DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+DTYPES = {"F32": np.float32, "F64": np.float64}
 
 
 def recognises(head: bytes) -> bool:
@@ -91,47 +91,24 @@ def save(network: Network, path: str) -> None:
         {"name": name, **_describe(name, node, tensors)}
         for name, node in zip(network.names, network.nodes, strict=True)
     ]
-    description = {"version": VERSION, "nodes": nodes, "metadata": network.metadata}
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {KEY: json.dumps(description)}}
-    end = 0
-    for name, array in tensors.items():
-        header[name] = {
-            "dtype": codes[array.dtype.newbyteorder("<")],
-            "shape": list(array.shape),
-            "data_offsets": [end, end + array.nbytes],
-        }
-        end += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the arrays start on a multiple of 8
-    if len(text) > MAX_HEADER:
-        raise ValueError(f"save: expected a description of at most {MAX_HEADER} bytes, got {len(text)}")
+    description = json.dumps({"version": VERSION, "nodes": nodes, "metadata": network.metadata})
+    if len(description) > MAX_DESCRIPTION:
+        raise ValueError(f"save: expected a description of at most {MAX_DESCRIPTION} bytes, got {len(description)}")
     with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for array in tensors.values():
-            file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+        file.write(to_bytes(tensors, metadata={KEY: description}))
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def _short(value: Any) -> str:
+def _short(value: Any, length: int = 80) -> str:
     """Return how a message shows what a file claims: printable, and short however long it is."""
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _parse(where: str, text: bytes | str) -> Any:
-    """Parse JSON strictly: UTF-8, no key twice, no NaN; whatever is wrong is a `FormatError`."""
+def _parse(where: str, text: str) -> Any:
+    """Parse JSON strictly: no key twice, no NaN; whatever is wrong is a `FormatError`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -145,13 +122,12 @@ def _parse(where: str, text: bytes | str) -> Any:
         raise FormatError(f"{where}: expected numbers that JSON knows, found {name}")
 
     try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except FormatError:
         raise
     except RecursionError:
         raise FormatError(f"{where}: expected a description, found JSON nested too deep") from None
-    except ValueError as error:  # bad UTF-8, bad JSON, numbers beyond reason
+    except ValueError as error:  # bad JSON, numbers beyond reason
         raise FormatError(f"{where}: expected JSON, found {str(error)[:300]}") from None
 
 
@@ -166,70 +142,28 @@ def _take(where: str, table: Any, fields: dict[str, type]) -> list[Any]:
     return [table[name] for name in fields]
 
 
-def _read_header(path: str, file: BufferedReader) -> tuple[dict[str, Any], dict[str, _Tensor], int]:
-    """Return the description, the table of tensors (checked against the file's size) and where their bytes begin."""
-    size = os.fstat(file.fileno()).st_size
-    first = file.read(8)
-    if len(first) < 8:
-        raise FormatError(f"{path}: expected at least 8 bytes, found {len(first)}")
-    length = int.from_bytes(first, "little")
-    if length > min(MAX_HEADER, size - 8):
-        raise FormatError(
-            f"{path}: expected a header of at most {min(MAX_HEADER, size - 8)} bytes, found a length of {length}"
-        )
-    header = _parse(f"{path}: header", file.read(length))
-    if not isinstance(header, dict):
-        raise FormatError(f"{path}: expected the header to be a JSON object, found {type(header).__name__}")
-    metadata = header.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or not isinstance(metadata.get(KEY), str):
-        raise FormatError(
-            f"{path}: expected a description under __metadata__.{KEY}, found none: "
-            "a safetensors file of weights alone doesn't say what to do with them"
-        )
-    tensors = {name: _read_entry(f"{path}: tensor {_short(name)}", entry) for name, entry in header.items()}
-    at = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
-        if tensor.begin != at:
-            raise FormatError(
-                f"{path}: tensor {_short(name)}: expected its bytes to begin at {at}, found {tensor.begin}"
-            )
-        at = tensor.end
-    if size - 8 - length != at:
-        raise FormatError(f"{path}: expected {at} bytes of arrays, found {size - 8 - length}")
-    return _parse(f"{path}: description", metadata[KEY]), tensors, 8 + length
-
-
-def _read_entry(where: str, entry: Any) -> _Tensor:
-    dtype, shape, offsets = _take(where, entry, {"dtype": str, "shape": list, "data_offsets": list})
-    if dtype not in DTYPES:
-        raise FormatError(f"{where}: expected dtype {' or '.join(DTYPES)}, found {_short(dtype)}")
-    if len(offsets) != 2 or any(type(n) is not int or n < 0 for n in (*shape, *offsets)):
-        raise FormatError(f"{where}: expected a shape and two offsets of whole numbers, found {_short(entry)}")
-    begin, end = offsets
-    if len(shape) > 2 or prod(shape) * DTYPES[dtype].itemsize != end - begin:
-        raise FormatError(f"{where}: expected offsets that fit one or two axes and the dtype, found {_short(entry)}")
-    return _Tensor(DTYPES[dtype], tuple(shape), begin, end)
-
-
 class _Reader:
     """Hands out the tensors of a file one by one, and knows which were never asked for."""
 
-    def __init__(self, path: str, file: BufferedReader, tensors: dict[str, _Tensor], start: int) -> None:
-        self.path, self.file, self.start = path, file, start
-        self.left = dict(tensors)
+    def __init__(self, path: str, file: safe_open) -> None:
+        self.path, self.file = path, file
+        self.left = set(file.keys())
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
         where = f"{self.path}: tensor {_short(name)}"
-        tensor = self.left.pop(name, None)
-        if tensor is None:
+        if name not in self.left:
             raise FormatError(f"{where}: expected it, with shape {_short(list(shape))}, found no such tensor")
-        if tensor.shape != shape:
-            raise FormatError(f"{where}: expected shape {_short(list(shape))}, found {_short(list(tensor.shape))}")
-        array = np.empty(shape, tensor.dtype)
-        self.file.seek(self.start + tensor.begin)
-        if self.file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
-            raise FormatError(f"{where}: expected {array.nbytes} bytes, found fewer")
-        return array
+        self.left.remove(name)
+        entry = self.file.get_slice(name)
+        dtype, found = entry.get_dtype(), entry.get_shape()
+        if dtype not in DTYPES:
+            raise FormatError(f"{where}: expected dtype {' or '.join(DTYPES)}, found {_short(dtype)}")
+        if found != list(shape):
+            raise FormatError(f"{where}: expected shape {_short(list(shape))}, found {_short(found)}")
+        if 0 in shape:  # the other axis could be of any length, beyond what NumPy can count
+            raise FormatError(f"{where}: expected at least one number, found shape {_short(found)}")
+        np.empty(shape, DTYPES[dtype])  # MemoryError where there is no room for it: the package would panic
+        return self.file.get_tensor(name)
 
     def cells(self, prefix: str, descriptions: list[Any]) -> tuple[Cell, ...]:
         cells = []
@@ -319,17 +253,28 @@ def load(path: str) -> Network:
         FormatError: the file is damaged, of a newer version, or not a network; names the file, the tensor, what was
             expected and what was found.
         OSError: the file can't be read.
+        MemoryError: there is no room for an array.
     """
     try:
-        with open(path, "rb") as file:
+        with safe_open(path, framework="numpy") as file:
             return _read(path, file)
+    except SafetensorError as error:
+        raise FormatError(f"{path}: expected a safetensors file, found {_short(str(error), 300)}") from None
     except RecursionError:
         raise FormatError(f"{path}: expected a description, found JSON nested too deep") from None
 
 
-def _read(path: str, file: BufferedReader) -> Network:
-    description, tensors, start = _read_header(path, file)
+def _read(path: str, file: safe_open) -> Network:
+    text = (file.metadata() or {}).get(KEY)
+    if text is None:
+        raise FormatError(
+            f"{path}: expected a description under __metadata__.{KEY}, found none: "
+            "a safetensors file of weights alone doesn't say what to do with them"
+        )
     where = f"{path}: description"
+    if len(text) > MAX_DESCRIPTION:
+        raise FormatError(f"{where}: expected at most {MAX_DESCRIPTION} characters, found {len(text)}")
+    description = _parse(where, text)
     version = description.get("version") if isinstance(description, dict) else None
     if type(version) is not int or version < 1:
         raise FormatError(f"{where}: expected a version, found {_short(version)}")
@@ -338,7 +283,7 @@ def _read(path: str, file: BufferedReader) -> Network:
             f"{where}: expected version {VERSION} or older, found {_short(version)}: made by a newer cellstack"
         )
     _, entries, metadata = _take(where, description, {"version": int, "nodes": list, "metadata": dict})
-    reader = _Reader(path, file, tensors, start)
+    reader = _Reader(path, file)
     nodes = [_node(reader, entry) for entry in entries]
     if reader.left:
         found = _short(min(reader.left))
