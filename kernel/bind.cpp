@@ -2,14 +2,12 @@
 // checked in Python, before anything here is called; see cell.h for what each pointer means.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/variant.h>
-#include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <memory>
-#include <optional>
 #include <string>
-#include <variant>
+#include <vector>
 
 #include "cell.h"
 
@@ -153,6 +151,12 @@ bool is_double(const nb::handle& packed) { return nb::isinstance<Packed<double>>
 NB_MODULE(_kernel, m) {
     nb::set_leak_warnings(false);  // weights that a module of the user's still holds at exit are no leak
     m.doc() = "The kernel: LSTM steps and sequences on the CPU. Addresses are integers; nothing checks shapes here.";
+    if (const char* asked = std::getenv("CELLSTACK_ISA"); asked && !set_instruction_set(asked)) {
+        std::string message = std::string("CELLSTACK_ISA: expected one of this machine's instruction sets (");
+        for (const char* name : instruction_sets()) message += std::string(name) + ", ";
+        message.resize(message.size() - 2);
+        throw nb::import_error((message + "), got '" + asked + "'").c_str());
+    }
     bind<float>(m, "PackedSingle", "StreamSingle");
     bind<double>(m, "PackedDouble", "StreamDouble");
 

@@ -14,7 +14,7 @@
 
 namespace cellstack {
 
-// Instruction sets that this machine runs, best first; the one in use, which CELLSTACK_ISA overrides at start.
+// Instruction sets that this machine runs, best first; the one in use, at first the best.
 std::vector<const char*> instruction_sets();
 const char* instruction_set();
 bool set_instruction_set(const char* name);  // false: not among instruction_sets()

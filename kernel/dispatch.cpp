@@ -1,8 +1,7 @@
-// Which instruction set runs: the best that the machine has, or the one that CELLSTACK_ISA names.
+// Which instruction set runs: the best that the machine has, until another is asked for.
 #include "dispatch.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 
 #include "cell.h"
@@ -30,15 +29,12 @@ const std::vector<const InstructionSet*>& available() {
 
 const InstructionSet* named(const char* name) {
     for (const InstructionSet* set : available())
-        if (name && !strcmp(set->name, name)) return set;
+        if (!strcmp(set->name, name)) return set;
     return nullptr;
 }
 
 std::atomic<const InstructionSet*>& in_use() {
-    static std::atomic<const InstructionSet*> set{[] {
-        const InstructionSet* asked = named(getenv("CELLSTACK_ISA"));
-        return asked ? asked : available().front();
-    }()};
+    static std::atomic<const InstructionSet*> set{available().front()};
     return set;
 }
 

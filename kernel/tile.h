@@ -33,7 +33,7 @@ INLINE V<T> apply(int activation, V<T> z) {
         case kSoftsign:
             return z / (one + (z < zero ? -z : z));
         case kSoftplus: {  // max(z, 0) + log(1 + e^-|z|)
-            V<T> tail = exp_minus_one<T>(z < zero ? z : -z) + one;
+            V<T> tail = exp<T>(z < zero ? z : -z);
             for (int k = 0; k < Vec<T>::W; ++k) tail[k] = log1p_of(tail[k]);
             return (z < zero ? zero : z) + tail;
         }

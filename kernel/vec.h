@@ -139,7 +139,7 @@ INLINE void unroll(F&& f) {
 
 // ── exp, sigmoid, tanh ───────────────────────────────────────────────────────────────────────────────────────────────
 // x = n·ln2 + r with |r| <= ln2/2; e^x - 1 = 2^n·(e^r - 1) + (2^n - 1), where e^r - 1 is a polynomial that keeps its
-// relative accuracy near 0. Largest errors seen over all floats: tests/test_kernel_math.py.
+// relative accuracy near 0. Largest errors: tests/test_kernel.py.
 
 template <class T>
 struct Exp;
@@ -190,10 +190,14 @@ INLINE V<T> exp_minus_one(V<T> x) {
     return fma(power, rest, power - splat(T(1)));
 }
 template <class T>
-INLINE V<T> sigmoid(V<T> x) {
+INLINE V<T> exp(V<T> x) {
     V<T> power, rest;
-    split_exp<T>(clamp(-x, Exp<T>::lo, Exp<T>::hi), power, rest);
-    return splat(T(1)) / (splat(T(1)) + fma(power, rest, power));
+    split_exp<T>(clamp(x, Exp<T>::lo, Exp<T>::hi), power, rest);
+    return fma(power, rest, power);
+}
+template <class T>
+INLINE V<T> sigmoid(V<T> x) {
+    return splat(T(1)) / (splat(T(1)) + exp<T>(-x));
 }
 template <class T>
 INLINE V<T> tanh(V<T> x) {

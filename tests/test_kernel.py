@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -292,3 +294,20 @@ def test_denormals_count_as_zero_and_the_mode_comes_back():
     arrays["c0"][:] = np.float32(1e-40)
     assert (native.forward(**arrays).c == 0).all()
     assert np.float32(1e-38) / np.float32(4) > 0
+
+
+def test_softplus_keeps_its_tail(isa):
+    x = np.array([-60.0, -30.0, -17.5, -3.0, 0.0, 40.0], np.float32)
+    y = np.empty_like(x)
+    _kernel.activate(ACTIVATIONS.index("softplus"), x, y)
+    np.testing.assert_allclose(y, np.logaddexp(0.0, x.astype(np.float64)), rtol=1e-6)
+
+
+def test_an_instruction_set_may_be_asked_for_by_name():
+    ask = [sys.executable, "-c", "from cellstack import _kernel; print(_kernel.isa())"]
+    run = lambda name: subprocess.run(ask, env={**os.environ, "CELLSTACK_ISA": name}, capture_output=True, text=True)  # noqa: E731
+    assert run("baseline").stdout.strip() == "baseline"
+    wrong = run("avx9")
+    assert wrong.returncode != 0
+    assert "got 'avx9'" in wrong.stderr
+    assert "baseline" in wrong.stderr
