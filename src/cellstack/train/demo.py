@@ -87,7 +87,7 @@ def walk_tutorial(say: Say) -> dict[str, list[int]]:
     lstm.states = (torch.zeros(1, 4), torch.zeros(1, 4))
     y, h, c = lstm(np.array([[[3, 2, 2, 2, 2, 2]]], np.float32))
     shapes = {"lstm_output": list(y.shape), "lstm_memory": list(h.shape), "lstm_carry": list(c.shape)}
-    _say_shapes(say, *shapes.values())
+    _say_shapes(say, {"Output": y, "Memory": h, "Carry state": c})
     say("A stack of two, of 4 and 5 units, over two sequences of three steps")
     stack = layers.RNN(
         layers.StackedRNNCells([layers.LSTMCell(4), layers.LSTMCell(5)]), return_sequences=True, return_state=True
@@ -98,14 +98,14 @@ def walk_tutorial(say: Say) -> dict[str, list[int]]:
     ]
     y, first, second = stack(np.array(x, np.float32))
     stacked = {"stack_output": list(y.shape), "stack_state_1": list(first.shape), "stack_state_2": list(second.shape)}
-    _say_shapes(say, *stacked.values())
+    _say_shapes(say, {"Output": y, "State 1": first, "State 2": second})
     say()
     return shapes | stacked
 
 
-def _say_shapes(say: Say, *shapes: list[int]) -> None:
-    for name, shape in zip(("Output", "Memory", "Carry state"), shapes, strict=True):
-        say(f"  {name:<12}: [{' '.join(map(str, shape))}]")
+def _say_shapes(say: Say, results: dict[str, Any]) -> None:
+    for name, value in results.items():
+        say(f"  {name:<12}: [{' '.join(map(str, value.shape))}]")
 
 
 def _train(
