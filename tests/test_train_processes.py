@@ -63,3 +63,25 @@ def test_two_processes_give_what_one_gives(tmp_path, bidirectional):
             np.testing.assert_allclose(getattr(cell, name), getattr(other, name), atol=1e-5, rtol=0)
             moved = max(moved, float(np.abs(getattr(cell, name) - getattr(before, name)).max()))
     assert moved > 1e-2  # the weights have gone far more than 1e-5
+
+
+LEFT_OVER = """
+import os
+import sys
+from cellstack.train import Settings, read_ts, workflow
+data, shape = read_ts(sys.argv[1]), workflow.Shape((4,))
+outcome = workflow.train_sequences(data, None, shape, Settings(epochs=1), workflow.Control(0.3, device="cpu"))
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+sys.exit(sum("gloo" in name for name in names))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_no_thread_of_the_group_is_left(tmp_path):
+    """One that is still there when the interpreter shuts down can abort the process."""
+    exec(MAKE, {"PATH": tmp_path / "toy.ts"})
+    (tmp_path / "left_over.py").write_text(LEFT_OVER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "left_over.py"), str(tmp_path / "toy.ts")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

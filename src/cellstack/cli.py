@@ -168,8 +168,9 @@ def _needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
         import tqdm  # noqa: F401
     except ModuleNotFoundError as error:
         raise UsageError(f"{args.verb} needs {error.name}: install cellstack[torch]") from None
-    if args.threads or threads:
-        torch.set_num_threads(args.threads or threads)
+    threads = args.threads or threads
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import html
 import io
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from cellstack.spec import Trace
 # Figures are drawn in stand-in colours that the page's style sheet replaces, so that one file serves light and dark.
 INK, FAINT = "#010203", "#010204"
 SERIES = ("#2a78d6", "#eb6834", "#1baf7a")  # blue, orange, green: told apart on white and on black, by colour-blind too
-THEME: dict[Any, Any] = {
+THEME = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -144,6 +145,11 @@ def _section(title: str, text: str, body: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{body}</section>"
 
 
+def _theme(more: dict[str, Any] | None = None) -> AbstractContextManager[None]:
+    settings: Any = THEME | (more or {})
+    return rc_context(settings)
+
+
 def _figure(figure: Figure, label: str) -> str:
     """Return a figure as an inline SVG whose ink is the page's."""
     out = io.StringIO()
@@ -163,7 +169,7 @@ def _figure(figure: Figure, label: str) -> str:
 
 
 def _curves(histories: dict[str, Sequence[dict[str, float]]]) -> str:
-    with rc_context(THEME):
+    with _theme():
         figure = Figure(figsize=(9, 2.9), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
         for axis, (name, history) in zip(axes, histories.items(), strict=True):
@@ -179,7 +185,7 @@ def _curves(histories: dict[str, Sequence[dict[str, float]]]) -> str:
 
 def _confusion(confusion: NDArray[np.int64], labels: Sequence[str]) -> str:
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    with rc_context(THEME | {"axes.grid": False}):
+    with _theme({"axes.grid": False}):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         axis = figure.subplots()
         axis.pcolormesh(share[::-1], cmap=COUNT_MAP, vmin=0, vmax=1, edgecolors=FAINT, linewidth=0.15)
@@ -202,7 +208,7 @@ def _probabilities(replay: dict[str, Any]) -> str:
     steps = np.arange(1, len(so_far) + 1)
     truth = replay["labels"].index(replay["truth"])
     rivals = [n for n in np.argsort(-so_far.max(axis=0)) if n != truth][:2]
-    with rc_context(THEME):
+    with _theme():
         figure = Figure(figsize=(9, 2.7), layout="constrained")
         axis = figure.subplots()
         for n in range(so_far.shape[1]):
@@ -237,7 +243,7 @@ def _gates(name: str, trace: Trace) -> str:
         ("cell c", trace.c, False),
         ("output h", trace.h, False),
     ]
-    with rc_context(THEME | {"axes.grid": False, "axes.titlesize": 9}):
+    with _theme({"axes.grid": False, "axes.titlesize": 9}):
         figure = Figure(figsize=(9, 4.4), layout="constrained")
         figure.suptitle(name, x=0.01, ha="left", fontsize=10, fontweight="bold")
         axes = figure.subplots(2, 3, sharex=True, sharey=True)

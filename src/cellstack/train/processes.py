@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,11 +75,13 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     if world == 1:
         yield Processes(device=place)
         return
+    # The wrapped model imports this; imported while there is a group, it would hold on to the group for good.
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("nccl" if use_gpu else "gloo")
     try:
         yield Processes(dist.get_rank(), world, place)
     finally:
-        # What still refers to the group keeps its threads alive, and one that frees a tensor while the interpreter
-        # shuts down aborts the process: the wrapped model is part of cycles that only the collector breaks.
+        # A group that something still refers to keeps its threads, and a thread that frees a tensor while the
+        # interpreter shuts down aborts the process. The wrapped model is part of cycles: collect it first.
         gc.collect()
         dist.destroy_process_group()
