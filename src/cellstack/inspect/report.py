@@ -107,7 +107,7 @@ def demo_page(
         _section(
             "Training",
             "Mean loss of an utterance (nats) in each pass over the training part, and on the part held out for "
-            "validation. The noise and dropout that only training sees keep its loss above the other.",
+            "validation. Only training sees noise and dropout: its loss may well be the higher one.",
             _curves({"bidirectional": whole, "forward": causal}),
         ),
         _section(
