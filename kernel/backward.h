@@ -6,8 +6,6 @@
 namespace cellstack {
 namespace {
 
-constexpr int64_t kChunk = 96;  // rows of dz that stay in L1 while a weight gradient's columns pass over them
-
 // sums[r][v] = dz[m+r]·panel over all blocks, for R rows that lie side by side in each block of dz.
 template <class T, int R>
 INLINE void times_transposed(V<T> (&sums)[1][R][4], const T* dz, int64_t blocks, int64_t dz_rows, const T* panel) {
@@ -68,8 +66,8 @@ void run_back(Backward<T>& f) {
     const int64_t dz_rows = f.steps * f.batch, panels = (f.units + wide - 1) / wide, columns = panels * wide;
     for (int64_t n = f.steps - 1; n >= 0; --n) {
         const int64_t t = time_of(f, n);
-        for (int64_t block = 0; block < f.blocks; ++block)
-            for (int64_t r = 0; r < f.rows; ++r) differentiate<T, Usual>(f, block, r, n, columns);
+        for (int64_t r = 0; r < f.rows; ++r)
+            for (int64_t block = 0; block < f.blocks; ++block) differentiate<T, Usual>(f, block, r, n, columns);
         for (int64_t p = 0; p < panels; ++p)
             tiles(f.rows, [&](auto R, int64_t row) INLINED {
                 V<T> sums[1][R][4];
@@ -117,46 +115,61 @@ void input_gradient(const T* dz, int64_t blocks, int64_t dz_rows, const T* kerne
 }
 
 template <class T, int R>
-INLINE void weight_tile(const T* dz, const T* const* a, int64_t rows, int64_t column, bool more, T* scratch) {
+INLINE void weight_tile(const T* dz, const T* a, int64_t stride, int64_t rows, bool more, T* sums_at) {
     constexpr int W = Vec<T>::W;
     V<T> sums[R][4];
-    T* at = scratch + column * 4 * W;
     unroll<R>([&](auto r) INLINED {
-        unroll<4>([&](auto v) INLINED { sums[r][v] = more ? load(at + (r * 4 + v) * W) : splat(T(0)); });
+        unroll<4>([&](auto v) INLINED { sums[r][v] = more ? load(sums_at + (r * 4 + v) * W) : splat(T(0)); });
     });
-    for (int64_t m = 0; m < rows; ++m) {
-        const T* row = a[m] + column;
+    for (int64_t m = 0; m < rows; ++m, a += stride) {
         V<T> s[R];
-        unroll<R>([&](auto r) INLINED { s[r] = splat(row[r]); });
+        unroll<R>([&](auto r) INLINED { s[r] = splat(a[r]); });
         unroll<4>([&](auto v) INLINED {
             V<T> w = load(dz + (m * 4 + v) * W);
             unroll<R>([&](auto r) INLINED { sums[r][v] = fma(s[r], w, sums[r][v]); });
         });
     }
-    unroll<R>([&](auto r) INLINED { unroll<4>([&](auto v) INLINED { store(at + (r * 4 + v) * W, sums[r][v]); }); });
+    unroll<R>([&](auto r)
+                  INLINED { unroll<4>([&](auto v) INLINED { store(sums_at + (r * 4 + v) * W, sums[r][v]); }); });
 }
 
 template <class T>
 void weight_gradient(const WeightGradient<T>& f) {
-    constexpr int W = Vec<T>::W;
-    V<T> bias[4];
-    unroll<4>([&](auto v) INLINED { bias[v] = splat(T(0)); });
-    for (int64_t m = 0; m < f.dz_rows; m += kChunk) {
-        const int64_t rows = f.dz_rows - m < kChunk ? f.dz_rows - m : kChunk;
-        const T* dz = f.dz + m * 4 * W;
+    constexpr int W = Vec<T>::W, wide = 4 * W;
+    for (int64_t m = 0; m < f.dz_rows; m += kGradientRows) {
+        const int64_t rows = f.dz_rows - m < kGradientRows ? f.dz_rows - m : kGradientRows;
         for (const auto& of : f.of)
-            tiles(of.columns, [&](auto R, int64_t column)
-                                  INLINED { weight_tile<T, R>(dz, of.rows + m, rows, column, m > 0, of.scratch); });
-        for (int64_t k = 0; k < rows; ++k) unroll<4>([&](auto v) INLINED { bias[v] += load(dz + (k * 4 + v) * W); });
+            for (int64_t k = 0; of.columns && k < rows; ++k)
+                memcpy(of.copy + k * gradient_stride(of.columns), of.rows[m + k], size_t(of.columns) * sizeof(T));
+        for (int64_t block = f.first; block < f.last; ++block) {
+            const T* dz = f.dz + (block * f.dz_rows + m) * wide;
+            for (const auto& of : f.of) {
+                T* sums = of.sums + (block - f.first) * of.columns * wide;
+                tiles(of.columns, [&](auto R, int64_t column) INLINED {
+                    weight_tile<T, R>(dz, of.copy + column, gradient_stride(of.columns), rows, m > 0,
+                                      sums + column * wide);
+                });
+            }
+            T* bias = f.bias_sums + (block - f.first) * wide;
+            unroll<4>([&](auto v) INLINED {
+                V<T> sum = m > 0 ? load(bias + v * W) : splat(T(0));
+                for (int64_t k = 0; k < rows; ++k) sum += load(dz + k * wide + v * W);
+                store(bias + v * W, sum);
+            });
+        }
     }
-    const int64_t left = f.units - f.block * W;
-    const int lanes = left < W ? int(left) : W;
-    for (const auto& of : f.of)
-        for (int64_t k = 0; k < of.columns; ++k)
-            for (int gate = 0; gate < 4; ++gate)
-                store_lanes(of.out + k * 4 * f.units + gate * f.units + f.block * W,
-                            f.dz_rows ? load(of.scratch + (k * 4 + gate) * W) : splat(T(0)), lanes);
-    if (f.bias) unroll<4>([&](auto v) INLINED { store_lanes(f.bias + v * f.units + f.block * W, bias[v], lanes); });
+    const auto write = [&](T* out, const T* sums, int64_t rows) INLINED {
+        for (int64_t block = f.first; block < f.last; ++block) {
+            const int64_t left = f.units - block * W;
+            const int lanes = left < W ? int(left) : W;
+            for (int64_t k = 0; k < rows; ++k)
+                for (int gate = 0; gate < 4; ++gate, sums += W)
+                    store_lanes(out + (k * 4 + gate) * f.units + block * W, f.dz_rows ? load(sums) : splat(T(0)),
+                                lanes);
+        }
+    };
+    for (const auto& of : f.of) write(of.out, of.sums, of.columns);
+    if (f.bias) write(f.bias, f.bias_sums, 1);
 }
 
 }  // namespace

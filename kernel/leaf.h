@@ -56,20 +56,29 @@ struct Backward {
     T* dz;                          // out, [blocks][steps·batch][4][W], row t·batch + b
 };
 
-// Gradients of one block's weights: sums over m of a[m]ᵀ·dz[m], where a is x for the kernel and h_prev for the
-// recurrent kernel. Both and the bias go over dz together, since dz is what does not fit into the cache.
+// Gradients of the weights of some blocks: sums over m of a[m]ᵀ·dz[m], where a is x for the kernel and h_prev for the
+// recurrent kernel. All go over dz together, some rows at a time, since dz is what does not fit into the cache.
 template <class T>
 struct WeightGradient {
-    const T* dz;  // [dz_rows][4][W]
-    int64_t dz_rows, units, block;
+    const T* dz;  // [blocks][dz_rows][4][W], all blocks
+    int64_t dz_rows, units, first, last;
     struct {
         const T* const* rows;  // dz_rows rows of `columns`
         int64_t columns;       // 0: not wanted
-        T* out;                // [columns, 4H]
-        T* scratch;            // columns·4·W
+        T* out;                // [columns, 4H]; columns of blocks first … last are written
+        T* sums;               // scratch [last - first][columns][4][W]
+        T* copy;               // scratch, gradient_copy(columns)
     } of[2];
-    T* bias;  // [4H] or null
+    T* bias;       // [4H] or null
+    T* bias_sums;  // scratch [last - first][4][W]
 };
+
+// Rows of dz that stay in L1 while columns of a pass over them, and the room that as many rows of a are copied to:
+// their own distance may be one at which a cache keeps only few of them. A line is left between rows for the same
+// reason.
+constexpr int64_t kGradientRows = 96;
+inline int64_t gradient_stride(int64_t columns) { return (columns + 31) / 16 * 16; }
+inline int64_t gradient_copy(int64_t columns) { return kGradientRows * gradient_stride(columns); }
 
 template <class T>
 struct Leaf {

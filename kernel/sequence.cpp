@@ -275,13 +275,15 @@ void lstm_backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>
     const int64_t transposed_in = g.dx ? Parts<T>::size(input_columns * blocks * wide) : 0;
     const int64_t all_dz = Parts<T>::size(blocks * rows_in_all * wide);
     const int64_t dropped = s.recurrent_dropout ? Parts<T>::size(rows_in_all * H) : 0;
-    const int64_t one_gradient = Parts<T>::size((I + H) * wide);
-    Scratch<T> scratch(2 * state + transposed + transposed_in + all_dz + dropped + threads * one_gradient +
+    const int64_t sums = Parts<T>::size(blocks * (I + H + 1) * wide);
+    const int64_t copies = Parts<T>::size(gradient_copy(I) + gradient_copy(H));
+    Scratch<T> scratch(2 * state + transposed + transposed_in + all_dz + dropped + sums + threads * copies +
                        Parts<T>::size(H));
     Parts<T> parts(scratch.get());
     T *dh = parts.take(state), *dc = parts.take(state);
     T *recurrent_t = parts.take(transposed), *kernel_t = parts.take(transposed_in), *dz = parts.take(all_dz);
-    T *h_dropped = parts.take(dropped), *gradients = parts.take(threads * one_gradient), *zeros = parts.take(H);
+    T *h_dropped = parts.take(dropped), *gradients = parts.take(sums), *copied = parts.take(threads * copies);
+    T* zeros = parts.take(H);
     std::fill(zeros, zeros + H, T(0));
     leaf.pack_transposed(recurrent_t, s.recurrent_kernel, H, H);
     if (g.dx) leaf.pack_transposed(kernel_t, s.kernel, I, H);
@@ -334,22 +336,26 @@ void lstm_backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>
     // Every task writes a part of its own, so the bits do not depend on which thread takes it.
     constexpr int64_t kInputRows = 384;
     const int64_t input_tasks = g.dx ? ceil_div(rows_in_all, kInputRows) : 0;
-    const int64_t weight_tasks = g.dkernel || g.drecurrent_kernel || g.dbias ? blocks : 0;
+    const int64_t weight_tasks = g.dkernel || g.drecurrent_kernel || g.dbias ? std::min<int64_t>(threads, blocks) : 0;
     const int64_t tasks = input_tasks + weight_tasks;
     std::atomic<int64_t> next{0};
     parallel(int(std::min<int64_t>(threads, tasks)), [&](int k) {
         FlushDenormals flush;
-        T* own = gradients + k * one_gradient;
         for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
             if (task < weight_tasks) {
+                const int64_t first = blocks * task / weight_tasks, last = blocks * (task + 1) / weight_tasks;
+                T *of_x = gradients + first * I * wide, *of_h = gradients + (blocks * I + first * H) * wide;
+                T *of_bias = gradients + (blocks * (I + H) + first) * wide, *copy = copied + k * copies;
                 leaf.weight_gradient(
-                    {dz + task * rows_in_all * wide,
+                    {dz,
                      rows_in_all,
                      H,
-                     task,
-                     {{x_rows.data(), g.dkernel ? I : 0, g.dkernel, own},
-                      {h_rows.data(), g.drecurrent_kernel ? H : 0, g.drecurrent_kernel, own + I * wide}},
-                     g.dbias});
+                     first,
+                     last,
+                     {{x_rows.data(), g.dkernel ? I : 0, g.dkernel, of_x, copy},
+                      {h_rows.data(), g.drecurrent_kernel ? H : 0, g.drecurrent_kernel, of_h, copy + gradient_copy(I)}},
+                     g.dbias,
+                     of_bias});
             } else {
                 const int64_t first = (task - weight_tasks) * kInputRows;
                 leaf.input_gradient(dz, blocks, rows_in_all, kernel_t, I, first,
