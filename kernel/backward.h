@@ -1,5 +1,5 @@
-// Backward: dz of every step, last to first, with dh going through the transposed weights; then, over all steps and
-// rows at once, the gradients of x and of the weights.
+// Backward, some steps at a time: their dz, last to first, with dh going through the transposed weights; then, over all
+// of these steps and rows at once, the gradients of x and of the weights.
 #pragma once
 #include "tile.h"
 
@@ -25,7 +25,7 @@ INLINE void differentiate(const Backward<T>& f, int64_t block, int64_t r, int64_
     const int lanes = left < W ? int(left) : W;
     const int phi = choose<Usual>(f.activation, kTanh), sigma = choose<Usual>(f.recurrent_activation, kSigmoid);
     const int64_t here = r * f.steps + t;
-    T* dz = f.dz + (block * f.steps * f.batch + t * f.batch + f.row0 + r) * 4 * W;
+    T* dz = f.dz + ((block * (f.last - f.first) + n - f.first) * f.batch + f.row0 + r) * 4 * W;
     T* dh_at = f.dh + r * columns + lane;
     T* dc_at = f.dc + r * f.blocks * W + lane;
     const V<T> zero = splat(T(0));
@@ -63,15 +63,15 @@ INLINE void differentiate(const Backward<T>& f, int64_t block, int64_t r, int64_
 template <class T, bool Usual>
 void run_back(Backward<T>& f) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
-    const int64_t dz_rows = f.steps * f.batch, panels = (f.units + wide - 1) / wide, columns = panels * wide;
-    for (int64_t n = f.steps - 1; n >= 0; --n) {
+    const int64_t dz_rows = (f.last - f.first) * f.batch, panels = (f.units + wide - 1) / wide, columns = panels * wide;
+    for (int64_t n = f.last - 1; n >= f.first; --n) {
         const int64_t t = time_of(f, n);
         for (int64_t r = 0; r < f.rows; ++r)
             for (int64_t block = 0; block < f.blocks; ++block) differentiate<T, Usual>(f, block, r, n, columns);
         for (int64_t p = 0; p < panels; ++p)
             tiles(f.rows, [&](auto R, int64_t row) INLINED {
                 V<T> sums[1][R][4];
-                times_transposed<T, R>(sums, f.dz + (t * f.batch + f.row0 + row) * wide, f.blocks, dz_rows,
+                times_transposed<T, R>(sums, f.dz + ((n - f.first) * f.batch + f.row0 + row) * wide, f.blocks, dz_rows,
                                        f.recurrent_t + p * f.blocks * wide * wide);
                 unroll<R>([&](auto r) INLINED {
                     const bool used = !f.mask || f.mask[(row + r) * f.steps + t];
@@ -146,18 +146,19 @@ void weight_gradient(const WeightGradient<T>& f) {
             for (const auto& of : f.of) {
                 T* sums = of.sums + (block - f.first) * of.columns * wide;
                 tiles(of.columns, [&](auto R, int64_t column) INLINED {
-                    weight_tile<T, R>(dz, of.copy + column, gradient_stride(of.columns), rows, m > 0,
+                    weight_tile<T, R>(dz, of.copy + column, gradient_stride(of.columns), rows, f.more || m > 0,
                                       sums + column * wide);
                 });
             }
             T* bias = f.bias_sums + (block - f.first) * wide;
             unroll<4>([&](auto v) INLINED {
-                V<T> sum = m > 0 ? load(bias + v * W) : splat(T(0));
+                V<T> sum = f.more || m > 0 ? load(bias + v * W) : splat(T(0));
                 for (int64_t k = 0; k < rows; ++k) sum += load(dz + k * wide + v * W);
                 store(bias + v * W, sum);
             });
         }
     }
+    if (!f.write) return;
     const auto write = [&](T* out, const T* sums, int64_t rows) INLINED {
         for (int64_t block = f.first; block < f.last; ++block) {
             const int64_t left = f.units - block * W;

@@ -41,10 +41,10 @@ struct Forward {
     T* z;      // scratch [blocks][(last-first)·rows][4][W]: x·kernel + bias; null: summed in place
 };
 
-// Backward over rows of one layer, all steps.
+// Backward over rows of one layer, for steps n in [first, last) of the processing order, last to first.
 template <class T>
 struct Backward {
-    int64_t units, blocks, rows, steps, batch, row0;  // rows row0 … row0+rows of a batch
+    int64_t units, blocks, rows, steps, first, last, batch, row0;  // rows row0 … row0+rows of a batch
     int activation, recurrent_activation;
     bool reverse;
     const T* recurrent_t;           // transposed panels, see pack_transposed
@@ -52,8 +52,8 @@ struct Backward {
     const uint8_t* mask;            // [rows][steps] or null
     const T* recurrent_dropout;     // [rows][H] or null
     const T *dy, *dgates, *dcells;  // as y, gates, cells; or null
-    T *dh, *dc;                     // [rows][columns], [rows][blocks·W]: in, those after the last step; out, of h0, c0
-    T* dz;                          // out, [blocks][steps·batch][4][W], row t·batch + b
+    T *dh, *dc;  // [rows][columns], [rows][blocks·W]: in, after step last - 1; out, before step first
+    T* dz;       // out, [blocks][(last - first)·batch][4][W], row (n - first)·batch + b
 };
 
 // Gradients of the weights of some blocks: sums over m of a[m]ᵀ·dz[m], where a is x for the kernel and h_prev for the
@@ -71,6 +71,8 @@ struct WeightGradient {
     } of[2];
     T* bias;       // [4H] or null
     T* bias_sums;  // scratch [last - first][4][W]
+    bool more;     // go on from the sums of the call before; else from zero
+    bool write;    // sums are whole: write `out` and `bias`
 };
 
 // Rows of dz that stay in L1 while columns of a pass over them, and the room that as many rows of a are copied to:
