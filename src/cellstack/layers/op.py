@@ -260,7 +260,8 @@ def _fake_backward(
     return [t.new_empty(t.shape) for t, want in zip([x, *h0, *c0, *weights], wanted, strict=True) if want]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    """Keep what the backward pass needs: of the inputs, which are the op's, and of its results."""
     x, h0, c0, weights, drops, mask, activations, reverse, _, save, threads = inputs
     count = len(weights) // 3
     ctx.counts = [1, len(h0), len(c0), len(weights), len(drops), int(mask is not None)]
@@ -269,51 +270,68 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.save_for_backward(x, *h0, *c0, *weights, *drops, *([] if mask is None else [mask]), *output[2 * count :])
 
 
-def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients of `[x, *h0, *c0, *weights]`, None where `needs` says that none is wanted."""
     activations, reverse, save, threads = ctx.rest
     if not save:
         raise RuntimeError("cellstack::lstm was run with save=False: nothing was kept for its backward pass")
     groups, at = [], 0
+    kept = ctx.saved_tensors
     for count in ctx.counts:
-        groups.append(list(ctx.saved_tensors[at : at + count]))
+        groups.append(list(kept[at : at + count]))
         at += count
     (x,), h0, c0, weights, drops, masks = groups
-    mask, saved = (masks[0] if masks else None), list(ctx.saved_tensors[at:])
-    inputs = [x, *h0, *c0, *weights]
-    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1], *ctx.needs_input_grad[2], *ctx.needs_input_grad[3]]
+    mask, saved = (masks[0] if masks else None), list(kept[at:])
     if torch.is_grad_enabled():  # create_graph: second derivatives go through the torch loop
         functions = [_FUNCTIONS[code] for code in activations]
         outputs = eager.lstm(x, h0, c0, weights, drops, mask, functions, reverse, True, True)
         pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
         found = torch.autograd.grad(
             [out for out, _ in pairs],
-            [t for t, need in zip(inputs, needs, strict=True) if need],
+            [t for t, need in zip([x, *h0, *c0, *weights], needs, strict=True) if need],
             [grad for _, grad in pairs],
             create_graph=True,
             allow_unused=True,
         )
     else:
-        found = torch.ops.cellstack.lstm_backward(
-            x, h0, c0, weights, drops, mask, saved, grads, activations, reverse, needs, threads
-        )
+        call = _backward if x.is_cpu and direct(x) else torch.ops.cellstack.lstm_backward
+        found = call(x, h0, c0, weights, drops, mask, saved, grads, activations, reverse, needs, threads)
     queue = iter(found)
-    flat = [next(queue) if need else None for need in needs]
-    ends = 1 + len(h0), 1 + len(h0) + len(c0)
-    return (
-        flat[0],
-        flat[1 : ends[0]],
-        flat[ends[0] : ends[1]],
-        flat[ends[1] :],
-        [None] * len(drops),
-        *[None] * 6,
-    )
+    return [next(queue) if need else None for need in needs]
+
+
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1], *ctx.needs_input_grad[2], *ctx.needs_input_grad[3]]
+    flat = _gradients(ctx, needs, grads)
+    ends = 1, 1 + ctx.counts[1], 1 + ctx.counts[1] + ctx.counts[2]
+    parts = flat[ends[0] : ends[1]], flat[ends[1] : ends[2]], flat[ends[2] :]
+    return flat[0], *parts, [None] * ctx.counts[4], *[None] * 6
+
+
+class _Direct(torch.autograd.Function):
+    """The op without its dispatcher, for a training step that nobody watches (see `direct`).
+
+    Tensors come flat, `[x, *h0, *c0, *weights]`; the op's other inputs come as they are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, starts: int, rest: tuple[Any, ...], *flat: Tensor) -> tuple[Tensor, ...]:
+        ends = 1 + starts, 1 + 2 * starts
+        inputs = flat[0], flat[1 : ends[0]], flat[ends[0] : ends[1]], flat[ends[1] :], *rest
+        output = _forward(*inputs)
+        _keep(ctx, inputs, output)
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return None, None, *_gradients(ctx, list(ctx.needs_input_grad[2:]), grads)
 
 
 _LIBRARY.impl("lstm", _forward, "CPU")
 _LIBRARY.impl("lstm_backward", _backward, "CPU")
 torch.library.register_fake("cellstack::lstm", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("cellstack::lstm_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("cellstack::lstm", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd("cellstack::lstm", _differentiate, setup_context=_keep, lib=_LIBRARY)
 
 lstm = torch.ops.cellstack.lstm.default
 isa = _kernel.isa
@@ -331,7 +349,7 @@ def transformed() -> bool:
 
 
 def direct(x: Tensor) -> bool:
-    """Whether nobody watches a call on `x` that needs no gradient and isn't `transformed`: no compiler, tracer, mode.
+    """Whether nobody watches a call on `x` that isn't `transformed`: no compiler, no tracer, no mode.
 
     Then the dispatcher, which costs a small step more than its arithmetic does, may be left out.
     """
@@ -357,8 +375,12 @@ def run(
     save: bool,
 ) -> list[Tensor]:
     """Call the op on CPU tensors, by the shortest way that gives the same."""
-    call = _forward if not save and x.is_cpu and direct(x) else lstm
-    return call(x, h0, c0, weights, recurrent_dropout, mask, activations, reverse, sequences, save, 0)
+    rest = recurrent_dropout, mask, activations, reverse, sequences, save, 0
+    if not x.is_cpu or not direct(x):
+        return lstm(x, h0, c0, weights, *rest)
+    if save:
+        return list(_Direct.apply(len(h0), rest, x, *h0, *c0, *weights))  # type: ignore[arg-type]
+    return _forward(x, h0, c0, weights, *rest)
 
 
 def step(
