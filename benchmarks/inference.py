@@ -7,7 +7,6 @@ fastest round, the ratio is the best peer's over cellstack's.
 """
 
 import argparse
-import time
 
 import numpy as np
 import peers
@@ -32,13 +31,7 @@ def measure(case, engines, threads, rounds):
     expected = peers.ENGINES["torch"](x, cells, threads)()
     for name, run in ready.items():
         np.testing.assert_allclose(run(), expected, atol=2e-5, err_msg=name)
-    times = {name: [] for name in ready}
-    for _ in range(rounds):
-        for name, run in ready.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: (min(t) * 1e3, float(np.median(t)) * 1e3) for name, t in times.items()}
+    return peers.alternate(ready, rounds)
 
 
 def main():

@@ -3,7 +3,7 @@
 Each engine is a function of no arguments that runs the whole stack on the same x and returns y `[B, T, H]`.
 """
 
-import os
+import time
 
 import numpy as np
 import onnx
@@ -110,6 +110,15 @@ def openvino(x, cells, threads):
     return lambda: request.infer({"x": x}, share_inputs=True, share_outputs=True)[0]
 
 
-ENGINES = {"cellstack": cellstack, "torch": pytorch, "onnxruntime": onnxruntime, "openvino": openvino}
+def alternate(runs, rounds):
+    """Time each of `runs` once a round, in turn; returns the least and the median of each, in ms."""
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: (min(t) * 1e3, float(np.median(t)) * 1e3) for name, t in times.items()}
 
-os.environ.setdefault("ORT_DISABLE_ALL_LOGS", "1")
+
+ENGINES = {"cellstack": cellstack, "torch": pytorch, "onnxruntime": onnxruntime, "openvino": openvino}

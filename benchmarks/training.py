@@ -7,9 +7,7 @@ Outputs and gradients are compared first; rounds alternate; the ratio is torch's
 """
 
 import argparse
-import time
 
-import numpy as np
 import peers
 import torch
 
@@ -43,13 +41,7 @@ def measure(case, rounds, x_gradient):
         torch.testing.assert_close(x_ours.grad, x_theirs.grad, atol=1e-3, rtol=1e-4)
     kernel = next(iter(ours.parameters()))
     torch.testing.assert_close(kernel.grad, theirs.weight_ih_l0.grad.T, atol=1e-2, rtol=1e-3)
-    times = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: (min(t) * 1e3, float(np.median(t)) * 1e3) for name, t in times.items()}
+    return peers.alternate(runs, rounds)
 
 
 def main():

@@ -30,18 +30,17 @@ class Pool {
   public:
     void run(int count, void (*task)(void*, int), void* context) {
         std::lock_guard<std::mutex> one_call(calls_);
-        while (int(workers_.size()) < count - 1) {
-            const int k = int(workers_.size()) + 1;
-            workers_.emplace_back([this, k, seen = signal_.load()] { work(k, seen); });
-        }
+        while (int(workers_.size()) < count - 1)
+            workers_.emplace_back([this, seen = call_of(claims_.load())] { work(seen); });
         task_ = task, context_ = context;
-        left_.store(count - 1, std::memory_order_relaxed);
+        left_.store(count, std::memory_order_relaxed);
+        const uint64_t call = call_of(claims_.load()) + 1;
         {
             std::lock_guard<std::mutex> lock(sleep_);
-            signal_.store(((signal_.load() >> kCountBits) + 1) << kCountBits | uint64_t(count));
+            claims_.store(call << 32 | uint64_t(count) << 16, std::memory_order_release);
         }
         wake_.notify_all();
-        task(context, 0);
+        claim_tasks(call);
         for (int spin = 0; left_.load(std::memory_order_acquire) > 0; ++spin) {
             pause_a_moment();
             if (spin > kSpins) sched_yield();
@@ -49,30 +48,38 @@ class Pool {
     }
 
   private:
-    static constexpr int kCountBits = 16;
+    static uint64_t call_of(uint64_t claims) { return claims >> 32; }
 
-    // Worker k has task k of every call with more than k tasks. No call ends before its workers have, so what a worker
-    // with a task reads is of that call; one without a task only notes the signal.
-    void work(int k, uint64_t seen) {
-        for (;;) {
-            for (int spin = 0; spin < kSpins && signal_.load(std::memory_order_acquire) == seen; ++spin)
-                pause_a_moment();
-            if (signal_.load(std::memory_order_acquire) == seen) {
-                std::unique_lock<std::mutex> lock(sleep_);
-                wake_.wait(lock, [&] { return signal_.load(std::memory_order_acquire) != seen; });
-            }
-            seen = signal_.load(std::memory_order_acquire);
-            if (uint64_t(k) < (seen & ((1u << kCountBits) - 1))) {
-                task_(context_, k);
+    // Tasks go to whoever comes first, in rising order: a thread that wakes late holds nobody up. A claim names its
+    // call, so one that comes after the call has ended fails; while a claimed task is under way the call can't end, and
+    // what is read here is of that call.
+    void claim_tasks(uint64_t call) {
+        uint64_t claims = claims_.load(std::memory_order_acquire);
+        while (call_of(claims) == call && (claims & 0xffff) < (claims >> 16 & 0xffff))
+            if (claims_.compare_exchange_weak(claims, claims + 1, std::memory_order_acq_rel)) {
+                task_(context_, int(claims & 0xffff));
                 left_.fetch_sub(1, std::memory_order_release);
+                claims = claims_.load(std::memory_order_acquire);
             }
+    }
+
+    void work(uint64_t seen) {
+        const auto called = [&] { return call_of(claims_.load(std::memory_order_acquire)) != seen; };
+        for (;;) {
+            for (int spin = 0; spin < kSpins && !called(); ++spin) pause_a_moment();
+            if (!called()) {
+                std::unique_lock<std::mutex> lock(sleep_);
+                wake_.wait(lock, called);
+            }
+            seen = call_of(claims_.load(std::memory_order_acquire));
+            claim_tasks(seen);
         }
     }
 
     std::mutex calls_, sleep_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
-    std::atomic<uint64_t> signal_{0};  // number of the call, and how many tasks it has
+    std::atomic<uint64_t> claims_{0};  // number of the call, how many tasks it has, how many of them are claimed
     std::atomic<int> left_{0};
     void (*task_)(void*, int) = nullptr;
     void* context_ = nullptr;
