@@ -4,8 +4,10 @@
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -75,6 +77,21 @@ Array<T> new_array(std::initializer_list<size_t> shape) {
     return Array<T>(data, shape, owner);
 }
 
+// Holds a stream for one call: its state is being written, and a second thread would find it half done.
+class InUse {
+  public:
+    explicit InUse(std::atomic_flag& busy) : busy_(busy) {
+        if (busy_.test_and_set(std::memory_order_acquire))
+            throw std::runtime_error(
+                "Stream: expected one thread at a time, got a call while another one runs: fork()");
+    }
+    ~InUse() { busy_.clear(std::memory_order_release); }
+    InUse(const InUse&) = delete;
+
+  private:
+    std::atomic_flag& busy_;
+};
+
 // A stream with the Python objects of its weights, which it keeps alive.
 template <class T>
 class BoundStream {
@@ -84,6 +101,7 @@ class BoundStream {
     void step(const nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>& x,
               const nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>& y) {
         check(x.shape(0), x.shape(1), y.shape(0), y.shape(1));
+        const InUse in_use(busy_);
         nb::gil_scoped_release released;
         stream_.run(x.data(), y.data(), 1);
     }
@@ -91,10 +109,12 @@ class BoundStream {
              const nb::ndarray<T, nb::ndim<3>, nb::c_contig, nb::device::cpu>& y) {
         check(x.shape(0), x.shape(2), y.shape(0), y.shape(2));
         if (x.shape(1) != y.shape(1)) throw nb::value_error("Stream: x and y differ in their steps");
+        const InUse in_use(busy_);
         nb::gil_scoped_release released;
         stream_.run(x.data(), y.data(), int64_t(x.shape(1)));
     }
-    nb::list get_state() const {
+    nb::list get_state() {
+        const InUse in_use(busy_);
         nb::list states;
         for (size_t l = 0; l < stream_.weights().size(); ++l) {
             const size_t shape[2] = {size_t(stream_.batch()), size_t(stream_.weights()[l]->units())};
@@ -111,6 +131,7 @@ class BoundStream {
             if (int64_t(array->shape(0)) != stream_.batch() ||
                 int64_t(array->shape(1)) != stream_.weights()[layer]->units())
                 throw nb::value_error("Stream: a state has the wrong shape");
+        const InUse in_use(busy_);
         stream_.set_state(int(layer), h.data(), c.data());
     }
 
@@ -129,6 +150,7 @@ class BoundStream {
     }
     nb::list kept_;
     Stream<T> stream_;
+    std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
 };
 
 template <class T>
@@ -179,17 +201,17 @@ NB_MODULE(_kernel, m) {
     m.def(
         "Packed",
         [](bool twice, int64_t input, int64_t units, uintptr_t kernel, uintptr_t recurrent_kernel, uintptr_t bias,
-           int activation, int recurrent_activation) -> nb::object {
+           int activation, int recurrent_activation, bool copy) -> nb::object {
             if (twice)
                 return nb::cast(new Packed<double>(input, units, at<double>(kernel), at<double>(recurrent_kernel),
-                                                   at<double>(bias), activation, recurrent_activation),
+                                                   at<double>(bias), activation, recurrent_activation, copy),
                                 nb::rv_policy::take_ownership);
             return nb::cast(new Packed<float>(input, units, at<float>(kernel), at<float>(recurrent_kernel),
-                                              at<float>(bias), activation, recurrent_activation),
+                                              at<float>(bias), activation, recurrent_activation, copy),
                             nb::rv_policy::take_ownership);
         },
         "double"_a, "input_size"_a, "units"_a, "kernel"_a, "recurrent_kernel"_a, "bias"_a, "activation"_a,
-        "recurrent_activation"_a);
+        "recurrent_activation"_a, "copy"_a = true);
     m.def(
         "Stream",
         [](const nb::list& packed, int64_t batch) -> nb::object {
@@ -226,9 +248,6 @@ NB_MODULE(_kernel, m) {
         "x_stride_b"_a, "x_stride_t"_a, "h0"_a, "c0"_a, "y"_a, "gates"_a, "cells"_a, "recurrent_dropout"_a, "mask"_a,
         "dy"_a, "dhn"_a, "dcn"_a, "dgates"_a, "dcells"_a, "dx"_a, "dh0"_a, "dc0"_a, "dkernel"_a, "drecurrent_kernel"_a,
         "dbias"_a, "activation"_a, "recurrent_activation"_a, "reverse"_a, "threads"_a);
-    m.def(
-        "digest", [](uintptr_t address, int64_t words) { return digest(at<void>(address), words); }, "address"_a,
-        "words"_a, "A number that tells whether 32-bit words have changed since it was last taken.");
     m.def(
         "activate",
         [](int activation, const nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& x,

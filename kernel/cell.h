@@ -22,16 +22,15 @@ bool set_instruction_set(const char* name);  // false: not among instruction_set
 void activate(int activation, const float* x, float* y, int64_t n);
 void activate(int activation, const double* x, double* y, int64_t n);
 
-// A number that tells whether `words` 32-bit words have changed since it was last taken.
-uint64_t digest(const void* data, int64_t words);
-
 // Weights of one cell in the layout of the instruction set that was in use when they were packed.
 template <class T>
 class Packed {
   public:
-    // kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H] or null (zeros); not needed any more afterwards.
+    // kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H] or null (zeros). With `copy` they are packed and not needed
+    // any more afterwards; without, they are read where they lie, at each call, and must outlive this object: slower by
+    // the step, but a call of a few steps costs less than packing. The bits are the same.
     Packed(int64_t input, int64_t units, const T* kernel, const T* recurrent_kernel, const T* bias, int activation,
-           int recurrent_activation);
+           int recurrent_activation, bool copy = true);
     ~Packed();
     Packed(const Packed&) = delete;
     int64_t input() const;

@@ -58,6 +58,5 @@ bool set_instruction_set(const char* name) {
 
 void activate(int activation, const float* x, float* y, int64_t n) { current().single.activate(activation, x, y, n); }
 void activate(int activation, const double* x, double* y, int64_t n) { current().twice.activate(activation, x, y, n); }
-uint64_t digest(const void* data, int64_t words) { return current().digest(data, words); }
 
 }  // namespace cellstack

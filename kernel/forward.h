@@ -106,15 +106,64 @@ INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row
     }
 }
 
+// z[c] += a·matrix[:, c] for N vectors of columns, in the order of `accumulate`.
+template <class T, int N>
+INLINE void add_columns(T* z, const T* a, const T* matrix, int64_t stride, int64_t n) {
+    constexpr int W = Vec<T>::W;
+    V<T> sums[N];
+    unroll<N>([&](auto v) INLINED { sums[v] = load(z + v * W); });
+    for (int64_t k = 0; k < n; ++k, matrix += stride) {
+        const V<T> s = splat(a[k]);
+        unroll<N>([&](auto v) INLINED { sums[v] = fma(s, load(matrix + v * W), sums[v]); });
+    }
+    unroll<N>([&](auto v) INLINED { store(z + v * W, sums[v]); });
+}
+
+// z [columns] += a [n] · matrix [n, columns]
+template <class T>
+void add_product(T* z, const T* a, const T* matrix, int64_t columns, int64_t n) {
+    constexpr int W = Vec<T>::W;
+    int64_t at = 0;
+    for (; at + 16 * W <= columns; at += 16 * W) add_columns<T, 16>(z + at, a, matrix + at, columns, n);
+    for (; at + 4 * W <= columns; at += 4 * W) add_columns<T, 4>(z + at, a, matrix + at, columns, n);
+    for (; at + W <= columns; at += W) add_columns<T, 1>(z + at, a, matrix + at, columns, n);
+    if (const int lanes = int(columns - at)) {
+        V<T> sum = load_n(z + at, lanes);
+        for (int64_t k = 0; k < n; ++k) sum = fma(splat(a[k]), load_n(matrix + k * columns + at, lanes), sum);
+        store_n(z + at, sum, lanes);
+    }
+}
+
+// Step n on weights that nobody packed: one row after the other, all columns of the four gates side by side.
+template <class T, bool Usual>
+void step_plain(const Forward<T>& f, int64_t n, const T* h, T* h_next) {
+    constexpr int W = Vec<T>::W;
+    const int64_t t = time_of(f, n), H = f.w.units;
+    for (int64_t row = 0; row < f.rows; ++row) {
+        for (int64_t k = 0; k < 4 * H; ++k) f.z[k] = f.w.bias ? f.w.bias[k] : T(0);
+        add_product(f.z, f.x + row * f.x_row + t * f.x_time, f.w.kernel, 4 * H, f.w.input);
+        add_product(f.z, h + row * f.w.blocks * W, f.w.recurrent, 4 * H, H);
+        for (int64_t block = 0; block < f.w.blocks; ++block) {
+            const int64_t left = H - block * W;
+            const int lanes = left < W ? int(left) : W;
+            V<T> z[4];
+            unroll<4>([&](auto v) INLINED { z[v] = load_lanes(f.z + v * H + block * W, lanes); });
+            finish<T, Usual>(f, z, block, row, t, h, h_next);
+        }
+    }
+}
+
 template <class T, bool Usual>
 void run(Forward<T>& f) {
-    if (f.z) project(f);
+    if (f.z && !f.w.plain) project(f);
     for (int64_t n = f.first; n < f.last; ++n) {
         const T* h = f.h;
         T* h_next = f.h_next;
         // Blocks go up in even steps and down in odd ones: the last ones are still in the cache.
         const bool down = n & 1;
-        if (f.rows == 1) {  // two blocks together: eight chains hide the latency of one
+        if (f.w.plain) {
+            step_plain<T, Usual>(f, n, h, h_next);
+        } else if (f.rows == 1) {  // two blocks together: eight chains hide the latency of one
             const int64_t pairs = f.w.blocks / 2;
             if ((f.w.blocks & 1) && down) step_tile<T, Usual, 1, 1>(f, n, f.w.blocks - 1, 0, h, h_next);
             for (int64_t k = 0; k < pairs; ++k)

@@ -13,13 +13,15 @@ namespace cellstack {
 
 enum Activation : int { kSigmoid, kTanh, kLinear, kRelu, kHardSigmoid, kSoftsign, kSoftplus, kElu, kActivations };
 
+// Weights may also stay as the caller has them (`plain`), for calls too short to be worth packing for.
 template <class T>
 struct Panels {
     int64_t input = 0, units = 0, blocks = 0;
-    const T* kernel = nullptr;     // [blocks][I][4][W]
-    const T* recurrent = nullptr;  // [blocks][H][4][W]
-    const T* bias = nullptr;       // [blocks][4][W]
+    const T* kernel = nullptr;     // [blocks][I][4][W]; plain: [I, 4H]
+    const T* recurrent = nullptr;  // [blocks][H][4][W]; plain: [H, 4H]
+    const T* bias = nullptr;       // [blocks][4][W]; plain: [4H], or null
     int activation = kTanh, recurrent_activation = kSigmoid;
+    bool plain = false;
 };
 
 // Forward over rows of one layer, for steps n in [first, last) of the processing order.
@@ -38,7 +40,8 @@ struct Forward {
     T *y, *cells;                // element (r, t) at r·steps·H + t·H, or null; y has strides of its own
     int64_t y_row, y_time;
     T* gates;  // [rows][steps][4][H] or null
-    T* z;      // scratch [blocks][(last-first)·rows][4][W]: x·kernel + bias; null: summed in place
+    T* z;      // scratch [blocks][(last-first)·rows][4][W]: x·kernel + bias; null: summed in place;
+               // plain: [4H]
 };
 
 // Backward over rows of one layer, for steps n in [first, last) of the processing order, last to first.
@@ -102,7 +105,6 @@ struct InstructionSet {
     const char* name;
     Leaf<float> single;
     Leaf<double> twice;
-    uint64_t (*digest)(const void* data, int64_t words);
 };
 
 namespace baseline {

@@ -14,17 +14,24 @@ namespace {
 // Steps whose x·kernel is one product: enough rows to load each weight once for many, few enough to stay in the cache.
 constexpr int64_t kProductRows = 64;
 
+// Sizes are products of what a caller asks for: whatever is beyond this would wrap around sooner or later.
+constexpr int64_t kMostNumbers = int64_t(1) << 44;
+
+int64_t checked(int64_t a, int64_t b) {
+    if (b && a > kMostNumbers / b) throw std::bad_alloc();
+    return a * b;
+}
+
 // Memory for the length of a call or an object, aligned to a cache line. A block that a thread gave back is kept for
 // its next call: fresh pages cost more than the sums that go into them.
 template <class T>
 class Scratch {
   public:
-    explicit Scratch(int64_t count) : bytes_(size_t(std::max<int64_t>(count, 1)) * sizeof(T)) {
+    explicit Scratch(int64_t count) : bytes_(bytes_of(count)) {
         Kept& kept = spare();
         if (kept.memory && kept.bytes >= bytes_ && kept.bytes <= 4 * bytes_ + 4096) {
             memory_ = kept.memory, bytes_ = kept.bytes, kept.memory = nullptr;
         } else {
-            bytes_ = (bytes_ + 63) / 64 * 64;
             memory_ = aligned_alloc(64, bytes_);
             if (!memory_) throw std::bad_alloc();
         }
@@ -42,6 +49,10 @@ class Scratch {
 
   private:
     static constexpr size_t kMost = size_t(64) << 20;
+    static size_t bytes_of(int64_t count) {
+        if (count < 0 || count > kMostNumbers) throw std::bad_alloc();
+        return (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
+    }
     struct Kept {
         void* memory = nullptr;
         size_t bytes = 0;
@@ -94,10 +105,15 @@ struct Packed<T>::Impl {
 
 template <class T>
 Packed<T>::Packed(int64_t input, int64_t units, const T* kernel, const T* recurrent_kernel, const T* bias,
-                  int activation, int recurrent_activation) {
+                  int activation, int recurrent_activation, bool copy) {
     const Leaf<T>& leaf = leaf_of<T>(current());
     const int64_t blocks = ceil_div(units, leaf.width), row = blocks * 4 * leaf.width;
-    impl_.reset(new Impl{&leaf, Scratch<T>((input + units + 1) * row), {}});
+    impl_.reset(new Impl{&leaf, Scratch<T>(copy ? (input + units + 1) * row : 0), {}});
+    Panels<T>& p = impl_->panels;
+    p.input = input, p.units = units, p.blocks = blocks;
+    p.activation = activation, p.recurrent_activation = recurrent_activation;
+    p.kernel = kernel, p.recurrent = recurrent_kernel, p.bias = bias, p.plain = !copy;
+    if (!copy) return;
     T* memory = impl_->memory.get();
     T *in = memory, *recurrent = in + input * row, *added = recurrent + units * row;
     leaf.pack(in, kernel, input, units);
@@ -106,10 +122,7 @@ Packed<T>::Packed(int64_t input, int64_t units, const T* kernel, const T* recurr
         leaf.pack(added, bias, 1, units);
     else
         std::fill(added, added + row, T(0));
-    Panels<T>& p = impl_->panels;
-    p.input = input, p.units = units, p.blocks = blocks;
     p.kernel = in, p.recurrent = recurrent, p.bias = added;
-    p.activation = activation, p.recurrent_activation = recurrent_activation;
 }
 template <class T>
 Packed<T>::~Packed() = default;
@@ -147,6 +160,7 @@ int64_t chunk_steps(int64_t rows, int64_t steps) {
 
 template <class T>
 int64_t product_size(const Panels<T>& p, int64_t width, int64_t rows, int64_t chunk) {
+    if (p.plain) return 4 * p.units;
     return chunk > 1 ? p.blocks * chunk * rows * 4 * width : 0;
 }
 
@@ -180,7 +194,7 @@ struct Runner {
 
     void steps(int64_t first, int64_t last) {
         f.first = first, f.last = last;
-        f.z = last - first > 1 || f.rows > 1 ? product : nullptr;
+        f.z = f.w.plain || last - first > 1 || f.rows > 1 ? product : nullptr;
         leaf->forward(f);
     }
 };
@@ -295,13 +309,13 @@ void lstm_backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>
     const int64_t sums = Parts<T>::size(blocks * (I + H + 1) * wide);
     const int64_t copies = Parts<T>::size(gradient_copy(I) + gradient_copy(H));
     Scratch<T> scratch(2 * state + transposed + transposed_in + chunk_dz + dropped + sums + threads * copies +
-                       Parts<T>::size(H));
+                       Parts<T>::size(std::max(I, H)));
     Parts<T> parts(scratch.get());
     T *dh = parts.take(state), *dc = parts.take(state);
     T *recurrent_t = parts.take(transposed), *kernel_t = parts.take(transposed_in), *dz = parts.take(chunk_dz);
     T *h_dropped = parts.take(dropped), *gradients = parts.take(sums), *copied = parts.take(threads * copies);
-    T* zeros = parts.take(H);
-    std::fill(zeros, zeros + H, T(0));
+    T* zeros = parts.take(std::max(I, H));
+    std::fill(zeros, zeros + std::max(I, H), T(0));
     leaf.pack_transposed(recurrent_t, s.recurrent_kernel, H, H);
     if (g.dx) leaf.pack_transposed(kernel_t, s.kernel, I, H);
     pad(dh, columns, g.dhn, B, H);
@@ -336,7 +350,9 @@ void lstm_backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>
         for (int64_t n = first, m = 0; n < last; ++n)
             for (int64_t b = 0; b < B; ++b, ++m) {
                 const int64_t t = in.reverse ? steps - 1 - n : n;
-                x_rows[m] = in.x + b * in.stride_batch + t * in.stride_time;
+                // dz is zero where the mask leaves a step out; x may be anything there, NaN too, and must not meet it
+                const bool used = !in.mask || in.mask[b * steps + t];
+                x_rows[m] = used ? in.x + b * in.stride_batch + t * in.stride_time : zeros;
                 dx_rows[m] = g.dx ? g.dx + (b * steps + t) * I : nullptr;
                 h_rows[m] = h_before(b, n);
                 if (s.recurrent_dropout) {
@@ -398,6 +414,7 @@ struct Stream<T>::Impl {
 template <class T>
 Stream<T>::Stream(std::vector<const Packed<T>*> weights, int64_t batch) : impl_(new Impl) {
     Impl& s = *impl_;
+    for (const Packed<T>* w : weights) checked(checked(batch, kProductRows), 64 * (w->units() + w->input()));
     s.batch = batch, s.chunk = chunk_steps<T>(batch, kProductRows);
     int64_t count = 0;
     for (const Packed<T>* w : weights)

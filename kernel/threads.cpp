@@ -5,6 +5,7 @@
 
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -30,8 +31,12 @@ class Pool {
   public:
     void run(int count, void (*task)(void*, int), void* context) {
         std::lock_guard<std::mutex> one_call(calls_);
-        while (int(workers_.size()) < count - 1)
-            workers_.emplace_back([this, seen = call_of(claims_.load())] { work(seen); });
+        try {
+            while (int(workers_.size()) < count - 1)
+                workers_.emplace_back([this, seen = call_of(claims_.load())] { work(seen); });
+        } catch (const std::system_error&) {
+            // no more threads to be had: those that there are do all of it
+        }
         task_ = task, context_ = context;
         left_.store(count, std::memory_order_relaxed);
         const uint64_t call = call_of(claims_.load()) + 1;

@@ -15,7 +15,7 @@ def codes(activation, recurrent_activation):
     return ACTIVATIONS.index(activation), ACTIVATIONS.index(recurrent_activation)
 
 
-def pack(kernel, recurrent_kernel, bias=None, activation="tanh", recurrent_activation="sigmoid"):
+def pack(kernel, recurrent_kernel, bias=None, activation="tanh", recurrent_activation="sigmoid", copy=True):
     return _kernel.Packed(
         kernel.dtype == np.float64,
         kernel.shape[0],
@@ -24,10 +24,13 @@ def pack(kernel, recurrent_kernel, bias=None, activation="tanh", recurrent_activ
         address(recurrent_kernel),
         address(bias),
         *codes(activation, recurrent_activation),
+        copy,
     )
 
 
-def forward_stack(x, cells, states, *, mask=None, recurrent_dropout=None, reverse=False, threads=1, save=True):
+def forward_stack(
+    x, cells, states, *, mask=None, recurrent_dropout=None, reverse=False, threads=1, save=True, copy=True
+):
     """Run a stack of cells, each `(kernel, recurrent_kernel, bias, activation, recurrent_activation)`."""
     batch, steps, _ = x.shape
     layers, outs = [], []
@@ -42,7 +45,7 @@ def forward_stack(x, cells, states, *, mask=None, recurrent_dropout=None, revers
         )
         dropout = recurrent_dropout[n] if recurrent_dropout else None
         arrays = (h0, c0, out.h, out.c, out.y, out.gates, out.cells, dropout)
-        layers.append((pack(*cell), *map(address, arrays)))
+        layers.append((pack(*cell, copy=copy), *map(address, arrays)))
         outs.append(out)
     item = x.itemsize
     _kernel.lstm_forward(

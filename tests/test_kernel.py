@@ -242,18 +242,22 @@ def test_activations_at_the_ends(isa, name):
     assert np.isnan(y[4])
 
 
-def test_a_digest_sees_every_word(isa):
-    rng = np.random.default_rng(13)
-    for size in (1, 63, 64, 65, 700):
-        a = rng.standard_normal(size).astype(np.float32)
-        seen = {_kernel.digest(a.ctypes.data, size)}
-        for k in range(size):
-            b = a.copy()
-            b[k] = np.nextafter(b[k], np.float32(9))
-            seen.add(_kernel.digest(b.ctypes.data, size))
-        swapped = a[::-1].copy()
-        seen.add(_kernel.digest(swapped.ctypes.data, size))
-        assert len(seen) == size + 1 + (size > 1)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_that_are_not_packed_give_the_same_bits(isa, shape, dtype):
+    arrays, rng = make(17, *shape, dtype)
+    batch, steps, _, units = shape
+    flags = {
+        "mask": rng.random((batch, steps)) < 0.7,
+        "recurrent_dropout": ((rng.random((batch, units)) < 0.6) / 0.6).astype(dtype),
+        "reverse": True,
+    }
+    for given in ({}, flags):
+        packed, plain = (native.forward(**arrays, **given, copy=copy) for copy in (True, False))
+        for a, b in zip(packed, plain, strict=True):
+            np.testing.assert_array_equal(a, b)
+    del arrays["bias"]
+    np.testing.assert_array_equal(native.forward(**arrays).y, native.forward(**arrays, copy=False).y)
 
 
 def test_calls_from_several_threads_do_not_touch():
@@ -311,3 +315,45 @@ def test_an_instruction_set_may_be_asked_for_by_name():
     assert wrong.returncode != 0
     assert "got 'avx9'" in wrong.stderr
     assert "baseline" in wrong.stderr
+
+
+def test_what_is_masked_may_be_nan(isa):
+    arrays, rng = make(18, 4, 9, 5, 20)
+    mask = rng.random((4, 9)) < 0.6
+    clean = {**arrays, "x": np.where(mask[:, :, None], arrays["x"], 0).astype(np.float32)}
+    arrays["x"] = np.where(mask[:, :, None], arrays["x"], np.nan).astype(np.float32)
+    del arrays["bias"], clean["bias"]
+    outs = [native.forward(**given, mask=mask) for given in (arrays, clean)]
+    dy = rng.standard_normal(outs[0].y.shape).astype(np.float32)
+    grads = [native.backward(out, **given, dy=dy, mask=mask) for out, given in zip(outs, (arrays, clean), strict=True)]
+    for a, b in zip((*outs[0], *grads[0]), (*outs[1], *grads[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_stream_is_one_threads_at_a_time():
+    arrays, rng = make(19, 1, 1, 64, 64)
+    stream = _kernel.Stream([native.pack(arrays["kernel"], arrays["recurrent_kernel"])], 1)
+    x = rng.standard_normal((1, 20_000, 64)).astype(np.float32)
+    outcomes = []
+
+    def run():
+        try:
+            stream.run(x, np.empty_like(x))
+            outcomes.append("done")
+        except RuntimeError as error:
+            outcomes.append(str(error))
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(8):
+            pool.submit(run)
+    assert outcomes.count("done") >= 1
+    refused = [outcome for outcome in outcomes if outcome != "done"]
+    assert refused
+    assert all("one thread at a time" in outcome for outcome in refused)
+
+
+@pytest.mark.parametrize("batch", [2**40, 2**59, 2**62, 2**63 - 1])
+def test_sizes_beyond_all_memory_are_refused(batch):
+    arrays, _ = make(20, 1, 1, 64, 64)
+    with pytest.raises(MemoryError):
+        _kernel.Stream([native.pack(arrays["kernel"], arrays["recurrent_kernel"])], batch)

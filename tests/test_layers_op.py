@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tolerances
 import torch
+from torch import Tensor
 
 from cellstack import layers, reference
 from cellstack.layers import eager, op
@@ -221,7 +222,7 @@ def test_the_torch_loop_is_the_kernel(reverse, masked):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerances.LOOP)
 
 
-def test_packed_weights_follow_every_change():
+def test_short_calls_follow_every_change():
     cell = layers.LSTMCell(4, input_size=3)
     x = torch.randn(1, 3)
     with torch.no_grad():
@@ -242,7 +243,7 @@ def test_packed_weights_follow_every_change():
             assert torch.equal(cell(x)[0], fresh(x)[0])
 
 
-def test_packed_weights_follow_writes_that_torch_does_not_count():
+def test_short_calls_follow_writes_that_torch_does_not_count():
     cell, twin = (layers.LSTMCell(4, input_size=3) for _ in range(2))
     x, state = torch.randn(1, 3), [torch.randn(1, 4), torch.randn(1, 4)]
     writes = [
@@ -260,21 +261,20 @@ def test_packed_weights_follow_writes_that_torch_does_not_count():
             assert cell.kernel._version == before[1]
 
 
-def test_packed_weights_die_with_their_cell_and_know_new_memory():
-    cell = layers.LSTMCell(4, input_size=3)
-    x = torch.randn(1, 3)
-    before = len(op._PACKED)
+@pytest.mark.parametrize("steps", [1, 3, 40])  # read in place, then packed
+def test_weights_are_read_at_every_call(steps):
+    cell = layers.LSTM(64, input_size=64)
+    x = torch.randn(1, steps, 64)
+    twin = layers.LSTM(64, input_size=64)
+    weights = [cell.cell.kernel, cell.cell.recurrent_kernel]
     with torch.no_grad():
-        cell(x)
-        assert len(op._PACKED) == before + 1
-        for _ in range(5):
-            for _ in range(2):  # the second may get the memory that the first gave back
-                cell.kernel.data = torch.randn(3, 16)
-            twin = layers.LSTMCell(4, input_size=3)
+        for change in (Tensor.neg_, lambda w: w.mul_(2), lambda w: w.mul_(0.5), lambda w: w.copy_(w.flip(0))):
+            before = cell(x)
+            for weight in weights:
+                change(weight.data)
             twin.set_weights(cell.get_weights())
-            assert torch.equal(cell(x)[0], twin(x)[0])
-    del cell, twin
-    assert len(op._PACKED) == before
+            assert torch.equal(cell(x), twin(x))
+            assert not torch.equal(cell(x), before)
 
 
 def test_a_stack_called_as_a_cell_is_one_call_of_the_op(monkeypatch):

@@ -17,7 +17,6 @@ The op trusts its caller: shapes and dtypes are checked once, in the layers.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,36 +52,27 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-# A step at batch 1 reads each weight once, and packing costs several steps: short calls keep a cell's packed copy, for
-# as long as its kernel lives. Whether it is still true is asked of the numbers themselves, at the price of reading
-# them: torch's version counters see no write through `.data` or a NumPy view, and stale weights would say nothing.
-_PACKED: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...], Any]] = {}
-_SHORT_CALL = 64  # rows × steps; above it packing is a few per cent of the work
+# Weights may have changed since the last call, in ways that nobody hears of; so nothing packed is kept. Packing costs
+# as much as a few steps of a row: calls of no more read the weights where they lie. The bits are the same.
+_UNPACKED_STEPS = 4  # rows × steps
 
 
-def _pack(weights: Sequence[Tensor], activation: int, recurrent_activation: int, short: bool) -> Any:
-    kernel = weights[0]
-    at, stamp = id(kernel), ()
+def _pack(weights: Sequence[Tensor], activation: int, recurrent_activation: int, rows_steps: int) -> tuple[Any, Any]:
+    """Return the kernel's weights, and what must be kept until the call has ended."""
     flat = [weight.contiguous() for weight in weights]
-    if short:
-        words = kernel.element_size() // 4
-        stamp = (activation, recurrent_activation, *(_kernel.digest(_address(w), w.numel() * words) for w in flat))
-        found = _PACKED.get(at)
-        if found is not None and found[0]() is kernel and found[1] == stamp:
-            return found[2]
+    kernel, recurrent_kernel, bias = flat
     packed = _kernel.Packed(
         kernel.dtype == torch.float64,
         kernel.shape[0],
-        weights[1].shape[0],
-        _address(flat[0]),
-        _address(flat[1]),
-        _address(flat[2]),
+        recurrent_kernel.shape[0],
+        _address(kernel),
+        _address(recurrent_kernel),
+        _address(bias),
         activation,
         recurrent_activation,
+        rows_steps > _UNPACKED_STEPS,
     )
-    if short:
-        _PACKED[at] = weakref.ref(kernel, lambda _: _PACKED.pop(at, None)), stamp, packed
-    return packed
+    return packed, flat
 
 
 def _forward(
@@ -101,11 +91,13 @@ def _forward(
     count, (batch, steps, _) = len(weights) // 3, x.shape
     x = _rows(x)
     mask = None if mask is None else mask.contiguous()
-    short = not save and batch * steps <= _SHORT_CALL
     starts_h, starts_c, drops = ([t.contiguous() for t in group] for group in (h0, c0, recurrent_dropout))
-    hs, cs, ys, gates, cells, layers = [], [], [], [], [], []
+    hs, cs, ys, gates, cells, layers, kept = [], [], [], [], [], [], []
     for n in range(count):
-        packed = _pack(weights[3 * n : 3 * n + 3], activations[2 * n], activations[2 * n + 1], short)
+        packed, weights_kept = _pack(
+            weights[3 * n : 3 * n + 3], activations[2 * n], activations[2 * n + 1], batch * steps
+        )
+        kept.append(weights_kept)
         units = packed.units
         hs.append(x.new_empty(batch, units))
         cs.append(x.new_empty(batch, units))
@@ -388,7 +380,7 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, h and c `[B, H]` or None."""
     batch = x.shape[0]
-    packed = _pack(weights, activations[0], activations[1], batch <= _SHORT_CALL)
+    packed, _kept = _pack(weights, activations[0], activations[1], batch)
     x = x.contiguous()
     if h is not None and c is not None:
         h, c = h.contiguous(), c.contiguous()
