@@ -219,7 +219,7 @@ void lstm_forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, i
     std::vector<T*> y(depth);
     int64_t count = 0;
     for (int l = 0; l + 1 < depth; ++l)
-        if (!layers[l].y) count += Parts<T>::size(B * steps * layers[l].weights->units());
+        if (!layers[l].y) count += Parts<T>::size(checked(checked(B, steps), layers[l].weights->units()));
     std::vector<int64_t> sizes(depth);
     for (int l = 0; l < depth; ++l) {
         sizes[l] = Runner<T>::size(*layers[l].weights, most_rows, chunk, layers[l].recurrent_dropout);
