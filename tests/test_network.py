@@ -316,8 +316,8 @@ CALLS = {
     "state width": ({"x": X, "state": (State(H, H[:, :3]),)}, ShapeError, r"c of state of layer 0 .*got \(2, 3\)"),
     "state complex": ({"x": X, "state": (State(H + 1j, H),)}, TypeError, "state of layer 0 to hold real numbers"),
     "state of numbers": ({"x": X, "state": (1, 2)}, ShapeError, "one a cell, got 2"),
-    "no threads": ({"x": X, "threads": 0}, ValueError, "threads to be an integer >= 1, got 0"),
-    "half a thread": ({"x": X, "threads": 1.5}, ValueError, "threads to be an integer >= 1, got 1.5"),
+    "no threads": ({"x": X, "threads": 0}, ValueError, "threads to be an integer from 1 to 2147483647, got 0"),
+    "half a thread": ({"x": X, "threads": 1.5}, ValueError, "threads to be an integer from 1 to 2147483647, got 1.5"),
 }
 
 

@@ -306,7 +306,14 @@ def test_a_bidirectional_network_is_no_stream():
         net.stream()
 
 
-@pytest.mark.parametrize("batch", [0, -1, 1.5, "2", None])
+@pytest.mark.parametrize("batch", [0, -1, 1.5, "2", None, 2**31, 2**62, 2**70])
 def test_a_batch_is_a_number_of_rows(batch):
-    with pytest.raises(ValueError, match="batch to be an integer >= 1"):
+    with pytest.raises(ValueError, match="batch to be an integer from 1 to 2147483647, got "):
         make_lstm().stream(batch)
+
+
+@pytest.mark.parametrize("threads", [2**31, 2**40, 2**70])
+def test_more_threads_than_can_be(threads):
+    with pytest.raises(ValueError, match="threads to be an integer from 1 to 2147483647, got "):
+        make_lstm().run(np.zeros((1, 2, 3)), threads=threads)
+    assert make_lstm().run(np.zeros((1, 2, 3)), threads=2**31 - 1)[0].shape == (1, 2, 4)

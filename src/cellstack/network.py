@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from cellstack.stream import Stream
 
 
+MOST = 2**31 - 1  # of what is counted, such as threads: no machine holds more, and the kernel's sums stay exact
+
+
 def as_floats(owner: str, name: str, value: Any, dtype: np.dtype[Any]) -> Array:
     """Return `value` as an array of `dtype`: bools, integers and floats of any width are cast, all else is refused.
 
@@ -210,7 +213,7 @@ class Network:
         Raises:
             ShapeError: a wrong rank, width, batch or number of states.
             TypeError: values that aren't real numbers; mask and lengths at once.
-            ValueError: fewer than one thread.
+            ValueError: fewer than one thread, or more than 2^31 - 1.
         """
         given = as_floats("Network", "x", x, self.dtype)
         check_sequence("Network", given.shape, self.input_size)
@@ -220,8 +223,8 @@ class Network:
         flow = Flow(given, as_mask("Network", mask, lengths, batch, steps), ())
         if threads is None:
             threads = max(1, min(processors(), max(batch, len(cells))))
-        elif not isinstance(threads, (int, np.integer)) or threads < 1:
-            raise ValueError(f"Network: expected threads to be an integer >= 1, got {threads!r}")
+        elif not isinstance(threads, (int, np.integer)) or not 1 <= threads <= MOST:
+            raise ValueError(f"Network: expected threads to be an integer from 1 to {MOST}, got {threads!r}")
         with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
             for node in self.nodes:
                 done = len(flow.states)

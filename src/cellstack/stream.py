@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cellstack import _kernel
-from cellstack.network import Network, as_floats, as_states
+from cellstack.network import MOST, Network, as_floats, as_states
 from cellstack.nodes import Activation, Array, Dense, Node, Pool, Standardise
 from cellstack.recurrent import Bidirectional, Recurrent
 from cellstack.spec import ShapeError, State, check_sequence, check_step
@@ -33,7 +33,8 @@ class Stream:
         batch: how many sequences are stepped side by side, B.
 
     Raises:
-        ValueError: a node that needs the whole sequence before it can answer, or a batch below 1.
+        ValueError: a node that needs the whole sequence before it can answer, or a batch that isn't 1 to 2^31 - 1.
+        MemoryError: a state that memory can't hold.
 
     >>> from cellstack import Cell, CellSpec
     >>> cell = Cell(CellSpec(2, 3, use_bias=False), np.ones((2, 12)), np.ones((3, 12)))
@@ -47,8 +48,8 @@ class Stream:
     """
 
     def __init__(self, network: Network, batch: int = 1) -> None:
-        if not isinstance(batch, (int, np.integer)) or batch < 1:
-            raise ValueError(f"Stream: expected batch to be an integer >= 1, got {batch!r}")
+        if not isinstance(batch, (int, np.integer)) or not 1 <= batch <= MOST:
+            raise ValueError(f"Stream: expected batch to be an integer from 1 to {MOST}, got {batch!r}")
         self.network = network
         self.batch = int(batch)
         self._dtype = network.dtype
