@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -10,7 +11,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from cellstack import cli, load
+from cellstack import Network, Pool, cli, load
 
 DATA = files("cellstack") / "data"
 VOWELS, VOWELS_TEST, CO2 = (
@@ -103,15 +104,23 @@ def test_help_has_an_example_and_every_verb_json(capsys, verb):
         (["train", "nowhere.ts", "-o", "x"], r"nowhere.ts: No such file"),
         (["train", "series.txt", "-o", "x"], r"expected a file that ends in .ts or .csv"),
         (["train", VOWELS, "-o", "no/such/folder/x"], r"expected a folder no/such/folder"),
-        (["train", VOWELS, "-o", "x", "--lr", "0"], r"expected lr > 0, got 0.0"),
+        (["train", VOWELS, "-o", "x", "--lr", "0"], r"expected lr > 0 and finite, got 0.0"),
+        (["train", VOWELS, "-o", "x", "--noise", "nan"], r"expected noise >= 0 and finite, got nan"),
+        (["train", VOWELS, "-o", "x", "--lr", "inf"], r"expected lr > 0 and finite, got inf"),
+        (["train", VOWELS, "-o", ""], r"expected the name of a file, got ''"),
+        (["train", VOWELS, "-o", "x", "--threads", "1000000000000"], r"expected --threads from 1 to 1024"),
+        (["train", CO2, "-o", "x", "--season", "0"], r"expected season to be a whole number from 1"),
         (["train", VOWELS, "-o", "x", "--dropout", "1"], r"expected dropout in \[0, 1\), got 1.0"),
         (["train", VOWELS, "-o", "x", "--validation", "1"], r"expected validation in \[0, 1\)"),
         (["train", VOWELS, "-o", "x", "--resume"], r"expected --checkpoint FILE"),
-        (["train", VOWELS, "-o", "x", "--threads", "0"], r"expected --threads of at least 1"),
+        (["train", VOWELS, "-o", "x", "--threads", "0"], r"expected --threads from 1 to 1024, got 0"),
         (["train", CO2, CO2, "-o", "x"], r"expected one CSV file"),
         (["train", CO2, "-o", "x", "--target", "no2"], r"a column of numbers 'no2', found co2"),
         (["train", CO2, "-o", "x", "--horizon", "5000"], r"expected more rows for the training part"),
-        (["train", CO2, "-o", "x", "--horizon", "-1"], r"expected --horizon of at least 1, got -1"),
+        (
+            ["train", CO2, "-o", "x", "--horizon", "-1"],
+            r"expected horizon to be a whole number from 1 to 2147483647, got -1",
+        ),
         (["train", CO2, "-o", "x", "--test-share", "0.9"], r"expected a test share"),
         (["run", "nothing", CO2], r"nothing: no such file"),
         (["info", VOWELS], r"expected one of .* found a file that begins with"),
@@ -124,8 +133,6 @@ def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, words
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith(f"cellstack {words[0]}: error: ")
-    import re
-
     assert re.search(message, err), err
     assert list(tmp_path.iterdir()) == []
 
@@ -147,8 +154,6 @@ def test_the_wrong_kind_of_file_or_model(capsys, vowels, co2, tmp_path):
     narrow.write_text("@classLabel true 1\n@data\n1,2:3,4:1\n")
     status, _, err = run(capsys, "run", vowels, str(narrow))
     assert (status, "expected 12 channels, found 2" in err) == (2, True)
-    from cellstack import Network, Pool
-
     cell = load(vowels).nodes[1].forward
     Network((cell, Pool("last"))).save(tmp_path / "bare.safetensors")
     status, _, err = run(capsys, "run", str(tmp_path / "bare"), VOWELS)
@@ -158,6 +163,137 @@ def test_the_wrong_kind_of_file_or_model(capsys, vowels, co2, tmp_path):
         damaged.write_bytes(file.read()[:-100])
     status, _, err = run(capsys, "info", str(damaged))
     assert (status, err.count("\n")) == (2, 1)
+
+
+def rewritten(path, folder, **changes):
+    """The network in `path` with other metadata: a recipe's entries are changed one by one."""
+    net = load(path)
+    recipe = changes.pop("recipe", None)
+    metadata = {**net.metadata, **changes}
+    if isinstance(recipe, dict):
+        metadata["recipe"] = {**metadata["recipe"], **recipe}
+    elif recipe is not None:
+        metadata["recipe"] = recipe
+    other = folder / "other.safetensors"
+    Network(net.nodes, net.names, metadata).save(other)
+    return str(other)
+
+
+UNLABELLED = "@classLabel false\n@data\n" + ":".join(["1,2"] * 12) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ["1", "2"]}, r"expected 9 different labels, one an output, found 2"),
+        ({"labels": ["1"] * 9}, r"expected 9 different labels, one an output, found 1"),
+        ({"labels": [1, 2, 3, 4, 5, 6, 7, 8, 9]}, r"expected labels to be a list of text"),
+        ({"labels": "123456789"}, r"expected labels to be a list of text"),
+        ({"task": "regress"}, r"expected no labels and one output for regress, found 9 and 9"),
+        ({"task": ["classify"]}, r"expected the metadata of cellstack train, its task one of"),
+        ({"task": "forecast"}, r"expected a recipe"),
+        ({"observed": [12]}, r"expected observed to be rising positions of the raw channels, below 11, found \[12\]"),
+        ({"observed": [-1]}, r"expected observed to be rising positions"),
+        ({"observed": [0, 0]}, r"expected observed to be rising positions"),
+        ({"observed": ["1"]}, r"expected observed to be rising positions"),
+        ({"observed": 3}, r"expected observed to be rising positions"),
+        ({"observed": list(range(12))}, r"expected observed to be rising positions"),
+    ],
+    ids=str,
+)
+def test_metadata_that_doesn_t_fit_a_classifier_is_one_line(capsys, vowels, tmp_path, changes, message):
+    file = tmp_path / "unlabelled.ts"
+    file.write_text(UNLABELLED)
+    status, out, err = run(capsys, "run", rewritten(vowels, tmp_path, **changes), str(file))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert re.search(r"other\.safetensors: " + message, err), err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"season": 0}, r"expected season to be a whole number from 1 to 2147483647, got 0"),
+        ({"season": 10**13}, r"expected season to be a whole number"),
+        ({"horizon": 10**13}, r"expected horizon to be a whole number"),
+        ({"horizon": 7}, r"expected a horizon of 8, one an output, found 7"),
+        ({"window": "20"}, r"expected window to be a whole number from 1 to 2147483647, got '20'"),
+        ({"window": 2.5}, r"expected window to be a whole number"),
+        ({"inputs": "co2"}, r"expected inputs to be "),
+        ({"inputs": ["co2"]}, r"expected 3 raw channels for this recipe, found 2"),
+        ({"target": 3}, r"expected target to be "),
+        ({"pace": 3}, r"expected a recipe"),
+        (["co2"], r"expected a recipe"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_doesn_t_fit_is_one_line(capsys, co2, tmp_path, recipe, message):
+    status, out, err = run(capsys, "run", rewritten(co2, tmp_path, recipe=recipe), CO2)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert re.search(r"other\.safetensors: .*" + message, err), err
+
+
+def test_a_network_without_a_pool_is_no_trained_one(capsys, vowels, tmp_path):
+    net = load(vowels)
+    kept = [n for n, node in enumerate(net.nodes) if not isinstance(node, Pool)]
+    Network([net.nodes[n] for n in kept], [net.names[n] for n in kept], net.metadata).save(tmp_path / "a.safetensors")
+    status, _, err = run(capsys, "run", str(tmp_path / "a"), VOWELS_TEST)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "expected one answer a sequence" in err
+
+
+def test_a_file_of_targets_for_a_classifier_and_of_classes_for_none(capsys, vowels, tmp_path):
+    file = tmp_path / "numbers.ts"
+    file.write_text(UNLABELLED.replace("@classLabel false", "@targetLabel true").rstrip() + ":0.5\n")
+    status, _, err = run(capsys, "run", vowels, str(file))
+    assert (status, "numbers.ts: expected classes, found numbers" in err) == (2, True)
+    lines = ["@targetLabel true", "@data", *(f"{n},2:{n}" for n in range(8))]
+    file.write_text("\n".join(lines))
+    assert run(capsys, "train", str(file), "-o", str(tmp_path / "regress"), *SMALL)[0] == 0
+    classes = tmp_path / "classes.ts"
+    classes.write_text("@classLabel true a b\n@data\n1,2:a\n")
+    status, _, err = run(capsys, "run", str(tmp_path / "regress"), str(classes))
+    assert (status, "classes.ts: expected numbers, found classes" in err) == (2, True)
+
+
+def test_resume_of_another_model_is_refused_in_one_line(capsys, tmp_path):
+    common = ["train", VOWELS, *SMALL, "-o", str(tmp_path / "a"), "--checkpoint", str(tmp_path / "c")]
+    assert run(capsys, *common)[0] == 0
+    for words, name in ((["--pooling", "max"], "pooling"), (["--every-step"], "every_step")):
+        status, out, err = run(capsys, *common, "--resume", *words)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"expected {name} as in this training" in err
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), RuntimeError("a bug"), IndexError("a bug")])
+def test_a_bug_of_ours_is_not_called_bad_input(monkeypatch, error):
+    def broken(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_info", broken)
+    with pytest.raises(type(error), match="a bug"):
+        cli.main(["info", "net"])
+
+
+def test_too_little_memory_is_one_line(capsys, monkeypatch):
+    def huge(args):
+        np.empty(2**60, np.uint8)
+
+    monkeypatch.setattr(cli, "_info", huge)
+    status, _, err = run(capsys, "info", "net")
+    assert (status, err.count("\n")) == (2, 1)
+    assert re.search(r"error: not enough memory: Unable to allocate", err)
+
+
+def test_a_replay_that_fails_is_one_line(capsys, monkeypatch, tmp_path):
+    from cellstack.train import demo
+
+    def fails(command, **options):
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nOSError: no such thing\n")
+
+    monkeypatch.setattr(demo.subprocess, "run", fails)
+    status, _, err = run(capsys, "demo", "-o", str(tmp_path), "--epochs", "1")
+    assert status == 2
+    assert err.splitlines()[-1] == "cellstack demo: error: the replay failed: OSError: no such thing"
 
 
 def test_run_and_info_need_no_torch(vowels, co2):

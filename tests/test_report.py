@@ -9,6 +9,7 @@ import pytest
 
 from cellstack import Trace, cli
 from cellstack.inspect import report
+from cellstack.train import Sequences, demo
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -68,6 +69,7 @@ def test_a_page_from_made_up_results(rng):
         "forward": score,
         "replay": {
             "utterance": 3,
+            "why": "picked <for> a reason",
             "truth": "<b>",
             "labels": labels,
             "so_far": so_far.tolist(),
@@ -78,7 +80,15 @@ def test_a_page_from_made_up_results(rng):
     trace = Trace(*(rng.normal(size=(5, 4)) for _ in range(6)))
     page = report.demo_page(result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)])
     text = check_page(page)
-    for part in ("training", "validation", "as told", "forget gate f", "candidate g", "speaker <b>"):
+    for part in (
+        "training",
+        "validation",
+        "as told",
+        "forget gate f",
+        "candidate g",
+        "speaker <b>",
+        "picked <for> a reason",
+    ):
         assert part in text, part
     assert page == report.demo_page(result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)])
 
@@ -104,9 +114,35 @@ def test_a_short_demo(tmp_path, capsys):
     assert cli.main(["demo", "-o", str(tmp_path), "--epochs", "1"]) == 0
     out = capsys.readouterr().out
     assert "median" in out
+    assert "most doubt" in out
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         "bidirectional.safetensors",
         "forward.safetensors",
         "report.html",
     ]
-    check_page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "most doubt" in check_page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_replayed_utterance_is_the_one_told_right_with_the_most_doubt():
+    test = Sequences([np.zeros((n, 1), np.float32) for n in (5, 1, 5, 5)], np.array([0, 0, 0, 1]), ("a", "b"), "toy")
+    answers = np.array([[0.9, 0.1], [0.55, 0.45], [0.4, 0.6], [0.3, 0.7]])
+    assert demo._telling(answers, test) == (3, "the one with the most doubt of the longer half of those told right")
+    assert demo._telling(1 - answers, test)[0] == 2
+    nothing = Sequences(test.x, 1 - answers.argmax(axis=1), test.labels, "toy")
+    assert demo._telling(answers, nothing) == (
+        2,
+        "the one with the most doubt of the longer half, as none was told right",
+    )
+
+
+@pytest.mark.slow
+def test_the_accuracy_that_the_documentation_states(tmp_path, capsys):
+    """Medians of five seeds; the figures are in docs/training.md."""
+    found = []
+    for seed in range(5):
+        assert cli.main(["demo", "-o", str(tmp_path), "--seed", str(seed), "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        found.append([result[name]["accuracy"] for name in ("bidirectional", "forward")])
+    both, forward = np.median(found, axis=0)
+    assert both >= 0.975, found
+    assert forward >= 0.95, found

@@ -1,10 +1,12 @@
 """The model and the fit loop: repeatable, resumable, interruptible, and the same as what is exported."""
 
+import copy
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from cellstack import FormatError, Network
 from cellstack.train import Inputs, Labelled, Model, Sequences, Settings, fit
 from cellstack.train import checkpoint as checkpoints
+from cellstack.train.checks import UsageError
 
 CLASSES = ("a", "b", "c")
 
@@ -148,9 +151,69 @@ def test_a_checkpoint_of_other_settings_is_refused(sequences, tmp_path):
     fit(model, *rest, Settings(epochs=1), checkpoint=path)
     with pytest.raises(ValueError, match=r"expected lr as in this training, 0.1, found 0.005"):
         fit(model, *rest, Settings(epochs=1, lr=0.1), checkpoint=path, resume=True)
-    model, *rest = prepare(sequences, dropout=0.0)
-    with pytest.raises(ValueError, match="expected dropout"):
+
+
+def changed(examples, at, **values):
+    """The examples with one number of one of them changed."""
+    other = copy.deepcopy(examples)
+    for name, value in values.items():
+        getattr(other, name)[at][...] = value
+    return other
+
+
+def test_a_checkpoint_of_another_model_or_other_data_is_refused(sequences, tmp_path):
+    path = tmp_path / "run.ckpt"
+    model, *rest = prepare(sequences)
+    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    inputs, examples, kept, held = rest
+    relabelled = copy.deepcopy(examples)
+    relabelled.y[0] = (relabelled.y[0] + 1) % 3
+    heavier = copy.deepcopy(examples)
+    heavier.weight[0] = 2
+    others = [
+        ("dropout", prepare(sequences, dropout=0.0)),
+        ("pooling", prepare(sequences, pooling="max")),
+        ("every_step", prepare(sequences, every_step=True)),
+        ("task", (Model(inputs.standardise, 3, (5, 4), "regress", dropout=0.3), *rest)),
+        ("inputs", (model, replace(inputs, mean=inputs.mean + 1), *rest[1:])),
+        ("inputs", (model, replace(inputs, scale=inputs.scale * 2), *rest[1:])),
+        ("targets", (Model(inputs.standardise, 3, (5, 4), dropout=0.3, targets=(np.ones(3), np.ones(3))), *rest)),
+        ("training", (model, inputs, changed(examples, kept[0], x=0.5), kept, held)),
+        ("training", (model, inputs, relabelled, kept, held)),
+        ("training", (model, inputs, heavier, kept, held)),
+        ("validation", (model, inputs, changed(examples, held[-1], x=0.5), kept, held)),
+        ("training", (model, inputs, examples, np.roll(np.arange(36), 1)[:27], held)),
+    ]
+    for name, other in others:
+        with pytest.raises(UsageError, match=rf"run\.ckpt: expected {name} as in this training") as error:
+            fit(*other, Settings(epochs=1), checkpoint=path, resume=True)
+        assert "\n" not in str(error.value)
+    fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
+
+
+def test_missing_values_don_t_keep_a_checkpoint_from_its_data(sequences, tmp_path):
+    """NaN isn't equal to itself, and has more than one pattern of bits: the data is the same all the same."""
+    path = tmp_path / "run.ckpt"
+    for bits in (0x7FC00000, 0xFFC00001):
+        sequences.x[3][1, 2] = np.array(bits, np.uint32).view(np.float32)
+        model, *rest = prepare(sequences)
         fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"fingerprint": 3}, {"position": [0]}, {"position": "0123"}, {"model": None}, {"optimizer": {}}, {"best": 1}],
+    ids=str,
+)
+def test_a_checkpoint_that_lacks_a_part_is_a_format_error(sequences, tmp_path, parts):
+    path = tmp_path / "run.ckpt"
+    model, *rest = prepare(sequences)
+    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    state = torch.load(path, weights_only=True) if parts else {"cellstack_checkpoint": checkpoints.VERSION}
+    torch.save({**state, **parts}, path)
+    with pytest.raises(FormatError, match=r"run\.ckpt: expected .* found ") as error:
+        fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "bit", "other", "text"])
@@ -171,9 +234,10 @@ def test_a_damaged_checkpoint_is_a_format_error(tmp_path, damage):
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "run.ckpt"
     checkpoints.save(path, {"n": 1})
+    whole = path.read_bytes()
     with pytest.raises(Exception, match=r"pickle|lambda"):
         checkpoints.save(path, {"n": lambda: None})
-    assert checkpoints.load(path)["n"] == 1
+    assert path.read_bytes() == whole
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.ckpt"]
 
 
@@ -263,10 +327,19 @@ def test_the_bar_shows_loss_metric_speed_and_time_left(sequences, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("epochs", 0), ("batch", 0), ("lr", 0.0), ("lr", float("nan")), ("clip", -1.0), ("noise", -0.1)]
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch", 0),
+        ("lr", 0.0),
+        ("clip", -1.0),
+        ("noise", -0.1),
+        ("seed", 2**63),
+        *((name, value) for name in ("lr", "clip", "noise", "offset") for value in (np.nan, np.inf, -np.inf)),
+    ],
 )
 def test_settings_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"expected {name} >"):
+    with pytest.raises(UsageError, match=f"expected {name} .*got {value}"):
         Settings(**{name: value})
 
 

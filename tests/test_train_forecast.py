@@ -5,6 +5,7 @@ import pytest
 
 from cellstack import FormatError
 from cellstack.train import Inputs, Recipe, Windows, read_csv
+from cellstack.train.checks import UsageError
 from cellstack.train.forecast import errors, parts
 
 
@@ -60,6 +61,9 @@ def test_text_columns_are_named_and_other_separators_read(tmp_path):
     [
         ("", r"line 1: expected the columns' names"),
         ("1,2\n3,4\n5,6\n", r"line 1: expected the columns' names"),
+        (f"{'a' * 200_000},b\n1,2\n3,4\n", r"line 1: field larger than field limit"),
+        (f"a,b\n1,{'2' * 200_000}\n3,4\n", r"line 2: field larger than field limit"),
+        ("d,y\n9999-12-29,1\n9999-12-30,2\n9999-12-31,3\n", r"dates before the year 9999, found 9999-12-31"),
         ("a,a\n1,2\n3,4\n", r"expected a name once, found 'a' 2 times"),
         ("a,b\n1,2\n3\n", r"line 3: expected 2 cells, found 1"),
         ("a,b\n1,2\n3,oops\n", r"line 3: expected a number in column 'b', found 'oops'"),
@@ -146,3 +150,39 @@ def test_a_column_that_isn_t_there(tmp_path):
 
 def test_errors_leave_out_what_is_missing():
     assert errors(np.array([1.0, 2, 5]), np.array([0.0, np.nan, 2])) == {"mae": 2.0, "rmse": np.sqrt(5)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("season", 0), ("window", -1), ("horizon", 2**31), ("season", "52"), ("window", 1.5), ("horizon", True)],
+)
+def test_a_recipe_out_of_range(name, value):
+    values = {"target": "y", "inputs": (), "horizon": 1, "window": 1, "season": 1}
+    with pytest.raises(UsageError, match=rf"expected {name} to be a whole number from 1 to 2147483647, got {value!r}"):
+        Recipe(**{**values, name: value})
+
+
+@pytest.mark.parametrize("values", [{"target": 3}, {"inputs": ("y", 3)}, {"inputs": "y"}])
+def test_a_recipe_of_columns_without_names(values):
+    with pytest.raises(UsageError, match=f"expected {next(iter(values))} to be "):
+        Recipe(**{"target": "y", "inputs": (), "horizon": 1, "window": 1, "season": 1, **values})
+
+
+def test_a_season_longer_than_the_table(tmp_path):
+    windows = Windows(Recipe("y", (), 2, 4, 2**31 - 1), table_of(tmp_path, np.arange(5.0)), np.array([4]))
+    assert np.isnan(windows.difference).all()
+    assert np.isnan(windows.reference(np.array([0]))).all()
+    np.testing.assert_array_equal(windows.latest, np.arange(5.0))
+
+
+def test_a_forecast_beyond_the_calendar(tmp_path):
+    table = read_csv(write(tmp_path / "a.csv", "d,y\n9996-01,1\n9997-01,2\n9998-01,3\n"))
+    assert table.date_after(1) == "9999-01-01"
+    with pytest.raises(
+        FormatError, match=r"a\.csv: expected dates up to the year 9999, found 2 steps after 9998-01-01"
+    ):
+        table.date_after(2)
+
+
+def test_errors_of_nothing_are_not_a_number():
+    assert np.isnan(list(errors(np.ones(2), np.full(2, np.nan)).values())).all()

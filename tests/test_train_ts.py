@@ -60,6 +60,8 @@ def test_the_order_of_a_trained_model_is_kept(tmp_path):
     [
         ("", r"expected a line @data, found none"),
         ("1,2,3\n", r"line 1: expected a header line"),
+        (HEADER + "@ \n@data\n1:2\n", r"line 7: expected a word after @, found none"),
+        (HEADER.replace("@dimensions 2", "@dimensions \u00b2") + "@data\n1:1\n", r"whole number after @dimensions"),
         (HEADER + "@data\n", r"at least one sequence after @data"),
         (
             HEADER.replace("@timeStamps false", "@timeStamps true") + "@data\n(0,1):(0,1)\n",

@@ -15,13 +15,15 @@ import numpy as np
 
 from cellstack.formats import load
 from cellstack.network import Network
-from cellstack.spec import FormatError
+from cellstack.spec import FormatError, ShapeError
 from cellstack.train import predict
+from cellstack.train.checks import UsageError
 from cellstack.train.forecast import Recipe
 from cellstack.train.table import Table, read_csv
 from cellstack.train.ts import read_ts
 
 SUFFIX = ".safetensors"
+MOST_THREADS = 1024  # OpenMP starts as many as it is told to, and ends the process where it can't
 
 EXAMPLES = {
     "demo": "cellstack demo -o cellstack-demo",
@@ -31,10 +33,6 @@ EXAMPLES = {
     "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv",
     "info": "cellstack info vowels.safetensors",
 }
-
-
-class UsageError(Exception):
-    """The command can't be carried out as it was given: one line says why."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        if args.threads is not None and args.threads < 1:
-            raise UsageError(f"expected --threads of at least 1, got {args.threads}")
+        if args.threads is not None and not 1 <= args.threads <= MOST_THREADS:
+            raise UsageError(f"expected --threads from 1 to {MOST_THREADS}, got {args.threads}")
         return {"demo": _demo, "train": _train, "run": _run, "info": _info}[args.verb](args)
     except KeyboardInterrupt:
         print("cellstack: stopped", file=sys.stderr)
@@ -152,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         return _fail(args.verb, reason)
-    except (FormatError, UsageError, ValueError, TypeError) as error:
+    except MemoryError as error:
+        return _fail(args.verb, f"not enough memory: {error}")
+    except (FormatError, ShapeError, UsageError) as error:  # any other is a bug of ours, and shows where it is
         return _fail(args.verb, str(error))
 
 
@@ -228,12 +228,10 @@ def _recipe(args: argparse.Namespace, table: Table) -> Recipe:
         inputs = tuple(name for name in names if name != target)
     else:
         inputs = tuple(name.strip() for name in args.inputs.split(",") if name.strip())
-    season = args.season or (table.spacing.season if table.spacing else 1)
-    recipe = Recipe(target, inputs, args.horizon or season, args.window or max(2 * season, 16), season)
-    for name in ("horizon", "window", "season"):
-        if getattr(recipe, name) < 1:
-            raise UsageError(f"expected --{name} of at least 1, got {getattr(recipe, name)}")
-    return recipe
+    season = args.season if args.season is not None else table.spacing.season if table.spacing else 1
+    horizon = args.horizon if args.horizon is not None else season
+    window = args.window if args.window is not None else max(2 * season, 16)
+    return Recipe(target, inputs, horizon, window, season)
 
 
 def _report(outcome: Any, output: Path) -> dict[str, Any]:
@@ -249,7 +247,7 @@ def _report(outcome: Any, output: Path) -> dict[str, Any]:
         "interrupted": fit.interrupted,
     }
     scores = {name: value for name, value in outcome.scores.items() if name not in ("answers", "predicted")}
-    return report | {"test": _plain(scores), "history": fit.history}
+    return report | {"test": scores, "history": fit.history}
 
 
 def _train_text(outcome: Any, report: dict[str, Any]) -> list[str]:
@@ -289,7 +287,7 @@ def _run(args: argparse.Namespace) -> int:
         extra = result["answers"] if task.labels else np.empty((len(data.x), 0))
         rows = ((n, result["predicted"][n], *extra[n]) for n in range(len(data.x)))
     if args.json:
-        _print(args, _plain(result), [])
+        _print(args, result, [])
     else:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(header)
@@ -332,7 +330,7 @@ def _demo(args: argparse.Namespace) -> int:
         raise UsageError(f"demo needs {error.name}: install cellstack[torch]") from None
     say = (lambda line="": print(line, file=sys.stderr)) if args.json else print
     report = demo.run(Path(args.output), args.seed, args.epochs, say)
-    _print(args, _plain(report), [])
+    _print(args, report, [])
     return 0
 
 
@@ -345,6 +343,8 @@ def _load(name: str) -> tuple[Network, str]:
 
 def _with_suffix(name: str) -> Path:
     path = Path(name)
+    if not path.name:
+        raise UsageError(f"expected the name of a file, got {name!r}")
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 
@@ -357,7 +357,7 @@ def _is_csv(name: str) -> bool:
 
 def _print(args: argparse.Namespace, report: dict[str, Any], text: list[str]) -> None:
     if args.json:
-        print(json.dumps(report, allow_nan=False))
+        print(json.dumps(_plain(report), allow_nan=False))
     elif text:
         print("\n".join(text))
 

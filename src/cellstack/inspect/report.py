@@ -117,8 +117,8 @@ def demo_page(
         ),
         _section(
             f"Frame by frame: test utterance {replay['utterance']}, speaker {replay['truth']}",
-            "What the forward stack holds likely after each frame: the mean of its answers so far. It was loaded from "
-            "its file in a process of its own, which never imported torch.",
+            f"What the forward stack holds likely after each frame: the mean of its answers so far. The utterance is "
+            f"{replay['why']}. The stack was loaded from its file in a process of its own, which never imported torch.",
             _probabilities(replay) + _frame_table(replay),
         ),
         _section(

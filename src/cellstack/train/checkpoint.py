@@ -13,6 +13,16 @@ from cellstack.formats.files import replacing
 from cellstack.spec import FormatError
 
 VERSION = 1
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "fingerprint": dict,
+    "position": list,
+    "model": dict,
+    "optimizer": dict,
+    "schedule": dict,
+    "best_weights": (dict, type(None)),
+    "history": list,
+    "best": (dict, type(None)),
+}
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -25,7 +35,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what `save` wrote. Only tensors and plain values are read: nothing in the file is run.
 
     Raises:
-        FormatError: the file is damaged, or no checkpoint of this version.
+        FormatError: the file is damaged, or no checkpoint of this version, or a part of one is missing or no such part.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -35,11 +45,18 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise FormatError(f"{path}: expected a checkpoint, found a file whose part {damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError) as error:
-        raise FormatError(f"{path}: expected a checkpoint, found a file that can't be read: {_line(error)}") from None
+        raise FormatError(
+            f"{path}: expected a checkpoint, found a file that can't be read: {first_line(error)}"
+        ) from None
     if not isinstance(state, dict) or state.get("cellstack_checkpoint") != VERSION:
         raise FormatError(f"{path}: expected a checkpoint of version {VERSION}, found something else")
+    for name, kind in KINDS.items():
+        if not isinstance(state.get(name, ...), kind):
+            found = type(state[name]).__name__ if name in state else "none"
+            raise FormatError(f"{path}: expected a checkpoint whose {name} is whole, found {found}")
     return state
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in a part of one line."""
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

@@ -40,8 +40,8 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
         What was measured, in plain values and arrays.
 
     Raises:
-        OSError: the folder can't be written to.
-        RuntimeError: the replay failed.
+        OSError: the folder can't be written to; or, a ChildProcessError, the replay failed.
+        UsageError: a seed or a number of epochs out of its range.
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,16 +61,16 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
         say("      " + " ".join(f"{label:>4}" for label in training.labels))
         for label, row in zip(training.labels, confusion, strict=True):
             say(f"{label:>6}" + " ".join(f"{count:>4}" if count else "   ." for count in row))
-        index = _telling(causal.scores["answers"], test)
+        index, why = _telling(causal.scores["answers"], test)
         frames = _replay(folder / "forward.safetensors", data / "JapaneseVowels_TEST.ts", index)
-    _say_replay(frames, index, say)
+    _say_replay(frames, index, why, say)
     gates = _gates(causal.model, test.x[index])
     result = {
         "seed": seed,
         "tutorial": tutorial,
         "bidirectional": _scores(whole, folder / "bidirectional.safetensors"),
         "forward": _scores(causal, folder / "forward.safetensors"),
-        "replay": {"utterance": index, **frames},
+        "replay": {"utterance": index, "why": why, **frames},
         "report": str(folder / "report.html"),
     }
     page = report.demo_page(result, whole.fit.history, causal.fit.history, confusion, gates)
@@ -124,27 +124,32 @@ def _train(
     return outcome
 
 
-def _telling(answers: np.ndarray, test: Sequences) -> int:
-    """Return the utterance, of those no shorter than most and told right, about which there was the most doubt."""
+def _telling(answers: np.ndarray, test: Sequences) -> tuple[int, str]:
+    """Return the utterance that is worth replaying, and what it was picked for."""
     assert test.y is not None
-    chosen = (answers.argmax(axis=1) == test.y) & (test.lengths >= np.median(test.lengths))
-    return int(np.argmin(np.where(chosen, answers.max(axis=1), 2.0)))
+    longer, right = test.lengths >= np.median(test.lengths), answers.argmax(axis=1) == test.y
+    chosen, why = longer & right, "the one with the most doubt of the longer half of those told right"
+    if not chosen.any():
+        chosen, why = longer, "the one with the most doubt of the longer half, as none was told right"
+    return int(np.argmin(np.where(chosen, answers.max(axis=1), 2.0))), why
 
 
 def _replay(network: Path, file: Path, index: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "cellstack.train.replay", str(network), str(file), str(index)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the replay failed: {done.stderr.strip().splitlines()[-1:]}")
+        reason = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise ChildProcessError(f"the replay failed: {reason[-1]}")
     frames = json.loads(done.stdout)
     if frames["torch"]:
-        raise RuntimeError("the replay imported torch, which it must not need")
+        raise ChildProcessError("the replay imported torch, which it must not need")
     return frames
 
 
-def _say_replay(frames: dict[str, Any], index: int, say: Say) -> None:
+def _say_replay(frames: dict[str, Any], index: int, why: str, say: Say) -> None:
     truth, labels = frames["truth"], frames["labels"]
-    say(f"\nThe forward stack, loaded in a new process without torch, hears test utterance {index} (speaker {truth}):")
+    say(f"\nThe forward stack, loaded in a new process without torch, hears test utterance {index} (speaker {truth}),")
+    say(f"{why}:")
     say("  frame   µs  speaker so far")
     for t, (so_far, took) in enumerate(zip(frames["so_far"], frames["microseconds"], strict=True), 1):
         best = int(np.argmax(so_far))

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.train.checks import UsageError
 from cellstack.train.ts import Sequences
 
 
@@ -100,7 +101,7 @@ class Inputs:
         """Measure means and scales on the examples at `indices`, on `most` of them evenly spread where there are more.
 
         Raises:
-            ValueError: a channel without a single value.
+            UsageError: a channel without a single value.
         """
         some = indices[np.linspace(0, len(indices) - 1, min(most, len(indices))).astype(np.int64)]
         rows = [examples.fetch(group).x for group in batches(examples.lengths, some, most)]
@@ -108,7 +109,7 @@ class Inputs:
         missing = np.isnan(x)
         if missing.all(axis=0).any():
             channel = int(np.argmax(missing.all(axis=0)))
-            raise ValueError(f"expected values in every channel of the training part, found none in channel {channel}")
+            raise UsageError(f"expected values in every channel of the training part, found none in channel {channel}")
         scale = np.nanstd(x, axis=0)
         partly = missing & ~missing.all(axis=1, keepdims=True)
         mean = np.nanmean(x, axis=0)
@@ -136,10 +137,10 @@ def spread(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32], NDArr
     """Return mean and scale of the targets in each column of `values [N, O]` where `weight` is above 0.
 
     Raises:
-        ValueError: a column without a target.
+        UsageError: a column without a target.
     """
     counted = np.where(weight > 0, values, np.nan).astype(np.float64)
     if np.isnan(counted).all(axis=0).any():
-        raise ValueError("expected at least one observed target in the training part, found none")
+        raise UsageError("expected at least one observed target in the training part, found none")
     scale = np.nanstd(counted, axis=0)
     return np.nanmean(counted, axis=0).astype(np.float32), np.where(scale > 0, scale, 1.0).astype(np.float32)

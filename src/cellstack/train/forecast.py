@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.train.checks import MOST, UsageError, is_count
 from cellstack.train.examples import Batch
 from cellstack.train.table import Table
 
@@ -31,6 +32,9 @@ class Recipe:
         horizon: steps to forecast.
         window: steps that the network sees.
         season: steps after which the series repeats itself, 1 for none.
+
+    Raises:
+        UsageError: a column that isn't named by text, or a number of steps that isn't from 1 to 2^31 - 1.
     """
 
     target: str
@@ -39,14 +43,30 @@ class Recipe:
     window: int
     season: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, str):
+            raise UsageError(f"expected target to be a column's name, got {self.target!r}")
+        if not isinstance(self.inputs, tuple) or not all(isinstance(name, str) for name in self.inputs):
+            raise UsageError(f"expected inputs to be a tuple of columns' names, got {self.inputs!r}")
+        for name in ("season", "window", "horizon"):
+            value = getattr(self, name)
+            if not is_count(value):
+                raise UsageError(f"expected {name} to be a whole number from 1 to {MOST}, got {value!r}")
+
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as plain values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
-        """Return the recipe that `to_json` wrote."""
-        return cls(**{**values, "inputs": tuple(values["inputs"])})
+        """Return the recipe that `to_json` wrote.
+
+        Raises:
+            UsageError: a value out of its range.
+            TypeError: an entry too few or too many, or no entries at all.
+        """
+        inputs = values["inputs"]
+        return cls(**{**values, "inputs": tuple(inputs) if isinstance(inputs, list) else inputs})
 
 
 class Windows:
@@ -61,14 +81,14 @@ class Windows:
         origins: row of the last step of each window, `[N]`.
 
     Raises:
-        ValueError: a column isn't there; the message names those that are.
+        UsageError: a column isn't there; the message names those that are.
     """
 
     def __init__(self, recipe: Recipe, table: Table, origins: NDArray[np.int64]):
         for name in (recipe.target, *recipe.inputs):
             if name not in table.columns:
                 have = ", ".join(table.columns)
-                raise ValueError(f"{table.path}: expected a column of numbers {name!r}, found {have}")
+                raise UsageError(f"{table.path}: expected a column of numbers {name!r}, found {have}")
         self.recipe = recipe
         self.origins = origins
         self.lengths = np.minimum(origins + 1, recipe.window)
@@ -112,7 +132,7 @@ def parts(rows: int, recipe: Recipe, validation: float, test: float) -> tuple[ND
     to the part that holds all of its targets; windows may reach back into the part before.
 
     Raises:
-        ValueError: a part is too short; the message says how many rows it takes.
+        UsageError: a part is too short; the message says how many rows it takes.
     """
     ends = [round(rows * (1 - test - validation)), round(rows * (1 - test)), rows]
     first = recipe.season + recipe.window - 1
@@ -121,7 +141,7 @@ def parts(rows: int, recipe: Recipe, validation: float, test: float) -> tuple[ND
         wanted = (validation, test)[len(origins) - 1] if origins else 1.0
         part = np.arange(max(start - 1, first), end - recipe.horizon)
         if wanted > 0 and not len(part):
-            raise ValueError(
+            raise UsageError(
                 f"expected more rows for the {name} part: a season of {recipe.season}, a window of {recipe.window} and "
                 f"a horizon of {recipe.horizon} don't fit, as it ends at row {end} of {rows}"
             )
@@ -130,13 +150,16 @@ def parts(rows: int, recipe: Recipe, validation: float, test: float) -> tuple[ND
 
 
 def errors(forecast: NDArray[np.float64], actual: NDArray[np.float64]) -> dict[str, float]:
-    """Return the mean absolute error and the root of the mean squared error, in the target's units."""
+    """Return the mean absolute error and the root of the mean squared error, in the target's units; NaN of nothing."""
     difference = (forecast - actual)[~np.isnan(actual)]
+    if not difference.size:
+        return {"mae": np.nan, "rmse": np.nan}
     return {"mae": float(np.abs(difference).mean()), "rmse": float(np.sqrt(np.square(difference).mean()))}
 
 
 def _carry(values: NDArray[np.float64], period: int) -> NDArray[np.float64]:
     """Return the latest value that isn't NaN at each row or whole periods before it, NaN where there is none."""
+    period = min(period, len(values))  # a longer one looks back at as little, and would take more memory
     rows = -(-len(values) // period)
     grid = np.full(rows * period, np.nan)
     grid[: len(values)] = values

@@ -7,14 +7,18 @@ equals an unbroken one, and processes that share a batch draw the same numbers f
 from __future__ import annotations
 
 import copy
+import hashlib
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cellstack import layers
+from cellstack.spec import FormatError
 from cellstack.train import checkpoint as checkpoints
+from cellstack.train.checks import UsageError
 from cellstack.train.examples import Examples, Inputs, batches
 from cellstack.train.model import Model
 from cellstack.train.processes import Processes
@@ -45,10 +51,10 @@ class Settings:
         patience: epochs without a better validation loss before the fit stops; 0 never stops early.
         noise: standard deviation of noise that training adds to each input, in units of its channel's scale.
         offset: the same for noise that is drawn once a sequence and channel: another speaker's place, sensor or level.
-        seed: fixes every draw.
+        seed: fixes every draw; below 2^63.
 
     Raises:
-        ValueError: a setting out of its range.
+        UsageError: a setting out of its range.
     """
 
     epochs: int = 60
@@ -61,12 +67,15 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"epochs": 1, "batch": 1, "patience": 0, "noise": 0, "offset": 0, "seed": 0}.items():
+        for name, least in {"epochs": 1, "batch": 1, "patience": 0, "seed": 0}.items():
             if getattr(self, name) < least:
-                raise ValueError(f"expected {name} >= {least}, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+                raise UsageError(f"expected {name} >= {least}, got {getattr(self, name)}")
+        for name, bound in {"lr": "> 0", "clip": "> 0", "noise": ">= 0", "offset": ">= 0"}.items():
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (value == 0 and bound == "> 0"):
+                raise UsageError(f"expected {name} {bound} and finite, got {value}")
+        if self.seed >= 2**63:  # as many as torch takes
+            raise UsageError(f"expected seed < 2^63, got {self.seed}")
 
 
 @dataclass
@@ -119,11 +128,12 @@ def fit(
         What happened. After Ctrl-C (SIGINT) too: the step is finished, then the loop ends; a second one raises.
 
     Raises:
-        ValueError: nothing to train on, a loss that isn't finite, or a checkpoint of other settings.
+        UsageError: nothing to train on, a loss that isn't finite, or a checkpoint of other settings, another model or
+            other data.
         FormatError: a damaged checkpoint.
     """
     if not len(training):
-        raise ValueError("expected at least one example to train on, got none")
+        raise UsageError("expected at least one example to train on, got none")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _interruptible() as interrupt:
         run = _Run(model, inputs, examples, training, validation, settings, team or Processes())
         if resume and checkpoint is not None and Path(checkpoint).exists():
@@ -210,7 +220,7 @@ class _Run:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         if not torch.isfinite(norm):
-            raise ValueError(
+            raise UsageError(
                 f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller lr than {settings.lr}"
             )
         self.optimizer.step()
@@ -280,15 +290,29 @@ class _Run:
             return False
         return self.epoch - best["epoch"] >= self.settings.patience
 
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Return what must be the same for a checkpoint to be gone on from."""
-        shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
-        data = [len(self.training), len(self.validation), int(self.examples.lengths[self.training].sum())]
-        return {**asdict(self.settings), "dropout": self.model.dropout.p, "shapes": shapes, "data": data}
+        """What must be the same for a checkpoint to be gone on from; arrays are there as digests."""
+        model, inputs = self.model, self.inputs
+        return {
+            **asdict(self.settings),
+            **{name: getattr(model, name) for name in ("task", "bidirectional", "pooling", "every_step")},
+            "dropout": model.dropout.p,
+            "shapes": {name: list(value.shape) for name, value in model.state_dict().items()},
+            "inputs": _digest([inputs.mean, inputs.scale, np.array(inputs.observed, np.int64)]),
+            "targets": _digest(value.cpu().numpy() for value in (model.targets.mean, model.targets.scale)),
+            "training": self.digest(self.training),
+            "validation": self.digest(self.validation),
+        }
+
+    def digest(self, indices: Indices) -> str:
+        """Return a digest of the examples at `indices`, and of `indices`."""
+        groups = batches(self.examples.lengths, indices, 256)
+        return _digest(chain([indices], *(self.examples.fetch(group) for group in groups)))
 
     def state(self) -> dict[str, Any]:
         return {
-            "fingerprint": self.fingerprint(),
+            "fingerprint": self.fingerprint,
             "position": [self.epoch, self.step, *self.sums],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -300,16 +324,33 @@ class _Run:
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         state = checkpoints.load(path)
-        mine = self.fingerprint()
-        for name, value in state["fingerprint"].items():
-            if mine.get(name) != value:
-                raise ValueError(f"{path}: expected {name} as in this training, {mine.get(name)}, found {value}")
-        self.epoch, self.step, *self.sums = state["position"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        for name, mine in self.fingerprint.items():
+            found = state["fingerprint"].get(name)
+            if found != mine:
+                raise UsageError(f"{path}: expected {name} as in this training, {mine}, found {found}")
+        try:
+            self.epoch, self.step, *self.sums = state["position"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            why = checkpoints.first_line(error)
+            raise FormatError(
+                f"{path}: expected the state of this training, found one that doesn't fit: {why}"
+            ) from None
         self.best_weights = state["best_weights"]
         self.result.history, self.result.best = state["history"], state["best"]
+
+
+def _digest(arrays: Iterable[NDArray]) -> str:
+    """Return a digest of the arrays' shapes and values; one NaN is as good as another."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        if array.dtype.kind == "f":
+            array = np.where(np.isnan(array), array.dtype.type(np.nan), array)
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

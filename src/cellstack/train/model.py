@@ -12,6 +12,7 @@ from cellstack import layers
 from cellstack.nodes import Dense, Node, Pool, Standardise
 from cellstack.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import CellSpec
+from cellstack.train.checks import UsageError
 
 TASKS = ("classify", "regress")
 
@@ -71,7 +72,7 @@ class Model(nn.Module):
         targets: mean and scale of each number, `[O]` both; training sees standardised targets, users don't.
 
     Raises:
-        ValueError: an option out of its range.
+        UsageError: an option out of its range.
     """
 
     def __init__(
@@ -88,12 +89,12 @@ class Model(nn.Module):
     ):
         super().__init__()
         if not units or min(units) < 1:
-            raise ValueError(f"Model: expected units of at least 1 for at least one layer, got {units}")
+            raise UsageError(f"Model: expected units of at least 1 for at least one layer, got {units}")
         if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"Model: expected dropout in [0, 1), got {dropout}")
+            raise UsageError(f"Model: expected dropout in [0, 1), got {dropout}")
         for name, value, choices in (("task", task, TASKS), ("pooling", pooling, ("mean", "max", "last"))):
             if value not in choices:
-                raise ValueError(f"Model: expected {name} to be one of {', '.join(choices)}, got {value!r}")
+                raise UsageError(f"Model: expected {name} to be one of {', '.join(choices)}, got {value!r}")
         self.task, self.pooling, self.every_step, self.bidirectional = task, pooling, every_step, bidirectional
         self.standardise = Scale(*inputs)
         self.recurrent = nn.ModuleList()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from cellstack.network import Network
 from cellstack.nodes import Standardise
 from cellstack.spec import FormatError
+from cellstack.train.checks import UsageError
 from cellstack.train.examples import Examples, Inputs, Labelled, batches
 from cellstack.train.forecast import Recipe, Windows, errors
 from cellstack.train.table import Table
@@ -53,18 +55,54 @@ def trained(net: Network, path: str) -> Trained:
     Raises:
         FormatError: it wasn't written by `cellstack train`, or its metadata doesn't fit its nodes.
     """
-    first = net.nodes[0]
+    task, first = net.metadata.get("task"), net.nodes[0]
+    if task not in TASKS or not isinstance(first, Standardise):
+        raise FormatError(
+            f"{path}: expected the metadata of cellstack train, its task one of {', '.join(TASKS)}, found task {task!r}"
+        )
+    outputs, sequence = None, True
+    for name, node in zip(net.names, net.nodes, strict=True):
+        outputs, sequence = node.check(name, outputs, sequence)
+    if sequence or outputs is None:
+        raise FormatError(f"{path}: expected one answer a sequence, found a network that answers every step")
+    inputs = _inputs(first, net.metadata.get("observed"), path)
+    labels = _labels(net.metadata.get("labels"), task, outputs, path)
+    recipe = _recipe(net.metadata.get("recipe"), len(inputs.mean), outputs, path) if task == "forecast" else None
+    return Trained(task, labels, inputs, recipe)
+
+
+def _inputs(first: Standardise, observed: Any, path: str) -> Inputs:
+    """Return the raw channels' part of the first node, and which of them have a companion."""
+    raw = len(first.mean) - len(observed) if isinstance(observed, list) else 0
+    if raw < 1 or not all(type(n) is int and before < n < raw for before, n in pairwise([-1, *observed])):
+        raise FormatError(
+            f"{path}: expected observed to be rising positions of the raw channels, below {raw}, found {observed!r}"
+        )
+    return Inputs(first.mean[:raw], first.scale[:raw], tuple(observed))
+
+
+def _labels(labels: Any, task: str, outputs: int, path: str) -> tuple[str, ...]:
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise FormatError(f"{path}: expected labels to be a list of text, found {labels!r:.60}")
+    if task == "classify" and not outputs == len(labels) == len(set(labels)):
+        raise FormatError(f"{path}: expected {outputs} different labels, one an output, found {len(set(labels))}")
+    if task == "regress" and (labels or outputs != 1):
+        raise FormatError(f"{path}: expected no labels and one output for regress, found {len(labels)} and {outputs}")
+    return tuple(labels)
+
+
+def _recipe(values: Any, channels: int, outputs: int, path: str) -> Recipe:
     try:
-        task, observed = net.metadata["task"], tuple(map(int, net.metadata["observed"]))
-        labels = tuple(map(str, net.metadata["labels"]))
-        recipe = net.metadata["recipe"]
-        recipe = None if recipe is None else Recipe.from_json(recipe)
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{path}: expected the metadata of cellstack train, found none that fits ({error})") from None
-    if task not in TASKS or (task == "forecast") != (recipe is not None) or not isinstance(first, Standardise):
-        raise FormatError(f"{path}: expected a classify, regress or forecast model, found task {task!r}")
-    raw = len(first.mean) - len(observed)
-    return Trained(task, labels, Inputs(first.mean[:raw], first.scale[:raw], observed), recipe)
+        recipe = Recipe.from_json(values)
+    except UsageError as error:
+        raise FormatError(f"{path}: recipe: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{path}: expected a recipe that Recipe.to_json wrote, found another ({error})") from None
+    if recipe.horizon != outputs:
+        raise FormatError(f"{path}: expected a horizon of {outputs}, one an output, found {recipe.horizon}")
+    if channels != 2 + len(recipe.inputs):
+        raise FormatError(f"{path}: expected {2 + len(recipe.inputs)} raw channels for this recipe, found {channels}")
+    return recipe
 
 
 def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | None = None) -> NDArray[np.float64]:
@@ -94,9 +132,13 @@ def sequences(net: Network, sequences: Sequences, path: str, threads: int | None
         `confusion` (`[true, predicted]` counts), or `rmse` and `mae`.
 
     Raises:
-        FormatError: sequences of another width than the network's.
+        FormatError: sequences of another kind or width than the network's.
     """
     task = trained(net, path)
+    classes = bool(sequences.labels)
+    if sequences.y is not None and classes != bool(task.labels):
+        kinds = ("numbers", "classes")
+        raise FormatError(f"{path}: expected {kinds[not classes]}, found {kinds[classes]}")
     if sequences.channels != len(task.inputs.mean):
         raise FormatError(f"{path}: expected {len(task.inputs.mean)} channels, found {sequences.channels}")
     out = answers(net, task.inputs, Labelled(sequences), threads)
@@ -115,12 +157,19 @@ def sequences(net: Network, sequences: Sequences, path: str, threads: int | None
 def forecast(net: Network, table: Table, path: str, threads: int | None = None) -> dict[str, Any]:
     """Forecast the steps after a table's last row.
 
+    Args:
+        net: a network that `cellstack train` made of a table.
+        table: the series.
+        path: the network's file, for messages.
+        threads: how many the kernel may use.
+
     Returns:
         `target`, and `forecast` and `seasonal_naive` `[horizon]` in the target's units, NaN where the series has no
         value to start from; `dates`, where the table has some.
 
     Raises:
-        ValueError: a column of the recipe isn't there.
+        UsageError: a column of the recipe isn't there.
+        FormatError: the network's metadata doesn't fit it, or its forecast goes beyond the calendar.
     """
     task = trained(net, path)
     assert task.recipe is not None
@@ -141,8 +190,19 @@ def backtest(
 ) -> dict[str, dict[str, float]]:
     """Return the errors of forecasts from every one of `origins`, and those of two simple rules on the same points.
 
-    `seasonal_naive` is the value one season before, `seasonal_drift` is that plus `drift` `[horizon]`, the mean
-    difference in the training part.
+    Args:
+        net: a network that `cellstack train` made of a table.
+        table: the series.
+        origins: row of the last step that each forecast sees, `[N]`.
+        path: the network's file, for messages.
+        drift: mean difference to the value one season before in the training part, `[horizon]`.
+
+    Returns:
+        `mae` and `rmse` of `model`, of `seasonal_naive`, the value one season before, and of `seasonal_drift`, that
+        value plus `drift`.
+
+    Raises:
+        UsageError: a column of the recipe isn't there.
     """
     task = trained(net, path)
     assert task.recipe is not None

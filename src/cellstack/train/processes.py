@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cellstack.train.checks import UsageError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -59,15 +61,15 @@ def processes(device: str = "auto") -> Iterator[Processes]:
             CPU. Processes meet through NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        ValueError: another device, or CUDA where there is none.
+        UsageError: another device, CUDA where there is none, or an environment that is only half torchrun's.
     """
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"expected device auto, cpu or cuda, got {device!r}")
+        raise UsageError(f"expected device auto, cpu or cuda, got {device!r}")
     needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device == "cuda" and gpus < needed:
-        raise ValueError(f"expected {needed} GPU(s) for device cuda, found {gpus}")
+        raise UsageError(f"expected {needed} GPU(s) for device cuda, found {gpus}")
     use_gpu = device != "cpu" and gpus >= needed
     place = torch.device("cuda", local) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -77,7 +79,10 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         return
     # The wrapped model imports this; imported while there is a group, it would hold on to the group for good.
     importlib.import_module("torch._dynamo")
-    dist.init_process_group("nccl" if use_gpu else "gloo")
+    try:
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+    except ValueError as error:  # the environment says that there are more, and not where
+        raise UsageError(f"expected {world} processes that torchrun started: {error}") from None
     try:
         yield Processes(dist.get_rank(), world, place)
     finally:

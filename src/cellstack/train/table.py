@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
+from cellstack.train.checks import read_text
 
 MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}
 DATES = ("%Y%m%d", "%Y/%m/%d", "%Y-%m", "%Y-%m-%dT%H:%M:%SZ")
@@ -69,10 +71,20 @@ class Table:
         return len(next(iter(self.columns.values())))
 
     def date_after(self, rows: int) -> str | None:
-        """Date of the row that stands `rows` after the last one, in ISO form; None without dates."""
+        """Date of the row that stands `rows` after the last one, in ISO form; None without dates.
+
+        Raises:
+            FormatError: it lies beyond what a date can be.
+        """
         if self.dates is None or self.spacing is None:
             return None
-        date = self.spacing.after(self.dates[-1], rows)
+        try:
+            date = self.spacing.after(self.dates[-1], rows)
+        except (ValueError, OverflowError):
+            last = self.dates[-1].date().isoformat()
+            raise FormatError(
+                f"{self.path}: expected dates up to the year 9999, found {rows} steps after {last}"
+            ) from None
         return date.isoformat() if (date.hour, date.minute, date.second) != (0, 0, 0) else date.date().isoformat()
 
 
@@ -87,13 +99,10 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+    text = read_text(path)
     first = text.partition("\n")[0]
-    reader = csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count))
-    names = [name.strip() for name in next(reader, [])]
+    lines = _lines(path, text, max(",;\t", key=first.count))
+    names = [name.strip() for name in next(lines, (1, []))[1]]
     if not names or any(not name or _is_number(name) for name in names):
         raise FormatError(f"{path}: line 1: expected the columns' names, found {first.strip()[:60]!r}")
     for name, count in Counter(names).items():
@@ -101,17 +110,14 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
             raise FormatError(f"{path}: line 1: expected a name once, found {name!r} {count} times")
     rows: list[list[str]] = []
     numbers: list[int] = []
-    try:
-        for row in reader:
-            if not row and len(names) > 1:
-                continue
-            row = row or [""]  # in a file of one column, an empty line is a missing value
-            if len(row) != len(names):
-                raise FormatError(f"{path}: line {reader.line_num}: expected {len(names)} cells, found {len(row)}")
-            rows.append([cell.strip() for cell in row])
-            numbers.append(reader.line_num)
-    except csv.Error as error:
-        raise FormatError(f"{path}: line {reader.line_num}: {error}") from None
+    for number, row in lines:
+        if not row and len(names) > 1:
+            continue
+        row = row or [""]  # in a file of one column, an empty line is a missing value
+        if len(row) != len(names):
+            raise FormatError(f"{path}: line {number}: expected {len(names)} cells, found {len(row)}")
+        rows.append([cell.strip() for cell in row])
+        numbers.append(number)
     if len(rows) < 2:
         raise FormatError(f"{path}: expected at least two rows below the names, found {len(rows)}")
     cells = dict(zip(names, zip(*rows, strict=True), strict=True))
@@ -136,6 +142,16 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
         spacing, at, dates = _grid(path, dates)
         columns = {name: _spread(values, at) for name, values in columns.items()}
     return Table(str(path), columns, tuple(texts), dates, date, spacing)
+
+
+def _lines(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Give each row's cells with the number of its last line."""
+    reader = csv.reader(text.splitlines(), delimiter=delimiter)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise FormatError(f"{path}: line {reader.line_num}: {error}") from None
 
 
 def _numbers(path: Path, name: str, cells: tuple[str, ...], lines: list[int]) -> NDArray[np.float64] | None:
@@ -175,6 +191,8 @@ def _dates(cells: tuple[str, ...]) -> list[datetime] | None:
 
 def _grid(path: Path, dates: list[datetime]) -> tuple[Spacing, NDArray[np.int64], list[datetime]]:
     """Return the spacing, the place of each date on the even grid, and the grid's dates."""
+    if dates[-1].year >= 9999:  # the calendar ends there, and a month's length is told by the next one
+        raise FormatError(f"{path}: expected dates before the year 9999, found {dates[-1].date().isoformat()}")
     months = np.array([date.year * 12 + date.month - 1 for date in dates])
     ends = [date.day == _days_in_month(month) for date, month in zip(dates, months, strict=True)]
     same_day = len({(date.day, date.time()) for date in dates}) == 1

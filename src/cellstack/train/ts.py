@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
+from cellstack.train.checks import read_text
 
 MISSING = {"?", "nan", ""}
 
@@ -59,10 +60,7 @@ def read_ts(path: str | os.PathLike[str], labels: tuple[str, ...] | None = None)
     path = Path(path)
     header: dict[str, list[str]] = {}
     rows: list[tuple[int, str]] = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+    lines = read_text(path).splitlines()
     in_data = False
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith(("#", "%")):
@@ -70,7 +68,9 @@ def read_ts(path: str | os.PathLike[str], labels: tuple[str, ...] | None = None)
         if in_data:
             rows.append((number, line))
         elif line.startswith("@"):
-            key, *values = line[1:].split()
+            key, *values = line[1:].split() or [""]
+            if not key:
+                raise _error(path, number, "a word after @", "none")
             in_data = key.lower() == "data"
             header[key.lower()] = values
         else:
@@ -165,7 +165,7 @@ def _flag(path: Path, header: dict[str, list[str]], key: str) -> bool:
 
 def _count(path: Path, header: dict[str, list[str]], key: str) -> int:
     text = (header.get(key) or ["0"])[0]
-    if not text.isdigit():
+    if not text.isdecimal() or len(text) > 18:
         raise FormatError(f"{path}: expected a whole number after @{key}, found {text!r}")
     return int(text)
 

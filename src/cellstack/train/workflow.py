@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cellstack.network import Network
 from cellstack.train import predict
-from cellstack.train.examples import Inputs, Labelled, split, spread
+from cellstack.train.checks import UsageError
+from cellstack.train.examples import Examples, Inputs, Labelled, split, spread
 from cellstack.train.forecast import Recipe, Windows, parts
 from cellstack.train.loop import Fit, Settings, fit
 from cellstack.train.model import Model
-from cellstack.train.processes import Processes, processes
+from cellstack.train.processes import processes
 from cellstack.train.table import Table
 from cellstack.train.ts import Sequences
 
@@ -39,6 +41,9 @@ class Control:
         validation: share of the training part held out for early stopping; 0 for none.
         checkpoint, resume, progress: see `fit`.
         device: see `processes`.
+
+    Raises:
+        UsageError: a share out of its range.
     """
 
     validation: float = 0.15
@@ -49,7 +54,7 @@ class Control:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation < 1.0:
-            raise ValueError(f"expected validation in [0, 1), got {self.validation}")
+            raise UsageError(f"expected validation in [0, 1), got {self.validation}")
 
 
 NODE_NAMES = {"Standardise": "standardise", "Pool": "pool", "Dense": "head"}
@@ -79,27 +84,35 @@ def train_sequences(
 ) -> Outcome:
     """Train on sequences, and measure on test sequences where there are some.
 
+    Args:
+        training: what to learn from, and to hold out for validation.
+        test: what to measure on, read with the labels of `training`; None for nothing.
+        shape: how the model is built.
+        settings: how it is fitted.
+        control: how the training is run.
+
+    Returns:
+        The network and what was measured: `scores` are those of `predict.sequences`.
+
     Raises:
-        ValueError: sequences without classes or targets, or fewer than two classes.
+        UsageError: sequences without classes or targets, or fewer than two classes; see `fit` for more.
+        FormatError: test sequences of another kind or width.
     """
     if training.y is None:
-        raise ValueError(f"{training.name}: expected sequences with classes or targets, got neither")
+        raise UsageError(f"{training.name}: expected sequences with classes or targets, got neither")
     classify = bool(training.labels)
     if classify and len(np.unique(training.y)) < 2:
-        raise ValueError(f"{training.name}: expected sequences of at least two classes, got one")
+        raise UsageError(f"{training.name}: expected sequences of at least two classes, got one")
     examples = Labelled(training)
     kept, held = split(training.y, control.validation, np.random.default_rng(settings.seed))
     inputs = Inputs.measure(examples, kept)
     targets = None if classify else spread(examples.y[kept], examples.weight[kept])
-    with processes(control.device) as team:
-        model = _model(
-            inputs, len(training.labels) or 1, "classify" if classify else "regress", shape, targets, settings
-        )
-        result = _fit(model, inputs, examples, kept, held, settings, control, team)
     task = "classify" if classify else "regress"
+    head = {"outputs": len(training.labels) or 1, "task": task, "targets": targets}
+    model, result, rank = _train(head, inputs, examples, (kept, held), shape, settings, control)
     net = _network(model, predict.metadata(task, inputs, training.labels, data=training.name))
     scores = {} if test is None else predict.sequences(net, test, test.name)
-    return Outcome(net, model, result, scores, team.rank)
+    return Outcome(net, model, result, scores, rank)
 
 
 def train_forecast(
@@ -112,63 +125,51 @@ def train_forecast(
 ) -> Outcome:
     """Train on a table's earlier rows; measure by forecasts from every origin in its last `test` of the rows.
 
+    Args:
+        table: the series.
+        recipe: what is forecast from what.
+        shape: how the model is built.
+        settings: how it is fitted.
+        control: how the training is run; its validation part lies between the training part and the test part.
+        test: share of the rows to measure on.
+
+    Returns:
+        The network and what was measured: `scores` are those of `predict.backtest`, and the number of `origins`.
+
     Raises:
-        ValueError: a column that isn't there, or too few rows.
+        UsageError: a column that isn't there, or too few rows; see `fit` for more.
     """
     if not 0.0 < test < 1.0 - control.validation:
-        raise ValueError(f"expected a test share above 0 that leaves rows to train on, got {test}")
+        raise UsageError(f"expected a test share above 0 that leaves rows to train on, got {test}")
     origins = parts(len(table), recipe, control.validation, test)
     windows = Windows(recipe, table, np.concatenate(origins))
     kept, held = np.arange(len(origins[0])), np.arange(len(origins[0]), len(origins[0]) + len(origins[1]))
     inputs = Inputs.measure(windows, kept)
     examples = windows.fetch(kept)
-    with processes(control.device) as team:
-        model = _model(inputs, recipe.horizon, "regress", shape, spread(examples.y, examples.weight), settings)
-        result = _fit(model, inputs, windows, kept, held, settings, control, team)
+    head = {"outputs": recipe.horizon, "task": "regress", "targets": spread(examples.y, examples.weight)}
+    model, result, rank = _train(head, inputs, windows, (kept, held), shape, settings, control)
     net = _network(model, predict.metadata("forecast", inputs, recipe=recipe, data=os.path.basename(table.path)))
     drift = model.targets.mean.cpu().numpy()
     scores = predict.backtest(net, table, origins[2], table.path, drift)
-    return Outcome(net, model, result, {**scores, "origins": len(origins[2])}, team.rank)
+    return Outcome(net, model, result, {**scores, "origins": len(origins[2])}, rank)
 
 
-def _model(inputs: Inputs, outputs: int, task: str, shape: Shape, targets: Any, settings: Settings) -> Model:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(settings.seed)
-        return Model(
-            inputs.standardise,
-            outputs,
-            shape.units,
-            task,
-            bidirectional=shape.bidirectional,
-            dropout=shape.dropout,
-            pooling=shape.pooling,
-            every_step=shape.every_step,
-            targets=targets,
-        )
-
-
-def _fit(
-    model: Model,
+def _train(
+    head: dict[str, Any],
     inputs: Inputs,
-    examples: Any,
-    kept: Any,
-    held: Any,
+    examples: Examples,
+    parts: tuple[NDArray[np.int64], NDArray[np.int64]],
+    shape: Shape,
     settings: Settings,
     control: Control,
-    team: Processes,
-) -> Fit:
-    return fit(
-        model,
-        inputs,
-        examples,
-        kept,
-        held,
-        settings,
-        checkpoint=control.checkpoint,
-        resume=control.resume,
-        progress=control.progress,
-        team=team,
-    )
+) -> tuple[Model, Fit, int]:
+    """Build a model that ends in `head` and fit it; returns both and this process's rank."""
+    with processes(control.device) as team:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(settings.seed)
+            model = Model(inputs.standardise, **head, **asdict(shape))
+        how = {"checkpoint": control.checkpoint, "resume": control.resume, "progress": control.progress}
+        return model, fit(model, inputs, examples, *parts, settings, **how, team=team), team.rank
 
 
 def _network(model: Model, metadata: dict[str, Any]) -> Network:
