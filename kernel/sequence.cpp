@@ -350,11 +350,12 @@ void lstm_backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>
         for (int64_t n = first, m = 0; n < last; ++n)
             for (int64_t b = 0; b < B; ++b, ++m) {
                 const int64_t t = in.reverse ? steps - 1 - n : n;
-                // dz is zero where the mask leaves a step out; x may be anything there, NaN too, and must not meet it
+                // dz is zero where the mask leaves a step out; x and h may be anything there, NaN too, and must not
+                // meet it
                 const bool used = !in.mask || in.mask[b * steps + t];
                 x_rows[m] = used ? in.x + b * in.stride_batch + t * in.stride_time : zeros;
                 dx_rows[m] = g.dx ? g.dx + (b * steps + t) * I : nullptr;
-                h_rows[m] = h_before(b, n);
+                h_rows[m] = used ? h_before(b, n) : zeros;
                 if (s.recurrent_dropout) {
                     T* product = h_dropped + m * H;
                     for (int64_t k = 0; k < H; ++k) product[k] = h_rows[m][k] * s.recurrent_dropout[b * H + k];

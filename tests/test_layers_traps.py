@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from cellstack import layers
 from cellstack.layers import ShapeError, State
@@ -280,3 +282,88 @@ def test_10_a_dropout_of_one_is_refused(name, value):
     for make in (layers.LSTM, layers.LSTMCell):
         with pytest.raises(ValueError, match=name):
             make(4, **{name: value})
+
+
+def test_the_memory_is_the_layers_own():
+    lstm = layers.LSTM(4, input_size=3, return_state=True, stateful=True)
+    with torch.no_grad():
+        y, h, c = lstm(torch.randn(2, 5, 3))
+        held = [part.clone() for part in lstm.states]
+        for given in (y, h, c):
+            given.zero_()
+        assert all(torch.equal(a, b) for a, b in zip(lstm.states, held, strict=True))
+        mine = torch.ones(2, 4)
+        lstm.states = (mine, mine)
+        mine.zero_()
+        assert (lstm.states.h == 1).all()
+
+
+def test_rows_may_be_given_as_a_mask():
+    lstm = layers.LSTM(4, input_size=3, stateful=True)
+    lstm(torch.randn(3, 5, 3))
+    lstm.reset_states(indices=torch.tensor([False, False, True]))
+    assert [bool(row.any()) for row in lstm.states.h] == [True, True, False]
+    with pytest.raises(layers.ShapeError, match=r"mask \[B=3\], got \(2,\)"):
+        lstm.reset_states(indices=[True, False])
+    with pytest.raises(TypeError, match="integers or a mask"):
+        lstm.reset_states(indices=[1.9])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_that_would_differ_is_refused(reentrant):
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    plain = layers.LSTM(4, input_size=3, dropout=0.5)
+    torch.manual_seed(1)
+    checkpoint(plain, x, use_reentrant=reentrant).sum().backward()
+    again, plain.cell.kernel.grad = plain.cell.kernel.grad, None
+    torch.manual_seed(1)
+    plain(x).sum().backward()
+    torch.testing.assert_close(plain.cell.kernel.grad, again)
+
+    seeded = layers.LSTM(4, input_size=3, dropout=0.5, seed=1)
+    stateful = layers.LSTM(4, input_size=3, stateful=True)
+    stateful(x)
+    once = layers.LSTM(4, input_size=3)
+    once.states = (torch.ones(2, 4), torch.ones(2, 4))
+    for layer, message in ((seeded, "seed="), (stateful, "initial_state="), (once, "initial_state=")):
+        y = checkpoint(layer, x, use_reentrant=reentrant)
+        with pytest.raises(RuntimeError, match=message):
+            y.sum().backward()
+
+
+def test_inference_mode_does_not_spoil_training():
+    lstm = layers.LSTM(4, stateful=True)
+    with torch.inference_mode():
+        lstm(torch.randn(2, 5, 3))
+    lstm(torch.randn(2, 5, 3)).sum().backward()
+    assert lstm.cell.kernel.grad is not None
+
+
+def test_hooks_that_would_not_run_are_refused():
+    lstm = layers.LSTM(4, input_size=3)
+    prune.l1_unstructured(lstm.cell, "kernel", 0.5)
+    with pytest.raises(TypeError, match=r"prune\.remove"):
+        lstm(torch.randn(2, 5, 3))
+    prune.remove(lstm.cell, "kernel")
+    assert (lstm.cell.kernel == 0).sum() >= 24
+    lstm(torch.randn(2, 5, 3))
+
+
+def test_arrays_of_any_kind_are_taken():
+    lstm = layers.LSTM(4, input_size=3)
+    x = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    for given in (x[:, ::-1], x.astype(">f4"), x.astype(np.longdouble), x.astype(">f8")):
+        expected = lstm(torch.from_numpy(np.array(given, np.float32)))
+        torch.testing.assert_close(lstm(given), expected)
+
+
+def test_a_negative_bit_is_seen():
+    lstm = layers.LSTM(4, input_size=3)
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(lstm(torch._neg_view(x)), lstm(-x))
+    state = torch.randn(2, 4), torch.randn(2, 4)
+    negated = [torch._neg_view(part) for part in state]
+    torch.testing.assert_close(lstm(x, initial_state=negated), lstm(x, initial_state=[-part for part in state]))
+    given = torch.randn(2, 4)
+    grads = [torch.autograd.grad(lstm(x), lstm.cell.kernel, g)[0] for g in (torch._neg_view(given), -given)]
+    torch.testing.assert_close(*grads)

@@ -149,8 +149,8 @@ def lstm_backward(
         dz = np.where(used, dz, 0.0)
         drop = 1.0 if recurrent_dropout is None else recurrent_dropout
         dx[:, t] = dz @ kernel.T
-        dkernel += x[:, t].T @ dz
-        drecurrent += (h_prev * drop).T @ dz
+        dkernel += np.where(used, x[:, t], 0.0).T @ dz  # 0·NaN is NaN: what is masked must not meet dz
+        drecurrent += np.where(used, h_prev * drop, 0.0).T @ dz
         dbias += dz.sum(axis=0)
         dh = np.where(used, dz @ recurrent_kernel.T * drop, dh)
         dc = np.where(used, dc_new * f, dc)

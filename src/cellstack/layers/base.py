@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,7 +56,11 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
             raise TypeError(f"{owner}: expected {name} to be an array of numbers: {error}") from None
         if array.dtype.kind not in "biuf":
             raise TypeError(f"{owner}: expected {name} to hold real numbers, got an array of {array.dtype}")
-        return torch.tensor(array, dtype=like.dtype, device=like.device)
+        # torch takes native numbers of at most 8 bytes, with strides that don't turn back
+        plain = (
+            np.dtype(np.float64) if array.dtype.kind == "f" and array.itemsize > 8 else array.dtype.newbyteorder("=")
+        )
+        return torch.tensor(np.array(array, plain), dtype=like.dtype, device=like.device)
     if value.layout is not torch.strided:
         raise TypeError(f"{owner}: expected {name} to be a dense tensor, got one of layout {value.layout}")
     if value.device != like.device:
@@ -72,6 +77,18 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
             f"convert it with {name}.to(torch.{wanted}), or the layer with layer.to(torch.{came})"
         )
     return value if value.dtype == like.dtype else value.to(like.dtype)
+
+
+def recomputing() -> bool:
+    """Whether this call is made by a backward pass: torch.utils.checkpoint runs its part of the model a second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def training_tensors() -> AbstractContextManager[Any]:
+    """Give a scope whose tensors outlive `torch.inference_mode`: those made within it could never be trained."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 def as_mask(owner: str, value: Any, like: Tensor) -> Tensor:
@@ -226,7 +243,7 @@ def revive(value: Any) -> Any:
         return CLASSES[value["class_name"]].from_config(value["config"])
     if isinstance(value, list):
         return [revive(item) for item in value]
-    return copy.deepcopy(value) if isinstance(value, nn.Module) else value
+    return copy.deepcopy(value) if isinstance(value, nn.Module) or hasattr(value, "state_size") else value
 
 
 def of_cell(name: str) -> Any:

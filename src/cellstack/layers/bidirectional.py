@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cellstack.layers.base import Layer, describe, revive
+from cellstack.layers.base import Layer, describe
 from cellstack.layers.rnn import RNN
 from cellstack.spec import Plan, ShapeError, Trace
 
@@ -89,11 +89,6 @@ class Bidirectional(Layer):
         if self._given_backward:
             given["backward_layer"] = describe(self.backward_layer)
         return {**self._config, **given}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Bidirectional:
-        """Make a new layer, with weights of its own, from what `get_config` returned."""
-        return cls(**{key: revive(value) for key, value in config.items()})
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
         """Make the weights of both layers for inputs of width `input_size`."""

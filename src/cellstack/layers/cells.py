@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.layers import eager, op, weights
-from cellstack.layers.base import Layer, as_dtype, as_input, last_axis
+from cellstack.layers.base import Layer, as_dtype, as_input, last_axis, recomputing, training_tensors
 from cellstack.spec import ACTIVATIONS, GATES, CellSpec, ShapeError, State, check_state, check_step
 
 
@@ -132,15 +132,16 @@ class Cell(Layer):
         }
         if self.use_bias:
             shapes["bias"] = (self._columns,)
-        for name, shape in shapes.items():
-            values, initializer = self._like.new_zeros(shape), self._parts[name][0]
-            if initializer is None:
-                raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
-            if name == "bias":
-                self._fill_bias(values, initializer)
-            else:
-                weights.fill(values, initializer)
-            setattr(self, name, nn.Parameter(values))
+        with training_tensors():
+            for name, shape in shapes.items():
+                values, initializer = self._like.new_zeros(shape), self._parts[name][0]
+                if initializer is None:
+                    raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
+                if name == "bias":
+                    self._fill_bias(values, initializer)
+                else:
+                    weights.fill(values, initializer)
+                setattr(self, name, nn.Parameter(values))
 
     def _fill_bias(self, bias: Tensor, initializer: Any) -> None:
         weights.fill(bias, initializer)
@@ -187,6 +188,11 @@ class Cell(Layer):
         if not training or not self.drops:
             return None, None
         kernel, draws = self.kernel, self.draws
+        if draws is not None and recomputing():
+            raise RuntimeError(
+                f"{self._owner}: expected the masks of the first pass, but with seed= each call draws its own: under "
+                "torch.utils.checkpoint leave seed at None, torch's generator is put back for the second pass"
+            )
         return (
             op.dropout_mask(draws, kernel, batch, kernel.shape[0], self.dropout, self.seed) if self.dropout else None,
             op.dropout_mask(draws, kernel, batch, self.units, self.recurrent_dropout, self.seed)

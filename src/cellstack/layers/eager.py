@@ -114,25 +114,24 @@ def lstm(
         h = h0[n].clone() if h0 else x.new_zeros(batch, units)  # a clone: with no step the result must not be the input
         c = c0[n].clone() if c0 else x.new_zeros(batch, units)
         drop = recurrent_dropout[n] if recurrent_dropout and recurrent_dropout[n].numel() else None
-        z_x = x @ kernel  # [B, T, 4H]
+        # What is masked must not meet a gradient, not even one of zero: 0·NaN is NaN.
+        z_x = (x if mask is None else torch.where(mask[:, :, None], x, 0.0)) @ kernel  # [B, T, 4H]
         if bias.numel():
             z_x = z_x + bias
         outputs, gates, cells = ([x.new_zeros(0)] * steps for _ in range(3))
         for t in reversed(range(steps)) if reverse else range(steps):
-            z = z_x[:, t] + (h if drop is None else h * drop) @ recurrent_kernel
+            used = None if mask is None else mask[:, t, None]
+            h_in, c_in = (h, c) if used is None else (torch.where(used, h, 0.0), torch.where(used, c, 0.0))
+            z = z_x[:, t] + (h_in if drop is None else h_in * drop) @ recurrent_kernel
             z_i, z_f, z_g, z_o = z.chunk(4, dim=1)
             i, f, g, o = sigma(z_i), sigma(z_f), phi(z_g), sigma(z_o)
-            c_new = f * c + i * g
+            c_new = f * c_in + i * g
             h_new = o * phi(c_new)
-            if mask is None:
-                h, c = h_new, c_new
-            else:
-                used = mask[:, t, None]
-                h, c = torch.where(used, h_new, h), torch.where(used, c_new, c)
+            h, c = (h_new, c_new) if used is None else (torch.where(used, h_new, h), torch.where(used, c_new, c))
             outputs[t] = h
             if save:
                 gate = torch.stack([i, f, g, o], dim=1)  # [B, 4, H]
-                gates[t] = gate if mask is None else torch.where(mask[:, t, None, None], gate, torch.zeros_like(gate))
+                gates[t] = gate if used is None else torch.where(used[:, :, None], gate, 0.0)
                 cells[t] = c
         x = torch.stack(outputs, dim=1) if steps else x.new_zeros(batch, 0, units)
         finals_h.append(h)

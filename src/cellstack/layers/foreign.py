@@ -121,6 +121,8 @@ def loop(
     drops = [cell.masks(batch, training) if isinstance(cell, Cell) else (None, None) for cell in cells]
     extra = [{"training": training} if takes_training(cell) else {} for cell in cells]
     first = as_parts(states[-1])[0]
+    if used is not None:  # a gradient of zero times a NaN that the mask leaves out would be NaN
+        x = torch.where(used.reshape(batch, steps, *(1,) * (x.ndim - 2)), x, 0.0)
     last: Tensor | None = None
     outputs = [x] * steps
     for t in reversed(range(steps)) if reverse else range(steps):

@@ -47,8 +47,14 @@ def _address(tensor: Tensor | None) -> int:
     return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """Return `tensor` as memory has it: numbers side by side, none of them waiting to be negated."""
+    return tensor.resolve_neg().contiguous()
+
+
 def _rows(x: Tensor) -> Tensor:
     """Return `x` with its features side by side in memory; the kernel takes any strides for batch and time."""
+    x = x.resolve_neg()
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
@@ -59,7 +65,7 @@ _UNPACKED_STEPS = 4  # rows × steps
 
 def _pack(weights: Sequence[Tensor], activation: int, recurrent_activation: int, rows_steps: int) -> tuple[Any, Any]:
     """Return the kernel's weights, and what must be kept until the call has ended."""
-    flat = [weight.contiguous() for weight in weights]
+    flat = [_plain(weight) for weight in weights]
     kernel, recurrent_kernel, bias = flat
     packed = _kernel.Packed(
         kernel.dtype == torch.float64,
@@ -91,7 +97,7 @@ def _forward(
     count, (batch, steps, _) = len(weights) // 3, x.shape
     x = _rows(x)
     mask = None if mask is None else mask.contiguous()
-    starts_h, starts_c, drops = ([t.contiguous() for t in group] for group in (h0, c0, recurrent_dropout))
+    starts_h, starts_c, drops = ([_plain(t) for t in group] for group in (h0, c0, recurrent_dropout))
     hs, cs, ys, gates, cells, layers, kept = [], [], [], [], [], [], []
     for n in range(count):
         packed, weights_kept = _pack(
@@ -159,8 +165,8 @@ def _backward(
     from_above: Tensor | None = None
     for n in reversed(range(count)):
         below = _rows(x) if n == 0 else saved[n - 1]
-        kernel, recurrent_kernel, _ = (weight.contiguous() for weight in weights[3 * n : 3 * n + 3])
-        given = [grad if grad is None else grad.contiguous() for grad in grads[n::count]]
+        kernel, recurrent_kernel, _ = (_plain(weight) for weight in weights[3 * n : 3 * n + 3])
+        given = [grad if grad is None else _plain(grad) for grad in grads[n::count]]
         dh, dc, dy, dgates, dcells = given
         if from_above is not None:
             dy = from_above if dy is None else dy + from_above
@@ -170,8 +176,8 @@ def _backward(
         # The gradient of the layer's input: a result for the lowest, for the others the dy of the next one.
         dx = results[0] if n == 0 else below.new_empty(below.shape) if any(lower) else None
         dweights = results[at_weights + 3 * n : at_weights + 3 * n + 3]
-        start_h, start_c = (h0[n].contiguous(), c0[n].contiguous()) if starts else (None, None)
-        drop = recurrent_dropout[n].contiguous() if recurrent_dropout else None
+        start_h, start_c = (_plain(h0[n]), _plain(c0[n])) if starts else (None, None)
+        drop = _plain(recurrent_dropout[n]) if recurrent_dropout else None
         _kernel.lstm_backward(
             x.dtype == torch.float64,
             batch,
@@ -275,9 +281,12 @@ def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> l
     (x,), h0, c0, weights, drops, masks = groups
     mask, saved = (masks[0] if masks else None), list(kept[at:])
     if torch.is_grad_enabled():  # create_graph: second derivatives go through the torch loop
+        # Of views: an input may depend on another one, and that way is not for this op to differentiate.
+        x, h0, c0, weights = x.view_as(x), *([t.view_as(t) for t in group] for group in (h0, c0, weights))
         functions = [_FUNCTIONS[code] for code in activations]
         outputs = eager.lstm(x, h0, c0, weights, drops, mask, functions, reverse, True, True)
-        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+        asked = zip(outputs, grads, strict=True)
+        pairs = [(out, grad) for out, grad in asked if grad is not None and out.requires_grad]
         found = torch.autograd.grad(
             [out for out, _ in pairs],
             [t for t, need in zip([x, *h0, *c0, *weights], needs, strict=True) if need],
@@ -381,9 +390,9 @@ def step(
     """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, h and c `[B, H]` or None."""
     batch = x.shape[0]
     packed, _kept = _pack(weights, activations[0], activations[1], batch)
-    x = x.contiguous()
+    x = _plain(x)  # a foreign cell's output may be a negated view
     if h is not None and c is not None:
-        h, c = h.contiguous(), c.contiguous()
+        h, c = _plain(h), _plain(c)
     h_next, c_next = x.new_empty(batch, packed.units), x.new_empty(batch, packed.units)
     layer = (packed, _address(h), _address(c), h_next.data_ptr(), c_next.data_ptr(), 0, 0, 0, 0)
     threads = 1 if batch == 1 else torch.get_num_threads()

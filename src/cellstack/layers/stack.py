@@ -118,6 +118,12 @@ def run_lstms(
         y `[B, T, H]` (where `sequences`), the last h, a `State` a cell, and a `Trace` a cell (where `traced`).
     """
     count = len(cells)
+    for cell in cells:
+        if cell._forward_pre_hooks or cell._forward_hooks:
+            raise TypeError(
+                f"{cell._owner}: expected a cell without forward hooks (pruning sets one), which a run over a sequence "
+                "doesn't call: torch.nn.utils.parametrize changes weights without them, prune.remove makes them final"
+            )
     arrays = [cell.arrays() for cell in cells]
     drops = [cell.masks(x.shape[0], training) for cell in cells]
     routes = [cell.route(weight[0])[0] for cell, weight in zip(cells, arrays, strict=True)]

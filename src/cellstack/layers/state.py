@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cellstack.layers.base import Layer, as_input
+from cellstack.layers.base import Layer, as_input, recomputing, training_tensors
 from cellstack.layers.cells import Cell
 from cellstack.layers.foreign import as_parts, cell_name, like_size
 from cellstack.spec import ShapeError, State
@@ -26,6 +26,7 @@ class StatefulLayer(Layer):
     def __init__(self, name: str | None = None) -> None:
         super().__init__(name)
         self._states: list[Any] | None = None
+        self._set_once = False  # whether the last call started from states that served it alone
 
     @property
     def cells(self) -> Sequence[Any]:
@@ -54,7 +55,8 @@ class StatefulLayer(Layer):
 
     @states.setter
     def states(self, value: Any) -> None:
-        self._states = None if value is None else self._as_states(value, None)
+        # A copy: what the caller does to its own tensors afterwards is not done to the layer's memory.
+        self._states = None if value is None else _copied(self.cells, self._as_states(value, None))
 
     def public_states(self, states: list[Any]) -> tuple[Any, ...]:
         """Return states in the order in which a call returns them: one a cell for a stack, else h, c."""
@@ -65,10 +67,12 @@ class StatefulLayer(Layer):
 
         Args:
             states: what the next call starts from; None: zeros, for whatever batch comes.
-            indices: rows of the batch to reset, the others keep theirs; `states` then has one row for each.
+            indices: rows of the batch to reset, as integers or as a mask `[B]` of bool; the others keep theirs.
+                `states` then has one row for each.
 
         Raises:
             ShapeError: a wrong shape, or `indices` where no state is held.
+            TypeError: indices that are neither.
             IndexError: a row that isn't there.
         """
         if indices is None:
@@ -76,8 +80,15 @@ class StatefulLayer(Layer):
             return
         if self._states is None:
             raise ShapeError(f"{self._owner}: expected a state whose rows can be reset, but none is held yet")
-        rows = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
         batch = as_parts(self._states[0])[0].shape[0]
+        rows = torch.as_tensor(indices)
+        if rows.dtype == torch.bool:
+            if tuple(rows.shape) != (batch,):
+                raise ShapeError(f"{self._owner}: expected indices as a mask [B={batch}], got {tuple(rows.shape)}")
+            rows = rows.nonzero()
+        elif rows.numel() and (rows.is_floating_point() or rows.is_complex()):
+            raise TypeError(f"{self._owner}: expected indices to be integers or a mask of bool, got {rows.dtype}")
+        rows = rows.to(torch.int64).reshape(-1)
         if rows.numel() and not (-batch <= int(rows.min()) and int(rows.max()) < batch):
             raise IndexError(f"{self._owner}: expected indices within a batch of {batch}, got {rows.tolist()}")
         new = None if states is None else self._as_states(states, rows.numel())
@@ -133,6 +144,14 @@ class StatefulLayer(Layer):
             states = self._as_states(initial_state, batch)
         else:
             states = self._states
+            if (self.stateful or self._set_once) and recomputing():
+                raise RuntimeError(
+                    f"{self._owner}: expected a state that a recomputation finds again, but `states` have moved on "
+                    "since the first pass: under torch.utils.checkpoint give initial_state="
+                )
+            once = not self.stateful and states is not None
+            if once != self._set_once:  # an export says no to any other assignment
+                self._set_once = once
             if states is not None and as_parts(states[0])[0].shape[0] != batch:
                 held = as_parts(states[0])[0].shape[0]
                 raise ShapeError(
@@ -144,10 +163,12 @@ class StatefulLayer(Layer):
         return states
 
     def _keep(self, states: list[Any]) -> None:
-        self._states = [
-            like_size(cell, [part.detach() for part in as_parts(state)])
-            for cell, state in zip(self.cells, states, strict=True)
-        ]
+        with training_tensors():
+            detached = [
+                like_size(cell, [part.detach() for part in as_parts(state)])
+                for cell, state in zip(self.cells, states, strict=True)
+            ]
+            self._states = _copied(self.cells, detached)  # the caller has the results, and may write into them
 
     def _apply(self, fn: Any, recurse: bool = True) -> StatefulLayer:
         super()._apply(fn, recurse)
@@ -183,3 +204,9 @@ class StatefulLayer(Layer):
             except ShapeError as error:
                 args[-1].append(str(error))  # error_msgs
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _copied(cells: Sequence[Any], states: Sequence[Any]) -> list[Any]:
+    return [
+        like_size(cell, [part.clone() for part in as_parts(state)]) for cell, state in zip(cells, states, strict=True)
+    ]

@@ -1,0 +1,298 @@
+"""Gradients of whole layers, also of second order, of negated views, and past what a mask leaves out."""
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+
+from cellstack import layers, reference
+from cellstack.layers import op
+
+BATCH, STEPS, WIDTH = 2, 3, 2
+MASK = torch.tensor([[False, True, False], [True, True, False]])
+
+
+@pytest.fixture(params=["direct", "registered"])
+def path(request, monkeypatch):
+    """Both ways to the kernel: past the dispatcher, and through it."""
+    if request.param == "registered":
+        monkeypatch.setattr(op, "direct", lambda x: False)
+
+
+def flatten(results):
+    if isinstance(results, torch.Tensor):
+        return [results]
+    return [part for result in results for part in flatten(result)]
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def function_of(layer, **kwargs):
+    """Return the layer as a function of x and of its parameters, with its dropout masks always the same."""
+    names = [name for name, _ in layer.named_parameters()]
+
+    def run(x, *values):
+        for name, buffer in layer.named_buffers():
+            if name.endswith("draws"):
+                buffer.zero_()
+        results = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,), kwargs)
+        return tuple(flatten(results))
+
+    return run, [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
+
+
+# ── Finite differences ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def lstm(units=2, **kwargs):
+    return layers.LSTM(units, input_size=WIDTH, dtype="float64", **kwargs)
+
+
+def stack(**kwargs):
+    cells = [layers.LSTMCell(2, dtype="float64"), layers.LSTMCell(3, dtype="float64", activation="softsign")]
+    return layers.RNN(cells, input_size=WIDTH, **kwargs)
+
+
+LAYERS = {
+    "last": lambda: lstm(),
+    "sequences": lambda: lstm(return_sequences=True),
+    "state": lambda: lstm(return_state=True),
+    "backwards": lambda: lstm(return_sequences=True, return_state=True, go_backwards=True),
+    "zeros": lambda: lstm(return_sequences=True, zero_output_for_mask=True),
+    "zeros at the end": lambda: lstm(zero_output_for_mask=True),
+    "stateful": lambda: lstm(return_sequences=True, return_state=True, stateful=True),
+    "dropout": lambda: lstm(return_sequences=True, dropout=0.4, recurrent_dropout=0.4, seed=5),
+    "torch loop": lambda: lstm(return_sequences=True, return_state=True, activation="silu"),
+    "stack": lambda: stack(return_sequences=True, return_state=True),
+    "stack backwards": lambda: stack(return_sequences=True, go_backwards=True),
+    **{
+        f"both, {mode}": lambda mode=mode: layers.Bidirectional(lstm(return_sequences=True, return_state=True), mode)
+        for mode in ("concat", "sum", "mul", "ave", None)
+    },
+    "both, stack": lambda: layers.Bidirectional(stack()),
+    "time distributed": lambda: layers.TimeDistributed(torch.nn.Linear(WIDTH, 2, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_layers_are_finite_differences(name, masked):
+    layer = LAYERS[name]()
+    run, parameters = function_of(layer, mask=MASK if masked else None)
+
+    def fresh(x, *values):
+        if getattr(layer, "stateful", False):
+            layer.reset_states()
+        return run(x, *values)
+
+    assert torch.autograd.gradcheck(fresh, (draw(BATCH, STEPS, WIDTH), *parameters))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["sequences", "backwards", "dropout", "torch loop", "stack", "both, concat"])
+def test_gradients_of_traces_are_finite_differences(name, masked):
+    run, parameters = function_of(LAYERS[name](), return_gates=True, mask=MASK if masked else None)
+    assert torch.autograd.gradcheck(run, (draw(BATCH, STEPS, WIDTH), *parameters))
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("stateful", [False, True])
+def test_gradients_of_a_state_are_finite_differences(stateful, given):
+    layer = lstm(return_sequences=True, return_state=True, stateful=stateful)
+
+    def run(x, h, c):
+        if given:
+            return layer(x, initial_state=(h, c))
+        layer.states = h, c
+        return layer(x)
+
+    assert torch.autograd.gradcheck(run, (draw(BATCH, STEPS, WIDTH), draw(BATCH, 2), draw(BATCH, 2)))
+
+
+# ── With a graph of the gradients ──────────────────────────────────────────────────────────────────────────────────
+
+
+def chained(x, kernel, recurrent_kernel, bias):
+    """Two calls on the same weights; the first one's state depends on x, the second one's on the first."""
+    weights, start = [kernel, recurrent_kernel, bias], x[:, 0, :1].expand(BATCH, 2)
+    options = [], None, [1, 0], False, True, True
+    h, c, y, gates, cells = op.run(x, [start.tanh()], [start], weights, *options)
+    h, c, z, *_ = op.run(x + y, [h], [c + cells[:, 0]], weights, *options)
+    return h, c, y * z, gates
+
+
+def chain():
+    return draw(BATCH, STEPS, WIDTH), draw(WIDTH, 8), draw(2, 8), draw(8)
+
+
+@pytest.mark.usefixtures("path")
+def test_a_graph_of_the_gradients_leaves_them_as_they_are():
+    inputs = chain()
+    loss = sum(part.square().sum() for part in chained(*inputs))
+    plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(loss, inputs, create_graph=True), plain, strict=True):
+        assert (a - b).abs().max() <= tolerances.REFERENCE_DOUBLE * b.abs().max()
+
+
+@pytest.mark.usefixtures("path")
+def test_second_derivatives_through_a_carried_state():
+    assert torch.autograd.gradgradcheck(chained, chain(), fast_mode=True)
+
+
+@pytest.mark.usefixtures("path")
+def test_a_tensor_given_twice_gets_each_of_its_gradients_once():
+    state, (x, *weights) = draw(BATCH, 2), chain()
+
+    def run(x, state, *weights):
+        return tuple(op.run(x, [state] * 2, [state] * 2, [*weights] * 2, [], None, [1, 0] * 2, False, True, True))
+
+    loss = sum(part.square().sum() for part in run(x, state, *weights))
+    inputs = x, state, *weights
+    plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(loss, inputs, create_graph=True), plain, strict=True):
+        assert (a - b).abs().max() <= tolerances.REFERENCE_DOUBLE * b.abs().max()
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_graph_of_the_gradients_of_what_is_partly_frozen(steps):
+    """The lower layer's results depend on nothing that is wanted, but may be part of the loss."""
+    lower, upper = [w.detach() for w in chain()[1:]], chain()[1:]
+    out = op.run(
+        torch.randn(BATCH, steps, 2).double(), [], [], [*lower, *upper], [], None, [1, 0] * 2, False, True, True
+    )
+    loss = sum(part.square().sum() for part in out)
+    plain = torch.autograd.grad(loss, upper, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(loss, upper, create_graph=True, allow_unused=True), plain, strict=True):
+        a = torch.zeros_like(b) if a is None else a
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerances.REFERENCE_DOUBLE * 10)
+
+
+# ── Negated views ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def negated(t):
+    """Return `t` as torch gives the imaginary part of a conjugate: the numbers in memory have the other sign."""
+    view = torch._neg_view(-t)
+    assert view.is_neg()
+    assert view.is_contiguous()
+    return view
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("activation", ["tanh", "silu"])
+def test_negated_views_are_the_numbers_that_they_stand_for(activation):
+    layer = layers.LSTM(4, activation=activation, return_sequences=True, return_state=True, input_size=3)
+    cell, x, state = layer.cell, torch.randn(2, 5, 3), [torch.randn(2, 4) for _ in "hc"]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for run, given in ((layer, x), (cell, x[:, 0])):
+                plain = flatten(run(given, state))
+                for a, b in zip(flatten(run(negated(given), [negated(s) for s in state])), plain, strict=True):
+                    assert torch.equal(a, b)
+                weights = {name: negated(w.detach()) for name, w in run.named_parameters()}
+                turned = torch.func.functional_call(run, weights, (given, state))
+                for a, b in zip(flatten(turned), plain, strict=True):
+                    assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("path")
+def test_negated_gradients_are_the_numbers_that_they_stand_for():
+    layer, x = layers.LSTM(4, return_sequences=True, input_size=3), torch.randn(2, 5, 3)
+    y = layer(x)
+    given = torch.randn_like(y)
+    plain = torch.autograd.grad(y, layer.cell.kernel, given, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y, layer.cell.kernel, negated(given))[0], plain)
+
+
+class Turned(torch.nn.Module):
+    """A foreign cell whose output is a negated view."""
+
+    state_size = 3
+
+    def forward(self, x, states):
+        return negated(x), states
+
+
+def test_negated_views_out_of_a_foreign_cell():
+    cell, x = layers.LSTMCell(4, input_size=3), torch.randn(2, 5, 3)
+    with torch.no_grad():
+        assert torch.equal(layers.RNN([Turned(), cell])(x), layers.RNN(cell)(x))
+
+
+# ── What a mask leaves out ─────────────────────────────────────────────────────────────────────────────────────────
+
+MASKED = {
+    "kernel": lambda: layers.LSTM(4, return_sequences=True, input_size=3),
+    "stack": lambda: layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_sequences=True, input_size=3),
+    "torch loop": lambda: layers.LSTM(4, activation="silu", return_sequences=True, input_size=3),
+    "foreign": lambda: layers.RNN([layers.LSTMCell(3, input_size=3), Tripled()], return_sequences=True),
+    "dropout": lambda: layers.LSTM(4, dropout=0.5, recurrent_dropout=0.5, seed=1, return_sequences=True, input_size=3),
+    "both": lambda: layers.Bidirectional(layers.LSTM(4, return_sequences=True, input_size=3)),
+}
+
+
+class Tripled(torch.nn.Module):
+    """A foreign cell with a weight."""
+
+    state_size = 3
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((3,), 3.0))
+
+    def forward(self, x, states):
+        h = (x * self.weight + states[0]).tanh()
+        return h, [h]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", MASKED)
+def test_what_is_masked_reaches_neither_outputs_nor_gradients(name, value):
+    layer = MASKED[name]()
+    mask = torch.tensor([[False, True, True, False, True], [False] * 5])
+    x = torch.randn(2, 5, 3)
+    results = []
+    for filler in (0.0, value):
+        layer.zero_grad()
+        for key, buffer in layer.named_buffers():
+            if key.endswith("draws"):
+                buffer.zero_()
+        leaf = torch.where(mask[:, :, None], x, filler).requires_grad_()
+        y = layer(leaf, mask=mask)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *(parameter.grad for parameter in layer.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_is_masked_reaches_nothing_in_the_reference(rng, reverse):
+    kernel, recurrent_kernel = rng.normal(size=(3, 16)), rng.normal(size=(4, 16))
+    h0, c0 = np.zeros((2, 2, 4))
+    mask = np.array([[False, True, True, False, True], [True] * 5])
+    x, results = rng.normal(size=(2, 5, 3)), []
+    for filler in (0.0, np.nan):
+        given = np.where(mask[:, :, None], x, filler), h0, c0, kernel, recurrent_kernel
+        out = reference.lstm_forward(*given, mask=mask, reverse=reverse)
+        results.append([*out, *reference.lstm_backward(out, *given, dy=out.y, mask=mask, reverse=reverse)])
+    for a, b in zip(*results, strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu"])
+def test_a_state_that_no_step_uses_reaches_no_weight(activation):
+    layer = layers.LSTM(4, activation=activation, return_sequences=True, input_size=3)
+    mask, x = torch.tensor([[True] * 5, [False] * 5]), torch.randn(2, 5, 3)
+    gradients = []
+    for filler in (0.0, float("nan")):
+        state = [torch.stack([torch.zeros(4), torch.full((4,), filler)]) for _ in "hc"]
+        layer.zero_grad()
+        y = layer(x, mask=mask, initial_state=state)
+        assert y[0].isfinite().all()
+        y[0].square().sum().backward()
+        gradients.append([parameter.grad for parameter in layer.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
