@@ -132,6 +132,22 @@ def test_threads_each_with_a_stream():
 # ── state ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_one_thread_at_a_time():
+    """Two threads in one stream would mix their frames: the second is told so, and the first goes on as if alone."""
+    net = make_lstm(8, (64, 64))
+    stream, alone = net.stream(8), net.stream(8)
+    x = make_x(net, 8, 20_000)
+    got = []
+    thread = threading.Thread(target=lambda: got.append(stream.run(x)))
+    thread.start()
+    with pytest.raises(RuntimeError, match="Stream: expected one thread at a time"):
+        while thread.is_alive():
+            stream.state  # noqa: B018  (unlike a step, it would leave nothing behind)
+    thread.join()
+    assert np.array_equal(got[0], alone.run(x))
+    assert all(same(one, other) for one, other in zip(stream.state, alone.state, strict=True))
+
+
 def test_the_state_comes_and_goes_as_copies():
     net = make_lstm(3, (4, 5))
     x, stream = make_x(net, 2, 8), net.stream(2)

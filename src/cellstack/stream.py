@@ -26,7 +26,7 @@ class Stream:
     """Frames in, what the network returns after each frame out; any chunking gives the same bits.
 
     The state lies in the kernel; the weights are the network's, shared and never written. A stream belongs to one
-    thread at a time; different streams don't touch.
+    thread at a time, and a call while another one runs is a `RuntimeError`; different streams don't touch.
 
     Args:
         network: whose nodes all run forwards: `Standardise`, `Recurrent`, `Dense`, `Activation`, `Pool("last")`.
