@@ -140,9 +140,13 @@ def test_one_thread_at_a_time():
     got = []
     thread = threading.Thread(target=lambda: got.append(stream.run(x)))
     thread.start()
-    with pytest.raises(RuntimeError, match="Stream: expected one thread at a time"):
+
+    def look_while_it_runs():
         while thread.is_alive():
             stream.state  # noqa: B018  (unlike a step, it would leave nothing behind)
+
+    with pytest.raises(RuntimeError, match="Stream: expected one thread at a time"):
+        look_while_it_runs()
     thread.join()
     assert np.array_equal(got[0], alone.run(x))
     assert all(same(one, other) for one, other in zip(stream.state, alone.state, strict=True))
