@@ -193,6 +193,18 @@ def test_4_a_seed_makes_masks_repeatable_and_resumable():
     assert torch.equal(a(x), resumed(x))
 
 
+def test_4_both_directions_draw_the_masks_of_their_seed():
+    def masks(layer):
+        return layer.cell.masks(2, True)
+
+    both = layers.Bidirectional(layers.LSTM(6, dropout=0.5, recurrent_dropout=0.5, seed=7), input_size=5)
+    for ahead, back in zip(masks(both.forward_layer), masks(both.backward_layer), strict=True):
+        assert torch.equal(ahead, back)
+    given = [layers.LSTM(6, dropout=0.5, seed=seed, go_backwards=seed == 8) for seed in (7, 8)]
+    both = layers.Bidirectional(given[0], backward_layer=given[1], input_size=50)
+    assert not torch.equal(masks(both.forward_layer)[0], masks(both.backward_layer)[0])
+
+
 @pytest.mark.parametrize("return_sequences", [False, True])
 @pytest.mark.parametrize("go_backwards", [False, True])
 @pytest.mark.parametrize("stacked", [False, True])

@@ -8,3 +8,5 @@ LOOP = 2e-6  # the fused kernel against the torch loop, both in float32
 SHARDED = 1e-6  # gradients averaged over two processes against those of one: another order of summation
 EXACT = 0.0  # linear mode: identity activations and small integers make float32 arithmetic exact
 NETWORK = 5e-6  # float32 against float64, relative to the greatest output, through up to five nodes
+DIFFERENCE = 1e-3  # central differences of step 1e-3 in float32: an output's rounding (1e-7) over the step, times ten
+BFLOAT16 = 2e-2  # what rounding a layer's input to 8 bits moves its output by, a few units of 2^-8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -126,6 +127,27 @@ def last_axis(owner: str, input_size: int | Sequence[int | None]) -> int:
     return int(width)
 
 
+def as_integer(owner: str, name: str, value: Any) -> int:
+    """Return `value` as an int, NumPy's integers too.
+
+    Raises:
+        TypeError: no integer; a bool isn't meant as one.
+    """
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{owner}: expected {name} to be an integer, got {value!r}")
+    return operator.index(value)
+
+
+def _weight(owner: str, value: Any) -> Tensor:
+    try:
+        array = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    except (ValueError, TypeError) as error:
+        raise TypeError(f"{owner}: expected weights as arrays of numbers: {error}") from None
+    if array.is_complex():
+        raise TypeError(f"{owner}: expected weights as arrays of real numbers, got {array.dtype}")
+    return array
+
+
 class Layer(nn.Module):
     """Base of all layers. A subclass records its constructor's arguments in `_config` and defines `build`."""
 
@@ -152,6 +174,14 @@ class Layer(nn.Module):
         """Make the weights for inputs of width `input_size` (or of a shape that ends in it)."""
         raise NotImplementedError
 
+    def _trains(self, training: Any) -> bool:
+        """Return the argument `training`, or the module's mode where it is None."""
+        if training is None:
+            return self.training
+        if not isinstance(training, (bool, int, np.bool_)) or training not in (0, 1):
+            raise TypeError(f"{self._owner}: expected training to be True, False or None, got {training!r}")
+        return bool(training)
+
     def get_config(self) -> dict[str, Any]:
         """Return everything that was given to the constructor, by argument."""
         return {key: describe(value) for key, value in self._config.items()}
@@ -171,8 +201,9 @@ class Layer(nn.Module):
 
         Raises:
             ShapeError: the number of arrays or a shape differs. Nothing is set then.
+            TypeError: something that is no array of real numbers.
         """
-        arrays = [w.detach() if isinstance(w, Tensor) else torch.from_numpy(np.array(w)) for w in weights]
+        arrays = [_weight(self._owner, value) for value in weights]
         if not self.built and arrays and arrays[0].ndim == 2:
             self.build(arrays[0].shape[0])
         named = list(self.named_parameters())

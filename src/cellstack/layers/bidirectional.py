@@ -154,7 +154,7 @@ class Bidirectional(Layer):
             ShapeError, TypeError, ValueError: see `RNN.forward`.
         """
         ahead, back = self.forward_layer, self.backward_layer
-        training = self.training if training is None else training
+        training = self._trains(training)
         start, start_back = self._halves(initial_state)
         zero = self.return_sequences
         run = ahead.run(sequences, start, mask, training, return_gates, zero)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.layers import eager, op, weights
-from cellstack.layers.base import Layer, as_dtype, as_input, last_axis, recomputing, training_tensors
+from cellstack.layers.base import Layer, as_dtype, as_input, as_integer, last_axis, recomputing, training_tensors
 from cellstack.spec import ACTIVATIONS, GATES, CellSpec, ShapeError, State, check_state, check_step
 
 
@@ -37,12 +37,11 @@ class Cell(Layer):
     def __init__(self, given: dict[str, Any]) -> None:
         super().__init__(given["name"])
         self._config = given
-        units, seed, device = given["units"], given["seed"], given["device"]
+        units, seed, device = as_integer(self._owner, "units", given["units"]), given["seed"], given["device"]
+        given["units"] = units
         activation, recurrent_activation = given["activation"], given["recurrent_activation"]
-        if isinstance(units, bool) or not isinstance(units, int):
-            raise TypeError(f"{self._owner}: expected units to be an integer, got {units!r}")
-        if units < 1:
-            raise ShapeError(f"{self._owner}: expected units >= 1, got {units}")
+        if not 1 <= units < 2**29:  # from here on the bytes of a recurrent kernel are past 64 bits
+            raise ShapeError(f"{self._owner}: expected units >= 1 and below {2**29}, got {units}")
         self.units = self.output_size = units
         self.state_size = [units] * len(self.State._fields)
         self.activation, self.recurrent_activation = activation, recurrent_activation
@@ -61,8 +60,10 @@ class Cell(Layer):
         self.use_bias = given["use_bias"]
         self.dropout = rate(self._owner, "dropout", given["dropout"])
         self.recurrent_dropout = rate(self._owner, "recurrent_dropout", given["recurrent_dropout"])
-        if seed is not None and (not isinstance(seed, int) or abs(seed) >= 2**63):
-            raise TypeError(f"{self._owner}: expected seed to be an integer of 64 bits or None, got {seed!r}")
+        if seed is not None:
+            given["seed"] = seed = as_integer(self._owner, "seed", seed)
+            if abs(seed) >= 2**63:
+                raise TypeError(f"{self._owner}: expected seed to be an integer of 64 bits or None, got {seed!r}")
         self.seed = seed
         self.register_buffer("draws", None if seed is None or not self.drops else torch.zeros((), dtype=torch.int64))
         roles = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
@@ -347,7 +348,7 @@ class LSTMCell(Cell):
         if kernel is None:
             self.build(x.shape[1])
         state = None if states is None else self.as_state(self._owner, states, x.shape[0])
-        drops = self.masks(x.shape[0], self.training if training is None else training)
+        drops = self.masks(x.shape[0], self._trains(training))
         h, c = self.step(x, state, drops)
         return h, [h, c]
 

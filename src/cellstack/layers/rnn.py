@@ -115,14 +115,17 @@ class RNN(StatefulLayer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_activity": None}  # belongs to a graph, which can't be copied
+        return {**super().__getstate__(), "_activity": None}  # belongs to a graph, which can't be copied
 
     def _loss_terms(self) -> Iterator[Tensor]:
         if self._activity is not None:
             yield self._activity
 
     def plan(self) -> Plan:
-        """Say which kernel runs each layer of the stack, and why; one line a layer."""
+        """Say which kernel runs each layer of the stack, and why; one line a layer.
+
+        It runs the layer and its first derivatives: with `create_graph=True` the torch loop differentiates.
+        """
         lines = []
         for n, cell in enumerate(self.cells):
             head = f"{self._owner} layer {n} {cell_name(cell)}"
@@ -188,7 +191,7 @@ class RNN(StatefulLayer):
             used = as_mask(owner, mask, x)
             check_mask(owner, tuple(used.shape), batch, steps)
         states = self._start(initial_state, batch)
-        training = self.training if training is None else training
+        training = self._trains(training)
         if self._fusable:
             y, last, states, traces = run_lstms(
                 self.cells, x, states, used, training, return_gates, self.go_backwards, self.return_sequences
@@ -299,7 +302,7 @@ class LSTM(RNN):
         # The cell is named after the layer, so that its errors are the layer's.
         cell = LSTMCell(**{key: value for key, value in given.items() if key not in (*of_layer, *shared)}, name=name)
         super().__init__(cell, **{key: given[key] for key in of_layer}, **shared)
-        self._config = given
+        self._config = {**given, "units": cell.units, "seed": cell.seed}
 
     units = of_cell("units")
     input_size = of_cell("input_size")

@@ -80,6 +80,9 @@ class StackedRNNCells(Layer):
 
         Returns:
             The top cell's output, and the new states, one entry a cell.
+
+        Raises:
+            ShapeError, TypeError, ValueError: see `cellstack.layers`.
         """
         if len(states) != len(self.cells):
             raise ShapeError(f"{self._owner}: expected {len(self.cells)} states, one a cell, got {len(states)}")
@@ -91,7 +94,7 @@ class StackedRNNCells(Layer):
             begin = [
                 c.as_state(self._owner, s, x.shape[0], n) for n, (c, s) in enumerate(zip(cells, states, strict=True))
             ]
-            training = self.training if training is None else training
+            training = self._trains(training)
             _, last, ends, _ = run_lstms(cells, x.unsqueeze(1), begin, None, training, False, False, False)
             return last, [list(state) for state in ends]
         new_states = []

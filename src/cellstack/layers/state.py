@@ -58,6 +58,16 @@ class StatefulLayer(Layer):
         # A copy: what the caller does to its own tensors afterwards is not done to the layer's memory.
         self._states = None if value is None else _copied(self.cells, self._as_states(value, None))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy and pickle: a state that some graph led to is copied as numbers; the graph can't be.
+        states = self._states
+        if states is not None:
+            states = [
+                like_size(cell, [part if part.is_leaf else part.detach() for part in as_parts(state)])
+                for cell, state in zip(self.cells, states, strict=True)
+            ]
+        return {**self.__dict__, "_states": states}
+
     def public_states(self, states: list[Any]) -> tuple[Any, ...]:
         """Return states in the order in which a call returns them: one a cell for a stack, else h, c."""
         return tuple(states) if self.stacked else as_parts(states[0])
@@ -184,7 +194,7 @@ class StatefulLayer(Layer):
         if self.stateful and self._states is not None:
             for n, state in enumerate(self._states):
                 for k, part in enumerate(as_parts(state)):
-                    destination[f"{prefix}states.{n}.{self._key(state, k)}"] = part
+                    destination[f"{prefix}states.{n}.{self._key(state, k)}"] = part if keep_vars else part.detach()
 
     @staticmethod
     def _key(state: Any, k: int) -> str:
