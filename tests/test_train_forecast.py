@@ -186,3 +186,11 @@ def test_a_forecast_beyond_the_calendar(tmp_path):
 
 def test_errors_of_nothing_are_not_a_number():
     assert np.isnan(list(errors(np.ones(2), np.full(2, np.nan)).values())).all()
+
+
+@pytest.mark.parametrize("days", [(1, 2, 2, 3), (1, 3, 2, 4)])
+def test_dates_that_do_not_rise_are_refused(tmp_path, days):
+    file = tmp_path / "a.csv"
+    file.write_text("date,y\n" + "".join(f"2024-01-0{day},{day}.5\n" for day in days))
+    with pytest.raises(FormatError, match="expected dates that rise in column date"):
+        read_csv(file)

@@ -126,6 +126,9 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
         if (dates := _dates(cells[name])) is not None:
             date = name
             break
+    else:
+        for name in names:
+            _refuse_unordered(path, name, cells[name])
     columns, texts = {}, []
     for name in names:
         if name == date:
@@ -174,6 +177,20 @@ def _is_number(cell: str) -> bool:
         return bool(np.isfinite(float(cell)))
     except ValueError:
         return False
+
+
+def _refuse_unordered(path: Path, name: str, cells: tuple[str, ...]) -> None:
+    """Raise `FormatError` where a column is one of dates (ISO form, with dashes) that don't rise."""
+    try:
+        dates = [datetime.fromisoformat(cell) for cell in cells if "-" in cell[1:]]
+    except ValueError:
+        return
+    if len(dates) == len(cells) and len({date.tzinfo is None for date in dates}) == 1:
+        for a, b in pairwise(dates):
+            if not a < b:
+                raise FormatError(
+                    f"{path}: expected dates that rise in column {name}, found {b} after {a}: sort the rows"
+                )
 
 
 def _dates(cells: tuple[str, ...]) -> list[datetime] | None:

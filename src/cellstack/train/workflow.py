@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cellstack.network import Network
+from cellstack.spec import FormatError
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Examples, Inputs, Labelled, split, spread
@@ -103,6 +104,8 @@ def train_sequences(
     classify = bool(training.labels)
     if classify and len(np.unique(training.y)) < 2:
         raise UsageError(f"{training.name}: expected sequences of at least two classes, got one")
+    if test is not None and test.channels != training.channels:  # before the work, not after it
+        raise FormatError(f"{test.name}: expected {training.channels} channels, as trained on, found {test.channels}")
     examples = Labelled(training)
     kept, held = split(training.y, control.validation, np.random.default_rng(settings.seed))
     inputs = Inputs.measure(examples, kept)
