@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cellstack
+from cellstack import layers
 
 SOURCE = Path(cellstack.__file__).parent
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
@@ -154,7 +155,15 @@ def public():
                     yield f"{name}.{key}", member
 
 
-PUBLIC = dict(public())
+def public_layers():
+    for name in layers.__all__:
+        value = getattr(layers, name)
+        yield f"layers.{name}", value
+        if "forward" in vars(value):
+            yield f"layers.{name}.forward", value.forward
+
+
+PUBLIC = dict([*public(), *public_layers()])
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -172,7 +181,9 @@ def test_what_is_public_is_documented(name):
             assert all(re.search(rf"\b{key}\b", text) for key in parameters), f"{name}: {parameters}"
         if parameters and annotation not in (None, "None") and not name.startswith(("Standardise.", "Activation.")):
             assert re.search(r"Returns?\b", text), f"{name}: Returns"
-    elif inspect.isclass(value) and "Error" not in name and name not in ("State", "Trace"):
+        if name.startswith("layers.") and name.endswith(".forward"):
+            assert "Raises:" in text, f"{name}: Raises"
+    elif inspect.isclass(value) and "Error" not in name and name.split(".")[-1] not in ("State", "Trace"):
         assert "Args:" in text, f"{name}: Args"
         assert "Raises:" in text, f"{name}: Raises"
 

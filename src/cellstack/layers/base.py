@@ -244,6 +244,12 @@ class Layer(nn.Module):
 def losses(module: nn.Module) -> list[Tensor]:
     """Return the regularisation terms of all layers within `module`; add their sum to the loss.
 
+    Args:
+        module: any torch module.
+
+    Returns:
+        One scalar tensor a term: of the weights as they are, and of the outputs of each layer's last call.
+
     >>> from cellstack import layers
     >>> [term.ndim for term in layers.losses(torch.nn.Sequential(layers.LSTMCell(4, kernel_regularizer="l2",
     ...                                                                          input_size=3)))]
@@ -253,7 +259,11 @@ def losses(module: nn.Module) -> list[Tensor]:
 
 
 def apply_constraints(module: nn.Module) -> None:
-    """Apply the constraints of all layers within `module`; to be called after each step of an optimiser."""
+    """Apply the constraints of all layers within `module`; to be called after each step of an optimiser.
+
+    Args:
+        module: any torch module; its weights are changed in place.
+    """
     for part in module.modules():
         if isinstance(part, Layer):
             part._constrain()
