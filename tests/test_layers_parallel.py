@@ -29,13 +29,18 @@ def work(rank, folder):
     importlib.import_module("torch._dynamo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        parallel = DistributedDataParallel(model())
-        for _ in range(2):
-            parallel.zero_grad()
-            parallel(batch()[rank::2]).square().mean().backward()
-        torch.save([p.grad for p in parallel.parameters()], f"{folder}/{rank}.pt")
+        train(rank, folder)
     finally:
         dist.destroy_process_group()
+
+
+def train(rank, folder):
+    # A function of its own: the model has to be gone before its group, whose threads it would else wait for for ever.
+    parallel = DistributedDataParallel(model())
+    for _ in range(2):
+        parallel.zero_grad()
+        parallel(batch()[rank::2]).square().mean().backward()
+    torch.save([p.grad for p in parallel.parameters()], f"{folder}/{rank}.pt")
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
