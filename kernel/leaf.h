@@ -1,4 +1,5 @@
-// What one instruction set offers: the inner routines, for one thread, over rows and steps that sequence.cpp hands out.
+// What one instruction set offers: the inner routines, for one thread, over rows and steps that sequence.cpp and
+// gradients.cpp hand out.
 //
 // Panels. Weights of a layer are stored by blocks of W units (W = lanes of a vector): for each k, the four gates' W
 // columns side by side, `[block][k][4][W]`, zeros beyond H. One block's sums of one row are four registers, and i, f,
@@ -34,7 +35,7 @@ struct Forward {
     int64_t x_row, x_time;
     const uint8_t* mask;         // [rows][steps] or null
     const T* recurrent_dropout;  // [rows][H] or null
-    T *h, *h_next;               // [rows][blocks·W]; swapped after every step, so `h` is the state for even n-first
+    T *h, *h_next;               // [rows][blocks·W]; swapped after every step: `h` is the state
     T* h_kept;                   // [rows][blocks·W], h before recurrent dropout; null without it
     T* c;                        // [rows][blocks·W]
     T *y, *cells;                // element (r, t) at r·steps·H + t·H, or null; y has strides of its own

@@ -10,3 +10,6 @@ EXACT = 0.0  # linear mode: identity activations and small integers make float32
 NETWORK = 5e-6  # float32 against float64, relative to the greatest output, through up to five nodes
 DIFFERENCE = 1e-3  # central differences of step 1e-3 in float32: an output's rounding (1e-7) over the step, times ten
 BFLOAT16 = 2e-2  # what rounding a layer's input to 8 bits moves its output by, a few units of 2^-8
+KERNEL = {"float32": 2e-5, "float64": 1e-12}  # the kernel against the reference, relative to the greatest entry above 1
+KERNEL_GRADIENT = 10  # times that: sums over all steps and rows, of random gradients into all five results
+KERNEL_ACTIVATIONS = 1e-11  # float64, any pair of activations: values grow without bound under some
