@@ -2,11 +2,13 @@
 // checked in Python, before anything here is called; see cell.h for what each pointer means.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -24,45 +26,79 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// A layer of lstm_forward: the weights, then eight addresses.
+// The addresses in a tuple, one after the other.
+class Addresses {
+  public:
+    Addresses(const nb::tuple& tuple, size_t count, const char* what) : tuple_(tuple) {
+        if (tuple.size() != count)
+            throw nb::value_error((std::string(what) + ": expected " + std::to_string(count) + " entries").c_str());
+    }
+    template <class T>
+    T* next() {
+        return at<T>(nb::cast<uintptr_t>(tuple_[at_++]));
+    }
+    nb::handle object() { return tuple_[at_++]; }
+
+  private:
+    nb::tuple tuple_;
+    size_t at_ = 0;
+};
+
 template <class T>
-Layer<T> layer_of(const nb::tuple& t) {
-    if (t.size() != 9) throw nb::value_error("lstm_forward: a layer is a tuple of nine");
-    const auto address = [&](int k) { return nb::cast<uintptr_t>(t[k]); };
-    return {nb::cast<const Packed<T>*>(t[0]),
-            at<T>(address(1)),
-            at<T>(address(2)),
-            at<T>(address(3)),
-            at<T>(address(4)),
-            at<T>(address(5)),
-            at<T>(address(6)),
-            at<T>(address(7)),
-            at<T>(address(8))};
+Arrays<T> arrays_of(const nb::tuple& tuple) {
+    Addresses a(tuple, kArrays, "arrays");
+    Arrays<T> arrays;
+    T** const all[] = {&arrays.kernel,     &arrays.recurrent_kernel, &arrays.bias,           &arrays.peepholes,
+                       &arrays.projection, &arrays.kernel_gain,      &arrays.recurrent_gain, &arrays.cell_gain,
+                       &arrays.cell_bias,  &arrays.initial_h,        &arrays.initial_c};
+    for (T** array : all) *array = a.next<T>();
+    return arrays;
 }
 
 template <class T>
-void forward(int64_t batch, int64_t steps, const nb::list& layers, uintptr_t x, int64_t stride_batch,
-             int64_t stride_time, uintptr_t mask, bool reverse, int threads) {
+Drops<T> drops_of(Addresses& a) {
+    const T* recurrent = a.next<const T>();
+    const T* zoneout = a.next<const T>();
+    return {recurrent, zoneout, a.next<const T>()};
+}
+
+template <class T>
+void run_forward(int64_t batch, int64_t steps, const nb::list& layers, uintptr_t x, int64_t stride_batch,
+                 int64_t stride_time, uintptr_t mask, uintptr_t reset, bool reverse, int threads) {
     std::vector<Layer<T>> all;
-    for (nb::handle layer : layers) all.push_back(layer_of<T>(nb::cast<nb::tuple>(layer)));
+    for (nb::handle entry : layers) {
+        Addresses a(nb::cast<nb::tuple>(entry), 12, "forward: a layer");
+        Layer<T> layer;
+        layer.weights = nb::cast<const Packed<T>*>(a.object());
+        layer.h0 = a.next<const T>(), layer.c0 = a.next<const T>();
+        layer.hn = a.next<T>(), layer.cn = a.next<T>(), layer.y = a.next<T>();
+        layer.gates = a.next<T>(), layer.cells = a.next<T>(), layer.norms = a.next<T>();
+        layer.drops = drops_of<T>(a);
+        all.push_back(layer);
+    }
     nb::gil_scoped_release released;
-    lstm_forward<T>({batch, steps, at<T>(x), stride_batch, stride_time, at<uint8_t>(mask), reverse}, all, threads);
+    forward<T>({batch, steps, at<T>(x), stride_batch, stride_time, at<uint8_t>(mask), at<uint8_t>(reset), reverse}, all,
+               threads);
 }
 
 template <class T>
-void backward(int64_t batch, int64_t steps, int64_t input, int64_t units, uintptr_t kernel, uintptr_t recurrent_kernel,
-              uintptr_t x, int64_t stride_batch, int64_t stride_time, uintptr_t h0, uintptr_t c0, uintptr_t y,
-              uintptr_t gates, uintptr_t cells, uintptr_t recurrent_dropout, uintptr_t mask, uintptr_t dy,
-              uintptr_t dhn, uintptr_t dcn, uintptr_t dgates, uintptr_t dcells, uintptr_t dx, uintptr_t dh0,
-              uintptr_t dc0, uintptr_t dkernel, uintptr_t drecurrent_kernel, uintptr_t dbias, int activation,
-              int recurrent_activation, bool reverse, int threads) {
+void run_backward(const Description& description, int64_t batch, int64_t steps, const nb::tuple& arrays, uintptr_t x,
+                  int64_t stride_batch, int64_t stride_time, uintptr_t mask, uintptr_t reset, bool reverse,
+                  const nb::tuple& saved, const nb::tuple& given, const nb::tuple& wanted, int threads) {
+    Addresses s(saved, 9, "backward: saved"), d(given, 5, "backward: given"), w(wanted, 4, "backward: wanted");
+    Saved<T> kept;
+    kept.description = &description, kept.arrays = arrays_of<const T>(arrays);
+    kept.h0 = s.next<const T>(), kept.c0 = s.next<const T>(), kept.y = s.next<const T>();
+    kept.gates = s.next<const T>(), kept.cells = s.next<const T>(), kept.norms = s.next<const T>();
+    kept.drops = drops_of<T>(s);
+    Gradients<T> g;
+    g.dy = d.next<const T>(), g.dhn = d.next<const T>(), g.dcn = d.next<const T>();
+    g.dgates = d.next<const T>(), g.dcells = d.next<const T>();
+    g.dx = w.next<T>(), g.dh0 = w.next<T>(), g.dc0 = w.next<T>();
+    g.arrays = arrays_of<T>(nb::cast<nb::tuple>(w.object()));
     nb::gil_scoped_release released;
-    lstm_backward<T>({batch, steps, at<T>(x), stride_batch, stride_time, at<uint8_t>(mask), reverse},
-                     {input, units, at<T>(kernel), at<T>(recurrent_kernel), at<T>(h0), at<T>(c0), at<T>(y),
-                      at<T>(gates), at<T>(cells), at<T>(recurrent_dropout), activation, recurrent_activation},
-                     {at<T>(dy), at<T>(dhn), at<T>(dcn), at<T>(dgates), at<T>(dcells), at<T>(dx), at<T>(dh0),
-                      at<T>(dc0), at<T>(dkernel), at<T>(drecurrent_kernel), at<T>(dbias)},
-                     threads);
+    backward<T>({batch, steps, at<T>(x), stride_batch, stride_time, at<uint8_t>(mask), at<uint8_t>(reset), reverse},
+                kept, g, threads);
 }
 
 template <class T>
@@ -113,26 +149,38 @@ class BoundStream {
         nb::gil_scoped_release released;
         stream_.run(x.data(), y.data(), int64_t(x.shape(1)));
     }
+    void reset() {
+        const InUse in_use(busy_);
+        stream_.reset();
+    }
     nb::list get_state() {
         const InUse in_use(busy_);
         nb::list states;
         for (size_t l = 0; l < stream_.weights().size(); ++l) {
-            const size_t shape[2] = {size_t(stream_.batch()), size_t(stream_.weights()[l]->units())};
-            Array<T> h = new_array<T>({shape[0], shape[1]}), c = new_array<T>({shape[0], shape[1]});
-            stream_.get_state(int(l), h.data(), c.data());
-            states.append(nb::make_tuple(h, c));
+            const Description& d = description(l);
+            Array<T> h = new_array<T>({size_t(stream_.batch()), size_t(d.output)});
+            if (d.kind == kLstm) {
+                Array<T> c = new_array<T>({size_t(stream_.batch()), size_t(d.units)});
+                stream_.get_state(int(l), h.data(), c.data());
+                states.append(nb::make_tuple(h, c));
+            } else {
+                stream_.get_state(int(l), h.data(), nullptr);
+                states.append(nb::make_tuple(h));
+            }
         }
         return states;
     }
-    void set_state(size_t layer, const nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>& h,
-                   const nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>& c) {
+    using State = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+    void set_state(size_t layer, const State& h, std::optional<State> c) {
         if (layer >= stream_.weights().size()) throw nb::index_error("Stream: no such layer");
-        for (const auto* array : {&h, &c})
-            if (int64_t(array->shape(0)) != stream_.batch() ||
-                int64_t(array->shape(1)) != stream_.weights()[layer]->units())
-                throw nb::value_error("Stream: a state has the wrong shape");
+        const Description& d = description(layer);
+        const auto fits = [&](const State& array, int64_t width) {
+            return int64_t(array.shape(0)) == stream_.batch() && int64_t(array.shape(1)) == width;
+        };
+        if (!fits(h, d.output) || c.has_value() != (d.kind == kLstm) || (c && !fits(*c, d.units)))
+            throw nb::value_error("Stream: a state has the wrong shape");
         const InUse in_use(busy_);
-        stream_.set_state(int(layer), h.data(), c.data());
+        stream_.set_state(int(layer), h.data(), c ? c->data() : nullptr);
     }
 
   private:
@@ -145,9 +193,10 @@ class BoundStream {
     void check(size_t x_batch, size_t x_width, size_t y_batch, size_t y_width) const {
         const auto& w = stream_.weights();
         if (int64_t(x_batch) != stream_.batch() || int64_t(y_batch) != stream_.batch() ||
-            int64_t(x_width) != w.front()->input() || int64_t(y_width) != w.back()->units())
+            int64_t(x_width) != w.front()->description().input || int64_t(y_width) != w.back()->description().output)
             throw nb::value_error("Stream: x or y has the wrong shape");
     }
+    const Description& description(size_t layer) const { return stream_.weights()[layer]->description(); }
     nb::list kept_;
     Stream<T> stream_;
     std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
@@ -156,14 +205,29 @@ class BoundStream {
 template <class T>
 void bind(nb::module_& m, const char* packed, const char* stream) {
     nb::class_<Packed<T>>(m, packed)
-        .def_prop_ro("input_size", &Packed<T>::input)
-        .def_prop_ro("units", &Packed<T>::units)
+        .def_prop_ro("input_size", [](const Packed<T>& p) { return p.description().input; })
+        .def_prop_ro("units", [](const Packed<T>& p) { return p.description().units; })
+        .def_prop_ro("output_size", [](const Packed<T>& p) { return p.description().output; })
         .def_prop_ro("double", [](const Packed<T>&) { return sizeof(T) == 8; });
     nb::class_<BoundStream<T>>(m, stream)
         .def("step", &BoundStream<T>::step, "x"_a.noconvert(), "y"_a.noconvert())
         .def("run", &BoundStream<T>::run, "x"_a.noconvert(), "y"_a.noconvert())
+        .def("reset", &BoundStream<T>::reset)
         .def("get_state", &BoundStream<T>::get_state)
-        .def("set_state", &BoundStream<T>::set_state, "layer"_a, "h"_a.noconvert(), "c"_a.noconvert());
+        .def("set_state", &BoundStream<T>::set_state, "layer"_a, "h"_a.noconvert(), "c"_a.noconvert() = nb::none());
+}
+
+template <class T>
+void bind_activate(nb::module_& m) {
+    using In = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+    using Out = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+    m.def(
+        "activate",
+        [](int code, double alpha, double beta, const In& x, const Out& y) {
+            activate({code, alpha, beta}, x.data(), y.data(), int64_t(std::min(x.size(), y.size())));
+        },
+        "code"_a, "alpha"_a, "beta"_a, "x"_a.noconvert(), "y"_a.noconvert(),
+        "One activation over an array, for tests.");
 }
 
 bool is_double(const nb::handle& packed) { return nb::isinstance<Packed<double>>(packed); }
@@ -172,7 +236,7 @@ bool is_double(const nb::handle& packed) { return nb::isinstance<Packed<double>>
 
 NB_MODULE(_kernel, m) {
     nb::set_leak_warnings(false);  // weights that a module of the user's still holds at exit are no leak
-    m.doc() = "The kernel: LSTM steps and sequences on the CPU. Addresses are integers; nothing checks shapes here.";
+    m.doc() = "The kernel: recurrent cells on the CPU. Addresses are integers; nothing checks shapes here.";
     if (const char* asked = std::getenv("CELLSTACK_ISA"); asked && !set_instruction_set(asked)) {
         std::string message = std::string("CELLSTACK_ISA: expected one of this machine's instruction sets (");
         for (const char* name : instruction_sets()) message += std::string(name) + ", ";
@@ -198,20 +262,37 @@ NB_MODULE(_kernel, m) {
         },
         "name"_a, "Use another instruction set for weights packed from now on.");
 
+    nb::class_<Description>(m, "Description")
+        .def(
+            "__init__",
+            [](Description* self, int kind, int64_t input, int64_t units, int64_t output, const nb::list& activations,
+               bool bias, bool peepholes, bool coupled, bool layer_norm, bool reset_after, double epsilon, double clip,
+               double cell_clip, double zoneout, double zoneout_cell) {
+                if (activations.size() > 5) throw nb::value_error("Description: at most five activations");
+                Description d{};
+                d.kind = kind, d.input = input, d.units = units, d.output = output;
+                for (size_t k = 0; k < activations.size(); ++k) {
+                    const nb::tuple a = nb::cast<nb::tuple>(activations[k]);
+                    d.activations[k] = {nb::cast<int>(a[0]), nb::cast<double>(a[1]), nb::cast<double>(a[2])};
+                }
+                d.bias = bias, d.peepholes = peepholes, d.coupled = coupled, d.layer_norm = layer_norm;
+                d.reset_after = reset_after, d.epsilon = epsilon, d.clip = clip, d.cell_clip = cell_clip;
+                d.zoneout = zoneout, d.zoneout_cell = zoneout_cell;
+                new (self) Description(d);
+            },
+            "kind"_a, "input_size"_a, "units"_a, "output_size"_a, "activations"_a, "use_bias"_a, "peepholes"_a,
+            "coupled"_a, "layer_norm"_a, "reset_after"_a, "norm_epsilon"_a, "clip"_a, "cell_clip"_a, "zoneout"_a,
+            "zoneout_cell"_a, "A cell without its arrays: cellstack.native makes one of a CellSpec.");
     m.def(
         "Packed",
-        [](bool twice, int64_t input, int64_t units, uintptr_t kernel, uintptr_t recurrent_kernel, uintptr_t bias,
-           int activation, int recurrent_activation, bool copy) -> nb::object {
+        [](bool twice, const Description& description, const nb::tuple& arrays, bool copy) -> nb::object {
             if (twice)
-                return nb::cast(new Packed<double>(input, units, at<double>(kernel), at<double>(recurrent_kernel),
-                                                   at<double>(bias), activation, recurrent_activation, copy),
+                return nb::cast(new Packed<double>(description, arrays_of<const double>(arrays), copy),
                                 nb::rv_policy::take_ownership);
-            return nb::cast(new Packed<float>(input, units, at<float>(kernel), at<float>(recurrent_kernel),
-                                              at<float>(bias), activation, recurrent_activation, copy),
+            return nb::cast(new Packed<float>(description, arrays_of<const float>(arrays), copy),
                             nb::rv_policy::take_ownership);
         },
-        "double"_a, "input_size"_a, "units"_a, "kernel"_a, "recurrent_kernel"_a, "bias"_a, "activation"_a,
-        "recurrent_activation"_a, "copy"_a = true);
+        "double"_a, "description"_a, "arrays"_a, "copy"_a = true);
     m.def(
         "Stream",
         [](const nb::list& packed, int64_t batch) -> nb::object {
@@ -221,45 +302,27 @@ NB_MODULE(_kernel, m) {
         },
         "packed_list"_a, "batch"_a);
     m.def(
-        "lstm_forward",
+        "forward",
         [](int64_t batch, int64_t steps, const nb::list& layers, uintptr_t x, int64_t stride_batch, int64_t stride_time,
-           uintptr_t mask, bool reverse, int threads) {
-            if (!layers.size()) throw nb::value_error("lstm_forward: no layers");
+           uintptr_t mask, uintptr_t reset, bool reverse, int threads) {
+            if (!layers.size()) throw nb::value_error("forward: no layers");
             const bool twice = is_double(nb::cast<nb::tuple>(layers[0])[0]);
-            (twice ? forward<double> : forward<float>)(batch, steps, layers, x, stride_batch, stride_time, mask,
-                                                       reverse, threads);
+            (twice ? run_forward<double> : run_forward<float>)(batch, steps, layers, x, stride_batch, stride_time, mask,
+                                                               reset, reverse, threads);
         },
-        "batch"_a, "steps"_a, "layers"_a, "x"_a, "x_stride_b"_a, "x_stride_t"_a, "mask"_a, "reverse"_a, "threads"_a);
+        "batch"_a, "steps"_a, "layers"_a, "x"_a, "x_stride_b"_a, "x_stride_t"_a, "mask"_a, "reset"_a, "reverse"_a,
+        "threads"_a);
     m.def(
-        "lstm_backward",
-        [](bool twice, int64_t batch, int64_t steps, int64_t input, int64_t units, uintptr_t kernel,
-           uintptr_t recurrent_kernel, uintptr_t x, int64_t stride_batch, int64_t stride_time, uintptr_t h0,
-           uintptr_t c0, uintptr_t y, uintptr_t gates, uintptr_t cells, uintptr_t recurrent_dropout, uintptr_t mask,
-           uintptr_t dy, uintptr_t dhn, uintptr_t dcn, uintptr_t dgates, uintptr_t dcells, uintptr_t dx, uintptr_t dh0,
-           uintptr_t dc0, uintptr_t dkernel, uintptr_t drecurrent_kernel, uintptr_t dbias, int activation,
-           int recurrent_activation, bool reverse, int threads) {
-            (twice ? backward<double> : backward<float>)(batch, steps, input, units, kernel, recurrent_kernel, x,
-                                                         stride_batch, stride_time, h0, c0, y, gates, cells,
-                                                         recurrent_dropout, mask, dy, dhn, dcn, dgates, dcells, dx, dh0,
-                                                         dc0, dkernel, drecurrent_kernel, dbias, activation,
-                                                         recurrent_activation, reverse, threads);
+        "backward",
+        [](bool twice, const Description& description, int64_t batch, int64_t steps, const nb::tuple& arrays,
+           uintptr_t x, int64_t stride_batch, int64_t stride_time, uintptr_t mask, uintptr_t reset, bool reverse,
+           const nb::tuple& saved, const nb::tuple& given, const nb::tuple& wanted, int threads) {
+            (twice ? run_backward<double> : run_backward<float>)(description, batch, steps, arrays, x, stride_batch,
+                                                                 stride_time, mask, reset, reverse, saved, given,
+                                                                 wanted, threads);
         },
-        "double"_a, "batch"_a, "steps"_a, "input_size"_a, "units"_a, "kernel"_a, "recurrent_kernel"_a, "x"_a,
-        "x_stride_b"_a, "x_stride_t"_a, "h0"_a, "c0"_a, "y"_a, "gates"_a, "cells"_a, "recurrent_dropout"_a, "mask"_a,
-        "dy"_a, "dhn"_a, "dcn"_a, "dgates"_a, "dcells"_a, "dx"_a, "dh0"_a, "dc0"_a, "dkernel"_a, "drecurrent_kernel"_a,
-        "dbias"_a, "activation"_a, "recurrent_activation"_a, "reverse"_a, "threads"_a);
-    m.def(
-        "activate",
-        [](int activation, const nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& x,
-           const nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& y) {
-            activate(activation, x.data(), y.data(), int64_t(std::min(x.size(), y.size())));
-        },
-        "activation"_a, "x"_a.noconvert(), "y"_a.noconvert(), "One activation over an array, for tests.");
-    m.def(
-        "activate",
-        [](int activation, const nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>& x,
-           const nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>& y) {
-            activate(activation, x.data(), y.data(), int64_t(std::min(x.size(), y.size())));
-        },
-        "activation"_a, "x"_a.noconvert(), "y"_a.noconvert());
+        "double"_a, "description"_a, "batch"_a, "steps"_a, "arrays"_a, "x"_a, "x_stride_b"_a, "x_stride_t"_a, "mask"_a,
+        "reset"_a, "reverse"_a, "saved"_a, "given"_a, "wanted"_a, "threads"_a);
+    bind_activate<float>(m);
+    bind_activate<double>(m);
 }

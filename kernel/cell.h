@@ -1,16 +1,16 @@
-// cellstack's native API: LSTM steps and sequences, forward and backward, on the CPU. Knows no Python and no torch.
+// cellstack's native API: steps and sequences of recurrent cells, forward and backward, on the CPU. Knows no Python and
+// no torch. The equations of every cell and flag: cells.h, and src/cellstack/reference.py.
 //
-//     z = x·kernel + h_prev·recurrent_kernel + bias          kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H]
-//     i, f, o = recurrent_activation(z_i, z_f, z_o)          g = activation(z_g)
-//     c = f·c_prev + i·g                                     h = o·activation(c)
-//
-// Gate order i, f, g, o in every array of 4H columns. All arrays are the caller's, in row-major order, of type T (float
-// or double), and must outlive the call; a null pointer means what stands beside it. Shapes are not checked here. Every
-// call is safe from any thread; weights (Packed) are never written after they are made.
+// Blocks of H columns a gate, in the order i f g o (LSTM; without f where coupled), z r g (GRU), g (SimpleRNN). All
+// arrays are the caller's, in row-major order, of type T (float or double), and must outlive the call; a null pointer
+// means what stands beside it. Shapes are not checked here. Every call is safe from any thread; weights (Packed) are
+// never written after they are made.
 #pragma once
 #include <cstdint>
 #include <memory>
 #include <vector>
+
+#include "description.h"
 
 namespace cellstack {
 
@@ -19,22 +19,20 @@ std::vector<const char*> instruction_sets();
 const char* instruction_set();
 bool set_instruction_set(const char* name);  // false: not among instruction_sets()
 
-void activate(int activation, const float* x, float* y, int64_t n);
-void activate(int activation, const double* x, double* y, int64_t n);
+void activate(const Activation& activation, const float* x, float* y, int64_t n);
+void activate(const Activation& activation, const double* x, double* y, int64_t n);
 
 // Weights of one cell in the layout of the instruction set that was in use when they were packed.
 template <class T>
 class Packed {
   public:
-    // kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H] or null (zeros). With `copy` they are packed and not needed
-    // any more afterwards; without, they are read where they lie, at each call, and must outlive this object: slower by
-    // the step, but a call of a few steps costs less than packing. The bits are the same.
-    Packed(int64_t input, int64_t units, const T* kernel, const T* recurrent_kernel, const T* bias, int activation,
-           int recurrent_activation, bool copy = true);
+    // With `copy` the arrays are packed and not needed any more afterwards; without, they are read where they lie, at
+    // each call, and must outlive this object: slower by the step, but a call of a few steps costs less than packing.
+    // The bits are the same.
+    Packed(const Description& description, const Arrays<const T>& arrays, bool copy = true);
     ~Packed();
     Packed(const Packed&) = delete;
-    int64_t input() const;
-    int64_t units() const;
+    const Description& description() const;
     struct Impl;
     const Impl& impl() const { return *impl_; }
 
@@ -42,16 +40,25 @@ class Packed {
     std::unique_ptr<Impl> impl_;
 };
 
-// One layer of a stack in lstm_forward.
+// What a training draws anew for a call.
+template <class T>
+struct Drops {
+    const T* recurrent;     // [B, P], multiplies h_prev in the sums of every step; null: none
+    const T* zoneout;       // [B, T, P], 1 = keep the old value; null: the description's rate, as a constant
+    const T* zoneout_cell;  // [B, T, H], likewise
+};
+
+// One layer of a stack in forward.
 template <class T>
 struct Layer {
     const Packed<T>* weights;
-    const T *h0, *c0;            // [B, H]; null: zeros
-    T *hn, *cn;                  // [B, H], state after the last step processed
-    T* y;                        // [B, T, H], h of every step; null: not wanted
-    T* gates;                    // [B, T, 4, H], i f g o after their activations; null: not wanted
-    T* cells;                    // [B, T, H], c of every step; null exactly where gates is
-    const T* recurrent_dropout;  // [B, H], multiplies h_prev at every step; null: none
+    const T *h0, *c0;  // [B, P], [B, H]; null: the cell's initial state
+    T *hn, *cn;        // [B, P], [B, H], state after the last step processed; c only for an LSTM, null otherwise
+    T* y;              // [B, T, P], h of every step; null: not wanted
+    T* gates;          // [B, T, planes, H], after their activations; null: not wanted
+    T* cells;          // [B, T, H], c of every step; null where gates is, and without a cell
+    T* norms;          // [B, T, norms()], what layer normalisation left; null where gates is, and without it
+    Drops<T> drops;
 };
 
 // Sequences of one batch.
@@ -60,36 +67,36 @@ struct Sequences {
     int64_t batch, steps;  // either may be 0
     const T* x;            // [B, T, I]: element (b, t, i) at x[b·stride_batch + t·stride_time + i]
     int64_t stride_batch, stride_time;
-    const uint8_t* mask;  // [B, T]: 0 = leave the state as it is, gates 0, y repeats h; null: all ones
-    bool reverse;         // process steps from T-1 to 0; y, gates and cells stay in the order of x
+    const uint8_t* mask;   // [B, T]: 0 = leave the state as it is, gates 0, y repeats h; null: all ones
+    const uint8_t* reset;  // [B, T]: 1 = before this step the state becomes the cell's initial state; null: all zeros
+    bool reverse;          // process steps from T-1 to 0; y, gates and cells stay in the order of x
 };
 
 // Runs a stack; y of one layer is x of the next. Two threads or more share the rows, or, where rows are fewer than
 // threads, the layers, each as many steps behind the one below it as a chunk has. Every result has the same bits for
 // any number of threads and any cut of the sequences into calls.
 template <class T>
-void lstm_forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int threads);
+void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int threads);
 
-// Gradients of one layer, from what lstm_forward left. Inputs may be null (zeros), outputs too (not wanted).
+// Gradients of one layer, from what forward left. Inputs may be null (zeros), outputs too (not wanted).
 template <class T>
 struct Gradients {
     const T *dy, *dhn, *dcn, *dgates, *dcells;  // of the loss, in the shapes of y, hn, cn, gates, cells
-    T *dx, *dh0, *dc0;                          // [B, T, I], [B, H], [B, H]; overwritten
-    T *dkernel, *drecurrent_kernel, *dbias;     // [I, 4H], [H, 4H], [4H]; overwritten
+    T *dx, *dh0, *dc0;                          // [B, T, I], [B, P], [B, H]; overwritten
+    Arrays<T> arrays;                           // overwritten
 };
 
 template <class T>
 struct Saved {
-    int64_t input, units;
-    const T *kernel, *recurrent_kernel;  // [I, 4H], [H, 4H], not packed
-    const T *h0, *c0;                    // [B, H] or null (zeros)
-    const T *y, *gates, *cells;          // what lstm_forward wrote
-    const T* recurrent_dropout;          // [B, H] or null
-    int activation, recurrent_activation;
+    const Description* description;
+    Arrays<const T> arrays;              // not packed
+    const T *h0, *c0;                    // as they were given to forward
+    const T *y, *gates, *cells, *norms;  // what forward wrote
+    Drops<T> drops;
 };
 
 template <class T>
-void lstm_backward(const Sequences<T>& in, const Saved<T>& saved, const Gradients<T>& gradients, int threads);
+void backward(const Sequences<T>& in, const Saved<T>& saved, const Gradients<T>& gradients, int threads);
 
 // A stack with its state, for steps as they come. Allocates nothing after construction but for chunks longer than any
 // before. One thread at a time may use it.
@@ -98,9 +105,10 @@ class Stream {
   public:
     Stream(std::vector<const Packed<T>*> weights, int64_t batch);  // weights must outlive the stream
     ~Stream();
-    // x [B, T, I] -> y [B, T, H of the top layer]; T = 1 is a step.
+    // x [B, T, I] -> y [B, T, P of the top layer]; T = 1 is a step.
     void run(const T* x, T* y, int64_t steps);
-    void get_state(int layer, T* h, T* c) const;  // [B, H] each
+    void reset();                                 // to the cells' initial states
+    void get_state(int layer, T* h, T* c) const;  // [B, P], [B, H]; c null without a cell
     void set_state(int layer, const T* h, const T* c);
     int64_t batch() const;
     const std::vector<const Packed<T>*>& weights() const;

@@ -56,7 +56,11 @@ bool set_instruction_set(const char* name) {
     return set != nullptr;
 }
 
-void activate(int activation, const float* x, float* y, int64_t n) { current().single.activate(activation, x, y, n); }
-void activate(int activation, const double* x, double* y, int64_t n) { current().twice.activate(activation, x, y, n); }
+void activate(const Activation& activation, const float* x, float* y, int64_t n) {
+    current().single.activate(activation, x, y, n);
+}
+void activate(const Activation& activation, const double* x, double* y, int64_t n) {
+    current().twice.activate(activation, x, y, n);
+}
 
 }  // namespace cellstack

@@ -1,10 +1,36 @@
-// Forward: x·kernel of a chunk of steps as one product, then step by step the recurrence, each block of units to its
-// end.
+// Forward: x·kernel of a chunk of steps as one product, then the recurrence step by step. The plain LSTM takes each
+// block of units from the sums to h in registers; every other cell takes row by row, when the sums of all blocks are
+// there.
 #pragma once
-#include "tile.h"
+#include "cells.h"
 
 namespace cellstack {
 namespace {
+
+// Rows that start afresh before step n: their state becomes the cell's initial state.
+template <class T>
+__attribute__((noinline)) void restart(const Forward<T>& f, int64_t n) {
+    const Description& d = *f.w.d;
+    const int64_t wide = f.w.blocks * Vec<T>::W, output_wide = f.w.output_blocks * Vec<T>::W, t = time_of(f, n);
+    const Arrays<const T>& arrays = f.w.arrays;
+    for (int64_t r = 0; r < f.rows; ++r) {
+        if (!f.reset[r * f.steps + t]) continue;
+        for (int64_t k = 0; k < d.output; ++k) {
+            const T h = arrays.initial_h ? arrays.initial_h[k] : T(0);
+            f.h[r * output_wide + k] = f.recurrent_dropout ? h * f.recurrent_dropout[r * d.output + k] : h;
+            if (f.recurrent_dropout) f.h_kept[r * output_wide + k] = h;
+        }
+        for (int64_t k = 0; f.c && k < d.units; ++k) f.c[r * wide + k] = arrays.initial_c ? arrays.initial_c[k] : T(0);
+    }
+}
+
+template <class T>
+INLINE void swap_states(Forward<T>& f) {
+    T* h = f.h;
+    f.h = f.h_next, f.h_next = h;
+}
+
+// ── the plain LSTM, by blocks ────────────────────────────────────────────────────────────────────────────────────────
 
 // z[block][m] = bias + x·kernel for the rows m = (n - first)·rows + r of a chunk: one matrix product.
 template <class T>
@@ -12,7 +38,7 @@ void project(const Forward<T>& f) {
     constexpr int W = Vec<T>::W;
     const int64_t total = (f.last - f.first) * f.rows;
     for (int64_t block = 0; block < f.w.blocks; ++block) {
-        const T* panel = f.w.kernel + block * f.w.input * 4 * W;
+        const T* panel = f.w.kernel + block * f.w.d->input * 4 * W;
         const T* bias = f.w.bias + block * 4 * W;
         tiles(total, [&](auto R, int64_t m) INLINED {
             const T* a[R];
@@ -23,7 +49,7 @@ void project(const Forward<T>& f) {
             }
             V<T> sums[1][R][4];
             unroll<R>([&](auto k) INLINED { unroll<4>([&](auto v) INLINED { sums[0][k][v] = load(bias + v * W); }); });
-            accumulate<T, R, 1>(sums, a, panel, 0, f.w.input);
+            accumulate<T, R, 1, 4, 4>(sums, a, panel, 0, f.w.d->input);
             T* z = f.z + (block * total + m) * 4 * W;
             unroll<R>([&](auto k)
                           INLINED { unroll<4>([&](auto v) INLINED { store(z + (k * 4 + v) * W, sums[0][k][v]); }); });
@@ -32,44 +58,25 @@ void project(const Forward<T>& f) {
 }
 
 // From the four sums of one row and block to c and h, and to whatever is asked for beside them.
-template <class T, bool Usual>
+template <class T>
 INLINE void finish(const Forward<T>& f, V<T> (&z)[4], int64_t block, int64_t r, int64_t t, const T* h, T* h_next) {
-    constexpr int W = Vec<T>::W;
-    const int64_t H = f.w.units, at = r * f.w.blocks * W + block * W, left = H - block * W;
-    const int lanes = left < W ? int(left) : W;
-    const bool used = !f.mask || f.mask[r * f.steps + t];
-    const int phi = choose<Usual>(f.w.activation, kTanh), sigma = choose<Usual>(f.w.recurrent_activation, kSigmoid);
-    V<T> kept;
-    if (used) {
-        V<T> i = apply<T>(sigma, z[0]), fo = apply<T>(sigma, z[1]), g = apply<T>(phi, z[2]), o = apply<T>(sigma, z[3]);
-        V<T> c = fma(fo, load(f.c + at), i * g);
-        kept = o * apply<T>(phi, c);
-        store(f.c + at, c);
-        z[0] = i, z[1] = fo, z[2] = g, z[3] = o;
-        V<T> fed = kept;
-        if (f.recurrent_dropout) {
-            fed = kept * load_lanes(f.recurrent_dropout + r * H + block * W, lanes);
-            store(f.h_kept + at, kept);
-        }
-        store(h_next + at, fed);
+    const Place at = place<T>(r, t, block, f.w.d->units);
+    if (!f.mask || f.mask[r * f.steps + t]) {
+        const V<T> c = lstm_gates<T, true, true>(f, at, z);
+        give<T, true>(f, at, z[3] * tanh<T>(c), h, h_next);
     } else {
-        store(h_next + at, load(h + at));
-        kept = load((f.recurrent_dropout ? f.h_kept : h) + at);
+        write_h(f, at, h_before(f, at, h), load(h + r * f.w.blocks * Vec<T>::W + at.unit), h_next);
         unroll<4>([&](auto v) INLINED { z[v] = splat(T(0)); });
     }
-    if (f.y) store_lanes(f.y + r * f.y_row + t * f.y_time + block * W, kept, lanes);
-    if (f.gates) {
-        T* gates = f.gates + (r * f.steps + t) * 4 * H + block * W;
-        unroll<4>([&](auto v) INLINED { store_lanes(gates + v * H, z[v], lanes); });
-        store_lanes(f.cells + (r * f.steps + t) * H + block * W, load(f.c + at), lanes);
-    }
+    keep_gates(f, at, z);
+    keep_cell(f, at);
 }
 
 // Rows r … r+R of blocks block … block+N at step n.
-template <class T, bool Usual, int R, int N>
+template <class T, int R, int N>
 INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row, const T* h, T* h_next) {
     constexpr int W = Vec<T>::W;
-    const int64_t t = time_of(f, n), wide = f.w.blocks * W;
+    const int64_t t = time_of(f, n), wide = f.w.blocks * W, I = f.w.d->input, H = f.w.d->units;
     V<T> sums[N][R][4];
     if (f.z) {
         const int64_t total = (f.last - f.first) * f.rows, m = (n - f.first) * f.rows + row;
@@ -86,15 +93,13 @@ INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row
                 unroll<4>([&](auto v) INLINED { sums[b][r][v] = load(f.w.bias + ((block + b) * 4 + v) * W); });
             });
         });
-        const int64_t stride = f.w.input * 4 * W;
-        accumulate<T, R, N>(sums, x, f.w.kernel + block * stride, stride, f.w.input);
+        accumulate<T, R, N, 4, 4>(sums, x, f.w.kernel + block * I * 4 * W, I * 4 * W, I);
     }
     const T* a[R];
     for (int r = 0; r < R; ++r) a[r] = h + (row + r) * wide;
-    const int64_t stride = f.w.units * 4 * W;
-    accumulate<T, R, N>(sums, a, f.w.recurrent + block * stride, stride, f.w.units);
-    if constexpr (R == 1 && Usual) {
-        unroll<N>([&](auto b) INLINED { finish<T, Usual>(f, sums[b][0], block + b, row, t, h, h_next); });
+    accumulate<T, R, N, 4, 4>(sums, a, f.w.recurrent + block * H * 4 * W, H * 4 * W, H);
+    if constexpr (R == 1) {
+        unroll<N>([&](auto b) INLINED { finish<T>(f, sums[b][0], block + b, row, t, h, h_next); });
     } else {  // more sums than the activations leave registers for: they pass through the stack, one row at a time
         alignas(kVectorBytes) V<T> spilled[N][R][4];
         unroll<N>([&](auto b) INLINED {
@@ -102,91 +107,118 @@ INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row
         });
         for (int b = 0; b < N; ++b)
 #pragma GCC unroll 1
-            for (int r = 0; r < R; ++r) finish<T, Usual>(f, spilled[b][r], block + b, row + r, t, h, h_next);
+            for (int r = 0; r < R; ++r) finish<T>(f, spilled[b][r], block + b, row + r, t, h, h_next);
     }
 }
 
-// z[c] += a·matrix[:, c] for N vectors of columns, in the order of `accumulate`.
-template <class T, int N>
-INLINE void add_columns(T* z, const T* a, const T* matrix, int64_t stride, int64_t n) {
-    constexpr int W = Vec<T>::W;
-    V<T> sums[N];
-    unroll<N>([&](auto v) INLINED { sums[v] = load(z + v * W); });
-    for (int64_t k = 0; k < n; ++k, matrix += stride) {
-        const V<T> s = splat(a[k]);
-        unroll<N>([&](auto v) INLINED { sums[v] = fma(s, load(matrix + v * W), sums[v]); });
-    }
-    unroll<N>([&](auto v) INLINED { store(z + v * W, sums[v]); });
-}
-
-// z [columns] += a [n] · matrix [n, columns]
 template <class T>
-void add_product(T* z, const T* a, const T* matrix, int64_t columns, int64_t n) {
-    constexpr int W = Vec<T>::W;
-    int64_t at = 0;
-    for (; at + 16 * W <= columns; at += 16 * W) add_columns<T, 16>(z + at, a, matrix + at, columns, n);
-    for (; at + 4 * W <= columns; at += 4 * W) add_columns<T, 4>(z + at, a, matrix + at, columns, n);
-    for (; at + W <= columns; at += W) add_columns<T, 1>(z + at, a, matrix + at, columns, n);
-    if (const int lanes = int(columns - at)) {
-        V<T> sum = load_n(z + at, lanes);
-        for (int64_t k = 0; k < n; ++k) sum = fma(splat(a[k]), load_n(matrix + k * columns + at, lanes), sum);
-        store_n(z + at, sum, lanes);
-    }
-}
-
-// Step n on weights that nobody packed: one row after the other, all columns of the four gates side by side.
-template <class T, bool Usual>
-void step_plain(const Forward<T>& f, int64_t n, const T* h, T* h_next) {
-    constexpr int W = Vec<T>::W;
-    const int64_t t = time_of(f, n), H = f.w.units;
-    for (int64_t row = 0; row < f.rows; ++row) {
-        for (int64_t k = 0; k < 4 * H; ++k) f.z[k] = f.w.bias ? f.w.bias[k] : T(0);
-        add_product(f.z, f.x + row * f.x_row + t * f.x_time, f.w.kernel, 4 * H, f.w.input);
-        add_product(f.z, h + row * f.w.blocks * W, f.w.recurrent, 4 * H, H);
-        for (int64_t block = 0; block < f.w.blocks; ++block) {
-            const int64_t left = H - block * W;
-            const int lanes = left < W ? int(left) : W;
-            V<T> z[4];
-            unroll<4>([&](auto v) INLINED { z[v] = load_lanes(f.z + v * H + block * W, lanes); });
-            finish<T, Usual>(f, z, block, row, t, h, h_next);
-        }
-    }
-}
-
-template <class T, bool Usual>
-void run(Forward<T>& f) {
-    if (f.z && !f.w.plain) project(f);
+void run_blocks(Forward<T>& f) {
+    if (f.z) project(f);
     for (int64_t n = f.first; n < f.last; ++n) {
+        if (f.reset) restart(f, n);
         const T* h = f.h;
         T* h_next = f.h_next;
         // Blocks go up in even steps and down in odd ones: the last ones are still in the cache.
         const bool down = n & 1;
-        if (f.w.plain) {
-            step_plain<T, Usual>(f, n, h, h_next);
-        } else if (f.rows == 1) {  // two blocks together: eight chains hide the latency of one
+        if (f.rows == 1) {  // two blocks together: eight chains hide the latency of one
             const int64_t pairs = f.w.blocks / 2;
-            if ((f.w.blocks & 1) && down) step_tile<T, Usual, 1, 1>(f, n, f.w.blocks - 1, 0, h, h_next);
-            for (int64_t k = 0; k < pairs; ++k)
-                step_tile<T, Usual, 1, 2>(f, n, 2 * (down ? pairs - 1 - k : k), 0, h, h_next);
-            if ((f.w.blocks & 1) && !down) step_tile<T, Usual, 1, 1>(f, n, f.w.blocks - 1, 0, h, h_next);
+            if ((f.w.blocks & 1) && down) step_tile<T, 1, 1>(f, n, f.w.blocks - 1, 0, h, h_next);
+            for (int64_t k = 0; k < pairs; ++k) step_tile<T, 1, 2>(f, n, 2 * (down ? pairs - 1 - k : k), 0, h, h_next);
+            if ((f.w.blocks & 1) && !down) step_tile<T, 1, 1>(f, n, f.w.blocks - 1, 0, h, h_next);
         } else {
             for (int64_t k = 0; k < f.w.blocks; ++k) {
                 const int64_t block = down ? f.w.blocks - 1 - k : k;
-                tiles(f.rows,
-                      [&](auto R, int64_t row) INLINED { step_tile<T, Usual, R, 1>(f, n, block, row, h, h_next); });
+                tiles(f.rows, [&](auto R, int64_t row) INLINED { step_tile<T, R, 1>(f, n, block, row, h, h_next); });
             }
         }
-        T* swap = f.h;
-        f.h = f.h_next, f.h_next = swap;
+        swap_states(f);
     }
+}
+
+// ── every cell, by rows ──────────────────────────────────────────────────────────────────────────────────────────────
+
+template <class T, int Kind, int G, bool Usual>
+void run_rows(Forward<T>& f) {
+    const Panels<T>& w = f.w;
+    const Description& d = *w.d;
+    const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
+    const int64_t stride = w.plain ? H : wide, row = G * stride;
+    const T* none = nullptr;
+    // Layer normalisation comes between the product and its bias.
+    const T* bias = d.layer_norm ? none : w.bias;
+    product<T, G, 0, G>({w.kernel, bias, false, w.plain, d.input, H, w.blocks, f.z, stride, false},
+                        {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
+                        (f.last - f.first) * f.rows);
+    for (int64_t n = f.first; n < f.last; ++n) {
+        if (f.reset) restart(f, n);
+        const int64_t t = time_of(f, n);
+        const bool down = n & 1;
+        T* z = f.z + (n - f.first) * f.rows * row;
+        T* sums = d.apart() ? f.q : z;
+        const Rows<T> h{f.h, output_wide, 0, f.rows};
+        const T* other_bias = d.layer_norm ? none : w.recurrent_bias;
+        const Product<T> over_h{w.recurrent, other_bias, !d.apart(), w.plain, d.output,
+                                H,           w.blocks,   sums,       stride,  down};
+        const auto rows = [&](auto&& body) INLINED {
+            for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
+        };
+        if constexpr (Kind == kGru) {
+            if (d.reset_after) {
+                product<T, G, 0, G>(over_h, h, f.rows);
+            } else {
+                product<T, G, 0, 2>(over_h, h, f.rows);
+                rows([&](int64_t r, bool) { gru_reset<T, Usual>(f, r, t, z + r * row, stride, f.h); });
+                product<T, G, 2, 1>(over_h, {f.m, wide, 0, f.rows}, f.rows);
+            }
+        } else {
+            product<T, G, 0, G>(over_h, h, f.rows);
+        }
+        rows([&](int64_t r, bool used) {
+            if (!used) return carry(f, r, t, f.h, f.h_next);
+            T *own = z + r * row, *q = sums + r * row;
+            if constexpr (Kind == kLstm)
+                lstm_row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
+            else if constexpr (Kind == kGru)
+                gru_row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
+            else
+                rnn_row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
+        });
+        if (Kind == kLstm && d.projects()) {
+            const int64_t apart = w.plain ? d.output : output_wide;
+            product<T, 1, 0, 1>({w.projection, none, false, w.plain, H, d.output, w.output_blocks, f.p, apart, down},
+                                {f.m, wide, 0, f.rows}, f.rows);
+            rows([&](int64_t r, bool used) {
+                if (!used) return;
+                each_block<T>(r, t, w.output_blocks, d.output, [&](const Place& at) INLINED {
+                    give<T, false>(f, at, load_lanes(f.p + r * apart + at.unit, at.lanes), f.h, f.h_next);
+                });
+            });
+        }
+        swap_states(f);
+    }
+}
+
+template <class T, bool Usual>
+void choose(Forward<T>& f) {
+    const Description& d = *f.w.d;
+    if (d.kind == kGru)
+        run_rows<T, kGru, 3, Usual>(f);
+    else if (d.kind == kRnn)
+        run_rows<T, kRnn, 1, Usual>(f);
+    else if (d.coupled)
+        run_rows<T, kLstm, 3, Usual>(f);
+    else
+        run_rows<T, kLstm, 4, Usual>(f);
 }
 
 template <class T>
 void forward(Forward<T>& f) {
-    if (f.w.activation == kTanh && f.w.recurrent_activation == kSigmoid)
-        run<T, true>(f);
+    if (f.w.d->plain() && !f.w.plain)
+        run_blocks<T>(f);
+    else if (f.w.d->usual())
+        choose<T, true>(f);
     else
-        run<T, false>(f);
+        choose<T, false>(f);
 }
 
 }  // namespace

@@ -1,27 +1,32 @@
 // What one instruction set offers: the inner routines, for one thread, over rows and steps that sequence.cpp and
 // gradients.cpp hand out.
 //
-// Panels. Weights of a layer are stored by blocks of W units (W = lanes of a vector): for each k, the four gates' W
-// columns side by side, `[block][k][4][W]`, zeros beyond H. One block's sums of one row are four registers, and i, f,
-// g, o of the same units meet there. The backward pass keeps dz in the same layout, `[block][row][4][W]`.
+// Panels. Weights of a layer are stored by blocks of W units (W = lanes of a vector): for each k, the gates' W columns
+// side by side, `[block][k][gates][W]`, zeros beyond H. One block's sums of one row are a few registers, and the gates
+// of the same units meet there. The backward pass keeps dz in the same layout, `[block][row][gates][W]`.
 //
-// Order of summation, everywhere: bias, then x·kernel by k, then h·recurrent_kernel by k, one chain a unit and gate.
-// So a row's bits do not depend on the batch around it, on how a sequence is cut into chunks, or on the threads.
+// Order of summation, everywhere: bias, then x·kernel by k, then h·recurrent_kernel by k, one chain a unit and gate
+// (two where a cell needs the two sums apart). So a row's bits do not depend on the batch around it, on how a sequence
+// is cut into chunks, or on the threads.
 #pragma once
 #include <cstdint>
 
+#include "description.h"
+
 namespace cellstack {
 
-enum Activation : int { kSigmoid, kTanh, kLinear, kRelu, kHardSigmoid, kSoftsign, kSoftplus, kElu, kActivations };
-
-// Weights may also stay as the caller has them (`plain`), for calls too short to be worth packing for.
+// Weights may also stay as the caller has them (`plain`), for calls too short to be worth packing for. What isn't a
+// matrix or a bias always does.
 template <class T>
 struct Panels {
-    int64_t input = 0, units = 0, blocks = 0;
-    const T* kernel = nullptr;     // [blocks][I][4][W]; plain: [I, 4H]
-    const T* recurrent = nullptr;  // [blocks][H][4][W]; plain: [H, 4H]
-    const T* bias = nullptr;       // [blocks][4][W]; plain: [4H], or null
-    int activation = kTanh, recurrent_activation = kSigmoid;
+    const Description* d = nullptr;
+    int64_t blocks = 0, output_blocks = 0;  // of H, of P
+    const T* kernel = nullptr;              // [blocks][I][gates][W]; plain: [I, gates·H]
+    const T* recurrent = nullptr;           // [blocks][P][gates][W]; plain: [P, gates·H]
+    const T* bias = nullptr;                // [blocks][gates][W]; plain: [gates·H], or null
+    const T* recurrent_bias = nullptr;      // likewise, of the sums over h, where they are apart; null: none
+    const T* projection = nullptr;          // [output_blocks][H][1][W]; plain: [H, P]
+    Arrays<const T> arrays{};
     bool plain = false;
 };
 
@@ -33,48 +38,76 @@ struct Forward {
     bool reverse;  // step n is time steps-1-n
     const T* x;    // x of row r at time t: x + r·x_row + t·x_time
     int64_t x_row, x_time;
-    const uint8_t* mask;         // [rows][steps] or null
-    const T* recurrent_dropout;  // [rows][H] or null
-    T *h, *h_next;               // [rows][blocks·W]; swapped after every step: `h` is the state
-    T* h_kept;                   // [rows][blocks·W], h before recurrent dropout; null without it
-    T* c;                        // [rows][blocks·W]
-    T *y, *cells;                // element (r, t) at r·steps·H + t·H, or null; y has strides of its own
+    const uint8_t *mask, *reset;      // [rows][steps] or null
+    const T* recurrent_dropout;       // [rows][P] or null
+    const T *zoneout, *zoneout_cell;  // [rows][steps][P], [rows][steps][H] or null
+    T *h, *h_next;                    // [rows][output_blocks·W]; swapped after every step: `h` is the state
+    T* h_kept;                        // [rows][output_blocks·W], h before recurrent dropout; null without it
+    T* c;                             // [rows][blocks·W]
+    T *y, *cells;                     // y has strides of its own; cells: (r, t) at r·steps·H + t·H; or null
     int64_t y_row, y_time;
-    T* gates;  // [rows][steps][4][H] or null
-    T* z;      // scratch [blocks][(last-first)·rows][4][W]: x·kernel + bias; null: summed in place;
-               // plain: [4H]
+    T *gates, *norms;  // [rows][steps][planes][H], [rows][steps][norms] or null
+    T* z;              // scratch, sums over x. The shorter way: [blocks][(last-first)·rows][4][W], null: summed in
+                       // place. By rows: [(last-first)·rows][gates][stride], stride = blocks·W; plain: H
+    T *q, *m, *p;      // scratch by rows: sums over h apart [rows][gates][stride]; a vector a row [rows][blocks·W];
+                       // what was projected [rows][output_blocks·W]
 };
 
 // Backward over rows of one layer, for steps n in [first, last) of the processing order, last to first.
 template <class T>
 struct Backward {
-    int64_t units, blocks, rows, steps, first, last, batch, row0;  // rows row0 … row0+rows of a batch
-    int activation, recurrent_activation;
+    const Description* d;
+    Arrays<const T> arrays;
+    int64_t blocks, output_blocks, rows, steps, first, last, batch, row0;  // rows row0 … row0+rows of a batch
     bool reverse;
-    const T* recurrent_t;           // transposed panels, see pack_transposed
-    const T *gates, *cells, *c0;    // [rows][steps][4][H], [rows][steps][H], [rows][H] (null: zeros)
-    const uint8_t* mask;            // [rows][steps] or null
-    const T* recurrent_dropout;     // [rows][H] or null
+    const T *recurrent_t, *candidate_t, *projection_t;  // transposed panels, see pack_transposed; the second: of a GRU
+                                                        // whose reset acts before the product
+    const T *gates, *cells, *norms, *y;                 // [rows][steps][planes][H] and so on, as forward left them
+    const T *h0, *c0;                                   // [rows][P], [rows][H] or null
+    const uint8_t *mask, *reset;                        // [rows][steps] or null
+    const T* recurrent_dropout;
+    const T *zoneout, *zoneout_cell;
     const T *dy, *dgates, *dcells;  // as y, gates, cells; or null
-    T *dh, *dc;  // [rows][columns], [rows][blocks·W]: in, after step last - 1; out, before step first
-    T* dz;       // out, [blocks][(last - first)·batch][4][W], row (n - first)·batch + b
+    T *dh, *dc;     // [rows][columns of P], [rows][blocks·W]: in, after step last - 1; out, before first
+    T *dz, *dq;     // out, [blocks][(last - first)·batch][gates][W], row (n - first)·batch + b: of the sums over x and
+                    // over h; dq = dz where they are one
+    T* dp;          // out, [output_blocks][(last - first)·batch][1][W]: of what was projected; null without
+    T* m;           // out, rows [(last - first)·batch][H] that were projected, or [P]: r·h that went into the candidate
+    T *dm, *carry;  // scratch [rows][columns of H], [rows][columns of P]
+    T* line;        // scratch [2][blocks·W], of this thread
+    T* vectors;     // sums [rows][kVectors][blocks·W] of the gradients of arrays that aren't matrices; or null
+    T *dinitial_h, *dinitial_c;  // sums [rows][columns of P], [rows][blocks·W]; or null
 };
 
-// Gradients of the weights of some blocks: sums over m of a[m]ᵀ·dz[m], where a is x for the kernel and h_prev for the
-// recurrent kernel. All go over dz together, some rows at a time, since dz is what does not fit into the cache.
+// Which sums of `vectors` belong to which array: the first of as many as it has gates.
+enum Vector : int {
+    kPeepholes = 0,
+    kKernelGain = 3,
+    kRecurrentGain = 7,
+    kBias = 11,
+    kRecurrentBias = 15,
+    kCellGain = 19,
+    kCellBias = 20,
+    kVectors = 21
+};
+
+// Gradients of matrices of some blocks: sums over m of a[m]ᵀ·dz[m], where a is x, h, or what took their place. All go
+// over dz together, some rows at a time, since dz is what does not fit into the cache.
 template <class T>
 struct WeightGradient {
-    const T* dz;  // [blocks][dz_rows][4][W], all blocks
+    int gates;
+    const T* dz;  // [blocks][dz_rows][gates][W], all blocks
     int64_t dz_rows, units, first, last;
     struct {
         const T* const* rows;  // dz_rows rows of `columns`
         int64_t columns;       // 0: not wanted
-        T* out;                // [columns, 4H]; columns of blocks first … last are written
-        T* sums;               // scratch [last - first][columns][4][W]
-        T* copy;               // scratch, gradient_copy(columns)
-    } of[2];
-    T* bias;       // [4H] or null
-    T* bias_sums;  // scratch [last - first][4][W]
+        int first_gate, last_gate;
+        T* out;   // [columns, gates·H]; columns of these gates and of blocks first … last are written
+        T* sums;  // scratch [last - first][columns][gates][W]
+        T* copy;  // scratch, gradient_copy(columns)
+    } of[3];
+    T* bias;       // [gates·H] or null
+    T* bias_sums;  // scratch [last - first][gates][W]
     bool more;     // go on from the sums of the call before; else from zero
     bool write;    // sums are whole: write `out` and `bias`
 };
@@ -89,17 +122,18 @@ inline int64_t gradient_copy(int64_t columns) { return kGradientRows * gradient_
 template <class T>
 struct Leaf {
     int width;
-    // kernel [K, 4H] with H columns a gate -> panels [blocks][K][4][W]
-    void (*pack)(T* to, const T* from, int64_t rows, int64_t units);
-    // kernel [K, 4H] -> [panel][blocks·4·W][4·W]: columns are K (zeros beyond), in the order that dz has
-    void (*pack_transposed)(T* to, const T* from, int64_t rows, int64_t units);
+    // kernel [K, gates·H] with H columns a gate -> panels [blocks][K][gates][W]
+    void (*pack)(T* to, const T* from, int64_t rows, int64_t units, int gates);
+    // kernel [K, gates·H] -> [panel][blocks·gates·W][4·W]: columns are K (zeros beyond), in the order that dz has;
+    // gates outside of [first, last) are zero
+    void (*pack_transposed)(T* to, const T* from, int64_t rows, int64_t units, int gates, int first, int last);
     void (*forward)(Forward<T>&);
     void (*backward)(Backward<T>&);
     // out[m] (rows of `columns`) = dz[m]·kernelᵀ for m in [first, last) of the rows·steps; row m goes to out[m]
-    void (*input_gradient)(const T* dz, int64_t blocks, int64_t dz_rows, const T* kernel_t, int64_t columns,
+    void (*input_gradient)(const T* dz, int gates, int64_t blocks, int64_t dz_rows, const T* kernel_t, int64_t columns,
                            int64_t first, int64_t last, T* const* out);
     void (*weight_gradient)(const WeightGradient<T>&);
-    void (*activate)(int activation, const T* x, T* y, int64_t n);
+    void (*activate)(const Activation& activation, const T* x, T* y, int64_t n);
 };
 
 struct InstructionSet {

@@ -20,56 +20,76 @@ constexpr int64_t kProductRows = 64;
 template <class T>
 struct Packed<T>::Impl {
     const Leaf<T>* leaf;
+    Description d;
     Scratch<T> memory;
     Panels<T> panels;
 };
 
 template <class T>
-Packed<T>::Packed(int64_t input, int64_t units, const T* kernel, const T* recurrent_kernel, const T* bias,
-                  int activation, int recurrent_activation, bool copy) {
+Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy) {
     const Leaf<T>& leaf = leaf_of<T>(current());
-    const int64_t blocks = ceil_div(units, leaf.width), row = blocks * 4 * leaf.width;
-    impl_.reset(new Impl{&leaf, Scratch<T>(copy ? (input + units + 1) * row : 0), {}});
+    const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width);
+    const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width;
+    const int64_t projection = d.projects() ? output_blocks * leaf.width * d.units : 0;
+    const bool two_biases = d.bias && d.kind == kGru && d.reset_after;
+    // What isn't a matrix or a bias, and how many numbers it has.
+    struct {
+        const T* Arrays<const T>::* array;
+        int64_t count;
+    } const vectors[] = {
+        {&Arrays<const T>::peepholes, 3 * d.units},  {&Arrays<const T>::kernel_gain, columns},
+        {&Arrays<const T>::recurrent_gain, columns}, {&Arrays<const T>::cell_gain, d.units},
+        {&Arrays<const T>::cell_bias, d.units},      {&Arrays<const T>::initial_h, d.output},
+        {&Arrays<const T>::initial_c, d.units},
+    };
+    int64_t count = 0;
+    for (int64_t matrix : {d.input * row, d.output * row, row, row, projection}) count += Parts<T>::size(matrix);
+    for (const auto& vector : vectors) count += Parts<T>::size(vector.count);
+    impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), {}});
     Panels<T>& p = impl_->panels;
-    p.input = input, p.units = units, p.blocks = blocks;
-    p.activation = activation, p.recurrent_activation = recurrent_activation;
-    p.kernel = kernel, p.recurrent = recurrent_kernel, p.bias = bias, p.plain = !copy;
+    p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.plain = !copy;
+    p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
+    p.recurrent_bias = two_biases ? arrays.bias + columns : nullptr;
+    p.projection = arrays.projection, p.arrays = arrays;
     if (!copy) return;
-    T* memory = impl_->memory.get();
-    T *in = memory, *recurrent = in + input * row, *added = recurrent + units * row;
-    leaf.pack(in, kernel, input, units);
-    leaf.pack(recurrent, recurrent_kernel, units, units);
-    if (bias)
-        leaf.pack(added, bias, 1, units);
-    else
-        std::fill(added, added + row, T(0));
-    p.kernel = in, p.recurrent = recurrent, p.bias = added;
+    Parts<T> parts(impl_->memory.get());
+    const auto packed = [&](const T* from, int64_t rows, int64_t units, int gates, int64_t size) {
+        T* to = parts.take(size);
+        if (from)
+            leaf.pack(to, from, rows, units, gates);
+        else
+            std::fill(to, to + size, T(0));
+        return to;
+    };
+    p.kernel = packed(p.kernel, d.input, d.units, d.gates(), d.input * row);
+    p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), d.output * row);
+    p.bias = packed(p.bias, 1, d.units, d.gates(), row);
+    if (two_biases) p.recurrent_bias = packed(p.recurrent_bias, 1, d.units, d.gates(), row);
+    if (projection) p.projection = packed(p.projection, d.units, d.output, 1, projection);
+    for (const auto& vector : vectors) {
+        const T*& array = p.arrays.*vector.array;
+        if (!array) continue;
+        T* to = parts.take(vector.count);
+        const int64_t gone = vector.array == &Arrays<const T>::peepholes && d.coupled ? d.units : 0;
+        std::copy(array, array + vector.count - gone, to);
+        array = to;
+    }
 }
 template <class T>
 Packed<T>::~Packed() = default;
 template <class T>
-int64_t Packed<T>::input() const {
-    return impl_->panels.input;
-}
-template <class T>
-int64_t Packed<T>::units() const {
-    return impl_->panels.units;
+const Description& Packed<T>::description() const {
+    return impl_->d;
 }
 
 // ── forward ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 namespace {
 
-// How many steps make a chunk; a single step is summed in place, without the product.
+// How many steps make a chunk; a single step of the plain LSTM is summed in place, without the product.
 template <class T>
 int64_t chunk_steps(int64_t rows, int64_t steps) {
     return std::max<int64_t>(1, std::min(steps, kProductRows / std::max<int64_t>(rows, 1)));
-}
-
-template <class T>
-int64_t product_size(const Panels<T>& p, int64_t width, int64_t rows, int64_t chunk) {
-    if (p.plain) return 4 * p.units;
-    return chunk > 1 ? p.blocks * chunk * rows * 4 * width : 0;
 }
 
 // A layer over some rows, run chunk by chunk.
@@ -79,44 +99,84 @@ struct Runner {
     const Leaf<T>* leaf;
     T* product;
 
-    // Size of what `open` takes from the parts.
-    static int64_t size(const Packed<T>& weights, int64_t rows, int64_t chunk, bool dropout) {
-        const Panels<T>& p = weights.impl().panels;
-        const int64_t width = weights.impl().leaf->width, state = Parts<T>::size(rows * p.blocks * width);
-        return (dropout ? 4 : 3) * state + Parts<T>::size(product_size(p, width, rows, chunk));
-    }
+    // What `open` takes from the parts, in numbers.
+    struct Sizes {
+        int64_t h, kept, c, z, q, m, p;
+        Sizes(const Packed<T>& weights, int64_t rows, int64_t chunk, bool dropout) {
+            const Panels<T>& w = weights.impl().panels;
+            const Description& d = *w.d;
+            const int64_t width = weights.impl().leaf->width, wide = rows * w.blocks * width;
+            const bool by_blocks = d.plain() && !w.plain;
+            h = rows * w.output_blocks * width;
+            kept = dropout ? h : 0;
+            c = d.kind == kLstm ? wide : 0;
+            z = by_blocks && chunk == 1 ? 0 : chunk * d.gates() * wide;
+            q = d.apart() ? d.gates() * wide : 0;
+            m = d.projects() || d.layer_norm || (d.kind == kGru && !d.reset_after) ? wide : 0;
+            p = d.projects() ? h : 0;
+        }
+        int64_t sum() const {
+            int64_t total = 0;
+            for (int64_t size : {h, h, kept, c, z, q, m, p}) total += Parts<T>::size(size);
+            return total;
+        }
+    };
 
     void open(const Packed<T>& weights, int64_t rows, int64_t chunk, bool dropout, Parts<T>& parts) {
-        const Panels<T>& p = weights.impl().panels;
+        const Sizes sizes(weights, rows, chunk, dropout);
+        const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
         leaf = weights.impl().leaf;
         f = Forward<T>{};
-        f.w = p, f.rows = rows;
-        const int64_t state = rows * p.blocks * leaf->width;
-        f.h = parts.take(state), f.h_next = parts.take(state), f.c = parts.take(state);
-        if (dropout) f.h_kept = parts.take(state);
-        const int64_t product_count = product_size(p, leaf->width, rows, chunk);
-        product = parts.take(product_count);
-        if (!product_count) product = nullptr;
+        f.w = weights.impl().panels, f.rows = rows;
+        f.h = take(sizes.h), f.h_next = take(sizes.h), f.h_kept = take(sizes.kept), f.c = take(sizes.c);
+        product = take(sizes.z), f.q = take(sizes.q), f.m = take(sizes.m), f.p = take(sizes.p);
     }
-    int64_t stride() const { return f.w.blocks * leaf->width; }
+    int64_t h_stride() const { return f.w.output_blocks * leaf->width; }
+    int64_t c_stride() const { return f.w.blocks * leaf->width; }
+
+    // The state that rows start from: what is given, else the cell's initial one.
+    void start(const T* h, const T* c) {
+        const Description& d = *f.w.d;
+        set(f.h, h_stride(), h, f.w.arrays.initial_h, d.output);
+        if (f.c) set(f.c, c_stride(), c, f.w.arrays.initial_c, d.units);
+        if (!f.recurrent_dropout) return;
+        memcpy(f.h_kept, f.h, size_t(f.rows * h_stride()) * sizeof(T));
+        for (int64_t r = 0; r < f.rows; ++r)
+            for (int64_t k = 0; k < d.output; ++k) f.h[r * h_stride() + k] *= f.recurrent_dropout[r * d.output + k];
+    }
 
     void steps(int64_t first, int64_t last) {
         f.first = first, f.last = last;
-        f.z = f.w.plain || last - first > 1 || f.rows > 1 ? product : nullptr;
+        const bool in_place = f.w.d->plain() && !f.w.plain && last - first == 1 && f.rows == 1;
+        f.z = in_place ? nullptr : product;
         leaf->forward(f);
+    }
+
+    void end(T* h, T* c) const {
+        unpad(h, f.recurrent_dropout ? f.h_kept : f.h, h_stride(), f.rows, f.w.d->output);
+        if (f.c && c) unpad(c, f.c, c_stride(), f.rows, f.w.d->units);
+    }
+
+  private:
+    void set(T* to, int64_t stride, const T* given, const T* initial, int64_t width) {
+        if (given || !initial) return pad(to, stride, given, f.rows, width);
+        for (int64_t r = 0; r < f.rows; ++r) pad(to + r * stride, stride, initial, 1, width);
     }
 };
 
 }  // namespace
 
 template <class T>
-void lstm_forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int threads) {
+void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int threads) {
     const int64_t B = in.batch, steps = in.steps;
     const int depth = int(layers.size());
     if (B == 0) return;
+    const auto description = [&](int l) -> const Description& { return layers[l].weights->description(); };
     int64_t work = 0;
-    for (const Layer<T>& layer : layers)
-        work += B * steps * 4 * layer.weights->units() * (layer.weights->input() + layer.weights->units());
+    for (int l = 0; l < depth; ++l) {
+        const Description& d = description(l);
+        work += B * steps * d.units * (d.gates() * (d.input + d.output) + (d.projects() ? d.output : 0));
+    }
     threads = useful_threads(threads, work);
     // Threads take rows where there are enough, layers where there are not.
     const int groups = int(std::min<int64_t>(B, threads));
@@ -127,53 +187,48 @@ void lstm_forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, i
     std::vector<T*> y(depth);
     int64_t count = 0;
     for (int l = 0; l + 1 < depth; ++l)
-        if (!layers[l].y) count += Parts<T>::size(checked(checked(B, steps), layers[l].weights->units()));
+        if (!layers[l].y) count += Parts<T>::size(checked(checked(B, steps), description(l).output));
     std::vector<int64_t> sizes(depth);
     for (int l = 0; l < depth; ++l) {
-        sizes[l] = Runner<T>::size(*layers[l].weights, most_rows, chunk, layers[l].recurrent_dropout);
+        sizes[l] = typename Runner<T>::Sizes(*layers[l].weights, most_rows, chunk, layers[l].drops.recurrent).sum();
         count += groups * sizes[l];
     }
     Scratch<T> scratch(count);
     Parts<T> parts(scratch.get());
     for (int l = 0; l < depth; ++l)
-        y[l] = layers[l].y || l + 1 == depth ? layers[l].y : parts.take(B * steps * layers[l].weights->units());
+        y[l] = layers[l].y || l + 1 == depth ? layers[l].y : parts.take(B * steps * description(l).output);
     std::vector<T*> memory(size_t(depth) * groups);
     for (size_t k = 0; k < memory.size(); ++k) memory[k] = parts.take(sizes[k / groups]);
     std::vector<std::atomic<int64_t>> done(size_t(depth) * groups);
 
     const auto run_layer = [&](int l, int group) {
         const Layer<T>& layer = layers[l];
+        const Description& d = description(l);
         const int64_t first = B * group / groups, rows = B * (group + 1) / groups - first;
-        const int64_t H = layer.weights->units(), below = l ? layers[l - 1].weights->units() : 0;
+        const int64_t H = d.units, P = d.output, below = l ? description(l - 1).output : 0;
         Runner<T> runner;
         Parts<T> own(memory[size_t(l) * groups + group]);
-        runner.open(*layer.weights, rows, chunk, layer.recurrent_dropout, own);
+        runner.open(*layer.weights, rows, chunk, layer.drops.recurrent, own);
+        // Rows from `first` on, of an array with so much a row.
+        const auto at = [&](auto* all, int64_t a_row) { return all ? all + first * a_row : nullptr; };
         Forward<T>& f = runner.f;
         f.steps = steps, f.reverse = in.reverse;
         f.x_row = l ? steps * below : in.stride_batch, f.x_time = l ? below : in.stride_time;
         f.x = (l ? y[l - 1] : in.x) + first * f.x_row;
-        f.mask = in.mask ? in.mask + first * steps : nullptr;
-        f.y = y[l] ? y[l] + first * steps * H : nullptr, f.y_row = steps * H, f.y_time = H;
-        f.gates = layer.gates ? layer.gates + first * steps * 4 * H : nullptr;
-        f.cells = layer.cells ? layer.cells + first * steps * H : nullptr;
-        const int64_t stride = runner.stride();
-        const auto rows_of = [&](const T* all) { return all ? all + first * H : nullptr; };
-        pad(f.h, stride, rows_of(layer.h0), rows, H);
-        pad(f.c, stride, rows_of(layer.c0), rows, H);
-        f.recurrent_dropout = rows_of(layer.recurrent_dropout);
-        if (f.recurrent_dropout) {
-            memcpy(f.h_kept, f.h, size_t(rows * stride) * sizeof(T));
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t k = 0; k < H; ++k) f.h[r * stride + k] *= f.recurrent_dropout[r * H + k];
-        }
+        f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
+        f.y = at(y[l], steps * P), f.y_row = steps * P, f.y_time = P;
+        f.gates = at(layer.gates, steps * d.planes() * H), f.cells = at(layer.cells, steps * H);
+        f.norms = at(layer.norms, steps * d.norms());
+        f.recurrent_dropout = at(layer.drops.recurrent, P);
+        f.zoneout = at(layer.drops.zoneout, steps * P), f.zoneout_cell = at(layer.drops.zoneout_cell, steps * H);
+        runner.start(at(layer.h0, P), at(layer.c0, H));
         for (int64_t n = 0; n < steps; n += chunk) {
             const int64_t last = std::min(steps, n + chunk);
             if (l) wait_for(done[size_t(l - 1) * groups + group], last);
             runner.steps(n, last);
             done[size_t(l) * groups + group].store(last, std::memory_order_release);
         }
-        unpad(layer.hn + first * H, f.recurrent_dropout ? f.h_kept : f.h, stride, rows, H);
-        unpad(layer.cn + first * H, f.c, stride, rows, H);
+        runner.end(layer.hn + first * P, at(layer.cn, H));
     };
     // Task k: rows k mod groups, layers from bottom to top; it waits for tasks with lower numbers alone.
     parallel(groups * teams, [&](int k) {
@@ -197,20 +252,23 @@ struct Stream<T>::Impl {
 template <class T>
 Stream<T>::Stream(std::vector<const Packed<T>*> weights, int64_t batch) : impl_(new Impl) {
     Impl& s = *impl_;
-    for (const Packed<T>* w : weights) checked(checked(batch, kProductRows), 64 * (w->units() + w->input()));
+    for (const Packed<T>* w : weights)
+        checked(checked(batch, kProductRows), 64 * (w->description().units + w->description().input));
     s.batch = batch, s.chunk = chunk_steps<T>(batch, kProductRows);
     int64_t count = 0;
     for (const Packed<T>* w : weights)
-        count += Runner<T>::size(*w, batch, s.chunk, false) + Parts<T>::size(batch * s.chunk * w->units());
+        count += typename Runner<T>::Sizes(*w, batch, s.chunk, false).sum() +
+                 Parts<T>::size(batch * s.chunk * w->description().output);
     s.memory.reset(new Scratch<T>(count));
     std::fill(s.memory->get(), s.memory->get() + count, T(0));
     Parts<T> parts(s.memory->get());
     s.runners.resize(weights.size());
     for (size_t l = 0; l < weights.size(); ++l) {
         s.runners[l].open(*weights[l], batch, s.chunk, false, parts);
-        s.between.push_back(parts.take(batch * s.chunk * weights[l]->units()));
+        s.between.push_back(parts.take(batch * s.chunk * weights[l]->description().output));
     }
     s.weights = std::move(weights);
+    reset();
 }
 template <class T>
 Stream<T>::~Stream() = default;
@@ -226,11 +284,11 @@ void Stream<T>::run(const T* x, T* y, int64_t steps) {
             Forward<T>& f = s.runners[l].f;
             f.steps = now;
             if (l) {
-                f.x = s.between[l - 1], f.x_time = s.weights[l - 1]->units(), f.x_row = now * f.x_time;
+                f.x = s.between[l - 1], f.x_time = s.runners[l - 1].f.w.d->output, f.x_row = now * f.x_time;
             } else {
-                f.x_time = f.w.input, f.x_row = steps * f.w.input, f.x = x + first * f.x_time;
+                f.x_time = f.w.d->input, f.x_row = steps * f.x_time, f.x = x + first * f.x_time;
             }
-            f.y_time = f.w.units;
+            f.y_time = f.w.d->output;
             if (l + 1 < depth)
                 f.y = s.between[l], f.y_row = now * f.y_time;
             else
@@ -241,16 +299,16 @@ void Stream<T>::run(const T* x, T* y, int64_t steps) {
 }
 
 template <class T>
+void Stream<T>::reset() {
+    for (Runner<T>& runner : impl_->runners) runner.start(nullptr, nullptr);
+}
+template <class T>
 void Stream<T>::get_state(int layer, T* h, T* c) const {
-    const Runner<T>& r = impl_->runners[layer];
-    unpad(h, r.f.h, r.stride(), impl_->batch, r.f.w.units);
-    unpad(c, r.f.c, r.stride(), impl_->batch, r.f.w.units);
+    impl_->runners[layer].end(h, c);
 }
 template <class T>
 void Stream<T>::set_state(int layer, const T* h, const T* c) {
-    const Runner<T>& r = impl_->runners[layer];
-    pad(r.f.h, r.stride(), h, impl_->batch, r.f.w.units);
-    pad(r.f.c, r.stride(), c, impl_->batch, r.f.w.units);
+    impl_->runners[layer].start(h, c);
 }
 template <class T>
 int64_t Stream<T>::batch() const {
@@ -265,7 +323,7 @@ template class Packed<float>;
 template class Packed<double>;
 template class Stream<float>;
 template class Stream<double>;
-template void lstm_forward(const Sequences<float>&, const std::vector<Layer<float>>&, int);
-template void lstm_forward(const Sequences<double>&, const std::vector<Layer<double>>&, int);
+template void forward(const Sequences<float>&, const std::vector<Layer<float>>&, int);
+template void forward(const Sequences<double>&, const std::vector<Layer<double>>&, int);
 
 }  // namespace cellstack

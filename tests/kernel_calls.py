@@ -1,82 +1,94 @@
 """Calls of the native kernel with NumPy arrays, in the shapes of reference.py."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
-from cellstack import _kernel
-from cellstack.reference import Forward, Gradients
-from cellstack.spec import ACTIVATIONS
+from cellstack import _kernel, native
+from cellstack.spec import ARRAYS
+
+
+class Out(NamedTuple):
+    """What a pass leaves; `case` is what its backward pass needs of the call."""
+
+    y: Any
+    state: tuple
+    gates: Any
+    cells: Any
+    case: dict[str, Any]
+
+
+class Gradients(NamedTuple):
+    x: Any
+    state: tuple
+    arrays: dict[str, Any]
 
 
 def address(array):
     return 0 if array is None else array.ctypes.data
 
 
-def codes(activation, recurrent_activation):
-    return ACTIVATIONS.index(activation), ACTIVATIONS.index(recurrent_activation)
+def addresses(arrays):
+    return tuple(address(arrays.get(name)) for name in ARRAYS)
 
 
-def pack(kernel, recurrent_kernel, bias=None, activation="tanh", recurrent_activation="sigmoid", copy=True):
-    return _kernel.Packed(
-        kernel.dtype == np.float64,
-        kernel.shape[0],
-        recurrent_kernel.shape[0],
-        address(kernel),
-        address(recurrent_kernel),
-        address(bias),
-        *codes(activation, recurrent_activation),
-        copy,
-    )
+def pack(spec, arrays, copy=True):
+    return _kernel.Packed(arrays["kernel"].dtype == np.float64, native.description(spec), addresses(arrays), copy)
+
+
+def strides(x):
+    return x.strides[0] // x.itemsize, x.strides[1] // x.itemsize
+
+
+def pair(state):
+    """The addresses of h and c."""
+    return (0, 0) if state is None else tuple(map(address, (*state, None)[:2]))
 
 
 def forward_stack(
-    x, cells, states, *, mask=None, recurrent_dropout=None, reverse=False, threads=1, save=True, copy=True
+    x, cells, states, *, drops=None, mask=None, reset=None, reverse=False, threads=1, save=True, copy=True
 ):
-    """Run a stack of cells, each `(kernel, recurrent_kernel, bias, activation, recurrent_activation)`."""
+    """Run a stack of cells, `(spec, arrays)` each; of `drops`, `(recurrent_dropout, zoneout, zoneout_cell)` each."""
     batch, steps, _ = x.shape
-    layers, outs = [], []
-    for n, (cell, (h0, c0)) in enumerate(zip(cells, states, strict=True)):
-        units, new = h0.shape[1], lambda *shape: np.full(shape, np.nan, x.dtype)
-        out = Forward(
-            y=new(batch, steps, units),
-            h=new(batch, units),
-            c=new(batch, units),
-            gates=new(batch, steps, 4, units) if save else None,
-            cells=new(batch, steps, units) if save else None,
-        )
-        dropout = recurrent_dropout[n] if recurrent_dropout else None
-        arrays = (h0, c0, out.h, out.c, out.y, out.gates, out.cells, dropout)
-        layers.append((pack(*cell, copy=copy), *map(address, arrays)))
-        outs.append(out)
-    item = x.itemsize
-    _kernel.lstm_forward(
-        batch, steps, layers, address(x), x.strides[0] // item, x.strides[1] // item, address(mask), reverse, threads
-    )
+    layers, outs, kept = [], [], []
+    for n, ((spec, arrays), state) in enumerate(zip(cells, states, strict=True)):
+        new = lambda *shape: np.full(shape, np.nan, x.dtype)  # noqa: E731
+        end = tuple(new(batch, size) for size in spec.state_sizes.values())
+        lstm = spec.kind == "lstm"
+        drop = drops[n] if drops else (None, None, None)
+        y = new(batch, steps, spec.output_size)
+        gates = new(batch, steps, spec.planes, spec.units) if save else None
+        memory = new(batch, steps, spec.units) if save and lstm else None
+        norms = new(batch, steps, spec.norm_size) if save and spec.layer_norm else None
+        packed = pack(spec, arrays, copy)
+        ends = (*map(address, end), 0)[:2]
+        layers.append((packed, *pair(state), *ends, *map(address, (y, gates, memory, norms, *drop))))
+        case = {"spec": spec, "x": x, "state": state, "drop": drop, "mask": mask, "reset": reset, "reverse": reverse}
+        outs.append(Out(y, end, gates, memory, {**case, "norms": norms}))
+        kept.append(packed)
+    masks = address(mask), address(reset)
+    _kernel.forward(batch, steps, layers, address(x), *strides(x), *masks, reverse, threads)
     return outs
 
 
-def forward(
-    x, h0, c0, kernel, recurrent_kernel, bias=None, *, recurrent_dropout=None, activation="tanh",
-    recurrent_activation="sigmoid", **rest,
-):  # fmt: skip
-    cell = (kernel, recurrent_kernel, bias, activation, recurrent_activation)
-    dropout = None if recurrent_dropout is None else [recurrent_dropout]
-    return forward_stack(x, [cell], [(h0, c0)], recurrent_dropout=dropout, **rest)[0]
+def forward(spec, arrays, x, state=None, *, recurrent_dropout=None, zoneout=None, zoneout_cell=None, **rest):
+    drops = [(recurrent_dropout, zoneout, zoneout_cell)]
+    return forward_stack(x, [(spec, arrays)], [state], drops=drops, **rest)[0]
 
 
-def backward(
-    out, x, h0, c0, kernel, recurrent_kernel, *, dy=None, dh=None, dc=None, dgates=None, dcells=None, mask=None,
-    recurrent_dropout=None, activation="tanh", recurrent_activation="sigmoid", reverse=False, threads=1,
-):  # fmt: skip
-    batch, steps, width = x.shape
-    grads = Gradients(
-        *(np.full_like(a, np.nan) for a in (np.ascontiguousarray(x), h0, c0, kernel, recurrent_kernel, kernel[0]))
-    )
-    item = x.itemsize
-    _kernel.lstm_backward(
-        x.dtype == np.float64, batch, steps, width, h0.shape[1], address(kernel), address(recurrent_kernel),
-        address(x), x.strides[0] // item, x.strides[1] // item, address(h0), address(c0), address(out.y),
-        address(out.gates), address(out.cells), address(recurrent_dropout), address(mask),
-        *map(address, (dy, dh, dc, dgates, dcells)), *map(address, grads),
-        *codes(activation, recurrent_activation), reverse, threads,
+def backward(spec, arrays, out, *, dy=None, dstate=None, dgates=None, dcells=None, threads=1):
+    case = out.case
+    x, state = case["x"], case["state"]
+    batch, steps, _ = x.shape
+    new = lambda like: np.full(like.shape, np.nan, x.dtype)  # noqa: E731
+    dx, start = new(x), () if state is None else tuple(map(new, state))
+    given = (None, None) if dstate is None else (*dstate, None)[:2]
+    arrays_out = {name: new(array) for name, array in arrays.items()}
+    saved = (*pair(state), *map(address, (out.y, out.gates, out.cells, case["norms"], *case["drop"])))
+    _kernel.backward(
+        x.dtype == np.float64, native.description(spec), batch, steps, addresses(arrays), address(x), *strides(x),
+        address(case["mask"]), address(case["reset"]), case["reverse"], saved,
+        tuple(map(address, (dy, *given, dgates, dcells))),
+        (address(dx), *(pair(start) if start else (0, 0)), addresses(arrays_out)), threads,
     )  # fmt: skip
-    return grads
+    return Gradients(dx, start, arrays_out)

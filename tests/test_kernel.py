@@ -7,13 +7,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import family
 import kernel_calls as native
 import numpy as np
 import pytest
 import tolerances
 
 from cellstack import _kernel, reference
-from cellstack.spec import ACTIVATIONS
+from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec, activation
 
 SIGMAS = ("sigmoid", "hard_sigmoid", "linear", "relu")
 
@@ -26,28 +27,72 @@ def isa(request):
     _kernel.set_isa(before)
 
 
-def make(seed, batch, steps, width, units, dtype=np.float32):
+def cast(value, dtype):
+    """Every float array within `value`, in `dtype` and contiguous."""
+    if isinstance(value, dict):
+        return {key: cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(cast(item, dtype) for item in value)
+    return np.ascontiguousarray(value, dtype) if getattr(value, "dtype", None) == np.float64 else value
+
+
+def make(seed, batch, steps, width, units, dtype=np.float32, **flags):
+    """A cell that stays calm over long sequences, its arrays, and a case of x and a state."""
     rng = np.random.default_rng(seed)
-    new = lambda *shape, scale=1.0: (rng.standard_normal(shape) * scale).astype(dtype)  # noqa: E731
-    return {
+    spec = CellSpec(width, units, **flags)
+    new = lambda *shape, scale=1.0: rng.standard_normal(shape) * scale  # noqa: E731
+    arrays = {"kernel": new(width, spec.shapes["kernel"][1], scale=width**-0.5)}
+    for name, shape in list(spec.shapes.items())[1:]:
+        arrays[name] = new(*shape, scale=units**-0.5 if name == "recurrent_kernel" else 0.3) + name.endswith("_gain")
+    case = {
         "x": new(batch, steps, width),
-        "h0": new(batch, units, scale=0.5),
-        "c0": new(batch, units),
-        "kernel": new(width, 4 * units, scale=width**-0.5),
-        "recurrent_kernel": new(units, 4 * units, scale=units**-0.5),
-        "bias": new(4 * units, scale=0.3),
-    }, rng
+        "state": tuple(new(batch, size, scale=0.5) for size in spec.state_sizes.values()),
+    }
+    return spec, cast(arrays, dtype), cast(case, dtype), rng
 
 
-def in_float64(arrays):
-    return {name: a.astype(np.float64) for name, a in arrays.items()}
+def flat(out):
+    """Every array in a result, by name."""
+    if hasattr(out, "arrays"):
+        return {"x": out.x, **{f"state {n}": a for n, a in enumerate(out.state)}, **out.arrays}
+    found = {"y": out.y, "gates": out.gates, "cells": out.cells, **{f"state {n}": a for n, a in enumerate(out.state)}}
+    return {name: array for name, array in found.items() if array is not None}
 
 
-def assert_same(got, expected, tolerance):
-    for name, a, b in zip(got._fields, got, expected, strict=True):
+def assert_same(got, law, tolerance):
+    got, law = flat(got), flat(law)
+    for name, a in got.items():
+        b = law[name]
         assert a.shape == b.shape, name
         scale = max(1.0, np.abs(b).max(initial=0.0))
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+def assert_equal(got, expected):
+    got, expected = flat(got), flat(expected)
+    assert got.keys() == expected.keys()
+    for name, array in got.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def random_gradients(rng, spec, out):
+    """A gradient into everything that a pass gives out."""
+    new = lambda like: None if like is None else rng.standard_normal(like.shape)  # noqa: E731
+    dgates = new(out.gates)
+    dgates[:, :, len(GATES[spec.kind]) :] = 0.0  # a GRU's recurrent sum is no result
+    return {"dy": new(out.y), "dstate": tuple(map(new, out.state)), "dgates": dgates, "dcells": new(out.cells)}
+
+
+def compare(spec, arrays, case, rng, dtype, tolerance, threads=2, copy=True):
+    """Forward and backward in `dtype`, held against the law in float64."""
+    law_arrays, law_case = cast(arrays, np.float64), cast(case, np.float64)
+    law = reference.forward(spec, law_arrays, **law_case)
+    got = native.forward(spec, cast(arrays, dtype), **cast(case, dtype), threads=threads, copy=copy)
+    assert_same(got, law, tolerance)
+    gradients = random_gradients(rng, spec, law)
+    law_gradients = reference.backward(spec, law_arrays, law, **gradients)
+    found = native.backward(spec, cast(arrays, dtype), got, **cast(gradients, dtype), threads=threads)
+    assert_same(found, law_gradients, tolerances.KERNEL_GRADIENT * tolerance)
 
 
 SHAPES = [
@@ -64,162 +109,209 @@ SHAPES = [
     (32, 3, 30, 20),
     (70, 2, 3, 7),
 ]
+MEMBERS = {
+    "lstm": {},
+    "coupled": {"coupled": True, "peepholes": True},
+    "flags": {"peepholes": True, "clip": 1.5, "cell_clip": 2.0, "zoneout": 0.2, "zoneout_cell": 0.1},
+    "projection": {"proj_size": 3},
+    "norm": {"layer_norm": True, "learn_initial_state": True},
+    "gru": {"kind": "gru"},
+    "gru, reset before": {"kind": "gru", "reset_after": False},
+    "gru, norm": {"kind": "gru", "layer_norm": True},
+    "rnn": {"kind": "rnn"},
+}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("reverse", [False, True], ids=["onward", "reverse"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-def test_forward_and_backward_follow_the_reference(isa, shape, dtype, reverse, masked):
-    arrays, rng = make(hash(shape) % 1000, *shape, dtype)
-    batch, steps, _, units = shape
-    new = lambda *s: rng.standard_normal(s).astype(dtype)  # noqa: E731
-    flags = {"reverse": reverse, "mask": rng.random((batch, steps)) < 0.7 if masked else None}
+@pytest.mark.parametrize("member", ["lstm", "gru", "rnn"])
+def test_forward_and_backward_follow_the_reference(isa, member, shape, dtype, masked):
+    spec, arrays, case, rng = make(hash(shape) % 1000, *shape, np.float64, **MEMBERS[member])
+    batch, steps, *_ = shape
     if masked:
-        flags["recurrent_dropout"] = ((rng.random((batch, units)) < 0.6) / 0.6).astype(dtype)
-    law_flags = {k: v.astype(np.float64) if k == "recurrent_dropout" else v for k, v in flags.items()}
-    law_arrays = in_float64(arrays)
-    expected = reference.lstm_forward(**law_arrays, **law_flags)
-    got = native.forward(**arrays, **flags, threads=2)
-    assert_same(got, expected, tolerances.KERNEL[np.dtype(dtype).name])
+        case["mask"], case["reset"] = rng.random((batch, steps)) < 0.7, rng.random((batch, steps)) < 0.2
+        case["recurrent_dropout"] = (rng.random((batch, spec.output_size)) < 0.6) / 0.6
+        case["reverse"] = True
+    compare(spec, arrays, case, rng, dtype, tolerances.KERNEL[np.dtype(dtype).name])
 
-    d = {
-        "dy": new(batch, steps, units),
-        "dh": new(batch, units),
-        "dc": new(batch, units),
-        "dgates": new(batch, steps, 4, units),
-        "dcells": new(batch, steps, units),
-    }
-    del arrays["bias"], law_arrays["bias"]
-    law_gradients = reference.lstm_backward(expected, **law_arrays, **in_float64(d), **law_flags)
-    assert_same(
-        native.backward(got, **arrays, **d, **flags, threads=2),
-        law_gradients,
-        tolerances.KERNEL_GRADIENT * tolerances.KERNEL[np.dtype(dtype).name],
-    )
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
+@pytest.mark.parametrize("shape", [(1, 70, 5, 16), (3, 11, 7, 33), (7, 6, 16, 48)], ids=str)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_flag_at_widths_beyond_one_block(isa, member, shape, dtype):
+    spec, arrays, case, rng = make(3, *shape, np.float64, **MEMBERS[member])
+    compare(spec, arrays, case, rng, dtype, tolerances.KERNEL[np.dtype(dtype).name])
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_random_cell_follows_the_reference(isa, seed):
+    """Any product of flags, with any masks, in either direction."""
+    rng = np.random.default_rng(seed)
+    spec = family.random_spec(rng, largest=40 if seed % 3 == 0 else 8)
+    arrays = family.random_arrays(rng, spec)
+    case = family.random_case(rng, spec, batch=int(rng.integers(1, 9)), steps=int(rng.integers(1, 9)))
+    threads, copy = 1 + seed % 3, bool(seed % 4)
+    compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL_ACTIVATIONS, threads, copy)
 
 
 @pytest.mark.parametrize(("phi", "sigma"), [*itertools.product(ACTIVATIONS, SIGMAS)])
 def test_every_activation(isa, phi, sigma):
-    arrays, rng = make(7, 3, 6, 5, 9, np.float64)
-    flags = {"activation": phi, "recurrent_activation": sigma}
-    expected = reference.lstm_forward(**arrays, **flags)
-    got = native.forward(**arrays, **flags)
-    assert_same(got, expected, tolerances.KERNEL_ACTIVATIONS)
-    dy = rng.standard_normal(got.y.shape)
-    del arrays["bias"]
-    law = reference.lstm_backward(expected, **arrays, dy=dy, **flags)
-    assert_same(
-        native.backward(got, **arrays, dy=dy, **flags), law, tolerances.KERNEL_GRADIENT * tolerances.KERNEL_ACTIVATIONS
-    )
+    spec, arrays, case, rng = make(7, 3, 6, 5, 9, np.float64, activation=phi, recurrent_activation=sigma)
+    compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL_ACTIVATIONS)
 
 
-def test_bits_do_not_depend_on_batch_chunks_or_threads(isa):
-    arrays, _ = make(3, 9, 150, 10, 35)
-    whole = native.forward(**arrays, threads=1)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_bits_do_not_depend_on_batch_chunks_or_threads(isa, member):
+    spec, arrays, case, _ = make(3, 9, 150, 10, 35, **MEMBERS[member])
+    whole = native.forward(spec, arrays, **case, threads=1)
     for threads in (2, 3, 4):
-        for a, b in zip(whole, native.forward(**arrays, threads=threads), strict=True):
-            np.testing.assert_array_equal(a, b)
+        assert_equal(native.forward(spec, arrays, **case, threads=threads), whole)
     for row in (0, 8):
-        own = {k: v[row : row + 1].copy() if k in ("x", "h0", "c0") else v for k, v in arrays.items()}
-        np.testing.assert_array_equal(native.forward(**own).y, whole.y[row : row + 1])
-    state, first = (arrays["h0"], arrays["c0"]), 0
+        own = {"x": case["x"][row : row + 1].copy(), "state": tuple(a[row : row + 1].copy() for a in case["state"])}
+        np.testing.assert_array_equal(native.forward(spec, arrays, **own).y, whole.y[row : row + 1])
+    state, first = case["state"], 0
     for size in (1, 1, 2, 7, 64, 75):
-        part = native.forward(**{**arrays, "x": arrays["x"][:, first : first + size], "h0": state[0], "c0": state[1]})
+        part = native.forward(spec, arrays, case["x"][:, first : first + size], state)
         np.testing.assert_array_equal(part.y, whole.y[:, first : first + size])
-        state, first = (part.h, part.c), first + size
+        state, first = part.state, first + size
     assert first == 150
 
 
-def test_gradients_have_the_same_bits_on_any_number_of_threads(isa):
-    arrays, rng = make(4, 9, 40, 10, 35)
-    out = native.forward(**arrays)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_stream_gives_the_bits_of_the_whole_sequence(isa, member):
+    spec, arrays, case, _ = make(21, 3, 40, 10, 35, **MEMBERS[member])
+    whole = native.forward(spec, arrays, **case)
+    stream = _kernel.Stream([native.pack(spec, arrays)], 3)
+    stream.set_state(0, *case["state"])
+    y = np.empty_like(whole.y[:, 0])
+    for t in range(10):
+        stream.step(np.ascontiguousarray(case["x"][:, t]), y)
+        np.testing.assert_array_equal(y, whole.y[:, t])
+    rest = np.empty_like(np.ascontiguousarray(whole.y[:, 10:]))
+    stream.run(np.ascontiguousarray(case["x"][:, 10:]), rest)
+    np.testing.assert_array_equal(rest, whole.y[:, 10:])
+    for a, b in zip(stream.get_state()[0], whole.state, strict=True):
+        np.testing.assert_array_equal(a, b)
+    stream.reset()
+    for name, array in zip("hc", stream.get_state()[0], strict=False):
+        np.testing.assert_array_equal(array, np.broadcast_to(arrays.get(f"initial_{name}", 0.0), array.shape))
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_gradients_have_the_same_bits_on_any_number_of_threads(isa, member):
+    spec, arrays, case, rng = make(4, 9, 40, 10, 35, **MEMBERS[member])
+    out = native.forward(spec, arrays, **case)
     dy = rng.standard_normal(out.y.shape).astype(np.float32)
-    del arrays["bias"]
-    one = native.backward(out, **arrays, dy=dy, threads=1)
+    one = native.backward(spec, arrays, out, dy=dy, threads=1)
     for threads in (2, 5):
-        for a, b in zip(one, native.backward(out, **arrays, dy=dy, threads=threads), strict=True):
-            np.testing.assert_array_equal(a, b)
+        assert_equal(native.backward(spec, arrays, out, dy=dy, threads=threads), one)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_a_stack_is_its_layers_one_after_the_other(isa, batch, threads):
-    rng = np.random.default_rng(5)
-    widths = [6, 20, 33, 8]
-    cells, states = [], []
-    for seed, (width, units) in enumerate(itertools.pairwise(widths)):
-        arrays, _ = make(seed, batch, 1, width, units)
-        cells.append((arrays["kernel"], arrays["recurrent_kernel"], arrays["bias"], "tanh", "sigmoid"))
-        states.append((arrays["h0"], arrays["c0"]))
+    cells, states, width = [], [], 6
+    kinds = ({}, {"kind": "gru"}, {"proj_size": 20}, {"kind": "rnn"}, {"layer_norm": True})
+    for seed, (units, flags) in enumerate(zip((20, 33, 40, 8, 17), kinds, strict=True)):
+        spec, arrays, case, rng = make(seed, batch, 1, width, units, **flags)
+        cells.append((spec, arrays))
+        states.append(case["state"])
+        width = spec.output_size
     x = rng.standard_normal((batch, 200, 6)).astype(np.float32)
-    outs = native.forward_stack(x, cells, states, threads=threads, save=False)
-    for cell, state, out in zip(cells, states, outs, strict=True):
-        alone = native.forward(x, *state, *cell[:3])
+    for cell, state, out in zip(
+        cells, states, native.forward_stack(x, cells, states, threads=threads, save=False), strict=True
+    ):
+        alone = native.forward(*cell, x, state)
         np.testing.assert_array_equal(alone.y, out.y)
-        np.testing.assert_array_equal(alone.c, out.c)
+        for a, b in zip(alone.state, out.state, strict=True):
+            np.testing.assert_array_equal(a, b)
         x = alone.y
 
 
 def test_a_strided_input_is_read_in_place(isa):
-    arrays, _ = make(6, 4, 12, 7, 10)
-    time_major = np.ascontiguousarray(arrays["x"].transpose(1, 0, 2)).transpose(1, 0, 2)
-    assert not time_major.flags.c_contiguous
-    np.testing.assert_array_equal(native.forward(**{**arrays, "x": time_major}).y, native.forward(**arrays).y)
+    for member in MEMBERS.values():
+        spec, arrays, case, _ = make(6, 4, 12, 7, 10, **member)
+        x = np.ascontiguousarray(case["x"].transpose(1, 0, 2)).transpose(1, 0, 2)
+        assert not x.flags.c_contiguous
+        for reverse in (False, True):
+            got = native.forward(spec, arrays, x, case["state"], reverse=reverse)
+            assert_equal(got, native.forward(spec, arrays, **case, reverse=reverse))
 
 
+@pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.parametrize(("batch", "steps"), [(0, 4), (3, 0), (0, 0)])
-def test_nothing_to_do(isa, batch, steps):
-    arrays, _ = make(1, batch, steps, 3, 4)
-    out = native.forward(**arrays, threads=2)
-    np.testing.assert_array_equal(out.h, arrays["h0"])
-    del arrays["bias"]
-    grads = native.backward(out, **arrays, dh=np.ones_like(arrays["h0"]), threads=2)
-    assert (grads.kernel == 0).all()
-    assert (grads.bias == 0).all()
-    np.testing.assert_array_equal(grads.h0, np.ones_like(arrays["h0"]))
+def test_nothing_to_do(isa, batch, steps, member):
+    spec, arrays, case, _ = make(1, batch, steps, 3, 4, **MEMBERS[member])
+    out = native.forward(spec, arrays, **case, threads=2)
+    np.testing.assert_array_equal(out.state[0], case["state"][0])
+    ones = tuple(map(np.ones_like, case["state"]))
+    grads = native.backward(spec, arrays, out, dstate=ones, threads=2)
+    assert all((array == 0).all() for array in grads.arrays.values())
+    np.testing.assert_array_equal(grads.state[0], ones[0])
 
 
-def test_linear_mode_is_exact(isa):
+@pytest.mark.parametrize("kind", GATES)
+def test_linear_mode_is_exact(isa, kind):
     """With identity activations and small integers, float32 arithmetic is exact: the layout is compared bit for bit."""
     rng = np.random.default_rng(8)
-    integers = lambda *shape: rng.integers(-1, 2, shape).astype(np.float32)  # noqa: E731
-    x, h0, c0 = integers(3, 3, 4), integers(3, 19), integers(3, 19)
-    weights = (integers(4, 76), integers(19, 76), integers(76))
-    flags = {"activation": "linear", "recurrent_activation": "linear"}
-    sparse = [w * (rng.random(w.shape) < 0.15) for w in weights]
-    got = native.forward(x, h0, c0, *(w.astype(np.float32) for w in sparse), **flags)
-    law = reference.lstm_forward(*(a.astype(np.float64) for a in (x, h0, c0, *sparse)), **flags)
-    assert np.abs(law.gates).max() > 3
-    assert max(np.abs(a).max() for a in law) < 2**24
-    for a, b in zip(got, law, strict=True):
-        np.testing.assert_array_equal(a, b)
+    spec = CellSpec(4, 19, "linear", "linear", kind=kind, peepholes=kind == "lstm")
+    sparse = lambda *shape: (rng.integers(-1, 2, shape) * (rng.random(shape) < 0.15)).astype(np.float32)  # noqa: E731
+    arrays = {name: sparse(*shape) for name, shape in spec.shapes.items()}
+    x = rng.integers(-1, 2, (3, 3, 4)).astype(np.float32)
+    state = tuple(rng.integers(-1, 2, (3, 19)).astype(np.float32) for _ in spec.state_sizes)
+    law = flat(reference.forward(spec, cast(arrays, np.float64), x.astype(np.float64), cast(state, np.float64)))
+    assert np.abs(law["gates"]).max() > 2
+    assert max(np.abs(a).max() for a in law.values()) < 2**24
+    for name, array in flat(native.forward(spec, arrays, x, state)).items():
+        np.testing.assert_array_equal(array, law[name], err_msg=name)
 
 
-def test_all_23_wrong_gate_orders_are_seen(isa):
-    arrays, _ = make(9, 2, 4, 3, 5)
-    expected = reference.lstm_forward(**in_float64(arrays))
-    for order in itertools.permutations(range(4)):
+@pytest.mark.parametrize("member", ["lstm", "coupled", "gru", "gru, reset before"])
+def test_all_wrong_gate_orders_are_seen(isa, member):
+    spec, arrays, case, _ = make(9, 2, 4, 3, 5, **MEMBERS[member])
+    law = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
+    count = len(spec.gates)
+    for order in itertools.permutations(range(count)):
         swapped = dict(arrays)
         for name in ("kernel", "recurrent_kernel", "bias"):
-            blocks = np.split(arrays[name], 4, axis=-1)
+            blocks = np.split(arrays[name], count, axis=-1)
             swapped[name] = np.ascontiguousarray(np.concatenate([blocks[k] for k in order], axis=-1))
-        wrong = np.abs(native.forward(**swapped).y - expected.y).max()
-        assert (wrong < tolerances.KERNEL["float32"]) == (order == (0, 1, 2, 3)), order
+        wrong = np.abs(native.forward(spec, swapped, **case).y - law.y).max()
+        assert (wrong < tolerances.KERNEL["float32"]) == (order == tuple(range(count))), order
 
 
-def test_long_sequence_in_single_precision(isa):
-    arrays, _ = make(10, 1, 1000, 16, 64)
-    law = reference.lstm_forward(**in_float64(arrays))
-    assert np.abs(native.forward(**arrays).y - law.y).max() < tolerances.REFERENCE
+@pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "gru", "rnn"])
+def test_long_sequence_in_single_precision(isa, member):
+    spec, arrays, case, _ = make(10, 1, 1000, 16, 64, **MEMBERS[member])
+    arrays["recurrent_kernel"] *= np.float32(0.5)  # a GRU and a SimpleRNN of random weights would be chaotic
+    law = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
+    assert np.abs(native.forward(spec, arrays, **case).y - law.y).max() < tolerances.REFERENCE
 
 
 def test_nan_weights_give_nan(isa):
-    arrays, _ = make(11, 2, 3, 4, 5)
+    spec, arrays, case, _ = make(11, 2, 3, 4, 5)
     arrays["kernel"][0, 0] = np.nan
-    out = native.forward(**arrays)
+    out = native.forward(spec, arrays, **case)
     assert np.isnan(out.gates[:, 0, 0, 0]).all()
     assert np.isfinite(out.gates[:, 0, 1]).all()
+
+
+def activated(name, x):
+    """An activation of the kernel's over an array, by its text."""
+    found, y = activation(name), np.empty_like(x)
+    _kernel.activate(ACTIVATIONS.index(found.name), found.alpha, found.beta, x, y)
+    return y
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
+@pytest.mark.parametrize(
+    "name", [*ACTIVATIONS, *(f"{name}({', '.join('0.7' for _ in PARAMETERS[name])})" for name in PARAMETERS)]
+)
+def test_activations_are_the_laws(isa, name, dtype):
+    x = np.random.default_rng(5).normal(0, 3, 1001).astype(dtype)
+    law = reference.ACTIVATIONS[activation(name).name][0](x.astype(np.float64), *activation(name)[1:])
+    np.testing.assert_allclose(activated(name, x), law, rtol=1e-5 if dtype == np.float32 else 1e-13, atol=1e-7)
 
 
 # Largest error in units of the last place. Every float32 is too many for each run; these are a million of them, over
@@ -230,8 +322,7 @@ def test_activations_are_within_four_ulp(isa, name, dtype):
     rng = np.random.default_rng(12)
     magnitude = np.exp(rng.uniform(np.log(1e-30), np.log(87.0), 500_000))
     x = np.concatenate([magnitude, -magnitude, np.linspace(-20, 20, 100_001), [0.0, -0.0]]).astype(dtype)
-    y = np.empty_like(x)
-    _kernel.activate(ACTIVATIONS.index(name), x, y)
+    y = activated(name, x)
     exact = x.astype(np.longdouble)
     exact = np.tanh(exact) if name == "tanh" else 1 / (1 + np.exp(-exact))
     ulp = np.spacing(np.abs(exact).astype(dtype)).astype(np.longdouble)
@@ -241,8 +332,7 @@ def test_activations_are_within_four_ulp(isa, name, dtype):
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
 def test_activations_at_the_ends(isa, name):
     x = np.array([np.inf, -np.inf, 1e30, -1e30, np.nan], np.float32)
-    y = np.empty_like(x)
-    _kernel.activate(ACTIVATIONS.index(name), x, y)
+    y = activated(name, x)
     low = -1.0 if name == "tanh" else 0.0
     np.testing.assert_allclose(y[:4], [1.0, low, 1.0, low], atol=1e-37)
     assert np.isnan(y[4])
@@ -250,39 +340,39 @@ def test_activations_at_the_ends(isa, name):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_weights_that_are_not_packed_give_the_same_bits(isa, shape, dtype):
-    arrays, rng = make(17, *shape, dtype)
-    batch, steps, _, units = shape
+@pytest.mark.parametrize("member", MEMBERS)
+def test_weights_that_are_not_packed_give_the_same_bits(isa, member, shape, dtype):
+    if MEMBERS[member].get("proj_size", 0) >= shape[3]:
+        shape = (*shape[:3], 4)
+    spec, arrays, case, rng = make(17, *shape, dtype, **MEMBERS[member])
+    batch, steps, *_ = shape
     flags = {
         "mask": rng.random((batch, steps)) < 0.7,
-        "recurrent_dropout": ((rng.random((batch, units)) < 0.6) / 0.6).astype(dtype),
+        "reset": rng.random((batch, steps)) < 0.2,
+        "recurrent_dropout": ((rng.random((batch, spec.output_size)) < 0.6) / 0.6).astype(dtype),
         "reverse": True,
     }
     for given in ({}, flags):
-        packed, plain = (native.forward(**arrays, **given, copy=copy) for copy in (True, False))
-        for a, b in zip(packed, plain, strict=True):
-            np.testing.assert_array_equal(a, b)
-    del arrays["bias"]
-    np.testing.assert_array_equal(native.forward(**arrays).y, native.forward(**arrays, copy=False).y)
+        packed, plain = (native.forward(spec, arrays, **case, **given, copy=copy) for copy in (True, False))
+        assert_equal(packed, plain)
 
 
 def test_calls_from_several_threads_do_not_touch():
-    arrays, _ = make(14, 6, 50, 12, 40)
-    expected = native.forward(**arrays)
+    spec, arrays, case, _ = make(14, 6, 50, 12, 40)
+    expected = native.forward(spec, arrays, **case)
     with ThreadPoolExecutor(4) as pool:
-        for out in pool.map(lambda _: native.forward(**arrays, threads=3), range(60)):
-            for a, b in zip(out, expected, strict=True):
-                np.testing.assert_array_equal(a, b)
+        for out in pool.map(lambda _: native.forward(spec, arrays, **case, threads=3), range(60)):
+            assert_equal(out, expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_has_threads_of_its_own():
-    arrays, _ = make(15, 6, 20, 12, 40)
-    expected = native.forward(**arrays, threads=2)
+    spec, arrays, case, _ = make(15, 6, 20, 12, 40)
+    expected = native.forward(spec, arrays, **case, threads=2)
     child = os.fork()
     if child == 0:  # no assertion may escape here: pytest would go on in the child
-        out = native.forward(**arrays, threads=3)
+        out = native.forward(spec, arrays, **case, threads=3)
         os._exit(0 if np.array_equal(out.y, expected.y) else 1)
     for _ in range(200):
         done, status = os.waitpid(child, os.WNOHANG)
@@ -294,23 +384,21 @@ def test_a_forked_child_has_threads_of_its_own():
         os.waitpid(child, 0)
         pytest.fail("the child never came back")
     assert status == 0
-    np.testing.assert_array_equal(native.forward(**arrays, threads=2).y, expected.y)
+    np.testing.assert_array_equal(native.forward(spec, arrays, **case, threads=2).y, expected.y)
 
 
 def test_denormals_count_as_zero_and_the_mode_comes_back():
-    arrays, _ = make(16, 1, 3, 2, 4)
-    for name in ("x", "h0", "bias"):
-        arrays[name][:] = 0
-    arrays["c0"][:] = np.float32(1e-40)
-    assert (native.forward(**arrays).c == 0).all()
+    spec, arrays, case, _ = make(16, 1, 3, 2, 4)
+    (h, c), x = case["state"], case["x"]
+    x[:], h[:], arrays["bias"][:] = 0, 0, 0
+    c[:] = np.float32(1e-40)
+    assert (native.forward(spec, arrays, **case).state[1] == 0).all()
     assert np.float32(1e-38) / np.float32(4) > 0
 
 
 def test_softplus_keeps_its_tail(isa):
     x = np.array([-60.0, -30.0, -17.5, -3.0, 0.0, 40.0], np.float32)
-    y = np.empty_like(x)
-    _kernel.activate(ACTIVATIONS.index("softplus"), x, y)
-    np.testing.assert_allclose(y, np.logaddexp(0.0, x.astype(np.float64)), rtol=1e-6)
+    np.testing.assert_allclose(activated("softplus", x), np.logaddexp(0.0, x.astype(np.float64)), rtol=1e-6)
 
 
 def test_an_instruction_set_may_be_asked_for_by_name():
@@ -323,22 +411,23 @@ def test_an_instruction_set_may_be_asked_for_by_name():
     assert "baseline" in wrong.stderr
 
 
-def test_what_is_masked_may_be_nan(isa):
-    arrays, rng = make(18, 4, 9, 5, 20)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_what_is_masked_may_be_nan(isa, member):
+    spec, arrays, case, rng = make(18, 4, 9, 5, 20, **MEMBERS[member])
     mask = rng.random((4, 9)) < 0.6
-    clean = {**arrays, "x": np.where(mask[:, :, None], arrays["x"], 0).astype(np.float32)}
-    arrays["x"] = np.where(mask[:, :, None], arrays["x"], np.nan).astype(np.float32)
-    del arrays["bias"], clean["bias"]
-    outs = [native.forward(**given, mask=mask) for given in (arrays, clean)]
-    dy = rng.standard_normal(outs[0].y.shape).astype(np.float32)
-    grads = [native.backward(out, **given, dy=dy, mask=mask) for out, given in zip(outs, (arrays, clean), strict=True)]
-    for a, b in zip((*outs[0], *grads[0]), (*outs[1], *grads[1]), strict=True):
-        np.testing.assert_array_equal(a, b)
+    dy = rng.standard_normal((4, 9, spec.output_size)).astype(np.float32)
+    results = []
+    for filling in (0.0, np.nan):
+        x = np.where(mask[:, :, None], case["x"], np.float32(filling))
+        out = native.forward(spec, arrays, x, case["state"], mask=mask)
+        results.append((out, native.backward(spec, arrays, out, dy=dy)))
+    for clean, dirty in zip(*results, strict=True):
+        assert_equal(dirty, clean)
 
 
 def test_a_stream_is_one_threads_at_a_time():
-    arrays, rng = make(19, 1, 1, 64, 64)
-    stream = _kernel.Stream([native.pack(arrays["kernel"], arrays["recurrent_kernel"])], 1)
+    spec, arrays, _, rng = make(19, 1, 1, 64, 64)
+    stream = _kernel.Stream([native.pack(spec, arrays)], 1)
     x = rng.standard_normal((1, 20_000, 64)).astype(np.float32)
     outcomes = []
 
@@ -360,6 +449,6 @@ def test_a_stream_is_one_threads_at_a_time():
 
 @pytest.mark.parametrize("batch", [2**40, 2**59, 2**62, 2**63 - 1])
 def test_sizes_beyond_all_memory_are_refused(batch):
-    arrays, _ = make(20, 1, 1, 64, 64)
+    spec, arrays, _, _ = make(20, 1, 1, 64, 64)
     with pytest.raises(MemoryError):
-        _kernel.Stream([native.pack(arrays["kernel"], arrays["recurrent_kernel"])], batch)
+        _kernel.Stream([native.pack(spec, arrays)], batch)

@@ -5,11 +5,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+class Description:
+    def __init__(
+        self,
+        kind: int,
+        input_size: int,
+        units: int,
+        output_size: int,
+        activations: list[tuple[int, float, float]],
+        use_bias: bool,
+        peepholes: bool,
+        coupled: bool,
+        layer_norm: bool,
+        reset_after: bool,
+        norm_epsilon: float,
+        clip: float,
+        cell_clip: float,
+        zoneout: float,
+        zoneout_cell: float,
+    ) -> None: ...
+
 class PackedSingle:
     @property
     def input_size(self) -> int: ...
     @property
     def units(self) -> int: ...
+    @property
+    def output_size(self) -> int: ...
     @property
     def double(self) -> bool: ...
 
@@ -18,8 +40,9 @@ class PackedDouble(PackedSingle): ...
 class StreamSingle:
     def step(self, x: NDArray[Any], y: NDArray[Any]) -> None: ...
     def run(self, x: NDArray[Any], y: NDArray[Any]) -> None: ...
-    def get_state(self) -> list[tuple[NDArray[Any], NDArray[Any]]]: ...
-    def set_state(self, layer: int, h: NDArray[Any], c: NDArray[Any]) -> None: ...
+    def reset(self) -> None: ...
+    def get_state(self) -> list[tuple[NDArray[Any], ...]]: ...
+    def set_state(self, layer: int, h: NDArray[Any], c: NDArray[Any] | None = None) -> None: ...
 
 class StreamDouble(StreamSingle): ...
 
@@ -27,20 +50,12 @@ def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def Packed(  # noqa: N802
-    double: bool,
-    input_size: int,
-    units: int,
-    kernel: int,
-    recurrent_kernel: int,
-    bias: int,
-    activation: int,
-    recurrent_activation: int,
-    copy: bool = True,
+    double: bool, description: Description, arrays: tuple[int, ...], copy: bool = True
 ) -> PackedSingle | PackedDouble: ...
 def Stream(  # noqa: N802
     packed_list: list[PackedSingle] | list[PackedDouble] | list[PackedSingle | PackedDouble], batch: int
 ) -> StreamSingle | StreamDouble: ...
-def lstm_forward(
+def forward(
     batch: int,
     steps: int,
     layers: list[Any],
@@ -48,41 +63,27 @@ def lstm_forward(
     x_stride_b: int,
     x_stride_t: int,
     mask: int,
+    reset: int,
     reverse: bool,
     threads: int,
 ) -> None: ...
-def lstm_backward(
+def backward(
     double: bool,
+    description: Description,
     batch: int,
     steps: int,
-    input_size: int,
-    units: int,
-    kernel: int,
-    recurrent_kernel: int,
+    arrays: tuple[int, ...],
     x: int,
     x_stride_b: int,
     x_stride_t: int,
-    h0: int,
-    c0: int,
-    y: int,
-    gates: int,
-    cells: int,
-    recurrent_dropout: int,
     mask: int,
-    dy: int,
-    dhn: int,
-    dcn: int,
-    dgates: int,
-    dcells: int,
-    dx: int,
-    dh0: int,
-    dc0: int,
-    dkernel: int,
-    drecurrent_kernel: int,
-    dbias: int,
-    activation: int,
-    recurrent_activation: int,
+    reset: int,
     reverse: bool,
+    saved: tuple[int, ...],
+    given: tuple[int, ...],
+    wanted: tuple[Any, ...],
     threads: int,
 ) -> None: ...
-def activate(activation: int, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> None: ...
+def activate(
+    code: int, alpha: float, beta: float, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]
+) -> None: ...

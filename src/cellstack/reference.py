@@ -1,157 +1,415 @@
-"""The law: an LSTM's equations in NumPy, forward and backward, in float64. All else is held against this file.
+"""The law: the equations of the whole family in NumPy, forward and backward, in float64. All else is held against it.
 
-Gate order is i, f, g, o throughout. Arrays of 4H columns hold one block of H columns a gate, in that order.
+`CellSpec` names every flag; each is a line or a few here, marked by its name. Gates stand in the order of `GATES`, in
+arrays of G·H columns one block of H columns a gate. `·` is a matrix product, `⊙` one by entries, h_in is m⊙h_prev with
+recurrent dropout's mask m, and LN(v) = (v - mean(v)) / sqrt(var(v) + norm_epsilon), over a row, the variance biased.
 
-Ref: Hochreiter and Schmidhuber 1997, "Long Short-Term Memory"; the forget gate: Gers, Schmidhuber and Cummins 2000,
-"Learning to Forget", eq. 2.4 to 2.8. Backward: the chain rule on these lines, worked out beside each.
+LSTM, gates i f g o:
+    a = x·kernel                               b = h_in·recurrent_kernel
+    a = LN(a)⊙kernel_gain                      b = LN(b)⊙recurrent_gain                    layer_norm
+    z = a + b + bias
+    z_i += p_i⊙c_prev                          z_f += p_f⊙c_prev                           peepholes
+    i = σ(z_i)    f = σ(z_f)    g = φ(z_g)     with z, once whole, cut to ±clip            clip
+    f = 1 - i                                                                              coupled
+    c_new = f⊙c_prev + i⊙g
+    c_new is cut to ±cell_clip                                                             cell_clip
+    z_o += p_o⊙c_new                                                                       peepholes
+    o = σ(z_o)
+    c_out = c_new
+    c_out = LN(c_new)⊙cell_gain + cell_bias                                                layer_norm
+    h_new = o⊙φ(c_out)
+    h_new = (o⊙φ(c_out))·projection                                                        proj_size
+
+GRU, gates z r g:
+    a = x·kernel + bias                        q = h_in·recurrent_kernel
+    a = x·kernel + bias[0]                     q = h_in·recurrent_kernel + bias[1]         reset_after
+    both products normalised as above, before the bias, g's columns apart from z's and r's layer_norm
+    z = σ(a_z + q_z)                           r = σ(a_r + q_r)
+    g = φ(a_g + (r⊙h_in)·recurrent_kernel_g)
+    g = φ(a_g + r⊙q_g)                                                                     reset_after
+    h_new = z⊙h_prev + (1 - z)⊙g               what goes into σ and φ cut to ±clip         clip
+
+SimpleRNN, gate g:
+    h_new = g = φ(a + b + bias)                with a, b, layer_norm and clip as above
+
+and for each of them, k being masks in training, the rates themselves outside of it:
+    h = k_h⊙h_prev + (1 - k_h)⊙h_new           c = k_c⊙c_prev + (1 - k_c)⊙c_new            zoneout, zoneout_cell
+
+Backward: the chain rule on these lines, last to first, worked out by hand. `dv` is the loss's gradient by v.
+
+Ref, and where we differ:
+    Hochreiter and Schmidhuber 1997, "Long Short-Term Memory", appendix A.1: i, o and the cell, without a forget gate.
+    Gers, Schmidhuber and Cummins 2000, "Learning to Forget", eq. 2.4 to 2.8: the LSTM; their φ are scaled sigmoids.
+    Gers and Schmidhuber 2000, "Recurrent Nets that Time and Count"; Gers, Schraudolph and Schmidhuber 2002, "Learning
+        Precise Timing with LSTM Recurrent Networks", sec. 2: peepholes. Their gradient is cut at the gates, ours whole.
+    Sak, Senior and Beaufays 2014, "Long Short-Term Memory Based Recurrent Neural Network Architectures", eq. 7 to 12:
+        proj_size, their r; always with peepholes there. We have no part p that isn't fed back.
+    Greff et al. 2016, "LSTM: A Search Space Odyssey", CIFG: coupled.
+    Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 15, 20 to 22 (LSTM), 26 to 28 (GRU): layer_norm. Their shifts
+        before the sum are the one bias here, norm_epsilon stands under the root, and their z is 1 - z here.
+    Krueger et al. 2017, "Zoneout", sec. 3: zoneout. As there, h_new is made of c_new, not of c.
+    Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder", eq. 5 to 8: the GRU without
+        reset_after, and without a bias. With it: Ba et al., eq. 24, and cuDNN, which has both biases.
+    Gal and Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", sec. 4:
+        recurrent dropout, one mask a sequence, shared by the gates. What a GRU and zoneout carry of h_prev stays whole
+        here; so Semeniuta, Severyn and Barth 2016, "Recurrent Dropout without Memory Loss", ask, who drop g instead.
+    Elman 1990, "Finding Structure in Time": SimpleRNN.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from cellstack.spec import STATES, CellSpec
 
-# name -> (activation of z, its derivative written in terms of the activation's value y)
-ACTIVATIONS = {
-    "sigmoid": (lambda z: 0.5 * (1.0 + np.tanh(0.5 * z)), lambda y: y * (1.0 - y)),
-    "tanh": (np.tanh, lambda y: 1.0 - y * y),
-    "linear": (lambda z: z, np.ones_like),
-    "relu": (lambda z: np.where(z < 0.0, 0.0, z), lambda y: (y > 0.0) * 1.0),
-    "hard_sigmoid": (lambda z: np.clip(z / 6.0 + 0.5, 0.0, 1.0), lambda y: ((y > 0.0) & (y < 1.0)) / 6.0),
-    "softsign": (lambda z: z / (1.0 + np.abs(z)), lambda y: (1.0 - np.abs(y)) ** 2),
-    "softplus": (lambda z: np.logaddexp(0.0, z), lambda y: -np.expm1(-y)),
-    "elu": (lambda z: np.where(z > 0.0, z, np.expm1(np.minimum(z, 0.0))), lambda y: np.where(y > 0.0, 1.0, y + 1.0)),
+Array = NDArray[np.float64]
+Arrays = dict[str, Array]
+Mask = NDArray[np.bool_]
+Back = tuple[Array, Array, tuple[Any, ...]]
+
+
+def _sigmoid(z: Array, *_: float) -> Array:
+    return 0.5 * (1.0 + np.tanh(0.5 * z))  # that of exp(-z) overflows
+
+
+# name -> (y of z and the parameters, its slope dy/dz of z, y and the parameters). A NaN in z stays one.
+ACTIVATIONS: dict[str, tuple[Any, Any]] = {
+    "sigmoid": (_sigmoid, lambda z, y, *_: y * (1.0 - y)),
+    "tanh": (lambda z, *_: np.tanh(z), lambda z, y, *_: 1.0 - y * y),
+    "linear": (lambda z, *_: z, lambda z, *_: np.ones_like(z)),
+    "relu": (lambda z, *_: np.where(z <= 0.0, 0.0, z), lambda z, *_: (z > 0.0) * 1.0),
+    "hard_sigmoid": (lambda z, a, b: np.clip(a * z + b, 0.0, 1.0), lambda z, y, a, b: ((y > 0.0) & (y < 1.0)) * a),
+    "softsign": (lambda z, *_: z / (1.0 + np.abs(z)), lambda z, *_: (1.0 + np.abs(z)) ** -2.0),
+    "softplus": (lambda z, *_: np.maximum(z, 0.0) + np.log1p(np.exp(-np.abs(z))), lambda z, *_: _sigmoid(z)),
+    "elu": (
+        lambda z, a, b: np.where(z > 0.0, z, a * np.expm1(np.minimum(z, 0.0))),
+        lambda z, y, a, b: np.where(z > 0.0, 1.0, y + a),
+    ),
+    "affine": (lambda z, a, b: a * z + b, lambda z, y, a, b: np.full_like(z, a)),
+    "leaky_relu": (lambda z, a, b: np.where(z > 0.0, z, a * z), lambda z, y, a, b: np.where(z > 0.0, 1.0, a)),
+    "thresholded_relu": (lambda z, a, b: np.where(z <= a, 0.0, z), lambda z, y, a, b: (z > a) * 1.0),
+    "scaled_tanh": (lambda z, a, b: a * np.tanh(b * z), lambda z, y, a, b: a * b * (1.0 - (y / a) ** 2)),
 }
 
 
 class Forward(NamedTuple):
-    """What a pass over a sequence leaves. At masked steps gates are zero and `y`, `c` are carried."""
+    """What a pass over a sequence leaves. At masked steps gates are zero, and `y` and `cells` are carried."""
 
-    y: Array  # [B, T, H]
-    h: Array  # [B, H], after the last step
-    c: Array  # [B, H], after the last step
-    gates: Array  # [B, T, 4, H], after the activations
-    cells: Array  # [B, T, H]
+    y: Array  # [B, T, P]
+    state: Any  # after the last step: State(h, c) or HiddenState(h), as the kind has it
+    gates: Array  # [B, T, planes, H], after the activations; a GRU with reset_after has q_g as a plane of its own
+    cells: Array | None  # [B, T, H], an LSTM's
+    tape: SimpleNamespace  # what `backward` needs
 
 
 class Gradients(NamedTuple):
     """Gradients of a scalar loss, each in the shape of what it is the gradient of."""
 
     x: Array
-    h0: Array
-    c0: Array
-    kernel: Array
-    recurrent_kernel: Array
-    bias: Array
+    state: Any  # of the state before the first step, given or not
+    arrays: Arrays
 
 
-def lstm_forward(
-    x: Array,
-    h0: Array,
-    c0: Array,
-    kernel: Array,
-    recurrent_kernel: Array,
-    bias: Array | None = None,
+# ── what all kinds share; a part's way back stands below it ─────────────────────────────────────────────────────────
+
+GAINS = {"kernel": "kernel_gain", "recurrent_kernel": "recurrent_gain"}
+
+
+class _Cell:
+    """A cell's description and arrays, and the parts that all kinds have.
+
+    What is kept for the way back goes to the step's tape `s`. A way back takes the gradient of what came out, adds to
+    `d`, the gradients of the arrays by name, and returns the gradient of what went in.
+    """
+
+    def __init__(self, spec: CellSpec, arrays: Mapping[str, Any]) -> None:
+        self.spec = spec
+        self.w = {name: np.asarray(arrays[name], np.float64) for name in spec.shapes}
+        cut = 2 * spec.units  # columns that are normalised together: all, but a GRU's z and r, and its g
+        self.together = (slice(0, cut), slice(cut, None)) if spec.kind == "gru" else (slice(None),)
+
+    def initial_state(self, batch: int) -> list[Array]:
+        sizes = self.spec.state_sizes.items()
+        return [np.broadcast_to(self.w.get(f"initial_{name}", 0.0), (batch, size)) for name, size in sizes]
+
+    def initial_state_back(self, d: Arrays, dstate: Sequence[Array]) -> None:
+        if self.spec.learn_initial_state:
+            for name, da in zip(self.spec.state_sizes, dstate, strict=True):
+                d[f"initial_{name}"] += da.sum(axis=0)
+
+    def product(self, s: SimpleNamespace, name: str, v: Array) -> Array:
+        s.factors[name] = v
+        out = v @ self.w[name]
+        return self.normalise(s, GAINS[name], out) if self.spec.layer_norm else out
+
+    def product_back(self, s: SimpleNamespace, d: Arrays, name: str, dout: Array) -> Array:
+        if self.spec.layer_norm:
+            dout = self.normalise_back(s, d, GAINS[name], dout)
+        d[name] += s.factors[name].T @ dout
+        return dout @ self.w[name].T
+
+    def sums(self, s: SimpleNamespace, x: Array, h_in: Array) -> Array:
+        return self.product(s, "kernel", x) + self.product(s, "recurrent_kernel", h_in) + self.w.get("bias", 0.0)
+
+    def sums_back(self, s: SimpleNamespace, d: Arrays, dz: Array) -> tuple[Array, Array]:
+        if self.spec.use_bias:
+            d["bias"] += dz.sum(axis=0)
+        return self.product_back(s, d, "kernel", dz), self.product_back(s, d, "recurrent_kernel", dz)
+
+    def normalise(self, s: SimpleNamespace, gain: str, v: Array) -> Array:
+        unit, scale = np.empty_like(v), np.empty_like(v)
+        for part in self.together:
+            scale[:, part] = np.sqrt(v[:, part].var(axis=1, keepdims=True) + self.spec.norm_epsilon)
+            unit[:, part] = (v[:, part] - v[:, part].mean(axis=1, keepdims=True)) / scale[:, part]
+        s.norms[gain] = unit, scale
+        return unit * self.w[gain]
+
+    def normalise_back(self, s: SimpleNamespace, d: Arrays, gain: str, dout: Array) -> Array:
+        unit, scale = s.norms[gain]
+        d[gain] += (dout * unit).sum(axis=0)
+        dv = dout * self.w[gain]
+        for part in self.together:  # unit changes neither with a shift of v nor (epsilon aside) its scale
+            du, u = dv[:, part], unit[:, part]
+            dv[:, part] = du - du.mean(axis=1, keepdims=True) - u * (du * u).mean(axis=1, keepdims=True)
+        return dv / scale
+
+    def activate(self, s: SimpleNamespace, slot: str, z: Array) -> Array:
+        name, alpha, beta = self.spec.activations[self.spec.slots.index(slot)]
+        function, slope = ACTIVATIONS[name]
+        clip = np.inf if self.spec.clip is None or slot == "cell" else self.spec.clip
+        cut = np.clip(z, -clip, clip)
+        y = function(cut, alpha, beta)
+        s.slopes[slot] = slope(cut, y, alpha, beta) * (np.abs(z) <= clip)  # dy/dz
+        return y
+
+
+# ── the kinds: a step takes x [B, I], h_in and the state before; its way back returns the gradients of these three ──
+
+
+class _LSTM(_Cell):
+    def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
+        spec, w, c_prev = self.spec, self.w, state[1]
+        z = dict(zip(spec.gates, np.split(self.sums(s, x, h_in), len(spec.gates), axis=1), strict=True))
+        p = self.peepholes(w)
+        for gate in list(p)[:-1]:  # i and f see the cell before the step, o the one after it
+            z[gate] = z[gate] + p[gate] * c_prev
+        i = self.activate(s, "i", z["i"])
+        f = 1.0 - i if spec.coupled else self.activate(s, "f", z["f"])
+        g = self.activate(s, "g", z["g"])
+        c_new = f * c_prev + i * g
+        if spec.cell_clip is not None:
+            s.cell_inside = np.abs(c_new) <= spec.cell_clip
+            c_new = np.clip(c_new, -spec.cell_clip, spec.cell_clip)
+        if spec.peepholes:
+            z["o"] = z["o"] + p["o"] * c_new
+        o = self.activate(s, "o", z["o"])
+        c_out = self.normalise(s, "cell_gain", c_new) + w["cell_bias"] if spec.layer_norm else c_new
+        c_act = self.activate(s, "cell", c_out)
+        m = o * c_act
+        h_new = m @ w["projection"] if spec.proj_size else m
+        s.state, s.gates = (h_new, c_new), (i, f, g, o)
+        s.c_prev, s.c_new, s.c_act, s.m = c_prev, c_new, c_act, m
+
+    def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
+        spec, w, slopes = self.spec, self.w, s.slopes
+        (dm, dc_new), (i, f, g, o), (di, df, dg, do) = dstate, s.gates, dgates
+        if spec.proj_size:
+            d["projection"] += s.m.T @ dm
+            dm = dm @ w["projection"].T
+        do = do + dm * s.c_act  # m = o⊙φ(c_out)
+        dc_out = dm * o * slopes["cell"]
+        if spec.layer_norm:
+            d["cell_bias"] += dc_out.sum(axis=0)
+            dc_out = self.normalise_back(s, d, "cell_gain", dc_out)
+        dc_new = dc_new + dc_out
+        dz, p, dp = {"o": do * slopes["o"]}, self.peepholes(w), self.peepholes(d)
+        if spec.peepholes:
+            dp["o"] += (dz["o"] * s.c_new).sum(axis=0)
+            dc_new = dc_new + dz["o"] * p["o"]
+        if spec.cell_clip is not None:
+            dc_new = dc_new * s.cell_inside
+        di, df, dg, dc_prev = di + dc_new * g, df + dc_new * s.c_prev, dg + dc_new * i, dc_new * f  # f⊙c_prev + i⊙g
+        if spec.coupled:
+            di = di - df  # f = 1 - i
+        else:
+            dz["f"] = df * slopes["f"]
+        dz["i"], dz["g"] = di * slopes["i"], dg * slopes["g"]
+        for gate in list(p)[:-1]:  # i and f see the cell before the step, o the one after it
+            dp[gate] += (dz[gate] * s.c_prev).sum(axis=0)
+            dc_prev = dc_prev + dz[gate] * p[gate]
+        dx, dh_in = self.sums_back(s, d, np.concatenate([dz[gate] for gate in spec.gates], axis=1))
+        return dx, dh_in, (0.0, dc_prev)
+
+    def peepholes(self, arrays: Arrays) -> Arrays:  # views of the rows
+        gates = [gate for gate in self.spec.gates if gate != "g"]
+        return dict(zip(gates, arrays["peepholes"], strict=True)) if self.spec.peepholes else {}
+
+
+class _GRU(_Cell):
+    def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
+        spec, w, (h_prev,) = self.spec, self.w, state
+        a, q = self.product(s, "kernel", x), self.product(s, "recurrent_kernel", h_in)
+        if spec.use_bias:
+            a, q = (a + w["bias"][0], q + w["bias"][1]) if spec.reset_after else (a + w["bias"], q)
+        (a_z, a_r, a_g), (q_z, q_r, q_g) = np.split(a, 3, axis=1), np.split(q, 3, axis=1)
+        z, r = self.activate(s, "z", a_z + q_z), self.activate(s, "r", a_r + q_r)
+        b_g = r * q_g if spec.reset_after else (r * h_in) @ w["recurrent_kernel"][:, 2 * spec.units :]
+        g = self.activate(s, "g", a_g + b_g)
+        s.state = (z * h_prev + (1.0 - z) * g,)
+        s.gates = (z, r, g, q_g) if spec.reset_after else (z, r, g)
+        s.h_prev, s.h_in, s.q_g = h_prev, h_in, q_g
+
+    def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
+        spec, slopes = self.spec, s.slopes
+        (dh_new,), (z, r, g, *_), (dz, dr, dg, *_) = dstate, s.gates, dgates
+        da_z = (dz + dh_new * (s.h_prev - g)) * slopes["z"]  # z⊙h_prev + (1 - z)⊙g
+        da_g = (dg + dh_new * (1.0 - z)) * slopes["g"]
+        if spec.reset_after:  # r⊙q_g
+            dr, dq_g, dh_in = dr + da_g * s.q_g, da_g * r, 0.0
+        else:  # (r⊙h_in)·recurrent_kernel_g
+            U_g, dU_g = (arrays["recurrent_kernel"][:, 2 * spec.units :] for arrays in (self.w, d))
+            drh = da_g @ U_g.T
+            dU_g += (r * s.h_in).T @ da_g
+            dr, dq_g, dh_in = dr + drh * s.h_in, np.zeros_like(da_g), drh * r
+        da_r = dr * slopes["r"]
+        da, dq = np.concatenate([da_z, da_r, da_g], axis=1), np.concatenate([da_z, da_r, dq_g], axis=1)
+        if spec.use_bias:
+            d["bias"] += [da.sum(axis=0), dq.sum(axis=0)] if spec.reset_after else da.sum(axis=0)
+        dh_in = dh_in + self.product_back(s, d, "recurrent_kernel", dq)
+        return self.product_back(s, d, "kernel", da), dh_in, (dh_new * z,)
+
+
+class _RNN(_Cell):
+    def step(self, s: SimpleNamespace, x: Array, h_in: Array, state: Sequence[Array]) -> None:
+        g = self.activate(s, "g", self.sums(s, x, h_in))
+        s.state, s.gates = (g,), (g,)
+
+    def back(self, s: SimpleNamespace, d: Arrays, dstate: Sequence[Array], dgates: Array) -> Back:
+        dx, dh_in = self.sums_back(s, d, (dgates[0] + dstate[0]) * s.slopes["g"])
+        return dx, dh_in, (0.0,)
+
+
+CELLS = {"lstm": _LSTM, "gru": _GRU, "rnn": _RNN}
+
+
+# ── the loop over time: mask, reset, recurrent dropout, zoneout ─────────────────────────────────────────────────────
+
+ZEROS = (0.0, 0.0)
+
+
+def _choose(rows: Mask, a: Sequence[Any], b: Sequence[Any]) -> list[Array]:
+    """`a` in these rows `[B, 1]`, `b` in the others, for h and, where there is one, c."""
+    return [np.where(rows, *pair) for pair in zip(a, b, strict=False)]
+
+
+def _given(da: Any, a: Array) -> Array:
+    return np.zeros_like(a) if da is None else np.asarray(da, np.float64)
+
+
+def forward(
+    spec: CellSpec,
+    arrays: Mapping[str, Any],
+    x: Any,
+    state: Sequence[Any] | None = None,
     *,
-    mask: NDArray[np.bool_] | None = None,
-    recurrent_dropout: Array | None = None,
-    activation: str = "tanh",
-    recurrent_activation: str = "sigmoid",
+    mask: Mask | None = None,
+    reset: Mask | None = None,
+    recurrent_dropout: Any = None,
+    zoneout: Any = None,
+    zoneout_cell: Any = None,
     reverse: bool = False,
 ) -> Forward:
-    """Run an LSTM over a sequence.
-
-        z = x·kernel + h_prev·recurrent_kernel + bias        i, f, o = σ(z_i, z_f, z_o)    g = φ(z_g)
-        c = f·c_prev + i·g                                   h = o·φ(c)
+    """Run a cell over a sequence. Whatever dtype comes in, all is computed in float64.
 
     Args:
+        spec: which cell.
+        arrays: its arrays by name, in the shapes of `spec.shapes`.
         x: `[B, T, I]`.
-        h0, c0: state before the first step, `[B, H]`.
-        kernel, recurrent_kernel, bias: `[I, 4H]`, `[H, 4H]`, `[4H]`.
+        state: before the first step, h `[B, P]` and an LSTM's c `[B, H]`. None: the cell's initial state, `initial_h`
+            and `initial_c` where it is learnt, else zeros.
         mask: `[B, T]`, True where a step counts; elsewhere the state is carried.
-        recurrent_dropout: `[B, H]`, what h_prev is multiplied by at every step (0 or 1/(1-p)).
+        reset: `[B, T]`, True where the state before the step, as steps are processed, becomes the cell's initial
+            state, also where the mask leaves that step out.
+        recurrent_dropout: `[B, P]`, what h_prev is multiplied by on its way into the gates (0 or 1/(1-p)).
+        zoneout, zoneout_cell: `[B, T, P]` and `[B, T, H]`, 1 where h or c keeps its value in a step, 0 elsewhere.
+            None: the cell's rates.
         reverse: run from the last step to the first; `y[:, t]` still belongs to `x[:, t]`.
+
+    >>> arrays = {"kernel": [[2.0]], "recurrent_kernel": [[1.0]], "bias": [0.0]}
+    >>> forward(CellSpec(1, 1, "linear", kind="rnn"), arrays, [[[1.0], [1.0]]]).y.tolist()  # 2·1, then 2·1 + 2
+    [[[2.0], [4.0]]]
     """
-    phi, sigma = ACTIVATIONS[activation][0], ACTIVATIONS[recurrent_activation][0]
+    cell, x = CELLS[spec.kind](spec, arrays), np.asarray(x, np.float64)
     batch, steps, _ = x.shape
-    units = h0.shape[1]
-    y, cells = np.empty((2, batch, steps, units))
-    gates = np.zeros((batch, steps, 4, units))
-    h, c = h0, c0
-    for t in reversed(range(steps)) if reverse else range(steps):
-        used = np.ones((batch, 1), bool) if mask is None else mask[:, t, None]
-        h_in = h if recurrent_dropout is None else h * recurrent_dropout
-        z = x[:, t] @ kernel + h_in @ recurrent_kernel + (0.0 if bias is None else bias)
-        z_i, z_f, z_g, z_o = np.split(z, 4, axis=1)
-        i, f, g, o = sigma(z_i), sigma(z_f), phi(z_g), sigma(z_o)
-        c_new = f * c + i * g
-        c, h = np.where(used, c_new, c), np.where(used, o * phi(c_new), h)
-        gates[:, t] = np.where(used[:, None], np.stack([i, f, g, o], axis=1), 0.0)
-        y[:, t], cells[:, t] = h, c
-    return Forward(y, h, c, gates, cells)
+    fresh = cell.initial_state(batch)
+    now = fresh if state is None else [np.asarray(a, np.float64) for a in state]
+    outs = [np.zeros((batch, steps, size)) for size in spec.state_sizes.values()]
+    gates = np.zeros((batch, steps, spec.planes, spec.units))
+    rates = [(spec.zoneout, zoneout), (spec.zoneout_cell, zoneout_cell)][: len(outs)]
+    tape = SimpleNamespace(
+        x=x,
+        starts_fresh=state is None,
+        order=range(steps)[:: -1 if reverse else 1],
+        used=np.ones((batch, steps, 1), bool) if mask is None else np.asarray(mask, bool)[:, :, None],
+        reset=np.zeros((batch, steps, 1), bool) if reset is None else np.asarray(reset, bool)[:, :, None],
+        dropout=1.0 if recurrent_dropout is None else np.asarray(recurrent_dropout, np.float64),
+        kept=[np.full((1, steps, 1), k) if drawn is None else np.asarray(drawn, np.float64) for k, drawn in rates],
+        steps=[SimpleNamespace(factors={}, norms={}, slopes={}) for _ in range(steps)],
+    )
+    for t in tape.order:
+        s, used = tape.steps[t], tape.used[:, t]
+        now = _choose(tape.reset[:, t], fresh, now)
+        before = _choose(used, now, ZEROS)  # rows that are left out run on zeros: a NaN in them meets nothing
+        cell.step(s, np.where(used, x[:, t], 0.0), before[0] * tape.dropout, before)
+        after = [k[:, t] * a + (1.0 - k[:, t]) * new for k, a, new in zip(tape.kept, before, s.state, strict=True)]
+        now = _choose(used, after, now)
+        for out, a in zip(outs, now, strict=True):
+            out[:, t] = a
+        gates[:, t] = np.where(used[:, None], np.stack(s.gates, axis=1), 0.0)
+    return Forward(outs[0], STATES[spec.kind](*now), gates, outs[1] if spec.kind == "lstm" else None, tape)
 
 
-def lstm_backward(
+def backward(
+    spec: CellSpec,
+    arrays: Mapping[str, Any],
     out: Forward,
-    x: Array,
-    h0: Array,
-    c0: Array,
-    kernel: Array,
-    recurrent_kernel: Array,
     *,
-    dy: Array | None = None,
-    dh: Array | None = None,
-    dc: Array | None = None,
-    dgates: Array | None = None,
-    dcells: Array | None = None,
-    mask: NDArray[np.bool_] | None = None,
-    recurrent_dropout: Array | None = None,
-    activation: str = "tanh",
-    recurrent_activation: str = "sigmoid",
-    reverse: bool = False,
+    dy: Any = None,
+    dstate: Sequence[Any] | None = None,
+    dgates: Any = None,
+    dcells: Any = None,
 ) -> Gradients:
-    """Backpropagate through `lstm_forward`.
+    """Backpropagate through `forward`.
 
-    `dy`, `dh`, `dc`, `dgates`, `dcells` are the loss's gradients with respect to the fields of `out`, zero where None.
+    Args:
+        spec, arrays: the cell of that pass.
+        out: what the pass returned.
+        dy, dstate, dgates, dcells: the loss's gradients with respect to the fields of `out`; None, whole or an entry
+            of `dstate`, is zeros. That of the plane q_g in a GRU's gates is ignored.
     """
-    phi, dphi = ACTIVATIONS[activation]
-    dsigma = ACTIVATIONS[recurrent_activation][1]
-    batch, steps, _ = x.shape
-    dx = np.zeros_like(x)
-    dkernel, drecurrent = np.zeros_like(kernel), np.zeros_like(recurrent_kernel)
-    dbias = np.zeros(kernel.shape[1])
-    dh = np.zeros_like(h0) if dh is None else dh
-    dc = np.zeros_like(c0) if dc is None else dc
-    order = list(reversed(range(steps)) if reverse else range(steps))
-    for n in reversed(range(steps)):
-        t = order[n]
-        h_prev, c_prev = (out.y[:, order[n - 1]], out.cells[:, order[n - 1]]) if n else (h0, c0)
-        used = np.ones((batch, 1), bool) if mask is None else mask[:, t, None]
-        i, f, g, o = (out.gates[:, t, k] for k in range(4))
-        dh = dh if dy is None else dh + dy[:, t]
-        dc = dc if dcells is None else dc + dcells[:, t]
-        di, df, dg, do = np.zeros((4, batch, 1)) if dgates is None else (dgates[:, t, k] for k in range(4))
-        c_act = phi(out.cells[:, t])
-        dc_new = dc + dh * o * dphi(c_act)  # h = o·φ(c)
-        dz = np.concatenate(  # c = f·c_prev + i·g, then each gate's own activation
-            [
-                (di + dc_new * g) * dsigma(i),
-                (df + dc_new * c_prev) * dsigma(f),
-                (dg + dc_new * i) * dphi(g),
-                (do + dh * c_act) * dsigma(o),
-            ],
-            axis=1,
-        )
-        dz = np.where(used, dz, 0.0)
-        drop = 1.0 if recurrent_dropout is None else recurrent_dropout
-        dx[:, t] = dz @ kernel.T
-        dkernel += np.where(used, x[:, t], 0.0).T @ dz  # 0·NaN is NaN: what is masked must not meet dz
-        drecurrent += np.where(used, h_prev * drop, 0.0).T @ dz
-        dbias += dz.sum(axis=0)
-        dh = np.where(used, dz @ recurrent_kernel.T * drop, dh)
-        dc = np.where(used, dc_new * f, dc)
-    return Gradients(dx, dh, dc, dkernel, drecurrent, dbias)
+    cell, tape = CELLS[spec.kind](spec, arrays), out.tape
+    d = {name: np.zeros(shape) for name, shape in spec.shapes.items()}
+    dx = np.zeros_like(tape.x)
+    dgates = _given(dgates, out.gates)
+    douts = [_given(dy, out.y), *([] if out.cells is None else [_given(dcells, out.cells)])]
+    dnow = [_given(da, a) for da, a in zip(dstate or (None, None), out.state, strict=False)]
+    for t in reversed(tape.order):
+        used, kept = tape.used[:, t], [k[:, t] for k in tape.kept]
+        dnow = [da + dout[:, t] for da, dout in zip(dnow, douts, strict=True)]
+        dafter = _choose(used, dnow, ZEROS)
+        dgate = np.moveaxis(np.where(used[:, None], dgates[:, t], 0.0), 1, 0)
+        dnew = [(1.0 - k) * da for k, da in zip(kept, dafter, strict=True)]
+        dx[:, t], dh_in, dbefore = cell.back(tape.steps[t], d, dnew, dgate)
+        dbefore = [da + k * dkept for da, k, dkept in zip(dbefore, kept, dafter, strict=True)]
+        dbefore[0] = dbefore[0] + dh_in * tape.dropout
+        dnow = _choose(used, dbefore, dnow)
+        cell.initial_state_back(d, _choose(tape.reset[:, t], dnow, ZEROS))
+        dnow = _choose(tape.reset[:, t], ZEROS, dnow)
+    if tape.starts_fresh:
+        cell.initial_state_back(d, dnow)
+    return Gradients(dx, STATES[spec.kind](*dnow), d)

@@ -1,20 +1,71 @@
-"""The words of the house: gate order, states, traces, the description of a cell, and what is checked once.
+"""The words of the house: gates, activations, states, traces, the description of a cell, and what is checked once.
 
 Everything else is a view of what is described here: formats read and write it, kernels run it, layers train it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-GATES = ("i", "f", "g", "o")
-"""Order of the gate blocks in every array of 4H columns: input, forget, candidate, output."""
+GATES = {"lstm": ("i", "f", "g", "o"), "gru": ("z", "r", "g"), "rnn": ("g",)}
+"""Kinds of cell, and the order of each one's gate blocks in every array with a block of H columns a gate.
 
-ACTIVATIONS = ("sigmoid", "tanh", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu")
+LSTM: input, forget, candidate, output. GRU: update, reset, candidate. SimpleRNN: the candidate alone.
+"""
+
+ARRAYS = (
+    "kernel",
+    "recurrent_kernel",
+    "bias",
+    "peepholes",
+    "projection",
+    "kernel_gain",
+    "recurrent_gain",
+    "cell_gain",
+    "cell_bias",
+    "initial_h",
+    "initial_c",
+)
+"""Every array that a cell may have, in the order in which they are listed, passed and saved; see `CellSpec.shapes`."""
+
+ACTIVATIONS = (
+    "sigmoid",
+    "tanh",
+    "linear",
+    "relu",
+    "hard_sigmoid",
+    "softsign",
+    "softplus",
+    "elu",
+    "affine",
+    "leaky_relu",
+    "thresholded_relu",
+    "scaled_tanh",
+)
 """Activations that the kernel applies itself; the position in this tuple is the code that the kernel knows."""
+
+PARAMETERS = {
+    "hard_sigmoid": (1.0 / 6.0, 0.5),
+    "elu": (1.0,),
+    "affine": (1.0, 0.0),
+    "leaky_relu": (0.2,),
+    "thresholded_relu": (1.0,),
+    "scaled_tanh": (1.0, 1.0),
+}
+"""Activations that take parameters, alpha or alpha and beta, with what these are where none are given.
+
+    hard_sigmoid  min(max(alpha·z + beta, 0), 1)          elu               z, or alpha·(e^z - 1) where negative
+    affine        alpha·z + beta                          leaky_relu        z, or alpha·z where negative
+    scaled_tanh   alpha·tanh(beta·z)                      thresholded_relu  z where above alpha, else 0
+"""
 
 DTYPES = ("float32", "float64")
 
@@ -39,8 +90,19 @@ class State(NamedTuple):
         return (len(self), *self.h.shape)
 
 
+class HiddenState(NamedTuple):
+    """State of one layer that has no cell, a GRU's or a SimpleRNN's: h alone, `[B, H]`."""
+
+    h: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape when stacked, `(1, B, H)`."""
+        return (len(self), *self.h.shape)
+
+
 class Trace(NamedTuple):
-    """Gates (after their activations), cell and output of every step, each `[B, T, H]`.
+    """An LSTM's gates (after their activations), cell and output of every step, each `[B, T, H]`.
 
     At a step that the mask leaves out, the gates are zero and `c`, `h` are carried.
     """
@@ -51,6 +113,29 @@ class Trace(NamedTuple):
     o: Any
     c: Any
     h: Any
+
+
+class GRUTrace(NamedTuple):
+    """A GRU's gates (after their activations) and output of every step, each `[B, T, H]`: see `Trace`."""
+
+    z: Any
+    r: Any
+    g: Any
+    h: Any
+
+
+class RNNTrace(NamedTuple):
+    """A SimpleRNN's candidate and output of every step, each `[B, T, H]`: see `Trace`. They differ under zoneout."""
+
+    g: Any
+    h: Any
+
+
+STATES = {"lstm": State, "gru": HiddenState, "rnn": HiddenState}
+"""What a state of each kind of cell is held in."""
+
+TRACES = {"lstm": Trace, "gru": GRUTrace, "rnn": RNNTrace}
+"""What a trace of each kind of cell is held in."""
 
 
 class Plan(tuple[str, ...]):
@@ -67,23 +152,84 @@ class Plan(tuple[str, ...]):
         return "\n".join(self)
 
 
+class Activation(NamedTuple):
+    """An activation with its parameters, as `activation` reads them; zero where it takes none."""
+
+    name: str
+    alpha: float = 0.0
+    beta: float = 0.0
+
+    def __str__(self) -> str:
+        usual = PARAMETERS.get(self.name, ())
+        given = (self.alpha, self.beta)[: len(usual)]
+        return self.name if given == usual else f"{self.name}({', '.join(map(repr, given))})"
+
+
+_ACTIVATION = re.compile(r"(\w+)\s*(?:\(([^()]*)\))?")
+
+
+@lru_cache(maxsize=256)
+def activation(text: str) -> Activation:
+    """Return the activation that `text` names: a name in `ACTIVATIONS`, followed by parameters where it takes any.
+
+    Raises:
+        ValueError: another name, or parameters that it can't have.
+
+    >>> activation("hard_sigmoid(0.2, 0.5)")  # as Keras 1 and 2 have it; without parameters, as Keras 3 has it
+    Activation(name='hard_sigmoid', alpha=0.2, beta=0.5)
+    """
+    match = _ACTIVATION.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None or match[1] not in ACTIVATIONS:
+        raise ValueError(f"expected an activation out of {', '.join(ACTIVATIONS)}, got {text!r}")
+    name, usual = match[1], PARAMETERS.get(match[1], ())
+    try:
+        given = () if match[2] is None else tuple(float(number) for number in match[2].split(","))
+    except ValueError:
+        raise ValueError(f"expected numbers as the parameters of {name}, got {text!r}") from None
+    if (match[2] is not None and len(given) != len(usual)) or not all(map(math.isfinite, given)):
+        raise ValueError(f"expected {name} with {len(usual)} finite parameters or without any, got {text!r}")
+    found = Activation(name, *(given or usual))
+    if (name in ("elu", "leaky_relu") and found.alpha < 0.0) or (name == "scaled_tanh" and found.alpha == 0.0):
+        bound = "alpha other than 0" if name == "scaled_tanh" else "alpha >= 0"
+        raise ValueError(f"expected {name} with {bound}, from whose value its slope can be told, got {text!r}")
+    return found
+
+
 @dataclass(frozen=True)
 class CellSpec:
-    """Description of one LSTM cell, without its arrays.
+    """Description of one cell, without its arrays. The equations of every flag: `cellstack.reference`.
 
     Args:
         input_size: width I of a step's input.
-        units: width H of the state.
-        activation: on the candidate g and on the cell before the output gate; one of `ACTIVATIONS`.
-        recurrent_activation: on the gates i, f, o; one of `ACTIVATIONS`.
-        use_bias: whether a bias `[4H]` is added to the pre-activations.
+        units: width H of the gates, and of the state where nothing is projected.
+        activation: on the candidate g, and on an LSTM's cell before the output gate; see `activation`.
+        recurrent_activation: on the other gates.
+        use_bias: whether a bias is added to the pre-activations.
+        kind: "lstm", "gru" or "rnn".
+        gate_activations: other activations by gate, such as `{"o": "hard_sigmoid"}`; an LSTM's cell goes by "cell".
+        peepholes: an LSTM's gates i and f see the cell before the step, o the one after it.
+        coupled: an LSTM's forget gate is 1 - i, and has no weights of its own.
+        proj_size: width P that an LSTM's output is projected to; h is then `[B, P]`. 0: none.
+        layer_norm: normalise what comes from the input, what comes from h, and the cell before the output gate.
+        norm_epsilon: what layer normalisation adds to a variance.
+        clip: pre-activations are kept within ±clip. None: they aren't.
+        cell_clip: an LSTM's cell likewise.
+        zoneout, zoneout_cell: share of units of h, and of an LSTM's cell, that keep their value in a step of
+            training; outside of it each unit keeps that share of its value. In [0, 1).
+        reset_after: whether a GRU's reset gate acts after the recurrent product (Keras's default, PyTorch, cuDNN),
+            not on the h that goes into it.
+        learn_initial_state: a row starts from a state that is a parameter, not from zeros, where none is given and
+            after a reset.
 
     Raises:
-        ShapeError: a width below 1.
-        ValueError: an activation that is not in `ACTIVATIONS`.
+        ShapeError: a width below 1, or a projection that isn't narrower than the units.
+        TypeError: a flag of the wrong type.
+        ValueError: an unknown kind or activation, a value out of range, or a flag that this kind doesn't have.
 
     >>> CellSpec(input_size=3, units=4).parameters
     128
+    >>> CellSpec(3, 4, kind="gru").shapes
+    {'kernel': (3, 12), 'recurrent_kernel': (4, 12), 'bias': (2, 12)}
     """
 
     input_size: int
@@ -91,33 +237,180 @@ class CellSpec:
     activation: str = "tanh"
     recurrent_activation: str = "sigmoid"
     use_bias: bool = True
+    kind: str = "lstm"
+    gate_activations: Any = ()
+    peepholes: bool = False
+    coupled: bool = False
+    proj_size: int = 0
+    layer_norm: bool = False
+    norm_epsilon: float = 1e-5
+    clip: float | None = None
+    cell_clip: float | None = None
+    zoneout: float = 0.0
+    zoneout_cell: float = 0.0
+    reset_after: bool = True
+    learn_initial_state: bool = False
 
     def __post_init__(self) -> None:
         for name in ("input_size", "units"):
             if getattr(self, name) < 1:
                 raise ShapeError(f"CellSpec: expected {name} >= 1, got {getattr(self, name)}")
+        if self.kind not in GATES:
+            raise ValueError(f"CellSpec: expected kind to be one of {', '.join(GATES)}, got {self.kind!r}")
+        self._check_flags()
+        self._check_activations()
+
+    def _check_flags(self) -> None:
+        usual = _usual_values(self)
+        for name in ("use_bias", "peepholes", "coupled", "layer_norm", "reset_after", "learn_initial_state"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"CellSpec: expected {name} to be True or False, got {getattr(self, name)!r}")
+        for name in ("clip", "cell_clip", "norm_epsilon"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
+                raise ValueError(f"CellSpec: expected {name} above 0 and finite, got {value!r}")
+        for name in ("zoneout", "zoneout_cell"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0.0 <= value < 1.0):
+                raise ValueError(f"CellSpec: expected {name} in [0, 1), got {value!r}: at 1 nothing would ever change")
+        if not isinstance(self.proj_size, int) or not (self.proj_size == 0 or 1 <= self.proj_size < self.units):
+            raise ShapeError(
+                f"CellSpec: expected proj_size from 1 to below units={self.units}, or 0, got {self.proj_size}"
+            )
+        only = {
+            "lstm": ("peepholes", "coupled", "proj_size", "cell_clip", "zoneout_cell"),
+            "gru": ("reset_after",),
+            "rnn": (),
+        }
+        for kind, names in only.items():
+            for name in names:
+                if kind != self.kind and getattr(self, name) != usual[name]:
+                    raise ValueError(f"CellSpec: expected {name} with an {kind} only, got it with {self.kind!r}")
+        if self.layer_norm and not self.reset_after:
+            raise ValueError("CellSpec: expected reset_after=True with layer_norm: the two sums are normalised apart")
+
+    def _check_activations(self) -> None:
+        given = self.gate_activations
+        try:
+            given = dict(given.items() if isinstance(given, Mapping) else given)
+        except (TypeError, ValueError):
+            raise TypeError(f"CellSpec: expected gate_activations as names by gate, got {given!r}") from None
+        for gate in given:
+            if gate not in self.slots:
+                raise ValueError(f"CellSpec: expected gate_activations of {', '.join(self.slots)}, got one of {gate!r}")
         for name in ("activation", "recurrent_activation"):
-            if getattr(self, name) not in ACTIVATIONS:
-                raise ValueError(
-                    f"CellSpec: expected {name} to be one of {', '.join(ACTIVATIONS)}, got {getattr(self, name)!r}"
-                )
+            object.__setattr__(self, name, _canonical(name, getattr(self, name)))
+        named = {gate: _canonical(f"gate_activations[{gate!r}]", text) for gate, text in given.items()}
+        kept = tuple((s, named[s]) for s in self.slots if s in named and named[s] != self._usual(s))
+        object.__setattr__(self, "gate_activations", kept)
+
+    def _usual(self, slot: str) -> str:
+        return self.activation if slot in ("g", "cell") else self.recurrent_activation
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What has an activation: every gate, and an LSTM's cell on its way out. A coupled f, 1 - i, has i's."""
+        return (*GATES[self.kind], "cell") if self.kind == "lstm" else GATES[self.kind]
+
+    @property
+    def activations(self) -> tuple[Activation, ...]:
+        """The activation of each of `slots`."""
+        named = dict(self.gate_activations)
+        return tuple(activation(named.get(slot, self._usual(slot))) for slot in self.slots)
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """Gates that have a block of H columns in the arrays, in order."""
+        return tuple(gate for gate in GATES[self.kind] if not (self.coupled and gate == "f"))
+
+    @property
+    def output_size(self) -> int:
+        """Width of h: P where the output is projected, else H."""
+        return self.proj_size or self.units
+
+    @property
+    def state_sizes(self) -> dict[str, int]:
+        """Width of each array of the state, by name: h, and c for an LSTM."""
+        sizes = {"h": self.output_size, "c": self.units}
+        return {name: sizes[name] for name in STATES[self.kind]._fields}
+
+    @property
+    def planes(self) -> int:
+        """How many arrays `[B, T, H]` the kernel keeps as a pass's gates.
+
+        One a gate of `GATES[kind]`; and for a GRU whose reset acts after the product that product of the candidate's.
+        """
+        return len(GATES[self.kind]) + (self.kind == "gru" and self.reset_after)
+
+    @property
+    def norm_size(self) -> int:
+        """How many numbers a step of a row the kernel keeps of layer normalisation; 0 without it."""
+        return 2 * len(self.gates) * self.units + 4 if self.layer_norm else 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the LSTM of Gers et al. with tanh and sigmoid, for which the kernel has its shortest way."""
+        return self == CellSpec(self.input_size, self.units, use_bias=self.use_bias)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each array of the cell, by name."""
-        wide = 4 * self.units
-        shapes: dict[str, tuple[int, ...]] = {
+        """Shape of each array of the cell, by name, in the order of `ARRAYS`."""
+        wide = len(self.gates) * self.units
+        has = {
             "kernel": (self.input_size, wide),
-            "recurrent_kernel": (self.units, wide),
+            "recurrent_kernel": (self.output_size, wide),
+            "bias": self.use_bias and ((2, wide) if self.kind == "gru" and self.reset_after else (wide,)),
+            "peepholes": self.peepholes and (len(self.gates) - 1, self.units),  # i, f, o; coupled: i, o
+            "projection": self.proj_size and (self.units, self.proj_size),
+            "kernel_gain": self.layer_norm and (wide,),
+            "recurrent_gain": self.layer_norm and (wide,),
+            "cell_gain": self.layer_norm and self.kind == "lstm" and (self.units,),
+            "cell_bias": self.layer_norm and self.kind == "lstm" and (self.units,),
+            "initial_h": self.learn_initial_state and (self.output_size,),
+            "initial_c": self.learn_initial_state and self.kind == "lstm" and (self.units,),
         }
-        if self.use_bias:
-            shapes["bias"] = (wide,)
-        return shapes
+        return {name: has[name] for name in ARRAYS if has[name]}
 
     @property
     def parameters(self) -> int:
         """How many numbers the cell's arrays hold."""
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this cell from a usual one, by field: what JSON can hold, and `CellSpec(**settings)` undoes."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        usual = _usual_values(self)
+        changed = {name: value for name, value in given.items() if value != usual[name]}
+        if self.gate_activations:
+            changed["gate_activations"] = dict(self.gate_activations)
+        return changed
+
+    @property
+    def text(self) -> str:
+        """The description as one line of JSON, as `described` reads it."""
+        return json.dumps(self.settings)
+
+
+def _usual_values(spec: CellSpec) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(spec)}
+
+
+def _canonical(name: str, text: str) -> str:
+    try:
+        return str(activation(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"CellSpec: {name}: {error}") from None
+
+
+@lru_cache(maxsize=1024)
+def described(text: str) -> CellSpec:
+    """Return the cell that `CellSpec.text` describes.
+
+    >>> described(CellSpec(3, 4, kind="gru", clip=5.0).text) == CellSpec(3, 4, kind="gru", clip=5.0)
+    True
+    """
+    return CellSpec(**json.loads(text))
 
 
 def check_sequence(owner: str, shape: tuple[int, ...], input_size: int | None, name: str = "x") -> None:
@@ -138,17 +431,20 @@ def check_step(owner: str, shape: tuple[int, ...], input_size: int | None, name:
         raise ShapeError(f"{owner}: expected {name} [B, {expected}], got {tuple(shape)}: one step has no time axis")
 
 
-def check_state(owner: str, shapes: list[tuple[int, ...]], batch: int, units: int, layer: int | None = None) -> None:
-    """Raise `ShapeError` unless `shapes` are those of `h` and `c`, each `[batch, units]`."""
+def check_state(
+    owner: str, shapes: list[tuple[int, ...]], batch: int, sizes: Mapping[str, int], layer: int | None = None
+) -> None:
+    """Raise `ShapeError` unless `shapes` are `[batch, size]` for each array of the state (`CellSpec.state_sizes`)."""
     where = "state" if layer is None else f"state of layer {layer}"
-    if len(shapes) != 2:
-        raise ShapeError(f"{owner}: expected {where} to be a pair (h, c), got {len(shapes)} array(s)")
-    for name, shape in zip(State._fields, shapes, strict=True):
-        if tuple(shape) != (batch, units):
-            raise ShapeError(f"{owner}: expected {name} of {where} [B={batch}, H={units}], got {tuple(shape)}")
+    if len(shapes) != len(sizes):
+        expected = "a pair (h, c)" if len(sizes) == 2 else f"{len(sizes)} array(s), {', '.join(sizes)}"
+        raise ShapeError(f"{owner}: expected {where} to be {expected}, got {len(shapes)} array(s)")
+    for (name, size), shape in zip(sizes.items(), shapes, strict=True):
+        if tuple(shape) != (batch, size):
+            raise ShapeError(f"{owner}: expected {name} of {where} [B={batch}, H={size}], got {tuple(shape)}")
 
 
-def check_mask(owner: str, shape: tuple[int, ...], batch: int, steps: int) -> None:
+def check_mask(owner: str, shape: tuple[int, ...], batch: int, steps: int, name: str = "mask") -> None:
     """Raise `ShapeError` unless `shape` is `[batch, steps]`."""
     if tuple(shape) != (batch, steps):
-        raise ShapeError(f"{owner}: expected mask [B={batch}, T={steps}], got {tuple(shape)}")
+        raise ShapeError(f"{owner}: expected {name} [B={batch}, T={steps}], got {tuple(shape)}")

@@ -1,0 +1,123 @@
+"""Every flag beside the plain LSTM: what it costs, forward and in training, at batch 1 and 32.
+
+    python benchmarks/family.py [--units 128] [--rounds 15]
+
+Each member is first held against the float64 reference. Then rounds go through all of them in turn on one thread; the
+figures are the fastest round's milliseconds, and that time over the plain LSTM's. T = 200 at batch 1, 100 at batch 32;
+I = H. Training is the forward pass that keeps what the backward pass needs, and the backward pass for all weights.
+"""
+
+import argparse
+
+import numpy as np
+import peers
+
+from cellstack import _kernel, native, reference
+from cellstack.spec import ARRAYS, CellSpec
+
+
+def members(units):
+    """Name -> the cell's flags and the call's."""
+    return {
+        "plain LSTM": ({}, {}),
+        "mask": ({}, {"mask"}),
+        "reset": ({}, {"reset"}),
+        "gates returned": ({}, {"gates"}),
+        "recurrent dropout": ({}, {"dropout"}),
+        "no bias": ({"use_bias": False}, {}),
+        "learned initial state": ({"learn_initial_state": True}, {}),
+        "peepholes": ({"peepholes": True}, {}),
+        "coupled gates": ({"coupled": True}, {}),
+        "clip": ({"clip": 3.0}, {}),
+        "cell clip": ({"cell_clip": 3.0}, {}),
+        "zoneout, as rates": ({"zoneout": 0.1, "zoneout_cell": 0.1}, {}),
+        "zoneout, as masks": ({"zoneout": 0.1, "zoneout_cell": 0.1}, {"zoneout"}),
+        "projection to H/2": ({"proj_size": units // 2}, {}),
+        "layer norm": ({"layer_norm": True}, {}),
+        "hard_sigmoid gates": ({"recurrent_activation": "hard_sigmoid"}, {}),
+        "softsign, own o": ({"activation": "softsign", "gate_activations": {"o": "hard_sigmoid(0.2, 0.5)"}}, {}),
+        "GRU": ({"kind": "gru"}, {}),
+        "GRU, reset before": ({"kind": "gru", "reset_after": False}, {}),
+        "GRU, layer norm": ({"kind": "gru", "layer_norm": True}, {}),
+        "SimpleRNN": ({"kind": "rnn"}, {}),
+    }
+
+
+def prepare(flags, call, units, batch, steps, x):
+    """Return two functions: forward, and forward with backward; the forward pass was checked."""
+    rng = np.random.default_rng(0)
+    spec = CellSpec(units, units, **flags)
+    new = lambda shape: rng.uniform(-1, 1, shape).astype(np.float32) * units**-0.5  # noqa: E731
+    # gains of 1 would make a chaotic system out of random weights, in which every rounding grows
+    arrays = {name: new(shape) + 0.3 * name.endswith("_gain") for name, shape in spec.shapes.items()}
+    arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+    mask = rng.random((batch, steps)) < 0.8 if "mask" in call else None
+    reset = rng.random((batch, steps)) < 0.05 if "reset" in call else None
+    drawn = lambda keep, *shape: (rng.random(shape) < keep).astype(np.float32)  # noqa: E731
+    dropout = drawn(0.8, batch, spec.output_size) / np.float32(0.8) if "dropout" in call else None
+    zoneout = drawn(0.1, batch, steps, spec.output_size) if "zoneout" in call else None
+    zoneout_cell = drawn(0.1, batch, steps, spec.units) if "zoneout" in call else None
+    drops = dropout, zoneout, zoneout_cell
+
+    def layer_with(saved):
+        layer, out = peers.kernel_layer(spec, arrays, x, saved)
+        return (*layer[:-3], *map(peers.address, drops)), out
+
+    masks = peers.address(mask), peers.address(reset)
+    strides = x.strides[0] // 4, x.strides[1] // 4
+    layer, out = layer_with("gates" in call)
+    layer_kept, kept = layer_with(True)
+    gradients = {name: np.empty_like(array) for name, array in arrays.items()}
+    addresses = lambda given: tuple(peers.address(given.get(name)) for name in ARRAYS)  # noqa: E731
+    ones = np.ones_like(kept["y"])
+    parts = tuple(peers.address(kept[name]) for name in ("y", "gates", "cells", "norms"))
+    saved = (0, 0, *parts, *map(peers.address, drops))
+
+    def forward():
+        _kernel.forward(batch, steps, [layer], x.ctypes.data, *strides, *masks, False, 1)
+        return out, mask, reset, drops  # what the addresses stand for must live as long as this
+
+    def training():
+        _kernel.forward(batch, steps, [layer_kept], x.ctypes.data, *strides, *masks, False, 1)
+        _kernel.backward(
+            False, native.description(spec), batch, steps, addresses(arrays), x.ctypes.data, *strides, *masks, False,
+            saved, (ones.ctypes.data, 0, 0, 0, 0), (0, 0, 0, addresses(gradients)), 1,
+        )  # fmt: skip
+        return kept, ones
+
+    forward()
+    training()
+    call_flags = {"mask": mask, "reset": reset, "recurrent_dropout": dropout}
+    call_flags |= {"zoneout": zoneout, "zoneout_cell": zoneout_cell}
+    law = reference.forward(
+        spec, {name: array.astype(np.float64) for name, array in arrays.items()}, x.astype(np.float64), **call_flags
+    )
+    for got in (out["y"], kept["y"]):
+        np.testing.assert_allclose(got, law.y, atol=5e-6 * max(1.0, np.abs(law.y).max()), err_msg=spec.text)
+    exact = reference.backward(spec, arrays, law, dy=ones.astype(np.float64)).arrays
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, exact[name], atol=1e-4 * max(1.0, np.abs(exact[name]).max()), err_msg=name)
+    return forward, training
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--units", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    columns = {}
+    for batch, steps in ((1, 200), (32, 100)):
+        x = np.random.default_rng(1).standard_normal((batch, steps, args.units)).astype(np.float32)
+        ready = {name: prepare(*m, args.units, batch, steps, x) for name, m in members(args.units).items()}
+        for n, what in enumerate(("forward", "training")):
+            times = peers.alternate({name: both[n] for name, both in ready.items()}, args.rounds)
+            columns[f"B={batch} {what}"] = {name: least for name, (least, _) in times.items()}
+    print(f"I = H = {args.units}, one thread, {_kernel.isa()}; ms, and times the plain LSTM")
+    print(f"{'':24}" + "".join(f"{head:>20}" for head in columns))
+    for name in members(args.units):
+        figures = (f"{times[name]:>12.3f} {times[name] / times['plain LSTM']:>7.2f}" for times in columns.values())
+        print(f"{name:24}" + "".join(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

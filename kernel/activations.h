@@ -1,0 +1,120 @@
+// Activations and their slopes. The usual ones, tanh and sigmoid, are constants in a copy of each routine, so that
+// their switch costs nothing there.
+#pragma once
+#include "description.h"
+#include "vec.h"
+
+extern "C" double log1p(double);
+extern "C" float log1pf(float);
+
+namespace cellstack {
+namespace {
+
+INLINE float log1p_of(float x) { return log1pf(x); }
+INLINE double log1p_of(double x) { return log1p(x); }
+
+template <class T>
+INLINE V<T> apply(const Activation& activation, V<T> z) {
+    const V<T> zero = splat(T(0)), one = splat(T(1));
+    const V<T> alpha = splat(T(activation.alpha)), beta = splat(T(activation.beta));
+    switch (activation.code) {
+        case kSigmoid:
+            return sigmoid<T>(z);
+        case kTanh:
+            return tanh<T>(z);
+        case kRelu:
+            return z < zero ? zero : z;
+        case kHardSigmoid:
+            return clamp(fma(z, alpha, beta), T(0), T(1));
+        case kSoftsign:
+            return z / (one + (z < zero ? -z : z));
+        case kSoftplus: {  // max(z, 0) + log(1 + e^-|z|)
+            V<T> tail = exp<T>(z < zero ? z : -z);
+            for (int k = 0; k < Vec<T>::W; ++k) tail[k] = log1p_of(tail[k]);
+            return (z < zero ? zero : z) + tail;
+        }
+        case kElu:
+            return z > zero ? z : alpha * exp_minus_one<T>(z);
+        case kAffine:
+            return fma(z, alpha, beta);
+        case kLeakyRelu:
+            return z < zero ? alpha * z : z;
+        case kThresholdedRelu:
+            return z <= alpha ? zero : z;
+        case kScaledTanh:
+            return alpha * tanh<T>(beta * z);
+        default:
+            return z;
+    }
+}
+
+// Derivative of an activation, from its value.
+template <class T>
+INLINE V<T> slope(const Activation& activation, V<T> y) {
+    const V<T> zero = splat(T(0)), one = splat(T(1));
+    const V<T> alpha = splat(T(activation.alpha)), beta = splat(T(activation.beta));
+    switch (activation.code) {
+        case kSigmoid:
+            return y * (one - y);
+        case kTanh:
+            return one - y * y;
+        case kRelu:
+            return y > zero ? one : zero;
+        case kHardSigmoid:
+            return (y > zero) & (y < one) ? alpha : zero;
+        case kSoftsign: {
+            V<T> rest = one - (y < zero ? -y : y);
+            return rest * rest;
+        }
+        case kSoftplus:
+            return -exp_minus_one<T>(-y);
+        case kElu:
+            return y > zero ? one : y + alpha;
+        case kAffine:
+            return alpha;
+        case kLeakyRelu:
+            return y < zero ? alpha : one;
+        case kThresholdedRelu:
+            return y == zero ? zero : one;
+        case kScaledTanh:
+            return beta * (alpha - y * y / alpha);
+        default:
+            return one;
+    }
+}
+
+constexpr Activation kUsualTanh = {kTanh, 0, 0}, kUsualSigmoid = {kSigmoid, 0, 0};
+
+// The activation of a gate that usually has tanh (`Tanh`) or sigmoid.
+template <class T, bool Usual, bool Tanh>
+INLINE V<T> act(const Activation& activation, V<T> z) {
+    return apply<T>(Usual ? (Tanh ? kUsualTanh : kUsualSigmoid) : activation, z);
+}
+
+// Values of the activations at the ends of a clip: a gate that has one of them, or lies beyond, has no slope.
+template <class T>
+struct Limits {
+    bool on;
+    V<T> low[5], high[5];
+    explicit Limits(const Description& d) : on(d.clip < __builtin_inf()) {
+        if (!on) return;
+        const V<T> end = splat(T(d.clip));
+        for (int k = 0; k < 5; ++k) {
+            // the one that falls back to zero in between has its ends where it is z itself
+            const Activation a =
+                d.activations[k].code == kThresholdedRelu ? Activation{kLinear, 0, 0} : d.activations[k];
+            const V<T> first = apply<T>(a, -end), second = apply<T>(a, end);
+            low[k] = first < second ? first : second, high[k] = first < second ? second : first;
+        }
+    }
+};
+
+template <class T, bool Plain, bool Usual, bool Tanh>
+INLINE V<T> gate_slope(const Description& d, const Limits<T>& limits, int gate, V<T> y) {
+    const V<T> s = slope<T>(Usual ? (Tanh ? kUsualTanh : kUsualSigmoid) : d.activations[gate], y);
+    if (Plain || !limits.on) return s;
+    return (y > limits.low[gate]) & (y < limits.high[gate]) ? s : splat(T(0));
+}
+
+}  // namespace
+}  // namespace cellstack

@@ -1,0 +1,82 @@
+// What a cell is, without its numbers: the kernel's view of cellstack.spec.CellSpec.
+#pragma once
+#include <cstdint>
+
+namespace cellstack {
+
+enum Kind : int { kLstm, kGru, kRnn };
+
+// In the order of cellstack.spec.ACTIVATIONS.
+enum ActivationCode : int {
+    kSigmoid,
+    kTanh,
+    kLinear,
+    kRelu,
+    kHardSigmoid,
+    kSoftsign,
+    kSoftplus,
+    kElu,
+    kAffine,
+    kLeakyRelu,
+    kThresholdedRelu,
+    kScaledTanh,
+    kActivations
+};
+
+struct Activation {
+    int code;
+    double alpha, beta;
+};
+
+struct Description {
+    int kind;
+    int64_t input, units, output;  // I, H, P: the width of h, H where nothing is projected
+    Activation activations[5];     // LSTM: i f g o and the cell's; GRU: z r g; SimpleRNN: g
+    bool bias, peepholes, coupled, layer_norm, reset_after;
+    double epsilon, clip, cell_clip;  // clips: infinity where there is none
+    double zoneout, zoneout_cell;
+
+    bool projects() const { return output != units; }
+    // Blocks of columns in the weights.
+    int gates() const { return kind == kLstm ? (coupled ? 3 : 4) : kind == kGru ? 3 : 1; }
+    // What is kept of a step's gates: one array a gate, a coupled f too; the candidate's recurrent sum before a reset.
+    int planes() const { return kind == kLstm ? 4 : kind == kGru ? (reset_after ? 4 : 3) : 1; }
+    // Normalised sums of x and of h; the reciprocal deviations of two groups of gates each.
+    int64_t norms() const { return layer_norm ? 2 * gates() * units + 4 : 0; }
+    // Whether the sums over x and over h are needed apart.
+    bool apart() const { return layer_norm || (kind == kGru && reset_after); }
+    bool zones() const { return zoneout > 0 || zoneout_cell > 0; }
+    // Whether every gate has its usual activation: constants in a copy of each routine.
+    bool usual() const {
+        const int tanh_at[] = {kind == kLstm ? 2 : kind == kGru ? 2 : 0, kind == kLstm ? 4 : -1};
+        const int count = kind == kLstm ? 5 : kind == kGru ? 3 : 1;
+        for (int k = 0; k < count; ++k)
+            if (activations[k].code != (k == tanh_at[0] || k == tanh_at[1] ? kTanh : kSigmoid)) return false;
+        return true;
+    }
+    // Whether this is the LSTM without any flag, for which there is a shorter way.
+    bool plain() const {
+        constexpr double none = __builtin_inf();
+        return kind == kLstm && usual() && !peepholes && !coupled && !projects() && !layer_norm && clip == none &&
+               cell_clip == none && !zones();
+    }
+};
+
+// The arrays of a cell, or of their gradients; null where it has none. In the order of cellstack.spec.ARRAYS.
+template <class T>
+struct Arrays {
+    T* kernel;            // [I, gates·H]
+    T* recurrent_kernel;  // [P, gates·H]
+    T* bias;              // [gates·H]; [2, gates·H] for a GRU whose reset acts after the product
+    T* peepholes;         // [3, H], i f o; [2, H], i o, where coupled
+    T* projection;        // [H, P]
+    T* kernel_gain;       // [gates·H]
+    T* recurrent_gain;    // [gates·H]
+    T* cell_gain;         // [H]
+    T* cell_bias;         // [H]
+    T* initial_h;         // [P]
+    T* initial_c;         // [H]
+};
+constexpr int kArrays = 11;
+
+}  // namespace cellstack

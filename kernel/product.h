@@ -1,0 +1,202 @@
+// Products of rows with matrices in panels: the one loop over k, and the tiles of rows and blocks around it.
+#pragma once
+#include "leaf.h"
+#include "vec.h"
+
+namespace cellstack {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 6;  // of a tile: 6·4 sums, 6 broadcasts and a weight fill 32 registers
+#else
+constexpr int kRows = 3;  // 3·4 sums, 3 broadcasts and a weight fill 16
+#endif
+
+// sums[b][r][v] += a[r][k] · panel_b[k][v] for k < n and C of a panel's G columns: the loop that all of this is about.
+template <class T, int R, int N, int C, int G>
+INLINE void accumulate(V<T> (&sums)[N][R][C], const T* const (&a)[R], const T* panel, int64_t panel_stride, int64_t n) {
+    constexpr int W = Vec<T>::W;
+    for (int64_t k = 0; k < n; ++k) {
+        const T* p = panel + k * G * W;
+        V<T> s[R];
+        unroll<R>([&](auto r) INLINED { s[r] = splat(a[r][k]); });
+        unroll<N>([&](auto b) INLINED {
+            unroll<C>([&](auto v) INLINED {
+                V<T> w = load(p + b * panel_stride + v * W);
+                unroll<R>([&](auto r) INLINED { sums[b][r][v] = fma(s[r], w, sums[b][r][v]); });
+            });
+        });
+    }
+}
+
+// Calls body(Int<R>, first row) on tiles of at most kRows rows, as even as they can be.
+template <class F>
+INLINE void tiles(int64_t rows, F&& body) {
+    int64_t count = (rows + kRows - 1) / kRows;
+    for (int64_t n = 0, r = 0; n < count; ++n) {
+        int64_t size = (rows - r + (count - n) - 1) / (count - n);
+        switch (size) {
+            case 1:
+                body(Int<1>{}, r);
+                break;
+            case 2:
+                body(Int<2>{}, r);
+                break;
+            case 3:
+                if constexpr (kRows >= 3) body(Int<3>{}, r);
+                break;
+            case 4:
+                if constexpr (kRows >= 4) body(Int<4>{}, r);
+                break;
+            case 5:
+                if constexpr (kRows >= 5) body(Int<5>{}, r);
+                break;
+            default:
+                if constexpr (kRows >= 6) body(Int<6>{}, r);
+                break;
+        }
+        r += size;
+    }
+}
+
+template <class T>
+INLINE int64_t time_of(const T& f, int64_t n) {
+    return f.reverse ? f.steps - 1 - n : n;
+}
+
+// Rows of a product: those of a batch at one step after the other.
+template <class T>
+struct Rows {
+    const T* base;
+    int64_t row, time, batch;  // row m is row m mod batch of step m / batch
+    INLINE const T* at(int64_t m) const { return base + m % batch * row + m / batch * time; }
+};
+
+// What a product of rows is made of: to[m] = start + a[m]·matrix, gate by gate.
+template <class T>
+struct Product {
+    const T* matrix;  // panels [blocks][depth][gates][W]; plain: [depth, gates·units]
+    const T* bias;    // start: [blocks][gates][W]; plain: [gates·units]; null: zeros
+    bool add;         // start: what lies in `to`
+    bool plain;
+    int64_t depth, units, blocks;
+    T* to;  // [rows][gates][stride]
+    int64_t stride;
+    bool down;  // blocks from the last to the first
+};
+
+template <class T, int G, int First, int C, int R, int N>
+INLINE void product_tile(const Product<T>& p, const Rows<T>& rows, int64_t block, int64_t m) {
+    constexpr int W = Vec<T>::W;
+    V<T> sums[N][R][C];
+    T* to = p.to + m * G * p.stride + First * p.stride + block * W;
+    const T* bias = p.bias ? p.bias + (block * G + First) * W : nullptr;
+    unroll<N>([&](auto b) INLINED {
+        unroll<R>([&](auto r) INLINED {
+            unroll<C>([&](auto v) INLINED {
+                if (p.add)
+                    sums[b][r][v] = load(to + (r * G + v) * p.stride + b * W);
+                else
+                    sums[b][r][v] = bias ? load(bias + (b * G + v) * W) : splat(T(0));
+            });
+        });
+    });
+    const T* a[R];
+    unroll<R>([&](auto r) INLINED { a[r] = rows.at(m + r); });
+    accumulate<T, R, N, C, G>(sums, a, p.matrix + (block * p.depth * G + First) * W, p.depth * G * W, p.depth);
+    unroll<N>([&](auto b) INLINED {
+        unroll<R>([&](auto r) INLINED {
+            unroll<C>([&](auto v) INLINED { store(to + (r * G + v) * p.stride + b * W, sums[b][r][v]); });
+        });
+    });
+}
+
+// z[c] += a·matrix[:, c] for N vectors of columns, in the order of `accumulate`.
+template <class T, int N>
+INLINE void add_columns(T* z, const T* a, const T* matrix, int64_t stride, int64_t n) {
+    constexpr int W = Vec<T>::W;
+    V<T> sums[N];
+    unroll<N>([&](auto v) INLINED { sums[v] = load(z + v * W); });
+    for (int64_t k = 0; k < n; ++k, matrix += stride) {
+        const V<T> s = splat(a[k]);
+        unroll<N>([&](auto v) INLINED { sums[v] = fma(s, load(matrix + v * W), sums[v]); });
+    }
+    unroll<N>([&](auto v) INLINED { store(z + v * W, sums[v]); });
+}
+
+// z [columns] += a [n] · matrix [n, columns], whose rows lie `stride` apart
+template <class T>
+void add_product(T* z, const T* a, const T* matrix, int64_t columns, int64_t stride, int64_t n) {
+    constexpr int W = Vec<T>::W;
+    int64_t at = 0;
+    for (; at + 16 * W <= columns; at += 16 * W) add_columns<T, 16>(z + at, a, matrix + at, stride, n);
+    for (; at + 4 * W <= columns; at += 4 * W) add_columns<T, 4>(z + at, a, matrix + at, stride, n);
+    for (; at + W <= columns; at += W) add_columns<T, 1>(z + at, a, matrix + at, stride, n);
+    if (const int lanes = int(columns - at)) {
+        V<T> sum = load_n(z + at, lanes);
+        for (int64_t k = 0; k < n; ++k) sum = fma(splat(a[k]), load_n(matrix + k * stride + at, lanes), sum);
+        store_n(z + at, sum, lanes);
+    }
+}
+
+// C of the G gates, from gate First on, of the product over all rows.
+template <class T, int G, int First, int C>
+__attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows, int64_t count) {
+    if (p.plain) {
+        for (int64_t m = 0; m < count; ++m) {
+            T* to = p.to + m * G * p.stride + First * p.stride;
+            const int64_t columns = C * p.units;
+            for (int64_t k = 0; !p.add && k < columns; ++k) to[k] = p.bias ? p.bias[First * p.units + k] : T(0);
+            add_product(to, rows.at(m), p.matrix + First * p.units, columns, G * p.units, p.depth);
+        }
+        return;
+    }
+    // Blocks together: enough chains to hide the latency of one, as a tile of rows has them anyway.
+    constexpr int alone = C >= 3 ? 2 : C == 2 ? 4 : 8, tiled = C >= 3 ? 1 : C == 2 ? 2 : 4;
+    const int64_t wide = count == 1 ? alone : tiled, whole = p.blocks / wide, left = p.blocks % wide;
+    const auto many = [&](int64_t k) INLINED {
+        const int64_t block = k * wide;
+        if (count == 1)
+            product_tile<T, G, First, C, 1, alone>(p, rows, block, 0);
+        else
+            tiles(count, [&](auto R, int64_t m) INLINED { product_tile<T, G, First, C, R, tiled>(p, rows, block, m); });
+    };
+    const auto one = [&](int64_t k) INLINED {
+        tiles(count,
+              [&](auto R, int64_t m) INLINED { product_tile<T, G, First, C, R, 1>(p, rows, whole * wide + k, m); });
+    };
+    const bool down = p.down;
+    for (int64_t k = 0; down && k < left; ++k) one(left - 1 - k);
+    for (int64_t k = 0; k < whole; ++k) many(down ? whole - 1 - k : k);
+    for (int64_t k = 0; !down && k < left; ++k) one(k);
+}
+
+// sums[r][v] = dz[m+r]·panel over all blocks, for R rows of G gates that lie side by side in each block of dz.
+template <class T, int R, int G>
+INLINE void times_transposed(V<T> (&sums)[1][R][4], const T* dz, int64_t blocks, int64_t dz_rows, const T* panel) {
+    constexpr int W = Vec<T>::W, wide = 4 * W, deep = G * W;
+    unroll<R>([&](auto r) INLINED { unroll<4>([&](auto v) INLINED { sums[0][r][v] = splat(T(0)); }); });
+    for (int64_t block = 0; block < blocks; ++block) {
+        const T* a[R];
+        unroll<R>([&](auto r) INLINED { a[r] = dz + (block * dz_rows + r) * deep; });
+        accumulate<T, R, 1, 4, 4>(sums, a, panel + block * deep * wide, 0, deep);
+    }
+}
+
+// body(row, column, vector): dz·matrixᵀ, for `count` rows from row m of dz on, by vectors of the matrix's rows.
+template <class T, int G, class F>
+INLINE void product_transposed(const T* dz, int64_t m, int64_t count, int64_t blocks, int64_t dz_rows, const T* panels,
+                               int64_t columns, F&& body) {
+    constexpr int W = Vec<T>::W, wide = 4 * W, deep = G * W;
+    for (int64_t column = 0; column < columns; column += wide, panels += blocks * deep * wide)
+        tiles(count, [&](auto R, int64_t row) INLINED {
+            V<T> sums[1][R][4];
+            times_transposed<T, R, G>(sums, dz + (m + row) * deep, blocks, dz_rows, panels);
+            unroll<R>([&](auto r) INLINED {
+                unroll<4>([&](auto v) INLINED { body(row + r, column + v * W, sums[0][r][v]); });
+            });
+        });
+}
+
+}  // namespace
+}  // namespace cellstack

@@ -1,0 +1,94 @@
+"""Random members of the family: cells, their arrays, and what they run on. All in float64; cast where you need to."""
+
+from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec
+
+ALPHAS = {
+    "hard_sigmoid": (0.15, 0.35),
+    "elu": (0.5, 1.5),
+    "affine": (-0.8, 0.8),
+    "leaky_relu": (0.05, 0.5),
+    "thresholded_relu": (-0.3, 0.3),
+    "scaled_tanh": (0.5, 1.5),
+}
+BOUNDED = ("sigmoid", "tanh", "hard_sigmoid", "softsign", "scaled_tanh")
+BETAS = {"hard_sigmoid": (0.3, 0.6), "affine": (-0.3, 0.3), "scaled_tanh": (0.5, 1.5)}
+
+
+def random_activation(rng, names=ACTIVATIONS):
+    """The text of an activation, with parameters of its own half the time."""
+    name = str(rng.choice(names))
+    ranges = (ALPHAS.get(name), BETAS.get(name))[: len(PARAMETERS.get(name, ()))]
+    if not ranges or rng.random() < 0.5:
+        return name
+    return f"{name}({', '.join(str(round(rng.uniform(*bounds), 2)) for bounds in ranges)})"
+
+
+def random_spec(rng, kind=None, largest=8):
+    """A valid cell: every flag that its kind has is set about every third time, apart from the others.
+
+    Gates are bounded where what they multiply isn't: values stay such that float32 can be held against float64.
+    """
+    kind = str(rng.choice(list(GATES))) if kind is None else kind
+    often = lambda share: bool(rng.random() < share)  # noqa: E731
+    units = int(rng.integers(1, largest + 1))
+    flags = {
+        "activation": random_activation(rng),
+        "recurrent_activation": random_activation(rng, ("sigmoid", "sigmoid", "hard_sigmoid", "scaled_tanh")),
+        "use_bias": often(0.8),
+        "layer_norm": often(0.3),
+        "norm_epsilon": float(rng.choice([1e-3, 1e-2, 1e-1])),
+        "clip": round(rng.uniform(0.3, 1.5), 2) if often(0.3) else None,
+        "zoneout": round(rng.uniform(0.1, 0.6), 2) if often(0.3) else 0.0,
+        "learn_initial_state": often(0.4),
+    }
+    if kind == "lstm":
+        flags |= {
+            "peepholes": often(0.4),
+            "coupled": often(0.3),
+            "proj_size": int(rng.integers(1, units)) if units > 1 and often(0.4) else 0,
+            "cell_clip": round(rng.uniform(0.3, 1.5), 2) if often(0.3) else None,
+            "zoneout_cell": round(rng.uniform(0.1, 0.6), 2) if often(0.3) else 0.0,
+        }
+    if kind == "gru":
+        flags["reset_after"] = flags["layer_norm"] or often(0.5)
+    if often(0.3):
+        slot = str(rng.choice([*GATES[kind], *(["cell"] if kind == "lstm" else [])]))
+        tame = slot in ("g", "cell") or (kind == "lstm" and flags["activation"].startswith(BOUNDED))
+        flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else BOUNDED)}
+    return CellSpec(int(rng.integers(1, largest + 1)), units, kind=kind, **flags)
+
+
+def random_arrays(rng, spec):
+    """Every array that the cell has, by name, each number another; gains lie around 1."""
+    scales = {"kernel": spec.input_size**-0.5, "recurrent_kernel": 0.7 * spec.output_size**-0.5}
+    scales["projection"] = spec.units**-0.5
+    return {
+        name: name.endswith("_gain") * 1.0 + scales.get(name, 0.4) * rng.standard_normal(shape)
+        for name, shape in spec.shapes.items()
+    }
+
+
+def random_state(rng, spec, batch):
+    """A state array for each name in `spec.state_sizes`."""
+    return tuple(0.5 * rng.standard_normal((batch, size)) for size in spec.state_sizes.values())
+
+
+def random_case(rng, spec, batch=3, steps=5):
+    """What a pass takes besides the cell and its arrays, by the names of `reference.forward`'s arguments.
+
+    Each of state, mask, reset, recurrent dropout and (where the cell has a rate) zoneout's masks is there half the
+    time, and None else; reverse is True half the time.
+    """
+    there = lambda: bool(rng.random() < 0.5)  # noqa: E731
+    training = there()
+    kept = lambda rate, width: rng.random((batch, steps, width)) < rate  # noqa: E731
+    return {
+        "x": rng.standard_normal((batch, steps, spec.input_size)),
+        "state": random_state(rng, spec, batch) if there() else None,
+        "mask": rng.random((batch, steps)) < 0.7 if there() else None,
+        "reset": rng.random((batch, steps)) < 0.25 if there() else None,
+        "recurrent_dropout": (rng.random((batch, spec.output_size)) < 0.6) / 0.6 if there() else None,
+        "zoneout": kept(spec.zoneout, spec.output_size) * 1.0 if training and spec.zoneout else None,
+        "zoneout_cell": kept(spec.zoneout_cell, spec.units) * 1.0 if training and spec.zoneout_cell else None,
+        "reverse": there(),
+    }

@@ -1,0 +1,493 @@
+"""The law itself: against finite differences, numbers worked by hand, and equations written out a second time."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+from family import random_arrays, random_case, random_spec, random_state
+
+from cellstack import reference
+from cellstack.spec import ACTIVATIONS, STATES, CellSpec, activation
+
+ln = math.log
+
+ROUNDING = 1e-12  # float64 on both sides, another order of summation
+STEP = 1e-6
+DIFFERENCES = 2e-7  # central differences in float64: rounding over the step (1e-10) and STEP² times third derivatives
+
+
+def results(out):
+    """Everything that a pass returns and a gradient can go into, by name."""
+    cells = {} if out.cells is None else {"cells": out.cells}
+    return {"y": out.y, "gates": out.gates, **cells, **out.state._asdict()}
+
+
+def check_gradients(rng, spec, arrays, case):
+    """Hold `backward` to central differences of a random linear function of everything that `forward` returns."""
+    out = reference.forward(spec, arrays, **case)
+    weights = {name: rng.standard_normal(a.shape) for name, a in results(out).items()}
+    if spec.kind == "gru":
+        weights["gates"][:, :, 3:] = 0.0  # q_g
+    given = {f"d{name}": weights[name] for name in ("y", "gates", "cells") if name in weights}
+    got = reference.backward(spec, arrays, out, dstate=[weights[name] for name in spec.state_sizes], **given)
+
+    def loss():
+        again = results(reference.forward(spec, arrays, **case))
+        return sum((weights[name] * a).sum() for name, a in again.items())
+
+    pairs = [("x", case["x"], got.x), *((name, arrays[name], got.arrays[name]) for name in spec.shapes)]
+    if case.get("state") is not None:
+        pairs += list(zip(spec.state_sizes, case["state"], got.state, strict=True))
+    for name, array, gradient in pairs:
+        assert gradient.shape == array.shape, name
+        expected = np.empty_like(array)
+        for index in np.ndindex(array.shape):
+            kept = array[index]
+            array[index] = kept + STEP
+            above = loss()
+            array[index] = kept - STEP
+            expected[index] = (above - loss()) / (2 * STEP)
+            array[index] = kept
+        scale = max(1.0, np.abs(expected).max(initial=0.0))
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=DIFFERENCES * scale, err_msg=f"{name} of {spec}")
+
+
+FLAGS = {
+    "lstm": {},
+    "lstm without bias": {"use_bias": False},
+    "peepholes": {"peepholes": True},
+    "coupled": {"coupled": True},
+    "coupled peepholes": {"coupled": True, "peepholes": True},
+    "proj_size": {"proj_size": 2},
+    "layer_norm": {"layer_norm": True},
+    "clip": {"clip": 0.5},
+    "clipped peepholes": {"clip": 0.5, "peepholes": True},
+    "cell_clip": {"cell_clip": 0.3},
+    "zoneout": {"zoneout": 0.3},
+    "zoneout_cell": {"zoneout_cell": 0.4},
+    "learn_initial_state": {"learn_initial_state": True},
+    "gru": {"kind": "gru"},
+    "gru without bias": {"kind": "gru", "use_bias": False},
+    "gru reset_before": {"kind": "gru", "reset_after": False},
+    "gru layer_norm": {"kind": "gru", "layer_norm": True},
+    "gru clip": {"kind": "gru", "clip": 0.5},
+    "gru clip reset_before": {"kind": "gru", "clip": 0.5, "reset_after": False},
+    "gru zoneout": {"kind": "gru", "zoneout": 0.3},
+    "gru learn_initial_state": {"kind": "gru", "learn_initial_state": True},
+    "rnn": {"kind": "rnn"},
+    "rnn layer_norm": {"kind": "rnn", "layer_norm": True},
+    "rnn clip": {"kind": "rnn", "clip": 0.5},
+    "rnn zoneout": {"kind": "rnn", "zoneout": 0.3},
+    "rnn learn_initial_state": {"kind": "rnn", "learn_initial_state": True},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_gradients_of_every_flag_alone(rng, flags):
+    spec = CellSpec(2, 3, **flags)
+    case = {"x": rng.standard_normal((2, 3, 2)), "state": random_state(rng, spec, 2)}
+    check_gradients(rng, spec, random_arrays(rng, spec), case)
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("argument", ["mask", "reset", "recurrent_dropout", "zoneout", "reverse", "state"])
+def test_gradients_of_every_argument_alone(rng, kind, argument):
+    spec = CellSpec(2, 3, kind=kind, learn_initial_state=True)
+    case = {"x": rng.standard_normal((2, 4, 2)), "state": random_state(rng, spec, 2)}
+    case |= {
+        "mask": {"mask": np.array([[True, False, True, True], [False, True, False, False]])},
+        "reset": {"reset": np.array([[False, False, True, False], [True, False, False, True]])},
+        "recurrent_dropout": {"recurrent_dropout": 2.0 * (rng.random((2, 3)) < 0.5)},
+        "zoneout": {"zoneout": (rng.random((2, 4, 3)) < 0.4) * 1.0},
+        "reverse": {"reverse": True},
+        "state": {"state": None},
+    }[argument]
+    if argument == "zoneout" and kind == "lstm":
+        case["zoneout_cell"] = (rng.random((2, 4, 3)) < 0.4) * 1.0
+    check_gradients(rng, spec, random_arrays(rng, spec), case)
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradients_of_every_activation_in_every_place(rng, kind, name):
+    spec = CellSpec(2, 2, kind=kind, activation=name, recurrent_activation=name)
+    case = {"x": rng.standard_normal((2, 2, 2)), "state": random_state(rng, spec, 2)}
+    check_gradients(rng, spec, random_arrays(rng, spec), case)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_gradients_of_products_of_flags(seed):
+    rng = np.random.default_rng(seed)
+    spec = random_spec(rng, tuple(STATES)[seed % 3], largest=4)
+    check_gradients(rng, spec, random_arrays(rng, spec), random_case(rng, spec, batch=2, steps=3))
+
+
+# ── the equations a second time: one row, plain Python numbers, one entry after the other ───────────────────────────
+
+SCALARS = {
+    "sigmoid": lambda z, a, b: 1.0 / (1.0 + math.exp(-z)),
+    "tanh": lambda z, a, b: math.tanh(z),
+    "linear": lambda z, a, b: z,
+    "relu": lambda z, a, b: max(z, 0.0),
+    "hard_sigmoid": lambda z, a, b: min(max(a * z + b, 0.0), 1.0),
+    "softsign": lambda z, a, b: z / (1.0 + abs(z)),
+    "softplus": lambda z, a, b: math.log1p(math.exp(z)),
+    "elu": lambda z, a, b: z if z > 0.0 else a * (math.exp(z) - 1.0),
+    "affine": lambda z, a, b: a * z + b,
+    "leaky_relu": lambda z, a, b: z if z > 0.0 else a * z,
+    "thresholded_relu": lambda z, a, b: z if z > a else 0.0,
+    "scaled_tanh": lambda z, a, b: a * math.tanh(b * z),
+}
+
+
+def activated(spec, slot, z, clip=True):
+    usual = spec.activation if slot in ("g", "cell") else spec.recurrent_activation
+    name, a, b = activation(dict(spec.gate_activations).get(slot, usual))
+    if clip and spec.clip is not None:
+        z = min(max(z, -spec.clip), spec.clip)
+    return SCALARS[name](z, a, b)
+
+
+def times(row, matrix):
+    return [math.fsum(v * matrix[k, n] for k, v in enumerate(row)) for n in range(matrix.shape[1])]
+
+
+def normalised(row, gain, epsilon):
+    mean, variance = statistics.fmean(row), statistics.pvariance(row)
+    return [(v - mean) / math.sqrt(variance + epsilon) * g for v, g in zip(row, gain, strict=True)]
+
+
+def lstm_row(spec, w, x, h_in, state):
+    H, c_prev, blocks = spec.units, state[1], {gate: n * spec.units for n, gate in enumerate(spec.gates)}
+    a, b = times(x, w["kernel"]), times(h_in, w["recurrent_kernel"])
+    if spec.layer_norm:
+        a, b = normalised(a, w["kernel_gain"], spec.norm_epsilon), normalised(b, w["recurrent_gain"], spec.norm_epsilon)
+    bias = w["bias"] if spec.use_bias else [0.0] * len(a)
+    z = [a[n] + b[n] + bias[n] for n in range(len(a))]
+    i, f, g, o, c = ([0.0] * H for _ in range(5))
+    for n in range(H):
+        z_i, z_g, z_o = (z[blocks[gate] + n] for gate in "igo")
+        see_i, see_f, see_o = (
+            w["peepholes"][k, n] if spec.peepholes else 0.0 for k in ((0, 0, 1), (0, 1, 2))[not spec.coupled]
+        )
+        i[n] = activated(spec, "i", z_i + see_i * c_prev[n])
+        f[n] = 1.0 - i[n] if spec.coupled else activated(spec, "f", z[blocks["f"] + n] + see_f * c_prev[n])
+        g[n] = activated(spec, "g", z_g)
+        c[n] = f[n] * c_prev[n] + i[n] * g[n]
+        if spec.cell_clip is not None:
+            c[n] = min(max(c[n], -spec.cell_clip), spec.cell_clip)
+        o[n] = activated(spec, "o", z_o + see_o * c[n])
+    out = c
+    if spec.layer_norm:
+        out = [
+            v + shift for v, shift in zip(normalised(c, w["cell_gain"], spec.norm_epsilon), w["cell_bias"], strict=True)
+        ]
+    m = [o[n] * activated(spec, "cell", out[n], clip=False) for n in range(H)]
+    return (times(m, w["projection"]) if spec.proj_size else m, c), (i, f, g, o)
+
+
+def gru_row(spec, w, x, h_in, state):
+    H, h_prev, U = spec.units, state[0], w["recurrent_kernel"]
+    a, q = times(x, w["kernel"]), times(h_in, U)
+    if spec.layer_norm:
+        for row, gain in ((a, w["kernel_gain"]), (q, w["recurrent_gain"])):
+            row[: 2 * H] = normalised(row[: 2 * H], gain[: 2 * H], spec.norm_epsilon)
+            row[2 * H :] = normalised(row[2 * H :], gain[2 * H :], spec.norm_epsilon)
+    if spec.use_bias:
+        a = [v + shift for v, shift in zip(a, w["bias"][0] if spec.reset_after else w["bias"], strict=True)]
+    if spec.use_bias and spec.reset_after:
+        q = [v + shift for v, shift in zip(q, w["bias"][1], strict=True)]
+    z = [activated(spec, "z", a[n] + q[n]) for n in range(H)]
+    r = [activated(spec, "r", a[n] + q[n]) for n in range(H, 2 * H)]
+    q_g = q[2 * H :]
+    if spec.reset_after:
+        recurrent = [r[n] * q_g[n] for n in range(H)]
+    else:
+        recurrent = times([r[n] * h_in[n] for n in range(H)], U[:, 2 * H :])
+    g = [activated(spec, "g", a[2 * H + n] + recurrent[n]) for n in range(H)]
+    h = [z[n] * h_prev[n] + (1.0 - z[n]) * g[n] for n in range(H)]
+    return (h,), (z, r, g, q_g)[: spec.planes]
+
+
+def rnn_row(spec, w, x, h_in, state):
+    a, b = times(x, w["kernel"]), times(h_in, w["recurrent_kernel"])
+    if spec.layer_norm:
+        a, b = normalised(a, w["kernel_gain"], spec.norm_epsilon), normalised(b, w["recurrent_gain"], spec.norm_epsilon)
+    bias = w["bias"] if spec.use_bias else [0.0] * len(a)
+    g = [activated(spec, "g", a[n] + b[n] + bias[n]) for n in range(spec.units)]
+    return (g,), (g,)
+
+
+ROWS = {"lstm": lstm_row, "gru": gru_row, "rnn": rnn_row}
+
+
+def by_rows(spec, w, x, state, mask, reset, recurrent_dropout, zoneout, zoneout_cell, reverse):
+    """What `reference.forward` returns, by name."""
+    B, T, _ = x.shape
+    sizes = tuple(spec.state_sizes.items())
+    found = {name: np.zeros((B, T, size)) for name, size in sizes}
+    gates = np.zeros((B, T, spec.planes, spec.units))
+    last = {name: np.zeros((B, size)) for name, size in sizes}
+    rates = {"h": (spec.zoneout, zoneout), "c": (spec.zoneout_cell, zoneout_cell)}
+    for b in range(B):
+        fresh = [w[f"initial_{name}"] if spec.learn_initial_state else np.zeros(size) for name, size in sizes]
+        now = fresh if state is None else [a[b] for a in state]
+        for t in reversed(range(T)) if reverse else range(T):
+            if reset is not None and reset[b, t]:
+                now = fresh
+            if mask is None or mask[b, t]:
+                h_in = now[0] if recurrent_dropout is None else now[0] * recurrent_dropout[b]
+                new, gates[b, t] = ROWS[spec.kind](spec, w, x[b, t], h_in, now)
+                now = [list(a) for a in now]
+                for a, a_new, (name, size) in zip(now, new, sizes, strict=True):
+                    rate, drawn = rates[name]
+                    for n in range(size):
+                        k = rate if drawn is None else drawn[b, t, n]
+                        a[n] = k * a[n] + (1.0 - k) * a_new[n]
+            for name, a in zip(found, now, strict=True):
+                found[name][b, t] = a
+        for name, a in zip(last, now, strict=True):
+            last[name][b] = a
+    cells = {"cells": found["c"]} if "c" in found else {}
+    return {"y": found["h"], "gates": gates, **cells, **last}
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_every_product_of_flags_is_the_equations_written_out(seed):
+    rng = np.random.default_rng(seed)
+    spec = random_spec(rng, tuple(STATES)[seed % 3])
+    arrays, case = random_arrays(rng, spec), random_case(rng, spec)
+    got, expected = results(reference.forward(spec, arrays, **case)), by_rows(spec, arrays, **case)
+    assert list(got) == list(expected)
+    for name, array in got.items():
+        scale = max(1.0, np.abs(expected[name]).max(initial=0.0))
+        np.testing.assert_allclose(array, expected[name], rtol=0, atol=ROUNDING * scale, err_msg=f"{name} of {spec}")
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_every_flag_alone_is_the_equations_written_out(rng, flags):
+    spec = CellSpec(3, 5, **flags)
+    arrays = random_arrays(rng, spec)
+    case = dict.fromkeys(("mask", "reset", "recurrent_dropout", "zoneout", "zoneout_cell"))
+    case |= {"x": 2.0 * rng.standard_normal((2, 4, 3)), "state": random_state(rng, spec, 2), "reverse": False}
+    got, expected = results(reference.forward(spec, arrays, **case)), by_rows(spec, arrays, **case)
+    for name, array in got.items():
+        np.testing.assert_allclose(array, expected[name], rtol=0, atol=ROUNDING, err_msg=name)
+
+
+# ── numbers worked by hand ──────────────────────────────────────────────────────────────────────────────────────────
+# σ(ln 3) = 3/4, σ(ln 9) = 9/10, σ(0) = 1/2; tanh(ln 2) = 3/5, tanh(ln 3) = 4/5
+
+
+def one_step(spec, arrays, x, *state):
+    arrays = {name: np.array(a, float) for name, a in arrays.items()}
+    return reference.forward(spec, arrays, np.array([[x]], float), [np.array([a], float) for a in state])
+
+
+def test_an_lstm_step_by_hand():
+    # c = 1/2·c_prev + 3/4·3/5 = ln 2, with c_prev = 2·(ln 2 - 9/20); h = 9/10·tanh(ln 2) = 27/50
+    arrays = {"kernel": [[ln(3), 0, ln(2), 0]], "recurrent_kernel": [[0, 0, 0, ln(9)]], "bias": [0, 0, 0, 0]}
+    out = one_step(CellSpec(1, 1), arrays, [1], [1], [2 * (ln(2) - 0.45)])
+    np.testing.assert_allclose(out.gates[0, 0, :, 0], [0.75, 0.5, 0.6, 0.9], rtol=1e-15)
+    np.testing.assert_allclose(
+        [*out.state.c[0], *out.state.h[0], *out.y[0, 0], *out.cells[0, 0]], [ln(2), 0.54, 0.54, ln(2)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "arrays", "gates", "h", "c"),
+    [
+        # z = (1, 3, 2, 4)·1 + (0, 1, 1, 0)·2 + (1, 0, 0, 1) = 2, 5, 4, 5; c = 5·3 + 2·4 = 23; h = 5·23
+        ({}, {}, [2, 5, 4, 5], [115], 23),
+        # i = 2 + 1·3 = 5, f = 5 - 2·3 = -1; c = -1·3 + 5·4 = 17; o = 5 + 3·17 = 56; h = 56·17
+        ({"peepholes": True}, {"peepholes": [[1], [-2], [3]]}, [5, -1, 4, 56], [952], 17),
+        # the same, o = 5 + 3·7 of the cell after it was cut to 7
+        ({"peepholes": True, "cell_clip": 7.0}, {"peepholes": [[1], [-2], [3]]}, [5, -1, 4, 26], [182], 7),
+        # z cut to 3 is 2, 3, 3, 3; c = 3·3 + 2·3 = 15; h = 3·15
+        ({"clip": 3.0}, {}, [2, 3, 3, 3], [45], 15),
+    ],
+)
+def test_an_lstm_s_flags_by_hand(flags, arrays, gates, h, c):
+    plain = {"kernel": [[1, 3, 2, 4]], "recurrent_kernel": [[0, 1, 1, 0]], "bias": [1, 0, 0, 1]}
+    spec = CellSpec(1, 1, activation="linear", recurrent_activation="linear", **flags)
+    out = one_step(spec, plain | arrays, [1], [2], [3])
+    assert out.gates[0, 0, :, 0].tolist() == gates
+    assert (out.state.h[0].tolist(), out.state.c[0].tolist()) == (h, [c])
+
+
+def test_coupled_gates_and_a_projection_by_hand():
+    # i = 2 + p_i·c_prev = 3·1 + 1·1 - 2·1 = 2 and -1·1 + 0 - 0 = -1; f = 1 - i = -1, 2
+    # c = -1·1 + 2·3, 2·0 + -1·1 = 5, -1; o = 1·1 + 4·5, 2·1 = 21, 2; m = 105, -2; h = 105·1 - 2·2
+    spec = CellSpec(1, 2, activation="linear", recurrent_activation="linear", coupled=True, peepholes=True, proj_size=1)
+    arrays = {
+        "kernel": [[3, -1, 3, 1, 1, 2]],
+        "recurrent_kernel": [[1, 0, 0, 0, 0, 0]],
+        "bias": [0, 0, 0, 0, 0, 0],
+        "peepholes": [[-2, 7], [4, 0]],
+        "projection": [[1], [2]],
+    }
+    out = one_step(spec, arrays, [1], [1], [1, 0])
+    assert out.gates[0, 0].tolist() == [[2, -1], [-1, 2], [3, 1], [21, 2]]
+    assert out.state.c.tolist() == [[5, -1]]
+    assert out.state.h.tolist() == [[101]]
+
+
+def test_a_gru_step_by_hand():
+    # z = σ(ln 3), r = σ(0); g = tanh(0 + 1/2·(2·ln 2 + 2·ln(3/2))) = tanh(ln 3); h = 3/4·1 + 1/4·4/5 = 19/20
+    arrays = {
+        "kernel": [[ln(3), 0, 0]],
+        "recurrent_kernel": [[0, 0, 2 * ln(2)]],
+        "bias": [[0, 0, 0], [0, 0, 2 * ln(1.5)]],
+    }
+    out = one_step(CellSpec(1, 1, kind="gru"), arrays, [1], [1])
+    np.testing.assert_allclose(out.gates[0, 0, :, 0], [0.75, 0.5, 0.8, 2 * ln(3)], rtol=1e-15)
+    np.testing.assert_allclose(out.state.h, [[0.95]], rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("reset_after", "g"), [(True, [1 * 3, 2 * 7]), (False, [1 * 1 + 2 * 2 * 1, 1 * 3 + 2 * 2 * 2])]
+)
+def test_where_a_gru_s_reset_acts_by_hand(reset_after, g):
+    # r = 1, 2; h_prev = 1, 2; recurrent_kernel_g = [[1, 3], [1, 2]], so h_prev·recurrent_kernel_g = 3, 7; z = 0
+    U = [[0, 0, 0, 0, 1, 3], [0, 0, 0, 0, 1, 2]]
+    spec = CellSpec(
+        1, 2, kind="gru", activation="linear", recurrent_activation="linear", use_bias=False, reset_after=reset_after
+    )
+    out = one_step(spec, {"kernel": [[0, 0, 1, 2, 0, 0]], "recurrent_kernel": U}, [1], [1, 2])
+    assert out.state.h.tolist() == [g]
+
+
+def test_a_simple_rnn_s_step_by_hand():
+    # tanh(2·(ln 3)/2 - 1·ln 3 + ln 2) = tanh(ln 2)
+    arrays = {"kernel": [[ln(3) / 2]], "recurrent_kernel": [[-ln(3)]], "bias": [ln(2)]}
+    out = one_step(CellSpec(1, 1, kind="rnn"), arrays, [2], [1])
+    np.testing.assert_allclose([out.state.h.item(), out.gates.item()], [0.6, 0.6], rtol=1e-15)
+
+
+def test_layer_normalisation_by_hand():
+    # g of a SimpleRNN: LN(1, 3) = (-1, 1)/sqrt(1 + 3) = (-1/2, 1/2), times 2, 4; LN(0, 0) = 0
+    spec = CellSpec(1, 2, kind="rnn", activation="linear", layer_norm=True, norm_epsilon=3.0)
+    arrays = {
+        "kernel": [[1, 3]],
+        "recurrent_kernel": [[1, 1], [1, 1]],
+        "bias": [0, 10],
+        "kernel_gain": [2, 4],
+        "recurrent_gain": [5, 5],
+    }
+    assert one_step(spec, arrays, [1], [0, 0]).state.h.tolist() == [[-1, 12]]
+
+
+def test_zoneout_by_hand():
+    # h_new = x, so the rate 1/4 gives 1/4·8 + 3/4·4 = 5, then 1/4·5 + 3/4·1 = 2; a mask keeps or replaces
+    spec = CellSpec(1, 1, kind="rnn", activation="linear", use_bias=False, zoneout=0.25)
+    arrays = {"kernel": np.ones((1, 1)), "recurrent_kernel": np.zeros((1, 1))}
+    x, state = np.array([[[4.0], [1.0]]]), [np.array([[8.0]])]
+    assert reference.forward(spec, arrays, x, state).y.ravel().tolist() == [5, 2]
+    kept = np.array([[[1.0], [0.0]]])
+    assert reference.forward(spec, arrays, x, state, zoneout=kept).y.ravel().tolist() == [8, 1]
+
+
+# ── mask, reset, start ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def everything(spec, arrays, case, given):
+    out = reference.forward(spec, arrays, **case)
+    d = reference.backward(spec, arrays, out, **given(out))
+    return {**results(out), "dx": d.x, **{f"d{n}": a for n, a in d.state._asdict().items()}, **d.arrays}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_masked_reaches_a_result_or_a_gradient(seed):
+    rng = np.random.default_rng(seed)
+    spec = random_spec(rng, tuple(STATES)[seed % 3])
+    arrays = random_arrays(rng, spec)
+    mask = rng.random((3, 5)) < 0.6
+    mask[0] = False
+    case = random_case(rng, spec) | {"mask": mask, "reset": None}
+    weights = rng.standard_normal((3, 5, spec.output_size))
+    given = lambda out: {"dy": weights, "dgates": out.gates}  # noqa: E731
+    expected = everything(spec, arrays, case, given)
+    assert not expected["gates"][~mask].any()
+    assert not expected["dx"][~mask].any()
+    case["x"] = np.where(mask[:, :, None], case["x"], np.nan)
+    for name, array in everything(spec, arrays, case, given).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_a_nan_in_the_state_of_a_row_that_is_left_out_stays_there(rng):
+    spec = CellSpec(2, 3, layer_norm=True, peepholes=True, zoneout_cell=0.2)
+    arrays, state = random_arrays(rng, spec), random_state(rng, spec, 2)
+    state[0][1], state[1][1] = np.nan, np.nan
+    mask = np.array([[True] * 3, [False] * 3])
+    case = {"x": rng.standard_normal((2, 3, 2)), "state": state, "mask": mask}
+    got = everything(spec, arrays, case, lambda out: {"dy": np.ones_like(out.y)})
+    assert np.isnan(got["y"][1]).all()
+    assert np.isfinite(got["y"][0]).all()
+    assert all(np.isfinite(got[name]).all() for name in (*spec.shapes, "dx", "dh", "dc"))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", STATES)
+def test_a_reset_starts_a_new_piece(rng, kind, reverse):
+    spec = CellSpec(2, 3, kind=kind, learn_initial_state=True)
+    arrays, x = random_arrays(rng, spec), rng.standard_normal((2, 6, 2))
+    reset = np.zeros((2, 6), bool)
+    reset[:, 3 if reverse else 2] = True  # of a pass from the end, steps 5 4 and 3 2 1 0
+    out = reference.forward(spec, arrays, x, reset=reset, reverse=reverse)
+    cut = 4 if reverse else 2
+    parts = [reference.forward(spec, arrays, part, reverse=reverse) for part in (x[:, :cut], x[:, cut:])]
+    np.testing.assert_array_equal(out.y, np.concatenate([part.y for part in parts], axis=1))
+    whole = reference.backward(spec, arrays, out, dy=out.y)
+    halves = [reference.backward(spec, arrays, part, dy=part.y) for part in parts]
+    np.testing.assert_allclose(whole.x, np.concatenate([half.x for half in halves], axis=1), rtol=1e-13)
+    for name, gradient in whole.arrays.items():
+        np.testing.assert_allclose(gradient, halves[0].arrays[name] + halves[1].arrays[name], atol=1e-14, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_reset_at_a_step_that_the_mask_leaves_out_still_resets(rng, kind):
+    spec = CellSpec(2, 3, kind=kind, learn_initial_state=True)
+    arrays, state = random_arrays(rng, spec), random_state(rng, spec, 1)
+    mask, reset = np.array([[True, False, True]]), np.array([[False, True, False]])
+    x = rng.standard_normal((1, 3, 2))
+    out = reference.forward(spec, arrays, x, state, mask=mask, reset=reset)
+    np.testing.assert_array_equal(out.y[0, 1], arrays["initial_h"])
+    np.testing.assert_array_equal(out.y[:, 2], reference.forward(spec, arrays, x[:, 2:]).y[:, 0])
+    d = reference.backward(spec, arrays, out, dy=np.array([[[0.0] * 3, [0.0] * 3, [1.0] * 3]]))
+    assert not any(a.any() for a in d.state)
+    assert not d.x[:, 0].any()
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_pass_over_no_steps_returns_its_start(rng, kind):
+    spec = CellSpec(2, 3, kind=kind, learn_initial_state=True)
+    arrays = random_arrays(rng, spec)
+    out = reference.forward(spec, arrays, np.zeros((2, 0, 2)))
+    assert out.y.shape == (2, 0, 3)
+    assert all((a == arrays[f"initial_{name}"]).all() for name, a in out.state._asdict().items())
+    d = reference.backward(spec, arrays, out, dstate=[np.ones((2, 3))] * len(out.state))
+    assert (d.arrays["initial_h"] == 2.0).all()
+
+
+def test_float32_is_computed_in_float64(rng):
+    spec = CellSpec(2, 3)
+    single = {name: a.astype(np.float32) for name, a in random_arrays(rng, spec).items()}
+    double = {name: a.astype(np.float64) for name, a in single.items()}
+    x = rng.standard_normal((2, 3, 2)).astype(np.float32)
+    y = reference.forward(spec, single, x).y
+    assert y.dtype == np.float64
+    np.testing.assert_array_equal(y, reference.forward(spec, double, x.astype(np.float64)).y)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_stay_finite_and_pass_a_nan_on(name):
+    _, alpha, beta = activation(name)
+    function, slope = reference.ACTIVATIONS[name]
+    z = np.array([-1e3, -1.0, 0.0, 1.0, 1e3, np.nan])
+    y = function(z, alpha, beta)
+    expected = [SCALARS[name](v, alpha, beta) for v in z[1:4]]
+    np.testing.assert_allclose(y[1:4], expected, rtol=1e-14)
+    assert np.isfinite(y[:5]).all()
+    assert np.isfinite(slope(z, y, alpha, beta)[:5]).all()
+    assert np.isnan(y[5])
