@@ -52,6 +52,17 @@ def test_train_on_sequences_and_measure(capsys, tmp_path):
     assert report["history"][0].keys() >= {"loss", "validation_loss", "accuracy"}
 
 
+@pytest.mark.parametrize(("cell", "summary"), [("gru", "GRU 12 -> 6"), ("rnn", "SimpleRNN 12 -> 6")])
+def test_train_with_another_cell(capsys, tmp_path, cell, summary):
+    output = str(tmp_path / "net")
+    status, out, _ = run(capsys, "train", VOWELS, VOWELS_TEST, "-o", output, *SMALL, "--cell", cell, "--json")
+    assert status == 0
+    report = json.loads(run(capsys, "info", output, "--json")[1])
+    assert report["layers"][1]["summary"] == summary
+    measured = json.loads(run(capsys, "run", output, VOWELS_TEST, "--json")[1])
+    assert measured["accuracy"] == pytest.approx(json.loads(out)["test"]["accuracy"])
+
+
 def test_run_answers_what_training_measured(capsys, vowels):
     status, out, err = run(capsys, "run", vowels, VOWELS_TEST)
     rows = list(csv.DictReader(io.StringIO(out)))
@@ -138,7 +149,15 @@ def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, words
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["fly"], ["train"], ["train", "a.ts", "-o", "x", "--units", "4,x"], ["run", "m"]]
+    "words",
+    [
+        [],
+        ["fly"],
+        ["train"],
+        ["train", "a.ts", "-o", "x", "--units", "4,x"],
+        ["run", "m"],
+        ["train", "a.ts", "-o", "x", "--cell", "mlp"],
+    ],
 )
 def test_bad_usage_is_one_line_and_status_2(capsys, words):
     with pytest.raises(SystemExit) as end:

@@ -2,22 +2,28 @@
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import time
+from dataclasses import MISSING, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from family import random_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import make_cell, make_network
+from networks import fill, make_cell, make_network
 
 import cellstack as cs
 from cellstack.formats.files import replacing
+from cellstack.formats.safetensors import CELL
+from cellstack.spec import ARRAYS, GATES
 
 
 def file_of(header, data=b"", length=None):
@@ -34,7 +40,8 @@ def parts_of(blob):
 
 def small():
     rng = np.random.default_rng(0)
-    stack = cs.Recurrent((make_cell(rng, 3, 2), make_cell(rng, 2, 2, use_bias=False)))
+    gru = {"kind": "gru", "clip": 5.0, "gate_activations": {"r": "hard_sigmoid(0.2, 0.5)"}}
+    stack = cs.Recurrent((make_cell(rng, 3, 2), make_cell(rng, 2, 2, use_bias=False), make_cell(rng, 2, 2, **gru)))
     ahead, back = cs.Recurrent((make_cell(rng, 2, 2),)), cs.Recurrent((make_cell(rng, 2, 2),), go_backwards=True)
     dense = cs.Dense(rng.normal(size=(4, 2)).astype("f4"), np.ones(2, "f4"), "softmax")
     nodes = [
@@ -72,13 +79,61 @@ def test_a_network_comes_back_bit_for_bit(seed, dtype, tmp_path):
     assert other.dtype == net.dtype
     for one, two in zip(net.cells, other.cells, strict=True):
         assert one.spec == two.spec
-        assert all(getattr(one, k).tobytes() == getattr(two, k).tobytes() for k in one.spec.shapes)
+        assert all(one.arrays[name].tobytes() == two.arrays[name].tobytes() for name in one.spec.shapes)
+    assert [getattr(node, "residual", None) for node in other.nodes] == [
+        getattr(node, "residual", None) for node in net.nodes
+    ]
     rng = np.random.default_rng(seed)
     x, mask = rng.normal(size=(3, 5, net.input_size)), rng.random((3, 5)) < 0.7
-    assert np.array_equal(other(x, mask), net(x, mask))
+    assert np.array_equal(other(x, mask), net(x, mask), equal_nan=True)
     again = tmp_path / "again.SafeTensors"
     other.save(str(again))
     assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cell_of_every_flag_comes_back(seed, kind, tmp_path):
+    rng = np.random.default_rng(seed)
+    cell = fill(rng, random_spec(rng, kind), "float64" if seed % 2 else "float32")
+    cs.Network([cs.Recurrent((cell,), residual=bool(seed % 3))]).save(tmp_path / "net.safetensors")
+    with safetensors.safe_open(tmp_path / "net.safetensors", "np") as file:
+        (node,) = json.loads(file.metadata()["cellstack"])["nodes"]
+        assert sorted(file.keys()) == sorted(f"layer_0/0/{name}" for name in cell.spec.shapes)
+    assert node["cells"] == [cell.spec.settings]
+    assert {"input_size", "units"} <= node["cells"][0].keys()
+    other = cs.load(tmp_path / "net.safetensors").nodes[0]
+    assert other.residual == bool(seed % 3)
+    assert other.cells[0].spec == cell.spec
+    for name, array in cell.arrays.items():
+        assert other.cells[0].arrays[name].tobytes() == array.tobytes()
+
+
+def test_whole_numbers_may_stand_where_floats_do(tmp_path):
+    cell = make_cell(np.random.default_rng(0), 2, 2, clip=5)  # as some languages write 5.0
+    cs.Network([cs.Recurrent((cell,))]).save(tmp_path / "net.safetensors")
+    assert cs.load(tmp_path / "net.safetensors").cells[0].spec == cs.CellSpec(2, 2, clip=5.0)
+
+
+def test_the_format_page_knows_every_setting_and_every_tensor():
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    tables = {found[1]: found[0] for found in re.finditer(r"^\| (\w+).*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)}
+    rows = [line.split("|")[1:4] for line in tables["setting"].splitlines()[2:]]
+    said = {name: (kind, usual) for names, kind, usual in rows for name in re.findall(r"`(\w+)`", names)}
+    types = {int: "integer", str: "text", bool: "boolean", float: "number", dict: "object of text"}
+    assert said.keys() == CELL.keys()
+    for field in fields(cs.CellSpec):
+        kind, usual = said[field.name]
+        assert kind.strip() == types[CELL[field.name]], field.name
+        if field.default is None or field.default is MISSING:
+            assert not usual.strip(), field.name
+        else:
+            usual = json.loads(usual.strip().strip("`"))
+            assert usual == (field.default or type(usual)()), field.name
+    assert re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.+?) \|", tables["tensor"], re.MULTILINE))) == list(ARRAYS)
+    assert re.findall(r"^\| `(\w+)` \| \*\*(.+?)\*\*", text, re.MULTILINE) == [
+        (kind, " ".join(gates)) for kind, gates in GATES.items()
+    ]
 
 
 def test_weights_that_are_no_numbers_come_back(tmp_path):
@@ -92,7 +147,7 @@ def test_other_readers_and_writers_of_safetensors_agree(blob, tmp_path):
     path.write_bytes(blob)
     tensors = safetensors.numpy.load_file(path)
     assert np.array_equal(tensors["stack/0/kernel"], small().nodes[1].cells[0].kernel)
-    assert len(tensors) == 15
+    assert len(tensors) == 18
     with safetensors.safe_open(path, "np") as file:
         metadata = file.metadata()
     safetensors.numpy.save_file(tensors, other, metadata)  # its order of tensors is its own
@@ -348,7 +403,10 @@ DAMAGE = {
     "missing key": (described(drop("nodes", 3, "mode")), "'pool': expected the keys"),
     "unknown key": (described(put("nodes", 3, "axis", 1)), "'pool': expected the keys"),
     "unknown mode": (described(put("nodes", 3, "mode", "sum")), "'pool': Pool: expected mode to be one of"),
-    "unknown activation": (described(put("nodes", 4, "activation", "gelu")), "'out': Dense: expected activation"),
+    "unknown activation": (
+        described(put("nodes", 4, "activation", "gelu")),
+        "'out': Dense: activation: expected .*'gelu'",
+    ),
     "flag": (described(put("nodes", 1, "go_backwards", 0)), "'stack': expected go_backwards to be bool, found int"),
     "units": (
         described(put("nodes", 1, "cells", 0, "units", 3)),
@@ -361,13 +419,78 @@ DAMAGE = {
     "units none": (described(put("nodes", 1, "cells", 0, "units", 0)), "'stack': CellSpec: expected units >= 1, got 0"),
     "units huge": (described(put("nodes", 1, "cells", 0, "units", 10**30)), f"tensor '{K}': expected shape"),
     "units long": (described(put("nodes", 1, "cells", 0, "units", 10**4299)), "expected|Exceeds"),
+    "clip text": (
+        described(put("nodes", 1, "cells", 2, "clip", "5")),
+        "'stack/2': expected clip to be float, found str",
+    ),
+    "clip true": (
+        described(put("nodes", 1, "cells", 2, "clip", True)),
+        "'stack/2': expected clip to be float, found bool",
+    ),
+    "clip null": (described(put("nodes", 1, "cells", 2, "clip", None)), "expected clip to be float, found NoneType"),
+    "clip inf": (
+        described(lambda d: json.dumps(d).replace('"clip": 5.0', '"clip": 1e999')),
+        "'stack': CellSpec: expected clip above 0 and finite, got inf",
+    ),
+    "clip long": (described(put("nodes", 1, "cells", 2, "clip", 10**400)), "expected clip to be float, found int"),
+    "clip negative": (described(put("nodes", 1, "cells", 2, "clip", -1.0)), "'stack': CellSpec: expected clip above 0"),
+    "kind": (described(put("nodes", 1, "cells", 2, "kind", "mlp")), "'stack': CellSpec: expected kind to be one of"),
+    "kind changed": (described(put("nodes", 1, "cells", 2, "kind", "rnn")), "'stack': CellSpec: expected .*'r'"),
+    "flag of another kind": (
+        described(put("nodes", 1, "cells", 2, "peepholes", True)),
+        "'stack': CellSpec: expected peepholes with an lstm only",
+    ),
+    "peepholes": (
+        described(put("nodes", 1, "cells", 0, "peepholes", True)),
+        "tensor 'stack/0/peepholes': expected it, with shape .3, 2., found no such tensor",
+    ),
+    "peepholes number": (
+        described(put("nodes", 1, "cells", 0, "peepholes", 1)),
+        "'stack/0': expected peepholes to be bool, found int",
+    ),
+    "projection": (
+        described(put("nodes", 1, "cells", 0, "proj_size", 1)),
+        "tensor 'stack/0/recurrent_kernel': expected",
+    ),
+    "projection float": (
+        described(put("nodes", 1, "cells", 0, "proj_size", 1.0)),
+        "expected proj_size to be int, found float",
+    ),
+    "projection huge": (described(put("nodes", 1, "cells", 0, "proj_size", 10**30)), "CellSpec: expected proj_size"),
+    "gates list": (
+        described(put("nodes", 1, "cells", 2, "gate_activations", [["r", "tanh"]])),
+        "'stack/2': expected gate_activations to be dict, found list",
+    ),
+    "gate number": (
+        described(put("nodes", 1, "cells", 2, "gate_activations", "r", 1)),
+        "'stack/2': expected the activation of 'r' to be str, found 1",
+    ),
+    "gate unknown": (
+        described(put("nodes", 1, "cells", 2, "gate_activations", "o", "tanh")),
+        "'stack': CellSpec: expected gate_activations of z, r, g, got one of 'o'",
+    ),
+    "gate activation": (
+        described(put("nodes", 1, "cells", 2, "gate_activations", "r", "elu(1")),
+        r"'stack': CellSpec: gate_activations.'r'.: expected .*'elu\(1'",
+    ),
+    "gru's bias": (
+        described(put("nodes", 1, "cells", 2, "reset_after", False)),
+        "tensor 'stack/2/bias': expected shape .6., found .2, 6.",
+    ),
+    "unknown setting": (
+        described(put("nodes", 1, "cells", 0, "dropout", 0.5)),
+        "'stack/0': expected settings of a cell alone, found the key 'dropout'",
+    ),
+    "no width": (described(drop("nodes", 1, "cells", 0, "units")), "'stack/0': expected the keys .*units"),
+    "residual": (described(put("nodes", 1, "residual", 1)), "'stack': expected residual to be bool, found int"),
+    "no residual": (described(drop("nodes", 1, "residual")), "'stack': expected the keys .*'residual'"),
     "no cells": (described(put("nodes", 1, "cells", [])), "'stack': Recurrent: expected at least one cell"),
     "cell text": (described(put("nodes", 1, "cells", 0, "x")), "'stack/0': expected the keys .* found str"),
     "bias": (described(put("nodes", 1, "cells", 1, "use_bias", True)), "tensor 'stack/1/bias': expected it"),
     "no bias": (described(put("nodes", 1, "cells", 0, "use_bias", False)), "tensor 'stack/0/bias': expected no such"),
     "cell activation": (
         described(put("nodes", 1, "cells", 0, "activation", "no")),
-        "'stack': CellSpec: expected activ",
+        "'stack': CellSpec: activation: expected .*'no'",
     ),
     "half": (described(put("nodes", 2, "backward", "type", "dense")), "'both/backward': expected type 'recurrent'"),
     "halves": (
@@ -398,8 +521,9 @@ def loads(path, content):
 
 def test_every_bit_of_the_header(tmp_path):
     """A flipped bit is found, or leaves a network (a name may read otherwise): never anything else."""
-    path = tmp_path / "net.safetensors"
-    cs.Network([cs.Recurrent((make_cell(np.random.default_rng(0), 3, 2),)), cs.Pool()]).save(path)
+    path, rng = tmp_path / "net.safetensors", np.random.default_rng(0)
+    cells = make_cell(rng, 3, 2), make_cell(rng, 2, 2, kind="gru", clip=5.0, gate_activations={"r": "elu(0.5)"})
+    cs.Network([cs.Recurrent(cells), cs.Pool()]).save(path)
     good = path.read_bytes()
     size = 8 + int.from_bytes(good[:8], "little")
     passed = 0
@@ -441,6 +565,13 @@ def test_any_json_in_any_place(header, blob, tmp_path):
     places = [header, {**good, "more": header}, {**good, K: header}, {**good, "__metadata__": header}]
     texts = [header, {**description, "nodes": header}, {**description, "nodes": [header]}]
     texts += [{**description, "nodes": [{**node, key: header}]} for node in description["nodes"] for key in node]
+    stack = description["nodes"][1]
+    for number, cell in enumerate(stack["cells"]):
+        for key in CELL:
+            cells = [*stack["cells"][:number], {**cell, key: header}, *stack["cells"][number + 1 :]]
+            nodes = [description["nodes"][0], {**stack, "cells": cells}, *description["nodes"][2:]]
+            text = json.dumps({**description, "nodes": nodes})
+            loads(path, file_of({**good, "__metadata__": {"cellstack": text}}, data))
     for place in places + [{**good, "__metadata__": {"cellstack": json.dumps(text)}} for text in texts]:
         refused(path, file_of(place, data))
 

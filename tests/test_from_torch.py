@@ -8,46 +8,64 @@ import numpy as np
 import pytest
 import tolerances
 import torch
+from family import random_spec
 from torch import nn
 
 import cellstack as cs
 from cellstack import layers
 from cellstack.formats.layout import OURS, from_rows, reorder, to_rows
 
-ORDERS = ["".join(order) for order in itertools.permutations("ifgo")]
+ORDERS = [(kind, "".join(order)) for kind, ours in OURS.items() for order in itertools.permutations(ours)]
 
 
 def close(got, want, tolerance=tolerances.LOOP):
     np.testing.assert_allclose(got, want.detach().numpy(), atol=tolerance, rtol=tolerance)
 
 
+def randomise(module):
+    for weight in module.parameters():
+        nn.init.normal_(weight, 0.0, 0.5)
+    return module.eval()
+
+
 # ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_gates_go_to_their_places(order):
-    blocks = {gate: np.arange(6.0).reshape(3, 2) + 10 * n for n, gate in enumerate("ifgo")}
+@pytest.mark.parametrize(("kind", "order"), ORDERS)
+def test_gates_go_to_their_places(kind, order):
+    blocks = {gate: np.arange(6.0).reshape(3, 2) + 10 * n for n, gate in enumerate(OURS[kind])}
     theirs = np.concatenate([blocks[gate] for gate in order], axis=1)
-    ours = np.concatenate([blocks[gate] for gate in "ifgo"], axis=1)
-    assert np.array_equal(reorder(theirs, order), ours)
-    assert np.array_equal(reorder(ours, OURS, order), theirs)
-    assert (order == OURS) == np.array_equal(theirs, ours)
-    arrays = from_rows(theirs.T, theirs.T, (theirs[0], theirs[1]), order)
+    ours = np.concatenate([blocks[gate] for gate in OURS[kind]], axis=1)
+    assert np.array_equal(reorder(theirs, order, OURS[kind]), ours)
+    assert np.array_equal(reorder(ours, OURS[kind], order), theirs)
+    assert (order == OURS[kind]) == np.array_equal(theirs, ours)
+    apart = kind == "gru"  # the reset gate acts on the second bias alone
+    arrays = from_rows(kind, theirs.T, theirs.T, (theirs[0], theirs[1]), order)
     assert np.array_equal(arrays.kernel, ours)
     assert np.array_equal(arrays.recurrent_kernel, ours)
-    assert np.array_equal(arrays.bias, ours[0] + ours[1])
-    weight, recurrent, bias = to_rows(arrays, order)
+    assert np.array_equal(arrays.bias, ours[:2] if apart else ours[0] + ours[1])
+    weight, recurrent, bias = to_rows(kind, arrays, order)
     assert np.array_equal(weight, theirs.T)
     assert np.array_equal(recurrent, theirs.T)
-    assert np.array_equal(bias, theirs[0] + theirs[1])
+    assert np.array_equal(bias, theirs[:2] if apart else theirs[0] + theirs[1])
+    together = from_rows(kind, theirs.T, theirs.T, (theirs[0], theirs[1]), order, reset_after=False)
+    assert np.array_equal(together.bias, ours[0] + ours[1])
+
+
+def test_the_orders_are_those_of_the_house():
+    assert OURS == {"lstm": "ifgo", "gru": "zrg", "rnn": "g"}
+    assert len(ORDERS) == 24 + 6 + 1
 
 
 def test_what_is_no_order_is_refused():
-    with pytest.raises(ValueError, match="permutation of ifgo, got 'iofc'"):
-        reorder(np.zeros(4), "iofc")
-    with pytest.raises(cs.ShapeError, match=r"four equal blocks along axis -1, got \(2, 6\)"):
-        reorder(np.zeros((2, 6)), "iofg")
-    assert from_rows(np.zeros((8, 3)), np.zeros((8, 2)), (), "ifgo").bias is None
+    for order in ("iofc", "ifg", "ifgg", "zrg", ""):
+        with pytest.raises(ValueError, match=f"permutation of ifgo, got '{order}'"):
+            reorder(np.zeros(4), order, "ifgo")
+    with pytest.raises(cs.ShapeError, match=r"4 equal blocks along axis -1, got \(2, 6\)"):
+        reorder(np.zeros((2, 6)), "iofg", "ifgo")
+    with pytest.raises(cs.ShapeError, match=r"3 equal blocks along axis 0, got \(4, 1\)"):
+        from_rows("gru", np.zeros((4, 1)), np.zeros((4, 1)), (), "rzg")
+    assert from_rows("lstm", np.zeros((8, 3)), np.zeros((8, 2)), (), "ifgo").bias is None
 
 
 # ── torch.nn ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -73,12 +91,49 @@ def test_torch_lstm(depth, bidirectional, bias, batch_first, dtype):
     assert got.dtype == net.dtype == str(dtype).removeprefix("torch.")
 
 
+OTHERS = {
+    "projection": (nn.LSTM, {"proj_size": 3}),
+    "gru": (nn.GRU, {}),
+    "tanh": (nn.RNN, {}),
+    "relu": (nn.RNN, {"nonlinearity": "relu"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own word
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_lengths_are_packed_sequences(bidirectional):
-    module = nn.LSTM(5, 7, 2, batch_first=True, bidirectional=bidirectional)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_gru_and_rnn_and_projection(case, depth, bidirectional, bias, dtype):
+    kind, flags = OTHERS[case]
+    settings = {"bias": bias, "batch_first": True, "bidirectional": bidirectional, "dropout": 0.5 * (depth > 1)}
+    module = randomise(kind(5, 7, depth, **flags, **settings, dtype=dtype))
+    net = cs.from_torch(module)
+    width = flags.get("proj_size", 7)
+    x, h0 = torch.randn(3, 9, 5, dtype=dtype), torch.randn(depth * (1 + bidirectional), 3, width, dtype=dtype)
+    c0 = torch.randn(len(h0), 3, 7, dtype=dtype)
+    y, ends = module(x, (h0, c0) if kind is nn.LSTM else h0)
+    starts = zip(h0.numpy(), c0.numpy(), strict=True) if kind is nn.LSTM else h0.numpy()
+    got, states = net.run(x.numpy(), state=list(starts))
+    tolerance = tolerances.LOOP if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE
+    if case == "relu":  # values grow without bound
+        tolerance *= float(y.detach().abs().max())
+    close(got, y, tolerance)
+    for n, end in enumerate(ends if kind is nn.LSTM else (ends,)):
+        close(np.stack([state[n] for state in states]), end, tolerance)
+    assert got.dtype == net.dtype == str(dtype).removeprefix("torch.")
+    assert {cell.spec.kind for cell in net.cells} == {{nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn"}[kind]}
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_lengths_are_packed_sequences(bidirectional, kind):
+    module = kind(5, 7, 2, batch_first=True, bidirectional=bidirectional)
     x, lengths = torch.randn(4, 9, 5), torch.tensor([9, 1, 4, 6])
     packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-    y, (h, _) = module(packed)
+    y, h = module(packed)
+    h = h[0] if kind is nn.LSTM else h
     y = nn.utils.rnn.pad_packed_sequence(y, batch_first=True)[0]
     got, states = cs.from_torch(module).run(x.numpy(), lengths=lengths)
     close(np.stack([state.h for state in states]), h)
@@ -104,11 +159,14 @@ ACTIVATIONS = [
     nn.Hardsigmoid(),
     nn.Softmax(dim=-1),
     nn.ELU(),
+    nn.ELU(0.5),
+    nn.LeakyReLU(),
+    nn.LeakyReLU(0.3),
     nn.Softplus(),
 ]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_sequential(activation):
     inner = nn.Sequential(nn.Linear(6, 8, bias=False), activation, nn.Dropout(0.5))
     module = nn.Sequential(nn.Identity(), inner, nn.Linear(8, 4)).eval()
@@ -135,12 +193,6 @@ def test_whatever_says_its_nodes():
 
 
 # ── our layers ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def randomise(module):
-    for weight in module.parameters():
-        nn.init.normal_(weight, 0.0, 0.5)
-    return module.eval()
 
 
 MASKS = [None, np.array([[False, True, True, False], [True, False, True, True], [False] * 4])]
@@ -178,6 +230,76 @@ def test_our_stack(mask, go_backwards):
     for one, other in zip(got_states, states, strict=True):
         close(one.h, other.h)
         close(one.c, other.c)
+
+
+def make_cell(spec):
+    """Our layer's cell of this description, built."""
+    kinds = {"lstm": layers.LSTMCell, "gru": layers.GRUCell, "rnn": layers.SimpleRNNCell}
+    settings = {name: value for name, value in spec.settings.items() if name != "kind"}
+    if spec.kind == "rnn":
+        settings.pop("recurrent_activation", None)  # it has no such gate
+    return randomise(kinds[spec.kind](**settings, dropout=0.2, recurrent_dropout=0.2))
+
+
+RESET = np.array([[False, True, False, False], [False] * 4, [True, False, False, True]])
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("seed", range(20))
+def test_our_cells_of_any_flags(seed, kind):
+    """Every flag and every array travels, the learned initial state and zoneout's rates too; dropout doesn't."""
+    spec = random_spec(np.random.default_rng(seed), kind)
+    cell = make_cell(spec)
+    rnn = layers.RNN(cell, return_sequences=True, return_state=True, go_backwards=bool(seed % 2)).eval()
+    net = cs.from_torch(rnn)
+    assert net.cells[0].spec == cell.spec
+    assert list(net.cells[0].arrays) == list(dict(cell.named_parameters()))
+    x = torch.randn(3, 4, spec.input_size)
+    for given in ({}, {"mask": MASKS[1]}, {"reset": RESET}, {"mask": MASKS[1], "reset": RESET}):
+        y, *state = rnn(x, **given)
+        got, (after,) = net.run(x, **given)
+        tolerance = tolerances.LOOP * max(1.0, float(y.detach().abs().max()))
+        close(got, y, tolerance)
+        for one, other in zip(after, state, strict=True):
+            close(one, other, tolerance)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("return_sequences", [False, True])
+@pytest.mark.parametrize("mask", MASKS, ids=["no mask", "mask"])
+@pytest.mark.parametrize("reset", [None, RESET], ids=["one piece", "pieces"])
+def test_our_stack_of_every_kind(residual, go_backwards, return_sequences, mask, reset):
+    cells = [
+        layers.LSTMCell(5, peepholes=True, proj_size=4),
+        layers.GRUCell(4, reset_after=False, learn_initial_state=True),
+        layers.SimpleRNNCell(4, activation="softsign", layer_norm=True),
+        layers.GRUCell(3, zoneout=0.2),
+        layers.LSTMCell(3, coupled=True, clip=0.5, learn_initial_state=True),
+    ]
+    stack = layers.StackedRNNCells(cells, residual=residual, input_size=6)
+    flags = {"return_sequences": return_sequences, "go_backwards": go_backwards, "return_state": True}
+    rnn = randomise(layers.RNN(stack, **flags))
+    x = torch.randn(3, 4, 6)
+    y, *states = rnn(x, mask=mask, reset=reset)
+    net = cs.from_torch(rnn)
+    got, after = net.run(x, mask=mask, reset=reset)
+    close(got, y)
+    for one, other in zip(after, states, strict=True):
+        assert type(one) is type(other)
+        for part, theirs in zip(one, other, strict=True):
+            close(part, theirs)
+    assert net.nodes[0].residual is residual
+
+
+@pytest.mark.parametrize("inner", [layers.GRU, layers.SimpleRNN])
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_our_other_kinds_in_both_directions(inner, return_sequences):
+    both = layers.Bidirectional(inner(4, return_sequences=return_sequences), "sum", input_size=3)
+    randomise(both)
+    x = torch.randn(3, 4, 3)
+    for given in ({}, {"mask": MASKS[1]}, {"reset": RESET}, {"mask": MASKS[1], "reset": RESET}):
+        close(cs.from_torch(both).run(x, **given)[0], both(x, **given))
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=["no mask", "mask"])
@@ -235,21 +357,20 @@ def backwards_first():
 
 
 REFUSED = {
-    "norm": (lambda: nn.BatchNorm1d(3), r"1\.0 \(BatchNorm1d\): expected an LSTM, a Linear"),
-    "gru": (lambda: nn.GRU(3, 3), r"1\.0 \(GRU\): expected an LSTM"),
-    "projection": (lambda: nn.LSTM(3, 4, proj_size=2), r"1\.0 \(LSTM\): expected proj_size=0.* got 2"),
+    "norm": (lambda: nn.BatchNorm1d(3), r"1\.0 \(BatchNorm1d\): expected a recurrent layer, a Linear"),
+    "a cell alone": (lambda: nn.GRUCell(3, 3), r"1\.0 \(GRUCell\): expected a recurrent layer"),
     "half": (
         lambda: nn.Linear(3, 3, dtype=torch.bfloat16),
         r"1\.0 \(Linear\): .*float32 or float64, got torch.bfloat16",
     ),
     "hook": (hooked, r"1\.0 \(Linear\): expected a module without forward hooks"),
-    "subclass": (lambda: Doubled(3, 3), r"1\.0 \(Doubled\): expected an LSTM"),
+    "subclass": (lambda: Doubled(3, 3), r"1\.0 \(Doubled\): expected a recurrent layer"),
     "softmax axis": (lambda: nn.Softmax(dim=1), r"1\.0 \(Softmax\): expected dim=-1, the feature axis, got 1"),
-    "elu": (lambda: nn.ELU(0.5), r"1\.0 \(ELU\): expected an LSTM"),
-    "softplus": (lambda: nn.Softplus(2.0), r"1\.0 \(Softplus\): expected an LSTM"),
+    "elu": (lambda: nn.ELU(-0.5), r"1\.0 \(ELU\): expected a recurrent layer"),
+    "softplus": (lambda: nn.Softplus(2.0), r"1\.0 \(Softplus\): expected a recurrent layer"),
     "not built": (lambda: layers.LSTM(3), r"1\.0 \(LSTM\): .*weights don't exist yet"),
     "activation": (lambda: layers.LSTM(3, "gelu", input_size=3), r"1\.0 \(LSTM\): .*activation gelu"),
-    "foreign": (lambda: layers.RNN(Foreign()), r"1\.0 \(RNN\): expected LSTM cells, got a Foreign"),
+    "foreign": (lambda: layers.RNN(Foreign()), r"1\.0 \(RNN\): expected cells of ours, got a Foreign"),
     "two outputs": (
         lambda: layers.Bidirectional(layers.LSTM(3, input_size=3), None),
         r"1\.0 \(Bidirectional\): expected a merge_mode",
@@ -259,7 +380,14 @@ REFUSED = {
         lambda: layers.TimeDistributed(nn.Sequential(nn.Linear(3, 3), nn.Tanh())),
         r"1\.0 \(TimeDistributed\): expected a TimeDistributed over one",
     ),
-    "distributed gru": (lambda: layers.TimeDistributed(nn.GRU(3, 3)), r"1\.0\.layer \(GRU\): expected an LSTM"),
+    "distributed gru": (
+        lambda: layers.TimeDistributed(nn.GRU(3, 3)),
+        r"1\.0 \(TimeDistributed\): expected a TimeDistributed over one",
+    ),
+    "distributed norm": (
+        lambda: layers.TimeDistributed(nn.BatchNorm1d(3)),
+        r"1\.0\.layer \(BatchNorm1d\): expected a recurrent layer",
+    ),
 }
 
 

@@ -16,7 +16,35 @@ def stack():
     return layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_state=True, input_size=3)
 
 
+FLAGS = {
+    "peepholes": True,
+    "proj_size": 2,
+    "layer_norm": True,
+    "norm_epsilon": 0.1,
+    "clip": 3.0,
+    "cell_clip": 2.0,
+    "coupled": True,
+}
+FLAGS |= {"zoneout": 0.2, "zoneout_cell": 0.3, "learn_initial_state": True, "gate_activations": {"o": "elu(0.5)"}}
+
+
+def gru(**kwargs):
+    return layers.GRU(5, return_sequences=True, return_state=True, input_size=3, **kwargs)
+
+
+def residual():
+    cells = [layers.LSTMCell(4, proj_size=3), layers.GRUCell(3), layers.SimpleRNNCell(3)]
+    return layers.RNN(layers.StackedRNNCells(cells, residual=True), return_sequences=True, input_size=3)
+
+
 LAYERS = {
+    "gru": gru,
+    "gru, reset before": lambda: gru(reset_after=False, zoneout=0.3, seed=1, go_backwards=True),
+    "gru, torch loop": lambda: gru(activation="gelu", layer_norm=True),
+    "simple": lambda: layers.SimpleRNN(5, input_size=3, learn_initial_state=True),
+    "flags": lambda: lstm(**FLAGS, seed=3),
+    "flags, torch loop": lambda: lstm(**FLAGS, seed=3, activation="gelu"),
+    "residual": residual,
     "lstm": lstm,
     "backwards": lambda: lstm(go_backwards=True, zero_output_for_mask=True),
     "stack": stack,
@@ -63,8 +91,9 @@ def test_compiled_by_inductor(name):
     check(name, "inductor")
 
 
-def test_compiled_without_gradients_and_with_gates():
-    layer = lstm().eval()
+@pytest.mark.parametrize("name", ["lstm", "gru", "flags"])
+def test_compiled_without_gradients_and_with_gates(name):
+    layer = LAYERS[name]().eval()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 4, 3)
     with torch.no_grad():
@@ -72,24 +101,35 @@ def test_compiled_without_gradients_and_with_gates():
             torch.testing.assert_close(a, b)
 
 
-def test_compiled_stateful():
-    layer = lstm(stateful=True)
+def test_compiled_with_pieces():
+    layer = layers.Bidirectional(gru(learn_initial_state=True))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    reset = torch.tensor([[False, True, False, True], [True, False, False, False]])
+    x = torch.randn(2, 4, 3)
+    for a, b in zip(flatten(layer(x, reset=reset)), flatten(compiled(x, reset=reset)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("make", [lstm, gru])
+def test_compiled_stateful(make):
+    layer = make(stateful=True)
     twin = copy.deepcopy(layer)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         x = torch.randn(2, 4, 3)
         torch.testing.assert_close(layer(x)[0], compiled(x)[0])
-    torch.testing.assert_close(layer.states.c, twin.states.c)
+    for a, b in zip(layer.states, twin.states, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", ["lstm", "stack", "bidirectional"])
+@pytest.mark.parametrize("name", ["lstm", "stack", "bidirectional", "gru", "flags", "residual"])
 def test_exported_whole(name, strict):
     layer = LAYERS[name]().eval()
     x = torch.randn(2, 4, 3)
     batch, steps = torch.export.Dim("batch", min=2), torch.export.Dim("steps", min=2)
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch, 1: steps}, *[None] * 0), strict=strict)
-    assert any("cellstack.lstm" in str(node.target) for node in program.graph.nodes)
+    assert any("cellstack.recurrent" in str(node.target) for node in program.graph.nodes)
     longer = torch.randn(3, 9, 3)
     for a, b in zip(flatten(layer(longer)), flatten(program.module()(longer)), strict=True):
         torch.testing.assert_close(a, b)

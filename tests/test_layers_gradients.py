@@ -1,12 +1,14 @@
 """Gradients of whole layers, also of second order, of negated views, and past what a mask leaves out."""
 
-import numpy as np
+from functools import partial
+
 import pytest
 import tolerances
 import torch
 
-from cellstack import layers, reference
+from cellstack import layers
 from cellstack.layers import op
+from cellstack.spec import CellSpec
 
 BATCH, STEPS, WIDTH = 2, 3, 2
 MASK = torch.tensor([[False, True, False], [True, True, False]])
@@ -50,6 +52,29 @@ def lstm(units=2, **kwargs):
     return layers.LSTM(units, input_size=WIDTH, dtype="float64", **kwargs)
 
 
+FLAGS = {"peepholes": True, "proj_size": 1, "layer_norm": True, "clip": 2.0, "cell_clip": 2.0, "zoneout": 0.2}
+FLAGS |= {"zoneout_cell": 0.3, "recurrent_dropout": 0.3, "learn_initial_state": True}
+
+
+def one(kind, **kwargs):
+    """A layer of that kind whose parameters are all different, those too that start at zero or one."""
+    settings = {"return_sequences": True, "return_state": True, "input_size": WIDTH, "dtype": "float64"}
+    return shaken(getattr(layers, kind)(3, **{**settings, **kwargs}))
+
+
+def shaken(layer):
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+def residual(**kwargs):
+    cells = [layers.LSTMCell(3, proj_size=2, dtype="float64"), layers.GRUCell(2, dtype="float64")]
+    cells += [layers.SimpleRNNCell(2, activation="gelu", dtype="float64")]
+    return shaken(layers.RNN(layers.StackedRNNCells(cells, residual=True), input_size=WIDTH, **kwargs))
+
+
 def stack(**kwargs):
     cells = [layers.LSTMCell(2, dtype="float64"), layers.LSTMCell(3, dtype="float64", activation="softsign")]
     return layers.RNN(cells, input_size=WIDTH, **kwargs)
@@ -65,6 +90,14 @@ LAYERS = {
     "stateful": lambda: lstm(return_sequences=True, return_state=True, stateful=True),
     "dropout": lambda: lstm(return_sequences=True, dropout=0.4, recurrent_dropout=0.4, seed=5),
     "torch loop": lambda: lstm(return_sequences=True, return_state=True, activation="silu"),
+    "gru": lambda: one("GRU", zoneout=0.3, dropout=0.4, recurrent_dropout=0.4, seed=2),
+    "gru, reset before": lambda: one("GRU", reset_after=False, learn_initial_state=True, go_backwards=True),
+    "gru, torch loop": lambda: one("GRU", activation="gelu", layer_norm=True),
+    "simple": lambda: one("SimpleRNN", layer_norm=True, zoneout=0.2, seed=2),
+    "flags": lambda: one("LSTM", **FLAGS, seed=3),
+    "flags, torch loop": lambda: one("LSTM", **FLAGS, activation="silu", seed=3),
+    "residual": lambda: residual(return_sequences=True, return_state=True),
+    "residual backwards": lambda: residual(go_backwards=True),
     "stack": lambda: stack(return_sequences=True, return_state=True),
     "stack backwards": lambda: stack(return_sequences=True, go_backwards=True),
     **{
@@ -87,13 +120,26 @@ def test_gradients_of_layers_are_finite_differences(name, masked):
             layer.reset_states()
         return run(x, *values)
 
-    assert torch.autograd.gradcheck(fresh, (draw(BATCH, STEPS, WIDTH), *parameters))
+    assert torch.autograd.gradcheck(fresh, (draw(BATCH, STEPS, WIDTH), *parameters), fast_mode="loop" in name)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["sequences", "backwards", "dropout", "torch loop", "stack", "both, concat"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sequences", "backwards", "dropout", "torch loop", "stack", "both, concat", "gru", "gru, reset before"),
+        *("gru, torch loop", "simple", "flags", "flags, torch loop", "residual"),
+    ],
+)
 def test_gradients_of_traces_are_finite_differences(name, masked):
     run, parameters = function_of(LAYERS[name](), return_gates=True, mask=MASK if masked else None)
+    assert torch.autograd.gradcheck(run, (draw(BATCH, STEPS, WIDTH), *parameters), fast_mode="loop" in name)
+
+
+@pytest.mark.parametrize("name", ["sequences", "backwards", "gru", "gru, reset before", "simple", "flags", "residual"])
+def test_gradients_of_pieces_are_finite_differences(name):
+    reset = torch.tensor([[False, True, False], [True, False, True]])
+    run, parameters = function_of(LAYERS[name](), reset=reset, mask=torch.tensor([[True] * 3, [True, True, False]]))
     assert torch.autograd.gradcheck(run, (draw(BATCH, STEPS, WIDTH), *parameters))
 
 
@@ -114,39 +160,52 @@ def test_gradients_of_a_state_are_finite_differences(stateful, given):
 # ── With a graph of the gradients ──────────────────────────────────────────────────────────────────────────────────
 
 
-def chained(x, kernel, recurrent_kernel, bias):
+CELLS = {"lstm": CellSpec(WIDTH, 2), "gru": CellSpec(WIDTH, 2, kind="gru"), "rnn": CellSpec(WIDTH, 2, kind="rnn")}
+CELLS["lstm, flags"] = CellSpec(WIDTH, 2, peepholes=True, layer_norm=True, zoneout=0.3)
+
+
+def chained(spec, x, *weights):
     """Two calls on the same weights; the first one's state depends on x, the second one's on the first."""
-    weights, start = [kernel, recurrent_kernel, bias], x[:, 0, :1].expand(BATCH, 2)
-    options = [], None, [1, 0], False, True, True
-    h, c, y, gates, cells = op.run(x, [start.tanh()], [start], weights, *options)
-    h, c, z, *_ = op.run(x + y, [h], [c + cells[:, 0]], weights, *options)
-    return h, c, y * z, gates
+    start, count = x[:, 0, :1].expand(BATCH, 2), len(spec.state_sizes)
+    options = list(weights), [], None, None, [spec.text], False, True, True
+    out = op.run(x, [start.tanh(), start][:count], *options)
+    states, (y, gates, cells) = out[:count], out[count : count + 3]
+    if count > 1:
+        states[1] = states[1] + cells[:, 0]
+    again = op.run(x + y, states, *options)
+    return *again[:count], y * again[count], gates[:, :, :1]
 
 
-def chain():
-    return draw(BATCH, STEPS, WIDTH), draw(WIDTH, 8), draw(2, 8), draw(8)
+def chain(spec):
+    return draw(BATCH, STEPS, WIDTH), *(draw(*shape) for shape in spec.shapes.values())
 
 
 @pytest.mark.usefixtures("path")
-def test_a_graph_of_the_gradients_leaves_them_as_they_are():
-    inputs = chain()
-    loss = sum(part.square().sum() for part in chained(*inputs))
+@pytest.mark.parametrize("name", CELLS)
+def test_a_graph_of_the_gradients_leaves_them_as_they_are(name):
+    inputs = chain(CELLS[name])
+    loss = sum(part.square().sum() for part in chained(CELLS[name], *inputs))
     plain = torch.autograd.grad(loss, inputs, retain_graph=True)
     for a, b in zip(torch.autograd.grad(loss, inputs, create_graph=True), plain, strict=True):
         assert (a - b).abs().max() <= tolerances.REFERENCE_DOUBLE * b.abs().max()
 
 
 @pytest.mark.usefixtures("path")
-def test_second_derivatives_through_a_carried_state():
-    assert torch.autograd.gradgradcheck(chained, chain(), fast_mode=True)
+@pytest.mark.parametrize("name", CELLS)
+def test_second_derivatives_through_a_carried_state(name):
+    run = partial(chained, CELLS[name])
+    assert torch.autograd.gradgradcheck(run, chain(CELLS[name]), fast_mode=True)
 
 
 @pytest.mark.usefixtures("path")
-def test_a_tensor_given_twice_gets_each_of_its_gradients_once():
-    state, (x, *weights) = draw(BATCH, 2), chain()
+@pytest.mark.parametrize("name", CELLS)
+def test_a_tensor_given_twice_gets_each_of_its_gradients_once(name):
+    spec, (x, *weights), state = CELLS[name], chain(CELLS[name]), draw(BATCH, 2)
+    starts = [state] * 2 * len(spec.state_sizes)
 
     def run(x, state, *weights):
-        return tuple(op.run(x, [state] * 2, [state] * 2, [*weights] * 2, [], None, [1, 0] * 2, False, True, True))
+        results = op.run(x, starts, [*weights] * 2, [], None, None, [spec.text] * 2, False, True, True)
+        return results[: 2 * len(spec.state_sizes) + 2]
 
     loss = sum(part.square().sum() for part in run(x, state, *weights))
     inputs = x, state, *weights
@@ -157,17 +216,52 @@ def test_a_tensor_given_twice_gets_each_of_its_gradients_once():
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_graph_of_the_gradients_of_what_is_partly_frozen(steps):
+@pytest.mark.parametrize("name", CELLS)
+def test_a_graph_of_the_gradients_of_what_is_partly_frozen(steps, name):
     """The lower layer's results depend on nothing that is wanted, but may be part of the loss."""
-    lower, upper = [w.detach() for w in chain()[1:]], chain()[1:]
-    out = op.run(
-        torch.randn(BATCH, steps, 2).double(), [], [], [*lower, *upper], [], None, [1, 0] * 2, False, True, True
-    )
-    loss = sum(part.square().sum() for part in out)
+    spec = CELLS[name]
+    lower, upper = [w.detach() for w in chain(spec)[1:]], chain(spec)[1:]
+    x, cells = torch.randn(BATCH, steps, 2).double(), [spec.text] * 2
+    out = op.run(x, [], [*lower, *upper], [], None, None, cells, False, True, True)
+    loss = sum(part.square().sum() for part in out if part.requires_grad)
     plain = torch.autograd.grad(loss, upper, retain_graph=True)
     for a, b in zip(torch.autograd.grad(loss, upper, create_graph=True, allow_unused=True), plain, strict=True):
         a = torch.zeros_like(b) if a is None else a
         torch.testing.assert_close(a, b, rtol=0, atol=tolerances.REFERENCE_DOUBLE * 10)
+
+
+# ── Functions of the parameters ────────────────────────────────────────────────────────────────────────────────────
+
+FUNCTIONAL = ["state", "gru", "gru, reset before", "simple", "flags", "stack", "residual", "torch loop", "both, concat"]
+
+
+def parts_of(layer):
+    return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_torch_func_differentiates_by_parameters(name):
+    layer, x = LAYERS[name]().eval(), draw(BATCH, STEPS, WIDTH).detach()
+
+    def loss(parameters):
+        results = torch.func.functional_call(layer, parameters, (x,), {"mask": MASK})
+        return sum(part.square().sum() for part in flatten(results))
+
+    found = torch.func.grad(loss)(parts_of(layer))
+    sum(part.square().sum() for part in flatten(layer(x, mask=MASK))).backward()
+    for key, parameter in layer.named_parameters():
+        torch.testing.assert_close(found[key], parameter.grad, rtol=0, atol=tolerances.REFERENCE_DOUBLE * 100)
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_torch_func_maps_over_parameters(name):
+    """An ensemble: several members' parameters stacked, run at once."""
+    members, x = [LAYERS[name]().eval() for _ in range(3)], draw(BATCH, STEPS, WIDTH).detach()
+    parameters, _ = torch.func.stack_module_state(members)
+    together = torch.func.vmap(lambda p: tuple(flatten(torch.func.functional_call(members[0], p, (x,)))))(parameters)
+    for n, member in enumerate(members):
+        for a, b in zip(together, flatten(member(x)), strict=True):
+            torch.testing.assert_close(a[n], b, rtol=0, atol=tolerances.REFERENCE_DOUBLE * 10)
 
 
 # ── Negated views ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -225,6 +319,13 @@ def test_negated_views_out_of_a_foreign_cell():
 # ── What a mask leaves out ─────────────────────────────────────────────────────────────────────────────────────────
 
 MASKED = {
+    "gru": lambda: layers.GRU(4, return_sequences=True, input_size=3, learn_initial_state=True),
+    "gru, torch loop": lambda: layers.GRU(4, activation="silu", return_sequences=True, input_size=3),
+    "simple": lambda: layers.SimpleRNN(4, return_sequences=True, input_size=3, layer_norm=True),
+    "flags": lambda: layers.LSTM(4, **FLAGS, seed=1, return_sequences=True, input_size=3),
+    "flags, torch loop": lambda: layers.LSTM(
+        4, **FLAGS, activation="silu", seed=1, return_sequences=True, input_size=3
+    ),
     "kernel": lambda: layers.LSTM(4, return_sequences=True, input_size=3),
     "stack": lambda: layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_sequences=True, input_size=3),
     "torch loop": lambda: layers.LSTM(4, activation="silu", return_sequences=True, input_size=3),
@@ -268,27 +369,14 @@ def test_what_is_masked_reaches_neither_outputs_nor_gradients(name, value):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_what_is_masked_reaches_nothing_in_the_reference(rng, reverse):
-    kernel, recurrent_kernel = rng.normal(size=(3, 16)), rng.normal(size=(4, 16))
-    h0, c0 = np.zeros((2, 2, 4))
-    mask = np.array([[False, True, True, False, True], [True] * 5])
-    x, results = rng.normal(size=(2, 5, 3)), []
-    for filler in (0.0, np.nan):
-        given = np.where(mask[:, :, None], x, filler), h0, c0, kernel, recurrent_kernel
-        out = reference.lstm_forward(*given, mask=mask, reverse=reverse)
-        results.append([*out, *reference.lstm_backward(out, *given, dy=out.y, mask=mask, reverse=reverse)])
-    for a, b in zip(*results, strict=True):
-        assert np.array_equal(a, b)
-
-
 @pytest.mark.parametrize("activation", ["tanh", "silu"])
-def test_a_state_that_no_step_uses_reaches_no_weight(activation):
-    layer = layers.LSTM(4, activation=activation, return_sequences=True, input_size=3)
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU, layers.SimpleRNN])
+def test_a_state_that_no_step_uses_reaches_no_weight(kind, activation):
+    layer = kind(4, activation=activation, return_sequences=True, input_size=3)
     mask, x = torch.tensor([[True] * 5, [False] * 5]), torch.randn(2, 5, 3)
     gradients = []
     for filler in (0.0, float("nan")):
-        state = [torch.stack([torch.zeros(4), torch.full((4,), filler)]) for _ in "hc"]
+        state = [torch.stack([torch.zeros(4), torch.full((4,), filler)]) for _ in layer.cell.State._fields]
         layer.zero_grad()
         y = layer(x, mask=mask, initial_state=state)
         assert y[0].isfinite().all()

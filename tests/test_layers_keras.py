@@ -1,4 +1,4 @@
-"""Parity with Keras 3 over random configurations of every argument, outputs and gradients.
+"""Parity with Keras 3 over random configurations of every argument and kind, outputs and gradients.
 
 Where we deliberately part from Keras the cases avoid it, and `test_layers_traps` tests what we do instead:
 leading masked steps with a start other than zero (Keras emits zeros, we emit the initial h); stacks of one cell
@@ -7,6 +7,8 @@ Keras fails of itself are left out: gradients through a stateful call, and a sta
 return_state.
 """
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ import tolerances
 import torch
 
 from cellstack import layers
+from cellstack.layers.cells import NO_MASKS, Cell, Masks
 
-CASES = 300
+CASES = 450
 ACTIVATIONS = ["tanh", "sigmoid", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "gelu", "silu"]
 GATE_ACTIVATIONS = ["tanh", "sigmoid", "relu", "hard_sigmoid", "softsign"]
 BOUNDED = {"tanh", "sigmoid", "hard_sigmoid", "softsign"}
@@ -27,24 +30,29 @@ def draw(seed):
     def flag(p=0.5):
         return bool(rng.random() < p)
 
-    kind = ["lstm", "stack", "bidirectional", "bidirectional stack"][seed % 4]
+    kind = ["alone", "stack", "bidirectional", "bidirectional stack"][seed % 4]
     depth = int(rng.integers(2, 4)) if "stack" in kind else 1
 
-    def cell(units):
-        return {
-            "units": units,
+    def cell(family):
+        given = {
+            "units": int(rng.integers(1, 20)),
             "activation": str(rng.choice(ACTIVATIONS)) if flag() else "tanh",
-            "recurrent_activation": str(rng.choice(GATE_ACTIVATIONS)) if flag() else "sigmoid",
             "use_bias": flag(0.8),
-            "unit_forget_bias": flag(),
             "dropout": float(rng.choice([0.0, 0.0, 0.3])),
             "recurrent_dropout": float(rng.choice([0.0, 0.0, 0.4])),
         }
+        if family != "SimpleRNN":
+            gates = (
+                GATE_ACTIVATIONS if family == "LSTM" else sorted(BOUNDED)
+            )  # a GRU's z and h multiply: else h², h⁴, …
+            given["recurrent_activation"] = str(rng.choice(gates)) if flag() else "sigmoid"
+        return given | {"LSTM": {"unit_forget_bias": flag()}, "GRU": {"reset_after": flag()}}.get(family, {})
 
-    units = [int(rng.integers(1, 20)) for _ in range(depth)]
+    families = [["LSTM", "GRU", "SimpleRNN"][int(rng.integers(3))] for _ in range(depth)]
     case = {
         "kind": kind,
-        "cells": [cell(u) for u in units],
+        "families": families,
+        "cells": [cell(family) for family in families],
         "return_sequences": flag(),
         "return_state": flag(),
         "go_backwards": flag() and "bidirectional" not in kind,  # of forward layers Keras takes no other
@@ -63,7 +71,7 @@ def draw(seed):
         case["return_state"] = False  # Keras's compute_mask multiplies a generator
     # What grows without bound loses digits in float32 on either side: these cases are compared in float64 (in which
     # Keras's masked loop rounds to 1e-8).
-    bounded = {c[name] for c in case["cells"] for name in ("activation", "recurrent_activation")} <= BOUNDED
+    bounded = {value for c in case["cells"] for name, value in c.items() if name.endswith("activation")} <= BOUNDED
     case["dtype"] = "float32" if bounded else "float64"
     return case, rng
 
@@ -73,10 +81,11 @@ def build(module, case):
     flags = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
     flags = {name: case[name] for name in flags}
     if "stack" in case["kind"]:
-        stack = module.StackedRNNCells([module.LSTMCell(**cell, **dtype) for cell in case["cells"]])
+        pairs = zip(case["families"], case["cells"], strict=True)
+        stack = module.StackedRNNCells([getattr(module, f"{family}Cell")(**cell, **dtype) for family, cell in pairs])
         layer = module.RNN(stack, **flags, **(dtype if module is keras.layers else {}))
     else:
-        layer = module.LSTM(**case["cells"][0], **flags, **dtype)
+        layer = getattr(module, case["families"][0])(**case["cells"][0], **flags, **dtype)
     if "bidirectional" not in case["kind"]:
         return layer
     return module.Bidirectional(layer, case["merge_mode"], **(dtype if module is keras.layers else {}))
@@ -104,14 +113,15 @@ def draw_masks(cells, batch, rng, dtype):
     def scaled(rate, width):
         return (rng.random((batch, width)) >= rate) / (1 - rate)
 
-    masks = []
-    for cell in cells:
-        pair = [
-            torch.tensor(scaled(rate, width), dtype=dtype) if rate else None
-            for rate, width in ((cell.dropout, cell.kernel.shape[0]), (cell.recurrent_dropout, cell.units))
-        ]
-        masks.append(pair)
-    return masks
+    return [
+        Masks(
+            *(
+                torch.tensor(scaled(rate, width), dtype=dtype) if rate else None
+                for rate, width in ((cell.dropout, cell.kernel.shape[0]), (cell.recurrent_dropout, cell.units))
+            )
+        )
+        for cell in cells
+    ]
 
 
 @pytest.mark.parametrize("seed", range(CASES))
@@ -127,20 +137,20 @@ def test_outputs_and_gradients_are_keras(seed, monkeypatch):
     assert len(weights) == len(theirs.trainable_weights)
     for variable, weight in zip(theirs.trainable_weights, weights, strict=True):
         variable.assign(weight)
-    half = [[rng.normal(size=(batch, cell["units"])) for _ in "hc"] for cell in case["cells"]]
-    back = [[rng.normal(size=(batch, cell["units"])) for _ in "hc"] for cell in case["cells"]]
-    pairs = [*half, *back] if "bidirectional" in case["kind"] else half
+    states = [
+        [rng.normal(size=(batch, cell["units"])) for _ in ("hc" if family == "LSTM" else "h")]
+        for _ in range(1 + ("bidirectional" in case["kind"]))
+        for family, cell in zip(case["families"], case["cells"], strict=True)
+    ]
 
     def make():
-        return [[torch.tensor(a, dtype=dtype, requires_grad=True) for a in pair] for pair in pairs]
+        return [[torch.tensor(a, dtype=dtype, requires_grad=True) for a in state] for state in states]
 
     starts = [make(), make()] if case["started"] else [None, None]
 
     drops = {}
     our_cells, their_cells = cells_of(ours), cells_of(theirs)
-    monkeypatch.setattr(
-        layers.LSTMCell, "masks", lambda self, batch, training: drops[id(self)] if training else (None, None)
-    )
+    monkeypatch.setattr(Cell, "masks", lambda self, batch, steps, training: drops[id(self)] if training else NO_MASKS)
     gradients = [[], []]
     for call in range(2 if case["stateful"] else 1):
         x = rng.normal(size=(batch, steps, width))
@@ -149,11 +159,12 @@ def test_outputs_and_gradients_are_keras(seed, monkeypatch):
             mask[:, 0] = mask[:, -1] = True  # the first steps in either direction: see above
         results = []
         drawn = draw_masks(our_cells, batch, rng, dtype)
-        for ours_cell, theirs_cell, (input_drop, recurrent_drop) in zip(our_cells, their_cells, drawn, strict=True):
-            drops[id(ours_cell)] = input_drop, recurrent_drop
-            fourfold = theirs_cell.implementation == 1
-            theirs_cell._dropout_mask = [input_drop] * 4 if fourfold and input_drop is not None else input_drop
-            theirs_cell._recurrent_dropout_mask = None if recurrent_drop is None else [recurrent_drop] * 4
+        for ours_cell, theirs_cell, masks in zip(our_cells, their_cells, drawn, strict=True):
+            drops[id(ours_cell)] = masks
+            count = getattr(theirs_cell, "dropout_mask_count", None)  # of masks; None: one for all gates
+            theirs_cell._dropout_mask, theirs_cell._recurrent_dropout_mask = (
+                mask if mask is None or count is None else [mask] * count for mask in masks[:2]
+            )
         for which, (layer, start) in enumerate(zip((ours, theirs), starts, strict=True)):
             nested = start if "stack" in case["kind"] else start and flatten(start)
             given = torch.tensor(x, dtype=dtype, requires_grad=True)
@@ -179,17 +190,33 @@ def test_outputs_and_gradients_are_keras(seed, monkeypatch):
             assert distance(our, their) <= tolerances.KERAS, case
 
 
-def test_the_cell_alone_is_keras(rng):
-    ours, theirs = layers.LSTMCell(5, input_size=3), keras.layers.LSTMCell(5)
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("LSTMCell", {}), ("GRUCell", {}), ("GRUCell", {"reset_after": False}), ("SimpleRNNCell", {})],
+)
+def test_the_cell_alone_is_keras(name, flags, rng):
+    ours, theirs = getattr(layers, name)(5, input_size=3, **flags), getattr(keras.layers, name)(5, **flags)
     theirs.build((2, 3))
+    ours.set_weights([rng.normal(size=w.shape) for w in ours.get_weights()])
     theirs.set_weights(ours.get_weights())
-    x, h, c = (torch.tensor(rng.normal(size=s), dtype=torch.float32) for s in ((2, 3), (2, 5), (2, 5)))
+    x = torch.tensor(rng.normal(size=(2, 3)), dtype=torch.float32)
+    state = [torch.tensor(rng.normal(size=(2, 5)), dtype=torch.float32) for _ in ("hc" if name == "LSTMCell" else "h")]
     for _ in range(3):
-        out, (h_ours, c_ours) = ours(x, [h, c])
-        expected, (_h_theirs, c_theirs) = theirs(x, [h, c])
-        torch.testing.assert_close(out, expected, rtol=0, atol=tolerances.KERAS)
-        torch.testing.assert_close(c_ours, c_theirs, rtol=0, atol=tolerances.KERAS)
-        h, c = h_ours.detach(), c_ours.detach()
+        out, mine = ours(x, state)
+        expected, its = theirs(x, state)
+        for a, b in zip([out, *mine], [expected, *its], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerances.KERAS)
+        state = [part.detach() for part in mine]
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "SimpleRNN", "LSTMCell", "GRUCell", "SimpleRNNCell"])
+def test_arguments_come_in_the_order_of_keras(name):
+    ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (layers, keras.layers))
+    theirs = [key for key in theirs if key not in ("kwargs", "use_cudnn")]
+    assert [key for key in ours if key in theirs] == theirs
+    assert list(ours)[: len(theirs)] == theirs
+    for key in theirs:
+        assert ours[key].default == inspect.signature(getattr(keras.layers, name)).parameters[key].default
 
 
 def test_time_distributed_is_keras(rng):

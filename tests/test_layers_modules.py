@@ -1,12 +1,14 @@
 """Layers as torch modules: saving, copying, weights, configuration, gates, foreign cells, bad input."""
 
 import copy
+import inspect
 import json
 
 import numpy as np
 import pytest
 import tolerances
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 from cellstack import layers
 from cellstack.layers import ShapeError, State, Trace
@@ -17,6 +19,11 @@ MAKERS = {
     "stack": lambda: layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_state=True),
     "bidirectional": lambda: layers.Bidirectional(layers.LSTM(4, return_sequences=True), "sum"),
     "stateful": lambda: layers.LSTM(4, stateful=True),
+    "gru": lambda: layers.GRU(4, stateful=True, go_backwards=True),
+    "simple": lambda: layers.SimpleRNN(4, return_state=True),
+    "mixed": lambda: layers.RNN(
+        layers.StackedRNNCells([layers.GRUCell(4), layers.LSTMCell(5, proj_size=4), layers.SimpleRNNCell(4)], True)
+    ),
     "time distributed": lambda: layers.TimeDistributed(torch.nn.Linear(3, 2)),
 }
 
@@ -93,43 +100,69 @@ def test_get_config_makes_the_same_layer(make, x):
     assert same(layer(x), twin(x))
 
 
-def test_everything_given_comes_back_from_get_config():
-    given = {
-        "units": 3,
-        "activation": torch.nn.functional.gelu,
-        "recurrent_activation": "hard_sigmoid",
-        "use_bias": True,
-        "kernel_initializer": "he_normal",
-        "recurrent_initializer": {"class_name": "Orthogonal", "config": {"gain": 0.5}},
-        "bias_initializer": torch.nn.init.ones_,
-        "unit_forget_bias": False,
-        "kernel_regularizer": "l2",
-        "recurrent_regularizer": "l1",
-        "bias_regularizer": {"class_name": "L2", "config": {"l2": 0.5}},
-        "activity_regularizer": "l1",
-        "kernel_constraint": "max_norm",
-        "recurrent_constraint": "unit_norm",
-        "bias_constraint": "non_neg",
-        "dropout": 0.25,
-        "recurrent_dropout": 0.5,
-        "seed": 4,
-        "return_sequences": True,
-        "return_state": True,
-        "go_backwards": True,
-        "stateful": True,
-        "unroll": True,
-        "zero_output_for_mask": True,
-        "input_size": 2,
-        "dtype": "float64",
-        "device": "cpu",
-        "name": "encoder",
-    }
-    layer = layers.LSTM(**given)
+GIVEN = {
+    "units": 3,
+    "activation": torch.nn.functional.gelu,
+    "recurrent_activation": "hard_sigmoid",
+    "use_bias": True,
+    "kernel_initializer": "he_normal",
+    "recurrent_initializer": {"class_name": "Orthogonal", "config": {"gain": 0.5}},
+    "bias_initializer": torch.nn.init.ones_,
+    "unit_forget_bias": False,
+    "kernel_regularizer": "l2",
+    "recurrent_regularizer": "l1",
+    "bias_regularizer": {"class_name": "L2", "config": {"l2": 0.5}},
+    "activity_regularizer": "l1",
+    "kernel_constraint": "max_norm",
+    "recurrent_constraint": "unit_norm",
+    "bias_constraint": "non_neg",
+    "dropout": 0.25,
+    "recurrent_dropout": 0.5,
+    "seed": 4,
+    "return_sequences": True,
+    "return_state": True,
+    "go_backwards": True,
+    "stateful": True,
+    "unroll": True,
+    "zero_output_for_mask": True,
+    "peepholes": True,
+    "coupled": False,
+    "proj_size": 2,
+    "reset_after": True,
+    "layer_norm": True,
+    "norm_epsilon": 1e-3,
+    "clip": 5.0,
+    "cell_clip": 3.0,
+    "zoneout": 0.25,
+    "zoneout_cell": 0.5,
+    "gate_activations": {"g": "scaled_tanh(1.7159, 0.6667)"},
+    "forget_bias": 2.0,
+    "learn_initial_state": True,
+    "input_size": 2,
+    "dtype": "float64",
+    "device": "cpu",
+    "name": "encoder",
+}
+
+
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU, layers.SimpleRNN])
+def test_everything_given_comes_back_from_get_config(kind):
+    given = {name: GIVEN[name] for name in inspect.signature(kind).parameters}
+    layer = kind(**given)
     assert layer.get_config() == given
-    assert layers.LSTM.from_config(layer.get_config()).get_config() == given
+    assert kind.from_config(layer.get_config()).get_config() == given
     assert layer.cell.kernel.dtype == torch.float64
     both = layers.Bidirectional(layer, "ave")
     assert layers.Bidirectional.from_config(both.get_config()).get_config() == both.get_config()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "SimpleRNN"])
+def test_a_layer_takes_what_its_cell_takes(kind):
+    layer, cell, rnn = (
+        {name: p.default for name, p in inspect.signature(getattr(layers, one)).parameters.items()}
+        for one in (kind, f"{kind}Cell", "RNN")
+    )
+    assert layer == {**cell, **{name: value for name, value in rnn.items() if name != "cell"}}
 
 
 def test_weights_in_the_order_and_layout_of_keras(x):
@@ -402,7 +435,19 @@ BAD = {
     "text": (lambda f: f([["a"]]), TypeError, "real numbers"),
     "none": (lambda f: f(None), TypeError, "real numbers"),
     "ragged": (lambda f: f([[[1, 2, 3]], [[1, 2, 3], [1, 2, 3]]]), TypeError, "array of numbers"),
-    "packed": (lambda f: f(torch.nn.utils.rnn.pack_sequence([X[0]])), TypeError, "pad_packed_sequence"),
+    "packed with a mask": (lambda f: f(pack_sequence([X[0]]), mask=X[:1, :, 0] == 0), ValueError, "no mask or lengths"),
+    "packed with lengths": (lambda f: f(pack_sequence([X[0]]), lengths=[3]), ValueError, "no mask or lengths"),
+    "packed float64": (lambda f: f(pack_sequence([X[0].double()])), TypeError, "sequences of float32"),
+    "packed width": (lambda f: f(pack_sequence([X[0, :, :2]])), ShapeError, r"I=3\], got \(1, 5, 2\)"),
+    "packed state": (lambda f: f(X, initial_state=[pack_sequence([X[0]])] * 2), TypeError, "pad_packed_sequence"),
+    "mask and lengths": (lambda f: f(X, mask=X[..., 0] == 0, lengths=[5, 5]), ValueError, "mask or lengths, got both"),
+    "lengths past T": (lambda f: f(X, lengths=[6, 5]), ValueError, r"within 0 and T=5, got \[6, 5\]"),
+    "lengths below 0": (lambda f: f(X, lengths=torch.tensor([-1, 5])), ValueError, "within 0 and T=5"),
+    "lengths of another batch": (lambda f: f(X, lengths=[5]), ShapeError, r"lengths \[B=2\], got \(1,\)"),
+    "lengths no integers": (lambda f: f(X, lengths=[5.0, 5.0]), TypeError, "lengths to be integers, got float64"),
+    "lengths a mask": (lambda f: f(X, lengths=[True, True]), TypeError, "lengths to be integers, got bool"),
+    "reset of integers": (lambda f: f(X, reset=torch.ones(2, 5)), TypeError, "reset of bool.*piece begins"),
+    "reset shape": (lambda f: f(X, reset=torch.ones(5, 2) == 1), ShapeError, r"reset \[B=2, T=5\], got \(5, 2\)"),
     "mask ragged": (lambda f: f(X, mask=[[True], [True, True]]), TypeError, "array of bool"),
     "sparse": (lambda f: f(torch.zeros(2, 5, 3).to_sparse()), TypeError, "dense"),
     "device": (lambda f: f(torch.zeros(2, 5, 3, device="meta")), ValueError, "on cpu.*got it on meta"),
@@ -469,7 +514,7 @@ def test_bad_input_gives_one_clear_error(name):
             ShapeError,
             "as built",
         ),
-        (lambda: layers.Bidirectional(torch.nn.LSTM(3, 4)), TypeError, "LSTM or RNN"),
+        (lambda: layers.Bidirectional(torch.nn.LSTM(3, 4)), TypeError, "RNN, LSTM, GRU or Simple"),
         (lambda: layers.Bidirectional(layers.LSTM(3), "max"), ValueError, "merge_mode"),
         (lambda: layers.Bidirectional(layers.LSTM(3), backward_layer=layers.LSTM(3)), ValueError, "opposite"),
         (

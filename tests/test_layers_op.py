@@ -1,4 +1,4 @@
-"""The autograd op: derivatives, registration, compilation, and its numbers against the reference."""
+"""The autograd op: its numbers and derivatives against the reference, registration, and what it reads and writes."""
 
 import itertools
 
@@ -6,101 +6,240 @@ import numpy as np
 import pytest
 import tolerances
 import torch
+from op_calls import FLAGS, differentiable, flagged, furthest, fused, given, law, loop, split, stack, tensor
 from torch import Tensor
 
-from cellstack import layers, reference
+from cellstack import layers
 from cellstack.layers import eager, op
-from cellstack.spec import ACTIVATIONS
+from cellstack.spec import ACTIVATIONS, PARAMETERS, CellSpec, activation
+
+MIXED = [CellSpec(2, 2), CellSpec(2, 3, kind="gru"), CellSpec(3, 2, kind="rnn")]
 
 
-def make(*sizes, seed=0, dtype=torch.float64, grad=True):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*sizes, generator=generator, dtype=dtype).mul_(0.5).requires_grad_(grad)
+@pytest.fixture(params=["direct", "registered"])
+def path(request, monkeypatch):
+    """Both ways to the kernel: past the dispatcher, and through it."""
+    if request.param == "registered":
+        monkeypatch.setattr(op, "direct", lambda x: False)
 
 
-def arguments(depth=2, batch=2, steps=3, width=2, started=True, masked=False, dropped=False, bias=True, **kwargs):
-    units = [2, 3, 4][:depth]
-    widths = [width, *units[:-1]]
-    weights = []
-    for i, h in zip(widths, units, strict=True):
-        weights += [make(i, 4 * h, seed=h, **kwargs), make(h, 4 * h, seed=h + 10, **kwargs)]
-        weights.append(make(4 * h, seed=h + 20, **kwargs) if bias else make(0, **kwargs).detach())
-    h0 = [make(batch, h, seed=h + 30, **kwargs) for h in units] if started else []
-    c0 = [make(batch, h, seed=h + 40, **kwargs) for h in units] if started else []
-    drops = [torch.ones(batch, h, dtype=weights[0].dtype).bernoulli_(0.5).mul_(2) for h in units] if dropped else []
-    mask = torch.rand(batch, steps) < 0.6 if masked else None
-    return make(batch, steps, width, seed=1, **kwargs), h0, c0, weights, drops, mask
-
-
-FLAGS = list(itertools.product((False, True), repeat=5))
-
-
-@pytest.mark.parametrize(("started", "masked", "dropped", "reverse", "bias"), FLAGS)
-def test_gradients_are_finite_differences(started, masked, dropped, reverse, bias):
-    x, h0, c0, weights, drops, mask = arguments(started=started, masked=masked, dropped=dropped, bias=bias)
-    counts = len(h0), len(c0)
+def as_function(g, call=fused):
+    """Return a run of `call` as a function of `g.leaves`, with all results that have gradients."""
 
     def run(x, *rest):
-        h0, c0, weights = rest[: counts[0]], rest[counts[0] : sum(counts)], rest[sum(counts) :]
-        return tuple(op.lstm(x, list(h0), list(c0), list(weights), drops, mask, [1, 0, 5, 0], reverse, True, True, 1))
+        starts, weights = list(rest[: len(g.starts)]), list(rest[len(g.starts) :])
+        return tuple(differentiable(g, call(g._replace(x=x, starts=starts, weights=weights))))
 
-    assert torch.autograd.gradcheck(run, (x, *h0, *c0, *weights), fast_mode=False)
+    return run
 
 
-@pytest.mark.parametrize(("phi", "sigma"), [(n, (n + 3) % 8) for n in range(8)])
-def test_every_activation_has_its_derivative(phi, sigma):
-    x, h0, c0, weights, drops, mask = arguments(depth=1)
-    assert torch.autograd.gradcheck(
-        lambda x, w: tuple(op.lstm(x, h0, c0, [w, *weights[1:]], drops, mask, [phi, sigma], False, True, True, 1)),
-        (x, weights[0]),
+# ── Numbers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CALLS = {"op": fused, "torch loop": loop}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("seed", range(60))
+def test_every_result_is_that_of_the_reference(seed, call):
+    g = given(stack(seed), seed)
+    states, ys, gates, cells = split(g, CALLS[call](g))
+    expected = law(g)
+    for n, wanted in enumerate(expected):
+        assert furthest(states[n], wanted.state) <= tolerances.KERNEL_ACTIVATIONS
+        assert furthest([ys[n], gates[n]], [wanted.y, wanted.gates]) <= tolerances.KERNEL_ACTIVATIONS
+        if wanted.cells is None:
+            assert not cells[n].numel()
+        else:
+            assert furthest([cells[n]], [wanted.cells]) <= tolerances.KERNEL_ACTIVATIONS
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("seed", range(60))
+def test_every_gradient_is_that_of_the_reference(seed, call, rng):
+    g = given(stack(seed), seed)
+    states, ys, *_ = split(g, CALLS[call](g))
+    out = [ys[-1], *(part for state in states for part in state)]
+    grads = [rng.standard_normal(t.shape) for t in out]
+    left = iter(grads[1:])
+    _, expected = law(g, grads[0], [tuple(next(left) for _ in state) for state in states])
+    got = torch.autograd.grad(out, g.leaves, [tensor(grad) for grad in grads], materialize_grads=True)
+    assert furthest(got, expected) <= tolerances.KERNEL_ACTIVATIONS
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_float32_is_the_reference(name, reverse):
+    spec = flagged(name, 3, 5)
+    g = given([spec, CellSpec(spec.output_size, 4)], masked=True, dropped=True, reverse=reverse, dtype=torch.float32)
+    states, ys, gates, _ = split(g, fused(g))
+    for n, wanted in enumerate(law(g)):
+        got = [*states[n], ys[n], gates[n]]
+        assert furthest(got, [*wanted.state, wanted.y, wanted.gates]) <= tolerances.REFERENCE
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("seed", range(20))
+def test_gradients_of_gates_and_cells_are_those_of_the_loop(seed):
+    g = given(stack(100 + seed), seed)
+    results = [differentiable(g, call(g)) for call in (fused, loop)]
+    grads = [torch.randn_like(t) for t in results[1]]
+    got, wanted = (torch.autograd.grad(out, g.leaves, grads, materialize_grads=True) for out in results)
+    assert furthest(got, wanted) <= tolerances.KERNEL_ACTIVATIONS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["lstm", "lstm, all", "gru", "rnn"])
+@pytest.mark.parametrize("units", [16, 50, 64])
+def test_a_thousand_steps_are_the_reference(dtype, units, name):
+    specs = [flagged(name, 8, units), flagged(name, flagged(name, 8, units).output_size, units)]
+    none = dict.fromkeys(("started", "masked", "resets", "dropped", "zoned", "reverse"), False)
+    g = given(specs, dtype=dtype, grad=False, batch=2, steps=1000, **none)
+    g = g._replace(weights=[w * 0.5 for w in g.weights])  # far from chaos, where rounding would grow
+    states, ys, *_ = split(g, fused(g))
+    tolerance = tolerances.REFERENCE if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE
+    for n, wanted in enumerate(law(g)):
+        assert furthest([*states[n], ys[n]], [*wanted.state, wanted.y]) <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_linear_mode_is_exact(rng, kind):
+    """Identity activations and small integers leave nothing to round: every bit has to be right."""
+    for units, width in ((1, 1), (3, 5), (16, 16), (17, 9)):
+        spec = CellSpec(width, units, "linear", "linear", kind=kind)
+        g = given([spec], dtype=torch.float32, batch=2, steps=3, grad=False, masked=False, dropped=False, reverse=False)
+        integers = [torch.tensor(rng.integers(-1, 2, size=t.shape), dtype=torch.float32) for t in g.leaves]
+        count = len(g.starts)
+        g = g._replace(x=integers[0], starts=integers[1 : 1 + count], weights=integers[1 + count :])
+        (wanted,) = law(g)
+        _, (y,), (gates,), _ = split(g, fused(g))
+        exact = (
+            np.abs(np.maximum.accumulate(np.abs(wanted.y).max(axis=2), axis=1)) < 2**12
+        )  # then none went beyond 2^24
+        assert exact[:, 0].all()
+        assert np.array_equal(y.numpy()[exact], wanted.y[exact])
+        assert np.array_equal(gates.numpy()[:, 0], wanted.gates[:, 0])
+
+
+def test_functions_are_those_of_the_reference():
+    from cellstack.reference import ACTIVATIONS as LAW
+
+    z = torch.linspace(-3, 3, 101, dtype=torch.float64)
+    texts = [*ACTIVATIONS, "hard_sigmoid(0.2, 0.5)", "elu(0.5)", "affine(-2.0, 0.5)", "leaky_relu(0.1)"]
+    for text in [*texts, "thresholded_relu(-0.5)", "scaled_tanh(1.7, 0.6)"]:
+        name, alpha, beta = activation(text)
+        got = eager.function_of(activation(text))(z).numpy()
+        assert np.abs(got - LAW[name][0](z.numpy(), alpha, beta)).max() <= tolerances.REFERENCE_DOUBLE
+        assert eager.function_of(activation(text)) is eager.as_function(text)
+
+
+def test_activations_go_by_their_names():
+    assert eager.activation_name("leaky_relu( 0.20 )") == "leaky_relu"
+    assert eager.activation_name("hard_sigmoid(0.2, 0.5)") == "hard_sigmoid(0.2, 0.5)"
+    assert eager.activation_name(torch.nn.functional.elu) == "elu"
+    assert eager.activation_name(lambda z: z) is None
+    for wrong, error in (("leaky_relu(1, 2)", ValueError), ("nothing", ValueError), (3, TypeError)):
+        with pytest.raises(error, match="expected"):
+            eager.activation_name(wrong)
+
+
+# ── Derivatives ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("there", list(itertools.product((False, True), repeat=5)))
+def test_gradients_are_finite_differences(there):
+    g = given(
+        MIXED,
+        batch=2,
+        steps=3,
+        zoned=False,
+        **dict(zip(("started", "masked", "resets", "dropped", "reverse"), there, strict=True)),
     )
+    assert torch.autograd.gradcheck(as_function(g), g.leaves)
 
 
-def test_second_derivatives_go_through_the_torch_loop():
-    x, h0, c0, weights, drops, mask = arguments(depth=1, steps=2, masked=True)
-    assert torch.autograd.gradgradcheck(
-        lambda x, w: tuple(op.lstm(x, h0, c0, [w, *weights[1:]], drops, mask, [1, 0], False, True, True, 1)),
-        (x, weights[0]),
-    )
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("name", FLAGS)
+def test_gradients_of_every_flag_are_finite_differences(name, started):
+    g = given([flagged(name)], 5, batch=2, steps=3, started=started, masked=True, resets=True, zoned=not started)
+    assert torch.autograd.gradcheck(as_function(g), g.leaves)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_has_its_derivative(name, kind):
+    parameters = tuple(0.9 * p + 0.03 for p in PARAMETERS.get(name, ()))
+    text = f"{name}({', '.join(map(str, parameters))})" if parameters else name
+    g = given([CellSpec(2, 3, text, text, kind=kind)], 1, batch=2, steps=2)
+    assert torch.autograd.gradcheck(as_function(g), g.leaves)
+
+
+SECOND = ["lstm", "gru", "gru, reset before", "rnn", "lstm, all", "lstm, peepholes", "lstm, projection"]
+SECOND += ["lstm, layer norm", "gru, layer norm", "lstm, zoneout", "lstm, learned start"]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives_are_finite_differences(name):
+    g = given([flagged(name)], 7, batch=2, steps=2, masked=True)
+    assert torch.autograd.gradgradcheck(as_function(g), g.leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("wanted", range(1, 2**6))
 def test_any_subset_of_inputs_may_ask_for_gradients(wanted):
-    full = arguments(depth=2)
-    leaves = [full[0], full[1][1], full[2][0], full[3][0], full[3][4], full[3][5]]
-    asks = [bool(wanted >> n & 1) for n in range(6)]
-    tensors = [*([full[0]]), *full[1], *full[2], *full[3]]
-    expected = torch.autograd.grad(op.lstm(*full, [1, 0, 1, 0], False, True, True, 1)[5].sum(), leaves)
-    for tensor in tensors:
-        tensor.requires_grad_(any(tensor is leaf and ask for leaf, ask in zip(leaves, asks, strict=True)))
-    op.lstm(*full, [1, 0, 1, 0], False, True, True, 1)[5].sum().backward()
+    g = given([CellSpec(2, 2), CellSpec(2, 3, kind="gru", learn_initial_state=True)], started=True, resets=True)
+    leaves = [g.x, g.starts[1], g.starts[2], g.weights[0], g.weights[4], g.weights[6]]
+    asks = [bool(wanted >> n & 1) for n in range(len(leaves))]
+    expected = torch.autograd.grad(split(g, fused(g))[1][-1].sum(), leaves)
+    for given_leaf in g.leaves:
+        given_leaf.requires_grad_(any(given_leaf is leaf and ask for leaf, ask in zip(leaves, asks, strict=True)))
+    split(g, fused(g))[1][-1].sum().backward()
     for leaf, ask, gradient in zip(leaves, asks, expected, strict=True):
         assert torch.equal(leaf.grad, gradient) if ask else leaf.grad is None
 
 
-@pytest.mark.parametrize(
-    ("save", "sequences", "masked", "dropped", "started"),
-    [
-        (True, True, True, True, True),
-        (True, False, False, False, False),
-        (False, True, True, False, True),
-        (False, True, False, True, False),
-        (False, False, False, False, False),
-    ],
-)
-def test_opcheck_is_clean(save, sequences, masked, dropped, started):
-    given = arguments(masked=masked, dropped=dropped, started=started, grad=save, dtype=torch.float32)
-    torch.library.opcheck(op.lstm, (*given, [1, 0, 1, 0], False, sequences, save, 1))
+def test_norms_have_no_gradient():
+    g = given([flagged("lstm, layer norm"), flagged("gru", 3)])
+    *_, norms, none = fused(g)
+    assert norms.shape == (3, 4, g.specs[0].norm_size)
+    assert not norms.requires_grad
+    assert none.shape == (0,)
+
+
+# ── Registration ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+OPCHECKS = [
+    (["lstm", "gru", "rnn"], True, True, True),
+    (["lstm, all", "gru, layer norm"], True, False, True),
+    (["lstm"], True, False, False),
+    (["gru, reset before", "lstm, learned start"], False, True, True),
+    (["lstm, projection", "rnn"], False, True, False),
+    (["gru"], False, False, False),
+]
+
+
+def in_a_row(names):
+    specs = []
+    for name in names:
+        specs.append(flagged(name, specs[-1].output_size if specs else 2))
+    return specs
+
+
+@pytest.mark.parametrize(("names", "save", "sequences", "there"), OPCHECKS)
+def test_opcheck_is_clean(names, save, sequences, there):
+    flags = dict.fromkeys(("started", "masked", "resets", "dropped", "zoned"), there)
+    g = given(in_a_row(names), grad=save, dtype=torch.float32, **flags)
+    torch.library.opcheck(op.recurrent, (*g[:6], [spec.text for spec in g.specs], g.reverse, sequences, save, 1))
 
 
 def test_opcheck_of_the_backward_op_is_clean():
-    x, h0, c0, weights, drops, mask = arguments(grad=False, masked=True)
-    out = op.lstm(x, h0, c0, weights, drops, mask, [1, 0, 1, 0], False, True, True, 1)
-    grads = [torch.ones_like(out[0]), None, None, torch.ones_like(out[3]), None, torch.ones_like(out[5]), *[None] * 4]
-    wanted = [True, False, True, True, True, True, False, True, True, True, True]
+    g = given(in_a_row(["lstm, all", "gru"]), grad=False, masked=True, started=True)
+    out = fused(g)
+    grads = [torch.ones_like(t) if n % 2 else None for n, t in enumerate(out)]
+    wanted = [n % 3 != 1 for n, _ in enumerate(g.leaves)]
     torch.library.opcheck(
-        torch.ops.cellstack.lstm_backward.default,
-        (x, h0, c0, weights, drops, mask, out[4:], grads, [1, 0, 1, 0], False, wanted, 1),
+        torch.ops.cellstack.recurrent_backward.default,
+        (*g[:6], out[3:], grads, [spec.text for spec in g.specs], False, wanted, 1),
     )
 
 
@@ -112,114 +251,35 @@ def test_opcheck_of_the_dropout_mask_is_clean():
     )
 
 
-def test_results_never_share_memory():
+# ── Memory ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("started", [False, True])
+def test_results_never_share_memory(started, call):
     for steps in (0, 3):
-        x, h0, c0, weights, drops, mask = arguments(steps=steps, grad=False)
+        g = given(in_a_row(["lstm", "gru, learned start", "rnn"]), steps=steps, grad=False, started=started)
         for save in (False, True):
-            out = op.lstm(x, h0, c0, weights, drops, mask, [1, 0, 1, 0], False, True, save, 1)
-            held = [t for t in (x, *h0, *c0, *weights, *out) if t.numel()]
+            out = CALLS[call](g, save=save)
+            held = [t for t in (*g.leaves, *out) if t.numel()]
             assert len({t.untyped_storage().data_ptr() for t in held}) == len(held)
 
 
-def test_no_steps_and_no_rows():
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("started", [False, True])
+def test_no_steps_and_no_rows(started, call):
     for batch, steps in ((2, 0), (0, 3), (0, 0)):
-        x, h0, c0, weights, drops, mask = arguments(batch=batch, steps=steps)
-        out = op.lstm(x, h0, c0, weights, drops, mask, [1, 0, 1, 0], False, True, True, 1)
-        assert torch.equal(out[0], h0[0])
-        assert torch.equal(out[3], c0[1])
-        sum(part.sum() for part in out).backward()
-        assert all(torch.count_nonzero(w.grad) == 0 for w in weights)
-        assert torch.equal(h0[0].grad, torch.ones_like(h0[0]))
-
-
-def through_reference(x, h0, c0, weights, drops, mask, activations, reverse):
-    as_double = [t.detach().double().numpy() for t in (x, *h0, *c0, *weights)]
-    depth = len(weights) // 3
-    value, h0, c0, arrays = (
-        as_double[0],
-        as_double[1:][:depth],
-        as_double[1 + depth :][:depth],
-        as_double[1 + 2 * depth :],
-    )
-    results = []
-    for n in range(depth):
-        kernel, recurrent_kernel, bias = arrays[3 * n : 3 * n + 3]
-        results.append(
-            reference.lstm_forward(
-                value,
-                h0[n],
-                c0[n],
-                kernel,
-                recurrent_kernel,
-                bias if bias.size else None,
-                mask=None if mask is None else mask.numpy(),
-                recurrent_dropout=drops[n].double().numpy() if drops else None,
-                activation=ACTIVATIONS[activations[2 * n]],
-                recurrent_activation=ACTIVATIONS[activations[2 * n + 1]],
-                reverse=reverse,
-            )
-        )
-        value = results[-1].y
-    return results
-
-
-@pytest.mark.parametrize("steps", [1, 7])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_every_result_is_that_of_the_reference(steps, reverse):
-    given = arguments(depth=3, batch=3, steps=steps, masked=True, dropped=True, dtype=torch.float32, grad=False)
-    out = op.lstm(*given, [1, 0] * 3, reverse, True, True, 2)
-    expected = through_reference(*given, [1, 0] * 3, reverse)
-    for n, layer in enumerate(expected):
-        for got, wanted in ((out[n], layer.h), (out[3 + n], layer.c), (out[6 + n], layer.y), (out[9 + n], layer.gates)):
-            assert np.abs(got.numpy() - wanted).max() <= tolerances.REFERENCE
-        assert np.abs(out[12 + n].numpy() - layer.cells).max() <= tolerances.REFERENCE * np.abs(layer.cells).max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("units", [16, 50, 64])
-def test_a_thousand_steps_are_the_reference(dtype, units):
-    cells = [layers.LSTMCell(units, dtype=dtype), layers.LSTMCell(units, dtype=dtype)]
-    rnn = layers.RNN(cells, return_sequences=True, return_state=True, input_size=8)
-    x = make(2, 1000, 8, dtype=dtype, grad=False) * 2
-    zeros = [torch.zeros(2, units)] * 2
-    expected = through_reference(x, zeros, zeros, [*cells[0].arrays(), *cells[1].arrays()], [], None, [1, 0] * 2, False)
-    tolerance = tolerances.REFERENCE if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE
-    with torch.no_grad():
-        y, *states = rnn(x)
-    assert np.abs(y.numpy() - expected[-1].y).max() <= tolerance
-    for state, layer in zip(states, expected, strict=True):
-        assert np.abs(state.h.numpy() - layer.h).max() <= tolerance
-        assert np.abs(state.c.numpy() - layer.c).max() <= tolerance
-
-
-def test_linear_mode_is_exact(rng):
-    """Identity activations and small integers leave nothing to round: every bit has to be right."""
-    linear = ACTIVATIONS.index("linear")
-    for units, width in ((1, 1), (3, 5), (16, 16), (17, 9)):
-
-        def integers(*shape):
-            return torch.tensor(rng.integers(-1, 2, size=shape), dtype=torch.float32)
-
-        x, h0, c0 = integers(2, 3, width), [integers(2, units)], [integers(2, units)]
-        weights = [integers(width, 4 * units), integers(units, 4 * units), integers(4 * units)]
-        out = op.lstm(x, h0, c0, weights, [], None, [linear, linear], False, True, True, 1)
-        (expected,) = through_reference(x, h0, c0, weights, [], None, [linear, linear], False)
-        exact = np.abs(expected.cells) < 2**24  # beyond it float32 has no odd integers
-        assert exact.mean() > 0.3
-        first = expected.gates[:, 0]
-        assert np.array_equal(out[3].numpy()[:, 0], first)
-        assert np.array_equal(out[4].numpy()[exact], expected.cells[exact])
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_torch_loop_is_the_kernel(reverse, masked):
-    given = arguments(depth=2, masked=masked, dropped=True, dtype=torch.float32)
-    functions = [eager.ACTIVATIONS[name] for name in ("tanh", "sigmoid")] * 2
-    fused = op.lstm(*given, [1, 0, 1, 0], reverse, True, True, 1)
-    loop = eager.lstm(*given, functions, reverse, True, True)
-    for a, b in zip(fused, loop, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerances.LOOP)
+        g = given(in_a_row(["lstm", "gru, learned start"]), batch=batch, steps=steps, started=started)
+        out = CALLS[call](g)
+        learned = g.weights[-1]
+        h, c, top = g.starts or (torch.zeros(batch, 3), torch.zeros(batch, 3), learned.expand(batch, 3))
+        for a, b in zip(out, (h, c, top), strict=False):
+            assert torch.equal(a, b.to(a.dtype))
+        sum(part.sum() for part in differentiable(g, out)).backward()
+        for w in g.weights[:-1]:
+            assert w.grad is None or torch.count_nonzero(w.grad) == 0
+        for start in (g.starts[2],) if started else (learned,):
+            assert torch.equal(start.grad, torch.full_like(start, 1.0 if started else batch))
 
 
 def test_short_calls_follow_every_change():
@@ -243,13 +303,14 @@ def test_short_calls_follow_every_change():
             assert torch.equal(cell(x)[0], fresh(x)[0])
 
 
-def test_short_calls_follow_writes_that_torch_does_not_count():
-    cell, twin = (layers.LSTMCell(4, input_size=3) for _ in range(2))
-    x, state = torch.randn(1, 3), [torch.randn(1, 4), torch.randn(1, 4)]
+@pytest.mark.parametrize("make", [layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell])
+def test_short_calls_follow_writes_that_torch_does_not_count(make):
+    cell, twin = (make(4, input_size=3) for _ in range(2))
+    x, state = torch.randn(1, 3), [torch.randn(1, 4) for _ in cell.State._fields]
     writes = [
         lambda: cell.kernel.data.mul_(2.0),
         lambda: cell.recurrent_kernel.detach().numpy().__setitem__((1, 2), 7.0),
-        lambda: cell.bias.data.copy_(torch.randn(16)),
+        lambda: cell.bias.data.copy_(torch.randn(cell.bias.shape)),
     ]
     with torch.no_grad():
         for write in writes:
@@ -261,11 +322,12 @@ def test_short_calls_follow_writes_that_torch_does_not_count():
             assert cell.kernel._version == before[1]
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "SimpleRNN"])
 @pytest.mark.parametrize("steps", [1, 3, 40])  # read in place, then packed
-def test_weights_are_read_at_every_call(steps):
-    cell = layers.LSTM(64, input_size=64)
+def test_weights_are_read_at_every_call(steps, kind):
+    cell = getattr(layers, kind)(64, input_size=64)
     x = torch.randn(1, steps, 64)
-    twin = layers.LSTM(64, input_size=64)
+    twin = getattr(layers, kind)(64, input_size=64)
     weights = [cell.cell.kernel, cell.cell.recurrent_kernel]
     with torch.no_grad():
         for change in (Tensor.neg_, lambda w: w.mul_(2), lambda w: w.mul_(0.5), lambda w: w.copy_(w.flip(0))):
@@ -277,14 +339,172 @@ def test_weights_are_read_at_every_call(steps):
             assert not torch.equal(cell(x), before)
 
 
+# ── Cells and stacks ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def one_of_each(**kwargs):
+    cells = [layers.LSTMCell(4, proj_size=3), layers.GRUCell(3), layers.SimpleRNNCell(3), layers.LSTMCell(5)]
+    return layers.StackedRNNCells(cells, input_size=3, **kwargs)
+
+
 def test_a_stack_called_as_a_cell_is_one_call_of_the_op(monkeypatch):
-    stack = layers.StackedRNNCells([layers.LSTMCell(4), layers.LSTMCell(5)], input_size=3)
+    stacked = one_of_each()
     calls = []
     monkeypatch.setattr(op, "run", lambda *args, inner=op.run: calls.append(args) or inner(*args))
-    x, states = torch.randn(2, 3), [[torch.randn(2, n) for _ in "hc"] for n in (4, 5)]
-    y, ends = stack(x, states)
+    x = torch.randn(2, 3)
+    states = [[torch.randn(2, size) for size in cell.spec.state_sizes.values()] for cell in stacked.cells]
+    y, ends = stacked(x, states)
     assert len(calls) == 1
-    h, (h1, c1) = stack.cells[0](x, states[0])
-    top, (h2, c2) = stack.cells[1](h, states[1])
-    for a, b in zip((y, *ends[0], *ends[1]), (top, h1, c1, h2, c2), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for cell, state, end in zip(stacked.cells, states, ends, strict=True):
+        x, wanted = cell(x, state)
+        for a, b in zip(end, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert torch.equal(y, x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("loops", [False, True])
+def test_a_stack_is_cut_only_where_it_has_to_be(monkeypatch, loops, training):
+    cells = [layers.LSTMCell(3), layers.GRUCell(3, dropout=0.5), layers.GRUCell(3)]
+    cells += [layers.SimpleRNNCell(3, activation="gelu" if loops else "tanh"), layers.LSTMCell(3)]
+    calls = []
+    monkeypatch.setattr(op, "run", lambda *args, inner=op.run: calls.append(len(args[6])) or inner(*args))
+    layers.RNN(cells)(torch.randn(2, 4, 3), training=training)
+    below = [1, 2] if training else [3]
+    assert calls == ([*below, 1] if loops else [*below[:-1], below[-1] + 2])
+
+
+def added_up(stacked, x, used, reset, reverse):
+    """Return y of a residual stack step by step, and its states."""
+    states = stacked.get_initial_state(x.shape[0])
+    fresh = stacked.get_initial_state(x.shape[0])
+    y = torch.zeros(*x.shape[:2], stacked.output_size)
+    last = states[-1][0]
+    order = range(x.shape[1])
+    for t in reversed(order) if reverse else order:
+        for row in range(x.shape[0]):
+            if reset[row, t]:
+                states = [[s.clone() for s in state] for state in states]
+                for state, start in zip(states, fresh, strict=True):
+                    for part, first in zip(state, start, strict=True):
+                        part[row] = first[row]
+                last = last.clone()
+                last[row] = fresh[-1][0][row]
+        out, new = stacked(x[:, t], states)
+        count = used[:, t, None]
+        states = [
+            [torch.where(count, *pair) for pair in zip(*both, strict=True)] for both in zip(new, states, strict=True)
+        ]
+        y[:, t] = last = torch.where(count, out, last)
+    return y, states
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_residual_stack_adds_inputs_to_outputs(reverse, learned):
+    cells = [layers.LSTMCell(4, proj_size=3), layers.GRUCell(3, learn_initial_state=learned)]
+    cells += [layers.SimpleRNNCell(3), layers.LSTMCell(5), layers.LSTMCell(5, learn_initial_state=learned)]
+    stacked = layers.StackedRNNCells(cells, residual=True, input_size=3)
+    with torch.no_grad():
+        for parameter in stacked.parameters():
+            parameter.uniform_(-0.7, 0.7)
+        x, used, reset = torch.randn(4, 6, 3), torch.rand(4, 6) < 0.6, torch.rand(4, 6) < 0.3
+        used[0] = False
+        flags = False, False, reverse, True, True
+        y, last, states, _ = layers.stack.run_cells(stacked.cells, x, None, used, reset, *flags)
+        wanted, ends = added_up(stacked, x, used, reset, reverse)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=tolerances.LOOP)
+    assert torch.equal(last, y[:, 0 if reverse else -1])
+    for state, end in zip(states, ends, strict=True):
+        for a, b in zip(state, end, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerances.LOOP)
+    plain = layers.stack.run_cells(stacked.cells, x, None, used, reset, False, False, reverse, True, False)[0]
+    assert not torch.allclose(plain, y)
+
+
+def test_a_residual_stack_without_steps_returns_its_start():
+    stacked = layers.StackedRNNCells([layers.GRUCell(3), layers.GRUCell(3)], residual=True, input_size=3)
+    start = [torch.randn(2, 3), torch.randn(2, 3)]
+    y, last, *_ = layers.stack.run_cells(
+        stacked.cells, torch.zeros(2, 0, 3), [[s] for s in start], None, None, False, False, False, True, True
+    )
+    assert y.shape == (2, 0, 3)
+    assert torch.equal(last, start[1])
+
+
+@pytest.mark.parametrize("activation_of", [{}, {"gate_activations": {"g": "gelu"}}])
+@pytest.mark.parametrize("make", [layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell])
+def test_zoneout_keeps_whole_units_in_training_and_a_share_outside_of_it(make, activation_of):
+    cell = make(200, zoneout=0.3, seed=1, input_size=3, **activation_of)
+    plain = make(200, input_size=3, **activation_of)
+    plain.set_weights(cell.get_weights())
+    x, state = torch.randn(2, 3), [torch.randn(2, 200) for _ in cell.State._fields]
+    with torch.no_grad():
+        new, old = plain(x, state)[0], state[0]
+        drawn = cell(x, state, training=True)[0]
+        kept = drawn == old
+        assert 0.2 < kept.float().mean() < 0.4
+        torch.testing.assert_close(drawn, torch.where(kept, old, new), rtol=0, atol=tolerances.LOOP)
+        calm = cell(x, state, training=False)[0]
+        torch.testing.assert_close(calm, 0.3 * old + 0.7 * new, rtol=0, atol=tolerances.LOOP)
+
+
+def test_masks_are_drawn_anew_at_each_step_and_once_a_sequence():
+    cell = layers.LSTMCell(50, dropout=0.5, recurrent_dropout=0.5, zoneout=0.5, zoneout_cell=0.2, seed=4, input_size=9)
+    twin = layers.LSTMCell(50, dropout=0.5, recurrent_dropout=0.5, zoneout=0.5, zoneout_cell=0.2, seed=4, input_size=9)
+    masks = cell.masks(3, 7, True)
+    assert [tuple(mask.shape) for mask in masks] == [(3, 9), (3, 50), (3, 7, 50), (3, 7, 50)]
+    for mask, values in zip(masks, ({0.0, 2.0}, {0.0, 2.0}, {0.0, 1.0}, {0.0, 1.0}), strict=True):
+        assert set(mask.unique().tolist()) == values
+    assert not torch.equal(masks.zoneout[:, 0], masks.zoneout[:, 1])
+    assert 0.1 < masks.zoneout_cell.mean() < 0.3
+    assert all(torch.equal(a, b) for a, b in zip(masks, twin.masks(3, 7, True), strict=True))
+    assert torch.equal(masks.at(2).zoneout[:, 0], masks.zoneout[:, 2])
+    assert cell.masks(3, 7, False) == (None,) * 4
+
+
+FIRST_VALUES = {"peepholes": 0.0, "cell_bias": 0.0, "initial_h": 0.0, "initial_c": 0.0, "kernel_gain": 1.0}
+FIRST_VALUES |= {"recurrent_gain": 1.0, "cell_gain": 1.0}
+
+
+def test_parameters_stand_in_the_order_of_the_description():
+    for kind, make in (("lstm", layers.LSTMCell), ("gru", layers.GRUCell), ("rnn", layers.SimpleRNNCell)):
+        for name, flags in FLAGS.items():
+            if flags.get("kind", "lstm") == kind:
+                cell = make(3, input_size=2, **{key: value for key, value in flags.items() if key != "kind"})
+                assert cell.spec == flagged(name)
+                shapes = {key: tuple(value.shape) for key, value in cell.named_parameters()}
+                assert list(shapes.items()) == list(cell.spec.shapes.items())
+                for key, value in cell.named_parameters():
+                    if key in FIRST_VALUES:
+                        assert torch.equal(value, torch.full_like(value, FIRST_VALUES[key]))
+                twin = make.from_config(cell.get_config())
+                assert twin.spec == cell.spec
+
+
+@pytest.mark.parametrize(
+    ("given_bias", "unit", "wanted"), [(None, True, 1.0), (None, False, 0.5), (2.5, True, 2.5), (0.0, False, 0.0)]
+)
+def test_the_forget_bias_starts_where_it_is_told_to(given_bias, unit, wanted):
+    settings = {"forget_bias": given_bias, "unit_forget_bias": unit, "input_size": 1}
+    bias = layers.LSTMCell(2, bias_initializer={"class_name": "constant", "config": {"value": 0.5}}, **settings).bias
+    assert bias.tolist() == [0.5, 0.5, wanted, wanted, 0.5, 0.5, 0.5, 0.5]
+
+
+WRONG = [
+    (layers.LSTMCell, {"proj_size": 4}, layers.ShapeError, "LSTMCell 'a': expected proj_size from 1 to below units=4"),
+    (layers.LSTMCell, {"zoneout": 1}, ValueError, r"LSTMCell 'a': expected zoneout in \[0, 1\), got 1"),
+    (layers.LSTMCell, {"coupled": 1}, TypeError, "LSTMCell 'a': expected coupled to be True or False, got 1"),
+    (layers.LSTMCell, {"coupled": True, "forget_bias": 1.0}, ValueError, "expected forget_bias with a forget gate"),
+    (layers.GRUCell, {"gate_activations": {"f": "tanh"}}, ValueError, "GRUCell 'a': expected gate_activations of z, r"),
+    (layers.GRUCell, {"gate_activations": 3}, TypeError, "GRUCell 'a': expected gate_activations by gate, got 3"),
+    (layers.GRUCell, {"reset_after": False, "layer_norm": True}, ValueError, "GRUCell 'a': expected reset_after=True"),
+    (layers.GRUCell, {"gate_activations": {"r": "none"}}, ValueError, "GRUCell 'a': r: expected an activation out of"),
+    (layers.SimpleRNNCell, {"clip": -1.0}, ValueError, "SimpleRNNCell 'a': expected clip above 0 and finite, got -1.0"),
+]
+
+
+@pytest.mark.parametrize(("make", "flags", "error", "message"), WRONG)
+def test_a_flag_that_a_cell_can_not_have_is_refused_at_once(make, flags, error, message):
+    with pytest.raises(error, match=message):
+        make(4, name="a", **flags)

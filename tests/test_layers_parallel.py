@@ -15,7 +15,9 @@ ROWS = 6
 
 def model():
     torch.manual_seed(1)
-    both = layers.Bidirectional(layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)]), input_size=3)
+    both = layers.Bidirectional(
+        layers.RNN([layers.LSTMCell(4), layers.GRUCell(4, layer_norm=True), layers.LSTMCell(5)]), input_size=3
+    )
     return torch.nn.Sequential(both, torch.nn.Linear(10, 2))
 
 

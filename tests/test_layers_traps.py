@@ -165,7 +165,7 @@ def test_4_dropout_works_in_every_combination(seed, dropout, recurrent_dropout, 
 
 def test_4_masks_are_drawn_once_a_call_and_scaled():
     cell = layers.LSTMCell(1000, dropout=0.25, recurrent_dropout=0.5, seed=1, input_size=1000)
-    x_mask, h_mask = cell.masks(4, True)
+    x_mask, h_mask, *_ = cell.masks(4, 1, True)
     assert x_mask.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert h_mask.unique().tolist() == [0.0, 2.0]
     assert abs(float(x_mask.mean()) - 1.0) < 0.05
@@ -195,7 +195,7 @@ def test_4_a_seed_makes_masks_repeatable_and_resumable():
 
 def test_4_both_directions_draw_the_masks_of_their_seed():
     def masks(layer):
-        return layer.cell.masks(2, True)
+        return layer.cell.masks(2, 1, True)[:2]
 
     both = layers.Bidirectional(layers.LSTM(6, dropout=0.5, recurrent_dropout=0.5, seed=7), input_size=5)
     for ahead, back in zip(masks(both.forward_layer), masks(both.backward_layer), strict=True):

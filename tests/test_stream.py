@@ -4,9 +4,10 @@ import threading
 
 import numpy as np
 import pytest
+from family import random_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import make_cell, make_network, make_states
+from networks import fill, make_cell, make_network, make_stack, make_states
 
 from cellstack import Activation, Bidirectional, Dense, Network, Pool, Recurrent, ShapeError, State
 
@@ -24,7 +25,12 @@ def make_lstm(inputs=3, units=(4,), dtype="float32", seed=0):
 
 
 def same(one, other):
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    return all(equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def equal(one, other):
+    """The same numbers; the same NaN too, as gates without bounds may let a cell grow past them."""
+    return np.array_equal(one, other, equal_nan=True)
 
 
 @given(
@@ -50,15 +56,51 @@ def test_any_chunking_gives_the_same_bits(seed, dtype, batch, chunks, steps_alon
             parts.append(stream.run(x[:, at : at + size]))
         at += size
     assert y.dtype == dtype
-    assert np.array_equal(np.concatenate([y[:, :0], *parts], axis=1), y)
+    assert equal(np.concatenate([y[:, :0], *parts], axis=1), y)
     expected, after = net.run(x, state=start)
     for one, other, third in zip(whole.state, stream.state, after, strict=True):
         assert same(one, other)
         assert same(one, third)
     if total and expected.ndim == 3:
-        assert np.array_equal(y, expected)
+        assert equal(y, expected)
     elif total:
-        assert np.array_equal(y[:, -1], expected)
+        assert equal(y[:, -1], expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("seed", range(12))
+def test_every_kind_of_cell_by_itself(seed, kind, dtype):
+    """Steps, chunks and one pass: the same bits, from the cell's own initial state."""
+    rng = np.random.default_rng(seed)
+    net = Network([Recurrent((fill(rng, random_spec(rng, kind, largest=40), dtype),))])
+    x = make_x(net, 3, 10)
+    y, after = net.run(x)
+    for cuts in ([], [1], [3, 4], list(range(1, 10))):
+        stream = net.stream(3)
+        parts = [
+            stream.run(x[:, a:b]) if b - a > 1 else stream.step(x[:, a])[:, None]
+            for a, b in zip([0, *cuts], [*cuts, 10], strict=True)
+        ]
+        assert np.array_equal(np.concatenate(parts, axis=1), y)
+        assert type(stream.state[0]) is type(after[0])
+        assert same(stream.state[0], after[0])
+    fork = stream.fork()
+    assert np.array_equal(fork.step(x[:, 0]), stream.step(x[:, 0]))
+
+
+def test_a_residual_is_added_between_kernel_streams():
+    rng = np.random.default_rng(0)
+    cells = tuple(make_cell(rng, 4, 4, kind=kind) for kind in ("lstm", "gru", "rnn"))
+    plain, residual = Network([Recurrent(cells)]), Network([Recurrent(cells, residual=True)])
+    x = make_x(plain, 2, 8)
+    stream, expected = residual.stream(2), residual(x)
+    assert not np.array_equal(expected, plain(x))
+    assert np.array_equal(np.stack([stream.step(x[:, t]) for t in range(8)], axis=1), expected)
+    assert [len(state) for state in stream.state] == [2, 1, 1]
+    stream.reset()
+    assert np.array_equal(stream.run(x), expected)
+    assert all(same(one, other) for one, other in zip(stream.state, residual.run(x)[1], strict=True))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -205,6 +247,37 @@ def test_reset_of_some_rows(rows, hit):
     assert np.array_equal(stream.run(x)[hit], net(x)[hit])
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+def test_a_stream_begins_and_begins_anew_at_the_learned_state(kind):
+    cell = make_cell(np.random.default_rng(0), 3, 4, kind=kind, learn_initial_state=True)
+    net = Network([Recurrent((cell,))])
+    start = [np.tile(cell.arrays[f"initial_{name}"], (3, 1)) for name in cell.spec.state_sizes]
+    x, stream = make_x(net, 3, 6), net.stream(3)
+    assert same(stream.state[0], start)
+    assert np.array_equal(stream.run(x), net(x))
+    ended = stream.state[0]
+    stream.reset([0, 2])
+    for array, first, kept in zip(stream.state[0], start, ended, strict=True):
+        assert np.array_equal(array, [first[0], kept[1], first[2]])
+    stream.reset()
+    assert same(stream.state[0], start)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_stream_of_resets_is_a_pass_with_resets(seed):
+    rng = np.random.default_rng(seed)
+    below = make_stack(rng, 3, residual=True)
+    net = Network([below, Activation("softsign"), make_stack(rng, below.units)])
+    x = make_x(net, 2, 9)
+    reset = np.zeros((2, 9), bool)
+    reset[0, 3] = reset[1, 5] = reset[1, 8] = True
+    stream, steps = net.stream(2), []
+    for t in range(9):
+        stream.reset(reset[:, t])
+        steps.append(stream.step(x[:, t]))
+    assert np.array_equal(np.stack(steps, axis=1), net.run(x, reset=reset)[0])
+
+
 def test_reset_to_a_state_of_these_rows():
     net = make_lstm(3, (4,))
     stream, state = net.stream(3), make_states(np.random.default_rng(0), net, 2)
@@ -282,7 +355,7 @@ CALLS = {
     "chunk rank": (lambda s: s.run(X), ShapeError, r"x \[B, T, I=3\], got \(2, 3\)"),
     "chunk batch": (lambda s: s.run(X[:1, None]), ShapeError, r"B=2, got \(1, 1, 3\)"),
     "state": (lambda s: setattr(s, "state", (State(X, X),)), ShapeError, r"h of state of layer 0 \[B=2, H=4\]"),
-    "states": (lambda s: setattr(s, "state", ()), ShapeError, "tuple of 1 State"),
+    "states": (lambda s: setattr(s, "state", ()), ShapeError, "tuple of 1 states"),
     "no state": (lambda s: setattr(s, "state", None), TypeError, "got None: reset"),
     "row": (lambda s: s.reset(2), IndexError, "out of bounds"),
     "rows": (lambda s: s.reset([0, 1], (State(X, X),)), ShapeError, r"\[B=2, H=4\], got \(2, 3\)"),

@@ -100,6 +100,16 @@ def test_it_learns_and_keeps_the_best(sequences):
     assert np.mean(losses) == pytest.approx(result.best["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+def test_other_cells_learn_too(sequences, cell):
+    model, *rest = prepare(sequences, cell=cell)
+    result = fit(model, *rest, Settings(epochs=25, batch=4, lr=2e-2, patience=0))
+    assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
+    assert result.best["accuracy"] >= 2 / 3
+    with pytest.raises(UsageError, match="expected cell to be one of lstm, gru, rnn, got 'mlp'"):
+        prepare(sequences, cell="mlp")
+
+
 def test_early_stopping(sequences):
     model, *rest = prepare(sequences)
     result = fit(model, *rest, Settings(epochs=50, batch=4, lr=1e-9, patience=3))
@@ -174,6 +184,7 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(sequences, tmp_p
         ("dropout", prepare(sequences, dropout=0.0)),
         ("pooling", prepare(sequences, pooling="max")),
         ("every_step", prepare(sequences, every_step=True)),
+        ("cell", prepare(sequences, cell="gru")),
         ("task", (Model(inputs.standardise, 3, (5, 4), "regress", dropout=0.3), *rest)),
         ("inputs", (model, replace(inputs, mean=inputs.mean + 1), *rest[1:])),
         ("inputs", (model, replace(inputs, scale=inputs.scale * 2), *rest[1:])),
@@ -287,11 +298,14 @@ def test_constraints_and_penalties_are_applied(sequences):
 @pytest.mark.parametrize("pooling", ["mean", "max", "last"])
 @pytest.mark.parametrize("every_step", [False, True])
 @pytest.mark.parametrize("task", ["classify", "regress"])
-def test_the_network_answers_as_the_model_does(rng, bidirectional, pooling, every_step, task):
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_the_network_answers_as_the_model_does(rng, bidirectional, pooling, every_step, task, cell):
     mean, scale = rng.normal(size=(2, 4)).astype(np.float32)
     targets = None if task == "classify" else (np.array([5.0, -2, 1]), np.array([2.0, 3, 0.5]))
-    model = Model((mean, np.abs(scale) + 1), 3, (5, 4), task, bidirectional, 0.5, pooling, every_step, targets).eval()
+    inputs = (mean, np.abs(scale) + 1)
+    model = Model(inputs, 3, (5, 4), task, bidirectional, 0.5, pooling, every_step, targets, cell).eval()
     net = Network(tuple(model.to_nodes()))
+    assert {held.spec.kind for held in net.cells} == {cell}
     x = rng.normal(size=(6, 7, 4)).astype(np.float32)
     used = rng.random((6, 7)) < 0.6
     used[0] = False

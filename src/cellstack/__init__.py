@@ -1,4 +1,4 @@
-"""cellstack: LSTM networks as data, run anywhere. This door imports NumPy and no framework; `layers` needs torch.
+"""cellstack: recurrent networks as data, run anywhere. This door imports NumPy and no framework; `layers` needs torch.
 
 >>> import cellstack as cs
 >>> import numpy as np
@@ -17,7 +17,7 @@ from cellstack.formats.pytorch import from_torch
 from cellstack.network import Network
 from cellstack.nodes import Activation, Dense, Pool, Standardise
 from cellstack.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import CellSpec, FormatError, ShapeError, State, Trace
+from cellstack.spec import CellSpec, FormatError, GRUTrace, HiddenState, RNNTrace, ShapeError, State, Trace
 from cellstack.stream import Stream
 
 __version__: str
@@ -29,8 +29,11 @@ __all__ = [
     "CellSpec",
     "Dense",
     "FormatError",
+    "GRUTrace",
+    "HiddenState",
     "Network",
     "Pool",
+    "RNNTrace",
     "Recurrent",
     "ShapeError",
     "Standardise",

@@ -55,7 +55,7 @@ _widths.__name__ = "widths"  # what argparse calls it: invalid widths value: '48
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of every verb."""
-    top = Parser(prog="cellstack", description="Train, run and look into LSTM networks.")
+    top = Parser(prog="cellstack", description="Train, run and look into recurrent networks.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -93,7 +93,8 @@ def parser() -> argparse.ArgumentParser:
         "--test-share", type=float, default=0.2, metavar="P", help="last rows to measure on (%(default)s)"
     )
     model = train.add_argument_group("model")
-    model.add_argument("--units", type=_widths, metavar="N,N", help="LSTM widths, bottom first (48,48; forecasts 32)")
+    model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="of each layer (%(default)s)")
+    model.add_argument("--units", type=_widths, metavar="N,N", help="widths, bottom first (48,48; forecasts 32)")
     model.add_argument("--bidirectional", action="store_true", help="read sequences from both ends")
     model.add_argument("--pooling", choices=("mean", "max", "last"), help="over time (mean; forecasts last)")
     model.add_argument("--every-step", action="store_true", help="learn to answer after every step, for streams")
@@ -200,6 +201,7 @@ def _train(args: argparse.Namespace) -> int:
         dropout=args.dropout,
         pooling=args.pooling or ("last" if forecast else "mean"),
         every_step=args.every_step,
+        cell=args.cell,
     )
     control = workflow.Control(args.validation, args.checkpoint, args.resume, not args.quiet, args.device)
     if forecast:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import _kernel
-from cellstack.nodes import Array, Flow, Node
+from cellstack.nodes import Array, CellState, Flow, Node
 from cellstack.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import Plan, ShapeError, State, check_mask, check_sequence, check_state
+from cellstack.spec import STATES, HiddenState, Plan, ShapeError, State, check_mask, check_sequence, check_state
 
 if TYPE_CHECKING:
     from cellstack.stream import Stream
@@ -69,34 +69,49 @@ def as_mask(owner: str, mask: Any, lengths: Any, batch: int, steps: int) -> NDAr
         if ((array < 0) | (array > steps)).any():
             raise ShapeError(f"{owner}: expected lengths from 0 to T={steps}, got {array.min()} to {array.max()}")
         return np.arange(steps) < array[:, None]
-    if mask is None:
+    return as_flags(owner, "mask", mask, batch, steps, "use the step")
+
+
+def as_flags(owner: str, name: str, flags: Any, batch: int, steps: int, true: str) -> NDArray[np.bool_] | None:
+    """Return flags of steps as an array `[B, T]`; None where they are None. `true` says what True stands for."""
+    if flags is None:
         return None
     try:
-        array = np.asarray(mask)
+        array = np.asarray(flags)
     except ValueError as error:
-        raise ShapeError(f"{owner}: expected mask [B={batch}, T={steps}], got rows of unequal length") from error
-    check_mask(owner, array.shape, batch, steps)
+        raise ShapeError(f"{owner}: expected {name} [B={batch}, T={steps}], got rows of unequal length") from error
+    check_mask(owner, array.shape, batch, steps, name)
     if array.size and array.dtype != bool:
-        raise TypeError(f"{owner}: expected mask of bool, True = use the step, got {array.dtype}: give mask != 0")
+        raise TypeError(f"{owner}: expected {name} of bool, True = {true}, got {array.dtype}: give {name} != 0")
     return array.astype(bool)
 
 
-def as_states(owner: str, state: Any, cells: Sequence[Cell], batch: int) -> tuple[State | None, ...]:
-    """Return one `State` a cell, contiguous and of the cell's dtype, or one None a cell where `state` is None."""
+def as_states(owner: str, state: Any, cells: Sequence[Cell], batch: int) -> tuple[CellState | None, ...]:
+    """Return one state a cell, contiguous and of the cell's dtype, or one None a cell where `state` is None.
+
+    What a cell without c starts from may be given as `HiddenState(h)`, as a sequence of h alone, or as h itself; and
+    what a network of one cell starts from may be given alone.
+    """
     if state is None:
         return (None,) * len(cells)
-    pairs = (state,) if isinstance(state, State) else state
-    if not isinstance(pairs, Sequence) or len(pairs) != len(cells):
-        got = f"{len(pairs)}" if isinstance(pairs, Sequence) else type(pairs).__name__
-        raise ShapeError(f"{owner}: expected state to be a tuple of {len(cells)} State(h, c), one a cell, got {got}")
+    given = (state,) if len(cells) == 1 and (isinstance(state, (State, HiddenState)) or _is_array(state)) else state
+    if not isinstance(given, Sequence) or len(given) != len(cells):
+        got = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
+        raise ShapeError(f"{owner}: expected state to be a tuple of {len(cells)} states, one a cell, got {got}")
     states = []
-    for layer, (cell, pair) in enumerate(zip(cells, pairs, strict=True)):
-        if not isinstance(pair, Sequence):
-            raise ShapeError(f"{owner}: expected state of layer {layer} to be a pair (h, c), got {type(pair).__name__}")
-        arrays = [as_floats(owner, f"state of layer {layer}", array, cell.dtype) for array in pair]
-        check_state(owner, [array.shape for array in arrays], batch, cell.spec.units, layer)
-        states.append(State(*(np.ascontiguousarray(array) for array in arrays)))
+    for layer, (cell, parts) in enumerate(zip(cells, given, strict=True)):
+        sizes, where = cell.spec.state_sizes, f"state of layer {layer}"
+        if not isinstance(parts, Sequence) and not _is_array(parts):
+            raise ShapeError(f"{owner}: expected {where} to be arrays {', '.join(sizes)}, got {type(parts).__name__}")
+        parts = (parts,) if _is_array(parts) else parts
+        arrays = [as_floats(owner, where, array, cell.dtype) for array in parts]
+        check_state(owner, [array.shape for array in arrays], batch, sizes, layer)
+        states.append(STATES[cell.spec.kind](*(np.ascontiguousarray(array) for array in arrays)))
     return tuple(states)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__array__")
 
 
 def processors() -> int:
@@ -176,7 +191,7 @@ class Network:
         return tuple(cell for node in self.nodes for cell in node.cells)
 
     def __call__(self, x: Any, mask: Any = None) -> Array:
-        """Return what the network makes of `x`: `run` from a state of zeros, without the state.
+        """Return what the network makes of `x`: `run` from the cells' own initial state, without the state after.
 
         Args:
             x: `[B, T, I]`, as for `run`.
@@ -193,21 +208,26 @@ class Network:
         state: Any = None,
         mask: Any = None,
         lengths: Any = None,
+        reset: Any = None,
         threads: int | None = None,
-    ) -> tuple[Array, tuple[State, ...]]:
+    ) -> tuple[Array, tuple[CellState, ...]]:
         """Run the network over a batch of sequences.
 
         Args:
             x: `[B, T, I]`, array-like of real numbers; anything but the network's own dtype is cast to it, float64 to
                 a float32 network included. Any strides; B and T may be 0.
-            state: one `State(h, c)` a cell, each `[B, H]`, in the order of `cells`; a single `State` where there is
-                one cell; None = zeros.
+            state: one state a cell in the order of `cells`, `State(h, c)` for an LSTM and `HiddenState(h)` for the
+                others, each array `[B, H]`; alone where there is one cell; None = the cells' own initial state, which
+                is zeros where it isn't learned.
             mask: `[B, T]` of bool, True = use the step; None = all of them.
             lengths: `[B]` integers from 0 to T, instead of `mask`: the first steps of each row are used.
+            reset: `[B, T]` of bool, True = a new piece begins with this step: before it, every state becomes the
+                cells' own initial state, even where `state` is given. Where a node goes backwards, each piece is run
+                from its own end, and the last one from `state`. None = one piece.
             threads: how many the kernel may use; None = as many as this process has processors and work for.
 
         Returns:
-            `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; `state` is one `State` a cell,
+            `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; `state` is one state a cell,
             after the last step (with T = 0, that at the start). Both belong to the caller.
 
         Raises:
@@ -220,7 +240,8 @@ class Network:
         batch, steps, _ = given.shape
         cells = self.cells
         states = as_states("Network", state, cells, batch)
-        flow = Flow(given, as_mask("Network", mask, lengths, batch, steps), ())
+        used = as_mask("Network", mask, lengths, batch, steps)
+        flow = Flow(given, used, as_flags("Network", "reset", reset, batch, steps, "a piece begins"), ())
         if threads is None:
             threads = max(1, min(processors(), max(batch, len(cells))))
         elif not isinstance(threads, (int, np.integer)) or not 1 <= threads <= MOST:
@@ -239,7 +260,7 @@ class Network:
             batch: how many sequences are stepped side by side.
 
         Returns:
-            A stream of its own state, zeros at the start; any number of them share the network.
+            A stream of its own state, the cells' own initial state at first; any number of them share the network.
 
         Raises:
             ValueError: a node needs the whole sequence, which the message names.
@@ -272,10 +293,10 @@ class Network:
         rows = []
         for name, node in zip(self.names, self.nodes, strict=True):
             if isinstance(node, Bidirectional):
-                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): one call a direction, merged in NumPy"
+                calls = f"{_calls(node.forward)}, {_calls(node.backward)} back, merged in NumPy"
+                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {calls}"
             elif isinstance(node, Recurrent):
-                call = "one call" if len(node.cells) == 1 else f"one call for the stack of {len(node.cells)} cells"
-                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {call}"
+                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {_calls(node)}"
             else:
                 why = f"NumPy ({self.dtype}): not recurrent"
             rows.append((name, node.summary, why))
@@ -291,6 +312,13 @@ class Network:
         width = "W" if self.input_size is None else self.input_size
         head = f"Network of {self.dtype}: [B, T, {width}] -> {self._shapes[-1]}, {total:,} numbers"
         return "\n".join([head, *("  " + line for line in _table(rows))])
+
+
+def _calls(stack: Recurrent) -> str:
+    """Return how often a pass over the stack calls the kernel."""
+    calls, cells = len(stack.parts), len(stack.cells)
+    count = "one call" if calls == 1 else f"{calls} calls, NumPy's sums between them,"
+    return count if cells == 1 else f"{count} for the stack of {cells} cells"
 
 
 def _checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tuple[str, ...]:

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import reference
-from cellstack.spec import ACTIVATIONS, DTYPES, ShapeError, State
+from cellstack import reference, spec
+from cellstack.spec import DTYPES, HiddenState, ShapeError, State
 
 Array = NDArray[Any]
+CellState = State | HiddenState
 
 POOL_MODES = ("mean", "max", "last")
 
 
 class Flow(NamedTuple):
-    """What passes from node to node: `x [B, T, W]` and its mask, or `x [B, W]`, and the states so far."""
+    """What passes from node to node: `x [B, T, W]`, its mask and its resets, or `x [B, W]`; and the states so far."""
 
     x: Array
     mask: NDArray[np.bool_] | None
-    states: tuple[State, ...]
+    reset: NDArray[np.bool_] | None
+    states: tuple[CellState, ...]
 
 
 def softmax(z: Array) -> Array:
@@ -38,10 +41,14 @@ def softmax(z: Array) -> Array:
     return e
 
 
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    **{name: reference.ACTIVATIONS[name][0] for name in ACTIVATIONS},
-    "softmax": softmax,
-}
+@lru_cache(maxsize=256)
+def activation_function(text: str) -> Callable[[Array], Array]:
+    """Return what `text` names, as `spec.activation` reads it, or softmax, as a function of an array."""
+    if text == "softmax":
+        return softmax
+    name, alpha, beta = spec.activation(text)
+    function = reference.ACTIVATIONS[name][0]
+    return lambda z: function(z, alpha, beta)
 
 
 def hold(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array:
@@ -94,6 +101,16 @@ def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> N
         raise ValueError(f"{owner}: expected {name} to be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_activation(owner: str, text: Any) -> str:
+    """Return the activation that `text` names in its shortest form; `ValueError` where there is none such."""
+    if text == "softmax":
+        return text
+    try:
+        return str(spec.activation(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{owner}: activation: {error} (softmax will do too)") from None
+
+
 class Node:
     """What all nodes answer. `input_size` and `dtype` are None where a node takes any."""
 
@@ -119,7 +136,7 @@ class Node:
             raise ShapeError(f"{owner}: expected an input of {self.input_size} features, got {width} from before it")
         return (width if self.input_size is None else self.input_size), sequence
 
-    def run(self, flow: Flow, states: tuple[State | None, ...], threads: int) -> Flow:
+    def run(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> Flow:
         """Return what the node makes of `flow`; its own states after the call are added to `flow.states`."""
         raise NotImplementedError
 
@@ -175,7 +192,7 @@ class Standardise(Node):
         """What the node does, in a few words."""
         return "(x - mean) / scale"
 
-    def run(self, flow: Flow, states: tuple[State | None, ...], threads: int) -> Flow:
+    def run(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
         return flow._replace(x=self.apply(flow.x))
 
@@ -190,27 +207,28 @@ class Activation(Node):
     """One of the house's activations, or softmax over the last axis.
 
     Args:
-        activation: a name in `ACTIVATIONS`, or `"softmax"`.
+        activation: as `cellstack.spec.activation` reads it, such as `"relu"` or `"hard_sigmoid(0.2, 0.5)"`; or
+            `"softmax"`.
 
     Raises:
-        ValueError: another name.
+        ValueError: another name, or parameters that it can't have.
     """
 
     activation: str
 
     def __post_init__(self) -> None:
-        check_choice("Activation", "activation", self.activation, tuple(ACTIVATION_FUNCTIONS))
+        object.__setattr__(self, "activation", check_activation("Activation", self.activation))
 
     def apply(self, x: Array) -> Array:
         """Return the activation of `x [..., W]`."""
-        return ACTIVATION_FUNCTIONS[self.activation](x)
+        return activation_function(self.activation)(x)
 
     @property
     def summary(self) -> str:
         """What the node does, in a few words."""
         return self.activation
 
-    def run(self, flow: Flow, states: tuple[State | None, ...], threads: int) -> Flow:
+    def run(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
         return flow._replace(x=self.apply(flow.x))
 
@@ -222,7 +240,7 @@ class Dense(Node):
     Args:
         kernel: `[I, O]`, float32 or float64.
         bias: `[O]` of the same dtype, or None.
-        activation: a name in `ACTIVATIONS`, or `"softmax"`.
+        activation: see `Activation`.
 
     Raises:
         ShapeError: a shape other than these.
@@ -240,7 +258,7 @@ class Dense(Node):
             object.__setattr__(self, "bias", hold("Dense", "bias", self.bias, self.kernel.shape[1:]))
         object.__setattr__(self, "dtype", one_dtype("Dense", {"kernel": self.kernel, "bias": self.bias}))
         object.__setattr__(self, "input_size", self.kernel.shape[0])
-        check_choice("Dense", "activation", self.activation, tuple(ACTIVATION_FUNCTIONS))
+        object.__setattr__(self, "activation", check_activation("Dense", self.activation))
 
     def check(self, owner: str, width: int | None, sequence: bool) -> tuple[int | None, bool]:
         """See `Node.check`."""
@@ -256,14 +274,14 @@ class Dense(Node):
         z = np.matmul(np.ascontiguousarray(x)[..., None, :], self.kernel)[..., 0, :]
         if self.bias is not None:
             z += self.bias
-        return z if self.activation == "linear" else ACTIVATION_FUNCTIONS[self.activation](z)
+        return z if self.activation == "linear" else activation_function(self.activation)(z)
 
     @property
     def summary(self) -> str:
         """What the node does, in a few words."""
         return self.activation
 
-    def run(self, flow: Flow, states: tuple[State | None, ...], threads: int) -> Flow:
+    def run(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
         return flow._replace(x=self.apply(flow.x))
 
@@ -301,13 +319,13 @@ class Pool(Node):
         """What the node does, in a few words."""
         return f"{self.mode} over time"
 
-    def run(self, flow: Flow, states: tuple[State | None, ...], threads: int) -> Flow:
+    def run(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
         x = flow.x
         used = np.ones(x.shape[:2], bool) if flow.mask is None else flow.mask
         counts = used.sum(axis=1)[:, None]  # [B, 1]
         if x.shape[1] == 0:
-            return Flow(np.zeros((x.shape[0], x.shape[2]), x.dtype), None, flow.states)
+            return Flow(np.zeros((x.shape[0], x.shape[2]), x.dtype), None, None, flow.states)
         if self.mode == "mean":
             y = np.where(used[:, :, None], x, 0.0).sum(axis=1, dtype=np.float64) / np.maximum(counts, 1)
         elif self.mode == "max":
@@ -315,4 +333,4 @@ class Pool(Node):
         else:
             last = x.shape[1] - 1 - np.argmax(used[:, ::-1], axis=1)  # [B]
             y = x[np.arange(len(x)), last]
-        return Flow(np.where(counts > 0, y, 0.0).astype(x.dtype), None, flow.states)
+        return Flow(np.where(counts > 0, y, 0.0).astype(x.dtype), None, None, flow.states)

@@ -8,9 +8,9 @@ import numpy as np
 
 from cellstack import _kernel
 from cellstack.network import MOST, Network, as_floats, as_states
-from cellstack.nodes import Activation, Array, Dense, Node, Pool, Standardise
+from cellstack.nodes import Activation, Array, CellState, Dense, Node, Pool, Standardise
 from cellstack.recurrent import Bidirectional, Recurrent
-from cellstack.spec import ShapeError, State, check_sequence, check_step
+from cellstack.spec import STATES, ShapeError, check_sequence, check_step
 
 
 def _why_not(node: Node) -> str | None:
@@ -53,18 +53,20 @@ class Stream:
         self.network = network
         self.batch = int(batch)
         self._dtype = network.dtype
-        self._parts: list[Any] = []  # what is run in turn: a kernel stream with its width, or a NumPy function
+        # What is run in turn: a kernel stream, its width and whether its input is added; or None and a NumPy function.
+        self._parts: list[tuple[Any, Any, bool]] = []
         self._layers: list[tuple[Any, int]] = []  # each cell's kernel stream, and its place in it
         for name, node in zip(network.names, network.nodes, strict=True):
             why = _why_not(node)
             if why is not None:
                 raise ValueError(f"Stream: expected nodes that can answer after every frame, got {name}: {why}")
             if isinstance(node, Recurrent):
-                kernel = _kernel.Stream([cell.packed for cell in node.cells], self.batch)
-                self._parts.append((kernel, node.units))
-                self._layers += [(kernel, place) for place in range(len(node.cells))]
+                for cells, added in node.parts:
+                    kernel = _kernel.Stream([cell.packed for cell in cells], self.batch)
+                    self._parts.append((kernel, cells[-1].spec.output_size, added))
+                    self._layers += [(kernel, place) for place in range(len(cells))]
             elif isinstance(node, (Standardise, Dense, Activation)):
-                self._parts.append((None, node.apply))
+                self._parts.append((None, node.apply, False))
         self._frame = (self.batch, network.input_size)
         self._alone = self._parts[0] if len(self._parts) == 1 and self._layers else None
 
@@ -88,8 +90,8 @@ class Stream:
             x = np.require(x, requirements=("C", "A"))
         if self._alone is None:
             return self._run(x, ())
-        kernel, units = self._alone  # the shortest way from Python to the kernel
-        y = np.empty((self.batch, units), self._dtype)
+        kernel, width, _ = self._alone  # the shortest way from Python to the kernel
+        y = np.empty((self.batch, width), self._dtype)
         kernel.step(x, y)
         return y
 
@@ -119,35 +121,39 @@ class Stream:
         """Run the parts over a step (`steps` is ()) or over a chunk (`steps` is (T,))."""
         given = x
         with np.errstate(all="ignore"):
-            for kernel, part in self._parts:
+            for kernel, part, added in self._parts:
                 if kernel is None:
                     x = part(x)
                 else:
                     y = np.empty((self.batch, *steps, part), self._dtype)
                     (kernel.run if steps else kernel.step)(x, y)
-                    x = y
+                    x = np.add(x, y, out=y) if added else y
         return x.copy() if x is given else x
 
     @property
-    def state(self) -> tuple[State, ...]:
-        """The state now, one `State(h, c)` a cell, each `[B, H]`: copies. Setting it checks and copies likewise."""
+    def state(self) -> tuple[CellState, ...]:
+        """The state now, one state a cell, each array `[B, H]`: copies. Setting it checks and copies likewise."""
         states = {id(kernel): kernel.get_state() for kernel, _ in self._layers}
-        return tuple(State(*states[id(kernel)][place]) for kernel, place in self._layers)
+        return tuple(
+            STATES[cell.spec.kind](*states[id(kernel)][place])
+            for cell, (kernel, place) in zip(self.network.cells, self._layers, strict=True)
+        )
 
     @state.setter
     def state(self, state: Any) -> None:
         states = as_states("Stream", state, self.network.cells, self.batch)
-        for (kernel, place), pair in zip(self._layers, states, strict=True):
-            if pair is None:
-                raise TypeError("Stream: expected state to be a tuple of State(h, c), got None: reset() gives zeros")
-            kernel.set_state(place, *pair)
+        for (kernel, place), arrays in zip(self._layers, states, strict=True):
+            if arrays is None:
+                raise TypeError("Stream: expected state to be a tuple of states, got None: reset() starts anew")
+            kernel.set_state(place, *arrays)
 
     def reset(self, rows: Any = None, state: Any = None) -> None:
-        """Set the state of some rows, or of all, to zeros or to a state given.
+        """Set the state of some rows, or of all, to the cells' own initial state or to a state given.
 
         Args:
             rows: what indexes an axis of B: a number, numbers, a slice, a mask `[B]`; None = all rows.
-            state: one `State` a cell, each `[rows, H]`; None = zeros.
+            state: one state a cell, each array `[rows, H]`; None = what the stream began with: the cells' learned
+                initial state, or zeros.
 
         Raises:
             ShapeError: a state that doesn't fit the rows.
@@ -157,9 +163,9 @@ class Stream:
         cells = self.network.cells
         given = as_states("Stream", state, cells, len(chosen))
         new = self.state
-        for pair, values in zip(new, given, strict=True):
-            for number, array in enumerate(pair):
-                array[chosen] = 0.0 if values is None else values[number]
+        for cell, arrays, values in zip(cells, new, given, strict=True):
+            for name, array in zip(arrays._fields, arrays, strict=True):
+                array[chosen] = cell.arrays.get(f"initial_{name}", 0.0) if values is None else getattr(values, name)
         self.state = new
 
     def fork(self) -> Stream:

@@ -1,6 +1,7 @@
 """The one place where gates are put in order: from other formats' layouts to ours, and back.
 
-Ours: columns `[n, 4H]`, blocks in the order i, f, g, o, one bias `[4H]`.
+Ours: columns `[n, G·H]`, a block of H a gate, in the order of `cellstack.spec.GATES`; one bias `[G·H]`, but for a GRU
+whose reset gate acts after the recurrent product two, `[2, 3H]`.
 """
 
 from __future__ import annotations
@@ -13,73 +14,83 @@ from numpy.typing import NDArray
 from cellstack.spec import GATES, ShapeError
 
 Array = NDArray[Any]
-OURS = "".join(GATES)
+OURS = {kind: "".join(gates) for kind, gates in GATES.items()}
 
 
 class CellArrays(NamedTuple):
-    """A cell's arrays in our layout: `[I, 4H]`, `[H, 4H]`, `[4H]` or None."""
+    """A cell's arrays in our layout: `[I, G·H]`, `[P, G·H]`, and `[G·H]`, `[2, G·H]` or None."""
 
     kernel: Array
     recurrent_kernel: Array
     bias: Array | None
 
 
-def reorder(array: Array, source: str, target: str = OURS, axis: int = -1) -> Array:
-    """Return `array` with its four gate blocks along `axis` in another order.
+def reorder(array: Array, source: str, target: str, axis: int = -1) -> Array:
+    """Return `array` with its gate blocks along `axis` in another order.
 
     Args:
-        array: an axis of it holds 4H numbers, a block of H a gate.
-        source: the order it comes in, a permutation of "ifgo".
-        target: the order wanted.
+        array: an axis of it holds a block of H numbers a gate.
+        source: the order it comes in, a letter a gate.
+        target: the order wanted, a permutation of `source`.
         axis: which axis.
 
     Returns:
         A new array of the same shape and dtype.
 
     Raises:
-        ShapeError: the axis doesn't hold four equal blocks.
-        ValueError: an order that isn't a permutation of "ifgo".
+        ShapeError: the axis doesn't hold a block a gate, all equal.
+        ValueError: orders that aren't permutations of each other.
 
-    >>> reorder(np.array([0, 1, 2, 3]), source="iofg").tolist()
+    >>> reorder(np.array([0, 1, 2, 3]), source="iofg", target="ifgo").tolist()
     [0, 2, 3, 1]
     """
-    for order in (source, target):
-        if sorted(order) != sorted(OURS):
-            raise ValueError(f"reorder: expected a permutation of {OURS}, got {order!r}")
-    if array.shape[axis] % 4:
-        raise ShapeError(f"reorder: expected four equal blocks along axis {axis}, got {array.shape}")
-    blocks = np.split(array, 4, axis=axis)
+    if sorted(source) != sorted(target) or len(set(source)) != len(source):
+        raise ValueError(f"reorder: expected a permutation of {target}, got {source!r}")
+    if array.shape[axis] % len(source):
+        raise ShapeError(f"reorder: expected {len(source)} equal blocks along axis {axis}, got {array.shape}")
+    blocks = np.split(array, len(source), axis=axis)
     return np.concatenate([blocks[source.index(gate)] for gate in target], axis=axis)
 
 
-def from_rows(weight: Array, recurrent: Array, biases: tuple[Array, ...], order: str) -> CellArrays:
-    """Return our arrays for a cell held as rows: `[4H, I]`, `[4H, H]`, and biases `[4H]` that add up.
+def from_rows(
+    kind: str, weight: Array, recurrent: Array, biases: tuple[Array, ...], order: str, reset_after: bool = True
+) -> CellArrays:
+    """Return our arrays for a cell held as rows: `[G·H, I]`, `[G·H, P]`, and biases `[G·H]`.
 
     Args:
-        weight: `[4H, I]`, what the input is multiplied by.
-        recurrent: `[4H, H]`, what h_prev is multiplied by.
-        biases: each `[4H]`; none where the cell has no bias.
-        order: of the gate blocks, a permutation of "ifgo".
+        kind: "lstm", "gru" or "rnn".
+        weight: `[G·H, I]`, what the input is multiplied by.
+        recurrent: `[G·H, P]`, what h_prev is multiplied by.
+        biases: each `[G·H]`; none where the cell has no bias. They add up, but for a GRU with `reset_after`: that has
+            two, of the input's product and of the recurrent one, and keeps them apart.
+        order: of the gate blocks, a permutation of the kind's gates.
+        reset_after: whether a GRU's reset gate acts after the recurrent product.
 
     Returns:
         The arrays in our layout, of the same dtype.
 
     Raises:
-        ShapeError: an axis that doesn't hold four equal blocks.
+        ShapeError: an axis that doesn't hold a block a gate, all equal.
+        ValueError: another order.
     """
-    bias = reorder(sum(biases[1:], start=biases[0]), order) if biases else None
-    return CellArrays(reorder(weight, order, axis=0).T, reorder(recurrent, order, axis=0).T, bias)
+    ours, bias = OURS[kind], None
+    if biases:
+        together = np.stack(biases) if kind == "gru" and reset_after else sum(biases[1:], start=biases[0])
+        bias = reorder(together, order, ours)
+    return CellArrays(reorder(weight, order, ours, axis=0).T, reorder(recurrent, order, ours, axis=0).T, bias)
 
 
-def to_rows(arrays: CellArrays, order: str) -> tuple[Array, Array, Array | None]:
-    """Return a cell's arrays as rows: the inverse of `from_rows` for one bias.
+def to_rows(kind: str, arrays: CellArrays, order: str) -> tuple[Array, Array, Array | None]:
+    """Return a cell's arrays as rows: the inverse of `from_rows`, biases as we have them.
 
     Args:
+        kind: "lstm", "gru" or "rnn".
         arrays: in our layout.
-        order: wanted of the gate blocks, a permutation of "ifgo".
+        order: wanted of the gate blocks, a permutation of the kind's gates.
 
     Returns:
-        `(weight [4H, I], recurrent [4H, H], bias [4H] or None)`.
+        `(weight [G·H, I], recurrent [G·H, P], bias [G·H], [2, G·H] or None)`.
     """
-    bias = None if arrays.bias is None else reorder(arrays.bias, OURS, order)
-    return reorder(arrays.kernel, OURS, order).T, reorder(arrays.recurrent_kernel, OURS, order).T, bias
+    ours = OURS[kind]
+    bias = None if arrays.bias is None else reorder(arrays.bias, ours, order)
+    return reorder(arrays.kernel, ours, order).T, reorder(arrays.recurrent_kernel, ours, order).T, bias

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cellstack.formats.layout import Array, CellArrays, from_rows
+from cellstack.formats.layout import Array, from_rows
 from cellstack.network import Network
 from cellstack.nodes import Activation, Dense, Node
 from cellstack.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import DTYPES, CellSpec
 
-GATE_ORDER = "ifgo"
+KINDS = {"LSTM": ("lstm", "ifgo"), "GRU": ("gru", "rzg"), "RNN": ("rnn", "g")}  # torch's layers, and their gate orders
 ACTIVATIONS = {
     "ReLU": "relu",
     "Sigmoid": "sigmoid",
@@ -27,15 +28,16 @@ ACTIVATIONS = {
 def from_torch(module: Any) -> Network:
     """Return a torch module as a Network, with copies of its weights.
 
-    Taken are our layers (`LSTM`, `RNN` over LSTM cells, `Bidirectional`, `TimeDistributed`), `torch.nn.LSTM` of any
-    depth and direction, `Linear`, activations, `Sequential` of them, and any object with `to_nodes() -> list of nodes`.
-    The Network takes `[B, T, I]` whatever `batch_first` says, and is the module in evaluation: dropout is left out.
+    Taken are our layers (`LSTM`, `GRU`, `SimpleRNN`, `RNN` over any of our cells, `Bidirectional`, `TimeDistributed`),
+    `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, activations, `Sequential` of them, and any
+    object with `to_nodes() -> list of nodes`. The Network takes `[B, T, I]` whatever `batch_first` says, and is the
+    module in evaluation: dropout is left out, and zoneout's rates act as constants.
 
     Args:
         module: the module; its weights may lie on any device, in float32 or float64.
 
     Returns:
-        The network; `run` gives what torch's LSTM returns beside its output, one `State` a layer and direction.
+        The network; `run` gives what torch's layers return beside their output, one state a layer and direction.
 
     Raises:
         TypeError: a module or a setting that a Network can't hold; the message names it by its path.
@@ -78,8 +80,8 @@ def _nodes(module: Any, path: str) -> Iterator[Node]:
     if _is(module, "Sequential"):
         for name, child in module.named_children():
             yield from _nodes(child, f"{path}.{name}" if path else name)
-    elif _is(module, "LSTM"):
-        yield from _torch_lstm(module, path)
+    elif _is(module, *KINDS):
+        yield from _torch_layers(module, path)
     elif _is(module, "Linear"):
         bias = None if module.bias is None else _array(path, module, module.bias)
         yield Dense(_array(path, module, module.weight).T, bias)
@@ -98,22 +100,29 @@ def _activation(module: Any, path: str) -> str:
         if module.dim != -1:
             raise _refuse(path, module, f"expected dim=-1, the feature axis, got {module.dim}")
         return "softmax"
-    if _is(module, "ELU") and module.alpha == 1.0:
-        return "elu"
+    if _is(module, "ELU") and module.alpha >= 0.0:
+        return f"elu({module.alpha})"
+    if _is(module, "LeakyReLU") and module.negative_slope >= 0.0:
+        return f"leaky_relu({module.negative_slope})"
     if _is(module, "Softplus") and module.beta == 1.0:
         return "softplus"
-    raise _refuse(path, module, "expected an LSTM, a Linear, an activation of ours or a Sequential of these")
+    raise _refuse(path, module, "expected a recurrent layer, a Linear, an activation of ours or a Sequential of these")
 
 
-def _torch_lstm(module: Any, path: str) -> Iterator[Node]:
-    """Give a `torch.nn.LSTM` as one stack, or as one pair of cells a layer where it is bidirectional."""
-    if module.proj_size:
-        raise _refuse(path, module, f"expected proj_size=0: projections aren't supported yet, got {module.proj_size}")
+def _torch_layers(module: Any, path: str) -> Iterator[Node]:
+    """Give torch's LSTM, GRU or RNN as one stack, or as one pair of cells a layer where it is bidirectional."""
+    kind, order = next(KINDS[name] for name in KINDS if _is(module, name))
+    activation = module.nonlinearity if kind == "rnn" else "tanh"
 
     def cell(suffix: str) -> Cell:
         names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
         weight, recurrent, *biases = (_array(path, module, getattr(module, f"{name}_{suffix}")) for name in names)
-        return _cell(from_rows(weight, recurrent, tuple(biases), GATE_ORDER))
+        spec = CellSpec(weight.shape[1], module.hidden_size, activation, use_bias=bool(module.bias), kind=kind)
+        arrays = from_rows(kind, weight, recurrent, tuple(biases), order)._asdict()
+        if module.proj_size:
+            spec = replace(spec, proj_size=module.proj_size)
+            arrays["projection"] = _array(path, module, getattr(module, f"weight_hr_{suffix}")).T
+        return Cell(spec, **arrays)
 
     layers = range(module.num_layers)
     if not module.bidirectional:
@@ -122,11 +131,6 @@ def _torch_lstm(module: Any, path: str) -> Iterator[Node]:
     for n in layers:
         backward = Recurrent((cell(f"l{n}_reverse"),), go_backwards=True)
         yield Bidirectional(Recurrent((cell(f"l{n}"),)), backward)
-
-
-def _cell(arrays: CellArrays) -> Cell:
-    inputs, wide = arrays.kernel.shape
-    return Cell(CellSpec(inputs, wide // 4, use_bias=arrays.bias is not None), *arrays)
 
 
 # ── our own layers, which this package never imports ────────────────────────────────────────────────────────────────
@@ -142,7 +146,7 @@ def _layer(module: Any, path: str) -> Node | None:
         for name in ("forward_layer", "backward_layer"):
             node = _layer(getattr(module, name), f"{path}.{name}" if path else name)
             if not isinstance(node, Recurrent):
-                raise _refuse(path, module, f"expected {name} to be an LSTM or an RNN")
+                raise _refuse(path, module, f"expected {name} to be an RNN or one of its kinds")
             halves.append(node)
         try:
             return Bidirectional(halves[0], halves[1], module.merge_mode)
@@ -153,12 +157,13 @@ def _layer(module: Any, path: str) -> Node | None:
         if len(inner) == 1 and isinstance(inner[0], (Dense, Activation)):
             return inner[0]
         raise _refuse(path, module, "expected a TimeDistributed over one Linear or one activation")
-    if not _is(module, "LSTM", "RNN", package=ours):
+    if not _is(module, "LSTM", "GRU", "SimpleRNN", "RNN", package=ours):
         return None
     for cell in module.cells:
-        if not _is(cell, "LSTMCell", package=ours):
-            raise _refuse(path, module, f"expected LSTM cells, got a {type(cell).__name__}")
-    flags = {name: bool(getattr(module, name)) for name in ("return_sequences", "go_backwards", "zero_output_for_mask")}
+        if not _is(cell, "LSTMCell", "GRUCell", "SimpleRNNCell", package=ours):
+            raise _refuse(path, module, f"expected cells of ours, got a {type(cell).__name__}")
+    names = ("return_sequences", "go_backwards", "zero_output_for_mask", "residual")
+    flags = {name: bool(getattr(module, name)) for name in names}
     return Recurrent(tuple(_layer_cell(cell, path, module) for cell in module.cells), **flags)
 
 

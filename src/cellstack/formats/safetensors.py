@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,10 @@ SUFFIXES = (".safetensors",)
 KEY = "cellstack"
 VERSION = 1
 MAX_DESCRIPTION = 1 << 22  # thousands of nodes; JSON takes some twenty times its size when it is parsed
-RECURRENT_FLAGS = ("return_sequences", "go_backwards", "zero_output_for_mask")
+RECURRENT_FLAGS = ("return_sequences", "go_backwards", "zero_output_for_mask", "residual")
+TYPES = {"int": int, "str": str, "bool": bool, "float": float, "float | None": float, "Any": dict}
+CELL = {field.name: TYPES[str(field.type)] for field in fields(CellSpec)}  # a cell's settings, and what holds each
+CELL_WIDTHS = ("input_size", "units")  # those that a cell can't do without
 DTYPES = {"F32": np.float32, "F64": np.float64}
 
 
@@ -46,9 +49,8 @@ def recognises(head: bytes) -> bool:
 
 def _describe_cells(prefix: str, cells: tuple[Cell, ...], tensors: dict[str, Array]) -> list[dict[str, Any]]:
     for number, cell in enumerate(cells):
-        for name in cell.spec.shapes:
-            tensors[f"{prefix}/{number}/{name}"] = getattr(cell, name)
-    return [asdict(cell.spec) for cell in cells]
+        tensors.update({f"{prefix}/{number}/{name}": array for name, array in cell.arrays.items()})
+    return [cell.spec.settings for cell in cells]
 
 
 def _describe(prefix: str, node: Node, tensors: dict[str, Array]) -> dict[str, Any]:
@@ -136,10 +138,32 @@ def _take(where: str, table: Any, fields: dict[str, type]) -> list[Any]:
     if not isinstance(table, dict) or table.keys() != fields.keys():
         found = _short(sorted(table)) if isinstance(table, dict) else type(table).__name__
         raise FormatError(f"{where}: expected the keys {sorted(fields)}, found {found}")
-    for name, kind in fields.items():
-        if type(table[name]) is not kind:  # bool is no int here
-            raise FormatError(f"{where}: expected {name} to be {kind.__name__}, found {type(table[name]).__name__}")
+    _check_types(where, table, fields)
     return [table[name] for name in fields]
+
+
+def _check_types(where: str, table: dict[str, Any], fields: dict[str, type]) -> None:
+    """Raise `FormatError` unless every value of `table` is of its field's type."""
+    for name, value in table.items():
+        kind = fields[name]
+        whole = kind is float and type(value) is int and abs(value) <= 1 << 53  # JSON has one kind of number
+        if type(value) is not kind and not whole:  # bool is no int here
+            raise FormatError(f"{where}: expected {name} to be {kind.__name__}, found {type(value).__name__}")
+
+
+def _cell_spec(where: str, table: Any) -> CellSpec:
+    """Return the cell that `CellSpec.settings` describes: its widths, and what is other than usual."""
+    if not isinstance(table, dict) or not table.keys() >= set(CELL_WIDTHS):
+        found = _short(sorted(table)) if isinstance(table, dict) else type(table).__name__
+        raise FormatError(f"{where}: expected the keys {list(CELL_WIDTHS)}, found {found}")
+    unknown = sorted(table.keys() - CELL.keys())
+    if unknown:
+        raise FormatError(f"{where}: expected settings of a cell alone, found the key {_short(unknown[0])}")
+    _check_types(where, table, CELL)
+    for gate, name in table.get("gate_activations", {}).items():
+        if type(name) is not str:
+            raise FormatError(f"{where}: expected the activation of {_short(gate)} to be str, found {_short(name)}")
+    return CellSpec(**table)
 
 
 class _Reader:
@@ -167,10 +191,9 @@ class _Reader:
 
     def cells(self, prefix: str, descriptions: list[Any]) -> tuple[Cell, ...]:
         cells = []
-        fields = {"input_size": int, "units": int, "activation": str, "recurrent_activation": str, "use_bias": bool}
         for number, description in enumerate(descriptions):
             where = f"{prefix}/{number}"
-            spec = CellSpec(*_take(f"{self.path}: {_short(where)}", description, fields))
+            spec = _cell_spec(f"{self.path}: {_short(where)}", description)
             arrays = {name: self.take(f"{where}/{name}", shape) for name, shape in spec.shapes.items()}
             cells.append(Cell(spec, **arrays))
         return tuple(cells)

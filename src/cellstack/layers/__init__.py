@@ -3,7 +3,7 @@
 Every layer takes tensors of its weights' dtype and device, integers, or anything array-like (which is converted), and
 raises before anything is computed: `ShapeError` for a wrong rank, width, batch or number of states; `TypeError` for a
 wrong dtype (complex, another floating dtype than the weights', a mask that isn't bool); `ValueError` for a tensor on
-another device. Dropout follows the module's `train()` and `eval()`, or the argument `training`.
+another device. Dropout and zoneout follow the module's `train()` and `eval()`, or the argument `training`.
 
 Regularisation terms are in `layer.losses` (`losses(module)` for a whole model), constraints are applied by
 `layer.apply_constraints()` (`apply_constraints(module)`) after each step of an optimiser. Under `torch.autocast` a
@@ -12,22 +12,32 @@ floating input is brought to the weights' dtype, in which the kernel computes.
 
 from cellstack.layers.base import apply_constraints, losses
 from cellstack.layers.bidirectional import Bidirectional
-from cellstack.layers.cells import LSTMCell
-from cellstack.layers.rnn import LSTM, RNN
+from cellstack.layers.cells import GRUCell, LSTMCell, SimpleRNNCell
+from cellstack.layers.kinds import GRU, LSTM, SimpleRNN
+from cellstack.layers.rnn import RNN
 from cellstack.layers.stack import StackedRNNCells
 from cellstack.layers.time_distributed import TimeDistributed
-from cellstack.spec import ShapeError, State, Trace
+from cellstack.layers.truncated import truncated_backward
+from cellstack.spec import GRUTrace, HiddenState, RNNTrace, ShapeError, State, Trace
 
 __all__ = [
+    "GRU",
     "LSTM",
     "RNN",
     "Bidirectional",
+    "GRUCell",
+    "GRUTrace",
+    "HiddenState",
     "LSTMCell",
+    "RNNTrace",
     "ShapeError",
+    "SimpleRNN",
+    "SimpleRNNCell",
     "StackedRNNCells",
     "State",
     "TimeDistributed",
     "Trace",
     "apply_constraints",
     "losses",
+    "truncated_backward",
 ]

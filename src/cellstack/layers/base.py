@@ -48,7 +48,10 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
         raise TypeError(f"{owner}: expected {name} to be a dense tensor, got one of layout {value.layout}")
     if not isinstance(value, Tensor):
         if isinstance(value, PackedSequence):
-            raise TypeError(f"{owner}: expected {name} padded, with a mask: see torch.nn.utils.rnn.pad_packed_sequence")
+            raise TypeError(
+                f"{owner}: expected {name} as one tensor: a PackedSequence goes into an RNN, its kinds or a "
+                "Bidirectional; elsewhere use torch.nn.utils.rnn.pad_packed_sequence"
+            )
         if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
             return as_input(owner, name, torch.stack(list(value)), like)
         try:
@@ -92,8 +95,12 @@ def training_tensors() -> AbstractContextManager[Any]:
     return torch.inference_mode(False)
 
 
-def as_mask(owner: str, value: Any, like: Tensor) -> Tensor:
-    """Return a mask as a bool tensor on the device of `like`.
+MASKS = {"mask": "use the step", "reset": "a piece begins at the step"}
+"""What True means in each argument that holds a bool for every step."""
+
+
+def as_mask(owner: str, value: Any, like: Tensor, name: str = "mask") -> Tensor:
+    """Return a mask, or what else `MASKS` names, as a bool tensor on the device of `like`.
 
     Raises:
         TypeError: anything but bools. Whether 0 and 1 mean "use" or "leave out" differs from place to place.
@@ -104,13 +111,15 @@ def as_mask(owner: str, value: Any, like: Tensor) -> Tensor:
         try:
             mask = torch.from_numpy(np.array(value))
         except (ValueError, TypeError) as error:
-            raise TypeError(f"{owner}: expected mask to be an array of bool: {error}") from None
+            raise TypeError(f"{owner}: expected {name} to be an array of bool: {error}") from None
     if mask.dtype != torch.bool:
         came = str(mask.dtype).removeprefix("torch.")
-        raise TypeError(f"{owner}: expected mask of bool (True: use the step), got {came}: convert it, e.g. mask != 0")
+        raise TypeError(
+            f"{owner}: expected {name} of bool (True: {MASKS[name]}), got {came}: convert it, e.g. {name} != 0"
+        )
     if mask.device != like.device:
         if isinstance(value, Tensor):
-            raise ValueError(f"{owner}: expected mask on {like.device}, got it on {mask.device}")
+            raise ValueError(f"{owner}: expected {name} on {like.device}, got it on {mask.device}")
         mask = mask.to(like.device)
     return mask
 
@@ -192,7 +201,7 @@ class Layer(nn.Module):
         return cls(**{key: revive(value) for key, value in config.items()})
 
     def get_weights(self) -> list[NDArray[Any]]:
-        """Return copies of all weights in Keras's order and layout: kernel, recurrent_kernel, bias for each cell."""
+        """Return copies of all weights, cell by cell in the order of `cellstack.spec.ARRAYS`, in Keras's layout."""
         return [weight.detach().cpu().numpy().copy() for weight in self.parameters()]
 
     @torch.no_grad()
@@ -208,7 +217,7 @@ class Layer(nn.Module):
             self.build(arrays[0].shape[0])
         named = list(self.named_parameters())
         if not self.built:
-            raise ShapeError(f"{self._owner}: expected the weights, kernel [I, 4H] first, got {len(arrays)} arrays")
+            raise ShapeError(f"{self._owner}: expected the weights, a kernel first, got {len(arrays)} arrays")
         if len(named) != len(arrays):
             raise ShapeError(
                 f"{self._owner}: expected {len(named)} arrays ({', '.join(name for name, _ in named)}), "

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cellstack.layers.base import Layer, describe
 from cellstack.layers.rnn import RNN
-from cellstack.spec import Plan, ShapeError, Trace
+from cellstack.layers.sequences import pack
+from cellstack.spec import Plan, ShapeError
 
 MERGE_MODES = ("concat", "sum", "mul", "ave", None)
 
@@ -21,7 +22,7 @@ class Bidirectional(Layer):
     With `return_sequences`, steps that a mask leaves out are zero in both outputs before they are merged, as in Keras.
 
     Args:
-        layer: an `LSTM` or `RNN`; it becomes the forward layer, with the weights it has.
+        layer: an `RNN`, `LSTM`, `GRU` or `SimpleRNN`; it becomes the forward layer, with the weights it has.
         merge_mode: how the two outputs become one: "concat", "sum", "mul", "ave", or None (both are returned).
         backward_layer: None: a new layer of the same configuration, in the other direction.
         input_size: width I, to make the weights at once; None: at the first call.
@@ -51,7 +52,8 @@ class Bidirectional(Layer):
         super().__init__(name)
         for argument, value in (("layer", layer), ("backward_layer", backward_layer)):
             if not isinstance(value, RNN) and (argument == "layer" or value is not None):
-                raise TypeError(f"{self._owner}: expected {argument} to be an LSTM or RNN, got {type(value).__name__}")
+                came = type(value).__name__
+                raise TypeError(f"{self._owner}: expected {argument} to be an RNN, LSTM, GRU or SimpleRNN, got {came}")
         if merge_mode not in MERGE_MODES:
             raise ValueError(f"{self._owner}: expected merge_mode to be one of {MERGE_MODES}, got {merge_mode!r}")
         self._config = {"layer": None, "merge_mode": merge_mode, "backward_layer": None}
@@ -97,7 +99,7 @@ class Bidirectional(Layer):
 
     @property
     def states(self) -> tuple[Any, ...] | None:
-        """States that the next call starts from: the forward layer's, then the backward layer's; None for zeros."""
+        """States that the next call starts from, the forward layer's, then the backward layer's; None: see `RNN`."""
         ahead, back = self.forward_layer, self.backward_layer
         if ahead._states is None or back._states is None:
             return None
@@ -116,11 +118,14 @@ class Bidirectional(Layer):
     def _halves(self, value: Any) -> tuple[Any, Any]:
         if value is None:
             return None, None
-        if not hasattr(value, "__len__") or len(value) == 0 or len(value) % 2:
-            came = len(value) if hasattr(value, "__len__") else type(value).__name__
-            raise ShapeError(f"{self._owner}: expected states for the forward, then the backward layer, got {came}")
-        half = len(value) // 2
-        return value[:half], value[half:]
+        ahead, back = self.forward_layer.state_count, self.backward_layer.state_count
+        came = len(value) if hasattr(value, "__len__") else type(value).__name__
+        if came != ahead + back:
+            raise ShapeError(
+                f"{self._owner}: expected {ahead} states for the forward layer, then {back} for the backward layer, "
+                f"got {came}"
+            )
+        return value[:ahead], value[ahead:]
 
     def plan(self) -> Plan:
         """Say which kernel runs each layer, and why; one line a layer."""
@@ -137,13 +142,17 @@ class Bidirectional(Layer):
         mask: Any = None,
         training: bool | None = None,
         return_gates: bool = False,
+        *,
+        reset: Any = None,
+        lengths: Any = None,
     ) -> Any:
         """Run over a sequence in both directions.
 
         Args:
-            sequences, mask, return_gates: see `RNN.forward`.
+            sequences, mask, return_gates, lengths: see `RNN.forward`.
             initial_state: the forward layer's states, then the backward layer's, in one list.
-            training: whether dropout is active; None: whether the module is in training mode.
+            training: whether dropout and zoneout draw masks; None: whether the module is in training mode.
+            reset: `[B, T]` of bool, True where a row's next piece begins, for both layers: see `RNN.forward`.
 
         Returns:
             y, merged: `[B, T, 2H]` or `[B, 2H]` with "concat", else `[B, T, H]` or `[B, H]`; two outputs where
@@ -157,25 +166,17 @@ class Bidirectional(Layer):
         training = self._trains(training)
         start, start_back = self._halves(initial_state)
         zero = self.return_sequences
-        run = ahead.run(sequences, start, mask, training, return_gates, zero)
-        run_back = back.run(sequences, start_back, mask, training, return_gates, zero)
-        y, y_back, traces = run.y, run_back.y, (run.traces, run_back.traces)
-        if self.return_sequences:  # the one that ran backwards returns its steps in the order processed
-            y, y_back = (y.flip(1), y_back) if ahead.go_backwards else (y, y_back.flip(1))
-        results: list[Any] = list(_merge(y, y_back, self.merge_mode))
+        given = ahead.given(sequences, mask, reset, lengths)
+        run = ahead.run(given, start, training, return_gates, zero)
+        run_back = back.run(given._replace(x=back.as_x(given.x)), start_back, training, return_gates, zero)
+        results: list[Any] = list(_merge(run.y, run_back.y, self.merge_mode))
+        if given.packed is not None and self.return_sequences:
+            results = [pack(y, given.packed) for y in results]
         if self.return_state:
             results += [*ahead.public_states(run.states), *back.public_states(run_back.states)]
         if return_gates:
-            turned = [layer.go_backwards for layer in (ahead, back)]
-            results.append(tuple(_turn(t) if turn else t for t, turn in zip(traces, turned, strict=True)))
+            results.append((ahead.public_traces(run.traces), back.public_traces(run_back.traces)))
         return results[0] if len(results) == 1 else tuple(results)
-
-
-def _turn(trace: Any) -> Any:
-    """Return a trace, or a tuple of them, in the other direction."""
-    if isinstance(trace, Trace):
-        return Trace(*(part.flip(1) for part in trace))
-    return tuple(_turn(part) for part in trace)
 
 
 def _merge(y: Tensor, y_back: Tensor, mode: str | None) -> tuple[Tensor, ...]:

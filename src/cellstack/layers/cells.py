@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cellstack.layers import eager, op, weights
 from cellstack.layers.base import Layer, as_dtype, as_input, as_integer, last_axis, recomputing, training_tensors
-from cellstack.spec import ACTIVATIONS, GATES, CellSpec, ShapeError, State, check_state, check_step
+from cellstack.spec import (
+    ACTIVATIONS,
+    ARRAYS,
+    CellSpec,
+    HiddenState,
+    ShapeError,
+    State,
+    check_state,
+    check_step,
+)
 
 
 def rate(owner: str, name: str, value: float) -> float:
@@ -20,13 +30,56 @@ def rate(owner: str, name: str, value: float) -> float:
     return float(value)
 
 
-class Cell(Layer):
-    """What cells of every kind share: weights in blocks of H columns, one a gate, made at the first call or at once.
+class Masks(NamedTuple):
+    """What training draws for one call of a cell over T steps; None where it draws nothing."""
 
-    A subclass names its `gates` and its `State`, and gives `as_state` and `step`.
+    input: Tensor | None = None  # [B, I]
+    recurrent: Tensor | None = None  # [B, P]
+    zoneout: Tensor | None = None  # [B, T, P]
+    zoneout_cell: Tensor | None = None  # [B, T, H]
+
+    def at(self, t: int) -> Masks:
+        """Return those of step `t` alone, as `Cell.step` takes them."""
+        of_step = (None if mask is None else mask[:, t : t + 1] for mask in self[2:])
+        return Masks(self.input, self.recurrent, *of_step)
+
+
+NO_MASKS = Masks()
+
+
+def as_drops(masks: Sequence[Masks], none: Tensor) -> list[Tensor]:
+    """Return the masks of layers as the op takes them, with `none` in place of what there isn't."""
+    drops = [mask for of_layer in masks for mask in of_layer[1:]]
+    return [] if all(drop is None for drop in drops) else [none if drop is None else drop for drop in drops]
+
+
+# Arrays with initial values, penalties and constraints of their own, and how the constructors' arguments call them.
+_ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
+
+# Fields of CellSpec that a constructor takes as they are; those that its kind of cell has.
+_FLAGS = (
+    "use_bias",
+    "peepholes",
+    "coupled",
+    "proj_size",
+    "layer_norm",
+    "norm_epsilon",
+    "clip",
+    "cell_clip",
+    "zoneout",
+    "zoneout_cell",
+    "reset_after",
+    "learn_initial_state",
+)
+
+
+class Cell(Layer):
+    """What cells of every kind share. Their arrays are made at the first call or at once: see `CellSpec.shapes`.
+
+    A subclass says its `kind`, and takes arguments by the names of the fields of `CellSpec`.
     """
 
-    gates: ClassVar[tuple[str, ...]]
+    kind: ClassVar[str]
     State: ClassVar[Any]
 
     kernel: Tensor
@@ -37,38 +90,30 @@ class Cell(Layer):
     def __init__(self, given: dict[str, Any]) -> None:
         super().__init__(given["name"])
         self._config = given
-        units, seed, device = as_integer(self._owner, "units", given["units"]), given["seed"], given["device"]
-        given["units"] = units
-        activation, recurrent_activation = given["activation"], given["recurrent_activation"]
-        if not 1 <= units < 2**29:  # from here on the bytes of a recurrent kernel are past 64 bits
-            raise ShapeError(f"{self._owner}: expected units >= 1 and below {2**29}, got {units}")
-        self.units = self.output_size = units
-        self.state_size = [units] * len(self.State._fields)
-        self.activation, self.recurrent_activation = activation, recurrent_activation
-        names = [eager.activation_name(a) for a in (activation, recurrent_activation)]
-        self._functions = [
-            eager.ACTIVATIONS[name] if name else a
-            for name, a in zip(names, (activation, recurrent_activation), strict=True)
-        ]
-        # The kernel's codes, and the names of those that it hasn't: these take the torch loop.
-        self._codes = [ACTIVATIONS.index(name) for name in names if name in ACTIVATIONS]
-        self._foreign = [
-            name or getattr(a, "__name__", type(a).__name__)
-            for name, a in zip(names, (activation, recurrent_activation), strict=True)
-            if name not in ACTIVATIONS
-        ]
-        self.use_bias = given["use_bias"]
+        given["units"] = self.units = as_integer(self._owner, "units", given["units"])
+        if not 1 <= self.units < 2**29:  # from here on the bytes of a recurrent kernel are past 64 bits
+            raise ShapeError(f"{self._owner}: expected units >= 1 and below {2**29}, got {self.units}")
+        if "proj_size" in given:
+            given["proj_size"] = as_integer(self._owner, "proj_size", given["proj_size"])
+        self._functions, self._foreign, spec = self._described(given)
+        self._describe(spec)
+        self.activation, self.recurrent_activation = given["activation"], given.get("recurrent_activation", "sigmoid")
+        self.use_bias = spec.use_bias
+        self.output_size = spec.output_size
+        sizes = list(spec.state_sizes.values())
+        self.state_size = sizes if len(sizes) > 1 else sizes[0]
         self.dropout = rate(self._owner, "dropout", given["dropout"])
         self.recurrent_dropout = rate(self._owner, "recurrent_dropout", given["recurrent_dropout"])
+        self.zoneout, self.zoneout_cell = spec.zoneout, spec.zoneout_cell
+        seed = given["seed"]
         if seed is not None:
             given["seed"] = seed = as_integer(self._owner, "seed", seed)
             if abs(seed) >= 2**63:
                 raise TypeError(f"{self._owner}: expected seed to be an integer of 64 bits or None, got {seed!r}")
         self.seed = seed
         self.register_buffer("draws", None if seed is None or not self.drops else torch.zeros((), dtype=torch.int64))
-        roles = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
         self._parts = {
-            weight: [
+            array: [
                 weights.find(given[f"{role}_{kind}"], table, f"{role}_{kind}")
                 for kind, table in (
                     ("initializer", weights.INITIALIZERS),
@@ -76,32 +121,65 @@ class Cell(Layer):
                     ("constraint", weights.CONSTRAINTS),
                 )
             ]
-            for weight, role in roles.items()
+            for array, role in _ROLES.items()
         }
-        for weight in roles:
-            self.register_parameter(weight, None)
+        for name in ARRAYS:
+            self.register_parameter(name, None)
         # Carries dtype and device until there are weights, so that .to() and .double() count before the first call too.
-        self._like = torch.empty(0, dtype=as_dtype(given["dtype"]), device=device)
-        self._no_bias = torch.empty(0, dtype=self._like.dtype, device=device)
+        self._like = torch.empty(0, dtype=as_dtype(given["dtype"]), device=given["device"])
         if given["input_size"] is not None:
             self.build(given["input_size"])
 
-    @property
-    def _columns(self) -> int:
-        return len(self.gates) * self.units
+    def _described(self, given: dict[str, Any]) -> tuple[list[eager.Function], list[str], CellSpec]:
+        """Return the functions of `CellSpec.slots`, names of those that the kernel hasn't, and the description.
+
+        It is of width 1: flags are checked before there is an input. What the kernel hasn't is linear there.
+        """
+        by_gate = given["gate_activations"]
+        try:
+            by_gate = dict(by_gate.items() if isinstance(by_gate, Mapping) else by_gate)
+        except (TypeError, ValueError):
+            raise TypeError(f"{self._owner}: expected gate_activations by gate, got {by_gate!r}") from None
+        usual = {name: given[name] for name in ("activation", "recurrent_activation") if name in given}
+        texts = {}
+        for key, value in (*usual.items(), *by_gate.items()):
+            try:
+                name = eager.activation_name(value)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{self._owner}: {key}: {error}") from None
+            texts[key] = name if eager.known(name) else "linear"
+        fields = {key: texts[key] for key in usual} | {name: given[name] for name in _FLAGS if name in given}
+        by_name = {gate: texts[gate] for gate in by_gate}
+        try:
+            spec = CellSpec(1, self.units, kind=self.kind, gate_activations=by_name, **fields)
+        except (ShapeError, TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("CellSpec", self._owner, 1)) from None
+        of_slot = {slot: "activation" if slot in ("g", "cell") else "recurrent_activation" for slot in spec.slots}
+        chosen = [by_gate.get(slot, usual[name]) for slot, name in of_slot.items()]
+        names = [(eager.activation_name(value), value) for value in chosen]
+        foreign = [
+            name or getattr(value, "__name__", type(value).__name__) for name, value in names if not eager.known(name)
+        ]
+        return [eager.as_function(value) for value in chosen], foreign, spec
+
+    def _describe(self, spec: CellSpec) -> None:
+        """Keep a description, and what each call asks of it."""
+        self._spec, self._text, self._plain = spec, spec.text, spec.plain
+        self._names, self._sizes = tuple(spec.shapes), spec.state_sizes
 
     def extra_repr(self) -> str:
-        """Say the widths, and the activations where they aren't the usual ones."""
+        """Say the widths, and what isn't as usual."""
         parts = [str(self.units)] + ([f"input_size={self.input_size}"] if self.built else [])
-        for key, usual in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
-            if getattr(self, key) != usual:
-                parts.append(f"{key}={getattr(self, key)!r}")
-        return ", ".join(parts)
+        given = {key: self._config[key] for key in ("activation", "recurrent_activation") if key in self._config}
+        usual = {"activation": "tanh", "recurrent_activation": "sigmoid"}
+        changed = {key: value for key, value in given.items() if value != usual[key]}
+        changed |= {key: self._config[key] for key in ("gate_activations", *_FLAGS) if key in self._spec.settings}
+        return ", ".join([*parts, *(f"{key}={value!r}" for key, value in changed.items())])
 
     @property
     def drops(self) -> bool:
-        """Whether training draws dropout masks."""
-        return self.dropout > 0.0 or self.recurrent_dropout > 0.0
+        """Whether training draws masks, of dropout or of zoneout."""
+        return max(self.dropout, self.recurrent_dropout, self.zoneout, self.zoneout_cell) > 0.0
 
     @property
     def built(self) -> bool:
@@ -120,6 +198,19 @@ class Cell(Layer):
         kernel = self.kernel
         return None if kernel is None else kernel.shape[0]
 
+    @property
+    def spec(self) -> CellSpec:
+        """Description of the built cell, without its arrays.
+
+        Raises:
+            ValueError: the cell isn't built, or an activation isn't one of `cellstack.spec.ACTIVATIONS`.
+        """
+        if not self.built:
+            raise ValueError(f"{self._owner}: the weights don't exist yet: call the layer, or give input_size=")
+        if self._foreign:
+            raise ValueError(f"{self._owner}: no description for the activation {self._foreign[0]}")
+        return self._spec
+
     def build(self, input_size: int | Sequence[int | None]) -> None:
         """Make the weights for inputs of width `input_size` (or of a shape that ends in it)."""
         width = last_axis(self._owner, input_size)
@@ -127,38 +218,35 @@ class Cell(Layer):
             if width != self.input_size:
                 raise ShapeError(f"{self._owner}: expected input_size {self.input_size}, as built, got {width}")
             return
-        shapes: dict[str, tuple[int, ...]] = {
-            "kernel": (width, self._columns),
-            "recurrent_kernel": (self.units, self._columns),
-        }
-        if self.use_bias:
-            shapes["bias"] = (self._columns,)
+        self._describe(replace(self._spec, input_size=width))
         with training_tensors():
-            for name, shape in shapes.items():
-                values, initializer = self._like.new_zeros(shape), self._parts[name][0]
-                if initializer is None:
-                    raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
-                if name == "bias":
-                    self._fill_bias(values, initializer)
-                else:
-                    weights.fill(values, initializer)
+            for name, shape in self._spec.shapes.items():
+                values = self._like.new_zeros(shape)
+                if name.endswith("_gain"):
+                    values.fill_(1.0)
+                elif name in (*self._parts, "projection"):
+                    self._fill(name, values, self._parts["kernel" if name == "projection" else name][0])
                 setattr(self, name, nn.Parameter(values))
 
-    def _fill_bias(self, bias: Tensor, initializer: Any) -> None:
-        weights.fill(bias, initializer)
+    def _fill(self, name: str, values: Tensor, initializer: Any) -> None:
+        """Give a kernel, a bias or a projection its first values."""
+        if initializer is None:
+            raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
+        weights.fill(values, initializer)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Cell:
         super()._apply(fn, recurse)
-        self._like, self._no_bias = fn(self._like), fn(self._no_bias)
+        self._like = fn(self._like)
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         kernel = state_dict.get(f"{prefix}kernel")
         if not self.built and kernel is not None:
-            if kernel.ndim == 2 and kernel.shape[1] == self._columns:
+            blocks = len(self._spec.gates)
+            if kernel.ndim == 2 and kernel.shape[1] == blocks * self.units:
                 self.build(kernel.shape[0])
             else:
-                expected = f"expected {prefix}kernel [I, {len(self.gates)}H={self._columns}], got {tuple(kernel.shape)}"
+                expected = f"expected {prefix}kernel [I, {blocks}H={blocks * self.units}], got {tuple(kernel.shape)}"
                 args[-1].append(f"{self._owner}: {expected}")  # error_msgs
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -175,41 +263,118 @@ class Cell(Layer):
                 weight.copy_(constraint(weight))
 
     def get_initial_state(self, batch_size: int) -> list[Tensor]:
-        """Return zeros for h and c, each `[batch_size, H]`."""
-        like = self.like
-        return [like.new_zeros(batch_size, self.units) for _ in self.state_size]
+        """Return what a row starts from, `[batch_size, H]` for each array of the state: zeros, or what was learned."""
+        learned = self._spec.learn_initial_state and self.built
+        return [
+            getattr(self, f"initial_{name}").expand(batch_size, size)
+            if learned
+            else self.like.new_zeros(batch_size, size)
+            for name, size in self._sizes.items()
+        ]
 
     def arrays(self) -> list[Tensor]:
-        """Return kernel, recurrent_kernel and bias (size 0: none) as the op takes them."""
-        bias = self.bias
-        return [self.kernel, self.recurrent_kernel, self._no_bias if bias is None else bias]
+        """Return the arrays of a built cell as the op takes them, in the order of `CellSpec.shapes`."""
+        return [getattr(self, name) for name in self._names]
 
-    def masks(self, batch: int, training: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Draw this call's dropout masks for x `[B, I]` and h `[B, H]`; None where nothing is dropped."""
+    def masks(self, batch: int, steps: int, training: bool) -> Masks:
+        """Draw the masks of a call over `steps` steps: see `Masks`."""
         if not training or not self.drops:
-            return None, None
-        kernel, draws = self.kernel, self.draws
-        if draws is not None and recomputing():
+            return NO_MASKS
+        if self.draws is not None and recomputing():
             raise RuntimeError(
                 f"{self._owner}: expected the masks of the first pass, but with seed= each call draws its own: under "
                 "torch.utils.checkpoint leave seed at None, torch's generator is put back for the second pass"
             )
-        return (
-            op.dropout_mask(draws, kernel, batch, kernel.shape[0], self.dropout, self.seed) if self.dropout else None,
-            op.dropout_mask(draws, kernel, batch, self.units, self.recurrent_dropout, self.seed)
-            if self.recurrent_dropout
-            else None,
+        width = self.kernel.shape[0]
+        return Masks(
+            self._draw(batch, width, self.dropout),
+            self._draw(batch, self.output_size, self.recurrent_dropout),
+            self._draw_zoneout(batch, steps, self.output_size, self.zoneout),
+            self._draw_zoneout(batch, steps, self.units, self.zoneout_cell),
         )
 
-    def as_state(self, owner: str, value: Any, batch: int | None, layer: int | None = None) -> Any:
-        """Return a state that was given as tensors or arrays as a `State`, checked and converted."""
-        raise NotImplementedError
+    def _draw(self, rows: int, width: int, share: float) -> Tensor | None:
+        return op.dropout_mask(self.draws, self.kernel, rows, width, share, self.seed) if share else None
 
-    def step(
-        self, x: Tensor, state: Sequence[Tensor] | None, drops: tuple[Tensor | None, Tensor | None] = (None, None)
-    ) -> tuple[Tensor, ...]:
-        """Run one step on what is known to be right: x `[B, I]`, a state, masks as `masks` drew them."""
-        raise NotImplementedError
+    def _draw_zoneout(self, batch: int, steps: int, width: int, share: float) -> Tensor | None:
+        """Draw ones where the old value is kept: where a dropout mask would have zeros."""
+        mask = self._draw(batch * steps, width, share)
+        return None if mask is None else (mask == 0.0).to(mask.dtype).view(batch, steps, width)
+
+    def route(self, kernel: Tensor) -> tuple[str, str]:
+        """Return which way weights like `kernel` are computed ("fused", "cudnn" or "loop"), and why."""
+        if self._foreign:
+            return "loop", f"activation {self._foreign[0]} is not one of {', '.join(ACTIVATIONS)}"
+        device, dtype = kernel.device.type, kernel.dtype
+        if device == "cuda":
+            if not self._plain:
+                return "loop", "cuDNN computes the plain LSTM, of tanh and sigmoid, only"
+            if torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled:
+                return "cudnn", "a mask, a reset, recurrent dropout in training or return_gates take the torch loop"
+            return "loop", "cuDNN is not available"
+        if device not in ("cpu", "meta"):
+            return "loop", f"there is no fused kernel for {device}"
+        if dtype not in (torch.float32, torch.float64):
+            return "loop", f"{str(dtype).removeprefix('torch.')} is neither float32 nor float64"
+        if op.transformed():
+            return "loop", "torch.func and forward-mode differentiation need torch's own operations"
+        return "fused", ""
+
+    def forward(self, inputs: Any, states: Any = None, training: bool | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run one step.
+
+        Args:
+            inputs: `[B, I]`.
+            states: for an LSTM the pair (h, c), else h or a list of it; each `[B, H]`. None: the initial state.
+            training: whether dropout and zoneout draw masks; None: whether the module is in training mode.
+
+        Returns:
+            h, and the new state as a list: `[h, c]`, or `[h]`.
+
+        Raises:
+            ShapeError, TypeError: see `cellstack.layers`.
+        """
+        kernel = self.kernel
+        like = self.like
+        x = as_input(self._owner, "inputs", inputs, like)
+        check_step(self._owner, x.shape, None if kernel is None else kernel.shape[0], "inputs")
+        if kernel is None:
+            self.build(x.shape[1])
+        state = None if states is None else self.as_state(self._owner, states, x.shape[0])
+        ends = self.step(x, state, self.masks(x.shape[0], 1, self._trains(training)))
+        return ends[0], list(ends)
+
+    def as_state(self, owner: str, value: Any, batch: int | None, layer: int | None = None) -> Any:
+        """Return a state that was given as tensors or arrays as `State` or `HiddenState`, checked and converted.
+
+        One array by itself is an h. A `batch` of None is taken from h.
+        """
+        if not hasattr(value, "__len__"):
+            raise TypeError(f"{owner}: expected a state of tensors or arrays, got {type(value).__name__}")
+        parts = [value] if getattr(value, "ndim", 3) < 3 else list(value)
+        like = self.like
+        tensors = [as_input(owner, "state", part, like) for part in parts]
+        shapes = [tuple(t.shape) for t in tensors]
+        if batch is None:
+            batch = shapes[0][0] if shapes and shapes[0] else 0
+        check_state(owner, shapes, batch, self._sizes, layer)
+        return self.State(*tensors)
+
+    def step(self, x: Tensor, state: Sequence[Tensor] | None, masks: Masks = NO_MASKS) -> tuple[Tensor, ...]:
+        """Run one step on what is known to be right: x `[B, I]`, a state, masks of one step (`Masks.at`)."""
+        if masks.input is not None:
+            x = x * masks.input
+        arrays, cells = self.arrays(), [self._text]
+        starts = [] if state is None else list(state)
+        drops = as_drops([masks], self._like)
+        if self.route(arrays[0])[0] != "fused":
+            rest = [self._spec], [self._functions], False, False, False
+            return tuple(eager.run(x.unsqueeze(1), starts, arrays, drops, None, None, *rest))
+        save = needs_grad(x, *starts, *arrays)
+        if not save and not drops and x.is_cpu and op.direct(x):
+            return op.step(x, starts, arrays, self._text)
+        out = op.recurrent(x.unsqueeze(1), starts, arrays, drops, None, None, cells, False, False, save, 0)
+        return tuple(out[: len(self._sizes)])
 
 
 class LSTMCell(Cell):
@@ -219,7 +384,7 @@ class LSTMCell(Cell):
         c = f·c_prev + i·g                                   h = o·φ(c)
 
     Args:
-        units: width H of the state.
+        units: width H of the gates, and of the state.
         activation: φ, by Keras's name or as a callable; None means linear.
         recurrent_activation: σ, likewise.
         use_bias: whether there is a bias.
@@ -231,26 +396,42 @@ class LSTMCell(Cell):
             serves all gates.
         recurrent_dropout: likewise of h_prev. A layer draws both masks once a call and uses them at every step; a
             cell that is called by itself draws them at each call.
-        seed: makes the dropout masks repeatable: the n-th draw depends on the seed and n alone. The count is saved
-            with the weights. None: torch's own generator.
+        seed: makes the masks of dropout and zoneout repeatable: the n-th draw depends on the seed and n alone. The
+            count is saved with the weights. None: torch's own generator.
+        peepholes: i and f see the cell before the step, o the one after it: `z_i += p_i·c_prev`.
+        coupled: f is 1 - i, and has no weights.
+        proj_size: width P of h, `h = (o·φ(c))·projection`. 0: none.
+        cell_clip: c is kept within ±cell_clip. None: it isn't.
+        zoneout_cell: share of units of c that keep their value in a step of training; see `zoneout`.
+        forget_bias: what the forget gate's bias starts at. None: as `unit_forget_bias` says.
+        gate_activations: other activations by gate, such as `{"o": "hard_sigmoid"}`; φ(c) goes by "cell".
+        layer_norm: normalise x·kernel, h_prev·recurrent_kernel, and c before its activation, each times a gain.
+        norm_epsilon: what layer normalisation adds to a variance.
+        clip: pre-activations are kept within ±clip. None: they aren't.
+        zoneout: share of units of h that keep their value in a step of training, in [0, 1); outside of training each
+            unit keeps that share of its value.
+        learn_initial_state: start from parameters, zeros at first, where no state is given and after a reset.
         input_size: width I, to make the weights at once; None: at the first call.
         dtype, device: of the weights; None: torch's default and the CPU.
         name: said in error messages.
 
     Raises:
-        ShapeError: a width below 1.
-        ValueError: an unknown name, or a dropout outside [0, 1).
+        ShapeError: a width below 1, or a projection that isn't narrower than the units.
+        TypeError: a flag of the wrong type.
+        ValueError: an unknown name, or a number out of range.
 
     >>> cell = LSTMCell(4)
     >>> h, (h, c) = cell(torch.zeros(2, 6), cell.get_initial_state(2))
     >>> tuple(h.shape), tuple(cell.kernel.shape)
     ((2, 4), (6, 16))
 
-    Ref: Hochreiter and Schmidhuber 1997; the forget gate: Gers, Schmidhuber and Cummins 2000, eq. 2.4 to 2.8; dropout
-    on the state: Gal and Ghahramani 2016.
+    Ref: Hochreiter and Schmidhuber 1997; the forget gate: Gers, Schmidhuber and Cummins 2000, eq. 2.4 to 2.8;
+    peepholes: Gers and Schmidhuber 2000; coupled gates: Greff et al. 2017; projection: Sak, Senior and Beaufays 2014;
+    layer normalisation: Ba, Kiros and Hinton 2016, eq. 20 to 22; zoneout: Krueger et al. 2017; dropout on the state:
+    Gal and Ghahramani 2016.
     """
 
-    gates = GATES
+    kind = "lstm"
     State = State
 
     def __init__(
@@ -273,6 +454,113 @@ class LSTMCell(Cell):
         recurrent_dropout: float = 0.0,
         seed: int | None = None,
         *,
+        peepholes: bool = False,
+        coupled: bool = False,
+        proj_size: int = 0,
+        cell_clip: float | None = None,
+        zoneout_cell: float = 0.0,
+        forget_bias: float | None = None,
+        gate_activations: Any = (),
+        layer_norm: bool = False,
+        norm_epsilon: float = 1e-5,
+        clip: float | None = None,
+        zoneout: float = 0.0,
+        learn_initial_state: bool = False,
+        input_size: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__({key: value for key, value in locals().items() if key not in ("self", "__class__")})
+        # Set, and yet without effect.
+        if forget_bias is not None and (coupled or not use_bias):
+            raise ValueError(f"{self._owner}: expected forget_bias with a forget gate that has a bias")
+
+    def _fill(self, name: str, values: Tensor, initializer: Any) -> None:
+        forget_bias = self.forget_bias
+        if name != "bias" or forget_bias is None:
+            super()._fill(name, values, initializer)
+            return
+        i, f, g_o = values.split([self.units, self.units, 2 * self.units])
+        super()._fill(name, i, initializer)
+        super()._fill(name, g_o, initializer)
+        f.fill_(forget_bias)
+
+    @property
+    def unit_forget_bias(self) -> bool:
+        """Whether the forget gate's bias starts at 1, where `forget_bias` doesn't say otherwise."""
+        return self._config["unit_forget_bias"]
+
+    @property
+    def forget_bias(self) -> float | None:
+        """What the forget gate's bias starts at; None: at what `bias_initializer` gives."""
+        if "f" not in self._spec.gates:
+            return None
+        given = self._config["forget_bias"]
+        return 1.0 if given is None and self.unit_forget_bias else given
+
+
+class GRUCell(Cell):
+    """One step of a gated recurrent unit.
+
+        a = x·kernel + bias[0]        q = h_prev·recurrent_kernel + bias[1]
+        z, r = σ(a_z + q_z, a_r + q_r)        g = φ(a_g + r·q_g)        h = z·h_prev + (1 - z)·g
+
+    With `reset_after=False` there is one bias `[3H]`, and `g = φ(a_g + (r·h_prev)·recurrent_kernel_g)`.
+
+    Args:
+        units: width H of the gates, and of the state.
+        activation: φ, by Keras's name or as a callable; None means linear.
+        recurrent_activation: σ, likewise.
+        use_bias, kernel_initializer, recurrent_initializer, bias_initializer, kernel_regularizer,
+        recurrent_regularizer, bias_regularizer, kernel_constraint, recurrent_constraint, bias_constraint, dropout,
+        recurrent_dropout, seed, gate_activations, norm_epsilon, clip, zoneout, learn_initial_state, input_size, dtype,
+        device, name: see `LSTMCell`.
+        reset_after: whether the reset gate acts after the recurrent product, as in PyTorch and cuDNN.
+        layer_norm: normalise x·kernel and h_prev·recurrent_kernel, gates and candidate apart, each times a gain.
+
+    Raises:
+        ShapeError: a width below 1.
+        TypeError: a flag of the wrong type.
+        ValueError: an unknown name, or a number out of range.
+
+    >>> cell = GRUCell(4)
+    >>> h, (h,) = cell(torch.zeros(2, 6), torch.zeros(2, 4))
+    >>> tuple(h.shape), tuple(cell.kernel.shape), tuple(cell.bias.shape)
+    ((2, 4), (6, 12), (2, 12))
+
+    Ref: Cho et al. 2014, eq. 5 to 8, with z and 1 - z exchanged, as all libraries have it.
+    """
+
+    kind = "gru"
+    State = HiddenState
+
+    def __init__(
+        self,
+        units: int,
+        activation: Any = "tanh",
+        recurrent_activation: Any = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: weights.Given = "glorot_uniform",
+        recurrent_initializer: weights.Given = "orthogonal",
+        bias_initializer: weights.Given = "zeros",
+        kernel_regularizer: weights.Given = None,
+        recurrent_regularizer: weights.Given = None,
+        bias_regularizer: weights.Given = None,
+        kernel_constraint: weights.Given = None,
+        recurrent_constraint: weights.Given = None,
+        bias_constraint: weights.Given = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        reset_after: bool = True,
+        seed: int | None = None,
+        *,
+        gate_activations: Any = (),
+        layer_norm: bool = False,
+        norm_epsilon: float = 1e-5,
+        clip: float | None = None,
+        zoneout: float = 0.0,
+        learn_initial_state: bool = False,
         input_size: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: Any = None,
@@ -280,114 +568,67 @@ class LSTMCell(Cell):
     ) -> None:
         super().__init__({key: value for key, value in locals().items() if key not in ("self", "__class__")})
 
-    @property
-    def unit_forget_bias(self) -> bool:
-        """Whether the forget gate's bias starts at 1."""
-        return self._config["unit_forget_bias"]
 
-    def _fill_bias(self, bias: Tensor, initializer: Any) -> None:
-        if not self.unit_forget_bias:
-            super()._fill_bias(bias, initializer)
-            return
-        i, f, g_o = bias.split([self.units, self.units, 2 * self.units])
-        weights.fill(i, initializer)
-        weights.fill(g_o, initializer)
-        f.fill_(1.0)
+class SimpleRNNCell(Cell):
+    """One step of a simple recurrent network.
 
-    @property
-    def spec(self) -> CellSpec:
-        """Description of the built cell, without its arrays.
+        h = φ(x·kernel + h_prev·recurrent_kernel + bias)
 
-        Raises:
-            ValueError: the cell isn't built, or an activation isn't one of `cellstack.spec.ACTIVATIONS`.
-        """
-        if self.input_size is None:
-            raise ValueError(f"{self._owner}: the weights don't exist yet: call the layer, or give input_size=")
-        if self._foreign:
-            raise ValueError(f"{self._owner}: no description for the activation {self._foreign[0]}")
-        phi, sigma = (ACTIVATIONS[code] for code in self._codes)
-        return CellSpec(self.input_size, self.units, phi, sigma, self.use_bias)
+    Args:
+        units: width H of the state.
+        activation: φ, by Keras's name or as a callable; None means linear.
+        use_bias, kernel_initializer, recurrent_initializer, bias_initializer, kernel_regularizer,
+        recurrent_regularizer, bias_regularizer, kernel_constraint, recurrent_constraint, bias_constraint, dropout,
+        recurrent_dropout, seed, gate_activations, norm_epsilon, clip, zoneout, learn_initial_state, input_size, dtype,
+        device, name: see `LSTMCell`.
+        layer_norm: normalise x·kernel and h_prev·recurrent_kernel, each times a gain.
 
-    def route(self, kernel: Tensor) -> tuple[str, str]:
-        """Return which way weights like `kernel` are computed ("fused", "cudnn" or "loop"), and why."""
-        if self._foreign:
-            return "loop", f"activation {self._foreign[0]} is not one of {', '.join(ACTIVATIONS)}"
-        device, dtype = kernel.device.type, kernel.dtype
-        if device == "cuda":
-            if self._codes != [ACTIVATIONS.index("tanh"), ACTIVATIONS.index("sigmoid")]:
-                return "loop", "cuDNN computes tanh and sigmoid only"
-            if torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled:
-                return "cudnn", "a mask, recurrent dropout in training or return_gates take the torch loop"
-            return "loop", "cuDNN is not available"
-        if device not in ("cpu", "meta"):
-            return "loop", f"there is no fused kernel for {device}"
-        if dtype not in (torch.float32, torch.float64):
-            return "loop", f"{str(dtype).removeprefix('torch.')} is neither float32 nor float64"
-        if op.transformed():
-            return "loop", "torch.func and forward-mode differentiation need torch's own operations"
-        return "fused", ""
+    Raises:
+        ShapeError: a width below 1.
+        TypeError: a flag of the wrong type.
+        ValueError: an unknown name, or a number out of range.
 
-    def forward(self, inputs: Any, states: Any = None, training: bool | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Run one step.
+    >>> cell = SimpleRNNCell(4)
+    >>> h, (h,) = cell(torch.zeros(2, 6))
+    >>> tuple(h.shape), tuple(cell.kernel.shape)
+    ((2, 4), (6, 4))
 
-        Args:
-            inputs: `[B, I]`.
-            states: the pair (h, c), each `[B, H]`; zeros where None.
-            training: whether dropout is active; None: whether the module is in training mode.
+    Ref: Elman 1990.
+    """
 
-        Returns:
-            h `[B, H]`, and the new state `[h, c]`.
+    kind = "rnn"
+    State = HiddenState
 
-        Raises:
-            ShapeError, TypeError: see `cellstack.layers`.
-        """
-        kernel = self.kernel
-        like = self.like
-        x = as_input(self._owner, "inputs", inputs, like)
-        check_step(self._owner, x.shape, None if kernel is None else kernel.shape[0], "inputs")
-        if kernel is None:
-            self.build(x.shape[1])
-        state = None if states is None else self.as_state(self._owner, states, x.shape[0])
-        drops = self.masks(x.shape[0], self._trains(training))
-        h, c = self.step(x, state, drops)
-        return h, [h, c]
-
-    def as_state(self, owner: str, value: Any, batch: int | None, layer: int | None = None) -> State:
-        """Return a state that was given as a pair of tensors or arrays, checked and converted.
-
-        A `batch` of None is taken from h.
-        """
-        if not hasattr(value, "__len__"):
-            raise TypeError(f"{owner}: expected a state of tensors or arrays, got {type(value).__name__}")
-        parts = [value] if isinstance(value, Tensor) and value.ndim < 3 else list(value)
-        like = self.like
-        tensors = [as_input(owner, "state", part, like) for part in parts]
-        shapes = [tuple(t.shape) for t in tensors]
-        if batch is None:
-            batch = shapes[0][0] if shapes and shapes[0] else 0
-        check_state(owner, shapes, batch, self.units, layer)
-        return State(*tensors)
-
-    def step(
-        self, x: Tensor, state: Sequence[Tensor] | None, drops: tuple[Tensor | None, Tensor | None] = (None, None)
-    ) -> tuple[Tensor, Tensor]:
-        """Run one step on what is known to be right: x `[B, I]`, state (h, c), masks as `masks` drew them."""
-        input_drop, recurrent_drop = drops
-        if input_drop is not None:
-            x = x * input_drop
-        arrays = self.arrays()
-        h0, c0 = (None, None) if state is None else (state[0], state[1])
-        starts_h, starts_c = ([], []) if h0 is None or c0 is None else ([h0], [c0])
-        drop = [] if recurrent_drop is None else [recurrent_drop]
-        if self.route(arrays[0])[0] != "fused":
-            functions = self._functions
-            out = eager.lstm(x.unsqueeze(1), starts_h, starts_c, arrays, drop, None, functions, False, False, False)
-            return out[0], out[1]
-        save = needs_grad(x, *starts_h, *starts_c, *arrays)
-        if not save and not drop and x.is_cpu and op.direct(x):
-            return op.step(x, h0, c0, arrays, self._codes)
-        out = op.lstm(x.unsqueeze(1), starts_h, starts_c, arrays, drop, None, self._codes, False, False, save, 0)
-        return out[0], out[1]
+    def __init__(
+        self,
+        units: int,
+        activation: Any = "tanh",
+        use_bias: bool = True,
+        kernel_initializer: weights.Given = "glorot_uniform",
+        recurrent_initializer: weights.Given = "orthogonal",
+        bias_initializer: weights.Given = "zeros",
+        kernel_regularizer: weights.Given = None,
+        recurrent_regularizer: weights.Given = None,
+        bias_regularizer: weights.Given = None,
+        kernel_constraint: weights.Given = None,
+        recurrent_constraint: weights.Given = None,
+        bias_constraint: weights.Given = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: int | None = None,
+        *,
+        gate_activations: Any = (),
+        layer_norm: bool = False,
+        norm_epsilon: float = 1e-5,
+        clip: float | None = None,
+        zoneout: float = 0.0,
+        learn_initial_state: bool = False,
+        input_size: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__({key: value for key, value in locals().items() if key not in ("self", "__class__")})
 
 
 def needs_grad(*tensors: Tensor) -> bool:

@@ -5,13 +5,21 @@ Also the list of activations by Keras's names, and cuDNN's LSTM through torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Activation = Callable[[Tensor], Tensor]
+from cellstack import spec as words
+from cellstack.spec import CellSpec
+
+Function = Callable[[Tensor], Tensor]
+
+
+# ── Activations ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def linear(z: Tensor) -> Tensor:
@@ -19,14 +27,24 @@ def linear(z: Tensor) -> Tensor:
     return z
 
 
-def hard_sigmoid(z: Tensor) -> Tensor:
-    """Return `z/6 + 1/2`, cut off at 0 and 1."""
-    return torch.clamp(z / 6.0 + 0.5, 0.0, 1.0)
+def hard_sigmoid(z: Tensor, alpha: float, beta: float) -> Tensor:
+    """Return `alpha·z + beta`, cut off at 0 and 1."""
+    return torch.clamp(alpha * z + beta, 0.0, 1.0)
 
 
-def leaky_relu(z: Tensor) -> Tensor:
-    """Return `z`, or `0.2·z` where negative (Keras's slope)."""
-    return functional.leaky_relu(z, 0.2)
+def affine(z: Tensor, alpha: float, beta: float) -> Tensor:
+    """Return `alpha·z + beta`."""
+    return alpha * z + beta
+
+
+def thresholded_relu(z: Tensor, alpha: float) -> Tensor:
+    """Return `z` where it is above alpha, else 0."""
+    return torch.where(z > alpha, z, 0.0)
+
+
+def scaled_tanh(z: Tensor, alpha: float, beta: float) -> Tensor:
+    """Return `alpha·tanh(beta·z)`."""
+    return alpha * torch.tanh(beta * z)
 
 
 def softmax(z: Tensor) -> Tensor:
@@ -39,22 +57,38 @@ def log_softmax(z: Tensor) -> Tensor:
     return functional.log_softmax(z, dim=-1)
 
 
-ACTIVATIONS: dict[str, Activation] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "linear": linear,
-    "relu": torch.relu,
-    "hard_sigmoid": hard_sigmoid,
-    "softsign": functional.softsign,
-    "softplus": functional.softplus,
-    "elu": functional.elu,
+@lru_cache(maxsize=256)
+def function_of(activation: words.Activation) -> Function:
+    """Return an activation of the kernel's as torch computes it: the same callable each time.
+
+    >>> function_of(words.activation("leaky_relu(0.5)"))(torch.tensor([-2.0, 3.0]))
+    tensor([-1.,  3.])
+    """
+    name, alpha, beta = activation
+    return {
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "linear": linear,
+        "relu": torch.relu,
+        "hard_sigmoid": partial(hard_sigmoid, alpha=alpha, beta=beta),
+        "softsign": functional.softsign,
+        "softplus": functional.softplus,
+        "elu": partial(functional.elu, alpha=alpha),
+        "affine": partial(affine, alpha=alpha, beta=beta),
+        "leaky_relu": partial(functional.leaky_relu, negative_slope=alpha),
+        "thresholded_relu": partial(thresholded_relu, alpha=alpha),
+        "scaled_tanh": partial(scaled_tanh, alpha=alpha, beta=beta),
+    }[name]
+
+
+ACTIVATIONS: dict[str, Function] = {
+    **{name: function_of(words.activation(name)) for name in words.ACTIVATIONS},
     "celu": functional.celu,
     "exponential": torch.exp,
     "gelu": functional.gelu,
     "hard_silu": functional.hardswish,
     "hard_swish": functional.hardswish,
     "hard_tanh": functional.hardtanh,
-    "leaky_relu": leaky_relu,
     "log_sigmoid": functional.logsigmoid,
     "log_softmax": log_softmax,
     "mish": functional.mish,
@@ -65,22 +99,32 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": functional.silu,
     "tanh_shrink": functional.tanhshrink,
 }
-"""Activations by Keras's names; the kernel knows the first eight itself (`cellstack.spec.ACTIVATIONS`)."""
+"""Activations by Keras's names; the kernel applies those of `cellstack.spec.ACTIVATIONS` itself."""
 
 _NAMES: dict[object, str] = {function: name for name, function in reversed(ACTIVATIONS.items())}
-_NAMES |= {functional.tanh: "tanh", functional.sigmoid: "sigmoid", functional.relu: "relu"}
+_NAMES |= {functional.tanh: "tanh", functional.sigmoid: "sigmoid", functional.relu: "relu", functional.elu: "elu"}
 
 
-def activation_name(given: str | Activation | None) -> str | None:
-    """Return the name that an activation goes by, or None for a callable of the user's own.
+def known(name: str | None) -> bool:
+    """Whether the kernel applies the activation of that name, as `activation_name` gives it."""
+    return name is not None and name.partition("(")[0] in words.ACTIVATIONS
+
+
+def activation_name(given: str | Function | None) -> str | None:
+    """Return the name that an activation goes by, with its parameters; None for a callable of the user's own.
 
     Raises:
-        ValueError: a name that is not in `ACTIVATIONS`.
+        ValueError: a name that is not in `ACTIVATIONS`, or parameters that it can't have.
         TypeError: neither a name nor a callable.
+
+    >>> activation_name("leaky_relu( 0.20 )"), activation_name(torch.tanh), activation_name(None)
+    ('leaky_relu', 'tanh', 'linear')
     """
     if given is None:
         return "linear"
     if isinstance(given, str):
+        if known(given.strip()):
+            return str(words.activation(given))
         if given not in ACTIVATIONS:
             raise ValueError(f"expected an activation out of {', '.join(ACTIVATIONS)} or a callable, got {given!r}")
         return given
@@ -89,80 +133,206 @@ def activation_name(given: str | Activation | None) -> str | None:
     return _NAMES.get(given)
 
 
-def lstm(
+def as_function(given: str | Function | None) -> Function:
+    """Return the function that was given as `activation_name` takes it."""
+    name = activation_name(given)
+    if name is None:
+        return given  # type: ignore[return-value]
+    return function_of(words.activation(name)) if known(name) else ACTIVATIONS[name]
+
+
+# ── The loop ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(
     x: Tensor,
-    h0: Sequence[Tensor],
-    c0: Sequence[Tensor],
+    starts: Sequence[Tensor],
     weights: Sequence[Tensor],
-    recurrent_dropout: Sequence[Tensor],
+    drops: Sequence[Tensor],
     mask: Tensor | None,
-    activations: Sequence[Activation],
+    reset: Tensor | None,
+    specs: Sequence[CellSpec],
+    functions: Sequence[Sequence[Function]],
     reverse: bool,
     sequences: bool,
     save: bool,
 ) -> list[Tensor]:
-    """Run a stack of LSTMs as a torch loop; arguments and results are those of `cellstack::lstm` (see `op`).
+    """Run a stack of cells as a torch loop; arguments and results are those of `cellstack::recurrent` (see `op`).
 
-    Only `activations` differ: callables, two a layer (on g and c; on i, f, o).
+    But for these: `specs` has descriptions in place of their texts; `functions` has for each layer the activations, one
+    for each of `spec.slots`, whatever the description calls them; and in place of norms come empty tensors.
     """
-    count, (batch, steps, _) = len(weights) // 3, x.shape
-    finals_h, finals_c, ys, all_gates, all_cells = [], [], [], [], []
-    for n in range(count):
-        kernel, recurrent_kernel, bias = weights[3 * n : 3 * n + 3]
-        phi, sigma = activations[2 * n : 2 * n + 2]
-        units = recurrent_kernel.shape[0]
-        h = h0[n].clone() if h0 else x.new_zeros(batch, units)  # a clone: with no step the result must not be the input
-        c = c0[n].clone() if c0 else x.new_zeros(batch, units)
-        drop = recurrent_dropout[n] if recurrent_dropout and recurrent_dropout[n].numel() else None
-        # What is masked must not meet a gradient, not even one of zero: 0·NaN is NaN.
-        z_x = (x if mask is None else torch.where(mask[:, :, None], x, 0.0)) @ kernel  # [B, T, 4H]
-        if bias.numel():
-            z_x = z_x + bias
-        outputs, gates, cells = ([x.new_zeros(0)] * steps for _ in range(3))
-        for t in reversed(range(steps)) if reverse else range(steps):
-            used = None if mask is None else mask[:, t, None]
-            h_in, c_in = (h, c) if used is None else (torch.where(used, h, 0.0), torch.where(used, c, 0.0))
-            z = z_x[:, t] + (h_in if drop is None else h_in * drop) @ recurrent_kernel
-            z_i, z_f, z_g, z_o = z.chunk(4, dim=1)
-            i, f, g, o = sigma(z_i), sigma(z_f), phi(z_g), sigma(z_o)
-            c_new = f * c_in + i * g
-            h_new = o * phi(c_new)
-            h, c = (h_new, c_new) if used is None else (torch.where(used, h_new, h), torch.where(used, c_new, c))
-            outputs[t] = h
-            if save:
-                gate = torch.stack([i, f, g, o], dim=1)  # [B, 4, H]
-                gates[t] = gate if used is None else torch.where(used[:, :, None], gate, 0.0)
-                cells[t] = c
-        x = torch.stack(outputs, dim=1) if steps else x.new_zeros(batch, 0, units)
-        finals_h.append(h)
-        finals_c.append(c)
+    finals, ys, gates, cells = [], [], [], []
+    left, begin = iter(weights), iter(starts)
+    for n, spec in enumerate(specs):
+        arrays = dict(zip(spec.shapes, islice(left, len(spec.shapes)), strict=True))
+        states = list(islice(begin, len(spec.state_sizes))) if starts else _initial(spec, arrays, x)
+        masks = [drop if drop.numel() else None for drop in drops[3 * n : 3 * n + 3]] or [None] * 3
+        ends, x, kept, memory = _layer(x, states, arrays, masks, mask, reset, spec, functions[n], reverse, save)
+        finals += ends
         ys.append(x)
-        if save:
-            all_gates.append(torch.stack(gates, dim=1) if steps else x.new_zeros(batch, 0, 4, units))
-            all_cells.append(torch.stack(cells, dim=1) if steps else x.new_zeros(batch, 0, units))
+        gates.append(kept)
+        cells.append(memory)
     if save:
-        return [*finals_h, *finals_c, *ys, *all_gates, *all_cells]
-    return [*finals_h, *finals_c, *(ys[-1:] if sequences else ())]
+        return [*finals, *ys, *gates, *cells, *(x.new_zeros(0) for _ in specs)]
+    return [*finals, *(ys[-1:] if sequences else ())]
+
+
+def _initial(spec: CellSpec, arrays: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
+    """Return the state that a row starts from where none is given."""
+    return [
+        arrays[f"initial_{name}"].expand(x.shape[0], size)
+        if spec.learn_initial_state
+        else arrays["kernel"].new_zeros(x.shape[0], size)
+        for name, size in spec.state_sizes.items()
+    ]
+
+
+def _layer(
+    x: Tensor,
+    states: list[Tensor],
+    arrays: Mapping[str, Tensor],
+    drops: Sequence[Tensor | None],
+    mask: Tensor | None,
+    reset: Tensor | None,
+    spec: CellSpec,
+    functions: Sequence[Function],
+    reverse: bool,
+    save: bool,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Return the states after, y `[B, T, P]`, and with `save` gates `[B, T, planes, H]` and an LSTM's cells."""
+    steps = x.shape[1]
+    act = dict(zip(spec.slots, functions, strict=True))
+    advance = {"lstm": _lstm, "gru": _gru, "rnn": _rnn}[spec.kind]
+    fresh = None if reset is None else _initial(spec, arrays, x)
+    drop, *zoneouts = drops
+    rates = [spec.zoneout, spec.zoneout_cell]
+    # What is masked must not meet a gradient, not even one of zero: 0·NaN is NaN.
+    a = (x if mask is None else torch.where(mask[:, :, None], x, 0.0)) @ arrays["kernel"]  # [B, T, G·H]
+    if spec.layer_norm:
+        a = _norm(spec, a) * arrays["kernel_gain"]
+    if spec.use_bias:
+        a = a + (arrays["bias"][0] if spec.kind == "gru" and spec.reset_after else arrays["bias"])
+    outputs, gates, cells = ([x.new_zeros(0)] * steps for _ in range(3))
+    states = [state.clone() for state in states]  # with no step the result must not be what was given
+    for t in reversed(range(steps)) if reverse else range(steps):
+        if reset is not None and fresh is not None:
+            states = [torch.where(reset[:, t, None], new, state) for new, state in zip(fresh, states, strict=True)]
+        used = None if mask is None else mask[:, t, None]
+        old = states if used is None else [torch.where(used, state, 0.0) for state in states]
+        gate, new = advance(spec, arrays, act, a[:, t], old[0] if drop is None else old[0] * drop, *old)
+        for k, (keeps, rate) in enumerate(zip(zoneouts, rates, strict=True)):
+            if k < len(new) and (keeps is not None or rate):
+                keep = rate if keeps is None else keeps[:, t]
+                new[k] = keep * old[k] + (1.0 - keep) * new[k]
+        states = new if used is None else [torch.where(used, *pair) for pair in zip(new, states, strict=True)]
+        outputs[t], cells[t] = states[0], states[-1]
+        if save:
+            stacked = torch.stack(gate, dim=1)  # [B, planes, H]
+            gates[t] = stacked if used is None else torch.where(used[:, :, None], stacked, 0.0)
+    y = _joined(outputs, x, spec.output_size)
+    kept = _joined(gates, x, spec.planes, spec.units) if save else x.new_zeros(0)
+    return states, y, kept, _joined(cells, x, spec.units) if save and spec.kind == "lstm" else x.new_zeros(0)
+
+
+def _joined(parts: list[Tensor], x: Tensor, *sizes: int) -> Tensor:
+    """Return one tensor `[B, T, *sizes]` out of those of every step."""
+    return torch.stack(parts, dim=1) if parts else x.new_zeros(x.shape[0], 0, *sizes)
+
+
+def _norm(spec: CellSpec, v: Tensor) -> Tensor:
+    """Normalise the rows of a product: all columns together, but a GRU's candidate apart from its gates."""
+    parts = v.split([2 * spec.units, spec.units], dim=-1) if spec.kind == "gru" else (v,)
+    return torch.cat([functional.layer_norm(part, part.shape[-1:], eps=spec.norm_epsilon) for part in parts], dim=-1)
+
+
+def _clip(spec: CellSpec, z: Tensor) -> Tensor:
+    return z if spec.clip is None else torch.clamp(z, -spec.clip, spec.clip)
+
+
+def _recurrent(spec: CellSpec, w: Mapping[str, Tensor], h_dropped: Tensor) -> Tensor:
+    """Return what comes from h, `[B, G·H]`."""
+    b = h_dropped @ w["recurrent_kernel"]
+    return _norm(spec, b) * w["recurrent_gain"] if spec.layer_norm else b
+
+
+def _lstm(
+    spec: CellSpec,
+    w: Mapping[str, Tensor],
+    act: Mapping[str, Function],
+    a: Tensor,
+    h_dropped: Tensor,
+    _: Tensor,
+    c: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return gates i f g o, and h, c before zoneout: `a` is what comes from x, with the bias."""
+    z = dict(zip(spec.gates, (a + _recurrent(spec, w, h_dropped)).chunk(len(spec.gates), dim=1), strict=True))
+    peep = w["peepholes"].unbind(0) if spec.peepholes else ()
+    if peep:
+        z["i"] = z["i"] + peep[0] * c
+        if not spec.coupled:
+            z["f"] = z["f"] + peep[1] * c
+    i = act["i"](_clip(spec, z["i"]))
+    f = 1.0 - i if spec.coupled else act["f"](_clip(spec, z["f"]))
+    g = act["g"](_clip(spec, z["g"]))
+    c = f * c + i * g
+    if spec.cell_clip is not None:
+        c = torch.clamp(c, -spec.cell_clip, spec.cell_clip)
+    if peep:
+        z["o"] = z["o"] + peep[-1] * c
+    o = act["o"](_clip(spec, z["o"]))
+    c_out = c
+    if spec.layer_norm:
+        c_out = functional.layer_norm(c, c.shape[-1:], w["cell_gain"], w["cell_bias"], spec.norm_epsilon)
+    h = o * act["cell"](c_out)
+    return [i, f, g, o], [h @ w["projection"] if spec.proj_size else h, c]
+
+
+def _gru(
+    spec: CellSpec, w: Mapping[str, Tensor], act: Mapping[str, Function], a: Tensor, h_dropped: Tensor, h: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return gates z r g (and q_g, where the reset acts after the product), and h before zoneout."""
+    a_z, a_r, a_g = a.chunk(3, dim=1)
+    if spec.reset_after:
+        q = _recurrent(spec, w, h_dropped)
+        q_z, q_r, q_g = (q + w["bias"][1] if spec.use_bias else q).chunk(3, dim=1)
+        kept = [q_g.detach()]  # for the kernel's backward pass alone, no gate of the cell
+    else:
+        q_z, q_r = (h_dropped @ w["recurrent_kernel"][:, : 2 * spec.units]).chunk(2, dim=1)
+        q_g, kept = None, []
+    z, r = act["z"](_clip(spec, a_z + q_z)), act["r"](_clip(spec, a_r + q_r))
+    b_g = (r * h_dropped) @ w["recurrent_kernel"][:, 2 * spec.units :] if q_g is None else r * q_g
+    g = act["g"](_clip(spec, a_g + b_g))
+    return [z, r, g, *kept], [z * h + (1.0 - z) * g]
+
+
+def _rnn(
+    spec: CellSpec, w: Mapping[str, Tensor], act: Mapping[str, Function], a: Tensor, h_dropped: Tensor, _: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the candidate g, and h before zoneout."""
+    g = act["g"](_clip(spec, a + _recurrent(spec, w, h_dropped)))
+    return [g], [g]
+
+
+# ── cuDNN ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cudnn_lstm(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], reverse: bool
+    x: Tensor, starts: Sequence[Tensor], weights: Sequence[Tensor], reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one LSTM layer (tanh, sigmoid, no mask) through cuDNN, by way of torch.
+    """Run one plain LSTM layer (`CellSpec.plain`, no mask) through cuDNN, by way of torch.
 
     Returns:
-        `y [B, T, H]`, `h [B, H]`, `c [B, H]`; `y[:, t]` belongs to `x[:, t]` in either direction.
+        `h [B, H]`, `c [B, H]`, `y [B, T, H]`; `y[:, t]` belongs to `x[:, t]` in either direction.
     """
-    kernel, recurrent_kernel, bias = weights
+    kernel, recurrent_kernel, *biases = weights
     batch, units = x.shape[0], recurrent_kernel.shape[0]
-    if not bias.numel():
-        bias = kernel.new_zeros(4 * units)
+    bias = biases[0] if biases else kernel.new_zeros(4 * units)
     # cuDNN wants matrices, then biases, in one block of memory: views of one are taken without another copy.
     parts = [kernel.t(), recurrent_kernel.t(), bias, torch.zeros_like(bias)]
     block = torch.cat([part.reshape(-1) for part in parts])
     flat = [v.view(p.shape) for v, p in zip(block.split([p.numel() for p in parts]), parts, strict=True)]
-    h = x.new_zeros(1, batch, units) if h0 is None else h0.unsqueeze(0).contiguous()
-    c = x.new_zeros(1, batch, units) if c0 is None else c0.unsqueeze(0).contiguous()
+    begin = [start.unsqueeze(0).contiguous() for start in starts] or [x.new_zeros(1, batch, units)] * 2
     x = x.flip(1) if reverse else x.contiguous()
-    y, h, c = torch._Vfunctional.lstm(x, (h, c), flat, True, 1, 0.0, torch.is_grad_enabled(), False, True)  # type: ignore[attr-defined]
-    return y.flip(1) if reverse else y, h.squeeze(0), c.squeeze(0)
+    y, h, c = torch._Vfunctional.lstm(x, begin, flat, True, 1, 0.0, torch.is_grad_enabled(), False, True)  # type: ignore[attr-defined]
+    return h.squeeze(0), c.squeeze(0), y.flip(1) if reverse else y

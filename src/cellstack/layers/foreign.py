@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cellstack.layers.cells import Cell
+from cellstack.layers.cells import NO_MASKS, Cell
 from cellstack.spec import ShapeError
 
 
@@ -81,7 +81,7 @@ def as_parts(state: Any) -> tuple[Tensor, ...]:
 
 
 def like_size(cell: Any, state: Any) -> Any:
-    """Return a state in the form that the cell's `state_size` has: a tensor, or a tuple of them; a `State` for ours."""
+    """Return a state as the cell's `state_size` has it: a tensor, or a tuple of them; for cells of ours a `State`."""
     parts = as_parts(state)
     if isinstance(cell, Cell):
         return cell.State(*parts)
@@ -94,8 +94,21 @@ def like_size(cell: Any, state: Any) -> Any:
     return parts
 
 
-def _choose(used: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(used.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+def _choose(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(where.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+
+def _choose_states(cells: Sequence[Any], where: Tensor, new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+    return [
+        like_size(cell, [_choose(where, *pair) for pair in zip(as_parts(a), as_parts(b), strict=True)])
+        for cell, a, b in zip(cells, new, old, strict=True)
+    ]
+
+
+def _at_rest(states: Sequence[Any], like: Tensor) -> Tensor:
+    """Return the output before any step: the top cell's first state where that has an output's shape, else zeros."""
+    first = as_parts(states[-1])[0]
+    return first if first.shape == like.shape else torch.zeros_like(like)
 
 
 def loop(
@@ -103,11 +116,13 @@ def loop(
     x: Tensor,
     states: list[Any] | None,
     used: Tensor | None,
+    reset: Tensor | None,
     training: bool,
     reverse: bool,
     like: Tensor,
+    residual: bool,
 ) -> tuple[Tensor, Tensor, list[Any]]:
-    """Run cells over `x [B, T, …]`, step by step.
+    """Run cells over `x [B, T, …]`, step by step; arguments as those of `stack.run_cells`.
 
     Before the first step that the mask counts, the output is the first state of the top cell where that has the
     output's shape (the initial h), else zeros.
@@ -116,36 +131,39 @@ def loop(
         The top cell's output at every step, `[B, T, …]`, and after the last one; the states, one entry a cell.
     """
     batch, steps = x.shape[:2]
-    if states is None:
-        states = [like_size(cell, initial_state(cell, batch, like)) for cell in cells]
-    drops = [cell.masks(batch, training) if isinstance(cell, Cell) else (None, None) for cell in cells]
+    begin: list[Any] = []
+    if states is None or reset is not None:
+        begin = [like_size(cell, initial_state(cell, batch, like)) for cell in cells]
+    states = begin if states is None else states
+    masks = [cell.masks(batch, steps, training) if isinstance(cell, Cell) else NO_MASKS for cell in cells]
     extra = [{"training": training} if takes_training(cell) else {} for cell in cells]
-    first = as_parts(states[-1])[0]
+    if not steps:
+        last = _at_rest(states, like.new_zeros(batch, output_width(cells[-1])))
+        return last.new_zeros(batch, 0, *last.shape[1:]), last, states
     if used is not None:  # a gradient of zero times a NaN that the mask leaves out would be NaN
         x = torch.where(used.reshape(batch, steps, *(1,) * (x.ndim - 2)), x, 0.0)
     last: Tensor | None = None
     outputs = [x] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
+        if reset is not None:
+            states = _choose_states(cells, reset[:, t], begin, states)
         value, new_states = x[:, t], []
         for n, cell in enumerate(cells):
+            below = value
             if isinstance(cell, Cell):
-                new_states.append(cell.State(*cell.step(value, states[n], drops[n])))
+                new_states.append(cell.State(*cell.step(value, states[n], masks[n].at(t))))
                 value = new_states[-1][0]
             else:
                 value, state = cell(value, list(as_parts(states[n])), **extra[n])
                 new_states.append(like_size(cell, state))
+            if residual and n and value.shape == below.shape:
+                value = value + below
         if used is not None:
-            if last is None:
-                last = first if first.shape == value.shape else torch.zeros_like(value)
+            last = _at_rest(states, value) if last is None else last
+            if reset is not None:
+                last = _choose(reset[:, t], _at_rest(states, value), last)
             value = _choose(used[:, t], value, last)
-            new_states = [
-                like_size(cell, [_choose(used[:, t], *pair) for pair in zip(as_parts(new), as_parts(old), strict=True)])
-                for cell, new, old in zip(cells, new_states, states, strict=True)
-            ]
+            new_states = _choose_states(cells, used[:, t], new_states, states)
         outputs[t] = last = value
         states = new_states
-    if last is None:  # no steps
-        width = output_width(cells[-1])
-        last = first if first.shape == (batch, width) else like.new_zeros(batch, width)
-        return like.new_zeros(batch, 0, width), last, states
-    return torch.stack(outputs, dim=1), last, states
+    return torch.stack(outputs, dim=1), outputs[0 if reverse else -1], states

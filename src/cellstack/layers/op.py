@@ -1,46 +1,83 @@
-"""The one autograd op behind every LSTM: `cellstack::lstm` and its backward, registered with torch.library.
+"""The one autograd op behind every cell: `cellstack::recurrent` and its backward, registered with torch.library.
 
-    lstm(x, h0[], c0[], weights[], recurrent_dropout[], mask?, activations[], reverse, sequences, save, threads)
+    recurrent(x, starts[], weights[], drops[], mask?, reset?, cells[], reverse, sequences, save, threads)
 
-runs a stack of L layers in one call of the fused kernel. Results, in order:
+runs a stack of L layers in one call of the fused kernel. `cells` has one `CellSpec.text` a layer. Results, in order:
 
-    h [B, H] a layer, c [B, H] a layer,
-    with save: y [B, T, H] a layer, gates [B, T, 4, H] a layer, cells [B, T, H] a layer; all are differentiable,
-    else, with sequences: y [B, T, H] of the top layer.
+    states after, layer by layer: h [B, P], and an LSTM's c [B, H],
+    with save: y [B, T, P] a layer, gates [B, T, planes, H] a layer, cells [B, T, H] a layer (size 0 but for an LSTM),
+        norms [B, T, norm_size] a layer (size 0 without layer_norm); all but norms are differentiable,
+    else, with sequences: y [B, T, P] of the top layer.
 
-`weights` holds kernel, recurrent_kernel, bias for each layer (a bias of size 0: none). `h0` and `c0` are empty (zeros)
-or have one `[B, H]` a layer; so has `recurrent_dropout`, where size 0 means none. `activations` holds two codes a layer
-(positions in `cellstack.spec.ACTIVATIONS`). `threads=0` means `torch.get_num_threads()`.
+`starts` is empty (each layer's initial state) or has every array of the states, in the order of the results.
+`weights` has the arrays of each layer in the order of `CellSpec.shapes`. `drops` is empty or has three masks a layer,
+size 0 for none: recurrent dropout `[B, P]`, zoneout of h `[B, T, P]` and of c `[B, T, H]`. `mask` and `reset` are
+`[B, T]` of bool. Where `reset` is True the state before that step, in the order processed, is the initial one again.
+`threads=0` means `torch.get_num_threads()`.
 
 The op trusts its caller: shapes and dtypes are checked once, in the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cellstack import _kernel
+from cellstack import _kernel, native
 from cellstack.layers import eager
-from cellstack.spec import ACTIVATIONS
+from cellstack.spec import ARRAYS, CellSpec, described
 
 _LIBRARY = torch.library.Library("cellstack", "DEF")
-_FUNCTIONS = [eager.ACTIVATIONS[name] for name in ACTIVATIONS]
 
 _LIBRARY.define(
-    "lstm(Tensor x, Tensor[] h0, Tensor[] c0, Tensor[] weights, Tensor[] recurrent_dropout, Tensor? mask, "
-    "int[] activations, bool reverse, bool sequences, bool save, int threads) -> Tensor[]",
+    "recurrent(Tensor x, Tensor[] starts, Tensor[] weights, Tensor[] drops, Tensor? mask, Tensor? reset, str[] cells, "
+    "bool reverse, bool sequences, bool save, int threads) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "lstm_backward(Tensor x, Tensor[] h0, Tensor[] c0, Tensor[] weights, Tensor[] recurrent_dropout, Tensor? mask, "
-    "Tensor[] saved, Tensor?[] grads, int[] activations, bool reverse, bool[] wanted, int threads) -> Tensor[]",
+    "recurrent_backward(Tensor x, Tensor[] starts, Tensor[] weights, Tensor[] drops, Tensor? mask, Tensor? reset, "
+    "Tensor[] saved, Tensor?[] grads, str[] cells, bool reverse, bool[] wanted, int threads) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+class _Form(NamedTuple):
+    """What the op needs of a description at every call, worked out once."""
+
+    spec: CellSpec
+    at: tuple[int, ...]  # where each of the cell's arrays is in ARRAYS
+    sizes: tuple[int, ...]  # of the state's arrays
+    units: int
+    width: int  # of h
+    planes: int
+    norm_size: int
+    functions: list[eager.Function]
+
+
+@lru_cache(maxsize=1024)
+def _form(text: str) -> _Form:
+    spec = described(text)
+    return _Form(
+        spec,
+        tuple(ARRAYS.index(name) for name in spec.shapes),
+        tuple(spec.state_sizes.values()),
+        spec.units,
+        spec.output_size,
+        spec.planes,
+        spec.norm_size,
+        [eager.function_of(activation) for activation in spec.activations],
+    )
+
+
+@lru_cache(maxsize=1024)
+def _description(text: str) -> Any:
+    return native.description(described(text))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -58,74 +95,73 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
+def _addresses(form: _Form, arrays: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Return the addresses of a cell's arrays in the places that they have in ARRAYS."""
+    addresses = [0] * len(ARRAYS)
+    for at, array in zip(form.at, arrays, strict=True):
+        addresses[at] = _address(array)
+    return tuple(addresses)
+
+
 # Weights may have changed since the last call, in ways that nobody hears of; so nothing packed is kept. Packing costs
 # as much as a few steps of a row: calls of no more read the weights where they lie. The bits are the same.
 _UNPACKED_STEPS = 4  # rows × steps
 
 
-def _pack(weights: Sequence[Tensor], activation: int, recurrent_activation: int, rows_steps: int) -> tuple[Any, Any]:
+def _pack(text: str, form: _Form, weights: Sequence[Tensor], rows_steps: int) -> tuple[Any, list[Tensor]]:
     """Return the kernel's weights, and what must be kept until the call has ended."""
     flat = [_plain(weight) for weight in weights]
-    kernel, recurrent_kernel, bias = flat
-    packed = _kernel.Packed(
-        kernel.dtype == torch.float64,
-        kernel.shape[0],
-        recurrent_kernel.shape[0],
-        _address(kernel),
-        _address(recurrent_kernel),
-        _address(bias),
-        activation,
-        recurrent_activation,
-        rows_steps > _UNPACKED_STEPS,
-    )
-    return packed, flat
+    double = flat[0].dtype is torch.float64
+    return _kernel.Packed(double, _description(text), _addresses(form, flat), rows_steps > _UNPACKED_STEPS), flat
 
 
 def _forward(
     x: Tensor,
-    h0: Sequence[Tensor],
-    c0: Sequence[Tensor],
+    starts: Sequence[Tensor],
     weights: Sequence[Tensor],
-    recurrent_dropout: Sequence[Tensor],
+    drops: Sequence[Tensor],
     mask: Tensor | None,
-    activations: Sequence[int],
+    reset: Tensor | None,
+    cells: Sequence[str],
     reverse: bool,
     sequences: bool,
     save: bool,
     threads: int,
 ) -> list[Tensor]:
-    count, (batch, steps, _) = len(weights) // 3, x.shape
+    batch, steps, _ = x.shape
     x = _rows(x)
-    mask = None if mask is None else mask.contiguous()
-    starts_h, starts_c, drops = ([_plain(t) for t in group] for group in (h0, c0, recurrent_dropout))
-    hs, cs, ys, gates, cells, layers, kept = [], [], [], [], [], [], []
-    for n in range(count):
-        packed, weights_kept = _pack(
-            weights[3 * n : 3 * n + 3], activations[2 * n], activations[2 * n + 1], batch * steps
-        )
-        kept.append(weights_kept)
-        units = packed.units
-        hs.append(x.new_empty(batch, units))
-        cs.append(x.new_empty(batch, units))
+    mask, reset = (None if flags is None else flags.contiguous() for flags in (mask, reset))
+    begin, drops = [_plain(t) for t in starts], [_plain(t) for t in drops]
+    arrays = iter(weights)
+    ends, ys, gates, memory, norms, layers, kept = [], [], [], [], [], [], []
+    for n, text in enumerate(cells):
+        form = _form(text)
+        packed, flat = _pack(text, form, list(islice(arrays, len(form.at))), batch * steps)
+        kept.append(flat)
+        has_c = len(form.sizes) > 1
+        first = len(ends)
+        ends += [x.new_empty(batch, size) for size in form.sizes]
         if save:
-            gates.append(x.new_empty(batch, steps, 4, units))
-            cells.append(x.new_empty(batch, steps, units))
-        if save or (sequences and n == count - 1):
-            ys.append(x.new_empty(batch, steps, units))
+            gates.append(x.new_empty(batch, steps, form.planes, form.units))
+            memory.append(x.new_empty((batch, steps, form.units) if has_c else 0))
+            norms.append(x.new_empty((batch, steps, form.norm_size) if form.norm_size else 0))
+        if save or (sequences and n == len(cells) - 1):
+            ys.append(x.new_empty(batch, steps, form.width))
         layers.append(
             (
                 packed,
-                _address(starts_h[n]) if h0 else 0,
-                _address(starts_c[n]) if c0 else 0,
-                hs[n].data_ptr(),
-                cs[n].data_ptr(),
+                _address(begin[first]) if begin else 0,
+                _address(begin[first + 1]) if begin and has_c else 0,
+                ends[first].data_ptr(),
+                ends[first + 1].data_ptr() if has_c else 0,
                 ys[-1].data_ptr() if ys else 0,
                 gates[n].data_ptr() if save else 0,
-                cells[n].data_ptr() if save else 0,
-                _address(drops[n]) if drops else 0,
+                _address(memory[n]) if save else 0,
+                _address(norms[n]) if save else 0,
+                *(map(_address, drops[3 * n : 3 * n + 3]) if drops else (0, 0, 0)),
             )
         )
-    _kernel.lstm_forward(
+    _kernel.forward(
         batch,
         steps,
         layers,
@@ -133,83 +169,75 @@ def _forward(
         x.stride(0),
         x.stride(1),
         _address(mask),
+        _address(reset),
         reverse,
         threads or torch.get_num_threads(),
     )
-    return [*hs, *cs, *ys, *gates, *cells]
+    return [*ends, *ys, *gates, *memory, *norms]
 
 
 def _backward(
     x: Tensor,
-    h0: Sequence[Tensor],
-    c0: Sequence[Tensor],
+    starts: Sequence[Tensor],
     weights: Sequence[Tensor],
-    recurrent_dropout: Sequence[Tensor],
+    drops: Sequence[Tensor],
     mask: Tensor | None,
+    reset: Tensor | None,
     saved: Sequence[Tensor],
     grads: Sequence[Tensor | None],
-    activations: Sequence[int],
+    cells: Sequence[str],
     reverse: bool,
     wanted: Sequence[bool],
     threads: int,
 ) -> list[Tensor]:
-    """Return the gradients of `[x, *h0, *c0, *weights]` that are wanted, in that order, as new contiguous tensors.
+    """Return the gradients of `[x, *starts, *weights]` that are wanted, in that order, as new contiguous tensors.
 
-    `saved` holds y, gates, cells (each a layer), `grads` the gradients of all results of the forward, None for zeros.
+    `saved` holds y, gates, cells, norms (each a layer), `grads` the gradients of all results of the forward, None for
+    zeros.
     """
-    count, (batch, steps, _) = len(weights) // 3, x.shape
-    inputs = [x, *h0, *c0, *weights]
-    results = [t.new_empty(t.shape) if want else None for t, want in zip(inputs, wanted, strict=True)]
-    starts, at_c0, at_weights = bool(h0), 1 + len(h0), 1 + len(h0) + len(c0)
-    mask = None if mask is None else mask.contiguous()
+    count, (batch, steps, _) = len(cells), x.shape
+    results = [t.new_empty(t.shape) if want else None for t, want in zip([x, *starts, *weights], wanted, strict=True)]
+    mask, reset = (None if flags is None else flags.contiguous() for flags in (mask, reset))
+    forms = [_form(text) for text in cells]
+    ends = sum(len(form.sizes) for form in forms)
+    at_state, at_weight = ends, len(weights)  # of the layer above
     from_above: Tensor | None = None
     for n in reversed(range(count)):
+        form = forms[n]
+        at_state, at_weight = at_state - len(form.sizes), at_weight - len(form.at)
+        of_state = slice(at_state, at_state + len(form.sizes))
+        arrays = [_plain(weight) for weight in weights[at_weight : at_weight + len(form.at)]]
         below = _rows(x) if n == 0 else saved[n - 1]
-        kernel, recurrent_kernel, _ = (_plain(weight) for weight in weights[3 * n : 3 * n + 3])
-        given = [grad if grad is None else _plain(grad) for grad in grads[n::count]]
-        dh, dc, dy, dgates, dcells = given
+        dy, dgates, dcells = (_given(grads[ends + k * count + n]) for k in range(3))
         if from_above is not None:
             dy = from_above if dy is None else dy + from_above
-        lower = [*wanted[:1], *wanted[at_weights : at_weights + 3 * n]]
-        if starts:
-            lower += [*wanted[1 : 1 + n], *wanted[at_c0 : at_c0 + n]]
+        dends = [_given(grad) for grad in grads[of_state]]
+        begin = [_plain(start) for start in starts[of_state]]
+        dbegin = results[1:][of_state] if starts else []
+        darrays = results[1 + len(starts) + at_weight :][: len(form.at)]
+        masks = [_plain(drop) for drop in drops[3 * n : 3 * n + 3]]
+        lower = [wanted[0], *wanted[1:][: at_state if starts else 0], *wanted[1 + len(starts) :][:at_weight]]
         # The gradient of the layer's input: a result for the lowest, for the others the dy of the next one.
         dx = results[0] if n == 0 else below.new_empty(below.shape) if any(lower) else None
-        dweights = results[at_weights + 3 * n : at_weights + 3 * n + 3]
-        start_h, start_c = (_plain(h0[n]), _plain(c0[n])) if starts else (None, None)
-        drop = _plain(recurrent_dropout[n]) if recurrent_dropout else None
-        _kernel.lstm_backward(
-            x.dtype == torch.float64,
+        _kernel.backward(
+            x.dtype is torch.float64,
+            _description(cells[n]),
             batch,
             steps,
-            below.shape[2],
-            recurrent_kernel.shape[0],
-            kernel.data_ptr(),
-            recurrent_kernel.data_ptr(),
+            _addresses(form, arrays),
             below.data_ptr(),
             below.stride(0),
             below.stride(1),
-            _address(start_h),
-            _address(start_c),
-            saved[n].data_ptr(),
-            saved[count + n].data_ptr(),
-            saved[2 * count + n].data_ptr(),
-            _address(drop),
             _address(mask),
-            _address(dy),
-            _address(dh),
-            _address(dc),
-            _address(dgates),
-            _address(dcells),
-            _address(dx),
-            _address(results[1 + n] if starts else None),
-            _address(results[at_c0 + n] if starts else None),
-            _address(dweights[0]),
-            _address(dweights[1]),
-            _address(dweights[2]),
-            activations[2 * n],
-            activations[2 * n + 1],
+            _address(reset),
             reverse,
+            (
+                *_pair(begin),
+                *(_address(saved[k * count + n]) for k in range(4)),
+                *(map(_address, masks) if masks else (0, 0, 0)),
+            ),
+            (_address(dy), *_pair(dends), _address(dgates), _address(dcells)),
+            (_address(dx), *_pair(dbegin), _addresses(form, darrays)),
             threads or torch.get_num_threads(),
         )
         if dx is None:
@@ -218,107 +246,131 @@ def _backward(
     return [result for result in results if result is not None]
 
 
+def _given(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else _plain(grad)
+
+
+def _pair(arrays: Sequence[Tensor | None]) -> tuple[int, int]:
+    """Return the addresses of h and c, of those that there are."""
+    h, c, *_ = [*map(_address, arrays), 0, 0]
+    return h, c
+
+
+def _shapes(x: Tensor, cells: Sequence[str]) -> Iterator[list[list[Any]]]:
+    """Give for each layer the shapes of its results: of the states after; of y, gates, cells and norms."""
+    batch, steps, _ = x.shape
+    for text in cells:
+        form = _form(text)
+        memory = [batch, steps, form.units] if len(form.sizes) > 1 else [0]
+        norms = [batch, steps, form.norm_size] if form.norm_size else [0]
+        yield [
+            [[batch, size] for size in form.sizes],
+            [[batch, steps, form.width], [batch, steps, form.planes, form.units], memory, norms],
+        ]
+
+
 def _fake_forward(
     x: Tensor,
-    h0: Sequence[Tensor],
-    c0: Sequence[Tensor],
+    starts: Sequence[Tensor],
     weights: Sequence[Tensor],
-    recurrent_dropout: Sequence[Tensor],
+    drops: Sequence[Tensor],
     mask: Tensor | None,
-    activations: Sequence[int],
+    reset: Tensor | None,
+    cells: Sequence[str],
     reverse: bool,
     sequences: bool,
     save: bool,
     threads: int,
 ) -> list[Tensor]:
-    batch, steps, _ = x.shape
-    widths = [recurrent_kernel.shape[0] for recurrent_kernel in weights[1::3]]
-    finals = [x.new_empty(batch, units) for units in widths * 2]
-    if not save:
-        return [*finals, x.new_empty(batch, steps, widths[-1])] if sequences else finals
-    ys = [x.new_empty(batch, steps, units) for units in widths]
-    gates = [x.new_empty(batch, steps, 4, units) for units in widths]
-    return [*finals, *ys, *gates, *(y.new_empty(y.shape) for y in ys)]
+    layers = list(_shapes(x, cells))
+    shapes = [shape for states, _ in layers for shape in states]
+    if save:
+        shapes += [kept[k] for k in range(4) for _, kept in layers]
+    elif sequences:
+        shapes.append(layers[-1][1][0])
+    return [x.new_empty(shape) for shape in shapes]
 
 
 def _fake_backward(
     x: Tensor,
-    h0: Sequence[Tensor],
-    c0: Sequence[Tensor],
+    starts: Sequence[Tensor],
     weights: Sequence[Tensor],
-    recurrent_dropout: Sequence[Tensor],
+    drops: Sequence[Tensor],
     mask: Tensor | None,
+    reset: Tensor | None,
     saved: Sequence[Tensor],
     grads: Sequence[Tensor | None],
-    activations: Sequence[int],
+    cells: Sequence[str],
     reverse: bool,
     wanted: Sequence[bool],
     threads: int,
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, want in zip([x, *h0, *c0, *weights], wanted, strict=True) if want]
+    return [t.new_empty(t.shape) for t, want in zip([x, *starts, *weights], wanted, strict=True) if want]
 
 
 def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     """Keep what the backward pass needs: of the inputs, which are the op's, and of its results."""
-    x, h0, c0, weights, drops, mask, activations, reverse, _, save, threads = inputs
-    count = len(weights) // 3
-    ctx.counts = [1, len(h0), len(c0), len(weights), len(drops), int(mask is not None)]
-    ctx.rest = activations, reverse, save, threads
+    x, starts, weights, drops, mask, reset, cells, reverse, _, save, threads = inputs
+    flags = [t for t in (mask, reset) if t is not None]
+    ctx.counts = [1, len(starts), len(weights), len(drops), len(flags)]
+    ctx.rest = mask is not None, cells, reverse, save, threads
     ctx.set_materialize_grads(False)  # gradients of gates are big and mostly absent
-    ctx.save_for_backward(x, *h0, *c0, *weights, *drops, *([] if mask is None else [mask]), *output[2 * count :])
+    kept = output[sum(len(_form(text).sizes) for text in cells) :]
+    ctx.save_for_backward(x, *starts, *weights, *drops, *flags, *kept)
+    if save:
+        count = len(cells)
+        absent = [t for t in kept[2 * count : 3 * count] if t.ndim == 1]  # cells of what has none
+        ctx.mark_non_differentiable(*absent, *kept[3 * count :])
 
 
 def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return gradients of `[x, *h0, *c0, *weights]`, None where `needs` says that none is wanted."""
-    activations, reverse, save, threads = ctx.rest
+    """Return gradients of `[x, *starts, *weights]`, None where `needs` says that none is wanted."""
+    masked, cells, reverse, save, threads = ctx.rest
     if not save:
-        raise RuntimeError("cellstack::lstm was run with save=False: nothing was kept for its backward pass")
-    groups, at = [], 0
-    kept = ctx.saved_tensors
-    for count in ctx.counts:
-        groups.append(list(kept[at : at + count]))
-        at += count
-    (x,), h0, c0, weights, drops, masks = groups
-    mask, saved = (masks[0] if masks else None), list(kept[at:])
+        raise RuntimeError("cellstack::recurrent was run with save=False: nothing was kept for its backward pass")
+    kept = iter(ctx.saved_tensors)
+    (x,), starts, weights, drops, flags = (list(islice(kept, count)) for count in ctx.counts)
+    saved = list(kept)
+    mask = flags.pop(0) if masked else None
+    reset = flags[0] if flags else None
     if torch.is_grad_enabled():  # create_graph: second derivatives go through the torch loop
         # Of views: an input may depend on another one, and that way is not for this op to differentiate.
-        x, h0, c0, weights = x.view_as(x), *([t.view_as(t) for t in group] for group in (h0, c0, weights))
-        functions = [_FUNCTIONS[code] for code in activations]
-        outputs = eager.lstm(x, h0, c0, weights, drops, mask, functions, reverse, True, True)
+        x, starts, weights = x.view_as(x), *([t.view_as(t) for t in group] for group in (starts, weights))
+        forms = [_form(text) for text in cells]
+        specs, functions = [form.spec for form in forms], [form.functions for form in forms]
+        outputs = eager.run(x, starts, weights, drops, mask, reset, specs, functions, reverse, True, True)
         asked = zip(outputs, grads, strict=True)
         pairs = [(out, grad) for out, grad in asked if grad is not None and out.requires_grad]
         found = torch.autograd.grad(
             [out for out, _ in pairs],
-            [t for t, need in zip([x, *h0, *c0, *weights], needs, strict=True) if need],
+            [t for t, need in zip([x, *starts, *weights], needs, strict=True) if need],
             [grad for _, grad in pairs],
             create_graph=True,
             allow_unused=True,
         )
     else:
-        call = _backward if x.is_cpu and direct(x) else torch.ops.cellstack.lstm_backward
-        found = call(x, h0, c0, weights, drops, mask, saved, grads, activations, reverse, needs, threads)
+        call = _backward if x.is_cpu and direct(x) else torch.ops.cellstack.recurrent_backward
+        found = call(x, starts, weights, drops, mask, reset, saved, grads, cells, reverse, needs, threads)
     queue = iter(found)
     return [next(queue) if need else None for need in needs]
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1], *ctx.needs_input_grad[2], *ctx.needs_input_grad[3]]
-    flat = _gradients(ctx, needs, grads)
-    ends = 1, 1 + ctx.counts[1], 1 + ctx.counts[1] + ctx.counts[2]
-    parts = flat[ends[0] : ends[1]], flat[ends[1] : ends[2]], flat[ends[2] :]
-    return flat[0], *parts, [None] * ctx.counts[4], *[None] * 6
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1], *ctx.needs_input_grad[2]]
+    x, *flat = _gradients(ctx, needs, grads)
+    starts = ctx.counts[1]
+    return x, flat[:starts], flat[starts:], [None] * ctx.counts[3], *[None] * 7
 
 
 class _Direct(torch.autograd.Function):
     """The op without its dispatcher, for a training step that nobody watches (see `direct`).
 
-    Tensors come flat, `[x, *h0, *c0, *weights]`; the op's other inputs come as they are.
+    Tensors come flat, `[x, *starts, *weights]`; the op's other inputs come as they are.
     """
 
     @staticmethod
     def forward(ctx: Any, starts: int, rest: tuple[Any, ...], *flat: Tensor) -> tuple[Tensor, ...]:
-        ends = 1 + starts, 1 + 2 * starts
-        inputs = flat[0], flat[1 : ends[0]], flat[ends[0] : ends[1]], flat[ends[1] :], *rest
+        inputs = flat[0], flat[1 : 1 + starts], flat[1 + starts :], *rest
         output = _forward(*inputs)
         _keep(ctx, inputs, output)
         return tuple(output)
@@ -328,13 +380,13 @@ class _Direct(torch.autograd.Function):
         return None, None, *_gradients(ctx, list(ctx.needs_input_grad[2:]), grads)
 
 
-_LIBRARY.impl("lstm", _forward, "CPU")
-_LIBRARY.impl("lstm_backward", _backward, "CPU")
-torch.library.register_fake("cellstack::lstm", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("cellstack::lstm_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd("cellstack::lstm", _differentiate, setup_context=_keep, lib=_LIBRARY)
+_LIBRARY.impl("recurrent", _forward, "CPU")
+_LIBRARY.impl("recurrent_backward", _backward, "CPU")
+torch.library.register_fake("cellstack::recurrent", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("cellstack::recurrent_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("cellstack::recurrent", _differentiate, setup_context=_keep, lib=_LIBRARY)
 
-lstm = torch.ops.cellstack.lstm.default
+recurrent = torch.ops.cellstack.recurrent.default
 isa = _kernel.isa
 
 
@@ -365,39 +417,36 @@ def direct(x: Tensor) -> bool:
 
 def run(
     x: Tensor,
-    h0: list[Tensor],
-    c0: list[Tensor],
+    starts: list[Tensor],
     weights: list[Tensor],
-    recurrent_dropout: list[Tensor],
+    drops: list[Tensor],
     mask: Tensor | None,
-    activations: list[int],
+    reset: Tensor | None,
+    cells: list[str],
     reverse: bool,
     sequences: bool,
     save: bool,
 ) -> list[Tensor]:
     """Call the op on CPU tensors, by the shortest way that gives the same."""
-    rest = recurrent_dropout, mask, activations, reverse, sequences, save, 0
+    rest = drops, mask, reset, cells, reverse, sequences, save, 0
     if not x.is_cpu or not direct(x):
-        return lstm(x, h0, c0, weights, *rest)
+        return recurrent(x, starts, weights, *rest)
     if save:
-        return list(_Direct.apply(len(h0), rest, x, *h0, *c0, *weights))  # type: ignore[arg-type]
-    return _forward(x, h0, c0, weights, *rest)
+        return list(_Direct.apply(len(starts), rest, x, *starts, *weights))  # type: ignore[arg-type]
+    return _forward(x, starts, weights, *rest)
 
 
-def step(
-    x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], activations: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, h and c `[B, H]` or None."""
-    batch = x.shape[0]
-    packed, _kept = _pack(weights, activations[0], activations[1], batch)
+def step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], cell: str) -> tuple[Tensor, ...]:
+    """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, a state or nothing."""
+    batch, form = x.shape[0], _form(cell)
+    packed, _kept = _pack(cell, form, weights, batch)
     x = _plain(x)  # a foreign cell's output may be a negated view
-    if h is not None and c is not None:
-        h, c = _plain(h), _plain(c)
-    h_next, c_next = x.new_empty(batch, packed.units), x.new_empty(batch, packed.units)
-    layer = (packed, _address(h), _address(c), h_next.data_ptr(), c_next.data_ptr(), 0, 0, 0, 0)
+    begin = [_plain(part) for part in state]
+    ends = tuple([x.new_empty(batch, size) for size in form.sizes])
+    layer = (packed, *_pair(begin), *_pair(ends), 0, 0, 0, 0, 0, 0, 0)
     threads = 1 if batch == 1 else torch.get_num_threads()
-    _kernel.lstm_forward(batch, 1, [layer], x.data_ptr(), x.shape[1], x.shape[1], 0, False, threads)
-    return h_next, c_next
+    _kernel.forward(batch, 1, [layer], x.data_ptr(), x.shape[1], x.shape[1], 0, 0, False, threads)
+    return ends
 
 
 # ── Dropout masks with a seed of the layer's own ───────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""`RNN`: a cell or a stack of cells over a sequence; `LSTM`: an RNN of one LSTMCell."""
+"""`RNN`: a cell or a stack of cells over a sequence."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from cellstack.layers import foreign, op, weights
-from cellstack.layers.base import Layer, as_input, as_mask, of_cell
-from cellstack.layers.cells import LSTMCell
+from cellstack.layers.base import Layer, as_input
+from cellstack.layers.cells import Cell
 from cellstack.layers.foreign import as_cell, cell_name
-from cellstack.layers.stack import StackedRNNCells, run_lstms
+from cellstack.layers.sequences import Given, as_steps, as_used, pack, shifted, turned, unpack
+from cellstack.layers.stack import StackedRNNCells, run_cells
 from cellstack.layers.state import StatefulLayer
-from cellstack.spec import Plan, ShapeError, Trace, check_mask, check_sequence
+from cellstack.spec import Plan, ShapeError, check_sequence
 
 
 class Run(NamedTuple):
-    """What a pass over a sequence leaves."""
+    """What a pass over a sequence leaves; sequences in the order of time, in whichever direction it went."""
 
     y: Tensor  # [B, T, H] of the top cell, or [B, H] of the last step
     states: list[Any]  # one entry a cell
-    traces: Any  # a Trace, for a stack a tuple of them; None where nobody asked
+    traces: list[Any]  # one entry a cell; none where nobody asked
 
 
 class RNN(StatefulLayer):
-    """A cell, or a stack of cells, run over a sequence. A stack of LSTMCells is one call of the fused kernel.
+    """A cell, or a stack of cells, run over a sequence. A stack of cells of ours is one call of the fused kernel.
 
     Args:
-        cell: a cell, or a list of cells (a stack): `LSTMCell`s, `StackedRNNCells`, or any object with `state_size` and
-            a call `(x, states) -> (y, states)`; the latter run in a Python loop.
+        cell: a cell, or a list of cells (a stack): `LSTMCell`, `GRUCell`, `SimpleRNNCell`, in any mixture and of any
+            widths; `StackedRNNCells`; or any object with `state_size` and a call `(x, states) -> (y, states)`, which
+            runs in a Python loop.
         return_sequences: return the output of every step, not only of the last.
         return_state: return the states after the last step too.
         go_backwards: run from the last step to the first. Outputs come in the order processed.
@@ -44,10 +47,11 @@ class RNN(StatefulLayer):
     Raises:
         TypeError: `cell` is no cell.
 
-    >>> rnn = RNN(StackedRNNCells([LSTMCell(4), LSTMCell(5)]), return_sequences=True, return_state=True)
+    >>> from cellstack.layers import GRUCell, LSTMCell
+    >>> rnn = RNN(StackedRNNCells([LSTMCell(4), GRUCell(5)]), return_sequences=True, return_state=True)
     >>> y, state_1, state_2 = rnn(torch.zeros(2, 3, 6))
-    >>> tuple(y.shape), state_1.shape, state_2.shape
-    ((2, 3, 5), (2, 2, 4), (2, 2, 5))
+    >>> tuple(y.shape), state_1.shape, state_2.shape  # State(h, c), HiddenState(h)
+    ((2, 3, 5), (2, 2, 4), (1, 2, 5))
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class RNN(StatefulLayer):
         self.zero_output_for_mask = zero_output_for_mask
         self.activity_regularizer = weights.find(activity_regularizer, weights.REGULARIZERS, "activity_regularizer")
         self._activity: Tensor | None = None
-        self._fusable = all(isinstance(part, LSTMCell) for part in self.cells)
+        self._ours = all(isinstance(part, Cell) for part in self.cells)
         self._like = torch.empty(0)  # for a stack without weights of its own
         if input_size is not None:
             self.build(input_size)
@@ -98,6 +102,15 @@ class RNN(StatefulLayer):
     def stacked(self) -> bool:
         """Whether there is a stack, of however many cells: its states come one a cell."""
         return isinstance(self.cell, StackedRNNCells)
+
+    @property
+    def residual(self) -> bool:
+        """Whether the cells of a stack add their input to their output: see `StackedRNNCells`."""
+        return isinstance(self.cell, StackedRNNCells) and self.cell.residual
+
+    def public_traces(self, traces: list[Any]) -> Any:
+        """Return traces as a call returns them: a tuple, one a cell, for a stack; else the one."""
+        return tuple(traces) if self.stacked else traces[0]
 
     def extra_repr(self) -> str:
         """Say which flags are set."""
@@ -129,8 +142,8 @@ class RNN(StatefulLayer):
         lines = []
         for n, cell in enumerate(self.cells):
             head = f"{self._owner} layer {n} {cell_name(cell)}"
-            if not self._fusable:
-                foreign_names = sorted({cell_name(c) for c in self.cells if not isinstance(c, LSTMCell)})
+            if not self._ours:
+                foreign_names = sorted({cell_name(c) for c in self.cells if not isinstance(c, Cell)})
                 lines.append(f"{head}: torch loop: foreign cell {', '.join(foreign_names)}")
                 continue
             kernel = cell.like
@@ -147,167 +160,125 @@ class RNN(StatefulLayer):
         mask: Any = None,
         training: bool | None = None,
         return_gates: bool = False,
+        *,
+        reset: Any = None,
+        lengths: Any = None,
     ) -> Any:
         """Run over a sequence.
 
         Args:
-            sequences: `[B, T, I]`; a tensor of the weights' dtype and device, integers, or anything array-like.
-            initial_state: what this call starts from, in place of `states`: (h, c), or one such pair a cell of a
-                stack; each `[B, H]`. In a stateful layer the state that results is what is kept.
+            sequences: `[B, T, I]`; a tensor of the weights' dtype and device, integers, or anything array-like. Or a
+                `PackedSequence` of torch.
+            initial_state: what this call starts from, in place of `states`: (h, c), h alone where there is no cell, or
+                one such state a cell of a stack; each `[B, H]`. In a stateful layer the state that results is what is
+                kept.
             mask: `[B, T]` of bool, True where a step counts. Elsewhere the state is carried, and the output repeats
                 the previous one (before the first step that counts: the initial h), or is zero with
                 `zero_output_for_mask`.
-            training: whether dropout is active; None: whether the module is in training mode.
-            return_gates: return a `Trace` too, of every step: a tuple of them for a stack.
+            training: whether dropout and zoneout draw masks; None: whether the module is in training mode.
+            return_gates: return a trace too, of every step (`Trace`, `GRUTrace` or `RNNTrace`): a tuple of them for a
+                stack. That of a PackedSequence is padded, its rows in the order of the batch.
+            reset: `[B, T]` of bool, True where a row's next piece begins: what lies before that step has no influence
+                on what lies after it, nor the other way round. A piece starts from the cells' initial state; where the
+                call does, at its first step, that replaces `initial_state`.
+            lengths: `[B]` integers from 0 to T, how many steps of each row count: in place of a mask.
 
         Returns:
             y: `[B, T, H]` with `return_sequences`, else `[B, H]`; alone, or followed by the states with
-            `return_state` (h, c; for a stack one `State` a cell), then by the trace with `return_gates`.
+            `return_state` (h, and c of an LSTM; for a stack one state a cell), then by the trace with `return_gates`.
+            For a PackedSequence, y with `return_sequences` is one too; all else has its rows in the order of the batch.
 
         Raises:
             ShapeError: a wrong rank, width, batch or number of states.
-            TypeError: a wrong dtype, a mask that isn't bool, or `return_gates` of a cell that isn't ours.
-            ValueError: a tensor on another device.
+            TypeError: a wrong dtype, a mask or reset that isn't bool, or `return_gates` of a cell that isn't ours.
+            ValueError: a tensor on another device; more than one of `mask`, `lengths` and a PackedSequence.
         """
-        run = self.run(sequences, initial_state, mask, training, return_gates, self.zero_output_for_mask)
-        results = [run.y, *(self.public_states(run.states) if self.return_state else ())]
+        given = self.given(sequences, mask, reset, lengths)
+        run = self.run(given, initial_state, training, return_gates, self.zero_output_for_mask)
+        y: Any = run.y
+        if self.return_sequences:
+            y = turned(y, given) if self.go_backwards else y
+            y = y if given.packed is None else pack(y, given.packed)
+        results = [y, *(self.public_states(run.states) if self.return_state else ())]
         if return_gates:
-            results.append(run.traces)
+            traces = run.traces
+            if self.go_backwards:
+                traces = [type(trace)(*(turned(part, given) for part in trace)) for trace in traces]
+            results.append(self.public_traces(traces))
         return results[0] if len(results) == 1 else tuple(results)
 
-    def run(
-        self, sequences: Any, initial_state: Any, mask: Any, training: bool | None, return_gates: bool, zero: bool
-    ) -> Run:
-        """Check the arguments, run, keep the state, and put y and the traces into the shape that is returned.
-
-        `zero` is `zero_output_for_mask` for this call. In what comes back `states` has one entry a cell, and `traces`
-        is one Trace, or for a stack a tuple of them.
-        """
+    def given(self, sequences: Any, mask: Any, reset: Any, lengths: Any) -> Given:
+        """Return what a call is given but for its state, checked; builds the weights where that hasn't happened."""
         owner = self._owner
-        x = self._input(sequences)
-        batch, steps = x.shape[:2]
-        used = None
-        if mask is not None:
-            used = as_mask(owner, mask, x)
-            check_mask(owner, tuple(used.shape), batch, steps)
-        states = self._start(initial_state, batch)
-        training = self._trains(training)
-        if self._fusable:
-            y, last, states, traces = run_lstms(
-                self.cells, x, states, used, training, return_gates, self.go_backwards, self.return_sequences
-            )
-        elif return_gates:
-            raise TypeError(f"{owner}: expected return_gates=False: only LSTMCells have gates to return")
+        if isinstance(sequences, PackedSequence):
+            if mask is not None or lengths is not None:
+                raise ValueError(f"{owner}: expected no mask or lengths with a PackedSequence, which has its own")
+            x, used = unpack(owner, sequences, self._reference())
+            self._check(x)
         else:
-            y, last, states = foreign.loop(self.cells, x, states, used, training, self.go_backwards, self._reference())
-            traces = []
-        if self.stateful:
-            self._keep(states)
-        if zero and used is not None:
-            if self.return_sequences:
-                y = torch.where(_expand(used, y), y, 0.0)
-            elif steps:
-                last = torch.where(_expand(used[:, 0 if self.go_backwards else -1], last), last, 0.0)
-        if self.go_backwards:  # in the order processed
-            y = y.flip(1) if self.return_sequences else y
-            traces = [Trace(*(part.flip(1) for part in trace)) for trace in traces]
-        out = y if self.return_sequences else last
-        if self.activity_regularizer is not None:
-            self._activity = self.activity_regularizer(out)
-        return Run(out, states, tuple(traces) if self.stacked else traces[0] if traces else None)
+            x = self.as_x(sequences)
+            used = as_used(owner, x, mask, lengths)
+        starts = None if reset is None else as_steps(owner, "reset", reset, x)
+        return Given(x, used, starts, sequences if isinstance(sequences, PackedSequence) else None)
 
-    def _input(self, sequences: Any) -> Tensor:
-        """Return x as a tensor `[B, T, I]`, checked; builds the weights where that hasn't happened."""
-        first = self.cells[0]
+    def as_x(self, sequences: Any) -> Tensor:
+        """Return `sequences` as a tensor `[B, T, I]`, checked; builds the weights where that hasn't happened."""
         x = as_input(self._owner, "sequences", sequences, self._reference())
-        if isinstance(first, LSTMCell):
+        self._check(x)
+        return x
+
+    def _check(self, x: Tensor) -> None:
+        first = self.cells[0]
+        if isinstance(first, Cell):
             check_sequence(self._owner, tuple(x.shape), first.input_size, "sequences")
         elif x.ndim < 3:
             raise ShapeError(f"{self._owner}: expected sequences [B, T, …], got {tuple(x.shape)}")
         if not self.built:
             self.build(x.shape[-1])
-        return x
+
+    def run(self, given: Given, initial_state: Any, training: bool | None, return_gates: bool, zero: bool) -> Run:
+        """Run over what `given` returned, and keep the state. `zero` is `zero_output_for_mask` for this call."""
+        owner = self._owner
+        x, used, reset, packed = given
+        states = self._start(initial_state, x.shape[0])
+        training = self._trains(training)
+        if reset is not None and self.go_backwards:
+            reset = shifted(reset)
+        if self._ours:
+            y, last, states, traces = run_cells(
+                self.cells,
+                x,
+                states,
+                used,
+                reset,
+                training,
+                return_gates,
+                self.go_backwards,
+                self.return_sequences,
+                self.residual,
+            )
+        elif return_gates:
+            raise TypeError(f"{owner}: expected return_gates=False: only cells of ours have gates to return")
+        else:
+            y, last, states = foreign.loop(
+                self.cells, x, states, used, reset, training, self.go_backwards, self._reference(), self.residual
+            )
+            traces = []
+        if self.stateful:
+            self._keep(states)
+        out = y if self.return_sequences else last
+        if zero and used is not None and packed is None and x.shape[1]:
+            counts = used if self.return_sequences else used[:, 0 if self.go_backwards else -1]
+            out = torch.where(counts.reshape(*counts.shape, *(1,) * (out.ndim - counts.ndim)), out, 0.0)
+        if self.activity_regularizer is not None:  # of what is returned: what pads a packed row isn't
+            self._activity = self.activity_regularizer(
+                out if packed is None or not self.return_sequences else out[used]
+            )
+        return Run(out, states, traces)
 
     def _reference(self) -> Tensor:
         """Return a tensor of the dtype and on the device that the layer works in."""
         first = self.cells[0]
-        if isinstance(first, LSTMCell):
+        if isinstance(first, Cell):
             return first.like
         return next((p for p in self.parameters() if p.is_floating_point()), self._like)
-
-
-def _expand(mask: Tensor, like: Tensor) -> Tensor:
-    """Return `mask` with axes of size 1 added at its end, up to the rank of `like`."""
-    return mask.reshape(*mask.shape, *(1,) * (like.ndim - mask.ndim))
-
-
-class LSTM(RNN):
-    """A long short-term memory over a sequence: an RNN of one `LSTMCell`.
-
-    Args:
-        units, activation, recurrent_activation, use_bias, kernel_initializer, recurrent_initializer, bias_initializer,
-        unit_forget_bias, kernel_regularizer, recurrent_regularizer, bias_regularizer, kernel_constraint,
-        recurrent_constraint, bias_constraint, dropout, recurrent_dropout, seed, input_size, dtype, device: see
-            `LSTMCell`.
-        activity_regularizer, return_sequences, return_state, go_backwards, stateful, unroll, zero_output_for_mask,
-        name: see `RNN`.
-
-    Raises:
-        ShapeError: a width below 1.
-        ValueError: an unknown name, or a dropout outside [0, 1).
-
-    >>> lstm = LSTM(4, return_sequences=True, return_state=True)
-    >>> y, h, c = lstm([[[3, 2, 2, 2, 2, 2]]])
-    >>> tuple(y.shape), tuple(h.shape), tuple(c.shape)
-    ((1, 1, 4), (1, 4), (1, 4))
-    """
-
-    cell: LSTMCell
-
-    def __init__(
-        self,
-        units: int,
-        activation: Any = "tanh",
-        recurrent_activation: Any = "sigmoid",
-        use_bias: bool = True,
-        kernel_initializer: weights.Given = "glorot_uniform",
-        recurrent_initializer: weights.Given = "orthogonal",
-        bias_initializer: weights.Given = "zeros",
-        unit_forget_bias: bool = True,
-        kernel_regularizer: weights.Given = None,
-        recurrent_regularizer: weights.Given = None,
-        bias_regularizer: weights.Given = None,
-        activity_regularizer: weights.Given = None,
-        kernel_constraint: weights.Given = None,
-        recurrent_constraint: weights.Given = None,
-        bias_constraint: weights.Given = None,
-        dropout: float = 0.0,
-        recurrent_dropout: float = 0.0,
-        seed: int | None = None,
-        return_sequences: bool = False,
-        return_state: bool = False,
-        go_backwards: bool = False,
-        stateful: bool = False,
-        unroll: bool = False,
-        zero_output_for_mask: bool = False,
-        *,
-        input_size: int | None = None,
-        dtype: str | torch.dtype | None = None,
-        device: Any = None,
-        name: str | None = None,
-    ) -> None:
-        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        of_layer = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
-        shared = {"activity_regularizer": activity_regularizer, "name": name}
-        # The cell is named after the layer, so that its errors are the layer's.
-        cell = LSTMCell(**{key: value for key, value in given.items() if key not in (*of_layer, *shared)}, name=name)
-        super().__init__(cell, **{key: given[key] for key in of_layer}, **shared)
-        self._config = {**given, "units": cell.units, "seed": cell.seed}
-
-    units = of_cell("units")
-    input_size = of_cell("input_size")
-    activation = of_cell("activation")
-    recurrent_activation = of_cell("recurrent_activation")
-    use_bias = of_cell("use_bias")
-    dropout = of_cell("dropout")
-    recurrent_dropout = of_cell("recurrent_dropout")

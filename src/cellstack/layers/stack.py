@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,35 +11,51 @@ from torch import Tensor, nn
 
 from cellstack.layers import eager, op
 from cellstack.layers.base import Layer, as_input, last_axis
-from cellstack.layers.cells import Cell, LSTMCell, needs_grad
+from cellstack.layers.cells import Cell, as_drops, needs_grad
 from cellstack.layers.foreign import as_cell, initial_state, output_width, takes_training
-from cellstack.spec import ShapeError, State, Trace, check_step
+from cellstack.spec import GATES, TRACES, ShapeError, check_step
 
 
 class StackedRNNCells(Layer):
     """Several cells, each fed with the output of the one before: itself a cell.
 
     Args:
-        cells: bottom first; `LSTMCell`s, or any objects with `state_size` and a call `(x, states) -> (y, states)`.
+        cells: bottom first; ours, of any kind and width, or any objects with `state_size` and a call
+            `(x, states) -> (y, states)`.
+        residual: add its input to the output of each cell but the first, where they are of one width:
+            `y = h + x`. The state stays h.
         input_size: width I of the first cell's input, to make the weights at once.
         name: said in error messages.
 
     Raises:
-        TypeError: something in `cells` is no cell.
+        TypeError: something in `cells` is no cell, or `residual` no bool.
+        ValueError: no cells.
 
     >>> from cellstack.layers import LSTMCell
     >>> StackedRNNCells([LSTMCell(4), LSTMCell(5)]).state_size
     [[4, 4], [5, 5]]
+
+    Ref: residual connections between layers: Wu et al. 2016, "Google's Neural Machine Translation System", eq. 6.
     """
 
-    def __init__(self, cells: Iterable[Any], *, input_size: int | None = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        cells: Iterable[Any],
+        residual: bool = False,
+        *,
+        input_size: int | None = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(name)
         given = list(cells)
         if not given:
             raise ValueError(f"{self._owner}: expected at least one cell, got none")
         if any(isinstance(cell, StackedRNNCells) for cell in given):
             raise TypeError(f"{self._owner}: expected one flat list of cells, got a stack within a stack")
-        self._config = {"cells": given, "input_size": input_size, "name": name}
+        if not isinstance(residual, bool):
+            raise TypeError(f"{self._owner}: expected residual to be True or False, got {residual!r}")
+        self._config = {"cells": given, "residual": residual, "input_size": input_size, "name": name}
+        self.residual = residual
         self.cells = nn.ModuleList(as_cell(self._owner, cell) for cell in given)
         if input_size is not None:
             self.build(input_size)
@@ -67,7 +84,7 @@ class StackedRNNCells(Layer):
             width = output_width(cell)
 
     def get_initial_state(self, batch_size: int) -> list[Any]:
-        """Return zeros for each cell's state."""
+        """Return the initial state of each cell."""
         return [initial_state(cell, batch_size, next(self.parameters(), torch.empty(0))) for cell in self.cells]
 
     def forward(self, inputs: Any, states: Any, training: bool | None = None) -> tuple[Tensor, list[Any]]:
@@ -87,91 +104,129 @@ class StackedRNNCells(Layer):
         if len(states) != len(self.cells):
             raise ShapeError(f"{self._owner}: expected {len(self.cells)} states, one a cell, got {len(states)}")
         cells: Any = self.cells
-        if all(isinstance(cell, LSTMCell) for cell in cells):
+        if all(isinstance(cell, Cell) for cell in cells):
             x = as_input(self._owner, "inputs", inputs, cells[0].like)
             check_step(self._owner, tuple(x.shape), cells[0].input_size, "inputs")
             self.build(x.shape[1])
             begin = [
                 c.as_state(self._owner, s, x.shape[0], n) for n, (c, s) in enumerate(zip(cells, states, strict=True))
             ]
-            training = self._trains(training)
-            _, last, ends, _ = run_lstms(cells, x.unsqueeze(1), begin, None, training, False, False, False)
+            flags = self._trains(training), False, False, False, self.residual
+            _, last, ends, _ = run_cells(cells, x.unsqueeze(1), begin, None, None, *flags)
             return last, [list(state) for state in ends]
         new_states = []
-        for cell, state in zip(self.cells, states, strict=True):
+        y = inputs
+        for n, (cell, state) in enumerate(zip(self.cells, states, strict=True)):
             kwargs = {"training": training} if takes_training(cell) else {}
-            inputs, state = cell(inputs, state, **kwargs)
+            x = y
+            y, state = cell(x, state, **kwargs)
+            if self.residual and n and y.shape == x.shape:
+                y = y + x
             new_states.append(state)
-        return inputs, new_states
+        return y, new_states
 
 
-def run_lstms(
-    cells: Sequence[LSTMCell],
+def run_cells(
+    cells: Sequence[Cell],
     x: Tensor,
     states: Sequence[Any] | None,
     used: Tensor | None,
+    reset: Tensor | None,
     training: bool,
     traced: bool,
     reverse: bool,
     sequences: bool,
-) -> tuple[Tensor, Tensor, list[State], list[Trace]]:
-    """Run built LSTMCells over a sequence: as many as can be in one call of the op, the others by their own routes.
+    residual: bool,
+) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
+    """Run built cells over a sequence: as many as can be in one call of the op, the others by their own routes.
+
+    Args:
+        cells: bottom first.
+        x: `[B, T, I]`.
+        states: one entry a cell; None: their initial states.
+        used: the mask, `[B, T]` of bool.
+        reset: where the state before a step, in the order processed, is the initial one again: `[B, T]` of bool.
+        training: whether masks are drawn.
+        traced: whether traces are wanted.
+        reverse: from the last step to the first; y stays in the order of x.
+        sequences: whether y is wanted, not only the last output.
+        residual: see `StackedRNNCells`.
 
     Returns:
-        y `[B, T, H]` (where `sequences`), the last h, a `State` a cell, and a `Trace` a cell (where `traced`).
+        y `[B, T, P]` (where `sequences`), the last output `[B, P]`, a state a cell, a trace a cell (where `traced`).
     """
-    count = len(cells)
     for cell in cells:
         if cell._forward_pre_hooks or cell._forward_hooks:
             raise TypeError(
                 f"{cell._owner}: expected a cell without forward hooks (pruning sets one), which a run over a sequence "
                 "doesn't call: torch.nn.utils.parametrize changes weights without them, prune.remove makes them final"
             )
+    batch, steps, _ = x.shape
+    count = len(cells)
     arrays = [cell.arrays() for cell in cells]
-    drops = [cell.masks(x.shape[0], training) for cell in cells]
+    masks = [cell.masks(batch, steps, training) for cell in cells]
     routes = [cell.route(weight[0])[0] for cell, weight in zip(cells, arrays, strict=True)]
-    finals: list[State] = []
-    traces: list[Trace] = []
-    y = x
+    adds = [residual and n > 0 and cell.input_size == cell.output_size for n, cell in enumerate(cells)]
+    finals: list[Any] = []
+    traces: list[Any] = []
+    y, last = x, x
     start = 0
     while start < count:
         stop = start + 1
-        while stop < count and routes[start] == routes[stop] == "fused" and drops[stop][0] is None:
+        while (
+            stop < count
+            and routes[start] == routes[stop] == "fused"
+            and masks[stop].input is None
+            and not (adds[stop] or adds[stop - 1])
+        ):
             stop += 1
-        input_drop = drops[start][0]
-        if input_drop is not None:
-            y = y * input_drop.unsqueeze(1)
-        part = slice(start, stop)
+        part, below, drop = slice(start, stop), y, masks[start].input
+        if drop is not None:
+            y = y * drop.unsqueeze(1)
         flat = [array for group in arrays[part] for array in group]
-        begin = [] if states is None else states[part]
-        h0, c0 = [state[0] for state in begin], [state[1] for state in begin]
-        drop = [cell._no_bias if d[1] is None else d[1] for cell, d in zip(cells[part], drops[part], strict=True)]
-        if all(d[1] is None for d in drops[part]):
-            drop = []
-        wanted = sequences or stop < count
-        save = traced or needs_grad(y, *h0, *c0, *flat)
+        starts = [] if states is None else [array for state in states[part] for array in state]
+        drops = as_drops(masks[part], cells[start]._like)
+        wanted = sequences or stop < count or adds[start]
+        save = traced or needs_grad(y, *starts, *flat)
         if routes[start] == "fused":
-            codes = [code for cell in cells[part] for code in cell._codes]
-            out = op.run(y, h0, c0, flat, drop, used, codes, reverse, wanted, save)
-        elif routes[start] == "cudnn" and used is None and not drop and not traced and y.shape[0] * y.shape[1]:
-            start_h, start_c = (h0[0], c0[0]) if h0 else (None, None)
-            ends = eager.cudnn_lstm(y, start_h, start_c, flat, reverse)
-            out, save, wanted = [ends[1], ends[2], ends[0]], False, True
+            texts = [cell._text for cell in cells[part]]
+            out = op.run(y, starts, flat, drops, used, reset, texts, reverse, wanted, save)
+        elif routes[start] == "cudnn" and used is reset is None and not drops and not traced and batch * steps:
+            out, save, wanted = [*eager.cudnn_lstm(y, starts, flat, reverse)], False, True
         else:
-            functions = cells[start]._functions
             save, wanted = traced, True
-            out = eager.lstm(y, h0, c0, flat, drop, used, functions, reverse, wanted, save)
-        width = stop - start
-        finals += map(State, out[:width], out[width : 2 * width])
-        if wanted or save:
-            y = out[3 * width - 1 if save else 2 * width]
-        if traced:
-            outputs, gates, memory = (out[k * width : (k + 1) * width] for k in (2, 3, 4))
-            traces += map(_trace, gates, memory, outputs)
+            specs, functions = [cells[start]._spec], [cells[start]._functions]
+            out = eager.run(y, starts, flat, drops, used, reset, specs, functions, reverse, wanted, save)
+        results = iter(out)
+        finals += [cell.State(*islice(results, len(cell.State._fields))) for cell in cells[part]]
+        last = finals[-1].h
+        if save:
+            outputs, gates, memory = (list(islice(results, stop - start)) for _ in range(3))
+            y = outputs[-1]
+            if traced:
+                traces += map(_trace, cells[part], gates, memory, outputs)
+        elif wanted:
+            y = next(results)
+        if adds[start] and steps:
+            y = y + (below if used is None else _at_last_used(below, used, reset, reverse))
+            last = y[:, 0 if reverse else -1]
         start = stop
-    return y, finals[-1].h, finals, traces
+    return y, last, finals, traces
 
 
-def _trace(gates: Tensor, cells: Tensor, y: Tensor) -> Trace:
-    i, f, g, o = gates.unbind(2)
-    return Trace(i, f, g, o, cells, y)
+def _trace(cell: Cell, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
+    named = dict(zip(GATES[cell.kind], gates.unbind(2), strict=False))  # without what only the kernel needs
+    return TRACES[cell.kind](**named, **({"c": memory} if cell.kind == "lstm" else {}), h=y)
+
+
+def _at_last_used(x: Tensor, used: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
+    """Return x of the last step that the mask counts, up to each step and since its last reset; zeros before that."""
+    if reverse:
+        turned = None if reset is None else reset.flip(1)
+        return _at_last_used(x.flip(1), used.flip(1), turned, False).flip(1)
+    count = torch.arange(1, x.shape[1] + 1, device=x.device)
+    last = torch.where(used, count, 0).cummax(1).values  # 0: none
+    if reset is not None:
+        last = torch.where(last >= torch.where(reset, count, 0).cummax(1).values, last, 0)
+    padded = torch.cat([torch.zeros_like(x[:, :1]), x], dim=1)
+    return padded.gather(1, last.unsqueeze(2).expand(x.shape))

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cellstack.layers import foreign
 from cellstack.layers.base import Layer, as_input, recomputing, training_tensors
 from cellstack.layers.cells import Cell
 from cellstack.layers.foreign import as_parts, cell_name, like_size
-from cellstack.spec import ShapeError, State
+from cellstack.spec import HiddenState, ShapeError, State
 
 
 class StatefulLayer(Layer):
-    """A layer with `states`: what the next call starts from. One entry a cell; a `State(h, c)` for an LSTMCell.
+    """A layer with `states`: what the next call starts from. One entry a cell; for ours a `State` or `HiddenState`.
 
     In a stateful layer they are what the last call left, cut off from its graph, and are part of the `state_dict`
     (`states.0.h`, `states.0.c`, …; plain tensors). In any other layer states that were set serve one call.
@@ -43,7 +44,10 @@ class StatefulLayer(Layer):
 
     @property
     def states(self) -> Any:
-        """State that the next call starts from: (h, c), or one such pair a cell of a stack; None for zeros.
+        """State that the next call starts from, for a stack one a cell; None for the cells' initial state.
+
+        `State(h, c)` for an LSTM, `HiddenState(h)` for other cells of ours. The initial state is zeros, or what the
+        cells learned with `learn_initial_state`.
 
         Raises (when set):
             ShapeError: not the right number of arrays, or a wrong rank or width.
@@ -72,11 +76,19 @@ class StatefulLayer(Layer):
         """Return states in the order in which a call returns them: one a cell for a stack, else h, c."""
         return tuple(states) if self.stacked else as_parts(states[0])
 
+    @property
+    def state_count(self) -> int:
+        """How many states a call returns."""
+        if self.stacked:
+            return len(self.cells)
+        size = self.cells[0].state_size
+        return 1 if isinstance(size, int) else len(size)
+
     def reset_states(self, states: Any = None, indices: Any = None) -> None:
         """Forget the state, or replace it.
 
         Args:
-            states: what the next call starts from; None: zeros, for whatever batch comes.
+            states: what the next call starts from; None: the cells' initial state, for whatever batch comes.
             indices: rows of the batch to reset, as integers or as a mask `[B]` of bool; the others keep theirs.
                 `states` then has one row for each.
 
@@ -101,12 +113,15 @@ class StatefulLayer(Layer):
         rows = rows.to(torch.int64).reshape(-1)
         if rows.numel() and not (-batch <= int(rows.min()) and int(rows.max()) < batch):
             raise IndexError(f"{self._owner}: expected indices within a batch of {batch}, got {rows.tolist()}")
-        new = None if states is None else self._as_states(states, rows.numel())
+        if states is None:
+            new = [foreign.initial_state(cell, rows.numel(), self._reference()) for cell in self.cells]
+        else:
+            new = self._as_states(states, rows.numel())
         changed = []
-        for n, (cell, old) in enumerate(zip(self.cells, self._states, strict=True)):
+        for cell, old, values in zip(self.cells, self._states, new, strict=True):
             parts = [part.clone() for part in as_parts(old)]
-            for k, part in enumerate(parts):
-                part[rows.to(part.device)] = torch.zeros((), dtype=part.dtype) if new is None else as_parts(new[n])[k]
+            for part, value in zip(parts, as_parts(values), strict=True):
+                part[rows.to(part.device)] = value
             changed.append(like_size(cell, parts))
         self._states = changed
 
@@ -115,9 +130,8 @@ class StatefulLayer(Layer):
         if not hasattr(value, "__len__"):
             raise TypeError(f"{self._owner}: expected a state of tensors or arrays, got {type(value).__name__}")
         if not self.stacked:
-            if isinstance(value, (list, tuple)) and len(value) == 1 and hasattr(value[0], "__len__"):
-                one = value[0]  # a list of one state, as a stack would have
-                value = one if isinstance(one, (list, tuple)) and not isinstance(one[0], (int, float)) else value
+            if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], (list, tuple)):
+                value = value[0] if _rank(value[0]) > 2 else value  # a list of one state, as a stack would have
             entries = [value]
         else:
             entries = list(value)
@@ -149,7 +163,7 @@ class StatefulLayer(Layer):
         return state
 
     def _start(self, initial_state: Any, batch: int) -> list[Any] | None:
-        """Return the states that this call starts from, one entry a cell; None for zeros."""
+        """Return the states that this call starts from, one entry a cell; None for the cells' initial state."""
         if initial_state is not None:
             states = self._as_states(initial_state, batch)
         else:
@@ -198,7 +212,7 @@ class StatefulLayer(Layer):
 
     @staticmethod
     def _key(state: Any, k: int) -> str:
-        return State._fields[k] if isinstance(state, State) else str(k)
+        return state._fields[k] if isinstance(state, (State, HiddenState)) else str(k)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.stateful:
@@ -214,6 +228,13 @@ class StatefulLayer(Layer):
             except ShapeError as error:
                 args[-1].append(str(error))  # error_msgs
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _rank(value: Any) -> int:
+    """Return how deep `value` is nested: the rank of an array, one more for each list around it."""
+    if isinstance(value, (list, tuple)):
+        return 1 + _rank(value[0]) if value else 1
+    return getattr(value, "ndim", 0)
 
 
 def _copied(cells: Sequence[Any], states: Sequence[Any]) -> list[Any]:

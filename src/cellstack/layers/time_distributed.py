@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from cellstack.layers.base import Layer, as_input, as_mask
@@ -56,28 +57,32 @@ class TimeDistributed(Layer):
         """Apply the layer to each step.
 
         Args:
-            inputs: `[B, T, …]`, at least three axes.
+            inputs: `[B, T, …]`, at least three axes; or a `PackedSequence` of torch, whose steps lie folded already.
             mask: `[B, T, …]` of bool; handed on, folded, to a layer that takes a mask, else without effect.
             training: handed on to a layer that takes it.
 
         Returns:
-            What the layer returns, with `[B, T]` in place of each result's first axis.
+            What the layer returns, with `[B, T]` in place of each result's first axis; packed where `inputs` were.
 
         Raises:
             ShapeError: fewer than three axes, or a mask of another shape.
+            ValueError: a mask with a PackedSequence.
         """
         like = next((p for p in self.parameters() if p.is_floating_point()), self._like)
+        how: dict[str, Any] = {"training": training} if "training" in self._takes else {}
+        if isinstance(inputs, PackedSequence):
+            if mask is not None:
+                raise ValueError(f"{self._owner}: expected no mask with a PackedSequence, which has its lengths")
+            y = self.layer(as_input(self._owner, "inputs", inputs.data, like), **how)
+            return pytree.tree_map_only(Tensor, lambda t: PackedSequence(t, *inputs[1:]), y)
         x = as_input(self._owner, "inputs", inputs, like)
         if x.ndim < 3:
             raise ShapeError(f"{self._owner}: expected inputs [B, T, …] with at least three axes, got {tuple(x.shape)}")
         batch, steps = x.shape[:2]
-        kwargs: dict[str, Any] = {}
         if mask is not None:
             used = as_mask(self._owner, mask, x)
             check_mask(self._owner, tuple(used.shape[:2]), batch, steps)
             if "mask" in self._takes:
-                kwargs["mask"] = used.reshape(batch * steps, *used.shape[2:])
-        if "training" in self._takes:
-            kwargs["training"] = training
-        out = self.layer(x.reshape(batch * steps, *x.shape[2:]), **kwargs)
+                how["mask"] = used.reshape(batch * steps, *used.shape[2:])
+        out = self.layer(x.reshape(batch * steps, *x.shape[2:]), **how)
         return pytree.tree_map_only(Tensor, lambda t: t.reshape(batch, steps, *t.shape[1:]), out)

@@ -296,7 +296,7 @@ class _Run:
         model, inputs = self.model, self.inputs
         return {
             **asdict(self.settings),
-            **{name: getattr(model, name) for name in ("task", "bidirectional", "pooling", "every_step")},
+            **{name: getattr(model, name) for name in ("task", "cell", "bidirectional", "pooling", "every_step")},
             "dropout": model.dropout.p,
             "shapes": {name: list(value.shape) for name, value in model.state_dict().items()},
             "inputs": _digest([inputs.mean, inputs.scale, np.array(inputs.observed, np.int64)]),

@@ -1,4 +1,4 @@
-"""The model that is trained: standardise, stacked LSTMs, pool, a dense head. It becomes a Network by `to_nodes`."""
+"""The model that is trained: standardise, stacked cells, pool, a dense head. It becomes a Network by `to_nodes`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from cellstack import layers
 from cellstack.nodes import Dense, Node, Pool, Standardise
 from cellstack.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import CellSpec
 from cellstack.train.checks import UsageError
 
 TASKS = ("classify", "regress")
+LAYERS = {"lstm": layers.LSTM, "gru": layers.GRU, "rnn": layers.SimpleRNN}
 
 
 class Scale(nn.Module):
@@ -57,12 +57,12 @@ class Dropout(nn.Module):
 
 
 class Model(nn.Module):
-    """Stacked LSTMs over a sequence, read out as classes or numbers.
+    """Stacked recurrent layers over a sequence, read out as classes or numbers.
 
     Args:
         inputs: mean and scale of each input channel, `[I]` both.
         outputs: how many classes, or how many numbers.
-        units: width of each LSTM, bottom first.
+        units: width of each layer, bottom first.
         task: `"classify"` or `"regress"`.
         bidirectional: run each layer from both ends, outputs side by side.
         dropout: share of values dropped out after each layer in training.
@@ -70,6 +70,7 @@ class Model(nn.Module):
         every_step: read out every step and pool the answers (class probabilities), not the hidden states. Such a model
             has an answer after each step of a stream, and each step counts in its loss.
         targets: mean and scale of each number, `[O]` both; training sees standardised targets, users don't.
+        cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
 
     Raises:
         UsageError: an option out of its range.
@@ -86,24 +87,25 @@ class Model(nn.Module):
         pooling: str = "mean",
         every_step: bool = False,
         targets: tuple[np.ndarray, np.ndarray] | None = None,
+        cell: str = "lstm",
     ):
         super().__init__()
         if not units or min(units) < 1:
             raise UsageError(f"Model: expected units of at least 1 for at least one layer, got {units}")
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"Model: expected dropout in [0, 1), got {dropout}")
-        for name, value, choices in (("task", task, TASKS), ("pooling", pooling, ("mean", "max", "last"))):
+        given = (("task", task, TASKS), ("pooling", pooling, ("mean", "max", "last")), ("cell", cell, tuple(LAYERS)))
+        for name, value, choices in given:
             if value not in choices:
                 raise UsageError(f"Model: expected {name} to be one of {', '.join(choices)}, got {value!r}")
         self.task, self.pooling, self.every_step, self.bidirectional = task, pooling, every_step, bidirectional
+        self.cell = cell
         self.standardise = Scale(*inputs)
         self.recurrent = nn.ModuleList()
         width = len(inputs[0])
         for size in units:
-            layer = layers.LSTM(size, return_sequences=True, input_size=width)
-            if bidirectional:
-                layer = layers.Bidirectional(layers.LSTM(size, return_sequences=True, input_size=width))
-            self.recurrent.append(layer)
+            layer = LAYERS[cell](size, return_sequences=True, input_size=width)
+            self.recurrent.append(layers.Bidirectional(layer) if bidirectional else layer)
             width = size * (2 if bidirectional else 1)
         self.dropout = Dropout(dropout)
         self.head = nn.Linear(width, outputs)
@@ -174,11 +176,9 @@ class Model(nn.Module):
 
 
 def _recurrent(stack: list[Any], go_backwards: bool = False) -> Recurrent:
-    cells = []
-    for layer in stack:
-        kernel, recurrent_kernel, bias = layer.get_weights()
-        cells.append(Cell(CellSpec(kernel.shape[0], recurrent_kernel.shape[0]), kernel, recurrent_kernel, bias))
-    return Recurrent(tuple(cells), return_sequences=True, go_backwards=go_backwards)
+    cells = [layer.cell for layer in stack]
+    held = (Cell(cell.spec, *(_array(getattr(cell, name)) for name in cell.spec.shapes)) for cell in cells)
+    return Recurrent(tuple(held), return_sequences=True, go_backwards=go_backwards)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -32,6 +32,7 @@ class Shape:
     dropout: float = 0.0
     pooling: str = "mean"
     every_step: bool = False
+    cell: str = "lstm"
 
 
 @dataclass(frozen=True)
@@ -178,5 +179,5 @@ def _train(
 def _network(model: Model, metadata: dict[str, Any]) -> Network:
     nodes = model.to_nodes()
     kinds = [type(node).__name__ for node in nodes]
-    names = [NODE_NAMES.get(kind, f"lstm_{n}") for n, kind in enumerate(kinds)]
+    names = [NODE_NAMES.get(kind, f"recurrent_{n}") for n, kind in enumerate(kinds)]
     return Network(tuple(nodes), tuple(names), metadata)

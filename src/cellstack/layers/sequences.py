@@ -1,0 +1,95 @@
+"""What a call over sequences is given: which steps count, where pieces begin, and whether it came packed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from cellstack.layers.base import as_input, as_mask
+from cellstack.spec import ShapeError, check_mask
+
+
+class Given(NamedTuple):
+    """The sequences of a call, checked."""
+
+    x: Tensor  # [B, T, …], rows in the order of the batch
+    used: Tensor | None  # [B, T] of bool, True where a step counts; None: everywhere
+    reset: Tensor | None  # [B, T] of bool, True where a piece begins, in the order of time; None: nowhere
+    packed: PackedSequence | None  # what x was before it was padded
+
+
+def as_used(owner: str, x: Tensor, mask: Any, lengths: Any) -> Tensor | None:
+    """Return `[B, T]` of bool, True where a step of x counts, from a mask or from the rows' lengths; None without.
+
+    Raises:
+        ShapeError: another shape.
+        TypeError: a mask that isn't bool, or lengths that aren't integers.
+        ValueError: both of them, or a length out of range.
+    """
+    if mask is not None and lengths is not None:
+        raise ValueError(f"{owner}: expected mask or lengths, got both")
+    if lengths is not None:
+        return _within(owner, lengths, x)
+    return None if mask is None else as_steps(owner, "mask", mask, x)
+
+
+def as_steps(owner: str, name: str, value: Any, x: Tensor) -> Tensor:
+    """Return the argument `name`, a bool for each step of `x [B, T, …]`, checked."""
+    steps = as_mask(owner, value, x, name)
+    check_mask(owner, tuple(steps.shape), x.shape[0], x.shape[1], name)
+    return steps
+
+
+def _within(owner: str, lengths: Any, x: Tensor) -> Tensor:
+    batch, steps = x.shape[:2]
+    counts = lengths if isinstance(lengths, Tensor) else torch.from_numpy(np.array(lengths))
+    if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
+        raise TypeError(f"{owner}: expected lengths to be integers, got {str(counts.dtype).removeprefix('torch.')}")
+    if tuple(counts.shape) != (batch,):
+        raise ShapeError(f"{owner}: expected lengths [B={batch}], got {tuple(counts.shape)}")
+    # A graph can't depend on numbers: under torch.compile what is past T counts as T.
+    if not torch.compiler.is_compiling() and batch and (int(counts.min()) < 0 or int(counts.max()) > steps):
+        raise ValueError(f"{owner}: expected lengths within 0 and T={steps}, got {counts.tolist()}")
+    return torch.arange(steps, device=x.device) < counts.to(x.device)[:, None]
+
+
+def shifted(reset: Tensor) -> Tensor:
+    """Return where a pass from the last step to the first starts anew, for `reset [B, T]` in the order of time.
+
+    It enters a piece at the piece's last step, the one before the next piece begins.
+    """
+    return torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], dim=1)
+
+
+def unpack(owner: str, packed: PackedSequence, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a PackedSequence as `x [B, T, …]`, rows in the order of the batch before it was packed, and its mask.
+
+    Raises:
+        TypeError, ValueError: see `base.as_input`.
+    """
+    data = as_input(owner, "sequences", packed.data, like)
+    rest = packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
+    x, lengths = pad_packed_sequence(PackedSequence(data, *rest), batch_first=True)
+    return x, torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]
+
+
+def pack(y: Tensor, like: PackedSequence) -> PackedSequence:
+    """Return `y [B, T, …]`, rows in the order of the batch, packed in the way `like` is."""
+    order = like.sorted_indices
+    rows = y if order is None else y.index_select(0, order)
+    lengths = (like.batch_sizes[:, None] > torch.arange(rows.shape[0], device=like.batch_sizes.device)).sum(0)
+    data = pack_padded_sequence(rows, lengths, batch_first=True).data
+    return PackedSequence(data, like.batch_sizes, order, like.unsorted_indices)
+
+
+def turned(value: Tensor, given: Given) -> Tensor:
+    """Return `value [B, T, …]` from the last step to the first; of packed rows each within its length."""
+    if given.packed is None or given.used is None:
+        return value.flip(1)
+    steps = value.shape[1]
+    order = torch.remainder(given.used.sum(1, keepdim=True) - 1 - torch.arange(steps, device=value.device), steps)
+    return value.take_along_dim(order.reshape(*order.shape, *(1,) * (value.ndim - 2)), 1)

@@ -1,0 +1,149 @@
+"""`truncated_backward`: truncated backpropagation through time, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cellstack.layers.base import Layer, apply_constraints, as_integer
+from cellstack.layers.rnn import RNN
+from cellstack.layers.sequences import as_steps, as_used
+from cellstack.spec import ShapeError
+
+OWNER = "truncated_backward"
+
+
+def truncated_backward(
+    model: RNN | Callable[..., tuple[Tensor, Any]],
+    sequences: Any,
+    targets: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+    *,
+    initial_state: Any = None,
+    mask: Any = None,
+    lengths: Any = None,
+    reset: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    max_norm: float | None = None,
+) -> tuple[Tensor, Any]:
+    """Run over long sequences in chunks of `steps` and differentiate each by itself: gradients reach back no further.
+
+    The state goes on from chunk to chunk, cut off from its graph, so that a call needs the memory of one chunk, however
+    long the sequences are. It takes the place of `loss.backward()`: gradients are added to the `.grad` of whatever has
+    one, and what they sum up to is the gradient of the mean loss over all steps (without the paths that are cut).
+    With an `optimizer` each chunk is a step of it instead, on the gradient of that chunk's own mean loss.
+
+    Args:
+        model: an RNN of ours with `return_sequences`, or a callable `(chunk, state) -> (prediction, state)` whose
+            prediction is `[B, t, …]`, which is also given `mask=` and `reset=` of the chunk where the call has them. Of
+            a state it may make what it likes: the first is `initial_state`, tensors in it are cut off.
+        sequences: `[B, T, …]`, a tensor or an array.
+        targets: `[B, T, …]`, on the device of the predictions.
+        loss: a callable of the predictions `[N, …]` and the targets `[N, …]` of the N steps of a chunk that count, in
+            the order of rows, then steps; returns their mean, as torch's losses do. A head may be part of it.
+        steps: steps of a chunk, at least 1; the last one may have fewer.
+        initial_state: what the first chunk starts from; None: as any call of the model does.
+        mask, lengths, reset: see `RNN.forward`. A chunk of which no step counts is run for its state alone.
+        optimizer: is stepped after each chunk, its gradients zeroed before. Constraints within a model that is a
+            module are applied then.
+        max_norm: to what the norm of all the optimizer's gradients is cut before a step.
+
+    Returns:
+        The mean loss over all steps that count, a scalar without a graph; and the state after the last step, as
+        `initial_state` takes it.
+
+    Raises:
+        ShapeError: targets, mask or reset of another batch or number of steps.
+        TypeError: a model that can't be called, a mask or reset that isn't bool.
+        ValueError: a layer that goes backwards or doesn't return sequences, no step that counts, `steps` below 1,
+            `max_norm` without an optimizer, or a mask with lengths.
+
+    >>> from cellstack import layers
+    >>> lstm, head = layers.LSTM(4, return_sequences=True, input_size=3), nn.Linear(4, 2)
+    >>> x, targets = torch.randn(2, 100, 3), torch.randn(2, 100, 2)
+    >>> loss, state = truncated_backward(lstm, x, targets, lambda y, t: (head(y) - t).square().mean(), steps=20)
+    >>> tuple(lstm.cell.kernel.grad.shape), state.shape
+    ((3, 16), (2, 2, 4))
+
+    Ref: Williams and Peng 1990, "An Efficient Gradient-Based Algorithm for On-Line Training of Recurrent Network
+    Trajectories": BPTT(h; h') with h = h' = `steps`.
+    """
+    run = _runner(model)
+    if as_integer(OWNER, "steps", steps) < 1:
+        raise ValueError(f"{OWNER}: expected steps >= 1, got {steps}")
+    if max_norm is not None and optimizer is None:
+        raise ValueError(
+            f"{OWNER}: expected an optimizer with max_norm: without one, clip what all chunks summed up to"
+        )
+    batch, length = _shape(sequences, targets)
+    used = as_used(OWNER, targets, mask, lengths)
+    starts = None if reset is None else as_steps(OWNER, "reset", reset, targets)
+    counts = [batch] * length if used is None else used.sum(0).tolist()
+    total = sum(counts)
+    if not total:
+        raise ValueError(f"{OWNER}: expected at least one step that counts, got none of [B={batch}, T={length}]")
+    mean, state = torch.zeros((), device=targets.device), initial_state
+    for first in range(0, length, steps):
+        part = slice(first, first + steps)
+        share = sum(counts[part]) / total
+        masks = {name: m[:, part] for name, m in (("mask", used), ("reset", starts)) if m is not None}
+        with nullcontext() if share else torch.no_grad():
+            y, state = run(sequences[:, part], state, **masks)
+        state = pytree.tree_map_only(Tensor, Tensor.detach, state)
+        if not share:
+            continue
+        pair = y, targets[:, part]
+        value = loss(*(value.flatten(0, 1) if used is None else value[masks["mask"]] for value in pair))
+        mean = mean + share * value.detach()
+        if optimizer is None:
+            (share * value).backward()
+        else:
+            _step(optimizer, value, max_norm)
+            if isinstance(model, nn.Module):
+                apply_constraints(model)
+    return mean, state
+
+
+def _runner(model: Any) -> Callable[..., tuple[Tensor, Any]]:
+    """Return what runs a chunk from a state: the model itself, unless it is a layer of ours."""
+    if isinstance(model, RNN):
+        owner = f"{OWNER}: {type(model).__name__}"
+        if model.go_backwards or not model.return_sequences:
+            raise ValueError(f"{owner}: expected return_sequences=True and go_backwards=False")
+
+        def run(chunk: Any, state: Any, mask: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Any]:
+            ran = model.run(model.given(chunk, mask, reset, None), state, None, False, False)
+            return ran.y, tuple(ran.states) if model.stacked else ran.states[0]
+
+        return run
+    if isinstance(model, Layer) or not callable(model):
+        raise TypeError(
+            f"{OWNER}: expected an RNN of ours or a callable (chunk, state) -> (prediction, state), "
+            f"got {type(model).__name__}"
+        )
+    return model  # type: ignore[return-value]
+
+
+def _shape(sequences: Any, targets: Any) -> tuple[int, int]:
+    """Return B and T, checked."""
+    if not hasattr(sequences, "shape") or not isinstance(targets, Tensor):
+        came = f"{type(sequences).__name__}, {type(targets).__name__}"
+        raise TypeError(f"{OWNER}: expected sequences as a tensor or array, targets as a tensor, got {came}")
+    shapes = tuple(sequences.shape), tuple(targets.shape)
+    if len(shapes[0]) < 2 or shapes[0][:2] != shapes[1][:2]:
+        raise ShapeError(f"{OWNER}: expected sequences [B, T, …] and targets [B, T, …], got {shapes[0]}, {shapes[1]}")
+    return shapes[0][:2]
+
+
+def _step(optimizer: torch.optim.Optimizer, value: Tensor, max_norm: float | None) -> None:
+    optimizer.zero_grad()
+    value.backward()
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    optimizer.step()

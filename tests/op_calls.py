@@ -1,0 +1,190 @@
+"""What tests of the op share: random members of the family as the op takes them, and both ways to run them."""
+
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from family import random_arrays, random_spec, random_state
+from torch import Tensor
+
+from cellstack import reference
+from cellstack.layers import eager, op
+from cellstack.spec import GATES, CellSpec
+
+
+class Given(NamedTuple):
+    """Arguments of the op, up to `reset`, and the descriptions behind `cells`."""
+
+    x: Tensor
+    starts: list[Tensor]
+    weights: list[Tensor]
+    drops: list[Tensor]
+    mask: Tensor | None
+    reset: Tensor | None
+    specs: list[CellSpec]
+    reverse: bool
+
+    @property
+    def leaves(self):
+        """What may ask for gradients."""
+        return [self.x, *self.starts, *self.weights]
+
+
+def tensor(array, dtype=torch.float64):
+    return torch.tensor(np.asarray(array), dtype=dtype)
+
+
+CHOICES = ("started", "masked", "resets", "dropped", "zoned", "reverse")
+
+
+def given(specs, seed=0, dtype=torch.float64, grad=True, batch=3, steps=4, **choices):
+    """What a stack runs on. `choices` says by name what of CHOICES is there; the others are drawn."""
+    rng = np.random.default_rng(seed)
+    there = {name: choices.get(name, bool(rng.integers(2))) for name in CHOICES}
+    drops = []
+    for spec in specs:
+        p, h = (batch, spec.output_size), (batch, steps, spec.units)
+        drops += [
+            (rng.random(p) < 0.5) * 2.0 if there["dropped"] else [],
+            (rng.random((batch, steps, spec.output_size)) < 0.4) * 1.0 if there["zoned"] and spec.zoneout else [],
+            (rng.random(h) < 0.4) * 1.0 if there["zoned"] and spec.zoneout_cell else [],
+        ]
+    found = Given(
+        tensor(rng.standard_normal((batch, steps, specs[0].input_size)), dtype),
+        [tensor(part, dtype) for spec in specs for part in random_state(rng, spec, batch)] if there["started"] else [],
+        [tensor(part, dtype) for spec in specs for part in random_arrays(rng, spec).values()],
+        [tensor(drop, dtype) for drop in drops] if there["dropped"] or there["zoned"] else [],
+        torch.tensor(rng.random((batch, steps)) < 0.7) if there["masked"] else None,
+        torch.tensor(rng.random((batch, steps)) < 0.3) if there["resets"] else None,
+        list(specs),
+        there["reverse"],
+    )
+    for leaf in found.leaves:
+        leaf.requires_grad_(grad)
+    return found
+
+
+def stack(seed, kind=None, largest=6):
+    """One to three random cells, each as wide as the one below it."""
+    rng = np.random.default_rng(seed)
+    specs = [random_spec(rng, kind, largest) for _ in range(rng.integers(1, 4))]
+    for n, below in enumerate(specs[:-1]):
+        specs[n + 1] = replace(specs[n + 1], input_size=below.output_size)
+    return specs
+
+
+def fused(g, sequences=True, save=True):
+    """Run the op by its shortest way."""
+    return op.run(*g[:6], [spec.text for spec in g.specs], g.reverse, sequences, save)
+
+
+def loop(g, sequences=True, save=True):
+    """Run the torch loop."""
+    functions = [[eager.function_of(activation) for activation in spec.activations] for spec in g.specs]
+    return eager.run(*g[:6], g.specs, functions, g.reverse, sequences, save)
+
+
+def split(g, out):
+    """Results of a run with save, by name: a list a layer of each, states as tuples; without norms."""
+    left = iter(out)
+    states = [tuple(islice(left, len(spec.state_sizes))) for spec in g.specs]
+    return states, *(list(islice(left, len(g.specs))) for _ in range(3))
+
+
+def differentiable(g, out):
+    """Results of a run with save that have gradients: all but norms, and the product that a GRU's gates come with."""
+    states, ys, gates, cells = split(g, out)
+    gates = [t[:, :, : len(GATES[spec.kind])] for spec, t in zip(g.specs, gates, strict=True)]
+    return [t for t in (*(part for state in states for part in state), *ys, *gates, *cells) if t.requires_grad]
+
+
+def numbers(t):
+    """A tensor as float64; None where it is empty."""
+    return t.detach().double().numpy() if t.numel() else None
+
+
+def law(g, dy=None, dstates=None):
+    """Run the reference: a `Forward` a layer; with `dy` of the top layer, also the gradients of `g.leaves`."""
+    weights, starts = ([t.detach().double().numpy() for t in group] for group in (g.weights, g.starts))
+    left, begin, value, cells, outs = iter(weights), iter(starts), g.x.detach().double().numpy(), [], []
+    for n, spec in enumerate(g.specs):
+        cells.append((spec, dict(zip(spec.shapes, islice(left, len(spec.shapes)), strict=True))))
+        names = ("recurrent_dropout", "zoneout", "zoneout_cell")
+        masks = dict(zip(names, map(numbers, g.drops[3 * n : 3 * n + 3]), strict=False))
+        flags = {name: None if t is None else t.numpy() for name, t in (("mask", g.mask), ("reset", g.reset))}
+        state = tuple(islice(begin, len(spec.state_sizes))) if starts else None
+        outs.append(reference.forward(*cells[-1], value, state, **flags, **masks, reverse=g.reverse))
+        value = outs[-1].y
+    if dy is None:
+        return outs
+    gradients = []
+    for cell, out, dstate in reversed(list(zip(cells, outs, dstates or [None] * len(cells), strict=True))):
+        gradients.insert(0, reference.backward(*cell, out, dy=dy, dstate=dstate))
+        dy = gradients[0].x
+    of_starts = [part for found in gradients for part in found.state] if starts else []
+    return outs, [dy, *of_starts, *(part for found in gradients for part in found.arrays.values())]
+
+
+def furthest(got, wanted):
+    """The greatest distance of two lists of arrays, each relative to its greatest entry above 1."""
+    worst = 0.0
+    for a, b in zip(got, wanted, strict=True):
+        a, b = (np.asarray(t.detach() if isinstance(t, Tensor) else t, np.float64) for t in (a, b))
+        assert a.shape == b.shape
+        if a.size:
+            worst = max(worst, np.abs(a - b).max() / max(1.0, np.abs(b).max()))
+    return worst
+
+
+# One cell for every flag, each with a distinct effect on every result.
+FLAGS = {
+    "lstm": {},
+    "lstm, no bias": {"use_bias": False},
+    "lstm, peepholes": {"peepholes": True},
+    "lstm, coupled": {"coupled": True},
+    "lstm, coupled with peepholes": {"coupled": True, "peepholes": True},
+    "lstm, projection": {"proj_size": 2},
+    "lstm, layer norm": {"layer_norm": True},
+    "lstm, clip": {"clip": 0.3},
+    "lstm, cell clip": {"cell_clip": 0.2},
+    "lstm, zoneout": {"zoneout": 0.3},
+    "lstm, zoneout of c": {"zoneout_cell": 0.3},
+    "lstm, activations": {"gate_activations": {"i": "tanh", "f": "softsign", "o": "hard_sigmoid", "cell": "elu(0.5)"}},
+    "lstm, learned start": {"learn_initial_state": True},
+    "lstm, all": {
+        "peepholes": True,
+        "coupled": True,
+        "proj_size": 2,
+        "layer_norm": True,
+        "norm_epsilon": 1e-2,  # of rows near zero a smaller one would blow up the rounding
+        "clip": 1.1,
+        "cell_clip": 0.9,
+        "zoneout": 0.2,
+        "zoneout_cell": 0.3,
+        "gate_activations": {"cell": "scaled_tanh(1.2, 0.7)"},
+        "learn_initial_state": True,
+    },
+    "gru": {"kind": "gru"},
+    "gru, no bias": {"kind": "gru", "use_bias": False},
+    "gru, reset before": {"kind": "gru", "reset_after": False},
+    "gru, reset before, no bias": {"kind": "gru", "reset_after": False, "use_bias": False},
+    "gru, layer norm": {"kind": "gru", "layer_norm": True},
+    "gru, clip": {"kind": "gru", "clip": 0.3},
+    "gru, zoneout": {"kind": "gru", "zoneout": 0.3},
+    "gru, activations": {"kind": "gru", "gate_activations": {"z": "hard_sigmoid", "r": "tanh", "g": "softplus"}},
+    "gru, learned start": {"kind": "gru", "learn_initial_state": True},
+    "rnn": {"kind": "rnn"},
+    "rnn, no bias": {"kind": "rnn", "use_bias": False},
+    "rnn, layer norm": {"kind": "rnn", "layer_norm": True},
+    "rnn, clip": {"kind": "rnn", "clip": 0.3},
+    "rnn, zoneout": {"kind": "rnn", "zoneout": 0.3},
+    "rnn, activation": {"kind": "rnn", "activation": "leaky_relu(0.3)"},
+    "rnn, learned start": {"kind": "rnn", "learn_initial_state": True},
+}
+
+
+def flagged(name, width=2, units=3):
+    """The cell of that name in FLAGS."""
+    return CellSpec(width, units, **FLAGS[name])
