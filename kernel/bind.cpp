@@ -64,7 +64,7 @@ Drops<T> drops_of(Addresses& a) {
 
 template <class T>
 void run_forward(int64_t batch, int64_t steps, const nb::list& layers, uintptr_t x, int64_t stride_batch,
-                 int64_t stride_time, uintptr_t mask, uintptr_t reset, bool reverse, int threads) {
+                 int64_t stride_time, uintptr_t mask, uintptr_t reset, bool reverse, int threads, uintptr_t places) {
     std::vector<Layer<T>> all;
     for (nb::handle entry : layers) {
         Addresses a(nb::cast<nb::tuple>(entry), 12, "forward: a layer");
@@ -77,8 +77,9 @@ void run_forward(int64_t batch, int64_t steps, const nb::list& layers, uintptr_t
         all.push_back(layer);
     }
     nb::gil_scoped_release released;
-    forward<T>({batch, steps, at<T>(x), stride_batch, stride_time, at<uint8_t>(mask), at<uint8_t>(reset), reverse}, all,
-               threads);
+    forward<T>({batch, steps, at<T>(x), stride_batch, stride_time, at<uint8_t>(mask), at<uint8_t>(reset), reverse,
+                at<int64_t>(places)},
+               all, threads);
 }
 
 template <class T>
@@ -285,14 +286,16 @@ NB_MODULE(_kernel, m) {
             "zoneout_cell"_a, "A cell without its arrays: cellstack.native makes one of a CellSpec.");
     m.def(
         "Packed",
-        [](bool twice, const Description& description, const nb::tuple& arrays, bool copy) -> nb::object {
+        [](bool twice, const Description& description, const nb::tuple& arrays, bool copy, int bits) -> nb::object {
+            if (bits != 32 && ((bits != 16 && bits != 8) || twice || !copy))
+                throw nb::value_error("Packed: 16 or 8 bits are for float32 weights that are copied");
             if (twice)
                 return nb::cast(new Packed<double>(description, arrays_of<const double>(arrays), copy),
                                 nb::rv_policy::take_ownership);
-            return nb::cast(new Packed<float>(description, arrays_of<const float>(arrays), copy),
+            return nb::cast(new Packed<float>(description, arrays_of<const float>(arrays), copy, bits),
                             nb::rv_policy::take_ownership);
         },
-        "double"_a, "description"_a, "arrays"_a, "copy"_a = true);
+        "double"_a, "description"_a, "arrays"_a, "copy"_a = true, "bits"_a = 32);
     m.def(
         "Stream",
         [](const nb::list& packed, int64_t batch) -> nb::object {
@@ -304,14 +307,14 @@ NB_MODULE(_kernel, m) {
     m.def(
         "forward",
         [](int64_t batch, int64_t steps, const nb::list& layers, uintptr_t x, int64_t stride_batch, int64_t stride_time,
-           uintptr_t mask, uintptr_t reset, bool reverse, int threads) {
+           uintptr_t mask, uintptr_t reset, bool reverse, int threads, uintptr_t places) {
             if (!layers.size()) throw nb::value_error("forward: no layers");
             const bool twice = is_double(nb::cast<nb::tuple>(layers[0])[0]);
             (twice ? run_forward<double> : run_forward<float>)(batch, steps, layers, x, stride_batch, stride_time, mask,
-                                                               reset, reverse, threads);
+                                                               reset, reverse, threads, places);
         },
         "batch"_a, "steps"_a, "layers"_a, "x"_a, "x_stride_b"_a, "x_stride_t"_a, "mask"_a, "reset"_a, "reverse"_a,
-        "threads"_a);
+        "threads"_a, "places"_a = 0);
     m.def(
         "backward",
         [](bool twice, const Description& description, int64_t batch, int64_t steps, const nb::tuple& arrays,

@@ -28,8 +28,8 @@ class Packed {
   public:
     // With `copy` the arrays are packed and not needed any more afterwards; without, they are read where they lie, at
     // each call, and must outlive this object: slower by the step, but a call of a few steps costs less than packing.
-    // The bits are the same.
-    Packed(const Description& description, const Arrays<const T>& arrays, bool copy = true);
+    // The bits are the same. `bits` of a weight in a matrix: 32, or for floats that are copied 16 (bfloat16) or 8.
+    Packed(const Description& description, const Arrays<const T>& arrays, bool copy = true, int bits = 32);
     ~Packed();
     Packed(const Packed&) = delete;
     const Description& description() const;
@@ -70,6 +70,9 @@ struct Sequences {
     const uint8_t* mask;   // [B, T]: 0 = leave the state as it is, gates 0, y repeats h; null: all ones
     const uint8_t* reset;  // [B, T]: 1 = before this step the state becomes the cell's initial state; null: all zeros
     bool reverse;          // process steps from T-1 to 0; y, gates and cells stay in the order of x
+    // Where the state of each row lies in h0, c0, hn and cn, which may be the same arrays and have more rows; all
+    // different. Null: row b's at b.
+    const int64_t* places = nullptr;
 };
 
 // Runs a stack; y of one layer is x of the next. Two threads or more share the rows, or, where rows are fewer than

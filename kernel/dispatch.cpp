@@ -14,8 +14,10 @@ std::vector<const InstructionSet*> find() {
 #ifdef CELLSTACK_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw"))
+        __builtin_cpu_supports("avx512bw")) {
+        if (__builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512vnni::set);
         sets.push_back(&avx512::set);
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2::set);
 #endif
     sets.push_back(&baseline::set);

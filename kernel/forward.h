@@ -3,6 +3,7 @@
 // there.
 #pragma once
 #include "cells.h"
+#include "quantised.h"
 
 namespace cellstack {
 namespace {
@@ -143,35 +144,36 @@ void run_rows(Forward<T>& f) {
     const Description& d = *w.d;
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
     const int64_t stride = w.plain ? H : wide, row = G * stride;
-    const T* none = nullptr;
+    const auto sums_of = [&](const T* matrix, const T* bias, bool add, int64_t depth, T* to) {
+        return Product<T>{matrix, bias, add, w.plain, depth, H, w.blocks, to, stride, false, w.bits, f.bytes, f.scales};
+    };
     // Layer normalisation comes between the product and its bias.
-    const T* bias = d.layer_norm ? none : w.bias;
-    product<T, G, 0, G>({w.kernel, bias, false, w.plain, d.input, H, w.blocks, f.z, stride, false},
-                        {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
-                        (f.last - f.first) * f.rows);
+    const T* bias = d.layer_norm ? nullptr : w.bias;
+    const T* other_bias = d.layer_norm ? nullptr : w.recurrent_bias;
+    multiply<T, G, 0, G>(sums_of(w.kernel, bias, false, d.input, f.z),
+                         {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
+                         (f.last - f.first) * f.rows);
     for (int64_t n = f.first; n < f.last; ++n) {
         if (f.reset) restart(f, n);
         const int64_t t = time_of(f, n);
-        const bool down = n & 1;
         T* z = f.z + (n - f.first) * f.rows * row;
         T* sums = d.apart() ? f.q : z;
         const Rows<T> h{f.h, output_wide, 0, f.rows};
-        const T* other_bias = d.layer_norm ? none : w.recurrent_bias;
-        const Product<T> over_h{w.recurrent, other_bias, !d.apart(), w.plain, d.output,
-                                H,           w.blocks,   sums,       stride,  down};
+        Product<T> over_h = sums_of(w.recurrent, other_bias, !d.apart(), d.output, sums);
+        over_h.down = n & 1;
         const auto rows = [&](auto&& body) INLINED {
             for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
         };
         if constexpr (Kind == kGru) {
             if (d.reset_after) {
-                product<T, G, 0, G>(over_h, h, f.rows);
+                multiply<T, G, 0, G>(over_h, h, f.rows);
             } else {
-                product<T, G, 0, 2>(over_h, h, f.rows);
+                multiply<T, G, 0, 2>(over_h, h, f.rows);
                 rows([&](int64_t r, bool) { gru_reset<T, Usual>(f, r, t, z + r * row, stride, f.h); });
-                product<T, G, 2, 1>(over_h, {f.m, wide, 0, f.rows}, f.rows);
+                multiply<T, G, 2, 1>(over_h, {f.m, wide, 0, f.rows}, f.rows);
             }
         } else {
-            product<T, G, 0, G>(over_h, h, f.rows);
+            multiply<T, G, 0, G>(over_h, h, f.rows);
         }
         rows([&](int64_t r, bool used) {
             if (!used) return carry(f, r, t, f.h, f.h_next);
@@ -185,8 +187,9 @@ void run_rows(Forward<T>& f) {
         });
         if (Kind == kLstm && d.projects()) {
             const int64_t apart = w.plain ? d.output : output_wide;
-            product<T, 1, 0, 1>({w.projection, none, false, w.plain, H, d.output, w.output_blocks, f.p, apart, down},
-                                {f.m, wide, 0, f.rows}, f.rows);
+            Product<T> projected = sums_of(w.projection, nullptr, false, H, f.p);
+            projected.units = d.output, projected.blocks = w.output_blocks, projected.stride = apart;
+            multiply<T, 1, 0, 1>(projected, {f.m, wide, 0, f.rows}, f.rows);
             rows([&](int64_t r, bool used) {
                 if (!used) return;
                 each_block<T>(r, t, w.output_blocks, d.output, [&](const Place& at) INLINED {
@@ -213,7 +216,7 @@ void choose(Forward<T>& f) {
 
 template <class T>
 void forward(Forward<T>& f) {
-    if (f.w.d->plain() && !f.w.plain)
+    if (f.w.d->plain() && !f.w.plain && f.w.bits == 32)
         run_blocks<T>(f);
     else if (f.w.d->usual())
         choose<T, true>(f);

@@ -28,6 +28,7 @@ struct Panels {
     const T* projection = nullptr;          // [output_blocks][H][1][W]; plain: [H, P]
     Arrays<const T> arrays{};
     bool plain = false;
+    int bits = 32;  // of a weight in a matrix: 16 and 8 are laid out as quantised.h says
 };
 
 // Forward over rows of one layer, for steps n in [first, last) of the processing order.
@@ -51,6 +52,8 @@ struct Forward {
                        // place. By rows: [(last-first)·rows][gates][stride], stride = blocks·W; plain: H
     T *q, *m, *p;      // scratch by rows: sums over h apart [rows][gates][stride]; a vector a row [rows][blocks·W];
                        // what was projected [rows][output_blocks·W]
+    T* scales;         // scratch of 8 bits: see Product
+    uint8_t* bytes;
 };
 
 // Backward over rows of one layer, for steps n in [first, last) of the processing order, last to first.
@@ -150,6 +153,9 @@ namespace avx2 {
 extern const InstructionSet set;
 }
 namespace avx512 {
+extern const InstructionSet set;
+}
+namespace avx512vnni {
 extern const InstructionSet set;
 }
 #endif

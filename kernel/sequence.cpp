@@ -1,5 +1,6 @@
 // Sequences, stacks and streams: cuts the work into rows, layers and chunks, and hands it to the inner routines.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "cell.h"
@@ -17,6 +18,49 @@ constexpr int64_t kProductRows = 64;
 
 // ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+namespace {
+
+// Matrices of 16 or 8 bits a weight, as quantised.h reads them: [blocks][words of all k][gates][W]; of 8 bits, the
+// columns' scales and the sums that undo the rows' 128 follow. Numbers are floats, or words of as many bits.
+int64_t narrow_size(int bits, int64_t blocks, int64_t rows, int gates, int64_t width) {
+    return blocks * gates * width * (ceil_div(rows * bits, 32) + (bits == 8 ? 2 : 0));
+}
+
+void pack_narrow(float* memory, const float* from, int64_t rows, int64_t units, int gates, int64_t width, int bits) {
+    const int64_t blocks = ceil_div(units, width), words = ceil_div(rows * bits, 32), each = 32 / bits;
+    auto* to = reinterpret_cast<uint32_t*>(memory);
+    float* scales = memory + blocks * words * gates * width;
+    auto* shifts = reinterpret_cast<uint32_t*>(scales + blocks * gates * width);
+    std::fill_n(memory, narrow_size(bits, blocks, rows, gates, width), 0.0f);
+    for (int64_t unit = 0; unit < units; ++unit)
+        for (int gate = 0; gate < gates; ++gate) {
+            const int64_t block = unit / width, lane = unit % width, column = (block * gates + gate) * width + lane;
+            const auto weight = [&](int64_t k) { return from[(k * gates + gate) * units + unit]; };
+            float scale = 0, check = 0;
+            for (int64_t k = 0; bits == 8 && k < rows; ++k) {
+                scale = std::max(scale, std::abs(weight(k)) / 127);
+                check += weight(k) * 0;  // NaN where a weight is no number
+            }
+            int64_t sum = 0;
+            for (int64_t k = 0; k < rows; ++k) {
+                uint32_t value;
+                if (bits == 16) {
+                    const float w = weight(k);
+                    memcpy(&value, &w, 4);
+                    // to the nearest, ties to even; a NaN stays one
+                    value = w == w ? (value + 0x7fff + (value >> 16 & 1)) >> 16 : value >> 16 | 64;
+                } else {
+                    const int q = scale > 0 && check == 0 ? int(std::lrint(weight(k) / scale)) : 0;
+                    sum += q, value = uint32_t(q) & 255;
+                }
+                to[((block * words + k / each) * gates + gate) * width + lane] |= value << (k % each * bits);
+            }
+            if (bits == 8) scales[column] = scale + check, shifts[column] = uint32_t(int32_t(128 * sum));
+        }
+}
+
+}  // namespace
+
 template <class T>
 struct Packed<T>::Impl {
     const Leaf<T>* leaf;
@@ -26,11 +70,10 @@ struct Packed<T>::Impl {
 };
 
 template <class T>
-Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy) {
+Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy, int bits) {
     const Leaf<T>& leaf = leaf_of<T>(current());
     const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width);
     const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width;
-    const int64_t projection = d.projects() ? output_blocks * leaf.width * d.units : 0;
     const bool two_biases = d.bias && d.kind == kGru && d.reset_after;
     // What isn't a matrix or a bias, and how many numbers it has.
     struct {
@@ -42,30 +85,39 @@ Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy
         {&Arrays<const T>::cell_bias, d.units},      {&Arrays<const T>::initial_h, d.output},
         {&Arrays<const T>::initial_c, d.units},
     };
+    // Numbers that a matrix of so many rows, units and gates takes.
+    const auto size = [&](int64_t rows, int64_t units, int gates, int width) {
+        const int64_t of = ceil_div(units, leaf.width);
+        return width == 32 ? rows * of * gates * leaf.width : narrow_size(width, of, rows, gates, leaf.width);
+    };
+    const int64_t matrices[] = {size(d.input, d.units, d.gates(), bits), size(d.output, d.units, d.gates(), bits), row,
+                                row, d.projects() ? size(d.units, d.output, 1, bits) : 0};
     int64_t count = 0;
-    for (int64_t matrix : {d.input * row, d.output * row, row, row, projection}) count += Parts<T>::size(matrix);
+    for (int64_t matrix : matrices) count += Parts<T>::size(matrix);
     for (const auto& vector : vectors) count += Parts<T>::size(vector.count);
     impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), {}});
     Panels<T>& p = impl_->panels;
-    p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.plain = !copy;
+    p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.plain = !copy, p.bits = bits;
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
     p.recurrent_bias = two_biases ? arrays.bias + columns : nullptr;
     p.projection = arrays.projection, p.arrays = arrays;
     if (!copy) return;
     Parts<T> parts(impl_->memory.get());
-    const auto packed = [&](const T* from, int64_t rows, int64_t units, int gates, int64_t size) {
-        T* to = parts.take(size);
+    const auto packed = [&](const T* from, int64_t rows, int64_t units, int gates, int width) {
+        T* to = parts.take(size(rows, units, gates, width));
+        if constexpr (sizeof(T) == 4)
+            if (width != 32) return pack_narrow(to, from, rows, units, gates, leaf.width, width), to;
         if (from)
             leaf.pack(to, from, rows, units, gates);
         else
-            std::fill(to, to + size, T(0));
+            std::fill_n(to, size(rows, units, gates, width), T(0));
         return to;
     };
-    p.kernel = packed(p.kernel, d.input, d.units, d.gates(), d.input * row);
-    p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), d.output * row);
-    p.bias = packed(p.bias, 1, d.units, d.gates(), row);
-    if (two_biases) p.recurrent_bias = packed(p.recurrent_bias, 1, d.units, d.gates(), row);
-    if (projection) p.projection = packed(p.projection, d.units, d.output, 1, projection);
+    p.kernel = packed(p.kernel, d.input, d.units, d.gates(), bits);
+    p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), bits);
+    p.bias = packed(p.bias, 1, d.units, d.gates(), 32);
+    if (two_biases) p.recurrent_bias = packed(p.recurrent_bias, 1, d.units, d.gates(), 32);
+    if (d.projects()) p.projection = packed(p.projection, d.units, d.output, 1, bits);
     for (const auto& vector : vectors) {
         const T*& array = p.arrays.*vector.array;
         if (!array) continue;
@@ -101,12 +153,12 @@ struct Runner {
 
     // What `open` takes from the parts, in numbers.
     struct Sizes {
-        int64_t h, kept, c, z, q, m, p;
+        int64_t h, kept, c, z, q, m, p, scales, bytes;
         Sizes(const Packed<T>& weights, int64_t rows, int64_t chunk, bool dropout) {
             const Panels<T>& w = weights.impl().panels;
             const Description& d = *w.d;
             const int64_t width = weights.impl().leaf->width, wide = rows * w.blocks * width;
-            const bool by_blocks = d.plain() && !w.plain;
+            const bool by_blocks = d.plain() && !w.plain && w.bits == 32;
             h = rows * w.output_blocks * width;
             kept = dropout ? h : 0;
             c = d.kind == kLstm ? wide : 0;
@@ -114,10 +166,13 @@ struct Runner {
             q = d.apart() ? d.gates() * wide : 0;
             m = d.projects() || d.layer_norm || (d.kind == kGru && !d.reset_after) ? wide : 0;
             p = d.projects() ? h : 0;
+            const int64_t depth = std::max({d.input, d.units, d.output});
+            scales = w.bits == 8 ? chunk * rows : 0;
+            bytes = w.bits == 8 ? ceil_div(chunk * rows * ceil_div(depth, 4) * 4, sizeof(T)) : 0;
         }
         int64_t sum() const {
             int64_t total = 0;
-            for (int64_t size : {h, h, kept, c, z, q, m, p}) total += Parts<T>::size(size);
+            for (int64_t size : {h, h, kept, c, z, q, m, p, scales, bytes}) total += Parts<T>::size(size);
             return total;
         }
     };
@@ -130,15 +185,17 @@ struct Runner {
         f.w = weights.impl().panels, f.rows = rows;
         f.h = take(sizes.h), f.h_next = take(sizes.h), f.h_kept = take(sizes.kept), f.c = take(sizes.c);
         product = take(sizes.z), f.q = take(sizes.q), f.m = take(sizes.m), f.p = take(sizes.p);
+        f.scales = take(sizes.scales), f.bytes = reinterpret_cast<uint8_t*>(take(sizes.bytes));
     }
     int64_t h_stride() const { return f.w.output_blocks * leaf->width; }
     int64_t c_stride() const { return f.w.blocks * leaf->width; }
 
-    // The state that rows start from: what is given, else the cell's initial one.
-    void start(const T* h, const T* c) {
+    // The state that rows start from: what is given, else the cell's initial one. That of row r lies at `places[r]` of
+    // the caller's arrays, where there are places.
+    void start(const T* h, const T* c, const int64_t* places = nullptr) {
         const Description& d = *f.w.d;
-        set(f.h, h_stride(), h, f.w.arrays.initial_h, d.output);
-        if (f.c) set(f.c, c_stride(), c, f.w.arrays.initial_c, d.units);
+        set(f.h, h_stride(), h, f.w.arrays.initial_h, d.output, places);
+        if (f.c) set(f.c, c_stride(), c, f.w.arrays.initial_c, d.units, places);
         if (!f.recurrent_dropout) return;
         memcpy(f.h_kept, f.h, size_t(f.rows * h_stride()) * sizeof(T));
         for (int64_t r = 0; r < f.rows; ++r)
@@ -147,20 +204,24 @@ struct Runner {
 
     void steps(int64_t first, int64_t last) {
         f.first = first, f.last = last;
-        const bool in_place = f.w.d->plain() && !f.w.plain && last - first == 1 && f.rows == 1;
+        const bool in_place = f.w.d->plain() && !f.w.plain && f.w.bits == 32 && last - first == 1 && f.rows == 1;
         f.z = in_place ? nullptr : product;
         leaf->forward(f);
     }
 
-    void end(T* h, T* c) const {
-        unpad(h, f.recurrent_dropout ? f.h_kept : f.h, h_stride(), f.rows, f.w.d->output);
-        if (f.c && c) unpad(c, f.c, c_stride(), f.rows, f.w.d->units);
+    void end(T* h, T* c, const int64_t* places = nullptr) const {
+        const T* out = f.recurrent_dropout ? f.h_kept : f.h;
+        for (int64_t r = 0; r < f.rows; ++r) {
+            const int64_t to = places ? places[r] : r;
+            unpad(h + to * f.w.d->output, out + r * h_stride(), 0, 1, f.w.d->output);
+            if (f.c && c) unpad(c + to * f.w.d->units, f.c + r * c_stride(), 0, 1, f.w.d->units);
+        }
     }
 
   private:
-    void set(T* to, int64_t stride, const T* given, const T* initial, int64_t width) {
-        if (given || !initial) return pad(to, stride, given, f.rows, width);
-        for (int64_t r = 0; r < f.rows; ++r) pad(to + r * stride, stride, initial, 1, width);
+    void set(T* to, int64_t stride, const T* given, const T* initial, int64_t width, const int64_t* places) {
+        for (int64_t r = 0; r < f.rows; ++r)
+            pad(to + r * stride, stride, given ? given + (places ? places[r] : r) * width : initial, 1, width);
     }
 };
 
@@ -221,14 +282,17 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         f.norms = at(layer.norms, steps * d.norms());
         f.recurrent_dropout = at(layer.drops.recurrent, P);
         f.zoneout = at(layer.drops.zoneout, steps * P), f.zoneout_cell = at(layer.drops.zoneout_cell, steps * H);
-        runner.start(at(layer.h0, P), at(layer.c0, H));
+        // Rows from `first` on have states of their own, at places of the whole, or one after the other.
+        const int64_t* places = at(in.places, 1);
+        const auto state_at = [&](auto* all, int64_t width) { return places ? all : at(all, width); };
+        runner.start(state_at(layer.h0, P), state_at(layer.c0, H), places);
         for (int64_t n = 0; n < steps; n += chunk) {
             const int64_t last = std::min(steps, n + chunk);
             if (l) wait_for(done[size_t(l - 1) * groups + group], last);
             runner.steps(n, last);
             done[size_t(l) * groups + group].store(last, std::memory_order_release);
         }
-        runner.end(layer.hn + first * P, at(layer.cn, H));
+        runner.end(state_at(layer.hn, P), state_at(layer.cn, H), places);
     };
     // Task k: rows k mod groups, layers from bottom to top; it waits for tasks with lower numbers alone.
     parallel(groups * teams, [&](int k) {

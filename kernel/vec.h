@@ -124,6 +124,26 @@ INLINE void store_lanes(T* p, V<T> v, int n) {
         store_n(p, v, n);
 }
 
+// ── weights of fewer bits, for float alone ───────────────────────────────────────────────────────────────────────────
+typedef Vec<float>::I Words;  // 32 bits a lane: two bfloat16, or four int8, of as many k
+
+INLINE Words load_words(const uint32_t* p) {
+    Words v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE Words splat(int32_t x) { return Words{} + x; }
+
+// sums + Σ a[j]·w[j] over the four bytes of a lane, those of a without a sign.
+INLINE Words add_dot(Words sums, Words a, Words w) {
+#if defined(__AVX512VNNI__)
+    return (Words)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)w);
+#else
+    for (int shift = 24; shift >= 0; shift -= 8) sums += ((a >> (24 - shift)) & 255) * ((w << shift) >> 24);
+    return sums;
+#endif
+}
+
 // Compile-time loops: with every index a constant, arrays of vectors live in registers.
 template <int N>
 struct Int {

@@ -32,8 +32,8 @@ def addresses(arrays):
     return tuple(address(arrays.get(name)) for name in ARRAYS)
 
 
-def pack(spec, arrays, copy=True):
-    return _kernel.Packed(arrays["kernel"].dtype == np.float64, native.description(spec), addresses(arrays), copy)
+def pack(spec, arrays, copy=True, bits=32):
+    return _kernel.Packed(arrays["kernel"].dtype == np.float64, native.description(spec), addresses(arrays), copy, bits)
 
 
 def strides(x):

@@ -357,6 +357,121 @@ def test_weights_that_are_not_packed_give_the_same_bits(isa, member, shape, dtyp
         assert_equal(packed, plain)
 
 
+def streamed(spec, arrays, x, bits):
+    """y of a stream over x, in one run; a second one, step by step, must give the same bits."""
+    packed = native.pack(spec, arrays, bits=bits)
+    whole, steps = (_kernel.Stream([packed], len(x)) for _ in range(2))
+    y = np.empty((*x.shape[:2], spec.output_size), np.float32)
+    whole.run(x, y)
+    for t in range(x.shape[1]):
+        y_t = np.empty_like(y[:, 0])
+        steps.step(np.ascontiguousarray(x[:, t]), y_t)
+        np.testing.assert_array_equal(y_t, y[:, t])
+    return y
+
+
+def to_bfloat16(array):
+    bits = array.view(np.uint32).astype(np.uint64)
+    return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32).view(np.float32)
+
+
+MATRICES = ("kernel", "recurrent_kernel", "projection")
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("units", [5, 33])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_weights_in_bfloat16_are_rounded_and_nothing_else(isa, member, units, batch):
+    spec, arrays, case, _ = make(22, batch, 20, 9, units, **MEMBERS[member])
+    rounded = {name: to_bfloat16(array) if name in MATRICES else array for name, array in arrays.items()}
+    assert not np.array_equal(rounded["kernel"], arrays["kernel"])
+    np.testing.assert_array_equal(streamed(spec, arrays, case["x"], 16), streamed(spec, rounded, case["x"], 32))
+
+
+def quantised(array, axis):
+    """Steps of 1/127 of the largest magnitude along `axis`: whole numbers, and the size of a step."""
+    scale = np.abs(array).max(axis=axis, keepdims=True) / 127
+    return np.rint(array / scale), scale
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("units", [5, 33])
+def test_weights_in_int8_are_sums_of_whole_numbers(isa, units, batch):
+    spec, arrays, case, _ = make(23, batch, 20, 9, units, clip=20.0)
+    exact = cast(arrays, np.float64)
+
+    def product(a, matrix):
+        (steps, size), (weights, scale) = quantised(a, 1), quantised(matrix, 0)
+        return steps @ weights * size * scale
+
+    h, c = np.full((2, batch, units), 1e-30)
+    y = []
+    for t in range(20):
+        x = case["x"][:, t].astype(np.float64)
+        z = exact["bias"] + product(x, exact["kernel"]) + product(h, exact["recurrent_kernel"])
+        i, f, o = (1 / (1 + np.exp(-np.split(z, 4, axis=1)[k])) for k in (0, 1, 3))
+        c = f * c + i * np.tanh(np.split(z, 4, axis=1)[2])
+        h = o * np.tanh(c)
+        y.append(h)
+    got = streamed(spec, arrays, case["x"], 8)
+    # a step that lies between two whole numbers may be rounded to either: a unit of 1/127 times a weight
+    np.testing.assert_allclose(got, np.stack(y, 1), atol=2e-3)
+    whole = streamed(spec, arrays, case["x"], 32)
+    assert 1e-5 < np.abs(got - whole).max() < 0.05
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_weights_in_int8_stay_near_the_whole_ones(isa, member):
+    spec, arrays, case, _ = make(24, 3, 30, 20, 40, **MEMBERS[member])
+    arrays["recurrent_kernel"] *= np.float32(0.5)
+    whole, narrow = (streamed(spec, arrays, case["x"], bits) for bits in (32, 8))
+    assert 1e-5 < np.abs(narrow - whole).mean() < 0.02
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_narrow_weights_keep_a_nan(isa, bits):
+    spec, arrays, case, _ = make(25, 2, 3, 4, 5)
+    case["x"][0, 1, 2] = np.nan
+    y = streamed(spec, arrays, case["x"], bits)
+    assert np.isfinite(y[0, 0]).all()
+    assert np.isnan(y[0, 1]).all()
+    assert np.isfinite(y[1]).all()
+    arrays["kernel"][0, 0] = np.nan
+    assert np.isnan(streamed(spec, arrays, case["x"], bits)[1, 0, 0])
+
+
+def test_narrow_weights_are_for_copied_floats():
+    spec, arrays, _, _ = make(26, 1, 1, 3, 4, np.float64)
+    for bits, copy, given in (
+        (16, True, arrays),
+        (8, False, cast(arrays, np.float32)),
+        (4, True, cast(arrays, np.float32)),
+    ):
+        with pytest.raises(ValueError, match="float32"):
+            native.pack(spec, given, copy, bits)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_states_may_lie_at_places_of_a_larger_array(isa, member, threads):
+    spec, arrays, case, rng = make(27, 6, 5, 9, 35, **MEMBERS[member])
+    expected = native.forward(spec, arrays, **case)
+    places = np.array([11, 2, 7, 0, 5, 3])
+    states = tuple(rng.standard_normal((12, a.shape[1])).astype(np.float32) for a in case["state"])
+    for array, own in zip(states, case["state"], strict=True):
+        array[places] = own
+    before = tuple(array.copy() for array in states)
+    y, at = np.empty_like(expected.y), (*map(native.address, states), 0)[:2]
+    layer = (native.pack(spec, arrays), *at, *at, native.address(y), *(0,) * 6)
+    x = case["x"]
+    _kernel.forward(6, 5, [layer], native.address(x), *native.strides(x), 0, 0, False, threads, native.address(places))
+    np.testing.assert_array_equal(y, expected.y)
+    others = np.setdiff1d(np.arange(12), places)
+    for array, old, new in zip(states, before, expected.state, strict=True):
+        np.testing.assert_array_equal(array[places], new)
+        np.testing.assert_array_equal(array[others], old[others])
+
+
 def test_calls_from_several_threads_do_not_touch():
     spec, arrays, case, _ = make(14, 6, 50, 12, 40)
     expected = native.forward(spec, arrays, **case)

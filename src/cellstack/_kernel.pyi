@@ -50,7 +50,7 @@ def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def Packed(  # noqa: N802
-    double: bool, description: Description, arrays: tuple[int, ...], copy: bool = True
+    double: bool, description: Description, arrays: tuple[int, ...], copy: bool = True, bits: int = 32
 ) -> PackedSingle | PackedDouble: ...
 def Stream(  # noqa: N802
     packed_list: list[PackedSingle] | list[PackedDouble] | list[PackedSingle | PackedDouble], batch: int
@@ -66,6 +66,7 @@ def forward(
     reset: int,
     reverse: bool,
     threads: int,
+    places: int = 0,
 ) -> None: ...
 def backward(
     double: bool,

@@ -1,7 +1,8 @@
 """Files: one adapter a format. Adding a format is adding a module here and its name to `ADAPTERS`.
 
 An adapter has `NAME` and `SUFFIXES`, and three functions: `recognises(head)` says whether a file that begins with these
-bytes is of its kind, `load(path)` returns a Network or raises `FormatError`, `save(network, path)` writes one.
+bytes is of its kind, `load(path)` returns a Network or raises `FormatError`, `save(network, path)` writes one. One that
+knows files of which only parts are recurrent has `extract(path)` too, which returns these parts by name.
 """
 
 from __future__ import annotations
