@@ -119,6 +119,7 @@ void normalise(const Forward<T>& f, int64_t r, int64_t t, T* z, T* q, int64_t st
             const T reciprocal = standardise(first, groups.size[k], stride, H, d.epsilon);
             if (norms) norms[2 * wide + 2 * side + k] = reciprocal;
         }
+        if (norms && groups.count == 1) norms[2 * wide + 2 * side + 1] = 0;  // nothing that is given out is left unwritten
         for (int g = 0; g < d.gates(); ++g)
             each_block<T>(r, t, f.w.blocks, H, [&](const Place& at) INLINED {
                 T* sum = sums + g * stride + at.unit;

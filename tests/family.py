@@ -52,7 +52,8 @@ def random_spec(rng, kind=None, largest=8):
     if kind == "gru":
         flags["reset_after"] = flags["layer_norm"] or often(0.5)
     if often(0.3):
-        slot = str(rng.choice([*GATES[kind], *(["cell"] if kind == "lstm" else [])]))
+        slots = [gate for gate in GATES[kind] if not (gate == "f" and flags.get("coupled"))]
+        slot = str(rng.choice([*slots, *(["cell"] if kind == "lstm" else [])]))
         tame = slot in ("g", "cell") or (kind == "lstm" and flags["activation"].startswith(BOUNDED))
         flags["gate_activations"] = {slot: random_activation(rng, ACTIVATIONS if tame else BOUNDED)}
     return CellSpec(int(rng.integers(1, largest + 1)), units, kind=kind, **flags)

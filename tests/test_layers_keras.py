@@ -16,7 +16,7 @@ import tolerances
 import torch
 
 from cellstack import layers
-from cellstack.layers.cells import NO_MASKS, Cell, Masks
+from cellstack.layers.cell import NO_MASKS, Cell, Masks
 
 CASES = 450
 ACTIVATIONS = ["tanh", "sigmoid", "linear", "relu", "hard_sigmoid", "softsign", "softplus", "elu", "gelu", "silu"]

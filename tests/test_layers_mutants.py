@@ -55,7 +55,7 @@ class Case:
         """Return y of the layer, and of the reference with changes made to what it is given."""
         rnn = layers.RNN(self.cell, return_sequences=True, go_backwards=backwards)
         drop = torch.tensor(self.options["recurrent_dropout"], dtype=torch.float32)
-        self.cell.masks = lambda batch, steps, training: layers.cells.Masks(recurrent=drop)
+        self.cell.masks = lambda batch, steps, training: layers.cell.Masks(recurrent=drop)
         with torch.no_grad():
             y = rnn(self.x, initial_state=self.state, mask=self.options["mask"])
         given = {**self.options, "reverse": backwards, **changes}

@@ -120,6 +120,15 @@ def test_linear_mode_is_exact(rng, kind):
         assert np.array_equal(gates.numpy()[:, 0], wanted.gates[:, 0])
 
 
+@pytest.mark.parametrize(("started", "bias", "reverse"), list(itertools.product((False, True), repeat=3)))
+def test_the_way_through_cudnn_is_the_loop(started, bias, reverse):
+    """On the CPU, where torch takes the same arguments to its own LSTM."""
+    none = dict.fromkeys(("masked", "resets", "dropped", "zoned"), False)
+    g = given([CellSpec(3, 4, use_bias=bias)], started=started, reverse=reverse, **none)
+    out = eager.cudnn_lstm(g.x, g.starts, g.weights, reverse)
+    assert furthest(out, loop(g, save=False)) <= tolerances.REFERENCE_DOUBLE
+
+
 def test_functions_are_those_of_the_reference():
     from cellstack.reference import ACTIVATIONS as LAW
 

@@ -296,6 +296,8 @@ class CellSpec:
         except (TypeError, ValueError):
             raise TypeError(f"CellSpec: expected gate_activations as names by gate, got {given!r}") from None
         for gate in given:
+            if self.coupled and gate == "f":
+                raise ValueError("CellSpec: expected gate_activations without f where it is coupled: it is 1 - i")
             if gate not in self.slots:
                 raise ValueError(f"CellSpec: expected gate_activations of {', '.join(self.slots)}, got one of {gate!r}")
         for name in ("activation", "recurrent_activation"):
@@ -309,7 +311,7 @@ class CellSpec:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """What has an activation: every gate, and an LSTM's cell on its way out. A coupled f, 1 - i, has i's."""
+        """What has an activation: every gate, and an LSTM's cell on its way out. That of a coupled f isn't used."""
         return (*GATES[self.kind], "cell") if self.kind == "lstm" else GATES[self.kind]
 
     @property

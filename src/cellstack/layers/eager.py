@@ -334,5 +334,5 @@ def cudnn_lstm(
     flat = [v.view(p.shape) for v, p in zip(block.split([p.numel() for p in parts]), parts, strict=True)]
     begin = [start.unsqueeze(0).contiguous() for start in starts] or [x.new_zeros(1, batch, units)] * 2
     x = x.flip(1) if reverse else x.contiguous()
-    y, h, c = torch._Vfunctional.lstm(x, begin, flat, True, 1, 0.0, torch.is_grad_enabled(), False, True)  # type: ignore[attr-defined]
+    y, h, c = torch._VF.lstm(x, begin, flat, True, 1, 0.0, torch.is_grad_enabled(), False, True)  # type: ignore[attr-defined]
     return h.squeeze(0), c.squeeze(0), y.flip(1) if reverse else y

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cellstack.layers.cells import NO_MASKS, Cell
+from cellstack.layers.cell import NO_MASKS, Cell
 from cellstack.spec import ShapeError
 
 

@@ -9,7 +9,8 @@ import torch
 
 from cellstack.layers import weights
 from cellstack.layers.base import of_cell
-from cellstack.layers.cells import Cell, GRUCell, LSTMCell, SimpleRNNCell
+from cellstack.layers.cell import Cell
+from cellstack.layers.cells import GRUCell, LSTMCell, SimpleRNNCell
 from cellstack.layers.rnn import RNN
 
 OF_LAYER = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from cellstack.layers import foreign, op, weights
 from cellstack.layers.base import Layer, as_input
-from cellstack.layers.cells import Cell
+from cellstack.layers.cell import Cell
 from cellstack.layers.foreign import as_cell, cell_name
 from cellstack.layers.sequences import Given, as_steps, as_used, pack, shifted, turned, unpack
 from cellstack.layers.stack import StackedRNNCells, run_cells

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cellstack.layers import eager, op
 from cellstack.layers.base import Layer, as_input, last_axis
-from cellstack.layers.cells import Cell, as_drops, needs_grad
+from cellstack.layers.cell import Cell, as_drops, needs_grad
 from cellstack.layers.foreign import as_cell, initial_state, output_width, takes_training
 from cellstack.spec import GATES, TRACES, ShapeError, check_step
 

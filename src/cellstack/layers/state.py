@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cellstack.layers import foreign
 from cellstack.layers.base import Layer, as_input, recomputing, training_tensors
-from cellstack.layers.cells import Cell
+from cellstack.layers.cell import Cell
 from cellstack.layers.foreign import as_parts, cell_name, like_size
 from cellstack.spec import HiddenState, ShapeError, State
 

@@ -1,0 +1,380 @@
+"""What cells of every kind share: their weights, their masks, and which way they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cellstack.layers import eager, op, weights
+from cellstack.layers.base import Layer, as_dtype, as_input, as_integer, last_axis, recomputing, training_tensors
+from cellstack.spec import (
+    ACTIVATIONS,
+    ARRAYS,
+    CellSpec,
+    ShapeError,
+    check_state,
+    check_step,
+)
+
+
+def rate(owner: str, name: str, value: float) -> float:
+    """Return a dropout rate, checked to lie in `[0, 1)`."""
+    if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{owner}: expected {name} in [0, 1), got {value!r}: at 1 nothing would be left")
+    return float(value)
+
+
+class Masks(NamedTuple):
+    """What training draws for one call of a cell over T steps; None where it draws nothing."""
+
+    input: Tensor | None = None  # [B, I]
+    recurrent: Tensor | None = None  # [B, P]
+    zoneout: Tensor | None = None  # [B, T, P]
+    zoneout_cell: Tensor | None = None  # [B, T, H]
+
+    def at(self, t: int) -> Masks:
+        """Return those of step `t` alone, as `Cell.step` takes them."""
+        of_step = (None if mask is None else mask[:, t : t + 1] for mask in self[2:])
+        return Masks(self.input, self.recurrent, *of_step)
+
+
+NO_MASKS = Masks()
+
+
+def as_drops(masks: Sequence[Masks], none: Tensor) -> list[Tensor]:
+    """Return the masks of layers as the op takes them, with `none` in place of what there isn't."""
+    drops = [mask for of_layer in masks for mask in of_layer[1:]]
+    return [] if all(drop is None for drop in drops) else [none if drop is None else drop for drop in drops]
+
+
+# Arrays with initial values, penalties and constraints of their own, and how the constructors' arguments call them.
+_ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
+
+# Fields of CellSpec that a constructor takes as they are; those that its kind of cell has.
+_FLAGS = (
+    "use_bias",
+    "peepholes",
+    "coupled",
+    "proj_size",
+    "layer_norm",
+    "norm_epsilon",
+    "clip",
+    "cell_clip",
+    "zoneout",
+    "zoneout_cell",
+    "reset_after",
+    "learn_initial_state",
+)
+
+
+class Cell(Layer):
+    """What cells of every kind share. Their arrays are made at the first call or at once: see `CellSpec.shapes`.
+
+    A subclass says its `kind`, and takes arguments by the names of the fields of `CellSpec`.
+    """
+
+    kind: ClassVar[str]
+    State: ClassVar[Any]
+
+    kernel: Tensor
+    recurrent_kernel: Tensor
+    bias: Tensor | None
+    draws: Tensor | None
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        super().__init__(given["name"])
+        self._config = given
+        given["units"] = self.units = as_integer(self._owner, "units", given["units"])
+        if not 1 <= self.units < 2**29:  # from here on the bytes of a recurrent kernel are past 64 bits
+            raise ShapeError(f"{self._owner}: expected units >= 1 and below {2**29}, got {self.units}")
+        if "proj_size" in given:
+            given["proj_size"] = as_integer(self._owner, "proj_size", given["proj_size"])
+        self._functions, self._foreign, spec = self._described(given)
+        self._describe(spec)
+        self.activation, self.recurrent_activation = given["activation"], given.get("recurrent_activation", "sigmoid")
+        self.use_bias = spec.use_bias
+        self.output_size = spec.output_size
+        sizes = list(spec.state_sizes.values())
+        self.state_size = sizes if len(sizes) > 1 else sizes[0]
+        self.dropout = rate(self._owner, "dropout", given["dropout"])
+        self.recurrent_dropout = rate(self._owner, "recurrent_dropout", given["recurrent_dropout"])
+        self.zoneout, self.zoneout_cell = spec.zoneout, spec.zoneout_cell
+        seed = given["seed"]
+        if seed is not None:
+            given["seed"] = seed = as_integer(self._owner, "seed", seed)
+            if abs(seed) >= 2**63:
+                raise TypeError(f"{self._owner}: expected seed to be an integer of 64 bits or None, got {seed!r}")
+        self.seed = seed
+        self.register_buffer("draws", None if seed is None or not self.drops else torch.zeros((), dtype=torch.int64))
+        self._parts = {
+            array: [
+                weights.find(given[f"{role}_{kind}"], table, f"{role}_{kind}")
+                for kind, table in (
+                    ("initializer", weights.INITIALIZERS),
+                    ("regularizer", weights.REGULARIZERS),
+                    ("constraint", weights.CONSTRAINTS),
+                )
+            ]
+            for array, role in _ROLES.items()
+        }
+        for name in ARRAYS:
+            self.register_parameter(name, None)
+        # Carries dtype and device until there are weights, so that .to() and .double() count before the first call too.
+        self._like = torch.empty(0, dtype=as_dtype(given["dtype"]), device=given["device"])
+        if given["input_size"] is not None:
+            self.build(given["input_size"])
+
+    def _described(self, given: dict[str, Any]) -> tuple[list[eager.Function], list[str], CellSpec]:
+        """Return the functions of `CellSpec.slots`, names of those that the kernel hasn't, and the description.
+
+        It is of width 1: flags are checked before there is an input. What the kernel hasn't is linear there.
+        """
+        by_gate = given["gate_activations"]
+        try:
+            by_gate = dict(by_gate.items() if isinstance(by_gate, Mapping) else by_gate)
+        except (TypeError, ValueError):
+            raise TypeError(f"{self._owner}: expected gate_activations by gate, got {by_gate!r}") from None
+        usual = {name: given[name] for name in ("activation", "recurrent_activation") if name in given}
+        texts = {}
+        for key, value in (*usual.items(), *by_gate.items()):
+            try:
+                name = eager.activation_name(value)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{self._owner}: {key}: {error}") from None
+            texts[key] = name if eager.known(name) else "linear"
+        fields = {key: texts[key] for key in usual} | {name: given[name] for name in _FLAGS if name in given}
+        by_name = {gate: texts[gate] for gate in by_gate}
+        try:
+            spec = CellSpec(1, self.units, kind=self.kind, gate_activations=by_name, **fields)
+        except (ShapeError, TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("CellSpec", self._owner, 1)) from None
+        of_slot = {slot: "activation" if slot in ("g", "cell") else "recurrent_activation" for slot in spec.slots}
+        chosen = [by_gate.get(slot, usual[name]) for slot, name in of_slot.items()]
+        names = [(eager.activation_name(value), value) for value in chosen]
+        foreign = [
+            name or getattr(value, "__name__", type(value).__name__) for name, value in names if not eager.known(name)
+        ]
+        return [eager.as_function(value) for value in chosen], foreign, spec
+
+    def _describe(self, spec: CellSpec) -> None:
+        """Keep a description, and what each call asks of it."""
+        self._spec, self._text, self._plain = spec, spec.text, spec.plain
+        self._names, self._sizes = tuple(spec.shapes), spec.state_sizes
+
+    def extra_repr(self) -> str:
+        """Say the widths, and what isn't as usual."""
+        parts = [str(self.units)] + ([f"input_size={self.input_size}"] if self.built else [])
+        given = {key: self._config[key] for key in ("activation", "recurrent_activation") if key in self._config}
+        usual = {"activation": "tanh", "recurrent_activation": "sigmoid"}
+        changed = {key: value for key, value in given.items() if value != usual[key]}
+        changed |= {key: self._config[key] for key in ("gate_activations", *_FLAGS) if key in self._spec.settings}
+        return ", ".join([*parts, *(f"{key}={value!r}" for key, value in changed.items())])
+
+    @property
+    def drops(self) -> bool:
+        """Whether training draws masks, of dropout or of zoneout."""
+        return max(self.dropout, self.recurrent_dropout, self.zoneout, self.zoneout_cell) > 0.0
+
+    @property
+    def built(self) -> bool:
+        """Whether the weights exist."""
+        return self.input_size is not None
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device that the cell works in: its kernel, once there is one."""
+        kernel = self.kernel
+        return self._like if kernel is None else kernel
+
+    @property
+    def input_size(self) -> int | None:
+        """Width I of the input, None before the weights exist."""
+        kernel = self.kernel
+        return None if kernel is None else kernel.shape[0]
+
+    @property
+    def spec(self) -> CellSpec:
+        """Description of the built cell, without its arrays.
+
+        Raises:
+            ValueError: the cell isn't built, or an activation isn't one of `cellstack.spec.ACTIVATIONS`.
+        """
+        if not self.built:
+            raise ValueError(f"{self._owner}: the weights don't exist yet: call the layer, or give input_size=")
+        if self._foreign:
+            raise ValueError(f"{self._owner}: no description for the activation {self._foreign[0]}")
+        return self._spec
+
+    def build(self, input_size: int | Sequence[int | None]) -> None:
+        """Make the weights for inputs of width `input_size` (or of a shape that ends in it)."""
+        width = last_axis(self._owner, input_size)
+        if self.input_size is not None:
+            if width != self.input_size:
+                raise ShapeError(f"{self._owner}: expected input_size {self.input_size}, as built, got {width}")
+            return
+        self._describe(replace(self._spec, input_size=width))
+        with training_tensors():
+            for name, shape in self._spec.shapes.items():
+                values = self._like.new_zeros(shape)
+                if name.endswith("_gain"):
+                    values.fill_(1.0)
+                elif name in (*self._parts, "projection"):
+                    self._fill(name, values, self._parts["kernel" if name == "projection" else name][0])
+                setattr(self, name, nn.Parameter(values))
+
+    def _fill(self, name: str, values: Tensor, initializer: Any) -> None:
+        """Give a kernel, a bias or a projection its first values."""
+        if initializer is None:
+            raise ValueError(f"{self._owner}: expected an initializer for {name}, got None")
+        weights.fill(values, initializer)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Cell:
+        super()._apply(fn, recurse)
+        self._like = fn(self._like)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        kernel = state_dict.get(f"{prefix}kernel")
+        if not self.built and kernel is not None:
+            blocks = len(self._spec.gates)
+            if kernel.ndim == 2 and kernel.shape[1] == blocks * self.units:
+                self.build(kernel.shape[0])
+            else:
+                expected = f"expected {prefix}kernel [I, {blocks}H={blocks * self.units}], got {tuple(kernel.shape)}"
+                args[-1].append(f"{self._owner}: {expected}")  # error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _loss_terms(self) -> Iterator[Tensor]:
+        for name, (_, regularizer, _) in self._parts.items():
+            if regularizer is not None and getattr(self, name) is not None:
+                yield regularizer(getattr(self, name))
+
+    @torch.no_grad()
+    def _constrain(self) -> None:
+        for name, (_, _, constraint) in self._parts.items():
+            weight = getattr(self, name)
+            if constraint is not None and weight is not None:
+                weight.copy_(constraint(weight))
+
+    def get_initial_state(self, batch_size: int) -> list[Tensor]:
+        """Return what a row starts from, `[batch_size, H]` for each array of the state: zeros, or what was learned."""
+        learned = self._spec.learn_initial_state and self.built
+        return [
+            getattr(self, f"initial_{name}").expand(batch_size, size)
+            if learned
+            else self.like.new_zeros(batch_size, size)
+            for name, size in self._sizes.items()
+        ]
+
+    def arrays(self) -> list[Tensor]:
+        """Return the arrays of a built cell as the op takes them, in the order of `CellSpec.shapes`."""
+        return [getattr(self, name) for name in self._names]
+
+    def masks(self, batch: int, steps: int, training: bool) -> Masks:
+        """Draw the masks of a call over `steps` steps: see `Masks`."""
+        if not training or not self.drops:
+            return NO_MASKS
+        if self.draws is not None and recomputing():
+            raise RuntimeError(
+                f"{self._owner}: expected the masks of the first pass, but with seed= each call draws its own: under "
+                "torch.utils.checkpoint leave seed at None, torch's generator is put back for the second pass"
+            )
+        width = self.kernel.shape[0]
+        return Masks(
+            self._draw(batch, width, self.dropout),
+            self._draw(batch, self.output_size, self.recurrent_dropout),
+            self._draw_zoneout(batch, steps, self.output_size, self.zoneout),
+            self._draw_zoneout(batch, steps, self.units, self.zoneout_cell),
+        )
+
+    def _draw(self, rows: int, width: int, share: float) -> Tensor | None:
+        return op.dropout_mask(self.draws, self.kernel, rows, width, share, self.seed) if share else None
+
+    def _draw_zoneout(self, batch: int, steps: int, width: int, share: float) -> Tensor | None:
+        """Draw ones where the old value is kept: where a dropout mask would have zeros."""
+        mask = self._draw(batch * steps, width, share)
+        return None if mask is None else (mask == 0.0).to(mask.dtype).view(batch, steps, width)
+
+    def route(self, kernel: Tensor) -> tuple[str, str]:
+        """Return which way weights like `kernel` are computed ("fused", "cudnn" or "loop"), and why."""
+        if self._foreign:
+            return "loop", f"activation {self._foreign[0]} is not one of {', '.join(ACTIVATIONS)}"
+        device, dtype = kernel.device.type, kernel.dtype
+        if device == "cuda":
+            if not self._plain:
+                return "loop", "cuDNN computes the plain LSTM, of tanh and sigmoid, only"
+            if torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled:
+                return "cudnn", "a mask, a reset, recurrent dropout in training or return_gates take the torch loop"
+            return "loop", "cuDNN is not available"
+        if device not in ("cpu", "meta"):
+            return "loop", f"there is no fused kernel for {device}"
+        if dtype not in (torch.float32, torch.float64):
+            return "loop", f"{str(dtype).removeprefix('torch.')} is neither float32 nor float64"
+        if op.transformed():
+            return "loop", "torch.func and forward-mode differentiation need torch's own operations"
+        return "fused", ""
+
+    def forward(self, inputs: Any, states: Any = None, training: bool | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run one step.
+
+        Args:
+            inputs: `[B, I]`.
+            states: for an LSTM the pair (h, c), else h or a list of it; each `[B, H]`. None: the initial state.
+            training: whether dropout and zoneout draw masks; None: whether the module is in training mode.
+
+        Returns:
+            h, and the new state as a list: `[h, c]`, or `[h]`.
+
+        Raises:
+            ShapeError, TypeError: see `cellstack.layers`.
+        """
+        kernel = self.kernel
+        like = self.like
+        x = as_input(self._owner, "inputs", inputs, like)
+        check_step(self._owner, x.shape, None if kernel is None else kernel.shape[0], "inputs")
+        if kernel is None:
+            self.build(x.shape[1])
+        state = None if states is None else self.as_state(self._owner, states, x.shape[0])
+        ends = self.step(x, state, self.masks(x.shape[0], 1, self._trains(training)))
+        return ends[0], list(ends)
+
+    def as_state(self, owner: str, value: Any, batch: int | None, layer: int | None = None) -> Any:
+        """Return a state that was given as tensors or arrays as `State` or `HiddenState`, checked and converted.
+
+        One array by itself is an h. A `batch` of None is taken from h.
+        """
+        if not hasattr(value, "__len__"):
+            raise TypeError(f"{owner}: expected a state of tensors or arrays, got {type(value).__name__}")
+        parts = [value] if getattr(value, "ndim", 3) < 3 else list(value)
+        like = self.like
+        tensors = [as_input(owner, "state", part, like) for part in parts]
+        shapes = [tuple(t.shape) for t in tensors]
+        if batch is None:
+            batch = shapes[0][0] if shapes and shapes[0] else 0
+        check_state(owner, shapes, batch, self._sizes, layer)
+        return self.State(*tensors)
+
+    def step(self, x: Tensor, state: Sequence[Tensor] | None, masks: Masks = NO_MASKS) -> tuple[Tensor, ...]:
+        """Run one step on what is known to be right: x `[B, I]`, a state, masks of one step (`Masks.at`)."""
+        if masks.input is not None:
+            x = x * masks.input
+        arrays, cells = self.arrays(), [self._text]
+        starts = [] if state is None else list(state)
+        drops = as_drops([masks], self._like)
+        if self.route(arrays[0])[0] != "fused":
+            rest = [self._spec], [self._functions], False, False, False
+            return tuple(eager.run(x.unsqueeze(1), starts, arrays, drops, None, None, *rest))
+        save = needs_grad(x, *starts, *arrays)
+        if not save and not drops and x.is_cpu and op.direct(x):
+            return op.step(x, starts, arrays, self._text)
+        out = op.recurrent(x.unsqueeze(1), starts, arrays, drops, None, None, cells, False, False, save, 0)
+        return tuple(out[: len(self._sizes)])
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether a call on these has to keep what its backward pass needs."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
