@@ -73,7 +73,7 @@ INLINE V<T> slope(const Activation& activation, V<T> y) {
         case kAffine:
             return alpha;
         case kLeakyRelu:
-            return y < zero ? alpha : one;
+            return y > zero ? one : alpha;
         case kThresholdedRelu:
             return y == zero ? zero : one;
         case kScaledTanh:

@@ -60,8 +60,9 @@ INLINE void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
     product_transposed<T, G>(f.dq, (n - f.first) * f.batch + f.row0, f.rows, f.blocks, (f.last - f.first) * f.batch,
                              f.recurrent_t, P, [&](int64_t r, int64_t unit, V<T> d) INLINED {
                                  const int64_t left = P - unit;
+                                 if (left <= 0) return;
                                  T* dh = f.dh + r * columns + unit;
-                                 if (f.recurrent_dropout && left > 0)
+                                 if (f.recurrent_dropout)
                                      d *= load_lanes(f.recurrent_dropout + r * P + unit, left < W ? int(left) : W);
                                  if constexpr (!Plain)
                                      store(dh, d + load(f.carry + r * columns + unit));
@@ -282,8 +283,7 @@ void weight_gradient_of(const WeightGradient<T>& f) {
             for (int64_t k = 0; k < rows; ++k)
                 for (int gate = 0; gate < G; ++gate, sums += W)
                     if (gate >= first_gate && gate < last_gate)
-                        store_lanes(out + (k * G + gate) * f.units + block * W, f.dz_rows ? load(sums) : splat(T(0)),
-                                    lanes);
+                        store_lanes(out + (k * G + gate) * f.units + block * W, load(sums), lanes);
         }
     };
     for (const auto& of : f.of) write(of.out, of.sums, of.columns, of.first_gate, of.last_gate);

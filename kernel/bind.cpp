@@ -276,8 +276,8 @@ NB_MODULE(_kernel, m) {
                     const nb::tuple a = nb::cast<nb::tuple>(activations[k]);
                     d.activations[k] = {nb::cast<int>(a[0]), nb::cast<double>(a[1]), nb::cast<double>(a[2])};
                 }
-                d.bias = bias, d.peepholes = peepholes, d.coupled = coupled, d.layer_norm = layer_norm;
-                d.reset_after = reset_after, d.epsilon = epsilon, d.clip = clip, d.cell_clip = cell_clip;
+                d.use_bias = bias, d.peepholes = peepholes, d.coupled = coupled, d.layer_norm = layer_norm;
+                d.reset_after = reset_after, d.norm_epsilon = epsilon, d.clip = clip, d.cell_clip = cell_clip;
                 d.zoneout = zoneout, d.zoneout_cell = zoneout_cell;
                 new (self) Description(d);
             },

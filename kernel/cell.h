@@ -57,7 +57,7 @@ struct Layer {
     T* y;              // [B, T, P], h of every step; null: not wanted
     T* gates;          // [B, T, planes, H], after their activations; null: not wanted
     T* cells;          // [B, T, H], c of every step; null where gates is, and without a cell
-    T* norms;          // [B, T, norms()], what layer normalisation left; null where gates is, and without it
+    T* norms;          // [B, T, norm_size()], what layer normalisation left; null where gates is, and without it
     Drops<T> drops;
 };
 

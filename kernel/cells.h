@@ -99,7 +99,7 @@ struct Groups {
 template <class T>
 INLINE V<T> bias_at(const Panels<T>& w, const T* bias, int gate, const Place& at) {
     if (!bias) return splat(T(0));
-    if (w.plain) return load_lanes(bias + gate * w.d->units + at.unit, at.lanes);
+    if (w.unpacked) return load_lanes(bias + gate * w.d->units + at.unit, at.lanes);
     return load(bias + at.unit * w.d->gates() + gate * Vec<T>::W);
 }
 
@@ -109,17 +109,18 @@ void normalise(const Forward<T>& f, int64_t r, int64_t t, T* z, T* q, int64_t st
     const Description& d = *f.w.d;
     const int64_t H = d.units, wide = d.gates() * H;
     const Groups groups(d);
-    T* norms = f.norms ? f.norms + (r * f.steps + t) * d.norms() : nullptr;
+    T* norms = f.norms ? f.norms + (r * f.steps + t) * d.norm_size() : nullptr;
     for (int side = 0; side < 2; ++side) {
         T* sums = side ? q : z;
         const T* gain = side ? f.w.arrays.recurrent_gain : f.w.arrays.kernel_gain;
         const T* bias = side ? f.w.recurrent_bias : f.w.bias;
         for (int k = 0; k < groups.count; ++k) {
             T* first = sums + groups.first[k] * stride;
-            const T reciprocal = standardise(first, groups.size[k], stride, H, d.epsilon);
+            const T reciprocal = standardise(first, groups.size[k], stride, H, d.norm_epsilon);
             if (norms) norms[2 * wide + 2 * side + k] = reciprocal;
         }
-        if (norms && groups.count == 1) norms[2 * wide + 2 * side + 1] = 0;  // nothing that is given out is left unwritten
+        if (norms && groups.count == 1)
+            norms[2 * wide + 2 * side + 1] = 0;  // nothing that is given out is left unwritten
         for (int g = 0; g < d.gates(); ++g)
             each_block<T>(r, t, f.w.blocks, H, [&](const Place& at) INLINED {
                 T* sum = sums + g * stride + at.unit;
@@ -181,9 +182,10 @@ void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_next) {
     each_block<T>(r, t, f.w.output_blocks, d.output, [&](const Place& at) {
         write_h(f, at, h_before(f, at, h), load(h + r * f.w.output_blocks * Vec<T>::W + at.unit), h_next);
     });
-    const int64_t here = r * f.steps + t;
+    const int64_t here = r * f.steps + t, wide = f.w.blocks * Vec<T>::W;
+    if (f.m) memset(f.m + r * wide, 0, size_t(wide) * sizeof(T));  // what a projection is going to read
     if (f.gates) memset(f.gates + here * d.planes() * d.units, 0, size_t(d.planes() * d.units) * sizeof(T));
-    if (f.norms) memset(f.norms + here * d.norms(), 0, size_t(d.norms()) * sizeof(T));
+    if (f.norms) memset(f.norms + here * d.norm_size(), 0, size_t(d.norm_size()) * sizeof(T));
     each_block<T>(r, t, f.w.blocks, d.units, [&](const Place& at) { keep_cell(f, at); });
 }
 
@@ -260,7 +262,7 @@ void lstm_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t 
         }
     });
     if (!d.layer_norm) return;
-    standardise(line, 1, 0, d.units, d.epsilon);
+    standardise(line, 1, 0, d.units, d.norm_epsilon);
     each_block<T>(r, t, f.w.blocks, d.units, [&](const Place& at) INLINED {
         const V<T> gain = load_lanes(f.w.arrays.cell_gain + at.unit, at.lanes);
         const V<T> c = fma(load(line + at.unit), gain, load_lanes(f.w.arrays.cell_bias + at.unit, at.lanes));
@@ -370,7 +372,7 @@ void normalise_back(const Backward<T>& f, int64_t r, int64_t n, T* dz, int side)
     constexpr int W = Vec<T>::W;
     const Description& d = *f.d;
     const int64_t H = d.units, t = time_of(f, n), wide = d.gates() * H;
-    const T* norms = f.norms + (r * f.steps + t) * d.norms();
+    const T* norms = f.norms + (r * f.steps + t) * d.norm_size();
     const T* gain = side ? f.arrays.recurrent_gain : f.arrays.kernel_gain;
     const Groups groups(d);
     for (int k = 0; k < groups.count; ++k) {
@@ -452,7 +454,7 @@ void lstm_row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int
         store(cell + at.unit, fresh(at, gates));
     });
     T reciprocal = 1;
-    if (d.layer_norm) reciprocal = standardise(cell, 1, 0, d.units, d.epsilon);
+    if (d.layer_norm) reciprocal = standardise(cell, 1, 0, d.units, d.norm_epsilon);
     V<T> sum = splat(T(0)), product = splat(T(0));
     blocks([&](const Place& at) INLINED {
         V<T> gates[4], dz_o, v = load_lanes(cell + at.unit, at.lanes), c = v, gain = splat(T(1));

@@ -31,27 +31,27 @@ struct Activation {
 struct Description {
     int kind;
     int64_t input, units, output;  // I, H, P: the width of h, H where nothing is projected
-    Activation activations[5];     // LSTM: i f g o and the cell's; GRU: z r g; SimpleRNN: g
-    bool bias, peepholes, coupled, layer_norm, reset_after;
-    double epsilon, clip, cell_clip;  // clips: infinity where there is none
+    // Of activation, recurrent_activation and gate_activations: LSTM i f g o and the cell's; GRU z r g; SimpleRNN g.
+    Activation activations[5];
+    bool use_bias, peepholes, coupled, layer_norm, reset_after;
+    double norm_epsilon, clip, cell_clip;  // clips: infinity where there is none
     double zoneout, zoneout_cell;
 
-    bool projects() const { return output != units; }
+    bool projects() const { return output != units; }  // proj_size
     // Blocks of columns in the weights.
     int gates() const { return kind == kLstm ? (coupled ? 3 : 4) : kind == kGru ? 3 : 1; }
     // What is kept of a step's gates: one array a gate, a coupled f too; the candidate's recurrent sum before a reset.
     int planes() const { return kind == kLstm ? 4 : kind == kGru ? (reset_after ? 4 : 3) : 1; }
     // Normalised sums of x and of h; the reciprocal deviations of two groups of gates each.
-    int64_t norms() const { return layer_norm ? 2 * gates() * units + 4 : 0; }
+    int64_t norm_size() const { return layer_norm ? 2 * gates() * units + 4 : 0; }
     // Whether the sums over x and over h are needed apart.
     bool apart() const { return layer_norm || (kind == kGru && reset_after); }
     bool zones() const { return zoneout > 0 || zoneout_cell > 0; }
     // Whether every gate has its usual activation: constants in a copy of each routine.
     bool usual() const {
-        const int tanh_at[] = {kind == kLstm ? 2 : kind == kGru ? 2 : 0, kind == kLstm ? 4 : -1};
-        const int count = kind == kLstm ? 5 : kind == kGru ? 3 : 1;
+        const int g = kind == kRnn ? 0 : 2, count = kind == kLstm ? 5 : kind == kGru ? 3 : 1;
         for (int k = 0; k < count; ++k)
-            if (activations[k].code != (k == tanh_at[0] || k == tanh_at[1] ? kTanh : kSigmoid)) return false;
+            if (activations[k].code != (k == g || k == 4 ? kTanh : kSigmoid)) return false;
         return true;
     }
     // Whether this is the LSTM without any flag, for which there is a shorter way.
@@ -74,7 +74,7 @@ struct Arrays {
     T* recurrent_gain;    // [gates·H]
     T* cell_gain;         // [H]
     T* cell_bias;         // [H]
-    T* initial_h;         // [P]
+    T* initial_h;         // [P], of learn_initial_state
     T* initial_c;         // [H]
 };
 constexpr int kArrays = 11;

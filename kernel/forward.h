@@ -143,9 +143,10 @@ void run_rows(Forward<T>& f) {
     const Panels<T>& w = f.w;
     const Description& d = *w.d;
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
-    const int64_t stride = w.plain ? H : wide, row = G * stride;
+    const int64_t stride = w.unpacked ? H : wide, row = G * stride;
     const auto sums_of = [&](const T* matrix, const T* bias, bool add, int64_t depth, T* to) {
-        return Product<T>{matrix, bias, add, w.plain, depth, H, w.blocks, to, stride, false, w.bits, f.bytes, f.scales};
+        return Product<T>{matrix, bias,   add,   w.unpacked, depth,   H,       w.blocks,
+                          to,     stride, false, w.bits,     f.bytes, f.scales};
     };
     // Layer normalisation comes between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
@@ -186,7 +187,7 @@ void run_rows(Forward<T>& f) {
                 rnn_row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
         });
         if (Kind == kLstm && d.projects()) {
-            const int64_t apart = w.plain ? d.output : output_wide;
+            const int64_t apart = w.unpacked ? d.output : output_wide;
             Product<T> projected = sums_of(w.projection, nullptr, false, H, f.p);
             projected.units = d.output, projected.blocks = w.output_blocks, projected.stride = apart;
             multiply<T, 1, 0, 1>(projected, {f.m, wide, 0, f.rows}, f.rows);
@@ -216,7 +217,7 @@ void choose(Forward<T>& f) {
 
 template <class T>
 void forward(Forward<T>& f) {
-    if (f.w.d->plain() && !f.w.plain && f.w.bits == 32)
+    if (f.w.by_blocks())
         run_blocks<T>(f);
     else if (f.w.d->usual())
         choose<T, true>(f);

@@ -105,7 +105,7 @@ void backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>& g, 
         f.first = first_step, f.last = last_step, f.reverse = in.reverse;
         f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t;
         f.gates = at(s.gates, steps * d.planes() * H), f.cells = at(s.cells, steps * H), f.y = at(s.y, steps * P);
-        f.norms = at(s.norms, steps * d.norms()), f.h0 = at(s.h0, P), f.c0 = at(s.c0, H);
+        f.norms = at(s.norms, steps * d.norm_size()), f.h0 = at(s.h0, P), f.c0 = at(s.c0, H);
         f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
         f.recurrent_dropout = at(s.drops.recurrent, P);
         f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);

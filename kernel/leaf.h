@@ -15,20 +15,23 @@
 
 namespace cellstack {
 
-// Weights may also stay as the caller has them (`plain`), for calls too short to be worth packing for. What isn't a
+// Weights may also stay as the caller has them (`unpacked`), for calls too short to be worth packing for. What isn't a
 // matrix or a bias always does.
 template <class T>
 struct Panels {
     const Description* d = nullptr;
     int64_t blocks = 0, output_blocks = 0;  // of H, of P
-    const T* kernel = nullptr;              // [blocks][I][gates][W]; plain: [I, gates·H]
-    const T* recurrent = nullptr;           // [blocks][P][gates][W]; plain: [P, gates·H]
-    const T* bias = nullptr;                // [blocks][gates][W]; plain: [gates·H], or null
+    const T* kernel = nullptr;              // [blocks][I][gates][W]; unpacked: [I, gates·H]
+    const T* recurrent = nullptr;           // [blocks][P][gates][W]; unpacked: [P, gates·H]
+    const T* bias = nullptr;                // [blocks][gates][W]; unpacked: [gates·H], or null
     const T* recurrent_bias = nullptr;      // likewise, of the sums over h, where they are apart; null: none
-    const T* projection = nullptr;          // [output_blocks][H][1][W]; plain: [H, P]
+    const T* projection = nullptr;          // [output_blocks][H][1][W]; unpacked: [H, P]
     Arrays<const T> arrays{};
-    bool plain = false;
+    bool unpacked = false;
     int bits = 32;  // of a weight in a matrix: 16 and 8 are laid out as quantised.h says
+
+    // Whether a step goes block by block, the shorter way of the plain LSTM.
+    bool by_blocks() const { return d->plain() && !unpacked && bits == 32; }
 };
 
 // Forward over rows of one layer, for steps n in [first, last) of the processing order.
@@ -49,7 +52,7 @@ struct Forward {
     int64_t y_row, y_time;
     T *gates, *norms;  // [rows][steps][planes][H], [rows][steps][norms] or null
     T* z;              // scratch, sums over x. The shorter way: [blocks][(last-first)·rows][4][W], null: summed in
-                       // place. By rows: [(last-first)·rows][gates][stride], stride = blocks·W; plain: H
+                       // place. By rows: [(last-first)·rows][gates][stride], stride = blocks·W; unpacked: H
     T *q, *m, *p;      // scratch by rows: sums over h apart [rows][gates][stride]; a vector a row [rows][blocks·W];
                        // what was projected [rows][output_blocks·W]
     T* scales;         // scratch of 8 bits: see Product

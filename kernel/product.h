@@ -75,10 +75,10 @@ struct Rows {
 // What a product of rows is made of: to[m] = start + a[m]·matrix, gate by gate.
 template <class T>
 struct Product {
-    const T* matrix;  // panels [blocks][depth][gates][W]; plain: [depth, gates·units]
-    const T* bias;    // start: [blocks][gates][W]; plain: [gates·units]; null: zeros
+    const T* matrix;  // panels [blocks][depth][gates][W]; unpacked: [depth, gates·units]
+    const T* bias;    // start: [blocks][gates][W]; unpacked: [gates·units]; null: zeros
     bool add;         // start: what lies in `to`
-    bool plain;
+    bool unpacked;
     int64_t depth, units, blocks;
     T* to;  // [rows][gates][stride]
     int64_t stride;
@@ -145,7 +145,7 @@ void add_product(T* z, const T* a, const T* matrix, int64_t columns, int64_t str
 // C of the G gates, from gate First on, of the product over all rows.
 template <class T, int G, int First, int C>
 __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows, int64_t count) {
-    if (p.plain) {
+    if (p.unpacked) {
         for (int64_t m = 0; m < count; ++m) {
             T* to = p.to + m * G * p.stride + First * p.stride;
             const int64_t columns = C * p.units;

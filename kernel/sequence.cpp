@@ -31,7 +31,7 @@ void pack_narrow(float* memory, const float* from, int64_t rows, int64_t units, 
     auto* to = reinterpret_cast<uint32_t*>(memory);
     float* scales = memory + blocks * words * gates * width;
     auto* shifts = reinterpret_cast<uint32_t*>(scales + blocks * gates * width);
-    std::fill_n(memory, narrow_size(bits, blocks, rows, gates, width), 0.0f);
+    memset(memory, 0, size_t(narrow_size(bits, blocks, rows, gates, width)) * sizeof(float));
     for (int64_t unit = 0; unit < units; ++unit)
         for (int gate = 0; gate < gates; ++gate) {
             const int64_t block = unit / width, lane = unit % width, column = (block * gates + gate) * width + lane;
@@ -74,7 +74,7 @@ Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy
     const Leaf<T>& leaf = leaf_of<T>(current());
     const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width);
     const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width;
-    const bool two_biases = d.bias && d.kind == kGru && d.reset_after;
+    const bool two_biases = d.use_bias && d.kind == kGru && d.reset_after;
     // What isn't a matrix or a bias, and how many numbers it has.
     struct {
         const T* Arrays<const T>::* array;
@@ -97,7 +97,7 @@ Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy
     for (const auto& vector : vectors) count += Parts<T>::size(vector.count);
     impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), {}});
     Panels<T>& p = impl_->panels;
-    p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.plain = !copy, p.bits = bits;
+    p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.unpacked = !copy, p.bits = bits;
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
     p.recurrent_bias = two_biases ? arrays.bias + columns : nullptr;
     p.projection = arrays.projection, p.arrays = arrays;
@@ -139,7 +139,6 @@ const Description& Packed<T>::description() const {
 namespace {
 
 // How many steps make a chunk; a single step of the plain LSTM is summed in place, without the product.
-template <class T>
 int64_t chunk_steps(int64_t rows, int64_t steps) {
     return std::max<int64_t>(1, std::min(steps, kProductRows / std::max<int64_t>(rows, 1)));
 }
@@ -158,11 +157,10 @@ struct Runner {
             const Panels<T>& w = weights.impl().panels;
             const Description& d = *w.d;
             const int64_t width = weights.impl().leaf->width, wide = rows * w.blocks * width;
-            const bool by_blocks = d.plain() && !w.plain && w.bits == 32;
             h = rows * w.output_blocks * width;
             kept = dropout ? h : 0;
             c = d.kind == kLstm ? wide : 0;
-            z = by_blocks && chunk == 1 ? 0 : chunk * d.gates() * wide;
+            z = w.by_blocks() && chunk == 1 ? 0 : chunk * d.gates() * wide;
             q = d.apart() ? d.gates() * wide : 0;
             m = d.projects() || d.layer_norm || (d.kind == kGru && !d.reset_after) ? wide : 0;
             p = d.projects() ? h : 0;
@@ -204,7 +202,7 @@ struct Runner {
 
     void steps(int64_t first, int64_t last) {
         f.first = first, f.last = last;
-        const bool in_place = f.w.d->plain() && !f.w.plain && f.w.bits == 32 && last - first == 1 && f.rows == 1;
+        const bool in_place = f.w.by_blocks() && last - first == 1 && f.rows == 1;
         f.z = in_place ? nullptr : product;
         leaf->forward(f);
     }
@@ -242,7 +240,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
     // Threads take rows where there are enough, layers where there are not.
     const int groups = int(std::min<int64_t>(B, threads));
     const int teams = groups < threads && steps > 1 ? std::min(depth, threads / groups) : 1;
-    const int64_t most_rows = ceil_div(B, groups), chunk = chunk_steps<T>(most_rows, steps);
+    const int64_t most_rows = ceil_div(B, groups), chunk = chunk_steps(most_rows, steps);
 
     // y of layers below the top that the caller does not want lies in scratch.
     std::vector<T*> y(depth);
@@ -279,7 +277,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
         f.y = at(y[l], steps * P), f.y_row = steps * P, f.y_time = P;
         f.gates = at(layer.gates, steps * d.planes() * H), f.cells = at(layer.cells, steps * H);
-        f.norms = at(layer.norms, steps * d.norms());
+        f.norms = at(layer.norms, steps * d.norm_size());
         f.recurrent_dropout = at(layer.drops.recurrent, P);
         f.zoneout = at(layer.drops.zoneout, steps * P), f.zoneout_cell = at(layer.drops.zoneout_cell, steps * H);
         // Rows from `first` on have states of their own, at places of the whole, or one after the other.
@@ -308,7 +306,7 @@ template <class T>
 struct Stream<T>::Impl {
     std::vector<const Packed<T>*> weights;
     std::vector<Runner<T>> runners;
-    std::vector<T*> between;  // y of each layer but the last, [B, chunk, H]
+    std::vector<T*> between;  // y of each layer but the last, [B, chunk, P]
     int64_t batch, chunk;
     std::unique_ptr<Scratch<T>> memory;
 };
@@ -318,7 +316,7 @@ Stream<T>::Stream(std::vector<const Packed<T>*> weights, int64_t batch) : impl_(
     Impl& s = *impl_;
     for (const Packed<T>* w : weights)
         checked(checked(batch, kProductRows), 64 * (w->description().units + w->description().input));
-    s.batch = batch, s.chunk = chunk_steps<T>(batch, kProductRows);
+    s.batch = batch, s.chunk = chunk_steps(batch, kProductRows);
     int64_t count = 0;
     for (const Packed<T>* w : weights)
         count += typename Runner<T>::Sizes(*w, batch, s.chunk, false).sum() +

@@ -41,6 +41,8 @@ def random_spec(rng, kind=None, largest=8):
         "zoneout": round(rng.uniform(0.1, 0.6), 2) if often(0.3) else 0.0,
         "learn_initial_state": often(0.4),
     }
+    if kind == "rnn":
+        del flags["recurrent_activation"]
     if kind == "lstm":
         flags |= {
             "peepholes": often(0.4),

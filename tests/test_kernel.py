@@ -155,7 +155,9 @@ def test_a_random_cell_follows_the_reference(isa, seed):
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL_ACTIVATIONS, threads, copy)
 
 
-@pytest.mark.parametrize(("phi", "sigma"), [*itertools.product(ACTIVATIONS, SIGMAS)])
+@pytest.mark.parametrize(
+    ("phi", "sigma"), [*itertools.product(ACTIVATIONS, SIGMAS), ("leaky_relu(0.0)", "sigmoid"), ("elu(0.0)", "relu")]
+)
 def test_every_activation(isa, phi, sigma):
     spec, arrays, case, rng = make(7, 3, 6, 5, 9, np.float64, activation=phi, recurrent_activation=sigma)
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL_ACTIVATIONS)
@@ -255,7 +257,9 @@ def test_nothing_to_do(isa, batch, steps, member):
 def test_linear_mode_is_exact(isa, kind):
     """With identity activations and small integers, float32 arithmetic is exact: the layout is compared bit for bit."""
     rng = np.random.default_rng(8)
-    spec = CellSpec(4, 19, "linear", "linear", kind=kind, peepholes=kind == "lstm")
+    spec = CellSpec(
+        4, 19, *(("linear",) if kind == "rnn" else ("linear", "linear")), kind=kind, peepholes=kind == "lstm"
+    )
     sparse = lambda *shape: (rng.integers(-1, 2, shape) * (rng.random(shape) < 0.15)).astype(np.float32)  # noqa: E731
     arrays = {name: sparse(*shape) for name, shape in spec.shapes.items()}
     x = rng.integers(-1, 2, (3, 3, 4)).astype(np.float32)
@@ -265,6 +269,19 @@ def test_linear_mode_is_exact(isa, kind):
     assert max(np.abs(a).max() for a in law.values()) < 2**24
     for name, array in flat(native.forward(spec, arrays, x, state)).items():
         np.testing.assert_array_equal(array, law[name], err_msg=name)
+
+
+def test_a_clip_has_no_slope_at_its_very_ends(isa):
+    """On a grid of whole numbers sums and cells lie exactly there."""
+    rng = np.random.default_rng(28)
+    spec = CellSpec(3, 17, "linear", "linear", clip=2.0, cell_clip=3.0)
+    arrays = {name: rng.integers(-1, 2, shape).astype(np.float64) for name, shape in spec.shapes.items()}
+    arrays["recurrent_kernel"] *= rng.random((17, 68)) < 0.2
+    case = {"x": rng.integers(-1, 2, (4, 5, 3)).astype(np.float64), "state": None}
+    law = reference.forward(spec, arrays, **case)
+    assert (np.abs(law.gates) == 2).any()
+    assert (np.abs(law.cells) == 3).any()
+    compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL["float64"])
 
 
 @pytest.mark.parametrize("member", ["lstm", "coupled", "gru", "gru, reset before"])

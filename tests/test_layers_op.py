@@ -105,7 +105,7 @@ def test_a_thousand_steps_are_the_reference(dtype, units, name):
 def test_linear_mode_is_exact(rng, kind):
     """Identity activations and small integers leave nothing to round: every bit has to be right."""
     for units, width in ((1, 1), (3, 5), (16, 16), (17, 9)):
-        spec = CellSpec(width, units, "linear", "linear", kind=kind)
+        spec = CellSpec(width, units, *(("linear",) if kind == "rnn" else ("linear", "linear")), kind=kind)
         g = given([spec], dtype=torch.float32, batch=2, steps=3, grad=False, masked=False, dropped=False, reverse=False)
         integers = [torch.tensor(rng.integers(-1, 2, size=t.shape), dtype=torch.float32) for t in g.leaves]
         count = len(g.starts)
@@ -179,7 +179,8 @@ def test_gradients_of_every_flag_are_finite_differences(name, started):
 def test_every_activation_has_its_derivative(name, kind):
     parameters = tuple(0.9 * p + 0.03 for p in PARAMETERS.get(name, ()))
     text = f"{name}({', '.join(map(str, parameters))})" if parameters else name
-    g = given([CellSpec(2, 3, text, text, kind=kind)], 1, batch=2, steps=2)
+    texts = (text,) if kind == "rnn" else (text, text)
+    g = given([CellSpec(2, 3, *texts, kind=kind)], 1, batch=2, steps=2)
     assert torch.autograd.gradcheck(as_function(g), g.leaves)
 
 

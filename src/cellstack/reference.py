@@ -32,19 +32,21 @@ GRU, gates z r g:
 SimpleRNN, gate g:
     h_new = g = φ(a + b + bias)                with a, b, layer_norm and clip as above
 
-and for each of them, k being masks in training, the rates themselves outside of it:
+A clip has no slope at its ends, as it has none beyond them. And for each kind, k being masks in training, the rates
+themselves outside of it:
     h = k_h⊙h_prev + (1 - k_h)⊙h_new           c = k_c⊙c_prev + (1 - k_c)⊙c_new            zoneout, zoneout_cell
 
 Backward: the chain rule on these lines, last to first, worked out by hand. `dv` is the loss's gradient by v.
 
 Ref, and where we differ:
     Hochreiter and Schmidhuber 1997, "Long Short-Term Memory", appendix A.1: i, o and the cell, without a forget gate.
-    Gers, Schmidhuber and Cummins 2000, "Learning to Forget", eq. 2.4 to 2.8: the LSTM; their φ are scaled sigmoids.
+    Gers, Schmidhuber and Cummins 2000, "Learning to Forget", sec. 2, and 3 for f: the LSTM; their φ are scaled
+        sigmoids.
     Gers and Schmidhuber 2000, "Recurrent Nets that Time and Count"; Gers, Schraudolph and Schmidhuber 2002, "Learning
         Precise Timing with LSTM Recurrent Networks", sec. 2: peepholes. Their gradient is cut at the gates, ours whole.
     Sak, Senior and Beaufays 2014, "Long Short-Term Memory Based Recurrent Neural Network Architectures", eq. 7 to 12:
         proj_size, their r; always with peepholes there. We have no part p that isn't fed back.
-    Greff et al. 2016, "LSTM: A Search Space Odyssey", CIFG: coupled.
+    Greff et al. 2017, "LSTM: A Search Space Odyssey", CIFG: coupled.
     Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 15, 20 to 22 (LSTM), 26 to 28 (GRU): layer_norm. Their shifts
         before the sum are the one bias here, norm_epsilon stands under the root, and their z is 1 - z here.
     Krueger et al. 2017, "Zoneout", sec. 3: zoneout. As there, h_new is made of c_new, not of c.
@@ -184,7 +186,7 @@ class _Cell:
         clip = np.inf if self.spec.clip is None or slot == "cell" else self.spec.clip
         cut = np.clip(z, -clip, clip)
         y = function(cut, alpha, beta)
-        s.slopes[slot] = slope(cut, y, alpha, beta) * (np.abs(z) <= clip)  # dy/dz
+        s.slopes[slot] = slope(cut, y, alpha, beta) * (np.abs(z) < clip)  # dy/dz
         return y
 
 
@@ -203,7 +205,7 @@ class _LSTM(_Cell):
         g = self.activate(s, "g", z["g"])
         c_new = f * c_prev + i * g
         if spec.cell_clip is not None:
-            s.cell_inside = np.abs(c_new) <= spec.cell_clip
+            s.cell_inside = np.abs(c_new) < spec.cell_clip
             c_new = np.clip(c_new, -spec.cell_clip, spec.cell_clip)
         if spec.peepholes:
             z["o"] = z["o"] + p["o"] * c_new

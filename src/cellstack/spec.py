@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -67,6 +68,13 @@ PARAMETERS = {
     scaled_tanh   alpha·tanh(beta·z)                      thresholded_relu  z where above alpha, else 0
 """
 
+OWN_FLAGS = {
+    "lstm": ("peepholes", "coupled", "proj_size", "cell_clip", "zoneout_cell"),
+    "gru": ("reset_after",),
+    "rnn": (),
+}
+"""Flags of a cell that one kind alone has."""
+
 DTYPES = ("float32", "float64")
 
 
@@ -79,7 +87,7 @@ class FormatError(ValueError):
 
 
 class State(NamedTuple):
-    """State of one LSTM layer after a step, each `[B, H]`. A stack's state is a tuple of these, one a layer."""
+    """State of one LSTM layer after a step, each `[B, H]`; a projected h is `[B, P]`. A stack has a tuple of these."""
 
     h: Any
     c: Any
@@ -102,7 +110,7 @@ class HiddenState(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """An LSTM's gates (after their activations), cell and output of every step, each `[B, T, H]`.
+    """An LSTM's gates (after their activations), cell and output of every step, each `[B, T, H]`; h may be projected.
 
     At a step that the mask leaves out, the gates are zero and `c`, `h` are carried.
     """
@@ -252,40 +260,38 @@ class CellSpec:
     learn_initial_state: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or self.kind not in GATES:
+            raise ValueError(f"CellSpec: expected kind to be one of {', '.join(GATES)}, got {self.kind!r}")
+        for field in fields(self):
+            convert = _CONVERTERS.get(field.type)
+            if convert is not None:
+                object.__setattr__(self, field.name, convert(field.name, getattr(self, field.name)))
+        self._check_values()
+        self._check_activations()
+
+    def _check_values(self) -> None:
         for name in ("input_size", "units"):
             if getattr(self, name) < 1:
                 raise ShapeError(f"CellSpec: expected {name} >= 1, got {getattr(self, name)}")
-        if self.kind not in GATES:
-            raise ValueError(f"CellSpec: expected kind to be one of {', '.join(GATES)}, got {self.kind!r}")
-        self._check_flags()
-        self._check_activations()
-
-    def _check_flags(self) -> None:
-        usual = _usual_values(self)
-        for name in ("use_bias", "peepholes", "coupled", "layer_norm", "reset_after", "learn_initial_state"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"CellSpec: expected {name} to be True or False, got {getattr(self, name)!r}")
         for name in ("clip", "cell_clip", "norm_epsilon"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
+            if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"CellSpec: expected {name} above 0 and finite, got {value!r}")
         for name in ("zoneout", "zoneout_cell"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0.0 <= value < 1.0):
+            if not 0.0 <= value < 1.0:
                 raise ValueError(f"CellSpec: expected {name} in [0, 1), got {value!r}: at 1 nothing would ever change")
-        if not isinstance(self.proj_size, int) or not (self.proj_size == 0 or 1 <= self.proj_size < self.units):
+        if not (self.proj_size == 0 or 1 <= self.proj_size < self.units):
             raise ShapeError(
                 f"CellSpec: expected proj_size from 1 to below units={self.units}, or 0, got {self.proj_size}"
             )
-        only = {
-            "lstm": ("peepholes", "coupled", "proj_size", "cell_clip", "zoneout_cell"),
-            "gru": ("reset_after",),
-            "rnn": (),
-        }
-        for kind, names in only.items():
+        usual = _usual_values(self)
+        for kind, names in OWN_FLAGS.items():
             for name in names:
                 if kind != self.kind and getattr(self, name) != usual[name]:
-                    raise ValueError(f"CellSpec: expected {name} with an {kind} only, got it with {self.kind!r}")
+                    raise ValueError(f"CellSpec: expected {name} with kind={kind!r} only, got it with {self.kind!r}")
+        if self.kind == "rnn" and self.recurrent_activation != usual["recurrent_activation"]:
+            raise ValueError("CellSpec: expected no recurrent_activation with kind='rnn', whose one gate is g")
         if self.layer_norm and not self.reset_after:
             raise ValueError("CellSpec: expected reset_after=True with layer_norm: the two sums are normalised apart")
 
@@ -351,7 +357,7 @@ class CellSpec:
 
     @property
     def plain(self) -> bool:
-        """Whether this is the LSTM of Gers et al. with tanh and sigmoid, for which the kernel has its shortest way."""
+        """Whether this is the LSTM that cuDNN computes too: tanh, sigmoid, no flag but `use_bias`."""
         return self == CellSpec(self.input_size, self.units, use_bias=self.use_bias)
 
     @property
@@ -392,6 +398,33 @@ class CellSpec:
     def text(self) -> str:
         """The description as one line of JSON, as `described` reads it."""
         return json.dumps(self.settings)
+
+
+def _as_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"CellSpec: expected {name} to be True or False, got {value!r}")
+    return bool(value)
+
+
+def _as_integer(name: str, value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"CellSpec: expected {name} to be an integer, got {value!r}")
+    return operator.index(value)
+
+
+def _as_number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"CellSpec: expected {name} to be a number, got {value!r}")
+    return float(value)
+
+
+# What a field of CellSpec is made of whatever is given for it, by the field's annotation.
+_CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {
+    "bool": _as_bool,
+    "int": _as_integer,
+    "float": _as_number,
+    "float | None": lambda name, value: None if value is None else _as_number(name, value),
+}
 
 
 def _usual_values(spec: CellSpec) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class LSTMCell(Cell):
     >>> tuple(h.shape), tuple(cell.kernel.shape)
     ((2, 4), (6, 16))
 
-    Ref: Hochreiter and Schmidhuber 1997; the forget gate: Gers, Schmidhuber and Cummins 2000, eq. 2.4 to 2.8;
+    Ref: Hochreiter and Schmidhuber 1997; the forget gate: Gers, Schmidhuber and Cummins 2000, sec. 3;
     peepholes: Gers and Schmidhuber 2000; coupled gates: Greff et al. 2017; projection: Sak, Senior and Beaufays 2014;
     layer normalisation: Ba, Kiros and Hinton 2016, eq. 20 to 22; zoneout: Krueger et al. 2017; dropout on the state:
     Gal and Ghahramani 2016.

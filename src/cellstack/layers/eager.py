@@ -27,9 +27,14 @@ def linear(z: Tensor) -> Tensor:
     return z
 
 
+def clipped(z: Tensor, low: float, high: float) -> Tensor:
+    """Return `z` within `low` and `high`; at the ends, as beyond them, it has no slope (that of torch.clamp is 1)."""
+    return torch.where((z > low) & (z < high), z, z.detach().clamp(low, high))
+
+
 def hard_sigmoid(z: Tensor, alpha: float, beta: float) -> Tensor:
     """Return `alpha·z + beta`, cut off at 0 and 1."""
-    return torch.clamp(alpha * z + beta, 0.0, 1.0)
+    return clipped(alpha * z + beta, 0.0, 1.0)
 
 
 def affine(z: Tensor, alpha: float, beta: float) -> Tensor:
@@ -247,7 +252,7 @@ def _norm(spec: CellSpec, v: Tensor) -> Tensor:
 
 
 def _clip(spec: CellSpec, z: Tensor) -> Tensor:
-    return z if spec.clip is None else torch.clamp(z, -spec.clip, spec.clip)
+    return z if spec.clip is None else clipped(z, -spec.clip, spec.clip)
 
 
 def _recurrent(spec: CellSpec, w: Mapping[str, Tensor], h_dropped: Tensor) -> Tensor:
@@ -277,7 +282,7 @@ def _lstm(
     g = act["g"](_clip(spec, z["g"]))
     c = f * c + i * g
     if spec.cell_clip is not None:
-        c = torch.clamp(c, -spec.cell_clip, spec.cell_clip)
+        c = clipped(c, -spec.cell_clip, spec.cell_clip)
     if peep:
         z["o"] = z["o"] + peep[-1] * c
     o = act["o"](_clip(spec, z["o"]))
