@@ -388,3 +388,19 @@ def test_flags_that_a_kind_has_not_are_refused():
         layers.GRU(4, reset_after=False, layer_norm=True)
     with pytest.raises(layers.ShapeError, match=r"^LSTM.*proj_size"):
         layers.LSTM(4, proj_size=4)
+
+
+def test_a_configuration_is_the_layers_own():
+    gates = {"o": "relu"}
+    layer = layers.LSTM(4, gate_activations=gates, input_size=3)
+    gates["o"] = "softsign"
+    layer.get_config()["gate_activations"]["o"] = "elu"
+    assert layer.get_config()["gate_activations"] == {"o": "relu"}
+    both = layers.Bidirectional(layer)
+    assert both.backward_layer.spec == layer.spec
+
+
+@pytest.mark.parametrize("flag", ["return_sequences", "return_state", "go_backwards", "stateful"])
+def test_flags_are_bools(flag):
+    with pytest.raises(TypeError, match=f"GRU: expected {flag} to be True or False, got 'False'"):
+        layers.GRU(4, **{flag: "False"})

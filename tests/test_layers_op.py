@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cellstack import layers
 from cellstack.layers import eager, op
-from cellstack.spec import ACTIVATIONS, PARAMETERS, CellSpec, activation
+from cellstack.spec import ACTIVATIONS, PARAMETERS, CellSpec, ShapeError, activation
 
 MIXED = [CellSpec(2, 2), CellSpec(2, 3, kind="gru"), CellSpec(3, 2, kind="rnn")]
 
@@ -518,3 +518,31 @@ WRONG = [
 def test_a_flag_that_a_cell_can_not_have_is_refused_at_once(make, flags, error, message):
     with pytest.raises(error, match=message):
         make(4, name="a", **flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("bias", torch.zeros(16, dtype=torch.float64), TypeError),
+        ("bias", torch.zeros(16).half(), TypeError),
+        ("bias", torch.zeros(3), ShapeError),
+        ("recurrent_kernel", torch.zeros(1), ShapeError),
+        ("recurrent_kernel", torch.zeros(1, 1), ShapeError),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_arrays_that_do_not_fit_never_reach_the_kernel(name, value, error, train):
+    cell = layers.LSTMCell(4, input_size=3)
+    lstm = layers.RNN([cell], return_sequences=True)
+    getattr(cell, name).data = value
+    with torch.set_grad_enabled(train), pytest.raises(error, match=f"lstm: expected {name}"):
+        lstm(torch.zeros(2, 5, 3))
+    with torch.set_grad_enabled(train), pytest.raises(error, match=f"lstm: expected {name}"):
+        cell(torch.zeros(2, 3))
+
+
+def test_a_stack_of_two_dtypes_is_refused_by_name():
+    stack = layers.RNN([layers.LSTMCell(4), layers.GRUCell(4, dtype="float64")])
+    with pytest.raises(TypeError, match="gru: expected kernel of float32, the dtype of its input, got float64"):
+        stack(torch.zeros(2, 5, 3))

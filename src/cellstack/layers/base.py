@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -54,6 +54,8 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
             )
         if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
             return as_input(owner, name, torch.stack(list(value)), like)
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{owner}: expected {name} without a mask of its own, got a NumPy masked array: give mask=")
         try:
             array = np.asarray(value)
         except (ValueError, TypeError) as error:
@@ -145,6 +147,17 @@ def as_integer(owner: str, name: str, value: Any) -> int:
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{owner}: expected {name} to be an integer, got {value!r}")
     return operator.index(value)
+
+
+def as_flag(owner: str, name: str, value: Any) -> bool:
+    """Return `value`, a bool (NumPy's too).
+
+    Raises:
+        TypeError: anything else: the text "False" would count as true.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{owner}: expected {name} to be True or False, got {value!r}")
+    return bool(value)
 
 
 def _weight(owner: str, value: Any) -> Tensor:
@@ -284,7 +297,14 @@ def describe(value: Any) -> Any:
         return {"class_name": type(value).__name__, "config": value.get_config()}
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
-    return value
+    return own(value)
+
+
+def own(value: Any) -> Any:
+    """Return an argument as a layer keeps it: a dict of its own, what JSON knows in place of NumPy's scalars."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def revive(value: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.layers import eager, op, weights
-from cellstack.layers.base import Layer, as_dtype, as_input, as_integer, last_axis, recomputing, training_tensors
+from cellstack.layers.base import Layer, as_dtype, as_input, as_integer, last_axis, own, recomputing, training_tensors
 from cellstack.spec import (
     ACTIVATIONS,
     ARRAYS,
@@ -87,7 +87,7 @@ class Cell(Layer):
 
     def __init__(self, given: dict[str, Any]) -> None:
         super().__init__(given["name"])
-        self._config = given
+        self._config = given = {key: own(value) for key, value in given.items()}
         given["units"] = self.units = as_integer(self._owner, "units", given["units"])
         if not 1 <= self.units < 2**29:  # from here on the bytes of a recurrent kernel are past 64 bits
             raise ShapeError(f"{self._owner}: expected units >= 1 and below {2**29}, got {self.units}")
@@ -323,7 +323,8 @@ class Cell(Layer):
 
         Args:
             inputs: `[B, I]`.
-            states: for an LSTM the pair (h, c), else h or a list of it; each `[B, H]`. None: the initial state.
+            states: for an LSTM the pair (h, c), else h or a list of it; each `[B, H]`, a projected h
+                `[B, P]`. None: the initial state.
             training: whether dropout and zoneout draw masks; None: whether the module is in training mode.
 
         Returns:

@@ -44,7 +44,7 @@ def affine(z: Tensor, alpha: float, beta: float) -> Tensor:
 
 def thresholded_relu(z: Tensor, alpha: float) -> Tensor:
     """Return `z` where it is above alpha, else 0."""
-    return torch.where(z > alpha, z, 0.0)
+    return torch.where(z <= alpha, 0.0, z)  # a NaN stays one
 
 
 def scaled_tanh(z: Tensor, alpha: float, beta: float) -> Tensor:

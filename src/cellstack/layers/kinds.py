@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cellstack.layers import weights
-from cellstack.layers.base import of_cell
+from cellstack.layers.base import of_cell, own
 from cellstack.layers.cell import Cell
 from cellstack.layers.cells import GRUCell, LSTMCell, SimpleRNNCell
 from cellstack.layers.rnn import RNN
@@ -20,7 +20,7 @@ class _OfOneCell(RNN):
     """What the kinds share: the arguments go to the cell or to the layer, and come back from `get_config`."""
 
     def __init__(self, cell: Callable[..., Cell], arguments: Mapping[str, Any]) -> None:
-        given = {key: value for key, value in arguments.items() if key not in ("self", "__class__")}
+        given = {key: own(value) for key, value in arguments.items() if key not in ("self", "__class__")}
         of_layer = {key: given[key] for key in (*OF_LAYER, "activity_regularizer", "name")}
         # The cell is named after the layer, so that its errors are the layer's.
         of_the_cell = {key: value for key, value in given.items() if key not in of_layer}

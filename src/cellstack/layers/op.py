@@ -31,7 +31,7 @@ from torch.autograd import forward_ad
 
 from cellstack import _kernel, native
 from cellstack.layers import eager
-from cellstack.spec import ARRAYS, CellSpec, described
+from cellstack.spec import ARRAYS, CellSpec, ShapeError, described
 
 _LIBRARY = torch.library.Library("cellstack", "DEF")
 
@@ -51,7 +51,9 @@ class _Form(NamedTuple):
     """What the op needs of a description at every call, worked out once."""
 
     spec: CellSpec
-    at: tuple[int, ...]  # where each of the cell's arrays is in ARRAYS
+    description: Any  # as the kernel takes it
+    shapes: tuple[tuple[int, ...], ...]  # of the cell's arrays
+    at: tuple[int, ...]  # where each of them is in ARRAYS
     sizes: tuple[int, ...]  # of the state's arrays
     units: int
     width: int  # of h
@@ -65,6 +67,8 @@ def _form(text: str) -> _Form:
     spec = described(text)
     return _Form(
         spec,
+        native.description(spec),
+        tuple(spec.shapes.values()),
         tuple(ARRAYS.index(name) for name in spec.shapes),
         tuple(spec.state_sizes.values()),
         spec.units,
@@ -73,11 +77,6 @@ def _form(text: str) -> _Form:
         spec.norm_size,
         [eager.function_of(activation) for activation in spec.activations],
     )
-
-
-@lru_cache(maxsize=1024)
-def _description(text: str) -> Any:
-    return native.description(described(text))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -108,11 +107,27 @@ def _addresses(form: _Form, arrays: Sequence[Tensor | None]) -> tuple[int, ...]:
 _UNPACKED_STEPS = 4  # rows × steps
 
 
-def _pack(text: str, form: _Form, weights: Sequence[Tensor], rows_steps: int) -> tuple[Any, list[Tensor]]:
+def _checked(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return a cell's arrays as memory has them. Whoever sets one by hand may have set anything: the kernel can't tell.
+
+    Raises:
+        TypeError: an array of another dtype than x.
+        ShapeError: an array of another shape than the cell's.
+    """
+    for at, shape, weight in zip(form.at, form.shapes, weights, strict=True):
+        if weight.dtype is not dtype:
+            wanted, came = (str(d).removeprefix("torch.") for d in (dtype, weight.dtype))
+            raise TypeError(f"{form.spec.kind}: expected {ARRAYS[at]} of {wanted}, the dtype of its input, got {came}")
+        if weight.shape != shape:
+            raise ShapeError(f"{form.spec.kind}: expected {ARRAYS[at]} {list(shape)}, got {tuple(weight.shape)}")
+    return [_plain(weight) for weight in weights]
+
+
+def _pack(form: _Form, weights: Sequence[Tensor], like: Tensor, rows_steps: int) -> tuple[Any, list[Tensor]]:
     """Return the kernel's weights, and what must be kept until the call has ended."""
-    flat = [_plain(weight) for weight in weights]
-    double = flat[0].dtype is torch.float64
-    return _kernel.Packed(double, _description(text), _addresses(form, flat), rows_steps > _UNPACKED_STEPS), flat
+    flat = _checked(form, weights, like.dtype)
+    double = like.dtype is torch.float64
+    return _kernel.Packed(double, form.description, _addresses(form, flat), rows_steps > _UNPACKED_STEPS), flat
 
 
 def _forward(
@@ -136,7 +151,7 @@ def _forward(
     ends, ys, gates, memory, norms, layers, kept = [], [], [], [], [], [], []
     for n, text in enumerate(cells):
         form = _form(text)
-        packed, flat = _pack(text, form, list(islice(arrays, len(form.at))), batch * steps)
+        packed, flat = _pack(form, list(islice(arrays, len(form.at))), x, batch * steps)
         kept.append(flat)
         has_c = len(form.sizes) > 1
         first = len(ends)
@@ -206,7 +221,7 @@ def _backward(
         form = forms[n]
         at_state, at_weight = at_state - len(form.sizes), at_weight - len(form.at)
         of_state = slice(at_state, at_state + len(form.sizes))
-        arrays = [_plain(weight) for weight in weights[at_weight : at_weight + len(form.at)]]
+        arrays = _checked(form, weights[at_weight : at_weight + len(form.at)], x.dtype)
         below = _rows(x) if n == 0 else saved[n - 1]
         dy, dgates, dcells = (_given(grads[ends + k * count + n]) for k in range(3))
         if from_above is not None:
@@ -221,7 +236,7 @@ def _backward(
         dx = results[0] if n == 0 else below.new_empty(below.shape) if any(lower) else None
         _kernel.backward(
             x.dtype is torch.float64,
-            _description(cells[n]),
+            form.description,
             batch,
             steps,
             _addresses(form, arrays),
@@ -439,7 +454,7 @@ def run(
 def step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], cell: str) -> tuple[Tensor, ...]:
     """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, a state or nothing."""
     batch, form = x.shape[0], _form(cell)
-    packed, _kept = _pack(cell, form, weights, batch)
+    packed, _kept = _pack(form, weights, x, batch)
     x = _plain(x)  # a foreign cell's output may be a negated view
     begin = [_plain(part) for part in state]
     ends = tuple([x.new_empty(batch, size) for size in form.sizes])

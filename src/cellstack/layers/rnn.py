@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from cellstack.layers import foreign, op, weights
-from cellstack.layers.base import Layer, as_input
+from cellstack.layers.base import Layer, as_flag, as_input
 from cellstack.layers.cell import Cell
 from cellstack.layers.foreign import as_cell, cell_name
 from cellstack.layers.sequences import Given, as_steps, as_used, pack, shifted, turned, unpack
@@ -69,14 +69,19 @@ class RNN(StatefulLayer):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self._config = {
-            "cell": cell,
+        flags = {
             "return_sequences": return_sequences,
             "return_state": return_state,
             "go_backwards": go_backwards,
             "stateful": stateful,
             "unroll": unroll,
             "zero_output_for_mask": zero_output_for_mask,
+        }
+        for flag, value in flags.items():
+            flags[flag] = as_flag(self._owner, flag, value)
+        self._config = {
+            "cell": cell,
+            **flags,
             "activity_regularizer": activity_regularizer,
             "input_size": input_size,
             "name": name,
@@ -150,7 +155,7 @@ class RNN(StatefulLayer):
             route, why = cell.route(kernel)
             width = "?" if cell.input_size is None else cell.input_size
             how = {"fused": f"fused cpu kernel ({op.isa()})", "cudnn": f"cuDNN through torch; {why}"}
-            lines.append(f"{head} {width} -> {cell.units}: {how.get(route, f'torch loop: {why}')}")
+            lines.append(f"{head} {width} -> {cell.output_size}: {how.get(route, f'torch loop: {why}')}")
         return Plan(lines)
 
     def forward(
@@ -184,7 +189,8 @@ class RNN(StatefulLayer):
             lengths: `[B]` integers from 0 to T, how many steps of each row count: in place of a mask.
 
         Returns:
-            y: `[B, T, H]` with `return_sequences`, else `[B, H]`; alone, or followed by the states with
+            y: `[B, T, H]` with `return_sequences`, else `[B, H]`, H being the width of h (`proj_size` where it is
+            projected); alone, or followed by the states with
             `return_state` (h, and c of an LSTM; for a stack one state a cell), then by the trace with `return_gates`.
             For a PackedSequence, y with `return_sequences` is one too; all else has its rows in the order of the batch.
 
