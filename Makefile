@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 UNTUNED := env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
 
-.PHONY: help demo test test-all lint format bench sanitize clean
+.PHONY: help demo test test-all test-models lint format bench sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,10 +15,13 @@ demo: $(VENV)/installed  ## the whole story on real speech, in under a minute
 	$(BIN)/cellstack demo
 
 test: $(VENV)/tested  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not models"
 
-test-all: $(VENV)/tested  ## all tests
-	$(BIN)/python -m pytest
+test-all: $(VENV)/tested  ## all tests, but for those that download
+	$(BIN)/python -m pytest -m "not models"
+
+test-models: $(VENV)/tested  ## published models, downloaded, beside their own runtimes
+	$(BIN)/python -m pytest -m models -s
 
 lint: $(VENV)/tested  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -33,7 +36,7 @@ format: $(VENV)/tested  ## rewrite the sources in the house's format
 
 bench: $(VENV)/tested  ## cellstack beside its peers, in one run
 	$(BIN)/pip install -q -e '.[bench]'
-	for name in inference training step scaling; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in inference training step scaling family pool; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
 	PYTHON=$(PYTHON) tests/sanitize.sh address,undefined libasan.so

@@ -5,18 +5,27 @@ from dataclasses import replace
 import numpy as np
 from family import random_activation, random_arrays, random_spec
 
-from cellstack import (
+from cellstack import CellSpec, Network, reference, spec
+from cellstack.nodes import (
     Activation,
     Bidirectional,
     Cell,
-    CellSpec,
+    Conv1D,
     Dense,
-    Network,
+    Embedding,
+    Flatten,
+    LayerNorm,
+    Masking,
+    Merge,
+    Permute,
     Pool,
+    Pool1D,
     Recurrent,
+    Repeat,
+    Reshape,
+    Scale,
+    Select,
     Standardise,
-    reference,
-    spec,
 )
 from cellstack.spec import STATES
 
@@ -164,33 +173,289 @@ def _activate(text, z):
     return reference.ACTIVATIONS[name][0](z, alpha, beta)
 
 
+def _windows(x, span, strides, before, after):
+    """Each window of steps, and which of its steps are in x, by a loop."""
+    steps = x.shape[1]
+    for start in range(-before, steps + after - span + 1, strides):
+        yield [t if 0 <= t < steps else None for t in range(start, start + span)]
+
+
+def _same(steps, span, strides):
+    missing = max(0, ((steps + strides - 1) // strides - 1) * strides + span - steps)
+    return missing // 2, missing - missing // 2
+
+
+def _conv(node, x):
+    taps, channels, filters = node.kernel.shape
+    span = (taps - 1) * node.dilation + 1
+    around = {"valid": (0, 0), "same": _same(x.shape[1], span, node.strides), "causal": (span - 1, 0)}
+    before, after = around[node.padding] if isinstance(node.padding, str) else node.padding
+    kernel, per = f64(node.kernel), filters // node.groups
+    steps = []
+    for window in _windows(x, span, node.strides, before, after):
+        y = np.zeros((len(x), filters)) + (0.0 if node.bias is None else f64(node.bias))
+        for k in range(taps):
+            t = window[k * node.dilation]
+            for g in range(node.groups if t is not None else 0):
+                block = x[:, t, g * channels : (g + 1) * channels]
+                y[:, g * per : (g + 1) * per] += block @ kernel[k, :, g * per : (g + 1) * per]
+        steps.append(y)
+    y = np.stack(steps, axis=1) if steps else np.zeros((len(x), 0, filters))
+    return _activate(node.activation, y)
+
+
+def _pool1d(node, x):
+    around = _same(x.shape[1], node.size, node.strides) if node.padding == "same" else (0, 0)
+    taken = [[t for t in w if t is not None] for w in _windows(x, node.size, node.strides, *around)]
+    rows = [x[:, w].mean(axis=1) if node.mode == "mean" else x[:, w].max(axis=1) for w in taken]
+    return np.stack(rows, axis=1) if rows else np.zeros((len(x), 0, x.shape[2]))
+
+
+def _norm(node, x):
+    y = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + node.epsilon)
+    return y * (1.0 if node.gain is None else f64(node.gain)) + (0.0 if node.bias is None else f64(node.bias))
+
+
+def _merge(node, values):
+    """What is merged, of values with their masks and without resets."""
+    xs, masks = [value[0] for value in values], [value[1] for value in values]
+    time = node.mode == "concat" and xs[0].ndim == 3 and node.axis == 1
+    if all(mask is None for mask in masks):
+        mask = None
+    elif time:
+        mask = np.concatenate(
+            [np.ones(x.shape[:2], bool) if m is None else m for x, m in zip(xs, masks, strict=True)], 1
+        )
+    else:
+        mask = None if any(m is None for m in masks) else np.any(masks, axis=0)
+    if node.mode == "concat":
+        return np.concatenate(xs, axis=node.axis), mask
+    if node.mode in ("add", "ave", "sub"):
+        y = xs[0] - xs[1] if node.mode == "sub" else sum(xs)
+        return (y / len(xs) if node.mode == "ave" else y), mask
+    y = np.zeros(np.broadcast_shapes(*(x.shape for x in xs)))
+    for at in np.ndindex(y.shape):
+        used = [x[at] for x, m in zip(xs, masks, strict=True) if m is None or m[at[:2]]]
+        nothing = 0.0 if node.mode == "mul" else xs[0][at]
+        y[at] = (np.prod(used) if node.mode == "mul" else max(used)) if used else nothing
+    return y, mask
+
+
+def _stepwise(node, x):
+    """What a node makes of x whose mask and resets go on as they are; None where it isn't such a node."""
+    if isinstance(node, Standardise):
+        return (x - f64(node.mean)) / f64(node.scale)
+    if isinstance(node, Scale):
+        return x * f64(node.scale) + f64(node.shift)
+    if isinstance(node, LayerNorm):
+        return _norm(node, x)
+    if isinstance(node, Activation):
+        return _activate(node.activation, x)
+    if isinstance(node, Dense):
+        return _activate(node.activation, x @ f64(node.kernel) + (0.0 if node.bias is None else f64(node.bias)))
+    return None
+
+
+def _shaped(node, x):
+    """What a node makes of x whose mask ends there; None where it isn't such a node."""
+    if isinstance(node, Conv1D):
+        return _conv(node, x)
+    if isinstance(node, Pool1D):
+        return _pool1d(node, x)
+    if isinstance(node, Flatten):
+        return x.reshape(len(x), int(np.prod(x.shape[1:])))
+    if isinstance(node, Reshape):
+        return np.stack([row.reshape(node.shape) for row in x])
+    if isinstance(node, Permute):
+        return np.moveaxis(x, node.dims, range(1, x.ndim))
+    if isinstance(node, Repeat):
+        return np.stack([x] * node.times, axis=1)
+    return None
+
+
+def _node(node, values, own):
+    """What one node makes of values `(x, mask, reset)`, and its states after."""
+    x, mask, reset = values[0]
+    if (y := _stepwise(node, x)) is not None:
+        return (y, mask, reset), []
+    if (y := _shaped(node, x)) is not None:
+        return (y, None, None), []
+    if isinstance(node, Merge):
+        return (*_merge(node, values), reset), []
+    if isinstance(node, Select):
+        along = tuple(node.taken if axis == node.axis % x.ndim else slice(None) for axis in range(x.ndim))
+        assert reset is None
+        return (x[along], mask if mask is None or node.axis % x.ndim != 1 else mask[along[:2]], None), []
+    if isinstance(node, Embedding):
+        used = np.ones(x.shape, bool) if mask is None else mask
+        table = f64(node.table)[np.where(used, x, 0).astype(int)]
+        return (table, used & (np.where(used, x, 0) != 0) if node.mask_zero else mask, reset), []
+    if isinstance(node, Masking):
+        kept = (x != np.float32(node.value)).any(axis=-1)
+        return (np.where(kept[..., None], x, 0.0), kept if mask is None else kept & mask, reset), []
+    if isinstance(node, Pool):
+        return (_pool(node.mode, x, np.ones(x.shape[:2], bool) if mask is None else mask), None, None), []
+    if isinstance(node, Recurrent):
+        x, states = _stack(node, x, mask, reset, own)
+        if node.go_backwards and node.return_sequences:
+            x, mask = x[:, ::-1], None if mask is None else mask[:, ::-1]
+            reset = None if reset is None else _from_the_end(reset)[:, ::-1]
+        return (x, *((mask, reset) if node.return_sequences else (None, None))), states
+    half = len(node.forward.cells)
+    a, ahead = _stack(node.forward, x, mask, reset, own[:half])
+    b, back = _stack(node.backward, x, mask, reset, own[half:])
+    merged = {"sum": a + b, "mul": a * b, "ave": (a + b) / 2} if node.merge_mode != "concat" else {}
+    x = merged[node.merge_mode] if merged else np.concatenate([a, b], axis=-1)
+    return (x, *((mask, reset) if node.forward.return_sequences else (None, None))), ahead + back
+
+
 def by_reference(net, x, state=None, mask=None, reset=None):
     """What `net.run` must return, in float64, written without a line of the code under test."""
-    x = f64(x)
+    given = x if isinstance(x, dict) else {net.inputs[0]: x}
+    timed = {name: array.ndim == 3 or name in net.graph.ids for name, array in given.items()}
+    values = {
+        name: (array if name in net.graph.ids else f64(array), *((mask, reset) if timed[name] else (None, None)))
+        for name, array in given.items()
+    }
     left, after = list(state or [None] * len(net.cells)), []
-    for node in net.nodes:
+    for name, node, sources in zip(net.names, net.nodes, net.wires, strict=True):
         own = [left.pop(0) for _ in node.cells]
-        if isinstance(node, Standardise):
-            x = (x - f64(node.mean)) / f64(node.scale)
-        elif isinstance(node, Activation):
-            x = _activate(node.activation, x)
-        elif isinstance(node, Dense):
-            x = _activate(node.activation, x @ f64(node.kernel) + (0.0 if node.bias is None else f64(node.bias)))
-        elif isinstance(node, Pool):
-            x, mask, reset = _pool(node.mode, x, np.ones(x.shape[:2], bool) if mask is None else mask), None, None
-        elif isinstance(node, Recurrent):
-            x, states = _stack(node, x, mask, reset, own)
-            after += states
-            if node.go_backwards and node.return_sequences:
-                x, mask = x[:, ::-1], None if mask is None else mask[:, ::-1]
-                reset = None if reset is None else _from_the_end(reset)[:, ::-1]
-            mask, reset = (mask, reset) if node.return_sequences else (None, None)
+        values[name], states = _node(node, [values[source] for source in sources], own)
+        after += states
+    answers = tuple(values[name][0] for name in net.outputs)
+    return (answers[0] if len(answers) == 1 else answers), tuple(after)
+
+
+# ── graphs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+STEPS = 6  # of every input of a random graph
+STREAMED = ["dense", "activation", "scale", "layer_norm", "recurrent", "causal", "select", "merge"]
+WHOLE = [
+    "conv",
+    "pool1d",
+    "masking",
+    "bidirectional",
+    "flatten",
+    "reshape",
+    "permute",
+    "repeat",
+    "pool",
+    "last",
+    "slice",
+]
+
+
+def make_graph(seed, dtype="float32", streams=False):
+    """A random graph of one to three inputs and as many outputs as values are left over, and inputs for it.
+
+    The values that are still open are `(name, steps, width)`; steps are 0 for a vector. With `streams`, of nodes alone
+    that a stream can run.
+    """
+    rng = np.random.default_rng(seed)
+    floats = lambda *shape: rng.normal(0, 0.6, size=shape).astype(dtype)  # noqa: E731
+    nodes, names, wires, shapes, values, given = [], [], [], {}, [], {}
+
+    def add(node, sources, steps, width):
+        nodes.append(node)
+        names.append(f"n{len(nodes)}")
+        wires.append(tuple(sources))
+        values.append((names[-1], steps, width))
+
+    kinds = [str(kind) for kind in rng.choice(["ids", "sequence", "vector"], rng.integers(1, 4), p=[0.35, 0.5, 0.15])]
+    for number, kind in enumerate(kinds):
+        name, width = f"in{number}", int(rng.integers(2, 6))
+        if kind == "ids":
+            given[name], shapes[name] = rng.integers(0, 9, size=(3, STEPS)), (None,)
+            add(Embedding(floats(9, width), not streams and bool(rng.integers(2))), [name], STEPS, width)
+        elif kind == "vector" and not streams:
+            given[name], shapes[name] = rng.normal(size=(3, width)).astype(dtype), (width,)
+            values.append((name, 0, width))
         else:
-            half = len(node.forward.cells)
-            a, ahead = _stack(node.forward, x, mask, reset, own[:half])
-            b, back = _stack(node.backward, x, mask, reset, own[half:])
-            after += ahead + back
-            merged = {"sum": a + b, "mul": a * b, "ave": (a + b) / 2} if node.merge_mode != "concat" else {}
-            x = merged[node.merge_mode] if merged else np.concatenate([a, b], axis=-1)
-            mask, reset = (mask, reset) if node.forward.return_sequences else (None, None)
-    return x, tuple(after)
+            given[name], shapes[name] = rng.normal(size=(3, STEPS, width)).astype(dtype), (None, width)
+            values.append((name, STEPS, width))
+    for number in range(rng.integers(2, 9)):
+        name, steps, width = values[rng.integers(len(values))]
+        kind = str(rng.choice(STREAMED + ([] if streams else WHOLE))) if number else "scale"  # it fixes the dtype
+        if kind == "dense":
+            units = int(rng.integers(1, 6))
+            add(Dense(floats(width, units), floats(units), random_activation(rng)), [name], steps, units)
+        elif kind == "activation":
+            add(Activation(str(rng.choice(["softmax", "tanh", "linear", "hard_sigmoid"]))), [name], steps, width)
+        elif kind == "scale":
+            add(Scale(floats(width), floats(width)), [name], steps, width)
+        elif kind == "layer_norm":
+            add(LayerNorm(floats(width) if rng.integers(2) else None, None, 0.1), [name], steps, width)
+        elif kind == "select" and width > 1:
+            first = int(rng.integers(0, width - 1))
+            add(Select(first, None, int(rng.integers(1, 3)), -1), [name], steps, len(range(first, width)))
+            taken = nodes[-1]
+            values[-1] = (names[-1], steps, len(range(*taken.taken.indices(width))))
+        elif kind == "merge":
+            mode = str(rng.choice(["concat", "add", "mul", "ave", "max", "sub"]))
+            fits = [v for v in values if v[1] == steps and (mode == "concat" or v[2] == width)]
+            others = [fits[i] for i in rng.integers(len(fits), size=1 if mode == "sub" else rng.integers(1, 3))]
+            total = width + sum(other[2] for other in others) if mode == "concat" else width
+            add(Merge(mode, -1 if not steps or rng.integers(2) else 2), [name, *(v[0] for v in others)], steps, total)
+        elif kind == "flatten":
+            add(Flatten(), [name], 0, max(1, steps) * width)
+        elif kind == "reshape":
+            add(Reshape((-1, width) if rng.integers(2) else (max(1, steps), width)), [name], max(1, steps), width)
+        elif kind == "repeat" and not steps:
+            add(Repeat(STEPS), [name], STEPS, width)
+        elif steps:
+            _add_over_time(rng, kind, add, floats, (name, steps, width), streams)
+    used = set().union(*wires)
+    shown = [name for name in names if name not in used] or names[-1:]
+    for name in [name for name in given if name not in used]:  # every input is used
+        nodes.append(Activation("softsign"))
+        names.append(f"n{len(nodes)}")
+        wires.append((name,))
+        shown.append(names[-1])
+    extra = [name for name in names if name not in shown][:1] if rng.integers(2) else []
+    inputs = shapes if rng.integers(2) else tuple(shapes)
+    if not streams and any(len(shape) == 1 and name not in _ids_of(wires, nodes) for name, shape in shapes.items()):
+        inputs = shapes
+    net = Network(nodes, names, {"seed": seed}, inputs=inputs, wires=wires, outputs=shown + extra)
+    return net, given
+
+
+def _ids_of(wires, nodes):
+    return {sources[0] for sources, node in zip(wires, nodes, strict=True) if isinstance(node, Embedding)}
+
+
+def _add_over_time(rng, kind, add, floats, value, streams):
+    """Add a node that takes a sequence."""
+    name, steps, width = value
+    units = int(rng.integers(1, 6))
+    dtype = floats(1).dtype.name
+    if kind == "causal":
+        taps, dilation = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+        add(Conv1D(floats(taps, width, units), floats(units), 1, "causal", dilation), [name], steps, units)
+    elif kind == "recurrent":
+        flags = {"go_backwards": not streams and bool(rng.integers(4) == 0), "residual": bool(rng.integers(2))}
+        node = make_stack(rng, width, dtype, return_sequences=streams or bool(rng.integers(3)), **flags)
+        add(node, [name], steps if node.return_sequences else 0, node.units)
+    elif kind == "conv":
+        taps, strides = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+        padding = [("valid", "same", "causal")[rng.integers(3)], (int(rng.integers(3)), 1)][rng.integers(2)]
+        node = Conv1D(floats(taps, width, 2 * units), None, strides, padding, 1, 1, "tanh")
+        left = node.check("", (steps, width))[0]
+        if left:
+            add(node, [name], left, 2 * units)
+    elif kind == "pool1d":
+        node = Pool1D(str(rng.choice(["max", "mean"])), 2, int(rng.integers(1, 3)), str(rng.choice(["valid", "same"])))
+        left = node.check("", (steps, width))[0]
+        if left:
+            add(node, [name], left, width)
+    elif kind == "masking":
+        add(Masking(0.0), [name], steps, width)
+    elif kind == "bidirectional":
+        ahead = Recurrent((make_cell(rng, width, units, dtype),))
+        back = Recurrent((make_cell(rng, width, units, dtype, kind="gru"),), go_backwards=True)
+        add(Bidirectional(ahead, back), [name], steps, 2 * units)
+    elif kind == "permute":
+        add(Permute((2, 1)), [name], width, steps)
+    elif kind in ("pool", "last"):
+        add(Pool(str(rng.choice(["mean", "max", "last"]))), [name], 0, width)
+    elif kind == "slice":
+        add(Select(None, None, -1), [name], steps, width)

@@ -99,7 +99,7 @@ def test_info(capsys, vowels):
     assert report["parameters"] == sum(layer["parameters"] for layer in report["layers"])
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "run", "info"])
+@pytest.mark.parametrize("verb", ["demo", "train", "run", "stream", "convert", "info"])
 def test_help_has_an_example_and_every_verb_json(capsys, verb):
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "--help"])
@@ -288,7 +288,7 @@ def test_a_bug_of_ours_is_not_called_bad_input(monkeypatch, error):
     def broken(args):
         raise error
 
-    monkeypatch.setattr(cli, "_info", broken)
+    monkeypatch.setitem(cli.VERBS, "info", broken)
     with pytest.raises(type(error), match="a bug"):
         cli.main(["info", "net"])
 
@@ -297,7 +297,7 @@ def test_too_little_memory_is_one_line(capsys, monkeypatch):
     def huge(args):
         np.empty(2**60, np.uint8)
 
-    monkeypatch.setattr(cli, "_info", huge)
+    monkeypatch.setitem(cli.VERBS, "info", huge)
     status, _, err = run(capsys, "info", "net")
     assert (status, err.count("\n")) == (2, 1)
     assert re.search(r"error: not enough memory: Unable to allocate", err)

@@ -190,8 +190,8 @@ def test_a_fresh_process_loads_and_runs_without_torch(blob, tmp_path):
 
 
 def test_the_suffix_picks_the_format(tmp_path):
-    for name in ("net.bin", "net", "net.onnx", ".safetensors"):
-        with pytest.raises(ValueError, match=r"ends as one of safetensors \(.safetensors\), got"):
+    for name in ("net.txt", "net", "net.tflite", ".safetensors"):
+        with pytest.raises(ValueError, match=r"ends as one of safetensors \(.safetensors\), .*ONNX \(.onnx\), got"):
             small().save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -199,10 +199,10 @@ def test_the_suffix_picks_the_format(tmp_path):
 def test_the_content_tells(blob, tmp_path):
     (tmp_path / "anything.bin").write_bytes(blob)
     assert cs.load(tmp_path / "anything.bin").names == small().names
-    for content in (b"", b"PK\x03\x04 a zip file", b"\x89HDF\r\n\x1a\n and more"):
-        (tmp_path / "other.bin").write_bytes(content)
-        with pytest.raises(cs.FormatError, match=r"other.bin: expected one of safetensors .*found a file that begins"):
-            cs.load(tmp_path / "other.bin")
+    for content in (b"", b"GIF89a and more", b"\x7fELF"):
+        (tmp_path / "other.txt").write_bytes(content)
+        with pytest.raises(cs.FormatError, match=r"other.txt: expected one of safetensors .*found a file that begins"):
+            cs.load(tmp_path / "other.txt")
 
 
 def test_files_that_can_t_be_opened_say_so(tmp_path):
@@ -299,12 +299,20 @@ def drop(*path):
 K = "stack/0/kernel"
 NOTHING = {
     "name": "none",
+    "wires": ["x"],
     "type": "dense",
     "input_size": 0,
     "units": 1 << 63,
     "use_bias": False,
     "activation": "linear",
 }
+
+
+def description_of(*nodes):
+    """A description of these nodes, the last of which is the output, as text."""
+    graph = {"inputs": [{"name": "x", "shape": [None, None]}], "nodes": nodes, "outputs": [nodes[-1]["name"]]}
+    return json.dumps({"version": 1, **graph, "metadata": {}})
+
 
 JSON, INFO = package("invalid ?(header|json|utf-8)"), package("invalid ?(info|shape)")
 
@@ -371,7 +379,7 @@ DAMAGE = {
     "no numbers": (
         lambda b: file_of(
             {
-                "__metadata__": {"cellstack": json.dumps({"version": 1, "nodes": [NOTHING], "metadata": {}})},
+                "__metadata__": {"cellstack": description_of(NOTHING)},
                 "none/kernel": {"dtype": "F32", "shape": [0, 1 << 63], "data_offsets": [0, 0]},
             }
         ),
@@ -404,8 +412,8 @@ DAMAGE = {
     "unknown key": (described(put("nodes", 3, "axis", 1)), "'pool': expected the keys"),
     "unknown mode": (described(put("nodes", 3, "mode", "sum")), "'pool': Pool: expected mode to be one of"),
     "unknown activation": (
-        described(put("nodes", 4, "activation", "gelu")),
-        "'out': Dense: activation: expected .*'gelu'",
+        described(put("nodes", 4, "activation", "cube")),
+        "'out': Dense: activation: expected .*'cube'",
     ),
     "flag": (described(put("nodes", 1, "go_backwards", 0)), "'stack': expected go_backwards to be bool, found int"),
     "units": (
@@ -438,7 +446,7 @@ DAMAGE = {
     "kind changed": (described(put("nodes", 1, "cells", 2, "kind", "rnn")), "'stack': CellSpec: expected .*'r'"),
     "flag of another kind": (
         described(put("nodes", 1, "cells", 2, "peepholes", True)),
-        "'stack': CellSpec: expected peepholes with an lstm only",
+        "'stack': CellSpec: expected peepholes with kind='lstm' only",
     ),
     "peepholes": (
         described(put("nodes", 1, "cells", 0, "peepholes", True)),
@@ -639,7 +647,7 @@ def test_a_file_beyond_the_memory_is_a_memory_error(tmp_path):
     node = {**NOTHING, "input_size": 1 << 16, "units": 1 << 16}
     size = 4 << 32
     header = {
-        "__metadata__": {"cellstack": json.dumps({"version": 1, "nodes": [node], "metadata": {}})},
+        "__metadata__": {"cellstack": description_of(node)},
         "none/kernel": {"dtype": "F32", "shape": [1 << 16, 1 << 16], "data_offsets": [0, size]},
     }
     path.write_bytes(file_of(header))

@@ -192,6 +192,111 @@ def test_whatever_says_its_nodes():
     assert (cs.from_torch(nn.Sequential(Model(), nn.ReLU()))(np.ones((1, 1, 3))) == 3).all()
 
 
+# ── what stands around recurrent layers ─────────────────────────────────────────────────────────────────────────────
+
+
+class Turned(nn.Module):
+    """What people write between a convolution and an LSTM; a node of theirs for us."""
+
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+    def to_nodes(self):
+        return [cs.nodes.Permute((2, 1))]
+
+
+class Output(nn.LSTM):
+    """An LSTM that hands on its output alone, as from_torch takes every LSTM within a Sequential."""
+
+    def forward(self, x):
+        return super().forward(x)[0]
+
+    def to_nodes(self):
+        plain = nn.LSTM(self.input_size, self.hidden_size, self.num_layers, batch_first=True)
+        plain.to(self.weight_ih_l0.dtype).load_state_dict(self.state_dict())
+        return cs.from_torch(plain).nodes
+
+
+def worn(module):
+    """Give batch normalisation statistics and weights other than those it starts with."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm1d):
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.3, 3.0)
+            if part.affine:
+                nn.init.normal_(part.weight)
+                nn.init.normal_(part.bias)
+    return module.eval()
+
+
+AROUND = {  # a module, the shape of what it takes, how many Permutes are left
+    "conv": (lambda: [nn.Conv1d(3, 5, 4)], (3, 20), 2),
+    "conv of every setting": (lambda: [nn.Conv1d(6, 4, 3, 2, 2, 2, 2, bias=False)], (6, 20), 2),
+    "same": (lambda: [nn.Conv1d(3, 5, 4, padding="same", dilation=3)], (3, 20), 2),
+    "one conv after another": (
+        lambda: [nn.Conv1d(3, 5, 3), nn.ReLU(), nn.BatchNorm1d(5), nn.LeakyReLU(0.1), nn.Dropout(), nn.Conv1d(5, 2, 3)],
+        (3, 20),
+        2,
+    ),
+    "pools": (lambda: [nn.MaxPool1d(3), nn.Sigmoid(), nn.AvgPool1d(2, 1), nn.Linear(5, 2)], (3, 20), 2),
+    "softmax over channels": (lambda: [nn.Conv1d(3, 5, 3), nn.Softmax(1), nn.MaxPool1d(2)], (3, 20), 2),
+    "softmax over time": (lambda: [nn.Conv1d(3, 5, 3), nn.Softmax(-1), nn.MaxPool1d(2)], (3, 20), 4),
+    "mean over time": (
+        lambda: [nn.Conv1d(3, 5, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.BatchNorm1d(5, affine=False)],
+        (3, 20),
+        2,
+    ),
+    "greatest over time": (
+        lambda: [nn.AdaptiveMaxPool1d((1,)), nn.Flatten(1, 2), nn.Linear(3, 2), nn.Softmax(1)],
+        (3, 9),
+        2,
+    ),
+    "flat": (
+        lambda: [nn.Conv1d(3, 5, 3), nn.ELU(), nn.Flatten(), nn.Flatten(), nn.Linear(90, 4), nn.BatchNorm1d(4)],
+        (3, 20),
+        2,
+    ),
+    "linear over time": (lambda: [nn.Conv1d(3, 5, 3), nn.Linear(18, 4), nn.Tanh()], (3, 20), 2),
+    "norm": (
+        lambda: [nn.Linear(6, 4), nn.LayerNorm(4, eps=1e-4), nn.LayerNorm(4, elementwise_affine=False)],
+        (9, 6),
+        0,
+    ),
+    "norm without bias": (lambda: [nn.LayerNorm(6, bias=False)], (9, 6), 0),
+    "cnn-lstm": (
+        lambda: [
+            Turned(),
+            nn.Conv1d(6, 5, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool1d(2),
+            Turned(),
+            Output(5, 4, 2, batch_first=True),
+        ],
+        (9, 6),
+        0,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's own word
+@pytest.mark.parametrize("case", AROUND)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_stands_around_recurrent_layers(case, dtype):
+    make, shape, turns = AROUND[case]
+    module = worn(nn.Sequential(*make()).to(dtype))
+    net = cs.from_torch(module)
+    x = torch.randn(4, *shape, dtype=dtype)
+    close(net(x.numpy()), module(x), 1e-5 if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE)
+    assert sum(isinstance(node, cs.nodes.Permute) for node in net.nodes) == turns
+    assert net(x.numpy()).dtype == str(dtype).removeprefix("torch.")
+
+
+def test_embedding_and_all_that_follows():
+    module = nn.Sequential(nn.Embedding(11, 6, padding_idx=0), Output(6, 4, batch_first=True), nn.Linear(4, 2))
+    ids = torch.randint(0, 11, (3, 7))
+    close(cs.from_torch(module)(ids.numpy()), module(ids))
+
+
 # ── our layers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -357,7 +462,38 @@ def backwards_first():
 
 
 REFUSED = {
-    "norm": (lambda: nn.BatchNorm1d(3), r"1\.0 \(BatchNorm1d\): expected a recurrent layer, a Linear"),
+    "norm": (lambda: nn.BatchNorm1d(3), r"1\.0 \(BatchNorm1d\): expected a module before it that says whether"),
+    "norm of the batch": (
+        lambda: nn.BatchNorm1d(3, track_running_stats=False),
+        r"1\.0 \(BatchNorm1d\): expected running statistics",
+    ),
+    "another norm": (lambda: nn.GroupNorm(1, 3), r"1\.0 \(GroupNorm\): expected a recurrent layer, a Linear"),
+    "norm of two axes": (lambda: nn.LayerNorm((2, 3)), r"1\.0 \(LayerNorm\): expected one axis, the features"),
+    "gelu": (lambda: nn.GELU(), r"1\.0 \(GELU\): expected a recurrent layer, a Linear"),
+    "slope learned": (lambda: nn.PReLU(), r"1\.0 \(PReLU\): expected a recurrent layer, a Linear"),
+    "bounded embedding": (
+        lambda: nn.Embedding(3, 3, max_norm=1.0),
+        r"1\.0 \(Embedding\): expected max_norm=None, got 1",
+    ),
+    "reflected": (
+        lambda: nn.Conv1d(3, 3, 3, padding=1, padding_mode="reflect"),
+        r"1\.0 \(Conv1d\): expected padding_mode='zeros', got 'reflect'",
+    ),
+    "planes": (lambda: nn.Conv2d(3, 3, 3), r"1\.0 \(Conv2d\): expected a recurrent layer, a Linear"),
+    "padded pool": (lambda: nn.MaxPool1d(3, padding=1), r"1\.0 \(MaxPool1d\): expected padding=0, got 1"),
+    "dilated pool": (lambda: nn.MaxPool1d(3, dilation=2), r"1\.0 \(MaxPool1d\): expected dilation=1, got 2"),
+    "pool rounded up": (lambda: nn.AvgPool1d(3, ceil_mode=True), r"1\.0 \(AvgPool1d\): expected ceil_mode=False"),
+    "pool to several": (lambda: nn.AdaptiveAvgPool1d(2), r"1\.0 \(AdaptiveAvgPool1d\): expected output_size=1, got 2"),
+    "flat batch": (lambda: nn.Flatten(0), r"1\.0 \(Flatten\): expected every axis but the batch's.*got 0 to -1"),
+    "flat in part": (lambda: nn.Flatten(1, 2), r"1\.0 \(Flatten\): expected every axis but the batch's.*got 1 to 2"),
+    "a vector over time": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Conv1d(3, 3, 3)),
+        r"1\.0\.1 \(Conv1d\): expected \[B, C, T\], got \[B, C\] from before it",
+    ),
+    "time first": (
+        lambda: nn.Sequential(nn.LSTM(3, 3), nn.Conv1d(3, 3, 3)),
+        r"1\.0\.0 \(LSTM\): expected batch_first=True beside 1\.0\.1 \(Conv1d\)",
+    ),
     "a cell alone": (lambda: nn.GRUCell(3, 3), r"1\.0 \(GRUCell\): expected a recurrent layer"),
     "half": (
         lambda: nn.Linear(3, 3, dtype=torch.bfloat16),
@@ -385,8 +521,8 @@ REFUSED = {
         r"1\.0 \(TimeDistributed\): expected a TimeDistributed over one",
     ),
     "distributed norm": (
-        lambda: layers.TimeDistributed(nn.BatchNorm1d(3)),
-        r"1\.0\.layer \(BatchNorm1d\): expected a recurrent layer",
+        lambda: layers.TimeDistributed(nn.GroupNorm(1, 3)),
+        r"1\.0\.layer \(GroupNorm\): expected a recurrent layer",
     ),
 }
 

@@ -21,26 +21,36 @@ BELOW = {
     "_kernel": set(),
     "native": {"spec", "_kernel"},
     "reference": {"spec"},
-    "nodes": {"spec", "reference", "_kernel"},
-    "recurrent": {"spec", "_kernel", "native", "nodes"},
-    "network": {"spec", "_kernel", "nodes", "recurrent"},
-    "stream": {"spec", "_kernel", "nodes", "recurrent", "network"},
-    "formats": {"spec", "nodes", "recurrent", "network", "stream"},
+    "node": {"spec", "reference"},
+    "nodes_steps": {"spec", "node"},
+    "nodes_time": {"spec", "node"},
+    "nodes_shape": {"spec", "node"},
+    "recurrent": {"spec", "_kernel", "native", "node"},
+    "nodes": {"node", "nodes_steps", "nodes_time", "nodes_shape", "recurrent"},
+    "graph": {"spec", "node", "nodes"},
+    "arguments": {"spec", "node", "recurrent"},
+    "network": {"spec", "_kernel", "node", "recurrent", "graph", "arguments"},
+    "stream": {"spec", "_kernel", "node", "nodes", "recurrent", "arguments", "network"},
+    "pool": {"spec", "_kernel", "node", "nodes", "recurrent", "arguments", "network", "stream"},
+    "formats": {"spec", "node", "nodes", "recurrent", "network", "stream"},
     "inspect": {"spec", "reference", "_kernel", "nodes", "recurrent", "network", "stream", "formats", ""},
     "layers": {"spec", "reference", "_kernel", "native"},
     "train": {"spec", "layers", "nodes", "recurrent", "network", "stream", "formats", "inspect", ""},
     "": {"spec", "nodes", "recurrent", "network", "stream", "formats"},  # the door, cellstack/__init__.py
 }
+BELOW["cli_files"] = {"spec", "network", "node", "nodes", "stream", "formats", "train"}
+BELOW["cli_stream"] = {"spec", "network", "stream", "formats", "train", "cli_files"}
 BELOW["cli"] = {*BELOW, "cli"}
 BELOW["__main__"] = {"cli"}
 
 # Methods that hand on to a part built on theirs: they import it when they are called, and only there.
-ON_CALL = {("network", "stream"), ("network", "formats")}
+ON_CALL = {("network", "stream"), ("network", "pool"), ("network", "formats")}
 
 # Who may import what from outside the standard library. Torch has a door of its own.
 OUTSIDE = {"numpy"}
 OUTSIDE_ALSO = {"formats": {"safetensors"}, "layers": {"torch"}, "train": {"torch", "tqdm"}, "inspect": {"matplotlib"}}
-ON_CALL_ALSO = {"cli": {"torch", "tqdm"}}  # a verb that trains looks whether they are there
+# A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
+ON_CALL_ALSO = {"cli": {"torch", "tqdm"}, "formats": {"h5py", "onnx"}}
 
 
 def part_of(path):

@@ -174,7 +174,7 @@ def test_a_reset_is_as_good_as_a_new_sequence(seed, masked):
     back = make_stack(rng, 3, go_backwards=True, residual=bool(seed % 3))
     zero = {"zero_output_for_mask": bool(seed % 5)}
     for node in (replace(ahead, **zero), replace(back, **zero), Bidirectional(ahead, back)):
-        nodes = [node, make_stack(rng, node.check("", 3, True)[0], zero_output_for_mask=True)]
+        nodes = [node, make_stack(rng, node.check("", (None, 3))[-1], zero_output_for_mask=True)]
         net, x = Network(nodes), rng.normal(size=(2, 9, 3)).astype("float32")
         mask = rng.random((2, 9)) < 0.7 if masked else None
         reset = np.zeros((2, 9), bool)
@@ -717,3 +717,11 @@ def test_metadata_is_a_private_copy():
     net = Network([one()], metadata={"labels": labels, "shape": (1, 2)})
     labels.append("c")
     assert net.metadata == {"labels": ["a", "b"], "shape": [1, 2]}
+
+
+def test_a_network_writes_itself_as_c(tmp_path):
+    header, source = small().export_c(tmp_path / "new", "lstm")
+    assert (header.name, source.name) == ("lstm.h", "lstm.c")
+    assert "lstm_step" in header.read_text()
+    with pytest.raises(ValueError, match="layer_0"):
+        small(go_backwards=True).export_c(tmp_path)

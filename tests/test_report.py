@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from cellstack import Trace, cli
+from cellstack import cli
 from cellstack.inspect import report
+from cellstack.spec import Trace
 from cellstack.train import Sequences, demo
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

@@ -410,3 +410,34 @@ def test_more_threads_than_can_be(threads):
     with pytest.raises(ValueError, match="threads to be an integer from 1 to 2147483647, got "):
         make_lstm().run(np.zeros((1, 2, 3)), threads=threads)
     assert make_lstm().run(np.zeros((1, 2, 3)), threads=2**31 - 1)[0].shape == (1, 2, 4)
+
+
+# ── weights of fewer bits ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def narrow_net(dtype="float32"):
+    rng = np.random.default_rng(11)
+    cells = (make_cell(rng, 6, 24, dtype), make_cell(rng, 24, 24, dtype, kind="gru"))
+    return Network([Recurrent(cells, residual=True), Dense(rng.normal(size=(24, 3)).astype(dtype))])
+
+
+@pytest.mark.parametrize(("weights", "near", "far"), [("bfloat16", 2e-2, 1e-5), ("int8", 5e-2, 1e-5)])
+def test_weights_of_fewer_bits_are_near(weights, near, far):
+    net = narrow_net()
+    x = np.random.default_rng(12).normal(size=(2, 40, 6)).astype(np.float32)
+    stream = net.stream(2, weights=weights)
+    assert f"weights='{weights}'" in repr(stream)
+    y, whole = stream.run(x), net(x)
+    assert far < np.abs(y - whole).max() / np.abs(whole).max() < near
+    again = net.stream(2, weights=weights)
+    steps = [again.step(x[:, t]) for t in range(20)]
+    fork = again.fork()
+    steps += [fork.step(x[:, t]) for t in range(20, 40)]
+    np.testing.assert_array_equal(np.stack(steps, axis=1), y)
+
+
+def test_weights_that_no_stream_can_hold():
+    with pytest.raises(ValueError, match="weights to be one of float32, bfloat16, int8, got 'int4'"):
+        narrow_net().stream(weights="int4")
+    with pytest.raises(TypeError, match="expected float32 arrays for weights='int8', got float64"):
+        narrow_net("float64").stream(weights="int8")

@@ -10,15 +10,19 @@
 (2, 4)
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from cellstack.formats import load
-from cellstack.formats.pytorch import from_torch
+from cellstack.formats import extract, load
 from cellstack.network import Network
-from cellstack.nodes import Activation, Dense, Pool, Standardise
-from cellstack.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import CellSpec, FormatError, GRUTrace, HiddenState, RNNTrace, ShapeError, State, Trace
+from cellstack.nodes import Activation, Bidirectional, Cell, Dense, Pool, Recurrent, Standardise
+from cellstack.spec import CellSpec, FormatError, HiddenState, ShapeError, State
 from cellstack.stream import Stream
+
+if TYPE_CHECKING:
+    from cellstack.formats.keras import from_keras
+    from cellstack.formats.pytorch import from_torch
+    from cellstack.formats.verify import verify
 
 __version__: str
 
@@ -29,24 +33,32 @@ __all__ = [
     "CellSpec",
     "Dense",
     "FormatError",
-    "GRUTrace",
     "HiddenState",
     "Network",
     "Pool",
-    "RNNTrace",
     "Recurrent",
     "ShapeError",
     "Standardise",
     "State",
     "Stream",
-    "Trace",
+    "extract",
+    "from_keras",
     "from_torch",
     "load",
+    "verify",
 ]
 
 
+# What is looked up at its first use, and the module of `formats` that it comes from.
+FROM_FORMATS = {"from_keras": "keras", "from_torch": "pytorch", "verify": "verify"}
+
+
 def __getattr__(name: str) -> Any:
-    """Look up `__version__` when it is asked for: the search through installed packages takes longer than the rest."""
+    """Look up what would take longer than the rest: what reads other formats, and `__version__`."""
+    if name in FROM_FORMATS:
+        value = getattr(import_module(f"cellstack.formats.{FROM_FORMATS[name]}"), name)
+        globals()[name] = value
+        return value
     if name != "__version__":
         raise AttributeError(f"module 'cellstack' has no attribute {name!r}")
     from importlib.metadata import version

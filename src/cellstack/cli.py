@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats import load
-from cellstack.network import Network
+from cellstack.cli_files import SUFFIX, convert, info, load_model, show, with_suffix
+from cellstack.cli_stream import stream
+from cellstack.formats.lines import FORMS
 from cellstack.spec import FormatError, ShapeError
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
@@ -22,7 +22,6 @@ from cellstack.train.forecast import Recipe
 from cellstack.train.table import Table, read_csv
 from cellstack.train.ts import read_ts
 
-SUFFIX = ".safetensors"
 MOST_THREADS = 1024  # OpenMP starts as many as it is told to, and ends the process where it can't
 
 EXAMPLES = {
@@ -31,6 +30,8 @@ EXAMPLES = {
     "  cellstack train Vowels_TRAIN.ts Vowels_TEST.ts --units 48,48 --bidirectional --noise 0.6 -o vowels.safetensors\n"
     "  torchrun --nproc-per-node 2 -m cellstack train Vowels_TRAIN.ts -o vowels.safetensors",
     "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv",
+    "stream": "cellstack stream model --state model.state < frames.csv > answers.csv",
+    "convert": "cellstack convert model.onnx model.safetensors\n  cellstack convert model.safetensors firmware/model.c",
     "info": "cellstack info vowels.safetensors",
 }
 
@@ -66,8 +67,10 @@ def parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  {EXAMPLES[name]}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        made.add_argument("--json", action="store_true", help="answer with one JSON object on standard output")
-        made.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all)")
+        answer = "answers as JSON lines" if name == "stream" else "answer with one JSON object on standard output"
+        made.add_argument("--json", action="store_true", help=answer)
+        if name not in ("stream", "convert"):
+            made.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all)")
         return made
 
     demo = verb("demo", "the whole story on real speech, in under a minute")
@@ -123,8 +126,22 @@ def parser() -> argparse.ArgumentParser:
     run = verb("run", "predict: a class or number for each sequence (.ts), or what comes next (.csv)")
     run.add_argument("model", metavar="MODEL")
     run.add_argument("file", metavar="FILE", help="of the kind that the model was trained on")
-    info = verb("info", "layers, shapes, sizes, and what runs them")
-    info.add_argument("model", metavar="MODEL")
+    steps = verb("stream", "frames on standard input, a line each; answers on standard output, each at once")
+    steps.add_argument("model", metavar="MODEL")
+    steps.add_argument(
+        "--format", choices=FORMS, help="of the frames: numbers between commas, or JSON arrays (told by the first line)"
+    )
+    steps.add_argument(
+        "--state",
+        metavar="FILE",
+        help="go on from the state in it, where it is there, and write it at the end, on Ctrl-C and SIGTERM too",
+    )
+    other = verb("convert", "write a network in another format, and compare what was read and written")
+    other.add_argument("source", metavar="A", help="a file that holds a network")
+    other.add_argument("target", metavar="B", help="where to, the suffix picks the format; .c or a folder: C99")
+    other.add_argument("--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4)")
+    looks = verb("info", "layers, shapes, sizes, and what runs them; the recurrent parts of what can't be run whole")
+    looks.add_argument("model", metavar="MODEL", help="of any format that can be read")
     return top
 
 
@@ -135,13 +152,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `cellstack`; those of this process where None.
 
     Returns:
-        0; 2 for bad input, with one line on standard error; 130 where Ctrl-C ended it.
+        0; 1 where `convert` found a difference; 2 for bad input, with one line on standard error; 130 where Ctrl-C
+        ended it, 143 where SIGTERM ended `stream`.
     """
     args = parser().parse_args(argv)
     try:
-        if args.threads is not None and not 1 <= args.threads <= MOST_THREADS:
-            raise UsageError(f"expected --threads from 1 to {MOST_THREADS}, got {args.threads}")
-        return {"demo": _demo, "train": _train, "run": _run, "info": _info}[args.verb](args)
+        threads = getattr(args, "threads", None)
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise UsageError(f"expected --threads from 1 to {MOST_THREADS}, got {threads}")
+        return VERBS[args.verb](args)
     except KeyboardInterrupt:
         print("cellstack: stopped", file=sys.stderr)
         return 130
@@ -179,7 +198,7 @@ def _train(args: argparse.Namespace) -> int:
     from cellstack.train import workflow
     from cellstack.train.loop import Settings
 
-    output = _with_suffix(args.output)
+    output = with_suffix(args.output)
     if not output.parent.is_dir():
         raise UsageError(f"expected a folder {output.parent} to write to, found none")
     if args.resume and args.checkpoint is None:
@@ -217,7 +236,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     outcome.net.save(output)
     report = _report(outcome, output)
-    _print(args, report, _train_text(outcome, report))
+    show(args, report, _train_text(outcome, report))
     return 130 if outcome.fit.interrupted else 0
 
 
@@ -272,7 +291,7 @@ def _train_text(outcome: Any, report: dict[str, Any]) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    net, path = _load(args.model)
+    net, path = load_model(args.model)
     task = predict.trained(net, path)
     if task.recipe is not None:
         if not _is_csv(args.file):
@@ -289,7 +308,7 @@ def _run(args: argparse.Namespace) -> int:
         extra = result["answers"] if task.labels else np.empty((len(data.x), 0))
         rows = ((n, result["predicted"][n], *extra[n]) for n in range(len(data.x)))
     if args.json:
-        _print(args, result, [])
+        show(args, result, [])
     else:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(header)
@@ -297,30 +316,6 @@ def _run(args: argparse.Namespace) -> int:
         for name in ("accuracy", "mae", "rmse"):
             if name in result:
                 print(f"{name} {result[name]:.4f}", file=sys.stderr)
-    return 0
-
-
-def _info(args: argparse.Namespace) -> int:
-    net, path = _load(args.model)
-    layers = [
-        {"name": name, "kind": type(node).__name__, "summary": node.summary, "parameters": node.parameters}
-        for name, node in zip(net.names, net.nodes, strict=True)
-    ]
-    size = os.path.getsize(path)
-    plan = net.plan()
-    report = {
-        "model": path,
-        "bytes": size,
-        "dtype": str(net.dtype),
-        "input_size": net.input_size,
-        "parameters": sum(node.parameters for node in net.nodes),
-        "layers": layers,
-        "plan": list(plan),
-        "metadata": dict(net.metadata),
-    }
-    text = [f"{path}: {size:,} bytes", repr(net), "plan", *("  " + line for line in plan)]
-    text += [f"{key}: {json.dumps(value)}" for key, value in net.metadata.items()]
-    _print(args, report, text)
     return 0
 
 
@@ -332,22 +327,8 @@ def _demo(args: argparse.Namespace) -> int:
         raise UsageError(f"demo needs {error.name}: install cellstack[torch]") from None
     say = (lambda line="": print(line, file=sys.stderr)) if args.json else print
     report = demo.run(Path(args.output), args.seed, args.epochs, say)
-    _print(args, report, [])
+    show(args, report, [])
     return 0
-
-
-def _load(name: str) -> tuple[Network, str]:
-    path = name if os.path.exists(name) else str(_with_suffix(name))
-    if not os.path.exists(path):
-        raise FileNotFoundError(2, "no such file", name)
-    return load(path), path
-
-
-def _with_suffix(name: str) -> Path:
-    path = Path(name)
-    if not path.name:
-        raise UsageError(f"expected the name of a file, got {name!r}")
-    return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 
 def _is_csv(name: str) -> bool:
@@ -357,24 +338,10 @@ def _is_csv(name: str) -> bool:
     return suffix == ".csv"
 
 
-def _print(args: argparse.Namespace, report: dict[str, Any], text: list[str]) -> None:
-    if args.json:
-        print(json.dumps(_plain(report), allow_nan=False))
-    elif text:
-        print("\n".join(text))
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` in what JSON has: lists for arrays, null for NaN."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 def _cell(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
         return "" if np.isnan(value) else f"{value:.6g}"
     return value
+
+
+VERBS = {"demo": _demo, "train": _train, "run": _run, "stream": stream, "convert": convert, "info": info}

@@ -1,4 +1,4 @@
-"""A Network: nodes in a row, run in NumPy over the kernel. It is data, and everything else is a view of it."""
+"""A Network: nodes and the wires between them, run in NumPy over the kernel. All else is a view of this data."""
 
 from __future__ import annotations
 
@@ -10,108 +10,19 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cellstack import _kernel
-from cellstack.nodes import Array, CellState, Flow, Node
+from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
+from cellstack.graph import Graph, Inputs, check_name, wired
+from cellstack.node import MOST, Array, CellState, Flow, Node, Shape
 from cellstack.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import STATES, HiddenState, Plan, ShapeError, State, check_mask, check_sequence, check_state
+from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cellstack.pool import Pool
     from cellstack.stream import Stream
-
-
-MOST = 2**31 - 1  # of what is counted, such as threads: no machine holds more, and the kernel's sums stay exact
-
-
-def as_floats(owner: str, name: str, value: Any, dtype: np.dtype[Any]) -> Array:
-    """Return `value` as an array of `dtype`: bools, integers and floats of any width are cast, all else is refused.
-
-    Args:
-        owner: whose argument it is, for the message.
-        name: what it is called, for the message.
-        value: array-like.
-        dtype: float32 or float64.
-
-    Returns:
-        `value` itself where it is such an array already.
-
-    Raises:
-        TypeError: complex numbers, objects, text, or masked arrays (a mask is an argument of its own).
-        ShapeError: rows of unequal length.
-    """
-    if type(value) is np.ndarray and value.dtype == dtype and value.dtype.isnative:
-        return value
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{owner}: expected {name} without a mask of its own, got a NumPy masked array: give mask=")
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ShapeError(f"{owner}: expected {name} to be a full array, got rows of unequal length") from error
-    except (RuntimeError, TypeError) as error:
-        raise TypeError(f"{owner}: expected {name} array-like, got {type(value).__name__}: {error}") from error
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{owner}: expected {name} to hold real numbers, got {array.dtype}")
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as it would be anywhere
-        return array.astype(dtype, copy=False)
-
-
-def as_mask(owner: str, mask: Any, lengths: Any, batch: int, steps: int) -> NDArray[np.bool_] | None:
-    """Return the mask `[B, T]` that `mask` or `lengths` stands for; None where both are None."""
-    if lengths is not None:
-        if mask is not None:
-            raise TypeError(f"{owner}: expected mask or lengths, got both")
-        array = np.asarray(lengths)
-        if array.shape != (batch,):
-            raise ShapeError(f"{owner}: expected lengths [B={batch}], got {array.shape}")
-        if array.size and array.dtype.kind not in "iu":
-            raise TypeError(f"{owner}: expected lengths to be integers, got {array.dtype}")
-        if ((array < 0) | (array > steps)).any():
-            raise ShapeError(f"{owner}: expected lengths from 0 to T={steps}, got {array.min()} to {array.max()}")
-        return np.arange(steps) < array[:, None]
-    return as_flags(owner, "mask", mask, batch, steps, "use the step")
-
-
-def as_flags(owner: str, name: str, flags: Any, batch: int, steps: int, true: str) -> NDArray[np.bool_] | None:
-    """Return flags of steps as an array `[B, T]`; None where they are None. `true` says what True stands for."""
-    if flags is None:
-        return None
-    try:
-        array = np.asarray(flags)
-    except ValueError as error:
-        raise ShapeError(f"{owner}: expected {name} [B={batch}, T={steps}], got rows of unequal length") from error
-    check_mask(owner, array.shape, batch, steps, name)
-    if array.size and array.dtype != bool:
-        raise TypeError(f"{owner}: expected {name} of bool, True = {true}, got {array.dtype}: give {name} != 0")
-    return array.astype(bool)
-
-
-def as_states(owner: str, state: Any, cells: Sequence[Cell], batch: int) -> tuple[CellState | None, ...]:
-    """Return one state a cell, contiguous and of the cell's dtype, or one None a cell where `state` is None.
-
-    What a cell without c starts from may be given as `HiddenState(h)`, as a sequence of h alone, or as h itself; and
-    what a network of one cell starts from may be given alone.
-    """
-    if state is None:
-        return (None,) * len(cells)
-    given = (state,) if len(cells) == 1 and (isinstance(state, (State, HiddenState)) or _is_array(state)) else state
-    if not isinstance(given, Sequence) or len(given) != len(cells):
-        got = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
-        raise ShapeError(f"{owner}: expected state to be a tuple of {len(cells)} states, one a cell, got {got}")
-    states = []
-    for layer, (cell, parts) in enumerate(zip(cells, given, strict=True)):
-        sizes, where = cell.spec.state_sizes, f"state of layer {layer}"
-        if not isinstance(parts, Sequence) and not _is_array(parts):
-            raise ShapeError(f"{owner}: expected {where} to be arrays {', '.join(sizes)}, got {type(parts).__name__}")
-        parts = (parts,) if _is_array(parts) else parts
-        arrays = [as_floats(owner, where, array, cell.dtype) for array in parts]
-        check_state(owner, [array.shape for array in arrays], batch, sizes, layer)
-        states.append(STATES[cell.spec.kind](*(np.ascontiguousarray(array) for array in arrays)))
-    return tuple(states)
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "__array__")
 
 
 def processors() -> int:
@@ -123,19 +34,26 @@ def processors() -> int:
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
 class Network:
-    """A network as data: nodes that run one after the other, their names, and whatever else should travel with them.
+    """A network as data: nodes, the wires between them, their names, and whatever else should travel with them.
 
-    A Network is never written to while it runs: threads may share one.
+    Without wires the nodes run one after the other. With them they are a graph: each node takes what its wires name,
+    inputs or earlier nodes, and what the `outputs` return is the answer. A Network is never written to while it runs:
+    threads may share one.
 
     Args:
-        nodes: `Standardise`, `Recurrent`, `Bidirectional`, `Dense`, `Activation` and `Pool`, first to last.
+        nodes: those of `cellstack.nodes`, in an order in which they can run.
         names: one a node, all different, without `/`; None gives layer_0, layer_1 and so on.
         metadata: anything that JSON can hold: class labels, where the data came from, what a training measured.
+        inputs: names of the inputs; or names with shapes, the axes after the batch, None where any length will do:
+            `{"x": (None, 3), "speaker": (16,)}`. Without a shape an input has the axes that the nodes which take it
+            say, a sequence's where none says.
+        wires: for each node, a tuple of the names of what it takes; None = each takes what the one before returns.
+        outputs: names of nodes; None = the last.
 
     Raises:
         ShapeError: no node, or nodes that don't meet in width or rank.
         TypeError: not a node, dtypes that differ, metadata that JSON can't hold.
-        ValueError: names that don't fit.
+        ValueError: names that don't fit; a wire to nothing or from a later node; a node or an input that leads nowhere.
 
     >>> from cellstack import CellSpec, Dense
     >>> rng = np.random.default_rng(0)
@@ -147,20 +65,45 @@ class Network:
     Network of float64: [B, T, 3] -> [B, 2], 136 numbers
       layer_0  Recurrent  LSTM 3 -> 4  [B, 4]  128
       layer_1  Dense      linear       [B, 2]    8
+
+    Two inputs, and a node that takes both:
+
+    >>> from cellstack.nodes import Merge
+    >>> net = Network(
+    ...     [Recurrent((cell,), return_sequences=False), Merge("concat"), Dense(rng.normal(size=(6, 2)))],
+    ...     ["lstm", "both", "head"],
+    ...     inputs={"x": (None, 3), "speaker": (2,)},
+    ...     wires=[("x",), ("lstm", "speaker"), ("both",)],
+    ... )
+    >>> net({"x": np.zeros((5, 7, 3)), "speaker": np.ones((5, 2))}).shape
+    (5, 2)
+    >>> net
+    Network of float64: x [B, T, 3], speaker [B, 2] -> [B, 2], 140 numbers
+      lstm                    Recurrent  LSTM 3 -> 4           [B, 4]  128
+      both  of lstm, speaker  Merge      concat along axis -1  [B, 6]    0
+      head                    Dense      linear                [B, 2]   12
     """
 
     nodes: tuple[Node, ...]
     names: tuple[str, ...]
     metadata: dict[str, Any]
+    inputs: tuple[str, ...]
+    wires: tuple[tuple[str, ...], ...]
+    outputs: tuple[str, ...]
+    shapes: dict[str, Shape]
     input_size: int | None
     dtype: np.dtype[Any]
-    _shapes: tuple[str, ...]
+    graph: Graph
 
     def __init__(
         self,
         nodes: Sequence[Node],
         names: Sequence[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        *,
+        inputs: Inputs | None = None,
+        wires: Sequence[Sequence[str]] | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> None:
         nodes = tuple(nodes)
         names = _checked_names(nodes, names)
@@ -169,18 +112,19 @@ class Network:
         for name, found in dtypes.items():
             if found != dtype:
                 raise TypeError(f"Network: expected {name} in {dtype}, as the node before it, got {found}")
-        width, sequence, shapes = None, True, []
-        for name, node in zip(names, nodes, strict=True):
-            width, sequence = node.check(name, width, sequence)
-            shapes.append(f"[B, {'T, ' if sequence else ''}{'W' if width is None else width}]")
-        sizes = (node.input_size for node in nodes if node.input_size is not None)
+        graph = wired(nodes, names, inputs, wires, outputs)
+        first = graph.inputs[0]
         values = {
             "nodes": nodes,
             "names": names,
             "metadata": _checked_metadata(metadata),
-            "input_size": next(sizes, None),  # nodes that take any width before the first that doesn't keep the width
+            "inputs": graph.inputs,
+            "wires": graph.wires,
+            "outputs": graph.outputs,
+            "shapes": dict(graph.shapes),  # of each input and of what each node returns, without the batch
+            "input_size": None if first in graph.ids else graph.shapes[first][-1],
             "dtype": dtype,
-            "_shapes": tuple(shapes),
+            "graph": graph,
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -190,15 +134,15 @@ class Network:
         """Every cell, in the order of the state: node by node, bottom first, forward before backward."""
         return tuple(cell for node in self.nodes for cell in node.cells)
 
-    def __call__(self, x: Any, mask: Any = None) -> Array:
+    def __call__(self, x: Any, mask: Any = None) -> Any:
         """Return what the network makes of `x`: `run` from the cells' own initial state, without the state after.
 
         Args:
-            x: `[B, T, I]`, as for `run`.
+            x: `[B, T, I]`, or the inputs by name or in order, as for `run`.
             mask: `[B, T]`, as for `run`.
 
         Returns:
-            `[B, T, W]`, or `[B, W]` where a node drops time.
+            `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are several outputs.
         """
         return self.run(x, mask=mask)[0]
 
@@ -210,60 +154,146 @@ class Network:
         lengths: Any = None,
         reset: Any = None,
         threads: int | None = None,
-    ) -> tuple[Array, tuple[CellState, ...]]:
+    ) -> tuple[Any, tuple[CellState, ...]]:
         """Run the network over a batch of sequences.
 
         Args:
             x: `[B, T, I]`, array-like of real numbers; anything but the network's own dtype is cast to it, float64 to
-                a float32 network included. Any strides; B and T may be 0.
+                a float32 network included. Any strides; B and T may be 0. Ids for an `Embedding` are `[B, T]` and
+                keep their dtype. Where there are several inputs, a dict by name, or a tuple in order.
             state: one state a cell in the order of `cells`, `State(h, c)` for an LSTM and `HiddenState(h)` for the
                 others, each array `[B, H]`; alone where there is one cell; None = the cells' own initial state, which
                 is zeros where it isn't learned.
-            mask: `[B, T]` of bool, True = use the step; None = all of them.
+            mask: `[B, T]` of bool, True = use the step; None = all of them. It goes with every input that has a time
+                axis; a dict by name gives each its own.
             lengths: `[B]` integers from 0 to T, instead of `mask`: the first steps of each row are used.
             reset: `[B, T]` of bool, True = a new piece begins with this step: before it, every state becomes the
                 cells' own initial state, even where `state` is given. Where a node goes backwards, each piece is run
-                from its own end, and the last one from `state`. None = one piece.
+                from its own end, and the last one from `state`. None = one piece. `lengths` and `reset` may be dicts
+                as `mask` may.
             threads: how many the kernel may use; None = as many as this process has processors and work for.
 
         Returns:
-            `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; `state` is one state a cell,
-            after the last step (with T = 0, that at the start). Both belong to the caller.
+            `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are
+            several outputs. `state` is one state a cell, after the last step (with T = 0, that at the start). All
+            of it belongs to the caller.
 
         Raises:
             ShapeError: a wrong rank, width, batch or number of states.
             TypeError: values that aren't real numbers; mask and lengths at once.
-            ValueError: fewer than one thread, or more than 2^31 - 1.
+            ValueError: fewer than one thread, or more than 2^31 - 1; ids beyond a table; resets for a node that can't
+                keep pieces apart.
         """
-        given = as_floats("Network", "x", x, self.dtype)
-        check_sequence("Network", given.shape, self.input_size)
-        batch, steps, _ = given.shape
-        cells = self.cells
+        values = self._flows(x, mask, lengths, reset)
+        given = [flow.x for flow in values.values()]
+        batch, cells = len(given[0]), self.cells
         states = as_states("Network", state, cells, batch)
-        used = as_mask("Network", mask, lengths, batch, steps)
-        flow = Flow(given, used, as_flags("Network", "reset", reset, batch, steps, "a piece begins"), ())
         if threads is None:
             threads = max(1, min(processors(), max(batch, len(cells))))
         elif not isinstance(threads, (int, np.integer)) or not 1 <= threads <= MOST:
             raise ValueError(f"Network: expected threads to be an integer from 1 to {MOST}, got {threads!r}")
+        after: tuple[CellState, ...] = ()
         with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
-            for node in self.nodes:
-                done = len(flow.states)
-                flow = node.run(flow, states[done : done + len(node.cells)], threads)
-        y = np.ascontiguousarray(flow.x)
-        return (y.copy() if np.may_share_memory(y, given) else y), flow.states
+            for number, (name, node) in enumerate(zip(self.names, self.nodes, strict=True)):
+                flows = [values[source] for source in self.wires[number]]
+                if self.graph.late[number]:
+                    node.check(name, *(flow.x.shape[1:] for flow in flows))
+                if reset is not None and node.mixes_steps and any(flow.reset is not None for flow in flows):
+                    raise ValueError(
+                        f"Network: expected no reset, as {name} ({type(node).__name__}) takes steps together, "
+                        "of one piece and of the next"
+                    )
+                x, used, begun, ends = node.run(flows, states[len(after) : len(after) + len(node.cells)], threads)
+                values[name] = Flow(x, used, begun)
+                after += ends
+                for value in self.graph.done[number]:
+                    del values[value]
+        return as_own([values[name].x for name in self.outputs], given), after
 
-    def stream(self, batch: int = 1) -> Stream:
+    def _flows(self, x: Any, mask: Any, lengths: Any, reset: Any) -> dict[str, Flow]:
+        """Return what flows in, by the inputs' names, checked."""
+        arrays = self.as_inputs("Network", x)
+        for name in arrays:
+            self._check_input(name, arrays)
+        if mask is None and lengths is None and reset is None:
+            return {name: Flow(array) for name, array in arrays.items()}
+        timed = [name for name in arrays if self.graph.timed(name)]
+        flags = {"mask": mask, "lengths": lengths, "reset": reset}
+        for what, value in flags.items():
+            for name in value if isinstance(value, Mapping) else ():
+                if name not in timed:
+                    raise ValueError(f"Network: expected {what} by the inputs {', '.join(timed)}, got one for {name!r}")
+            if value is not None and not timed:
+                raise ValueError(f"Network: expected no {what}, as no input has a time axis")
+        flows = {}
+        for name, array in arrays.items():
+            if name not in timed:
+                flows[name] = Flow(array)
+                continue
+            own = {what: value.get(name) if isinstance(value, Mapping) else value for what, value in flags.items()}
+            batch, steps = array.shape[:2]
+            used = as_mask("Network", own["mask"], own["lengths"], batch, steps)
+            flows[name] = Flow(array, used, as_flags("Network", "reset", own["reset"], batch, steps, "a piece begins"))
+        return flows
+
+    def as_inputs(self, owner: str, x: Any) -> dict[str, Array]:
+        """Return the inputs by name as arrays of real numbers: of the network's dtype, but for ids.
+
+        Args:
+            owner: whose argument it is, for the message.
+            x: as for `run`.
+
+        Raises:
+            TypeError: values that aren't real numbers, or not one for each input.
+        """
+        names = self.inputs
+        if isinstance(x, Mapping):
+            if x.keys() != set(names):
+                raise TypeError(f"{owner}: expected the inputs {', '.join(names)}, got {', '.join(map(str, x))}")
+            values = [x[name] for name in names]
+        elif len(names) == 1:
+            values = [x]
+        elif isinstance(x, (tuple, list)) and len(x) == len(names):
+            values = list(x)
+        else:
+            got = f"{len(x)} values" if isinstance(x, (tuple, list)) else type(x).__name__
+            raise TypeError(f"{owner}: expected the inputs {', '.join(names)}, by name or in order, got {got}")
+        ids = self.graph.ids
+        return {
+            name: as_numbers(owner, name, value) if name in ids else as_floats(owner, name, value, self.dtype)
+            for name, value in zip(names, values, strict=True)
+        }
+
+    def _check_input(self, name: str, arrays: dict[str, Array]) -> None:
+        """Raise `ShapeError` unless an input has its shape, and as many rows as the first."""
+        array, shape = arrays[name], self.shapes[name]
+        if len(shape) == 2 and shape[0] is None and name not in self.graph.ids:
+            check_sequence("Network", array.shape, shape[1], name)
+        else:
+            fits = array.ndim == len(shape) + 1 and all(
+                want in (None, got) for want, got in zip(shape, array.shape[1:], strict=True)
+            )
+            if not fits:
+                raise ShapeError(f"Network: expected {name} {self.graph.shown(name)}, got {array.shape}")
+        first = next(iter(arrays.values()))
+        if len(array) != len(first):
+            raise ShapeError(
+                f"Network: expected {name} with B={len(first)}, as {self.inputs[0]} has, got {array.shape}"
+            )
+
+    def stream(self, batch: int = 1, weights: str = "float32") -> Stream:
         """Return a `Stream` that runs this network frame by frame.
 
         Args:
             batch: how many sequences are stepped side by side.
+            weights: what the cells' matrices are held in, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`.
 
         Returns:
             A stream of its own state, the cells' own initial state at first; any number of them share the network.
 
         Raises:
-            ValueError: a node needs the whole sequence, which the message names.
+            ValueError: a node needs the whole sequence, which the message names; unknown weights.
+            TypeError: fewer bits for a float64 network.
 
         >>> from cellstack import CellSpec
         >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
@@ -272,7 +302,24 @@ class Network:
         """
         from cellstack.stream import Stream  # a stream is built on the network, not under it
 
-        return Stream(self, batch)
+        return Stream(self, batch, weights)
+
+    def pool(self, capacity: int, threads: int = 1) -> Pool:
+        """Return a `Pool` of sessions that come and go, stepped together.
+
+        Args:
+            capacity: how many sessions may be open at a time.
+            threads: how many the kernel may use for a step.
+
+        Returns:
+            A pool without sessions; any number of pools and streams share the network.
+
+        Raises:
+            ValueError: a node that a pool can't serve, which the message names; a number out of range.
+        """
+        from cellstack.pool import Pool  # as a stream
+
+        return Pool(self, capacity, threads)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the network to a file, whole or not at all; the suffix picks the format.
@@ -288,10 +335,28 @@ class Network:
 
         formats.save(self, path)
 
+    def export_c(self, directory: str | PathLike[str], name: str = "model") -> tuple[Path, Path]:
+        """Write the network as C that needs nothing else: `name.h` and `name.c`, with init, reset and step.
+
+        Args:
+            directory: where to; it is made where it isn't there.
+            name: what the files are called, and what every name in them begins with.
+
+        Returns:
+            The paths of the header and of the source.
+
+        Raises:
+            ValueError: a node that can't be streamed or written as C, which the message names; a name that C hasn't.
+            OSError: the files can't be written.
+        """
+        from cellstack.formats import c  # formats are built on the network, not under it
+
+        return c.export(self, directory, name)
+
     def plan(self) -> Plan:
         """Return what runs each node, and why, one line a node."""
         rows = []
-        for name, node in zip(self.names, self.nodes, strict=True):
+        for name, origin, node in zip(self.names, self._origins(), self.nodes, strict=True):
             if isinstance(node, Bidirectional):
                 calls = f"{_calls(node.forward)}, {_calls(node.backward)} back, merged in NumPy"
                 why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {calls}"
@@ -299,19 +364,34 @@ class Network:
                 why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {_calls(node)}"
             else:
                 why = f"NumPy ({self.dtype}): not recurrent"
-            rows.append((name, node.summary, why))
+            rows.append((name, origin, node.summary, why))
         return Plan(_table(rows))
+
+    def _origins(self) -> list[str]:
+        """Return, for each node, where its values come from; nothing where it is the node before it."""
+        before = ((self.inputs[0],), *((name,) for name in self.names[:-1]))
+        return [
+            "" if sources == usual else f"of {', '.join(sources)}"
+            for sources, usual in zip(self.wires, before, strict=True)
+        ]
 
     def __repr__(self) -> str:
         numbers = [f"{node.parameters:,}" for node in self.nodes]
+        width = max(map(len, numbers))
         rows = [
-            (name, type(node).__name__, node.summary, shape, number.rjust(max(map(len, numbers))))
-            for name, node, shape, number in zip(self.names, self.nodes, self._shapes, numbers, strict=True)
+            (name, origin, type(node).__name__, node.summary, self.graph.shown(name), number.rjust(width))
+            for name, origin, node, number in zip(self.names, self._origins(), self.nodes, numbers, strict=True)
         ]
         total = sum(node.parameters for node in self.nodes)
-        width = "W" if self.input_size is None else self.input_size
-        head = f"Network of {self.dtype}: [B, T, {width}] -> {self._shapes[-1]}, {total:,} numbers"
+        comes, goes = (self._ends(names) for names in (self.inputs, self.outputs))
+        head = f"Network of {self.dtype}: {comes} -> {goes}, {total:,} numbers"
         return "\n".join([head, *("  " + line for line in _table(rows))])
+
+    def _ends(self, names: tuple[str, ...]) -> str:
+        """Return the shapes of the inputs or the outputs, with their names where there are several."""
+        shapes = [self.graph.shown(name) for name in names]
+        named = len(names) > 1
+        return ", ".join(f"{name} {shape}" if named else shape for name, shape in zip(names, shapes, strict=True))
 
 
 def _calls(stack: Recurrent) -> str:
@@ -333,8 +413,7 @@ def _checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tupl
     if len(names) != len(nodes) or len(set(names)) != len(names):
         raise ValueError(f"Network: expected {len(nodes)} different names, one a node, got {list(names)}")
     for name in names:
-        if not isinstance(name, str) or not name or "/" in name or not name.isprintable():
-            raise ValueError(f"Network: expected every name to be printable text without '/', got {name!r}")
+        check_name("name", name)
     return names
 
 
@@ -351,5 +430,8 @@ def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return rows as lines whose columns stand below each other, without columns that are empty throughout."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip() for row in rows
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -11,10 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import _kernel, native
-from cellstack.nodes import Array, CellState, Flow, Node, check_choice, check_flag, hold, needs_sequence, one_dtype
+from cellstack.node import Array, CellState, Flow, Node, Shape, check_choice, check_flag, hold, one_dtype
 from cellstack.spec import ARRAYS, STATES, CellSpec, ShapeError
 
+WEIGHTS = {"float32": 32, "bfloat16": 16, "int8": 8}
+"""Forms that a stream can hold the matrices of its cells in, and their bits; float64 cells keep theirs."""
+
 MERGE_MODES = ("concat", "sum", "mul", "ave")
+BACKWARDS = "it runs backwards from the end of the sequence, which a stream doesn't have"
 KIND_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 
 
@@ -90,9 +95,27 @@ class Cell:
     @cached_property
     def packed(self) -> Any:
         """The weights in the kernel's own layout, packed at the first use."""
+        return self.pack("float32")
+
+    def pack(self, weights: str) -> Any:
+        """Pack the weights with their matrices in one of `WEIGHTS`.
+
+        Args:
+            weights: `"float32"`, as they are; `"bfloat16"`, rounded; `"int8"`, in 127 steps to either side, a scale a
+                column. Biases, gains and peepholes stay as they are.
+
+        Returns:
+            What the kernel's calls take; it holds a copy of the arrays.
+
+        Raises:
+            TypeError: fewer bits of a float64 cell.
+        """
+        bits = WEIGHTS[weights]
+        if bits < 32 and self.dtype != np.float32:
+            raise TypeError(f"Cell: expected float32 arrays for weights={weights!r}, got {self.dtype}")
         arrays = self.arrays
         addresses = tuple(arrays[name].ctypes.data if name in arrays else 0 for name in ARRAYS)
-        return _kernel.Packed(self.dtype == np.float64, native.description(self.spec), addresses)
+        return _kernel.Packed(self.dtype == np.float64, native.description(self.spec), addresses, True, bits)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies hold the arrays alone: they are checked, frozen and packed again."""
@@ -175,6 +198,7 @@ class Recurrent(Node):
         kernels: dict[str, Array | None] = {f"cell {n}": cell.kernel for n, cell in enumerate(self.cells)}
         object.__setattr__(self, "dtype", one_dtype("Recurrent", kernels))
         object.__setattr__(self, "input_size", self.cells[0].spec.input_size)
+        object.__setattr__(self, "axes", (2, 2 if self.return_sequences else 1))
 
     @property
     def units(self) -> int:
@@ -202,11 +226,10 @@ class Recurrent(Node):
         ways = (", residual" if self.residual else "") + (", backwards" if self.go_backwards else "")
         return _summary(self.cells) + ways
 
-    def check(self, owner: str, width: int | None, sequence: bool) -> tuple[int | None, bool]:
+    def check(self, owner: str, *shapes: Shape) -> Shape:
         """See `Node.check`."""
-        needs_sequence(owner, "Recurrent", sequence)
-        super().check(owner, width, sequence)
-        return self.units, self.return_sequences
+        steps, _ = super().check(owner, *shapes)
+        return (steps, self.units) if self.return_sequences else (self.units,)
 
     def forward(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> tuple[Array, list[CellState]]:
         """Run the stack over `flow.x [B, T, I]` of any strides.
@@ -280,10 +303,11 @@ class Recurrent(Node):
         y = np.take_along_axis((h + x)[:, order], np.maximum(last, 0), axis=1)
         return np.where(last < 0, h[:, order], y)[:, order]
 
-    def run(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> Flow:
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
-        y, after = self.forward(flow, states, threads)
-        after = flow.states + tuple(after)
+        (flow,) = flows
+        y, ends = self.forward(flow, states, threads)
+        after = tuple(ends)
         if not self.return_sequences:
             return Flow(y, None, None, after)
         if not self.go_backwards:
@@ -291,6 +315,10 @@ class Recurrent(Node):
         mask, reset = flow.mask, _from_the_end(flow.reset)
         turned = [None if array is None else array[:, ::-1] for array in (mask, reset)]
         return Flow(y[:, ::-1], turned[0], turned[1], after)
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        return BACKWARDS if self.go_backwards else None
 
 
 def _addresses(state: CellState | None) -> tuple[int, ...]:
@@ -352,6 +380,7 @@ class Bidirectional(Node):
         kernels: dict[str, Array | None] = {"forward": forward.cells[0].kernel, "backward": backward.cells[0].kernel}
         object.__setattr__(self, "dtype", one_dtype(owner, kernels))
         object.__setattr__(self, "input_size", forward.input_size)
+        object.__setattr__(self, "axes", forward.axes)
         object.__setattr__(self, "cells", forward.cells + backward.cells)
 
     @property
@@ -359,15 +388,15 @@ class Bidirectional(Node):
         """What the node does, in a few words."""
         return f"{self.forward.summary} and back, {self.merge_mode}"
 
-    def check(self, owner: str, width: int | None, sequence: bool) -> tuple[int | None, bool]:
+    def check(self, owner: str, *shapes: Shape) -> Shape:
         """See `Node.check`."""
-        needs_sequence(owner, "Bidirectional", sequence)
-        super().check(owner, width, sequence)
+        steps, _ = super().check(owner, *shapes)
         units = self.forward.units + (self.backward.units if self.merge_mode == "concat" else 0)
-        return units, self.forward.return_sequences
+        return (steps, units) if self.forward.return_sequences else (units,)
 
-    def run(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> Flow:
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
+        (flow,) = flows
         half = len(self.forward.cells)
         ahead, after = self.forward.forward(flow, states[:half], threads)
         back, after_back = self.backward.forward(flow, states[half:], threads)
@@ -377,5 +406,9 @@ class Bidirectional(Node):
             y = ahead * back
         else:
             y = ahead + back if self.merge_mode == "sum" else (ahead + back) * ahead.dtype.type(0.5)
-        states = (*flow.states, *after, *after_back)
+        states = (*after, *after_back)
         return flow._replace(x=y, states=states) if self.forward.return_sequences else Flow(y, None, None, states)
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        return BACKWARDS

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellstack import _kernel
-from cellstack.network import MOST, Network, as_floats, as_states
-from cellstack.nodes import Activation, Array, CellState, Dense, Node, Pool, Standardise
-from cellstack.recurrent import Bidirectional, Recurrent
+from cellstack.arguments import as_floats, as_own, as_states
+from cellstack.network import Network
+from cellstack.node import MOST, Array, CellState, Node
+from cellstack.nodes import Conv1D, Embedding, Masking, Merge, Pool, Recurrent, Select
+from cellstack.recurrent import WEIGHTS
 from cellstack.spec import STATES, ShapeError, check_sequence, check_step
 
+Run = Callable[..., Array]  # of a node: the lengths beside B and W, () or (T,), then what comes in
 
-def _why_not(node: Node) -> str | None:
-    """Return why a node can't answer after every frame; None where it can."""
-    if isinstance(node, Bidirectional) or (isinstance(node, Recurrent) and node.go_backwards):
-        return "it runs backwards from the end of the sequence, which a stream doesn't have"
-    if isinstance(node, Pool) and node.mode != "last":
-        return f"the {node.mode} over time is of the whole sequence, which a stream doesn't have"
-    return None
+
+class Frames(NamedTuple):
+    """The last frames that went into a causal convolution, `[B, L, C]`, the oldest first: what it needs of the past."""
+
+    x: Any
 
 
 class Stream:
@@ -29,11 +33,17 @@ class Stream:
     thread at a time, and a call while another one runs is a `RuntimeError`; different streams don't touch.
 
     Args:
-        network: whose nodes all run forwards: `Standardise`, `Recurrent`, `Dense`, `Activation`, `Pool("last")`.
+        network: whose nodes all answer after every frame: cells that run forwards, causal convolutions, `Pool("last")`,
+            and what works step by step; and whose inputs are all sequences or ids.
         batch: how many sequences are stepped side by side, B.
+        weights: what the matrices of cells are held in: `"float32"`, as the network has them; `"bfloat16"`, rounded to
+            8 bits of precision, everything else in float32; `"int8"`, in 127 steps to either side, a scale a column,
+            and x and h in as many steps of their own. A step at batch 1 is as fast as its weights can be read.
 
     Raises:
-        ValueError: a node that needs the whole sequence before it can answer, or a batch that isn't 1 to 2^31 - 1.
+        ValueError: a node that needs the whole sequence before it can answer, or an input without time; a batch that
+            isn't 1 to 2^31 - 1; unknown weights.
+        TypeError: fewer bits for a float64 network.
         MemoryError: a state that memory can't hold.
 
     >>> from cellstack import Cell, CellSpec
@@ -47,132 +57,300 @@ class Stream:
     True
     """
 
-    def __init__(self, network: Network, batch: int = 1) -> None:
+    def __init__(self, network: Network, batch: int = 1, weights: str = "float32") -> None:
         if not isinstance(batch, (int, np.integer)) or not 1 <= batch <= MOST:
             raise ValueError(f"Stream: expected batch to be an integer from 1 to {MOST}, got {batch!r}")
+        if weights not in WEIGHTS:
+            raise ValueError(f"Stream: expected weights to be one of {', '.join(WEIGHTS)}, got {weights!r}")
         self.network = network
-        self.batch = int(batch)
+        self.batch, self.weights = int(batch), weights
         self._dtype = network.dtype
-        # What is run in turn: a kernel stream, its width and whether its input is added; or None and a NumPy function.
-        self._parts: list[tuple[Any, Any, bool]] = []
         self._layers: list[tuple[Any, int]] = []  # each cell's kernel stream, and its place in it
-        for name, node in zip(network.names, network.nodes, strict=True):
-            why = _why_not(node)
-            if why is not None:
-                raise ValueError(f"Stream: expected nodes that can answer after every frame, got {name}: {why}")
-            if isinstance(node, Recurrent):
-                for cells, added in node.parts:
-                    kernel = _kernel.Stream([cell.packed for cell in cells], self.batch)
-                    self._parts.append((kernel, cells[-1].spec.output_size, added))
-                    self._layers += [(kernel, place) for place in range(len(cells))]
-            elif isinstance(node, (Standardise, Dense, Activation)):
-                self._parts.append((None, node.apply, False))
+        self._frames: list[Array] = []  # the last frames of each causal convolution, [B, L, C]
+        self._checks: list[tuple[str, Run]] = []  # of ids that are looked up only when something has moved on already
+        masked = answers_framewise("Stream", network)
+        places = {name: place for place, name in enumerate((*network.inputs, *network.names))}
+        # How each node runs, and on which of the values before it.
+        self._parts: list[tuple[Run, tuple[int, ...]]] = []
+        for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+            moved = bool(self._layers or self._frames)
+            part = self._part(name, node, name in masked)
+            if isinstance(node, Embedding) and moved:
+                self._checks.append((sources[0], part))
+            self._parts.append((part, tuple(places[source] for source in sources)))
+        self._outputs = tuple(places[name] for name in network.outputs)
         self._frame = (self.batch, network.input_size)
-        self._alone = self._parts[0] if len(self._parts) == 1 and self._layers else None
+        self._alone = None
+        only = network.nodes[0]
+        if len(network.nodes) == 1 and isinstance(only, Recurrent) and len(only.parts) == 1:
+            self._alone = self._layers[0][0], only.units
 
-    def step(self, x: Any) -> Array:
+    def _part(self, name: str, node: Node, masked: bool) -> Run:
+        """Return how a node runs here, with a memory of its own where it needs one."""
+        if isinstance(node, Recurrent):
+            return self._recurrent(node)
+        run = framewise(name, node, masked)
+        if run is not None:
+            return run
+        assert isinstance(node, Conv1D)
+        return self._convolution(node)
+
+    def _recurrent(self, node: Recurrent) -> Run:
+        runs = []
+        for cells, added in node.parts:
+            whole = self.weights == "float32"
+            kernel = _kernel.Stream([cell.packed if whole else cell.pack(self.weights) for cell in cells], self.batch)
+            runs.append((kernel, cells[-1].spec.output_size, added))
+            self._layers += [(kernel, place) for place in range(len(cells))]
+
+        def run(steps: tuple[int, ...], x: Array) -> Array:
+            for kernel, width, added in runs:
+                if not x.flags.c_contiguous:
+                    x = np.ascontiguousarray(x)
+                y = np.empty((self.batch, *steps, width), self._dtype)
+                (kernel.run if steps else kernel.step)(x, y)
+                x = np.add(x, y, out=y) if added else y
+            return x
+
+        return run
+
+    def _convolution(self, node: Conv1D) -> Run:
+        assert node.input_size is not None
+        frames = np.zeros((self.batch, node.span - 1, node.input_size), self._dtype)
+        if node.span > 1:
+            self._frames.append(frames)
+
+        def run(steps: tuple[int, ...], x: Array) -> Array:
+            seen = np.concatenate([frames, x if steps else x[:, None]], axis=1)
+            frames[:] = seen[:, seen.shape[1] - frames.shape[1] :]
+            y = node.convolve(seen)
+            return y if steps else y[:, 0]
+
+        return run
+
+    def step(self, x: Any) -> Any:
         """Take one frame and return what the network returns after it.
 
         Args:
-            x: `[B, I]`, array-like of real numbers, cast as in `Network.run`.
+            x: `[B, I]`, array-like of real numbers, cast as in `Network.run`; ids are `[B]`. Where there are several
+                inputs, a dict by name, or a tuple in order.
 
         Returns:
-            `[B, W]`, the caller's own.
+            `[B, W]`, the caller's own; a tuple of these where there are several outputs.
 
         Raises:
             ShapeError: a wrong rank, batch or width.
             TypeError: values that aren't real numbers.
+            ValueError: ids beyond a table, or a frame that the network masks.
         """
-        if not (type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._frame and x.flags.carray):
-            x = as_floats("Stream", "x", x, self._dtype)
-            check_step("Stream", x.shape, self.network.input_size)
-            self._check_batch(x)
-            x = np.require(x, requirements=("C", "A"))
-        if self._alone is None:
-            return self._run(x, ())
-        kernel, width, _ = self._alone  # the shortest way from Python to the kernel
-        y = np.empty((self.batch, width), self._dtype)
-        kernel.step(x, y)
-        return y
+        if type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._frame and x.flags.carray:
+            if self._alone is not None:  # the shortest way from Python to the kernel
+                kernel, width = self._alone
+                y = np.empty((self.batch, width), self._dtype)
+                kernel.step(x, y)
+                return y
+            if len(self.network.inputs) == 1:
+                return self._run((x,), ())
+        return self._run(self._given(x, ()), ())
 
-    def run(self, x: Any) -> Array:
+    def run(self, x: Any) -> Any:
         """Take any number of frames and return what the network returns after each: the bits are those of `step`.
 
         Args:
-            x: `[B, T, I]`, as for `step`; T may be 0.
+            x: `[B, T, I]`, as for `step`, ids `[B, T]`; T may be 0.
 
         Returns:
-            `[B, T, W]`, whether or not the network itself returns sequences.
+            `[B, T, W]`, whether or not the network itself returns sequences; a tuple where there are several outputs.
 
         Raises:
             ShapeError: a wrong rank, batch or width.
             TypeError: values that aren't real numbers.
+            ValueError: ids beyond a table, or a frame that the network masks.
         """
-        x = as_floats("Stream", "x", x, self._dtype)
-        check_sequence("Stream", x.shape, self.network.input_size)
-        self._check_batch(x)
-        return self._run(np.require(x, requirements=("C", "A")), (x.shape[1],))
+        given = self._given(x, None)
+        return self._run(given, given[0].shape[1:2])
 
-    def _check_batch(self, x: Array) -> None:
-        if len(x) != self.batch:
-            raise ShapeError(f"Stream: expected x with B={self.batch}, got {x.shape}")
+    def _given(self, x: Any, steps: tuple[()] | None) -> tuple[Array, ...]:
+        """Return the inputs in order, contiguous: of one step where `steps` is (), else of as many as there are."""
+        network = self.network
+        if len(network.inputs) == 1 and network.input_size is not None and not isinstance(x, dict):
+            arrays = {network.inputs[0]: as_floats("Stream", network.inputs[0], x, self._dtype)}
+        else:
+            arrays = network.as_inputs("Stream", x)
+        for name, array in arrays.items():
+            if name in network.graph.ids:
+                expected = "B, T" if steps is None else "B"
+                if array.ndim != (2 if steps is None else 1):
+                    raise ShapeError(f"Stream: expected {name} [{expected}], ids, got {array.shape}")
+            else:
+                check = check_sequence if steps is None else check_step
+                check("Stream", array.shape, network.shapes[name][-1], name)
+            first = next(iter(arrays.values()))
+            if len(array) != self.batch:
+                raise ShapeError(f"Stream: expected {name} with B={self.batch}, got {array.shape}")
+            if steps is None and array.shape[1] != first.shape[1]:
+                raise ShapeError(f"Stream: expected {name} with T={first.shape[1]}, got {array.shape}")
+        for name, check in self._checks:  # what fails here leaves everything as it was
+            check((), arrays[name])
+        return tuple(np.require(array, requirements=("C", "A")) for array in arrays.values())
 
-    def _run(self, x: Array, steps: tuple[int, ...]) -> Array:
+    def _run(self, given: tuple[Array, ...], steps: tuple[int, ...]) -> Any:
         """Run the parts over a step (`steps` is ()) or over a chunk (`steps` is (T,))."""
-        given = x
+        values = list(given)
         with np.errstate(all="ignore"):
-            for kernel, part, added in self._parts:
-                if kernel is None:
-                    x = part(x)
+            for part, sources in self._parts:
+                if len(sources) == 1:
+                    values.append(part(steps, values[sources[0]]))
                 else:
-                    y = np.empty((self.batch, *steps, part), self._dtype)
-                    (kernel.run if steps else kernel.step)(x, y)
-                    x = np.add(x, y, out=y) if added else y
-        return x.copy() if x is given else x
+                    values.append(part(steps, *[values[source] for source in sources]))
+        answers = [values[place] for place in self._outputs]
+        return as_own(answers, given)
 
     @property
-    def state(self) -> tuple[CellState, ...]:
-        """The state now, one state a cell, each array `[B, H]`: copies. Setting it checks and copies likewise."""
+    def state(self) -> tuple[CellState | Frames, ...]:
+        """The state now: one state a cell, each array `[B, H]`, then the `Frames` of each causal convolution.
+
+        These are copies. Setting the state checks and copies likewise.
+        """
         states = {id(kernel): kernel.get_state() for kernel, _ in self._layers}
-        return tuple(
+        cells = (
             STATES[cell.spec.kind](*states[id(kernel)][place])
             for cell, (kernel, place) in zip(self.network.cells, self._layers, strict=True)
         )
+        return (*cells, *(Frames(frames.copy()) for frames in self._frames))
 
     @state.setter
     def state(self, state: Any) -> None:
-        states = as_states("Stream", state, self.network.cells, self.batch)
+        if state is None:
+            raise TypeError("Stream: expected state to be a tuple of states, got None: reset() starts anew")
+        states, frames = self._as_state(state, self.batch)
         for (kernel, place), arrays in zip(self._layers, states, strict=True):
-            if arrays is None:
-                raise TypeError("Stream: expected state to be a tuple of states, got None: reset() starts anew")
+            assert arrays is not None
             kernel.set_state(place, *arrays)
+        for own, new in zip(self._frames, frames, strict=True):
+            own[:] = new
+
+    def _as_state(self, state: Any, batch: int) -> tuple[tuple[CellState | None, ...], list[Array]]:
+        """Return a state of some rows, checked: one a cell, and the frames of each convolution; zeros where None."""
+        cells, count = self.network.cells, len(self._frames)
+        if state is None or not count:
+            zeros = [np.zeros((batch, *own.shape[1:]), self._dtype) for own in self._frames]
+            return as_states("Stream", state, cells, batch), zeros
+        if not isinstance(state, Sequence) or len(state) != len(cells) + count:
+            got = len(state) if isinstance(state, Sequence) else type(state).__name__
+            raise ShapeError(
+                f"Stream: expected state to be a tuple of {len(cells)} states, one a cell, and {count} Frames, one a "
+                f"causal convolution, got {got}"
+            )
+        frames = []
+        for given, own in zip(state[len(cells) :], self._frames, strict=True):
+            array = as_floats("Stream", "frames", given.x if isinstance(given, Frames) else given, self._dtype)
+            if array.shape != (batch, *own.shape[1:]):
+                raise ShapeError(f"Stream: expected frames {[batch, *own.shape[1:]]} of the state, got {array.shape}")
+            frames.append(array)
+        return as_states("Stream", tuple(state[: len(cells)]), cells, batch), frames
 
     def reset(self, rows: Any = None, state: Any = None) -> None:
         """Set the state of some rows, or of all, to the cells' own initial state or to a state given.
 
         Args:
             rows: what indexes an axis of B: a number, numbers, a slice, a mask `[B]`; None = all rows.
-            state: one state a cell, each array `[rows, H]`; None = what the stream began with: the cells' learned
-                initial state, or zeros.
+            state: one state a cell, each array `[rows, H]`, then the frames of each causal convolution; None = what
+                the stream began with: the cells' learned initial state, or zeros.
 
         Raises:
             ShapeError: a state that doesn't fit the rows.
             IndexError: a row that isn't there.
         """
         chosen = np.arange(self.batch)[slice(None) if rows is None else rows].reshape(-1)
-        cells = self.network.cells
-        given = as_states("Stream", state, cells, len(chosen))
+        states, frames = self._as_state(state, len(chosen))
         new = self.state
-        for cell, arrays, values in zip(cells, new, given, strict=True):
+        for cell, arrays, values in zip(self.network.cells, new, states, strict=False):
             for name, array in zip(arrays._fields, arrays, strict=True):
                 array[chosen] = cell.arrays.get(f"initial_{name}", 0.0) if values is None else getattr(values, name)
+        for own, arrays in zip(new[len(states) :], frames, strict=True):
+            own[0][chosen] = arrays
         self.state = new
 
     def fork(self) -> Stream:
         """Return a new stream that starts from a copy of this one's state."""
-        other = Stream(self.network, self.batch)
+        other = Stream(self.network, self.batch, self.weights)
         other.state = self.state
         return other
 
     def __repr__(self) -> str:
-        return f"Stream(batch={self.batch}) of {self.network!r}"
+        weights = "" if self.weights == "float32" else f", weights={self.weights!r}"
+        return f"Stream(batch={self.batch}{weights}) of {self.network!r}"
+
+
+def framewise(name: str, node: Node, masked: bool) -> Run | None:
+    """Return how a node that keeps nothing runs, frame by frame; None where it keeps something.
+
+    Args:
+        name: the node's, for messages.
+        node: one that `answers_framewise` lets through.
+        masked: whether what it masks would matter to a node after it; then frames that it would mask are refused.
+    """
+    if isinstance(node, (Recurrent, Conv1D)):
+        return None
+    if isinstance(node, Embedding):
+        return _unmasked(name, node.apply, lambda x: node.ids(x) != 0) if masked else _step_by_step(node.apply)
+    if isinstance(node, Masking):
+        return _unmasked(name, node.apply, node.kept) if masked else _step_by_step(node.apply)
+    if isinstance(node, Merge):
+        return _step_by_step(replace(node, axis=-1).merge)
+    if isinstance(node, Select):
+        return _step_by_step(replace(node, axis=-1).apply)
+    if isinstance(node, Pool) or node.axes[1] != node.axes[0]:  # the last step; or one axis made of one
+        return lambda steps, x: x
+    return _step_by_step(node.apply)
+
+
+def _step_by_step(apply: Callable[[Array], Array]) -> Run:
+    return lambda steps, x: apply(x)
+
+
+def _unmasked(name: str, apply: Callable[[Array], Array], kept: Callable[[Array], NDArray[np.bool_]]) -> Run:
+    """Return how a node runs whose mask matters: it refuses what it would mask, before anything has moved on."""
+
+    def run(steps: tuple[int, ...], x: Array) -> Array:
+        used = kept(x)
+        if not used.all():
+            row = int(np.argwhere(~used)[0, 0])
+            raise ValueError(
+                f"Stream: expected frames without padding, got one for row {row} that {name} masks: leave it out"
+            )
+        return apply(x)
+
+    return run
+
+
+def answers_framewise(owner: str, network: Network) -> frozenset[str]:
+    """Raise `ValueError` where the network can't answer after every frame; return the nodes whose mask matters."""
+    for name in network.inputs:
+        if not network.graph.timed(name):
+            shape = network.graph.shown(name)
+            raise ValueError(f"{owner}: expected inputs of a frame a step, got {name} {shape}: it has no time")
+    masks: dict[str, frozenset[str]] = {name: frozenset() for name in network.inputs}  # whose mask is on a value
+    felt: set[str] = set()
+    moved: str | None = None  # a node that keeps something from frame to frame
+    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        why = node.why_no_stream(len(network.shapes[sources[0]]))
+        if sources[0] in network.graph.ids and not isinstance(node, Embedding):
+            why = "it takes some of all ids, or moves them, and a stream has one at a time"
+        if why is None and moved and isinstance(node, Masking):
+            why = f"it may mask a frame after {moved} has moved on"
+        if why is not None:
+            raise ValueError(f"{owner}: expected nodes that can answer after every frame, got {name}: {why}")
+        on = [masks[source] for source in sources]
+        together = frozenset().union(*on)
+        if isinstance(node, (Recurrent, Pool)) or (isinstance(node, Merge) and node.mode in ("mul", "max")):
+            felt |= together
+        if isinstance(node, Conv1D) or not all(on):
+            together = frozenset()
+        if isinstance(node, Masking) or (isinstance(node, Embedding) and node.mask_zero):
+            together |= {name}
+        masks[name] = together
+        if isinstance(node, Recurrent) or (isinstance(node, Conv1D) and node.span > 1):
+            moved = moved or name
+    return frozenset(felt)

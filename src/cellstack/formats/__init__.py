@@ -1,8 +1,8 @@
 """Files: one adapter a format. Adding a format is adding a module here and its name to `ADAPTERS`.
 
-An adapter has `NAME` and `SUFFIXES`, and three functions: `recognises(head)` says whether a file that begins with these
-bytes is of its kind, `load(path)` returns a Network or raises `FormatError`, `save(network, path)` writes one. One that
-knows files of which only parts are recurrent has `extract(path)` too, which returns these parts by name.
+An adapter has `NAME` and `SUFFIXES`, and four functions: `recognises(head)` says whether a file that begins with these
+bytes is of its kind, `load(path)` returns a Network or raises `FormatError`, `save(network, path)` writes one;
+`extract(path)` returns the recurrent parts of a file by name, whatever else it holds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
-ADAPTERS = ("safetensors",)
+ADAPTERS = ("safetensors", "keras", "pytorch", "onnx")
 HEAD_BYTES = 64  # what `recognises` gets to see
 
 
@@ -29,6 +29,25 @@ def supported() -> str:
     return ", ".join(f"{adapter.NAME} ({' '.join(adapter.SUFFIXES)})" for adapter in adapters())
 
 
+def adapter_of(path: str) -> Any:
+    """Return the adapter for the file at `path`, by its content, or where that says nothing by its suffix.
+
+    Raises:
+        FormatError: no format is like it.
+        OSError: the file can't be read.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    candidates = [adapter for adapter in adapters() if adapter.recognises(head)]
+    by_suffix = [adapter for adapter in adapters() if PurePath(path).suffix.lower() in adapter.SUFFIXES]
+    # Two kinds of file may begin alike; and a damaged one may not look like its kind any more: what its suffix promises
+    # says what is wrong with it.
+    preferred = [adapter for adapter in candidates if adapter in by_suffix]
+    for adapter in (*preferred, *candidates, *by_suffix):
+        return adapter
+    raise FormatError(f"{path}: expected one of {supported()}, found a file that begins with {head[:8]!r}")
+
+
 def load(path: str | PathLike[str]) -> Network:
     """Read a network from a file; the content tells the format, and no code from the file is run.
 
@@ -39,19 +58,33 @@ def load(path: str | PathLike[str]) -> Network:
         The network, with its names and metadata.
 
     Raises:
-        FormatError: the file is damaged, or of a format that isn't supported; names the file, the tensor, what was
-            expected and what was found.
+        FormatError: the file is damaged, of a format that isn't supported, or holds what a Network can't run, each
+            named; names the file, the tensor, what was expected and what was found.
+        ModuleNotFoundError: the format is read by a package that isn't installed, which the message names.
         OSError: the file can't be read.
     """
     path = fspath(path)
-    with open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
-    candidates = [adapter for adapter in adapters() if adapter.recognises(head)]
-    # a damaged file may not look like its kind any more: what its suffix promises says what is wrong with it
-    candidates += [adapter for adapter in adapters() if PurePath(path).suffix.lower() in adapter.SUFFIXES]
-    if not candidates:
-        raise FormatError(f"{path}: expected one of {supported()}, found a file that begins with {head[:8]!r}")
-    return candidates[0].load(path)
+    return adapter_of(path).load(path)
+
+
+def extract(path: str | PathLike[str]) -> dict[str, Network]:
+    """Return the recurrent parts of a file by name, whatever else it holds.
+
+    Args:
+        path: the file.
+
+    Returns:
+        One network a recurrent part, named as it is in the file: a stack of layers is one part where the file says so.
+
+    Raises:
+        FormatError, ModuleNotFoundError, OSError: see `load`; also for a file without any recurrent part.
+    """
+    path = fspath(path)
+    adapter = adapter_of(path)
+    parts = adapter.extract(path)
+    if not parts:
+        raise FormatError(f"{path}: expected recurrent parts, found none")
+    return parts
 
 
 def save(network: Network, path: str | PathLike[str]) -> None:

@@ -94,3 +94,31 @@ def to_rows(kind: str, arrays: CellArrays, order: str) -> tuple[Array, Array, Ar
     ours = OURS[kind]
     bias = None if arrays.bias is None else reorder(arrays.bias, ours, order)
     return reorder(arrays.kernel, ours, order).T, reorder(arrays.recurrent_kernel, ours, order).T, bias
+
+
+def from_cudnn(kind: str, kernel: Array, recurrent: Array, bias: Array) -> CellArrays:
+    """Return our arrays for a cell of Keras's CuDNNLSTM or CuDNNGRU.
+
+    Its gates stand in our order. Each gate's block of a kernel is kept as cuDNN has it, `[H, n]`, row by row: of the
+    input's kernel under the shape `[n, H]`. The two biases lie one after the other.
+
+    Args:
+        kind: "lstm" or "gru"; the GRU's reset gate acts after the recurrent product.
+        kernel: `[I, G·H]`.
+        recurrent: `[H, G·H]`.
+        bias: `[2·G·H]`.
+
+    Returns:
+        The arrays in our layout.
+
+    Raises:
+        ShapeError: an axis that doesn't hold a block a gate, all equal.
+    """
+    gates = len(OURS[kind])
+    if kernel.shape[1] % gates or recurrent.shape != (kernel.shape[1] // gates, kernel.shape[1]) or bias.ndim != 1:
+        raise ShapeError(f"from_cudnn: expected {gates} equal blocks, got {kernel.shape} and {recurrent.shape}")
+    turned = [block.reshape(block.shape[::-1]).T for block in np.split(kernel, gates, axis=1)]
+    crossed = [block.T for block in np.split(recurrent, gates, axis=1)]
+    biases = bias.reshape(2, -1)
+    together = biases if kind == "gru" else biases[0] + biases[1]
+    return CellArrays(np.concatenate(turned, axis=1), np.concatenate(crossed, axis=1), together)

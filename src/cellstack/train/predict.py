@@ -60,10 +60,9 @@ def trained(net: Network, path: str) -> Trained:
         raise FormatError(
             f"{path}: expected the metadata of cellstack train, its task one of {', '.join(TASKS)}, found task {task!r}"
         )
-    outputs, sequence = None, True
-    for name, node in zip(net.names, net.nodes, strict=True):
-        outputs, sequence = node.check(name, outputs, sequence)
-    if sequence or outputs is None:
+    answers = [net.shapes[name] for name in net.outputs]
+    outputs = answers[0][-1]
+    if len(net.inputs) != 1 or len(answers) != 1 or len(answers[0]) != 1 or outputs is None:
         raise FormatError(f"{path}: expected one answer a sequence, found a network that answers every step")
     inputs = _inputs(first, net.metadata.get("observed"), path)
     labels = _labels(net.metadata.get("labels"), task, outputs, path)

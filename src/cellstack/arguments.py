@@ -1,0 +1,128 @@
+"""What users give, as arrays: checked in Python before anything runs, and cast where nothing is lost by surprise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.node import Array, CellState
+from cellstack.recurrent import Cell
+from cellstack.spec import STATES, HiddenState, ShapeError, State, check_mask, check_state
+
+
+def as_numbers(owner: str, name: str, value: Any) -> Array:
+    """Return `value` as an array of bools, integers or floats; for what is refused, see `as_floats`."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{owner}: expected {name} without a mask of its own, got a NumPy masked array: give mask=")
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ShapeError(f"{owner}: expected {name} to be a full array, got rows of unequal length") from error
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(f"{owner}: expected {name} array-like, got {type(value).__name__}: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{owner}: expected {name} to hold real numbers, got {array.dtype}")
+    return array
+
+
+def as_floats(owner: str, name: str, value: Any, dtype: np.dtype[Any]) -> Array:
+    """Return `value` as an array of `dtype`: bools, integers and floats of any width are cast, all else is refused.
+
+    Args:
+        owner: whose argument it is, for the message.
+        name: what it is called, for the message.
+        value: array-like.
+        dtype: float32 or float64.
+
+    Returns:
+        `value` itself where it is such an array already.
+
+    Raises:
+        TypeError: complex numbers, objects, text, or masked arrays (a mask is an argument of its own).
+        ShapeError: rows of unequal length.
+    """
+    if type(value) is np.ndarray and value.dtype == dtype and value.dtype.isnative:
+        return value
+    array = as_numbers(owner, name, value)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as it would be anywhere
+        return array.astype(dtype, copy=False)
+
+
+def as_mask(owner: str, mask: Any, lengths: Any, batch: int, steps: int) -> NDArray[np.bool_] | None:
+    """Return the mask `[B, T]` that `mask` or `lengths` stands for; None where both are None."""
+    if lengths is not None:
+        if mask is not None:
+            raise TypeError(f"{owner}: expected mask or lengths, got both")
+        array = np.asarray(lengths)
+        if array.shape != (batch,):
+            raise ShapeError(f"{owner}: expected lengths [B={batch}], got {array.shape}")
+        if array.size and array.dtype.kind not in "iu":
+            raise TypeError(f"{owner}: expected lengths to be integers, got {array.dtype}")
+        if ((array < 0) | (array > steps)).any():
+            raise ShapeError(f"{owner}: expected lengths from 0 to T={steps}, got {array.min()} to {array.max()}")
+        return np.arange(steps) < array[:, None]
+    return as_flags(owner, "mask", mask, batch, steps, "use the step")
+
+
+def as_flags(owner: str, name: str, flags: Any, batch: int, steps: int, true: str) -> NDArray[np.bool_] | None:
+    """Return flags of steps as an array `[B, T]`; None where they are None. `true` says what True stands for."""
+    if flags is None:
+        return None
+    try:
+        array = np.asarray(flags)
+    except ValueError as error:
+        raise ShapeError(f"{owner}: expected {name} [B={batch}, T={steps}], got rows of unequal length") from error
+    check_mask(owner, array.shape, batch, steps, name)
+    if array.size and array.dtype != bool:
+        raise TypeError(f"{owner}: expected {name} of bool, True = {true}, got {array.dtype}: give {name} != 0")
+    return array.astype(bool)
+
+
+def as_states(owner: str, state: Any, cells: Sequence[Cell], batch: int) -> tuple[CellState | None, ...]:
+    """Return one state a cell, contiguous and of the cell's dtype, or one None a cell where `state` is None.
+
+    What a cell without c starts from may be given as `HiddenState(h)`, as a sequence of h alone, or as h itself; and
+    what a network of one cell starts from may be given alone.
+    """
+    if state is None:
+        return (None,) * len(cells)
+    given = (state,) if len(cells) == 1 and (isinstance(state, (State, HiddenState)) or _is_array(state)) else state
+    if not isinstance(given, Sequence) or len(given) != len(cells):
+        got = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
+        raise ShapeError(f"{owner}: expected state to be a tuple of {len(cells)} states, one a cell, got {got}")
+    states = []
+    for layer, (cell, parts) in enumerate(zip(cells, given, strict=True)):
+        sizes, where = cell.spec.state_sizes, f"state of layer {layer}"
+        if not isinstance(parts, Sequence) and not _is_array(parts):
+            raise ShapeError(f"{owner}: expected {where} to be arrays {', '.join(sizes)}, got {type(parts).__name__}")
+        parts = (parts,) if _is_array(parts) else parts
+        arrays = [as_floats(owner, where, array, cell.dtype) for array in parts]
+        check_state(owner, [array.shape for array in arrays], batch, sizes, layer)
+        states.append(STATES[cell.spec.kind](*(np.ascontiguousarray(array) for array in arrays)))
+    return tuple(states)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__array__")
+
+
+def as_own(answers: Sequence[Array], given: Sequence[Array]) -> Any:
+    """Return arrays, contiguous, as the caller's own: copied where they share memory with each other or with `given`.
+
+    Args:
+        answers: at least one.
+        given: the caller's arrays.
+
+    Returns:
+        The array alone where there is one, else a tuple of them.
+    """
+    owned: list[Array] = []
+    for answer in answers:
+        y = np.ascontiguousarray(answer)
+        if y.base is not None or any(y is other for other in (*given, *owned)) or len(answers) > 1:
+            y = y.copy() if any(np.may_share_memory(y, other) for other in (*given, *owned)) else y
+        owned.append(y)
+    return owned[0] if len(owned) == 1 else tuple(owned)

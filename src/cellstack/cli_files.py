@@ -1,0 +1,151 @@
+"""What the verbs of the command line share, and those that look into files: `info` and `convert`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats import extract, load
+from cellstack.network import Network
+from cellstack.spec import FormatError
+from cellstack.train.checks import UsageError
+
+SUFFIX = ".safetensors"
+
+
+def load_model(name: str) -> tuple[Network, str]:
+    """Return the network of a file, and the file's name; the native suffix may be left out.
+
+    Raises:
+        FormatError: it can't be read as a network.
+        OSError: it can't be read at all.
+    """
+    path = found(name)
+    return _loaded(path), path
+
+
+def _loaded(path: str) -> Network:
+    try:
+        return load(path)
+    except ModuleNotFoundError as error:  # what reads the format isn't installed; the message says what to install
+        raise UsageError(f"{path}: {error}") from None
+
+
+def found(name: str) -> str:
+    """Return the name of a file that is there: as given, or with the native suffix."""
+    path = name if os.path.exists(name) else str(with_suffix(name))
+    if not os.path.exists(path):
+        raise FileNotFoundError(2, "no such file", name)
+    return path
+
+
+def with_suffix(name: str) -> Path:
+    """Return a name with the native suffix."""
+    path = Path(name)
+    if not path.name:
+        raise UsageError(f"expected the name of a file, got {name!r}")
+    return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
+
+
+def show(args: argparse.Namespace, report: dict[str, Any], text: list[str]) -> None:
+    """Print an answer: as one JSON object where --json asks for it, else as lines."""
+    if args.json:
+        print(json.dumps(plain(report), allow_nan=False))
+    elif text:
+        print("\n".join(text))
+
+
+def plain(value: Any) -> Any:
+    """Return `value` in what JSON has: lists for arrays, null for NaN."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(item) for item in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+# ── info ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def info(args: argparse.Namespace) -> int:
+    """Say what is in a file: its network, or where it can't be run whole its recurrent parts and why."""
+    path = found(args.model)
+    size = os.path.getsize(path)
+    head = f"{path}: {size:,} bytes"
+    try:
+        net = _loaded(path)
+    except FormatError as error:
+        try:
+            parts = extract(path)
+        except FormatError:
+            raise error from None
+        report = {"model": path, "bytes": size, "error": str(error)}
+        report["parts"] = {name: _described(part) for name, part in parts.items()}
+        text = [head, f"can't be run whole: {error}", "recurrent parts"]
+        text += [f"  {line}" for name, part in parts.items() for line in (f"{name}:", *_indented(part))]
+        show(args, report, text)
+        return 0
+    plan = net.plan()
+    report = {"model": path, "bytes": size, **_described(net), "plan": list(plan), "metadata": dict(net.metadata)}
+    text = [head, repr(net), "plan", *("  " + line for line in plan)]
+    text += [f"{key}: {json.dumps(value)}" for key, value in net.metadata.items()]
+    show(args, report, text)
+    return 0
+
+
+def _described(net: Network) -> dict[str, Any]:
+    layers = [
+        {"name": name, "kind": type(node).__name__, "summary": node.summary, "parameters": node.parameters}
+        for name, node in zip(net.names, net.nodes, strict=True)
+    ]
+    numbers = sum(node.parameters for node in net.nodes)
+    ends = {what: {name: net.graph.shown(name) for name in getattr(net, what)} for what in ("inputs", "outputs")}
+    return {"dtype": str(net.dtype), "input_size": net.input_size, **ends, "parameters": numbers, "layers": layers}
+
+
+def _indented(net: Network) -> list[str]:
+    return [f"  {line}" for line in repr(net).splitlines()]
+
+
+# ── convert ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write a network in another format, and say how far what was read and written answer alike.
+
+    Returns:
+        0; 1 where the answers lie further apart than --tolerance.
+    """
+    from cellstack.formats.verify import TOLERANCE, verify  # the other verbs start without what it needs
+
+    tolerance = TOLERANCE if args.tolerance is None else args.tolerance
+    net, source = load_model(args.source)
+    target = Path(args.target)
+    if args.target.endswith(os.sep) or target.is_dir() or target.suffix.lower() == ".c":
+        in_c = target.suffix.lower() == ".c" and not target.is_dir()
+        stem = target.stem if in_c else re.sub(r"[^A-Za-z0-9]+", "_", Path(source).stem).strip("_")
+        folder = target.parent if in_c else target
+        try:
+            header, written = net.export_c(folder, stem if in_c or stem[:1].isalpha() else f"model_{stem}".strip("_"))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        files = [str(header), str(written)]
+    else:
+        try:
+            net.save(target)
+        except (TypeError, ValueError) as error:  # a suffix that no format has, a node that the format hasn't
+            raise UsageError(str(error)) from None
+        files = [str(target)]
+    paths = [files[-1]] if Path(source).suffix == SUFFIX else [source, files[-1]]  # ours has no runtime but us
+    reports = {path: verify(net, path) for path in paths}
+    text = [f"{source} -> {', '.join(files)}", *map(str, reports.values())]
+    report = {"source": source, "files": files, "parity": {path: one.to_json() for path, one in reports.items()}}
+    show(args, report, text)
+    return 1 if any(one.runtime is not None and not one.ok(tolerance) for one in reports.values()) else 0

@@ -1,0 +1,423 @@
+"""A network as C99: one header and one source, for microcontrollers, audio plugins and whatever else has a C compiler.
+
+The source needs <math.h> and <string.h>, allocates nothing and holds no state of its own: weights are constants, and
+everything that changes lies in a struct of the caller's. What it computes is what a `Stream` of one row computes, to
+rounding. The cells' functions are in `c_cells`; what the files look like: docs/c.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from string import Template
+
+from cellstack import spec
+from cellstack.formats.c_cells import HELPERS, STEMS, WIDTHS, Form, activate, form_key, form_of, literal
+from cellstack.formats.files import replacing
+from cellstack.network import Network
+from cellstack.nodes import (
+    Activation,
+    Array,
+    Cell,
+    Conv1D,
+    Dense,
+    Embedding,
+    LayerNorm,
+    Node,
+    Pool,
+    Recurrent,
+    Scale,
+    Standardise,
+)
+from cellstack.stream import Stream
+
+NUMBERS_A_LINE = 8
+TYPES = {"float32": ("float", "f"), "float64": ("double", "")}
+NODES = (Standardise, Scale, LayerNorm, Embedding, Dense, Activation, Pool, Conv1D, Recurrent)
+
+
+def export(network: Network, directory: str | PathLike[str], name: str = "model") -> tuple[Path, Path]:
+    """Write a network as `name.h` and `name.c`, C99 that is C++ too.
+
+    The header offers `name_IN` and `name_OUT`, the widths of a frame and of an answer; the struct `name_state`; and
+    `name_init`, `name_reset` and `name_step`. A float64 network computes in double, a float32 one in float.
+
+    Args:
+        network: a chain of nodes that can answer after every frame: `Recurrent` that runs forwards, `Standardise`,
+            `Scale`, `LayerNorm`, `Embedding` (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of one
+            group, `Pool("last")`.
+        directory: where to; it is made where it isn't there. Files that are there are replaced.
+        name: what the files are called, and what every name in them begins with.
+
+    Returns:
+        The paths of the header and of the source.
+
+    Raises:
+        ValueError: a node that can't be streamed or written as C, which the message names; a name that isn't one in C.
+        OSError: the files can't be written.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> cell = Cell(spec.CellSpec(3, 4, kind="gru"), np.ones((3, 12)), np.ones((4, 12)), np.zeros((2, 12)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     header, source = export(Network([Recurrent((cell,))]), folder, "tagger")
+    ...     print(header.name, source.name, "#define tagger_OUT 4" in header.read_text())
+    tagger.h tagger.c True
+    """
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is None or "__" in name or name.endswith("_"):
+        raise ValueError(f"export_c: expected a name of letters, digits and single underscores, as C has, got {name!r}")
+    writer = _Writer(network, name)
+    header, source = writer.header(), writer.source()
+    os.makedirs(directory, exist_ok=True)
+    paths = Path(directory, f"{name}.h"), Path(directory, f"{name}.c")
+    for path, text in zip(paths, (header, source), strict=True):
+        with replacing(path) as file:
+            file.write(text.encode("ascii"))
+    return paths
+
+
+class _Writer:
+    """Collects what the files consist of: arrays, members of the state, functions, and the lines of a step."""
+
+    def __init__(self, network: Network, name: str) -> None:
+        _check(network)
+        self.network, self.name = network, name
+        self.real, self.f = TYPES[network.dtype.name]
+        self.taken: set[str] = set()  # identifiers, so that no two nodes meet in one
+        self.arrays: list[str] = []
+        self.weights = 0  # numbers in constants
+        self.forms: dict[str, tuple[str, Form]] = {}  # by `form_key`: what it is called, and the form
+        self.members: list[tuple[str, int, str]] = []  # of the state: name, length, what it is
+        self.frames: list[tuple[str, int, str]] = []  # members too: what convolutions remember
+        self.scratch: dict[str, int] = {}
+        self.steps: list[str] = []
+        self.resets: list[str] = []
+        nodes = [(label, node) for label, node in zip(network.names, network.nodes, strict=True) if _acts(node)]
+        first = nodes[0][1] if nodes else None
+        width = 1 if isinstance(first, Embedding) else network.input_size
+        if width is None or not nodes:
+            raise ValueError("export_c: expected a network that fixes the width of its input, got one that takes any")
+        self.inputs, at = width, "x"
+        for number, (label, node) in enumerate(nodes):
+            at, width = self._node(label, node, at, width, number == len(nodes) - 1)
+        self.outputs = width
+        if at != "y":
+            self.steps.append(f"    memcpy(y, {at}, {width} * sizeof *y);")
+
+    # ── names and numbers ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _fill(self, template: str) -> str:
+        return Template(template).substitute(name=self.name, real=self.real, f=self.f)
+
+    def _identifier(self, text: str) -> str:
+        """Return `text` as part of a name in C, one that nothing else has."""
+        base = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "node"
+        found, number = base, 1
+        while found in self.taken:
+            number += 1
+            found = f"{base}_{number}"
+        self.taken.add(found)
+        return found
+
+    def _array(self, owner: str, name: str, array: Array, shape: str) -> str:
+        """Write an array of constants, and return what it is called."""
+        called = f"{self.name}_{self._identifier(f'{owner}_{name}')}"
+        self.weights += array.size
+        self.arrays += ["", f"static const {self.real} {called}[{array.size}] = {{ /* {shape} */", *self._rows(array)]
+        self.arrays.append("};")
+        return called
+
+    def _rows(self, array: Array) -> Iterable[str]:
+        """Give the numbers of an array, a row of it beginning a line; as many digits as tell its numbers apart."""
+        digits = "%.9g" if self.real == "float" else "%.17g"
+        for row in array.reshape(-1, array.shape[-1]).tolist():
+            numbers = [self._number(digits % value) for value in row]
+            for start in range(0, len(numbers), NUMBERS_A_LINE):
+                yield f"    {', '.join(numbers[start : start + NUMBERS_A_LINE])},"
+
+    def _number(self, text: str) -> str:
+        if "n" in text:  # inf and nan
+            return text.replace("inf", "INFINITY").replace("nan", "NAN")
+        return f"{text}{'' if '.' in text or 'e' in text else '.0'}{self.f}"
+
+    # ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _target(self, at: str, width: int, last: bool) -> str:
+        """Return where what is made of `at` goes: y at the end, but where x is read, which may lie where y does."""
+        if last and at != "x":
+            return "y"
+        name = "b" if at == "s->a" else "a"
+        self.scratch[name] = max(width, self.scratch.get(name, 0))
+        return f"s->{name}"
+
+    def _each(self, width: int, target: str, expression: str) -> list[str]:
+        return [f"    for (size_t j = 0; j < {width}; j++) {{", f"        {target}[j] = {expression};", "    }"]
+
+    def _activated(self, target: str, width: int, text: str) -> list[str]:
+        """Return the lines that put an activation on what is there."""
+        if text == "softmax":
+            return [f"    ${{name}}_softmax({target}, {width});"]
+        found = spec.activation(text)
+        return [] if found.name == "linear" else self._each(width, target, activate(found, f"{target}[j]"))
+
+    def _node(self, label: str, node: Node, at: str, width: int, last: bool) -> tuple[str, int]:
+        """Write a node that takes `at [width]`; return where its answer lies, and of which width it is."""
+        kind = type(node).__name__
+        owner = self._identifier(label)
+        self.steps += ["", _comment(f"    /* {label}: {kind}, {node.summary} */")]
+        if isinstance(node, Recurrent):
+            return self._recurrent(owner, node, at, last)
+        if isinstance(node, Conv1D):
+            return self._convolution(owner, node, at, last)
+        if isinstance(node, Embedding):
+            rows, width = node.table.shape
+            table = self._array(owner, "table", node.table, f"[V={rows}, E={width}]")
+            zero = f"0.0{self.f}"
+            choice = f"{at}[0] >= {zero} && {at}[0] < {rows}.0{self.f} ? (size_t){at}[0] : 0"
+            pointer = self._identifier(f"{owner}_row")
+            self.steps.append(f"    const {self.real} *const {pointer} = {table} + {width} * ({choice});")
+            return pointer, width
+        width_out = node.kernel.shape[1] if isinstance(node, Dense) else width
+        target = self._target(at, width_out, last)
+        if isinstance(node, Standardise):
+            mean, scale = (self._array(owner, name, getattr(node, name), f"[{width}]") for name in ("mean", "scale"))
+            self.steps += self._each(width, target, f"({at}[j] - {mean}[j]) / {scale}[j]")
+        elif isinstance(node, Scale):
+            scale, shift = (self._array(owner, name, getattr(node, name), f"[{width}]") for name in ("scale", "shift"))
+            self.steps += self._each(width, target, f"{at}[j] * {scale}[j] + {shift}[j]")
+        elif isinstance(node, LayerNorm):
+            self.steps += [
+                f"    memcpy({target}, {at}, {width} * sizeof *{target});",
+                f"    ${{name}}_normalise({target}, {width}, {literal(node.epsilon)});",
+            ]
+            gain = "" if node.gain is None else f" * {self._array(owner, 'gain', node.gain, f'[{width}]')}[j]"
+            bias = "" if node.bias is None else f" + {self._array(owner, 'bias', node.bias, f'[{width}]')}[j]"
+            if gain or bias:
+                self.steps += self._each(width, target, f"{target}[j]{gain}{bias}")
+        elif isinstance(node, Dense):
+            kernel = self._array(owner, "kernel", node.kernel, f"[I={width}, O={width_out}]")
+            self.steps.append(self._start(owner, target, width_out, node.bias))
+            self.steps.append(f"    ${{name}}_accumulate({target}, {width_out}, {at}, {width}, {kernel});")
+            self.steps += self._activated(target, width_out, node.activation)
+        elif isinstance(node, Activation) and node.activation == "softmax":
+            self.steps.append(f"    memcpy({target}, {at}, {width} * sizeof *{target});")
+            self.steps += self._activated(target, width, "softmax")
+        elif isinstance(node, Activation):
+            self.steps += self._each(width, target, activate(spec.activation(node.activation), f"{at}[j]"))
+        return target, width_out
+
+    def _start(self, owner: str, target: str, width: int, bias: Array | None) -> str:
+        """Return the line that puts the bias, or zeros, where a sum is to be."""
+        if bias is None:
+            return f"    memset({target}, 0, {width} * sizeof *{target});"
+        return f"    memcpy({target}, {self._array(owner, 'bias', bias, f'[{width}]')}, {width} * sizeof *{target});"
+
+    def _convolution(self, owner: str, node: Conv1D, at: str, last: bool) -> tuple[str, int]:
+        """Write a causal convolution. The frames that it sees lie in the state, the oldest first."""
+        taps, channels, filters = node.kernel.shape
+        kernel = self._array(owner, "kernel", node.kernel, f"[K={taps}, C={channels}, F={filters}]")
+        target = self._target(at, filters, last)
+        start, done = self._start(owner, target, filters, node.bias), self._activated(target, filters, node.activation)
+        if taps == 1:
+            taken = f"{target}, {filters}, {at}, {channels}, {kernel}"
+            self.steps += [start, f"    ${{name}}_accumulate({taken});", *done]
+            return target, filters
+        seen, kept = self._identifier(f"{owner}_x"), (node.span - 1) * channels
+        self.frames.append((seen, node.span * channels, f"the last frames into {owner}"))
+        self.resets.append(f"    memset(s->{seen}, 0, sizeof s->{seen});")
+        tap = f"s->{seen} + k * {node.dilation * channels}, {channels}, {kernel} + k * {channels * filters}"
+        self.steps += [
+            f"    memcpy(s->{seen} + {kept}, {at}, {channels} * sizeof *s->{seen});",
+            start,
+            f"    for (size_t k = 0; k < {taps}; k++) {{",
+            f"        ${{name}}_accumulate({target}, {filters}, {tap});",
+            "    }",
+            f"    memmove(s->{seen}, s->{seen} + {channels}, {kept} * sizeof *s->{seen});",
+            *done,
+        ]
+        return target, filters
+
+    def _recurrent(self, owner: str, node: Recurrent, at: str, last: bool) -> tuple[str, int]:
+        """Write a stack of cells. What a cell returns lies in the state: it is h."""
+        for number, cell in enumerate(node.cells):
+            name = owner if len(node.cells) == 1 else self._identifier(f"{owner}_{number}")
+            below = at
+            at = self._cell(name, cell, at)
+            added = node.residual and number > 0 and cell.spec.input_size == cell.spec.output_size
+            if added:
+                target = self._target(below, cell.spec.output_size, last and number == len(node.cells) - 1)
+                self.steps += self._each(cell.spec.output_size, target, f"{at}[j] + {below}[j]")
+                at = target
+        return at, node.units
+
+    def _cell(self, owner: str, cell: Cell, at: str) -> str:
+        key = form_key(cell.spec)
+        if key not in self.forms:
+            stem = STEMS[cell.spec.kind]
+            number = 1 + sum(called.split("_cell")[0] == stem for called, _ in self.forms.values())
+            called = f"{stem}_cell" if number == 1 else f"{stem}_cell_{number}"
+            self.forms[key] = called, form_of(cell.spec, called)
+        called, form = self.forms[key]
+        arrays, units = dict(cell.arrays), cell.spec.units
+        if "recurrent_zr" in form.arrays:
+            recurrent = arrays.pop("recurrent_kernel")
+            arrays |= {"recurrent_zr": recurrent[:, : 2 * units], "recurrent_g": recurrent[:, 2 * units :]}
+        pointers = [self._array(owner, name, arrays[name], shape) for name, shape in form.arrays.items()]
+        sizes = {"inputs": cell.spec.input_size, "units": units, "projected": cell.spec.proj_size}
+        widths = [f"{sizes[width]} /* {WIDTHS[width]} */" for width in form.widths]
+        weights = f"{self.name}_{self._identifier(f'{owner}_weights')}"
+        self.arrays += [
+            "",
+            f"static const struct {self.name}_{called} {weights} = {{",
+            *(f"    {entry}," for entry in (*widths, *pointers)),
+            "};",
+        ]
+        state = []
+        for array, size in cell.spec.state_sizes.items():
+            member = self._identifier(f"{owner}_{array}")
+            self.members.append((member, size, f"{array} of {owner}"))
+            state.append(f"s->{member}")
+            if cell.spec.learn_initial_state:
+                start = self._array(owner, f"initial_{array}", arrays[f"initial_{array}"], f"[{size}]")
+                self.resets.append(f"    memcpy(s->{member}, {start}, sizeof s->{member});")
+            else:
+                self.resets.append(f"    memset(s->{member}, 0, sizeof s->{member});")
+        scratch = [f"gates_{number}" for number in range(len(form.scratch))]
+        for name, blocks in zip(scratch, form.scratch.values(), strict=True):
+            self.scratch[name] = max(blocks * units, self.scratch.get(name, 0))
+        passed = ", ".join([f"&{weights}", at, *state, *(f"s->{name}" for name in scratch)])
+        self.steps.append(f"    ${{name}}_{called}_step({passed});")
+        return state[0]
+
+    # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the constants, and of the state with its scratch."""
+        item = self.network.dtype.itemsize
+        state = sum(size for _, size, _ in self.members + self.frames) + sum(self.scratch.values())
+        return item * self.weights, item * state
+
+    def header(self) -> str:
+        """Return the header."""
+        name, real = self.name, self.real
+        flash, ram = self.sizes
+        described = [f" *     {line}" for line in repr(self.network).splitlines()]
+        kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.members + self.frames]
+        scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
+        ids = isinstance(next(filter(_acts, self.network.nodes)), Embedding)
+        what = "one id, a whole number; one that the table hasn't is taken as 0" if ids else "one frame"
+        text = f"""\
+/* {name}: a recurrent network, a frame at a time. Written by cellstack (export_c); don't edit, export again.
+ *
+{chr(10).join(described)}
+ *
+ * Flash:  {flash:,} bytes of constants, and the code.
+ * RAM:    {ram:,} bytes, sizeof({name}_state): what is kept between frames, and scratch. Nothing is allocated.
+ * Stack:  no arrays and no recursion: a few pointers and counters a call, three calls deep, and <math.h>'s own.
+ *
+ * States don't touch: there may be any number of them, in as many threads. One is plain memory, and may be copied.
+ */
+#ifndef {name.upper()}_H
+#define {name.upper()}_H
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+
+#define {name}_IN {self.inputs}
+#define {name}_OUT {self.outputs}
+
+typedef struct {{
+{chr(10).join(kept + scratch)}
+}} {name}_state;
+
+/* Make a state ready: to be called before all else. */
+void {name}_init({name}_state *s);
+
+/* Go back to where a sequence begins: every cell's own initial state. */
+void {name}_reset({name}_state *s);
+
+/* Take x, {what}, and put what the network returns after it into y. The two may lie in one place. */
+void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT]);
+
+#ifdef __cplusplus
+}}
+#endif
+
+#endif
+"""
+        return _ascii(text)
+
+    def source(self) -> str:
+        """Return the source."""
+        name, real = self.name, self.real
+        forms = "".join(self._fill(form.text) for _, form in self.forms.values())
+        steps = self._fill("\n".join(self.steps)).lstrip("\n")
+        helpers = self._helpers(forms + steps)
+        resets = "\n".join(self.resets) or "    (void)s; /* no cell, no state */"
+        text = f"""\
+/* {name}: see {name}.h. Arrays are by rows, the last axis without gaps; I is a cell's input, H its units. */
+#include "{name}.h"
+
+#include <math.h>
+#include <string.h>
+{helpers}{forms}{chr(10).join(self.arrays)}
+
+void {name}_init({name}_state *s)
+{{
+    memset(s, 0, sizeof *s);
+    {name}_reset(s);
+}}
+
+void {name}_reset({name}_state *s)
+{{
+{resets}
+}}
+
+void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT])
+{{
+{steps}
+}}
+"""
+        return _ascii(text)
+
+    def _helpers(self, code: str) -> str:
+        """Return the functions that `code` calls."""
+        called = set(re.findall(rf"\b{self.name}_(\w+?)\(", code))
+        return "".join(self._fill(text) for helper, text in HELPERS.items() if helper in called)
+
+
+def _acts(node: Node) -> bool:
+    """Whether a node changes a frame."""
+    return not isinstance(node, Pool) and not (isinstance(node, Activation) and node.activation == "linear")
+
+
+def _comment(text: str) -> str:
+    """Return a comment with nothing in it that ends it, and nothing that a template takes for its own."""
+    return text[:-2].replace("*/", "* /").replace("$", "$$") + text[-2:]
+
+
+def _ascii(text: str) -> str:
+    return text.replace("·", "*").encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _check(network: Network) -> None:
+    """Raise `ValueError`, as `Stream` does, where a node can't answer after every frame or be written as C."""
+    Stream(network)
+    expected = (network.inputs[0], *network.names)
+    for name, node, sources, before in zip(network.names, network.nodes, network.wires, expected, strict=False):
+        if not isinstance(node, NODES):
+            found = ", ".join(kind.__name__ for kind in NODES)
+            raise ValueError(f"export_c: expected nodes out of {found}, got {name}: {type(node).__name__}")
+        if isinstance(node, Embedding) and node.mask_zero:
+            raise ValueError(f"export_c: expected an Embedding without mask_zero, got {name}: C has no masks")
+        if isinstance(node, Conv1D) and node.groups > 1:
+            raise ValueError(f"export_c: expected a Conv1D of one group, got {name}: groups {node.groups}")
+        if sources != (before,):
+            raise ValueError(f"export_c: expected a chain of nodes, got {name} of {', '.join(sources)}")
+    if network.outputs != network.names[-1:]:
+        raise ValueError(f"export_c: expected the last node alone as output, got {', '.join(network.outputs)}")

@@ -1,0 +1,258 @@
+"""Keras's files without Keras: `.keras`, and HDF5 of Keras 1, 2 and 3, whole models or weights alone.
+
+A file is read as data: nothing in it is run, and nothing outside of it is read. What a layer computes is told by its
+class, its settings and the version of Keras; a layer that a Network hasn't is refused by name.
+
+Ref: https://keras.io/api/models/model_saving_apis/
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.keras_cells import found_cudnn
+from cellstack.formats.keras_config import Model, model_of
+from cellstack.formats.keras_files import HDF5_HEAD, LEGACY, Source, opened, parse, short
+from cellstack.formats.keras_graph import ProblemsError, Wiring
+from cellstack.formats.keras_weights import Built
+from cellstack.network import Network
+from cellstack.node import Node
+from cellstack.spec import FormatError
+
+NAME = "Keras"
+SUFFIXES = (".keras", ".h5", ".hdf5")
+HINT = "cellstack.extract(path) gives its recurrent parts"
+WORDS_2 = ("units", "filters", "recurrent_activation", "kernel_initializer")  # settings that Keras 1 hasn't
+
+Architecture = dict[str, Any] | list[Any] | str | PathLike[str]
+
+
+def recognises(head: bytes) -> bool:
+    """Return whether a file that begins with `head` looks like Keras's: HDF5, or a zip with Keras's members."""
+    return head.startswith(HDF5_HEAD) or (
+        head[:4] == b"PK\x03\x04" and head[30:].startswith((b"metadata.json", b"config.json", b"model.weights.h5"))
+    )
+
+
+def load(path: str | PathLike[str], architecture: Architecture | None = None) -> Network:
+    """Read a model from a file of any Keras.
+
+    Args:
+        path: the file.
+        architecture: for a file of weights alone, what they belong to, as `model.to_json()` says it: a dict, JSON text,
+            or the path of a JSON file; or a list of layers, each `{"class_name": ..., "config": {...}}`.
+
+    Returns:
+        The model at inference, its nodes named as its layers. `metadata["source"]` says what wrote the file and what
+        was assumed.
+
+    Raises:
+        FormatError: the file is damaged, or holds what a Network hasn't: all of it is named.
+        OSError: the file can't be read.
+        ModuleNotFoundError: h5py is missing.
+
+    Ref: the layouts of weights: Keras's `legacy_h5_format` and `saving_lib`.
+    """
+    path = fspath(path)
+    with opened(path) as source:
+        model = _described(source, architecture)
+        built = Built(source, model)
+        network = _wired(source, model, built)
+        _check_all_used(source)
+    return network
+
+
+def extract(path: str | PathLike[str], architecture: Architecture | None = None) -> dict[str, Network]:
+    """Read the recurrent layers of a file, whatever else is in it.
+
+    Args:
+        path: the file.
+        architecture: as for `load`. Weights of cuDNN's layers need none: they say all that there is to say.
+
+    Returns:
+        A Network of one node for each recurrent layer, by its name; `"outer.inner"` within another model.
+
+    Raises:
+        FormatError: the file is damaged, no layer is recurrent, or one is that a Network hasn't.
+        OSError: the file can't be read.
+        ModuleNotFoundError: h5py is missing.
+    """
+    path = fspath(path)
+    with opened(path) as source:
+        if source.config is None and architecture is None and source.layout == LEGACY:
+            return _extract_cudnn(source)
+        built = Built(source, _described(source, architecture))
+        refused = [built.refused[id(part.layer)] for part in built.recurrent if id(part.layer) in built.refused]
+        if refused:
+            raise FormatError(f"{path}: {'; '.join(refused)}")
+        if not built.recurrent:
+            raise FormatError(f"{path}: expected a recurrent layer, found none")
+        found = {}
+        for part in built.recurrent:
+            name = part.name.replace("/", ".")
+            found[name] = _alone(source, name, built.nodes[id(part.layer)])
+        return found
+
+
+def from_keras(model: Any) -> Network:
+    """Return a Keras model in memory as a Network, with copies of its weights.
+
+    Args:
+        model: a Sequential or functional model of Keras 2 or 3, on any backend, built.
+
+    Returns:
+        The model at inference, its nodes named as its layers.
+
+    Raises:
+        FormatError: what a Network hasn't; all of it is named.
+        TypeError: no such model.
+
+    Ref: the description is the model's own `get_config()`.
+    """
+    kind, package = type(model).__name__, type(model).__module__.split(".")[0]
+    if package not in ("keras", "tf_keras", "tensorflow") or kind not in ("Sequential", "Functional", "Model"):
+        raise TypeError(f"from_keras: expected a Sequential or functional model of Keras, got {type(model).__name__}")
+    version = getattr(sys.modules.get(package), "__version__", None)
+    source = Source("from_keras", LEGACY, "2" if package == "tensorflow" else version)
+    source.config = {"class_name": kind, "config": _plain(model.get_config())}
+    for layer in model.layers:
+        names = []
+        for number, weight in enumerate([*layer.trainable_weights, *layer.non_trainable_weights]):
+            leaf = str(getattr(weight, "path", None) or weight.name).split("/")[-1]
+            name = f"{layer.name}/{number}/{leaf}"
+            source.weights[name] = _numbers(weight)
+            names.append(name)
+        source.orders[layer.name] = names
+    described = _described(source, None)
+    network = _wired(source, described, Built(source, described))
+    _check_all_used(source)
+    return network
+
+
+def save(network: Network, path: str) -> None:
+    """Write a network so that Keras 3 loads it: `.keras`, or HDF5 under the other suffixes.
+
+    Args:
+        network: what to write.
+        path: where to; a file that is there is replaced in one step.
+
+    Raises:
+        ValueError: what Keras hasn't; all of it is named.
+        OSError: the file can't be written.
+        ModuleNotFoundError: h5py is missing.
+    """
+    from cellstack.formats.keras_save import write
+
+    write(network, path)
+
+
+def _numbers(weight: Any) -> Any:
+    value = weight.value if hasattr(weight, "value") and not callable(weight.value) else weight
+    if hasattr(value, "detach"):  # torch
+        value = value.detach().cpu()
+    return np.array(value.numpy() if hasattr(value, "numpy") else value)
+
+
+def _plain(config: Any) -> Any:
+    """Return a description in the types that JSON gives: `get_config` has tuples too."""
+    if isinstance(config, dict):
+        return {str(key): _plain(value) for key, value in config.items()}
+    return [_plain(value) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def _described(source: Source, architecture: Architecture | None) -> Model:
+    config = source.config
+    if architecture is not None:
+        if config is not None:
+            raise FormatError(
+                f"{source.path}: expected a file of weights alone with an architecture, found its own in it"
+            )
+        config = _given(architecture)
+    if config is None:
+        raise FormatError(
+            f"{source.path}: expected a model, found weights alone, which don't say what to do with them: "
+            "cellstack.formats.keras.load(path, architecture=...) takes the model's JSON beside them"
+        )
+    model = model_of(source, config)
+    if source.version is None and source.layout == LEGACY:
+        modern = any(word in layer.config for layer in model.layers for word in WORDS_2)
+        source.version = "2" if modern else "1"
+        source.assumed = f"Keras {source.version}, as the file names no version"
+    return model
+
+
+def _given(architecture: Architecture) -> Any:
+    if isinstance(architecture, (dict, list)):
+        return _plain(architecture)
+    text = fspath(architecture)
+    if text.lstrip()[:1] in ("{", "["):
+        return parse("architecture", text)
+    with open(text, "rb") as file:
+        if os.fstat(file.fileno()).st_size > 1 << 26:
+            raise FormatError(f"{text}: expected JSON of at most 64 MiB, found more")
+        return parse(text, file.read())
+
+
+def _metadata(source: Source) -> dict[str, Any]:
+    about: dict[str, Any] = {"format": "keras"}
+    about["producer"] = f"Keras {source.version or source.major}"
+    if source.assumed:
+        about["assumed"] = source.assumed
+    return {"source": about}
+
+
+def _alone(source: Source, name: str, nodes: list[Node]) -> Network:
+    try:
+        return Network(nodes, [name], _metadata(source))
+    except ValueError as error:  # a name that can't be one
+        raise FormatError(f"{source.path}: layer {short(name)}: {str(error)[:300]}") from None
+
+
+def _wired(source: Source, model: Model, built: Built) -> Network:
+    try:
+        return Wiring(built, source.major).network(model, _metadata(source))
+    except ProblemsError as error:
+        hint = f"; {HINT}" if built.recurrent else ""
+        raise FormatError(f"{source.path}: expected what a Network has, found: {error}{hint}") from None
+    except (ValueError, TypeError) as error:  # layers that don't meet
+        text = str(error).removeprefix(f"{source.path}: ")
+        raise FormatError(f"{source.path}: {text[:300]}") from None
+
+
+def _check_all_used(source: Source) -> None:
+    unused = source.unused
+    if unused:
+        raise FormatError(
+            f"{source.path}: expected every weight to be a layer's, found {', '.join(map(short, unused[:20]))}"
+        )
+
+
+def _extract_cudnn(source: Source) -> dict[str, Network]:
+    found, unknown = {}, []
+    for name, weights in source.orders.items():
+        leaves = {weight.split("/")[-1].split(":")[0]: weight for weight in weights}
+        if "recurrent_kernel" not in leaves:
+            continue
+        node = None
+        if leaves.keys() == {"kernel", "recurrent_kernel", "bias"} and len(weights) == 3:
+            node = found_cudnn(
+                f"{source.path}: layer {short(name)}",
+                {leaf: source.take(leaves[leaf]) for leaf in ("kernel", "recurrent_kernel", "bias")},
+            )
+        if node is None:
+            unknown.append(name)
+        else:
+            key = name.replace("/", ".")
+            found[key] = _alone(source, key, [node])
+    if unknown or not found:
+        what = f"layers {', '.join(map(short, unknown))} whose activations it doesn't say" if unknown else "none"
+        raise FormatError(
+            f"{source.path}: expected weights alone of cuDNN's layers, found {what}: "
+            "cellstack.formats.keras.extract(path, architecture=...) takes the model's JSON beside them"
+        )
+    return found

@@ -1,0 +1,274 @@
+"""Keras's recurrent layers and their activations, as nodes: of every version, and cuDNN's.
+
+The gates of Keras 2 and 3 stand in our order. Keras 1 kept an array a gate, in an order of its own, and cuDNN's layers
+keep their blocks transposed: both are put right in `layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cellstack.formats.keras_config import Layer, numbered
+from cellstack.formats.keras_files import short
+from cellstack.formats.layout import OURS, from_cudnn, reorder
+from cellstack.node import Array
+from cellstack.nodes import Bidirectional, Cell, Recurrent
+from cellstack.spec import CellSpec, FormatError
+
+KINDS = {"LSTM": "lstm", "GRU": "gru", "SimpleRNN": "rnn"}
+CUDNN = {"CuDNNLSTM": "lstm", "CuDNNGRU": "gru"}
+CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
+RECURRENT = (*KINDS, *CUDNN, "RNN", "Bidirectional")
+SPLIT = {"lstm": "igfo", "gru": "zrg", "rnn": "g"}  # the order in which Keras 1 lists a cell's arrays, gate by gate
+SPLIT_NAMES = {"g": "c"}  # and what it calls a gate where that isn't our letter; a GRU's candidate is h
+STATISTICS = ("moving_mean", "moving_variance", "running_mean", "running_std", "mean", "variance", "count")
+PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu")
+
+
+class Slot(NamedTuple):
+    """A weight that a layer has: where Keras 3 keeps it within the layer, its own name, and whether it is trained."""
+
+    path: str
+    leaf: str
+    trainable: bool
+
+    def below(self, prefix: str, trainable: bool = True) -> Slot:
+        """Return the slot as seen from the layer around."""
+        return Slot(f"{prefix}/{self.path}", self.leaf, self.trainable and trainable)
+
+
+def own_slots(layer: Layer, leaves: list[str]) -> list[Slot]:
+    """Return the slots of weights that are a layer's own."""
+    trained = layer.flag("trainable", True)
+    return [Slot(f"vars/{n}", leaf, trained and leaf not in STATISTICS) for n, leaf in enumerate(leaves)]
+
+
+# ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def activation(layer: Layer, name: str, major: int) -> str:
+    """Return the activation that a setting names, in our words; nothing stands for linear, as in Keras.
+
+    `hard_sigmoid` was 0.2·z + 0.5 up to Keras 2, and is z/6 + 0.5 from 3 on.
+    """
+    if name not in layer.config:
+        raise layer.refuse(f"expected {name}, found none: what it is when it isn't said has changed in Keras")
+    value = layer.config[name]
+    if isinstance(value, dict):  # Keras 3: a function by name, or a layer
+        if value.get("class_name") in ("function", "Function"):
+            value = value.get("config")
+        elif isinstance(value.get("config"), dict):
+            return activation_layer(layer.within(value, name), major)
+    if value is None:
+        return "linear"
+    if value == "hard_sigmoid":
+        return "hard_sigmoid" if major >= 3 else "hard_sigmoid(0.2, 0.5)"
+    if isinstance(value, str) and (value == "softmax" or value in PLAIN):
+        return value
+    raise layer.refuse(f"{name} {short(value)} isn't one that a Network has")
+
+
+def activation_layer(layer: Layer, major: int) -> str:
+    """Return what a layer that is an activation computes, in our words."""
+    kind = layer.kind
+    if kind == "Activation":
+        return activation(layer, "activation", major)
+    if kind == "Softmax":
+        if layer.axis("axis") not in (-1, None):
+            raise layer.refuse(f"expected axis -1, the features, found {short(layer.config.get('axis'))}")
+        return "softmax"
+    if kind == "ELU":
+        return f"elu({_number(layer, 'alpha', 1.0)})"
+    if kind == "LeakyReLU":
+        usual = _number(layer, "alpha", 0.3)
+        return f"leaky_relu({_number(layer, 'negative_slope', usual)})"
+    if kind == "ThresholdedReLU":
+        return f"thresholded_relu({_number(layer, 'theta', 1.0)})"
+    if kind == "ReLU":
+        if layer.config.get("max_value") is not None:
+            raise layer.refuse(f"max_value {short(layer.config['max_value'])} isn't one that a Network has")
+        slope, threshold = _number(layer, "negative_slope", 0.0), _number(layer, "threshold", 0.0)
+        if threshold and slope:
+            raise layer.refuse("a threshold and a negative_slope together aren't what a Network has")
+        if threshold:
+            return f"thresholded_relu({threshold})"
+        return f"leaky_relu({slope})" if slope else "relu"
+    raise layer.refuse("an activation that a Network hasn't")
+
+
+def _number(layer: Layer, name: str, usual: float) -> float:
+    value = layer.config.get(name)
+    if isinstance(value, dict):  # Keras 2 wrote some as arrays: {"class_name": "__numpy__", ...}
+        value = value.get("value")
+    if value is None:
+        return usual
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise layer.refuse(f"expected {name} to be a number, found {short(value)}")
+    return float(value)
+
+
+# ── cells ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cells_of(layer: Layer) -> list[tuple[Layer, str, str]]:
+    """Return the cells of a recurrent layer: each described, its kind, and where Keras 3 keeps its weights."""
+    if layer.kind in KINDS or layer.kind in CUDNN:
+        return [(layer, {**KINDS, **CUDNN}[layer.kind], "cell")]
+    if layer.kind != "RNN":
+        raise layer.refuse("expected a recurrent layer")
+    cell = layer.within(layer.config.get("cell"), "cell")
+    if cell.kind == "StackedRNNCells":
+        if cell.flag("reverse_state_order"):
+            raise cell.refuse("expected reverse_state_order=False, found True")
+        entries = [cell.within(entry, "cells") for entry in cell.get("cells", list)]
+        places = [f"cell/cells/{name}" for name in numbered([entry.kind for entry in entries])]
+    else:
+        entries, places = [cell], ["cell"]
+    if not entries:
+        raise cell.refuse("expected cells, found none")
+    for entry in entries:
+        if entry.kind not in CELLS:
+            raise entry.refuse("a cell that a Network hasn't")
+    return [(entry, CELLS[entry.kind], place) for entry, place in zip(entries, places, strict=True)]
+
+
+def _leaves(layer: Layer, kind: str, major: int) -> list[str]:
+    """Return the names of a cell's arrays in the order in which Keras lists them."""
+    biased = layer.flag("use_bias", True)
+    if major == 1:
+        together = kind == "rnn" or layer.config.get("consume_less") == "gpu"
+        gates = [""] if together else [f"_{_letter(kind, gate)}" for gate in SPLIT[kind]]
+        return [f"{letter}{gate}" for gate in gates for letter in "WUb"]
+    return ["kernel", "recurrent_kernel", *(["bias"] if biased else [])]
+
+
+def _letter(kind: str, gate: str) -> str:
+    return "h" if kind == "gru" and gate == "g" else SPLIT_NAMES.get(gate, gate)
+
+
+def recurrent_slots(layer: Layer, major: int) -> list[Slot]:
+    """Return the slots of a recurrent layer's weights, cell by cell."""
+    if layer.kind == "Bidirectional":
+        trained = layer.flag("trainable", True)
+        return [
+            slot.below(f"{half}_layer", trained)
+            for half, inner in zip(("forward", "backward"), _halves(layer), strict=True)
+            for slot in recurrent_slots(inner, major)
+        ]
+    trained, slots = layer.flag("trainable", True), []
+    for cell, kind, place in cells_of(layer):
+        slots += [slot.below(place, trained) for slot in own_slots(cell, _leaves(cell, kind, major))]
+    return slots
+
+
+def recurrent(layer: Layer, arrays: Iterator[Array], major: int) -> Recurrent | Bidirectional:
+    """Return the node of a recurrent layer.
+
+    Args:
+        layer: as the file describes it.
+        arrays: its weights, in the order of `recurrent_slots`.
+        major: the version of Keras.
+
+    Raises:
+        FormatError: what a Network hasn't, or weights of other shapes.
+    """
+    if layer.kind == "Bidirectional":
+        ahead, back = (recurrent(half, arrays, major) for half in _halves(layer))
+        assert isinstance(ahead, Recurrent)
+        assert isinstance(back, Recurrent)
+        mode = layer.config.get("merge_mode", "concat")
+        if mode not in ("concat", "sum", "mul", "ave"):
+            raise layer.refuse(f"expected merge_mode concat, sum, mul or ave, found {short(mode)}")
+        return Bidirectional(ahead, back, mode)
+    if layer.flag("time_major"):
+        raise layer.refuse("expected time_major=False: a Network takes [B, T, I], found True")
+    for name in ("input_length", "ragged"):
+        if layer.config.get(name) is True:
+            raise layer.refuse(f"expected {name} not to be True")
+    cells = []
+    for cell, kind, _ in cells_of(layer):
+        given = [next(arrays) for _ in _leaves(cell, kind, major)]
+        cells.append(_cell(cell, kind, given, major))
+    names = ("return_sequences", "go_backwards", "zero_output_for_mask")
+    return Recurrent(tuple(cells), **{name: layer.flag(name) for name in names})
+
+
+def _halves(layer: Layer) -> tuple[Layer, Layer]:
+    """Return the layers of a Bidirectional, forward and backward; older files describe the former alone."""
+    ahead = layer.within(layer.config.get("layer"), "layer")
+    if layer.config.get("backward_layer") is not None:
+        back = layer.within(layer.config["backward_layer"], "backward_layer")
+    else:
+        config = {**ahead.config, "go_backwards": not ahead.flag("go_backwards")}
+        back = Layer(ahead.where, ahead.name, ahead.kind, config)
+    for half in (ahead, back):
+        if half.kind not in (*KINDS, *CUDNN, "RNN"):
+            raise layer.refuse(f"expected a recurrent layer within, found {short(half.kind)}")
+    return ahead, back
+
+
+def _cell(layer: Layer, kind: str, arrays: list[Array], major: int) -> Cell:
+    units = layer.integer("units")
+    order = OURS[kind]
+    if len(arrays) > 3:  # Keras 1: kernel, recurrent kernel and bias of one gate after the other
+        source, letters = SPLIT[kind], (arrays[0::3], arrays[1::3], arrays[2::3])
+        for name, one in zip("WUb", letters, strict=True):
+            if any(array.ndim != (1 if name == "b" else 2) or array.shape[-1] != units for array in one):
+                raise layer.refuse(f"expected {name} of every gate with {units} columns, found {one[0].shape}")
+        arrays = [reorder(np.concatenate(one, axis=-1), source, order) for one in letters]
+    kernel, recurrent_kernel, bias = arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None
+    wide = len(order) * units
+    if kernel.ndim != 2 or kernel.shape[1] != wide or recurrent_kernel.shape != (units, wide):
+        raise layer.refuse(
+            f"expected kernel [I, {wide}] and recurrent_kernel [{units}, {wide}], "
+            f"found {kernel.shape} and {recurrent_kernel.shape}"
+        )
+    cudnn = layer.kind in CUDNN
+    settings: dict[str, Any] = {"use_bias": bias is not None, "kind": kind}
+    if not cudnn:
+        settings["activation"] = activation(layer, "activation", major)
+        if kind != "rnn":
+            settings["recurrent_activation"] = activation(layer, "recurrent_activation", major)
+    one, two = (wide,), (2, wide)
+    if kind == "gru":
+        found = None if bias is None else bias.shape
+        after = cudnn or layer.flag("reset_after", found in (two, (2 * wide,)))
+        settings["reset_after"] = after
+        expected = (two, (2 * wide,)) if after else (one,)
+    else:
+        expected = (one, (2 * wide,)) if kind == "lstm" else (one,)
+    if bias is not None and bias.shape not in expected:
+        raise layer.refuse(f"expected a bias {' or '.join(str(list(shape)) for shape in expected)}, found {bias.shape}")
+    if bias is not None and bias.shape == (2 * wide,):  # Keras 2 loads a cuDNN layer's weights into its own layers too
+        kernel, recurrent_kernel, bias = from_cudnn(kind, kernel, recurrent_kernel, bias)
+    elif cudnn:
+        raise layer.refuse(f"expected a bias [{2 * wide}], as cuDNN's layers have, found {short(bias)}")
+    return Cell(
+        CellSpec(kernel.shape[0], units, **settings), kernel, recurrent_kernel, *([] if bias is None else [bias])
+    )
+
+
+def found_cudnn(name: str, arrays: dict[str, Array]) -> Recurrent | None:
+    """Return the layer that some weights are, without a description of it: cuDNN's say it all, others don't.
+
+    Args:
+        name: the layer's, for messages.
+        arrays: the layer's weights by their own names.
+
+    Returns:
+        A Recurrent that returns sequences; None where the weights aren't those of a cuDNN layer.
+    """
+    if arrays.keys() != {"kernel", "recurrent_kernel", "bias"}:
+        return None
+    units = arrays["recurrent_kernel"].shape[0] if arrays["recurrent_kernel"].ndim == 2 else 0
+    for kind, gates in (("lstm", 4), ("gru", 3)):
+        if units and arrays["bias"].shape == (2 * gates * units,) and arrays["kernel"].shape[-1] == gates * units:
+            layer = Layer(name, name, f"CuDNN{kind.upper()}", {"units": units, "return_sequences": True})
+            try:
+                return Recurrent((_cell(layer, kind, list(arrays.values()), 2),))
+            except ValueError as error:
+                raise FormatError(f"{name}: {error}") from None
+    return None

@@ -1,0 +1,283 @@
+"""What Keras's descriptions of models say, of every version: layers, and which of them takes what from which.
+
+Keras 1 and 2 list what a layer takes as `[[["lstm_1", 0, 0, {}]]]`, Keras 3 as arguments in which tensors are dicts
+with a `keras_history`. Both become `Call`s here, and nothing after this module knows the difference.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from cellstack.formats.keras_files import Source, short
+from cellstack.spec import FormatError
+
+MODELS = ("Sequential", "Functional", "Model", "ModelV2")  # the latter two: Keras 1 and 2
+DEEPEST = 16  # models within models
+BIGGEST = 2**31 - 1
+
+
+class Ref(NamedTuple):
+    """A tensor: which layer returned it, in which of its calls, and which of what that call returned."""
+
+    layer: str
+    call: int = 0
+    tensor: int = 0
+
+
+class Call(NamedTuple):
+    """One use of a layer: the tensors it takes, what else it takes in order, then tensors and others by name."""
+
+    inputs: tuple[Ref, ...]
+    others: tuple[Any, ...] = ()
+    named: tuple[tuple[str, Ref], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass
+class Layer:
+    """A layer as the file describes it; `config` is its settings, `model` what it holds where it is a model itself."""
+
+    where: str
+    name: str
+    kind: str
+    config: dict[str, Any]
+    calls: tuple[Call, ...] = ()
+    model: Model | None = None
+
+    def refuse(self, why: str) -> FormatError:
+        """Return the error that says why this layer can't be read."""
+        return FormatError(f"{self.where}: {why}")
+
+    def get(self, name: str, kind: type | tuple[type, ...], *usual: Any) -> Any:
+        """Return a setting of a type; `usual` where it isn't there or None, and a `FormatError` without a usual."""
+        value = self.config.get(name)
+        if value is None and usual:
+            return usual[0]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            names = "/".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise self.refuse(f"expected {name} to be {names}, found {short(value)}")
+        return value
+
+    def integer(self, name: str, *usual: int, least: int = 1) -> int:
+        """Return a whole number of a setting; Keras writes some as a list of one."""
+        value = self.config.get(name)
+        if isinstance(value, (list, tuple)) and len(value) == 1:
+            value = value[0]
+        if value is None and usual:
+            return usual[0]
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= BIGGEST:
+            raise self.refuse(f"expected {name} to be an integer from {least} up, found {short(value)}")
+        return value
+
+    def flag(self, name: str, usual: bool = False) -> bool:
+        """Return a setting that is true or false."""
+        return self.get(name, bool, usual)
+
+    def axis(self, name: str) -> int | None:
+        """Return an axis, counted as the file does; None where it says none, and where it says several of them."""
+        value = self.config.get(name)
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def within(self, entry: Any, what: str) -> Layer:
+        """Return a layer that this one wraps, described in one of its settings."""
+        return layer_of(f"{self.where}: {what}", entry, 0)
+
+
+@dataclass
+class Model:
+    """A model: its layers in the file's order, and which tensors go in and out."""
+
+    name: str
+    kind: str
+    layers: list[Layer] = field(default_factory=list)
+    inputs: list[Ref] = field(default_factory=list)
+    outputs: list[Ref] = field(default_factory=list)
+
+
+def snake(name: str) -> str:
+    """Return a class's name as Keras 3 writes it in weights' names: `TimeDistributed` is `time_distributed`.
+
+    >>> snake("LSTM"), snake("ReLU"), snake("Conv1D"), snake("StackedRNNCells")
+    ('lstm', 're_lu', 'conv1d', 'stacked_rnn_cells')
+    """
+    name = re.sub(r"\W+", "", name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def numbered(kinds: list[str]) -> list[str]:
+    """Return the names by which Keras 3 keeps the members of a list: those of their classes, the repeated numbered.
+
+    >>> numbered(["LSTM", "Dense", "LSTM"])
+    ['lstm', 'dense', 'lstm_1']
+    """
+    seen: dict[str, int] = {}
+    names = []
+    for kind in map(snake, kinds):
+        seen[kind] = seen.get(kind, -1) + 1
+        names.append(f"{kind}_{seen[kind]}" if seen[kind] else kind)
+    return names
+
+
+def model_of(source: Source, config: Any) -> Model:
+    """Return the model that a description describes.
+
+    Args:
+        source: the file, for messages.
+        config: of the model, as the file has it; or a list of layers one after the other.
+
+    Raises:
+        FormatError: not such a description.
+    """
+    if isinstance(config, list):
+        config = {"class_name": "Sequential", "config": config}
+    entry = config if isinstance(config, dict) and "class_name" in config else {"config": config}
+    kind = entry.get("class_name") or ("Functional" if isinstance(config, dict) and "input_layers" in config else "")
+    kind = _class({**entry, "class_name": kind}) if isinstance(kind, str) else kind
+    if kind not in MODELS:
+        raise FormatError(f"{source.path}: expected a Sequential or functional model, found {short(kind or config)}")
+    return _model(source.path, kind, entry.get("config"), 0)
+
+
+def _model(where: str, kind: str, config: Any, depth: int) -> Model:
+    if depth > DEEPEST:
+        raise FormatError(f"{where}: expected models at most {DEEPEST} deep in each other, found more")
+    listed = config if isinstance(config, list) else config.get("layers") if isinstance(config, dict) else None
+    if not isinstance(listed, list):
+        raise FormatError(f"{where}: expected the layers of the model, found {short(config)}")
+    name = config.get("name") if isinstance(config, dict) else None
+    model = Model(name if isinstance(name, str) else kind.lower(), kind)
+    model.layers = [layer_of(where, entry, depth) for entry in listed]
+    sequential = kind == "Sequential"
+    if sequential:
+        _chain(model, config)
+    names = [layer.name for layer in model.layers]
+    if len(set(names)) != len(names):
+        twice = next(one for one in names if names.count(one) > 1)
+        raise FormatError(f"{where}: expected every layer to have a name of its own, found {short(twice)} twice")
+    if not sequential:
+        ends = config if isinstance(config, dict) else {}
+        model.inputs = _refs(where, "input_layers", ends.get("input_layers"))
+        model.outputs = _refs(where, "output_layers", ends.get("output_layers"))
+    return model
+
+
+def _chain(model: Model, config: Any) -> None:
+    """Give the layers of a Sequential model the calls that a functional one would list."""
+    if not model.layers or model.layers[0].kind != "InputLayer":
+        first = model.layers[0].config if model.layers else {}
+        shape = first.get("batch_input_shape") or first.get("batch_shape")
+        if shape is None and isinstance(config, dict):
+            shape = config.get("build_input_shape")
+        taken = {layer.name for layer in model.layers}
+        name = next(word for word in ("x", "input", "sequential_input") if word not in taken)
+        where = model.layers[0].where if model.layers else ""
+        model.layers.insert(0, Layer(where, name, "InputLayer", {"batch_shape": shape}))
+    before = model.layers[0]
+    for layer in model.layers[1:]:
+        layer.calls = (Call((Ref(before.name),)),)
+        before = layer
+    model.inputs, model.outputs = [Ref(model.layers[0].name)], [Ref(before.name)]
+
+
+def layer_of(where: str, entry: Any, depth: int) -> Layer:
+    """Return the layer that an entry of a description describes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("class_name"), str):
+        raise FormatError(f"{where}: expected a layer with a class_name, found {short(entry)}")
+    kind, config = entry["class_name"], entry.get("config")
+    settings = config if isinstance(config, dict) else {}
+    name = settings.get("name", entry.get("name"))
+    if not isinstance(name, str):
+        name = snake(kind)
+    where = f"{where}: {kind[:60]} {short(name)}"
+    kind = _class(entry)
+    if kind in MODELS:
+        layer = Layer(where, name, kind, settings, model=_model(where, kind, config, depth + 1))
+    elif isinstance(config, dict):
+        layer = Layer(where, name, kind, settings)
+    else:
+        raise FormatError(f"{where}: expected its settings, found {short(config)}")
+    nodes = entry.get("inbound_nodes") or []
+    if not isinstance(nodes, list):
+        raise FormatError(f"{where}: expected a list of inbound_nodes, found {short(nodes)}")
+    layer.calls = tuple(_call(where, node) for node in nodes)
+    return layer
+
+
+def _class(entry: dict[str, Any]) -> str:
+    """Return the class of a layer: its name alone where it is Keras's own, else with the package that it is of."""
+    kind, module, registered = entry["class_name"], entry.get("module"), entry.get("registered_name")
+    if isinstance(module, str) and not re.match(r"(tensorflow\.(python\.)?|tf_)?keras(\.|$)", module):
+        return f"{module}>{kind}"
+    if isinstance(registered, str) and registered != kind:
+        return registered if ">" in registered else f">{registered}"
+    return kind
+
+
+def _call(where: str, node: Any) -> Call:
+    if isinstance(node, dict):  # Keras 3
+        args, kwargs = node.get("args"), node.get("kwargs")
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise FormatError(f"{where}: expected args and kwargs of a call, found {short(node)}")
+        inputs: list[Ref] = []
+        others: list[Any] = []
+        for value in args:
+            for one in value if isinstance(value, list) and any(map(_is_tensor, value)) else [value]:
+                if _is_tensor(one):
+                    inputs.append(_history(where, one))
+                else:
+                    others.append(one)
+        named, settings = [], []
+        for name, value in kwargs.items():
+            tensors = [one for one in (value if isinstance(value, list) else [value]) if _is_tensor(one)]
+            named += [(name, _history(where, one)) for one in tensors]
+            if not tensors:
+                settings.append((name, value))
+        return Call(tuple(inputs), tuple(others), tuple(named), tuple(settings))
+    if isinstance(node, list):  # Keras 1 and 2
+        refs, named, settings = [], [], []
+        for entry in [node] if node and isinstance(node[0], str) else node:
+            refs.append(_ref(where, entry))
+            for name, value in (entry[3] if len(entry) > 3 and isinstance(entry[3], dict) else {}).items():
+                listed = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+                tensors = [one for one in listed if _is_ref(one)]
+                named += [(name, _ref(where, one)) for one in tensors]
+                if not tensors:
+                    settings.append((name, value))
+        return Call(tuple(refs), (), tuple(named), tuple(settings))
+    raise FormatError(f"{where}: expected a call of the layer, found {short(node)}")
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("class_name") == "__keras_tensor__"
+
+
+def _history(where: str, tensor: Any) -> Ref:
+    config = tensor.get("config")
+    return _ref(where, config.get("keras_history") if isinstance(config, dict) else None)
+
+
+def _is_ref(entry: Any) -> bool:
+    fits = isinstance(entry, list) and len(entry) >= 3 and isinstance(entry[0], str)
+    return fits and all(type(number) is int and 0 <= number <= BIGGEST for number in entry[1:3])
+
+
+def _ref(where: str, entry: Any) -> Ref:
+    if not _is_ref(entry):
+        raise FormatError(f"{where}: expected a tensor as [layer, call, number], found {short(entry)}")
+    return Ref(*entry[:3])
+
+
+def _refs(where: str, what: str, entries: Any) -> list[Ref]:
+    """Return the inputs or outputs of a model: one, a list of them, or a dict of them."""
+    if isinstance(entries, dict):
+        entries = list(entries.values())
+    if isinstance(entries, list) and len(entries) == 3 and isinstance(entries[0], str):
+        entries = [entries]
+    if not isinstance(entries, list) or not entries:
+        raise FormatError(f"{where}: expected {what}, found {short(entries)}")
+    return [_ref(f"{where}: {what}", entry) for entry in entries]

@@ -1,0 +1,392 @@
+"""Keras's containers: the zip of a `.keras` file, and HDF5 of every Keras, opened without trusting what they claim.
+
+Nothing is unpacked to the disk and nothing outside of the file is read: links that lead to other names or other files,
+datasets whose numbers lie elsewhere, and objects with two names are refused before they are followed. What a file
+claims is checked against what it holds before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from cellstack.node import Array
+from cellstack.spec import FormatError
+
+HDF5_HEAD = b"\x89HDF\r\n\x1a\n"
+HEAP_HEAD = b"GCOL\x01\0\0\0"
+MEMBERS = {"config": "config.json", "metadata": "metadata.json", "weights": "model.weights.h5"}
+EXPANSION = 100  # how many times its own size a file may take when it is read; Keras itself compresses nothing
+SPARE = 1 << 20  # bytes that a file may take beside that, however small it is
+MAX_CONFIG = 1 << 26  # bytes of JSON, which take some twenty times as many when they are parsed
+MOST_SEARCHED = 1 << 28  # bytes, over which a search takes some tenths of a second
+DEEPEST = 32  # groups within groups
+MOST_TEXTS = 64  # texts of any length in one attribute: each of them could be as long as the file
+LEGACY, V3 = "legacy", "v3"  # weights by layers' names with lists of their own; by places in the model
+V3_ROOTS = ("layers", "_layer_checkpoint_dependencies")  # the latter in TensorFlow 2.12 to 2.15
+STATES = ("optimizer", "optimizer_weights", "_optimizer", "metrics", "_metrics", "compile_metrics")
+
+
+def short(value: Any, length: int = 80) -> str:
+    """Return how a message shows what a file claims: printable, and short however long it is."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+@contextmanager
+def guarded(label: str, what: str = "a Keras file") -> Iterator[None]:
+    """Turn whatever the libraries raise over a damaged file into a `FormatError`: h5py has many kinds."""
+    try:
+        yield
+    except (FormatError, MemoryError):
+        raise
+    except Exception as error:
+        found = str(error) or type(error).__name__
+        raise FormatError(f"{label}: expected {what}, found {short(found, 300)}") from None
+
+
+@dataclass
+class Source:
+    """What a file holds: the description, and its weights, handed out one by one.
+
+    Attributes:
+        path: the file, for messages.
+        layout: `LEGACY` or `V3`.
+        version: of the Keras that wrote it, where it says; None where not.
+        backend: what that Keras ran on; None where the file doesn't say.
+        config: the model's description; None in a file of weights alone.
+        orders: `LEGACY`: for each layer, the names of its weights in order.
+        weights: every array's name, and what can be asked for it.
+        assumed: what the file doesn't say, and was assumed.
+        room: how many bytes of arrays may yet be read.
+    """
+
+    path: str
+    layout: str
+    version: str | None = None
+    backend: str | None = None
+    config: Any = None
+    orders: dict[str, list[str]] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+    assumed: str | None = None
+    room: float = float("inf")
+    taken: set[str] = field(default_factory=set)
+
+    @property
+    def major(self) -> int:
+        """The version's first number; 1 where nothing says it, as Keras assumes too, but 3 for 3's own layout."""
+        if self.version is None:
+            return 3 if self.layout == V3 else 1
+        first = self.version.split(".")[0]
+        if not first.isdecimal() or not 0 <= int(first[:4]) <= 3:
+            raise FormatError(f"{self.path}: expected keras_version 1, 2 or 3, found {short(self.version)}")
+        # TensorFlow 2's own Keras wrote files of 3's layout too; what it computes is 2's
+        return max(1, int(first))
+
+    def take(self, name: str) -> Array:
+        """Return one array by name, as float32 or float64."""
+        where = f"{self.path}: weight {short(name)}"
+        value = self.weights[name]
+        if not isinstance(value, np.ndarray):
+            with guarded(where, "numbers"):
+                value = self._read(where, value)
+        if value.dtype.kind != "f" or value.dtype.itemsize not in (2, 4, 8):
+            raise FormatError(f"{where}: expected float32 or float64, found {value.dtype}")
+        self.taken.add(name)
+        return value.astype(np.float64 if value.dtype.itemsize == 8 else np.float32)
+
+    def _read(self, where: str, dataset: Any) -> Array:
+        kind, shape = dataset.dtype, dataset.shape
+        if kind.kind != "f" or kind.itemsize > 8:
+            raise FormatError(f"{where}: expected float32 or float64, found {kind}")
+        if shape is None or len(shape) > 5:
+            raise FormatError(f"{where}: expected an array, found shape {short(shape)}")
+        size = kind.itemsize
+        for axis in shape:
+            size *= int(axis)
+        if dataset.external or dataset.is_virtual:
+            raise FormatError(f"{where}: expected numbers in the file itself, found them in another one")
+        stored = dataset.id.get_storage_size()
+        filtered = dataset.id.get_create_plist().get_nfilters() > 0
+        if size > stored * (EXPANSION if filtered else 1) or size > self.room:
+            raise FormatError(f"{where}: expected {size} bytes for shape {short(shape)}, found {stored} in the file")
+        self.room -= size
+        return dataset[()]
+
+    @property
+    def unused(self) -> list[str]:
+        """The weights that nobody asked for; what a training keeps for itself isn't one."""
+        return [name for name in self.weights if name not in self.taken and not _of_training(name)]
+
+
+def _of_training(name: str) -> bool:
+    parts = name.split("/")
+    return parts[0] in STATES or any(part.startswith("seed_generator") for part in parts)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Source]:
+    """Open a Keras file of any kind; its arrays can be read until the block ends.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A context manager over the file's `Source`.
+
+    Raises:
+        FormatError: not such a file, damaged, or hostile.
+        OSError: the file can't be read.
+        ModuleNotFoundError: h5py is missing.
+    """
+    h5py = import_h5py()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        room = EXPANSION * size + SPARE
+        head = file.read(len(HDF5_HEAD))
+        file.seek(0)
+        image, config, version = file, None, None
+        if head[:2] == b"PK":
+            with guarded(path, "a .keras file, a zip archive"):
+                config, version, image = _unzip(path, file, room)
+        handle: Any = None
+        try:
+            with guarded(path, "an HDF5 file"):
+                _check_heaps(path, image)
+                handle = h5py.File(image, "r")
+                source = _source(h5py, path, handle, size, room)
+            if config is not None:
+                if source.layout != V3:
+                    raise FormatError(f"{path}: expected the weights by layers, found HDF5 of another layout")
+                source.config, source.version = config, version
+            yield source
+        finally:
+            if handle is not None:
+                with guarded(path, "an HDF5 file"):
+                    handle.close()
+
+
+def import_h5py() -> Any:
+    """Return h5py, or say where to get it."""
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Keras's files need h5py: pip install 'cellstack[keras]'", name=error.name) from None
+    return h5py
+
+
+def _unzip(path: str, file: Any, room: int) -> tuple[Any, str | None, io.BytesIO]:
+    """Return the description, the version and the weights of a `.keras` file, all in memory."""
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        for name in names:
+            if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name:
+                raise FormatError(f"{path}: expected members within the archive, found {short(name)}")
+        if len(set(names)) != len(names):
+            raise FormatError(f"{path}: expected every member once, found one more than once")
+        lacking = sorted(set(MEMBERS.values()) - set(names))
+        if lacking:
+            raise FormatError(f"{path}: expected {', '.join(MEMBERS.values())}, found no {', '.join(lacking)}")
+        contents = {}
+        for kind, name in MEMBERS.items():
+            most = room if kind == "weights" else min(room, MAX_CONFIG)
+            claimed = archive.getinfo(name).file_size
+            if claimed > most:
+                raise FormatError(f"{path}: {name}: expected at most {most} bytes, found {claimed}")
+            with archive.open(name) as member:
+                contents[kind] = member.read(most + 1)
+            if len(contents[kind]) != claimed:
+                raise FormatError(f"{path}: {name}: expected {claimed} bytes, found another number")
+    metadata = parse(f"{path}: {MEMBERS['metadata']}", contents["metadata"])
+    version = metadata.get("keras_version") if isinstance(metadata, dict) else None
+    if not isinstance(version, str):
+        raise FormatError(f"{path}: {MEMBERS['metadata']}: expected keras_version, found {short(version)}")
+    config = parse(f"{path}: {MEMBERS['config']}", contents["config"])
+    return config, version, io.BytesIO(contents["weights"])
+
+
+def _check_heaps(path: str, image: Any) -> None:
+    """Refuse heaps of texts whose entries don't lead from one to the next: the HDF5 library would read on for ever.
+
+    Ref: HDF5 File Format Specification, version 3.0, section III.E, "Disk Format: Level 1E - Global Heap".
+    """
+    with ExitStack() as stack:
+        if isinstance(image, io.BytesIO):
+            data: Any = image.getvalue()
+        elif os.fstat(image.fileno()).st_size:
+            data = stack.enter_context(mmap.mmap(image.fileno(), 0, access=mmap.ACCESS_READ))
+        else:
+            data = b""
+        heaps: dict[int, dict[bytes, int]] = {}
+        start = data.find(HEAP_HEAD)
+        while start >= 0:
+            end = start + int.from_bytes(data[start + 8 : start + 16], "little")
+            if not start + 16 <= end <= len(data):
+                raise FormatError(f"{path}: expected a heap of texts within the file, found one that ends at {end}")
+            heaps[start] = _heap(path, data, start + 16, end)
+            start = data.find(HEAP_HEAD, end)
+        if len(heaps) * len(data) <= MOST_SEARCHED:
+            for start, sizes in heaps.items():
+                _check_texts(path, data, start, sizes)
+
+
+def _heap(path: str, data: Any, at: int, end: int) -> dict[bytes, int]:
+    """Return the lengths of a heap's texts by their indices."""
+    sizes = {}
+    while at + 16 <= end:
+        index, size = data[at : at + 2], int.from_bytes(data[at + 8 : at + 16], "little")
+        step = size if index == b"\0\0" else 16 + (size + 7) // 8 * 8  # index 0 is what is free
+        if step < 16 or at + step > end:
+            raise FormatError(f"{path}: expected texts in a heap, found one of {size} bytes at {at}")
+        sizes[index + b"\0\0"] = size
+        at += step
+    return sizes
+
+
+def _check_texts(path: str, data: Any, heap: int, sizes: dict[bytes, int]) -> None:
+    """Refuse what points to a text, a length, a heap and an index, but is longer than the file.
+
+    The library makes room for that length before it looks at the text.
+
+    What points to no heap isn't found out here; in a large file neither, where to search takes longer than to read.
+    """
+    address = heap.to_bytes(8, "little")
+    at = data.find(address)
+    while at >= 0:
+        claimed, index = int.from_bytes(data[max(0, at - 4) : at], "little"), data[at + 8 : at + 12]
+        if at % 8 == 4 and index in sizes and claimed > len(data):  # elsewhere the bytes mean something else
+            raise FormatError(f"{path}: expected a text of {sizes[index]} bytes, found {claimed} claimed at {at - 4}")
+        at = data.find(address, at + 1)
+
+
+def parse(where: str, text: str | bytes) -> Any:
+    """Return what JSON says; whatever is wrong with it is a `FormatError`."""
+    if len(text) > MAX_CONFIG:
+        raise FormatError(f"{where}: expected at most {MAX_CONFIG} bytes of JSON, found {len(text)}")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise FormatError(f"{where}: expected JSON, found it nested too deep") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise FormatError(f"{where}: expected JSON, found {short(str(error), 120)}") from None
+
+
+def _source(h5py: Any, path: str, file: Any, size: int, room: int) -> Source:
+    """Return what an HDF5 file holds; the datasets are looked at, not read."""
+    base = _child(h5py, path, file, "model_weights") if "model_weights" in file else file
+    names = _texts(h5py, path, base, "layer_names", size)
+    layout = LEGACY if names is not None else V3
+    if names is None and not any(root in file for root in V3_ROOTS):
+        if "nb_layers" in file.attrs:
+            raise FormatError(f"{path}: expected weights of Keras 1 or later, found those of a Keras before 1")
+        raise FormatError(f"{path}: expected weights by layers, found HDF5 that isn't Keras's")
+    source = Source(path, layout, room=room)
+    for key in ("keras_version", "backend"):
+        for group in (file, base):
+            text = _texts(h5py, path, group, key, size)
+            if text:
+                setattr(source, "version" if key == "keras_version" else key, text[0])
+                break
+    config = _texts(h5py, path, file, "model_config", size)
+    if config:
+        source.config = parse(f"{path}: model_config", config[0])
+    seen: set[int] = set()
+    if layout == V3:
+        _walk(h5py, source, file, "", 0, seen)
+        return source
+    for name in names or ():
+        group = _child(h5py, path, base, name)
+        weights = _texts(h5py, path, group, "weight_names", size)
+        if weights is None:
+            raise FormatError(f"{path}: layer {short(name)}: expected weight_names, found none")
+        source.orders[name] = [f"{name}/{weight}" for weight in weights]
+    if len(source.orders) != len(names or ()):
+        raise FormatError(f"{path}: expected every layer once in layer_names, found one more than once")
+    _walk(h5py, source, base, "", 0, seen)
+    for name, order in source.orders.items():
+        for weight in order:
+            if weight not in source.weights:
+                raise FormatError(f"{path}: layer {short(name)}: expected a weight {short(weight)}, found none")
+    return source
+
+
+def _child(h5py: Any, path: str, group: Any, name: str) -> Any:
+    """Return a group within a group, by the path of its name; no link that leads elsewhere is followed."""
+    for part in name.split("/"):
+        link = group.get(part, getlink=True) if part else None
+        if not isinstance(link, h5py.HardLink):
+            found = "none" if link is None else f"a {type(link).__name__}"
+            raise FormatError(f"{path}: expected a group {short(name)}, found {found}")
+        group = group[part]
+        if not isinstance(group, h5py.Group):
+            raise FormatError(f"{path}: expected a group {short(name)}, found a {type(group).__name__}")
+    return group
+
+
+def _walk(h5py: Any, source: Source, group: Any, prefix: str, depth: int, seen: set[int]) -> None:
+    """Enter every dataset below a group into `source.weights`."""
+    if depth > DEEPEST:
+        raise FormatError(f"{source.path}: expected groups at most {DEEPEST} deep, found more at {short(prefix)}")
+    for name in group:
+        where = f"{source.path}: {short(prefix + name)}"
+        link = group.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            raise FormatError(f"{where}: expected the thing itself, found a link, {type(link).__name__}")
+        item = group[name]
+        address = h5py.h5o.get_info(item.id).addr
+        if address in seen:
+            raise FormatError(f"{where}: expected every object under one name, found it under two")
+        seen.add(address)
+        if isinstance(item, h5py.Group):
+            _walk(h5py, source, item, f"{prefix}{name}/", depth + 1, seen)
+        elif isinstance(item, h5py.Dataset):
+            source.weights[prefix + name] = item
+        else:
+            raise FormatError(f"{where}: expected a group or numbers, found a {type(item).__name__}")
+
+
+def _texts(h5py: Any, path: str, group: Any, name: str, size: int) -> list[str] | None:
+    """Return an attribute's texts, one or many; None where there is no such attribute.
+
+    A list too long for an attribute is cut into name0, name1 and so on.
+    """
+    if name in group.attrs:
+        return _text_attribute(h5py, path, group, name, size)
+    texts: list[str] = []
+    for part in count():
+        if f"{name}{part}" not in group.attrs:
+            return texts if part else None
+        texts += _text_attribute(h5py, path, group, f"{name}{part}", size)
+    return None
+
+
+def _text_attribute(h5py: Any, path: str, group: Any, name: str, size: int) -> list[str]:
+    where = f"{path}: attribute {short(name)}"
+    attribute = group.attrs.get_id(name)
+    number = int(np.prod(attribute.shape or (), dtype=np.float64))
+    if number == 0:
+        return []  # h5py writes an empty list as one of numbers
+    kind = attribute.get_type()
+    if not isinstance(kind, h5py.h5t.TypeStringID):
+        raise FormatError(f"{where}: expected text, found {attribute.dtype}")
+    fixed = not kind.is_variable_str()
+    if number * (kind.get_size() if fixed else 16) > size + SPARE or (
+        not fixed and number > MOST_TEXTS and number * size > 1 << 30
+    ):
+        raise FormatError(f"{where}: expected texts that fit into the file, found {number}")
+    value = group.attrs[name]
+    texts = [value] if isinstance(value, (str, bytes)) else list(np.asarray(value, object).ravel())
+    texts = [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in texts]
+    for text in texts:
+        text.encode("utf-8")  # what h5py couldn't decode it hands on in a form that can't be written
+    return texts

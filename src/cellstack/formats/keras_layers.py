@@ -1,0 +1,338 @@
+"""Keras's other layers as nodes: what stands around the recurrent ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from cellstack.formats.keras_cells import RECURRENT, Slot, activation, activation_layer, own_slots, recurrent
+from cellstack.formats.keras_cells import recurrent_slots as slots_of_recurrent
+from cellstack.formats.keras_config import Layer, numbered
+from cellstack.formats.keras_files import short
+from cellstack.node import Array
+from cellstack.nodes import (
+    Activation,
+    Conv1D,
+    Dense,
+    Embedding,
+    Flatten,
+    LayerNorm,
+    Masking,
+    Merge,
+    Node,
+    Permute,
+    Pool,
+    Pool1D,
+    Repeat,
+    Reshape,
+    Scale,
+    Select,
+    Standardise,
+)
+
+NOTHING = (
+    "Dropout",
+    "SpatialDropout1D",
+    "GaussianNoise",
+    "GaussianDropout",
+    "AlphaDropout",
+    "ActivityRegularization",
+    "Identity",
+)
+ACTIVATIONS = ("Activation", "ReLU", "LeakyReLU", "ELU", "Softmax", "ThresholdedReLU")
+MERGES = {
+    "Concatenate": "concat",
+    "Add": "add",
+    "Multiply": "mul",
+    "Average": "ave",
+    "Maximum": "max",
+    "Subtract": "sub",
+}
+MERGES_1 = {"concat": "Concatenate", "sum": "Add", "mul": "Multiply", "ave": "Average", "max": "Maximum"}
+RENAMED_1 = {
+    "TimeDistributedDense": "Dense",
+    "Convolution1D": "Conv1D",
+    "AtrousConvolution1D": "Conv1D",
+}
+SETTINGS_1 = {  # of Keras 1, where they have another name now
+    "output_dim": "units",
+    "inner_activation": "recurrent_activation",
+    "nb_filter": "filters",
+    "filter_length": "kernel_size",
+    "border_mode": "padding",
+    "subsample_length": "strides",
+    "atrous_rate": "dilation_rate",
+    "pool_length": "pool_size",
+    "stride": "strides",
+    "bias": "use_bias",
+    "p": "rate",
+}
+
+
+def modern(layer: Layer) -> Layer:
+    """Return a layer of Keras 1 in the words of Keras 2."""
+    kind = RENAMED_1.get(layer.kind, layer.kind)
+    names = {} if kind == "Embedding" else SETTINGS_1
+    config = {names.get(name, name): value for name, value in layer.config.items()}
+    if kind == "Merge":
+        mode = config.get("mode")
+        if config.get("layers"):
+            raise layer.refuse("expected a Merge of tensors, found one that holds models of its own")
+        if not isinstance(mode, str) or mode not in MERGES_1:
+            raise layer.refuse(f"mode {short(mode)} isn't one that a Network has")
+        kind, config = MERGES_1[mode], {**config, "axis": config.get("concat_axis", -1)}
+    if kind == "BatchNormalization" and config.get("mode", 0) != 0:
+        raise layer.refuse(f"expected mode 0, found {short(config['mode'])}")
+    for name in ("layer", "backward_layer"):
+        inner = config.get(name)
+        if (
+            isinstance(inner, dict)
+            and isinstance(inner.get("config"), dict)
+            and kind in ("Bidirectional", "TimeDistributed")
+        ):
+            entry = modern(layer.within(inner, name))
+            config = {**config, name: {"class_name": entry.kind, "config": entry.config}}
+    return Layer(layer.where, layer.name, kind, config, layer.calls, layer.model)
+
+
+# ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def slots(layer: Layer, major: int) -> list[Slot]:
+    """Return the slots of a layer's weights, in the order in which its node takes them.
+
+    Raises:
+        FormatError: a layer that a Network hasn't.
+    """
+    if layer.model is not None:
+        trained, found = layer.flag("trainable", True), []
+        names = numbered([inner.kind for inner in layer.model.layers])
+        for inner, name in zip(layer.model.layers, names, strict=True):
+            found += [slot.below(f"layers/{name}", trained) for slot in slots_of(inner, major)]
+        return found
+    return slots_of(layer, major)
+
+
+def slots_of(layer: Layer, major: int) -> list[Slot]:
+    """Return the slots of one layer, which is no model."""
+    if layer.model is not None:
+        return slots(layer, major)
+    layer = modern(layer) if major == 1 else layer
+    if layer.kind in RECURRENT:
+        return slots_of_recurrent(layer, major)
+    if layer.kind == "TimeDistributed":
+        trained = layer.flag("trainable", True)
+        return [slot.below("layer", trained) for slot in slots(_inner(layer), major)]
+    old = major == 1
+    if layer.kind in ("Dense", "Conv1D"):
+        leaves = ["W" if old else "kernel", *(["b" if old else "bias"] if layer.flag("use_bias", True) else [])]
+    elif layer.kind == "Embedding":
+        leaves = ["W" if old else "embeddings"]
+    elif layer.kind == "BatchNormalization":
+        leaves = [*_affine(layer), *(["running_mean", "running_std"] if old else ["moving_mean", "moving_variance"])]
+    elif layer.kind == "LayerNormalization":
+        leaves = _affine(layer)
+    elif layer.kind == "Normalization":
+        leaves = ["mean", "variance", "count"] if layer.config.get("mean") is None else []
+    elif layer.kind in BUILDERS or layer.kind in (*NOTHING, "InputLayer"):
+        leaves = []
+    else:
+        raise layer.refuse("a layer that a Network hasn't")
+    return own_slots(layer, leaves)
+
+
+def _affine(layer: Layer) -> list[str]:
+    scale, center = layer.flag("scale", True), layer.flag("center", True)
+    return [name for name, there in (("gamma", scale), ("beta", center)) if there]
+
+
+def _inner(layer: Layer) -> Layer:
+    inner = layer.within(layer.config.get("layer"), "layer")
+    if inner.kind not in ("Dense", *ACTIVATIONS, *NOTHING, "BatchNormalization", "LayerNormalization"):
+        raise layer.refuse(f"expected a layer that works feature by feature within, found {short(inner.kind)}")
+    return inner
+
+
+# ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None) -> list[Node]:
+    """Return the nodes that one layer is; none where it does nothing at inference.
+
+    Args:
+        layer: as the file describes it; no model.
+        arrays: its weights, in the order of `slots`.
+        major: the version of Keras.
+        backend: what that Keras ran on, where it is known.
+
+    Raises:
+        FormatError: what a Network hasn't, or weights of other shapes.
+    """
+    layer = modern(layer) if major == 1 else layer
+    try:
+        if layer.kind in (*NOTHING, "InputLayer"):
+            return []
+        if layer.kind == "TimeDistributed":
+            return nodes(_inner(layer), arrays, major, backend)
+        if layer.kind in RECURRENT:
+            return [recurrent(layer, arrays, major)]
+        if layer.kind == "Conv1D":
+            return [_conv(layer, list(arrays), major, backend)]
+        return [BUILDERS[layer.kind](layer, list(arrays), major)]
+    except (ValueError, TypeError) as error:  # what a node refuses in anybody's hands
+        if str(error).startswith(layer.where):
+            raise
+        raise layer.refuse(str(error)[:300]) from None
+
+
+def _dense(layer: Layer, arrays: list[Array], major: int) -> Node:
+    node = Dense(arrays[0], arrays[1] if len(arrays) > 1 else None, activation(layer, "activation", major))
+    if node.kernel.shape[1] != layer.integer("units"):
+        raise layer.refuse(f"expected kernel [I, {layer.integer('units')}], found {node.kernel.shape}")
+    return node
+
+
+def _conv(layer: Layer, arrays: list[Array], major: int, backend: str | None) -> Node:
+    _channels_last(layer)
+    filters, size = layer.integer("filters"), layer.integer("kernel_size")
+    kernel = arrays[0]
+    if kernel.ndim == 4 and major == 1:  # a picture one pixel wide, in the order of either of its backends
+        kernel = kernel[:, 0] if kernel.shape[:2] == (size, 1) else kernel[..., 0].transpose(2, 1, 0)
+    if kernel.ndim != 3 or kernel.shape[0] != size or kernel.shape[2] != filters:
+        raise layer.refuse(f"expected kernel [{size}, C, {filters}], found {arrays[0].shape}")
+    if backend == "theano":  # it convolves in the strict sense: the kernel's last step meets the first
+        kernel = kernel[::-1]
+    return Conv1D(
+        kernel,
+        arrays[1] if len(arrays) > 1 else None,
+        layer.integer("strides", 1),
+        layer.config.get("padding") or "valid",
+        layer.integer("dilation_rate", 1),
+        layer.integer("groups", 1),
+        activation(layer, "activation", major),
+    )
+
+
+def _channels_last(layer: Layer) -> None:
+    found = layer.config.get("data_format")
+    if found not in (None, "channels_last"):
+        raise layer.refuse(f"expected data_format channels_last, found {short(found)}")
+
+
+def _embedding(layer: Layer, arrays: list[Array], major: int) -> Node:
+    node = Embedding(arrays[0], layer.flag("mask_zero"))
+    expected = layer.integer("input_dim"), layer.integer("output_dim")
+    if node.table.shape != expected:
+        raise layer.refuse(f"expected embeddings {list(expected)}, found {node.table.shape}")
+    return node
+
+
+def _batch_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
+    """Fold the statistics, in float64: gamma·(x - mean) / sqrt(variance + epsilon) + beta."""
+    width = arrays[0].shape
+    if len(width) != 1 or any(array.shape != width for array in arrays):
+        raise layer.refuse(f"expected weights [W] each, found {', '.join(str(array.shape) for array in arrays)}")
+    given = dict(
+        zip([*_affine(layer), "mean", "variance"], (array.astype(np.float64) for array in arrays), strict=True)
+    )
+    variance = given["variance"] + layer.get("epsilon", (int, float), 1e-3)
+    if not (variance > 0.0).all():
+        raise layer.refuse("expected variances above 0, found others")
+    scale = given.get("gamma", 1.0) / np.sqrt(variance)
+    shift = given.get("beta", 0.0) - given["mean"] * scale
+    return Scale(scale.astype(arrays[0].dtype), shift.astype(arrays[0].dtype))
+
+
+def _normalization(layer: Layer, arrays: list[Array], major: int) -> Node:
+    if layer.flag("invert"):
+        raise layer.refuse("expected invert=False, found True")
+    if not arrays:
+        given = [layer.config.get(name) for name in ("mean", "variance")]
+        arrays = [np.asarray(one, "float64" if layer.config.get("dtype") == "float64" else "float32") for one in given]
+    mean, variance = (array.reshape(-1) for array in arrays)
+    if mean.shape != variance.shape or not (variance >= 0.0).all():
+        raise layer.refuse("expected a mean and a variance for each feature, found others")
+    return Standardise(mean, np.maximum(np.sqrt(variance), variance.dtype.type(1e-7)))  # Keras's least deviation
+
+
+def _layer_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
+    if layer.flag("rms_scaling"):
+        raise layer.refuse("rms_scaling isn't what a Network has")
+    given = dict(zip(_affine(layer), arrays, strict=True))
+    return LayerNorm(given.get("gamma"), given.get("beta"), float(layer.get("epsilon", (int, float), 1e-3)))
+
+
+def _pool(mode: str) -> Callable[[Layer, list[Array], int], Node]:
+    def build(layer: Layer, arrays: list[Array], major: int) -> Node:
+        _channels_last(layer)
+        size = layer.integer("pool_size", 2)
+        return Pool1D(mode, size, layer.integer("strides", size), layer.config.get("padding") or "valid")
+
+    return build
+
+
+def _global(mode: str) -> Callable[[Layer, list[Array], int], Node]:
+    def build(layer: Layer, arrays: list[Array], major: int) -> Node:
+        _channels_last(layer)
+        if layer.flag("keepdims"):
+            raise layer.refuse("expected keepdims=False, found True")
+        return Pool(mode)
+
+    return build
+
+
+def _merge(layer: Layer, arrays: list[Array], major: int) -> Node:
+    mode = MERGES[layer.kind]
+    axis = layer.integer("axis", -1, least=-1) if mode == "concat" else -1
+    return Merge(mode, axis)
+
+
+def _reshape(layer: Layer, arrays: list[Array], major: int) -> Node:
+    shape = layer.config.get("target_shape", layer.config.get("dims"))
+    if not isinstance(shape, list):
+        raise layer.refuse(f"expected target_shape, found {short(shape)}")
+    return Reshape(tuple(-1 if axis is None else axis for axis in shape))
+
+
+def _flatten(layer: Layer, arrays: list[Array], major: int) -> Node:
+    _channels_last(layer)
+    return Flatten()
+
+
+def _permute(layer: Layer, arrays: list[Array], major: int) -> Node:
+    return Permute(tuple(layer.get("dims", list)))
+
+
+def _cropping(layer: Layer, arrays: list[Array], major: int) -> Node:
+    _channels_last(layer)
+    cropped = layer.config.get("cropping")
+    pair = [cropped, cropped] if isinstance(cropped, int) else cropped
+    if not isinstance(pair, list) or len(pair) != 2 or not all(type(one) is int and one >= 0 for one in pair):
+        raise layer.refuse(f"expected cropping at the start and the end, found {short(cropped)}")
+    return Select(pair[0], -pair[1] or None)
+
+
+def _masking(layer: Layer, arrays: list[Array], major: int) -> Node:
+    return Masking(layer.get("mask_value", (int, float), 0.0))
+
+
+BUILDERS: dict[str, Callable[[Layer, list[Array], int], Node]] = {
+    "Dense": _dense,
+    "Embedding": _embedding,
+    "BatchNormalization": _batch_norm,
+    "LayerNormalization": _layer_norm,
+    "Normalization": _normalization,
+    "Masking": _masking,
+    "MaxPooling1D": _pool("max"),
+    "AveragePooling1D": _pool("mean"),
+    "GlobalMaxPooling1D": _global("max"),
+    "GlobalAveragePooling1D": _global("mean"),
+    "Flatten": _flatten,
+    "Reshape": _reshape,
+    "Permute": _permute,
+    "RepeatVector": lambda layer, arrays, major: Repeat(layer.integer("n")),
+    "Cropping1D": _cropping,
+    **dict.fromkeys(MERGES, _merge),
+    **dict.fromkeys(ACTIVATIONS, lambda layer, arrays, major: Activation(activation_layer(layer, major))),
+}

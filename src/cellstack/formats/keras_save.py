@@ -1,0 +1,418 @@
+"""Networks as Keras 3's files: `.keras`, and the HDF5 of `model.save("model.h5")`.
+
+A network becomes a functional model, a layer a node under its own name. What Keras hasn't is refused, all of it by
+name. The network's metadata stays behind: Keras has no place for it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from cellstack import spec
+from cellstack.formats.files import replacing
+from cellstack.formats.keras_config import layer_of, numbered
+from cellstack.formats.keras_files import MEMBERS
+from cellstack.formats.keras_layers import MERGES, slots
+from cellstack.network import Network
+from cellstack.node import Array, Node
+from cellstack.nodes import (
+    Activation,
+    Bidirectional,
+    Cell,
+    Conv1D,
+    Dense,
+    Embedding,
+    Flatten,
+    LayerNorm,
+    Masking,
+    Merge,
+    Permute,
+    Pool,
+    Pool1D,
+    Recurrent,
+    Repeat,
+    Reshape,
+    Scale,
+    Select,
+    Standardise,
+)
+
+VERSION = "3.10.0"  # whose words these are; what a file says of Keras settles what hard_sigmoid is
+LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
+MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()}
+PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu", "hard_sigmoid", "softmax")
+Entry = tuple[str, str, dict[str, Any], list[Array]]  # a layer's class, name, settings and weights
+
+
+class _RefusedError(ValueError):
+    """A node, or a setting of one, that Keras hasn't."""
+
+
+def write(network: Network, path: str) -> None:
+    """Write a network as a model of Keras 3; `.keras` is a zip, any other suffix HDF5.
+
+    Args:
+        network: what to write.
+        path: where to.
+
+    Raises:
+        ValueError: what Keras hasn't; all of it is named.
+        OSError: the file can't be written.
+        ModuleNotFoundError: h5py is missing.
+    """
+    entries, wires, outputs = _entries(network)
+    config = _config(network, entries, wires, outputs)
+    content = _zipped(config, entries) if PurePath(path).suffix.lower() == ".keras" else _legacy(config, entries)
+    with replacing(path) as file:
+        file.write(content)
+
+
+def _entries(network: Network) -> tuple[list[Entry], list[list[str]], list[str]]:
+    """Return the layers, what each takes, and the layers whose values are the answer."""
+    dtype, problems = str(network.dtype), []
+    entries: list[Entry] = []
+    wires: list[list[str]] = []
+    taken: set[str] = set()
+    last = {name: _free(name.replace(".", "_"), "_", taken) for name in (*network.inputs, *network.names)}
+    for name in network.inputs:
+        shape = [None, *network.shapes[name]]
+        kind = "int32" if name in network.graph.ids else dtype
+        if shape[-1] is None and name not in network.graph.ids:
+            problems.append(f"input {name}: of any width")
+        entries.append(
+            ("InputLayer", last[name], {"batch_shape": shape, "dtype": kind, "sparse": False, "ragged": False}, [])
+        )
+        wires.append([])
+    masked: set[str] = set()
+    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        before = any(source in masked for source in sources)
+        if (isinstance(node, Embedding) and node.mask_zero) or isinstance(node, Masking) or (before and _keeps(node)):
+            masked.add(name)
+        if isinstance(node, Pool) and node.mode == "max" and before:
+            problems.append(f"{name}: the greatest of the steps that a mask keeps, where Keras takes all")
+        try:
+            layers = _layers(name, node)
+        except _RefusedError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        feeds = [last[source] for source in sources]
+        for number, (kind, settings, arrays) in enumerate(layers):
+            own = _free(f"{last[name]}_activation", "_", taken) if number else last[name]
+            entries.append((kind, own, {"dtype": dtype, **settings}, arrays))
+            wires.append(feeds)
+            feeds, last[name] = [own], own
+    if problems:
+        raise ValueError(f"save: expected what Keras has, got {'; '.join(problems)}")
+    return entries, wires, [last[name] for name in network.outputs]
+
+
+def _free(name: str, mark: str, taken: set[str]) -> str:
+    """Return a name that no layer has yet, and take it; torch, under Keras, takes none with a dot in it."""
+    while name in taken:
+        name += mark
+    taken.add(name)
+    return name
+
+
+def _keeps(node: Node) -> bool:
+    if isinstance(node, (Recurrent, Bidirectional)):
+        return (node.forward if isinstance(node, Bidirectional) else node).return_sequences
+    return isinstance(node, (Activation, Dense, LayerNorm, Scale, Standardise, Merge, Select))
+
+
+# ── nodes as layers ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _layers(name: str, node: Node) -> list[tuple[str, dict[str, Any], list[Array]]]:
+    """Return the layers that a node is, with their settings and weights: one, or two where an activation is apart."""
+    for kind, build in BUILDERS.items():
+        if isinstance(node, kind):
+            return list(build(node))
+    raise _RefusedError(f"a {type(node).__name__}")
+
+
+def _activation(text: str) -> str:
+    """Return an activation as Keras calls it; `_RefusedError` where it has no such function."""
+    if text in PLAIN:
+        return text
+    raise _RefusedError(f"the activation {text}")
+
+
+def _activation_layer(text: str) -> tuple[str, dict[str, Any], list[Array]]:
+    if text in PLAIN:
+        return "Activation", {"activation": text}, []
+    name, alpha, _ = spec.activation(text)
+    layers = {
+        "elu": ("ELU", "alpha"),
+        "leaky_relu": ("LeakyReLU", "negative_slope"),
+        "thresholded_relu": ("ReLU", "threshold"),
+    }
+    if name not in layers or (name == "thresholded_relu" and alpha < 0.0):
+        raise _RefusedError(f"the activation {text}")
+    kind, setting = layers[name]
+    return kind, {setting: alpha}, []
+
+
+def _with_activation(
+    kind: str, settings: dict[str, Any], arrays: list[Array], activation: str
+) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    """Give a layer, and the layer of its activation after it where it can't be named in a setting."""
+    named = activation in PLAIN
+    yield kind, {**settings, "activation": activation if named else "linear"}, arrays
+    if not named:
+        yield _activation_layer(activation)
+
+
+def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
+    """Return the settings of a cell; `_RefusedError` for flags that Keras's cells haven't."""
+    description = cell.spec
+    known = (
+        "kind",
+        "input_size",
+        "units",
+        "activation",
+        "recurrent_activation",
+        "use_bias",
+        "reset_after",
+        "norm_epsilon",
+    )
+    odd = [name.replace("_", " ") for name in description.settings if name not in known]
+    if odd:
+        raise _RefusedError(f"a cell with {', '.join(odd)}")
+    settings: dict[str, Any] = {
+        "units": description.units,
+        "activation": _activation(description.activation),
+        "use_bias": description.use_bias,
+    }
+    if description.kind != "rnn":
+        settings["recurrent_activation"] = _activation(description.recurrent_activation)
+    if description.kind == "gru":
+        settings["reset_after"] = description.reset_after
+    return settings, list(cell.arrays.values())
+
+
+def _stack(node: Recurrent) -> tuple[str, dict[str, Any], list[Array]]:
+    if any(added for _, added in node.parts):
+        raise _RefusedError("a residual stack")
+    names = ("return_sequences", "go_backwards", "zero_output_for_mask")
+    flags: dict[str, Any] = {name: getattr(node, name) for name in names}
+    if len(node.cells) == 1:
+        settings, arrays = _cell(node.cells[0])
+        return LAYERS[node.cells[0].spec.kind], {**settings, **flags}, arrays
+    cells, arrays = [], []
+    for number, cell in enumerate(node.cells):
+        settings, own = _cell(cell)
+        kind = f"{LAYERS[cell.spec.kind]}Cell"
+        cells.append(_entry(kind, f"cell_{number}", {"dtype": str(node.dtype), **settings}))
+        arrays += own
+    stack = _entry("StackedRNNCells", "cells", {"cells": cells})
+    return "RNN", {"cell": stack, **flags}, arrays
+
+
+def _bidirectional(node: Bidirectional) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    settings: dict[str, Any] = {"merge_mode": node.merge_mode}
+    arrays = []
+    for half, key in ((node.forward, "layer"), (node.backward, "backward_layer")):
+        kind, inner, own = _stack(half)
+        settings[key] = _entry(
+            kind, f"{'forward' if key == 'layer' else 'backward'}", {"dtype": str(node.dtype), **inner}
+        )
+        arrays += own
+    yield "Bidirectional", settings, arrays
+
+
+def _dense(node: Dense) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    settings = {"units": node.kernel.shape[1], "use_bias": node.bias is not None}
+    return _with_activation("Dense", settings, _both(node.kernel, node.bias), node.activation)
+
+
+def _both(first: Array | None, second: Array | None) -> list[Array]:
+    return [array for array in (first, second) if array is not None]
+
+
+def _conv(node: Conv1D) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    if not isinstance(node.padding, str):
+        raise _RefusedError(f"a convolution with padding {node.padding}")
+    if node.strides > 1 and node.dilation > 1:
+        raise _RefusedError("a convolution with strides and dilation together")
+    settings = {
+        "filters": node.kernel.shape[2],
+        "kernel_size": [node.kernel.shape[0]],
+        "strides": [node.strides],
+        "padding": node.padding,
+        "dilation_rate": [node.dilation],
+        "groups": node.groups,
+        "use_bias": node.bias is not None,
+    }
+    return _with_activation("Conv1D", settings, _both(node.kernel, node.bias), node.activation)
+
+
+def _embedding(node: Embedding) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    sizes = {"input_dim": node.table.shape[0], "output_dim": node.table.shape[1]}
+    yield "Embedding", {**sizes, "mask_zero": node.mask_zero}, [node.table]
+
+
+def _scale(node: Scale) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    """Give a batch normalisation whose statistics are those of a value that is normal already."""
+    zeros, ones = np.zeros_like(node.scale), np.ones_like(node.scale)
+    yield "BatchNormalization", {"axis": -1, "epsilon": 0.0}, [node.scale, node.shift, zeros, ones]
+
+
+def _standardise(node: Standardise) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    if (node.scale < 1e-6).any():  # Keras keeps variances, and takes no scale below 1e-7
+        raise _RefusedError("a scale below 1e-6")
+    variance = node.scale.astype(np.float64) ** 2
+    yield "Normalization", {"axis": [-1], "mean": node.mean.tolist(), "variance": variance.tolist()}, []
+
+
+def _layer_norm(node: LayerNorm) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    flags = {"scale": node.gain is not None, "center": node.bias is not None}
+    yield "LayerNormalization", {"axis": -1, "epsilon": node.epsilon, **flags}, _both(node.gain, node.bias)
+
+
+def _pool(node: Pool) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    if node.mode == "last":
+        raise _RefusedError("the last step of a sequence")
+    yield "GlobalAveragePooling1D" if node.mode == "mean" else "GlobalMaxPooling1D", {}, []
+
+
+def _windows(node: Pool1D) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    kind = "AveragePooling1D" if node.mode == "mean" else "MaxPooling1D"
+    yield kind, {"pool_size": [node.size], "strides": [node.strides], "padding": node.padding}, []
+
+
+def _select(node: Select) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    first, last = node.start or 0, node.stop or 0
+    if node.axis != 1 or node.step != 1 or first < 0 or last > 0 or node.stop == 0:
+        raise _RefusedError(f"the slice {node.summary}")
+    yield "Cropping1D", {"cropping": [first, -last]}, []
+
+
+def _merge(node: Merge) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    yield MERGE_LAYERS[node.mode], {"axis": node.axis} if node.mode == "concat" else {}, []
+
+
+BUILDERS: dict[type[Node], Callable[[Any], Any]] = {
+    Recurrent: lambda node: [_stack(node)],
+    Bidirectional: _bidirectional,
+    Dense: _dense,
+    Conv1D: _conv,
+    Embedding: _embedding,
+    Scale: _scale,
+    Standardise: _standardise,
+    LayerNorm: _layer_norm,
+    Activation: lambda node: [_activation_layer(node.activation)],
+    Masking: lambda node: [("Masking", {"mask_value": node.value}, [])],
+    Pool: _pool,
+    Pool1D: _windows,
+    Flatten: lambda node: [("Flatten", {}, [])],
+    Reshape: lambda node: [("Reshape", {"target_shape": list(node.shape)}, [])],
+    Permute: lambda node: [("Permute", {"dims": list(node.dims)}, [])],
+    Repeat: lambda node: [("RepeatVector", {"n": node.times}, [])],
+    Select: _select,
+    Merge: _merge,
+}
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _entry(kind: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"module": "keras.layers", "class_name": kind, "config": {"name": name, **settings}, "registered_name": None}
+
+
+def _config(network: Network, entries: list[Entry], wires: list[list[str]], outputs: list[str]) -> dict[str, Any]:
+    """Return the description of the model as Keras 3 writes it."""
+    dtype, layers = str(network.dtype), []
+    for (kind, name, settings, _), sources in zip(entries, wires, strict=True):
+        tensors = [
+            {"class_name": "__keras_tensor__", "config": {"shape": [], "dtype": dtype, "keras_history": [source, 0, 0]}}
+            for source in sources
+        ]
+        args = [tensors] if kind in MERGES else tensors
+        calls = [{"args": args, "kwargs": {}}] if sources else []
+        layers.append({**_entry(kind, name, settings), "name": name, "inbound_nodes": calls})
+    ends = {
+        "input_layers": [[name, 0, 0] for kind, name, *_ in entries if kind == "InputLayer"],
+        "output_layers": [[name, 0, 0] for name in outputs],
+    }
+    for key, refs in ends.items():
+        ends[key] = refs[0] if len(refs) == 1 else refs
+    return {
+        "module": "keras.src.models.functional",
+        "class_name": "Functional",
+        "config": {"name": "cellstack", "trainable": True, "layers": layers, **ends},
+        "registered_name": "Functional",
+    }
+
+
+def _named(entries: list[Entry]) -> Iterator[tuple[str, str, list[tuple[str, str, Array]]]]:
+    """Give each layer's name and its place, and for each of its weights the path, the own name and the numbers."""
+    for (kind, name, settings, arrays), place in zip(entries, numbered([entry[0] for entry in entries]), strict=True):
+        found = slots(layer_of("save", _entry(kind, name, settings), 0), 3)
+        pairs = zip(found, arrays, strict=True)
+        yield name, place, [(slot.path, slot.leaf, array) for slot, array in pairs]
+
+
+def _hdf5(fill: Callable[[Any], None]) -> bytes:
+    from cellstack.formats.keras_files import import_h5py
+
+    image = io.BytesIO()
+    with import_h5py().File(image, "w") as file:
+        fill(file)
+    return image.getvalue()
+
+
+def _zipped(config: dict[str, Any], entries: list[Entry]) -> bytes:
+    """Return a `.keras` file: every member as it is, under a date of long ago, so that like gives like."""
+
+    def fill(file: Any) -> None:
+        for name, place, weights in _named(entries):
+            file.create_group(f"layers/{place}/vars").attrs["name"] = name
+            for path, _, array in weights:
+                file.create_dataset(f"layers/{place}/{path}", data=array)
+        file.create_group("vars").attrs["name"] = "cellstack"
+
+    contents = {
+        MEMBERS["metadata"]: json.dumps({"keras_version": VERSION, "date_saved": ""}).encode(),
+        MEMBERS["config"]: json.dumps(config).encode(),
+        MEMBERS["weights"]: _hdf5(fill),
+    }
+    image = io.BytesIO()
+    with zipfile.ZipFile(image, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in contents.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return image.getvalue()
+
+
+def _legacy(config: dict[str, Any], entries: list[Entry]) -> bytes:
+    """Return the HDF5 of a whole model, its weights listed layer by layer."""
+
+    def fill(file: Any) -> None:
+        group = file.create_group("model_weights")
+        for at in (file, group):
+            at.attrs["keras_version"], at.attrs["backend"] = VERSION, "numpy"
+        layers = [_older(layer) for layer in config["config"]["layers"]]
+        file.attrs["model_config"] = json.dumps({**_older(config), "config": {**config["config"], "layers": layers}})
+        group.attrs["layer_names"] = [entry[1].encode() for entry in entries]
+        for name, _, weights in _named(entries):
+            own, names = group.create_group(name), []
+            for path, leaf, array in weights:
+                names.append(f"{name}/{path.rsplit('vars/', 1)[0]}{leaf}".encode())
+                own.create_dataset(names[-1], data=array)
+            own.attrs["weight_names"] = names
+        group.create_group("top_level_model_weights").attrs["weight_names"] = []
+
+    return _hdf5(fill)
+
+
+def _older(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a description as HDF5 files have it: they know the model and its layers by their classes' names alone."""
+    return {key: value for key, value in entry.items() if key not in ("module", "registered_name")}

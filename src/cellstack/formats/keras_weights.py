@@ -1,0 +1,175 @@
+"""Which of a Keras file's arrays is which layer's: by names and order up to Keras 2, by places in the model in 3."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from cellstack.formats.keras_cells import RECURRENT, Slot
+from cellstack.formats.keras_config import Layer, Model, numbered
+from cellstack.formats.keras_files import LEGACY, V3_ROOTS, Source, short
+from cellstack.formats.keras_layers import nodes, slots
+from cellstack.node import Array
+from cellstack.nodes import Node
+from cellstack.spec import FormatError
+
+LEAVES = {"kernel", "recurrent_kernel", "bias", "embeddings", "gamma", "beta", "moving_mean", "moving_variance"}
+OLD_LEAF = re.compile(r"(?:^|_)((?:W|U|b)(?:_[ifcozrh])?|gamma|beta|running_mean|running_std)$")
+OPERATIONS = ("NotEqual", "Any", "LogicalOr")  # with these Keras 3 writes down how a mask comes about
+
+
+class Part(NamedTuple):
+    """A layer that is no model: its name in the network, its place in Keras 3's weights, and the layer around it."""
+
+    layer: Layer
+    name: str
+    place: str
+    top: Layer
+    trained: bool
+
+
+def parts_of(
+    model: Model, scope: str = "", place: str = "layers", top: Layer | None = None, trained: bool = True
+) -> list[Part]:
+    """Return every layer of a model, and of the models in it, in the file's order."""
+    found = []
+    places = iter(numbered([layer.kind for layer in model.layers if layer.kind not in OPERATIONS]))
+    for layer in model.layers:
+        if layer.kind in OPERATIONS:
+            continue
+        name, at, around = f"{scope}{layer.name}", f"{place}/{next(places)}", top or layer
+        if layer.model is None:
+            found.append(Part(layer, name, at, around, trained))
+        else:
+            found += parts_of(
+                layer.model, f"{name}.", f"{at}/layers", around, trained and layer.flag("trainable", True)
+            )
+    return found
+
+
+class Built:
+    """The nodes of every layer, or why it has none.
+
+    Args:
+        source: the file.
+        model: what it describes.
+
+    Attributes:
+        nodes: by the layer's `id`.
+        refused: why a layer has none, likewise.
+        parts: every layer.
+    """
+
+    def __init__(self, source: Source, model: Model) -> None:
+        self.parts = parts_of(model)
+        self.nodes: dict[int, list[Node]] = {}
+        self.refused: dict[int, str] = {}
+        self._source = source
+        wanted: dict[int, list[Slot]] = {}
+        for part in self.parts:
+            self._try(part, lambda part: wanted.update({id(part.layer): self._slots(part)}))
+        given = self._by_order(wanted) if source.layout == LEGACY else self._by_place(wanted)
+        for part in self.parts:
+            arrays = given.get(id(part.layer))
+            if arrays is not None and id(part.layer) not in self.refused:
+                self._try(part, partial(self._build, arrays))
+
+    def _slots(self, part: Part) -> list[Slot]:
+        return [slot.below(part.place, part.trained) for slot in slots(part.layer, self._source.major)]
+
+    def _build(self, arrays: list[Array], part: Part) -> None:
+        source = self._source
+        self.nodes[id(part.layer)] = nodes(part.layer, iter(arrays), source.major, source.backend)
+
+    def _try(self, part: Part, work: Callable[[Part], None]) -> None:
+        """Do something for a layer; where it can't be done, go on with the others: the message names all of them."""
+        try:
+            work(part)
+        except FormatError as error:
+            self._refuse(part, error)
+
+    def _refuse(self, part: Part, error: FormatError) -> None:
+        self.refused.setdefault(id(part.layer), str(error).removeprefix(f"{self._source.path}: "))
+
+    @property
+    def recurrent(self) -> list[Part]:
+        """The recurrent layers."""
+        return [part for part in self.parts if part.layer.kind in RECURRENT]
+
+    def _by_place(self, wanted: dict[int, list[Slot]]) -> dict[int, list[Array]]:
+        source, given = self._source, {}
+        root = next(
+            (root for root in V3_ROOTS if any(name.startswith(f"{root}/") for name in source.weights)), "layers"
+        )
+        for part in self.parts:
+            own = f"{part.place}/".replace("layers/", f"{root}/")
+            if id(part.layer) not in wanted:
+                source.taken.update(name for name in source.weights if name.startswith(own))
+                continue
+            names = [slot.path.replace("layers/", f"{root}/") for slot in wanted[id(part.layer)]]
+            lacking = [name for name in names if name not in source.weights]
+            if lacking:
+                self._refuse(part, part.layer.refuse(f"expected a weight {short(lacking[0])}, found none"))
+            else:
+                given[id(part.layer)] = self._take(wanted[id(part.layer)], names)
+        return given
+
+    def _by_order(self, wanted: dict[int, list[Slot]]) -> dict[int, list[Array]]:
+        source = self._source
+        tops: dict[int, list[Part]] = {}
+        for part in self.parts:
+            tops.setdefault(id(part.top), []).append(part)
+        groups = self._groups(
+            [parts for parts in tops.values() if any(wanted.get(id(part.layer), True) for part in parts)]
+        )
+        given: dict[int, list[Array]] = {}
+        for parts in tops.values():
+            names = source.orders.get(groups.get(id(parts[0].top), ""), [])
+            if any(id(part.layer) not in wanted for part in parts):  # how many weights are whose can't be told
+                source.taken.update(names)
+                for part in parts:
+                    if part.layer is not parts[0].top and id(part.layer) in wanted and wanted[id(part.layer)]:
+                        self._refuse(part, part.layer.refuse("its weights lie among those of a layer that isn't known"))
+                continue
+            listed = [(part, slot) for part in parts for slot in wanted[id(part.layer)]]
+            if len(listed) != len(names):
+                found = (
+                    f"expected {len(listed)} weights, {', '.join(slot.leaf for _, slot in listed)}; found {len(names)}"
+                )
+                self._refuse(parts[0], parts[0].top.refuse(f"{found}, {', '.join(names)}" if names else found))
+                source.taken.update(names)
+                continue
+            where: dict[tuple[int, str], str] = {}
+            for (part, slot), name in zip(sorted(listed, key=lambda pair: not pair[1].trainable), names, strict=True):
+                where[id(part.layer), slot.path] = name
+                if not _fits(name, slot.leaf):
+                    self._refuse(part, part.layer.refuse(f"expected its {slot.leaf}, found {short(name)} in its place"))
+            for part in parts:
+                own = [where[id(part.layer), slot.path] for slot in wanted[id(part.layer)]]
+                given[id(part.layer)] = self._take(wanted[id(part.layer)], own)
+        return given
+
+    def _take(self, wanted: list[Slot], names: list[str]) -> list[Array]:
+        """Return weights by name; a count, which nothing is computed with, isn't read."""
+        self._source.taken.update(names)
+        return [self._source.take(name) for slot, name in zip(wanted, names, strict=True) if slot.leaf != "count"]
+
+    def _groups(self, tops: list[list[Part]]) -> dict[int, str]:
+        """Return the file's name for each layer that has weights: its own, else the one in its turn."""
+        names = [parts[0].top.name for parts in tops]
+        orders = [name for name, weights in self._source.orders.items() if weights]
+        if set(names) - set(orders) and not set(names) & set(orders) and len(names) == len(orders):
+            names = orders
+        return {id(parts[0].top): name for parts, name in zip(tops, names, strict=True)}
+
+
+def _fits(name: str, leaf: str) -> bool:
+    """Whether a weight's name in the file allows it to be what is expected in its place."""
+    last = name.split("/")[-1].split(":")[0]
+    old = OLD_LEAF.search(last)
+    if leaf[0] in "WUb" and leaf not in LEAVES:
+        return old is None or old[1] == leaf
+    last = re.sub(r"_\d+$", "", last)
+    return last not in LEAVES or last == leaf

@@ -1,0 +1,120 @@
+"""Frames as lines of text, CSV or JSON: one a line in, one a line out."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from typing import Any
+
+from cellstack.spec import FormatError
+
+FORMS = ("csv", "json")
+LONGEST_NUMBER = 64  # bytes of a line that a number may take, with the blanks around it
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name}, which isn't JSON")
+
+
+class Lines:
+    """Turns lines into frames, and answers into lines; counts the lines, and names the one at fault.
+
+    A CSV line is numbers between commas; the first one may name its columns instead. A JSON line is an array of
+    numbers, or a number where a frame is one number. Lines without a character but blanks are passed over.
+
+    Args:
+        source: what the lines come from, for the message.
+        width: numbers in a frame.
+        form: "csv" or "json"; None = as the first line looks.
+        digits: that an answer is written with: 9 tell all float32 apart, 17 all float64.
+        as_json: answers as JSON whatever comes in.
+
+    >>> lines = Lines("standard input", 2)
+    >>> lines.frame(b"x,y"), lines.frame(b"1, 2.5")
+    (None, [1.0, 2.5])
+    >>> lines.text([0.1, float("nan")])
+    b'0.1,nan\\n'
+    >>> lines.frame(b"1,2,3")
+    Traceback (most recent call last):
+    cellstack.spec.FormatError: standard input, line 3: expected 2 numbers, found 3
+    """
+
+    def __init__(
+        self, source: str, width: int, form: str | None = None, digits: int = 9, as_json: bool = False
+    ) -> None:
+        self.source, self.width, self.form, self.as_json = source, width, form, as_json
+        self.longest = LONGEST_NUMBER * width + 1024
+        self.number = 0  # of the line read last
+        self._one = f"%.{digits}g"
+        self._json = json.JSONDecoder(parse_constant=_no_constant)
+        self._texts: dict[int, str] = {}  # by width, an answer's numbers as a template
+
+    def frame(self, line: bytes) -> list[float] | None:
+        """Return the numbers of a line; None where it holds no frame.
+
+        Args:
+            line: with or without its end.
+
+        Raises:
+            FormatError: it isn't a frame; the message says which line, what was expected and what was found.
+        """
+        self.number += 1
+        if self.number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            return None
+        if len(line) > self.longest:
+            raise self.error(f"expected at most {self.longest} bytes, found more")
+        if self.form is None:
+            self.form = "json" if line.lstrip()[:1] in (b"[", b"{") else "csv"
+        try:
+            values = self._from_json(line) if self.form == "json" else self._from_csv(line)
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise self.error(f"expected numbers, found {str(error)[:120]}") from None
+        if values is not None and len(values) != self.width:
+            raise self.error(f"expected {self.width} numbers, found {len(values)}")
+        return values
+
+    def text(self, values: list[float]) -> bytes:
+        """Return an answer as a line: numbers that JSON hasn't are null there."""
+        template = self._texts.get(len(values))
+        if template is None:
+            template = self._texts[len(values)] = ",".join([self._one] * len(values))
+        text = template % tuple(values)
+        if self.form == "json" or self.as_json:
+            if "n" in text:  # nan and inf
+                text = ",".join("null" if "n" in number else number for number in text.split(","))
+            text = f"[{text}]"
+        return f"{text}\n".encode("ascii")
+
+    def _from_csv(self, line: bytes) -> list[float] | None:
+        parts = line.split(b",")
+        try:
+            if b"_" in line:  # Python's float takes 1_000, nobody else does
+                raise ValueError
+            return [float(part) for part in parts]
+        except ValueError:
+            if self.number == 1 and not any(map(_is_number, parts)):  # names of columns
+                return None
+            at = next(part for part in parts if not _is_number(part))
+            raise ValueError(repr(at.strip().decode("utf-8", "replace")[:60])) from None
+
+    def _from_json(self, line: bytes) -> list[float]:
+        value = self._json.decode(line.decode("utf-8"))
+        values = value if isinstance(value, list) else [value]
+        for entry in values:
+            if type(entry) is not float and type(entry) is not int:
+                raise ValueError(json.dumps(entry)[:60])
+        return [float(entry) for entry in values]
+
+    def error(self, text: str) -> FormatError:
+        """Return the error of the line that was read last."""
+        return FormatError(f"{self.source}, line {self.number}: {text}")
+
+
+def _is_number(part: bytes) -> bool:
+    try:
+        float(part)
+    except ValueError:
+        return False
+    return b"_" not in part

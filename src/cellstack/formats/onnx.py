@@ -1,0 +1,154 @@
+"""The ONNX adapter: networks out of `.onnx` files and into them. It needs the package onnx, for its protobuf alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+
+from cellstack.formats import onnx_ops, onnx_shapes
+from cellstack.formats.onnx_cells import Operator, is_recurrent, network_of, read_operator, unique
+from cellstack.formats.onnx_file import Model, Scope, label, read, short
+from cellstack.formats.onnx_load import load_graph
+from cellstack.formats.onnx_save import write
+from cellstack.formats.onnx_unrolled import find_unrolled
+from cellstack.network import Network
+from cellstack.spec import FormatError
+
+NAME = "ONNX"
+SUFFIXES = (".onnx",)
+FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # what may follow the version in a ModelProto
+ODD = (ValueError, TypeError, LookupError, ArithmeticError)  # what attributes of another type than usual lead to
+
+
+def _odd(path: str, error: Exception) -> FormatError:
+    return FormatError(f"{path}: expected a graph as ONNX has it, found {type(error).__name__}: {str(error)[:200]}")
+
+
+def recognises(head: bytes) -> bool:
+    """Return whether a file that begins with `head` looks like ONNX: protobuf, the version of its format first."""
+    return len(head) > 2 and head[0] == 0x08 and 1 <= head[1] < 0x80 and head[2] in FIELDS
+
+
+def _scopes(scope: Scope) -> Iterator[Scope]:
+    """Give a graph and the graphs within it."""
+    yield scope
+    for _, inside in scope.inner():
+        if inside is not None:
+            yield from _scopes(inside)
+
+
+def _parts(scope: Scope) -> Iterator[tuple[str, Callable[[], Operator]]]:
+    """Give the recurrent parts of a graph and of the graphs within, by name, each with what reads it."""
+    for graph in _scopes(scope):
+        for node in graph.graph.node:
+            if is_recurrent(node):
+                yield label(node), partial(read_operator, graph, node)
+        for name, operator in find_unrolled(graph):
+            yield name, partial(_same, operator)
+
+
+def _same(operator: Operator) -> Operator:
+    return operator
+
+
+def _has_parts(model: Model) -> bool:
+    """Whether a file has recurrent parts, or what would be some."""
+    try:
+        return any(True for _ in _parts(Scope(model, model.proto.graph)))
+    except ODD:  # what is wrong with it is being said
+        return False
+
+
+@np.errstate(all="ignore")  # infinities and NaN in weights are the file's affair
+def extract(path: str) -> dict[str, Network]:
+    """Return the recurrent parts of an ONNX file: each LSTM, GRU and RNN, whatever else the graphs hold.
+
+    LSTMs that a graph writes out, products, gates and all, are found too, and go by the name of their weights.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Networks by the operators' names, each `[B, T, I]` to `[B, T, W]`, both directions of a bidirectional one in
+        one; those in the graphs of an If, a Loop or a Scan too. A name that comes twice has a number after it.
+
+    Raises:
+        FormatError: the file is damaged, or an operator can't be run; all of them are named.
+        OSError: the file can't be read.
+        ModuleNotFoundError: the package onnx isn't installed.
+    """
+    model = read(path)
+    parts: dict[str, Network] = {}
+    problems: list[str] = []
+    try:
+        for function in model.proto.functions:
+            inside = f"is in the function {short(function.name)}, not in a graph"
+            problems += [f"node {short(label(node))} {inside}" for node in function.node if is_recurrent(node)]
+        for own, reads in _parts(Scope(model, model.proto.graph)):
+            name = unique(parts, own)
+            try:
+                parts[name] = network_of(reads(), name, model.source)
+            except FormatError as error:
+                problems.append(str(error).removeprefix(f"{path}: "))
+            except ODD as error:
+                problems.append(f"node {short(name)}: {type(error).__name__}: {str(error)[:200]}")
+    except FormatError:
+        raise
+    except ODD as error:
+        raise _odd(path, error) from None
+    if problems:
+        raise FormatError(f"{path}: expected recurrent operators that can be run, found: {'; '.join(problems)}")
+    return parts
+
+
+@np.errstate(all="ignore")
+def load(path: str) -> Network:
+    """Return the whole of an ONNX file as a Network.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The network. Its inputs are `[B, T, I]` or `[B, I]` in whatever order the file has their axes; inputs that hold
+        states to start from are the network's state, and so are outputs that hold states after the last step. What was
+        where is in `metadata["onnx"]`.
+
+    Raises:
+        FormatError: the file is damaged, or holds something that a Network can't run; all of it is named.
+        OSError: the file can't be read.
+        ModuleNotFoundError: the package onnx isn't installed.
+    """
+    model = read(path)
+    try:
+        if model.proto.functions:
+            names = ", ".join(short(function.name) for function in model.proto.functions)
+            raise FormatError(f"{path}: expected a graph without functions, found {names}")
+        return load_graph(model, {**onnx_ops.HANDLERS, **onnx_shapes.HANDLERS})
+    except FormatError as error:
+        hint = "; cellstack.extract(path) gives its recurrent parts" if _has_parts(model) else ""
+        raise FormatError(f"{error}{hint}") from None
+    except ODD as error:
+        raise _odd(path, error) from None
+
+
+def save(network: Network, path: str) -> None:
+    """Write a network as an ONNX file, whole or not at all: opset 17, batch and time of any length.
+
+    Every cell's h and c are inputs, `name.h` and `name.c`, each `[B, H]`, and outputs, `name.h.after`; an input may be
+    left out, and the cell's own initial state then takes its place. A cell of a stack goes by `name.0`, and so on, one
+    of a Bidirectional by `name.forward` and `name.backward`. Masks and lengths aren't written: ONNX Runtime runs whole
+    rows.
+
+    Args:
+        network: what to write.
+        path: where to.
+
+    Raises:
+        ValueError: what ONNX's operators don't have: a cell with a projection, layer normalisation, zoneout or
+            `cell_clip`, a node that makes a mask. The message names it.
+        OSError: the file can't be written.
+        ModuleNotFoundError: the package onnx isn't installed.
+    """
+    write(network, path)

@@ -1,0 +1,428 @@
+"""ONNX files: the protobuf taken apart and checked, tensors as arrays, names resolved, constants computed on demand.
+
+Nothing in a file is trusted: what it claims of a tensor is checked against the bytes that are there, graphs must be in
+order (so that none is a circle), tensors in other files must lie in the file's own folder, and what constants are
+computed is bounded by the size of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.layout import Array
+from cellstack.formats.onnx_fold import OPEN, Budget, Spread, TooMuchError, fold
+from cellstack.spec import FormatError
+
+KEY = "cellstack"  # under which a file that we wrote has the network's metadata
+DOMAINS = ("", "ai.onnx")
+KNOWN_TYPES = {  # TensorProto's data types: what NumPy calls them, and the field that holds them where not raw
+    1: ("<f4", "float_data"),
+    2: ("u1", "int32_data"),
+    3: ("i1", "int32_data"),
+    4: ("<u2", "int32_data"),
+    5: ("<i2", "int32_data"),
+    6: ("<i4", "int32_data"),
+    7: ("<i8", "int64_data"),
+    9: ("?", "int32_data"),
+    10: ("<f2", "int32_data"),
+    11: ("<f8", "double_data"),
+    12: ("<u4", "uint64_data"),
+    13: ("<u8", "uint64_data"),
+    16: ("<u2", "int32_data"),  # bfloat16: the upper half of a float32
+}
+BFLOAT16 = 16
+MOST_AXES = 32
+FIRST_OPSET = 7  # before it, broadcasting and the recurrent operators were others
+NEEDS_ONNX = "ONNX files need the package onnx: pip install 'cellstack[onnx]'"
+
+Constant = Array | Spread
+Attributes = dict[str, Any]
+
+
+def onnx_package() -> Any:
+    """Return the onnx package; `ModuleNotFoundError` says how to get it where it isn't there."""
+    try:
+        import onnx
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(NEEDS_ONNX, name=error.name) from None
+    return onnx
+
+
+def short(value: Any, length: int = 80) -> str:
+    """Return how a message shows what a file claims: printable, and short however long it is."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def label(node: Any) -> str:
+    """Return what a node goes by: its name, else that of its first output."""
+    return node.name or next((name for name in node.output if name), node.op_type)
+
+
+# ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Tensors:
+    """Reads the tensors of one file as arrays.
+
+    Args:
+        path: the file; tensors that lie elsewhere must lie in its folder.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def array(self, tensor: Any) -> Array:
+        """Return a TensorProto as an array.
+
+        Raises:
+            FormatError: a type that isn't known, sizes that don't fit its data, data where it may not be.
+        """
+        where = f"{self.path}: tensor {short(tensor.name)}"
+        if tensor.data_type not in KNOWN_TYPES:
+            raise FormatError(f"{where}: expected numbers of a known type, found type {tensor.data_type}")
+        dtype, field_name = KNOWN_TYPES[tensor.data_type]
+        dims = list(tensor.dims)
+        if len(dims) > MOST_AXES or any(axis < 0 for axis in dims):
+            raise FormatError(f"{where}: expected at most {MOST_AXES} axes, none negative, found {short(dims)}")
+        count, width = prod(dims), np.dtype(dtype).itemsize
+        if prod(max(1, axis) for axis in dims) * width >= 1 << 62:  # what NumPy can't count, an axis of 0 or not
+            raise FormatError(f"{where}: expected sizes that memory can hold, found {short(dims)}")
+        if tensor.data_location == 1:
+            array = np.frombuffer(self._elsewhere(where, tensor, count * width), dtype)
+        elif tensor.HasField("raw_data"):
+            if len(tensor.raw_data) != count * width:
+                raise FormatError(
+                    f"{where}: expected {count * width} bytes for shape {short(dims)}, found {len(tensor.raw_data)}"
+                )
+            array = np.frombuffer(tensor.raw_data, dtype)
+        else:
+            values = getattr(tensor, field_name)
+            if len(values) != count:
+                raise FormatError(f"{where}: expected {count} numbers for shape {short(dims)}, found {len(values)}")
+            array = _typed(where, values, dtype, tensor.data_type)
+        if tensor.data_type == BFLOAT16:
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        return array.reshape(dims)
+
+    def _elsewhere(self, where: str, tensor: Any, size: int) -> bytes:
+        """Return the bytes of a tensor that lies in a file of its own, in this file's folder."""
+        entries = {str(entry.key): str(entry.value) for entry in tensor.external_data}
+        location, folder = entries.get("location", ""), os.path.realpath(os.path.dirname(self.path) or ".")
+        target = os.path.realpath(os.path.join(folder, location)) if "\0" not in location else ""
+        inside = os.path.dirname(target) == folder or target.startswith(folder + os.sep)
+        if not location or os.path.isabs(location) or ".." in location.replace("\\", "/").split("/") or not inside:
+            raise FormatError(f"{where}: expected data in this file's folder, found location {short(location)}")
+        if not os.path.isfile(target):
+            raise FormatError(f"{where}: expected its data in the file {short(location)}, found none")
+        try:
+            offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(size)))
+        except ValueError:
+            raise FormatError(f"{where}: expected offset and length as numbers, found {short(entries)}") from None
+        held = os.path.getsize(target)
+        if length != size or offset < 0 or offset + size > held:
+            raise FormatError(
+                f"{where}: expected {size} bytes in {short(location)}, of {held} bytes, "
+                f"found offset {short(offset)} and length {short(length)}"
+            )
+        with open(target, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise FormatError(f"{where}: expected {size} bytes in {short(location)}, found {len(data)}")
+        return data
+
+
+def _typed(where: str, values: Any, dtype: str, kind: int) -> Array:
+    """Return numbers that stand in a typed field of a tensor."""
+    wide = np.array(values, dtype="<u2" if kind == BFLOAT16 else None) if len(values) else np.zeros(0, dtype)
+    if dtype == "<f2":  # float16 stands there as the bits of it
+        if len(values) and not (wide.min() >= 0 and wide.max() < 1 << 16):
+            raise FormatError(f"{where}: expected the bits of float16, found {short(int(wide.max()))}")
+        return wide.astype("<u2").view("<f2")
+    if np.dtype(dtype).kind in "iu" and len(values):
+        bounds = np.iinfo(dtype)
+        if not (bounds.min <= wide.min() and wide.max() <= bounds.max):
+            raise FormatError(f"{where}: expected numbers from {bounds.min} to {bounds.max}, found others")
+    return wide.astype(dtype)
+
+
+# ── graphs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Model:
+    """An ONNX file, parsed.
+
+    Args:
+        path: where it is.
+        proto: the ModelProto.
+        opset: version of the usual operators.
+        tensors: reads its tensors.
+        budget: what may be computed of its constants.
+    """
+
+    path: str
+    proto: Any
+    opset: int
+    tensors: Tensors
+    budget: Budget
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where a network comes from, as its metadata says it."""
+        made = {"producer": f"{self.proto.producer_name} {self.proto.producer_version}".strip(), "opset": self.opset}
+        return {"format": "onnx", **{key: value for key, value in made.items() if value}}
+
+    @cached_property
+    def said(self) -> dict[str, Any]:
+        """What this package wrote about a network: its metadata, and its states' inputs and outputs; {} elsewhere."""
+        text = next((entry.value for entry in self.proto.metadata_props if entry.key == KEY), None)
+        if text is None:
+            return {}
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{self.path}: expected the metadata {KEY} as JSON, found {str(error)[:200]}") from None
+        metadata, states = (found.get("metadata"), found.get("states")) if isinstance(found, dict) else (None, None)
+        pairs = states if isinstance(states, list) else [None]
+        named = all(isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p) for p in pairs)
+        if not isinstance(metadata, dict) or not named:
+            raise FormatError(f"{self.path}: expected metadata and states as the metadata {KEY}, found {short(text)}")
+        return {"metadata": metadata, "states": states}
+
+    def attributes(self, node: Any) -> Attributes:
+        """Return a node's attributes by name, as Python has them; tensors as arrays, graphs as they are."""
+        return {entry.name: self._attribute(node, entry) for entry in node.attribute}
+
+    def _attribute(self, node: Any, entry: Any) -> Any:
+        simple = {1: "f", 2: "i", 5: "g"}
+        if entry.type in simple:
+            return getattr(entry, simple[entry.type])
+        if entry.type == 3:
+            return entry.s.decode("utf-8", "replace")
+        if entry.type == 4:
+            return self.tensors.array(entry.t)
+        if entry.type in (6, 7):
+            return list(entry.floats if entry.type == 6 else entry.ints)
+        if entry.type == 8:
+            return [text.decode("utf-8", "replace") for text in entry.strings]
+        if entry.type == 10:
+            return list(entry.graphs)
+        raise FormatError(
+            f"{self.path}: node {short(label(node))}: expected attribute {short(entry.name)} of a known type, "
+            f"found type {entry.type}"
+        )
+
+
+@dataclass
+class Scope:
+    """A graph of a file with the names that it knows, its own and those of the graphs around it.
+
+    Args:
+        model: the file.
+        graph: the GraphProto.
+        parent: the graph around it.
+        place: the nodes around it, as a message names them.
+    """
+
+    model: Model
+    graph: Any
+    parent: Scope | None = None
+    place: str = ""
+    initializers: dict[str, Any] = field(default_factory=dict)
+    producers: dict[str, Any] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    known: dict[str, Constant | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        where = f"{self.model.path}: graph {short(self.place or self.graph.name)}"
+        names = [entry.name for entry in (*self.graph.initializer, *self.graph.input, *self.graph.output)]
+        if not all(isinstance(name, str) for name in names):
+            raise FormatError(f"{where}: expected names in UTF-8, found others")
+        for tensor in self.graph.initializer:
+            if tensor.name in self.initializers:
+                raise FormatError(f"{where}: expected every tensor once, found {short(tensor.name)} twice")
+            self.initializers[tensor.name] = tensor
+        self.inputs = tuple(value.name for value in self.graph.input)
+        if len(set(self.inputs)) != len(self.inputs):
+            raise FormatError(f"{where}: expected inputs that differ, found {short(list(self.inputs))}")
+        made = {*self.initializers, *self.inputs, *(tensor.values.name for tensor in self.graph.sparse_initializer)}
+        for node in self.graph.node:
+            words = (node.name, node.op_type, node.domain, *node.input, *node.output, *(e.name for e in node.attribute))
+            if not all(isinstance(word, str) for word in words):  # protobuf gives bytes where they are no UTF-8
+                raise FormatError(f"{where}: node {short(label(node))}: expected names in UTF-8, found others")
+            for name in node.input:
+                if name and name not in made and not self._outside(name):
+                    raise FormatError(
+                        f"{where}: node {short(label(node))}: expected inputs that are made before it, "
+                        f"found {short(name)}, which isn't"
+                    )
+            for name in node.output:
+                if name in made:
+                    raise FormatError(f"{where}: node {short(label(node))}: expected to make {short(name)} once")
+                if name:
+                    made.add(name)
+                    self.producers[name] = node
+        for value in self.graph.output:
+            if value.name not in made and not self._outside(value.name):
+                raise FormatError(f"{where}: expected output {short(value.name)} to be made by a node, found none")
+
+    def _outside(self, name: str) -> bool:
+        scope = self.parent
+        while scope is not None:
+            if name in scope.initializers or name in scope.inputs or name in scope.producers:
+                return True
+            scope = scope.parent
+        return False
+
+    def _own(self, name: str) -> bool:
+        return name in self.initializers or name in self.producers or name in self.inputs
+
+    def constant(self, name: str) -> Constant | None:
+        """Return what a name stands for where it doesn't depend on any input; None where it does.
+
+        An input with a value of its own in the file is taken to have that value.
+        """
+        if not self._own(name):
+            return None if self.parent is None or not name else self.parent.constant(name)
+        waiting = [name]
+        while waiting:
+            top = waiting[-1]
+            if top in self.known:
+                waiting.pop()
+                continue
+            node = self.producers.get(top)
+            if top in self.initializers:
+                self.known[top] = self.model.tensors.array(self.initializers[top])
+            elif node is None:
+                self.known[top] = None if self._own(top) else self.constant(top)
+            else:
+                needed = [n for n in node.input if n and n not in self.known]
+                if needed and (node.op_type in OPEN or not self._blocked(node)):
+                    waiting.append(needed[0])
+                    continue
+                self._compute(node, [self.known.get(n) if n else None for n in node.input])
+        return self.known[name]
+
+    def _blocked(self, node: Any) -> bool:
+        """Whether some input is known not to be constant: the others needn't be computed then."""
+        return any(name in self.known and self.known[name] is None for name in node.input)
+
+    def _compute(self, node: Any, values: list[Constant | None]) -> None:
+        made: list[Constant | None] = [None] * len(node.output)
+        if node.domain in DOMAINS:
+            where = f"{self.model.path}: node {short(label(node))}"
+            attributes = {} if any(e.type in (5, 10) for e in node.attribute) else self.model.attributes(node)
+            given = [bool(name) for name in node.input]
+            try:
+                found = fold(node.op_type, attributes, values, given, len(node.output), self.model)
+            except TooMuchError as error:
+                raise FormatError(f"{where}: {error}") from None
+            except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+                raise FormatError(f"{where}: {node.op_type}: {str(error)[:200]}") from None
+            if found is not None:
+                made = found
+                if node.op_type == "Expand" and isinstance(made[0], Spread):
+                    made = [self._ranked(made[0], self._count(node.input[1]))]
+        for name, value in zip(node.output, made, strict=True):
+            self.known[name] = value
+
+    def _ranked(self, value: Spread, axes: int | None) -> Spread:
+        if axes is None or axes < value.array.ndim or axes > MOST_AXES:
+            return value
+        return Spread(value.array.reshape([1] * (axes - value.array.ndim) + list(value.array.shape)), True)
+
+    def _count(self, name: str) -> int | None:
+        """Return how many numbers a list of lengths has, where only these aren't known; None where that isn't either.
+
+        It follows the ways in which exporters put such lists together.
+        """
+        total, waiting, steps = 0, [name], 0
+        while waiting and steps < 256:
+            steps += 1
+            name = waiting.pop()
+            constant, node = self.constant(name), self.producers.get(name)
+            if isinstance(constant, np.ndarray) and constant.ndim == 1:
+                total += len(constant)
+            elif node is None:
+                return None
+            elif node.op_type == "Concat":
+                waiting += list(node.input)
+            elif node.op_type in ("Cast", "Identity") or self._flat(node):
+                waiting.append(node.input[0])
+            elif node.op_type == "Where" and len(node.input) == 3:
+                waiting.append(node.input[2])
+            elif node.op_type == "Unsqueeze" or self._one_length(node):
+                total += 1  # a number made a list, or one length of a shape
+            else:
+                return None
+        return None if waiting else total
+
+    def _one_length(self, node: Any) -> bool:
+        """Whether a node is a Shape that gives one length."""
+        found = {entry.name: entry.i for entry in node.attribute} if node.op_type == "Shape" else {}
+        return found.get("end", 0) - found.get("start", 0) == 1
+
+    def _flat(self, node: Any) -> bool:
+        """Whether a node is a Reshape to one axis."""
+        shape = self.constant(node.input[1]) if node.op_type == "Reshape" and len(node.input) == 2 else None
+        return isinstance(shape, np.ndarray) and shape.tolist() == [-1]
+
+    def inner(self) -> Iterator[tuple[Any, Scope | None]]:
+        """Give every node, and after it a scope for each graph inside it."""
+        for node in self.graph.node:
+            yield node, None
+            for entry in node.attribute:
+                graphs = [entry.g] if entry.type == 5 else list(entry.graphs)
+                for graph in graphs:
+                    place = f"{self.place}/{label(node)}" if self.place else label(node)
+                    yield node, Scope(self.model, graph, self, f"{place}/{entry.name}")
+
+
+def read(path: str) -> Model:
+    """Return the ONNX file at `path`, parsed; its tensors are read when they are asked for.
+
+    Raises:
+        FormatError: no ONNX file, or of a version that isn't known.
+        OSError: the file can't be read.
+        ModuleNotFoundError: the package onnx isn't installed.
+    """
+    onnx = onnx_package()
+    with open(path, "rb") as file:
+        data = file.read()
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except Exception as error:  # DecodeError of protobuf, a package that is onnx's affair
+        raise FormatError(f"{path}: expected an ONNX file, found {str(error)[:200]}") from None
+    if not proto.HasField("graph") or not 1 <= proto.ir_version <= 1 << 16:
+        raise FormatError(f"{path}: expected an ONNX file with a graph, found none")
+    versions = [entry.version for entry in proto.opset_import if entry.domain in DOMAINS]
+    newest = onnx.defs.onnx_opset_version()
+    if len(versions) != 1 or not FIRST_OPSET <= versions[0] <= newest:
+        raise FormatError(f"{path}: expected one opset from {FIRST_OPSET} to {newest}, found {short(versions)}")
+    size = len(data) + sum(entry.stat().st_size for entry in _companions(path, proto))
+    return Model(path, proto, versions[0], Tensors(path), Budget(size))
+
+
+def _companions(path: str, proto: Any) -> Iterator[os.DirEntry[str]]:
+    """Give the other files that tensors of the outermost graph lie in; those beside the file alone count."""
+    names = {
+        entry.value
+        for tensor in proto.graph.initializer
+        if tensor.data_location == 1
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    if names:
+        with os.scandir(os.path.dirname(path) or ".") as entries:
+            yield from (entry for entry in entries if entry.name in names and entry.is_file())

@@ -1,0 +1,336 @@
+"""Constants that an ONNX graph computes out of constants, by the operators that exporters build weights with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cellstack.formats.layout import Array
+
+FREE = 1 << 22  # numbers that any file may compute, however small it is
+TIMES = 8  # and how many for each of its bytes
+CASTS = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 12: "u4", 13: "u8"}
+
+
+class TooMuchError(ValueError):
+    """Constants that would take more memory than a file of this size has any business taking."""
+
+
+class Budget:
+    """How many numbers the constants of a file may still take.
+
+    Args:
+        size: of the file, in bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.most = self.left = FREE + TIMES * size
+
+    def take(self, *shape: int) -> None:
+        """Count an array of this shape; `TooMuchError` where there is no room for it, `ValueError` if there is none."""
+        if any(axis < 0 for axis in shape):
+            raise ValueError(f"expected a shape without negative axes, found {list(shape)}")
+        self.left -= prod(shape) + 1
+        if self.left < 0:
+            raise TooMuchError(f"expected constants of at most {self.most} numbers, found more")
+
+
+class Spread(NamedTuple):
+    """A constant of a shape that isn't known: `array` spread out over it, as broadcasting does.
+
+    `ranked`: whether it has as many axes as `array`, so that what moves axes about can be done to `array`.
+    """
+
+    array: Array
+    ranked: bool = False
+
+    @property
+    def uniform(self) -> bool:
+        """Whether it is one number throughout."""
+        return self.array.size == 1
+
+
+def whole(values: Any) -> list[int]:
+    """Return a constant list of integers, such as axes; `ValueError` where it isn't one."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu" or array.ndim > 1 or array.size > 64:
+        raise ValueError(f"expected a short list of integers, found {array.dtype} {array.shape}")
+    return [int(value) for value in array.reshape(-1)]
+
+
+def place(axis: int, axes: int) -> int:
+    """Return an axis counted from the front; `ValueError` where there are fewer."""
+    if not -axes <= axis < axes:
+        raise ValueError(f"expected an axis of {axes}, found {axis}")
+    return axis % axes
+
+
+def slices(attributes: dict[str, Any], values: list[Any], axes: int) -> tuple[slice, ...] | None:
+    """Return what a Slice takes of a value with so many axes; None where that isn't constant."""
+    if len(values) == 1:  # before opset 10
+        starts, ends, chosen = attributes["starts"], attributes["ends"], attributes.get("axes")
+        steps = None
+    else:
+        starts, ends, chosen, steps = (*values[1:], None, None)[:4]
+        if starts is None or ends is None:
+            return None
+    starts, ends = whole(starts), whole(ends)
+    chosen = list(range(len(starts))) if chosen is None else [place(axis, axes) for axis in whole(chosen)]
+    steps = [1] * len(starts) if steps is None else whole(steps)
+    if not len(starts) == len(ends) == len(chosen) == len(steps) or len(set(chosen)) != len(chosen) or 0 in steps:
+        raise ValueError("expected starts, ends, axes and steps that belong together")
+    taken = [slice(None)] * axes
+    for start, end, axis, step in zip(starts, ends, chosen, steps, strict=True):
+        backwards_to_the_front = step < 0 and end < -(2**62)
+        taken[axis] = slice(start, None if backwards_to_the_front else end, step)
+    return tuple(taken)
+
+
+def axes_of(attributes: dict[str, Any], values: list[Any]) -> list[int] | None:
+    """Return the axes that Squeeze, Unsqueeze and the reductions work on: an attribute once, an input later."""
+    if "axes" in attributes:
+        return whole(attributes["axes"])
+    return whole(values[1]) if len(values) > 1 and values[1] is not None else None
+
+
+def unsqueeze(array: Array, axes: list[int]) -> Array:
+    """Return `array` with axes of length 1 put in, counted in what comes out."""
+    count = array.ndim + len(axes)
+    return np.expand_dims(array, tuple(place(axis, count) for axis in axes))
+
+
+def split_sizes(attributes: dict[str, Any], values: list[Any], length: int, outputs: int) -> list[int]:
+    """Return the lengths that a Split cuts an axis into."""
+    sizes = attributes.get("split", values[1] if len(values) > 1 and values[1] is not None else None)
+    if sizes is None:
+        each = -(-length // outputs)
+        sizes = [min(each, length - n * each) for n in range(outputs)]
+    sizes = whole(sizes)
+    if len(sizes) != outputs or sum(sizes) != length or min(sizes) < 0:
+        raise ValueError(f"expected {outputs} lengths that add up to {length}, found {sizes}")
+    return sizes
+
+
+def reshape(array: Array, target: list[int], keep_zero: bool) -> Array:
+    """Return `array` in a shape as Reshape gives it: 0 is the length before, -1 what is left."""
+    shape = [
+        array.shape[n] if axis == 0 and not keep_zero and n < array.ndim else axis for n, axis in enumerate(target)
+    ]
+    if any(axis < -1 for axis in shape):
+        raise ValueError(f"expected a shape with one -1 at most, found {shape}")
+    return array.reshape(shape)
+
+
+def _broadcast(function: Callable[[Array, Array], Array]) -> Callable[..., list[Array]]:
+    def run(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+        a, b = values
+        model.budget.take(*np.broadcast_shapes(a.shape, b.shape))
+        with np.errstate(all="ignore"):
+            return [np.asarray(function(a, b))]
+
+    return run
+
+
+def _divide(a: Array, b: Array) -> Array:
+    if a.dtype.kind == "f":
+        return a / b
+    if not b.all():
+        raise ZeroDivisionError("expected a divisor other than 0, found 0")
+    return a // b
+
+
+def _constant(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array] | None:
+    kinds = {"value_float": "f4", "value_floats": "f4", "value_int": "i8", "value_ints": "i8"}
+    for name, value in attributes.items():
+        if name == "value":
+            return [value]
+        if name in kinds:
+            return [np.asarray(value, kinds[name])]
+    return None
+
+
+def _constant_of_shape(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Any]:
+    value = np.asarray(attributes.get("value", np.zeros(1, np.float32)))
+    if value.size != 1:
+        raise ValueError(f"expected one number as the value, found {value.shape}")
+    if values[0] is None:
+        return [Spread(value)]
+    shape = whole(values[0])
+    model.budget.take(*shape)
+    return [np.full(shape, value.reshape(()))]
+
+
+def _expand(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Any] | None:
+    if values[0] is None:
+        return None
+    if values[1] is None:
+        return [Spread(values[0])]
+    shape = np.broadcast_shapes(values[0].shape, tuple(whole(values[1])))
+    model.budget.take(*shape)
+    return [np.broadcast_to(values[0], shape)]
+
+
+def _tile(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Any] | None:
+    array = values[0]
+    if values[1] is None:
+        return [Spread(array)] if array.size == 1 else None
+    repeats = whole(values[1])
+    model.budget.take(array.size, *repeats)
+    return [np.tile(array, repeats)]
+
+
+def _gather(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+    array, indices = values
+    axis = place(attributes.get("axis", 0), array.ndim)
+    model.budget.take(array.size // max(1, array.shape[axis]), indices.size)
+    return [np.asarray(np.take(array, indices, axis=axis))]
+
+
+def _slice(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array] | None:
+    taken = slices(attributes, values, values[0].ndim)
+    return None if taken is None else [values[0][taken]]
+
+
+def _squeeze(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+    axes = axes_of(attributes, values)
+    return [np.squeeze(values[0], None if axes is None else tuple(axes))]
+
+
+def _unsqueeze(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array] | None:
+    axes = axes_of(attributes, values)
+    return None if axes is None else [unsqueeze(values[0], axes)]
+
+
+def _split(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+    axis = place(attributes.get("axis", 0), values[0].ndim)
+    sizes = split_sizes(attributes, values, values[0].shape[axis], outputs)
+    return np.split(values[0], np.cumsum(sizes)[:-1], axis=axis)
+
+
+def _cast(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array] | None:
+    kind = CASTS.get(attributes.get("to", 0))
+    model.budget.take(values[0].size)
+    with np.errstate(all="ignore"):
+        return None if kind is None else [values[0].astype(kind)]
+
+
+def _concat(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+    model.budget.take(sum(value.size for value in values))
+    return [np.concatenate(values, axis=place(attributes["axis"], values[0].ndim))]
+
+
+def _concat_spread(attributes: dict[str, Any], arrays: list[Array]) -> list[Spread]:
+    """Put constants together whose shapes aren't known, each as long along the axis as its own array."""
+    axis = place(attributes["axis"], arrays[0].ndim)
+    shapes = [(*array.shape[:axis], 1, *array.shape[axis + 1 :]) for array in arrays]
+    wide = np.broadcast_shapes(*shapes)
+    parts = [np.broadcast_to(a, (*wide[:axis], a.shape[axis], *wide[axis + 1 :])) for a in arrays]
+    return [Spread(np.concatenate(parts, axis=axis), True)]
+
+
+def _range(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
+    start, limit, delta = (value.reshape(()) for value in values)
+    model.budget.take(max(0, int(np.ceil((float(limit) - float(start)) / float(delta)))))
+    return [np.arange(start, limit, delta)]
+
+
+def _dequantize(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array] | None:
+    array, scale = values[:2]
+    zero = values[2] if len(values) > 2 and values[2] is not None else np.zeros_like(scale)
+    if scale.ndim == 1 and scale.size > 1:
+        shape = [1] * array.ndim
+        shape[place(attributes.get("axis", 1), array.ndim)] = -1
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    elif scale.size > 1:
+        return None
+    model.budget.take(*np.broadcast_shapes(array.shape, scale.shape))
+    return [(array.astype(scale.dtype) - zero.astype(scale.dtype)) * scale]
+
+
+OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
+    "Add": _broadcast(np.add),
+    "Cast": _cast,
+    "Concat": _concat,
+    "Constant": _constant,
+    "ConstantOfShape": _constant_of_shape,
+    "DequantizeLinear": _dequantize,
+    "Div": _broadcast(_divide),
+    "Equal": _broadcast(np.equal),
+    "Expand": _expand,
+    "Gather": _gather,
+    "Identity": lambda model, attributes, values, outputs: [values[0]],
+    "Mul": _broadcast(np.multiply),
+    "Neg": lambda model, attributes, values, outputs: [-values[0]],
+    "Range": _range,
+    "Reshape": lambda model, attributes, values, outputs: [
+        reshape(values[0], whole(values[1]), bool(attributes.get("allowzero", 0)))
+    ],
+    "Shape": lambda model, attributes, values, outputs: [
+        np.array(values[0].shape[attributes.get("start", 0) : attributes.get("end")], np.int64)
+    ],
+    "Size": lambda model, attributes, values, outputs: [np.array(values[0].size, np.int64)],
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Sub": _broadcast(np.subtract),
+    "Tile": _tile,
+    "Transpose": lambda model, attributes, values, outputs: [np.transpose(values[0], attributes.get("perm"))],
+    "Unsqueeze": _unsqueeze,
+}
+MOVES = {"Gather", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+KEEP_SPREAD = {*MOVES, "Expand", "Reshape", "Tile"}
+OPEN = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}  # which input may be unknown
+
+
+def fold(
+    operator: str, attributes: dict[str, Any], values: list[Any], given: list[bool], outputs: int, model: Any
+) -> list[Any] | None:
+    """Return what an operator makes of constants; None where it isn't constant, or one that isn't known here.
+
+    Args:
+        operator: its name.
+        attributes: by name.
+        values: constants, a `Spread` where the shape isn't known; None for what isn't constant or isn't there.
+        given: which inputs are there.
+        outputs: how many values it makes.
+        model: whose budget counts what is made.
+
+    Raises:
+        TooMuchError: more numbers than a file of this size may compute.
+        ValueError: inputs that the operator can't take.
+    """
+    run = OPERATORS.get(operator)
+    if run is None:
+        return None
+    if operator == "Concat" and all(isinstance(value, Spread) and value.ranked for value in values):
+        return _concat_spread(attributes, [value.array for value in values])
+    if values and isinstance(values[0], Spread):
+        array, ranked = values[0]
+        if operator == "Identity":
+            return [values[0]]
+        if operator == "Cast" and attributes.get("to") in CASTS:
+            return [Spread(array.astype(CASTS[attributes["to"]]), ranked)]
+        if values[0].uniform and operator in KEEP_SPREAD:
+            return [Spread(array)] * outputs
+        if (
+            ranked
+            and operator in MOVES
+            and not any(
+                value is None or isinstance(value, Spread)
+                for value, there in zip(values[1:], given[1:], strict=True)
+                if there
+            )
+        ):
+            made = run(model, attributes, [array, *values[1:]], outputs)
+            return None if made is None else [Spread(part, True) for part in made]
+        return None
+    for number, (value, there) in enumerate(zip(values, given, strict=True)):
+        if isinstance(value, Spread) or (there and value is None and OPEN.get(operator) != number):
+            return None
+    made = run(model, attributes, values, outputs)
+    if made is not None and len(made) != outputs:
+        raise ValueError(f"expected {len(made)} outputs, found {outputs}")
+    return made

@@ -1,0 +1,418 @@
+"""Pickles as data: what a pickle says, with a stand-in for whatever it would import, make or call.
+
+Python's own unpickler imports what a pickle names and calls it, takes memory by what the pickle claims, and can be
+made to overflow the stack. This reader does none of it: it walks the opcodes itself, without recursion, takes every
+length from the bytes that are there, and never imports a name. Classes and functions come out as `Global`, whatever
+is made of them as `Standin`, unless the caller has a builder for them. Dicts, lists, tuples, text and numbers come out
+as they are; sets as lists, for nothing is hashed that isn't text or a number.
+
+The opcodes are those of protocols 2 to 5; the text of protocols 0 and 1, which torch doesn't write, is refused. Memory
+and time stay within some hundred times the pickle's own length.
+
+Ref: https://docs.python.org/3/library/pickletools.html
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from cellstack.spec import FormatError
+
+# What no model needs: modules that reach the system, the interpreter or the network. Nothing in a pickle is run here,
+# but a file that asks for them was made to do harm elsewhere, and who loads it should know.
+SYSTEM = (
+    "os posix nt subprocess sys runpy importlib pkgutil pty socket shutil ctypes _ctypes webbrowser codeop pdb bdb "
+    "timeit cProfile marshal multiprocessing asyncio http urllib ftplib smtplib telnetlib pip ensurepip"
+)
+BUILT_IN = (
+    "eval exec compile __import__ open input breakpoint globals locals vars setattr delattr exit quit help execfile "
+    "file reload"
+)
+DANGEROUS = frozenset(SYSTEM.split())
+DANGEROUS_BUILT_IN = frozenset(BUILT_IN.split())
+RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}  # Python 2's modules
+MOST_KEY = 1 << 60  # from here on different integers may have the same hash, and a dict of them would take for ever
+LONGEST_NAME = 500  # of a class, its module's included
+LONGEST_KEY = 16  # of a tuple as a dict's key, which is hashed anew at each use
+STOP = 0x2E
+
+
+class Global(NamedTuple):
+    """A class or function that a pickle names by its dotted path, such as `builtins.set`; it isn't imported."""
+
+    path: str
+
+
+class Standin:
+    """What a pickle would make by calling `kind` with `args`: an inert record of it.
+
+    Attributes:
+        kind: the dotted path of the class or function.
+        args: what it would be called with.
+        state: what the object would be given as its state, usually its attributes by name; None without any.
+        items: what would be appended to it; None without any.
+        pairs: what would be set in it by key; None without any.
+    """
+
+    __slots__ = ("args", "items", "kind", "pairs", "state")
+
+    def __init__(self, kind: str, args: tuple[Any, ...]) -> None:
+        self.kind, self.args = kind, args
+        self.state: Any = None
+        self.items: list[Any] | None = None
+        self.pairs: dict[Any, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"Standin({self.kind!r})"
+
+
+def read(
+    where: str,
+    data: bytes,
+    start: int = 0,
+    builders: Mapping[str, Callable[[tuple[Any, ...]], Any]] | None = None,
+    persistent: Callable[[Any], Any] | None = None,
+) -> tuple[Any, int]:
+    """Return what the pickle at `start` says, and where it ends.
+
+    Args:
+        where: what the messages call it, such as the file's name.
+        data: the bytes that hold the pickle.
+        start: where in them it begins.
+        builders: by dotted path, what makes an object out of the arguments of a call.
+        persistent: what makes an object out of a persistent id; None where there may be none.
+
+    Returns:
+        `(object, end)`.
+
+    Raises:
+        FormatError: the pickle is damaged, of a kind that no model needs, or made to do harm.
+
+    >>> import pickle
+    >>> read("x", pickle.dumps({"a": [1, 2.5]}))[0]
+    {'a': [1, 2.5]}
+    >>> read("x", pickle.dumps(FormatError("no")))[0]
+    Standin('cellstack.spec.FormatError')
+    """
+    machine = _Machine(where, data, start, builders or {}, persistent)
+    try:
+        return machine.run(), machine.at
+    except (IndexError, struct.error):
+        raise FormatError(f"{where}: expected a whole pickle, found one that ends or empties its stack early") from None
+    except UnicodeError:
+        raise FormatError(f"{where}: expected a pickle, found text or numbers that can't be read") from None
+
+
+class _Machine:
+    """The stack, the marks in it and the memo, as pickle's opcodes work on them."""
+
+    def __init__(
+        self,
+        where: str,
+        data: bytes,
+        start: int,
+        builders: Mapping[str, Callable[[tuple[Any, ...]], Any]],
+        persistent: Callable[[Any], Any] | None,
+    ) -> None:
+        self.where, self.data, self.at = where, data, start
+        self.builders, self.persistent = builders, persistent
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []  # the stacks below each mark
+        self.memo: dict[int, Any] = {}
+        self.copied = 0
+
+    def wrong(self, expected: str, found: Any) -> NoReturn:
+        raise FormatError(f"{self.where}: byte {self.at}: expected {expected}, found {found}")
+
+    def run(self) -> Any:
+        data = self.data
+        while True:
+            code = data[self.at]
+            self.at += 1
+            if code == STOP:
+                return self.stack.pop()
+            operation = OPERATIONS.get(code)
+            if operation is None:
+                self.wrong("an opcode of pickle", f"{bytes((code,))!r}")
+            operation(self)
+
+    # ── bytes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def take(self, count: int) -> bytes:
+        if not 0 <= count <= len(self.data) - self.at:
+            self.wrong(f"at most {len(self.data) - self.at} bytes, those that are left", f"a length of {count}")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, layout: struct.Struct) -> Any:
+        return layout.unpack(self.take(layout.size))[0]
+
+    def line(self) -> bytes:
+        end = self.data.find(b"\n", self.at, self.at + LONGEST_NAME)
+        if end < 0:
+            self.wrong(f"a name of at most {LONGEST_NAME} bytes, and the end of its line", "none")
+        text = self.data[self.at : end]
+        self.at = end + 1
+        return text
+
+    def charge(self, count: int) -> None:
+        """Count what is copied out of the memo: a short pickle could ask for the same long thing again and again."""
+        self.copied += count
+        if self.copied > len(self.data):
+            self.wrong("a pickle that holds what it makes", "one that copies the same things over and over")
+
+    # ── stack and memo ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def mark(self) -> None:
+        self.marked.append(self.stack)
+        self.stack = []
+
+    def since_mark(self) -> list[Any]:
+        items = self.stack
+        self.stack = self.marked.pop()
+        return items
+
+    def pop(self) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.since_mark()
+
+    def put(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
+
+    def get(self, key: int) -> None:
+        if key not in self.memo:
+            self.wrong("what was put aside before", f"entry {str(key)[:40]}, which never was")
+        self.stack.append(self.memo[key])
+
+    # ── containers ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tuple_of(self, count: int) -> None:
+        if len(self.stack) < count:
+            raise IndexError
+        items = tuple(self.stack[len(self.stack) - count :])
+        del self.stack[len(self.stack) - count :]
+        self.push(items)
+
+    def append(self) -> None:
+        value = self.stack.pop()
+        self.extend([value])
+
+    def extend(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, list):
+            target.extend(values)
+        elif isinstance(target, Standin):
+            if target.items is None:
+                target.items = []
+            target.items.extend(values)
+        else:
+            self.wrong("a list to append to", type(target).__name__)
+
+    def set_pairs(self, flat: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, Standin):
+            if target.pairs is None:
+                target.pairs = {}
+            target = target.pairs
+        if not isinstance(target, dict) or len(flat) % 2:
+            self.wrong("a dict and pairs for it", f"{type(target).__name__} and {len(flat)} values")
+        for at in range(0, len(flat), 2):
+            target[self.key(flat[at])] = flat[at + 1]
+
+    def set_pair(self) -> None:
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self.set_pairs([key, value])
+
+    def key(self, value: Any) -> Any:
+        """Return `value`, if a dict may safely have it as a key."""
+        for part in value[: LONGEST_KEY + 1] if type(value) is tuple else (value,):
+            fits = type(part) in (str, bytes, float, bool, type(None), Global, Standin)
+            if not fits and not (type(part) is int and -MOST_KEY < part < MOST_KEY):
+                self.wrong("a dict's key to be text or a number", f"a key of {type(part).__name__}")
+        if type(value) is tuple and len(value) > LONGEST_KEY:
+            self.wrong(f"a dict's key of at most {LONGEST_KEY} parts", f"one of {len(value)}")
+        return value
+
+    # ── names and calls ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def name(self, module: Any, name: Any) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str):
+            self.wrong("the name of a class as text", type(module if isinstance(name, str) else name).__name__)
+        if not 0 < len(module) + len(name) <= LONGEST_NAME:
+            self.wrong(f"the name of a class in {LONGEST_NAME} characters", f"one of {len(module) + len(name)}")
+        module = RENAMED.get(module, module)
+        parts = [*module.split(".")[:1], *name.split(".")[:-1]]  # a dotted name would look up attributes on its way
+        if not DANGEROUS.isdisjoint(parts) or (module == "builtins" and name.split(".")[0] in DANGEROUS_BUILT_IN):
+            raise FormatError(
+                f"{self.where}: byte {self.at}: expected the classes of a model, found {f'{module}.{name}'!r}: "
+                "this file was made to run code; none of it was run"
+            )
+        return Global(f"{module}.{name}")
+
+    def by_line(self) -> Global:
+        module, name = self.line().decode(), self.line().decode()
+        return self.name(module, name)
+
+    def by_stack(self) -> None:
+        name = self.stack.pop()
+        self.push(self.name(self.stack.pop(), name))
+
+    def call(self, function: Any, args: Any) -> Any:
+        if not isinstance(args, tuple):
+            self.wrong("the arguments of a call in a tuple", type(args).__name__)
+        if isinstance(function, Standin):
+            return Standin(function.kind, args)
+        if not isinstance(function, Global):
+            self.wrong("something to call", type(function).__name__)
+        path = function.path
+        builder = self.builders.get(path)
+        if builder is not None:
+            return builder(args)
+        if path in ("copyreg._reconstructor", "copyreg.__newobj__") and args and isinstance(args[0], Global):
+            self.charge(len(args))
+            return self.call(args[0], args[1:] if path.endswith("obj__") else ())
+        if path in DICTS:
+            return self.dict_from(args[0] if args and path != "collections.defaultdict" else [])
+        if path in LISTS:
+            values = args[0] if args else []
+            if not isinstance(values, (list, tuple)):
+                self.wrong(f"a list for {path}", type(values).__name__)
+            self.charge(len(values))
+            return list(values)
+        if path == "builtins.bytes" and not args:
+            return b""
+        if path == "_codecs.encode" and args and isinstance(args[0], str):
+            self.charge(len(args[0]))
+            try:
+                return args[0].encode("latin-1")
+            except UnicodeEncodeError:
+                self.wrong("bytes as text", "other text")
+        return Standin(path, args)
+
+    def dict_from(self, pairs: Any) -> dict[Any, Any]:
+        if isinstance(pairs, dict):
+            pairs = list(pairs.items())
+        if not isinstance(pairs, (list, tuple)):
+            self.wrong("pairs for a dict", type(pairs).__name__)
+        self.charge(len(pairs))
+        made: dict[Any, Any] = {}
+        for pair in pairs:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                self.wrong("pairs for a dict", type(pair).__name__)
+            made[self.key(pair[0])] = pair[1]
+        return made
+
+    def reduce(self) -> None:
+        args = self.stack.pop()
+        self.push(self.call(self.stack.pop(), args))
+
+    def new_with_keywords(self) -> None:
+        self.stack.pop()  # keywords of a constructor tell nothing of a tensor
+        self.reduce()
+
+    def object_of(self) -> None:
+        function, *args = self.since_mark() or [None]
+        self.push(self.call(function, tuple(args)))
+
+    def build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Standin):
+            target.state = state
+
+    def persist(self, key: Any) -> None:
+        if self.persistent is None:
+            self.wrong("no persistent id", "one")
+        self.push(self.persistent(key))
+
+    def skip_frame(self) -> None:
+        size = self.number(U8)
+        if size > len(self.data) - self.at:
+            self.wrong(f"a frame of at most {len(self.data) - self.at} bytes", f"one of {size}")
+
+
+def _text(data: bytes) -> str | bytes:
+    """Return the text of a Python 2 pickle, whose text and bytes are one; bytes where it isn't UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _long(data: bytes) -> int:
+    return int.from_bytes(data, "little", signed=True)
+
+
+DICTS = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict")
+LISTS = ("builtins.list", "builtins.tuple", "builtins.set", "builtins.frozenset")
+U1, U2, U4, U8 = (struct.Struct(f"<{letter}") for letter in "BHIQ")
+I4, F8 = struct.Struct("<i"), struct.Struct(">d")
+
+OPERATIONS: dict[int, Callable[[_Machine], Any]] = {
+    ord(code): operation
+    for code, operation in {
+        "\x80": lambda m: m.take(1),
+        "\x95": _Machine.skip_frame,
+        # stack and memo
+        "(": _Machine.mark,
+        "0": _Machine.pop,
+        "1": _Machine.since_mark,
+        "2": lambda m: m.push(m.stack[-1]),
+        "q": lambda m: m.put(m.number(U1)),
+        "r": lambda m: m.put(m.number(U4)),
+        "\x94": lambda m: m.put(len(m.memo)),
+        "h": lambda m: m.get(m.number(U1)),
+        "j": lambda m: m.get(m.number(U4)),
+        # numbers
+        "N": lambda m: m.push(None),
+        "\x88": lambda m: m.push(True),
+        "\x89": lambda m: m.push(False),
+        "J": lambda m: m.push(m.number(I4)),
+        "K": lambda m: m.push(m.number(U1)),
+        "M": lambda m: m.push(m.number(U2)),
+        "\x8a": lambda m: m.push(_long(m.take(m.number(U1)))),
+        "\x8b": lambda m: m.push(_long(m.take(m.number(I4)))),
+        "G": lambda m: m.push(m.number(F8)),
+        # text and bytes
+        "T": lambda m: m.push(_text(m.take(m.number(I4)))),
+        "U": lambda m: m.push(_text(m.take(m.number(U1)))),
+        "X": lambda m: m.push(m.take(m.number(U4)).decode("utf-8", "surrogatepass")),
+        "\x8c": lambda m: m.push(m.take(m.number(U1)).decode("utf-8", "surrogatepass")),
+        "\x8d": lambda m: m.push(m.take(m.number(U8)).decode("utf-8", "surrogatepass")),
+        "B": lambda m: m.push(m.take(m.number(U4))),
+        "C": lambda m: m.push(m.take(m.number(U1))),
+        "\x8e": lambda m: m.push(m.take(m.number(U8))),
+        "\x96": lambda m: m.push(m.take(m.number(U8))),
+        # containers
+        ")": lambda m: m.push(()),
+        "t": lambda m: m.push(tuple(m.since_mark())),
+        "\x85": lambda m: m.tuple_of(1),
+        "\x86": lambda m: m.tuple_of(2),
+        "\x87": lambda m: m.tuple_of(3),
+        "]": lambda m: m.push([]),
+        "a": _Machine.append,
+        "e": lambda m: m.extend(m.since_mark()),
+        "}": lambda m: m.push({}),
+        "s": _Machine.set_pair,
+        "u": lambda m: m.set_pairs(m.since_mark()),
+        "\x8f": lambda m: m.push([]),
+        "\x90": lambda m: m.extend(m.since_mark()),
+        "\x91": lambda m: m.push(m.since_mark()),
+        # names and calls
+        "c": lambda m: m.push(m.by_line()),
+        "\x93": _Machine.by_stack,
+        "R": _Machine.reduce,
+        "\x81": _Machine.reduce,
+        "\x92": _Machine.new_with_keywords,
+        "o": _Machine.object_of,
+        "b": _Machine.build,
+        "Q": lambda m: m.persist(m.stack.pop()),
+    }.items()
+}

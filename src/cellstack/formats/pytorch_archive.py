@@ -1,0 +1,233 @@
+"""PyTorch's files as data: the objects that `torch.save` wrote, with tensors that are read when they are asked for.
+
+Three containers are known: the zip of PyTorch 1.6 and later (TorchScript's is one too), the row of pickles of the
+versions before it, and a plain pickle that holds tensors. The pickles are read by `cellstack.formats.pickles`: nothing
+in them is run. What a file claims of a tensor is checked against the bytes that are there before anything is read.
+
+Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.formats.pickles import read
+from cellstack.formats.pytorch_tensors import Builders, Records, Storage, short, size_of
+from cellstack.spec import FormatError
+
+MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that old files begin with, as a pickle
+PROTOCOL = 1001  # of old files
+MEMBER = re.compile(rb"[^/]+/(data\.pkl|data/|version|byteorder|constants\.pkl|code/|extra/|\.)")
+TAR_MEMBERS = (b"sys_info\0", b"pickle\0", b"storages\0", b"tensors\0")
+
+
+class _Zip(Records):
+    """A zip whose members are `NAME/data.pkl`, `NAME/data/0` and so on, none of them compressed."""
+
+    def __init__(self, path: str, file: BinaryIO, size: int) -> None:
+        import zipfile  # which takes longer to import than a small file to read
+
+        super().__init__(path, size)
+        self.file = file
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError) as error:
+            raise FormatError(f"{path}: expected a zip file, found a damaged one: {short(str(error), 200)}") from None
+        self.members = {member.filename: member for member in members}
+        for name in self.members:
+            if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+                raise FormatError(f"{path}: expected names within the archive, found {short(name)}")
+        if len(self.members) != len(members):
+            raise FormatError(f"{path}: expected every member of the zip once, found some more than once")
+        roots = [name for name in self.members if name.split("/", 1)[-1] == "data.pkl"]
+        if len(roots) != 1:
+            raise FormatError(f"{path}: expected one data.pkl as torch.save writes it, found {len(roots)} in the zip")
+        self.root = roots[0].removesuffix("data.pkl")
+        self.kept: dict[str, NDArray[np.uint8]] = {}
+        self.order = ">" if self.has("byteorder") and self.take("byteorder").strip() == b"big" else "<"
+
+    def has(self, name: str) -> bool:
+        return self.root + name in self.members
+
+    def take(self, name: str, length: int | None = None) -> bytes:
+        """Return the bytes of a member, which must be `length` of them."""
+        where = f"{self.where}: {short(name)}"
+        member = self.members.get(self.root + name)
+        if member is None:
+            raise FormatError(f"{where}: expected it in the zip, found no such member")
+        if length is not None and member.file_size != length:
+            raise FormatError(f"{where}: expected {length} bytes, found {member.file_size}")
+        if member.compress_type != 0 or member.flag_bits & 1 or member.compress_size != member.file_size:
+            raise FormatError(f"{where}: expected a member as torch.save stores it, found it compressed or encrypted")
+        self.file.seek(max(member.header_offset, 0))  # damage can set it below
+        head = self.file.read(30)
+        if member.header_offset < 0 or len(head) < 30 or not head.startswith(b"PK\x03\x04"):
+            raise FormatError(f"{where}: expected a member of the zip at byte {member.header_offset}, found none")
+        start = member.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
+        if start + member.file_size > self.size:
+            raise FormatError(f"{where}: expected {member.file_size} bytes at {start}, found a file that ends before")
+        self.file.seek(start)
+        data = self.file.read(member.file_size)
+        if member.CRC not in (0, zlib.crc32(data)):  # 0: torch was told to leave it out
+            raise FormatError(f"{where}: expected a checksum of {member.CRC:08x}, found other bytes: damaged")
+        return data
+
+    def storage(self, key: str, length: int) -> NDArray[np.uint8]:
+        """See `Records.storage`."""
+        if key not in self.kept:
+            self.kept[key] = np.frombuffer(self.take(f"data/{key}", length), np.uint8)
+            self.spend(length, key)
+        if len(self.kept[key]) != length:
+            raise FormatError(f"{self.where}: storage {short(key)}: expected {length} bytes, found other claims of it")
+        return self.kept[key]
+
+    def read(self) -> Any:
+        """Return what is saved."""
+        builders = Builders(self.where, self)
+        return read(f"{self.where}: data.pkl", self.take("data.pkl"), 0, builders.by_path, builders.persistent)[0]
+
+
+class _Row(Records):
+    """The bytes of an old file: a magic number, a version, the machine, the objects and the keys as pickles; then all
+    storages in the order of the keys, each after its count of numbers.
+    """
+
+    def __init__(self, path: str, data: bytes) -> None:
+        super().__init__(path, len(data))
+        self.data, self.at = data, 0
+        self.places: dict[str, tuple[int, int]] = {}
+        self.units: dict[str, int] = {}
+
+    def next(self, builders: Builders | None = None) -> Any:
+        made, self.at = read(
+            self.where,
+            self.data,
+            self.at,
+            builders.by_path if builders else None,
+            self._persistent(builders) if builders else None,
+        )
+        return made
+
+    def _persistent(self, builders: Builders) -> Callable[[Any], Any]:
+        def persistent(key: Any) -> Any:
+            made = builders.persistent(key)
+            if isinstance(made, Storage):
+                unit = size_of(made.dtype)
+                if self.units.setdefault(made.key, unit) != unit:
+                    raise FormatError(f"{self.where}: storage {short(made.key)}: expected one dtype, found several")
+            return made
+
+        return persistent
+
+    def read(self) -> Any:
+        """Return what is saved, having found the place of every storage."""
+        self.next()  # the magic number
+        version = self.next()
+        if version != PROTOCOL:
+            found = short(version) if isinstance(version, int) else type(version).__name__
+            raise FormatError(f"{self.where}: expected version {PROTOCOL} of the old format, found {found}")
+        self.next()  # the machine that wrote it
+        made = self.next(Builders(self.where, self))
+        keys = self.next()
+        if not isinstance(keys, list) or not all(type(key) is str for key in keys):
+            raise FormatError(f"{self.where}: expected the storages' keys, found {type(keys).__name__}")
+        for key in keys:
+            head = self.data[self.at : self.at + 8]
+            count = int.from_bytes(head, "little", signed=True)
+            length = count * self.units.get(key, 0)
+            if key in self.places or key not in self.units:
+                raise FormatError(f"{self.where}: storage {short(key)}: expected it once, and used, found otherwise")
+            if len(head) < 8 or count < 0 or self.at + 8 + length > len(self.data):
+                raise FormatError(
+                    f"{self.where}: storage {short(key)}: expected its numbers, found a file that ends before them"
+                )
+            self.places[key] = (self.at + 8, length)
+            self.at += 8 + length
+        return made
+
+    def storage(self, key: str, length: int) -> NDArray[np.uint8]:
+        """See `Records.storage`."""
+        where = f"{self.where}: storage {short(key)}"
+        if key not in self.places:
+            raise FormatError(f"{where}: expected it after the pickles, found no such storage")
+        start, found = self.places[key]
+        if found != length:
+            raise FormatError(f"{where}: expected {length} bytes, found {found}")
+        return np.frombuffer(self.data, np.uint8, length, start)
+
+
+class _Plain(Records):
+    """A plain pickle whose storages are old files of their own, each as bytes."""
+
+    def __init__(self, path: str, data: bytes) -> None:
+        super().__init__(path, len(data))
+        self.data, self.nested = data, 0
+
+    def load(self, args: tuple[Any, ...]) -> Any:
+        """Return the storage that these bytes hold."""
+        data = args[0] if args else None
+        if not isinstance(data, bytes) or MAGIC not in data[:16]:
+            raise FormatError(f"{self.where}: expected a storage as torch saves it, found {type(data).__name__}")
+        self.nested += len(data)
+        if self.nested > len(self.data):
+            raise FormatError(f"{self.where}: expected every storage once, found one that is read over and over")
+        return _Row(self.where, data).read()
+
+    def read(self) -> Any:
+        """Return what is saved."""
+        builders = Builders(self.where, self)
+        builders.by_path["torch.storage._load_from_bytes"] = self.load
+        return read(self.where, self.data, 0, builders.by_path, None)[0]
+
+
+def recognises(head: bytes) -> bool:
+    """Return whether a file that begins with `head` looks like one of torch's: its zip, old format, or oldest one."""
+    if head.startswith(b"PK\x03\x04"):
+        length = int.from_bytes(head[26:28], "little")
+        name = head[30 : 30 + length]
+        if MEMBER.match(name):
+            return True
+        return len(name) < length and re.fullmatch(rb"[^/]+(/[a-z.]*)?", name) is not None  # a name that is cut off
+    return (head.startswith(b"\x80") and MAGIC in head[:32]) or head.startswith(TAR_MEMBERS)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Any]:
+    """Open the objects that `torch.save` wrote: dicts, lists and numbers, `Tensor`s and `Standin`s.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A context manager over what was saved; within it, `np.asarray` reads a `Tensor`'s numbers.
+
+    Raises:
+        FormatError: the file is damaged, made to do harm, or not of torch's.
+        OSError: the file can't be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(512)
+        file.seek(0)
+        if head.startswith(b"PK"):
+            yield _Zip(path, file, size).read()
+            return
+        if head[257:262] == b"ustar" or head.startswith(TAR_MEMBERS):
+            raise FormatError(
+                f"{path}: expected a file of PyTorch 0.1.10 or later, found a tar file of a version before it: "
+                "load it with torch, and save it again"
+            )
+        if not head.startswith(b"\x80"):
+            raise FormatError(f"{path}: expected a file that torch.save wrote, found one that begins with {head[:8]!r}")
+        data = file.read()
+        yield (_Row(path, data) if MAGIC in data[:32] else _Plain(path, data)).read()

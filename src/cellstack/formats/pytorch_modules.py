@@ -1,0 +1,339 @@
+"""From torch modules in memory to a Network. Torch is never imported here: who holds a module has imported it.
+
+Torch's convolutions, its pooling and its batch normalisation have time last, `[B, C, T]`, its other modules have it in
+the middle, `[B, T, W]`, and a Network has it there throughout. So each of the former stands between two `Permute`s,
+and two that meet, with at most activations between them, cancel out: the Network takes and gives what the module does.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.layout import Array, from_rows
+from cellstack.formats.pytorch_names import ORDERS
+from cellstack.network import Network
+from cellstack.nodes import (
+    Activation,
+    Conv1D,
+    Dense,
+    Embedding,
+    Flatten,
+    LayerNorm,
+    Node,
+    Permute,
+    Pool,
+    Pool1D,
+    Reshape,
+    Scale,
+)
+from cellstack.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.spec import DTYPES, CellSpec
+
+KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}  # torch's layers
+ACTIVATIONS = {
+    "ReLU": "relu",
+    "Sigmoid": "sigmoid",
+    "Softsign": "softsign",
+    "Tanh": "tanh",
+    "Hardsigmoid": "hard_sigmoid",
+}
+NOTHING = ("Identity", "Dropout", "Dropout1d", "AlphaDropout")  # in evaluation
+TURN = (2, 1)
+KNOWN = (
+    "expected a recurrent layer, a Linear, Embedding, Conv1d, BatchNorm1d, LayerNorm, pooling, Flatten, "
+    "an activation of ours or a Sequential of these"
+)
+
+
+def from_torch(module: Any) -> Network:
+    """Return a torch module as a Network, with copies of its weights.
+
+    Taken are our layers (`LSTM`, `GRU`, `SimpleRNN`, `RNN` over any of our cells, `Bidirectional`, `TimeDistributed`),
+    `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, `Embedding`, `Conv1d`, `BatchNorm1d`,
+    `LayerNorm`, `MaxPool1d`, `AvgPool1d`, adaptive pooling to one step, `Flatten`, activations, `Sequential` of them,
+    and any object with `to_nodes() -> list of nodes`. The Network takes what the module takes with `batch_first`, and
+    is the module in evaluation: dropout is left out, batch normalisation has its running statistics, and zoneout's
+    rates act as constants. A recurrent layer hands on its output alone.
+
+    Args:
+        module: the module; its weights may lie on any device, in float32 or float64.
+
+    Returns:
+        The network; `run` gives what torch's layers return beside their output, one state a layer and direction.
+
+    Raises:
+        TypeError: a module or a setting that a Network can't hold; the message names it by its path.
+        ShapeError: modules that don't meet in width or rank.
+    """
+    chain = _Chain()
+    chain.take(module, "")
+    if not chain.nodes:
+        raise TypeError(f"from_torch: expected a module that computes something, got {type(module).__name__}")
+    if chain.time_first and chain.by_axis:
+        raise TypeError(
+            f"from_torch: {chain.time_first[0] or 'the module'} ({chain.time_first[1]}): expected batch_first=True "
+            f"beside {chain.by_axis}, whose axes it would take for others"
+        )
+    return Network(chain.nodes)
+
+
+def _refuse(path: str, module: Any, why: str) -> TypeError:
+    return TypeError(f"from_torch: {path or 'the module'} ({type(module).__name__}): {why}")
+
+
+def _is(module: Any, *names: str, package: str = "torch.nn") -> bool:
+    """Whether `module` is of one of these classes, with the class's own forward pass."""
+    classes = [getattr(sys.modules.get(package), name, None) for name in names]
+    return any(
+        isinstance(module, kind) and type(module).forward is kind.forward for kind in classes if kind is not None
+    )
+
+
+def _array(path: str, module: Any, tensor: Any) -> Array:
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+        raise _refuse(path, module, f"expected weights in {' or '.join(DTYPES)}, got {tensor.dtype}")
+    return np.array(tensor.detach().cpu().numpy())
+
+
+def _whole(path: str, module: Any, name: str) -> int:
+    """Return a setting of a module over one axis, which torch keeps as a number or as a tuple of one."""
+    value = getattr(module, name)
+    value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    if not isinstance(value, int):
+        raise _refuse(path, module, f"expected {name} to be a number, got {value!r}")
+    return value
+
+
+class _Chain:
+    """The nodes so far, and what is known of the value that the last of them returns."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.rank: int | None = None  # axes of that value, the batch included; None = not known
+        self.time_first: tuple[str, str] | None = None  # the first recurrent layer without batch_first
+        self.by_axis: str | None = None  # the first module that tells axes apart by their place
+
+    def add(self, node: Node) -> None:
+        """Take one node more; two turns of the axes that meet cancel out, with activations between them or without."""
+        before = len(self.nodes)
+        while before and isinstance(self.nodes[before - 1], Activation) and self.nodes[before - 1].summary != "softmax":
+            before -= 1
+        last = self.nodes[before - 1] if before else None
+        if isinstance(node, Permute) and isinstance(last, Permute):
+            del self.nodes[before - 1]
+            return
+        self.nodes.append(node)
+        if isinstance(node, (Recurrent, Bidirectional)):
+            half = node.forward if isinstance(node, Bidirectional) else node
+            self.rank = 3 if half.return_sequences else 2
+        elif isinstance(node, (Pool, Flatten)):
+            self.rank = 2
+        elif isinstance(node, (Conv1D, Pool1D, Permute)):
+            self.rank = 3
+        elif isinstance(node, Embedding):
+            self.rank = (self.rank or 2) + 1
+        elif isinstance(node, Reshape):
+            self.rank = 1 + len(node.shape)
+
+    def over_time(self, path: str, module: Any, *nodes: Node) -> None:
+        """Take nodes that have time in the middle, for a module that has it last."""
+        self.by_axis = self.by_axis or f"{path or 'the module'} ({type(module).__name__})"
+        if self.rank == 2:
+            raise _refuse(path, module, "expected [B, C, T], got [B, C] from before it")
+        for node in (Permute(TURN), *nodes, Permute(TURN)):
+            self.add(node)
+
+    def take(self, module: Any, path: str) -> None:
+        """Take the nodes of `module`, in order; `path` is its own within the module that was asked for."""
+        if callable(getattr(module, "to_nodes", None)):
+            for node in module.to_nodes():
+                self.add(node)
+            return
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(module, torch.nn.Module):
+            raise _refuse(path, module, "expected a torch module")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise _refuse(path, module, "expected a module without forward hooks, which a Network can't hold")
+        if _is(module, "Sequential"):
+            for name, child in module.named_children():
+                self.take(child, f"{path}.{name}" if path else name)
+        elif _is(module, *KINDS):
+            for node in _torch_layers(module, path):
+                self.add(node)
+            if not module.batch_first:
+                self.time_first = self.time_first or (path, type(module).__name__)
+        elif _is(module, "Flatten"):
+            self.flatten(module, path)
+        elif _is(module, "BatchNorm1d"):
+            self.normalise(module, path)
+        elif _is(module, "Conv1d"):
+            self.over_time(path, module, _convolution(module, path))
+        elif _is(module, "MaxPool1d", "AvgPool1d"):
+            self.over_time(path, module, _pooling(module, path))
+        elif _is(module, "AdaptiveAvgPool1d", "AdaptiveMaxPool1d"):
+            if _whole(path, module, "output_size") != 1:
+                raise _refuse(path, module, f"expected output_size=1, got {module.output_size}")
+            mode = "mean" if _is(module, "AdaptiveAvgPool1d") else "max"
+            self.over_time(path, module, Pool(mode), Reshape((1, -1)))
+        elif _is(module, "Softmax"):
+            self.softmax(module, path)
+        elif not _is(module, *NOTHING):
+            node = _simple(module, path) or _layer(module, path)
+            self.add(node if node is not None else Activation(_activation(module, path)))
+
+    def flatten(self, module: Any, path: str) -> None:
+        """Take what makes one axis of all but the batch."""
+        if module.start_dim != 1 or module.end_dim not in (-1, self.rank and self.rank - 1):
+            found = f"{module.start_dim} to {module.end_dim}"
+            raise _refuse(path, module, f"expected every axis but the batch's flattened, 1 to -1, got {found}")
+        self.by_axis = self.by_axis or f"{path or 'the module'} (Flatten)"
+        if self.rank != 2:
+            self.add(Flatten())
+
+    def normalise(self, module: Any, path: str) -> None:
+        """Take a batch normalisation, with its running statistics, as one product and one sum."""
+        if module.running_mean is None:
+            raise _refuse(path, module, "expected running statistics: without them the batch tells what comes out")
+        mean, variance = (_array(path, module, value) for value in (module.running_mean, module.running_var))
+        scale = 1.0 / np.sqrt(variance.astype(np.float64) + module.eps)
+        if module.weight is not None:
+            scale *= _array(path, module, module.weight)
+        shift = -mean * scale
+        if module.bias is not None:
+            shift += _array(path, module, module.bias)
+        node = Scale(scale.astype(mean.dtype), shift.astype(mean.dtype))
+        if self.rank is None:
+            raise _refuse(path, module, "expected a module before it that says whether [B, C] or [B, C, T] comes in")
+        if self.rank == 2:
+            self.add(node)
+        else:
+            self.over_time(path, module, node)
+
+    def softmax(self, module: Any, path: str) -> None:
+        """Take a softmax over the features, or over the channels of [B, C, T]."""
+        if module.dim == -1 or module.dim == (self.rank and self.rank - 1):
+            self.add(Activation("softmax"))
+        elif module.dim in (1, -2) and self.rank == 3:
+            self.over_time(path, module, Activation("softmax"))
+        else:
+            raise _refuse(path, module, f"expected dim=-1, the feature axis, got {module.dim}")
+
+
+def _simple(module: Any, path: str) -> Node | None:
+    """Return the node of a module that works on the last axis, and has weights; None where it isn't one."""
+    if _is(module, "Linear"):
+        bias = None if module.bias is None else _array(path, module, module.bias)
+        return Dense(_array(path, module, module.weight).T, bias)
+    if _is(module, "Embedding"):
+        if module.max_norm is not None:
+            raise _refuse(path, module, f"expected max_norm=None, got {module.max_norm}: it changes rows as it runs")
+        return Embedding(_array(path, module, module.weight))
+    if _is(module, "LayerNorm"):
+        if len(module.normalized_shape) != 1:
+            raise _refuse(path, module, f"expected one axis, the features, got {tuple(module.normalized_shape)}")
+        gain, bias = (None if value is None else _array(path, module, value) for value in (module.weight, module.bias))
+        return LayerNorm(gain, bias, module.eps)
+    return None
+
+
+def _convolution(module: Any, path: str) -> Conv1D:
+    if module.padding_mode != "zeros":
+        raise _refuse(path, module, f"expected padding_mode='zeros', got {module.padding_mode!r}")
+    padding: str | tuple[int, int] = module.padding
+    if not isinstance(padding, str):
+        padding = (_whole(path, module, "padding"), _whole(path, module, "padding"))
+    bias = None if module.bias is None else _array(path, module, module.bias)
+    strides, dilation = _whole(path, module, "stride"), _whole(path, module, "dilation")
+    kernel = _array(path, module, module.weight).transpose(2, 1, 0)
+    return Conv1D(kernel, bias, strides, padding, dilation, module.groups)
+
+
+def _pooling(module: Any, path: str) -> Pool1D:
+    usual = {"padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+    for name, value in usual.items():
+        if hasattr(module, name) and getattr(module, name) not in (value, (value,)):
+            raise _refuse(path, module, f"expected {name}={value}, got {getattr(module, name)}")
+    mode = "max" if _is(module, "MaxPool1d") else "mean"
+    return Pool1D(mode, _whole(path, module, "kernel_size"), _whole(path, module, "stride"))
+
+
+def _activation(module: Any, path: str) -> str:
+    for kind, name in ACTIVATIONS.items():
+        if _is(module, kind):
+            return name
+    if _is(module, "ELU") and module.alpha >= 0.0:
+        return f"elu({module.alpha})"
+    if _is(module, "LeakyReLU") and module.negative_slope >= 0.0:
+        return f"leaky_relu({module.negative_slope})"
+    if _is(module, "Softplus") and module.beta == 1.0:
+        return "softplus"
+    raise _refuse(path, module, KNOWN)
+
+
+def _torch_layers(module: Any, path: str) -> list[Node]:
+    """Return torch's LSTM, GRU or RNN as one stack, or as one pair of cells a layer where it is bidirectional."""
+    kind = next(KINDS[name] for name in KINDS if _is(module, name))
+    activation = module.nonlinearity if kind == "rnn" else "tanh"
+
+    def cell(suffix: str) -> Cell:
+        names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
+        weight, recurrent, *biases = (_array(path, module, getattr(module, f"{name}_{suffix}")) for name in names)
+        spec = CellSpec(weight.shape[1], module.hidden_size, activation, use_bias=bool(module.bias), kind=kind)
+        arrays = from_rows(kind, weight, recurrent, tuple(biases), ORDERS[kind])._asdict()
+        if module.proj_size:
+            spec = replace(spec, proj_size=module.proj_size)
+            arrays["projection"] = _array(path, module, getattr(module, f"weight_hr_{suffix}")).T
+        return Cell(spec, **arrays)
+
+    layers = range(module.num_layers)
+    if not module.bidirectional:
+        return [Recurrent(tuple(cell(f"l{n}") for n in layers))]
+    both = [(Recurrent((cell(f"l{n}"),)), Recurrent((cell(f"l{n}_reverse"),), go_backwards=True)) for n in layers]
+    return [Bidirectional(ahead, back) for ahead, back in both]
+
+
+# ── our own layers, which this package never imports ────────────────────────────────────────────────────────────────
+
+
+def _layer(module: Any, path: str) -> Node | None:
+    """Return the node of one of our layers; None where it isn't one."""
+    ours = "cellstack.layers"
+    if _is(module, "Bidirectional", package=ours):
+        if module.merge_mode is None:
+            raise _refuse(path, module, "expected a merge_mode: a Network has one output")
+        halves = []
+        for name in ("forward_layer", "backward_layer"):
+            node = _layer(getattr(module, name), f"{path}.{name}" if path else name)
+            if not isinstance(node, Recurrent):
+                raise _refuse(path, module, f"expected {name} to be an RNN or one of its kinds")
+            halves.append(node)
+        try:
+            return Bidirectional(halves[0], halves[1], module.merge_mode)
+        except ValueError as error:  # such as one whose forward layer runs backwards
+            raise _refuse(path, module, str(error)) from None
+    if _is(module, "TimeDistributed", package=ours):
+        inner = _Chain()
+        inner.take(module.layer, f"{path}.layer" if path else "layer")
+        if len(inner.nodes) == 1 and isinstance(inner.nodes[0], (Dense, Activation)):
+            return inner.nodes[0]
+        raise _refuse(path, module, "expected a TimeDistributed over one Linear or one activation")
+    if not _is(module, "LSTM", "GRU", "SimpleRNN", "RNN", package=ours):
+        return None
+    for cell in module.cells:
+        if not _is(cell, "LSTMCell", "GRUCell", "SimpleRNNCell", package=ours):
+            raise _refuse(path, module, f"expected cells of ours, got a {type(cell).__name__}")
+    names = ("return_sequences", "go_backwards", "zero_output_for_mask", "residual")
+    flags = {name: bool(getattr(module, name)) for name in names}
+    return Recurrent(tuple(_layer_cell(cell, path, module) for cell in module.cells), **flags)
+
+
+def _layer_cell(cell: Any, path: str, module: Any) -> Cell:
+    try:
+        spec = cell.spec
+    except ValueError as error:  # not built yet, or an activation that only torch can run
+        raise _refuse(path, module, str(error)) from None
+    return Cell(spec, *(_array(path, module, getattr(cell, name)) for name in spec.shapes))

@@ -1,0 +1,280 @@
+"""From tensors by name to networks: what the names and shapes of PyTorch's recurrent layers tell.
+
+A state dict says neither in which order its modules run nor what runs between them. It does say what each recurrent
+module is: its names are `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0`, `weight_ih_l0_reverse` and so on after the
+module's own name, and its shapes tell an LSTM `[4H, I]` from a GRU `[3H, I]` and a plain RNN `[H, I]`.
+
+Ref: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html#torch.nn.LSTM (Variables)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.layout import from_rows
+from cellstack.formats.pytorch_tensors import short
+from cellstack.network import Network
+from cellstack.nodes import Node
+from cellstack.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.spec import CellSpec, FormatError
+
+ORDERS = {"lstm": "ifgo", "gru": "rzg", "rnn": "g"}  # torch's gates
+KINDS = {4: "lstm", 3: "gru", 1: "rnn"}
+NAME = re.compile(
+    r"(?P<prefix>(?:.*[./:])?)(?P<what>weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)"
+    r"(?:_l(?P<layer>0|[1-9]\d{0,3})(?P<back>_reverse)?)?",
+    re.DOTALL,
+)
+DROPPED = re.compile(r"(?P<prefix>(?:.*[./:])?)(?P<name>weight_hh_l\d{1,4}(?:_reverse)?)_raw", re.DOTALL)
+HINT = "cellstack.extract(path) gives its recurrent parts"
+ASSUMED = "tanh: the weights don't say whether this RNN's nonlinearity is tanh or relu"
+LONGEST_LIST = 10_000  # of what a message lists by name
+
+
+@dataclass
+class Part:
+    """The tensors of one recurrent module.
+
+    Attributes:
+        prefix: what stands before `weight_ih_l0`, the dot included.
+        layered: whether the names end as those of layers do, `_l0`; a cell's don't.
+        names: each tensor's name, by what it is, its layer and whether it runs backwards.
+        beside: other tensors that are the module's own, not a child's.
+    """
+
+    prefix: str
+    layered: bool
+    names: dict[tuple[str, int, bool], str] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """The module's name."""
+        return self.prefix[:-1]
+
+
+def parts_of(names: Iterable[str]) -> list[Part]:
+    """Return the recurrent modules that these names of tensors speak of, in their order."""
+    found: dict[tuple[str, bool], Part] = {}
+    others: dict[str, list[str]] = {}
+    names = list(names)
+    raw = _raw_weights(names)
+    whole_ones = set(raw.values())
+    for name in names:
+        if name in whole_ones:
+            continue
+        match = NAME.fullmatch(name)
+        if match is None:
+            prefix = name[: 1 + max(name.rfind(mark) for mark in "./:")]
+            others.setdefault(prefix, []).append(name)
+            continue
+        key = (match["prefix"], match["layer"] is not None)
+        part = found.setdefault(key, Part(*key))
+        part.names[match["what"], int(match["layer"] or 0), match["back"] is not None] = name
+    for name, whole in raw.items():
+        match = NAME.fullmatch(name)
+        assert match is not None
+        found[match["prefix"], True].names["weight_hh", int(match["layer"]), match["back"] is not None] = whole
+    for part in found.values():
+        part.beside = others.get(part.prefix, [])
+    return list(found.values())
+
+
+def _raw_weights(names: list[str]) -> dict[str, str]:
+    """Return the recurrent weights that DropConnect keeps whole, by the name of the weights that it thins out.
+
+    AWD-LSTMs have them: `rnn.weight_hh_l0_raw` are the weights, and `rnn.module.weight_hh_l0`, or
+    `rnn.weight_hh_l0`, where a file holds it at all, is what the last step of training left of them.
+
+    Ref: Merity, Keskar and Socher 2018, "Regularizing and Optimizing LSTM Language Models", sec. 2.
+    """
+    known, found = set(names), {}
+    for match in filter(None, map(DROPPED.fullmatch, names)):
+        for prefix in (match["prefix"], f"{match['prefix']}module."):
+            if prefix + match["name"].replace("weight_hh", "weight_ih") in known:
+                found[prefix + match["name"]] = match[0]
+                break
+    return found
+
+
+def networks_of(
+    tensors: Mapping[str, Any], where: str, activations: Mapping[str, str] | None = None
+) -> dict[str, Network]:
+    """Return every recurrent module that a state dict holds, as a Network.
+
+    Args:
+        tensors: arrays by name as PyTorch names them; what isn't recurrent is passed over, and never read.
+        where: what messages call the file.
+        activations: of plain RNNs by their name, where it is known; else tanh is assumed, and `metadata` says so.
+
+    Returns:
+        Networks by the module's name, such as `"encoder.lstm"`; `""` where the names have no prefix. Each has one
+        `Recurrent`, or one `Bidirectional` a layer, and takes `[B, T, I]`.
+
+    Raises:
+        FormatError: names or shapes that no layer of PyTorch has; names the tensor, what was expected and found.
+
+    >>> rng = np.random.default_rng(0)
+    >>> state = {"rnn.weight_ih_l0": rng.normal(size=(12, 3)), "rnn.weight_hh_l0": rng.normal(size=(12, 4))}
+    >>> networks_of(state, "a file")
+    {'rnn': Network of float64: [B, T, 3] -> [B, T, 4], 84 numbers
+      layer_0  Recurrent  GRU 3 -> 4 (no bias)  [B, T, 4]  84}
+    """
+    networks: dict[str, Network] = {}
+    for part in parts_of(tensors):
+        title = part.title if part.title not in networks else part.prefix
+        networks[title] = _network(part, tensors, where, (activations or {}).get(part.title))
+    return networks
+
+
+def network_of(
+    tensors: Mapping[str, Any],
+    where: str,
+    activations: Mapping[str, str] | None = None,
+    unknown: Iterable[str] = (),
+) -> Network:
+    """Return the one recurrent module that a state dict consists of.
+
+    Args:
+        tensors: as for `networks_of`.
+        where: what messages call the file.
+        activations: as for `networks_of`.
+        unknown: what else the file holds that can't be run, in words.
+
+    Returns:
+        The network.
+
+    Raises:
+        FormatError: no recurrent module, or more than that; lists by name what a state dict doesn't say how to run.
+    """
+    parts = parts_of(tensors)
+    used = {name for part in parts for name in part.names.values()}
+    left = [*unknown, *_by_module(tensors, [name for name in tensors if name not in used])]
+    if not parts:
+        raise nothing_recurrent(tensors, where, unknown)
+    if len(parts) > 1 or left:
+        names = ", ".join(part.title or "one without a name" for part in parts)
+        rest = f", and beside them {_listed(left)}" if left else ""
+        raise FormatError(
+            f"{where}: expected one recurrent module and nothing else, for weights don't say in which order modules "
+            f"run, found {len(parts)} recurrent ({names}){rest}; {HINT}"
+        )
+    return next(iter(networks_of(tensors, where, activations).values()))
+
+
+def nothing_recurrent(tensors: Mapping[str, Any], where: str, unknown: Iterable[str] = ()) -> FormatError:
+    """Return the error for a file without a recurrent module, which says what is there instead."""
+    found = _listed([*unknown, *_by_module(tensors, list(tensors))]) or "no tensor"
+    return FormatError(
+        f"{where}: expected weights of recurrent layers, named as PyTorch names them (weight_ih_l0 and so on), "
+        f"found {found}"
+    )
+
+
+def _by_module(tensors: Mapping[str, Any], names: list[str]) -> list[str]:
+    """Return the names of tensors with their shapes, those of a module together."""
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        module, _, last = name.rpartition(".")
+        shape = getattr(tensors[name], "shape", ())
+        modules.setdefault(module, []).append(f"{last} {list(shape)}")
+    return [f"{module} ({', '.join(found)})" if module else ", ".join(found) for module, found in modules.items()]
+
+
+def _listed(entries: list[str]) -> str:
+    """Return the entries as one text, printable and of bounded length."""
+    text = ", ".join(entries)
+    shown = text if len(text) <= LONGEST_LIST else f"{text[:LONGEST_LIST]}... ({len(entries)} in all)"
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)
+
+
+def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str | None) -> Network:
+    """Return the network of one module."""
+    names = part.names
+    depth = 1 + max(layer for _, layer, _ in names)
+    ways = (False, True) if any(back for _, _, back in names) else (False,)
+    kinds = {what for what, _, _ in names} | {"weight_ih", "weight_hh"}
+    kinds |= {"bias_ih", "bias_hh"} if kinds & {"bias_ih", "bias_hh"} else set()
+    here = f"{where}: {short(part.title or 'the recurrent module', 200)}"
+    if part.beside:
+        raise FormatError(
+            f"{here}: expected the weights of PyTorch's recurrent layers alone, found {_listed(part.beside)} among "
+            "them: a layer of another kind"
+        )
+    for layer in range(depth):
+        for back in ways:
+            for what in sorted(kinds):
+                if (what, layer, back) not in names:
+                    tail = f"_l{layer}{'_reverse' * back}" if part.layered else ""
+                    raise FormatError(
+                        f"{where}: tensor {short(part.prefix + what + tail, 200)}: expected it beside "
+                        f"{short(next(iter(names.values())), 200)}, found no such tensor"
+                    )
+    rnn = False
+    layers: list[list[Cell]] = []
+    for layer in range(depth):
+        layers.append([])
+        for back in ways:
+            cell = _cell(where, {what: names[what, layer, back] for what in sorted(kinds)}, tensors, activation)
+            rnn = rnn or cell.spec.kind == "rnn"
+            layers[-1].append(cell)
+    metadata: dict[str, Any] = {"source": {"format": "pytorch", "module": part.title}}
+    if rnn and activation is None:
+        metadata["assumed"] = ASSUMED
+    try:
+        nodes: list[Node] = (
+            [Bidirectional(Recurrent((ahead,)), Recurrent((back,), go_backwards=True)) for ahead, back in layers]
+            if len(ways) == 2
+            else [Recurrent(tuple(cell for (cell,) in layers))]
+        )
+        return Network(nodes, metadata=metadata)
+    except (ValueError, TypeError) as error:  # layers that don't meet
+        raise FormatError(f"{here}: {str(error)[:300]}") from None
+
+
+def _cell(where: str, names: Mapping[str, str], tensors: Mapping[str, Any], activation: str | None) -> Cell:
+    """Return the cell of one layer and direction; `names` says which of its tensors is called what."""
+
+    def tensor(what: str) -> str:
+        return f"{where}: tensor {short(names[what], 200)}"
+
+    shapes = {what: tuple(tensors[name].shape) for what, name in names.items()}
+    for what, shape in shapes.items():
+        axes = "[rows]" if what.startswith("bias") else "[P, H]" if what == "weight_hr" else "[rows, width]"
+        if len(shape) != axes.count(",") + 1 or 0 in shape:
+            raise FormatError(f"{tensor(what)}: expected {axes}, found {short(list(shape))}")
+    rows, width = shapes["weight_ih"]
+    projected = shapes.get("weight_hr")
+    out, units = projected or shapes["weight_hh"][1:] * 2
+    kind = KINDS.get(rows // units) if rows % units == 0 else None
+    if kind is None or (projected and kind != "lstm"):
+        raise FormatError(
+            f"{tensor('weight_ih')}: expected {'4H' if projected else '4H, 3H or H'} rows for H={units} units, "
+            f"as {'an LSTM' if projected else 'LSTM, GRU and RNN'} have them, found {rows}"
+        )
+    wanted = {"weight_ih": (rows, width), "weight_hh": (rows, out), "weight_hr": (out, units)}
+    for what, shape in shapes.items():
+        if shape != wanted.get(what, (rows,)):
+            found = f"found {short(list(shape))} beside {short(names['weight_ih'], 200)} {[rows, width]}"
+            raise FormatError(f"{tensor(what)}: expected {list(wanted.get(what, (rows,)))}, {found}")
+    arrays: dict[str, Any] = {}
+    for what, name in names.items():
+        array = np.asarray(tensors[name])
+        if array.dtype.kind != "f":
+            raise FormatError(
+                f"{tensor(what)}: expected floats, found {array.dtype}: a quantised layer, or none at all"
+            )
+        arrays[what] = array.astype(np.float32) if array.dtype.itemsize < 4 else array
+    biases = tuple(arrays[what] for what in ("bias_ih", "bias_hh") if what in arrays)
+    size = out if projected else 0
+    try:
+        spec = CellSpec(width, units, activation or "tanh", use_bias=bool(biases), kind=kind, proj_size=size)
+        cell = from_rows(kind, arrays["weight_ih"], arrays["weight_hh"], biases, ORDERS[kind])._asdict()
+        return Cell(spec, **cell, **({"projection": arrays["weight_hr"].T} if projected else {}))
+    except (ValueError, TypeError) as error:  # a projection as wide as the units, dtypes that differ
+        raise FormatError(f"{tensor('weight_ih')}: {str(error)[:300]}") from None

@@ -1,0 +1,170 @@
+"""Writing a network as `torch.save` writes a state dict, without torch: `load_state_dict` of `nn.LSTM` and its like
+takes it.
+
+The file is a zip, nothing in it compressed: `archive/data.pkl`, a pickle that names every tensor and its storage;
+`archive/data/0` and so on, the storages; the byte order and the format's version.
+
+Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.files import replacing
+from cellstack.formats.layout import Array, CellArrays, to_rows
+from cellstack.formats.pytorch_names import ORDERS
+from cellstack.network import Network
+from cellstack.nodes import Node
+from cellstack.recurrent import Bidirectional, Cell, Recurrent
+
+STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
+HELD = ("input_size", "units", "kind", "use_bias", "proj_size")  # what a state dict holds of a cell
+ALIGNMENT = 64  # of a storage in the file, so that it can be mapped into memory
+VERSION = b"3\n"
+
+
+def save(network: Network, path: str) -> None:
+    """Write a network as a state dict, whole or not at all.
+
+    Args:
+        network: one `Recurrent` of cells alike, or one `Bidirectional` of single cells a layer, as `nn.LSTM`, `nn.GRU`
+            and `nn.RNN` are. Its names and metadata aren't written: a state dict has no place for them.
+        path: where to.
+
+    Raises:
+        ValueError: something that PyTorch's layers, or a state dict of theirs, can't hold; names it.
+        OSError: the file can't be written.
+    """
+    tensors = state_dict(network)
+    with replacing(path) as file:
+        _write(file, tensors)
+
+
+def state_dict(network: Network) -> dict[str, Array]:
+    """Return the network's arrays as PyTorch names and shapes them.
+
+    Args:
+        network: as for `save`.
+
+    Returns:
+        Arrays by name, `weight_ih_l0 [4H, I]` and so on.
+
+    Raises:
+        ValueError: as for `save`.
+    """
+    pairs: list[tuple[str, Cell]] = []
+    for name, node in zip(network.names, network.nodes, strict=True):
+        if isinstance(node, Recurrent) and len(network.nodes) == 1:
+            pairs += [(f"_l{layer}", cell) for layer, cell in enumerate(_cells(name, node))]
+        elif isinstance(node, Bidirectional):
+            pairs += _both(name, node, len(pairs) // 2)
+        else:
+            raise _refuse(name, node, "expected one Recurrent, or Bidirectional nodes alone, as a module has them")
+    first = pairs[0][1]
+    tensors: dict[str, Array] = {}
+    for suffix, cell in pairs:
+        for what in ("kind", "units", "use_bias", "proj_size"):
+            one, other = getattr(first.spec, what), getattr(cell.spec, what)
+            if one != other:
+                raise ValueError(f"save: expected {what}={one!r} in every layer, as PyTorch has it, got {other!r}")
+        tensors |= {f"{name}{suffix}": array for name, array in _arrays(cell).items()}
+    return tensors
+
+
+def _refuse(name: str, node: Node, why: str) -> ValueError:
+    return ValueError(f"save: {name} ({type(node).__name__}): {why}; PyTorch's format holds a recurrent module alone")
+
+
+def _cells(name: str, node: Recurrent, backwards: bool = False) -> tuple[Cell, ...]:
+    """Return the cells of a stack that a module of PyTorch's can be."""
+    if not node.return_sequences or node.residual or node.go_backwards != backwards:
+        raise _refuse(name, node, "expected return_sequences, and neither residual nor go_backwards")
+    if node.zero_output_for_mask and not backwards:
+        raise _refuse(name, node, "expected no zero_output_for_mask")
+    for cell in node.cells:
+        usual = {"reset_after": True, "activation": "tanh", "recurrent_activation": "sigmoid"}
+        other = [key for key, value in cell.spec.settings.items() if key not in HELD and usual.get(key) != value]
+        if other:
+            settings = ", ".join(f"{key}={cell.spec.settings[key]!r}" for key in other)
+            raise _refuse(name, node, f"expected cells as PyTorch has them, got {settings}")
+    return node.cells
+
+
+def _both(name: str, node: Bidirectional, layer: int) -> list[tuple[str, Cell]]:
+    if node.merge_mode != "concat" or len(node.cells) != 2:
+        raise _refuse(name, node, "expected one cell each way, concatenated")
+    plain = Recurrent(node.forward.cells, node.forward.return_sequences, residual=node.forward.residual)
+    (ahead,), (back,) = _cells(name, plain), _cells(name, node.backward, backwards=True)
+    return [(f"_l{layer}", ahead), (f"_l{layer}_reverse", back)]
+
+
+def _arrays(cell: Cell) -> dict[str, Array]:
+    """Return a cell's arrays by PyTorch's names: rows, and two biases that add up."""
+    kind = cell.spec.kind
+    weight, recurrent, bias = to_rows(kind, CellArrays(cell.kernel, cell.recurrent_kernel, cell.bias), ORDERS[kind])
+    arrays = {"weight_ih": weight, "weight_hh": recurrent}
+    if bias is not None:
+        arrays["bias_ih"], arrays["bias_hh"] = bias if kind == "gru" else (bias, np.zeros_like(bias))
+    if cell.projection is not None:
+        arrays["weight_hr"] = cell.projection.T
+    return arrays
+
+
+# ── the file ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _name(path: str) -> bytes:
+    module, _, name = path.rpartition(".")
+    return f"c{module}\n{name}\n".encode()
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _whole(number: int) -> bytes:
+    if number < 1 << 31:
+        return b"J" + struct.pack("<i", number)
+    data = number.to_bytes(8, "little")
+    return b"\x8a" + bytes((len(data),)) + data
+
+
+def _tuple(*items: bytes) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def _pickle(tensors: dict[str, Array]) -> bytes:
+    """Return the pickle, protocol 2, of an ordered dict of tensors, each in a storage of its own."""
+    empty = _name("collections.OrderedDict") + b")R"
+    entries = []
+    for number, (name, array) in enumerate(tensors.items()):
+        kind = _name(f"torch.{STORAGES[array.dtype.name]}")
+        storage = _tuple(_text("storage"), kind, _text(str(number)), _text("cpu"), _whole(array.size)) + b"Q"
+        strides = [int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim)]
+        shape = (_tuple(*map(_whole, sizes)) for sizes in (array.shape, strides))
+        call = _tuple(storage, _whole(0), *shape, b"\x89", empty)
+        entries.append(_text(name) + _name("torch._utils._rebuild_tensor_v2") + call + b"R")
+    return b"\x80\x02" + empty + b"(" + b"".join(entries) + b"u."
+
+
+def _write(file: Any, tensors: dict[str, Array]) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(file, "w") as archive:
+
+        def put(name: str, data: bytes) -> None:
+            member = zipfile.ZipInfo(f"archive/{name}")  # of 1980: the same network gives the same file
+            padding = -(file.tell() + 30 + len(member.filename) + 4) % ALIGNMENT
+            member.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+            archive.writestr(member, data)
+
+        put("data.pkl", _pickle(tensors))
+        put("byteorder", b"little")
+        for number, array in enumerate(tensors.values()):
+            put(f"data/{number}", array.astype(array.dtype.newbyteorder("<")).tobytes())
+        put("version", VERSION)

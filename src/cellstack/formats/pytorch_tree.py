@@ -1,0 +1,119 @@
+"""What a file of PyTorch's holds, sorted: tensors by name, and the modules around them.
+
+Checkpoints nest their state dicts as they like, and whole modules are pickled as objects with their parameters,
+buffers and modules in dicts. Both come down to names: `model_state.lstm.weight_ih_l0`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from cellstack.formats.pickles import Standin
+from cellstack.formats.pytorch_tensors import Storage, Tensor, short
+from cellstack.spec import FormatError
+
+DEEPEST = 100  # how far things may lie within each other
+LONGEST_NAME = 1000
+OWN = ("_parameters", "_buffers", "_modules")  # where a module keeps what is its own
+COPIES = ("_flat_weights", "_all_weights", "_flat_weights_names")  # of a recurrent module's parameters
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+RECURRENT = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+NOTHING = ("Sequential", "Dropout", "Identity", "DataParallel", "DistributedDataParallel")  # that they do to a sequence
+
+
+@dataclass
+class Contents:
+    """What was found.
+
+    Attributes:
+        tensors: by name.
+        activations: of plain RNNs, by the module's name.
+        unknown: modules that do something that isn't known, in words.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    activations: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+
+def contents(where: str, root: Any) -> Contents:
+    """Return the tensors and modules within `root`, as `pytorch_archive.opened` gives it.
+
+    Args:
+        where: what messages call the file.
+        root: what was saved.
+
+    Returns:
+        Them, in the order of the file; an object that is there twice is looked into once.
+
+    Raises:
+        FormatError: things nested deeper, or with longer names, than any model has; two tensors of one name.
+    """
+    found = Contents()
+    seen: set[int] = set()
+    waiting: list[tuple[Any, tuple[str, ...]]] = [(root, ())] if _holds(root) else []
+    while waiting:
+        value, path = waiting.pop()
+        if isinstance(value, Tensor):
+            name = ".".join(path)
+            if len(name) > LONGEST_NAME:
+                raise FormatError(f"{where}: expected names of at most {LONGEST_NAME} characters, found {short(name)}")
+            if found.tensors.setdefault(name, value) is not value:
+                raise FormatError(f"{where}: tensor {short(name, 200)}: expected one of that name, found two")
+            continue
+        if isinstance(value, Storage):  # what isn't an ordinary tensor, such as a quantised one, is built on one
+            found.unknown.append(
+                f"{short('.'.join(path) or 'the whole file', 200)}: a storage of {value.count} {value.dtype}"
+            )
+            continue
+        if id(value) in seen:
+            continue
+        if len(path) > DEEPEST:
+            raise FormatError(f"{where}: expected at most {DEEPEST} things within each other, found more")
+        seen.add(id(value))
+        inside = _standin(value, path, found) if isinstance(value, Standin) else _entries(value)
+        waiting += [(child, (*path, *names)) for names, child in reversed(inside)]
+    return found
+
+
+def _entries(value: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Return what a dict or list holds, each with its name."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    names = ((key if isinstance(key, str) else short(key, 40), child) for key, child in pairs)
+    return [((name,), child) for name, child in names if _holds(child)]
+
+
+def _holds(child: Any) -> bool:
+    """Return whether there may be tensors within."""
+    return isinstance(child, (Tensor, Storage, dict, list, tuple, Standin))
+
+
+def _standin(value: Standin, path: tuple[str, ...], found: Contents) -> list[tuple[tuple[str, ...], Any]]:
+    """Return what an object holds, each with its name; note what is known of it, where it is a module."""
+    kind = re.sub(r"___torch_mangle_\d+\.", "", value.kind.removeprefix("__torch__."))  # as TorchScript writes them
+    module = kind.rpartition(".")[2]
+    parts = value.state if isinstance(value.state, tuple) else (value.state,)  # attributes may come in two dicts
+    attributes = {key: child for part in parts if isinstance(part, dict) for key, child in part.items()}
+    if "_modules" in attributes or value.kind.startswith("__torch__."):
+        name, known = ".".join(path), kind.startswith("torch.nn.")
+        activation = attributes.get("nonlinearity", attributes.get("mode"))  # old modules have the latter alone
+        if known and module.startswith("RNN") and isinstance(activation, str):
+            word = activation.removeprefix("RNN_").lower()
+            if word in ("tanh", "relu"):
+                found.activations[name] = word
+        if not known or module not in (*RECURRENT, *NOTHING) or any(attributes.get(hooks) for hooks in HOOKS):
+            what = "with forward hooks" if known and module in (*RECURRENT, *NOTHING) else "whose code isn't run"
+            found.unknown.append(f"{short(name or 'the module itself', 200)}: {short(kind, 200)}, {what}")
+    if kind.endswith("multiarray._reconstruct"):
+        found.unknown.append(f"{short('.'.join(path), 200)}: an array of NumPy's")
+    inside: list[tuple[tuple[str, ...], Any]] = []
+    for key, child in attributes.items():
+        if key in OWN and isinstance(child, dict):
+            inside += _entries(child)
+        elif isinstance(key, str) and key not in COPIES and _holds(child):
+            inside.append(((key,), child))
+    for more in (value.items, value.pairs, value.args):
+        inside += _entries(more) if more else []
+    return inside + [(("state",), part) for part in parts if not isinstance(part, dict) and _holds(part)]

@@ -1,0 +1,410 @@
+"""The runtimes that files are made for, run beside us by `verify`. Each is imported when it is asked for.
+
+None is let run code out of a file: torch loads weights alone, keras refuses lambdas, and C is compiled from what we
+write ourselves, once the file has turned out to be the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cellstack.formats import adapter_of, c, onnx, safetensors
+from cellstack.network import Network
+from cellstack.node import Array, CellState
+from cellstack.spec import FormatError
+
+
+class Answers(NamedTuple):
+    """What a runtime made of the inputs: outputs by the network's names, states as `named` has them, where it has any.
+
+    `runtime` and `version` name it.
+    """
+
+    runtime: str
+    version: str
+    outputs: dict[str, Array]
+    states: dict[str, Array]
+
+
+class CannotRunError(Exception):
+    """Nothing can run a file here; the message says why, and what to install where that would do."""
+
+
+class OtherSizesError(CannotRunError):
+    """A file takes inputs of other lengths alone: `batch` rows of `steps` steps."""
+
+    def __init__(self, batch: int, steps: int) -> None:
+        super().__init__(f"the file takes inputs of B={batch}, T={steps} alone")
+        self.batch, self.steps = batch, steps
+
+
+ONNX_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+Inputs = Mapping[str, Array]
+Runner = Callable[[Network, str, Inputs], Answers]
+
+
+def named(states: Sequence[CellState]) -> dict[str, Array]:
+    """Return every array of a network's state by a name, such as `cell 0 c`."""
+    return {
+        f"cell {number} {name}": array
+        for number, state in enumerate(states)
+        for name, array in zip(state._fields, state, strict=True)
+    }
+
+
+def runner_of(path: str) -> Runner:
+    """Return what runs a file: by its suffix, or where that says nothing by its content.
+
+    Raises:
+        FormatError: no format is like it.
+        OSError: it can't be read.
+    """
+    suffix = PurePath(path).suffix.lower()
+    return RUNNERS[suffix if suffix in RUNNERS else adapter_of(path).SUFFIXES[0]]
+
+
+def _package(name: str, path: str) -> Any:
+    """Return a package; `CannotRunError` where it isn't installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise CannotRunError(f"{path} is run by {name}, which needs {error.name}: pip install {error.name}") from None
+
+
+def _says(what: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{what}: {text if len(text) <= 300 else text[:297] + '...'}"
+
+
+def _by_name(names: Sequence[str], found: Sequence[str], arrays: Sequence[Any], what: str) -> dict[str, Any]:
+    """Return arrays by `names`: those that are `found` under the same names, else all in order."""
+    if set(names) <= set(found):
+        return {name: arrays[found.index(name)] for name in names}
+    if len(names) != len(found):
+        raise CannotRunError(f"expected the {what} {', '.join(names)}, found {', '.join(found)}")
+    return dict(zip(names, arrays, strict=True))
+
+
+# ── ours ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _by_us(net: Network, path: str, inputs: Inputs) -> Answers:
+    """Run what `load` reads out of a file of our own."""
+    other = safetensors.load(path)
+    try:
+        y, states = other.run(_by_name(other.inputs, list(inputs), list(inputs.values()), "inputs"))
+    except ValueError as error:
+        raise CannotRunError(_says("the network in the file takes other inputs", error)) from None
+    arrays = y if isinstance(y, tuple) else (y,)
+    outputs = _by_name(net.outputs, other.outputs, arrays, "outputs")
+    return Answers("cellstack", metadata.version("cellstack"), outputs, named(states))
+
+
+# ── ONNX ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
+    """Run a model; what it takes beside the network's inputs are lengths, and states, which start at zero."""
+    ort = _package("onnxruntime", path)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # it says what is wrong in what it raises too
+    ends = _ends_of(net, path)
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        found = _run_session(net, ends, session, inputs)
+    except CannotRunError:
+        raise
+    except Exception as error:  # its errors have no class in common
+        raise CannotRunError(_says(f"onnxruntime {ort.__version__} can't run it", error)) from None
+    batch = len(next(iter(inputs.values())))
+    names = ends["outputs"] or dict.fromkeys(list(found)[: len(net.outputs)], "")
+    if len(names) != len(net.outputs) or not names.keys() <= found.keys():
+        raise CannotRunError(f"expected the outputs {', '.join(net.outputs)}, found {', '.join(found)}")
+    outputs = {ours: _ordered(found[name], names[name]) for ours, name in zip(net.outputs, names, strict=True)}
+    states: dict[str, Array] = {}
+    for name, refs in ends["states"].items():
+        cells = [ends["firsts"][node] + way for node, way, _ in refs]
+        units = net.cells[cells[0]].spec.units if cells[0] < len(net.cells) else 0
+        parts = _parted(found[name], len(refs), batch, units)
+        states |= {f"cell {cell} {ref[2]}": part for cell, ref, part in zip(cells, refs, parts, strict=False)}
+    return Answers("onnxruntime", ort.__version__, outputs, states)
+
+
+def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Inputs) -> dict[str, Array]:
+    """Return a session's outputs by name. A model of one step is run step by step, where its states can go on."""
+    entries, outs = session.get_inputs(), [entry.name for entry in session.get_outputs()]
+    axes, fed = _fed(net, ends, entries, inputs)
+    declared = {entry.name: entry.shape for entry in entries}
+    found = {
+        axis: (want, got)
+        for name, letters in axes.items()
+        for axis, want, got in zip(letters or "BTF", declared[name], fed[name].shape, strict=False)
+    }
+    wanted = {axis: want for axis, (want, got) in found.items() if isinstance(want, int) and want != got}
+    before, after = [name for name in fed if name not in axes], list(ends["states"])
+    by_steps = wanted.get("T") == 1 and len(before) == len(after) > 0
+    if "B" in wanted or ("T" in wanted and not by_steps):
+        sizes = {axis: want if axis in wanted else got for axis, (want, got) in found.items()}
+        raise OtherSizesError(sizes["B"], found["T"][1] if by_steps else sizes.get("T", 1))
+    if not by_steps:
+        return dict(zip(outs, session.run(None, fed), strict=True))
+    steps: list[dict[str, Array]] = []
+    for t in range(found["T"][1]):
+        frame = {name: fed[name].take([t], axis=axes[name].index("T")) for name in axes}
+        states = [steps[-1][name] for name in after] if steps else [fed[name] for name in before]
+        frame |= dict(zip(before, states, strict=True))
+        steps.append(dict(zip(outs, session.run(None, frame), strict=True)))
+    joined = {
+        name: np.concatenate([step[name] for step in steps], axis=letters.index("T"))
+        for name, letters in ends["outputs"].items()
+        if "T" in letters
+    }
+    return steps[-1] | joined
+
+
+def _parted(array: Array, count: int, batch: int, units: int) -> list[Array]:
+    """Return the states `[B, H]` that an output holds, in whatever order its axes are; none where it isn't clear."""
+    if count == 1 and array.size == batch * units:
+        return [array.reshape(batch, units)]
+    wide = [axis for axis in range(array.ndim) if array.shape[axis] == units][-1:]
+    rows = [axis for axis in range(array.ndim) if array.shape[axis] == batch and axis not in wide][:1]
+    if not wide or not rows or array.size != count * batch * units:
+        return []
+    return list(np.moveaxis(array, (*rows, *wide), (-2, -1)).reshape(count, batch, units))
+
+
+def _ends_of(net: Network, path: str) -> dict[str, Any]:
+    """Return how the ends of a graph go with those of the network that our reader makes of it, as it notes it.
+
+    They are `inputs` and `outputs`, in the network's order, each with its axes, and `states`, which are outputs too:
+    each of the operators' states, and the `firsts` of the cells that the operators are. Where our reader can't read
+    the file whole they are empty: then all is taken as it comes.
+    """
+    try:
+        read = onnx.load(path)
+    except (FormatError, ModuleNotFoundError):
+        return {"inputs": {}, "outputs": {}, "states": {}}
+    noted = read.metadata["onnx"]
+    counts = [len(node.cells) for node in read.nodes if node.cells]
+    return {
+        "inputs": noted["inputs"] if len(noted["inputs"]) == len(net.inputs) else {},
+        "outputs": noted["outputs"],
+        "states": noted["states"],
+        "firsts": [sum(counts[:number]) for number in range(len(counts))],
+    }
+
+
+def _fed(
+    net: Network, ends: dict[str, Any], entries: Sequence[Any], inputs: Inputs
+) -> tuple[dict[str, str], dict[str, Array]]:
+    """Return the axes of what carries data, and all that a session is fed with, each in its order of axes."""
+    names = ends["inputs"] or dict.fromkeys([entry.name for entry in entries][: len(inputs)], "")
+    given = {name: (inputs[ours], axes) for ours, (name, axes) in zip(net.inputs, names.items(), strict=False)}
+    first = next(iter(inputs.values()))
+    fed: dict[str, Array] = {}
+    for entry in entries:
+        dtype = ONNX_TYPES.get(entry.type)
+        if entry.name in given and dtype is not None:
+            array, axes = given[entry.name]
+            ours = [axis for axis in "BTF" if axis in axes]
+            order = [ours.index(axis) for axis in axes]
+            fed[entry.name] = np.ascontiguousarray(array.transpose(order) if axes else array, dtype)
+        elif dtype in ("float32", "float64"):
+            fed[entry.name] = np.zeros([axis if isinstance(axis, int) else len(first) for axis in entry.shape], dtype)
+        elif dtype is not None and len(entry.shape) == 1 and first.ndim > 1:
+            fed[entry.name] = np.full(len(first), first.shape[1], dtype)
+        else:
+            raise CannotRunError(f"expected {', '.join(given)}, states and lengths, found {entry.name} ({entry.type})")
+    return {name: axes for name, (_, axes) in given.items() if name in fed}, fed
+
+
+def _ordered(array: Array, axes: str) -> Array:
+    """Return an output as ours are: rows, steps, directions beside each other in the features."""
+    if len(axes) != array.ndim:
+        return array
+    order = sorted(range(array.ndim), key=lambda n: "BT1DF".index(axes[n]))
+    array = array.transpose(order)
+    kept = sum(axis in "BT" for axis in axes)
+    return array.reshape(*array.shape[:kept], -1) if "1" in axes or "D" in axes else array
+
+
+# ── Keras ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _some_backend() -> Iterator[None]:
+    """Within it keras finds a backend that is installed, where nobody has chosen one."""
+    there = next((name for name in ("tensorflow", "torch", "jax") if find_spec(name) is not None), None)
+    if "keras" in sys.modules or "KERAS_BACKEND" in os.environ or there is None:
+        yield
+        return
+    os.environ["KERAS_BACKEND"] = there
+    try:
+        yield
+    finally:
+        del os.environ["KERAS_BACKEND"]
+
+
+def _check_sizes(net: Network, shapes: Sequence[Any], inputs: Inputs) -> None:
+    """Raise `OtherSizesError` where a model has lengths of its own; its inputs stand in the network's order."""
+    for name, shape in zip(net.inputs, shapes, strict=False):
+        want, got = list(shape[:2]), list(inputs[name].shape[:2])
+        sizes = [one or other for one, other in zip(want, got, strict=True)]
+        if net.graph.timed(name) and sizes != got:
+            raise OtherSizesError(*sizes)
+
+
+def _by_keras(net: Network, path: str, inputs: Inputs) -> Answers:
+    with _some_backend():
+        keras = _package("keras", path)
+    try:
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+        names = [tensor.name for tensor in model.inputs]
+        _check_sizes(net, [tensor.shape for tensor in model.inputs], inputs)
+        given = _by_name(names, list(inputs), list(inputs.values()), "inputs")
+        arrays = [given[name] for name in names]
+        y = model(arrays if len(arrays) > 1 else arrays[0], training=False)
+    except CannotRunError:
+        raise
+    except Exception as error:  # any: it builds whatever the file describes
+        raise CannotRunError(_says(f"keras {keras.__version__} can't run it", error)) from None
+    found = [keras.ops.convert_to_numpy(one) for one in (y if isinstance(y, (list, tuple)) else [y])]
+    names = list(getattr(model, "output_names", [])) or [f"output {number}" for number in range(len(found))]
+    outputs = _by_name(net.outputs, names, found, "outputs")
+    return Answers("keras", keras.__version__, outputs, {})
+
+
+# ── PyTorch ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _tensors(torch: Any, found: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Give the tensors of nested dicts by their paths."""
+    if isinstance(found, Mapping):
+        for name, value in found.items():
+            yield from _tensors(torch, value, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(found, torch.Tensor):
+        yield prefix, found
+
+
+def _by_torch(net: Network, path: str, inputs: Inputs) -> Answers:
+    """Run the one recurrent module whose state dict a file holds."""
+    torch = _package("torch", path)
+    try:
+        tensors = dict(_tensors(torch, torch.load(path, map_location="cpu", weights_only=True)))
+    except Exception as error:  # such as UnpicklingError: more than weights
+        raise CannotRunError(_says("torch can't load it without running the file's own code", error)) from None
+    weights = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+    weights = {f"{name}_l0" if re.search(r"_(ih|hh)$", name) else name: one for name, one in weights.items()}
+    layers = [re.search(r"_l(\d+)(_reverse)?$", name) for name in weights]
+    if len(weights) != len(tensors) or "weight_hh_l0" not in weights or len(inputs) != 1 or None in layers:
+        raise CannotRunError(f"expected the weights of one recurrent module, found {', '.join(tensors)[:200]}")
+    cell = net.cells[0].spec
+    kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[cell.kind]
+    flags = {"proj_size": cell.proj_size} if cell.kind == "lstm" else {}
+    flags |= {"nonlinearity": cell.activation} if cell.kind == "rnn" else {}
+    module = kind(
+        weights["weight_ih_l0"].shape[1],
+        cell.units,
+        num_layers=1 + max(int(found[1]) for found in layers if found is not None),
+        bias="bias_ih_l0" in weights,
+        bidirectional="weight_hh_l0_reverse" in weights,
+        batch_first=True,
+        dtype=getattr(torch, net.dtype.name),
+        **flags,
+    )
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CannotRunError(_says(f"torch.nn.{kind.__name__} doesn't take the file's weights", error)) from None
+    (x,) = inputs.values()
+    with torch.no_grad():
+        y, after = module(torch.from_numpy(np.array(x)))
+    arrays = [array.numpy() for array in (after if isinstance(after, tuple) else (after,))]  # each [layers, B, H]
+    states = {
+        f"cell {number} {name}": array[number]
+        for number in range(len(arrays[0]))
+        for name, array in zip("hc", arrays, strict=False)
+    }
+    return Answers("torch", str(torch.__version__), {net.outputs[0]: y.numpy()}, states)
+
+
+# ── C ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _by_compiler(net: Network, path: str, inputs: Inputs) -> Answers:
+    """Compile what `export_c` writes of the network, where the file is just that, and run it."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise CannotRunError(f"{path} needs a C compiler, cc or what CC names: install gcc or clang")
+    name = PurePath(path).stem
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            header, source = c.export(net, folder, name)
+        except ValueError as error:
+            raise CannotRunError(str(error)) from None
+        for own, theirs in ((header, Path(path).with_suffix(".h")), (source, Path(path))):
+            if not theirs.exists() or own.read_bytes() != theirs.read_bytes():
+                raise CannotRunError(f"{theirs} isn't what export_c writes of this network")
+        built = os.path.join(folder, "library.so")
+        command = [compiler, "-O2", "-shared", "-fPIC", "-o", built, str(source), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CannotRunError(f"{compiler}: {done.stderr.strip()[:300]}")
+        version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=False).stdout
+        found = re.search(r"RAM: +([\d,]+) bytes", header.read_text(encoding="ascii"))
+        size = int(found[1].replace(",", "")) if found else 0
+        outputs, states = _in_c(ctypes.CDLL(built), name, size, net, next(iter(inputs.values())))
+    return Answers(PurePath(compiler).name, version.strip(), outputs, states)
+
+
+def _in_c(
+    library: ctypes.CDLL, name: str, size: int, net: Network, x: Array
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Run each row frame by frame."""
+    frames = np.ascontiguousarray(x.reshape(*x.shape[:2], -1), net.dtype)
+    y = np.empty((*frames.shape[:2], net.shapes[net.outputs[0]][-1] or 1), net.dtype)
+    memory = np.zeros((len(frames), size // net.dtype.itemsize), net.dtype)
+
+    def call(what: str, *arrays: Array) -> None:
+        getattr(library, f"{name}_{what}")(*(array.ctypes.data_as(ctypes.c_void_p) for array in arrays))
+
+    for row, state in enumerate(memory):
+        call("init", state)
+        for t in range(frames.shape[1]):
+            call("step", state, frames[row, t], y[row, t])
+    sizes = [size for cell in net.cells for size in cell.spec.state_sizes.values()]
+    blocks = np.split(memory, np.cumsum(sizes), axis=1)  # scratch comes last
+    names = (f"cell {n} {array}" for n, cell in enumerate(net.cells) for array in cell.spec.state_sizes)
+    whole = len(net.shapes[net.outputs[0]]) == 2
+    return {net.outputs[0]: y if whole else y[:, -1]}, dict(zip(names, blocks, strict=False))
+
+
+RUNNERS: dict[str, Runner] = {
+    ".safetensors": _by_us,
+    ".onnx": _by_onnxruntime,
+    ".keras": _by_keras,
+    ".h5": _by_keras,
+    ".hdf5": _by_keras,
+    **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".ckpt"), _by_torch),
+    ".c": _by_compiler,
+}

@@ -1,0 +1,49 @@
+"""Safetensors files of weights alone, such as a torch state dict is saved in: their recurrent modules by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from cellstack.formats.pytorch_names import network_of, networks_of, parts_of
+from cellstack.network import Network
+from cellstack.node import Array
+from cellstack.spec import FormatError
+
+DTYPES = ("F16", "F32", "F64")
+
+
+class _Tensor:
+    """A tensor of the file, read when it is asked for."""
+
+    def __init__(self, path: str, file: safe_open, name: str) -> None:
+        self.path, self.file, self.name = path, file, name
+        entry = file.get_slice(name)
+        self.shape, self.dtype = tuple(entry.get_shape()), entry.get_dtype()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if self.dtype not in DTYPES:
+            found = f"found {self.dtype}"
+            raise FormatError(f"{self.path}: tensor {self.name!r}: expected dtype {', '.join(DTYPES)}, {found}")
+        return np.asarray(self.file.get_tensor(self.name), dtype)
+
+
+def _tensors(path: str, file: safe_open) -> dict[str, _Tensor]:
+    return {name: _Tensor(path, file, name) for name in file.keys()}  # noqa: SIM118 - no dict
+
+
+def has_parts(file: safe_open) -> bool:
+    """Return whether any tensor is named as PyTorch names those of a recurrent module."""
+    return bool(parts_of(_tensors("", file)))
+
+
+def load_weights(path: str, file: safe_open) -> Network:
+    """Return the one recurrent module that a file of weights consists of: see `pytorch_names.network_of`."""
+    return network_of(_tensors(path, file), path)
+
+
+def extract_weights(path: str, file: safe_open) -> dict[str, Network]:
+    """Return the recurrent modules of a file of weights by name: see `pytorch_names.networks_of`."""
+    return networks_of(_tensors(path, file), path)

@@ -1,0 +1,182 @@
+"""Does a file's own runtime answer as our network does? The same input through both, and the greatest difference."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cellstack.formats.runtimes import CannotRunError, Inputs, OtherSizesError, Runner, named, runner_of
+from cellstack.network import Network
+from cellstack.node import Array
+from cellstack.nodes import Embedding
+
+TOLERANCE = 1e-4
+"""Greatest relative difference that passes where none is given: float32 on both sides, sums in other orders."""
+BATCH, STEPS = 5, 7  # of the input that is drawn, where the file has no lengths of its own
+
+
+class Difference(NamedTuple):
+    """How far two answers lie apart: `relative` is the greatest difference over the greatest magnitude of theirs."""
+
+    name: str
+    shape: tuple[int, ...]
+    theirs: tuple[int, ...]
+    absolute: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Args:
+        path: the file.
+        runtime: what ran it, None where nothing could.
+        version: of the runtime.
+        inputs: shapes of the inputs, by name.
+        differences: one an output, then one an array of the state.
+        note: why nothing could run the file, and what would; or what was left out.
+    """
+
+    path: str
+    runtime: str | None
+    version: str
+    inputs: dict[str, tuple[int, ...]]
+    differences: tuple[Difference, ...]
+    note: str = ""
+
+    def ok(self, tolerance: float = TOLERANCE) -> bool:
+        """Return whether both ran, and every answer has the other's shape and lies near it.
+
+        Args:
+            tolerance: greatest relative difference.
+
+        Returns:
+            False too where nothing could run the file: nothing was verified then.
+        """
+        return self.runtime is not None and all(
+            one.shape == one.theirs and one.relative <= tolerance for one in self.differences
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as what JSON can hold."""
+        names = ("path", "runtime", "version", "inputs", "note")
+        return {name: getattr(self, name) for name in names} | {
+            "ok": self.ok(),
+            "differences": [one._asdict() for one in self.differences],
+        }
+
+    def __str__(self) -> str:
+        if self.runtime is None:
+            return f"{self.path}: not verified: {self.note}"
+        given = ", ".join(f"{name} {list(shape)}" for name, shape in self.inputs.items())
+        rows = [("", "shape", "absolute", "relative")]
+        for name, shape, theirs, absolute, relative in self.differences:
+            found = str(list(shape)) if shape == theirs else f"{list(shape)}, theirs {list(theirs)}"
+            rows.append((name, found, f"{absolute:.2e}", f"{relative:.2e}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        head = f"{self.path}: greatest difference to {self.runtime} {self.version} on {given}"
+        return "\n".join([head, *("  " + line for line in lines), *([f"  {self.note}"] if self.note else [])])
+
+
+def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0) -> Report:
+    """Run the same input through a network and through a file's own runtime, and compare what they return.
+
+    Args:
+        net: the network, such as what `load` made of the file, or what was saved to it.
+        path: the file. `.onnx` is run by onnxruntime, `.keras` and `.h5` by keras, `.pt` and its like by torch (state
+            dicts of one recurrent module), `.c` by the machine's C compiler, `.safetensors` by `load`.
+        x: as for `Network.run`, with a time axis; None draws one.
+        seed: of what is drawn.
+
+    Returns:
+        The differences, per output and, where the runtime returns them, per state. Where the runtime isn't installed
+        or can't run the file, a report that says so, and what to install.
+
+    Raises:
+        ShapeError, TypeError: `x` doesn't fit the network.
+        FormatError: a file of no format that is known.
+        OSError: the file can't be read.
+
+    >>> import tempfile
+    >>> from cellstack import Cell, CellSpec, Recurrent
+    >>> net = Network([Recurrent((Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8))),))])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     net.save(f"{folder}/net.safetensors")
+    ...     verify(net, f"{folder}/net.safetensors").ok(0.0)
+    True
+    """
+    path = fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(2, "no such file", path)
+    run = runner_of(path)
+    inputs = _drawn(net, seed, BATCH, STEPS) if x is None else net.as_inputs("verify", x)
+    try:
+        return _run_both(net, path, run, inputs)
+    except OtherSizesError as error:
+        if x is not None:
+            return _not_verified(path, inputs, error)
+        return _run_both(net, path, run, _drawn(net, seed, error.batch, error.steps))
+
+
+def _not_verified(path: str, inputs: Inputs, error: CannotRunError) -> Report:
+    return Report(path, None, "", {name: array.shape for name, array in inputs.items()}, (), str(error))
+
+
+def _run_both(net: Network, path: str, run: Runner, inputs: Inputs) -> Report:
+    """Return the report on some inputs; `OtherSizesError` where the file takes others."""
+    y, states = net.run(inputs)
+    try:
+        with warnings.catch_warnings():  # what a runtime says of itself, such as which of its ways it takes
+            warnings.simplefilter("ignore")
+            theirs = run(net, path, inputs)
+    except OtherSizesError:
+        raise
+    except CannotRunError as error:
+        return _not_verified(path, inputs, error)
+    ours = dict(zip(net.outputs, y if len(net.outputs) > 1 else (y,), strict=True)) | named(states)
+    pairs = {**theirs.outputs, **theirs.states}
+    left = sorted(ours.keys() - pairs.keys())
+    return Report(
+        path,
+        theirs.runtime,
+        theirs.version,
+        {name: array.shape for name, array in inputs.items()},
+        tuple(_difference(name, ours.get(name), array) for name, array in pairs.items()),
+        f"not compared: {', '.join(left)}" if left else "",
+    )
+
+
+def _drawn(net: Network, seed: int, batch: int, steps: int) -> dict[str, Array]:
+    """Return random inputs for a network: normal, or ids that its tables have."""
+    rng = np.random.default_rng(seed)
+    rows = min((len(node.table) for node in net.nodes if isinstance(node, Embedding)), default=1)
+    inputs = {}
+    for name in net.inputs:
+        shape = net.shapes[name]
+        axes = [steps if axis is None else axis for axis in shape]
+        if name in net.graph.ids:
+            inputs[name] = rng.integers(0, rows, size=(batch, *axes))
+        else:
+            inputs[name] = rng.standard_normal((batch, *axes)).astype(net.dtype)
+    return inputs
+
+
+def _difference(name: str, ours: Array | None, theirs: Array) -> Difference:
+    if ours is None or ours.shape != theirs.shape:
+        return Difference(name, () if ours is None else ours.shape, theirs.shape, float("inf"), float("inf"))
+    if not ours.size:
+        return Difference(name, ours.shape, theirs.shape, 0.0, 0.0)
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(a - b)
+    apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0  # two infinities, two NaN
+    absolute = float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max())
+    largest = float(np.abs(b[np.isfinite(b)]).max(initial=0.0))
+    return Difference(name, ours.shape, theirs.shape, absolute, absolute / largest if largest else absolute)

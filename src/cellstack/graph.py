@@ -1,0 +1,228 @@
+"""How the nodes of a network are wired: what goes where, in which shape, and what can't be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from cellstack.node import MOST_AXES, Node, Shape, check_integer, shown
+from cellstack.nodes import Embedding
+from cellstack.spec import ShapeError
+
+Inputs = Sequence[str] | Mapping[str, Sequence[int | None] | None]
+
+
+class Graph(NamedTuple):
+    """The wiring of a network, checked. A value goes by the name of the input or of the node that it comes from."""
+
+    inputs: tuple[str, ...]
+    wires: tuple[tuple[str, ...], ...]  # a node's: where its values come from
+    outputs: tuple[str, ...]
+    shapes: dict[str, Shape]  # of every value
+    ids: frozenset[str]  # inputs that no node but an Embedding computes with: they keep their dtype
+    late: tuple[bool, ...]  # a node's: whether its check needs lengths that only a call brings
+    done: tuple[tuple[str, ...], ...]  # a node's: values that nobody needs once it has run
+
+    def timed(self, name: str) -> bool:
+        """Whether an input has a time axis, and with it a mask."""
+        return name in self.ids or len(self.shapes[name]) == 2
+
+    def shown(self, name: str) -> str:
+        """Return the shape of a value as it is written down."""
+        return shown(self.shapes[name], name in self.ids)
+
+
+def wired(
+    nodes: tuple[Node, ...],
+    names: tuple[str, ...],
+    inputs: Inputs | None,
+    wires: Sequence[Sequence[str]] | None,
+    outputs: Sequence[str] | None,
+) -> Graph:
+    """Return the wiring of some nodes, or raise what `Network` says it raises."""
+    given = _inputs(names, inputs)
+    wires = _wires(names, tuple(given), wires)
+    outputs = _outputs(names, outputs)
+    _check_used(names, tuple(given), wires, outputs)
+    ids = _ids(nodes, names, tuple(given), wires, outputs)
+    shapes = _input_shapes(nodes, names, given, wires, ids)
+    late = []
+    for node, name, sources in zip(nodes, names, wires, strict=True):
+        if node.inputs is not None and len(sources) != node.inputs:
+            raise ShapeError(f"{name}: {type(node).__name__} expected one value, got {len(sources)}")
+        comes = [shapes[source] for source in sources]
+        shapes[name] = node.check(name, *comes)
+        open_width = node.input_size is not None and any(shape[-1] is None for shape in comes)
+        late.append(open_width or (node.checks_late and any(None in shape for shape in comes)))
+    last = {source: number for number, sources in enumerate(wires) for source in sources}
+    done: list[list[str]] = [[] for _ in nodes]
+    kept = set(outputs)
+    for value, number in last.items():
+        if value not in kept:
+            done[number].append(value)
+    return Graph(tuple(given), wires, outputs, shapes, ids, tuple(late), tuple(map(tuple, done)))
+
+
+def check_name(what: str, name: object) -> None:
+    """Raise `ValueError` unless `name` is printable text without a slash."""
+    if not isinstance(name, str) or not name or "/" in name or not name.isprintable():
+        raise ValueError(f"Network: expected every {what} to be printable text without '/', got {name!r:.80}")
+
+
+def _inputs(names: tuple[str, ...], inputs: Inputs | None) -> dict[str, Shape | None]:
+    """Return the inputs by name, with their shapes where they are given."""
+    if inputs is None:
+        inputs = ("x",)
+    if isinstance(inputs, str):
+        raise TypeError(f"Network: expected inputs to be a tuple of names, got {inputs!r:.80}")
+    order, taken = tuple(inputs), set(names)
+    for name in order:
+        check_name("input's name", name)
+        if name in taken:
+            raise ValueError(f"Network: expected an input's name to be no node's, got {name!r:.80} for both")
+    if not order or len(set(order)) != len(order):
+        raise ValueError(f"Network: expected inputs to be different names, at least one, got {list(order)}")
+    shapes = inputs if isinstance(inputs, Mapping) else {}
+    return {name: _given_shape(name, shapes.get(name)) for name in order}
+
+
+def _given_shape(name: str, shape: object) -> Shape | None:
+    if shape is None:
+        return None
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or not 1 <= len(shape) <= MOST_AXES:
+        raise ValueError(f"Network: expected the shape of input {name} to be its axes after B, got {shape!r:.80}")
+    return tuple(
+        None if axis is None else check_integer(f"Network: input {name}", "every axis", axis) for axis in shape
+    )
+
+
+def _wires(
+    names: tuple[str, ...], inputs: tuple[str, ...], wires: Sequence[Sequence[str]] | None
+) -> tuple[tuple[str, ...], ...]:
+    if wires is None:
+        if len(inputs) > 1:
+            raise ValueError(f"Network: expected wires, as there is more than one input, {', '.join(inputs)}; got none")
+        return tuple((before,) for before in (*inputs, *names[:-1]))
+    if isinstance(wires, str) or not isinstance(wires, Sequence) or len(wires) != len(names):
+        got = len(wires) if isinstance(wires, Sequence) else type(wires).__name__
+        raise ValueError(f"Network: expected wires to be {len(names)} tuples of names, one a node, got {got}")
+    known, all_names, checked = set(inputs), set(names), []
+    for name, sources in zip(names, wires, strict=True):
+        if isinstance(sources, str) or not isinstance(sources, Sequence) or not sources:
+            raise ValueError(f"Network: expected the wires of {name} to be a tuple of names, got {sources!r:.80}")
+        for source in sources:
+            if not isinstance(source, str) or (source not in known and source not in all_names):
+                raise ValueError(f"Network: expected the wires of {name} to be of inputs and nodes, got {source!r:.80}")
+            if source not in known:
+                raise ValueError(f"Network: expected the wires of {name} to be of earlier nodes, got {source!r}")
+        checked.append(tuple(sources))
+        known.add(name)
+    return tuple(checked)
+
+
+def _outputs(names: tuple[str, ...], outputs: Sequence[str] | None) -> tuple[str, ...]:
+    if outputs is None:
+        return names[-1:]
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence) or not outputs:
+        raise ValueError(f"Network: expected outputs to be a tuple of nodes' names, got {outputs!r:.80}")
+    known = set(names)
+    for name in outputs:
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"Network: expected every output to be a node, got {name!r:.80}")
+    if len(set(outputs)) != len(outputs):
+        raise ValueError(f"Network: expected outputs that differ, got {list(outputs)}")
+    return tuple(outputs)
+
+
+def _check_used(
+    names: tuple[str, ...], inputs: tuple[str, ...], wires: tuple[tuple[str, ...], ...], outputs: tuple[str, ...]
+) -> None:
+    used = set(outputs)
+    for name, sources in zip(reversed(names), reversed(wires), strict=True):
+        if name in used:
+            used.update(sources)
+    for what, all_names in (("node", names), ("input", inputs)):
+        for name in all_names:
+            if name not in used:
+                raise ValueError(f"Network: expected every {what} to lead to an output, got {name!r}, which doesn't")
+
+
+def _ids(
+    nodes: tuple[Node, ...],
+    names: tuple[str, ...],
+    inputs: tuple[str, ...],
+    wires: tuple[tuple[str, ...], ...],
+    outputs: tuple[str, ...],
+) -> frozenset[str]:
+    """Return the inputs of ids: those from which every way leads to an Embedding, past nodes that only shape."""
+    computed = set(outputs)
+    for node, name, sources in zip(reversed(nodes), reversed(names), reversed(wires), strict=True):
+        if not isinstance(node, Embedding) and (name in computed or not node.shapes_only):
+            computed.update(sources)
+    return frozenset(name for name in inputs if name not in computed)
+
+
+def _input_shapes(
+    nodes: tuple[Node, ...],
+    names: tuple[str, ...],
+    given: dict[str, Shape | None],
+    wires: tuple[tuple[str, ...], ...],
+    ids: frozenset[str],
+) -> dict[str, Shape]:
+    """Return the inputs' shapes: those given, else as many axes, and as wide, as the nodes that take them say."""
+    axes, widths = _axes(nodes, names, given, wires), _widths(nodes, names, wires)
+    shapes: dict[str, Shape] = {}
+    for name, shape in given.items():
+        shape = (None,) * axes[name] if shape is None else shape
+        if shape[-1] is None and name not in ids:
+            shape = (*shape[:-1], widths.get(name))
+        shapes[name] = shape
+    return shapes
+
+
+def _axes(
+    nodes: tuple[Node, ...],
+    names: tuple[str, ...],
+    given: dict[str, Shape | None],
+    wires: tuple[tuple[str, ...], ...],
+) -> dict[str, int]:
+    """Return how many axes each input has beside the batch; a sequence's two where no node says.
+
+    Values that a node ties to each other, having as many axes as it takes, share one answer; the first to say it wins.
+    """
+    ties = {name: name for name in (*given, *names)}
+    said: dict[str, int] = {}
+
+    def of(name: str) -> str:
+        while ties[name] != name:
+            ties[name] = ties[ties[name]]
+            name = ties[name]
+        return name
+
+    for name, shape in given.items():
+        if shape is not None:
+            said[name] = len(shape)
+    for node, name, sources in zip(nodes, names, wires, strict=True):
+        takes, gives = node.axes
+        if takes is None and gives is None:
+            for source in sources:
+                one, other = of(source), of(name)
+                if one != other:
+                    ties[other] = one
+                    if other in said:
+                        said.setdefault(one, said[other])
+            continue
+        for value, count in [(name, gives), *((source, takes) for source in sources)]:
+            if count is not None:
+                said.setdefault(of(value), count)
+    return {name: said.get(of(name), 2) for name in given}
+
+
+def _widths(nodes: tuple[Node, ...], names: tuple[str, ...], wires: tuple[tuple[str, ...], ...]) -> dict[str, int]:
+    """Return how wide values are, as the first node says that takes one width alone, for those of which one does."""
+    widths: dict[str, int] = {}
+    for node, name, sources in zip(reversed(nodes), reversed(names), reversed(wires), strict=True):
+        width = widths.get(name) if node.input_size is None and node.keeps_width else node.input_size
+        if width is not None:
+            widths.update(dict.fromkeys(sources, width))
+    return widths

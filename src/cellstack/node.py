@@ -1,0 +1,282 @@
+"""What a node of a network is: what it answers, what flows through it, and the checks that all of them share.
+
+A node is data: a frozen dataclass whose arrays are private, read-only copies. Running one writes nothing to it, nor to
+what flows into it, so threads share nodes freely and one value may go to several nodes. Between nodes flows
+`x [B, T, W]` with its mask `[B, T]`, or, once a node has returned a single vector a row, `x [B, W]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack import reference, spec
+from cellstack.spec import DTYPES, HiddenState, ShapeError, State
+
+Array = NDArray[Any]
+CellState = State | HiddenState
+Shape = tuple[int | None, ...]
+"""Lengths of the axes after the batch: `(T, W)` of a sequence, `(W,)` of a vector. None = not known beforehand."""
+
+MOST = 2**31 - 1  # of what is counted, such as steps: no machine holds more, and sums of lengths stay exact
+MOST_AXES = 16  # beside the batch; NumPy stops not far above
+
+
+class Flow(NamedTuple):
+    """What a node takes and returns: `x [B, T, W]` or `[B, W]`, its mask and resets, and the node's states after."""
+
+    x: Array
+    mask: NDArray[np.bool_] | None = None
+    reset: NDArray[np.bool_] | None = None
+    states: tuple[CellState, ...] = ()
+
+
+def shown(shape: Shape, ids: bool = False) -> str:
+    """Return a shape as it is written down: `[B, T, 3]` for `(None, 3)`."""
+    axes = list(shape)
+    words = ["T" if (n == 0 and (len(axes) > 1 or ids)) else "W" for n in range(len(axes))]
+    return (
+        f"[{', '.join(['B', *(word if axis is None else str(axis) for word, axis in zip(words, axes, strict=True))])}]"
+    )
+
+
+def softmax(z: Array) -> Array:
+    """Softmax over the last axis, shifted by the largest value so that nothing overflows."""
+    e = z - np.maximum.reduce(z, axis=-1, keepdims=True)  # the ufuncs' own reduce: np.max costs a stream more
+    np.exp(e, out=e)
+    e /= np.add.reduce(e, axis=-1, keepdims=True)
+    return e
+
+
+def _log_softmax(z: Array) -> Array:
+    z = z - np.maximum.reduce(z, axis=-1, keepdims=True)
+    return z - np.log(np.add.reduce(np.exp(z), axis=-1, keepdims=True))
+
+
+def _silu(z: Array) -> Array:
+    return z * reference.ACTIVATIONS["sigmoid"][0](z)
+
+
+_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has none; number by number, some 0.1 us each
+
+
+def _gelu(z: Array) -> Array:
+    return z * (0.5 + 0.5 * np.asarray(_erf(z * math.sqrt(0.5)), z.dtype))
+
+
+def _gelu_tanh(z: Array) -> Array:
+    return 0.5 * z * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z * z * z)))
+
+
+def _selu(z: Array) -> Array:
+    return SELU_SCALE * np.where(z > 0.0, z, SELU_ALPHA * np.expm1(np.minimum(z, 0.0)))
+
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+MORE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "softmax": softmax,
+    "log_softmax": _log_softmax,
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "selu": _selu,
+    "exponential": np.exp,
+    "relu6": lambda z: np.minimum(np.maximum(z, 0.0), 6.0),
+}
+"""Activations that nodes have beyond those of cells, `spec.ACTIVATIONS`: NumPy runs them, and no kernel.
+
+    softmax      e^z over its sum, of the last axis        log_softmax  its logarithm
+    silu         z·sigmoid(z)                              selu         1.0507·(z, or 1.6733·(e^z - 1) where negative)
+    gelu         z·(1 + erf(z/sqrt 2))/2                   gelu_tanh    the same with a tanh for erf
+    exponential  e^z                                       relu6        min(max(z, 0), 6)
+
+Ref: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units"; Klambauer et al. 2017, "Self-Normalizing Neural
+Networks", eq. 2.
+"""
+
+
+@lru_cache(maxsize=256)
+def activation_function(text: str) -> Callable[[Array], Array]:
+    """Return what `text` names, in `MORE_ACTIVATIONS` or as `spec.activation` reads it, as a function of an array."""
+    if text in MORE_ACTIVATIONS:
+        return MORE_ACTIVATIONS[text]
+    name, alpha, beta = spec.activation(text)
+    function = reference.ACTIVATIONS[name][0]
+    return lambda z: function(z, alpha, beta)
+
+
+def hold(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array:
+    """Return a private, contiguous, read-only copy of `value`, float32 or float64.
+
+    Args:
+        owner: whose array it is, for the message.
+        name: what it is called, for the message.
+        value: array-like of floats.
+        shape: one entry an axis: the length that it must have, or a letter where any length from 1 will do.
+
+    Returns:
+        The copy; its dtype is that of `value`.
+
+    Raises:
+        TypeError: the dtype isn't float32 or float64.
+        ShapeError: the shape isn't `shape`.
+    """
+    array = np.asarray(value)
+    if array.dtype.name not in DTYPES:
+        raise TypeError(f"{owner}: expected {name} in {' or '.join(DTYPES)}, got {array.dtype}")
+    fits = len(shape) == array.ndim and all(
+        got >= 1 if isinstance(want, str) else got == want for want, got in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise ShapeError(f"{owner}: expected {name} [{', '.join(map(str, shape))}], got {array.shape}")
+    array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    array.setflags(write=False)
+    return array
+
+
+def one_dtype(owner: str, arrays: dict[str, Array | None]) -> np.dtype[Any]:
+    """Return the dtype that all the arrays share; `TypeError` names the first that differs."""
+    (first, head), *rest = ((name, array) for name, array in arrays.items() if array is not None)
+    for name, array in rest:
+        if array.dtype != head.dtype:
+            raise TypeError(f"{owner}: expected {name} in {head.dtype}, as {first} is, got {array.dtype}")
+    return head.dtype
+
+
+def check_flag(owner: str, name: str, value: Any) -> None:
+    """Raise `TypeError` unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: expected {name} to be True or False, got {value!r}")
+
+
+def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise `ValueError` unless `value` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{owner}: expected {name} to be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_integer(owner: str, name: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an int; `ValueError` unless it is a whole number from `least` to 2^31 - 1."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not least <= value <= MOST:
+        raise ValueError(f"{owner}: expected {name} to be an integer from {least} to {MOST}, got {value!r:.80}")
+    return int(value)
+
+
+def check_number(owner: str, name: str, value: Any, above: float | None = None) -> float:
+    """Return `value` as a float; `ValueError` unless it is a finite real number, above a bound where there is one."""
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not real or not np.isfinite(value) or (above is not None and value <= above):
+        bound = "" if above is None else f" above {above:g}"
+        raise ValueError(f"{owner}: expected {name} to be a finite number{bound}, got {value!r:.80}")
+    return float(value)
+
+
+def check_activation(owner: str, text: Any) -> str:
+    """Return the activation that `text` names in its shortest form; `ValueError` where there is none such."""
+    if isinstance(text, str) and text in MORE_ACTIVATIONS:
+        return text
+    try:
+        return str(spec.activation(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{owner}: activation: {error} (or {', '.join(MORE_ACTIVATIONS)})") from None
+
+
+class Node:
+    """What all nodes answer, and how those run that work step by step and let mask and resets pass.
+
+    Attributes:
+        cells: the node's cells; each has a state.
+        input_size: width of the last axis that it takes; None = any.
+        dtype: of its arrays; None = it has none.
+        axes: how many axes beside the batch it takes and how many it returns; None = any, and twice None = it returns
+            as many as it takes.
+        inputs: how many values it takes; None = two or more.
+        shapes_only: it moves numbers without computing any, so that ids pass through it as they are.
+        keeps_width: the last axis of what it returns is as long as that of what it takes.
+        mixes_steps: what it returns at a step comes from several steps, so that it can't keep pieces apart.
+        checks_late: its check needs lengths that only a call brings.
+    """
+
+    cells: tuple[Any, ...] = ()
+    input_size: int | None = None
+    dtype: np.dtype[Any] | None = None
+    axes: tuple[int | None, int | None] = (None, None)
+    inputs: int | None = 1
+    shapes_only: bool = False
+    keeps_width: bool = False
+    mixes_steps: bool = False
+    checks_late: bool = False
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """Return the shape of the output, given those of what comes in.
+
+        Args:
+            owner: the node's name, for the message.
+            shapes: one a value that comes in.
+
+        Raises:
+            ShapeError: the node can't take such values.
+        """
+        (shape,) = shapes
+        check_axes(owner, self, shape)
+        if self.input_size is None:
+            return shape
+        if shape[-1] not in (None, self.input_size):
+            raise ShapeError(
+                f"{owner}: expected an input of {self.input_size} features, got {shape[-1]} from before it"
+            )
+        return (*shape[:-1], self.input_size)
+
+    def apply(self, x: Array) -> Array:
+        """Return what the node makes of `x`, for a node that works step by step: `[..., W]` in and out."""
+        raise NotImplementedError
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """Return what the node makes of `flows`, with its own states after the call.
+
+        Args:
+            flows: one a value that comes in.
+            states: one a cell, contiguous arrays of the cell's dtype; None = the cell's own initial state.
+            threads: how many the kernel may use.
+        """
+        (flow,) = flows
+        return flow._replace(x=self.apply(flow.x))
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """Return why the node can't answer after every frame, in a few words; None where it can.
+
+        Args:
+            axes: how many axes beside the batch its input has.
+        """
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies hold the arguments alone: they are checked and frozen again."""
+        arguments: Any = self
+        return type(self), tuple(getattr(self, argument.name) for argument in fields(arguments))
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the node's arrays hold."""
+        return sum(cell.spec.parameters for cell in self.cells)
+
+
+def check_axes(owner: str, node: Node, shape: Shape) -> None:
+    """Raise `ShapeError` unless a value has as many axes as the node takes: those of its `axes`, else one or two."""
+    wanted = node.axes[0]
+    if len(shape) != wanted if wanted else len(shape) > 2:
+        expected = "a sequence [B, T, W]" if wanted == 2 else "[B, T, W] or [B, W]"
+        raise ShapeError(f"{owner}: {type(node).__name__} expected {expected}, got {shown(shape)}")

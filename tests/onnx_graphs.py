@@ -1,0 +1,117 @@
+"""ONNX models made for tests by onnx.helper alone, and ONNX Runtime, which they are run in."""
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import helper, numpy_helper
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+ACTIVATIONS = {  # with a range for alpha and one for beta
+    "Sigmoid": (),
+    "Tanh": (),
+    "Relu": (),
+    "Softsign": (),
+    "Softplus": (),
+    "HardSigmoid": ((0.15, 0.35), (0.3, 0.6)),
+    "Affine": ((-0.8, 0.8), (-0.3, 0.3)),
+    "ScaledTanh": ((0.5, 1.5), (0.5, 1.5)),
+    "Elu": ((0.5, 1.5),),
+    "LeakyRelu": ((0.05, 0.5),),
+    "ThresholdedRelu": ((-0.3, 0.3),),
+}
+BOUNDED = ("Sigmoid", "HardSigmoid", "Tanh")
+
+
+def model(nodes, inputs, outputs, arrays, opset=17, domains=()):
+    """A model. `inputs`: name -> (type, shape); `outputs`: names, or name -> rank; `arrays`: name -> array."""
+    ranks = outputs if isinstance(outputs, dict) else {name: 4 if name == "Y" else 3 for name in outputs}
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(name, *kind) for name, kind in inputs.items()],
+        [
+            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [f"{name}_{n}" for n in range(rank)])
+            for name, rank in ranks.items()
+        ],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()],
+    )
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", opset), *domains)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def write(path, made, check=True):
+    """Write a model, after the checker has looked at it, and return the path."""
+    if check:
+        onnx.checker.check_model(made)
+    path.write_bytes(made.SerializeToString())
+    return str(path)
+
+
+def run(path, feeds, outputs=None):
+    """What ONNX Runtime makes of a file, outputs in order."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return session.run(outputs, feeds)
+
+
+def random_operator(rng, kind=None, lengths=None):
+    """A recurrent operator with random attributes, as (node, arrays, feeds, facts): outputs Y, Y_h and Y_c."""
+    kind = str(rng.choice(list(GATES))) if kind is None else kind
+    often = lambda share: bool(rng.random() < share)  # noqa: E731
+    direction = str(rng.choice(["forward", "reverse", "bidirectional"]))
+    ways, gates = 2 if direction == "bidirectional" else 1, GATES[kind]
+    width, units = (int(n) for n in rng.integers(1, 7, 2))
+    batch, steps = (int(n) for n in rng.integers(1, 6, 2))
+    normal = lambda *shape: (0.5 * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
+    arrays = {"W": normal(ways, gates * units, width), "R": normal(ways, gates * units, units)}
+    attributes = {"hidden_size": units, "direction": direction}
+    if often(0.8):
+        arrays["B"] = normal(ways, 2 * gates * units)
+    if often(0.4):
+        attributes["clip"] = round(rng.uniform(0.3, 1.5), 2)
+    if kind == "LSTM" and often(0.4):
+        arrays["P"] = normal(ways, 3 * units)
+    if kind == "LSTM" and often(0.3):
+        attributes["input_forget"] = 1
+    if kind == "GRU":
+        attributes["linear_before_reset"] = int(rng.integers(2))
+    if often(0.6):
+        attributes |= random_activations(rng, kind, ways)
+    x = normal(steps, batch, width)
+    feeds, shape = {"X": x}, (ways, batch, units)
+    started = often(0.5)
+    states = ["initial_h", "initial_c"] if kind == "LSTM" else ["initial_h"]
+    if started:
+        feeds |= {name: normal(*shape) for name in states}
+    if often(0.3) if lengths is None else lengths:
+        feeds["sequence_lens"] = rng.integers(1, steps + 1, batch).astype(np.int32)
+    order = ["X", "W", "R", "B", "sequence_lens", "initial_h", *(["initial_c", "P"] if kind == "LSTM" else [])]
+    names = [name if name in arrays or name in feeds else "" for name in order]
+    outputs = ["Y", "Y_h", *(["Y_c"] if kind == "LSTM" else [])]
+    node = helper.make_node(kind, names, outputs, name="the op", **attributes)
+    return node, arrays, feeds, outputs
+
+
+def random_activations(rng, kind, ways):
+    """Attributes: bounded ones on the gates that multiply, any on the candidate, with parameters of their own."""
+    names, alphas, betas = [], [], []
+    slots = {"LSTM": (BOUNDED, None, BOUNDED), "GRU": (BOUNDED, BOUNDED), "RNN": (None,)}[kind]
+    for choices in slots * ways:
+        name = str(rng.choice(choices or list(ACTIVATIONS)))
+        names.append(name)
+        for values, bounds in zip((alphas, betas), ACTIVATIONS[name], strict=False):
+            values.append(round(rng.uniform(*bounds), 2))
+    attributes = {"activations": names, "activation_alpha": alphas, "activation_beta": betas}
+    return {key: value for key, value in attributes.items() if value}
+
+
+def operator_model(node, arrays, feeds, outputs, opset=17):
+    """A model of one operator, weights as initializers."""
+    types = {"sequence_lens": onnx.TensorProto.INT32}
+    inputs = {
+        name: (types.get(name, onnx.TensorProto.FLOAT), [f"{name}_{n}" for n in range(a.ndim)])
+        for name, a in feeds.items()
+    }
+    return model([node], inputs, outputs, arrays, opset)

@@ -1,0 +1,187 @@
+"""`cellstack convert` and `info`: any format in, any out, and what the other runtime says of it."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from networks import make_cell
+
+from cellstack import Bidirectional, Dense, Network, Pool, Recurrent, Standardise, cli, formats, load
+
+
+def make_net(bidirectional=False):
+    rng = np.random.default_rng(0)
+    ahead = Recurrent((make_cell(rng, 3, 4),))
+    first = Bidirectional(ahead, Recurrent(ahead.cells, go_backwards=True), "sum") if bidirectional else ahead
+    raw = Standardise(np.zeros(3, "f4"), np.ones(3, "f4"))
+    return Network([raw, first, Dense(rng.normal(size=(4, 2)).astype("f4"))], ["raw", "lstm", "out"])
+
+
+@pytest.fixture
+def model(tmp_path):
+    make_net().save(tmp_path / "net.safetensors")
+    return str(tmp_path / "net.safetensors")
+
+
+@pytest.fixture
+def pytorch_files(monkeypatch):
+    monkeypatch.setattr(formats, "ADAPTERS", tuple({*formats.ADAPTERS, "pytorch"}))
+
+
+def run(capsys, *words):
+    status = cli.main(list(words))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+# ── convert ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_to_our_own_format(capsys, tmp_path, model):
+    target = str(tmp_path / "other.safetensors")
+    status, out, err = run(capsys, "convert", model, target)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == f"{model} -> {target}"
+    assert f"{target}: greatest difference to cellstack" in out
+    x = np.ones((1, 2, 3))
+    assert np.array_equal(load(target)(x), load(model)(x))
+
+
+@pytest.mark.parametrize(
+    ("target", "files"),
+    [
+        ("firmware/tagger.c", ["firmware/tagger.h", "firmware/tagger.c"]),
+        ("firmware/", ["firmware/net.h", "firmware/net.c"]),
+        (".", ["net.h", "net.c"]),
+    ],
+)
+def test_to_c(capsys, tmp_path, model, monkeypatch, target, files):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "convert", model, target, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["files"] == files
+    assert all((tmp_path / file).exists() for file in files)
+    found = report["parity"][files[1]]
+    assert found["ok"] is True
+    assert [one["name"] for one in found["differences"]] == ["out", "cell 0 h", "cell 0 c"]
+    assert 0 < max(one["relative"] for one in found["differences"]) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "stem"), [("2-nets", "model_2_nets"), ("_", "model"), ("a__b c", "a_b_c")])
+def test_names_that_c_hasn_t(capsys, tmp_path, model, name, stem):
+    source = tmp_path / f"{name}.safetensors"
+    source.write_bytes((tmp_path / "net.safetensors").read_bytes())
+    (tmp_path / "out").mkdir()
+    assert run(capsys, "convert", str(source), str(tmp_path / "out"))[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{stem}.c", f"{stem}.h"]
+
+
+def test_a_difference_is_status_1(capsys, tmp_path, model):
+    status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"), "--tolerance", "1e-12")
+    assert (status, err) == (1, "")
+    assert "greatest difference to cc" in out
+
+
+def test_without_a_compiler_it_is_written_and_said(capsys, tmp_path, model, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"))
+    assert (status, err) == (0, "")
+    assert "not verified" in out
+    assert "install gcc or clang" in out
+    assert (tmp_path / "net.c").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("net.txt", r"expected a path that ends as one of"),
+        ("a-b.c", r"expected a name of letters"),
+        ("no/folder/net.safetensors", r"expected a folder"),
+    ],
+)
+def test_targets_that_can_t_be(capsys, tmp_path, model, target, message):
+    before = sorted(tmp_path.iterdir())
+    status, out, err = run(capsys, "convert", model, str(tmp_path / target))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_c_can_t_run_is_named(capsys, tmp_path):
+    make_net(bidirectional=True).save(tmp_path / "net.safetensors")
+    status, _, err = run(capsys, "convert", str(tmp_path / "net"), str(tmp_path / "net.c"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "got lstm: it runs backwards" in err
+    assert not (tmp_path / "net.c").exists()
+
+
+# ── info ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_info_of_our_own(capsys, model):
+    status, out, _ = run(capsys, "info", model)
+    assert status == 0
+    assert "lstm  Recurrent" in out
+    report = json.loads(run(capsys, "info", model, "--json")[1])
+    assert report["inputs"] == {"x": "[B, T, 3]"}
+    assert report["outputs"] == {"out": "[B, T, 2]"}
+
+
+def test_info_of_what_can_t_be_run_whole(capsys, tmp_path, pytorch_files):
+    """The recurrent parts are listed, and why the whole isn't."""
+    module = torch.nn.Sequential(torch.nn.LSTM(3, 4), torch.nn.Linear(4, 2))
+    torch.save(module.state_dict(), tmp_path / "net.pt")
+    status, out, err = run(capsys, "info", str(tmp_path / "net.pt"))
+    assert (status, err) == (0, "")
+    assert "can't be run whole: " in out
+    assert "recurrent parts\n  0:\n" in out
+    assert "LSTM 3 -> 4" in out
+    report = json.loads(run(capsys, "info", str(tmp_path / "net.pt"), "--json")[1])
+    assert list(report["parts"]) == ["0"]
+    assert report["parts"]["0"]["layers"][0]["summary"] == "LSTM 3 -> 4"
+    assert "beside them 1 (weight [2, 4], bias [2])" in report["error"]
+
+
+def test_info_of_what_has_no_recurrent_part_says_why(capsys, tmp_path, pytorch_files):
+    torch.save(torch.nn.Linear(4, 2).state_dict(), tmp_path / "net.pt")
+    status, out, err = run(capsys, "info", str(tmp_path / "net.pt"))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_from_torch_to_the_others(capsys, tmp_path, pytorch_files):
+    torch.save(torch.nn.GRU(3, 4, 2).state_dict(), tmp_path / "net.pt")
+    status, out, err = run(capsys, "convert", str(tmp_path / "net.pt"), str(tmp_path / "net.safetensors"), "--json")
+    assert (status, err) == (0, "")
+    parity = json.loads(out)["parity"]
+    assert [one["runtime"] for one in parity.values()] == ["torch", "cellstack"]
+    assert all(one["ok"] for one in parity.values())
+
+
+def test_a_package_that_isn_t_there_is_one_line(capsys, tmp_path, monkeypatch):
+    from cellstack import cli_files
+
+    def needs(path):
+        raise ModuleNotFoundError("ONNX files need the package onnx: pip install 'cellstack[onnx]'")
+
+    monkeypatch.setattr(cli_files, "load", needs)
+    (tmp_path / "net.onnx").write_bytes(b"")
+    for words in (["info"], ["convert", str(tmp_path / "b.c")], ["stream"]):
+        verb, *rest = words
+        status, out, err = run(capsys, verb, str(tmp_path / "net.onnx"), *rest)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "pip install 'cellstack[onnx]'" in err
+
+
+def test_a_network_with_pooling_streams_after_the_conversion(tmp_path, monkeypatch, capfd):
+    net = Network([*make_net().nodes, Pool("last")])
+    net.save(tmp_path / "net.safetensors")
+    assert cli.main(["convert", str(tmp_path / "net"), str(tmp_path / "other.safetensors")]) == 0
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1,2,3\n")))
+    assert cli.main(["stream", str(tmp_path / "other")]) == 0
+    answer = [float(value) for value in capfd.readouterr().out.split(",")]
+    assert np.array_equal(np.array(answer, "f4"), net.stream().step([[1, 2, 3]])[0])

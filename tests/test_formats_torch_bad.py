@@ -1,0 +1,526 @@
+"""Files of PyTorch's that are damaged or made to do harm: a FormatError, bounded time and memory, nothing run."""
+
+import copy
+import io
+import os
+import pickle
+import random
+import struct
+import tarfile
+import time
+import tracemalloc
+import zipfile
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cellstack as cs
+from cellstack.formats import pickles, pytorch
+from cellstack.formats.pytorch_archive import opened
+
+ROW = {"_use_new_zipfile_serialization": False}
+
+
+def saved(value, **how):
+    file = io.BytesIO()
+    torch.save(value, file, **how)
+    return file.getvalue()
+
+
+def zipped(data, **members):
+    """A zip as torch writes it, with this pickle."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        for name, content in members.items():
+            archive.writestr(f"archive/{name}".replace("__", "/"), content)
+    return file.getvalue()
+
+
+@contextmanager
+def at_most(memory):
+    """Check that no more than this is taken at any time, in bytes."""
+    tracemalloc.start()
+    try:
+        yield
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < memory
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Check that a file is refused with this message, by all that read it."""
+
+    def refused(data, match):
+        path = tmp_path / "file.pt"
+        path.write_bytes(data)
+        for read in (pytorch.load, pytorch.extract):
+            with pytest.raises(cs.FormatError, match=match) as caught:
+                read(str(path))
+            assert str(caught.value).startswith(str(path))
+            assert str(caught.value).isprintable()
+            assert len(str(caught.value)) < 2000
+
+    return refused
+
+
+# ── code ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Calls:
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+CALLS = {
+    "system": (os.system, "(posix|nt).system"),
+    "eval": (eval, "builtins.eval"),
+    "exec": (exec, "builtins.exec"),
+    "import": (__import__, "builtins.__import__"),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("case", CALLS)
+def test_calls_are_refused_by_name_and_never_made(tmp_path, refused, case, protocol):
+    function, name = CALLS[case]
+    mark = tmp_path / "it ran"
+    text = f"touch '{mark}'" if case == "system" else f"open({str(mark)!r}, 'w')"
+    value = {"lstm": nn.LSTM(2, 2).state_dict(), "more": Calls(function, "os" if case == "import" else text)}
+    for data in (
+        zipped(pickle.dumps(value["more"], protocol)),
+        saved(value, pickle_protocol=protocol),
+        saved(value, pickle_protocol=protocol, **ROW),
+        pickle.dumps({"more": value["more"]}, protocol),
+    ):
+        refused(data, rf"found '{name}': this file was made to run code; none of it was run")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os\nsystem",
+        "subprocess\nPopen",
+        "__builtin__\neval",
+        "builtins\n__import__",
+        "importlib\nimport_module",
+        "sys\nmodules",
+        "torch\nserialization.os.system",
+        "shutil\nrmtree",
+        "runpy\nrun_path",
+    ],
+)
+def test_names_that_reach_the_system(refused, name):
+    module, name = name.split("\n")
+    refused(zipped(f"\x80\x02c{module}\n{name}\n(tR.".encode("latin-1")), f"{name}.*made to run code")
+    texts = b"".join(b"\x8c" + bytes((len(text),)) + text.encode() for text in (module, name))
+    refused(zipped(b"\x80\x04" + texts + b"\x93)R."), f"{name}.*made to run code")
+
+
+def test_what_is_unknown_but_harmless_is_a_record(tmp_path):
+    """Classes of the user's own, enums, paths, NumPy's scalars: no class is imported, none of them is in the way."""
+    module = nn.LSTM(2, 3)
+    path = tmp_path / "file.ckpt"
+    more = {"path": tmp_path, "scalar": np.float64(1.5), "error": KeyError("x"), "set": {1, 2}, "kind": torch.float16}
+    torch.save({"state": module.state_dict(), "args": more, "size": torch.Size([1, 2])}, path)
+    assert list(pytorch.extract(str(path))) == ["state"]
+    assert pickles.read("x", b"\x80\x02c__main__\nModel\n)\x81}b.")[0].kind == "__main__.Model"
+
+
+def test_a_stand_in_does_nothing_whatever_is_done_to_it():
+    data = b"\x80\x02cthe.module\nThing\nK\x01\x85R}b]aK\x01K\x02s(K\x03K\x04u(K\x05e)R)\x81."
+    made, end = pickles.read("x", data)
+    assert isinstance(made, pickles.Standin)
+    assert end == len(data)
+
+
+# ── bombs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def counted(opcode, layout, count):
+    return b"\x80\x05" + opcode + struct.pack(layout, count) + b"x"
+
+
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuJ"
+BOMBS = {
+    "BINBYTES8": (counted(b"\x8e", "<Q", 1 << 62), "expected at most 1 bytes, those that are left"),
+    "BINBYTES": (counted(b"B", "<I", (1 << 32) - 1), "a length of 4294967295"),
+    "BINUNICODE8": (counted(b"\x8d", "<Q", 1 << 40), "those that are left"),
+    "BYTEARRAY8": (counted(b"\x96", "<Q", 1 << 63), "those that are left"),
+    "LONG4": (counted(b"\x8b", "<i", (1 << 31) - 1), "those that are left"),
+    "LONG4 below zero": (counted(b"\x8b", "<i", -5), "a length of -5"),
+    "FRAME": (counted(b"\x95", "<Q", 1 << 60), "expected a frame of at most 1 bytes"),
+    "a place far off": (b"\x80\x02Nr\xff\xff\xff\xff.", "found no tensor"),
+    "an empty stack": (b"\x80\x02R.", "ends or empties its stack early"),
+    "no mark": (b"\x80\x02Nt.", "ends or empties its stack early"),
+    "never put aside": (b"\x80\x02h\x07.", "entry 7, which never was"),
+    "no end": (b"\x80\x02N", "ends or empties its stack early"),
+    "no opcode": (b"\x80\x02\xff", "expected an opcode of pickle"),
+    "extension": (b"\x80\x02\x82\x01.", "expected an opcode of pickle"),
+    "buffer": (b"\x80\x05\x97.", "expected an opcode of pickle"),
+    "a name without end": (b"\x80\x02c" + b"a" * 100_000, "expected a name of at most 500 bytes"),
+    "text that isn't": (b"\x80\x02X\x01\x00\x00\x00\xff.", "text or numbers that can't be read"),
+    "a dict as a key": (b"\x80\x02}}Ns.", "expected a dict's key to be text or a number, found a key of dict"),
+    "a huge number as a key": (
+        b"\x80\x02}\x8b" + struct.pack("<i", 1000) + b"\x01" * 1000 + b"Ns.",
+        "expected a dict's key to be text or a number, found a key of int",
+    ),
+    "a long tuple as a key": (b"\x80\x02}(" + b"N" * 50 + b"tNs.", "at most 16 parts, found one of 50"),
+    "odd pairs": (b"\x80\x02}(Nu.", "expected a dict and pairs for it"),
+    "append to a number": (b"\x80\x02K\x01Na.", "expected a list to append to, found int"),
+    "call a number": (b"\x80\x02K\x01)R.", "expected something to call, found int"),
+    "call with a number": (b"\x80\x02ca\nb\nK\x01R.", "expected the arguments of a call in a tuple, found int"),
+    "a name of numbers": (b"\x80\x04K\x01K\x02\x93.", "expected the name of a class as text, found int"),
+    "a dict copied again and again": (
+        b"\x80\x02ccollections\nOrderedDict\nq\x01]q\x00(" + b"NN\x86" * 200 + b"e" + b"h\x01h\x00\x85R" * 2000 + b".",
+        "copies the same things over and over",
+    ),
+    "a set copied again and again": (
+        b"\x80\x02cbuiltins\nset\nq\x01]q\x00(" + b"N" * 2000 + b"e" + b"h\x01h\x00\x85R" * 2000 + b".",
+        "copies the same things over and over",
+    ),
+    "arguments copied again and again": (
+        b"\x80\x02ccopy_reg\n__newobj__\nq\x01(ca\nb\n" + b"N" * 2000 + b"tq\x00" + b"h\x01h\x00R" * 2000 + b".",
+        "copies the same things over and over",
+    ),
+    "a long id asked for again and again": (
+        b"\x80\x02(X\x06\0\0\0moduleca\nb\n" + b"N" * 100_000 + b"tq\x00" + b"h\x00Q0" * 20_000 + b".",
+        "found no tensor",
+    ),
+    "nested deep": (b"\x80\x02" + b"]" * 500 + b"a" * 499 + b".", "expected at most 100 things within each other"),
+    "persistent text": (b"\x80\x02K\x01Q.", "persistent id: expected a storage, found int"),
+    "another id": (b"\x80\x02X\x01\x00\x00\x00aX\x01\x00\x00\x00b\x86Q.", "persistent id: expected a storage"),
+    "a storage of 2^60": (
+        STORAGE[:-1] + b"\x8a\x08" + b"\xff" * 7 + b"\x7ftQ.",
+        "expected a storage of 0 to 2\\^60 numbers, found 9223372036854775807",
+    ),
+    "a storage below zero": (STORAGE + struct.pack("<i", -1) + b"tQ.", "2\\^60 numbers, found -1"),
+    "a foreign storage": (STORAGE.replace(b"ctorch", b"cother") + b"\x01\0\0\0tQ.", "found 'other.FloatStorage'"),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_bombs(refused, case):
+    data, message = BOMBS[case]
+    data = data if data.startswith(b"\x80") else b"\x80\x02" + data
+    start = time.process_time()
+    with at_most((1 << 20) + 200 * len(data)):
+        refused(zipped(data), message)
+    assert time.process_time() - start < 2.0
+
+
+MANY = 300_000
+NESTED = {
+    "tuples": b"]" + b"\x85" * MANY,
+    "lists": b"]" * MANY + b"a" * (MANY - 1),
+    "dicts": b"}N" * MANY + b"N" + b"s" * MANY,
+    "stand-ins": b"cthe.module\nThing\nq\x000" + b"h\x00" * MANY + b"N" + b"\x85R" * MANY,
+    "states": b"cthe.module\nThing\nq\x000" + b"h\x00)R" * MANY + b"b" * (MANY - 1),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_hundreds_of_thousands_within_each_other(refused, case):
+    """Neither reading nor letting go of them overflows the stack."""
+    start = time.process_time()
+    refused(zipped(b"\x80\x02" + NESTED[case] + b"."), "expected at most 100 things within each other")
+    assert time.process_time() - start < 10
+
+
+def test_doubling(refused):
+    """2^100 lists by way of the memo: each is looked into once."""
+    body = b"]q\x00" + b"".join(b"h" + bytes((n,)) + b"h" + bytes((n,)) + b"\x86q" + bytes((n + 1,)) for n in range(90))
+    start = time.process_time()
+    refused(zipped(b"\x80\x02" + body + b"."), "expected weights of recurrent layers.*found no tensor")
+    assert time.process_time() - start < 1.0
+
+
+def test_a_circle(refused):
+    refused(zipped(b"\x80\x02]q\x00h\x00a."), "expected weights of recurrent layers.*found no tensor")
+
+
+# ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def claim(shape, strides, offset=0, count=4, data=bytes(16), name="weight_ih_l0"):
+    """A zip with one tensor that makes these claims of a storage of four numbers."""
+
+    def whole(number):
+        digits = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
+        return b"\x8a" + bytes((len(digits),)) + digits
+
+    def row(numbers):
+        return b"(" + b"".join(map(whole, numbers)) + b"t"
+
+    storage = STORAGE[:-1] + whole(count) + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + whole(offset) + row(shape) + row(strides) + b"\x89}tR"
+    key = b"X" + struct.pack("<I", len(name)) + name.encode()
+    other = b"X\x0c\0\0\0weight_hh_l0"
+    again = tensor.replace(row(shape) + row(strides), row([1, 1]) + row([1, 1])).replace(whole(offset), whole(0), 1)
+    return zipped(b"\x80\x02}(" + key + tensor + other + again + b"u.", data__0=data)
+
+
+CLAIMS = {
+    "a shape beyond": (
+        claim([5, 1], [1, 1]),
+        r"found shape \[5, 1\] and strides \[1, 1\] from 0 on, which reach number 4",
+    ),
+    "a stride beyond": (claim([2, 2], [3, 1]), "which reach number 4"),
+    "an offset beyond": (claim([1, 1], [1, 1], 4), "from 4 on, which reach number 4"),
+    "a stride below zero": (
+        claim([2, 1], [-1, 1], 3),
+        r"expected offset, shape and strides from 0 to 2\^63 - 1, found -1",
+    ),
+    "an offset below zero": (claim([1, 1], [1, 1], -1), "found -1"),
+    "a shape below zero": (claim([-2, 1], [1, 1]), "found -2"),
+    "sizes that overflow": (claim([1 << 62, 1 << 62], [1 << 62, 4]), "which reach number"),
+    "a size of 2^63": (claim([1 << 63, 1], [0, 1]), "found 9223372036854775808"),
+    "a size of 2^900": (claim([1 << 900, 1], [0, 1]), "found a number of 901 bits"),
+    "numbers out of nothing": (
+        claim([1, 1 << 40], [1, 0]),
+        r"expected a tensor that has numbers of its own, found one",
+    ),
+    "axes": (claim([1] * 70, [1] * 70), "expected at most 64 axes, found 70"),
+    "axes and strides": (claim([1, 1], [1]), "expected a stride for each axis"),
+    "a storage too short": (claim([1, 1], [1, 1], data=bytes(15)), "data/0': expected 16 bytes, found 15"),
+    "a storage too long": (claim([1, 1], [1, 1], data=bytes(17)), "data/0': expected 16 bytes, found 17"),
+    "no storage": (claim([1, 1], [1, 1]).replace(b"data/0", b"data/1"), "data/0': expected it in the zip"),
+    "a count of storage that isn't there": (
+        claim([1, 1], [1, 1], count=1 << 50),
+        "expected 4503599627370496 bytes, found 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_tensors_that_claim_too_much(refused, case):
+    data, message = CLAIMS[case]
+    with at_most(1 << 20):
+        refused(data, message)
+
+
+def test_weights_bred_out_of_one_storage(tmp_path):
+    """A thousand layers, all of them the same megabyte: a file must hold what it makes."""
+    weight = torch.randn(1024, 256)
+    state = {f"{n}.weight_{what}h_l0": weight for n in range(1000) for what in "ih"}
+    path = tmp_path / "file.pt"
+    path.write_bytes(saved(state))
+    with at_most(100 << 20), pytest.raises(cs.FormatError, match="found those of storage '0' taken over and over"):
+        pytorch.extract(str(path))
+
+
+def test_storages_that_are_all_the_same_bytes(tmp_path):
+    """A hundred members of a zip that lie over each other, each a megabyte, for a tensor of one number."""
+    numbers = torch.ones(1 << 18)
+    state = {f"{n}.weight_{what}h_l0": numbers[:1].view(1, 1) for n in range(50) for what in "ih"}
+    file = io.BytesIO(saved({name: torch.ones(1 << 18)[:1].view(1, 1) for name in state}))
+    with zipfile.ZipFile(file) as archive:
+        data = archive.read("archive/data.pkl")
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/data/0", numbers.numpy().tobytes())
+        for number in range(1, len(state)):
+            again = copy.copy(archive.getinfo("archive/data/0"))
+            again.filename = f"archive/data/{number}"
+            archive.filelist.append(again)
+    path = tmp_path / "file.pt"
+    path.write_bytes(file.getvalue())
+    with at_most(30 << 20), pytest.raises(cs.FormatError, match="taken over and over"):
+        pytorch.extract(str(path))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # torch gives these up
+def test_a_quantised_tensor_is_said(tmp_path):
+    quantised, path = torch.quantize_per_tensor(torch.ones(4, 1), 0.1, 0, torch.qint8), tmp_path / "file.pt"
+    path.write_bytes(saved({"weight_ih_l0": quantised, "weight_hh_l0": torch.ones(4, 1)}))
+    with pytest.raises(cs.FormatError, match=r"'weight_ih_l0\.0': a storage of 4 qint8"):
+        pytorch.load(str(path))
+    with pytest.raises(cs.FormatError, match="tensor 'weight_ih_l0': expected it beside 'weight_hh_l0'"):
+        pytorch.extract(str(path))
+
+
+def test_dtypes_that_are_not_read(refused):
+    state = {"weight_ih_l0": torch.ones(4, 1).to(torch.float8_e4m3fn), "weight_hh_l0": torch.ones(4, 1)}
+    refused(saved(state), "expected a tensor of float32, .*, found float8_e4m3fn")
+    refused(saved({name: torch.ones(4, 1, dtype=torch.complex64) for name in state}), "found complex64")
+
+
+# ── containers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_paths_that_lead_out_of_the_archive(refused):
+    for name in ("../data.pkl", "/etc/data.pkl", "a/../../data.pkl", "a\\data.pkl"):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(name, b"\x80\x02}.")
+        data = file.getvalue()
+        refused(data, "expected names within the archive")
+    key = b"../../etc/passwd"
+    data = STORAGE.replace(b"X\x01\0\0\x000", b"X" + struct.pack("<I", len(key)) + key) + b"\x01\0\0\0tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + data + b"K\0K\x01K\x01\x86K\x01K\x01\x86\x89}tR"
+    state = b"\x80\x02}(X\x0c\0\0\0weight_ih_l0" + tensor + b"X\x0c\0\0\0weight_hh_l0" + tensor + b"u."
+    refused(zipped(state), r"data/\.\./\.\./etc/passwd': expected it in the zip, found no such member")
+
+
+def test_zips_of_another_kind(refused):
+    def pack(*names, data=b"\x80\x02}.", **how):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", **how) as archive:
+            for name in names:
+                archive.writestr(name, data)
+        return file.getvalue()
+
+    refused(pack("config.json"), "expected one data.pkl as torch.save writes it, found 0 in the zip")
+    refused(pack("a/data.pkl", "b/data.pkl"), "found 2 in the zip")
+    refused(
+        pack("a/data.pkl", data=bytes(100_000), compression=zipfile.ZIP_DEFLATED), "found it compressed or encrypted"
+    )
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        twice = pack("a/data.pkl", "a/data.pkl")
+    refused(twice, "expected every member of the zip once")
+    refused(b"PK\x05\x06" + bytes(18), "found 0 in the zip")
+    refused(b"PK" + bytes(100), "expected a zip file, found a damaged one")
+
+
+def test_a_zip_that_lies_of_where_things_are(refused):
+    data = saved({"weight_ih_l0": torch.ones(4, 1), "weight_hh_l0": torch.ones(4, 1)})
+    at = data.rindex(b"PK\x01\x02", 0, data.index(b"PK\x01\x02") + 4)  # the first entry of the directory: data.pkl
+    refused(
+        data[: at + 42] + struct.pack("<I", 7) + data[at + 46 :], "expected a member of the zip at byte 7, found none"
+    )
+    flipped = bytearray(data)
+    flipped[data.index(b"weight_ih_l0")] ^= 1
+    refused(bytes(flipped), "expected a checksum of .*: damaged")
+
+
+def test_the_oldest_format_is_named(refused):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("sys_info"))
+    refused(file.getvalue(), "a tar file of a version before it: load it with torch, and save it again")
+    assert pytorch.recognises(file.getvalue()[:64])
+
+
+def test_files_that_are_something_else(refused):
+    for data in (b"", b"hello", b"\x89HDF\r\n\x1a\n", b"cos\nsystem\n(S'true'\ntR."):
+        refused(data, "expected a file that torch.save wrote, found one that begins with")
+
+
+def row(*objects):
+    """An old file out of these objects; the magic number alone where there are none."""
+    head = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+    return b"".join(pickle.dumps(value, 2) for value in (*head, *objects)) if objects else pickle.dumps(head[0], 2)
+
+
+def test_old_files_that_lie(refused):
+    whole = saved({"weight_ih_l0": torch.ones(4, 1), "weight_hh_l0": torch.ones(4, 1)}, **ROW)
+    refused(row({}, ["0"]), "storage '0': expected it once, and used, found otherwise")
+    refused(row({}, 7), "expected the storages' keys, found int")
+    refused(row({}), "ends or empties its stack early")
+    refused(whole.replace(b"M\xe9\x03", b"M\xe8\x03", 1), "expected version 1001 of the old format, found 1000")
+    refused(whole[:-1], "expected its numbers, found a file that ends before them")
+    doubled = b"\x80\x02]" + b"2\x86" * 10_000 + b"."
+    refused(row() + doubled, "expected version 1001 of the old format, found tuple")
+    at = len(whole) - 24  # the count before the last storage's four numbers
+    refused(whole[:at] + struct.pack("<q", 1 << 62) + whole[at + 8 :], "expected its numbers")
+    refused(whole[:at] + struct.pack("<q", -1) + whole[at + 8 :], "expected its numbers")
+    refused(whole[:at] + struct.pack("<q", 2) + whole[at + 8 :], "expected 16 bytes, found 8")
+
+
+def test_storages_within_a_pickle_that_lie(refused):
+    def of(data):
+        return b"\x80\x03ctorch.storage\n_load_from_bytes\n" + pickle.dumps(data, 3)[2:-1] + b"\x85q\x00R."
+
+    refused(of("text"), "expected a storage as torch saves it, found str")
+    refused(of(b"bytes"), "expected a storage as torch saves it, found bytes")
+    nested = of(saved(torch.ones(2).untyped_storage(), **ROW))
+    refused(nested, "found 'the whole file': a storage of 8 uint8")
+    again = nested[:2] + b"(" + nested[2:-1] + b"ctorch.storage\n_load_from_bytes\nh\x00R" * 50 + b"l."
+    refused(again.replace(b"l.", b"t."), "expected every storage once, found one that is read over and over")
+
+
+# ── damage ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CORPUS = {
+    "zip": saved(nn.LSTM(2, 3, 2, bidirectional=True).state_dict()),
+    "row": saved(nn.GRU(2, 3).state_dict(), **ROW),
+    "module": saved(nn.Sequential(nn.RNN(2, 3), nn.Linear(3, 1))),
+    "module in a row": saved(nn.Sequential(nn.RNN(2, 3), nn.Linear(3, 1)), **ROW),
+    "pickle": pickle.dumps({"state": nn.LSTM(2, 3).state_dict(), "step": 3}),
+}
+
+
+def attempt(path, data):
+    """Read a damaged file; whether it was refused. Nothing but a FormatError may come out."""
+    path.write_bytes(data)
+    try:
+        pytorch.extract(str(path))
+    except cs.FormatError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("case", CORPUS)
+def test_truncated_anywhere(tmp_path, case):
+    data = CORPUS[case]
+    for length in range(0, len(data), max(1, len(data) // 400)):
+        assert attempt(tmp_path / "file", data[:length]), f"{length} bytes of {len(data)} were taken for a whole file"
+
+
+@pytest.mark.parametrize("case", CORPUS)
+def test_fuzz(tmp_path, case):
+    """Seeded damage of every kind, for part of a second each."""
+    data, dice, path = CORPUS[case], random.Random(case), tmp_path / "file"
+    tries = refusals = 0
+    end = time.monotonic() + 0.7
+    while time.monotonic() < end:
+        broken = bytearray(data)
+        for _ in range(dice.choice((1, 1, 2, 5, 20))):
+            at = dice.randrange(len(broken))
+            how = dice.randrange(4)
+            if how == 0:
+                broken[at] ^= 1 << dice.randrange(8)
+            elif how == 1:
+                broken[at] = dice.choice(b"\x00\xff\x80().2RQ\x81b]}tuqhX\x8a\x8e")
+            elif how == 2:
+                del broken[at : at + dice.randrange(1, 9)]
+            else:
+                broken[at:at] = broken[dice.randrange(len(broken)) :][: dice.randrange(1, 30)]
+        tries += 1
+        start = time.monotonic()
+        refusals += attempt(path, bytes(broken))
+        assert time.monotonic() - start < 1.0
+    assert tries > 100
+    assert refusals > tries // 4
+
+
+def test_the_pickle_alone_fuzzed():
+    """Without a checksum before it: bytes of any kind after a valid start."""
+    data, dice = zipfile.ZipFile(io.BytesIO(CORPUS["module"])).read("archive/data.pkl"), random.Random(7)
+    opcodes = bytes(pickles.OPERATIONS) + b"."
+    end, refusals = time.monotonic() + 1.0, 0
+    while time.monotonic() < end:
+        cut = dice.randrange(2, len(data))
+        noise = bytes(dice.choice(opcodes) if dice.random() < 0.7 else dice.randrange(256) for _ in range(60))
+        try:
+            pickles.read("the pickle", data[:cut] + noise + data[cut:], persistent=lambda key: key)
+        except cs.FormatError as error:
+            refusals += "the pickle: " in str(error)
+    assert refusals > 100
+
+
+def test_the_corpus_is_whole(tmp_path):
+    for data in CORPUS.values():
+        assert not attempt(tmp_path / "file", data)
+        with opened(str(tmp_path / "file")) as root:
+            assert root is not None
