@@ -12,10 +12,10 @@ import time
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is loaded
 
-import numpy as np  # noqa: E402
-import peers  # noqa: E402
+import numpy as np
+import peers
 
-import cellstack as cs  # noqa: E402
+import cellstack as cs
 
 
 def main():
