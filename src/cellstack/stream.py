@@ -306,8 +306,8 @@ def framewise(name: str, node: Node, masked: bool) -> Run | None:
     return _step_by_step(node.apply)
 
 
-def _step_by_step(apply: Callable[[Array], Array]) -> Run:
-    return lambda steps, x: apply(x)
+def _step_by_step(apply: Callable[..., Array]) -> Run:
+    return lambda steps, *values: apply(*values)
 
 
 def _unmasked(name: str, apply: Callable[[Array], Array], kept: Callable[[Array], NDArray[np.bool_]]) -> Run:
