@@ -404,3 +404,9 @@ def test_a_configuration_is_the_layers_own():
 def test_flags_are_bools(flag):
     with pytest.raises(TypeError, match=f"GRU: expected {flag} to be True or False, got 'False'"):
         layers.GRU(4, **{flag: "False"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "a"])
+def test_a_forget_bias_is_a_finite_number(value):
+    with pytest.raises(ValueError, match="LSTM: expected forget_bias to be a finite number"):
+        layers.LSTM(4, forget_bias=value, input_size=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -108,6 +109,8 @@ class LSTMCell(Cell):
     ) -> None:
         super().__init__({key: value for key, value in locals().items() if key not in ("self", "__class__")})
         # Set, and yet without effect.
+        if forget_bias is not None and not (isinstance(forget_bias, (int, float)) and math.isfinite(forget_bias)):
+            raise ValueError(f"{self._owner}: expected forget_bias to be a finite number, got {forget_bias!r}")
         if forget_bias is not None and (coupled or not use_bias):
             raise ValueError(f"{self._owner}: expected forget_bias with a forget gate that has a bias")
 
