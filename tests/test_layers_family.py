@@ -408,5 +408,5 @@ def test_flags_are_bools(flag):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "a"])
 def test_a_forget_bias_is_a_finite_number(value):
-    with pytest.raises(ValueError, match="LSTM: expected forget_bias to be a finite number"):
+    with pytest.raises(ValueError, match="LSTMCell: expected forget_bias to be a finite number"):
         layers.LSTM(4, forget_bias=value, input_size=3)
