@@ -107,9 +107,9 @@ class LSTMCell(Cell):
         device: Any = None,
         name: str | None = None,
     ) -> None:
-        super().__init__({key: value for key, value in locals().items() if key not in ("self", "__class__")})
         if forget_bias is not None and not (isinstance(forget_bias, (int, float)) and math.isfinite(forget_bias)):
-            raise ValueError(f"{self._owner}: expected forget_bias to be a finite number, got {forget_bias!r}")
+            raise ValueError(f"LSTMCell: expected forget_bias to be a finite number, got {forget_bias!r}")
+        super().__init__({key: value for key, value in locals().items() if key not in ("self", "__class__")})
         # Set, and yet without effect.
         if forget_bias is not None and (coupled or not use_bias):
             raise ValueError(f"{self._owner}: expected forget_bias with a forget gate that has a bias")
