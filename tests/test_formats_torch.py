@@ -14,8 +14,8 @@ from torch import nn
 
 import cellstack as cs
 from cellstack.formats import pytorch
-from cellstack.formats.pytorch_archive import opened
-from cellstack.formats.pytorch_tensors import Tensor
+from cellstack.formats.pytorch.archive import opened
+from cellstack.formats.pytorch.tensors import Tensor
 
 CONTAINERS = {"zip": {}, "row of pickles": {"_use_new_zipfile_serialization": False}}
 CONTAINERS["zip of protocol 4"] = {"pickle_protocol": 4}

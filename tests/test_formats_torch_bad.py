@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 import cellstack as cs
-from cellstack.formats import pickles, pytorch
-from cellstack.formats.pytorch_archive import opened
+from cellstack.formats import pytorch
+from cellstack.formats.pytorch import pickles
+from cellstack.formats.pytorch.archive import opened
 
 ROW = {"_use_new_zipfile_serialization": False}
 

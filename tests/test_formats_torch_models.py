@@ -15,8 +15,8 @@ from torch import nn
 
 import cellstack as cs
 from cellstack.formats import pytorch
-from cellstack.formats.pytorch_archive import opened
-from cellstack.formats.pytorch_tree import contents
+from cellstack.formats.pytorch.archive import opened
+from cellstack.formats.pytorch.tree import contents
 
 pytestmark = pytest.mark.models
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from cellstack.formats.pytorch_names import network_of, networks_of, parts_of
+from cellstack.formats.pytorch.names import network_of, networks_of, parts_of
 from cellstack.network import Network
 from cellstack.node import Array
 from cellstack.spec import FormatError
@@ -40,10 +40,10 @@ def has_parts(file: safe_open) -> bool:
 
 
 def load_weights(path: str, file: safe_open) -> Network:
-    """Return the one recurrent module that a file of weights consists of: see `pytorch_names.network_of`."""
+    """Return the one recurrent module that a file of weights consists of: see `pytorch.names.network_of`."""
     return network_of(_tensors(path, file), path)
 
 
 def extract_weights(path: str, file: safe_open) -> dict[str, Network]:
-    """Return the recurrent modules of a file of weights by name: see `pytorch_names.networks_of`."""
+    """Return the recurrent modules of a file of weights by name: see `pytorch.names.networks_of`."""
     return networks_of(_tensors(path, file), path)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.keras_config import Layer, numbered
-from cellstack.formats.keras_files import short
+from cellstack.formats.keras.config import Layer, numbered
+from cellstack.formats.keras.files import short
 from cellstack.formats.layout import OURS, from_cudnn, reorder
 from cellstack.node import Array
 from cellstack.nodes import Bidirectional, Cell, Recurrent

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from cellstack.formats.keras_cells import RECURRENT, Slot
-from cellstack.formats.keras_config import Layer, Model, numbered
-from cellstack.formats.keras_files import LEGACY, V3_ROOTS, Source, short
-from cellstack.formats.keras_layers import nodes, slots
+from cellstack.formats.keras.cells import RECURRENT, Slot
+from cellstack.formats.keras.config import Layer, Model, numbered
+from cellstack.formats.keras.files import LEGACY, V3_ROOTS, Source, short
+from cellstack.formats.keras.layers import nodes, slots
 from cellstack.node import Array
 from cellstack.nodes import Node
 from cellstack.spec import FormatError

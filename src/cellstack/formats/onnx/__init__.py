@@ -7,12 +7,12 @@ from functools import partial
 
 import numpy as np
 
-from cellstack.formats import onnx_ops, onnx_shapes
-from cellstack.formats.onnx_cells import Operator, is_recurrent, network_of, read_operator, unique
-from cellstack.formats.onnx_file import Model, Scope, label, read, short
-from cellstack.formats.onnx_load import load_graph
-from cellstack.formats.onnx_save import write
-from cellstack.formats.onnx_unrolled import find_unrolled
+from cellstack.formats.onnx import ops, shapes
+from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator, unique
+from cellstack.formats.onnx.file import Model, Scope, label, read, short
+from cellstack.formats.onnx.graph import load_graph
+from cellstack.formats.onnx.unrolled import find_unrolled
+from cellstack.formats.onnx.writer import write
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
@@ -125,7 +125,7 @@ def load(path: str) -> Network:
         if model.proto.functions:
             names = ", ".join(short(function.name) for function in model.proto.functions)
             raise FormatError(f"{path}: expected a graph without functions, found {names}")
-        return load_graph(model, {**onnx_ops.HANDLERS, **onnx_shapes.HANDLERS})
+        return load_graph(model, {**ops.HANDLERS, **shapes.HANDLERS})
     except FormatError as error:
         hint = "; cellstack.extract(path) gives its recurrent parts" if _has_parts(model) else ""
         raise FormatError(f"{error}{hint}") from None

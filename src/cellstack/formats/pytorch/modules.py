@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.layout import Array, from_rows
-from cellstack.formats.pytorch_names import ORDERS
+from cellstack.formats.pytorch.names import ORDERS
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,

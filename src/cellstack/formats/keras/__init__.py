@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.keras_cells import found_cudnn
-from cellstack.formats.keras_config import Model, model_of
-from cellstack.formats.keras_files import HDF5_HEAD, LEGACY, Source, opened, parse, short
-from cellstack.formats.keras_graph import ProblemsError, Wiring
-from cellstack.formats.keras_weights import Built
+from cellstack.formats.keras.cells import found_cudnn
+from cellstack.formats.keras.config import Model, model_of
+from cellstack.formats.keras.files import HDF5_HEAD, LEGACY, Source, opened, parse, short
+from cellstack.formats.keras.graph import ProblemsError, Wiring
+from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
 from cellstack.node import Node
 from cellstack.spec import FormatError
@@ -146,7 +146,7 @@ def save(network: Network, path: str) -> None:
         OSError: the file can't be written.
         ModuleNotFoundError: h5py is missing.
     """
-    from cellstack.formats.keras_save import write
+    from cellstack.formats.keras.writer import write
 
     write(network, path)
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.formats.layout import Array, from_rows
-from cellstack.formats.onnx_cells import NAMES, PARAMETERS, Operator, decimal
-from cellstack.formats.onnx_file import Scope, label, short
-from cellstack.formats.onnx_load import MOVES
+from cellstack.formats.onnx.cells import NAMES, PARAMETERS, Operator, decimal
+from cellstack.formats.onnx.file import Scope, label, short
+from cellstack.formats.onnx.graph import MOVES
 from cellstack.recurrent import Cell
 from cellstack.spec import CellSpec, FormatError
 

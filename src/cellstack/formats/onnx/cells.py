@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.formats.layout import Array, CellArrays, from_rows, reorder, to_rows
-from cellstack.formats.onnx_file import Constant, Scope, label, short
-from cellstack.formats.onnx_fold import Spread
+from cellstack.formats.onnx.file import Constant, Scope, label, short
+from cellstack.formats.onnx.fold import Spread
 from cellstack.network import Network
 from cellstack.nodes import Node, Select
 from cellstack.recurrent import Bidirectional, Cell, Recurrent

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.layout import from_rows
-from cellstack.formats.pytorch_tensors import short
+from cellstack.formats.pytorch.tensors import short
 from cellstack.network import Network
 from cellstack.nodes import Node
 from cellstack.recurrent import Bidirectional, Cell, Recurrent

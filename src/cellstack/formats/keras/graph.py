@@ -5,10 +5,10 @@ from __future__ import annotations
 import heapq
 from typing import Any, NamedTuple
 
-from cellstack.formats.keras_config import Call, Layer, Model, Ref
-from cellstack.formats.keras_files import short
-from cellstack.formats.keras_layers import MERGES, NOTHING
-from cellstack.formats.keras_weights import OPERATIONS, Built
+from cellstack.formats.keras.config import Call, Layer, Model, Ref
+from cellstack.formats.keras.files import short
+from cellstack.formats.keras.layers import MERGES, NOTHING
+from cellstack.formats.keras.weights import OPERATIONS, Built
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.layout import Array
-from cellstack.formats.onnx_fold import OPEN, Budget, Spread, TooMuchError, fold
+from cellstack.formats.onnx.fold import OPEN, Budget, Spread, TooMuchError, fold
 from cellstack.spec import FormatError
 
 KEY = "cellstack"  # under which a file that we wrote has the network's metadata

@@ -2,7 +2,7 @@
 
 The source needs <math.h> and <string.h>, allocates nothing and holds no state of its own: weights are constants, and
 everything that changes lies in a struct of the caller's. What it computes is what a `Stream` of one row computes, to
-rounding. The cells' functions are in `c_cells`; what the files look like: docs/c.md.
+rounding. The cells' functions are in `cells`; what the files look like: docs/c.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 
 from cellstack import spec
-from cellstack.formats.c_cells import HELPERS, STEMS, WIDTHS, Form, activate, form_key, form_of, literal
+from cellstack.formats.c.cells import HELPERS, STEMS, WIDTHS, Form, activate, form_key, form_of, literal
 from cellstack.formats.files import replacing
 from cellstack.network import Network
 from cellstack.nodes import (

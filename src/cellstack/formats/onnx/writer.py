@@ -9,8 +9,8 @@ import numpy as np
 
 from cellstack.formats.files import replacing
 from cellstack.formats.layout import Array
-from cellstack.formats.onnx_cells import ONNX_NAMES, unique, write_operator
-from cellstack.formats.onnx_file import KEY, onnx_package
+from cellstack.formats.onnx.cells import ONNX_NAMES, unique, write_operator
+from cellstack.formats.onnx.file import KEY, onnx_package
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,

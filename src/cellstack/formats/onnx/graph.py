@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx_cells import INPUTS, KINDS, clean, is_recurrent, nodes_of, read_operator, unique
-from cellstack.formats.onnx_file import DOMAINS, Model, Scope, label, short
-from cellstack.formats.onnx_fold import Spread, fold
-from cellstack.formats.onnx_values import Ends, Flowing, Lengths, Ref, StartOf, Symbols, Unknown
+from cellstack.formats.onnx.cells import INPUTS, KINDS, clean, is_recurrent, nodes_of, read_operator, unique
+from cellstack.formats.onnx.file import DOMAINS, Model, Scope, label, short
+from cellstack.formats.onnx.fold import Spread, fold
+from cellstack.formats.onnx.values import Ends, Flowing, Lengths, Ref, StartOf, Symbols, Unknown
 from cellstack.network import Network
 from cellstack.nodes import Activation, Merge, Node, Permute, Pool, Reshape, Select
 from cellstack.spec import FormatError

@@ -1,7 +1,7 @@
 """PyTorch's files as data: the objects that `torch.save` wrote, with tensors that are read when they are asked for.
 
 Three containers are known: the zip of PyTorch 1.6 and later (TorchScript's is one too), the row of pickles of the
-versions before it, and a plain pickle that holds tensors. The pickles are read by `cellstack.formats.pickles`: nothing
+versions before it, and a plain pickle that holds tensors. The pickles are read by `pickles.py`: nothing
 in them is run. What a file claims of a tensor is checked against the bytes that are there before anything is read.
 
 Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.formats.pickles import read
-from cellstack.formats.pytorch_tensors import Builders, Records, Storage, short, size_of
+from cellstack.formats.pytorch.pickles import read
+from cellstack.formats.pytorch.tensors import Builders, Records, Storage, short, size_of
 from cellstack.spec import FormatError
 
 MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that old files begin with, as a pickle

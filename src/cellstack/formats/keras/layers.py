@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cellstack.formats.keras_cells import RECURRENT, Slot, activation, activation_layer, own_slots, recurrent
-from cellstack.formats.keras_cells import recurrent_slots as slots_of_recurrent
-from cellstack.formats.keras_config import Layer, numbered
-from cellstack.formats.keras_files import short
+from cellstack.formats.keras.cells import RECURRENT, Slot, activation, activation_layer, own_slots, recurrent
+from cellstack.formats.keras.cells import recurrent_slots as slots_of_recurrent
+from cellstack.formats.keras.config import Layer, numbered
+from cellstack.formats.keras.files import short
 from cellstack.node import Array
 from cellstack.nodes import (
     Activation,

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx_file import label
-from cellstack.formats.onnx_fold import axes_of, place, slices, split_sizes, whole
-from cellstack.formats.onnx_load import Handler, Reader, Refused
-from cellstack.formats.onnx_ops import embedding, steps_apart
-from cellstack.formats.onnx_values import Ends, Flowing, Symbols, reshaped
+from cellstack.formats.onnx.file import label
+from cellstack.formats.onnx.fold import axes_of, place, slices, split_sizes, whole
+from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.ops import embedding, steps_apart
+from cellstack.formats.onnx.values import Ends, Flowing, Symbols, reshaped
 from cellstack.nodes import Flatten, Merge, Permute, Pool, Repeat, Select
 from cellstack.nodes import Reshape as ReshapeNode
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.formats.pickles import Global, Standin
+from cellstack.formats.pytorch.pickles import Global, Standin
 from cellstack.spec import FormatError
 
 SHARES = 16  # how many times its own length a file's storages may be read as tensors: weights may be shared, not bred

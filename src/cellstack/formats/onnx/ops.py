@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.layout import Array
-from cellstack.formats.onnx_cells import NAMES, decimal
-from cellstack.formats.onnx_file import label
-from cellstack.formats.onnx_fold import Spread, axes_of, whole
-from cellstack.formats.onnx_load import Handler, Reader, Refused
-from cellstack.formats.onnx_values import Flowing
+from cellstack.formats.onnx.cells import NAMES, decimal
+from cellstack.formats.onnx.file import label
+from cellstack.formats.onnx.fold import Spread, axes_of, whole
+from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.values import Flowing
 from cellstack.nodes import Activation, Conv1D, Dense, Embedding, LayerNorm, Merge, Pool, Pool1D, Scale, Standardise
 from cellstack.spec import DTYPES
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from cellstack.formats.files import replacing
 from cellstack.formats.layout import Array, CellArrays, to_rows
-from cellstack.formats.pytorch_names import ORDERS
+from cellstack.formats.pytorch.names import ORDERS
 from cellstack.network import Network
 from cellstack.nodes import Node
 from cellstack.recurrent import Bidirectional, Cell, Recurrent

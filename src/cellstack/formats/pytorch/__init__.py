@@ -1,7 +1,7 @@
 """PyTorch: its files, read and written without it, and its modules in memory.
 
 `torch.save` writes state dicts, checkpoints around them, and whole modules. All are read as data: what a pickle in
-them would import or call is never imported or called (`cellstack.formats.pickles`). From a state dict's names and
+them would import or call is never imported or called (`pickles.py`). From a state dict's names and
 shapes come recurrent networks. What else it holds, such as a Linear, it doesn't say how to run: so `load` takes a file
 of one recurrent module alone, and `extract` the recurrent modules out of any file. `from_torch` takes modules in
 memory, whose order is known.
@@ -11,11 +11,11 @@ Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 
 from __future__ import annotations
 
-from cellstack.formats.pytorch_archive import opened, recognises
-from cellstack.formats.pytorch_modules import from_torch
-from cellstack.formats.pytorch_names import network_of, networks_of, nothing_recurrent
-from cellstack.formats.pytorch_save import save
-from cellstack.formats.pytorch_tree import contents
+from cellstack.formats.pytorch.archive import opened, recognises
+from cellstack.formats.pytorch.modules import from_torch
+from cellstack.formats.pytorch.names import network_of, networks_of, nothing_recurrent
+from cellstack.formats.pytorch.tree import contents
+from cellstack.formats.pytorch.writer import save
 from cellstack.network import Network
 
 __all__ = ["NAME", "SUFFIXES", "extract", "from_torch", "load", "network_of", "networks_of", "recognises", "save"]

@@ -17,9 +17,9 @@ import numpy as np
 
 from cellstack import spec
 from cellstack.formats.files import replacing
-from cellstack.formats.keras_config import layer_of, numbered
-from cellstack.formats.keras_files import MEMBERS
-from cellstack.formats.keras_layers import MERGES, slots
+from cellstack.formats.keras.config import layer_of, numbered
+from cellstack.formats.keras.files import MEMBERS
+from cellstack.formats.keras.layers import MERGES, slots
 from cellstack.network import Network
 from cellstack.node import Array, Node
 from cellstack.nodes import (
@@ -362,7 +362,7 @@ def _named(entries: list[Entry]) -> Iterator[tuple[str, str, list[tuple[str, str
 
 
 def _hdf5(fill: Callable[[Any], None]) -> bytes:
-    from cellstack.formats.keras_files import import_h5py
+    from cellstack.formats.keras.files import import_h5py
 
     image = io.BytesIO()
     with import_h5py().File(image, "w") as file:

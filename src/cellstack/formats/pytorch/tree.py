@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from cellstack.formats.pickles import Standin
-from cellstack.formats.pytorch_tensors import Storage, Tensor, short
+from cellstack.formats.pytorch.pickles import Standin
+from cellstack.formats.pytorch.tensors import Storage, Tensor, short
 from cellstack.spec import FormatError
 
 DEEPEST = 100  # how far things may lie within each other
@@ -39,7 +39,7 @@ class Contents:
 
 
 def contents(where: str, root: Any) -> Contents:
-    """Return the tensors and modules within `root`, as `pytorch_archive.opened` gives it.
+    """Return the tensors and modules within `root`, as `archive.opened` gives it.
 
     Args:
         where: what messages call the file.

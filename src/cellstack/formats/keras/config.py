@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from cellstack.formats.keras_files import Source, short
+from cellstack.formats.keras.files import Source, short
 from cellstack.spec import FormatError
 
 MODELS = ("Sequential", "Functional", "Model", "ModelV2")  # the latter two: Keras 1 and 2

@@ -1,0 +1,5 @@
+"""A network as C99: `export` writes one header and one source (docs/c.md)."""
+
+from cellstack.formats.c.source import export
+
+__all__ = ["export"]
