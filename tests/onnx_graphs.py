@@ -1,10 +1,16 @@
 """ONNX models made for tests by onnx.helper alone, and ONNX Runtime, which they are run in."""
 
+import warnings
+
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from onnx import helper, numpy_helper
 
+from cellstack.formats import onnx as adapter
+
+TOLERANCE = 1e-5  # float32 on both sides, through a few nodes, numbers of about 1
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 ACTIVATIONS = {  # with a range for alpha and one for beta
     "Sigmoid": (),
@@ -115,3 +121,38 @@ def operator_model(node, arrays, feeds, outputs, opset=17):
         for name, a in feeds.items()
     }
     return model([node], inputs, outputs, arrays, opset)
+
+
+def export(path, module, inputs, fixed=(), opset=None):
+    """Export a module by the exporter that traces; batch and time of any length but for the inputs in `fixed`."""
+    names = [f"in{n}" for n in range(len(inputs))]
+    free = {
+        name: {axis: f"{name}_{axis}" for axis in range(min(2, x.dim()))}
+        for name, x in zip(names, inputs, strict=True)
+        if name not in fixed
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        given = {"input_names": names, "dynamic_axes": free, "opset_version": opset}
+        torch.onnx.export(module.eval(), inputs, str(path), dynamo=False, **given)
+    return str(path), {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+
+
+def compare(path, feeds):
+    """Hold a loaded file against ONNX Runtime, axes put in our order by what the metadata says; return the network."""
+    net = adapter.load(path)
+    said = net.metadata["onnx"]
+    x = [
+        feeds[name].transpose([axes.index(label) for label in "BTF" if label in axes])
+        for name, axes in said["inputs"].items()
+    ]
+    y, _ = net.run(x[0] if len(x) == 1 else tuple(x))
+    outputs = y if isinstance(y, tuple) else (y,)
+    for (name, axes), got in zip(said["outputs"].items(), outputs, strict=True):
+        (expected,) = run(path, feeds, [name])
+        lengths = [n for n, label in zip(expected.shape, axes, strict=True) if label != "1"]
+        labels = axes.replace("1", "")
+        if labels != "BFT":
+            expected = expected.reshape(lengths).transpose([labels.index(label) for label in "BTDF" if label in labels])
+        np.testing.assert_allclose(got, expected.reshape(got.shape), rtol=0, atol=TOLERANCE)
+    return net

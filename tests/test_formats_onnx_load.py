@@ -1,54 +1,16 @@
 """Whole ONNX files as Networks: what PyTorch's exporter writes, and idioms of others, held against ONNX Runtime."""
 
-import warnings
-
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from onnx_graphs import model, run, write
+from onnx_graphs import TOLERANCE, compare, export, model, run, write
 from torch import nn
 from torch.nn import functional
 
 from cellstack.formats import onnx as adapter
 from cellstack.spec import FormatError, State
-
-TOLERANCE = 1e-5
-
-
-def export(path, module, inputs, fixed=()):
-    """Export a module by the exporter that traces; batch and time of any length but for the inputs in `fixed`."""
-    names = [f"in{n}" for n in range(len(inputs))]
-    free = {
-        name: {axis: f"{name}_{axis}" for axis in range(min(2, x.dim()))}
-        for name, x in zip(names, inputs, strict=True)
-        if name not in fixed
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(module.eval(), inputs, str(path), dynamo=False, input_names=names, dynamic_axes=free)
-    return str(path), {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-
-
-def compare(path, feeds):
-    """Hold a loaded file against ONNX Runtime, axes put in our order by what the metadata says; return the network."""
-    net = adapter.load(path)
-    said = net.metadata["onnx"]
-    x = [
-        feeds[name].transpose([axes.index(label) for label in "BTF" if label in axes])
-        for name, axes in said["inputs"].items()
-    ]
-    y, _ = net.run(x[0] if len(x) == 1 else tuple(x))
-    outputs = y if isinstance(y, tuple) else (y,)
-    for (name, axes), got in zip(said["outputs"].items(), outputs, strict=True):
-        (expected,) = run(path, feeds, [name])
-        lengths = [n for n, label in zip(expected.shape, axes, strict=True) if label != "1"]
-        labels = axes.replace("1", "")
-        if labels != "BFT":
-            expected = expected.reshape(lengths).transpose([labels.index(label) for label in "BTDF" if label in labels])
-        np.testing.assert_allclose(got, expected.reshape(got.shape), rtol=0, atol=TOLERANCE)
-    return net
 
 
 class Layers(nn.Module):

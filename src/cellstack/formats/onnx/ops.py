@@ -1,4 +1,4 @@
-"""ONNX's operators that compute, as nodes: products, convolutions, norms, activations, pools, sums of values."""
+"""ONNX's operators that compute, as nodes: products, convolutions, pools, sums of values."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.layout import Array
-from cellstack.formats.onnx.cells import NAMES, decimal
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Spread, axes_of, whole
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.values import Flowing
-from cellstack.nodes import Activation, Conv1D, Dense, Embedding, LayerNorm, Merge, Pool, Pool1D, Scale, Standardise
+from cellstack.nodes import Activation, Conv1D, Dense, Merge, Pool, Scale, Standardise
 from cellstack.spec import DTYPES
 
-PARAMETERS = {  # of the operators: attributes and what they are where not given
-    "HardSigmoid": (("alpha", 0.2), ("beta", 0.5)),
-    "Elu": (("alpha", 1.0),),
-    "LeakyRelu": (("alpha", 0.01),),
-    "ThresholdedRelu": (("alpha", 1.0),),
-}
 MERGES = {"Add": "add", "Mul": "mul", "Sub": "sub", "Max": "max", "Mean": "ave"}
 
 
@@ -144,29 +137,6 @@ def padding_of(attributes: dict[str, Any], pads: list[int], over: int, count: in
     return "valid" if both == (0, 0) else both
 
 
-def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a MaxPool or AveragePool over time."""
-    x = reader.flowing(values[0])
-    spatial = x.axes[2:]
-    if x.axes[:2] != ("B", "F") or "D" in x.axes or sorted(spatial) not in (["T"], ["1", "T"]):
-        raise Refused(f"expected axes B F T, found {' '.join(x.axes)}")
-    steps_apart(reader)
-    over, count = spatial.index("T"), len(spatial)
-    size = whole(attributes["kernel_shape"])
-    strides, dilations, pads = window(attributes, count)
-    padding = padding_of(attributes, pads, over, count)
-    if len(size) != count or any(n != 1 for axis, n in enumerate(size) if axis != over) or set(dilations) != {1}:
-        raise Refused(f"expected a window over time alone, found {size}")
-    if isinstance(padding, tuple) or attributes.get("ceil_mode", 0):
-        raise Refused("expected a pool without pads and ceil_mode, which a Network's hasn't")
-    if node.op_type == "AveragePool" and padding == "same" and attributes.get("count_include_pad", 0):
-        raise Refused("expected count_include_pad=0")
-    mode = "max" if node.op_type == "MaxPool" else "mean"
-    made = Pool1D(mode, size[over], strides[over], padding)
-    steps, _ = made.check(label(node), (x.steps, None))
-    return [replace(x, wire=reader.add(label(node), made, x.wire), steps=steps)]
-
-
 def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a mean or a maximum over all of time."""
     x = reader.flowing(values[0])
@@ -187,30 +157,6 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 
 
 # ── number by number ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def activation(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read an activation; it becomes part of the Dense or the convolution before it where it can."""
-    x, name = reader.flowing(values[0]), node.op_type
-    if name == "Softmax":
-        axis = x.at(attributes.get("axis", 1 if reader.model.opset < 13 else -1))
-        if x.axes[axis] != "F" or "D" in x.axes or (reader.model.opset < 13 and axis != len(x.axes) - 1):
-            raise Refused(f"expected the axis of the features, found axis {axis} of {' '.join(x.axes)}")
-        text = "softmax"
-    else:
-        given = [attributes.get(key, usual) for key, usual in PARAMETERS.get(name, ())]
-        numbers = ", ".join(repr(decimal(value)) for value in given)
-        text = NAMES[name] + (f"({numbers})" if given else "")
-    return [replace(x, wire=activated(reader, label(node), x, text))]
-
-
-def activated(reader: Reader, name: str, x: Flowing, text: str) -> str:
-    """Return the wire of a value's activation."""
-    behind = reader.last(x.wire)
-    if behind is not None and isinstance(behind[1], (Dense, Conv1D)) and behind[1].activation == "linear":
-        reader.replace(behind[0], replace(behind[1], activation=text))
-        return x.wire
-    return reader.add(name, Activation(text), x.wire)
 
 
 def by_features(x: Flowing, value: Array) -> Array | None:
@@ -287,56 +233,13 @@ def merged(reader: Reader, node: Any, values: list[Any]) -> list[Any]:
     return [replace(flows[0], wire=wire)]
 
 
-# ── norms and tables ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a BatchNormalization as it is at inference."""
-    x = reader.flowing(values[0])
-    gain, bias, mean, variance = (floats(reader, value, "its parameters") for value in values[1:5])
-    if attributes.get("training_mode", 0) or not attributes.get("spatial", 1):
-        raise Refused("expected the form of inference")
-    if len(x.axes) < 2 or x.axes[1] != "F" or "D" in x.axes:
-        raise Refused(f"expected the features on axis 1, found axes {' '.join(x.axes)}")
-    epsilon = float(attributes.get("epsilon", 1e-5))
-    wide = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + epsilon)
-    scale, shift = wide.astype(gain.dtype), (bias - mean.astype(np.float64) * wide).astype(gain.dtype)
-    return [replace(x, wire=reader.add(label(node), Scale(scale, shift), x.wire))]
-
-
-def layer_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a LayerNormalization over the features."""
-    x = reader.flowing(values[0])
-    last_is(x, "F", "LayerNorm")
-    if x.at(attributes.get("axis", -1)) != len(x.axes) - 1:
-        raise Refused("expected to go over the features alone")
-    gain = floats(reader, values[1], "the gain").reshape(-1)
-    bias = floats(reader, values[2], "the bias").reshape(-1) if len(values) > 2 and values[2] is not None else None
-    epsilon = decimal(attributes.get("epsilon", 1e-5))
-    return [replace(x, wire=reader.add(label(node), LayerNorm(gain, bias, epsilon), x.wire))]
-
-
-def embedding(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Gather of rows of a constant table by ids that flow."""
-    table, ids = floats(reader, values[0], "the table"), reader.flowing(values[1], "the ids")
-    if table.ndim != 2 or attributes.get("axis", 0) not in (0, -2) or "F" in ids.axes:
-        raise Refused(f"expected ids for the rows of a table, found {table.shape} and axes {' '.join(ids.axes)}")
-    wire = reader.add(label(node), Embedding(table), ids.wire)
-    return [replace(ids, wire=wire, axes=(*ids.axes, "F"), width=table.shape[1])]
-
-
 HANDLERS: dict[str, Handler] = {
     "MatMul": matmul,
     "Gemm": gemm,
     "Conv": conv,
-    "MaxPool": pool,
-    "AveragePool": pool,
     "GlobalAveragePool": reduce,
     "GlobalMaxPool": reduce,
-    "ReduceMean": reduce,
     "ReduceMax": reduce,
-    "BatchNormalization": batch_norm,
-    "LayerNormalization": layer_norm,
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Mean"), arithmetic),
-    **dict.fromkeys((*(name for name in NAMES if name not in ("Affine", "ScaledTanh")), "Softmax"), activation),
+    "Max": arithmetic,
+    "Mean": arithmetic,
 }

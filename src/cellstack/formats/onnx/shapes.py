@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import axes_of, place, slices, split_sizes, whole
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.ops import embedding, steps_apart
+from cellstack.formats.onnx.norms import embedding
+from cellstack.formats.onnx.ops import steps_apart
 from cellstack.formats.onnx.values import Ends, Flowing, Symbols, reshaped
 from cellstack.nodes import Flatten, Merge, Permute, Pool, Repeat, Select
 from cellstack.nodes import Reshape as ReshapeNode
@@ -69,6 +71,8 @@ def squeeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     for axis in chosen:
         if x.axes[axis] == "F" and x.width == 1 and "T" in x.axes:
             wire = reader.add(label(node), Flatten(), wire)
+        elif x.axes[axis] == "F" and x.width == 1:
+            pass  # one number a row, which a Network has as `[B, 1]`
         elif x.axes[axis] == "T" and x.steps == 1:
             wire, steps = reader.add(label(node), Pool("last"), wire), None
         elif x.axes[axis] != "1":
@@ -123,7 +127,14 @@ def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     axes = reshaped(x, entries, bool(attributes.get("allowzero", 0)))
     whole_shape = entries[1:] if all(isinstance(entry, int) for entry in entries[1:]) else []
     plain = x.axes in (("B", "T", "F"), ("B", "F")) and len(whole_shape) in (1, 2)
-    if axes is None and plain and entries[0] in (0, x.length("B")) and 0 not in whole_shape:
+    row = [x.length(a) for a in x.axes[1:]]
+    left = -1 not in whole_shape and all(isinstance(n, int) for n in row) and prod(row) == prod(whole_shape)  # for B
+    if (
+        axes is None
+        and plain
+        and 0 not in whole_shape
+        and (entries[0] in (0, x.length("B")) or (entries[0] == -1 and left))
+    ):
         wire = reader.add(label(node), ReshapeNode(tuple(whole_shape)), x.wire)
         last, first = whole_shape[-1], whole_shape[0] if len(whole_shape) == 2 else None
         width, steps = (None if n in (-1, None) else n for n in (last, first))

@@ -1,0 +1,181 @@
+"""ONNX's normalisations, as one operator each and written out as means and squares, and tables of vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.onnx.cells import decimal
+from cellstack.formats.onnx.file import label
+from cellstack.formats.onnx.fold import Spread, axes_of
+from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.ops import arithmetic, floats, last_is
+from cellstack.formats.onnx.ops import reduce as over_time
+from cellstack.formats.onnx.values import Flowing
+from cellstack.nodes import Embedding, LayerNorm, Scale
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is on the way from a value to its normalised self, each step by the mean and the variance of its features.
+
+    Args:
+        of: the value.
+        what: `"mean"`, `"centred"`: less its mean, `"squares"` of that, `"variance"`, `"deviation"`: the root of the
+            variance, `"inverse"`: one over it.
+        epsilon: what was added to the variance.
+    """
+
+    of: Flowing
+    what: str
+    epsilon: float = 0.0
+
+
+"""LayerNorm written out: what leads from one moment to the next, by operator; `x` is the value itself."""
+NEXT = {
+    ("Sub", "x", "mean"): "centred",
+    ("Pow", "centred", 2.0): "squares",
+    ("Mul", "centred", "centred"): "squares",
+    ("ReduceMean", "centred"): "zero",
+    ("ReduceMean", "squares"): "variance",
+    ("Sqrt", "variance"): "deviation",
+    ("Pow", "variance", 0.5): "deviation",
+    ("Pow", "variance", -0.5): "inverse",
+    ("Reciprocal", "deviation"): "inverse",
+    ("Div", 1.0, "deviation"): "inverse",
+    ("Div", "centred", "deviation"): "normed",
+    ("Mul", "centred", "inverse"): "normed",
+    ("Mul", "inverse", "centred"): "normed",
+}
+
+
+def moment(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> Any:
+    """Return what an operator makes of moments; None where that is none of a layer norm's."""
+    held = [value for value in values if isinstance(value, Moment)]
+    if not held:
+        return None
+    first = held[0]
+    if any(value.of != first.of for value in held):
+        return None
+    epsilon = max(value.epsilon for value in held)
+    if node.op_type == "ReduceMean" and not _features(first.of, attributes, values):
+        return None
+    key: list[Any] = [node.op_type]
+    for value in values[:1] if node.op_type == "ReduceMean" else values:
+        number = _number(value)
+        key.append(value.what if isinstance(value, Moment) else "x" if value == first.of else number)
+    number = next((entry for entry in key[1:] if isinstance(entry, float)), None)
+    if node.op_type == "Add" and first.what == "variance" and number is not None and not first.epsilon:
+        return replace(first, epsilon=number)
+    what = NEXT.get(tuple(key))
+    if what == "normed":
+        if epsilon <= 0.0:
+            raise Refused("expected a number above 0 to be added to the variance")
+        wire = reader.add(label(node), LayerNorm(None, None, epsilon), first.of.wire)
+        return replace(first.of, wire=wire)
+    return None if what is None else Moment(first.of, what, epsilon)
+
+
+def _number(value: Any) -> float | None:
+    value = value.array if isinstance(value, Spread) else value
+    return decimal(float(value.reshape(()))) if isinstance(value, np.ndarray) and value.size == 1 else None
+
+
+def _features(x: Flowing, attributes: dict[str, Any], values: list[Any]) -> bool:
+    """Whether a reduction goes over the features, the last axis, alone, and keeps it."""
+    axes = axes_of(attributes, values)
+    last = x.axes[-1:] == ("F",) and "D" not in x.axes
+    return (
+        last
+        and bool(attributes.get("keepdims", 1))
+        and axes is not None
+        and [x.at(n) for n in axes] == [len(x.axes) - 1]
+    )
+
+
+def written_out(usual: Handler | None) -> Handler:
+    """Return a handler that reads an operator as a step of a layer norm where it is one, and else as `usual` does."""
+
+    def read(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+        made = moment(reader, node, attributes, values)
+        if made is not None:
+            return [made]
+        if any(isinstance(value, Moment) for value in values) or usual is None:
+            raise Refused("an operator that a Network hasn't")
+        return usual(reader, node, attributes, values)
+
+    return read
+
+
+def mean(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a ReduceMean: over time, or over the features as a layer norm begins."""
+    x = reader.flowing(values[0])
+    if _features(x, attributes, values):
+        return [Moment(x, "mean")]
+    return over_time(reader, node, attributes, values)
+
+
+def scaled(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a sum or a product; gain and bias of a layer norm become part of it."""
+    constant = [isinstance(value, (np.ndarray, Spread)) for value in values]
+    if len(values) == 2 and sum(constant) == 1 and isinstance(values[constant.index(False)], Flowing):
+        x, array = values[constant.index(False)], values[constant.index(True)]
+        behind = reader.last(x.wire)
+        norm = None if behind is None else behind[1]
+        plain = x.axes[-1:] == ("F",) and "D" not in x.axes and not any(x.pad)
+        fits = isinstance(array, np.ndarray) and array.shape[-1:] == (array.size,) and array.dtype.kind == "f"
+        if behind and isinstance(norm, LayerNorm) and plain and fits and x.width == array.size:
+            array = floats(reader, array, "the gain").reshape(-1)
+            if node.op_type == "Mul" and norm.gain is None and norm.bias is None:
+                reader.replace(behind[0], LayerNorm(array, None, norm.epsilon))
+                return [x]
+            if node.op_type == "Add" and norm.bias is None and (norm.gain is None or norm.gain.dtype == array.dtype):
+                reader.replace(behind[0], LayerNorm(norm.gain, array, norm.epsilon))
+                return [x]
+    return arithmetic(reader, node, attributes, values)
+
+
+def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a BatchNormalization as it is at inference."""
+    x = reader.flowing(values[0])
+    gain, bias, mean, variance = (floats(reader, value, "its parameters") for value in values[1:5])
+    if attributes.get("training_mode", 0) or not attributes.get("spatial", 1):
+        raise Refused("expected the form of inference")
+    if len(x.axes) < 2 or x.axes[1] != "F" or "D" in x.axes:
+        raise Refused(f"expected the features on axis 1, found axes {' '.join(x.axes)}")
+    epsilon = float(attributes.get("epsilon", 1e-5))
+    wide = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + epsilon)
+    scale, shift = wide.astype(gain.dtype), (bias - mean.astype(np.float64) * wide).astype(gain.dtype)
+    return [replace(x, wire=reader.add(label(node), Scale(scale, shift), x.wire))]
+
+
+def layer_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a LayerNormalization over the features."""
+    x = reader.flowing(values[0])
+    last_is(x, "F", "LayerNorm")
+    if x.at(attributes.get("axis", -1)) != len(x.axes) - 1:
+        raise Refused("expected to go over the features alone")
+    gain = floats(reader, values[1], "the gain").reshape(-1)
+    bias = floats(reader, values[2], "the bias").reshape(-1) if len(values) > 2 and values[2] is not None else None
+    epsilon = decimal(attributes.get("epsilon", 1e-5))
+    return [replace(x, wire=reader.add(label(node), LayerNorm(gain, bias, epsilon), x.wire))]
+
+
+def embedding(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a Gather of rows of a constant table by ids that flow."""
+    table, ids = floats(reader, values[0], "the table"), reader.flowing(values[1], "the ids")
+    if table.ndim != 2 or attributes.get("axis", 0) not in (0, -2) or "F" in ids.axes:
+        raise Refused(f"expected ids for the rows of a table, found {table.shape} and axes {' '.join(ids.axes)}")
+    wire = reader.add(label(node), Embedding(table), ids.wire)
+    return [replace(ids, wire=wire, axes=(*ids.axes, "F"), width=table.shape[1])]
+
+
+HANDLERS: dict[str, Handler] = {
+    "BatchNormalization": batch_norm,
+    "LayerNormalization": layer_norm,
+    "ReduceMean": written_out(mean),
+    **{name: written_out(scaled) for name in ("Add", "Sub", "Mul", "Div")},
+    **{name: written_out(None) for name in ("Pow", "Sqrt", "Reciprocal")},
+}

@@ -1,0 +1,147 @@
+"""What PyTorch's two exporters make of modules, loaded and held against ONNX Runtime."""
+
+import numpy as np
+import pytest
+import torch
+from onnx_graphs import compare, export
+from torch import nn
+
+from cellstack.formats import onnx as adapter
+from cellstack.spec import FormatError
+
+
+def random_norm(norm):
+    """A norm with parameters, and statistics where it has them, of its own for each feature."""
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    if isinstance(norm, nn.BatchNorm1d):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+class Front(nn.Module):
+    """What stands before a GRU, on channels or on features, and a head on each step."""
+
+    def __init__(self, *front, channels=True):
+        super().__init__()
+        self.front, self.channels = nn.Sequential(*front), channels
+        self.rnn, self.head = nn.GRU(5 if channels else 3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.front(x.transpose(1, 2)).transpose(1, 2) if self.channels else self.front(x)
+        return self.head(self.rnn(y)[0])
+
+
+class Head(nn.Module):
+    """An activation between an LSTM's last h and a head of one number."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.rnn, self.hidden, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 6), nn.Linear(6, 1)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.head(self.activation(self.hidden(self.rnn(x)[1][0].squeeze(0)))).squeeze(-1)
+
+
+class WrittenOut(nn.Module):
+    """A layer norm out of means and powers."""
+
+    def __init__(self, root):
+        super().__init__()
+        self.gain, self.bias, self.root = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3)), root
+
+    def forward(self, x):
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.pow(2).mean(-1, keepdim=True) + 1e-5
+        normed = centred / torch.sqrt(variance) if self.root else centred * torch.rsqrt(variance)
+        return normed * self.gain + self.bias
+
+
+class Windows(nn.Module):
+    """Six numbers of a head as three steps of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1]).view(x.shape[0], 3, 2)
+
+
+def conv(*given, **named):
+    return nn.Conv1d(3, 5, *given, **named)
+
+
+FRONTS = {
+    "same": lambda: Front(conv(3, padding="same"), nn.ReLU()),
+    "same, even": lambda: Front(conv(4, padding="same"), nn.SiLU()),
+    "strided, batch norm": lambda: Front(random_norm(nn.BatchNorm1d(3)), conv(3, padding=1, stride=2)),
+    "prelu": lambda: Front(conv(3), nn.PReLU()),
+    "max": lambda: Front(conv(3), nn.MaxPool1d(3, 2)),
+    "max, padded": lambda: Front(conv(3), nn.ReLU(), nn.MaxPool1d(3, 2, padding=1)),
+    "max, padded, up": lambda: Front(conv(3), nn.ReLU(), nn.MaxPool1d(3, 2, padding=1, ceil_mode=True)),
+    "max, up": lambda: Front(conv(3), nn.MaxPool1d(2, ceil_mode=True)),
+    "mean": lambda: Front(conv(3), nn.AvgPool1d(3, 2)),
+    "mean, padded": lambda: Front(conv(3), nn.AvgPool1d(3, 2, padding=1)),
+    "mean, up": lambda: Front(conv(3), nn.AvgPool1d(2, ceil_mode=True)),
+    "layer norm": lambda: Front(random_norm(nn.LayerNorm(3)), channels=False),
+    "layer norm without bias": lambda: Front(random_norm(nn.LayerNorm(3, bias=False)), channels=False),
+    "layer norm written out": lambda: Front(WrittenOut(True), channels=False),
+    "layer norm written out, inverse": lambda: Front(WrittenOut(False), channels=False),
+    "windows": Windows,
+}
+ACTIVATIONS = {
+    "gelu": nn.GELU(),
+    "gelu of tanh": nn.GELU("tanh"),
+    "silu": nn.SiLU(),
+    "mish": nn.Mish(),
+    "hardswish": nn.Hardswish(),
+    "hardtanh": nn.Hardtanh(-0.5, 0.25),
+    "relu6": nn.ReLU6(),
+    "selu": nn.SELU(),
+    "logsoftmax": nn.LogSoftmax(-1),
+}
+
+
+@pytest.mark.parametrize("steps", [9, 10])
+@pytest.mark.parametrize("name", FRONTS)
+def test_fronts(tmp_path, name, steps):
+    torch.manual_seed(3)
+    compare(*export(tmp_path / "net.onnx", FRONTS[name](), (torch.randn(2, steps, 3),)))
+
+
+@pytest.mark.parametrize("opset", [9, 11, 13, 18])
+@pytest.mark.parametrize("name", ["same", "layer norm", "max", "strided, batch norm"])
+def test_fronts_at_opsets(tmp_path, name, opset):
+    torch.manual_seed(4)
+    net = compare(*export(tmp_path / "net.onnx", FRONTS[name](), (torch.randn(2, 9, 3),), opset=opset))
+    kinds = [type(node).__name__ for node in net.nodes]
+    assert kinds[-2:] == ["Recurrent", "Dense"]
+    if name == "layer norm":
+        assert kinds[0] == "LayerNorm"
+        np.testing.assert_allclose(net.nodes[0].epsilon, 1e-5, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(tmp_path, name):
+    torch.manual_seed(5)
+    compare(*export(tmp_path / "net.onnx", Head(ACTIVATIONS[name]), (torch.randn(3, 5, 3),)))
+
+
+@pytest.mark.parametrize(
+    ("front", "message"),
+    [
+        (nn.MaxPool1d(3, 2, padding=1), r"MaxPool .*: expected a pool without pads \[1, 1\]"),
+        (nn.MaxPool1d(2, 2, dilation=2), r"MaxPool .*: expected a window over time alone, found \[2\] and dilations"),
+        (nn.AvgPool1d(3, 2, padding=1, ceil_mode=True), r"AveragePool .*: expected a pool without pads .* ceil_mode 1"),
+        (nn.GroupNorm(1, 5), r"InstanceNormalization .*: an operator that a Network hasn't"),
+    ],
+)
+def test_fronts_that_a_network_hasn_t(tmp_path, front, message):
+    """They are named, and the GRU behind them is still to be had."""
+    path, _ = export(tmp_path / "net.onnx", Front(conv(3), front), (torch.randn(2, 9, 3),))
+    with pytest.raises(FormatError, match=message):
+        adapter.load(path)
+    assert [part.cells[0].spec.kind for part in adapter.extract(path).values()] == ["gru"]
