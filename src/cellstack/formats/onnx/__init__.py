@@ -136,22 +136,24 @@ def load(path: str) -> Network:
         raise _odd(path, error) from None
 
 
-def save(network: Network, path: str) -> None:
+def save(network: Network, path: str, lengths: bool = False) -> None:
     """Write a network as an ONNX file, whole or not at all: opset 17, batch and time of any length.
 
     Every cell's h and c are inputs, `name.h` and `name.c`, each `[B, H]`, and outputs, `name.h.after`; an input may be
     left out, and the cell's own initial state then takes its place. A cell of a stack goes by `name.0`, and so on, one
-    of a Bidirectional by `name.forward` and `name.backward`. Masks and lengths aren't written: ONNX Runtime runs whole
-    rows.
+    of a Bidirectional by `name.forward` and `name.backward`. Cells that ONNX's LSTM, GRU and RNN can't hold, those of
+    float64 and those under a mask are Scans.
 
     Args:
         network: what to write.
         path: where to.
+        lengths: whether to put in an input `lengths` `[B]`, int64, of how many steps of each row are used; left out,
+            all are. Such a file isn't read again.
 
     Raises:
-        ValueError: what ONNX's operators don't have: a cell with a projection, layer normalisation, zoneout or
-            `cell_clip`, a node that makes a mask. The message names it.
+        ValueError: lengths for a network without time, a LayerNorm whose width isn't known, or more than protobuf
+            holds, 2 GiB.
         OSError: the file can't be written.
         ModuleNotFoundError: the package onnx isn't installed.
     """
-    write(network, path)
+    write(network, path, lengths)

@@ -11,9 +11,10 @@ import numpy as np
 from cellstack.formats.onnx.cells import INPUTS, KINDS, clean, is_recurrent, nodes_of, read_operator, unique
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, label, short
 from cellstack.formats.onnx.fold import Spread, fold
+from cellstack.formats.onnx.scan import is_scan, read_scan
 from cellstack.formats.onnx.values import Ends, Flowing, Lengths, Ref, StartOf, Symbols, Unknown
 from cellstack.network import Network
-from cellstack.nodes import Activation, Merge, Node, Permute, Pool, Reshape, Select
+from cellstack.nodes import Activation, Merge, Node, Permute, Pool, Recurrent, Reshape, Select
 from cellstack.spec import FormatError
 
 Value = Flowing | Ends | StartOf | Lengths | Symbols | Unknown | Spread | np.ndarray
@@ -133,7 +134,7 @@ class Reader:
         if len(refs) == 1:
             wire, width = self._end(refs[0])
         elif not sequences and refs == [Ref(refs[0].operator, way, "h") for way in range(len(cells))]:
-            width = sum(cell.spec.units for cell in cells)
+            width = sum(cell.spec.output_size for cell in cells)
         else:
             parts = [self._end(ref) for ref in refs]
             wire, width = self.add(f"{wire}.states", Merge("concat"), *(part for part, _ in parts)), 2 * parts[0][1]
@@ -146,7 +147,7 @@ class Reader:
     def _end(self, ref: Ref) -> tuple[str, int]:
         """Return a wire that carries an h after the last step, and its width."""
         cells, wire, sequences = self.operators[ref.operator]
-        width = cells[ref.way].spec.units
+        width = cells[ref.way].spec.output_size
         reverse = ref.way == 1 or self._reversed(wire)
         if len(cells) == 2:
             start = ref.way * width
@@ -177,8 +178,8 @@ class Reader:
         values = [self.value(name) for name in node.input]
         told = [value.told for value in values if isinstance(value, Unknown)]
         handler = self.handlers.get(node.op_type) if node.domain in DOMAINS else None
-        if is_recurrent(node):
-            handler = recurrent
+        if is_recurrent(node) or is_scan(node):
+            handler = scanned if is_scan(node) else recurrent
         try:
             if not any(told) and all(isinstance(v, (np.ndarray, Spread, Symbols, Unknown, type(None))) for v in values):
                 return self._symbols(node, self.model.attributes(node), values)
@@ -188,7 +189,7 @@ class Reader:
             if any(told):
                 return [Unknown("", True)] * len(node.output)
             attributes = self.model.attributes(node)
-            if any(isinstance(value, StartOf) for value in values) and not is_recurrent(node):
+            if any(isinstance(value, StartOf) for value in values) and handler not in (recurrent, scanned):
                 return self._start(node, values)
             if node.op_type in ("Identity", "Cast", "Dropout") and isinstance(values[0], (Lengths, Ends)):
                 return [values[0]]
@@ -347,14 +348,41 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     return made
 
 
+def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a Scan that is a cell, as the writer puts it."""
+    *states, x = values
+    starts = {}
+    for part, value in zip("hc", states, strict=False):
+        value = value.array if isinstance(value, Spread) else value
+        if isinstance(value, np.ndarray):
+            if not value.size or (value != value.reshape(-1, value.shape[-1])[:1]).any():
+                raise Refused(f"expected the {part} to start from to be alike in every row")
+            starts[part] = value.reshape(-1, value.shape[-1])[0]
+        elif not isinstance(value, StartOf):
+            raise Refused(f"expected the {part} to start from to be an input or a constant")
+    cell, backwards = read_scan(reader.model, node, starts if any(one.any() for one in starts.values()) else {})
+    flow = reader.flowing(x, "its steps")
+    if flow.axes != ("T", "B", "F"):
+        raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
+    sequences = reader.uses.get(node.output[-1], 0) > 0
+    wire = reader.add(label(node), Recurrent((cell,), sequences, backwards), flow.wire)
+    if backwards and sequences:
+        wire = reader.add(f"{label(node)}.in_order", Select(step=-1), wire)
+    reader.operators.append(((cell,), wire, sequences))
+    number = len(reader.operators) - 1
+    ends = [Ends(("B", "F"), np.array(Ref(number, 0, part), object)) for part in cell.spec.state_sizes]
+    return [*ends, Flowing(wire, ("T", "B", "F"), cell.spec.output_size, flow.steps, flow.batch)]
+
+
 def _roles(scope: Scope) -> tuple[set[str], set[str]]:
     """Return the inputs that hold states to start from, and those that hold the rows' lengths."""
     starts: set[str] = set()
     lengths: set[str] = set()
     given = {name for name in scope.inputs if name not in scope.initializers}
     for node in scope.graph.node:
-        if is_recurrent(node):
-            for names, found in ((node.input[5:7], starts), (node.input[4:5], lengths)):
+        if is_recurrent(node) or is_scan(node):
+            ends = ((node.input[:-1], starts),) if is_scan(node) else ()
+            for names, found in ends or ((node.input[5:7], starts), (node.input[4:5], lengths)):
                 for name in names:
                     while name and name not in given and name in scope.producers:
                         behind = scope.producers[name]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from cellstack.formats.files import replacing
-from cellstack.formats.layout import Array
-from cellstack.formats.onnx.cells import ONNX_NAMES, unique, write_operator
+from cellstack.formats.onnx.cells import write_operator
 from cellstack.formats.onnx.file import KEY, onnx_package
+from cellstack.formats.onnx.masks import masked, neutral, of_lengths, pooled, used_after
+from cellstack.formats.onnx.pieces import LAST, Pieces
+from cellstack.formats.onnx.scan import body_of
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
@@ -21,6 +24,7 @@ from cellstack.nodes import (
     Embedding,
     Flatten,
     LayerNorm,
+    Masking,
     Merge,
     Node,
     Permute,
@@ -33,15 +37,22 @@ from cellstack.nodes import (
     Select,
     Standardise,
 )
-from cellstack.spec import PARAMETERS, ShapeError, activation
+from cellstack.spec import ShapeError
 
 OPSET, IR_VERSION = 17, 8
-FIRST, LAST = -(2**63), 2**63 - 1
-NOT_IN_ONNX = "it leaves steps out by a mask, which ONNX doesn't have"
 MERGES = {"concat": "Concat", "add": "Add", "mul": "Mul", "ave": "Mean", "max": "Max", "sub": "Sub"}
 
 
-class Writer:
+def can_be_operator(cells: tuple[Cell, ...]) -> bool:
+    """Whether cells, one a direction, can be one of ONNX's recurrent operators."""
+    try:
+        write_operator("", cells, "forward")
+    except ValueError:
+        return False
+    return True
+
+
+class Writer(Pieces):
     """Puts a network's nodes into a graph.
 
     Args:
@@ -49,59 +60,12 @@ class Writer:
     """
 
     def __init__(self, network: Network) -> None:
-        self.onnx = onnx_package()
+        super().__init__(onnx_package(), network.dtype, {*network.inputs, *network.names})
         self.network = network
-        self.dtype = network.dtype
-        self.type = self.onnx.helper.np_dtype_to_tensor_dtype(network.dtype)
-        self.taken = {*network.inputs, *network.names}
-        self.nodes: list[Any] = []
-        self.tensors: list[Any] = []
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self.states: list[list[str]] = []  # by cell and part: the input's name and the output's
-        self.constants: dict[tuple[int, ...], str] = {}
-
-    # ── what writers of nodes use ───────────────────────────────────────────────────────────────────────────────────
-
-    def fresh(self, name: str) -> str:
-        """Return a name that nothing has, and keep it."""
-        name = unique(self.taken, name)
-        self.taken.add(name)
-        return name
-
-    def put(self, operator: str, inputs: list[str], output: str, name: str = "", **attributes: Any) -> str:
-        """Put an operator in that makes `output`, and return that; it goes by `name`, else by its output."""
-        self.nodes.append(self.onnx.helper.make_node(operator, inputs, [output], name=name or output, **attributes))
-        return output
-
-    def tensor(self, name: str, array: Array) -> str:
-        """Put an array in, and return its name."""
-        name = self.fresh(name)
-        self.tensors.append(self.onnx.numpy_helper.from_array(np.asarray(array, order="C"), name))
-        return name
-
-    def integers(self, *values: int) -> str:
-        """Return the name of a list of integers; lists alike are one."""
-        if values not in self.constants:
-            name = "to_" + "_".join(str(value).replace("-", "minus") for value in values)
-            self.constants[values] = self.tensor(name, np.array(values, np.int64))
-        return self.constants[values]
-
-    def activate(self, name: str, x: str, text: str, output: str) -> str:
-        """Put an activation in."""
-        if text == "softmax":
-            return self.put("Softmax", [x], output, name, axis=-1)
-        kind, alpha, beta = activation(text)
-        if kind in ("affine", "scaled_tanh"):
-            inner, outer = (alpha, beta) if kind == "affine" else (beta, alpha)
-            number = lambda value: self.tensor(f"{name}.number", np.array(value, self.dtype))  # noqa: E731
-            x = self.put("Mul", [x, number(inner)], self.fresh(f"{name}.in"))
-            if kind == "affine":
-                return self.put("Add", [x, number(outer)], output, name)
-            return self.put("Mul", [self.put("Tanh", [x], self.fresh(f"{name}.tanh")), number(outer)], output, name)
-        keys = ("alpha", "beta")[: len(PARAMETERS.get(kind, ()))]
-        given = dict(zip(keys, (alpha, beta), strict=False))
-        return self.put("Identity" if kind == "linear" else ONNX_NAMES[kind], [x], output, name, **given)
+        self.masks: dict[str, str] = {}  # of values that have one: a flag a step, [B, T, 1], True where it is used
 
     def finish(self, name: str, x: str, text: str, output: str) -> None:
         """Put in the activation with which a node ends, whose value before it is `x`; `x` is made last."""
@@ -112,42 +76,53 @@ class Writer:
 
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def start(self, where: str, cells: tuple[Cell, ...], names: list[str], x: str) -> list[str]:
-        """Put in the inputs that hold a call's states, and return `[D, B, H]` of each part.
+    def start(self, where: str, cells: tuple[Cell, ...], names: list[str], x: str, ways: bool) -> list[str]:
+        """Put in the inputs that hold a call's states, and return the values of each part.
 
-        Each is `[B, H]`, and may be left out: the cell's own initial state then takes its place, `[1, H]`.
+        They are `[D, B, H]` where `ways`, else those of one cell, `[B, H]`. An input may be left out: the cell's own
+        initial state then takes its place, `[1, H]`.
         """
         batch = self.put("Shape", [x], self.fresh(f"{where}.batch"), start=0, end=1)
-        spec = cells[0].spec
         ready = []
-        for part, size in spec.state_sizes.items():
+        for part, size in cells[0].spec.state_sizes.items():
             each = []
             shape = self.fresh(f"{where}.{part}.shape")
-            self.put("Concat", [self.integers(1), batch, self.integers(size)], shape, axis=0)
+            self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(size)], shape, axis=0)
             for name, cell in zip(names, cells, strict=True):
                 usual = cell.arrays.get(f"initial_{part}", np.zeros(size, self.dtype))
                 given = self.tensor(f"{name}.{part}", usual[None])
                 rows = self.fresh(f"{given}.rows")
                 self.inputs.append(self.onnx.helper.make_tensor_value_info(given, self.type, [rows, size]))
-                wide = self.put("Unsqueeze", [given, self.integers(0)], self.fresh(f"{given}.wide"))
-                each.append(self.put("Expand", [wide, shape], self.fresh(f"{given}.start")))
                 self.states.append([given])
+                if ways:
+                    given = self.put("Unsqueeze", [given, self.integers(0)], self.fresh(f"{given}.wide"))
+                each.append(self.put("Expand", [given, shape], self.fresh(f"{name}.{part}.start")))
             if len(each) > 1:
                 each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
             ready += each
         return ready
 
-    def end(self, where: str, cells: tuple[Cell, ...], ends: list[str]) -> None:
-        """Put in the outputs that hold the states after the call, out of `[D, B, H]` of each part."""
-        waiting = [entry for entry in self.states if len(entry) == 1]
-        spec = cells[0].spec
-        for (_, size), end in zip(spec.state_sizes.items(), ends, strict=True):
-            for way in range(len(cells)):
-                entry = waiting.pop(0)
-                after = self.fresh(f"{entry[0]}.after")
-                self.put("Gather", [end, self.tensor(f"{after}.way", np.array(way, np.int64))], after, axis=0)
-                self.outputs.append(self.onnx.helper.make_tensor_value_info(after, self.type, ["batch", size]))
-                entry.append(after)
+    def after(self, sizes: Iterable[int]) -> list[str]:
+        """Put in outputs `[B, H]` for the states that were started last, and return their names, to be made."""
+        names = []
+        for entry, size in zip([entry for entry in self.states if len(entry) == 1], sizes, strict=True):
+            entry.append(self.fresh(f"{entry[0]}.after"))
+            self.outputs.append(self.onnx.helper.make_tensor_value_info(entry[1], self.type, ["batch", size]))
+            names.append(entry[1])
+        return names
+
+    def lengths(self) -> Any:
+        """Put lengths of rows in, as the masks of the inputs that have time, and return the graph's input.
+
+        It may be left out: all steps are used then.
+        """
+        timed = [name for name in self.network.inputs if self.network.graph.timed(name)]
+        if not timed:
+            raise ValueError("save: expected no lengths, as no input has a time axis")
+        given = self.tensor("lengths", np.array([LAST]))
+        for name in timed:
+            self.masks[name] = of_lengths(self, name, given)
+        return self.onnx.helper.make_tensor_value_info(given, self.onnx.TensorProto.INT64, [f"{given}.rows"])
 
     # ── recurrent nodes ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -170,57 +145,98 @@ class Writer:
         """
         written = write_operator(where, cells, direction)
         arrays = {key: self.tensor(f"{where}.{key}", array) for key, array in written.arrays.items()}
-        states = self.start(where, cells, names, x)
+        parts = cells[0].spec.state_sizes
+        states = self.start(where, cells, names, x, True)
         inputs = [steps, arrays["W"], arrays["R"], arrays.get("B", ""), "", *states, arrays.get("P", "")]
         while not inputs[-1]:
             inputs.pop()
-        parts = cells[0].spec.state_sizes
         ends = [self.fresh(f"{where}.Y_{part}") for part in parts]
         y = self.fresh(f"{where}.Y") if wanted else ""
         self.nodes.append(
             self.onnx.helper.make_node(written.kind, inputs, [y, *ends], name=where, **written.attributes)
         )
-        self.end(where, cells, ends)
+        each = [(end, way, size) for end, size in zip(ends, parts.values(), strict=True) for way in range(len(cells))]
+        for (end, way, _), after in zip(each, self.after(size for *_, size in each), strict=True):
+            self.put("Gather", [end, self.tensor(f"{after}.way", np.array(way, np.int64))], after, axis=0)
         return y, ends[0]
 
-    def stack(self, name: str, node: Recurrent, x: str, output: str) -> None:
-        """Put a stack of cells in."""
+    def scan(
+        self, where: str, cell: Cell, direction: str, x: str, steps: str, mask: str, residual: bool
+    ) -> tuple[str, str]:
+        """Put a cell in as a Scan; the arguments are those of `operator`, the mask is `[T, B, 1]`, or "".
+
+        Returns:
+            y `[T, B, P]`, and y after the last step `[B, P]`; h + x both where there is a mask and a residual.
+        """
+        states = self.start(where, (cell,), [where], x, False)
+        body = body_of(where, cell, bool(mask), residual)
+        ends = self.after(cell.spec.state_sizes.values())
+        last, y = ends[0], self.fresh(f"{where}.y")
+        if mask:
+            states.append(states[0])
+            last = self.fresh(f"{where}.y_last")
+        way = [int(direction == "reverse")]
+        flows = [steps, mask] if mask else [steps]
+        self.nodes.append(
+            self.onnx.helper.make_node(
+                "Scan",
+                [*states, *flows],
+                [*ends, *([last] if mask else []), y],
+                name=where,
+                body=body,
+                num_scan_inputs=len(flows),
+                scan_input_directions=way * len(flows),
+                scan_output_directions=way,
+            )
+        )
+        return y, last
+
+    def stack(self, name: str, node: Recurrent, x: str, output: str, mask: str) -> None:
+        """Put a stack of cells in; `mask` is that of `x`, or ""."""
         direction = "reverse" if node.go_backwards else "forward"
         steps = self.put("Transpose", [x], self.fresh(f"{name}.steps"), perm=[1, 0, 2])
-        last = len(node.cells) - 1
-        h = ""
+        turned = self.of("Transpose", mask, perm=[1, 0, 2]) if mask else ""
+        top = len(node.cells) - 1
+        at = np.array(0 if node.go_backwards else -1, np.int64)
+        last = ""  # what the top cell gives after its last step, [B, P]; "": that of its steps
         for number, cell in enumerate(node.cells):
-            own = f"{name}.{number}" if last else name
+            own = f"{name}.{number}" if top else name
             added = node.residual and number > 0 and cell.spec.input_size == cell.spec.output_size
-            wanted = number < last or node.return_sequences or added
-            y, h = self.operator(own, (cell,), [own], direction, x, steps, wanted)
-            if wanted:
-                flat = self.put("Squeeze", [y, self.integers(1)], self.fresh(f"{own}.flat"))
-                steps = self.put("Add", [flat, steps], self.fresh(f"{own}.added")) if added else flat
-                h = "" if added else h
+            wanted = number < top or node.return_sequences or added
+            if mask or self.dtype == np.float64 or not can_be_operator((cell,)):
+                flat, last = self.scan(own, cell, direction, x, steps, turned, added)
+                added = added and not mask
+            else:
+                y, h = self.operator(own, (cell,), [own], direction, x, steps, wanted)
+                flat = self.put("Squeeze", [y, self.integers(1)], self.fresh(f"{own}.flat")) if wanted else ""
+                last = "" if wanted else self.put("Squeeze", [h, self.integers(0)], self.fresh(f"{own}.last"))
+            steps = self.put("Add", [flat, steps], self.fresh(f"{own}.added")) if added else flat
+            last = "" if added else last
         if node.return_sequences:
-            turned = self.put("Transpose", [steps], self.fresh(f"{name}.rows"), perm=[1, 0, 2])
+            rows = self.put("Transpose", [steps], self.fresh(f"{name}.rows"), perm=[1, 0, 2])
+            if mask and node.zero_output_for_mask:
+                rows = self.of("Where", mask, rows, self.number(0.0))
             if node.go_backwards:
-                self.cut(turned, slice(None, None, -1), 1, output, f"{name}.in_order")
+                self.cut(rows, slice(None, None, -1), 1, output, f"{name}.in_order")
             else:
                 self.nodes[-1].output[0] = output
-        elif h:
-            self.put("Squeeze", [h, self.integers(0)], output, f"{name}.last")
-        else:
-            at = self.tensor(f"{name}.at", np.array(0 if node.go_backwards else -1, np.int64))
-            self.put("Gather", [steps, at], output, f"{name}.last", axis=0)
+            return
+        last = last or self.put("Gather", [steps, self.tensor(f"{name}.at", at)], self.fresh(f"{name}.last"), axis=0)
+        if mask and node.zero_output_for_mask:
+            used = self.of("Gather", mask, self.tensor(f"{name}.at", at), axis=1)
+            last = self.of("Where", used, last, self.number(0.0))
+        if list(self.nodes[-1].output) == [last]:
+            self.nodes[-1].output[0] = output
+        else:  # it is the state after the call too
+            self.put("Identity", [last], output, f"{name}.end")
 
-    def bidirectional(self, name: str, node: Bidirectional, x: str, output: str) -> None:
+    def bidirectional(self, name: str, node: Bidirectional, x: str, output: str, mask: str) -> None:
         """Put a pair of stacks in: as one operator where they are one cell each, with the same flags."""
         halves = (node.forward, node.backward)
         cells = tuple(cell for half in halves for cell in half.cells)
-        one = node.merge_mode == "concat" and len(cells) == 2
-        try:
-            one = one and bool(write_operator(name, cells, "bidirectional"))
-        except ValueError:  # the halves differ in a flag, or can't be written: said below, where they are apart
-            one = False
         names = [f"{name}.{way}" for way in ("forward", "backward")]
-        if one:
+        one = node.merge_mode == "concat" and len(cells) == 2 and not mask and self.dtype == np.float32
+        if one and can_be_operator(cells):
             steps = self.put("Transpose", [x], self.fresh(f"{name}.steps"), perm=[1, 0, 2])
             wanted = node.forward.return_sequences
             y, h = self.operator(name, cells, names, "bidirectional", x, steps, wanted)
@@ -231,22 +247,14 @@ class Writer:
         ends = [self.fresh(f"{way}.out") for way in names]
         for way, half, end in zip(names, halves, ends, strict=True):
             if way == names[0] or not half.return_sequences:
-                self.stack(way, half, x, end)
+                self.stack(way, half, x, end, mask)
             else:
                 turned = self.fresh(f"{way}.turned")
-                self.stack(way, half, x, turned)
+                self.stack(way, half, x, turned, mask)
                 self.cut(turned, slice(None, None, -1), 1, end, f"{way}.out")
         self.merge(node.merge_mode.replace("sum", "add"), ends, -1, output, f"{name}.merged")
 
     # ── the other nodes ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def cut(self, x: str, taken: slice, axis: int, output: str, name: str = "") -> str:
-        """Put a slice of an axis in."""
-        step = taken.step or 1
-        start = taken.start if taken.start is not None else 0 if step > 0 else LAST
-        stop = taken.stop if taken.stop is not None else LAST if step > 0 else FIRST
-        given = [self.integers(value) for value in (start, stop, axis, step)]
-        return self.put("Slice", [x, *given], output, name)
 
     def merge(self, mode: str, sources: list[str], axis: int, output: str, name: str = "") -> None:
         """Put a Merge in."""
@@ -269,10 +277,15 @@ class Writer:
             ValueError: a node that ONNX can't hold.
         """
         x = sources[0]
+        masks = [self.masks.get(source, "") for source in sources]
+        if isinstance(node, (Embedding, Masking)):
+            self.masks[name] = masked(self, name, node, x, masks[0])
+            return
+        self.masks[name] = used_after(self, node, sources, masks, len(self.network.shapes[x]))
         if isinstance(node, Recurrent):
-            self.stack(name, node, x, name)
+            self.stack(name, node, x, name, masks[0])
         elif isinstance(node, Bidirectional):
-            self.bidirectional(name, node, x, name)
+            self.bidirectional(name, node, x, name, masks[0])
         elif isinstance(node, Dense):
             product = self.put("MatMul", [x, self.tensor(f"{name}.kernel", node.kernel)], self.fresh(f"{name}.z"), name)
             if node.bias is not None:
@@ -289,7 +302,9 @@ class Writer:
             y = self.put(operator, [turned], self.fresh(f"{name}.pooled"), name, auto_pad=auto, **sizes)
             self.put("Transpose", [y], name, f"{name}.rows", perm=[0, 2, 1])
         elif isinstance(node, Pool):
-            if node.mode == "last":
+            if masks[0]:
+                pooled(self, name, node, x, masks[0])
+            elif node.mode == "last":
                 at = self.tensor(f"{name}.at", np.array(-1, np.int64))
                 self.put("Gather", [x, at], name, axis=1)
             else:
@@ -341,8 +356,6 @@ class Writer:
         x = sources[0]
         if isinstance(node, Activation):
             self.activate(name, x, node.activation, name)
-        elif isinstance(node, Embedding) and not node.mask_zero:
-            self.put("Gather", [self.tensor(f"{name}.table", node.table), x], name, axis=0)
         elif isinstance(node, Flatten):
             self.put("Flatten", [x], name, axis=1)
         elif isinstance(node, Reshape):
@@ -355,13 +368,18 @@ class Writer:
         elif isinstance(node, Select):
             self.cut(x, node.taken, node.axis, name)
         elif isinstance(node, Merge):
-            self.merge(node.mode, sources, node.axis, name)
+            masks = [self.masks.get(source, "") for source in sources]
+            self.merge(node.mode, neutral(self, node, sources, masks), node.axis, name)
         else:
-            raise ValueError(f"save: {name}: expected a node that ONNX has, got {type(node).__name__}: {NOT_IN_ONNX}")
+            raise ValueError(f"save: {name}: expected a node that ONNX has, got {type(node).__name__}")
 
 
-def model_of(network: Network) -> Any:
+def model_of(network: Network, lengths: bool = False) -> Any:
     """Return a network as a ModelProto.
+
+    Args:
+        network: what to write.
+        lengths: whether to put in an input that holds how long each row is.
 
     Raises:
         ValueError: something that ONNX can't hold; the message names it.
@@ -374,6 +392,8 @@ def model_of(network: Network) -> Any:
         axes = [axis if axis is not None else f"{name}.{n + 1}" for n, axis in enumerate(network.shapes[name])]
         kind = writer.onnx.TensorProto.INT64 if ids else writer.type
         inputs.append(helper.make_tensor_value_info(name, kind, ["batch", *axes]))
+    if lengths:
+        inputs.append(writer.lengths())
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
         writer.node(name, node, list(sources))
     outputs = []
@@ -391,15 +411,15 @@ def model_of(network: Network) -> Any:
     return model
 
 
-def write(network: Network, path: str) -> None:
-    """Write a network to a file, whole or not at all.
+def write(network: Network, path: str, lengths: bool = False) -> None:
+    """Write a network to a file, whole or not at all; `lengths` as for `model_of`.
 
     Raises:
         ValueError: something that ONNX can't hold, or more than protobuf does, 2 GiB.
         OSError: the file can't be written.
     """
     try:
-        data = model_of(network).SerializeToString()
+        data = model_of(network, lengths).SerializeToString()
     except ShapeError as error:  # a ValueError too: one text for all
         raise ValueError(str(error)) from None
     with replacing(path) as file:

@@ -1,0 +1,142 @@
+"""What a graph that is being written consists of: operators, constants, and activations out of these."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.layout import Array
+from cellstack.formats.onnx.cells import ONNX_NAMES, unique
+from cellstack.node import MORE_ACTIVATIONS
+from cellstack.spec import PARAMETERS, activation
+
+FIRST, LAST = -(2**63), 2**63 - 1
+SINGLE = ("Elu", "HardSigmoid", "LeakyRelu", "Softplus", "Softsign", "ThresholdedRelu")
+"""Activations that ONNX Runtime has in float32 alone, or whose parameters ONNX has in float32 alone."""
+
+
+class Pieces:
+    """A graph's operators and constants, by names that are all different.
+
+    Args:
+        onnx: the package.
+        dtype: of the numbers.
+        taken: names that something has.
+        prefix: what the name of each value of lasting use begins with.
+    """
+
+    def __init__(self, onnx: Any, dtype: np.dtype[Any], taken: set[str], prefix: str = "") -> None:
+        self.onnx, self.dtype, self.taken, self.prefix = onnx, dtype, taken, prefix
+        self.type = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        self.nodes: list[Any] = []
+        self.tensors: list[Any] = []
+        self.constants: dict[Any, str] = {}
+
+    def fresh(self, name: str) -> str:
+        """Return a name that nothing has, and keep it."""
+        name = unique(self.taken, name)
+        self.taken.add(name)
+        return name
+
+    def put(self, operator: str, inputs: list[str], output: str, name: str = "", **attributes: Any) -> str:
+        """Put an operator in that makes `output`, and return that; it goes by `name`, else by its output."""
+        self.nodes.append(self.onnx.helper.make_node(operator, inputs, [output], name=name or output, **attributes))
+        return output
+
+    def of(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        """Put an operator in whose output's name doesn't matter, and return that."""
+        return self.put(operator, list(inputs), self.fresh(f"{self.prefix}{operator}"), **attributes)
+
+    def tensor(self, name: str, array: Array) -> str:
+        """Put an array in, and return its name."""
+        name = self.fresh(name)
+        self.tensors.append(self.onnx.numpy_helper.from_array(np.asarray(array, order="C"), name))
+        return name
+
+    def integers(self, *values: int) -> str:
+        """Return the name of a list of integers; lists alike are one."""
+        if values not in self.constants:
+            name = f"{self.prefix}to_" + "_".join(str(value).replace("-", "minus") for value in values)
+            self.constants[values] = self.tensor(name, np.array(values, np.int64))
+        return self.constants[values]
+
+    def number(self, value: float) -> str:
+        """Return the name of a number of the graph's dtype; numbers alike are one."""
+        key = repr(float(value))
+        if key not in self.constants:
+            self.constants[key] = self.tensor(f"{self.prefix}number", np.array(value, self.dtype))
+        return self.constants[key]
+
+    def cut(self, x: str, taken: slice, axis: int, output: str, name: str = "") -> str:
+        """Put a slice of an axis in."""
+        step = taken.step or 1
+        start = taken.start if taken.start is not None else 0 if step > 0 else LAST
+        stop = taken.stop if taken.stop is not None else LAST if step > 0 else FIRST
+        given = [self.integers(value) for value in (start, stop, axis, step)]
+        return self.put("Slice", [x, *given], output, name)
+
+    def activate(self, name: str, x: str, text: str, output: str, plain: bool = False) -> str:
+        """Put an activation in.
+
+        Args:
+            name: of the operator.
+            x: what it is of.
+            text: as `check_activation` reads it.
+            output: the name of what it makes.
+            plain: made of operators that ONNX and ONNX Runtime have in float64 too.
+        """
+        if text in MORE_ACTIVATIONS:
+            return self._more(name, x, text, output)
+        kind, alpha, beta = activation(text)
+        if kind == "linear":
+            return self.put("Identity", [x], output, name)
+        if kind in ("affine", "scaled_tanh") or (plain and ONNX_NAMES[kind] in SINGLE):
+            self._made(kind, alpha, beta, x)
+            last = self.nodes[-1]
+            last.output[0], last.name = output, name
+            return output
+        keys = ("alpha", "beta")[: len(PARAMETERS.get(kind, ()))]
+        return self.put(ONNX_NAMES[kind], [x], output, name, **dict(zip(keys, (alpha, beta), strict=False)))
+
+    def _made(self, kind: str, alpha: float, beta: float, x: str) -> str:
+        """Put in an activation that ONNX has within recurrent operators alone, or ONNX Runtime in float32 alone."""
+        of, number = self.of, self.number
+        if kind == "affine":
+            return of("Add", of("Mul", x, number(alpha)), number(beta))
+        if kind == "scaled_tanh":
+            return of("Mul", of("Tanh", of("Mul", x, number(beta))), number(alpha))
+        if kind == "hard_sigmoid":
+            return of("Clip", of("Add", of("Mul", x, number(alpha)), number(beta)), number(0.0), number(1.0))
+        if kind == "softsign":
+            return of("Div", x, of("Add", of("Abs", x), number(1.0)))
+        if kind == "softplus":
+            small = of("Log", of("Add", of("Exp", of("Neg", of("Abs", x))), number(1.0)))
+            return of("Add", of("Relu", x), small)
+        if kind == "elu":
+            below = of("Sub", of("Exp", of("Min", x, number(0.0))), number(1.0))
+            return of("Where", of("Greater", x, number(0.0)), x, of("Mul", below, number(alpha)))
+        above = number(0.0 if kind == "leaky_relu" else alpha)
+        below = of("Mul", x, number(alpha)) if kind == "leaky_relu" else number(0.0)  # else thresholded_relu
+        return of("Where", of("Greater", x, above), x, below)
+
+    def _more(self, name: str, x: str, text: str, output: str) -> str:
+        """Put in an activation that nodes have beyond those of cells."""
+        of, number = self.of, self.number
+        if text in ("softmax", "log_softmax"):
+            return self.put("Softmax" if text == "softmax" else "LogSoftmax", [x], output, name, axis=-1)
+        if text == "silu":
+            return self.put("Mul", [x, of("Sigmoid", x)], output, name)
+        if text == "selu":
+            return self.put("Selu", [x], output, name)
+        if text == "exponential":
+            return self.put("Exp", [x], output, name)
+        if text == "relu6":
+            return self.put("Clip", [x, number(0.0), number(6.0)], output, name)
+        if text == "gelu":
+            bell = of("Erf", of("Mul", x, number(math.sqrt(0.5))))
+        else:  # gelu_tanh
+            cube = of("Mul", of("Mul", of("Mul", x, x), x), number(0.044715))
+            bell = of("Tanh", of("Mul", of("Add", x, cube), number(math.sqrt(2.0 / math.pi))))
+        return self.put("Mul", [of("Mul", x, number(0.5)), of("Add", bell, number(1.0))], output, name)
