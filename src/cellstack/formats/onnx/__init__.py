@@ -86,9 +86,6 @@ def extract(path: str) -> dict[str, Network]:
     parts: dict[str, Network] = {}
     problems: list[str] = []
     try:
-        for function in model.proto.functions:
-            inside = f"is in the function {short(function.name)}, not in a graph"
-            problems += [f"node {short(label(node))} {inside}" for node in function.node if is_recurrent(node)]
         for own, reads in _parts(Scope(model, model.proto.graph)):
             name = unique(parts, own)
             try:
@@ -125,9 +122,6 @@ def load(path: str) -> Network:
     """
     model = read(path)
     try:
-        if model.proto.functions:
-            names = ", ".join(short(function.name) for function in model.proto.functions)
-            raise FormatError(f"{path}: expected a graph without functions, found {names}")
         return load_graph(model, HANDLERS)
     except FormatError as error:
         hint = "; cellstack.extract(path) gives its recurrent parts" if _has_parts(model) else ""

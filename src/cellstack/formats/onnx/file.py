@@ -19,10 +19,10 @@ import numpy as np
 
 from cellstack.formats.layout import Array
 from cellstack.formats.onnx.fold import OPEN, Budget, Spread, TooMuchError, fold
+from cellstack.formats.onnx.functions import DOMAINS, inline
 from cellstack.spec import FormatError
 
 KEY = "cellstack"  # under which a file that we wrote has the network's metadata
-DOMAINS = ("", "ai.onnx")
 KNOWN_TYPES = {  # TensorProto's data types: what NumPy calls them, and the field that holds them where not raw
     1: ("<f4", "float_data"),
     2: ("u1", "int32_data"),
@@ -410,6 +410,7 @@ def read(path: str) -> Model:
     newest = onnx.defs.onnx_opset_version()
     if len(versions) != 1 or not FIRST_OPSET <= versions[0] <= newest:
         raise FormatError(f"{path}: expected one opset from {FIRST_OPSET} to {newest}, found {short(versions)}")
+    inline(path, proto, len(data))
     size = len(data) + sum(entry.stat().st_size for entry in _companions(path, proto))
     return Model(path, proto, versions[0], Tensors(path), Budget(size))
 
