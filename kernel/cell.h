@@ -101,12 +101,13 @@ struct Saved {
 template <class T>
 void backward(const Sequences<T>& in, const Saved<T>& saved, const Gradients<T>& gradients, int threads);
 
-// A stack with its state, for steps as they come. Allocates nothing after construction but for chunks longer than any
-// before. One thread at a time may use it.
+// A stack with its state, for steps as they come. Allocates nothing after construction. One thread at a time may use
+// it; a call that is long enough is shared by up to `threads`.
 template <class T>
 class Stream {
   public:
-    Stream(std::vector<const Packed<T>*> weights, int64_t batch);  // weights must outlive the stream
+    // The weights must outlive the stream.
+    Stream(std::vector<const Packed<T>*> weights, int64_t batch, int threads = 1);
     ~Stream();
     // x [B, T, I] -> y [B, T, P of the top layer]; T = 1 is a step.
     void run(const T* x, T* y, int64_t steps);
