@@ -1,5 +1,5 @@
 // cellstack's native API: steps and sequences of recurrent cells, forward and backward, on the CPU. Knows no Python and
-// no torch. The equations of every cell and flag: cells.h, and src/cellstack/reference.py.
+// no torch. The equations of every cell and flag: lstm.h, gru.h, rnn.h, and src/cellstack/reference.py.
 //
 // Blocks of H columns a gate, in the order i f g o (LSTM; without f where coupled), z r g (GRU), g (SimpleRNN). All
 // arrays are the caller's, in row-major order, of type T (float or double), and must outlive the call; a null pointer
