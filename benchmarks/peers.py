@@ -86,12 +86,16 @@ def pytorch(x, cells, threads):
     return run
 
 
+def iofg(array):
+    """From our order of gates to ONNX's."""
+    return np.concatenate([np.split(array, 4, axis=-1)[k] for k in (0, 3, 1, 2)], axis=-1)
+
+
 def onnx_model(cells, batch, steps, input_size):
     units = cells[0][1].shape[0]
     nodes, initializers, name = [], [], "x_t"
     nodes.append(helper.make_node("Transpose", ["x"], ["x_t"], perm=[1, 0, 2]))
     for n, (kernel, recurrent, bias) in enumerate(cells):
-        iofg = lambda a: np.concatenate([np.split(a, 4, axis=-1)[k] for k in (0, 3, 1, 2)], axis=-1)  # noqa: E731
         arrays = {
             f"W{n}": iofg(kernel).T[None],
             f"R{n}": iofg(recurrent).T[None],

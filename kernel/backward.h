@@ -1,7 +1,9 @@
 // Backward, some steps at a time: their dz, last to first, with dh going through the transposed weights; then, over all
 // of these steps and rows at once, the gradients of x and of the weights.
 #pragma once
-#include "cells.h"
+#include "gru.h"
+#include "lstm.h"
+#include "rnn.h"
 
 namespace cellstack {
 namespace {

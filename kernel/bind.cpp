@@ -3,6 +3,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
+#include <numpy/arrayobject.h>
 
 #include <algorithm>
 #include <atomic>
@@ -133,23 +135,11 @@ class InUse {
 template <class T>
 class BoundStream {
   public:
-    BoundStream(const nb::list& weights, int64_t batch) : kept_(weights), stream_(pointers(weights), batch) {}
+    BoundStream(const nb::list& weights, int64_t batch, int threads)
+        : kept_(weights), stream_(pointers(weights), batch, threads) {}
 
-    void step(const nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>& x,
-              const nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>& y) {
-        check(x.shape(0), x.shape(1), y.shape(0), y.shape(1));
-        const InUse in_use(busy_);
-        nb::gil_scoped_release released;
-        stream_.run(x.data(), y.data(), 1);
-    }
-    void run(const nb::ndarray<const T, nb::ndim<3>, nb::c_contig, nb::device::cpu>& x,
-             const nb::ndarray<T, nb::ndim<3>, nb::c_contig, nb::device::cpu>& y) {
-        check(x.shape(0), x.shape(2), y.shape(0), y.shape(2));
-        if (x.shape(1) != y.shape(1)) throw nb::value_error("Stream: x and y differ in their steps");
-        const InUse in_use(busy_);
-        nb::gil_scoped_release released;
-        stream_.run(x.data(), y.data(), int64_t(x.shape(1)));
-    }
+    nb::object step(nb::handle x) { return advance<2>(x); }
+    nb::object run(nb::handle x) { return advance<3>(x); }
     void reset() {
         const InUse in_use(busy_);
         stream_.reset();
@@ -191,11 +181,24 @@ class BoundStream {
         if (all.empty()) throw nb::value_error("Stream: no layers");
         return all;
     }
-    void check(size_t x_batch, size_t x_width, size_t y_batch, size_t y_width) const {
-        const auto& w = stream_.weights();
-        if (int64_t(x_batch) != stream_.batch() || int64_t(y_batch) != stream_.batch() ||
-            int64_t(x_width) != w.front()->description().input || int64_t(y_width) != w.back()->description().output)
-            throw nb::value_error("Stream: x or y has the wrong shape");
+    // NumPy's own interface, not nanobind's: two arrays through DLPack cost more than the step of a small cell.
+    template <int Dims>
+    nb::object advance(nb::handle given) {
+        const Description &first = description(0), &last = description(stream_.weights().size() - 1);
+        auto* x = reinterpret_cast<PyArrayObject*>(given.ptr());
+        constexpr int type = sizeof(T) == 8 ? NPY_DOUBLE : NPY_FLOAT;
+        if (!PyArray_CheckExact(given.ptr()) || PyArray_NDIM(x) != Dims || PyArray_TYPE(x) != type ||
+            !PyArray_ISCARRAY_RO(x) || PyArray_DIM(x, 0) != stream_.batch() || PyArray_DIM(x, Dims - 1) != first.input)
+            return nb::none();
+        npy_intp shape[Dims] = {PyArray_DIM(x, 0), PyArray_DIM(x, 1)};
+        shape[Dims - 1] = last.output;
+        nb::object y = nb::steal(PyArray_SimpleNew(Dims, shape, type));
+        if (!y.is_valid()) nb::raise_python_error();
+        auto* to = static_cast<T*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(y.ptr())));
+        const InUse in_use(busy_);
+        nb::gil_scoped_release released;
+        stream_.run(static_cast<const T*>(PyArray_DATA(x)), to, Dims == 2 ? 1 : int64_t(shape[1]));
+        return y;
     }
     const Description& description(size_t layer) const { return stream_.weights()[layer]->description(); }
     nb::list kept_;
@@ -211,8 +214,9 @@ void bind(nb::module_& m, const char* packed, const char* stream) {
         .def_prop_ro("output_size", [](const Packed<T>& p) { return p.description().output; })
         .def_prop_ro("double", [](const Packed<T>&) { return sizeof(T) == 8; });
     nb::class_<BoundStream<T>>(m, stream)
-        .def("step", &BoundStream<T>::step, "x"_a.noconvert(), "y"_a.noconvert())
-        .def("run", &BoundStream<T>::run, "x"_a.noconvert(), "y"_a.noconvert())
+        .def("step", &BoundStream<T>::step, "x"_a.none(),
+             "y [B, P] of x [B, I]; None where x isn't an array as the kernel takes it.")
+        .def("run", &BoundStream<T>::run, "x"_a.none(), "y [B, T, P] of x [B, T, I], likewise.")
         .def("reset", &BoundStream<T>::reset)
         .def("get_state", &BoundStream<T>::get_state)
         .def("set_state", &BoundStream<T>::set_state, "layer"_a, "h"_a.noconvert(), "c"_a.noconvert() = nb::none());
@@ -236,6 +240,7 @@ bool is_double(const nb::handle& packed) { return nb::isinstance<Packed<double>>
 }  // namespace
 
 NB_MODULE(_kernel, m) {
+    if (PyArray_ImportNumPyAPI() < 0) nb::raise_python_error();
     nb::set_leak_warnings(false);  // weights that a module of the user's still holds at exit are no leak
     m.doc() = "The kernel: recurrent cells on the CPU. Addresses are integers; nothing checks shapes here.";
     if (const char* asked = std::getenv("CELLSTACK_ISA"); asked && !set_instruction_set(asked)) {
@@ -298,12 +303,12 @@ NB_MODULE(_kernel, m) {
         "double"_a, "description"_a, "arrays"_a, "copy"_a = true, "bits"_a = 32);
     m.def(
         "Stream",
-        [](const nb::list& packed, int64_t batch) -> nb::object {
+        [](const nb::list& packed, int64_t batch, int threads) -> nb::object {
             if (packed.size() && is_double(packed[0]))
-                return nb::cast(new BoundStream<double>(packed, batch), nb::rv_policy::take_ownership);
-            return nb::cast(new BoundStream<float>(packed, batch), nb::rv_policy::take_ownership);
+                return nb::cast(new BoundStream<double>(packed, batch, threads), nb::rv_policy::take_ownership);
+            return nb::cast(new BoundStream<float>(packed, batch, threads), nb::rv_policy::take_ownership);
         },
-        "packed_list"_a, "batch"_a);
+        "packed_list"_a, "batch"_a, "threads"_a = 1);
     m.def(
         "forward",
         [](int64_t batch, int64_t steps, const nb::list& layers, uintptr_t x, int64_t stride_batch, int64_t stride_time,

@@ -1,5 +1,5 @@
 // cellstack's native API: steps and sequences of recurrent cells, forward and backward, on the CPU. Knows no Python and
-// no torch. The equations of every cell and flag: cells.h, and src/cellstack/reference.py.
+// no torch. The equations of every cell and flag: lstm.h, gru.h, rnn.h, and src/cellstack/reference.py.
 //
 // Blocks of H columns a gate, in the order i f g o (LSTM; without f where coupled), z r g (GRU), g (SimpleRNN). All
 // arrays are the caller's, in row-major order, of type T (float or double), and must outlive the call; a null pointer
@@ -101,12 +101,13 @@ struct Saved {
 template <class T>
 void backward(const Sequences<T>& in, const Saved<T>& saved, const Gradients<T>& gradients, int threads);
 
-// A stack with its state, for steps as they come. Allocates nothing after construction but for chunks longer than any
-// before. One thread at a time may use it.
+// A stack with its state, for steps as they come. Allocates nothing after construction. One thread at a time may use
+// it; a call that is long enough is shared by up to `threads`.
 template <class T>
 class Stream {
   public:
-    Stream(std::vector<const Packed<T>*> weights, int64_t batch);  // weights must outlive the stream
+    // The weights must outlive the stream.
+    Stream(std::vector<const Packed<T>*> weights, int64_t batch, int threads = 1);
     ~Stream();
     // x [B, T, I] -> y [B, T, P of the top layer]; T = 1 is a step.
     void run(const T* x, T* y, int64_t steps);

@@ -2,8 +2,10 @@
 // block of units from the sums to h in registers; every other cell takes row by row, when the sums of all blocks are
 // there.
 #pragma once
-#include "cells.h"
+#include "gru.h"
+#include "lstm.h"
 #include "quantised.h"
+#include "rnn.h"
 
 namespace cellstack {
 namespace {

@@ -143,6 +143,11 @@ int64_t chunk_steps(int64_t rows, int64_t steps) {
     return std::max<int64_t>(1, std::min(steps, kProductRows / std::max<int64_t>(rows, 1)));
 }
 
+// Of one row and step.
+int64_t multiplications(const Description& d) {
+    return d.units * (d.gates() * (d.input + d.output) + (d.projects() ? d.output : 0));
+}
+
 // A layer over some rows, run chunk by chunk.
 template <class T>
 struct Runner {
@@ -232,10 +237,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
     if (B == 0) return;
     const auto description = [&](int l) -> const Description& { return layers[l].weights->description(); };
     int64_t work = 0;
-    for (int l = 0; l < depth; ++l) {
-        const Description& d = description(l);
-        work += B * steps * d.units * (d.gates() * (d.input + d.output) + (d.projects() ? d.output : 0));
-    }
+    for (int l = 0; l < depth; ++l) work += B * steps * multiplications(description(l));
     threads = useful_threads(threads, work);
     // Threads take rows where there are enough, layers where there are not.
     const int groups = int(std::min<int64_t>(B, threads));
@@ -305,31 +307,63 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
 template <class T>
 struct Stream<T>::Impl {
     std::vector<const Packed<T>*> weights;
-    std::vector<Runner<T>> runners;
-    std::vector<T*> between;  // y of each layer but the last, [B, chunk, P]
-    int64_t batch, chunk;
+    int64_t batch, chunk, work = 0;  // work: multiplications of a step
+    int threads, groups;             // threads share the rows: each group of these has runners of its own
+    std::vector<Runner<T>> runners;  // [groups][layers]
+    std::vector<T*> between;         // [groups][layers], y of a layer: two chunks in turn, each [rows, chunk, P]
     std::unique_ptr<Scratch<T>> memory;
+
+    int64_t first_row(int group) const { return batch * group / groups; }
+    size_t place(int group, int layer) const { return size_t(group) * weights.size() + size_t(layer); }
+
+    // Chunk n of a call, for one group and layer.
+    void advance(int group, int layer, int64_t n, const T* x, T* y, int64_t steps) {
+        Runner<T>& runner = runners[place(group, layer)];
+        Forward<T>& f = runner.f;
+        const int64_t first = n * chunk, row = first_row(group);
+        const auto kept = [&](int of, int64_t width) {
+            return between[place(group, of)] + n % 2 * f.rows * chunk * width;
+        };
+        f.steps = std::min(chunk, steps - first);
+        f.x_time = f.w.d->input, f.y_time = f.w.d->output;
+        if (layer)
+            f.x_row = f.steps * f.x_time, f.x = kept(layer - 1, f.x_time);
+        else
+            f.x_row = steps * f.x_time, f.x = x + row * f.x_row + first * f.x_time;
+        if (layer + 1 < int(weights.size()))
+            f.y_row = f.steps * f.y_time, f.y = kept(layer, f.y_time);
+        else
+            f.y_row = steps * f.y_time, f.y = y + row * f.y_row + first * f.y_time;
+        runner.steps(0, f.steps);
+    }
 };
 
 template <class T>
-Stream<T>::Stream(std::vector<const Packed<T>*> weights, int64_t batch) : impl_(new Impl) {
+Stream<T>::Stream(std::vector<const Packed<T>*> weights, int64_t batch, int threads) : impl_(new Impl) {
     Impl& s = *impl_;
-    for (const Packed<T>* w : weights)
+    for (const Packed<T>* w : weights) {
         checked(checked(batch, kProductRows), 64 * (w->description().units + w->description().input));
-    s.batch = batch, s.chunk = chunk_steps(batch, kProductRows);
+        s.work += batch * multiplications(w->description());
+    }
+    s.batch = batch, s.threads = int(std::min<int64_t>(threads, kMostThreads));
+    s.groups = int(std::min<int64_t>(batch, s.threads));
+    const int64_t most_rows = ceil_div(batch, s.groups);
+    s.chunk = chunk_steps(most_rows, kProductRows);
+    const auto kept = [&](const Packed<T>* w) { return 2 * most_rows * s.chunk * w->description().output; };
     int64_t count = 0;
     for (const Packed<T>* w : weights)
-        count += typename Runner<T>::Sizes(*w, batch, s.chunk, false).sum() +
-                 Parts<T>::size(batch * s.chunk * w->description().output);
+        count += s.groups * (typename Runner<T>::Sizes(*w, most_rows, s.chunk, false).sum() + Parts<T>::size(kept(w)));
     s.memory.reset(new Scratch<T>(count));
     std::fill(s.memory->get(), s.memory->get() + count, T(0));
     Parts<T> parts(s.memory->get());
-    s.runners.resize(weights.size());
-    for (size_t l = 0; l < weights.size(); ++l) {
-        s.runners[l].open(*weights[l], batch, s.chunk, false, parts);
-        s.between.push_back(parts.take(batch * s.chunk * weights[l]->description().output));
-    }
     s.weights = std::move(weights);
+    s.runners.resize(s.weights.size() * size_t(s.groups));
+    for (int group = 0; group < s.groups; ++group)
+        for (size_t l = 0; l < s.weights.size(); ++l) {
+            const int64_t rows = s.first_row(group + 1) - s.first_row(group);
+            s.runners[s.place(group, int(l))].open(*s.weights[l], rows, s.chunk, false, parts);
+            s.between.push_back(parts.take(kept(s.weights[l])));
+        }
     reset();
 }
 template <class T>
@@ -337,27 +371,24 @@ Stream<T>::~Stream() = default;
 
 template <class T>
 void Stream<T>::run(const T* x, T* y, int64_t steps) {
-    FlushDenormals flush;
     Impl& s = *impl_;
-    const size_t depth = s.runners.size();
-    for (int64_t first = 0; first < steps; first += s.chunk) {
-        const int64_t now = std::min(s.chunk, steps - first);
-        for (size_t l = 0; l < depth; ++l) {
-            Forward<T>& f = s.runners[l].f;
-            f.steps = now;
-            if (l) {
-                f.x = s.between[l - 1], f.x_time = s.runners[l - 1].f.w.d->output, f.x_row = now * f.x_time;
-            } else {
-                f.x_time = f.w.d->input, f.x_row = steps * f.x_time, f.x = x + first * f.x_time;
-            }
-            f.y_time = f.w.d->output;
-            if (l + 1 < depth)
-                f.y = s.between[l], f.y_row = now * f.y_time;
-            else
-                f.y = y + first * f.y_time, f.y_row = steps * f.y_time;
-            s.runners[l].steps(0, now);
-        }
-    }
+    const int depth = int(s.weights.size());
+    const int64_t chunks = ceil_div(steps, s.chunk);
+    const int threads = s.threads == 1 ? 1 : useful_threads(s.threads, checked(s.work, steps));
+    // Threads take rows where there are enough, else layers: those of a team, a chunk behind the team below.
+    const int tasks = std::min(threads, s.groups);
+    const int teams = tasks < threads && chunks > 1 ? std::min(depth, threads / tasks) : 1;
+    for (int64_t round = 0; round < (teams > 1 ? chunks + teams - 1 : 1); ++round)
+        parallel(tasks * teams, [&](int k) {
+            FlushDenormals flush;
+            const int team = k / tasks;
+            const int64_t first = teams > 1 ? std::max<int64_t>(round - team, 0) : 0;
+            const int64_t end = teams > 1 ? std::min(round - team + 1, chunks) : chunks;
+            for (int64_t n = first; n < end; ++n)
+                for (int group = k % tasks; group < s.groups; group += tasks)
+                    for (int l = depth * team / teams; l < depth * (team + 1) / teams; ++l)
+                        s.advance(group, l, n, x, y, steps);
+        });
 }
 
 template <class T>
@@ -366,11 +397,21 @@ void Stream<T>::reset() {
 }
 template <class T>
 void Stream<T>::get_state(int layer, T* h, T* c) const {
-    impl_->runners[layer].end(h, c);
+    const Impl& s = *impl_;
+    const Description& d = s.weights[layer]->description();
+    for (int group = 0; group < s.groups; ++group) {
+        const int64_t row = s.first_row(group);
+        s.runners[s.place(group, layer)].end(h + row * d.output, c ? c + row * d.units : nullptr);
+    }
 }
 template <class T>
 void Stream<T>::set_state(int layer, const T* h, const T* c) {
-    impl_->runners[layer].start(h, c);
+    Impl& s = *impl_;
+    const Description& d = s.weights[layer]->description();
+    for (int group = 0; group < s.groups; ++group) {
+        const int64_t row = s.first_row(group);
+        s.runners[s.place(group, layer)].start(h + row * d.output, c ? c + row * d.units : nullptr);
+    }
 }
 template <class T>
 int64_t Stream<T>::batch() const {

@@ -186,13 +186,9 @@ def test_a_stream_gives_the_bits_of_the_whole_sequence(isa, member):
     whole = native.forward(spec, arrays, **case)
     stream = _kernel.Stream([native.pack(spec, arrays)], 3)
     stream.set_state(0, *case["state"])
-    y = np.empty_like(whole.y[:, 0])
     for t in range(10):
-        stream.step(np.ascontiguousarray(case["x"][:, t]), y)
-        np.testing.assert_array_equal(y, whole.y[:, t])
-    rest = np.empty_like(np.ascontiguousarray(whole.y[:, 10:]))
-    stream.run(np.ascontiguousarray(case["x"][:, 10:]), rest)
-    np.testing.assert_array_equal(rest, whole.y[:, 10:])
+        np.testing.assert_array_equal(stream.step(np.ascontiguousarray(case["x"][:, t])), whole.y[:, t])
+    np.testing.assert_array_equal(stream.run(np.ascontiguousarray(case["x"][:, 10:])), whole.y[:, 10:])
     for a, b in zip(stream.get_state()[0], whole.state, strict=True):
         np.testing.assert_array_equal(a, b)
     stream.reset()
@@ -378,13 +374,51 @@ def streamed(spec, arrays, x, bits):
     """y of a stream over x, in one run; a second one, step by step, must give the same bits."""
     packed = native.pack(spec, arrays, bits=bits)
     whole, steps = (_kernel.Stream([packed], len(x)) for _ in range(2))
-    y = np.empty((*x.shape[:2], spec.output_size), np.float32)
-    whole.run(x, y)
+    y = whole.run(x)
     for t in range(x.shape[1]):
-        y_t = np.empty_like(y[:, 0])
-        steps.step(np.ascontiguousarray(x[:, t]), y_t)
-        np.testing.assert_array_equal(y_t, y[:, t])
+        np.testing.assert_array_equal(steps.step(np.ascontiguousarray(x[:, t])), y[:, t])
     return y
+
+
+def test_a_stream_takes_only_what_the_kernel_can_read():
+    spec, arrays, _, rng = make(23, 1, 1, 6, 4)
+    stream = _kernel.Stream([native.pack(spec, arrays)], 2)
+    x = rng.standard_normal((2, 6)).astype(np.float32)
+    before = [array.copy() for array in stream.get_state()[0]]
+    unaligned = np.frombuffer(b"0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+    others = (x.astype(np.float64), x.astype(">f4"), x[:, :5], x[:1], x[0], x[:, None], np.asfortranarray(x), unaligned)
+    for other in (*others, x.tolist(), None, np.ma.array(x), x.view(np.int32), np.float32(1)):
+        assert stream.step(other) is None
+    for other in (x, x[:, None][..., :5], x[:1, None], np.zeros((2, 3, 6))):
+        assert stream.run(other) is None
+    assert stream.run(np.zeros((2, 0, 6), np.float32)).shape == (2, 0, 4)
+    for a, b in zip(stream.get_state()[0], before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    assert stream.step(read_only).shape == (2, 4)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_threads_leave_every_bit_of_a_stream(isa, batch, bits):
+    rng = np.random.default_rng(0)
+    packed = []
+    for seed, (width, units) in enumerate(((40, 96), (96, 130), (130, 64))):
+        spec, arrays, _, _ = make(seed, 1, 1, width, units)
+        packed.append(native.pack(spec, arrays, bits=bits))
+    x = rng.standard_normal((batch, 333, 40)).astype(np.float32)
+    one, *others = (_kernel.Stream(packed, batch, threads) for threads in (1, 2, 3, 7, 10**6))
+    y, y_t = one.run(x), one.step(np.ascontiguousarray(x[:, 0]))
+    for other in others:
+        np.testing.assert_array_equal(other.run(x), y)
+        np.testing.assert_array_equal(other.step(np.ascontiguousarray(x[:, 0])), y_t)
+        for states, expected in zip(other.get_state(), one.get_state(), strict=True):
+            for a, b in zip(states, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+        states = one.get_state()
+        for layer, state in enumerate(states):
+            other.set_state(layer, *state)
 
 
 def to_bfloat16(array):
@@ -565,7 +599,7 @@ def test_a_stream_is_one_threads_at_a_time():
 
     def run():
         try:
-            stream.run(x, np.empty_like(x))
+            stream.run(x)
             outcomes.append("done")
         except RuntimeError as error:
             outcomes.append(str(error))

@@ -441,3 +441,21 @@ def test_weights_that_no_stream_can_hold():
         narrow_net().stream(weights="int4")
     with pytest.raises(TypeError, match="expected float32 arrays for weights='int8', got float64"):
         narrow_net("float64").stream(weights="int8")
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_threads_leave_every_bit(batch):
+    net = make_network(3, "float32", streams=True)
+    x, one, two = make_x(net, batch, 700), net.stream(batch), net.stream(batch, threads=2)
+    assert "threads=2" in repr(two)
+    assert equal(two.run(x), one.run(x))
+    fork = two.fork()
+    assert fork.threads == 2
+    for stream in (two, fork):
+        assert all(same(a, b) for a, b in zip(stream.state, one.state, strict=True))
+    two.reset(rows=0)
+    one.reset(rows=0)
+    assert equal(two.step(x[:, 0]), one.step(x[:, 0]))
+    for bad in (0, -1, 1.0, "2", True):
+        with pytest.raises(ValueError, match="expected threads to be an integer from 1"):
+            net.stream(threads=bad)

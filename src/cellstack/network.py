@@ -281,11 +281,12 @@ class Network:
                 f"Network: expected {name} with B={len(first)}, as {self.inputs[0]} has, got {array.shape}"
             )
 
-    def stream(self, batch: int = 1, weights: str = "float32") -> Stream:
+    def stream(self, batch: int = 1, threads: int = 1, weights: str = "float32") -> Stream:
         """Return a `Stream` that runs this network frame by frame.
 
         Args:
             batch: how many sequences are stepped side by side.
+            threads: how many may share a call that is long enough for it.
             weights: what the cells' matrices are held in, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`.
 
         Returns:
@@ -302,7 +303,7 @@ class Network:
         """
         from cellstack.stream import Stream  # a stream is built on the network, not under it
 
-        return Stream(self, batch, weights)
+        return Stream(self, batch, threads, weights)
 
     def pool(self, capacity: int, threads: int = 1) -> Pool:
         """Return a `Pool` of sessions that come and go, stepped together.

@@ -36,6 +36,8 @@ class Stream:
         network: whose nodes all answer after every frame: cells that run forwards, causal convolutions, `Pool("last")`,
             and what works step by step; and whose inputs are all sequences or ids.
         batch: how many sequences are stepped side by side, B.
+        threads: the most that share a call, each with some of the rows, or, where a chunk goes through a stack, some of
+            the layers. A call of less than some 50 µs keeps to one. The bits are the same.
         weights: what the matrices of cells are held in: `"float32"`, as the network has them; `"bfloat16"`, rounded to
             8 bits of precision, everything else in float32; `"int8"`, in 127 steps to either side, a scale a column,
             and x and h in as many steps of their own. A step at batch 1 is as fast as its weights can be read.
@@ -57,13 +59,14 @@ class Stream:
     True
     """
 
-    def __init__(self, network: Network, batch: int = 1, weights: str = "float32") -> None:
-        if not isinstance(batch, (int, np.integer)) or not 1 <= batch <= MOST:
-            raise ValueError(f"Stream: expected batch to be an integer from 1 to {MOST}, got {batch!r}")
+    def __init__(self, network: Network, batch: int = 1, threads: int = 1, weights: str = "float32") -> None:
+        for name, value in (("batch", batch), ("threads", threads)):
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 1 <= value <= MOST:
+                raise ValueError(f"Stream: expected {name} to be an integer from 1 to {MOST}, got {value!r}")
         if weights not in WEIGHTS:
             raise ValueError(f"Stream: expected weights to be one of {', '.join(WEIGHTS)}, got {weights!r}")
         self.network = network
-        self.batch, self.weights = int(batch), weights
+        self.batch, self.threads, self.weights = int(batch), int(threads), weights
         self._dtype = network.dtype
         self._layers: list[tuple[Any, int]] = []  # each cell's kernel stream, and its place in it
         self._frames: list[Array] = []  # the last frames of each causal convolution, [B, L, C]
@@ -79,11 +82,9 @@ class Stream:
                 self._checks.append((sources[0], part))
             self._parts.append((part, tuple(places[source] for source in sources)))
         self._outputs = tuple(places[name] for name in network.outputs)
-        self._frame = (self.batch, network.input_size)
-        self._alone = None
         only = network.nodes[0]
-        if len(network.nodes) == 1 and isinstance(only, Recurrent) and len(only.parts) == 1:
-            self._alone = self._layers[0][0], only.units
+        alone = len(network.nodes) == 1 and isinstance(only, Recurrent) and len(only.parts) == 1 and not only.parts[0][1]
+        self._alone = self._layers[0][0].step if alone else None
 
     def _part(self, name: str, node: Node, masked: bool) -> Run:
         """Return how a node runs here, with a memory of its own where it needs one."""
@@ -99,16 +100,16 @@ class Stream:
         runs = []
         for cells, added in node.parts:
             whole = self.weights == "float32"
-            kernel = _kernel.Stream([cell.packed if whole else cell.pack(self.weights) for cell in cells], self.batch)
-            runs.append((kernel, cells[-1].spec.output_size, added))
+            packed = [cell.packed if whole else cell.pack(self.weights) for cell in cells]
+            kernel = _kernel.Stream(packed, self.batch, self.threads)
+            runs.append((kernel, added))
             self._layers += [(kernel, place) for place in range(len(cells))]
 
         def run(steps: tuple[int, ...], x: Array) -> Array:
-            for kernel, width, added in runs:
+            for kernel, added in runs:
                 if not x.flags.c_contiguous:
                     x = np.ascontiguousarray(x)
-                y = np.empty((self.batch, *steps, width), self._dtype)
-                (kernel.run if steps else kernel.step)(x, y)
+                y = (kernel.run if steps else kernel.step)(x)
                 x = np.add(x, y, out=y) if added else y
             return x
 
@@ -143,14 +144,10 @@ class Stream:
             TypeError: values that aren't real numbers.
             ValueError: ids beyond a table, or a frame that the network masks.
         """
-        if type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._frame and x.flags.carray:
-            if self._alone is not None:  # the shortest way from Python to the kernel
-                kernel, width = self._alone
-                y = np.empty((self.batch, width), self._dtype)
-                kernel.step(x, y)
+        if self._alone is not None:  # the shortest way from Python to the kernel, which takes what is as it should be
+            y = self._alone(x)
+            if y is not None:
                 return y
-            if len(self.network.inputs) == 1:
-                return self._run((x,), ())
         return self._run(self._given(x, ()), ())
 
     def run(self, x: Any) -> Any:
@@ -274,13 +271,14 @@ class Stream:
 
     def fork(self) -> Stream:
         """Return a new stream that starts from a copy of this one's state."""
-        other = Stream(self.network, self.batch, self.weights)
+        other = Stream(self.network, self.batch, self.threads, self.weights)
         other.state = self.state
         return other
 
     def __repr__(self) -> str:
+        threads = "" if self.threads == 1 else f", threads={self.threads}"
         weights = "" if self.weights == "float32" else f", weights={self.weights!r}"
-        return f"Stream(batch={self.batch}{weights}) of {self.network!r}"
+        return f"Stream(batch={self.batch}{threads}{weights}) of {self.network!r}"
 
 
 def framewise(name: str, node: Node, masked: bool) -> Run | None:

@@ -1,0 +1,105 @@
+// The GRU, both its forms, forward and back.
+//     h = z·h_prev + (1 - z)·g          reset_after: g = φ(x·K + r·(h·R)), else g = φ(x·K + (r·h)·R)
+#pragma once
+#include "cells.h"
+
+namespace cellstack {
+namespace {
+
+// The reset gate before the product: z, and r·h, which the candidate's product is going to take.
+template <class T, bool Usual>
+void gru_reset(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t stride, const T* h) {
+    const Description& d = *f.w.d;
+    const int64_t wide = f.w.blocks * Vec<T>::W;
+    each_block<T>(r, t, f.w.blocks, d.units, [&](const Place& at) INLINED {
+        unroll<2>([&](auto v) INLINED {
+            T* sum = sums + v * stride + at.unit;
+            const V<T> z = limited<T>(d.clip, load_lanes(sum, at.lanes));
+            store_lanes(sum, act<T, Usual, false>(d.activations[v], z), at.lanes);
+        });
+        store(f.m + r * wide + at.unit, load_lanes(sums + stride + at.unit, at.lanes) * load(h + r * wide + at.unit));
+    });
+}
+
+template <class T, bool Usual>
+void gru_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next) {
+    const Description& d = *f.w.d;
+    if (d.layer_norm) normalise(f, r, t, sums, q, stride);
+    each_block<T>(r, t, f.w.blocks, d.units, [&](const Place& at) INLINED {
+        V<T> z[3], after[4] = {};
+        unroll<3>([&](auto v) INLINED { z[v] = load_lanes(sums + v * stride + at.unit, at.lanes); });
+        if (d.reset_after) {
+            unroll<3>([&](auto v) INLINED { after[v] = load_lanes(q + v * stride + at.unit, at.lanes); });
+            unroll<2>([&](auto v) INLINED {
+                z[v] = act<T, Usual, false>(d.activations[v], limited<T>(d.clip, z[v] + after[v]));
+            });
+            z[2] = fma(z[1], after[2], z[2]);
+        }
+        z[2] = act<T, Usual, true>(d.activations[2], limited<T>(d.clip, z[2]));
+        if (d.reset_after) {
+            after[3] = after[2];
+            unroll<3>([&](auto v) INLINED { after[v] = z[v]; });
+            keep_gates(f, at, after);
+        } else {
+            keep_gates(f, at, z);
+        }
+        give<T, false>(f, at, mixed<T>(z[0], h_before(f, at, h), z[2]), h, h_next);
+    });
+}
+
+// All of a GRU's gates but, where it acts before the product, r; dh_prev past the product goes into `carry`.
+template <class T, bool Usual>
+void gru_row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int64_t n, int64_t columns) {
+    constexpr int W = Vec<T>::W;
+    const Description& d = *f.d;
+    const int64_t t = time_of(f, n);
+    const T* h_prev = output_before(f, r, n);
+    each_block<T>(r, t, f.blocks, d.units, [&](const Place& at) INLINED {
+        V<T> gates[4];
+        const int64_t H = d.units;
+        const T* from = f.gates + (r * f.steps + t) * d.planes() * H + at.unit;
+        unroll<3>([&](auto v) INLINED { gates[v] = load_lanes(from + v * H, at.lanes); });
+        const V<T> h = units_of(h_prev, at), dh = load(f.dm + r * columns + at.unit), zero = splat(T(0));
+        const V<T> dz_z =
+            (dh * (h - gates[2]) + extra(f, at, 0)) * gate_slope<T, false, Usual, false>(d, limits, 0, gates[0]);
+        const V<T> dg = (dh * (splat(T(1)) - gates[0]) + extra(f, at, 2)) *
+                        gate_slope<T, false, Usual, true>(d, limits, 2, gates[2]);
+        T* carried = f.carry + r * columns + at.unit;
+        store(carried, fma(dh, gates[0], load(carried)));
+        T* to = block_of(f, f.dz, 3, r, n, at.unit);
+        store(to, dz_z);
+        store(to + W, zero);
+        store(to + 2 * W, dg);
+        if (d.reset_after) {
+            gates[3] = load_lanes(from + 3 * H, at.lanes);
+            const V<T> dr =
+                (dg * gates[3] + extra(f, at, 1)) * gate_slope<T, false, Usual, false>(d, limits, 1, gates[1]);
+            store(to + W, dr);
+            T* other = block_of(f, f.dq, 3, r, n, at.unit);
+            store(other, dz_z);
+            store(other + W, dr);
+            store(other + 2 * W, dg * gates[1]);
+        }
+    });
+    if (!d.layer_norm) return;
+    normalise_back(f, r, n, f.dz, 0);
+    normalise_back(f, r, n, f.dq, 1);
+}
+
+// The reset gate before the product, from the gradient of r·h (with h's dropout) that went into it: `given`.
+template <class T, bool Usual>
+INLINE void gru_reset_back(const Backward<T>& f, const Limits<T>& limits, int64_t n, int64_t columns, const Place& at,
+                           V<T> given) {
+    const Description& d = *f.d;
+    const int64_t H = d.units;
+    const V<T> reset = load_lanes(f.gates + ((at.r * f.steps + at.t) * 3 + 1) * H + at.unit, at.lanes);
+    if (f.recurrent_dropout) given *= load_lanes(f.recurrent_dropout + at.r * H + at.unit, at.lanes);
+    const V<T> dr = given * units_of(output_before(f, at.r, n), at) + extra(f, at, 1);
+    store(block_of(f, f.dz, 3, at.r, n, at.unit) + Vec<T>::W,
+          dr * gate_slope<T, false, Usual, false>(d, limits, 1, reset));
+    T* carried = f.carry + at.r * columns + at.unit;
+    store(carried, fma(given, reset, load(carried)));
+}
+
+}  // namespace
+}  // namespace cellstack
