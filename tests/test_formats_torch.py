@@ -172,7 +172,7 @@ def test_a_recurrent_module_alone_is_loaded(write, wrap):
 def test_a_hook_is_said(write):
     module = nn.LSTM(5, 7)
     module.register_forward_hook(torch.relu)
-    with pytest.raises(cs.FormatError, match=r"torch.nn.modules.rnn.LSTM', with forward hooks"):
+    with pytest.raises(cs.FormatError, match=r"\(torch.nn.modules.rnn.LSTM\): expected a module without forward hooks"):
         pytorch.load(write(module))
 
 

@@ -341,15 +341,6 @@ def test_storages_that_are_all_the_same_bytes(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # torch gives these up
-def test_a_quantised_tensor_is_said(tmp_path):
-    quantised, path = torch.quantize_per_tensor(torch.ones(4, 1), 0.1, 0, torch.qint8), tmp_path / "file.pt"
-    path.write_bytes(saved({"weight_ih_l0": quantised, "weight_hh_l0": torch.ones(4, 1)}))
-    with pytest.raises(cs.FormatError, match=r"'weight_ih_l0\.0': a storage of 4 qint8"):
-        pytorch.load(str(path))
-    with pytest.raises(cs.FormatError, match="tensor 'weight_ih_l0': expected it beside 'weight_hh_l0'"):
-        pytorch.extract(str(path))
-
-
 def test_dtypes_that_are_not_read(refused):
     state = {"weight_ih_l0": torch.ones(4, 1).to(torch.float8_e4m3fn), "weight_hh_l0": torch.ones(4, 1)}
     refused(saved(state), "expected a tensor of float32, .*, found float8_e4m3fn")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 
-from cellstack.formats.pytorch.names import network_of, networks_of, parts_of
+from cellstack.formats.pytorch.derived import joined
+from cellstack.formats.pytorch.names import NAME, network_of, networks_of, parts_of
 from cellstack.network import Network
 from cellstack.node import Array
 from cellstack.spec import FormatError
 
-DTYPES = ("F16", "F32", "F64")
+DTYPES = ("F16", "F32", "F64", "BF16")
 
 
 class _Tensor:
@@ -27,7 +29,21 @@ class _Tensor:
         if self.dtype not in DTYPES:
             found = f"found {self.dtype}"
             raise FormatError(f"{self.path}: tensor {self.name!r}: expected dtype {', '.join(DTYPES)}, {found}")
-        return np.asarray(self.file.get_tensor(self.name), dtype)
+        array = _upper_halves(self.path, self.name, self.shape) if self.dtype == "BF16" else None
+        return np.asarray(self.file.get_tensor(self.name) if array is None else array, dtype)
+
+
+def _upper_halves(path: str, name: str, shape: tuple[int, ...]) -> Array:
+    """Return a tensor of bfloat16, which NumPy hasn't, as float32, of which it is the upper half.
+
+    The package has opened the file, and so checked that the header and the places in it are within the file.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start, end = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + start)
+        halves = np.frombuffer(file.read(end - start), "<u2").reshape(shape)
+    return (halves.astype(np.uint32) << 16).view(np.float32)
 
 
 def _tensors(path: str, file: safe_open) -> dict[str, _Tensor]:
@@ -36,7 +52,10 @@ def _tensors(path: str, file: safe_open) -> dict[str, _Tensor]:
 
 def has_parts(file: safe_open) -> bool:
     """Return whether any tensor is named as PyTorch names those of a recurrent module."""
-    return bool(parts_of(_tensors("", file)))
+    try:
+        return bool(parts_of(joined(_tensors("", file), "", NAME)))
+    except FormatError:  # of weights in pieces that don't fit, which reading them says
+        return True
 
 
 def load_weights(path: str, file: safe_open) -> Network:

@@ -11,12 +11,17 @@ Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 
 from __future__ import annotations
 
-from cellstack.formats.pytorch.archive import opened, recognises
-from cellstack.formats.pytorch.modules import from_torch
-from cellstack.formats.pytorch.names import network_of, networks_of, nothing_recurrent
-from cellstack.formats.pytorch.tree import contents
+from cellstack.formats.pytorch.archive import opened, recognises, records
+from cellstack.formats.pytorch.derived import joined
+from cellstack.formats.pytorch.modules import from_torch, nodes_of
+from cellstack.formats.pytorch.names import HINT, network_of, networks_of, nothing_recurrent, parts_of
+from cellstack.formats.pytorch.names import NAME as WEIGHT
+from cellstack.formats.pytorch.pickles import Standin
+from cellstack.formats.pytorch.saved import Saved, Source, UnsaidError
+from cellstack.formats.pytorch.tree import Contents, attributes_of, contents, kind_of
 from cellstack.formats.pytorch.writer import save
 from cellstack.network import Network
+from cellstack.spec import FormatError
 
 __all__ = ["NAME", "SUFFIXES", "extract", "from_torch", "load", "network_of", "networks_of", "recognises", "save"]
 
@@ -41,9 +46,35 @@ def load(path: str) -> Network:
         OSError: the file can't be read.
         MemoryError: there is no room for an array.
     """
-    with opened(path) as root:
-        found = contents(path, root)
-        return network_of(found.tensors, path, found.activations, found.unknown)
+    with records(path) as file:
+        found = contents(path, file.read())
+        root = next(iter(found.roots.items())) if len(found.roots) == 1 else None
+        if root is None or not _whole(path, found, *root):
+            return network_of(found.tensors, path, found.activations, found.unknown, found.directions)
+        return _network(path, found, Saved(Source(path, file.code), root[1]), ".".join(root[0]))
+
+
+def _whole(path: str, found: Contents, place: tuple[str, ...], root: Standin) -> bool:
+    """Return whether a file is one module of PyTorch's own, more than a recurrent one alone, and nothing beside it."""
+    kind, child = kind_of(root), root
+    while kind.startswith("torch.nn.parallel.") and isinstance(child, Standin):  # what it wraps decides
+        child = attributes_of(child).get("_modules", {}).get("module")
+        kind = kind_of(child) if isinstance(child, Standin) else ""
+    alone = len(parts_of(joined(found.tensors, path, WEIGHT, found.directions))) == 1 and not found.unknown
+    return kind.startswith("torch.nn.") and not alone and len(contents(path, root).tensors) == len(found.tensors)
+
+
+def _network(path: str, found: Contents, module: Saved, title: str) -> Network:
+    """Return a module of a file as the network that `from_torch` gives for it in memory."""
+    try:
+        nodes = nodes_of(module)
+        computed = {name: tensor.how for name, tensor in module.tensors.items() if hasattr(tensor, "how")}
+        metadata = {"source": {"format": "pytorch", "module": title}, **({"computed": computed} if computed else {})}
+        return Network(nodes, metadata=metadata)
+    except FormatError:
+        raise
+    except (TypeError, ValueError, UnsaidError) as error:
+        raise FormatError(f"{path}: {str(error).removeprefix('from_torch: ')[:1000]}; {HINT}") from None
 
 
 def extract(path: str) -> dict[str, Network]:
@@ -62,7 +93,7 @@ def extract(path: str) -> dict[str, Network]:
     """
     with opened(path) as root:
         found = contents(path, root)
-        networks = networks_of(found.tensors, path, found.activations)
+        networks = networks_of(found.tensors, path, found.activations, found.directions)
         if not networks:
             raise nothing_recurrent(found.tensors, path, found.unknown)
         return networks

@@ -27,6 +27,7 @@ from cellstack.spec import FormatError
 MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that old files begin with, as a pickle
 PROTOCOL = 1001  # of old files
 MEMBER = re.compile(rb"[^/]+/(data\.pkl|data/|version|byteorder|constants\.pkl|code/|extra/|\.)")
+LONGEST_CODE = 1 << 20  # of a module's classes in TorchScript, in bytes
 TAR_MEMBERS = (b"sys_info\0", b"pickle\0", b"storages\0", b"tensors\0")
 
 
@@ -90,6 +91,20 @@ class _Zip(Records):
         if len(self.kept[key]) != length:
             raise FormatError(f"{self.where}: storage {short(key)}: expected {length} bytes, found other claims of it")
         return self.kept[key]
+
+    def code(self, path: str) -> str:
+        """See `Records.code`: it is compressed, so it is read up to a limit."""
+        import zipfile
+
+        name = f"{self.root}code/{path.replace('.', '/')}.py"
+        if name not in self.members:
+            return ""
+        try:
+            with zipfile.ZipFile(self.file) as archive, archive.open(name) as member:
+                return member.read(LONGEST_CODE).decode("utf-8", "replace")
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError, zlib.error) as error:
+            what = short(str(error), 200)
+            raise FormatError(f"{self.where}: {short(name)}: expected a class's source, found {what}") from None
 
     def read(self) -> Any:
         """Return what is saved."""
@@ -202,6 +217,40 @@ def recognises(head: bytes) -> bool:
 
 
 @contextmanager
+def records(path: str) -> Iterator[Records]:
+    """Open a file of PyTorch's: `read()` gives what was saved.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A context manager over its records.
+
+    Raises:
+        FormatError: the file isn't of torch's.
+        OSError: the file can't be read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(512)
+        file.seek(0)
+        if head.startswith(b"PK"):
+            yield _Zip(path, file, size)
+            return
+        if head.startswith(TAR_MEMBERS):
+            raise FormatError(
+                f"{path}: expected a file of PyTorch 0.1.10 or later, found a tar file of a version before it: "
+                "load it with torch, and save it again"
+            )
+        if head[257:262] == b"ustar":
+            raise FormatError(f"{path}: expected a file that torch.save wrote, found a tar file: unpack it first")
+        if not head.startswith(b"\x80"):
+            raise FormatError(f"{path}: expected a file that torch.save wrote, found one that begins with {head[:8]!r}")
+        data = file.read()
+        yield _Row(path, data) if MAGIC in data[:32] else _Plain(path, data)
+
+
+@contextmanager
 def opened(path: str) -> Iterator[Any]:
     """Open the objects that `torch.save` wrote: dicts, lists and numbers, `Tensor`s and `Standin`s.
 
@@ -215,19 +264,5 @@ def opened(path: str) -> Iterator[Any]:
         FormatError: the file is damaged, made to do harm, or not of torch's.
         OSError: the file can't be read.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(512)
-        file.seek(0)
-        if head.startswith(b"PK"):
-            yield _Zip(path, file, size).read()
-            return
-        if head[257:262] == b"ustar" or head.startswith(TAR_MEMBERS):
-            raise FormatError(
-                f"{path}: expected a file of PyTorch 0.1.10 or later, found a tar file of a version before it: "
-                "load it with torch, and save it again"
-            )
-        if not head.startswith(b"\x80"):
-            raise FormatError(f"{path}: expected a file that torch.save wrote, found one that begins with {head[:8]!r}")
-        data = file.read()
-        yield (_Row(path, data) if MAGIC in data[:32] else _Plain(path, data)).read()
+    with records(path) as found:
+        yield found.read()

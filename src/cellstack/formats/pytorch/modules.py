@@ -8,13 +8,14 @@ and two that meet, with at most activations between them, cancel out: the Networ
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cellstack.formats.layout import Array, from_rows
-from cellstack.formats.pytorch.names import ORDERS
+from cellstack.formats.layout import Array
+from cellstack.formats.pytorch.derived import joined
+from cellstack.formats.pytorch.names import NAME, networks_of
+from cellstack.formats.pytorch.saved import Saved, array
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
@@ -31,9 +32,10 @@ from cellstack.nodes import (
     Scale,
 )
 from cellstack.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import DTYPES, CellSpec
+from cellstack.spec import DTYPES, FormatError
 
 KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}  # torch's layers
+CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
 ACTIVATIONS = {
     "ReLU": "relu",
     "Sigmoid": "sigmoid",
@@ -41,11 +43,14 @@ ACTIVATIONS = {
     "Tanh": "tanh",
     "Hardsigmoid": "hard_sigmoid",
 }
+WRAPPERS = ("DataParallel", "DistributedDataParallel")
+HOOKS = ("torch.nn.utils.weight_norm.", "torch.nn.utils.spectral_norm.", "torch.nn.utils.prune.")  # computing a weight
 NOTHING = ("Identity", "Dropout", "Dropout1d", "AlphaDropout")  # in evaluation
 TURN = (2, 1)
 KNOWN = (
     "expected a recurrent layer, a Linear, Embedding, Conv1d, BatchNorm1d, LayerNorm, pooling, Flatten, "
-    "an activation of ours or a Sequential of these"
+    "an activation of ours or a Sequential of these; a module of your own is taken as the nodes that its method "
+    "to_nodes() returns: [] where it only takes the output out of (output, state), as recurrent layers here give it"
 )
 
 
@@ -69,34 +74,73 @@ def from_torch(module: Any) -> Network:
         TypeError: a module or a setting that a Network can't hold; the message names it by its path.
         ShapeError: modules that don't meet in width or rank.
     """
+    return Network(nodes_of(module))
+
+
+def nodes_of(module: Any) -> list[Node]:
+    """Return the nodes of a module, in memory or of a file: see `from_torch`."""
     chain = _Chain()
     chain.take(module, "")
     if not chain.nodes:
-        raise TypeError(f"from_torch: expected a module that computes something, got {type(module).__name__}")
+        raise TypeError(f"from_torch: expected a module that computes something, got {_called(module)}")
     if chain.time_first and chain.by_axis:
         raise TypeError(
             f"from_torch: {chain.time_first[0] or 'the module'} ({chain.time_first[1]}): expected batch_first=True "
             f"beside {chain.by_axis}, whose axes it would take for others"
         )
-    return Network(chain.nodes)
+    return chain.nodes
+
+
+def _called(module: Any) -> str:
+    return module.path if isinstance(module, Saved) else type(module).__name__
 
 
 def _refuse(path: str, module: Any, why: str) -> TypeError:
-    return TypeError(f"from_torch: {path or 'the module'} ({type(module).__name__}): {why}")
+    return TypeError(f"from_torch: {path or 'the module'} ({_called(module)}): {why}")
 
 
 def _is(module: Any, *names: str, package: str = "torch.nn") -> bool:
     """Whether `module` is of one of these classes, with the class's own forward pass."""
+    if isinstance(module, Saved):
+        return package.startswith("torch.nn") and module.kind in names
     classes = [getattr(sys.modules.get(package), name, None) for name in names]
+    if "forward" in getattr(module, "__dict__", {}):
+        return False
     return any(
         isinstance(module, kind) and type(module).forward is kind.forward for kind in classes if kind is not None
     )
 
 
 def _array(path: str, module: Any, tensor: Any) -> Array:
+    if isinstance(module, Saved):
+        return array(tensor)
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
         raise _refuse(path, module, f"expected weights in {' or '.join(DTYPES)}, got {tensor.dtype}")
-    return np.array(tensor.detach().cpu().numpy())
+    return np.array(np.asarray(tensor))
+
+
+def _weights(path: str, module: Any) -> dict[str, Any]:
+    """Return the weights of a module by name, those in pieces computed out of them, whatever a hook last left there."""
+    if isinstance(module, Saved):
+        return module.tensors
+    own = {name: value.detach().cpu() for name, value in (*module.named_parameters(), *module.named_buffers())}
+    known, custom = dict(own), getattr(module, "parametrizations", {})
+    for name, steps in custom.items():
+        if len(steps) != 1 or type(steps[0]).__name__ not in ("_WeightNorm", "_SpectralNorm"):
+            known = {key: value for key, value in known.items() if not key.startswith(f"parametrizations.{name}.")}
+            known[name] = getattr(module, name).detach().cpu()
+    try:
+        return joined(known, path)
+    except FormatError as error:
+        raise _refuse(path, module, str(error)) from None
+
+
+def _weight(path: str, module: Any, name: str) -> Array | None:
+    """Return a weight of a module; None where it has none of that name."""
+    found = _weights(path, module).get(name)
+    if found is None and getattr(module, name) is not None:
+        raise _refuse(path, module, f"expected {name} among its parameters, found it elsewhere")
+    return None if found is None else _array(path, module, found)
 
 
 def _whole(path: str, module: Any, name: str) -> int:
@@ -141,7 +185,7 @@ class _Chain:
 
     def over_time(self, path: str, module: Any, *nodes: Node) -> None:
         """Take nodes that have time in the middle, for a module that has it last."""
-        self.by_axis = self.by_axis or f"{path or 'the module'} ({type(module).__name__})"
+        self.by_axis = self.by_axis or f"{path or 'the module'} ({_called(module)})"
         if self.rank == 2:
             raise _refuse(path, module, "expected [B, C, T], got [B, C] from before it")
         for node in (Permute(TURN), *nodes, Permute(TURN)):
@@ -154,18 +198,21 @@ class _Chain:
                 self.add(node)
             return
         torch = sys.modules.get("torch")
-        if torch is None or not isinstance(module, torch.nn.Module):
+        if not isinstance(module, Saved) and (torch is None or not isinstance(module, torch.nn.Module)):
             raise _refuse(path, module, "expected a torch module")
-        if module._forward_hooks or module._forward_pre_hooks:
+        if _hooked(module):
             raise _refuse(path, module, "expected a module without forward hooks, which a Network can't hold")
-        if _is(module, "Sequential"):
-            for name, child in module.named_children():
+        if _is(module, "Sequential", *WRAPPERS[:1]) or _is(module, *WRAPPERS, package="torch.nn.parallel"):
+            for name, child in module._modules.items():  # one that is there twice runs twice
                 self.take(child, f"{path}.{name}" if path else name)
         elif _is(module, *KINDS):
             for node in _torch_layers(module, path):
                 self.add(node)
             if not module.batch_first:
-                self.time_first = self.time_first or (path, type(module).__name__)
+                self.time_first = self.time_first or (path, _called(module))
+        elif not path and _is(module, *CELLS):  # alone: in a row, nothing would step it
+            for node in _torch_layers(module, path):
+                self.add(node)
         elif _is(module, "Flatten"):
             self.flatten(module, path)
         elif _is(module, "BatchNorm1d"):
@@ -198,13 +245,16 @@ class _Chain:
         """Take a batch normalisation, with its running statistics, as one product and one sum."""
         if module.running_mean is None:
             raise _refuse(path, module, "expected running statistics: without them the batch tells what comes out")
-        mean, variance = (_array(path, module, value) for value in (module.running_mean, module.running_var))
+        mean, variance = (_weight(path, module, name) for name in ("running_mean", "running_var"))
+        if mean is None or variance is None:
+            raise _refuse(path, module, "expected running statistics, found one of the two")
         scale = 1.0 / np.sqrt(variance.astype(np.float64) + module.eps)
-        if module.weight is not None:
-            scale *= _array(path, module, module.weight)
+        gain, bias = (_weight(path, module, name) for name in ("weight", "bias"))
+        if gain is not None:
+            scale *= gain
         shift = -mean * scale
-        if module.bias is not None:
-            shift += _array(path, module, module.bias)
+        if bias is not None:
+            shift += bias
         node = Scale(scale.astype(mean.dtype), shift.astype(mean.dtype))
         if self.rank is None:
             raise _refuse(path, module, "expected a module before it that says whether [B, C] or [B, C, T] comes in")
@@ -226,18 +276,32 @@ class _Chain:
 def _simple(module: Any, path: str) -> Node | None:
     """Return the node of a module that works on the last axis, and has weights; None where it isn't one."""
     if _is(module, "Linear"):
-        bias = None if module.bias is None else _array(path, module, module.bias)
-        return Dense(_array(path, module, module.weight).T, bias)
+        return Dense(_kernel(path, module).T, _weight(path, module, "bias"))
     if _is(module, "Embedding"):
         if module.max_norm is not None:
             raise _refuse(path, module, f"expected max_norm=None, got {module.max_norm}: it changes rows as it runs")
-        return Embedding(_array(path, module, module.weight))
+        return Embedding(_kernel(path, module))
     if _is(module, "LayerNorm"):
         if len(module.normalized_shape) != 1:
             raise _refuse(path, module, f"expected one axis, the features, got {tuple(module.normalized_shape)}")
-        gain, bias = (None if value is None else _array(path, module, value) for value in (module.weight, module.bias))
-        return LayerNorm(gain, bias, module.eps)
+        return LayerNorm(_weight(path, module, "weight"), _weight(path, module, "bias"), module.eps)
     return None
+
+
+def _kernel(path: str, module: Any) -> Array:
+    """Return the weight of a module that has to have one."""
+    found = _weight(path, module, "weight")
+    if found is None:
+        raise _refuse(path, module, "expected a weight, got none")
+    return found
+
+
+def _hooked(module: Any) -> bool:
+    """Return whether a module has hooks other than those that compute a weight."""
+    if isinstance(module, Saved):
+        return module.hooked
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(f"{type(hook).__module__}.".startswith(HOOKS) for hook in hooks)
 
 
 def _convolution(module: Any, path: str) -> Conv1D:
@@ -246,9 +310,9 @@ def _convolution(module: Any, path: str) -> Conv1D:
     padding: str | tuple[int, int] = module.padding
     if not isinstance(padding, str):
         padding = (_whole(path, module, "padding"), _whole(path, module, "padding"))
-    bias = None if module.bias is None else _array(path, module, module.bias)
+    bias = _weight(path, module, "bias")
     strides, dilation = _whole(path, module, "stride"), _whole(path, module, "dilation")
-    kernel = _array(path, module, module.weight).transpose(2, 1, 0)
+    kernel = _kernel(path, module).transpose(2, 1, 0)
     return Conv1D(kernel, bias, strides, padding, dilation, module.groups)
 
 
@@ -276,24 +340,20 @@ def _activation(module: Any, path: str) -> str:
 
 def _torch_layers(module: Any, path: str) -> list[Node]:
     """Return torch's LSTM, GRU or RNN as one stack, or as one pair of cells a layer where it is bidirectional."""
-    kind = next(KINDS[name] for name in KINDS if _is(module, name))
-    activation = module.nonlinearity if kind == "rnn" else "tanh"
-
-    def cell(suffix: str) -> Cell:
-        names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
-        weight, recurrent, *biases = (_array(path, module, getattr(module, f"{name}_{suffix}")) for name in names)
-        spec = CellSpec(weight.shape[1], module.hidden_size, activation, use_bias=bool(module.bias), kind=kind)
-        arrays = from_rows(kind, weight, recurrent, tuple(biases), ORDERS[kind])._asdict()
-        if module.proj_size:
-            spec = replace(spec, proj_size=module.proj_size)
-            arrays["projection"] = _array(path, module, getattr(module, f"weight_hr_{suffix}")).T
-        return Cell(spec, **arrays)
-
-    layers = range(module.num_layers)
-    if not module.bidirectional:
-        return [Recurrent(tuple(cell(f"l{n}") for n in layers))]
-    both = [(Recurrent((cell(f"l{n}"),)), Recurrent((cell(f"l{n}_reverse"),), go_backwards=True)) for n in layers]
-    return [Bidirectional(ahead, back) for ahead, back in both]
+    kind = next(kind for name, kind in (KINDS | CELLS).items() if _is(module, name))
+    activation = {"": module.nonlinearity} if kind == "rnn" else None
+    weights = {name: weight for name, weight in _weights(path, module).items() if NAME.fullmatch(name)}
+    for weight in weights.values():
+        if not isinstance(module, Saved) and str(weight.dtype).removeprefix("torch.") not in DTYPES:
+            raise _refuse(path, module, f"expected weights in {' or '.join(DTYPES)}, got {weight.dtype}")
+    try:
+        found = networks_of(weights, path or "the module", activation)
+    except FormatError as error:
+        raise _refuse(path, module, str(error)) from None
+    nodes = [node for network in found.values() for node in network.nodes]
+    if len(found) != 1 or any(cell.spec.kind != kind for node in nodes for cell in node.cells):
+        raise _refuse(path, module, f"expected the weights of one {kind.upper()}, got others")
+    return nodes
 
 
 # ── our own layers, which this package never imports ────────────────────────────────────────────────────────────────
@@ -336,4 +396,4 @@ def _layer_cell(cell: Any, path: str, module: Any) -> Cell:
         spec = cell.spec
     except ValueError as error:  # not built yet, or an activation that only torch can run
         raise _refuse(path, module, str(error)) from None
-    return Cell(spec, *(_array(path, module, getattr(cell, name)) for name in spec.shapes))
+    return Cell(spec, *(_array(path, module, getattr(cell, name).detach().cpu()) for name in spec.shapes))

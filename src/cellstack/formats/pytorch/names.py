@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.layout import from_rows
+from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.tensors import short
 from cellstack.network import Network
 from cellstack.nodes import Node
@@ -103,7 +104,10 @@ def _raw_weights(names: list[str]) -> dict[str, str]:
 
 
 def networks_of(
-    tensors: Mapping[str, Any], where: str, activations: Mapping[str, str] | None = None
+    tensors: Mapping[str, Any],
+    where: str,
+    activations: Mapping[str, str] | None = None,
+    directions: Mapping[str, int] | None = None,
 ) -> dict[str, Network]:
     """Return every recurrent module that a state dict holds, as a Network.
 
@@ -111,6 +115,7 @@ def networks_of(
         tensors: arrays by name as PyTorch names them; what isn't recurrent is passed over, and never read.
         where: what messages call the file.
         activations: of plain RNNs by their name, where it is known; else tanh is assumed, and `metadata` says so.
+        directions: how many quantised layers have, by name, where it is known; else their widths have to tell.
 
     Returns:
         Networks by the module's name, such as `"encoder.lstm"`; `""` where the names have no prefix. Each has one
@@ -126,6 +131,7 @@ def networks_of(
       layer_0  Recurrent  GRU 3 -> 4 (no bias)  [B, T, 4]  84}
     """
     networks: dict[str, Network] = {}
+    tensors = joined(tensors, where, NAME, directions)
     for part in parts_of(tensors):
         title = part.title if part.title not in networks else part.prefix
         networks[title] = _network(part, tensors, where, (activations or {}).get(part.title))
@@ -137,6 +143,7 @@ def network_of(
     where: str,
     activations: Mapping[str, str] | None = None,
     unknown: Iterable[str] = (),
+    directions: Mapping[str, int] | None = None,
 ) -> Network:
     """Return the one recurrent module that a state dict consists of.
 
@@ -145,6 +152,7 @@ def network_of(
         where: what messages call the file.
         activations: as for `networks_of`.
         unknown: what else the file holds that can't be run, in words.
+        directions: as for `networks_of`.
 
     Returns:
         The network.
@@ -152,6 +160,7 @@ def network_of(
     Raises:
         FormatError: no recurrent module, or more than that; lists by name what a state dict doesn't say how to run.
     """
+    tensors = joined(tensors, where, NAME, directions)
     parts = parts_of(tensors)
     used = {name for part in parts for name in part.names.values()}
     left = [*unknown, *_by_module(tensors, [name for name in tensors if name not in used])]
@@ -164,7 +173,7 @@ def network_of(
             f"{where}: expected one recurrent module and nothing else, for weights don't say in which order modules "
             f"run, found {len(parts)} recurrent ({names}){rest}; {HINT}"
         )
-    return next(iter(networks_of(tensors, where, activations).values()))
+    return next(iter(networks_of(tensors, where, activations, directions).values()))
 
 
 def nothing_recurrent(tensors: Mapping[str, Any], where: str, unknown: Iterable[str] = ()) -> FormatError:
@@ -226,6 +235,9 @@ def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str
     metadata: dict[str, Any] = {"source": {"format": "pytorch", "module": part.title}}
     if rnn and activation is None:
         metadata["assumed"] = ASSUMED
+    computed = {what: tensors[name].how for (what, _, _), name in names.items() if hasattr(tensors[name], "how")}
+    if computed:
+        metadata["computed"] = computed
     try:
         nodes: list[Node] = (
             [Bidirectional(Recurrent((ahead,)), Recurrent((back,), go_backwards=True)) for ahead, back in layers]

@@ -63,6 +63,7 @@ STORAGES = {
     "QInt32": "qint32",
     "Untyped": "uint8",
 }
+TYPED_LISTS = ("restore_type_tag", "build_tensorlist", "build_intlist", "build_doublelist", "build_boollist")
 
 
 class Records:
@@ -85,6 +86,14 @@ class Records:
     def storage(self, key: str, length: int) -> NDArray[np.uint8]:
         """Return the bytes of a storage, which must be `length` of them."""
         raise NotImplementedError
+
+    def read(self) -> Any:
+        """Return what is saved."""
+        raise NotImplementedError
+
+    def code(self, path: str) -> str:
+        """Return the source, if any, that TorchScript keeps of a class's module."""
+        return ""
 
 
 @dataclass(eq=False, frozen=True)
@@ -168,6 +177,40 @@ class Tensor:
         return np.array(view, dtype=wanted if dtype is None else dtype, order="C")
 
 
+@dataclass(eq=False, frozen=True)
+class Quantised:
+    """A tensor whose file holds integers, and by what they are multiplied; `np.asarray` gives the products, float32.
+
+    Attributes:
+        integers: what the file holds.
+        scales: a number, or a tensor of one a slice.
+        zeros: the integers that stand for zero: one, or a tensor of one a slice.
+        axis: along which there is one a slice; None = one for all.
+    """
+
+    integers: Tensor
+    scales: Any
+    zeros: Any
+    axis: int | None
+
+    dtype = "float32"
+    how = "dequantised: PyTorch also rounds what comes in at each step, which isn't done here"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its axes."""
+        return self.integers.shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return the numbers that the integers stand for; raises as `Tensor.__array__` does."""
+        spread = [1] * len(self.shape)
+        if self.axis is not None:
+            spread[self.axis] = -1
+        scales = np.asarray(self.scales, np.float64).astype(np.float32).reshape(spread)
+        whole = np.asarray(self.integers).astype(np.float32) - np.asarray(self.zeros, np.float32).reshape(spread)
+        return (whole * scales).astype(np.float32 if dtype is None else dtype)
+
+
 def size_of(dtype: str) -> int:
     """Return how many bytes hold a number of `dtype`."""
     return np.dtype(DTYPES[dtype]).itemsize
@@ -199,15 +242,17 @@ class Builders:
             "torch._utils._rebuild_tensor": self.tensor,
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_tensor_v3": lambda args: self.tensor(args, dtype_at=6),
+            "torch._utils._rebuild_qtensor": self.quantised,
             "torch._utils._rebuild_parameter": self.first,
             "torch._utils._rebuild_parameter_with_state": self.first,
             "torch._tensor._rebuild_from_type_v2": self.typed,
+            **dict.fromkeys((f"torch.jit._pickle.{name}" for name in TYPED_LISTS), self.first),
             "torch.nn.parameter.Parameter": self.first,
             "torch.nn.parameter.Buffer": self.first,
         }
 
     def first(self, args: tuple[Any, ...]) -> Any:
-        """Give what a parameter wraps."""
+        """Give what a parameter, or the type of a list, wraps."""
         return args[0] if args else None
 
     def typed(self, args: tuple[Any, ...]) -> Any:
@@ -246,6 +291,30 @@ class Builders:
                 f"and strides {short(list(strides))} from {offset} on, which reach number {short(last, 40)}"
             )
         return Tensor(storage, dtype, offset, shape, strides)
+
+    def quantised(self, args: tuple[Any, ...]) -> Quantised:
+        """Give a quantised tensor: a storage, an offset, a shape, strides, and how its integers are meant."""
+        where = f"{self.where}: quantised tensor"
+        scheme, *numbers = args[4] if len(args) > 4 and isinstance(args[4], tuple) and args[4] else (None,)
+        kind = scheme.path.removeprefix("torch.") if isinstance(scheme, Global) else type(scheme).__name__
+        whole = self.tensor(args)
+        if whole.dtype not in ("qint8", "quint8"):
+            raise FormatError(f"{where}: expected qint8 or quint8, found {whole.dtype}")
+        integers = Tensor(whole.storage, whole.dtype.removeprefix("q"), whole.offset, whole.shape, whole.strides)
+        if kind == "per_tensor_affine" and [type(number) for number in numbers] == [float, int]:
+            scale, zero = numbers
+            if not 0.0 < scale < np.inf or not -256 < zero < 256:
+                found = f"{short(scale)} and {short(zero)}"
+                raise FormatError(f"{where}: expected a scale above 0 and a zero among its integers, found {found}")
+            return Quantised(integers, scale, zero, axis=None)
+        if kind.startswith("per_channel_affine") and len(numbers) == 3:
+            scales, zeros, axis = numbers
+            fits = isinstance(scales, Tensor) and isinstance(zeros, Tensor) and type(axis) is int
+            if fits and 0 <= axis < whole.ndim and scales.shape == zeros.shape == (whole.shape[axis],):
+                return Quantised(integers, scales, zeros, axis)
+        raise FormatError(
+            f"{where}: expected a scale and a zero for all, or for each slice of an axis, found {short(kind)}"
+        )
 
     def persistent(self, key: Any) -> Any:
         """Return the storage, or the class, that a persistent id stands for."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cellstack.formats.pytorch.pickles import Standin
-from cellstack.formats.pytorch.tensors import Storage, Tensor, short
+from cellstack.formats.pytorch.tensors import Quantised, Storage, Tensor, short
 from cellstack.spec import FormatError
 
 DEEPEST = 100  # how far things may lie within each other
@@ -19,6 +19,12 @@ LONGEST_NAME = 1000
 OWN = ("_parameters", "_buffers", "_modules")  # where a module keeps what is its own
 COPIES = ("_flat_weights", "_all_weights", "_flat_weights_names")  # of a recurrent module's parameters
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+OURS_HOOKS = re.compile(  # that compute a weight out of what `derived.py` knows
+    r"torch\.nn\.utils\.(weight_norm\.WeightNorm|spectral_norm\.SpectralNorm|prune\.\w+)"
+)
+PACKED = re.compile(r"__torch__\.torch\.classes\.(rnn\.CellParamsBase|quantized\.LinearPackedParamsBase)")
+MANGLED = re.compile(r"___torch_mangle_\d+\.")
+HELPERS = ("LinearPackedParams", "PackedParameter", "ModuleList")  # of quantised modules: they do nothing themselves
 RECURRENT = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 NOTHING = ("Sequential", "Dropout", "Identity", "DataParallel", "DistributedDataParallel")  # that they do to a sequence
 
@@ -30,12 +36,37 @@ class Contents:
     Attributes:
         tensors: by name.
         activations: of plain RNNs, by the module's name.
+        directions: how many quantised layers have, by name.
         unknown: modules that do something that isn't known, in words.
+        roots: the modules that lie in no other, by their place in the file.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor | Quantised] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
+    directions: dict[str, int] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    roots: dict[tuple[str, ...], Standin] = field(default_factory=dict)
+
+
+def kind_of(value: Standin) -> str:
+    """Return the dotted path of an object's class, without what TorchScript adds to it."""
+    return MANGLED.sub("", value.kind.removeprefix("__torch__."))
+
+
+def attributes_of(value: Standin) -> dict[Any, Any]:
+    """Return an object's attributes by name."""
+    parts = value.state if isinstance(value.state, tuple) else (value.state,)  # they may come in two dicts
+    return {key: child for part in parts if isinstance(part, dict) for key, child in part.items()}
+
+
+def hooked(attributes: dict[Any, Any]) -> bool:
+    """Return whether a module has hooks other than those that compute a weight."""
+    hooks = [attributes[name] for name in HOOKS if attributes.get(name)]
+    return any(
+        not isinstance(found, dict)
+        or any(not (isinstance(hook, Standin) and OURS_HOOKS.fullmatch(hook.kind)) for hook in found.values())
+        for found in hooks
+    )
 
 
 def contents(where: str, root: Any) -> Contents:
@@ -56,7 +87,7 @@ def contents(where: str, root: Any) -> Contents:
     waiting: list[tuple[Any, tuple[str, ...]]] = [(root, ())] if _holds(root) else []
     while waiting:
         value, path = waiting.pop()
-        if isinstance(value, Tensor):
+        if isinstance(value, (Tensor, Quantised)):
             name = ".".join(path)
             if len(name) > LONGEST_NAME:
                 raise FormatError(f"{where}: expected names of at most {LONGEST_NAME} characters, found {short(name)}")
@@ -87,24 +118,34 @@ def _entries(value: Any) -> list[tuple[tuple[str, ...], Any]]:
 
 def _holds(child: Any) -> bool:
     """Return whether there may be tensors within."""
-    return isinstance(child, (Tensor, Storage, dict, list, tuple, Standin))
+    return isinstance(child, (Tensor, Quantised, Storage, dict, list, tuple, Standin))
 
 
 def _standin(value: Standin, path: tuple[str, ...], found: Contents) -> list[tuple[tuple[str, ...], Any]]:
     """Return what an object holds, each with its name; note what is known of it, where it is a module."""
-    kind = re.sub(r"___torch_mangle_\d+\.", "", value.kind.removeprefix("__torch__."))  # as TorchScript writes them
+    packed = _packed(value)
+    if packed is not None:
+        return packed
+    kind, attributes = kind_of(value), attributes_of(value)
     module = kind.rpartition(".")[2]
-    parts = value.state if isinstance(value.state, tuple) else (value.state,)  # attributes may come in two dicts
-    attributes = {key: child for part in parts if isinstance(part, dict) for key, child in part.items()}
+    parts = value.state if isinstance(value.state, tuple) else (value.state,)
     if "_modules" in attributes or value.kind.startswith("__torch__."):
-        name, known = ".".join(path), kind.startswith("torch.nn.")
+        if not any(path[: len(root)] == root for root in found.roots):
+            found.roots[path] = value
+        name, known = ".".join(path), kind.startswith(("torch.nn.", "torch.ao.nn."))
+        dynamic = known and ".dynamic." in kind
         activation = attributes.get("nonlinearity", attributes.get("mode"))  # old modules have the latter alone
         if known and module.startswith("RNN") and isinstance(activation, str):
             word = activation.removeprefix("RNN_").lower()
             if word in ("tanh", "relu"):
                 found.activations[name] = word
-        if not known or module not in (*RECURRENT, *NOTHING) or any(attributes.get(hooks) for hooks in HOOKS):
-            what = "with forward hooks" if known and module in (*RECURRENT, *NOTHING) else "whose code isn't run"
+        if dynamic and isinstance(attributes.get("bidirectional"), bool):
+            found.directions[name] = 1 + attributes["bidirectional"]
+        plain = (
+            known and module in (*RECURRENT, *NOTHING, *HELPERS) and (dynamic or ".quantized.modules.rnn" not in kind)
+        )
+        if not plain or hooked(attributes):
+            what = "with forward hooks" if plain else "whose code isn't run"
             found.unknown.append(f"{short(name or 'the module itself', 200)}: {short(kind, 200)}, {what}")
     if kind.endswith("multiarray._reconstruct"):
         found.unknown.append(f"{short('.'.join(path), 200)}: an array of NumPy's")
@@ -117,3 +158,30 @@ def _standin(value: Standin, path: tuple[str, ...], found: Contents) -> list[tup
     for more in (value.items, value.pairs, value.args):
         inside += _entries(more) if more else []
     return inside + [(("state",), part) for part in parts if not isinstance(part, dict) and _holds(part)]
+
+
+def _packed(value: Standin) -> list[tuple[tuple[str, ...], Any]] | None:
+    """Return the weights, by name, of what quantised modules pack; None where it isn't that."""
+    kind: Any = value.kind
+    state: Any = value.state
+    if kind == "torch.ScriptObject" and isinstance(state, tuple) and len(state) == 2:
+        state, kind = state
+    if not isinstance(kind, str):
+        return None
+    match = PACKED.fullmatch(kind)
+    if match is None or not isinstance(state, tuple):
+        return None
+    if match[1].startswith("quantized"):
+        return [((name,), part) for name, part in zip(("weight", "bias"), state, strict=False) if _holds(part)]
+    entries: list[tuple[tuple[str, ...], Any]] = []
+    _, biases, _, _, packs, *_ = (*(part if isinstance(part, list) else [] for part in state), *([[]] * 5))
+    for number, pack in enumerate(packs):
+        inside = dict(_packed(pack) or []) if isinstance(pack, Standin) else {}
+        which = ("ih", "hh", "hr")[number] if number < 3 else str(number)
+        bias = biases[number] if number < len(biases) else inside.get(("bias",))
+        entries += [
+            ((f"{what}_{which}",), part)
+            for what, part in (("weight", inside.get(("weight",))), ("bias", bias))
+            if _holds(part)
+        ]
+    return entries

@@ -1,0 +1,132 @@
+"""Modules as files hold them, asked for their settings and weights as the modules in memory would be.
+
+A pickled module has its settings among its attributes. TorchScript writes them into its source, as constants of the
+module's class, which are read as the words that they are; a module that was traced keeps none.
+"""
+
+from __future__ import annotations
+
+import re
+from ast import literal_eval
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.pytorch.derived import joined
+from cellstack.formats.pytorch.pickles import Standin
+from cellstack.formats.pytorch.tensors import Quantised, Tensor, short
+from cellstack.formats.pytorch.tree import OWN, attributes_of, contents, hooked, kind_of
+from cellstack.node import Array
+from cellstack.spec import FormatError
+
+PACKAGES = re.compile(
+    r"torch\.(nn\.(modules|parallel)|(?P<dynamic>(ao\.)?nn\.quantized\.dynamic\.modules))\.\w+\.(?P<kind>\w+)"
+)
+CONSTANT = re.compile(
+    r" +(?P<name>\w{1,80}) : Final\[[^\]]{1,80}\]? *\]? = "
+    r"(?P<value>-?[\d.e+-]{1,40}|True|False|None|\"[^\"\\]{0,80}\"|\((?:-?\d{1,18},? ?){0,8}\))"
+)
+MOST = 10_000  # modules: the same one may be met many times
+LATER = {"padding_mode": "zeros", "proj_size": 0}  # settings that older versions had not, as they were then
+
+
+class UnsaidError(AttributeError):
+    """A setting that the file doesn't say."""
+
+
+@dataclass
+class Source:
+    """What the modules of a file have in common: what messages call it, the source in it, how many more may be met."""
+
+    where: str
+    code: Callable[[str], str]
+    left: int = MOST
+
+
+class Saved:
+    """A module of a file.
+
+    Attributes:
+        path: that of its class.
+        kind: the class's name, "" where it isn't PyTorch's or has a forward pass of its own.
+        hooked: whether it has hooks other than those that compute a weight.
+    """
+
+    def __init__(self, source: Source, standin: Standin) -> None:
+        source.left -= 1
+        if source.left < 0:
+            raise FormatError(f"{source.where}: expected at most {MOST} modules in a row, found more")
+        self.source, self.standin, self.path = source, standin, kind_of(standin)
+        self.attributes = attributes_of(standin)
+        match = PACKAGES.fullmatch(self.path)
+        self.hooked = hooked(self.attributes)
+        self.kind = match["kind"] if match and "forward" not in self.attributes else ""
+        held = (self.attributes[name] for name in OWN if isinstance(self.attributes.get(name), dict))
+        self.own = {key: child for part in held for key, child in part.items()}
+        packed = {"bias": None} if match and match["dynamic"] else {}  # where there is one, it is among the weights
+        self.settings = LATER | packed | _constants(standin.kind, source.code) | self.attributes | self.own
+
+    @cached_property
+    def tensors(self) -> dict[str, Any]:
+        """Its weights and its children's, by name, read when they are asked for."""
+        found = contents(self.source.where, self.standin)
+        return joined(found.tensors, self.source.where, directions=found.directions)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in self.tensors:
+            return self.tensors[name]
+        if name not in self.settings:
+            raise UnsaidError(f"expected the file to say {name}, found a module without it")
+        value = self.settings[name]
+        if isinstance(value, (Tensor, Quantised)):
+            return value
+        if value is not None and not isinstance(value, (bool, int, float, str)):
+            whole = isinstance(value, (list, tuple)) and all(type(part) is int for part in value)
+            if not whole:
+                raise UnsaidError(f"expected {name} to be a setting, found {type(value).__name__}")
+            return tuple(value)
+        return value
+
+    @property
+    def _modules(self) -> dict[str, Saved]:
+        """The modules in it, in their order."""
+        pickled = "_modules" in self.attributes
+        return {
+            str(name): Saved(self.source, child)
+            for name, child in (self.own if pickled else self.attributes).items()
+            if isinstance(child, Standin) and (pickled or child.kind.startswith("__torch__."))
+        }
+
+
+def array(tensor: Any) -> Array:
+    """Return a weight of a file, float32 or float64."""
+    found = np.asarray(tensor)
+    if found.dtype.kind != "f":
+        raise FormatError(f"expected floats, found {found.dtype}")
+    return found.astype(np.float32) if found.dtype.itemsize < 4 else found
+
+
+def _constants(kind: str, code: Callable[[str], str]) -> dict[str, Any]:
+    """Return what a class of TorchScript's has as constants."""
+    if not kind.startswith("__torch__."):
+        return {}
+    module, _, name = kind.rpartition(".")
+    _, found, body = code(module).partition(f"class {name}(Module):\n")
+    constants = {}
+    for line in body.splitlines() if found else ():
+        if not line.startswith(" ") or line.startswith("  def "):
+            break
+        match = CONSTANT.fullmatch(line)
+        if match:
+            try:
+                constants[match["name"]] = literal_eval(match["value"])
+            except (ValueError, SyntaxError):
+                raise FormatError(
+                    f"expected a number as the constant {match['name']}, found {short(match['value'])}"
+                ) from None
+    return constants
