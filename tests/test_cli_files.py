@@ -10,6 +10,7 @@ import torch
 from networks import make_cell
 
 from cellstack import Bidirectional, Dense, Network, Pool, Recurrent, Standardise, cli, formats, load
+from cellstack.nodes import Embedding, Merge
 
 
 def make_net(bidirectional=False):
@@ -117,6 +118,94 @@ def test_what_c_can_t_run_is_named(capsys, tmp_path):
     assert (status, err.count("\n")) == (2, 1)
     assert "got lstm: it runs backwards" in err
     assert not (tmp_path / "net.c").exists()
+
+
+# ── convert --sample ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv"])
+def test_a_sample_of_the_user_s_own(capsys, tmp_path, model, suffix):
+    rows = np.random.default_rng(0).normal(size=(9, 3))
+    sample = str(tmp_path / f"sample{suffix}")
+    if suffix == ".csv":
+        np.savetxt(sample, rows, delimiter=",", header="a,b,c", comments="")
+    elif suffix == ".npz":
+        np.savez(sample, x=rows)
+    else:
+        np.save(sample, rows)
+    words = ["convert", model, str(tmp_path / "net.c"), "--sample", sample]
+    status, out, err = run(capsys, *words)
+    assert (status, err) == (0, "")
+    assert "on x [1, 9, 3]\n" in out
+    assert "drawn" not in out
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["bfloat16", "int8"]
+    report = json.loads(run(capsys, *words, "--json")[1])
+    assert report["sample"] == sample
+    (parity,) = report["parity"].values()
+    assert (parity["drawn"], parity["inputs"]) == (False, {"x": [1, 9, 3]})
+    net = load(model)
+    apart = np.abs(net.stream(weights="int8").run(rows[None]).astype("f8") - net(rows[None]))
+    assert parity["streams"][1]["greatest"] == pytest.approx(apart.max())
+    assert parity["streams"][1]["mean"] == pytest.approx(apart.mean())
+
+
+def test_a_sample_of_rows_ids_and_two_inputs(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    target = str(tmp_path / "net.onnx")
+    table = Embedding(rng.normal(size=(5, 3)).astype("f4"))
+    lstm = Recurrent((make_cell(rng, 3, 4),), return_sequences=False)
+    Network([table, lstm]).save(tmp_path / "ids.safetensors")
+    (tmp_path / "ids.csv").write_text("3\n0\n4\n")
+    status, out, err = run(capsys, "convert", str(tmp_path / "ids"), target, "--sample", str(tmp_path / "ids.csv"))
+    assert (status, err, out.count("on x [1, 3]\n")) == (0, "", 2)
+    two = {"inputs": {"x": (None, 3), "speaker": (2,)}, "wires": [("x",), ("lstm", "speaker")]}
+    Network([lstm, Merge("concat")], ["lstm", "both"], **two).save(tmp_path / "two.safetensors")
+    np.savez(tmp_path / "two.npz", x=np.ones((2, 6, 3)), speaker=np.ones((2, 2)))
+    words = ["convert", str(tmp_path / "two"), target, "--sample"]
+    status, out, err = run(capsys, *words, str(tmp_path / "two.npz"))
+    assert (status, err) == (0, "")
+    assert "on x [2, 6, 3], speaker [2, 2]\n" in out
+    assert "not measured: expected inputs of a frame a step, got speaker [B, 2]: it has no time" in out
+    status, out, err = run(capsys, *words, str(tmp_path / "ids.csv"))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "expected a .npz of the inputs x, speaker" in err
+    vector = Network([Dense(np.ones((2, 2), "f4"))], inputs={"x": (2,)})
+    vector.save(tmp_path / "vector.safetensors")
+    (tmp_path / "rows.csv").write_text("1,2\n3,4\n5,6\n")
+    status, out, err = run(capsys, "convert", str(tmp_path / "vector"), target, "--sample", str(tmp_path / "rows.csv"))
+    assert (status, err) == (0, "")
+    assert "on x [3, 2]\n" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"1,2,3", "expected a sample that ends in .npy, .npz or .csv"),
+        ("a.csv", b"1,2\n", "line 1: expected 3 numbers, found 2"),
+        ("a.csv", b"", "expected numbers, found none"),
+        ("a.npy", b"\x93NUMPY", "expected arrays of numbers as NumPy writes them"),
+        ("a.npz", b"nothing", "expected arrays of numbers as NumPy writes them"),
+        ("a.npy", None, "expected x [B, T, I=3], got (2, 2, 2)"),
+        ("no.npy", None, "no.npy"),
+    ],
+)
+def test_samples_that_can_t_be(capsys, tmp_path, model, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    elif name == "a.npy":
+        np.save(path, np.ones((2, 2, 2)))
+    status, out, err = run(capsys, "convert", model, str(tmp_path / "net.onnx"), "--sample", str(path))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not (tmp_path / "net.onnx").exists()
+
+
+def test_objects_in_a_sample_aren_t_loaded(capsys, tmp_path, model):
+    np.save(tmp_path / "a.npy", np.array([{}], object), allow_pickle=True)
+    status, _, err = run(capsys, "convert", model, str(tmp_path / "net.onnx"), "--sample", str(tmp_path / "a.npy"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "allow_pickle=False" in err
 
 
 # ── info ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -29,7 +29,7 @@ from cellstack import (
 )
 from cellstack.formats import onnx as onnx_adapter
 from cellstack.formats.c import export
-from cellstack.formats.verify import Difference, Report, _difference, verify
+from cellstack.formats.verify import Difference, Report, Rounding, _difference, verify
 from cellstack.nodes import Embedding, Merge, Scale
 
 
@@ -349,7 +349,8 @@ def test_a_keras_file(tmp_path):
         report = verify(net, tmp_path / name)
         assert report.ok(1e-5), str(report)
         assert (report.runtime, report.version) == ("keras", keras.__version__)
-        assert report.note == "not compared: cell 0 c, cell 0 h"
+        assert [one.name for one in report.differences] == ["layer_1", "cell 0 h", "cell 0 c"]
+        assert report.note == ""
         wrong = Network([Recurrent((cell,)), Dense(kernel, None, "tanh")])
         assert not verify(wrong, tmp_path / name).ok()
 
@@ -390,9 +391,9 @@ def test_a_runtime_that_isn_t_installed(tmp_path, monkeypatch, name, package):
     (tmp_path / name).write_bytes(b"")
     report = verify(make_net(), tmp_path / name)
     assert (report.ok(), report.ok(np.inf), report.runtime) == (False, False, None)
-    assert str(report) == f"{tmp_path / name}: not verified: {tmp_path / name} is run by {package}, " + (
-        f"which needs {package}: pip install {package}"
-    )
+    said = f"{tmp_path / name}: not verified: {tmp_path / name} is run by {package}, which needs {package}: pip install"
+    assert str(report).splitlines()[0] == f"{said} {package}"
+    assert len(report.streams) == 2  # they are ours
     assert json.loads(json.dumps(report.to_json()))["ok"] is False
 
 
@@ -444,11 +445,18 @@ def test_differences():
 
 def test_how_a_report_reads():
     found = (Difference("out", (2, 3), (2, 3), 1.5e-7, 2e-7), Difference("cell 0 h", (2, 4), (4, 2), np.inf, np.inf))
-    report = Report("a.onnx", "onnxruntime", "1.2", {"x": (2, 7, 3)}, found, "not compared: cell 0 c")
+    rounded = (Rounding("bfloat16", "out", 1e-2, 2e-3, 5e-3, 1e-3), Rounding("int8", "out", 2e-2, 4e-3, 1e-2, 2e-3))
+    report = Report(
+        "a.onnx", "onnxruntime", "1.2", {"x": (2, 7, 3)}, found, "not compared: cell 0 c", streams=rounded, drawn=True
+    )
     assert str(report) == (
-        "a.onnx: greatest difference to onnxruntime 1.2 on x [2, 7, 3]\n"
+        "a.onnx: greatest difference to onnxruntime 1.2 on x [2, 7, 3], drawn at random\n"
         "            shape                  absolute  relative\n"
         "  out       [2, 3]                 1.50e-07  2.00e-07\n"
         "  cell 0 h  [2, 4], theirs [4, 2]  inf       inf\n"
-        "  not compared: cell 0 c"
+        "  not compared: cell 0 c\n"
+        "streams of fewer bits: difference to float32 on x [2, 7, 3], drawn at random\n"
+        "                 greatest  relative  mean      relative\n"
+        "  bfloat16  out  1.00e-02  5.00e-03  2.00e-03  1.00e-03\n"
+        "  int8      out  2.00e-02  1.00e-02  4.00e-03  2.00e-03"
     )

@@ -31,7 +31,9 @@ EXAMPLES = {
     "  torchrun --nproc-per-node 2 -m cellstack train Vowels_TRAIN.ts -o vowels.safetensors",
     "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv",
     "stream": "cellstack stream model --state model.state < frames.csv > answers.csv",
-    "convert": "cellstack convert model.onnx model.safetensors\n  cellstack convert model.safetensors firmware/model.c",
+    "convert": "cellstack convert model.onnx model.safetensors\n"
+    "  cellstack convert model.safetensors firmware/model.c\n"
+    "  cellstack convert model.safetensors model.onnx --sample frames.csv",
     "info": "cellstack info vowels.safetensors",
 }
 
@@ -139,6 +141,9 @@ def parser() -> argparse.ArgumentParser:
     other = verb("convert", "write a network in another format, and compare what was read and written")
     other.add_argument("source", metavar="A", help="a file that holds a network")
     other.add_argument("target", metavar="B", help="where to, the suffix picks the format; .c or a folder: C99")
+    other.add_argument(
+        "--sample", metavar="FILE", help="data to compare on: .npy [B, T, I], .npz by input, .csv (drawn at random)"
+    )
     other.add_argument("--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4)")
     looks = verb("info", "layers, shapes, sizes, and what runs them; the recurrent parts of what can't be run whole")
     looks.add_argument("model", metavar="MODEL", help="of any format that can be read")

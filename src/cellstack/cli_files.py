@@ -8,10 +8,12 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from cellstack.formats import extract, load
+from cellstack.formats.lines import Lines
 from cellstack.network import Network
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
@@ -127,6 +129,7 @@ def convert(args: argparse.Namespace) -> int:
 
     tolerance = TOLERANCE if args.tolerance is None else args.tolerance
     net, source = load_model(args.source)
+    x = None if args.sample is None else read_sample(net, args.sample)
     target = Path(args.target)
     if args.target.endswith(os.sep) or target.is_dir() or target.suffix.lower() == ".c":
         in_c = target.suffix.lower() == ".c" and not target.is_dir()
@@ -144,8 +147,58 @@ def convert(args: argparse.Namespace) -> int:
             raise UsageError(str(error)) from None
         files = [str(target)]
     paths = [files[-1]] if Path(source).suffix == SUFFIX else [source, files[-1]]  # ours has no runtime but us
-    reports = {path: verify(net, path) for path in paths}
+    reports = {path: verify(net, path, x, streams=path == paths[-1]) for path in paths}
     text = [f"{source} -> {', '.join(files)}", *map(str, reports.values())]
-    report = {"source": source, "files": files, "parity": {path: one.to_json() for path, one in reports.items()}}
+    report = {"source": source, "files": files, "sample": args.sample}
+    report["parity"] = {path: one.to_json() for path, one in reports.items()}
     show(args, report, text)
     return 1 if any(one.runtime is not None and not one.ok(tolerance) for one in reports.values()) else 0
+
+
+def read_sample(net: Network, path: str) -> Any:
+    """Return a sample of a network's data out of a file, as `Network.run` takes it.
+
+    Args:
+        net: what it is for.
+        path: `.npy`, an array `[B, T, I]`, or `[T, I]` of one row; `.npz`, such an array for each input, by name;
+            `.csv`, the frames of one row, a line each, with or without the names of the columns.
+
+    Raises:
+        UsageError: another suffix, or no such arrays.
+        FormatError: lines that aren't frames.
+        OSError: the file can't be read.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".npy", ".npz", ".csv"):
+        raise UsageError(f"{path}: expected a sample that ends in .npy, .npz or .csv")
+    if suffix == ".csv":
+        if len(net.inputs) > 1:
+            raise UsageError(
+                f"{path}: expected a .npz of the inputs {', '.join(net.inputs)}, got .csv, which holds one"
+            )
+        width = 1 if net.graph.ids else net.input_size
+        if width is None:
+            raise UsageError(f"{path}: expected .npy or .npz for a network that takes any width")
+        lines = Lines(path, width, "csv")
+        with open(path, "rb") as file:
+            frames = [frame for frame in map(lines.frame, file) if frame is not None]
+        array = np.array(frames, np.float64).reshape(len(frames), width)
+        given: dict[str, Any] = {next(iter(net.inputs)): array.ravel() if net.graph.ids else array}
+    else:
+        try:
+            with open(path, "rb") as file:
+                read: Any = np.load(file, allow_pickle=False)
+                given = {net.inputs[0]: read} if suffix == ".npy" else {name: read[name] for name in read.files}
+        except (ValueError, EOFError, AttributeError, BadZipFile) as error:
+            raise UsageError(f"{path}: expected arrays of numbers as NumPy writes them: {str(error)[:200]}") from None
+    if not all(array.size for array in given.values()):
+        raise UsageError(f"{path}: expected numbers, found none")
+    for name in given.keys() & set(net.inputs):
+        if net.graph.timed(name) and given[name].ndim == len(net.shapes[name]):  # one row
+            given[name] = np.expand_dims(given[name], 0)
+    try:
+        flows = net.as_inputs("sample", given)
+        net.run(flows)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from None
+    return flows

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.formats import adapter_of, c, onnx, safetensors
+from cellstack.formats.onnx.writer import state_names
 from cellstack.network import Network
 from cellstack.node import Array, CellState
 from cellstack.spec import FormatError
@@ -31,13 +32,14 @@ from cellstack.spec import FormatError
 class Answers(NamedTuple):
     """What a runtime made of the inputs: outputs by the network's names, states as `named` has them, where it has any.
 
-    `runtime` and `version` name it.
+    `runtime` and `version` name it; `no_states` says why states are missing, where there is something to say.
     """
 
     runtime: str
     version: str
     outputs: dict[str, Array]
     states: dict[str, Array]
+    no_states: str = ""
 
 
 class CannotRunError(Exception):
@@ -135,6 +137,11 @@ def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
     except CannotRunError:
         raise
     except Exception as error:  # its errors have no class in common
+        lacks = re.search(r"Could not find an implementation for (\w+)", str(error))
+        if lacks is not None and net.dtype == np.float64:
+            raise CannotRunError(
+                f"onnxruntime {ort.__version__} can't run it: it has no {lacks[1]} in float64"
+            ) from None
         raise CannotRunError(_says(f"onnxruntime {ort.__version__} can't run it", error)) from None
     batch = len(next(iter(inputs.values())))
     names = ends["outputs"] or dict.fromkeys(list(found)[: len(net.outputs)], "")
@@ -147,6 +154,8 @@ def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
         units = net.cells[cells[0]].spec.units if cells[0] < len(net.cells) else 0
         parts = _parted(found[name], len(refs), batch, units)
         states |= {f"cell {cell} {ref[2]}": part for cell, ref, part in zip(cells, refs, parts, strict=False)}
+    if not ends["outputs"]:  # what our reader doesn't read, masks say, we may have written
+        states = {name: found[after] for name, after in state_names(net).items() if after in found}
     return Answers("onnxruntime", ort.__version__, outputs, states)
 
 
@@ -283,15 +292,57 @@ def _by_keras(net: Network, path: str, inputs: Inputs) -> Answers:
         _check_sizes(net, [tensor.shape for tensor in model.inputs], inputs)
         given = _by_name(names, list(inputs), list(inputs.values()), "inputs")
         arrays = [given[name] for name in names]
-        y = model(arrays if len(arrays) > 1 else arrays[0], training=False)
+        made, why = _with_states(keras, net, model)
+        y = (made or model)(arrays if len(arrays) > 1 else arrays[0], training=False)
     except CannotRunError:
         raise
     except Exception as error:  # any: it builds whatever the file describes
         raise CannotRunError(_says(f"keras {keras.__version__} can't run it", error)) from None
-    found = [keras.ops.convert_to_numpy(one) for one in (y if isinstance(y, (list, tuple)) else [y])]
+    found = [keras.ops.convert_to_numpy(one) for one in keras.tree.flatten(y)]
+    count = len(keras.tree.flatten(model.outputs))
+    found, states = found[:count], found[count:]
     names = list(getattr(model, "output_names", [])) or [f"output {number}" for number in range(len(found))]
     outputs = _by_name(net.outputs, names, found, "outputs")
-    return Answers("keras", keras.__version__, outputs, {})
+    cells = [f"cell {n} {part}" for n, cell in enumerate(net.cells) for part in cell.spec.state_sizes]
+    return Answers("keras", keras.__version__, outputs, dict(zip(cells, states, strict=bool(states))), why)
+
+
+def _with_states(keras: Any, net: Network, model: Any) -> tuple[Any, str]:
+    """Return a model that gives the states of a model's recurrent layers too; else None, and why there is none.
+
+    Each such layer is made again with `return_state` and its weights, on what it takes in the model; the states stand
+    in the order of the network's cells.
+    """
+    kinds = (keras.layers.RNN, keras.layers.Bidirectional)
+    layers = {layer.name: layer for layer in model.layers if isinstance(layer, kinds)}
+    nodes = {name: node for name, node in zip(net.names, net.nodes, strict=True) if node.cells}
+    order = list(nodes) if nodes.keys() == layers.keys() else list(layers)
+    tensors: list[Any] = []
+    taken = {layer.name for layer in model.layers}
+    for name in order:
+        layer = layers[name]
+        settings = keras.saving.serialize_keras_object(layer)
+        while settings["config"]["name"] in taken:
+            settings["config"]["name"] += "_states"
+        for one in (settings, *(settings["config"].get(key) for key in ("layer", "backward_layer"))):
+            if one is not None and isinstance(layer, keras.layers.RNN) == (one is settings):
+                one["config"] |= {"return_state": True, "stateful": False}
+        try:
+            again = keras.saving.deserialize_keras_object(settings)
+            x, *others = keras.tree.flatten(layer.input)
+            masks = [one for one in others if one.dtype == "bool"]
+            if others != masks:
+                return None, f"{name} takes its initial state from the model"
+            states = keras.tree.flatten(again(x, **dict(zip(["mask"], masks, strict=False))))[1:]
+            again.set_weights(layer.get_weights())
+        except Exception as error:  # any, as above; an AttributeError where a layer is called twice
+            return None, _says(f"keras can't give the states of {name}", error)
+        tensors += states
+    sizes = [size for cell in net.cells for size in cell.spec.state_sizes.values()]
+    found = [tensor.shape[-1] for tensor in tensors]
+    if found != sizes:
+        return None, f"the layers at the model's top have states of widths {found}, the network's cells {sizes}"
+    return keras.Model(model.inputs, [*keras.tree.flatten(model.outputs), *tensors]), ""
 
 
 # ── PyTorch ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,10 +1,10 @@
-"""Does a file's own runtime answer as our network does? The same input through both, and the greatest difference."""
+"""Does a file's own runtime answer as our network does, and a stream of fewer bits? The same input through all."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from cellstack.formats.runtimes import CannotRunError, Inputs, OtherSizesError, 
 from cellstack.network import Network
 from cellstack.node import Array
 from cellstack.nodes import Embedding
+from cellstack.recurrent import WEIGHTS
 
 TOLERANCE = 1e-4
 """Greatest relative difference that passes where none is given: float32 on both sides, sums in other orders."""
@@ -30,6 +31,21 @@ class Difference(NamedTuple):
     relative: float
 
 
+class Rounding(NamedTuple):
+    """How far a stream whose weights have fewer bits lies from the float32 one, over all frames of an output.
+
+    `greatest` and `mean` are of the differences, `relative` and `mean_relative` the same over the greatest magnitude
+    that the float32 one answers with.
+    """
+
+    weights: str
+    name: str
+    greatest: float
+    mean: float
+    relative: float
+    mean_relative: float
+
+
 @dataclass(frozen=True)
 class Report:
     """What `verify` found.
@@ -41,6 +57,9 @@ class Report:
         inputs: shapes of the inputs, by name.
         differences: one an output, then one an array of the state.
         note: why nothing could run the file, and what would; or what was left out.
+        drawn: whether the inputs were drawn at random, for want of a sample.
+        streams: one an output for bfloat16, then one an output for int8.
+        no_streams: why there are none.
     """
 
     path: str
@@ -49,6 +68,9 @@ class Report:
     inputs: dict[str, tuple[int, ...]]
     differences: tuple[Difference, ...]
     note: str = ""
+    drawn: bool = False
+    streams: tuple[Rounding, ...] = ()
+    no_streams: str = ""
 
     def ok(self, tolerance: float = TOLERANCE) -> bool:
         """Return whether both ran, and every answer has the other's shape and lies near it.
@@ -65,39 +87,59 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as what JSON can hold."""
-        names = ("path", "runtime", "version", "inputs", "note")
+        names = ("path", "runtime", "version", "inputs", "note", "drawn", "no_streams")
         return {name: getattr(self, name) for name in names} | {
             "ok": self.ok(),
             "differences": [one._asdict() for one in self.differences],
+            "streams": [one._asdict() for one in self.streams],
         }
 
     def __str__(self) -> str:
-        if self.runtime is None:
-            return f"{self.path}: not verified: {self.note}"
         given = ", ".join(f"{name} {list(shape)}" for name, shape in self.inputs.items())
-        rows = [("", "shape", "absolute", "relative")]
-        for name, shape, theirs, absolute, relative in self.differences:
-            found = str(list(shape)) if shape == theirs else f"{list(shape)}, theirs {list(theirs)}"
-            rows.append((name, found, f"{absolute:.2e}", f"{relative:.2e}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        head = f"{self.path}: greatest difference to {self.runtime} {self.version} on {given}"
-        return "\n".join([head, *("  " + line for line in lines), *([f"  {self.note}"] if self.note else [])])
+        given += ", drawn at random" if self.drawn else ""
+        if self.runtime is None:
+            lines = [f"{self.path}: not verified: {self.note}"]
+        else:
+            rows = [("", "shape", "absolute", "relative")]
+            for name, shape, theirs, absolute, relative in self.differences:
+                found = str(list(shape)) if shape == theirs else f"{list(shape)}, theirs {list(theirs)}"
+                rows.append((name, found, f"{absolute:.2e}", f"{relative:.2e}"))
+            head = f"{self.path}: greatest difference to {self.runtime} {self.version} on {given}"
+            lines = [head, *_aligned(rows), *([f"  {self.note}"] if self.note else [])]
+        if self.streams:
+            titles = ("", "", "greatest", "relative", "mean", "relative")
+            rows = [titles] + [
+                (weights, name, f"{most:.2e}", f"{relative:.2e}", f"{mean:.2e}", f"{mean_relative:.2e}")
+                for weights, name, most, mean, relative, mean_relative in self.streams
+            ]
+            lines += [f"streams of fewer bits: difference to float32 on {given}", *_aligned(rows)]
+        elif self.no_streams:
+            lines.append(f"streams of fewer bits: not measured: {self.no_streams}")
+        return "\n".join(lines)
 
 
-def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0) -> Report:
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Return rows as lines whose columns stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0, streams: bool = True) -> Report:
     """Run the same input through a network and through a file's own runtime, and compare what they return.
 
     Args:
         net: the network, such as what `load` made of the file, or what was saved to it.
         path: the file. `.onnx` is run by onnxruntime, `.keras` and `.h5` by keras, `.pt` and its like by torch (state
             dicts of one recurrent module), `.c` by the machine's C compiler, `.safetensors` by `load`.
-        x: as for `Network.run`, with a time axis; None draws one.
+        x: a sample of the data, as for `Network.run`, with a time axis; None draws one at random.
         seed: of what is drawn.
+        streams: whether to measure how far streams of bfloat16 and int8 weights lie from the float32 one, on the same
+            input, frame by frame.
 
     Returns:
-        The differences, per output and, where the runtime returns them, per state. Where the runtime isn't installed
-        or can't run the file, a report that says so, and what to install.
+        The differences, per output and, where the runtime returns them, per state; and those of the streams, or why
+        the network can't have such. Where the runtime isn't installed or can't run the file, a report that says so,
+        and what to install.
 
     Raises:
         ShapeError, TypeError: `x` doesn't fit the network.
@@ -106,11 +148,15 @@ def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0
 
     >>> import tempfile
     >>> from cellstack import Cell, CellSpec, Recurrent
-    >>> net = Network([Recurrent((Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8))),))])
+    >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8), "f4"), np.ones((2, 8), "f4"))
+    >>> net = Network([Recurrent((cell,))])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     net.save(f"{folder}/net.safetensors")
-    ...     verify(net, f"{folder}/net.safetensors").ok(0.0)
+    ...     report = verify(net, f"{folder}/net.safetensors", x=np.ones((1, 9, 1)))
+    >>> report.ok(0.0)
     True
+    >>> [(one.weights, one.relative < 0.02) for one in report.streams]
+    [('bfloat16', True), ('int8', True)]
     """
     path = fspath(path)
     if not os.path.exists(path):
@@ -118,11 +164,15 @@ def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0
     run = runner_of(path)
     inputs = _drawn(net, seed, BATCH, STEPS) if x is None else net.as_inputs("verify", x)
     try:
-        return _run_both(net, path, run, inputs)
+        report = _run_both(net, path, run, inputs)
     except OtherSizesError as error:
-        if x is not None:
-            return _not_verified(path, inputs, error)
-        return _run_both(net, path, run, _drawn(net, seed, error.batch, error.steps))
+        if x is None:
+            inputs = _drawn(net, seed, error.batch, error.steps)
+            report = _run_both(net, path, run, inputs)
+        else:
+            report = _not_verified(path, inputs, error)
+    rounded, why = _rounded(net, inputs) if streams else ((), "")
+    return replace(report, drawn=x is None, streams=rounded, no_streams=why)
 
 
 def _not_verified(path: str, inputs: Inputs, error: CannotRunError) -> Report:
@@ -142,15 +192,43 @@ def _run_both(net: Network, path: str, run: Runner, inputs: Inputs) -> Report:
         return _not_verified(path, inputs, error)
     ours = dict(zip(net.outputs, y if len(net.outputs) > 1 else (y,), strict=True)) | named(states)
     pairs = {**theirs.outputs, **theirs.states}
-    left = sorted(ours.keys() - pairs.keys())
+    left = [name for name in ours if name not in pairs]
+    why = f": {theirs.no_states}" if theirs.no_states else ""
     return Report(
         path,
         theirs.runtime,
         theirs.version,
         {name: array.shape for name, array in inputs.items()},
         tuple(_difference(name, ours.get(name), array) for name, array in pairs.items()),
-        f"not compared: {', '.join(left)}" if left else "",
+        f"not compared: {', '.join(left)}{why}" if left else "",
     )
+
+
+def _rounded(net: Network, inputs: Inputs) -> tuple[tuple[Rounding, ...], str]:
+    """Return how far streams of fewer bits lie from the float32 one on some inputs; why, where there are none."""
+    if not net.cells:
+        return (), "the network has no cells, whose weights they round"
+    if net.dtype != np.float32:
+        return (), f"the network is in {net.dtype}, and they round weights of float32"
+    batch = len(next(iter(inputs.values())))
+    found: list[Rounding] = []
+    try:
+        whole, *others = (_streamed(net, inputs, batch, weights) for weights in WEIGHTS)
+    except ValueError as error:  # a node that can't be streamed, or a frame that it would mask
+        return (), str(error).removeprefix("Stream: ")
+    for weights, answers in zip(list(WEIGHTS)[1:], others, strict=True):
+        for name, exact, rounded in zip(net.outputs, whole, answers, strict=True):
+            apart = np.nan_to_num(np.abs(rounded.astype(np.float64) - exact), nan=np.inf, posinf=np.inf)
+            apart[(rounded == exact) | (np.isnan(rounded) & np.isnan(exact))] = 0.0
+            largest = float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0)) or 1.0
+            most, mean = float(apart.max(initial=0.0)), float(apart.mean()) if apart.size else 0.0
+            found.append(Rounding(weights, name, most, mean, most / largest, mean / largest))
+    return tuple(found), ""
+
+
+def _streamed(net: Network, inputs: Inputs, batch: int, weights: str) -> tuple[Array, ...]:
+    y = net.stream(batch, weights=weights).run(dict(inputs) if len(inputs) > 1 else next(iter(inputs.values())))
+    return y if isinstance(y, tuple) else (y,)
 
 
 def _drawn(net: Network, seed: int, batch: int, steps: int) -> dict[str, Array]:

@@ -374,6 +374,21 @@ class Writer(Pieces):
             raise ValueError(f"save: {name}: expected a node that ONNX has, got {type(node).__name__}")
 
 
+def state_names(network: Network) -> dict[str, str]:
+    """Return the outputs that hold the states after a call, by cell and part, such as `cell 0 h`."""
+    names: list[str] = []
+    for name, node in zip(network.names, network.nodes, strict=True):
+        halves = {name: node.cells}
+        if isinstance(node, Bidirectional):
+            halves = {f"{name}.forward": node.forward.cells, f"{name}.backward": node.backward.cells}
+        names += [own if len(cells) == 1 else f"{own}.{n}" for own, cells in halves.items() for n in range(len(cells))]
+    return {
+        f"cell {number} {part}": f"{name}.{part}.after"
+        for number, (name, cell) in enumerate(zip(names, network.cells, strict=True))
+        for part in cell.spec.state_sizes
+    }
+
+
 def model_of(network: Network, lengths: bool = False) -> Any:
     """Return a network as a ModelProto.
 
