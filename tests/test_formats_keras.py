@@ -306,16 +306,16 @@ def test_everything_that_cannot_be_run_is_named(tmp_path):
     inputs = keras.Input((5, 3))
     x = L.LSTM(4, return_sequences=True, name="fine")(inputs)
     x = Odd(name="odd_one")(x)
-    x = L.PReLU(name="prelu_one")(x)
-    x = L.Dense(3, activation="selu", name="selu_one")(x)
-    x = L.ReLU(6.0, name="bounded")(x)
+    x = L.UnitNormalization(name="unit_one")(x)
+    x = L.Dense(3, activation="mish", name="mish_one")(x)
+    x = L.ReLU(6.0, negative_slope=0.5, name="bounded")(x)
     model = keras.Model(inputs, L.GRU(2, name="after")(x))
     for suffix in (".keras", ".h5"):
         path = written(model, tmp_path / f"model{suffix}")
         with pytest.raises(FormatError) as caught:
             adapter.load(path)
         text = str(caught.value)
-        for name in ("odd_one", "prelu_one", "selu_one", "bounded"):
+        for name in ("odd_one", "unit_one", "mish_one", "bounded"):
             assert repr(name) in text
         assert "'fine'" not in text
         assert text.startswith(f"{path}: ")
@@ -327,14 +327,18 @@ def test_everything_that_cannot_be_run_is_named(tmp_path):
 
 REFUSED = {
     "an initial state": lambda i: L.LSTM(3)(i, initial_state=[L.Dense(3)(i[:, 0]), L.Dense(3)(i[:, 1])]),
-    "a state that is used": lambda i: L.LSTM(3, return_state=True, name="states")(i)[1],
-    "another axis": lambda i: L.BatchNormalization(axis=1)(i),
+    "a cell's state": lambda i: L.LSTM(3, return_state=True, name="states")(i)[2],
+    "a state of merged halves": lambda i: L.Bidirectional(L.LSTM(3, return_state=True), merge_mode="sum")(i)[1],
+    "an attention": lambda i: L.Attention()([i, i]),
     "channels first": lambda i: L.Conv1D(3, 2, data_format="channels_first")(i),
-    "no merge": lambda i: L.Bidirectional(L.LSTM(3), merge_mode=None)(i)[0],
     "a recurrent activation": lambda i: L.LSTM(3, recurrent_activation="gelu")(i),
     "a lambda": lambda i: L.Lambda(lambda x: x + 1)(i),
-    "an operation": lambda i: L.LSTM(3)(i) + 1.0,
-    "a recurrent layer within": lambda i: L.TimeDistributed(L.Conv1D(2, 2))(L.Reshape((5, 3, 1))(i)),
+    "another operation": lambda i: keras.ops.cumsum(L.LSTM(3, return_sequences=True)(i), axis=1),
+    "rows that are mixed": lambda i: keras.ops.reshape(i, (-1, 3)),
+    "a quotient": lambda i: i / (i + 2.0),
+    "a part of the batch": lambda i: i[:2, :],
+    "a recurrent layer within": lambda i: L.TimeDistributed(L.LSTM(2))(L.Reshape((5, 3, 1))(i)),
+    "a convolution of pictures": lambda i: L.Conv2D(2, 2)(L.Reshape((5, 3, 1))(i)),
 }
 
 

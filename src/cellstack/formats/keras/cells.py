@@ -24,20 +24,30 @@ CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
 RECURRENT = (*KINDS, *CUDNN, "RNN", "Bidirectional")
 SPLIT = {"lstm": "igfo", "gru": "zrg", "rnn": "g"}  # the order in which Keras 1 lists a cell's arrays, gate by gate
 SPLIT_NAMES = {"g": "c"}  # and what it calls a gate where that isn't our letter; a GRU's candidate is h
-STATISTICS = ("moving_mean", "moving_variance", "running_mean", "running_std", "mean", "variance", "count")
+SCALES = ("kernel_scale", "embeddings_scale")  # of integers, which stand first among a layer's weights
+STATISTICS = (*SCALES, "moving_mean", "moving_variance", "running_mean", "running_std", "mean", "variance", "count")
 PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu")
+
+MORE = {  # activations that a layer has and a cell hasn't
+    **{name: name for name in ("gelu", "silu", "selu", "exponential", "relu6", "log_softmax")},
+    "swish": "silu",
+}
 
 
 class Slot(NamedTuple):
-    """A weight that a layer has: where Keras 3 keeps it within the layer, its own name, and whether it is trained."""
+    """A weight that a layer has: where Keras 3 keeps it within the layer, its own name, and whether it is trained.
+
+    `whole`: its numbers are integers of 8 bits, beside which the layer has their scales.
+    """
 
     path: str
     leaf: str
     trainable: bool
+    whole: bool = False
 
     def below(self, prefix: str, trainable: bool = True) -> Slot:
         """Return the slot as seen from the layer around."""
-        return Slot(f"{prefix}/{self.path}", self.leaf, self.trainable and trainable)
+        return self._replace(path=f"{prefix}/{self.path}", trainable=self.trainable and trainable)
 
 
 def own_slots(layer: Layer, leaves: list[str]) -> list[Slot]:
@@ -49,10 +59,10 @@ def own_slots(layer: Layer, leaves: list[str]) -> list[Slot]:
 # ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def activation(layer: Layer, name: str, major: int) -> str:
+def activation(layer: Layer, name: str, major: int, more: bool = False) -> str:
     """Return the activation that a setting names, in our words; nothing stands for linear, as in Keras.
 
-    `hard_sigmoid` was 0.2·z + 0.5 up to Keras 2, and is z/6 + 0.5 from 3 on.
+    `hard_sigmoid` was 0.2·z + 0.5 up to Keras 2, and is z/6 + 0.5 from 3 on. `more`: those too that cells haven't.
     """
     if name not in layer.config:
         raise layer.refuse(f"expected {name}, found none: what it is when it isn't said has changed in Keras")
@@ -61,21 +71,23 @@ def activation(layer: Layer, name: str, major: int) -> str:
         if value.get("class_name") in ("function", "Function"):
             value = value.get("config")
         elif isinstance(value.get("config"), dict):
-            return activation_layer(layer.within(value, name), major)
+            return activation_layer(layer.within(value, name), major, more)
     if value is None:
         return "linear"
     if value == "hard_sigmoid":
         return "hard_sigmoid" if major >= 3 else "hard_sigmoid(0.2, 0.5)"
     if isinstance(value, str) and (value == "softmax" or value in PLAIN):
         return value
+    if more and isinstance(value, str) and value in MORE:
+        return MORE[value]
     raise layer.refuse(f"{name} {short(value)} isn't one that a Network has")
 
 
-def activation_layer(layer: Layer, major: int) -> str:
+def activation_layer(layer: Layer, major: int, more: bool = False) -> str:
     """Return what a layer that is an activation computes, in our words."""
     kind = layer.kind
     if kind == "Activation":
-        return activation(layer, "activation", major)
+        return activation(layer, "activation", major, more)
     if kind == "Softmax":
         if layer.axis("axis") not in (-1, None):
             raise layer.refuse(f"expected axis -1, the features, found {short(layer.config.get('axis'))}")
@@ -179,7 +191,7 @@ def recurrent(layer: Layer, arrays: Iterator[Array], major: int) -> Recurrent | 
         ahead, back = (recurrent(half, arrays, major) for half in _halves(layer))
         assert isinstance(ahead, Recurrent)
         assert isinstance(back, Recurrent)
-        mode = layer.config.get("merge_mode", "concat")
+        mode = layer.config.get("merge_mode", "concat") or "concat"  # none: the graph takes the halves apart
         if mode not in ("concat", "sum", "mul", "ave"):
             raise layer.refuse(f"expected merge_mode concat, sum, mul or ave, found {short(mode)}")
         return Bidirectional(ahead, back, mode)

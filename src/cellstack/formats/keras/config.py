@@ -16,6 +16,10 @@ from cellstack.spec import FormatError
 MODELS = ("Sequential", "Functional", "Model", "ModelV2")  # the latter two: Keras 1 and 2
 DEEPEST = 16  # models within models
 BIGGEST = 2**31 - 1
+OPERATION = "ops."  # before the name of what is one of Keras 3's operations: layers have names in common with them
+LAMBDAS = ("TFOpLambda", "SlicingOpLambda")  # functions of TensorFlow among the layers of its own Keras
+TYPED = ("Cast", "ZerosLike", "OnesLike")  # of them, those that have a dtype as layers do
+CONSTANT = "_CONSTANT_VALUE"  # stands for a tensor where TensorFlow's own Keras lists a number among them
 
 
 class Ref(NamedTuple):
@@ -27,17 +31,24 @@ class Ref(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One use of a layer: the tensors it takes, what else it takes in order, then tensors and others by name."""
+    """One use of a layer: the tensors it takes, what else it takes in order, then tensors and others by name.
+
+    `arguments` are both as they stand, tensors and others in their places: an operation's order tells 1 - x from x - 1.
+    """
 
     inputs: tuple[Ref, ...]
     others: tuple[Any, ...] = ()
     named: tuple[tuple[str, Ref], ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+    arguments: tuple[Any, ...] = ()
 
 
 @dataclass
 class Layer:
-    """A layer as the file describes it; `config` is its settings, `model` what it holds where it is a model itself."""
+    """A layer as the file describes it.
+
+    `config` is its settings, `model` what it holds where it is a model itself, `inner` what a TimeDistributed wraps.
+    """
 
     where: str
     name: str
@@ -45,6 +56,12 @@ class Layer:
     config: dict[str, Any]
     calls: tuple[Call, ...] = ()
     model: Model | None = None
+    inner: Layer | None = None
+
+    @property
+    def operation(self) -> bool:
+        """Whether it is a function that the file lists among its layers: it has no weights, and ends masks."""
+        return self.kind.startswith(OPERATION) or self.kind in LAMBDAS
 
     def refuse(self, why: str) -> FormatError:
         """Return the error that says why this layer can't be read."""
@@ -199,6 +216,10 @@ def layer_of(where: str, entry: Any, depth: int) -> Layer:
         layer = Layer(where, name, kind, settings, model=_model(where, kind, config, depth + 1))
     elif isinstance(config, dict):
         layer = Layer(where, name, kind, settings)
+        if kind == "TimeDistributed":
+            if depth > DEEPEST:
+                raise FormatError(f"{where}: expected layers at most {DEEPEST} deep in each other, found more")
+            layer.inner = layer_of(f"{where}: layer", config.get("layer"), depth + 1)
     else:
         raise FormatError(f"{where}: expected its settings, found {short(config)}")
     nodes = entry.get("inbound_nodes") or []
@@ -211,6 +232,16 @@ def layer_of(where: str, entry: Any, depth: int) -> Layer:
 def _class(entry: dict[str, Any]) -> str:
     """Return the class of a layer: its name alone where it is Keras's own, else with the package that it is of."""
     kind, module, registered = entry["class_name"], entry.get("module"), entry.get("registered_name")
+    calls, settings = entry.get("inbound_nodes"), entry.get("config")
+    if isinstance(module, str):
+        operation = re.match(r"keras\.(src\.)?ops(\.|$)", module)
+    else:  # HDF5 of Keras 3 names no module; but every layer says its dtype, and hardly an operation
+        called = isinstance(calls, list) and any(isinstance(one, dict) for one in calls)
+        words = {"trainable"} if kind in TYPED else {"trainable", "dtype"}
+        plain = isinstance(settings, dict) and not words & settings.keys()
+        operation = called and plain and kind not in MODELS
+    if operation:
+        return f"{OPERATION}{kind}"
     if isinstance(module, str) and not re.match(r"(tensorflow\.(python\.)?|tf_)?keras(\.|$)", module):
         return f"{module}>{kind}"
     if isinstance(registered, str) and registered != kind:
@@ -231,25 +262,42 @@ def _call(where: str, node: Any) -> Call:
                     inputs.append(_history(where, one))
                 else:
                     others.append(one)
+        arguments = tuple(_placed(where, value, 0) for value in args)
         named, settings = [], []
         for name, value in kwargs.items():
             tensors = [one for one in (value if isinstance(value, list) else [value]) if _is_tensor(one)]
             named += [(name, _history(where, one)) for one in tensors]
             if not tensors:
                 settings.append((name, value))
-        return Call(tuple(inputs), tuple(others), tuple(named), tuple(settings))
+        return Call(tuple(inputs), tuple(others), tuple(named), tuple(settings), arguments)
     if isinstance(node, list):  # Keras 1 and 2
-        refs, named, settings = [], [], []
-        for entry in [node] if node and isinstance(node[0], str) else node:
-            refs.append(_ref(where, entry))
+        refs, others, places, named, settings = [], [], [], [], []
+        alone = bool(node) and isinstance(node[0], str)
+        for entry in [node] if alone else node:
+            if isinstance(entry, list) and len(entry) > 2 and entry[0] == CONSTANT:
+                others.append(entry[2])
+                places.append(_placed(where, entry[2], 0))
+            else:
+                refs.append(_ref(where, entry))
+                places.append(refs[-1])
             for name, value in (entry[3] if len(entry) > 3 and isinstance(entry[3], dict) else {}).items():
                 listed = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
                 tensors = [one for one in listed if _is_ref(one)]
                 named += [(name, _ref(where, one)) for one in tensors]
-                if not tensors:
-                    settings.append((name, value))
-        return Call(tuple(refs), (), tuple(named), tuple(settings))
+                if not tensors and (name, value) not in settings:
+                    settings.append((name, _placed(where, value, 0)))
+        arguments = tuple(places) if alone or len(places) == 1 else (places,)
+        return Call(tuple(refs), tuple(others), tuple(dict.fromkeys(named)), tuple(settings), arguments)
     raise FormatError(f"{where}: expected a call of the layer, found {short(node)}")
+
+
+def _placed(where: str, value: Any, depth: int) -> Any:
+    """Return an argument with a `Ref` in the place of every tensor."""
+    if isinstance(value, list):
+        if depth > DEEPEST:
+            raise FormatError(f"{where}: expected lists at most {DEEPEST} deep in each other, found more")
+        return [_placed(where, one, depth + 1) for one in value]
+    return _history(where, value) if _is_tensor(value) else value
 
 
 def _is_tensor(value: Any) -> bool:

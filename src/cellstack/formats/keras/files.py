@@ -93,21 +93,23 @@ class Source:
         # TensorFlow 2's own Keras wrote files of 3's layout too; what it computes is 2's
         return max(1, int(first))
 
-    def take(self, name: str) -> Array:
-        """Return one array by name, as float32 or float64."""
+    def take(self, name: str, whole: bool = False) -> Array:
+        """Return one array by name, as float32 or float64; `whole` ones are integers of 8 bits."""
         where = f"{self.path}: weight {short(name)}"
         value = self.weights[name]
         if not isinstance(value, np.ndarray):
             with guarded(where, "numbers"):
-                value = self._read(where, value)
-        if value.dtype.kind != "f" or value.dtype.itemsize not in (2, 4, 8):
+                value = self._read(where, value, whole)
+        if whole and value.dtype != np.int8:
+            raise FormatError(f"{where}: expected int8, found {value.dtype}")
+        if not whole and (value.dtype.kind != "f" or value.dtype.itemsize not in (2, 4, 8)):
             raise FormatError(f"{where}: expected float32 or float64, found {value.dtype}")
         self.taken.add(name)
         return value.astype(np.float64 if value.dtype.itemsize == 8 else np.float32)
 
-    def _read(self, where: str, dataset: Any) -> Array:
+    def _read(self, where: str, dataset: Any, whole: bool) -> Array:
         kind, shape = dataset.dtype, dataset.shape
-        if kind.kind != "f" or kind.itemsize > 8:
+        if not whole and (kind.kind != "f" or kind.itemsize > 8):
             raise FormatError(f"{where}: expected float32 or float64, found {kind}")
         if shape is None or len(shape) > 5:
             raise FormatError(f"{where}: expected an array, found shape {short(shape)}")

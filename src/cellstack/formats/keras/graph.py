@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import heapq
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
+
+from cellstack.formats.keras.cells import RECURRENT
+from cellstack.formats.keras.composed import composer, returned
 from cellstack.formats.keras.config import Call, Layer, Model, Ref
 from cellstack.formats.keras.files import short
+from cellstack.formats.keras.frames import at_every_frame
+from cellstack.formats.keras.hand import Hand, Value
 from cellstack.formats.keras.layers import MERGES, NOTHING
-from cellstack.formats.keras.weights import OPERATIONS, Built
+from cellstack.formats.keras.operations import either, operate
+from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
+from cellstack.node import Shape
 from cellstack.nodes import (
     Activation,
     Bidirectional,
@@ -27,23 +36,14 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes import Dense as DenseNode
-from cellstack.spec import FormatError
+from cellstack.spec import FormatError, ShapeError
 
 MOST_NODES = 10_000  # a model may be used twice by one that is used twice, and so on
 AXES = ("BatchNormalization", "LayerNormalization", "Normalization", "Softmax")
+MANY = (*MERGES, "Merge", "Minimum", "Dot")  # layers that take several tensors
+Late = Callable[[], Value]  # a value whose nodes go in once something takes it
+Values = dict[tuple[str, int], list[Value | Late | None]]  # by layer and call
 KEEPS_MASK = (Activation, DenseNode, LayerNorm, Masking, Scale, Standardise)
-
-
-class Value(NamedTuple):
-    """A tensor: what returns it; the mask that goes with it; and, where it is itself a mask, which one.
-
-    Masks are compared by how they come about: `("ne", wire, number)` says where a value differs from a number,
-    `("any", …)` that one of its features does.
-    """
-
-    wire: str
-    mask: Any = None
-    flag: Any = None
 
 
 class Wiring:
@@ -55,6 +55,10 @@ class Wiring:
 
     Attributes:
         problems: what can't be done, by layer.
+        shapes: of each value, as far as the file says them.
+        dtype: of the weights.
+        pinned: whether some node needs lengths that the file names.
+        made: how many numbers the nodes have that aren't the file's.
     """
 
     def __init__(self, built: Built, major: int) -> None:
@@ -65,6 +69,11 @@ class Wiring:
         self.inputs: dict[str, tuple[int | None, ...] | None] = {}
         self.problems: list[str] = []
         self.axes: list[tuple[Layer, str]] = []  # layers that name an axis, and what they take
+        self.shapes: dict[str, Shape | None] = {}
+        arrays = (node.dtype for nodes in built.nodes.values() for node in nodes if node.dtype is not None)
+        self.dtype: np.dtype[Any] = next(arrays, np.dtype(np.float32))
+        self.pinned, self.made = False, 0
+        self._followed: dict[tuple[Any, ...], int] = {}
         self._taken: set[str] = set()
 
     def network(self, model: Model, metadata: dict[str, Any]) -> Network:
@@ -76,7 +85,7 @@ class Wiring:
             if layer is None:
                 raise FormatError(f"expected every input to be a layer, found {short(ref.layer)}")
             name = self._unique(layer.name)
-            self.inputs[name] = _shape(layer)
+            self.inputs[name] = self.shapes[name] = _shape(layer)
             values.append(Value(name))
         outputs = self._run(model, "", values)
         if self.problems:
@@ -85,7 +94,7 @@ class Wiring:
         for value in outputs:
             assert value is not None
             if value.wire in self.inputs or value.wire in wires:  # a Network's outputs are nodes, each once
-                value = self._emit("output", Activation("linear"), [value])
+                value = self.emit("output", Activation("linear"), [value])
             wires.append(value.wire)
         try:
             network = Network(self.nodes, self.names, metadata, inputs=self._loose(), wires=self.wires, outputs=wires)
@@ -102,7 +111,7 @@ class Wiring:
 
     def _loose(self) -> dict[str, tuple[int | None, ...] | None]:
         """Return the inputs' shapes; sequences of any length where no node needs the one that the file names."""
-        if any(
+        if self.pinned or any(
             isinstance(node, (Flatten, Reshape)) or (isinstance(node, Permute) and node.dims != (1, 2))
             for node in self.nodes
         ):
@@ -124,18 +133,36 @@ class Wiring:
         self._taken.add(found)
         return found
 
-    def _emit(self, name: str, node: Node, values: list[Value]) -> Value:
+    def follow(self, masks: Sequence[Any]) -> Any:
+        """Return the mask of several sequences one after the other: a number stands for it, however it nests."""
+        key = tuple(("all",) if mask is None else mask for mask in masks)
+        return ("time", self._followed.setdefault(key, len(self._followed)))
+
+    def emit(self, name: str, node: Node, values: Sequence[Value]) -> Value:
+        """Put a node in that takes some values; whatever mask goes on is for the caller to say."""
         if len(self.nodes) >= MOST_NODES:
             raise FormatError(f"expected at most {MOST_NODES} nodes, found more")
         name = self._unique(name)
         self.nodes.append(node)
         self.names.append(name)
         self.wires.append(tuple(value.wire for value in values))
+        shapes = [shape for shape in (self.shapes.get(value.wire) for value in values) if shape is not None]
+        try:
+            self.shapes[name] = node.check(name, *shapes) if len(shapes) == len(values) else None
+        except ShapeError:  # what doesn't fit the network as a whole will say
+            self.shapes[name] = None
         return Value(name)
 
-    def _run(self, model: Model, scope: str, given: list[Value]) -> list[Value | None]:
-        """Run a model over values: each call of each layer once what it takes is there, in the file's order."""
-        values: dict[tuple[str, int], list[Value | None]] = {}
+    def _run(self, model: Model, scope: str, given: list[Value], framed: bool = False) -> list[Value | None]:
+        """Run a model over values: each call of each layer once what it takes is there, in the file's order.
+
+        Args:
+            model: whose layers they are.
+            scope: goes before their names.
+            given: what the model takes.
+            framed: whether each layer runs at every step of a sequence by itself.
+        """
+        values: Values = {}
         ready: list[int] = []
         calls: list[tuple[Layer, int, Call]] = []
         inputs = {ref.layer for ref in model.inputs}
@@ -155,7 +182,7 @@ class Wiring:
                 heapq.heappush(ready, number)
         while ready:
             layer, number, call = calls[heapq.heappop(ready)]
-            values[layer.name, number] = self._call(layer, call, values, scope)
+            values[layer.name, number] = self._call(layer, call, values, scope, framed)
             for one in waiting.get((layer.name, number), ()):
                 missing[one] -= 1
                 if not missing[one]:
@@ -167,7 +194,7 @@ class Wiring:
             )
         return [self._tensor(values, ref, f"the outputs of {short(model.name)}") for ref in model.outputs]
 
-    def _tensor(self, values: dict[tuple[str, int], list[Value | None]], ref: Ref, where: str) -> Value | None:
+    def _tensor(self, values: Values, ref: Ref, where: str) -> Value | None:
         found = values.get(ref[:2])
         if found is None:
             raise FormatError(f"{where}: expected a tensor that a layer returns, found {list(ref)}")
@@ -175,33 +202,62 @@ class Wiring:
             what = f"value {ref.tensor} of layer {short(ref.layer)}, such as a state"
             self._problem(f"{where}: takes {what}, which a node doesn't hand on")
             return None
-        return found[ref.tensor]
+        value = found[ref.tensor]
+        if value is None or isinstance(value, Value):
+            return value
+        try:
+            made = value()
+        except FormatError as error:
+            self._problem(str(error))
+            made = None
+        found[ref.tensor] = made
+        return made
 
-    def _call(
-        self, layer: Layer, call: Call, values: dict[tuple[str, int], list[Value | None]], scope: str
-    ) -> list[Value | None]:
-        given = [self._tensor(values, ref, layer.where) for ref in call.inputs]
-        named = [(name, self._tensor(values, ref, layer.where)) for name, ref in call.named]
-        outputs = [None] * (1 if layer.model is None else len(layer.model.outputs))
+    def _call(self, layer: Layer, call: Call, values: Values, scope: str, framed: bool) -> list[Value | Late | None]:
+        refs = dict.fromkeys([*call.inputs, *(ref for _, ref in call.named)])
+        known = {ref: self._tensor(values, ref, layer.where) for ref in refs}
+        count = 1 if layer.model is None else len(layer.model.outputs)
+        outputs: list[Value | Late | None] = [None] * count
         why = self.built.refused.get(id(layer))
         if why is not None:
             self._problem(why)
-            return list(outputs)
-        inputs = [value for value in given if value is not None]
-        if len(inputs) < len(given) or any(value is None for _, value in named):
-            return list(outputs)
+            return outputs
+        if None in known.values():
+            return outputs
+        there = {ref: value for ref, value in known.items() if value is not None}
+        inputs, named = [there[ref] for ref in call.inputs], [(name, there[ref]) for name, ref in call.named]
+        name = f"{scope}{layer.name}"
         try:
-            if layer.kind in OPERATIONS:
-                return [_operation(layer, call, inputs)]
-            self._check_call(layer, call, inputs, [(name, value) for name, value in named if value is not None])
+            if layer.operation:
+                if framed:
+                    raise layer.refuse("an operation within a TimeDistributed isn't what a Network has")
+                made: list[Value | Late | None] = []
+                made += operate(self, layer, call, name, there.__getitem__)
+                return made
+            self._check_call(layer, call, inputs, named)
             if layer.model is not None:
-                if len(inputs) != len(layer.model.inputs):
-                    raise layer.refuse(f"expected {len(layer.model.inputs)} tensors, found {len(inputs)}")
-                return self._run(layer.model, f"{scope}{layer.name}.", inputs)
-            return [self._apply(layer, inputs, f"{scope}{layer.name}")]
+                return [*self._inside(layer.model, layer, f"{name}.", inputs, framed)]
+            return self._frames(layer, inputs, name) if framed else self._apply(layer, inputs, name)
         except FormatError as error:
             self._problem(str(error))
-            return list(outputs)
+            return outputs
+
+    def _inside(self, model: Model, layer: Layer, scope: str, inputs: list[Value], framed: bool) -> list[Value | None]:
+        if len(inputs) != len(model.inputs):
+            raise layer.refuse(f"expected {len(model.inputs)} tensors, found {len(inputs)}")
+        return self._run(model, scope, inputs, framed)
+
+    def _frames(self, layer: Layer, inputs: list[Value], name: str) -> list[Value | Late | None]:
+        """Return what a layer makes of every step of its input by itself."""
+        if len(inputs) != 1 or layer.inner is not None:
+            raise layer.refuse("a layer that a Network hasn't at every step of a sequence")
+        nodes = self.built.nodes[id(layer)]
+        if not nodes and layer.kind not in NOTHING:
+            raise layer.refuse("a layer that a Network hasn't at every step of a sequence")
+        hand = Hand(self, layer, name)
+        if composer(hand, inputs) is not None:
+            raise layer.refuse("a layer that a Network hasn't at every step of a sequence")
+        return [at_every_frame(hand, nodes, inputs[0])]
 
     def _problem(self, text: str) -> None:
         if text not in self.problems:
@@ -220,25 +276,39 @@ class Wiring:
             raise layer.refuse(f"expected a call with tensors alone, found {', '.join(odd)}")
         if any(value.flag is not None for value in inputs):
             raise layer.refuse("expected numbers, found a mask")
-        if layer.model is None and layer.kind not in MERGES and layer.kind != "Merge" and len(inputs) != 1:
+        if layer.model is None and layer.kind not in MANY and len(inputs) != 1:
             raise layer.refuse(f"expected one tensor, found {len(inputs)}: an initial state from the graph isn't taken")
 
-    def _apply(self, layer: Layer, inputs: list[Value], name: str) -> Value:
-        nodes = self.built.nodes[id(layer)]
+    def _apply(self, layer: Layer, inputs: list[Value], name: str) -> list[Value | Late | None]:
         value = inputs[0]
-        if layer.kind in AXES and layer.config.get("axis") is not None:
-            self.axes.append((layer, value.wire))
+        if layer.inner is not None:
+            inner = layer.inner
+            if inner.model is not None:
+                return [*self._inside(inner.model, inner, f"{name}.", inputs, True)]
+            why = self.built.refused.get(id(inner))
+            if why is not None:
+                raise FormatError(why)
+            return self._frames(inner, inputs, name)
+        nodes, hand = self.built.nodes[id(layer)], Hand(self, layer, name)
         if layer.kind == "Softmax" and value.mask is not None:
             raise layer.refuse("a softmax over masked features isn't what a Network has")
         if layer.kind == "GlobalMaxPooling1D" and value.mask is not None:  # Keras takes the greatest of all steps
-            value = self._emit(f"{name}.all_steps", Permute((1, 2)), [value])
-        if not nodes and layer.kind not in (*NOTHING, "InputLayer", "TimeDistributed"):
+            value = hand.bare(value)
+        compose = composer(hand, [value, *inputs[1:]])
+        if compose is not None:
+            return [compose(hand, nodes, [value, *inputs[1:]])]
+        if layer.kind in AXES and layer.config.get("axis") is not None:
+            self.axes.append((layer, value.wire))
+        if not nodes and layer.kind not in (*NOTHING, "InputLayer"):
             raise layer.refuse("expected a layer that computes something")
+        masked = value.mask is not None
         for node in nodes:
             values = inputs if isinstance(node, Merge) else [value]
             mask = self._mask(layer, node, values)
-            value = self._emit(name, node, values)._replace(mask=mask)
-        return value
+            value = self.emit(name, node, values)._replace(mask=mask)
+        if layer.kind in RECURRENT:
+            return [*returned(hand, nodes[0], value, masked)]
+        return [value]
 
     def _mask(self, layer: Layer, node: Node, values: list[Value]) -> Any:
         """Return the mask that goes on after a node: as the node has it, which must be as Keras has it."""
@@ -255,26 +325,15 @@ class Wiring:
                 return mask
             if self.major < 3:
                 raise layer.refuse("merges sequences of different masks, for which Keras 2 has a rule of its own")
-            return None if None in masks and node.mode != "concat" else ("merged", layer.name, *masks)
+            if node.mode == "concat" and node.axis == 1:
+                return self.follow(masks)
+            return None if None in masks and node.mode != "concat" else either(masks)
         if isinstance(node, Recurrent) and mask is not None and node.go_backwards and node.return_sequences:
             raise layer.refuse("returns a masked sequence backwards, while Keras leaves the mask as it was")
         if isinstance(node, (Recurrent, Bidirectional)):
             stack = node.forward if isinstance(node, Bidirectional) else node
             return mask if stack.return_sequences else None
         return mask if isinstance(node, KEEPS_MASK) and not isinstance(node, Pool) else None
-
-
-def _operation(layer: Layer, call: Call, inputs: list[Value]) -> Value:
-    """Return what one of the operations returns by which Keras 3 writes down a mask."""
-    if layer.kind == "NotEqual" and len(inputs) == 1 and len(call.others) == 1 and inputs[0].flag is None:
-        number = call.others[0]
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
-            return Value(inputs[0].wire, None, ("ne", inputs[0].wire, float(number)))
-    elif layer.kind == "Any" and len(inputs) == 1 and inputs[0].flag is not None and layer.axis("axis") == -1:
-        return Value(inputs[0].wire, None, ("any", inputs[0].flag))
-    elif layer.kind == "LogicalOr" and len(inputs) == 2 and inputs[0].flag == inputs[1].flag is not None:
-        return inputs[0]
-    raise layer.refuse("an operation that a Network hasn't")
 
 
 def _shape(layer: Layer) -> tuple[int | None, ...] | None:

@@ -8,7 +8,8 @@ import numpy as np
 
 from cellstack.formats.keras.cells import RECURRENT, Slot, activation, activation_layer, own_slots, recurrent
 from cellstack.formats.keras.cells import recurrent_slots as slots_of_recurrent
-from cellstack.formats.keras.config import Layer, numbered
+from cellstack.formats.keras.composed import COMPOSED
+from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 from cellstack.node import Array
 from cellstack.nodes import (
@@ -50,6 +51,10 @@ MERGES = {
     "Subtract": "sub",
 }
 MERGES_1 = {"concat": "Concatenate", "sum": "Add", "mul": "Multiply", "ave": "Average", "max": "Maximum"}
+CONVOLUTIONS = {  # channel by channel, and what comes after it: their kernels
+    "DepthwiseConv1D": ("kernel",),
+    "SeparableConv1D": ("depthwise_kernel", "pointwise_kernel"),
+}
 RENAMED_1 = {
     "TimeDistributedDense": "Dense",
     "Convolution1D": "Conv1D",
@@ -86,11 +91,7 @@ def modern(layer: Layer) -> Layer:
         raise layer.refuse(f"expected mode 0, found {short(config['mode'])}")
     for name in ("layer", "backward_layer"):
         inner = config.get(name)
-        if (
-            isinstance(inner, dict)
-            and isinstance(inner.get("config"), dict)
-            and kind in ("Bidirectional", "TimeDistributed")
-        ):
+        if isinstance(inner, dict) and isinstance(inner.get("config"), dict) and kind == "Bidirectional":
             entry = modern(layer.within(inner, name))
             config = {**config, name: {"class_name": entry.kind, "config": entry.config}}
     return Layer(layer.where, layer.name, kind, config, layer.calls, layer.model)
@@ -100,33 +101,21 @@ def modern(layer: Layer) -> Layer:
 
 
 def slots(layer: Layer, major: int) -> list[Slot]:
-    """Return the slots of a layer's weights, in the order in which its node takes them.
+    """Return the slots of the weights of a layer, which is no model, in the order in which its node takes them.
 
     Raises:
         FormatError: a layer that a Network hasn't.
     """
-    if layer.model is not None:
-        trained, found = layer.flag("trainable", True), []
-        names = numbered([inner.kind for inner in layer.model.layers])
-        for inner, name in zip(layer.model.layers, names, strict=True):
-            found += [slot.below(f"layers/{name}", trained) for slot in slots_of(inner, major)]
-        return found
-    return slots_of(layer, major)
-
-
-def slots_of(layer: Layer, major: int) -> list[Slot]:
-    """Return the slots of one layer, which is no model."""
-    if layer.model is not None:
-        return slots(layer, major)
     layer = modern(layer) if major == 1 else layer
     if layer.kind in RECURRENT:
         return slots_of_recurrent(layer, major)
-    if layer.kind == "TimeDistributed":
-        trained = layer.flag("trainable", True)
-        return [slot.below("layer", trained) for slot in slots(_inner(layer), major)]
     old = major == 1
     if layer.kind in ("Dense", "Conv1D"):
         leaves = ["W" if old else "kernel", *(["b" if old else "bias"] if layer.flag("use_bias", True) else [])]
+    elif layer.kind in CONVOLUTIONS:
+        leaves = [*CONVOLUTIONS[layer.kind], *(["bias"] if layer.flag("use_bias", True) else [])]
+    elif layer.kind == "PReLU":
+        leaves = ["alpha"]
     elif layer.kind == "Embedding":
         leaves = ["W" if old else "embeddings"]
     elif layer.kind == "BatchNormalization":
@@ -135,23 +124,41 @@ def slots_of(layer: Layer, major: int) -> list[Slot]:
         leaves = _affine(layer)
     elif layer.kind == "Normalization":
         leaves = ["mean", "variance", "count"] if layer.config.get("mean") is None else []
-    elif layer.kind in BUILDERS or layer.kind in (*NOTHING, "InputLayer"):
+    elif layer.kind in BUILDERS or layer.kind in (*NOTHING, *COMPOSED, "InputLayer"):
         leaves = []
     else:
         raise layer.refuse("a layer that a Network hasn't")
+    if quantised(layer):
+        first, *rest = own_slots(layer, [*leaves, f"{leaves[0]}_scale"])
+        return [first._replace(trainable=False, whole=True), *rest]
     return own_slots(layer, leaves)
+
+
+def quantised(layer: Layer) -> bool:
+    """Return whether `model.quantize("int8")` has made integers of a layer's weights."""
+    policy = layer.config.get("dtype")
+    if not isinstance(policy, dict) or layer.kind not in ("Dense", "Embedding"):
+        return False
+    settings = policy.get("config")
+    mode = settings.get("mode") if isinstance(settings, dict) else None
+    if mode not in (None, "int8"):
+        raise layer.refuse(f"weights of {short(mode)} aren't what a Network has, int8 is")
+    return mode == "int8"
+
+
+def _dequantised(layer: Layer, arrays: list[Array], axis: int) -> list[Array]:
+    """Return the weights with the integers over their scales, one for each entry of an axis."""
+    if not quantised(layer):
+        return arrays
+    whole, *rest, scale = arrays
+    if whole.ndim != 2 or scale.shape != (whole.shape[axis],) or not (scale > 0).all():
+        raise layer.refuse(f"expected a scale above 0 for each of {whole.shape}, found {scale.shape}")
+    return [(whole / (scale if axis else scale[:, None])).astype(scale.dtype), *rest]
 
 
 def _affine(layer: Layer) -> list[str]:
     scale, center = layer.flag("scale", True), layer.flag("center", True)
     return [name for name, there in (("gamma", scale), ("beta", center)) if there]
-
-
-def _inner(layer: Layer) -> Layer:
-    inner = layer.within(layer.config.get("layer"), "layer")
-    if inner.kind not in ("Dense", *ACTIVATIONS, *NOTHING, "BatchNormalization", "LayerNormalization"):
-        raise layer.refuse(f"expected a layer that works feature by feature within, found {short(inner.kind)}")
-    return inner
 
 
 # ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -171,14 +178,18 @@ def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None
     """
     layer = modern(layer) if major == 1 else layer
     try:
-        if layer.kind in (*NOTHING, "InputLayer"):
+        if layer.kind in (*NOTHING, *COMPOSED, "InputLayer") and layer.kind not in BUILDERS:
             return []
-        if layer.kind == "TimeDistributed":
-            return nodes(_inner(layer), arrays, major, backend)
         if layer.kind in RECURRENT:
             return [recurrent(layer, arrays, major)]
         if layer.kind == "Conv1D":
             return [_conv(layer, list(arrays), major, backend)]
+        if layer.kind in CONVOLUTIONS:
+            return _convolutions(layer, list(arrays), major)
+        if layer.kind == "ReLU" and layer.config.get("max_value") is not None:
+            if layer.config.get("negative_slope") or layer.config.get("threshold"):
+                raise layer.refuse("a max_value with a negative_slope or a threshold isn't what a Network has")
+            return []
         return [BUILDERS[layer.kind](layer, list(arrays), major)]
     except (ValueError, TypeError) as error:  # what a node refuses in anybody's hands
         if str(error).startswith(layer.where):
@@ -187,7 +198,8 @@ def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None
 
 
 def _dense(layer: Layer, arrays: list[Array], major: int) -> Node:
-    node = Dense(arrays[0], arrays[1] if len(arrays) > 1 else None, activation(layer, "activation", major))
+    arrays = _dequantised(layer, arrays, 1)
+    node = Dense(arrays[0], arrays[1] if len(arrays) > 1 else None, activation(layer, "activation", major, more=True))
     if node.kernel.shape[1] != layer.integer("units"):
         raise layer.refuse(f"expected kernel [I, {layer.integer('units')}], found {node.kernel.shape}")
     return node
@@ -210,8 +222,36 @@ def _conv(layer: Layer, arrays: list[Array], major: int, backend: str | None) ->
         layer.config.get("padding") or "valid",
         layer.integer("dilation_rate", 1),
         layer.integer("groups", 1),
-        activation(layer, "activation", major),
+        activation(layer, "activation", major, more=True),
     )
+
+
+def _convolutions(layer: Layer, arrays: list[Array], major: int) -> list[Node]:
+    """Return a convolution channel by channel, each to as many as the file says; then, where there is one, of a step.
+
+    The kernel is `[K, C, M]`, and channel c becomes c·M to c·M + M - 1.
+    """
+    _channels_last(layer)
+    pointwise = layer.kind == "SeparableConv1D"
+    kernel, size = arrays[0], layer.integer("kernel_size")
+    if kernel.ndim != 3 or kernel.shape[0] != size or kernel.shape[2] != layer.integer("depth_multiplier", 1):
+        raise layer.refuse(f"expected kernel [{size}, C, M], found {kernel.shape}")
+    bias = arrays[-1] if layer.flag("use_bias", True) else None
+    last = activation(layer, "activation", major, more=True)
+    first = Conv1D(
+        kernel.reshape(size, 1, -1),
+        None if pointwise else bias,
+        layer.integer("strides", 1),
+        layer.config.get("padding") or "valid",
+        layer.integer("dilation_rate", 1),
+        kernel.shape[1],
+        "linear" if pointwise else last,
+    )
+    return [first, Conv1D(arrays[1], bias, activation=last)] if pointwise else [first]
+
+
+def _prelu(layer: Layer, arrays: list[Array], major: int) -> Node:
+    return Scale(arrays[0].reshape(-1), np.zeros(arrays[0].size, arrays[0].dtype))
 
 
 def _channels_last(layer: Layer) -> None:
@@ -221,7 +261,7 @@ def _channels_last(layer: Layer) -> None:
 
 
 def _embedding(layer: Layer, arrays: list[Array], major: int) -> Node:
-    node = Embedding(arrays[0], layer.flag("mask_zero"))
+    node = Embedding(_dequantised(layer, arrays, 0)[0], layer.flag("mask_zero"))
     expected = layer.integer("input_dim"), layer.integer("output_dim")
     if node.table.shape != expected:
         raise layer.refuse(f"expected embeddings {list(expected)}, found {node.table.shape}")
@@ -275,8 +315,6 @@ def _pool(mode: str) -> Callable[[Layer, list[Array], int], Node]:
 def _global(mode: str) -> Callable[[Layer, list[Array], int], Node]:
     def build(layer: Layer, arrays: list[Array], major: int) -> Node:
         _channels_last(layer)
-        if layer.flag("keepdims"):
-            raise layer.refuse("expected keepdims=False, found True")
         return Pool(mode)
 
     return build
@@ -334,5 +372,7 @@ BUILDERS: dict[str, Callable[[Layer, list[Array], int], Node]] = {
     "RepeatVector": lambda layer, arrays, major: Repeat(layer.integer("n")),
     "Cropping1D": _cropping,
     **dict.fromkeys(MERGES, _merge),
-    **dict.fromkeys(ACTIVATIONS, lambda layer, arrays, major: Activation(activation_layer(layer, major))),
+    **dict.fromkeys(ACTIVATIONS, lambda layer, arrays, major: Activation(activation_layer(layer, major, more=True))),
+    "PReLU": _prelu,
+    "Softmax": lambda layer, arrays, major: Activation("softmax"),
 }

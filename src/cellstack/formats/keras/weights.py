@@ -17,7 +17,8 @@ from cellstack.spec import FormatError
 
 LEAVES = {"kernel", "recurrent_kernel", "bias", "embeddings", "gamma", "beta", "moving_mean", "moving_variance"}
 OLD_LEAF = re.compile(r"(?:^|_)((?:W|U|b)(?:_[ifcozrh])?|gamma|beta|running_mean|running_std)$")
-OPERATIONS = ("NotEqual", "Any", "LogicalOr")  # with these Keras 3 writes down how a mask comes about
+
+ROUNDED = "weights of 8 bits as numbers; what such a Dense takes isn't rounded to 8 bits, as Keras rounds it"
 
 
 class Part(NamedTuple):
@@ -35,17 +36,15 @@ def parts_of(
 ) -> list[Part]:
     """Return every layer of a model, and of the models in it, in the file's order."""
     found = []
-    places = iter(numbered([layer.kind for layer in model.layers if layer.kind not in OPERATIONS]))
-    for layer in model.layers:
-        if layer.kind in OPERATIONS:
-            continue
-        name, at, around = f"{scope}{layer.name}", f"{place}/{next(places)}", top or layer
+    layers = [layer for layer in model.layers if not layer.operation]
+    for layer, own in zip(layers, numbered([layer.kind for layer in layers]), strict=True):
+        name, at, around, below = f"{scope}{layer.name}", f"{place}/{own}", top or layer, trained
+        while layer.inner is not None:
+            below, layer, name, at = below and layer.flag("trainable", True), layer.inner, name, f"{at}/layer"
         if layer.model is None:
-            found.append(Part(layer, name, at, around, trained))
+            found.append(Part(layer, name, at, around, below))
         else:
-            found += parts_of(
-                layer.model, f"{name}.", f"{at}/layers", around, trained and layer.flag("trainable", True)
-            )
+            found += parts_of(layer.model, f"{name}.", f"{at}/layers", around, below and layer.flag("trainable", True))
     return found
 
 
@@ -113,7 +112,7 @@ class Built:
             if lacking:
                 self._refuse(part, part.layer.refuse(f"expected a weight {short(lacking[0])}, found none"))
             else:
-                given[id(part.layer)] = self._take(wanted[id(part.layer)], names)
+                self._hand(given, wanted, part, names)
         return given
 
     def _by_order(self, wanted: dict[int, list[Slot]]) -> dict[int, list[Array]]:
@@ -148,13 +147,20 @@ class Built:
                     self._refuse(part, part.layer.refuse(f"expected its {slot.leaf}, found {short(name)} in its place"))
             for part in parts:
                 own = [where[id(part.layer), slot.path] for slot in wanted[id(part.layer)]]
-                given[id(part.layer)] = self._take(wanted[id(part.layer)], own)
+                self._hand(given, wanted, part, own)
         return given
 
-    def _take(self, wanted: list[Slot], names: list[str]) -> list[Array]:
-        """Return weights by name; a count, which nothing is computed with, isn't read."""
-        self._source.taken.update(names)
-        return [self._source.take(name) for slot, name in zip(wanted, names, strict=True) if slot.leaf != "count"]
+    def _hand(self, given: dict[int, list[Array]], wanted: dict[int, list[Slot]], part: Part, names: list[str]) -> None:
+        """Give a layer its weights by name; a count, which nothing is computed with, isn't read."""
+        source, slots = self._source, wanted[id(part.layer)]
+        source.taken.update(names)
+        pairs = [(slot, name) for slot, name in zip(slots, names, strict=True) if slot.leaf != "count"]
+        try:
+            given[id(part.layer)] = [source.take(name, slot.whole) for slot, name in pairs]
+        except FormatError as error:
+            self._refuse(part, error)
+        if part.layer.kind == "Dense" and any(slot.whole for slot in slots):
+            source.assumed = ROUNDED if source.assumed in (None, ROUNDED) else f"{source.assumed}; {ROUNDED}"
 
     def _groups(self, tops: list[list[Part]]) -> dict[int, str]:
         """Return the file's name for each layer that has weights: its own, else the one in its turn."""

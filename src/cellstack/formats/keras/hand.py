@@ -1,0 +1,276 @@
+"""What takes more than one node: sums over an axis, slices, products with a number, said in the nodes that there are.
+
+A `Hand` puts nodes into a graph for one layer or operation. Axes are counted as a file counts them, 0 being the batch;
+lengths come from the shapes that the inputs have in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from cellstack.formats.keras.config import Layer
+from cellstack.formats.keras.files import short
+from cellstack.node import Array, Node, Shape
+from cellstack.nodes import (
+    Activation,
+    Conv1D,
+    Flatten,
+    Merge,
+    Permute,
+    Pool,
+    Repeat,
+    Reshape,
+    Scale,
+    Select,
+    Standardise,
+)
+
+MOST_COPIES = 256  # of one value, side by side
+MOST_MADE = 1 << 24  # numbers that the file doesn't hold: it only says how wide its inputs are
+
+
+class Value(NamedTuple):
+    """A tensor: what returns it; the mask that goes with it; and, where it is itself a mask, which one.
+
+    Masks are compared by how they come about: `("ne", wire, number)` says where a value differs from a number,
+    `("any", …)` that one of its features does, `("or", …)` that one of several masks keeps a step, `("time", n)` that
+    some of them follow each other, which ones the graph knows; `("wide", …)` is a mask as wide as the features,
+    `("all",)` and `("none",)` keep all and nothing.
+    """
+
+    wire: str
+    mask: Any = None
+    flag: Any = None
+
+
+class Graph(Protocol):
+    """What a hand needs of the graph that it works on."""
+
+    shapes: dict[str, Shape | None]
+    dtype: np.dtype[Any]
+    pinned: bool
+    made: int
+
+    def follow(self, masks: Sequence[Any]) -> Any:
+        """Return the mask of several sequences one after the other."""
+        ...
+
+    def emit(self, name: str, node: Node, values: Sequence[Value]) -> Value:
+        """Put a node in."""
+        ...
+
+
+class Hand:
+    """Puts in the nodes of one layer.
+
+    Args:
+        graph: where to.
+        layer: whose nodes they are, for messages.
+        name: what they are called.
+    """
+
+    def __init__(self, graph: Graph, layer: Layer, name: str) -> None:
+        self.graph, self.layer, self.name = graph, layer, name
+
+    def add(self, node: Node, *values: Value) -> Value:
+        """Put a node in; no mask is said to go on."""
+        return self.graph.emit(self.name, node, values)
+
+    def shape(self, value: Value) -> Shape:
+        """Return the lengths of a value's axes after the batch; a `FormatError` where they aren't known."""
+        shape = self.graph.shapes.get(value.wire)
+        if shape is None:
+            raise self.layer.refuse("takes a value of a shape that the file doesn't say")
+        return shape
+
+    def length(self, value: Value, place: int) -> int:
+        """Return the length of an axis, which the network then depends on."""
+        found = self.shape(value)[place - 1]
+        if found is None:
+            raise self.layer.refuse(f"needs the length of axis {place}, which the file leaves open")
+        self.graph.pinned = True
+        return found
+
+    def width(self, value: Value) -> int:
+        """Return the length of the last axis."""
+        shape = self.shape(value)
+        return self.length(value, 1) if len(shape) == 1 else shape[-1] or self.length(value, len(shape))
+
+    def place(self, axis: Any, axes: int) -> int:
+        """Return an axis counted from the front, of so many after the batch; not the batch itself."""
+        if isinstance(axis, (list, tuple)) and len(axis) == 1:
+            axis = axis[0]
+        if type(axis) is not int or not -axes <= axis <= axes or axis == 0:
+            raise self.layer.refuse(f"expected one axis after the batch, of {axes}, found {short(axis)}")
+        return axis if axis > 0 else axes + 1 + axis
+
+    def bare(self, value: Value) -> Value:
+        """Return a value without its mask, as Keras's operations return it."""
+        if value.mask is None:
+            return value
+        axes = len(self.shape(value))
+        return self.graph.emit(f"{self.name}.all_steps", Permute(tuple(range(1, axes + 1))), (value,))
+
+    # ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def reshape(self, value: Value, shape: Sequence[int | None]) -> Value:
+        """Return a value in another shape; one of its lengths may be None, whatever is left."""
+        if list(shape).count(None) > 1:
+            raise self.layer.refuse(f"needs lengths that the file leaves open, {short(list(shape))}")
+        if not shape or 0 in shape:
+            raise self.layer.refuse(f"expected a number of features a row, found the shape {short(list(shape))}")
+        if tuple(shape) == self.graph.shapes.get(value.wire):
+            return value
+        return self.add(Reshape(tuple(-1 if axis is None else axis for axis in shape)), value)
+
+    def permute(self, value: Value, order: Sequence[int]) -> Value:
+        """Return a value with its axes, counted from 1, in another order."""
+        return value if list(order) == sorted(order) else self.add(Permute(tuple(order)), value)
+
+    def expand(self, value: Value, axis: Any) -> Value:
+        """Return a value with an axis of length 1 more."""
+        shape = self.shape(value)
+        place = self.place(axis, len(shape) + 1)
+        return self.reshape(value, (*shape[: place - 1], 1, *shape[place - 1 :]))
+
+    def squeeze(self, value: Value, axis: Any) -> Value:
+        """Return a value without an axis of length 1."""
+        shape = self.shape(value)
+        place = self.place(axis, len(shape))
+        if shape[place - 1] != 1:
+            raise self.layer.refuse(f"expected axis {place} of length 1, found {shape[place - 1]}")
+        return self.reshape(value, (*shape[: place - 1], *shape[place:]))
+
+    def select(self, value: Value, place: int, taken: slice) -> Value:
+        """Return a slice of an axis."""
+        if taken == slice(None) or taken == slice(None, None, 1):
+            return value
+        return self.add(Select(taken.start, taken.stop, taken.step or 1, place), value)
+
+    def at(self, value: Value, place: int, index: int) -> Value:
+        """Return one entry of an axis, which ends with it."""
+        axes, length = len(self.shape(value)), self.shape(value)[place - 1]
+        if length is not None and not -length <= index < length:
+            raise self.layer.refuse(f"expected an entry of axis {place} of {length}, found {index}")
+        if axes == 2 and place == 1 and index == -1:
+            return self.add(Pool("last"), self.bare(value))
+        one = self.select(value, place, slice(index, index + 1 or None))
+        return self.squeeze(one, place)
+
+    def repeat(self, value: Value, place: int, times: int) -> Value:
+        """Return a value so many times along one of its axes, end to end."""
+        shape = self.shape(value)
+        if times == 1:
+            return value
+        if len(shape) == 2 and place == 1 and shape[0] == 1:
+            return self.add(Repeat(times), self.squeeze(value, 1))
+        if not 1 < times <= MOST_COPIES:
+            raise self.layer.refuse(f"expected at most {MOST_COPIES} copies, found {short(times)}")
+        return self.add(Merge("concat", place), *[value] * times)
+
+    def last(self, value: Value, place: int, work: Callable[[Value], Value]) -> Value:
+        """Return what some work on the last axis does to another one."""
+        axes = len(self.shape(value))
+        order = [*(axis for axis in range(1, axes + 1) if axis != place), place]
+        back = [order.index(axis) + 1 for axis in range(1, axes + 1)]
+        return self.permute(work(self.permute(value, order)), back)
+
+    def flat(self, value: Value, work: Callable[[Value], Value]) -> Value:
+        """Return what some work on features does to a value of any number of axes: nodes take two of them."""
+        shape = self.shape(value)
+        if len(shape) <= 2:
+            return work(value)
+        done = work(self.reshape(value, (None, self.width(value))))
+        return self.reshape(done, (*shape[:-1], self.width(done)))
+
+    # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def constant(self, value: Value, number: Any) -> Array:
+        """Return a number, or one a feature, as an array as wide as a value."""
+        width = self.width(value)
+        try:
+            array = np.asarray(number if isinstance(number, (int, float, list)) else "", np.float64)
+        except (ValueError, TypeError):  # texts, or lists of unequal lengths
+            array = np.full(0, np.nan)
+        fits = array.size == 1 or (array.size == width == array.shape[-1])
+        if not fits or not np.isfinite(array).all():
+            raise self.layer.refuse(f"expected a number, or one for each of {width} features, found {short(number)}")
+        return np.full(self._make(width), array.reshape(-1), self.graph.dtype)
+
+    def _make(self, width: int) -> int:
+        """Return how many numbers are made; a `FormatError` where they are too many for a whole network."""
+        self.graph.made += width
+        if self.graph.made > MOST_MADE:
+            raise self.layer.refuse(f"expected features in all up to {MOST_MADE}, found {width} more")
+        return width
+
+    def number(self, number: Any) -> float:
+        """Return a number of a setting."""
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not np.isfinite(number):
+            raise self.layer.refuse(f"expected a number, found {short(number)}")
+        return float(number)
+
+    def negative(self, number: Any) -> Any:
+        """Return a number, or a list of them, with the other sign."""
+        return [self.negative(one) for one in number] if isinstance(number, list) else -self.number(number)
+
+    def scale(self, value: Value, factor: Any, shift: Any = 0.0) -> Value:
+        """Return `value·factor + shift`."""
+        return self.flat(value, lambda one: self.add(Scale(self.constant(one, factor), self.constant(one, shift)), one))
+
+    def divide(self, value: Value, number: Any) -> Value:
+        """Return `value / number`."""
+
+        def work(one: Value) -> Value:
+            by = self.constant(one, number)
+            return self.add(Standardise(np.zeros_like(by), by), one)
+
+        return self.flat(value, work)
+
+    def activate(self, value: Value, activation: str) -> Value:
+        """Return an activation of a value, number by number or over the last axis."""
+        return self.flat(value, lambda one: self.add(Activation(activation), one))
+
+    def merge(self, mode: str, *values: Value, axis: int = -1) -> Value:
+        """Return several values merged; `min` too, and numbers broadcast over axes of length 1."""
+        if len(values) == 1:
+            return values[0]
+        if mode == "min":
+            return self.scale(self.merge("max", *(self.scale(value, -1.0) for value in values)), -1.0)
+        return self.add(Merge(mode, axis), *values)
+
+    def reduce(self, mode: str, value: Value, axis: Any, keepdims: bool) -> Value:
+        """Return the mean, max, min or sum over one axis."""
+        shape = self.shape(value)
+        place = self.place(axis, len(shape))
+        if mode == "min":
+            return self.scale(self.reduce("max", self.scale(value, -1.0), axis, keepdims), -1.0)
+        if mode == "sum":
+            length = self.length(value, place)
+            return self.scale(self.reduce("mean", value, axis, keepdims), float(length))
+        rest = [*shape[: place - 1], *shape[place:]]
+        kept = [*shape[: place - 1], 1, *shape[place:]]
+        if not rest and not keepdims:
+            raise self.layer.refuse("returns one number a row, without an axis for it")
+        order = [place, *(axis for axis in range(1, len(shape) + 1) if axis != place)]
+        first = self.permute(value, order)
+        if len(shape) != 2:
+            if None in rest:
+                raise self.layer.refuse(f"needs lengths that the file leaves open, {short(rest)}")
+            first = self.reshape(first, (shape[place - 1], prod(one for one in rest if one is not None)))
+        found = self.add(Pool(mode), first)
+        return self.reshape(found, kept if keepdims else rest)
+
+    def pad(self, value: Value, before: int, after: int) -> Value:
+        """Return `value [B, T, W]` with steps of zeros before and after."""
+        width = self.width(value)
+        kernel = np.ones((1, 1, self._make(width)), self.graph.dtype)
+        return self.add(Conv1D(kernel, padding=(before, after), groups=width), value)
+
+    def flatten(self, value: Value) -> Value:
+        """Return a value with one axis."""
+        return self.add(Flatten(), value)

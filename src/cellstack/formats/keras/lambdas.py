@@ -1,0 +1,115 @@
+"""The functions of TensorFlow that its own Keras lists among a model's layers, in the words of Keras 3's operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cellstack.formats.keras.config import Layer
+from cellstack.formats.keras.files import short
+
+NAMES = {  # TensorFlow's, without `tf.`: the operation, and its arguments in order
+    "__operators__.getitem": ("GetItem", ("x", "key")),
+    "__operators__.add": ("Add", ("x", "y")),
+    "math.add": ("Add", ("x", "y")),
+    "math.subtract": ("Subtract", ("x", "y")),
+    "math.multiply": ("Multiply", ("x", "y")),
+    "math.truediv": ("TrueDivide", ("x", "y")),
+    "math.divide": ("TrueDivide", ("x", "y")),
+    "math.maximum": ("Maximum", ("x", "y")),
+    "math.minimum": ("Minimum", ("x", "y")),
+    "math.negative": ("Negative", ("x",)),
+    "math.square": ("Square", ("x",)),
+    "math.abs": ("Absolute", ("x",)),
+    "math.exp": ("Exp", ("x",)),
+    "math.tanh": ("Tanh", ("x",)),
+    "math.sigmoid": ("Sigmoid", ("x",)),
+    "math.softplus": ("Softplus", ("x",)),
+    "nn.tanh": ("Tanh", ("x",)),
+    "nn.sigmoid": ("Sigmoid", ("x",)),
+    "nn.relu": ("Relu", ("x",)),
+    "nn.relu6": ("Relu6", ("x",)),
+    "nn.elu": ("Elu", ("x",)),
+    "nn.selu": ("Selu", ("x",)),
+    "nn.silu": ("Silu", ("x",)),
+    "nn.swish": ("Silu", ("x",)),
+    "nn.softplus": ("Softplus", ("x",)),
+    "nn.softsign": ("Softsign", ("x",)),
+    "nn.leaky_relu": ("LeakyRelu", ("x", "negative_slope")),
+    "nn.gelu": ("Gelu", ("x", "approximate")),
+    "nn.softmax": ("Softmax", ("x", "axis")),
+    "nn.log_softmax": ("LogSoftmax", ("x", "axis")),
+    "math.reduce_mean": ("Mean", ("x", "axis", "keepdims")),
+    "math.reduce_max": ("Max", ("x", "axis", "keepdims")),
+    "math.reduce_min": ("Min", ("x", "axis", "keepdims")),
+    "math.reduce_sum": ("Sum", ("x", "axis", "keepdims")),
+    "cast": ("Cast", ("x", "dtype")),
+    "concat": ("Concatenate", ("x", "axis")),
+    "stack": ("Stack", ("x", "axis")),
+    "expand_dims": ("ExpandDims", ("x", "axis")),
+    "squeeze": ("Squeeze", ("x", "axis")),
+    "reshape": ("Reshape", ("x", "newshape")),
+    "transpose": ("Transpose", ("x", "axes")),
+    "reverse": ("Flip", ("x", "axis")),
+    "gather": ("Take", ("x", "indices", "validate_indices", "axis")),
+    "repeat": ("Repeat", ("x", "repeats", "axis")),
+    "tile": ("Tile", ("x", "repeats")),
+    "split": ("Split", ("x", "indices_or_sections", "axis")),
+    "identity": ("Copy", ("x",)),
+    "stop_gradient": ("StopGradient", ("x",)),
+}
+WORDS = {  # TensorFlow's names of arguments, as above where they are the same in all functions
+    "slice_spec": "key",
+    "perm": "axes",
+    "shape": "newshape",
+    "multiples": "repeats",
+    "num_or_size_splits": "indices_or_sections",
+    "alpha": "negative_slope",
+    "axis": "axis",
+    "keepdims": "keepdims",
+    "dtype": "dtype",
+    "indices": "indices",
+    "repeats": "repeats",
+    "approximate": "approximate",
+    "y": "y",
+}
+SAYS_NOTHING = ("name", "trainable", "dtype", "function", "num", "validate_indices", "batch_dims", "var", "mask")
+USUAL = {"Concatenate": 0, "Stack": 0, "Split": 0, "Take": 0, "Softmax": -1, "LogSoftmax": -1}
+
+
+def as_operation(layer: Layer, given: list[Any], named: dict[str, Any]) -> tuple[str, list[Any], dict[str, Any]]:
+    """Return which operation a function of TensorFlow is, what it takes in order, and its settings.
+
+    Args:
+        layer: as the file lists it.
+        given: what it takes first, as a tensor or a list of tensors and numbers.
+        named: what else, by TensorFlow's names.
+
+    Raises:
+        FormatError: another function, or an argument of it that isn't known.
+    """
+    function = layer.config.get("function")
+    if not isinstance(function, str) or function not in NAMES:
+        raise layer.refuse(f"a function that a Network hasn't, {short(function)}")
+    kind, order = NAMES[function]
+    settings: dict[str, Any] = {}
+    for name, value in named.items():
+        word = WORDS.get(name)
+        if word is not None and word in order and (value is not None or name not in SAYS_NOTHING):
+            settings[word] = value
+        elif name not in SAYS_NOTHING and value is not None:
+            raise layer.refuse(f"{name}={short(value)} isn't what a Network has")
+    if named.get("batch_dims"):
+        raise layer.refuse(f"batch_dims={short(named['batch_dims'])} isn't what a Network has")
+    if "y" in settings:
+        given = [*given, settings.pop("y")]
+    if kind in USUAL and settings.get("axis") is None:
+        settings["axis"] = USUAL[kind]
+    if kind == "Split" and isinstance(settings.get("indices_or_sections"), list):  # lengths, where Keras has places
+        settings["indices_or_sections"] = _places(layer, settings["indices_or_sections"])
+    return kind, given, settings
+
+
+def _places(layer: Layer, lengths: list[Any]) -> list[int]:
+    if not all(type(length) is int and length > 0 for length in lengths):
+        raise layer.refuse(f"expected the length of every piece, found {short(lengths)}")
+    return [sum(lengths[: number + 1]) for number in range(len(lengths) - 1)]

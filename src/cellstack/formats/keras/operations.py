@@ -1,0 +1,396 @@
+"""Keras 3's operations among the layers of a model, and TensorFlow's: slices, sums, what is taken together.
+
+A file lists each as a layer, with what it takes as arguments of a call. What they return has no mask; but masks are
+themselves written down with a few of them, which lead to no node here: they say which mask it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any
+
+from cellstack.formats.keras.config import DEEPEST, LAMBDAS, OPERATION, Call, Layer, Ref
+from cellstack.formats.keras.files import short
+from cellstack.formats.keras.hand import Hand, Value
+from cellstack.formats.keras.lambdas import as_operation
+
+MASKS = ("NotEqual", "Any", "LogicalOr", "ZerosLike", "OnesLike")
+PLAIN = {
+    "Tanh": "tanh",
+    "Sigmoid": "sigmoid",
+    "Relu": "relu",
+    "Relu6": "relu6",
+    "Softplus": "softplus",
+    "Softsign": "softsign",
+    "Silu": "silu",
+    "Selu": "selu",
+    "HardSigmoid": "hard_sigmoid",
+    "Exp": "exponential",
+}
+BINARY = {"Add": "add", "Subtract": "sub", "Multiply": "mul", "Maximum": "max", "Minimum": "min"}
+DIVIDE = ("TrueDivide", "Divide")
+REDUCED = {"Mean": "mean", "Max": "max", "Min": "min", "Sum": "sum"}
+ORDER = {  # what the arguments after the first are called where they stand by their places
+    "GetItem": ("key",),
+    "Take": ("indices",),
+    "Reshape": ("newshape",),
+}
+Late = Callable[[], Value]  # a value whose nodes go in once something takes it
+Worker = Callable[[Hand, Any, dict[str, Any]], Value | list[Late]]
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+
+
+def operate(graph: Any, layer: Layer, call: Call, name: str, look: Callable[[Ref], Value]) -> list[Value] | list[Late]:
+    """Return what an operation returns.
+
+    Args:
+        graph: where its nodes go.
+        layer: as the file lists it.
+        call: what it takes.
+        name: of its nodes.
+        look: returns the value that a reference names.
+
+    Raises:
+        FormatError: an operation that a Network hasn't, or takes what it can't.
+    """
+    kind, given, settings = layer.kind.removeprefix(OPERATION), list(call.arguments), dict(layer.config)
+    if layer.kind in LAMBDAS:
+        kind, given, settings = as_operation(layer, given, dict([*call.settings, *call.named]))
+    else:
+        settings.update(call.settings)
+        settings.update(call.named)
+    given = [_looked(layer, look, one) for one in given]
+    settings = {key: _looked(layer, look, value) for key, value in settings.items()}
+    for key, value in zip(ORDER.get(kind, ()), given[1:], strict=False):
+        settings[key] = value
+    hand = Hand(graph, layer, name)
+    values = [one for one in _flat(given) if isinstance(one, Value)]
+    if any(isinstance(one, Value) and one.flag is not None for one in [*values, *settings.values()]) or kind in MASKS:
+        return [_mask(graph, layer, kind, given, settings)]
+    given = [_bare(hand, one) for one in given]
+    if kind in BINARY or kind in DIVIDE:
+        return [_binary(hand, kind, given)]
+    worker = WORKERS.get(kind)
+    if worker is None or not given:
+        raise layer.refuse("an operation that a Network hasn't")
+    if kind not in ("Concatenate", "Stack") and not isinstance(given[0], Value):
+        raise layer.refuse(f"expected a tensor, found {short(given[0])}")
+    found = worker(hand, given[0], settings)
+    return found if isinstance(found, list) else [found]
+
+
+def _looked(layer: Layer, look: Callable[[Ref], Value], argument: Any, depth: int = 0) -> Any:
+    """Return an argument with values in the place of references."""
+    if isinstance(argument, Ref):
+        return look(argument)
+    if not isinstance(argument, list):
+        return argument
+    if depth > DEEPEST:
+        raise layer.refuse(f"expected lists at most {DEEPEST} deep in each other, found more")
+    return [_looked(layer, look, one, depth + 1) for one in argument]
+
+
+def _flat(arguments: list[Any]) -> list[Any]:
+    return [leaf for one in arguments for leaf in (_flat(one) if isinstance(one, list) else [one])]
+
+
+def _bare(hand: Hand, argument: Any) -> Any:
+    if isinstance(argument, Value):
+        return hand.bare(argument)
+    return [_bare(hand, one) for one in argument] if isinstance(argument, list) else argument
+
+
+# ── masks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def either(masks: list[Any]) -> Any:
+    """Return the mask that keeps the steps which one of several keeps; None among them keeps all."""
+    parts: set[Any] = set()
+    for mask in masks:
+        parts |= mask[1] if isinstance(mask, tuple) and mask[0] == "or" else {("all",) if mask is None else mask}
+    if ("all",) in parts:
+        return ("all",)
+    parts -= {("none",)}
+    if not parts:
+        return ("none",)
+    return next(iter(parts)) if len(parts) == 1 else ("or", frozenset(parts))
+
+
+def _mask(graph: Any, layer: Layer, kind: str, given: list[Any], settings: dict[str, Any]) -> Value:
+    """Return the mask that one of the operations gives by which Keras 3 writes down where a mask comes from."""
+    values = [one for one in _flat(given) if isinstance(one, Value)]
+    flags = [value.flag for value in values]
+    wire, axis = values[0].wire if values else "", settings.get("axis")
+    if kind == "NotEqual" and len(given) == 2 and len(values) == 1 and flags == [None]:
+        number = given[1]
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            return Value(wire, None, ("ne", wire, float(number)))
+    elif kind in ("ZerosLike", "OnesLike") and len(values) == 1 and settings.get("dtype") == "bool":
+        return Value(wire, None, ("none",) if kind == "ZerosLike" else ("wide", ("all",)))
+    elif None in flags or not flags:
+        pass
+    elif kind == "Any" and len(flags) == 1 and axis in (-1, [-1]) and not settings.get("keepdims"):
+        if flags[0][0] in ("wide", "ne"):
+            return Value(wire, None, flags[0][1] if flags[0][0] == "wide" else ("any", flags[0]))
+    elif kind == "ExpandDims" and len(flags) == 1 and axis == -1 and flags[0][0] != "wide":
+        return Value(wire, None, ("wide", flags[0]))
+    elif kind == "LogicalOr" and len(flags) == 2:
+        wide = any(flag[0] == "wide" for flag in flags)
+        found = either([flag[1] if flag[0] == "wide" else flag for flag in flags])
+        return Value(wire, None, ("wide", found) if wide else found)
+    elif kind == "Concatenate" and all(flag[0] == "wide" for flag in flags):
+        inner = [flag[1] for flag in flags]
+        if axis in (-1, 2):
+            return Value(wire, None, ("wide", either(inner)))
+        if axis == 1:
+            return Value(wire, None, ("wide", graph.follow(inner)))
+    raise layer.refuse("an operation on masks that a Network hasn't")
+
+
+# ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _binary(hand: Hand, kind: str, given: list[Any]) -> Value:
+    """Return two values taken together, or a value and a number."""
+    if len(given) != 2 or not any(isinstance(one, Value) for one in given):
+        raise hand.layer.refuse(f"expected two values, found {short(given)}")
+    one, other = given
+    if isinstance(one, Value) and isinstance(other, Value):
+        if kind in DIVIDE:
+            raise hand.layer.refuse("a quotient of two values isn't what a Network has")
+        return hand.merge(BINARY[kind], one, other)
+    value, number = (one, other) if isinstance(one, Value) else (other, one)
+    if kind == "Add":
+        return hand.scale(value, 1.0, number)
+    if kind == "Multiply":
+        return hand.scale(value, number)
+    if kind == "Subtract":
+        return hand.scale(value, -1.0, number) if value is not one else hand.scale(value, 1.0, hand.negative(number))
+    if kind in DIVIDE:
+        if value is not one:
+            raise hand.layer.refuse("a number over a value isn't what a Network has")
+        return hand.divide(value, number)
+    if kind == "Maximum" and number == 0:
+        return hand.activate(value, "relu")
+    return hand.merge("max" if kind == "Maximum" else "min", value, hand.scale(value, 0.0, number))
+
+
+# ── what takes one value ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _whole(hand: Hand, settings: dict[str, Any], name: str) -> int:
+    number = settings.get(name)
+    if type(number) is not int:
+        raise hand.layer.refuse(f"expected {name} to be an integer, found {short(number)}")
+    return number
+
+
+def _flag(hand: Hand, settings: dict[str, Any], name: str) -> bool:
+    flag = settings.get(name)
+    if flag is not None and not isinstance(flag, bool):
+        raise hand.layer.refuse(f"expected {name} to be True or False, found {short(flag)}")
+    return bool(flag)
+
+
+def _slice(hand: Hand, key: Any) -> slice:
+    """Return a slice as the file writes it, of Keras 3 or of TensorFlow."""
+    ends = key.get("config", key) if isinstance(key, dict) else None
+    if not isinstance(ends, dict) or not {"start", "stop", "step"} <= ends.keys():
+        raise hand.layer.refuse(f"expected a slice, found {short(key)}")
+    parts = [ends[name] for name in ("start", "stop", "step")]
+    if any(part is not None and type(part) is not int for part in parts) or parts[2] == 0:
+        raise hand.layer.refuse(f"expected a slice of integers, found {short(parts)}")
+    return slice(*parts)
+
+
+def _is_ellipsis(key: Any) -> bool:
+    return key is Ellipsis or (isinstance(key, dict) and key.get("class_name") == "__ellipsis__")
+
+
+def _get_item(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+    """Take slices and entries of axes; a None puts an axis in."""
+    keys = settings.get("key")
+    keys = keys.get("items") if isinstance(keys, dict) and keys.get("class_name") == "__tuple__" else keys
+    keys = list(keys) if isinstance(keys, (list, tuple)) else [keys]
+    named = sum(not _is_ellipsis(key) and key is not None for key in keys)
+    axes, full = len(hand.shape(value)) + 1, {"start": None, "stop": None, "step": None}
+    left = axes - named
+    if left < 0 or sum(map(_is_ellipsis, keys)) > 1:
+        raise hand.layer.refuse(f"expected at most {axes} keys, found {short(keys)}")
+    if any(map(_is_ellipsis, keys)):
+        at = next(number for number, key in enumerate(keys) if _is_ellipsis(key))
+        keys[at : at + 1] = [full] * left
+    if (
+        not keys
+        or keys[0] is None
+        or type(keys[0]) is int
+        or _slice(hand, keys[0]) not in (slice(None), slice(0, None))
+    ):
+        raise hand.layer.refuse(f"expected all rows of the batch, found {short(keys[:1])}")
+    place = 1  # of the next axis; those before it are as they shall be
+    for key in keys[1:]:
+        if key is None:
+            value = hand.expand(value, place)
+        elif type(key) is int:
+            value = hand.at(value, place, key)
+            continue
+        else:
+            value = hand.select(value, place, _slice(hand, key))
+        place += 1
+    return value
+
+
+def _take(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+    place = hand.place(settings.get("axis"), len(hand.shape(value)))
+    return hand.at(value, place, _whole(hand, settings, "indices"))
+
+
+def _cast(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+    if settings.get("dtype") not in FLOATS:
+        raise hand.layer.refuse(f"expected a dtype of floats, found {short(settings.get('dtype'))}")
+    return value
+
+
+def _reshape(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+    shape, old = settings.get("newshape"), hand.shape(value)
+    if not isinstance(shape, list) or not shape or not all(one is None or type(one) is int for one in shape):
+        raise hand.layer.refuse(f"expected a shape, found {short(shape)}")
+    rest = [None if one in (None, -1) else one for one in shape[1:]]
+    known = [one for one in rest if one is not None]
+    if shape[0] in (None, -1) and len(known) == len(rest):  # then a row must stay a row
+        rows = [hand.length(value, place + 1) for place in range(len(old))]
+        if prod(rows) != prod(known):
+            raise hand.layer.refuse(f"mixes the rows of the batch: {rows} numbers a row become {rest}")
+    elif shape[0] not in (None, -1):
+        raise hand.layer.refuse(f"expected a batch of any size, found {shape[0]}")
+    elif shape[0] == -1:
+        raise hand.layer.refuse(f"expected one length that is left open, found {short(shape)}")
+    return hand.reshape(value, rest)
+
+
+def _transpose(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+    order, axes = settings.get("axes"), len(hand.shape(value)) + 1
+    order = [one + axes if type(one) is int and one < 0 else one for one in order] if isinstance(order, list) else []
+    if order[:1] != [0] or sorted(order, key=repr) != sorted(range(axes), key=repr):
+        raise hand.layer.refuse(f"expected the batch first, and each axis once, found {short(settings.get('axes'))}")
+    return hand.permute(value, order[1:])
+
+
+def _swap(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+    axes = len(hand.shape(value))
+    one, other = (hand.place(settings.get(name), axes) for name in ("axis1", "axis2"))
+    order = list(range(1, axes + 1))
+    order[one - 1], order[other - 1] = other, one
+    return hand.permute(value, order)
+
+
+def _flip(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+    place = hand.place(settings.get("axis"), len(hand.shape(value)))
+    return hand.select(value, place, slice(None, None, -1))
+
+
+def _repeat(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+    place = hand.place(settings.get("axis"), len(hand.shape(value)))
+    if hand.shape(value)[place - 1] != 1:
+        raise hand.layer.refuse(f"expected axis {place} of length 1 to repeat")
+    return hand.repeat(value, place, _whole(hand, settings, "repeats"))
+
+
+def _tile(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+    times = settings.get("repeats")
+    if not isinstance(times, list) or len(times) != len(hand.shape(value)) + 1 or times[0] != 1:
+        raise hand.layer.refuse(f"expected how often for each axis, once for the batch, found {short(times)}")
+    for place in range(1, len(times)):
+        value = hand.repeat(value, place, _whole(hand, {"repeats": times[place]}, "repeats"))
+    return value
+
+
+def _split(hand: Hand, value: Value, settings: dict[str, Any]) -> list[Late]:
+    place, cuts = hand.place(settings.get("axis"), len(hand.shape(value))), settings.get("indices_or_sections")
+    if type(cuts) is int:
+        length = hand.length(value, place)
+        if not 0 < cuts <= length or length % cuts:
+            raise hand.layer.refuse(f"expected {length} to be cut evenly, found {cuts}")
+        cuts = list(range(length // cuts, length, length // cuts))
+    if not isinstance(cuts, list) or not all(type(cut) is int and cut > 0 for cut in cuts) or sorted(cuts) != cuts:
+        raise hand.layer.refuse(f"expected where to cut, found {short(cuts)}")
+    ends = [*zip([None, *cuts], [*cuts, None], strict=True)]
+    return [partial(hand.select, value, place, slice(start, stop)) for start, stop in ends]
+
+
+def _concatenate(hand: Hand, values: Any, settings: dict[str, Any]) -> Value:
+    return hand.merge("concat", *_values(hand, values), axis=_axis(hand, values, settings, 0))
+
+
+def _stack(hand: Hand, values: Any, settings: dict[str, Any]) -> Value:
+    axis = _axis(hand, values, settings, 1)
+    return hand.merge("concat", *(hand.expand(value, axis) for value in _values(hand, values)), axis=axis)
+
+
+def _values(hand: Hand, values: Any) -> list[Value]:
+    if not isinstance(values, list) or not values or not all(isinstance(value, Value) for value in values):
+        raise hand.layer.refuse(f"expected tensors, found {short(values)}")
+    return values
+
+
+def _axis(hand: Hand, values: Any, settings: dict[str, Any], more: int) -> int:
+    return hand.place(settings.get("axis", 0), len(hand.shape(_values(hand, values)[0])) + more)
+
+
+def _softmax(name: str) -> Worker:
+    def work(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+        place = hand.place(settings.get("axis", -1), len(hand.shape(value)))
+        return hand.last(value, place, lambda one: hand.activate(one, name))
+
+    return work
+
+
+def _reduced(mode: str) -> Worker:
+    return lambda hand, value, settings: hand.reduce(
+        mode, value, settings.get("axis"), _flag(hand, settings, "keepdims")
+    )
+
+
+def _plain(activation: str) -> Worker:
+    return lambda hand, value, settings: hand.activate(value, activation)
+
+
+def _with(text: str, name: str, usual: float) -> Worker:
+    def work(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+        return hand.activate(value, f"{text}({hand.number(settings.get(name, usual))})")
+
+    return work
+
+
+WORKERS: dict[str, Worker] = {
+    **{kind: _plain(text) for kind, text in PLAIN.items()},
+    **{kind: _reduced(mode) for kind, mode in REDUCED.items()},
+    "Elu": _with("elu", "alpha", 1.0),
+    "LeakyRelu": _with("leaky_relu", "negative_slope", 0.2),
+    "Gelu": lambda hand, value, settings: hand.activate(
+        value, "gelu_tanh" if _flag(hand, settings, "approximate") else "gelu"
+    ),
+    "Softmax": _softmax("softmax"),
+    "LogSoftmax": _softmax("log_softmax"),
+    "Negative": lambda hand, value, settings: hand.scale(value, -1.0),
+    "Square": lambda hand, value, settings: hand.merge("mul", value, value),
+    "Absolute": lambda hand, value, settings: hand.merge("max", value, hand.scale(value, -1.0)),
+    "Copy": lambda hand, value, settings: value,
+    "StopGradient": lambda hand, value, settings: value,
+    "Cast": _cast,
+    "Concatenate": _concatenate,
+    "ExpandDims": lambda hand, value, settings: hand.expand(value, settings.get("axis")),
+    "Flip": _flip,
+    "GetItem": _get_item,
+    "Repeat": _repeat,
+    "Reshape": _reshape,
+    "Split": _split,
+    "Squeeze": lambda hand, value, settings: hand.squeeze(value, settings.get("axis")),
+    "Stack": _stack,
+    "Swapaxes": _swap,
+    "Take": _take,
+    "Tile": _tile,
+    "Transpose": _transpose,
+}
