@@ -87,7 +87,7 @@ def test_silero_vad_sequence(file_of, tmp_path):
     feeds = {"input": 0.1 * rng.standard_normal((50, 576)).astype(np.float32), **start}
     parts = check(path, feeds, tmp_path)
     assert list(parts) == ["/recurrent/LSTM"]
-    with pytest.raises(FormatError, match=r"Pad '/stft/padding/Pad'.*Pow '/stft/Pow'.*Sqrt '/stft/Sqrt'"):
+    with pytest.raises(FormatError, match=r"Pad '/stft/padding/Pad': expected constant pads"):
         adapter.load(path)
 
 

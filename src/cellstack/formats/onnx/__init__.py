@@ -11,6 +11,7 @@ from cellstack.formats.onnx import activations, norms, ops, pools, shapes
 from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator, unique
 from cellstack.formats.onnx.file import Model, Scope, label, read, short
 from cellstack.formats.onnx.graph import load_graph
+from cellstack.formats.onnx.rolled import roll
 from cellstack.formats.onnx.unrolled import find_unrolled
 from cellstack.formats.onnx.writer import write
 from cellstack.network import Network
@@ -122,6 +123,7 @@ def load(path: str) -> Network:
     """
     model = read(path)
     try:
+        roll(model)
         return load_graph(model, HANDLERS)
     except FormatError as error:
         hint = "; cellstack.extract(path) gives its recurrent parts" if _has_parts(model) else ""

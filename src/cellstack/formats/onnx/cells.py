@@ -117,6 +117,8 @@ def read_operator(scope: Scope, node: Any) -> Operator:
         FormatError: weights that aren't constant or of another shape, a setting that isn't known.
     """
     model = scope.model
+    if node.output and node.output[0] in model.rolled:
+        return model.rolled[node.output[0]]
     where = f"{model.path}: node {short(scope.place + '/' + label(node) if scope.place else label(node))}"
     names = QUANTISED if node.op_type == "DynamicQuantizeLSTM" else INPUTS
     inputs = {key: name for key, name in zip(names, node.input, strict=False) if name}

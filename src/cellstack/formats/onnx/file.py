@@ -168,6 +168,7 @@ class Model:
         opset: version of the usual operators.
         tensors: reads its tensors.
         budget: what may be computed of its constants.
+        rolled: recurrent operators that stand in the place of a graph's steps, by the names of their Y.
     """
 
     path: str
@@ -175,6 +176,7 @@ class Model:
     opset: int
     tensors: Tensors
     budget: Budget
+    rolled: dict[str, Any] = field(default_factory=dict)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -242,6 +244,8 @@ class Scope:
     producers: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     known: dict[str, Constant | None] = field(default_factory=dict)
+    alike: dict[Any, str] = field(default_factory=dict)  # constants by their numbers: the first name
+    first_alike: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         where = f"{self.model.path}: graph {short(self.place or self.graph.name)}"

@@ -58,6 +58,7 @@ class Reader:
         self.lengths, self.inputs = lengths, {}
         self.values: dict[str, Any] = {}
         self.nodes: list[tuple[str, Node, tuple[str, ...]]] = []
+        self.places: dict[str, int] = {}
         self.bound: dict[str, list[str]] = {}  # the names in the file of what each wire carries
         self.problems: list[tuple[str, str]] = []
         self.operators: list[tuple[Any, str, bool]] = []  # cells, wire, and whether it carries every step
@@ -85,7 +86,8 @@ class Reader:
 
     def add(self, name: str, node: Node, *wires: str) -> str:
         """Put a node in, and return the wire that carries what it returns."""
-        wire = unique({*self.inputs, *self.bound}, clean(name))
+        wire = unique(self.bound, clean(name))
+        self.places[wire] = len(self.nodes)
         self.nodes.append((wire, node, wires))
         self.bound[wire] = []
         return wire
@@ -94,7 +96,7 @@ class Reader:
         """Return the node behind a wire where one thing alone takes what it returns, so that both may become one."""
         if any(self.uses.get(name, 0) != 1 for name in self.bound[wire]):
             return None
-        return next(((n, node) for n, (own, node, _) in enumerate(self.nodes) if own == wire), None)
+        return (self.places[wire], self.nodes[self.places[wire]][1]) if wire in self.places else None
 
     def replace(self, number: int, node: Node) -> None:
         """Put another node in the place of one."""
@@ -263,7 +265,24 @@ class Reader:
                 wire = self.add(name, Activation("linear"), wire)
             wires.append(wire)
             said["outputs"][name] = "".join(flow.axes)
+        self._drop(wires, said["states"])
         return wires, said
+
+    def _drop(self, wires: list[str], states: dict[str, list[list[Any]]]) -> None:
+        """Take out nodes that lead to no output, such as a direction of which only the other's last h is taken."""
+        sources = {name: taken for name, _, taken in self.nodes}
+        waiting, used = list(wires), set()
+        waiting += [self.operators[ref[0]][1] for refs in states.values() for ref in refs]
+        while waiting:
+            name = waiting.pop()
+            if name not in used:
+                used.add(name)
+                waiting += sources.get(name, ())
+        self.nodes = [node for node in self.nodes if node[0] in used]
+        kept = [number for number, operator in enumerate(self.operators) if operator[1] in used]
+        for refs in states.values():
+            for ref in refs:
+                ref[0] = kept.index(ref[0])
 
 
 def _is_h(ends: Ends, operator: int) -> bool:

@@ -1,4 +1,4 @@
-"""LSTMs that a graph writes out: a product of x and one of h, their sum split in four, and the equations after it.
+"""Cells that a graph writes out: chains of steps, and LSTMs of one step alone, their sum split in four.
 
 Exporters write a cell so where it runs for one step at a time. The gates are told by what becomes of them:
 
@@ -8,7 +8,6 @@ Exporters write a cell so where it runs for one step at a time. The gates are to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,8 @@ from cellstack.formats.layout import Array, from_rows
 from cellstack.formats.onnx.cells import NAMES, PARAMETERS, Operator, decimal
 from cellstack.formats.onnx.file import Scope, label, short
 from cellstack.formats.onnx.graph import MOVES
+from cellstack.formats.onnx.linear import first_alike
+from cellstack.formats.onnx.steps import cell_of, common, find_chains
 from cellstack.recurrent import Cell
 from cellstack.spec import CellSpec, FormatError
 
@@ -59,6 +60,14 @@ def find_unrolled(scope: Scope) -> Iterator[tuple[str, Operator]]:
         FormatError: one of which it can't be told which product is that of h.
     """
     users, seen = _users(scope), set()
+    for chain in find_chains(scope):
+        try:
+            cell = cell_of(scope, chain)
+        except ValueError as error:
+            raise FormatError(f"{scope.model.path}: node {short(chain.name)}: {error}") from None
+        seen.add(frozenset((chain.inputs[0].weights, chain.recurrent)))
+        started = {f"initial_{part}": name for part, name in zip("hc", chain.starts, strict=False)}
+        yield chain.name, Operator((cell,), "forward", False, "", started)
     for node in scope.graph.node:
         if node.op_type == "Split" and len(node.output) == 4 and len(node.input) >= 1:
             products, biases = _terms(scope, node.input[0])
@@ -71,7 +80,7 @@ def find_unrolled(scope: Scope) -> Iterator[tuple[str, Operator]]:
             where = f"{scope.model.path}: node {short(label(node))}"
             x, h = _ordered(scope, where, products, c_prev)
             biases += [product.bias for product in (x, h) if product.bias is not None]
-            yield _name(x, h) or label(node), _operator(where, x, h, biases, order, activations)
+            yield common(x.weights, h.weights) or label(node), _operator(where, x, h, biases, order, activations)
 
 
 def _terms(scope: Scope, name: str) -> tuple[list[Product], list[Array]]:
@@ -107,7 +116,12 @@ def _product(scope: Scope, node: Any) -> Product | None:
     if len(node.input) > 2 and node.input[2] and not isinstance(bias, np.ndarray):
         return None
     rows = weights if found.get("transB", 0) else weights.T
-    return Product(node.input[0], node.input[1], rows, bias.reshape(-1) if isinstance(bias, np.ndarray) else None)
+    return Product(
+        node.input[0],
+        first_alike(scope, node.input[1], weights),
+        rows,
+        bias.reshape(-1) if isinstance(bias, np.ndarray) else None,
+    )
 
 
 def _activation(scope: Scope, node: Any) -> str:
@@ -176,13 +190,6 @@ def _ordered(scope: Scope, where: str, products: list[Product], c_prev: str) -> 
         raise FormatError(f"{where}: expected to tell the product of h from that of x, found two that could be either")
     h = fits.index(True)
     return products[1 - h], products[h]
-
-
-def _name(x: Product, h: Product) -> str:
-    """Return what the names of the weights have in common, up to a whole word."""
-    alike = takewhile(lambda pair: pair[0] == pair[1], zip(x.weights, h.weights, strict=False))
-    common = "".join(letter for letter, _ in alike)
-    return common[: max(common.rfind("/"), common.rfind("."), 0)]
 
 
 def _operator(

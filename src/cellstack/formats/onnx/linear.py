@@ -1,0 +1,263 @@
+"""Values that a graph makes as sums of products of values and constant matrices, told term by term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cellstack.formats.layout import Array
+from cellstack.formats.onnx.file import Scope
+from cellstack.formats.onnx.fold import slices, whole
+
+MOST_NODES = 24  # that one sum is told from
+MOST_NUMBERS = 1 << 16  # of a bias that stands in a file once for every row
+MOST_OUTPUTS = 8  # of a Split that cuts gates
+FOLLOWED = ("Squeeze", "Unsqueeze", "Identity")
+
+
+@dataclass(frozen=True)
+class Term:
+    """Rows `start` to `stop` of a constant matrix, times a value; or, where `value` is "", of a constant vector.
+
+    Args:
+        value: the name of what is multiplied.
+        weights: the name of the constant.
+        turned: whether the matrix stands as `[I, N]`, rows and columns changed.
+        start: the first row.
+        stop: the row after the last.
+        moves: the nodes that took a step out of the product, in order; none where the value is of one step.
+        flat: whether the product is of rows, without time.
+    """
+
+    value: str
+    weights: str
+    turned: bool
+    start: int
+    stop: int
+    moves: tuple[Any, ...] = ()
+    flat: bool = False
+
+    @property
+    def rows(self) -> tuple[str, bool, int, int]:
+        """Which numbers of the file these are."""
+        return self.weights, self.turned, self.start, self.stop
+
+
+class Linear(NamedTuple):
+    """A sum: products and constants."""
+
+    products: tuple[Term, ...]
+    biases: tuple[Term, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a step has in common with the next: all but the values."""
+        return tuple(sorted(term.rows for term in self.products)), tuple(sorted(term.rows for term in self.biases))
+
+
+def array_of(scope: Scope, term: Term) -> Array:
+    """Return a term's rows, `[N, I]` or `[N]`."""
+    found = scope.constant(term.weights)
+    assert isinstance(found, np.ndarray)
+    array = found.reshape(-1) if not term.value else found.T if term.turned else found
+    return array[term.start : term.stop]
+
+
+def linear(scope: Scope, name: str, left: list[int] | None = None) -> Linear | None:
+    """Return the sum that a value is; None where it isn't one of products with constant matrices, and constants."""
+    left = [MOST_NODES] if left is None else left
+    left[0] -= 1
+    constant = scope.constant(name)
+    if left[0] < 0 or not name:
+        return None
+    if constant is not None:
+        width = _row(constant)
+        return Linear((), (Term("", name, False, 0, width),)) if width else None
+    node = scope.producers.get(name)
+    if node is None:
+        return None
+    if node.op_type == "Add" and len(node.input) == 2:
+        parts = [linear(scope, each, left) for each in node.input]
+        if parts[0] is None or parts[1] is None:
+            return None
+        return Linear(parts[0].products + parts[1].products, parts[0].biases + parts[1].biases)
+    if node.op_type in ("MatMul", "Gemm"):
+        return _product(scope, node)
+    inner = linear(scope, node.input[0], left) if node.op_type in MOVED and node.input else None
+    if inner is None or node.op_type == "Identity":
+        return inner
+    cut = _cut(scope, node, name, inner)
+    if cut is not None:
+        return cut
+    return Linear(tuple(replace(term, moves=(*term.moves, node)) for term in inner.products), inner.biases)
+
+
+MOVED = ("Split", "Slice", "Gather", "SequenceAt", "SplitToSequence", *FOLLOWED)
+
+
+def _row(constant: Any) -> int:
+    """Return how many numbers a row has, where a constant is one row, or such a row over and over; else 0."""
+    if not isinstance(constant, np.ndarray) or not constant.ndim or not constant.size:
+        return 0
+    rows: Array = constant.reshape(-1, constant.shape[-1])
+    alike = len(rows) == 1 or (constant.size <= MOST_NUMBERS and bool((rows == rows[0]).all()))
+    return constant.shape[-1] if alike else 0
+
+
+def _product(scope: Scope, node: Any) -> Linear | None:
+    weights = scope.constant(node.input[1]) if len(node.input) > 1 else None
+    found = scope.model.attributes(node)
+    plain = not found.get("transA", 0) and found.get("alpha", 1.0) == 1.0 and found.get("beta", 1.0) == 1.0
+    if not isinstance(weights, np.ndarray) or weights.ndim != 2 or not plain:
+        return None
+    turned = not found.get("transB", 0)
+    count = weights.shape[1 if turned else 0]
+    term = Term(
+        node.input[0], first_alike(scope, node.input[1], weights), turned, 0, count, flat=node.op_type == "Gemm"
+    )
+    bias = linear(scope, node.input[2]) if len(node.input) > 2 and node.input[2] else Linear((), ())
+    if bias is None or bias.products or any(b.stop != count for b in bias.biases):
+        return None
+    return Linear((term,), bias.biases)
+
+
+def first_alike(scope: Scope, name: str, array: Array) -> str:
+    """Return the first name of these numbers: exporters write a matrix once for every step that it is used in."""
+    if name not in scope.first_alike:
+        key = (array.shape, array.dtype.str, sha256(np.ascontiguousarray(array).data).digest())
+        scope.first_alike[name] = scope.alike.setdefault(key, name)
+    return scope.first_alike[name]
+
+
+def _cut(scope: Scope, node: Any, name: str, inner: Linear) -> Linear | None:
+    """Return what a Split gives that cuts the features, as it cuts the gates of a cell; None where it isn't one."""
+    terms = (*inner.products, *inner.biases)
+    if node.op_type != "Split" or len(node.output) > MOST_OUTPUTS or len({t.stop - t.start for t in terms}) != 1:
+        return None
+    found = scope.model.attributes(node)
+    count, axis = terms[0].stop - terms[0].start, found.get("axis", 0)
+    sizes = found.get("split", scope.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None)
+    if axis == 1:  # of rows of features it is the last one, of sequences it isn't
+        told = sizes is not None and max(whole(sizes)) > 1
+        if not told and not all(term.flat or term.moves for term in inner.products):
+            return None
+    elif axis not in (-1, 2):
+        return None
+    if sizes is None and count % len(node.output):
+        return None
+    sizes = [count // len(node.output)] * len(node.output) if sizes is None else whole(sizes)
+    if len(sizes) != len(node.output) or sum(sizes) != count or min(sizes) < 1:
+        return None
+    place = list(node.output).index(name)
+    start = sum(sizes[:place])
+    cut = [replace(term, start=term.start + start, stop=term.start + start + sizes[place]) for term in terms]
+    return Linear(tuple(cut[: len(inner.products)]), tuple(cut[len(inner.products) :]))
+
+
+# ── which step of a sequence a value is ─────────────────────────────────────────────────────────────────────────────
+
+
+class Place(NamedTuple):
+    """A step of a sequence: the sequence, the axis of time in it, and which step, from the end where negative."""
+
+    root: str
+    axis: int
+    step: int
+
+
+def place_of(scope: Scope, term: Term, known: dict[str, Place]) -> Place | None:
+    """Return which step of which sequence a product is of; None where it can't be told.
+
+    Args:
+        scope: the graph.
+        term: the product.
+        known: steps that are told already, by their names.
+    """
+    if term.moves:
+        path = [(node, "") for node in reversed(term.moves)]
+        found = _located(scope, path)
+        whole_way = found is not None and found[2] == len(path)
+        return Place(term.value, *found[:2]) if found is not None and whole_way else None
+    name, path = term.value, []
+    while len(path) < MOST_NODES and name not in known:
+        node = scope.producers.get(name)
+        if node is None or node.op_type not in MOVED or not node.input:
+            break
+        path.append((node, name))
+        name = node.input[0]
+    if name in known and all(node.op_type in FOLLOWED for node, _ in path):
+        return known[name]
+    found = _located(scope, path)
+    return None if found is None else Place(path[found[2] - 1][0].input[0], *found[:2])
+
+
+def _located(scope: Scope, path: list[tuple[Any, str]]) -> tuple[int, int, int] | None:
+    """Return axis and step that nodes take out of a sequence, and how many of them it takes to do so.
+
+    Args:
+        scope: the graph.
+        path: the nodes, the last one first, each with which of its outputs is meant, where that is known.
+    """
+    n = 0
+    while n < len(path) and path[n][0].op_type in FOLLOWED:
+        n += 1
+    found = _step(scope, *path[n]) if n < len(path) else None
+    if found is None:
+        return None
+    (axis, step), n = found, n + 1
+    if path[n - 1][0].op_type == "SequenceAt":
+        if n == len(path) or path[n][0].op_type != "SplitToSequence" or len(path[n][0].input) > 1:
+            return None
+        axis, n = scope.model.attributes(path[n][0]).get("axis", 0), n + 1
+    while n < len(path) and _turns(scope, path[n][0], axis):
+        step, n = -1 - step, n + 1
+    return axis, step, n
+
+
+def _step(scope: Scope, node: Any, output: str) -> tuple[int, int] | None:
+    """Return the axis and the step that a node takes; None where it does something else."""
+    attributes = scope.model.attributes(node)
+    values = [scope.constant(name) if name else None for name in node.input]
+    if node.op_type in ("Gather", "SequenceAt"):
+        index = values[1] if len(values) > 1 else None
+        if not isinstance(index, np.ndarray) or index.size != 1:
+            return None
+        return attributes.get("axis", 0), int(index.reshape(()))
+    if node.op_type == "Slice":
+        cut = _cuts(scope, node)
+        if cut is None or cut[1].step != 1 or cut[1].start is None or cut[1].stop is None:
+            return None
+        axis, part = cut
+        last = part.start == -1 and part.stop >= 2**31 - 1
+        return (axis, part.start) if last or part.stop - part.start == 1 else None
+    if node.op_type == "Split" and output:
+        sizes = attributes.get("split", values[1] if len(values) > 1 else None)
+        if sizes is not None and set(whole(sizes)) == {1}:
+            return attributes.get("axis", 0), list(node.output).index(output)
+    return None
+
+
+def _cuts(scope: Scope, node: Any) -> tuple[int, slice] | None:
+    """Return the axis that a Slice cuts and how; None where it cuts several, or it isn't known."""
+    values = [scope.constant(name) if name else None for name in node.input[1:]]
+    constants = [value if isinstance(value, np.ndarray) else None for value in values]
+    taken = slices(scope.model.attributes(node), [None, *constants], 8)
+    if taken is None:
+        return None
+    cut = [(axis, part) for axis, part in enumerate(taken) if part != slice(None)]
+    return cut[0] if len(cut) == 1 and cut[0][0] < 2 else None
+
+
+def _turns(scope: Scope, node: Any, axis: int) -> bool:
+    """Whether a node turns the steps round."""
+    cut = _cuts(scope, node) if node.op_type == "Slice" else None
+    return (
+        cut is not None
+        and cut[0] == axis
+        and cut[1].step == -1
+        and cut[1].start == -1
+        and cut[1].stop in (None, -(2**31) - 1)
+    )

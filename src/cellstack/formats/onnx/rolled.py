@@ -1,0 +1,191 @@
+"""Loops that an exporter unrolled, rolled up again: the steps of a cell become one recurrent operator of the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.onnx.cells import Operator
+from cellstack.formats.onnx.file import Model, Scope, onnx_package
+from cellstack.formats.onnx.fold import Spread, axes_of
+from cellstack.formats.onnx.linear import Place, place_of
+from cellstack.formats.onnx.steps import Chain, cell_of, find_chains
+
+
+class _Roller:
+    """Writes one chain as an operator, and its values as what is taken out of that.
+
+    Args:
+        scope: the graph.
+        chain: the steps.
+        number: of the chain, for names of its own.
+        known: the steps of the chains before it, to which its own are added.
+    """
+
+    def __init__(self, scope: Scope, chain: Chain, number: int, known: dict[str, Place]) -> None:
+        self.scope, self.chain, self.onnx = scope, chain, onnx_package()
+        self.known = known
+        self.prefix = f"rolled {number} "
+        self.made: list[Any] = []
+        self.constants: list[Any] = []
+
+    def put(self, operator: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
+        """Put in an operator and return the name of what it gives."""
+        output = output or f"{self.prefix}{len(self.made)}"
+        self.made.append(self.onnx.helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    def integers(self, *values: int) -> str:
+        """Put in a constant list and return its name."""
+        name = f"{self.prefix}constant {len(self.constants)}"
+        self.constants.append(self.onnx.numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    def squeezed(self, value: str, axis: int, output: str = "") -> str:
+        """Put in a Squeeze, as this opset has it."""
+        if self.scope.model.opset < 13:
+            return self.put("Squeeze", [value], output, axes=[axis])
+        return self.put("Squeeze", [value, self.integers(axis)], output)
+
+    def unsqueezed(self, value: str, axis: int) -> str:
+        """Put in an Unsqueeze, as this opset has it."""
+        if self.scope.model.opset < 13:
+            return self.put("Unsqueeze", [value], axes=[axis])
+        return self.put("Unsqueeze", [value, self.integers(axis)])
+
+    def sliced(self, value: str, start: int, stop: int, output: str = "", step: int = 1) -> str:
+        """Put in a Slice of the first axis, as this opset has it."""
+        if self.scope.model.opset < 10:
+            return self.put("Slice", [value], output, axes=[0], starts=[start], ends=[stop])
+        lists = [self.integers(n) for n in (start, stop, 0, step)]
+        return self.put("Slice", [value, *lists], output)
+
+    def roll(self) -> bool:
+        """Put the operator in; whether that could be done."""
+        chain, scope = self.chain, self.scope
+        places = [place_of(scope, term, self.known) for term in chain.inputs]
+        count = len(places)
+        if any(place is None for place in places) or len({(p.root, p.axis) for p in places if p}) != 1:
+            return False
+        found = [place for place in places if place is not None]
+        steps, axis = [place.step for place in found], found[0].axis
+        ahead = list(range(count))
+        backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
+        if (steps != ahead and not backwards) or axis not in (0, 1):
+            return False
+        x = self.put("Transpose", [found[0].root], perm=[1, 0, 2]) if axis else found[0].root
+        last = steps[0] == -1
+        x = self.sliced(x, -count if last else 0, 2**63 - 1 if last else count)  # the steps that it takes, if more come
+        deep = self._is_deep()
+        starts = [self._start(name, deep) for name in chain.starts]
+        if None in starts:
+            return False
+        cell = cell_of(scope, chain)
+        names = [f"{self.prefix}{part}" for part in ("Y", "h", "c")][: 3 if cell.spec.kind == "lstm" else 2]
+        inputs = [x, "", "", "", "", *(name or "" for name in starts)]
+        node = self.onnx.helper.make_node(cell.spec.kind.upper(), inputs, names, name=chain.name)
+        self.made.append(node)
+        direction = "reverse" if backwards else "forward"
+        started = {f"initial_{part}": name for part, name in zip("hc", starts, strict=False) if name}
+        scope.model.rolled[names[0]] = Operator((cell,), direction, False, "", started)
+        y = self.squeezed(names[0], 1)
+        self._outputs(y, names, deep, backwards)
+        return True
+
+    def _is_deep(self) -> bool:
+        """Whether each h is `[1, B, H]`, and not `[B, H]`."""
+        node = self.scope.producers.get(self.chain.starts[0])
+        if node is not None and node.op_type == "Unsqueeze":
+            return True
+        constant = self.scope.constant(self.chain.folded or self.chain.starts[0])
+        array = constant.array if isinstance(constant, Spread) and constant.ranked else constant
+        return isinstance(array, np.ndarray) and array.ndim == 3
+
+    def _start(self, name: str, deep: bool) -> str | None:
+        """Return the name of a state to start from, "" for zeros; None where it can't be one."""
+        constant = self.scope.constant(name)
+        if not name:
+            return ""
+        if constant is not None:
+            array = constant.array if isinstance(constant, Spread) else constant
+            return None if array.any() else ""
+        return name if deep else self.unsqueezed(name, 0)
+
+    def _outputs(self, y: str, names: list[str], deep: bool, backwards: bool) -> None:
+        """Put in what takes the place of each step's h, of the last c, and of the values that join all steps."""
+        steps = self.chain.steps
+        ends = [steps[-1].node.output[0], steps[-1].c[0]][: len(names) - 1]
+        for name, old in zip(names[1:], ends, strict=True):
+            self.put("Identity", [name], old) if deep else self.squeezed(name, 0, old)
+        h = [step.node.output[0] for step in steps]
+        self.known.update((name, Place(y, 0, len(h) - 1 - n if backwards else n)) for n, name in enumerate(h))
+        for n, name in enumerate(h[:-1]):
+            at = len(h) - 1 - n if backwards else n
+            if deep:
+                self.sliced(y, at, at + 1, name)
+            else:
+                self.put("Gather", [y, self._index(at)], name, axis=0)
+        in_order = h[::-1] if backwards else h
+        for node in self.scope.graph.node:
+            if node.op_type == "Concat" and len(node.input) == len(h):
+                self._join(node, in_order, y, deep)
+        for step in steps:
+            step.node.output[0] = f"{self.prefix}was {step.node.output[0]}"
+        if names[2:]:
+            self.scope.producers[ends[1]].output[0] = f"{self.prefix}was {ends[1]}"
+
+    def _index(self, at: int) -> str:
+        name = f"{self.prefix}constant {len(self.constants)}"
+        self.constants.append(self.onnx.numpy_helper.from_array(np.array(at, np.int64), name))
+        return name
+
+    def _join(self, node: Any, in_order: list[str], y: str, deep: bool) -> None:
+        """Make a Concat of every step's h what gives the operator's output."""
+        axis, names = self.scope.model.attributes(node).get("axis"), list(node.input)
+        if not deep:
+            inner = [self.scope.producers.get(name) for name in names]
+            if any(one is None or one.op_type != "Unsqueeze" for one in inner):
+                return
+            values = [[None, *map(self.scope.constant, one.input[1:])] for one in inner if one is not None]
+            axes = [axes_of(self.scope.model.attributes(one), v) for one, v in zip(inner, values, strict=True)]
+            if any(each != [axis] for each in axes):
+                return
+            names = [one.input[0] for one in inner if one is not None]
+        if axis not in ((0,) if deep else (0, 1)) or names not in (in_order, in_order[::-1]):
+            return
+        source = y if names == in_order else self.sliced(y, -1, -(2**63), step=-1)
+        made = self.onnx.helper.make_node("Identity", [source], list(node.output), name=node.name)
+        if axis == 1:
+            made = self.onnx.helper.make_node("Transpose", [source], list(node.output), name=node.name, perm=[1, 0, 2])
+        node.CopyFrom(made)
+
+
+def roll(model: Model) -> None:
+    """Put recurrent operators in the place of the steps of cells that the outermost graph writes out.
+
+    Whatever else takes a step's h takes it out of the operator's output. Steps that don't go over one sequence from one
+    end to the other, or don't begin from zeros or an input, are left as they are.
+    """
+    scope = Scope(model, model.proto.graph)
+    known: dict[str, Place] = {}
+    before: dict[str, list[Any]] = {}  # what is put in, by the name of what stands behind it
+    for number, chain in enumerate(find_chains(scope)):
+        roller = _Roller(scope, chain, number, known)
+        try:
+            rolled = roller.roll()
+        except ValueError:  # weights that no cell has: the operators are named where the graph is read
+            continue
+        if rolled:
+            before[chain.steps[0].node.output[0]] = roller.made
+            scope.graph.initializer.extend(roller.constants)
+            scope.initializers.update((tensor.name, tensor) for tensor in roller.constants)
+            scope.producers.update((name, node) for node in roller.made for name in node.output)
+    if before:
+        nodes = [new for node in scope.graph.node for new in (*_ahead(before, node), node)]
+        del scope.graph.node[:]
+        scope.graph.node.extend(nodes)
+
+
+def _ahead(before: dict[str, list[Any]], node: Any) -> list[Any]:
+    return next((before[name] for name in node.output if name in before), [])
