@@ -1,9 +1,12 @@
 """What PyTorch's two exporters make of modules, loaded and held against ONNX Runtime."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from onnx_graphs import compare, export
+from onnx import TensorProto, helper
+from onnx_graphs import EIGHT_BITS, compare, export, model, run, write
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
 from cellstack.formats import onnx as adapter
@@ -145,3 +148,51 @@ def test_fronts_that_a_network_hasn_t(tmp_path, front, message):
     with pytest.raises(FormatError, match=message):
         adapter.load(path)
     assert [part.cells[0].spec.kind for part in adapter.extract(path).values()] == ["gru"]
+
+
+class Tagger(nn.Module):
+    """Ids to two numbers a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 8), nn.Linear(16, 2)
+        self.rnn = nn.LSTM(8, 8, 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.table(x))[0])
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_eight_bits_throughout(tmp_path, per_channel):
+    """What ONNX Runtime's own tool makes of a model: weights are those of 8 bits, x and h stay floats here."""
+    torch.manual_seed(9)
+    path, feeds = export(tmp_path / "net.onnx", Tagger(), (torch.randint(0, 11, (2, 6)),), opset=17)
+    small = str(tmp_path / "small.onnx")
+    quantize_dynamic(path, small, per_channel=per_channel, weight_type=QuantType.QInt8)
+    kinds = {node.op_type for node in onnx.load(small).graph.node}
+    assert {"DynamicQuantizeLSTM", "DynamicQuantizeLinear", "MatMulInteger"} <= kinds
+    net = adapter.load(small)
+    y, _ = net.run(feeds["in0"])
+    for file, least, most in ((small, 0.0, EIGHT_BITS), (path, 1e-6, EIGHT_BITS)):
+        (expected,) = run(file, feeds)
+        difference = np.abs(y - expected).max()
+        assert least <= difference <= most * np.abs(expected).max()
+    dense = next(node for node in net.nodes if type(node).__name__ == "Dense")
+    steps = np.abs(dense.kernel).max(axis=0 if per_channel else None) / 127
+    np.testing.assert_allclose(dense.kernel / steps, np.round(dense.kernel / steps), rtol=0, atol=0.02 * 127)
+
+
+def test_rounded_values_of_another(tmp_path):
+    """A product of one value's integers and another's grain isn't one of theirs."""
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["X"], ["q", "s", "z"]),
+        helper.make_node("Tanh", ["X"], ["t"]),
+        helper.make_node("DynamicQuantizeLinear", ["t"], ["q2", "s2", "z2"]),
+        helper.make_node("MatMulInteger", ["q", "W", "z"], ["p"]),
+        helper.make_node("Cast", ["p"], ["c"], to=1),
+        helper.make_node("Mul", ["c", "s2"], ["Y"], name="of two"),
+    ]
+    arrays = {"W": np.arange(6, dtype=np.int8).reshape(3, 2)}
+    proto = model(nodes, {"X": (TensorProto.FLOAT, ["B", 3])}, {"Y": 2}, arrays)
+    with pytest.raises(FormatError, match="Mul 'of two': expected the product of a value's grain and scales"):
+        adapter.load(write(tmp_path / "net.onnx", proto))

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx_graphs import EIGHT_BITS
 
 from cellstack.formats import onnx as adapter
 from cellstack.spec import FormatError, State
@@ -19,7 +20,6 @@ from cellstack.spec import FormatError, State
 pytestmark = pytest.mark.models
 
 FLOAT32 = 1e-5  # relative to the greatest number above 1: float32 on both sides
-EIGHT_BITS = 0.03  # the quantised operator rounds x and h to 8 bits at every step, ours doesn't
 KINDS = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 
 
@@ -160,3 +160,36 @@ def test_dtln_1(file_of, tmp_path):
     np.testing.assert_allclose(y, mask, rtol=0, atol=FLOAT32)
     together = np.stack([np.stack([end.h, end.c], -1) for end in ends], 1)
     np.testing.assert_allclose(together, after, rtol=0, atol=FLOAT32)
+
+
+def test_dksplit(file_of, tmp_path):
+    """Everything in 8 bits: the table, three bidirectional LSTMs and the head. It loads whole, too."""
+    path = file_of("dksplit", "1.0.2", "dksplit-int8.onnx")
+    ids = np.random.default_rng(0).integers(1, 38, (2, 30))
+    parts = check(path, {"chars": ids}, tmp_path, 2 * EIGHT_BITS)  # 384 numbers of h in one scale
+    assert list(parts) == ["/lstm/LSTM_quant", "/lstm/LSTM_1_quant", "/lstm/LSTM_2_quant"]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"chars": ids})
+    y, _ = adapter.load(path).run(ids)
+    assert np.abs(y - expected).max() <= EIGHT_BITS * np.abs(expected).max()
+
+
+def test_captcha_whisperer(file_of):
+    """Two LSTMs unrolled over twenty steps, one over the steps turned round."""
+    path = file_of("captcha-whisperer", "0.1.0", "captcha_crnn.onnx")
+    parts = adapter.extract(path)
+    assert list(parts) == ["lstm_fwd.cell", "lstm_bwd.cell"]
+    taken = {"lstm_fwd": "/Reshape_output_0", "lstm_bwd": "/Slice_output_0"}
+    given = {way: f"/{way}/Concat_1_output_0" for way in taken}
+    made = onnx.load(path)
+    names = [*taken.values(), *given.values()]
+    made.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    image = np.random.default_rng(0).random((2, 3, 60, 160)).astype(np.float32)
+    values = dict(zip(names, session.run(names, {"image": image}), strict=True))
+    for way in taken:
+        y, _ = parts[f"{way}.cell"].run(values[taken[way]].swapaxes(0, 1))
+        expected = values[given[way]].swapaxes(0, 1)
+        greatest = np.abs(y - expected).max()
+        print(f"{way}: {greatest:.1e}, of {np.abs(expected).max():.2f}")
+        assert greatest <= FLOAT32

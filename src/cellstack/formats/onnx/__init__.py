@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from cellstack.formats.onnx import activations, norms, ops, pools, shapes
+from cellstack.formats.onnx import activations, norms, ops, pools, quantised, shapes
 from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator, unique
 from cellstack.formats.onnx.file import Model, Scope, label, read, short
 from cellstack.formats.onnx.graph import load_graph
@@ -20,9 +20,9 @@ from cellstack.spec import FormatError
 NAME = "ONNX"
 SUFFIXES = (".onnx",)
 FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # what may follow the version in a ModelProto
-HANDLERS = {
-    name: handler for part in (ops, pools, activations, norms, shapes) for name, handler in part.HANDLERS.items()
-}
+PARTS = (ops, pools, activations, norms, shapes, quantised)
+HANDLERS = {name: handler for part in PARTS for name, handler in part.HANDLERS.items()}
+HANDLERS |= {name: quantised.quantised(HANDLERS[name]) for name in ("Mul", "Cast")}
 ODD = (ValueError, TypeError, LookupError, ArithmeticError)  # what attributes of another type than usual lead to
 
 

@@ -165,7 +165,10 @@ def layer_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
 
 def embedding(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Gather of rows of a constant table by ids that flow."""
-    table, ids = floats(reader, values[0], "the table"), reader.flowing(values[1], "the ids")
+    table = values[0]
+    if isinstance(table, np.ndarray) and table.dtype.name in ("int8", "uint8"):  # a DequantizeLinear comes after it
+        table = table.astype(np.float32)
+    table, ids = floats(reader, table, "the table"), reader.flowing(values[1], "the ids")
     if table.ndim != 2 or attributes.get("axis", 0) not in (0, -2) or "F" in ids.axes:
         raise Refused(f"expected ids for the rows of a table, found {table.shape} and axes {' '.join(ids.axes)}")
     wire = reader.add(label(node), Embedding(table), ids.wire)
