@@ -149,6 +149,10 @@ class BoundStream {
         nb::list states;
         for (size_t l = 0; l < stream_.weights().size(); ++l) {
             const Description& d = description(l);
+            if (!d.keeps_state()) {
+                states.append(nb::make_tuple());
+                continue;
+            }
             Array<T> h = new_array<T>({size_t(stream_.batch()), size_t(d.output)});
             if (d.kind == kLstm) {
                 Array<T> c = new_array<T>({size_t(stream_.batch()), size_t(d.units)});
@@ -168,7 +172,7 @@ class BoundStream {
         const auto fits = [&](const State& array, int64_t width) {
             return int64_t(array.shape(0)) == stream_.batch() && int64_t(array.shape(1)) == width;
         };
-        if (!fits(h, d.output) || c.has_value() != (d.kind == kLstm) || (c && !fits(*c, d.units)))
+        if (!d.keeps_state() || !fits(h, d.output) || c.has_value() != (d.kind == kLstm) || (c && !fits(*c, d.units)))
             throw nb::value_error("Stream: a state has the wrong shape");
         const InUse in_use(busy_);
         stream_.set_state(int(layer), h.data(), c ? c->data() : nullptr);

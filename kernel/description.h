@@ -1,10 +1,11 @@
-// What a cell is, without its numbers: the kernel's view of cellstack.spec.CellSpec.
+// What a cell is, without its numbers: the kernel's view of cellstack.spec.CellSpec. A dense layer is one without a
+// state, whose output at a step depends on that step alone; it has a forward pass only.
 #pragma once
 #include <cstdint>
 
 namespace cellstack {
 
-enum Kind : int { kLstm, kGru, kRnn };
+enum Kind : int { kLstm, kGru, kRnn, kDense };
 
 // In the order of cellstack.spec.ACTIVATIONS.
 enum ActivationCode : int {
@@ -38,6 +39,7 @@ struct Description {
     double zoneout, zoneout_cell;
 
     bool projects() const { return output != units; }  // proj_size
+    bool keeps_state() const { return kind != kDense; }
     // Blocks of columns in the weights.
     int gates() const { return kind == kLstm ? (coupled ? 3 : 4) : kind == kGru ? 3 : 1; }
     // What is kept of a step's gates: one array a gate, a coupled f too; the candidate's recurrent sum before a reset.

@@ -204,6 +204,25 @@ void run_rows(Forward<T>& f) {
     }
 }
 
+// A layer without a state: the product, and its activation.
+template <class T>
+void run_dense(const Forward<T>& f) {
+    const Panels<T>& w = f.w;
+    const Description& d = *w.d;
+    const int64_t wide = w.blocks * Vec<T>::W;
+    multiply<T, 1, 0, 1>(
+        {w.kernel, w.bias, false, w.unpacked, d.input, d.units, w.blocks, f.z, wide, false, w.bits, f.bytes, f.scales},
+        {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
+        (f.last - f.first) * f.rows);
+    for (int64_t n = f.first; n < f.last; ++n)
+        for (int64_t r = 0; r < f.rows; ++r)
+            each_block<T>(r, time_of(f, n), w.blocks, d.units, [&](const Place& at) INLINED {
+                const V<T> z = load(f.z + ((n - f.first) * f.rows + r) * wide + at.unit);
+                T* y = f.y + r * f.y_row + at.t * f.y_time + at.unit;
+                store_lanes(y, act<T, false, true>(d.activations[0], z), at.lanes);
+            });
+}
+
 template <class T, bool Usual>
 void choose(Forward<T>& f) {
     const Description& d = *f.w.d;
@@ -219,7 +238,9 @@ void choose(Forward<T>& f) {
 
 template <class T>
 void forward(Forward<T>& f) {
-    if (f.w.by_blocks())
+    if (f.w.d->kind == kDense)
+        run_dense<T>(f);
+    else if (f.w.by_blocks())
         run_blocks<T>(f);
     else if (f.w.d->usual())
         choose<T, true>(f);

@@ -90,8 +90,9 @@ Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy
         const int64_t of = ceil_div(units, leaf.width);
         return width == 32 ? rows * of * gates * leaf.width : narrow_size(width, of, rows, gates, leaf.width);
     };
-    const int64_t matrices[] = {size(d.input, d.units, d.gates(), bits), size(d.output, d.units, d.gates(), bits), row,
-                                row, d.projects() ? size(d.units, d.output, 1, bits) : 0};
+    const int64_t matrices[] = {size(d.input, d.units, d.gates(), bits),
+                                size(d.keeps_state() ? d.output : 0, d.units, d.gates(), bits), row, row,
+                                d.projects() ? size(d.units, d.output, 1, bits) : 0};
     int64_t count = 0;
     for (int64_t matrix : matrices) count += Parts<T>::size(matrix);
     for (const auto& vector : vectors) count += Parts<T>::size(vector.count);
@@ -114,7 +115,7 @@ Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy
         return to;
     };
     p.kernel = packed(p.kernel, d.input, d.units, d.gates(), bits);
-    p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), bits);
+    if (d.keeps_state()) p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), bits);
     p.bias = packed(p.bias, 1, d.units, d.gates(), 32);
     if (two_biases) p.recurrent_bias = packed(p.recurrent_bias, 1, d.units, d.gates(), 32);
     if (d.projects()) p.projection = packed(p.projection, d.units, d.output, 1, bits);
@@ -145,7 +146,7 @@ int64_t chunk_steps(int64_t rows, int64_t steps) {
 
 // Of one row and step.
 int64_t multiplications(const Description& d) {
-    return d.units * (d.gates() * (d.input + d.output) + (d.projects() ? d.output : 0));
+    return d.units * (d.gates() * (d.input + (d.keeps_state() ? d.output : 0)) + (d.projects() ? d.output : 0));
 }
 
 // A layer over some rows, run chunk by chunk.
@@ -162,7 +163,7 @@ struct Runner {
             const Panels<T>& w = weights.impl().panels;
             const Description& d = *w.d;
             const int64_t width = weights.impl().leaf->width, wide = rows * w.blocks * width;
-            h = rows * w.output_blocks * width;
+            h = d.keeps_state() ? rows * w.output_blocks * width : 0;
             kept = dropout ? h : 0;
             c = d.kind == kLstm ? wide : 0;
             z = w.by_blocks() && chunk == 1 ? 0 : chunk * d.gates() * wide;
@@ -197,6 +198,7 @@ struct Runner {
     // the caller's arrays, where there are places.
     void start(const T* h, const T* c, const int64_t* places = nullptr) {
         const Description& d = *f.w.d;
+        if (!d.keeps_state()) return;
         set(f.h, h_stride(), h, f.w.arrays.initial_h, d.output, places);
         if (f.c) set(f.c, c_stride(), c, f.w.arrays.initial_c, d.units, places);
         if (!f.recurrent_dropout) return;
@@ -213,6 +215,7 @@ struct Runner {
     }
 
     void end(T* h, T* c, const int64_t* places = nullptr) const {
+        if (!f.w.d->keeps_state()) return;
         const T* out = f.recurrent_dropout ? f.h_kept : f.h;
         for (int64_t r = 0; r < f.rows; ++r) {
             const int64_t to = places ? places[r] : r;

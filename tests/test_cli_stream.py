@@ -295,6 +295,7 @@ def test_a_reader_that_leaves(model, net, tmp_path):
 def test_a_reader_that_doesn_t_read_is_not_waited_for(model, net, tmp_path):
     state = tmp_path / "state"
     with Running(model, "--state", str(state)) as running:
+        assert running.ask(as_csv(frames(1)))  # it has begun
         os.set_blocking(running.process.stdin.fileno(), False)
         text, until = as_csv(frames(20000)).encode(), time.monotonic() + PATIENCE
         while time.monotonic() < until:  # until both pipes are full

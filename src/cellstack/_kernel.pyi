@@ -53,7 +53,9 @@ def Packed(  # noqa: N802
     double: bool, description: Description, arrays: tuple[int, ...], copy: bool = True, bits: int = 32
 ) -> PackedSingle | PackedDouble: ...
 def Stream(  # noqa: N802
-    packed_list: list[PackedSingle] | list[PackedDouble] | list[PackedSingle | PackedDouble], batch: int, threads: int = 1
+    packed_list: list[PackedSingle] | list[PackedDouble] | list[PackedSingle | PackedDouble],
+    batch: int,
+    threads: int = 1,
 ) -> StreamSingle | StreamDouble: ...
 def forward(
     batch: int,

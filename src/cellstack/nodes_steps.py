@@ -25,15 +25,6 @@ from cellstack.node import (
 from cellstack.spec import ShapeError
 
 
-def product_by_rows(x: Array, kernel: Array) -> Array:
-    """Return `x [..., I]` times `kernel [I, O]`, each row a product of its own.
-
-    So a row's bits don't depend on how many rows come with it: a matrix product may sum in another order for another
-    number of rows, and a stream must equal a pass bit for bit.
-    """
-    return np.matmul(np.ascontiguousarray(x)[..., None, :], kernel)[..., 0, :]
-
-
 def and_masks(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
     """Return the steps that both masks keep; None = all of them."""
     if one is None or other is None:
@@ -214,55 +205,6 @@ class Activation(Node):
     def summary(self) -> str:
         """What the node does, in a few words."""
         return self.activation
-
-
-@dataclass(frozen=True, eq=False)
-class Dense(Node):
-    """`activation(x·kernel + bias)` on the last axis.
-
-    Args:
-        kernel: `[I, O]`, float32 or float64.
-        bias: `[O]` of the same dtype, or None.
-        activation: see `Activation`.
-
-    Raises:
-        ShapeError: a shape other than these.
-        TypeError: a dtype other than these.
-        ValueError: another activation.
-    """
-
-    kernel: Array
-    bias: Array | None = None
-    activation: str = "linear"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "kernel", hold("Dense", "kernel", self.kernel, ("I", "O")))
-        if self.bias is not None:
-            object.__setattr__(self, "bias", hold("Dense", "bias", self.bias, self.kernel.shape[1:]))
-        object.__setattr__(self, "dtype", one_dtype("Dense", {"kernel": self.kernel, "bias": self.bias}))
-        object.__setattr__(self, "input_size", self.kernel.shape[0])
-        object.__setattr__(self, "activation", check_activation("Dense", self.activation))
-
-    def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
-        return (*super().check(owner, *shapes)[:-1], self.kernel.shape[1])
-
-    def apply(self, x: Array) -> Array:
-        """Return `[..., O]` for `x [..., I]`."""
-        z = product_by_rows(x, self.kernel)
-        if self.bias is not None:
-            z += self.bias
-        return z if self.activation == "linear" else activation_function(self.activation)(z)
-
-    @property
-    def summary(self) -> str:
-        """What the node does, in a few words."""
-        return self.activation
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the node's arrays hold."""
-        return self.kernel.size + (0 if self.bias is None else self.bias.size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,7 +150,7 @@ class Conv1D(Node):
             return np.zeros((batch, count, filters), x.dtype)
         view = sliding_window_view(x, self.span, axis=1)[:, :: self.strides, :, :: self.dilation]  # [B, T', C, K]
         view = view.reshape(batch, count, self.groups, channels, taps)
-        if self.by_steps:  # each window a product of its own: see `product_by_rows`
+        if self.by_steps:  # each window a product of its own: its bits mustn't depend on how many come with it
             rows = np.ascontiguousarray(view.transpose(0, 1, 2, 4, 3)).reshape(batch, count, self.groups, 1, -1)
             y = np.matmul(rows, self._matrices).reshape(batch, count, filters)
         else:  # one product a row of the batch, so that rows don't depend on their company

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from cellstack import _kernel
 from cellstack.arguments import as_floats, as_own, as_states
 from cellstack.network import Network
 from cellstack.node import MOST, Array, CellState, Node
-from cellstack.nodes import Conv1D, Embedding, Masking, Merge, Pool, Recurrent, Select
+from cellstack.nodes import Cell, Conv1D, Dense, Embedding, Masking, Merge, Pool, Recurrent, Select
 from cellstack.recurrent import WEIGHTS
 from cellstack.spec import STATES, ShapeError, check_sequence, check_step
 
@@ -72,19 +73,25 @@ class Stream:
         self._frames: list[Array] = []  # the last frames of each causal convolution, [B, L, C]
         self._checks: list[tuple[str, Run]] = []  # of ids that are looked up only when something has moved on already
         masked = answers_framewise("Stream", network)
-        places = {name: place for place, name in enumerate((*network.inputs, *network.names))}
-        # How each node runs, and on which of the values before it.
+        places = {name: place for place, name in enumerate(network.inputs)}
+        # How each run of nodes runs, and on which of the values before it.
         self._parts: list[tuple[Run, tuple[int, ...]]] = []
-        for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        chains = together(network)
+        for chain in chains:
+            (name, node, sources), (last, _, _) = chain[0], chain[-1]
             moved = bool(self._layers or self._frames)
-            part = self._part(name, node, name in masked)
+            nodes = [node for _, node, _ in chain]
+            part = self._part(name, node, name in masked) if len(chain) == 1 else self._stack(nodes)
             if isinstance(node, Embedding) and moved:
                 self._checks.append((sources[0], part))
             self._parts.append((part, tuple(places[source] for source in sources)))
+            places[last] = len(places)
         self._outputs = tuple(places[name] for name in network.outputs)
-        only = network.nodes[0]
-        alone = len(network.nodes) == 1 and isinstance(only, Recurrent) and len(only.parts) == 1 and not only.parts[0][1]
-        self._alone = self._layers[0][0].step if alone else None
+        only = len(chains) == 1 and not network.graph.ids and len(network.outputs) == 1
+        self._frame = (self.batch, network.input_size) if len(network.inputs) == 1 else None
+        self._alone = None  # the kernel's own step, where that is all that there is to a step
+        if only and all(stacks(node) for node in network.nodes) and self._layers and not beyond(network.nodes[-1]):
+            self._alone = self._layers[0][0].step
 
     def _part(self, name: str, node: Node, masked: bool) -> Run:
         """Return how a node runs here, with a memory of its own where it needs one."""
@@ -97,21 +104,35 @@ class Stream:
         return self._convolution(node)
 
     def _recurrent(self, node: Recurrent) -> Run:
-        runs = []
-        for cells, added in node.parts:
-            whole = self.weights == "float32"
-            packed = [cell.packed if whole else cell.pack(self.weights) for cell in cells]
-            kernel = _kernel.Stream(packed, self.batch, self.threads)
-            runs.append((kernel, added))
-            self._layers += [(kernel, place) for place in range(len(cells))]
+        runs = [(self._stack(cells), added) for cells, added in node.parts]
+        if len(runs) == 1:  # the lowest cell is never added to
+            return runs[0][0]
 
         def run(steps: tuple[int, ...], x: Array) -> Array:
-            for kernel, added in runs:
-                if not x.flags.c_contiguous:
-                    x = np.ascontiguousarray(x)
-                y = (kernel.run if steps else kernel.step)(x)
+            for stack, added in runs:
+                y = stack(steps, x)
                 x = np.add(x, y, out=y) if added else y
             return x
+
+        return run
+
+    def _stack(self, layers: Sequence[Cell | Node]) -> Run:
+        """Return how cells, or nodes that `stacks` says go on each other, run as one call of the kernel."""
+        packed, cells = [], []
+        for layer in layers:
+            for part in layer.cells if isinstance(layer, Recurrent) else (layer,):
+                if isinstance(part, Cell):
+                    cells.append(len(packed))
+                    packed.append(part.packed if self.weights == "float32" else part.pack(self.weights))
+                else:
+                    assert isinstance(part, Dense)
+                    packed.append(part.packed)
+        kernel, after = _kernel.Stream(packed, self.batch, self.threads), beyond(layers[-1])
+        self._layers += [(kernel, place) for place in cells]
+
+        def run(steps: tuple[int, ...], x: Array) -> Array:
+            y = (kernel.run if steps else kernel.step)(np.ascontiguousarray(x))
+            return after(y) if after else y
 
         return run
 
@@ -148,6 +169,8 @@ class Stream:
             y = self._alone(x)
             if y is not None:
                 return y
+        elif type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._frame and x.flags.carray:
+            return self._run((x,), ())
         return self._run(self._given(x, ()), ())
 
     def run(self, x: Any) -> Any:
@@ -279,6 +302,39 @@ class Stream:
         threads = "" if self.threads == 1 else f", threads={self.threads}"
         weights = "" if self.weights == "float32" else f", weights={self.weights!r}"
         return f"Stream(batch={self.batch}{threads}{weights}) of {self.network!r}"
+
+
+def stacks(node: Any) -> bool:
+    """Return whether the kernel may take a node together with those below and above it."""
+    return isinstance(node, Dense) or (isinstance(node, Recurrent) and len(node.parts) == 1)
+
+
+def beyond(node: Any) -> Callable[[Array], Array] | None:
+    """Return what is left to do after the kernel: an activation that it hasn't."""
+    return node.beyond if isinstance(node, Dense) else None
+
+
+def together(network: Network) -> list[list[tuple[str, Node, tuple[str, ...]]]]:
+    """Return the nodes in their order, with names and sources; those that one call of the kernel can run, together.
+
+    These are cells and dense layers, at least one of each or more cells, where each value but the last goes nowhere
+    else than to the next of them.
+    """
+    used = Counter((*network.outputs, *(source for sources in network.wires for source in sources)))
+    chains: list[list[tuple[str, Node, tuple[str, ...]]]] = []
+    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        if chains and stacks(node) and sources == (chains[-1][-1][0],) and used[sources[0]] == 1:
+            below = chains[-1][-1][1]
+            if stacks(below) and not beyond(below):
+                chains[-1].append((name, node, sources))
+                continue
+        chains.append([(name, node, sources)])
+    # Dense layers alone may stand on values that have more axes than frames have.
+    return [
+        part
+        for chain in chains
+        for part in ([chain] if any(node.cells for _, node, _ in chain) else [[entry] for entry in chain])
+    ]
 
 
 def framewise(name: str, node: Node, masked: bool) -> Run | None:

@@ -1,0 +1,107 @@
+"""Dense layers: what the equation says, and that cells and dense layers together give the bits of each alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tolerances
+from networks import make_cell
+
+from cellstack import Network
+from cellstack.node import activation_function
+from cellstack.nodes import Dense, Merge, Pool, Recurrent
+from cellstack.spec import ACTIVATIONS
+
+LIMITS = {name: {"rtol": limit, "atol": limit} for name, limit in tolerances.KERNEL.items()}
+
+
+def dense(rng, width, units, activation="linear", dtype="float32", bias=True):
+    kernel = rng.uniform(-1, 1, (width, units)).astype(dtype)
+    return Dense(kernel, rng.uniform(-1, 1, units).astype(dtype) if bias else None, activation)
+
+
+def tuple_of(answer):
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+def assert_same(one, other):
+    for a, b in zip(tuple_of(one), tuple_of(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "elu(0.3)", "leaky_relu(0.01)", "softmax", "gelu"])
+def test_what_the_equation_says(activation, dtype):
+    rng = np.random.default_rng(len(activation))
+    for width, units, bias in ((1, 1, True), (5, 33, False), (70, 130, True)):
+        node = dense(rng, width, units, activation, dtype, bias)
+        x = rng.standard_normal((2, 7, width)).astype(dtype)
+        z = x.astype("f8") @ node.kernel.astype("f8") + (node.bias.astype("f8") if bias else 0.0)
+        y = node.apply(x)
+        assert y.dtype == dtype
+        np.testing.assert_allclose(y, activation_function(node.activation)(z), **LIMITS[dtype])
+        alone = [node.apply(x[b, t]) for b in range(2) for t in range(7)]
+        np.testing.assert_array_equal(np.stack(alone).reshape(y.shape), y)
+        np.testing.assert_array_equal(node.apply(np.asfortranarray(x)), y)
+        np.testing.assert_array_equal(node.apply(x[:, ::-1]), y[:, ::-1])
+        assert node.apply(x[:, :0]).shape == (2, 0, units)
+        assert node.apply(x[0, 0]).shape == (units,)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cells_and_dense_layers_go_together(batch, dtype):
+    rng = np.random.default_rng(7)
+
+    def cells(*widths, **flags):
+        return Recurrent(tuple(make_cell(rng, *pair, dtype=dtype) for pair in itertools.pairwise(widths)), **flags)
+
+    def new(width, units, activation="linear"):
+        return dense(rng, width, units, activation, dtype)
+
+    plain = [new(4, 6, "relu"), cells(6, 9, 5), new(5, 8, "tanh"), cells(8, 7), new(7, 2, "sigmoid")]
+    chained = [("x",), *[(name,) for name in "abcd"]]
+    nets = {
+        "plain": Network(plain),
+        "tapped": Network(plain, list("abcde"), wires=chained, outputs=("b", "c", "e")),
+        "forked": Network([*plain[:3], new(8, 8), Merge("add")], list("abcde"), wires=[*chained[:4], ("c", "d")]),
+        "beyond": Network([cells(4, 6), new(6, 5, "softmax"), cells(5, 3), new(3, 2, "gelu")]),
+        "added": Network([cells(4, 6, 6, residual=True), new(6, 3), cells(3, 3, 3, residual=True), new(3, 1)]),
+        "at rest": Network([new(4, 3), new(3, 2, "softsign")]),
+    }
+    x = rng.standard_normal((batch, 70, 4)).astype(dtype)
+    for net in nets.values():
+        y, after = net.run(x)
+        whole, steps, threads = net.stream(batch), net.stream(batch), net.stream(batch, threads=2)
+        assert_same(whole.run(x), y)
+        assert_same(threads.run(x), y)
+        for t in range(5):
+            assert_same(steps.step(x[:, t]), tuple(part[:, t] for part in tuple_of(y)))
+        fork = steps.fork()
+        for one, two in zip(whole.state, after, strict=True):
+            assert_same(tuple(one), tuple(two))
+        assert_same(fork.step(x[:, 5]), steps.step(x[:, 5]))
+
+
+def test_a_head_on_the_last_step():
+    rng = np.random.default_rng(1)
+    lstm = (make_cell(rng, 4, 6),)
+    head = dense(rng, 6, 2, "sigmoid")
+    x = rng.standard_normal((2, 9, 4)).astype("f4")
+    expected = Network([Recurrent(lstm), head])(x)
+    for net in (
+        Network([Recurrent(lstm, return_sequences=False), head]),
+        Network([Recurrent(lstm), Pool("last"), head]),
+    ):
+        np.testing.assert_array_equal(net(x), expected[:, -1])
+        np.testing.assert_array_equal(net.stream(2).run(x), expected)
+
+
+def test_heads_stay_as_they_are_where_cells_have_fewer_bits():
+    """A head of bfloat16 or int8 would save little, and what it gives out is what people read."""
+    rng = np.random.default_rng(2)
+    cell = make_cell(rng, 4, 40)
+    head, x = dense(rng, 40, 3), rng.standard_normal((1, 30, 4)).astype("f4")
+    for weights in ("bfloat16", "int8"):
+        y = Network([Recurrent((cell,)), head]).stream(weights=weights).run(x)
+        np.testing.assert_array_equal(y, head.apply(Network([Recurrent((cell,))]).stream(weights=weights).run(x)))
