@@ -157,3 +157,28 @@ def compare(path, feeds):
             expected = expected.reshape(lengths).transpose([labels.index(label) for label in "BTDF" if label in labels])
         np.testing.assert_allclose(got, expected.reshape(got.shape), rtol=0, atol=TOLERANCE)
     return net
+
+
+def unrolled_model(steps, chains=1, broken=False):
+    """RNNs of 2 units, written out step by step; `broken`: no state goes on after the second step."""
+    rng = np.random.default_rng(5)
+    floats = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    make, nodes, arrays = helper.make_node, [], {"zeros": np.zeros((1, 2), np.float32)}
+    arrays |= {f"at {t}": np.array(t, np.int64) for t in range(steps)}
+    for k in range(chains):
+        arrays |= {f"W{k}": floats(3, 2), f"R{k}": floats(2, 2), f"b{k}": floats(2)}
+        h = "zeros"
+        for t in range(steps):
+            end = f"{k} {t}"
+            nodes += [
+                make("Gather", ["X", f"at {t}"], [f"x{end}"], axis=0),
+                make("MatMul", [f"x{end}", f"W{k}"], [f"p{end}"]),
+                make("MatMul", ["zeros" if broken and t % 2 else h, f"R{k}"], [f"q{end}"]),
+                make("Add", [f"p{end}", f"q{end}"], [f"s{end}"]),
+                make("Add", [f"s{end}", f"b{k}"], [f"z{end}"]),
+                make("Tanh", [f"z{end}"], [f"h{end}"], name=f"h{end}"),
+            ]
+            h = f"h{end}"
+    ends = [f"h{k} {steps - 1}" for k in range(chains)]
+    nodes.append(make("Concat", ends, ["Y"], axis=1))
+    return model(nodes, {"X": (onnx.TensorProto.FLOAT, [steps, "B", 3])}, {"Y": 2}, arrays)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnx_graphs import model, operator_model, random_operator, write
+from onnx_graphs import model, operator_model, random_operator, unrolled_model, write
 
 from cellstack import CellSpec
 from cellstack.formats import onnx as adapter
@@ -39,6 +39,21 @@ def valid_files(tmp_path):
         yield path.read_bytes()
     for kind in ("LSTM", "RNN"):
         yield operator_model(*random_operator(np.random.default_rng(1), kind)).SerializeToString()
+    yield unrolled_model(3, 2).SerializeToString()
+    yield function_model().SerializeToString()
+
+
+def function_model():
+    """A GRU in a function that is called once."""
+    node, arrays, feeds, outputs = random_operator(np.random.default_rng(2), "GRU", lengths=False)
+    made = operator_model(node, arrays, feeds, outputs)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    given = [name for name in node.input if name]
+    made.functions.append(helper.make_function("own", "layer", given, outputs, [node], opsets))
+    del made.graph.node[:]
+    made.graph.node.append(helper.make_node("layer", given, outputs, domain="own"))
+    made.opset_import.append(opsets[1])
+    return made
 
 
 def damaged(rng, data):
@@ -279,3 +294,16 @@ def test_the_checks_here_let_a_good_file_through(tmp_path):
     path = write(tmp_path / "good.onnx", lstm_model())
     onnx.checker.check_model(path)
     assert adapter.load(path)(np.ones((1, 2, 2), np.float32)).shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize(("steps", "chains", "broken"), [(3000, 1, False), (2, 1500, False), (3000, 1, True)])
+def test_long_loops_and_many(tmp_path, steps, chains, broken):
+    """What a loop costs grows with its steps, not with their square."""
+    made = unrolled_model(steps, chains, broken)
+    path = write(tmp_path / "net.onnx", made)
+    start = time.perf_counter()
+    assert len(adapter.extract(path)) == chains
+    assert time.perf_counter() - start < 20
+    if not broken:
+        assert len(adapter.load(path).cells) == chains
+        assert time.perf_counter() - start < 60

@@ -246,6 +246,7 @@ class Scope:
     known: dict[str, Constant | None] = field(default_factory=dict)
     alike: dict[Any, str] = field(default_factory=dict)  # constants by their numbers: the first name
     first_alike: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)  # constants that are one row: how long it is; else 0
 
     def __post_init__(self) -> None:
         where = f"{self.model.path}: graph {short(self.place or self.graph.name)}"

@@ -74,7 +74,9 @@ def linear(scope: Scope, name: str, left: list[int] | None = None) -> Linear | N
     if left[0] < 0 or not name:
         return None
     if constant is not None:
-        width = _row(constant)
+        if name not in scope.rows:
+            scope.rows[name] = _row(constant)
+        width = scope.rows[name]
         return Linear((), (Term("", name, False, 0, width),)) if width else None
     node = scope.producers.get(name)
     if node is None:

@@ -10,7 +10,7 @@ from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.file import Model, Scope, onnx_package
 from cellstack.formats.onnx.fold import Spread, axes_of
 from cellstack.formats.onnx.linear import Place, place_of
-from cellstack.formats.onnx.steps import Chain, cell_of, find_chains
+from cellstack.formats.onnx.steps import Chain, cell_of, find_chains, stripped
 
 
 class _Roller:
@@ -21,11 +21,14 @@ class _Roller:
         chain: the steps.
         number: of the chain, for names of its own.
         known: the steps of the chains before it, to which its own are added.
+        joins: the Concats of the graph, by the first value that they join.
     """
 
-    def __init__(self, scope: Scope, chain: Chain, number: int, known: dict[str, Place]) -> None:
+    def __init__(
+        self, scope: Scope, chain: Chain, number: int, known: dict[str, Place], joins: dict[str, list[Any]]
+    ) -> None:
         self.scope, self.chain, self.onnx = scope, chain, onnx_package()
-        self.known = known
+        self.known, self.joins = known, joins
         self.prefix = f"rolled {number} "
         self.made: list[Any] = []
         self.constants: list[Any] = []
@@ -127,8 +130,8 @@ class _Roller:
             else:
                 self.put("Gather", [y, self._index(at)], name, axis=0)
         in_order = h[::-1] if backwards else h
-        for node in self.scope.graph.node:
-            if node.op_type == "Concat" and len(node.input) == len(h):
+        for node in (*self.joins.get(h[0], ()), *self.joins.get(h[-1], ())):
+            if len(node.input) == len(h):
                 self._join(node, in_order, y, deep)
         for step in steps:
             step.node.output[0] = f"{self.prefix}was {step.node.output[0]}"
@@ -169,9 +172,13 @@ def roll(model: Model) -> None:
     """
     scope = Scope(model, model.proto.graph)
     known: dict[str, Place] = {}
+    joins: dict[str, list[Any]] = {}
+    for node in scope.graph.node:
+        if node.op_type == "Concat" and node.input:
+            joins.setdefault(stripped(scope, node.input[0]), []).append(node)
     before: dict[str, list[Any]] = {}  # what is put in, by the name of what stands behind it
     for number, chain in enumerate(find_chains(scope)):
-        roller = _Roller(scope, chain, number, known)
+        roller = _Roller(scope, chain, number, known, joins)
         try:
             rolled = roller.roll()
         except ValueError:  # weights that no cell has: the operators are named where the graph is read

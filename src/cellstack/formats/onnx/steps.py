@@ -174,7 +174,7 @@ def _rnn(scope: Scope, node: Any) -> Step | None:
 MATCHERS = {"Mul": (_lstm,), "Add": (_gru,), **dict.fromkeys(NAMES, (_rnn,))}
 
 
-def _stripped(scope: Scope, name: str) -> str:
+def stripped(scope: Scope, name: str) -> str:
     """Return what a value is, past axes of length 1."""
     for _ in range(4):
         node = scope.producers.get(name)
@@ -190,7 +190,7 @@ def _of_h(scope: Scope, step: Step, before: Step) -> str | None:
     theirs = {term.weights for gate in before.gates for term in gate.products}
     for gate in step.gates:
         for term in gate.products:
-            if not term.moves and term.weights in theirs and _stripped(scope, term.value) == h:
+            if not term.moves and term.weights in theirs and stripped(scope, term.value) == h:
                 return term.weights
     return None
 
@@ -207,7 +207,7 @@ def find_chains(scope: Scope) -> list[Chain]:
     matrices: dict[str, str] = {}
     later: set[str] = set()
     for name, step in steps.items():
-        values = {_stripped(scope, term.value) for gate in step.gates for term in gate.products if not term.moves}
+        values = {stripped(scope, term.value) for gate in step.gates for term in gate.products if not term.moves}
         for value in values & steps.keys():
             before = steps[value]
             weights = _of_h(scope, step, before) if before.key == step.key else None
@@ -225,7 +225,7 @@ def find_chains(scope: Scope) -> list[Chain]:
 
 def _with_folded(scope: Scope, chain: Chain) -> Chain:
     """Return a chain with the step before its first, where an exporter computed that one's product of zeros."""
-    after, node = chain.steps[0], scope.producers.get(_stripped(scope, chain.starts[0]))
+    after, node = chain.steps[0], scope.producers.get(stripped(scope, chain.starts[0]))
     found = _gate(scope, node.output[0]) if node is not None else None
     if node is None or found is None or found[0] != after.activations[0]:
         return chain
@@ -255,9 +255,9 @@ def _chain(scope: Scope, step: Step, after: dict[str, Step], weights: str) -> Ch
             return None
         inputs.append(ours[0])
         starts |= theirs if n == 0 else set()
-        if n and _stripped(scope, next(iter(theirs))) != steps[n - 1].node.output[0]:
+        if n and stripped(scope, next(iter(theirs))) != steps[n - 1].node.output[0]:
             return None
-        if n and each.kind == "lstm" and _stripped(scope, each.c[1]) != steps[n - 1].c[0]:
+        if n and each.kind == "lstm" and stripped(scope, each.c[1]) != steps[n - 1].c[0]:
             return None
     first = next(iter(starts))
     if step.kind == "gru" and not _mixes(scope, steps, first):
@@ -275,17 +275,17 @@ def common(one: str, other: str) -> str:
 
 def _mixes(scope: Scope, steps: list[Step], first: str) -> bool:
     """Whether each step of a GRU mixes its candidate with the h that its products take."""
-    expected, zero = _stripped(scope, first), partial(_is_zero, scope)
+    expected, zero = stripped(scope, first), partial(_is_zero, scope)
     for step in steps:
         (one, other) = step.node.input
         names = set()
         for value in (one, other):
             product = scope.producers.get(value)
             for factor in product.input if product is not None and product.op_type == "Mul" else ():
-                names.add(_stripped(scope, factor))
+                names.add(stripped(scope, factor))
                 difference = scope.producers.get(factor)
                 if difference is not None and difference.op_type == "Sub":
-                    names.add(_stripped(scope, difference.input[0]))
+                    names.add(stripped(scope, difference.input[0]))
         if expected not in names and not (step is steps[0] and _is_zero(scope, first) and any(map(zero, names))):
             return False
         expected = step.node.output[0]

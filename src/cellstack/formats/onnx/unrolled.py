@@ -54,18 +54,21 @@ def _other(node: Any, name: str) -> str:
 
 
 def find_unrolled(scope: Scope) -> Iterator[tuple[str, Operator]]:
-    """Give the LSTMs that a graph writes out, by name; each once, however many steps of it there are.
+    """Give the cells that a graph writes out, by name; each once, however many steps of it there are.
 
     Raises:
         FormatError: one of which it can't be told which product is that of h.
     """
     users, seen = _users(scope), set()
     for chain in find_chains(scope):
+        weights = frozenset((chain.inputs[0].weights, chain.recurrent))
+        if weights in seen:
+            continue
+        seen.add(weights)
         try:
             cell = cell_of(scope, chain)
         except ValueError as error:
             raise FormatError(f"{scope.model.path}: node {short(chain.name)}: {error}") from None
-        seen.add(frozenset((chain.inputs[0].weights, chain.recurrent)))
         started = {f"initial_{part}": name for part, name in zip("hc", chain.starts, strict=False)}
         yield chain.name, Operator((cell,), "forward", False, "", started)
     for node in scope.graph.node:
