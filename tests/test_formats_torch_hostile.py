@@ -1,6 +1,7 @@
 """Quantised tensors, modules and source in PyTorch's files that are damaged or made to do harm."""
 
 import io
+import random
 import struct
 import time
 import zipfile
@@ -8,8 +9,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from test_formats_torch_bad import STORAGE, at_most, refused, zipped
+from test_formats_torch_bad import STORAGE, at_most, refused, saved, zipped
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 
 import cellstack as cs
 from cellstack.formats import pytorch
@@ -112,3 +114,72 @@ def test_source_that_is_damaged_or_vast(tmp_path, refused):
     damaged = with_source(said)
     at = damaged.index(name.encode()) + len(name) + 5
     load_only(damaged[:at] + bytes(20) + damaged[at + 20 :], "expected a class's source, found")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_more_source_than_any_model_has(tmp_path):
+    """A class a layer, each in a file of its own that unpacks to a megabyte."""
+    torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).save(str(tmp_path / "scripted.pt"))
+    kind = b"c__torch__.torch.nn.modules.activation.___torch_mangle_%d\nReLU\n)\x81}X\x08\0\0\0trainingNsb"
+    layers = b"".join(b"X\x02\0\0\0%02d" % n + kind % n for n in range(40))
+    body = b"\x80\x02c__torch__.torch.nn.modules.container\nSequential\n)\x81}(" + layers + b"ub."
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", body)
+        for n in range(40):
+            name = f"archive/code/__torch__/torch/nn/modules/activation/___torch_mangle_{n}.py"
+            archive.writestr(name, " " * (1 << 20), zipfile.ZIP_DEFLATED)
+    (tmp_path / "file.pt").write_bytes(file.getvalue())
+    with at_most(20 << 20), pytest.raises(cs.FormatError, match="at most 16777216 characters of source, found more"):
+        pytorch.load(str(tmp_path / "file.pt"))
+
+
+def corpus():
+    """Files of whole modules, as the members of their zips."""
+    normed = nn.utils.weight_norm(nn.LSTM(2, 3), "weight_hh_l0")
+    model = nn.Sequential(nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2), nn.GRU(2, 3, batch_first=True), nn.Linear(3, 1))
+    packed = quantize_dynamic(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 3)), {nn.LSTM, nn.Linear})
+    scripted = torch.jit.script(nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU())).save_to_buffer()
+    files = [saved(normed), saved(model), saved(packed), saved(packed.state_dict()), scripted]
+    archives = [zipfile.ZipFile(io.BytesIO(data)) for data in files]
+    return [{name: archive.read(name) for name in archive.namelist()} for archive in archives]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*TypedStorage.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
+def test_damaged_pickles_and_source(tmp_path):
+    """Seeded damage with checksums that fit: nothing but a FormatError comes out, and that soon."""
+    dice, path, refusals = random.Random(0), tmp_path / "file.pt", 0
+    tries = 40
+    for members in corpus():
+        (name,) = [name for name in members if name.endswith("/data.pkl")]
+        for number in range(tries):
+            code = [other for other in members if other.endswith(".py")]
+            target = dice.choice(code) if code and number % 3 == 0 else name
+            broken = bytearray(members[target])
+            for _ in range(dice.choice((1, 1, 2, 5))):
+                at = dice.randrange(len(broken))
+                how = dice.randrange(4)
+                if how == 0:
+                    broken[at] ^= 1 << dice.randrange(8)
+                elif how == 1:
+                    broken[at] = dice.choice(b"\x00\xff\x80().2RQ\x81b]}tuqhXNK\x88\x89")
+                elif how == 2:
+                    del broken[at : at + dice.randrange(1, 9)]
+                else:
+                    broken[at:at] = broken[dice.randrange(len(broken)) :][: dice.randrange(1, 30)]
+            file = io.BytesIO()
+            with zipfile.ZipFile(file, "w") as archive:
+                for member, data in members.items():
+                    archive.writestr(member, bytes(broken) if member == target else data)
+            path.write_bytes(file.getvalue())
+            for read in (pytorch.load, pytorch.extract):
+                start = time.process_time()
+                try:
+                    read(str(path))
+                except cs.FormatError:
+                    refusals += 1
+                assert time.process_time() - start < 2.0
+    assert refusals > tries

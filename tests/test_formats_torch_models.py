@@ -52,6 +52,16 @@ MODELS = {
         "medaka/data/r1041_e82_400bps_sup_v5.2.0_model_pt.tar.gz",
         {"gru": lambda: nn.GRU(10, 128, 2, batch_first=True, bidirectional=True)},
     ),
+    "g2p-fa": (
+        "g2p-fa==1.1.0",
+        "g2p_fa/data/weights",
+        {f"{side}.rnn": lambda: nn.LSTM(40, 256, 2, batch_first=True) for side in ("encoder", "decoder")},
+    ),
+    "arabic-diacritizer": (
+        "arabic-diacritizer==1.0.0",
+        "diacritize/assets/bilstm_best.pt",
+        {"lstm": lambda: nn.LSTM(128, 256, 3, batch_first=True, bidirectional=True)},
+    ),
     "silero-vad, TorchScript": (
         "silero-vad==6.2.3",
         "silero_vad/data/silero_vad.jit",
@@ -65,6 +75,8 @@ BESIDE = {  # some of what `load` must say that it can't run
     "BeatNet, the module": ["'model.BDA', whose code isn't run", "torch.nn.modules.conv.Conv1d"],
     "arabic-morph-segmenter": ["embedding (weight [176, 128])", "classifier", "crf (start_transitions [3]"],
     "medaka": ["linear (weight [5, 256], bias [5])"],
+    "g2p-fa": ["encoder.embedding (weight [41, 40])", "decoder.fc_out (weight [33, 256], bias [33])"],
+    "arabic-diacritizer": ["embedding (weight [54, 128])", "attention.W (weight [512, 512])"],
     "silero-vad, TorchScript": ["'vad.model.vad_annotator.VADRNNJIT'", "encoder.0.reparam_conv"],
 }
 

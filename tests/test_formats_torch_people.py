@@ -442,3 +442,16 @@ def test_a_cell_in_memory_steps_over_time(kind):
     for step in range(6):
         state = cell(x[:, step], state)
         close(got[:, step], state[0] if kind is nn.LSTMCell else state)
+
+
+def test_an_rnn_of_before_its_nonlinearity_had_a_name(write):
+    model = nn.Sequential(nn.Linear(5, 5), lstm(kind=nn.RNN, nonlinearity="relu"))
+    del model[1].nonlinearity
+    x = torch.randn(2, 6, 5)
+    close(pytorch.load(write(model))(x.numpy()), output(model, x))
+
+
+@pytest.mark.parametrize("module", [nn.TransformerEncoderLayer(8, 2), nn.LazyLinear(3), nn.EmbeddingBag(5, 7)])
+def test_layers_that_are_not_known_are_refused_by_name(write, module):
+    with pytest.raises(cs.FormatError, match=rf"1 \(torch\.nn\.modules\.\w+\.{type(module).__name__}\): expected"):
+        pytorch.load(write(nn.Sequential(lstm(), module)))

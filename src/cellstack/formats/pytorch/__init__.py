@@ -3,8 +3,11 @@
 `torch.save` writes state dicts, checkpoints around them, and whole modules. All are read as data: what a pickle in
 them would import or call is never imported or called (`pickles.py`). From a state dict's names and
 shapes come recurrent networks. What else it holds, such as a Linear, it doesn't say how to run: so `load` takes a file
-of one recurrent module alone, and `extract` the recurrent modules out of any file. `from_torch` takes modules in
-memory, whose order is known.
+of one recurrent module alone, or a whole module of PyTorch's own, such as a `Sequential`, whose order is known; and
+`extract` the recurrent modules out of any file. `from_torch` takes modules in memory.
+
+Weights that PyTorch computes before it uses them are computed here too: weight norm, spectral norm, pruning, in old
+ways and as parametrizations. Those of dynamically quantised layers are multiplied out.
 
 Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -30,16 +33,18 @@ SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 def load(path: str) -> Network:
-    """Read a file that holds one recurrent module and nothing else.
+    """Read a file that holds one recurrent module and nothing else, or one whole module that `from_torch` takes.
 
     Args:
         path: what `torch.save` wrote: a state dict of `nn.LSTM`, `GRU`, `RNN` or one of their cells, the module itself,
-            or a dict around either.
+            a `Sequential` of PyTorch's layers, or a dict around any of these; TorchScript of such modules, where it
+            was scripted: tracing leaves out settings.
 
     Returns:
         The network, float32 (float16 and bfloat16 are widened) or float64: it takes `[B, T, I]` whatever `batch_first`
         says, and gives every step. Its metadata says where it comes from, and what is assumed where the file doesn't
-        say: a state dict doesn't hold whether `nn.RNN` has tanh or relu, and it is taken to be tanh.
+        say: a state dict doesn't hold whether `nn.RNN` has tanh or relu, and it is taken to be tanh. `"computed"` there
+        says which weights the file holds in pieces, or as integers.
 
     Raises:
         FormatError: the file is damaged, made to run code, or holds more than that, all of which is listed by name.

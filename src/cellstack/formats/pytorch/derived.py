@@ -63,8 +63,9 @@ class Derived:
         """Return the weight: float64 where the first of its pieces is, else float32."""
         arrays = [np.asarray(piece) for piece in self.pieces]
         wanted = np.float64 if arrays[0].dtype == np.float64 else np.float32
-        made = self.make(*(array.astype(np.float64) for array in arrays))
-        return made.astype(wanted if dtype is None else dtype)
+        with np.errstate(all="ignore"):  # a direction of length 0 gives no number, as it does in PyTorch
+            made = self.make(*(array.astype(np.float64) for array in arrays))
+            return made.astype(wanted if dtype is None else dtype)
 
 
 def joined(

@@ -60,9 +60,11 @@ def from_torch(module: Any) -> Network:
     Taken are our layers (`LSTM`, `GRU`, `SimpleRNN`, `RNN` over any of our cells, `Bidirectional`, `TimeDistributed`),
     `torch.nn.LSTM`, `GRU` and `RNN` of any depth and direction, `Linear`, `Embedding`, `Conv1d`, `BatchNorm1d`,
     `LayerNorm`, `MaxPool1d`, `AvgPool1d`, adaptive pooling to one step, `Flatten`, activations, `Sequential` of them,
-    and any object with `to_nodes() -> list of nodes`. The Network takes what the module takes with `batch_first`, and
-    is the module in evaluation: dropout is left out, batch normalisation has its running statistics, and zoneout's
-    rates act as constants. A recurrent layer hands on its output alone.
+    `DataParallel` around them, a cell of torch's alone, which then steps over time, and any object with
+    `to_nodes() -> list of nodes`. The Network takes what the module takes with `batch_first`, and is the module in
+    evaluation: dropout is left out, batch normalisation has its running statistics, and zoneout's rates act as
+    constants. A recurrent layer hands on its output alone: a module behind it that takes the output out of
+    `(output, state)` has nothing left to do, and says so by a `to_nodes()` that returns `[]`.
 
     Args:
         module: the module; its weights may lie on any device, in float32 or float64.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from ast import literal_eval
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ CONSTANT = re.compile(
     r" +(?P<name>\w{1,80}) : Final\[[^\]]{1,80}\]? *\]? = "
     r"(?P<value>-?[\d.e+-]{1,40}|True|False|None|\"[^\"\\]{0,80}\"|\((?:-?\d{1,18},? ?){0,8}\))"
 )
+LONGEST_SOURCE = 1 << 24
 MOST = 10_000  # modules: the same one may be met many times
 LATER = {"padding_mode": "zeros", "proj_size": 0}  # settings that older versions had not, as they were then
 
@@ -39,11 +40,32 @@ class UnsaidError(AttributeError):
 
 @dataclass
 class Source:
-    """What the modules of a file have in common: what messages call it, the source in it, how many more may be met."""
+    """What the modules of a file have in common.
+
+    Attributes:
+        where: what messages call the file.
+        code: the source that TorchScript keeps of a module of classes.
+        left: how many modules may still be met.
+        unread: how much source may still be read, in characters.
+        known: the constants of the classes met so far.
+    """
 
     where: str
     code: Callable[[str], str]
     left: int = MOST
+    unread: int = LONGEST_SOURCE
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def constants(self, kind: str) -> dict[str, Any]:
+        """Return what a class of TorchScript's has as constants; none of other classes."""
+        if kind not in self.known and kind.startswith("__torch__."):
+            module, _, name = kind.rpartition(".")
+            code = self.code(module)
+            self.unread -= len(code)
+            if self.unread < 0:
+                raise FormatError(f"{self.where}: expected at most {LONGEST_SOURCE} characters of source, found more")
+            self.known[kind] = _constants(name, code)
+        return self.known.get(kind, {})
 
 
 class Saved:
@@ -66,8 +88,13 @@ class Saved:
         self.kind = match["kind"] if match and "forward" not in self.attributes else ""
         held = (self.attributes[name] for name in OWN if isinstance(self.attributes.get(name), dict))
         self.own = {key: child for part in held for key, child in part.items()}
-        packed = {"bias": None} if match and match["dynamic"] else {}  # where there is one, it is among the weights
-        self.settings = LATER | packed | _constants(standin.kind, source.code) | self.attributes | self.own
+        implied: dict[str, Any] = {}
+        if match and match["dynamic"]:
+            implied["bias"] = None  # where there is one, it is packed with the weights
+        mode = self.attributes.get("mode")
+        if isinstance(mode, str) and mode.startswith("RNN_"):  # which old RNNs have alone
+            implied["nonlinearity"] = mode.removeprefix("RNN_").lower()
+        self.settings = LATER | implied | source.constants(standin.kind) | self.attributes | self.own
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
@@ -111,12 +138,9 @@ def array(tensor: Any) -> Array:
     return found.astype(np.float32) if found.dtype.itemsize < 4 else found
 
 
-def _constants(kind: str, code: Callable[[str], str]) -> dict[str, Any]:
-    """Return what a class of TorchScript's has as constants."""
-    if not kind.startswith("__torch__."):
-        return {}
-    module, _, name = kind.rpartition(".")
-    _, found, body = code(module).partition(f"class {name}(Module):\n")
+def _constants(name: str, code: str) -> dict[str, Any]:
+    """Return the constants of a class, as its source has them."""
+    _, found, body = code.partition(f"class {name}(Module):\n")
     constants = {}
     for line in body.splitlines() if found else ():
         if not line.startswith(" ") or line.startswith("  def "):

@@ -206,9 +206,10 @@ class Quantised:
         spread = [1] * len(self.shape)
         if self.axis is not None:
             spread[self.axis] = -1
-        scales = np.asarray(self.scales, np.float64).astype(np.float32).reshape(spread)
-        whole = np.asarray(self.integers).astype(np.float32) - np.asarray(self.zeros, np.float32).reshape(spread)
-        return (whole * scales).astype(np.float32 if dtype is None else dtype)
+        with np.errstate(all="ignore"):  # what overflows is infinite, as it is in PyTorch
+            scales = np.asarray(self.scales, np.float64).astype(np.float32).reshape(spread)
+            whole = np.asarray(self.integers).astype(np.float32) - np.asarray(self.zeros, np.float32).reshape(spread)
+            return (whole * scales).astype(np.float32 if dtype is None else dtype)
 
 
 def size_of(dtype: str) -> int:
