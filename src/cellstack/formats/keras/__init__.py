@@ -1,7 +1,8 @@
 """Keras's files without Keras: `.keras`, and HDF5 of Keras 1, 2 and 3, whole models or weights alone.
 
 A file is read as data: nothing in it is run, and nothing outside of it is read. What a layer computes is told by its
-class, its settings and the version of Keras; a layer that a Network hasn't is refused by name.
+class, its settings and the version of Keras; a layer that a Network hasn't is refused by name. Whatever policy a layer
+has, such as `mixed_float16`, it is computed in the dtype of its weights; integers of 8 bits over their scales.
 
 Ref: https://keras.io/api/models/model_saving_apis/
 """

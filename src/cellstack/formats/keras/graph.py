@@ -141,7 +141,7 @@ class Wiring:
     def emit(self, name: str, node: Node, values: Sequence[Value]) -> Value:
         """Put a node in that takes some values; whatever mask goes on is for the caller to say."""
         if len(self.nodes) >= MOST_NODES:
-            raise FormatError(f"expected at most {MOST_NODES} nodes, found more")
+            raise FloodError(f"expected at most {MOST_NODES} nodes, found more")
         name = self._unique(name)
         self.nodes.append(node)
         self.names.append(name)
@@ -207,6 +207,8 @@ class Wiring:
             return value
         try:
             made = value()
+        except FloodError:
+            raise
         except FormatError as error:
             self._problem(str(error))
             made = None
@@ -238,9 +240,13 @@ class Wiring:
             if layer.model is not None:
                 return [*self._inside(layer.model, layer, f"{name}.", inputs, framed)]
             return self._frames(layer, inputs, name) if framed else self._apply(layer, inputs, name)
+        except FloodError:
+            raise
         except FormatError as error:
             self._problem(str(error))
-            return outputs
+        except ValueError as error:  # what a node refuses in anybody's hands
+            self._problem(str(layer.refuse(str(error)[:300])))
+        return outputs
 
     def _inside(self, model: Model, layer: Layer, scope: str, inputs: list[Value], framed: bool) -> list[Value | None]:
         if len(inputs) != len(model.inputs):
@@ -260,6 +266,7 @@ class Wiring:
         return [at_every_frame(hand, nodes, inputs[0])]
 
     def _problem(self, text: str) -> None:
+        text = text.removeprefix(f"{self.built.path}: ")
         if text not in self.problems:
             self.problems.append(text)
 
@@ -347,6 +354,10 @@ def _shape(layer: Layer) -> tuple[int | None, ...] | None:
 
 def _nothing(problems: list[str]) -> Any:
     raise ProblemsError(problems)
+
+
+class FloodError(FormatError):
+    """A model of so many nodes that nothing else about it matters."""
 
 
 class ProblemsError(FormatError):

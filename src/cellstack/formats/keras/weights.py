@@ -59,10 +59,11 @@ class Built:
         nodes: by the layer's `id`.
         refused: why a layer has none, likewise.
         parts: every layer.
+        path: of the file, for messages.
     """
 
     def __init__(self, source: Source, model: Model) -> None:
-        self.parts = parts_of(model)
+        self.path, self.parts = source.path, parts_of(model)
         self.nodes: dict[int, list[Node]] = {}
         self.refused: dict[int, str] = {}
         self._source = source
