@@ -74,7 +74,7 @@ class Wiring:
         self.dtype: np.dtype[Any] = next(arrays, np.dtype(np.float32))
         self.pinned, self.made = False, 0
         self._followed: dict[tuple[Any, ...], int] = {}
-        self._taken: set[str] = set()
+        self._taken: dict[str, int] = {}  # names, and the last number given to one that is taken again
 
     def network(self, model: Model, metadata: dict[str, Any]) -> Network:
         """Return the whole model as a Network; ValueError where its parts don't meet."""
@@ -126,11 +126,12 @@ class Wiring:
 
     def _unique(self, name: str) -> str:
         name = name.replace("/", ".") or "layer"
-        number, found = 1, name
+        number, found = self._taken.get(name, 0), name
         while found in self._taken:
             number += 1
             found = f"{name}.{number}"
-        self._taken.add(found)
+        self._taken[name] = max(number, 1)
+        self._taken[found] = 1
         return found
 
     def follow(self, masks: Sequence[Any]) -> Any:
