@@ -132,6 +132,7 @@ class Stream:
 
         def run(steps: tuple[int, ...], x: Array) -> Array:
             y = (kernel.run if steps else kernel.step)(np.ascontiguousarray(x))
+            assert y is not None, "what goes from node to node is as the kernel takes it"
             return after(y) if after else y
 
         return run
