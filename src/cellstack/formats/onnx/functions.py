@@ -67,9 +67,12 @@ class _Inliner:
             raise FormatError(f"{where}: expected no function to call itself, and few to call each other")
         if len(call.input) > len(function.input) or len(call.output) > len(function.output):
             raise FormatError(f"{where}: expected a call with its inputs and outputs, found more of them")
+        _check(where, call)
         prefix = self._prefix(call)
         names = dict.fromkeys(function.input, "") | dict(zip(function.input, call.input, strict=False))
         given = {entry.name: entry for entry in (*function.attribute_proto, *call.attribute)}
+        if not all(isinstance(name, str) for name in given):
+            raise FormatError(f"{where}: expected names in UTF-8, found others")
         same = []
         for inner, outer in zip(function.output, call.output, strict=False):
             if inner in names:  # an output that is an input, or another output, too
@@ -102,9 +105,7 @@ class _Inliner:
 
     def _rename(self, where: str, node: Any, prefix: str, names: dict[str, str], given: dict[str, Any]) -> None:
         """Give a node of a function the names and the attributes that it has in a call."""
-        words = (node.name, *node.input, *node.output)
-        if not all(isinstance(word, str) for word in words):
-            raise FormatError(f"{where}: expected names in UTF-8, found others")
+        _check(where, node)
         if node.name:
             node.name = prefix + node.name
         for field in (node.input, node.output):
@@ -139,6 +140,16 @@ def _shown(function: Any) -> str:
 def _inner(node: Any) -> Iterable[Any]:
     for entry in node.attribute:
         yield from [entry.g] if entry.type == 5 else entry.graphs
+
+
+def _check(where: str, node: Any) -> None:
+    """Raise `FormatError` where names of a node are no text: protobuf gives bytes then."""
+    words = [node.name, node.op_type, *node.input, *node.output]
+    words += [word for entry in node.attribute for word in (entry.name, entry.ref_attr_name)]
+    for graph in _inner(node):
+        words += [value.name for value in (*graph.initializer, *graph.input, *graph.output)]
+    if not all(isinstance(word, str) for word in words):
+        raise FormatError(f"{where}: expected names in UTF-8, found others")
 
 
 def _growth(node: Any, longest: int, given: dict[str, Any]) -> int:

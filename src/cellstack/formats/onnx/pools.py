@@ -13,7 +13,6 @@ from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.ops import padding_of, steps_apart, window
 from cellstack.formats.onnx.values import Flowing
 from cellstack.nodes import Activation, Conv1D, Dense, Pool1D
-from cellstack.nodes_time import pads as pads_of
 
 NOT_NEGATIVE = ("relu", "relu6", "sigmoid", "hard_sigmoid", "softplus", "softmax", "exponential")
 MOST_FILTERS = 4096  # of a mean that is written as a convolution
@@ -72,7 +71,7 @@ def _padded(
     if (ceil and size == stride == 2 and pads == (0, 0)) or (
         x.steps is not None
         and (not counts or pads == (0, 0))
-        and pads_of("same", x.steps, size, stride) == (before, after + rest)
+        and _same(x.steps, size, stride) == (before, after + rest)
     ):
         return _put(reader, node, x, Pool1D(mode, size, stride, "same"))
     if x.width is not None and x.width <= MOST_FILTERS:
@@ -85,6 +84,12 @@ def _padded(
             x = _put(reader, node, x, zeros)
             return _put(reader, node, x, Pool1D(mode, size, stride))
     raise Refused(f"expected a pool without pads {list(pads)} and ceil_mode {ceil}, which a Network's hasn't")
+
+
+def _same(steps: int, size: int, stride: int) -> tuple[int, int]:
+    """Return the pads that give one window for each of so many strides, the odd one at the end."""
+    missing = max(0, (-(-steps // stride) - 1) * stride + size - steps)
+    return missing // 2, missing - missing // 2
 
 
 def _not_negative(reader: Reader, x: Flowing) -> bool:

@@ -67,8 +67,8 @@ def find_unrolled(scope: Scope) -> Iterator[tuple[str, Operator]]:
         seen.add(weights)
         try:
             cell = cell_of(scope, chain)
-        except ValueError as error:
-            raise FormatError(f"{scope.model.path}: node {short(chain.name)}: {error}") from None
+        except ValueError:  # sums that look like a cell's, of matrices that no cell has
+            continue
         started = {f"initial_{part}": name for part, name in zip("hc", chain.starts, strict=False)}
         yield chain.name, Operator((cell,), "forward", False, "", started)
     for node in scope.graph.node:
