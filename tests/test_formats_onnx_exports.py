@@ -196,3 +196,15 @@ def test_rounded_values_of_another(tmp_path):
     proto = model(nodes, {"X": (TensorProto.FLOAT, ["B", 3])}, {"Y": 2}, arrays)
     with pytest.raises(FormatError, match="Mul 'of two': expected the product of a value's grain and scales"):
         adapter.load(write(tmp_path / "net.onnx", proto))
+
+
+def test_zeros_of_another_width(tmp_path):
+    """PyTorch's newer exporter writes an LSTM with a projection as one without, and c of the width that it had."""
+    arrays = {"W": np.ones((1, 20, 3)), "R": np.ones((1, 20, 5)), "h": np.zeros((1, 2, 5)), "c": np.zeros((1, 2, 7))}
+    node = helper.make_node("LSTM", ["X", "W", "R", "", "", "h", "c"], ["Y"], name="lstm", hidden_size=5)
+    given = {name: array.astype(np.float32) for name, array in arrays.items()}
+    proto = model([node], {"X": (TensorProto.FLOAT, ["T", 2, 3])}, ["Y"], given)
+    path = write(tmp_path / "net.onnx", proto, check=False)
+    for read in (adapter.load, adapter.extract):
+        with pytest.raises(FormatError, match=r"'lstm': expected initial_c of \[1, B, 5\], found \(1, 2, 7\)"):
+            read(path)

@@ -299,6 +299,8 @@ def _starts(
             continue
         array = value.array if isinstance(value, Spread) else value
         if not array.any():
+            if isinstance(value, np.ndarray) and array.shape[-1:] not in ((units,), (1,)):
+                raise FormatError(f"{where}: expected {key} of [{ways}, B, {units}], found {array.shape}")
             continue
         try:
             wide = np.broadcast_to(array, np.broadcast_shapes(array.shape, (1, 1, 1)))
