@@ -181,6 +181,7 @@ def test_a_sample_of_rows_ids_and_two_inputs(capsys, tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"1,2,3", "expected a sample that ends in .npy, .npz or .csv"),
+        ("a.npy", "zipped", "it doesn't hold what .npy says"),
         ("a.csv", b"1,2\n", "line 1: expected 3 numbers, found 2"),
         ("a.csv", b"", "expected numbers, found none"),
         ("a.npy", b"\x93NUMPY", "expected arrays of numbers as NumPy writes them"),
@@ -191,7 +192,10 @@ def test_a_sample_of_rows_ids_and_two_inputs(capsys, tmp_path):
 )
 def test_samples_that_can_t_be(capsys, tmp_path, model, name, content, message):
     path = tmp_path / name
-    if content is not None:
+    if content == "zipped":
+        with path.open("wb") as file:
+            np.savez(file, x=np.ones((1, 2, 3)))
+    elif content is not None:
         path.write_bytes(content)
     elif name == "a.npy":
         np.save(path, np.ones((2, 2, 2)))

@@ -188,6 +188,8 @@ def read_sample(net: Network, path: str) -> Any:
         try:
             with open(path, "rb") as file:
                 read: Any = np.load(file, allow_pickle=False)
+                if isinstance(read, np.ndarray) != (suffix == ".npy"):  # np.load goes by content
+                    raise ValueError(f"it doesn't hold what {suffix} says")
                 given = {net.inputs[0]: read} if suffix == ".npy" else {name: read[name] for name in read.files}
         except (ValueError, EOFError, AttributeError, BadZipFile) as error:
             raise UsageError(f"{path}: expected arrays of numbers as NumPy writes them: {str(error)[:200]}") from None

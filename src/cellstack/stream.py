@@ -318,8 +318,8 @@ def beyond(node: Any) -> Callable[[Array], Array] | None:
 def together(network: Network) -> list[list[tuple[str, Node, tuple[str, ...]]]]:
     """Return the nodes in their order, with names and sources; those that one call of the kernel can run, together.
 
-    These are cells and dense layers, at least one of each or more cells, where each value but the last goes nowhere
-    else than to the next of them.
+    These are cells with the dense layers below, between and above them, where each value but the last goes nowhere else
+    than to the next of them.
     """
     used = Counter((*network.outputs, *(source for sources in network.wires for source in sources)))
     chains: list[list[tuple[str, Node, tuple[str, ...]]]] = []
