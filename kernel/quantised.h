@@ -2,7 +2,7 @@
 //
 // bfloat16: a weight is the upper half of a float, so a shift or a mask makes a float of it; sums and rows stay floats.
 // int8: weights times a scale a column; a row is cut to steps of its largest magnitude / 127 when it comes, so that
-// sums are of whole numbers, exact on every machine, up to a depth of 133,152 (127·127·depth < 2^31). Ref: Jacob et al.
+// sums are of whole numbers, exact on every machine, up to a depth of 133,144 (127·127·depth < 2^31). Ref: Jacob et al.
 // 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", eq. 1; ONNX's
 // DynamicQuantizeLinear, here symmetric.
 #pragma once

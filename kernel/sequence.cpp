@@ -377,7 +377,8 @@ void Stream<T>::run(const T* x, T* y, int64_t steps) {
     Impl& s = *impl_;
     const int depth = int(s.weights.size());
     const int64_t chunks = ceil_div(steps, s.chunk);
-    const int threads = s.threads == 1 ? 1 : useful_threads(s.threads, checked(s.work, steps));
+    const int64_t work = steps > kMostNumbers / std::max<int64_t>(s.work, 1) ? kMostNumbers : s.work * steps;
+    const int threads = useful_threads(s.threads, work);
     // Threads take rows where there are enough, else layers: those of a team, a chunk behind the team below.
     const int tasks = std::min(threads, s.groups);
     const int teams = tasks < threads && chunks > 1 ? std::min(depth, threads / tasks) : 1;

@@ -9,8 +9,8 @@ from networks import make_cell
 
 from cellstack import Network
 from cellstack.node import activation_function
-from cellstack.nodes import Dense, Merge, Pool, Recurrent
-from cellstack.spec import ACTIVATIONS
+from cellstack.nodes import Dense, Merge, Pool, Recurrent, Select
+from cellstack.spec import ACTIVATIONS, ShapeError
 
 LIMITS = {name: {"rtol": limit, "atol": limit} for name, limit in tolerances.KERNEL.items()}
 
@@ -81,6 +81,71 @@ def test_cells_and_dense_layers_go_together(batch, dtype):
         for one, two in zip(whole.state, after, strict=True):
             assert_same(tuple(one), tuple(two))
         assert_same(fork.step(x[:, 5]), steps.step(x[:, 5]))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (np.ones((1, 4000), "f4"), ShapeError, r"expected x \[..., I=3\], got \(1, 4000\)"),
+        (np.ones((2, 2), "f4"), ShapeError, r"expected x \[..., I=3\], got \(2, 2\)"),
+        (np.float32(1), ShapeError, r"expected x \[..., I=3\], got \(\)"),
+        (np.ones((1, 3)), TypeError, "expected x of float32, got float64"),
+        (np.ones((1, 3), int), TypeError, "expected x of float32, got int64"),
+    ],
+)
+def test_what_the_kernel_can_t_read(x, error, message):
+    with pytest.raises(error, match=message):
+        dense(np.random.default_rng(0), 3, 1000).apply(x)
+
+
+def test_widths_that_only_a_call_brings():
+    rng = np.random.default_rng(3)
+    cell = make_cell(rng, 3, 4)
+    wires = [("x",), ("a", "z"), ("b",)]
+    nets = {
+        "two": Network(
+            [Recurrent((cell,)), Merge("add"), dense(rng, 4, 1000)], list("abc"), inputs=("x", "z"), wires=wires
+        ),
+        "cut": Network([Select(0, 3, axis=-1), Recurrent((cell,)), dense(rng, 4, 2)]),
+        "head": Network([Select(1, None, axis=-1), dense(rng, 1, 1000)]),
+    }
+    right = {"two": [(1, 3), (1, 4)], "cut": [(1, 5)], "head": [(1, 2)]}
+    wrong = {"two": [[(1, 3), (1, 9)], [(1, 3), (1, 3)]], "cut": [[(1, 2)], [(1, 0)]], "head": [[(1, 4001)], [(1, 1)]]}
+
+    def one_or_all(arrays):
+        return arrays if len(arrays) > 1 else arrays[0]
+
+    for name, net in nets.items():
+        stream, pool = net.stream(), net.pool(2) if len(net.inputs) == 1 else None
+        session = pool.open() if pool else None
+        good = tuple(np.ones(shape, "f4") for shape in right[name])
+        expected = net(one_or_all(tuple(x[:, None] for x in good)))[:, -1]
+        for shapes in wrong[name]:
+            bad, before = tuple(np.ones(shape, "f4") for shape in shapes), stream.state
+            with pytest.raises(ShapeError):
+                stream.step(one_or_all(bad))
+            with pytest.raises(ShapeError):
+                stream.run(one_or_all(tuple(x[:, None] for x in bad)))
+            for one, two in zip(stream.state, before, strict=True):
+                assert_same(tuple(one), tuple(two))
+            if pool:
+                with pytest.raises(ShapeError):
+                    pool.step([session], bad[0])
+        assert_same(stream.step(one_or_all(good)), expected)
+        if pool:
+            assert_same(pool.step([session], good[0]), expected)
+
+
+def test_a_dense_layer_of_somebody_s_own():
+    class Doubled(Dense):
+        def apply(self, x):
+            return 2 * super().apply(x)
+
+    rng = np.random.default_rng(4)
+    head = dense(rng, 4, 2)
+    net = Network([Recurrent((make_cell(rng, 3, 4),)), Doubled(head.kernel, head.bias)])
+    x = rng.standard_normal((1, 6, 3)).astype("f4")
+    np.testing.assert_array_equal(net.stream().run(x), net(x))
 
 
 def test_a_head_on_the_last_step():

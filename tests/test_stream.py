@@ -1,6 +1,7 @@
 """Streams: the same bits at any chunking, states that don't touch, and what a stream can't run."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import fill, make_cell, make_network, make_stack, make_states
 
-from cellstack import Activation, Bidirectional, Dense, Network, Pool, Recurrent, ShapeError, State
+from cellstack import Activation, Bidirectional, Cell, CellSpec, Dense, Network, Pool, Recurrent, ShapeError, State
+from cellstack.nodes import Embedding
 
 DTYPES = st.sampled_from(["float32", "float64"])
 
@@ -459,3 +461,43 @@ def test_threads_leave_every_bit(batch):
     for bad in (0, -1, 1.0, "2", True):
         with pytest.raises(ValueError, match="expected threads to be an integer from 1"):
             net.stream(threads=bad)
+
+
+@pytest.mark.parametrize("nodes", [("cell",), ("cell", "tanh", "cell")])
+def test_two_threads_never_find_a_stream_half_way(nodes):
+    """Cells that count their steps: what is refused has moved none of them."""
+    one = np.ones((1, 1), "f4")
+    counts = Cell(CellSpec(1, 1, kind="rnn", activation="linear"), 0 * one, one, np.ones(1, "f4"))  # h = h_prev + 1
+    net = Network([Recurrent((counts,)) if node == "cell" else Activation(node) for node in nodes])
+    stream, x = net.stream(), np.zeros((1, 300, 1), "f4")
+    outcomes = []
+
+    def go():
+        for _ in range(50):
+            try:
+                stream.run(x)
+                outcomes.append("done")
+            except RuntimeError as error:  # noqa: PERF203
+                outcomes.append(str(error))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: go(), range(3)))
+    assert outcomes.count("done") > 0
+    assert all(outcome == "done" or "one thread at a time" in outcome for outcome in outcomes)
+    assert all(state.h[0, 0] == 300 * outcomes.count("done") for state in stream.state)
+
+
+def test_ids_that_the_network_makes_are_no_frames():
+    table = Embedding(np.ones((5, 2), "f4"))
+    cell = make_network(0, "float32", streams=True).cells[0]
+    net = Network([Recurrent((cell,), return_sequences=False), table])
+    for open_it in (net.stream, lambda: net.pool(2)):
+        with pytest.raises(ValueError, match="it takes a vector of ids that the network makes"):
+            open_it()
+
+
+def test_more_than_sums_of_8_bits_hold():
+    width = 133_153
+    cell = Cell(CellSpec(width, 1, kind="rnn", use_bias=False), np.ones((width, 1), "f4"), np.ones((1, 1), "f4"))
+    with pytest.raises(ValueError, match="expected at most 133144 features and units for weights='int8', got 133153"):
+        Network([Recurrent((cell,))]).stream(weights="int8")

@@ -11,6 +11,7 @@ import numpy as np
 
 from cellstack import _kernel, native, spec
 from cellstack.node import MORE_ACTIVATIONS, Array, Node, Shape, activation_function, check_activation, hold, one_dtype
+from cellstack.spec import ShapeError
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,16 @@ class Dense(Node):
         return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
 
     def apply(self, x: Array) -> Array:
-        """Return `[..., O]` for `x [..., I]`."""
+        """Return `[..., O]` for `x [..., I]` of the kernel's dtype.
+
+        Raises:
+            ShapeError: another width.
+            TypeError: another dtype.
+        """
+        if not x.ndim or x.shape[-1] != self.kernel.shape[0]:
+            raise ShapeError(f"Dense: expected x [..., I={self.kernel.shape[0]}], got {x.shape}")
+        if x.dtype != self.kernel.dtype:
+            raise TypeError(f"Dense: expected x of {self.kernel.dtype}, got {x.dtype}")
         x = np.require(x, requirements=("C", "A"))
         y = np.empty((*x.shape[:-1], self.kernel.shape[1]), x.dtype)
         rows = x.size // self.kernel.shape[0]

@@ -17,7 +17,7 @@ from cellstack.node import MOST, Array, CellState
 from cellstack.nodes import Recurrent
 from cellstack.recurrent import Cell
 from cellstack.spec import STATES, ShapeError, check_step
-from cellstack.stream import Run, answers_framewise, framewise
+from cellstack.stream import Run, answers_framewise, check_widths, framewise
 
 Slots = NDArray[np.int64]
 
@@ -75,6 +75,7 @@ class Pool:
                         f"Pool: expected nodes that keep nothing but the states of cells, got {name}: {node.summary}"
                     )
             self._parts.append((part, tuple(places[source] for source in sources)))
+        self._late = any(network.graph.late)  # widths that only a call brings
         self._output = places[network.outputs[0]]
         self._lock = threading.Lock()
         # A session's number is its slot, and how often the slot was given away before: a number that was closed stays
@@ -193,6 +194,8 @@ class Pool:
         else:
             x = np.require(as_floats("Pool", name, x, network.dtype), requirements=("C", "A"))
             check_step("Pool", x.shape, network.input_size, name)
+        if self._late:
+            check_widths(network, {name: x})
         with self._held(sessions) as slots:
             if len(x) != len(slots):
                 raise ShapeError(f"Pool: expected a frame for each of {len(slots)} sessions, got {x.shape}")

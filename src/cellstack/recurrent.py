@@ -18,6 +18,9 @@ from cellstack.spec import ARRAYS, STATES, CellSpec, ShapeError
 WEIGHTS = {"float32": 32, "bfloat16": 16, "int8": 8}
 """Forms that a stream can hold the matrices of its cells in, and their bits; float64 cells keep theirs."""
 
+MOST_DEPTH = (2**31 - 1) // 127**2
+"""Products of two numbers of 8 bits that a sum of 32 can hold, whatever they are."""
+
 MERGE_MODES = ("concat", "sum", "mul", "ave")
 BACKWARDS = "it runs backwards from the end of the sequence, which a stream doesn't have"
 KIND_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
@@ -109,10 +112,14 @@ class Cell:
 
         Raises:
             TypeError: fewer bits of a float64 cell.
+            ValueError: more features or units than sums of whole numbers can hold.
         """
         bits = WEIGHTS[weights]
         if bits < 32 and self.dtype != np.float32:
             raise TypeError(f"Cell: expected float32 arrays for weights={weights!r}, got {self.dtype}")
+        depth = max(self.spec.input_size, self.spec.units)
+        if bits == 8 and depth > MOST_DEPTH:
+            raise ValueError(f"Cell: expected at most {MOST_DEPTH} features and units for weights='int8', got {depth}")
         arrays = self.arrays
         addresses = tuple(arrays[name].ctypes.data if name in arrays else 0 for name in ARRAYS)
         return _kernel.Packed(self.dtype == np.float64, native.description(self.spec), addresses, True, bits)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,7 +90,9 @@ class Stream:
             places[last] = len(places)
         self._outputs = tuple(places[name] for name in network.outputs)
         only = len(chains) == 1 and not network.graph.ids and len(network.outputs) == 1
-        self._frame = (self.batch, network.input_size) if len(network.inputs) == 1 else None
+        self._late = any(network.graph.late)  # widths that only a call brings
+        self._frame = (self.batch, network.input_size) if len(network.inputs) == 1 and not self._late else None
+        self._busy = Lock()
         self._alone = None  # the kernel's own step, where that is all that there is to a step
         if only and all(stacks(node) for node in network.nodes) and self._layers and not beyond(network.nodes[-1]):
             self._alone = self._layers[0][0].step
@@ -211,14 +215,16 @@ class Stream:
                 raise ShapeError(f"Stream: expected {name} with B={self.batch}, got {array.shape}")
             if steps is None and array.shape[1] != first.shape[1]:
                 raise ShapeError(f"Stream: expected {name} with T={first.shape[1]}, got {array.shape}")
-        for name, check in self._checks:  # what fails here leaves everything as it was
+        if self._late:  # what fails from here on leaves everything as it was
+            check_widths(network, arrays)
+        for name, check in self._checks:
             check((), arrays[name])
         return tuple(np.require(array, requirements=("C", "A")) for array in arrays.values())
 
     def _run(self, given: tuple[Array, ...], steps: tuple[int, ...]) -> Any:
         """Run the parts over a step (`steps` is ()) or over a chunk (`steps` is (T,))."""
         values = list(given)
-        with np.errstate(all="ignore"):
+        with self._held(), np.errstate(all="ignore"):
             for part, sources in self._parts:
                 if len(sources) == 1:
                     values.append(part(steps, values[sources[0]]))
@@ -227,12 +233,26 @@ class Stream:
         answers = [values[place] for place in self._outputs]
         return as_own(answers, given)
 
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the stream for one call: a second thread would find some parts a step ahead of others."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("Stream: expected one thread at a time, got a call while another one runs: fork()")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
     @property
     def state(self) -> tuple[CellState | Frames, ...]:
         """The state now: one state a cell, each array `[B, H]`, then the `Frames` of each causal convolution.
 
         These are copies. Setting the state checks and copies likewise.
         """
+        with self._held():
+            return self._now()
+
+    def _now(self) -> tuple[CellState | Frames, ...]:
         states = {id(kernel): kernel.get_state() for kernel, _ in self._layers}
         cells = (
             STATES[cell.spec.kind](*states[id(kernel)][place])
@@ -244,6 +264,10 @@ class Stream:
     def state(self, state: Any) -> None:
         if state is None:
             raise TypeError("Stream: expected state to be a tuple of states, got None: reset() starts anew")
+        with self._held():
+            self._set(state)
+
+    def _set(self, state: Any) -> None:
         states, frames = self._as_state(state, self.batch)
         for (kernel, place), arrays in zip(self._layers, states, strict=True):
             assert arrays is not None
@@ -285,13 +309,14 @@ class Stream:
         """
         chosen = np.arange(self.batch)[slice(None) if rows is None else rows].reshape(-1)
         states, frames = self._as_state(state, len(chosen))
-        new = self.state
-        for cell, arrays, values in zip(self.network.cells, new, states, strict=False):
-            for name, array in zip(arrays._fields, arrays, strict=True):
-                array[chosen] = cell.arrays.get(f"initial_{name}", 0.0) if values is None else getattr(values, name)
-        for own, arrays in zip(new[len(states) :], frames, strict=True):
-            own[0][chosen] = arrays
-        self.state = new
+        with self._held():
+            new = self._now()
+            for cell, arrays, values in zip(self.network.cells, new, states, strict=False):
+                for name, array in zip(arrays._fields, arrays, strict=True):
+                    array[chosen] = cell.arrays.get(f"initial_{name}", 0.0) if values is None else getattr(values, name)
+            for own, arrays in zip(new[len(states) :], frames, strict=True):
+                own[0][chosen] = arrays
+            self._set(new)
 
     def fork(self) -> Stream:
         """Return a new stream that starts from a copy of this one's state."""
@@ -307,7 +332,7 @@ class Stream:
 
 def stacks(node: Any) -> bool:
     """Return whether the kernel may take a node together with those below and above it."""
-    return isinstance(node, Dense) or (isinstance(node, Recurrent) and len(node.parts) == 1)
+    return type(node) is Dense or (type(node) is Recurrent and len(node.parts) == 1)
 
 
 def beyond(node: Any) -> Callable[[Array], Array] | None:
@@ -336,6 +361,22 @@ def together(network: Network) -> list[list[tuple[str, Node, tuple[str, ...]]]]:
         for chain in chains
         for part in ([chain] if any(node.cells for _, node, _ in chain) else [[entry] for entry in chain])
     ]
+
+
+def check_widths(network: Network, arrays: dict[str, Array]) -> None:
+    """Raise `ShapeError` where a node can't take what such inputs bring to it: for widths that only a call tells.
+
+    Args:
+        network: the network.
+        arrays: its inputs, frames or chunks of them; their last axes are the features, but for ids.
+    """
+    ids = network.graph.ids
+    shapes = {
+        name: network.shapes[name] if name in ids else (*network.shapes[name][:-1], array.shape[-1])
+        for name, array in arrays.items()
+    }
+    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        shapes[name] = node.check(name, *(shapes[source] for source in sources))
 
 
 def framewise(name: str, node: Node, masked: bool) -> Run | None:
@@ -393,6 +434,8 @@ def answers_framewise(owner: str, network: Network) -> frozenset[str]:
         why = node.why_no_stream(len(network.shapes[sources[0]]))
         if sources[0] in network.graph.ids and not isinstance(node, Embedding):
             why = "it takes some of all ids, or moves them, and a stream has one at a time"
+        if isinstance(node, Embedding) and sources[0] not in network.inputs:
+            why = "it takes a vector of ids that the network makes, and answers with a sequence"
         if why is None and moved and isinstance(node, Masking):
             why = f"it may mask a frame after {moved} has moved on"
         if why is not None:
