@@ -81,7 +81,7 @@ def test_source_that_is_damaged_or_vast(tmp_path, refused):
     torch.jit.script(nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU())).save(str(tmp_path / "scripted.pt"))
     with zipfile.ZipFile(tmp_path / "scripted.pt") as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    (name,) = [name for name in members if name.endswith("modules/conv.py")]
+    (name,) = [name for name in members if "/nn/modules/conv" in name and name.endswith(".py")]
 
     def with_source(source):
         file = io.BytesIO()
@@ -100,17 +100,20 @@ def test_source_that_is_damaged_or_vast(tmp_path, refused):
     said = members[name].decode()
     (tmp_path / "file.pt").write_bytes(with_source(said))
     assert pytorch.load(str(tmp_path / "file.pt")).nodes
-    for old, new in (
-        ("stride : Final[Tuple[int]] = (1,)", "stride : Final[Tuple[int]] = __import__('os').system('x')"),
-        ("class Conv1d", "class Conv2d"),
+    for old, new, why in (
+        (
+            "stride : Final[Tuple[int]] = (1,)",
+            "stride : Final[Tuple[int]] = __import__('os').system('x')",
+            "expected the file to say stride",
+        ),
+        ("class Conv1d", "class Conv2d", "expected the source of its class, found none"),
     ):
         assert old in said
-        load_only(with_source(said.replace(old, new)), "expected the file to say")
+        load_only(with_source(said.replace(old, new)), why)
     load_only(with_source(said.replace("= (1,)", "= (01,)")), "expected a number as the constant")
     vast = with_source(said + " " * (100 << 20))
-    (tmp_path / "file.pt").write_bytes(vast)
     with at_most(20 << 20):
-        assert pytorch.load(str(tmp_path / "file.pt")).nodes
+        load_only(vast, "conv.*expected at most 1048576 bytes of source, found more")
     damaged = with_source(said)
     at = damaged.index(name.encode()) + len(name) + 5
     load_only(damaged[:at] + bytes(20) + damaged[at + 20 :], "expected a class's source, found")

@@ -14,13 +14,14 @@ Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 
 from __future__ import annotations
 
-from cellstack.formats.pytorch.archive import opened, recognises, records
+from cellstack.formats.pytorch.archive import recognises, records
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.modules import from_torch, nodes_of
 from cellstack.formats.pytorch.names import HINT, network_of, networks_of, nothing_recurrent, parts_of
 from cellstack.formats.pytorch.names import NAME as WEIGHT
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.saved import Saved, Source, UnsaidError
+from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import Contents, attributes_of, contents, kind_of
 from cellstack.formats.pytorch.writer import save
 from cellstack.network import Network
@@ -38,7 +39,7 @@ def load(path: str) -> Network:
     Args:
         path: what `torch.save` wrote: a state dict of `nn.LSTM`, `GRU`, `RNN` or one of their cells, the module itself,
             a `Sequential` of PyTorch's layers, or a dict around any of these; TorchScript of such modules, where it
-            was scripted: tracing leaves out settings.
+            was scripted and its code is PyTorch's own: tracing leaves out settings.
 
     Returns:
         The network, float32 (float16 and bfloat16 are widened) or float64: it takes `[B, T, I]` whatever `batch_first`
@@ -52,11 +53,12 @@ def load(path: str) -> Network:
         MemoryError: there is no room for an array.
     """
     with records(path) as file:
-        found = contents(path, file.read())
+        scripts = Scripts(path, file.code)
+        found = contents(path, file.read(), scripts)
         root = next(iter(found.roots.items())) if len(found.roots) == 1 else None
         if root is None or not _whole(path, found, *root):
             return network_of(found.tensors, path, found.activations, found.unknown, found.directions)
-        return _network(path, found, Saved(Source(path, file.code), root[1]), ".".join(root[0]))
+        return _network(path, found, Saved(Source(path, scripts), root[1]), ".".join(root[0]))
 
 
 def _whole(path: str, found: Contents, place: tuple[str, ...], root: Standin) -> bool:
@@ -96,8 +98,8 @@ def extract(path: str) -> dict[str, Network]:
         OSError: the file can't be read.
         MemoryError: there is no room for an array.
     """
-    with opened(path) as root:
-        found = contents(path, root)
+    with records(path) as file:
+        found = contents(path, file.read(), Scripts(path, file.code))
         networks = networks_of(found.tensors, path, found.activations, found.directions)
         if not networks:
             raise nothing_recurrent(found.tensors, path, found.unknown)

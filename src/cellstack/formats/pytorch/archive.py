@@ -15,7 +15,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from cellstack.formats.pytorch.pickles import read
 from cellstack.formats.pytorch.tensors import Builders, Records, Storage, short, size_of
 from cellstack.spec import FormatError
+
+if TYPE_CHECKING:
+    import zipfile
 
 MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that old files begin with, as a pickle
 PROTOCOL = 1001  # of old files
@@ -55,6 +58,7 @@ class _Zip(Records):
             raise FormatError(f"{path}: expected one data.pkl as torch.save writes it, found {len(roots)} in the zip")
         self.root = roots[0].removesuffix("data.pkl")
         self.kept: dict[str, NDArray[np.uint8]] = {}
+        self.archive: zipfile.ZipFile | None = None  # opened for the first source that is asked for
         self.order = ">" if self.has("byteorder") and self.take("byteorder").strip() == b"big" else "<"
 
     def has(self, name: str) -> bool:
@@ -100,11 +104,17 @@ class _Zip(Records):
         if name not in self.members:
             return ""
         try:
-            with zipfile.ZipFile(self.file) as archive, archive.open(name) as member:
-                return member.read(LONGEST_CODE).decode("utf-8", "replace")
+            self.archive = self.archive or zipfile.ZipFile(self.file)
+            with self.archive.open(name) as member:
+                code = member.read(LONGEST_CODE + 1)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError, zlib.error) as error:
             what = short(str(error), 200)
             raise FormatError(f"{self.where}: {short(name)}: expected a class's source, found {what}") from None
+        if len(code) > LONGEST_CODE:
+            raise FormatError(
+                f"{self.where}: {short(name)}: expected at most {LONGEST_CODE} bytes of source, found more"
+            )
+        return code.decode("utf-8", "replace")
 
     def read(self) -> Any:
         """Return what is saved."""

@@ -202,6 +202,8 @@ class _Chain:
         torch = sys.modules.get("torch")
         if not isinstance(module, Saved) and (torch is None or not isinstance(module, torch.nn.Module)):
             raise _refuse(path, module, "expected a torch module")
+        if isinstance(module, Saved) and module.changed:
+            raise _refuse(path, module, module.changed)
         if _hooked(module):
             raise _refuse(path, module, "expected a module without forward hooks, which a Network can't hold")
         if _is(module, "Sequential", *WRAPPERS[:1]) or _is(module, *WRAPPERS, package="torch.nn.parallel"):

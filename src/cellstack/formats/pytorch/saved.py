@@ -1,15 +1,13 @@
 """Modules as files hold them, asked for their settings and weights as the modules in memory would be.
 
 A pickled module has its settings among its attributes. TorchScript writes them into its source, as constants of the
-module's class, which are read as the words that they are; a module that was traced keeps none.
+module's class, which `script.py` reads; a module that was traced keeps none.
 """
 
 from __future__ import annotations
 
 import re
-from ast import literal_eval
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,19 +15,15 @@ import numpy as np
 
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.pickles import Standin
-from cellstack.formats.pytorch.tensors import Quantised, Tensor, short
-from cellstack.formats.pytorch.tree import OWN, attributes_of, contents, hooked, kind_of
+from cellstack.formats.pytorch.script import Scripts
+from cellstack.formats.pytorch.tensors import Quantised, Tensor
+from cellstack.formats.pytorch.tree import OWN, attributes_of, children_of, contents, hooked, kind_of
 from cellstack.node import Array
 from cellstack.spec import FormatError
 
 PACKAGES = re.compile(
     r"torch\.(nn\.(modules|parallel)|(?P<dynamic>(ao\.)?nn\.quantized\.dynamic\.modules))\.\w+\.(?P<kind>\w+)"
 )
-CONSTANT = re.compile(
-    r" +(?P<name>\w{1,80}) : Final\[[^\]]{1,80}\]? *\]? = "
-    r"(?P<value>-?[\d.e+-]{1,40}|True|False|None|\"[^\"\\]{0,80}\"|\((?:-?\d{1,18},? ?){0,8}\))"
-)
-LONGEST_SOURCE = 1 << 24
 MOST = 10_000  # modules: the same one may be met many times
 LATER = {"padding_mode": "zeros", "proj_size": 0}  # settings that older versions had not, as they were then
 
@@ -44,28 +38,13 @@ class Source:
 
     Attributes:
         where: what messages call the file.
-        code: the source that TorchScript keeps of a module of classes.
+        scripts: the source of TorchScript's classes.
         left: how many modules may still be met.
-        unread: how much source may still be read, in characters.
-        known: the constants of the classes met so far.
     """
 
     where: str
-    code: Callable[[str], str]
+    scripts: Scripts
     left: int = MOST
-    unread: int = LONGEST_SOURCE
-    known: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def constants(self, kind: str) -> dict[str, Any]:
-        """Return what a class of TorchScript's has as constants; none of other classes."""
-        if kind not in self.known and kind.startswith("__torch__."):
-            module, _, name = kind.rpartition(".")
-            code = self.code(module)
-            self.unread -= len(code)
-            if self.unread < 0:
-                raise FormatError(f"{self.where}: expected at most {LONGEST_SOURCE} characters of source, found more")
-            self.known[kind] = _constants(name, code)
-        return self.known.get(kind, {})
 
 
 class Saved:
@@ -75,6 +54,7 @@ class Saved:
         path: that of its class.
         kind: the class's name, "" where it isn't PyTorch's or has a forward pass of its own.
         hooked: whether it has hooks other than those that compute a weight.
+        changed: what keeps it from computing what its class does, as far as TorchScript's source tells; "" = nothing.
     """
 
     def __init__(self, source: Source, standin: Standin) -> None:
@@ -85,6 +65,8 @@ class Saved:
         self.attributes = attributes_of(standin)
         match = PACKAGES.fullmatch(self.path)
         self.hooked = hooked(self.attributes)
+        written = source.scripts.written(standin.kind)
+        self.changed = written.problem(children_of(self.attributes)) if written and match else ""
         self.kind = match["kind"] if match and "forward" not in self.attributes else ""
         held = (self.attributes[name] for name in OWN if isinstance(self.attributes.get(name), dict))
         self.own = {key: child for part in held for key, child in part.items()}
@@ -94,12 +76,12 @@ class Saved:
         mode = self.attributes.get("mode")
         if isinstance(mode, str) and mode.startswith("RNN_"):  # which old RNNs have alone
             implied["nonlinearity"] = mode.removeprefix("RNN_").lower()
-        self.settings = LATER | implied | source.constants(standin.kind) | self.attributes | self.own
+        self.settings = LATER | implied | (written.constants if written else {}) | self.attributes | self.own
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
         """Its weights and its children's, by name, read when they are asked for."""
-        found = contents(self.source.where, self.standin)
+        found = contents(self.source.where, self.standin, self.source.scripts)
         return joined(found.tensors, self.source.where, directions=found.directions)
 
     def __getattr__(self, name: str) -> Any:
@@ -136,21 +118,3 @@ def array(tensor: Any) -> Array:
     if found.dtype.kind != "f":
         raise FormatError(f"expected floats, found {found.dtype}")
     return found.astype(np.float32) if found.dtype.itemsize < 4 else found
-
-
-def _constants(name: str, code: str) -> dict[str, Any]:
-    """Return the constants of a class, as its source has them."""
-    _, found, body = code.partition(f"class {name}(Module):\n")
-    constants = {}
-    for line in body.splitlines() if found else ():
-        if not line.startswith(" ") or line.startswith("  def "):
-            break
-        match = CONSTANT.fullmatch(line)
-        if match:
-            try:
-                constants[match["name"]] = literal_eval(match["value"])
-            except (ValueError, SyntaxError):
-                raise FormatError(
-                    f"expected a number as the constant {match['name']}, found {short(match['value'])}"
-                ) from None
-    return constants

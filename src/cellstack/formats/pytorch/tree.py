@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cellstack.formats.pytorch.pickles import Standin
+from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tensors import Quantised, Storage, Tensor, short
 from cellstack.spec import FormatError
 
@@ -59,6 +60,15 @@ def attributes_of(value: Standin) -> dict[Any, Any]:
     return {key: child for part in parts if isinstance(part, dict) for key, child in part.items()}
 
 
+def children_of(attributes: dict[Any, Any]) -> list[str]:
+    """Return the names of a module's children, in TorchScript."""
+    return [
+        str(name)
+        for name, child in attributes.items()
+        if isinstance(child, Standin) and child.kind.startswith("__torch__.")
+    ]
+
+
 def hooked(attributes: dict[Any, Any]) -> bool:
     """Return whether a module has hooks other than those that compute a weight."""
     hooks = [attributes[name] for name in HOOKS if attributes.get(name)]
@@ -69,18 +79,20 @@ def hooked(attributes: dict[Any, Any]) -> bool:
     )
 
 
-def contents(where: str, root: Any) -> Contents:
+def contents(where: str, root: Any, scripts: Scripts | None = None) -> Contents:
     """Return the tensors and modules within `root`, as `archive.opened` gives it.
 
     Args:
         where: what messages call the file.
         root: what was saved.
+        scripts: the source of TorchScript's classes, where the file may have it.
 
     Returns:
         Them, in the order of the file; an object that is there twice is looked into once.
 
     Raises:
-        FormatError: things nested deeper, or with longer names, than any model has; two tensors of one name.
+        FormatError: things nested deeper, or with longer names, than any model has; two tensors of one name; a plain
+            RNN of TorchScript whose source doesn't say its nonlinearity.
     """
     found = Contents()
     seen: set[int] = set()
@@ -104,7 +116,7 @@ def contents(where: str, root: Any) -> Contents:
         if len(path) > DEEPEST:
             raise FormatError(f"{where}: expected at most {DEEPEST} things within each other, found more")
         seen.add(id(value))
-        inside = _standin(value, path, found) if isinstance(value, Standin) else _entries(value)
+        inside = _standin(where, value, path, found, scripts) if isinstance(value, Standin) else _entries(value)
         waiting += [(child, (*path, *names)) for names, child in reversed(inside)]
     return found
 
@@ -121,7 +133,9 @@ def _holds(child: Any) -> bool:
     return isinstance(child, (Tensor, Quantised, Storage, dict, list, tuple, Standin))
 
 
-def _standin(value: Standin, path: tuple[str, ...], found: Contents) -> list[tuple[tuple[str, ...], Any]]:
+def _standin(
+    where: str, value: Standin, path: tuple[str, ...], found: Contents, scripts: Scripts | None
+) -> list[tuple[tuple[str, ...], Any]]:
     """Return what an object holds, each with its name; note what is known of it, where it is a module."""
     packed = _packed(value)
     if packed is not None:
@@ -134,18 +148,24 @@ def _standin(value: Standin, path: tuple[str, ...], found: Contents) -> list[tup
             found.roots[path] = value
         name, known = ".".join(path), kind.startswith(("torch.nn.", "torch.ao.nn."))
         dynamic = known and ".dynamic." in kind
-        activation = attributes.get("nonlinearity", attributes.get("mode"))  # old modules have the latter alone
+        written = scripts.written(value.kind) if scripts and known else None
+        settings = {**written.constants, **attributes} if written else attributes
+        activation = settings.get("nonlinearity", settings.get("mode"))  # old modules have the latter alone
         if known and module.startswith("RNN") and isinstance(activation, str):
             word = activation.removeprefix("RNN_").lower()
             if word in ("tanh", "relu"):
                 found.activations[name] = word
+        elif written and module in ("RNN", "RNNCell"):
+            here = f"{where}: {short(name or 'the module itself', 200)}"
+            raise FormatError(f"{here}: expected the file to say nonlinearity, found a module without it")
         if dynamic and isinstance(attributes.get("bidirectional"), bool):
             found.directions[name] = 1 + attributes["bidirectional"]
         plain = (
             known and module in (*RECURRENT, *NOTHING, *HELPERS) and (dynamic or ".quantized.modules.rnn" not in kind)
         )
-        if not plain or hooked(attributes):
-            what = "with forward hooks" if plain else "whose code isn't run"
+        changed = written.problem(children_of(attributes)) if written else ""
+        if not plain or changed or hooked(attributes):
+            what = changed or "with forward hooks" if plain else "whose code isn't run"
             found.unknown.append(f"{short(name or 'the module itself', 200)}: {short(kind, 200)}, {what}")
     if kind.endswith("multiarray._reconstruct"):
         found.unknown.append(f"{short('.'.join(path), 200)}: an array of NumPy's")
