@@ -3,12 +3,14 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from networks import make_cell
 
+import cellstack
 from cellstack import Bidirectional, Dense, Network, Pool, Recurrent, Standardise, cli, formats, load
 from cellstack.nodes import Embedding, Merge
 
@@ -118,6 +120,26 @@ def test_what_c_can_t_run_is_named(capsys, tmp_path):
     assert (status, err.count("\n")) == (2, 1)
     assert "got lstm: it runs backwards" in err
     assert not (tmp_path / "net.c").exists()
+
+
+def test_a_file_is_never_converted_onto_itself(capsys, tmp_path, model):
+    before = Path(model).read_bytes()
+    other = tmp_path / "link.safetensors"
+    other.symlink_to(model)
+    for target in (model, str(other)):
+        status, _, err = run(capsys, "convert", model, target)
+        assert status == 2
+        assert "expected another file than the one that is read" in err
+    assert Path(model).read_bytes() == before
+    status, _, err = run(capsys, "convert", model, str(tmp_path / "nowhere"))
+    assert status == 2
+    assert "or .c, or a folder, which ends in /, for C" in err
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"cellstack {cellstack.__version__}\n"
 
 
 # ── convert --sample ────────────────────────────────────────────────────────────────────────────────────────────────

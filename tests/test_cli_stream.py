@@ -145,6 +145,25 @@ def test_ends_that_are_closed(model):
         assert "standard input and standard output to be open" in done.stderr
 
 
+def test_a_state_that_is_no_number_any_more_is_said(model, tmp_path):
+    state = str(tmp_path / "state")
+    said = run([model, "--state", state], "1,2,3\n").stderr
+    assert said == f"1 frames, state in {state}\n"
+    said = run([model, "--state", state], "1,nan,2\n").stderr
+    assert said == f"1 frames, state in {state}, which is no number any more: a frame held nan or inf\n"
+
+
+def test_a_trained_model_of_the_whole_sequence_says_what_streams(tmp_path):
+    path = str(tmp_path / "mean.safetensors")
+    for task, mend in (
+        ("classify", ": train with --pooling last for streams\n"),
+        (None, "which a stream doesn't have\n"),
+    ):
+        Network([make_net().nodes[1], Pool("mean")], metadata={"task": task}).save(path)
+        done = run([path], "1,2,3\n")
+        assert (done.returncode, done.stderr.endswith(mend)) == (2, True)
+
+
 def test_numbers_that_json_hasn_t_are_null(model):
     assert run([model], "1,nan,2\n").stdout == "nan,nan\n"
     assert run([model, "--json"], "1,2,3\n1,nan,3\n").stdout.splitlines()[1] == "[null,null]"

@@ -423,3 +423,12 @@ def test_files_are_replaced_and_folders_made(tmp_path):
     assert sorted(path.name for path in header.parent.iterdir()) == ["net.c", "net.h"]
     assert header.read_bytes().isascii()
     assert source.read_bytes().isascii()
+
+
+@pytest.mark.parametrize("name", ["string", "math", "stdio", "Float"])
+def test_names_of_c_s_own_headers(tmp_path, name):
+    with pytest.raises(ValueError, match="expected a name that no header of C has"):
+        export(make_network(0, "float32", streams=True), tmp_path, name)
+    with pytest.raises(ValueError, match="expected a folder, got"):
+        export(make_network(0, "float32", streams=True), tmp_path / "model.c", "model")
+    assert not list(tmp_path.iterdir())

@@ -460,3 +460,8 @@ def test_how_a_report_reads():
         "  bfloat16  out  1.00e-02  5.00e-03  2.00e-03  1.00e-03\n"
         "  int8      out  2.00e-02  1.00e-02  4.00e-03  2.00e-03"
     )
+
+
+def test_what_is_no_network():
+    with pytest.raises(TypeError, match="expected net to be a Network, such as load"):
+        verify("net.safetensors", "net.onnx")

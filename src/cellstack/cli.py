@@ -7,6 +7,7 @@ import csv
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ _widths.__name__ = "widths"  # what argparse calls it: invalid widths value: '48
 def parser() -> argparse.ArgumentParser:
     """Return the parser of every verb."""
     top = Parser(prog="cellstack", description="Train, run and look into recurrent networks.")
+    top.add_argument("--version", action="version", version=f"cellstack {version('cellstack')}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -102,7 +104,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--units", type=_widths, metavar="N,N", help="widths, bottom first (48,48; forecasts 32)")
     model.add_argument("--bidirectional", action="store_true", help="read sequences from both ends")
     model.add_argument("--pooling", choices=("mean", "max", "last"), help="over time (mean; forecasts last)")
-    model.add_argument("--every-step", action="store_true", help="learn to answer after every step, for streams")
+    model.add_argument(
+        "--every-step", action="store_true", help="learn to answer after every step; for streams, with --pooling last"
+    )
     model.add_argument("--dropout", type=float, default=0.3, metavar="P", help="after each layer (%(default)s)")
     how = train.add_argument_group("training")
     how.add_argument("--epochs", type=int, default=60, metavar="N", help="most passes over the data (%(default)s)")

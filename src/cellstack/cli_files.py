@@ -131,6 +131,8 @@ def convert(args: argparse.Namespace) -> int:
     net, source = load_model(args.source)
     x = None if args.sample is None else read_sample(net, args.sample)
     target = Path(args.target)
+    if target.exists() and target.samefile(source):
+        raise UsageError(f"{args.target}: expected another file than the one that is read, which would be lost")
     if args.target.endswith(os.sep) or target.is_dir() or target.suffix.lower() == ".c":
         in_c = target.suffix.lower() == ".c" and not target.is_dir()
         stem = target.stem if in_c else re.sub(r"[^A-Za-z0-9]+", "_", Path(source).stem).strip("_")
@@ -144,7 +146,8 @@ def convert(args: argparse.Namespace) -> int:
         try:
             net.save(target)
         except (TypeError, ValueError) as error:  # a suffix that no format has, a node that the format hasn't
-            raise UsageError(str(error)) from None
+            also = ", or .c, or a folder, which ends in /, for C" if str(error).startswith("save:") else ""
+            raise UsageError(f"{error}{also}") from None
         files = [str(target)]
     paths = [files[-1]] if Path(source).suffix == SUFFIX else [source, files[-1]]  # ours has no runtime but us
     reports = {path: verify(net, path, x, streams=path == paths[-1]) for path in paths}

@@ -16,6 +16,7 @@ import numpy as np
 from cellstack.cli_files import load_model
 from cellstack.formats.lines import Lines
 from cellstack.formats.state import load_state, save_state
+from cellstack.nodes import Pool
 from cellstack.stream import Stream
 from cellstack.train.checks import UsageError
 
@@ -86,7 +87,9 @@ def stream(args: argparse.Namespace) -> int:
     try:
         running = net.stream()
     except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
+        whole = any(isinstance(node, Pool) and node.mode != "last" for node in net.nodes)
+        mend = ": train with --pooling last for streams" if whole and net.metadata.get("task") else ""
+        raise UsageError(f"{path}: {error}{mend}") from None
     if (len(net.inputs), len(net.outputs)) != (1, 1):
         found = f"the inputs {', '.join(net.inputs)} and the outputs {', '.join(net.outputs)}"
         raise UsageError(f"{path}: expected one input and one output, found {found}")
@@ -111,6 +114,8 @@ def stream(args: argparse.Namespace) -> int:
     if status or args.state is not None:
         ended = f", stopped by {signal.Signals(status - 128).name}" if status else ""
         saved = f", state in {args.state}" if args.state is not None else ""
+        if saved and not all(np.isfinite(array).all() for state in running.state for array in state):
+            saved += ", which is no number any more: a frame held nan or inf"
         print(f"{frames.count} frames{ended}{saved}", file=sys.stderr)
     return status
 

@@ -158,6 +158,8 @@ def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0
     >>> [(one.weights, one.relative < 0.02) for one in report.streams]
     [('bfloat16', True), ('int8', True)]
     """
+    if not isinstance(net, Network):
+        raise TypeError(f"verify: expected net to be a Network, such as load(path) returns, got {type(net).__name__}")
     path = fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(2, "no such file", path)

@@ -36,6 +36,13 @@ from cellstack.stream import Stream
 
 NUMBERS_A_LINE = 8
 TYPES = {"float32": ("float", "f"), "float64": ("double", "")}
+# fmt: off
+HEADERS = {
+    "assert", "complex", "ctype", "errno", "fenv", "float", "inttypes", "iso646", "limits", "locale", "math",
+    "setjmp", "signal", "stdalign", "stdarg", "stdatomic", "stdbool", "stddef", "stdint", "stdio", "stdlib",
+    "stdnoreturn", "string", "tgmath", "threads", "time", "uchar", "wchar", "wctype",
+}
+# fmt: on
 NODES = (Standardise, Scale, LayerNorm, Embedding, Dense, Activation, Pool, Conv1D, Recurrent)
 
 
@@ -69,6 +76,12 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
     """
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is None or "__" in name or name.endswith("_"):
         raise ValueError(f"export_c: expected a name of letters, digits and single underscores, as C has, got {name!r}")
+    if name.lower() in HEADERS:
+        raise ValueError(f"export_c: expected a name that no header of C has, got {name!r}")
+    if Path(directory).suffix in (".c", ".h"):
+        raise ValueError(
+            f"export_c: expected a folder, got {os.fspath(directory)!r}: name= is what the files are called"
+        )
     writer = _Writer(network, name)
     header, source = writer.header(), writer.source()
     os.makedirs(directory, exist_ok=True)
