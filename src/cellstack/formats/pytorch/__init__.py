@@ -57,7 +57,7 @@ def load(path: str) -> Network:
         found = contents(path, file.read(), scripts)
         root = next(iter(found.roots.items())) if len(found.roots) == 1 else None
         if root is None or not _whole(path, found, *root):
-            return network_of(found.tensors, path, found.activations, found.unknown, found.directions)
+            return network_of(found.tensors, path, found.activations, found.unknown, found.directions, found.axes)
         return _network(path, found, Saved(Source(path, scripts), root[1]), ".".join(root[0]))
 
 
@@ -67,7 +67,7 @@ def _whole(path: str, found: Contents, place: tuple[str, ...], root: Standin) ->
     while kind.startswith("torch.nn.parallel.") and isinstance(child, Standin):  # what it wraps decides
         child = attributes_of(child).get("_modules", {}).get("module")
         kind = kind_of(child) if isinstance(child, Standin) else ""
-    alone = len(parts_of(joined(found.tensors, path, WEIGHT, found.directions))) == 1 and not found.unknown
+    alone = len(parts_of(joined(found.tensors, path, WEIGHT, found.directions, found.axes))) == 1 and not found.unknown
     return kind.startswith("torch.nn.") and not alone and len(contents(path, root).tensors) == len(found.tensors)
 
 
@@ -100,7 +100,7 @@ def extract(path: str) -> dict[str, Network]:
     """
     with records(path) as file:
         found = contents(path, file.read(), Scripts(path, file.code))
-        networks = networks_of(found.tensors, path, found.activations, found.directions)
+        networks = networks_of(found.tensors, path, found.activations, found.directions, found.axes)
         if not networks:
             raise nothing_recurrent(found.tensors, path, found.unknown)
         return networks

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ PACKED = re.compile(
     r"|_packed_params\._packed_params\.(?P<linear>weight|bias))",
     re.DOTALL,
 )
+ALIKE, CLEARER = 1e-6, 10.0  # how far numbers of float32 may be apart; how much the one way must beat the other
 WEIGHT_NORM, SPECTRAL_NORM, PRUNED = "weight norm", "spectral norm", "pruned"
 KNOWN: dict[frozenset[str], tuple[str, tuple[str, ...]]] = {  # which pieces make what, and in which order it takes them
     frozenset(("g", "v")): (WEIGHT_NORM, ("g", "v")),
@@ -73,6 +75,7 @@ def joined(
     where: str,
     weights: re.Pattern[str] | None = None,
     directions: Mapping[str, int] | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return tensors by name, with weights in the place of their pieces.
 
@@ -81,12 +84,14 @@ def joined(
         where: what messages call the file.
         weights: the names of weights to look for; None = any.
         directions: how many quantised layers have, by name, where it is known.
+        axes: which axis of a weight under a spectral norm its u is of, by the weight's name, where it is known.
 
     Returns:
         The same, but for the pieces; in the same order, a weight where its first piece stood.
 
     Raises:
-        FormatError: pieces that don't make a weight, or packed weights of which it can't be told whose they are.
+        FormatError: pieces that don't make a weight, or make one that is there too; packed weights of which it can't be
+            told whose they are.
     """
     tensors = _unpacked(tensors, where, directions or {})
     groups: dict[str, dict[str, str]] = {}
@@ -100,8 +105,12 @@ def joined(
             groups.setdefault(weight, {})[match["ending"] or match["inner"]] = name
             whose[name] = weight
     made = {
-        weight: _made(f"{where}: tensor {short(weight, 200)}", tensors, pieces) for weight, pieces in groups.items()
+        weight: _made(f"{where}: tensor {short(weight, 200)}", tensors, pieces, (axes or {}).get(weight))
+        for weight, pieces in groups.items()
     }
+    for weight, tensor in made.items():
+        if tensor is not None and weight in tensors:
+            raise _twice(where, weight)
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         weight = whose.get(name, name)
@@ -109,7 +118,11 @@ def joined(
     return found
 
 
-def _made(where: str, tensors: Mapping[str, Any], pieces: Mapping[str, str]) -> Derived | None:
+def _twice(where: str, name: str) -> FormatError:
+    return FormatError(f"{where}: tensor {short(name, 200)}: expected it once, found it whole and in pieces")
+
+
+def _made(where: str, tensors: Mapping[str, Any], pieces: Mapping[str, str], axis: int | None) -> Derived | None:
     """Return the weight that these pieces make; None where they aren't pieces."""
     known = KNOWN.get(frozenset(pieces))
     if known is None:
@@ -131,8 +144,10 @@ def _made(where: str, tensors: Mapping[str, Any], pieces: Mapping[str, str]) -> 
         make = np.multiply
     else:
         shape = shapes[0]
-        fits = len(shape) == 2 and sorted(shapes[1:]) == sorted(((shape[0],), (shape[1],)))
-        make = _spectral_norm
+        ways = [at for at in (0, 1) if axis in (at, at - 2, None) and len(shape) == 2]
+        ways = [at for at in ways if shapes[1:] == [(shape[at],), (shape[1 - at],)]]
+        fits = bool(ways)
+        make = partial(_spectral_norm, where, ways)
     if not fits:
         raise FormatError(f"{where}: expected the pieces of a {how}, found {', '.join(short(list(s)) for s in shapes)}")
     return Derived(shape, how, parts, make)
@@ -150,10 +165,24 @@ def _weight_norm(length: NDArray[Any], direction: NDArray[Any]) -> NDArray[Any]:
     return direction * (length / np.sqrt(np.sum(direction**2, axis=axes, keepdims=True)))
 
 
-def _spectral_norm(weight: NDArray[Any], u: NDArray[Any], v: NDArray[Any]) -> NDArray[Any]:
-    """Return the weight through its greatest singular value, as u and v, of the rows and of the columns, have it."""
-    turned = weight if len(u) == weight.shape[0] else weight.T
-    return weight / (u @ turned @ v)
+def _spectral_norm(where: str, ways: list[int], weight: NDArray[Any], u: NDArray[Any], v: NDArray[Any]) -> NDArray[Any]:
+    """Return the weight through its greatest singular value, as u and v have it.
+
+    `ways` says which axes u may be of. Where a square weight leaves both, u tells: PyTorch makes it the direction of
+    the weight times v, along the right axis, so it points there.
+    """
+    products = [(weight if at == 0 else weight.T) @ v for at in ways]
+    sigmas = [u @ product for product in products]
+    if len(ways) == 2 and abs(sigmas[0] - sigmas[1]) > ALIKE * abs(sigmas[0]):
+        off = [1.0 - abs(sigma) / np.linalg.norm(product) for sigma, product in zip(sigmas, products, strict=True)]
+        best = int(off[1] < off[0])
+        if not off[1 - best] > CLEARER * max(off[best], ALIKE):
+            raise FormatError(
+                f"{where}: expected the vectors of a spectral norm to tell which axis of the square weight it is of, "
+                "found that they don't: remove_spectral_norm before it is saved"
+            )
+        return weight / sigmas[best]
+    return weight / sigmas[0]
 
 
 def _unpacked(tensors: Mapping[str, Any], where: str, directions: Mapping[str, int]) -> dict[str, Any]:
@@ -170,17 +199,27 @@ def _unpacked(tensors: Mapping[str, Any], where: str, directions: Mapping[str, i
         for prefix, numbers in counts.items()
     }
     found: dict[str, Any] = {}
+    biases = {
+        match["prefix"] + match["weight"].replace("weight", "bias")
+        for match in matches.values()
+        if match and match["part"] == "bias"
+    }
     for name, match in matches.items():
         if match is None:
-            found[name] = tensors[name]
+            if name in biases:  # cells have theirs twice, and add the packed ones
+                continue
+            whole = name
         elif match["number"]:
             layer, back = divmod(int(match["number"]), ways[match["prefix"]])
-            found[f"{match['prefix']}{match['what']}_l{layer}{'_reverse' * back}"] = tensors[name]
+            whole = f"{match['prefix']}{match['what']}_l{layer}{'_reverse' * back}"
         elif match["weight"]:
             what = match["weight"] if match["part"] == "weight" else match["weight"].replace("weight", "bias")
-            found[match["prefix"] + what] = tensors[name]
+            whole = match["prefix"] + what
         else:
-            found[match["prefix"] + match["linear"]] = tensors[name]
+            whole = match["prefix"] + match["linear"]
+        if match is not None and (whole in found or (whole in tensors and whole not in biases)):
+            raise _twice(where, whole)
+        found[whole] = tensors[name]
     return found
 
 

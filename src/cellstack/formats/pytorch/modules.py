@@ -127,12 +127,15 @@ def _weights(path: str, module: Any) -> dict[str, Any]:
         return module.tensors
     own = {name: value.detach().cpu() for name, value in (*module.named_parameters(), *module.named_buffers())}
     known, custom = dict(own), getattr(module, "parametrizations", {})
+    axes = {hook.name: hook.dim for hook in module._forward_pre_hooks.values() if type(hook).__name__ == "SpectralNorm"}
     for name, steps in custom.items():
         if len(steps) != 1 or type(steps[0]).__name__ not in ("_WeightNorm", "_SpectralNorm"):
             known = {key: value for key, value in known.items() if not key.startswith(f"parametrizations.{name}.")}
             known[name] = getattr(module, name).detach().cpu()
+        elif type(steps[0]).__name__ == "_SpectralNorm":
+            axes[name] = steps[0].dim
     try:
-        return joined(known, path)
+        return joined(known, path, axes=axes)
     except FormatError as error:
         raise _refuse(path, module, str(error)) from None
 
@@ -337,7 +340,7 @@ def _activation(module: Any, path: str) -> str:
         return f"elu({module.alpha})"
     if _is(module, "LeakyReLU") and module.negative_slope >= 0.0:
         return f"leaky_relu({module.negative_slope})"
-    if _is(module, "Softplus") and module.beta == 1.0:
+    if _is(module, "Softplus") and module.beta == 1.0 and module.threshold == 20.0:
         return "softplus"
     raise _refuse(path, module, KNOWN)
 

@@ -108,6 +108,7 @@ def networks_of(
     where: str,
     activations: Mapping[str, str] | None = None,
     directions: Mapping[str, int] | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> dict[str, Network]:
     """Return every recurrent module that a state dict holds, as a Network.
 
@@ -116,6 +117,7 @@ def networks_of(
         where: what messages call the file.
         activations: of plain RNNs by their name, where it is known; else tanh is assumed, and `metadata` says so.
         directions: how many quantised layers have, by name, where it is known; else their widths have to tell.
+        axes: those of spectral norms, as `derived.joined` takes them.
 
     Returns:
         Networks by the module's name, such as `"encoder.lstm"`; `""` where the names have no prefix. Each has one
@@ -131,7 +133,7 @@ def networks_of(
       layer_0  Recurrent  GRU 3 -> 4 (no bias)  [B, T, 4]  84}
     """
     networks: dict[str, Network] = {}
-    tensors = joined(tensors, where, NAME, directions)
+    tensors = joined(tensors, where, NAME, directions, axes)
     for part in parts_of(tensors):
         title = part.title if part.title not in networks else part.prefix
         networks[title] = _network(part, tensors, where, (activations or {}).get(part.title))
@@ -144,6 +146,7 @@ def network_of(
     activations: Mapping[str, str] | None = None,
     unknown: Iterable[str] = (),
     directions: Mapping[str, int] | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> Network:
     """Return the one recurrent module that a state dict consists of.
 
@@ -153,6 +156,7 @@ def network_of(
         activations: as for `networks_of`.
         unknown: what else the file holds that can't be run, in words.
         directions: as for `networks_of`.
+        axes: as for `networks_of`.
 
     Returns:
         The network.
@@ -160,7 +164,7 @@ def network_of(
     Raises:
         FormatError: no recurrent module, or more than that; lists by name what a state dict doesn't say how to run.
     """
-    tensors = joined(tensors, where, NAME, directions)
+    tensors = joined(tensors, where, NAME, directions, axes)
     parts = parts_of(tensors)
     used = {name for part in parts for name in part.names.values()}
     left = [*unknown, *_by_module(tensors, [name for name in tensors if name not in used])]

@@ -82,7 +82,7 @@ class Saved:
     def tensors(self) -> dict[str, Any]:
         """Its weights and its children's, by name, read when they are asked for."""
         found = contents(self.source.where, self.standin, self.source.scripts)
-        return joined(found.tensors, self.source.where, directions=found.directions)
+        return joined(found.tensors, self.source.where, directions=found.directions, axes=found.axes)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -38,6 +38,7 @@ class Contents:
         tensors: by name.
         activations: of plain RNNs, by the module's name.
         directions: how many quantised layers have, by name.
+        axes: which axis of a weight a spectral norm takes as rows, by the weight's name.
         unknown: modules that do something that isn't known, in words.
         roots: the modules that lie in no other, by their place in the file.
     """
@@ -45,6 +46,7 @@ class Contents:
     tensors: dict[str, Tensor | Quantised] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
     directions: dict[str, int] = field(default_factory=dict)
+    axes: dict[str, int] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     roots: dict[tuple[str, ...], Standin] = field(default_factory=dict)
 
@@ -77,6 +79,23 @@ def hooked(attributes: dict[Any, Any]) -> bool:
         or any(not (isinstance(hook, Standin) and OURS_HOOKS.fullmatch(hook.kind)) for hook in found.values())
         for found in hooks
     )
+
+
+def _computed(attributes: dict[Any, Any]) -> dict[str, int | None]:
+    """Return the weights that a module's hooks compute, each with the axis that a spectral norm takes as rows.
+
+    A module that is pickled whole has them among its attributes too, as the hooks last left them.
+    """
+    found: dict[str, int | None] = {}
+    for hooks in (attributes.get(name) for name in HOOKS):
+        for hook in hooks.values() if isinstance(hooks, dict) else ():
+            if isinstance(hook, Standin) and OURS_HOOKS.fullmatch(hook.kind):
+                own = attributes_of(hook)
+                name, axis = own.get("name", own.get("_tensor_name")), own.get("dim")
+                if isinstance(name, str):
+                    spectral = hook.kind.endswith(".SpectralNorm") and type(axis) is int
+                    found[name] = axis if spectral else None
+    return found
 
 
 def contents(where: str, root: Any, scripts: Scripts | None = None) -> Contents:
@@ -169,11 +188,17 @@ def _standin(
             found.unknown.append(f"{short(name or 'the module itself', 200)}: {short(kind, 200)}, {what}")
     if kind.endswith("multiarray._reconstruct"):
         found.unknown.append(f"{short('.'.join(path), 200)}: an array of NumPy's")
+    computed = _computed(attributes)
+    for weight, axis in computed.items():
+        if axis is not None:
+            found.axes[".".join((*path, weight))] = axis
+    if kind.endswith(".parametrizations._SpectralNorm") and len(path) > 2 and type(attributes.get("dim")) is int:
+        found.axes[".".join((*path[:-3], path[-2]))] = attributes["dim"]  # at parametrizations.NAME.0
     inside: list[tuple[tuple[str, ...], Any]] = []
     for key, child in attributes.items():
         if key in OWN and isinstance(child, dict):
             inside += _entries(child)
-        elif isinstance(key, str) and key not in COPIES and _holds(child):
+        elif isinstance(key, str) and key not in (*COPIES, *computed) and _holds(child):
             inside.append(((key,), child))
     for more in (value.items, value.pairs, value.args):
         inside += _entries(more) if more else []
