@@ -143,3 +143,37 @@ def test_hostile_functions(tmp_path, given, message):
         with pytest.raises(FormatError, match=message):
             read(path)
     assert time.perf_counter() - start < 10
+
+
+def one_function(tmp_path, function, calls):
+    proto = made([*calls, helper.make_node("Identity", ["X"], ["Y"])])
+    proto.functions.append(function)
+    return write(tmp_path / "net.onnx", proto, check=False)
+
+
+def test_calls_of_a_function_with_many_inputs(tmp_path):
+    """Of an empty body, too, a call takes as long as the function has inputs."""
+    function = helper.make_function(OWN, "f", [f"i{n}" for n in range(10_000)], [], [], OPSETS)
+    path = one_function(tmp_path, function, [helper.make_node("f", [], [], domain=OWN) for _ in range(3000)])
+    start = time.perf_counter()
+    with pytest.raises(FormatError, match="function 'f': expected calls that become at most"):
+        adapter.extract(path)
+    assert time.perf_counter() - start < 2
+
+
+def test_many_inputs_and_many_nodes(tmp_path):
+    """What a node of a function costs doesn't grow with the function's inputs."""
+    nodes = [helper.make_node("Identity", ["i0"], [f"v{n}"]) for n in range(10_000)]
+    function = helper.make_function(OWN, "f", [f"i{n}" for n in range(10_000)], [], nodes, OPSETS)
+    path = one_function(tmp_path, function, [helper.make_node("f", ["X"], [], domain=OWN)])
+    start = time.perf_counter()
+    assert adapter.extract(path) == {}
+    assert time.perf_counter() - start < 4
+
+
+def test_outputs_that_are_an_input_under_a_long_name(tmp_path):
+    function = helper.make_function(OWN, "f", ["x"], ["x"] * 2000, [], OPSETS)
+    outputs = [f"o{n}" for n in range(2000)]
+    path = one_function(tmp_path, function, [helper.make_node("f", ["X"], outputs, domain=OWN, name="n" * 100_000)])
+    with pytest.raises(FormatError, match="function 'f': expected calls that become at most"):
+        adapter.extract(path)

@@ -67,6 +67,7 @@ class _Inliner:
             raise FormatError(f"{where}: expected no function to call itself, and few to call each other")
         if len(call.input) > len(function.input) or len(call.output) > len(function.output):
             raise FormatError(f"{where}: expected a call with its inputs and outputs, found more of them")
+        self._take(where, EACH * (len(function.input) + len(function.output) + len(function.attribute_proto)))
         _check(where, call)
         prefix = self._prefix(call)
         names = dict.fromkeys(function.input, "") | dict(zip(function.input, call.input, strict=False))
@@ -79,9 +80,11 @@ class _Inliner:
                 same.append((names[inner], outer))
             elif outer:
                 names[inner] = outer
-        made = [self._copy(where, node, prefix, names, given) for node in function.node]
+        longest = max(map(len, (prefix, *names.values())))
+        made = [self._copy(where, node, prefix, names, longest, given) for node in function.node]
         for source, target in same:
             if target:
+                self._take(where, EACH + len(source) + len(prefix) + 2 * len(target))
                 node = type(call)(op_type="Identity", name=f"{prefix}{target}")
                 node.input.append(source)
                 node.output.append(target)
@@ -93,11 +96,16 @@ class _Inliner:
         number = self.calls[own] = self.calls.get(own, 0) + 1
         return f"{own}/" if number == 1 else f"{own}.{number}/"
 
-    def _copy(self, where: str, node: Any, prefix: str, names: dict[str, str], given: dict[str, Any]) -> Any:
-        longest = max(map(len, (prefix, *names.values())))
-        self.left -= node.ByteSize() + EACH + _growth(node, longest, given)
+    def _take(self, where: str, size: int) -> None:
+        """Count what a call becomes; `FormatError` where there is no room for it."""
+        self.left -= size
         if self.left < 0:
             raise FormatError(f"{where}: expected calls that become at most {self.most} bytes, found more")
+
+    def _copy(
+        self, where: str, node: Any, prefix: str, names: dict[str, str], longest: int, given: dict[str, Any]
+    ) -> Any:
+        self._take(where, node.ByteSize() + EACH + _growth(node, longest, given))
         made = type(node)()
         made.CopyFrom(node)
         self._rename(where, made, prefix, names, given)
