@@ -9,8 +9,8 @@ import numpy as np
 
 from cellstack.formats.onnx.cells import decimal
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import Spread, axes_of
-from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.fold import Spread, axes_of, numbers
+from cellstack.formats.onnx.graph import Handler, Reader, Refused, Turned
 from cellstack.formats.onnx.ops import arithmetic, floats, last_is
 from cellstack.formats.onnx.ops import reduce as over_time
 from cellstack.formats.onnx.values import Flowing
@@ -33,12 +33,10 @@ class Moment:
     epsilon: float = 0.0
 
 
-"""LayerNorm written out: what leads from one moment to the next, by operator; `x` is the value itself."""
-NEXT = {
+NEXT = {  # of a LayerNorm written out: what leads from one moment to the next, by operator; `x` is the value itself
     ("Sub", "x", "mean"): "centred",
     ("Pow", "centred", 2.0): "squares",
     ("Mul", "centred", "centred"): "squares",
-    ("ReduceMean", "centred"): "zero",
     ("ReduceMean", "squares"): "variance",
     ("Sqrt", "variance"): "deviation",
     ("Pow", "variance", 0.5): "deviation",
@@ -65,7 +63,7 @@ def moment(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     key: list[Any] = [node.op_type]
     for value in values[:1] if node.op_type == "ReduceMean" else values:
         number = _number(value)
-        key.append(value.what if isinstance(value, Moment) else "x" if value == first.of else number)
+        key.append(value.what if isinstance(value, Moment) else "x" if _is(value, first.of) else number)
     number = next((entry for entry in key[1:] if isinstance(entry, float)), None)
     if node.op_type == "Add" and first.what == "variance" and number is not None and not first.epsilon:
         return replace(first, epsilon=number)
@@ -78,8 +76,12 @@ def moment(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     return None if what is None else Moment(first.of, what, epsilon)
 
 
+def _is(value: Any, flow: Flowing) -> bool:
+    return isinstance(value, Flowing) and value == flow
+
+
 def _number(value: Any) -> float | None:
-    value = value.array if isinstance(value, Spread) else value
+    value = numbers(value)
     return decimal(float(value.reshape(()))) if isinstance(value, np.ndarray) and value.size == 1 else None
 
 
@@ -144,7 +146,7 @@ def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
     if attributes.get("training_mode", 0) or not attributes.get("spatial", 1):
         raise Refused("expected the form of inference")
     if len(x.axes) < 2 or x.axes[1] != "F" or "D" in x.axes:
-        raise Refused(f"expected the features on axis 1, found axes {' '.join(x.axes)}")
+        raise Turned(f"expected the features on axis 1, found axes {' '.join(x.axes)}")
     epsilon = float(attributes.get("epsilon", 1e-5))
     wide = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + epsilon)
     scale, shift = wide.astype(gain.dtype), (bias - mean.astype(np.float64) * wide).astype(gain.dtype)
