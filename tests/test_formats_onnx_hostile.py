@@ -307,3 +307,47 @@ def test_long_loops_and_many(tmp_path, steps, chains, broken):
     if not broken:
         assert len(adapter.load(path).cells) == chains
         assert time.perf_counter() - start < 60
+
+
+def test_sums_within_sums(tmp_path):
+    """A product's bias may be another product, and so on; none of these is told, and none overflows."""
+    nodes, name = [helper.make_node("MatMul", ["X", "W"], ["v"])], "v"
+    for n in range(3000):
+        nodes.append(helper.make_node("Gemm", ["X", "W", name], [f"v{n}"]))
+        name = f"v{n}"
+    nodes.append(helper.make_node("Tanh", [name], ["Y"]))
+    made = model(nodes, {"X": (TensorProto.FLOAT, ["B", 3])}, {"Y": 2}, {"W": np.ones((3, 3), np.float32)})
+    path = write(tmp_path / "net.onnx", made, check=False)
+    assert adapter.extract(path) == {}
+    with pytest.raises(FormatError, match="expected the bias to be constant"):
+        adapter.load(path)
+
+
+@pytest.mark.parametrize("operator", ["AveragePool", "Add", "DequantizeLinear"])
+def test_arrays_as_large_as_a_file_says(tmp_path, operator):
+    """Windows and widths that are only claimed don't make arrays."""
+    named = {"kernel_shape": [10**6], "pads": [1, 1], "count_include_pad": 1} if operator == "AveragePool" else {}
+    axes = ["B", 4096, "T"] if named else ["B", 10**9, 10**9]
+    inputs = ["X"] if named else ["X", "one", "zero"][: 2 if operator == "Add" else 3]
+    node = helper.make_node(operator, inputs, ["Y"], name="large", **named)
+    arrays = {"one": np.ones(1, np.float32), "zero": np.zeros(1, np.float32)}
+    made = model([node], {"X": (TensorProto.FLOAT, axes)}, {"Y": 3}, arrays)
+    path = write(tmp_path / "net.onnx", made, check=False)
+    tracemalloc.start()
+    start = time.monotonic()
+    with pytest.raises(FormatError, match=f"{operator} 'large': expected constants of at most"):
+        adapter.load(path)
+    assert time.monotonic() - start < 2.0
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_many_nodes_of_one_name(tmp_path):
+    count = 10_000
+    names = ["X", *(f"v{n}" for n in range(count - 1)), "Y"]
+    nodes = [helper.make_node("Tanh", names[n : n + 1], names[n + 1 : n + 2], name="tanh") for n in range(count)]
+    path = write(tmp_path / "net.onnx", model(nodes, {"X": (TensorProto.FLOAT, ["B", "T", 3])}, {"Y": 3}, {}), False)
+    start = time.monotonic()
+    net = adapter.load(path)
+    assert time.monotonic() - start < 5.0
+    assert (*net.names[:3], net.names[-1]) == ("tanh", "tanh.2", "tanh.3", f"tanh.{count}")

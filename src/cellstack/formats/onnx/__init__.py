@@ -8,8 +8,8 @@ from functools import partial
 import numpy as np
 
 from cellstack.formats.onnx import activations, norms, ops, pools, quantised, shapes
-from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator, unique
-from cellstack.formats.onnx.file import Model, Scope, label, read, short
+from cellstack.formats.onnx.cells import Names, Operator, is_recurrent, network_of, read_operator
+from cellstack.formats.onnx.file import Model, Scope, label, read, short, unused_tensors
 from cellstack.formats.onnx.graph import load_graph
 from cellstack.formats.onnx.rolled import roll
 from cellstack.formats.onnx.unrolled import find_unrolled
@@ -86,9 +86,10 @@ def extract(path: str) -> dict[str, Network]:
     model = read(path)
     parts: dict[str, Network] = {}
     problems: list[str] = []
+    names = Names()
     try:
         for own, reads in _parts(Scope(model, model.proto.graph)):
-            name = unique(parts, own)
+            name = names.fresh(own)
             try:
                 parts[name] = network_of(reads(), name, model.source)
             except FormatError as error:
@@ -123,8 +124,9 @@ def load(path: str) -> Network:
     """
     model = read(path)
     try:
+        unused = unused_tensors(Scope(model, model.proto.graph))
         roll(model)
-        return load_graph(model, HANDLERS)
+        return load_graph(model, HANDLERS, unused)
     except FormatError as error:
         hint = "; cellstack.extract(path) gives its recurrent parts" if _has_parts(model) else ""
         raise FormatError(f"{error}{hint}") from None

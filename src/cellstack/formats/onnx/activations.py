@@ -7,30 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.cells import NAMES, decimal
+from cellstack.formats.onnx.cells import NAMES, PARAMETERS, activation_text, decimal
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import Spread
+from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.values import Flowing
 from cellstack.nodes import Activation, Conv1D, Dense, Merge
 
-PARAMETERS = {  # of the operators: attributes and what they are where not given
-    "HardSigmoid": (("alpha", 0.2), ("beta", 0.5)),
-    "Elu": (("alpha", 1.0),),
-    "LeakyRelu": (("alpha", 0.01),),
-    "ThresholdedRelu": (("alpha", 1.0),),
-}
-CALLED = {name: ours for name, ours in NAMES.items() if name not in ("Affine", "ScaledTanh")}
+CALLED = tuple(name for name in NAMES if None not in PARAMETERS.get(name, ()))
 SOFTMAX = {"Softmax": "softmax", "LogSoftmax": "log_softmax"}
 GATED = {"HardSwish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times what these make of it
+CLIPS = {(0.0, np.inf): "relu", (0.0, 6.0): "relu6"}
 SELU = {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875}
 
 
 def activation(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read an activation that cells have too."""
-    given = [attributes.get(key, usual) for key, usual in PARAMETERS.get(node.op_type, ())]
-    numbers = ", ".join(repr(decimal(value)) for value in given)
-    text = CALLED[node.op_type] + (f"({numbers})" if given else "")
+    text = activation_text(node, attributes)
+    assert text is not None  # CALLED holds no other operators
     return as_activation(reader, node, values[0], text)
 
 
@@ -88,30 +82,46 @@ def swish(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
 
 
 def clip(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Clip: from 0 up, from 0 to 6, or from -b to b and the like, which a hard sigmoid and a line make."""
+    """Read a Clip: the greater of a value and one bound, the smaller of that and the other."""
     bounds = []
-    for place, name, usual in ((1, "min", -np.inf), (2, "max", np.inf)):
+    for place, name, usual in (
+        (1, "min", -np.inf),
+        (2, "max", np.inf),
+    ):  # where no number lies beyond it, there is none
         value = attributes.get(name, values[place] if len(values) > place and values[place] is not None else usual)
-        value = value.array if isinstance(value, Spread) else value
-        if not isinstance(value, (int, float, np.ndarray)) or np.size(value) != 1:
+        value = numbers(value)
+        if not isinstance(value, (int, float, np.ndarray)) or np.size(value) != 1 or np.isnan(value).any():
             raise Refused(f"expected {name} to be a constant")
-        bounds.append(float(np.reshape(value, ())))
+        dtype = value.dtype if isinstance(value, np.ndarray) and value.dtype.kind == "f" else np.dtype(np.float32)
+        bound = float(np.reshape(value, ()))
+        bounds.append(usual if np.sign(usual) * bound >= np.finfo(dtype).max else bound)
     low, high = bounds
-    if (low, high) == (0.0, np.inf):
-        return as_activation(reader, node, values[0], "relu")
-    if (low, high) == (0.0, 6.0):
-        return as_activation(reader, node, values[0], "relu6")
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+    if low > high or low == np.inf or high == -np.inf:
         raise Refused(f"expected bounds from a number to a greater one, found {low} and {high}")
-    span = high - low
-    x = reader.flowing(values[0])
-    wire = activated(reader, label(node), x, f"hard_sigmoid({1.0 / span!r}, {-low / span!r})")
-    return [replace(x, wire=reader.add(f"{label(node)}.spread", Activation(f"affine({span!r}, {low!r})"), wire))]
+    if (low, high) in CLIPS:
+        return as_activation(reader, node, values[0], CLIPS[low, high])
+    x, name = reader.flowing(values[0]), label(node)
+    wire = x.wire
+    for sign, bound in ((1.0, low), (-1.0, high)):
+        if np.isfinite(bound):
+            wire = _at_least(reader, name, wire, sign, bound)
+    return [replace(x, wire=wire)]
+
+
+def _at_least(reader: Reader, name: str, wire: str, sign: float, bound: float) -> str:
+    """Return the wire of the greater of a value and a bound; with a sign of -1, of the smaller."""
+    within = reader.add(f"{name}.within", Activation("hard_sigmoid"), wire)  # finite, so that 0 times it is 0
+    edge = reader.add(f"{name}.edge", Activation(f"affine(0.0, {sign * bound!r})"), within)
+    if sign > 0.0:
+        return reader.add(name, Merge("max"), wire, edge)
+    turned = reader.add(f"{name}.turned", Activation("affine(-1.0, 0.0)"), wire)
+    greatest = reader.add(f"{name}.greatest", Merge("max"), turned, edge)
+    return reader.add(name, Activation("affine(-1.0, 0.0)"), greatest)
 
 
 def prelu(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a PRelu with one slope."""
-    slope = values[1].array if isinstance(values[1], Spread) else values[1]
+    slope = numbers(values[1])
     if not isinstance(slope, np.ndarray) or not slope.size or (slope != slope.reshape(-1)[0]).any():
         raise Refused("expected one constant slope for all features")
     return as_activation(reader, node, values[0], f"leaky_relu({decimal(slope.reshape(-1)[0])!r})")

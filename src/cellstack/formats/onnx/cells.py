@@ -5,13 +5,14 @@ Ref: ONNX, Operators.md, LSTM, GRU and RNN; DynamicQuantizeLSTM: ONNX Runtime, C
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cellstack.formats.layout import Array, CellArrays, from_rows, reorder, to_rows
-from cellstack.formats.onnx.file import Constant, Scope, label, short
-from cellstack.formats.onnx.fold import Spread
+from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, label, short
+from cellstack.formats.onnx.fold import numbers
 from cellstack.network import Network
 from cellstack.nodes import Node, Select
 from cellstack.recurrent import Bidirectional, Cell, Recurrent
@@ -73,7 +74,7 @@ class Operator(NamedTuple):
 
 def is_recurrent(node: Any) -> bool:
     """Whether a node is one of the recurrent operators."""
-    usual = node.domain in ("", "ai.onnx") and node.op_type in ("LSTM", "GRU", "RNN")
+    usual = node.domain in DOMAINS and node.op_type in ("LSTM", "GRU", "RNN")
     return usual or (node.domain == MICROSOFT and node.op_type == "DynamicQuantizeLSTM")
 
 
@@ -212,6 +213,19 @@ def _activations(where: str, names: list[str], attributes: dict[str, Any]) -> li
     return texts
 
 
+def activation_text(node: Any, attributes: dict[str, Any]) -> str | None:
+    """Return the activation that an operator of a graph is, as ours are written; None where it is none.
+
+    Affine and ScaledTanh aren't: beside the recurrent operators, ONNX hasn't them any more.
+    """
+    usual = PARAMETERS.get(node.op_type, ())
+    if node.op_type not in NAMES or None in usual:
+        return None
+    given = [attributes.get(key, value) for key, value in zip(("alpha", "beta"), usual, strict=False)]
+    parameters = ", ".join(repr(decimal(value)) for value in given)
+    return NAMES[node.op_type] + (f"({parameters})" if given else "")
+
+
 def decimal(value: float) -> float:
     """Return the shortest decimal that a float32 stands for: 0.2, not 0.20000000298; and a sixth for a sixth."""
     sixth = USUAL_PARAMETERS["hard_sigmoid"][0]
@@ -297,7 +311,7 @@ def _starts(
     for key, value in states.items():
         if value is None:
             continue
-        array = value.array if isinstance(value, Spread) else value
+        array = numbers(value)
         if not array.any():
             if isinstance(value, np.ndarray) and array.shape[-1:] not in ((units,), (1,)):
                 raise FormatError(f"{where}: expected {key} of [{ways}, B, {units}], found {array.shape}")
@@ -405,11 +419,23 @@ def _written_activations(cells: tuple[Cell, ...]) -> dict[str, Any]:
     return {key: value for key, value in attributes.items() if value}
 
 
-def unique(names: dict[str, Any] | set[str], name: str) -> str:
-    """Return `name`, with a number after it where it is taken."""
-    if name not in names:
-        return name
-    number = 2
-    while f"{name}.{number}" in names:
-        number += 1
-    return f"{name}.{number}"
+class Names:
+    """Names that are all different: one that is taken gets a number after it.
+
+    Args:
+        taken: names that something has.
+    """
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self.taken = set(taken)
+        self.numbers: dict[str, int] = {}  # the last that a name was given
+
+    def fresh(self, name: str) -> str:
+        """Return a name that nothing has, and keep it."""
+        found, number = name, self.numbers.get(name, 1)
+        while found in self.taken:
+            number += 1
+            found = f"{name}.{number}"
+        self.numbers[name] = number
+        self.taken.add(found)
+        return found

@@ -246,6 +246,7 @@ class Scope:
     known: dict[str, Constant | None] = field(default_factory=dict)
     alike: dict[Any, str] = field(default_factory=dict)  # constants by their numbers: the first name
     first_alike: dict[str, str] = field(default_factory=dict)
+    unbound: dict[str, dict[str, int]] = field(default_factory=dict)  # by a Split's first output: which step each is
     rows: dict[str, int] = field(default_factory=dict)  # constants that are one row: how long it is; else 0
 
     def __post_init__(self) -> None:
@@ -391,6 +392,45 @@ class Scope:
                 for graph in graphs:
                     place = f"{self.place}/{label(node)}" if self.place else label(node)
                     yield node, Scope(self.model, graph, self, f"{place}/{entry.name}")
+
+
+def live_nodes(scope: Scope) -> set[int]:
+    """Return the ids of the nodes that lead to an output."""
+    live: set[int] = set()
+    waiting = [value.name for value in scope.graph.output]
+    while waiting:
+        node = scope.producers.get(waiting.pop())
+        if node is not None and id(node) not in live:
+            live.add(id(node))
+            waiting += [name for name in node.input if name]
+            for entry in node.attribute:
+                for graph in [entry.g] if entry.type == 5 else entry.graphs:
+                    waiting += [name for inner in graph.node for name in inner.input if name]
+                    waiting += [value.name for value in graph.output]
+    return live
+
+
+def uses(scope: Scope, live: set[int]) -> dict[str, int]:
+    """Return how often each value is taken, by nodes that lead to an output and by the outputs."""
+    counts: dict[str, int] = {}
+    names = [name for node in scope.graph.node if id(node) in live for name in node.input]
+    for name in [*names, *(value.name for value in scope.graph.output)]:
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def unused_tensors(scope: Scope) -> list[str]:
+    """Return the tensors of a graph that nothing that leads to an output takes, inputs left out."""
+    taken = uses(scope, live_nodes(scope)).keys() | set(scope.inputs)
+    return [name for name in scope.initializers if name not in taken]
+
+
+def declared(value: Any) -> list[int | None] | None:
+    """Return the lengths that a file declares of an input, None where any will do; None where it declares no axes."""
+    kind = value.type.tensor_type
+    if not kind.HasField("shape"):
+        return None
+    return [axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None for axis in kind.shape.dim]
 
 
 def read(path: str) -> Model:

@@ -29,6 +29,12 @@ class Budget:
     def __init__(self, size: int) -> None:
         self.most = self.left = FREE + TIMES * size
 
+    def again(self) -> Budget:
+        """Return one as it was at first."""
+        fresh = Budget(0)
+        fresh.most = fresh.left = self.most
+        return fresh
+
     def take(self, *shape: int) -> None:
         """Count an array of this shape; `TooMuchError` where there is no room for it, `ValueError` if there is none."""
         if any(axis < 0 for axis in shape):
@@ -53,10 +59,15 @@ class Spread(NamedTuple):
         return self.array.size == 1
 
 
-def whole(values: Any) -> list[int]:
-    """Return a constant list of integers, such as axes; `ValueError` where it isn't one."""
+def numbers(value: Any) -> Any:
+    """Return the array of a constant of whatever shape; what is no `Spread` as it is."""
+    return value.array if isinstance(value, Spread) else value
+
+
+def whole(values: Any, most: int = 0) -> list[int]:
+    """Return a constant list of integers, such as axes, of `most` or a few; `ValueError` where it isn't one."""
     array = np.asarray(values)
-    if array.dtype.kind not in "iu" or array.ndim > 1 or array.size > 64:
+    if array.dtype.kind not in "iu" or array.ndim > 1 or array.size > max(most, 64):
         raise ValueError(f"expected a short list of integers, found {array.dtype} {array.shape}")
     return [int(value) for value in array.reshape(-1)]
 
@@ -108,7 +119,7 @@ def split_sizes(attributes: dict[str, Any], values: list[Any], length: int, outp
     if sizes is None:
         each = -(-length // outputs)
         sizes = [min(each, length - n * each) for n in range(outputs)]
-    sizes = whole(sizes)
+    sizes = whole(sizes, outputs)
     if len(sizes) != outputs or sum(sizes) != length or min(sizes) < 0:
         raise ValueError(f"expected {outputs} lengths that add up to {length}, found {sizes}")
     return sizes

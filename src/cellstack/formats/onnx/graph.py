@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.cells import INPUTS, KINDS, clean, is_recurrent, nodes_of, read_operator, unique
-from cellstack.formats.onnx.file import DOMAINS, Model, Scope, label, short
-from cellstack.formats.onnx.fold import Spread, fold
+from cellstack.formats.onnx.cells import INPUTS, KINDS, Names, clean, is_recurrent, nodes_of, read_operator
+from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
+from cellstack.formats.onnx.fold import Spread, TooMuchError, fold, numbers
 from cellstack.formats.onnx.scan import is_scan, read_scan
 from cellstack.formats.onnx.values import Ends, Flowing, Lengths, Ref, StartOf, Symbols, Unknown
 from cellstack.network import Network
 from cellstack.nodes import Activation, Merge, Node, Permute, Pool, Recurrent, Reshape, Select
 from cellstack.spec import FormatError
 
-Value = Flowing | Ends | StartOf | Lengths | Symbols | Unknown | Spread | np.ndarray
 Handler = Callable[["Reader", Any, dict[str, Any], list[Any]], list[Any]]
 MOVES = {"Slice", "Gather", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Split", "Reshape", "Cast", "Expand"}
 SHAPES = {"Cast", "Concat", "Gather", "Identity", "Mul", "Reshape", "Shape", "Slice", "Squeeze", "Unsqueeze"}
@@ -33,6 +32,10 @@ INTEGERS = (2, 3, 4, 5, 6, 7, 12, 13)
 
 class Refused(ValueError):  # noqa: N818
     """An operator that a Network can't run as it stands; the message says why."""
+
+
+class Turned(Refused):
+    """An operator whose input has its axes in an order that it can't take; those of the inputs may come in another."""
 
 
 class Reader:
@@ -56,11 +59,14 @@ class Reader:
     ) -> None:
         self.scope, self.model, self.handlers = scope, scope.model, handlers
         self.lengths, self.inputs = lengths, {}
+        self.budget, self.pinned = self.model.budget.again(), False  # pinned: to the lengths that the file names
         self.values: dict[str, Any] = {}
+        self.names = Names()
         self.nodes: list[tuple[str, Node, tuple[str, ...]]] = []
         self.places: dict[str, int] = {}
         self.bound: dict[str, list[str]] = {}  # the names in the file of what each wire carries
         self.problems: list[tuple[str, str]] = []
+        self.turned = 0  # of these, such as are an affair of the axes' order
         self.operators: list[tuple[Any, str, bool]] = []  # cells, wire, and whether it carries every step
         self.live = live_nodes(scope)
         self.uses = uses(scope, self.live)
@@ -76,7 +82,7 @@ class Reader:
                 self.problems.append(("input", f"{short(name)}: expected numbers with 2 or 3 axes{found}"))
                 self.values[name] = Unknown("", True)
                 continue
-            wire = unique(self.inputs, clean(name))
+            wire = self.names.fresh(clean(name))
             known = dict(zip(labels, shapes[name] or [None] * len(labels), strict=True))
             self.inputs[wire] = (name, labels, known)
             self.values[name] = Flowing(wire, labels, known.get("F"), known.get("T"), known.get("B"))
@@ -86,7 +92,7 @@ class Reader:
 
     def add(self, name: str, node: Node, *wires: str) -> str:
         """Put a node in, and return the wire that carries what it returns."""
-        wire = unique(self.bound, clean(name))
+        wire = self.names.fresh(clean(name))
         self.places[wire] = len(self.nodes)
         self.nodes.append((wire, node, wires))
         self.bound[wire] = []
@@ -199,7 +205,8 @@ class Reader:
                 raise Refused("an operator that a Network hasn't")
             made = handler(self, node, attributes, values)
             return [*made, *[Unknown("an output that a Network hasn't", False)] * (len(node.output) - len(made))]
-        except Refused as error:
+        except (Refused, TooMuchError) as error:
+            self.turned += isinstance(error, Turned)
             self.problems.append((node.op_type, f"{short(label(node))}: {error}"))
         except FormatError as error:
             self.problems.append((node.op_type, str(error).removeprefix(f"{self.model.path}: ")))
@@ -301,39 +308,6 @@ def _settled(array: Any) -> Any:
 # ── the graph as a whole ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def live_nodes(scope: Scope) -> set[int]:
-    """Return the ids of the nodes that lead to an output."""
-    live: set[int] = set()
-    waiting = [value.name for value in scope.graph.output]
-    while waiting:
-        node = scope.producers.get(waiting.pop())
-        if node is not None and id(node) not in live:
-            live.add(id(node))
-            waiting += [name for name in node.input if name]
-            for entry in node.attribute:
-                for graph in [entry.g] if entry.type == 5 else entry.graphs:
-                    waiting += [name for inner in graph.node for name in inner.input if name]
-                    waiting += [value.name for value in graph.output]
-    return live
-
-
-def uses(scope: Scope, live: set[int]) -> dict[str, int]:
-    """Return how often each value is taken, by nodes that lead to an output and by the outputs."""
-    counts: dict[str, int] = {}
-    names = [name for node in scope.graph.node if id(node) in live for name in node.input]
-    for name in [*names, *(value.name for value in scope.graph.output)]:
-        counts[name] = counts.get(name, 0) + 1
-    return counts
-
-
-def declared(value: Any) -> list[int | None] | None:
-    """Return the lengths that a file declares of an input, None where any will do; None where it declares no axes."""
-    kind = value.type.tensor_type
-    if not kind.HasField("shape"):
-        return None
-    return [axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None for axis in kind.shape.dim]
-
-
 def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a recurrent operator of the outermost graph."""
     operator = read_operator(reader.scope, node)
@@ -341,7 +315,7 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     x = reader.flowing(values[0], "X")
     wanted = ("B", "T", "F") if operator.batch_first else ("T", "B", "F")
     if x.axes != wanted:
-        raise Refused(f"expected X with axes {' '.join(wanted)}, found {' '.join(x.axes)}")
+        raise Turned(f"expected X with axes {' '.join(wanted)}, found {' '.join(x.axes)}")
     starts: dict[str, Any] = dict(zip(INPUTS[5:7], values[5:7], strict=False))
     for key in operator.started:
         if not isinstance(starts[key], (StartOf, Spread)):
@@ -372,7 +346,7 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     *states, x = values
     starts = {}
     for part, value in zip("hc", states, strict=False):
-        value = value.array if isinstance(value, Spread) else value
+        value = numbers(value)
         if isinstance(value, np.ndarray):
             if not value.size or (value != value.reshape(-1, value.shape[-1])[:1]).any():
                 raise Refused(f"expected the {part} to start from to be alike in every row")
@@ -382,7 +356,7 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     cell, backwards = read_scan(reader.model, node, starts if any(one.any() for one in starts.values()) else {})
     flow = reader.flowing(x, "its steps")
     if flow.axes != ("T", "B", "F"):
-        raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
+        raise Turned(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
     sequences = reader.uses.get(node.output[-1], 0) > 0
     wire = reader.add(label(node), Recurrent((cell,), sequences, backwards), flow.wire)
     if backwards and sequences:
@@ -428,8 +402,13 @@ def _tries(scope: Scope, taken: set[str]) -> list[dict[str, tuple[str, ...] | No
     return [dict(zip(ways, each, strict=True)) for each in islice(product(*ways.values()), MOST_TRIES)]
 
 
-def load_graph(model: Model, handlers: dict[str, Handler]) -> Network:
+def load_graph(model: Model, handlers: dict[str, Handler], unused: list[str]) -> Network:
     """Return the whole of a file as a Network.
+
+    Args:
+        model: the file.
+        handlers: what reads each operator.
+        unused: tensors of the file that nothing takes, which the metadata names.
 
     Raises:
         FormatError: something that a Network can't run; all of it is named.
@@ -442,15 +421,19 @@ def load_graph(model: Model, handlers: dict[str, Handler]) -> Network:
         reader.read()
         wires, said = reader.outputs()
         if not reader.problems:
-            return _network(model, reader, wires, said)
+            return _network(model, reader, wires, said, unused)
         if best is None or _distance(reader) < _distance(best):
             best = reader
     raise FormatError(f"{model.path}: {_listed(best)}")
 
 
-def _distance(reader: Reader) -> tuple[int, int]:
-    """Return how far a reading is from a whole one: axes that a recurrent operator can't take are the surest sign."""
-    return sum(operator in KINDS for operator, _ in reader.problems), len(reader.problems)
+def _distance(reader: Reader) -> tuple[int, ...]:
+    """Return how far a reading is from a whole one: axes that a recurrent operator can't take are the surest sign.
+
+    Of readings alike in that, and in how many problems they have, the better is one whose axes operators could take.
+    """
+    recurrent = sum(operator in KINDS for operator, _ in reader.problems)
+    return recurrent, len(reader.problems), reader.turned, -len(reader.nodes)
 
 
 def _listed(reader: Reader | None) -> str:
@@ -459,15 +442,14 @@ def _listed(reader: Reader | None) -> str:
     return f"expected operators that a Network can run, found: {listed or 'no input'}"
 
 
-def _network(model: Model, reader: Reader, wires: list[str], said: dict[str, Any]) -> Network:
+def _network(model: Model, reader: Reader, wires: list[str], said: dict[str, Any], unused: list[str]) -> Network:
     axes = {"inputs": {name: "".join(labels) for name, labels, _ in reader.inputs.values()}, **said}
     if reader.lengths:
         axes["lengths"] = sorted(reader.lengths)
-    unused = [name for name in reader.scope.initializers if not _is_used(reader, name)]
     if unused:
         axes["unused"] = unused
     inputs = {
-        wire: None if name in reader.ids else _shape(labels, known)
+        wire: None if name in reader.ids else _shape(labels, known, reader.pinned)
         for wire, (name, labels, known) in reader.inputs.items()
     }
     names, nodes, sources = zip(*reader.nodes, strict=True) if reader.nodes else ((), (), ())
@@ -484,11 +466,7 @@ def _network(model: Model, reader: Reader, wires: list[str], said: dict[str, Any
         raise FormatError(f"{model.path}: {str(error)[:300]}") from None
 
 
-def _is_used(reader: Reader, name: str) -> bool:
-    return reader.uses.get(name, 0) > 0 or name in reader.scope.inputs
-
-
-def _shape(labels: tuple[str, ...], known: dict[str, int | None]) -> tuple[int | None, ...]:
-    """Return an input's shape as a Network takes it: any number of steps."""
-    steps = (None,) if "T" in labels else ()
+def _shape(labels: tuple[str, ...], known: dict[str, int | None], pinned: bool) -> tuple[int | None, ...]:
+    """Return an input's shape as a Network takes it: any number of steps, where it isn't pinned."""
+    steps = (known["T"] if pinned else None,) if "T" in labels else ()
     return (*steps, known["F"]) if "F" in labels else steps

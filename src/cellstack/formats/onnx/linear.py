@@ -87,7 +87,7 @@ def linear(scope: Scope, name: str, left: list[int] | None = None) -> Linear | N
             return None
         return Linear(parts[0].products + parts[1].products, parts[0].biases + parts[1].biases)
     if node.op_type in ("MatMul", "Gemm"):
-        return _product(scope, node)
+        return _product(scope, node, left)
     inner = linear(scope, node.input[0], left) if node.op_type in MOVED and node.input else None
     if inner is None or node.op_type == "Identity":
         return inner
@@ -109,7 +109,7 @@ def _row(constant: Any) -> int:
     return constant.shape[-1] if alike else 0
 
 
-def _product(scope: Scope, node: Any) -> Linear | None:
+def _product(scope: Scope, node: Any, left: list[int]) -> Linear | None:
     weights = scope.constant(node.input[1]) if len(node.input) > 1 else None
     found = scope.model.attributes(node)
     plain = not found.get("transA", 0) and found.get("alpha", 1.0) == 1.0 and found.get("beta", 1.0) == 1.0
@@ -120,8 +120,11 @@ def _product(scope: Scope, node: Any) -> Linear | None:
     term = Term(
         node.input[0], first_alike(scope, node.input[1], weights), turned, 0, count, flat=node.op_type == "Gemm"
     )
-    bias = linear(scope, node.input[2]) if len(node.input) > 2 and node.input[2] else Linear((), ())
-    if bias is None or bias.products or any(b.stop != count for b in bias.biases):
+    added = node.input[2] if len(node.input) > 2 else ""
+    if added and scope.constant(added) is None:
+        return None
+    bias = linear(scope, added, left) if added else Linear((), ())
+    if bias is None or any(b.stop != count for b in bias.biases):
         return None
     return Linear((term,), bias.biases)
 
@@ -134,6 +137,16 @@ def first_alike(scope: Scope, name: str, array: Array) -> str:
     return scope.first_alike[name]
 
 
+def sizes_of(scope: Scope, node: Any) -> list[int] | None:
+    """Return the lengths that a Split cuts an axis into; [] where it cuts evenly, None where they can't be told."""
+    sizes, named = scope.model.attributes(node).get("split"), len(node.input) > 1 and node.input[1]
+    if sizes is None and not named:
+        return []
+    sizes = scope.constant(node.input[1]) if sizes is None else sizes
+    fits = isinstance(sizes, (list, np.ndarray)) and np.size(sizes) == len(node.output)
+    return whole(sizes, len(node.output)) if fits else None
+
+
 def _cut(scope: Scope, node: Any, name: str, inner: Linear) -> Linear | None:
     """Return what a Split gives that cuts the features, as it cuts the gates of a cell; None where it isn't one."""
     terms = (*inner.products, *inner.biases)
@@ -141,17 +154,19 @@ def _cut(scope: Scope, node: Any, name: str, inner: Linear) -> Linear | None:
         return None
     found = scope.model.attributes(node)
     count, axis = terms[0].stop - terms[0].start, found.get("axis", 0)
-    sizes = found.get("split", scope.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None)
+    sizes = sizes_of(scope, node)
+    if sizes is None:
+        return None
     if axis == 1:  # of rows of features it is the last one, of sequences it isn't
-        told = sizes is not None and max(whole(sizes)) > 1
+        told = bool(sizes) and max(sizes) > 1
         if not told and not all(term.flat or term.moves for term in inner.products):
             return None
     elif axis not in (-1, 2):
         return None
-    if sizes is None and count % len(node.output):
+    if not sizes and count % len(node.output):
         return None
-    sizes = [count // len(node.output)] * len(node.output) if sizes is None else whole(sizes)
-    if len(sizes) != len(node.output) or sum(sizes) != count or min(sizes) < 1:
+    sizes = sizes or [count // len(node.output)] * len(node.output)
+    if sum(sizes) != count or min(sizes) < 1:
         return None
     place = list(node.output).index(name)
     start = sum(sizes[:place])
@@ -236,9 +251,12 @@ def _step(scope: Scope, node: Any, output: str) -> tuple[int, int] | None:
         last = part.start == -1 and part.stop >= 2**31 - 1
         return (axis, part.start) if last or part.stop - part.start == 1 else None
     if node.op_type == "Split" and output:
-        sizes = attributes.get("split", values[1] if len(values) > 1 else None)
-        if sizes is not None and set(whole(sizes)) == {1}:
-            return attributes.get("axis", 0), list(node.output).index(output)
+        first = node.output[0]
+        if first not in scope.unbound:
+            singles = set(sizes_of(scope, node) or ()) == {1}
+            scope.unbound[first] = {name: n for n, name in enumerate(node.output)} if singles else {}
+        step = scope.unbound[first].get(output)
+        return None if step is None else (attributes.get("axis", 0), step)
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.layout import Array
-from cellstack.formats.onnx.cells import ONNX_NAMES, unique
+from cellstack.formats.onnx.cells import ONNX_NAMES, Names
 from cellstack.node import MORE_ACTIVATIONS
 from cellstack.spec import PARAMETERS, activation
 
@@ -28,7 +28,8 @@ class Pieces:
     """
 
     def __init__(self, onnx: Any, dtype: np.dtype[Any], taken: set[str], prefix: str = "") -> None:
-        self.onnx, self.dtype, self.taken, self.prefix = onnx, dtype, taken, prefix
+        self.onnx, self.dtype, self.prefix = onnx, dtype, prefix
+        self.names = Names(taken)
         self.type = onnx.helper.np_dtype_to_tensor_dtype(dtype)
         self.nodes: list[Any] = []
         self.tensors: list[Any] = []
@@ -36,9 +37,7 @@ class Pieces:
 
     def fresh(self, name: str) -> str:
         """Return a name that nothing has, and keep it."""
-        name = unique(self.taken, name)
-        self.taken.add(name)
-        return name
+        return self.names.fresh(name)
 
     def put(self, operator: str, inputs: list[str], output: str, name: str = "", **attributes: Any) -> str:
         """Put an operator in that makes `output`, and return that; it goes by `name`, else by its output."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import whole
-from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.graph import Handler, Reader, Refused, Turned
 from cellstack.formats.onnx.ops import padding_of, steps_apart, window
 from cellstack.formats.onnx.values import Flowing
 from cellstack.nodes import Activation, Conv1D, Dense, Pool1D
@@ -22,12 +22,13 @@ def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     """Read a MaxPool or AveragePool over time.
 
     A Network's pool has no pads of its own choice. Those of a mean that counts them are a convolution's, and zeros are
-    as good as none to the greatest of numbers that aren't negative.
+    as good as none to the greatest of numbers that aren't negative. Others are those of SAME for a length alone that
+    the file names, and then the network takes no other.
     """
     x = reader.flowing(values[0])
     spatial = x.axes[2:]
     if x.axes[:2] != ("B", "F") or "D" in x.axes or sorted(spatial) not in (["T"], ["1", "T"]):
-        raise Refused(f"expected axes B F T, found {' '.join(x.axes)}")
+        raise Turned(f"expected axes B F T, found {' '.join(x.axes)}")
     steps_apart(reader)
     over, count = spatial.index("T"), len(spatial)
     size = whole(attributes["kernel_shape"])
@@ -65,24 +66,26 @@ def _padded(
     before, after = pads
     if max(pads) >= size or (ceil and size < stride + after):
         raise Refused(f"expected windows that hold steps, found {size} steps every {stride}, pads {list(pads)}")
+    if ceil and size == stride == 2 and pads == (0, 0):
+        return _put(reader, node, x, Pool1D(mode, size, stride, "same"))
     rest = 0
     if ceil and x.steps is not None:  # the last window may be less than whole
         rest = -(x.steps + before + after - size) % stride
-    if (ceil and size == stride == 2 and pads == (0, 0)) or (
-        x.steps is not None
-        and (not counts or pads == (0, 0))
-        and _same(x.steps, size, stride) == (before, after + rest)
-    ):
-        return _put(reader, node, x, Pool1D(mode, size, stride, "same"))
     if x.width is not None and x.width <= MOST_FILTERS:
         ones = np.ones((1, 1, x.width), np.float32)
         if mode == "mean" and counts and not rest and not (ceil and x.steps is None):
+            reader.pinned = reader.pinned or bool(ceil)
+            reader.budget.take(size, x.width)
             kernel = np.repeat(ones / np.float32(size), size, axis=0)
             return _put(reader, node, x, Conv1D(kernel, None, stride, pads, groups=x.width))
         if mode == "max" and _not_negative(reader, x):  # so many zeros more give the last window, whole or not
             zeros = Conv1D(ones, None, 1, (before, after + (stride - 1 if ceil else 0)), groups=x.width)
             x = _put(reader, node, x, zeros)
             return _put(reader, node, x, Pool1D(mode, size, stride))
+    uncounted = not counts or pads == (0, 0)
+    if x.steps is not None and uncounted and _same(x.steps, size, stride) == (before, after + rest):
+        reader.pinned = True  # of another length, these pads aren't those of SAME
+        return _put(reader, node, x, Pool1D(mode, size, stride, "same"))
     raise Refused(f"expected a pool without pads {list(pads)} and ceil_mode {ceil}, which a Network's hasn't")
 
 

@@ -86,6 +86,7 @@ def dequantised(reader: Reader, node: Any, attributes: dict[str, Any], values: l
     offset = np.zeros(1, np.float32) if zero is None else zero
     if not isinstance(offset, np.ndarray) or scale.size != 1 or offset.size != 1 or x.width is None:
         raise Refused("expected one constant scale and zero")
+    reader.budget.take(x.width)
     wide = np.full(x.width, scale[0], scale.dtype)
     shift = -wide * offset.reshape(-1)[0].astype(scale.dtype)
     return [replace(x, wire=reader.add(label(node), Scale(wide, shift), x.wire))]

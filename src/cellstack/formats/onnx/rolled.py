@@ -8,7 +8,7 @@ import numpy as np
 
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.file import Model, Scope, onnx_package
-from cellstack.formats.onnx.fold import Spread, axes_of
+from cellstack.formats.onnx.fold import Spread, axes_of, numbers
 from cellstack.formats.onnx.linear import Place, place_of
 from cellstack.formats.onnx.steps import Chain, cell_of, find_chains, stripped
 
@@ -111,7 +111,7 @@ class _Roller:
         if not name:
             return ""
         if constant is not None:
-            array = constant.array if isinstance(constant, Spread) else constant
+            array = numbers(constant)
             return None if array.any() else ""
         return name if deep else self.unsqueezed(name, 0)
 

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.layout import Array
-from cellstack.formats.onnx.file import Model, label, onnx_package, short
+from cellstack.formats.onnx.file import DOMAINS, Model, label, onnx_package, short
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.recurrent import Cell
 from cellstack.spec import CellSpec, FormatError
+
+FIRST_OPSET = 9  # before it, a Scan's inputs were others
 
 
 class _Step(Pieces):
@@ -184,7 +186,7 @@ def described(cell: Cell) -> str:
 
 def is_scan(node: Any) -> bool:
     """Whether a node is a Scan."""
-    return node.domain in ("", "ai.onnx") and node.op_type == "Scan"
+    return node.domain in DOMAINS and node.op_type == "Scan"
 
 
 def read_scan(model: Model, node: Any, starts: dict[str, Array]) -> tuple[Cell, bool]:
@@ -217,7 +219,10 @@ def read_scan(model: Model, node: Any, starts: dict[str, Array]) -> tuple[Cell, 
         and attributes.get("num_scan_inputs") == 1
         and list(way) in ([0], [1])
         and list(attributes.get("scan_output_directions", [0])) == list(way)
+        and model.opset >= FIRST_OPSET
     )
+    if fits and same:
+        fits = (len(node.input), len(node.output)) == (len(body.input), len(body.output))
     if not same or cell is None or not fits:
         raise FormatError(f"{where}: expected a step of a cell as cellstack writes it, without a mask")
     return cell, list(way) == [1]

@@ -10,7 +10,7 @@ import numpy as np
 
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import axes_of, place, slices, split_sizes, whole
-from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.graph import Handler, Reader, Refused, Turned
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.ops import steps_apart
 from cellstack.formats.onnx.values import Ends, Flowing, Symbols, reshaped
@@ -256,7 +256,7 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         found = _cut_ends(value, axis, part)
         return [found if index.ndim else _drop(found, axis)]
     if value.axes[axis] not in ("T", "D", "1"):
-        raise Refused(f"expected one step or one direction, found axis {value.axes[axis]} of {' '.join(value.axes)}")
+        raise Turned(f"expected one step or one direction, found axis {value.axes[axis]} of {' '.join(value.axes)}")
     if value.axes[axis] != "T" or index.ndim:
         found = cut(reader, node, value, axis, part)
         dropped = () if index.ndim else (axis,)

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.layout import Array, from_rows
-from cellstack.formats.onnx.cells import NAMES, PARAMETERS, decimal
-from cellstack.formats.onnx.file import Scope, label
-from cellstack.formats.onnx.fold import Spread
+from cellstack.formats.onnx.cells import NAMES, activation_text
+from cellstack.formats.onnx.file import DOMAINS, Scope, label
+from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.linear import FOLLOWED, Linear, Term, array_of, linear
 from cellstack.recurrent import Cell
 from cellstack.spec import CellSpec
@@ -79,13 +79,8 @@ class Chain:
 def _activated(scope: Scope, name: str) -> tuple[str, str] | None:
     """Return the activation that a value comes out of, and the name of what goes in."""
     node = scope.producers.get(name)
-    if node is None or node.op_type not in NAMES or None in PARAMETERS.get(node.op_type, ()) or not node.input:
-        return None
-    found = scope.model.attributes(node)
-    usual = PARAMETERS.get(node.op_type, ())
-    given = [found.get(key, value) for key, value in zip(("alpha", "beta"), usual, strict=False)]
-    numbers = ", ".join(repr(decimal(value)) for value in given)
-    return NAMES[node.op_type] + (f"({numbers})" if given else ""), node.input[0]
+    text = None if node is None or not node.input else activation_text(node, scope.model.attributes(node))
+    return None if node is None or text is None else (text, node.input[0])
 
 
 def _gate(scope: Scope, name: str) -> tuple[str, Linear] | None:
@@ -145,12 +140,12 @@ def _gru(scope: Scope, node: Any) -> Step | None:
 
 def _is_zero(scope: Scope, name: str) -> bool:
     value = scope.constant(name)
-    array = value.array if isinstance(value, Spread) else value
+    array = numbers(value)
     return isinstance(array, np.ndarray) and not array.any()
 
 
 def _is_one(value: Any) -> bool:
-    array = value.array if isinstance(value, Spread) else value
+    array = numbers(value)
     return isinstance(array, np.ndarray) and array.size > 0 and bool((array == 1).all())
 
 
@@ -199,7 +194,7 @@ def find_chains(scope: Scope) -> list[Chain]:
     """Return the chains of two steps and more that a graph writes out, by the place of their first step."""
     steps: dict[str, Step] = {}
     for node in scope.graph.node:
-        for matcher in MATCHERS.get(node.op_type, ()) if node.domain in ("", "ai.onnx") and node.output else ():
+        for matcher in MATCHERS.get(node.op_type, ()) if node.domain in DOMAINS and node.output else ():
             step = matcher(scope, node)
             if step is not None:
                 steps[node.output[0]] = step
@@ -260,6 +255,8 @@ def _chain(scope: Scope, step: Step, after: dict[str, Step], weights: str) -> Ch
         if n and each.kind == "lstm" and stripped(scope, each.c[1]) != steps[n - 1].c[0]:
             return None
     first = next(iter(starts))
+    if step.kind == "gru" and [part.products[0].weights == weights for part in step.gates[2:]] != [False, True]:
+        return None  # r is on x's side of the candidate, or on both
     if step.kind == "gru" and not _mixes(scope, steps, first):
         return None
     name = common(inputs[0].weights, weights) or label(step.node)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.formats.layout import Array, from_rows
-from cellstack.formats.onnx.cells import NAMES, PARAMETERS, Operator, decimal
+from cellstack.formats.onnx.cells import NAMES, Operator, activation_text
 from cellstack.formats.onnx.file import Scope, label, short
 from cellstack.formats.onnx.graph import MOVES
-from cellstack.formats.onnx.linear import first_alike
+from cellstack.formats.onnx.linear import first_alike, sizes_of
 from cellstack.formats.onnx.steps import cell_of, common, find_chains
 from cellstack.recurrent import Cell
 from cellstack.spec import CellSpec, FormatError
@@ -72,7 +72,7 @@ def find_unrolled(scope: Scope) -> Iterator[tuple[str, Operator]]:
         started = {f"initial_{part}": name for part, name in zip("hc", chain.starts, strict=False)}
         yield chain.name, Operator((cell,), "forward", False, "", started)
     for node in scope.graph.node:
-        if node.op_type == "Split" and len(node.output) == 4 and len(node.input) >= 1:
+        if node.op_type == "Split" and len(node.output) == 4 and _is_even(scope, node):
             products, biases = _terms(scope, node.input[0])
             gates = _gates(scope, users, node) if len(products) == 2 else None
             weights = frozenset(product.weights for product in products)
@@ -84,6 +84,12 @@ def find_unrolled(scope: Scope) -> Iterator[tuple[str, Operator]]:
             x, h = _ordered(scope, where, products, c_prev)
             biases += [product.bias for product in (x, h) if product.bias is not None]
             yield common(x.weights, h.weights) or label(node), _operator(where, x, h, biases, order, activations)
+
+
+def _is_even(scope: Scope, split: Any) -> bool:
+    """Whether a Split gives parts that are known to be alike."""
+    sizes = sizes_of(scope, split)
+    return bool(split.input) and sizes is not None and len(set(sizes)) <= 1
 
 
 def _terms(scope: Scope, name: str) -> tuple[list[Product], list[Array]]:
@@ -127,15 +133,6 @@ def _product(scope: Scope, node: Any) -> Product | None:
     )
 
 
-def _activation(scope: Scope, node: Any) -> str:
-    """Return the activation that a node is, as ours are written."""
-    found = scope.model.attributes(node)
-    usual = PARAMETERS.get(node.op_type, ())
-    given = [found.get(key, value) for key, value in zip(("alpha", "beta"), usual, strict=False)]
-    numbers = ", ".join(repr(decimal(value)) for value in given)
-    return NAMES[node.op_type] + (f"({numbers})" if given else "")
-
-
 def _gates(scope: Scope, users: dict[str, list[Any]], split: Any) -> tuple[str, dict[str, str], str] | None:
     """Return the order of the gates, their activations, that of the cell by "cell", and the name of c_prev."""
     acts: dict[str, Any] = {}  # by what it gives: the activation, and which part of the split it is on
@@ -166,9 +163,11 @@ def _gates(scope: Scope, users: dict[str, list[Any]], split: Any) -> tuple[str, 
     if acts[i][1].op_type == "Tanh" and acts[g][1].op_type != "Tanh":  # which is which doesn't matter to a product
         i, g = g, i
     letters = {acts[name][0]: letter for name, letter in ((i, "i"), (f, "f"), (g, "g"), (o, "o"))}
-    texts = {letters[place]: _activation(scope, node) for place, node in acts.values()}
-    texts["cell"] = _activation(scope, out)
-    return "".join(letters[place] for place in range(4)), texts, _other(products[f], f)
+    nodes = {letters[place]: node for place, node in acts.values()} | {"cell": out}
+    texts = {gate: activation_text(node, scope.model.attributes(node)) for gate, node in nodes.items()}
+    known = {gate: text for gate, text in texts.items() if text is not None}
+    order = "".join(letters[place] for place in range(4))
+    return (order, known, _other(products[f], f)) if len(known) == len(texts) else None
 
 
 def _root(scope: Scope, name: str) -> str:
