@@ -351,3 +351,14 @@ def test_many_nodes_of_one_name(tmp_path):
     net = adapter.load(path)
     assert time.monotonic() - start < 5.0
     assert (*net.names[:3], net.names[-1]) == ("tanh", "tanh.2", "tanh.3", f"tanh.{count}")
+
+
+def test_lengths_within_lengths(tmp_path):
+    """How many lengths a list has may depend on another list's, and so on; that isn't followed for ever."""
+    make, end = helper.make_node, "ones"
+    nodes = [make("Shape", ["X"], ["lengths"])]
+    for n in range(600):
+        nodes += [make("Concat", ["lengths", end], [f"s{n}"], axis=0), make("Expand", ["ones", f"s{n}"], [f"e{n}"])]
+        end = f"e{n}"
+    made = lstm_model({"ones": np.ones(1, np.int64)}, nodes, end)
+    refuses(tmp_path, made, "expected W to be constant|expected W of shape")

@@ -94,10 +94,11 @@ def test_where_the_reset_gate_of_a_gru_is(tmp_path, on_x):
         assert [cell.spec.kind for cell in compare(path, feeds).cells] == ["gru"]
 
 
-def test_pads_of_same_for_one_length_alone(tmp_path):
-    """Pads that are those of SAME at nine steps aren't at ten; nor does the file take ten."""
-    pool = nn.Sequential(nn.Conv1d(3, 4, 1), nn.MaxPool1d(3, 2, 1), nn.Conv1d(4, 2, 1))
-    path, feeds = export(tmp_path / "net.onnx", pool, (torch.randn(2, 3, 9),), fixed=("in0",))
+@pytest.mark.parametrize("pool", [nn.MaxPool1d(3, 2, 1), nn.AvgPool1d(3, 2, 1, ceil_mode=True)])
+def test_pads_that_hold_for_one_length_alone(tmp_path, pool):
+    """Pads that are those of SAME, or of whole windows, at nine steps aren't at ten; nor does the file take ten."""
+    net = nn.Sequential(nn.Conv1d(3, 4, 1), pool, nn.Conv1d(4, 2, 1))
+    path, feeds = export(tmp_path / "net.onnx", net, (torch.randn(2, 3, 9),), fixed=("in0",))
     net = compare(path, feeds)
     with pytest.raises(ShapeError, match="9"):
         net.run(np.zeros((2, 10, 3), np.float32))

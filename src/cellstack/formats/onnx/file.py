@@ -40,6 +40,7 @@ KNOWN_TYPES = {  # TensorProto's data types: what NumPy calls them, and the fiel
 }
 BFLOAT16 = 16
 MOST_AXES = 32
+MOST_COUNTING = 16  # lists of lengths, one within the other
 FIRST_OPSET = 7  # before it, broadcasting and the recurrent operators were others
 NEEDS_ONNX = "ONNX files need the package onnx: pip install 'cellstack[onnx]'"
 
@@ -247,6 +248,7 @@ class Scope:
     alike: dict[Any, str] = field(default_factory=dict)  # constants by their numbers: the first name
     first_alike: dict[str, str] = field(default_factory=dict)
     unbound: dict[str, dict[str, int]] = field(default_factory=dict)  # by a Split's first output: which step each is
+    counting: int = 0  # lists of lengths, each for the sake of the one before
     rows: dict[str, int] = field(default_factory=dict)  # constants that are one row: how long it is; else 0
 
     def __post_init__(self) -> None:
@@ -337,8 +339,10 @@ class Scope:
                 raise FormatError(f"{where}: {node.op_type}: {str(error)[:200]}") from None
             if found is not None:
                 made = found
-                if node.op_type == "Expand" and isinstance(made[0], Spread):
+                if node.op_type == "Expand" and isinstance(made[0], Spread) and self.counting < MOST_COUNTING:
+                    self.counting += 1  # what is counted may hold an Expand whose lengths are counted, too
                     made = [self._ranked(made[0], self._count(node.input[1]))]
+                    self.counting -= 1
         for name, value in zip(node.output, made, strict=True):
             self.known[name] = value
 
