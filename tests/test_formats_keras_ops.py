@@ -1,6 +1,7 @@
 """Keras 3's operations among a model's layers, layers that are several nodes, and states, against Keras."""
 
 import json
+import tracemalloc
 import warnings
 
 import keras
@@ -112,6 +113,7 @@ OPERATIONS = {
     "parametric relu of steps": lambda i: L.LSTM(4)(L.PReLU()(L.Dense(4)(i))),
     "parametric relu of all": lambda i: L.PReLU(shared_axes=[1])(L.LSTM(4)(i)),
     "bounded relu": lambda i: L.ReLU(max_value=0.3)(L.ReLU(max_value=6.0)(L.LSTM(4)(i))),
+    "gelu as it is by default": lambda i: ops.gelu(L.LSTM(3)(i) * 3.0),
     "activations of layers": lambda i: L.Dense(3, "swish")(L.Dense(3, "gelu")(L.Dense(3, "selu")(L.LSTM(4)(i)))),
     "rescaling": lambda i: L.LSTM(4)(L.Rescaling(1 / 255.0, offset=-0.5)(i)),
     "zero padding": lambda i: L.LSTM(4)(L.ZeroPadding1D((2, 1))(i)),
@@ -326,5 +328,41 @@ def test_a_file_that_claims_wide_inputs_brings_no_great_arrays(tmp_path):
     path = weights_of(model, tmp_path / "m.weights.h5")
     config = json.loads(model.to_json())
     config["config"]["layers"][0]["config"]["batch_shape"] = [None, 2**31 - 1]
-    with pytest.raises(FormatError, match="expected features in all up to"):
+    with pytest.raises(FormatError, match="expected features and pieces in all up to"):
         adapter.load(path, architecture=config)
+
+
+def test_an_operation_that_leaves_out_whether_it_is_approximate(tmp_path):
+    """Keras makes a Gelu out of such a description as out of one that says `approximate`, its default."""
+    inputs = keras.Input((6, 3))
+    model = keras.Model(inputs, ops.gelu(inputs * 2.0))
+    config = changed(model, lambda layer: layer["config"].pop("approximate", None))
+    assert "approximate" not in json.dumps(config)
+    x = np.random.default_rng(0).normal(size=(2, 6, 3))
+    net = adapter.load(weights_of(model, tmp_path / "m.weights.h5"), architecture=config)
+    close(net(x), keras.Model.from_config(config["config"])(x).detach().numpy())
+
+
+@pytest.mark.parametrize("of", [lambda i: ops.split(i, 3, axis=1)[0], lambda i: L.PReLU(shared_axes=[1])(i)])
+def test_a_file_that_claims_long_axes_brings_no_long_lists(tmp_path, of):
+    inputs = keras.Input((3, 1))
+    model = keras.Model(inputs, of(inputs))
+    path = weights_of(model, tmp_path / "m.weights.h5")
+    config = json.loads(model.to_json())
+    first, last = config["config"]["layers"]
+    first["config"]["batch_shape"] = [None, 900_000_000, 1]
+    if "PReLU" in last["class_name"]:
+        first["config"]["batch_shape"] = [None, 3, 900_000_000]
+    else:
+        text = json.dumps(last["inbound_nodes"]) + json.dumps(last["config"])
+        assert "3" in text
+        for where in (last["config"], last["inbound_nodes"][0]["kwargs"]):
+            if "indices_or_sections" in where:
+                where["indices_or_sections"] = 900_000_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="expected features and pieces in all up to"):
+            adapter.load(path, architecture=config)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()

@@ -15,15 +15,12 @@ from cellstack.node import Node
 from cellstack.nodes import (
     Activation,
     Bidirectional,
-    Dense,
-    LayerNorm,
     Pool,
     Recurrent,
     Scale,
 )
 
 Composer = Callable[[Hand, list[Node], list[Value]], Value]
-POINTWISE = (Activation, Dense, LayerNorm, Scale)
 
 
 def _prelu(hand: Hand, nodes: list[Node], values: list[Value]) -> Value:
@@ -36,7 +33,7 @@ def _prelu(hand: Hand, nodes: list[Node], values: list[Value]) -> Value:
     one = hand.reshape(value, (prod(hand.length(value, n + 1) for n in range(len(shape))),)) if whole else value
 
     def work(one: Value) -> Value:
-        alpha = node.scale if len(node.scale) > 1 else np.full(hand.width(one), node.scale[0])
+        alpha = node.scale if len(node.scale) > 1 else hand.constant(one, float(node.scale[0]))
         below = hand.add(Activation("relu"), hand.scale(one, -1.0))
         below = hand.add(Scale(-alpha, np.zeros_like(alpha)), below)
         return hand.merge("add", hand.add(Activation("relu"), one), below)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from cellstack.formats.keras.composed import composer, returned
 from cellstack.formats.keras.config import Call, Layer, Model, Ref
 from cellstack.formats.keras.files import short
 from cellstack.formats.keras.frames import at_every_frame
-from cellstack.formats.keras.hand import Hand, Value
+from cellstack.formats.keras.hand import Hand, Late, Value
 from cellstack.formats.keras.layers import MERGES, NOTHING
 from cellstack.formats.keras.operations import either, operate
 from cellstack.formats.keras.weights import Built
@@ -41,7 +41,6 @@ from cellstack.spec import FormatError, ShapeError
 MOST_NODES = 10_000  # a model may be used twice by one that is used twice, and so on
 AXES = ("BatchNormalization", "LayerNormalization", "Normalization", "Softmax")
 MANY = (*MERGES, "Merge", "Minimum", "Dot")  # layers that take several tensors
-Late = Callable[[], Value]  # a value whose nodes go in once something takes it
 Values = dict[tuple[str, int], list[Value | Late | None]]  # by layer and call
 KEEPS_MASK = (Activation, DenseNode, LayerNorm, Masking, Scale, Standardise)
 

@@ -30,6 +30,7 @@ from cellstack.nodes import (
 )
 
 MOST_COPIES = 256  # of one value, side by side
+PIECE = 32  # how many numbers a piece of a split is counted as
 MOST_MADE = 1 << 24  # numbers that the file doesn't hold: it only says how wide its inputs are
 
 
@@ -45,6 +46,9 @@ class Value(NamedTuple):
     wire: str
     mask: Any = None
     flag: Any = None
+
+
+Late = Callable[[], Value]  # a value whose nodes go in once something takes it
 
 
 class Graph(Protocol):
@@ -205,8 +209,13 @@ class Hand:
         """Return how many numbers are made; a `FormatError` where they are too many for a whole network."""
         self.graph.made += width
         if self.graph.made > MOST_MADE:
-            raise self.layer.refuse(f"expected features in all up to {MOST_MADE}, found {width} more")
+            raise self.layer.refuse(f"expected features and pieces in all up to {MOST_MADE}, found {width} more")
         return width
+
+    def pieces(self, count: int) -> int:
+        """Return into how many pieces an axis is cut, as long as a file says; a `FormatError` where they are many."""
+        self._make(count * PIECE)
+        return count
 
     def number(self, number: Any) -> float:
         """Return a number of a setting."""

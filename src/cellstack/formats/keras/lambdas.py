@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 from cellstack.formats.keras.config import Layer
@@ -102,6 +103,8 @@ def as_operation(layer: Layer, given: list[Any], named: dict[str, Any]) -> tuple
         raise layer.refuse(f"batch_dims={short(named['batch_dims'])} isn't what a Network has")
     if "y" in settings:
         given = [*given, settings.pop("y")]
+    if kind == "Gelu":
+        settings.setdefault("approximate", False)  # the function's default; the operation's is True
     if kind in USUAL and settings.get("axis") is None:
         settings["axis"] = USUAL[kind]
     if kind == "Split" and isinstance(settings.get("indices_or_sections"), list):  # lengths, where Keras has places
@@ -112,4 +115,4 @@ def as_operation(layer: Layer, given: list[Any], named: dict[str, Any]) -> tuple
 def _places(layer: Layer, lengths: list[Any]) -> list[int]:
     if not all(type(length) is int and length > 0 for length in lengths):
         raise layer.refuse(f"expected the length of every piece, found {short(lengths)}")
-    return [sum(lengths[: number + 1]) for number in range(len(lengths) - 1)]
+    return [*accumulate(lengths[:-1])]

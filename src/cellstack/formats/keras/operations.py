@@ -13,7 +13,7 @@ from typing import Any
 
 from cellstack.formats.keras.config import DEEPEST, LAMBDAS, OPERATION, Call, Layer, Ref
 from cellstack.formats.keras.files import short
-from cellstack.formats.keras.hand import Hand, Value
+from cellstack.formats.keras.hand import Hand, Late, Value
 from cellstack.formats.keras.lambdas import as_operation
 
 MASKS = ("NotEqual", "Any", "LogicalOr", "ZerosLike", "OnesLike")
@@ -37,7 +37,6 @@ ORDER = {  # what the arguments after the first are called where they stand by t
     "Take": ("indices",),
     "Reshape": ("newshape",),
 }
-Late = Callable[[], Value]  # a value whose nodes go in once something takes it
 Worker = Callable[[Hand, Any, dict[str, Any]], Value | list[Late]]
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 
@@ -313,7 +312,8 @@ def _split(hand: Hand, value: Value, settings: dict[str, Any]) -> list[Late]:
         length = hand.length(value, place)
         if not 0 < cuts <= length or length % cuts:
             raise hand.layer.refuse(f"expected {length} to be cut evenly, found {cuts}")
-        cuts = list(range(length // cuts, length, length // cuts))
+        step = length // hand.pieces(cuts)
+        cuts = list(range(step, length, step))
     if not isinstance(cuts, list) or not all(type(cut) is int and cut > 0 for cut in cuts) or sorted(cuts) != cuts:
         raise hand.layer.refuse(f"expected where to cut, found {short(cuts)}")
     ends = [*zip([None, *cuts], [*cuts, None], strict=True)]
@@ -370,7 +370,7 @@ WORKERS: dict[str, Worker] = {
     "Elu": _with("elu", "alpha", 1.0),
     "LeakyRelu": _with("leaky_relu", "negative_slope", 0.2),
     "Gelu": lambda hand, value, settings: hand.activate(
-        value, "gelu_tanh" if _flag(hand, settings, "approximate") else "gelu"
+        value, "gelu_tanh" if _flag(hand, {"approximate": True, **settings}, "approximate") else "gelu"
     ),
     "Softmax": _softmax("softmax"),
     "LogSoftmax": _softmax("log_softmax"),
