@@ -362,3 +362,26 @@ def test_lengths_within_lengths(tmp_path):
         end = f"e{n}"
     made = lstm_model({"ones": np.ones(1, np.int64)}, nodes, end)
     refuses(tmp_path, made, "expected W to be constant|expected W of shape")
+
+
+@pytest.mark.parametrize(
+    ("operator", "shapes", "axes", "reads"),
+    [
+        ("Gemm", [(2000, 4), (4,)], ["B", 2000], [adapter.load]),
+        ("LSTM", [(1, 4, 2000), (1, 4, 1)], ["T", "B", 2000], [adapter.load, adapter.extract]),
+    ],
+)
+def test_many_that_share_what_is_large(tmp_path, operator, shapes, axes, reads):
+    """Each node has its own copy of its weights: they may not be far more than the file."""
+    arrays = {name: np.ones(shape, np.float32) for name, shape in zip(("W", "R"), shapes, strict=True)}
+    outputs = [f"v{n}" for n in range(800)]
+    nodes = [helper.make_node(operator, ["X", "W", "R"], [name]) for name in outputs]
+    nodes.append(helper.make_node("Concat", outputs, ["Y"], axis=-1))
+    made = model(nodes, {"X": (TensorProto.FLOAT, axes)}, {"Y": len(shapes[0]) + len(axes) - 2}, arrays)
+    path = write(tmp_path / "net.onnx", made, check=False)
+    for read in reads:
+        tracemalloc.start()
+        with pytest.raises(FormatError, match="expected constants of at most"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 40e6
+        tracemalloc.stop()

@@ -86,12 +86,14 @@ def extract(path: str) -> dict[str, Network]:
     model = read(path)
     parts: dict[str, Network] = {}
     problems: list[str] = []
-    names = Names()
+    names, budget = Names(), model.budget.again()
     try:
         for own, reads in _parts(Scope(model, model.proto.graph)):
             name = names.fresh(own)
             try:
-                parts[name] = network_of(reads(), name, model.source)
+                part = network_of(reads(), name, model.source)
+                budget.take(sum(node.parameters for node in part.nodes))
+                parts[name] = part
             except FormatError as error:
                 problems.append(str(error).removeprefix(f"{path}: "))
             except ODD as error:

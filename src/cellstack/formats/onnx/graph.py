@@ -92,6 +92,7 @@ class Reader:
 
     def add(self, name: str, node: Node, *wires: str) -> str:
         """Put a node in, and return the wire that carries what it returns."""
+        self.budget.take(node.parameters)  # each node has its own copy, however many share what the file holds
         wire = self.names.fresh(clean(name))
         self.places[wire] = len(self.nodes)
         self.nodes.append((wire, node, wires))
