@@ -455,3 +455,12 @@ def test_an_rnn_of_before_its_nonlinearity_had_a_name(write):
 def test_layers_that_are_not_known_are_refused_by_name(write, module):
     with pytest.raises(cs.FormatError, match=rf"1 \(torch\.nn\.modules\.\w+\.{type(module).__name__}\): expected"):
         pytorch.load(write(nn.Sequential(lstm(), module)))
+
+
+@pytest.mark.parametrize("beside", [nn.Identity, nn.Dropout, nn.Dropout1d, nn.AlphaDropout])
+def test_what_does_nothing_in_evaluation_is_nothing_beside_a_layer(write, beside):
+    module = nn.Sequential(lstm(), beside()).eval()
+    x = torch.randn(2, 6, 5)
+    with opened(write(module)) as root:
+        assert contents("the file", root).unknown == []
+    close(pytorch.load(write(module))(x.numpy()), output(module, x))

@@ -16,6 +16,7 @@ from cellstack.formats.layout import Array
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import NAME, networks_of
 from cellstack.formats.pytorch.saved import Saved, array
+from cellstack.formats.pytorch.tree import COMPUTING, NOTHING, WRAPPERS
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
@@ -43,9 +44,6 @@ ACTIVATIONS = {
     "Tanh": "tanh",
     "Hardsigmoid": "hard_sigmoid",
 }
-WRAPPERS = ("DataParallel", "DistributedDataParallel")
-HOOKS = ("torch.nn.utils.weight_norm.", "torch.nn.utils.spectral_norm.", "torch.nn.utils.prune.")  # computing a weight
-NOTHING = ("Identity", "Dropout", "Dropout1d", "AlphaDropout")  # in evaluation
 TURN = (2, 1)
 KNOWN = (
     "expected a recurrent layer, a Linear, Embedding, Conv1d, BatchNorm1d, LayerNorm, pooling, Flatten, "
@@ -308,7 +306,7 @@ def _hooked(module: Any) -> bool:
     if isinstance(module, Saved):
         return module.hooked
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return not all(f"{type(hook).__module__}.".startswith(HOOKS) for hook in hooks)
+    return not all(COMPUTING.fullmatch(f"{type(hook).__module__}.{type(hook).__name__}") for hook in hooks)
 
 
 def _convolution(module: Any, path: str) -> Conv1D:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cellstack.formats.pytorch.pickles import Standin
-from cellstack.formats.pytorch.script import Scripts
+from cellstack.formats.pytorch.script import RECURRENT, Scripts
 from cellstack.formats.pytorch.tensors import Quantised, Storage, Tensor, short
 from cellstack.spec import FormatError
 
@@ -20,14 +20,14 @@ LONGEST_NAME = 1000
 OWN = ("_parameters", "_buffers", "_modules")  # where a module keeps what is its own
 COPIES = ("_flat_weights", "_all_weights", "_flat_weights_names")  # of a recurrent module's parameters
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-OURS_HOOKS = re.compile(  # that compute a weight out of what `derived.py` knows
+COMPUTING = re.compile(  # hooks that compute a weight out of what `derived.py` knows
     r"torch\.nn\.utils\.(weight_norm\.WeightNorm|spectral_norm\.SpectralNorm|prune\.\w+)"
 )
 PACKED = re.compile(r"__torch__\.torch\.classes\.(rnn\.CellParamsBase|quantized\.LinearPackedParamsBase)")
 MANGLED = re.compile(r"___torch_mangle_\d+\.")
 HELPERS = ("LinearPackedParams", "PackedParameter", "ModuleList")  # of quantised modules: they do nothing themselves
-RECURRENT = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
-NOTHING = ("Sequential", "Dropout", "Identity", "DataParallel", "DistributedDataParallel")  # that they do to a sequence
+WRAPPERS = ("DataParallel", "DistributedDataParallel")
+NOTHING = ("Identity", "Dropout", "Dropout1d", "AlphaDropout")  # that they do in evaluation
 
 
 @dataclass
@@ -76,7 +76,7 @@ def hooked(attributes: dict[Any, Any]) -> bool:
     hooks = [attributes[name] for name in HOOKS if attributes.get(name)]
     return any(
         not isinstance(found, dict)
-        or any(not (isinstance(hook, Standin) and OURS_HOOKS.fullmatch(hook.kind)) for hook in found.values())
+        or any(not (isinstance(hook, Standin) and COMPUTING.fullmatch(hook.kind)) for hook in found.values())
         for found in hooks
     )
 
@@ -89,7 +89,7 @@ def _computed(attributes: dict[Any, Any]) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for hooks in (attributes.get(name) for name in HOOKS):
         for hook in hooks.values() if isinstance(hooks, dict) else ():
-            if isinstance(hook, Standin) and OURS_HOOKS.fullmatch(hook.kind):
+            if isinstance(hook, Standin) and COMPUTING.fullmatch(hook.kind):
                 own = attributes_of(hook)
                 name, axis = own.get("name", own.get("_tensor_name")), own.get("dim")
                 if isinstance(name, str):
@@ -179,9 +179,8 @@ def _standin(
             raise FormatError(f"{here}: expected the file to say nonlinearity, found a module without it")
         if dynamic and isinstance(attributes.get("bidirectional"), bool):
             found.directions[name] = 1 + attributes["bidirectional"]
-        plain = (
-            known and module in (*RECURRENT, *NOTHING, *HELPERS) and (dynamic or ".quantized.modules.rnn" not in kind)
-        )
+        plain = module in (*RECURRENT, "Sequential", *WRAPPERS, *NOTHING, *HELPERS)
+        plain = plain and known and (dynamic or ".quantized.modules.rnn" not in kind)
         changed = written.problem(children_of(attributes)) if written else ""
         if not plain or changed or hooked(attributes):
             what = changed or "with forward hooks" if plain else "whose code isn't run"
