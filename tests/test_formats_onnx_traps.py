@@ -116,6 +116,16 @@ def test_pads_of_any_length_from_a_file_of_one(tmp_path, how, steps):
     np.testing.assert_allclose(y, pool(x).detach().numpy(), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("fixed", [(), ("in0",)])
+def test_windows_at_every_step_have_one_length_s_pads_at_all(tmp_path, fixed):
+    torch.manual_seed(3)
+    pool = nn.Sequential(nn.Conv1d(3, 4, 1), nn.MaxPool1d(3, 1, 1), nn.Conv1d(4, 2, 1))
+    path, feeds = export(tmp_path / "net.onnx", pool, (torch.randn(2, 3, 9),), fixed=fixed)
+    net, x = compare(path, feeds), torch.randn(2, 3, 10)
+    y, _ = net.run(x.numpy().swapaxes(1, 2))
+    np.testing.assert_allclose(y, pool(x).detach().numpy(), rtol=0, atol=TOLERANCE)
+
+
 def lstm_steps(steps, sizes):
     """An LSTM of 2 units written out, its gates cut by a Split whose sizes are a constant, or an input."""
     make, nodes, h, c = helper.make_node, [], "zero", "zero"

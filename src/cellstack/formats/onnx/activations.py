@@ -84,16 +84,14 @@ def swish(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
 def clip(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Clip: the greater of a value and one bound, the smaller of that and the other."""
     bounds = []
-    for place, name, usual in (
-        (1, "min", -np.inf),
-        (2, "max", np.inf),
-    ):  # where no number lies beyond it, there is none
+    for place, name, usual in ((1, "min", -np.inf), (2, "max", np.inf)):
         value = attributes.get(name, values[place] if len(values) > place and values[place] is not None else usual)
         value = numbers(value)
         if not isinstance(value, (int, float, np.ndarray)) or np.size(value) != 1 or np.isnan(value).any():
             raise Refused(f"expected {name} to be a constant")
         dtype = value.dtype if isinstance(value, np.ndarray) and value.dtype.kind == "f" else np.dtype(np.float32)
         bound = float(np.reshape(value, ()))
+        # a bound that no number lies beyond is none, which is how exporters write such
         bounds.append(usual if np.sign(usual) * bound >= np.finfo(dtype).max else bound)
     low, high = bounds
     if low > high or low == np.inf or high == -np.inf:

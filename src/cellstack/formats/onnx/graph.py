@@ -67,6 +67,7 @@ class Reader:
         self.bound: dict[str, list[str]] = {}  # the names in the file of what each wire carries
         self.problems: list[tuple[str, str]] = []
         self.turned = 0  # of these, such as are an affair of the axes' order
+        self.understood = 0  # operators that could be read
         self.operators: list[tuple[Any, str, bool]] = []  # cells, wire, and whether it carries every step
         self.live = live_nodes(scope)
         self.uses = uses(scope, self.live)
@@ -205,6 +206,7 @@ class Reader:
             if handler is None:
                 raise Refused("an operator that a Network hasn't")
             made = handler(self, node, attributes, values)
+            self.understood += 1
             return [*made, *[Unknown("an output that a Network hasn't", False)] * (len(node.output) - len(made))]
         except (Refused, TooMuchError) as error:
             self.turned += isinstance(error, Turned)
@@ -431,10 +433,11 @@ def load_graph(model: Model, handlers: dict[str, Handler], unused: list[str]) ->
 def _distance(reader: Reader) -> tuple[int, ...]:
     """Return how far a reading is from a whole one: axes that a recurrent operator can't take are the surest sign.
 
-    Of readings alike in that, and in how many problems they have, the better is one whose axes operators could take.
+    Of readings alike in that, and in how many problems they have, the better is one whose axes operators could take,
+    and then the one that read most.
     """
     recurrent = sum(operator in KINDS for operator, _ in reader.problems)
-    return recurrent, len(reader.problems), reader.turned, -len(reader.nodes)
+    return recurrent, len(reader.problems), reader.turned, -reader.understood
 
 
 def _listed(reader: Reader | None) -> str:

@@ -83,8 +83,9 @@ def _padded(
             x = _put(reader, node, x, zeros)
             return _put(reader, node, x, Pool1D(mode, size, stride))
     uncounted = not counts or pads == (0, 0)
-    if x.steps is not None and uncounted and _same(x.steps, size, stride) == (before, after + rest):
-        reader.pinned = True  # of another length, these pads aren't those of SAME
+    steps = size if stride == 1 else x.steps  # windows at every step have the same pads at every length
+    if steps is not None and uncounted and _same(steps, size, stride) == (before, after + rest):
+        reader.pinned = reader.pinned or stride > 1  # else of another length, these pads aren't those of SAME
         return _put(reader, node, x, Pool1D(mode, size, stride, "same"))
     raise Refused(f"expected a pool without pads {list(pads)} and ceil_mode {ceil}, which a Network's hasn't")
 
