@@ -191,8 +191,6 @@ def _standin(
     for weight, axis in computed.items():
         if axis is not None:
             found.axes[".".join((*path, weight))] = axis
-    if kind.endswith(".parametrizations._SpectralNorm") and len(path) > 2 and type(attributes.get("dim")) is int:
-        found.axes[".".join((*path[:-3], path[-2]))] = attributes["dim"]  # at parametrizations.NAME.0
     inside: list[tuple[tuple[str, ...], Any]] = []
     for key, child in attributes.items():
         if key in OWN and isinstance(child, dict):
