@@ -108,6 +108,32 @@ def test_forward_passes_of_others_are_refused(saved, forward, width, traced):
         pytorch.load(saved(written))
 
 
+ALONE = {
+    "leaky": lambda: nn.LeakyReLU(0.3),
+    "elu": lambda: nn.ELU(0.7),
+    "softplus": nn.Softplus,
+    "normalised": lambda: nn.LayerNorm(3, eps=0.3),
+    "dropout": lambda: nn.Dropout(0.3),
+}
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_settings_that_the_code_has_too(saved, what):
+    made, x = nn.Sequential(nn.Linear(3, 3), ALONE[what]()).eval(), torch.randn(2, 4, 3)
+    close(saved(torch.jit.script(made)), made, x)
+
+
+def steeper(self, x: torch.Tensor) -> torch.Tensor:
+    return functional.leaky_relu(x, 0.8)
+
+
+def test_a_setting_that_the_code_has_otherwise_is_refused(saved):
+    made = nn.Sequential(nn.Linear(3, 3), nn.LeakyReLU(0.45)).eval()
+    made[1].forward = types.MethodType(steeper, made[1])
+    with pytest.raises(cs.FormatError, match=OTHER):
+        pytorch.load(saved(torch.jit.script(made)))
+
+
 def test_a_recurrent_layer_alone_that_does_more_is_refused(saved):
     layer = nn.LSTM(3, 4, batch_first=True).eval()
     layer.register_forward_hook(lambda module, given, output: (output[0] * 2, output[1]))

@@ -28,6 +28,7 @@ CALL = re.compile(  # of children, within each other or alone
     r"(?P<of>\w+)(?P<ends>(?:, (?:None, )?\))*)"
 )
 FUNCTION = re.compile(r"(?<![\w.])(?:(?:__torch__|torch|ops|CONSTANTS)(?:\.\w+)+|\(self\)\.\w+)")
+FLOAT = re.compile(r"(?<![\w.])\d{1,40}\.\d{0,40}(?:e[+-]?\d{1,3})?")
 COUNTED = re.compile(r"torch\.mul\(num_layers\d*, num_directions\d*\)|torch\.add_\(num_batches_tracked\d*, 1\)")
 LONGEST_SOURCE = 1 << 24
 UNKNOWN = "expected the forward pass that PyTorch's class has, found TorchScript of another: traced, changed or hooked"
@@ -199,6 +200,9 @@ def _written(where: str, name: str, body: str) -> Written:
     once = len(spoken) == bool(words) if name in FUNCTIONS and "linear_dynamic" not in spoken else bool(spoken)
     read = set(re.findall(r"\bself\.(\w+)", code))
     own = once and known.issuperset(called) and (weights <= read or "_flat_weights" in read)
+    said = {abs(float(value)) for value in constants.values() if isinstance(value, (int, float))}
+    if name in FUNCTIONS and constants:  # a setting that its code has otherwise
+        own = own and said.issuperset(map(float, FLOAT.findall(code)))
     return Written(constants, "" if own else UNKNOWN, None)
 
 
