@@ -215,3 +215,10 @@ def test_a_cell_of_ones_is_written_bit_by_bit(tmp_path):
             assert np.array_equal(weight.value.detach().numpy(), array)
         (node,) = adapter.load(path).nodes
         assert all(np.array_equal(array, arrays[name]) for name, array in node.cells[0].arrays.items())
+
+
+def test_a_name_that_keras_takes_for_weights_alone(tmp_path):
+    net = Network([Dense(np.ones((3, 2), "f4"))])
+    with pytest.raises(ValueError, match=r"Keras takes such a file for weights alone; leave out \.weights"):
+        net.save(tmp_path / "net.weights.h5")
+    assert not list(tmp_path.iterdir())

@@ -143,12 +143,17 @@ def save(network: Network, path: str) -> None:
         path: where to; a file that is there is replaced in one step.
 
     Raises:
-        ValueError: what Keras hasn't; all of it is named.
+        ValueError: what Keras hasn't, all of it is named; a path that ends in `.weights.h5`.
         OSError: the file can't be written.
         ModuleNotFoundError: h5py is missing.
     """
     from cellstack.formats.keras.writer import write
 
+    if path.lower().endswith(".weights.h5"):
+        raise ValueError(
+            f"save: expected a name for a whole model, got {path!r}: Keras takes such a file for weights alone; "
+            "leave out .weights"
+        )
     write(network, path)
 
 
@@ -177,7 +182,7 @@ def _described(source: Source, architecture: Architecture | None) -> Model:
     if config is None:
         raise FormatError(
             f"{source.path}: expected a model, found weights alone, which don't say what to do with them: "
-            "cellstack.formats.keras.load(path, architecture=...) takes the model's JSON beside them"
+            "load(path, architecture=...) of cellstack.formats.keras, imported, takes the model's JSON beside them"
         )
     model = model_of(source, config)
     if source.version is None and source.layout == LEGACY:
@@ -254,6 +259,6 @@ def _extract_cudnn(source: Source) -> dict[str, Network]:
         what = f"layers {', '.join(map(short, unknown))} whose activations it doesn't say" if unknown else "none"
         raise FormatError(
             f"{source.path}: expected weights alone of cuDNN's layers, found {what}: "
-            "cellstack.formats.keras.extract(path, architecture=...) takes the model's JSON beside them"
+            "extract(path, architecture=...) of cellstack.formats.keras, imported, takes the model's JSON beside them"
         )
     return found
