@@ -122,6 +122,33 @@ def test_what_c_can_t_run_is_named(capsys, tmp_path):
     assert not (tmp_path / "net.c").exists()
 
 
+def test_any_network_runs_over_numbers(capsys, tmp_path, model):
+    net, x = load(model), np.random.default_rng(0).normal(size=(2, 3, 3)).astype("f4")
+    np.save(tmp_path / "x.npy", x)
+    status, out, err = run(capsys, "run", model, str(tmp_path / "x.npy"))
+    header, *lines = out.splitlines()
+    assert (status, err, header) == (0, "", "row,step,y_0,y_1")
+    numbers = np.array([[float(number) for number in line.split(",")] for line in lines])
+    np.testing.assert_array_equal(numbers[:, :2], [[row, step] for row in range(2) for step in range(3)])
+    np.testing.assert_array_equal(numbers[:, 2:].reshape(2, 3, 2).astype("f4"), net(x))
+    status, out, _ = run(capsys, "run", model, str(tmp_path / "x.npy"), "--json")
+    np.testing.assert_array_equal(np.array(json.loads(out)["out"], "f4"), net(x))
+    last = Network([*net.nodes, Pool("last")])
+    last.save(tmp_path / "last.safetensors")
+    np.savetxt(tmp_path / "x.csv", x[0], delimiter=",")
+    status, out, _ = run(capsys, "run", str(tmp_path / "last"), str(tmp_path / "x.csv"))
+    header, line = out.splitlines()
+    assert header == "row,y_0,y_1"
+    np.testing.assert_array_equal(np.array(line.split(","), "f8")[1:].astype("f4"), last(x[:1])[0])
+    wires = [("x",), ("raw",), ("lstm",)]
+    Network(net.nodes, net.names, wires=wires, outputs=("lstm", "out")).save(tmp_path / "two.safetensors")
+    status, _, err = run(capsys, "run", str(tmp_path / "two"), str(tmp_path / "x.npy"))
+    assert status == 2
+    assert "expected --json for the outputs lstm [B, T, 4], out [B, T, 2]" in err
+    status, _, err = run(capsys, "run", model, str(tmp_path / "no.ts"))
+    assert status == 2
+
+
 def test_a_file_is_never_converted_onto_itself(capsys, tmp_path, model):
     before = Path(model).read_bytes()
     other = tmp_path / "link.safetensors"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.cli_files import SUFFIX, convert, info, load_model, show, with_suffix
+from cellstack.cli_files import SUFFIX, convert, info, load_model, run_any, show, with_suffix
 from cellstack.cli_stream import stream
 from cellstack.formats.lines import FORMS
 from cellstack.spec import FormatError, ShapeError
@@ -30,7 +30,8 @@ EXAMPLES = {
     "train": "cellstack train co2.csv --target co2 --horizon 52 -o co2.safetensors\n"
     "  cellstack train Vowels_TRAIN.ts Vowels_TEST.ts --units 48,48 --bidirectional --noise 0.6 -o vowels.safetensors\n"
     "  torchrun --nproc-per-node 2 -m cellstack train Vowels_TRAIN.ts -o vowels.safetensors",
-    "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv",
+    "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv\n"
+    "  cellstack run model.keras frames.npy > answers.csv",
     "stream": "cellstack stream model --state model.state < frames.csv > answers.csv",
     "convert": "cellstack convert model.onnx model.safetensors\n"
     "  cellstack convert model.safetensors firmware/model.c\n"
@@ -129,9 +130,13 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to (%(default)s)")
     how.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    run = verb("run", "predict: a class or number for each sequence (.ts), or what comes next (.csv)")
+    run = verb("run", "predict: a class or number for each sequence (.ts), what comes next (.csv); or run any network")
     run.add_argument("model", metavar="MODEL")
-    run.add_argument("file", metavar="FILE", help="of the kind that the model was trained on")
+    run.add_argument(
+        "file",
+        metavar="FILE",
+        help="of the kind that the model was trained on; for others .npy, .npz or .csv of numbers",
+    )
     steps = verb("stream", "frames on standard input, a line each; answers on standard output, each at once")
     steps.add_argument("model", metavar="MODEL")
     steps.add_argument(
@@ -301,6 +306,8 @@ def _train_text(outcome: Any, report: dict[str, Any]) -> list[str]:
 
 def _run(args: argparse.Namespace) -> int:
     net, path = load_model(args.model)
+    if net.metadata.get("task") is None:
+        return run_any(args, net)
     task = predict.trained(net, path)
     if task.recipe is not None:
         if not _is_csv(args.file):

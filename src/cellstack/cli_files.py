@@ -1,11 +1,13 @@
-"""What the verbs of the command line share, and those that look into files: `info` and `convert`."""
+"""What the verbs of the command line share, and those on files of any network: `info`, `convert`, `run`."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -156,6 +158,30 @@ def convert(args: argparse.Namespace) -> int:
     report["parity"] = {path: one.to_json() for path, one in reports.items()}
     show(args, report, text)
     return 1 if any(one.runtime is not None and not one.ok(tolerance) for one in reports.values()) else 0
+
+
+def run_any(args: argparse.Namespace, net: Network) -> int:
+    """Print what a network answers to a file of numbers, whoever made it: with --json every output, by name.
+
+    Else, as CSV, a line for each row of the batch, and for each step where the answer has such.
+
+    Raises:
+        UsageError: numbers that don't fit; several outputs, or more axes, without --json.
+    """
+    y, _ = net.run(read_sample(net, args.file), threads=args.threads)
+    answers = dict(zip(net.outputs, y if isinstance(y, tuple) else (y,), strict=True))
+    if args.json:
+        show(args, answers, [])
+        return 0
+    if len(answers) > 1 or next(iter(answers.values())).ndim > 3:
+        shapes = ", ".join(f"{name} {net.graph.shown(name)}" for name in answers)
+        raise UsageError(f"{args.model}: expected --json for the outputs {shapes}")
+    (array,) = answers.values()
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([*("row", "step")[: array.ndim - 1], *(f"y_{n}" for n in range(array.shape[-1]))])
+    for at in np.ndindex(array.shape[:-1]):
+        writer.writerow([*at, *array[at].tolist()])
+    return 0
 
 
 def read_sample(net: Network, path: str) -> Any:
