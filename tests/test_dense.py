@@ -170,3 +170,12 @@ def test_heads_stay_as_they_are_where_cells_have_fewer_bits():
     for weights in ("bfloat16", "int8"):
         y = Network([Recurrent((cell,)), head]).stream(weights=weights).run(x)
         np.testing.assert_array_equal(y, head.apply(Network([Recurrent((cell,))]).stream(weights=weights).run(x)))
+
+
+def test_the_plan_says_what_runs_a_head():
+    rng = np.random.default_rng(5)
+    net = Network([Recurrent((make_cell(rng, 3, 4),)), dense(rng, 4, 2), dense(rng, 2, 3, "softmax")])
+    _, plain, beyond = net.plan()
+    assert "fused kernel" in plain
+    assert plain.endswith("one product")
+    assert beyond.endswith("one product, softmax in NumPy")

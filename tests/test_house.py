@@ -31,7 +31,7 @@ BELOW = {
     "nodes": {"node", "dense", "nodes_steps", "nodes_time", "nodes_shape", "recurrent"},
     "graph": {"spec", "node", "nodes"},
     "arguments": {"spec", "node", "recurrent"},
-    "network": {"spec", "_kernel", "node", "recurrent", "graph", "arguments"},
+    "network": {"spec", "_kernel", "node", "recurrent", "dense", "graph", "arguments"},
     "stream": {"spec", "_kernel", "node", "nodes", "recurrent", "arguments", "network"},
     "pool": {"spec", "_kernel", "node", "nodes", "recurrent", "arguments", "network", "stream"},
     "formats": {"spec", "node", "nodes", "recurrent", "network", "stream"},

@@ -13,6 +13,7 @@ import numpy as np
 
 from cellstack import _kernel
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
+from cellstack.dense import Dense
 from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.node import MOST, Array, CellState, Flow, Node, Shape
 from cellstack.recurrent import Bidirectional, Cell, Recurrent
@@ -363,6 +364,9 @@ class Network:
                 why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {calls}"
             elif isinstance(node, Recurrent):
                 why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {_calls(node)}"
+            elif isinstance(node, Dense):
+                after = f", {node.activation} in NumPy" if node.beyond else ""
+                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): one product{after}"
             else:
                 why = f"NumPy ({self.dtype}): not recurrent"
             rows.append((name, origin, node.summary, why))
