@@ -49,9 +49,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	@echo "installing, and compiling the kernel: this takes some minutes"
 	$(BIN)/pip install -q -e '.[torch]'
 	touch $@
 
 $(VENV)/tested: $(VENV)/bin/python $(SOURCES)
+	@echo "installing, and compiling the kernel: this takes some minutes"
 	$(BIN)/pip install -q -e '.[test,lint]'
 	touch $@ $(VENV)/installed
