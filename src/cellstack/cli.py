@@ -7,12 +7,12 @@ import csv
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import cellstack
 from cellstack.cli_files import SUFFIX, convert, info, load_model, run_any, show, with_suffix
 from cellstack.cli_stream import stream
 from cellstack.formats.lines import FORMS
@@ -40,6 +40,15 @@ EXAMPLES = {
 }
 
 
+class Version(argparse.Action):
+    """`--version`: looked up when it is asked for, which takes longer than the other verbs' start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print it and leave."""
+        print(f"cellstack {cellstack.__version__}")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -61,7 +70,7 @@ _widths.__name__ = "widths"  # what argparse calls it: invalid widths value: '48
 def parser() -> argparse.ArgumentParser:
     """Return the parser of every verb."""
     top = Parser(prog="cellstack", description="Train, run and look into recurrent networks.")
-    top.add_argument("--version", action="version", version=f"cellstack {version('cellstack')}")
+    top.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:

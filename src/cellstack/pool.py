@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from cellstack import _kernel
 from cellstack.arguments import as_floats, as_states
+from cellstack.framewise import Run, answers_framewise, check_widths, framewise
 from cellstack.network import Network
 from cellstack.node import MOST, Array, CellState
 from cellstack.nodes import Recurrent
 from cellstack.recurrent import Cell
 from cellstack.spec import STATES, ShapeError, check_step
-from cellstack.stream import Run, answers_framewise, check_widths, framewise
 
 Slots = NDArray[np.int64]
 
