@@ -32,7 +32,7 @@ with tempfile.TemporaryDirectory() as folder:
     else:
         made_here(path)
     net = cs.load(path)
-if isinstance(net.nodes[-1], cs.Pool):  # over all steps, at the end: a stream answers after each
+if isinstance(net.nodes[-1], cs.GlobalPool):  # over all steps, at the end: a stream answers after each
     net = cs.Network(net.nodes[:-1], net.names[:-1], net.metadata)
 print(net)
 print(net.plan())

@@ -159,7 +159,7 @@ INLINE void unroll(F&& f) {
 
 // ── exp, sigmoid, tanh ───────────────────────────────────────────────────────────────────────────────────────────────
 // x = n·ln2 + r with |r| <= ln2/2; e^x - 1 = 2^n·(e^r - 1) + (2^n - 1), where e^r - 1 is a polynomial that keeps its
-// relative accuracy near 0. Largest errors: tests/test_kernel.py.
+// relative accuracy near 0. Largest errors: tests/kernel/test_kernel.py.
 
 template <class T>
 struct Exp;

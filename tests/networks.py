@@ -14,11 +14,11 @@ from cellstack.nodes import (
     Dense,
     Embedding,
     Flatten,
+    GlobalPool,
     LayerNorm,
     Masking,
     Merge,
     Permute,
-    Pool,
     Pool1D,
     Recurrent,
     Repeat,
@@ -80,7 +80,7 @@ def make_network(seed, dtype="float32", streams=False):
         elif kind == "activation":
             nodes.append(Activation(activation))
         elif kind == "pool":
-            nodes.append(Pool("last" if streams else str(rng.choice(["mean", "max", "last"]))))
+            nodes.append(GlobalPool("last" if streams else str(rng.choice(["mean", "max", "last"]))))
             sequence = False
         elif kind == "recurrent":
             backwards = not streams and bool(rng.integers(2))
@@ -293,7 +293,7 @@ def _node(node, values, own):
     if isinstance(node, Masking):
         kept = (x != np.float32(node.value)).any(axis=-1)
         return (np.where(kept[..., None], x, 0.0), kept if mask is None else kept & mask, reset), []
-    if isinstance(node, Pool):
+    if isinstance(node, GlobalPool):
         return (_pool(node.mode, x, np.ones(x.shape[:2], bool) if mask is None else mask), None, None), []
     if isinstance(node, Recurrent):
         x, states = _stack(node, x, mask, reset, own)
@@ -456,6 +456,6 @@ def _add_over_time(rng, kind, add, floats, value, streams):
     elif kind == "permute":
         add(Permute((2, 1)), [name], width, steps)
     elif kind in ("pool", "last"):
-        add(Pool(str(rng.choice(["mean", "max", "last"]))), [name], 0, width)
+        add(GlobalPool(str(rng.choice(["mean", "max", "last"]))), [name], 0, width)
     elif kind == "slice":
         add(Select(None, None, -1), [name], steps, width)

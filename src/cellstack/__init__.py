@@ -5,7 +5,7 @@
 >>> rng = np.random.default_rng(0)
 >>> spec = cs.CellSpec(input_size=3, units=4)
 >>> cell = cs.Cell(spec, *(rng.normal(size=shape) for shape in spec.shapes.values()))
->>> net = cs.Network([cs.Recurrent((cell,)), cs.Pool("mean")])
+>>> net = cs.Network([cs.Recurrent((cell,)), cs.GlobalPool("mean")])
 >>> net(rng.normal(size=(2, 10, 3))).shape
 (2, 4)
 """
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from cellstack.formats import extract, load
 from cellstack.network import Network
-from cellstack.nodes import Activation, Bidirectional, Cell, Dense, Pool, Recurrent, Standardise
+from cellstack.nodes import Activation, Bidirectional, Cell, Dense, GlobalPool, Recurrent, Standardise
 from cellstack.spec import CellSpec, FormatError, HiddenState, ShapeError, State
-from cellstack.stream import Stream
+from cellstack.streaming.sessions import Sessions
+from cellstack.streaming.stream import Stream
 
 if TYPE_CHECKING:
     from cellstack.formats.keras import from_keras
@@ -33,10 +34,11 @@ __all__ = [
     "CellSpec",
     "Dense",
     "FormatError",
+    "GlobalPool",
     "HiddenState",
     "Network",
-    "Pool",
     "Recurrent",
+    "Sessions",
     "ShapeError",
     "Standardise",
     "State",

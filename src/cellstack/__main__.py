@@ -2,7 +2,7 @@
 
 import sys
 
-from cellstack.cli import main
+from cellstack.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.node import Array, CellState
-from cellstack.recurrent import Cell
+from cellstack.nodes.base import Array, CellState
+from cellstack.nodes.recurrent import Cell
 from cellstack.spec import STATES, HiddenState, ShapeError, State, check_mask, check_state
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cellstack.node import MOST_AXES, Node, Shape, check_integer, shown
 from cellstack.nodes import Embedding
+from cellstack.nodes.base import MOST_AXES, Node, Shape, check_integer, shown
 from cellstack.spec import ShapeError
 
 Inputs = Sequence[str] | Mapping[str, Sequence[int | None] | None]

@@ -13,17 +13,17 @@ import numpy as np
 
 from cellstack import _kernel
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
-from cellstack.dense import Dense
 from cellstack.graph import Graph, Inputs, check_name, wired
-from cellstack.node import MOST, Array, CellState, Flow, Node, Shape
-from cellstack.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.base import MOST, Array, CellState, Flow, Node, Shape
+from cellstack.nodes.dense import Dense
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cellstack.pool import Pool
-    from cellstack.stream import Stream
+    from cellstack.streaming.sessions import Sessions
+    from cellstack.streaming.stream import Stream
 
 
 def processors() -> int:
@@ -302,12 +302,12 @@ class Network:
         >>> Network([Recurrent((cell,))]).stream().step([[1, 2, 3]]).shape
         (1, 4)
         """
-        from cellstack.stream import Stream  # a stream is built on the network, not under it
+        from cellstack.streaming.stream import Stream  # a stream is built on the network, not under it
 
         return Stream(self, batch, threads, weights)
 
-    def pool(self, capacity: int, threads: int = 1) -> Pool:
-        """Return a `Pool` of sessions that come and go, stepped together.
+    def pool(self, capacity: int, threads: int = 1) -> Sessions:
+        """Return a `Sessions` of sessions that come and go, stepped together.
 
         Args:
             capacity: how many sessions may be open at a time.
@@ -319,9 +319,9 @@ class Network:
         Raises:
             ValueError: a node that a pool can't serve, which the message names; a number out of range.
         """
-        from cellstack.pool import Pool  # as a stream
+        from cellstack.streaming.sessions import Sessions  # as a stream
 
-        return Pool(self, capacity, threads)
+        return Sessions(self, capacity, threads)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the network to a file, whole or not at all; the suffix picks the format.

@@ -25,7 +25,7 @@ import numpy as np
 from cellstack.formats import adapter_of, c, onnx, safetensors
 from cellstack.formats.onnx.writer import state_names
 from cellstack.network import Network
-from cellstack.node import Array, CellState
+from cellstack.nodes.base import Array, CellState
 from cellstack.spec import FormatError
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import NAME, network_of, networks_of, parts_of
 from cellstack.network import Network
-from cellstack.node import Array
+from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
 
 DTYPES = ("F16", "F32", "F64", "BF16")

@@ -15,9 +15,9 @@ from safetensors.numpy import save as to_bytes
 
 from cellstack.formats.files import replacing
 from cellstack.network import Network
-from cellstack.node import Array
+from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
-from cellstack.stream import Stream
+from cellstack.streaming.stream import Stream
 
 KEY = "cellstack_state"
 VERSION = "1"

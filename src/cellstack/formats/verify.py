@@ -12,9 +12,9 @@ import numpy as np
 
 from cellstack.formats.runtimes import CannotRunError, Inputs, OtherSizesError, Runner, named, runner_of
 from cellstack.network import Network
-from cellstack.node import Array
 from cellstack.nodes import Embedding
-from cellstack.recurrent import WEIGHTS
+from cellstack.nodes.base import Array
+from cellstack.nodes.recurrent import WEIGHTS
 
 TOLERANCE = 1e-4
 """Greatest relative difference that passes where none is given: float32 on both sides, sums in other orders."""

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from cellstack import layers
-from cellstack.inspect import report
-from cellstack.train import workflow
+from cellstack.train import report, workflow
 from cellstack.train.loop import Settings
 from cellstack.train.ts import Sequences, read_ts
 

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cellstack import layers
-from cellstack.nodes import Dense, Node, Pool, Standardise
-from cellstack.recurrent import Bidirectional, Cell, Recurrent
+from cellstack import layers, nodes
+from cellstack.nodes import Dense, GlobalPool, Node
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.train.checks import UsageError
 
 TASKS = ("classify", "regress")
 LAYERS = {"lstm": layers.LSTM, "gru": layers.GRU, "rnn": layers.SimpleRNN}
 
 
-class Scale(nn.Module):
+class Standardise(nn.Module):
     """`(x - mean) / scale`, channel by channel; both are buffers `[I]`, so they travel with the weights."""
 
     mean: Tensor
@@ -100,7 +100,7 @@ class Model(nn.Module):
                 raise UsageError(f"Model: expected {name} to be one of {', '.join(choices)}, got {value!r}")
         self.task, self.pooling, self.every_step, self.bidirectional = task, pooling, every_step, bidirectional
         self.cell = cell
-        self.standardise = Scale(*inputs)
+        self.standardise = Standardise(*inputs)
         self.recurrent = nn.ModuleList()
         width = len(inputs[0])
         for size in units:
@@ -109,7 +109,7 @@ class Model(nn.Module):
             width = size * (2 if bidirectional else 1)
         self.dropout = Dropout(dropout)
         self.head = nn.Linear(width, outputs)
-        self.targets = Scale(*(targets or (np.zeros(outputs), np.ones(outputs))))
+        self.targets = Standardise(*(targets or (np.zeros(outputs), np.ones(outputs))))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return logits or standardised numbers: `[B, O]`, or `[B, T, O]` where every step is read out.
@@ -157,7 +157,7 @@ class Model(nn.Module):
 
     def to_nodes(self) -> list[Node]:
         """Return the model as nodes: raw inputs in; class probabilities, or numbers in the targets' units, out."""
-        standardise = Standardise(_array(self.standardise.mean), _array(self.standardise.scale))
+        standardise = nodes.Standardise(_array(self.standardise.mean), _array(self.standardise.scale))
         if self.bidirectional:
             stack = [
                 Bidirectional(_recurrent([layer.forward_layer]), _recurrent([layer.backward_layer], True))
@@ -165,14 +165,15 @@ class Model(nn.Module):
             ]
         else:
             stack = [_recurrent(list(self.recurrent))]
-        nodes: list[Node] = [standardise, *stack]
+        before: list[Node] = [standardise, *stack]
         kernel, bias = _array(self.head.weight.T), _array(self.head.bias)
         if self.task == "classify":
             head = Dense(kernel, bias, "softmax")
         else:  # y·scale + mean, folded into the head
             scale, mean = _array(self.targets.scale), _array(self.targets.mean)
             head = Dense(kernel * scale, bias * scale + mean)
-        return [*nodes, head, Pool(self.pooling)] if self.every_step else [*nodes, Pool(self.pooling), head]
+        pool = GlobalPool(self.pooling)
+        return [*before, head, pool] if self.every_step else [*before, pool, head]
 
 
 def _recurrent(stack: list[Any], go_backwards: bool = False) -> Recurrent:

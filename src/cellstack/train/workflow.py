@@ -59,7 +59,7 @@ class Control:
             raise UsageError(f"expected validation in [0, 1), got {self.validation}")
 
 
-NODE_NAMES = {"Standardise": "standardise", "Pool": "pool", "Dense": "head"}
+NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
 
 
 @dataclass

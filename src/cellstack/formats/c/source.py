@@ -25,14 +25,14 @@ from cellstack.nodes import (
     Conv1D,
     Dense,
     Embedding,
+    GlobalPool,
     LayerNorm,
     Node,
-    Pool,
     Recurrent,
     Scale,
     Standardise,
 )
-from cellstack.stream import Stream
+from cellstack.streaming.stream import Stream
 
 NUMBERS_A_LINE = 8
 TYPES = {"float32": ("float", "f"), "float64": ("double", "")}
@@ -43,7 +43,7 @@ HEADERS = {
     "stdnoreturn", "string", "tgmath", "threads", "time", "uchar", "wchar", "wctype",
 }
 # fmt: on
-NODES = (Standardise, Scale, LayerNorm, Embedding, Dense, Activation, Pool, Conv1D, Recurrent)
+NODES = (Standardise, Scale, LayerNorm, Embedding, Dense, Activation, GlobalPool, Conv1D, Recurrent)
 
 
 def export(network: Network, directory: str | PathLike[str], name: str = "model") -> tuple[Path, Path]:
@@ -55,7 +55,7 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
     Args:
         network: a chain of nodes that can answer after every frame: `Recurrent` that runs forwards, `Standardise`,
             `Scale`, `LayerNorm`, `Embedding` (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of one
-            group, `Pool("last")`.
+            group, `GlobalPool("last")`.
         directory: where to; it is made where it isn't there. Files that are there are replaced.
         name: what the files are called, and what every name in them begins with.
 
@@ -406,7 +406,7 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
 
 def _acts(node: Node) -> bool:
     """Whether a node changes a frame."""
-    return not isinstance(node, Pool) and not (isinstance(node, Activation) and node.activation == "linear")
+    return not isinstance(node, GlobalPool) and not (isinstance(node, Activation) and node.activation == "linear")
 
 
 def _comment(text: str) -> str:

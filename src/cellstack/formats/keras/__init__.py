@@ -22,7 +22,7 @@ from cellstack.formats.keras.files import HDF5_HEAD, LEGACY, Source, opened, par
 from cellstack.formats.keras.graph import ProblemsError, Wiring
 from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
-from cellstack.node import Node
+from cellstack.nodes.base import Node
 from cellstack.spec import FormatError
 
 NAME = "Keras"

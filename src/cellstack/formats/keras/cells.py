@@ -13,9 +13,9 @@ import numpy as np
 
 from cellstack.formats.keras.config import Layer, numbered
 from cellstack.formats.keras.files import short
-from cellstack.formats.layout import OURS, from_cudnn, reorder
-from cellstack.node import Array
+from cellstack.layout import OURS, from_cudnn, reorder
 from cellstack.nodes import Bidirectional, Cell, Recurrent
+from cellstack.nodes.base import Array
 from cellstack.spec import CellSpec, FormatError
 
 KINDS = {"LSTM": "lstm", "GRU": "gru", "SimpleRNN": "rnn"}

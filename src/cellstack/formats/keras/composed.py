@@ -11,14 +11,14 @@ import numpy as np
 from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 from cellstack.formats.keras.hand import Hand, Value
-from cellstack.node import Node
 from cellstack.nodes import (
     Activation,
     Bidirectional,
-    Pool,
+    GlobalPool,
     Recurrent,
     Scale,
 )
+from cellstack.nodes.base import Node
 
 Composer = Callable[[Hand, list[Node], list[Value]], Value]
 
@@ -178,7 +178,7 @@ def _states(
         if not node.return_sequences:
             return value
         if step == 0:
-            return hand.add(Pool("last"), value)
+            return hand.add(GlobalPool("last"), value)
         return hand.squeeze(hand.select(value, 1, slice(0, 1)), 1)
 
     def c() -> Value:

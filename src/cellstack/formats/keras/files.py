@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.node import Array
+from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
 
 HDF5_HEAD = b"\x89HDF\r\n\x1a\n"

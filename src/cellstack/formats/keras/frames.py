@@ -11,21 +11,21 @@ from functools import partial
 from math import prod
 
 from cellstack.formats.keras.hand import MOST_COPIES, Hand, Value
-from cellstack.node import Node
 from cellstack.nodes import (
     Activation,
     Conv1D,
     Dense,
     Embedding,
     Flatten,
+    GlobalPool,
     LayerNorm,
     Permute,
-    Pool,
     Pool1D,
     Reshape,
     Scale,
     Standardise,
 )
+from cellstack.nodes.base import Node
 
 POINTWISE = (Activation, Dense, LayerNorm, Scale, Standardise)
 
@@ -75,7 +75,7 @@ def _at(hand: Hand, node: Node, value: Value) -> Value:
         steps, width = hand.length(value, 2), hand.width(value)
         if isinstance(node, Conv1D):
             return _convolved(hand, node, value, steps, width)
-        if isinstance(node, Pool) and node.mode != "last":
+        if isinstance(node, GlobalPool) and node.mode != "last":
             pooled = hand.add(Pool1D(node.mode, steps), hand.reshape(value, (None, width)))
             return hand.reshape(pooled, (frames, width))
         if isinstance(node, Pool1D):

@@ -18,24 +18,24 @@ from cellstack.formats.keras.layers import MERGES, NOTHING
 from cellstack.formats.keras.operations import either, operate
 from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
-from cellstack.node import Shape
 from cellstack.nodes import (
     Activation,
     Bidirectional,
     Embedding,
     Flatten,
+    GlobalPool,
     LayerNorm,
     Masking,
     Merge,
     Node,
     Permute,
-    Pool,
     Recurrent,
     Reshape,
     Scale,
     Standardise,
 )
 from cellstack.nodes import Dense as DenseNode
+from cellstack.nodes.base import Shape
 from cellstack.spec import FormatError, ShapeError
 
 MOST_NODES = 10_000  # a model may be used twice by one that is used twice, and so on
@@ -340,7 +340,7 @@ class Wiring:
         if isinstance(node, (Recurrent, Bidirectional)):
             stack = node.forward if isinstance(node, Bidirectional) else node
             return mask if stack.return_sequences else None
-        return mask if isinstance(node, KEEPS_MASK) and not isinstance(node, Pool) else None
+        return mask if isinstance(node, KEEPS_MASK) and not isinstance(node, GlobalPool) else None
 
 
 def _shape(layer: Layer) -> tuple[int | None, ...] | None:

@@ -14,20 +14,20 @@ import numpy as np
 
 from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
-from cellstack.node import Array, Node, Shape
 from cellstack.nodes import (
     Activation,
     Conv1D,
     Flatten,
+    GlobalPool,
     Merge,
     Permute,
-    Pool,
     Repeat,
     Reshape,
     Scale,
     Select,
     Standardise,
 )
+from cellstack.nodes.base import Array, Node, Shape
 
 MOST_COPIES = 256  # of one value, side by side
 PIECE = 32  # how many numbers a piece of a split is counted as
@@ -161,7 +161,7 @@ class Hand:
         if length is not None and not -length <= index < length:
             raise self.layer.refuse(f"expected an entry of axis {place} of {length}, found {index}")
         if axes == 2 and place == 1 and index == -1:
-            return self.add(Pool("last"), self.bare(value))
+            return self.add(GlobalPool("last"), self.bare(value))
         one = self.select(value, place, slice(index, index + 1 or None))
         return self.squeeze(one, place)
 
@@ -271,7 +271,7 @@ class Hand:
             if None in rest:
                 raise self.layer.refuse(f"needs lengths that the file leaves open, {short(rest)}")
             first = self.reshape(first, (shape[place - 1], prod(one for one in rest if one is not None)))
-        found = self.add(Pool(mode), first)
+        found = self.add(GlobalPool(mode), first)
         return self.reshape(found, kept if keepdims else rest)
 
     def pad(self, value: Value, before: int, after: int) -> Value:

@@ -11,19 +11,18 @@ from cellstack.formats.keras.cells import recurrent_slots as slots_of_recurrent
 from cellstack.formats.keras.composed import COMPOSED
 from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
-from cellstack.node import Array
 from cellstack.nodes import (
     Activation,
     Conv1D,
     Dense,
     Embedding,
     Flatten,
+    GlobalPool,
     LayerNorm,
     Masking,
     Merge,
     Node,
     Permute,
-    Pool,
     Pool1D,
     Repeat,
     Reshape,
@@ -31,6 +30,7 @@ from cellstack.nodes import (
     Select,
     Standardise,
 )
+from cellstack.nodes.base import Array
 
 NOTHING = (
     "Dropout",
@@ -315,7 +315,7 @@ def _pool(mode: str) -> Callable[[Layer, list[Array], int], Node]:
 def _global(mode: str) -> Callable[[Layer, list[Array], int], Node]:
     def build(layer: Layer, arrays: list[Array], major: int) -> Node:
         _channels_last(layer)
-        return Pool(mode)
+        return GlobalPool(mode)
 
     return build
 

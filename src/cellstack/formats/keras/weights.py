@@ -11,8 +11,8 @@ from cellstack.formats.keras.cells import RECURRENT, Slot
 from cellstack.formats.keras.config import Layer, Model, numbered
 from cellstack.formats.keras.files import LEGACY, V3_ROOTS, Source, short
 from cellstack.formats.keras.layers import nodes, slots
-from cellstack.node import Array
 from cellstack.nodes import Node
+from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
 
 LEAVES = {"kernel", "recurrent_kernel", "bias", "embeddings", "gamma", "beta", "moving_mean", "moving_variance"}

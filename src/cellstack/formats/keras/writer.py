@@ -21,7 +21,6 @@ from cellstack.formats.keras.config import layer_of, numbered
 from cellstack.formats.keras.files import MEMBERS
 from cellstack.formats.keras.layers import MERGES, slots
 from cellstack.network import Network
-from cellstack.node import Array, Node
 from cellstack.nodes import (
     Activation,
     Bidirectional,
@@ -30,11 +29,11 @@ from cellstack.nodes import (
     Dense,
     Embedding,
     Flatten,
+    GlobalPool,
     LayerNorm,
     Masking,
     Merge,
     Permute,
-    Pool,
     Pool1D,
     Recurrent,
     Repeat,
@@ -43,6 +42,7 @@ from cellstack.nodes import (
     Select,
     Standardise,
 )
+from cellstack.nodes.base import Array, Node
 
 VERSION = "3.10.0"  # whose words these are; what a file says of Keras settles what hard_sigmoid is
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
@@ -95,7 +95,7 @@ def _entries(network: Network) -> tuple[list[Entry], list[list[str]], list[str]]
         before = any(source in masked for source in sources)
         if (isinstance(node, Embedding) and node.mask_zero) or isinstance(node, Masking) or (before and _keeps(node)):
             masked.add(name)
-        if isinstance(node, Pool) and node.mode == "max" and before:
+        if isinstance(node, GlobalPool) and node.mode == "max" and before:
             problems.append(f"{name}: the greatest of the steps that a mask keeps, where Keras takes all")
         try:
             layers = _layers(name, node)
@@ -277,7 +277,7 @@ def _layer_norm(node: LayerNorm) -> Iterator[tuple[str, dict[str, Any], list[Arr
     yield "LayerNormalization", {"axis": -1, "epsilon": node.epsilon, **flags}, _both(node.gain, node.bias)
 
 
-def _pool(node: Pool) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _pool(node: GlobalPool) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
     if node.mode == "last":
         raise _RefusedError("the last step of a sequence")
     yield "GlobalAveragePooling1D" if node.mode == "mean" else "GlobalMaxPooling1D", {}, []
@@ -310,7 +310,7 @@ BUILDERS: dict[type[Node], Callable[[Any], Any]] = {
     LayerNorm: _layer_norm,
     Activation: lambda node: [_activation_layer(node.activation)],
     Masking: lambda node: [("Masking", {"mask_value": node.value}, [])],
-    Pool: _pool,
+    GlobalPool: _pool,
     Pool1D: _windows,
     Flatten: lambda node: [("Flatten", {}, [])],
     Reshape: lambda node: [("Reshape", {"target_shape": list(node.shape)}, [])],

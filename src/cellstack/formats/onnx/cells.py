@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.layout import Array, CellArrays, from_rows, reorder, to_rows
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
+from cellstack.layout import Array, CellArrays, from_rows, reorder, to_rows
 from cellstack.network import Network
 from cellstack.nodes import Node, Select
-from cellstack.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import GATES, CellSpec, FormatError, activation
 from cellstack.spec import PARAMETERS as USUAL_PARAMETERS
 

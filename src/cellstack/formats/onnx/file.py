@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.layout import Array
 from cellstack.formats.onnx.fold import OPEN, Budget, Spread, TooMuchError, fold
 from cellstack.formats.onnx.functions import DOMAINS, inline
+from cellstack.layout import Array
 from cellstack.spec import FormatError
 
 KEY = "cellstack"  # under which a file that we wrote has the network's metadata

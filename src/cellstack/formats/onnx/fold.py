@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.layout import Array
+from cellstack.layout import Array
 
 FREE = 1 << 22  # numbers that any file may compute, however small it is
 TIMES = 8  # and how many for each of its bytes

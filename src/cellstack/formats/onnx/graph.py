@@ -14,7 +14,7 @@ from cellstack.formats.onnx.fold import Spread, TooMuchError, fold, numbers
 from cellstack.formats.onnx.scan import is_scan, read_scan
 from cellstack.formats.onnx.values import Ends, Flowing, Lengths, Ref, StartOf, Symbols, Unknown
 from cellstack.network import Network
-from cellstack.nodes import Activation, Merge, Node, Permute, Pool, Recurrent, Reshape, Select
+from cellstack.nodes import Activation, GlobalPool, Merge, Node, Permute, Recurrent, Reshape, Select
 from cellstack.spec import FormatError
 
 Handler = Callable[["Reader", Any, dict[str, Any], list[Any]], list[Any]]
@@ -165,7 +165,7 @@ class Reader:
         if sequences:
             if reverse:
                 wire = self.add(f"{wire}.first", Select(0, 1), wire)
-            wire = self.add(f"{wire}.last", Pool("last"), wire)
+            wire = self.add(f"{wire}.last", GlobalPool("last"), wire)
         return wire, width
 
     def _reversed(self, wire: str) -> bool:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.layout import Array
 from cellstack.formats.onnx.file import Scope
 from cellstack.formats.onnx.fold import slices, whole
+from cellstack.layout import Array
 
 MOST_NODES = 24  # that one sum is told from
 MOST_NUMBERS = 1 << 16  # of a bias that stands in a file once for every row

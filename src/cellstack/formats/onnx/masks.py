@@ -13,11 +13,11 @@ from cellstack.nodes import (
     Conv1D,
     Embedding,
     Flatten,
+    GlobalPool,
     Masking,
     Merge,
     Node,
     Permute,
-    Pool,
     Pool1D,
     Recurrent,
     Repeat,
@@ -26,7 +26,7 @@ from cellstack.nodes import (
 )
 
 NEUTRAL = {"mul": 1.0, "max": -np.inf}  # what a step that is left out counts as in a Merge; elsewhere what it holds
-WITHOUT = (Conv1D, Pool1D, Pool, Flatten, Permute, Repeat, Reshape)  # what they return has no mask
+WITHOUT = (Conv1D, Pool1D, GlobalPool, Flatten, Permute, Repeat, Reshape)  # what they return has no mask
 
 
 def both(pieces: Pieces, one: str, other: str) -> str:
@@ -62,8 +62,8 @@ def masked(pieces: Pieces, name: str, node: Embedding | Masking, x: str, mask: s
     return both(pieces, mask, pieces.of("Unsqueeze", pieces.of("Not", zero), pieces.integers(2)))
 
 
-def pooled(pieces: Pieces, name: str, node: Pool, x: str, mask: str) -> None:
-    """Put a Pool in whose input has a mask: a row without a step gives zeros."""
+def pooled(pieces: Pieces, name: str, node: GlobalPool, x: str, mask: str) -> None:
+    """Put a GlobalPool in whose input has a mask: a row without a step gives zeros."""
     of, zero = pieces.of, pieces.number(0.0)
     ones = of("Cast", mask, to=pieces.type)
     if node.mode == "mean":

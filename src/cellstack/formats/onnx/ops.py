@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.layout import Array
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Spread, axes_of, whole
 from cellstack.formats.onnx.graph import Handler, Reader, Refused, Turned
 from cellstack.formats.onnx.values import Flowing
-from cellstack.nodes import Activation, Conv1D, Dense, Merge, Pool, Scale, Standardise
+from cellstack.layout import Array
+from cellstack.nodes import Activation, Conv1D, Dense, GlobalPool, Merge, Scale, Standardise
 from cellstack.spec import DTYPES
 
 MERGES = {"Add": "add", "Mul": "mul", "Sub": "sub", "Max": "max", "Mean": "ave"}
@@ -151,7 +151,7 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if [x.axes[axis] for axis in axes if x.axes[axis] != "1"] != ["T"]:
         raise Refused(f"expected to go over time, found axes {axes} of {' '.join(x.axes)}")
     steps_apart(reader)
-    wire = reader.add(label(node), Pool("max" if "Max" in node.op_type else "mean"), x.wire)
+    wire = reader.add(label(node), GlobalPool("max" if "Max" in node.op_type else "mean"), x.wire)
     left = [("1" if keep else "") if n in axes else axis for n, axis in enumerate(x.axes)]
     return [replace(x, wire=wire, axes=tuple(axis for axis in left if axis), steps=None)]
 

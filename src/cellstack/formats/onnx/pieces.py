@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.layout import Array
 from cellstack.formats.onnx.cells import ONNX_NAMES, Names
-from cellstack.node import MORE_ACTIVATIONS
+from cellstack.layout import Array
+from cellstack.nodes.base import MORE_ACTIVATIONS
 from cellstack.spec import PARAMETERS, activation
 
 FIRST, LAST = -(2**63), 2**63 - 1

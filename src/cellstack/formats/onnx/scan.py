@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.layout import Array
 from cellstack.formats.onnx.file import DOMAINS, Model, label, onnx_package, short
 from cellstack.formats.onnx.pieces import Pieces
-from cellstack.recurrent import Cell
+from cellstack.layout import Array
+from cellstack.nodes.recurrent import Cell
 from cellstack.spec import CellSpec, FormatError
 
 FIRST_OPSET = 9  # before it, a Scan's inputs were others

@@ -14,7 +14,7 @@ from cellstack.formats.onnx.graph import Handler, Reader, Refused, Turned
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.ops import steps_apart
 from cellstack.formats.onnx.values import Ends, Flowing, Symbols, reshaped
-from cellstack.nodes import Flatten, Merge, Permute, Pool, Repeat, Select
+from cellstack.nodes import Flatten, GlobalPool, Merge, Permute, Repeat, Select
 from cellstack.nodes import Reshape as ReshapeNode
 
 
@@ -74,7 +74,7 @@ def squeeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
         elif x.axes[axis] == "F" and x.width == 1:
             pass  # one number a row, which a Network has as `[B, 1]`
         elif x.axes[axis] == "T" and x.steps == 1:
-            wire, steps = reader.add(label(node), Pool("last"), wire), None
+            wire, steps = reader.add(label(node), GlobalPool("last"), wire), None
         elif x.axes[axis] != "1":
             raise Refused(f"expected axes of length 1, found {x.axes[axis]} of {' '.join(x.axes)}")
     left = tuple(a for n, a in enumerate(x.axes) if n not in chosen)
@@ -265,7 +265,7 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if number not in (-1, (value.steps or 0) - 1):
         wire = cut(reader, node, value, axis, part).wire
     axes = tuple(a for n, a in enumerate(value.axes) if n != axis)
-    return [replace(value, wire=reader.add(f"{label(node)}", Pool("last"), wire), axes=axes, steps=None)]
+    return [replace(value, wire=reader.add(f"{label(node)}", GlobalPool("last"), wire), axes=axes, steps=None)]
 
 
 def split(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:

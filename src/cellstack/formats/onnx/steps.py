@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.layout import Array, from_rows
 from cellstack.formats.onnx.cells import NAMES, activation_text
 from cellstack.formats.onnx.file import DOMAINS, Scope, label
 from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.linear import FOLLOWED, Linear, Term, array_of, linear
-from cellstack.recurrent import Cell
+from cellstack.layout import Array, from_rows
+from cellstack.nodes.recurrent import Cell
 from cellstack.spec import CellSpec
 
 ORDER = {"lstm": "ifgo", "gru": "zrg", "rnn": "g"}

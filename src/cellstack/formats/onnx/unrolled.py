@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.layout import Array, from_rows
 from cellstack.formats.onnx.cells import NAMES, Operator, activation_text
 from cellstack.formats.onnx.file import Scope, label, short
 from cellstack.formats.onnx.graph import MOVES
 from cellstack.formats.onnx.linear import first_alike, sizes_of
 from cellstack.formats.onnx.steps import cell_of, common, find_chains
-from cellstack.recurrent import Cell
+from cellstack.layout import Array, from_rows
+from cellstack.nodes.recurrent import Cell
 from cellstack.spec import CellSpec, FormatError
 
 MOST_TERMS = 8  # of the sum that is split: two products and a few biases

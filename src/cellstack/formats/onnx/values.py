@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
-from cellstack.formats.layout import Array
+from cellstack.layout import Array
 
 
 @dataclass(frozen=True)

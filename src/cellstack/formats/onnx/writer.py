@@ -23,12 +23,12 @@ from cellstack.nodes import (
     Dense,
     Embedding,
     Flatten,
+    GlobalPool,
     LayerNorm,
     Masking,
     Merge,
     Node,
     Permute,
-    Pool,
     Pool1D,
     Recurrent,
     Repeat,
@@ -301,7 +301,7 @@ class Writer(Pieces):
             turned = self.channels(name, x)
             y = self.put(operator, [turned], self.fresh(f"{name}.pooled"), name, auto_pad=auto, **sizes)
             self.put("Transpose", [y], name, f"{name}.rows", perm=[0, 2, 1])
-        elif isinstance(node, Pool):
+        elif isinstance(node, GlobalPool):
             if masks[0]:
                 pooled(self, name, node, x, masks[0])
             elif node.mode == "last":

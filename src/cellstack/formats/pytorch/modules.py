@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.layout import Array
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import NAME, networks_of
 from cellstack.formats.pytorch.saved import Saved, array
 from cellstack.formats.pytorch.tree import COMPUTING, NOTHING, WRAPPERS
+from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
@@ -24,15 +24,15 @@ from cellstack.nodes import (
     Dense,
     Embedding,
     Flatten,
+    GlobalPool,
     LayerNorm,
     Node,
     Permute,
-    Pool,
     Pool1D,
     Reshape,
     Scale,
 )
-from cellstack.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import DTYPES, FormatError
 
 KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}  # torch's layers
@@ -177,7 +177,7 @@ class _Chain:
         if isinstance(node, (Recurrent, Bidirectional)):
             half = node.forward if isinstance(node, Bidirectional) else node
             self.rank = 3 if half.return_sequences else 2
-        elif isinstance(node, (Pool, Flatten)):
+        elif isinstance(node, (GlobalPool, Flatten)):
             self.rank = 2
         elif isinstance(node, (Conv1D, Pool1D, Permute)):
             self.rank = 3
@@ -230,7 +230,7 @@ class _Chain:
             if _whole(path, module, "output_size") != 1:
                 raise _refuse(path, module, f"expected output_size=1, got {module.output_size}")
             mode = "mean" if _is(module, "AdaptiveAvgPool1d") else "max"
-            self.over_time(path, module, Pool(mode), Reshape((1, -1)))
+            self.over_time(path, module, GlobalPool(mode), Reshape((1, -1)))
         elif _is(module, "Softmax"):
             self.softmax(module, path)
         elif not _is(module, *NOTHING):

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.layout import from_rows
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.tensors import short
+from cellstack.layout import from_rows
 from cellstack.network import Network
 from cellstack.nodes import Node
-from cellstack.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import CellSpec, FormatError
 
 ORDERS = {"lstm": "ifgo", "gru": "rzg", "rnn": "g"}  # torch's gates

@@ -18,7 +18,7 @@ from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tensors import Quantised, Tensor
 from cellstack.formats.pytorch.tree import OWN, attributes_of, children_of, contents, hooked, kind_of
-from cellstack.node import Array
+from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
 
 PACKAGES = re.compile(

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.files import replacing
-from cellstack.formats.layout import Array, CellArrays, to_rows
 from cellstack.formats.pytorch.names import ORDERS
+from cellstack.layout import Array, CellArrays, to_rows
 from cellstack.network import Network
 from cellstack.nodes import Node
-from cellstack.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 
 STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
 HELD = ("input_size", "units", "kind", "use_bias", "proj_size")  # what a state dict holds of a cell

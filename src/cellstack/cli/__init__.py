@@ -1,0 +1,1 @@
+"""The command line: `main` has the parser, `files` and `stream` the verbs on files and on frames."""

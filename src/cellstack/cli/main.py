@@ -1,0 +1,372 @@
+"""The command line. Only `train` and `demo` import torch, and only once their arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import cellstack
+from cellstack.cli.files import SUFFIX, convert, info, load_model, run_any, show, with_suffix
+from cellstack.cli.stream import stream
+from cellstack.formats.lines import FORMS
+from cellstack.spec import FormatError, ShapeError
+from cellstack.train import predict
+from cellstack.train.checks import UsageError
+from cellstack.train.forecast import Recipe
+from cellstack.train.table import Table, read_csv
+from cellstack.train.ts import read_ts
+
+MOST_THREADS = 1024  # OpenMP starts as many as it is told to, and ends the process where it can't
+
+EXAMPLES = {
+    "demo": "cellstack demo -o cellstack-demo",
+    "train": "cellstack train co2.csv --target co2 --horizon 52 -o co2.safetensors\n"
+    "  cellstack train Vowels_TRAIN.ts Vowels_TEST.ts --units 48,48 --bidirectional --noise 0.6 -o vowels.safetensors\n"
+    "  torchrun --nproc-per-node 2 -m cellstack train Vowels_TRAIN.ts -o vowels.safetensors",
+    "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv\n"
+    "  cellstack run model.keras frames.npy > answers.csv",
+    "stream": "cellstack stream model --state model.state < frames.csv > answers.csv",
+    "convert": "cellstack convert model.onnx model.safetensors\n"
+    "  cellstack convert model.safetensors firmware/model.c\n"
+    "  cellstack convert model.safetensors model.onnx --sample frames.csv",
+    "info": "cellstack info vowels.safetensors",
+}
+
+
+class Version(argparse.Action):
+    """`--version`: looked up when it is asked for, which takes longer than the other verbs' start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print it and leave."""
+        print(f"cellstack {cellstack.__version__}")
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        """Leave with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    widths = tuple(int(part) for part in text.split(","))
+    if min(widths) < 1:
+        raise ValueError
+    return widths
+
+
+_widths.__name__ = "widths"  # what argparse calls it: invalid widths value: '48,x'
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of every verb."""
+    top = Parser(prog="cellstack", description="Train, run and look into recurrent networks.")
+    top.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        answer = "answers as JSON lines" if name == "stream" else "answer with one JSON object on standard output"
+        made.add_argument("--json", action="store_true", help=answer)
+        if name not in ("stream", "convert"):
+            made.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all)")
+        return made
+
+    demo = verb("demo", "the whole story on real speech, in under a minute")
+    demo.add_argument("-o", "--output", default="cellstack-demo", metavar="DIR", help="where to (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="fixes every draw (default: %(default)s)")
+    demo.add_argument("--epochs", type=int, help="passes over the data for both models (default: as tuned)")
+
+    train = verb("train", "train on sequences (.ts) or a time series (.csv), and write the network")
+    train.add_argument("file", metavar="FILE", help=".ts to classify or regress, .csv to forecast")
+    train.add_argument("test", nargs="?", metavar="TEST", help=".ts to measure on, never trained on")
+    train.add_argument("-o", "--output", required=True, metavar="MODEL", help=f"where to ({SUFFIX} is added)")
+    data = train.add_argument_group("forecasts")
+    data.add_argument("--target", help="column to forecast (default: the only column of numbers)")
+    data.add_argument(
+        "--inputs", metavar="A,B", help="further columns to look at (default: all of numbers; '' for none)"
+    )
+    data.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (default: one season)")
+    data.add_argument("--window", type=int, metavar="N", help="steps to look back (default: two seasons, at least 16)")
+    data.add_argument(
+        "--season", type=int, metavar="N", help="steps in a season (default: told by the dates; 1 for none)"
+    )
+    data.add_argument(
+        "--test-share", type=float, default=0.2, metavar="P", help="last rows to measure on (%(default)s)"
+    )
+    model = train.add_argument_group("model")
+    model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="of each layer (%(default)s)")
+    model.add_argument("--units", type=_widths, metavar="N,N", help="widths, bottom first (48,48; forecasts 32)")
+    model.add_argument("--bidirectional", action="store_true", help="read sequences from both ends")
+    model.add_argument("--pooling", choices=("mean", "max", "last"), help="over time (mean; forecasts last)")
+    model.add_argument(
+        "--every-step", action="store_true", help="learn to answer after every step; for streams, with --pooling last"
+    )
+    model.add_argument("--dropout", type=float, default=0.3, metavar="P", help="after each layer (%(default)s)")
+    how = train.add_argument_group("training")
+    how.add_argument("--epochs", type=int, default=60, metavar="N", help="most passes over the data (%(default)s)")
+    how.add_argument("--lr", type=float, metavar="X", help="Adam's rate at the start (5e-3; forecasts 1e-3)")
+    how.add_argument(
+        "--batch", type=int, default=16, metavar="N", help="examples in a step, all processes (%(default)s)"
+    )
+    how.add_argument("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (%(default)s)")
+    how.add_argument(
+        "--patience", type=int, default=20, metavar="N", help="epochs without progress; 0: never stop early"
+    )
+    how.add_argument("--validation", type=float, default=0.15, metavar="P", help="share to validate on (%(default)s)")
+    how.add_argument(
+        "--noise", type=float, default=0.0, metavar="X", help="noise on inputs, in their scales (%(default)s)"
+    )
+    how.add_argument("--offset", type=float, default=0.0, metavar="X", help="noise, one draw a sequence (%(default)s)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="fixes every draw (%(default)s)")
+    how.add_argument("--checkpoint", metavar="FILE", help="written after each epoch and on Ctrl-C")
+    how.add_argument("--resume", action="store_true", help="go on from --checkpoint where there is one")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to (%(default)s)")
+    how.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    run = verb("run", "predict: a class or number for each sequence (.ts), what comes next (.csv); or run any network")
+    run.add_argument("model", metavar="MODEL")
+    run.add_argument(
+        "file",
+        metavar="FILE",
+        help="of the kind that the model was trained on; for others .npy, .npz or .csv of numbers",
+    )
+    steps = verb("stream", "frames on standard input, a line each; answers on standard output, each at once")
+    steps.add_argument("model", metavar="MODEL")
+    steps.add_argument(
+        "--format", choices=FORMS, help="of the frames: numbers between commas, or JSON arrays (told by the first line)"
+    )
+    steps.add_argument(
+        "--state",
+        metavar="FILE",
+        help="go on from the state in it, where it is there, and write it at the end, on Ctrl-C and SIGTERM too",
+    )
+    other = verb("convert", "write a network in another format, and compare what was read and written")
+    other.add_argument("source", metavar="A", help="a file that holds a network")
+    other.add_argument("target", metavar="B", help="where to, the suffix picks the format; .c or a folder: C99")
+    other.add_argument(
+        "--sample", metavar="FILE", help="data to compare on: .npy [B, T, I], .npz by input, .csv (drawn at random)"
+    )
+    other.add_argument("--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4)")
+    looks = verb("info", "layers, shapes, sizes, and what runs them; the recurrent parts of what can't be run whole")
+    looks.add_argument("model", metavar="MODEL", help="of any format that can be read")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words after `cellstack`; those of this process where None.
+
+    Returns:
+        0; 1 where `convert` found a difference; 2 for bad input, with one line on standard error; 130 where Ctrl-C
+        ended it, 143 where SIGTERM ended `stream`.
+    """
+    args = parser().parse_args(argv)
+    try:
+        threads = getattr(args, "threads", None)
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise UsageError(f"expected --threads from 1 to {MOST_THREADS}, got {threads}")
+        return VERBS[args.verb](args)
+    except KeyboardInterrupt:
+        print("cellstack: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough; nothing more can be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        return _fail(args.verb, reason)
+    except MemoryError as error:
+        return _fail(args.verb, f"not enough memory: {error}")
+    except (FormatError, ShapeError, UsageError) as error:  # any other is a bug of ours, and shows where it is
+        return _fail(args.verb, str(error))
+
+
+def _fail(verb: str, reason: str) -> int:
+    print(f"cellstack {verb}: error: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
+
+
+def _needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
+    """Import torch, and set how many threads it may use: as given, else `threads`, else all."""
+    try:
+        import torch
+        import tqdm  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{args.verb} needs {error.name}: install cellstack[torch]") from None
+    threads = args.threads or threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _train(args: argparse.Namespace) -> int:
+    _needs_torch(args)
+    from cellstack.train import workflow
+    from cellstack.train.loop import Settings
+
+    output = with_suffix(args.output)
+    if not output.parent.is_dir():
+        raise UsageError(f"expected a folder {output.parent} to write to, found none")
+    if args.resume and args.checkpoint is None:
+        raise UsageError("expected --checkpoint FILE to --resume from")
+    forecast = _is_csv(args.file)
+    settings = Settings(
+        epochs=args.epochs,
+        batch=args.batch,
+        lr=args.lr if args.lr is not None else 1e-3 if forecast else 5e-3,
+        clip=args.clip,
+        patience=args.patience,
+        noise=args.noise,
+        offset=args.offset,
+        seed=args.seed,
+    )
+    shape = workflow.Shape(
+        units=args.units or ((32,) if forecast else (48, 48)),
+        bidirectional=args.bidirectional,
+        dropout=args.dropout,
+        pooling=args.pooling or ("last" if forecast else "mean"),
+        every_step=args.every_step,
+        cell=args.cell,
+    )
+    control = workflow.Control(args.validation, args.checkpoint, args.resume, not args.quiet, args.device)
+    if forecast:
+        if args.test is not None:
+            raise UsageError("expected one CSV file: its last rows are what is measured on, see --test-share")
+        table = read_csv(args.file)
+        outcome = workflow.train_forecast(table, _recipe(args, table), shape, settings, control, args.test_share)
+    else:
+        training = read_ts(args.file)
+        test = None if args.test is None else read_ts(args.test, training.labels)
+        outcome = workflow.train_sequences(training, test, shape, settings, control)
+    if outcome.rank:
+        return 0
+    outcome.net.save(output)
+    report = _report(outcome, output)
+    show(args, report, _train_text(outcome, report))
+    return 130 if outcome.fit.interrupted else 0
+
+
+def _recipe(args: argparse.Namespace, table: Table) -> Recipe:
+    names = list(table.columns)
+    if args.target is None and len(names) > 1:
+        raise UsageError(f"expected --target, one of {', '.join(names)}")
+    target = args.target or names[0]
+    if args.inputs is None:
+        inputs = tuple(name for name in names if name != target)
+    else:
+        inputs = tuple(name.strip() for name in args.inputs.split(",") if name.strip())
+    season = args.season if args.season is not None else table.spacing.season if table.spacing else 1
+    horizon = args.horizon if args.horizon is not None else season
+    window = args.window if args.window is not None else max(2 * season, 16)
+    return Recipe(target, inputs, horizon, window, season)
+
+
+def _report(outcome: Any, output: Path) -> dict[str, Any]:
+    fit = outcome.fit
+    report = {
+        "model": str(output),
+        "task": outcome.net.metadata["task"],
+        "parameters": sum(parameter.numel() for parameter in outcome.model.parameters()),
+        "epochs": len(fit.history),
+        "best": fit.best,
+        "steps": fit.steps,
+        "seconds": round(fit.seconds, 3),
+        "interrupted": fit.interrupted,
+    }
+    scores = {name: value for name, value in outcome.scores.items() if name not in ("answers", "predicted")}
+    return report | {"test": scores, "history": fit.history}
+
+
+def _train_text(outcome: Any, report: dict[str, Any]) -> list[str]:
+    lines = [repr(outcome.net)]
+    ended = "stopped by Ctrl-C after" if report["interrupted"] else "trained for"
+    lines.append(f"{ended} {report['epochs']} epochs, {report['steps']} steps, {report['seconds']:.1f} s")
+    if report["best"]:
+        lines.append("best " + "  ".join(f"{name} {value:.6g}" for name, value in report["best"].items()))
+    scores = report["test"]
+    if "seasonal_naive" in scores:
+        ours, naive = scores["model"], scores["seasonal_naive"]
+        lines.append(f"{'test, ' + str(scores['origins']) + ' forecasts':<24} {'MAE':>9} {'RMSE':>9}")
+        rows = {"seasonal-naive": naive, "seasonal-naive + drift": scores["seasonal_drift"], "this model": ours}
+        lines += [f"  {name:<22} {errors['mae']:>9.4f} {errors['rmse']:>9.4f}" for name, errors in rows.items()]
+        less = [1 - ours[name] / naive[name] if naive[name] else 0.0 for name in ("mae", "rmse")]
+        lines.append(f"  {'less than naive by':<22} {less[0]:>9.1%} {less[1]:>9.1%}")
+    elif scores:
+        lines += [f"test {name} {scores[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in scores]
+    return [*lines, f"written to {report['model']}"]
+
+
+def _run(args: argparse.Namespace) -> int:
+    net, path = load_model(args.model)
+    if net.metadata.get("task") is None:
+        return run_any(args, net)
+    task = predict.trained(net, path)
+    if task.recipe is not None:
+        if not _is_csv(args.file):
+            raise UsageError(f"{args.file}: expected a .csv file, as {path} forecasts")
+        result = predict.forecast(net, read_csv(args.file), args.file, args.threads)
+        count = range(1, task.recipe.horizon + 1)
+        header, rows = ["date", task.recipe.target], zip(result["dates"] or count, result["forecast"], strict=True)
+    else:
+        if _is_csv(args.file):
+            raise UsageError(f"{args.file}: expected a .ts file, as {path} takes sequences")
+        data = read_ts(args.file, task.labels or None)
+        result = predict.sequences(net, data, args.file, args.threads)
+        header = ["sequence", "predicted", *(f"p_{label}" for label in task.labels)]
+        extra = result["answers"] if task.labels else np.empty((len(data.x), 0))
+        rows = ((n, result["predicted"][n], *extra[n]) for n in range(len(data.x)))
+    if args.json:
+        show(args, result, [])
+    else:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+        for name in ("accuracy", "mae", "rmse"):
+            if name in result:
+                print(f"{name} {result[name]:.4f}", file=sys.stderr)
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    _needs_torch(args, threads=1)  # steps this small don't gain from a second thread
+    try:
+        from cellstack.train import demo
+    except ModuleNotFoundError as error:
+        raise UsageError(f"demo needs {error.name}: install cellstack[torch]") from None
+    say = (lambda line="": print(line, file=sys.stderr)) if args.json else print
+    report = demo.run(Path(args.output), args.seed, args.epochs, say)
+    show(args, report, [])
+    return 0
+
+
+def _is_csv(name: str) -> bool:
+    suffix = Path(name).suffix.lower()
+    if suffix not in (".ts", ".csv"):
+        raise UsageError(f"{name}: expected a file that ends in .ts or .csv")
+    return suffix == ".csv"
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, (float, np.floating)):
+        return "" if np.isnan(value) else f"{value:.6g}"
+    return value
+
+
+VERBS = {"demo": _demo, "train": _train, "run": _run, "stream": stream, "convert": convert, "info": info}

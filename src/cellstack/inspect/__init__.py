@@ -1,1 +1,0 @@
-"""Look into a network: pages that need nothing but a browser. The plots need matplotlib (`cellstack[torch]`)."""

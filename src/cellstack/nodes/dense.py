@@ -1,0 +1,93 @@
+"""`Dense`: a product on the last axis, run by the kernel, so that a stack and the head on it are one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from cellstack import _kernel, native, spec
+from cellstack.nodes.base import (
+    MORE_ACTIVATIONS,
+    Array,
+    Node,
+    Shape,
+    activation_function,
+    check_activation,
+    hold,
+    one_dtype,
+)
+from cellstack.spec import ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Node):
+    """`activation(x·kernel + bias)` on the last axis.
+
+    Args:
+        kernel: `[I, O]`, float32 or float64.
+        bias: `[O]` of the same dtype, or None.
+        activation: see `Activation`.
+
+    Raises:
+        ShapeError: a shape other than these.
+        TypeError: a dtype other than these.
+        ValueError: another activation.
+    """
+
+    kernel: Array
+    bias: Array | None = None
+    activation: str = "linear"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kernel", hold("Dense", "kernel", self.kernel, ("I", "O")))
+        if self.bias is not None:
+            object.__setattr__(self, "bias", hold("Dense", "bias", self.bias, self.kernel.shape[1:]))
+        object.__setattr__(self, "dtype", one_dtype("Dense", {"kernel": self.kernel, "bias": self.bias}))
+        object.__setattr__(self, "input_size", self.kernel.shape[0])
+        object.__setattr__(self, "activation", check_activation("Dense", self.activation))
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        return (*super().check(owner, *shapes)[:-1], self.kernel.shape[1])
+
+    @cached_property
+    def packed(self) -> Any:
+        """The weights in the kernel's own layout, packed at the first use."""
+        return native.dense(self.kernel, self.bias, spec.activation("linear" if self.beyond else self.activation))
+
+    @cached_property
+    def beyond(self) -> Callable[[Array], Array] | None:
+        """The activation, where it is one that the kernel hasn't."""
+        return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
+
+    def apply(self, x: Array) -> Array:
+        """Return `[..., O]` for `x [..., I]` of the kernel's dtype.
+
+        Raises:
+            ShapeError: another width.
+            TypeError: another dtype.
+        """
+        if not x.ndim or x.shape[-1] != self.kernel.shape[0]:
+            raise ShapeError(f"Dense: expected x [..., I={self.kernel.shape[0]}], got {x.shape}")
+        if x.dtype != self.kernel.dtype:
+            raise TypeError(f"Dense: expected x of {self.kernel.dtype}, got {x.dtype}")
+        x = np.require(x, requirements=("C", "A"))
+        y = np.empty((*x.shape[:-1], self.kernel.shape[1]), x.dtype)
+        rows = x.size // self.kernel.shape[0]
+        layer = (self.packed, 0, 0, 0, 0, y.ctypes.data, 0, 0, 0, 0, 0, 0)
+        _kernel.forward(1, rows, [layer], x.ctypes.data, 0, x.shape[-1], 0, 0, False, 1)
+        return self.beyond(y) if self.beyond else y
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return self.activation
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the node's arrays hold."""
+        return self.kernel.size + (0 if self.bias is None else self.bias.size)

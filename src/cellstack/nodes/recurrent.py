@@ -1,0 +1,421 @@
+"""The nodes that run over time: stacks of cells, one way or both, each run of cells one call of the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack import _kernel, native
+from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_choice, check_flag, hold, one_dtype
+from cellstack.spec import ARRAYS, STATES, CellSpec, ShapeError
+
+WEIGHTS = {"float32": 32, "bfloat16": 16, "int8": 8}
+"""Forms that a stream can hold the matrices of its cells in, and their bits; float64 cells keep theirs."""
+
+MOST_DEPTH = (2**31 - 1) // 127**2
+"""Products of two numbers of 8 bits that a sum of 32 can hold, whatever they are."""
+
+MERGE_MODES = ("concat", "sum", "mul", "ave")
+BACKWARDS = "it runs backwards from the end of the sequence, which a stream doesn't have"
+KIND_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
+
+
+@dataclass(frozen=True, eq=False, init=False, repr=False)
+class Cell:
+    """One cell: its description and its arrays. An array that the cell hasn't is None.
+
+    Args:
+        spec: the kind of cell, its widths and its flags.
+        arrays: those of `spec.shapes`, in that order, float32 or float64.
+        named: the others of them, by name; None stands for an array that the cell hasn't.
+
+    Raises:
+        ShapeError: an array too few or too many, or one that isn't shaped as `spec` says.
+        TypeError: a dtype other than float32 and float64, or not one for all; an array given twice.
+
+    >>> spec = CellSpec(3, 4, kind="gru", reset_after=False)
+    >>> cell = Cell(spec, np.ones((3, 12)), recurrent_kernel=np.ones((4, 12)), bias=np.zeros(12))
+    >>> cell
+    Cell of float64: GRU 3 -> 4 (no reset after)
+    >>> [name for name in cell.arrays]
+    ['kernel', 'recurrent_kernel', 'bias']
+    """
+
+    spec: CellSpec
+    kernel: Array
+    recurrent_kernel: Array
+    bias: Array | None
+    peepholes: Array | None
+    projection: Array | None
+    kernel_gain: Array | None
+    recurrent_gain: Array | None
+    cell_gain: Array | None
+    cell_bias: Array | None
+    initial_h: Array | None
+    initial_c: Array | None
+
+    def __init__(self, spec: CellSpec, *arrays: Any, **named: Any) -> None:
+        if not isinstance(spec, CellSpec):
+            raise TypeError(f"Cell: expected spec to be a CellSpec, got {type(spec).__name__}")
+        shapes = spec.shapes
+        if len(arrays) > len(shapes):
+            raise ShapeError(f"Cell: expected {len(shapes)} arrays, {', '.join(shapes)}, got {len(arrays)}")
+        given = dict(zip(shapes, arrays, strict=False))
+        for name in named:
+            if name not in ARRAYS or name in given:
+                raise TypeError(f"Cell: expected each of {', '.join(shapes)} once, got another {name}")
+        given |= named
+        object.__setattr__(self, "spec", spec)
+        for name in ARRAYS:
+            value = given.get(name)
+            if (value is None) == (name in shapes):
+                expected, got = (list(shapes[name]), "none") if value is None else ("none", "one")
+                raise ShapeError(f"Cell: expected {name} {expected} as the description says, got {got}")
+            object.__setattr__(self, name, None if value is None else hold("Cell", name, value, shapes[name]))
+        one_dtype("Cell", dict(self.arrays))
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The cell's arrays by name, in the order of `CellSpec.shapes`."""
+        return {name: getattr(self, name) for name in self.spec.shapes}
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of every array of the cell."""
+        return self.kernel.dtype
+
+    @property
+    def summary(self) -> str:
+        """The kind, widths and flags of the cell, in a few words."""
+        return _summary((self,))
+
+    @cached_property
+    def packed(self) -> Any:
+        """The weights in the kernel's own layout, packed at the first use."""
+        return self.pack("float32")
+
+    def pack(self, weights: str) -> Any:
+        """Pack the weights with their matrices in one of `WEIGHTS`.
+
+        Args:
+            weights: `"float32"`, as they are; `"bfloat16"`, rounded; `"int8"`, in 127 steps to either side, a scale a
+                column. Biases, gains and peepholes stay as they are.
+
+        Returns:
+            What the kernel's calls take; it holds a copy of the arrays.
+
+        Raises:
+            TypeError: fewer bits of a float64 cell.
+            ValueError: more features or units than sums of whole numbers can hold.
+        """
+        bits = WEIGHTS[weights]
+        if bits < 32 and self.dtype != np.float32:
+            raise TypeError(f"Cell: expected float32 arrays for weights={weights!r}, got {self.dtype}")
+        depth = max(self.spec.input_size, self.spec.units)
+        if bits == 8 and depth > MOST_DEPTH:
+            raise ValueError(f"Cell: expected at most {MOST_DEPTH} features and units for weights='int8', got {depth}")
+        arrays = self.arrays
+        addresses = tuple(arrays[name].ctypes.data if name in arrays else 0 for name in ARRAYS)
+        return _kernel.Packed(self.dtype == np.float64, native.description(self.spec), addresses, True, bits)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies hold the arrays alone: they are checked, frozen and packed again."""
+        return Cell, (self.spec, *self.arrays.values())
+
+    def __repr__(self) -> str:
+        return f"Cell of {self.dtype}: {self.summary}"
+
+
+def _flags(spec: CellSpec) -> str:
+    """Return what tells the cell from a usual one of its kind and widths, in a few words."""
+    words = []
+    for name, value in spec.settings.items():
+        text = name.removeprefix("use_").replace("_", " ")
+        if name == "gate_activations":
+            words += [f"{gate} {activation}" for gate, activation in value.items()]
+        elif name == "proj_size":
+            words.append(f"projected from {spec.units}")
+        elif name not in ("kind", "input_size", "units"):
+            words.append(text if value is True else f"no {text}" if value is False else f"{text} {value}")
+    return ", ".join(words)
+
+
+def _summary(cells: tuple[Cell, ...]) -> str:
+    """Return the kinds, widths and flags of a stack; cells alike in all but width share their words."""
+    parts = []
+    for (kind, flags), alike in groupby((cell.spec for cell in cells), lambda spec: (spec.kind, _flags(spec))):
+        widths = "".join(f" -> {spec.output_size}" for spec in alike)
+        start = "" if parts else f" {cells[0].spec.input_size}"
+        parts.append(f"{KIND_NAMES[kind]}{start}{widths}{f' ({flags})' if flags else ''}")
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrent(Node):
+    """A stack of cells of any kinds over time, bottom cell first; the semantics are those of Keras's `RNN`.
+
+    A step that the mask leaves out carries every state and repeats the output before it (the initial h at the start).
+    A step at which a piece begins starts from the cells' initial state. Downstream, mask and resets go on with the
+    sequence.
+
+    Args:
+        cells: bottom first; each cell's output is as wide as the next one's input.
+        return_sequences: `[B, T, W]`, else the output after the last step, `[B, W]`.
+        go_backwards: run from the last step to the first, each piece from its last step; with `return_sequences` the
+            steps come in the order in which they were run, and so do the mask and the resets that go on.
+        zero_output_for_mask: give zeros, not the output before, at steps that the mask leaves out.
+        residual: the output of each cell but the first is h plus the cell's input, where they are of one width; its
+            state stays h.
+
+    Raises:
+        ShapeError: no cell, or widths that don't meet.
+        TypeError: a cell that isn't a `Cell`, dtypes that differ, a flag that isn't a bool.
+
+    Ref: residual: He et al. 2016, "Deep Residual Learning for Image Recognition", eq. 1; over recurrent layers: Wu et
+    al. 2016, "Google's Neural Machine Translation System", eq. 6.
+    """
+
+    cells: tuple[Cell, ...]
+    return_sequences: bool = True
+    go_backwards: bool = False
+    zero_output_for_mask: bool = False
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cells", tuple(self.cells))
+        for name in ("return_sequences", "go_backwards", "zero_output_for_mask", "residual"):
+            check_flag("Recurrent", name, getattr(self, name))
+        if not self.cells:
+            raise ShapeError("Recurrent: expected at least one cell, got none")
+        for number, cell in enumerate(self.cells):
+            if not isinstance(cell, Cell):
+                raise TypeError(f"Recurrent: expected cell {number} to be a Cell, got {type(cell).__name__}")
+            below = self.cells[number - 1].spec
+            if number and cell.spec.input_size != below.output_size:
+                raise ShapeError(
+                    f"Recurrent: expected cell {number} with I={below.output_size}, "
+                    f"the width of the output of the cell below it, got I={cell.spec.input_size}"
+                )
+        kernels: dict[str, Array | None] = {f"cell {n}": cell.kernel for n, cell in enumerate(self.cells)}
+        object.__setattr__(self, "dtype", one_dtype("Recurrent", kernels))
+        object.__setattr__(self, "input_size", self.cells[0].spec.input_size)
+        object.__setattr__(self, "axes", (2, 2 if self.return_sequences else 1))
+
+    @property
+    def units(self) -> int:
+        """Width of the output: that of the top cell's h."""
+        return self.cells[-1].spec.output_size
+
+    @cached_property
+    def parts(self) -> tuple[tuple[tuple[Cell, ...], bool], ...]:
+        """Runs of cells that the kernel takes at once, and whether a run's input is added to its output.
+
+        It is where the run is one cell with a residual.
+        """
+        parts: list[tuple[tuple[Cell, ...], bool]] = []
+        for number, cell in enumerate(self.cells):
+            added = self.residual and number > 0 and cell.spec.input_size == cell.spec.output_size
+            if added or not parts or parts[-1][1]:
+                parts.append(((cell,), added))
+            else:
+                parts[-1] = ((*parts[-1][0], cell), False)
+        return tuple(parts)
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        ways = (", residual" if self.residual else "") + (", backwards" if self.go_backwards else "")
+        return _summary(self.cells) + ways
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        steps, _ = super().check(owner, *shapes)
+        return (steps, self.units) if self.return_sequences else (self.units,)
+
+    def forward(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> tuple[Array, list[CellState]]:
+        """Run the stack over `flow.x [B, T, I]` of any strides.
+
+        Args:
+            flow: with it a mask and resets `[B, T]`, or None.
+            states: one a cell, contiguous arrays of the cell's dtype; None = the cells' own initial state.
+            threads: how many the kernel may use.
+
+        Returns:
+            `(y, states)`, where `y` is `[B, T, W]` in the order of `x` whatever `go_backwards` says, or `[B, W]`.
+        """
+        steps, at_end = flow.x.shape[1], 0 if self.go_backwards else -1
+        reset = _from_the_end(flow.reset) if self.go_backwards else flow.reset
+        y, mask, after = flow.x, flow.mask, []
+        for cells, added in self.parts:
+            done = len(after) + len(cells)
+            wanted = self.return_sequences or added or done < len(self.cells)
+            x = y
+            y, ends = self._call(cells, x, mask, reset, states[len(after) : done], wanted, threads)
+            after += ends
+            if added:
+                y = self._add(y, x, mask, reset)
+        if not self.return_sequences:  # without a step to answer after, h
+            y = y[:, at_end].copy() if self.parts[-1][1] and steps else after[-1].h.copy()
+            mask = mask[:, at_end] if mask is not None and steps else None
+        if self.zero_output_for_mask and mask is not None:
+            y[~mask] = 0.0
+        return y, after
+
+    def _call(
+        self,
+        cells: tuple[Cell, ...],
+        x: Array,
+        mask: NDArray[np.bool_] | None,
+        reset: NDArray[np.bool_] | None,
+        states: tuple[CellState | None, ...],
+        wanted: bool,
+        threads: int,
+    ) -> tuple[Array, list[CellState]]:
+        """Run some of the cells in one call of the kernel; y, the top one's h, is without steps unless `wanted`."""
+        batch, steps, _ = x.shape
+        item = x.itemsize
+        if x.strides[2] != item or any(s % item for s in x.strides) or not x.flags.aligned:
+            x = np.ascontiguousarray(x)
+        mask, reset = (None if flags is None else np.ascontiguousarray(flags) for flags in (mask, reset))
+        y = np.empty((batch, steps if wanted else 0, cells[-1].spec.output_size), x.dtype)
+        after: list[CellState] = []
+        layers = []
+        for cell, before in zip(cells, states, strict=True):
+            sizes = cell.spec.state_sizes.values()
+            after.append(STATES[cell.spec.kind](*(np.empty((batch, size), x.dtype) for size in sizes)))
+            top = y.ctypes.data if wanted and len(after) == len(cells) else 0
+            layers.append((cell.packed, *_addresses(before), *_addresses(after[-1]), top, 0, 0, 0, 0, 0, 0))
+        strides = (x.strides[0] // item, x.strides[1] // item)
+        mask_at, reset_at = (0 if flags is None else flags.ctypes.data for flags in (mask, reset))
+        _kernel.forward(batch, steps, layers, x.ctypes.data, *strides, mask_at, reset_at, self.go_backwards, threads)
+        return y, after
+
+    def _add(self, h: Array, x: Array, mask: NDArray[np.bool_] | None, reset: NDArray[np.bool_] | None) -> Array:
+        """Return h + x; where the mask leaves a step out, that of the last step used since the state was set, or h."""
+        if mask is None:
+            h += x
+            return h
+        order = slice(None, None, -1 if self.go_backwards else 1)
+        steps = np.arange(h.shape[1])
+        last = np.maximum.accumulate(np.where(mask[:, order], steps, -1), axis=1)
+        if reset is not None:
+            last[last < np.maximum.accumulate(np.where(reset[:, order], steps, -1), axis=1)] = -1
+        last = last[:, :, None]
+        y = np.take_along_axis((h + x)[:, order], np.maximum(last, 0), axis=1)
+        return np.where(last < 0, h[:, order], y)[:, order]
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        y, ends = self.forward(flow, states, threads)
+        after = tuple(ends)
+        if not self.return_sequences:
+            return Flow(y, None, None, after)
+        if not self.go_backwards:
+            return flow._replace(x=y, states=after)
+        mask, reset = flow.mask, _from_the_end(flow.reset)
+        turned = [None if array is None else array[:, ::-1] for array in (mask, reset)]
+        return Flow(y[:, ::-1], turned[0], turned[1], after)
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        return BACKWARDS if self.go_backwards else None
+
+
+def _addresses(state: CellState | None) -> tuple[int, ...]:
+    """Return where h and c lie; 0 where there is none."""
+    found = [array.ctypes.data for array in state or ()]
+    return (*found, 0, 0)[:2]
+
+
+def _from_the_end(reset: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """Return the last step of each piece but the last one: what a pass from the end comes to first in it."""
+    if reset is None:
+        return None
+    back = np.zeros_like(reset)
+    back[:, :-1] = reset[:, 1:]
+    return back
+
+
+@dataclass(frozen=True, eq=False)
+class Bidirectional(Node):
+    """Two stacks over the same sequence, one from each end, merged step by step in the order of time.
+
+    As in Keras, both give zeros at steps that the mask leaves out where they return sequences: the
+    `zero_output_for_mask` of the two is set to their `return_sequences`.
+
+    Args:
+        forward: the stack that goes forwards.
+        backward: the stack that goes backwards (`go_backwards=True`).
+        merge_mode: `"concat"` (forward half first), `"sum"`, `"mul"` or `"ave"`.
+
+    Raises:
+        ShapeError: the two differ in input size, or in width where they aren't concatenated.
+        TypeError: the two differ in dtype, or aren't `Recurrent`.
+        ValueError: the directions or `return_sequences` don't fit, or another merge mode.
+    """
+
+    forward: Recurrent
+    backward: Recurrent
+    merge_mode: str = "concat"
+
+    def __post_init__(self) -> None:
+        owner = "Bidirectional"
+        for name in ("forward", "backward"):
+            node = getattr(self, name)
+            if not isinstance(node, Recurrent):
+                raise TypeError(f"{owner}: expected {name} to be a Recurrent, got {type(node).__name__}")
+            if node.go_backwards != (name == "backward"):
+                raise ValueError(f"{owner}: expected {name} with go_backwards={name == 'backward'}, got the opposite")
+            object.__setattr__(self, name, replace(node, zero_output_for_mask=node.return_sequences))
+        check_choice(owner, "merge_mode", self.merge_mode, MERGE_MODES)
+        forward, backward = self.forward, self.backward
+        if forward.return_sequences != backward.return_sequences:
+            raise ValueError(f"{owner}: expected return_sequences to be the same forwards and backwards")
+        if forward.input_size != backward.input_size:
+            raise ShapeError(f"{owner}: expected backward I={forward.input_size}, got I={backward.input_size}")
+        if self.merge_mode != "concat" and forward.units != backward.units:
+            raise ShapeError(
+                f"{owner}: expected backward H={forward.units} to {self.merge_mode}, got H={backward.units}"
+            )
+        kernels: dict[str, Array | None] = {"forward": forward.cells[0].kernel, "backward": backward.cells[0].kernel}
+        object.__setattr__(self, "dtype", one_dtype(owner, kernels))
+        object.__setattr__(self, "input_size", forward.input_size)
+        object.__setattr__(self, "axes", forward.axes)
+        object.__setattr__(self, "cells", forward.cells + backward.cells)
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"{self.forward.summary} and back, {self.merge_mode}"
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        steps, _ = super().check(owner, *shapes)
+        units = self.forward.units + (self.backward.units if self.merge_mode == "concat" else 0)
+        return (steps, units) if self.forward.return_sequences else (units,)
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        half = len(self.forward.cells)
+        ahead, after = self.forward.forward(flow, states[:half], threads)
+        back, after_back = self.backward.forward(flow, states[half:], threads)
+        if self.merge_mode == "concat":
+            y = np.concatenate([ahead, back], axis=-1)
+        elif self.merge_mode == "mul":
+            y = ahead * back
+        else:
+            y = ahead + back if self.merge_mode == "sum" else (ahead + back) * ahead.dtype.type(0.5)
+        states = (*after, *after_back)
+        return flow._replace(x=y, states=states) if self.forward.return_sequences else Flow(y, None, None, states)
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        return BACKWARDS

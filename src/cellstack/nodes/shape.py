@@ -1,0 +1,417 @@
+"""The nodes that move numbers about: shapes, copies, slices, and several values made one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.nodes.base import MOST_AXES, Array, CellState, Flow, Node, Shape, check_choice, check_integer, shown
+from cellstack.spec import ShapeError
+
+MODES = ("concat", "add", "mul", "ave", "max", "sub")
+FUNCTIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "add": np.add,
+    "mul": np.multiply,
+    "ave": np.add,
+    "max": np.maximum,
+    "sub": np.subtract,
+}
+NEUTRAL = {"mul": 1.0, "max": -np.inf}  # what a step counts as that its mask leaves out; elsewhere, what it holds
+NOT_FRAMES = "it makes one shape of the whole sequence, which a stream doesn't have"
+
+
+class _Shaping(Node):
+    """What changes the shape of a value as a whole: mask and resets end with it."""
+
+    shapes_only = True
+
+    def apply(self, x: Array) -> Array:
+        """Return what the node makes of `x [B, …]`."""
+        raise NotImplementedError
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        return Flow(self.apply(flow.x))
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        return NOT_FRAMES
+
+
+@dataclass(frozen=True, eq=False)
+class Flatten(_Shaping):
+    """`[B, …]` to `[B, W]`: all axes but the batch become one, the last one running fastest.
+
+    >>> Flatten().apply(np.arange(4).reshape(1, 2, 2))
+    array([[0, 1, 2, 3]])
+    """
+
+    axes = (None, 1)
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        (shape,) = shapes
+        return (_product(shape),)
+
+    def apply(self, x: Array) -> Array:
+        """Return `x [B, …]` as `[B, W]`."""
+        return x.reshape(len(x), prod(x.shape[1:]))
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        return NOT_FRAMES if axes > 1 else None
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return "to one axis"
+
+
+def _product(shape: Shape) -> int | None:
+    """Return how many numbers a row holds; None where that isn't known."""
+    return None if None in shape else prod(axis for axis in shape if axis is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Reshape(_Shaping):
+    """`[B, …]` to `[B, *shape]`, the numbers of a row in the order in which they are.
+
+    Args:
+        shape: the axes after the batch, each from 1 up; one of them may be -1, whatever is left.
+
+    Raises:
+        ValueError: another shape.
+
+    >>> Reshape((-1, 2)).apply(np.arange(4).reshape(1, 4))
+    array([[[0, 1],
+            [2, 3]]])
+    """
+
+    shape: tuple[int, ...]
+    checks_late = True
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.shape) if isinstance(self.shape, Sequence) and not isinstance(self.shape, str) else ()
+        free = [axis for axis in shape if isinstance(axis, (int, np.integer)) and axis == -1]
+        if not 1 <= len(shape) <= MOST_AXES or len(free) > 1:
+            raise ValueError(f"Reshape: expected shape to be axes, at most one of them -1, got {self.shape!r:.80}")
+        shape = tuple(-1 if axis in free else check_integer("Reshape", "every axis", axis) for axis in shape)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "axes", (None, len(shape)))
+        object.__setattr__(self, "mixes_steps", len(shape) > 1)
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        (shape,) = shapes
+        numbers, rest = _product(shape), prod(axis for axis in self.shape if axis != -1)
+        if numbers is not None and (numbers % rest if -1 in self.shape else numbers != rest):
+            raise ShapeError(f"{owner}: Reshape to {shown(self.shape)} got {shown(shape)}, which doesn't fit into it")
+        free = None if numbers is None else numbers // rest
+        return tuple(free if axis == -1 else axis for axis in self.shape)
+
+    def apply(self, x: Array) -> Array:
+        """Return `x [B, …]` as `[B, *shape]`."""
+        rest = prod(axis for axis in self.shape if axis != -1)
+        free = prod(x.shape[1:]) // rest  # NumPy can't tell where the batch is empty
+        return x.reshape(len(x), *(free if axis == -1 else axis for axis in self.shape))
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"to {shown(self.shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Permute(_Shaping):
+    """The axes after the batch in another order.
+
+    Args:
+        dims: for each axis that comes out, which one it was, counted from 1, as in Keras.
+
+    Raises:
+        ValueError: not each axis once.
+
+    >>> Permute((2, 1)).apply(np.zeros((5, 7, 3))).shape
+    (5, 3, 7)
+    """
+
+    dims: tuple[int, ...]
+    mixes_steps = True
+
+    def __post_init__(self) -> None:
+        dims = tuple(self.dims) if isinstance(self.dims, Sequence) else ()
+        whole = all(isinstance(axis, (int, np.integer)) and not isinstance(axis, bool) for axis in dims)
+        if not 1 <= len(dims) <= MOST_AXES or not whole or sorted(dims) != list(range(1, len(dims) + 1)):
+            raise ValueError(f"Permute: expected dims to be each axis once, counted from 1, got {self.dims!r:.80}")
+        object.__setattr__(self, "dims", tuple(map(int, dims)))
+        object.__setattr__(self, "axes", (len(dims), len(dims)))
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        (shape,) = shapes
+        if len(shape) != len(self.dims):
+            raise ShapeError(f"{owner}: Permute expected {len(self.dims)} axes after the batch, got {shown(shape)}")
+        return tuple(shape[axis - 1] for axis in self.dims)
+
+    def apply(self, x: Array) -> Array:
+        """Return `x [B, …]` with its axes in the order of `dims`."""
+        return x.transpose(0, *self.dims)
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"axes {', '.join(map(str, self.dims))}"
+
+
+@dataclass(frozen=True, eq=False)
+class Repeat(_Shaping):
+    """A vector at every step: `[B, W]` to `[B, times, W]`.
+
+    Args:
+        times: how many steps, from 1 up.
+
+    Raises:
+        ValueError: another number.
+
+    >>> Repeat(2).apply(np.array([[1.0, 2.0]]))
+    array([[[1., 2.],
+            [1., 2.]]])
+    """
+
+    times: int
+    axes = (1, 2)
+    shapes_only = False
+    keeps_width = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "times", check_integer("Repeat", "times", self.times))
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        (shape,) = shapes
+        if len(shape) != 1:
+            raise ShapeError(f"{owner}: Repeat expected a vector [B, W], got {shown(shape)}")
+        return (self.times, shape[0])
+
+    def apply(self, x: Array) -> Array:
+        """Return `[B, times, W]` for `x [B, W]`."""
+        return np.repeat(x[:, None], self.times, axis=1)
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        return f"it makes a sequence of {self.times} steps out of every frame"
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"{self.times} times"
+
+
+@dataclass(frozen=True, eq=False)
+class Select(Node):
+    """A slice of one axis, as Python slices: `x[:, start:stop:step]` where the axis is 1.
+
+    A mask is sliced along with time. A slice that runs backwards turns a sequence round.
+
+    Args:
+        start: the first; None = from the end that the step comes from.
+        stop: the first that isn't taken; None = up to the other end.
+        step: from each to the next, not 0.
+        axis: which, counted from 0, the batch; 1 is time, -1 the features. Not 0.
+
+    Raises:
+        ValueError: what doesn't make a slice, or axis 0.
+
+    >>> Select(-1, None).apply(np.arange(6).reshape(1, 3, 2))
+    array([[[4, 5]]])
+    """
+
+    start: int | None = None
+    stop: int | None = None
+    step: int = 1
+    axis: int = 1
+    shapes_only = True
+
+    def __post_init__(self) -> None:
+        for name in ("start", "stop", "step", "axis"):
+            value = getattr(self, name)
+            none = value is None and name in ("start", "stop")
+            if not none:
+                if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+                    raise ValueError(f"Select: expected {name} to be an integer, got {value!r:.80}")
+                object.__setattr__(self, name, int(value))
+        if self.step == 0 or self.axis == 0:
+            raise ValueError(f"Select: expected step and axis other than 0, got {self.step} and {self.axis}")
+        object.__setattr__(self, "mixes_steps", self.step < 0)  # backwards, no step is left at which a piece begins
+
+    @property
+    def taken(self) -> slice:
+        """The slice."""
+        return slice(self.start, self.stop, self.step)
+
+    def place(self, axes: int) -> int:
+        """Return the axis, counted from 1, of a value with so many axes beside the batch; 0 where it hasn't it."""
+        place = self.axis if self.axis > 0 else axes + 1 + self.axis
+        return place if 1 <= place <= axes else 0
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        (shape,) = shapes
+        at = self.place(len(shape))
+        if not at:
+            raise ShapeError(f"{owner}: Select expected a value with an axis {self.axis}, got {shown(shape)}")
+        length = shape[at - 1]
+        left = None if length is None else len(range(*self.taken.indices(length)))
+        if left == 0 and length and at == len(shape):
+            raise ShapeError(f"{owner}: Select expected to take at least one of {length} features, got none")
+        return (*shape[: at - 1], left, *shape[at:])
+
+    def apply(self, x: Array) -> Array:
+        """Return the slice of `x [B, …]`."""
+        place = self.place(x.ndim - 1)
+        y = x[(slice(None),) * place + (self.taken,)]
+        return np.ascontiguousarray(y) if place == x.ndim - 1 else y  # what comes next may round by how numbers lie
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        x, mask, reset, _ = flow
+        y = self.apply(x)
+        if self.place(x.ndim - 1) != 1:
+            return Flow(y, mask, reset)
+        mask = None if mask is None else mask[:, self.taken]
+        return Flow(y, mask, None if reset is None else self._begun(reset))
+
+    def _begun(self, reset: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return at which of the steps taken a piece begins: one that began at a step left out begins at the next."""
+        begun = np.cumsum(reset, axis=1)[:, self.taken]
+        return np.diff(begun, axis=1, prepend=0) > 0
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        if self.place(axes) == axes:
+            return None
+        return "it takes some steps of the whole sequence, which a stream doesn't have"
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        first, last = ("" if end is None else str(end) for end in (self.start, self.stop))
+        step = "" if self.step == 1 else f":{self.step}"
+        return f"{first}:{last}{step} of axis {self.axis}"
+
+
+@dataclass(frozen=True, eq=False)
+class Merge(Node):
+    """Several values made one: put end to end, or taken together number by number.
+
+    Masks are Keras 3's. Put end to end along time, each goes on as it is; otherwise a step is used where any of the
+    values uses it, and a value without a mask uses all. Of `"mul"` and `"max"`, a value has no part in steps that its
+    own mask leaves out.
+
+    Args:
+        mode: `"concat"`, `"add"`, `"mul"`, `"ave"` (the mean), `"max"`, or `"sub"`, the first less the second.
+        axis: along which to concatenate, counted from 0, the batch; 1 is time, -1 the features. Not 0.
+
+    Raises:
+        ValueError: another mode or axis.
+    """
+
+    mode: str = "concat"
+    axis: int = -1
+    inputs = None
+    checks_late = True
+
+    def __post_init__(self) -> None:
+        check_choice("Merge", "mode", self.mode, MODES)
+        whole = isinstance(self.axis, (int, np.integer)) and not isinstance(self.axis, bool)
+        if not whole or self.axis == 0 or abs(self.axis) > 32:
+            raise ValueError(f"Merge: expected axis to be an integer other than 0, got {self.axis!r:.80}")
+        object.__setattr__(self, "axis", int(self.axis))
+
+    def place(self, axes: int) -> int:
+        """Return the axis, counted from 1, of values with so many axes beside the batch; 0 where they haven't it."""
+        place = self.axis if self.axis > 0 else axes + 1 + self.axis
+        return place if 1 <= place <= axes else 0
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        if len(shapes) < 2 or (self.mode == "sub" and len(shapes) != 2):
+            expected = "two values" if self.mode == "sub" else "two values or more"
+            raise ShapeError(f"{owner}: Merge expected {expected} to {self.mode}, got {len(shapes)}")
+        first, text = shapes[0], " and ".join(map(shown, shapes))
+        at = self.place(len(first))
+        if len({len(shape) for shape in shapes}) > 1:
+            raise ShapeError(f"{owner}: Merge expected values of as many axes as each other, got {text}")
+        if not at and self.mode == "concat":
+            raise ShapeError(f"{owner}: Merge expected values with an axis {self.axis}, got {text}")
+        merged = []
+        for number, lengths in enumerate(zip(*shapes, strict=True), start=1):
+            known = {length for length in lengths if length is not None}
+            if self.mode == "concat" and number == at:
+                merged.append(
+                    None if None in lengths else sum(known_length for known_length in lengths if known_length)
+                )
+                continue
+            spread = known - {1} if self.mode != "concat" else known
+            if len(spread) > 1:
+                raise ShapeError(f"{owner}: Merge expected values that fit each other to {self.mode}, got {text}")
+            unknown = None in lengths and not spread
+            merged.append(None if unknown else (spread or known).pop())
+        return tuple(merged)
+
+    def merge(self, *values: Array) -> Array:
+        """Return the values merged; all of the same rank."""
+        if self.mode == "concat":
+            return np.concatenate(values, axis=self.place(values[0].ndim - 1))
+        function = FUNCTIONS[self.mode]
+        y = function(values[0], values[1])
+        for value in values[2:]:
+            y = function(y, value)
+        return y / y.dtype.type(len(values)) if self.mode == "ave" else y
+
+    def _merge_used(self, flows: Sequence[Flow]) -> Array:
+        """Return the values merged, each without the steps that its own mask leaves out."""
+        neutral = flows[0].x.dtype.type(NEUTRAL[self.mode])
+        used = [None if flow.mask is None else flow.mask[..., None] for flow in flows]
+        y = self.merge(
+            *(flow.x if one is None else np.where(one, flow.x, neutral) for flow, one in zip(flows, used, strict=True))
+        )
+        masks = [one for one in used if one is not None]
+        if len(masks) < len(flows):
+            return y
+        unused = y.dtype.type(0) if self.mode == "mul" else flows[0].x
+        return np.where(reduce(np.logical_or, masks), y, unused)
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        values = [flow.x for flow in flows]
+        y = self._merge_used(flows) if self.mode in NEUTRAL else self.merge(*values)
+        along_time = self.mode == "concat" and y.ndim > 2 and self.place(y.ndim - 1) == 1
+        merged: list[Any] = []
+        for name, missing in (("mask", True), ("reset", False)):
+            flags = [getattr(flow, name) for flow in flows]
+            if all(one is None for one in flags) or (any(one is None for one in flags) and missing and not along_time):
+                merged.append(None)
+                continue
+            full = [np.full(x.shape[:2], missing) if one is None else one for one, x in zip(flags, values, strict=True)]
+            merged.append(np.concatenate(full, axis=1) if along_time else reduce(np.logical_or, full))
+        return Flow(y, *merged)
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        if self.mode != "concat" or self.place(axes) == axes:
+            return None
+        return "it puts whole sequences end to end, which a stream doesn't have"
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"concat along axis {self.axis}" if self.mode == "concat" else self.mode

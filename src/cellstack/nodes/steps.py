@@ -1,0 +1,320 @@
+"""The nodes that NumPy runs step by step: what comes out at a step depends on what went in at that step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.nodes.base import (
+    Array,
+    CellState,
+    Flow,
+    Node,
+    Shape,
+    activation_function,
+    check_activation,
+    check_flag,
+    check_number,
+    hold,
+    one_dtype,
+    shown,
+)
+from cellstack.spec import ShapeError
+
+
+def and_masks(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """Return the steps that both masks keep; None = all of them."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other
+
+
+@dataclass(frozen=True, eq=False)
+class Standardise(Node):
+    """`(x - mean) / scale`, feature by feature, so that a model takes raw data.
+
+    Args:
+        mean: `[I]`.
+        scale: `[I]`, without zeros.
+
+    Raises:
+        ShapeError: not `[I]` both.
+        TypeError: not float32 or float64 both.
+        ValueError: a scale of zero.
+    """
+
+    mean: Array
+    scale: Array
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", hold("Standardise", "mean", self.mean, ("I",)))
+        object.__setattr__(self, "scale", hold("Standardise", "scale", self.scale, self.mean.shape))
+        object.__setattr__(self, "dtype", one_dtype("Standardise", {"mean": self.mean, "scale": self.scale}))
+        object.__setattr__(self, "input_size", len(self.mean))
+        if (self.scale == 0).any():
+            at = int(np.argmax(self.scale == 0))
+            raise ValueError(f"Standardise: expected a scale other than zero for every feature, got 0 for feature {at}")
+
+    def apply(self, x: Array) -> Array:
+        """Return `(x - mean) / scale`, shaped as `x [..., I]`."""
+        return (x - self.mean) / self.scale
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return "(x - mean) / scale"
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the node's arrays hold."""
+        return 2 * len(self.mean)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Node):
+    """`x·scale + shift`, feature by feature: what batch normalisation is at inference, folded.
+
+    With a batch normalisation's statistics, `scale = gamma / sqrt(variance + epsilon)` and
+    `shift = beta - mean·scale`.
+
+    Args:
+        scale: `[W]`.
+        shift: `[W]`.
+
+    Raises:
+        ShapeError: not `[W]` both.
+        TypeError: not float32 or float64 both.
+
+    >>> Scale(np.array([2.0, 3.0]), np.array([0.0, 1.0])).apply(np.ones((1, 2)))
+    array([[2., 4.]])
+
+    Ref: Ioffe and Szegedy 2015, "Batch Normalization", alg. 2, line 11.
+    """
+
+    scale: Array
+    shift: Array
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", hold("Scale", "scale", self.scale, ("W",)))
+        object.__setattr__(self, "shift", hold("Scale", "shift", self.shift, self.scale.shape))
+        object.__setattr__(self, "dtype", one_dtype("Scale", {"scale": self.scale, "shift": self.shift}))
+        object.__setattr__(self, "input_size", len(self.scale))
+
+    def apply(self, x: Array) -> Array:
+        """Return `x·scale + shift`, shaped as `x [..., W]`."""
+        return x * self.scale + self.shift
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return "x·scale + shift"
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the node's arrays hold."""
+        return 2 * len(self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNorm(Node):
+    """`(x - mean) / sqrt(variance + epsilon)·gain + bias` over the last axis, each step by its own mean and variance.
+
+    Args:
+        gain: `[W]`, or None for ones.
+        bias: `[W]` of the same dtype, or None for zeros.
+        epsilon: above 0.
+
+    Raises:
+        ShapeError: not `[W]` both.
+        TypeError: a dtype other than float32 and float64, or two.
+        ValueError: an epsilon that isn't above 0.
+
+    >>> LayerNorm().apply(np.array([[1.0, 3.0]])).round(2)
+    array([[-1.,  1.]])
+
+    Ref: Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 3 and 4.
+    """
+
+    gain: Array | None = None
+    bias: Array | None = None
+    epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        width: tuple[int | str] = ("W",)
+        for name in ("gain", "bias"):
+            if getattr(self, name) is not None:
+                array = hold("LayerNorm", name, getattr(self, name), width)
+                width = (len(array),)
+                object.__setattr__(self, name, array)
+        object.__setattr__(self, "epsilon", check_number("LayerNorm", "epsilon", self.epsilon, above=0.0))
+        object.__setattr__(self, "keeps_width", True)
+        if width != ("W",):
+            object.__setattr__(self, "dtype", one_dtype("LayerNorm", {"gain": self.gain, "bias": self.bias}))
+            object.__setattr__(self, "input_size", width[0])
+
+    def apply(self, x: Array) -> Array:
+        """Return `x [..., W]` normalised over its last axis."""
+        x = np.ascontiguousarray(x)  # else the order of the sums, and with it the bits, depend on how x lies
+        count = x.dtype.type(x.shape[-1])
+        y = x - np.add.reduce(x, axis=-1, keepdims=True) / count
+        variance = np.add.reduce(y * y, axis=-1, keepdims=True) / count
+        y /= np.sqrt(variance + x.dtype.type(self.epsilon))
+        if self.gain is not None:
+            y *= self.gain
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"over the features, epsilon {self.epsilon:g}"
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the node's arrays hold."""
+        return sum(array.size for array in (self.gain, self.bias) if array is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Activation(Node):
+    """One of the house's activations, or one of those that nodes have beside them, such as softmax.
+
+    Args:
+        activation: as `cellstack.spec.activation` reads it, such as `"relu"` or `"hard_sigmoid(0.2, 0.5)"`; or a name
+            in `cellstack.nodes.base.MORE_ACTIVATIONS`, such as `"softmax"`.
+
+    Raises:
+        ValueError: another name, or parameters that it can't have.
+    """
+
+    activation: str
+    keeps_width = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "activation", check_activation("Activation", self.activation))
+
+    def apply(self, x: Array) -> Array:
+        """Return the activation of `x [..., W]`."""
+        return activation_function(self.activation)(x)
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return self.activation
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding(Node):
+    """Rows of a table: ids `[B, T]` to `[B, T, E]`.
+
+    Ids are integers, or floats that are whole. At steps that a mask leaves out they may be anything.
+
+    Args:
+        table: `[V, E]`, float32 or float64.
+        mask_zero: steps whose id is 0 are left out by what comes after, as in Keras.
+
+    Raises:
+        ShapeError: not `[V, E]`.
+        TypeError: another dtype, or a flag that isn't a bool.
+
+    >>> Embedding(np.arange(6.0).reshape(3, 2)).apply(np.array([[2, 0]]))
+    array([[[4., 5.],
+            [0., 1.]]])
+    """
+
+    table: Array
+    mask_zero: bool = False
+    axes = (1, 2)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", hold("Embedding", "table", self.table, ("V", "E")))
+        object.__setattr__(self, "dtype", self.table.dtype)
+        check_flag("Embedding", "mask_zero", self.mask_zero)
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        (shape,) = shapes
+        if len(shape) != 1:
+            raise ShapeError(f"{owner}: Embedding expected ids [B, T], got {shown(shape)}")
+        return (*shape, self.table.shape[1])
+
+    def ids(self, x: Array) -> NDArray[np.intp]:
+        """Return `x` as the rows that it names.
+
+        Raises:
+            TypeError: not numbers.
+            ValueError: numbers that aren't whole, or beyond the table.
+        """
+        if x.dtype.kind not in "biuf":
+            raise TypeError(f"Embedding: expected ids to be integers, got {x.dtype}")
+        if x.dtype.kind == "f" and not (x == np.floor(x)).all():  # NaN isn't either
+            raise ValueError("Embedding: expected ids to be integers, got numbers that aren't whole")
+        last = len(self.table) - 1
+        if x.size and (x.min() < 0 or x.max() > last):
+            raise ValueError(f"Embedding: expected ids from 0 to {last}, got {x.min()} to {x.max()}")
+        return x.astype(np.intp)
+
+    def apply(self, x: Array) -> Array:
+        """Return the rows `[..., E]` that the ids `x [...]` name."""
+        return self.table[self.ids(x)]
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        ids = self.ids(flow.x if flow.mask is None else np.where(flow.mask, flow.x, 0))
+        mask = and_masks(flow.mask, ids != 0) if self.mask_zero else flow.mask
+        return flow._replace(x=self.table[ids], mask=mask)
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"{self.table.shape[0]:,} ids{', 0 is masked' if self.mask_zero else ''}"
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the node's arrays hold."""
+        return self.table.size
+
+
+@dataclass(frozen=True, eq=False)
+class Masking(Node):
+    """Leaves out the steps all of whose features equal `value`: they become zeros, and a mask goes on.
+
+    Args:
+        value: what tells a step that is left out.
+
+    Raises:
+        ValueError: not a finite number.
+
+    >>> Masking(-1.0).kept(np.array([[[-1.0, -1.0], [-1.0, 2.0]]]))
+    array([[False,  True]])
+    """
+
+    value: float = 0.0
+    axes = (2, 2)
+    keeps_width = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", check_number("Masking", "value", self.value))
+
+    def kept(self, x: Array) -> NDArray[np.bool_]:
+        """Return which steps of `x [..., W]` are used, `[...]`."""
+        return (x != x.dtype.type(self.value)).any(axis=-1)
+
+    def apply(self, x: Array) -> Array:
+        """Return `x [..., W]` with zeros at the steps that are left out."""
+        return np.where(self.kept(x)[..., None], x, x.dtype.type(0))
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        return flow._replace(x=self.apply(flow.x), mask=and_masks(flow.mask, self.kept(flow.x)))
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"steps of {self.value:g}"

@@ -1,0 +1,310 @@
+"""The nodes that NumPy runs over windows of steps, or over all of them: convolution and pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from cellstack.nodes.base import (
+    Array,
+    CellState,
+    Flow,
+    Node,
+    Shape,
+    activation_function,
+    check_activation,
+    check_choice,
+    check_integer,
+    hold,
+    one_dtype,
+)
+
+POOL_MODES = ("mean", "max", "last")
+WINDOW_MODES = ("mean", "max")
+PADDINGS = ("valid", "same", "causal")
+
+
+def pads(padding: str | tuple[int, int], steps: int, span: int, strides: int) -> tuple[int, int]:
+    """Return how many steps are put before a sequence and after it, for windows of `span` steps."""
+    if isinstance(padding, tuple):
+        return padding
+    if padding == "causal":
+        return span - 1, 0
+    if padding == "valid":
+        return 0, 0
+    missing = max(0, (-(-steps // strides) - 1) * strides + span - steps)
+    return missing // 2, missing - missing // 2
+
+
+def windows(steps: int, span: int, strides: int) -> int:
+    """Return how many windows of `span` steps fit into `steps`."""
+    return max(0, (steps - span) // strides + 1)
+
+
+def padded(x: Array, before: int, after: int, value: float) -> Array:
+    """Return `x [B, T, W]` with steps of `value` before and after it."""
+    if not before and not after:
+        return x
+    batch, steps, width = x.shape
+    y = np.full((batch, before + steps + after, width), value, x.dtype)
+    y[:, before : before + steps] = x
+    return y
+
+
+def steps_out(steps: int | None, padding: str | tuple[int, int], span: int, strides: int) -> int | None:
+    """Return how many windows there are over `steps` and their padding; None where that isn't known."""
+    return None if steps is None else windows(steps + sum(pads(padding, steps, span, strides)), span, strides)
+
+
+@dataclass(frozen=True, eq=False)
+class Conv1D(Node):
+    """A convolution over time, `[B, T, C]` to `[B, T', F]`: a window of K steps times the kernel, for each window.
+
+        y[t] = activation(sum over k of x[t·strides + k·dilation]·kernel[k] + bias)
+
+    Args:
+        kernel: `[K, C/groups, F]`, float32 or float64.
+        bias: `[F]` of the same dtype, or None.
+        strides: steps from window to window.
+        padding: `"valid"`: none; `"same"`: zeros on both sides, so that T' = ceil(T / strides), the odd one at the end;
+            `"causal"`: zeros before, so that a window ends with its own step; or how many zeros before and after.
+        dilation: steps from one k to the next.
+        groups: the channels are cut into so many blocks, in and out alike, which don't see each other.
+        activation: see `Activation`.
+
+    Raises:
+        ShapeError: a shape other than these.
+        TypeError: a dtype other than these.
+        ValueError: groups that don't divide F, another padding or activation, a number that isn't from 1 up.
+
+    >>> Conv1D(np.ones((2, 1, 1)), padding="causal").apply(np.array([[[1.0], [2.0], [3.0]]])).ravel()
+    array([1., 3., 5.])
+    """
+
+    kernel: Array
+    bias: Array | None = None
+    strides: int = 1
+    padding: str | tuple[int, int] = "valid"
+    dilation: int = 1
+    groups: int = 1
+    activation: str = "linear"
+    axes = (2, 2)
+
+    def __post_init__(self) -> None:
+        owner = "Conv1D"
+        object.__setattr__(self, "kernel", hold(owner, "kernel", self.kernel, ("K", "C/groups", "F")))
+        if self.bias is not None:
+            object.__setattr__(self, "bias", hold(owner, "bias", self.bias, self.kernel.shape[2:]))
+        object.__setattr__(self, "dtype", one_dtype(owner, {"kernel": self.kernel, "bias": self.bias}))
+        for name in ("strides", "dilation", "groups"):
+            object.__setattr__(self, name, check_integer(owner, name, getattr(self, name)))
+        if isinstance(self.padding, (tuple, list)) and len(self.padding) == 2:
+            both = tuple(check_integer(owner, "padding", steps, least=0) for steps in self.padding)
+            object.__setattr__(self, "padding", "valid" if both == (0, 0) else both)
+        else:
+            check_choice(owner, "padding", self.padding, PADDINGS)
+        object.__setattr__(self, "activation", check_activation(owner, self.activation))
+        if self.kernel.shape[2] % self.groups:
+            raise ValueError(f"{owner}: expected groups to divide F={self.kernel.shape[2]}, got {self.groups}")
+        object.__setattr__(self, "input_size", self.kernel.shape[1] * self.groups)
+        mixes = self.span > 1 or self.strides > 1 or isinstance(self.padding, tuple)
+        object.__setattr__(self, "mixes_steps", mixes)
+
+    @property
+    def span(self) -> int:
+        """Steps from the first of a window to its last, both counted."""
+        return (self.kernel.shape[0] - 1) * self.dilation + 1
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether there is one answer a step, which no later step changes: a stream can run it."""
+        return self.strides == 1 and (self.padding == "causal" or (self.span == 1 and self.padding in PADDINGS))
+
+    @cached_property
+    def _matrices(self) -> Array:
+        """The kernel as one matrix `[K·C/groups, F/groups]` a group."""
+        taps, channels, filters = self.kernel.shape
+        split = self.kernel.reshape(taps, channels, self.groups, filters // self.groups).transpose(2, 0, 1, 3)
+        matrices = np.ascontiguousarray(split).reshape(self.groups, taps * channels, filters // self.groups)
+        matrices.setflags(write=False)
+        return matrices
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        steps, _ = super().check(owner, *shapes)
+        return steps_out(steps, self.padding, self.span, self.strides), self.kernel.shape[2]
+
+    def apply(self, x: Array) -> Array:
+        """Return `[B, T', F]` for `x [B, T, C]`."""
+        return self.convolve(padded(x, *pads(self.padding, x.shape[1], self.span, self.strides), 0.0))
+
+    def convolve(self, x: Array) -> Array:
+        """Return `[B, T', F]` for `x [B, T, C]` that has its padding already."""
+        batch, steps, _ = x.shape
+        count, (taps, channels, filters) = windows(steps, self.span, self.strides), self.kernel.shape
+        if not count or not batch:
+            return np.zeros((batch, count, filters), x.dtype)
+        view = sliding_window_view(x, self.span, axis=1)[:, :: self.strides, :, :: self.dilation]  # [B, T', C, K]
+        view = view.reshape(batch, count, self.groups, channels, taps)
+        if self.by_steps:  # each window a product of its own: its bits mustn't depend on how many come with it
+            rows = np.ascontiguousarray(view.transpose(0, 1, 2, 4, 3)).reshape(batch, count, self.groups, 1, -1)
+            y = np.matmul(rows, self._matrices).reshape(batch, count, filters)
+        else:  # one product a row of the batch, so that rows don't depend on their company
+            rows = np.ascontiguousarray(view.transpose(0, 2, 1, 4, 3)).reshape(batch, self.groups, count, -1)
+            y = np.matmul(rows, self._matrices).transpose(0, 2, 1, 3).reshape(batch, count, filters)
+        if self.bias is not None:
+            y += self.bias
+        return y if self.activation == "linear" else activation_function(self.activation)(y)
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        return Flow(self.apply(flow.x), None, None if self.mixes_steps else flow.reset)
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        if self.by_steps:
+            return None
+        if self.strides > 1:
+            return f"it answers every {self.strides} steps, and a stream after every frame"
+        return "its windows reach into frames to come, which a stream doesn't have (padding='causal' does without)"
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        taps, channels, filters = self.kernel.shape
+        words = [f"{channels * self.groups} -> {filters}, {taps} taps", str(self.padding)]
+        words += [
+            f"{name} {getattr(self, name)}" for name in ("strides", "dilation", "groups") if getattr(self, name) > 1
+        ]
+        return ", ".join([*words, *([] if self.activation == "linear" else [self.activation])])
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the node's arrays hold."""
+        return self.kernel.size + (0 if self.bias is None else self.bias.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Pool1D(Node):
+    """The mean or the greatest value of each window of steps, `[B, T, W]` to `[B, T', W]`.
+
+    Args:
+        mode: `"mean"` or `"max"`.
+        size: steps in a window.
+        strides: steps from window to window; None = `size`.
+        padding: `"valid"`, or `"same"`: T' = ceil(T / strides); what is padded counts for nothing.
+
+    Raises:
+        ValueError: another mode or padding, a number that isn't from 1 up.
+
+    >>> Pool1D("max", 2).apply(np.array([[[1.0], [4.0], [3.0], [2.0]]])).ravel()
+    array([4., 3.])
+    """
+
+    mode: str
+    size: int
+    strides: int | None = None
+    padding: str = "valid"
+    axes = (2, 2)
+    keeps_width = True
+    mixes_steps = True
+
+    def __post_init__(self) -> None:
+        check_choice("Pool1D", "mode", self.mode, WINDOW_MODES)
+        object.__setattr__(self, "size", check_integer("Pool1D", "size", self.size))
+        strides = self.size if self.strides is None else self.strides
+        object.__setattr__(self, "strides", check_integer("Pool1D", "strides", strides))
+        check_choice("Pool1D", "padding", self.padding, PADDINGS[:2])
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        steps, width = super().check(owner, *shapes)
+        return steps_out(steps, self.padding, self.size, self.strides or 1), width
+
+    def apply(self, x: Array) -> Array:
+        """Return `[B, T', W]` for `x [B, T, W]`."""
+        assert self.strides is not None
+        batch, steps, width = x.shape
+        before, after = pads(self.padding, steps, self.size, self.strides)
+        count = windows(before + steps + after, self.size, self.strides)
+        if not count or not batch:
+            return np.zeros((batch, count, width), x.dtype)
+        x = padded(x, before, after, 0.0 if self.mode == "mean" else -np.inf)
+        view = sliding_window_view(x, self.size, axis=1)[:, :: self.strides]  # [B, T', W, size]
+        if self.mode == "max":
+            return view.max(axis=-1)
+        first = np.arange(count) * self.strides - before
+        counts = np.minimum(first + self.size, steps) - np.maximum(first, 0)
+        return (view.sum(axis=-1, dtype=np.float64) / counts[:, None]).astype(x.dtype)
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        return Flow(self.apply(flow.x))
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        return f"the {self.mode} of {self.size} steps is of a window, and a stream answers after every frame"
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"{self.mode} of {self.size} steps every {self.strides}, {self.padding}"
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalPool(Node):
+    """`[B, T, W]` to `[B, W]`: the mean, the greatest value or the last of the steps that the mask keeps.
+
+    A row without a kept step gives zeros.
+
+    Args:
+        mode: `"mean"`, `"max"` or `"last"`.
+
+    Raises:
+        ValueError: another mode.
+    """
+
+    mode: str = "mean"
+    axes = (2, 1)
+    keeps_width = True
+
+    def __post_init__(self) -> None:
+        check_choice("GlobalPool", "mode", self.mode, POOL_MODES)
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        return super().check(owner, *shapes)[1:]
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"{self.mode} over time"
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        x = flow.x
+        used = np.ones(x.shape[:2], bool) if flow.mask is None else flow.mask
+        counts = used.sum(axis=1)[:, None]  # [B, 1]
+        if x.shape[1] == 0:
+            return Flow(np.zeros((x.shape[0], x.shape[2]), x.dtype))
+        if self.mode == "mean":
+            y = np.where(used[:, :, None], x, 0.0).sum(axis=1, dtype=np.float64) / np.maximum(counts, 1)
+        elif self.mode == "max":
+            y = np.where(used[:, :, None], x, -np.inf).max(axis=1)
+        else:
+            last = x.shape[1] - 1 - np.argmax(used[:, ::-1], axis=1)  # [B]
+            y = x[np.arange(len(x)), last]
+        return Flow(np.where(counts > 0, y, 0.0).astype(x.dtype))
+
+    def why_no_stream(self, axes: int) -> str | None:
+        """See `Node.why_no_stream`."""
+        if self.mode == "last":
+            return None
+        return f"the {self.mode} over time is of the whole sequence, which a stream doesn't have"

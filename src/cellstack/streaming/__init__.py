@@ -1,0 +1,1 @@
+"""Networks frame by frame: `Stream` has rows of its own, the rows of `Sessions` come and go."""

@@ -1,0 +1,356 @@
+"""The command line: every verb, --json, --help, and bad input in one line with status 2."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from cellstack import GlobalPool, Network, load
+from cellstack.cli import main as cli
+
+DATA = files("cellstack") / "data"
+VOWELS, VOWELS_TEST, CO2 = (
+    str(DATA / name) for name in ("JapaneseVowels_TRAIN.ts", "JapaneseVowels_TEST.ts", "co2.csv")
+)
+SMALL = ["--units", "6", "--epochs", "1", "--threads", "1", "--quiet"]
+
+
+def run(capsys, *words):
+    status = cli.main(list(words))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def vowels(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "vowels.safetensors"
+    assert cli.main(["train", VOWELS, "-o", str(path), *SMALL, "--bidirectional"]) == 0
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def co2(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "co2"
+    assert cli.main(["train", CO2, "--target", "co2", "--horizon", "8", "--window", "20", "-o", str(path), *SMALL]) == 0
+    return f"{path}.safetensors"
+
+
+def test_train_on_sequences_and_measure(capsys, tmp_path):
+    output = str(tmp_path / "net")
+    status, out, _ = run(capsys, "train", VOWELS, VOWELS_TEST, "-o", output, *SMALL, "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert report["model"] == output + ".safetensors"
+    assert report["task"] == "classify"
+    assert 0 < report["test"]["accuracy"] < 1
+    assert np.sum(report["test"]["confusion"]) == 370
+    assert report["history"][0].keys() >= {"loss", "validation_loss", "accuracy"}
+
+
+@pytest.mark.parametrize(("cell", "summary"), [("gru", "GRU 12 -> 6"), ("rnn", "SimpleRNN 12 -> 6")])
+def test_train_with_another_cell(capsys, tmp_path, cell, summary):
+    output = str(tmp_path / "net")
+    status, out, _ = run(capsys, "train", VOWELS, VOWELS_TEST, "-o", output, *SMALL, "--cell", cell, "--json")
+    assert status == 0
+    report = json.loads(run(capsys, "info", output, "--json")[1])
+    assert report["layers"][1]["summary"] == summary
+    measured = json.loads(run(capsys, "run", output, VOWELS_TEST, "--json")[1])
+    assert measured["accuracy"] == pytest.approx(json.loads(out)["test"]["accuracy"])
+
+
+def test_run_answers_what_training_measured(capsys, vowels):
+    status, out, err = run(capsys, "run", vowels, VOWELS_TEST)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert status == 0
+    assert len(rows) == 370
+    assert sum(float(rows[0][f"p_{n}"]) for n in range(1, 10)) == pytest.approx(1, abs=1e-4)
+    status, out, _ = run(capsys, "run", vowels, VOWELS_TEST, "--json", "--threads", "1")
+    report = json.loads(out)
+    assert [row["predicted"] for row in rows] == report["predicted"]
+    assert f"accuracy {report['accuracy']:.4f}" in err
+
+
+def test_forecast(capsys, co2):
+    status, out, _ = run(capsys, "run", co2, CO2)
+    rows = list(csv.reader(io.StringIO(out)))
+    assert status == 0
+    assert rows[0] == ["date", "co2"]
+    assert [row[0] for row in rows[1:3]] == ["2002-01-05", "2002-01-12"]
+    assert len(rows) == 9
+    status, out, _ = run(capsys, "run", co2[: -len(".safetensors")], CO2, "--json")
+    report = json.loads(out)
+    assert np.abs(np.array(report["forecast"]) - report["seasonal_naive"]).max() < 5
+    assert load(co2).metadata["recipe"]["season"] == 52
+
+
+def test_info(capsys, vowels):
+    status, out, _ = run(capsys, "info", vowels)
+    assert status == 0
+    for part in ("Bidirectional", "12 -> 6", "plan", "kernel", "bytes", 'labels: ["1"'):
+        assert part in out
+    report = json.loads(run(capsys, "info", vowels, "--json")[1])
+    assert report["input_size"] == 12
+    assert [layer["kind"] for layer in report["layers"]] == ["Standardise", "Bidirectional", "GlobalPool", "Dense"]
+    assert report["parameters"] == sum(layer["parameters"] for layer in report["layers"])
+
+
+@pytest.mark.parametrize("verb", ["demo", "train", "run", "stream", "convert", "info"])
+def test_help_has_an_example_and_every_verb_json(capsys, verb):
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert f"example:\n  cellstack {verb}" in out
+    assert "--json" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nowhere.ts", "-o", "x"], r"nowhere.ts: No such file"),
+        (["train", "series.txt", "-o", "x"], r"expected a file that ends in .ts or .csv"),
+        (["train", VOWELS, "-o", "no/such/folder/x"], r"expected a folder no/such/folder"),
+        (["train", VOWELS, "-o", "x", "--lr", "0"], r"expected lr > 0 and finite, got 0.0"),
+        (["train", VOWELS, "-o", "x", "--noise", "nan"], r"expected noise >= 0 and finite, got nan"),
+        (["train", VOWELS, "-o", "x", "--lr", "inf"], r"expected lr > 0 and finite, got inf"),
+        (["train", VOWELS, "-o", ""], r"expected the name of a file, got ''"),
+        (["train", VOWELS, "-o", "x", "--threads", "1000000000000"], r"expected --threads from 1 to 1024"),
+        (["train", CO2, "-o", "x", "--season", "0"], r"expected season to be a whole number from 1"),
+        (["train", VOWELS, "-o", "x", "--dropout", "1"], r"expected dropout in \[0, 1\), got 1.0"),
+        (["train", VOWELS, "-o", "x", "--validation", "1"], r"expected validation in \[0, 1\)"),
+        (["train", VOWELS, "-o", "x", "--resume"], r"expected --checkpoint FILE"),
+        (["train", VOWELS, "-o", "x", "--threads", "0"], r"expected --threads from 1 to 1024, got 0"),
+        (["train", CO2, CO2, "-o", "x"], r"expected one CSV file"),
+        (["train", CO2, "-o", "x", "--target", "no2"], r"a column of numbers 'no2', found co2"),
+        (["train", CO2, "-o", "x", "--horizon", "5000"], r"expected more rows for the training part"),
+        (
+            ["train", CO2, "-o", "x", "--horizon", "-1"],
+            r"expected horizon to be a whole number from 1 to 2147483647, got -1",
+        ),
+        (["train", CO2, "-o", "x", "--test-share", "0.9"], r"expected a test share"),
+        (["run", "nothing", CO2], r"nothing: no such file"),
+        (["info", VOWELS], r"expected one of .* found a file that begins with"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *words)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"cellstack {words[0]}: error: ")
+    assert re.search(message, err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["fly"],
+        ["train"],
+        ["train", "a.ts", "-o", "x", "--units", "4,x"],
+        ["run", "m"],
+        ["train", "a.ts", "-o", "x", "--cell", "mlp"],
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_wrong_kind_of_file_or_model(capsys, vowels, co2, tmp_path):
+    assert run(capsys, "run", vowels, CO2)[0] == 2
+    assert run(capsys, "run", co2, VOWELS)[0] == 2
+    narrow = tmp_path / "narrow.ts"
+    narrow.write_text("@classLabel true 1\n@data\n1,2:3,4:1\n")
+    status, _, err = run(capsys, "run", vowels, str(narrow))
+    assert (status, "expected 12 channels, found 2" in err) == (2, True)
+    cell = load(vowels).nodes[1].forward
+    Network((cell, GlobalPool("last"))).save(tmp_path / "bare.safetensors")
+    status, _, err = run(capsys, "run", str(tmp_path / "bare"), VOWELS)
+    assert (status, "expected a sample that ends in .npy, .npz or .csv" in err) == (2, True)
+    damaged = tmp_path / "damaged.safetensors"
+    with open(vowels, "rb") as file:
+        damaged.write_bytes(file.read()[:-100])
+    status, _, err = run(capsys, "info", str(damaged))
+    assert (status, err.count("\n")) == (2, 1)
+
+
+def rewritten(path, folder, **changes):
+    """The network in `path` with other metadata: a recipe's entries are changed one by one."""
+    net = load(path)
+    recipe = changes.pop("recipe", None)
+    metadata = {**net.metadata, **changes}
+    if isinstance(recipe, dict):
+        metadata["recipe"] = {**metadata["recipe"], **recipe}
+    elif recipe is not None:
+        metadata["recipe"] = recipe
+    other = folder / "other.safetensors"
+    Network(net.nodes, net.names, metadata).save(other)
+    return str(other)
+
+
+UNLABELLED = "@classLabel false\n@data\n" + ":".join(["1,2"] * 12) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ["1", "2"]}, r"expected 9 different labels, one an output, found 2"),
+        ({"labels": ["1"] * 9}, r"expected 9 different labels, one an output, found 1"),
+        ({"labels": [1, 2, 3, 4, 5, 6, 7, 8, 9]}, r"expected labels to be a list of text"),
+        ({"labels": "123456789"}, r"expected labels to be a list of text"),
+        ({"task": "regress"}, r"expected no labels and one output for regress, found 9 and 9"),
+        ({"task": ["classify"]}, r"expected the metadata of cellstack train, its task one of"),
+        ({"task": "forecast"}, r"expected a recipe"),
+        ({"observed": [12]}, r"expected observed to be rising positions of the raw channels, below 11, found \[12\]"),
+        ({"observed": [-1]}, r"expected observed to be rising positions"),
+        ({"observed": [0, 0]}, r"expected observed to be rising positions"),
+        ({"observed": ["1"]}, r"expected observed to be rising positions"),
+        ({"observed": 3}, r"expected observed to be rising positions"),
+        ({"observed": list(range(12))}, r"expected observed to be rising positions"),
+    ],
+    ids=str,
+)
+def test_metadata_that_doesn_t_fit_a_classifier_is_one_line(capsys, vowels, tmp_path, changes, message):
+    file = tmp_path / "unlabelled.ts"
+    file.write_text(UNLABELLED)
+    status, out, err = run(capsys, "run", rewritten(vowels, tmp_path, **changes), str(file))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert re.search(r"other\.safetensors: " + message, err), err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"season": 0}, r"expected season to be a whole number from 1 to 2147483647, got 0"),
+        ({"season": 10**13}, r"expected season to be a whole number"),
+        ({"horizon": 10**13}, r"expected horizon to be a whole number"),
+        ({"horizon": 7}, r"expected a horizon of 8, one an output, found 7"),
+        ({"window": "20"}, r"expected window to be a whole number from 1 to 2147483647, got '20'"),
+        ({"window": 2.5}, r"expected window to be a whole number"),
+        ({"inputs": "co2"}, r"expected inputs to be "),
+        ({"inputs": ["co2"]}, r"expected 3 raw channels for this recipe, found 2"),
+        ({"target": 3}, r"expected target to be "),
+        ({"pace": 3}, r"expected a recipe"),
+        (["co2"], r"expected a recipe"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_doesn_t_fit_is_one_line(capsys, co2, tmp_path, recipe, message):
+    status, out, err = run(capsys, "run", rewritten(co2, tmp_path, recipe=recipe), CO2)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert re.search(r"other\.safetensors: .*" + message, err), err
+
+
+def test_a_network_without_a_pool_is_no_trained_one(capsys, vowels, tmp_path):
+    net = load(vowels)
+    kept = [n for n, node in enumerate(net.nodes) if not isinstance(node, GlobalPool)]
+    Network([net.nodes[n] for n in kept], [net.names[n] for n in kept], net.metadata).save(tmp_path / "a.safetensors")
+    status, _, err = run(capsys, "run", str(tmp_path / "a"), VOWELS_TEST)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "expected one answer a sequence" in err
+
+
+def test_a_file_of_targets_for_a_classifier_and_of_classes_for_none(capsys, vowels, tmp_path):
+    file = tmp_path / "numbers.ts"
+    file.write_text(UNLABELLED.replace("@classLabel false", "@targetLabel true").rstrip() + ":0.5\n")
+    status, _, err = run(capsys, "run", vowels, str(file))
+    assert (status, "numbers.ts: expected classes, found numbers" in err) == (2, True)
+    lines = ["@targetLabel true", "@data", *(f"{n},2:{n}" for n in range(8))]
+    file.write_text("\n".join(lines))
+    assert run(capsys, "train", str(file), "-o", str(tmp_path / "regress"), *SMALL)[0] == 0
+    classes = tmp_path / "classes.ts"
+    classes.write_text("@classLabel true a b\n@data\n1,2:a\n")
+    status, _, err = run(capsys, "run", str(tmp_path / "regress"), str(classes))
+    assert (status, "classes.ts: expected numbers, found classes" in err) == (2, True)
+
+
+def test_resume_of_another_model_is_refused_in_one_line(capsys, tmp_path):
+    common = ["train", VOWELS, *SMALL, "-o", str(tmp_path / "a"), "--checkpoint", str(tmp_path / "c")]
+    assert run(capsys, *common)[0] == 0
+    for words, name in ((["--pooling", "max"], "pooling"), (["--every-step"], "every_step")):
+        status, out, err = run(capsys, *common, "--resume", *words)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"expected {name} as in this training" in err
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), RuntimeError("a bug"), IndexError("a bug")])
+def test_a_bug_of_ours_is_not_called_bad_input(monkeypatch, error):
+    def broken(args):
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "info", broken)
+    with pytest.raises(type(error), match="a bug"):
+        cli.main(["info", "net"])
+
+
+def test_too_little_memory_is_one_line(capsys, monkeypatch):
+    def huge(args):
+        np.empty(2**60, np.uint8)
+
+    monkeypatch.setitem(cli.VERBS, "info", huge)
+    status, _, err = run(capsys, "info", "net")
+    assert (status, err.count("\n")) == (2, 1)
+    assert re.search(r"error: not enough memory: Unable to allocate", err)
+
+
+def test_a_replay_that_fails_is_one_line(capsys, monkeypatch, tmp_path):
+    from cellstack.train import demo
+
+    def fails(command, **options):
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nOSError: no such thing\n")
+
+    monkeypatch.setattr(demo.subprocess, "run", fails)
+    status, _, err = run(capsys, "demo", "-o", str(tmp_path), "--epochs", "1")
+    assert status == 2
+    assert err.splitlines()[-1] == "cellstack demo: error: the replay failed: OSError: no such thing"
+
+
+def test_run_and_info_need_no_torch(vowels, co2):
+    code = (
+        "import sys; from cellstack.cli.main import main; codes = [main(words.split('|')) for words in sys.argv[1:]]; "
+        "assert codes == [0] * len(codes), codes; "
+        "assert not {'torch', 'matplotlib', 'tqdm'} & set(sys.modules)"
+    )
+    words = [f"info|{vowels}", f"run|{vowels}|{VOWELS_TEST}", f"run|{co2}|{CO2}"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_leaves_early(vowels):
+    command = f"{sys.executable} -m cellstack run {vowels} {VOWELS_TEST} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("sequence,predicted")
+    assert "Traceback" not in done.stderr
+
+
+def test_resume_from_the_command_line(capsys, tmp_path):
+    common = ["train", VOWELS, "--units", "6", "--threads", "1", "--quiet", "--epochs", "2"]
+    assert run(capsys, *common, "-o", str(tmp_path / "a"), "--checkpoint", str(tmp_path / "c"))[0] == 0
+    assert run(capsys, *common, "-o", str(tmp_path / "b"), "--checkpoint", str(tmp_path / "c"), "--resume")[0] == 0
+    first, second = load(tmp_path / "a.safetensors"), load(tmp_path / "b.safetensors")
+    for cell, other in zip(first.cells, second.cells, strict=True):
+        np.testing.assert_array_equal(cell.kernel, other.kernel)
+    (tmp_path / "c").write_bytes(b"junk")
+    status, _, err = run(capsys, *common, "-o", str(tmp_path / "b"), "--checkpoint", str(tmp_path / "c"), "--resume")
+    assert (status, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.slow
+def test_co2_beats_the_seasonal_naive_forecast(capsys, tmp_path):
+    words = ["train", CO2, "--target", "co2", "--horizon", "52", "-o", str(tmp_path / "co2"), "--threads", "1"]
+    scores = json.loads(run(capsys, *words, "--json", "--quiet")[1])["test"]
+    assert scores["origins"] > 400
+    assert scores["model"]["mae"] < 0.5 * scores["seasonal_naive"]["mae"]
+    assert scores["model"]["rmse"] < 0.55 * scores["seasonal_naive"]["rmse"]
+    assert scores["model"]["mae"] < scores["seasonal_drift"]["mae"]

@@ -1,0 +1,330 @@
+"""`cellstack convert` and `info`: any format in, any out, and what the other runtime says of it."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import make_cell
+
+import cellstack
+from cellstack import Bidirectional, Dense, GlobalPool, Network, Recurrent, Standardise, formats, load
+from cellstack.cli import main as cli
+from cellstack.nodes import Embedding, Merge
+
+
+def make_net(bidirectional=False):
+    rng = np.random.default_rng(0)
+    ahead = Recurrent((make_cell(rng, 3, 4),))
+    first = Bidirectional(ahead, Recurrent(ahead.cells, go_backwards=True), "sum") if bidirectional else ahead
+    raw = Standardise(np.zeros(3, "f4"), np.ones(3, "f4"))
+    return Network([raw, first, Dense(rng.normal(size=(4, 2)).astype("f4"))], ["raw", "lstm", "out"])
+
+
+@pytest.fixture
+def model(tmp_path):
+    make_net().save(tmp_path / "net.safetensors")
+    return str(tmp_path / "net.safetensors")
+
+
+@pytest.fixture
+def pytorch_files(monkeypatch):
+    monkeypatch.setattr(formats, "ADAPTERS", tuple({*formats.ADAPTERS, "pytorch"}))
+
+
+def run(capsys, *words):
+    status = cli.main(list(words))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+# ── convert ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_to_our_own_format(capsys, tmp_path, model):
+    target = str(tmp_path / "other.safetensors")
+    status, out, err = run(capsys, "convert", model, target)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == f"{model} -> {target}"
+    assert f"{target}: greatest difference to cellstack" in out
+    x = np.ones((1, 2, 3))
+    assert np.array_equal(load(target)(x), load(model)(x))
+
+
+@pytest.mark.parametrize(
+    ("target", "files"),
+    [
+        ("firmware/tagger.c", ["firmware/tagger.h", "firmware/tagger.c"]),
+        ("firmware/", ["firmware/net.h", "firmware/net.c"]),
+        (".", ["net.h", "net.c"]),
+    ],
+)
+def test_to_c(capsys, tmp_path, model, monkeypatch, target, files):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "convert", model, target, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert report["files"] == files
+    assert all((tmp_path / file).exists() for file in files)
+    found = report["parity"][files[1]]
+    assert found["ok"] is True
+    assert [one["name"] for one in found["differences"]] == ["out", "cell 0 h", "cell 0 c"]
+    assert 0 < max(one["relative"] for one in found["differences"]) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "stem"), [("2-nets", "model_2_nets"), ("_", "model"), ("a__b c", "a_b_c")])
+def test_names_that_c_hasn_t(capsys, tmp_path, model, name, stem):
+    source = tmp_path / f"{name}.safetensors"
+    source.write_bytes((tmp_path / "net.safetensors").read_bytes())
+    (tmp_path / "out").mkdir()
+    assert run(capsys, "convert", str(source), str(tmp_path / "out"))[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{stem}.c", f"{stem}.h"]
+
+
+def test_a_difference_is_status_1(capsys, tmp_path, model):
+    status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"), "--tolerance", "1e-12")
+    assert (status, err) == (1, "")
+    assert "greatest difference to cc" in out
+
+
+def test_without_a_compiler_it_is_written_and_said(capsys, tmp_path, model, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"))
+    assert (status, err) == (0, "")
+    assert "not verified" in out
+    assert "install gcc or clang" in out
+    assert (tmp_path / "net.c").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("net.txt", r"expected a path that ends as one of"),
+        ("a-b.c", r"expected a name of letters"),
+        ("no/folder/net.safetensors", r"expected a folder"),
+    ],
+)
+def test_targets_that_can_t_be(capsys, tmp_path, model, target, message):
+    before = sorted(tmp_path.iterdir())
+    status, out, err = run(capsys, "convert", model, str(tmp_path / target))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_c_can_t_run_is_named(capsys, tmp_path):
+    make_net(bidirectional=True).save(tmp_path / "net.safetensors")
+    status, _, err = run(capsys, "convert", str(tmp_path / "net"), str(tmp_path / "net.c"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "got lstm: it runs backwards" in err
+    assert not (tmp_path / "net.c").exists()
+
+
+def test_any_network_runs_over_numbers(capsys, tmp_path, model):
+    net, x = load(model), np.random.default_rng(0).normal(size=(2, 3, 3)).astype("f4")
+    np.save(tmp_path / "x.npy", x)
+    status, out, err = run(capsys, "run", model, str(tmp_path / "x.npy"))
+    header, *lines = out.splitlines()
+    assert (status, err, header) == (0, "", "row,step,y_0,y_1")
+    numbers = np.array([[float(number) for number in line.split(",")] for line in lines])
+    np.testing.assert_array_equal(numbers[:, :2], [[row, step] for row in range(2) for step in range(3)])
+    np.testing.assert_array_equal(numbers[:, 2:].reshape(2, 3, 2).astype("f4"), net(x))
+    status, out, _ = run(capsys, "run", model, str(tmp_path / "x.npy"), "--json")
+    np.testing.assert_array_equal(np.array(json.loads(out)["out"], "f4"), net(x))
+    last = Network([*net.nodes, GlobalPool("last")])
+    last.save(tmp_path / "last.safetensors")
+    np.savetxt(tmp_path / "x.csv", x[0], delimiter=",")
+    status, out, _ = run(capsys, "run", str(tmp_path / "last"), str(tmp_path / "x.csv"))
+    header, line = out.splitlines()
+    assert header == "row,y_0,y_1"
+    np.testing.assert_array_equal(np.array(line.split(","), "f8")[1:].astype("f4"), last(x[:1])[0])
+    wires = [("x",), ("raw",), ("lstm",)]
+    Network(net.nodes, net.names, wires=wires, outputs=("lstm", "out")).save(tmp_path / "two.safetensors")
+    status, _, err = run(capsys, "run", str(tmp_path / "two"), str(tmp_path / "x.npy"))
+    assert status == 2
+    assert "expected --json for the outputs lstm [B, T, 4], out [B, T, 2]" in err
+    status, _, err = run(capsys, "run", model, str(tmp_path / "no.ts"))
+    assert status == 2
+
+
+def test_a_file_is_never_converted_onto_itself(capsys, tmp_path, model):
+    before = Path(model).read_bytes()
+    other = tmp_path / "link.safetensors"
+    other.symlink_to(model)
+    for target in (model, str(other)):
+        status, _, err = run(capsys, "convert", model, target)
+        assert status == 2
+        assert "expected another file than the one that is read" in err
+    assert Path(model).read_bytes() == before
+    status, _, err = run(capsys, "convert", model, str(tmp_path / "nowhere"))
+    assert status == 2
+    assert "or .c, or a folder, which ends in /, for C" in err
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"cellstack {cellstack.__version__}\n"
+
+
+# ── convert --sample ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv"])
+def test_a_sample_of_the_user_s_own(capsys, tmp_path, model, suffix):
+    rows = np.random.default_rng(0).normal(size=(9, 3))
+    sample = str(tmp_path / f"sample{suffix}")
+    if suffix == ".csv":
+        np.savetxt(sample, rows, delimiter=",", header="a,b,c", comments="")
+    elif suffix == ".npz":
+        np.savez(sample, x=rows)
+    else:
+        np.save(sample, rows)
+    words = ["convert", model, str(tmp_path / "net.c"), "--sample", sample]
+    status, out, err = run(capsys, *words)
+    assert (status, err) == (0, "")
+    assert "on x [1, 9, 3]\n" in out
+    assert "drawn" not in out
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["bfloat16", "int8"]
+    report = json.loads(run(capsys, *words, "--json")[1])
+    assert report["sample"] == sample
+    (parity,) = report["parity"].values()
+    assert (parity["drawn"], parity["inputs"]) == (False, {"x": [1, 9, 3]})
+    net = load(model)
+    apart = np.abs(net.stream(weights="int8").run(rows[None]).astype("f8") - net(rows[None]))
+    assert parity["streams"][1]["greatest"] == pytest.approx(apart.max())
+    assert parity["streams"][1]["mean"] == pytest.approx(apart.mean())
+
+
+def test_a_sample_of_rows_ids_and_two_inputs(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    target = str(tmp_path / "net.onnx")
+    table = Embedding(rng.normal(size=(5, 3)).astype("f4"))
+    lstm = Recurrent((make_cell(rng, 3, 4),), return_sequences=False)
+    Network([table, lstm]).save(tmp_path / "ids.safetensors")
+    (tmp_path / "ids.csv").write_text("3\n0\n4\n")
+    status, out, err = run(capsys, "convert", str(tmp_path / "ids"), target, "--sample", str(tmp_path / "ids.csv"))
+    assert (status, err, out.count("on x [1, 3]\n")) == (0, "", 2)
+    two = {"inputs": {"x": (None, 3), "speaker": (2,)}, "wires": [("x",), ("lstm", "speaker")]}
+    Network([lstm, Merge("concat")], ["lstm", "both"], **two).save(tmp_path / "two.safetensors")
+    np.savez(tmp_path / "two.npz", x=np.ones((2, 6, 3)), speaker=np.ones((2, 2)))
+    words = ["convert", str(tmp_path / "two"), target, "--sample"]
+    status, out, err = run(capsys, *words, str(tmp_path / "two.npz"))
+    assert (status, err) == (0, "")
+    assert "on x [2, 6, 3], speaker [2, 2]\n" in out
+    assert "not measured: expected inputs of a frame a step, got speaker [B, 2]: it has no time" in out
+    status, out, err = run(capsys, *words, str(tmp_path / "ids.csv"))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "expected a .npz of the inputs x, speaker" in err
+    vector = Network([Dense(np.ones((2, 2), "f4"))], inputs={"x": (2,)})
+    vector.save(tmp_path / "vector.safetensors")
+    (tmp_path / "rows.csv").write_text("1,2\n3,4\n5,6\n")
+    status, out, err = run(capsys, "convert", str(tmp_path / "vector"), target, "--sample", str(tmp_path / "rows.csv"))
+    assert (status, err) == (0, "")
+    assert "on x [3, 2]\n" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"1,2,3", "expected a sample that ends in .npy, .npz or .csv"),
+        ("a.npy", "zipped", "it doesn't hold what .npy says"),
+        ("a.csv", b"1,2\n", "line 1: expected 3 numbers, found 2"),
+        ("a.csv", b"", "expected numbers, found none"),
+        ("a.npy", b"\x93NUMPY", "expected arrays of numbers as NumPy writes them"),
+        ("a.npz", b"nothing", "expected arrays of numbers as NumPy writes them"),
+        ("a.npy", None, "expected x [B, T, I=3], got (2, 2, 2)"),
+        ("no.npy", None, "no.npy"),
+    ],
+)
+def test_samples_that_can_t_be(capsys, tmp_path, model, name, content, message):
+    path = tmp_path / name
+    if content == "zipped":
+        with path.open("wb") as file:
+            np.savez(file, x=np.ones((1, 2, 3)))
+    elif content is not None:
+        path.write_bytes(content)
+    elif name == "a.npy":
+        np.save(path, np.ones((2, 2, 2)))
+    status, out, err = run(capsys, "convert", model, str(tmp_path / "net.onnx"), "--sample", str(path))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not (tmp_path / "net.onnx").exists()
+
+
+def test_objects_in_a_sample_aren_t_loaded(capsys, tmp_path, model):
+    np.save(tmp_path / "a.npy", np.array([{}], object), allow_pickle=True)
+    status, _, err = run(capsys, "convert", model, str(tmp_path / "net.onnx"), "--sample", str(tmp_path / "a.npy"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "allow_pickle=False" in err
+
+
+# ── info ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_info_of_our_own(capsys, model):
+    status, out, _ = run(capsys, "info", model)
+    assert status == 0
+    assert "lstm  Recurrent" in out
+    report = json.loads(run(capsys, "info", model, "--json")[1])
+    assert report["inputs"] == {"x": "[B, T, 3]"}
+    assert report["outputs"] == {"out": "[B, T, 2]"}
+
+
+def test_info_of_what_can_t_be_run_whole(capsys, tmp_path, pytorch_files):
+    """The recurrent parts are listed, and why the whole isn't."""
+    module = torch.nn.Sequential(torch.nn.LSTM(3, 4), torch.nn.Linear(4, 2))
+    torch.save(module.state_dict(), tmp_path / "net.pt")
+    status, out, err = run(capsys, "info", str(tmp_path / "net.pt"))
+    assert (status, err) == (0, "")
+    assert "can't be run whole: " in out
+    assert "recurrent parts\n  0:\n" in out
+    assert "LSTM 3 -> 4" in out
+    report = json.loads(run(capsys, "info", str(tmp_path / "net.pt"), "--json")[1])
+    assert list(report["parts"]) == ["0"]
+    assert report["parts"]["0"]["layers"][0]["summary"] == "LSTM 3 -> 4"
+    assert "beside them 1 (weight [2, 4], bias [2])" in report["error"]
+
+
+def test_info_of_what_has_no_recurrent_part_says_why(capsys, tmp_path, pytorch_files):
+    torch.save(torch.nn.Linear(4, 2).state_dict(), tmp_path / "net.pt")
+    status, out, err = run(capsys, "info", str(tmp_path / "net.pt"))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_from_torch_to_the_others(capsys, tmp_path, pytorch_files):
+    torch.save(torch.nn.GRU(3, 4, 2).state_dict(), tmp_path / "net.pt")
+    status, out, err = run(capsys, "convert", str(tmp_path / "net.pt"), str(tmp_path / "net.safetensors"), "--json")
+    assert (status, err) == (0, "")
+    parity = json.loads(out)["parity"]
+    assert [one["runtime"] for one in parity.values()] == ["torch", "cellstack"]
+    assert all(one["ok"] for one in parity.values())
+
+
+def test_a_package_that_isn_t_there_is_one_line(capsys, tmp_path, monkeypatch):
+    from cellstack.cli import files as cli_files
+
+    def needs(path):
+        raise ModuleNotFoundError("ONNX files need the package onnx: pip install 'cellstack[onnx]'")
+
+    monkeypatch.setattr(cli_files, "load", needs)
+    (tmp_path / "net.onnx").write_bytes(b"")
+    for words in (["info"], ["convert", str(tmp_path / "b.c")], ["stream"]):
+        verb, *rest = words
+        status, out, err = run(capsys, verb, str(tmp_path / "net.onnx"), *rest)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "pip install 'cellstack[onnx]'" in err
+
+
+def test_a_network_with_pooling_streams_after_the_conversion(tmp_path, monkeypatch, capfd):
+    net = Network([*make_net().nodes, GlobalPool("last")])
+    net.save(tmp_path / "net.safetensors")
+    assert cli.main(["convert", str(tmp_path / "net"), str(tmp_path / "other.safetensors")]) == 0
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1,2,3\n")))
+    assert cli.main(["stream", str(tmp_path / "other")]) == 0
+    answer = [float(value) for value in capfd.readouterr().out.split(",")]
+    assert np.array_equal(np.array(answer, "f4"), net.stream().step([[1, 2, 3]])[0])

@@ -1,0 +1,224 @@
+"""Networks written as Keras's files: Keras 3 loads them and returns what they return; what it hasn't is refused."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from networks import fill, make_cell
+from test_keras_load import compare, functional, random_sequential, randomise
+
+from cellstack import Cell, CellSpec, Network
+from cellstack.formats import keras as adapter
+from cellstack.nodes import (
+    Activation,
+    Bidirectional,
+    Conv1D,
+    Dense,
+    Embedding,
+    Flatten,
+    GlobalPool,
+    LayerNorm,
+    Masking,
+    Merge,
+    Permute,
+    Pool1D,
+    Recurrent,
+    Repeat,
+    Reshape,
+    Scale,
+    Select,
+    Standardise,
+)
+
+SUFFIXES = [".keras", ".h5"]
+
+
+def loaded(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return keras.models.load_model(path, compile=False)
+
+
+def same(net, again, x):
+    """Our own reader gives back the network, but for the arrays that went through another layer's."""
+    for one, other in zip(np.atleast_1d(net(x)), np.atleast_1d(again(x)), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.filterwarnings("ignore:Layer .* does not support")
+def test_what_was_a_keras_model_becomes_one_again(tmp_path, seed, suffix):
+    rng = np.random.default_rng(seed)
+    model, x = random_sequential(rng)
+    randomise(model, rng)
+    net = adapter.from_keras(model)
+    path = str(tmp_path / f"model{suffix}")
+    adapter.save(net, path)
+    compare(net, loaded(path), x)
+    same(net, adapter.load(path), x)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_graphs(tmp_path, suffix, masked):
+    rng = np.random.default_rng(3)
+    model = functional(rng, masked)
+    randomise(model, rng)
+    net = adapter.from_keras(model)
+    x = [rng.integers(0, 9, (3, 7)), rng.normal(size=(3, 7, 3)).astype("float32")]
+    x[0][:, 4:] = 0
+    path = str(tmp_path / f"model{suffix}")
+    adapter.save(net, path)
+    compare(net, loaded(path), x)
+
+
+def nodes_of_every_kind(rng):
+    def f32(*shape):
+        return rng.uniform(0.3, 1.2, shape).astype("float32")
+
+    stack = Recurrent((make_cell(rng, 3, 4), make_cell(rng, 4, 4, kind="gru", reset_after=False)))
+    back = Recurrent((make_cell(rng, 4, 5, kind="rnn"),), go_backwards=True)
+    both = Bidirectional(Recurrent((make_cell(rng, 4, 5),)), back, "ave")
+    return [
+        Standardise(f32(3) * 10, f32(3)),
+        Masking(0.5),
+        stack,
+        Scale(f32(4), f32(4)),
+        both,
+        LayerNorm(None, f32(5), 0.01),
+        Activation("leaky_relu(0.3)"),
+        Activation("thresholded_relu(0.1)"),
+        Dense(f32(5, 4), None, "elu(0.5)"),
+        Conv1D(f32(2, 2, 6), f32(6), padding="causal", groups=2, activation="leaky_relu"),
+        Pool1D("mean", 2, 1, "same"),
+        Pool1D("max", 2),
+        Select(1, -1),
+        Permute((2, 1)),
+        Reshape((-1, 3)),
+        Flatten(),
+        Repeat(3),
+        Recurrent((make_cell(rng, 12, 2, activation="hard_sigmoid", recurrent_activation="softsign"),)),
+        GlobalPool("mean"),
+        Activation("softmax"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.filterwarnings("ignore:Exception encountered", "ignore:Layer .* does not support")
+def test_nodes_of_every_kind(tmp_path, suffix):
+    rng = np.random.default_rng(5)
+    net = Network(nodes_of_every_kind(rng), inputs={"series": (8, 3)})
+    x = rng.normal(size=(3, 8, 3)).astype("float32") * 3
+    path = str(tmp_path / f"model{suffix}")
+    adapter.save(net, path)
+    compare(net, loaded(path), x)
+    again = adapter.load(path)
+    np.testing.assert_allclose(again(x), net(x), rtol=0, atol=1e-6)
+    assert again.inputs == ("series",)
+    assert [type(node) for node in again.nodes if not isinstance(node, Activation)] == [
+        type(node) for node in net.nodes if not isinstance(node, Activation)
+    ]
+
+
+def test_float64_and_like_gives_like(tmp_path):
+    rng = np.random.default_rng(0)
+    net = Network([Recurrent((make_cell(rng, 3, 4, "float64"),)), Dense(rng.normal(size=(4, 2)), rng.normal(size=2))])
+    for suffix in SUFFIXES:
+        first, second = (str(tmp_path / f"{name}{suffix}") for name in "ab")
+        adapter.save(net, first)
+        adapter.save(net, second)
+        with open(first, "rb") as one, open(second, "rb") as other:
+            assert one.read() == other.read()
+        again, x = adapter.load(first), rng.normal(size=(2, 5, 3))  # Keras's model casts it to float32
+        assert again.dtype == np.float64
+        assert again.names == net.names
+        assert np.array_equal(again(x), net(x))
+        np.testing.assert_allclose(loaded(first)(x).detach().numpy(), net(x), rtol=0, atol=1e-6)
+
+
+ODD_CELLS = {
+    "peepholes": {"peepholes": True},
+    "coupled": {"coupled": True},
+    "proj size": {"proj_size": 2},
+    "layer norm": {"layer_norm": True},
+    "clip": {"clip": 1.0},
+    "cell clip": {"cell_clip": 1.0},
+    "zoneout": {"zoneout": 0.1},
+    "learn initial state": {"learn_initial_state": True},
+    "gate activations": {"gate_activations": {"o": "tanh"}},
+    "hard_sigmoid(0.2, 0.5)": {"recurrent_activation": "hard_sigmoid(0.2, 0.5)"},
+    "elu(0.3)": {"activation": "elu(0.3)"},
+}
+
+
+@pytest.mark.parametrize("what", ODD_CELLS)
+def test_cells_that_keras_has_not(tmp_path, rng, what):
+    net = Network([Recurrent((fill(rng, CellSpec(3, 4, **ODD_CELLS[what])),))], ["odd"])
+    with pytest.raises(ValueError, match=r"^save: expected what Keras has, got odd: ") as caught:
+        adapter.save(net, str(tmp_path / "model.keras"))
+    assert what in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nodes_that_keras_has_not_are_all_named(tmp_path, rng):
+    cells = (make_cell(rng, 4, 4), make_cell(rng, 4, 4))
+    net = Network(
+        [
+            Embedding(rng.normal(size=(5, 4)).astype("float32"), mask_zero=True),
+            Recurrent(cells, residual=True),
+            Activation("affine(2.0, 1.0)"),
+            Select(0, None, 2),
+            GlobalPool("last"),
+            Recurrent((make_cell(rng, 4, 4),), return_sequences=False),
+            GlobalPool("max"),
+            Merge("add"),
+        ],
+        ["ids", "stack", "line", "every other", "end", "rnn", "greatest", "sum"],
+        wires=[
+            ("x",),
+            ("ids",),
+            ("stack",),
+            ("line",),
+            ("every other",),
+            ("ids",),
+            ("ids",),
+            ("end", "rnn", "greatest"),
+        ],
+    )
+    with pytest.raises(ValueError, match="save: expected what Keras has") as caught:
+        adapter.save(net, str(tmp_path / "model.h5"))
+    text = str(caught.value)
+    for name in (
+        "stack: a residual stack",
+        "line: the activation affine(2.0, 1.0)",
+        "every other: the slice",
+        "end: the last",
+    ):
+        assert name in text
+    assert "greatest: the greatest of the steps that a mask keeps" in text
+    assert "rnn:" not in text
+
+
+def test_a_cell_of_ones_is_written_bit_by_bit(tmp_path):
+    """Every array of a cell in its own place: numbers that tell each other apart."""
+    spec = CellSpec(2, 3, kind="gru")
+    arrays = {}
+    for number, (name, shape) in enumerate(spec.shapes.items()):
+        arrays[name] = np.arange(np.prod(shape), dtype="float32").reshape(shape) + 100 * number
+    net = Network([Recurrent((Cell(spec, **arrays),))])
+    for suffix in SUFFIXES:
+        path = str(tmp_path / f"model{suffix}")
+        adapter.save(net, path)
+        for weight, array in zip(loaded(path).weights, arrays.values(), strict=True):
+            assert np.array_equal(weight.value.detach().numpy(), array)
+        (node,) = adapter.load(path).nodes
+        assert all(np.array_equal(array, arrays[name]) for name, array in node.cells[0].arrays.items())
+
+
+def test_a_name_that_keras_takes_for_weights_alone(tmp_path):
+    net = Network([Dense(np.ones((3, 2), "f4"))])
+    with pytest.raises(ValueError, match=r"Keras takes such a file for weights alone; leave out \.weights"):
+        net.save(tmp_path / "net.weights.h5")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,557 @@
+"""Torch modules as Networks: the same numbers, gates in their places, and what can't be taken named by its path."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+from family import random_spec
+from torch import nn
+
+import cellstack as cs
+from cellstack import layers
+from cellstack.layout import OURS, from_rows, reorder, to_rows
+
+ORDERS = [(kind, "".join(order)) for kind, ours in OURS.items() for order in itertools.permutations(ours)]
+
+
+def close(got, want, tolerance=tolerances.LOOP):
+    np.testing.assert_allclose(got, want.detach().numpy(), atol=tolerance, rtol=tolerance)
+
+
+def randomise(module):
+    for weight in module.parameters():
+        nn.init.normal_(weight, 0.0, 0.5)
+    return module.eval()
+
+
+# ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("kind", "order"), ORDERS)
+def test_gates_go_to_their_places(kind, order):
+    blocks = {gate: np.arange(6.0).reshape(3, 2) + 10 * n for n, gate in enumerate(OURS[kind])}
+    theirs = np.concatenate([blocks[gate] for gate in order], axis=1)
+    ours = np.concatenate([blocks[gate] for gate in OURS[kind]], axis=1)
+    assert np.array_equal(reorder(theirs, order, OURS[kind]), ours)
+    assert np.array_equal(reorder(ours, OURS[kind], order), theirs)
+    assert (order == OURS[kind]) == np.array_equal(theirs, ours)
+    apart = kind == "gru"  # the reset gate acts on the second bias alone
+    arrays = from_rows(kind, theirs.T, theirs.T, (theirs[0], theirs[1]), order)
+    assert np.array_equal(arrays.kernel, ours)
+    assert np.array_equal(arrays.recurrent_kernel, ours)
+    assert np.array_equal(arrays.bias, ours[:2] if apart else ours[0] + ours[1])
+    weight, recurrent, bias = to_rows(kind, arrays, order)
+    assert np.array_equal(weight, theirs.T)
+    assert np.array_equal(recurrent, theirs.T)
+    assert np.array_equal(bias, theirs[:2] if apart else theirs[0] + theirs[1])
+    together = from_rows(kind, theirs.T, theirs.T, (theirs[0], theirs[1]), order, reset_after=False)
+    assert np.array_equal(together.bias, ours[0] + ours[1])
+
+
+def test_the_orders_are_those_of_the_house():
+    assert OURS == {"lstm": "ifgo", "gru": "zrg", "rnn": "g"}
+    assert len(ORDERS) == 24 + 6 + 1
+
+
+def test_what_is_no_order_is_refused():
+    for order in ("iofc", "ifg", "ifgg", "zrg", ""):
+        with pytest.raises(ValueError, match=f"permutation of ifgo, got '{order}'"):
+            reorder(np.zeros(4), order, "ifgo")
+    with pytest.raises(cs.ShapeError, match=r"4 equal blocks along axis -1, got \(2, 6\)"):
+        reorder(np.zeros((2, 6)), "iofg", "ifgo")
+    with pytest.raises(cs.ShapeError, match=r"3 equal blocks along axis 0, got \(4, 1\)"):
+        from_rows("gru", np.zeros((4, 1)), np.zeros((4, 1)), (), "rzg")
+    assert from_rows("lstm", np.zeros((8, 3)), np.zeros((8, 2)), (), "ifgo").bias is None
+
+
+# ── torch.nn ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_lstm(depth, bidirectional, bias, batch_first, dtype):
+    settings = {"bias": bias, "batch_first": batch_first, "bidirectional": bidirectional, "dropout": 0.5 * (depth > 1)}
+    module = nn.LSTM(5, 7, depth, **settings, dtype=dtype).eval()
+    net = cs.from_torch(module)
+    x = torch.randn(3, 9, 5, dtype=dtype)
+    h0, c0 = torch.randn(2, depth * (1 + bidirectional), 3, 7, dtype=dtype)
+    y, (h, c) = module(x if batch_first else x.transpose(0, 1), (h0, c0))
+    got, states = net.run(x.numpy(), state=[cs.State(*pair) for pair in zip(h0.numpy(), c0.numpy(), strict=True)])
+    tolerance = tolerances.LOOP if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE
+    close(got, y if batch_first else y.transpose(0, 1), tolerance)
+    close(np.stack([state.h for state in states]), h, tolerance)
+    close(np.stack([state.c for state in states]), c, tolerance)
+    assert got.dtype == net.dtype == str(dtype).removeprefix("torch.")
+
+
+OTHERS = {
+    "projection": (nn.LSTM, {"proj_size": 3}),
+    "gru": (nn.GRU, {}),
+    "tanh": (nn.RNN, {}),
+    "relu": (nn.RNN, {"nonlinearity": "relu"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own word
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_gru_and_rnn_and_projection(case, depth, bidirectional, bias, dtype):
+    kind, flags = OTHERS[case]
+    settings = {"bias": bias, "batch_first": True, "bidirectional": bidirectional, "dropout": 0.5 * (depth > 1)}
+    module = randomise(kind(5, 7, depth, **flags, **settings, dtype=dtype))
+    net = cs.from_torch(module)
+    width = flags.get("proj_size", 7)
+    x, h0 = torch.randn(3, 9, 5, dtype=dtype), torch.randn(depth * (1 + bidirectional), 3, width, dtype=dtype)
+    c0 = torch.randn(len(h0), 3, 7, dtype=dtype)
+    y, ends = module(x, (h0, c0) if kind is nn.LSTM else h0)
+    starts = zip(h0.numpy(), c0.numpy(), strict=True) if kind is nn.LSTM else h0.numpy()
+    got, states = net.run(x.numpy(), state=list(starts))
+    tolerance = tolerances.LOOP if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE
+    if case == "relu":  # values grow without bound
+        tolerance *= float(y.detach().abs().max())
+    close(got, y, tolerance)
+    for n, end in enumerate(ends if kind is nn.LSTM else (ends,)):
+        close(np.stack([state[n] for state in states]), end, tolerance)
+    assert got.dtype == net.dtype == str(dtype).removeprefix("torch.")
+    assert {cell.spec.kind for cell in net.cells} == {{nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn"}[kind]}
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_lengths_are_packed_sequences(bidirectional, kind):
+    module = kind(5, 7, 2, batch_first=True, bidirectional=bidirectional)
+    x, lengths = torch.randn(4, 9, 5), torch.tensor([9, 1, 4, 6])
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    y, h = module(packed)
+    h = h[0] if kind is nn.LSTM else h
+    y = nn.utils.rnn.pad_packed_sequence(y, batch_first=True)[0]
+    got, states = cs.from_torch(module).run(x.numpy(), lengths=lengths)
+    close(np.stack([state.h for state in states]), h)
+    for row, length in enumerate(lengths):
+        close(got[row, :length], y[row, :length])
+
+
+def test_the_network_has_weights_of_its_own():
+    module = nn.LSTM(3, 4, batch_first=True)
+    x, net = torch.randn(1, 2, 3), cs.from_torch(module)
+    y = net(x)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.zero_()
+    assert np.array_equal(net(x), y)
+
+
+ACTIVATIONS = [
+    nn.ReLU(),
+    nn.Sigmoid(),
+    nn.Softsign(),
+    nn.Tanh(),
+    nn.Hardsigmoid(),
+    nn.Softmax(dim=-1),
+    nn.ELU(),
+    nn.ELU(0.5),
+    nn.LeakyReLU(),
+    nn.LeakyReLU(0.3),
+    nn.Softplus(),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_sequential(activation):
+    inner = nn.Sequential(nn.Linear(6, 8, bias=False), activation, nn.Dropout(0.5))
+    module = nn.Sequential(nn.Identity(), inner, nn.Linear(8, 4)).eval()
+    x = torch.randn(2, 5, 6)
+    close(cs.from_torch(module)(x), module(x))
+
+
+def test_an_lstm_within_a_sequential_hands_on_its_output():
+    lstm, head = nn.LSTM(3, 4, 2, batch_first=True), nn.Linear(4, 2)
+    x = torch.randn(2, 5, 3)
+    close(cs.from_torch(nn.Sequential(lstm, head))(x), head(lstm(x)[0]))
+
+
+def test_whatever_says_its_nodes():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 2))
+
+        def to_nodes(self):
+            return [cs.Dense(self.weight.detach().numpy())]
+
+    assert (cs.from_torch(nn.Sequential(Model(), nn.ReLU()))(np.ones((1, 1, 3))) == 3).all()
+
+
+# ── what stands around recurrent layers ─────────────────────────────────────────────────────────────────────────────
+
+
+class Turned(nn.Module):
+    """What people write between a convolution and an LSTM; a node of theirs for us."""
+
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+    def to_nodes(self):
+        return [cs.nodes.Permute((2, 1))]
+
+
+class Output(nn.LSTM):
+    """An LSTM that hands on its output alone, as from_torch takes every LSTM within a Sequential."""
+
+    def forward(self, x):
+        return super().forward(x)[0]
+
+    def to_nodes(self):
+        plain = nn.LSTM(self.input_size, self.hidden_size, self.num_layers, batch_first=True)
+        plain.to(self.weight_ih_l0.dtype).load_state_dict(self.state_dict())
+        return cs.from_torch(plain).nodes
+
+
+def worn(module):
+    """Give batch normalisation statistics and weights other than those it starts with."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm1d):
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.3, 3.0)
+            if part.affine:
+                nn.init.normal_(part.weight)
+                nn.init.normal_(part.bias)
+    return module.eval()
+
+
+AROUND = {  # a module, the shape of what it takes, how many Permutes are left
+    "conv": (lambda: [nn.Conv1d(3, 5, 4)], (3, 20), 2),
+    "conv of every setting": (lambda: [nn.Conv1d(6, 4, 3, 2, 2, 2, 2, bias=False)], (6, 20), 2),
+    "same": (lambda: [nn.Conv1d(3, 5, 4, padding="same", dilation=3)], (3, 20), 2),
+    "one conv after another": (
+        lambda: [nn.Conv1d(3, 5, 3), nn.ReLU(), nn.BatchNorm1d(5), nn.LeakyReLU(0.1), nn.Dropout(), nn.Conv1d(5, 2, 3)],
+        (3, 20),
+        2,
+    ),
+    "pools": (lambda: [nn.MaxPool1d(3), nn.Sigmoid(), nn.AvgPool1d(2, 1), nn.Linear(5, 2)], (3, 20), 2),
+    "softmax over channels": (lambda: [nn.Conv1d(3, 5, 3), nn.Softmax(1), nn.MaxPool1d(2)], (3, 20), 2),
+    "softmax over time": (lambda: [nn.Conv1d(3, 5, 3), nn.Softmax(-1), nn.MaxPool1d(2)], (3, 20), 4),
+    "mean over time": (
+        lambda: [nn.Conv1d(3, 5, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.BatchNorm1d(5, affine=False)],
+        (3, 20),
+        2,
+    ),
+    "greatest over time": (
+        lambda: [nn.AdaptiveMaxPool1d((1,)), nn.Flatten(1, 2), nn.Linear(3, 2), nn.Softmax(1)],
+        (3, 9),
+        2,
+    ),
+    "flat": (
+        lambda: [nn.Conv1d(3, 5, 3), nn.ELU(), nn.Flatten(), nn.Flatten(), nn.Linear(90, 4), nn.BatchNorm1d(4)],
+        (3, 20),
+        2,
+    ),
+    "linear over time": (lambda: [nn.Conv1d(3, 5, 3), nn.Linear(18, 4), nn.Tanh()], (3, 20), 2),
+    "norm": (
+        lambda: [nn.Linear(6, 4), nn.LayerNorm(4, eps=1e-4), nn.LayerNorm(4, elementwise_affine=False)],
+        (9, 6),
+        0,
+    ),
+    "norm without bias": (lambda: [nn.LayerNorm(6, bias=False)], (9, 6), 0),
+    "cnn-lstm": (
+        lambda: [
+            Turned(),
+            nn.Conv1d(6, 5, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool1d(2),
+            Turned(),
+            Output(5, 4, 2, batch_first=True),
+        ],
+        (9, 6),
+        0,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's own word
+@pytest.mark.parametrize("case", AROUND)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_stands_around_recurrent_layers(case, dtype):
+    make, shape, turns = AROUND[case]
+    module = worn(nn.Sequential(*make()).to(dtype))
+    net = cs.from_torch(module)
+    x = torch.randn(4, *shape, dtype=dtype)
+    close(net(x.numpy()), module(x), 1e-5 if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE)
+    assert sum(isinstance(node, cs.nodes.Permute) for node in net.nodes) == turns
+    assert net(x.numpy()).dtype == str(dtype).removeprefix("torch.")
+
+
+def test_embedding_and_all_that_follows():
+    module = nn.Sequential(nn.Embedding(11, 6, padding_idx=0), Output(6, 4, batch_first=True), nn.Linear(4, 2))
+    ids = torch.randint(0, 11, (3, 7))
+    close(cs.from_torch(module)(ids.numpy()), module(ids))
+
+
+# ── our layers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+MASKS = [None, np.array([[False, True, True, False], [True, False, True, True], [False] * 4])]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["no mask", "mask"])
+@pytest.mark.parametrize("return_sequences", [False, True])
+@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("activations", [("tanh", "sigmoid"), ("relu", "hard_sigmoid"), (None, "softsign")])
+def test_our_lstm(mask, return_sequences, go_backwards, zero, use_bias, activations):
+    flags = {"return_sequences": return_sequences, "go_backwards": go_backwards, "zero_output_for_mask": zero}
+    lstm = randomise(layers.LSTM(6, *activations, use_bias, return_state=True, **flags, dropout=0.5, input_size=3))
+    x = torch.randn(3, 4, 3)
+    y, h, c = lstm(x, mask=mask)
+    got, (state,) = cs.from_torch(lstm).run(x, mask=mask)
+    close(got, y)
+    close(state.h, h)
+    close(state.c, c)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["no mask", "mask"])
+@pytest.mark.parametrize("go_backwards", [False, True])
+def test_our_stack(mask, go_backwards):
+    cells = [layers.LSTMCell(4), layers.LSTMCell(5, use_bias=False), layers.LSTMCell(3, "softsign")]
+    flags = {"return_sequences": True, "return_state": True, "go_backwards": go_backwards}
+    rnn = layers.RNN(cells, **flags)
+    x = torch.randn(3, 4, 6)
+    rnn(x)
+    randomise(rnn)
+    y, *states = rnn(x, mask=mask)
+    got, got_states = cs.from_torch(rnn).run(x, mask=mask)
+    close(got, y)
+    for one, other in zip(got_states, states, strict=True):
+        close(one.h, other.h)
+        close(one.c, other.c)
+
+
+def make_cell(spec):
+    """Our layer's cell of this description, built."""
+    kinds = {"lstm": layers.LSTMCell, "gru": layers.GRUCell, "rnn": layers.SimpleRNNCell}
+    settings = {name: value for name, value in spec.settings.items() if name != "kind"}
+    if spec.kind == "rnn":
+        settings.pop("recurrent_activation", None)  # it has no such gate
+    return randomise(kinds[spec.kind](**settings, dropout=0.2, recurrent_dropout=0.2))
+
+
+RESET = np.array([[False, True, False, False], [False] * 4, [True, False, False, True]])
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("seed", range(20))
+def test_our_cells_of_any_flags(seed, kind):
+    """Every flag and every array travels, the learned initial state and zoneout's rates too; dropout doesn't."""
+    spec = random_spec(np.random.default_rng(seed), kind)
+    cell = make_cell(spec)
+    rnn = layers.RNN(cell, return_sequences=True, return_state=True, go_backwards=bool(seed % 2)).eval()
+    net = cs.from_torch(rnn)
+    assert net.cells[0].spec == cell.spec
+    assert list(net.cells[0].arrays) == list(dict(cell.named_parameters()))
+    x = torch.randn(3, 4, spec.input_size)
+    for given in ({}, {"mask": MASKS[1]}, {"reset": RESET}, {"mask": MASKS[1], "reset": RESET}):
+        y, *state = rnn(x, **given)
+        got, (after,) = net.run(x, **given)
+        tolerance = tolerances.LOOP * max(1.0, float(y.detach().abs().max()))
+        close(got, y, tolerance)
+        for one, other in zip(after, state, strict=True):
+            close(one, other, tolerance)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("return_sequences", [False, True])
+@pytest.mark.parametrize("mask", MASKS, ids=["no mask", "mask"])
+@pytest.mark.parametrize("reset", [None, RESET], ids=["one piece", "pieces"])
+def test_our_stack_of_every_kind(residual, go_backwards, return_sequences, mask, reset):
+    cells = [
+        layers.LSTMCell(5, peepholes=True, proj_size=4),
+        layers.GRUCell(4, reset_after=False, learn_initial_state=True),
+        layers.SimpleRNNCell(4, activation="softsign", layer_norm=True),
+        layers.GRUCell(3, zoneout=0.2),
+        layers.LSTMCell(3, coupled=True, clip=0.5, learn_initial_state=True),
+    ]
+    stack = layers.StackedRNNCells(cells, residual=residual, input_size=6)
+    flags = {"return_sequences": return_sequences, "go_backwards": go_backwards, "return_state": True}
+    rnn = randomise(layers.RNN(stack, **flags))
+    x = torch.randn(3, 4, 6)
+    y, *states = rnn(x, mask=mask, reset=reset)
+    net = cs.from_torch(rnn)
+    got, after = net.run(x, mask=mask, reset=reset)
+    close(got, y)
+    for one, other in zip(after, states, strict=True):
+        assert type(one) is type(other)
+        for part, theirs in zip(one, other, strict=True):
+            close(part, theirs)
+    assert net.nodes[0].residual is residual
+
+
+@pytest.mark.parametrize("inner", [layers.GRU, layers.SimpleRNN])
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_our_other_kinds_in_both_directions(inner, return_sequences):
+    both = layers.Bidirectional(inner(4, return_sequences=return_sequences), "sum", input_size=3)
+    randomise(both)
+    x = torch.randn(3, 4, 3)
+    for given in ({}, {"mask": MASKS[1]}, {"reset": RESET}, {"mask": MASKS[1], "reset": RESET}):
+        close(cs.from_torch(both).run(x, **given)[0], both(x, **given))
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["no mask", "mask"])
+@pytest.mark.parametrize("merge_mode", ["concat", "sum", "mul", "ave"])
+@pytest.mark.parametrize("return_sequences", [False, True])
+@pytest.mark.parametrize("stack", [False, True])
+def test_our_bidirectional(mask, merge_mode, return_sequences, stack):
+    flags = {"return_sequences": return_sequences, "return_state": True}
+    inner = layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], **flags) if stack else layers.LSTM(4, **flags)
+    both = randomise(layers.Bidirectional(inner, merge_mode, input_size=3))
+    x = torch.randn(3, 4, 3)
+    y, *states = both(x, mask=mask)
+    got, got_states = cs.from_torch(both).run(x, mask=mask)
+    close(got, y)
+    flat = [part for state in states for part in (state if stack else (state,))]
+    for one, other in zip([part for state in got_states for part in state], flat, strict=True):
+        close(one, other)
+
+
+def test_our_layers_in_a_row():
+    first, second = layers.LSTM(4, return_sequences=True), layers.Bidirectional(layers.LSTM(5, return_sequences=True))
+    module = nn.Sequential(first, nn.Dropout(0.3), second, layers.TimeDistributed(nn.Linear(10, 2)), nn.Softmax(-1))
+    x = torch.randn(2, 6, 3)
+    module(x)
+    randomise(module)
+    close(cs.from_torch(module)(x), module(x))
+    single = layers.LSTM(3, return_sequences=True, dtype="float64", input_size=2)
+    assert cs.from_torch(single).dtype == np.float64
+
+
+# ── what can't be taken ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def hooked():
+    module = nn.Linear(3, 3)
+    module.register_forward_hook(lambda module, inputs, output: output * 2)
+    return module
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Foreign(nn.Module):
+    state_size = output_size = 3
+
+    def forward(self, x, states):
+        return x, states
+
+
+def backwards_first():
+    back = layers.LSTM(4, go_backwards=True, return_sequences=True, input_size=3)
+    return layers.Bidirectional(back, backward_layer=layers.LSTM(4, return_sequences=True, input_size=3))
+
+
+REFUSED = {
+    "norm": (lambda: nn.BatchNorm1d(3), r"1\.0 \(BatchNorm1d\): expected a module before it that says whether"),
+    "norm of the batch": (
+        lambda: nn.BatchNorm1d(3, track_running_stats=False),
+        r"1\.0 \(BatchNorm1d\): expected running statistics",
+    ),
+    "another norm": (lambda: nn.GroupNorm(1, 3), r"1\.0 \(GroupNorm\): expected a recurrent layer, a Linear"),
+    "norm of two axes": (lambda: nn.LayerNorm((2, 3)), r"1\.0 \(LayerNorm\): expected one axis, the features"),
+    "gelu": (lambda: nn.GELU(), r"1\.0 \(GELU\): expected a recurrent layer, a Linear"),
+    "slope learned": (lambda: nn.PReLU(), r"1\.0 \(PReLU\): expected a recurrent layer, a Linear"),
+    "bounded embedding": (
+        lambda: nn.Embedding(3, 3, max_norm=1.0),
+        r"1\.0 \(Embedding\): expected max_norm=None, got 1",
+    ),
+    "reflected": (
+        lambda: nn.Conv1d(3, 3, 3, padding=1, padding_mode="reflect"),
+        r"1\.0 \(Conv1d\): expected padding_mode='zeros', got 'reflect'",
+    ),
+    "planes": (lambda: nn.Conv2d(3, 3, 3), r"1\.0 \(Conv2d\): expected a recurrent layer, a Linear"),
+    "padded pool": (lambda: nn.MaxPool1d(3, padding=1), r"1\.0 \(MaxPool1d\): expected padding=0, got 1"),
+    "dilated pool": (lambda: nn.MaxPool1d(3, dilation=2), r"1\.0 \(MaxPool1d\): expected dilation=1, got 2"),
+    "pool rounded up": (lambda: nn.AvgPool1d(3, ceil_mode=True), r"1\.0 \(AvgPool1d\): expected ceil_mode=False"),
+    "pool to several": (lambda: nn.AdaptiveAvgPool1d(2), r"1\.0 \(AdaptiveAvgPool1d\): expected output_size=1, got 2"),
+    "flat batch": (lambda: nn.Flatten(0), r"1\.0 \(Flatten\): expected every axis but the batch's.*got 0 to -1"),
+    "flat in part": (lambda: nn.Flatten(1, 2), r"1\.0 \(Flatten\): expected every axis but the batch's.*got 1 to 2"),
+    "a vector over time": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Conv1d(3, 3, 3)),
+        r"1\.0\.1 \(Conv1d\): expected \[B, C, T\], got \[B, C\] from before it",
+    ),
+    "time first": (
+        lambda: nn.Sequential(nn.LSTM(3, 3), nn.Conv1d(3, 3, 3)),
+        r"1\.0\.0 \(LSTM\): expected batch_first=True beside 1\.0\.1 \(Conv1d\)",
+    ),
+    "a cell alone": (lambda: nn.GRUCell(3, 3), r"1\.0 \(GRUCell\): expected a recurrent layer"),
+    "half": (
+        lambda: nn.Linear(3, 3, dtype=torch.bfloat16),
+        r"1\.0 \(Linear\): .*float32 or float64, got torch.bfloat16",
+    ),
+    "hook": (hooked, r"1\.0 \(Linear\): expected a module without forward hooks"),
+    "subclass": (lambda: Doubled(3, 3), r"1\.0 \(Doubled\): expected a recurrent layer"),
+    "softmax axis": (lambda: nn.Softmax(dim=1), r"1\.0 \(Softmax\): expected dim=-1, the feature axis, got 1"),
+    "elu": (lambda: nn.ELU(-0.5), r"1\.0 \(ELU\): expected a recurrent layer"),
+    "softplus": (lambda: nn.Softplus(2.0), r"1\.0 \(Softplus\): expected a recurrent layer"),
+    "not built": (lambda: layers.LSTM(3), r"1\.0 \(LSTM\): .*weights don't exist yet"),
+    "activation": (lambda: layers.LSTM(3, "gelu", input_size=3), r"1\.0 \(LSTM\): .*activation gelu"),
+    "foreign": (lambda: layers.RNN(Foreign()), r"1\.0 \(RNN\): expected cells of ours, got a Foreign"),
+    "two outputs": (
+        lambda: layers.Bidirectional(layers.LSTM(3, input_size=3), None),
+        r"1\.0 \(Bidirectional\): expected a merge_mode",
+    ),
+    "backwards first": (backwards_first, r"1\.0 \(Bidirectional\): .*expected forward with go_backwards=False"),
+    "distributed": (
+        lambda: layers.TimeDistributed(nn.Sequential(nn.Linear(3, 3), nn.Tanh())),
+        r"1\.0 \(TimeDistributed\): expected a TimeDistributed over one",
+    ),
+    "distributed gru": (
+        lambda: layers.TimeDistributed(nn.GRU(3, 3)),
+        r"1\.0 \(TimeDistributed\): expected a TimeDistributed over one",
+    ),
+    "distributed norm": (
+        lambda: layers.TimeDistributed(nn.GroupNorm(1, 3)),
+        r"1\.0\.layer \(GroupNorm\): expected a recurrent layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_t_be_taken_is_named_by_its_path(case):
+    make, message = REFUSED[case]
+    with pytest.raises(TypeError, match=message):
+        cs.from_torch(nn.Sequential(nn.Linear(3, 3), nn.Sequential(make())))
+
+
+@pytest.mark.parametrize("module", [None, 3, "lstm", nn.Linear])
+def test_what_is_no_module(module):
+    with pytest.raises(TypeError, match=r"from_torch: the module .*expected a torch module"):
+        cs.from_torch(module)
+    with pytest.raises(TypeError, match="expected a module that computes something, got Sequential"):
+        cs.from_torch(nn.Sequential(nn.Identity()))
+
+
+def test_modules_that_don_t_meet():
+    with pytest.raises(cs.ShapeError, match="layer_1: expected an input of 4 features, got 3"):
+        cs.from_torch(nn.Sequential(nn.Linear(3, 3), nn.Linear(4, 2)))
+
+
+def test_it_does_not_import_torch():
+    code = (
+        "import sys, cellstack as cs\n"
+        "class Model:\n    def to_nodes(self): return [cs.GlobalPool()]\n"
+        "print(cs.from_torch(Model()).names, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "('layer_0',) False\n"

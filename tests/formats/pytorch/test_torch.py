@@ -1,0 +1,579 @@
+"""PyTorch's files without torch: what torch wrote comes back as the same network, and what we write loads there."""
+
+import io
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+from torch import nn
+
+import cellstack as cs
+from cellstack.formats import pytorch
+from cellstack.formats.pytorch.archive import opened
+from cellstack.formats.pytorch.tensors import Tensor
+
+CONTAINERS = {"zip": {}, "row of pickles": {"_use_new_zipfile_serialization": False}}
+CONTAINERS["zip of protocol 4"] = {"pickle_protocol": 4}
+CONTAINERS["row of protocol 5"] = {"_use_new_zipfile_serialization": False, "pickle_protocol": 5}
+
+KINDS = {
+    "lstm": (nn.LSTM, {}),
+    "projected": (nn.LSTM, {"proj_size": 3}),
+    "gru": (nn.GRU, {}),
+    "rnn": (nn.RNN, {}),
+}
+
+
+def close(got, want, tolerance=tolerances.LOOP):
+    np.testing.assert_allclose(got, want.detach().numpy(), atol=tolerance, rtol=tolerance)
+
+
+def same(net, module, features=5):
+    """Check that the network gives what the module gives, every step and the states after the last."""
+    dtype = next(module.parameters()).dtype
+    x = torch.randn(3, 6, features, dtype=dtype)
+    y, ends = module(x)
+    got, states = net.run(x.numpy())
+    tolerance = tolerances.LOOP if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE
+    close(got, y, tolerance)
+    for n, end in enumerate(ends if isinstance(ends, tuple) else (ends,)):
+        close(np.stack([state[n] for state in states]), end, tolerance)
+    assert got.dtype == str(dtype).removeprefix("torch.")
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write an object as torch does; gives the path."""
+
+    def write(value, suffix=".pt", **how):
+        path = tmp_path / f"file{len(list(tmp_path.iterdir()))}{suffix}"
+        torch.save(value, path, **how)
+        return str(path)
+
+    return write
+
+
+# ── every kind, every container ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own word
+@pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_state_dicts_of_every_kind(write, kind, depth, bidirectional, bias, how):
+    make, flags = KINDS[kind]
+    module = make(5, 7, depth, bias=bias, bidirectional=bidirectional, batch_first=True, **flags)
+    path = write(module.state_dict(), **how)
+    net = pytorch.load(path)
+    same(net, module)
+    assert list(pytorch.extract(path)) == [""]
+    assert ("assumed" in net.metadata) == (kind == "rnn")
+    assert net.metadata["source"] == {"format": "pytorch", "module": ""}
+
+
+@pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_floats(write, dtype, how):
+    module = nn.LSTM(5, 7, batch_first=True, dtype=dtype)
+    net = pytorch.load(write(module.state_dict(), **how))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    same(net, module.to(wide))
+    assert net.dtype == str(wide).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("make", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("bias", [False, True])
+def test_cells(write, make, bias):
+    cell = make(5, 7, bias=bias)
+    layer = {nn.LSTMCell: nn.LSTM, nn.GRUCell: nn.GRU, nn.RNNCell: nn.RNN}[make](5, 7, bias=bias, batch_first=True)
+    layer.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()})
+    same(pytorch.load(write(cell.state_dict())), layer)
+    same(
+        pytorch.extract(write({"cells.0." + name: value for name, value in cell.state_dict().items()}))["cells.0"],
+        layer,
+    )
+
+
+def test_one_unit(write):
+    for make in (nn.LSTM, nn.GRU, nn.RNN):
+        module = make(1, 1, batch_first=True)
+        same(pytorch.load(write(module.state_dict())), module, 1)
+
+
+# ── where the weights lie ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 5)
+        self.lstm = nn.LSTM(5, 7, 2, batch_first=True)
+        self.decoder = nn.ModuleDict({"rnn": nn.GRU(7, 6, batch_first=True, bidirectional=True)})
+        self.plain = nn.RNN(5, 4, nonlinearity="relu", batch_first=True)
+        self.head = nn.Linear(12, 2)
+
+
+@pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
+def test_extract_gives_every_recurrent_part(write, how):
+    model = Model()
+    path = write(model.state_dict(), **how)
+    parts = pytorch.extract(path)
+    assert list(parts) == ["lstm", "decoder.rnn", "plain"]
+    same(parts["lstm"], model.lstm)
+    same(parts["decoder.rnn"], model.decoder["rnn"], 7)
+    assert parts["plain"].metadata["assumed"].startswith("tanh: ")
+    with pytest.raises(cs.FormatError) as caught:
+        pytorch.load(path)
+    for name in ("lstm", "decoder.rnn", "plain", "embed (weight [11, 5])", "head (weight [2, 12], bias [2])"):
+        assert name in str(caught.value)
+    assert str(caught.value).endswith("cellstack.extract(path) gives its recurrent parts")
+
+
+@pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
+def test_whole_modules_are_read_without_their_classes(write, how):
+    """The class is nowhere to be imported from in the process that reads; torch isn't either."""
+    model = nn.DataParallel(Model()) if how else Model()
+    path = write(model, **how)
+    parts = pytorch.extract(path)
+    prefix = "module." if how else ""
+    assert list(parts) == [f"{prefix}lstm", f"{prefix}decoder.rnn", f"{prefix}plain"]
+    model = model.module if how else model
+    same(parts[f"{prefix}lstm"], model.lstm)
+    same(parts[f"{prefix}decoder.rnn"], model.decoder["rnn"], 7)
+    same(parts[f"{prefix}plain"], model.plain)
+    assert "assumed" not in parts[f"{prefix}plain"].metadata
+    with pytest.raises(cs.FormatError, match=r"'test_torch.Model', whose code isn't run.*torch.nn.*Linear"):
+        pytorch.load(path)
+    code = (
+        "import sys\nfrom cellstack.formats import pytorch\n"
+        f"print(len(pytorch.extract({path!r})), 'torch' in sys.modules, 'test_torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "3 False False\n"
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, nn.Sequential, lambda m: nn.Sequential(nn.Sequential(m)), nn.DataParallel]
+)
+def test_a_recurrent_module_alone_is_loaded(write, wrap):
+    module = nn.RNN(5, 7, 2, nonlinearity="relu", batch_first=True)
+    net = pytorch.load(write(wrap(module)))
+    same(net, module)
+    assert "assumed" not in net.metadata
+
+
+def test_a_hook_is_said(write):
+    module = nn.LSTM(5, 7)
+    module.register_forward_hook(torch.relu)
+    with pytest.raises(cs.FormatError, match=r"\(torch.nn.modules.rnn.LSTM\): expected a module without forward hooks"):
+        pytorch.load(write(module))
+
+
+def test_a_module_around_one_lstm_is_not_taken_for_it(write):
+    class_ = Model()
+    for name in ("embed", "decoder", "plain", "head"):
+        delattr(class_, name)
+    path = write(class_)
+    with pytest.raises(
+        cs.FormatError, match=r"found 1 recurrent \(lstm\), and beside them 'the module itself': .*Model"
+    ):
+        pytorch.load(path)
+    same(pytorch.extract(path)["lstm"], class_.lstm)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript(tmp_path):
+    lstm = nn.LSTM(5, 7, batch_first=True)
+    scripted = torch.jit.script(lstm)
+    scripted.save(str(tmp_path / "scripted.pt"))
+    same(pytorch.load(str(tmp_path / "scripted.pt")), lstm)
+    head = (tmp_path / "scripted.pt").read_bytes()[:64]
+    assert pytorch.recognises(head)
+
+
+NESTS = {
+    "model_state.": lambda state: {"step": 7, "model_state": state, "loss": 0.5},
+    "module.": lambda state: {f"module.{name}": value for name, value in state.items()},
+    "state_dict.net.rnn.": lambda state: {
+        "epoch": 1,
+        "pytorch-lightning_version": "2.0",
+        "state_dict": OrderedDict((f"net.rnn.{name}", value) for name, value in state.items()),
+        "callbacks": {("EarlyStopping", 3): {"best": torch.tensor(1.0).item()}},
+        "hyper_parameters": {"lr": 0.1, "loops": [1, (2, None)]},
+    },
+    "1.0.": lambda state: ["first", [state]],
+}
+
+
+@pytest.mark.parametrize("prefix", NESTS)
+@pytest.mark.parametrize("suffix", [".pt", ".pkl", ".bin", ".ckpt"])
+def test_nested_checkpoints(write, prefix, suffix):
+    module = nn.LSTM(5, 7, batch_first=True)
+    path = write(NESTS[prefix](module.state_dict()), suffix)
+    parts = pytorch.extract(path)
+    assert list(parts) == [prefix[:-1]]
+    same(parts[prefix[:-1]], module)
+    same(pytorch.load(path), module)
+
+
+def test_two_tensors_of_one_name_are_refused(write):
+    state = nn.LSTM(5, 7).state_dict()
+    path = write({"lstm": state, "lstm.bias_ih_l0": torch.ones(28)})
+    for read in (pytorch.load, pytorch.extract):
+        with pytest.raises(cs.FormatError, match=r"tensor 'lstm\.bias_ih_l0': expected one of that name, found two"):
+            read(path)
+
+
+def test_what_an_optimiser_holds_is_said(write):
+    module = nn.LSTM(5, 7, batch_first=True)
+    optimiser = torch.optim.Adam(module.parameters())
+    module(torch.randn(1, 2, 5))[0].sum().backward()
+    optimiser.step()
+    path = write({"model": module.state_dict(), "optimizer": optimiser.state_dict()})
+    same(pytorch.extract(path)["model"], module)
+    with pytest.raises(cs.FormatError, match=r"optimizer\.state\.0 \(step \[\], exp_avg \[28, 5\]"):
+        pytorch.load(path)
+
+
+def test_a_plain_pickle_of_tensors(tmp_path):
+    module = nn.GRU(5, 7, batch_first=True)
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps({"state": module.state_dict(), "labels": ["a", "b"]}))
+    same(pytorch.extract(str(path))["state"], module)
+    path.write_bytes(pickle.dumps(["no", {"tensor": 1}]))
+    with pytest.raises(cs.FormatError, match=r"expected weights of recurrent layers.*found no tensor"):
+        pytorch.load(str(path))
+
+
+# ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+BASE = torch.arange(24.0)
+TENSORS = {
+    "whole": BASE.reshape(4, 6),
+    "part": BASE.reshape(4, 6)[1:3, 2:5],
+    "transposed": BASE.reshape(2, 3, 4).permute(2, 0, 1),
+    "every other": BASE[1::2],
+    "none": BASE[:0].reshape(0, 3),
+    "one": BASE[7],
+    "parameter": nn.Parameter(BASE.reshape(4, 6)),
+    "half": (torch.randn(3, 4) * 100).half(),
+    "bfloat16": (torch.randn(3, 4) * 100).bfloat16(),
+    **{
+        str(kind): torch.randint(0, 99, (3, 2)).to(kind) for kind in (torch.int64, torch.int32, torch.int16, torch.int8)
+    },
+    "uint8": torch.tensor([200, 3], dtype=torch.uint8),
+    "bool": torch.tensor([True, False]),
+    "float64": torch.randn(2, 2, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
+def test_tensors_with_their_strides_and_offsets(write, how):
+    with opened(write(TENSORS, **how)) as found:
+        assert found.keys() == TENSORS.keys()
+        for name, tensor in TENSORS.items():
+            read, wanted = found[name], tensor.detach()
+            assert isinstance(read, Tensor)
+            assert read.shape == tuple(wanted.shape)
+            array = np.asarray(read)
+            wanted = wanted.float() if name in ("half", "bfloat16") else wanted
+            assert np.array_equal(array, wanted.numpy())
+            assert array.dtype == wanted.numpy().dtype
+            assert array.flags.writeable
+
+
+def test_weights_that_share_a_storage(write):
+    """As cuDNN lays them out: one storage, every weight at an offset of its own."""
+    module = nn.LSTM(5, 7, 2, batch_first=True)
+    flat, state, at = torch.cat([p.detach().reshape(-1) for p in module.parameters()]), {}, 0
+    for name, weight in module.named_parameters():
+        state[name] = flat[at : at + weight.numel()].view(weight.shape)
+        at += weight.numel()
+    for how in CONTAINERS.values():
+        same(pytorch.load(write(state, **how)), module)
+
+
+def test_storages_within_others(tmp_path):
+    """As the oldest of the old files have them: a storage that is a part of another one."""
+    module = nn.RNN(5, 7, batch_first=True)
+    numbers = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+
+    class Part:
+        def __init__(self, start, weight):
+            self.start, self.weight = start, weight
+
+        def __reduce__(self):
+            shape, strides = tuple(self.weight.shape), self.weight.stride()
+            return torch._utils._rebuild_tensor_v2, (self, 0, shape, strides, False, OrderedDict())
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            if isinstance(obj, Part) and obj in self.open:
+                view = (f"view {obj.start}", obj.start, obj.weight.numel())
+                return ("storage", torch.FloatStorage, "all", "cpu", len(numbers), view)
+            if isinstance(obj, Part):
+                self.open.append(obj)
+            return None
+
+    state, at, file = {}, 0, io.BytesIO()
+    for name, weight in module.named_parameters():
+        state[name] = Part(at, weight)
+        at += weight.numel()
+    for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+        file.write(pickle.dumps(value, 2))
+    pickler = Pickler(file, 2)
+    pickler.open = []
+    pickler.dump(state)
+    file.write(pickle.dumps(["all"], 2) + len(numbers).to_bytes(8, "little") + numbers.numpy().tobytes())
+    (tmp_path / "old.pt").write_bytes(file.getvalue())
+    same(pytorch.load(str(tmp_path / "old.pt")), module)
+
+
+def test_weights_that_are_tied_are_there_under_both_names(write):
+    module = nn.LSTM(5, 7, batch_first=True)
+    parts = pytorch.extract(write({**{f"a.{n}": v for n, v in module.state_dict().items()}, "b": module.state_dict()}))
+    assert list(parts) == ["a", "b"]
+    same(parts["b"], module)
+
+
+def test_numbers_of_a_machine_with_the_other_order(write):
+    import zipfile
+
+    module = nn.GRU(5, 7, batch_first=True)
+    with zipfile.ZipFile(write(module.state_dict())) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            numbers = np.frombuffer(data, "<f4").astype(">f4").tobytes() if "/data/" in name else data
+            archive.writestr(name, b"big" if name.endswith("byteorder") else numbers)
+    path = write(None)
+    with open(path, "wb") as target:
+        target.write(file.getvalue())
+    same(pytorch.load(path), module)
+
+
+def test_tensors_of_every_other_kind_are_not_in_the_way_and_are_said(write):
+    module = nn.LSTM(5, 7, batch_first=True)
+    more = {
+        "unsigned": torch.tensor([1, 2], dtype=torch.uint16),
+        "complex": torch.ones(2, dtype=torch.complex64),
+        "float8": torch.ones(3).to(torch.float8_e4m3fn),
+        "sparse": torch.eye(3).to_sparse(),
+        "storage": torch.ones(5).untyped_storage(),
+        "array": np.ones(3),
+        (1, "key"): torch.ones(4),
+    }
+    path = write({"lstm": module.state_dict(), **more})
+    same(pytorch.extract(path)["lstm"], module)
+    with pytest.raises(cs.FormatError) as caught:
+        pytorch.load(path)
+    text = str(caught.value)
+    for words in (
+        "unsigned [2], complex [2], float8 [3]",
+        "sparse.1 (0 [2, 3], 1 [3])",
+        "'storage': a storage of 20 uint8",
+    ):
+        assert words in text
+    assert "'array': an array of NumPy's" in text
+    assert "(1, 'key') [4]" in text
+
+
+def test_a_file_without_checksums(tmp_path):
+    module = nn.LSTM(5, 7, batch_first=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(module.state_dict(), tmp_path / "file.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    same(pytorch.load(str(tmp_path / "file.pt")), module)
+
+
+# ── what files say of themselves ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
+@pytest.mark.parametrize("name", ["a.pt", "a_model_whose_name_is_longer_than_what_an_adapter_sees_of_a_file.pt"])
+def test_files_are_known_by_their_first_bytes(tmp_path, how, name):
+    path = tmp_path / name
+    torch.save({"a": torch.ones(2)}, path, **how)
+    assert pytorch.recognises(path.read_bytes()[:64])
+
+
+def test_other_files_are_not():
+    import zipfile
+
+    for names in (["metadata.json", "config.json", "model.weights.h5"], ["arr_0.npy"], ["word/document.xml"]):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for name in names:
+                archive.writestr(name, b"{}")
+        assert not pytorch.recognises(file.getvalue()[:64])
+    for head in (b"", b"\x89HDF\r\n\x1a\n" + bytes(56), b"\x80\x04\x95" + bytes(61), b"PK\x03\x04", bytes(64)):
+        assert not pytorch.recognises(head)
+
+
+# ── names and shapes ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def weights(rng, kind="lstm", prefix="", **change):
+    rows = {"lstm": 28, "gru": 21, "rnn": 7}[kind]
+    shapes = {"weight_ih_l0": (rows, 5), "weight_hh_l0": (rows, 7), "bias_ih_l0": (rows,), "bias_hh_l0": (rows,)}
+    shapes |= change
+    return {prefix + name: rng.normal(size=shape) for name, shape in shapes.items() if shape is not None}
+
+
+WRONG = {
+    "no recurrent weights": ({"weight_hh_l0": None}, r"tensor 'x.weight_hh_l0': expected it beside 'x.weight_ih_l0'"),
+    "one bias": ({"bias_hh_l0": None}, r"tensor 'x.bias_hh_l0': expected it beside"),
+    "a gap": ({"weight_ih_l2": (28, 7)}, r"tensor 'x.bias_hh_l1': expected it beside"),
+    "five gates": (
+        {"weight_ih_l0": (35, 5), "weight_hh_l0": (35, 7)},
+        r"'x.weight_ih_l0': expected 4H, 3H or H rows for H=7 units, as LSTM, GRU and RNN have them, found 35",
+    ),
+    "bias": ({"bias_ih_l0": (27,)}, r"tensor 'x.bias_ih_l0': expected \[28\], found \[27\] beside 'x.weight_ih_l0'"),
+    "axes": ({"weight_ih_l0": (28, 5, 1)}, r"tensor 'x.weight_ih_l0': expected \[rows, width\], found \[28, 5, 1\]"),
+    "empty": ({"weight_ih_l0": (28, 0)}, r"tensor 'x.weight_ih_l0': expected \[rows, width\], found \[28, 0\]"),
+    "projected gru": ({"weight_hr_l0": (3, 9)}, r"expected 4H rows for H=9 units, as an LSTM have them, found 28"),
+    "wide projection": (
+        {"weight_hr_l0": (7, 7)},
+        r"tensor 'x.weight_ih_l0': CellSpec: expected proj_size from 1 to below units=7",
+    ),
+    "second layer": (
+        {"weight_ih_l1": (28, 6), "weight_hh_l1": (28, 7), "bias_ih_l1": (28,), "bias_hh_l1": (28,)},
+        r"'x': Recurrent: expected cell 1 with I=7",
+    ),
+    "peepholes": (
+        {"weight_ci": (7,)},
+        r"'x': expected the weights of PyTorch's recurrent layers alone, found x.weight_ci",
+    ),
+    "no reverse": (
+        {"weight_ih_l0_reverse": (28, 5)},
+        r"tensor 'x.bias_hh_l0_reverse': expected it beside",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_names_and_shapes_that_no_layer_has(rng, case):
+    change, message = WRONG[case]
+    with pytest.raises(cs.FormatError, match="^the file: .*" + message):
+        pytorch.networks_of(weights(rng, prefix="x.", **change), "the file")
+
+
+def test_dtypes_that_no_layer_has(rng):
+    state = weights(rng)
+    state["weight_hh_l0"] = state["weight_hh_l0"].astype(np.int8)
+    with pytest.raises(cs.FormatError, match="tensor 'weight_hh_l0': expected floats, found int8"):
+        pytorch.networks_of(state, "the file")
+    state["weight_hh_l0"] = state["weight_hh_l0"].astype(np.float32)
+    with pytest.raises(cs.FormatError, match=r"tensor 'weight_ih_l0': Cell: expected recurrent_kernel in float64"):
+        pytorch.networks_of(state, "the file")
+
+
+@pytest.mark.parametrize("thinned", [False, True])
+@pytest.mark.parametrize("inner", ["", "module."])
+def test_weights_that_dropconnect_keeps_whole(thinned, inner):
+    module = nn.LSTM(5, 7, batch_first=True)
+    state = {f"rnns.0.{inner}{name}": value.numpy() for name, value in module.state_dict().items()}
+    whole = state.pop(f"rnns.0.{inner}weight_hh_l0")
+    state["rnns.0.weight_hh_l0_raw"] = whole
+    if thinned:
+        state[f"rnns.0.{inner}weight_hh_l0"] = whole * 0
+    parts = pytorch.networks_of(state, "the file")
+    assert list(parts) == [f"rnns.0.{inner}"[:-1]]
+    same(parts[f"rnns.0.{inner}"[:-1]], module)
+
+
+def test_what_is_not_recurrent_is_passed_over_and_never_read(rng):
+    class Untouched:
+        shape = (3, 3)
+
+        def __array__(self, dtype=None, copy=None):
+            raise AssertionError("read")
+
+    state = weights(rng, prefix="a/b:") | {"other.weight": Untouched(), "weight_ihl0": Untouched()}
+    assert list(pytorch.networks_of(state, "the file")) == ["a/b"]
+    assert pytorch.networks_of({"other": Untouched()}, "the file") == {}
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch's own word
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_takes_what_we_write(tmp_path, kind, depth, bidirectional, bias, dtype):
+    make, flags = KINDS[kind]
+    settings = {"bias": bias, "bidirectional": bidirectional, "batch_first": True, "dtype": dtype, **flags}
+    net, path = cs.from_torch(make(5, 7, depth, **settings)), tmp_path / "file.pt"
+    pytorch.save(net, str(path))
+    for mapped in (False, True):
+        other = make(5, 7, depth, **settings)
+        other.load_state_dict(torch.load(path, weights_only=True, mmap=mapped))
+        same(net, other)
+    again = pytorch.load(str(path))
+    x = np.random.default_rng(1).normal(size=(2, 4, 5))
+    assert np.array_equal(again(x), net(x))
+    assert pytorch.recognises(path.read_bytes()[:64])
+    first = path.read_bytes()
+    pytorch.save(net, str(path))
+    assert path.read_bytes() == first
+
+
+def test_storages_are_aligned_for_mapping(tmp_path):
+    import zipfile
+
+    pytorch.save(cs.from_torch(nn.LSTM(5, 7)), str(tmp_path / "file.pt"))
+    data = (tmp_path / "file.pt").read_bytes()
+    for member in zipfile.ZipFile(io.BytesIO(data)).infolist():
+        name, extra = (int.from_bytes(data[member.header_offset + at :][:2], "little") for at in (26, 28))
+        assert (member.header_offset + 30 + name + extra) % 64 == 0
+
+
+def cell(rng, **settings):
+    spec = cs.CellSpec(5, 5, **settings)
+    return cs.Cell(spec, *(rng.normal(size=shape) for shape in spec.shapes.values()))
+
+
+def pair(rng, **flags):
+    return cs.Recurrent((cell(rng),), **flags), cs.Recurrent((cell(rng),), go_backwards=True, **flags)
+
+
+UNWRITABLE = {
+    "another node": (
+        lambda r: [cs.Recurrent((cell(r),)), cs.GlobalPool()],
+        r"layer_0 \(Recurrent\): expected one Recurrent",
+    ),
+    "no recurrent node": (lambda r: [cs.Dense(np.ones((2, 2)))], r"layer_0 \(Dense\): expected one Recurrent"),
+    "last step": (lambda r: [cs.Recurrent((cell(r),), return_sequences=False)], "expected return_sequences"),
+    "both, last step": (lambda r: [cs.Bidirectional(*pair(r, return_sequences=False))], "expected return_sequences"),
+    "backwards": (lambda r: [cs.Recurrent((cell(r),), go_backwards=True)], "neither residual nor go_backwards"),
+    "residual": (lambda r: [cs.Recurrent((cell(r), cell(r)), residual=True)], "neither residual nor go_backwards"),
+    "zeros": (lambda r: [cs.Recurrent((cell(r),), zero_output_for_mask=True)], "expected no zero_output_for_mask"),
+    "sum": (lambda r: [cs.Bidirectional(*pair(r), "sum")], r"layer_0 \(Bidirectional\): expected one cell each way"),
+    "relu": (lambda r: [cs.Recurrent((cell(r, kind="rnn", activation="relu"),))], "got activation='relu'"),
+    "gru": (lambda r: [cs.Recurrent((cell(r, kind="gru", reset_after=False),))], "got reset_after=False"),
+    "peepholes": (lambda r: [cs.Recurrent((cell(r, peepholes=True, clip=3.0),))], "got peepholes=True, clip=3.0"),
+    "kinds": (lambda r: [cs.Recurrent((cell(r), cell(r, kind="gru")))], "expected kind='lstm' in every layer"),
+    "biases": (lambda r: [cs.Recurrent((cell(r), cell(r, use_bias=False)))], "expected use_bias=True in every layer"),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_what_pytorch_has_not_is_refused_by_name(rng, tmp_path, case):
+    make, message = UNWRITABLE[case]
+    with pytest.raises(ValueError, match=message):
+        pytorch.save(cs.Network(make(rng)), str(tmp_path / "file.pt"))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,467 @@
+"""What `verify` says: right files pass, wrong ones don't, and what can't be run is said."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+import zipfile
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import make_cell, make_network
+from onnx import TensorProto, helper, numpy_helper
+
+from cellstack import (
+    Activation,
+    Bidirectional,
+    Cell,
+    CellSpec,
+    Dense,
+    FormatError,
+    GlobalPool,
+    Network,
+    Recurrent,
+    ShapeError,
+    from_torch,
+)
+from cellstack.formats import onnx as onnx_adapter
+from cellstack.formats.c import export
+from cellstack.formats.verify import Difference, Report, Rounding, _difference, verify
+from cellstack.nodes import Embedding, Merge, Scale
+
+
+def make_net(dtype="float32", **settings):
+    rng = np.random.default_rng(0)
+    return Network([Recurrent((make_cell(rng, 3, 4, dtype, **settings), make_cell(rng, 4, 5, dtype)))])
+
+
+def other_than(net):
+    """The same network, but for one number."""
+    (stack,) = net.nodes
+    kernel = np.array(stack.cells[0].kernel)
+    kernel[0, 0] += 0.1
+    cell = Cell(stack.cells[0].spec, **{**stack.cells[0].arrays, "kernel": kernel})
+    return Network([Recurrent((cell, *stack.cells[1:]))])
+
+
+# ── our own format ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_was_saved_is_the_same_to_the_bit(tmp_path, seed):
+    net = make_network(seed)
+    net.save(tmp_path / "net.safetensors")
+    report = verify(net, tmp_path / "net.safetensors")
+    assert report.ok(0.0)
+    assert report.runtime == "cellstack"
+    assert len(report.differences) == 1 + sum(len(cell.spec.state_sizes) for cell in net.cells)
+    assert report.note == ""
+
+
+def test_a_difference_is_found_in_every_answer(tmp_path):
+    net = make_net()
+    other_than(net).save(tmp_path / "net.safetensors")
+    report = verify(net, tmp_path / "net.safetensors")
+    assert not report.ok()
+    assert report.ok(10.0)
+    assert [one.name for one in report.differences] == ["layer_0", "cell 0 h", "cell 0 c", "cell 1 h", "cell 1 c"]
+    assert all(one.absolute > 0 for one in report.differences)
+
+
+def test_several_inputs_ids_and_outputs(tmp_path):
+    rng = np.random.default_rng(0)
+    array = lambda *shape: rng.normal(size=shape).astype("f4")  # noqa: E731
+    net = Network(
+        [Embedding(array(7, 3)), Merge("add"), Dense(array(3, 2)), GlobalPool("mean")],
+        ["table", "both", "each", "end"],
+        inputs={"ids": None, "x": (None, 3)},
+        wires=[("ids",), ("table", "x"), ("both",), ("each",)],
+        outputs=("each", "end"),
+    )
+    net.save(tmp_path / "net.safetensors")
+    report = verify(net, tmp_path / "net.safetensors")
+    assert report.ok(0.0)
+    assert [one.name for one in report.differences] == ["each", "end"]
+    assert report.inputs == {"ids": (5, 7), "x": (5, 7, 3)}
+    given = verify(net, tmp_path / "net.safetensors", x={"ids": [[6, 0]], "x": np.ones((1, 2, 3))})
+    assert (given.ok(0.0), given.inputs) == (True, {"ids": (1, 2), "x": (1, 2, 3)})
+
+
+def test_the_input_is_drawn_by_its_seed(tmp_path):
+    net = make_net()
+    other_than(net).save(tmp_path / "net.safetensors")
+    one, again, other = (verify(net, tmp_path / "net.safetensors", seed=seed) for seed in (1, 1, 2))
+    assert one == again
+    assert one != other
+    x = np.ones((2, 3, 3))
+    assert verify(net, tmp_path / "net.safetensors", x=x).inputs == {"x": (2, 3, 3)}
+    with pytest.raises(ShapeError):
+        verify(net, tmp_path / "net.safetensors", x=np.ones((2, 3, 4)))
+
+
+def test_a_network_of_other_shapes(tmp_path):
+    net = make_net()
+    Network([*net.nodes, GlobalPool("last")]).save(tmp_path / "net.safetensors")
+    report = verify(net, tmp_path / "net.safetensors")
+    assert not report.ok(np.inf)
+    assert "[5, 7, 5], theirs [5, 5]" in str(report)
+    Network([*net.nodes, Recurrent((make_cell(np.random.default_rng(0), 5, 5),))]).save(tmp_path / "net.safetensors")
+    report = verify(net, tmp_path / "net.safetensors")
+    assert report.differences[-1][:3] == ("cell 2 c", (), (5, 5))
+    assert not report.ok()
+    Network([Scale(np.ones(2, "f4"), np.ones(2, "f4"))]).save(tmp_path / "net.safetensors")
+    report = verify(net, tmp_path / "net.safetensors")
+    assert (report.runtime, report.ok()) == (None, False)
+    assert "takes other inputs" in str(report)
+
+
+# ── C ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_c_is_compiled_and_run(tmp_path, dtype):
+    rng = np.random.default_rng(0)
+    net = make_net(dtype, kind="gru", learn_initial_state=True)
+    last = Network([*net.nodes, Dense(rng.normal(size=(5, 2)).astype(dtype)), GlobalPool("last")])
+    ids = Network([Embedding(rng.normal(size=(9, 3)).astype(dtype)), *net.nodes])
+    for n, one in enumerate((net, last, ids)):
+        _, source = export(one, tmp_path, f"net{n}")
+        report = verify(one, source)
+        assert report.ok(1e-5 if dtype == "float32" else 1e-12), str(report)
+        assert len(report.differences) == 1 + 3
+        assert report.version[:1].isdigit()
+
+
+def test_c_that_isn_t_ours_is_not_run(tmp_path, monkeypatch):
+    net = make_net()
+    header, source = export(net, tmp_path)
+    assert "isn't what export_c writes" in str(verify(other_than(net), source))
+    source.write_text(source.read_text() + f'\n__attribute__((constructor)) void f(void) {{ remove("{header}"); }}\n')
+    assert "isn't what export_c writes" in str(verify(net, source))
+    assert header.exists()
+    export(net, tmp_path)
+    header.unlink()
+    assert f"{header} isn't what" in str(verify(net, source))
+    export(net, tmp_path)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    report = verify(net, source)
+    assert (report.ok(), report.runtime) == (False, None)
+    assert "install gcc or clang" in str(report)
+
+
+# ── torch ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"num_layers": 3, "bias": False},
+        {"num_layers": 2, "bidirectional": True},
+        {"dtype": torch.float64},
+        {"proj_size": 2},
+        {"nonlinearity": "relu"},
+    ],
+    ids=str,
+)
+def test_a_state_dict(tmp_path, kind, flags):
+    if ("proj_size" in flags and kind != "LSTM") or ("nonlinearity" in flags and kind != "RNN"):
+        flags = {}
+    module = getattr(torch.nn, kind)(3, 4, **flags)
+    net = from_torch(module)
+    for saved in (module.state_dict(), {"model": {f"rnn.{n}": t for n, t in module.state_dict().items()}, "epoch": 3}):
+        torch.save(saved, tmp_path / "net.pt")
+        report = verify(net, tmp_path / "net.pt")
+        assert report.ok(1e-5), str(report)
+        assert (report.runtime, report.version) == ("torch", torch.__version__)
+        assert len(report.differences) == 1 + sum(len(cell.spec.state_sizes) for cell in net.cells)
+    with torch.no_grad():
+        module.weight_hh_l0[[0, 1]] = module.weight_hh_l0[[1, 0]]
+    torch.save(module.state_dict(), tmp_path / "net.pt")
+    assert not verify(net, tmp_path / "net.pt").ok()
+
+
+def test_a_cell_s_state_dict(tmp_path):
+    cell = torch.nn.LSTMCell(3, 4)
+    module = torch.nn.LSTM(3, 4)
+    module.load_state_dict({f"{name}_l0": tensor for name, tensor in cell.state_dict().items()})
+    torch.save(cell.state_dict(), tmp_path / "net.pt")
+    assert verify(from_torch(module), tmp_path / "net.pt").ok(1e-5)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+def test_torch_files_that_aren_t_run(tmp_path):
+    module = torch.nn.LSTM(3, 4)
+    net = from_torch(module)
+    for saved, message in (
+        (module, "without running the file's own code"),
+        ({"weight": Trap()}, "without running the file's own code"),
+        (torch.nn.Sequential(module, torch.nn.Linear(4, 2)).state_dict(), "one recurrent module, found 0.weight_ih_l0"),
+        (torch.nn.Linear(3, 4).state_dict(), "one recurrent module, found weight, bias"),
+        (torch.nn.LSTM(3, 5).state_dict(), "torch.nn.LSTM doesn't take the file's weights"),
+    ):
+        torch.save(saved, tmp_path / "net.pt")
+        report = verify(net, tmp_path / "net.pt")
+        assert (report.ok(), report.runtime) == (False, None)
+        assert message in str(report)
+
+
+# ── ONNX ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save_onnx(path, nodes, inputs, outputs, constants):
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def test_an_onnx_graph_without_axes_to_turn(tmp_path):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 2)).astype("f4")
+    net = Network([Dense(kernel, activation="tanh")])
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["z"]), helper.make_node("Tanh", ["z"], ["y"])]
+    for batch in ("B", 1):
+        save_onnx(tmp_path / "net.onnx", nodes, {"x": [batch, "T", 3]}, {"y": [batch, "T", 2]}, {"w": kernel})
+        report = verify(net, tmp_path / "net.onnx")
+        assert report.ok(1e-5), str(report)
+        assert report.runtime == "onnxruntime"
+        assert report.inputs == {"x": (5 if batch == "B" else 1, 7, 3)}
+    assert not verify(Network([Dense(kernel + 0.1, activation="tanh")]), tmp_path / "net.onnx").ok()
+
+
+def lstm_onnx(path, rng, layout, directions, batch="B", steps="T"):
+    """An LSTM in ONNX's order of gates, with states in and out; returns its arrays."""
+    shapes = {"w": (directions, 16, 3), "r": (directions, 16, 4), "b": (directions, 32)}
+    arrays = {name: rng.normal(0, 0.5, size=shape).astype("f4") for name, shape in shapes.items()}
+    node = helper.make_node(
+        "LSTM", ["x", "w", "r", "b", "", "h0", "c0"], ["y", "h", "c"], hidden_size=4, layout=layout,
+        direction="bidirectional" if directions == 2 else "forward",
+    )  # fmt: skip
+    state = [batch, directions, 4] if layout else [directions, batch, 4]
+    y = [batch, steps, directions, 4] if layout else [steps, directions, batch, 4]
+    x = [batch, steps, 3] if layout else [steps, batch, 3]
+    save_onnx(path, [node], {"x": x, "h0": state, "c0": state}, {"y": y, "h": state, "c": state}, arrays)
+    return arrays
+
+
+def by_hand(arrays, **changes):
+    """The network of these arrays, whose gates are put in order here."""
+    order = np.concatenate([np.arange(4 * n, 4 * n + 4) for n in (0, 2, 3, 1)])  # of i f g o in i o f g
+    stacks = []
+    for d in range(len(arrays["w"])):
+        bias = arrays["b"][d, :16] + arrays["b"][d, 16:] + np.float32(changes.get("bias", 0.0))
+        cell = Cell(CellSpec(3, 4), arrays["w"][d].T[:, order], arrays["r"][d].T[:, order], bias[order])
+        stacks.append(Recurrent((cell,), go_backwards=d == 1))
+    return Network([Bidirectional(*stacks) if len(stacks) == 2 else stacks[0]])
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_an_onnx_lstm_with_its_states(tmp_path, directions):
+    arrays = lstm_onnx(tmp_path / "net.onnx", np.random.default_rng(0), 0, directions)
+    report = verify(by_hand(arrays), tmp_path / "net.onnx")
+    assert report.ok(1e-5), str(report)
+    names = [f"cell {cell} {part}" for cell in range(directions) for part in "ch"]
+    assert sorted(one.name for one in report.differences) == [*names, "layer_0"]
+    assert report.inputs == {"x": (5, 7, 3)}
+    wrong = verify(by_hand(arrays, bias=0.05), tmp_path / "net.onnx")
+    assert all(one.relative > 1e-3 for one in wrong.differences)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, "T"), ("B", 4), (2, 3)])
+def test_an_onnx_file_with_lengths_of_its_own(tmp_path, batch, steps):
+    arrays = lstm_onnx(tmp_path / "net.onnx", np.random.default_rng(0), 0, 1, batch, steps)
+    report = verify(by_hand(arrays), tmp_path / "net.onnx")
+    assert report.ok(1e-5), str(report)
+    assert report.inputs == {"x": (5 if batch == "B" else batch, 7 if steps == "T" else steps, 3)}
+    given = verify(by_hand(arrays), tmp_path / "net.onnx", x=np.ones((6, 5, 3)))
+    assert (given.ok(), "takes inputs of B=" in str(given)) == (False, True)
+
+
+@pytest.mark.parametrize("batch", ["B", 1])
+def test_an_onnx_file_of_one_step_is_run_step_by_step(tmp_path, batch):
+    """Its states go on from step to step, as whoever streams with it lets them."""
+    arrays = lstm_onnx(tmp_path / "net.onnx", np.random.default_rng(0), 0, 1, batch, 1)
+    report = verify(by_hand(arrays), tmp_path / "net.onnx")
+    assert report.ok(1e-5), str(report)
+    assert report.inputs == {"x": (5 if batch == "B" else 1, 7, 3)}
+    assert len(report.differences) == 3
+    assert not verify(by_hand(arrays, bias=0.05), tmp_path / "net.onnx").ok()
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_what_we_write_as_onnx_gives_the_states_too(tmp_path, learnt):
+    rng = np.random.default_rng(0)
+    cells = (make_cell(rng, 3, 4, learn_initial_state=learnt), make_cell(rng, 4, 5, kind="gru"))
+    ahead = Recurrent((make_cell(rng, 5, 4),))
+    back = Recurrent((make_cell(rng, 5, 4, kind="rnn"),), go_backwards=True)
+    net = Network([Recurrent(cells), Bidirectional(ahead, back), GlobalPool("last")])
+    onnx_adapter.save(net, str(tmp_path / "net.onnx"))
+    report = verify(net, tmp_path / "net.onnx")
+    assert report.ok(1e-5), str(report)
+    assert [one.name for one in report.differences][1:4] == ["cell 0 h", "cell 0 c", "cell 1 h"]
+    assert len(report.differences) == 1 + 6
+
+
+def test_onnx_files_that_can_t_be_run(tmp_path):
+    net = make_net()
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x07nonsense")
+    report = verify(net, tmp_path / "net.onnx")
+    assert "onnxruntime" in str(report)
+    assert "can't run it" in str(report)
+    nodes = [helper.make_node("Tanh", ["x"], ["y"])]
+    save_onnx(tmp_path / "net.onnx", nodes, {"x": ["B", "T", 4]}, {"y": ["B", "T", 4]}, {})
+    assert verify(net, tmp_path / "net.onnx").runtime is None
+
+
+# ── Keras ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_keras_file(tmp_path):
+    import keras
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((None, 3)), keras.layers.LSTM(4, return_sequences=True),
+                              keras.layers.Dense(2, "relu")])  # fmt: skip
+    lstm, dense = model.layers
+    for name in ("net.keras", "net.h5"):
+        with warnings.catch_warnings():  # keras's own
+            warnings.simplefilter("ignore")
+            model.save(tmp_path / name)
+        cell = Cell(CellSpec(3, 4), *(weight.value.detach().numpy() for weight in lstm.weights))
+        kernel, bias = (weight.value.detach().numpy() for weight in dense.weights)
+        net = Network([Recurrent((cell,)), Dense(kernel, bias, "relu")])
+        report = verify(net, tmp_path / name)
+        assert report.ok(1e-5), str(report)
+        assert (report.runtime, report.version) == ("keras", keras.__version__)
+        assert [one.name for one in report.differences] == ["layer_1", "cell 0 h", "cell 0 c"]
+        assert report.note == ""
+        wrong = Network([Recurrent((cell,)), Dense(kernel, None, "tanh")])
+        assert not verify(wrong, tmp_path / name).ok()
+
+
+def test_a_keras_file_with_lengths_of_its_own(tmp_path):
+    import keras
+
+    model = keras.Sequential([keras.Input((4, 3), batch_size=2), keras.layers.Activation("tanh")])
+    with warnings.catch_warnings():  # keras's own
+        warnings.simplefilter("ignore")
+        model.save(tmp_path / "net.keras")
+    net = Network([Scale(np.ones(3, "f4"), np.zeros(3, "f4")), Activation("tanh")])
+    report = verify(net, tmp_path / "net.keras")
+    assert (report.ok(1e-5), report.inputs) == (True, {"x": (2, 4, 3)})
+    assert "takes inputs of B=2, T=4 alone" in str(verify(net, tmp_path / "net.keras", x=np.ones((1, 1, 3))))
+
+
+def test_a_keras_file_that_can_t_be_run(tmp_path):
+    import keras
+
+    with warnings.catch_warnings():  # keras's own
+        warnings.simplefilter("ignore")
+        keras.Sequential([keras.Input((None, 3)), keras.layers.Lambda(lambda x: x)]).save(tmp_path / "net.keras")
+    report = verify(make_net(), tmp_path / "net.keras")
+    assert report.runtime is None
+    assert "can't run it" in str(report)
+    with zipfile.ZipFile(tmp_path / "net.keras", "w") as file:
+        file.writestr("config.json", "{}")
+    assert verify(make_net(), tmp_path / "net.keras").runtime is None
+
+
+# ── what isn't there, and how a report reads ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.onnx", "onnxruntime"), ("a.keras", "keras"), ("a.pt", "torch")])
+def test_a_runtime_that_isn_t_installed(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_bytes(b"")
+    report = verify(make_net(), tmp_path / name)
+    assert (report.ok(), report.ok(np.inf), report.runtime) == (False, False, None)
+    said = f"{tmp_path / name}: not verified: {tmp_path / name} is run by {package}, which needs {package}: pip install"
+    assert str(report).splitlines()[0] == f"{said} {package}"
+    assert len(report.streams) == 2  # they are ours
+    assert json.loads(json.dumps(report.to_json()))["ok"] is False
+
+
+def test_keras_finds_a_backend_that_is_there(tmp_path):
+    make_net().save(tmp_path / "net.safetensors")
+    code = (
+        "import os, sys; from cellstack import load; from cellstack.formats.verify import verify\n"
+        "print(verify(load(sys.argv[1]), sys.argv[2]).note)\n"
+        "print(os.environ.get('KERAS_BACKEND'), sys.modules['keras'].backend.backend())"
+    )
+    (tmp_path / "net.keras").write_bytes(b"")
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "net.safetensors", tmp_path / "net.keras"],
+        env=environment | {"KERAS_HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "can't run it" in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[-1] == "None torch"
+
+
+def test_files_that_aren_t_there_or_of_no_format(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        verify(make_net(), tmp_path / "net.onnx")
+    (tmp_path / "net.txt").write_text("nothing")
+    with pytest.raises(FormatError, match=r"net\.txt: expected one of safetensors"):
+        verify(make_net(), tmp_path / "net.txt")
+    make_net().save(tmp_path / "net.safetensors")
+    (tmp_path / "net.safetensors").rename(tmp_path / "net.txt")
+    assert verify(make_net(), tmp_path / "net.txt").ok(0.0)
+
+
+def test_differences():
+    nan, inf = np.nan, np.inf
+    pairs = [
+        ([1.0, 2.0], [1.0, 2.5], 0.5, 0.2),
+        ([nan, inf, -inf], [nan, inf, -inf], 0.0, 0.0),
+        ([nan, 1.0], [1.0, 1.0], inf, inf),
+        ([inf, 1.0], [1.0, 1.0], inf, inf),
+        ([inf, 1.0], [-inf, 1.0], inf, inf),
+        ([0.1], [0.0], 0.1, 0.1),
+        ([], [], 0.0, 0.0),
+    ]
+    for ours, theirs, absolute, relative in pairs:
+        found = _difference("y", np.array(ours), np.array(theirs))
+        assert found[3:] == pytest.approx((absolute, relative))
+    assert _difference("y", np.ones((1, 2)), np.ones(2)).relative == inf
+
+
+def test_how_a_report_reads():
+    found = (Difference("out", (2, 3), (2, 3), 1.5e-7, 2e-7), Difference("cell 0 h", (2, 4), (4, 2), np.inf, np.inf))
+    rounded = (Rounding("bfloat16", "out", 1e-2, 2e-3, 5e-3, 1e-3), Rounding("int8", "out", 2e-2, 4e-3, 1e-2, 2e-3))
+    report = Report(
+        "a.onnx", "onnxruntime", "1.2", {"x": (2, 7, 3)}, found, "not compared: cell 0 c", streams=rounded, drawn=True
+    )
+    assert str(report) == (
+        "a.onnx: greatest difference to onnxruntime 1.2 on x [2, 7, 3], drawn at random\n"
+        "            shape                  absolute  relative\n"
+        "  out       [2, 3]                 1.50e-07  2.00e-07\n"
+        "  cell 0 h  [2, 4], theirs [4, 2]  inf       inf\n"
+        "  not compared: cell 0 c\n"
+        "streams of fewer bits: difference to float32 on x [2, 7, 3], drawn at random\n"
+        "                 greatest  relative  mean      relative\n"
+        "  bfloat16  out  1.00e-02  5.00e-03  2.00e-03  1.00e-03\n"
+        "  int8      out  2.00e-02  1.00e-02  4.00e-03  2.00e-03"
+    )
+
+
+def test_what_is_no_network():
+    with pytest.raises(TypeError, match="expected net to be a Network, such as load"):
+        verify("net.safetensors", "net.onnx")

@@ -1,0 +1,225 @@
+"""The rules of the house, read off the source: which way imports run, what is documented, what a door costs."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cellstack
+from cellstack import layers
+
+SOURCE = Path(cellstack.__file__).parent
+MODULES = sorted(path for path in SOURCE.rglob("*.py"))
+
+# What each part may import of the house. Imports run one way: no part is above and below another.
+BELOW = {
+    "spec": set(),
+    "_kernel": set(),
+    "reference": {"spec"},
+    "layout": {"spec"},
+    "native": {"spec", "_kernel"},
+    "nodes": {"spec", "reference", "native", "_kernel"},
+    "graph": {"spec", "nodes"},
+    "arguments": {"spec", "nodes"},
+    "network": {"spec", "_kernel", "nodes", "graph", "arguments"},
+    "streaming": {"spec", "_kernel", "nodes", "arguments", "network"},
+    "formats": {"spec", "layout", "nodes", "network", "streaming"},
+    "layers": {"spec", "reference", "layout", "_kernel", "native"},
+    "train": {"spec", "_kernel", "reference", "layers", "nodes", "network", "streaming", "formats", ""},
+    "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
+}
+BELOW["cli"] = {*BELOW, "cli"}
+BELOW["__main__"] = {"cli"}
+
+# Methods that hand on to a part built on theirs: they import it when they are called, and only there.
+ON_CALL = {("network", "streaming"), ("network", "formats")}
+
+# Who may import what from outside the standard library. Torch has a door of its own.
+OUTSIDE = {"numpy"}
+OUTSIDE_ALSO = {"formats": {"safetensors"}, "layers": {"torch"}, "train": {"torch", "tqdm", "matplotlib"}}
+# A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
+ON_CALL_ALSO = {"cli": {"torch", "tqdm"}, "formats": {"h5py", "onnx"}}
+
+
+def part_of(path):
+    inside = path.relative_to(SOURCE)
+    first = inside.parts[0]
+    return "" if inside.name == "__init__.py" and len(inside.parts) == 1 else first.removesuffix(".py")
+
+
+def imports_of(path):
+    """Every import in a file: what is imported, whether it is made when a function is called, and its line."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    on_call = {id(inner) for function in functions for inner in ast.walk(function)}
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: imports are absolute here"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield name, id(node) in on_call, node.lineno
+
+
+def parts_imported(path):
+    for name, on_call, line in imports_of(path):
+        if name.split(".")[0] == "cellstack":
+            second = name.split(".")[1] if "." in name else ""
+            known = (SOURCE / second).is_dir() or (SOURCE / f"{second}.py").exists() or second == "_kernel"
+            yield (second if known else ""), on_call, line
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_run_one_way(path):
+    part = part_of(path)
+    assert part in BELOW, f"{part}: say in BELOW where it stands"
+    for other, on_call, line in parts_imported(path):
+        if other != part and not (on_call and (part, other) in ON_CALL):
+            assert other in BELOW[part], f"{path.name}:{line}: {part} may not import {other or 'the door'}"
+
+
+def test_the_table_has_no_circle():
+    seen, done = set(), set()
+
+    def visit(part):
+        assert part not in seen, f"a circle through {part}"
+        if part not in done:
+            seen.add(part)
+            for other in BELOW[part] - {part}:
+                visit(other)
+            seen.remove(part)
+            done.add(part)
+
+    for part in BELOW:
+        visit(part)
+    assert "layers" not in BELOW["formats"]
+    assert not BELOW["layers"] & {"network", "formats", "train"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_what_comes_from_outside_has_its_door(path):
+    part = part_of(path)
+    for name, on_call, line in imports_of(path):
+        package = name.split(".")[0]
+        if package not in sys.stdlib_module_names and package != "cellstack":
+            allowed = OUTSIDE | OUTSIDE_ALSO.get(part, set()) | (ON_CALL_ALSO.get(part, set()) if on_call else set())
+            assert package in allowed, f"{path.name}:{line}: {part or 'the door'} may not import {package}"
+
+
+def test_the_door_imports_no_framework_and_opens_fast(tmp_path):
+    code = (
+        "import time; start = time.process_time(); import cellstack; took = time.process_time() - start\n"
+        "import sys; print(took, *sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    # As it is where it was installed: the bytecode of all is there after the first start.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    env |= {"PYTHONPYCACHEPREFIX": str(tmp_path), "OPENBLAS_NUM_THREADS": "1"}  # NumPy's threads spin while they start
+    took, loaded = [], set()
+    for _ in range(6):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+        seconds, *names = done.stdout.split()
+        took.append(float(seconds))
+        loaded.update(names)
+    print(f"import cellstack: {min(took):.3f} s")
+    assert not loaded & {"torch", "matplotlib", "tqdm", "keras", "onnx", "h5py", "pandas", "safetensors"}
+    assert min(took) < 0.15
+
+
+def test_no_module_of_the_door_leads_to_torch():
+    own = [path for path in MODULES if part_of(path) not in ("layers", "train", "cli", "__main__")]
+    names = [".".join(("cellstack", *path.relative_to(SOURCE).with_suffix("").parts)) for path in own]
+    code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+# ── documents ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def public():
+    for name in cellstack.__all__:
+        value = getattr(cellstack, name)
+        yield name, value
+        if inspect.isclass(value):
+            for key, member in vars(value).items():
+                if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                    yield f"{name}.{key}", member
+
+
+def public_layers():
+    for name in layers.__all__:
+        value = getattr(layers, name)
+        yield f"layers.{name}", value
+        if "forward" in vars(value):
+            yield f"layers.{name}.forward", value.forward
+
+
+PUBLIC = dict([*public(), *public_layers()])
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_is_public_is_documented(name):
+    value = PUBLIC[name]
+    text = inspect.getdoc(value)
+    assert text, f"{name} has no docstring"
+    if text.startswith("See `"):  # what a base class has said already
+        return
+    if inspect.isfunction(value):
+        parameters = [key for key in inspect.signature(value).parameters if key != "self"]
+        annotation = inspect.signature(value).return_annotation
+        if parameters and not name.startswith(("Standardise.", "Activation.", "Dense.")):
+            assert "Args:" in text, f"{name}: Args"
+            assert all(re.search(rf"\b{key}\b", text) for key in parameters), f"{name}: {parameters}"
+        if parameters and annotation not in (None, "None") and not name.startswith(("Standardise.", "Activation.")):
+            assert re.search(r"Returns?\b", text), f"{name}: Returns"
+        if name.startswith("layers.") and name.endswith(".forward"):
+            assert "Raises:" in text, f"{name}: Raises"
+    elif inspect.isclass(value) and "Error" not in name and not name.endswith(("State", "Trace")):
+        assert "Args:" in text, f"{name}: Args"
+        assert "Raises:" in text, f"{name}: Raises"
+
+
+def test_the_door_is_small_and_whole():
+    assert 12 <= len(cellstack.__all__) <= 20
+    assert list(cellstack.__all__) == sorted(cellstack.__all__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", cellstack.__version__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        cellstack.nothing  # noqa: B018
+
+
+def test_the_version_stands_in_one_place():
+    root = SOURCE.parent.parent
+    if not (root / "pyproject.toml").exists():
+        pytest.skip("the package is installed without its source tree")
+    number = re.search(r'^version = "(.+)"$', (root / "pyproject.toml").read_text(), re.MULTILINE)
+    assert number is not None
+    assert number[1] == cellstack.__version__
+    for path in MODULES:
+        assert f'"{number[1]}"' not in path.read_text(encoding="utf-8"), f"{path.name} holds the version too"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_stay_small_enough_to_read(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_path_of_anybody_s_machine(path):
+    found = re.search(r"[\s\"'(](/(?:home|root|tmp|work|Users)\b\S*)", path.read_text(encoding="utf-8"))
+    assert found is None, f"{path.name} names {found and found[1]}"

@@ -1,0 +1,116 @@
+"""The description of a cell: what it takes, what it refuses, and that every flag is found where it is said to be."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cellstack.spec import ACTIVATIONS, PARAMETERS, Activation, CellSpec, ShapeError, activation, described
+
+ROOT = Path(__file__).resolve().parents[2]
+FIELDS = [field.name for field in dataclasses.fields(CellSpec)]
+
+
+def test_numbers_of_numpy_are_numbers():
+    spec = CellSpec(np.int64(3), np.int32(4), proj_size=np.int8(2), clip=np.float32(2.5), peepholes=np.bool_(True))
+    assert spec == CellSpec(3, 4, proj_size=2, clip=2.5, peepholes=True)
+    assert described(spec.text) == spec
+    assert CellSpec(**json.loads(spec.text)) == spec
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"units": 2.5},
+        {"units": "4"},
+        {"units": True},
+        {"input_size": None},
+        {"proj_size": True},
+        {"clip": True},
+        {"clip": "5"},
+        {"norm_epsilon": None},
+        {"zoneout": None},
+        {"peepholes": 1},
+        {"layer_norm": "yes"},
+        {"gate_activations": 3},
+    ],
+    ids=str,
+)
+def test_what_is_of_another_type(given):
+    with pytest.raises(TypeError, match=f"CellSpec: expected {next(iter(given))}"):
+        CellSpec(**{"input_size": 3, "units": 4, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"units": 0}, "units >= 1"),
+        ({"proj_size": 4}, "proj_size from 1 to below units=4"),
+        ({"proj_size": -1}, "proj_size"),
+        ({"clip": 0.0}, "clip above 0"),
+        ({"clip": float("nan")}, "clip above 0"),
+        ({"cell_clip": float("inf")}, "cell_clip above 0"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon above 0"),
+        ({"zoneout": 1.0}, r"zoneout in \[0, 1\)"),
+        ({"zoneout_cell": -0.1}, "zoneout_cell in"),
+        ({"kind": "slstm"}, "kind to be one of lstm, gru, rnn"),
+        ({"kind": ["lstm"]}, "kind to be one of"),
+        ({"kind": "gru", "peepholes": True}, "peepholes with kind='lstm' only, got it with 'gru'"),
+        ({"kind": "rnn", "reset_after": False}, "reset_after with kind='gru' only"),
+        ({"kind": "rnn", "recurrent_activation": "relu"}, "no recurrent_activation"),
+        ({"kind": "gru", "layer_norm": True, "reset_after": False}, "reset_after=True with layer_norm"),
+        ({"gate_activations": {"z": "tanh"}}, "gate_activations of i, f, g, o, cell"),
+        ({"gate_activations": {"f": "tanh"}, "coupled": True}, "without f"),
+        ({"activation": "swish"}, "activation"),
+        ({"activation": "elu(-1)"}, "alpha >= 0"),
+        ({"activation": "tanh(2)"}, "tanh with 0 finite parameters"),
+        ({"activation": "hard_sigmoid(0.2)"}, "hard_sigmoid with 2"),
+        ({"activation": "hard_sigmoid(0.2, nan)"}, "finite"),
+        ({"activation": "elu(x)"}, "numbers"),
+        ({"activation": None}, "activation"),
+    ],
+    ids=str,
+)
+def test_what_has_no_meaning_is_refused(given, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        CellSpec(**{"input_size": 3, "units": 4, **given})
+    assert str(caught.value).startswith("CellSpec: ")
+    assert isinstance(caught.value, ShapeError) == any(name in given for name in ("units", "proj_size"))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_its_text(name):
+    found = activation(name)
+    assert str(found) == name
+    if name in PARAMETERS:
+        other = Activation(name, *(0.7 for _ in PARAMETERS[name]))
+        assert activation(str(other)) == other
+        assert str(activation(f" {other} ")) == str(other)
+        assert CellSpec(3, 4, activation=f"{name}({', '.join(map(repr, PARAMETERS[name]))})").activation == name
+
+
+def test_usual_values_are_not_written_down():
+    spec = CellSpec(3, 4, recurrent_activation="hard_sigmoid", gate_activations={"o": "hard_sigmoid", "cell": "relu"})
+    assert spec.settings == {
+        "input_size": 3,
+        "units": 4,
+        "recurrent_activation": "hard_sigmoid",
+        "gate_activations": {"cell": "relu"},
+    }
+
+
+# Where a flag isn't called by its own name.
+ELSEWHERE = {"input_size": "input, units"}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_flag_is_found_by_its_name(name):
+    kernel = (ROOT / "kernel" / "description.h").read_text(encoding="utf-8")
+    assert ELSEWHERE.get(name, name) in kernel
+    if name not in ("input_size", "units"):
+        assert f"`{name}" in (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
+    law = (ROOT / "src" / "cellstack" / "reference.py").read_text(encoding="utf-8")
+    if "activation" not in name and name not in ("input_size", "use_bias", "learn_initial_state"):
+        assert name in law

@@ -1,0 +1,197 @@
+"""Pools: sessions that come and go, each as a stream of its own would have it."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from networks import make_cell, make_network
+
+from cellstack import CellSpec, Dense, Network, Recurrent, ShapeError, Standardise
+from cellstack.nodes import Conv1D, Embedding, Merge
+
+
+def speech(dtype="float32", **flags):
+    """A stack of two kinds between other nodes, as a model of frames has it."""
+    rng = np.random.default_rng(0)
+    lstm, gru = make_cell(rng, 5, 9, dtype, **flags), make_cell(rng, 9, 9, dtype, kind="gru")
+    new = lambda *shape: rng.normal(size=shape).astype(dtype)  # noqa: E731
+    nodes = [Standardise(new(5), np.abs(new(5)) + 1), Recurrent((lstm, gru), residual=True), Dense(new(9, 3), new(3))]
+    return Network(nodes)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("flags", [{}, {"peepholes": True, "learn_initial_state": True}, {"layer_norm": True}], ids=str)
+def test_every_session_is_a_stream_of_its_own(flags, threads):
+    net = speech(**flags)
+    rng = np.random.default_rng(1)
+    pool = net.pool(capacity=12, threads=threads)
+    alone = {pool.open(): net.stream() for _ in range(7)}
+    for step in range(60):
+        if step % 10 == 9:  # one leaves, another one comes
+            gone = list(alone)[int(rng.integers(len(alone)))]
+            pool.close(gone)
+            del alone[gone]
+            number = pool.open()
+            assert number not in alone
+            alone[number] = net.stream()
+        some = rng.permutation(list(alone))[: rng.integers(0, len(alone) + 1)]
+        x = rng.normal(size=(len(some), 5)).astype(np.float32)
+        y = pool.step(some, x)
+        assert y.shape == (len(some), 3)
+        for row, number in enumerate(some):
+            np.testing.assert_array_equal(y[row], alone[int(number)].step(x[row : row + 1])[0])
+    for number, stream in alone.items():
+        for mine, its in zip(pool.state(number), stream.state, strict=True):
+            for a, b in zip(mine, its, strict=True):
+                np.testing.assert_array_equal(a, b)
+    assert len(pool) == len(alone) == 7
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_network_that_streams(seed):
+    net = make_network(seed, "float64", streams=True)
+    if any(isinstance(node, Conv1D) for node in net.nodes):
+        pytest.skip("convolutions keep frames")
+    pool, stream = net.pool(3), net.stream(2)
+    numbers = [pool.open() for _ in range(3)][::2]
+    for x in np.random.default_rng(seed).normal(size=(4, 2, net.input_size)):
+        np.testing.assert_array_equal(pool.step(numbers, x), stream.step(x))
+
+
+def test_a_state_may_be_taken_along():
+    net = speech()
+    pool, stream = net.pool(2), net.stream()
+    x = np.random.default_rng(2).normal(size=(3, 1, 5))
+    stream.step(x[0])
+    number = pool.open(stream.state)
+    np.testing.assert_array_equal(pool.step([number], x[1]), stream.step(x[1]))
+    other = net.stream()
+    other.state = pool.state(number)
+    np.testing.assert_array_equal(other.step(x[2]), stream.step(x[2]))
+
+
+def test_ids():
+    rng = np.random.default_rng(3)
+    cell = make_cell(rng, 4, 6)
+    net = Network([Embedding(rng.normal(size=(10, 4)).astype("float32")), Recurrent((cell,))])
+    pool = net.pool(4)
+    numbers = [pool.open(), pool.open()]
+    np.testing.assert_array_equal(pool.step(numbers, [3, 7]), net.stream(2).step([3, 7]))
+
+
+def test_a_number_that_was_closed_stays_unknown():
+    pool = speech().pool(1)
+    first = pool.open()
+    with pytest.raises(RuntimeError, match="at most 1 open sessions"):
+        pool.open()
+    pool.close(first)
+    second = pool.open()
+    assert second != first
+    for call in (pool.close, pool.state, lambda number: pool.step([number], np.zeros((1, 5)))):
+        with pytest.raises(KeyError, match=f"expected open sessions, got {first}"):
+            call(first)
+    assert repr(pool).startswith("Sessions(1 of 1 sessions open) of Network")
+
+
+def test_what_is_refused():
+    net = speech()
+    pool = net.pool(4)
+    a, b = pool.open(), pool.open()
+    x = np.zeros((2, 5))
+    with pytest.raises(ValueError, match="each session once"):
+        pool.step([a, a], x)
+    with pytest.raises(ShapeError, match="a frame for each of 2 sessions"):
+        pool.step([a, b], x[:1])
+    with pytest.raises(ShapeError, match="I=5"):
+        pool.step([a, b], np.zeros((2, 4)))
+    for sessions in (a, [0.5, 1.5], ["a"], [[a, b]]):
+        with pytest.raises(TypeError, match="numbers that open"):
+            pool.step(sessions, x)
+    for number in (-1, 99, 2**40):
+        with pytest.raises(KeyError):
+            pool.step([a, number], x)
+    with pytest.raises(ShapeError):
+        pool.open(net.stream(2).state)
+    for capacity in (0, -1, 2**31, 1.5, True):
+        with pytest.raises(ValueError, match="capacity"):
+            net.pool(capacity)
+    with pytest.raises(ValueError, match="threads"):
+        net.pool(2, threads=0)
+    pool.step([a, b], x)  # after all that nothing is held
+
+
+def test_networks_that_a_pool_cannot_serve():
+    rng = np.random.default_rng(4)
+    kernel = rng.normal(size=(2, 5, 5)).astype("float32")
+    with pytest.raises(
+        ValueError, match="Sessions: expected nodes that keep nothing but the states of cells, got layer_0"
+    ):
+        Network([Conv1D(kernel, padding="causal")]).pool(2)
+    cell = make_cell(rng, 5, 4)
+    with pytest.raises(ValueError, match="Sessions: expected nodes that can answer after every frame"):
+        Network([Recurrent((cell,), go_backwards=True)]).pool(2)
+    two = Network(
+        [Merge("add"), Recurrent((cell,))], inputs={"a": (None, 5), "b": (None, 5)}, wires=[("a", "b"), ("layer_0",)]
+    )
+    with pytest.raises(ValueError, match="one input and one output"):
+        two.pool(2)
+
+
+def test_threads_step_different_sessions_side_by_side():
+    net = Network([Recurrent((make_cell(np.random.default_rng(5), 64, 64),))])
+    pool = net.pool(200)
+    x = np.random.default_rng(6).normal(size=(40, 64)).astype(np.float32)
+
+    def live(seed):
+        """Open, step and close sessions; return whether each was a stream of its own."""
+        numbers = [pool.open() for _ in range(40)]
+        stream = net.stream(40)
+        same = all(np.array_equal(pool.step(numbers, x + seed), stream.step(x + np.float32(seed))) for _ in range(50))
+        for number in numbers:
+            pool.close(number)
+        return same
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(live, range(16)))
+    assert len(pool) == 0
+
+
+def test_a_session_is_one_threads_at_a_time():
+    net = Network([Recurrent((make_cell(np.random.default_rng(7), 128, 128),))])
+    pool = net.pool(2000)
+    numbers = [pool.open() for _ in range(2000)]
+    x = np.zeros((2000, 128), np.float32)
+    outcomes, go = [], threading.Barrier(4)
+
+    def attempt():
+        try:
+            pool.step(numbers, x)
+        except RuntimeError as error:
+            return str(error)
+        return "done"
+
+    def run():
+        go.wait()
+        outcomes.extend(attempt() for _ in range(10))
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(4):
+            threads.submit(run)
+    assert "done" in outcomes
+    refused = [outcome for outcome in outcomes if outcome != "done"]
+    assert refused
+    assert all("no other thread steps" in outcome for outcome in refused)
+
+
+def test_a_large_pool_leaves_all_others_alone():
+    spec = CellSpec(8, 16)
+    net = Network([Recurrent((make_cell(np.random.default_rng(8), 8, 16),))])
+    assert net.cells[0].spec == spec
+    pool = net.pool(10_000)
+    numbers = np.array([pool.open() for _ in range(10_000)])
+    chosen = np.random.default_rng(9).choice(numbers, 1000, replace=False)
+    pool.step(chosen, np.ones((1000, 8), np.float32))
+    untouched = np.setdiff1d(numbers, chosen)
+    assert all((pool.state(int(number))[0].h == 0).all() for number in untouched[:200])
+    assert all((pool.state(int(number))[0].h != 0).all() for number in chosen[:200])

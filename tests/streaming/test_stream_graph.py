@@ -1,0 +1,267 @@
+"""Streams of graphs: the same bits as a pass, memories of convolutions, and what can't answer frame by frame."""
+
+import numpy as np
+import pytest
+from networks import make_cell, make_graph, make_states
+
+from cellstack import Network, ShapeError
+from cellstack.nodes import (
+    Activation,
+    Conv1D,
+    Dense,
+    Embedding,
+    Flatten,
+    GlobalPool,
+    LayerNorm,
+    Masking,
+    Merge,
+    Permute,
+    Pool1D,
+    Recurrent,
+    Repeat,
+    Reshape,
+    Scale,
+    Select,
+)
+from cellstack.streaming.stream import Frames
+
+SEEDS = range(150)
+
+
+def floats(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def lstm(inputs=3, units=4, **flags):
+    return Recurrent((make_cell(np.random.default_rng(0), inputs, units),), **flags)
+
+
+def tuple_of(answer):
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+def cut(given, piece):
+    return {name: array[:, piece] for name, array in given.items()}
+
+
+def equal(one, other):
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(tuple_of(one), tuple_of(other), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_steps_and_chunks_are_a_pass(seed, dtype):
+    net, given = make_graph(seed, dtype, streams=True)
+    rng = np.random.default_rng(seed)
+    expected, after = net.run(given)
+    for cuts in ([], [1], [2, 5], [1, 2, 3, 4, 5], [3, 3]):
+        stream, parts = net.stream(3), []
+        for first, last in zip([0, *cuts], [*cuts, 6], strict=True):
+            alone = last - first == 1 and rng.integers(2)
+            y = tuple_of(stream.step(cut(given, first)) if alone else stream.run(cut(given, slice(first, last))))
+            parts.append([one[:, None] if alone else one for one in y])
+        assert equal(tuple(np.concatenate(pieces, axis=1) for pieces in zip(*parts, strict=True)), expected)
+        for one, other in zip(stream.state, after, strict=False):
+            assert equal(tuple(one), tuple(other))
+    fork = stream.fork()
+    assert equal(fork.step(cut(given, 0)), stream.step(cut(given, 0)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_states_come_and_go(seed):
+    net, given = make_graph(seed, streams=True)
+    stream, other = net.stream(3), net.stream(3)
+    start = make_states(np.random.default_rng(seed), net, 3)
+    stream.state = (*start, *stream.state[len(start) :])
+    stream.run(cut(given, slice(0, 3)))
+    other.run(cut(given, slice(0, 1)))
+    other.state = stream.state
+    expected = stream.run(cut(given, slice(3, 6)))
+    assert equal(other.run(cut(given, slice(3, 6))), expected)
+    stream.reset([0, 2])
+    fresh = net.stream(3)
+    rows = [0, 2]
+    assert equal(
+        tuple(one[rows] for one in tuple_of(stream.run(given))), tuple(one[rows] for one in tuple_of(fresh.run(given)))
+    )
+
+
+def causal(**settings):
+    return Conv1D(floats(3, 3, 4), floats(4, seed=1), padding="causal", **settings)
+
+
+def test_a_causal_convolution_keeps_the_frames_that_it_needs():
+    net, x = Network([causal(dilation=2), lstm(4, 5)]), floats(2, 9, 3)
+    stream = net.stream(2)
+    assert [type(part).__name__ for part in stream.state] == ["State", "Frames"]
+    assert not stream.state[1].x.any()
+    steps = np.stack([stream.step(x[:, t]) for t in range(9)], axis=1)
+    assert np.array_equal(steps, net(x))
+    assert np.array_equal(stream.state[1].x, x[:, -4:])
+    kept = stream.state
+    kept[1].x[:] = 7  # ours alone
+    assert np.array_equal(stream.state[1].x, x[:, -4:])
+    stream.reset(1)
+    assert np.array_equal(stream.state[1].x, [x[0, -4:], np.zeros((4, 3))])
+    stream.reset([0], (tuple(array[:1] for array in kept[0]), Frames(x[:1, :4])))
+    assert np.array_equal(stream.state[1].x, [x[0, :4], np.zeros((4, 3))])
+    assert np.array_equal(stream.state[0].h[0], kept[0].h[0])
+
+
+def test_a_convolution_of_one_step_needs_none():
+    net, x = Network([Conv1D(floats(1, 3, 4), groups=1)]), floats(2, 9, 3)
+    stream = net.stream(2)
+    assert stream.state == ()
+    assert np.array_equal(np.stack([stream.step(x[:, t]) for t in range(9)], axis=1), net(x))
+
+
+def test_two_inputs_of_frames_and_ids():
+    nodes = [Embedding(floats(9, 2)), lstm(), Merge(), Dense(floats(6, 2)), GlobalPool("last")]
+    names, wires = ["e", "lstm", "both", "head", "last"], [("id",), ("x",), ("lstm", "e"), ("both",), ("head",)]
+    net = Network(nodes, names, inputs=("x", "id"), wires=wires, outputs=["last", "lstm"])
+    x, ids = floats(2, 5, 3), np.random.default_rng(0).integers(0, 9, size=(2, 5))
+    stream = net.stream(2)
+    for t in range(5):
+        head, h = stream.step((x[:, t], ids[:, t]))
+        assert np.array_equal(head, net((x[:, : t + 1], ids[:, : t + 1]))[0])
+        assert np.array_equal(h, net((x, ids))[1][:, t])
+    stream.reset()
+    assert equal(stream.run({"id": ids.tolist(), "x": x.tolist()})[1], net((x, ids))[1])
+
+
+def test_what_is_returned_is_the_caller_s():
+    nodes = [Activation("linear"), Select(None, None, 1, -1), Scale(floats(3), floats(3))]
+    net = Network(nodes, ["same", "all", "scaled"], wires=[("x",)] * 3, outputs=["same", "all", "scaled"])
+    stream, x = net.stream(2), floats(2, 3)
+    kept = x.copy()
+    answers = stream.step(x)
+    for number, answer in enumerate(answers):
+        before = [other.copy() for other in answers]
+        answer += 1
+        changed = [not np.array_equal(one, other) for one, other in zip(answers, before, strict=True)]
+        assert changed == [place == number for place in range(3)]
+    assert np.array_equal(x, kept)
+
+
+# ── masks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_frames_that_the_network_masks_are_refused_and_change_nothing():
+    x, ids = floats(2, 3), np.array([3, 1])
+    for node, good, bad in (
+        (Masking(0.0), x, x * [[1], [0]]),
+        (Embedding(floats(9, 3), mask_zero=True), ids, ids * [1, 0]),
+    ):
+        net = Network([node, Activation("tanh"), lstm()], ["mask", "tanh", "lstm"])
+        stream = net.stream(2)
+        first = stream.step(good)
+        before = stream.state
+        with pytest.raises(ValueError, match="frames without padding, got one for row 1 that mask masks: leave it out"):
+            stream.step(bad)
+        assert equal(stream.state[0], before[0])
+        chunk = np.stack([good, good], axis=1)
+        assert np.array_equal(net(chunk)[:, 0], first)
+
+
+def test_masks_that_nothing_heeds_refuse_no_frame():
+    x, table = floats(2, 5, 3) * (np.arange(5) % 2)[:, None], floats(9, 3)
+    ids = np.array([[0, 1, 0, 2, 3], [4, 0, 0, 5, 6]])
+    dropped = Network([Masking(0.0), causal(), lstm(4)])
+    assert np.array_equal(dropped.stream(2).run(x.astype("f4")), dropped(x))
+    names, wires = ["a", "b", "both", "lstm"], [("x",), ("x",), ("a", "b"), ("both",)]
+    merged = Network([Embedding(table, True), Embedding(table), Merge(), lstm(6)], names, wires=wires)
+    assert np.array_equal(merged.stream(2).run(ids), merged(ids))
+    alone = Network([Embedding(table, True), Dense(floats(3, 2))])
+    assert np.array_equal(alone.stream(2).run(ids), alone(ids))
+
+
+@pytest.mark.parametrize(("bad", "message"), [(9, "ids from 0 to 8, got 9 to 9"), (0, "for row 0 that e masks")])
+def test_bad_ids_change_nothing_even_where_they_come_late(bad, message):
+    nodes = [lstm(), Embedding(floats(9, 2), True), lstm(2), Merge()]
+    wires = [("x",), ("id",), ("e",), ("a", "b")]
+    stream = Network(nodes, ["a", "e", "b", "both"], inputs=("x", "id"), wires=wires).stream(1)
+    stream.step((floats(1, 3), [1]))
+    before = stream.state
+    with pytest.raises(ValueError, match=message):
+        stream.step((floats(1, 3), [bad]))
+    assert all(equal(one, other) for one, other in zip(stream.state, before, strict=True))
+
+
+# ── what can't be a stream ──────────────────────────────────────────────────────────────────────────────────────────
+
+WHY = {
+    "conv": ([Conv1D(floats(3, 3, 4))], "n0: its windows reach into frames to come"),
+    "same": ([Conv1D(floats(2, 3, 4), padding="same")], "n0: its windows reach into frames to come"),
+    "strides": ([Conv1D(floats(3, 3, 4), None, 2, "causal")], "n0: it answers every 2 steps, and a stream after every"),
+    "pool1d": ([Pool1D("max", 2)], "n0: the max of 2 steps is of a window"),
+    "pool": ([GlobalPool("mean")], "n0: the mean over time is of the whole sequence"),
+    "flatten": ([Flatten()], "n0: it makes one shape of the whole sequence"),
+    "reshape": ([Reshape((-1, 3))], "n0: it makes one shape of the whole sequence"),
+    "permute": ([Permute((2, 1))], "n0: it makes one shape of the whole sequence"),
+    "repeat": ([GlobalPool("last"), Repeat(3)], "n1: it makes a sequence of 3 steps out of every frame"),
+    "select": ([Select(-1, None)], "n0: it takes some steps of the whole sequence"),
+    "ids": ([Select(-1, None), Embedding(floats(9, 3))], "n0: it takes some of all ids"),
+    "late mask": ([lstm(), Masking()], "n1: it may mask a frame after n0 has moved on"),
+}
+
+
+@pytest.mark.parametrize("case", WHY)
+def test_a_graph_that_can_t_be_a_stream_says_why_in_a_line(case):
+    nodes, message = WHY[case]
+    net = Network(nodes, [f"n{number}" for number in range(len(nodes))])
+    with pytest.raises(ValueError, match=f"expected nodes that can answer after every frame, got {message}") as error:
+        net.stream()
+    assert "\n" not in str(error.value)
+
+
+def test_merging_along_time_can_t_be_a_stream():
+    net = Network([Merge("concat", 1)], ["ends"], inputs=("x", "y"), wires=[("x", "y")])
+    with pytest.raises(ValueError, match="got ends: it puts whole sequences end to end"):
+        net.stream()
+
+
+def test_an_input_without_time_can_t_be_a_stream():
+    with pytest.raises(ValueError, match=r"expected inputs of a frame a step, got x \[B, 3\]: it has no time"):
+        Network([Dense(floats(3, 2))], inputs={"x": (3,)}).stream()
+
+
+def test_what_comes_after_the_last_step_may_flatten():
+    net, x = Network([lstm(return_sequences=False), Flatten(), LayerNorm(), Select(1, 3, axis=1)]), floats(2, 5, 3)
+    stream = net.stream(2)
+    steps = [stream.step(x[:, t]) for t in range(5)]
+    assert all(np.array_equal(step, net(x[:, : t + 1])) for t, step in enumerate(steps))
+    assert np.array_equal(net.stream(2).run(x), np.stack(steps, axis=1))
+
+
+X, IDS = floats(2, 3), np.array([1, 2])
+CALLS = {
+    "one": (lambda s: s.step(X), TypeError, "Stream: expected the inputs x, id, by name or in order, got ndarray"),
+    "rank": (lambda s: s.step((X[None], IDS)), ShapeError, r"x \[B, I=3\], got \(1, 2, 3\): one step has no time axis"),
+    "ids": (lambda s: s.step((X, IDS[:, None])), ShapeError, r"expected id \[B\], ids, got \(2, 1\)"),
+    "chunk of ids": (lambda s: s.run((X[:, None], IDS)), ShapeError, r"expected id \[B, T\], ids, got \(2,\)"),
+    "batch": (lambda s: s.step((X, IDS[:1])), ShapeError, r"expected id with B=2, got \(1,\)"),
+    "steps": (
+        lambda s: s.run((X[:, None], np.array([[1, 2], [1, 2]]))),
+        ShapeError,
+        r"expected id with T=1, got \(2, 2\)",
+    ),
+    "state": (lambda s: setattr(s, "state", ()), ShapeError, "tuple of 1 states, one a cell, and 1 Frames, .*got 0"),
+    "state number": (lambda s: setattr(s, "state", 3), ShapeError, "one a causal convolution, got int"),
+    "frames": (
+        lambda s: setattr(s, "state", (s.state[0], Frames(X))),
+        ShapeError,
+        r"expected frames \[2, 2, 3\] of the state, got \(2, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_a_bad_call_says_what_was_expected_and_changes_nothing(case):
+    call, error, message = CALLS[case]
+    nodes, wires = [causal(), Embedding(floats(9, 2)), Merge(), lstm(6)], [("x",), ("id",), ("a", "e"), ("both",)]
+    stream = Network(nodes, ["a", "e", "both", "lstm"], inputs=("x", "id"), wires=wires).stream(2)
+    stream.step((X, IDS))
+    before = stream.state
+    with pytest.raises(error, match=message):
+        call(stream)
+    assert all(equal(tuple(one), tuple(other)) for one, other in zip(stream.state, before, strict=True))

@@ -1,0 +1,148 @@
+"""The demo and its report: all parts there, nothing fetched from elsewhere."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from cellstack.cli import main as cli
+from cellstack.spec import Trace
+from cellstack.train import Sequences, demo, report
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Balanced(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.refs, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        if "id" in values:
+            self.ids.append(values["id"])
+        for value in values.values():
+            self.refs += re.findall(r"url\(#([^)]+)\)", value or "")
+        for name in ("href", "xlink:href", "src"):
+            if name in values:
+                assert values[name].startswith(("#", "data:")), values[name]
+                if values[name].startswith("#"):
+                    self.refs.append(values[name][1:])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check_page(page):
+    parsed = Balanced()
+    parsed.feed(page)
+    assert parsed.open == []
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert set(parsed.refs) <= set(parsed.ids)
+    assert "<script" not in page
+    assert "@import" not in page
+    assert report.INK not in page
+    assert report.FAINT not in page
+    assert "prefers-color-scheme: dark" in page
+    return " ".join(parsed.text)
+
+
+def test_a_page_from_made_up_results(rng):
+    labels = ["a", "<b>", "c"]
+    so_far = rng.dirichlet(np.ones(3), size=5)
+    score = {"accuracy": 0.5, "train_seconds": 1.0}
+    result = {
+        "seed": 1,
+        "bidirectional": score,
+        "forward": score,
+        "replay": {
+            "utterance": 3,
+            "why": "picked <for> a reason",
+            "truth": "<b>",
+            "labels": labels,
+            "so_far": so_far.tolist(),
+            "microseconds": [1.0] * 5,
+        },
+    }
+    history = [{"epoch": n, "loss": 1.0 / n, "validation_loss": 2.0 / n} for n in range(1, 4)]
+    trace = Trace(*(rng.normal(size=(5, 4)) for _ in range(6)))
+    page = report.demo_page(result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)])
+    text = check_page(page)
+    for part in (
+        "training",
+        "validation",
+        "as told",
+        "forget gate f",
+        "candidate g",
+        "speaker <b>",
+        "picked <for> a reason",
+    ):
+        assert part in text, part
+    assert page == report.demo_page(result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)])
+
+
+@pytest.mark.slow
+def test_the_demo_tells_the_whole_story(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    assert cli.main(["demo", "-o", str(folder), "--json"]) == 0
+    out, said = capsys.readouterr()
+    result = json.loads(out)
+    check_page((folder / "report.html").read_text(encoding="utf-8"))
+    for shape in ("[1 1 4]", "[2 3 5]", "[2 2 4]", "[2 2 5]"):
+        assert shape in said
+    assert result["bidirectional"]["accuracy"] > 0.965
+    assert result["forward"]["accuracy"] > 0.94
+    replay = result["replay"]
+    assert replay["torch"] is False
+    np.testing.assert_allclose(replay["so_far"][-1], replay["whole"], atol=1e-6)
+    assert len(replay["microseconds"]) == len(replay["frame"])
+
+
+def test_a_short_demo(tmp_path, capsys):
+    assert cli.main(["demo", "-o", str(tmp_path), "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "median" in out
+    assert "most doubt" in out
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "bidirectional.safetensors",
+        "forward.safetensors",
+        "report.html",
+    ]
+    assert "most doubt" in check_page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_replayed_utterance_is_the_one_told_right_with_the_most_doubt():
+    test = Sequences([np.zeros((n, 1), np.float32) for n in (5, 1, 5, 5)], np.array([0, 0, 0, 1]), ("a", "b"), "toy")
+    answers = np.array([[0.9, 0.1], [0.55, 0.45], [0.4, 0.6], [0.3, 0.7]])
+    assert demo._telling(answers, test) == (3, "the one with the most doubt of the longer half of those told right")
+    assert demo._telling(1 - answers, test)[0] == 2
+    nothing = Sequences(test.x, 1 - answers.argmax(axis=1), test.labels, "toy")
+    assert demo._telling(answers, nothing) == (
+        2,
+        "the one with the most doubt of the longer half, as none was told right",
+    )
+
+
+@pytest.mark.slow
+def test_the_accuracy_that_the_documentation_states(tmp_path, capsys):
+    """Medians of five seeds; the figures are in docs/training.md."""
+    found = []
+    for seed in range(5):
+        assert cli.main(["demo", "-o", str(tmp_path), "--seed", str(seed), "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        found.append([result[name]["accuracy"] for name in ("bidirectional", "forward")])
+    both, forward = np.median(found, axis=0)
+    assert both >= 0.975, found
+    assert forward >= 0.95, found
