@@ -453,7 +453,8 @@ def _spread(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[A
     count = len(target.array if isinstance(target, Symbols) else target)
     made: list[Axis] = [Axis() for _ in range(count - len(x.axes))]
     made += [Axis() if length == 1 else axis for axis, length in zip(x.axes, x.lengths, strict=True)]
-    return [Shaped(made, [None] * (count - len(x.axes)) + [None if n == 1 else n for n in x.lengths])]
+    new = [1] * (count - len(x.axes))
+    return [Shaped(made, [None if n == 1 else n for n in (*new, *x.lengths)])]
 
 
 def _shape(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
