@@ -1,0 +1,87 @@
+"""Files that an earlier version wrote load, and give the bits that they gave (tests/fixtures/README.md)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cellstack as cs
+from cellstack import _kernel
+from cellstack.formats.state import load_state
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "0.1.0"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+STREAMS = sorted(path.stem for path in FOLDER.glob("*.state"))
+# Their products are NumPy's, by whichever BLAS there is: one unit in the last place or two.
+BY_NUMPY = {"convolved", "every_node", "pooled"}
+
+
+@pytest.fixture(scope="module")
+def answers():
+    with np.load(FOLDER / "answers.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512vnni"])
+def isa(request):
+    """An instruction set, in use for the length of a test."""
+    if request.param not in _kernel.isas():
+        pytest.skip(f"this machine has no {request.param}")
+    before = _kernel.isa()
+    _kernel.set_isa(request.param)
+    yield request.param
+    _kernel.set_isa(before)
+
+
+def given(answers, name):
+    inputs = {key.split("/")[2]: value for key, value in answers.items() if key.startswith(f"x/{name}/")}
+    flags = {key: answers[f"{key}/{name}"] for key in ("mask", "reset") if f"{key}/{name}" in answers}
+    return (inputs if len(inputs) > 1 else next(iter(inputs.values()))), flags
+
+
+def check(got, want, name):
+    assert got.dtype == want.dtype
+    if name in BY_NUMPY:
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    else:
+        assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks(name, isa, answers):
+    net = cs.load(FOLDER / f"{name}.safetensors")
+    x, flags = given(answers, name)
+    y, state = net.run(x, **flags)
+    for number, one in enumerate(y if isinstance(y, tuple) else (y,)):
+        check(one, answers[f"{isa}/{name}/y{number}"], name)
+    wanted = [key for key in answers if key.startswith(f"{isa}/{name}/state")]
+    assert wanted == [f"{isa}/{name}/state{n}/{key}" for n, one in enumerate(state) for key in one._fields]
+    for key in wanted:
+        number, part = key.split("/")[2:]
+        check(getattr(state[int(number.removeprefix("state"))], part), answers[key], name)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_states_of_streams(name, isa, answers):
+    net = cs.load(FOLDER / f"{name}.safetensors")
+    x, _ = given(answers, name)
+    stream = net.stream(batch=len(x))
+    stream.run(x[:, :4])
+    now = stream.state
+    kept = load_state(FOLDER / f"{name}.state", stream)  # written on AVX2
+    for ours, theirs in zip(now, kept, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            if isa == "avx2":
+                check(one, other, name)
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    check(stream.run(x[:, 4:]), answers[f"{isa}/{name}/after"], name)
+    if isa == "avx2":
+        stream.state = kept
+        check(stream.run(x[:, 4:]), answers[f"{isa}/{name}/after"], name)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_streams_of_fewer_bits(weights, isa, answers):
+    x, _ = given(answers, "gru_rnn")
+    stream = cs.load(FOLDER / "gru_rnn.safetensors").stream(batch=len(x), weights=weights)
+    assert np.array_equal(stream.run(x), answers[f"{isa}/gru_rnn/{weights}"])
