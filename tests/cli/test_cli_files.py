@@ -188,7 +188,10 @@ def test_a_sample_of_the_user_s_own(capsys, tmp_path, model, suffix):
     assert (status, err) == (0, "")
     assert "on x [1, 9, 3]\n" in out
     assert "drawn" not in out
-    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["bfloat16", "int8"]
+    assert [line.split()[0] for line in out.splitlines()[-4:-2]] == ["bfloat16", "int8"]
+    target = tmp_path / "net.c"
+    assert out.splitlines()[-2] == f"{target}: pass: every relative difference is within 1.0e-04"
+    assert out.splitlines()[-1] == f"pass: {model} -> {target.with_suffix('.h')}, {target}"
     report = json.loads(run(capsys, *words, "--json")[1])
     assert report["sample"] == sample
     (parity,) = report["parity"].values()

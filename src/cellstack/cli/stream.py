@@ -36,7 +36,7 @@ class Signals:
     """Within it SIGINT and SIGTERM raise `Stopped`: at once while a frame is waited for, else between two frames.
 
     So nothing cuts a step in two, and its answer is written; but a reader that doesn't read is waited for no longer
-    than `GRACE` seconds.
+    than `GRACE` seconds. One that is ignored, as SIGINT is in the background of a shell, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,8 @@ class Signals:
             (signal.SIGTERM, self._catch),
             (signal.SIGALRM, self._give_up),
         ):
-            self._before[number] = signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *_: object) -> None:
