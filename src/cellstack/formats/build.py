@@ -56,11 +56,11 @@ def clean(name: str) -> str:
     return text or "node"
 
 
-def listed(problems: Iterable[str], most: int = MOST_PROBLEMS) -> str:
-    """Return problems as one text: the first of them, and how many more there are."""
-    problems = list(problems)
-    rest = len(problems) - most
-    return "; ".join(problems[:most]) + (f"; and {rest} more" if rest > 0 else "")
+def listed(entries: Iterable[str], most: int = MOST_PROBLEMS, between: str = "; ") -> str:
+    """Return some entries as one text: the first of them, and how many more there are."""
+    entries = list(entries)
+    rest = len(entries) - most
+    return between.join([*entries[:most], *([f"and {rest} more"] if rest > 0 else [])])
 
 
 class Builder:
@@ -133,17 +133,14 @@ class Builder:
         if len(self.nodes) >= self.most_nodes:
             raise TooMuchError(f"expected at most {self.most_nodes} nodes, found more")
         wire = self.names.fresh(clean(name))
-        shapes = [self._taken(node, self.shapes[source]) for source in wires]
+        takes, gives = node.axes  # where nothing else says what comes in, the node may
+        unsaid = None if takes is None else (None,) * takes
+        shapes = [self.shapes[source] or unsaid for source in wires]
         known = [shape for shape in shapes if shape is not None]
-        self.shapes[wire] = node.check(wire, *known) if len(known) == len(shapes) else None
+        after = None if gives is None else (None,) * gives
+        self.shapes[wire] = node.check(wire, *known) if len(known) == len(shapes) else after
         self.nodes[wire], self.sources[wire] = node, wires
         return wire
-
-    @staticmethod
-    def _taken(node: Node, shape: Shape | None) -> Shape | None:
-        """Return the shape of a value that a node takes, as far as the node says where nothing else does."""
-        axes = node.axes[0]
-        return (None,) * axes if shape is None and axes is not None else shape
 
     def output(self, wire: str, name: str = "output") -> None:
         """Declare what a wire carries an output; an input, or one that is an output already, is copied.

@@ -226,11 +226,11 @@ def one_long_axis(draft: Draft, name: str) -> bool:
     """A Permute of a value all but one of whose axes are of length 1: it is a Reshape."""
     node, (source, *_) = draft.nodes[name], draft.sources[name]
     shape, after = draft.shapes[source], draft.shapes[name]
-    if not isinstance(node, Permute) or shape is None or after is None or None in after:
+    if not isinstance(node, Permute) or shape is None or after is None:
         return False
     if sum(axis != 1 for axis in shape) > 1 or list(node.dims) == sorted(node.dims):
         return False
-    draft.nodes[name] = Reshape(tuple(axis for axis in after if axis is not None))
+    draft.nodes[name] = Reshape(tuple(-1 if axis is None else axis for axis in after))
     return True
 
 
