@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellstack import _kernel
+from cellstack import native
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import MOST, Array, CellState, Flow, Node, Shape
 from cellstack.nodes.dense import Dense
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Record, Recurrent
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ class Network:
         lengths: Any = None,
         reset: Any = None,
         threads: int | None = None,
+        *,
+        record: list[Record] | None = None,
     ) -> tuple[Any, tuple[CellState, ...]]:
         """Run the network over a batch of sequences.
 
@@ -173,6 +175,8 @@ class Network:
                 from its own end, and the last one from `state`. None = one piece. `lengths` and `reset` may be dicts
                 as `mask` may.
             threads: how many the kernel may use; None = as many as this process has processors and work for.
+            record: where to append the `Record` of each cell, in the order of `cells`: what its gates, c and h were at
+                every step. The bits of all else are the same.
 
         Returns:
             `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are
@@ -204,7 +208,11 @@ class Network:
                         f"Network: expected no reset, as {name} ({type(node).__name__}) takes steps together, "
                         "of one piece and of the next"
                     )
-                x, used, begun, ends = node.run(flows, states[len(after) : len(after) + len(node.cells)], threads)
+                own = states[len(after) : len(after) + len(node.cells)]
+                if record is not None and isinstance(node, (Recurrent, Bidirectional)):
+                    x, used, begun, ends = node.run(flows, own, threads, record)
+                else:
+                    x, used, begun, ends = node.run(flows, own, threads)
                 values[name] = Flow(x, used, begun)
                 after += ends
                 for value in self.graph.done[number]:
@@ -361,12 +369,12 @@ class Network:
         for name, origin, node in zip(self.names, self._origins(), self.nodes, strict=True):
             if isinstance(node, Bidirectional):
                 calls = f"{_calls(node.forward)}, {_calls(node.backward)} back, merged in NumPy"
-                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {calls}"
+                why = f"fused kernel ({native.isa()}, {node.dtype}): {calls}"
             elif isinstance(node, Recurrent):
-                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {_calls(node)}"
+                why = f"fused kernel ({native.isa()}, {node.dtype}): {_calls(node)}"
             elif isinstance(node, Dense):
                 after = f", {node.activation} in NumPy" if node.beyond else ""
-                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): one product{after}"
+                why = f"fused kernel ({native.isa()}, {node.dtype}): one product{after}"
             else:
                 why = f"NumPy ({self.dtype}): not recurrent"
             rows.append((name, origin, node.summary, why))
