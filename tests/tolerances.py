@@ -1,6 +1,7 @@
 """How far two answers may lie apart, each with the reason. Planted mutants must exceed these (test_layers_mutants)."""
 
 KERAS = 1e-5  # relative to the greatest entry above 1; float32 on both sides, sums in another order, a few steps
+KERAS_DOUBLE = 2e-7  # the same in float64: masks and hard_sigmoid of Keras round to float32 (3e-8 over these steps)
 REFERENCE = 2e-6  # float32 against the float64 reference: rounding does not grow over 1,000 steps of a stable cell
 REFERENCE_GRADIENT = 2e-5  # relative to the greatest entry; float32 sums over steps and rows
 REFERENCE_DOUBLE = 1e-12  # float64 against float64: another order of summation, vector exp and tanh within a few ulp

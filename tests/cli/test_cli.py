@@ -89,6 +89,14 @@ def test_forecast(capsys, co2):
     assert load(co2).metadata["recipe"]["season"] == 52
 
 
+def test_columns_that_training_leaves_out_are_named(capsys, tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("y,place,mood\n" + "".join(f"{n % 7},north,good\n" for n in range(120)), encoding="utf-8")
+    words = ["train", str(file), "--season", "7", "--window", "8", "-o", str(tmp_path / "net"), *SMALL]
+    assert "left out, as they hold no numbers: place, mood\n" in run(capsys, *words)[1]
+    assert json.loads(run(capsys, *words, "--json")[1])["left_out"] == ["place", "mood"]
+
+
 def test_info(capsys, vowels):
     status, out, _ = run(capsys, "info", vowels)
     assert status == 0

@@ -146,6 +146,21 @@ def test_ends_that_are_closed(model):
         assert "standard input and standard output to be open" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "first", ["1;2;3", "1\t2\t3", "1 2 3", '"1","2","3"', "'1','2','3'", "1_0,2_0,3_0", "a,b", "a;b;c", "a,b,2"]
+)
+def test_a_first_line_that_names_no_columns_is_refused(model, first):
+    done = run([model], f"{first}\n1,2,3\n")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "standard input, line 1: expected numbers, found " in done.stderr
+
+
+def test_a_first_line_that_names_the_columns_is_passed_over(model, net):
+    x = frames(2)
+    for first in ("a,b,c", '"a","b b","c"', "sensor 1,sensor 2,t [s]", "x_1,x_2,"):
+        assert np.array_equal(numbers(run([model], f"{first}\n{as_csv(x)}").stdout), answers(net, x))
+
+
 def test_a_state_that_is_no_number_any_more_is_said(model, tmp_path):
     state = str(tmp_path / "state")
     said = run([model, "--state", state], "1,2,3\n").stderr
@@ -330,6 +345,15 @@ def test_a_reader_that_doesn_t_read_is_not_waited_for(model, net, tmp_path):
     assert state.exists()
 
 
+def test_a_state_that_can_t_be_written_is_said_before_the_first_frame(model, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for state, message in (("nowhere/state", "expected a folder"), ("folder", "expected a regular file to replace")):
+        with Running(model, "--state", str(tmp_path / state)) as running:  # no frame is sent
+            status, said = running.end()
+        assert (status, said.count("\n")) == (2, 1)
+        assert f"{state}: {message}" in said
+
+
 def test_states_that_don_t_fit(model, net, tmp_path, capfd, monkeypatch):
     state = tmp_path / "state"
 
@@ -438,13 +462,6 @@ def test_networks_without_one_frame_in_and_one_answer_out(tmp_path, capfd):
         net.save(tmp_path / "net.safetensors")
         assert cli.main(["stream", str(tmp_path / "net")]) == 2
         assert message in capfd.readouterr().err
-
-
-def test_a_state_that_can_t_be_written_is_said(model, tmp_path):
-    done = run([model, "--state", str(tmp_path / "no" / "folder" / "state")], "1,2,3\n")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "expected a folder" in done.stderr
-    assert len(done.stdout.splitlines()) == 1
 
 
 def test_it_needs_no_torch(model):

@@ -3,6 +3,7 @@
 import ctypes
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -432,3 +433,41 @@ def test_names_of_c_s_own_headers(tmp_path, name):
     with pytest.raises(ValueError, match="expected a folder, got"):
         export(make_network(0, "float32", streams=True), tmp_path / "model.c", "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_keeps_no_state_compiles_without_a_warning(tmp_path, rng):
+    nets = {
+        "scaled": Network([Standardise(np.zeros(3, "f4"), np.ones(3, "f4"))]),
+        "plain": Network([Dense(rng.normal(size=(3, 2)).astype("f4"))]),
+        "tap": Network([Conv1D(rng.normal(size=(1, 3, 2)).astype("f4"), padding="causal")]),
+        "ids": Network([Embedding(rng.normal(size=(5, 2)).astype("f4"))]),
+    }
+    for language, standard in (("c", "c99"), ("c++", "c++11")):
+        folder = tmp_path / language
+        for name, made in build(folder, nets, language=language, standard=standard).items():
+            net = nets[name]
+            x = np.array([[[1, 4]], [[2, 0]]])[0] if name == "ids" else rng.normal(size=(1, 2, 3)).astype("f4")
+            np.testing.assert_allclose(made.run(x[0]), net.run(x)[0][0], rtol=1e-6)
+
+
+def test_a_full_disk_leaves_both_files_as_they_were(tmp_path):
+    net, changed = (Network([Recurrent((make_cell(np.random.default_rng(seed), 3, 16),))]) for seed in range(2))
+    export(net, tmp_path, "net")
+    changed.save(tmp_path / "net.safetensors")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    header, source = (len(before[name]) for name in ("net.h", "net.c"))
+    assert header < source
+    script = f"""
+import resource, signal, sys
+from cellstack import load
+net = load({str(tmp_path / "net.safetensors")!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({(header + source) // 2},) * 2)
+try:
+    net.export_c({str(tmp_path)!r}, "net")
+except OSError:
+    sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,5 +1,7 @@
 """CSV series: dates, gaps, windows that see nothing of the future, the seasonal-naive rule."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -188,9 +190,57 @@ def test_errors_of_nothing_are_not_a_number():
     assert np.isnan(list(errors(np.ones(2), np.full(2, np.nan)).values())).all()
 
 
-@pytest.mark.parametrize("days", [(1, 2, 2, 3), (1, 3, 2, 4)])
-def test_dates_that_do_not_rise_are_refused(tmp_path, days):
-    file = tmp_path / "a.csv"
-    file.write_text("date,y\n" + "".join(f"2024-01-0{day},{day}.5\n" for day in days))
-    with pytest.raises(FormatError, match="expected dates that rise in column date"):
+FORMS = ["2024-01-{:02}", "2024/01/{:02}", "202401{:02}", "2024-01-{:02}T06:00:00+01:00", "2024/01/{:02} 06:00"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("days", "line"), [((1, 2, 2, 3), 4), ((1, 3, 2, 4), 4), ((4, 3, 2, 1), 3)])
+def test_dates_that_do_not_rise_are_refused(tmp_path, form, days, line):
+    file = write(tmp_path / "a.csv", "date,y\n" + "".join(f"{form.format(day)},{day}.5\n" for day in days))
+    found = re.escape(f"found {form.format(days[line - 2])!r} after {form.format(days[line - 3])!r}")
+    with pytest.raises(FormatError, match=f"line {line}: expected dates that rise in column date, {found}"):
         read_csv(file)
+    table = read_csv(write(file, "date,y\n" + "".join(f"{form.format(day)},{day}.5\n" for day in (1, 2, 3, 4))))
+    assert table.date == "date"
+    assert table.columns["y"].tolist() == [1.5, 2.5, 3.5, 4.5]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", ["", "n/a", "soon", "2024-02-31", "2024/13/01", "20240231", "2024-1"])
+def test_a_cell_that_is_no_date_is_refused(tmp_path, form, bad):
+    cells = [form.format(1), form.format(2), bad, form.format(4)]
+    file = write(tmp_path / "a.csv", "date,y\n" + "".join(f"{cell},1.5\n" for cell in cells))
+    with pytest.raises(FormatError, match=re.escape(f"line 4: expected a date such as {cells[0]} in column date")) as e:
+        read_csv(file)
+    assert repr(bad) in str(e.value)
+
+
+@pytest.mark.parametrize("cell", ["31.12.2019", "12/31/2019", "31-12-19"])
+def test_dates_of_forms_that_are_not_read_are_refused(tmp_path, cell):
+    file = write(tmp_path / "a.csv", f"date,y\n{cell},1.5\n{cell},2.5\n")
+    with pytest.raises(FormatError, match=f"line 2: expected dates such as 2020-01-31 in column date, found '{cell}'"):
+        read_csv(file)
+
+
+def test_a_time_zone_with_some_dates_only(tmp_path):
+    file = write(tmp_path / "a.csv", "date,y\n2024-01-01T00:00:00+01:00,1\n2024-01-02T00:00:00,2\n")
+    with pytest.raises(FormatError, match="line 3: expected a time zone with all dates of column date or with none"):
+        read_csv(file)
+
+
+def test_columns_that_look_like_dates_beside_the_dates(tmp_path):
+    rows = "2024-01-01,31.12.23,20240105,1.5\n2024-01-02,,20240101,2.5\n2024-01-03,31.10.22,20240103,3.5\n"
+    table = read_csv(write(tmp_path / "a.csv", "date,since,code,y\n" + rows))
+    assert (table.date, table.texts, list(table.columns)) == ("date", ("since",), ["code", "y"])
+
+
+def test_numbers_of_eight_digits_are_no_dates(tmp_path):
+    table = read_csv(write(tmp_path / "a.csv", "id,y\n20209901,1\n20208702,2\n20200101,3\n10200101,4\n"))
+    assert list(table.columns) == ["id", "y"]
+    assert table.date is None
+
+
+@pytest.mark.parametrize("value", ["1e39", "-3.5e38"])
+def test_a_number_beyond_float32_is_named(tmp_path, value):
+    with pytest.raises(FormatError, match=rf"bad\.csv: line 3: .*that float32 holds in column 'y', found '{value}'"):
+        read_csv(write(tmp_path / "bad.csv", f"y\n1\n{value}\n2\n"))

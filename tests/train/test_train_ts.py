@@ -69,6 +69,7 @@ def test_the_order_of_a_trained_model_is_kept(tmp_path):
         ),
         (HEADER.replace("@timeStamps false", "@timeStamps maybe") + "@data\n1:1\n", r"true or false after @timestamps"),
         (HEADER.replace("@dimensions 2", "@dimensions two") + "@data\n1:1\n", r"whole number after @dimensions"),
+        (HEADER + "@classLabel true a b a\n@data\n1:2:a\n", r"each class once after @classLabel, found 'a' 2 times"),
         (HEADER + "@classLabel true\n@data\n1:2:a\n", r"classes' names after @classLabel"),
         (HEADER + "@data\n1:2\n1:2:3\n", r"line 9: expected 2 channel\(s\).*found 3"),
         (HEADER + "@data\n1,2:3\n", r"line 8: expected channels of one length, found lengths \[1, 2\]"),

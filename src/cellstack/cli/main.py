@@ -226,7 +226,7 @@ def _train(args: argparse.Namespace) -> int:
         raise UsageError(f"expected a folder {output.parent} to write to, found none")
     if args.resume and args.checkpoint is None:
         raise UsageError("expected --checkpoint FILE to --resume from")
-    forecast = _is_csv(args.file)
+    forecast, texts = _is_csv(args.file), ()
     settings = Settings(
         epochs=args.epochs,
         batch=args.batch,
@@ -250,6 +250,7 @@ def _train(args: argparse.Namespace) -> int:
         if args.test is not None:
             raise UsageError("expected one CSV file: its last rows are what is measured on, see --test-share")
         table = read_csv(args.file)
+        texts = table.texts
         outcome = workflow.train_forecast(table, _recipe(args, table), shape, settings, control, args.test_share)
     else:
         training = read_ts(args.file)
@@ -258,7 +259,7 @@ def _train(args: argparse.Namespace) -> int:
     if outcome.rank:
         return 0
     outcome.net.save(output)
-    report = _report(outcome, output)
+    report = _report(outcome, output) | {"left_out": texts}
     show(args, report, _train_text(outcome, report))
     return 130 if outcome.fit.interrupted else 0
 
@@ -310,6 +311,8 @@ def _train_text(outcome: Any, report: dict[str, Any]) -> list[str]:
         lines.append(f"  {'less than naive by':<22} {less[0]:>9.1%} {less[1]:>9.1%}")
     elif scores:
         lines += [f"test {name} {scores[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in scores]
+    if report["left_out"]:
+        lines.append(f"left out, as they hold no numbers: {', '.join(report['left_out'])}")
     return [*lines, f"written to {report['model']}"]
 
 

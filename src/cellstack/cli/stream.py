@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.cli.files import load_model
+from cellstack.formats.files import check_replaceable
 from cellstack.formats.lines import Lines
 from cellstack.formats.state import load_state, save_state
 from cellstack.nodes import GlobalPool
@@ -96,8 +97,10 @@ def stream(args: argparse.Namespace) -> int:
     width = 1 if net.inputs[0] in net.graph.ids else net.input_size
     if width is None:
         raise UsageError(f"{path}: expected a network that fixes the width of its input, found one that takes any")
-    if args.state is not None and os.path.exists(args.state):
-        running.state = load_state(args.state, running)
+    if args.state is not None:
+        check_replaceable(args.state)  # now, not after all frames
+        if os.path.exists(args.state):
+            running.state = load_state(args.state, running)
     frames = _Frames(running, Lines("standard input", width, args.format, DIGITS[net.dtype.name], args.json))
     status = 0
     with Signals() as signals, np.errstate(over="ignore"):  # a number beyond float32 becomes inf, as elsewhere

@@ -11,6 +11,35 @@ from os import PathLike
 from typing import BinaryIO
 
 
+def check_replaceable(path: str | PathLike[str]) -> tuple[str, int | None]:
+    """Check what can be told before there is anything to write: that `replacing` could replace or make a file.
+
+    Args:
+        path: the file to replace or to make.
+
+    Returns:
+        The file that the path leads to, and the mode of what is there, None where nothing is.
+
+    Raises:
+        OSError: `path` is no regular file, or may not be written, or its folder isn't there.
+    """
+    target, given = os.path.realpath(path), os.fspath(path)
+    mode = None
+    with suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode
+    if mode is not None:
+        if not stat.S_ISREG(mode):
+            raise OSError(f"{given}: expected a regular file to replace, found something else there")
+        if not os.access(target, os.W_OK):
+            raise PermissionError(f"{given}: the file that is there may not be written to")
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{given}: expected a folder {folder}, found none")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{given}: the folder {folder} may not be written to")
+    return target, mode
+
+
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` when the block ends, and vanishes if it fails.
@@ -28,18 +57,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OSError: `path` is no regular file, or may not be written.
     """
-    target = os.path.realpath(path)
-    mode = None
-    with suppress(FileNotFoundError):
-        mode = os.stat(target).st_mode
-    if mode is not None:
-        if not stat.S_ISREG(mode):
-            raise OSError(f"{os.fspath(path)}: expected a regular file to replace, found something else there")
-        if not os.access(target, os.W_OK):
-            raise PermissionError(f"{os.fspath(path)}: the file that is there may not be written to")
+    target, mode = check_replaceable(path)
     folder = os.path.dirname(target)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{os.fspath(path)}: expected a folder {folder}, found none")
     draft = os.path.join(folder, f".cellstack-{secrets.token_hex(8)}.tmp")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:

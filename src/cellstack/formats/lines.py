@@ -19,8 +19,8 @@ def _no_constant(name: str) -> Any:
 class Lines:
     """Turns lines into frames, and answers into lines; counts the lines, and names the one at fault.
 
-    A CSV line is numbers between commas; the first one may name its columns instead. A JSON line is an array of
-    numbers, or a number where a frame is one number. Lines without a character but blanks are passed over.
+    A CSV line is numbers between commas; the first one may name its columns instead, each of them. A JSON line is an
+    array of numbers, or a number where a frame is one number. Lines without a character but blanks are passed over.
 
     Args:
         source: what the lines come from, for the message.
@@ -94,7 +94,7 @@ class Lines:
                 raise ValueError
             return [float(part) for part in parts]
         except ValueError:
-            if self.number == 1 and not any(map(_is_number, parts)):  # names of columns
+            if self.number == 1 and len(parts) == self.width and not any(map(_holds_number, parts)):  # columns' names
                 return None
             at = next(part for part in parts if not _is_number(part))
             raise ValueError(repr(at.strip().decode("utf-8", "replace")[:60])) from None
@@ -110,6 +110,12 @@ class Lines:
     def error(self, text: str) -> FormatError:
         """Return the error of the line that was read last."""
         return FormatError(f"{self.source}, line {self.number}: {text}")
+
+
+def _holds_number(part: bytes) -> bool:
+    """Return whether a part of a line is numbers in other clothes: quoted, or with other characters between them."""
+    words = part.replace(b"_", b"").replace(b";", b" ").replace(b'"', b" ").replace(b"'", b" ").split()
+    return bool(words) and all(map(_is_number, words))
 
 
 def _is_number(part: bytes) -> bool:

@@ -7,7 +7,33 @@ from cellstack.nodes.shape import Flatten, Merge, Permute, Repeat, Reshape, Sele
 from cellstack.nodes.steps import Activation, Embedding, LayerNorm, Masking, Scale, Standardise
 from cellstack.nodes.time import Conv1D, GlobalPool, Pool1D
 
+NODES: dict[str, type[Node]] = {
+    node.file_type: node
+    for node in (
+        Recurrent,
+        Bidirectional,
+        Standardise,
+        Scale,
+        LayerNorm,
+        Dense,
+        Activation,
+        Embedding,
+        Masking,
+        Conv1D,
+        Pool1D,
+        GlobalPool,
+        Flatten,
+        Reshape,
+        Permute,
+        Repeat,
+        Select,
+        Merge,
+    )
+}
+"""Every kind of node, by what files call it."""
+
 __all__ = [
+    "NODES",
     "Activation",
     "Array",
     "Bidirectional",

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
-from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_choice, check_flag, hold, one_dtype
+from cellstack.nodes.base import (
+    Array,
+    CellState,
+    Flow,
+    FrameRule,
+    Node,
+    Shape,
+    Types,
+    check_choice,
+    check_flag,
+    hold,
+    one_dtype,
+)
 from cellstack.spec import ARRAYS, STATES, CellSpec, ShapeError
+
+if TYPE_CHECKING:
+    from cellstack.nodes.masks import Mask, Masks
+    from cellstack.nodes.stored import Entry
 
 WEIGHTS = ("float32", "bfloat16", "int8")
 """What a stream can hold the matrices of its cells in; float64 cells keep theirs."""
@@ -23,6 +39,11 @@ MOST_DEPTH = (2**31 - 1) // 127**2
 
 MERGE_MODES = ("concat", "sum", "mul", "ave")
 BACKWARDS = "it runs backwards from the end of the sequence, which a stream doesn't have"
+TYPES = {"int": int, "str": str, "bool": bool, "float": float, "float | None": float, "Any": dict}
+CELL_WIDTHS: Types = {"input_size": int, "units": int}
+CELL_FLAGS: Types = {
+    flag.name: TYPES[str(flag.type)] for flag in fields(CellSpec) if flag.name not in CELL_WIDTHS
+}  # what a file may leave out where it is as usual
 KIND_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 
 
@@ -121,6 +142,27 @@ class Cell:
             raise ValueError(f"Cell: expected at most {MOST_DEPTH} features and units for weights='int8', got {depth}")
         return native.weights(self.spec, self.arrays, None if weights == "float32" else weights)
 
+    @property
+    def multiplications(self) -> int:
+        """How many products with the cell's own numbers a step takes."""
+        added = ("bias", "cell_bias", "initial_h", "initial_c")
+        return sum(array.size for name, array in self.arrays.items() if name not in added)
+
+    @property
+    def numbers_read(self) -> int:
+        """How many of the cell's own numbers a step reads."""
+        return sum(array.size for name, array in self.arrays.items() if not name.startswith("initial"))
+
+    @classmethod
+    def restored(cls, entry: Entry) -> Cell:
+        """Return the cell that an entry of a file holds: `CellSpec.settings` and its arrays; see `Node.restored`."""
+        settings = entry.take(CELL_WIDTHS, CELL_FLAGS)
+        for gate, name in settings.get("gate_activations", {}).items():
+            if type(name) is not str:
+                raise entry.refuse(f"expected the activation of {gate!r:.80} to be str, found {name!r:.80}")
+        spec = CellSpec(**settings)
+        return cls(spec, **{name: entry.array(name, shape) for name, shape in spec.shapes.items()})
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies hold the arrays alone: they are checked, frozen and packed again."""
         return Cell, (self.spec, *self.arrays.values())
@@ -194,6 +236,15 @@ class Recurrent(Node):
     go_backwards: bool = False
     zero_output_for_mask: bool = False
     residual: bool = False
+    file_type = "recurrent"
+    settings: ClassVar = {
+        "cells": list,
+        "return_sequences": bool,
+        "go_backwards": bool,
+        "zero_output_for_mask": bool,
+        "residual": bool,
+    }
+    heeds_mask = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cells", tuple(self.cells))
@@ -338,13 +389,45 @@ class Recurrent(Node):
             return Flow(y, None, None, after)
         if not self.go_backwards:
             return flow._replace(x=y, states=after)
-        mask, reset = flow.mask, _from_the_end(flow.reset)
-        turned = [None if array is None else array[:, ::-1] for array in (mask, reset)]
-        return Flow(y[:, ::-1], turned[0], turned[1], after)
+        reset = _from_the_end(flow.reset)
+        return Flow(y[:, ::-1], self.mask_of(flows), None if reset is None else reset[:, ::-1], after)
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        return BACKWARDS if self.go_backwards else None
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        (mask,) = masks
+        if mask is None or not self.return_sequences:
+            return None
+        return on.cut(mask, slice(None, None, -1)) if self.go_backwards else mask
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        return FrameRule(BACKWARDS if self.go_backwards else None)
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """See `Node.stored`."""
+        flags = {name: getattr(self, name) for name in self.settings if name != "cells"}
+        arrays = {
+            f"{number}/{name}": array for number, cell in enumerate(self.cells) for name, array in cell.arrays.items()
+        }
+        return {"type": self.file_type, "cells": [cell.spec.settings for cell in self.cells], **flags}, arrays
+
+    @classmethod
+    def restored(cls, entry: Entry) -> Recurrent:
+        """See `Node.restored`."""
+        values = entry.take(cls.keys())
+        cells = (Cell.restored(entry.inner(str(n), cell)) for n, cell in enumerate(values.pop("cells")))
+        return cls(tuple(cells), **values)
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        """See `Node.engine`."""
+        return f"fused kernel ({native.isa()}, {dtype}): {self.calls}"
+
+    @property
+    def calls(self) -> str:
+        """How often a pass over the stack calls the kernel, in a few words."""
+        calls, cells = len(self.parts), len(self.cells)
+        count = "one call" if calls == 1 else f"{calls} calls, NumPy's sums between them,"
+        return count if cells == 1 else f"{count} for the stack of {cells} cells"
 
 
 def _pair(state: CellState | None) -> tuple[Array | None, Array | None]:
@@ -383,6 +466,9 @@ class Bidirectional(Node):
     forward: Recurrent
     backward: Recurrent
     merge_mode: str = "concat"
+    file_type = "bidirectional"
+    settings: ClassVar = {"forward": dict, "backward": dict, "merge_mode": str}
+    heeds_mask = True
 
     def __post_init__(self) -> None:
         owner = "Bidirectional"
@@ -441,6 +527,33 @@ class Bidirectional(Node):
         states = (*after, *after_back)
         return flow._replace(x=y, states=states) if self.forward.return_sequences else Flow(y, None, None, states)
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        return BACKWARDS
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return masks[0] if self.forward.return_sequences else None
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        return FrameRule(BACKWARDS)
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """See `Node.stored`."""
+        described: dict[str, Any] = {"type": self.file_type}
+        arrays = {}
+        for half in ("forward", "backward"):
+            described[half], own = getattr(self, half).stored()
+            arrays |= {f"{half}/{name}": array for name, array in own.items()}
+        return {**described, "merge_mode": self.merge_mode}, arrays
+
+    @classmethod
+    def restored(cls, entry: Entry) -> Bidirectional:
+        """See `Node.restored`."""
+        values = entry.take(cls.keys())
+        forward, backward = (
+            Recurrent.restored(entry.inner(half, values[half], Recurrent.file_type)) for half in ("forward", "backward")
+        )
+        return cls(forward, backward, values["merge_mode"])
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        """See `Node.engine`."""
+        calls = f"{self.forward.calls}, {self.backward.calls} back, merged in NumPy"
+        return f"fused kernel ({native.isa()}, {dtype}): {calls}"

@@ -17,7 +17,7 @@ from cellstack.nodes import Recurrent
 from cellstack.nodes.base import MOST, Array, CellState
 from cellstack.nodes.recurrent import Cell
 from cellstack.spec import STATES, ShapeError, check_step
-from cellstack.streaming.framewise import Run, answers_framewise, check_widths, framewise
+from cellstack.streaming.framewise import Run, answers_framewise, check_widths, frame_rules, framewise
 
 Slots = NDArray[np.int64]
 
@@ -65,11 +65,12 @@ class Sessions:
         left = iter(self._states)
         places = {name: place for place, name in enumerate((*network.inputs, *network.names))}
         self._parts: list[tuple[Run, tuple[int, ...]]] = []
-        for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        rules = frame_rules(network)
+        for name, node, sources, rule in zip(network.names, network.nodes, network.wires, rules, strict=True):
             if isinstance(node, Recurrent):
                 part = self._recurrent(node, left)
             else:
-                part = framewise(name, node, masked=False)
+                part = framewise(name, node, rule, masked=False)
                 if part is None:
                     raise ValueError(
                         f"Sessions: expected nodes that keep nothing but the states of cells, got {name}: "

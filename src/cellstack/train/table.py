@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
@@ -18,7 +19,14 @@ from cellstack.spec import FormatError
 from cellstack.train.checks import read_text
 
 MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}
-DATES = ("%Y%m%d", "%Y/%m/%d", "%Y-%m", "%Y-%m-%dT%H:%M:%SZ")
+LARGEST = float(np.finfo(np.float32).max)
+FORMS = ("%Y-%m-%d", "%Y%m%d", "%Y/%m/%d", "%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S", "%Y-%m", "%Y-%m-%dT%H:%M:%SZ")
+DATES = (datetime.fromisoformat, *(lambda cell, form=form: datetime.strptime(cell, form) for form in FORMS))
+LIKE_A_DATE = re.compile(
+    r"\d{4}[-/]\d{1,2}([-/]\d{1,2}.*)?"  # year first: 2020-01-31, 2020/01/31 12:00, 2020-01
+    r"|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}.*"  # year last: 31.12.2020, 1/31/20, which nothing here reads
+    r"|(1[6-9]|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"  # 20200131
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
     and the rest is named.
 
     Raises:
-        FormatError: not such a file; the message names the line, what was expected and what was found.
+        FormatError: not such a file, or the dates in it don't rise or aren't all dates; the message names the line,
+            what was expected and what was found.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -128,7 +137,7 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
             break
     else:
         for name in names:
-            _refuse_unordered(path, name, cells[name])
+            _refuse_dates(path, name, cells[name], numbers)
     columns, texts = {}, []
     for name in names:
         if name == date:
@@ -169,6 +178,10 @@ def _numbers(path: Path, name: str, cells: tuple[str, ...], lines: list[int]) ->
         if not _is_number(cell):
             raise FormatError(f"{path}: line {lines[n]}: expected a number in column {name!r}, found {cell[:40]!r}")
         values[n] = float(cell)
+        if abs(values[n]) > LARGEST:  # training is in float32
+            raise FormatError(
+                f"{path}: line {lines[n]}: expected a number that float32 holds in column {name!r}, found {cell[:40]!r}"
+            )
     return values
 
 
@@ -179,23 +192,16 @@ def _is_number(cell: str) -> bool:
         return False
 
 
-def _refuse_unordered(path: Path, name: str, cells: tuple[str, ...]) -> None:
-    """Raise `FormatError` where a column is one of dates (ISO form, with dashes) that don't rise."""
+def _parsed(cell: str, parse: Callable[[str], datetime]) -> datetime | None:
     try:
-        dates = [datetime.fromisoformat(cell) for cell in cells if "-" in cell[1:]]
+        return parse(cell)
     except ValueError:
-        return
-    if len(dates) == len(cells) and len({date.tzinfo is None for date in dates}) == 1:
-        for a, b in pairwise(dates):
-            if not a < b:
-                raise FormatError(
-                    f"{path}: expected dates that rise in column {name}, found {b} after {a}: sort the rows"
-                )
+        return None
 
 
-def _dates(cells: tuple[str, ...]) -> list[datetime] | None:
+def _dates(cells: Sequence[str]) -> list[datetime] | None:
     """Return the column's dates, None where a cell is no date or they don't rise."""
-    for parse in (datetime.fromisoformat, *(lambda cell, form=form: datetime.strptime(cell, form) for form in DATES)):
+    for parse in DATES:
         try:
             dates = [parse(cell) for cell in cells]
         except ValueError:
@@ -204,6 +210,34 @@ def _dates(cells: tuple[str, ...]) -> list[datetime] | None:
         if len(aware) == 1 and all(a < b for a, b in pairwise(dates)):
             return dates
     return None
+
+
+def _refuse_dates(path: Path, name: str, cells: Sequence[str], lines: list[int]) -> None:
+    """Raise `FormatError` where most of a column look like dates: one of them is none, or they don't rise.
+
+    Else its rows would be taken for rows in the order of time, and the column for text or for numbers.
+    """
+    if 2 * sum(LIKE_A_DATE.fullmatch(cell) is not None for cell in cells) <= len(cells):
+        return
+    read = max(([_parsed(cell, parse) for cell in cells] for parse in DATES), key=lambda dates: -dates.count(None))
+    dates = [date for date in read if date is not None]
+    where = f"{path}: line {lines[read.index(None) if None in read else 0]}"
+    if not dates:
+        raise FormatError(f"{where}: expected dates such as 2020-01-31 in column {name}, found {cells[0][:40]!r}")
+    if None in read:
+        like, found = cells[read.index(dates[0])], cells[read.index(None)][:40]
+        raise FormatError(f"{where}: expected a date such as {like} in column {name}, found {found!r}")
+    for n, (a, b) in enumerate(pairwise(dates), 1):
+        if (a.tzinfo is None) != (b.tzinfo is None):
+            raise FormatError(
+                f"{path}: line {lines[n]}: expected a time zone with all dates of column {name} or with none, "
+                f"found {cells[n]!r} after {cells[n - 1]!r}"
+            )
+        if not a < b:
+            raise FormatError(
+                f"{path}: line {lines[n]}: expected dates that rise in column {name}, "
+                f"found {cells[n]!r} after {cells[n - 1]!r}: sort the rows"
+            )
 
 
 def _grid(path: Path, dates: list[datetime]) -> tuple[Spacing, NDArray[np.int64], list[datetime]]:

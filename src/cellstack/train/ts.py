@@ -6,6 +6,7 @@ Ref: Bagnall et al. 2018, "The UEA multivariate time series classification archi
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,9 @@ class _Rows:
         declared = tuple(header.get("classlabel", [])[1:]) if self.classes else ()
         if self.classes and not declared:
             raise FormatError(f"{path}: expected the classes' names after @classLabel true, found none")
+        for label, count in Counter(declared).items():
+            if count > 1:
+                raise FormatError(f"{path}: expected each class once after @classLabel, found {label!r} {count} times")
         self.labels = declared if labels is None or not self.classes else labels
         self.codes = {label: code for code, label in enumerate(self.labels)}
         univariate = _flag(path, header, "univariate")

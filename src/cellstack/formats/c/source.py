@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from string import Template
@@ -56,7 +57,7 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
         network: a chain of nodes that can answer after every frame: `Recurrent` that runs forwards, `Standardise`,
             `Scale`, `LayerNorm`, `Embedding` (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of one
             group, `GlobalPool("last")`.
-        directory: where to; it is made where it isn't there. Files that are there are replaced.
+        directory: where to; it is made where it isn't there. Files that are there are replaced, both or none.
         name: what the files are called, and what every name in them begins with.
 
     Returns:
@@ -86,9 +87,12 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
     header, source = writer.header(), writer.source()
     os.makedirs(directory, exist_ok=True)
     paths = Path(directory, f"{name}.h"), Path(directory, f"{name}.c")
-    for path, text in zip(paths, (header, source), strict=True):
-        with replacing(path) as file:
+    with ExitStack() as stack:  # both or none, so both are on the disk before either takes its place
+        for path, text in zip(paths, (header, source), strict=True):
+            file = stack.enter_context(replacing(path))
             file.write(text.encode("ascii"))
+            file.flush()
+            os.fsync(file.fileno())
     return paths
 
 
@@ -312,7 +316,7 @@ class _Writer:
         """Bytes of the constants, and of the state with its scratch."""
         item = self.network.dtype.itemsize
         state = sum(size for _, size, _ in self.members + self.frames) + sum(self.scratch.values())
-        return item * self.weights, item * state
+        return item * self.weights, item * max(state, 1)  # C allows no struct without a member
 
     def header(self) -> str:
         """Return the header."""
@@ -321,6 +325,7 @@ class _Writer:
         described = [f" *     {line}" for line in repr(self.network).splitlines()]
         kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.members + self.frames]
         scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
+        nothing = [] if kept or scratch else [f"    {real} unused[1]; /* nothing is kept between frames */"]
         ids = isinstance(next(filter(_acts, self.network.nodes)), Embedding)
         what = "one id, a whole number; one that the table hasn't is taken as 0" if ids else "one frame"
         text = f"""\
@@ -345,7 +350,7 @@ extern "C" {{
 #define {name}_OUT {self.outputs}
 
 typedef struct {{
-{chr(10).join(kept + scratch)}
+{chr(10).join(kept + scratch + nothing)}
 }} {name}_state;
 
 /* Make a state ready: to be called before all else. */
@@ -370,6 +375,7 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
         name, real = self.name, self.real
         forms = "".join(self._fill(form.text) for _, form in self.forms.values())
         steps = self._fill("\n".join(self.steps)).lstrip("\n")
+        steps += "" if "s->" in steps else "\n    (void)s;"
         helpers = self._helpers(forms + steps)
         resets = "\n".join(self.resets) or "    (void)s; /* no cell, no state */"
         text = f"""\

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -46,7 +46,7 @@ from cellstack.nodes.base import Array, Node
 
 VERSION = "3.10.0"  # whose words these are; what a file says of Keras settles what hard_sigmoid is
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
-MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()}
+MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()} | {"min": "Minimum"}
 PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu", "hard_sigmoid", "softmax")
 Entry = tuple[str, str, dict[str, Any], list[Array]]  # a layer's class, name, settings and weights
 
@@ -90,12 +90,11 @@ def _entries(network: Network) -> tuple[list[Entry], list[list[str]], list[str]]
             ("InputLayer", last[name], {"batch_shape": shape, "dtype": kind, "sparse": False, "ragged": False}, [])
         )
         wires.append([])
-    masked: set[str] = set()
+    masks: dict[str, bool | None] = dict.fromkeys(network.inputs)  # of values: True where one has a mask
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
-        before = any(source in masked for source in sources)
-        if (isinstance(node, Embedding) and node.mask_zero) or isinstance(node, Masking) or (before and _keeps(node)):
-            masked.add(name)
-        if isinstance(node, GlobalPool) and node.mode == "max" and before:
+        before = [masks[source] for source in sources]
+        masks[name] = node.mask_after(before, len(network.shapes[sources[0]]), _Marks())
+        if isinstance(node, GlobalPool) and node.mode == "max" and before[0]:
             problems.append(f"{name}: the greatest of the steps that a mask keeps, where Keras takes all")
         try:
             layers = _layers(name, node)
@@ -121,10 +120,23 @@ def _free(name: str, mark: str, taken: set[str]) -> str:
     return name
 
 
-def _keeps(node: Node) -> bool:
-    if isinstance(node, (Recurrent, Bidirectional)):
-        return (node.forward if isinstance(node, Bidirectional) else node).return_sequences
-    return isinstance(node, (Activation, Dense, LayerNorm, Scale, Standardise, Merge, Select))
+class _Marks:
+    """Masks as nothing but their being there, as `Node.mask_after` works with them."""
+
+    def made(self) -> bool:
+        return True
+
+    def both(self, one: bool, other: bool) -> bool:
+        return True
+
+    def either(self, masks: Sequence[bool]) -> bool:
+        return True
+
+    def join(self, masks: Sequence[bool | None]) -> bool:
+        return True
+
+    def cut(self, mask: bool, taken: slice) -> bool:
+        return True
 
 
 # ── nodes as layers ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -284,6 +296,8 @@ def _pool(node: GlobalPool) -> Iterator[tuple[str, dict[str, Any], list[Array]]]
 
 
 def _windows(node: Pool1D) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    if node.padding not in ("valid", "same"):
+        raise _RefusedError(f"a pool with padding {node.padding}")
     kind = "AveragePooling1D" if node.mode == "mean" else "MaxPooling1D"
     yield kind, {"pool_size": [node.size], "strides": [node.strides], "padding": node.padding}, []
 
@@ -336,7 +350,7 @@ def _config(network: Network, entries: list[Entry], wires: list[list[str]], outp
             {"class_name": "__keras_tensor__", "config": {"shape": [], "dtype": dtype, "keras_history": [source, 0, 0]}}
             for source in sources
         ]
-        args = [tensors] if kind in MERGES else tensors
+        args = [tensors] if kind in MERGE_LAYERS.values() else tensors
         calls = [{"args": args, "kwargs": {}}] if sources else []
         layers.append({**_entry(kind, name, settings), "name": name, "inbound_nodes": calls})
     ends = {

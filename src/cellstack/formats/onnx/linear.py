@@ -274,10 +274,4 @@ def _cuts(scope: Scope, node: Any) -> tuple[int, slice] | None:
 def _turns(scope: Scope, node: Any, axis: int) -> bool:
     """Whether a node turns the steps round."""
     cut = _cuts(scope, node) if node.op_type == "Slice" else None
-    return (
-        cut is not None
-        and cut[0] == axis
-        and cut[1].step == -1
-        and cut[1].start == -1
-        and cut[1].stop in (None, -(2**31) - 1)
-    )
+    return cut is not None and cut[0] == axis and cut[1].step == -1 and cut[1].start == -1 and cut[1].stop is None

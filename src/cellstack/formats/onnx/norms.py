@@ -10,7 +10,7 @@ import numpy as np
 from cellstack.formats.onnx.cells import decimal
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Spread, axes_of, numbers
-from cellstack.formats.onnx.graph import Handler, Reader, Refused, Turned
+from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.ops import arithmetic, floats, last_is
 from cellstack.formats.onnx.ops import reduce as over_time
 from cellstack.formats.onnx.values import Flowing
@@ -146,7 +146,7 @@ def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
     if attributes.get("training_mode", 0) or not attributes.get("spatial", 1):
         raise Refused("expected the form of inference")
     if len(x.axes) < 2 or x.axes[1] != "F" or "D" in x.axes:
-        raise Turned(f"expected the features on axis 1, found axes {' '.join(x.axes)}")
+        raise Refused(f"expected the features on axis 1, found axes {' '.join(x.axes)}")
     epsilon = float(attributes.get("epsilon", 1e-5))
     wide = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + epsilon)
     scale, shift = wide.astype(gain.dtype), (bias - mean.astype(np.float64) * wide).astype(gain.dtype)
