@@ -75,7 +75,10 @@ def write(network: Network, path: str) -> None:
     """
     zipped = PurePath(path).suffix.lower() == ".keras"
     entries, wires, outputs = _entries(network, zipped)
-    config = _config(network, entries, wires, outputs)
+    inputs = [entry[1] for entry in entries if entry[0] == "InputLayer"]
+    order = _order([entry[1] for entry in entries], wires, outputs)
+    entries, wires = [entries[number] for number in order], [wires[number] for number in order]
+    config = _config(network, entries, wires, inputs, outputs)
     content = _zipped(config, entries) if zipped else _legacy(config, entries)
     with replacing(path) as file:
         file.write(content)
@@ -128,6 +131,29 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list
     if problems:
         raise ValueError(f"save: expected what Keras has, got {'; '.join(problems)}")
     return entries, wires, [last[name] for name in network.outputs]
+
+
+def _order(names: list[str], wires: list[list[str]], outputs: list[str]) -> list[int]:
+    """Return in which order Keras lists the layers, by which it tells whose the weights are.
+
+    Those come first from which the way to an output is longest; of them, those that a search from the outputs meets
+    first.
+
+    Ref: `map_graph` in Keras's `ops/function.py`.
+    """
+    sources = dict(zip(names, wires, strict=True))
+    far = dict.fromkeys(names, 0)
+    for name in reversed(names):
+        for source in sources[name]:
+            far[source] = max(far[source], far[name] + 1)
+    met: dict[str, int] = {}
+    waiting = [*reversed(outputs)]
+    while waiting:
+        name = waiting.pop()
+        if name not in met:
+            met[name] = len(met)
+            waiting += reversed(sources[name])
+    return sorted(range(len(names)), key=lambda number: (-far[names[number]], met[names[number]]))
 
 
 def _free(name: str, mark: str, taken: set[str]) -> str:
@@ -405,7 +431,9 @@ def _entry(kind: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {"module": "keras.layers", "class_name": kind, "config": {"name": name, **settings}, "registered_name": None}
 
 
-def _config(network: Network, entries: list[Entry], wires: list[list[str]], outputs: list[str]) -> dict[str, Any]:
+def _config(
+    network: Network, entries: list[Entry], wires: list[list[str]], inputs: list[str], outputs: list[str]
+) -> dict[str, Any]:
     """Return the description of the model as Keras 3 writes it."""
     dtype, layers = str(network.dtype), []
     for (kind, name, settings, _), sources in zip(entries, wires, strict=True):
@@ -417,7 +445,7 @@ def _config(network: Network, entries: list[Entry], wires: list[list[str]], outp
         calls = [{"args": args, "kwargs": {}}] if sources else []
         layers.append({**_entry(kind, name, settings), "name": name, "inbound_nodes": calls})
     ends = {
-        "input_layers": [[name, 0, 0] for kind, name, *_ in entries if kind == "InputLayer"],
+        "input_layers": [[name, 0, 0] for name in inputs],
         "output_layers": [[name, 0, 0] for name in outputs],
     }
     for key, refs in ends.items():
