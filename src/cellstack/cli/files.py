@@ -137,8 +137,8 @@ def convert(args: argparse.Namespace) -> int:
     to_folder = args.target.endswith(os.sep) or (target.is_dir() and args.target != "")
     if not args.target or not (to_folder or target.suffix.lower() in {".c", *suffixes}):
         raise UsageError(
-            f"expected a target that ends as one of {supported()}, in .c for C, or in {os.sep} for a folder with C in it, "
-            f"got {args.target!r}"
+            f"expected a target that ends as one of {supported()}, in .c for C, or in {os.sep} for a folder with C in "
+            f"it, got {args.target!r}"
         )
     if target.exists() and target.samefile(source):
         raise UsageError(f"{args.target}: expected another file than the one that is read, which would be lost")
