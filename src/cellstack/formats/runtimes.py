@@ -230,7 +230,7 @@ def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Input
     by_steps = wanted.get("T") == 1 and len(before) == len(after) > 0
     if "B" in wanted or ("T" in wanted and not by_steps):
         sizes = {axis: want if axis in wanted else got for axis, (want, got) in found.items()}
-        raise OtherSizesError(sizes["B"], found["T"][1] if by_steps else sizes.get("T", 1))
+        raise OtherSizesError(sizes.get("B", 1), found["T"][1] if by_steps else sizes.get("T", 1))
     if not by_steps:
         return dict(zip(outs, session.run(None, fed), strict=True))
     steps: list[dict[str, Array]] = []
@@ -249,8 +249,8 @@ def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Input
 
 def _parted(array: Array, count: int, batch: int, units: int) -> list[Array]:
     """Return the states `[B, H]` that an output holds, in whatever order its axes are; none where it isn't clear."""
-    if count == 1 and array.size == batch * units:
-        return [array.reshape(batch, units)]
+    if array.size == count * batch * units and (count == 1 or (batch == 1 and array.shape[-1] == units)):
+        return list(array.reshape(count, batch, units))
     wide = [axis for axis in range(array.ndim) if array.shape[axis] == units][-1:]
     rows = [axis for axis in range(array.ndim) if array.shape[axis] == batch and axis not in wide][:1]
     if not wide or not rows or array.size != count * batch * units:
@@ -291,6 +291,10 @@ def _fed(
         dtype = ONNX_TYPES.get(entry.type)
         if entry.name in given and dtype is not None:
             array, axes = given[entry.name]
+            if axes and "B" not in axes:  # the file takes one row
+                if len(array) != 1:
+                    raise OtherSizesError(1, array.shape[1] if "T" in axes else 1)
+                array = array[0]
             ours = [axis for axis in "BTF" if axis in axes]
             order = [ours.index(axis) for axis in axes]
             fed[entry.name] = np.ascontiguousarray(array.transpose(order) if axes else array, dtype)
@@ -312,7 +316,7 @@ def _ordered(array: Array, axes: str, batch: int) -> Array:
             before steps, or one axis of length 1 beside the features, the network answers so too.
         batch: how many rows there are.
     """
-    if len(axes) != array.ndim or not set(axes) <= set("BTFD1N"):
+    if len(axes) != array.ndim or not axes or not set(axes) <= set("BTFD1N"):
         return array
     if "N" in axes and array.shape[at := axes.index("N")] % batch == 0:
         array = array.reshape(*array.shape[:at], batch, -1, *array.shape[at + 1 :])
@@ -324,7 +328,8 @@ def _ordered(array: Array, axes: str, batch: int) -> Array:
     order = sorted(range(array.ndim), key=lambda n: "BT1DF".index(axes[n]))
     array = array.transpose(order)
     kept = sum(axis in "BT" for axis in axes)
-    return array.reshape(*array.shape[:kept], -1) if "1" in axes or "D" in axes else array
+    array = array.reshape(*array.shape[:kept], -1) if "1" in axes or "D" in axes else array
+    return array if "B" in axes else array[None]
 
 
 # ── Keras ───────────────────────────────────────────────────────────────────────────────────────────────────────────

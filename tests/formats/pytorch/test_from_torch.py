@@ -244,12 +244,12 @@ AROUND = {  # a module, the shape of what it takes, how many Permutes are left
     "mean over time": (
         lambda: [nn.Conv1d(3, 5, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.BatchNorm1d(5, affine=False)],
         (3, 20),
-        2,
+        1,
     ),
     "greatest over time": (
         lambda: [nn.AdaptiveMaxPool1d((1,)), nn.Flatten(1, 2), nn.Linear(3, 2), nn.Softmax(1)],
         (3, 9),
-        2,
+        1,
     ),
     "flat": (
         lambda: [nn.Conv1d(3, 5, 3), nn.ELU(), nn.Flatten(), nn.Flatten(), nn.Linear(90, 4), nn.BatchNorm1d(4)],
@@ -489,6 +489,14 @@ REFUSED = {
     "a vector over time": (
         lambda: nn.Sequential(nn.Flatten(), nn.Conv1d(3, 3, 3)),
         r"1\.0\.1 \(Conv1d\): expected \[B, C, T\], got \[B, C\] from before it",
+    ),
+    "both first": (
+        lambda: nn.Sequential(nn.LSTM(3, 3), nn.Linear(3, 3), nn.GRU(3, 3, batch_first=True)),
+        r"1\.0\.0 \(LSTM\): expected batch_first=True beside 1\.0\.2 \(GRU\), whose axes it would take for others",
+    ),
+    "ours and time first": (
+        lambda: nn.Sequential(layers.LSTM(3, input_size=3, return_sequences=True), nn.RNN(3, 3)),
+        r"1\.0\.1 \(RNN\): expected batch_first=True beside 1\.0\.0 \(LSTM\)",
     ),
     "time first": (
         lambda: nn.Sequential(nn.LSTM(3, 3), nn.Conv1d(3, 3, 3)),

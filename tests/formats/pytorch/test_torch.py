@@ -238,7 +238,7 @@ def test_what_an_optimiser_holds_is_said(write):
     optimiser.step()
     path = write({"model": module.state_dict(), "optimizer": optimiser.state_dict()})
     same(pytorch.extract(path)["model"], module)
-    with pytest.raises(cs.FormatError, match=r"optimizer\.state\.0 \(step \[\], exp_avg \[28, 5\]"):
+    with pytest.raises(cs.FormatError, match=r"beside them 12 tensors of an optimiser \(optimizer\.state\)"):
         pytorch.load(path)
 
 
@@ -449,7 +449,7 @@ WRONG = {
     ),
     "second layer": (
         {"weight_ih_l1": (28, 6), "weight_hh_l1": (28, 7), "bias_ih_l1": (28,), "bias_hh_l1": (28,)},
-        r"'x': Recurrent: expected cell 1 with I=7",
+        r"'x': layer_1: expected an input of 6 features, got 7 from before it",
     ),
     "peepholes": (
         {"weight_ci": (7,)},
@@ -554,9 +554,16 @@ def pair(rng, **flags):
 UNWRITABLE = {
     "another node": (
         lambda r: [cs.Recurrent((cell(r),)), cs.GlobalPool()],
-        r"layer_0 \(Recurrent\): expected one Recurrent",
+        r"layer_1 \(GlobalPool\): expected Recurrent or Bidirectional nodes alone",
     ),
-    "no recurrent node": (lambda r: [cs.Dense(np.ones((2, 2)))], r"layer_0 \(Dense\): expected one Recurrent"),
+    "no recurrent node": (
+        lambda r: [cs.Dense(np.ones((2, 2)))],
+        r"layer_0 \(Dense\): expected Recurrent or Bidirectional nodes alone",
+    ),
+    "one of each": (
+        lambda r: [cs.Recurrent((cell(r),)), cs.Bidirectional(*pair(r))],
+        r"layer_1 \(Bidirectional\): expected Recurrent or Bidirectional nodes alone",
+    ),
     "last step": (lambda r: [cs.Recurrent((cell(r),), return_sequences=False)], "expected return_sequences"),
     "both, last step": (lambda r: [cs.Bidirectional(*pair(r, return_sequences=False))], "expected return_sequences"),
     "backwards": (lambda r: [cs.Recurrent((cell(r),), go_backwards=True)], "neither residual nor go_backwards"),
@@ -577,3 +584,38 @@ def test_what_pytorch_has_not_is_refused_by_name(rng, tmp_path, case):
     with pytest.raises(ValueError, match=message):
         pytorch.save(cs.Network(make(rng)), str(tmp_path / "file.pt"))
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_in_a_row_are_one_module_and_side_by_side_are_none(rng, tmp_path):
+    nodes, path = [cs.Recurrent((cell(rng), cell(rng))), cs.Recurrent((cell(rng),))], str(tmp_path / "file.pt")
+    pytorch.save(cs.Network(nodes), path)
+    module = nn.LSTM(5, 5, 3, batch_first=True, dtype=torch.float64)
+    module.load_state_dict(torch.load(path))
+    x = rng.normal(size=(2, 6, 5))
+    got = cs.load(path)
+    np.testing.assert_allclose(got(x), module(torch.from_numpy(x))[0].detach().numpy(), atol=1e-12)
+    assert [len(node.cells) for node in got.nodes] == [1, 1, 1]
+    beside = cs.Network(nodes, ["a", "b"], wires=[("x",), ("x",)], outputs=("a", "b"))
+    with pytest.raises(ValueError, match=r"b \(Recurrent\): expected it to take a, as layers follow each other"):
+        pytorch.save(beside, path)
+    both = cs.Network(nodes, ["a", "b"], outputs=("a", "b"))
+    with pytest.raises(ValueError, match="expected one output, that of the last layer, got a, b"):
+        pytorch.save(both, path)
+
+
+def test_a_checkpoint_of_training_is_refused_for_what_matters(tmp_path):
+    model = nn.ModuleDict({"rnn": nn.LSTM(4, 8, 2), "head": nn.Linear(8, 2)})
+    optimiser = torch.optim.Adam(model.parameters())
+    sum(weight.sum() for weight in model.parameters()).backward()
+    optimiser.step()
+    losses = {f"loss_{n}": {"value": torch.ones(2)} for n in range(40)}
+    torch.save({"model": model.state_dict(), "optimizer": optimiser.state_dict(), **losses}, tmp_path / "file.pt")
+    with pytest.raises(cs.FormatError) as caught:
+        cs.load(tmp_path / "file.pt")
+    text = str(caught.value)
+    assert "found 1 recurrent (model.rnn), and beside them model.head (weight [2, 8], bias [2]), loss_0" in text
+    assert text.endswith("and 22 more; cellstack.extract(path) gives its recurrent parts")
+    torch.save({"model": model["rnn"].state_dict(), "optimizer": optimiser.state_dict()}, tmp_path / "file.pt")
+    with pytest.raises(cs.FormatError, match=r"beside them 30 tensors of an optimiser \(optimizer.state\); cellstack"):
+        cs.load(tmp_path / "file.pt")
+    assert [*cs.extract(tmp_path / "file.pt")] == ["model"]

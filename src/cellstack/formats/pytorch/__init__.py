@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from cellstack.formats.pytorch.archive import recognises, records
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.modules import from_torch, nodes_of
+from cellstack.formats.pytorch.modules import from_torch, network_of_module
 from cellstack.formats.pytorch.names import HINT, network_of, networks_of, nothing_recurrent, parts_of
 from cellstack.formats.pytorch.names import NAME as WEIGHT
 from cellstack.formats.pytorch.pickles import Standin
@@ -74,10 +74,9 @@ def _whole(path: str, found: Contents, place: tuple[str, ...], root: Standin) ->
 def _network(path: str, found: Contents, module: Saved, title: str) -> Network:
     """Return a module of a file as the network that `from_torch` gives for it in memory."""
     try:
-        nodes = nodes_of(module)
         computed = {name: tensor.how for name, tensor in module.tensors.items() if hasattr(tensor, "how")}
         metadata = {"source": {"format": "pytorch", "module": title}, **({"computed": computed} if computed else {})}
-        return Network(nodes, metadata=metadata)
+        return network_of_module(module, metadata)
     except FormatError:
         raise
     except (TypeError, ValueError, UnsaidError) as error:

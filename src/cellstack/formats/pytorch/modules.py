@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.build import Builder
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import NAME, networks_of
 from cellstack.formats.pytorch.saved import Saved, array
@@ -74,21 +75,23 @@ def from_torch(module: Any) -> Network:
         TypeError: a module or a setting that a Network can't hold; the message names it by its path.
         ShapeError: modules that don't meet in width or rank.
     """
-    return Network(nodes_of(module))
+    return network_of_module(module)
 
 
-def nodes_of(module: Any) -> list[Node]:
-    """Return the nodes of a module, in memory or of a file: see `from_torch`."""
-    chain = _Chain()
-    chain.take(module, "")
-    if not chain.nodes:
+def network_of_module(module: Any, metadata: dict[str, Any] | None = None) -> Network:
+    """Return a module, in memory or of a file, as a Network: see `from_torch`."""
+    reader = _Reader()
+    reader.read(module, "")
+    if not reader.builder.nodes:
         raise TypeError(f"from_torch: expected a module that computes something, got {_called(module)}")
-    if chain.time_first and chain.by_axis:
+    if reader.time_first and reader.batch_first:
+        path, kind = reader.time_first
         raise TypeError(
-            f"from_torch: {chain.time_first[0] or 'the module'} ({chain.time_first[1]}): expected batch_first=True "
-            f"beside {chain.by_axis}, whose axes it would take for others"
+            f"from_torch: {path or 'the module'} ({kind}): expected batch_first=True beside {reader.batch_first}, "
+            "whose axes it would take for others"
         )
-    return chain.nodes
+    reader.builder.output(reader.wire)
+    return reader.builder.network(metadata, numbered=True)
 
 
 def _called(module: Any) -> str:
@@ -155,50 +158,48 @@ def _whole(path: str, module: Any, name: str) -> int:
     return value
 
 
-class _Chain:
-    """The nodes so far, and what is known of the value that the last of them returns."""
+class _Reader:
+    """Reads modules one after the other.
+
+    Attributes:
+        builder: where their nodes go.
+        wire: what the last of them returns.
+        time_first: path and class of the first recurrent layer without `batch_first`.
+        batch_first: the first module that has the batch first, or tells axes apart by their place.
+    """
 
     def __init__(self) -> None:
-        self.nodes: list[Node] = []
-        self.rank: int | None = None  # axes of that value, the batch included; None = not known
-        self.time_first: tuple[str, str] | None = None  # the first recurrent layer without batch_first
-        self.by_axis: str | None = None  # the first module that tells axes apart by their place
+        self.builder = Builder()
+        self.wire = self.builder.input("x")
+        self.time_first: tuple[str, str] | None = None
+        self.batch_first: str | None = None
 
-    def add(self, node: Node) -> None:
-        """Take one node more; two turns of the axes that meet cancel out, with activations between them or without."""
-        before = len(self.nodes)
-        while before and isinstance(self.nodes[before - 1], Activation) and self.nodes[before - 1].summary != "softmax":
-            before -= 1
-        last = self.nodes[before - 1] if before else None
-        if isinstance(node, Permute) and isinstance(last, Permute):
-            del self.nodes[before - 1]
-            return
-        self.nodes.append(node)
-        if isinstance(node, (Recurrent, Bidirectional)):
-            half = node.forward if isinstance(node, Bidirectional) else node
-            self.rank = 3 if half.return_sequences else 2
-        elif isinstance(node, (GlobalPool, Flatten)):
-            self.rank = 2
-        elif isinstance(node, (Conv1D, Pool1D, Permute)):
-            self.rank = 3
-        elif isinstance(node, Embedding):
-            self.rank = (self.rank or 2) + 1
-        elif isinstance(node, Reshape):
-            self.rank = 1 + len(node.shape)
+    @property
+    def rank(self) -> int | None:
+        """How many axes the value has, the batch included; None where that isn't known."""
+        shape = self.builder.shapes[self.wire]
+        return None if shape is None else len(shape) + 1
+
+    def add(self, *nodes: Node) -> None:
+        """Take some nodes more."""
+        for node in nodes:
+            self.wire = self.builder.add(f"layer_{len(self.builder.nodes)}", node, self.wire)
+
+    def has_batch_first(self, path: str, module: Any) -> None:
+        """Note that a module has the batch first."""
+        self.batch_first = self.batch_first or f"{path or 'the module'} ({_called(module)})"
 
     def over_time(self, path: str, module: Any, *nodes: Node) -> None:
         """Take nodes that have time in the middle, for a module that has it last."""
-        self.by_axis = self.by_axis or f"{path or 'the module'} ({_called(module)})"
+        self.has_batch_first(path, module)
         if self.rank == 2:
             raise _refuse(path, module, "expected [B, C, T], got [B, C] from before it")
-        for node in (Permute(TURN), *nodes, Permute(TURN)):
-            self.add(node)
+        self.add(Permute(TURN), *nodes, Permute(TURN))
 
-    def take(self, module: Any, path: str) -> None:
+    def read(self, module: Any, path: str) -> None:
         """Take the nodes of `module`, in order; `path` is its own within the module that was asked for."""
         if callable(getattr(module, "to_nodes", None)):
-            for node in module.to_nodes():
-                self.add(node)
+            self.add(*module.to_nodes())
             return
         torch = sys.modules.get("torch")
         if not isinstance(module, Saved) and (torch is None or not isinstance(module, torch.nn.Module)):
@@ -209,15 +210,15 @@ class _Chain:
             raise _refuse(path, module, "expected a module without forward hooks, which a Network can't hold")
         if _is(module, "Sequential", *WRAPPERS[:1]) or _is(module, *WRAPPERS, package="torch.nn.parallel"):
             for name, child in module._modules.items():  # one that is there twice runs twice
-                self.take(child, f"{path}.{name}" if path else name)
+                self.read(child, f"{path}.{name}" if path else name)
         elif _is(module, *KINDS):
-            for node in _torch_layers(module, path):
-                self.add(node)
-            if not module.batch_first:
+            self.add(*_torch_layers(module, path))
+            if module.batch_first:
+                self.has_batch_first(path, module)
+            else:
                 self.time_first = self.time_first or (path, _called(module))
         elif not path and _is(module, *CELLS):  # alone: in a row, nothing would step it
-            for node in _torch_layers(module, path):
-                self.add(node)
+            self.add(*_torch_layers(module, path))
         elif _is(module, "Flatten"):
             self.flatten(module, path)
         elif _is(module, "BatchNorm1d"):
@@ -235,6 +236,8 @@ class _Chain:
             self.softmax(module, path)
         elif not _is(module, *NOTHING):
             node = _simple(module, path) or _layer(module, path)
+            if isinstance(node, (Recurrent, Bidirectional)):  # one of ours
+                self.has_batch_first(path, module)
             self.add(node if node is not None else Activation(_activation(module, path)))
 
     def flatten(self, module: Any, path: str) -> None:
@@ -242,9 +245,8 @@ class _Chain:
         if module.start_dim != 1 or module.end_dim not in (-1, self.rank and self.rank - 1):
             found = f"{module.start_dim} to {module.end_dim}"
             raise _refuse(path, module, f"expected every axis but the batch's flattened, 1 to -1, got {found}")
-        self.by_axis = self.by_axis or f"{path or 'the module'} (Flatten)"
-        if self.rank != 2:
-            self.add(Flatten())
+        self.has_batch_first(path, module)
+        self.add(Flatten())
 
     def normalise(self, module: Any, path: str) -> None:
         """Take a batch normalisation, with its running statistics, as one product and one sum."""
@@ -381,10 +383,11 @@ def _layer(module: Any, path: str) -> Node | None:
         except ValueError as error:  # such as one whose forward layer runs backwards
             raise _refuse(path, module, str(error)) from None
     if _is(module, "TimeDistributed", package=ours):
-        inner = _Chain()
-        inner.take(module.layer, f"{path}.layer" if path else "layer")
-        if len(inner.nodes) == 1 and isinstance(inner.nodes[0], (Dense, Activation)):
-            return inner.nodes[0]
+        inner = _Reader()
+        inner.read(module.layer, f"{path}.layer" if path else "layer")
+        nodes = [*inner.builder.nodes.values()]
+        if len(nodes) == 1 and isinstance(nodes[0], (Dense, Activation)):
+            return nodes[0]
         raise _refuse(path, module, "expected a TimeDistributed over one Linear or one activation")
     if not _is(module, "LSTM", "GRU", "SimpleRNN", "RNN", package=ours):
         return None

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.build import Builder, listed
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.tensors import short
 from cellstack.layout import from_rows
 from cellstack.network import Network
-from cellstack.nodes import Node
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import CellSpec, FormatError
 
@@ -34,7 +34,9 @@ NAME = re.compile(
 DROPPED = re.compile(r"(?P<prefix>(?:.*[./:])?)(?P<name>weight_hh_l\d{1,4}(?:_reverse)?)_raw", re.DOTALL)
 HINT = "cellstack.extract(path) gives its recurrent parts"
 ASSUMED = "tanh: the weights don't say whether this RNN's nonlinearity is tanh or relu"
-LONGEST_LIST = 10_000  # of what a message lists by name
+OPTIMISER = re.compile(r"(?P<where>(?:.*\.)?state)\.\d+", re.DOTALL)  # what an optimiser keeps of a weight, by number
+LONGEST_ENTRY = 500  # letters of what a message lists by name
+MOST_OF_A_MODULE = 10  # of its tensors that a message lists
 
 
 @dataclass
@@ -121,7 +123,7 @@ def networks_of(
 
     Returns:
         Networks by the module's name, such as `"encoder.lstm"`; `""` where the names have no prefix. Each has one
-        `Recurrent`, or one `Bidirectional` a layer, and takes `[B, T, I]`.
+        `Recurrent` or one `Bidirectional` a layer, and takes `[B, T, I]`.
 
     Raises:
         FormatError: names or shapes that no layer of PyTorch has; names the tensor, what was expected and found.
@@ -190,20 +192,25 @@ def nothing_recurrent(tensors: Mapping[str, Any], where: str, unknown: Iterable[
 
 
 def _by_module(tensors: Mapping[str, Any], names: list[str]) -> list[str]:
-    """Return the names of tensors with their shapes, those of a module together."""
+    """Return the names of tensors with their shapes, those of a module together; those of optimisers are counted."""
     modules: dict[str, list[str]] = {}
+    optimisers: dict[str, int] = {}
     for name in names:
         module, _, last = name.rpartition(".")
-        shape = getattr(tensors[name], "shape", ())
-        modules.setdefault(module, []).append(f"{last} {list(shape)}")
-    return [f"{module} ({', '.join(found)})" if module else ", ".join(found) for module, found in modules.items()]
+        optimiser = OPTIMISER.fullmatch(module)
+        if optimiser:
+            optimisers[optimiser["where"]] = optimisers.get(optimiser["where"], 0) + 1
+            continue
+        modules.setdefault(module, []).append(f"{last} {list(getattr(tensors[name], 'shape', ()))}")
+    found = [(module, listed(own, MOST_OF_A_MODULE, ", ")) for module, own in modules.items()]
+    counted = [f"{count} tensors of an optimiser ({where})" for where, count in optimisers.items()]
+    return [*(f"{module} ({own})" if module else own for module, own in found), *counted]
 
 
 def _listed(entries: list[str]) -> str:
-    """Return the entries as one text, printable and of bounded length."""
-    text = ", ".join(entries)
-    shown = text if len(text) <= LONGEST_LIST else f"{text[:LONGEST_LIST]}... ({len(entries)} in all)"
-    return "".join(letter if letter.isprintable() else "?" for letter in shown)
+    """Return the entries as one text, printable and of bounded length: how many more there are, and not all of them."""
+    text = listed([entry[:LONGEST_ENTRY] for entry in entries], between=", ")
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str | None) -> Network:
@@ -242,13 +249,15 @@ def _network(part: Part, tensors: Mapping[str, Any], where: str, activation: str
     computed = {what: tensors[name].how for (what, _, _), name in names.items() if hasattr(tensors[name], "how")}
     if computed:
         metadata["computed"] = computed
+    builder = Builder()
+    wire = builder.input("x")
     try:
-        nodes: list[Node] = (
-            [Bidirectional(Recurrent((ahead,)), Recurrent((back,), go_backwards=True)) for ahead, back in layers]
-            if len(ways) == 2
-            else [Recurrent(tuple(cell for (cell,) in layers))]
-        )
-        return Network(nodes, metadata=metadata)
+        for number, (cell, *back) in enumerate(layers):
+            ahead = Recurrent((cell,))
+            node = Bidirectional(ahead, Recurrent(tuple(back), go_backwards=True)) if back else ahead
+            wire = builder.add(f"layer_{number}", node, wire)
+        builder.output(wire)
+        return builder.network(metadata)
     except (ValueError, TypeError) as error:  # layers that don't meet
         raise FormatError(f"{here}: {str(error)[:300]}") from None
 

@@ -31,8 +31,9 @@ def save(network: Network, path: str) -> None:
     """Write a network as a state dict, whole or not at all.
 
     Args:
-        network: one `Recurrent` of cells alike, or one `Bidirectional` of single cells a layer, as `nn.LSTM`, `nn.GRU`
-            and `nn.RNN` are. Its names and metadata aren't written: a state dict has no place for them.
+        network: `Recurrent` nodes of cells alike in a row, or `Bidirectional` ones of single cells, as the layers of
+            `nn.LSTM`, `nn.GRU` and `nn.RNN` are. Its names and metadata aren't written: a state dict has no place for
+            them.
         path: where to.
 
     Raises:
@@ -57,13 +58,19 @@ def state_dict(network: Network) -> dict[str, Array]:
         ValueError: as for `save`.
     """
     pairs: list[tuple[str, Cell]] = []
-    for name, node in zip(network.names, network.nodes, strict=True):
-        if isinstance(node, Recurrent) and len(network.nodes) == 1:
-            pairs += [(f"_l{layer}", cell) for layer, cell in enumerate(_cells(name, node))]
-        elif isinstance(node, Bidirectional):
+    both, before = isinstance(network.nodes[0], Bidirectional), network.inputs[0]
+    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        if not isinstance(node, (Recurrent, Bidirectional)) or isinstance(node, Bidirectional) != both:
+            raise _refuse(name, node, "expected Recurrent or Bidirectional nodes alone, as a module has them")
+        if sources != (before,):
+            raise _refuse(name, node, f"expected it to take {before}, as layers follow each other")
+        before = name
+        if isinstance(node, Bidirectional):
             pairs += _both(name, node, len(pairs) // 2)
         else:
-            raise _refuse(name, node, "expected one Recurrent, or Bidirectional nodes alone, as a module has them")
+            pairs += [(f"_l{len(pairs) + layer}", cell) for layer, cell in enumerate(_cells(name, node))]
+    if network.outputs != (before,):
+        raise ValueError(f"save: expected one output, that of the last layer, got {', '.join(network.outputs)}")
     first = pairs[0][1]
     tensors: dict[str, Array] = {}
     for suffix, cell in pairs:

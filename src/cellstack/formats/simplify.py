@@ -1,0 +1,409 @@
+"""Simplifying a graph before it becomes a Network, so that one model is one graph, whichever file it came from.
+
+Each rule is a function of the graph and of one node, which it rewrites together with the node before it, and says
+whether it did. A rule computes what the nodes computed, to within rounding, and respects masks: where the value between
+two nodes goes nowhere else, and where no mask that the graph makes would go on further than before.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack import spec
+from cellstack.nodes import (
+    Activation,
+    Bidirectional,
+    Cell,
+    Conv1D,
+    Dense,
+    Embedding,
+    Flatten,
+    GlobalPool,
+    LayerNorm,
+    Masking,
+    Node,
+    Permute,
+    Recurrent,
+    Reshape,
+    Scale,
+    Select,
+    Standardise,
+)
+from cellstack.nodes.base import MORE_ACTIVATIONS, Array, Shape
+
+MOST_COPIED = 1 << 24  # numbers, of weights that several nodes share
+BY_FEATURES = ("softmax", "log_softmax")  # activations that aren't number by number
+
+
+class Draft:
+    """A graph that is being rewritten: nodes by name, in an order in which they can run.
+
+    Args:
+        inputs: their shapes.
+        nodes: the nodes by name; those that lead to no output are left out.
+        sources: what each takes.
+        outputs: names of nodes, all different.
+        shapes: of every value, as far as it is known.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, Shape | None],
+        nodes: dict[str, Node],
+        sources: dict[str, tuple[str, ...]],
+        outputs: Sequence[str],
+        shapes: dict[str, Shape | None],
+    ) -> None:
+        used = set(outputs)
+        for name in reversed(nodes):
+            if name in used:
+                used.update(sources[name])
+        self.inputs, self.outputs, self.shapes = dict(inputs), list(outputs), dict(shapes)
+        self.nodes = {name: node for name, node in nodes.items() if name in used}
+        self.sources = {name: sources[name] for name in self.nodes}
+        self.takers: defaultdict[str, list[str]] = defaultdict(list)
+        self.masked: set[str] = set()  # values on which there may be a mask that the graph makes
+        for name, node in self.nodes.items():
+            for source in self.sources[name]:
+                self.takers[source].append(name)
+            makes = isinstance(node, Masking) or (isinstance(node, Embedding) and node.mask_zero)
+            if makes or not self.masked.isdisjoint(self.sources[name]):
+                self.masked.add(name)
+        self.waiting = deque(self.nodes)  # nodes that are to be looked at
+        self._uses = Counter(id(node) for node in self.nodes.values())
+        self._made: dict[tuple[Any, ...], tuple[Any, Node | None]] = {}
+        self._copied = 0
+
+    def before(self, name: str) -> str | None:
+        """Return the node whose value goes to this one and nowhere else; None where there is none."""
+        (source, *others) = self.sources[name]
+        alone = not others and source in self.nodes and len(self.takers[source]) == 1 and source not in self.outputs
+        return source if alone else None
+
+    def fuse(self, before: str, name: str, node: Node) -> bool:
+        """Let one node do what this one and the one before it did; it has the name of the latter."""
+        self.nodes[before], self.shapes[before] = node, self.shapes[name]
+        return self._leave_out(name, before)
+
+    def fold(self, before: str, name: str, node: Node) -> bool:
+        """Let one node do what this one and the one before it did; it has the name of the former."""
+        (source,) = self.sources[before]
+        self.nodes[name], self.sources[name] = node, (source,)
+        self.takers[source] = [name if taker == before else taker for taker in self.takers[source]]
+        self._remove(before)
+        return True
+
+    def bypass(self, name: str) -> bool:
+        """Leave out a node that changes nothing, unless it is needed as an output of its own."""
+        (source,) = self.sources[name]
+        if name in self.outputs and (source in self.inputs or source in self.outputs):
+            return False
+        return self._leave_out(name, source)
+
+    def _leave_out(self, name: str, source: str) -> bool:
+        """Let what a node gave come from elsewhere; look again at what takes it."""
+        takers = self.takers.pop(name, [])
+        for taker in takers:
+            self.sources[taker] = tuple(source if one == name else one for one in self.sources[taker])
+        self.takers[source] = [one for one in self.takers[source] if one != name] + takers
+        self.outputs = [source if one == name else one for one in self.outputs]
+        self.waiting.extend(takers)
+        self._remove(name)
+        return True
+
+    def _remove(self, name: str) -> None:
+        self.takers.pop(name, None)
+        del self.nodes[name], self.sources[name]
+
+    def made(self, node: Node, *others: Any, make: Callable[[], Node | None]) -> Node | None:
+        """Return what a node becomes, once for all places where it becomes the same; None where it isn't to be.
+
+        Args:
+            node: the node whose weights are rewritten; several places may share it.
+            others: all that tells what it becomes.
+            make: makes it.
+        """
+        key = (id(node), *(id(other) if isinstance(other, Node) else other for other in others))
+        if key not in self._made:
+            if self._uses[id(node)] > 1:  # then the weights, shared until now, are copied
+                self._copied += node.parameters
+                if self._copied > MOST_COPIED:
+                    return None
+            self._made[key] = ((node, *others), make())  # held, so that no other node gets their ids
+        made = self._made[key][1]
+        self._uses[id(made)] += 1
+        return made
+
+
+def simplify(draft: Draft) -> None:
+    """Rewrite a graph by all of the rules until none applies."""
+    while draft.waiting:
+        name = draft.waiting.popleft()
+        while name in draft.nodes and any(rule(draft, name) for rule in RULES):
+            pass
+
+
+# ── recurrent nodes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def last_step(draft: Draft, name: str) -> bool:
+    """The last step of a sequence that a Recurrent returns: it returns that step alone.
+
+    Not with masks, as a row that is masked as a whole has no last step.
+    """
+    before, node = draft.before(name), draft.nodes[name]
+    if before is None or not isinstance(node, GlobalPool) or node.mode != "last" or before in draft.masked:
+        return False
+    recurrent = draft.nodes[before]
+    if not isinstance(recurrent, Recurrent) or recurrent.zero_output_for_mask or not recurrent.return_sequences:
+        return False
+    return draft.fuse(before, name, replace(recurrent, return_sequences=False))
+
+
+# ── what does nothing ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def nothing(draft: Draft, name: str) -> bool:
+    """A node that changes no number: a linear activation, a whole slice, a shape that is there already."""
+    node, (source, *_) = draft.nodes[name], draft.sources[name]
+    shape, masked = draft.shapes[source], source in draft.masked
+    if isinstance(node, Activation):
+        does_nothing = node.activation == "linear"
+    elif isinstance(node, Select):
+        place = 0 if shape is None else node.place(len(shape))
+        length = shape[place - 1] if shape is not None and place else None
+        ends = (None,) if length is None else (None, *range(length, length + 1))
+        does_nothing = node.step == 1 and node.start in (None, 0) and node.stop in ends
+    elif isinstance(node, Permute):  # a mask ends with it
+        does_nothing = list(node.dims) == sorted(node.dims) and not masked
+    elif isinstance(node, (Flatten, Reshape)):
+        same = shape is not None and None not in shape and shape == draft.shapes[name]
+        does_nothing = shape is not None and len(shape) == 1 if isinstance(node, Flatten) else same and not masked
+    elif isinstance(node, Scale):
+        known = shape is not None and shape[-1] is not None  # else the node alone says how wide the input is
+        does_nothing = known and bool((node.scale == 1.0).all()) and not node.shift.any()
+    else:
+        return False
+    return does_nothing and draft.bypass(name)
+
+
+def turned_back(draft: Draft, name: str) -> bool:
+    """A Permute that another one undoes, at once or behind activations number by number."""
+    node, before = draft.nodes[name], draft.before(name)
+    if not isinstance(node, Permute) or before is None or name in draft.masked:
+        return False
+    between = []
+    while before is not None and _by_number(draft.nodes[before]):
+        between.append(before)
+        before = draft.before(before)
+    first = None if before is None else draft.nodes[before]
+    if before is None or not isinstance(first, Permute) or len(first.dims) != len(node.dims):
+        return False
+    if [first.dims[axis - 1] for axis in node.dims] != sorted(node.dims):
+        return False
+    (source,) = draft.sources[before]
+    if name in draft.outputs and not between and (source in draft.inputs or source in draft.outputs):
+        return False
+    shape = draft.shapes[source]
+    draft.bypass(name)
+    draft.bypass(before)
+    for one in between:
+        draft.shapes[one] = shape
+    return True
+
+
+def _by_number(node: Node) -> bool:
+    return isinstance(node, Activation) and node.activation not in BY_FEATURES
+
+
+def one_long_axis(draft: Draft, name: str) -> bool:
+    """A Permute of a value all but one of whose axes are of length 1: it is a Reshape."""
+    node, (source, *_) = draft.nodes[name], draft.sources[name]
+    shape, after = draft.shapes[source], draft.shapes[name]
+    if not isinstance(node, Permute) or shape is None or after is None:
+        return False
+    if sum(axis != 1 for axis in shape) > 1 or list(node.dims) == sorted(node.dims):
+        return False
+    draft.nodes[name] = Reshape(tuple(-1 if axis is None else axis for axis in after))
+    return True
+
+
+def two_shapes(draft: Draft, name: str) -> bool:
+    """A shape after a shape: the last of them is enough."""
+    node, before = draft.nodes[name], draft.before(name)
+    if before is None or not isinstance(node, (Flatten, Reshape)):
+        return False
+    first, shape = draft.nodes[before], draft.shapes[draft.sources[before][0]]
+    known = shape is not None and None not in shape  # else a length that the first refuses would go through
+    return isinstance(first, (Flatten, Reshape)) and known and draft.fold(before, name, node)
+
+
+# ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def activated(draft: Draft, name: str) -> bool:
+    """An activation after a Dense or a Conv1D that has none: it becomes theirs."""
+    before, node = draft.before(name), draft.nodes[name]
+    if before is None or not isinstance(node, Activation):
+        return False
+    product = draft.nodes[before]
+    if not isinstance(product, (Dense, Conv1D)) or product.activation != "linear":
+        return False
+    text = node.activation
+    made = draft.made(product, text, make=lambda: replace(product, activation=text))
+    return made is not None and draft.fuse(before, name, made)
+
+
+# ── products and sums, feature by feature ───────────────────────────────────────────────────────────────────────────
+
+
+def scaling(node: Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return what a node multiplies each feature by, and what it adds then; None for a node that does something else.
+
+    Both are `[W]`, or `[1]` where they are the same for all features.
+    """
+    if isinstance(node, Scale):
+        return node.scale.astype(np.float64), node.shift.astype(np.float64)
+    if isinstance(node, Standardise) and not node.mean.any():
+        return 1.0 / node.scale.astype(np.float64), np.zeros(len(node.scale))
+    if isinstance(node, Activation) and node.activation not in MORE_ACTIVATIONS:
+        kind, alpha, beta = spec.activation(node.activation)
+        if kind == "affine":
+            return np.array([alpha]), np.array([beta])
+    return None
+
+
+def scaled_after(draft: Draft, name: str) -> bool:
+    """A product by feature, such as a batch normalisation, after a Dense or a Conv1D without an activation."""
+    before, found = draft.before(name), scaling(draft.nodes[name])
+    if before is None or found is None:
+        return False
+    product = draft.nodes[before]
+    if not isinstance(product, (Dense, Conv1D)) or product.activation != "linear":
+        return False
+    if draft.nodes[name].dtype not in (None, product.dtype):
+        return False
+    scale, shift = found
+
+    def make() -> Node | None:
+        kernel = _product(product.kernel, scale)
+        bias = shift if product.bias is None else product.bias * scale + shift
+        bias = np.broadcast_to(bias, product.kernel.shape[-1:])
+        keeps = product.bias is not None or bias.any()
+        bias = bias.astype(product.kernel.dtype) if keeps else None
+        return None if kernel is None else replace(product, kernel=kernel, bias=bias)
+
+    made = draft.made(product, "after", draft.nodes[name], make=make)
+    return made is not None and draft.fuse(before, name, made)
+
+
+def scaled_before(draft: Draft, name: str) -> bool:
+    """A product by feature before a Dense, a Recurrent or a Conv1D without padding: it goes into their weights.
+
+    A sum alone doesn't: it may centre large numbers, which nearly cancel, and is more exact by itself.
+    """
+    before, node = draft.before(name), draft.nodes[name]
+    found = None if before is None else scaling(draft.nodes[before])
+    if before is None or found is None or draft.nodes[before].dtype not in (None, node.dtype):
+        return False
+    scale, shift = found
+    if (scale == 1.0).all():
+        return False
+    fits = isinstance(node, (Dense, Recurrent, Bidirectional)) or (
+        isinstance(node, Conv1D) and node.padding == "valid" and node.groups == 1
+    )
+    if not fits:
+        return False
+    made = draft.made(node, "before", draft.nodes[before], make=lambda: _with_input(node, scale, shift))
+    return made is not None and draft.fold(before, name, made)
+
+
+def _with_input(node: Node, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Node | None:
+    """Return a node that takes `x` where it took `x·scale + shift`; None where that can't be."""
+    if isinstance(node, Bidirectional):
+        halves = [_with_input(half, scale, shift) for half in (node.forward, node.backward)]
+        return None if None in halves else replace(node, forward=halves[0], backward=halves[1])
+    if isinstance(node, Recurrent):
+        cell = _cell_with_input(node.cells[0], scale, shift)
+        return None if cell is None else replace(node, cells=(cell, *node.cells[1:]))
+    assert isinstance(node, (Dense, Conv1D))
+    kernel = _product(node.kernel, scale[:, None])
+    sums = np.broadcast_to(shift, node.kernel.shape[-2:-1]) @ node.kernel.reshape(-1, *node.kernel.shape[-2:]).sum(0)
+    bias = sums if node.bias is None else node.bias + sums
+    bias = bias.astype(node.kernel.dtype) if node.bias is not None or shift.any() else None
+    return None if kernel is None else replace(node, kernel=kernel, bias=bias)
+
+
+def _cell_with_input(cell: Cell, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Cell | None:
+    if cell.spec.layer_norm:  # it normalises what comes from the input
+        return None
+    kernel = _product(cell.kernel, scale[:, None])
+    if kernel is None:
+        return None
+    arrays = {**cell.arrays, "kernel": kernel}
+    description = cell.spec
+    if shift.any():
+        description = replace(cell.spec, use_bias=True)
+        bias = np.zeros(description.shapes["bias"]) if cell.bias is None else cell.bias.astype(np.float64)
+        bias[(0, ...) if bias.ndim == 2 else ...] += np.broadcast_to(shift, len(kernel)) @ cell.kernel
+        arrays["bias"] = bias.astype(kernel.dtype)
+    return Cell(description, **arrays)
+
+
+def _product(weights: Array, scale: NDArray[np.float64]) -> Array | None:
+    """Return weights times a scale, in their dtype; None where that overflows."""
+    with np.errstate(over="ignore"):
+        made = (weights * scale).astype(weights.dtype)
+    return made if np.isfinite(made).all() or not np.isfinite(weights).all() else None
+
+
+def scaled_twice(draft: Draft, name: str) -> bool:
+    """Two products by feature in a row: they are one. A sum before a quotient is a Standardise."""
+    before, second = draft.before(name), draft.nodes[name]
+    if before is None or not isinstance(draft.nodes[before], Scale) or not isinstance(second, (Scale, Standardise)):
+        return False
+    first, found = draft.nodes[before], scaling(second)
+    assert isinstance(first, Scale)
+    if found is None or first.dtype != second.dtype:
+        return False
+    if (first.scale == 1.0).all() and first.shift.any():  # a sum may centre large numbers: see `scaled_before`
+        if isinstance(second, Standardise):
+            return draft.fuse(before, name, Standardise(-first.shift, second.scale))
+        if not (second.scale == 1.0).all():
+            return False
+    scale, shift = found
+    made = [(first.scale * scale).astype(first.dtype), (first.shift * scale + shift).astype(first.dtype)]
+    return draft.fuse(before, name, Scale(*made))
+
+
+def scaled_norm(draft: Draft, name: str) -> bool:
+    """A product by feature after a layer normalisation: its gain and bias."""
+    before, second = draft.before(name), draft.nodes[name]
+    norm = None if before is None else draft.nodes[before]
+    if before is None or not isinstance(norm, LayerNorm) or not isinstance(second, Scale):
+        return False
+    if norm.dtype not in (None, second.dtype):
+        return False
+    gain = second.scale if norm.gain is None else norm.gain * second.scale
+    bias = second.shift if norm.bias is None else norm.bias * second.scale + second.shift
+    return draft.fuse(before, name, LayerNorm(gain, bias, norm.epsilon))
+
+
+RULES: tuple[Callable[[Draft, str], bool], ...] = (
+    nothing,
+    one_long_axis,
+    turned_back,
+    two_shapes,
+    last_step,
+    scaled_after,
+    activated,
+    scaled_twice,
+    scaled_norm,
+    scaled_before,
+)

@@ -1,0 +1,358 @@
+"""One builder and one simplifier: what each rule makes of a graph, when it keeps out, and that the answers stay."""
+
+import numpy as np
+import pytest
+from networks import make_cell, make_graph
+
+import cellstack as cs
+from cellstack import Network
+from cellstack.formats.build import Builder, Names, ProblemsError, TooMuchError
+from cellstack.nodes import (
+    Activation,
+    Bidirectional,
+    Conv1D,
+    Dense,
+    Embedding,
+    Flatten,
+    GlobalPool,
+    LayerNorm,
+    Masking,
+    Merge,
+    Permute,
+    Pool1D,
+    Recurrent,
+    Repeat,
+    Reshape,
+    Scale,
+    Select,
+    Standardise,
+)
+
+RNG = np.random.default_rng(5)
+DTYPE = np.float64  # so that only the order of the sums can show
+
+
+def numbers(*shape):
+    return RNG.normal(size=shape)
+
+
+def positive(*shape):
+    return RNG.uniform(0.5, 2.0, size=shape)
+
+
+def lstm(inputs=3, units=4, **flags):
+    return Recurrent((make_cell(RNG, inputs, units, DTYPE),), **flags)
+
+
+def dense(inputs=3, outputs=5, activation="linear", bias=True):
+    return Dense(numbers(inputs, outputs), numbers(outputs) if bias else None, activation)
+
+
+def conv(channels=3, filters=5, **settings):
+    return Conv1D(numbers(2, channels, filters), numbers(filters), **settings)
+
+
+def scale(width=3):
+    return Scale(positive(width), numbers(width))
+
+
+def built(*nodes, shape=(None, 3)):
+    """A chain through the builder, and as it stands."""
+    builder = Builder()
+    wire = builder.input("x", shape)
+    for node in nodes:
+        wire = builder.add(type(node).__name__.lower(), node, wire)
+    builder.output(wire)
+    return builder.network(), Network(nodes, inputs={"x": shape})
+
+
+def agree(simple, plain, x=None, mask=None):
+    x = numbers(4, 6, *plain.shapes["x"][1:]) if x is None else x
+    for given in (None, mask):
+        ours, wanted = simple.run(x, mask=given), plain.run(x, mask=given)
+        np.testing.assert_allclose(ours[0], wanted[0], rtol=1e-9, atol=1e-9)
+        for one, other in zip(ours[1], wanted[1], strict=True):
+            for a, b in zip(one, other, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def kinds(network):
+    return [type(node).__name__ for node in network.nodes]
+
+
+SOME = np.arange(6) < np.array([[6], [4], [1], [3]])
+TURN = Permute((2, 1))
+
+ONE_NODE = {  # chains that become one node
+    "an activation into Dense": [dense(), Activation("tanh")],
+    "softmax into Dense": [dense(), Activation("softmax")],
+    "an activation into Conv1D": [conv(), Activation("relu")],
+    "a scale into Dense": [dense(), scale(5)],
+    "a scale into Dense without a bias": [dense(bias=False), scale(5)],
+    "one factor into Dense": [dense(), Activation("affine(2.0, 0.5)")],
+    "a scale and an activation into Conv1D": [conv(padding="same"), scale(5), Activation("relu")],
+    "a scale before Dense": [scale(), dense(activation="relu")],
+    "a scale before Conv1D": [scale(), conv(dilation=2, strides=2)],
+    "a quotient before Dense": [Standardise(np.zeros(3), positive(3)), dense()],
+    "a scale before an LSTM": [scale(), lstm()],
+    "a scale before a way back": [scale(), lstm(go_backwards=True, return_sequences=False)],
+    "a scale before both ways": [scale(), Bidirectional(lstm(), lstm(3, 2, go_backwards=True))],
+    "scales": [scale(), scale(), Scale(np.ones(3), numbers(3))],
+    "a sum and a quotient": [Scale(np.ones(3), numbers(3)), Standardise(np.zeros(3), positive(3))],
+    "a scale into a layer norm": [LayerNorm(), scale()],
+    "a scale into a layer norm with its own": [LayerNorm(positive(3), numbers(3)), scale()],
+    "a whole slice": [dense(), Select(0, None)],
+    "a whole slice of the features": [dense(), Select(0, 5, axis=-1)],
+    "nothing": [Activation("linear"), dense(), Activation("linear"), Scale(np.ones(5), np.zeros(5))],
+    "permutes": [TURN, TURN, dense()],
+    "permutes around activations": [dense(), TURN, Activation("relu"), TURN],
+    "permutes in permutes": [TURN, TURN, TURN, TURN, lstm()],
+    "the last step": [lstm(), GlobalPool("last")],
+    "a vector flattened": [lstm(return_sequences=False), Flatten()],
+    "pooled to one step, and flattened": [lstm(), GlobalPool("last"), Reshape((1, -1)), TURN, Flatten()],
+}
+
+
+@pytest.mark.parametrize("nodes", ONE_NODE.values(), ids=ONE_NODE.keys())
+def test_chains_become_one_node(nodes):
+    simple, plain = built(*nodes)
+    assert len(simple.nodes) == 1
+    turned = any(isinstance(node, Permute) for node in nodes)  # at which a mask that the caller gives would end
+    agree(simple, plain, mask=None if turned else SOME)
+
+
+KEPT = {  # chains of which every node stays
+    "an activation after one": [dense(activation="relu"), Activation("tanh")],
+    "a scale after an activation": [conv(activation="relu"), scale(5)],
+    "a scale before a padded Conv1D": [scale(), conv(padding="causal")],
+    "a scale before groups": [scale(4), Conv1D(numbers(2, 2, 6), groups=2)],
+    "a sum before Dense": [Scale(np.ones(3), numbers(3)), dense()],
+    "a mean that is taken off": [Standardise(numbers(3), positive(3)), dense()],
+    "a scale before layer norm in a cell": [
+        scale(),
+        Recurrent((make_cell(RNG, 3, 4, DTYPE, layer_norm=True),)),
+    ],
+    "a scale after a scale that isn't one": [Standardise(numbers(3), positive(3)), scale()],
+    "softmax between permutes": [conv(activation="relu"), TURN, Activation("softmax"), TURN],
+    "other permutes": [Reshape((-1, 3, 2)), Permute((2, 3, 1)), Permute((2, 3, 1))],
+    "a slice": [lstm(), Select(1, None)],
+    "the last of both ways": [Bidirectional(lstm(), lstm(go_backwards=True)), GlobalPool("last")],
+    "the last, where masked steps are zero": [lstm(zero_output_for_mask=True), GlobalPool("last")],
+    "the mean": [lstm(), GlobalPool("mean")],
+    "a mask, then the last step": [Masking(0.0), lstm(), GlobalPool("last")],
+    "a mask that ends": [Masking(0.0), Permute((1, 2)), lstm()],
+    "a mask that ends in permutes": [Masking(0.0), TURN, TURN, lstm()],
+}
+
+
+@pytest.mark.parametrize("nodes", KEPT.values(), ids=KEPT.keys())
+def test_what_has_to_stay_stays(nodes):
+    simple, plain = built(*nodes, shape=(None, nodes[0].input_size or 3))
+    if isinstance(nodes[0], Reshape):
+        simple, plain = built(*nodes, shape=(4, 3))
+        agree(simple, plain, numbers(2, 4, 3))
+    else:
+        x = numbers(4, 6, plain.shapes["x"][-1])
+        x[:, 2] = 0.0
+        agree(simple, plain, x, SOME)
+    assert kinds(simple) == kinds(plain)
+
+
+def test_a_value_that_goes_elsewhere_too_stays():
+    builder = Builder()
+    first = builder.add("first", dense(), builder.input("x", (None, 3)))
+    second = builder.add("second", Activation("relu"), first)
+    builder.output(builder.add("both", Merge("add"), first, second))
+    assert kinds(builder.network()) == ["Dense", "Activation", "Merge"]
+    builder = Builder()
+    first = builder.add("first", dense(), builder.input("x", (None, 3)))
+    builder.output(first)
+    builder.output(builder.add("second", Activation("relu"), first))
+    network = builder.network()
+    assert kinds(network) == ["Dense", "Activation"]
+    assert network.outputs == ("first", "second")
+
+
+def test_a_stack_becomes_a_node_a_layer():
+    cells = tuple(make_cell(RNG, 3 if n == 0 else 4, 4, DTYPE) for n in range(3))
+    for flags in ({}, {"return_sequences": False}, {"go_backwards": True}, {"zero_output_for_mask": True}):
+        simple, plain = built(Recurrent(cells, **flags))
+        assert simple.names == ("recurrent.0", "recurrent.1", "recurrent.2")
+        agree(simple, plain, mask=SOME)
+    simple, plain = built(Recurrent(cells, residual=True))
+    assert len(simple.nodes) == 1
+    agree(simple, plain, mask=SOME)
+
+
+def test_masks_that_the_graph_makes_are_those_of_the_chain():
+    table = Embedding(numbers(5, 3), mask_zero=True)
+    ids = np.array([[1, 2, 0, 4], [0, 0, 3, 0]])
+    for nodes in (
+        [table, scale(), lstm(), dense(4, 2), Activation("relu")],
+        [table, Select(None, None), lstm(return_sequences=False)],
+        [table, Permute((1, 2)), lstm(return_sequences=False)],
+        [table, conv(), Activation("relu"), TURN, TURN, lstm(5)],
+    ):
+        simple, plain = built(*nodes, shape=(None,))
+        agree(simple, plain, ids)
+
+
+def woven(seed):
+    """A random graph through the builder, and as it stands, with more nodes between its own."""
+    net, given = make_graph(seed, "float64")
+    rng = np.random.default_rng(seed)
+    builder, nodes, names, wires, ends = Builder(), [], [], [], {}
+    for name in net.inputs:
+        builder.input(name, given[name].shape[1:])
+        ends[name] = name
+
+    def add(name, node, *sources):
+        nodes.append(node)
+        names.append(builder.add(name, node, *sources))
+        wires.append(sources)
+        return names[-1]
+
+    for name, node, sources in zip(net.names, net.nodes, net.wires, strict=True):
+        if isinstance(node, Recurrent) and len(node.cells) > 1 and not node.residual:
+            node = Recurrent(node.cells[:1], node.return_sequences, node.go_backwards)
+            if node.units != net.shapes[name][-1]:
+                return None
+        wire = add(name, node, *(ends[source] for source in sources))
+        shape = builder.shapes[wire]
+        for kind in rng.choice(["nothing", "scale", "turned", "activated", "whole"], size=rng.integers(3)):
+            if kind == "scale" and len(shape) < 3:
+                wire = add("s", Scale(rng.uniform(0.5, 2, size=shape[-1]), rng.normal(size=shape[-1])), wire)
+            elif kind == "turned" and len(shape) == 2:
+                wire = add("t", TURN, add("a", Activation("softsign"), add("t", TURN, wire)))
+            elif kind == "activated" and len(shape) < 3:
+                wire = add("a", Activation("tanh"), wire)
+            else:
+                wire = add("w", Select(), wire)
+        ends[name] = wire
+    for wire in dict.fromkeys(ends[name] for name in net.outputs):
+        builder.output(wire)
+    shapes = {name: given[name].shape[1:] for name in net.inputs}
+    plain = Network(nodes, names, inputs=shapes, wires=wires, outputs=list(builder.outputs))
+    return builder.network(), plain, given
+
+
+def test_random_graphs_give_the_same_answers():
+    fewer = compared = 0
+    for seed in range(200):
+        found = woven(seed)
+        if found is None:
+            continue
+        simple, plain, given = found
+        ours, wanted = simple(given), plain(given)
+        for one, other in zip(*((y if isinstance(y, tuple) else (y,)) for y in (ours, wanted)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+        fewer += len(plain.nodes) - len(simple.nodes)
+        compared += 1
+    assert compared > 120
+    assert fewer > 3 * compared / 2
+
+
+def test_weights_that_places_share_stay_shared():
+    shared, norm = dense(), scale(5)
+    builder = Builder()
+    x = builder.input("x", (None, 3))
+    ends = [
+        builder.add("act", Activation("relu"), builder.add("norm", norm, builder.add("dense", shared, x)))
+        for _ in range(2)
+    ]
+    builder.output(builder.add("both", Merge("add"), *ends))
+    network = builder.network()
+    assert kinds(network) == ["Dense", "Dense", "Merge"]
+    assert network.nodes[0] is network.nodes[1]
+
+
+def test_shared_weights_are_not_copied_without_end(monkeypatch):
+    monkeypatch.setattr("cellstack.formats.simplify.MOST_COPIED", 100)
+    shared = dense(10, 10)
+    builder = Builder()
+    wire = builder.input("x", (None, 10))
+    for _ in range(5):
+        wire = builder.add("scale", scale(10), builder.add("dense", shared, wire))
+    builder.output(wire)
+    assert len(builder.network().nodes) == 10
+
+
+# ── the builder ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_names_are_unique_and_fit():
+    names = Names(["x"])
+    assert [names.fresh(name) for name in ("x", "x", "y", "x.2", "x")] == ["x.2", "x.3", "y", "x.2.2", "x.4"]
+    builder = Builder()
+    assert builder.input("a/b", (None, 3)) == "a.b"
+    assert builder.add("/a/b\n", dense(), "a.b") == "a.b_"
+
+
+def test_problems_come_in_order_of_weight_and_are_counted():
+    builder = Builder()
+    for number in range(50):
+        builder.refuse(f"tensor {number}", rank=1)
+    builder.refuse("a layer that a Network hasn't")
+    builder.refuse("a layer that a Network hasn't")
+    with pytest.raises(ProblemsError, match=r"^a layer that a Network hasn't; tensor 0; .*; tensor 18; and 31 more$"):
+        builder.network()
+
+
+def test_what_a_file_asks_for_is_bounded():
+    builder = Builder(most_nodes=2, most_numbers=10)
+    wire = builder.input("x", (None, 3))
+    for _ in range(2):
+        wire = builder.add("relu", Activation("relu"), wire)
+    with pytest.raises(TooMuchError, match="at most 2 nodes"):
+        builder.add("relu", Activation("relu"), wire)
+    builder.make(10)
+    with pytest.raises(TooMuchError, match="at most 10 numbers"):
+        builder.make(1)
+
+
+def test_a_node_that_does_not_fit_is_refused_where_it_is_added():
+    builder = Builder()
+    with pytest.raises(cs.ShapeError, match="head: expected an input of 4 features, got 3"):
+        builder.add("head", dense(4), builder.input("x", (None, 3)))
+
+
+def test_outputs_that_are_inputs_or_outputs_already_are_copied():
+    builder = Builder()
+    wire = builder.add("dense", dense(), builder.input("x", (None, 3)))
+    builder.output(wire)
+    builder.output(wire, "again")
+    builder.output("x", "raw")
+    network = builder.network()
+    assert network.outputs == ("dense", "again", "raw")
+
+
+def test_nodes_that_lead_nowhere_are_left_out():
+    builder = Builder()
+    wire = builder.add("dense", dense(), builder.input("x", (None, 3)))
+    builder.add("more", dense(5), wire)
+    builder.output(wire)
+    assert builder.network().names == ("dense",)
+
+
+LENGTHS = {  # whether a network takes sequences of any length
+    "an LSTM": ([lstm()], True),
+    "a pool": ([conv(), Pool1D("max", 2), lstm(5)], True),
+    "time flattened": ([lstm(), Flatten(), dense(24)], False),
+    "time turned": ([lstm(), TURN, dense(6)], False),
+    "time turned and back": ([lstm(), TURN, Activation("relu"), TURN, dense(4)], True),
+    "a vector shaped": ([lstm(return_sequences=False), Reshape((2, 2))], True),
+    "a vector repeated": ([lstm(return_sequences=False), Repeat(3), Flatten()], True),
+}
+
+
+@pytest.mark.parametrize(("nodes", "any_length"), LENGTHS.values(), ids=LENGTHS.keys())
+def test_sequences_may_have_any_length_where_no_node_needs_it(nodes, any_length):
+    simple, _ = built(*nodes, shape=(6, 3))
+    assert simple.shapes["x"] == (None if any_length else 6, 3)
+
+
+def test_a_length_that_was_asked_for_is_kept():
+    builder = Builder()
+    builder.output(builder.add("lstm", lstm(), builder.input("x", (6, 3))))
+    assert builder.length("x", 1) == 6
+    assert builder.network().shapes["x"] == (6, 3)
