@@ -354,7 +354,7 @@ class Network:
             The paths of the header and of the source.
 
         Raises:
-            ValueError: a node that can't be streamed or written as C, which the message names; a name that C hasn't.
+            ValueError: a node that can't be streamed or written as C, by name; a name that isn't one in C.
             OSError: the files can't be written.
         """
         from cellstack.formats import c  # formats are built on the network, not under it

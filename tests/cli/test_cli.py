@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -368,6 +369,16 @@ def test_a_replay_that_fails_is_one_line(capsys, monkeypatch, tmp_path):
     status, _, err = run(capsys, "demo", "-o", str(tmp_path), "--epochs", "1")
     assert status == 2
     assert err.splitlines()[-1] == "cellstack demo: error: the replay failed: OSError: no such thing"
+
+
+def test_letters_that_a_terminal_can_t_show(vowels, tmp_path):
+    path = rewritten(vowels, tmp_path, labels=["Zoë", *map(str, range(8))])
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for words in (["info", path], ["run", path, VOWELS_TEST]):
+        command = [sys.executable, "-m", "cellstack", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
+        assert "Traceback" not in done.stderr
+    assert "p_Zo" in done.stdout or "Zo" in done.stderr
 
 
 def test_run_and_info_need_no_torch(vowels, co2):

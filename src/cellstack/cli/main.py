@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import os
 import sys
 import warnings
@@ -181,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where `convert` found a difference; 2 for bad input, with one line on standard error; 130 where Ctrl-C
         ended it, 143 where SIGTERM ended `stream`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may have letters that a terminal can't show
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parser().parse_args(argv)
     try:
         threads = getattr(args, "threads", None)

@@ -8,8 +8,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +17,12 @@ from cellstack.formats.files import check_replaceable
 from cellstack.formats.lines import Lines
 from cellstack.formats.state import load_state, save_state
 from cellstack.nodes import GlobalPool
-from cellstack.streaming.stream import Stream
 from cellstack.train.checks import UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from cellstack.streaming.stream import Stream
 
 GRACE = 1.0  # seconds that the answer to the last frame may take to be read
 DIGITS = {"float32": 9, "float64": 17}  # that tell all numbers of a dtype apart
