@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,20 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class Stage(NamedTuple):
+    """What a run does at a time: a node, or cells of several nodes that follow each other, in one call of the kernel.
+
+    Attributes:
+        nodes: the numbers of its nodes, in their order.
+        node: what is run.
+        sources: what it takes.
+    """
+
+    nodes: tuple[int, ...]
+    node: Node
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -93,6 +108,7 @@ class Network:
     input_size: int | None
     dtype: np.dtype[Any]
     graph: Graph
+    _stages: tuple[Stage, ...]
 
     def __init__(
         self,
@@ -124,6 +140,7 @@ class Network:
             "input_size": None if first in graph.ids else graph.shapes[first][-1],
             "dtype": dtype,
             "graph": graph,
+            "_stages": _stages(nodes, names, graph),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -197,9 +214,10 @@ class Network:
             raise ValueError(f"Network: expected threads to be an integer from 1 to {MOST}, got {threads!r}")
         after: tuple[CellState, ...] = ()
         with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
-            for number, (name, node) in enumerate(zip(self.names, self.nodes, strict=True)):
-                flows = [values[source] for source in self.wires[number]]
-                if self.graph.late[number]:
+            for numbers, node, sources in self._stages:
+                name = self.names[numbers[-1]]
+                flows = [values[source] for source in sources]
+                if self.graph.late[numbers[0]]:
                     node.check(name, *(flow.x.shape[1:] for flow in flows))
                 if reset is not None and node.mixes_steps and any(flow.reset is not None for flow in flows):
                     raise ValueError(
@@ -213,8 +231,9 @@ class Network:
                     x, used, begun, ends = node.run(flows, own, threads)
                 values[name] = Flow(x, used, begun)
                 after += ends
-                for value in self.graph.done[number]:
-                    del values[value]
+                for number in numbers:
+                    for value in self.graph.done[number]:
+                        values.pop(value, None)  # between nodes that are one stage there is none
         return as_own([values[name].x for name in self.outputs], given), after
 
     def _flows(self, x: Any, mask: Any, lengths: Any, reset: Any) -> dict[str, Flow]:
@@ -368,8 +387,10 @@ class Network:
         the node returns; activations, and sums and products of values with each other, come on top.
         """
         rows = []
-        for name, origin, node in zip(self.names, self._origins(), self.nodes, strict=True):
-            rows.append((name, origin, node.summary, _cost(*self._cost(node)), node.engine(self.dtype)))
+        begun = {number: self.names[stage.nodes[0]] for stage in self._stages for number in stage.nodes[1:]}
+        for number, (name, origin, node) in enumerate(zip(self.names, self._origins(), self.nodes, strict=True)):
+            engine = f"in the call of {begun[number]}" if number in begun else node.engine(self.dtype)
+            rows.append((name, origin, node.summary, _cost(*self._cost(node)), engine))
         costs = [self._cost(node) for node in self.nodes]
         total = _cost(*(sum(numbers) for numbers in zip(*costs, strict=True)))
         return Plan([*_table(rows), f"in all, a step: {total}"])
@@ -403,6 +424,35 @@ class Network:
         shapes = [self.graph.shown(name) for name in names]
         named = len(names) > 1
         return ", ".join(f"{name} {shape}" if named else shape for name, shape in zip(names, shapes, strict=True))
+
+
+def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tuple[Stage, ...]:
+    """Return the nodes in the order in which they run, those together that one call of the kernel can run.
+
+    A stack of cells in one call shares its layers out to threads, and keeps no sequence between them. The bits are the
+    same.
+    """
+    stages: list[Stage] = []
+    uses = Counter((*graph.outputs, *(source for sources in graph.wires for source in sources)))
+    for number, (node, sources) in enumerate(zip(nodes, graph.wires, strict=True)):
+        below = stages[-1] if stages else None
+        if below is not None and sources == (names[below.nodes[-1]],) and uses[sources[0]] == 1:
+            joined = _joined(below.node, node)
+            if joined is not None:
+                stages[-1] = Stage((*below.nodes, number), joined, below.sources)
+                continue
+        stages.append(Stage((number,), node, sources))
+    return tuple(stages)
+
+
+def _joined(below: Node, above: Node) -> Recurrent | None:
+    """Return two stacks of cells as one; None where they aren't."""
+    if not isinstance(below, Recurrent) or not isinstance(above, Recurrent) or not below.return_sequences:
+        return None
+    if below.residual or above.residual or below.zero_output_for_mask or above.go_backwards:
+        return None  # what goes backwards turns its sequence round first: below, then, the whole stack goes backwards
+    cells = (*below.cells, *above.cells)
+    return Recurrent(cells, above.return_sequences, below.go_backwards, above.zero_output_for_mask)
 
 
 def _checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from cellstack import (
     ShapeError,
     Standardise,
     State,
+    native,
     reference,
 )
 from cellstack.spec import ARRAYS
@@ -632,6 +633,47 @@ def test_a_bad_network_is_refused_where_it_is_built(case):
 
 
 # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_cells_in_nodes_of_their_own_run_as_a_stack_does(seed, monkeypatch):
+    rng = rng_of(seed)
+    width, ways = int(rng.integers(1, 9)), {"go_backwards": bool(rng.integers(2))}
+    ends = {"return_sequences": bool(rng.integers(2)), "zero_output_for_mask": bool(rng.integers(2))}
+    cells = make_stack(rng, width).cells
+    cells = (*cells, fill(rng, CellSpec(cells[-1].spec.output_size, 4, kind=["lstm", "gru", "rnn"][seed % 3])))
+    first, *middle, last = cells
+    nodes = [Recurrent((first,), **ways), *(Recurrent((cell,)) for cell in middle), Recurrent((last,), **ends)]
+    apart, stack = Network(nodes), Network([Recurrent(cells, **ways, **ends)])
+    batch, steps = int(rng.integers(1, 5)), int(rng.integers(0, 9))
+    x = rng.normal(size=(batch, steps, width)).astype("f4")
+    given = {"state": make_states(rng, stack, batch) if seed % 2 else None, "threads": 1 + seed % 2}
+    if seed % 3:
+        given |= {"mask": rng.random((batch, steps)) < 0.7, "reset": rng.random((batch, steps)) < 0.2}
+    calls, records = [], ([], [])
+    forward = native.forward
+    monkeypatch.setattr(native, "forward", lambda *arguments: (calls.append(1), forward(*arguments)))
+    y, after = apart.run(x, **given, record=records[0])
+    assert len(calls) == 1
+    expected_y, expected_after = stack.run(x, **given, record=records[1])
+    assert np.array_equal(y, expected_y)
+    for one, other in zip((*after, *records[0]), (*expected_after, *records[1]), strict=True):
+        assert same([a for a in one if a is not None], [a for a in other if a is not None])
+    assert all("in the call of layer_0" in line for line in apart.plan()[1 : len(cells)])
+
+
+def test_cells_run_apart_where_what_is_between_them_is_asked_for():
+    rng = rng_of()
+    cells = [make_cell(rng, 3, 4), make_cell(rng, 4, 4)]
+    nodes = [Recurrent((cell,)) for cell in cells]
+    y, between = Network(nodes, ["a", "b"], outputs=["b", "a"])(np.ones((2, 5, 3)))
+    assert np.array_equal(between, Network(nodes[:1])(np.ones((2, 5, 3))))
+    assert np.array_equal(y, Network(nodes)(np.ones((2, 5, 3))))
+    mask = np.arange(5) < np.array([[5], [2]])
+    zeros = [replace(nodes[0], zero_output_for_mask=True), nodes[1]]
+    assert np.array_equal(Network(zeros)(np.ones((2, 5, 3)), mask), Network(nodes)(np.ones((2, 5, 3)), mask))
+    twice = Network([nodes[0], replace(nodes[1], go_backwards=True)])(np.ones((2, 5, 3)))
+    assert not np.array_equal(twice, y)
 
 
 def test_plan_and_repr_name_every_node():
