@@ -14,12 +14,12 @@ import numpy as np
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import MOST, Array, CellState, Flow, Node, Shape
-from cellstack.nodes.recurrent import Cell
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cellstack.nodes.recurrent import Cell
     from cellstack.streaming.sessions import Sessions
     from cellstack.streaming.stream import Stream
 
@@ -54,7 +54,7 @@ class Network:
         TypeError: not a node, dtypes that differ, metadata that JSON can't hold.
         ValueError: names that don't fit; a wire to nothing or from a later node; a node or an input that leads nowhere.
 
-    >>> from cellstack import CellSpec, Dense, Recurrent
+    >>> from cellstack import Cell, CellSpec, Dense, Recurrent
     >>> rng = np.random.default_rng(0)
     >>> cell = Cell(CellSpec(3, 4), *(rng.normal(size=shape) for shape in CellSpec(3, 4).shapes.values()))
     >>> net = Network([Recurrent((cell,), return_sequences=False), Dense(rng.normal(size=(4, 2)))])
@@ -295,7 +295,7 @@ class Network:
             ValueError: a node needs the whole sequence, which the message names; unknown weights.
             TypeError: fewer bits for a float64 network.
 
-        >>> from cellstack import CellSpec, Recurrent
+        >>> from cellstack import Cell, CellSpec, Recurrent
         >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
         >>> Network([Recurrent((cell,))]).stream().step([[1, 2, 3]]).shape
         (1, 4)
@@ -346,7 +346,7 @@ class Network:
             The paths of the header and of the source.
 
         Raises:
-            ValueError: a node that can't be streamed or written as C, which the message names; a name that C hasn't.
+            ValueError: a node that can't be streamed or written as C, which the message names; a name that isn't C's.
             OSError: the files can't be written.
         """
         from cellstack.formats import c  # formats are built on the network, not under it
@@ -356,8 +356,8 @@ class Network:
     def plan(self) -> Plan:
         """Return what each node costs, what runs it, and why, one line a node, and what they cost in all.
 
-        Counted are products with the network's own numbers, and the bytes of these that are read, for a step of what
-        the node returns; activations, and sums and products of values with each other, come on top.
+        Counted are multiplications by the network's own numbers, and the bytes of these numbers that are read, for a
+        step of what the node returns; activations, and products of values with each other, come on top.
         """
         rows = []
         for name, origin, node in zip(self.names, self._origins(), self.nodes, strict=True):
@@ -367,7 +367,7 @@ class Network:
         return Plan([*_table(rows), f"in all, a step: {total}"])
 
     def _cost(self, node: Node) -> tuple[int, int]:
-        """Return how many products with a node's numbers a step takes, and how many bytes of them it reads."""
+        """Return how often a step multiplies by a node's numbers, and how many bytes of them it reads."""
         return node.multiplications, node.numbers_read * self.dtype.itemsize
 
     def _origins(self) -> list[str]:
@@ -427,7 +427,7 @@ def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _cost(multiplications: int, read: int) -> str:
     """Return in words what a step costs; nothing where there are no numbers."""
-    return f"{multiplications:,} products, {read:,} bytes" if read else ""
+    return f"{multiplications:,} multiplications, {read:,} bytes" if read else ""
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
