@@ -14,12 +14,12 @@ import numpy as np
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import MOST, Array, CellState, Flow, Node, Shape
+from cellstack.nodes.recurrent import Bidirectional, Cell, Record, Recurrent
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cellstack.nodes.recurrent import Cell
     from cellstack.streaming.sessions import Sessions
     from cellstack.streaming.stream import Stream
 
@@ -153,6 +153,8 @@ class Network:
         lengths: Any = None,
         reset: Any = None,
         threads: int | None = None,
+        *,
+        record: list[Record] | None = None,
     ) -> tuple[Any, tuple[CellState, ...]]:
         """Run the network over a batch of sequences.
 
@@ -171,6 +173,8 @@ class Network:
                 from its own end, and the last one from `state`. None = one piece. `lengths` and `reset` may be dicts
                 as `mask` may.
             threads: how many the kernel may use; None = as many as this process has processors and work for.
+            record: where to append the `Record` of each cell, in the order of `cells`: what its gates, c and h were at
+                every step. The bits of all else are the same.
 
         Returns:
             `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are
@@ -202,7 +206,11 @@ class Network:
                         f"Network: expected no reset, as {name} ({type(node).__name__}) takes steps together, "
                         "of one piece and of the next"
                     )
-                x, used, begun, ends = node.run(flows, states[len(after) : len(after) + len(node.cells)], threads)
+                own = states[len(after) : len(after) + len(node.cells)]
+                if record is not None and isinstance(node, (Recurrent, Bidirectional)):
+                    x, used, begun, ends = node.run(flows, own, threads, record)
+                else:
+                    x, used, begun, ends = node.run(flows, own, threads)
                 values[name] = Flow(x, used, begun)
                 after += ends
                 for value in self.graph.done[number]:
@@ -346,7 +354,7 @@ class Network:
             The paths of the header and of the source.
 
         Raises:
-            ValueError: a node that can't be streamed or written as C, which the message names; a name that isn't C's.
+            ValueError: a node that can't be streamed or written as C, by name; a name that isn't one in C.
             OSError: the files can't be written.
         """
         from cellstack.formats import c  # formats are built on the network, not under it

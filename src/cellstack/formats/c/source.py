@@ -82,7 +82,7 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
         raise ValueError(f"export_c: expected a name of letters, digits and single underscores, as C has, got {name!r}")
     if name.lower() in HEADERS:
         raise ValueError(f"export_c: expected a name that no header of C has, got {name!r}")
-    if Path(directory).suffix in (".c", ".h"):
+    if not os.fspath(directory) or Path(directory).suffix in (".c", ".h"):
         raise ValueError(
             f"export_c: expected a folder, got {os.fspath(directory)!r}: name= is what the files are called"
         )
@@ -331,7 +331,7 @@ class _Writer:
         scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
         nothing = [] if kept or scratch else [f"    {real} unused[1]; /* nothing is kept between frames */"]
         ids = isinstance(next(filter(_acts, self.network.nodes)), Embedding)
-        what = "one id, a whole number; one that the table hasn't is taken as 0" if ids else "one frame"
+        what = "one id, a whole number; one beyond the table is taken as 0" if ids else "one frame"
         text = f"""\
 /* {name}: a recurrent network, a frame at a time. Written by cellstack (export_c); don't edit, export again.
  *

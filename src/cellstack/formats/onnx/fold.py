@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,6 +14,25 @@ FREE = 1 << 22  # numbers that any file may compute, however small it is
 TIMES = 8  # and how many for each of its bytes
 LARGEST = 2**31 - 1  # from here on, the start or end of a slice is that of the axis
 CASTS = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 12: "u4", 13: "u8"}
+
+
+NEEDED = {  # how many inputs an operator can't do without; 1 where nothing is said
+    "BatchNormalization": 5,
+    "Constant": 0,
+    "Range": 3,
+    "Where": 3,
+    **dict.fromkeys(
+        ("Add", "Conv", "DequantizeLinear", "Div", "Equal", "Expand", "Gather", "Gemm", "LayerNormalization", "MatMul",
+         "MatMulInteger", "Mul", "PRelu", "Pow", "Reshape", "Sub", "Tile"), 2
+    ),
+}  # fmt: skip
+
+
+def check_inputs(operator: str, given: Sequence[bool]) -> None:
+    """Raise `ValueError` where an operator lacks an input that it can't do without."""
+    count = max(1, len(given)) if operator in ("Concat", "Max", "Mean", "Min", "Sum") else NEEDED.get(operator, 1)
+    if not all(given[:count]) or len(given) < count:
+        raise ValueError(f"expected at least {count} input{'s' * (count != 1)}, found {sum(given[:count])}")
 
 
 class TooMuchError(ValueError):
@@ -325,6 +344,7 @@ def fold(
     run = OPERATORS.get(operator)
     if run is None:
         return None
+    check_inputs(operator, given)
     if operator == "Concat" and all(isinstance(value, Spread) and value.ranked for value in values):
         return _concat_spread(attributes, [value.array for value in values])
     if values and isinstance(values[0], Spread):

@@ -11,7 +11,7 @@ from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import Names, clean, is_recurrent
 from cellstack.formats.onnx.directions import both_ways
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
-from cellstack.formats.onnx.fold import Spread, TooMuchError, fold
+from cellstack.formats.onnx.fold import Spread, check_inputs, fold
 from cellstack.formats.onnx.scan import is_scan
 from cellstack.formats.onnx.values import Final, Flowing, Initial, Lengths, States, Symbols, Unknown
 from cellstack.network import Network
@@ -216,6 +216,7 @@ class Reader:
         if is_recurrent(node):
             handler = self.handlers.get(node.op_type)
         try:
+            check_inputs(node.op_type, [bool(name) for name in node.input])
             if not any(told) and all(isinstance(v, (np.ndarray, Spread, Symbols, Unknown, type(None))) for v in values):
                 return self._symbols(node, self.model.attributes(node), values)
             if handler is None and node.op_type not in SHAPES | MOVES:
@@ -228,11 +229,11 @@ class Reader:
                 raise Refused("an operator that a Network hasn't")
             made = handler(self, node, attributes, values)
             return [*made, *[Unknown("an output that a Network hasn't", False)] * (len(node.output) - len(made))]
-        except (Refused, TooMuchError) as error:
-            self._refuse(node, f"{short(label(node))}: {self.axes.problems.get(id(node), error)}")
         except FormatError as error:
             self._refuse(node, str(error).removeprefix(f"{self.model.path}: "))
-        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        except ValueError as error:
+            self._refuse(node, f"{short(label(node))}: {self.axes.problems.get(id(node), str(error)[:300])}")
+        except (TypeError, LookupError, ArithmeticError) as error:
             self._refuse(node, f"{short(label(node))}: {type(error).__name__}: {str(error)[:200]}")
         return [Unknown("", True)] * len(node.output)
 
@@ -287,6 +288,8 @@ class Reader:
                 wire = self.add(name, Activation("linear"), wire)
             wires.append(wire)
             said["outputs"][name] = "".join(flow.axes)
+        if self.problems:
+            return wires, said
         return wires, said | self._said_of_states(wires, {n: value for n, value in after.items() if n not in data})
 
     def _refuse_output(self, name: str, text: str) -> None:
