@@ -69,7 +69,7 @@ class Network:
         TypeError: not a node, dtypes that differ, metadata that JSON can't hold.
         ValueError: names that don't fit; a wire to nothing or from a later node; a node or an input that leads nowhere.
 
-    >>> from cellstack import CellSpec, Dense, Recurrent
+    >>> from cellstack import Cell, CellSpec, Dense, Recurrent
     >>> rng = np.random.default_rng(0)
     >>> cell = Cell(CellSpec(3, 4), *(rng.normal(size=shape) for shape in CellSpec(3, 4).shapes.values()))
     >>> net = Network([Recurrent((cell,), return_sequences=False), Dense(rng.normal(size=(4, 2)))])
@@ -322,7 +322,7 @@ class Network:
             ValueError: a node needs the whole sequence, which the message names; unknown weights.
             TypeError: fewer bits for a float64 network.
 
-        >>> from cellstack import CellSpec, Recurrent
+        >>> from cellstack import Cell, CellSpec, Recurrent
         >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
         >>> Network([Recurrent((cell,))]).stream().step([[1, 2, 3]]).shape
         (1, 4)
@@ -383,8 +383,8 @@ class Network:
     def plan(self) -> Plan:
         """Return what each node costs, what runs it, and why, one line a node, and what they cost in all.
 
-        Counted are products with the network's own numbers, and the bytes of these that are read, for a step of what
-        the node returns; activations, and sums and products of values with each other, come on top.
+        Counted are multiplications by the network's own numbers, and the bytes of these numbers that are read, for a
+        step of what the node returns; activations, and products of values with each other, come on top.
         """
         rows = []
         begun = {number: self.names[stage.nodes[0]] for stage in self._stages for number in stage.nodes[1:]}
@@ -396,7 +396,7 @@ class Network:
         return Plan([*_table(rows), f"in all, a step: {total}"])
 
     def _cost(self, node: Node) -> tuple[int, int]:
-        """Return how many products with a node's numbers a step takes, and how many bytes of them it reads."""
+        """Return how often a step multiplies by a node's numbers, and how many bytes of them it reads."""
         return node.multiplications, node.numbers_read * self.dtype.itemsize
 
     def _origins(self) -> list[str]:
@@ -485,7 +485,7 @@ def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _cost(multiplications: int, read: int) -> str:
     """Return in words what a step costs; nothing where there are no numbers."""
-    return f"{multiplications:,} products, {read:,} bytes" if read else ""
+    return f"{multiplications:,} multiplications, {read:,} bytes" if read else ""
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

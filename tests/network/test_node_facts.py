@@ -1,5 +1,6 @@
 """What nodes say of themselves, and the nodes that reduce, pad and clip: in a run, in a stream, in every file."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import pytest
 from networks import make_cell
 
 from cellstack import Bidirectional, Dense, GlobalPool, Network, Recurrent, ShapeError
+from cellstack.cli import main as cli
 from cellstack.formats import keras as keras_adapter
 from cellstack.formats import onnx as onnx_adapter
 from cellstack.nodes import (
@@ -451,20 +453,30 @@ def test_pads_that_hold_whole_windows_are_refused_in_onnx(tmp_path):
 # ── what a plan says ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_plan_says_what_a_step_costs():
+def described(net, tmp_path, capsys):
+    net.save(tmp_path / "net.safetensors")
+    assert cli.main(["info", "--json", str(tmp_path / "net.safetensors")]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_plan_says_what_a_step_costs(tmp_path, capsys):
     cell = make_cell(np.random.default_rng(0), 3, 4, peepholes=True, learn_initial_state=True)
     net = Network(
         [Recurrent((cell,)), Conv1D(floats(5, 2, 6), floats(6), 2, groups=2), Activation("tanh"), Dense(floats(6, 2))],
         ["lstm", "conv", "act", "head"],
     )
     lstm_line, conv_line, act_line, head_line, total = net.plan()
-    assert "124 products, 560 bytes" in lstm_line  # 3·16 + 4·16 + 3·4, and a bias of 16 beside them, in 4 bytes each
-    assert "60 products, 264 bytes" in conv_line
-    assert "products" not in act_line
-    assert "12 products, 48 bytes" in head_line
-    assert total == "in all, a step: 196 products, 872 bytes"
+    # 3·16 + 4·16 + 3·4; a bias of 16 is read beside them, 4 bytes each, and the initial state isn't.
+    assert "124 multiplications, 560 bytes" in lstm_line
+    assert "60 multiplications, 264 bytes" in conv_line
+    assert "multiplications" not in act_line
+    assert "12 multiplications, 48 bytes" in head_line
+    assert total == "in all, a step: 196 multiplications, 872 bytes"
+    report = described(net, tmp_path, capsys)
+    assert (report["multiplications"], report["bytes_read"]) == (196, 872)
+    assert [layer["multiplications"] for layer in report["layers"]] == [124, 60, 0, 12]
     one_row = Network([Embedding(floats(1000, 5))]).plan()[0]
-    assert "0 products, 20 bytes" in one_row
+    assert "0 multiplications, 20 bytes" in one_row
 
 
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────

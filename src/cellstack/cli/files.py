@@ -106,12 +106,19 @@ def info(args: argparse.Namespace) -> int:
 
 def _described(net: Network) -> dict[str, Any]:
     layers = [
-        {"name": name, "kind": type(node).__name__, "summary": node.summary, "parameters": node.parameters}
+        {
+            "name": name,
+            "kind": type(node).__name__,
+            "summary": node.summary,
+            "parameters": node.parameters,
+            "multiplications": node.multiplications,
+            "bytes_read": node.numbers_read * net.dtype.itemsize,
+        }
         for name, node in zip(net.names, net.nodes, strict=True)
     ]
-    numbers = sum(node.parameters for node in net.nodes)
+    totals = {key: sum(layer[key] for layer in layers) for key in ("parameters", "multiplications", "bytes_read")}
     ends = {what: {name: net.graph.shown(name) for name in getattr(net, what)} for what in ("inputs", "outputs")}
-    return {"dtype": str(net.dtype), "input_size": net.input_size, **ends, "parameters": numbers, "layers": layers}
+    return {"dtype": str(net.dtype), "input_size": net.input_size, **ends, **totals, "layers": layers}
 
 
 def _indented(net: Network) -> list[str]:

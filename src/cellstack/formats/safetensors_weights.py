@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import safe_open
 
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import NAME, network_of, networks_of, parts_of
-from cellstack.network import Network
-from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
+
+if TYPE_CHECKING:
+    from cellstack.network import Network
+    from cellstack.nodes.base import Array
 
 DTYPES = ("F16", "F32", "F64", "BF16")
 
@@ -34,7 +36,7 @@ class _Tensor:
 
 
 def _upper_halves(path: str, name: str, shape: tuple[int, ...]) -> Array:
-    """Return a tensor of bfloat16, which NumPy hasn't, as float32, of which it is the upper half.
+    """Return a tensor of bfloat16, which NumPy doesn't know, as float32, of which it is the upper half.
 
     The package has opened the file, and so checked that the header and the places in it are within the file.
     """

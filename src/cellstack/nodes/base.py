@@ -425,7 +425,7 @@ class Node:
 
     @property
     def multiplications(self) -> int:
-        """How many products with the node's own numbers a step of its answer takes."""
+        """How often a step of the node's answer multiplies by one of its own numbers."""
         return self._numbers(self.multiplied) + sum(cell.multiplications for cell in self.cells)
 
     @property

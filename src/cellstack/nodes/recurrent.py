@@ -49,12 +49,12 @@ KIND_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class Cell:
-    """One cell: its description and its arrays. An array that the cell hasn't is None.
+    """One cell: its description and its arrays. An array that such a cell doesn't need is None.
 
     Args:
         spec: the kind of cell, its widths and its flags.
         arrays: those of `spec.shapes`, in that order, float32 or float64.
-        named: the others of them, by name; None stands for an array that the cell hasn't.
+        named: the others of them, by name; None stands for one that such a cell doesn't need.
 
     Raises:
         ShapeError: an array too few or too many, or one that isn't shaped as `spec` says.
@@ -144,7 +144,7 @@ class Cell:
 
     @property
     def multiplications(self) -> int:
-        """How many products with the cell's own numbers a step takes."""
+        """How often a step multiplies by one of the cell's own numbers."""
         added = ("bias", "cell_bias", "initial_h", "initial_c")
         return sum(array.size for name, array in self.arrays.items() if name not in added)
 

@@ -1,7 +1,7 @@
 """Networks as Keras 3's files: `.keras`, and the HDF5 of `model.save("model.h5")`.
 
-A network becomes a functional model, a layer a node under its own name. What Keras hasn't is refused, all of it by
-name. The network's metadata stays behind: Keras has no place for it.
+A network becomes a functional model, a layer a node under its own name. What Keras doesn't have is refused, all of
+it by name. The network's metadata stays behind: Keras has no place for it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from cellstack.formats.files import replacing
 from cellstack.formats.keras.config import layer_of, numbered
 from cellstack.formats.keras.files import MEMBERS
 from cellstack.formats.keras.layers import MERGES, slots
-from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
     Bidirectional,
@@ -47,6 +46,9 @@ from cellstack.nodes import (
 )
 from cellstack.nodes.base import Array, Node
 
+if TYPE_CHECKING:
+    from cellstack.network import Network
+
 VERSION = "3.10.0"  # whose words these are; what a file says of Keras settles what hard_sigmoid is
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()} | {"min": "Minimum"}
@@ -58,7 +60,7 @@ Entry = tuple[str, str, dict[str, Any], list[Array]]  # a layer's class, name, s
 
 
 class _RefusedError(ValueError):
-    """A node, or a setting of one, that Keras hasn't."""
+    """A node, or a setting of one, that Keras doesn't have."""
 
 
 def write(network: Network, path: str) -> None:
@@ -69,7 +71,7 @@ def write(network: Network, path: str) -> None:
         path: where to.
 
     Raises:
-        ValueError: what Keras hasn't; all of it is named.
+        ValueError: what Keras doesn't have; all of it is named.
         OSError: the file can't be written.
         ModuleNotFoundError: h5py is missing.
     """
@@ -245,7 +247,7 @@ def _with_activation(
 
 
 def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
-    """Return the settings of a cell; `_RefusedError` for flags that Keras's cells haven't."""
+    """Return the settings of a cell; `_RefusedError` for flags that Keras's cells don't have."""
     description = cell.spec
     known = (
         "kind",

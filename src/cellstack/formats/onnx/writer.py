@@ -354,7 +354,7 @@ class Writer(Pieces):
         self.finish(name, y, node.activation, name)
 
     def layer_norm(self, name: str, node: LayerNorm, x: str) -> None:
-        """Put a LayerNorm in; ONNX's must have a gain: ones, where this one hasn't any."""
+        """Put a LayerNorm in; ONNX's must have a gain: ones, where this one has none."""
         width = self.network.shapes[name][-1]
         if node.gain is None and width is None:
             raise ValueError(f"save: {name}: expected a LayerNorm with a gain, or one whose width is known")
