@@ -29,6 +29,7 @@ from cellstack.nodes import (
     Node,
     Recurrent,
     Scale,
+    Select,
     Standardise,
 )
 from cellstack.nodes import Dense as DenseNode
@@ -233,7 +234,7 @@ class Reader:
         for node in nodes:
             values = inputs if isinstance(node, Merge) else [value]
             mask = self._mask(layer, node, values)
-            if isinstance(node, Masking):  # its mask takes the place of the one before
+            if isinstance(node, (Masking, Select)):  # the first puts its own mask in the place of it, a Cropping1D none
                 values = [build.bare(value)]
             value = build.add(node, *values)._replace(mask=mask)
         if layer.kind in RECURRENT:
