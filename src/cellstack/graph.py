@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cellstack.nodes import Embedding
 from cellstack.nodes.base import MOST_AXES, Node, Shape, check_integer, shown
 from cellstack.spec import ShapeError
 
@@ -19,7 +18,7 @@ class Graph(NamedTuple):
     wires: tuple[tuple[str, ...], ...]  # a node's: where its values come from
     outputs: tuple[str, ...]
     shapes: dict[str, Shape]  # of every value
-    ids: frozenset[str]  # inputs that no node but an Embedding computes with: they keep their dtype
+    ids: frozenset[str]  # inputs that no node computes with, but looks them up: they keep their dtype
     late: tuple[bool, ...]  # a node's: whether its check needs lengths that only a call brings
     done: tuple[tuple[str, ...], ...]  # a node's: values that nobody needs once it has run
 
@@ -154,10 +153,10 @@ def _ids(
     wires: tuple[tuple[str, ...], ...],
     outputs: tuple[str, ...],
 ) -> frozenset[str]:
-    """Return the inputs of ids: those from which every way leads to an Embedding, past nodes that only shape."""
+    """Return the inputs of ids: those from which every way leads to a table, past nodes that only shape."""
     computed = set(outputs)
     for node, name, sources in zip(reversed(nodes), reversed(names), reversed(wires), strict=True):
-        if not isinstance(node, Embedding) and (name in computed or not node.shapes_only):
+        if not node.takes_ids and (name in computed or not node.shapes_only):
             computed.update(sources)
     return frozenset(name for name in inputs if name not in computed)
 

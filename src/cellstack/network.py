@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellstack import _kernel
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import MOST, Array, CellState, Flow, Node, Shape
-from cellstack.nodes.dense import Dense
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Record, Recurrent
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ class Network:
         TypeError: not a node, dtypes that differ, metadata that JSON can't hold.
         ValueError: names that don't fit; a wire to nothing or from a later node; a node or an input that leads nowhere.
 
-    >>> from cellstack import CellSpec, Dense
+    >>> from cellstack import CellSpec, Dense, Recurrent
     >>> rng = np.random.default_rng(0)
     >>> cell = Cell(CellSpec(3, 4), *(rng.normal(size=shape) for shape in CellSpec(3, 4).shapes.values()))
     >>> net = Network([Recurrent((cell,), return_sequences=False), Dense(rng.normal(size=(4, 2)))])
@@ -155,6 +153,8 @@ class Network:
         lengths: Any = None,
         reset: Any = None,
         threads: int | None = None,
+        *,
+        record: list[Record] | None = None,
     ) -> tuple[Any, tuple[CellState, ...]]:
         """Run the network over a batch of sequences.
 
@@ -173,6 +173,8 @@ class Network:
                 from its own end, and the last one from `state`. None = one piece. `lengths` and `reset` may be dicts
                 as `mask` may.
             threads: how many the kernel may use; None = as many as this process has processors and work for.
+            record: where to append the `Record` of each cell, in the order of `cells`: what its gates, c and h were at
+                every step. The bits of all else are the same.
 
         Returns:
             `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are
@@ -204,7 +206,11 @@ class Network:
                         f"Network: expected no reset, as {name} ({type(node).__name__}) takes steps together, "
                         "of one piece and of the next"
                     )
-                x, used, begun, ends = node.run(flows, states[len(after) : len(after) + len(node.cells)], threads)
+                own = states[len(after) : len(after) + len(node.cells)]
+                if record is not None and isinstance(node, (Recurrent, Bidirectional)):
+                    x, used, begun, ends = node.run(flows, own, threads, record)
+                else:
+                    x, used, begun, ends = node.run(flows, own, threads)
                 values[name] = Flow(x, used, begun)
                 after += ends
                 for value in self.graph.done[number]:
@@ -297,7 +303,7 @@ class Network:
             ValueError: a node needs the whole sequence, which the message names; unknown weights.
             TypeError: fewer bits for a float64 network.
 
-        >>> from cellstack import CellSpec
+        >>> from cellstack import CellSpec, Recurrent
         >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
         >>> Network([Recurrent((cell,))]).stream().step([[1, 2, 3]]).shape
         (1, 4)
@@ -348,7 +354,7 @@ class Network:
             The paths of the header and of the source.
 
         Raises:
-            ValueError: a node that can't be streamed or written as C, which the message names; a name that C hasn't.
+            ValueError: a node that can't be streamed or written as C, by name; a name that isn't one in C.
             OSError: the files can't be written.
         """
         from cellstack.formats import c  # formats are built on the network, not under it
@@ -356,21 +362,21 @@ class Network:
         return c.export(self, directory, name)
 
     def plan(self) -> Plan:
-        """Return what runs each node, and why, one line a node."""
+        """Return what each node costs, what runs it, and why, one line a node, and what they cost in all.
+
+        Counted are products with the network's own numbers, and the bytes of these that are read, for a step of what
+        the node returns; activations, and sums and products of values with each other, come on top.
+        """
         rows = []
         for name, origin, node in zip(self.names, self._origins(), self.nodes, strict=True):
-            if isinstance(node, Bidirectional):
-                calls = f"{_calls(node.forward)}, {_calls(node.backward)} back, merged in NumPy"
-                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {calls}"
-            elif isinstance(node, Recurrent):
-                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): {_calls(node)}"
-            elif isinstance(node, Dense):
-                after = f", {node.activation} in NumPy" if node.beyond else ""
-                why = f"fused kernel ({_kernel.isa()}, {node.dtype}): one product{after}"
-            else:
-                why = f"NumPy ({self.dtype}): not recurrent"
-            rows.append((name, origin, node.summary, why))
-        return Plan(_table(rows))
+            rows.append((name, origin, node.summary, _cost(*self._cost(node)), node.engine(self.dtype)))
+        costs = [self._cost(node) for node in self.nodes]
+        total = _cost(*(sum(numbers) for numbers in zip(*costs, strict=True)))
+        return Plan([*_table(rows), f"in all, a step: {total}"])
+
+    def _cost(self, node: Node) -> tuple[int, int]:
+        """Return how many products with a node's numbers a step takes, and how many bytes of them it reads."""
+        return node.multiplications, node.numbers_read * self.dtype.itemsize
 
     def _origins(self) -> list[str]:
         """Return, for each node, where its values come from; nothing where it is the node before it."""
@@ -399,13 +405,6 @@ class Network:
         return ", ".join(f"{name} {shape}" if named else shape for name, shape in zip(names, shapes, strict=True))
 
 
-def _calls(stack: Recurrent) -> str:
-    """Return how often a pass over the stack calls the kernel."""
-    calls, cells = len(stack.parts), len(stack.cells)
-    count = "one call" if calls == 1 else f"{calls} calls, NumPy's sums between them,"
-    return count if cells == 1 else f"{count} for the stack of {cells} cells"
-
-
 def _checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tuple[str, ...]:
     if not nodes:
         raise ShapeError("Network: expected at least one node, got none")
@@ -432,6 +431,11 @@ def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         return json.loads(json.dumps(dict(metadata), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"Network: expected metadata that JSON can hold, without NaN: {error}") from error
+
+
+def _cost(multiplications: int, read: int) -> str:
+    """Return in words what a step costs; nothing where there are no numbers."""
+    return f"{multiplications:,} products, {read:,} bytes" if read else ""
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

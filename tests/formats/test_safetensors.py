@@ -22,8 +22,10 @@ from networks import fill, make_cell, make_network
 
 import cellstack as cs
 from cellstack.formats.files import replacing
-from cellstack.formats.safetensors import CELL
+from cellstack.nodes.recurrent import CELL_FLAGS, CELL_WIDTHS
 from cellstack.spec import ARRAYS, GATES
+
+CELL_KEYS = CELL_WIDTHS | CELL_FLAGS
 
 
 def file_of(header, data=b"", length=None):
@@ -121,10 +123,10 @@ def test_the_format_page_knows_every_setting_and_every_tensor():
     rows = [line.split("|")[1:4] for line in tables["setting"].splitlines()[2:]]
     said = {name: (kind, usual) for names, kind, usual in rows for name in re.findall(r"`(\w+)`", names)}
     types = {int: "integer", str: "text", bool: "boolean", float: "number", dict: "object of text"}
-    assert said.keys() == CELL.keys()
+    assert said.keys() == CELL_KEYS.keys()
     for field in fields(cs.CellSpec):
         kind, usual = said[field.name]
-        assert kind.strip() == types[CELL[field.name]], field.name
+        assert kind.strip() == types[CELL_KEYS[field.name]], field.name
         if field.default is None or field.default is MISSING:
             assert not usual.strip(), field.name
         else:
@@ -487,7 +489,7 @@ DAMAGE = {
     ),
     "unknown setting": (
         described(put("nodes", 1, "cells", 0, "dropout", 0.5)),
-        "'stack/0': expected settings of a cell alone, found the key 'dropout'",
+        "'stack/0': expected the keys .*'zoneout_cell'. alone, found 'dropout'",
     ),
     "no width": (described(drop("nodes", 1, "cells", 0, "units")), "'stack/0': expected the keys .*units"),
     "residual": (described(put("nodes", 1, "residual", 1)), "'stack': expected residual to be bool, found int"),
@@ -575,7 +577,7 @@ def test_any_json_in_any_place(header, blob, tmp_path):
     texts += [{**description, "nodes": [{**node, key: header}]} for node in description["nodes"] for key in node]
     stack = description["nodes"][1]
     for number, cell in enumerate(stack["cells"]):
-        for key in CELL:
+        for key in CELL_KEYS:
             cells = [*stack["cells"][:number], {**cell, key: header}, *stack["cells"][number + 1 :]]
             nodes = [description["nodes"][0], {**stack, "cells": cells}, *description["nodes"][2:]]
             text = json.dumps({**description, "nodes": nodes})

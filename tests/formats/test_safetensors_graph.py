@@ -11,10 +11,11 @@ import safetensors.numpy
 from networks import make_cell
 
 import cellstack as cs
-from cellstack.formats.safetensors import BUILDERS, KINDS
 from cellstack.nodes import (
+    NODES,
     Activation,
     Bidirectional,
+    Clip,
     Conv1D,
     Dense,
     Embedding,
@@ -23,9 +24,11 @@ from cellstack.nodes import (
     LayerNorm,
     Masking,
     Merge,
+    Pad,
     Permute,
     Pool1D,
     Recurrent,
+    Reduce,
     Repeat,
     Reshape,
     Scale,
@@ -50,6 +53,7 @@ EVERY = {
     ],
     "dense": lambda d: [Dense(floats(3, 2, dtype=d)), Dense(floats(3, 2, dtype=d), floats(2, dtype=d), "elu(0.5)")],
     "activation": lambda d: [Activation(name) for name in MORE_ACTIVATIONS],
+    "clip": lambda d: [Clip(0.0), Clip(None, 1.5), Clip(-1.0, 1.0)],
     "embedding": lambda d: [Embedding(floats(5, 2, dtype=d)), Embedding(floats(5, 2, dtype=d), True)],
     "masking": lambda d: [Masking(), Masking(-1.5)],
     "conv1d": lambda d: [
@@ -58,14 +62,16 @@ EVERY = {
         Conv1D(floats(2, 1, 6, dtype=d), None, 1, "causal", 2, 3),
         Conv1D(floats(2, 3, 4, dtype=d), padding=(1, 0)),
     ],
-    "pool1d": lambda d: [Pool1D("max", 2), Pool1D("mean", 3, 1, "same")],
+    "pool1d": lambda d: [Pool1D("max", 2), Pool1D("mean", 3, 1, "same"), Pool1D("mean", 3, 2, (1, 2))],
     "pool": lambda d: [GlobalPool("last")],
+    "reduce": lambda d: [Reduce(), Reduce("max", 1, True)],
+    "pad": lambda d: [Pad(1, 2), Pad(0, 3, -1.5, -1)],
     "flatten": lambda d: [Flatten()],
     "reshape": lambda d: [Reshape((2, -1)), Reshape((6,))],
     "permute": lambda d: [Permute((2, 1))],
     "repeat": lambda d: [Repeat(3)],
     "select": lambda d: [Select(), Select(None, -1, 2, -1), Select(1, 3)],
-    "merge": lambda d: [Merge(), Merge("sub", 1)],
+    "merge": lambda d: [Merge(), Merge("sub", 1), Merge("min")],
 }
 
 
@@ -78,7 +84,7 @@ def test_every_node_comes_back_with_every_setting(kind, dtype, tmp_path):
         net.save(tmp_path / "net.safetensors")
         other = cs.load(tmp_path / "net.safetensors")
         assert type(other.nodes[0]) is type(node)
-        assert vars(other.nodes[0]).keys() >= {*KINDS[kind].settings}
+        assert vars(other.nodes[0]).keys() >= {*NODES[kind].settings}
         for name, value in vars(node).items():
             got = getattr(other.nodes[0], name)
             if isinstance(value, np.ndarray):
@@ -92,20 +98,20 @@ def test_every_node_comes_back_with_every_setting(kind, dtype, tmp_path):
 
 
 def test_every_node_is_tested():
-    assert list(EVERY) == list(KINDS)
-    assert list(BUILDERS) == ["recurrent", "bidirectional", *KINDS]
+    assert {*EVERY, "recurrent", "bidirectional"} == NODES.keys()
 
 
 def test_the_format_page_knows_every_key_and_every_tensor():
     text = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
     table = text[text.index("| `type` |") :].split("\n\n")[0]
     rows = {cells[1].strip(" `"): cells[2:4] for cells in (line.split("|") for line in table.splitlines()[2:])}
-    for kind, entry in KINDS.items():
-        keys, tensors = rows[kind]
+    assert rows.keys() == NODES.keys()
+    for kind in EVERY:
+        (keys, tensors), known = rows[kind], NODES[kind].keys().keys()
         named = set(re.findall(r"`(\w+)`", keys))
-        assert {*entry.sizes, *entry.settings} <= named, kind
-        values = {"valid", "same", "causal", "mean", "max", "last", "concat", "add", "mul", "ave", "sub"}
-        assert named - {*entry.sizes, *entry.settings} <= values, kind
+        assert known <= named, kind
+        words = "valid same causal mean max min sum last concat add mul ave sub"
+        assert named - known <= set(words.split()), kind
         made = [vars(node).items() for node in EVERY[kind]("float32")]
         arrays = {name for items in made for name, value in items if isinstance(value, np.ndarray)}
         assert arrays <= set(re.findall(r"`(\w+) \[", tensors)), kind
@@ -246,9 +252,9 @@ DAMAGE = {
     "pool size": (put("max", "size", 0), "'max': Pool1D: expected size to be an integer from 1"),
     "pool strides null": (put("max", "strides", None), "'max': expected strides to be int, found NoneType"),
     "norm epsilon": (put("norm", "epsilon", 0), "'norm': LayerNorm: expected epsilon to be a finite number above 0"),
-    "norm width": (put("norm", "input_size", None), "'norm': expected an input_size with a gain or a bias"),
+    "norm width": (put("norm", "input_size", None), "'norm': expected input_size with gain or bias, and null without"),
     "norm text": (put("norm", "input_size", "4"), "'norm': expected input_size to be int or NoneType, found str"),
-    "norm without": (put("norm", "use_gain", False), "'norm': expected an input_size with a gain or a bias"),
+    "norm without": (put("norm", "use_gain", False), "'norm': expected input_size with gain or bias, and null without"),
     "norm bias": (put("norm", "use_bias", True), "tensor 'norm/bias': expected it, with shape .4., found no such"),
     "slice step": (put("slice", "step", 0), "'slice': Select: expected step and axis other than 0"),
     "slice start": (put("slice", "start", "a"), "'slice': expected start to be int or NoneType, found str"),

@@ -12,6 +12,7 @@ import torch
 from cellstack import layers
 from cellstack.cli import main as cli
 from cellstack.formats import safetensors
+from cellstack.nodes import NODES
 from cellstack.spec import ACTIVATIONS, ShapeError
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +151,7 @@ def test_the_map_has_every_file_and_no_other():
 def test_the_format_page_knows_every_node_and_the_version():
     text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
     table = text[text.index("| `type` |") :].split("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)[1:] == list(safetensors.BUILDERS)
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)[1:] == list(NODES)
     assert f"| `version` | integer | {safetensors.VERSION} |" in text
     assert f"{safetensors.MAX_DESCRIPTION >> 20} MiB" in text
 

@@ -175,7 +175,7 @@ def test_heads_stay_as_they_are_where_cells_have_fewer_bits():
 def test_the_plan_says_what_runs_a_head():
     rng = np.random.default_rng(5)
     net = Network([Recurrent((make_cell(rng, 3, 4),)), dense(rng, 4, 2), dense(rng, 2, 3, "softmax")])
-    _, plain, beyond = net.plan()
+    _, plain, beyond, _ = net.plan()
     assert "fused kernel" in plain
     assert plain.endswith("one product")
     assert beyond.endswith("one product, softmax in NumPy")

@@ -374,7 +374,7 @@ NODES = {
     "pool mode": (lambda: Pool1D("last", 2), ValueError, "Pool1D: expected mode to be one of mean, max, got 'last'"),
     "pool size": (lambda: Pool1D("max", 0), ValueError, "size to be an integer from 1"),
     "pool strides": (lambda: Pool1D("max", 2, -1), ValueError, "strides to be an integer from 1"),
-    "pool padding": (lambda: Pool1D("max", 2, 2, "causal"), ValueError, "padding to be one of valid, same, got"),
+    "pool padding": (lambda: Pool1D("max", 2, 2, "full"), ValueError, "padding to be one of valid, same, causal, got"),
     "reshape": (lambda: Reshape(()), ValueError, r"shape to be axes, at most one of them -1, got \(\)"),
     "reshape two": (lambda: Reshape((-1, -1)), ValueError, "at most one of them -1"),
     "reshape zero": (lambda: Reshape((0, 2)), ValueError, "every axis to be an integer from 1"),
@@ -386,7 +386,11 @@ NODES = {
     "permute zero": (lambda: Permute((0, 1)), ValueError, "dims to be each axis once"),
     "permute float": (lambda: Permute((2.0, 1)), ValueError, "dims to be each axis once"),
     "repeat": (lambda: Repeat(0), ValueError, "times to be an integer from 1"),
-    "merge mode": (lambda: Merge("dot"), ValueError, "mode to be one of concat, add, mul, ave, max, sub, got 'dot'"),
+    "merge mode": (
+        lambda: Merge("dot"),
+        ValueError,
+        "mode to be one of concat, add, mul, ave, max, sub, min, got 'dot'",
+    ),
     "merge axis": (lambda: Merge("concat", 0), ValueError, "axis to be an integer other than 0, got 0"),
     "select step": (lambda: Select(step=0), ValueError, "step and axis other than 0, got 0 and 1"),
     "select axis": (lambda: Select(axis=0), ValueError, "step and axis other than 0, got 1 and 0"),
@@ -485,7 +489,7 @@ def test_a_graph_shows_wires_where_they_aren_t_to_the_node_before():
         "  head                    Dense       linear                [B, 2]      12",
     ]
     plan = net.plan()
-    assert [line.split()[0] for line in plan] == ["lstm", "pool", "both", "head"]
+    assert [line.split()[0] for line in plan] == ["lstm", "pool", "both", "head", "in"]
     assert "of pool, speaker" in plan[2]
     assert "of " not in plan[3].split("NumPy")[0]
     shown = repr(Network([Embedding(floats(9, 3)), lstm()]))

@@ -14,11 +14,10 @@ Ref: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -27,144 +26,18 @@ from safetensors.numpy import save as to_bytes
 from cellstack.formats.files import replacing
 from cellstack.formats.safetensors_weights import extract_weights, has_parts, load_weights
 from cellstack.network import Network
-from cellstack.nodes import (
-    Activation,
-    Array,
-    Bidirectional,
-    Cell,
-    Conv1D,
-    Dense,
-    Embedding,
-    Flatten,
-    GlobalPool,
-    LayerNorm,
-    Masking,
-    Merge,
-    Node,
-    Permute,
-    Pool1D,
-    Recurrent,
-    Repeat,
-    Reshape,
-    Scale,
-    Select,
-    Standardise,
-)
-from cellstack.spec import CellSpec, FormatError
+from cellstack.nodes import NODES
+from cellstack.spec import FormatError
+
+if TYPE_CHECKING:
+    from cellstack.nodes.base import Array, Node, Types
 
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)
 KEY = "cellstack"
 VERSION = 1
 MAX_DESCRIPTION = 1 << 22  # thousands of nodes; JSON takes some twenty times its size when it is parsed
-RECURRENT_FLAGS = ("return_sequences", "go_backwards", "zero_output_for_mask", "residual")
-TYPES = {"int": int, "str": str, "bool": bool, "float": float, "float | None": float, "Any": dict}
-CELL = {
-    setting.name: TYPES[str(setting.type)] for setting in fields(CellSpec)
-}  # a cell's settings, and what holds each
-CELL_WIDTHS = ("input_size", "units")  # those that a cell can't do without
 DTYPES = {"F32": np.float32, "F64": np.float64}
-
-
-Types = dict[str, type | tuple[type, ...]]  # keys, and of what type their values are: of one, or of one of several
-NONE = type(None)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How the format holds a node whose arguments are arrays, and settings that JSON has words for."""
-
-    node: type[Node]
-    settings: Types = field(default_factory=dict)  # arguments of the node, held as they are
-    sizes: Types = field(default_factory=dict)  # what settles its arrays' shapes
-    measure: Callable[[Any], dict[str, Any]] = lambda node: {}  # the sizes of a node
-    shapes: Callable[[dict[str, Any]], dict[str, tuple[int, ...]]] = lambda sizes: {}  # its arrays, by argument
-
-
-def _dense_shapes(size: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {"kernel": (size["input_size"], size["units"]), **({"bias": (size["units"],)} if size["use_bias"] else {})}
-
-
-def _conv_sizes(node: Conv1D) -> dict[str, Any]:
-    taps, _, units = node.kernel.shape
-    return {"taps": taps, "input_size": node.input_size, "units": units, "use_bias": node.bias is not None}
-
-
-def _conv_shapes(size: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    if size["groups"] < 1 or size["input_size"] % size["groups"]:
-        raise ValueError(f"expected groups to divide input_size {size['input_size']}, found {_short(size['groups'])}")
-    kernel = (size["taps"], size["input_size"] // size["groups"], size["units"])
-    return {"kernel": kernel, **({"bias": (size["units"],)} if size["use_bias"] else {})}
-
-
-def _norm_sizes(node: LayerNorm) -> dict[str, Any]:
-    return {"input_size": node.input_size, "use_gain": node.gain is not None, "use_bias": node.bias is not None}
-
-
-def _norm_shapes(size: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    shapes = {name: (size["input_size"],) for name in ("gain", "bias") if size[f"use_{name}"]}
-    if bool(shapes) == (size["input_size"] is None):
-        raise ValueError("expected an input_size with a gain or a bias, and null without, found otherwise")
-    return shapes
-
-
-KINDS = {
-    "standardise": _Kind(
-        Standardise,
-        sizes={"input_size": int},
-        measure=lambda node: {"input_size": node.input_size},
-        shapes=lambda size: dict.fromkeys(("mean", "scale"), (size["input_size"],)),
-    ),
-    "scale": _Kind(
-        Scale,
-        sizes={"input_size": int},
-        measure=lambda node: {"input_size": node.input_size},
-        shapes=lambda size: dict.fromkeys(("scale", "shift"), (size["input_size"],)),
-    ),
-    "layer_norm": _Kind(
-        LayerNorm,
-        settings={"epsilon": float},
-        sizes={"input_size": (int, NONE), "use_gain": bool, "use_bias": bool},
-        measure=_norm_sizes,
-        shapes=_norm_shapes,
-    ),
-    "dense": _Kind(
-        Dense,
-        settings={"activation": str},
-        sizes={"input_size": int, "units": int, "use_bias": bool},
-        measure=lambda node: {
-            "input_size": node.kernel.shape[0],
-            "units": node.kernel.shape[1],
-            "use_bias": node.bias is not None,
-        },
-        shapes=_dense_shapes,
-    ),
-    "activation": _Kind(Activation, settings={"activation": str}),
-    "embedding": _Kind(
-        Embedding,
-        settings={"mask_zero": bool},
-        sizes={"ids": int, "units": int},
-        measure=lambda node: dict(zip(("ids", "units"), node.table.shape, strict=True)),
-        shapes=lambda size: {"table": (size["ids"], size["units"])},
-    ),
-    "masking": _Kind(Masking, settings={"value": float}),
-    "conv1d": _Kind(
-        Conv1D,
-        settings={"strides": int, "padding": (str, list), "dilation": int, "groups": int, "activation": str},
-        sizes={"taps": int, "input_size": int, "units": int, "use_bias": bool},
-        measure=_conv_sizes,
-        shapes=_conv_shapes,
-    ),
-    "pool1d": _Kind(Pool1D, settings={"mode": str, "size": int, "strides": int, "padding": str}),
-    "pool": _Kind(GlobalPool, settings={"mode": str}),
-    "flatten": _Kind(Flatten),
-    "reshape": _Kind(Reshape, settings={"shape": list}),
-    "permute": _Kind(Permute, settings={"dims": list}),
-    "repeat": _Kind(Repeat, settings={"times": int}),
-    "select": _Kind(Select, settings={"start": (int, NONE), "stop": (int, NONE), "step": int, "axis": int}),
-    "merge": _Kind(Merge, settings={"mode": str, "axis": int}),
-}
-NAMES = {kind.node: name for name, kind in KINDS.items()}
 
 
 def recognises(head: bytes) -> bool:
@@ -173,30 +46,6 @@ def recognises(head: bytes) -> bool:
 
 
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _describe_cells(prefix: str, cells: tuple[Cell, ...], tensors: dict[str, Array]) -> list[dict[str, Any]]:
-    for number, cell in enumerate(cells):
-        tensors.update({f"{prefix}/{number}/{name}": array for name, array in cell.arrays.items()})
-    return [cell.spec.settings for cell in cells]
-
-
-def _describe(prefix: str, node: Node, tensors: dict[str, Array]) -> dict[str, Any]:
-    """Return a node's description, and put its arrays into `tensors`."""
-    if isinstance(node, Recurrent):
-        settings = {name: getattr(node, name) for name in RECURRENT_FLAGS}
-        return {"type": "recurrent", "cells": _describe_cells(prefix, node.cells, tensors), **settings}
-    if isinstance(node, Bidirectional):
-        halves = {name: _describe(f"{prefix}/{name}", getattr(node, name), tensors) for name in ("forward", "backward")}
-        return {"type": "bidirectional", **halves, "merge_mode": node.merge_mode}
-    if type(node) in NAMES:
-        name = NAMES[type(node)]
-        kind = KINDS[name]
-        sizes = kind.measure(node)
-        settings = {key: getattr(node, key) for key in kind.settings}
-        tensors.update({f"{prefix}/{array}": getattr(node, array) for array in kind.shapes({**sizes, **settings})})
-        return {"type": name, **sizes, **settings}
-    raise TypeError(f"save: expected a node that the format knows, got {type(node).__name__}")
 
 
 def save(network: Network, path: str) -> None:
@@ -211,10 +60,11 @@ def save(network: Network, path: str) -> None:
         OSError: the file can't be written.
     """
     tensors: dict[str, Array] = {}
-    nodes = [
-        {"name": name, "wires": wires, **_describe(name, node, tensors)}
-        for name, wires, node in zip(network.names, network.wires, network.nodes, strict=True)
-    ]
+    nodes = []
+    for name, wires, node in zip(network.names, network.wires, network.nodes, strict=True):
+        described, arrays = node.stored()
+        nodes.append({"name": name, "wires": wires, **described})
+        tensors.update({f"{name}/{array}": numbers for array, numbers in arrays.items()})
     inputs = [{"name": name, "shape": network.shapes[name]} for name in network.inputs]
     graph = {"inputs": inputs, "nodes": nodes, "outputs": network.outputs}
     description = json.dumps({"version": VERSION, **graph, "metadata": network.metadata})
@@ -257,42 +107,27 @@ def _parse(where: str, text: str) -> Any:
         raise FormatError(f"{where}: expected JSON, found {str(error)[:300]}") from None
 
 
-def _take(where: str, table: Any, fields: Types) -> list[Any]:
-    """Return the values of `table`, which must have exactly these keys with values of these types."""
-    if not isinstance(table, dict) or table.keys() != fields.keys():
+def _take(where: str, table: Any, keys: Types, optional: Types | None = None) -> dict[str, Any]:
+    """Return `table`, which must have these keys, and no others but the optional ones, with values of these types."""
+    optional = optional or {}
+    if not isinstance(table, dict) or not table.keys() >= keys.keys():
         found = _short(sorted(table)) if isinstance(table, dict) else type(table).__name__
-        raise FormatError(f"{where}: expected the keys {sorted(fields)}, found {found}")
-    _check_types(where, table, fields)
-    return [table[name] for name in fields]
-
-
-def _check_types(where: str, table: dict[str, Any], fields: Types) -> None:
-    """Raise `FormatError` unless every value of `table` is of its field's type."""
+        raise FormatError(f"{where}: expected the keys {sorted(keys)}, found {found}")
+    known = {**keys, **optional}
+    unknown = sorted(table.keys() - known.keys())
+    if unknown:
+        raise FormatError(f"{where}: expected the keys {sorted(known)} alone, found {_short(unknown[0])}")
     for name, value in table.items():
-        known = fields[name]
-        kinds = known if isinstance(known, tuple) else (known,)
+        one = known[name]
+        kinds = one if isinstance(one, tuple) else (one,)
         whole = float in kinds and type(value) is int and abs(value) <= 1 << 53  # JSON has one kind of number
         if type(value) not in kinds and not whole:  # bool is no int here
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise FormatError(f"{where}: expected {name} to be {expected}, found {type(value).__name__}")
+    return table
 
 
-def _cell_spec(where: str, table: Any) -> CellSpec:
-    """Return the cell that `CellSpec.settings` describes: its widths, and what is other than usual."""
-    if not isinstance(table, dict) or not table.keys() >= set(CELL_WIDTHS):
-        found = _short(sorted(table)) if isinstance(table, dict) else type(table).__name__
-        raise FormatError(f"{where}: expected the keys {list(CELL_WIDTHS)}, found {found}")
-    unknown = sorted(table.keys() - CELL.keys())
-    if unknown:
-        raise FormatError(f"{where}: expected settings of a cell alone, found the key {_short(unknown[0])}")
-    _check_types(where, table, CELL)
-    for gate, name in table.get("gate_activations", {}).items():
-        if type(name) is not str:
-            raise FormatError(f"{where}: expected the activation of {_short(gate)} to be str, found {_short(name)}")
-    return CellSpec(**table)
-
-
-class _Reader:
+class _Tensors:
     """Hands out the tensors of a file one by one, and knows which were never asked for."""
 
     def __init__(self, path: str, file: safe_open) -> None:
@@ -312,52 +147,42 @@ class _Reader:
             raise FormatError(f"{where}: expected shape {_short(list(shape))}, found {_short(found)}")
         if 0 in shape:  # the other axis could be of any length, beyond what NumPy can count
             raise FormatError(f"{where}: expected at least one number, found shape {_short(found)}")
-        np.empty(shape, DTYPES[dtype])  # MemoryError where there is no room for it: the package would panic
+        np.empty(shape, DTYPES[dtype])  # a MemoryError where there is no room for it: the package would panic
         return self.file.get_tensor(name)
 
-    def cells(self, prefix: str, descriptions: list[Any]) -> tuple[Cell, ...]:
-        cells = []
-        for number, description in enumerate(descriptions):
-            where = f"{prefix}/{number}"
-            spec = _cell_spec(f"{self.path}: {_short(where)}", description)
-            arrays = {name: self.take(f"{where}/{name}", shape) for name, shape in spec.shapes.items()}
-            cells.append(Cell(spec, **arrays))
-        return tuple(cells)
 
+class _Entry:
+    """A node's description with its tensors, as `Node.restored` asks for them.
 
-def _recurrent(reader: _Reader, prefix: str, table: Any) -> Recurrent:
-    fields = {"type": str, "cells": list, **dict.fromkeys(RECURRENT_FLAGS, bool)}
-    kind, cells, *flags = _take(f"{reader.path}: {_short(prefix)}", table, fields)
-    if kind != "recurrent":
-        raise FormatError(f"{reader.path}: {_short(prefix)}: expected type 'recurrent', found {_short(kind)}")
-    return Recurrent(reader.cells(prefix, cells), *flags)
+    Args:
+        tensors: of the whole file.
+        prefix: what the names of its tensors begin with.
+        table: the description, without name and wires.
+        kind: the type that it must have; "": it has none.
+    """
 
+    def __init__(self, tensors: _Tensors, prefix: str, table: Any, kind: str) -> None:
+        self.tensors, self.prefix, self.table, self.kind = tensors, prefix, table, kind
+        self.where = f"{tensors.path}: {_short(prefix)}"
 
-def _bidirectional(reader: _Reader, prefix: str, table: Any) -> Bidirectional:
-    fields = {"type": str, "forward": dict, "backward": dict, "merge_mode": str}
-    _, forward, backward, merge_mode = _take(f"{reader.path}: {_short(prefix)}", table, fields)
-    ahead = _recurrent(reader, f"{prefix}/forward", forward)
-    return Bidirectional(ahead, _recurrent(reader, f"{prefix}/backward", backward), merge_mode)
+    def take(self, keys: Types, optional: Types | None = None) -> dict[str, Any]:
+        """See `Entry.take`."""
+        found = dict(_take(self.where, self.table, {"type": str, **keys} if self.kind else keys, optional))
+        if self.kind and found.pop("type") != self.kind:
+            raise self.refuse(f"expected type {self.kind!r}, found {_short(self.table['type'])}")
+        return found
 
+    def array(self, name: str, shape: tuple[int, ...]) -> Array:
+        """See `Entry.array`."""
+        return self.tensors.take(f"{self.prefix}/{name}", shape)
 
-def _plain(name: str, reader: _Reader, prefix: str, table: Any) -> Node:
-    kind = KINDS[name]
-    where = f"{reader.path}: {_short(prefix)}"
-    fields: Types = {"type": str, **kind.sizes, **kind.settings}
-    values = dict(zip(fields, _take(where, table, fields), strict=True))
-    try:
-        shapes = kind.shapes(values)
-    except ValueError as error:
-        raise FormatError(f"{where}: {error}") from None
-    arrays = {array: reader.take(f"{prefix}/{array}", shape) for array, shape in shapes.items()}
-    return kind.node(**arrays, **{key: values[key] for key in kind.settings})
+    def inner(self, name: str, description: Any, kind: str = "") -> _Entry:
+        """See `Entry.inner`."""
+        return _Entry(self.tensors, f"{self.prefix}/{name}", description, kind)
 
-
-BUILDERS: dict[str, Callable[[_Reader, str, Any], Node]] = {
-    "recurrent": _recurrent,
-    "bidirectional": _bidirectional,
-    **{name: partial(_plain, name) for name in KINDS},
-}
+    def refuse(self, what: str) -> FormatError:
+        """See `Entry.refuse`."""
+        return FormatError(f"{self.where}: {what}")
 
 
 def _names(where: str, what: str, values: Any) -> tuple[str, ...]:
@@ -370,32 +195,31 @@ def _inputs(where: str, entries: list[Any]) -> dict[str, Any]:
     """Return the inputs' shapes by name."""
     inputs: dict[str, Any] = {}
     for entry in entries:
-        name, shape = _take(f"{where}: inputs", entry, {"name": str, "shape": list})
+        name, shape = (_take(f"{where}: inputs", entry, {"name": str, "shape": list})[key] for key in ("name", "shape"))
         if name in inputs:
             raise FormatError(f"{where}: expected inputs of different names, found {_short(name)} more than once")
         inputs[name] = shape
     return inputs
 
 
-def _node(reader: _Reader, entry: Any) -> tuple[str, tuple[str, ...], Node]:
+def _node(tensors: _Tensors, entry: Any) -> tuple[str, tuple[str, ...], Node]:
     """Return a node with its name and its wires."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise FormatError(f"{reader.path}: expected every node to have a name, found {_short(entry)}")
+        raise FormatError(f"{tensors.path}: expected every node to have a name, found {_short(entry)}")
     table = dict(entry)
     name = table.pop("name")
-    wires = _names(f"{reader.path}: {_short(name)}", "wires", table.pop("wires", None))
+    wires = _names(f"{tensors.path}: {_short(name)}", "wires", table.pop("wires", None))
     kind = table.get("type")
-    builder = BUILDERS.get(kind) if isinstance(kind, str) else None
-    if builder is None:
+    if not isinstance(kind, str) or kind not in NODES:
         raise FormatError(
-            f"{reader.path}: {_short(name)}: expected type to be one of {', '.join(BUILDERS)}, found {_short(kind)}"
+            f"{tensors.path}: {_short(name)}: expected type to be one of {', '.join(NODES)}, found {_short(kind)}"
         )
     try:
-        return name, wires, builder(reader, name, table)
+        return name, wires, NODES[kind].restored(_Entry(tensors, name, table, kind))
     except FormatError:
         raise
     except (ValueError, TypeError) as error:  # what a node refuses in anybody's hands
-        raise FormatError(f"{reader.path}: {_short(name)}: {str(error)[:300]}") from None
+        raise FormatError(f"{tensors.path}: {_short(name)}: {str(error)[:300]}") from None
 
 
 def load(path: str) -> Network:
@@ -411,7 +235,7 @@ def load(path: str) -> Network:
         FormatError: the file is damaged, of a newer version, or not a network; names the file, the tensor, what was
             expected and what was found.
         OSError: the file can't be read.
-        MemoryError: there is no room for an array.
+        MemoryError: there is no room for it; names the file.
     """
     with _opened(path) as file:
         return load_weights(path, file) if _of_weights(file) else _read(path, file)
@@ -446,6 +270,8 @@ def _opened(path: str) -> Iterator[safe_open]:
         raise FormatError(f"{path}: expected a safetensors file, found {_short(str(error), 300)}") from None
     except RecursionError:
         raise FormatError(f"{path}: expected a description, found JSON nested too deep") from None
+    except MemoryError:  # what the operating system says names neither the file nor its size
+        raise MemoryError(f"{path}: expected memory for its {os.path.getsize(path):,} bytes, got too little") from None
 
 
 def _of_weights(file: safe_open) -> bool:
@@ -471,16 +297,16 @@ def _read(path: str, file: safe_open) -> Network:
         raise FormatError(
             f"{where}: expected version {VERSION} or older, found {_short(version)}: made by a newer cellstack"
         )
-    fields: Types = {"version": int, "inputs": list, "nodes": list, "outputs": list, "metadata": dict}
-    _, inputs, entries, outputs, metadata = _take(where, description, fields)
-    inputs, outputs = _inputs(where, inputs), _names(where, "outputs", outputs)
-    reader = _Reader(path, file)
-    found = [_node(reader, entry) for entry in entries]
-    if reader.left:
-        unused = _short(min(reader.left))
+    keys: Types = {"version": int, "inputs": list, "nodes": list, "outputs": list, "metadata": dict}
+    _take(where, description, keys)
+    inputs, outputs = _inputs(where, description["inputs"]), _names(where, "outputs", description["outputs"])
+    tensors = _Tensors(path, file)
+    found = [_node(tensors, entry) for entry in description["nodes"]]
+    if tensors.left:
+        unused = _short(min(tensors.left))
         raise FormatError(f"{path}: tensor {unused}: expected no such tensor, found one that no node uses")
     names, wires, nodes = zip(*found, strict=True) if found else ((), (), ())
     try:
-        return Network(nodes, names, metadata, inputs=inputs, wires=wires, outputs=outputs)
+        return Network(nodes, names, description["metadata"], inputs=inputs, wires=wires, outputs=outputs)
     except (ValueError, TypeError) as error:
         raise FormatError(f"{path}: {str(error)[:300]}") from None

@@ -3,15 +3,46 @@
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.dense import Dense
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.nodes.shape import Flatten, Merge, Permute, Repeat, Reshape, Select
-from cellstack.nodes.steps import Activation, Embedding, LayerNorm, Masking, Scale, Standardise
+from cellstack.nodes.reduce import Reduce
+from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, Reshape, Select
+from cellstack.nodes.steps import Activation, Clip, Embedding, LayerNorm, Masking, Scale, Standardise
 from cellstack.nodes.time import Conv1D, GlobalPool, Pool1D
 
+NODES: dict[str, type[Node]] = {
+    node.file_type: node
+    for node in (
+        Recurrent,
+        Bidirectional,
+        Standardise,
+        Scale,
+        LayerNorm,
+        Dense,
+        Activation,
+        Clip,
+        Embedding,
+        Masking,
+        Conv1D,
+        Pool1D,
+        GlobalPool,
+        Reduce,
+        Pad,
+        Flatten,
+        Reshape,
+        Permute,
+        Repeat,
+        Select,
+        Merge,
+    )
+}
+"""Every kind of node, by what files call it."""
+
 __all__ = [
+    "NODES",
     "Activation",
     "Array",
     "Bidirectional",
     "Cell",
+    "Clip",
     "Conv1D",
     "Dense",
     "Embedding",
@@ -21,9 +52,11 @@ __all__ = [
     "Masking",
     "Merge",
     "Node",
+    "Pad",
     "Permute",
     "Pool1D",
     "Recurrent",
+    "Reduce",
     "Repeat",
     "Reshape",
     "Scale",

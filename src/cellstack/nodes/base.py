@@ -8,21 +8,29 @@ what flows into it, so threads share nodes freely and one value may go to severa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import reference, spec
+from cellstack.nodes.masks import ArrayMasks
 from cellstack.spec import DTYPES, HiddenState, ShapeError, State
+
+if TYPE_CHECKING:
+    from cellstack.nodes.masks import Mask, Masks
+    from cellstack.nodes.stored import Entry
 
 Array = NDArray[Any]
 CellState = State | HiddenState
 Shape = tuple[int | None, ...]
 """Lengths of the axes after the batch: `(T, W)` of a sequence, `(W,)` of a vector. None = not known beforehand."""
+
+Types = dict[str, type | tuple[type, ...]]
+"""Keys of a file, and of what type their values are: of one, or of one of several."""
 
 MOST = 2**31 - 1  # of what is counted, such as steps: no machine holds more, and sums of lengths stay exact
 MOST_AXES = 16  # beside the batch; NumPy stops not far above
@@ -141,6 +149,17 @@ def hold(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array
     return array
 
 
+def padded(x: Array, before: int, after: int, value: float, axis: int = 1) -> Array:
+    """Return `x` with so many entries of `value` before and after an axis, as a rule steps."""
+    if not before and not after:
+        return x
+    shape = list(x.shape)
+    shape[axis] += before + after
+    y = np.full(shape, value, x.dtype)
+    y[(slice(None),) * axis + (slice(before, before + x.shape[axis]),)] = x
+    return y
+
+
 def one_dtype(owner: str, arrays: dict[str, Array | None]) -> np.dtype[Any]:
     """Return the dtype that all the arrays share; `TypeError` names the first that differs."""
     (first, head), *rest = ((name, array) for name, array in arrays.items() if array is not None)
@@ -189,8 +208,29 @@ def check_activation(owner: str, text: Any) -> str:
         raise ValueError(f"{owner}: activation: {error} (or {', '.join(MORE_ACTIVATIONS)})") from None
 
 
+class FrameRule(NamedTuple):
+    """How a node answers frame by frame; what its cells keep, they keep by themselves.
+
+    Attributes:
+        why_not: why it can't, in a few words; None where it can.
+        step: for a node that keeps nothing: from what comes in, a frame `[B, W]` or a chunk `[B, T, W]`, to the
+            answer, with the same axes.
+        memory: for a node that keeps numbers from frame to frame: their lengths after the batch.
+        start: what each of these numbers is before the first frame.
+        advance: from the memory `[B, *memory]` and a chunk `[B, T, W]` to the answers `[B, T, W]` and the memory after.
+    """
+
+    why_not: str | None = None
+    step: Callable[..., Array] | None = None
+    memory: tuple[int, ...] | None = None
+    start: float = 0.0
+    advance: Callable[[Array, Array], tuple[Array, Array]] | None = None
+
+
 class Node:
-    """What all nodes answer, and how those run that work step by step and let mask and resets pass.
+    """What every node says of itself; the rest of the library asks, and knows no kind of node by name.
+
+    A node that takes one value step by step needs a `check` where its width changes, and `apply`: see `Stepwise`.
 
     Attributes:
         cells: the node's cells; each has a state.
@@ -200,9 +240,17 @@ class Node:
             as many as it takes.
         inputs: how many values it takes; None = two or more.
         shapes_only: it moves numbers without computing any, so that ids pass through it as they are.
+        takes_ids: it looks its input up in a table: whole numbers, which keep their dtype.
         keeps_width: the last axis of what it returns is as long as that of what it takes.
         mixes_steps: what it returns at a step comes from several steps, so that it can't keep pieces apart.
         checks_late: its check needs lengths that only a call brings.
+        makes_mask: it leaves out steps of its own accord: see `kept`.
+        heeds_mask: what it computes depends on the masks of what it takes.
+        file_type: what files call it.
+        arrays: its arguments that are arrays, and by which of the file's keys each of their axes is as long; one that
+            may be None has a key `use_…` besides.
+        settings: its other arguments, and what types their values have in a file.
+        multiplied: those of its arrays that are multiplied with what comes in.
     """
 
     cells: tuple[Any, ...] = ()
@@ -211,9 +259,18 @@ class Node:
     axes: tuple[int | None, int | None] = (None, None)
     inputs: int | None = 1
     shapes_only: bool = False
+    takes_ids: bool = False
     keeps_width: bool = False
     mixes_steps: bool = False
     checks_late: bool = False
+    makes_mask: bool = False
+    heeds_mask: bool = False
+    file_type: ClassVar[str] = ""
+    arrays: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    settings: ClassVar[Types] = {}
+    multiplied: ClassVar[tuple[str, ...]] = ()
+
+    # ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         """Return the shape of the output, given those of what comes in.
@@ -235,9 +292,7 @@ class Node:
             )
         return (*shape[:-1], self.input_size)
 
-    def apply(self, x: Array) -> Array:
-        """Return what the node makes of `x`, for a node that works step by step: `[..., W]` in and out."""
-        raise NotImplementedError
+    # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         """Return what the node makes of `flows`, with its own states after the call.
@@ -247,31 +302,153 @@ class Node:
             states: one a cell, contiguous arrays of the cell's dtype; None = the cell's own initial state.
             threads: how many the kernel may use.
         """
-        (flow,) = flows
-        return flow._replace(x=self.apply(flow.x))
+        raise NotImplementedError
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """Return why the node can't answer after every frame, in a few words; None where it can.
+    # ── masks ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """Return the mask that goes on with what the node returns; None = all steps are used.
+
+        The rule is the same whatever masks are: arrays in a run, values of a graph that is written, names.
 
         Args:
-            axes: how many axes beside the batch its input has.
+            masks: those of what comes in, one a value; None where it has none.
+            axes: how many axes beside the batch what comes in has.
+            on: what can be done with such masks.
         """
-        return None
+        return masks[0]
+
+    def kept(self, x: Array) -> NDArray[np.bool_]:
+        """Return which steps of `x` a node that `makes_mask` uses, `[B, T]`, or `[B]` of a frame."""
+        raise NotImplementedError
+
+    def mask_of(self, flows: Sequence[Flow]) -> NDArray[np.bool_] | None:
+        """Return the mask after a run over `flows`."""
+        masks = [flow.mask for flow in flows]
+        if not self.makes_mask and all(mask is None for mask in masks):
+            return None
+        return self.mask_after(masks, flows[0].x.ndim - 1, ArrayMasks(self, flows))
+
+    # ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """Return how the node answers frame by frame, or why it can't.
+
+        Args:
+            shapes: of what comes in, as for `check`.
+        """
+        raise NotImplementedError
+
+    # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @classmethod
+    def keys(cls) -> Types:
+        """Return the keys that a file has for such a node beside its type, and the types of their values."""
+        optional = {field.name for field in fields(cls) if field.default is None}  # pyright: ignore[reportArgumentType]
+        sure = {key for name, axes in cls.arrays.items() if name not in optional for key in axes}
+        sizes: Types = {key: int if key in sure else (int, type(None)) for axes in cls.arrays.values() for key in axes}
+        return {**sizes, **{f"use_{name}": bool for name in cls.arrays if name in optional}, **cls.settings}
+
+    @classmethod
+    def array_shapes(cls, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the arrays that a file holds for such a node.
+
+        Args:
+            values: of `keys`.
+
+        Raises:
+            ValueError: values that no such node has.
+        """
+        there = {name: axes for name, axes in cls.arrays.items() if values.get(f"use_{name}", True)}
+        for key in dict.fromkeys(key for axes in cls.arrays.values() for key in axes):
+            if (values[key] is None) == any(key in axes for axes in there.values()):
+                holders = " or ".join(name for name, axes in cls.arrays.items() if key in axes)
+                raise ValueError(f"expected {key} with {holders}, and null without, found otherwise")
+        return {name: tuple(values[key] for key in axes) for name, axes in there.items()}
+
+    def values(self) -> dict[str, Any]:
+        """Return what a file holds for the node under `keys`."""
+        found = {}
+        for key in self.keys():
+            if key in self.settings:
+                found[key] = getattr(self, key)
+            elif key.startswith("use_"):
+                found[key] = getattr(self, key.removeprefix("use_")) is not None
+            else:
+                lengths = [
+                    array.shape[axes.index(key)]
+                    for name, axes in self.arrays.items()
+                    if key in axes and (array := getattr(self, name)) is not None
+                ]
+                found[key] = lengths[0] if lengths else None
+        return found
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return the node as a file holds it: what JSON says of it, and its arrays by their names within the node."""
+        values = self.values()
+        return {"type": self.file_type, **values}, {name: getattr(self, name) for name in self.array_shapes(values)}
+
+    @classmethod
+    def restored(cls, entry: Entry) -> Node:
+        """Return the node that an entry of a file holds: the opposite of `stored`.
+
+        Raises:
+            FormatError, ValueError, TypeError: an entry that doesn't fit such a node.
+        """
+        values = entry.take(cls.keys())
+        arrays = {name: entry.array(name, shape) for name, shape in cls.array_shapes(values).items()}
+        return cls(**arrays, **{key: values[key] for key in cls.settings})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies hold the arguments alone: they are checked and frozen again."""
         arguments: Any = self
         return type(self), tuple(getattr(self, argument.name) for argument in fields(arguments))
 
+    # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────
+
     @property
     def summary(self) -> str:
         """What the node does, in a few words."""
         raise NotImplementedError
 
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        """Return what runs the node in a network of this dtype, and why."""
+        return f"NumPy ({dtype}): not recurrent"
+
+    def _numbers(self, names: Iterable[str]) -> int:
+        return sum(array.size for name in names if (array := getattr(self, name)) is not None)
+
     @property
     def parameters(self) -> int:
         """How many numbers the node's arrays hold."""
-        return sum(cell.spec.parameters for cell in self.cells)
+        return self._numbers(self.arrays) + sum(cell.spec.parameters for cell in self.cells)
+
+    @property
+    def multiplications(self) -> int:
+        """How many products with the node's own numbers a step of its answer takes."""
+        return self._numbers(self.multiplied) + sum(cell.multiplications for cell in self.cells)
+
+    @property
+    def numbers_read(self) -> int:
+        """How many of the node's own numbers a step of its answer reads."""
+        return self._numbers(self.arrays) + sum(cell.numbers_read for cell in self.cells)
+
+
+class Stepwise(Node):
+    """A node whose answer at a step depends on that step alone: `[..., W]` in and out, masks and resets pass."""
+
+    def apply(self, x: Array) -> Array:
+        """Return what the node makes of `x [..., W]`."""
+        raise NotImplementedError
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        return flow._replace(x=self.apply(flow.x))
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        return FrameRule(step=self.apply)
 
 
 def check_axes(owner: str, node: Node, shape: Shape) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from cellstack import _kernel, native, spec
+from cellstack import native, spec
 from cellstack.nodes.base import (
     MORE_ACTIVATIONS,
     Array,
-    Node,
     Shape,
+    Stepwise,
     activation_function,
     check_activation,
     hold,
@@ -24,7 +24,7 @@ from cellstack.spec import ShapeError
 
 
 @dataclass(frozen=True, eq=False)
-class Dense(Node):
+class Dense(Stepwise):
     """`activation(x·kernel + bias)` on the last axis.
 
     Args:
@@ -41,6 +41,10 @@ class Dense(Node):
     kernel: Array
     bias: Array | None = None
     activation: str = "linear"
+    file_type = "dense"
+    arrays: ClassVar = {"kernel": ("input_size", "units"), "bias": ("units",)}
+    settings: ClassVar = {"activation": str}
+    multiplied = ("kernel",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", hold("Dense", "kernel", self.kernel, ("I", "O")))
@@ -61,7 +65,7 @@ class Dense(Node):
 
     @cached_property
     def beyond(self) -> Callable[[Array], Array] | None:
-        """The activation, where it is one that the kernel hasn't."""
+        """The activation, where it is one that the kernel lacks."""
         return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
 
     def apply(self, x: Array) -> Array:
@@ -77,9 +81,8 @@ class Dense(Node):
             raise TypeError(f"Dense: expected x of {self.kernel.dtype}, got {x.dtype}")
         x = np.require(x, requirements=("C", "A"))
         y = np.empty((*x.shape[:-1], self.kernel.shape[1]), x.dtype)
-        rows = x.size // self.kernel.shape[0]
-        layer = (self.packed, 0, 0, 0, 0, y.ctypes.data, 0, 0, 0, 0, 0, 0)
-        _kernel.forward(1, rows, [layer], x.ctypes.data, 0, x.shape[-1], 0, 0, False, 1)
+        rows = native.Sequences(1, x.size // self.kernel.shape[0], x, 0, x.shape[-1])
+        native.forward(rows, [native.Layer(self.packed, y=y)], 1)
         return self.beyond(y) if self.beyond else y
 
     @property
@@ -87,7 +90,7 @@ class Dense(Node):
         """What the node does, in a few words."""
         return self.activation
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the node's arrays hold."""
-        return self.kernel.size + (0 if self.bias is None else self.bias.size)
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        """See `Node.engine`."""
+        after = f", {self.activation} in NumPy" if self.beyond else ""
+        return f"fused kernel ({native.isa()}, {dtype}): one product{after}"

@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import _kernel, native
-from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_choice, check_flag, hold, one_dtype
+from cellstack import native
+from cellstack.nodes.base import (
+    Array,
+    CellState,
+    Flow,
+    FrameRule,
+    Node,
+    Shape,
+    Types,
+    check_choice,
+    check_flag,
+    hold,
+    one_dtype,
+)
 from cellstack.spec import ARRAYS, STATES, CellSpec, ShapeError
 
-WEIGHTS = {"float32": 32, "bfloat16": 16, "int8": 8}
-"""Forms that a stream can hold the matrices of its cells in, and their bits; float64 cells keep theirs."""
+if TYPE_CHECKING:
+    from cellstack.nodes.masks import Mask, Masks
+    from cellstack.nodes.stored import Entry
+
+WEIGHTS = ("float32", "bfloat16", "int8")
+"""What a stream can hold the matrices of its cells in; float64 cells keep theirs."""
 
 MOST_DEPTH = (2**31 - 1) // 127**2
 """Products of two numbers of 8 bits that a sum of 32 can hold, whatever they are."""
 
 MERGE_MODES = ("concat", "sum", "mul", "ave")
 BACKWARDS = "it runs backwards from the end of the sequence, which a stream doesn't have"
+TYPES = {"int": int, "str": str, "bool": bool, "float": float, "float | None": float, "Any": dict}
+CELL_WIDTHS: Types = {"input_size": int, "units": int}
+CELL_FLAGS: Types = {
+    flag.name: TYPES[str(flag.type)] for flag in fields(CellSpec) if flag.name not in CELL_WIDTHS
+}  # what a file may leave out where it is as usual
 KIND_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 
 
@@ -114,15 +135,33 @@ class Cell:
             TypeError: fewer bits of a float64 cell.
             ValueError: more features or units than sums of whole numbers can hold.
         """
-        bits = WEIGHTS[weights]
-        if bits < 32 and self.dtype != np.float32:
+        if weights != "float32" and self.dtype != np.float32:
             raise TypeError(f"Cell: expected float32 arrays for weights={weights!r}, got {self.dtype}")
         depth = max(self.spec.input_size, self.spec.units)
-        if bits == 8 and depth > MOST_DEPTH:
+        if weights == "int8" and depth > MOST_DEPTH:
             raise ValueError(f"Cell: expected at most {MOST_DEPTH} features and units for weights='int8', got {depth}")
-        arrays = self.arrays
-        addresses = tuple(arrays[name].ctypes.data if name in arrays else 0 for name in ARRAYS)
-        return _kernel.Packed(self.dtype == np.float64, native.description(self.spec), addresses, True, bits)
+        return native.weights(self.spec, self.arrays, None if weights == "float32" else weights)
+
+    @property
+    def multiplications(self) -> int:
+        """How many products with the cell's own numbers a step takes."""
+        added = ("bias", "cell_bias", "initial_h", "initial_c")
+        return sum(array.size for name, array in self.arrays.items() if name not in added)
+
+    @property
+    def numbers_read(self) -> int:
+        """How many of the cell's own numbers a step reads."""
+        return sum(array.size for name, array in self.arrays.items() if not name.startswith("initial"))
+
+    @classmethod
+    def restored(cls, entry: Entry) -> Cell:
+        """Return the cell that an entry of a file holds: `CellSpec.settings` and its arrays; see `Node.restored`."""
+        settings = entry.take(CELL_WIDTHS, CELL_FLAGS)
+        for gate, name in settings.get("gate_activations", {}).items():
+            if type(name) is not str:
+                raise entry.refuse(f"expected the activation of {gate!r:.80} to be str, found {name!r:.80}")
+        spec = CellSpec(**settings)
+        return cls(spec, **{name: entry.array(name, shape) for name, shape in spec.shapes.items()})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies hold the arrays alone: they are checked, frozen and packed again."""
@@ -156,6 +195,17 @@ def _summary(cells: tuple[Cell, ...]) -> str:
     return ", ".join(parts)
 
 
+class Record(NamedTuple):
+    """What a cell did at every step of a call, in the order of time whichever way it ran."""
+
+    gates: Array
+    """`[B, T, planes, H]`, after their activations, in the order of `spec.GATES`: see `CellSpec.planes`."""
+    c: Array | None
+    """`[B, T, H]`; None without a cell."""
+    h: Array
+    """`[B, T, P]`, before a residual sum, and before steps that the mask leaves out become zeros."""
+
+
 @dataclass(frozen=True, eq=False)
 class Recurrent(Node):
     """A stack of cells of any kinds over time, bottom cell first; the semantics are those of Keras's `RNN`.
@@ -186,6 +236,15 @@ class Recurrent(Node):
     go_backwards: bool = False
     zero_output_for_mask: bool = False
     residual: bool = False
+    file_type = "recurrent"
+    settings: ClassVar = {
+        "cells": list,
+        "return_sequences": bool,
+        "go_backwards": bool,
+        "zero_output_for_mask": bool,
+        "residual": bool,
+    }
+    heeds_mask = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cells", tuple(self.cells))
@@ -238,13 +297,16 @@ class Recurrent(Node):
         steps, _ = super().check(owner, *shapes)
         return (steps, self.units) if self.return_sequences else (self.units,)
 
-    def forward(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> tuple[Array, list[CellState]]:
+    def forward(
+        self, flow: Flow, states: tuple[CellState | None, ...], threads: int, record: list[Record] | None = None
+    ) -> tuple[Array, list[CellState]]:
         """Run the stack over `flow.x [B, T, I]` of any strides.
 
         Args:
             flow: with it a mask and resets `[B, T]`, or None.
             states: one a cell, contiguous arrays of the cell's dtype; None = the cells' own initial state.
             threads: how many the kernel may use.
+            record: where the `Record` of each cell is appended, if at all.
 
         Returns:
             `(y, states)`, where `y` is `[B, T, W]` in the order of `x` whatever `go_backwards` says, or `[B, W]`.
@@ -256,7 +318,7 @@ class Recurrent(Node):
             done = len(after) + len(cells)
             wanted = self.return_sequences or added or done < len(self.cells)
             x = y
-            y, ends = self._call(cells, x, mask, reset, states[len(after) : done], wanted, threads)
+            y, ends = self._call(cells, x, mask, reset, states[len(after) : done], wanted, threads, record)
             after += ends
             if added:
                 y = self._add(y, x, mask, reset)
@@ -276,24 +338,26 @@ class Recurrent(Node):
         states: tuple[CellState | None, ...],
         wanted: bool,
         threads: int,
+        record: list[Record] | None,
     ) -> tuple[Array, list[CellState]]:
         """Run some of the cells in one call of the kernel; y, the top one's h, is without steps unless `wanted`."""
         batch, steps, _ = x.shape
-        item = x.itemsize
-        if x.strides[2] != item or any(s % item for s in x.strides) or not x.flags.aligned:
-            x = np.ascontiguousarray(x)
-        mask, reset = (None if flags is None else np.ascontiguousarray(flags) for flags in (mask, reset))
         y = np.empty((batch, steps if wanted else 0, cells[-1].spec.output_size), x.dtype)
         after: list[CellState] = []
         layers = []
         for cell, before in zip(cells, states, strict=True):
-            sizes = cell.spec.state_sizes.values()
-            after.append(STATES[cell.spec.kind](*(np.empty((batch, size), x.dtype) for size in sizes)))
-            top = y.ctypes.data if wanted and len(after) == len(cells) else 0
-            layers.append((cell.packed, *_addresses(before), *_addresses(after[-1]), top, 0, 0, 0, 0, 0, 0))
-        strides = (x.strides[0] // item, x.strides[1] // item)
-        mask_at, reset_at = (0 if flags is None else flags.ctypes.data for flags in (mask, reset))
-        _kernel.forward(batch, steps, layers, x.ctypes.data, *strides, mask_at, reset_at, self.go_backwards, threads)
+            spec, kept = cell.spec, {}
+            after.append(STATES[spec.kind](*(np.empty((batch, size), x.dtype) for size in spec.state_sizes.values())))
+            if record is not None:
+                shapes = native.results(spec, batch, steps)
+                kept = {name: np.empty(shapes[name], x.dtype) for name in ("gates", "cells", "y") if name in shapes}
+                record.append(Record(kept["gates"], kept.get("cells"), kept["y"]))
+            elif wanted and len(after) == len(cells):
+                kept = {"y": y}
+            layers.append(native.Layer(cell.packed, *_pair(before), *_pair(after[-1]), **kept))
+        native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
+        if record is not None and wanted:
+            y[:] = record[-1].h  # what becomes of y from here on is no business of the record's
         return y, after
 
     def _add(self, h: Array, x: Array, mask: NDArray[np.bool_] | None, reset: NDArray[np.bool_] | None) -> Array:
@@ -310,28 +374,66 @@ class Recurrent(Node):
         y = np.take_along_axis((h + x)[:, order], np.maximum(last, 0), axis=1)
         return np.where(last < 0, h[:, order], y)[:, order]
 
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
+    def run(
+        self,
+        flows: Sequence[Flow],
+        states: tuple[CellState | None, ...],
+        threads: int,
+        record: list[Record] | None = None,
+    ) -> Flow:
+        """See `Node.run`; `record`: where the `Record` of each cell is appended, if at all."""
         (flow,) = flows
-        y, ends = self.forward(flow, states, threads)
+        y, ends = self.forward(flow, states, threads, record)
         after = tuple(ends)
         if not self.return_sequences:
             return Flow(y, None, None, after)
         if not self.go_backwards:
             return flow._replace(x=y, states=after)
-        mask, reset = flow.mask, _from_the_end(flow.reset)
-        turned = [None if array is None else array[:, ::-1] for array in (mask, reset)]
-        return Flow(y[:, ::-1], turned[0], turned[1], after)
+        reset = _from_the_end(flow.reset)
+        return Flow(y[:, ::-1], self.mask_of(flows), None if reset is None else reset[:, ::-1], after)
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        return BACKWARDS if self.go_backwards else None
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        (mask,) = masks
+        if mask is None or not self.return_sequences:
+            return None
+        return on.cut(mask, slice(None, None, -1)) if self.go_backwards else mask
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        return FrameRule(BACKWARDS if self.go_backwards else None)
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """See `Node.stored`."""
+        flags = {name: getattr(self, name) for name in self.settings if name != "cells"}
+        arrays = {
+            f"{number}/{name}": array for number, cell in enumerate(self.cells) for name, array in cell.arrays.items()
+        }
+        return {"type": self.file_type, "cells": [cell.spec.settings for cell in self.cells], **flags}, arrays
+
+    @classmethod
+    def restored(cls, entry: Entry) -> Recurrent:
+        """See `Node.restored`."""
+        values = entry.take(cls.keys())
+        cells = (Cell.restored(entry.inner(str(n), cell)) for n, cell in enumerate(values.pop("cells")))
+        return cls(tuple(cells), **values)
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        """See `Node.engine`."""
+        return f"fused kernel ({native.isa()}, {dtype}): {self.calls}"
+
+    @property
+    def calls(self) -> str:
+        """How often a pass over the stack calls the kernel, in a few words."""
+        calls, cells = len(self.parts), len(self.cells)
+        count = "one call" if calls == 1 else f"{calls} calls, NumPy's sums between them,"
+        return count if cells == 1 else f"{count} for the stack of {cells} cells"
 
 
-def _addresses(state: CellState | None) -> tuple[int, ...]:
-    """Return where h and c lie; 0 where there is none."""
-    found = [array.ctypes.data for array in state or ()]
-    return (*found, 0, 0)[:2]
+def _pair(state: CellState | None) -> tuple[Array | None, Array | None]:
+    """Return h and c; None where there is none."""
+    h, c, *_ = (*(state or ()), None, None)
+    return h, c
 
 
 def _from_the_end(reset: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
@@ -364,6 +466,9 @@ class Bidirectional(Node):
     forward: Recurrent
     backward: Recurrent
     merge_mode: str = "concat"
+    file_type = "bidirectional"
+    settings: ClassVar = {"forward": dict, "backward": dict, "merge_mode": str}
+    heeds_mask = True
 
     def __post_init__(self) -> None:
         owner = "Bidirectional"
@@ -401,12 +506,18 @@ class Bidirectional(Node):
         units = self.forward.units + (self.backward.units if self.merge_mode == "concat" else 0)
         return (steps, units) if self.forward.return_sequences else (units,)
 
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
+    def run(
+        self,
+        flows: Sequence[Flow],
+        states: tuple[CellState | None, ...],
+        threads: int,
+        record: list[Record] | None = None,
+    ) -> Flow:
+        """See `Recurrent.run`; the forward half is recorded first."""
         (flow,) = flows
         half = len(self.forward.cells)
-        ahead, after = self.forward.forward(flow, states[:half], threads)
-        back, after_back = self.backward.forward(flow, states[half:], threads)
+        ahead, after = self.forward.forward(flow, states[:half], threads, record)
+        back, after_back = self.backward.forward(flow, states[half:], threads, record)
         if self.merge_mode == "concat":
             y = np.concatenate([ahead, back], axis=-1)
         elif self.merge_mode == "mul":
@@ -416,6 +527,33 @@ class Bidirectional(Node):
         states = (*after, *after_back)
         return flow._replace(x=y, states=states) if self.forward.return_sequences else Flow(y, None, None, states)
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        return BACKWARDS
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return masks[0] if self.forward.return_sequences else None
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        return FrameRule(BACKWARDS)
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """See `Node.stored`."""
+        described: dict[str, Any] = {"type": self.file_type}
+        arrays = {}
+        for half in ("forward", "backward"):
+            described[half], own = getattr(self, half).stored()
+            arrays |= {f"{half}/{name}": array for name, array in own.items()}
+        return {**described, "merge_mode": self.merge_mode}, arrays
+
+    @classmethod
+    def restored(cls, entry: Entry) -> Bidirectional:
+        """See `Node.restored`."""
+        values = entry.take(cls.keys())
+        forward, backward = (
+            Recurrent.restored(entry.inner(half, values[half], Recurrent.file_type)) for half in ("forward", "backward")
+        )
+        return cls(forward, backward, values["merge_mode"])
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        """See `Node.engine`."""
+        calls = f"{self.forward.calls}, {self.backward.calls} back, merged in NumPy"
+        return f"fused kernel ({native.isa()}, {dtype}): {calls}"

@@ -3,27 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.nodes.base import MOST_AXES, Array, CellState, Flow, Node, Shape, check_choice, check_integer, shown
+from cellstack.nodes.base import (
+    MOST_AXES,
+    Array,
+    CellState,
+    Flow,
+    FrameRule,
+    Node,
+    Shape,
+    check_choice,
+    check_integer,
+    check_number,
+    padded,
+    shown,
+)
 from cellstack.spec import ShapeError
 
-MODES = ("concat", "add", "mul", "ave", "max", "sub")
+if TYPE_CHECKING:
+    from cellstack.nodes.masks import Mask, Masks
+
+MODES = ("concat", "add", "mul", "ave", "max", "sub", "min")
 FUNCTIONS: dict[str, Callable[[Array, Array], Array]] = {
     "add": np.add,
     "mul": np.multiply,
     "ave": np.add,
     "max": np.maximum,
     "sub": np.subtract,
+    "min": np.minimum,
 }
-NEUTRAL = {"mul": 1.0, "max": -np.inf}  # what a step counts as that its mask leaves out; elsewhere, what it holds
+NEUTRAL = {
+    "mul": 1.0,
+    "max": -np.inf,
+    "min": np.inf,
+}  # what a step counts as that its mask leaves out; elsewhere, what it holds
 NOT_FRAMES = "it makes one shape of the whole sequence, which a stream doesn't have"
+
+
+def check_axis(owner: str, axis: Any) -> int:
+    """Return `axis` as an int; `ValueError` unless it is a whole number other than 0, the batch."""
+    whole = isinstance(axis, (int, np.integer)) and not isinstance(axis, bool)
+    if not whole or axis == 0 or abs(axis) > MOST_AXES:
+        raise ValueError(f"{owner}: expected axis to be an integer other than 0, got {axis!r:.80}")
+    return int(axis)
+
+
+def place_of(axis: int, axes: int) -> int:
+    """Return an axis, counted from 1, of a value with so many axes beside the batch; 0 where there is no such axis.
+
+    Args:
+        axis: counted from 0, the batch, or from -1, the last.
+        axes: how many there are beside the batch.
+    """
+    place = axis if axis > 0 else axes + 1 + axis
+    return place if 1 <= place <= axes else 0
 
 
 class _Shaping(Node):
@@ -40,9 +80,13 @@ class _Shaping(Node):
         (flow,) = flows
         return Flow(self.apply(flow.x))
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        return NOT_FRAMES
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return None
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        return FrameRule(NOT_FRAMES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +97,7 @@ class Flatten(_Shaping):
     array([[0, 1, 2, 3]])
     """
 
+    file_type = "flatten"
     axes = (None, 1)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
@@ -64,9 +109,9 @@ class Flatten(_Shaping):
         """Return `x [B, …]` as `[B, W]`."""
         return x.reshape(len(x), prod(x.shape[1:]))
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        return NOT_FRAMES if axes > 1 else None
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        return FrameRule(NOT_FRAMES) if len(shapes[0]) > 1 else FrameRule(step=lambda x: x)
 
     @property
     def summary(self) -> str:
@@ -95,6 +140,8 @@ class Reshape(_Shaping):
     """
 
     shape: tuple[int, ...]
+    file_type = "reshape"
+    settings: ClassVar = {"shape": list}
     checks_late = True
 
     def __post_init__(self) -> None:
@@ -143,6 +190,8 @@ class Permute(_Shaping):
     """
 
     dims: tuple[int, ...]
+    file_type = "permute"
+    settings: ClassVar = {"dims": list}
     mixes_steps = True
 
     def __post_init__(self) -> None:
@@ -186,6 +235,8 @@ class Repeat(_Shaping):
     """
 
     times: int
+    file_type = "repeat"
+    settings: ClassVar = {"times": int}
     axes = (1, 2)
     shapes_only = False
     keeps_width = True
@@ -204,9 +255,9 @@ class Repeat(_Shaping):
         """Return `[B, times, W]` for `x [B, W]`."""
         return np.repeat(x[:, None], self.times, axis=1)
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        return f"it makes a sequence of {self.times} steps out of every frame"
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        return FrameRule(f"it makes a sequence of {self.times} steps out of every frame")
 
     @property
     def summary(self) -> str:
@@ -237,6 +288,8 @@ class Select(Node):
     stop: int | None = None
     step: int = 1
     axis: int = 1
+    file_type = "select"
+    settings: ClassVar = {"start": (int, type(None)), "stop": (int, type(None)), "step": int, "axis": int}
     shapes_only = True
 
     def __post_init__(self) -> None:
@@ -257,9 +310,8 @@ class Select(Node):
         return slice(self.start, self.stop, self.step)
 
     def place(self, axes: int) -> int:
-        """Return the axis, counted from 1, of a value with so many axes beside the batch; 0 where it hasn't it."""
-        place = self.axis if self.axis > 0 else axes + 1 + self.axis
-        return place if 1 <= place <= axes else 0
+        """See `place_of`."""
+        return place_of(self.axis, axes)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         """See `Node.check`."""
@@ -282,23 +334,26 @@ class Select(Node):
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
         (flow,) = flows
-        x, mask, reset, _ = flow
-        y = self.apply(x)
-        if self.place(x.ndim - 1) != 1:
-            return Flow(y, mask, reset)
-        mask = None if mask is None else mask[:, self.taken]
-        return Flow(y, mask, None if reset is None else self._begun(reset))
+        x, reset = flow.x, flow.reset
+        if reset is not None and self.place(x.ndim - 1) == 1:
+            reset = self._begun(reset)
+        return Flow(self.apply(x), self.mask_of(flows), reset)
+
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        (mask,) = masks
+        return mask if mask is None or self.place(axes) != 1 else on.cut(mask, self.taken)
 
     def _begun(self, reset: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return at which of the steps taken a piece begins: one that began at a step left out begins at the next."""
         begun = np.cumsum(reset, axis=1)[:, self.taken]
         return np.diff(begun, axis=1, prepend=0) > 0
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        if self.place(axes) == axes:
-            return None
-        return "it takes some steps of the whole sequence, which a stream doesn't have"
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        if self.place(len(shapes[0])) == len(shapes[0]):
+            return FrameRule(step=replace(self, axis=-1).apply)
+        return FrameRule("it takes some steps of the whole sequence, which a stream doesn't have")
 
     @property
     def summary(self) -> str:
@@ -309,15 +364,90 @@ class Select(Node):
 
 
 @dataclass(frozen=True, eq=False)
+class Pad(Node):
+    """More entries of one value before and after an axis, as a rule steps of zeros.
+
+    Over time mask and resets end, as with the padding of a convolution.
+
+    Args:
+        before: how many come before.
+        after: how many come after.
+        value: what they hold.
+        axis: which, counted from 0, the batch; 1 is time, -1 the features. Not 0.
+
+    Raises:
+        ValueError: numbers below 0, a value that isn't finite, or axis 0.
+
+    >>> Pad(1, 0).apply(np.array([[[1.0, 2.0]]]))
+    array([[[0., 0.],
+            [1., 2.]]])
+    """
+
+    before: int
+    after: int
+    value: float = 0.0
+    axis: int = 1
+    file_type = "pad"
+    settings: ClassVar = {"before": int, "after": int, "value": float, "axis": int}
+
+    def __post_init__(self) -> None:
+        for name in ("before", "after"):
+            object.__setattr__(self, name, check_integer("Pad", name, getattr(self, name), least=0))
+        object.__setattr__(self, "value", check_number("Pad", "value", self.value))
+        object.__setattr__(self, "axis", check_axis("Pad", self.axis))
+        object.__setattr__(self, "keeps_width", self.axis == 1)
+        object.__setattr__(self, "mixes_steps", self.axis == 1 or self.axis < -1)  # where that may be time
+
+    def place(self, axes: int) -> int:
+        """See `place_of`."""
+        return place_of(self.axis, axes)
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        (shape,) = shapes
+        at = self.place(len(shape))
+        if not at:
+            raise ShapeError(f"{owner}: Pad expected a value with an axis {self.axis}, got {shown(shape)}")
+        length = shape[at - 1]
+        return (*shape[: at - 1], None if length is None else self.before + length + self.after, *shape[at:])
+
+    def apply(self, x: Array) -> Array:
+        """Return `x [B, …]` padded."""
+        place = self.place(x.ndim - 1)
+        return padded(x, self.before, self.after, self.value, place)
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        return Flow(self.apply(flow.x), self.mask_of(flows), None if self.mixes_steps else flow.reset)
+
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return None if self.place(axes) == 1 else masks[0]
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        if self.place(len(shapes[0])) == len(shapes[0]):
+            return FrameRule(step=replace(self, axis=-1).apply)
+        return FrameRule("it puts steps before or after the sequence, and a stream answers after every frame")
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"{self.before} before and {self.after} after axis {self.axis}, of {self.value:g}"
+
+
+@dataclass(frozen=True, eq=False)
 class Merge(Node):
     """Several values made one: put end to end, or taken together number by number.
 
     Masks are Keras 3's. Put end to end along time, each goes on as it is; otherwise a step is used where any of the
-    values uses it, and a value without a mask uses all. Of `"mul"` and `"max"`, a value has no part in steps that its
-    own mask leaves out.
+    values uses it, and a value without a mask uses all. Of `"mul"`, `"max"` and `"min"`, a value has no part in steps
+    that its own mask leaves out.
 
     Args:
-        mode: `"concat"`, `"add"`, `"mul"`, `"ave"` (the mean), `"max"`, or `"sub"`, the first less the second.
+        mode: `"concat"`, `"add"`, `"mul"`, `"ave"` (the mean), `"max"`, `"min"`, or `"sub"`, the first less the
+            second.
         axis: along which to concatenate, counted from 0, the batch; 1 is time, -1 the features. Not 0.
 
     Raises:
@@ -326,20 +456,19 @@ class Merge(Node):
 
     mode: str = "concat"
     axis: int = -1
+    file_type = "merge"
+    settings: ClassVar = {"mode": str, "axis": int}
     inputs = None
     checks_late = True
 
     def __post_init__(self) -> None:
         check_choice("Merge", "mode", self.mode, MODES)
-        whole = isinstance(self.axis, (int, np.integer)) and not isinstance(self.axis, bool)
-        if not whole or self.axis == 0 or abs(self.axis) > 32:
-            raise ValueError(f"Merge: expected axis to be an integer other than 0, got {self.axis!r:.80}")
-        object.__setattr__(self, "axis", int(self.axis))
+        object.__setattr__(self, "heeds_mask", self.mode in NEUTRAL)
+        object.__setattr__(self, "axis", check_axis("Merge", self.axis))
 
     def place(self, axes: int) -> int:
-        """Return the axis, counted from 1, of values with so many axes beside the batch; 0 where they haven't it."""
-        place = self.axis if self.axis > 0 else axes + 1 + self.axis
-        return place if 1 <= place <= axes else 0
+        """See `place_of`."""
+        return place_of(self.axis, axes)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         """See `Node.check`."""
@@ -377,12 +506,17 @@ class Merge(Node):
             y = function(y, value)
         return y / y.dtype.type(len(values)) if self.mode == "ave" else y
 
-    def _merge_used(self, flows: Sequence[Flow]) -> Array:
+    @property
+    def neutral(self) -> float | None:
+        """What a step counts as that its value's mask leaves out; None = what it holds."""
+        return NEUTRAL.get(self.mode)
+
+    def _merge_used(self, flows: Sequence[Flow], neutral: float) -> Array:
         """Return the values merged, each without the steps that its own mask leaves out."""
-        neutral = flows[0].x.dtype.type(NEUTRAL[self.mode])
+        nothing = flows[0].x.dtype.type(neutral)
         used = [None if flow.mask is None else flow.mask[..., None] for flow in flows]
         y = self.merge(
-            *(flow.x if one is None else np.where(one, flow.x, neutral) for flow, one in zip(flows, used, strict=True))
+            *(flow.x if one is None else np.where(one, flow.x, nothing) for flow, one in zip(flows, used, strict=True))
         )
         masks = [one for one in used if one is not None]
         if len(masks) < len(flows):
@@ -390,26 +524,34 @@ class Merge(Node):
         unused = y.dtype.type(0) if self.mode == "mul" else flows[0].x
         return np.where(reduce(np.logical_or, masks), y, unused)
 
+    def _along_time(self, axes: int) -> bool:
+        return self.mode == "concat" and axes > 1 and self.place(axes) == 1
+
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
         values = [flow.x for flow in flows]
-        y = self._merge_used(flows) if self.mode in NEUTRAL else self.merge(*values)
-        along_time = self.mode == "concat" and y.ndim > 2 and self.place(y.ndim - 1) == 1
-        merged: list[Any] = []
-        for name, missing in (("mask", True), ("reset", False)):
-            flags = [getattr(flow, name) for flow in flows]
-            if all(one is None for one in flags) or (any(one is None for one in flags) and missing and not along_time):
-                merged.append(None)
-                continue
-            full = [np.full(x.shape[:2], missing) if one is None else one for one, x in zip(flags, values, strict=True)]
-            merged.append(np.concatenate(full, axis=1) if along_time else reduce(np.logical_or, full))
-        return Flow(y, *merged)
+        y = self.merge(*values) if self.neutral is None else self._merge_used(flows, self.neutral)
+        resets = [flow.reset for flow in flows]
+        if all(reset is None for reset in resets):
+            return Flow(y, self.mask_of(flows))
+        full = [
+            np.zeros(x.shape[:2], bool) if reset is None else reset for reset, x in zip(resets, values, strict=True)
+        ]
+        along_time = self._along_time(y.ndim - 1)
+        return Flow(y, self.mask_of(flows), np.concatenate(full, 1) if along_time else reduce(np.logical_or, full))
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        if self.mode != "concat" or self.place(axes) == axes:
-            return None
-        return "it puts whole sequences end to end, which a stream doesn't have"
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        there = [mask for mask in masks if mask is not None]
+        if self._along_time(axes):
+            return on.join(masks) if there else None
+        return on.either(there) if len(there) == len(masks) else None
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        if self.mode != "concat" or self.place(len(shapes[0])) == len(shapes[0]):
+            return FrameRule(step=replace(self, axis=-1).merge)
+        return FrameRule("it puts whole sequences end to end, which a stream doesn't have")
 
     @property
     def summary(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,10 @@ from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
+    FrameRule,
     Node,
     Shape,
+    Stepwise,
     activation_function,
     check_activation,
     check_flag,
@@ -24,16 +27,17 @@ from cellstack.nodes.base import (
 )
 from cellstack.spec import ShapeError
 
+if TYPE_CHECKING:
+    from cellstack.nodes.masks import Mask, Masks
 
-def and_masks(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
-    """Return the steps that both masks keep; None = all of them."""
-    if one is None or other is None:
-        return other if one is None else one
-    return one & other
+
+def with_own(mask: Mask | None, on: Masks[Mask]) -> Mask:
+    """Return the mask that a node makes itself, within the one that what it takes has."""
+    return on.made() if mask is None else on.both(mask, on.made())
 
 
 @dataclass(frozen=True, eq=False)
-class Standardise(Node):
+class Standardise(Stepwise):
     """`(x - mean) / scale`, feature by feature, so that a model takes raw data.
 
     Args:
@@ -48,6 +52,9 @@ class Standardise(Node):
 
     mean: Array
     scale: Array
+    file_type = "standardise"
+    arrays: ClassVar = {"mean": ("input_size",), "scale": ("input_size",)}
+    multiplied = ("scale",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", hold("Standardise", "mean", self.mean, ("I",)))
@@ -67,14 +74,9 @@ class Standardise(Node):
         """What the node does, in a few words."""
         return "(x - mean) / scale"
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the node's arrays hold."""
-        return 2 * len(self.mean)
-
 
 @dataclass(frozen=True, eq=False)
-class Scale(Node):
+class Scale(Stepwise):
     """`x·scale + shift`, feature by feature: what batch normalisation is at inference, folded.
 
     With a batch normalisation's statistics, `scale = gamma / sqrt(variance + epsilon)` and
@@ -96,6 +98,9 @@ class Scale(Node):
 
     scale: Array
     shift: Array
+    file_type = "scale"
+    arrays: ClassVar = {"scale": ("input_size",), "shift": ("input_size",)}
+    multiplied = ("scale",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", hold("Scale", "scale", self.scale, ("W",)))
@@ -112,14 +117,9 @@ class Scale(Node):
         """What the node does, in a few words."""
         return "x·scale + shift"
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the node's arrays hold."""
-        return 2 * len(self.scale)
-
 
 @dataclass(frozen=True, eq=False)
-class LayerNorm(Node):
+class LayerNorm(Stepwise):
     """`(x - mean) / sqrt(variance + epsilon)·gain + bias` over the last axis, each step by its own mean and variance.
 
     Args:
@@ -141,6 +141,11 @@ class LayerNorm(Node):
     gain: Array | None = None
     bias: Array | None = None
     epsilon: float = 1e-3
+    file_type = "layer_norm"
+    arrays: ClassVar = {"gain": ("input_size",), "bias": ("input_size",)}
+    settings: ClassVar = {"epsilon": float}
+    multiplied = ("gain",)
+    keeps_width = True
 
     def __post_init__(self) -> None:
         width: tuple[int | str] = ("W",)
@@ -150,7 +155,6 @@ class LayerNorm(Node):
                 width = (len(array),)
                 object.__setattr__(self, name, array)
         object.__setattr__(self, "epsilon", check_number("LayerNorm", "epsilon", self.epsilon, above=0.0))
-        object.__setattr__(self, "keeps_width", True)
         if width != ("W",):
             object.__setattr__(self, "dtype", one_dtype("LayerNorm", {"gain": self.gain, "bias": self.bias}))
             object.__setattr__(self, "input_size", width[0])
@@ -173,14 +177,9 @@ class LayerNorm(Node):
         """What the node does, in a few words."""
         return f"over the features, epsilon {self.epsilon:g}"
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the node's arrays hold."""
-        return sum(array.size for array in (self.gain, self.bias) if array is not None)
-
 
 @dataclass(frozen=True, eq=False)
-class Activation(Node):
+class Activation(Stepwise):
     """One of the house's activations, or one of those that nodes have beside them, such as softmax.
 
     Args:
@@ -192,6 +191,8 @@ class Activation(Node):
     """
 
     activation: str
+    file_type = "activation"
+    settings: ClassVar = {"activation": str}
     keeps_width = True
 
     def __post_init__(self) -> None:
@@ -205,6 +206,48 @@ class Activation(Node):
     def summary(self) -> str:
         """What the node does, in a few words."""
         return self.activation
+
+
+@dataclass(frozen=True, eq=False)
+class Clip(Stepwise):
+    """`min(max(x, low), high)`, number by number; NaN stays NaN.
+
+    Args:
+        low: the least that comes out; None = whatever goes in.
+        high: the greatest that comes out; None = whatever goes in.
+
+    Raises:
+        ValueError: neither of them, a bound that isn't a finite number, or a low above the high.
+
+    >>> Clip(0.0, 2.0).apply(np.array([-1.0, 1.0, 3.0]))
+    array([0., 1., 2.])
+    """
+
+    low: float | None = None
+    high: float | None = None
+    file_type = "clip"
+    settings: ClassVar = {"low": (float, type(None)), "high": (float, type(None))}
+    keeps_width = True
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_number("Clip", name, getattr(self, name)))
+        if self.low is None and self.high is None:
+            raise ValueError("Clip: expected a low or a high, got neither")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"Clip: expected low up to high, got {self.low:g} and {self.high:g}")
+
+    def apply(self, x: Array) -> Array:
+        """Return `x [..., W]` with its numbers within the bounds."""
+        y = x if self.low is None else np.maximum(x, x.dtype.type(self.low))
+        return y if self.high is None else np.minimum(y, x.dtype.type(self.high))
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        ends = [f"{word} {bound:g}" for word, bound in (("from", self.low), ("to", self.high)) if bound is not None]
+        return " ".join(ends)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,12 +271,17 @@ class Embedding(Node):
 
     table: Array
     mask_zero: bool = False
+    file_type = "embedding"
+    arrays: ClassVar = {"table": ("ids", "units")}
+    settings: ClassVar = {"mask_zero": bool}
     axes = (1, 2)
+    takes_ids = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", hold("Embedding", "table", self.table, ("V", "E")))
         object.__setattr__(self, "dtype", self.table.dtype)
         check_flag("Embedding", "mask_zero", self.mask_zero)
+        object.__setattr__(self, "makes_mask", self.mask_zero)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         """See `Node.check`."""
@@ -266,18 +314,29 @@ class Embedding(Node):
         """See `Node.run`."""
         (flow,) = flows
         ids = self.ids(flow.x if flow.mask is None else np.where(flow.mask, flow.x, 0))
-        mask = and_masks(flow.mask, ids != 0) if self.mask_zero else flow.mask
-        return flow._replace(x=self.table[ids], mask=mask)
+        return flow._replace(x=self.table[ids], mask=self.mask_of(flows))
+
+    def kept(self, x: Array) -> NDArray[np.bool_]:
+        """See `Node.kept`."""
+        return x != 0
+
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return with_own(masks[0], on) if self.mask_zero else masks[0]
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        return FrameRule(step=self.apply)
+
+    @property
+    def numbers_read(self) -> int:
+        """See `Node.numbers_read`: a row of the table."""
+        return self.table.shape[1]
 
     @property
     def summary(self) -> str:
         """What the node does, in a few words."""
         return f"{self.table.shape[0]:,} ids{', 0 is masked' if self.mask_zero else ''}"
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the node's arrays hold."""
-        return self.table.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,14 +354,17 @@ class Masking(Node):
     """
 
     value: float = 0.0
+    file_type = "masking"
+    settings: ClassVar = {"value": float}
     axes = (2, 2)
     keeps_width = True
+    makes_mask = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", check_number("Masking", "value", self.value))
 
     def kept(self, x: Array) -> NDArray[np.bool_]:
-        """Return which steps of `x [..., W]` are used, `[...]`."""
+        """See `Node.kept`."""
         return (x != x.dtype.type(self.value)).any(axis=-1)
 
     def apply(self, x: Array) -> Array:
@@ -312,7 +374,15 @@ class Masking(Node):
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
         (flow,) = flows
-        return flow._replace(x=self.apply(flow.x), mask=and_masks(flow.mask, self.kept(flow.x)))
+        return flow._replace(x=self.apply(flow.x), mask=self.mask_of(flows))
+
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return with_own(masks[0], on)
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        return FrameRule(step=self.apply)
 
     @property
     def summary(self) -> str:

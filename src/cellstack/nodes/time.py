@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -13,6 +14,7 @@ from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
+    FrameRule,
     Node,
     Shape,
     activation_function,
@@ -21,11 +23,34 @@ from cellstack.nodes.base import (
     check_integer,
     hold,
     one_dtype,
+    padded,
 )
+from cellstack.nodes.reduce import reduced
+
+if TYPE_CHECKING:
+    from cellstack.nodes.masks import Mask, Masks
 
 POOL_MODES = ("mean", "max", "last")
 WINDOW_MODES = ("mean", "max")
 PADDINGS = ("valid", "same", "causal")
+
+
+def checked_padding(owner: str, padding: Any) -> str | tuple[int, int]:
+    """Return padding as `Conv1D` and `Pool1D` take it; `ValueError` where it is another."""
+    if isinstance(padding, (tuple, list)) and len(padding) == 2:
+        before, after = (check_integer(owner, "padding", steps, least=0) for steps in padding)
+        return (before, after) if before or after else "valid"
+    check_choice(owner, "padding", padding, PADDINGS)
+    return str(padding)
+
+
+def why_no_answers(padding: str | tuple[int, int], span: int, strides: int) -> str | None:
+    """Return why windows don't give an answer a step, which no later step changes; None where they do."""
+    if strides > 1:
+        return f"it answers every {strides} steps, and a stream after every frame"
+    if padding in ("causal", (span - 1, 0)) or (span == 1 and padding in PADDINGS):
+        return None
+    return "its windows reach into frames to come, which a stream doesn't have (padding='causal' does without)"
 
 
 def pads(padding: str | tuple[int, int], steps: int, span: int, strides: int) -> tuple[int, int]:
@@ -43,16 +68,6 @@ def pads(padding: str | tuple[int, int], steps: int, span: int, strides: int) ->
 def windows(steps: int, span: int, strides: int) -> int:
     """Return how many windows of `span` steps fit into `steps`."""
     return max(0, (steps - span) // strides + 1)
-
-
-def padded(x: Array, before: int, after: int, value: float) -> Array:
-    """Return `x [B, T, W]` with steps of `value` before and after it."""
-    if not before and not after:
-        return x
-    batch, steps, width = x.shape
-    y = np.full((batch, before + steps + after, width), value, x.dtype)
-    y[:, before : before + steps] = x
-    return y
 
 
 def steps_out(steps: int | None, padding: str | tuple[int, int], span: int, strides: int) -> int | None:
@@ -92,6 +107,10 @@ class Conv1D(Node):
     dilation: int = 1
     groups: int = 1
     activation: str = "linear"
+    file_type = "conv1d"
+    arrays: ClassVar = {"kernel": ("taps", "input_size", "units"), "bias": ("units",)}
+    settings: ClassVar = {"strides": int, "padding": (str, list), "dilation": int, "groups": int, "activation": str}
+    multiplied = ("kernel",)
     axes = (2, 2)
 
     def __post_init__(self) -> None:
@@ -102,11 +121,7 @@ class Conv1D(Node):
         object.__setattr__(self, "dtype", one_dtype(owner, {"kernel": self.kernel, "bias": self.bias}))
         for name in ("strides", "dilation", "groups"):
             object.__setattr__(self, name, check_integer(owner, name, getattr(self, name)))
-        if isinstance(self.padding, (tuple, list)) and len(self.padding) == 2:
-            both = tuple(check_integer(owner, "padding", steps, least=0) for steps in self.padding)
-            object.__setattr__(self, "padding", "valid" if both == (0, 0) else both)
-        else:
-            check_choice(owner, "padding", self.padding, PADDINGS)
+        object.__setattr__(self, "padding", checked_padding(owner, self.padding))
         object.__setattr__(self, "activation", check_activation(owner, self.activation))
         if self.kernel.shape[2] % self.groups:
             raise ValueError(f"{owner}: expected groups to divide F={self.kernel.shape[2]}, got {self.groups}")
@@ -122,7 +137,7 @@ class Conv1D(Node):
     @property
     def by_steps(self) -> bool:
         """Whether there is one answer a step, which no later step changes: a stream can run it."""
-        return self.strides == 1 and (self.padding == "causal" or (self.span == 1 and self.padding in PADDINGS))
+        return why_no_answers(self.padding, self.span, self.strides) is None
 
     @cached_property
     def _matrices(self) -> Array:
@@ -165,13 +180,36 @@ class Conv1D(Node):
         (flow,) = flows
         return Flow(self.apply(flow.x), None, None if self.mixes_steps else flow.reset)
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        if self.by_steps:
-            return None
-        if self.strides > 1:
-            return f"it answers every {self.strides} steps, and a stream after every frame"
-        return "its windows reach into frames to come, which a stream doesn't have (padding='causal' does without)"
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return None
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        why_not = why_no_answers(self.padding, self.span, self.strides)
+        if why_not is not None:
+            return FrameRule(why_not)
+        if self.span == 1:
+            return FrameRule(step=lambda x: self.convolve(x[:, None])[:, 0] if x.ndim == 2 else self.convolve(x))
+        assert self.input_size is not None
+
+        def advance(memory: Array, x: Array) -> tuple[Array, Array]:
+            seen = np.concatenate([memory, x], axis=1)
+            return self.convolve(seen), seen[:, x.shape[1] :]
+
+        return FrameRule(memory=(self.span - 1, self.input_size), advance=advance)
+
+    @classmethod
+    def array_shapes(cls, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """See `Node.array_shapes`."""
+        groups, channels = values["groups"], values["input_size"]
+        if groups < 1 or channels % groups:
+            raise ValueError(f"expected groups to divide input_size {channels}, found {groups!r:.80}")
+        return super().array_shapes({**values, "input_size": channels // groups})
+
+    def values(self) -> dict[str, Any]:
+        """See `Node.values`."""
+        return {**super().values(), "input_size": self.input_size}
 
     @property
     def summary(self) -> str:
@@ -183,11 +221,6 @@ class Conv1D(Node):
         ]
         return ", ".join([*words, *([] if self.activation == "linear" else [self.activation])])
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the node's arrays hold."""
-        return self.kernel.size + (0 if self.bias is None else self.bias.size)
-
 
 @dataclass(frozen=True, eq=False)
 class Pool1D(Node):
@@ -197,19 +230,23 @@ class Pool1D(Node):
         mode: `"mean"` or `"max"`.
         size: steps in a window.
         strides: steps from window to window; None = `size`.
-        padding: `"valid"`, or `"same"`: T' = ceil(T / strides); what is padded counts for nothing.
+        padding: as `Conv1D` has it; what is padded counts for nothing, and a window without a step gives zeros.
 
     Raises:
         ValueError: another mode or padding, a number that isn't from 1 up.
 
     >>> Pool1D("max", 2).apply(np.array([[[1.0], [4.0], [3.0], [2.0]]])).ravel()
     array([4., 3.])
+    >>> Pool1D("mean", 2, 1, "causal").apply(np.array([[[1.0], [4.0], [3.0]]])).ravel()
+    array([1. , 2.5, 3.5])
     """
 
     mode: str
     size: int
     strides: int | None = None
-    padding: str = "valid"
+    padding: str | tuple[int, int] = "valid"
+    file_type = "pool1d"
+    settings: ClassVar = {"mode": str, "size": int, "strides": int, "padding": (str, list)}
     axes = (2, 2)
     keeps_width = True
     mixes_steps = True
@@ -219,7 +256,7 @@ class Pool1D(Node):
         object.__setattr__(self, "size", check_integer("Pool1D", "size", self.size))
         strides = self.size if self.strides is None else self.strides
         object.__setattr__(self, "strides", check_integer("Pool1D", "strides", strides))
-        check_choice("Pool1D", "padding", self.padding, PADDINGS[:2])
+        object.__setattr__(self, "padding", checked_padding("Pool1D", self.padding))
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         """See `Node.check`."""
@@ -235,21 +272,52 @@ class Pool1D(Node):
         if not count or not batch:
             return np.zeros((batch, count, width), x.dtype)
         x = padded(x, before, after, 0.0 if self.mode == "mean" else -np.inf)
-        view = sliding_window_view(x, self.size, axis=1)[:, :: self.strides]  # [B, T', W, size]
-        if self.mode == "max":
-            return view.max(axis=-1)
         first = np.arange(count) * self.strides - before
         counts = np.minimum(first + self.size, steps) - np.maximum(first, 0)
-        return (view.sum(axis=-1, dtype=np.float64) / counts[:, None]).astype(x.dtype)
+        return self._pool(x, np.maximum(counts, 0)[None, :, None])
+
+    def _pool(self, x: Array, counts: Array) -> Array:
+        """Return the pool of a padded `x [B, T, W]`, of whose windows so many steps count, `[B or 1, T', 1]`."""
+        view = sliding_window_view(x, self.size, axis=1)[:, :: self.strides]  # [B, T', W, size]
+        if self.mode == "max":
+            return np.where(counts > 0, view.max(axis=-1), x.dtype.type(0))
+        if why_no_answers(self.padding, self.size, self.strides or 1):
+            total = view.sum(axis=-1, dtype=np.float64)
+        else:  # step by step: the order of a sum's terms mustn't depend on how many windows come together
+            total = reduce(np.add, (view[..., k].astype(np.float64) for k in range(self.size)))
+        return (total / np.maximum(counts, 1)).astype(x.dtype)
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
         (flow,) = flows
         return Flow(self.apply(flow.x))
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
-        return f"the {self.mode} of {self.size} steps is of a window, and a stream answers after every frame"
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return None
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`; beside each frame that it keeps stands a number, 1 where there was one, else 0."""
+        width = shapes[0][-1]
+        if why_no_answers(self.padding, self.size, self.strides or 1):
+            return FrameRule(
+                f"the {self.mode} of {self.size} steps is of a window, and a stream answers after every frame"
+            )
+        if self.size == 1:
+            return FrameRule(step=lambda x: x)
+        if width is None:
+            return FrameRule("it keeps frames, whose width isn't known")
+
+        def advance(memory: Array, x: Array) -> tuple[Array, Array]:
+            there = np.ones((*x.shape[:2], 1), x.dtype)
+            seen = np.concatenate([memory, np.concatenate([x, there], axis=2)], axis=1)
+            steps, used = seen[:, :, :-1], seen[:, :, -1:]
+            counts = sliding_window_view(used, self.size, axis=1).sum(axis=-1)  # [B, T, 1]
+            if self.mode == "max":
+                steps = np.where(used > 0, steps, -np.inf).astype(x.dtype)
+            return self._pool(steps, counts), seen[:, x.shape[1] :]
+
+        return FrameRule(memory=(self.size - 1, width + 1), advance=advance)
 
     @property
     def summary(self) -> str:
@@ -271,8 +339,11 @@ class GlobalPool(Node):
     """
 
     mode: str = "mean"
+    file_type = "pool"
+    settings: ClassVar = {"mode": str}
     axes = (2, 1)
     keeps_width = True
+    heeds_mask = True
 
     def __post_init__(self) -> None:
         check_choice("GlobalPool", "mode", self.mode, POOL_MODES)
@@ -289,22 +360,23 @@ class GlobalPool(Node):
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
         (flow,) = flows
-        x = flow.x
-        used = np.ones(x.shape[:2], bool) if flow.mask is None else flow.mask
-        counts = used.sum(axis=1)[:, None]  # [B, 1]
+        x, mask = flow.x, flow.mask
+        if self.mode != "last":
+            return Flow(reduced(self.mode, x, 1, None if mask is None else mask[:, :, None]))
         if x.shape[1] == 0:
             return Flow(np.zeros((x.shape[0], x.shape[2]), x.dtype))
-        if self.mode == "mean":
-            y = np.where(used[:, :, None], x, 0.0).sum(axis=1, dtype=np.float64) / np.maximum(counts, 1)
-        elif self.mode == "max":
-            y = np.where(used[:, :, None], x, -np.inf).max(axis=1)
-        else:
-            last = x.shape[1] - 1 - np.argmax(used[:, ::-1], axis=1)  # [B]
-            y = x[np.arange(len(x)), last]
-        return Flow(np.where(counts > 0, y, 0.0).astype(x.dtype))
+        if mask is None:
+            return Flow(x[:, -1].copy())
+        last = x.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)  # [B]
+        some = np.any(mask, axis=1, keepdims=True)
+        return Flow(np.where(some, x[np.arange(len(x)), last], x.dtype.type(0)))
 
-    def why_no_stream(self, axes: int) -> str | None:
-        """See `Node.why_no_stream`."""
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return None
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
         if self.mode == "last":
-            return None
-        return f"the {self.mode} over time is of the whole sequence, which a stream doesn't have"
+            return FrameRule(step=lambda x: x)
+        return FrameRule(f"the {self.mode} over time is of the whole sequence, which a stream doesn't have")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cellstack.network import Network
-from cellstack.nodes import Conv1D, Dense, Embedding, GlobalPool, Masking, Merge, Recurrent, Select
-from cellstack.nodes.base import Array, Node
+from cellstack.nodes import Dense, Recurrent
+from cellstack.nodes.base import Array
+
+if TYPE_CHECKING:
+    from cellstack.network import Network
+    from cellstack.nodes.base import FrameRule, Node
 
 Run = Callable[..., Array]  # of a node: the lengths beside B and W, () or (T,), then what comes in
 
@@ -66,39 +67,24 @@ def check_widths(network: Network, arrays: dict[str, Array]) -> None:
         shapes[name] = node.check(name, *(shapes[source] for source in sources))
 
 
-def framewise(name: str, node: Node, masked: bool) -> Run | None:
+def framewise(name: str, node: Node, rule: FrameRule, masked: bool) -> Run | None:
     """Return how a node that keeps nothing runs, frame by frame; None where it keeps something.
 
     Args:
         name: the node's, for messages.
         node: one that `answers_framewise` lets through.
+        rule: how it answers frame by frame.
         masked: whether what it masks would matter to a node after it; then frames that it would mask are refused.
     """
-    if isinstance(node, (Recurrent, Conv1D)):
+    apply = rule.step
+    if apply is None:
         return None
-    if isinstance(node, Embedding):
-        return _unmasked(name, node.apply, lambda x: node.ids(x) != 0) if masked else _step_by_step(node.apply)
-    if isinstance(node, Masking):
-        return _unmasked(name, node.apply, node.kept) if masked else _step_by_step(node.apply)
-    if isinstance(node, Merge):
-        return _step_by_step(replace(node, axis=-1).merge)
-    if isinstance(node, Select):
-        return _step_by_step(replace(node, axis=-1).apply)
-    if isinstance(node, GlobalPool) or node.axes[1] != node.axes[0]:  # the last step; or one axis made of one
-        return lambda steps, x: x
-    return _step_by_step(node.apply)
-
-
-def _step_by_step(apply: Callable[..., Array]) -> Run:
-    return lambda steps, *values: apply(*values)
-
-
-def _unmasked(name: str, apply: Callable[[Array], Array], kept: Callable[[Array], NDArray[np.bool_]]) -> Run:
-    """Return how a node runs whose mask matters: it refuses what it would mask, before anything has moved on."""
+    if not masked:
+        return lambda steps, *values: apply(*values)
 
     def run(steps: tuple[int, ...], x: Array) -> Array:
-        used = kept(x)
-        if not used.all():
+        used = node.kept(x)
+        if not used.all():  # refused before anything has moved on
             row = int(np.argwhere(~used)[0, 0])
             raise ValueError(
                 f"Stream: expected frames without padding, got one for row {row} that {name} masks: leave it out"
@@ -108,34 +94,60 @@ def _unmasked(name: str, apply: Callable[[Array], Array], kept: Callable[[Array]
     return run
 
 
+def frame_rules(network: Network) -> list[FrameRule]:
+    """Return how each node answers frame by frame."""
+    return [
+        node.frames(*(network.shapes[source] for source in sources))
+        for node, sources in zip(network.nodes, network.wires, strict=True)
+    ]
+
+
+class _NamedMasks:
+    """Masks as the names of the nodes that make them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def made(self) -> frozenset[str]:
+        return frozenset((self.name,))
+
+    def both(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
+        return one | other
+
+    def either(self, masks: Sequence[frozenset[str]]) -> frozenset[str]:
+        return frozenset().union(*masks)
+
+    def join(self, masks: Sequence[frozenset[str] | None]) -> frozenset[str]:
+        return frozenset().union(*(mask for mask in masks if mask))
+
+    def cut(self, mask: frozenset[str], taken: slice) -> frozenset[str]:
+        return mask
+
+
 def answers_framewise(owner: str, network: Network) -> frozenset[str]:
     """Raise `ValueError` where the network can't answer after every frame; return the nodes whose mask matters."""
     for name in network.inputs:
         if not network.graph.timed(name):
             shape = network.graph.shown(name)
             raise ValueError(f"{owner}: expected inputs of a frame a step, got {name} {shape}: it has no time")
-    masks: dict[str, frozenset[str]] = {name: frozenset() for name in network.inputs}  # whose mask is on a value
-    felt: set[str] = set()
+    masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)  # the nodes whose mask is on a value
+    heeded: set[str] = set()
     moved: str | None = None  # a node that keeps something from frame to frame
-    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
-        why = node.why_no_stream(len(network.shapes[sources[0]]))
-        if sources[0] in network.graph.ids and not isinstance(node, Embedding):
+    rules = frame_rules(network)
+    for name, node, sources, rule in zip(network.names, network.nodes, network.wires, rules, strict=True):
+        why = rule.why_not
+        if sources[0] in network.graph.ids and not node.takes_ids:
             why = "it takes some of all ids, or moves them, and a stream has one at a time"
-        if isinstance(node, Embedding) and sources[0] not in network.inputs:
+        if node.takes_ids and sources[0] not in network.inputs:
             why = "it takes a vector of ids that the network makes, and answers with a sequence"
-        if why is None and moved and isinstance(node, Masking):
+        if why is None and moved and node.makes_mask and not node.takes_ids:
             why = f"it may mask a frame after {moved} has moved on"
         if why is not None:
             raise ValueError(f"{owner}: expected nodes that can answer after every frame, got {name}: {why}")
         on = [masks[source] for source in sources]
-        together = frozenset().union(*on)
-        if isinstance(node, (Recurrent, GlobalPool)) or (isinstance(node, Merge) and node.mode in ("mul", "max")):
-            felt |= together
-        if isinstance(node, Conv1D) or not all(on):
-            together = frozenset()
-        if isinstance(node, Masking) or (isinstance(node, Embedding) and node.mask_zero):
-            together |= {name}
-        masks[name] = together
-        if isinstance(node, Recurrent) or (isinstance(node, Conv1D) and node.span > 1):
+        if node.heeds_mask:
+            heeded.update(*(mask for mask in on if mask))
+        masks[name] = node.mask_after(on, len(network.shapes[sources[0]]), _NamedMasks(name))
+        if node.cells or rule.memory:
             moved = moved or name
-    return frozenset(felt)
+    return frozenset(heeded)

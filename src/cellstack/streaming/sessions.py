@@ -17,7 +17,7 @@ from cellstack.nodes import Recurrent
 from cellstack.nodes.base import MOST, Array, CellState
 from cellstack.nodes.recurrent import Cell
 from cellstack.spec import STATES, ShapeError, check_step
-from cellstack.streaming.framewise import Run, answers_framewise, check_widths, framewise
+from cellstack.streaming.framewise import Run, answers_framewise, check_widths, frame_rules, framewise
 
 Slots = NDArray[np.int64]
 
@@ -65,11 +65,12 @@ class Sessions:
         left = iter(self._states)
         places = {name: place for place, name in enumerate((*network.inputs, *network.names))}
         self._parts: list[tuple[Run, tuple[int, ...]]] = []
-        for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        rules = frame_rules(network)
+        for name, node, sources, rule in zip(network.names, network.nodes, network.wires, rules, strict=True):
             if isinstance(node, Recurrent):
                 part = self._recurrent(node, left)
             else:
-                part = framewise(name, node, masked=False)
+                part = framewise(name, node, rule, masked=False)
                 if part is None:
                     raise ValueError(
                         f"Sessions: expected nodes that keep nothing but the states of cells, got {name}: "
@@ -90,8 +91,7 @@ class Sessions:
         parts = []
         for cells, added in node.parts:
             held = [next(states) for _ in cells]
-            addresses = [tuple(array.ctypes.data for array in arrays) for arrays in held]
-            ends = [(*pair, 0)[:2] for pair in addresses]
+            ends = [(*arrays, None)[:2] for arrays in held]
             parts.append(([cell.packed for cell in cells], ends, cells[-1].spec.output_size, added))
 
         def run(slots: Any, x: Array) -> Array:
@@ -99,13 +99,11 @@ class Sessions:
                 x = np.ascontiguousarray(x)
                 y = np.empty((len(x), width), x.dtype)
                 layers = [
-                    (weights, *end, *end, y.ctypes.data if n == len(packed) else 0, *(0,) * 6)
+                    _kernel.Layer(weights, *end, *end, y=y if n == len(packed) else None)
                     for n, (weights, end) in enumerate(zip(packed, ends, strict=True), start=1)
                 ]
-                row = x.shape[1]
-                _kernel.forward(
-                    len(x), 1, layers, x.ctypes.data, row, row, 0, 0, False, self.threads, slots.ctypes.data
-                )
+                frames = _kernel.Sequences(len(x), 1, x, x.shape[1], x.shape[1], places=slots)
+                _kernel.forward(frames, layers, self.threads)
                 x = np.add(x, y, out=y) if added else y
             return x
 

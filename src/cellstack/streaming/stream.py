@@ -12,15 +12,24 @@ import numpy as np
 from cellstack import _kernel
 from cellstack.arguments import as_floats, as_own, as_states
 from cellstack.network import Network
-from cellstack.nodes import Cell, Conv1D, Dense, Embedding, Recurrent
-from cellstack.nodes.base import MOST, Array, CellState, Node
+from cellstack.nodes import Cell, Dense, Recurrent
+from cellstack.nodes.base import MOST, Array, CellState, FrameRule, Node
 from cellstack.nodes.recurrent import WEIGHTS
 from cellstack.spec import STATES, ShapeError, check_sequence, check_step
-from cellstack.streaming.framewise import Run, answers_framewise, beyond, check_widths, framewise, stacks, together
+from cellstack.streaming.framewise import (
+    Run,
+    answers_framewise,
+    beyond,
+    check_widths,
+    frame_rules,
+    framewise,
+    stacks,
+    together,
+)
 
 
 class Frames(NamedTuple):
-    """The last frames that went into a causal convolution, `[B, L, C]`, the oldest first: what it needs of the past."""
+    """What a node keeps beside states of cells: a causal convolution its last frames `[B, L, C]`, the oldest first."""
 
     x: Any
 
@@ -68,19 +77,20 @@ class Stream:
         self.batch, self.threads, self.weights = int(batch), int(threads), weights
         self._dtype = network.dtype
         self._layers: list[tuple[Any, int]] = []  # each cell's kernel stream, and its place in it
-        self._frames: list[Array] = []  # the last frames of each causal convolution, [B, L, C]
+        self._frames: list[Array] = []  # what each node keeps that isn't a cell's state, [B, ...]
+        self._starts: list[float] = []  # what its numbers are before the first frame
         self._checks: list[tuple[str, Run]] = []  # of ids that are looked up only when something has moved on already
         masked = answers_framewise("Stream", network)
         places = {name: place for place, name in enumerate(network.inputs)}
         # How each run of nodes runs, and on which of the values before it.
         self._parts: list[tuple[Run, tuple[int, ...]]] = []
-        chains = together(network)
+        chains, rules = together(network), dict(zip(network.names, frame_rules(network), strict=True))
         for chain in chains:
             (name, node, sources), (last, _, _) = chain[0], chain[-1]
             moved = bool(self._layers or self._frames)
             nodes = [node for _, node, _ in chain]
-            part = self._part(name, node, name in masked) if len(chain) == 1 else self._stack(nodes)
-            if isinstance(node, Embedding) and moved:
+            part = self._part(name, node, rules[name], name in masked) if len(chain) == 1 else self._stack(nodes)
+            if node.takes_ids and moved:
                 self._checks.append((sources[0], part))
             self._parts.append((part, tuple(places[source] for source in sources)))
             places[last] = len(places)
@@ -93,15 +103,11 @@ class Stream:
         if only and all(stacks(node) for node in network.nodes) and self._layers and not beyond(network.nodes[-1]):
             self._alone = self._layers[0][0].step
 
-    def _part(self, name: str, node: Node, masked: bool) -> Run:
+    def _part(self, name: str, node: Node, rule: FrameRule, masked: bool) -> Run:
         """Return how a node runs here, with a memory of its own where it needs one."""
         if isinstance(node, Recurrent):
             return self._recurrent(node)
-        run = framewise(name, node, masked)
-        if run is not None:
-            return run
-        assert isinstance(node, Conv1D)
-        return self._convolution(node)
+        return framewise(name, node, rule, masked) or self._with_memory(rule)
 
     def _recurrent(self, node: Recurrent) -> Run:
         runs = [(self._stack(cells), added) for cells, added in node.parts]
@@ -127,7 +133,7 @@ class Stream:
                 else:
                     assert isinstance(part, Dense)
                     packed.append(part.packed)
-        kernel, after = _kernel.Stream(packed, self.batch, self.threads), beyond(layers[-1])
+        kernel, after = _kernel.stream(packed, self.batch, self.threads), beyond(layers[-1])
         self._layers += [(kernel, place) for place in cells]
 
         def run(steps: tuple[int, ...], x: Array) -> Array:
@@ -137,16 +143,15 @@ class Stream:
 
         return run
 
-    def _convolution(self, node: Conv1D) -> Run:
-        assert node.input_size is not None
-        frames = np.zeros((self.batch, node.span - 1, node.input_size), self._dtype)
-        if node.span > 1:
-            self._frames.append(frames)
+    def _with_memory(self, rule: FrameRule) -> Run:
+        assert rule.memory is not None
+        assert rule.advance is not None
+        memory, advance = np.full((self.batch, *rule.memory), rule.start, self._dtype), rule.advance
+        self._frames.append(memory)
+        self._starts.append(rule.start)
 
         def run(steps: tuple[int, ...], x: Array) -> Array:
-            seen = np.concatenate([frames, x if steps else x[:, None]], axis=1)
-            frames[:] = seen[:, seen.shape[1] - frames.shape[1] :]
-            y = node.convolve(seen)
+            y, memory[:] = advance(memory, x if steps else x[:, None])
             return y if steps else y[:, 0]
 
         return run
@@ -272,11 +277,12 @@ class Stream:
             own[:] = new
 
     def _as_state(self, state: Any, batch: int) -> tuple[tuple[CellState | None, ...], list[Array]]:
-        """Return a state of some rows, checked: one a cell, and the frames of each convolution; zeros where None."""
+        """Return a state of some rows, checked: one a cell, and the frames of each node that keeps some."""
         cells, count = self.network.cells, len(self._frames)
         if state is None or not count:
-            zeros = [np.zeros((batch, *own.shape[1:]), self._dtype) for own in self._frames]
-            return as_states("Stream", state, cells, batch), zeros
+            starts = zip(self._frames, self._starts, strict=True)
+            new = [np.full((batch, *own.shape[1:]), start, self._dtype) for own, start in starts]
+            return as_states("Stream", state, cells, batch), new
         if not isinstance(state, Sequence) or len(state) != len(cells) + count:
             got = len(state) if isinstance(state, Sequence) else type(state).__name__
             raise ShapeError(

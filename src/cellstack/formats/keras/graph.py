@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,27 +19,12 @@ from cellstack.formats.keras.layers import MERGES, NOTHING
 from cellstack.formats.keras.operations import either, operate
 from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
-from cellstack.nodes import (
-    Activation,
-    Bidirectional,
-    Embedding,
-    GlobalPool,
-    LayerNorm,
-    Masking,
-    Merge,
-    Node,
-    Recurrent,
-    Scale,
-    Select,
-    Standardise,
-)
-from cellstack.nodes import Dense as DenseNode
+from cellstack.nodes import Masking, Merge, Node, Recurrent, Select
 from cellstack.nodes.base import MOST, MOST_AXES, Shape
 from cellstack.spec import FormatError
 
 MANY = (*MERGES, "Merge", "Minimum", "Dot")  # layers that take several tensors
 Values = dict[tuple[str, int], list[Value | Pending | None]]  # by layer and call; None = a problem is noted already
-KEEPS_MASK = (Activation, DenseNode, LayerNorm, Masking, Scale, Standardise)
 
 
 class Reader:
@@ -232,39 +218,59 @@ class Reader:
             raise layer.refuse("expected a layer that computes something")
         masked = value.mask is not None
         for node in nodes:
-            values = inputs if isinstance(node, Merge) else [value]
-            mask = self._mask(layer, node, values)
-            if isinstance(node, (Masking, Select)):  # the first puts its own mask in the place of it, a Cropping1D none
-                values = [build.bare(value)]
-            value = build.add(node, *values)._replace(mask=mask)
+            values = inputs if node.inputs is None else [value]
+            # Keras forgets the mask of what it crops; a Masking's mask takes the place of the one before.
+            taken = [build.bare(value)] if isinstance(node, (Masking, Select)) else values
+            mask = self._mask(layer, node, taken, values[0].wire)
+            value = build.add(node, *taken)._replace(mask=mask)
         if layer.kind in RECURRENT:
             return [*returned(build, nodes[0], value, masked)]
         return [value]
 
-    def _mask(self, layer: Layer, node: Node, values: list[Value]) -> Any:
-        """Return the mask that goes on after a node: as the node has it, which must be as Keras has it."""
-        mask = values[0].mask
-        if isinstance(node, Embedding):
-            return ("ne", values[0].wire, 0.0) if node.mask_zero else mask
-        if isinstance(node, Masking):
-            return ("any", ("ne", values[0].wire, float(node.value)))
-        if isinstance(node, Merge):
-            masks = [value.mask for value in values]
-            if all(one == mask for one in masks) and not (
-                node.mode == "concat" and node.axis == 1 and mask is not None
-            ):
-                return mask
-            if self.major < 3:
+    def _mask(self, layer: Layer, node: Node, values: list[Value], wire: str) -> Any:
+        """Return the mask that goes on after a node; a `FormatError` where Keras's would be another.
+
+        Args:
+            layer: the node's, for messages.
+            node: the node.
+            values: what it takes.
+            wire: where the first of them comes from in the file.
+        """
+        masks, shape = [value.mask for value in values], self.builder.shapes[values[0].wire]
+        axes, masked = 2 if shape is None else len(shape), any(value.mask is not None for value in values)
+        if isinstance(node, Merge) and masked:
+            along_time = node.mode == "concat" and node.place(axes) == 1
+            if self.major < 3 and (along_time or len(set(masks)) > 1):
                 raise layer.refuse("merges sequences of different masks, for which Keras 2 has a rule of its own")
-            if node.mode == "concat" and node.axis == 1:
-                return self.followed.mask(masks)
-            return None if None in masks and node.mode != "concat" else either(masks)
-        if isinstance(node, Recurrent) and mask is not None and node.go_backwards and node.return_sequences:
+            if node.mode == "concat":
+                masks = [("all",) if mask is None else mask for mask in masks]
+        if isinstance(node, Recurrent) and masked and node.go_backwards and node.return_sequences:
             raise layer.refuse("returns a masked sequence backwards, while Keras leaves the mask as it was")
-        if isinstance(node, (Recurrent, Bidirectional)):
-            stack = node.forward if isinstance(node, Bidirectional) else node
-            return mask if stack.return_sequences else None
-        return mask if isinstance(node, KEEPS_MASK) and not isinstance(node, GlobalPool) else None
+        return node.mask_after(masks, axes, _MaskKeys(node, wire, self.followed))
+
+
+class _MaskKeys:
+    """Masks by how they come about, see `Value`, as `Node.mask_after` works with them."""
+
+    def __init__(self, node: Node, wire: str, followed: Followed) -> None:
+        self.node, self.wire, self.followed = node, wire, followed
+
+    def made(self) -> Any:
+        if isinstance(self.node, Masking):
+            return ("any", ("ne", self.wire, float(self.node.value)))
+        return ("ne", self.wire, 0.0)
+
+    def both(self, one: Any, other: Any) -> Any:
+        return ("and", one, other)
+
+    def either(self, masks: Sequence[Any]) -> Any:
+        return either(list(masks))
+
+    def join(self, masks: Sequence[Any]) -> Any:
+        return self.followed.mask(masks)
+
+    def cut(self, mask: Any, taken: slice) -> Any:
+        return ("cut", mask, taken.start, taken.stop, taken.step)
 
 
 def _shape(layer: Layer) -> Shape | None:

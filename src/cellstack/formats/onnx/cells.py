@@ -41,7 +41,7 @@ NAMES = {
     "ThresholdedRelu": "thresholded_relu",
     "ScaledTanh": "scaled_tanh",
 }
-PARAMETERS = {  # alpha and beta where none are given; None: peers differ, so that they must be
+PARAMETERS = {  # alpha and beta of an operator of its own; None: there is none such
     "HardSigmoid": (0.2, 0.5),
     "Elu": (1.0,),
     "Affine": (None, None),
@@ -49,6 +49,7 @@ PARAMETERS = {  # alpha and beta where none are given; None: peers differ, so th
     "ThresholdedRelu": (1.0,),
     "ScaledTanh": (None, None),
 }
+GIVEN = ("Affine", "ScaledTanh", "ThresholdedRelu")  # in cells, ONNX and ONNX Runtime differ in what is usual
 ATTRIBUTES = {
     "activation_alpha",
     "activation_beta",
@@ -199,10 +200,9 @@ def _activations(where: str, names: list[str], attributes: dict[str, Any]) -> li
             raise FormatError(f"{where}: expected activations of {', '.join(NAMES)}, found {short(name)}")
         given = []
         for left, usual in zip(values, PARAMETERS.get(name, ()), strict=False):
-            value = left.pop(0) if left else usual
-            if value is None:
+            if not left and name in GIVEN:
                 raise FormatError(f"{where}: expected alpha and beta of {name}, found none")
-            given.append(decimal(value))
+            given.append(decimal(left.pop(0) if left else usual))
         text = NAMES[name] + (f"({', '.join(map(repr, given))})" if given else "")
         text = "linear" if text == "affine(1.0, 0.0)" else text
         try:

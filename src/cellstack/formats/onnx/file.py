@@ -265,6 +265,8 @@ class Scope:
             raise FormatError(f"{where}: expected inputs that differ, found {short(list(self.inputs))}")
         made = {*self.initializers, *self.inputs, *(tensor.values.name for tensor in self.graph.sparse_initializer)}
         for node in self.graph.node:
+            if len({entry.name for entry in node.attribute}) != len(node.attribute):
+                raise FormatError(f"{where}: node {short(label(node))}: expected every attribute once, found one twice")
             words = (node.name, node.op_type, node.domain, *node.input, *node.output, *(e.name for e in node.attribute))
             if not all(isinstance(word, str) for word in words):  # protobuf gives bytes where they are no UTF-8
                 raise FormatError(f"{where}: node {short(label(node))}: expected names in UTF-8, found others")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -12,7 +12,27 @@ from cellstack.layout import Array
 
 FREE = 1 << 22  # numbers that any file may compute, however small it is
 TIMES = 8  # and how many for each of its bytes
+LARGEST = 2**31 - 1  # from here on, the start or end of a slice is that of the axis
 CASTS = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 12: "u4", 13: "u8"}
+
+
+NEEDED = {  # how many inputs an operator can't do without; 1 where nothing is said
+    "BatchNormalization": 5,
+    "Constant": 0,
+    "Range": 3,
+    "Where": 3,
+    **dict.fromkeys(
+        ("Add", "Conv", "DequantizeLinear", "Div", "Equal", "Expand", "Gather", "Gemm", "LayerNormalization", "MatMul",
+         "MatMulInteger", "Mul", "PRelu", "Pow", "Reshape", "Sub", "Tile"), 2
+    ),
+}  # fmt: skip
+
+
+def check_inputs(operator: str, given: Sequence[bool]) -> None:
+    """Raise `ValueError` where an operator lacks an input that it can't do without."""
+    count = max(1, len(given)) if operator in ("Concat", "Max", "Mean", "Min", "Sum") else NEEDED.get(operator, 1)
+    if not all(given[:count]) or len(given) < count:
+        raise ValueError(f"expected at least {count} input{'s' * (count != 1)}, found {sum(given[:count])}")
 
 
 class TooMuchError(ValueError):
@@ -95,9 +115,15 @@ def slices(attributes: dict[str, Any], values: list[Any], axes: int) -> tuple[sl
         raise ValueError("expected starts, ends, axes and steps that belong together")
     taken = [slice(None)] * axes
     for start, end, axis, step in zip(starts, ends, chosen, steps, strict=True):
-        backwards_to_the_front = step < 0 and end < -(2**62)
+        backwards_to_the_front = step < 0 and end <= -LARGEST
         taken[axis] = slice(start, None if backwards_to_the_front else end, step)
     return tuple(taken)
+
+
+def within(taken: slice, length: int) -> slice:
+    """Return a slice of an axis of this length as Python has it: backwards, a start before the first is the first."""
+    start, step = taken.start, taken.step or 1
+    return slice(0, taken.stop, step) if step < 0 and start is not None and start < -length else taken
 
 
 def axes_of(attributes: dict[str, Any], values: list[Any]) -> list[int] | None:
@@ -202,7 +228,9 @@ def _gather(model: Any, attributes: dict[str, Any], values: list[Any], outputs: 
 
 def _slice(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array] | None:
     taken = slices(attributes, values, values[0].ndim)
-    return None if taken is None else [values[0][taken]]
+    if taken is None:
+        return None
+    return [values[0][tuple(within(part, length) for part, length in zip(taken, values[0].shape, strict=True))]]
 
 
 def _squeeze(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
@@ -316,6 +344,7 @@ def fold(
     run = OPERATORS.get(operator)
     if run is None:
         return None
+    check_inputs(operator, given)
     if operator == "Concat" and all(isinstance(value, Spread) and value.ranked for value in values):
         return _concat_spread(attributes, [value.array for value in values])
     if values and isinstance(values[0], Spread):

@@ -150,6 +150,8 @@ def sizes_of(scope: Scope, node: Any) -> list[int] | None:
 def _cut(scope: Scope, node: Any, name: str, inner: Linear) -> Linear | None:
     """Return what a Split gives that cuts the features, as it cuts the gates of a cell; None where it isn't one."""
     terms = (*inner.products, *inner.biases)
+    if not all(_apart(scope, term) for term in inner.products):
+        return None
     if node.op_type != "Split" or len(node.output) > MOST_OUTPUTS or len({t.stop - t.start for t in terms}) != 1:
         return None
     found = scope.model.attributes(node)
@@ -172,6 +174,14 @@ def _cut(scope: Scope, node: Any, name: str, inner: Linear) -> Linear | None:
     start = sum(sizes[:place])
     cut = [replace(term, start=term.start + start, stop=term.start + start + sizes[place]) for term in terms]
     return Linear(tuple(cut[: len(inner.products)]), tuple(cut[len(inner.products) :]))
+
+
+def _apart(scope: Scope, term: Term) -> bool:
+    """Whether moves that could turn features round, too, take one step out of a sequence."""
+    if not any(node.op_type == "Slice" for node in term.moves):
+        return True
+    found = _located(scope, [(node, "") for node in reversed(term.moves)])
+    return found is not None and found[2] == len(term.moves)
 
 
 # ── which step of a sequence a value is ─────────────────────────────────────────────────────────────────────────────
@@ -274,10 +284,4 @@ def _cuts(scope: Scope, node: Any) -> tuple[int, slice] | None:
 def _turns(scope: Scope, node: Any, axis: int) -> bool:
     """Whether a node turns the steps round."""
     cut = _cuts(scope, node) if node.op_type == "Slice" else None
-    return (
-        cut is not None
-        and cut[0] == axis
-        and cut[1].step == -1
-        and cut[1].start == -1
-        and cut[1].stop in (None, -(2**31) - 1)
-    )
+    return cut is not None and cut[0] == axis and cut[1].step == -1 and cut[1].start == -1 and cut[1].stop is None

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cellstack.formats.onnx.pieces import Pieces
-from cellstack.nodes import (
-    Bidirectional,
-    Conv1D,
-    Embedding,
-    Flatten,
-    GlobalPool,
-    Masking,
-    Merge,
-    Node,
-    Permute,
-    Pool1D,
-    Recurrent,
-    Repeat,
-    Reshape,
-    Select,
-)
+from cellstack.nodes import Masking
 
-NEUTRAL = {"mul": 1.0, "max": -np.inf}  # what a step that is left out counts as in a Merge; elsewhere what it holds
-WITHOUT = (Conv1D, Pool1D, GlobalPool, Flatten, Permute, Repeat, Reshape)  # what they return has no mask
-
-
-def both(pieces: Pieces, one: str, other: str) -> str:
-    """Return the steps that two masks keep; "" = all of them."""
-    return pieces.of("And", one, other) if one and other else one or other
+if TYPE_CHECKING:
+    from cellstack.formats.onnx.pieces import Pieces
+    from cellstack.nodes import Embedding, Merge
 
 
 def of_lengths(pieces: Pieces, x: str, lengths: str) -> str:
@@ -45,40 +26,68 @@ def of_lengths(pieces: Pieces, x: str, lengths: str) -> str:
 
 
 def masked(pieces: Pieces, name: str, node: Embedding | Masking, x: str, mask: str) -> str:
-    """Put a node in that may make a mask, whose output goes by its name, and return that output's mask."""
+    """Put a node in that may make a mask, whose output goes by its name, and return the mask that it makes, or ""."""
     if isinstance(node, Masking):
         same = pieces.of("Cast", pieces.of("Equal", x, pieces.number(node.value)), to=pieces.type)
         least = pieces.of("ReduceMin", same, axes=[-1], keepdims=1)
         kept = pieces.of("Less", least, pieces.number(1.0))
         pieces.put("Where", [kept, x, pieces.number(0.0)], name)
-        return both(pieces, mask, kept)
+        return kept
     if mask:  # ids that are left out may be anything
         zeros = pieces.tensor(f"{name}.zero", np.array(0, np.int64))
         x = pieces.of("Where", pieces.of("Squeeze", mask, pieces.integers(2)), x, zeros)
     pieces.put("Gather", [pieces.tensor(f"{name}.table", node.table), x], name, axis=0)
     if not node.mask_zero:
-        return mask
+        return ""
     zero = pieces.of("Equal", x, pieces.tensor(f"{name}.padding", np.array(0, np.int64)))
-    return both(pieces, mask, pieces.of("Unsqueeze", pieces.of("Not", zero), pieces.integers(2)))
+    return pieces.of("Unsqueeze", pieces.of("Not", zero), pieces.integers(2))
 
 
-def pooled(pieces: Pieces, name: str, node: GlobalPool, x: str, mask: str) -> None:
-    """Put a GlobalPool in whose input has a mask: a row without a step gives zeros."""
+def last_used(pieces: Pieces, name: str, x: str, mask: str) -> None:
+    """Put in, under `name`, the last step that the mask keeps; zeros where it keeps none."""
     of, zero = pieces.of, pieces.number(0.0)
     ones = of("Cast", mask, to=pieces.type)
-    if node.mode == "mean":
-        count = of("Max", of("ReduceSum", ones, pieces.integers(1), keepdims=0), pieces.number(1.0))
-        total = of("ReduceSum", of("Where", mask, x, zero), pieces.integers(1), keepdims=0)
-        pieces.put("Div", [total, count], name)
+    later = of("CumSum", ones, pieces.tensor(f"{name}.axis", np.array(1, np.int64)), reverse=1)
+    last = of("And", mask, of("Less", later, pieces.number(1.5)))  # the one that no step used comes after
+    taken = of("ReduceSum", of("Where", last, x, zero), pieces.integers(1), keepdims=0)
+    pieces.put("Where", [_some(pieces, ones), taken, zero], name)
+
+
+def _some(pieces: Pieces, ones: str, keepdims: int = 0) -> str:
+    return pieces.of("Greater", pieces.of("ReduceMax", ones, axes=[1], keepdims=keepdims), pieces.number(0.0))
+
+
+def reduced(pieces: Pieces, name: str, mode: str, x: str, axis: int, keepdims: bool, mask: str) -> None:
+    """Put in, under `name`, the sum, mean, greatest or least over an axis.
+
+    Args:
+        pieces: the graph.
+        name: of the node.
+        mode: `"sum"`, `"mean"`, `"max"` or `"min"`.
+        x: what it takes.
+        axis: which.
+        keepdims: it stays.
+        mask: of `x`, where the axis is time; "" = all steps count.
+    """
+    keep = int(keepdims)
+    if not mask and mode == "sum":
+        pieces.put("ReduceSum", [x, pieces.integers(axis)], name, keepdims=keep)
         return
-    some = of("Greater", of("ReduceMax", ones, axes=[1], keepdims=0), zero)
-    if node.mode == "max":
-        most = of("ReduceMax", of("Where", mask, x, pieces.number(-np.inf)), axes=[1], keepdims=0)
-    else:  # of each row the one step that no step used comes after
-        later = of("CumSum", ones, pieces.tensor(f"{name}.axis", np.array(1, np.int64)), reverse=1)
-        last = of("And", mask, of("Less", later, pieces.number(1.5)))
-        most = of("ReduceSum", of("Where", last, x, zero), pieces.integers(1), keepdims=0)
-    pieces.put("Where", [some, most, zero], name)
+    if not mask:
+        pieces.put(f"Reduce{mode.title()}", [x], name, axes=[axis], keepdims=keep)
+        return
+    zero, ones = pieces.number(0.0), pieces.of("Cast", mask, to=pieces.type)
+    if mode in ("sum", "mean"):
+        used = pieces.of("Where", mask, x, zero)
+        if mode == "sum":
+            pieces.put("ReduceSum", [used, pieces.integers(1)], name, keepdims=keep)
+            return
+        count = pieces.of("Max", pieces.of("ReduceSum", ones, pieces.integers(1), keepdims=keep), pieces.number(1.0))
+        pieces.put("Div", [pieces.of("ReduceSum", used, pieces.integers(1), keepdims=keep), count], name)
+        return
+    nothing = pieces.number(-np.inf if mode == "max" else np.inf)
+    found = pieces.of(f"Reduce{mode.title()}", pieces.of("Where", mask, x, nothing), axes=[1], keepdims=keep)
+    pieces.put("Where", [_some(pieces, ones, keep), found, zero], name)
 
 
 def neutral(pieces: Pieces, node: Merge, sources: Sequence[str], masks: Sequence[str]) -> list[str]:
@@ -86,51 +95,48 @@ def neutral(pieces: Pieces, node: Merge, sources: Sequence[str], masks: Sequence
 
     Where the masks leave a step out of all values, the first one stands for what comes out: itself, or 0 of products.
     """
-    if node.mode not in NEUTRAL or not any(masks):
+    if node.neutral is None or not any(masks):
         return list(sources)
-    nothing = pieces.number(NEUTRAL[node.mode])
+    nothing = pieces.number(node.neutral)
     taken = [pieces.of("Where", mask, x, nothing) if mask else x for mask, x in zip(masks, sources, strict=True)]
     if all(masks):
         unused = pieces.number(0.0) if node.mode == "mul" else sources[0]
-        anyone = reduce(lambda one, other: pieces.of("Or", one, other), masks)
-        taken[0] = pieces.of("Where", anyone, taken[0], unused)
+        taken[0] = pieces.of("Where", GraphMasks(pieces, "", sources).either(masks), taken[0], unused)
     return taken
 
 
-def used_after(pieces: Pieces, node: Node, sources: Sequence[str], masks: Sequence[str], axes: int) -> str:
-    """Return the mask of what a node returns, "" where it has none.
+class GraphMasks:
+    """Masks as values of a graph, as `Node.mask_after` works with them.
 
     Args:
         pieces: the graph.
-        node: any but those that `masked` puts in.
-        sources: what it takes.
-        masks: theirs.
-        axes: how many each of them has beside the batch.
+        own: the mask that the node makes itself, where it makes one.
+        sources: what the node takes.
     """
-    first = masks[0]
-    if isinstance(node, Merge):
-        if node.mode == "concat" and axes > 1 and node.place(axes) == 1:
-            return pieces.of("Concat", *_full(pieces, sources, masks), axis=1) if any(masks) else ""
-        return reduce(lambda one, other: pieces.of("Or", one, other), masks) if all(masks) else ""
-    if not first or isinstance(node, WITHOUT):
-        return ""
-    if isinstance(node, Recurrent):
-        return (_turned(pieces, first) if node.go_backwards else first) if node.return_sequences else ""
-    if isinstance(node, Bidirectional):
-        return first if node.forward.return_sequences else ""
-    if isinstance(node, Select) and node.place(axes) == 1:
-        return pieces.cut(first, node.taken, 1, pieces.fresh("used"))
-    return first
 
+    def __init__(self, pieces: Pieces, own: str, sources: Sequence[str]) -> None:
+        self.pieces, self.own, self.sources = pieces, own, sources
 
-def _turned(pieces: Pieces, mask: str) -> str:
-    return pieces.cut(mask, slice(None, None, -1), 1, pieces.fresh("used"))
+    def made(self) -> str:
+        """See `Masks`."""
+        return self.own
 
+    def both(self, one: str, other: str) -> str:
+        """See `Masks`."""
+        return self.pieces.of("And", one, other)
 
-def _full(pieces: Pieces, sources: Sequence[str], masks: Sequence[str]) -> list[str]:
-    """Return a mask for each value, all steps used where it has none."""
-    full = []
-    for x, mask in zip(sources, masks, strict=True):
-        shape = pieces.of("Concat", pieces.of("Shape", x, start=0, end=2), pieces.integers(1), axis=0)
-        full.append(mask or pieces.of("Expand", pieces.tensor("all_used", np.array(True)), shape))
-    return full
+    def either(self, masks: Sequence[str]) -> str:
+        """See `Masks`."""
+        return reduce(lambda one, other: self.pieces.of("Or", one, other), masks)
+
+    def join(self, masks: Sequence[str | None]) -> str:
+        """See `Masks`."""
+        full, pieces = [], self.pieces
+        for x, mask in zip(self.sources, masks, strict=True):
+            shape = pieces.of("Concat", pieces.of("Shape", x, start=0, end=2), pieces.integers(1), axis=0)
+            full.append(mask or pieces.of("Expand", pieces.tensor("all_used", np.array(True)), shape))
+        return pieces.of("Concat", *full, axis=1)
+
+    def cut(self, mask: str, taken: slice) -> str:
+        """See `Masks`."""
+        return self.pieces.cut(mask, taken, 1, self.pieces.fresh("used"))

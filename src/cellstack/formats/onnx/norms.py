@@ -10,7 +10,7 @@ import numpy as np
 from cellstack.formats.onnx.cells import decimal
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Spread, axes_of, numbers
-from cellstack.formats.onnx.graph import Handler, Reader, Refused, Turned
+from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.ops import arithmetic, floats, last_is
 from cellstack.formats.onnx.ops import reduce as over_time
 from cellstack.formats.onnx.values import Flowing
@@ -62,7 +62,7 @@ def moment(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         return None
     key: list[Any] = [node.op_type]
     for value in values[:1] if node.op_type == "ReduceMean" else values:
-        number = _number(value)
+        number = _number(value, len(first.of.axes))
         key.append(value.what if isinstance(value, Moment) else "x" if _is(value, first.of) else number)
     number = next((entry for entry in key[1:] if isinstance(entry, float)), None)
     if node.op_type == "Add" and first.what == "variance" and number is not None and not first.epsilon:
@@ -80,9 +80,11 @@ def _is(value: Any, flow: Flowing) -> bool:
     return isinstance(value, Flowing) and value == flow
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any, axes: int) -> float | None:
+    """Return a constant as a number; None where it isn't one, or has more axes than what it is put together with."""
     value = numbers(value)
-    return decimal(float(value.reshape(()))) if isinstance(value, np.ndarray) and value.size == 1 else None
+    fits = isinstance(value, np.ndarray) and value.size == 1 and value.ndim <= axes
+    return decimal(float(value.reshape(()))) if fits else None
 
 
 def _features(x: Flowing, attributes: dict[str, Any], values: list[Any]) -> bool:
@@ -127,7 +129,12 @@ def scaled(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         behind = reader.last(x.wire)
         norm = None if behind is None else behind[1]
         plain = x.axes[-1:] == ("F",) and "D" not in x.axes and not any(x.pad)
-        fits = isinstance(array, np.ndarray) and array.shape[-1:] == (array.size,) and array.dtype.kind == "f"
+        fits = (
+            isinstance(array, np.ndarray)
+            and array.ndim <= len(x.axes)
+            and array.shape[-1:] == (array.size,)
+            and array.dtype.kind == "f"
+        )
         if behind and isinstance(norm, LayerNorm) and plain and fits and x.width == array.size:
             array = floats(reader, array, "the gain").reshape(-1)
             if node.op_type == "Mul" and norm.gain is None and norm.bias is None:
@@ -146,7 +153,7 @@ def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
     if attributes.get("training_mode", 0) or not attributes.get("spatial", 1):
         raise Refused("expected the form of inference")
     if len(x.axes) < 2 or x.axes[1] != "F" or "D" in x.axes:
-        raise Turned(f"expected the features on axis 1, found axes {' '.join(x.axes)}")
+        raise Refused(f"expected the features on axis 1, found axes {' '.join(x.axes)}")
     epsilon = float(attributes.get("epsilon", 1e-5))
     wide = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + epsilon)
     scale, shift = wide.astype(gain.dtype), (bias - mean.astype(np.float64) * wide).astype(gain.dtype)

@@ -9,7 +9,7 @@ import numpy as np
 
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Spread, axes_of, whole
-from cellstack.formats.onnx.graph import Handler, Reader, Refused, Turned
+from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.values import Flowing
 from cellstack.layout import Array
 from cellstack.nodes import Activation, Conv1D, Dense, GlobalPool, Merge, Scale, Standardise
@@ -34,7 +34,7 @@ def floats(reader: Reader, value: Any, what: str) -> Array:
 def last_is(flow: Flowing, wanted: str, operator: str) -> None:
     """Raise `Refused` unless the last axis of a value has this label."""
     if not flow.axes or flow.axes[-1] != wanted or "D" in flow.axes:
-        raise Turned(f"expected the features on the last axis, found axes {' '.join(flow.axes)}")
+        raise Refused(f"expected the features on the last axis, found axes {' '.join(flow.axes)}")
 
 
 def steps_apart(reader: Reader) -> None:
@@ -83,8 +83,8 @@ def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
         x = reader.flowing(x)
     bias = floats(reader, values[2], "the bias") if len(values) > 2 and values[2] is not None else None
     spatial = x.axes[2:]
-    if x.axes[:2] != ("B", "F") or "D" in x.axes or sorted(spatial) not in (["T"], ["1", "T"]):
-        raise Turned(f"expected axes B F T, found {' '.join(x.axes)}")
+    if not x.has("BF" + "".join(spatial)) or sorted(spatial) not in (["T"], ["1", "T"]):
+        raise Refused(f"expected axes B F T, found {' '.join(x.axes)}")
     over, count = spatial.index("T"), len(spatial)
     if kernel.ndim != count + 2:
         raise Refused(f"expected weights of {count + 2} axes, found {kernel.shape}")
@@ -142,8 +142,8 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     x = reader.flowing(values[0])
     if node.op_type.startswith("Global"):
         axes, keep = list(range(2, len(x.axes))), True
-        if x.axes[:2] != ("B", "F"):
-            raise Turned(f"expected axes B F T, found {' '.join(x.axes)}")
+        if not x.has("BF" + "".join(x.axes[2:])):
+            raise Refused(f"expected axes B F T, found {' '.join(x.axes)}")
     else:
         found = axes_of(attributes, values)
         axes = [] if found is None else [x.at(axis) for axis in found]

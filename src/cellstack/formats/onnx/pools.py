@@ -9,7 +9,7 @@ import numpy as np
 
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import whole
-from cellstack.formats.onnx.graph import Handler, Reader, Refused, Turned
+from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.ops import padding_of, steps_apart, window
 from cellstack.formats.onnx.values import Flowing
 from cellstack.nodes import Activation, Conv1D, Dense, Pool1D
@@ -27,8 +27,8 @@ def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     """
     x = reader.flowing(values[0])
     spatial = x.axes[2:]
-    if x.axes[:2] != ("B", "F") or "D" in x.axes or sorted(spatial) not in (["T"], ["1", "T"]):
-        raise Turned(f"expected axes B F T, found {' '.join(x.axes)}")
+    if not x.has("BF" + "".join(spatial)) or sorted(spatial) not in (["T"], ["1", "T"]):
+        raise Refused(f"expected axes B F T, found {' '.join(x.axes)}")
     steps_apart(reader)
     over, count = spatial.index("T"), len(spatial)
     size = whole(attributes["kernel_shape"])

@@ -9,32 +9,34 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import axes_of, place, slices, split_sizes, whole
-from cellstack.formats.onnx.graph import Handler, Reader, Refused, Turned
+from cellstack.formats.onnx.fold import LARGEST, axes_of, place, slices, split_sizes, whole, within
+from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.ops import steps_apart
-from cellstack.formats.onnx.values import Ends, Flowing, Symbols, reshaped
+from cellstack.formats.onnx.values import Dim, Flowing, Lengths, States, Symbols, Unknown, reshaped
 from cellstack.nodes import Flatten, GlobalPool, Merge, Permute, Repeat, Select
 from cellstack.nodes import Reshape as ReshapeNode
 
 
 def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read what changes nothing: Identity, Dropout at inference, a Cast from floats to floats or of ids."""
-    training = values[2] if node.op_type == "Dropout" and len(values) > 2 else None
+    value, training = values[0], values[2] if node.op_type == "Dropout" and len(values) > 2 else None
     if training is not None and (not isinstance(training, np.ndarray) or training.any()):
         raise Refused("expected the form of inference")
+    if not isinstance(value, (States, Lengths)):
+        value = reader.flowing(value)
     if node.op_type == "Cast":
-        ids, to = "F" not in reader.flowing(values[0]).axes, attributes.get("to")
-        if to not in ((6, 7, 12, 13, 5, 2, 3, 4) if ids else (1, 11)):
-            raise Refused(f"expected a cast from numbers to their like, found one to type {to}")
-    return [values[0]] if isinstance(values[0], Flowing) else [reader.flowing(values[0])]
+        whole_numbers = isinstance(value, Lengths) or (isinstance(value, Flowing) and reader.is_ids(value))
+        if attributes.get("to") not in ((6, 7, 12, 13) if whole_numbers else (1, 11)):
+            raise Refused(f"expected a cast from numbers to their like, found one to type {attributes.get('to')}")
+    return [value]
 
 
 def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Shape: lengths as far as they are known."""
     value = values[0]
-    if isinstance(value, Ends):
-        raise Refused("expected the shape of data that flows, found that of a state")
+    if isinstance(value, States):
+        return [Unknown("the shape of a state isn't known here", False)]
     lengths = np.empty(len(value.axes), object)
     for n, length in enumerate(value.lengths):
         lengths[n] = length
@@ -44,7 +46,7 @@ def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
 def transpose(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Transpose: the labels in another order."""
     value = values[0]
-    count = len(value.axes) if isinstance(value, (Flowing, Ends)) else 0
+    count = len(value.axes) if isinstance(value, (Flowing, States)) else 0
     perm = whole(attributes.get("perm", list(range(count))[::-1]))
     if sorted(perm) != list(range(count)):
         raise Refused(f"expected the order of {count} axes, found {perm}")
@@ -53,20 +55,22 @@ def transpose(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         return [replace(value, axes=axes)]
     stacked = [n for n, axis in enumerate(value.axes) if axis == "S"]
     order = [stacked.index(n) for n in perm if value.axes[n] == "S"]
-    return [Ends(axes, value.refs.transpose(order))]
+    return [replace(value, axes=axes, refs=value.refs.transpose(order))]
 
 
 def squeeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Squeeze: axes of length 1 go; one of time too, where one step was taken out of it."""
     value, axes = values[0], axes_of(attributes, values)
-    if isinstance(value, Ends):
+    if isinstance(value, States):
         axes = [n for n, axis in enumerate(value.axes) if axis == "S"] if axes is None else axes
         axes = sorted(place(axis, len(value.axes)) for axis in axes)
         for axis in reversed(axes):
             value = _drop(value, axis)
         return [value]
     x = value if isinstance(value, Flowing) else reader.flowing(value)
-    chosen = [n for n, axis in enumerate(x.axes) if axis == "1"] if axes is None else [x.at(axis) for axis in axes]
+    one_row = x.batch == 1  # a batch of length 1 may go: what stands for it comes again, or it is left out of the file
+    chosen = [n for n, axis in enumerate(x.axes) if axis == "1" or (axis == "B" and one_row)]
+    chosen = chosen if axes is None else [x.at(axis) for axis in axes]
     wire, steps = x.wire, x.steps
     for axis in chosen:
         if x.axes[axis] == "F" and x.width == 1 and "T" in x.axes:
@@ -75,20 +79,19 @@ def squeeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
             pass  # one number a row, which a Network has as `[B, 1]`
         elif x.axes[axis] == "T" and x.steps == 1:
             wire, steps = reader.add(label(node), GlobalPool("last"), wire), None
-        elif x.axes[axis] != "1":
+        elif x.axes[axis] != "1" and not (x.axes[axis] == "B" and one_row):
             raise Refused(f"expected axes of length 1, found {x.axes[axis]} of {' '.join(x.axes)}")
     left = tuple(a for n, a in enumerate(x.axes) if n not in chosen)
     return [replace(x, wire=wire, steps=steps, axes=left, width=x.width if "F" in left else None)]
 
 
-def _drop(value: Ends, axis: int) -> Ends:
+def _drop(value: States, axis: int) -> States:
     stacked = value.axes[:axis].count("S")
     if value.axes[axis] != "S" or value.refs.shape[stacked] != 1:
-        raise Refused(f"expected an axis of length 1, found axis {axis} of a state, {' '.join(value.axes)}")
-    return Ends(
-        (*value.axes[:axis], *value.axes[axis + 1 :]),
-        value.refs.reshape([n for axis, n in enumerate(value.refs.shape) if axis != stacked]),
-    )
+        raise Refused(f"expected an axis of length 1, found axis {axis} of states {' '.join(value.axes)}")
+    axes = (*value.axes[:axis], *value.axes[axis + 1 :])
+    shape = [length for n, length in enumerate(value.refs.shape) if n != stacked]
+    return replace(value, axes=axes, refs=value.refs.reshape(shape))
 
 
 def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -96,21 +99,25 @@ def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     value, axes = values[0], axes_of(attributes, values)
     if axes is None:
         raise Refused("expected constant axes")
-    count = len(value.axes) + len(axes) if isinstance(value, (Flowing, Ends)) else 0
+    count = len(value.axes) + len(axes) if isinstance(value, (Flowing, States)) else 0
     chosen = {place(axis, count) for axis in axes}
-    if isinstance(value, Ends):
+    if isinstance(value, States):
         old, labels, refs = iter(value.axes), [], value.refs
         for n in range(count):
             labels.append("S" if n in chosen else next(old))
             if n in chosen:
                 refs = np.expand_dims(refs, labels[:-1].count("S"))
-        return [Ends(tuple(labels), refs)]
+        return [replace(value, axes=tuple(labels), refs=refs)]
     x = value if isinstance(value, Flowing) else reader.flowing(value)
     old = iter(x.axes)
     axes_now = tuple("1" if n in chosen else next(old) for n in range(count))
-    if "F" not in x.axes and len(chosen) == 1 and "T" in x.axes:  # numbers without features: one feature each
-        wire = reader.add(label(node), ReshapeNode((-1, 1)), x.wire)
-        return [replace(x, wire=wire, width=1, axes=tuple("F" if a == "1" else a for a in axes_now))]
+    if "F" not in x.axes and "T" in x.axes and not reader.is_ids(x):  # numbers without features: one feature each
+        roles = reader.axes.roles_of(node.output[0]) or ""
+        found = [n for n in chosen if roles[n : n + 1] == "F"] or list(chosen)
+        if len(found) == 1:
+            wire = reader.add(label(node), ReshapeNode((-1, 1)), x.wire)
+            labels = tuple("F" if n == found[0] else axis for n, axis in enumerate(axes_now))
+            return [replace(x, wire=wire, width=1, axes=labels)]
     return [replace(x, axes=axes_now)]
 
 
@@ -155,15 +162,17 @@ def flatten(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     """Read a Flatten: all axes after the batch become one."""
     x = reader.flowing(values[0])
     axis = attributes.get("axis", 1) % max(1, len(x.axes))
-    ahead = [a for a in x.axes[:axis] if a != "1"]
-    if ahead != ["B"]:
+    ahead, behind = ("".join(a for a in part if a != "1") for part in (x.axes[:axis], x.axes[axis:]))
+    if ahead and behind == "F" and len(ahead) == 1:  # two axes as they are
+        return [replace(x, axes=(ahead, "F"))]
+    if ahead not in ("B", "" if "B" not in x.axes else "B"):
         raise Refused(f"expected to keep the batch, found axis {axis} of {' '.join(x.axes)}")
-    return [flattened(reader, node, x, ("B", "*"))]
+    return [flattened(reader, node, x, (ahead or "1", "*"))]
 
 
 def flattened(reader: Reader, node: Any, x: Flowing, axes: tuple[str, ...]) -> Flowing:
     """Return a value with all axes after the batch in one, in the order in which they stand."""
-    labels = [a for a in x.axes if a != "1"][1:]
+    labels = [a for a in x.axes if a not in "1B"]
     final = tuple("F" if a == "*" else a for a in axes)
     if labels in (["F"], ["D", "F"]):
         return replace(x, axes=final)
@@ -186,22 +195,28 @@ def cut(reader: Reader, node: Any, x: Flowing, axis: int, taken: slice) -> Flowi
     which = x.axes[axis]
     length = x.length(which)
     known = length if isinstance(length, int) else None
+    if known is not None:
+        taken = within(taken, known)
     everything = taken.step in (None, 1) and taken.start in (None, 0)
-    if everything and (taken.stop is None or taken.stop >= (known or 2**31 - 1)):
+    if everything and (taken.stop is None or taken.stop >= (known or LARGEST)):
         return x
-    if which == "1" and len(range(*taken.indices(1))) == 1:
+    if which in ("1", "B") and known == 1 and len(range(1)[taken]) == 1:
         return x
-    start, stop = taken.start, taken.stop
-    if stop is not None and stop >= 2**31 - 1:
+    start, stop, step = taken.start, taken.stop, taken.step or 1
+    if stop is not None and stop >= LARGEST and step > 0:
         stop = None
-    if start is not None and (start >= 2**31 - 1 if (taken.step or 1) < 0 else start == 0):
+    if start is not None and (start >= LARGEST or start == -1 if step < 0 else start == 0):
         start = None
+    if step < 0 and known is None and (start or 0) < 0:
+        raise Refused(
+            f"expected to start from the last, as the length isn't known, found start {start} and step {step}"
+        )
     if which == "T":
-        if start not in (-1, None) or taken.step not in (None, 1) or stop is not None:
+        if start not in (-1, None) or step != 1 or stop is not None:
             steps_apart(reader)
-        made = Select(start, stop, taken.step or 1)
+        made = Select(start, stop, step)
         steps, _ = made.check(label(node), (x.steps, None))
-        if (start, stop, taken.step or 1) in ((-1, None, 1), (None, 1, 1)):
+        if (start, stop, step) in ((-1, None, 1), (None, 1, 1)):
             steps = 1
         return replace(x, wire=reader.add(label(node), made, x.wire), steps=steps)
     if which == "D":
@@ -213,31 +228,40 @@ def cut(reader: Reader, node: Any, x: Flowing, axis: int, taken: slice) -> Flowi
         return replace(x, wire=wire, width=half, axes=tuple("1" if a == "D" else a for a in x.axes))
     if which != "F" or "D" in x.axes:
         raise Refused(f"expected a slice of time or of the features, found axis {which} of {' '.join(x.axes)}")
-    made = Select(start, stop, taken.step or 1, axis=-1)
+    made = Select(start, stop, step, axis=-1)
     (width,) = made.check(label(node), (x.width,))
     return replace(x, wire=reader.add(label(node), made, x.wire), width=width)
 
 
-def _cut_ends(value: Ends, axis: int, taken: slice) -> Ends:
+def _cut_states(value: States, axis: int, taken: slice) -> States:
+    """Return some of the states that a value holds along an axis."""
+    backwards = (taken.step or 1) < 0
     if value.axes[axis] != "S":
-        size = range(2**31)[taken]
-        if len(size) == 2**31:
-            return value
-        raise Refused(f"expected a slice of the stacked states, found axis {value.axes[axis]}")
+        everything = taken.start in (None, 0) and (taken.stop is None or taken.stop >= 2**31 - 1)
+        if backwards or not everything or taken.step not in (None, 1):
+            raise Refused(f"expected a slice of the stacked states, found axis {value.axes[axis]}")
+        return value
+    ends = [end for end in (taken.start, taken.stop) if end is not None and end < 2**31 - 1]
+    if not value.counted and (backwards or any(end < 0 for end in ends)):
+        raise Refused("expected states whose number is known, to count from the last")
     place_in = (slice(None),) * value.axes[:axis].count("S") + (taken,)
-    return Ends(value.axes, value.refs[place_in])
+    whole_axis = not value.counted and len(ends) < 2
+    return replace(value, refs=value.refs[place_in], counted=value.counted or not whole_axis)
 
 
 def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Slice."""
-    value = values[0] if isinstance(values[0], (Flowing, Ends)) else reader.flowing(values[0])
+    value = values[0] if isinstance(values[0], (Flowing, States)) else reader.flowing(values[0])
     constants = [v if v is None or isinstance(v, np.ndarray) else None for v in values[1:]]
     taken = slices(attributes, [value, *constants], len(value.axes))
     if taken is None:
         raise Refused("expected starts and ends that are constant")
     for axis, part in enumerate(taken):
         if part != slice(None):
-            value = _cut_ends(value, axis, part) if isinstance(value, Ends) else cut(reader, node, value, axis, part)
+            if isinstance(value, States):
+                value = _cut_states(value, axis, part)
+            else:
+                value = cut(reader, node, value, axis, part)
     return [value]
 
 
@@ -249,14 +273,14 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if not isinstance(index, np.ndarray) or index.size != 1:
         raise Refused("expected one index that is constant")
     number = int(index.reshape(()))
-    value = value if isinstance(value, (Flowing, Ends)) else reader.flowing(value)
+    value = value if isinstance(value, (Flowing, States)) else reader.flowing(value)
     axis = place(attributes.get("axis", 0), len(value.axes))
     part = slice(number, number + 1 or None)
-    if isinstance(value, Ends):
-        found = _cut_ends(value, axis, part)
+    if isinstance(value, States):
+        found = _cut_states(value, axis, part)
         return [found if index.ndim else _drop(found, axis)]
     if value.axes[axis] not in ("T", "D", "1"):
-        raise Turned(f"expected one step or one direction, found axis {value.axes[axis]} of {' '.join(value.axes)}")
+        raise Refused(f"expected one step or one direction, found axis {value.axes[axis]} of {' '.join(value.axes)}")
     if value.axes[axis] != "T" or index.ndim:
         found = cut(reader, node, value, axis, part)
         dropped = () if index.ndim else (axis,)
@@ -270,9 +294,9 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 
 def split(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Split: a slice for each output."""
-    value = values[0] if isinstance(values[0], (Flowing, Ends)) else reader.flowing(values[0])
+    value = values[0] if isinstance(values[0], (Flowing, States)) else reader.flowing(values[0])
     axis = place(attributes.get("axis", 0), len(value.axes))
-    if isinstance(value, Ends):
+    if isinstance(value, States):
         length = value.refs.shape[value.axes[:axis].count("S")] if value.axes[axis] == "S" else None
     else:
         length = value.length(value.axes[axis])
@@ -284,8 +308,8 @@ def split(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
         start += size
         if not reader.uses.get(name):
             made.append(None)
-        elif isinstance(value, Ends):
-            made.append(_cut_ends(value, axis, part))
+        elif isinstance(value, States):
+            made.append(_cut_states(value, axis, part))
         else:
             made.append(cut(reader, node, value, axis, part))
     return made
@@ -293,11 +317,14 @@ def split(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
 
 def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Concat: of states, of features, or of steps."""
-    if all(isinstance(value, Ends) for value in values) and len({value.axes for value in values}) == 1:
+    if all(isinstance(value, States) for value in values) and len({value.axes for value in values}) == 1:
         axes = values[0].axes
         axis = place(attributes["axis"], len(axes))
         if axes[axis] == "S":
-            return [Ends(axes, np.concatenate([v.refs for v in values], axis=axes[:axis].count("S")))]
+            if len({value.initial for value in values}) != 1 or not all(value.counted for value in values):
+                raise Refused("expected states of inputs, or those after the last step")
+            refs = np.concatenate([value.refs for value in values], axis=axes[:axis].count("S"))
+            return [States(axes, refs)]
     flows = [reader.flowing(value) for value in values]
     axes = flows[0].axes
     axis = place(attributes["axis"], len(axes))
@@ -336,14 +363,30 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
 
 def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Tile or an Expand that repeats a vector at every step."""
+    if isinstance(values[0], States) and values[0].initial:
+        return [_as_they_are(values[0], node, values[1])]
     x = reader.flowing(values[0])
     numbers = whole(values[1]) if isinstance(values[1], np.ndarray) else []
-    if x.axes != ("B", "1", "F") or len(numbers) != 3:
+    if not x.has("B1F") or len(numbers) != 3:
         raise Refused(f"expected a vector to be repeated over time, found axes {' '.join(x.axes)}")
     wire = reader.add(label(node), Repeat(numbers[1]), x.wire)
     if numbers[0] != 1 or numbers[2] not in (1, x.width if node.op_type == "Expand" else 1):
         raise Refused("expected a vector to be repeated over time alone")
-    return [replace(x, wire=wire, axes=("B", "T", "F"), steps=numbers[1])]
+    return [replace(x, wire=wire, axes=(x.axes[0], "T", "F"), steps=numbers[1])]
+
+
+def _as_they_are(states: States, node: Any, target: Any) -> States:
+    """Return states that an Expand leaves as they are; `Refused` where it does something to them."""
+    entries = list(target.array if isinstance(target, Symbols) else target if isinstance(target, np.ndarray) else ())
+    sizes = iter(states.refs.shape)
+    fits = {"B": (1, Dim(("B",))), "S": (1,), "F": (1,)}
+    same_axes = [
+        entry in fits[axis] or (axis == "S" and entry == next(sizes)) or (axis == "F" and isinstance(entry, int))
+        for axis, entry in zip(states.axes, entries, strict=False)
+    ]
+    if node.op_type != "Expand" or len(entries) != len(states.axes) or not all(same_axes):
+        raise Refused(f"takes states {' '.join(states.axes)}, and gives others")
+    return states
 
 
 HANDLERS: dict[str, Handler] = {

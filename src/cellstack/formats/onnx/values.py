@@ -5,6 +5,9 @@ and a Transpose changes the order of labels alone:
 
     B  batch        T  time        F  features        N  batch and time in one, as some exporters write a Dense
     D  the two directions of a bidirectional operator, whose features are the wire's halves        1  of length 1
+
+A value without B is one row, as of a file without a batch axis: where an operator needs a batch, an axis of length 1
+stands for it.
 """
 
 from __future__ import annotations
@@ -48,12 +51,6 @@ class Unknown(NamedTuple):
     told: bool
 
 
-class StartOf(NamedTuple):
-    """Part of an input that holds states to start from."""
-
-    name: str
-
-
 class Lengths(NamedTuple):
     """An input that holds how long each row is."""
 
@@ -61,7 +58,7 @@ class Lengths(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ref:
+class Final:
     """One state after an operator's last step."""
 
     operator: int
@@ -70,11 +67,28 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Ends:
-    """States after the last step, put together along axes S: `refs` is an array over these, in their order."""
+class Initial:
+    """One state to start from, `[B, H]`, as an input of the file holds it: the one at `place` of those in it."""
+
+    name: str
+    place: int
+
+
+@dataclass(frozen=True)
+class States:
+    """States put together along axes S: `refs` is an array over these, in their order, of `Final` or of `Initial`.
+
+    `counted`: whether it is known how many there are along S; else `refs` holds as many as the graph could take.
+    """
 
     axes: tuple[str, ...]  # of B, F and S
     refs: Array
+    counted: bool = True
+
+    @property
+    def initial(self) -> bool:
+        """Whether they come from an input."""
+        return isinstance(next(iter(self.refs.reshape(-1)), None), Initial)
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,11 @@ class Flowing:
     def lengths(self) -> list[Length]:
         """The length of each axis."""
         return [self.length(label) for label in self.axes]
+
+    def has(self, axes: str) -> bool:
+        """Return whether the axes are these; an axis of length 1 stands for the batch where there is no B."""
+        found = "".join(self.axes)
+        return found == axes or ("B" not in found and found == axes.replace("B", "1"))
 
     def at(self, axis: int) -> int:
         """Return an axis counted from the front; `ValueError` where there are fewer."""

@@ -11,7 +11,7 @@ import numpy as np
 from cellstack.formats.files import replacing
 from cellstack.formats.onnx.cells import write_operator
 from cellstack.formats.onnx.file import KEY, onnx_package
-from cellstack.formats.onnx.masks import masked, neutral, of_lengths, pooled, used_after
+from cellstack.formats.onnx.masks import GraphMasks, last_used, masked, neutral, of_lengths, reduced
 from cellstack.formats.onnx.pieces import LAST, Pieces
 from cellstack.formats.onnx.scan import body_of
 from cellstack.network import Network
@@ -19,6 +19,7 @@ from cellstack.nodes import (
     Activation,
     Bidirectional,
     Cell,
+    Clip,
     Conv1D,
     Dense,
     Embedding,
@@ -28,9 +29,11 @@ from cellstack.nodes import (
     Masking,
     Merge,
     Node,
+    Pad,
     Permute,
     Pool1D,
     Recurrent,
+    Reduce,
     Repeat,
     Reshape,
     Scale,
@@ -40,7 +43,14 @@ from cellstack.nodes import (
 from cellstack.spec import ShapeError
 
 OPSET, IR_VERSION = 17, 8
-MERGES = {"concat": "Concat", "add": "Add", "mul": "Mul", "ave": "Mean", "max": "Max", "sub": "Sub"}
+MERGES = {"concat": "Concat", "add": "Add", "mul": "Mul", "ave": "Mean", "max": "Max", "min": "Min", "sub": "Sub"}
+
+
+def _padding(padding: str | tuple[int, int], span: int) -> dict[str, Any]:
+    """Return the attributes that say how a sequence is padded for windows of `span` steps."""
+    if padding in ("valid", "same"):
+        return {"auto_pad": "SAME_UPPER" if padding == "same" else "VALID"}
+    return {"pads": [span - 1, 0] if padding == "causal" else list(padding)}
 
 
 def can_be_operator(cells: tuple[Cell, ...]) -> bool:
@@ -258,7 +268,7 @@ class Writer(Pieces):
 
     def merge(self, mode: str, sources: list[str], axis: int, output: str, name: str = "") -> None:
         """Put a Merge in."""
-        if mode == "sub" or len(sources) == 2 or mode in ("concat", "ave", "max"):
+        if mode == "sub" or len(sources) == 2 or mode in ("concat", "ave", "max", "min"):
             self.put(MERGES[mode], sources, output, name, **({"axis": axis} if mode == "concat" else {}))
             return
         total = sources[0]
@@ -278,10 +288,12 @@ class Writer(Pieces):
         """
         x = sources[0]
         masks = [self.masks.get(source, "") for source in sources]
+        known, axes = [mask or None for mask in masks], len(self.network.shapes[x])
         if isinstance(node, (Embedding, Masking)):
-            self.masks[name] = masked(self, name, node, x, masks[0])
+            own = masked(self, name, node, x, masks[0])
+            self.masks[name] = node.mask_after(known, axes, GraphMasks(self, own, sources)) or ""
             return
-        self.masks[name] = used_after(self, node, sources, masks, len(self.network.shapes[x]))
+        self.masks[name] = node.mask_after(known, axes, GraphMasks(self, "", sources)) or ""
         if isinstance(node, Recurrent):
             self.stack(name, node, x, name, masks[0])
         elif isinstance(node, Bidirectional):
@@ -295,20 +307,24 @@ class Writer(Pieces):
         elif isinstance(node, Conv1D):
             self.conv(name, node, x)
         elif isinstance(node, Pool1D):
-            sizes = {"kernel_shape": [node.size], "strides": [node.strides]}
-            auto = "SAME_UPPER" if node.padding == "same" else "VALID"
+            if isinstance(node.padding, tuple) and max(node.padding) >= node.size:
+                raise ValueError(f"save: {name}: expected padding below the window's {node.size}, got {node.padding}")
+            sizes = {"kernel_shape": [node.size], "strides": [node.strides], **_padding(node.padding, node.size)}
             operator = "MaxPool" if node.mode == "max" else "AveragePool"
             turned = self.channels(name, x)
-            y = self.put(operator, [turned], self.fresh(f"{name}.pooled"), name, auto_pad=auto, **sizes)
+            y = self.put(operator, [turned], self.fresh(f"{name}.pooled"), name, **sizes)
             self.put("Transpose", [y], name, f"{name}.rows", perm=[0, 2, 1])
         elif isinstance(node, GlobalPool):
-            if masks[0]:
-                pooled(self, name, node, x, masks[0])
-            elif node.mode == "last":
+            if node.mode != "last":
+                reduced(self, name, node.mode, x, 1, False, masks[0])
+            elif masks[0]:
+                last_used(self, name, x, masks[0])
+            else:
                 at = self.tensor(f"{name}.at", np.array(-1, np.int64))
                 self.put("Gather", [x, at], name, axis=1)
-            else:
-                self.put("ReduceMean" if node.mode == "mean" else "ReduceMax", [x], name, axes=[1], keepdims=0)
+        elif isinstance(node, Reduce):
+            place = node.place(axes)
+            reduced(self, name, node.mode, x, place, node.keepdims, masks[0] if place == 1 else "")
         elif isinstance(node, (Standardise, Scale)):
             pairs = (
                 {"Sub": "mean", "Div": "scale"} if isinstance(node, Standardise) else {"Mul": "scale", "Add": "shift"}
@@ -329,15 +345,11 @@ class Writer(Pieces):
         arrays = [self.tensor(f"{name}.kernel", node.kernel.transpose(2, 1, 0))]
         if node.bias is not None:
             arrays.append(self.tensor(f"{name}.bias", node.bias))
-        if isinstance(node.padding, tuple):
-            padding = {"pads": list(node.padding)}
-        elif node.padding == "causal":
-            padding = {"pads": [node.span - 1, 0]}
-        else:
-            padding = {"auto_pad": "SAME_UPPER" if node.padding == "same" else "VALID"}
         sizes = {"strides": [node.strides], "dilations": [node.dilation], "group": node.groups}
         turned = self.channels(name, x)
-        y = self.put("Conv", [turned, *arrays], self.fresh(f"{name}.z"), name, **sizes, **padding)
+        y = self.put(
+            "Conv", [turned, *arrays], self.fresh(f"{name}.z"), name, **sizes, **_padding(node.padding, node.span)
+        )
         y = self.put("Transpose", [y], self.fresh(f"{name}.rows"), perm=[0, 2, 1])
         self.finish(name, y, node.activation, name)
 
@@ -356,6 +368,16 @@ class Writer(Pieces):
         x = sources[0]
         if isinstance(node, Activation):
             self.activate(name, x, node.activation, name)
+        elif isinstance(node, Clip):
+            bounds = ["" if bound is None else self.number(bound) for bound in (node.low, node.high)]
+            self.put("Clip", [x, *bounds], name)
+        elif isinstance(node, Pad):
+            axes = len(self.network.shapes[x]) + 1
+            ends = [0] * axes
+            ends[node.place(axes - 1)] = node.before
+            ends += [0] * axes
+            ends[axes + node.place(axes - 1)] = node.after
+            self.put("Pad", [x, self.integers(*ends), self.number(node.value)], name)
         elif isinstance(node, Flatten):
             self.put("Flatten", [x], name, axis=1)
         elif isinstance(node, Reshape):

@@ -1,0 +1,122 @@
+"""ONNX's recurrent operators, and cells that it has as Scan, as nodes: where they start, and what they end with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.onnx.cells import INPUTS, KINDS, nodes_of, read_operator
+from cellstack.formats.onnx.file import label
+from cellstack.formats.onnx.fold import Spread, numbers
+from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.scan import read_scan
+from cellstack.formats.onnx.values import Final, Flowing, Lengths, States
+from cellstack.layout import Array
+from cellstack.nodes import Recurrent, Select
+
+
+def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a recurrent operator of the outermost graph."""
+    operator = read_operator(reader.scope, node)
+    first, ways = operator.cells[0].spec, len(operator.cells)
+    x = reader.flowing(values[0], "X")
+    wanted = "BTF" if operator.batch_first else "TBF"
+    if not x.has(wanted):
+        raise Refused(f"expected X with axes {' '.join(wanted)}, found {' '.join(x.axes)}")
+    if operator.lengths and not isinstance(reader.value(operator.lengths), Lengths):
+        raise Refused("expected sequence_lens to be an input, found what the graph computes, or a constant")
+    starts: dict[str, Any] = dict(zip(INPUTS[5:7], values[5:7], strict=False))
+    number = len(reader.operators)
+    for key in operator.started:
+        _start(reader, starts[key], key, "BSF" if operator.batch_first else "SBF", (number, ways, key[-1]))
+    sequences = bool(node.output[0]) and reader.uses.get(node.output[0], 0) > 0
+    wire = x.wire
+    for step in nodes_of(operator, sequences, bool(operator.lengths)):
+        name = label(node) if step.cells else f"{label(node)}.in_order"
+        wire = reader.add(name, step, wire)
+        if step.cells:
+            reader.cells_of.append((wire, 0))
+    reader.operators.append((operator.cells, wire, sequences))
+    batch = x.axes[0 if operator.batch_first else 1]
+    way = "D" if ways == 2 else "1"
+    axes = (batch, "T", way, "F") if operator.batch_first else ("T", way, batch, "F")
+    made: list[Any] = [Flowing(wire, axes, ways * first.units, x.steps, x.batch)]
+    for part in first.state_sizes:
+        refs = np.empty((ways, 1), object)
+        for n in range(ways):
+            refs[n, 0] = Final(number, n, part)
+        if batch == "B":
+            refs = refs[:, 0]
+        elif operator.batch_first:
+            refs = refs.T
+        stacked = ("S", "B" if batch == "B" else "S", "F")
+        made.append(States((stacked[1], stacked[0], "F") if operator.batch_first else stacked, refs))
+    return made
+
+
+def _start(reader: Reader, value: Any, what: str, wanted: str, states: tuple[int, int, str]) -> None:
+    """Note which states of the inputs an operator starts from; zeros need no note.
+
+    Args:
+        reader: of the graph.
+        value: what it starts from.
+        what: what the operator calls it.
+        wanted: its axes.
+        states: the operator's number, how many directions it has, and "h" or "c".
+    """
+    operator, ways, part = states
+    if isinstance(value, Spread) and not value.array.any():
+        return
+    if not isinstance(value, States) or not value.initial:
+        raise Refused(f"expected {what} to be an input, zeros or a constant, found what the graph computes")
+    axes, refs = list(value.axes), value.refs
+    at = wanted.index("B")
+    if "B" not in axes and at < len(axes) and axes[at] == "S":  # a state of one row
+        stacked = axes[:at].count("S")
+        if refs.shape[stacked] != 1:
+            raise Refused(f"expected {what} of one row, found {refs.shape[stacked]}")
+        axes[at], refs = "B", refs.reshape([n for axis, n in enumerate(refs.shape) if axis != stacked])
+    if "".join(axes) != wanted:
+        raise Refused(f"expected {what} with axes {' '.join(wanted)}, found {' '.join(value.axes)}")
+    refs = refs.reshape(-1) if value.counted else refs.reshape(-1)[:ways]
+    if len(refs) != ways:
+        raise Refused(f"expected {what} to hold {ways} states, found {len(refs)}")
+    for way, initial in enumerate(refs):
+        if reader.starts.setdefault(initial, Final(operator, way, part)) != Final(operator, way, part):
+            raise Refused(f"expected {what} to be a state of its own, found one that another starts from, too")
+
+
+def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a Scan that is a cell."""
+    *states, x = values
+    number = len(reader.operators)
+    starts: dict[str, Array] = {}
+    for part, value in zip("hc", states, strict=False):
+        array = numbers(value)
+        if isinstance(array, np.ndarray):
+            if not array.size or (array != array.reshape(-1, array.shape[-1])[:1]).any():
+                raise Refused(f"expected the {part} to start from to be alike in every row")
+            starts[part] = array.reshape(-1, array.shape[-1])[0]
+        else:
+            _start(reader, value, f"the {part} to start from", "BF", (number, 1, part))
+    cell, backwards = read_scan(reader.model, node, starts if any(one.any() for one in starts.values()) else {})
+    flow = reader.flowing(x, "its steps")
+    if not flow.has("TBF"):
+        raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
+    sequences = reader.uses.get(node.output[-1], 0) > 0
+    wire = reader.add(label(node), Recurrent((cell,), sequences, backwards), flow.wire)
+    reader.cells_of.append((wire, 0))
+    if backwards and sequences:
+        wire = reader.add(f"{label(node)}.in_order", Select(step=-1), wire)
+    reader.operators.append(((cell,), wire, sequences))
+    axes = ("B", "F") if "B" in flow.axes else ("S", "F")
+    ends = []
+    for part in cell.spec.state_sizes:
+        refs = np.empty((1,), object)
+        refs[0] = Final(number, 0, part)
+        ends.append(States(axes, refs if axes[0] == "S" else refs.reshape(())))
+    return [*ends, Flowing(wire, flow.axes, cell.spec.output_size, flow.steps, flow.batch)]
+
+
+HANDLERS: dict[str, Handler] = {**dict.fromkeys(KINDS, recurrent), "Scan": scanned}
