@@ -11,7 +11,7 @@ from typing import Any
 
 from cellstack.formats.simplify import Draft, simplify
 from cellstack.network import Network
-from cellstack.nodes import Activation, Embedding, Flatten, Node, Permute, Recurrent, Reshape
+from cellstack.nodes import Activation, Flatten, Node, Permute, Recurrent, Reshape
 from cellstack.nodes.base import Shape
 from cellstack.spec import FormatError, ShapeError
 
@@ -227,7 +227,7 @@ def _any_length(draft: Draft) -> dict[str, Shape | None]:
     loose: dict[str, Shape | None] = {}
     for name, shape in draft.inputs.items():
         takers = [draft.nodes[taker] for taker in draft.takers[name]]
-        ids = bool(takers) and all(isinstance(node, Embedding) for node in takers)
+        ids = bool(takers) and all(node.takes_ids for node in takers)
         timed = shape is not None and (len(shape) == 2 or (len(shape) == 1 and ids))
         loose[name] = (None, *shape[1:]) if shape is not None and timed else shape
     shapes = dict(loose)

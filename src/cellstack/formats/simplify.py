@@ -22,11 +22,9 @@ from cellstack.nodes import (
     Cell,
     Conv1D,
     Dense,
-    Embedding,
     Flatten,
     GlobalPool,
     LayerNorm,
-    Masking,
     Node,
     Permute,
     Recurrent,
@@ -72,8 +70,7 @@ class Draft:
         for name, node in self.nodes.items():
             for source in self.sources[name]:
                 self.takers[source].append(name)
-            makes = isinstance(node, Masking) or (isinstance(node, Embedding) and node.mask_zero)
-            if makes or not self.masked.isdisjoint(self.sources[name]):
+            if node.makes_mask or not self.masked.isdisjoint(self.sources[name]):
                 self.masked.add(name)
         self.waiting = deque(self.nodes)  # nodes that are to be looked at
         self._uses = Counter(id(node) for node in self.nodes.values())

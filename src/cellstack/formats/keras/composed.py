@@ -65,7 +65,7 @@ def _over_axis(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> V
 def _rescaling(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
     (value,) = values
     config = build.layer.config
-    return build.scale(value, config.get("scale"), config.get("offset", 0.0))
+    return build.scale(value, config.get("scale"), config.get("offset", 0.0))._replace(mask=value.mask)
 
 
 def _pair(layer: Layer, name: str) -> tuple[int, int]:
@@ -77,6 +77,7 @@ def _pair(layer: Layer, name: str) -> tuple[int, int]:
 
 
 def _zero_padding(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
+    build.layer.check_channels_last()
     return build.pad(values[0], *_pair(build.layer, "padding"))
 
 
@@ -128,7 +129,13 @@ COMPOSED: dict[str, Composer] = {
     "GlobalMaxPooling1D": _global,
     "GlobalAveragePooling1D": _global,
 }
-KEEPS = ("PReLU", "ReLU", "ZeroPadding1D", "UpSampling1D")  # of these, what Keras does with a mask is done here
+KEEPS = (
+    "PReLU",
+    "ReLU",
+    "Rescaling",
+    "ZeroPadding1D",
+    "UpSampling1D",
+)  # of these, what Keras does with a mask is done here
 
 
 def composer(build: LayerBuilder, values: list[Value]) -> Composer | None:

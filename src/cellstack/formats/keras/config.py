@@ -99,6 +99,12 @@ class Layer:
             value = value[0]
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
+    def check_channels_last(self) -> None:
+        """Raise `FormatError` unless the features are on the last axis."""
+        found = self.config.get("data_format")
+        if found not in (None, "channels_last"):
+            raise self.refuse(f"expected data_format channels_last, found {short(found)}")
+
     def within(self, entry: Any, what: str) -> Layer:
         """Return a layer that this one wraps, described in one of its settings."""
         return layer_of(f"{self.where}: {what}", entry, 0)

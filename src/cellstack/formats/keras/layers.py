@@ -206,7 +206,7 @@ def _dense(layer: Layer, arrays: list[Array], major: int) -> Node:
 
 
 def _conv(layer: Layer, arrays: list[Array], major: int, backend: str | None) -> Node:
-    _channels_last(layer)
+    layer.check_channels_last()
     filters, size = layer.integer("filters"), layer.integer("kernel_size")
     kernel = arrays[0]
     if kernel.ndim == 4 and major == 1:  # a picture one pixel wide, in the order of either of its backends
@@ -231,7 +231,7 @@ def _convolutions(layer: Layer, arrays: list[Array], major: int) -> list[Node]:
 
     The kernel is `[K, C, M]`, and channel c becomes c·M to c·M + M - 1.
     """
-    _channels_last(layer)
+    layer.check_channels_last()
     pointwise = layer.kind == "SeparableConv1D"
     kernel, size = arrays[0], layer.integer("kernel_size")
     if kernel.ndim != 3 or kernel.shape[0] != size or kernel.shape[2] != layer.integer("depth_multiplier", 1):
@@ -254,18 +254,16 @@ def _prelu(layer: Layer, arrays: list[Array], major: int) -> Node:
     return Scale(arrays[0].reshape(-1), np.zeros(arrays[0].size, arrays[0].dtype))
 
 
-def _channels_last(layer: Layer) -> None:
-    found = layer.config.get("data_format")
-    if found not in (None, "channels_last"):
-        raise layer.refuse(f"expected data_format channels_last, found {short(found)}")
-
-
 def _embedding(layer: Layer, arrays: list[Array], major: int) -> Node:
     node = Embedding(_dequantised(layer, arrays, 0)[0], layer.flag("mask_zero"))
     expected = layer.integer("input_dim"), layer.integer("output_dim")
     if node.table.shape != expected:
         raise layer.refuse(f"expected embeddings {list(expected)}, found {node.table.shape}")
     return node
+
+
+def _epsilon(layer: Layer) -> float:
+    return float(layer.get("epsilon", (int, float)) if "epsilon" in layer.config else 1e-3)
 
 
 def _batch_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
@@ -276,7 +274,7 @@ def _batch_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
     given = dict(
         zip([*_affine(layer), "mean", "variance"], (array.astype(np.float64) for array in arrays), strict=True)
     )
-    variance = given["variance"] + layer.get("epsilon", (int, float), 1e-3)
+    variance = given["variance"] + _epsilon(layer)
     if not (variance > 0.0).all():
         raise layer.refuse("expected variances above 0, found others")
     scale = given.get("gamma", 1.0) / np.sqrt(variance)
@@ -300,12 +298,12 @@ def _layer_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
     if layer.flag("rms_scaling"):
         raise layer.refuse("rms_scaling isn't what a Network has")
     given = dict(zip(_affine(layer), arrays, strict=True))
-    return LayerNorm(given.get("gamma"), given.get("beta"), float(layer.get("epsilon", (int, float), 1e-3)))
+    return LayerNorm(given.get("gamma"), given.get("beta"), _epsilon(layer))
 
 
 def _pool(mode: str) -> Callable[[Layer, list[Array], int], Node]:
     def build(layer: Layer, arrays: list[Array], major: int) -> Node:
-        _channels_last(layer)
+        layer.check_channels_last()
         size = layer.integer("pool_size", 2)
         return Pool1D(mode, size, layer.integer("strides", size), layer.config.get("padding") or "valid")
 
@@ -314,7 +312,7 @@ def _pool(mode: str) -> Callable[[Layer, list[Array], int], Node]:
 
 def _global(mode: str) -> Callable[[Layer, list[Array], int], Node]:
     def build(layer: Layer, arrays: list[Array], major: int) -> Node:
-        _channels_last(layer)
+        layer.check_channels_last()
         return GlobalPool(mode)
 
     return build
@@ -334,7 +332,7 @@ def _reshape(layer: Layer, arrays: list[Array], major: int) -> Node:
 
 
 def _flatten(layer: Layer, arrays: list[Array], major: int) -> Node:
-    _channels_last(layer)
+    layer.check_channels_last()
     return Flatten()
 
 
@@ -343,7 +341,7 @@ def _permute(layer: Layer, arrays: list[Array], major: int) -> Node:
 
 
 def _cropping(layer: Layer, arrays: list[Array], major: int) -> Node:
-    _channels_last(layer)
+    layer.check_channels_last()
     cropped = layer.config.get("cropping")
     pair = [cropped, cropped] if isinstance(cropped, int) else cropped
     if not isinstance(pair, list) or len(pair) != 2 or not all(type(one) is int and one >= 0 for one in pair):
