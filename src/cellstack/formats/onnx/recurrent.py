@@ -10,8 +10,8 @@ from cellstack.formats.onnx.cells import INPUTS, KINDS, nodes_of, read_operator
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Spread, numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.scan import read_scan
 from cellstack.formats.onnx.values import Final, Flowing, Lengths, States
+from cellstack.formats.onnx.written_out.scans import read_scan
 from cellstack.layout import Array
 from cellstack.nodes import Recurrent, Select
 
@@ -100,7 +100,7 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
             starts[part] = array.reshape(-1, array.shape[-1])[0]
         else:
             _start(reader, value, f"the {part} to start from", "BF", (number, 1, part))
-    cell, backwards = read_scan(reader.model, node, starts if any(one.any() for one in starts.values()) else {})
+    cell, backwards = read_scan(reader.scope, node, starts if any(one.any() for one in starts.values()) else {})
     flow = reader.flowing(x, "its steps")
     if not flow.has("TBF"):
         raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
