@@ -501,6 +501,22 @@ def test_activations_that_cells_have_not(tmp_path, text):
     adapter.save(net, path)
     x = floats(rng, 4, 6, 3)
     near(run(path, {"x": x})[0], net(x))
+    again = adapter.load(path)
+    assert [(type(node).__name__, node.activation) for node in again.nodes] == [("Dense", text)]
+    near(again(x), net(x))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("sequences", [True, False])
+def test_zeros_at_steps_that_are_left_out_come_back(tmp_path, kind, sequences):
+    rng = np.random.default_rng(0)
+    stack = tuple(random_cell(rng, 3, 3, kind) for _ in range(2))
+    net = Network([Recurrent(stack, sequences, zero_output_for_mask=True), Dense(floats(rng, 3, 2))], ["stack", "head"])
+    path, x = str(tmp_path / "net.onnx"), floats(rng, 3, 5, 3)
+    adapter.save(net, path)
+    again = adapter.load(path)
+    for lengths in (None, np.array([5, 2, 0])):
+        near(again.run(x, lengths=lengths)[0], net.run(x, lengths=lengths)[0])
 
 
 def test_onnx_runtime_has_nothing_to_say_of_a_file(tmp_path, capfd):

@@ -14,6 +14,7 @@ from cellstack.formats.onnx.graph import load_graph
 from cellstack.formats.onnx.writer import write
 from cellstack.formats.onnx.written_out.found import find_written_out
 from cellstack.formats.onnx.written_out.loops import roll
+from cellstack.formats.onnx.written_out.products import name_activations
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
@@ -128,6 +129,7 @@ def load(path: str) -> Network:
     try:
         unused = unused_tensors(Scope(model, model.proto.graph))
         roll(model)
+        name_activations(model)
         return load_graph(model, HANDLERS, unused)
     except FormatError as error:
         hint = "; cellstack.extract(path) gives its recurrent parts" if _has_parts(model) else ""

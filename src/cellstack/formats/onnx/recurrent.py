@@ -32,7 +32,8 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         _start(reader, starts[key], key, "BSF" if operator.batch_first else "SBF", (number, ways, key[-1]))
     sequences = bool(node.output[0]) and reader.uses.get(node.output[0], 0) > 0
     wire = x.wire
-    for step in nodes_of(operator, sequences, bool(operator.lengths)):
+    zeros = bool(operator.lengths) or label(node) in reader.model.said.get("zeros", ())
+    for step in nodes_of(operator, sequences, zeros):
         name = label(node) if step.cells else f"{label(node)}.in_order"
         wire = reader.add(name, step, wire)
         if step.cells:
@@ -105,7 +106,8 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     if not flow.has("TBF"):
         raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
     sequences = reader.uses.get(node.output[-1], 0) > 0
-    wire = reader.add(label(node), Recurrent((cell,), sequences, backwards), flow.wire)
+    zeros = label(node) in reader.model.said.get("zeros", ())
+    wire = reader.add(label(node), Recurrent((cell,), sequences, backwards, zeros), flow.wire)
     reader.cells_of.append((wire, 0))
     if backwards and sequences:
         wire = reader.add(f"{label(node)}.in_order", Select(step=-1), wire)
