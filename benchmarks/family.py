@@ -12,8 +12,8 @@ import argparse
 import numpy as np
 import peers
 
-from cellstack import _kernel, native, reference
-from cellstack.spec import ARRAYS, CellSpec
+from cellstack import native, reference
+from cellstack.spec import CellSpec
 
 
 def members(units):
@@ -57,44 +57,31 @@ def prepare(flags, call, units, batch, steps, x):
     dropout = drawn(0.8, batch, spec.output_size) / np.float32(0.8) if "dropout" in call else None
     zoneout = drawn(0.1, batch, steps, spec.output_size) if "zoneout" in call else None
     zoneout_cell = drawn(0.1, batch, steps, spec.units) if "zoneout" in call else None
-    drops = dropout, zoneout, zoneout_cell
-
-    def layer_with(saved):
-        layer, out = peers.kernel_layer(spec, arrays, x, saved)
-        return (*layer[:-3], *map(peers.address, drops)), out
-
-    masks = peers.address(mask), peers.address(reset)
-    strides = x.strides[0] // 4, x.strides[1] // 4
-    layer, out = layer_with("gates" in call)
-    layer_kept, kept = layer_with(True)
+    drops = {"recurrent_dropout": dropout, "zoneout": zoneout, "zoneout_cell": zoneout_cell}
+    layer, out = peers.kernel_layer(spec, arrays, x, "gates" in call, **drops)
+    layer_kept, kept = peers.kernel_layer(spec, arrays, x, True, **drops)
+    every = {name: kept.get(name) for name in ("y", "gates", "cells", "norms")}
+    layer_back = native.Layer(native.weights(spec, arrays, copy=False), **every, **drops)
     gradients = {name: np.empty_like(array) for name, array in arrays.items()}
-    addresses = lambda given: tuple(peers.address(given.get(name)) for name in ARRAYS)  # noqa: E731
-    ones = np.ones_like(kept["y"])
-    parts = tuple(peers.address(kept[name]) for name in ("y", "gates", "cells", "norms"))
-    saved = (0, 0, *parts, *map(peers.address, drops))
+    wanted = native.Gradients(dy=np.ones_like(kept["y"]), arrays=native.in_order(gradients))
+    sequences = native.sequences(x, mask, reset)
 
     def forward():
-        _kernel.forward(batch, steps, [layer], x.ctypes.data, *strides, *masks, False, 1)
-        return out, mask, reset, drops  # what the addresses stand for must live as long as this
+        native.forward(sequences, [layer], 1)
 
     def training():
-        _kernel.forward(batch, steps, [layer_kept], x.ctypes.data, *strides, *masks, False, 1)
-        _kernel.backward(
-            False, native.description(spec), batch, steps, addresses(arrays), x.ctypes.data, *strides, *masks, False,
-            saved, (ones.ctypes.data, 0, 0, 0, 0), (0, 0, 0, addresses(gradients)), 1,
-        )  # fmt: skip
-        return kept, ones
+        native.forward(sequences, [layer_kept], 1)
+        native.backward(sequences, [layer_back], [wanted], 1)
 
     forward()
     training()
-    call_flags = {"mask": mask, "reset": reset, "recurrent_dropout": dropout}
-    call_flags |= {"zoneout": zoneout, "zoneout_cell": zoneout_cell}
+    call_flags = {"mask": mask, "reset": reset, **drops}
     law = reference.forward(
         spec, {name: array.astype(np.float64) for name, array in arrays.items()}, x.astype(np.float64), **call_flags
     )
     for got in (out["y"], kept["y"]):
         np.testing.assert_allclose(got, law.y, atol=5e-6 * max(1.0, np.abs(law.y).max()), err_msg=spec.text)
-    exact = reference.backward(spec, arrays, law, dy=ones.astype(np.float64)).arrays
+    exact = reference.backward(spec, arrays, law, dy=np.ones_like(law.y)).arrays
     for name, gradient in gradients.items():
         np.testing.assert_allclose(gradient, exact[name], atol=1e-4 * max(1.0, np.abs(exact[name]).max()), err_msg=name)
     return forward, training
@@ -112,7 +99,7 @@ def main():
         for n, what in enumerate(("forward", "training")):
             times = peers.alternate({name: both[n] for name, both in ready.items()}, args.rounds)
             columns[f"B={batch} {what}"] = {name: least for name, (least, _) in times.items()}
-    print(f"I = H = {args.units}, one thread, {_kernel.isa()}; ms, and times the plain LSTM")
+    print(f"I = H = {args.units}, one thread, {native.isa()}; ms, and times the plain LSTM")
     print(f"{'':24}" + "".join(f"{head:>20}" for head in columns))
     for name in members(args.units):
         figures = (f"{times[name]:>12.3f} {times[name] / times['plain LSTM']:>7.2f}" for times in columns.values())

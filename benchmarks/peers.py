@@ -11,8 +11,8 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from cellstack import _kernel, native
-from cellstack.spec import ARRAYS, CellSpec
+from cellstack import native
+from cellstack.spec import CellSpec
 
 
 def weights(input_size, units, layers, seed=0):
@@ -23,41 +23,26 @@ def weights(input_size, units, layers, seed=0):
     return [(new(units if n else input_size, 4 * units), new(units, 4 * units), new(4 * units)) for n in range(layers)]
 
 
-def address(array):
-    return 0 if array is None else array.ctypes.data
-
-
-def kernel_layer(spec, arrays, x, saved=False, y=True):
-    """A layer for `_kernel.forward`, from a state of zeros, with what it writes: y, h, c, gates, cells, norms."""
+def kernel_layer(spec, arrays, x, saved=False, y=True, **drops):
+    """A layer for `native.forward`, from a state of zeros, and what it writes: y, hn, cn, gates, cells, norms."""
     batch, steps, _ = x.shape
-    new = lambda there, *shape: np.empty(shape, np.float32) if there else None  # noqa: E731
-    lstm = spec.kind == "lstm"
-    out = {
-        "y": new(y, batch, steps, spec.output_size),
-        "h": new(True, batch, spec.output_size),
-        "c": new(lstm, batch, spec.units),
-        "gates": new(saved, batch, steps, spec.planes, spec.units),
-        "cells": new(saved and lstm, batch, steps, spec.units),
-        "norms": new(saved and spec.layer_norm, batch, steps, spec.norm_size),
-    }
-    addresses = tuple(address(arrays.get(name)) for name in ARRAYS)
-    packed = _kernel.Packed(False, native.description(spec), addresses)
-    ends = [address(out[name]) for name in ("h", "c", "y", "gates", "cells", "norms")]
-    return (packed, 0, 0, *ends, 0, 0, 0), out
+    unwanted = {*(() if y else ("y",)), *(() if saved else ("gates", "cells", "norms"))}
+    shapes = native.results(spec, batch, steps)
+    out = {name: np.empty(shape, np.float32) for name, shape in shapes.items() if name not in unwanted}
+    return native.Layer(native.weights(spec, arrays), **out, **drops), out
 
 
 def cellstack(x, cells, threads):
-    batch, steps, _ = x.shape
     layers, out = [], {}
     for n, (kernel, recurrent, bias) in enumerate(cells):
         spec = CellSpec(kernel.shape[0], recurrent.shape[0])
         arrays = {"kernel": kernel, "recurrent_kernel": recurrent, "bias": bias}
         layer, out[n] = kernel_layer(spec, arrays, x, y=n + 1 == len(cells))
         layers.append(layer)
-    strides = x.strides[0] // 4, x.strides[1] // 4
+    sequences = native.sequences(x)
 
     def run():
-        _kernel.forward(batch, steps, layers, x.ctypes.data, *strides, 0, 0, False, threads)
+        native.forward(sequences, layers, threads)
         return out[len(cells) - 1]["y"]
 
     return run

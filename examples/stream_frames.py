@@ -55,7 +55,7 @@ for t in range(frames.shape[1]):
     start = time.perf_counter()
     y = stream.step(frame)
     took.append(time.perf_counter() - start)
-print(f"a step takes {np.median(took) * 1e6:.1f} µs (median of {len(took)})")
+print(f"a step takes {np.median(took) * 1e6:.1f} us (median of {len(took)})")
 
 stream.reset()
 chunks = [stream.run(frames[:, a:b]) for a, b in ((0, 1), (1, 17), (17, 1000))]

@@ -1,8 +1,10 @@
-// The kernel for Python. Addresses are plain integers: a DLPack exchange costs more than a step. Shapes and dtypes are
-// checked in Python, before anything here is called; see cell.h for what each pointer means.
+// The kernel for Python. Addresses are plain integers, or NumPy arrays read through NumPy's own interface: a DLPack
+// exchange costs more than a step. Shapes and dtypes are checked in Python, before anything here is called; see cell.h
+// for what each pointer means.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 #include <numpy/arrayobject.h>
 
@@ -13,6 +15,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cell.h"
@@ -23,85 +26,166 @@ using namespace cellstack;
 
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+// What may be handed over where an address is expected.
+enum class Use { kRead, kWrite, kStrided };
 
-// The addresses in a tuple, one after the other.
-class Addresses {
-  public:
-    Addresses(const nb::tuple& tuple, size_t count, const char* what) : tuple_(tuple) {
-        if (tuple.size() != count)
-            throw nb::value_error((std::string(what) + ": expected " + std::to_string(count) + " entries").c_str());
-    }
+// Where an argument's numbers lie. Python gives a number (0 = absent), None (absent) or a NumPy array, which is kept
+// alive as long as the description that it is part of; it must be aligned and, but for strided ones, contiguous.
+template <Use>
+struct Address {
+    void* at = nullptr;
+    nb::object owner;
+
     template <class T>
-    T* next() {
-        return at<T>(nb::cast<uintptr_t>(tuple_[at_++]));
+    T* as() const {
+        return static_cast<T*>(at);
     }
-    nb::handle object() { return tuple_[at_++]; }
+};
+using Read = Address<Use::kRead>;
+using Write = Address<Use::kWrite>;
+using Strided = Address<Use::kStrided>;
 
-  private:
-    nb::tuple tuple_;
-    size_t at_ = 0;
+}  // namespace
+
+template <Use use>
+struct nb::detail::type_caster<Address<use>> {
+    NB_TYPE_CASTER(Address<use>, const_name("int | numpy.ndarray | None"))
+
+    bool from_python(nb::handle given, uint8_t, nb::detail::cleanup_list*) noexcept {
+        if (PyLong_CheckExact(given.ptr())) {
+            const size_t address = PyLong_AsSize_t(given.ptr());
+            if (address == size_t(-1) && PyErr_Occurred()) return PyErr_Clear(), false;
+            value.at = reinterpret_cast<void*>(address);
+            return true;
+        }
+        if (given.is_none()) return true;
+        if (!PyArray_Check(given.ptr())) return false;
+        auto* array = reinterpret_cast<PyArrayObject*>(given.ptr());
+        const int flags = use == Use::kWrite  ? NPY_ARRAY_CARRAY
+                          : use == Use::kRead ? NPY_ARRAY_CARRAY_RO
+                                              : NPY_ARRAY_ALIGNED;
+        if (!PyArray_CHKFLAGS(array, flags) || !PyArray_ISNOTSWAPPED(array)) return false;
+        value.at = PyArray_DATA(array), value.owner = nb::borrow(given);
+        return true;
+    }
 };
 
+namespace {
+
+// The call of the kernel as Python describes it: cell.h's Sequences, Layer and Gradients before their type is known.
+struct SequencesOf {
+    int64_t batch, steps;
+    Strided x;
+    int64_t stride_batch, stride_time;
+    Read mask, reset;
+    bool reverse;
+    Read places;
+
+    template <class T>
+    Sequences<T> as() const {
+        return {batch,
+                steps,
+                x.as<const T>(),
+                stride_batch,
+                stride_time,
+                mask.as<const uint8_t>(),
+                reset.as<const uint8_t>(),
+                reverse,
+                places.as<const int64_t>()};
+    }
+};
+
+struct LayerOf {
+    nb::object weights;
+    Read h0, c0;
+    Write hn, cn, y, gates, cells, norms;
+    Read recurrent_dropout, zoneout, zoneout_cell;
+
+    template <class T>
+    Layer<T> as() const {
+        return {nb::cast<const Weights<T>*>(weights),
+                h0.as<const T>(),
+                c0.as<const T>(),
+                hn.as<T>(),
+                cn.as<T>(),
+                y.as<T>(),
+                gates.as<T>(),
+                cells.as<T>(),
+                norms.as<T>(),
+                {recurrent_dropout.as<const T>(), zoneout.as<const T>(), zoneout_cell.as<const T>()}};
+    }
+};
+
+// The arrays of a cell in a tuple, in the order of cellstack.spec.ARRAYS.
 template <class T>
 Arrays<T> arrays_of(const nb::tuple& tuple) {
-    Addresses a(tuple, kArrays, "arrays");
+    if (tuple.size() != kArrays) throw nb::value_error("arrays: expected one entry for each of spec.ARRAYS");
     Arrays<T> arrays;
     T** const all[] = {&arrays.kernel,     &arrays.recurrent_kernel, &arrays.bias,           &arrays.peepholes,
                        &arrays.projection, &arrays.kernel_gain,      &arrays.recurrent_gain, &arrays.cell_gain,
                        &arrays.cell_bias,  &arrays.initial_h,        &arrays.initial_c};
-    for (T** array : all) *array = a.next<T>();
+    using Entry = Address<std::is_const_v<T> ? Use::kRead : Use::kWrite>;
+    for (int k = 0; k < kArrays; ++k) *all[k] = nb::cast<Entry>(tuple[k]).template as<T>();
     return arrays;
 }
 
-template <class T>
-Drops<T> drops_of(Addresses& a) {
-    const T* recurrent = a.next<const T>();
-    const T* zoneout = a.next<const T>();
-    return {recurrent, zoneout, a.next<const T>()};
-}
+struct GradientsOf {
+    Read dy, dhn, dcn, dgates, dcells;
+    Write dx, dh0, dc0;
+    std::optional<nb::tuple> arrays;
 
-template <class T>
-void run_forward(int64_t batch, int64_t steps, const nb::list& layers, uintptr_t x, int64_t stride_batch,
-                 int64_t stride_time, uintptr_t mask, uintptr_t reset, bool reverse, int threads, uintptr_t places) {
-    std::vector<Layer<T>> all;
-    for (nb::handle entry : layers) {
-        Addresses a(nb::cast<nb::tuple>(entry), 12, "forward: a layer");
-        Layer<T> layer;
-        layer.weights = nb::cast<const Packed<T>*>(a.object());
-        layer.h0 = a.next<const T>(), layer.c0 = a.next<const T>();
-        layer.hn = a.next<T>(), layer.cn = a.next<T>(), layer.y = a.next<T>();
-        layer.gates = a.next<T>(), layer.cells = a.next<T>(), layer.norms = a.next<T>();
-        layer.drops = drops_of<T>(a);
-        all.push_back(layer);
+    template <class T>
+    Gradients<T> as() const {
+        return {dy.as<const T>(),     dhn.as<const T>(),    dcn.as<const T>(),
+                dgates.as<const T>(), dcells.as<const T>(), dx.as<T>(),
+                dh0.as<T>(),          dc0.as<T>(),          arrays ? arrays_of<T>(*arrays) : Arrays<T>{}};
     }
-    nb::gil_scoped_release released;
-    forward<T>({batch, steps, at<T>(x), stride_batch, stride_time, at<uint8_t>(mask), at<uint8_t>(reset), reverse,
-                at<int64_t>(places)},
-               all, threads);
+};
+
+template <class T>
+bool holds(const LayerOf& layer) {
+    return nb::isinstance<Weights<T>>(layer.weights);
+}
+
+template <class To, class From>
+std::vector<To> each(const nb::list& entries, To (From::*as)() const) {
+    std::vector<To> all;
+    all.reserve(entries.size());
+    for (nb::handle entry : entries) all.push_back((nb::cast<const From&>(entry).*as)());
+    return all;
 }
 
 template <class T>
-void run_backward(const Description& description, int64_t batch, int64_t steps, const nb::tuple& arrays, uintptr_t x,
-                  int64_t stride_batch, int64_t stride_time, uintptr_t mask, uintptr_t reset, bool reverse,
-                  const nb::tuple& saved, const nb::tuple& given, const nb::tuple& wanted, int threads) {
-    Addresses s(saved, 9, "backward: saved"), d(given, 5, "backward: given"), w(wanted, 4, "backward: wanted");
-    Saved<T> kept;
-    kept.description = &description, kept.arrays = arrays_of<const T>(arrays);
-    kept.h0 = s.next<const T>(), kept.c0 = s.next<const T>(), kept.y = s.next<const T>();
-    kept.gates = s.next<const T>(), kept.cells = s.next<const T>(), kept.norms = s.next<const T>();
-    kept.drops = drops_of<T>(s);
-    Gradients<T> g;
-    g.dy = d.next<const T>(), g.dhn = d.next<const T>(), g.dcn = d.next<const T>();
-    g.dgates = d.next<const T>(), g.dcells = d.next<const T>();
-    g.dx = w.next<T>(), g.dh0 = w.next<T>(), g.dc0 = w.next<T>();
-    g.arrays = arrays_of<T>(nb::cast<nb::tuple>(w.object()));
+void run_forward(const SequencesOf& sequences, const nb::list& entries, int threads) {
+    const std::vector<Layer<T>> layers = each(entries, &LayerOf::as<T>);
+    const Sequences<T> in = sequences.as<T>();
     nb::gil_scoped_release released;
-    backward<T>({batch, steps, at<T>(x), stride_batch, stride_time, at<uint8_t>(mask), at<uint8_t>(reset), reverse},
-                kept, g, threads);
+    forward<T>(in, layers, threads);
+}
+
+template <class T>
+void run_backward(const SequencesOf& sequences, const nb::list& entries, const nb::list& wanted, int threads) {
+    const std::vector<Layer<T>> layers = each(entries, &LayerOf::as<T>);
+    const std::vector<Gradients<T>> gradients = each(wanted, &GradientsOf::as<T>);
+    if (layers.size() != gradients.size()) throw nb::value_error("backward: expected gradients of each layer");
+    for (const Layer<T>& layer : layers)
+        if (layer.weights->copied()) throw nb::value_error("backward: expected weights that weren't copied");
+    const Sequences<T> in = sequences.as<T>();
+    nb::gil_scoped_release released;
+    backward<T>(in, layers, gradients, threads);
+}
+
+bool is_double(const nb::list& layers, const char* call) {
+    if (!layers.size()) throw nb::value_error((std::string(call) + ": expected at least one layer").c_str());
+    return holds<double>(nb::cast<const LayerOf&>(layers[0]));
+}
+
+constexpr const char* kElements[] = {"float32", "float64", "bfloat16", "int8"};  // in the order of Element
+
+Element element_named(const std::string& name) {
+    for (int k = 0; k < 4; ++k)
+        if (name == kElements[k]) return Element(k);
+    throw nb::value_error(("expected float32, float64, bfloat16 or int8, got " + name).c_str());
 }
 
 template <class T>
@@ -179,9 +263,9 @@ class BoundStream {
     }
 
   private:
-    static std::vector<const Packed<T>*> pointers(const nb::list& weights) {
-        std::vector<const Packed<T>*> all;
-        for (nb::handle w : weights) all.push_back(nb::cast<const Packed<T>*>(w));
+    static std::vector<const Weights<T>*> pointers(const nb::list& weights) {
+        std::vector<const Weights<T>*> all;
+        for (nb::handle w : weights) all.push_back(nb::cast<const Weights<T>*>(w));
         if (all.empty()) throw nb::value_error("Stream: no layers");
         return all;
     }
@@ -211,12 +295,10 @@ class BoundStream {
 };
 
 template <class T>
-void bind(nb::module_& m, const char* packed, const char* stream) {
-    nb::class_<Packed<T>>(m, packed)
-        .def_prop_ro("input_size", [](const Packed<T>& p) { return p.description().input; })
-        .def_prop_ro("units", [](const Packed<T>& p) { return p.description().units; })
-        .def_prop_ro("output_size", [](const Packed<T>& p) { return p.description().output; })
-        .def_prop_ro("double", [](const Packed<T>&) { return sizeof(T) == 8; });
+void bind(nb::module_& m, const char* weights, const char* stream) {
+    nb::class_<Weights<T>>(m, weights).def_prop_ro("element", [](const Weights<T>& w) {
+        return kElements[int(w.element())];
+    });
     nb::class_<BoundStream<T>>(m, stream)
         .def("step", &BoundStream<T>::step, "x"_a.none(),
              "y [B, P] of x [B, I]; None where x isn't an array as the kernel takes it.")
@@ -239,8 +321,6 @@ void bind_activate(nb::module_& m) {
         "One activation over an array, for tests.");
 }
 
-bool is_double(const nb::handle& packed) { return nb::isinstance<Packed<double>>(packed); }
-
 }  // namespace
 
 NB_MODULE(_kernel, m) {
@@ -253,8 +333,8 @@ NB_MODULE(_kernel, m) {
         message.resize(message.size() - 2);
         throw nb::import_error((message + "), got '" + asked + "'").c_str());
     }
-    bind<float>(m, "PackedSingle", "StreamSingle");
-    bind<double>(m, "PackedDouble", "StreamDouble");
+    bind<float>(m, "WeightsSingle", "StreamSingle");
+    bind<double>(m, "WeightsDouble", "StreamDouble");
 
     m.def(
         "isas",
@@ -294,47 +374,69 @@ NB_MODULE(_kernel, m) {
             "coupled"_a, "layer_norm"_a, "reset_after"_a, "norm_epsilon"_a, "clip"_a, "cell_clip"_a, "zoneout"_a,
             "zoneout_cell"_a, "A cell without its arrays: cellstack.native makes one of a CellSpec.");
     m.def(
-        "Packed",
-        [](bool twice, const Description& description, const nb::tuple& arrays, bool copy, int bits) -> nb::object {
-            if (bits != 32 && ((bits != 16 && bits != 8) || twice || !copy))
-                throw nb::value_error("Packed: 16 or 8 bits are for float32 weights that are copied");
-            if (twice)
-                return nb::cast(new Packed<double>(description, arrays_of<const double>(arrays), copy),
+        "weights",
+        [](const Description& description, const std::string& name, const nb::tuple& arrays, bool copy) -> nb::object {
+            const Element element = element_named(name);
+            if (narrow(element) && !copy)
+                throw nb::value_error("weights: expected bfloat16 and int8 with copy=True alone");
+            if (element == Element::kFloat64)
+                return nb::cast(new Weights<double>(description, arrays_of<const double>(arrays), copy),
                                 nb::rv_policy::take_ownership);
-            return nb::cast(new Packed<float>(description, arrays_of<const float>(arrays), copy, bits),
+            return nb::cast(new Weights<float>(description, arrays_of<const float>(arrays), copy, element),
                             nb::rv_policy::take_ownership);
         },
-        "double"_a, "description"_a, "arrays"_a, "copy"_a = true, "bits"_a = 32);
+        "description"_a, "element"_a, "arrays"_a, "copy"_a = true);
     m.def(
-        "Stream",
-        [](const nb::list& packed, int64_t batch, int threads) -> nb::object {
-            if (packed.size() && is_double(packed[0]))
-                return nb::cast(new BoundStream<double>(packed, batch, threads), nb::rv_policy::take_ownership);
-            return nb::cast(new BoundStream<float>(packed, batch, threads), nb::rv_policy::take_ownership);
+        "stream",
+        [](const nb::list& weights, int64_t batch, int threads) -> nb::object {
+            if (weights.size() && nb::isinstance<Weights<double>>(weights[0]))
+                return nb::cast(new BoundStream<double>(weights, batch, threads), nb::rv_policy::take_ownership);
+            return nb::cast(new BoundStream<float>(weights, batch, threads), nb::rv_policy::take_ownership);
         },
-        "packed_list"_a, "batch"_a, "threads"_a = 1);
+        "weights"_a, "batch"_a, "threads"_a = 1);
+    const auto none = nb::none();
+    nb::class_<SequencesOf>(m, "Sequences")
+        .def(
+            "__init__",
+            [](SequencesOf* self, int64_t batch, int64_t steps, Strided x, int64_t stride_batch, int64_t stride_time,
+               Read mask, Read reset, bool reverse, Read places) {
+                new (self) SequencesOf{batch, steps, x, stride_batch, stride_time, mask, reset, reverse, places};
+            },
+            "batch"_a, "steps"_a, "x"_a, "stride_batch"_a, "stride_time"_a, "mask"_a = none, "reset"_a = none,
+            "reverse"_a = false, "places"_a = none);
+    nb::class_<LayerOf>(m, "Layer")
+        .def(
+            "__init__",
+            [](LayerOf* self, nb::object weights, Read h0, Read c0, Write hn, Write cn, Write y, Write gates,
+               Write cells, Write norms, Read recurrent_dropout, Read zoneout, Read zoneout_cell) {
+                new (self)
+                    LayerOf{weights, h0, c0, hn, cn, y, gates, cells, norms, recurrent_dropout, zoneout, zoneout_cell};
+            },
+            "weights"_a, "h0"_a = none, "c0"_a = none, "hn"_a = none, "cn"_a = none, "y"_a = none, "gates"_a = none,
+            "cells"_a = none, "norms"_a = none, "recurrent_dropout"_a = none, "zoneout"_a = none,
+            "zoneout_cell"_a = none);
+    nb::class_<GradientsOf>(m, "Gradients")
+        .def(
+            "__init__",
+            [](GradientsOf* self, Read dy, Read dhn, Read dcn, Read dgates, Read dcells, Write dx, Write dh0, Write dc0,
+               std::optional<nb::tuple> arrays) {
+                new (self) GradientsOf{dy, dhn, dcn, dgates, dcells, dx, dh0, dc0, arrays};
+            },
+            "dy"_a = none, "dhn"_a = none, "dcn"_a = none, "dgates"_a = none, "dcells"_a = none, "dx"_a = none,
+            "dh0"_a = none, "dc0"_a = none, "arrays"_a = none);
     m.def(
         "forward",
-        [](int64_t batch, int64_t steps, const nb::list& layers, uintptr_t x, int64_t stride_batch, int64_t stride_time,
-           uintptr_t mask, uintptr_t reset, bool reverse, int threads, uintptr_t places) {
-            if (!layers.size()) throw nb::value_error("forward: no layers");
-            const bool twice = is_double(nb::cast<nb::tuple>(layers[0])[0]);
-            (twice ? run_forward<double> : run_forward<float>)(batch, steps, layers, x, stride_batch, stride_time, mask,
-                                                               reset, reverse, threads, places);
+        [](const SequencesOf& sequences, const nb::list& layers, int threads) {
+            (is_double(layers, "forward") ? run_forward<double> : run_forward<float>)(sequences, layers, threads);
         },
-        "batch"_a, "steps"_a, "layers"_a, "x"_a, "x_stride_b"_a, "x_stride_t"_a, "mask"_a, "reset"_a, "reverse"_a,
-        "threads"_a, "places"_a = 0);
+        "sequences"_a, "layers"_a, "threads"_a);
     m.def(
         "backward",
-        [](bool twice, const Description& description, int64_t batch, int64_t steps, const nb::tuple& arrays,
-           uintptr_t x, int64_t stride_batch, int64_t stride_time, uintptr_t mask, uintptr_t reset, bool reverse,
-           const nb::tuple& saved, const nb::tuple& given, const nb::tuple& wanted, int threads) {
-            (twice ? run_backward<double> : run_backward<float>)(description, batch, steps, arrays, x, stride_batch,
-                                                                 stride_time, mask, reset, reverse, saved, given,
-                                                                 wanted, threads);
+        [](const SequencesOf& sequences, const nb::list& layers, const nb::list& gradients, int threads) {
+            (is_double(layers, "backward") ? run_backward<double> : run_backward<float>)(sequences, layers, gradients,
+                                                                                         threads);
         },
-        "double"_a, "description"_a, "batch"_a, "steps"_a, "arrays"_a, "x"_a, "x_stride_b"_a, "x_stride_t"_a, "mask"_a,
-        "reset"_a, "reverse"_a, "saved"_a, "given"_a, "wanted"_a, "threads"_a);
+        "sequences"_a, "layers"_a, "gradients"_a, "threads"_a);
     bind_activate<float>(m);
     bind_activate<double>(m);
 }

@@ -3,7 +3,7 @@
 //
 // Blocks of H columns a gate, in the order i f g o (LSTM; without f where coupled), z r g (GRU), g (SimpleRNN). All
 // arrays are the caller's, in row-major order, of type T (float or double), and must outlive the call; a null pointer
-// means what stands beside it. Shapes are not checked here. Every call is safe from any thread; weights (Packed) are
+// means what stands beside it. Shapes are not checked here. Every call is safe from any thread; Weights are
 // never written after they are made.
 #pragma once
 #include <cstdint>
@@ -22,17 +22,22 @@ bool set_instruction_set(const char* name);  // false: not among instruction_set
 void activate(const Activation& activation, const float* x, float* y, int64_t n);
 void activate(const Activation& activation, const double* x, double* y, int64_t n);
 
-// Weights of one cell in the layout of the instruction set that was in use when they were packed.
+// Weights of one cell, for the instruction set that was in use when they were made.
 template <class T>
-class Packed {
+class Weights {
   public:
-    // With `copy` the arrays are packed and not needed any more afterwards; without, they are read where they lie, at
-    // each call, and must outlive this object: slower by the step, but a call of a few steps costs less than packing.
-    // The bits are the same. `bits` of a weight in a matrix: 32, or for floats that are copied 16 (bfloat16) or 8.
-    Packed(const Description& description, const Arrays<const T>& arrays, bool copy = true, int bits = 32);
-    ~Packed();
-    Packed(const Packed&) = delete;
+    // With `copy` the arrays are packed into its layout and not needed any more afterwards; without, they are read
+    // where they lie, at each call, and must outlive this object: slower by the step, but a call of a few steps costs
+    // less than packing, and `backward` reads no others. The bits are the same. Matrices that are copied may be held in
+    // a narrower element.
+    Weights(const Description& description, const Arrays<const T>& arrays, bool copy = true,
+            Element element = element_of<T>());
+    ~Weights();
+    Weights(const Weights&) = delete;
     const Description& description() const;
+    Element element() const;
+    bool copied() const;
+    const Arrays<const T>& arrays() const;  // where they lie; not the matrices of a copy
     struct Impl;
     const Impl& impl() const { return *impl_; }
 
@@ -48,16 +53,16 @@ struct Drops {
     const T* zoneout_cell;  // [B, T, H], likewise
 };
 
-// One layer of a stack in forward.
+// One layer of a stack: what forward takes and writes, and what backward reads of it.
 template <class T>
 struct Layer {
-    const Packed<T>* weights;
+    const Weights<T>* weights;
     const T *h0, *c0;  // [B, P], [B, H]; null: the cell's initial state
     T *hn, *cn;        // [B, P], [B, H], state after the last step processed; c only for an LSTM, null otherwise
     T* y;              // [B, T, P], h of every step; null: not wanted
     T* gates;          // [B, T, planes, H], after their activations; null: not wanted
     T* cells;          // [B, T, H], c of every step; null where gates is, and without a cell
-    T* norms;          // [B, T, norm_size()], what layer normalisation left; null where gates is, and without it
+    T* norms;          // [B, T, norm_size()], what layer normalisation left; null: not wanted, and without it
     Drops<T> drops;
 };
 
@@ -81,25 +86,20 @@ struct Sequences {
 template <class T>
 void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int threads);
 
-// Gradients of one layer, from what forward left. Inputs may be null (zeros), outputs too (not wanted).
+// Gradients of the loss, of one layer. Inputs may be null (zeros), outputs too (not wanted).
 template <class T>
 struct Gradients {
-    const T *dy, *dhn, *dcn, *dgates, *dcells;  // of the loss, in the shapes of y, hn, cn, gates, cells
-    T *dx, *dh0, *dc0;                          // [B, T, I], [B, P], [B, H]; overwritten
+    const T *dy, *dhn, *dcn, *dgates, *dcells;  // by the caller's own use of y, hn, cn, gates, cells, in their shapes
+    T *dx, *dh0, *dc0;                          // [B, T, I], of the lowest layer alone; [B, P], [B, H]; overwritten
     Arrays<T> arrays;                           // overwritten
 };
 
+// Back through a stack: `layers` as forward took them, with y, gates, cells and norms as it left them (hn and cn aren't
+// read), and with weights that aren't copied; `gradients` one a layer. Layers below the lowest of which a gradient is
+// wanted aren't visited. No `places`.
 template <class T>
-struct Saved {
-    const Description* description;
-    Arrays<const T> arrays;              // not packed
-    const T *h0, *c0;                    // as they were given to forward
-    const T *y, *gates, *cells, *norms;  // what forward wrote
-    Drops<T> drops;
-};
-
-template <class T>
-void backward(const Sequences<T>& in, const Saved<T>& saved, const Gradients<T>& gradients, int threads);
+void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const std::vector<Gradients<T>>& gradients,
+              int threads);
 
 // A stack with its state, for steps as they come. Allocates nothing after construction. One thread at a time may use
 // it; a call that is long enough is shared by up to `threads`.
@@ -107,7 +107,7 @@ template <class T>
 class Stream {
   public:
     // The weights must outlive the stream.
-    Stream(std::vector<const Packed<T>*> weights, int64_t batch, int threads = 1);
+    Stream(std::vector<const Weights<T>*> weights, int64_t batch, int threads = 1);
     ~Stream();
     // x [B, T, I] -> y [B, T, P of the top layer]; T = 1 is a step.
     void run(const T* x, T* y, int64_t steps);
@@ -115,7 +115,7 @@ class Stream {
     void get_state(int layer, T* h, T* c) const;  // [B, P], [B, H]; c null without a cell
     void set_state(int layer, const T* h, const T* c);
     int64_t batch() const;
-    const std::vector<const Packed<T>*>& weights() const;
+    const std::vector<const Weights<T>*>& weights() const;
 
   private:
     struct Impl;

@@ -5,6 +5,15 @@
 
 namespace cellstack {
 
+// What numbers are held in. Those of a call are float32 or float64; matrices of a float32 call may be narrower.
+enum class Element : int { kFloat32, kFloat64, kBfloat16, kInt8 };
+
+template <class T>
+constexpr Element element_of() {
+    return sizeof(T) == 8 ? Element::kFloat64 : Element::kFloat32;
+}
+constexpr bool narrow(Element e) { return e == Element::kBfloat16 || e == Element::kInt8; }
+
 enum Kind : int { kLstm, kGru, kRnn, kDense };
 
 // In the order of cellstack.spec.ACTIVATIONS.

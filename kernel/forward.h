@@ -148,7 +148,7 @@ void run_rows(Forward<T>& f) {
     const int64_t stride = w.unpacked ? H : wide, row = G * stride;
     const auto sums_of = [&](const T* matrix, const T* bias, bool add, int64_t depth, T* to) {
         return Product<T>{matrix, bias,   add,   w.unpacked, depth,   H,       w.blocks,
-                          to,     stride, false, w.bits,     f.bytes, f.scales};
+                          to,     stride, false, w.element,  f.bytes, f.scales};
     };
     // Layer normalisation comes between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
@@ -210,10 +210,10 @@ void run_dense(const Forward<T>& f) {
     const Panels<T>& w = f.w;
     const Description& d = *w.d;
     const int64_t wide = w.blocks * Vec<T>::W;
-    multiply<T, 1, 0, 1>(
-        {w.kernel, w.bias, false, w.unpacked, d.input, d.units, w.blocks, f.z, wide, false, w.bits, f.bytes, f.scales},
-        {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
-        (f.last - f.first) * f.rows);
+    multiply<T, 1, 0, 1>({w.kernel, w.bias, false, w.unpacked, d.input, d.units, w.blocks, f.z, wide, false, w.element,
+                          f.bytes, f.scales},
+                         {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
+                         (f.last - f.first) * f.rows);
     for (int64_t n = f.first; n < f.last; ++n)
         for (int64_t r = 0; r < f.rows; ++r)
             each_block<T>(r, time_of(f, n), w.blocks, d.units, [&](const Place& at) INLINED {

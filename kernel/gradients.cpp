@@ -1,5 +1,5 @@
-// The backward pass of a layer: cuts it into steps that fit a cache, rows for the way back through time, and tasks for
-// the gradients of x and of the weights.
+// The backward pass: goes down a stack layer by layer; cuts each into steps that fit a cache, rows for the way back
+// through time, and tasks for the gradients of x and of the weights.
 #include <algorithm>
 
 #include "cell.h"
@@ -14,12 +14,11 @@ namespace {
 constexpr int64_t kGradientBytes = int64_t(512) << 10;
 constexpr int64_t kInputRows = 96;  // of a task of the gradient of x
 
-}  // namespace
-
 template <class T>
-void backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>& g, int threads) {
+void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T>& g, int threads) {
     const Leaf<T>& leaf = leaf_of<T>(current());
-    const Description& d = *s.description;
+    const Description& d = s.weights->description();
+    const Arrays<const T>& arrays = s.weights->arrays();
     const int64_t B = in.batch, steps = in.steps, I = d.input, H = d.units, P = d.output;
     const int G = d.gates();
     const int64_t W = leaf.width, wide = 4 * W, deep = G * W;
@@ -88,10 +87,10 @@ void backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>& g, 
     std::fill_n(vector_sums, vectors, T(0));
     std::fill_n(initial_h, rows_h, T(0));
     std::fill_n(initial_c, rows_c, T(0));
-    leaf.pack_transposed(recurrent_t, s.arrays.recurrent_kernel, P, H, G, 0, reset_before ? 2 : G);
-    if (candidate_t) leaf.pack_transposed(candidate_t, s.arrays.recurrent_kernel, P, H, G, 2, 3);
-    if (g.dx) leaf.pack_transposed(kernel_t, s.arrays.kernel, I, H, G, 0, G);
-    if (projection_t) leaf.pack_transposed(projection_t, s.arrays.projection, H, P, 1, 0, 1);
+    leaf.pack_transposed(recurrent_t, arrays.recurrent_kernel, P, H, G, 0, reset_before ? 2 : G);
+    if (candidate_t) leaf.pack_transposed(candidate_t, arrays.recurrent_kernel, P, H, G, 2, 3);
+    if (g.dx) leaf.pack_transposed(kernel_t, arrays.kernel, I, H, G, 0, G);
+    if (projection_t) leaf.pack_transposed(projection_t, arrays.projection, H, P, 1, 0, 1);
     pad(dh, columns, g.dhn, B, P);
     if (dc) pad(dc, blocks * W, g.dcn, B, H);
 
@@ -100,7 +99,7 @@ void backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>& g, 
         const int64_t first = B * group / groups, rows = B * (group + 1) / groups - first;
         const auto at = [&](auto* all, int64_t per_row) { return all ? all + first * per_row : nullptr; };
         Backward<T> f{};
-        f.d = &d, f.arrays = s.arrays, f.blocks = blocks, f.output_blocks = output_blocks;
+        f.d = &d, f.arrays = arrays, f.blocks = blocks, f.output_blocks = output_blocks;
         f.rows = rows, f.steps = steps, f.batch = B, f.row0 = first;
         f.first = first_step, f.last = last_step, f.reverse = in.reverse;
         f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t;
@@ -120,7 +119,7 @@ void backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>& g, 
     // Where the rows of dz came from, in its order: x, the h that went into the step, and dx.
     std::vector<const T*> x_rows(size_t(chunk * B)), h_rows(size_t(chunk * B)), m_rows(size_t(chunk * B));
     std::vector<T*> dx_rows(size_t(chunk * B));
-    const T* initial = s.arrays.initial_h ? s.arrays.initial_h : zeros;
+    const T* initial = arrays.initial_h ? arrays.initial_h : zeros;
     const auto h_before = [&](int64_t b, int64_t n, int64_t t) -> const T* {
         if (in.reset && in.reset[b * steps + t]) return initial;
         if (n == 0) return s.h0 ? s.h0 + b * P : initial;
@@ -262,7 +261,50 @@ void backward(const Sequences<T>& in, const Saved<T>& s, const Gradients<T>& g, 
     if (g.dc0) unpad(g.dc0, dc, blocks * W, B, H);
 }
 
-template void backward(const Sequences<float>&, const Saved<float>&, const Gradients<float>&, int);
-template void backward(const Sequences<double>&, const Saved<double>&, const Gradients<double>&, int);
+// Whether any gradient of a layer is wanted.
+template <class T>
+bool wanted(const Gradients<T>& g) {
+    const Arrays<T>& a = g.arrays;
+    for (const T* out : {g.dx, g.dh0, g.dc0, a.kernel, a.recurrent_kernel, a.bias, a.peepholes, a.projection,
+                         a.kernel_gain, a.recurrent_gain, a.cell_gain, a.cell_bias, a.initial_h, a.initial_c})
+        if (out) return true;
+    return false;
+}
+
+}  // namespace
+
+template <class T>
+void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const std::vector<Gradients<T>>& gradients,
+              int threads) {
+    const int depth = int(layers.size());
+    int lowest = 0;
+    while (lowest < depth && !wanted(gradients[lowest])) ++lowest;
+    // What comes down from layer to layer, the gradient of x of the one and of y of the other: in two places in turn.
+    const auto numbers = [&](int l) { return in.batch * in.steps * layers[l].weights->description().output; };
+    int64_t most = 0;
+    for (int l = lowest; l + 1 < depth; ++l) most = std::max(most, Parts<T>::size(numbers(l)));
+    Scratch<T> between(2 * most);
+    const T* above = nullptr;
+    for (int l = depth - 1; l >= lowest; --l) {
+        Sequences<T> own = in;
+        Gradients<T> g = gradients[l];
+        if (l) {
+            own.x = layers[l - 1].y, own.stride_time = layers[l].weights->description().input;
+            own.stride_batch = in.steps * own.stride_time;
+        }
+        if (above) {
+            T* sum = between.get() + (l + 1) % 2 * most;
+            for (int64_t k = 0; g.dy && k < numbers(l); ++k) sum[k] += g.dy[k];
+            g.dy = above;
+        }
+        if (l > lowest) above = g.dx = between.get() + l % 2 * most;
+        backward_layer(own, layers[l], g, threads);
+    }
+}
+
+template void backward(const Sequences<float>&, const std::vector<Layer<float>>&, const std::vector<Gradients<float>>&,
+                       int);
+template void backward(const Sequences<double>&, const std::vector<Layer<double>>&,
+                       const std::vector<Gradients<double>>&, int);
 
 }  // namespace cellstack

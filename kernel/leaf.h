@@ -28,10 +28,10 @@ struct Panels {
     const T* projection = nullptr;          // [output_blocks][H][1][W]; unpacked: [H, P]
     Arrays<const T> arrays{};
     bool unpacked = false;
-    int bits = 32;  // of a weight in a matrix: 16 and 8 are laid out as quantised.h says
+    Element element = element_of<T>();  // of a weight in a matrix; narrow ones are laid out as quantised.h says
 
     // Whether a step goes block by block, the shorter way of the plain LSTM.
-    bool by_blocks() const { return d->plain() && !unpacked && bits == 32; }
+    bool by_blocks() const { return d->plain() && !unpacked && !narrow(element); }
 };
 
 // Forward over rows of one layer, for steps n in [first, last) of the processing order.
@@ -55,7 +55,7 @@ struct Forward {
                        // place. By rows: [(last-first)·rows][gates][stride], stride = blocks·W; unpacked: H
     T *q, *m, *p;      // scratch by rows: sums over h apart [rows][gates][stride]; a vector a row [rows][blocks·W];
                        // what was projected [rows][output_blocks·W]
-    T* scales;         // scratch of 8 bits: see Product
+    T* scales;         // scratch of int8: see Product
     uint8_t* bytes;
 };
 

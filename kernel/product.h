@@ -82,9 +82,9 @@ struct Product {
     int64_t depth, units, blocks;
     T* to;  // [rows][gates][stride]
     int64_t stride;
-    bool down;       // blocks from the last to the first
-    int bits;        // of a weight: 32, or fewer (quantised.h)
-    uint8_t* bytes;  // scratch of 8 bits: rows in steps, [rows][depth up to a multiple of 4], and the size of a step
+    bool down;        // blocks from the last to the first
+    Element element;  // of a weight; narrow ones: quantised.h
+    uint8_t* bytes;   // scratch of int8: rows in steps, [rows][depth up to a multiple of 4], and the size of a step
     T* scales;
 };
 

@@ -124,8 +124,8 @@ __attribute__((noinline)) void narrow_product(const Product<float>& p, const Row
 template <class T, int G, int First, int C>
 INLINE void multiply(const Product<T>& p, const Rows<T>& rows, int64_t count) {
     if constexpr (sizeof(T) == 4) {
-        if (p.bits == 16) return narrow_product<16, G, First, C>(p, rows, count);
-        if (p.bits == 8) return narrow_product<8, G, First, C>(p, rows, count);
+        if (p.element == Element::kBfloat16) return narrow_product<16, G, First, C>(p, rows, count);
+        if (p.element == Element::kInt8) return narrow_product<8, G, First, C>(p, rows, count);
     }
     product<T, G, First, C>(p, rows, count);
 }

@@ -22,16 +22,20 @@ namespace {
 
 // Matrices of 16 or 8 bits a weight, as quantised.h reads them: [blocks][words of all k][gates][W]; of 8 bits, the
 // columns' scales and the sums that undo the rows' 128 follow. Numbers are floats, or words of as many bits.
-int64_t narrow_size(int bits, int64_t blocks, int64_t rows, int gates, int64_t width) {
-    return blocks * gates * width * (ceil_div(rows * bits, 32) + (bits == 8 ? 2 : 0));
+int bits_of(Element element) { return element == Element::kBfloat16 ? 16 : 8; }
+
+int64_t narrow_size(Element element, int64_t blocks, int64_t rows, int gates, int64_t width) {
+    return blocks * gates * width * (ceil_div(rows * bits_of(element), 32) + (element == Element::kInt8 ? 2 : 0));
 }
 
-void pack_narrow(float* memory, const float* from, int64_t rows, int64_t units, int gates, int64_t width, int bits) {
+void pack_narrow(float* memory, const float* from, int64_t rows, int64_t units, int gates, int64_t width,
+                 Element element) {
+    const int bits = bits_of(element);
     const int64_t blocks = ceil_div(units, width), words = ceil_div(rows * bits, 32), each = 32 / bits;
     auto* to = reinterpret_cast<uint32_t*>(memory);
     float* scales = memory + blocks * words * gates * width;
     auto* shifts = reinterpret_cast<uint32_t*>(scales + blocks * gates * width);
-    memset(memory, 0, size_t(narrow_size(bits, blocks, rows, gates, width)) * sizeof(float));
+    memset(memory, 0, size_t(narrow_size(element, blocks, rows, gates, width)) * sizeof(float));
     for (int64_t unit = 0; unit < units; ++unit)
         for (int gate = 0; gate < gates; ++gate) {
             const int64_t block = unit / width, lane = unit % width, column = (block * gates + gate) * width + lane;
@@ -62,7 +66,7 @@ void pack_narrow(float* memory, const float* from, int64_t rows, int64_t units, 
 }  // namespace
 
 template <class T>
-struct Packed<T>::Impl {
+struct Weights<T>::Impl {
     const Leaf<T>* leaf;
     Description d;
     Scratch<T> memory;
@@ -70,7 +74,7 @@ struct Packed<T>::Impl {
 };
 
 template <class T>
-Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy, int bits) {
+Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool copy, Element element) {
     const Leaf<T>& leaf = leaf_of<T>(current());
     const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width);
     const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width;
@@ -86,39 +90,39 @@ Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy
         {&Arrays<const T>::initial_c, d.units},
     };
     // Numbers that a matrix of so many rows, units and gates takes.
-    const auto size = [&](int64_t rows, int64_t units, int gates, int width) {
+    const auto size = [&](int64_t rows, int64_t units, int gates, Element held) {
         const int64_t of = ceil_div(units, leaf.width);
-        return width == 32 ? rows * of * gates * leaf.width : narrow_size(width, of, rows, gates, leaf.width);
+        return narrow(held) ? narrow_size(held, of, rows, gates, leaf.width) : rows * of * gates * leaf.width;
     };
-    const int64_t matrices[] = {size(d.input, d.units, d.gates(), bits),
-                                size(d.keeps_state() ? d.output : 0, d.units, d.gates(), bits), row, row,
-                                d.projects() ? size(d.units, d.output, 1, bits) : 0};
+    const int64_t matrices[] = {size(d.input, d.units, d.gates(), element),
+                                size(d.keeps_state() ? d.output : 0, d.units, d.gates(), element), row, row,
+                                d.projects() ? size(d.units, d.output, 1, element) : 0};
     int64_t count = 0;
     for (int64_t matrix : matrices) count += Parts<T>::size(matrix);
     for (const auto& vector : vectors) count += Parts<T>::size(vector.count);
     impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), {}});
     Panels<T>& p = impl_->panels;
-    p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.unpacked = !copy, p.bits = bits;
+    p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.unpacked = !copy, p.element = element;
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
     p.recurrent_bias = two_biases ? arrays.bias + columns : nullptr;
     p.projection = arrays.projection, p.arrays = arrays;
     if (!copy) return;
     Parts<T> parts(impl_->memory.get());
-    const auto packed = [&](const T* from, int64_t rows, int64_t units, int gates, int width) {
-        T* to = parts.take(size(rows, units, gates, width));
+    const auto packed = [&](const T* from, int64_t rows, int64_t units, int gates, Element held) {
+        T* to = parts.take(size(rows, units, gates, held));
         if constexpr (sizeof(T) == 4)
-            if (width != 32) return pack_narrow(to, from, rows, units, gates, leaf.width, width), to;
+            if (narrow(held)) return pack_narrow(to, from, rows, units, gates, leaf.width, held), to;
         if (from)
             leaf.pack(to, from, rows, units, gates);
         else
-            std::fill_n(to, size(rows, units, gates, width), T(0));
+            std::fill_n(to, size(rows, units, gates, held), T(0));
         return to;
     };
-    p.kernel = packed(p.kernel, d.input, d.units, d.gates(), bits);
-    if (d.keeps_state()) p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), bits);
-    p.bias = packed(p.bias, 1, d.units, d.gates(), 32);
-    if (two_biases) p.recurrent_bias = packed(p.recurrent_bias, 1, d.units, d.gates(), 32);
-    if (d.projects()) p.projection = packed(p.projection, d.units, d.output, 1, bits);
+    p.kernel = packed(p.kernel, d.input, d.units, d.gates(), element);
+    if (d.keeps_state()) p.recurrent = packed(p.recurrent, d.output, d.units, d.gates(), element);
+    p.bias = packed(p.bias, 1, d.units, d.gates(), element_of<T>());
+    if (two_biases) p.recurrent_bias = packed(p.recurrent_bias, 1, d.units, d.gates(), element_of<T>());
+    if (d.projects()) p.projection = packed(p.projection, d.units, d.output, 1, element);
     for (const auto& vector : vectors) {
         const T*& array = p.arrays.*vector.array;
         if (!array) continue;
@@ -129,10 +133,22 @@ Packed<T>::Packed(const Description& d, const Arrays<const T>& arrays, bool copy
     }
 }
 template <class T>
-Packed<T>::~Packed() = default;
+Weights<T>::~Weights() = default;
 template <class T>
-const Description& Packed<T>::description() const {
+const Description& Weights<T>::description() const {
     return impl_->d;
+}
+template <class T>
+Element Weights<T>::element() const {
+    return impl_->panels.element;
+}
+template <class T>
+bool Weights<T>::copied() const {
+    return !impl_->panels.unpacked;
+}
+template <class T>
+const Arrays<const T>& Weights<T>::arrays() const {
+    return impl_->panels.arrays;
 }
 
 // ── forward ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -159,7 +175,7 @@ struct Runner {
     // What `open` takes from the parts, in numbers.
     struct Sizes {
         int64_t h, kept, c, z, q, m, p, scales, bytes;
-        Sizes(const Packed<T>& weights, int64_t rows, int64_t chunk, bool dropout) {
+        Sizes(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout) {
             const Panels<T>& w = weights.impl().panels;
             const Description& d = *w.d;
             const int64_t width = weights.impl().leaf->width, wide = rows * w.blocks * width;
@@ -171,8 +187,8 @@ struct Runner {
             m = d.projects() || d.layer_norm || (d.kind == kGru && !d.reset_after) ? wide : 0;
             p = d.projects() ? h : 0;
             const int64_t depth = std::max({d.input, d.units, d.output});
-            scales = w.bits == 8 ? chunk * rows : 0;
-            bytes = w.bits == 8 ? ceil_div(chunk * rows * ceil_div(depth, 4) * 4, sizeof(T)) : 0;
+            scales = w.element == Element::kInt8 ? chunk * rows : 0;
+            bytes = w.element == Element::kInt8 ? ceil_div(chunk * rows * ceil_div(depth, 4) * 4, sizeof(T)) : 0;
         }
         int64_t sum() const {
             int64_t total = 0;
@@ -181,7 +197,7 @@ struct Runner {
         }
     };
 
-    void open(const Packed<T>& weights, int64_t rows, int64_t chunk, bool dropout, Parts<T>& parts) {
+    void open(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout, Parts<T>& parts) {
         const Sizes sizes(weights, rows, chunk, dropout);
         const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
         leaf = weights.impl().leaf;
@@ -309,7 +325,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
 
 template <class T>
 struct Stream<T>::Impl {
-    std::vector<const Packed<T>*> weights;
+    std::vector<const Weights<T>*> weights;
     int64_t batch, chunk, work = 0;  // work: multiplications of a step
     int threads, groups;             // threads share the rows: each group of these has runners of its own
     std::vector<Runner<T>> runners;  // [groups][layers]
@@ -342,9 +358,9 @@ struct Stream<T>::Impl {
 };
 
 template <class T>
-Stream<T>::Stream(std::vector<const Packed<T>*> weights, int64_t batch, int threads) : impl_(new Impl) {
+Stream<T>::Stream(std::vector<const Weights<T>*> weights, int64_t batch, int threads) : impl_(new Impl) {
     Impl& s = *impl_;
-    for (const Packed<T>* w : weights) {
+    for (const Weights<T>* w : weights) {
         checked(checked(batch, kProductRows), 64 * (w->description().units + w->description().input));
         s.work += batch * multiplications(w->description());
     }
@@ -352,9 +368,9 @@ Stream<T>::Stream(std::vector<const Packed<T>*> weights, int64_t batch, int thre
     s.groups = int(std::min<int64_t>(batch, s.threads));
     const int64_t most_rows = ceil_div(batch, s.groups);
     s.chunk = chunk_steps(most_rows, kProductRows);
-    const auto kept = [&](const Packed<T>* w) { return 2 * most_rows * s.chunk * w->description().output; };
+    const auto kept = [&](const Weights<T>* w) { return 2 * most_rows * s.chunk * w->description().output; };
     int64_t count = 0;
-    for (const Packed<T>* w : weights)
+    for (const Weights<T>* w : weights)
         count += s.groups * (typename Runner<T>::Sizes(*w, most_rows, s.chunk, false).sum() + Parts<T>::size(kept(w)));
     s.memory.reset(new Scratch<T>(count));
     std::fill(s.memory->get(), s.memory->get() + count, T(0));
@@ -422,12 +438,12 @@ int64_t Stream<T>::batch() const {
     return impl_->batch;
 }
 template <class T>
-const std::vector<const Packed<T>*>& Stream<T>::weights() const {
+const std::vector<const Weights<T>*>& Stream<T>::weights() const {
     return impl_->weights;
 }
 
-template class Packed<float>;
-template class Packed<double>;
+template class Weights<float>;
+template class Weights<double>;
 template class Stream<float>;
 template class Stream<double>;
 template void forward(const Sequences<float>&, const std::vector<Layer<float>>&, int);

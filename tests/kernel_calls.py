@@ -4,8 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack import _kernel, native
-from cellstack.spec import ARRAYS
+from cellstack import native
 
 
 class Out(NamedTuple):
@@ -24,50 +23,38 @@ class Gradients(NamedTuple):
     arrays: dict[str, Any]
 
 
-def address(array):
-    return 0 if array is None else array.ctypes.data
-
-
-def addresses(arrays):
-    return tuple(address(arrays.get(name)) for name in ARRAYS)
-
-
-def pack(spec, arrays, copy=True, bits=32):
-    return _kernel.Packed(arrays["kernel"].dtype == np.float64, native.description(spec), addresses(arrays), copy, bits)
-
-
-def strides(x):
-    return x.strides[0] // x.itemsize, x.strides[1] // x.itemsize
-
-
 def pair(state):
-    """The addresses of h and c."""
-    return (0, 0) if state is None else tuple(map(address, (*state, None)[:2]))
+    """h and c of a state; None for what isn't there."""
+    return (None, None) if state is None else (*state, None)[:2]
+
+
+def layer(weights, state, drop, **results):
+    return native.Layer(weights, *pair(state), **results, **dict(zip(DROPS, drop, strict=True)))
+
+
+DROPS = ("recurrent_dropout", "zoneout", "zoneout_cell")
 
 
 def forward_stack(
     x, cells, states, *, drops=None, mask=None, reset=None, reverse=False, threads=1, save=True, copy=True
 ):
-    """Run a stack of cells, `(spec, arrays)` each; of `drops`, `(recurrent_dropout, zoneout, zoneout_cell)` each."""
+    """Run a stack of cells, `(spec, arrays)` each; of `drops`, one of each of DROPS for each."""
     batch, steps, _ = x.shape
-    layers, outs, kept = [], [], []
+    layers, outs = [], []
     for n, ((spec, arrays), state) in enumerate(zip(cells, states, strict=True)):
-        new = lambda *shape: np.full(shape, np.nan, x.dtype)  # noqa: E731
-        end = tuple(new(batch, size) for size in spec.state_sizes.values())
-        lstm = spec.kind == "lstm"
         drop = drops[n] if drops else (None, None, None)
-        y = new(batch, steps, spec.output_size)
-        gates = new(batch, steps, spec.planes, spec.units) if save else None
-        memory = new(batch, steps, spec.units) if save and lstm else None
-        norms = new(batch, steps, spec.norm_size) if save and spec.layer_norm else None
-        packed = pack(spec, arrays, copy)
-        ends = (*map(address, end), 0)[:2]
-        layers.append((packed, *pair(state), *ends, *map(address, (y, gates, memory, norms, *drop))))
+        unwanted = () if save else ("gates", "cells", "norms")
+        results = {
+            name: np.full(shape, np.nan, x.dtype)
+            for name, shape in native.results(spec, batch, steps).items()
+            if name not in unwanted
+        }
+        layers.append(layer(native.weights(spec, arrays, copy=copy), state, drop, **results))
         case = {"spec": spec, "x": x, "state": state, "drop": drop, "mask": mask, "reset": reset, "reverse": reverse}
-        outs.append(Out(y, end, gates, memory, {**case, "norms": norms}))
-        kept.append(packed)
-    masks = address(mask), address(reset)
-    _kernel.forward(batch, steps, layers, address(x), *strides(x), *masks, reverse, threads)
+        end = tuple(results[name] for name in ("hn", "cn") if name in results)
+        norms = {"norms": results.get("norms")}
+        outs.append(Out(results["y"], end, results.get("gates"), results.get("cells"), {**case, **norms}))
+    native.forward(native.sequences(x, mask, reset, reverse), layers, threads)
     return outs
 
 
@@ -76,19 +63,44 @@ def forward(spec, arrays, x, state=None, *, recurrent_dropout=None, zoneout=None
     return forward_stack(x, [(spec, arrays)], [state], drops=drops, **rest)[0]
 
 
-def backward(spec, arrays, out, *, dy=None, dstate=None, dgates=None, dcells=None, threads=1):
-    case = out.case
-    x, state = case["x"], case["state"]
-    batch, steps, _ = x.shape
-    new = lambda like: np.full(like.shape, np.nan, x.dtype)  # noqa: E731
-    dx, start = new(x), () if state is None else tuple(map(new, state))
-    given = (None, None) if dstate is None else (*dstate, None)[:2]
-    arrays_out = {name: new(array) for name, array in arrays.items()}
-    saved = (*pair(state), *map(address, (out.y, out.gates, out.cells, case["norms"], *case["drop"])))
-    _kernel.backward(
-        x.dtype == np.float64, native.description(spec), batch, steps, addresses(arrays), address(x), *strides(x),
-        address(case["mask"]), address(case["reset"]), case["reverse"], saved,
-        tuple(map(address, (dy, *given, dgates, dcells))),
-        (address(dx), *(pair(start) if start else (0, 0)), addresses(arrays_out)), threads,
-    )  # fmt: skip
-    return Gradients(dx, start, arrays_out)
+def backward_stack(cells, outs, gradients, *, threads=1, wanted=None):
+    """Go back through a stack that `forward_stack` ran.
+
+    Args:
+        cells: as they were run.
+        outs: what it left.
+        gradients: for each layer, those of dy, dstate, dgates and dcells that there are, by name.
+        threads: how many the kernel may use.
+        wanted: for each layer, the names of the gradients that are wanted: x (of the lowest), h0, c0 and its arrays;
+            None = all of them.
+
+    Returns:
+        `Gradients` for each layer; NaN where none was wanted.
+    """
+    case = outs[0].case
+    x, new = case["x"], lambda like: np.full(like.shape, np.nan, case["x"].dtype)
+    layers, asked, results = [], [], []
+    for n, ((spec, arrays), out, given) in enumerate(zip(cells, outs, gradients, strict=True)):
+        names = None if wanted is None else wanted[n]
+        want = lambda name, array, names=names: array if names is None or name in names else None  # noqa: E731
+        kept = {"y": out.y, "gates": out.gates, "cells": out.cells, "norms": out.case["norms"]}
+        state = out.case["state"]
+        layers.append(layer(native.weights(spec, arrays, copy=False), state, out.case["drop"], **kept))
+        start = () if state is None else tuple(map(new, state))
+        found = Gradients(new(x), start, {name: new(array) for name, array in arrays.items()})
+        results.append(found)
+        dhn, dcn = pair(given.get("dstate"))
+        dh0, dc0 = pair(start or None)
+        asked.append(
+            native.Gradients(
+                given.get("dy"), dhn, dcn, given.get("dgates"), given.get("dcells"),
+                want("x", found.x) if n == 0 else None, want("h0", dh0), want("c0", dc0),
+                native.in_order({name: want(name, array) for name, array in found.arrays.items()}),
+            )
+        )  # fmt: skip
+    native.backward(native.sequences(x, case["mask"], case["reset"], case["reverse"]), layers, asked, threads)
+    return results
+
+
+def backward(spec, arrays, out, *, threads=1, **given):
+    return backward_stack([(spec, arrays)], [out], [given], threads=threads)[0]

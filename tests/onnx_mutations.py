@@ -48,7 +48,7 @@ class Runtime:
             self.process.stdin.write(struct.pack("q", len(given)) + given)
             self.process.stdin.flush()
             head = self.process.stdout.read(8)
-            answer = pickle.loads(self.process.stdout.read(struct.unpack("q", head)[0])) if len(head) == 8 else None  # noqa: S301
+            answer = pickle.loads(self.process.stdout.read(struct.unpack("q", head)[0])) if len(head) == 8 else None
         except BrokenPipeError:
             answer = None
         if answer is None:
@@ -173,8 +173,8 @@ def inserted(graph, rng):
         graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
         return name
 
-    kinds = ("cast", "flip", "turn", "Relu", "Tanh", "Neg", "double", "Softmax", "mean", "twice", "wide", "flat", "Identity",
-             "first", "last", "Dropout", "reshape")  # fmt: skip
+    kinds = ("cast", "flip", "turn", "Relu", "Tanh", "Neg", "double", "Softmax", "mean", "twice", "wide", "flat",
+             "Identity", "first", "last", "Dropout", "reshape")  # fmt: skip
     kind = str(rng.choice(kinds))
     if kind == "cast":
         put = [make("Cast", [source], [f"{source} whole"], to=7), make("Cast", [f"{source} whole"], [target], to=1)]

@@ -1,9 +1,14 @@
-"""What kernel/bind.cpp offers. Addresses are integers, 0 = absent; strides count elements; the caller checks shapes."""
+"""What kernel/bind.cpp offers; the caller checks shapes and dtypes. Strides count numbers, not bytes.
+
+Where an array is expected, it may also be given as an address, 0 = absent, or None.
+"""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+_Array = NDArray[Any] | int | None
 
 class Description:
     def __init__(
@@ -25,17 +30,58 @@ class Description:
         zoneout_cell: float,
     ) -> None: ...
 
-class PackedSingle:
+class WeightsSingle:
     @property
-    def input_size(self) -> int: ...
-    @property
-    def units(self) -> int: ...
-    @property
-    def output_size(self) -> int: ...
-    @property
-    def double(self) -> bool: ...
+    def element(self) -> str: ...
 
-class PackedDouble(PackedSingle): ...
+class WeightsDouble(WeightsSingle): ...
+
+Weights = WeightsSingle | WeightsDouble  # for annotations
+
+class Sequences:
+    def __init__(
+        self,
+        batch: int,
+        steps: int,
+        x: _Array,
+        stride_batch: int,
+        stride_time: int,
+        mask: _Array = None,
+        reset: _Array = None,
+        reverse: bool = False,
+        places: _Array = None,
+    ) -> None: ...
+
+class Layer:
+    def __init__(
+        self,
+        weights: Weights,
+        h0: _Array = None,
+        c0: _Array = None,
+        hn: _Array = None,
+        cn: _Array = None,
+        y: _Array = None,
+        gates: _Array = None,
+        cells: _Array = None,
+        norms: _Array = None,
+        recurrent_dropout: _Array = None,
+        zoneout: _Array = None,
+        zoneout_cell: _Array = None,
+    ) -> None: ...
+
+class Gradients:
+    def __init__(
+        self,
+        dy: _Array = None,
+        dhn: _Array = None,
+        dcn: _Array = None,
+        dgates: _Array = None,
+        dcells: _Array = None,
+        dx: _Array = None,
+        dh0: _Array = None,
+        dc0: _Array = None,
+        arrays: tuple[_Array, ...] | None = None,
+    ) -> None: ...
 
 class StreamSingle:
     def step(self, x: Any) -> NDArray[Any] | None: ...
@@ -46,47 +92,15 @@ class StreamSingle:
 
 class StreamDouble(StreamSingle): ...
 
+Stream = StreamSingle | StreamDouble  # for annotations
+
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
-def Packed(  # noqa: N802
-    double: bool, description: Description, arrays: tuple[int, ...], copy: bool = True, bits: int = 32
-) -> PackedSingle | PackedDouble: ...
-def Stream(  # noqa: N802
-    packed_list: list[PackedSingle] | list[PackedDouble] | list[PackedSingle | PackedDouble],
-    batch: int,
-    threads: int = 1,
-) -> StreamSingle | StreamDouble: ...
-def forward(
-    batch: int,
-    steps: int,
-    layers: list[Any],
-    x: int,
-    x_stride_b: int,
-    x_stride_t: int,
-    mask: int,
-    reset: int,
-    reverse: bool,
-    threads: int,
-    places: int = 0,
-) -> None: ...
-def backward(
-    double: bool,
-    description: Description,
-    batch: int,
-    steps: int,
-    arrays: tuple[int, ...],
-    x: int,
-    x_stride_b: int,
-    x_stride_t: int,
-    mask: int,
-    reset: int,
-    reverse: bool,
-    saved: tuple[int, ...],
-    given: tuple[int, ...],
-    wanted: tuple[Any, ...],
-    threads: int,
-) -> None: ...
+def weights(description: Description, element: str, arrays: tuple[_Array, ...], copy: bool = True) -> Weights: ...
+def stream(weights: list[Weights], batch: int, threads: int = 1) -> Stream: ...
+def forward(sequences: Sequences, layers: list[Layer], threads: int) -> None: ...
+def backward(sequences: Sequences, layers: list[Layer], gradients: list[Gradients], threads: int) -> None: ...
 def activate(
     code: int, alpha: float, beta: float, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]
 ) -> None: ...

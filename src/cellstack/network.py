@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import MOST, Array, CellState, Flow, Node, Shape
-from cellstack.nodes.recurrent import Cell
+from cellstack.nodes.recurrent import Bidirectional, Cell, Record, Recurrent
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
@@ -29,6 +30,20 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class Stage(NamedTuple):
+    """What a run does at a time: a node, or cells of several nodes that follow each other, in one call of the kernel.
+
+    Attributes:
+        nodes: the numbers of its nodes, in their order.
+        node: what is run.
+        sources: what it takes.
+    """
+
+    nodes: tuple[int, ...]
+    node: Node
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -93,6 +108,7 @@ class Network:
     input_size: int | None
     dtype: np.dtype[Any]
     graph: Graph
+    _stages: tuple[Stage, ...]
 
     def __init__(
         self,
@@ -124,6 +140,7 @@ class Network:
             "input_size": None if first in graph.ids else graph.shapes[first][-1],
             "dtype": dtype,
             "graph": graph,
+            "_stages": _stages(nodes, names, graph),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -153,6 +170,8 @@ class Network:
         lengths: Any = None,
         reset: Any = None,
         threads: int | None = None,
+        *,
+        record: list[Record] | None = None,
     ) -> tuple[Any, tuple[CellState, ...]]:
         """Run the network over a batch of sequences.
 
@@ -171,6 +190,8 @@ class Network:
                 from its own end, and the last one from `state`. None = one piece. `lengths` and `reset` may be dicts
                 as `mask` may.
             threads: how many the kernel may use; None = as many as this process has processors and work for.
+            record: where to append the `Record` of each cell, in the order of `cells`: what its gates, c and h were at
+                every step. The bits of all else are the same.
 
         Returns:
             `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are
@@ -193,20 +214,26 @@ class Network:
             raise ValueError(f"Network: expected threads to be an integer from 1 to {MOST}, got {threads!r}")
         after: tuple[CellState, ...] = ()
         with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
-            for number, (name, node) in enumerate(zip(self.names, self.nodes, strict=True)):
-                flows = [values[source] for source in self.wires[number]]
-                if self.graph.late[number]:
+            for numbers, node, sources in self._stages:
+                name = self.names[numbers[-1]]
+                flows = [values[source] for source in sources]
+                if self.graph.late[numbers[0]]:
                     node.check(name, *(flow.x.shape[1:] for flow in flows))
                 if reset is not None and node.mixes_steps and any(flow.reset is not None for flow in flows):
                     raise ValueError(
                         f"Network: expected no reset, as {name} ({type(node).__name__}) takes steps together, "
                         "of one piece and of the next"
                     )
-                x, used, begun, ends = node.run(flows, states[len(after) : len(after) + len(node.cells)], threads)
+                own = states[len(after) : len(after) + len(node.cells)]
+                if record is not None and isinstance(node, (Recurrent, Bidirectional)):
+                    x, used, begun, ends = node.run(flows, own, threads, record)
+                else:
+                    x, used, begun, ends = node.run(flows, own, threads)
                 values[name] = Flow(x, used, begun)
                 after += ends
-                for value in self.graph.done[number]:
-                    del values[value]
+                for number in numbers:
+                    for value in self.graph.done[number]:
+                        values.pop(value, None)  # between nodes that are one stage there is none
         return as_own([values[name].x for name in self.outputs], given), after
 
     def _flows(self, x: Any, mask: Any, lengths: Any, reset: Any) -> dict[str, Flow]:
@@ -346,7 +373,7 @@ class Network:
             The paths of the header and of the source.
 
         Raises:
-            ValueError: a node that can't be streamed or written as C, which the message names; a name that C hasn't.
+            ValueError: a node that can't be streamed or written as C, by name; a name that isn't one in C.
             OSError: the files can't be written.
         """
         from cellstack.formats import c  # formats are built on the network, not under it
@@ -360,8 +387,10 @@ class Network:
         the node returns; activations, and sums and products of values with each other, come on top.
         """
         rows = []
-        for name, origin, node in zip(self.names, self._origins(), self.nodes, strict=True):
-            rows.append((name, origin, node.summary, _cost(*self._cost(node)), node.engine(self.dtype)))
+        begun = {number: self.names[stage.nodes[0]] for stage in self._stages for number in stage.nodes[1:]}
+        for number, (name, origin, node) in enumerate(zip(self.names, self._origins(), self.nodes, strict=True)):
+            engine = f"in the call of {begun[number]}" if number in begun else node.engine(self.dtype)
+            rows.append((name, origin, node.summary, _cost(*self._cost(node)), engine))
         costs = [self._cost(node) for node in self.nodes]
         total = _cost(*(sum(numbers) for numbers in zip(*costs, strict=True)))
         return Plan([*_table(rows), f"in all, a step: {total}"])
@@ -395,6 +424,35 @@ class Network:
         shapes = [self.graph.shown(name) for name in names]
         named = len(names) > 1
         return ", ".join(f"{name} {shape}" if named else shape for name, shape in zip(names, shapes, strict=True))
+
+
+def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tuple[Stage, ...]:
+    """Return the nodes in the order in which they run, those together that one call of the kernel can run.
+
+    A stack of cells in one call shares its layers out to threads, and keeps no sequence between them. The bits are the
+    same.
+    """
+    stages: list[Stage] = []
+    uses = Counter((*graph.outputs, *(source for sources in graph.wires for source in sources)))
+    for number, (node, sources) in enumerate(zip(nodes, graph.wires, strict=True)):
+        below = stages[-1] if stages else None
+        if below is not None and sources == (names[below.nodes[-1]],) and uses[sources[0]] == 1:
+            joined = _joined(below.node, node)
+            if joined is not None:
+                stages[-1] = Stage((*below.nodes, number), joined, below.sources)
+                continue
+        stages.append(Stage((number,), node, sources))
+    return tuple(stages)
+
+
+def _joined(below: Node, above: Node) -> Recurrent | None:
+    """Return two stacks of cells as one; None where they aren't."""
+    if not isinstance(below, Recurrent) or not isinstance(above, Recurrent) or not below.return_sequences:
+        return None
+    if below.residual or above.residual or below.zero_output_for_mask or above.go_backwards:
+        return None  # what goes backwards turns its sequence round first: below, then, the whole stack goes backwards
+    cells = (*below.cells, *above.cells)
+    return Recurrent(cells, above.return_sequences, below.go_backwards, above.zero_output_for_mask)
 
 
 def _checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+import torch
 
 from cellstack import GlobalPool, Network, load
 from cellstack.cli import main as cli
@@ -132,6 +134,16 @@ def test_help_has_an_example_and_every_verb_json(capsys, verb):
         (["train", CO2, "-o", "x", "--season", "0"], r"expected season to be a whole number from 1"),
         (["train", VOWELS, "-o", "x", "--dropout", "1"], r"expected dropout in \[0, 1\), got 1.0"),
         (["train", VOWELS, "-o", "x", "--validation", "1"], r"expected validation in \[0, 1\)"),
+        (
+            ["train", VOWELS, "-o", "x", "--units", "1000000"],
+            r"expected units that fit into memory, got 1000000: .* GB",
+        ),
+        (
+            ["train", VOWELS, "-o", "x", "--units", "4,9999999999"],
+            r"expected units that fit into memory, got 4,9999999",
+        ),
+        (["train", CO2, "-o", "x", "--target", "co2", "--units", "1000000"], r"expected units that fit into memory"),
+        (["train", VOWELS, "-o", "x", "--checkpoint", "no/such/c"], r"no/such/c: expected a folder .*, found none"),
         (["train", VOWELS, "-o", "x", "--resume"], r"expected --checkpoint FILE"),
         (["train", VOWELS, "-o", "x", "--threads", "0"], r"expected --threads from 1 to 1024, got 0"),
         (["train", CO2, CO2, "-o", "x"], r"expected one CSV file"),
@@ -312,6 +324,41 @@ def test_too_little_memory_is_one_line(capsys, monkeypatch):
     assert re.search(r"error: not enough memory: Unable to allocate", err)
 
 
+def test_memory_that_torch_can_t_have_is_one_line(capsys, monkeypatch, tmp_path):
+    from cellstack.train import workflow
+
+    def huge(*args, **options):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(workflow, "fit", huge)
+    status, _, err = run(capsys, "train", VOWELS, "-o", str(tmp_path / "x"), *SMALL)
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("cellstack train: error: not enough memory: you tried to allocate 1152921504606846976 bytes")
+
+
+def test_a_full_disk_ends_no_training(tmp_path):
+    """Files of 20 kB are allowed, which the network is below and the checkpoint, of all that Adam keeps, above."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    code = limit + "import sys; from cellstack.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = [
+        "train",
+        VOWELS,
+        "-o",
+        str(tmp_path / "net"),
+        "--checkpoint",
+        str(tmp_path / "run.ckpt"),
+        *SMALL,
+        "--units",
+        "16",
+    ]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    why = f"{tmp_path / 'run.ckpt'}: File too large"
+    warning = f"cellstack train: warning: the checkpoint could not be written, training goes on: {why}\n"
+    assert (done.returncode, done.stderr) == (0, warning)
+    assert f"the last checkpoint could not be written: {why}\n" in done.stdout
+    assert [entry.name for entry in tmp_path.iterdir()] == ["net.safetensors"]
+
+
 def test_a_replay_that_fails_is_one_line(capsys, monkeypatch, tmp_path):
     from cellstack.train import demo
 
@@ -322,6 +369,16 @@ def test_a_replay_that_fails_is_one_line(capsys, monkeypatch, tmp_path):
     status, _, err = run(capsys, "demo", "-o", str(tmp_path), "--epochs", "1")
     assert status == 2
     assert err.splitlines()[-1] == "cellstack demo: error: the replay failed: OSError: no such thing"
+
+
+def test_letters_that_a_terminal_can_t_show(vowels, tmp_path):
+    path = rewritten(vowels, tmp_path, labels=["Zoë", *map(str, range(8))])
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for words in (["info", path], ["run", path, VOWELS_TEST]):
+        command = [sys.executable, "-m", "cellstack", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
+        assert "Traceback" not in done.stderr
+    assert "p_Zo" in done.stdout or "Zo" in done.stderr
 
 
 def test_run_and_info_need_no_torch(vowels, co2):

@@ -102,7 +102,8 @@ def test_without_a_compiler_it_is_written_and_said(capsys, tmp_path, model, monk
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("net.txt", r"expected a path that ends as one of"),
+        ("net.txt", r"expected a target that ends as one of"),
+        ("net", r"ONNX (.onnx), in .c for C, or in / for a folder with C in it, got '"),
         ("a-b.c", r"expected a name of letters"),
         ("no/folder/net.safetensors", r"expected a folder"),
     ],
@@ -113,6 +114,26 @@ def test_targets_that_can_t_be(capsys, tmp_path, model, target, message):
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_target_without_a_name_writes_nothing(capsys, tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    status, out, err = run(capsys, "convert", model, "")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.endswith("in .c for C, or in / for a folder with C in it, got ''\n")
+    with pytest.raises(ValueError, match="export_c: expected a folder, got ''"):
+        load(model).export_c("")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_format_can_t_hold_is_named_once(capsys, tmp_path, pytorch_files):
+    make_net(bidirectional=True).save(tmp_path / "net.safetensors")
+    target = tmp_path / "net.pt"
+    status, out, err = run(capsys, "convert", str(tmp_path / "net"), str(target))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"cellstack convert: error: {target}: raw (Standardise): ")
+    assert "for a folder" not in err
 
 
 def test_what_c_can_t_run_is_named(capsys, tmp_path):
@@ -161,7 +182,7 @@ def test_a_file_is_never_converted_onto_itself(capsys, tmp_path, model):
     assert Path(model).read_bytes() == before
     status, _, err = run(capsys, "convert", model, str(tmp_path / "nowhere"))
     assert status == 2
-    assert "or .c, or a folder, which ends in /, for C" in err
+    assert "in .c for C, or in / for a folder with C in it" in err
 
 
 def test_the_version(capsys):
@@ -188,7 +209,10 @@ def test_a_sample_of_the_user_s_own(capsys, tmp_path, model, suffix):
     assert (status, err) == (0, "")
     assert "on x [1, 9, 3]\n" in out
     assert "drawn" not in out
-    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["bfloat16", "int8"]
+    assert [line.split()[0] for line in out.splitlines()[-4:-2]] == ["bfloat16", "int8"]
+    target = tmp_path / "net.c"
+    assert out.splitlines()[-2] == f"{target}: pass: every relative difference is within 1.0e-04"
+    assert out.splitlines()[-1] == f"pass: {model} -> {target.with_suffix('.h')}, {target}"
     report = json.loads(run(capsys, *words, "--json")[1])
     assert report["sample"] == sample
     (parity,) = report["parity"].values()

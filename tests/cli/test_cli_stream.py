@@ -67,7 +67,7 @@ def numbers(text, dtype="float32"):
 
 
 def run(words, text):
-    return subprocess.run([*COMMAND, *words], input=text, capture_output=True, text=True, check=False)
+    return subprocess.run([*COMMAND, *words], input=text, capture_output=True, encoding="utf-8", check=False)
 
 
 class Running:

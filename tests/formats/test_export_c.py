@@ -14,7 +14,8 @@ from tolerances import KERNEL
 
 from cellstack import Activation, Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Recurrent, Standardise
 from cellstack.formats.c import export
-from cellstack.nodes import Conv1D, Embedding, LayerNorm, Merge, Scale
+from cellstack.nodes import Clip, Conv1D, Embedding, LayerNorm, Merge, Scale
+from cellstack.nodes.base import MORE_ACTIVATIONS
 
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-Wconversion", "-Wdouble-promotion", "-Wshadow"]
 REAL = {"float32": ctypes.c_float, "float64": ctypes.c_double}
@@ -167,6 +168,8 @@ def around(dtype="float32"):
             stack,
             Conv1D(array(1, 6, 6), padding="causal", activation="softmax"),
             LayerNorm(),
+            Clip(-1.0, 0.8),
+            Clip(None, 0.5),
             Activation("softmax"),
             GlobalPool("last"),
             Standardise(array(6), array(6)),
@@ -180,6 +183,16 @@ def test_every_node_around_the_cells(tmp_path, dtype):
     net = around(dtype)
     inside = build(tmp_path, {"around": net})["around"]
     held_against_the_stream(net, inside)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_activations_that_only_nodes_have(tmp_path, dtype):
+    networks = {}
+    for number, name in enumerate(MORE_ACTIVATIONS):
+        kernel = np.random.default_rng(number).normal(size=(4, 3)).astype(dtype)
+        networks[f"net{number}"] = Network([Dense(kernel, activation=name), Activation("tanh"), Activation(name)])
+    for name, inside in build(tmp_path, networks).items():
+        held_against_the_stream(networks[name], inside)
 
 
 def test_an_id_that_the_table_hasn_t_is_taken_as_0(tmp_path):

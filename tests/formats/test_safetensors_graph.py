@@ -15,6 +15,7 @@ from cellstack.nodes import (
     NODES,
     Activation,
     Bidirectional,
+    Clip,
     Conv1D,
     Dense,
     Embedding,
@@ -23,9 +24,11 @@ from cellstack.nodes import (
     LayerNorm,
     Masking,
     Merge,
+    Pad,
     Permute,
     Pool1D,
     Recurrent,
+    Reduce,
     Repeat,
     Reshape,
     Scale,
@@ -50,6 +53,7 @@ EVERY = {
     ],
     "dense": lambda d: [Dense(floats(3, 2, dtype=d)), Dense(floats(3, 2, dtype=d), floats(2, dtype=d), "elu(0.5)")],
     "activation": lambda d: [Activation(name) for name in MORE_ACTIVATIONS],
+    "clip": lambda d: [Clip(0.0), Clip(None, 1.5), Clip(-1.0, 1.0)],
     "embedding": lambda d: [Embedding(floats(5, 2, dtype=d)), Embedding(floats(5, 2, dtype=d), True)],
     "masking": lambda d: [Masking(), Masking(-1.5)],
     "conv1d": lambda d: [
@@ -60,6 +64,8 @@ EVERY = {
     ],
     "pool1d": lambda d: [Pool1D("max", 2), Pool1D("mean", 3, 1, "same"), Pool1D("mean", 3, 2, (1, 2))],
     "pool": lambda d: [GlobalPool("last")],
+    "reduce": lambda d: [Reduce(), Reduce("max", 1, True)],
+    "pad": lambda d: [Pad(1, 2), Pad(0, 3, -1.5, -1)],
     "flatten": lambda d: [Flatten()],
     "reshape": lambda d: [Reshape((2, -1)), Reshape((6,))],
     "permute": lambda d: [Permute((2, 1))],
@@ -104,7 +110,7 @@ def test_the_format_page_knows_every_key_and_every_tensor():
         (keys, tensors), known = rows[kind], NODES[kind].keys().keys()
         named = set(re.findall(r"`(\w+)`", keys))
         assert known <= named, kind
-        words = "valid same causal mean max min last concat add mul ave sub"
+        words = "valid same causal mean max min sum last concat add mul ave sub"
         assert named - known <= set(words.split()), kind
         made = [vars(node).items() for node in EVERY[kind]("float32")]
         arrays = {name for items in made for name, value in items if isinstance(value, np.ndarray)}

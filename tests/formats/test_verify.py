@@ -1,11 +1,14 @@
 """What `verify` says: right files pass, wrong ones don't, and what can't be run is said."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import warnings
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -26,6 +29,7 @@ from cellstack import (
     Recurrent,
     ShapeError,
     from_torch,
+    load,
 )
 from cellstack.formats import onnx as onnx_adapter
 from cellstack.formats.c import export
@@ -318,6 +322,64 @@ def test_what_we_write_as_onnx_gives_the_states_too(tmp_path, learnt):
     assert len(report.differences) == 1 + 6
 
 
+PER_FRAME = {  # of y [B, T, H], H = 4: what is made of it behind a Linear of 2
+    "rows": lambda line, y: line(y.reshape(-1, 4)),
+    "rows and back": lambda line, y: line(y.reshape(-1, 4)).reshape(y.shape[0], -1, 2),
+    "features first": lambda line, y: line(y).transpose(1, 2),
+    "steps first": lambda line, y: line(y).transpose(0, 1),
+    "batch last": lambda line, y: line(y).permute(1, 2, 0),
+    "features before rows": lambda line, y: line(y).permute(2, 0, 1),
+    "one more axis": lambda line, y: line(y[:, -1])[:, None],
+    "one more axis behind": lambda line, y: line(y[:, -1])[..., None],
+    "flat": lambda line, y: line(y).flatten(1),
+}
+
+
+class PerFrame(torch.nn.Module):
+    def __init__(self, end, width=4):
+        super().__init__()
+        self.lstm, self.line, self.end = torch.nn.LSTM(3, 4, batch_first=True), torch.nn.Linear(width, 2), end
+
+    def forward(self, x):
+        return self.end(self.line, self.lstm(x)[0])
+
+
+def exported(path, module, axes):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # torch's own
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module.eval(), (torch.randn(2, 10, 3),), str(path), input_names=["x"], output_names=["y"],
+            dynamic_axes=axes, dynamo=False,
+        )  # fmt: skip
+    return load(path)
+
+
+AXES = [None, {"x": {0: "B"}}, {"x": {0: "B", 1: "T"}}]
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("name", PER_FRAME)
+def test_outputs_in_any_order_of_axes(tmp_path, name, axes):
+    torch.manual_seed(0)
+    module = PerFrame(PER_FRAME[name])
+    net = exported(tmp_path / "net.onnx", module, axes)
+    report = verify(net, tmp_path / "net.onnx")
+    assert report.ok(1e-5), str(report)
+    with torch.no_grad():
+        module.line.weight += 0.1
+    other = exported(tmp_path / "other.onnx", module, axes)
+    assert not verify(other, tmp_path / "net.onnx").ok()
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_a_network_that_takes_one_number_of_steps(tmp_path, axes):
+    torch.manual_seed(0)
+    net = exported(tmp_path / "net.onnx", PerFrame(lambda line, y: line(y.flatten(1)), 40), axes)
+    report = verify(net, tmp_path / "net.onnx")
+    assert report.ok(1e-5), str(report)
+    assert report.inputs == {"x": (5 if axes else 2, 10, 3)}
+
+
 def test_onnx_files_that_can_t_be_run(tmp_path):
     net = make_net()
     (tmp_path / "net.onnx").write_bytes(b"\x08\x07nonsense")
@@ -382,37 +444,139 @@ def test_a_keras_file_that_can_t_be_run(tmp_path):
     assert verify(make_net(), tmp_path / "net.keras").runtime is None
 
 
+def test_keras_layers_that_keep_their_state(tmp_path):
+    """Two in a row and something behind: the model that gives the states runs the lower one twice."""
+    import keras
+
+    layers = keras.layers
+    for number, (parts, count) in enumerate({
+        (layers.LSTM(4, stateful=True, return_sequences=True), layers.LSTM(4, stateful=True), layers.Dense(1)): 4,
+        (layers.Bidirectional(layers.GRU(4, stateful=True, return_sequences=True)), layers.GRU(3, stateful=True),
+         layers.Dense(1)): 3,
+    }.items()):  # fmt: skip
+        path = tmp_path / f"net{number}.keras"
+        with warnings.catch_warnings():  # keras's own
+            warnings.simplefilter("ignore")
+            keras.Sequential([keras.Input((None, 3), batch_size=2), *parts]).save(path)
+        report = verify(load(path), path)
+        assert report.ok(1e-5), str(report)
+        assert len(report.differences) == 1 + count
+
+
+# ── a process of its own ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def stand_in(tmp_path, monkeypatch, package, code):
+    """Let `code` be what is imported as a package."""
+    (tmp_path / "site").mkdir(exist_ok=True)
+    (tmp_path / "site" / f"{package}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+
+def test_a_runtime_that_crashes(tmp_path):
+    """Files that ONNX Runtime ends its process with, by signal 11 and by abort(), if it still does."""
+    rng = np.random.default_rng(0)
+    w, r = (rng.normal(size=(1, 12, width)).astype("f4") for width in (3, 4))
+    norm = [helper.make_node("LayerNormalization", ["x", "g", ""], ["y"])]
+    save_onnx(tmp_path / "norm.onnx", norm, {"x": ["B", "T", 3]}, {"y": ["B", "T", 3]}, {"g": np.ones(3, "f4")})
+    gru = [
+        helper.make_node("Slice", ["x", "at", "at"], ["z"]),
+        helper.make_node("GRU", ["z", "w", "r"], ["y"], hidden_size=4),
+    ]
+    constants = {"at": np.array([5]), "w": w, "r": r}
+    save_onnx(tmp_path / "gru.onnx", gru, {"x": ["T", "B", 3]}, {"y": ["T", 1, "B", 4]}, constants)
+    for name in ("norm", "gru", "norm"):
+        report = verify(make_net(), tmp_path / f"{name}.onnx", streams=False)
+        assert report.runtime is None or not report.ok()
+    make_net().save(tmp_path / "net.onnx")
+    assert verify(make_net(), tmp_path / "net.onnx").ok(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "the process of onnxruntime ended by SIGSEGV"),
+        ("import os; os.write(2, b'bad alloc'); os.abort()", "the process of onnxruntime ended by SIGABRT: bad alloc"),
+        ("import os; os._exit(3)", "the process of onnxruntime ended with exit status 3"),
+        ("raise KeyError('x')", "onnxruntime raised KeyError: 'x'"),
+    ],
+)
+def test_what_a_runtime_ends_with_is_said(tmp_path, monkeypatch, code, how):
+    make_net().save(tmp_path / "net.onnx")
+    stand_in(tmp_path, monkeypatch, "onnxruntime", code)
+    report = verify(make_net(), tmp_path / "net.onnx", streams=False)
+    assert (report.ok(), report.runtime) == (False, None)
+    assert report.note.startswith("can't run the file: ")
+    assert report.note.endswith(how)
+    assert str(report) == f"{tmp_path / 'net.onnx'}: not verified: {report.note}"
+
+
+def test_without_an_interpreter_nothing_is_run(tmp_path, monkeypatch):
+    make_net().save(tmp_path / "net.onnx")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])  # another process than the one that is kept
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    report = verify(make_net(), tmp_path / "net.onnx", streams=False)
+    assert "the process of onnxruntime could not be started: " in report.note
+
+
+def test_a_native_file_that_is_damaged_is_not_verified(tmp_path):
+    make_net().save(tmp_path / "net.safetensors")
+    whole = (tmp_path / "net.safetensors").read_bytes()
+    (tmp_path / "net.safetensors").write_bytes(whole[:-4])
+    assert verify(make_net(), tmp_path / "net.safetensors", streams=False).runtime is None
+
+
+def test_the_process_is_kept_and_ends_with_ours(tmp_path):
+    make_net().save(tmp_path / "net.onnx")
+    code = (
+        "import sys, cellstack; from cellstack.formats import worker\n"
+        "net, pids = cellstack.load(sys.argv[1]), set()\n"
+        "for _ in range(3):\n"
+        "    assert cellstack.verify(net, sys.argv[1]).ok()\n"
+        "    pids.add(worker._kept[0].process.pid)\n"
+        "print(*pids)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, tmp_path / "net.onnx"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
 # ── what isn't there, and how a report reads ────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.onnx", "onnxruntime"), ("a.keras", "keras"), ("a.pt", "torch")])
 def test_a_runtime_that_isn_t_installed(tmp_path, monkeypatch, name, package):
-    monkeypatch.setitem(sys.modules, package, None)
+    stand_in(tmp_path, monkeypatch, package, f"raise ModuleNotFoundError('', name={package!r})")
     (tmp_path / name).write_bytes(b"")
     report = verify(make_net(), tmp_path / name)
     assert (report.ok(), report.ok(np.inf), report.runtime) == (False, False, None)
     said = f"{tmp_path / name}: not verified: {tmp_path / name} is run by {package}, which needs {package}: pip install"
-    assert str(report).splitlines()[0] == f"{said} {package}"
+    assert str(report).splitlines()[-1] == f"{said} {package}"
     assert len(report.streams) == 2  # they are ours
     assert json.loads(json.dumps(report.to_json()))["ok"] is False
 
 
 def test_keras_finds_a_backend_that_is_there(tmp_path):
-    make_net().save(tmp_path / "net.safetensors")
+    import keras
+
+    with warnings.catch_warnings():  # keras's own
+        warnings.simplefilter("ignore")
+        keras.Sequential([keras.Input((None, 3)), keras.layers.LSTM(4)]).save(tmp_path / "net.keras")
     code = (
-        "import os, sys; from cellstack import load; from cellstack.formats.verify import verify\n"
-        "print(verify(load(sys.argv[1]), sys.argv[2]).note)\n"
-        "print(os.environ.get('KERAS_BACKEND'), sys.modules['keras'].backend.backend())"
+        "import os, sys, cellstack; net = cellstack.load(sys.argv[1])\n"
+        "print(cellstack.verify(net, sys.argv[1]).verdict())\n"
+        "print(os.environ.get('KERAS_BACKEND'), 'keras' in sys.modules)"
     )
-    (tmp_path / "net.keras").write_bytes(b"")
     environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "net.safetensors", tmp_path / "net.keras"],
+        [sys.executable, "-W", "error", "-c", code, tmp_path / "net.keras"],
         env=environment | {"KERAS_HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "can't run it" in done.stdout.splitlines()[0]
-    assert done.stdout.splitlines()[-1] == "None torch"
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "pass: every relative difference is within 1.0e-04\nNone False\n"
 
 
 def test_files_that_aren_t_there_or_of_no_format(tmp_path):
@@ -458,8 +622,13 @@ def test_how_a_report_reads():
         "streams of fewer bits: difference to float32 on x [2, 7, 3], drawn at random\n"
         "                 greatest  relative  mean      relative\n"
         "  bfloat16  out  1.00e-02  5.00e-03  2.00e-03  1.00e-03\n"
-        "  int8      out  2.00e-02  1.00e-02  4.00e-03  2.00e-03"
+        "  int8      out  2.00e-02  1.00e-02  4.00e-03  2.00e-03\n"
+        "a.onnx: fail: cell 0 h is of shape [2, 4], theirs of [4, 2]"
     )
+    report = replace(report, differences=found[:1], streams=())
+    assert str(report).splitlines()[-1] == "a.onnx: pass: every relative difference is within 1.0e-04"
+    assert report.text(1e-7).splitlines()[-1] == "a.onnx: fail: out differs by 2.00e-07, more than 1.0e-07"
+    assert str(replace(report, runtime=None, note="no way")) == "a.onnx: not verified: no way"
 
 
 def test_what_is_no_network():

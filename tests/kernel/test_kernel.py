@@ -8,12 +8,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import family
-import kernel_calls as native
+import kernel_calls as calls
 import numpy as np
 import pytest
 import tolerances
 
-from cellstack import _kernel, reference
+from cellstack import _kernel, native, reference
 from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec, activation
 
 SIGMAS = ("sigmoid", "hard_sigmoid", "linear", "relu")
@@ -87,11 +87,11 @@ def compare(spec, arrays, case, rng, dtype, tolerance, threads=2, copy=True):
     """Forward and backward in `dtype`, held against the law in float64."""
     law_arrays, law_case = cast(arrays, np.float64), cast(case, np.float64)
     law = reference.forward(spec, law_arrays, **law_case)
-    got = native.forward(spec, cast(arrays, dtype), **cast(case, dtype), threads=threads, copy=copy)
+    got = calls.forward(spec, cast(arrays, dtype), **cast(case, dtype), threads=threads, copy=copy)
     assert_same(got, law, tolerance)
     gradients = random_gradients(rng, spec, law)
     law_gradients = reference.backward(spec, law_arrays, law, **gradients)
-    found = native.backward(spec, cast(arrays, dtype), got, **cast(gradients, dtype), threads=threads)
+    found = calls.backward(spec, cast(arrays, dtype), got, **cast(gradients, dtype), threads=threads)
     assert_same(found, law_gradients, tolerances.KERNEL_GRADIENT * tolerance)
 
 
@@ -166,15 +166,15 @@ def test_every_activation(isa, phi, sigma):
 @pytest.mark.parametrize("member", MEMBERS)
 def test_bits_do_not_depend_on_batch_chunks_or_threads(isa, member):
     spec, arrays, case, _ = make(3, 9, 150, 10, 35, **MEMBERS[member])
-    whole = native.forward(spec, arrays, **case, threads=1)
+    whole = calls.forward(spec, arrays, **case, threads=1)
     for threads in (2, 3, 4):
-        assert_equal(native.forward(spec, arrays, **case, threads=threads), whole)
+        assert_equal(calls.forward(spec, arrays, **case, threads=threads), whole)
     for row in (0, 8):
         own = {"x": case["x"][row : row + 1].copy(), "state": tuple(a[row : row + 1].copy() for a in case["state"])}
-        np.testing.assert_array_equal(native.forward(spec, arrays, **own).y, whole.y[row : row + 1])
+        np.testing.assert_array_equal(calls.forward(spec, arrays, **own).y, whole.y[row : row + 1])
     state, first = case["state"], 0
     for size in (1, 1, 2, 7, 64, 75):
-        part = native.forward(spec, arrays, case["x"][:, first : first + size], state)
+        part = calls.forward(spec, arrays, case["x"][:, first : first + size], state)
         np.testing.assert_array_equal(part.y, whole.y[:, first : first + size])
         state, first = part.state, first + size
     assert first == 150
@@ -183,8 +183,8 @@ def test_bits_do_not_depend_on_batch_chunks_or_threads(isa, member):
 @pytest.mark.parametrize("member", MEMBERS)
 def test_a_stream_gives_the_bits_of_the_whole_sequence(isa, member):
     spec, arrays, case, _ = make(21, 3, 40, 10, 35, **MEMBERS[member])
-    whole = native.forward(spec, arrays, **case)
-    stream = _kernel.Stream([native.pack(spec, arrays)], 3)
+    whole = calls.forward(spec, arrays, **case)
+    stream = _kernel.stream([native.weights(spec, arrays)], 3)
     stream.set_state(0, *case["state"])
     for t in range(10):
         np.testing.assert_array_equal(stream.step(np.ascontiguousarray(case["x"][:, t])), whole.y[:, t])
@@ -199,32 +199,101 @@ def test_a_stream_gives_the_bits_of_the_whole_sequence(isa, member):
 @pytest.mark.parametrize("member", MEMBERS)
 def test_gradients_have_the_same_bits_on_any_number_of_threads(isa, member):
     spec, arrays, case, rng = make(4, 9, 40, 10, 35, **MEMBERS[member])
-    out = native.forward(spec, arrays, **case)
+    out = calls.forward(spec, arrays, **case)
     dy = rng.standard_normal(out.y.shape).astype(np.float32)
-    one = native.backward(spec, arrays, out, dy=dy, threads=1)
+    one = calls.backward(spec, arrays, out, dy=dy, threads=1)
     for threads in (2, 5):
-        assert_equal(native.backward(spec, arrays, out, dy=dy, threads=threads), one)
+        assert_equal(calls.backward(spec, arrays, out, dy=dy, threads=threads), one)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_a_stack_is_its_layers_one_after_the_other(isa, batch, threads):
-    cells, states, width = [], [], 6
-    kinds = ({}, {"kind": "gru"}, {"proj_size": 20}, {"kind": "rnn"}, {"layer_norm": True})
-    for seed, (units, flags) in enumerate(zip((20, 33, 40, 8, 17), kinds, strict=True)):
-        spec, arrays, case, rng = make(seed, batch, 1, width, units, **flags)
-        cells.append((spec, arrays))
-        states.append(case["state"])
-        width = spec.output_size
+    cells, states, rng = stack(batch)
     x = rng.standard_normal((batch, 200, 6)).astype(np.float32)
     for cell, state, out in zip(
-        cells, states, native.forward_stack(x, cells, states, threads=threads, save=False), strict=True
+        cells, states, calls.forward_stack(x, cells, states, threads=threads, save=False), strict=True
     ):
-        alone = native.forward(*cell, x, state)
+        alone = calls.forward(*cell, x, state)
         np.testing.assert_array_equal(alone.y, out.y)
         for a, b in zip(alone.state, out.state, strict=True):
             np.testing.assert_array_equal(a, b)
         x = alone.y
+
+
+KINDS = ({}, {"kind": "gru"}, {"proj_size": 20}, {"kind": "rnn"}, {"layer_norm": True})
+
+
+def stack(batch, dtype=np.float32):
+    """Five cells of several kinds, their states, and what draws numbers."""
+    cells, states, width = [], [], 6
+    for seed, (units, flags) in enumerate(zip((20, 33, 40, 8, 17), KINDS, strict=True)):
+        spec, arrays, case, rng = make(seed, batch, 1, width, units, dtype, **flags)
+        cells.append((spec, arrays))
+        states.append(case["state"])
+        width = spec.output_size
+    return cells, states, rng
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_back_through_a_stack_is_its_layers_one_after_the_other(isa, threads, dtype):
+    cells, states, rng = stack(3, dtype)
+    x = rng.standard_normal((3, 40, 6)).astype(dtype)
+    outs = calls.forward_stack(x, cells, states, mask=rng.random((3, 40)) < 0.8, reverse=True)
+    like = lambda array: rng.standard_normal(array.shape).astype(dtype)  # noqa: E731
+    given = [{"dy": like(out.y), "dstate": tuple(map(like, out.state)), "dgates": like(out.gates)} for out in outs]
+    given[2] = {}  # what is asked of a layer may come from above alone
+    found = calls.backward_stack(cells, outs, given, threads=threads)
+    above = None
+    for n in reversed(range(len(cells))):
+        own = dict(given[n])
+        if above is not None:
+            own["dy"] = above + own["dy"] if "dy" in own else above
+        case = {**outs[n].case, "x": outs[n - 1].y if n else x}
+        alone = calls.backward(*cells[n], outs[n]._replace(case=case), **own)
+        assert_equal(found[n]._replace(x=0), alone._replace(x=0))
+        above = alone.x
+    np.testing.assert_array_equal(found[0].x, above)
+
+
+def test_back_through_a_stack_gives_what_is_wanted_and_touches_nothing_else(isa):
+    cells, states, rng = stack(2)
+    x = rng.standard_normal((2, 9, 6)).astype(np.float32)
+    outs = calls.forward_stack(x, cells, states)
+    given = [{} for _ in cells]
+    given[-1] = {"dy": np.ones_like(outs[-1].y)}
+    every = calls.backward_stack(cells, outs, given)
+    for wanted in ({"x"}, set()), (set(), {"h0"}), ({"kernel"}, {"c0", "recurrent_kernel"}):
+        names = [wanted[0], set(), wanted[1], set(), set()]
+        found = calls.backward_stack(cells, outs, given, wanted=names)
+        for n, (some, whole) in enumerate(zip(found, every, strict=True)):
+            flat = lambda g: {"x": g.x, **dict(zip(("h0", "c0"), g.state, strict=False)), **g.arrays}  # noqa: E731
+            for name, array in flat(some).items():
+                if name in names[n]:
+                    np.testing.assert_array_equal(array, flat(whole)[name])
+                else:
+                    assert np.isnan(array).all(), (n, name)
+
+
+def test_a_call_takes_arrays_as_the_kernel_can_read_them():
+    spec, arrays, case, _ = make(30, 2, 3, 4, 5)
+    weights, y = native.weights(spec, arrays), np.empty((2, 3, 5), np.float32)
+    read_only = y.copy()
+    read_only.flags.writeable = False
+    native.Layer(weights, h0=read_only[:, 0].copy(), y=y)
+    unaligned = np.frombuffer(b"0" + y.tobytes(), np.uint8)[1:].view(np.float32).reshape(y.shape)
+    for wrong in (read_only, y[:, ::2], np.asfortranarray(y), unaligned, y.astype(">f4"), y.tolist(), 1.0, -1):
+        with pytest.raises(TypeError):
+            native.Layer(weights, y=wrong)
+    with pytest.raises(TypeError):
+        native.Sequences(2, 3, unaligned, 15, 5)
+    with pytest.raises(ValueError, match="at least one layer"):
+        native.forward(native.sequences(case["x"]), [], 1)
+    with pytest.raises(ValueError, match="weights that weren't copied"):
+        native.backward(native.sequences(case["x"]), [native.Layer(weights)], [native.Gradients()], 1)
+    with pytest.raises(ValueError, match="gradients of each layer"):
+        native.backward(native.sequences(case["x"]), [native.Layer(weights)], [], 1)
 
 
 def test_a_strided_input_is_read_in_place(isa):
@@ -233,18 +302,18 @@ def test_a_strided_input_is_read_in_place(isa):
         x = np.ascontiguousarray(case["x"].transpose(1, 0, 2)).transpose(1, 0, 2)
         assert not x.flags.c_contiguous
         for reverse in (False, True):
-            got = native.forward(spec, arrays, x, case["state"], reverse=reverse)
-            assert_equal(got, native.forward(spec, arrays, **case, reverse=reverse))
+            got = calls.forward(spec, arrays, x, case["state"], reverse=reverse)
+            assert_equal(got, calls.forward(spec, arrays, **case, reverse=reverse))
 
 
 @pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.parametrize(("batch", "steps"), [(0, 4), (3, 0), (0, 0)])
 def test_nothing_to_do(isa, batch, steps, member):
     spec, arrays, case, _ = make(1, batch, steps, 3, 4, **MEMBERS[member])
-    out = native.forward(spec, arrays, **case, threads=2)
+    out = calls.forward(spec, arrays, **case, threads=2)
     np.testing.assert_array_equal(out.state[0], case["state"][0])
     ones = tuple(map(np.ones_like, case["state"]))
-    grads = native.backward(spec, arrays, out, dstate=ones, threads=2)
+    grads = calls.backward(spec, arrays, out, dstate=ones, threads=2)
     assert all((array == 0).all() for array in grads.arrays.values())
     np.testing.assert_array_equal(grads.state[0], ones[0])
 
@@ -263,7 +332,7 @@ def test_linear_mode_is_exact(isa, kind):
     law = flat(reference.forward(spec, cast(arrays, np.float64), x.astype(np.float64), cast(state, np.float64)))
     assert np.abs(law["gates"]).max() > 2
     assert max(np.abs(a).max() for a in law.values()) < 2**24
-    for name, array in flat(native.forward(spec, arrays, x, state)).items():
+    for name, array in flat(calls.forward(spec, arrays, x, state)).items():
         np.testing.assert_array_equal(array, law[name], err_msg=name)
 
 
@@ -290,7 +359,7 @@ def test_all_wrong_gate_orders_are_seen(isa, member):
         for name in ("kernel", "recurrent_kernel", "bias"):
             blocks = np.split(arrays[name], count, axis=-1)
             swapped[name] = np.ascontiguousarray(np.concatenate([blocks[k] for k in order], axis=-1))
-        wrong = np.abs(native.forward(spec, swapped, **case).y - law.y).max()
+        wrong = np.abs(calls.forward(spec, swapped, **case).y - law.y).max()
         assert (wrong < tolerances.KERNEL["float32"]) == (order == tuple(range(count))), order
 
 
@@ -299,13 +368,13 @@ def test_long_sequence_in_single_precision(isa, member):
     spec, arrays, case, _ = make(10, 1, 1000, 16, 64, **MEMBERS[member])
     arrays["recurrent_kernel"] *= np.float32(0.5)  # a GRU and a SimpleRNN of random weights would be chaotic
     law = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
-    assert np.abs(native.forward(spec, arrays, **case).y - law.y).max() < tolerances.REFERENCE
+    assert np.abs(calls.forward(spec, arrays, **case).y - law.y).max() < tolerances.REFERENCE
 
 
 def test_nan_weights_give_nan(isa):
     spec, arrays, case, _ = make(11, 2, 3, 4, 5)
     arrays["kernel"][0, 0] = np.nan
-    out = native.forward(spec, arrays, **case)
+    out = calls.forward(spec, arrays, **case)
     assert np.isnan(out.gates[:, 0, 0, 0]).all()
     assert np.isfinite(out.gates[:, 0, 1]).all()
 
@@ -366,14 +435,14 @@ def test_weights_that_are_not_packed_give_the_same_bits(isa, member, shape, dtyp
         "reverse": True,
     }
     for given in ({}, flags):
-        packed, plain = (native.forward(spec, arrays, **case, **given, copy=copy) for copy in (True, False))
+        packed, plain = (calls.forward(spec, arrays, **case, **given, copy=copy) for copy in (True, False))
         assert_equal(packed, plain)
 
 
-def streamed(spec, arrays, x, bits):
+def streamed(spec, arrays, x, element=None):
     """y of a stream over x, in one run; a second one, step by step, must give the same bits."""
-    packed = native.pack(spec, arrays, bits=bits)
-    whole, steps = (_kernel.Stream([packed], len(x)) for _ in range(2))
+    packed = native.weights(spec, arrays, element)
+    whole, steps = (_kernel.stream([packed], len(x)) for _ in range(2))
     y = whole.run(x)
     for t in range(x.shape[1]):
         np.testing.assert_array_equal(steps.step(np.ascontiguousarray(x[:, t])), y[:, t])
@@ -382,7 +451,7 @@ def streamed(spec, arrays, x, bits):
 
 def test_a_stream_takes_only_what_the_kernel_can_read():
     spec, arrays, _, rng = make(23, 1, 1, 6, 4)
-    stream = _kernel.Stream([native.pack(spec, arrays)], 2)
+    stream = _kernel.stream([native.weights(spec, arrays)], 2)
     x = rng.standard_normal((2, 6)).astype(np.float32)
     before = [array.copy() for array in stream.get_state()[0]]
     unaligned = np.frombuffer(b"0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
@@ -400,15 +469,15 @@ def test_a_stream_takes_only_what_the_kernel_can_read():
 
 
 @pytest.mark.parametrize("batch", [1, 3, 40])
-@pytest.mark.parametrize("bits", [32, 8])
-def test_threads_leave_every_bit_of_a_stream(isa, batch, bits):
+@pytest.mark.parametrize("element", ["float32", "int8"])
+def test_threads_leave_every_bit_of_a_stream(isa, batch, element):
     rng = np.random.default_rng(0)
     packed = []
     for seed, (width, units) in enumerate(((40, 96), (96, 130), (130, 64))):
         spec, arrays, _, _ = make(seed, 1, 1, width, units)
-        packed.append(native.pack(spec, arrays, bits=bits))
+        packed.append(native.weights(spec, arrays, element))
     x = rng.standard_normal((batch, 333, 40)).astype(np.float32)
-    one, *others = (_kernel.Stream(packed, batch, threads) for threads in (1, 2, 3, 7, 10**6))
+    one, *others = (_kernel.stream(packed, batch, threads) for threads in (1, 2, 3, 7, 10**6))
     y, y_t = one.run(x), one.step(np.ascontiguousarray(x[:, 0]))
     for other in others:
         np.testing.assert_array_equal(other.run(x), y)
@@ -436,7 +505,7 @@ def test_weights_in_bfloat16_are_rounded_and_nothing_else(isa, member, units, ba
     spec, arrays, case, _ = make(22, batch, 20, 9, units, **MEMBERS[member])
     rounded = {name: to_bfloat16(array) if name in MATRICES else array for name, array in arrays.items()}
     assert not np.array_equal(rounded["kernel"], arrays["kernel"])
-    np.testing.assert_array_equal(streamed(spec, arrays, case["x"], 16), streamed(spec, rounded, case["x"], 32))
+    np.testing.assert_array_equal(streamed(spec, arrays, case["x"], "bfloat16"), streamed(spec, rounded, case["x"]))
 
 
 def quantised(array, axis):
@@ -464,10 +533,10 @@ def test_weights_in_int8_are_sums_of_whole_numbers(isa, units, batch):
         c = f * c + i * np.tanh(np.split(z, 4, axis=1)[2])
         h = o * np.tanh(c)
         y.append(h)
-    got = streamed(spec, arrays, case["x"], 8)
+    got = streamed(spec, arrays, case["x"], "int8")
     # a step that lies between two whole numbers may be rounded to either: a unit of 1/127 times a weight
     np.testing.assert_allclose(got, np.stack(y, 1), atol=2e-3)
-    whole = streamed(spec, arrays, case["x"], 32)
+    whole = streamed(spec, arrays, case["x"])
     assert 1e-5 < np.abs(got - whole).max() < 0.05
 
 
@@ -475,47 +544,47 @@ def test_weights_in_int8_are_sums_of_whole_numbers(isa, units, batch):
 def test_weights_in_int8_stay_near_the_whole_ones(isa, member):
     spec, arrays, case, _ = make(24, 3, 30, 20, 40, **MEMBERS[member])
     arrays["recurrent_kernel"] *= np.float32(0.5)
-    whole, narrow = (streamed(spec, arrays, case["x"], bits) for bits in (32, 8))
+    whole, narrow = (streamed(spec, arrays, case["x"], element) for element in (None, "int8"))
     assert 1e-5 < np.abs(narrow - whole).mean() < 0.02
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_narrow_weights_keep_a_nan(isa, bits):
+@pytest.mark.parametrize("element", ["int8", "bfloat16"])
+def test_narrow_weights_keep_a_nan(isa, element):
     spec, arrays, case, _ = make(25, 2, 3, 4, 5)
     case["x"][0, 1, 2] = np.nan
-    y = streamed(spec, arrays, case["x"], bits)
+    y = streamed(spec, arrays, case["x"], element)
     assert np.isfinite(y[0, 0]).all()
     assert np.isnan(y[0, 1]).all()
     assert np.isfinite(y[1]).all()
     arrays["kernel"][0, 0] = np.nan
-    assert np.isnan(streamed(spec, arrays, case["x"], bits)[1, 0, 0])
+    assert np.isnan(streamed(spec, arrays, case["x"], element)[1, 0, 0])
 
 
-def test_narrow_weights_are_for_copied_floats():
-    spec, arrays, _, _ = make(26, 1, 1, 3, 4, np.float64)
-    for bits, copy, given in (
-        (16, True, arrays),
-        (8, False, cast(arrays, np.float32)),
-        (4, True, cast(arrays, np.float32)),
-    ):
-        with pytest.raises(ValueError, match="float32"):
-            native.pack(spec, given, copy, bits)
+def test_weights_say_what_they_are_held_in():
+    spec, arrays, _, _ = make(26, 1, 1, 3, 4)
+    for element in native.ELEMENTS:
+        given = cast(arrays, np.float64) if element == "float64" else arrays
+        assert native.weights(spec, given, element).element == element
+    for element in ("bfloat16", "int8"):
+        with pytest.raises(ValueError, match="copy"):
+            native.weights(spec, arrays, element, copy=False)
+    with pytest.raises(ValueError, match="expected float32, float64, bfloat16 or int8, got float16"):
+        native.weights(spec, arrays, "float16")
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("member", MEMBERS)
 def test_states_may_lie_at_places_of_a_larger_array(isa, member, threads):
     spec, arrays, case, rng = make(27, 6, 5, 9, 35, **MEMBERS[member])
-    expected = native.forward(spec, arrays, **case)
+    expected = calls.forward(spec, arrays, **case)
     places = np.array([11, 2, 7, 0, 5, 3])
     states = tuple(rng.standard_normal((12, a.shape[1])).astype(np.float32) for a in case["state"])
     for array, own in zip(states, case["state"], strict=True):
         array[places] = own
     before = tuple(array.copy() for array in states)
-    y, at = np.empty_like(expected.y), (*map(native.address, states), 0)[:2]
-    layer = (native.pack(spec, arrays), *at, *at, native.address(y), *(0,) * 6)
-    x = case["x"]
-    _kernel.forward(6, 5, [layer], native.address(x), *native.strides(x), 0, 0, False, threads, native.address(places))
+    y, at = np.empty_like(expected.y), calls.pair(states)
+    layer = native.Layer(native.weights(spec, arrays), *at, *at, y=y)
+    native.forward(native.Sequences(6, 5, case["x"], 5 * 9, 9, places=places), [layer], threads)
     np.testing.assert_array_equal(y, expected.y)
     others = np.setdiff1d(np.arange(12), places)
     for array, old, new in zip(states, before, expected.state, strict=True):
@@ -525,9 +594,9 @@ def test_states_may_lie_at_places_of_a_larger_array(isa, member, threads):
 
 def test_calls_from_several_threads_do_not_touch():
     spec, arrays, case, _ = make(14, 6, 50, 12, 40)
-    expected = native.forward(spec, arrays, **case)
+    expected = calls.forward(spec, arrays, **case)
     with ThreadPoolExecutor(4) as pool:
-        for out in pool.map(lambda _: native.forward(spec, arrays, **case, threads=3), range(60)):
+        for out in pool.map(lambda _: calls.forward(spec, arrays, **case, threads=3), range(60)):
             assert_equal(out, expected)
 
 
@@ -535,10 +604,10 @@ def test_calls_from_several_threads_do_not_touch():
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_has_threads_of_its_own():
     spec, arrays, case, _ = make(15, 6, 20, 12, 40)
-    expected = native.forward(spec, arrays, **case, threads=2)
+    expected = calls.forward(spec, arrays, **case, threads=2)
     child = os.fork()
     if child == 0:  # no assertion may escape here: pytest would go on in the child
-        out = native.forward(spec, arrays, **case, threads=3)
+        out = calls.forward(spec, arrays, **case, threads=3)
         os._exit(0 if np.array_equal(out.y, expected.y) else 1)
     for _ in range(200):
         done, status = os.waitpid(child, os.WNOHANG)
@@ -550,7 +619,7 @@ def test_a_forked_child_has_threads_of_its_own():
         os.waitpid(child, 0)
         pytest.fail("the child never came back")
     assert status == 0
-    np.testing.assert_array_equal(native.forward(spec, arrays, **case, threads=2).y, expected.y)
+    np.testing.assert_array_equal(calls.forward(spec, arrays, **case, threads=2).y, expected.y)
 
 
 def test_denormals_count_as_zero_and_the_mode_comes_back():
@@ -558,7 +627,7 @@ def test_denormals_count_as_zero_and_the_mode_comes_back():
     (h, c), x = case["state"], case["x"]
     x[:], h[:], arrays["bias"][:] = 0, 0, 0
     c[:] = np.float32(1e-40)
-    assert (native.forward(spec, arrays, **case).state[1] == 0).all()
+    assert (calls.forward(spec, arrays, **case).state[1] == 0).all()
     assert np.float32(1e-38) / np.float32(4) > 0
 
 
@@ -585,15 +654,15 @@ def test_what_is_masked_may_be_nan(isa, member):
     results = []
     for filling in (0.0, np.nan):
         x = np.where(mask[:, :, None], case["x"], np.float32(filling))
-        out = native.forward(spec, arrays, x, case["state"], mask=mask)
-        results.append((out, native.backward(spec, arrays, out, dy=dy)))
+        out = calls.forward(spec, arrays, x, case["state"], mask=mask)
+        results.append((out, calls.backward(spec, arrays, out, dy=dy)))
     for clean, dirty in zip(*results, strict=True):
         assert_equal(dirty, clean)
 
 
 def test_a_stream_is_one_threads_at_a_time():
     spec, arrays, _, rng = make(19, 1, 1, 64, 64)
-    stream = _kernel.Stream([native.pack(spec, arrays)], 1)
+    stream = _kernel.stream([native.weights(spec, arrays)], 1)
     x = rng.standard_normal((1, 20_000, 64)).astype(np.float32)
     outcomes = []
 
@@ -617,4 +686,4 @@ def test_a_stream_is_one_threads_at_a_time():
 def test_sizes_beyond_all_memory_are_refused(batch):
     spec, arrays, _, _ = make(20, 1, 1, 64, 64)
     with pytest.raises(MemoryError):
-        _kernel.Stream([native.pack(spec, arrays)], batch)
+        _kernel.stream([native.weights(spec, arrays)], batch)

@@ -24,6 +24,8 @@ from cellstack import (
     ShapeError,
     Standardise,
     State,
+    native,
+    reference,
 )
 from cellstack.spec import ARRAYS
 
@@ -633,6 +635,47 @@ def test_a_bad_network_is_refused_where_it_is_built(case):
 # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_cells_in_nodes_of_their_own_run_as_a_stack_does(seed, monkeypatch):
+    rng = rng_of(seed)
+    width, ways = int(rng.integers(1, 9)), {"go_backwards": bool(rng.integers(2))}
+    ends = {"return_sequences": bool(rng.integers(2)), "zero_output_for_mask": bool(rng.integers(2))}
+    cells = make_stack(rng, width).cells
+    cells = (*cells, fill(rng, CellSpec(cells[-1].spec.output_size, 4, kind=["lstm", "gru", "rnn"][seed % 3])))
+    first, *middle, last = cells
+    nodes = [Recurrent((first,), **ways), *(Recurrent((cell,)) for cell in middle), Recurrent((last,), **ends)]
+    apart, stack = Network(nodes), Network([Recurrent(cells, **ways, **ends)])
+    batch, steps = int(rng.integers(1, 5)), int(rng.integers(0, 9))
+    x = rng.normal(size=(batch, steps, width)).astype("f4")
+    given = {"state": make_states(rng, stack, batch) if seed % 2 else None, "threads": 1 + seed % 2}
+    if seed % 3:
+        given |= {"mask": rng.random((batch, steps)) < 0.7, "reset": rng.random((batch, steps)) < 0.2}
+    calls, records = [], ([], [])
+    forward = native.forward
+    monkeypatch.setattr(native, "forward", lambda *arguments: (calls.append(1), forward(*arguments)))
+    y, after = apart.run(x, **given, record=records[0])
+    assert len(calls) == 1
+    expected_y, expected_after = stack.run(x, **given, record=records[1])
+    assert np.array_equal(y, expected_y)
+    for one, other in zip((*after, *records[0]), (*expected_after, *records[1]), strict=True):
+        assert same([a for a in one if a is not None], [a for a in other if a is not None])
+    assert all("in the call of layer_0" in line for line in apart.plan()[1 : len(cells)])
+
+
+def test_cells_run_apart_where_what_is_between_them_is_asked_for():
+    rng = rng_of()
+    cells = [make_cell(rng, 3, 4), make_cell(rng, 4, 4)]
+    nodes = [Recurrent((cell,)) for cell in cells]
+    y, between = Network(nodes, ["a", "b"], outputs=["b", "a"])(np.ones((2, 5, 3)))
+    assert np.array_equal(between, Network(nodes[:1])(np.ones((2, 5, 3))))
+    assert np.array_equal(y, Network(nodes)(np.ones((2, 5, 3))))
+    mask = np.arange(5) < np.array([[5], [2]])
+    zeros = [replace(nodes[0], zero_output_for_mask=True), nodes[1]]
+    assert np.array_equal(Network(zeros)(np.ones((2, 5, 3)), mask), Network(nodes)(np.ones((2, 5, 3)), mask))
+    twice = Network([nodes[0], replace(nodes[1], go_backwards=True)])(np.ones((2, 5, 3)))
+    assert not np.array_equal(twice, y)
+
+
 def test_plan_and_repr_name_every_node():
     net = Network(
         [
@@ -729,3 +772,59 @@ def test_a_network_writes_itself_as_c(tmp_path):
     assert "lstm_step" in header.read_text()
     with pytest.raises(ValueError, match="layer_0"):
         small(go_backwards=True).export_c(tmp_path)
+
+
+def recorded(net, x, **given):
+    """A run's y and states, and what it recorded; without a record, the bits are the same."""
+    record = []
+    y, state = net.run(x, **given, record=record)
+    plain_y, plain_state = net.run(x, **given)
+    np.testing.assert_array_equal(y, plain_y)
+    assert all(same(*pair) for pair in zip(state, plain_state, strict=True))
+    assert len(record) == len(net.cells)
+    return y, state, record
+
+
+def by_the_law(cell, x, got, dtype, **given):
+    arrays = {name: array.astype(np.float64) for name, array in cell.arrays.items()}
+    law = reference.forward(cell.spec, arrays, x.astype(np.float64), **given)
+    for array, exact in zip((got.gates, got.c, got.h), (law.gates, law.cells, law.y), strict=True):
+        assert (array is None) == (exact is None)
+        if exact is not None:
+            assert array.dtype == dtype
+            np.testing.assert_allclose(array, exact, atol=TOLERANCE[dtype] * max(1.0, np.abs(exact).max()), rtol=0)
+            assert array.shape == exact.shape
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("return_sequences", [True, False])
+def test_a_record_has_what_every_cell_did_at_every_step(seed, dtype, return_sequences):
+    rng = rng_of(seed)
+    forward = make_stack(rng, 3, dtype, return_sequences=return_sequences)
+    backward = make_stack(rng, 3, dtype, return_sequences=return_sequences, go_backwards=True)
+    x, mask = rng.normal(size=(4, 7, 3)).astype(dtype), rng.random((4, 7)) < 0.7
+    _, _, ahead = recorded(Network([replace(forward, zero_output_for_mask=True)]), x, mask=mask)
+    _, _, back = recorded(Network([backward]), x, mask=mask)
+    for stack, record in ((forward, ahead), (backward, back)):
+        below = x
+        for cell, got in zip(stack.cells, record, strict=True):
+            by_the_law(cell, below, got, dtype, mask=mask, reverse=stack.go_backwards)
+            below = got.h
+    _, _, both = recorded(Network([Bidirectional(forward, backward)]), x, mask=mask)
+    for one, other in zip(both, (*ahead, *back), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True) if a is not None)
+
+
+def test_a_record_holds_h_as_the_cells_left_it():
+    rng = rng_of(3)
+    cells = tuple(make_cell(rng, 4, 4) for _ in range(3))
+    x, mask = rng.normal(size=(2, 5, 4)).astype("float32"), np.arange(5) < [[3], [5]]
+    net = Network([Recurrent(cells, residual=True, zero_output_for_mask=True)])
+    y, _, record = recorded(net, x)
+    np.testing.assert_array_equal(y, (record[0].h + record[1].h) + record[2].h)
+    _, state, record = recorded(net, x, mask=mask)
+    for got, after in zip(record, state, strict=True):
+        np.testing.assert_array_equal(got.h[:, -1], after.h)
+        np.testing.assert_array_equal(got.c[:, -1], after.c)
+        assert (got.gates[0, 3:] == 0).all()

@@ -1,8 +1,10 @@
 """The model and the fit loop: repeatable, resumable, interruptible, and the same as what is exported."""
 
 import copy
+import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -250,6 +252,52 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
         checkpoints.save(path, {"n": lambda: None})
     assert path.read_bytes() == whole
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.ckpt"]
+
+
+def test_a_full_disk_ends_no_training(sequences, tmp_path, monkeypatch):
+    """The checkpoint before stays; the warning comes once; the weights are those of a run without checkpoints."""
+    path = tmp_path / "run.ckpt"
+    whole, *rest = prepare(sequences)
+    expected = fit(whole, *rest, SETTINGS)
+    wrote, sync = [], os.fsync
+
+    def full(descriptor):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            wrote.append(path.read_bytes() if path.exists() else b"")
+            if len(wrote) > 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    model, *rest = prepare(sequences)
+    with pytest.warns(RuntimeWarning, match=r"training goes on: .*run\.ckpt: No space left on device") as said:
+        result = fit(model, *rest, SETTINGS, checkpoint=path)
+    assert len(said) == 1
+    assert result.checkpoint_error == f"{path}: No space left on device"
+    assert result.history == expected.history
+    assert_same(weights(model), weights(whole))
+    assert len(wrote) == SETTINGS.epochs
+    assert path.read_bytes() == wrote[1]
+    assert len(checkpoints.load(path)["history"]) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.ckpt"]
+
+
+def test_a_checkpoint_that_can_t_be_written_is_said_before_the_first_step(sequences, tmp_path):
+    model, inputs, examples, *parts = prepare(sequences)
+    never = Raising(examples, 0, lambda: pytest.fail("a batch was fetched"))
+    with pytest.raises(FileNotFoundError, match="expected a folder"):
+        fit(model, inputs, never, *parts, SETTINGS, checkpoint=tmp_path / "no" / "run.ckpt")
+
+
+def test_sigint_that_is_ignored_stays_so(sequences):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        model, inputs, examples, *parts = prepare(sequences)
+        sends = Raising(examples, 3, lambda: signal.raise_signal(signal.SIGINT))
+        assert not fit(model, inputs, sends, *parts, Settings(epochs=1, batch=4)).interrupted
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_ctrl_c_stops_at_once_and_the_handler_comes_back(sequences):

@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from cellstack.formats import extract, load
+from cellstack.formats import adapters, extract, load, supported
 from cellstack.formats.lines import Lines
 from cellstack.network import Network
 from cellstack.spec import FormatError
@@ -133,31 +133,40 @@ def convert(args: argparse.Namespace) -> int:
     net, source = load_model(args.source)
     x = None if args.sample is None else read_sample(net, args.sample)
     target = Path(args.target)
+    suffixes = {suffix for adapter in adapters() for suffix in adapter.SUFFIXES}
+    to_folder = args.target.endswith(os.sep) or (target.is_dir() and args.target != "")
+    if not args.target or not (to_folder or target.suffix.lower() in {".c", *suffixes}):
+        raise UsageError(
+            f"expected a target that ends as one of {supported()}, in .c for C, or in {os.sep} for a folder with C in "
+            f"it, got {args.target!r}"
+        )
     if target.exists() and target.samefile(source):
         raise UsageError(f"{args.target}: expected another file than the one that is read, which would be lost")
-    if args.target.endswith(os.sep) or target.is_dir() or target.suffix.lower() == ".c":
-        in_c = target.suffix.lower() == ".c" and not target.is_dir()
+    if to_folder or target.suffix.lower() == ".c":
+        in_c = not to_folder
         stem = target.stem if in_c else re.sub(r"[^A-Za-z0-9]+", "_", Path(source).stem).strip("_")
         folder = target.parent if in_c else target
         try:
             header, written = net.export_c(folder, stem if in_c or stem[:1].isalpha() else f"model_{stem}".strip("_"))
         except ValueError as error:
-            raise UsageError(str(error)) from None
+            raise UsageError(f"{args.target}: {str(error).removeprefix('export_c: ')}") from None
         files = [str(header), str(written)]
     else:
         try:
             net.save(target)
-        except (TypeError, ValueError) as error:  # a suffix that no format has, a node that the format hasn't
-            also = ", or .c, or a folder, which ends in /, for C" if str(error).startswith("save:") else ""
-            raise UsageError(f"{error}{also}") from None
+        except (TypeError, ValueError) as error:  # a node that the format can't hold
+            raise UsageError(f"{args.target}: {str(error).removeprefix('save: ')}") from None
         files = [str(target)]
     paths = [files[-1]] if Path(source).suffix == SUFFIX else [source, files[-1]]  # ours has no runtime but us
     reports = {path: verify(net, path, x, streams=path == paths[-1]) for path in paths}
-    text = [f"{source} -> {', '.join(files)}", *map(str, reports.values())]
-    report = {"source": source, "files": files, "sample": args.sample}
+    verdicts = {one.verdict(tolerance).partition(":")[0] for one in reports.values()}
+    verdict = next(word for word in ("fail", "not verified", "pass") if word in verdicts)
+    written = f"{source} -> {', '.join(files)}"
+    text = [written, *(one.text(tolerance) for one in reports.values()), f"{verdict}: {written}"]
+    report = {"source": source, "files": files, "sample": args.sample, "verdict": verdict}
     report["parity"] = {path: one.to_json() for path, one in reports.items()}
     show(args, report, text)
-    return 1 if any(one.runtime is not None and not one.ok(tolerance) for one in reports.values()) else 0
+    return 1 if verdict == "fail" else 0
 
 
 def run_any(args: argparse.Namespace, net: Network) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import numpy as np
 import cellstack
 from cellstack.cli.files import SUFFIX, convert, info, load_model, run_any, show, with_suffix
 from cellstack.cli.stream import stream
+from cellstack.formats.files import check_replaceable
 from cellstack.formats.lines import FORMS
 from cellstack.spec import FormatError, ShapeError
 from cellstack.train import predict
@@ -178,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where `convert` found a difference; 2 for bad input, with one line on standard error; 130 where Ctrl-C
         ended it, 143 where SIGTERM ended `stream`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may have letters that a terminal can't show
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parser().parse_args(argv)
     try:
         threads = getattr(args, "threads", None)
@@ -224,6 +230,7 @@ def _train(args: argparse.Namespace) -> int:
     output = with_suffix(args.output)
     if not output.parent.is_dir():
         raise UsageError(f"expected a folder {output.parent} to write to, found none")
+    check_replaceable(output)  # now, not after the training
     if args.resume and args.checkpoint is None:
         raise UsageError("expected --checkpoint FILE to --resume from")
     forecast, texts = _is_csv(args.file), ()
@@ -251,17 +258,26 @@ def _train(args: argparse.Namespace) -> int:
             raise UsageError("expected one CSV file: its last rows are what is measured on, see --test-share")
         table = read_csv(args.file)
         texts = table.texts
-        outcome = workflow.train_forecast(table, _recipe(args, table), shape, settings, control, args.test_share)
+        recipe = _recipe(args, table)
+        train = partial(workflow.train_forecast, table, recipe, shape, settings, control, args.test_share)
     else:
         training = read_ts(args.file)
         test = None if args.test is None else read_ts(args.test, training.labels)
-        outcome = workflow.train_sequences(training, test, shape, settings, control)
+        train = partial(workflow.train_sequences, training, test, shape, settings, control)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        outcome = train()
     if outcome.rank:
         return 0
     outcome.net.save(output)
     report = _report(outcome, output) | {"left_out": texts}
     show(args, report, _train_text(outcome, report))
     return 130 if outcome.fit.interrupted else 0
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    """Print a warning as errors are printed: what it says, and not where in our code it arose."""
+    print(f"cellstack train: warning: {message}", file=sys.stderr)
 
 
 def _recipe(args: argparse.Namespace, table: Table) -> Recipe:
@@ -290,6 +306,7 @@ def _report(outcome: Any, output: Path) -> dict[str, Any]:
         "steps": fit.steps,
         "seconds": round(fit.seconds, 3),
         "interrupted": fit.interrupted,
+        "checkpoint_error": fit.checkpoint_error,
     }
     scores = {name: value for name, value in outcome.scores.items() if name not in ("answers", "predicted")}
     return report | {"test": scores, "history": fit.history}
@@ -311,6 +328,8 @@ def _train_text(outcome: Any, report: dict[str, Any]) -> list[str]:
         lines.append(f"  {'less than naive by':<22} {less[0]:>9.1%} {less[1]:>9.1%}")
     elif scores:
         lines += [f"test {name} {scores[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in scores]
+    if report["checkpoint_error"]:
+        lines.append(f"the last checkpoint could not be written: {report['checkpoint_error']}")
     if report["left_out"]:
         lines.append(f"left out, as they hold no numbers: {', '.join(report['left_out'])}")
     return [*lines, f"written to {report['model']}"]

@@ -8,8 +8,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +17,12 @@ from cellstack.formats.files import check_replaceable
 from cellstack.formats.lines import Lines
 from cellstack.formats.state import load_state, save_state
 from cellstack.nodes import GlobalPool
-from cellstack.streaming.stream import Stream
 from cellstack.train.checks import UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from cellstack.streaming.stream import Stream
 
 GRACE = 1.0  # seconds that the answer to the last frame may take to be read
 DIGITS = {"float32": 9, "float64": 17}  # that tell all numbers of a dtype apart
@@ -36,7 +39,7 @@ class Signals:
     """Within it SIGINT and SIGTERM raise `Stopped`: at once while a frame is waited for, else between two frames.
 
     So nothing cuts a step in two, and its answer is written; but a reader that doesn't read is waited for no longer
-    than `GRACE` seconds.
+    than `GRACE` seconds. One that is ignored, as SIGINT is in the background of a shell, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -50,7 +53,8 @@ class Signals:
             (signal.SIGTERM, self._catch),
             (signal.SIGALRM, self._give_up),
         ):
-            self._before[number] = signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -173,7 +173,7 @@ class Builder:
         """
         self.numbers += numbers
         if self.numbers > self.most_numbers:
-            raise TooMuchError(f"expected at most {self.most_numbers} numbers that aren't the file's, found more")
+            raise TooMuchError(f"expected at most {self.most_numbers} numbers that the file doesn't hold, found more")
         return numbers
 
     def refuse(self, problem: str, rank: int = 0) -> None:

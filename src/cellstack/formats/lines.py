@@ -76,7 +76,7 @@ class Lines:
         return values
 
     def text(self, values: list[float]) -> bytes:
-        """Return an answer as a line: numbers that JSON hasn't are null there."""
+        """Return an answer as a line: what JSON has no number for is null there."""
         template = self._texts.get(len(values))
         if template is None:
             template = self._texts[len(values)] = ",".join([self._one] * len(values))

@@ -1,7 +1,8 @@
 """The runtimes that files are made for, run beside us by `verify`. Each is imported when it is asked for.
 
-None is let run code out of a file: torch loads weights alone, keras refuses lambdas, and C is compiled from what we
-write ourselves, once the file has turned out to be the same.
+They run in a process of their own (`worker`), so that one that crashes is a report and not the end of ours. None is
+let run code out of a file: torch loads weights alone, keras refuses lambdas, and C is compiled from what we write
+ourselves, once the file has turned out to be the same.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path, PurePath
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats import adapter_of, c, onnx, safetensors
+from cellstack.formats import adapter_of, c, onnx, safetensors, worker
 from cellstack.formats.onnx.writer import state_names
 from cellstack.network import Network
 from cellstack.nodes.base import Array, CellState
@@ -62,7 +63,6 @@ ONNX_TYPES = {
     "tensor(int32)": "int32",
 }
 Inputs = Mapping[str, Array]
-Runner = Callable[[Network, str, Inputs], Answers]
 
 
 def named(states: Sequence[CellState]) -> dict[str, Array]:
@@ -74,15 +74,69 @@ def named(states: Sequence[CellState]) -> dict[str, Array]:
     }
 
 
-def runner_of(path: str) -> Runner:
-    """Return what runs a file: by its suffix, or where that says nothing by its content.
+def run(net: Network, path: str, inputs: Inputs) -> Answers:
+    """Run a file in the runtime that it is made for: by its suffix, or where that says nothing by its content.
+
+    Args:
+        net: the network that the file is to be compared with; it says how inputs and outputs are named.
+        path: the file.
+        inputs: arrays by the network's names.
+
+    Returns:
+        What the runtime answers.
+
+    Raises:
+        CannotRunError: it can't run the file; `OtherSizesError` where it could, with inputs of other lengths.
+        FormatError: no format is like the file.
+        OSError: it can't be read.
+    """
+    name = runtime_of(path)
+    if name == "cellstack":
+        return _by_us(net, path, inputs)
+    loaded = sys.modules.get("keras")  # its backend is the one that our own process has
+    chosen = os.environ.get("KERAS_BACKEND") if loaded is None else loaded.config.backend()
+    environment = {"KERAS_BACKEND": chosen} if chosen else {}
+    try:
+        said, arrays = worker.call(f"{__name__}:run_here", name, net, path, dict(inputs), **environment)
+    except worker.WorkerDiedError as error:
+        raise CannotRunError(f"can't run the file: the process of {name} {error}") from None
+    if "sizes" in said:
+        raise OtherSizesError(*said["sizes"])
+    if "why" in said:
+        raise CannotRunError(said["why"])
+    outputs = dict(zip(said["outputs"], arrays, strict=False))
+    states = dict(zip(said["states"], arrays[len(outputs) :], strict=True))
+    return Answers(said["runtime"], said["version"], outputs, states, said["no_states"])
+
+
+def run_here(name: str, net: Network, path: str, inputs: Inputs) -> tuple[dict[str, Any], list[Array]]:
+    """Run a file in this process; what `run` returns or raises as what goes between processes: JSON and arrays."""
+    try:
+        with warnings.catch_warnings():  # what a runtime says of itself, such as which of its ways it takes
+            warnings.simplefilter("ignore")
+            answers = RUNTIMES[name](net, path, inputs)
+    except OtherSizesError as error:
+        return {"sizes": [error.batch, error.steps]}, []
+    except CannotRunError as error:
+        return {"why": str(error)}, []
+    except Exception as error:  # any: runtimes raise what they like, wherever they are called
+        return {"why": _says(f"can't run the file: {name} raised {type(error).__name__}", error)}, []
+    arrays = [*answers.outputs.values(), *answers.states.values()]
+    odd = next((array.dtype for array in arrays if array.dtype.kind not in "biuf"), None)
+    if odd is not None:
+        return {"why": f"can't compare what the file answers: expected numbers, found {odd}"}, []
+    return answers._asdict() | {"outputs": list(answers.outputs), "states": list(answers.states)}, arrays
+
+
+def runtime_of(path: str) -> str:
+    """Return the name of what runs a file.
 
     Raises:
         FormatError: no format is like it.
         OSError: it can't be read.
     """
     suffix = PurePath(path).suffix.lower()
-    return RUNNERS[suffix if suffix in RUNNERS else adapter_of(path).SUFFIXES[0]]
+    return BY_SUFFIX[suffix if suffix in BY_SUFFIX else adapter_of(path).SUFFIXES[0]]
 
 
 def _package(name: str, path: str) -> Any:
@@ -112,9 +166,11 @@ def _by_name(names: Sequence[str], found: Sequence[str], arrays: Sequence[Any], 
 
 def _by_us(net: Network, path: str, inputs: Inputs) -> Answers:
     """Run what `load` reads out of a file of our own."""
-    other = safetensors.load(path)
     try:
+        other = safetensors.load(path)
         y, states = other.run(_by_name(other.inputs, list(inputs), list(inputs.values()), "inputs"))
+    except FormatError as error:
+        raise CannotRunError(str(error)) from None
     except ValueError as error:
         raise CannotRunError(_says("the network in the file takes other inputs", error)) from None
     arrays = y if isinstance(y, tuple) else (y,)
@@ -147,7 +203,7 @@ def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
     names = ends["outputs"] or dict.fromkeys(list(found)[: len(net.outputs)], "")
     if len(names) != len(net.outputs) or not names.keys() <= found.keys():
         raise CannotRunError(f"expected the outputs {', '.join(net.outputs)}, found {', '.join(found)}")
-    outputs = {ours: _ordered(found[name], names[name]) for ours, name in zip(net.outputs, names, strict=True)}
+    outputs = {ours: _ordered(found[name], names[name], batch) for ours, name in zip(net.outputs, names, strict=True)}
     states: dict[str, Array] = {}
     for name, refs in ends["states"].items():
         cells = [ends["firsts"][node] + way for node, way, _ in refs]
@@ -251,10 +307,24 @@ def _fed(
     return {name: axes for name, (_, axes) in given.items() if name in fed}, fed
 
 
-def _ordered(array: Array, axes: str) -> Array:
-    """Return an output as ours are: rows, steps, directions beside each other in the features."""
-    if len(axes) != array.ndim or not axes:
+def _ordered(array: Array, axes: str, batch: int) -> Array:
+    """Return an output as ours are: rows, steps, directions beside each other in the features.
+
+    Args:
+        array: what the runtime answers.
+        axes: what each of its axes is, as our reader notes it: `N` is rows and steps as one. Where features stand
+            before steps, or one axis of length 1 beside the features, the network answers so too.
+        batch: how many rows there are.
+    """
+    if len(axes) != array.ndim or not axes or not set(axes) <= set("BTFD1N"):
         return array
+    if "N" in axes and array.shape[at := axes.index("N")] % batch == 0:
+        array = array.reshape(*array.shape[:at], batch, -1, *array.shape[at + 1 :])
+        axes = axes.replace("N", "BT")
+    if axes in ("B1F", "BF1") or "N" in axes:
+        return array
+    if axes.replace("1", "") in ("BFT", "FT"):
+        return array.reshape([size for size, axis in zip(array.shape, axes, strict=True) if axis != "1"])
     order = sorted(range(array.ndim), key=lambda n: "BT1DF".index(axes[n]))
     array = array.transpose(order)
     kept = sum(axis in "BT" for axis in axes)
@@ -265,18 +335,11 @@ def _ordered(array: Array, axes: str) -> Array:
 # ── Keras ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@contextmanager
-def _some_backend() -> Iterator[None]:
-    """Within it keras finds a backend that is installed, where nobody has chosen one."""
+def _choose_backend() -> None:
+    """Let keras find a backend that is installed, where nobody has chosen one."""
     there = next((name for name in ("tensorflow", "torch", "jax") if find_spec(name) is not None), None)
-    if "keras" in sys.modules or "KERAS_BACKEND" in os.environ or there is None:
-        yield
-        return
-    os.environ["KERAS_BACKEND"] = there
-    try:
-        yield
-    finally:
-        del os.environ["KERAS_BACKEND"]
+    if there is not None and "keras" not in sys.modules:
+        os.environ.setdefault("KERAS_BACKEND", there)
 
 
 def _check_sizes(net: Network, shapes: Sequence[Any], inputs: Inputs) -> None:
@@ -289,8 +352,8 @@ def _check_sizes(net: Network, shapes: Sequence[Any], inputs: Inputs) -> None:
 
 
 def _by_keras(net: Network, path: str, inputs: Inputs) -> Answers:
-    with _some_backend():
-        keras = _package("keras", path)
+    _choose_backend()
+    keras = _package("keras", path)
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
         names = [tensor.name for tensor in model.inputs]
@@ -312,6 +375,15 @@ def _by_keras(net: Network, path: str, inputs: Inputs) -> Answers:
     return Answers("keras", keras.__version__, outputs, dict(zip(cells, states, strict=bool(states))), why)
 
 
+def _inner(layer: Any) -> Iterator[Any]:
+    """Give a layer and all that are in it."""
+    yield layer
+    parts = [getattr(layer, name, None) for name in ("forward_layer", "backward_layer", "layer")]
+    for part in (*parts, *getattr(layer, "layers", ())):
+        if part is not None:
+            yield from _inner(part)
+
+
 def _with_states(keras: Any, net: Network, model: Any) -> tuple[Any, str]:
     """Return a model that gives the states of a model's recurrent layers too; else None, and why there is none.
 
@@ -320,6 +392,9 @@ def _with_states(keras: Any, net: Network, model: Any) -> tuple[Any, str]:
     """
     kinds = (keras.layers.RNN, keras.layers.Bidirectional)
     layers = {layer.name: layer for layer in model.layers if isinstance(layer, kinds)}
+    for layer in _inner(model):  # one that keeps its state may run twice in the new model; it is new, so at zero
+        if getattr(layer, "stateful", False):
+            layer.stateful = False
     nodes = {name: node for name, node in zip(net.names, net.nodes, strict=True) if node.cells}
     order = list(nodes) if nodes.keys() == layers.keys() else list(layers)
     tensors: list[Any] = []
@@ -455,12 +530,16 @@ def _in_c(
     return {net.outputs[0]: y if whole else y[:, -1]}, dict(zip(names, blocks, strict=False))
 
 
-RUNNERS: dict[str, Runner] = {
-    ".safetensors": _by_us,
-    ".onnx": _by_onnxruntime,
-    ".keras": _by_keras,
-    ".h5": _by_keras,
-    ".hdf5": _by_keras,
-    **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".ckpt"), _by_torch),
-    ".c": _by_compiler,
+RUNTIMES: dict[str, Callable[[Network, str, Inputs], Answers]] = {
+    "onnxruntime": _by_onnxruntime,
+    "keras": _by_keras,
+    "torch": _by_torch,
+    "the C compiler's program": _by_compiler,
+}
+BY_SUFFIX = {
+    ".safetensors": "cellstack",
+    ".onnx": "onnxruntime",
+    **dict.fromkeys((".keras", ".h5", ".hdf5"), "keras"),
+    **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".ckpt"), "torch"),
+    ".c": "the C compiler's program",
 }

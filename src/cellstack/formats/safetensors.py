@@ -14,6 +14,7 @@ Ref: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,7 @@ class _Tensors:
             raise FormatError(f"{where}: expected shape {_short(list(shape))}, found {_short(found)}")
         if 0 in shape:  # the other axis could be of any length, beyond what NumPy can count
             raise FormatError(f"{where}: expected at least one number, found shape {_short(found)}")
-        np.empty(shape, DTYPES[dtype])  # MemoryError where there is no room for it: the package would panic
+        np.empty(shape, DTYPES[dtype])  # a MemoryError where there is no room for it: the package would panic
         return self.file.get_tensor(name)
 
 
@@ -234,7 +235,7 @@ def load(path: str) -> Network:
         FormatError: the file is damaged, of a newer version, or not a network; names the file, the tensor, what was
             expected and what was found.
         OSError: the file can't be read.
-        MemoryError: there is no room for an array.
+        MemoryError: there is no room for it; names the file.
     """
     with _opened(path) as file:
         return load_weights(path, file) if _of_weights(file) else _read(path, file)
@@ -269,6 +270,8 @@ def _opened(path: str) -> Iterator[safe_open]:
         raise FormatError(f"{path}: expected a safetensors file, found {_short(str(error), 300)}") from None
     except RecursionError:
         raise FormatError(f"{path}: expected a description, found JSON nested too deep") from None
+    except MemoryError:  # what the operating system says names neither the file nor its size
+        raise MemoryError(f"{path}: expected memory for its {os.path.getsize(path):,} bytes, got too little") from None
 
 
 def _of_weights(file: safe_open) -> bool:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from cellstack.formats.files import replacing
-from cellstack.network import Network
-from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
-from cellstack.streaming.stream import Stream
+
+if TYPE_CHECKING:
+    from cellstack.network import Network
+    from cellstack.nodes.base import Array
+    from cellstack.streaming.stream import Stream
 
 KEY = "cellstack_state"
 VERSION = "1"
@@ -63,7 +65,7 @@ def load_state(path: str | PathLike[str], stream: Stream) -> tuple[Any, ...]:
         OSError: it can't be read.
 
     >>> import tempfile
-    >>> from cellstack import Cell, CellSpec, Recurrent
+    >>> from cellstack import Cell, CellSpec, Network, Recurrent
     >>> net = Network([Recurrent((Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8))),))])
     >>> stream, other = net.stream(), net.stream()
     >>> y = stream.step([[1.0]])

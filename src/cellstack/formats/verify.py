@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.runtimes import CannotRunError, Inputs, OtherSizesError, Runner, named, runner_of
+from cellstack.formats import runtimes
+from cellstack.formats.runtimes import CannotRunError, Inputs, OtherSizesError, named
 from cellstack.network import Network
 from cellstack.nodes import Embedding
 from cellstack.nodes.base import Array
 from cellstack.nodes.recurrent import WEIGHTS
+from cellstack.spec import ShapeError
 
 TOLERANCE = 1e-4
 """Greatest relative difference that passes where none is given: float32 on both sides, sums in other orders."""
-BATCH, STEPS = 5, 7  # of the input that is drawn, where the file has no lengths of its own
+BATCH, STEPS = 5, 7  # of the input that is drawn, where neither the network nor the file has lengths of its own
+MOST_STEPS = 256  # that are tried where a network takes one number of steps alone
 
 
 class Difference(NamedTuple):
@@ -85,6 +87,21 @@ class Report:
             one.shape == one.theirs and one.relative <= tolerance for one in self.differences
         )
 
+    def verdict(self, tolerance: float = TOLERANCE) -> str:
+        """Return what comes of it, in a line: `pass`, `fail` with what lies furthest apart, or `not verified`.
+
+        Args:
+            tolerance: greatest relative difference that passes.
+        """
+        if self.runtime is None:
+            return f"not verified: {self.note}"
+        if self.ok(tolerance):
+            return f"pass: every relative difference is within {tolerance:.1e}"
+        worst = max(self.differences, key=lambda one: (one.shape != one.theirs, one.relative))
+        if worst.shape != worst.theirs:
+            return f"fail: {worst.name} is of shape {list(worst.shape)}, theirs of {list(worst.theirs)}"
+        return f"fail: {worst.name} differs by {worst.relative:.2e}, more than {tolerance:.1e}"
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as what JSON can hold."""
         names = ("path", "runtime", "version", "inputs", "note", "drawn", "no_streams")
@@ -95,11 +112,18 @@ class Report:
         }
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, tolerance: float = TOLERANCE) -> str:
+        """Return the report as lines, the verdict last.
+
+        Args:
+            tolerance: greatest relative difference that passes.
+        """
         given = ", ".join(f"{name} {list(shape)}" for name, shape in self.inputs.items())
         given += ", drawn at random" if self.drawn else ""
-        if self.runtime is None:
-            lines = [f"{self.path}: not verified: {self.note}"]
-        else:
+        lines = []
+        if self.runtime is not None:
             rows = [("", "shape", "absolute", "relative")]
             for name, shape, theirs, absolute, relative in self.differences:
                 found = str(list(shape)) if shape == theirs else f"{list(shape)}, theirs {list(theirs)}"
@@ -115,7 +139,7 @@ class Report:
             lines += [f"streams of fewer bits: difference to float32 on {given}", *_aligned(rows)]
         elif self.no_streams:
             lines.append(f"streams of fewer bits: not measured: {self.no_streams}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"{self.path}: {self.verdict(tolerance)}"])
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
@@ -163,14 +187,14 @@ def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0
     path = fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(2, "no such file", path)
-    run = runner_of(path)
-    inputs = _drawn(net, seed, BATCH, STEPS) if x is None else net.as_inputs("verify", x)
+    runtimes.runtime_of(path)  # a file of no known format is an error before anything is run
+    inputs = _drawn(net, seed, BATCH, _steps(net)) if x is None else net.as_inputs("verify", x)
     try:
-        report = _run_both(net, path, run, inputs)
+        report = _run_both(net, path, inputs)
     except OtherSizesError as error:
         if x is None:
             inputs = _drawn(net, seed, error.batch, error.steps)
-            report = _run_both(net, path, run, inputs)
+            report = _run_both(net, path, inputs)
         else:
             report = _not_verified(path, inputs, error)
     rounded, why = _rounded(net, inputs) if streams else ((), "")
@@ -181,13 +205,11 @@ def _not_verified(path: str, inputs: Inputs, error: CannotRunError) -> Report:
     return Report(path, None, "", {name: array.shape for name, array in inputs.items()}, (), str(error))
 
 
-def _run_both(net: Network, path: str, run: Runner, inputs: Inputs) -> Report:
+def _run_both(net: Network, path: str, inputs: Inputs) -> Report:
     """Return the report on some inputs; `OtherSizesError` where the file takes others."""
     y, states = net.run(inputs)
     try:
-        with warnings.catch_warnings():  # what a runtime says of itself, such as which of its ways it takes
-            warnings.simplefilter("ignore")
-            theirs = run(net, path, inputs)
+        theirs = runtimes.run(net, path, inputs)
     except OtherSizesError:
         raise
     except CannotRunError as error:
@@ -231,6 +253,17 @@ def _rounded(net: Network, inputs: Inputs) -> tuple[tuple[Rounding, ...], str]:
 def _streamed(net: Network, inputs: Inputs, batch: int, weights: str) -> tuple[Array, ...]:
     y = net.stream(batch, weights=weights).run(dict(inputs) if len(inputs) > 1 else next(iter(inputs.values())))
     return y if isinstance(y, tuple) else (y,)
+
+
+def _steps(net: Network) -> int:
+    """Return how many steps a network takes: any, or those that a Dense behind a Flatten, say, was made for."""
+    for steps in (STEPS, *range(1, MOST_STEPS + 1)):
+        try:
+            net.run(_drawn(net, 0, 1, steps))
+        except ShapeError:
+            continue
+        return steps
+    return STEPS
 
 
 def _drawn(net: Network, seed: int, batch: int, steps: int) -> dict[str, Array]:

@@ -20,7 +20,7 @@ The op trusts its caller: shapes and dtypes are checked once, in the layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cellstack import _kernel, native
+from cellstack import native
 from cellstack.layers import eager
 from cellstack.spec import ARRAYS, CellSpec, ShapeError, described
 
@@ -55,11 +55,13 @@ class _Form(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]  # of the cell's arrays
     at: tuple[int, ...]  # where each of them is in ARRAYS
     sizes: tuple[int, ...]  # of the state's arrays
-    units: int
     width: int  # of h
-    planes: int
-    norm_size: int
     functions: list[eager.Function]
+
+    def every(self, batch: int, steps: int) -> list[tuple[int, ...]]:
+        """Return the shapes of what is kept of every step: y, gates, cells and norms, of size 0 where there is none."""
+        shapes = native.results(self.spec, batch, steps)
+        return [shapes.get(name, (0,)) for name in ("y", "gates", "cells", "norms")]
 
 
 @lru_cache(maxsize=1024)
@@ -71,10 +73,7 @@ def _form(text: str) -> _Form:
         tuple(spec.shapes.values()),
         tuple(ARRAYS.index(name) for name in spec.shapes),
         tuple(spec.state_sizes.values()),
-        spec.units,
         spec.output_size,
-        spec.planes,
-        spec.norm_size,
         [eager.function_of(activation) for activation in spec.activations],
     )
 
@@ -98,7 +97,8 @@ def _addresses(form: _Form, arrays: Sequence[Tensor | None]) -> tuple[int, ...]:
     """Return the addresses of a cell's arrays in the places that they have in ARRAYS."""
     addresses = [0] * len(ARRAYS)
     for at, array in zip(form.at, arrays, strict=True):
-        addresses[at] = _address(array)
+        if array is not None:
+            addresses[at] = array.data_ptr()
     return tuple(addresses)
 
 
@@ -123,11 +123,37 @@ def _checked(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> list
     return [_plain(weight) for weight in weights]
 
 
-def _pack(form: _Form, weights: Sequence[Tensor], like: Tensor, rows_steps: int) -> tuple[Any, list[Tensor]]:
+_ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
+
+
+def _weights(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype, copy: bool) -> tuple[Any, list[Tensor]]:
     """Return the kernel's weights, and what must be kept until the call has ended."""
-    flat = _checked(form, weights, like.dtype)
-    double = like.dtype is torch.float64
-    return _kernel.Packed(double, form.description, _addresses(form, flat), rows_steps > _UNPACKED_STEPS), flat
+    flat = _checked(form, weights, dtype)
+    return native.weights_at(form.description, _ELEMENTS[dtype], _addresses(form, flat), copy), flat
+
+
+def _flags(flags: Tensor | None) -> Tensor | None:
+    return None if flags is None else flags.contiguous()
+
+
+def _sequences(x: Tensor, mask: Tensor | None, reset: Tensor | None, reverse: bool) -> native.Sequences:
+    """Return `x [B, T, I]` and its flags, as memory has them, as the kernel takes them."""
+    (batch, steps, _), (stride_batch, stride_time, _) = x.shape, x.stride()
+    return native.Sequences(
+        batch, steps, x.data_ptr(), stride_batch, stride_time, _address(mask), _address(reset), reverse
+    )
+
+
+def _layer(
+    weights: Any, start: Sequence[Tensor], end: Sequence[Tensor], every: Sequence[Tensor], drops: Sequence[Tensor]
+) -> native.Layer:
+    """Return a layer of a call; `every` is y, gates, cells and norms of every step, or y alone, or nothing."""
+    kept = map(_address, every)
+    if not drops:
+        return native.Layer(weights, *_pair(start), *_pair(end), *kept)
+    recurrent_dropout, zoneout, zoneout_cell = map(_address, drops)
+    masks = {"recurrent_dropout": recurrent_dropout, "zoneout": zoneout, "zoneout_cell": zoneout_cell}
+    return native.Layer(weights, *_pair(start), *_pair(end), *kept, **masks)
 
 
 def _forward(
@@ -145,49 +171,29 @@ def _forward(
 ) -> list[Tensor]:
     batch, steps, _ = x.shape
     x = _rows(x)
-    mask, reset = (None if flags is None else flags.contiguous() for flags in (mask, reset))
+    mask, reset = _flags(mask), _flags(reset)
+    copy = batch * steps > _UNPACKED_STEPS
     begin, drops = [_plain(t) for t in starts], [_plain(t) for t in drops]
     arrays = iter(weights)
     ends, ys, gates, memory, norms, layers, kept = [], [], [], [], [], [], []
     for n, text in enumerate(cells):
         form = _form(text)
-        packed, flat = _pack(form, list(islice(arrays, len(form.at))), x, batch * steps)
+        packed, flat = _weights(form, list(islice(arrays, len(form.at))), x.dtype, copy)
         kept.append(flat)
-        has_c = len(form.sizes) > 1
-        first = len(ends)
-        ends += [x.new_empty(batch, size) for size in form.sizes]
+        end = [x.new_empty(batch, size) for size in form.sizes]
+        start = begin[len(ends) : len(ends) + len(end)]
+        ends += end
         if save:
-            gates.append(x.new_empty(batch, steps, form.planes, form.units))
-            memory.append(x.new_empty((batch, steps, form.units) if has_c else 0))
-            norms.append(x.new_empty((batch, steps, form.norm_size) if form.norm_size else 0))
-        if save or (sequences and n == len(cells) - 1):
-            ys.append(x.new_empty(batch, steps, form.width))
-        layers.append(
-            (
-                packed,
-                _address(begin[first]) if begin else 0,
-                _address(begin[first + 1]) if begin and has_c else 0,
-                ends[first].data_ptr(),
-                ends[first + 1].data_ptr() if has_c else 0,
-                ys[-1].data_ptr() if ys else 0,
-                gates[n].data_ptr() if save else 0,
-                _address(memory[n]) if save else 0,
-                _address(norms[n]) if save else 0,
-                *(map(_address, drops[3 * n : 3 * n + 3]) if drops else (0, 0, 0)),
-            )
-        )
-    _kernel.forward(
-        batch,
-        steps,
-        layers,
-        x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
-        _address(mask),
-        _address(reset),
-        reverse,
-        threads or torch.get_num_threads(),
-    )
+            every = [x.new_empty(shape) for shape in form.every(batch, steps)]
+            for group, tensor in zip((ys, gates, memory, norms), every, strict=True):
+                group.append(tensor)
+        elif sequences and n == len(cells) - 1:
+            every = [x.new_empty(batch, steps, form.width)]
+            ys += every
+        else:
+            every = []
+        layers.append(_layer(packed, start, end, every, drops[3 * n : 3 * n + 3]))
+    native.forward(_sequences(x, mask, reset, reverse), layers, threads or torch.get_num_threads())
     return [*ends, *ys, *gates, *memory, *norms]
 
 
@@ -210,54 +216,36 @@ def _backward(
     `saved` holds y, gates, cells, norms (each a layer), `grads` the gradients of all results of the forward, None for
     zeros.
     """
-    count, (batch, steps, _) = len(cells), x.shape
+    count = len(cells)
     results = [t.new_empty(t.shape) if want else None for t, want in zip([x, *starts, *weights], wanted, strict=True)]
-    mask, reset = (None if flags is None else flags.contiguous() for flags in (mask, reset))
-    forms = [_form(text) for text in cells]
-    ends = sum(len(form.sizes) for form in forms)
-    at_state, at_weight = ends, len(weights)  # of the layer above
-    from_above: Tensor | None = None
-    for n in reversed(range(count)):
-        form = forms[n]
-        at_state, at_weight = at_state - len(form.sizes), at_weight - len(form.at)
-        of_state = slice(at_state, at_state + len(form.sizes))
-        arrays = _checked(form, weights[at_weight : at_weight + len(form.at)], x.dtype)
-        below = _rows(x) if n == 0 else saved[n - 1]
-        dy, dgates, dcells = (_given(grads[ends + k * count + n]) for k in range(3))
-        if from_above is not None:
-            dy = from_above if dy is None else dy + from_above
-        dends = [_given(grad) for grad in grads[of_state]]
-        begin = [_plain(start) for start in starts[of_state]]
-        dbegin = results[1:][of_state] if starts else []
-        darrays = results[1 + len(starts) + at_weight :][: len(form.at)]
-        masks = [_plain(drop) for drop in drops[3 * n : 3 * n + 3]]
-        lower = [wanted[0], *wanted[1:][: at_state if starts else 0], *wanted[1 + len(starts) :][:at_weight]]
-        # The gradient of the layer's input: a result for the lowest, for the others the dy of the next one.
-        dx = results[0] if n == 0 else below.new_empty(below.shape) if any(lower) else None
-        _kernel.backward(
-            x.dtype is torch.float64,
-            form.description,
-            batch,
-            steps,
-            _addresses(form, arrays),
-            below.data_ptr(),
-            below.stride(0),
-            below.stride(1),
-            _address(mask),
-            _address(reset),
-            reverse,
-            (
-                *_pair(begin),
-                *(_address(saved[k * count + n]) for k in range(4)),
-                *(map(_address, masks) if masks else (0, 0, 0)),
-            ),
-            (_address(dy), *_pair(dends), _address(dgates), _address(dcells)),
-            (_address(dx), *_pair(dbegin), _addresses(form, darrays)),
-            threads or torch.get_num_threads(),
+    wanted_starts = iter(results[1 : 1 + len(starts)])
+    wanted_arrays = iter(results[1 + len(starts) :])
+    x = _rows(x)
+    mask, reset = _flags(mask), _flags(reset)
+    begin, drops, given = [_plain(t) for t in starts], [_plain(t) for t in drops], [_given(grad) for grad in grads]
+    arrays = iter(weights)
+    every = sum(len(_form(text).sizes) for text in cells)  # where gradients of what is kept of every step begin
+    layers, gradients, kept, first = [], [], [], 0
+    for n, text in enumerate(cells):
+        form = _form(text)
+        own = slice(first, first + len(form.sizes))
+        first = own.stop
+        lying, flat = _weights(form, list(islice(arrays, len(form.at))), x.dtype, copy=False)
+        kept.append(flat)
+        layers.append(_layer(lying, begin[own], (), saved[n::count], drops[3 * n : 3 * n + 3]))
+        dy, dgates, dcells = given[every + n :: count][:3]
+        gradients.append(
+            native.Gradients(
+                _address(dy),
+                *_pair(given[own]),
+                _address(dgates),
+                _address(dcells),
+                _address(results[0]) if n == 0 else 0,
+                *_pair(list(islice(wanted_starts, len(form.sizes) if starts else 0))),
+                _addresses(form, list(islice(wanted_arrays, len(form.at)))),
+            )
         )
-        if dx is None:
-            break
-        from_above = dx
+    native.backward(_sequences(x, mask, reset, reverse), layers, gradients, threads or torch.get_num_threads())
     return [result for result in results if result is not None]
 
 
@@ -267,21 +255,7 @@ def _given(grad: Tensor | None) -> Tensor | None:
 
 def _pair(arrays: Sequence[Tensor | None]) -> tuple[int, int]:
     """Return the addresses of h and c, of those that there are."""
-    h, c, *_ = [*map(_address, arrays), 0, 0]
-    return h, c
-
-
-def _shapes(x: Tensor, cells: Sequence[str]) -> Iterator[list[list[Any]]]:
-    """Give for each layer the shapes of its results: of the states after; of y, gates, cells and norms."""
-    batch, steps, _ = x.shape
-    for text in cells:
-        form = _form(text)
-        memory = [batch, steps, form.units] if len(form.sizes) > 1 else [0]
-        norms = [batch, steps, form.norm_size] if form.norm_size else [0]
-        yield [
-            [[batch, size] for size in form.sizes],
-            [[batch, steps, form.width], [batch, steps, form.planes, form.units], memory, norms],
-        ]
+    return _address(arrays[0]) if arrays else 0, _address(arrays[1]) if len(arrays) > 1 else 0
 
 
 def _fake_forward(
@@ -297,12 +271,15 @@ def _fake_forward(
     save: bool,
     threads: int,
 ) -> list[Tensor]:
-    layers = list(_shapes(x, cells))
-    shapes = [shape for states, _ in layers for shape in states]
+    batch, steps, _ = x.shape
+    forms = [_form(text) for text in cells]
+    shapes: list[tuple[int, ...]] = [(batch, size) for form in forms for size in form.sizes]
     if save:
-        shapes += [kept[k] for k in range(4) for _, kept in layers]
+        shapes += [
+            shape for group in zip(*(form.every(batch, steps) for form in forms), strict=True) for shape in group
+        ]
     elif sequences:
-        shapes.append(layers[-1][1][0])
+        shapes.append((batch, steps, forms[-1].width))
     return [x.new_empty(shape) for shape in shapes]
 
 
@@ -402,7 +379,7 @@ torch.library.register_fake("cellstack::recurrent_backward", _fake_backward, lib
 torch.library.register_autograd("cellstack::recurrent", _differentiate, setup_context=_keep, lib=_LIBRARY)
 
 recurrent = torch.ops.cellstack.recurrent.default
-isa = _kernel.isa
+isa = native.isa
 
 
 # ── Straight to the kernel ─────────────────────────────────────────────────────────────────────────────────────────
@@ -454,13 +431,13 @@ def run(
 def step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], cell: str) -> tuple[Tensor, ...]:
     """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, a state or nothing."""
     batch, form = x.shape[0], _form(cell)
-    packed, _kept = _pack(form, weights, x, batch)
+    packed, _kept = _weights(form, weights, x.dtype, batch > _UNPACKED_STEPS)
     x = _plain(x)  # a foreign cell's output may be a negated view
     begin = [_plain(part) for part in state]
     ends = tuple([x.new_empty(batch, size) for size in form.sizes])
-    layer = (packed, *_pair(begin), *_pair(ends), 0, 0, 0, 0, 0, 0, 0)
+    frames = native.Sequences(batch, 1, x.data_ptr(), x.shape[1], x.shape[1])
     threads = 1 if batch == 1 else torch.get_num_threads()
-    _kernel.forward(batch, 1, [layer], x.data_ptr(), x.shape[1], x.shape[1], 0, 0, False, threads)
+    native.forward(frames, [native.Layer(packed, *_pair(begin), *_pair(ends))], threads)
     return ends
 
 

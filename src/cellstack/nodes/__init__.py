@@ -3,8 +3,9 @@
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.dense import Dense
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.nodes.shape import Flatten, Merge, Permute, Repeat, Reshape, Select
-from cellstack.nodes.steps import Activation, Embedding, LayerNorm, Masking, Scale, Standardise
+from cellstack.nodes.reduce import Reduce
+from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, Reshape, Select
+from cellstack.nodes.steps import Activation, Clip, Embedding, LayerNorm, Masking, Scale, Standardise
 from cellstack.nodes.time import Conv1D, GlobalPool, Pool1D
 
 NODES: dict[str, type[Node]] = {
@@ -17,11 +18,14 @@ NODES: dict[str, type[Node]] = {
         LayerNorm,
         Dense,
         Activation,
+        Clip,
         Embedding,
         Masking,
         Conv1D,
         Pool1D,
         GlobalPool,
+        Reduce,
+        Pad,
         Flatten,
         Reshape,
         Permute,
@@ -38,6 +42,7 @@ __all__ = [
     "Array",
     "Bidirectional",
     "Cell",
+    "Clip",
     "Conv1D",
     "Dense",
     "Embedding",
@@ -47,9 +52,11 @@ __all__ = [
     "Masking",
     "Merge",
     "Node",
+    "Pad",
     "Permute",
     "Pool1D",
     "Recurrent",
+    "Reduce",
     "Repeat",
     "Reshape",
     "Scale",

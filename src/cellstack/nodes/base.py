@@ -149,6 +149,17 @@ def hold(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array
     return array
 
 
+def padded(x: Array, before: int, after: int, value: float, axis: int = 1) -> Array:
+    """Return `x` with so many entries of `value` before and after an axis, as a rule steps."""
+    if not before and not after:
+        return x
+    shape = list(x.shape)
+    shape[axis] += before + after
+    y = np.full(shape, value, x.dtype)
+    y[(slice(None),) * axis + (slice(before, before + x.shape[axis]),)] = x
+    return y
+
+
 def one_dtype(owner: str, arrays: dict[str, Array | None]) -> np.dtype[Any]:
     """Return the dtype that all the arrays share; `TypeError` names the first that differs."""
     (first, head), *rest = ((name, array) for name, array in arrays.items() if array is not None)

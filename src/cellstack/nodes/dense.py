@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cellstack import _kernel, native, spec
+from cellstack import native, spec
 from cellstack.nodes.base import (
     MORE_ACTIVATIONS,
     Array,
@@ -81,9 +81,8 @@ class Dense(Stepwise):
             raise TypeError(f"Dense: expected x of {self.kernel.dtype}, got {x.dtype}")
         x = np.require(x, requirements=("C", "A"))
         y = np.empty((*x.shape[:-1], self.kernel.shape[1]), x.dtype)
-        rows = x.size // self.kernel.shape[0]
-        layer = (self.packed, 0, 0, 0, 0, y.ctypes.data, 0, 0, 0, 0, 0, 0)
-        _kernel.forward(1, rows, [layer], x.ctypes.data, 0, x.shape[-1], 0, 0, False, 1)
+        rows = native.Sequences(1, x.size // self.kernel.shape[0], x, 0, x.shape[-1])
+        native.forward(rows, [native.Layer(self.packed, y=y)], 1)
         return self.beyond(y) if self.beyond else y
 
     @property
@@ -94,4 +93,4 @@ class Dense(Stepwise):
     def engine(self, dtype: np.dtype[Any]) -> str:
         """See `Node.engine`."""
         after = f", {self.activation} in NumPy" if self.beyond else ""
-        return f"fused kernel ({_kernel.isa()}, {dtype}): one product{after}"
+        return f"fused kernel ({native.isa()}, {dtype}): one product{after}"

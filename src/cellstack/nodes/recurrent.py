@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack import _kernel, native
+from cellstack import native
 from cellstack.nodes.base import (
     Array,
     CellState,
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
     from cellstack.nodes.stored import Entry
 
-WEIGHTS = {"float32": 32, "bfloat16": 16, "int8": 8}
-"""Forms that a stream can hold the matrices of its cells in, and their bits; float64 cells keep theirs."""
+WEIGHTS = ("float32", "bfloat16", "int8")
+"""What a stream can hold the matrices of its cells in; float64 cells keep theirs."""
 
 MOST_DEPTH = (2**31 - 1) // 127**2
 """Products of two numbers of 8 bits that a sum of 32 can hold, whatever they are."""
@@ -135,15 +135,12 @@ class Cell:
             TypeError: fewer bits of a float64 cell.
             ValueError: more features or units than sums of whole numbers can hold.
         """
-        bits = WEIGHTS[weights]
-        if bits < 32 and self.dtype != np.float32:
+        if weights != "float32" and self.dtype != np.float32:
             raise TypeError(f"Cell: expected float32 arrays for weights={weights!r}, got {self.dtype}")
         depth = max(self.spec.input_size, self.spec.units)
-        if bits == 8 and depth > MOST_DEPTH:
+        if weights == "int8" and depth > MOST_DEPTH:
             raise ValueError(f"Cell: expected at most {MOST_DEPTH} features and units for weights='int8', got {depth}")
-        arrays = self.arrays
-        addresses = tuple(arrays[name].ctypes.data if name in arrays else 0 for name in ARRAYS)
-        return _kernel.Packed(self.dtype == np.float64, native.description(self.spec), addresses, True, bits)
+        return native.weights(self.spec, self.arrays, None if weights == "float32" else weights)
 
     @property
     def multiplications(self) -> int:
@@ -196,6 +193,17 @@ def _summary(cells: tuple[Cell, ...]) -> str:
         start = "" if parts else f" {cells[0].spec.input_size}"
         parts.append(f"{KIND_NAMES[kind]}{start}{widths}{f' ({flags})' if flags else ''}")
     return ", ".join(parts)
+
+
+class Record(NamedTuple):
+    """What a cell did at every step of a call, in the order of time whichever way it ran."""
+
+    gates: Array
+    """`[B, T, planes, H]`, after their activations, in the order of `spec.GATES`: see `CellSpec.planes`."""
+    c: Array | None
+    """`[B, T, H]`; None without a cell."""
+    h: Array
+    """`[B, T, P]`, before a residual sum, and before steps that the mask leaves out become zeros."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,13 +297,16 @@ class Recurrent(Node):
         steps, _ = super().check(owner, *shapes)
         return (steps, self.units) if self.return_sequences else (self.units,)
 
-    def forward(self, flow: Flow, states: tuple[CellState | None, ...], threads: int) -> tuple[Array, list[CellState]]:
+    def forward(
+        self, flow: Flow, states: tuple[CellState | None, ...], threads: int, record: list[Record] | None = None
+    ) -> tuple[Array, list[CellState]]:
         """Run the stack over `flow.x [B, T, I]` of any strides.
 
         Args:
             flow: with it a mask and resets `[B, T]`, or None.
             states: one a cell, contiguous arrays of the cell's dtype; None = the cells' own initial state.
             threads: how many the kernel may use.
+            record: where the `Record` of each cell is appended, if at all.
 
         Returns:
             `(y, states)`, where `y` is `[B, T, W]` in the order of `x` whatever `go_backwards` says, or `[B, W]`.
@@ -307,7 +318,7 @@ class Recurrent(Node):
             done = len(after) + len(cells)
             wanted = self.return_sequences or added or done < len(self.cells)
             x = y
-            y, ends = self._call(cells, x, mask, reset, states[len(after) : done], wanted, threads)
+            y, ends = self._call(cells, x, mask, reset, states[len(after) : done], wanted, threads, record)
             after += ends
             if added:
                 y = self._add(y, x, mask, reset)
@@ -327,24 +338,26 @@ class Recurrent(Node):
         states: tuple[CellState | None, ...],
         wanted: bool,
         threads: int,
+        record: list[Record] | None,
     ) -> tuple[Array, list[CellState]]:
         """Run some of the cells in one call of the kernel; y, the top one's h, is without steps unless `wanted`."""
         batch, steps, _ = x.shape
-        item = x.itemsize
-        if x.strides[2] != item or any(s % item for s in x.strides) or not x.flags.aligned:
-            x = np.ascontiguousarray(x)
-        mask, reset = (None if flags is None else np.ascontiguousarray(flags) for flags in (mask, reset))
         y = np.empty((batch, steps if wanted else 0, cells[-1].spec.output_size), x.dtype)
         after: list[CellState] = []
         layers = []
         for cell, before in zip(cells, states, strict=True):
-            sizes = cell.spec.state_sizes.values()
-            after.append(STATES[cell.spec.kind](*(np.empty((batch, size), x.dtype) for size in sizes)))
-            top = y.ctypes.data if wanted and len(after) == len(cells) else 0
-            layers.append((cell.packed, *_addresses(before), *_addresses(after[-1]), top, 0, 0, 0, 0, 0, 0))
-        strides = (x.strides[0] // item, x.strides[1] // item)
-        mask_at, reset_at = (0 if flags is None else flags.ctypes.data for flags in (mask, reset))
-        _kernel.forward(batch, steps, layers, x.ctypes.data, *strides, mask_at, reset_at, self.go_backwards, threads)
+            spec, kept = cell.spec, {}
+            after.append(STATES[spec.kind](*(np.empty((batch, size), x.dtype) for size in spec.state_sizes.values())))
+            if record is not None:
+                shapes = native.results(spec, batch, steps)
+                kept = {name: np.empty(shapes[name], x.dtype) for name in ("gates", "cells", "y") if name in shapes}
+                record.append(Record(kept["gates"], kept.get("cells"), kept["y"]))
+            elif wanted and len(after) == len(cells):
+                kept = {"y": y}
+            layers.append(native.Layer(cell.packed, *_pair(before), *_pair(after[-1]), **kept))
+        native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
+        if record is not None and wanted:
+            y[:] = record[-1].h  # what becomes of y from here on is no business of the record's
         return y, after
 
     def _add(self, h: Array, x: Array, mask: NDArray[np.bool_] | None, reset: NDArray[np.bool_] | None) -> Array:
@@ -361,10 +374,16 @@ class Recurrent(Node):
         y = np.take_along_axis((h + x)[:, order], np.maximum(last, 0), axis=1)
         return np.where(last < 0, h[:, order], y)[:, order]
 
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
+    def run(
+        self,
+        flows: Sequence[Flow],
+        states: tuple[CellState | None, ...],
+        threads: int,
+        record: list[Record] | None = None,
+    ) -> Flow:
+        """See `Node.run`; `record`: where the `Record` of each cell is appended, if at all."""
         (flow,) = flows
-        y, ends = self.forward(flow, states, threads)
+        y, ends = self.forward(flow, states, threads, record)
         after = tuple(ends)
         if not self.return_sequences:
             return Flow(y, None, None, after)
@@ -401,7 +420,7 @@ class Recurrent(Node):
 
     def engine(self, dtype: np.dtype[Any]) -> str:
         """See `Node.engine`."""
-        return f"fused kernel ({_kernel.isa()}, {dtype}): {self.calls}"
+        return f"fused kernel ({native.isa()}, {dtype}): {self.calls}"
 
     @property
     def calls(self) -> str:
@@ -411,10 +430,10 @@ class Recurrent(Node):
         return count if cells == 1 else f"{count} for the stack of {cells} cells"
 
 
-def _addresses(state: CellState | None) -> tuple[int, ...]:
-    """Return where h and c lie; 0 where there is none."""
-    found = [array.ctypes.data for array in state or ()]
-    return (*found, 0, 0)[:2]
+def _pair(state: CellState | None) -> tuple[Array | None, Array | None]:
+    """Return h and c; None where there is none."""
+    h, c, *_ = (*(state or ()), None, None)
+    return h, c
 
 
 def _from_the_end(reset: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
@@ -487,12 +506,18 @@ class Bidirectional(Node):
         units = self.forward.units + (self.backward.units if self.merge_mode == "concat" else 0)
         return (steps, units) if self.forward.return_sequences else (units,)
 
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
+    def run(
+        self,
+        flows: Sequence[Flow],
+        states: tuple[CellState | None, ...],
+        threads: int,
+        record: list[Record] | None = None,
+    ) -> Flow:
+        """See `Recurrent.run`; the forward half is recorded first."""
         (flow,) = flows
         half = len(self.forward.cells)
-        ahead, after = self.forward.forward(flow, states[:half], threads)
-        back, after_back = self.backward.forward(flow, states[half:], threads)
+        ahead, after = self.forward.forward(flow, states[:half], threads, record)
+        back, after_back = self.backward.forward(flow, states[half:], threads, record)
         if self.merge_mode == "concat":
             y = np.concatenate([ahead, back], axis=-1)
         elif self.merge_mode == "mul":
@@ -531,4 +556,4 @@ class Bidirectional(Node):
     def engine(self, dtype: np.dtype[Any]) -> str:
         """See `Node.engine`."""
         calls = f"{self.forward.calls}, {self.backward.calls} back, merged in NumPy"
-        return f"fused kernel ({_kernel.isa()}, {dtype}): {calls}"
+        return f"fused kernel ({native.isa()}, {dtype}): {calls}"

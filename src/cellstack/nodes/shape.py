@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from cellstack.nodes.base import (
     Shape,
     check_choice,
     check_integer,
+    check_number,
+    padded,
     shown,
 )
 from cellstack.spec import ShapeError
@@ -43,6 +45,14 @@ NEUTRAL = {
     "min": np.inf,
 }  # what a step counts as that its mask leaves out; elsewhere, what it holds
 NOT_FRAMES = "it makes one shape of the whole sequence, which a stream doesn't have"
+
+
+def check_axis(owner: str, axis: Any) -> int:
+    """Return `axis` as an int; `ValueError` unless it is a whole number other than 0, the batch."""
+    whole = isinstance(axis, (int, np.integer)) and not isinstance(axis, bool)
+    if not whole or axis == 0 or abs(axis) > MOST_AXES:
+        raise ValueError(f"{owner}: expected axis to be an integer other than 0, got {axis!r:.80}")
+    return int(axis)
 
 
 def place_of(axis: int, axes: int) -> int:
@@ -354,6 +364,80 @@ class Select(Node):
 
 
 @dataclass(frozen=True, eq=False)
+class Pad(Node):
+    """More entries of one value before and after an axis, as a rule steps of zeros.
+
+    Over time mask and resets end, as with the padding of a convolution.
+
+    Args:
+        before: how many come before.
+        after: how many come after.
+        value: what they hold.
+        axis: which, counted from 0, the batch; 1 is time, -1 the features. Not 0.
+
+    Raises:
+        ValueError: numbers below 0, a value that isn't finite, or axis 0.
+
+    >>> Pad(1, 0).apply(np.array([[[1.0, 2.0]]]))
+    array([[[0., 0.],
+            [1., 2.]]])
+    """
+
+    before: int
+    after: int
+    value: float = 0.0
+    axis: int = 1
+    file_type = "pad"
+    settings: ClassVar = {"before": int, "after": int, "value": float, "axis": int}
+
+    def __post_init__(self) -> None:
+        for name in ("before", "after"):
+            object.__setattr__(self, name, check_integer("Pad", name, getattr(self, name), least=0))
+        object.__setattr__(self, "value", check_number("Pad", "value", self.value))
+        object.__setattr__(self, "axis", check_axis("Pad", self.axis))
+        object.__setattr__(self, "keeps_width", self.axis == 1)
+        object.__setattr__(self, "mixes_steps", self.axis == 1 or self.axis < -1)  # where that may be time
+
+    def place(self, axes: int) -> int:
+        """See `place_of`."""
+        return place_of(self.axis, axes)
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        (shape,) = shapes
+        at = self.place(len(shape))
+        if not at:
+            raise ShapeError(f"{owner}: Pad expected a value with an axis {self.axis}, got {shown(shape)}")
+        length = shape[at - 1]
+        return (*shape[: at - 1], None if length is None else self.before + length + self.after, *shape[at:])
+
+    def apply(self, x: Array) -> Array:
+        """Return `x [B, …]` padded."""
+        place = self.place(x.ndim - 1)
+        return padded(x, self.before, self.after, self.value, place)
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        return Flow(self.apply(flow.x), self.mask_of(flows), None if self.mixes_steps else flow.reset)
+
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return None if self.place(axes) == 1 else masks[0]
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        if self.place(len(shapes[0])) == len(shapes[0]):
+            return FrameRule(step=replace(self, axis=-1).apply)
+        return FrameRule("it puts steps before or after the sequence, and a stream answers after every frame")
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"{self.before} before and {self.after} after axis {self.axis}, of {self.value:g}"
+
+
+@dataclass(frozen=True, eq=False)
 class Merge(Node):
     """Several values made one: put end to end, or taken together number by number.
 
@@ -380,10 +464,7 @@ class Merge(Node):
     def __post_init__(self) -> None:
         check_choice("Merge", "mode", self.mode, MODES)
         object.__setattr__(self, "heeds_mask", self.mode in NEUTRAL)
-        whole = isinstance(self.axis, (int, np.integer)) and not isinstance(self.axis, bool)
-        if not whole or self.axis == 0 or abs(self.axis) > 32:
-            raise ValueError(f"Merge: expected axis to be an integer other than 0, got {self.axis!r:.80}")
-        object.__setattr__(self, "axis", int(self.axis))
+        object.__setattr__(self, "axis", check_axis("Merge", self.axis))
 
     def place(self, axes: int) -> int:
         """See `place_of`."""

@@ -209,6 +209,48 @@ class Activation(Stepwise):
 
 
 @dataclass(frozen=True, eq=False)
+class Clip(Stepwise):
+    """`min(max(x, low), high)`, number by number; NaN stays NaN.
+
+    Args:
+        low: the least that comes out; None = whatever goes in.
+        high: the greatest that comes out; None = whatever goes in.
+
+    Raises:
+        ValueError: neither of them, a bound that isn't a finite number, or a low above the high.
+
+    >>> Clip(0.0, 2.0).apply(np.array([-1.0, 1.0, 3.0]))
+    array([0., 1., 2.])
+    """
+
+    low: float | None = None
+    high: float | None = None
+    file_type = "clip"
+    settings: ClassVar = {"low": (float, type(None)), "high": (float, type(None))}
+    keeps_width = True
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_number("Clip", name, getattr(self, name)))
+        if self.low is None and self.high is None:
+            raise ValueError("Clip: expected a low or a high, got neither")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"Clip: expected low up to high, got {self.low:g} and {self.high:g}")
+
+    def apply(self, x: Array) -> Array:
+        """Return `x [..., W]` with its numbers within the bounds."""
+        y = x if self.low is None else np.maximum(x, x.dtype.type(self.low))
+        return y if self.high is None else np.minimum(y, x.dtype.type(self.high))
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        ends = [f"{word} {bound:g}" for word, bound in (("from", self.low), ("to", self.high)) if bound is not None]
+        return " ".join(ends)
+
+
+@dataclass(frozen=True, eq=False)
 class Embedding(Node):
     """Rows of a table: ids `[B, T]` to `[B, T, E]`.
 

@@ -23,7 +23,9 @@ from cellstack.nodes.base import (
     check_integer,
     hold,
     one_dtype,
+    padded,
 )
+from cellstack.nodes.reduce import reduced
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
@@ -66,16 +68,6 @@ def pads(padding: str | tuple[int, int], steps: int, span: int, strides: int) ->
 def windows(steps: int, span: int, strides: int) -> int:
     """Return how many windows of `span` steps fit into `steps`."""
     return max(0, (steps - span) // strides + 1)
-
-
-def padded(x: Array, before: int, after: int, value: float) -> Array:
-    """Return `x [B, T, W]` with steps of `value` before and after it."""
-    if not before and not after:
-        return x
-    batch, steps, width = x.shape
-    y = np.full((batch, before + steps + after, width), value, x.dtype)
-    y[:, before : before + steps] = x
-    return y
 
 
 def steps_out(steps: int | None, padding: str | tuple[int, int], span: int, strides: int) -> int | None:
@@ -368,19 +360,16 @@ class GlobalPool(Node):
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         """See `Node.run`."""
         (flow,) = flows
-        x = flow.x
-        used = np.ones(x.shape[:2], bool) if flow.mask is None else flow.mask
-        counts = used.sum(axis=1)[:, None]  # [B, 1]
+        x, mask = flow.x, flow.mask
+        if self.mode != "last":
+            return Flow(reduced(self.mode, x, 1, None if mask is None else mask[:, :, None]))
         if x.shape[1] == 0:
             return Flow(np.zeros((x.shape[0], x.shape[2]), x.dtype))
-        if self.mode == "mean":
-            y = np.where(used[:, :, None], x, 0.0).sum(axis=1, dtype=np.float64) / np.maximum(counts, 1)
-        elif self.mode == "max":
-            y = np.where(used[:, :, None], x, -np.inf).max(axis=1)
-        else:
-            last = x.shape[1] - 1 - np.argmax(used[:, ::-1], axis=1)  # [B]
-            y = x[np.arange(len(x)), last]
-        return Flow(np.where(counts > 0, y, 0.0).astype(x.dtype))
+        if mask is None:
+            return Flow(x[:, -1].copy())
+        last = x.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)  # [B]
+        some = np.any(mask, axis=1, keepdims=True)
+        return Flow(np.where(some, x[np.arange(len(x)), last], x.dtype.type(0)))
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         """See `Node.mask_after`."""

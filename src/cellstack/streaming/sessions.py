@@ -91,8 +91,7 @@ class Sessions:
         parts = []
         for cells, added in node.parts:
             held = [next(states) for _ in cells]
-            addresses = [tuple(array.ctypes.data for array in arrays) for arrays in held]
-            ends = [(*pair, 0)[:2] for pair in addresses]
+            ends = [(*arrays, None)[:2] for arrays in held]
             parts.append(([cell.packed for cell in cells], ends, cells[-1].spec.output_size, added))
 
         def run(slots: Any, x: Array) -> Array:
@@ -100,13 +99,11 @@ class Sessions:
                 x = np.ascontiguousarray(x)
                 y = np.empty((len(x), width), x.dtype)
                 layers = [
-                    (weights, *end, *end, y.ctypes.data if n == len(packed) else 0, *(0,) * 6)
+                    _kernel.Layer(weights, *end, *end, y=y if n == len(packed) else None)
                     for n, (weights, end) in enumerate(zip(packed, ends, strict=True), start=1)
                 ]
-                row = x.shape[1]
-                _kernel.forward(
-                    len(x), 1, layers, x.ctypes.data, row, row, 0, 0, False, self.threads, slots.ctypes.data
-                )
+                frames = _kernel.Sequences(len(x), 1, x, x.shape[1], x.shape[1], places=slots)
+                _kernel.forward(frames, layers, self.threads)
                 x = np.add(x, y, out=y) if added else y
             return x
 

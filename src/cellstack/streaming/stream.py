@@ -133,7 +133,7 @@ class Stream:
                 else:
                     assert isinstance(part, Dense)
                     packed.append(part.packed)
-        kernel, after = _kernel.Stream(packed, self.batch, self.threads), beyond(layers[-1])
+        kernel, after = _kernel.stream(packed, self.batch, self.threads), beyond(layers[-1])
         self._layers += [(kernel, place) for place in cells]
 
         def run(steps: tuple[int, ...], x: Array) -> Array:

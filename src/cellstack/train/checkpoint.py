@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from pickle import UnpicklingError
@@ -26,9 +27,15 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write `state` to `path`: a process that dies meanwhile leaves the file that was there before, whole."""
+    """Write `state` to `path`: a process that dies meanwhile leaves the file that was there before, whole.
+
+    Raises:
+        OSError: it can't be written, as where the disk is full; the file that was there before stays.
+    """
+    buffer = io.BytesIO()  # not the file, as torch makes errors of its own of those of writing
+    torch.save({"cellstack_checkpoint": VERSION, **state}, buffer)
     with replacing(path) as file:
-        torch.save({"cellstack_checkpoint": VERSION, **state}, file)
+        file.write(buffer.getbuffer())
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

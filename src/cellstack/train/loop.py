@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cellstack import layers
+from cellstack.formats.files import check_replaceable
 from cellstack.spec import FormatError
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.checks import UsageError
@@ -89,6 +91,7 @@ class Fit:
         steps: steps of the optimiser.
         seconds: time spent in this call.
         interrupted: Ctrl-C ended it.
+        checkpoint_error: why the last checkpoint could not be written; "" where it was, or none was asked for.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -96,6 +99,7 @@ class Fit:
     steps: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    checkpoint_error: str = ""
 
 
 def fit(
@@ -119,7 +123,8 @@ def fit(
         examples: the data.
         training, validation: positions in `examples`; the latter may be empty.
         settings: how to fit.
-        checkpoint: file that is written after every epoch and on Ctrl-C.
+        checkpoint: file that is written after every epoch and on Ctrl-C. Where that fails, as on a full disk, there is
+            a warning, the checkpoint before stays, and the fit goes on.
         resume: go on from `checkpoint` where it exists.
         progress: show a bar with loss, metric, steps/s and time left on standard error.
         team: the processes that share each batch; this one alone where None.
@@ -131,11 +136,15 @@ def fit(
         UsageError: nothing to train on, a loss that isn't finite, or a checkpoint of other settings, another model or
             other data.
         FormatError: a damaged checkpoint.
+        OSError: `checkpoint` is where no file can be written, which is told before the first step.
     """
     if not len(training):
         raise UsageError("expected at least one example to train on, got none")
+    team = team or Processes()
+    if checkpoint is not None and team.rank == 0:
+        check_replaceable(checkpoint)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _interruptible() as interrupt:
-        run = _Run(model, inputs, examples, training, validation, settings, team or Processes())
+        run = _Run(model, inputs, examples, training, validation, settings, team)
         if resume and checkpoint is not None and Path(checkpoint).exists():
             run.restore(checkpoint)
         return run.go(checkpoint, progress, interrupt)
@@ -189,7 +198,7 @@ class _Run:
                 if self.step == len(order):
                     self.close_epoch()
                 if checkpoint is not None and self.team.rank == 0:
-                    checkpoints.save(checkpoint, self.state())
+                    self.save(checkpoint)
         result.steps = self.epoch * self.per_epoch + self.step
         result.seconds = time.perf_counter() - started
         if self.best_weights is not None:
@@ -322,6 +331,17 @@ class _Run:
             "best": self.result.best,
         }
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint; work done isn't lost where that fails, so the fit goes on."""
+        failed, self.result.checkpoint_error = self.result.checkpoint_error, ""
+        try:
+            checkpoints.save(path, self.state())
+        except OSError as error:
+            self.result.checkpoint_error = f"{os.fspath(path)}: {error.strerror or error}"
+            if not failed:  # once, not after each epoch that follows
+                said = f"the checkpoint could not be written, training goes on: {self.result.checkpoint_error}"
+                warnings.warn(said, RuntimeWarning, stacklevel=2)
+
     def restore(self, path: str | os.PathLike[str]) -> None:
         state = checkpoints.load(path)
         for name, mine in self.fingerprint.items():
@@ -355,9 +375,13 @@ def _digest(arrays: Iterable[NDArray]) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Give an event that the first Ctrl-C sets; the second one does what it always does."""
+    """Give an event that the first Ctrl-C sets; the second one does what it always does.
+
+    Where SIGINT is ignored, as in the background of a shell, it stays so.
+    """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+    in_main = threading.current_thread() is threading.main_thread()  # signals reach no other
+    if not in_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield event
         return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from cellstack.network import Network
-from cellstack.spec import FormatError
+from cellstack.spec import CellSpec, FormatError
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Examples, Inputs, Labelled, split, spread
@@ -59,6 +60,7 @@ class Control:
             raise UsageError(f"expected validation in [0, 1), got {self.validation}")
 
 
+COPIES = 4  # of each weight that training keeps at least: itself, its gradient, and two moments of Adam
 NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
 
 
@@ -167,13 +169,58 @@ def _train(
     settings: Settings,
     control: Control,
 ) -> tuple[Model, Fit, int]:
-    """Build a model that ends in `head` and fit it; returns both and this process's rank."""
+    """Build a model that ends in `head` and fit it; returns both and this process's rank.
+
+    Raises:
+        UsageError: a model whose weights and what training keeps beside them this machine can't hold.
+        MemoryError: torch can't have the memory that a step takes.
+    """
+    check_memory(shape, len(inputs.standardise[0]), head["outputs"])
+    try:
+        return _fitted(head, inputs, examples, parts, shape, settings, control)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(str(error).partition("can't allocate memory: ")[2] or str(error)) from None
+        raise
+
+
+def _fitted(
+    head: dict[str, Any],
+    inputs: Inputs,
+    examples: Examples,
+    parts: tuple[NDArray[np.int64], NDArray[np.int64]],
+    shape: Shape,
+    settings: Settings,
+    control: Control,
+) -> tuple[Model, Fit, int]:
     with processes(control.device) as team:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(settings.seed)
             model = Model(inputs.standardise, **head, **asdict(shape))
         how = {"checkpoint": control.checkpoint, "resume": control.resume, "progress": control.progress}
         return model, fit(model, inputs, examples, *parts, settings, **how, team=team), team.rank
+
+
+def check_memory(shape: Shape, width: int, outputs: int) -> None:
+    """Raise `UsageError` where a model can't be trained on this machine at all, before any of it is made.
+
+    Args:
+        shape: how the model is built.
+        width: of its input.
+        outputs: how many classes or numbers it answers with.
+    """
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    numbers, ways = 0, 1 + shape.bidirectional
+    for units in shape.units:
+        arrays = CellSpec(width, units, kind=shape.cell).shapes.values()
+        numbers, width = numbers + ways * sum(map(math.prod, arrays)), ways * units
+    takes = 4 * COPIES * (numbers + (width + 1) * outputs)
+    if takes > have:
+        units = ",".join(map(str, shape.units))
+        raise UsageError(
+            f"expected units that fit into memory, got {units}: their {numbers:,} weights take {takes / 1e9:,.1f} GB "
+            f"in training, of {have / 1e9:,.1f} GB that this machine has"
+        )
 
 
 def _network(model: Model, metadata: dict[str, Any]) -> Network:

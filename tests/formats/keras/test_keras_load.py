@@ -351,6 +351,18 @@ def test_what_a_network_has_not_is_refused(tmp_path, what):
         adapter.load(path)
 
 
+@pytest.mark.parametrize(
+    "between", [[], [L.Cropping1D((1, 2))], [L.Masking(0.5)], [L.Dense(2), L.Cropping1D(1), L.ReLU()]]
+)
+@pytest.mark.filterwarnings("ignore:Layer .* does not support")
+def test_a_mask_goes_on_as_far_as_in_keras(between):
+    """Cropping1D drops it, and a second Masking makes another in its place."""
+    x = np.random.default_rng(0).normal(size=(4, 8, 2)).astype("float32")
+    x[0, 3:], x[1, :2], x[2], x[3, 2] = 0.0, 0.0, 0.0, 0.5
+    model = keras.Sequential([keras.Input((8, 2)), L.Masking(0.0), *between, L.LSTM(3)])
+    compare(adapter.from_keras(model), model, x)
+
+
 def test_a_state_that_is_not_used_does_no_harm(tmp_path):
     inputs = keras.Input((5, 3))
     y, _, _ = L.LSTM(3, return_state=True, return_sequences=True)(inputs)

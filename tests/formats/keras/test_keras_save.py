@@ -10,6 +10,7 @@ from test_keras_load import compare, functional, random_sequential, randomise
 
 from cellstack import Cell, CellSpec, Network
 from cellstack.formats import keras as adapter
+from cellstack.formats.build import Builder
 from cellstack.nodes import (
     Activation,
     Bidirectional,
@@ -117,9 +118,29 @@ def test_nodes_of_every_kind(tmp_path, suffix):
     again = adapter.load(path)
     np.testing.assert_allclose(again(x), net(x), rtol=0, atol=1e-6)
     assert again.inputs == ("series",)
+    builder = Builder()
+    wire = builder.input("series", (8, 3))
+    for name, node in zip(net.names, net.nodes, strict=True):
+        wire = builder.add(name, node, wire)
+    builder.output(wire)
     assert [type(node) for node in again.nodes if not isinstance(node, Activation)] == [
-        type(node) for node in net.nodes if not isinstance(node, Activation)
+        type(node) for node in builder.network().nodes if not isinstance(node, Activation)
     ]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_layers_side_by_side_keep_their_own_weights(tmp_path, suffix):
+    """Keras tells layers' weights by the order in which it lists the layers: by how far from the outputs they are."""
+    rng = np.random.default_rng(0)
+    dense = [Dense(rng.normal(size=(4, 4)).astype("float32")) for _ in range(5)]
+    nodes = [dense[0], dense[1], dense[2], Merge("add"), dense[3], dense[4], Merge("concat")]
+    wires = [("x",), ("x",), ("b",), ("c", "a"), ("m",), ("a",), ("e", "d")]
+    net = Network(nodes, ["a", "b", "c", "m", "d", "e", "out"], inputs={"x": (None, 4)}, wires=wires)
+    path = str(tmp_path / f"model{suffix}")
+    adapter.save(net, path)
+    x = rng.normal(size=(2, 3, 4)).astype("float32")
+    compare(net, loaded(path), x)
+    same(net, adapter.load(path), x)
 
 
 def test_float64_and_like_gives_like(tmp_path):

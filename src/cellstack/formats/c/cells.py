@@ -66,6 +66,60 @@ static void ${name}_softmax($real *v, size_t n)
     }
 }
 """,
+    "log_softmax": """
+/* v [n] = v - log(sum of exp(v)), shifted by the largest so that nothing overflows */
+static void ${name}_log_softmax($real *v, size_t n)
+{
+    $real largest = v[0], sum = 0.0$f;
+    for (size_t j = 1; j < n; j++) {
+        largest = v[j] > largest ? v[j] : largest;
+    }
+    for (size_t j = 0; j < n; j++) {
+        v[j] -= largest;
+        sum += exp$f(v[j]);
+    }
+    sum = log$f(sum);
+    for (size_t j = 0; j < n; j++) {
+        v[j] -= sum;
+    }
+}
+""",
+    "silu": """
+static $real ${name}_silu($real z)
+{
+    return z / (1.0$f + exp$f(-z));
+}
+""",
+    "gelu": """
+static $real ${name}_gelu($real z)
+{
+    return z * (0.5$f + 0.5$f * erf$f(z * 0.70710678118654752$f));
+}
+""",
+    "gelu_tanh": """
+static $real ${name}_gelu_tanh($real z)
+{
+    return 0.5$f * z * (1.0$f + tanh$f(0.79788456080286536$f * (z + 0.044715$f * z * z * z)));
+}
+""",
+    "selu": """
+static $real ${name}_selu($real z)
+{
+    return 1.0507009873554805$f * (z > 0.0$f ? z : 1.6732632423543772$f * expm1$f(z));
+}
+""",
+    "exponential": """
+static $real ${name}_exponential($real z)
+{
+    return exp$f(z);
+}
+""",
+    "relu6": """
+static $real ${name}_relu6($real z)
+{
+    return z < 0.0$f ? 0.0$f : z > 6.0$f ? 6.0$f : z;
+}
+""",
     "sigmoid": """
 static $real ${name}_sigmoid($real z)
 {
@@ -162,7 +216,7 @@ def literal(value: float) -> str:
 
 
 def activate(found: Activation, inner: str) -> str:
-    """Return the activation of an expression of C, as a template."""
+    """Return the activation of an expression of C, as a template; its name may be one of `MORE_ACTIVATIONS`."""
     if found.name == "linear":
         return inner
     if found.name == "tanh":

@@ -23,6 +23,7 @@ from cellstack.nodes import (
     Activation,
     Array,
     Cell,
+    Clip,
     Conv1D,
     Dense,
     Embedding,
@@ -33,6 +34,7 @@ from cellstack.nodes import (
     Scale,
     Standardise,
 )
+from cellstack.nodes.base import MORE_ACTIVATIONS
 from cellstack.streaming.stream import Stream
 
 NUMBERS_A_LINE = 8
@@ -44,7 +46,8 @@ HEADERS = {
     "stdnoreturn", "string", "tgmath", "threads", "time", "uchar", "wchar", "wctype",
 }
 # fmt: on
-NODES = (Standardise, Scale, LayerNorm, Embedding, Dense, Activation, GlobalPool, Conv1D, Recurrent)
+NODES = (Standardise, Scale, LayerNorm, Clip, Embedding, Dense, Activation, GlobalPool, Conv1D, Recurrent)
+WHOLE = ("softmax", "log_softmax")  # activations of all numbers of a frame together
 
 
 def export(network: Network, directory: str | PathLike[str], name: str = "model") -> tuple[Path, Path]:
@@ -55,8 +58,8 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
 
     Args:
         network: a chain of nodes that can answer after every frame: `Recurrent` that runs forwards, `Standardise`,
-            `Scale`, `LayerNorm`, `Embedding` (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of one
-            group, `GlobalPool("last")`.
+            `Scale`, `LayerNorm`, `Clip`, `Embedding` (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of
+            one group, `GlobalPool("last")`.
         directory: where to; it is made where it isn't there. Files that are there are replaced, both or none.
         name: what the files are called, and what every name in them begins with.
 
@@ -79,7 +82,7 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
         raise ValueError(f"export_c: expected a name of letters, digits and single underscores, as C has, got {name!r}")
     if name.lower() in HEADERS:
         raise ValueError(f"export_c: expected a name that no header of C has, got {name!r}")
-    if Path(directory).suffix in (".c", ".h"):
+    if not os.fspath(directory) or Path(directory).suffix in (".c", ".h"):
         raise ValueError(
             f"export_c: expected a folder, got {os.fspath(directory)!r}: name= is what the files are called"
         )
@@ -175,10 +178,9 @@ class _Writer:
 
     def _activated(self, target: str, width: int, text: str) -> list[str]:
         """Return the lines that put an activation on what is there."""
-        if text == "softmax":
-            return [f"    ${{name}}_softmax({target}, {width});"]
-        found = spec.activation(text)
-        return [] if found.name == "linear" else self._each(width, target, activate(found, f"{target}[j]"))
+        if text in WHOLE:
+            return [f"    ${{name}}_{text}({target}, {width});"]
+        return [] if text == "linear" else self._each(width, target, activate(_named(text), f"{target}[j]"))
 
     def _node(self, label: str, node: Node, at: str, width: int, last: bool) -> tuple[str, int]:
         """Write a node that takes `at [width]`; return where its answer lies, and of which width it is."""
@@ -219,11 +221,13 @@ class _Writer:
             self.steps.append(self._start(owner, target, width_out, node.bias))
             self.steps.append(f"    ${{name}}_accumulate({target}, {width_out}, {at}, {width}, {kernel});")
             self.steps += self._activated(target, width_out, node.activation)
-        elif isinstance(node, Activation) and node.activation == "softmax":
+        elif isinstance(node, Clip):
+            self.steps += self._each(width, target, _clipped(node, f"{at}[j]"))
+        elif isinstance(node, Activation) and node.activation in WHOLE:
             self.steps.append(f"    memcpy({target}, {at}, {width} * sizeof *{target});")
-            self.steps += self._activated(target, width, "softmax")
+            self.steps += self._activated(target, width, node.activation)
         elif isinstance(node, Activation):
-            self.steps += self._each(width, target, activate(spec.activation(node.activation), f"{at}[j]"))
+            self.steps += self._each(width, target, activate(_named(node.activation), f"{at}[j]"))
         return target, width_out
 
     def _start(self, owner: str, target: str, width: int, bias: Array | None) -> str:
@@ -327,7 +331,7 @@ class _Writer:
         scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
         nothing = [] if kept or scratch else [f"    {real} unused[1]; /* nothing is kept between frames */"]
         ids = isinstance(next(filter(_acts, self.network.nodes)), Embedding)
-        what = "one id, a whole number; one that the table hasn't is taken as 0" if ids else "one frame"
+        what = "one id, a whole number; one beyond the table is taken as 0" if ids else "one frame"
         text = f"""\
 /* {name}: a recurrent network, a frame at a time. Written by cellstack (export_c); don't edit, export again.
  *
@@ -408,6 +412,18 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
         """Return the functions that `code` calls."""
         called = set(re.findall(rf"\b{self.name}_(\w+?)\(", code))
         return "".join(self._fill(text) for helper, text in HELPERS.items() if helper in called)
+
+
+def _named(text: str) -> spec.Activation:
+    """Return an activation with its parameters."""
+    return spec.Activation(text) if text in MORE_ACTIVATIONS else spec.activation(text)
+
+
+def _clipped(node: Clip, inner: str) -> str:
+    """Return an expression of C within the bounds of a node, as a template."""
+    below = "" if node.low is None else f"{inner} < {literal(node.low)} ? {literal(node.low)} : "
+    above = "" if node.high is None else f"{inner} > {literal(node.high)} ? {literal(node.high)} : "
+    return f"{below}{above}{inner}"
 
 
 def _acts(node: Node) -> bool:

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.build import Builder, ProblemsError
 from cellstack.formats.keras.cells import found_cudnn
 from cellstack.formats.keras.config import Model, model_of
 from cellstack.formats.keras.files import HDF5_HEAD, LEGACY, Source, opened, parse, short
-from cellstack.formats.keras.graph import ProblemsError, Wiring
+from cellstack.formats.keras.graph import Reader
 from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
 from cellstack.nodes.base import Node
@@ -76,7 +77,7 @@ def extract(path: str | PathLike[str], architecture: Architecture | None = None)
         architecture: as for `load`. Weights of cuDNN's layers need none: they say all that there is to say.
 
     Returns:
-        A Network of one node for each recurrent layer, by its name; `"outer.inner"` within another model.
+        A Network for each recurrent layer, by its name; `"outer.inner"` within another model.
 
     Raises:
         FormatError: the file is damaged, no layer is recurrent, or one is that a Network hasn't.
@@ -213,15 +214,17 @@ def _metadata(source: Source) -> dict[str, Any]:
 
 
 def _alone(source: Source, name: str, nodes: list[Node]) -> Network:
-    try:
-        return Network(nodes, [name], _metadata(source))
-    except ValueError as error:  # a name that can't be one
-        raise FormatError(f"{source.path}: layer {short(name)}: {str(error)[:300]}") from None
+    builder = Builder()
+    wire = builder.input("x")
+    for node in nodes:
+        wire = builder.add(name, node, wire)
+    builder.output(wire)
+    return builder.network(_metadata(source))
 
 
 def _wired(source: Source, model: Model, built: Built) -> Network:
     try:
-        return Wiring(built, source.major).network(model, _metadata(source))
+        return Reader(built, source.major).network(model, _metadata(source))
     except ProblemsError as error:
         hint = f"; {HINT}" if built.recurrent else ""
         raise FormatError(f"{source.path}: expected what a Network has, found: {error}{hint}") from None

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 
-from cellstack.formats.keras.hand import MOST_COPIES, Hand, Value
+from cellstack.formats.keras.layer_builder import MOST_COPIES, LayerBuilder, Value
 from cellstack.nodes import (
     Activation,
     Conv1D,
@@ -30,11 +30,11 @@ from cellstack.nodes.base import Node
 POINTWISE = (Activation, Dense, LayerNorm, Scale, Standardise)
 
 
-def at_every_frame(hand: Hand, nodes: list[Node], value: Value) -> Value:
+def at_every_frame(build: LayerBuilder, nodes: list[Node], value: Value) -> Value:
     """Return what a layer makes of every step of `value [B, T, …]`, by itself.
 
     Args:
-        hand: of the layer.
+        build: of the layer.
         nodes: the layer's.
         value: the frames.
 
@@ -42,63 +42,63 @@ def at_every_frame(hand: Hand, nodes: list[Node], value: Value) -> Value:
         FormatError: a layer for which a Network has no nodes that do this.
     """
     for node in nodes:
-        if len(hand.shape(value)) < 2:
-            raise hand.layer.refuse("expected frames [B, T, ...] of a TimeDistributed")
+        if len(build.shape(value)) < 2:
+            raise build.layer.refuse("expected frames [B, T, ...] of a TimeDistributed")
         if isinstance(node, POINTWISE):
-            mask = value.mask if len(hand.shape(value)) == 2 else None
-            done = hand.flat(value, partial(hand.add, node))._replace(mask=mask)
+            mask = value.mask if len(build.shape(value)) == 2 else None
+            done = build.flat(value, partial(build.add, node))._replace(mask=mask)
         else:
-            mask, done = None, _at(hand, node, value)
+            mask, done = None, _at(build, node, value)
         if mask != value.mask:
-            raise hand.layer.refuse("frames of several steps with a mask aren't what a Network has")
+            raise build.layer.refuse("frames of several steps with a mask aren't what a Network has")
         value = done
     return value
 
 
-def _at(hand: Hand, node: Node, value: Value) -> Value:
-    shape = hand.shape(value)
+def _at(build: LayerBuilder, node: Node, value: Value) -> Value:
+    shape = build.shape(value)
     frames, rest = shape[0], shape[1:]
     if isinstance(node, Permute) and len(node.dims) == len(rest):
-        return hand.permute(value, (1, *(axis + 1 for axis in node.dims)))
-    numbers = prod(hand.length(value, place) for place in range(2, len(shape) + 1))
+        return build.permute(value, (1, *(axis + 1 for axis in node.dims)))
+    numbers = prod(build.length(value, place) for place in range(2, len(shape) + 1))
     if isinstance(node, Flatten):
-        return hand.reshape(value, (frames, numbers))
+        return build.reshape(value, (frames, numbers))
     if isinstance(node, Reshape):
         left = numbers // prod(axis for axis in node.shape if axis != -1)
         made = [left if axis == -1 else axis for axis in node.shape]
         if prod(made) != numbers:
-            raise hand.layer.refuse(f"expected {numbers} numbers a frame, found the shape {made}")
-        return hand.reshape(value, (frames, *made))
+            raise build.layer.refuse(f"expected {numbers} numbers a frame, found the shape {made}")
+        return build.reshape(value, (frames, *made))
     if isinstance(node, Embedding) and len(rest) == 1:
-        return hand.reshape(hand.add(node, hand.reshape(value, (None,))), (frames, numbers, node.table.shape[1]))
+        return build.reshape(build.add(node, build.reshape(value, (None,))), (frames, numbers, node.table.shape[1]))
     if len(rest) == 2:
-        steps, width = hand.length(value, 2), hand.width(value)
+        steps, width = build.length(value, 2), build.width(value)
         if isinstance(node, Conv1D):
-            return _convolved(hand, node, value, steps, width)
+            return _convolved(build, node, value, steps, width)
         if isinstance(node, GlobalPool) and node.mode != "last":
-            pooled = hand.add(Pool1D(node.mode, steps), hand.reshape(value, (None, width)))
-            return hand.reshape(pooled, (frames, width))
+            pooled = build.add(Pool1D(node.mode, steps), build.reshape(value, (None, width)))
+            return build.reshape(pooled, (frames, width))
         if isinstance(node, Pool1D):
-            return _pooled(hand, node, value, steps, width)
-    raise hand.layer.refuse("a layer that a Network hasn't at every step of a sequence")
+            return _pooled(build, node, value, steps, width)
+    raise build.layer.refuse("a layer that a Network hasn't at every step of a sequence")
 
 
-def _convolved(hand: Hand, node: Conv1D, value: Value, steps: int, width: int) -> Value:
+def _convolved(build: LayerBuilder, node: Conv1D, value: Value, steps: int, width: int) -> Value:
     """Return a convolution within each frame: over all of them, without the windows that see two."""
-    frames = hand.shape(value)[0]
+    frames = build.shape(value)[0]
     before, after = _padding(node, steps)
     if max(before, after) > MOST_COPIES:
-        raise hand.layer.refuse(f"expected at most {MOST_COPIES} steps of padding a frame, found {max(before, after)}")
+        raise build.layer.refuse(f"expected at most {MOST_COPIES} steps of padding a frame, found {max(before, after)}")
     if before or after:
-        zeros = hand.scale(hand.select(value, 2, slice(0, 1)), 0.0)
-        value = hand.merge("concat", *[zeros] * before, value, *[zeros] * after, axis=2)
+        zeros = build.scale(build.select(value, 2, slice(0, 1)), 0.0)
+        value = build.merge("concat", *[zeros] * before, value, *[zeros] * after, axis=2)
         steps += before + after
     if steps < node.span:
-        raise hand.layer.refuse(f"expected frames of at least {node.span} steps, found {steps}")
+        raise build.layer.refuse(f"expected frames of at least {node.span} steps, found {steps}")
     whole = replace(node, strides=1, padding=(0, node.span - 1))
-    made = hand.add(whole, hand.reshape(value, (None, width)))
-    made = hand.reshape(made, (frames, steps, node.kernel.shape[2]))
-    return hand.select(made, 2, slice(0, steps - node.span + 1, node.strides))
+    made = build.add(whole, build.reshape(value, (None, width)))
+    made = build.reshape(made, (frames, steps, node.kernel.shape[2]))
+    return build.select(made, 2, slice(0, steps - node.span + 1, node.strides))
 
 
 def _padding(node: Conv1D, steps: int) -> tuple[int, int]:
@@ -111,9 +111,9 @@ def _padding(node: Conv1D, steps: int) -> tuple[int, int]:
     return missing // 2, missing - missing // 2
 
 
-def _pooled(hand: Hand, node: Pool1D, value: Value, steps: int, width: int) -> Value:
-    frames, count = hand.shape(value)[0], steps // node.size
+def _pooled(build: LayerBuilder, node: Pool1D, value: Value, steps: int, width: int) -> Value:
+    frames, count = build.shape(value)[0], steps // node.size
     if node.strides != node.size or (node.padding == "same" and steps % node.size) or not count:
-        raise hand.layer.refuse("expected windows side by side within every frame")
-    value = hand.select(value, 2, slice(0, count * node.size)) if steps % node.size else value
-    return hand.reshape(hand.add(node, hand.reshape(value, (None, width))), (frames, count, width))
+        raise build.layer.refuse("expected windows side by side within every frame")
+    value = build.select(value, 2, slice(0, count * node.size)) if steps % node.size else value
+    return build.reshape(build.add(node, build.reshape(value, (None, width))), (frames, count, width))

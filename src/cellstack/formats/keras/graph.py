@@ -8,72 +8,43 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.build import Builder, TooMuchError
 from cellstack.formats.keras.cells import RECURRENT
 from cellstack.formats.keras.composed import composer, returned
 from cellstack.formats.keras.config import Call, Layer, Model, Ref
 from cellstack.formats.keras.files import short
 from cellstack.formats.keras.frames import at_every_frame
-from cellstack.formats.keras.hand import Hand, Late, Value
+from cellstack.formats.keras.layer_builder import Followed, LayerBuilder, Pending, Value
 from cellstack.formats.keras.layers import MERGES, NOTHING
 from cellstack.formats.keras.operations import either, operate
 from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
-from cellstack.nodes import (
-    Activation,
-    Bidirectional,
-    Embedding,
-    Flatten,
-    GlobalPool,
-    LayerNorm,
-    Masking,
-    Merge,
-    Node,
-    Permute,
-    Recurrent,
-    Reshape,
-    Scale,
-    Standardise,
-)
-from cellstack.nodes import Dense as DenseNode
-from cellstack.nodes.base import Shape
-from cellstack.spec import FormatError, ShapeError
+from cellstack.nodes import Masking, Merge, Node, Recurrent, Select
+from cellstack.nodes.base import MOST, MOST_AXES, Shape
+from cellstack.spec import FormatError
 
-MOST_NODES = 10_000  # a model may be used twice by one that is used twice, and so on
-AXES = ("BatchNormalization", "LayerNormalization", "Normalization", "Softmax")
 MANY = (*MERGES, "Merge", "Minimum", "Dot")  # layers that take several tensors
-Values = dict[tuple[str, int], list[Value | Late | None]]  # by layer and call
-KEEPS_MASK = (Activation, DenseNode, LayerNorm, Masking, Scale, Standardise)
+Values = dict[tuple[str, int], list[Value | Pending | None]]  # by layer and call; None = a problem is noted already
 
 
-class Wiring:
-    """Lays the nodes of a model out as a graph.
+class Reader:
+    """Reads the layers of a model in the order in which they run.
 
     Args:
         built: the nodes of every layer.
         major: the version of Keras.
 
     Attributes:
-        problems: what can't be done, by layer.
-        shapes: of each value, as far as the file says them.
+        builder: where the nodes go.
         dtype: of the weights.
-        pinned: whether some node needs lengths that the file names.
-        made: how many numbers the nodes have that aren't the file's.
+        followed: masks of sequences that follow each other.
     """
 
     def __init__(self, built: Built, major: int) -> None:
         self.built, self.major = built, major
-        self.nodes: list[Node] = []
-        self.names: list[str] = []
-        self.wires: list[tuple[str, ...]] = []
-        self.inputs: dict[str, tuple[int | None, ...] | None] = {}
-        self.problems: list[str] = []
-        self.axes: list[tuple[Layer, str]] = []  # layers that name an axis, and what they take
-        self.shapes: dict[str, Shape | None] = {}
+        self.builder, self.followed = Builder(), Followed()
         arrays = (node.dtype for nodes in built.nodes.values() for node in nodes if node.dtype is not None)
         self.dtype: np.dtype[Any] = next(arrays, np.dtype(np.float32))
-        self.pinned, self.made = False, 0
-        self._followed: dict[tuple[Any, ...], int] = {}
-        self._taken: dict[str, int] = {}  # names, and the last number given to one that is taken again
 
     def network(self, model: Model, metadata: dict[str, Any]) -> Network:
         """Return the whole model as a Network; ValueError where its parts don't meet."""
@@ -83,75 +54,13 @@ class Wiring:
             layer = layers.get(ref.layer)
             if layer is None:
                 raise FormatError(f"expected every input to be a layer, found {short(ref.layer)}")
-            name = self._unique(layer.name)
-            self.inputs[name] = self.shapes[name] = _shape(layer)
-            values.append(Value(name))
+            values.append(Value(self.builder.input(layer.name, _shape(layer))))
         outputs = self._run(model, "", values)
-        if self.problems:
-            return _nothing(self.problems)
-        wires = []
+        self.builder.check()
         for value in outputs:
             assert value is not None
-            if value.wire in self.inputs or value.wire in wires:  # a Network's outputs are nodes, each once
-                value = self.emit("output", Activation("linear"), [value])
-            wires.append(value.wire)
-        try:
-            network = Network(self.nodes, self.names, metadata, inputs=self._loose(), wires=self.wires, outputs=wires)
-        except (ValueError, TypeError) as error:  # layers that don't meet: it may be that one takes another axis
-            others = [layer for layer, _ in self.axes if layer.axis("axis") != -1]
-            return _nothing([str(error)[:300], *map(self._axis, others)])
-        others = [layer for layer, wire in self.axes if layer.axis("axis") not in (-1, len(network.shapes[wire]))]
-        return _nothing([*map(self._axis, others)]) if others else network
-
-    @staticmethod
-    def _axis(layer: Layer) -> str:
-        found = short(layer.config.get("axis"))
-        return str(layer.refuse(f"expected axis -1, the features, found {found}"))
-
-    def _loose(self) -> dict[str, tuple[int | None, ...] | None]:
-        """Return the inputs' shapes; sequences of any length where no node needs the one that the file names."""
-        if self.pinned or any(
-            isinstance(node, (Flatten, Reshape)) or (isinstance(node, Permute) and node.dims != (1, 2))
-            for node in self.nodes
-        ):
-            return self.inputs
-        loose = dict(self.inputs)
-        for name, shape in self.inputs.items():
-            takers = [node for node, sources in zip(self.nodes, self.wires, strict=True) if name in sources]
-            ids = bool(takers) and all(isinstance(node, Embedding) for node in takers)
-            if shape is not None and (len(shape) == 2 or (len(shape) == 1 and ids)):
-                loose[name] = (None, *shape[1:])
-        return loose
-
-    def _unique(self, name: str) -> str:
-        name = name.replace("/", ".") or "layer"
-        number, found = self._taken.get(name, 0), name
-        while found in self._taken:
-            number += 1
-            found = f"{name}.{number}"
-        self._taken[name] = max(number, 1)
-        self._taken[found] = 1
-        return found
-
-    def follow(self, masks: Sequence[Any]) -> Any:
-        """Return the mask of several sequences one after the other: a number stands for it, however it nests."""
-        key = tuple(("all",) if mask is None else mask for mask in masks)
-        return ("time", self._followed.setdefault(key, len(self._followed)))
-
-    def emit(self, name: str, node: Node, values: Sequence[Value]) -> Value:
-        """Put a node in that takes some values; whatever mask goes on is for the caller to say."""
-        if len(self.nodes) >= MOST_NODES:
-            raise FloodError(f"expected at most {MOST_NODES} nodes, found more")
-        name = self._unique(name)
-        self.nodes.append(node)
-        self.names.append(name)
-        self.wires.append(tuple(value.wire for value in values))
-        shapes = [shape for shape in (self.shapes.get(value.wire) for value in values) if shape is not None]
-        try:
-            self.shapes[name] = node.check(name, *shapes) if len(shapes) == len(values) else None
-        except ShapeError:  # what doesn't fit the network as a whole will say
-            self.shapes[name] = None
-        return Value(name)
+            self.builder.output(value.wire)
+        return self.builder.network(metadata)
 
     def _run(self, model: Model, scope: str, given: list[Value], framed: bool = False) -> list[Value | None]:
         """Run a model over values: each call of each layer once what it takes is there, in the file's order.
@@ -207,7 +116,7 @@ class Wiring:
             return value
         try:
             made = value()
-        except FloodError:
+        except TooMuchError:
             raise
         except FormatError as error:
             self._problem(str(error))
@@ -215,11 +124,11 @@ class Wiring:
         found[ref.tensor] = made
         return made
 
-    def _call(self, layer: Layer, call: Call, values: Values, scope: str, framed: bool) -> list[Value | Late | None]:
+    def _call(self, layer: Layer, call: Call, values: Values, scope: str, framed: bool) -> list[Value | Pending | None]:
         refs = dict.fromkeys([*call.inputs, *(ref for _, ref in call.named)])
         known = {ref: self._tensor(values, ref, layer.where) for ref in refs}
         count = 1 if layer.model is None else len(layer.model.outputs)
-        outputs: list[Value | Late | None] = [None] * count
+        outputs: list[Value | Pending | None] = [None] * count
         why = self.built.refused.get(id(layer))
         if why is not None:
             self._problem(why)
@@ -233,14 +142,12 @@ class Wiring:
             if layer.operation:
                 if framed:
                     raise layer.refuse("an operation within a TimeDistributed isn't what a Network has")
-                made: list[Value | Late | None] = []
-                made += operate(self, layer, call, name, there.__getitem__)
-                return made
+                return [*operate(self._of(layer, name), call, there.__getitem__)]
             self._check_call(layer, call, inputs, named)
             if layer.model is not None:
                 return [*self._inside(layer.model, layer, f"{name}.", inputs, framed)]
             return self._frames(layer, inputs, name) if framed else self._apply(layer, inputs, name)
-        except FloodError:
+        except TooMuchError:
             raise
         except FormatError as error:
             self._problem(str(error))
@@ -253,22 +160,23 @@ class Wiring:
             raise layer.refuse(f"expected {len(model.inputs)} tensors, found {len(inputs)}")
         return self._run(model, scope, inputs, framed)
 
-    def _frames(self, layer: Layer, inputs: list[Value], name: str) -> list[Value | Late | None]:
+    def _frames(self, layer: Layer, inputs: list[Value], name: str) -> list[Value | Pending | None]:
         """Return what a layer makes of every step of its input by itself."""
         if len(inputs) != 1 or layer.inner is not None:
             raise layer.refuse("a layer that a Network hasn't at every step of a sequence")
         nodes = self.built.nodes[id(layer)]
         if not nodes and layer.kind not in NOTHING:
             raise layer.refuse("a layer that a Network hasn't at every step of a sequence")
-        hand = Hand(self, layer, name)
-        if composer(hand, inputs) is not None:
+        build = self._of(layer, name)
+        if composer(build, inputs) is not None:
             raise layer.refuse("a layer that a Network hasn't at every step of a sequence")
-        return [at_every_frame(hand, nodes, inputs[0])]
+        return [at_every_frame(build, nodes, inputs[0])]
+
+    def _of(self, layer: Layer, name: str) -> LayerBuilder:
+        return LayerBuilder(self.builder, layer, name, self.dtype, self.followed)
 
     def _problem(self, text: str) -> None:
-        text = text.removeprefix(f"{self.built.path}: ")
-        if text not in self.problems:
-            self.problems.append(text)
+        self.builder.refuse(text.removeprefix(f"{self.built.path}: "))
 
     def _check_call(self, layer: Layer, call: Call, inputs: list[Value], named: list[tuple[str, Value]]) -> None:
         for name, value in named:
@@ -281,12 +189,14 @@ class Wiring:
         odd += [short(value) for value in call.others if value is not None]
         if odd:
             raise layer.refuse(f"expected a call with tensors alone, found {', '.join(odd)}")
+        if not inputs:
+            raise layer.refuse("expected a tensor, found a call without any")
         if any(value.flag is not None for value in inputs):
             raise layer.refuse("expected numbers, found a mask")
         if layer.model is None and layer.kind not in MANY and len(inputs) != 1:
             raise layer.refuse(f"expected one tensor, found {len(inputs)}: an initial state from the graph isn't taken")
 
-    def _apply(self, layer: Layer, inputs: list[Value], name: str) -> list[Value | Late | None]:
+    def _apply(self, layer: Layer, inputs: list[Value], name: str) -> list[Value | Pending | None]:
         value = inputs[0]
         if layer.inner is not None:
             inner = layer.inner
@@ -296,73 +206,80 @@ class Wiring:
             if why is not None:
                 raise FormatError(why)
             return self._frames(inner, inputs, name)
-        nodes, hand = self.built.nodes[id(layer)], Hand(self, layer, name)
+        nodes, build = self.built.nodes[id(layer)], self._of(layer, name)
         if layer.kind == "Softmax" and value.mask is not None:
             raise layer.refuse("a softmax over masked features isn't what a Network has")
         if layer.kind == "GlobalMaxPooling1D" and value.mask is not None:  # Keras takes the greatest of all steps
-            value = hand.bare(value)
-        compose = composer(hand, [value, *inputs[1:]])
+            value = build.bare(value)
+        compose = composer(build, [value, *inputs[1:]])
         if compose is not None:
-            return [compose(hand, nodes, [value, *inputs[1:]])]
-        if layer.kind in AXES and layer.config.get("axis") is not None:
-            self.axes.append((layer, value.wire))
+            return [compose(build, nodes, [value, *inputs[1:]])]
         if not nodes and layer.kind not in (*NOTHING, "InputLayer"):
             raise layer.refuse("expected a layer that computes something")
         masked = value.mask is not None
         for node in nodes:
-            values = inputs if isinstance(node, Merge) else [value]
-            mask = self._mask(layer, node, values)
-            value = self.emit(name, node, values)._replace(mask=mask)
+            values = inputs if node.inputs is None else [value]
+            # Keras forgets the mask of what it crops; a Masking's mask takes the place of the one before.
+            taken = [build.bare(value)] if isinstance(node, (Masking, Select)) else values
+            mask = self._mask(layer, node, taken, values[0].wire)
+            value = build.add(node, *taken)._replace(mask=mask)
         if layer.kind in RECURRENT:
-            return [*returned(hand, nodes[0], value, masked)]
+            return [*returned(build, nodes[0], value, masked)]
         return [value]
 
-    def _mask(self, layer: Layer, node: Node, values: list[Value]) -> Any:
-        """Return the mask that goes on after a node: as the node has it, which must be as Keras has it."""
-        mask = values[0].mask
-        if isinstance(node, Embedding):
-            return ("ne", values[0].wire, 0.0) if node.mask_zero else mask
-        if isinstance(node, Masking):
-            return ("any", ("ne", values[0].wire, float(node.value)))
-        if isinstance(node, Merge):
-            masks = [value.mask for value in values]
-            if all(one == mask for one in masks) and not (
-                node.mode == "concat" and node.axis == 1 and mask is not None
-            ):
-                return mask
-            if self.major < 3:
+    def _mask(self, layer: Layer, node: Node, values: list[Value], wire: str) -> Any:
+        """Return the mask that goes on after a node; a `FormatError` where Keras's would be another.
+
+        Args:
+            layer: the node's, for messages.
+            node: the node.
+            values: what it takes.
+            wire: where the first of them comes from in the file.
+        """
+        masks, shape = [value.mask for value in values], self.builder.shapes[values[0].wire]
+        axes, masked = 2 if shape is None else len(shape), any(value.mask is not None for value in values)
+        if isinstance(node, Merge) and masked:
+            along_time = node.mode == "concat" and node.place(axes) == 1
+            if self.major < 3 and (along_time or len(set(masks)) > 1):
                 raise layer.refuse("merges sequences of different masks, for which Keras 2 has a rule of its own")
-            if node.mode == "concat" and node.axis == 1:
-                return self.follow(masks)
-            return None if None in masks and node.mode != "concat" else either(masks)
-        if isinstance(node, Recurrent) and mask is not None and node.go_backwards and node.return_sequences:
+            if node.mode == "concat":
+                masks = [("all",) if mask is None else mask for mask in masks]
+        if isinstance(node, Recurrent) and masked and node.go_backwards and node.return_sequences:
             raise layer.refuse("returns a masked sequence backwards, while Keras leaves the mask as it was")
-        if isinstance(node, (Recurrent, Bidirectional)):
-            stack = node.forward if isinstance(node, Bidirectional) else node
-            return mask if stack.return_sequences else None
-        return mask if isinstance(node, KEEPS_MASK) and not isinstance(node, GlobalPool) else None
+        return node.mask_after(masks, axes, _MaskKeys(node, wire, self.followed))
 
 
-def _shape(layer: Layer) -> tuple[int | None, ...] | None:
+class _MaskKeys:
+    """Masks by how they come about, see `Value`, as `Node.mask_after` works with them."""
+
+    def __init__(self, node: Node, wire: str, followed: Followed) -> None:
+        self.node, self.wire, self.followed = node, wire, followed
+
+    def made(self) -> Any:
+        if isinstance(self.node, Masking):
+            return ("any", ("ne", self.wire, float(self.node.value)))
+        return ("ne", self.wire, 0.0)
+
+    def both(self, one: Any, other: Any) -> Any:
+        return ("and", one, other)
+
+    def either(self, masks: Sequence[Any]) -> Any:
+        return either(list(masks))
+
+    def join(self, masks: Sequence[Any]) -> Any:
+        return self.followed.mask(masks)
+
+    def cut(self, mask: Any, taken: slice) -> Any:
+        return ("cut", mask, taken.start, taken.stop, taken.step)
+
+
+def _shape(layer: Layer) -> Shape | None:
+    """Return the shape of an input; None where the file doesn't say it."""
     shape = layer.config.get("batch_shape") or layer.config.get("batch_input_shape")
     if shape is None:
         return None
-    if not isinstance(shape, list) or len(shape) < 2:
+    if not isinstance(shape, list) or not 2 <= len(shape) <= MOST_AXES + 1:
         raise layer.refuse(f"expected an input [B, ...], found {short(shape)}")
+    if not all(axis is None or (type(axis) is int and 1 <= axis <= MOST) for axis in shape[1:]):
+        raise layer.refuse(f"expected every axis of the input to be a length, found {short(shape)}")
     return tuple(shape[1:])
-
-
-def _nothing(problems: list[str]) -> Any:
-    raise ProblemsError(problems)
-
-
-class FloodError(FormatError):
-    """A model of so many nodes that nothing else about it matters."""
-
-
-class ProblemsError(FormatError):
-    """What stands in the way of a Network, all of it."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = problems

@@ -13,8 +13,8 @@ from typing import Any
 
 from cellstack.formats.keras.config import DEEPEST, LAMBDAS, OPERATION, Call, Layer, Ref
 from cellstack.formats.keras.files import short
-from cellstack.formats.keras.hand import Hand, Late, Value
 from cellstack.formats.keras.lambdas import as_operation
+from cellstack.formats.keras.layer_builder import LayerBuilder, Pending, Value
 
 MASKS = ("NotEqual", "Any", "LogicalOr", "ZerosLike", "OnesLike")
 PLAIN = {
@@ -37,23 +37,22 @@ ORDER = {  # what the arguments after the first are called where they stand by t
     "Take": ("indices",),
     "Reshape": ("newshape",),
 }
-Worker = Callable[[Hand, Any, dict[str, Any]], Value | list[Late]]
+Worker = Callable[[LayerBuilder, Any, dict[str, Any]], Value | list[Pending]]
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 
-def operate(graph: Any, layer: Layer, call: Call, name: str, look: Callable[[Ref], Value]) -> list[Value] | list[Late]:
+def operate(build: LayerBuilder, call: Call, look: Callable[[Ref], Value]) -> list[Value | Pending]:
     """Return what an operation returns.
 
     Args:
-        graph: where its nodes go.
-        layer: as the file lists it.
+        build: puts its nodes in.
         call: what it takes.
-        name: of its nodes.
         look: returns the value that a reference names.
 
     Raises:
         FormatError: an operation that a Network hasn't, or takes what it can't.
     """
+    layer = build.layer
     kind, given, settings = layer.kind.removeprefix(OPERATION), list(call.arguments), dict(layer.config)
     if layer.kind in LAMBDAS:
         kind, given, settings = as_operation(layer, given, dict([*call.settings, *call.named]))
@@ -64,20 +63,19 @@ def operate(graph: Any, layer: Layer, call: Call, name: str, look: Callable[[Ref
     settings = {key: _looked(layer, look, value) for key, value in settings.items()}
     for key, value in zip(ORDER.get(kind, ()), given[1:], strict=False):
         settings[key] = value
-    hand = Hand(graph, layer, name)
     values = [one for one in _flat(given) if isinstance(one, Value)]
     if any(isinstance(one, Value) and one.flag is not None for one in [*values, *settings.values()]) or kind in MASKS:
-        return [_mask(graph, layer, kind, given, settings)]
-    given = [_bare(hand, one) for one in given]
+        return [_mask(build, kind, given, settings)]
+    given = [_bare(build, one) for one in given]
     if kind in BINARY or kind in DIVIDE:
-        return [_binary(hand, kind, given)]
+        return [_binary(build, kind, given)]
     worker = WORKERS.get(kind)
     if worker is None or not given:
         raise layer.refuse("an operation that a Network hasn't")
     if kind not in ("Concatenate", "Stack") and not isinstance(given[0], Value):
         raise layer.refuse(f"expected a tensor, found {short(given[0])}")
-    found = worker(hand, given[0], settings)
-    return found if isinstance(found, list) else [found]
+    found = worker(build, given[0], settings)
+    return [*found] if isinstance(found, list) else [found]
 
 
 def _looked(layer: Layer, look: Callable[[Ref], Value], argument: Any, depth: int = 0) -> Any:
@@ -95,10 +93,10 @@ def _flat(arguments: list[Any]) -> list[Any]:
     return [leaf for one in arguments for leaf in (_flat(one) if isinstance(one, list) else [one])]
 
 
-def _bare(hand: Hand, argument: Any) -> Any:
+def _bare(build: LayerBuilder, argument: Any) -> Any:
     if isinstance(argument, Value):
-        return hand.bare(argument)
-    return [_bare(hand, one) for one in argument] if isinstance(argument, list) else argument
+        return build.bare(argument)
+    return [_bare(build, one) for one in argument] if isinstance(argument, list) else argument
 
 
 # ── masks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -117,7 +115,7 @@ def either(masks: list[Any]) -> Any:
     return next(iter(parts)) if len(parts) == 1 else ("or", frozenset(parts))
 
 
-def _mask(graph: Any, layer: Layer, kind: str, given: list[Any], settings: dict[str, Any]) -> Value:
+def _mask(build: LayerBuilder, kind: str, given: list[Any], settings: dict[str, Any]) -> Value:
     """Return the mask that one of the operations gives by which Keras 3 writes down where a mask comes from."""
     values = [one for one in _flat(given) if isinstance(one, Value)]
     flags = [value.flag for value in values]
@@ -144,63 +142,63 @@ def _mask(graph: Any, layer: Layer, kind: str, given: list[Any], settings: dict[
         if axis in (-1, 2):
             return Value(wire, None, ("wide", either(inner)))
         if axis == 1:
-            return Value(wire, None, ("wide", graph.follow(inner)))
-    raise layer.refuse("an operation on masks that a Network hasn't")
+            return Value(wire, None, ("wide", build.followed.mask(inner)))
+    raise build.layer.refuse("an operation on masks that a Network hasn't")
 
 
 # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _binary(hand: Hand, kind: str, given: list[Any]) -> Value:
+def _binary(build: LayerBuilder, kind: str, given: list[Any]) -> Value:
     """Return two values taken together, or a value and a number."""
     if len(given) != 2 or not any(isinstance(one, Value) for one in given):
-        raise hand.layer.refuse(f"expected two values, found {short(given)}")
+        raise build.layer.refuse(f"expected two values, found {short(given)}")
     one, other = given
     if isinstance(one, Value) and isinstance(other, Value):
         if kind in DIVIDE:
-            raise hand.layer.refuse("a quotient of two values isn't what a Network has")
-        return hand.merge(BINARY[kind], one, other)
+            raise build.layer.refuse("a quotient of two values isn't what a Network has")
+        return build.merge(BINARY[kind], one, other)
     value, number = (one, other) if isinstance(one, Value) else (other, one)
     if kind == "Add":
-        return hand.scale(value, 1.0, number)
+        return build.scale(value, 1.0, number)
     if kind == "Multiply":
-        return hand.scale(value, number)
+        return build.scale(value, number)
     if kind == "Subtract":
-        return hand.scale(value, -1.0, number) if value is not one else hand.scale(value, 1.0, hand.negative(number))
+        return build.scale(value, -1.0, number) if value is not one else build.scale(value, 1.0, build.negative(number))
     if kind in DIVIDE:
         if value is not one:
-            raise hand.layer.refuse("a number over a value isn't what a Network has")
-        return hand.divide(value, number)
+            raise build.layer.refuse("a number over a value isn't what a Network has")
+        return build.divide(value, number)
     if kind == "Maximum" and number == 0:
-        return hand.activate(value, "relu")
-    return hand.merge("max" if kind == "Maximum" else "min", value, hand.scale(value, 0.0, number))
+        return build.activate(value, "relu")
+    return build.merge("max" if kind == "Maximum" else "min", value, build.scale(value, 0.0, number))
 
 
 # ── what takes one value ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _whole(hand: Hand, settings: dict[str, Any], name: str) -> int:
+def _whole(build: LayerBuilder, settings: dict[str, Any], name: str) -> int:
     number = settings.get(name)
     if type(number) is not int:
-        raise hand.layer.refuse(f"expected {name} to be an integer, found {short(number)}")
+        raise build.layer.refuse(f"expected {name} to be an integer, found {short(number)}")
     return number
 
 
-def _flag(hand: Hand, settings: dict[str, Any], name: str) -> bool:
+def _flag(build: LayerBuilder, settings: dict[str, Any], name: str) -> bool:
     flag = settings.get(name)
     if flag is not None and not isinstance(flag, bool):
-        raise hand.layer.refuse(f"expected {name} to be True or False, found {short(flag)}")
+        raise build.layer.refuse(f"expected {name} to be True or False, found {short(flag)}")
     return bool(flag)
 
 
-def _slice(hand: Hand, key: Any) -> slice:
+def _slice(build: LayerBuilder, key: Any) -> slice:
     """Return a slice as the file writes it, of Keras 3 or of TensorFlow."""
     ends = key.get("config", key) if isinstance(key, dict) else None
     if not isinstance(ends, dict) or not {"start", "stop", "step"} <= ends.keys():
-        raise hand.layer.refuse(f"expected a slice, found {short(key)}")
+        raise build.layer.refuse(f"expected a slice, found {short(key)}")
     parts = [ends[name] for name in ("start", "stop", "step")]
     if any(part is not None and type(part) is not int for part in parts) or parts[2] == 0:
-        raise hand.layer.refuse(f"expected a slice of integers, found {short(parts)}")
+        raise build.layer.refuse(f"expected a slice of integers, found {short(parts)}")
     return slice(*parts)
 
 
@@ -208,16 +206,16 @@ def _is_ellipsis(key: Any) -> bool:
     return key is Ellipsis or (isinstance(key, dict) and key.get("class_name") == "__ellipsis__")
 
 
-def _get_item(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+def _get_item(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
     """Take slices and entries of axes; a None puts an axis in."""
     keys = settings.get("key")
     keys = keys.get("items") if isinstance(keys, dict) and keys.get("class_name") == "__tuple__" else keys
     keys = list(keys) if isinstance(keys, (list, tuple)) else [keys]
     named = sum(not _is_ellipsis(key) and key is not None for key in keys)
-    axes, full = len(hand.shape(value)) + 1, {"start": None, "stop": None, "step": None}
+    axes, full = len(build.shape(value)) + 1, {"start": None, "stop": None, "step": None}
     left = axes - named
     if left < 0 or sum(map(_is_ellipsis, keys)) > 1:
-        raise hand.layer.refuse(f"expected at most {axes} keys, found {short(keys)}")
+        raise build.layer.refuse(f"expected at most {axes} keys, found {short(keys)}")
     if any(map(_is_ellipsis, keys)):
         at = next(number for number, key in enumerate(keys) if _is_ellipsis(key))
         keys[at : at + 1] = [full] * left
@@ -225,141 +223,141 @@ def _get_item(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
         not keys
         or keys[0] is None
         or type(keys[0]) is int
-        or _slice(hand, keys[0]) not in (slice(None), slice(0, None))
+        or _slice(build, keys[0]) not in (slice(None), slice(0, None))
     ):
-        raise hand.layer.refuse(f"expected all rows of the batch, found {short(keys[:1])}")
+        raise build.layer.refuse(f"expected all rows of the batch, found {short(keys[:1])}")
     place = 1  # of the next axis; those before it are as they shall be
     for key in keys[1:]:
         if key is None:
-            value = hand.expand(value, place)
+            value = build.expand(value, place)
         elif type(key) is int:
-            value = hand.at(value, place, key)
+            value = build.at(value, place, key)
             continue
         else:
-            value = hand.select(value, place, _slice(hand, key))
+            value = build.select(value, place, _slice(build, key))
         place += 1
     return value
 
 
-def _take(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
-    place = hand.place(settings.get("axis"), len(hand.shape(value)))
-    return hand.at(value, place, _whole(hand, settings, "indices"))
+def _take(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
+    place = build.place(settings.get("axis"), len(build.shape(value)))
+    return build.at(value, place, _whole(build, settings, "indices"))
 
 
-def _cast(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+def _cast(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
     if settings.get("dtype") not in FLOATS:
-        raise hand.layer.refuse(f"expected a dtype of floats, found {short(settings.get('dtype'))}")
+        raise build.layer.refuse(f"expected a dtype of floats, found {short(settings.get('dtype'))}")
     return value
 
 
-def _reshape(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
-    shape, old = settings.get("newshape"), hand.shape(value)
+def _reshape(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
+    shape, old = settings.get("newshape"), build.shape(value)
     if not isinstance(shape, list) or not shape or not all(one is None or type(one) is int for one in shape):
-        raise hand.layer.refuse(f"expected a shape, found {short(shape)}")
+        raise build.layer.refuse(f"expected a shape, found {short(shape)}")
     rest = [None if one in (None, -1) else one for one in shape[1:]]
     known = [one for one in rest if one is not None]
     if shape[0] in (None, -1) and len(known) == len(rest):  # then a row must stay a row
-        rows = [hand.length(value, place + 1) for place in range(len(old))]
+        rows = [build.length(value, place + 1) for place in range(len(old))]
         if prod(rows) != prod(known):
-            raise hand.layer.refuse(f"mixes the rows of the batch: {rows} numbers a row become {rest}")
+            raise build.layer.refuse(f"mixes the rows of the batch: {rows} numbers a row become {rest}")
     elif shape[0] not in (None, -1):
-        raise hand.layer.refuse(f"expected a batch of any size, found {shape[0]}")
+        raise build.layer.refuse(f"expected a batch of any size, found {shape[0]}")
     elif shape[0] == -1:
-        raise hand.layer.refuse(f"expected one length that is left open, found {short(shape)}")
-    return hand.reshape(value, rest)
+        raise build.layer.refuse(f"expected one length that is left open, found {short(shape)}")
+    return build.reshape(value, rest)
 
 
-def _transpose(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
-    order, axes = settings.get("axes"), len(hand.shape(value)) + 1
+def _transpose(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
+    order, axes = settings.get("axes"), len(build.shape(value)) + 1
     order = [one + axes if type(one) is int and one < 0 else one for one in order] if isinstance(order, list) else []
     if order[:1] != [0] or sorted(order, key=repr) != sorted(range(axes), key=repr):
-        raise hand.layer.refuse(f"expected the batch first, and each axis once, found {short(settings.get('axes'))}")
-    return hand.permute(value, order[1:])
+        raise build.layer.refuse(f"expected the batch first, and each axis once, found {short(settings.get('axes'))}")
+    return build.permute(value, order[1:])
 
 
-def _swap(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
-    axes = len(hand.shape(value))
-    one, other = (hand.place(settings.get(name), axes) for name in ("axis1", "axis2"))
+def _swap(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
+    axes = len(build.shape(value))
+    one, other = (build.place(settings.get(name), axes) for name in ("axis1", "axis2"))
     order = list(range(1, axes + 1))
     order[one - 1], order[other - 1] = other, one
-    return hand.permute(value, order)
+    return build.permute(value, order)
 
 
-def _flip(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
-    place = hand.place(settings.get("axis"), len(hand.shape(value)))
-    return hand.select(value, place, slice(None, None, -1))
+def _flip(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
+    place = build.place(settings.get("axis"), len(build.shape(value)))
+    return build.select(value, place, slice(None, None, -1))
 
 
-def _repeat(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
-    place = hand.place(settings.get("axis"), len(hand.shape(value)))
-    if hand.shape(value)[place - 1] != 1:
-        raise hand.layer.refuse(f"expected axis {place} of length 1 to repeat")
-    return hand.repeat(value, place, _whole(hand, settings, "repeats"))
+def _repeat(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
+    place = build.place(settings.get("axis"), len(build.shape(value)))
+    if build.shape(value)[place - 1] != 1:
+        raise build.layer.refuse(f"expected axis {place} of length 1 to repeat")
+    return build.repeat(value, place, _whole(build, settings, "repeats"))
 
 
-def _tile(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
+def _tile(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
     times = settings.get("repeats")
-    if not isinstance(times, list) or len(times) != len(hand.shape(value)) + 1 or times[0] != 1:
-        raise hand.layer.refuse(f"expected how often for each axis, once for the batch, found {short(times)}")
+    if not isinstance(times, list) or len(times) != len(build.shape(value)) + 1 or times[0] != 1:
+        raise build.layer.refuse(f"expected how often for each axis, once for the batch, found {short(times)}")
     for place in range(1, len(times)):
-        value = hand.repeat(value, place, _whole(hand, {"repeats": times[place]}, "repeats"))
+        value = build.repeat(value, place, _whole(build, {"repeats": times[place]}, "repeats"))
     return value
 
 
-def _split(hand: Hand, value: Value, settings: dict[str, Any]) -> list[Late]:
-    place, cuts = hand.place(settings.get("axis"), len(hand.shape(value))), settings.get("indices_or_sections")
+def _split(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> list[Pending]:
+    place, cuts = build.place(settings.get("axis"), len(build.shape(value))), settings.get("indices_or_sections")
     if type(cuts) is int:
-        length = hand.length(value, place)
+        length = build.length(value, place)
         if not 0 < cuts <= length or length % cuts:
-            raise hand.layer.refuse(f"expected {length} to be cut evenly, found {cuts}")
-        step = length // hand.pieces(cuts)
+            raise build.layer.refuse(f"expected {length} to be cut evenly, found {cuts}")
+        step = length // build.pieces(cuts)
         cuts = list(range(step, length, step))
     if not isinstance(cuts, list) or not all(type(cut) is int and cut > 0 for cut in cuts) or sorted(cuts) != cuts:
-        raise hand.layer.refuse(f"expected where to cut, found {short(cuts)}")
+        raise build.layer.refuse(f"expected where to cut, found {short(cuts)}")
     ends = [*zip([None, *cuts], [*cuts, None], strict=True)]
-    return [partial(hand.select, value, place, slice(start, stop)) for start, stop in ends]
+    return [partial(build.select, value, place, slice(start, stop)) for start, stop in ends]
 
 
-def _concatenate(hand: Hand, values: Any, settings: dict[str, Any]) -> Value:
-    return hand.merge("concat", *_values(hand, values), axis=_axis(hand, values, settings, 0))
+def _concatenate(build: LayerBuilder, values: Any, settings: dict[str, Any]) -> Value:
+    return build.merge("concat", *_values(build, values), axis=_axis(build, values, settings, 0))
 
 
-def _stack(hand: Hand, values: Any, settings: dict[str, Any]) -> Value:
-    axis = _axis(hand, values, settings, 1)
-    return hand.merge("concat", *(hand.expand(value, axis) for value in _values(hand, values)), axis=axis)
+def _stack(build: LayerBuilder, values: Any, settings: dict[str, Any]) -> Value:
+    axis = _axis(build, values, settings, 1)
+    return build.merge("concat", *(build.expand(value, axis) for value in _values(build, values)), axis=axis)
 
 
-def _values(hand: Hand, values: Any) -> list[Value]:
+def _values(build: LayerBuilder, values: Any) -> list[Value]:
     if not isinstance(values, list) or not values or not all(isinstance(value, Value) for value in values):
-        raise hand.layer.refuse(f"expected tensors, found {short(values)}")
+        raise build.layer.refuse(f"expected tensors, found {short(values)}")
     return values
 
 
-def _axis(hand: Hand, values: Any, settings: dict[str, Any], more: int) -> int:
-    return hand.place(settings.get("axis", 0), len(hand.shape(_values(hand, values)[0])) + more)
+def _axis(build: LayerBuilder, values: Any, settings: dict[str, Any], more: int) -> int:
+    return build.place(settings.get("axis", 0), len(build.shape(_values(build, values)[0])) + more)
 
 
 def _softmax(name: str) -> Worker:
-    def work(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
-        place = hand.place(settings.get("axis", -1), len(hand.shape(value)))
-        return hand.last(value, place, lambda one: hand.activate(one, name))
+    def work(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
+        place = build.place(settings.get("axis", -1), len(build.shape(value)))
+        return build.last(value, place, lambda one: build.activate(one, name))
 
     return work
 
 
 def _reduced(mode: str) -> Worker:
-    return lambda hand, value, settings: hand.reduce(
-        mode, value, settings.get("axis"), _flag(hand, settings, "keepdims")
+    return lambda build, value, settings: build.reduce(
+        mode, value, settings.get("axis"), _flag(build, settings, "keepdims")
     )
 
 
 def _plain(activation: str) -> Worker:
-    return lambda hand, value, settings: hand.activate(value, activation)
+    return lambda build, value, settings: build.activate(value, activation)
 
 
 def _with(text: str, name: str, usual: float) -> Worker:
-    def work(hand: Hand, value: Value, settings: dict[str, Any]) -> Value:
-        return hand.activate(value, f"{text}({hand.number(settings.get(name, usual))})")
+    def work(build: LayerBuilder, value: Value, settings: dict[str, Any]) -> Value:
+        return build.activate(value, f"{text}({build.number(settings.get(name, usual))})")
 
     return work
 
@@ -369,25 +367,25 @@ WORKERS: dict[str, Worker] = {
     **{kind: _reduced(mode) for kind, mode in REDUCED.items()},
     "Elu": _with("elu", "alpha", 1.0),
     "LeakyRelu": _with("leaky_relu", "negative_slope", 0.2),
-    "Gelu": lambda hand, value, settings: hand.activate(
-        value, "gelu_tanh" if _flag(hand, {"approximate": True, **settings}, "approximate") else "gelu"
+    "Gelu": lambda build, value, settings: build.activate(
+        value, "gelu_tanh" if _flag(build, {"approximate": True, **settings}, "approximate") else "gelu"
     ),
     "Softmax": _softmax("softmax"),
     "LogSoftmax": _softmax("log_softmax"),
-    "Negative": lambda hand, value, settings: hand.scale(value, -1.0),
-    "Square": lambda hand, value, settings: hand.merge("mul", value, value),
-    "Absolute": lambda hand, value, settings: hand.merge("max", value, hand.scale(value, -1.0)),
-    "Copy": lambda hand, value, settings: value,
-    "StopGradient": lambda hand, value, settings: value,
+    "Negative": lambda build, value, settings: build.scale(value, -1.0),
+    "Square": lambda build, value, settings: build.merge("mul", value, value),
+    "Absolute": lambda build, value, settings: build.merge("max", value, build.scale(value, -1.0)),
+    "Copy": lambda build, value, settings: value,
+    "StopGradient": lambda build, value, settings: value,
     "Cast": _cast,
     "Concatenate": _concatenate,
-    "ExpandDims": lambda hand, value, settings: hand.expand(value, settings.get("axis")),
+    "ExpandDims": lambda build, value, settings: build.expand(value, settings.get("axis")),
     "Flip": _flip,
     "GetItem": _get_item,
     "Repeat": _repeat,
     "Reshape": _reshape,
     "Split": _split,
-    "Squeeze": lambda hand, value, settings: hand.squeeze(value, settings.get("axis")),
+    "Squeeze": lambda build, value, settings: build.squeeze(value, settings.get("axis")),
     "Stack": _stack,
     "Swapaxes": _swap,
     "Take": _take,

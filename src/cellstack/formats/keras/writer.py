@@ -25,6 +25,7 @@ from cellstack.nodes import (
     Activation,
     Bidirectional,
     Cell,
+    Clip,
     Conv1D,
     Dense,
     Embedding,
@@ -33,9 +34,11 @@ from cellstack.nodes import (
     LayerNorm,
     Masking,
     Merge,
+    Pad,
     Permute,
     Pool1D,
     Recurrent,
+    Reduce,
     Repeat,
     Reshape,
     Scale,
@@ -48,6 +51,9 @@ VERSION = "3.10.0"  # whose words these are; what a file says of Keras settles w
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()} | {"min": "Minimum"}
 PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu", "hard_sigmoid", "softmax")
+NAMED = (*PLAIN, "log_softmax", "silu", "gelu", "selu", "exponential", "relu6")  # of layers beside cells
+OPERATIONS = {"Clip": "numpy", "Sum": "numpy", "Mean": "numpy", "Max": "numpy", "Min": "numpy", "Gelu": "nn"}
+"""Functions that a model lists among its layers, and where Keras has them: HDF5 can't hold them."""
 Entry = tuple[str, str, dict[str, Any], list[Array]]  # a layer's class, name, settings and weights
 
 
@@ -67,15 +73,24 @@ def write(network: Network, path: str) -> None:
         OSError: the file can't be written.
         ModuleNotFoundError: h5py is missing.
     """
-    entries, wires, outputs = _entries(network)
-    config = _config(network, entries, wires, outputs)
-    content = _zipped(config, entries) if PurePath(path).suffix.lower() == ".keras" else _legacy(config, entries)
+    zipped = PurePath(path).suffix.lower() == ".keras"
+    entries, wires, outputs = _entries(network, zipped)
+    inputs = [entry[1] for entry in entries if entry[0] == "InputLayer"]
+    order = _order([entry[1] for entry in entries], wires, outputs)
+    entries, wires = [entries[number] for number in order], [wires[number] for number in order]
+    config = _config(network, entries, wires, inputs, outputs)
+    content = _zipped(config, entries) if zipped else _legacy(config, entries)
     with replacing(path) as file:
         file.write(content)
 
 
-def _entries(network: Network) -> tuple[list[Entry], list[list[str]], list[str]]:
-    """Return the layers, what each takes, and the layers whose values are the answer."""
+def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list[str]], list[str]]:
+    """Return the layers, what each takes, and the layers whose values are the answer.
+
+    Args:
+        network: what to write.
+        operations: whether the file can hold functions among the layers.
+    """
     dtype, problems = str(network.dtype), []
     entries: list[Entry] = []
     wires: list[list[str]] = []
@@ -90,17 +105,23 @@ def _entries(network: Network) -> tuple[list[Entry], list[list[str]], list[str]]
             ("InputLayer", last[name], {"batch_shape": shape, "dtype": kind, "sparse": False, "ragged": False}, [])
         )
         wires.append([])
-    masks: dict[str, bool | None] = dict.fromkeys(network.inputs)  # of values: True where one has a mask
+    masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
-        before = [masks[source] for source in sources]
-        masks[name] = node.mask_after(before, len(network.shapes[sources[0]]), _Marks())
-        if isinstance(node, GlobalPool) and node.mode == "max" and before[0]:
-            problems.append(f"{name}: the greatest of the steps that a mask keeps, where Keras takes all")
+        before, axes = [masks[source] for source in sources], len(network.shapes[sources[0]])
+        masks[name] = node.mask_after(before, axes, _DroppedMasks())
+        problems += _mask_problems(name, node, before, axes)
         try:
-            layers = _layers(name, node)
+            layers = _layers(node)
         except _RefusedError as error:
             problems.append(f"{name}: {error}")
             continue
+        for kind, _, _ in layers:
+            if kind in OPERATIONS and not operations:
+                problems.append(f"{name}: the function {kind}, which .keras files hold and HDF5 can't")
+            if kind in ("Cropping1D", "ZeroPadding1D") and axes != 2:
+                problems.append(f"{name}: {kind} of {network.graph.shown(sources[0])}, which takes sequences [B, T, W]")
+            if (kind in OPERATIONS or kind == "Cropping1D") and masks[name] is not None:
+                masks[name] = (masks[name] or frozenset()) | {name}
         feeds = [last[source] for source in sources]
         for number, (kind, settings, arrays) in enumerate(layers):
             own = _free(f"{last[name]}_activation", "_", taken) if number else last[name]
@@ -112,6 +133,29 @@ def _entries(network: Network) -> tuple[list[Entry], list[list[str]], list[str]]
     return entries, wires, [last[name] for name in network.outputs]
 
 
+def _order(names: list[str], wires: list[list[str]], outputs: list[str]) -> list[int]:
+    """Return in which order Keras lists the layers, by which it tells whose the weights are.
+
+    Those come first from which the way to an output is longest; of them, those that a search from the outputs meets
+    first.
+
+    Ref: `map_graph` in Keras's `ops/function.py`.
+    """
+    sources = dict(zip(names, wires, strict=True))
+    far = dict.fromkeys(names, 0)
+    for name in reversed(names):
+        for source in sources[name]:
+            far[source] = max(far[source], far[name] + 1)
+    met: dict[str, int] = {}
+    waiting = [*reversed(outputs)]
+    while waiting:
+        name = waiting.pop()
+        if name not in met:
+            met[name] = len(met)
+            waiting += reversed(sources[name])
+    return sorted(range(len(names)), key=lambda number: (-far[names[number]], met[names[number]]))
+
+
 def _free(name: str, mark: str, taken: set[str]) -> str:
     """Return a name that no layer has yet, and take it; torch, under Keras, takes none with a dot in it."""
     while name in taken:
@@ -120,29 +164,45 @@ def _free(name: str, mark: str, taken: set[str]) -> str:
     return name
 
 
-class _Marks:
-    """Masks as nothing but their being there, as `Node.mask_after` works with them."""
+class _DroppedMasks:
+    """Masks as the names of the layers at which Keras drops them, as `Node.mask_after` works with them."""
 
-    def made(self) -> bool:
-        return True
+    def made(self) -> frozenset[str]:
+        return frozenset()
 
-    def both(self, one: bool, other: bool) -> bool:
-        return True
+    def both(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
+        return one | other
 
-    def either(self, masks: Sequence[bool]) -> bool:
-        return True
+    def either(self, masks: Sequence[frozenset[str]]) -> frozenset[str]:
+        return frozenset().union(*masks)
 
-    def join(self, masks: Sequence[bool | None]) -> bool:
-        return True
+    def join(self, masks: Sequence[frozenset[str] | None]) -> frozenset[str]:
+        return frozenset().union(*(mask for mask in masks if mask))
 
-    def cut(self, mask: bool, taken: slice) -> bool:
-        return True
+    def cut(self, mask: frozenset[str], taken: slice) -> frozenset[str]:
+        return mask
+
+
+def _mask_problems(name: str, node: Node, masks: Sequence[frozenset[str] | None], axes: int) -> Iterator[str]:
+    """Give what a node makes of masks that Keras doesn't."""
+    on = [mask for mask in masks if mask is not None]
+    if node.heeds_mask:
+        for layer in sorted(frozenset().union(*on)):
+            yield f"{layer}: a sequence whose mask goes on to {name}, where Keras drops it"
+    if not on:
+        return
+    if isinstance(node, GlobalPool) and node.mode == "max":
+        yield f"{name}: the greatest of the steps that a mask keeps, where Keras takes all"
+    if isinstance(node, Reduce) and node.place(axes) == 1:
+        yield f"{name}: the {node.mode} of the steps that a mask keeps, where Keras takes all"
+    if isinstance(node, Masking):
+        yield f"{name}: a mask within another, where Keras keeps the last alone"
 
 
 # ── nodes as layers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _layers(name: str, node: Node) -> list[tuple[str, dict[str, Any], list[Array]]]:
+def _layers(node: Node) -> list[tuple[str, dict[str, Any], list[Array]]]:
     """Return the layers that a node is, with their settings and weights: one, or two where an activation is apart."""
     for kind, build in BUILDERS.items():
         if isinstance(node, kind):
@@ -158,8 +218,10 @@ def _activation(text: str) -> str:
 
 
 def _activation_layer(text: str) -> tuple[str, dict[str, Any], list[Array]]:
-    if text in PLAIN:
+    if text in NAMED:
         return "Activation", {"activation": text}, []
+    if text == "gelu_tanh":
+        return "Gelu", {"approximate": True}, []
     name, alpha, _ = spec.activation(text)
     layers = {
         "elu": ("ELU", "alpha"),
@@ -176,7 +238,7 @@ def _with_activation(
     kind: str, settings: dict[str, Any], arrays: list[Array], activation: str
 ) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
     """Give a layer, and the layer of its activation after it where it can't be named in a setting."""
-    named = activation in PLAIN
+    named = activation in NAMED
     yield kind, {**settings, "activation": activation if named else "linear"}, arrays
     if not named:
         yield _activation_layer(activation)
@@ -302,6 +364,26 @@ def _windows(node: Pool1D) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
     yield kind, {"pool_size": [node.size], "strides": [node.strides], "padding": node.padding}, []
 
 
+def _clip(node: Clip) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    if node.low == 0.0:
+        yield "ReLU", {"max_value": node.high, "negative_slope": 0.0, "threshold": 0.0}, []
+    elif node.low is None or node.high is None:
+        raise _RefusedError(f"a Clip with one bound, {node.summary}")
+    else:
+        yield "Clip", {"x_min": node.low, "x_max": node.high}, []
+
+
+def _reduce(node: Reduce) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    more = {"initial": None} if node.mode in ("max", "min") else {}
+    yield node.mode.title(), {"axis": node.axis, "keepdims": node.keepdims, **more}, []
+
+
+def _pad(node: Pad) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+    if node.axis != 1 or node.value != 0.0:
+        raise _RefusedError(f"padding of {node.summary}")
+    yield "ZeroPadding1D", {"padding": [node.before, node.after]}, []
+
+
 def _select(node: Select) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
     first, last = node.start or 0, node.stop or 0
     if node.axis != 1 or node.step != 1 or first < 0 or last > 0 or node.stop == 0:
@@ -326,6 +408,9 @@ BUILDERS: dict[type[Node], Callable[[Any], Any]] = {
     Masking: lambda node: [("Masking", {"mask_value": node.value}, [])],
     GlobalPool: _pool,
     Pool1D: _windows,
+    Clip: _clip,
+    Reduce: _reduce,
+    Pad: _pad,
     Flatten: lambda node: [("Flatten", {}, [])],
     Reshape: lambda node: [("Reshape", {"target_shape": list(node.shape)}, [])],
     Permute: lambda node: [("Permute", {"dims": list(node.dims)}, [])],
@@ -339,10 +424,16 @@ BUILDERS: dict[type[Node], Callable[[Any], Any]] = {
 
 
 def _entry(kind: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    if kind in OPERATIONS:
+        config = {"name": name, **{key: value for key, value in settings.items() if key != "dtype"}}
+        module = f"keras.src.ops.{OPERATIONS[kind]}"
+        return {"module": module, "class_name": kind, "config": config, "registered_name": kind}
     return {"module": "keras.layers", "class_name": kind, "config": {"name": name, **settings}, "registered_name": None}
 
 
-def _config(network: Network, entries: list[Entry], wires: list[list[str]], outputs: list[str]) -> dict[str, Any]:
+def _config(
+    network: Network, entries: list[Entry], wires: list[list[str]], inputs: list[str], outputs: list[str]
+) -> dict[str, Any]:
     """Return the description of the model as Keras 3 writes it."""
     dtype, layers = str(network.dtype), []
     for (kind, name, settings, _), sources in zip(entries, wires, strict=True):
@@ -354,7 +445,7 @@ def _config(network: Network, entries: list[Entry], wires: list[list[str]], outp
         calls = [{"args": args, "kwargs": {}}] if sources else []
         layers.append({**_entry(kind, name, settings), "name": name, "inbound_nodes": calls})
     ends = {
-        "input_layers": [[name, 0, 0] for kind, name, *_ in entries if kind == "InputLayer"],
+        "input_layers": [[name, 0, 0] for name in inputs],
         "output_layers": [[name, 0, 0] for name in outputs],
     }
     for key, refs in ends.items():
@@ -369,6 +460,7 @@ def _config(network: Network, entries: list[Entry], wires: list[list[str]], outp
 
 def _named(entries: list[Entry]) -> Iterator[tuple[str, str, list[tuple[str, str, Array]]]]:
     """Give each layer's name and its place, and for each of its weights the path, the own name and the numbers."""
+    entries = [entry for entry in entries if entry[0] not in OPERATIONS]
     for (kind, name, settings, arrays), place in zip(entries, numbered([entry[0] for entry in entries]), strict=True):
         found = slots(layer_of("save", _entry(kind, name, settings), 0), 3)
         pairs = zip(found, arrays, strict=True)

@@ -12,7 +12,7 @@ from cellstack.nodes import Masking
 
 if TYPE_CHECKING:
     from cellstack.formats.onnx.pieces import Pieces
-    from cellstack.nodes import Embedding, GlobalPool, Merge
+    from cellstack.nodes import Embedding, Merge
 
 
 def of_lengths(pieces: Pieces, x: str, lengths: str) -> str:
@@ -43,23 +43,51 @@ def masked(pieces: Pieces, name: str, node: Embedding | Masking, x: str, mask: s
     return pieces.of("Unsqueeze", pieces.of("Not", zero), pieces.integers(2))
 
 
-def pooled(pieces: Pieces, name: str, node: GlobalPool, x: str, mask: str) -> None:
-    """Put a GlobalPool in whose input has a mask: a row without a step gives zeros."""
+def last_used(pieces: Pieces, name: str, x: str, mask: str) -> None:
+    """Put in, under `name`, the last step that the mask keeps; zeros where it keeps none."""
     of, zero = pieces.of, pieces.number(0.0)
     ones = of("Cast", mask, to=pieces.type)
-    if node.mode == "mean":
-        count = of("Max", of("ReduceSum", ones, pieces.integers(1), keepdims=0), pieces.number(1.0))
-        total = of("ReduceSum", of("Where", mask, x, zero), pieces.integers(1), keepdims=0)
-        pieces.put("Div", [total, count], name)
+    later = of("CumSum", ones, pieces.tensor(f"{name}.axis", np.array(1, np.int64)), reverse=1)
+    last = of("And", mask, of("Less", later, pieces.number(1.5)))  # the one that no step used comes after
+    taken = of("ReduceSum", of("Where", last, x, zero), pieces.integers(1), keepdims=0)
+    pieces.put("Where", [_some(pieces, ones), taken, zero], name)
+
+
+def _some(pieces: Pieces, ones: str, keepdims: int = 0) -> str:
+    return pieces.of("Greater", pieces.of("ReduceMax", ones, axes=[1], keepdims=keepdims), pieces.number(0.0))
+
+
+def reduced(pieces: Pieces, name: str, mode: str, x: str, axis: int, keepdims: bool, mask: str) -> None:
+    """Put in, under `name`, the sum, mean, greatest or least over an axis.
+
+    Args:
+        pieces: the graph.
+        name: of the node.
+        mode: `"sum"`, `"mean"`, `"max"` or `"min"`.
+        x: what it takes.
+        axis: which.
+        keepdims: it stays.
+        mask: of `x`, where the axis is time; "" = all steps count.
+    """
+    keep = int(keepdims)
+    if not mask and mode == "sum":
+        pieces.put("ReduceSum", [x, pieces.integers(axis)], name, keepdims=keep)
         return
-    some = of("Greater", of("ReduceMax", ones, axes=[1], keepdims=0), zero)
-    if node.mode == "max":
-        most = of("ReduceMax", of("Where", mask, x, pieces.number(-np.inf)), axes=[1], keepdims=0)
-    else:  # of each row the one step that no step used comes after
-        later = of("CumSum", ones, pieces.tensor(f"{name}.axis", np.array(1, np.int64)), reverse=1)
-        last = of("And", mask, of("Less", later, pieces.number(1.5)))
-        most = of("ReduceSum", of("Where", last, x, zero), pieces.integers(1), keepdims=0)
-    pieces.put("Where", [some, most, zero], name)
+    if not mask:
+        pieces.put(f"Reduce{mode.title()}", [x], name, axes=[axis], keepdims=keep)
+        return
+    zero, ones = pieces.number(0.0), pieces.of("Cast", mask, to=pieces.type)
+    if mode in ("sum", "mean"):
+        used = pieces.of("Where", mask, x, zero)
+        if mode == "sum":
+            pieces.put("ReduceSum", [used, pieces.integers(1)], name, keepdims=keep)
+            return
+        count = pieces.of("Max", pieces.of("ReduceSum", ones, pieces.integers(1), keepdims=keep), pieces.number(1.0))
+        pieces.put("Div", [pieces.of("ReduceSum", used, pieces.integers(1), keepdims=keep), count], name)
+        return
+    nothing = pieces.number(-np.inf if mode == "max" else np.inf)
+    found = pieces.of(f"Reduce{mode.title()}", pieces.of("Where", mask, x, nothing), axes=[1], keepdims=keep)
+    pieces.put("Where", [_some(pieces, ones, keep), found, zero], name)
 
 
 def neutral(pieces: Pieces, node: Merge, sources: Sequence[str], masks: Sequence[str]) -> list[str]:

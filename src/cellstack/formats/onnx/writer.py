@@ -11,7 +11,7 @@ import numpy as np
 from cellstack.formats.files import replacing
 from cellstack.formats.onnx.cells import write_operator
 from cellstack.formats.onnx.file import KEY, onnx_package
-from cellstack.formats.onnx.masks import GraphMasks, masked, neutral, of_lengths, pooled
+from cellstack.formats.onnx.masks import GraphMasks, last_used, masked, neutral, of_lengths, reduced
 from cellstack.formats.onnx.pieces import LAST, Pieces
 from cellstack.formats.onnx.scan import body_of
 from cellstack.network import Network
@@ -19,6 +19,7 @@ from cellstack.nodes import (
     Activation,
     Bidirectional,
     Cell,
+    Clip,
     Conv1D,
     Dense,
     Embedding,
@@ -28,9 +29,11 @@ from cellstack.nodes import (
     Masking,
     Merge,
     Node,
+    Pad,
     Permute,
     Pool1D,
     Recurrent,
+    Reduce,
     Repeat,
     Reshape,
     Scale,
@@ -315,13 +318,16 @@ class Writer(Pieces):
             y = self.put(operator, [turned], self.fresh(f"{name}.pooled"), name, **sizes)
             self.put("Transpose", [y], name, f"{name}.rows", perm=[0, 2, 1])
         elif isinstance(node, GlobalPool):
-            if masks[0]:
-                pooled(self, name, node, x, masks[0])
-            elif node.mode == "last":
+            if node.mode != "last":
+                reduced(self, name, node.mode, x, 1, False, masks[0])
+            elif masks[0]:
+                last_used(self, name, x, masks[0])
+            else:
                 at = self.tensor(f"{name}.at", np.array(-1, np.int64))
                 self.put("Gather", [x, at], name, axis=1)
-            else:
-                self.put("ReduceMean" if node.mode == "mean" else "ReduceMax", [x], name, axes=[1], keepdims=0)
+        elif isinstance(node, Reduce):
+            place = node.place(axes)
+            reduced(self, name, node.mode, x, place, node.keepdims, masks[0] if place == 1 else "")
         elif isinstance(node, (Standardise, Scale)):
             pairs = (
                 {"Sub": "mean", "Div": "scale"} if isinstance(node, Standardise) else {"Mul": "scale", "Add": "shift"}
@@ -365,6 +371,16 @@ class Writer(Pieces):
         x = sources[0]
         if isinstance(node, Activation):
             self.activate(name, x, node.activation, name)
+        elif isinstance(node, Clip):
+            bounds = ["" if bound is None else self.number(bound) for bound in (node.low, node.high)]
+            self.put("Clip", [x, *bounds], name)
+        elif isinstance(node, Pad):
+            axes = len(self.network.shapes[x]) + 1
+            ends = [0] * axes
+            ends[node.place(axes - 1)] = node.before
+            ends += [0] * axes
+            ends[axes + node.place(axes - 1)] = node.after
+            self.put("Pad", [x, self.integers(*ends), self.number(node.value)], name)
         elif isinstance(node, Flatten):
             self.put("Flatten", [x], name, axis=1)
         elif isinstance(node, Reshape):

@@ -1,6 +1,6 @@
 """What takes more than one node: sums over an axis, slices, products with a number, said in the nodes that there are.
 
-A `Hand` puts nodes into a graph for one layer or operation. Axes are counted as a file counts them, 0 being the batch;
+Axes are counted as a file counts them, 0 being the batch;
 lengths come from the shapes that the inputs have in the file.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.formats.build import Builder
 from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 from cellstack.nodes import (
@@ -31,7 +32,6 @@ from cellstack.nodes.base import Array, Node, Shape
 
 MOST_COPIES = 256  # of one value, side by side
 PIECE = 32  # how many numbers a piece of a split is counted as
-MOST_MADE = 1 << 24  # numbers that the file doesn't hold: it only says how wide its inputs are
 
 
 class Value(NamedTuple):
@@ -48,59 +48,60 @@ class Value(NamedTuple):
     flag: Any = None
 
 
-Late = Callable[[], Value]  # a value whose nodes go in once something takes it
+Pending = Callable[[], Value]  # a tensor whose nodes are put in once something takes it, or that can't be taken
 
 
-class Graph(Protocol):
-    """What a hand needs of the graph that it works on."""
+class Followed:
+    """Masks of sequences that follow each other in time: a number stands for each, however they nest."""
 
-    shapes: dict[str, Shape | None]
-    dtype: np.dtype[Any]
-    pinned: bool
-    made: int
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[Any, ...], int] = {}
 
-    def follow(self, masks: Sequence[Any]) -> Any:
+    def mask(self, masks: Sequence[Any]) -> Any:
         """Return the mask of several sequences one after the other."""
-        ...
-
-    def emit(self, name: str, node: Node, values: Sequence[Value]) -> Value:
-        """Put a node in."""
-        ...
+        key = tuple(("all",) if mask is None else mask for mask in masks)
+        return ("time", self._numbers.setdefault(key, len(self._numbers)))
 
 
-class Hand:
-    """Puts in the nodes of one layer.
+class LayerBuilder:
+    """Puts in the nodes of one layer or operation.
 
     Args:
-        graph: where to.
+        builder: where to.
         layer: whose nodes they are, for messages.
         name: what they are called.
+        dtype: of arrays that are made.
+        followed: the masks of sequences that follow each other.
     """
 
-    def __init__(self, graph: Graph, layer: Layer, name: str) -> None:
-        self.graph, self.layer, self.name = graph, layer, name
+    def __init__(self, builder: Builder, layer: Layer, name: str, dtype: np.dtype[Any], followed: Followed) -> None:
+        self.builder, self.layer, self.name, self.dtype, self.followed = builder, layer, name, dtype, followed
 
     def add(self, node: Node, *values: Value) -> Value:
         """Put a node in; no mask is said to go on."""
-        return self.graph.emit(self.name, node, values)
+        return Value(self.builder.add(self.name, node, *(value.wire for value in values)))
+
+    def known(self, value: Value) -> bool:
+        """Return whether it is known how many axes a value has."""
+        return self.builder.shapes[value.wire] is not None
 
     def shape(self, value: Value) -> Shape:
         """Return the lengths of a value's axes after the batch; a `FormatError` where they aren't known."""
-        shape = self.graph.shapes.get(value.wire)
+        shape = self.builder.shapes[value.wire]
         if shape is None:
             raise self.layer.refuse("takes a value of a shape that the file doesn't say")
         return shape
 
     def length(self, value: Value, place: int) -> int:
         """Return the length of an axis, which the network then depends on."""
-        found = self.shape(value)[place - 1]
+        self.shape(value)
+        found = self.builder.length(value.wire, place)
         if found is None:
             raise self.layer.refuse(f"needs the length of axis {place}, which the file leaves open")
-        self.graph.pinned = True
         return found
 
     def width(self, value: Value) -> int:
-        """Return the length of the last axis."""
+        """Return the length of the last axis, the features of a sequence."""
         shape = self.shape(value)
         return self.length(value, 1) if len(shape) == 1 else shape[-1] or self.length(value, len(shape))
 
@@ -117,7 +118,7 @@ class Hand:
         if value.mask is None:
             return value
         axes = len(self.shape(value))
-        return self.graph.emit(f"{self.name}.all_steps", Permute(tuple(range(1, axes + 1))), (value,))
+        return Value(self.builder.add(f"{self.name}.all_steps", Permute(tuple(range(1, axes + 1))), value.wire))
 
     # ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -127,13 +128,13 @@ class Hand:
             raise self.layer.refuse(f"needs lengths that the file leaves open, {short(list(shape))}")
         if not shape or 0 in shape:
             raise self.layer.refuse(f"expected a number of features a row, found the shape {short(list(shape))}")
-        if tuple(shape) == self.graph.shapes.get(value.wire):
+        if tuple(shape) == self.builder.shapes[value.wire]:
             return value
         return self.add(Reshape(tuple(-1 if axis is None else axis for axis in shape)), value)
 
     def permute(self, value: Value, order: Sequence[int]) -> Value:
         """Return a value with its axes, counted from 1, in another order."""
-        return value if list(order) == sorted(order) else self.add(Permute(tuple(order)), value)
+        return self.add(Permute(tuple(order)), value)
 
     def expand(self, value: Value, axis: Any) -> Value:
         """Return a value with an axis of length 1 more."""
@@ -151,8 +152,6 @@ class Hand:
 
     def select(self, value: Value, place: int, taken: slice) -> Value:
         """Return a slice of an axis."""
-        if taken == slice(None) or taken == slice(None, None, 1):
-            return value
         return self.add(Select(taken.start, taken.stop, taken.step or 1, place), value)
 
     def at(self, value: Value, place: int, index: int) -> Value:
@@ -203,18 +202,11 @@ class Hand:
         fits = array.size == 1 or (array.size == width == array.shape[-1])
         if not fits or not np.isfinite(array).all():
             raise self.layer.refuse(f"expected a number, or one for each of {width} features, found {short(number)}")
-        return np.full(self._make(width), array.reshape(-1), self.graph.dtype)
-
-    def _make(self, width: int) -> int:
-        """Return how many numbers are made; a `FormatError` where they are too many for a whole network."""
-        self.graph.made += width
-        if self.graph.made > MOST_MADE:
-            raise self.layer.refuse(f"expected features and pieces in all up to {MOST_MADE}, found {width} more")
-        return width
+        return np.full(self.builder.make(width), array.reshape(-1), self.dtype)
 
     def pieces(self, count: int) -> int:
-        """Return into how many pieces an axis is cut, as long as a file says; a `FormatError` where they are many."""
-        self._make(count * PIECE)
+        """Return into how many pieces an axis is cut, as long as a file says; `TooMuchError` where they are many."""
+        self.builder.make(count * PIECE)
         return count
 
     def number(self, number: Any) -> float:
@@ -277,7 +269,7 @@ class Hand:
     def pad(self, value: Value, before: int, after: int) -> Value:
         """Return `value [B, T, W]` with steps of zeros before and after."""
         width = self.width(value)
-        kernel = np.ones((1, 1, self._make(width)), self.graph.dtype)
+        kernel = np.ones((1, 1, self.builder.make(width)), self.dtype)
         return self.add(Conv1D(kernel, padding=(before, after), groups=width), value)
 
     def flatten(self, value: Value) -> Value:

@@ -1,0 +1,125 @@
+"""`Reduce`: one axis of a value taken together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.nodes.base import Array, CellState, Flow, FrameRule, Node, Shape, check_choice, check_flag, shown
+from cellstack.nodes.shape import check_axis, place_of
+from cellstack.spec import ShapeError
+
+if TYPE_CHECKING:
+    from cellstack.nodes.masks import Mask, Masks
+
+MODES = ("sum", "mean", "max", "min")
+
+
+def reduced(mode: str, x: Array, axis: int, used: NDArray[np.bool_] | None = None) -> Array:
+    """Return `x` without an axis: its sum, mean, greatest or least, of the entries used; zeros where none is.
+
+    Sums are taken in float64.
+
+    Args:
+        mode: one of `MODES`.
+        x: of any shape.
+        axis: which, counted from the front.
+        used: of bool, as `x` or broadcast to it; None = all of them.
+    """
+    if mode in ("sum", "mean"):
+        y = np.ascontiguousarray(x if used is None else np.where(used, x, 0.0)).astype(np.float64).sum(axis=axis)
+        if mode == "mean":
+            y /= max(x.shape[axis], 1) if used is None else np.maximum(np.broadcast_to(used, x.shape).sum(axis=axis), 1)
+        return y.astype(x.dtype)
+    nothing = -np.inf if mode == "max" else np.inf
+    least = (np.max if mode == "max" else np.min)(
+        x if used is None else np.where(used, x, nothing), axis, initial=nothing
+    )
+    some = x.shape[axis] > 0 if used is None else np.broadcast_to(used, x.shape).any(axis=axis)
+    return np.where(some, least, 0.0).astype(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Reduce(Node):
+    """The sum, the mean, the greatest or the least along one axis.
+
+    Over time, steps that the mask leaves out have no part, and a row without a step that is used gives zeros.
+
+    Args:
+        mode: `"sum"`, `"mean"`, `"max"` or `"min"`.
+        axis: which, counted from 0, the batch; 1 is time, -1 the features. Not 0.
+        keepdims: the axis stays, of length 1.
+
+    Raises:
+        ValueError: another mode or axis.
+        TypeError: a flag that isn't a bool.
+
+    >>> Reduce("sum", 1).apply(np.array([[[1.0, 2.0], [3.0, 4.0]]]))
+    array([[4., 6.]])
+    """
+
+    mode: str = "sum"
+    axis: int = -1
+    keepdims: bool = False
+    file_type = "reduce"
+    settings: ClassVar = {"mode": str, "axis": int, "keepdims": bool}
+
+    def __post_init__(self) -> None:
+        check_choice("Reduce", "mode", self.mode, MODES)
+        object.__setattr__(self, "axis", check_axis("Reduce", self.axis))
+        check_flag("Reduce", "keepdims", self.keepdims)
+        timed = self.axis == 1 or self.axis < -1  # whether the axis may be time
+        object.__setattr__(self, "heeds_mask", timed)
+        object.__setattr__(self, "mixes_steps", timed)
+        object.__setattr__(self, "axes", (None, None) if self.keepdims else (2, 1))
+
+    def place(self, axes: int) -> int:
+        """See `place_of`."""
+        return place_of(self.axis, axes)
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        """See `Node.check`."""
+        (shape,) = shapes
+        at = self.place(len(shape))
+        if not at:
+            raise ShapeError(f"{owner}: Reduce expected a value with an axis {self.axis}, got {shown(shape)}")
+        if len(shape) == 1 and not self.keepdims:
+            raise ShapeError(f"{owner}: Reduce expected keepdims=True for a vector, got {shown(shape)}: an axis stays")
+        return (*shape[: at - 1], *([1] if self.keepdims else []), *shape[at:])
+
+    def apply(self, x: Array, mask: NDArray[np.bool_] | None = None) -> Array:
+        """Return `x [B, …]` with an axis reduced; `mask [B, T]` counts where that is time."""
+        place = self.place(x.ndim - 1)
+        used = None if mask is None or place != 1 else mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
+        y = reduced(self.mode, x, place, used)
+        return np.expand_dims(y, place) if self.keepdims else y
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        """See `Node.run`."""
+        (flow,) = flows
+        stays = self._keeps_time(flow.x.ndim - 1)
+        return Flow(self.apply(flow.x, flow.mask), self.mask_of(flows), flow.reset if stays else None)
+
+    def _keeps_time(self, axes: int) -> bool:
+        return self.place(axes) > 1 and (self.keepdims or axes > 2)
+
+    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
+        """See `Node.mask_after`."""
+        return masks[0] if self._keeps_time(axes) else None
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        """See `Node.frames`."""
+        if self.place(len(shapes[0])) != len(shapes[0]):
+            return FrameRule(f"the {self.mode} over time is of the whole sequence, which a stream doesn't have")
+        if not self.keepdims:
+            return FrameRule("it makes one vector of all steps, which a stream doesn't have (keepdims=True does not)")
+        return FrameRule(step=replace(self, axis=-1).apply)
+
+    @property
+    def summary(self) -> str:
+        """What the node does, in a few words."""
+        return f"{self.mode} over axis {self.axis}{', which stays' if self.keepdims else ''}"
