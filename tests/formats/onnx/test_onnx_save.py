@@ -327,17 +327,16 @@ def test_cells_that_onnx_has_not(tmp_path, name, dtype):
     check(tmp_path, Network([Bidirectional(Recurrent((first,)), back)], ["pair"]), x, None, tolerance)
 
 
-@pytest.mark.parametrize("what", ["body", "doc", "text", "width", "name", "directions"])
-def test_a_scan_of_another_s_is_not_taken_for_a_cell(tmp_path, what):
+@pytest.mark.parametrize("what", ["doc", "text", "width", "name", "names"])
+def test_what_a_scan_means_is_read_from_its_body(tmp_path, what):
+    """Whatever else is said of it, or called in it."""
     path = str(tmp_path / "net.onnx")
-    adapter.save(Network([Recurrent((flagged(np.random.default_rng(0), 3, proj_size=2),))], ["cell"]), path)
+    net = Network([Recurrent((flagged(np.random.default_rng(0), 3, proj_size=2),))], ["cell"])
+    adapter.save(net, path)
     model = onnx.load(path)
     (scan,) = (node for node in model.graph.node if node.op_type == "Scan")
-    attributes = {entry.name: entry for entry in scan.attribute}
-    body = attributes["body"].g
-    if what == "body":
-        next(node for node in body.node if node.op_type == "Sigmoid").op_type = "Tanh"
-    elif what == "doc":
+    body = next(entry.g for entry in scan.attribute if entry.name == "body")
+    if what == "doc":
         body.doc_string = body.doc_string.replace('"proj_size": 2', '"proj_size": 1')
     elif what == "text":
         body.doc_string = "[" * 100_000
@@ -346,9 +345,72 @@ def test_a_scan_of_another_s_is_not_taken_for_a_cell(tmp_path, what):
     elif what == "name":
         scan.name = "other"
     else:
-        attributes["scan_output_directions"].ints[0] = 1
+        for holder in (*body.node, body):
+            for names in (holder.input, holder.output):
+                for n, entry in enumerate(names):
+                    if isinstance(entry, str):
+                        names[n] = f"my {entry}"
+                    else:
+                        entry.name = f"my {entry.name}"
+        for tensor in body.initializer:
+            tensor.name = f"my {tensor.name}"
     onnx.save(model, path)
-    with pytest.raises(FormatError, match=r"Scan.* expected a step of a cell as cellstack writes it"):
+    again = adapter.load(path)
+    x = np.random.default_rng(1).standard_normal((2, 5, 3)).astype(np.float32)
+    np.testing.assert_array_equal(again(x), net(x))
+    assert again.cells[0].spec == net.cells[0].spec
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_changes_of_a_scan_s_body(tmp_path, flags):
+    """Each operator of it made another: it is refused, or another cell, as ONNX Runtime runs it."""
+    path = str(tmp_path / "net.onnx")
+    adapter.save(Network([Recurrent((flagged(np.random.default_rng(0), 3, **flags),))], ["cell"]), path)
+    x = np.random.default_rng(1).standard_normal((2, 5, 3)).astype(np.float32)
+    whole = onnx.load(path).SerializeToString()
+    others = {
+        "Sigmoid": "Tanh",
+        "Tanh": "Sigmoid",
+        "Add": "Mul",
+        "Mul": "Add",
+        "Sub": "Add",
+        "MatMul": "Add",
+        "Div": "Mul",
+    }
+    others |= {"Sqrt": "Tanh", "Clip": "Identity", "Identity": "Tanh"}
+    for n in range(1000):
+        model = onnx.ModelProto.FromString(whole)
+        (scan,) = (node for node in model.graph.node if node.op_type == "Scan")
+        body = next(entry.g for entry in scan.attribute if entry.name == "body")
+        if n == len(body.node):
+            break
+        node = body.node[n]
+        if node.op_type == "Clip":
+            del node.input[1:]
+        elif node.op_type == "Sub":
+            node.input[:] = node.input[::-1]
+        node.op_type = others.get(node.op_type, "Neg") if node.op_type != "Sub" else "Sub"
+        del node.attribute[:]
+        if node.op_type == "Neg":
+            del node.input[1:]
+        onnx.save(model, path)
+        try:
+            got = adapter.load(path)(x)
+        except FormatError as error:
+            assert "expected a step of a cell" in str(error)  # noqa: PT017
+            continue
+        (expected,) = run(path, {"x": x}, ["cell"])
+        near(got, expected)
+
+
+def test_a_scan_whose_steps_go_and_come_in_two_orders(tmp_path):
+    path = str(tmp_path / "net.onnx")
+    adapter.save(Network([Recurrent((flagged(np.random.default_rng(0), 3, proj_size=2),))], ["cell"]), path)
+    model = onnx.load(path)
+    (scan,) = (node for node in model.graph.node if node.op_type == "Scan")
+    next(entry for entry in scan.attribute if entry.name == "scan_output_directions").ints[0] = 1
+    onnx.save(model, path)
+    with pytest.raises(FormatError, match="Scan node 'cell': expected steps that come and go in one order"):
         adapter.load(path)
 
 
@@ -439,6 +501,22 @@ def test_activations_that_cells_have_not(tmp_path, text):
     adapter.save(net, path)
     x = floats(rng, 4, 6, 3)
     near(run(path, {"x": x})[0], net(x))
+    again = adapter.load(path)
+    assert [(type(node).__name__, node.activation) for node in again.nodes] == [("Dense", text)]
+    near(again(x), net(x))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("sequences", [True, False])
+def test_zeros_at_steps_that_are_left_out_come_back(tmp_path, kind, sequences):
+    rng = np.random.default_rng(0)
+    stack = tuple(random_cell(rng, 3, 3, kind) for _ in range(2))
+    net = Network([Recurrent(stack, sequences, zero_output_for_mask=True), Dense(floats(rng, 3, 2))], ["stack", "head"])
+    path, x = str(tmp_path / "net.onnx"), floats(rng, 3, 5, 3)
+    adapter.save(net, path)
+    again = adapter.load(path)
+    for lengths in (None, np.array([5, 2, 0])):
+        near(again.run(x, lengths=lengths)[0], net.run(x, lengths=lengths)[0])
 
 
 def test_onnx_runtime_has_nothing_to_say_of_a_file(tmp_path, capfd):

@@ -11,9 +11,10 @@ from cellstack.formats.onnx import activations, norms, ops, pools, quantised, re
 from cellstack.formats.onnx.cells import Names, Operator, is_recurrent, network_of, read_operator
 from cellstack.formats.onnx.file import Model, Scope, label, read, short, unused_tensors
 from cellstack.formats.onnx.graph import load_graph
-from cellstack.formats.onnx.rolled import roll
-from cellstack.formats.onnx.unrolled import find_unrolled
 from cellstack.formats.onnx.writer import write
+from cellstack.formats.onnx.written_out.found import find_written_out
+from cellstack.formats.onnx.written_out.loops import roll
+from cellstack.formats.onnx.written_out.products import name_activations
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
@@ -49,7 +50,7 @@ def _parts(scope: Scope) -> Iterator[tuple[str, Callable[[], Operator]]]:
         for node in graph.graph.node:
             if is_recurrent(node):
                 yield label(node), partial(read_operator, graph, node)
-        for name, operator in find_unrolled(graph):
+        for name, operator in find_written_out(graph):
             yield name, partial(_same, operator)
 
 
@@ -128,6 +129,7 @@ def load(path: str) -> Network:
     try:
         unused = unused_tensors(Scope(model, model.proto.graph))
         roll(model)
+        name_activations(model)
         return load_graph(model, HANDLERS, unused)
     except FormatError as error:
         hint = "; cellstack.extract(path) gives its recurrent parts" if _has_parts(model) else ""

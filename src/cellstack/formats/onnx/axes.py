@@ -387,6 +387,8 @@ def _unsqueezed(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> li
         return []
     count = len(x.axes) + len(found)
     new, old = {place(axis, count) for axis in found}, iter(range(len(x.axes)))
+    if len(new) != len(found):
+        return []
     order = [None if n in new else next(old) for n in range(count)]
     return [
         Shaped([Axis() if n is None else x.axes[n] for n in order], [1 if n is None else x.lengths[n] for n in order])

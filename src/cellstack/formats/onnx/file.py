@@ -200,7 +200,8 @@ class Model:
         named = all(isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p) for p in pairs)
         if not isinstance(metadata, dict) or not named:
             raise FormatError(f"{self.path}: expected metadata and states as the metadata {KEY}, found {short(text)}")
-        return {"metadata": metadata, "states": states}
+        zeros = found.get("zero_output_for_mask")
+        return {"metadata": metadata, "states": states, "zeros": zeros if isinstance(zeros, list) else []}
 
     def attributes(self, node: Any) -> Attributes:
         """Return a node's attributes by name, as Python has them; tensors as arrays, graphs as they are."""

@@ -12,6 +12,7 @@ from cellstack.layout import Array
 
 FREE = 1 << 22  # numbers that any file may compute, however small it is
 TIMES = 8  # and how many for each of its bytes
+NO_END = (2**31 - 1, 2**63 - 1)  # ends that stand for none, whichever way a slice goes
 LARGEST = 2**31 - 1  # from here on, the start or end of a slice is that of the axis
 CASTS = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 12: "u4", 13: "u8"}
 
@@ -115,7 +116,7 @@ def slices(attributes: dict[str, Any], values: list[Any], axes: int) -> tuple[sl
         raise ValueError("expected starts, ends, axes and steps that belong together")
     taken = [slice(None)] * axes
     for start, end, axis, step in zip(starts, ends, chosen, steps, strict=True):
-        backwards_to_the_front = step < 0 and end <= -LARGEST
+        backwards_to_the_front = step < 0 and (end <= -LARGEST or end in NO_END)
         taken[axis] = slice(start, None if backwards_to_the_front else end, step)
     return tuple(taken)
 

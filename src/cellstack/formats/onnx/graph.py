@@ -12,8 +12,8 @@ from cellstack.formats.onnx.cells import Names, clean, is_recurrent
 from cellstack.formats.onnx.directions import both_ways
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
 from cellstack.formats.onnx.fold import Spread, check_inputs, fold
-from cellstack.formats.onnx.scan import is_scan
 from cellstack.formats.onnx.values import Final, Flowing, Initial, Lengths, States, Symbols, Unknown
+from cellstack.formats.onnx.written_out.scans import is_scan
 from cellstack.network import Network
 from cellstack.nodes import Activation, GlobalPool, Merge, Node, Permute, Reshape, Select
 from cellstack.spec import FormatError

@@ -107,6 +107,8 @@ def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     if made.mixes_steps:
         steps_apart(reader)
     steps, _ = made.check(label(node), (x.steps, None))
+    if steps == 0:
+        raise Refused(f"expected at least one window of {x.steps} steps, found none")
     wire = reader.add(label(node), made, x.wire)
     return [replace(x, wire=wire, width=kernel.shape[0], steps=steps, pad=(0, 0))]
 

@@ -49,6 +49,8 @@ def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 
 def _put(reader: Reader, node: Any, x: Flowing, made: Any) -> Flowing:
     steps, _ = made.check(label(node), (x.steps, None))
+    if steps == 0:
+        raise Refused(f"expected at least one window of {x.steps} steps, found none")
     return replace(x, wire=reader.add(label(node), made, x.wire), steps=steps)
 
 

@@ -10,8 +10,8 @@ from cellstack.formats.onnx.cells import INPUTS, KINDS, nodes_of, read_operator
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import Spread, numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.scan import read_scan
 from cellstack.formats.onnx.values import Final, Flowing, Lengths, States
+from cellstack.formats.onnx.written_out.scans import read_scan
 from cellstack.layout import Array
 from cellstack.nodes import Recurrent, Select
 
@@ -32,7 +32,8 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         _start(reader, starts[key], key, "BSF" if operator.batch_first else "SBF", (number, ways, key[-1]))
     sequences = bool(node.output[0]) and reader.uses.get(node.output[0], 0) > 0
     wire = x.wire
-    for step in nodes_of(operator, sequences, bool(operator.lengths)):
+    zeros = bool(operator.lengths) or label(node) in reader.model.said.get("zeros", ())
+    for step in nodes_of(operator, sequences, zeros):
         name = label(node) if step.cells else f"{label(node)}.in_order"
         wire = reader.add(name, step, wire)
         if step.cells:
@@ -100,12 +101,13 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
             starts[part] = array.reshape(-1, array.shape[-1])[0]
         else:
             _start(reader, value, f"the {part} to start from", "BF", (number, 1, part))
-    cell, backwards = read_scan(reader.model, node, starts if any(one.any() for one in starts.values()) else {})
+    cell, backwards = read_scan(reader.scope, node, starts if any(one.any() for one in starts.values()) else {})
     flow = reader.flowing(x, "its steps")
     if not flow.has("TBF"):
         raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
     sequences = reader.uses.get(node.output[-1], 0) > 0
-    wire = reader.add(label(node), Recurrent((cell,), sequences, backwards), flow.wire)
+    zeros = label(node) in reader.model.said.get("zeros", ())
+    wire = reader.add(label(node), Recurrent((cell,), sequences, backwards, zeros), flow.wire)
     reader.cells_of.append((wire, 0))
     if backwards and sequences:
         wire = reader.add(f"{label(node)}.in_order", Select(step=-1), wire)

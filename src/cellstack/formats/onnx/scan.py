@@ -2,7 +2,7 @@
 
 What LSTM, GRU and RNN of ONNX can't hold goes so, and cells of float64, which ONNX Runtime's operators don't take. The
 body takes the states and x, and gives the states and y. It holds its arrays, and the cell's description as its
-`doc_string`: so it is read again, where it is to the byte what is written here.
+`doc_string`: what it means is read from its equations, and the numbers that float32 has rounded from there.
 
 Ref: ONNX, Operators.md, Scan.
 """
@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.file import DOMAINS, Model, label, onnx_package, short
+from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
-from cellstack.layout import Array
 from cellstack.nodes.recurrent import Cell
-from cellstack.spec import CellSpec, FormatError
 
 FIRST_OPSET = 9  # before it, a Scan's inputs were others
 
@@ -182,47 +180,3 @@ def described(cell: Cell) -> str:
     settings = {**cell.spec.settings, "input_size": cell.spec.input_size, "units": cell.spec.units}
     settings.pop("learn_initial_state", None)
     return json.dumps(settings)
-
-
-def is_scan(node: Any) -> bool:
-    """Whether a node is a Scan."""
-    return node.domain in DOMAINS and node.op_type == "Scan"
-
-
-def read_scan(model: Model, node: Any, starts: dict[str, Array]) -> tuple[Cell, bool]:
-    """Return the cell that a Scan is, and whether it runs backwards.
-
-    Args:
-        model: the file.
-        node: the Scan.
-        starts: constant initial states `[H]` by name; both of them, or none where they are zeros or inputs.
-
-    Raises:
-        FormatError: it isn't what is written here.
-    """
-    where = f"{model.path}: node {short(label(node))}"
-    attributes = model.attributes(node)
-    body: Any = attributes.get("body")
-    try:
-        settings = json.loads(body.doc_string)
-        spec = CellSpec(**settings, learn_initial_state=bool(starts))
-        arrays = {tensor.name.rpartition("/")[2]: tensor for tensor in body.initializer}
-        read = {name: model.tensors.array(arrays[name]) for name in spec.shapes if not name.startswith("initial_")}
-        cell = Cell(spec, **read, **{f"initial_{name}": starts[name] for name in spec.state_sizes if starts})
-        same = body == body_of(node.name, cell)
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-        same, cell = False, None
-    way = attributes.get("scan_input_directions", [0])
-    known = {"body", "num_scan_inputs", "scan_input_directions", "scan_output_directions"}
-    fits = (
-        attributes.keys() <= known
-        and attributes.get("num_scan_inputs") == 1
-        and list(way) in ([0], [1])
-        and list(attributes.get("scan_output_directions", [0])) == list(way)
-        and model.opset >= FIRST_OPSET
-    )
-    if fits and same:
-        fits = (len(node.input), len(node.output)) == (len(body.input), len(body.output))
-    if not same or cell is None or not fits:
-        raise FormatError(f"{where}: expected a step of a cell as cellstack writes it, without a mask")
-    return cell, list(way) == [1]

@@ -101,6 +101,8 @@ def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         raise Refused("expected constant axes")
     count = len(value.axes) + len(axes) if isinstance(value, (Flowing, States)) else 0
     chosen = {place(axis, count) for axis in axes}
+    if len(chosen) != len(axes):
+        raise Refused(f"expected every axis once, found {axes}")
     if isinstance(value, States):
         old, labels, refs = iter(value.axes), [], value.refs
         for n in range(count):

@@ -75,6 +75,7 @@ class Writer(Pieces):
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self.states: list[list[str]] = []  # by cell and part: the input's name and the output's
+        self.zeros: list[str] = []  # operators whose output is zeros at steps that a mask leaves out
         self.masks: dict[str, str] = {}  # of values that have one: a flag a step, [B, T, 1], True where it is used
 
     def finish(self, name: str, x: str, text: str, output: str) -> None:
@@ -212,6 +213,8 @@ class Writer(Pieces):
         for number, cell in enumerate(node.cells):
             own = f"{name}.{number}" if top else name
             added = node.residual and number > 0 and cell.spec.input_size == cell.spec.output_size
+            if node.zero_output_for_mask and number == top:
+                self.zeros.append(own)
             wanted = number < top or node.return_sequences or added
             if mask or self.dtype == np.float64 or not can_be_operator((cell,)):
                 flat, last = self.scan(own, cell, direction, x, steps, turned, added)
@@ -443,7 +446,7 @@ def model_of(network: Network, lengths: bool = False) -> Any:
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="cellstack"
     )
-    said = {"metadata": network.metadata, "states": writer.states}
+    said = {"metadata": network.metadata, "states": writer.states, "zero_output_for_mask": writer.zeros}
     helper.set_model_props(model, {KEY: json.dumps(said)})
     return model
 

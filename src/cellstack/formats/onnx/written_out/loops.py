@@ -9,8 +9,8 @@ import numpy as np
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.file import Model, Scope, onnx_package
 from cellstack.formats.onnx.fold import Spread, axes_of, numbers
-from cellstack.formats.onnx.linear import Place, place_of
-from cellstack.formats.onnx.steps import Chain, cell_of, find_chains, stripped
+from cellstack.formats.onnx.written_out.chains import Chain, cell_of, find_chains, stripped
+from cellstack.formats.onnx.written_out.linear import Place, place_of
 
 
 class _Roller:
@@ -84,7 +84,7 @@ class _Roller:
         starts = [self._start(name, deep) for name in chain.starts]
         if None in starts:
             return False
-        cell = cell_of(scope, chain)
+        cell = cell_of(scope, chain.steps[-1], chain.is_h, {})
         names = [f"{self.prefix}{part}" for part in ("Y", "h", "c")][: 3 if cell.spec.kind == "lstm" else 2]
         inputs = [x, "", "", "", "", *(name or "" for name in starts)]
         node = self.onnx.helper.make_node(cell.spec.kind.upper(), inputs, names, name=chain.name)

@@ -1,18 +1,24 @@
-"""Values that a graph makes as sums of products of values and constant matrices, told term by term."""
+"""Values that a graph makes as sums of products of values and constants, told term by term.
+
+A sum may have products with matrices, each normalised or not, products number by number, as peepholes are, and
+constants.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.onnx.file import Scope
-from cellstack.formats.onnx.fold import slices, whole
+from cellstack.formats.onnx.cells import decimal
+from cellstack.formats.onnx.file import DOMAINS, Scope
+from cellstack.formats.onnx.fold import axes_of, numbers, slices, whole
 from cellstack.layout import Array
 
-MOST_NODES = 24  # that one sum is told from
+MOST_NODES = 32  # that one sum is told from
 MOST_NUMBERS = 1 << 16  # of a bias that stands in a file once for every row
 MOST_OUTPUTS = 8  # of a Split that cuts gates
 FOLLOWED = ("Squeeze", "Unsqueeze", "Identity")
@@ -30,6 +36,9 @@ class Term:
         stop: the row after the last.
         moves: the nodes that took a step out of the product, in order; none where the value is of one step.
         flat: whether the product is of rows, without time.
+        normed: where the product is normalised, from which row to which apart: `(0, N)`, or `(0, M, N)`; () where not.
+        gain: the name of what the normalised product is multiplied by then.
+        epsilon: what is added to its variance.
     """
 
     value: str
@@ -39,23 +48,27 @@ class Term:
     stop: int
     moves: tuple[Any, ...] = ()
     flat: bool = False
+    normed: tuple[int, ...] = ()
+    gain: str = ""
+    epsilon: float = 0.0
 
     @property
-    def rows(self) -> tuple[str, bool, int, int]:
+    def rows(self) -> tuple[Any, ...]:
         """Which numbers of the file these are."""
-        return self.weights, self.turned, self.start, self.stop
+        return self.weights, self.turned, self.start, self.stop, self.gain
 
 
 class Linear(NamedTuple):
-    """A sum: products and constants."""
+    """A sum: products with matrices, constants, and products number by number with vectors."""
 
     products: tuple[Term, ...]
     biases: tuple[Term, ...]
+    peepholes: tuple[Term, ...] = ()
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What a step has in common with the next: all but the values."""
-        return tuple(sorted(term.rows for term in self.products)), tuple(sorted(term.rows for term in self.biases))
+        return tuple(tuple(sorted(term.rows for term in terms)) for terms in self)
 
 
 def array_of(scope: Scope, term: Term) -> Array:
@@ -66,8 +79,15 @@ def array_of(scope: Scope, term: Term) -> Array:
     return array[term.start : term.stop]
 
 
-def linear(scope: Scope, name: str, left: list[int] | None = None) -> Linear | None:
-    """Return the sum that a value is; None where it isn't one of products with constant matrices, and constants."""
+def linear(scope: Scope, name: str, left: list[int] | None = None, rows: bool = False) -> Linear | None:
+    """Return the sum that a value is; None where it isn't one of products with constant matrices, and constants.
+
+    Args:
+        scope: the graph.
+        name: of the value.
+        left: how many nodes it may still be told from.
+        rows: whether values are known to be rows of features, without time.
+    """
     left = [MOST_NODES] if left is None else left
     left[0] -= 1
     constant = scope.constant(name)
@@ -82,18 +102,24 @@ def linear(scope: Scope, name: str, left: list[int] | None = None) -> Linear | N
     if node is None:
         return None
     if node.op_type == "Add" and len(node.input) == 2:
-        parts = [linear(scope, each, left) for each in node.input]
+        parts = [linear(scope, each, left, rows) for each in node.input]
         if parts[0] is None or parts[1] is None:
             return None
-        return Linear(parts[0].products + parts[1].products, parts[0].biases + parts[1].biases)
+        return Linear(*(one + other for one, other in zip(*parts, strict=True)))
+    if node.op_type == "Mul" and len(node.input) == 2:
+        return _by_vector(scope, node, left)
     if node.op_type in ("MatMul", "Gemm"):
         return _product(scope, node, left)
-    inner = linear(scope, node.input[0], left) if node.op_type in MOVED and node.input else None
+    inner = linear(scope, node.input[0], left, rows) if node.op_type in MOVED and node.input else None
     if inner is None or node.op_type == "Identity":
         return inner
-    cut = _cut(scope, node, name, inner)
+    if inner.peepholes:
+        return None
+    cut = _cut(scope, node, name, inner, rows)
     if cut is not None:
         return cut
+    if node.op_type == "Slice" and any(term.normed for term in inner.products):
+        return None
     return Linear(tuple(replace(term, moves=(*term.moves, node)) for term in inner.products), inner.biases)
 
 
@@ -137,6 +163,94 @@ def first_alike(scope: Scope, name: str, array: Array) -> str:
     return scope.first_alike[name]
 
 
+def _by_vector(scope: Scope, node: Any, left: list[int]) -> Linear | None:
+    """Return a product with a constant vector: of what is normalised, or number by number, as peepholes are."""
+    names = list(node.input)
+    constants = [scope.constant(name) for name in names]
+    vectors = [
+        isinstance(value, np.ndarray) and value.ndim > 0 and value.size == value.shape[-1] for value in constants
+    ]
+    if vectors.count(True) != 1 or sum(value is not None for value in constants) != 1:
+        return None
+    gain, value = names[vectors.index(True)], names[vectors.index(False)]
+    width = np.size(numbers(constants[vectors.index(True)]))
+    term = _normed(scope, value, left)
+    if term is not None:
+        return Linear((replace(term, gain=gain),), ()) if (term.start, term.stop) == (0, width) else None
+    return Linear((), (), (Term(value, gain, False, 0, width),))
+
+
+def _normed(scope: Scope, name: str, left: list[int]) -> Term | None:
+    """Return a product that is normalised, as a whole or in parts one after the other."""
+    node = scope.producers.get(name)
+    parts = list(node.input) if node is not None and node.op_type == "Concat" else [name]
+    if len(parts) > 1 and (node is None or scope.model.attributes(node).get("axis") != -1):
+        return None
+    found: list[Term] = []
+    for part in parts[:MOST_OUTPUTS]:
+        inside = unit(scope, part)
+        inner = None if inside is None else linear(scope, inside[0], left)
+        if inside is None or inner is None or len(inner.products) != 1 or inner.biases or inner.peepholes:
+            return None
+        found.append(replace(inner.products[0], epsilon=inside[1]))
+    first = found[0]
+    ends = (first.start, *(term.stop for term in found))
+    alike = {replace(term, start=0, stop=0) for term in found}
+    if len(alike) != 1 or first.normed or [term.start for term in found] != list(ends[:-1]):
+        return None
+    return replace(first, stop=ends[-1], normed=ends)
+
+
+def unit(scope: Scope, name: str) -> tuple[str, float] | None:
+    """Return the value that is `(v - mean) / sqrt(variance + epsilon)` of another, and epsilon; None where none is."""
+    producers = scope.producers
+    ends = [producers.get(one) for one in inputs_of(scope, name, "Div")]
+    if len(ends) != 2 or None in ends:
+        return None
+    apart = inputs_of(scope, name, "Div")[0]
+    root = inputs_of(scope, inputs_of(scope, name, "Div")[1], "Sqrt")
+    value = inputs_of(scope, apart, "Sub")
+    for variance, added in pairs(scope, root[0], "Add") if root and len(value) == 2 else ():
+        squares, epsilon = _mean_of(scope, variance), scalar(scope, added)
+        if epsilon is None or squares is None or inputs_of(scope, squares, "Mul") != [apart, apart]:
+            continue
+        if _mean_of(scope, value[1]) == value[0]:
+            return value[0], epsilon
+    return None
+
+
+def _mean_of(scope: Scope, name: str) -> str | None:
+    """Return what a value is the mean of, over the features."""
+    node = scope.producers.get(name)
+    if node is None or node.op_type != "ReduceMean" or not node.input:
+        return None
+    attributes = scope.model.attributes(node)
+    axes = axes_of(attributes, [None, *(scope.constant(one) for one in node.input[1:])])
+    return node.input[0] if axes == [-1] and attributes.get("keepdims", 1) else None
+
+
+def inputs_of(scope: Scope, name: str, operator: str) -> list[str]:
+    """Return what the operator behind a name takes; [] where it is another."""
+    node = scope.producers.get(name)
+    return list(node.input) if node is not None and node.op_type == operator and node.domain in DOMAINS else []
+
+
+def pairs(scope: Scope, name: str, operator: str) -> Iterator[tuple[str, str]]:
+    """Give the two inputs of the operator behind a name, both ways round; nothing where it is another."""
+    found = inputs_of(scope, name, operator)
+    if len(found) == 2:
+        yield found[0], found[1]
+        yield found[1], found[0]
+
+
+def scalar(scope: Scope, name: str) -> float | None:
+    """Return a constant that is one number, without axes: of float32 the shortest decimal that it stands for."""
+    value = scope.constant(name) if name else None
+    if not isinstance(value, np.ndarray) or value.ndim or value.dtype.kind != "f":
+        return None
+    return float(value) if value.dtype == np.float64 else decimal(float(value))
+
+
 def sizes_of(scope: Scope, node: Any) -> list[int] | None:
     """Return the lengths that a Split cuts an axis into; [] where it cuts evenly, None where they can't be told."""
     sizes, named = scope.model.attributes(node).get("split"), len(node.input) > 1 and node.input[1]
@@ -147,12 +261,18 @@ def sizes_of(scope: Scope, node: Any) -> list[int] | None:
     return whole(sizes, len(node.output)) if fits else None
 
 
-def _cut(scope: Scope, node: Any, name: str, inner: Linear) -> Linear | None:
+def _cut(scope: Scope, node: Any, name: str, inner: Linear, rows: bool) -> Linear | None:
     """Return what a Split gives that cuts the features, as it cuts the gates of a cell; None where it isn't one."""
     terms = (*inner.products, *inner.biases)
     if not all(_apart(scope, term) for term in inner.products):
         return None
-    if node.op_type != "Split" or len(node.output) > MOST_OUTPUTS or len({t.stop - t.start for t in terms}) != 1:
+    if len({term.stop - term.start for term in terms}) != 1:
+        return None
+    if node.op_type == "Slice":
+        ends = _columns(scope, node)
+        fits = ends is not None and 0 <= ends[0] < ends[1] <= terms[0].stop - terms[0].start
+        return _part(inner, *ends) if fits and ends is not None else None
+    if node.op_type != "Split" or len(node.output) > MOST_OUTPUTS:
         return None
     found = scope.model.attributes(node)
     count, axis = terms[0].stop - terms[0].start, found.get("axis", 0)
@@ -161,7 +281,7 @@ def _cut(scope: Scope, node: Any, name: str, inner: Linear) -> Linear | None:
         return None
     if axis == 1:  # of rows of features it is the last one, of sequences it isn't
         told = bool(sizes) and max(sizes) > 1
-        if not told and not all(term.flat or term.moves for term in inner.products):
+        if not rows and not told and not all(term.flat or term.moves for term in inner.products):
             return None
     elif axis not in (-1, 2):
         return None
@@ -172,8 +292,22 @@ def _cut(scope: Scope, node: Any, name: str, inner: Linear) -> Linear | None:
         return None
     place = list(node.output).index(name)
     start = sum(sizes[:place])
-    cut = [replace(term, start=term.start + start, stop=term.start + start + sizes[place]) for term in terms]
-    return Linear(tuple(cut[: len(inner.products)]), tuple(cut[len(inner.products) :]))
+    return _part(inner, start, start + sizes[place])
+
+
+def _part(inner: Linear, start: int, stop: int) -> Linear:
+    """Return some columns of a sum."""
+    return Linear(*(tuple(replace(t, start=t.start + start, stop=t.start + stop) for t in terms) for terms in inner))
+
+
+def _columns(scope: Scope, node: Any) -> tuple[int, int] | None:
+    """Return from which column to which a Slice cuts the last axis; None where it cuts something else."""
+    values = [scope.constant(name) if name else None for name in node.input[1:]]
+    lists = [whole(value) if isinstance(value, np.ndarray) else None for value in (*values, None, None, None, None)[:4]]
+    starts, ends, axes, steps = lists
+    if starts is None or ends is None or axes != [-1] or steps not in (None, [1]) or len(starts) != len(ends) != 1:
+        return None
+    return starts[0], ends[0]
 
 
 def _apart(scope: Scope, term: Term) -> bool:

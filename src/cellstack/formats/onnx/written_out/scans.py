@@ -1,0 +1,143 @@
+"""What a Scan means: the cell whose step its body writes out, whoever wrote it.
+
+The body takes the states and x, and gives the states and y, which is h. On their way out, h may be projected, and both
+may keep a share of what they were, as zoneout does. Where a description in the body says the same in other words, and
+in decimals that float32 has rounded, its words are taken.
+
+Ref: ONNX, Operators.md, Scan.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+
+from cellstack.formats.onnx.file import DOMAINS, Scope, label, short
+from cellstack.formats.onnx.written_out.chains import cell_of
+from cellstack.formats.onnx.written_out.equations import Matcher, Step, bare
+from cellstack.formats.onnx.written_out.linear import Term, inputs_of, pairs, scalar
+from cellstack.layout import Array
+from cellstack.nodes.recurrent import Cell
+from cellstack.spec import CellSpec, FormatError
+
+FIRST_OPSET = 9  # before it, a Scan's inputs were others
+KNOWN = {
+    "body", "num_scan_inputs", "scan_input_axes", "scan_input_directions", "scan_output_axes", "scan_output_directions"
+}  # fmt: skip
+
+
+def is_scan(node: Any) -> bool:
+    """Whether a node is a Scan."""
+    return node.domain in DOMAINS and node.op_type == "Scan"
+
+
+def read_scan(scope: Scope, node: Any, starts: dict[str, Array]) -> tuple[Cell, bool]:
+    """Return the cell that a Scan is, and whether it runs backwards.
+
+    Args:
+        scope: the graph that the Scan is in.
+        node: the Scan.
+        starts: constant initial states `[H]` by name; both of them, or none where they are zeros or inputs.
+
+    Raises:
+        FormatError: its body isn't a step of a cell.
+    """
+    where = f"{scope.model.path}: node {short(label(node))}"
+    attributes = scope.model.attributes(node)
+    way = [attributes.get(f"scan_{end}_directions", [0]) for end in ("input", "output")]
+    flat = all(attributes.get(f"scan_{end}_axes", [0]) == [0] for end in ("input", "output"))
+    if scope.model.opset < FIRST_OPSET or attributes.keys() - KNOWN or attributes.get("num_scan_inputs") != 1:
+        raise FormatError(f"{where}: expected one sequence to go over, as of opset {FIRST_OPSET}")
+    if not flat or way[0] != way[1] or way[0] not in ([0], [1]):
+        raise FormatError(f"{where}: expected steps that come and go in one order, along the first axis")
+    body: Any = attributes["body"]
+    counts = (len(body.input), len(body.output), len(node.input), len(node.output))
+    if len(set(counts)) != 1 or counts[0] not in (2, 3):
+        raise FormatError(f"{where}: expected a step of a cell: one or two states, x and y, found {counts}")
+    try:
+        cell = _cell(Scope(scope.model, body, scope, label(node)), starts)
+    except ValueError as error:
+        text = str(error).removeprefix(f"{scope.model.path}: ")[:300]
+        raise FormatError(f"{where}: expected a step of a cell, without a mask, found another: {text}") from None
+    return _as_described(cell, body.doc_string), way[0] == [1]
+
+
+def _cell(scope: Scope, starts: dict[str, Array]) -> Cell:
+    """Return the cell whose step a graph is; `ValueError` where it is none."""
+    *states, x = (value.name for value in scope.graph.input)
+    *ends, y = (bare(scope, value.name) for value in scope.graph.output)
+    if y != ends[0]:
+        raise ValueError("y isn't the h after the step")
+    flags: dict[str, Any] = {"learn_initial_state": bool(starts)}
+    for name, n in zip(("zoneout", "zoneout_cell"), range(len(states)), strict=False):
+        ends[n], kept = _kept(scope, ends[n], states[n])
+        if kept:
+            flags[name] = kept
+    arrays = {f"initial_{name}": start for name, start in starts.items()}
+    step, projection = _step(scope, ends, states)
+    if projection is not None:
+        arrays["projection"], flags["proj_size"] = projection, projection.shape[1]
+
+    def is_h(term: Term) -> bool:
+        value = bare(scope, term.value)
+        if value not in (x, states[0], bare(scope, step.reset)) or term.moves:
+            raise ValueError("a product of something else than x and h")
+        return value != x
+
+    if step.kind == "gru" and bare(scope, step.h) != states[0]:
+        raise ValueError("a GRU that mixes its candidate with something else than h")
+    if step.reset and states[0] not in [bare(scope, other) for _, other in pairs(scope, step.reset, "Mul")]:
+        raise ValueError("a reset gate on something else than h")
+    if step.kind == "lstm" and (bare(scope, step.c[0]), bare(scope, step.c[1])) != (ends[1], states[1]):
+        raise ValueError("an LSTM whose c isn't the state")
+    return cell_of(scope, step, is_h, flags, **arrays)
+
+
+def _kept(scope: Scope, name: str, before: str) -> tuple[str, float]:
+    """Return a state without the share that it keeps of what it was, and that share."""
+    for old, new in pairs(scope, name, "Add"):
+        for state, share in pairs(scope, old, "Mul"):
+            for value, rest in pairs(scope, new, "Mul"):
+                kept, left = scalar(scope, share), scalar(scope, rest)
+                whole = kept is not None and left is not None and np.isclose(kept + left, 1.0, rtol=0, atol=1e-6)
+                if bare(scope, state) == before and whole and kept is not None:
+                    return bare(scope, value), kept
+    return name, 0.0
+
+
+def _step(scope: Scope, ends: list[str], states: list[str]) -> tuple[Step, Array | None]:
+    """Return the step that makes h, and what h is projected by."""
+    match, name, projection = Matcher(scope, within_loop=True), ends[0], None
+    if len(states) == 2:
+        product = inputs_of(scope, name, "MatMul")
+        if product:
+            found = scope.constant(product[1])
+            name, projection = bare(scope, product[0]), found if isinstance(found, np.ndarray) else None
+    node = scope.producers.get(name)
+    step = None if node is None else match.lstm(node) if len(states) == 2 else match.gru(node) or match.rnn(node)
+    if step is None:
+        raise ValueError(f"{short(name)} isn't what a cell computes of its gates")
+    return step, projection
+
+
+def _as_described(cell: Cell, text: str) -> Cell:
+    """Return a cell in the words of a description, where that is one of the same cell."""
+    try:
+        told = CellSpec(**json.loads(text), learn_initial_state=cell.spec.learn_initial_state)
+    except (ValueError, TypeError, RecursionError):
+        return cell
+    return replace(cell, spec=told) if _said(told) == _said(cell.spec) else cell
+
+
+def _said(spec: CellSpec) -> dict[str, Any]:
+    """Return what a spec says, numbers as float32 has them, activations by the gates that have one."""
+    words = {entry.name: getattr(spec, entry.name) for entry in fields(spec) if "activation" not in entry.name}
+    words |= dict(zip(spec.slots, spec.activations, strict=True))
+    if spec.coupled:
+        del words["f"]
+    rounded = {name: np.float32(value) for name, value in words.items() if isinstance(value, float)}
+    texts = {slot: (words[slot].name, *map(np.float32, words[slot][1:])) for slot in spec.slots if slot in words}
+    return words | rounded | texts

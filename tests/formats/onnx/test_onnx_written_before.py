@@ -1,0 +1,48 @@
+"""Scan files that 0.1.0 wrote load, and give the bits that they gave there (tests/fixtures/README.md)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cellstack as cs
+from cellstack import _kernel
+from cellstack.spec import HiddenState, State
+
+FOLDER = Path(__file__).parents[2] / "fixtures" / "0.1.0"
+NAMES = sorted(path.stem.removeprefix("scan_") for path in FOLDER.glob("scan_*.onnx"))
+
+
+@pytest.fixture(scope="module")
+def answers():
+    with np.load(FOLDER / "scan_answers.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni"])
+@pytest.mark.parametrize("name", NAMES)
+def test_scans(name, isa, answers):
+    if isa not in _kernel.isas():
+        pytest.skip(f"this machine has no {isa}")
+    before = _kernel.isa()
+    _kernel.set_isa(isa)
+    try:
+        check(cs.load(FOLDER / f"scan_{name}.onnx"), name, isa, answers)
+    finally:
+        _kernel.set_isa(before)
+
+
+def check(net, name, isa, answers):
+    starts = []
+    for number, cell in enumerate(net.cells):
+        kind = State if cell.spec.kind == "lstm" else HiddenState
+        starts.append(kind(*(answers[f"start{number}/{name}/{part}"] for part in kind._fields)))
+    y, after = net.run(answers[f"x/{name}"], tuple(starts))
+    np.testing.assert_array_equal(y, answers[f"{isa}/{name}/y"])
+    for number, state in enumerate(after):
+        for part, array in zip(state._fields, state, strict=True):
+            np.testing.assert_array_equal(array, answers[f"{isa}/{name}/state{number}/{part}"])
+
+
+def test_there_are_files():
+    assert len(NAMES) >= 10
