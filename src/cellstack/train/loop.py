@@ -246,7 +246,7 @@ class _Run:
         return x
 
     def close_epoch(self) -> None:
-        """Validate, keep the weights where they are the best, and turn the page."""
+        """Validate, keep the weights where they are the best, and begin the next epoch."""
         entry = {"epoch": self.epoch + 1, "lr": self.schedule.get_last_lr()[0], "loss": self.sums[0] / self.sums[1]}
         if len(self.validation):
             entry.update(self.validate())
