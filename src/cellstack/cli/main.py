@@ -261,6 +261,9 @@ def _train(args: argparse.Namespace) -> int:
         recipe = _recipe(args, table)
         train = partial(workflow.train_forecast, table, recipe, architecture, settings, options, args.test_share)
     else:
+        for name in ("target", "inputs", "horizon", "window", "season"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"{args.file}: expected --{name} with a .csv file alone: it is for forecasts")
         training = read_ts(args.file)
         test = None if args.test is None else read_ts(args.test, training.labels)
         train = partial(workflow.train_sequences, training, test, architecture, settings, options)

@@ -229,8 +229,9 @@ class _Run:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         if not torch.isfinite(norm):
+            noise = ", or less noise" if settings.noise or settings.offset else ""
             raise UsageError(
-                f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller lr than {settings.lr}"
+                f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller lr than {settings.lr}{noise}"
             )
         self.optimizer.step()
         layers.apply_constraints(self.model)

@@ -147,10 +147,13 @@ def train_forecast(
         The network and what was measured: `scores` are those of `predict.backtest`, and the number of `origins`.
 
     Raises:
-        UsageError: a column that isn't there, or too few rows; see `fit` for more.
+        UsageError: a column that isn't there or holds nothing, or too few rows; see `fit` for more.
     """
     if not 0.0 < test < 1.0 - options.validation:
         raise UsageError(f"expected a test share above 0 that leaves rows to train on, got {test}")
+    for name in (recipe.target, *recipe.inputs):
+        if name in table.columns and np.isnan(table.columns[name]).all():
+            raise UsageError(f"{table.path}: expected numbers in column {name!r}, found none")
     origins = parts(len(table), recipe, options.validation, test)
     windows = Windows(recipe, table, np.concatenate(origins))
     kept, held = np.arange(len(origins[0])), np.arange(len(origins[0]), len(origins[0]) + len(origins[1]))
