@@ -99,6 +99,14 @@ def test_columns_that_training_leaves_out_are_named(capsys, tmp_path):
     assert json.loads(run(capsys, *words, "--json")[1])["left_out"] == ["place", "mood"]
 
 
+def test_a_column_without_a_number_is_named(capsys, tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("y,z\n" + "5,\n" * 200, encoding="utf-8")
+    for words in (["--target", "z"], ["--target", "y"]):
+        status, _, err = run(capsys, "train", str(file), *words, "-o", str(tmp_path / "net"), *SMALL)
+        assert (status, err) == (2, f"cellstack train: error: {file}: expected numbers in column 'z', found none\n")
+
+
 def test_info(capsys, vowels):
     status, out, _ = run(capsys, "info", vowels)
     assert status == 0
@@ -146,6 +154,11 @@ def test_help_has_an_example_and_every_verb_json(capsys, verb):
         (["train", VOWELS, "-o", "x", "--checkpoint", "no/such/c"], r"no/such/c: expected a folder .*, found none"),
         (["train", VOWELS, "-o", "x", "--resume"], r"expected --checkpoint FILE"),
         (["train", VOWELS, "-o", "x", "--threads", "0"], r"expected --threads from 1 to 1024, got 0"),
+        (
+            ["train", VOWELS, "-o", "x", "--target", "a"],
+            r"expected --target with a .csv file alone: it is for forecasts",
+        ),
+        (["train", VOWELS, "-o", "x", "--season", "7"], r"expected --season with a .csv file alone"),
         (["train", CO2, CO2, "-o", "x"], r"expected one CSV file"),
         (["train", CO2, "-o", "x", "--target", "no2"], r"a column of numbers 'no2', found co2"),
         (["train", CO2, "-o", "x", "--horizon", "5000"], r"expected more rows for the training part"),

@@ -90,6 +90,14 @@ def test_a_difference_is_status_1(capsys, tmp_path, model):
     assert "greatest difference to cc" in out
 
 
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
+def test_tolerances_that_say_nothing(capsys, tmp_path, model, tolerance):
+    status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"), f"--tolerance={tolerance}")
+    assert (status, out) == (2, "")
+    assert err == f"cellstack convert: error: expected --tolerance >= 0 and finite, got {float(tolerance)}\n"
+    assert not (tmp_path / "net.c").exists()
+
+
 def test_without_a_compiler_it_is_written_and_said(capsys, tmp_path, model, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"))

@@ -69,8 +69,8 @@ LEFT_OVER = """
 import os
 import sys
 from cellstack.train import Settings, read_ts, workflow
-data, shape = read_ts(sys.argv[1]), workflow.Shape((4,))
-outcome = workflow.train_sequences(data, None, shape, Settings(epochs=1), workflow.Control(0.3, device="cpu"))
+data, shape = read_ts(sys.argv[1]), workflow.Architecture((4,))
+outcome = workflow.train_sequences(data, None, shape, Settings(epochs=1), workflow.RunOptions(0.3, device="cpu"))
 names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
 sys.exit(sum("gloo" in name for name in names))
 """

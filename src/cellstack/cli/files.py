@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import sys
@@ -137,6 +138,8 @@ def convert(args: argparse.Namespace) -> int:
     from cellstack.formats.verify import TOLERANCE, verify  # the other verbs start without what it needs
 
     tolerance = TOLERANCE if args.tolerance is None else args.tolerance
+    if not 0.0 <= tolerance < math.inf:
+        raise UsageError(f"expected --tolerance >= 0 and finite, got {tolerance}")
     net, source = load_model(args.source)
     x = None if args.sample is None else read_sample(net, args.sample)
     target = Path(args.target)
@@ -215,7 +218,7 @@ def read_sample(net: Network, path: str) -> Any:
     """
     suffix = Path(path).suffix.lower()
     if suffix not in (".npy", ".npz", ".csv"):
-        raise UsageError(f"{path}: expected a sample that ends in .npy, .npz or .csv")
+        raise UsageError(f"expected a sample that ends in .npy, .npz or .csv, got {path!r}")
     if suffix == ".csv":
         if len(net.inputs) > 1:
             raise UsageError(

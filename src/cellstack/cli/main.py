@@ -244,7 +244,7 @@ def _train(args: argparse.Namespace) -> int:
         offset=args.offset,
         seed=args.seed,
     )
-    shape = workflow.Shape(
+    architecture = workflow.Architecture(
         units=args.units or ((32,) if forecast else (48, 48)),
         bidirectional=args.bidirectional,
         dropout=args.dropout,
@@ -252,18 +252,21 @@ def _train(args: argparse.Namespace) -> int:
         every_step=args.every_step,
         cell=args.cell,
     )
-    control = workflow.Control(args.validation, args.checkpoint, args.resume, not args.quiet, args.device)
+    options = workflow.RunOptions(args.validation, args.checkpoint, args.resume, not args.quiet, args.device)
     if forecast:
         if args.test is not None:
             raise UsageError("expected one CSV file: its last rows are what is measured on, see --test-share")
         table = read_csv(args.file)
         texts = table.texts
         recipe = _recipe(args, table)
-        train = partial(workflow.train_forecast, table, recipe, shape, settings, control, args.test_share)
+        train = partial(workflow.train_forecast, table, recipe, architecture, settings, options, args.test_share)
     else:
+        for name in ("target", "inputs", "horizon", "window", "season"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"{args.file}: expected --{name} with a .csv file alone: it is for forecasts")
         training = read_ts(args.file)
         test = None if args.test is None else read_ts(args.test, training.labels)
-        train = partial(workflow.train_sequences, training, test, shape, settings, control)
+        train = partial(workflow.train_sequences, training, test, architecture, settings, options)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         outcome = train()

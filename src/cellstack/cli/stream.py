@@ -102,6 +102,8 @@ def stream(args: argparse.Namespace) -> int:
     if width is None:
         raise UsageError(f"{path}: expected a network that fixes the width of its input, found one that takes any")
     if args.state is not None:
+        if not args.state:
+            raise UsageError("expected --state to name a file, got ''")
         check_replaceable(args.state)  # now, not after all frames
         if os.path.exists(args.state):
             running.state = load_state(args.state, running)

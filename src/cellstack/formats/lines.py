@@ -69,6 +69,8 @@ class Lines:
             self.form = "json" if line.lstrip()[:1] in (b"[", b"{") else "csv"
         try:
             values = self._from_json(line) if self.form == "json" else self._from_csv(line)
+        except FormatError:
+            raise
         except (ValueError, OverflowError, RecursionError) as error:
             raise self.error(f"expected numbers, found {str(error)[:120]}") from None
         if values is not None and len(values) != self.width:
@@ -94,8 +96,10 @@ class Lines:
                 raise ValueError
             return [float(part) for part in parts]
         except ValueError:
-            if self.number == 1 and len(parts) == self.width and not any(map(_holds_number, parts)):  # columns' names
-                return None
+            if self.number == 1 and not any(map(_holds_number, parts)):  # columns' names
+                if len(parts) == self.width:
+                    return None
+                raise self.error(f"expected {self.width} numbers, or {self.width} names, found {len(parts)}") from None
             at = next(part for part in parts if not _is_number(part))
             raise ValueError(repr(at.strip().decode("utf-8", "replace")[:60])) from None
 

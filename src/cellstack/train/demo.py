@@ -115,9 +115,9 @@ def _train(
         f"\n{name}: a stack of {' and '.join(map(str, UNITS))} units, "
         + ("from both ends" if both else "frame by frame")
     )
-    shape = workflow.Shape(UNITS, both, DROPOUT, "mean", every_step=not both)
-    control = workflow.Control(VALIDATION, progress=sys.stderr.isatty(), device="cpu")
-    outcome = workflow.train_sequences(training, test, shape, settings, control)
+    architecture = workflow.Architecture(UNITS, both, DROPOUT, "mean", every_step=not both)
+    options = workflow.RunOptions(VALIDATION, progress=sys.stderr.isatty(), device="cpu")
+    outcome = workflow.train_sequences(training, test, architecture, settings, options)
     outcome.net.save(folder / f"{name}.safetensors")
     say(f"  {outcome.fit.steps} steps in {outcome.fit.seconds:.1f} s, test accuracy {outcome.scores['accuracy']:.2%}")
     return outcome

@@ -133,7 +133,7 @@ class Inputs:
         return filled, None if used.all() else used
 
 
-def spread(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def target_scaling(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return mean and scale of the targets in each column of `values [N, O]` where `weight` is above 0.
 
     Raises:

@@ -229,8 +229,9 @@ class _Run:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         if not torch.isfinite(norm):
+            noise = ", or less noise" if settings.noise or settings.offset else ""
             raise UsageError(
-                f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller lr than {settings.lr}"
+                f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller lr than {settings.lr}{noise}"
             )
         self.optimizer.step()
         layers.apply_constraints(self.model)
@@ -246,7 +247,7 @@ class _Run:
         return x
 
     def close_epoch(self) -> None:
-        """Validate, keep the weights where they are the best, and turn the page."""
+        """Validate, keep the weights where they are the best, and begin the next epoch."""
         entry = {"epoch": self.epoch + 1, "lr": self.schedule.get_last_lr()[0], "loss": self.sums[0] / self.sums[1]}
         if len(self.validation):
             entry.update(self.validate())

@@ -152,7 +152,7 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
     spacing = None
     if dates is not None:
         spacing, at, dates = _grid(path, dates)
-        columns = {name: _spread(values, at) for name, values in columns.items()}
+        columns = {name: _on_grid(values, at) for name, values in columns.items()}
     return Table(str(path), columns, tuple(texts), dates, date, spacing)
 
 
@@ -268,7 +268,7 @@ def _grid(path: Path, dates: list[datetime]) -> tuple[Spacing, NDArray[np.int64]
     return spacing, places, [spacing.after(dates[0], n) for n in range(int(places[-1]) + 1)]
 
 
-def _spread(values: NDArray[np.float64], at: NDArray[np.int64]) -> NDArray[np.float64]:
+def _on_grid(values: NDArray[np.float64], at: NDArray[np.int64]) -> NDArray[np.float64]:
     out = np.full(int(at[-1]) + 1, np.nan)
     out[at] = values
     return out

@@ -15,7 +15,7 @@ from cellstack.network import Network
 from cellstack.spec import CellSpec, FormatError
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
-from cellstack.train.examples import Examples, Inputs, Labelled, split, spread
+from cellstack.train.examples import Examples, Inputs, Labelled, split, target_scaling
 from cellstack.train.forecast import Recipe, Windows, parts
 from cellstack.train.loop import Fit, Settings, fit
 from cellstack.train.model import Model
@@ -25,7 +25,7 @@ from cellstack.train.ts import Sequences
 
 
 @dataclass(frozen=True)
-class Shape:
+class Architecture:
     """How a model is built: see `Model`."""
 
     units: tuple[int, ...]
@@ -37,7 +37,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Control:
+class RunOptions:
     """How a training is run.
 
     Args:
@@ -84,16 +84,20 @@ class Outcome:
 
 
 def train_sequences(
-    training: Sequences, test: Sequences | None, shape: Shape, settings: Settings, control: Control = Control()
+    training: Sequences,
+    test: Sequences | None,
+    architecture: Architecture,
+    settings: Settings,
+    options: RunOptions = RunOptions(),
 ) -> Outcome:
     """Train on sequences, and measure on test sequences where there are some.
 
     Args:
         training: what to learn from, and to hold out for validation.
         test: what to measure on, read with the labels of `training`; None for nothing.
-        shape: how the model is built.
+        architecture: how the model is built.
         settings: how it is fitted.
-        control: how the training is run.
+        options: how the training is run.
 
     Returns:
         The network and what was measured: `scores` are those of `predict.sequences`.
@@ -110,12 +114,12 @@ def train_sequences(
     if test is not None and test.channels != training.channels:  # before the work, not after it
         raise FormatError(f"{test.name}: expected {training.channels} channels, as trained on, found {test.channels}")
     examples = Labelled(training)
-    kept, held = split(training.y, control.validation, np.random.default_rng(settings.seed))
+    kept, held = split(training.y, options.validation, np.random.default_rng(settings.seed))
     inputs = Inputs.measure(examples, kept)
-    targets = None if classify else spread(examples.y[kept], examples.weight[kept])
+    targets = None if classify else target_scaling(examples.y[kept], examples.weight[kept])
     task = "classify" if classify else "regress"
     head = {"outputs": len(training.labels) or 1, "task": task, "targets": targets}
-    model, result, rank = _train(head, inputs, examples, (kept, held), shape, settings, control)
+    model, result, rank = _train(head, inputs, examples, (kept, held), architecture, settings, options)
     net = _network(model, predict.metadata(task, inputs, training.labels, data=training.name))
     scores = {} if test is None else predict.sequences(net, test, test.name)
     return Outcome(net, model, result, scores, rank)
@@ -124,9 +128,9 @@ def train_sequences(
 def train_forecast(
     table: Table,
     recipe: Recipe,
-    shape: Shape,
+    architecture: Architecture,
     settings: Settings,
-    control: Control = Control(),
+    options: RunOptions = RunOptions(),
     test: float = 0.2,
 ) -> Outcome:
     """Train on a table's earlier rows; measure by forecasts from every origin in its last `test` of the rows.
@@ -134,26 +138,29 @@ def train_forecast(
     Args:
         table: the series.
         recipe: what is forecast from what.
-        shape: how the model is built.
+        architecture: how the model is built.
         settings: how it is fitted.
-        control: how the training is run; its validation part lies between the training part and the test part.
+        options: how the training is run; its validation part lies between the training part and the test part.
         test: share of the rows to measure on.
 
     Returns:
         The network and what was measured: `scores` are those of `predict.backtest`, and the number of `origins`.
 
     Raises:
-        UsageError: a column that isn't there, or too few rows; see `fit` for more.
+        UsageError: a column that isn't there or holds nothing, or too few rows; see `fit` for more.
     """
-    if not 0.0 < test < 1.0 - control.validation:
+    if not 0.0 < test < 1.0 - options.validation:
         raise UsageError(f"expected a test share above 0 that leaves rows to train on, got {test}")
-    origins = parts(len(table), recipe, control.validation, test)
+    for name in (recipe.target, *recipe.inputs):
+        if name in table.columns and np.isnan(table.columns[name]).all():
+            raise UsageError(f"{table.path}: expected numbers in column {name!r}, found none")
+    origins = parts(len(table), recipe, options.validation, test)
     windows = Windows(recipe, table, np.concatenate(origins))
     kept, held = np.arange(len(origins[0])), np.arange(len(origins[0]), len(origins[0]) + len(origins[1]))
     inputs = Inputs.measure(windows, kept)
     examples = windows.fetch(kept)
-    head = {"outputs": recipe.horizon, "task": "regress", "targets": spread(examples.y, examples.weight)}
-    model, result, rank = _train(head, inputs, windows, (kept, held), shape, settings, control)
+    head = {"outputs": recipe.horizon, "task": "regress", "targets": target_scaling(examples.y, examples.weight)}
+    model, result, rank = _train(head, inputs, windows, (kept, held), architecture, settings, options)
     net = _network(model, predict.metadata("forecast", inputs, recipe=recipe, data=os.path.basename(table.path)))
     drift = model.targets.mean.cpu().numpy()
     scores = predict.backtest(net, table, origins[2], table.path, drift)
@@ -165,9 +172,9 @@ def _train(
     inputs: Inputs,
     examples: Examples,
     parts: tuple[NDArray[np.int64], NDArray[np.int64]],
-    shape: Shape,
+    architecture: Architecture,
     settings: Settings,
-    control: Control,
+    options: RunOptions,
 ) -> tuple[Model, Fit, int]:
     """Build a model that ends in `head` and fit it; returns both and this process's rank.
 
@@ -175,9 +182,9 @@ def _train(
         UsageError: a model whose weights and what training keeps beside them this machine can't hold.
         MemoryError: torch can't have the memory that a step takes.
     """
-    check_memory(shape, len(inputs.standardise[0]), head["outputs"])
+    check_memory(architecture, len(inputs.standardise[0]), head["outputs"])
     try:
-        return _fitted(head, inputs, examples, parts, shape, settings, control)
+        return _fitted(head, inputs, examples, parts, architecture, settings, options)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(str(error).partition("can't allocate memory: ")[2] or str(error)) from None
@@ -189,34 +196,34 @@ def _fitted(
     inputs: Inputs,
     examples: Examples,
     parts: tuple[NDArray[np.int64], NDArray[np.int64]],
-    shape: Shape,
+    architecture: Architecture,
     settings: Settings,
-    control: Control,
+    options: RunOptions,
 ) -> tuple[Model, Fit, int]:
-    with processes(control.device) as team:
+    with processes(options.device) as team:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(settings.seed)
-            model = Model(inputs.standardise, **head, **asdict(shape))
-        how = {"checkpoint": control.checkpoint, "resume": control.resume, "progress": control.progress}
+            model = Model(inputs.standardise, **head, **asdict(architecture))
+        how = {"checkpoint": options.checkpoint, "resume": options.resume, "progress": options.progress}
         return model, fit(model, inputs, examples, *parts, settings, **how, team=team), team.rank
 
 
-def check_memory(shape: Shape, width: int, outputs: int) -> None:
+def check_memory(architecture: Architecture, width: int, outputs: int) -> None:
     """Raise `UsageError` where a model can't be trained on this machine at all, before any of it is made.
 
     Args:
-        shape: how the model is built.
+        architecture: how the model is built.
         width: of its input.
         outputs: how many classes or numbers it answers with.
     """
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    numbers, ways = 0, 1 + shape.bidirectional
-    for units in shape.units:
-        arrays = CellSpec(width, units, kind=shape.cell).shapes.values()
+    numbers, ways = 0, 1 + architecture.bidirectional
+    for units in architecture.units:
+        arrays = CellSpec(width, units, kind=architecture.cell).shapes.values()
         numbers, width = numbers + ways * sum(map(math.prod, arrays)), ways * units
     takes = 4 * COPIES * (numbers + (width + 1) * outputs)
     if takes > have:
-        units = ",".join(map(str, shape.units))
+        units = ",".join(map(str, architecture.units))
         raise UsageError(
             f"expected units that fit into memory, got {units}: their {numbers:,} weights take {takes / 1e9:,.1f} GB "
             f"in training, of {have / 1e9:,.1f} GB that this machine has"
