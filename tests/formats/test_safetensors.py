@@ -627,11 +627,11 @@ def test_no_file_makes_the_reader_spend_memory_or_time(blob, tmp_path):
     ]
     for number, bomb in enumerate(bombs):
         path.write_bytes(bomb)
-        start = time.perf_counter()
+        start = time.process_time()
         errors, peak = measured(path)
         assert errors == ["FormatError"], number
         assert peak < 40 * limit, number
-        assert time.perf_counter() - start < 20, number
+        assert time.process_time() - start < 20, number
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the most memory of a process, as Linux counts it")

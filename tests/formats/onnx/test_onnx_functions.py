@@ -138,11 +138,11 @@ def test_hostile_functions(tmp_path, given, message):
     proto = made(nodes)
     proto.functions.extend(given())
     path = write(tmp_path / "net.onnx", proto, check=False)
-    start = time.perf_counter()
+    start = time.process_time()
     for read in (adapter.load, adapter.extract):
         with pytest.raises(FormatError, match=message):
             read(path)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def one_function(tmp_path, function, calls):
@@ -155,10 +155,10 @@ def test_calls_of_a_function_with_many_inputs(tmp_path):
     """Of an empty body, too, a call takes as long as the function has inputs."""
     function = helper.make_function(OWN, "f", [f"i{n}" for n in range(10_000)], [], [], OPSETS)
     path = one_function(tmp_path, function, [helper.make_node("f", [], [], domain=OWN) for _ in range(3000)])
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FormatError, match="function 'f': expected calls that become at most"):
         adapter.extract(path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_many_inputs_and_many_nodes(tmp_path):
@@ -166,9 +166,9 @@ def test_many_inputs_and_many_nodes(tmp_path):
     nodes = [helper.make_node("Identity", ["i0"], [f"v{n}"]) for n in range(10_000)]
     function = helper.make_function(OWN, "f", [f"i{n}" for n in range(10_000)], [], nodes, OPSETS)
     path = one_function(tmp_path, function, [helper.make_node("f", ["X"], [], domain=OWN)])
-    start = time.perf_counter()
+    start = time.process_time()
     assert adapter.extract(path) == {}
-    assert time.perf_counter() - start < 4
+    assert time.process_time() - start < 4
 
 
 def test_outputs_that_are_an_input_under_a_long_name(tmp_path):

@@ -115,15 +115,15 @@ def lstm_model(arrays=None, nodes=(), name="W", **attributes):
 
 
 def refuses(tmp_path, made, message):
-    """Both readers refuse a model, within a second and without taking much memory."""
+    """Both readers refuse a model, within some seconds of a processor and without taking much memory."""
     path = tmp_path / "hostile.onnx"
     path.write_bytes(made.SerializeToString())
     for read in (adapter.extract, adapter.load):
         tracemalloc.start()
-        start = time.monotonic()
+        start = time.process_time()
         with pytest.raises(FormatError, match=message):
             read(str(path))
-        assert time.monotonic() - start < 2.0
+        assert time.process_time() - start < 2.0
         assert tracemalloc.get_traced_memory()[1] < 150e6
         tracemalloc.stop()
 
@@ -301,12 +301,12 @@ def test_long_loops_and_many(tmp_path, steps, chains, broken):
     """What a loop costs grows with its steps, not with their square."""
     made = unrolled_model(steps, chains, broken)
     path = write(tmp_path / "net.onnx", made)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(adapter.extract(path)) == chains
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     if not broken:
         assert len(adapter.load(path).cells) == chains
-        assert time.perf_counter() - start < 60
+        assert time.process_time() - start < 60
 
 
 def test_sums_within_sums(tmp_path):
@@ -334,10 +334,10 @@ def test_arrays_as_large_as_a_file_says(tmp_path, operator):
     made = model([node], {"X": (TensorProto.FLOAT, axes)}, {"Y": 3}, arrays)
     path = write(tmp_path / "net.onnx", made, check=False)
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(FormatError, match=f"{operator} 'large': expected constants of at most"):
         adapter.load(path)
-    assert time.monotonic() - start < 2.0
+    assert time.process_time() - start < 2.0
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 
@@ -347,9 +347,9 @@ def test_many_nodes_of_one_name(tmp_path):
     names = ["X", *(f"v{n}" for n in range(count - 1)), "Y"]
     nodes = [helper.make_node("Tanh", names[n : n + 1], names[n + 1 : n + 2], name="tanh") for n in range(count)]
     path = write(tmp_path / "net.onnx", model(nodes, {"X": (TensorProto.FLOAT, ["B", "T", 3])}, {"Y": 3}, {}), False)
-    start = time.monotonic()
+    start = time.process_time()
     net = adapter.load(path)
-    assert time.monotonic() - start < 5.0
+    assert time.process_time() - start < 5.0
     assert (*net.names[:3], net.names[-1]) == ("tanh", "tanh.2", "tanh.3", f"tanh.{count}")
 
 

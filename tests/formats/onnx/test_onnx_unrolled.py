@@ -163,7 +163,7 @@ def ladder(count, weights):
 
 def test_long_ladders_take_little_time(tmp_path):
     path = write(tmp_path / "net.onnx", ladder(3000, 2))
-    start = time.perf_counter()
+    start = time.process_time()
     net = compare(path, {"X": np.ones((2, 3), np.float32)})
     assert not net.cells
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20

@@ -489,9 +489,9 @@ def test_fuzz(tmp_path, case):
             else:
                 broken[at:at] = broken[dice.randrange(len(broken)) :][: dice.randrange(1, 30)]
         tries += 1
-        start = time.monotonic()
+        start = time.process_time()
         refusals += attempt(path, bytes(broken))
-        assert time.monotonic() - start < 1.0
+        assert time.process_time() - start < 1.0
     assert tries > 100
     assert refusals > tries // 4
 
