@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -215,6 +216,64 @@ class InUse {
     std::atomic_flag& busy_;
 };
 
+// Rows whose states a call reads and writes, so that no other call takes them meanwhile. A with statement enters and
+// leaves what is written in C++ with no moment in between at which the handler of a signal could raise; written in
+// Python, a row could stay taken for good. The interpreter's lock guards it all.
+class Turns {
+  public:
+    explicit Turns(size_t rows) : taken_(rows, 0) {}
+
+    // What a call takes: the rows at these places, or all.
+    class Turn {
+      public:
+        Turn(Turns& of, std::vector<int64_t> rows) : of_(of), rows_(std::move(rows)) {}
+        // None, and the rows are taken; or the number among them of the first that is taken already, and whether by
+        // this call itself, as it is among them twice.
+        nb::object enter() {
+            const auto row = [&](size_t n) -> char& { return of_.taken_[size_t(rows_[n])]; };
+            for (size_t n = 0; n < rows_.size(); ++n) {
+                if (row(n)) {
+                    const auto here = rows_.begin() + int64_t(n);
+                    const bool twice = std::find(rows_.begin(), here, rows_[n]) != here;
+                    for (size_t k = 0; k < n; ++k) row(k) = 0;
+                    return nb::make_tuple(n, twice);
+                }
+                row(n) = 1;
+            }
+            holds_ = true;
+            return nb::none();
+        }
+        void exit(const nb::args&) {
+            if (holds_)
+                for (int64_t row : rows_) of_.taken_[size_t(row)] = 0;
+            holds_ = false;
+        }
+
+      private:
+        Turns& of_;
+        std::vector<int64_t> rows_;
+        bool holds_ = false;
+    };
+
+    Turn turn(nb::handle rows) {
+        std::vector<int64_t> all(rows.is_none() ? taken_.size() : 0);
+        std::iota(all.begin(), all.end(), 0);
+        if (rows.is_none()) return {*this, std::move(all)};
+        auto* array = reinterpret_cast<PyArrayObject*>(rows.ptr());
+        if (!PyArray_CheckExact(rows.ptr()) || PyArray_TYPE(array) != NPY_INT64 || PyArray_NDIM(array) != 1 ||
+            !PyArray_ISCARRAY_RO(array))
+            throw nb::type_error("Turns: expected rows as a contiguous array of int64");
+        const auto* first = static_cast<const int64_t*>(PyArray_DATA(array));
+        all.assign(first, first + PyArray_DIM(array, 0));
+        for (int64_t row : all)
+            if (row < 0 || size_t(row) >= taken_.size()) throw nb::index_error("Turns: no such row");
+        return {*this, std::move(all)};
+    }
+
+  private:
+    std::vector<char> taken_;
+};
+
 // A stream with the Python objects of its weights, which it keeps alive.
 template <class T>
 class BoundStream {
@@ -227,6 +286,14 @@ class BoundStream {
     void reset() {
         const InUse in_use(busy_);
         stream_.reset();
+    }
+    void keep() {
+        const InUse in_use(busy_);
+        stream_.keep();
+    }
+    void undo() {
+        const InUse in_use(busy_);
+        stream_.undo();
     }
     nb::list get_state() {
         const InUse in_use(busy_);
@@ -304,6 +371,8 @@ void bind(nb::module_& m, const char* weights, const char* stream) {
              "y [B, P] of x [B, I]; None where x isn't an array as the kernel takes it.")
         .def("run", &BoundStream<T>::run, "x"_a.none(), "y [B, T, P] of x [B, T, I], likewise.")
         .def("reset", &BoundStream<T>::reset)
+        .def("keep", &BoundStream<T>::keep, "Keep the state as it is now.")
+        .def("undo", &BoundStream<T>::undo, "Go back to what was kept.")
         .def("get_state", &BoundStream<T>::get_state)
         .def("set_state", &BoundStream<T>::set_state, "layer"_a, "h"_a.noconvert(), "c"_a.noconvert() = nb::none());
 }
@@ -394,6 +463,12 @@ NB_MODULE(_kernel, m) {
             return nb::cast(new BoundStream<float>(weights, batch, threads), nb::rv_policy::take_ownership);
         },
         "weights"_a, "batch"_a, "threads"_a = 1);
+    nb::class_<Turns>(m, "Turns")
+        .def(nb::init<size_t>(), "rows"_a)
+        .def("turn", &Turns::turn, "rows"_a.none() = nb::none(), nb::keep_alive<0, 1>(),
+             "What takes rows for the length of a with statement, which gives None where they are taken, or what stood "
+             "in the way: its number among the rows, and whether it is among them twice.");
+    nb::class_<Turns::Turn>(m, "Turn").def("__enter__", &Turns::Turn::enter).def("__exit__", &Turns::Turn::exit);
     const auto none = nb::none();
     nb::class_<SequencesOf>(m, "Sequences")
         .def(

@@ -112,6 +112,8 @@ class Stream {
     // x [B, T, I] -> y [B, T, P of the top layer]; T = 1 is a step.
     void run(const T* x, T* y, int64_t steps);
     void reset();                                 // to the cells' initial states
+    void keep();                                  // the state as it is now,
+    void undo();                                  // and back to it
     void get_state(int layer, T* h, T* c) const;  // [B, P], [B, H]; c null without a cell
     void set_state(int layer, const T* h, const T* c);
     int64_t batch() const;

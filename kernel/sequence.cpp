@@ -330,6 +330,7 @@ struct Stream<T>::Impl {
     int threads, groups;             // threads share the rows: each group of these has runners of its own
     std::vector<Runner<T>> runners;  // [groups][layers]
     std::vector<T*> between;         // [groups][layers], y of a layer: two chunks in turn, each [rows, chunk, P]
+    std::vector<T*> before;          // [groups][layers], h and c as `keep` found them
     std::unique_ptr<Scratch<T>> memory;
 
     int64_t first_row(int group) const { return batch * group / groups; }
@@ -355,6 +356,22 @@ struct Stream<T>::Impl {
             f.y_row = steps * f.y_time, f.y = y + row * f.y_row + first * f.y_time;
         runner.steps(0, f.steps);
     }
+
+    static int64_t state_size(const Runner<T>& runner) {
+        const Forward<T>& f = runner.f;
+        return f.rows * ((f.h ? runner.h_stride() : 0) + (f.c ? runner.c_stride() : 0));
+    }
+    // Copies h and c of every layer to what `before` has of it, or back.
+    void copy_states(bool back) {
+        for (size_t k = 0; k < before.size(); ++k) {
+            const Forward<T>& f = runners[k].f;
+            const int64_t h = f.h ? f.rows * runners[k].h_stride() : 0, c = state_size(runners[k]) - h;
+            const auto copy = [&](T* state, T* kept, int64_t count) {
+                if (count) memcpy(back ? state : kept, back ? kept : state, size_t(count) * sizeof(T));
+            };
+            copy(f.h, before[k], h), copy(f.c, before[k] + h, c);
+        }
+    }
 };
 
 template <class T>
@@ -370,8 +387,10 @@ Stream<T>::Stream(std::vector<const Weights<T>*> weights, int64_t batch, int thr
     s.chunk = chunk_steps(most_rows, kProductRows);
     const auto kept = [&](const Weights<T>* w) { return 2 * most_rows * s.chunk * w->description().output; };
     int64_t count = 0;
-    for (const Weights<T>* w : weights)
-        count += s.groups * (typename Runner<T>::Sizes(*w, most_rows, s.chunk, false).sum() + Parts<T>::size(kept(w)));
+    for (const Weights<T>* w : weights) {
+        const typename Runner<T>::Sizes sizes(*w, most_rows, s.chunk, false);
+        count += s.groups * (sizes.sum() + Parts<T>::size(kept(w)) + Parts<T>::size(sizes.h + sizes.c));
+    }
     s.memory.reset(new Scratch<T>(count));
     std::fill(s.memory->get(), s.memory->get() + count, T(0));
     Parts<T> parts(s.memory->get());
@@ -382,6 +401,7 @@ Stream<T>::Stream(std::vector<const Weights<T>*> weights, int64_t batch, int thr
             const int64_t rows = s.first_row(group + 1) - s.first_row(group);
             s.runners[s.place(group, int(l))].open(*s.weights[l], rows, s.chunk, false, parts);
             s.between.push_back(parts.take(kept(s.weights[l])));
+            s.before.push_back(parts.take(Impl::state_size(s.runners[s.place(group, int(l))])));
         }
     reset();
 }
@@ -414,6 +434,14 @@ void Stream<T>::run(const T* x, T* y, int64_t steps) {
 template <class T>
 void Stream<T>::reset() {
     for (Runner<T>& runner : impl_->runners) runner.start(nullptr, nullptr);
+}
+template <class T>
+void Stream<T>::keep() {
+    impl_->copy_states(false);
+}
+template <class T>
+void Stream<T>::undo() {
+    impl_->copy_states(true);
 }
 template <class T>
 void Stream<T>::get_state(int layer, T* h, T* c) const {

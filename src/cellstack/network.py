@@ -331,22 +331,24 @@ class Network:
 
         return Stream(self, batch, threads, weights)
 
-    def pool(self, capacity: int, threads: int = 1) -> Sessions:
+    def pool(self, capacity: int, threads: int = 1, weights: str = "float32") -> Sessions:
         """Return a `Sessions` of sessions that come and go, stepped together.
 
         Args:
             capacity: how many sessions may be open at a time.
             threads: how many the kernel may use for a step.
+            weights: what the cells' matrices are held in, as for `stream`.
 
         Returns:
             A pool without sessions; any number of pools and streams share the network.
 
         Raises:
-            ValueError: a node that a pool can't serve, which the message names; a number out of range.
+            ValueError: a node that can't be streamed, which the message names; a number out of range; unknown weights.
+            TypeError: fewer bits for a float64 network.
         """
         from cellstack.streaming.sessions import Sessions  # as a stream
 
-        return Sessions(self, capacity, threads)
+        return Sessions(self, capacity, threads, weights)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the network to a file, whole or not at all; the suffix picks the format.

@@ -27,7 +27,7 @@ BELOW = {
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
     "network": {"spec", "_kernel", "nodes", "graph", "arguments"},
-    "streaming": {"spec", "_kernel", "nodes", "arguments", "network"},
+    "streaming": {"spec", "native", "nodes", "arguments", "network"},
     "formats": {"spec", "layout", "nodes", "network", "streaming"},
     "layers": {"spec", "reference", "layout", "_kernel", "native"},
     "train": {"spec", "_kernel", "reference", "layers", "nodes", "network", "streaming", "formats", ""},

@@ -687,3 +687,45 @@ def test_sizes_beyond_all_memory_are_refused(batch):
     spec, arrays, _, _ = make(20, 1, 1, 64, 64)
     with pytest.raises(MemoryError):
         _kernel.stream([native.weights(spec, arrays)], batch)
+
+
+def test_a_stream_goes_back_to_what_it_kept():
+    cells = [make(n, 1, 1, *widths, kind=kind) for n, widths, kind in ((0, (5, 20), "lstm"), (1, (20, 7), "gru"))]
+    packed = [native.weights(spec, arrays) for spec, arrays, _, _ in cells]
+    rng = np.random.default_rng(2)
+    stream = _kernel.stream(packed, 3, 2)
+    x = rng.normal(size=(4, 3, 5)).astype(np.float32)
+    stream.step(x[0])
+    stream.keep()
+    first = stream.run(np.ascontiguousarray(x[1:].transpose(1, 0, 2)))
+    for _ in range(2):
+        stream.undo()
+        again = np.stack([stream.step(x[n]) for n in (1, 2, 3)], axis=1)
+        np.testing.assert_array_equal(again, first)
+
+
+def test_rows_are_taken_by_one_call_at_a_time():
+    turns = native.Turns(4)
+    rows = np.array([2, 0])
+    with turns.turn(rows) as taken:
+        assert taken is None
+        with turns.turn(np.array([3, 0])) as other:
+            assert other == (1, False)
+        with turns.turn(np.array([1, 3, 1])) as twice:
+            assert twice == (2, True)
+        with turns.turn() as every:
+            assert every == (0, False)
+        with turns.turn(np.array([1, 3])) as others:
+            assert others is None
+    with turns.turn() as taken:
+        assert taken is None
+    with pytest.raises(RuntimeError, match="as it came"), turns.turn(rows):
+        raise RuntimeError("as it came")
+    with turns.turn(rows) as taken:
+        assert taken is None
+    for wrong in (np.array([4]), np.array([-1])):
+        with pytest.raises(IndexError):
+            turns.turn(wrong)
+    for wrong in ([1], np.array([1.0]), np.array([[1]]), np.arange(4)[::2]):
+        with pytest.raises(TypeError):
+            turns.turn(wrong)

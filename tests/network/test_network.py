@@ -27,6 +27,7 @@ from cellstack import (
     native,
     reference,
 )
+from cellstack.nodes import Scale
 from cellstack.spec import ARRAYS
 
 TOLERANCE = {"float32": tolerances.NETWORK, "float64": tolerances.REFERENCE_DOUBLE}
@@ -325,9 +326,17 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
 def test_any_array_gives_what_a_plain_one_gives(form, seed):
-    net = [small(), small(go_backwards=True, return_sequences=False), make_network(7), make_network(23)][seed]
+    scale = Scale(np.full(33, 0.3, "float32"), np.full(33, 0.1, "float32"))
+    net = [
+        small(),
+        small(go_backwards=True, return_sequences=False),
+        make_network(7),
+        make_network(23),
+        Network([scale, Activation("softmax")]),
+        Network([scale, Activation("log_softmax")]),
+    ][seed]
     given = FORMS[form](rng_of(seed).integers(0, 5, size=(3, 4, net.input_size)).astype("float32"))
     plain = np.array(given, "float32", order="C")
     kept = copy.deepcopy(given)

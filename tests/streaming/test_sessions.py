@@ -8,7 +8,7 @@ import pytest
 from networks import make_cell, make_network
 
 from cellstack import CellSpec, Dense, Network, Recurrent, ShapeError, Standardise
-from cellstack.nodes import Conv1D, Embedding, Merge
+from cellstack.nodes import Conv1D, Embedding, Masking, Merge
 
 
 def speech(dtype="float32", **flags):
@@ -51,8 +51,6 @@ def test_every_session_is_a_stream_of_its_own(flags, threads):
 @pytest.mark.parametrize("seed", range(20))
 def test_any_network_that_streams(seed):
     net = make_network(seed, "float64", streams=True)
-    if any(isinstance(node, Conv1D) for node in net.nodes):
-        pytest.skip("convolutions keep frames")
     pool, stream = net.pool(3), net.stream(2)
     numbers = [pool.open() for _ in range(3)][::2]
     for x in np.random.default_rng(seed).normal(size=(4, 2, net.input_size)):
@@ -101,7 +99,7 @@ def test_what_is_refused():
     x = np.zeros((2, 5))
     with pytest.raises(ValueError, match="each session once"):
         pool.step([a, a], x)
-    with pytest.raises(ShapeError, match="a frame for each of 2 sessions"):
+    with pytest.raises(ShapeError, match="expected x with B=2, a frame a session, got"):
         pool.step([a, b], x[:1])
     with pytest.raises(ShapeError, match="I=5"):
         pool.step([a, b], np.zeros((2, 4)))
@@ -122,20 +120,96 @@ def test_what_is_refused():
 
 
 def test_networks_that_a_pool_cannot_serve():
-    rng = np.random.default_rng(4)
-    kernel = rng.normal(size=(2, 5, 5)).astype("float32")
-    with pytest.raises(
-        ValueError, match="Sessions: expected nodes that keep nothing but the states of cells, got layer_0"
-    ):
-        Network([Conv1D(kernel, padding="causal")]).pool(2)
-    cell = make_cell(rng, 5, 4)
+    cell = make_cell(np.random.default_rng(4), 5, 4)
     with pytest.raises(ValueError, match="Sessions: expected nodes that can answer after every frame"):
         Network([Recurrent((cell,), go_backwards=True)]).pool(2)
-    two = Network(
-        [Merge("add"), Recurrent((cell,))], inputs={"a": (None, 5), "b": (None, 5)}, wires=[("a", "b"), ("layer_0",)]
-    )
-    with pytest.raises(ValueError, match="one input and one output"):
-        two.pool(2)
+    with pytest.raises(ValueError, match="Sessions: expected weights to be one of float32, bfloat16, int8, got 'int4'"):
+        Network([Recurrent((cell,))]).pool(2, weights="int4")
+    double = Network([Recurrent((make_cell(np.random.default_rng(4), 5, 4, "float64"),))])
+    with pytest.raises(TypeError, match="expected float32 arrays for weights='int8', got float64"):
+        double.pool(2, weights="int8")
+
+
+def floats(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def lstm(width=3, units=4, seed=0):
+    return Recurrent((make_cell(np.random.default_rng(seed), width, units),))
+
+
+def two_inputs():
+    """Frames and ids in, a fused head and a sequence out; the cells stand on both sides of a convolution."""
+    nodes = [Embedding(floats(9, 2)), lstm(), Merge(), Conv1D(floats(3, 6, 5), padding="causal"), lstm(5, 6)]
+    names = ["e", "low", "both", "conv", "high", "head"]
+    wires = [("id",), ("x",), ("low", "e"), ("both",), ("conv",), ("high",)]
+    head = Dense(floats(6, 2), None, "softmax")
+    return Network([*nodes, head], names, inputs=("x", "id"), wires=wires, outputs=["head", "low"])
+
+
+KINDS = {
+    "two inputs and outputs": two_inputs,
+    "convolution": lambda: Network([Conv1D(floats(3, 3, 4), dilation=2, padding="causal"), lstm(4, 5)]),
+    "convolution alone": lambda: Network([Conv1D(floats(2, 3, 4), padding="causal", activation="relu")]),
+    "stack with heads": lambda: Network(
+        [Dense(floats(3, 4), None, "tanh"), lstm(4, 5), lstm(5, 4), Dense(floats(4, 2), floats(2), "sigmoid")]
+    ),
+    "head that NumPy runs": lambda: Network([lstm(), Dense(floats(4, 3), None, "softmax"), lstm(3, 2)]),
+    "residual": lambda: Network(
+        [
+            Dense(floats(3, 4)),
+            Recurrent(tuple(make_cell(np.random.default_rng(n), 4, 4) for n in range(3)), residual=True),
+        ]
+    ),
+    "wide": lambda: Network([lstm(3, 70), lstm(70, 33)]),
+    "gru": lambda: Network([Recurrent((make_cell(np.random.default_rng(1), 3, 20, kind="gru"),))]),
+}
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_has_the_bits_of_its_stream(kind, weights):
+    net = KINDS[kind]()
+    pool, rng = net.pool(5, weights=weights), np.random.default_rng(2)
+    streams = {pool.open(): net.stream(weights=weights) for _ in range(4)}
+    for number in range(12):
+        some = rng.permutation(list(streams))[: 1 + number % 4]
+        given = {
+            name: rng.integers(0, 9, len(some)) if name == "id" else floats(len(some), 3, seed=number)
+            for name in net.inputs
+        }
+        answers = pool.step(some, given)
+        for row, session in enumerate(some):
+            own = streams[int(session)].step({name: array[row : row + 1] for name, array in given.items()})
+            for answer, expected in zip(tuple_of(answers), tuple_of(own), strict=True):
+                np.testing.assert_array_equal(answer[row : row + 1], expected)
+    for session, stream in streams.items():  # what a stream kept goes on as a session, and the other way
+        for mine, its in zip(pool.state(session), stream.state, strict=True):
+            assert type(mine) is type(its)
+            for one, other in zip(mine, its, strict=True):
+                np.testing.assert_array_equal(one, other)
+        stream.state = pool.state(session)
+    assert pool.open(stream.state) not in streams
+
+
+def tuple_of(answers):
+    return answers if isinstance(answers, tuple) else (answers,)
+
+
+def test_frames_that_the_network_masks_are_refused_and_change_nothing():
+    net = Network([Masking(0.0), lstm()], ["mask", "lstm"])
+    pool = net.pool(2)
+    numbers, x = [pool.open(), pool.open()], floats(2, 3)
+    with pytest.raises(ValueError, match="Sessions: expected frames without padding, got one for row 1 that mask mask"):
+        pool.step(numbers, x * [[1], [0]])
+    assert not any(pool.state(number)[0].h.any() for number in numbers)
+
+
+def test_a_state_of_frames_that_does_not_fit_is_refused():
+    pool = KINDS["convolution"]().pool(2)
+    with pytest.raises(ShapeError, match="tuple of 1 states, one a cell, and 1 Frames, one a causal convolution, got"):
+        pool.open(())
+    assert len(pool) == 0
 
 
 def test_threads_step_different_sessions_side_by_side():

@@ -1,5 +1,7 @@
 """Streams: the same bits at any chunking, states that don't touch, and what a stream can't run."""
 
+import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,10 +21,11 @@ from cellstack import (
     GlobalPool,
     Network,
     Recurrent,
+    Sessions,
     ShapeError,
     State,
 )
-from cellstack.nodes import Embedding
+from cellstack.nodes import Conv1D, Embedding
 
 DTYPES = st.sampled_from(["float32", "float64"])
 
@@ -512,3 +515,98 @@ def test_more_than_sums_of_8_bits_hold():
     cell = Cell(CellSpec(width, 1, kind="rnn", use_bias=False), np.ones((width, 1), "f4"), np.ones((1, 1), "f4"))
     with pytest.raises(ValueError, match="expected at most 133144 features and units for weights='int8', got 133153"):
         Network([Recurrent((cell,))]).stream(weights="int8")
+
+
+class AlarmError(Exception):
+    """What a signal's handler raises here."""
+
+
+@pytest.fixture
+def alarms():
+    """Give what runs a call under an alarm that may interrupt it at any moment, and says whether it did."""
+
+    def ring(*_):
+        raise AlarmError
+
+    def call(seconds, function, *arguments):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            try:
+                function(*arguments)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except AlarmError:
+            return True
+        return False
+
+    before = signal.signal(signal.SIGALRM, ring)
+    yield call
+    signal.signal(signal.SIGALRM, before)
+
+
+def several_parts(rng):
+    """A network whose cells, convolution and residual keep a state each, in parts that run one after the other."""
+    cells = tuple(make_cell(rng, 6, 6) for _ in range(3))
+    kernel = rng.normal(size=(3, 6, 6)).astype(np.float32)
+    head = rng.normal(size=(6, 6)).astype(np.float32)
+    return Network([Recurrent(cells, residual=True), Conv1D(kernel, padding="causal"), Dense(head, None, "softmax")])
+
+
+@pytest.mark.parametrize("kind", ["stream", "sessions"])
+def test_a_signal_leaves_a_stream_before_a_frame_or_after_it(alarms, kind):
+    rng = np.random.default_rng(0)
+    net = several_parts(rng)
+    frames = rng.normal(size=(400, 2, 6)).astype(np.float32)
+    twin, interrupted, taken = net.stream(2), 0, 0
+    pool, stream = net.pool(4), net.stream(2)
+    numbers = [pool.open(), pool.open()]
+    for frame in frames:
+        step = (lambda x: pool.step(numbers, x)) if kind == "sessions" else stream.step
+        before = twin.state
+        twin.step(frame)
+        if alarms(rng.uniform(1e-6, 150e-6), step, frame):
+            interrupted += 1
+            states = [pool.state(number) for number in numbers]
+            now = stacked(states) if kind == "sessions" else stream.state
+            if same(now, before):
+                twin.state = before
+            else:
+                taken += 1
+        now = stacked([pool.state(number) for number in numbers]) if kind == "sessions" else stream.state
+        assert same(now, twin.state)
+    assert interrupted > taken  # some in the midst of a frame, which was as if it had never come
+
+
+def stacked(states):
+    """Return the states of sessions as one state of as many rows."""
+    return tuple(
+        type(entries[0])(*(np.concatenate(arrays) for arrays in zip(*entries, strict=True)))
+        for entries in zip(*states, strict=True)
+    )
+
+
+def test_an_exception_at_any_line_of_open_costs_no_session():
+    pool = several_parts(np.random.default_rng(1)).pool(3)
+    lines = 0
+
+    def interrupt(frame, event, arg):
+        nonlocal reached, lines
+        if event == "line" and frame.f_lineno > reached:  # not where a with statement is left, which no signal breaks
+            reached, lines = frame.f_lineno, lines + 1
+            if lines == place:
+                raise AlarmError
+        return interrupt
+
+    place = number = 0
+    while not number:
+        place, reached, lines = place + 1, 0, 0
+        sys.settrace(lambda frame, event, arg: interrupt if frame.f_code is Sessions.open.__code__ else None)
+        try:
+            number = 1 + pool.open()
+        except AlarmError:
+            assert len(pool) == 0
+        finally:
+            sys.settrace(None)
+    assert place > 8
+    pool.close(number - 1)
+    assert len({pool.open() for _ in range(3)}) == len(pool) == 3

@@ -23,7 +23,7 @@ from cellstack.nodes import (
     Scale,
     Select,
 )
-from cellstack.streaming.stream import Frames
+from cellstack.streaming.parts import Frames
 
 SEEDS = range(150)
 

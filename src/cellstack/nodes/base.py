@@ -56,6 +56,7 @@ def shown(shape: Shape, ids: bool = False) -> str:
 
 def softmax(z: Array) -> Array:
     """Softmax over the last axis, shifted by the largest value so that nothing overflows."""
+    z = np.ascontiguousarray(z)  # the order of a sum's terms, and so its bits, would follow the layout
     e = z - np.maximum.reduce(z, axis=-1, keepdims=True)  # the ufuncs' own reduce: np.max costs a stream more
     np.exp(e, out=e)
     e /= np.add.reduce(e, axis=-1, keepdims=True)
@@ -63,6 +64,7 @@ def softmax(z: Array) -> Array:
 
 
 def _log_softmax(z: Array) -> Array:
+    z = np.ascontiguousarray(z)
     z = z - np.maximum.reduce(z, axis=-1, keepdims=True)
     return z - np.log(np.add.reduce(np.exp(z), axis=-1, keepdims=True))
 

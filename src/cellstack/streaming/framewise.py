@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack.nodes import Dense, Recurrent
-from cellstack.nodes.base import Array
 
 if TYPE_CHECKING:
     from cellstack.network import Network
-    from cellstack.nodes.base import FrameRule, Node
-
-Run = Callable[..., Array]  # of a node: the lengths beside B and W, () or (T,), then what comes in
+    from cellstack.nodes.base import Array, FrameRule, Node
+    from cellstack.streaming.parts import Rows, Run
 
 
 def stacks(node: Any) -> bool:
@@ -24,7 +22,7 @@ def stacks(node: Any) -> bool:
 
 
 def beyond(node: Any) -> Callable[[Array], Array] | None:
-    """Return what is left to do after the kernel: an activation that it hasn't."""
+    """Return what is left to do after the kernel: an activation that it lacks."""
     return node.beyond if isinstance(node, Dense) else None
 
 
@@ -67,27 +65,27 @@ def check_widths(network: Network, arrays: dict[str, Array]) -> None:
         shapes[name] = node.check(name, *(shapes[source] for source in sources))
 
 
-def framewise(name: str, node: Node, rule: FrameRule, masked: bool) -> Run | None:
-    """Return how a node that keeps nothing runs, frame by frame; None where it keeps something.
+def framewise(owner: str, name: str, node: Node, rule: FrameRule, masked: bool) -> Run:
+    """Return how a node that keeps nothing runs, frame by frame.
 
     Args:
-        name: the node's, for messages.
+        owner: who runs it, for messages.
+        name: the node's.
         node: one that `answers_framewise` lets through.
         rule: how it answers frame by frame.
         masked: whether what it masks would matter to a node after it; then frames that it would mask are refused.
     """
     apply = rule.step
-    if apply is None:
-        return None
+    assert apply is not None
     if not masked:
-        return lambda steps, *values: apply(*values)
+        return lambda rows, *values: apply(*values)
 
-    def run(steps: tuple[int, ...], x: Array) -> Array:
+    def run(rows: Rows, x: Array) -> Array:
         used = node.kept(x)
         if not used.all():  # refused before anything has moved on
             row = int(np.argwhere(~used)[0, 0])
             raise ValueError(
-                f"Stream: expected frames without padding, got one for row {row} that {name} masks: leave it out"
+                f"{owner}: expected frames without padding, got one for row {row} that {name} masks: leave it out"
             )
         return apply(x)
 

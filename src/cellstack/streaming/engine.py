@@ -1,0 +1,231 @@
+"""The engine for frames: a network as parts that answer frame by frame, over rows with a state each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellstack.arguments import as_floats, as_own, as_states
+from cellstack.nodes import Dense, Recurrent
+from cellstack.nodes.base import check_choice, check_integer
+from cellstack.nodes.recurrent import WEIGHTS
+from cellstack.spec import ShapeError, check_sequence, check_step
+from cellstack.streaming.framewise import (
+    answers_framewise,
+    beyond,
+    check_widths,
+    frame_rules,
+    framewise,
+    together,
+)
+from cellstack.streaming.parts import ALL, Frames, Memory, OwnCells, SharedCells
+
+if TYPE_CHECKING:
+    from cellstack.network import Network
+    from cellstack.nodes.base import Array, CellState
+    from cellstack.nodes.recurrent import Cell
+    from cellstack.streaming.parts import Keeps, Rows, Run
+
+
+class Engine:
+    """A network that answers frame by frame, over rows whose states go on by themselves.
+
+    Args:
+        owner: whose engine it is, for messages.
+        network: whose nodes all answer after every frame, and whose inputs are all sequences or ids.
+        rows: how many rows have a state, and what messages call that number.
+        threads: how many the kernel may use for a call.
+        weights: what the matrices of cells are held in: see `Stream`.
+        shared: a call steps some of the rows; else it steps all of them.
+
+    Attributes:
+        frame: the shape of a frame of all rows which, contiguous and of the network's dtype, needs no further check;
+            None where there is none such.
+
+    Raises:
+        ValueError, TypeError, MemoryError: see `Stream`.
+    """
+
+    def __init__(
+        self, owner: str, network: Network, rows: tuple[str, int], threads: int, weights: str, shared: bool
+    ) -> None:
+        self.rows = check_integer(owner, *rows)
+        self.threads = check_integer(owner, "threads", threads)
+        check_choice(owner, "weights", weights, WEIGHTS)
+        self.owner, self.network, self.weights, self.shared = owner, network, weights, shared
+        self._parts: list[tuple[Run, tuple[int, ...]]] = []  # how each runs, and on which of the values before it
+        self._keeping: list[Keeps] = []  # the parts that keep something
+        self._checks: list[tuple[str, Run]] = []  # of ids that are looked up only when something has moved on already
+        masked = answers_framewise(owner, network)
+        rules = dict(zip(network.names, frame_rules(network), strict=True))
+        places = {name: place for place, name in enumerate(network.inputs)}
+        for chain in together(network):
+            (name, node, sources), (last, above, _) = chain[0], chain[-1]
+            on, rule = tuple(places[source] for source in sources), rules[name]
+            if isinstance(node, Recurrent) and len(chain) == 1:
+                places[last] = self._recurrent(node, on)
+            elif len(chain) > 1:
+                layers = [layer for _, one, _ in chain for layer in ([one] if isinstance(one, Dense) else one.cells)]
+                places[last] = self._cells(layers, on, beyond(above))
+            elif rule.memory is not None:
+                places[last] = self._add_keeping(Memory(rule, self.rows, network.dtype), on)
+            else:
+                run = framewise(owner, name, node, rule, name in masked)
+                if node.takes_ids and self._keeping:
+                    self._checks.append((sources[0], run))
+                places[last] = self._add(run, on)
+        self._outputs = tuple(places[name] for name in network.outputs)
+        self._late = any(network.graph.late)  # widths that only a call brings
+        plain = len(network.inputs) == 1 and network.input_size is not None and not self._late
+        self.frame = (self.rows, network.input_size) if plain else None
+        # Cells come first in a state, in the network's order, then what else is kept.
+        self._keeping.sort(key=lambda part: isinstance(part, Memory))
+
+    def _add(self, run: Run, on: tuple[int, ...]) -> int:
+        """Add a part; return the place of what it returns."""
+        self._parts.append((run, on))
+        return len(self.network.inputs) + len(self._parts) - 1
+
+    def _add_keeping(self, part: Keeps, on: tuple[int, ...]) -> int:
+        self._keeping.append(part)
+        return self._add(part.run, on)
+
+    def _cells(
+        self, layers: Sequence[Cell | Dense], on: tuple[int, ...], after: Callable[[Array], Array] | None
+    ) -> int:
+        if self.shared:
+            part = SharedCells(layers, self.weights, self.rows, self.threads, self.network.dtype)
+        else:
+            part = OwnCells(layers, self.weights, self.rows, self.threads)
+        place = self._add_keeping(part, on)
+        return place if after is None else self._add(lambda rows, y: after(y), (place,))
+
+    def _recurrent(self, node: Recurrent, on: tuple[int, ...]) -> int:
+        for cells, added in node.parts:
+            place = self._cells(cells, on, None)
+            on = (self._add(lambda rows, x, y: np.add(x, y, out=y), (*on, place)) if added else place,)
+        return on[0]
+
+    def alone(self) -> Callable[[Array], Array | None] | None:
+        """Return the kernel's own step, which returns None where it doesn't take what is given; None if there is more.
+
+        It is the shortest way from Python to the kernel.
+        """
+        network, (first, *others) = self.network, self._keeping or [None]
+        one = len(self._parts) == 1 and len(network.inputs) == len(network.outputs) == 1 and not network.graph.ids
+        return first.kernel.step if isinstance(first, OwnCells) and one and not others else None
+
+    # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def given(self, x: Any, axes: str, batch: int) -> tuple[Array, ...]:
+        """Return what comes in, checked and contiguous, in the order of the network's inputs.
+
+        Args:
+            x: as for `Network.run`.
+            axes: that ids have, `"B"` of a step or `"B, T"` of a chunk.
+            batch: how many rows there must be.
+
+        Raises:
+            ShapeError, TypeError, ValueError: see `Stream.step`.
+        """
+        network, owner, chunk = self.network, self.owner, axes != "B"
+        if len(network.inputs) == 1 and network.input_size is not None and not isinstance(x, dict):
+            arrays = {network.inputs[0]: as_floats(owner, network.inputs[0], x, network.dtype)}
+        else:
+            arrays = network.as_inputs(owner, x)
+        for name, array in arrays.items():
+            if name in network.graph.ids:
+                if array.ndim != (2 if chunk else 1):
+                    raise ShapeError(f"{owner}: expected {name} [{axes}], ids, got {array.shape}")
+            else:
+                check = check_sequence if chunk else check_step
+                check(owner, array.shape, network.shapes[name][-1], name)
+            first = next(iter(arrays.values()))
+            if len(array) != batch:
+                why = ", a frame a session" if self.shared else ""
+                raise ShapeError(f"{owner}: expected {name} with B={batch}{why}, got {array.shape}")
+            if chunk and array.shape[1] != first.shape[1]:
+                raise ShapeError(f"{owner}: expected {name} with T={first.shape[1]}, got {array.shape}")
+        if self._late:  # what fails from here on leaves everything as it was
+            check_widths(network, arrays)
+        for name, check in self._checks:
+            check(ALL, arrays[name])
+        return tuple(np.require(array, requirements=("C", "A")) for array in arrays.values())
+
+    def run(self, given: tuple[Array, ...], rows: Rows = ALL) -> Any:
+        """Return what the network answers to the next frames of some rows; an exception leaves them as they were.
+
+        Args:
+            given: see `given`.
+            rows: which, where they are shared; nobody else may touch them meanwhile.
+        """
+        values = list(given)
+        kept = [(part, part.keep(rows)) for part in self._keeping] if len(self._keeping) > 1 else ()
+        try:
+            with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
+                for run, sources in self._parts:
+                    if len(sources) == 1:
+                        values.append(run(rows, values[sources[0]]))
+                    else:
+                        values.append(run(rows, *[values[source] for source in sources]))
+        except BaseException:  # such as the KeyboardInterrupt of a signal's handler
+            for part, before in kept:
+                part.undo(rows, before)
+            raise
+        return as_own([values[place] for place in self._outputs], given)
+
+    # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def read(self, rows: Rows = ALL) -> tuple[CellState | Frames, ...]:
+        """Return the state of some rows: one state a cell, then the `Frames` of each node that keeps some; copies."""
+        return tuple(entry for part in self._keeping for entry in part.read(rows))
+
+    def write(self, state: Sequence[Any], rows: Rows = ALL) -> None:
+        """Set the state of some rows to one that `as_state` returned; an exception leaves it as it was."""
+        entries = iter(state)
+        new = [(part, [next(entries) for _ in part.kinds]) for part in self._keeping]
+        old = [(part, part.read(rows)) for part in self._keeping]
+        try:
+            for part, own in new:
+                part.write(rows, own)
+        except BaseException:
+            for part, own in old:
+                part.write(rows, own)
+            raise
+
+    def as_state(self, state: Any, batch: int) -> list[CellState | Frames]:
+        """Return a state of some rows, checked, as `write` takes it.
+
+        Args:
+            state: one state a cell, then the `Frames` of each node that keeps some; None, for all or for a cell, =
+                what it is before the first frame.
+            batch: how many rows.
+
+        Raises:
+            ShapeError: it doesn't fit.
+        """
+        owner, cells = self.owner, self.network.cells
+        starts = [
+            kind(**{name: np.broadcast_to(start, (batch, *start.shape)) for name, start in fields.items()})
+            for part in self._keeping
+            for kind, fields in zip(part.kinds, part.starts(), strict=True)
+        ]
+        count = len(starts) - len(cells)
+        if state is None:
+            return starts
+        if count and (not isinstance(state, Sequence) or len(state) != len(starts)):
+            got = len(state) if isinstance(state, Sequence) else type(state).__name__
+            raise ShapeError(
+                f"{owner}: expected state to be a tuple of {len(cells)} states, one a cell, and {count} Frames, one a "
+                f"causal convolution, got {got}"
+            )
+        entries: list[Any] = list(as_states(owner, tuple(state[: len(cells)]) if count else state, cells, batch))
+        for given, start in zip(state[len(cells) :] if count else (), starts[len(cells) :], strict=True):
+            array = as_floats(owner, "frames", given.x if isinstance(given, Frames) else given, self.network.dtype)
+            if array.shape != start[0].shape:
+                expected = list(start[0].shape)
+                raise ShapeError(f"{owner}: expected frames {expected} of the state, got {array.shape}")
+            entries.append(Frames(array))
+        return [start if entry is None else entry for entry, start in zip(entries, starts, strict=True)]

@@ -1,0 +1,230 @@
+"""What an engine runs: each part answers a frame or a chunk, and keeps what it must, for rows that go on by themselves.
+
+A call names the rows that it steps by their places: `ALL` of them, or some, each once. Values are a frame a row,
+`[B, W]`, or a chunk, `[B, T, W]`, B being as many as the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from cellstack import native
+from cellstack.nodes.base import Array
+from cellstack.nodes.recurrent import Cell
+from cellstack.spec import STATES
+
+if TYPE_CHECKING:
+    from cellstack.nodes import Dense
+    from cellstack.nodes.base import CellState, FrameRule
+
+Rows = Any  # what indexes an axis of rows: ALL, or an array of their places
+Run = Callable[..., Array]  # of the rows and of what comes in
+
+ALL = slice(None)
+
+
+class Frames(NamedTuple):
+    """What a node keeps beside states of cells: a causal convolution its last frames `[B, L, C]`, the oldest first."""
+
+    x: Array
+
+
+class Keeps(Protocol):
+    """A part that keeps something from frame to frame."""
+
+    @property
+    def kinds(self) -> Sequence[type[Any]]:
+        """What `read` returns and `write` takes, an entry each."""
+        ...
+
+    def run(self, rows: Rows, x: Array) -> Array:
+        """Return what the part makes of the next frames of some rows, whose state moves on."""
+        ...
+
+    def starts(self) -> list[dict[str, Any]]:
+        """Return what each entry is before the first frame, a number or an array a row, by the names of its fields."""
+        ...
+
+    def read(self, rows: Rows) -> list[CellState | Frames]:
+        """Return copies of what is kept of some rows."""
+        ...
+
+    def write(self, rows: Rows, entries: Sequence[Any]) -> None:
+        """Let some rows go on from other entries, whose fields are arrays of as many rows, or of one for all."""
+        ...
+
+    def keep(self, rows: Rows) -> Any:
+        """Return what `undo` takes to bring some rows back to how they are now."""
+        ...
+
+    def undo(self, rows: Rows, kept: Any) -> None:
+        """Bring some rows back."""
+        ...
+
+
+class Memory:
+    """A node that keeps frames, by its own rule.
+
+    Args:
+        rule: with a memory.
+        rows: how many there are.
+        dtype: of the numbers.
+    """
+
+    kinds = (Frames,)
+
+    def __init__(self, rule: FrameRule, rows: int, dtype: np.dtype[Any]) -> None:
+        assert rule.memory is not None
+        assert rule.advance is not None
+        self.advance, self.start = rule.advance, rule.start
+        self.frames = np.full((rows, *rule.memory), rule.start, dtype)
+
+    def run(self, rows: Rows, x: Array) -> Array:
+        """See `Keeps`."""
+        step = x.ndim == 2
+        y, self.frames[rows] = self.advance(self.frames[rows], x[:, None] if step else x)
+        return y[:, 0] if step else y
+
+    def starts(self) -> list[dict[str, Any]]:
+        """See `Keeps`."""
+        return [{"x": np.full(self.frames.shape[1:], self.start, self.frames.dtype)}]
+
+    def read(self, rows: Rows) -> list[CellState | Frames]:
+        """See `Keeps`."""
+        return [Frames(self.keep(rows))]
+
+    def write(self, rows: Rows, entries: Sequence[Any]) -> None:
+        """See `Keeps`."""
+        self.frames[rows] = entries[0].x
+
+    def keep(self, rows: Rows) -> Array:
+        """See `Keeps`."""
+        return np.array(self.frames[rows])
+
+    def undo(self, rows: Rows, kept: Array) -> None:
+        """See `Keeps`."""
+        self.frames[rows] = kept
+
+
+class Cells:
+    """Cells, with the dense layers that stand among them, as one call of the kernel: what both ways to keep rows share.
+
+    Args:
+        layers: bottom first.
+        weights: what the cells' matrices are held in: see `Stream`.
+    """
+
+    def __init__(self, layers: Sequence[Cell | Dense], weights: str) -> None:
+        self.packed = [
+            layer.pack(weights) if isinstance(layer, Cell) and weights != "float32" else layer.packed
+            for layer in layers
+        ]
+        self.places = {place: layer for place, layer in enumerate(layers) if isinstance(layer, Cell)}
+        self.kinds = [STATES[cell.spec.kind] for cell in self.places.values()]
+
+    def starts(self) -> list[dict[str, Any]]:
+        """See `Keeps`."""
+        return [
+            {name: cell.arrays.get(f"initial_{name}", np.zeros(size, cell.dtype)) for name, size in sizes.items()}
+            for cell in self.places.values()
+            for sizes in [cell.spec.state_sizes]
+        ]
+
+
+class OwnCells(Cells):
+    """Cells all of whose rows are stepped together: the kernel keeps the states, in its own layout.
+
+    Args:
+        layers, weights: see `Cells`.
+        rows: how many there are.
+        threads: see `Stream`.
+    """
+
+    def __init__(self, layers: Sequence[Cell | Dense], weights: str, rows: int, threads: int) -> None:
+        super().__init__(layers, weights)
+        self.kernel = native.stream(self.packed, rows, threads)
+
+    def run(self, rows: Rows, x: Array) -> Array:
+        """See `Keeps`."""
+        y = (self.kernel.step if x.ndim == 2 else self.kernel.run)(np.ascontiguousarray(x))
+        assert y is not None, "what goes from node to node is as the kernel takes it"
+        return y
+
+    def read(self, rows: Rows) -> list[CellState | Frames]:
+        """See `Keeps`."""
+        states = self.kernel.get_state()
+        return [
+            kind(*(array[rows] for array in states[place])) for kind, place in zip(self.kinds, self.places, strict=True)
+        ]
+
+    def write(self, rows: Rows, entries: Sequence[Any]) -> None:
+        """See `Keeps`."""
+        for place, state, new in zip(self.places, self.read(ALL), entries, strict=True):
+            for old, array in zip(state, new, strict=True):
+                old[rows] = array
+            self.kernel.set_state(place, *state)
+
+    def keep(self, rows: Rows) -> None:
+        """See `Keeps`."""
+        self.kernel.keep()
+
+    def undo(self, rows: Rows, kept: None) -> None:
+        """See `Keeps`."""
+        self.kernel.undo()
+
+
+class SharedCells(Cells):
+    """Cells of whose rows a call steps some: the kernel reads and writes the states where they lie.
+
+    Args:
+        layers, weights: see `Cells`.
+        rows: how many there are.
+        threads: how many the kernel may use.
+        dtype: of the states.
+    """
+
+    def __init__(
+        self, layers: Sequence[Cell | Dense], weights: str, rows: int, threads: int, dtype: np.dtype[Any]
+    ) -> None:
+        super().__init__(layers, weights)
+        self.threads = threads
+        self.states = [
+            kind(*(np.zeros((rows, size), dtype) for size in cell.spec.state_sizes.values()))
+            for kind, cell in zip(self.kinds, self.places.values(), strict=True)
+        ]
+        ends = dict(zip(self.places, ((*state, None)[:2] for state in self.states), strict=True))
+        self.ends = [ends.get(place, (None, None)) for place in range(len(layers))]
+        pairs = zip(self.packed[:-1], self.ends, strict=False)
+        self.below = [native.Layer(packed, *end, *end) for packed, end in pairs]
+        top = layers[-1]
+        self.width = top.spec.output_size if isinstance(top, Cell) else top.kernel.shape[1]
+
+    def run(self, rows: Rows, x: Array) -> Array:
+        """See `Keeps`."""
+        x = np.ascontiguousarray(x)
+        y = np.empty((len(x), self.width), x.dtype)
+        top = native.Layer(self.packed[-1], *self.ends[-1], *self.ends[-1], y=y)
+        frames = native.Sequences(len(x), 1, x, x.shape[1], x.shape[1], places=rows)
+        native.forward(frames, [*self.below, top], self.threads)
+        return y
+
+    def read(self, rows: Rows) -> list[CellState | Frames]:
+        """See `Keeps`."""
+        return [type(state)(*(array[rows] for array in state)) for state in self.states]
+
+    def write(self, rows: Rows, entries: Sequence[Any]) -> None:
+        """See `Keeps`."""
+        for state, new in zip(self.states, entries, strict=True):
+            for old, array in zip(state, new, strict=True):
+                old[rows] = array
+
+    def keep(self, rows: Rows) -> list[CellState | Frames]:
+        """See `Keeps`."""
+        return self.read(rows)
+
+    def undo(self, rows: Rows, kept: list[CellState | Frames]) -> None:
+        """See `Keeps`."""
+        self.write(rows, kept)
