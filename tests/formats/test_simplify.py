@@ -173,6 +173,47 @@ def test_a_value_that_goes_elsewhere_too_stays():
     assert network.outputs == ("first", "second")
 
 
+CUT = {  # slices of eight features, and what is left of them and of what puts them together
+    "whole": ([(0, 4), (4, 8)], [("Dense", 5)]),
+    "whole, with open ends": ([(None, 3), (3, -1), (-1, None)], [("Dense", 5)]),
+    "a part": ([(2, 4), (4, 7)], [("Select", 2, 7), ("Dense", 5)]),
+    "swapped": ([(4, 8), (0, 4)], None),
+    "with a gap": ([(0, 3), (4, 8)], None),
+}
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize(("cuts", "left"), CUT.values(), ids=CUT.keys())
+def test_slices_that_are_put_together_again(cuts, left, other):
+    """`other`: one of the slices goes elsewhere too."""
+    nodes, wires = [Bidirectional(lstm(), lstm(go_backwards=True))], [("x",)]
+    nodes += [Select(start, stop, axis=-1) for start, stop in cuts]
+    wires += [("n0",)] * len(cuts)
+    nodes.append(Merge("concat"))
+    wires.append(tuple(f"n{n + 1}" for n in range(len(cuts))))
+    nodes.append(dense(sum(len(range(8)[start:stop]) for start, stop in cuts)))
+    wires.append((f"n{len(nodes) - 2}",))
+    outputs = [f"n{len(nodes) - 1}", *(["n1"] if other else [])]
+    builder = Builder()
+    builder.input("x", (None, 3))
+    for number, (node, sources) in enumerate(zip(nodes, wires, strict=True)):
+        builder.add(f"n{number}", node, *sources)
+    for name in outputs:
+        builder.output(name)
+    simple = builder.network()
+    names = [f"n{n}" for n in range(len(nodes))]
+    plain = Network(nodes, names, inputs={"x": (None, 3)}, wires=wires, outputs=outputs)
+    x = numbers(4, 6, 3)
+    for one, other_one in zip(*((y if isinstance(y, tuple) else (y,)) for y in (simple(x), plain(x))), strict=True):
+        np.testing.assert_array_equal(one, other_one)
+    rest = [node for node in simple.nodes if not (other and isinstance(node, Select) and node.taken == nodes[1].taken)]
+    if left is None:
+        assert len(simple.nodes) == len(nodes)
+    else:
+        assert [type(node).__name__ for node in rest] == ["Bidirectional", *(kind for kind, *_ in left)]
+        assert [node.taken for node in rest if isinstance(node, Select)] == [slice(*c[1:], 1) for c in left[:-1]]
+
+
 def test_a_stack_becomes_a_node_a_layer():
     cells = tuple(make_cell(RNG, 3 if n == 0 else 4, 4, DTYPE) for n in range(3))
     for flags in ({}, {"return_sequences": False}, {"go_backwards": True}, {"zero_output_for_mask": True}):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from cellstack.nodes import (
     Flatten,
     GlobalPool,
     LayerNorm,
+    Merge,
     Node,
     Permute,
     Recurrent,
@@ -94,6 +96,19 @@ class Draft:
         self.nodes[name], self.sources[name] = node, (source,)
         self.takers[source] = [name if taker == before else taker for taker in self.takers[source]]
         self._remove(before)
+        return True
+
+    def take(self, name: str, node: Node, source: str) -> bool:
+        """Let a node that took several values take one of the graph's; what then leads nowhere is left out."""
+        left = dict.fromkeys(self.sources[name])
+        self.nodes[name], self.sources[name] = node, (source,)
+        self.takers[source].append(name)
+        for one in left:
+            self.takers[one] = [taker for taker in self.takers[one] if taker != name]
+            if not self.takers[one] and one not in self.outputs:
+                for below in self.sources[one]:
+                    self.takers[below] = [taker for taker in self.takers[below] if taker != one]
+                self._remove(one)
         return True
 
     def bypass(self, name: str) -> bool:
@@ -239,6 +254,24 @@ def two_shapes(draft: Draft, name: str) -> bool:
     first, shape = draft.nodes[before], draft.shapes[draft.sources[before][0]]
     known = shape is not None and None not in shape  # else a length that the first refuses would go through
     return isinstance(first, (Flatten, Reshape)) and known and draft.fold(before, name, node)
+
+
+def pieces(draft: Draft, name: str) -> bool:
+    """Slices of the features of one value that follow each other, concatenated again: one slice of it."""
+    node, sources = draft.nodes[name], draft.sources[name]
+    cuts = [cut for source in sources if isinstance(cut := draft.nodes.get(source), Select) and cut.step == 1]
+    if not isinstance(node, Merge) or node.mode != "concat" or len(cuts) < len(sources):
+        return False
+    (origin, *others), shape = {draft.sources[source][0] for source in sources}, draft.shapes[name]
+    whole = draft.shapes[origin]
+    if others or shape is None or whole is None or whole[-1] is None or node.place(len(shape)) != len(shape):
+        return False
+    if any(cut.place(len(whole)) != len(whole) for cut in cuts):
+        return False
+    ends = [cut.taken.indices(whole[-1]) for cut in cuts]
+    if any(one[1] != other[0] for one, other in pairwise(ends)):
+        return False
+    return draft.take(name, Select(ends[0][0], ends[-1][1], axis=-1), origin)
 
 
 # ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -397,6 +430,7 @@ RULES: tuple[Callable[[Draft, str], bool], ...] = (
     one_long_axis,
     turned_back,
     two_shapes,
+    pieces,
     last_step,
     scaled_after,
     activated,

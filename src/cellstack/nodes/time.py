@@ -35,11 +35,19 @@ WINDOW_MODES = ("mean", "max")
 PADDINGS = ("valid", "same", "causal")
 
 
-def checked_padding(owner: str, padding: Any) -> str | tuple[int, int]:
-    """Return padding as `Conv1D` and `Pool1D` take it; `ValueError` where it is another."""
+def checked_padding(owner: str, padding: Any, span: int, strides: int) -> str | tuple[int, int]:
+    """Return padding as `Conv1D` and `Pool1D` take it, by its name where it has one; `ValueError` where it is another.
+
+    Args:
+        owner: whose padding it is, for the message.
+        padding: the padding.
+        span: steps in a window.
+        strides: steps from window to window.
+    """
     if isinstance(padding, (tuple, list)) and len(padding) == 2:
         before, after = (check_integer(owner, "padding", steps, least=0) for steps in padding)
-        return (before, after) if before or after else "valid"
+        names = PADDINGS if strides == 1 else ("valid", "causal")  # else the sequence's length tells what "same" is
+        return next((name for name in names if pads(name, span, span, strides) == (before, after)), (before, after))
     check_choice(owner, "padding", padding, PADDINGS)
     return str(padding)
 
@@ -48,7 +56,7 @@ def why_no_answers(padding: str | tuple[int, int], span: int, strides: int) -> s
     """Return why windows don't give an answer a step, which no later step changes; None where they do."""
     if strides > 1:
         return f"it answers every {strides} steps, and a stream after every frame"
-    if padding in ("causal", (span - 1, 0)) or (span == 1 and padding in PADDINGS):
+    if padding == "causal" or (span == 1 and padding in PADDINGS):
         return None
     return "its windows reach into frames to come, which a stream doesn't have (padding='causal' does without)"
 
@@ -121,7 +129,7 @@ class Conv1D(Node):
         object.__setattr__(self, "dtype", one_dtype(owner, {"kernel": self.kernel, "bias": self.bias}))
         for name in ("strides", "dilation", "groups"):
             object.__setattr__(self, name, check_integer(owner, name, getattr(self, name)))
-        object.__setattr__(self, "padding", checked_padding(owner, self.padding))
+        object.__setattr__(self, "padding", checked_padding(owner, self.padding, self.span, self.strides))
         object.__setattr__(self, "activation", check_activation(owner, self.activation))
         if self.kernel.shape[2] % self.groups:
             raise ValueError(f"{owner}: expected groups to divide F={self.kernel.shape[2]}, got {self.groups}")
@@ -256,7 +264,8 @@ class Pool1D(Node):
         object.__setattr__(self, "size", check_integer("Pool1D", "size", self.size))
         strides = self.size if self.strides is None else self.strides
         object.__setattr__(self, "strides", check_integer("Pool1D", "strides", strides))
-        object.__setattr__(self, "padding", checked_padding("Pool1D", self.padding))
+        padding = checked_padding("Pool1D", self.padding, self.size, self.strides or 1)
+        object.__setattr__(self, "padding", padding)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         """See `Node.check`."""
