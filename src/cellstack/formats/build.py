@@ -6,7 +6,7 @@ it, and in the end the graph is simplified and becomes a `Network`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cellstack.formats.simplify import Draft, simplify
@@ -76,6 +76,7 @@ class Builder:
         shapes: of every wire, the axes after the batch; None where it isn't known.
         problems: what can't be translated, with its rank: the least comes first.
         pinned: whether the network depends on the lengths that the inputs have in the file, time among them.
+        kept: nodes that stay for the sake of their states, whether or not they lead to an output.
 
     >>> import numpy as np
     >>> from cellstack.nodes import Activation, Dense
@@ -99,6 +100,7 @@ class Builder:
         self.shapes: dict[str, Shape | None] = {}
         self.problems: dict[str, int] = {}
         self.pinned = False
+        self.kept: set[str] = set()
 
     def input(self, name: str, shape: Shape | None = None) -> str:
         """Put an input in, and return its wire.
@@ -190,11 +192,15 @@ class Builder:
         if self.problems:
             raise ProblemsError(listed(sorted(self.problems, key=lambda problem: self.problems[problem])))
 
-    def network(self, metadata: Mapping[str, Any] | None = None, numbered: bool = False) -> Network:
+    def network(
+        self,
+        metadata: Mapping[str, Any] | Callable[[Draft], Mapping[str, Any]] | None = None,
+        numbered: bool = False,
+    ) -> Network:
         """Return the network, simplified: see `cellstack.formats.simplify`. Nodes that lead to no output are left out.
 
         Args:
-            metadata: see `Network`.
+            metadata: see `Network`; or what makes it of the simplified graph.
             numbered: call the nodes layer_0, layer_1 and so on, whatever they are called here.
 
         Raises:
@@ -202,13 +208,13 @@ class Builder:
             ShapeError, TypeError, ValueError: see `Network`.
         """
         self.check()
-        draft = Draft(self.inputs, self.nodes, self.sources, self.outputs, self.shapes)
+        draft = Draft(self.inputs, self.nodes, self.sources, self.outputs, self.shapes, self.kept)
         simplify(draft)
         names = {name: f"layer_{number}" if numbered else name for number, name in enumerate(draft.nodes)}
         return Network(
             list(draft.nodes.values()),
             list(names.values()),
-            metadata,
+            metadata(draft) if callable(metadata) else metadata,
             inputs=self.inputs if self.pinned else _any_length(draft),
             wires=[[names.get(source, source) for source in draft.sources[name]] for name in draft.nodes],
             outputs=[names[name] for name in draft.outputs],
@@ -233,7 +239,7 @@ def _any_length(draft: Draft) -> dict[str, Shape | None]:
     shapes = dict(loose)
     for name, node in draft.nodes.items():
         given = [shapes[source] for source in draft.sources[name]]
-        moved = isinstance(node, (Flatten, Reshape, Permute))
+        moved = isinstance(node, (Flatten, Reshape)) or (isinstance(node, Permute) and draft.takers[name])
         if moved and given != [draft.shapes[source] for source in draft.sources[name]]:
             return dict(draft.inputs)
         known = [shape for shape in given if shape is not None]

@@ -189,8 +189,9 @@ def chains(rng):
     """Nodes of every kind in a row over x [B, T, 3], by what they show."""
     f = lambda *shape: floats(rng, *shape)  # noqa: E731
     return {
-        "standardise": [Standardise(f(3), np.float32([0.5, 2.0, 1.5])), lstm(rng, 3, 4), GlobalPool("last")],
-        "scale": [Scale(f(3), f(3)), lstm(rng, 3, 4), GlobalPool("mean")],
+        "standardise": [Standardise(f(3), np.float32([0.5, 2.0, 1.5])), lstm(rng, 3, 4), GlobalPool("mean")],
+        "scale": [lstm(rng, 3, 4), Scale(f(4), f(4)), GlobalPool("mean")],
+        "scale before": [Scale(f(3), f(3)), lstm(rng, 3, 4), GlobalPool("last")],
         "norm": [lstm(rng, 3, 4), LayerNorm(f(4), f(4), 1e-3), GlobalPool("max"), Dense(f(4, 2), None, "softmax")],
         "norm without bias": [lstm(rng, 3, 4), LayerNorm(f(4))],
         "norm alone": [lstm(rng, 3, 4), LayerNorm(None, f(4), 1e-2)],
