@@ -76,7 +76,6 @@ class Builder:
         shapes: of every wire, the axes after the batch; None where it isn't known.
         problems: what can't be translated, with its rank: the least comes first.
         pinned: whether the network depends on the lengths that the inputs have in the file, time among them.
-        kept: nodes that stay for the sake of their states, whether or not they lead to an output.
 
     >>> import numpy as np
     >>> from cellstack.nodes import Activation, Dense
@@ -100,7 +99,6 @@ class Builder:
         self.shapes: dict[str, Shape | None] = {}
         self.problems: dict[str, int] = {}
         self.pinned = False
-        self.kept: set[str] = set()
 
     def input(self, name: str, shape: Shape | None = None) -> str:
         """Put an input in, and return its wire.
@@ -208,7 +206,7 @@ class Builder:
             ShapeError, TypeError, ValueError: see `Network`.
         """
         self.check()
-        draft = Draft(self.inputs, self.nodes, self.sources, self.outputs, self.shapes, self.kept)
+        draft = Draft(self.inputs, self.nodes, self.sources, self.outputs, self.shapes)
         simplify(draft)
         names = {name: f"layer_{number}" if numbered else name for number, name in enumerate(draft.nodes)}
         return Network(

@@ -8,7 +8,7 @@ two nodes goes nowhere else, and where no mask that the graph makes would go on 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +52,6 @@ class Draft:
         sources: what each takes.
         outputs: names of nodes, all different.
         shapes: of every value, as far as it is known.
-        kept: nodes that stay for the sake of their states.
 
     Attributes:
         cells: of a node that became part of another one, that one, and the place of the first of its cells there.
@@ -65,9 +64,8 @@ class Draft:
         sources: dict[str, tuple[str, ...]],
         outputs: Sequence[str],
         shapes: dict[str, Shape | None],
-        kept: Iterable[str] = (),
     ) -> None:
-        used = {*outputs, *kept}
+        used = set(outputs)
         for name in reversed(nodes):
             if name in used:
                 used.update(sources[name])
@@ -203,7 +201,8 @@ def backwards(draft: Draft, name: str) -> bool:
 def both_ways(draft: Draft, name: str) -> bool:
     """Two Recurrents that run over one sequence from its two ends, side by side: a Bidirectional.
 
-    Not with masks, as the half that runs backwards would have its mask in reverse.
+    Not with masks that the graph makes. One that a caller gives is none of the file's, and is as a Bidirectional has
+    it: its steps are zeros where they are left out.
     """
     node, shape, sources = draft.nodes[name], draft.shapes[name], draft.sources[name]
     if not isinstance(node, Merge) or node.mode != "concat" or len(sources) != 2 or shape is None:

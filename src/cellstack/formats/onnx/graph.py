@@ -276,7 +276,6 @@ class Reader:
                 flow = self.put(f"{name}.shaped", Reshape((1, -1) if axes[name] == "B1F" else (-1, 1)), flow)
             self.builder.output(flow.wire, name)
         states = {name: list(value.refs.reshape(-1)) for name, value in after.items() if name not in data}
-        self.builder.kept.update(self.runs[ref.operator].node for refs in states.values() for ref in refs)
         ends = {"inputs": self.inputs, "outputs": axes, "lengths": sorted(self.lengths), "unused": unused}
         held = {name: "".join(labels) for name, labels in self.start_axes.items()}
         ends["state_axes"] = held | {name: "".join(after[name].axes) for name in states}
@@ -302,6 +301,9 @@ class Reader:
             found = {initial.place: named(ref) for initial, ref in self.starts.items() if initial.name == name}
             starts[name] = [found.get(place) for place in range(max(found, default=-1) + 1)]
         states = {name: [named(ref) for ref in refs] for name, refs in ends.items()}
+        for name, refs in states.items():
+            if None in refs:
+                raise Refused(f"output {short(name)}: a state of a cell that leads to no other output")
         return {"states": states} | ({"starts": starts} if starts else {})
 
 
