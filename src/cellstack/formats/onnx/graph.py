@@ -14,11 +14,11 @@ from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
-from cellstack.formats.onnx.values import Final, Flowing, Initial, Lengths, Run, States, Symbols, Unknown
+from cellstack.formats.onnx.values import Final, Flowing, Initial, Lengths, Moment, Run, States, Symbols, Unknown
 from cellstack.formats.onnx.written_out.scans import is_scan
 from cellstack.formats.simplify import Draft
 from cellstack.network import Network
-from cellstack.nodes import GlobalPool, Merge, Node, Permute, Reshape, Select
+from cellstack.nodes import GlobalPool, Merge, Node, Permute, Reduce, Reshape, Select
 from cellstack.nodes.base import Shape
 from cellstack.spec import FormatError
 
@@ -138,6 +138,8 @@ class Reader:
         """Return a value that a wire carries; `Refused` where it is something else."""
         if isinstance(value, States):
             value = self.settled(value)
+        if isinstance(value, Moment) and value.what == "mean":
+            value = self.put(f"{value.of.wire}.mean", Reduce("mean", -1, keepdims=True), value.of)
         if isinstance(value, Unknown):
             raise Refused(value.why)
         if not isinstance(value, Flowing):
@@ -255,7 +257,8 @@ class Reader:
         after = {name: value for name, value in values.items() if isinstance(value, States) and not value.initial}
         data = values.keys() - after.keys()
         taken = {source for sources in self.builder.sources.values() for source in sources}
-        taken |= {value.wire for value in values.values() if isinstance(value, Flowing)}
+        flows = [value.of if isinstance(value, Moment) else value for value in values.values()]
+        taken |= {flow.wire for flow in flows if isinstance(flow, Flowing)}
         for number, run in enumerate(self.runs):
             if run.in_order not in taken:  # its last h is all that is wanted of it: an answer, not a state alone
                 data.update([name for name, value in after.items() if _is_h(value, number)][:1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,25 +12,8 @@ from cellstack.formats.onnx.fold import axes_of, numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.ops import arithmetic, features_last, floats
 from cellstack.formats.onnx.ops import reduce as over_time
-from cellstack.formats.onnx.values import Flowing
+from cellstack.formats.onnx.values import Flowing, Moment
 from cellstack.nodes import Embedding, LayerNorm, Scale
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What is on the way from a value to its normalised self, each step by the mean and the variance of its features.
-
-    Args:
-        of: the value.
-        what: `"mean"`, `"centred"`: less its mean, `"squares"` of that, `"variance"`, `"deviation"`: the root of the
-            variance, `"inverse"`: one over it.
-        epsilon: what was added to the variance.
-    """
-
-    of: Flowing
-    what: str
-    epsilon: float = 0.0
-
 
 NEXT = {  # of a LayerNorm written out: what leads from one moment to the next, by operator; `x` is the value itself
     ("Sub", "x", "mean"): "centred",
@@ -104,7 +87,7 @@ def written_out(usual: Handler | None) -> Handler:
         made = moment(reader, node, attributes, values)
         if made is not None:
             return [made]
-        if any(isinstance(value, Moment) for value in values) or usual is None:
+        if usual is None or any(isinstance(value, Moment) and value.what != "mean" for value in values):
             raise Refused("an operator that a Network hasn't")
         return usual(reader, node, attributes, values)
 

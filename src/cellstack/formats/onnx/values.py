@@ -161,6 +161,22 @@ class Flowing:
         return axis % len(self.axes)
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What is on the way from a value to its normalised self, each step by the mean and the variance of its features.
+
+    Args:
+        of: the value.
+        what: `"mean"`, `"centred"`: less its mean, `"squares"` of that, `"variance"`, `"deviation"`: the root of the
+            variance, `"inverse"`: one over it.
+        epsilon: what was added to the variance.
+    """
+
+    of: Flowing
+    what: str
+    epsilon: float = 0.0
+
+
 def reshaped(flow: Flowing, target: Sequence[Any], keep_zero: bool) -> tuple[str, ...] | None:
     """Return the axes of a value in another shape; None where the shape isn't one that a wire can have.
 
