@@ -152,7 +152,7 @@ def _changed(array, rng):
         return array[None]
     if way == 1:
         return array.reshape(-1)
-    if way == 2:
+    if way == 2 and array.ndim:
         return array[..., ::-1]
     return (array * rng.choice([0.0, -1.0, 2.0])).astype(array.dtype)
 

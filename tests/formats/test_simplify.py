@@ -18,6 +18,7 @@ from cellstack.nodes import (
     LayerNorm,
     Masking,
     Merge,
+    Pad,
     Permute,
     Pool1D,
     Recurrent,
@@ -108,6 +109,12 @@ ONE_NODE = {  # chains that become one node
     "permutes around activations": [dense(), TURN, Activation("relu"), TURN],
     "permutes in permutes": [TURN, TURN, TURN, TURN, lstm()],
     "the last step": [lstm(), GlobalPool("last")],
+    "a sequence in reverse": [Select(step=-1), lstm()],
+    "a sequence in reverse twice": [Select(step=-1), lstm(return_sequences=False, go_backwards=True)],
+    "pads before a Conv1D": [Pad(1, 1), conv(strides=2)],
+    "pads before a padded Conv1D": [Pad(0, 2), conv(padding="causal")],
+    "pads, a Conv1D, a scale and an activation": [Pad(1, 0), conv(), scale(5), Activation("relu")],
+    "a sum of zeros": [dense(bias=False), Scale(np.ones(5), np.zeros(5))],
     "a vector flattened": [lstm(return_sequences=False), Flatten()],
     "pooled to one step, and flattened": [lstm(), GlobalPool("last"), Reshape((1, -1)), TURN, Flatten()],
 }
@@ -139,6 +146,12 @@ KEPT = {  # chains of which every node stays
     "the last of both ways": [Bidirectional(lstm(), lstm(go_backwards=True)), GlobalPool("last")],
     "the last, where masked steps are zero": [lstm(zero_output_for_mask=True), GlobalPool("last")],
     "the mean": [lstm(), GlobalPool("mean")],
+    "pads of ones": [Pad(1, 1, 1.0), conv()],
+    "pads of the features": [Pad(1, 1, 0.0, -1), conv(5)],
+    "pads before the same": [Pad(1, 1), conv(padding="same")],
+    "pads before a pool": [Pad(1, 1), Pool1D("max", 2)],
+    "every other step in reverse": [Select(step=-2), lstm()],
+    "the features in reverse": [Select(step=-1, axis=-1), lstm()],
     "a mask, then the last step": [Masking(0.0), lstm(), GlobalPool("last")],
     "a mask that ends": [Masking(0.0), Permute((1, 2)), lstm()],
     "a mask that ends in permutes": [Masking(0.0), TURN, TURN, lstm()],
@@ -236,6 +249,66 @@ def test_masks_that_the_graph_makes_are_those_of_the_chain():
     ):
         simple, plain = built(*nodes, shape=(None,))
         agree(simple, plain, ids)
+
+
+NAMED = {  # padding by so many steps, and how it is called
+    "causal": (conv(padding=(1, 0)), "causal"),
+    "causal with a dilation": (conv(padding=(3, 0), dilation=3), "causal"),
+    "the same": (conv(padding=(0, 1)), "same"),
+    "the same at every second": (conv(padding=(0, 1), strides=2), "same"),
+    "the same of an odd window": (Pool1D("max", 3, 1, (1, 1)), "same"),
+    "pairs rounded up": (Pool1D("mean", 2, 2, (0, 1)), "same"),
+    "the same at some lengths alone": (Pool1D("mean", 3, 2, (0, 1)), (0, 1)),
+    "more than the same": (conv(padding=(1, 1)), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_padding_goes_by_its_name(name):
+    node, padding = NAMED[name]
+    simple, plain = built(node)
+    assert simple.nodes[0].padding == padding
+    for steps in range(1, 7):
+        agree(simple, plain, numbers(2, steps, 3))
+
+
+def halves(merge=None, back=None, flags=(), width=2):
+    """Two layers over one sequence, side by side, the second over it in reverse."""
+    builder, ahead = Builder(), lstm(**dict(flags))
+    x = builder.input("x", (None, 3))
+    one = builder.add("ahead", ahead, x)
+    two = builder.add("back", lstm(3, width, **dict(flags)), builder.add("reverse", Select(step=-1), x))
+    if ahead.return_sequences:
+        two = builder.add("in_order", back or Select(step=-1), two)
+    builder.output(builder.add("both", merge or Merge("concat"), one, two))
+    nodes, wires = list(builder.nodes.values()), [builder.sources[name] for name in builder.nodes]
+    return builder, Network(nodes, list(builder.nodes), inputs={"x": (None, 3)}, wires=wires)
+
+
+@pytest.mark.parametrize("flags", [{}, {"return_sequences": False}, {"zero_output_for_mask": True}])
+def test_two_layers_from_either_end_are_both_ways(flags):
+    builder, plain = halves(flags=flags.items())
+    drafts = []
+    simple = builder.network(lambda draft: drafts.append(draft) or {})
+    assert kinds(simple) == ["Bidirectional"]
+    assert simple.names == ("both",)
+    assert drafts[0].cells == {"ahead": ("both", 0), "back": ("both", 1)}
+    agree(simple, plain, mask=SOME if flags else None)
+
+
+def test_both_ways_that_are_not():
+    for how in (
+        {"back": Activation("tanh")},
+        {"merge": Merge("add"), "back": Select(step=-1), "width": 4},
+        {"flags": {"return_sequences": False, "zero_output_for_mask": True}.items()},
+    ):
+        builder, plain = halves(**how)
+        simple = builder.network()
+        assert "Bidirectional" not in kinds(simple)
+        agree(simple, plain)
+    builder, _ = halves()
+    builder.output("ahead")
+    assert "Bidirectional" not in kinds(builder.network())
 
 
 def woven(seed):

@@ -6,7 +6,7 @@ it, and in the end the graph is simplified and becomes a `Network`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cellstack.formats.simplify import Draft, simplify
@@ -190,11 +190,15 @@ class Builder:
         if self.problems:
             raise ProblemsError(listed(sorted(self.problems, key=lambda problem: self.problems[problem])))
 
-    def network(self, metadata: Mapping[str, Any] | None = None, numbered: bool = False) -> Network:
+    def network(
+        self,
+        metadata: Mapping[str, Any] | Callable[[Draft], Mapping[str, Any]] | None = None,
+        numbered: bool = False,
+    ) -> Network:
         """Return the network, simplified: see `cellstack.formats.simplify`. Nodes that lead to no output are left out.
 
         Args:
-            metadata: see `Network`.
+            metadata: see `Network`; or what makes it of the simplified graph.
             numbered: call the nodes layer_0, layer_1 and so on, whatever they are called here.
 
         Raises:
@@ -208,7 +212,7 @@ class Builder:
         return Network(
             list(draft.nodes.values()),
             list(names.values()),
-            metadata,
+            metadata(draft) if callable(metadata) else metadata,
             inputs=self.inputs if self.pinned else _any_length(draft),
             wires=[[names.get(source, source) for source in draft.sources[name]] for name in draft.nodes],
             outputs=[names[name] for name in draft.outputs],
@@ -233,7 +237,7 @@ def _any_length(draft: Draft) -> dict[str, Shape | None]:
     shapes = dict(loose)
     for name, node in draft.nodes.items():
         given = [shapes[source] for source in draft.sources[name]]
-        moved = isinstance(node, (Flatten, Reshape, Permute))
+        moved = isinstance(node, (Flatten, Reshape)) or (isinstance(node, Permute) and draft.takers[name])
         if moved and given != [draft.shapes[source] for source in draft.sources[name]]:
             return dict(draft.inputs)
         known = [shape for shape in given if shape is not None]

@@ -28,7 +28,9 @@ from cellstack.nodes import (
     LayerNorm,
     Merge,
     Node,
+    Pad,
     Permute,
+    Pool1D,
     Recurrent,
     Reshape,
     Scale,
@@ -36,6 +38,7 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.base import MORE_ACTIVATIONS, Array, Shape
+from cellstack.nodes.time import pads
 
 MOST_COPIED = 1 << 24  # numbers, of weights that several nodes share
 BY_FEATURES = ("softmax", "log_softmax")  # activations that aren't number by number
@@ -50,6 +53,9 @@ class Draft:
         sources: what each takes.
         outputs: names of nodes, all different.
         shapes: of every value, as far as it is known.
+
+    Attributes:
+        cells: of a node that became part of another one, that one, and the place of the first of its cells there.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Draft:
             if name in used:
                 used.update(sources[name])
         self.inputs, self.outputs, self.shapes = dict(inputs), list(outputs), dict(shapes)
+        self.cells: dict[str, tuple[str, int]] = {}
         self.nodes = {name: node for name, node in nodes.items() if name in used}
         self.sources = {name: sources[name] for name in self.nodes}
         self.takers: defaultdict[str, list[str]] = defaultdict(list)
@@ -117,6 +124,23 @@ class Draft:
         if name in self.outputs and (source in self.inputs or source in self.outputs):
             return False
         return self._leave_out(name, source)
+
+    def take(self, name: str, source: str, *gone: str) -> bool:
+        """Let a node take another value; leave out the nodes named, and what it took where nothing else does."""
+        taken = self.sources[name]
+        self.sources[name] = (source,)
+        self.takers[source].append(name)
+        for one in taken:
+            self.takers[one].remove(name)
+        unused = [one for one in taken if one in self.nodes and not self.takers[one] and one not in self.outputs]
+        gone = tuple(dict.fromkeys((*gone, *unused)))
+        for one in gone:
+            for below in self.sources[one]:
+                self.takers[below].remove(one)
+                self.waiting.extend(self.takers[below])
+        for one in gone:
+            self._remove(one)
+        return True
 
     def _leave_out(self, name: str, source: str) -> bool:
         """Let what a node gave come from elsewhere; look again at what takes it."""
@@ -176,6 +200,82 @@ def last_step(draft: Draft, name: str) -> bool:
     if not isinstance(recurrent, Recurrent) or recurrent.zero_output_for_mask or not recurrent.return_sequences:
         return False
     return draft.fuse(before, name, replace(recurrent, return_sequences=False))
+
+
+def backwards(draft: Draft, name: str) -> bool:
+    """A Recurrent over a sequence in reverse: one that runs the other way."""
+    node = draft.nodes[name]
+    if not isinstance(node, Recurrent) or not _reverses(draft, draft.sources[name][0]):
+        return False
+    (source,) = draft.sources[draft.sources[name][0]]
+    draft.nodes[name] = replace(node, go_backwards=not node.go_backwards)
+    return draft.take(name, source)
+
+
+def both_ways(draft: Draft, name: str) -> bool:
+    """Two Recurrents that run over one sequence from its two ends, side by side: a Bidirectional.
+
+    Not with masks that the graph makes. One that a caller gives is none of the file's, and is as a Bidirectional has
+    it: its steps are zeros where they are left out.
+    """
+    node, shape, sources = draft.nodes[name], draft.shapes[name], draft.sources[name]
+    if not isinstance(node, Merge) or node.mode != "concat" or len(sources) != 2 or shape is None:
+        return False
+    if node.place(len(shape)) != len(shape) or name in draft.masked:
+        return False
+    ahead, back = gone = list(sources)
+    if _reverses(draft, back):
+        (back,) = draft.sources[back]
+        gone.append(back)
+    one, other = draft.nodes.get(ahead), draft.nodes.get(back)
+    if not isinstance(one, Recurrent) or not isinstance(other, Recurrent):
+        return False
+    opposite = other.go_backwards and not one.go_backwards and draft.sources[ahead] == draft.sources[back]
+    in_order = one.return_sequences == other.return_sequences == (len(gone) == 3)
+    zeros = one.zero_output_for_mask == other.zero_output_for_mask <= one.return_sequences
+    alone = all(len(draft.takers[wire]) == 1 and wire not in draft.outputs for wire in gone)
+    if not (opposite and in_order and zeros and alone) or one.dtype != other.dtype:
+        return False
+    draft.nodes[name] = Bidirectional(one, other)
+    draft.cells |= {ahead: (name, 0), back: (name, len(one.cells))}
+    return draft.take(name, *draft.sources[ahead], *gone)
+
+
+def _reverses(draft: Draft, wire: str) -> bool:
+    """Whether a value is a sequence in reverse."""
+    node = draft.nodes.get(wire)
+    return isinstance(node, Select) and node.axis == 1 and node.taken in (slice(None, None, -1), slice(-1, None, -1))
+
+
+# ── padding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def padded_before(draft: Draft, name: str) -> bool:
+    """Steps of zeros before a Conv1D: its padding."""
+    before, node = draft.before(name), draft.nodes[name]
+    pad, shape = (None, None) if before is None else (draft.nodes[before], draft.shapes[before])
+    if before is None or not isinstance(pad, Pad) or not isinstance(node, Conv1D) or shape is None:
+        return False
+    if pad.value != 0.0 or pad.place(len(shape)) != 1 or node.padding == "same":
+        return False
+    first, last = pads(node.padding, 0, node.span, node.strides)
+    made = draft.made(node, pad, make=lambda: replace(node, padding=(pad.before + first, pad.after + last)))
+    return made is not None and draft.fold(before, name, made)
+
+
+def named_padding(draft: Draft, name: str) -> bool:
+    """Padding by so many steps that has a name: causal, or the same at sequences of every length."""
+    node = draft.nodes[name]
+    if not isinstance(node, (Conv1D, Pool1D)) or not isinstance(node.padding, tuple):
+        return False
+    span, strides = (node.span if isinstance(node, Conv1D) else node.size), node.strides
+    always = pads("same", span, span, 1) if strides == 1 else (0, 1) if strides == span == 2 else None
+    found = "causal" if node.padding == (span - 1, 0) else "same" if node.padding == always else None
+    made = None if found is None else draft.made(node, found, make=lambda: replace(node, padding=found))
+    if made is None:
+        return False
+    draft.nodes[name] = made
+    return True
 
 
 # ── what does nothing ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -325,7 +425,7 @@ def scaled_after(draft: Draft, name: str) -> bool:
         kernel = _product(product.kernel, scale)
         bias = shift if product.bias is None else product.bias * scale + shift
         bias = np.broadcast_to(bias, product.kernel.shape[-1:])
-        keeps = product.bias is not None or bias.any()
+        keeps = product.bias is not None or bias.any() or (scale == 1.0).all()  # a sum of zeros is a bias too
         bias = bias.astype(product.kernel.dtype) if keeps else None
         return None if kernel is None else replace(product, kernel=kernel, bias=bias)
 
@@ -426,13 +526,17 @@ def scaled_norm(draft: Draft, name: str) -> bool:
 
 
 RULES: tuple[Callable[[Draft, str], bool], ...] = (
+    scaled_after,
     nothing,
     one_long_axis,
     turned_back,
     two_shapes,
     pieces,
     last_step,
-    scaled_after,
+    backwards,
+    both_ways,
+    padded_before,
+    named_padding,
     activated,
     scaled_twice,
     scaled_norm,

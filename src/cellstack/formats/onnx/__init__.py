@@ -7,8 +7,9 @@ from functools import partial
 
 import numpy as np
 
-from cellstack.formats.onnx import activations, norms, ops, pools, quantised, recurrent, shapes
-from cellstack.formats.onnx.cells import Names, Operator, is_recurrent, network_of, read_operator
+from cellstack.formats.build import Names
+from cellstack.formats.onnx import activations, norms, ops, quantised, recurrent, shapes, windows
+from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator
 from cellstack.formats.onnx.file import Model, Scope, label, read, short, unused_tensors
 from cellstack.formats.onnx.graph import load_graph
 from cellstack.formats.onnx.writer import write
@@ -21,7 +22,7 @@ from cellstack.spec import FormatError
 NAME = "ONNX"
 SUFFIXES = (".onnx",)
 FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # what may follow the version in a ModelProto
-PARTS = (ops, pools, activations, norms, shapes, quantised, recurrent)
+PARTS = (ops, windows, activations, norms, shapes, quantised, recurrent)
 HANDLERS = {name: handler for part in PARTS for name, handler in part.HANDLERS.items()}
 HANDLERS |= {name: quantised.quantised(HANDLERS[name]) for name in ("Mul", "Cast")}
 ODD = (ValueError, TypeError, LookupError, ArithmeticError)  # what attributes of another type than usual lead to

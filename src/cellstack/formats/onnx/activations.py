@@ -1,8 +1,7 @@
-"""ONNX's operators that work number by number on one value, as activations; part of the node before where they can."""
+"""ONNX's operators that work number by number on one value, as activations."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.values import Flowing
-from cellstack.nodes import Activation, Conv1D, Dense, Merge
+from cellstack.nodes import Activation, Clip, Merge
 
 CALLED = tuple(name for name in NAMES if None not in PARAMETERS.get(name, ()))
 SOFTMAX = {"Softmax": "softmax", "LogSoftmax": "log_softmax"}
@@ -30,17 +29,7 @@ def activation(reader: Reader, node: Any, attributes: dict[str, Any], values: li
 
 def as_activation(reader: Reader, node: Any, value: Any, text: str) -> list[Any]:
     """Return a value's activation."""
-    x = reader.flowing(value)
-    return [replace(x, wire=activated(reader, label(node), x, text))]
-
-
-def activated(reader: Reader, name: str, x: Flowing, text: str) -> str:
-    """Return the wire of a value's activation."""
-    behind = reader.last(x.wire)
-    if behind is not None and isinstance(behind[1], (Dense, Conv1D)) and behind[1].activation == "linear":
-        reader.replace(behind[0], replace(behind[1], activation=text))
-        return x.wire
-    return reader.add(name, Activation(text), x.wire)
+    return [reader.put(node, Activation(text), reader.flowing(value))]
 
 
 def softmax(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -67,11 +56,10 @@ def selu(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 
 def gated(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read x times an activation of x."""
-    x = reader.flowing(values[0])
-    wire = x.wire
+    x = gate = reader.flowing(values[0])
     for text in GATED[node.op_type]:
-        wire = reader.add(f"{label(node)}.{text}", Activation(text), wire)
-    return [replace(x, wire=reader.add(label(node), Merge("mul"), x.wire, wire))]
+        gate = reader.put(f"{label(node)}.{text}", Activation(text), gate)
+    return [reader.put(node, Merge("mul"), x, gate)]
 
 
 def swish(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -82,39 +70,30 @@ def swish(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
 
 
 def clip(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Clip: the greater of a value and one bound, the smaller of that and the other."""
+    """Read a Clip."""
+    low, high = (*values[1:], None, None)[:2]
+    low, high = attributes.get("min", low), attributes.get("max", high)
+    return clipped(reader, node, reader.flowing(values[0]), low, high)
+
+
+def clipped(reader: Reader, node: Any, x: Flowing, low: Any, high: Any) -> list[Any]:
+    """Return a value within bounds, each a constant or None."""
     bounds = []
-    for place, name, usual in ((1, "min", -np.inf), (2, "max", np.inf)):
-        value = attributes.get(name, values[place] if len(values) > place and values[place] is not None else usual)
-        value = numbers(value)
+    for name, bound, usual in (("min", low, -np.inf), ("max", high, np.inf)):
+        value = numbers(usual if bound is None else bound)
         if not isinstance(value, (int, float, np.ndarray)) or np.size(value) != 1 or np.isnan(value).any():
             raise Refused(f"expected {name} to be a constant")
         dtype = value.dtype if isinstance(value, np.ndarray) and value.dtype.kind == "f" else np.dtype(np.float32)
-        bound = float(np.reshape(value, ()))
+        number = float(np.reshape(value, ()))
         # a bound that no number lies beyond is none, which is how exporters write such
-        bounds.append(usual if np.sign(usual) * bound >= np.finfo(dtype).max else bound)
+        bounds.append(usual if np.sign(usual) * number >= np.finfo(dtype).max else number)
     low, high = bounds
     if low > high or low == np.inf or high == -np.inf:
         raise Refused(f"expected bounds from a number to a greater one, found {low} and {high}")
     if (low, high) in CLIPS:
-        return as_activation(reader, node, values[0], CLIPS[low, high])
-    x, name = reader.flowing(values[0]), label(node)
-    wire = x.wire
-    for sign, bound in ((1.0, low), (-1.0, high)):
-        if np.isfinite(bound):
-            wire = _at_least(reader, name, wire, sign, bound)
-    return [replace(x, wire=wire)]
-
-
-def _at_least(reader: Reader, name: str, wire: str, sign: float, bound: float) -> str:
-    """Return the wire of the greater of a value and a bound; with a sign of -1, of the smaller."""
-    within = reader.add(f"{name}.within", Activation("hard_sigmoid"), wire)  # finite, so that 0 times it is 0
-    edge = reader.add(f"{name}.edge", Activation(f"affine(0.0, {sign * bound!r})"), within)
-    if sign > 0.0:
-        return reader.add(name, Merge("max"), wire, edge)
-    turned = reader.add(f"{name}.turned", Activation("affine(-1.0, 0.0)"), wire)
-    greatest = reader.add(f"{name}.greatest", Merge("max"), turned, edge)
-    return reader.add(name, Activation("affine(-1.0, 0.0)"), greatest)
+        return as_activation(reader, node, x, CLIPS[low, high])
+    low, high = (bound if np.isfinite(bound) else None for bound in bounds)
+    return [x] if low is high is None else [reader.put(node, Clip(low, high), x)]
 
 
 def prelu(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:

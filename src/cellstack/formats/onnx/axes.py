@@ -449,7 +449,7 @@ def _joined(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[A
     return [Shaped(made, [total if n == axis else length for n, length in enumerate(first.lengths)])]
 
 
-def _spread(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+def _tiled(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """A Tile or an Expand: an axis of length 1 may have become another."""
     x, target = values[:2]
     count = len(target.array if isinstance(target, Symbols) else target)
@@ -512,10 +512,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(TOGETHER, _together),
     **dict.fromkeys(("MatMul", "Gemm", "MatMulInteger"), _product),
     **dict.fromkeys(("Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _windows),
-    **dict.fromkeys(("ReduceMean", "ReduceMax"), _reduced),
+    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"), _reduced),
     **dict.fromkeys(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"), _recurrent),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
-    **dict.fromkeys(("Tile", "Expand"), _spread),
+    **dict.fromkeys(("Tile", "Expand"), _tiled),
     "BatchNormalization": _batch_norm,
     "Concat": _joined,
     "DynamicQuantizeLinear": lambda axes, attributes, values: values[:1],

@@ -5,11 +5,11 @@ Ref: ONNX, Operators.md, LSTM, GRU and RNN; DynamicQuantizeLSTM: ONNX Runtime, C
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.formats.build import clean
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, label, short
 from cellstack.formats.onnx.fold import numbers
 from cellstack.layout import Array, CellArrays, from_rows, reorder, to_rows
@@ -101,12 +101,6 @@ def network_of(operator: Operator, name: str, source: dict[str, Any]) -> Network
     nodes = nodes_of(operator, sequences=True, zeros=bool(operator.lengths))
     inner = clean(name)
     return Network(nodes, [inner, f"{inner}.in_order"][: len(nodes)], {"source": {**source, "node": name}})
-
-
-def clean(name: str) -> str:
-    """Return a name as a Network takes it: printable, without `/`."""
-    text = "".join(c if c.isprintable() else "_" for c in name.strip("/").replace("/", "."))
-    return text or "node"
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -417,25 +411,3 @@ def _written_activations(cells: tuple[Cell, ...]) -> dict[str, Any]:
                 betas.append(beta)
     attributes = {"activations": names, "activation_alpha": alphas, "activation_beta": betas}
     return {key: value for key, value in attributes.items() if value}
-
-
-class Names:
-    """Names that are all different: one that is taken gets a number after it.
-
-    Args:
-        taken: names that something has.
-    """
-
-    def __init__(self, taken: Iterable[str] = ()) -> None:
-        self.taken = set(taken)
-        self.numbers: dict[str, int] = {}  # the last that a name was given
-
-    def fresh(self, name: str) -> str:
-        """Return a name that nothing has, and keep it."""
-        found, number = name, self.numbers.get(name, 1)
-        while found in self.taken:
-            number += 1
-            found = f"{name}.{number}"
-        self.numbers[name] = number
-        self.taken.add(found)
-        return found

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.fold import OPEN, Budget, Spread, TooMuchError, fold
+from cellstack.formats.onnx.fold import OPEN, Broadcast, Budget, TooMuchError, fold
 from cellstack.formats.onnx.functions import DOMAINS, inline
 from cellstack.layout import Array
 from cellstack.spec import FormatError
@@ -44,7 +44,7 @@ MOST_COUNTING = 16  # lists of lengths, one within the other
 FIRST_OPSET = 7  # before it, broadcasting and the recurrent operators were others
 NEEDS_ONNX = "ONNX files need the package onnx: pip install 'cellstack[onnx]'"
 
-Constant = Array | Spread
+Constant = Array | Broadcast
 Attributes = dict[str, Any]
 
 
@@ -342,17 +342,17 @@ class Scope:
                 raise FormatError(f"{where}: {node.op_type}: {str(error)[:200]}") from None
             if found is not None:
                 made = found
-                if node.op_type == "Expand" and isinstance(made[0], Spread) and self.counting < MOST_COUNTING:
+                if node.op_type == "Expand" and isinstance(made[0], Broadcast) and self.counting < MOST_COUNTING:
                     self.counting += 1  # what is counted may hold an Expand whose lengths are counted, too
                     made = [self._ranked(made[0], self._count(node.input[1]))]
                     self.counting -= 1
         for name, value in zip(node.output, made, strict=True):
             self.known[name] = value
 
-    def _ranked(self, value: Spread, axes: int | None) -> Spread:
+    def _ranked(self, value: Broadcast, axes: int | None) -> Broadcast:
         if axes is None or axes < value.array.ndim or axes > MOST_AXES:
             return value
-        return Spread(value.array.reshape([1] * (axes - value.array.ndim) + list(value.array.shape)), True)
+        return Broadcast(value.array.reshape([1] * (axes - value.array.ndim) + list(value.array.shape)), True)
 
     def _count(self, name: str) -> int | None:
         """Return how many numbers a list of lengths has, where only these aren't known; None where that isn't either.

@@ -65,7 +65,7 @@ class Budget:
             raise TooMuchError(f"expected constants of at most {self.most} numbers, found more")
 
 
-class Spread(NamedTuple):
+class Broadcast(NamedTuple):
     """A constant of a shape that isn't known: `array` spread out over it, as broadcasting does.
 
     `ranked`: whether it has as many axes as `array`, so that what moves axes about can be done to `array`.
@@ -81,8 +81,8 @@ class Spread(NamedTuple):
 
 
 def numbers(value: Any) -> Any:
-    """Return the array of a constant of whatever shape; what is no `Spread` as it is."""
-    return value.array if isinstance(value, Spread) else value
+    """Return the array of a constant of whatever shape; what is no `Broadcast` as it is."""
+    return value.array if isinstance(value, Broadcast) else value
 
 
 def whole(values: Any, most: int = 0) -> list[int]:
@@ -195,7 +195,7 @@ def _constant_of_shape(model: Any, attributes: dict[str, Any], values: list[Any]
     if value.size != 1:
         raise ValueError(f"expected one number as the value, found {value.shape}")
     if values[0] is None:
-        return [Spread(value)]
+        return [Broadcast(value)]
     shape = whole(values[0])
     model.budget.take(*shape)
     return [np.full(shape, value.reshape(()))]
@@ -205,7 +205,7 @@ def _expand(model: Any, attributes: dict[str, Any], values: list[Any], outputs: 
     if values[0] is None:
         return None
     if values[1] is None:
-        return [Spread(values[0])]
+        return [Broadcast(values[0])]
     shape = np.broadcast_shapes(values[0].shape, tuple(whole(values[1])))
     model.budget.take(*shape)
     return [np.broadcast_to(values[0], shape)]
@@ -214,7 +214,7 @@ def _expand(model: Any, attributes: dict[str, Any], values: list[Any], outputs: 
 def _tile(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Any] | None:
     array = values[0]
     if values[1] is None:
-        return [Spread(array)] if array.size == 1 else None
+        return [Broadcast(array)] if array.size == 1 else None
     repeats = whole(values[1])
     model.budget.take(array.size, *repeats)
     return [np.tile(array, repeats)]
@@ -262,13 +262,13 @@ def _concat(model: Any, attributes: dict[str, Any], values: list[Any], outputs: 
     return [np.concatenate(values, axis=place(attributes["axis"], values[0].ndim))]
 
 
-def _concat_spread(attributes: dict[str, Any], arrays: list[Array]) -> list[Spread]:
+def _concat_broadcast(attributes: dict[str, Any], arrays: list[Array]) -> list[Broadcast]:
     """Put constants together whose shapes aren't known, each as long along the axis as its own array."""
     axis = place(attributes["axis"], arrays[0].ndim)
     shapes = [(*array.shape[:axis], 1, *array.shape[axis + 1 :]) for array in arrays]
     wide = np.broadcast_shapes(*shapes)
     parts = [np.broadcast_to(a, (*wide[:axis], a.shape[axis], *wide[axis + 1 :])) for a in arrays]
-    return [Spread(np.concatenate(parts, axis=axis), True)]
+    return [Broadcast(np.concatenate(parts, axis=axis), True)]
 
 
 def _range(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:
@@ -321,7 +321,7 @@ OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
     "Unsqueeze": _unsqueeze,
 }
 MOVES = {"Gather", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
-KEEP_SPREAD = {*MOVES, "Expand", "Reshape", "Tile"}
+KEEP_BROADCAST = {*MOVES, "Expand", "Reshape", "Tile"}
 OPEN = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}  # which input may be unknown
 
 
@@ -333,7 +333,7 @@ def fold(
     Args:
         operator: its name.
         attributes: by name.
-        values: constants, a `Spread` where the shape isn't known; None for what isn't constant or isn't there.
+        values: constants, a `Broadcast` where the shape isn't known; None for what isn't constant or isn't there.
         given: which inputs are there.
         outputs: how many values it makes.
         model: whose budget counts what is made.
@@ -346,30 +346,30 @@ def fold(
     if run is None:
         return None
     check_inputs(operator, given)
-    if operator == "Concat" and all(isinstance(value, Spread) and value.ranked for value in values):
-        return _concat_spread(attributes, [value.array for value in values])
-    if values and isinstance(values[0], Spread):
+    if operator == "Concat" and all(isinstance(value, Broadcast) and value.ranked for value in values):
+        return _concat_broadcast(attributes, [value.array for value in values])
+    if values and isinstance(values[0], Broadcast):
         array, ranked = values[0]
         if operator == "Identity":
             return [values[0]]
         if operator == "Cast" and attributes.get("to") in CASTS:
-            return [Spread(array.astype(CASTS[attributes["to"]]), ranked)]
-        if values[0].uniform and operator in KEEP_SPREAD:
-            return [Spread(array)] * outputs
+            return [Broadcast(array.astype(CASTS[attributes["to"]]), ranked)]
+        if values[0].uniform and operator in KEEP_BROADCAST:
+            return [Broadcast(array)] * outputs
         if (
             ranked
             and operator in MOVES
             and not any(
-                value is None or isinstance(value, Spread)
+                value is None or isinstance(value, Broadcast)
                 for value, there in zip(values[1:], given[1:], strict=True)
                 if there
             )
         ):
             made = run(model, attributes, [array, *values[1:]], outputs)
-            return None if made is None else [Spread(part, True) for part in made]
+            return None if made is None else [Broadcast(part, True) for part in made]
         return None
     for number, (value, there) in enumerate(zip(values, given, strict=True)):
-        if isinstance(value, Spread) or (there and value is None and OPEN.get(operator) != number):
+        if isinstance(value, Broadcast) or (there and value is None and OPEN.get(operator) != number):
             return None
     made = run(model, attributes, values, outputs)
     if made is not None and len(made) != outputs:

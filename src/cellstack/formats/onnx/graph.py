@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
 
+from cellstack.formats.build import Builder, ProblemsError, TooMuchError
 from cellstack.formats.onnx.axes import INTEGERS, Axes
-from cellstack.formats.onnx.cells import Names, clean, is_recurrent
-from cellstack.formats.onnx.directions import both_ways
+from cellstack.formats.onnx.cells import is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
-from cellstack.formats.onnx.fold import Spread, check_inputs, fold
-from cellstack.formats.onnx.values import Final, Flowing, Initial, Lengths, States, Symbols, Unknown
+from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
+from cellstack.formats.onnx.values import Final, Flowing, Initial, Lengths, Moment, Run, States, Symbols, Unknown
 from cellstack.formats.onnx.written_out.scans import is_scan
+from cellstack.formats.simplify import Draft
 from cellstack.network import Network
-from cellstack.nodes import Activation, GlobalPool, Merge, Node, Permute, Reshape, Select
+from cellstack.nodes import GlobalPool, Merge, Node, Permute, Reduce, Reshape, Select
+from cellstack.nodes.base import Shape
 from cellstack.spec import FormatError
 
 Handler = Callable[["Reader", Any, dict[str, Any], list[Any]], list[Any]]
@@ -52,81 +56,74 @@ class Reader:
         lengths: set[str],
     ) -> None:
         self.scope, self.model, self.handlers, self.axes = scope, scope.model, handlers, axes
-        self.lengths, self.inputs = lengths, {}
-        self.budget, self.pinned = self.model.budget.again(), False  # pinned: to the lengths that the file names
+        self.builder = Builder(self.model.budget.most, self.model.budget.most)
         self.values: dict[str, Any] = {name: Lengths(name) for name in lengths}
-        self.names = Names()
-        self.nodes: list[tuple[str, Node, tuple[str, ...]]] = []
-        self.places: dict[str, int] = {}
-        self.bound: dict[str, list[str]] = {}  # the names in the file of what each wire carries
-        self.problems: list[tuple[str, str]] = []
-        self.operators: list[tuple[Any, str, bool]] = []  # cells, wire, and whether it carries every step
-        self.cells_of: list[tuple[str, int]] = []  # of each of these the node that has its cells, and the first of them
+        self.lengths, self.live, self.uses = lengths, live, uses(scope, live)
+        self.runs: list[Run] = []
         self.starts: dict[Initial, Final] = {}  # which state each of those is that the inputs hold
         self.start_axes: dict[str, tuple[str, ...]] = {}
-        self.live = live
-        self.uses = uses(scope, self.live)
-        shapes = {value.name: declared(value) for value in scope.graph.input}
-        self.ids = {v.name for v in scope.graph.input if v.type.tensor_type.elem_type in INTEGERS}
+        self.inputs: dict[str, str] = {}  # the axes of each data input
+        shapes = {value.name: declared(value) or [] for value in scope.graph.input}
+        kinds = {value.name: value.type.tensor_type.elem_type for value in scope.graph.input}
+        self.ids: set[str] = set()  # wires that carry the integers of an input
         for name in sorted(starts):
-            self.values[name] = self._start(name, axes.states[name], shapes[name] or [])
+            self.values[name] = self._start(name, axes.states[name], shapes[name])
+        batched = ""
         for name, labels in axes.inputs.items():
             if labels is None:
-                self.problems.append(("input", f"{short(name)}: {axes.why_not(name)}"))
+                self.builder.refuse(f"input {short(name)}: {axes.why_not(name)}")
                 self.values[name] = Unknown("", True)
                 continue
-            wire = self.names.fresh(clean(name))
             known = dict(zip(labels, shapes[name] or [None] * len(labels), strict=True))
-            self.inputs[wire] = (name, tuple(labels), known)
-            batch = known.get("B") if "B" in labels else 1
-            self.values[name] = Flowing(wire, tuple(labels), known.get("F"), known.get("T"), batch)
-            self.bound[wire] = [name]
-        self._check_batch()
+            wire = self.builder.input(name, tuple(known[label] for label in "TF" if label in known))
+            self.values[name] = Flowing(wire, tuple(labels), self.shape(wire), known.get("B", 1))
+            self.inputs[name] = labels
+            if kinds[name] in INTEGERS:
+                self.ids.add(wire)
+            if known.get("B", 1) != 1:
+                batched = batched or name
+        for name, labels in self.inputs.items():
+            if batched and "B" not in labels:
+                found = f"as {short(batched)} has one, found {' '.join(labels)}"
+                self.builder.refuse(f"input {short(name)}: expected an axis of the batch, {found}")
 
     def _start(self, name: str, labels: str | None, shape: list[int | None]) -> States | Unknown:
         """Return what an input holds as states, by the axes along which it holds several."""
         if labels is None:
-            self.problems.append(("input", f"{short(name)}: expected states [.., B, H], {self.axes.why_not(name)}"))
+            self.builder.refuse(f"input {short(name)}: expected states [.., B, H], {self.axes.why_not(name)}")
             return Unknown("", True)
         counts = [n for n, role in zip(shape, labels, strict=True) if role == "S"]
         ways = sum(1 + (self.model.attributes(n).get("direction") == "bidirectional") for n in self.scope.graph.node)
         sizes = [ways if n is None else n for n in counts]
-        self.budget.take(*sizes)
+        self.builder.make(prod(sizes))
         refs = np.empty(sizes, object)
         for place, at in enumerate(np.ndindex(*sizes)):
             refs[at] = Initial(name, place)
         self.start_axes[name] = tuple(labels)
         return States(tuple(labels), refs, None not in counts)
 
-    def _check_batch(self) -> None:
-        """List inputs without a batch where another has one of any size."""
-        batched = [name for name, labels, known in self.inputs.values() if "B" in labels and known["B"] != 1]
-        for name, labels, _ in self.inputs.values():
-            if batched and "B" not in labels:
-                found = f"as {short(batched[0])} has one, found {' '.join(labels)}"
-                self.problems.append(("input", f"{short(name)}: expected an axis of the batch, {found}"))
-
     # ── what handlers use ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def add(self, name: str, node: Node, *wires: str) -> str:
-        """Put a node in, and return the wire that carries what it returns."""
-        self.budget.take(node.parameters)  # each node has its own copy, however many share what the file holds
-        wire = self.names.fresh(clean(name))
-        self.places[wire] = len(self.nodes)
-        self.nodes.append((wire, node, wires))
-        self.bound[wire] = []
-        return wire
+    def put(self, node: Any, made: Node, x: Flowing, *others: Flowing, axes: Sequence[str] | None = None) -> Flowing:
+        """Put a node in, and return what it gives.
 
-    def last(self, wire: str) -> tuple[int, Node] | None:
-        """Return the node behind a wire where one thing alone takes what it returns, so that both may become one."""
-        if any(self.uses.get(name, 0) != 1 for name in self.bound[wire]):
-            return None
-        return (self.places[wire], self.nodes[self.places[wire]][1]) if wire in self.places else None
+        Args:
+            node: the operator whose node it is, or a name.
+            made: the node.
+            x: what it takes.
+            others: what it takes besides.
+            axes: those of what it gives; None = as `x` has them.
+        """
+        self.builder.make(made.parameters)  # each node has its own copy, however many share what the file holds
+        name = node if isinstance(node, str) else label(node)
+        wire = self.builder.add(name, made, x.wire, *(other.wire for other in others))
+        return Flowing(wire, x.axes if axes is None else tuple(axes), self.shape(wire), x.batch)
 
-    def replace(self, number: int, node: Node) -> None:
-        """Put another node in the place of one."""
-        name, _, wires = self.nodes[number]
-        self.nodes[number] = (name, node, wires)
+    def shape(self, wire: str) -> Shape:
+        """Return the shape of what a wire carries."""
+        found = self.builder.shapes[wire]
+        assert found is not None  # every input has one
+        return found
 
     def value(self, name: str) -> Any:
         """Return what a name stands for; None where there is none."""
@@ -141,18 +138,16 @@ class Reader:
         """Return a value that a wire carries; `Refused` where it is something else."""
         if isinstance(value, States):
             value = self.settled(value)
+        if isinstance(value, Moment) and value.what == "mean":
+            value = self.put(f"{value.of.wire}.mean", Reduce("mean", -1, keepdims=True), value.of)
         if isinstance(value, Unknown):
             raise Refused(value.why)
         if not isinstance(value, Flowing):
-            found = "none" if value is None else "a constant" if isinstance(value, (np.ndarray, Spread)) else "another"
+            found = (
+                "none" if value is None else "a constant" if isinstance(value, (np.ndarray, Broadcast)) else "another"
+            )
             raise Refused(f"expected {what} to be data that flows, found {found}")
-        if any(value.pad):
-            raise Refused("expected padding before a convolution alone")
         return value
-
-    def is_ids(self, flow: Flowing) -> bool:
-        """Return whether a value is the integers that an input holds."""
-        return flow.wire in self.inputs and self.inputs[flow.wire][0] in self.ids
 
     def settled(self, ends: States) -> Flowing:
         """Return states as a wire carries them: one, or the two directions of an operator side by side."""
@@ -165,36 +160,28 @@ class Reader:
             raise Refused("a Network's nodes can't take an LSTM's c, which is a state")
         if len(refs) > 2:
             raise Refused(f"expected the states of one operator, found {len(refs)}")
-        cells, wire, sequences = self.operators[refs[0].operator]
-        if len(refs) == 1:
-            wire, width = self._end(refs[0])
-        elif not sequences and refs == [Final(refs[0].operator, way, "h") for way in range(len(cells))]:
-            width = sum(cell.spec.output_size for cell in cells)
-        else:
-            parts = [self._end(ref) for ref in refs]
-            wire, width = self.add(f"{wire}.states", Merge("concat"), *(part for part, _ in parts)), 2 * parts[0][1]
-            if parts[0][1] != parts[1][1]:
-                raise Refused("expected states of one width")
+        run = self.runs[refs[0].operator]
         sizes = iter(ends.refs.shape)
         axes = tuple(axis if axis != "S" else "D" if next(sizes) == 2 else "1" for axis in ends.axes)
-        return Flowing(wire, axes, width)
+        if len(refs) == 1:
+            return replace(self._end(refs[0]), axes=axes)
+        if not run.sequences and refs == [Final(refs[0].operator, way, "h") for way in range(len(run.cells))]:
+            return Flowing(run.in_order, axes, self.shape(run.in_order))
+        first, second = (self._end(ref) for ref in refs)
+        if first.width != second.width:
+            raise Refused("expected states of one width")
+        return self.put(f"{run.in_order}.states", Merge("concat"), first, second, axes=axes)
 
-    def _end(self, ref: Final) -> tuple[str, int]:
-        """Return a wire that carries an h after the last step, and its width."""
-        cells, wire, sequences = self.operators[ref.operator]
-        width = cells[ref.way].spec.output_size
-        reverse = ref.way == 1 or self._reversed(wire)
-        if len(cells) == 2:
-            start = ref.way * width
-            wire = self.add(f"{wire}.h", Select(start, start + width, axis=-1), wire)
-        if sequences:
-            if reverse:
-                wire = self.add(f"{wire}.first", Select(0, 1), wire)
-            wire = self.add(f"{wire}.last", GlobalPool("last"), wire)
-        return wire, width
-
-    def _reversed(self, wire: str) -> bool:
-        return any(name == wire and isinstance(node, Select) for name, node, _ in self.nodes)
+    def _end(self, ref: Final) -> Flowing:
+        """Return an h after the last step."""
+        run = self.runs[ref.operator]
+        width = run.cells[ref.way].spec.output_size
+        h = Flowing(run.node, ("B", "T", "F") if run.sequences else ("B", "F"), self.shape(run.node))
+        if len(run.cells) == 2:
+            h = self.put(f"{run.node}.h", Select(ref.way * width, (ref.way + 1) * width, axis=-1), h)
+        if run.sequences and ref.way == 1:
+            h = self.put(f"{run.node}.first", Select(0, 1), h)
+        return self.put(f"{run.node}.last", GlobalPool("last"), h, axes=("B", "F")) if run.sequences else h
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -206,8 +193,6 @@ class Reader:
                 for name, value in zip(node.output, made, strict=False):
                     if name:
                         self.values[name] = value
-                        if isinstance(value, Flowing):
-                            self.bound[value.wire].append(name)
 
     def _read(self, node: Any) -> list[Any]:
         values = [self.value(name) for name in node.input]
@@ -217,7 +202,9 @@ class Reader:
             handler = self.handlers.get(node.op_type)
         try:
             check_inputs(node.op_type, [bool(name) for name in node.input])
-            if not any(told) and all(isinstance(v, (np.ndarray, Spread, Symbols, Unknown, type(None))) for v in values):
+            if not any(told) and all(
+                isinstance(v, (np.ndarray, Broadcast, Symbols, Unknown, type(None))) for v in values
+            ):
                 return self._symbols(node, self.model.attributes(node), values)
             if handler is None and node.op_type not in SHAPES | MOVES:
                 domain = f" of {node.domain}" if node.domain not in DOMAINS else ""
@@ -229,6 +216,8 @@ class Reader:
                 raise Refused("an operator that a Network hasn't")
             made = handler(self, node, attributes, values)
             return [*made, *[Unknown("an output that a Network hasn't", False)] * (len(node.output) - len(made))]
+        except TooMuchError as error:
+            raise FormatError(f"{self.model.path}: {error}") from None
         except FormatError as error:
             self._refuse(node, str(error).removeprefix(f"{self.model.path}: "))
         except ValueError as error:
@@ -243,7 +232,7 @@ class Reader:
         unknown = [Unknown(f"what {node.op_type} {short(label(node))} gives isn't known here", False)]
         if any(constant is not None for constant in constants):
             return [*constants]
-        if node.op_type not in SHAPES or any(isinstance(value, (Spread, Unknown)) for value in values):
+        if node.op_type not in SHAPES or any(isinstance(value, (Broadcast, Unknown)) for value in values):
             return unknown * len(node.output)
         if node.op_type == "Cast":
             return [values[0]]
@@ -255,19 +244,23 @@ class Reader:
         return unknown * len(node.output) if made is None else [_settled(np.asarray(array, object)) for array in made]
 
     def _refuse(self, node: Any, text: str) -> None:
-        self.problems.append((node.op_type, text))
+        self.builder.refuse(f"{node.op_type} {text}")
 
-    def outputs(self) -> tuple[list[str], dict[str, Any]]:
-        """Return the wires that are the Network's outputs, and what is to be said of all ends of the graph."""
-        wires: list[str] = []
-        said: dict[str, Any] = {"outputs": {}}
+    def network(self, unused: list[str]) -> Network:
+        """Return the network; the metadata says what all ends of the graph are.
+
+        Args:
+            unused: tensors of the file that nothing takes, which the metadata names.
+        """
+        axes: dict[str, str] = {}
         values = {value.name: self.value(value.name) for value in self.scope.graph.output}
         after = {name: value for name, value in values.items() if isinstance(value, States) and not value.initial}
         data = values.keys() - after.keys()
-        taken = {source for _, _, sources in self.nodes for source in sources}
-        taken |= {value.wire for value in values.values() if isinstance(value, Flowing)}
-        for number, (_, wire, _) in enumerate(self.operators):
-            if wire not in taken:  # its h after the last step is all that is wanted of it: an answer, not a state alone
+        taken = {source for sources in self.builder.sources.values() for source in sources}
+        flows = [value.of if isinstance(value, Moment) else value for value in values.values()]
+        taken |= {flow.wire for flow in flows if isinstance(flow, Flowing)}
+        for number, run in enumerate(self.runs):
+            if run.in_order not in taken:  # its last h is all that is wanted of it: an answer, not a state alone
                 data.update([name for name, value in after.items() if _is_h(value, number)][:1])
         if self.model.said:
             data |= values.keys() - {end for _, end in self.model.said["states"]}
@@ -277,61 +270,44 @@ class Reader:
             try:
                 flow = self.flowing(value)
             except Refused as error:
-                self._refuse_output(name, str(error))
+                self.builder.refuse(f"output {short(name)}: {error}")
                 continue
-            wire, axes = flow.wire, "".join(axis for axis in flow.axes if axis != "1")
-            if axes in ("BFT", "FT"):  # as the file has it
-                wire = self.add(f"{name}.turned", Permute((2, 1)), wire)
-            elif flow.axes in (("B", "1", "F"), ("B", "F", "1")):
-                wire = self.add(f"{name}.shaped", Reshape((1, -1) if flow.axes[1] == "1" else (-1, 1)), wire)
-            if wire in wires or wire in self.inputs:
-                wire = self.add(name, Activation("linear"), wire)
-            wires.append(wire)
-            said["outputs"][name] = "".join(flow.axes)
-        if self.problems:
-            return wires, said
-        return wires, said | self._said_of_states(wires, {n: value for n, value in after.items() if n not in data})
+            axes[name] = "".join(flow.axes)
+            if axes[name].replace("1", "") in ("BFT", "FT"):  # as the file has it
+                flow = self.put(f"{name}.transposed", Permute((2, 1)), flow)
+            elif axes[name] in ("B1F", "BF1"):
+                flow = self.put(f"{name}.shaped", Reshape((1, -1) if axes[name] == "B1F" else (-1, 1)), flow)
+            self.builder.output(flow.wire, name)
+        states = {name: list(value.refs.reshape(-1)) for name, value in after.items() if name not in data}
+        ends = {"inputs": self.inputs, "outputs": axes, "lengths": sorted(self.lengths), "unused": unused}
+        held = {name: "".join(labels) for name, labels in self.start_axes.items()}
+        ends["state_axes"] = held | {name: "".join(after[name].axes) for name in states}
+        ends = {key: entries for key, entries in ends.items() if entries or key in ("inputs", "outputs")}
+        own = {**self.model.said.get("metadata", {}), "source": self.model.source}
+        return self.builder.network(lambda draft: own | {"onnx": ends | self._states(draft, states)})
 
-    def _refuse_output(self, name: str, text: str) -> None:
-        self.problems.append(("output", f"{short(name)}: {text}"))
-
-    def _said_of_states(self, wires: list[str], after: dict[str, States]) -> dict[str, Any]:
-        """Take out nodes that lead to nothing; return which states the inputs and outputs hold, and their axes.
+    def _states(self, draft: Draft, ends: dict[str, list[Final]]) -> dict[str, Any]:
+        """Return which states the outputs and inputs hold.
 
         A state goes by the place of its node among those that have cells, of its cell among theirs, and "h" or "c".
         """
-        ends = {name: [*value.refs.reshape(-1)] for name, value in after.items()}
-        self.nodes, moved = both_ways(self.nodes, wires)
-        self.cells_of = [moved.get(name, (name, first)) for name, first in self.cells_of]
-        self._drop([*wires, *(self.cells_of[ref.operator][0] for refs in ends.values() for ref in refs)])
-        numbers: dict[str, int] = {}
-        for name, node, _ in self.nodes:
-            if node.cells:
-                numbers[name] = len(numbers)
+        celled = [name for name, node in draft.nodes.items() if node.cells]
+        numbers = {name: number for number, name in enumerate(celled)}
 
         def named(ref: Final | None) -> list[Any] | None:
-            node, first = ("", 0) if ref is None else self.cells_of[ref.operator]
-            return None if ref is None or node not in numbers else [numbers[node], first + ref.way, ref.part]
+            name = "" if ref is None else self.runs[ref.operator].node
+            name, first = draft.cells.get(name, (name, 0))
+            return None if ref is None or name not in numbers else [numbers[name], first + ref.way, ref.part]
 
-        states = {name: [named(ref) for ref in refs] for name, refs in ends.items()}
         starts = {}
         for name in self.start_axes:
             found = {initial.place: named(ref) for initial, ref in self.starts.items() if initial.name == name}
             starts[name] = [found.get(place) for place in range(max(found, default=-1) + 1)]
-        axes = {name: "".join(labels) for name, labels in self.start_axes.items()}
-        axes |= {name: "".join(value.axes) for name, value in after.items()}
-        return {"states": states} | ({"starts": starts} if starts else {}) | ({"state_axes": axes} if axes else {})
-
-    def _drop(self, wanted: list[str]) -> None:
-        """Take out nodes that lead to no output, such as a direction of which only the other's last h is taken."""
-        sources = {name: taken for name, _, taken in self.nodes}
-        used = set()
-        while wanted:
-            name = wanted.pop()
-            if name not in used:
-                used.add(name)
-                wanted += sources.get(name, ())
-        self.nodes = [node for node in self.nodes if node[0] in used]
+        states = {name: [named(ref) for ref in refs] for name, refs in ends.items()}
+        for name, refs in states.items():
+            if None in refs:
+                raise Refused(f"output {short(name)}: a state of a cell that leads to no other output")
+        return {"states": states} | ({"starts": starts} if starts else {})
 
 
 def _is_h(ends: States, operator: int) -> bool:
@@ -393,38 +369,13 @@ def load_graph(model: Model, handlers: dict[str, Handler], unused: list[str]) ->
     live = live_nodes(scope)
     reader = Reader(scope, handlers, Axes(scope, live, starts, lengths), live, starts, lengths)
     reader.read()
-    wires, said = reader.outputs()
-    if reader.problems or not reader.inputs:
-        listed = "; ".join(f"{operator} {text}" for operator, text in reader.problems)
-        raise FormatError(f"{model.path}: expected operators that a Network can run, found: {listed or 'no input'}")
-    return _network(model, reader, wires, said, unused)
-
-
-def _network(model: Model, reader: Reader, wires: list[str], said: dict[str, Any], unused: list[str]) -> Network:
-    axes = {"inputs": {name: "".join(labels) for name, labels, _ in reader.inputs.values()}, **said}
-    if reader.lengths:
-        axes["lengths"] = sorted(reader.lengths)
-    if unused:
-        axes["unused"] = unused
-    inputs = {
-        wire: None if name in reader.ids else _shape(labels, known, reader.pinned)
-        for wire, (name, labels, known) in reader.inputs.items()
-    }
-    names, nodes, sources = zip(*reader.nodes, strict=True) if reader.nodes else ((), (), ())
+    if not reader.inputs:
+        reader.builder.refuse("no input")
     try:
-        return Network(
-            nodes,
-            names,
-            {**model.said.get("metadata", {}), "source": model.source, "onnx": axes},
-            inputs=inputs,
-            wires=sources,
-            outputs=wires,
-        )
+        return reader.network(unused)
+    except ProblemsError as error:
+        raise FormatError(f"{model.path}: expected operators that a Network can run, found: {error}") from None
+    except TooMuchError as error:
+        raise FormatError(f"{model.path}: {error}") from None
     except (ValueError, TypeError) as error:
         raise FormatError(f"{model.path}: {str(error)[:300]}") from None
-
-
-def _shape(labels: tuple[str, ...], known: dict[str, int | None], pinned: bool) -> tuple[int | None, ...]:
-    """Return an input's shape as a Network takes it: any number of steps, where it isn't pinned."""
-    steps = (known["T"] if pinned else None,) if "T" in labels else ()
-    return (*steps, known["F"]) if "F" in labels else steps

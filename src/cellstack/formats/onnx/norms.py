@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cellstack.formats.onnx.cells import decimal
-from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import Spread, axes_of, numbers
+from cellstack.formats.onnx.fold import axes_of, numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.ops import arithmetic, floats, last_is
+from cellstack.formats.onnx.ops import arithmetic, features_last, floats
 from cellstack.formats.onnx.ops import reduce as over_time
-from cellstack.formats.onnx.values import Flowing
+from cellstack.formats.onnx.values import Flowing, Moment
 from cellstack.nodes import Embedding, LayerNorm, Scale
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What is on the way from a value to its normalised self, each step by the mean and the variance of its features.
-
-    Args:
-        of: the value.
-        what: `"mean"`, `"centred"`: less its mean, `"squares"` of that, `"variance"`, `"deviation"`: the root of the
-            variance, `"inverse"`: one over it.
-        epsilon: what was added to the variance.
-    """
-
-    of: Flowing
-    what: str
-    epsilon: float = 0.0
-
 
 NEXT = {  # of a LayerNorm written out: what leads from one moment to the next, by operator; `x` is the value itself
     ("Sub", "x", "mean"): "centred",
@@ -71,8 +53,7 @@ def moment(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if what == "normed":
         if epsilon <= 0.0:
             raise Refused("expected a number above 0 to be added to the variance")
-        wire = reader.add(label(node), LayerNorm(None, None, epsilon), first.of.wire)
-        return replace(first.of, wire=wire)
+        return reader.put(node, LayerNorm(None, None, epsilon), first.of)
     return None if what is None else Moment(first.of, what, epsilon)
 
 
@@ -106,7 +87,7 @@ def written_out(usual: Handler | None) -> Handler:
         made = moment(reader, node, attributes, values)
         if made is not None:
             return [made]
-        if any(isinstance(value, Moment) for value in values) or usual is None:
+        if usual is None or any(isinstance(value, Moment) and value.what != "mean" for value in values):
             raise Refused("an operator that a Network hasn't")
         return usual(reader, node, attributes, values)
 
@@ -121,35 +102,10 @@ def mean(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     return over_time(reader, node, attributes, values)
 
 
-def scaled(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a sum or a product; gain and bias of a layer norm become part of it."""
-    constant = [isinstance(value, (np.ndarray, Spread)) for value in values]
-    if len(values) == 2 and sum(constant) == 1 and isinstance(values[constant.index(False)], Flowing):
-        x, array = values[constant.index(False)], values[constant.index(True)]
-        behind = reader.last(x.wire)
-        norm = None if behind is None else behind[1]
-        plain = x.axes[-1:] == ("F",) and "D" not in x.axes and not any(x.pad)
-        fits = (
-            isinstance(array, np.ndarray)
-            and array.ndim <= len(x.axes)
-            and array.shape[-1:] == (array.size,)
-            and array.dtype.kind == "f"
-        )
-        if behind and isinstance(norm, LayerNorm) and plain and fits and x.width == array.size:
-            array = floats(reader, array, "the gain").reshape(-1)
-            if node.op_type == "Mul" and norm.gain is None and norm.bias is None:
-                reader.replace(behind[0], LayerNorm(array, None, norm.epsilon))
-                return [x]
-            if node.op_type == "Add" and norm.bias is None and (norm.gain is None or norm.gain.dtype == array.dtype):
-                reader.replace(behind[0], LayerNorm(norm.gain, array, norm.epsilon))
-                return [x]
-    return arithmetic(reader, node, attributes, values)
-
-
 def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a BatchNormalization as it is at inference."""
     x = reader.flowing(values[0])
-    gain, bias, mean, variance = (floats(reader, value, "its parameters") for value in values[1:5])
+    gain, bias, mean, variance = (floats(value, "its parameters") for value in values[1:5])
     if attributes.get("training_mode", 0) or not attributes.get("spatial", 1):
         raise Refused("expected the form of inference")
     if len(x.axes) < 2 or x.axes[1] != "F" or "D" in x.axes:
@@ -157,19 +113,19 @@ def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
     epsilon = float(attributes.get("epsilon", 1e-5))
     wide = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + epsilon)
     scale, shift = wide.astype(gain.dtype), (bias - mean.astype(np.float64) * wide).astype(gain.dtype)
-    return [replace(x, wire=reader.add(label(node), Scale(scale, shift), x.wire))]
+    return [reader.put(node, Scale(scale, shift), x)]
 
 
 def layer_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a LayerNormalization over the features."""
     x = reader.flowing(values[0])
-    last_is(x, "F", "LayerNorm")
+    features_last(x)
     if x.at(attributes.get("axis", -1)) != len(x.axes) - 1:
         raise Refused("expected to go over the features alone")
-    gain = floats(reader, values[1], "the gain").reshape(-1)
-    bias = floats(reader, values[2], "the bias").reshape(-1) if len(values) > 2 and values[2] is not None else None
+    gain = floats(values[1], "the gain").reshape(-1)
+    bias = floats(values[2], "the bias").reshape(-1) if len(values) > 2 and values[2] is not None else None
     epsilon = decimal(attributes.get("epsilon", 1e-5))
-    return [replace(x, wire=reader.add(label(node), LayerNorm(gain, bias, epsilon), x.wire))]
+    return [reader.put(node, LayerNorm(gain, bias, epsilon), x)]
 
 
 def embedding(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -177,17 +133,16 @@ def embedding(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     table = values[0]
     if isinstance(table, np.ndarray) and table.dtype.name in ("int8", "uint8"):  # a DequantizeLinear comes after it
         table = table.astype(np.float32)
-    table, ids = floats(reader, table, "the table"), reader.flowing(values[1], "the ids")
+    table, ids = floats(table, "the table"), reader.flowing(values[1], "the ids")
     if table.ndim != 2 or attributes.get("axis", 0) not in (0, -2) or "F" in ids.axes:
         raise Refused(f"expected ids for the rows of a table, found {table.shape} and axes {' '.join(ids.axes)}")
-    wire = reader.add(label(node), Embedding(table), ids.wire)
-    return [replace(ids, wire=wire, axes=(*ids.axes, "F"), width=table.shape[1])]
+    return [reader.put(node, Embedding(table), ids, axes=(*ids.axes, "F"))]
 
 
 HANDLERS: dict[str, Handler] = {
     "BatchNormalization": batch_norm,
     "LayerNormalization": layer_norm,
     "ReduceMean": written_out(mean),
-    **{name: written_out(scaled) for name in ("Add", "Sub", "Mul", "Div")},
+    **{name: written_out(arithmetic) for name in ("Add", "Sub", "Mul", "Div")},
     **{name: written_out(None) for name in ("Pow", "Sqrt", "Reciprocal")},
 }

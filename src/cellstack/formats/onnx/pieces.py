@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.cells import ONNX_NAMES, Names
+from cellstack.formats.build import Names
+from cellstack.formats.onnx.cells import ONNX_NAMES
 from cellstack.layout import Array
 from cellstack.nodes.base import MORE_ACTIVATIONS
 from cellstack.spec import PARAMETERS, activation

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.ops import dense, floats
 from cellstack.formats.onnx.values import Flowing
@@ -70,26 +69,25 @@ def multiplied(reader: Reader, node: Any, values: list[Any]) -> list[Any]:
     if isinstance(one, Rounded) and isinstance(other, Product):
         one, other = other, one
     if isinstance(one, Rounded) and one.factor is not None:
-        return [replace(one, factor=one.factor * floats(reader, other, "the scales").reshape(-1))]
+        return [replace(one, factor=one.factor * floats(other, "the scales").reshape(-1))]
     if isinstance(one, Product) and isinstance(other, Rounded) and other.factor is not None and other.of == one.of:
         factor = other.factor
         if factor.size not in (1, one.kernel.shape[1]):
             raise Refused(f"expected one scale or {one.kernel.shape[1]}, found {factor.size}")
-        return dense(reader, node, one.of, one.kernel * factor, None)
+        return dense(reader, node, one.of, one.kernel * factor)
     raise Refused("expected the product of a value's grain and scales")
 
 
 def dequantised(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a DequantizeLinear of 8-bit vectors out of a table."""
     x, scale, zero = reader.flowing(values[0]), values[1], values[2] if len(values) > 2 else None
-    scale = floats(reader, scale, "the scale").reshape(-1)
+    scale = floats(scale, "the scale").reshape(-1)
     offset = np.zeros(1, np.float32) if zero is None else zero
     if not isinstance(offset, np.ndarray) or scale.size != 1 or offset.size != 1 or x.width is None:
         raise Refused("expected one constant scale and zero")
-    reader.budget.take(x.width)
-    wide = np.full(x.width, scale[0], scale.dtype)
+    wide = np.full(reader.builder.make(x.width), scale[0], scale.dtype)
     shift = -wide * offset.reshape(-1)[0].astype(scale.dtype)
-    return [replace(x, wire=reader.add(label(node), Scale(wide, shift), x.wire))]
+    return [reader.put(node, Scale(wide, shift), x)]
 
 
 def quantised(usual: Handler) -> Handler:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cellstack.formats.onnx.cells import INPUTS, KINDS, nodes_of, read_operator
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import Spread, numbers
+from cellstack.formats.onnx.fold import Broadcast, numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.values import Final, Flowing, Lengths, States
+from cellstack.formats.onnx.values import Final, Lengths, Run, States
 from cellstack.formats.onnx.written_out.scans import read_scan
 from cellstack.layout import Array
 from cellstack.nodes import Recurrent, Select
@@ -27,22 +28,21 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     if operator.lengths and not isinstance(reader.value(operator.lengths), Lengths):
         raise Refused("expected sequence_lens to be an input, found what the graph computes, or a constant")
     starts: dict[str, Any] = dict(zip(INPUTS[5:7], values[5:7], strict=False))
-    number = len(reader.operators)
+    number = len(reader.runs)
     for key in operator.started:
         _start(reader, starts[key], key, "BSF" if operator.batch_first else "SBF", (number, ways, key[-1]))
     sequences = bool(node.output[0]) and reader.uses.get(node.output[0], 0) > 0
-    wire = x.wire
     zeros = bool(operator.lengths) or label(node) in reader.model.said.get("zeros", ())
-    for step in nodes_of(operator, sequences, zeros):
-        name = label(node) if step.cells else f"{label(node)}.in_order"
-        wire = reader.add(name, step, wire)
-        if step.cells:
-            reader.cells_of.append((wire, 0))
-    reader.operators.append((operator.cells, wire, sequences))
+    made, *turned = nodes_of(operator, sequences, zeros)
+    y = reader.put(node, made, x)
+    ends = y.wire
+    for step in turned:
+        y = reader.put(f"{label(node)}.in_order", step, y)
+    reader.runs.append(Run(operator.cells, ends, y.wire, sequences))
     batch = x.axes[0 if operator.batch_first else 1]
     way = "D" if ways == 2 else "1"
     axes = (batch, "T", way, "F") if operator.batch_first else ("T", way, batch, "F")
-    made: list[Any] = [Flowing(wire, axes, ways * first.units, x.steps, x.batch)]
+    given: list[Any] = [replace(y, axes=axes)]
     for part in first.state_sizes:
         refs = np.empty((ways, 1), object)
         for n in range(ways):
@@ -52,8 +52,8 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         elif operator.batch_first:
             refs = refs.T
         stacked = ("S", "B" if batch == "B" else "S", "F")
-        made.append(States((stacked[1], stacked[0], "F") if operator.batch_first else stacked, refs))
-    return made
+        given.append(States((stacked[1], stacked[0], "F") if operator.batch_first else stacked, refs))
+    return given
 
 
 def _start(reader: Reader, value: Any, what: str, wanted: str, states: tuple[int, int, str]) -> None:
@@ -67,7 +67,7 @@ def _start(reader: Reader, value: Any, what: str, wanted: str, states: tuple[int
         states: the operator's number, how many directions it has, and "h" or "c".
     """
     operator, ways, part = states
-    if isinstance(value, Spread) and not value.array.any():
+    if isinstance(value, Broadcast) and not value.array.any():
         return
     if not isinstance(value, States) or not value.initial:
         raise Refused(f"expected {what} to be an input, zeros or a constant, found what the graph computes")
@@ -91,7 +91,7 @@ def _start(reader: Reader, value: Any, what: str, wanted: str, states: tuple[int
 def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Scan that is a cell."""
     *states, x = values
-    number = len(reader.operators)
+    number = len(reader.runs)
     starts: dict[str, Array] = {}
     for part, value in zip("hc", states, strict=False):
         array = numbers(value)
@@ -107,18 +107,18 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
         raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
     sequences = reader.uses.get(node.output[-1], 0) > 0
     zeros = label(node) in reader.model.said.get("zeros", ())
-    wire = reader.add(label(node), Recurrent((cell,), sequences, backwards, zeros), flow.wire)
-    reader.cells_of.append((wire, 0))
+    y = reader.put(node, Recurrent((cell,), sequences, backwards, zeros), flow)
+    wire = y.wire
     if backwards and sequences:
-        wire = reader.add(f"{label(node)}.in_order", Select(step=-1), wire)
-    reader.operators.append(((cell,), wire, sequences))
+        y = reader.put(f"{label(node)}.in_order", Select(step=-1), y)
+    reader.runs.append(Run((cell,), wire, y.wire, sequences))
     axes = ("B", "F") if "B" in flow.axes else ("S", "F")
     ends = []
     for part in cell.spec.state_sizes:
         refs = np.empty((1,), object)
         refs[0] = Final(number, 0, part)
         ends.append(States(axes, refs if axes[0] == "S" else refs.reshape(())))
-    return [*ends, Flowing(wire, flow.axes, cell.spec.output_size, flow.steps, flow.batch)]
+    return [*ends, y]
 
 
 HANDLERS: dict[str, Handler] = {**dict.fromkeys(KINDS, recurrent), "Scan": scanned}

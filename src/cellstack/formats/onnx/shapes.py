@@ -14,8 +14,7 @@ from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.ops import steps_apart
 from cellstack.formats.onnx.values import Dim, Flowing, Lengths, States, Symbols, Unknown, reshaped
-from cellstack.nodes import Flatten, GlobalPool, Merge, Permute, Repeat, Select
-from cellstack.nodes import Reshape as ReshapeNode
+from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, Reshape, Select
 
 
 def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -26,7 +25,7 @@ def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     if not isinstance(value, (States, Lengths)):
         value = reader.flowing(value)
     if node.op_type == "Cast":
-        whole_numbers = isinstance(value, Lengths) or (isinstance(value, Flowing) and reader.is_ids(value))
+        whole_numbers = isinstance(value, Lengths) or (isinstance(value, Flowing) and value.wire in reader.ids)
         if attributes.get("to") not in ((6, 7, 12, 13) if whole_numbers else (1, 11)):
             raise Refused(f"expected a cast from numbers to their like, found one to type {attributes.get('to')}")
     return [value]
@@ -34,9 +33,9 @@ def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 
 def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Shape: lengths as far as they are known."""
-    value = values[0]
-    if isinstance(value, States):
+    if isinstance(values[0], States):
         return [Unknown("the shape of a state isn't known here", False)]
+    value = reader.flowing(values[0])
     lengths = np.empty(len(value.axes), object)
     for n, length in enumerate(value.lengths):
         lengths[n] = length
@@ -71,18 +70,15 @@ def squeeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     one_row = x.batch == 1  # a batch of length 1 may go: what stands for it comes again, or it is left out of the file
     chosen = [n for n, axis in enumerate(x.axes) if axis == "1" or (axis == "B" and one_row)]
     chosen = chosen if axes is None else [x.at(axis) for axis in axes]
-    wire, steps = x.wire, x.steps
+    y = x
     for axis in chosen:
-        if x.axes[axis] == "F" and x.width == 1 and "T" in x.axes:
-            wire = reader.add(label(node), Flatten(), wire)
-        elif x.axes[axis] == "F" and x.width == 1:
-            pass  # one number a row, which a Network has as `[B, 1]`
+        if x.axes[axis] == "F" and x.width == 1:  # one number a row is `[B, 1]` in a Network
+            y = reader.put(node, Flatten(), y) if "T" in x.axes else y
         elif x.axes[axis] == "T" and x.steps == 1:
-            wire, steps = reader.add(label(node), GlobalPool("last"), wire), None
+            y = reader.put(node, GlobalPool("last"), y)
         elif x.axes[axis] != "1" and not (x.axes[axis] == "B" and one_row):
             raise Refused(f"expected axes of length 1, found {x.axes[axis]} of {' '.join(x.axes)}")
-    left = tuple(a for n, a in enumerate(x.axes) if n not in chosen)
-    return [replace(x, wire=wire, steps=steps, axes=left, width=x.width if "F" in left else None)]
+    return [replace(y, axes=tuple(a for n, a in enumerate(x.axes) if n not in chosen))]
 
 
 def _drop(value: States, axis: int) -> States:
@@ -113,13 +109,12 @@ def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     x = value if isinstance(value, Flowing) else reader.flowing(value)
     old = iter(x.axes)
     axes_now = tuple("1" if n in chosen else next(old) for n in range(count))
-    if "F" not in x.axes and "T" in x.axes and not reader.is_ids(x):  # numbers without features: one feature each
+    if "F" not in x.axes and "T" in x.axes and x.wire not in reader.ids:  # numbers without features: one feature each
         roles = reader.axes.roles_of(node.output[0]) or ""
         found = [n for n in chosen if roles[n : n + 1] == "F"] or list(chosen)
         if len(found) == 1:
-            wire = reader.add(label(node), ReshapeNode((-1, 1)), x.wire)
             labels = tuple("F" if n == found[0] else axis for n, axis in enumerate(axes_now))
-            return [replace(x, wire=wire, width=1, axes=labels)]
+            return [reader.put(node, Reshape((-1, 1)), x, axes=labels)]
     return [replace(x, axes=axes_now)]
 
 
@@ -144,11 +139,7 @@ def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
         and 0 not in whole_shape
         and (entries[0] in (0, x.length("B")) or (entries[0] == -1 and left))
     ):
-        wire = reader.add(label(node), ReshapeNode(tuple(whole_shape)), x.wire)
-        last, first = whole_shape[-1], whole_shape[0] if len(whole_shape) == 2 else None
-        width, steps = (None if n in (-1, None) else n for n in (last, first))
-        axes = ("B", "T", "F") if len(whole_shape) == 2 else ("B", "F")
-        return [replace(x, wire=wire, axes=axes, width=width, steps=steps)]
+        return [reader.put(node, Reshape(tuple(whole_shape)), x, axes="BTF" if len(whole_shape) == 2 else "BF")]
     if axes is None:
         raise Refused(f"expected a shape that keeps batch, time and features apart, found {_shown(entries)}")
     if "*" in axes:
@@ -180,13 +171,11 @@ def flattened(reader: Reader, node: Any, x: Flowing, axes: tuple[str, ...]) -> F
         return replace(x, axes=final)
     if "T" in labels:
         steps_apart(reader)
-    wire = x.wire
     if labels == ["F", "T"]:
-        wire = reader.add(f"{label(node)}.turned", Permute((2, 1)), wire)
+        x = reader.put(f"{label(node)}.transposed", Permute((2, 1)), x)
     elif labels not in (["T", "F"], ["T", "D", "F"]):
         raise Refused(f"expected time and features, found axes {' '.join(x.axes)}")
-    width = None if x.width is None or x.steps is None else x.width * x.steps
-    return replace(x, wire=reader.add(label(node), Flatten(), wire), axes=final, width=width, steps=None)
+    return reader.put(node, Flatten(), x, axes=final)
 
 
 # ── cutting and joining ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -216,23 +205,20 @@ def cut(reader: Reader, node: Any, x: Flowing, axis: int, taken: slice) -> Flowi
     if which == "T":
         if start not in (-1, None) or step != 1 or stop is not None:
             steps_apart(reader)
-        made = Select(start, stop, step)
-        steps, _ = made.check(label(node), (x.steps, None))
-        if (start, stop, step) in ((-1, None, 1), (None, 1, 1)):
-            steps = 1
-        return replace(x, wire=reader.add(label(node), made, x.wire), steps=steps)
+        y = reader.put(node, Select(start, stop, step), x)
+        if (start, stop, step) in ((-1, None, 1), (None, 1, 1)):  # one step, whatever there is to be cut
+            reader.builder.shapes[y.wire] = (1, *y.shape[1:])
+        return replace(y, shape=reader.shape(y.wire))
     if which == "D":
         halves = range(2)[taken]
         if len(halves) != 1 or x.width is None:
             raise Refused("expected one direction of the two")
         half = x.width // 2
-        wire = reader.add(label(node), Select(halves[0] * half, (halves[0] + 1) * half, axis=-1), x.wire)
-        return replace(x, wire=wire, width=half, axes=tuple("1" if a == "D" else a for a in x.axes))
+        made = Select(halves[0] * half, (halves[0] + 1) * half, axis=-1)
+        return reader.put(node, made, x, axes=["1" if a == "D" else a for a in x.axes])
     if which != "F" or "D" in x.axes:
         raise Refused(f"expected a slice of time or of the features, found axis {which} of {' '.join(x.axes)}")
-    made = Select(start, stop, step, axis=-1)
-    (width,) = made.check(label(node), (x.width,))
-    return replace(x, wire=reader.add(label(node), made, x.wire), width=width)
+    return reader.put(node, Select(start, stop, step, axis=-1), x)
 
 
 def _cut_states(value: States, axis: int, taken: slice) -> States:
@@ -287,11 +273,10 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         found = cut(reader, node, value, axis, part)
         dropped = () if index.ndim else (axis,)
         return [replace(found, axes=tuple(a for n, a in enumerate(found.axes) if n not in dropped))]
-    wire = value.wire
+    axes = [a for n, a in enumerate(value.axes) if n != axis]
     if number not in (-1, (value.steps or 0) - 1):
-        wire = cut(reader, node, value, axis, part).wire
-    axes = tuple(a for n, a in enumerate(value.axes) if n != axis)
-    return [replace(value, wire=reader.add(f"{label(node)}", GlobalPool("last"), wire), axes=axes, steps=None)]
+        value = cut(reader, node, value, axis, part)
+    return [reader.put(node, GlobalPool("last"), value, axes=axes)]
 
 
 def split(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -337,30 +322,36 @@ def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         return [flows[0]]
     if axes[axis] == "T":
         steps_apart(reader)
-        steps = [flow.steps for flow in flows]
-        total = None if None in steps else sum(s for s in steps if s is not None)
-        wire = reader.add(label(node), Merge("concat", axis=1), *(flow.wire for flow in flows))
-        return [replace(flows[0], wire=wire, steps=total)]
-    widths = [flow.width for flow in flows]
-    width = None if None in widths else sum(w for w in widths if w is not None)
-    wire = reader.add(label(node), Merge("concat", axis=-1), *(flow.wire for flow in flows))
-    return [replace(flows[0], wire=wire, width=width)]
+    return [reader.put(node, Merge("concat", axis=1 if axes[axis] == "T" else -1), *flows)]
 
 
 def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Pad with zeros over time, which the convolution after it takes up."""
+    """Read a Pad with one number, over time or the features."""
     x = reader.flowing(values[0])
     pads = attributes.get("pads", values[1] if len(values) > 1 else None)
-    value = attributes.get("value", values[2] if len(values) > 2 and values[2] is not None else 0.0)
-    if pads is None or not isinstance(value, (float, np.ndarray)) or np.any(value):
-        raise Refused("expected constant pads of zeros")
-    if attributes.get("mode", "constant") != "constant" or (len(values) > 3 and values[3] is not None):
-        raise Refused("expected constant pads of zeros along all axes")
+    value = np.asarray(attributes.get("value", values[2] if len(values) > 2 and values[2] is not None else 0.0))
+    if (
+        pads is None
+        or value.dtype.kind not in "fiu"
+        or value.size != 1
+        or attributes.get("mode", "constant") != "constant"
+    ):
+        raise Refused("expected constant pads of one number")
     pads, count = whole(pads), len(x.axes)
-    both = {x.axes[n]: (pads[n], pads[n + count]) for n in range(count)} if len(pads) == 2 * count else {}
-    if not both or any(steps != (0, 0) for axis, steps in both.items() if axis != "T") or min(pads) < 0:
-        raise Refused(f"expected pads over time alone, found {pads} of axes {' '.join(x.axes)}")
-    return [replace(x, pad=both.get("T", (0, 0)))]
+    if len(values) > 3 and values[3] is not None:
+        over = [place(axis, count) for axis in whole(values[3])]
+        given = dict(zip([*over, *(axis + count for axis in over)], pads, strict=True))
+        pads = [given.get(n, 0) for n in range(2 * count)]
+    if len(pads) != 2 * count or min(pads) < 0:
+        raise Refused(f"expected pads for {count} axes, none below 0, found {pads}")
+    for n, axis in enumerate(x.axes):
+        if pads[n] or pads[n + count]:
+            if axis not in ("T", "F") or (axis == "F" and "D" in x.axes):
+                raise Refused(f"expected pads over time or the features, found {pads} of axes {' '.join(x.axes)}")
+            if axis == "T":
+                steps_apart(reader)
+            x = reader.put(node, Pad(pads[n], pads[n + count], float(value.reshape(())), 1 if axis == "T" else -1), x)
+    return [x]
 
 
 def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -371,10 +362,9 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     numbers = whole(values[1]) if isinstance(values[1], np.ndarray) else []
     if not x.has("B1F") or len(numbers) != 3:
         raise Refused(f"expected a vector to be repeated over time, found axes {' '.join(x.axes)}")
-    wire = reader.add(label(node), Repeat(numbers[1]), x.wire)
     if numbers[0] != 1 or numbers[2] not in (1, x.width if node.op_type == "Expand" else 1):
         raise Refused("expected a vector to be repeated over time alone")
-    return [replace(x, wire=wire, axes=(x.axes[0], "T", "F"), steps=numbers[1])]
+    return [reader.put(node, Repeat(numbers[1]), x, axes=(x.axes[0], "T", "F"))]
 
 
 def _as_they_are(states: States, node: Any, target: Any) -> States:

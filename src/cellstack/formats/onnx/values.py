@@ -18,6 +18,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 from cellstack.layout import Array
+from cellstack.nodes.base import Shape
+from cellstack.nodes.recurrent import Cell
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,18 @@ class States:
         return isinstance(next(iter(self.refs.reshape(-1)), None), Initial)
 
 
+class Run(NamedTuple):
+    """An operator that has been put in: the node with its cells, and whether it gives every step.
+
+    `in_order` is the wire with the steps in the order of the input's; `node` gives them in the order in which it runs.
+    """
+
+    cells: tuple[Cell, ...]
+    node: str
+    in_order: str
+    sequences: bool
+
+
 @dataclass(frozen=True)
 class Flowing:
     """What a wire carries, with its axes as ONNX has them.
@@ -98,25 +112,31 @@ class Flowing:
     Args:
         wire: name of an input or a node of the Network.
         axes: a label for each axis of ONNX's.
-        width: features of the wire; None where not known.
-        steps: how many, where known.
+        shape: the wire's axes after the batch, as the Network has them.
         batch: how many rows the file says that there are; None where any will do.
-        pad: steps of zeros before and after it, which a convolution takes up.
     """
 
     wire: str
     axes: tuple[str, ...]
-    width: int | None = None
-    steps: int | None = None
+    shape: Shape
     batch: int | None = None
-    pad: tuple[int, int] = (0, 0)
+
+    @property
+    def width(self) -> int | None:
+        """Features of the wire; None where not known, or where there are none."""
+        return self.shape[-1] if "F" in self.axes else None
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps, where known."""
+        return self.shape[0] if "T" in self.axes or "N" in self.axes else None
 
     def length(self, label: str) -> Length:
         """Return the length of an axis, a number where it is known."""
         halves = 2 if "D" in self.axes else 1
         known = {
             "B": self.batch,
-            "T": None if self.steps is None else self.steps + sum(self.pad),
+            "T": self.steps,
             "F": None if self.width is None else self.width // halves,
             "D": 2,
             "1": 1,
@@ -139,6 +159,22 @@ class Flowing:
         if not -len(self.axes) <= axis < len(self.axes):
             raise ValueError(f"expected an axis of {len(self.axes)}, found {axis}")
         return axis % len(self.axes)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is on the way from a value to its normalised self, each step by the mean and the variance of its features.
+
+    Args:
+        of: the value.
+        what: `"mean"`, `"centred"`: less its mean, `"squares"` of that, `"variance"`, `"deviation"`: the root of the
+            variance, `"inverse"`: one over it.
+        epsilon: what was added to the variance.
+    """
+
+    of: Flowing
+    what: str
+    epsilon: float = 0.0
 
 
 def reshaped(flow: Flowing, target: Sequence[Any], keep_zero: bool) -> tuple[str, ...] | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.file import Model, Scope, onnx_package
-from cellstack.formats.onnx.fold import Spread, axes_of, numbers
+from cellstack.formats.onnx.fold import Broadcast, axes_of, numbers
 from cellstack.formats.onnx.written_out.chains import Chain, cell_of, find_chains, stripped
 from cellstack.formats.onnx.written_out.linear import Place, place_of
 
@@ -102,7 +102,7 @@ class _Roller:
         if node is not None and node.op_type == "Unsqueeze":
             return True
         constant = self.scope.constant(self.chain.folded or self.chain.starts[0])
-        array = constant.array if isinstance(constant, Spread) and constant.ranked else constant
+        array = constant.array if isinstance(constant, Broadcast) and constant.ranked else constant
         return isinstance(array, np.ndarray) and array.ndim == 3
 
     def _start(self, name: str, deep: bool) -> str | None:

@@ -1,0 +1,103 @@
+"""ONNX's operators that go over windows of steps, as nodes: convolutions and pools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cellstack.formats.onnx.file import label
+from cellstack.formats.onnx.fold import whole
+from cellstack.formats.onnx.graph import Handler, Reader, Refused
+from cellstack.formats.onnx.ops import floats, steps_apart
+from cellstack.formats.onnx.values import Flowing
+from cellstack.nodes import Conv1D, Node, Pad, Pool1D
+
+
+def over_time(reader: Reader, node: Any, value: Any) -> tuple[Flowing, int, int]:
+    """Return a value, which of the axes that windows go over is time, and how many of these there are.
+
+    The windows go over one axis, or over two of which one is of length 1.
+    """
+    x = reader.flowing(value)
+    spatial = x.axes[2:]
+    if not x.has("BF" + "".join(spatial)) or sorted(spatial) not in (["T"], ["1", "T"]):
+        raise Refused(f"expected axes B F T, found {' '.join(x.axes)}")
+    return x, spatial.index("T"), len(spatial)
+
+
+def window(attributes: dict[str, Any], over: int, count: int) -> tuple[int, list[int], Any]:
+    """Return the strides over time, all dilations, and the padding over time as nodes have it.
+
+    Args:
+        attributes: of the operator.
+        over: which of the axes is time.
+        count: over how many axes the windows go.
+    """
+    strides, dilations, steps = [
+        whole(attributes.get(name, usual))
+        for name, usual in (("strides", [1] * count), ("dilations", [1] * count), ("pads", [0] * 2 * count))
+    ]
+    if [len(values) for values in (strides, dilations, steps)] != [count, count, 2 * count]:
+        raise Refused(f"expected strides, dilations and pads for {count} axes")
+    auto = attributes.get("auto_pad", "NOTSET")
+    if auto not in ("NOTSET", "VALID", "SAME_UPPER", ""):
+        raise Refused(f"expected auto_pad NOTSET, VALID or SAME_UPPER, found {auto}")
+    if auto in ("VALID", "SAME_UPPER"):
+        return strides[over], dilations, "same" if auto == "SAME_UPPER" else "valid"
+    if any(number for n, number in enumerate(steps) if n % count != over) or min(steps) < 0:
+        raise Refused(f"expected pads over time alone, found {steps}")
+    return strides[over], dilations, (steps[over], steps[over + count])
+
+
+def put(reader: Reader, node: Any, made: Node, x: Flowing) -> list[Any]:
+    """Put a node in that goes over windows, and return what it gives; `Refused` where that is none."""
+    if made.mixes_steps:
+        steps_apart(reader)
+    y = reader.put(node, made, x)
+    if y.steps == 0:
+        raise Refused(f"expected at least one window of {x.steps} steps, found none")
+    return [y]
+
+
+def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a convolution over time."""
+    kernel = floats(values[1], "the weights")
+    bias = floats(values[2], "the bias") if len(values) > 2 and values[2] is not None else None
+    x, over, count = over_time(reader, node, values[0])
+    if kernel.ndim != count + 2:
+        raise Refused(f"expected weights of {count + 2} axes, found {kernel.shape}")
+    if count == 2:
+        if kernel.shape[3 - over] != 1:
+            raise Refused(f"expected a window over time alone, found {kernel.shape[2:]}")
+        kernel = kernel[:, :, :, 0] if over == 0 else kernel[:, :, 0]
+    strides, dilations, padding = window(attributes, over, count)
+    taps, group = kernel.transpose(2, 1, 0), attributes.get("group", 1)
+    return put(reader, node, Conv1D(taps, bias, strides, padding, dilations[over], group), x)
+
+
+def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read a MaxPool or AveragePool over time; with ceil_mode, a last window that isn't whole counts too."""
+    x, over, count = over_time(reader, node, values[0])
+    sizes = whole(attributes["kernel_shape"])
+    strides, dilations, padding = window(attributes, over, count)
+    if len(sizes) != count or any(n != 1 for axis, n in enumerate(sizes) if axis != over) or set(dilations) != {1}:
+        raise Refused(f"expected a window over time alone, found {sizes} and dilations {dilations}")
+    mode, size, ceil = "max" if node.op_type == "MaxPool" else "mean", sizes[over], attributes.get("ceil_mode", 0)
+    counts = mode == "mean" and attributes.get("count_include_pad", 0) and padding not in ("valid", (0, 0))
+    if padding == "same" and (counts or ceil):
+        raise Refused("expected auto_pad without ceil_mode and count_include_pad")
+    if isinstance(padding, tuple):
+        before, after = padding
+        if max(padding) >= size or (ceil and size < strides + after):
+            raise Refused(f"expected windows that hold steps, found {size} steps every {strides}, pads {list(padding)}")
+        if counts and ceil:  # runtimes differ in whether what is past the pads counts
+            if x.steps is None or (x.steps + before + after - size) % strides:
+                raise Refused("expected ceil_mode without count_include_pad, where there are pads")
+            reader.builder.pinned, ceil = True, 0
+        if counts:
+            x = reader.put(f"{label(node)}.padded", Pad(before, after), x)
+            padding = before, after = (0, 0)
+        padding = (before, after + strides - 1) if ceil else padding
+    return put(reader, node, Pool1D(mode, size, strides, padding), x)
+
+
+HANDLERS: dict[str, Handler] = {"Conv": conv, "MaxPool": pool, "AveragePool": pool}
