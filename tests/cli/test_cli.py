@@ -169,6 +169,8 @@ def test_help_has_an_example_and_every_verb_json(capsys, verb):
         (["train", CO2, "-o", "x", "--test-share", "0.9"], r"expected a test share"),
         (["run", "nothing", CO2], r"nothing: no such file"),
         (["info", VOWELS], r"expected one of .* found a file that begins with"),
+        (["demo", "-o", ""], r"expected --output to name a folder, got ''"),
+        (["demo", "-o", "new", "--epochs", "0"], r"expected epochs >= 1, got 0"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, words, message):

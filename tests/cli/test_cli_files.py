@@ -135,6 +135,15 @@ def test_a_target_without_a_name_writes_nothing(capsys, tmp_path, model, monkeyp
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_folder_with_a_format_s_ending_is_not_filled_with_c(capsys, tmp_path, model):
+    target = tmp_path / "net.keras"
+    target.mkdir()
+    status, out, err = run(capsys, "convert", model, str(target))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{target}: expected a regular file to replace" in err
+    assert list(target.iterdir()) == []
+
+
 def test_what_a_format_can_t_hold_is_named_once(capsys, tmp_path, pytorch_files):
     make_net(bidirectional=True).save(tmp_path / "net.safetensors")
     target = tmp_path / "net.pt"

@@ -1,5 +1,6 @@
 """The native format: bit for bit there and back, damage of every kind, and saving that is whole or not at all."""
 
+import errno
 import json
 import os
 import re
@@ -702,6 +703,20 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path):
             raise error
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_said_by_the_file_s_name(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "net.safetensors"
+    for name in ("fsync", "open"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space left on device") as found:
+                small().save(path)
+        assert (found.value.errno, found.value.filename) == (errno.ENOSPC, str(path))
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes and links as POSIX has them")

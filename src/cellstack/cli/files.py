@@ -144,8 +144,9 @@ def convert(args: argparse.Namespace) -> int:
     x = None if args.sample is None else read_sample(net, args.sample)
     target = Path(args.target)
     suffixes = {suffix for adapter in adapters() for suffix in adapter.SUFFIXES}
-    to_folder = args.target.endswith(os.sep) or (target.is_dir() and args.target != "")
-    if not args.target or not (to_folder or target.suffix.lower() in {".c", *suffixes}):
+    named = target.suffix.lower() in {".c", *suffixes}  # a format, whatever is there
+    to_folder = args.target.endswith(os.sep) or (target.is_dir() and args.target != "" and not named)
+    if not args.target or not (to_folder or named):
         raise UsageError(
             f"expected a target that ends as one of {supported()}, in .c for C, or in {os.sep} for a folder with C in "
             f"it, got {args.target!r}"

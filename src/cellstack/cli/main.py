@@ -375,6 +375,8 @@ def _demo(args: argparse.Namespace) -> int:
         from cellstack.train import demo
     except ModuleNotFoundError as error:
         raise UsageError(f"demo needs {error.name}: install cellstack[torch]") from None
+    if not args.output:
+        raise UsageError("expected --output to name a folder, got ''")
     say = (lambda line="": print(line, file=sys.stderr)) if args.json else print
     report = demo.run(Path(args.output), args.seed, args.epochs, say)
     show(args, report, [])

@@ -55,13 +55,13 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
         A context manager over the open binary file.
 
     Raises:
-        OSError: `path` is no regular file, or may not be written.
+        OSError: `path` is no regular file, or may not be written, or there is no room for it; it names `path`.
     """
     target, mode = check_replaceable(path)
     folder = os.path.dirname(target)
     draft = os.path.join(folder, f".cellstack-{secrets.token_hex(8)}.tmp")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
@@ -69,9 +69,11 @@ def replacing(path: str | PathLike[str]) -> Iterator[BinaryIO]:
         if mode is not None:
             os.chmod(draft, stat.S_IMODE(mode))
         os.replace(draft, target)
-    except BaseException:
+    except BaseException as error:
         with suppress(FileNotFoundError):
             os.unlink(draft)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, draft):  # such as a full disk
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         raise
     if os.name == "posix":
         with suppress(OSError):  # the file is whole by now; not every file system can put a folder on the disk

@@ -43,8 +43,8 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
         UsageError: a seed or a number of epochs out of its range.
     """
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(**{**SETTINGS, "seed": seed} | ({} if epochs is None else {"epochs": epochs}))
+    folder.mkdir(parents=True, exist_ok=True)
     tutorial = walk_tutorial(say)
     with as_file(files("cellstack") / "data") as data:
         training = read_ts(data / "JapaneseVowels_TRAIN.ts")
