@@ -105,19 +105,6 @@ class Draft:
         self._remove(before)
         return True
 
-    def take(self, name: str, node: Node, source: str) -> bool:
-        """Let a node that took several values take one of the graph's; what then leads nowhere is left out."""
-        left = dict.fromkeys(self.sources[name])
-        self.nodes[name], self.sources[name] = node, (source,)
-        self.takers[source].append(name)
-        for one in left:
-            self.takers[one] = [taker for taker in self.takers[one] if taker != name]
-            if not self.takers[one] and one not in self.outputs:
-                for below in self.sources[one]:
-                    self.takers[below] = [taker for taker in self.takers[below] if taker != one]
-                self._remove(one)
-        return True
-
     def bypass(self, name: str) -> bool:
         """Leave out a node that changes nothing, unless it is needed as an output of its own."""
         (source,) = self.sources[name]
@@ -371,7 +358,8 @@ def pieces(draft: Draft, name: str) -> bool:
     ends = [cut.taken.indices(whole[-1]) for cut in cuts]
     if any(one[1] != other[0] for one, other in pairwise(ends)):
         return False
-    return draft.take(name, Select(ends[0][0], ends[-1][1], axis=-1), origin)
+    draft.nodes[name] = Select(ends[0][0], ends[-1][1], axis=-1)
+    return draft.take(name, origin)
 
 
 # ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
