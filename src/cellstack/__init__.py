@@ -21,6 +21,7 @@ from cellstack.streaming.sessions import Sessions
 from cellstack.streaming.stream import Stream
 
 if TYPE_CHECKING:
+    from cellstack import inspect
     from cellstack.formats.keras import from_keras
     from cellstack.formats.pytorch import from_torch
     from cellstack.formats.verify import verify
@@ -46,6 +47,7 @@ __all__ = [
     "extract",
     "from_keras",
     "from_torch",
+    "inspect",
     "load",
     "verify",
 ]
@@ -57,6 +59,8 @@ FROM_FORMATS = {"from_keras": "keras", "from_torch": "pytorch", "verify": "verif
 
 def __getattr__(name: str) -> Any:
     """Look up what would take longer than the rest: what reads other formats, and `__version__`."""
+    if name == "inspect":
+        return import_module("cellstack.inspect")
     if name in FROM_FORMATS:
         value = getattr(import_module(f"cellstack.formats.{FROM_FORMATS[name]}"), name)
         globals()[name] = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,12 +15,13 @@ import numpy as np
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import MOST, Array, CellState, Flow, Node, Shape
-from cellstack.nodes.recurrent import Bidirectional, Cell, Record, Recurrent
+from cellstack.nodes.recurrent import Bidirectional, Cell, Recording, Recurrent
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cellstack.inspect.trace import NetworkTrace
     from cellstack.streaming.sessions import Sessions
     from cellstack.streaming.stream import Stream
 
@@ -171,7 +172,7 @@ class Network:
         reset: Any = None,
         threads: int | None = None,
         *,
-        record: list[Record] | None = None,
+        record: Recording | None = None,
     ) -> tuple[Any, tuple[CellState, ...]]:
         """Run the network over a batch of sequences.
 
@@ -190,8 +191,8 @@ class Network:
                 from its own end, and the last one from `state`. None = one piece. `lengths` and `reset` may be dicts
                 as `mask` may.
             threads: how many the kernel may use; None = as many as this process has processors and work for.
-            record: where to append the `Record` of each cell, in the order of `cells`: what its gates, c and h were at
-                every step. The bits of all else are the same.
+            record: what is kept beside the answers: what the gates, c and h of each cell were at every step, and what
+                flowed between the nodes. The bits of all else are the same. See `trace`, which makes sense of it.
 
         Returns:
             `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are
@@ -231,6 +232,8 @@ class Network:
                     x, used, begun, ends = node.run(flows, own, threads)
                 values[name] = Flow(x, used, begun)
                 after += ends
+                if record is not None:
+                    record.flows |= {source: values[source] for source in sources} | {name: values[name]}
                 for number in numbers:
                     for value in self.graph.done[number]:
                         values.pop(value, None)  # between nodes that are one stage there is none
@@ -306,6 +309,59 @@ class Network:
             raise ShapeError(
                 f"Network: expected {name} with B={len(first)}, as {self.inputs[0]} has, got {array.shape}"
             )
+
+    def trace(
+        self,
+        x: Any,
+        state: Any = None,
+        mask: Any = None,
+        lengths: Any = None,
+        reset: Any = None,
+        threads: int | None = None,
+        *,
+        nodes: str | Iterable[str] | None = None,
+        units: Any = None,
+        steps: Any = None,
+        pre: bool = False,
+        in_memory: int = 1 << 30,
+    ) -> NetworkTrace:
+        """Run the network as `run` does, and return what every node and cell did at every step beside the answers.
+
+        The bits of y and of the state are those of `run`.
+
+        Args:
+            x, state, mask, lengths, reset, threads: see `run`.
+            nodes: the names of the nodes that are kept; None = all.
+            units: which units of the cells, a slice or numbers; None = all.
+            steps: which steps, a slice or numbers, of what has as many as were run; None = all.
+            pre: keep what the gates are activations of as well; of a whole trace it can be had afterwards.
+            in_memory: how many bytes of gates and states lie in memory; what is beyond, in a file that is mapped into
+                it and goes with the trace.
+
+        Returns:
+            A mapping from the nodes' names to what went in, what came out and what their cells did, `t["layer_0"].f`,
+            each `[B, T, H]`; with `y` and `state`.
+
+        Raises:
+            ShapeError, TypeError, ValueError: see `run`; a node that isn't there.
+            IndexError: a unit or a step that isn't there.
+        """
+        from cellstack.inspect.trace import trace  # a trace is built on the network, not under it
+
+        return trace(
+            self,
+            x,
+            state,
+            mask,
+            lengths,
+            reset,
+            threads,
+            nodes=nodes,
+            units=units,
+            steps=steps,
+            pre=pre,
+            in_memory=in_memory,
+        )
 
     def stream(self, batch: int = 1, threads: int = 1, weights: str = "float32") -> Stream:
         """Return a `Stream` that runs this network frame by frame.

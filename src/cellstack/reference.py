@@ -185,6 +185,7 @@ class _Cell:
         function, slope = ACTIVATIONS[name]
         clip = np.inf if self.spec.clip is None or slot == "cell" else self.spec.clip
         cut = np.clip(z, -clip, clip)
+        s.sums[slot] = z
         y = function(cut, alpha, beta)
         s.slopes[slot] = slope(cut, y, alpha, beta) * (np.abs(z) < clip)  # dy/dz
         return y
@@ -361,7 +362,7 @@ def forward(
         reset=np.zeros((batch, steps, 1), bool) if reset is None else np.asarray(reset, bool)[:, :, None],
         dropout=1.0 if recurrent_dropout is None else np.asarray(recurrent_dropout, np.float64),
         kept=[np.full((1, steps, 1), k) if drawn is None else np.asarray(drawn, np.float64) for k, drawn in rates],
-        steps=[SimpleNamespace(factors={}, norms={}, slopes={}) for _ in range(steps)],
+        steps=[_tape() for _ in range(steps)],
     )
     for t in tape.order:
         s, used = tape.steps[t], tape.used[:, t]
@@ -374,6 +375,30 @@ def forward(
             out[:, t] = a
         gates[:, t] = np.where(used[:, None], np.stack(s.gates, axis=1), 0.0)
     return Forward(outs[0], STATES[spec.kind](*now), gates, outs[1] if spec.kind == "lstm" else None, tape)
+
+
+def pre_activations(spec: CellSpec, arrays: Mapping[str, Any], x: Any, before: Sequence[Any]) -> dict[str, Array]:
+    """Return what a step's gates are activations of, before any clip, each `[B, H]`, in the order of `spec.GATES`.
+
+    A coupled forget gate, which is 1 - i, has none.
+
+    Args:
+        spec, arrays: the cell.
+        x: `[B, I]`.
+        before: the state before the step, h `[B, P]` and an LSTM's c `[B, H]`.
+
+    >>> arrays = {"kernel": [[2.0]], "recurrent_kernel": [[1.0]], "bias": [0.5]}
+    >>> pre_activations(CellSpec(1, 1, kind="rnn"), arrays, [[1.0]], [[[3.0]]])["g"].tolist()  # 2·1 + 1·3 + 0.5
+    [[5.5]]
+    """
+    tape, state = _tape(), [np.asarray(a, np.float64) for a in before]
+    CELLS[spec.kind](spec, arrays).step(tape, np.asarray(x, np.float64), state[0], state)
+    return {gate: tape.sums[gate] for gate in spec.gates}
+
+
+def _tape() -> SimpleNamespace:
+    """Return what a step writes down."""
+    return SimpleNamespace(factors={}, norms={}, slopes={}, sums={})
 
 
 def backward(

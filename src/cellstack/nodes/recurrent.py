@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
@@ -196,7 +196,7 @@ def _summary(cells: tuple[Cell, ...]) -> str:
 
 
 class Record(NamedTuple):
-    """What a cell did at every step of a call, in the order of time whichever way it ran."""
+    """What a cell took and did at every step of a call, in the order of time whichever way it ran."""
 
     gates: Array
     """`[B, T, planes, H]`, after their activations, in the order of `spec.GATES`: see `CellSpec.planes`."""
@@ -204,6 +204,52 @@ class Record(NamedTuple):
     """`[B, T, H]`; None without a cell."""
     h: Array
     """`[B, T, P]`, before a residual sum, and before steps that the mask leaves out become zeros."""
+    x: Array
+    """`[B, T, I]`."""
+    before: CellState | None
+    """The state before the first step that was run; None = the cell's own initial state."""
+    mask: NDArray[np.bool_] | None
+    """`[B, T]`, or None."""
+    reset: NDArray[np.bool_] | None
+    """`[B, T]`: before which steps, in the order in which they were run, the state became the initial one; or None."""
+    reverse: bool
+    """Whether it ran from the last step to the first."""
+
+
+class Recording(list[Record | None]):
+    """What a run keeps beside its answers: the `Record` of each cell, in the order of `Network.cells`.
+
+    Args:
+        cells: the numbers of the cells that are kept, the others are None here; None = all.
+        empty: makes the arrays, of a shape and a dtype.
+
+    Attributes:
+        flows: what flowed between the nodes, by the names of the inputs and of the nodes.
+    """
+
+    def __init__(
+        self,
+        cells: Collection[int] | None = None,
+        empty: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.empty,
+    ) -> None:
+        super().__init__()
+        self._cells, self._empty = cells, empty
+        self.flows: dict[str, Flow] = {}
+
+    def arrays(self, number: int, spec: CellSpec, batch: int, steps: int, dtype: np.dtype[Any]) -> dict[str, Array]:
+        """Return arrays for what a cell does at every step, by the names that `native.Layer` has for them.
+
+        Args:
+            number: how many cells after the last one recorded.
+            spec, batch, steps, dtype: of the cell and of the call.
+        """
+        place = len(self) + number
+        kept = ("gates", "cells", "y") if self._keeps(place) else ("y",) if self._keeps(place + 1) else ()
+        shapes = native.results(spec, batch, steps) if kept else {}
+        return {name: self._empty(shapes[name], dtype) for name in kept if name in shapes}
+
+    def _keeps(self, place: int) -> bool:
+        return self._cells is None or place in self._cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,7 +344,7 @@ class Recurrent(Node):
         return (steps, self.units) if self.return_sequences else (self.units,)
 
     def forward(
-        self, flow: Flow, states: tuple[CellState | None, ...], threads: int, record: list[Record] | None = None
+        self, flow: Flow, states: tuple[CellState | None, ...], threads: int, record: Recording | None = None
     ) -> tuple[Array, list[CellState]]:
         """Run the stack over `flow.x [B, T, I]` of any strides.
 
@@ -306,7 +352,7 @@ class Recurrent(Node):
             flow: with it a mask and resets `[B, T]`, or None.
             states: one a cell, contiguous arrays of the cell's dtype; None = the cells' own initial state.
             threads: how many the kernel may use.
-            record: where the `Record` of each cell is appended, if at all.
+            record: what is kept of every step, if anything is.
 
         Returns:
             `(y, states)`, where `y` is `[B, T, W]` in the order of `x` whatever `go_backwards` says, or `[B, W]`.
@@ -338,26 +384,32 @@ class Recurrent(Node):
         states: tuple[CellState | None, ...],
         wanted: bool,
         threads: int,
-        record: list[Record] | None,
+        record: Recording | None,
     ) -> tuple[Array, list[CellState]]:
         """Run some of the cells in one call of the kernel; y, the top one's h, is without steps unless `wanted`."""
         batch, steps, _ = x.shape
         y = np.empty((batch, steps if wanted else 0, cells[-1].spec.output_size), x.dtype)
         after: list[CellState] = []
-        layers = []
-        for cell, before in zip(cells, states, strict=True):
-            spec, kept = cell.spec, {}
+        layers, made, below = [], [], x
+        for number, (cell, before) in enumerate(zip(cells, states, strict=True)):
+            spec = cell.spec
             after.append(STATES[spec.kind](*(np.empty((batch, size), x.dtype) for size in spec.state_sizes.values())))
-            if record is not None:
-                shapes = native.results(spec, batch, steps)
-                kept = {name: np.empty(shapes[name], x.dtype) for name in ("gates", "cells", "y") if name in shapes}
-                record.append(Record(kept["gates"], kept.get("cells"), kept["y"]))
-            elif wanted and len(after) == len(cells):
-                kept = {"y": y}
+            kept = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
+            if "gates" in kept:
+                assert below is not None, "what goes into a cell that is kept is kept"
+                own = kept["gates"], kept.get("cells"), kept["y"]
+                made.append(Record(*own, below, before, mask, reset, self.go_backwards))
+            else:
+                made.append(None)
+            below = kept.get("y")
+            if wanted and number == len(cells) - 1:
+                kept.setdefault("y", y)
             layers.append(native.Layer(cell.packed, *_pair(before), *_pair(after[-1]), **kept))
         native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
-        if record is not None and wanted:
-            y[:] = record[-1].h  # what becomes of y from here on is no business of the record's
+        if record is not None:
+            record.extend(made)
+            if wanted and below is not None:
+                y[:] = below  # what becomes of y from here on is no business of the record's
         return y, after
 
     def _add(self, h: Array, x: Array, mask: NDArray[np.bool_] | None, reset: NDArray[np.bool_] | None) -> Array:
@@ -379,9 +431,9 @@ class Recurrent(Node):
         flows: Sequence[Flow],
         states: tuple[CellState | None, ...],
         threads: int,
-        record: list[Record] | None = None,
+        record: Recording | None = None,
     ) -> Flow:
-        """See `Node.run`; `record`: where the `Record` of each cell is appended, if at all."""
+        """See `Node.run`; `record`: what is kept of every step, if anything is."""
         (flow,) = flows
         y, ends = self.forward(flow, states, threads, record)
         after = tuple(ends)
@@ -511,7 +563,7 @@ class Bidirectional(Node):
         flows: Sequence[Flow],
         states: tuple[CellState | None, ...],
         threads: int,
-        record: list[Record] | None = None,
+        record: Recording | None = None,
     ) -> Flow:
         """See `Recurrent.run`; the forward half is recorded first."""
         (flow,) = flows

@@ -117,6 +117,11 @@ class Engine:
         one = len(self._parts) == 1 and len(network.inputs) == len(network.outputs) == 1 and not network.graph.ids
         return first.kernel.step if isinstance(first, OwnCells) and one and not others else None
 
+    def keeps_frames(self) -> list[str]:
+        """Return the names of the nodes that keep frames of their own."""
+        rules = zip(self.network.names, frame_rules(self.network), strict=True)
+        return [name for name, rule in rules if rule.memory is not None]
+
     # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def given(self, x: Any, axes: str, batch: int) -> tuple[Array, ...]:

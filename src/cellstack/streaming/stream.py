@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack import native
+from cellstack.nodes.base import check_integer
 from cellstack.streaming.engine import Engine
+from cellstack.streaming.history import History
 from cellstack.streaming.parts import ALL
 
 if TYPE_CHECKING:
+    from cellstack.inspect.trace import NetworkTrace
     from cellstack.network import Network
     from cellstack.nodes.base import Array, CellState
     from cellstack.streaming.parts import Frames
@@ -56,6 +59,7 @@ class Stream:
         self._alone = engine.alone()
         self._frame = engine.frame
         self._dtype = network.dtype
+        self._history: History | None = None
 
     def step(self, x: Any) -> Any:
         """Take one frame and return what the network returns after it.
@@ -94,12 +98,17 @@ class Stream:
             TypeError: values that aren't real numbers.
             ValueError: ids beyond a table, or a frame that the network masks.
         """
-        return self._run(self._engine.given(x, "B, T", self.batch))
+        return self._run(self._engine.given(x, "B, T", self.batch), chunk=True)
 
-    def _run(self, given: tuple[Array, ...]) -> Any:
+    def _run(self, given: tuple[Array, ...], chunk: bool = False) -> Any:
         with self._turns.turn() as taken:
             self._check_turn(taken)
-            return self._engine.run(given)
+            if self._history is None:
+                return self._engine.run(given)
+            before = self._engine.read() if self._history.wants_state else None
+            y = self._engine.run(given)
+            self._history.add(before, given, chunk)
+            return y
 
     @staticmethod
     def _check_turn(taken: Any) -> None:
@@ -146,6 +155,63 @@ class Stream:
         with self._turns.turn() as taken:
             self._check_turn(taken)
             self._engine.write(new, ALL if rows is None else chosen)
+            if self._history is not None:
+                self._history.forget()
+
+    def remember(self, steps: int) -> None:
+        """Keep from now on what `trace` needs: the frames of the last steps, and a state from before them.
+
+        A step costs a copy of its frame more, and every so many steps one of the state.
+
+        Args:
+            steps: how many `trace` shall be able to show; up to twice as many are kept.
+
+        Raises:
+            ValueError: not an integer from 1 to 2^31 - 1; weights of fewer bits, or a node that keeps frames of its
+                own, as a trace is run by the network itself.
+        """
+        steps = check_integer("Stream", "steps", steps)
+        if self.weights != "float32":
+            raise ValueError(f"Stream: expected weights='float32' to trace, got {self.weights!r}")
+        if keeps := self._engine.keeps_frames():
+            raise ValueError(f"Stream: expected cells alone to keep a state, to trace them, got {', '.join(keeps)}")
+        with self._turns.turn() as taken:
+            self._check_turn(taken)
+            self._history, self._alone = History(steps), None
+
+    def trace(self, steps: int | None = None) -> NetworkTrace:
+        """Return what every node and cell did in the last steps: see `Network.trace`.
+
+        The steps are run again from a state before them, and have the bits that they had. A state that is set or reset
+        begins anew.
+
+        Args:
+            steps: how many, at most; None = as many as `remember` was told.
+
+        Raises:
+            RuntimeError: `remember` wasn't called, or no step was taken since.
+
+        >>> from cellstack import Cell, CellSpec, Network, Recurrent
+        >>> cell = Cell(CellSpec(2, 3, use_bias=False), np.ones((2, 12)), np.ones((3, 12)))
+        >>> stream = Network([Recurrent((cell,))]).stream()
+        >>> stream.remember(100)
+        >>> y = [stream.step(frame) for frame in np.arange(10.0).reshape(5, 1, 2)]
+        >>> t = stream.trace(2)
+        >>> t["layer_0"].f.shape, bool((t.y[:, 1] == y[4]).all())
+        ((1, 2, 3), True)
+        """
+        if self._history is None:
+            raise RuntimeError("Stream: expected remember(steps) before trace(), which says how many to keep")
+        most = self._history.most if steps is None else check_integer("Stream", "steps", steps)
+        with self._turns.turn() as taken:
+            self._check_turn(taken)
+            kept = self._history.kept()
+        if kept is None:
+            raise RuntimeError("Stream: expected a step since remember() and since the state was set, got none")
+        state, arrays = kept
+        whole = self.network.trace(dict(zip(self.network.inputs, arrays, strict=True)), state)
+        first = max(0, len(whole.steps) - min(most, self._history.most))
+        return whole.select(steps=slice(first, None))
 
     def fork(self) -> Stream:
         """Return a new stream that starts from a copy of this one's state."""

@@ -1,0 +1,71 @@
+"""What a trace costs: `net.trace(x)` beside `net.run(x)`, and beside the loop over steps that people write for it.
+
+    python benchmarks/trace.py [--rounds 30]
+
+The trace's y and states are compared with the run's, bit for bit, and its gates with those of the loop. The loop steps
+`torch.nn.LSTMCell` and works out the gates of each step by hand, as it lacks them: T times. Rounds go through all in
+turn on one thread; the figures are the fastest round's milliseconds.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import peers
+import torch
+
+import cellstack as cs
+
+SHAPES = [(1, 100, 64), (1, 1000, 64), (1, 1000, 128), (1, 1000, 256), (32, 100, 64), (32, 100, 128), (256, 50, 128)]
+
+
+def by_hand(cell, x):
+    """Gates, c and h of every step, `[B, T, H]` each, with two products a step in torch."""
+    kernel, recurrent, bias = (torch.from_numpy(array) for array in cell)
+    h = c = torch.zeros(len(x), recurrent.shape[0])
+    steps = []
+    with torch.no_grad():
+        for frame in torch.from_numpy(x).unbind(1):
+            i, f, g, o = (frame @ kernel + h @ recurrent + bias).chunk(4, dim=1)
+            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+            c = f * c + i * g
+            h = o * c.tanh()
+            steps.append((i, f, g, o, c, h))
+        return [torch.stack(one, dim=1).numpy() for one in zip(*steps, strict=True)]
+
+
+def measured(batch, steps, units, rounds):
+    """Return the fastest milliseconds of a run, of a trace and of the loop, whose results were compared first."""
+    rng = np.random.default_rng(0)
+    (cell,) = peers.weights(units, units, 1)
+    net = cs.Network([cs.Recurrent((cs.Cell(cs.CellSpec(units, units), *cell),))])
+    x = rng.standard_normal((batch, steps, units)).astype(np.float32)
+    t, (y, state) = net.trace(x, threads=1), net.run(x, threads=1)
+    np.testing.assert_array_equal(t.y, y)
+    np.testing.assert_array_equal(t.state[0].c, state[0].c)
+    for field, expected in zip(t["layer_0"].cells[0].fields, by_hand(cell, x), strict=True):
+        np.testing.assert_allclose(field, expected, atol=1e-4)
+    calls = [lambda: net.run(x, threads=1), lambda: net.trace(x, threads=1), lambda: by_hand(cell, x)]
+    best = [np.inf] * 3
+    for number in range(rounds):
+        for place, call in enumerate(calls if number % 10 == 0 else calls[:2]):
+            start = time.perf_counter()
+            call()
+            best[place] = min(best[place], time.perf_counter() - start)
+    return [seconds * 1e3 for seconds in best]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{'B, T, H':>16}{'run':>10}{'trace':>10}{'ratio':>8}{'by hand':>10}{'ratio':>8}")
+    for batch, steps, units in SHAPES:
+        run, trace, loop = measured(batch, steps, units, args.rounds)
+        shape = f"{batch}, {steps}, {units}"
+        print(f"{shape:>16}{run:>10.3f}{trace:>10.3f}{trace / run:>8.2f}{loop:>10.2f}{loop / trace:>8.1f}")
+
+
+if __name__ == "__main__":
+    main()

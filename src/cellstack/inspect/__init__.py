@@ -1,0 +1,6 @@
+"""Looking inside: what every gate, cell and node did at every step of a run."""
+
+from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, load
+from cellstack.inspect.watch import Watch, watch
+
+__all__ = ["CellTrace", "NetworkTrace", "NodeTrace", "Watch", "load", "watch"]

@@ -1,0 +1,124 @@
+"""Watching a live torch model: what each layer of ours did during anybody's forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from torch import nn
+
+
+class Seen(NamedTuple):
+    """One call of a layer."""
+
+    y: Any
+    """What the layer returned, as its caller got it."""
+    trace: Any
+    """A `Trace`, `GRUTrace` or `RNNTrace`, each field `[B, T, H]`; of a stack a tuple of these, one a cell; of a
+    `Bidirectional` the pair of its directions."""
+
+
+class Watch(Mapping[str, Seen]):
+    """What `watch` records: a mapping from the names of a model's layers to the last call of each.
+
+    Attributes:
+        calls: all calls since the watch began, in their order, as pairs of a layer's name and what was seen.
+    """
+
+    def __init__(self, model: nn.Module, detach: bool) -> None:
+        from cellstack.layers import RNN, Bidirectional
+
+        found = {name: module for name, module in model.named_modules() if isinstance(module, (RNN, Bidirectional))}
+        inner = {id(one) for module in found.values() for one in module.modules() if one is not module}
+        self._layers = {name: module for name, module in found.items() if id(module) not in inner}
+        if not self._layers:
+            raise ValueError("watch: expected a model with layers of cellstack in it, found none")
+        self._detach, self._hooks, self._asked = detach, [], {}
+        self.calls: list[tuple[str, Seen]] = []
+
+    def __enter__(self) -> Watch:
+        for name, module in self._layers.items():
+            self._hooks += [
+                module.register_forward_pre_hook(self._before(name), with_kwargs=True),
+                module.register_forward_hook(self._after(name), prepend=True),  # within a watch around this one
+            ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            asked = args[4] if len(args) > 4 else kwargs.get("return_gates", False)
+            self._asked[name] = bool(asked)
+            if len(args) > 4:
+                return (*args[:4], True, *args[5:]), kwargs
+            return args, {**kwargs, "return_gates": True}
+
+        return hook
+
+    def _after(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], results: Any) -> Any:
+            *rest, trace = results
+            y = rest[0] if len(rest) == 1 else tuple(rest)
+            answer = results if self._asked.pop(name) else y
+            self.calls.append((name, Seen(*(map(_detached, (y, trace)) if self._detach else (y, trace)))))
+            return answer
+
+        return hook
+
+    def __getitem__(self, name: str) -> Seen:
+        for called, seen in reversed(self.calls):
+            if called == name:
+                return seen
+        if name in self._layers:
+            raise KeyError(f"{name!r} wasn't called since the watch began")
+        raise KeyError(f"expected one of {', '.join(map(repr, self._layers))}, got {name!r}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self.calls))
+
+    def __len__(self) -> int:
+        return len(dict(self.calls))
+
+    def __repr__(self) -> str:
+        return f"Watch of {len(self._layers)} layers, {len(self.calls)} calls: {', '.join(map(repr, self))}"
+
+
+def _detached(value: Any) -> Any:
+    """Return tensors without their graph, in whatever tuples they come."""
+    if hasattr(value, "detach"):
+        return value.detach()
+    if hasattr(value, "_fields"):
+        return type(value)(*map(_detached, value))
+    return tuple(map(_detached, value)) if isinstance(value, (tuple, list)) else value
+
+
+def watch(model: nn.Module, detach: bool = True) -> Watch:
+    """Return a context in which every layer of ours in a model notes what its gates did, whoever calls the model.
+
+    The layers answer as they do without it. Cells that a loop of the caller's own steps aren't layers, and aren't seen.
+
+    Args:
+        model: any module; a layer of ours alone is called `""`.
+        detach: whether what is seen leaves the graph; else gradients flow through it.
+
+    Raises:
+        ValueError: no layer of ours is in the model.
+
+    >>> import torch
+    >>> from cellstack import layers
+    >>> model = torch.nn.Sequential(layers.LSTM(4, return_sequences=True), layers.GRU(3))
+    >>> with watch(model) as seen:
+    ...     y = model(torch.ones(2, 5, 3))
+    >>> sorted(seen), tuple(seen["0"].trace.f.shape), tuple(seen["1"].trace.z.shape)
+    (['0', '1'], (2, 5, 4), (2, 5, 3))
+    """
+    return Watch(model, detach)

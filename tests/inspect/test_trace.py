@@ -1,0 +1,352 @@
+"""Traces: the bits of a run, what every node and cell did, and what the gates are activations of."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import tolerances
+from family import random_spec
+from networks import fill, make_cell, make_graph, make_network, make_stack, make_states
+
+from cellstack import CellSpec, Dense, FormatError, Network, Recurrent, inspect, reference
+from cellstack.nodes import Bidirectional, Conv1D, Embedding, GlobalPool, Merge, Pool1D
+from cellstack.spec import TRACES, State
+
+
+def rng_of(seed):
+    return np.random.default_rng(seed)
+
+
+def equal(one, other):
+    one, other = (value if isinstance(value, tuple) else (value,) for value in (one, other))
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_trace_has_the_bits_of_the_run_and_of_every_node(seed):
+    rng = rng_of(seed)
+    dtype = ("float32", "float64")[seed % 2]
+    if seed % 3:
+        net, x = make_graph(seed, dtype)
+    else:
+        net = make_network(seed, dtype)
+        x = {net.inputs[0]: rng.normal(size=(3, 6, net.input_size)).astype(dtype)}
+    first = next(iter(x.values()))
+    state = make_states(rng, net, 3) if net.cells else None
+    timed = all(net.graph.timed(name) for name in net.inputs)
+    mask = rng.random(first.shape[:2]) < 0.8 if seed % 5 == 0 and timed else None
+    y, after = net.run(x, state, mask)
+    t = net.trace(x, state, mask)
+    assert equal(t.y, y)
+    assert all(equal(tuple(one), tuple(other)) for one, other in zip(t.state, after, strict=True))
+    assert list(t) == list(net.names)
+    assert len(t) == len(net.nodes)
+    # Each node's value, asked for as an output: then nodes run apart.
+    every = Network(net.nodes, net.names, inputs=net_inputs(net), wires=net.wires, outputs=net.names)
+    apart, _ = every.run(x, state, mask)
+    for name, value, sources in zip(net.names, apart if len(net.names) > 1 else (apart,), net.wires, strict=True):
+        assert equal(t[name].y, value)
+        took = [t[source].y if source in net.names else x[source] for source in sources]
+        assert equal(t[name].x, tuple(took))
+    for name, node in zip(net.names, net.nodes, strict=True):
+        assert len(t[name].cells) == len(node.cells)
+        for cell, seen in zip(node.cells, t[name].cells, strict=True):
+            assert tuple(seen) == TRACES[cell.spec.kind]._fields
+
+
+def net_inputs(net):
+    return {name: net.shapes[name] for name in net.inputs}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("seed", range(60))
+def test_cells_and_their_sums_are_the_reference(seed, backwards):
+    """Every flag: gates, c and h of the equations over the same x; and gates that are activations of their sums."""
+    rng = rng_of(seed)
+    first = fill(rng, random_spec(rng, largest=12), "float64")
+    second = make_cell(rng, first.spec.output_size, 5, "float64")
+    net = Network([Recurrent((first, second), go_backwards=backwards)])
+    x = rng.normal(size=(3, 6, first.spec.input_size))
+    state = make_states(rng, net, 3) if seed % 2 else None
+    mask = rng.random((3, 6)) < 0.7 if seed % 3 == 0 else None
+    reset = rng.random((3, 6)) < 0.3 if seed % 5 == 0 else None
+    t, below = net.trace(x, state, mask, reset=reset), x
+    begun = reset
+    if reset is not None and backwards:  # a pass from the end comes to a piece's last step first
+        begun = np.concatenate([reset[:, 1:], np.zeros((3, 1), bool)], axis=1)
+    for number, seen in enumerate(t["layer_0"].cells):
+        cell, start = seen.cell, None if state is None else state[number]
+        exact = reference.forward(cell.spec, cell.arrays, below, start, mask=mask, reset=begun, reverse=backwards)
+        gates = [exact.gates[:, :, plane] for plane in range(exact.gates.shape[2])][: len(reference_gates(cell))]
+        fields = [*gates, *([] if exact.cells is None else [exact.cells]), exact.y]
+        for field, expected in zip(seen.fields, fields, strict=True):
+            np.testing.assert_allclose(field, expected, atol=tolerances.KERNEL_ACTIVATIONS * 10, rtol=1e-9)
+        used = np.ones((3, 6), bool) if mask is None else mask
+        for gate, z in seen.pre.items():
+            name, alpha, beta = cell.spec.activations[cell.spec.slots.index(gate)]
+            bound = np.inf if cell.spec.clip is None else cell.spec.clip
+            expected = reference.ACTIVATIONS[name][0](np.clip(z, -bound, bound), alpha, beta)
+            np.testing.assert_allclose(seen[gate][used], expected[used], atol=1e-9, rtol=1e-9)
+            assert not z[~used].any()
+        below = exact.y
+
+
+def reference_gates(cell):
+    return {"lstm": "ifgo", "gru": "zrg", "rnn": "g"}[cell.spec.kind]
+
+
+def stack(seed=0, dtype="float32"):
+    rng = rng_of(seed)
+    nodes = [Recurrent((make_cell(rng, 3, 8, dtype),)), Recurrent((make_cell(rng, 8, 6, dtype, kind="gru"),))]
+    return Network([*nodes, Dense(rng.normal(size=(6, 2)).astype(dtype))])
+
+
+def x_of(batch=2, steps=10, width=3, seed=1):
+    return rng_of(seed).normal(size=(batch, steps, width)).astype("float32")
+
+
+def test_some_nodes_steps_and_units_are_those_of_the_whole():
+    net, x = stack(), x_of()
+    whole = net.trace(x)
+    part = net.trace(x, nodes="layer_1", units=[1, 4], steps=slice(2, 7), pre=True)
+    assert list(part) == ["layer_1"]
+    assert equal(part.y, whole.y)
+    assert part.steps.tolist() == [2, 3, 4, 5, 6]
+    for field in "zrgh":
+        assert equal(getattr(part["layer_1"], field), getattr(whole["layer_1"], field)[:, 2:7][..., [1, 4]])
+    assert equal(part["layer_1"].pre["z"], whole["layer_1"].pre["z"][:, 2:7][..., [1, 4]])
+    assert part["layer_1"].units.tolist() == [1, 4]
+    assert equal(part["layer_1"].x, whole["layer_0"].y[:, 2:7])
+    with pytest.raises(ValueError, match="asked for: trace"):
+        net.trace(x, steps=slice(3))["layer_0"].cells[0].pre  # noqa: B018
+    with pytest.raises(KeyError, match="got 'layer_0', which isn't kept"):
+        part["layer_0"]
+    with pytest.raises(KeyError, match="expected one of layer_1, got 'nobody', which isn't in the network"):
+        part["nobody"]
+    with pytest.raises(ValueError, match="expected nodes out of layer_0, layer_1, layer_2, got 'lstm'"):
+        net.trace(x, nodes=["lstm"])
+    for wrong in ({"units": [8]}, {"steps": [10]}):
+        with pytest.raises(IndexError):
+            net.trace(x, **wrong)["layer_0"]
+
+
+def test_what_is_selected_by_slices_is_no_copy():
+    t = stack().trace(x_of(5))
+    part = t.select(rows=slice(1, 3), steps=slice(2, 9), units=slice(0, 4))
+    assert part["layer_0"].f.shape == (2, 7, 4)
+    assert np.shares_memory(part["layer_0"].f, t["layer_0"].f)
+    assert np.shares_memory(part["layer_2"].y, t["layer_2"].y)
+    assert np.array_equal(part["layer_0"].c, t["layer_0"].c[1:3, 2:9, :4])
+    assert part.y.shape == (2, 7, 2)
+    assert part.state[0].h.shape == (2, 8)
+    assert t.select(rows=1)["layer_1"].z.shape == (1, 10, 6)
+
+
+def test_steps_go_where_there_are_as_many():
+    rng = rng_of(0)
+    nodes = [Recurrent((make_cell(rng, 3, 4),)), Pool1D("max", 2), GlobalPool("mean")]
+    t = Network(nodes).trace(x_of(), steps=slice(0, 3))
+    assert [t[name].y.shape for name in t] == [(2, 3, 4), (2, 5, 4), (2, 4)]
+
+
+def test_fields_by_name_and_by_attribute():
+    t = stack().trace(x_of())
+    assert tuple(t["layer_0"].cells[0]) == ("i", "f", "g", "o", "c", "h")
+    assert t["layer_0"].cells[0]["f"] is t["layer_0"].f
+    with pytest.raises(AttributeError, match="a trace of this node has x, y, z, r, g, h, pre, not 'f'"):
+        t["layer_1"].f  # noqa: B018
+    with pytest.raises(AttributeError, match="a trace of this node has x, y, not 'f'"):
+        t["layer_2"].f  # noqa: B018
+    with pytest.raises(KeyError, match="expected one of z, r, g, h, got 'f'"):
+        t["layer_1"].cells[0]["f"]
+    rng = rng_of(0)
+    both = Bidirectional(*(Recurrent((make_cell(rng, 3, 4),), go_backwards=way) for way in (False, True)))
+    t = Network([both]).trace(x_of())
+    with pytest.raises(AttributeError, match=r"this node has 2 cells: take one of them, \.cells\[0\]\.f"):
+        t["layer_0"].f  # noqa: B018
+    assert "i f g o c h | i f g o c h" in repr(t)
+    assert repr(t["layer_0"]).splitlines()[1] == "  LSTM 3 -> 4: i, f, g, o, c, h [2, 10, 4]"
+
+
+@pytest.mark.parametrize("in_memory", [0, 5000])
+def test_what_is_too_large_lies_in_files(in_memory):
+    net, x = stack(), x_of(7, 20)
+    whole, mapped = net.trace(x), net.trace(x, in_memory=in_memory)
+    assert equal(whole.y, mapped.y)
+    for name in ("layer_0", "layer_1"):
+        assert all(map(equal, whole[name].cells[0].fields, mapped[name].cells[0].fields))
+    assert isinstance(_root(mapped["layer_1"].z), np.memmap)
+    assert not isinstance(_root(whole["layer_1"].z), np.memmap)
+
+
+def _root(array):
+    while array.base is not None and isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (0, 0, 3), (1, 1, 3)])
+def test_no_rows_and_no_steps(shape):
+    net, x = stack(), np.zeros(shape, "float32")
+    t = net.trace(x, pre=True)
+    y, state = net.run(x)
+    assert equal(t.y, y)
+    assert all(equal(tuple(one), tuple(other)) for one, other in zip(t.state, state, strict=True))
+    assert t["layer_0"].f.shape == t["layer_0"].pre["f"].shape == (*shape[:2], 8)
+
+
+def test_numbers_that_are_none():
+    net, x = stack(), x_of()
+    x[0, 3] = np.nan
+    x[1, 4] = np.inf
+    t = net.trace(x, pre=True)
+    np.testing.assert_array_equal(t.y, net(x))
+    assert np.isnan(t["layer_0"].c[0, 3:]).all()
+    assert np.isfinite(t["layer_0"].c[0, :3]).all()
+
+
+@pytest.mark.parametrize("pre", [False, True])
+def test_a_file_holds_all_of_it(tmp_path, pre):
+    rng = rng_of(4)
+    forward, backward = make_stack(rng, 3), make_stack(rng, 3, go_backwards=True)
+    nodes = [Bidirectional(forward, backward), Dense(rng.normal(size=(forward.units + backward.units, 2)).astype("f4"))]
+    net = Network(nodes, ["both", "head"], outputs=["head", "both"], wires=[("x",), ("both",)], inputs=["x"])
+    t = net.trace(x_of(), pre=pre)
+    t.save(tmp_path / "a trace")
+    assert [path.name for path in tmp_path.iterdir()] == ["a trace"]
+    read = inspect.load(tmp_path / "a trace")
+    assert repr(read) == repr(t)
+    assert equal(read.y, t.y)
+    assert equal(read.network(x_of()), t.y)
+    for name in t:
+        assert equal(read[name].x, t[name].x)
+        assert equal(read[name].y, t[name].y)
+        for one, other in zip(read[name].cells, t[name].cells, strict=True):
+            assert all(map(equal, one.fields, other.fields))
+            if pre:
+                assert all(equal(one.pre[gate], other.pre[gate]) for gate in other.pre)
+    assert all(equal(tuple(one), tuple(other)) for one, other in zip(read.state, t.state, strict=True))
+    part = t.select(steps=slice(2, 4), units=[1])
+    part.save(tmp_path / "part")
+    assert inspect.load(tmp_path / "part")["both"].cells[0].h.shape[1] == 2
+
+
+def test_files_that_are_no_traces(tmp_path):
+    net, path = stack(), tmp_path / "file"
+    net.save(tmp_path / "net.safetensors")
+    with pytest.raises(FormatError, match="expected a trace of version 1"):
+        inspect.load(tmp_path / "net.safetensors")
+    path.write_bytes(b"not a trace at all")
+    with pytest.raises(FormatError, match="expected a safetensors file"):
+        inspect.load(path)
+    net.trace(x_of()).save(path)
+    whole = path.read_bytes()
+    for damaged in (whole.replace(b"nodes/layer_1/y", b"nodes/layer_9/y"), whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(FormatError, match=str(path)):
+            inspect.load(path)
+    with pytest.raises(FileNotFoundError):
+        inspect.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError):
+        net.trace(x_of()).save(tmp_path / "nowhere" / "t")
+
+
+def test_traces_are_copied_and_pickled():
+    cell = stack().trace(x_of())["layer_0"].cells[0]
+    for other in (copy.copy(cell), copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
+        assert equal(other.f, cell.f)
+        assert equal(other.pre["f"], cell.pre["f"])
+
+
+def test_a_state_goes_in_and_comes_out():
+    net = Network([Recurrent((make_cell(rng_of(0), 3, 8),))])
+    x = x_of(2, 10)
+    first = net.trace(x[:, :4])
+    second = net.trace(x[:, 4:], first.state)
+    whole = net.trace(x)
+    assert isinstance(first.state[0], State)
+    for field in "ifgoch":
+        both = np.concatenate([getattr(t["layer_0"], field) for t in (first, second)], axis=1)
+        assert equal(both, getattr(whole["layer_0"], field))
+    assert equal(second["layer_0"].pre["f"], whole["layer_0"].pre["f"][:, 4:])
+
+
+def test_wide_cells_and_projections_keep_their_own_widths():
+    rng = rng_of(0)
+    net = Network([Recurrent((fill(rng, CellSpec(3, 8, proj_size=5)),))])
+    t = net.trace(x_of(), units=slice(6, 8))
+    assert t["layer_0"].f.shape == (2, 10, 2)
+    assert t["layer_0"].h.shape == (2, 10, 5)  # projected: of no unit in particular
+
+
+# ── streams ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_stream_s_last_steps_have_the_bits_that_they_had(seed):
+    rng = rng_of(seed)
+    net, most = stack(seed), int(rng.integers(1, 9))
+    stream, twin = net.stream(2), net.stream(2)
+    frames = x_of(2, 40, seed=seed)
+    start = int(rng.integers(0, 6))
+    stream.run(frames[:, :start])
+    twin.run(frames[:, :start])
+    stream.remember(most)
+    before = twin.state
+    whole = net.trace(frames[:, start:], before)
+    at = 0
+    while at < 30:
+        size = int(rng.integers(1, 6))
+        chunk = frames[:, start + at : start + at + size]
+        y = stream.run(chunk) if size > 1 else stream.step(chunk[:, 0])[:, None]
+        assert equal(y, twin.run(chunk))
+        at += size
+        asked = int(rng.integers(1, most + 1))
+        t = stream.trace(asked)
+        count = min(asked, at)
+        for name in ("layer_0", "layer_1"):
+            for field, expected in zip(t[name].cells[0].fields, whole[name].cells[0].fields, strict=True):
+                assert equal(field, expected[:, at - count : at])
+        assert equal(t.y, whole.y[:, at - count : at])
+    assert all(equal(tuple(one), tuple(other)) for one, other in zip(stream.trace().state, stream.state, strict=True))
+    assert stream.trace(1000)["layer_0"].f.shape[1] == most
+
+
+def test_what_a_stream_must_be_told_before_it_can_be_traced():
+    stream = stack().stream(1)
+    with pytest.raises(RuntimeError, match=r"expected remember\(steps\) before trace\(\)"):
+        stream.trace(3)
+    stream.remember(5)
+    with pytest.raises(RuntimeError, match="expected a step since remember"):
+        stream.trace()
+    x = x_of(1, 1)[:, 0]
+    stream.step(x)
+    assert stream.trace()["layer_0"].f.shape[1] == 1
+    stream.reset()
+    with pytest.raises(RuntimeError, match="expected a step since remember"):
+        stream.trace()
+    stream.step(x)
+    assert equal(stream.trace().y, stack()(x[:, None]))
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="expected steps to be an integer"):
+            stream.remember(wrong)
+    with pytest.raises(ValueError, match="expected weights='float32' to trace, got 'int8'"):
+        stack().stream(weights="int8").remember(3)
+    kernel = np.ones((2, 3, 3), "float32")
+    convolved = Network([Conv1D(kernel, padding="causal"), Recurrent((make_cell(rng_of(0), 3, 4),))], ["conv", "lstm"])
+    with pytest.raises(ValueError, match="expected cells alone to keep a state, to trace them, got conv"):
+        convolved.stream().remember(3)
+
+
+def test_ids_and_frames_of_a_stream_are_traced():
+    rng = rng_of(0)
+    nodes = [Embedding(rng.normal(size=(9, 2)).astype("f4")), Merge(), Recurrent((make_cell(rng, 5, 4),))]
+    net = Network(nodes, ["e", "both", "lstm"], inputs=("x", "id"), wires=[("id",), ("x", "e"), ("both",)])
+    stream, x, ids = net.stream(2), x_of(2, 6), rng.integers(0, 9, (2, 6))
+    stream.remember(4)
+    for step in range(6):
+        stream.step({"x": x[:, step], "id": ids[:, step]})
+    t = stream.trace()
+    assert equal(t["lstm"].f, net.trace({"x": x, "id": ids})["lstm"].f[:, 2:])
+    assert equal(t["e"].x, ids[:, 2:])

@@ -1,0 +1,118 @@
+"""Watching torch models: what their layers did, with the answers and gradients that they give without it."""
+
+import pytest
+import torch
+
+from cellstack import inspect, layers
+from cellstack.spec import GRUTrace, RNNTrace, Trace
+
+
+class Model(torch.nn.Module):
+    """Layers of ours of every kind, as somebody's own module calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = layers.LSTM(5, return_sequences=True, return_state=True)
+        self.both = layers.Bidirectional(layers.GRU(4, return_sequences=True))
+        cells = [layers.SimpleRNNCell(3), layers.LSTMCell(6)]
+        self.top = layers.RNN(layers.StackedRNNCells(cells))
+        self.head = torch.nn.Linear(6, 2)
+
+    def forward(self, x):
+        y, _, _ = self.low(x)
+        return self.head(self.top(self.both(y, mask=torch.ones(y.shape[:2], dtype=torch.bool))))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    made = Model()
+    made(torch.randn(2, 7, 3))
+    return made
+
+
+def test_answers_and_gradients_are_those_without_it(model):
+    x = torch.randn(2, 7, 3)
+    expected = model(x)
+    (expected.sum()).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with inspect.watch(model) as seen:
+        y = model(x)
+        y.sum().backward()
+    assert torch.equal(y, expected)
+    assert all(torch.equal(p.grad, other) for p, other in zip(model.parameters(), gradients, strict=True))
+    assert list(seen) == ["low", "both", "top"]
+    assert len(seen.calls) == len(seen) == 3
+    model(x)
+    assert len(seen.calls) == 3  # the watch is over
+    assert not model.low._forward_hooks
+    assert not model.low._forward_pre_hooks
+
+
+def test_what_is_seen_is_what_return_gates_gives(model):
+    x = torch.randn(2, 7, 3)
+    with inspect.watch(model) as seen:
+        model(x)
+    y, h, c, trace = model.low(x, return_gates=True)
+    assert isinstance(seen["low"].trace, Trace)
+    assert all(torch.equal(a, b) for a, b in zip(seen["low"].trace, trace, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen["low"].y, (y, h, c), strict=True))
+    ahead, back = seen["both"].trace
+    assert isinstance(ahead, GRUTrace)
+    assert back.z.shape == (2, 7, 4)
+    low, high = seen["top"].trace
+    assert isinstance(low, RNNTrace)
+    assert torch.equal(seen["top"].y, high.h[:, -1])
+    assert not seen["low"].trace.f.requires_grad
+
+
+def test_gradients_flow_where_they_are_asked_for(model):
+    with inspect.watch(model, detach=False) as seen:
+        model(torch.randn(2, 7, 3))
+    seen["low"].trace.f.sum().backward()
+    assert model.low.cell.kernel.grad is not None
+
+
+def test_a_caller_that_asks_for_gates_gets_them():
+    layer = layers.LSTM(4)
+    x = torch.randn(2, 5, 3)
+    expected_y, expected = layer(x, return_gates=True)
+    with inspect.watch(layer) as seen:
+        for y, trace in (layer(x, return_gates=True), layer(x, None, None, None, True)):
+            assert torch.equal(y, expected_y)
+            assert torch.equal(trace.f, expected.f)
+        plain = layer(x, None, None, None, False)
+    assert torch.equal(plain, expected_y)
+    assert len(seen.calls) == 3
+    assert torch.equal(seen[""].trace.f, expected.f)
+
+
+def test_two_watches_at_a_time(model):
+    x = torch.randn(2, 7, 3)
+    with inspect.watch(model) as outer, inspect.watch(model) as inner:
+        y = model(x)
+    assert torch.equal(y, model(x))
+    assert torch.equal(outer["low"].trace.f, inner["low"].trace.f)
+
+
+def test_an_exception_ends_the_watch(model):
+    with pytest.raises(RuntimeError, match="as it came"), inspect.watch(model):
+        raise RuntimeError("as it came")
+    assert not model.low._forward_hooks
+    with inspect.watch(model) as seen, pytest.raises(ValueError, match="expected"):
+        model(torch.randn(2, 7, 4))
+    assert not seen.calls
+    assert torch.is_tensor(model(torch.randn(2, 7, 3)))
+
+
+def test_what_was_not_called_and_what_is_not_there(model):
+    with inspect.watch(model) as seen:
+        model.low(torch.randn(1, 2, 3))
+    with pytest.raises(KeyError, match="'top' wasn't called since the watch began"):
+        seen["top"]
+    with pytest.raises(KeyError, match="expected one of 'low', 'both', 'top', got 'bottom'"):
+        seen["bottom"]
+    assert repr(seen) == "Watch of 3 layers, 1 calls: 'low'"
+    with pytest.raises(ValueError, match="watch: expected a model with layers of cellstack in it, found none"):
+        inspect.watch(torch.nn.Linear(2, 3))
