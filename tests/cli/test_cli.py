@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.resources import files
@@ -408,10 +409,18 @@ def test_run_and_info_need_no_torch(vowels, co2):
 
 
 def test_a_reader_that_leaves_early(vowels):
-    command = f"{sys.executable} -m cellstack run {vowels} {VOWELS_TEST} | head -1"
+    command = shlex.join([sys.executable, "-m", "cellstack", "run", str(vowels), VOWELS_TEST]) + " | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("sequence,predicted")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_answers_that_there_is_no_room_for(vowels):
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "cellstack", "run", vowels, VOWELS_TEST]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "cellstack run: error: No space left on device\n")
 
 
 def test_resume_from_the_command_line(capsys, tmp_path):

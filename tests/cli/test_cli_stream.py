@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_numbers_beyond_float32_are_infinite(model, net):
 
 def test_ends_that_are_closed(model):
     for closing in ("<&-", ">&-"):
-        command = f"{' '.join(COMMAND)} {model} {closing}"
+        command = f"{shlex.join([*COMMAND, str(model)])} {closing}"
         done = subprocess.run(
             command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )

@@ -148,6 +148,14 @@ def test_the_map_has_every_file_and_no_other():
     assert mapped == {name_of(path) for path in found if "__pycache__" not in path.parts and path.suffix != ".pyc"}
 
 
+def test_the_recipes_name_files_that_are_there():
+    page, package = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), ROOT / "src" / "cellstack"
+    named = re.findall(r"`([\w*./]+(?:\.(?:py|h|md)|/))`", page)
+    assert len(named) > 20
+    places = (ROOT, ROOT / "kernel", ROOT / "benchmarks", package, package / "layers", package / "formats")
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
 def test_the_format_page_knows_every_node_and_the_version():
     text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
     table = text[text.index("| `type` |") :].split("\n\n")[0]

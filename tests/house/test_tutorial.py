@@ -15,7 +15,11 @@ def outputs(tmp_path_factory):
     """Text and kinds of each code cell's outputs, by the cell's id."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     folder = tmp_path_factory.mktemp("tutorial")
-    NotebookClient(notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": folder}}).execute()
+    client = NotebookClient(notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": folder}})
+    with pytest.MonkeyPatch.context() as patched:  # else IPython writes to the home, where there is one
+        for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
+            patched.setenv(name, str(tmp_path_factory.mktemp(name)))
+        client.execute()
     return {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
 
 

@@ -197,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        return _fail(args.verb, reason)
+        said = error.strerror or str(error)
+        return _fail(args.verb, f"{error.filename}: {said}" if error.filename else said)
     except MemoryError as error:
         return _fail(args.verb, f"not enough memory: {error}")
     except (FormatError, ShapeError, UsageError) as error:  # any other is a bug of ours, and shows where it is
