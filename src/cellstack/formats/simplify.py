@@ -205,7 +205,7 @@ def nothing(draft: Draft, name: str) -> bool:
     return does_nothing and draft.bypass(name)
 
 
-def turned_back(draft: Draft, name: str) -> bool:
+def permuted_back(draft: Draft, name: str) -> bool:
     """A Permute that another one undoes, at once or behind activations number by number."""
     node, before = draft.nodes[name], draft.before(name)
     if not isinstance(node, Permute) or before is None or name in draft.masked:
@@ -428,7 +428,7 @@ def scaled_norm(draft: Draft, name: str) -> bool:
 RULES: tuple[Callable[[Draft, str], bool], ...] = (
     nothing,
     one_long_axis,
-    turned_back,
+    permuted_back,
     two_shapes,
     pieces,
     last_step,

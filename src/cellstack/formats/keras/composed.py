@@ -111,7 +111,7 @@ def _dot(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
     if ranks == {1}:
         return build.reduce("sum", product, 1, True)
     if ranks != {2} or places != [1, 1] or 1 not in (shapes[0][1], shapes[1][1]):
-        raise layer.refuse(f"axes {short(axes)} aren't what a Network has")
+        raise layer.refuse(f"axes {short(axes)} aren't supported")
     total = build.reduce("sum", product, 1, False)
     return build.reshape(total, (shapes[0][1], shapes[1][1]))
 
@@ -149,7 +149,7 @@ def composer(build: LayerBuilder, values: list[Value]) -> Composer | None:
         return None
     found = COMPOSED.get(kind)
     if found is not None and kind not in KEEPS and any(value.mask is not None for value in values):
-        raise layer.refuse("its mask isn't what a Network has")
+        raise layer.refuse("its mask isn't supported")
     return found
 
 
@@ -182,7 +182,7 @@ def returned(build: LayerBuilder, node: Node, value: Value, masked: bool) -> lis
 
     def half(taken: slice) -> Value:
         if node.merge_mode != "concat":
-            raise layer.refuse("the states of halves that are merged aren't what a Network has")
+            raise layer.refuse("the states of halves that are merged aren't supported")
         return build.select(value, len(build.shape(value)), taken)._replace(mask=value.mask)
 
     halves = [partial(half, taken) for taken in (slice(0, units), slice(units, None))]

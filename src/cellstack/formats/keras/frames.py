@@ -50,7 +50,7 @@ def at_every_frame(build: LayerBuilder, nodes: list[Node], value: Value) -> Valu
         else:
             mask, done = None, _at(build, node, value)
         if mask != value.mask:
-            raise build.layer.refuse("frames of several steps with a mask aren't what a Network has")
+            raise build.layer.refuse("frames of several steps with a mask aren't supported")
         value = done
     return value
 
@@ -80,7 +80,7 @@ def _at(build: LayerBuilder, node: Node, value: Value) -> Value:
             return build.reshape(pooled, (frames, width))
         if isinstance(node, Pool1D):
             return _pooled(build, node, value, steps, width)
-    raise build.layer.refuse("a layer that a Network hasn't at every step of a sequence")
+    raise build.layer.refuse("a layer that isn't supported at every step of a sequence")
 
 
 def _convolved(build: LayerBuilder, node: Conv1D, value: Value, steps: int, width: int) -> Value:

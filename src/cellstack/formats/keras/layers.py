@@ -85,7 +85,7 @@ def modern(layer: Layer) -> Layer:
         if config.get("layers"):
             raise layer.refuse("expected a Merge of tensors, found one that holds models of its own")
         if not isinstance(mode, str) or mode not in MERGES_1:
-            raise layer.refuse(f"mode {short(mode)} isn't one that a Network has")
+            raise layer.refuse(f"mode {short(mode)} isn't supported")
         kind, config = MERGES_1[mode], {**config, "axis": config.get("concat_axis", -1)}
     if kind == "BatchNormalization" and config.get("mode", 0) != 0:
         raise layer.refuse(f"expected mode 0, found {short(config['mode'])}")
@@ -104,7 +104,7 @@ def slots(layer: Layer, major: int) -> list[Slot]:
     """Return the slots of the weights of a layer, which is no model, in the order in which its node takes them.
 
     Raises:
-        FormatError: a layer that a Network hasn't.
+        FormatError: a layer that isn't supported.
     """
     layer = modern(layer) if major == 1 else layer
     if layer.kind in RECURRENT:
@@ -127,7 +127,7 @@ def slots(layer: Layer, major: int) -> list[Slot]:
     elif layer.kind in BUILDERS or layer.kind in (*NOTHING, *COMPOSED, "InputLayer"):
         leaves = []
     else:
-        raise layer.refuse("a layer that a Network hasn't")
+        raise layer.refuse("a layer that isn't supported")
     if quantised(layer):
         first, *rest = own_slots(layer, [*leaves, f"{leaves[0]}_scale"])
         return [first._replace(trainable=False, whole=True), *rest]
@@ -142,7 +142,7 @@ def quantised(layer: Layer) -> bool:
     settings = policy.get("config")
     mode = settings.get("mode") if isinstance(settings, dict) else None
     if mode not in (None, "int8"):
-        raise layer.refuse(f"weights of {short(mode)} aren't what a Network has, int8 is")
+        raise layer.refuse(f"weights of {short(mode)} aren't supported, int8 is")
     return mode == "int8"
 
 
@@ -174,7 +174,7 @@ def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None
         backend: what that Keras ran on, where it is known.
 
     Raises:
-        FormatError: what a Network hasn't, or weights of other shapes.
+        FormatError: what isn't supported, or weights of other shapes.
     """
     layer = modern(layer) if major == 1 else layer
     try:
@@ -188,7 +188,7 @@ def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None
             return _convolutions(layer, list(arrays), major)
         if layer.kind == "ReLU" and layer.config.get("max_value") is not None:
             if layer.config.get("negative_slope") or layer.config.get("threshold"):
-                raise layer.refuse("a max_value with a negative_slope or a threshold isn't what a Network has")
+                raise layer.refuse("a max_value with a negative_slope or a threshold isn't supported")
             return []
         return [BUILDERS[layer.kind](layer, list(arrays), major)]
     except (ValueError, TypeError) as error:  # what a node refuses in anybody's hands
@@ -296,7 +296,7 @@ def _normalization(layer: Layer, arrays: list[Array], major: int) -> Node:
 
 def _layer_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
     if layer.flag("rms_scaling"):
-        raise layer.refuse("rms_scaling isn't what a Network has")
+        raise layer.refuse("rms_scaling isn't supported")
     given = dict(zip(_affine(layer), arrays, strict=True))
     return LayerNorm(given.get("gamma"), given.get("beta"), _epsilon(layer))
 

@@ -131,7 +131,7 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list
             wires.append(feeds)
             feeds, last[name] = [own], own
     if problems:
-        raise ValueError(f"save: expected what Keras has, got {'; '.join(problems)}")
+        raise ValueError(f"save: expected nodes that Keras has layers for, got {'; '.join(problems)}")
     return entries, wires, [last[name] for name in network.outputs]
 
 
