@@ -23,7 +23,7 @@ from cellstack.nodes import Masking, Merge, Node, Recurrent, Select
 from cellstack.nodes.base import MOST, MOST_AXES, Shape
 from cellstack.spec import FormatError
 
-MANY = (*MERGES, "Merge", "Minimum", "Dot")  # layers that take several tensors
+MANY = (*MERGES, "Merge", "Dot")  # layers that take several tensors
 Values = dict[tuple[str, int], list[Value | Pending | None]]  # by layer and call; None = a problem is noted already
 
 

@@ -169,9 +169,7 @@ def _binary(build: LayerBuilder, kind: str, given: list[Any]) -> Value:
         if value is not one:
             raise build.layer.refuse("a number over a value isn't supported")
         return build.divide(value, number)
-    if kind == "Maximum" and number == 0:
-        return build.activate(value, "relu")
-    return build.merge("max" if kind == "Maximum" else "min", value, build.scale(value, 0.0, number))
+    return build.clip(value, number, None) if kind == "Maximum" else build.clip(value, None, number)
 
 
 # ── what takes one value ────────────────────────────────────────────────────────────────────────────────────────────
@@ -375,6 +373,7 @@ WORKERS: dict[str, Worker] = {
     "Negative": lambda build, value, settings: build.scale(value, -1.0),
     "Square": lambda build, value, settings: build.merge("mul", value, value),
     "Absolute": lambda build, value, settings: build.merge("max", value, build.scale(value, -1.0)),
+    "Clip": lambda build, value, settings: build.clip(value, settings.get("x_min"), settings.get("x_max")),
     "Copy": lambda build, value, settings: value,
     "StopGradient": lambda build, value, settings: value,
     "Cast": _cast,
