@@ -31,9 +31,10 @@ ACTIVATIONS = ("Relu", "Tanh", "Sigmoid", "HardSigmoid", "Softsign", "Thresholde
 
 
 class Runtime:
-    """ONNX Runtime in another process, which is started again where it dies."""
+    """ONNX Runtime, or what another program runs, in another process, which is started again where it dies."""
 
-    def __init__(self):
+    def __init__(self, worker=WORKER):
+        self.worker = worker
         self.process = None
         self.crashes = 0
 
@@ -41,7 +42,7 @@ class Runtime:
         """Return outputs by name; None where it doesn't run the model."""
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, "-c", self.worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
         given = pickle.dumps((data, feeds))
         try:

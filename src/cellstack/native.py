@@ -105,7 +105,7 @@ def sequences(
 
 
 def results(spec: CellSpec, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what a layer can write, by the names that `Layer` has for them; what it hasn't is left out.
+    """Return the shapes of what a layer can write, by `Layer`'s names for them, without what it doesn't have.
 
     `hn`, `cn`: the state after the last step. Of every step: `y`, which is h; `gates`, after their activations, a plane
     each; `cells`, which is c; `norms`, what the way back through layer normalisation needs.

@@ -406,9 +406,9 @@ def test_problems_come_in_order_of_weight_and_are_counted():
     builder = Builder()
     for number in range(50):
         builder.refuse(f"tensor {number}", rank=1)
-    builder.refuse("a layer that a Network hasn't")
-    builder.refuse("a layer that a Network hasn't")
-    with pytest.raises(ProblemsError, match=r"^a layer that a Network hasn't; tensor 0; .*; tensor 18; and 31 more$"):
+    builder.refuse("a layer that isn't supported")
+    builder.refuse("a layer that isn't supported")
+    with pytest.raises(ProblemsError, match=r"^a layer that isn't supported; tensor 0; .*; tensor 18; and 31 more$"):
         builder.network()
 
 

@@ -417,7 +417,7 @@ NOT_IN_KERAS = {
 def test_what_keras_has_not_is_named(case, tmp_path):
     nodes, suffix, message = NOT_IN_KERAS[case]
     net = Network(nodes, ["one", "two", "three", "four"][: len(nodes)], inputs={"x": (6, 3)})
-    with pytest.raises(ValueError, match=f"^save: expected what Keras has, got {message}"):
+    with pytest.raises(ValueError, match=f"^save: expected nodes that Keras has layers for, got {message}"):
         keras_adapter.save(net, str(tmp_path / f"net{suffix}"))
     assert not list(tmp_path.iterdir())
 

@@ -292,7 +292,7 @@ def nothing(draft: Draft, name: str) -> bool:
     return does_nothing and draft.bypass(name)
 
 
-def turned_back(draft: Draft, name: str) -> bool:
+def permuted_back(draft: Draft, name: str) -> bool:
     """A Permute that another one undoes, at once or behind activations number by number."""
     node, before = draft.nodes[name], draft.before(name)
     if not isinstance(node, Permute) or before is None or name in draft.masked:
@@ -517,7 +517,7 @@ RULES: tuple[Callable[[Draft, str], bool], ...] = (
     scaled_after,
     nothing,
     one_long_axis,
-    turned_back,
+    permuted_back,
     two_shapes,
     pieces,
     last_step,

@@ -219,7 +219,7 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set all weights, in the order of `get_weights`; builds the layer where that hasn't happened.
+        """Set all weights, in the order of `get_weights`; builds the layer where it isn't built.
 
         Raises:
             ShapeError: the number of arrays or a shape differs. Nothing is set then.

@@ -129,9 +129,9 @@ class Cell(Layer):
             self.build(given["input_size"])
 
     def _described(self, given: dict[str, Any]) -> tuple[list[eager.Function], list[str], CellSpec]:
-        """Return the functions of `CellSpec.slots`, names of those that the kernel hasn't, and the description.
+        """Return the functions of `CellSpec.slots`, names of those that the kernel doesn't have, and the description.
 
-        It is of width 1: flags are checked before there is an input. What the kernel hasn't is linear there.
+        It is of width 1: flags are checked before there is an input. What the kernel doesn't have is linear there.
         """
         by_gate = given["gate_activations"]
         try:

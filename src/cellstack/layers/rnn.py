@@ -13,7 +13,7 @@ from cellstack.layers import foreign, op, weights
 from cellstack.layers.base import Layer, as_flag, as_input
 from cellstack.layers.cell import Cell
 from cellstack.layers.foreign import as_cell, cell_name
-from cellstack.layers.sequences import Given, as_steps, as_used, pack, shifted, turned, unpack
+from cellstack.layers.sequences import Given, as_steps, as_used, flipped, pack, shifted, unpack
 from cellstack.layers.stack import StackedRNNCells, run_cells
 from cellstack.layers.state import StatefulLayer
 from cellstack.spec import Plan, ShapeError, check_sequence
@@ -203,18 +203,18 @@ class RNN(StatefulLayer):
         run = self.run(given, initial_state, training, return_gates, self.zero_output_for_mask)
         y: Any = run.y
         if self.return_sequences:
-            y = turned(y, given) if self.go_backwards else y
+            y = flipped(y, given) if self.go_backwards else y
             y = y if given.packed is None else pack(y, given.packed)
         results = [y, *(self.public_states(run.states) if self.return_state else ())]
         if return_gates:
             traces = run.traces
             if self.go_backwards:
-                traces = [type(trace)(*(turned(part, given) for part in trace)) for trace in traces]
+                traces = [type(trace)(*(flipped(part, given) for part in trace)) for trace in traces]
             results.append(self.public_traces(traces))
         return results[0] if len(results) == 1 else tuple(results)
 
     def given(self, sequences: Any, mask: Any, reset: Any, lengths: Any) -> Given:
-        """Return what a call is given but for its state, checked; builds the weights where that hasn't happened."""
+        """Return what a call is given but for its state, checked; builds the weights where there are none."""
         owner = self._owner
         if isinstance(sequences, PackedSequence):
             if mask is not None or lengths is not None:
@@ -228,7 +228,7 @@ class RNN(StatefulLayer):
         return Given(x, used, starts, sequences if isinstance(sequences, PackedSequence) else None)
 
     def as_x(self, sequences: Any) -> Tensor:
-        """Return `sequences` as a tensor `[B, T, I]`, checked; builds the weights where that hasn't happened."""
+        """Return `sequences` as a tensor `[B, T, I]`, checked; builds the weights where there are none."""
         x = as_input(self._owner, "sequences", sequences, self._reference())
         self._check(x)
         return x

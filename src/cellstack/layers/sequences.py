@@ -86,7 +86,7 @@ def pack(y: Tensor, like: PackedSequence) -> PackedSequence:
     return PackedSequence(data, like.batch_sizes, order, like.unsorted_indices)
 
 
-def turned(value: Tensor, given: Given) -> Tensor:
+def flipped(value: Tensor, given: Given) -> Tensor:
     """Return `value [B, T, …]` from the last step to the first; of packed rows each within its length."""
     if given.packed is None or given.used is None:
         return value.flip(1)

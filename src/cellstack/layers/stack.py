@@ -222,8 +222,8 @@ def _trace(cell: Cell, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
 def _at_last_used(x: Tensor, used: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
     """Return x of the last step that the mask counts, up to each step and since its last reset; zeros before that."""
     if reverse:
-        turned = None if reset is None else reset.flip(1)
-        return _at_last_used(x.flip(1), used.flip(1), turned, False).flip(1)
+        flipped = None if reset is None else reset.flip(1)
+        return _at_last_used(x.flip(1), used.flip(1), flipped, False).flip(1)
     count = torch.arange(1, x.shape[1] + 1, device=x.device)
     last = torch.where(used, count, 0).cummax(1).values  # 0: none
     if reset is not None:

@@ -489,11 +489,11 @@ class Merge(Node):
                     None if None in lengths else sum(known_length for known_length in lengths if known_length)
                 )
                 continue
-            spread = known - {1} if self.mode != "concat" else known
-            if len(spread) > 1:
+            longer = known - {1} if self.mode != "concat" else known
+            if len(longer) > 1:
                 raise ShapeError(f"{owner}: Merge expected values that fit each other to {self.mode}, got {text}")
-            unknown = None in lengths and not spread
-            merged.append(None if unknown else (spread or known).pop())
+            unknown = None in lengths and not longer
+            merged.append(None if unknown else (longer or known).pop())
         return tuple(merged)
 
     def merge(self, *values: Array) -> Array:

@@ -154,9 +154,9 @@ def test_functions_of_tensorflow(tmp_path, what):
 
 
 REFUSED = {
-    "another function": (one("math.cumsum", axis=1), "tf.math.cumsum.*a function that a Network hasn't"),
-    "an argument of its own": (one("nn.silu", beta=2.0), "beta=2.0 isn't what a Network has"),
-    "no function": ([{**one("cast")[0], "config": {"name": "tf.cast"}}], "a function that a Network hasn't, None"),
+    "another function": (one("math.cumsum", axis=1), "tf.math.cumsum.*a function that isn't supported"),
+    "an argument of its own": (one("nn.silu", beta=2.0), "beta=2.0 isn't supported"),
+    "no function": ([{**one("cast")[0], "config": {"name": "tf.cast"}}], "a function that isn't supported, None"),
     "a part of the batch": (item({**FULL, "stop": 2}), "expected all rows of the batch"),
     "a batch of its own": (one("gather", indices=0, axis=1, batch_dims=1), "batch_dims"),
     "an integer dtype": (one("cast", dtype="int32"), "a dtype of floats"),

@@ -347,7 +347,7 @@ def test_what_a_network_has_not_is_refused(tmp_path, what):
     inputs = keras.Input((5, 3))
     model = keras.Model(inputs, REFUSED[what](inputs))
     path = written(model, tmp_path / "model.keras")
-    with pytest.raises(FormatError, match="expected what a Network has, found: "):
+    with pytest.raises(FormatError, match="expected layers that are supported, found: "):
         adapter.load(path)
 
 

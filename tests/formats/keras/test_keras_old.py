@@ -375,11 +375,11 @@ def small(tmp_path, rng, *, settings=None, weights=None, version="2.2.4", layer=
         ({"settings": {"units": -1}}, "expected units to be an integer"),
         ({"settings": {"units": "many"}}, "expected units to be an integer"),
         ({"settings": {"return_sequences": 3}}, "expected return_sequences to be bool"),
-        ({"settings": {"activation": "swish"}}, "'swish' isn't one that a Network has"),
+        ({"settings": {"activation": "swish"}}, "'swish' isn't supported"),
         ({"version": "4.0"}, "expected keras_version 1, 2 or 3"),
-        ({"layer": "ConvLSTM2D"}, "ConvLSTM2D 'r': a layer that a Network hasn't"),
-        ({"layer": "Lambda"}, "Lambda 'r': a layer that a Network hasn't"),
-        ({"layer": "mine>LSTM"}, "mine>LSTM 'r': a layer that a Network hasn't"),
+        ({"layer": "ConvLSTM2D"}, "ConvLSTM2D 'r': a layer that isn't supported"),
+        ({"layer": "Lambda"}, "Lambda 'r': a layer that isn't supported"),
+        ({"layer": "mine>LSTM"}, "mine>LSTM 'r': a layer that isn't supported"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, rng, change, message):

@@ -12,6 +12,7 @@ from keras import ops
 
 from cellstack import FormatError, load
 from cellstack.formats import keras as adapter
+from cellstack.nodes import Activation, Clip, GlobalPool, Masking, Merge, Pad, Permute, Reduce
 
 L = keras.layers
 
@@ -270,8 +271,10 @@ def test_integers_of_8_bits(tmp_path):
 
 def test_what_needs_a_length_keeps_that_of_the_file(tmp_path):
     inputs = keras.Input((6, 3))
+    cut = adapter.from_keras(keras.Model(inputs, ops.split(sequences()(inputs), 2, axis=1)[0]))
+    assert cut.shapes[cut.inputs[0]] == (6, 3)
     total = adapter.from_keras(keras.Model(inputs, ops.sum(sequences()(inputs), axis=1)))
-    assert total.shapes[total.inputs[0]] == (6, 3)
+    assert total.shapes[total.inputs[0]] == (None, 3)
     mean = adapter.from_keras(keras.Model(inputs, ops.mean(sequences()(inputs)[:, -1:], axis=1)))
     assert mean.shapes[mean.inputs[0]] == (None, 3)
     last = adapter.from_keras(keras.Model(inputs, sequences()(inputs)[:, -1]))
@@ -281,7 +284,42 @@ def test_what_needs_a_length_keeps_that_of_the_file(tmp_path):
     assert np.array_equal(steps[-1], last(x))
     anything = keras.Input((None, 3))
     with pytest.raises(FormatError, match="needs the length of axis 1, which the file leaves open"):
-        adapter.from_keras(keras.Model(anything, ops.sum(sequences()(anything), axis=1)))
+        adapter.from_keras(keras.Model(anything, ops.reshape(sequences()(anything), (-1, 12))))
+
+
+ONE_NODE = {  # what Keras computes, and the node that it is, for sequences [B, 6, 3]
+    "ReLU up to a bound": (lambda x: L.ReLU(max_value=0.8)(x), Clip(0.0, 0.8)),
+    "ReLU6": (lambda x: L.ReLU(max_value=6.0)(x), Activation("relu6")),
+    "zeros around": (lambda x: L.ZeroPadding1D((2, 1))(x), Pad(2, 1)),
+    "a mean that stays": (lambda x: L.GlobalAveragePooling1D(keepdims=True)(x), Reduce("mean", 1, True)),
+    "the greatest, which stays": (lambda x: L.GlobalMaxPooling1D(keepdims=True)(x), Reduce("max", 1, True)),
+    "the least of two": (lambda x: L.Minimum()([x, x]), Merge("min")),
+    "bounds": (lambda x: ops.clip(x, -0.5, 0.8), Clip(-0.5, 0.8)),
+    "one bound": (lambda x: ops.minimum(x, 0.8), Clip(None, 0.8)),
+    "the other": (lambda x: ops.maximum(x, -0.5), Clip(-0.5, None)),
+    "no less than zero": (lambda x: ops.maximum(x, 0.0), Activation("relu")),
+    "a sum over time": (lambda x: ops.sum(x, axis=1), Reduce("sum", 1)),
+    "the least over time": (lambda x: ops.min(x, axis=1, keepdims=True), Reduce("min", 1, True)),
+    "a sum of features": (lambda x: ops.sum(x, axis=-1, keepdims=True), Reduce("sum", -1, True)),
+    "the greatest over time": (lambda x: ops.max(x, axis=1), GlobalPool("max")),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("work", "node"), ONE_NODE.values(), ids=ONE_NODE.keys())
+def test_what_one_node_does_is_one_node(work, node, masked, tmp_path):
+    inputs = keras.Input((6, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a layer drops the mask
+        model = keras.Model(inputs, work(L.Masking(0.0)(inputs) if masked else inputs))
+        x = np.random.default_rng(0).normal(size=(4, 6, 3)).astype("float32")
+        x[:, -2:] = 0.0
+        wanted = model(x).detach().numpy()
+    for net in ways(model, tmp_path):
+        close(net(x), wanted)
+        found = [one for one in net.nodes if not isinstance(one, (Masking, Permute))]
+        assert [(type(one), one.summary) for one in found] == [(type(node), node.summary)]
+        assert masked or len(net.nodes) == 1
 
 
 def changed(model, change):

@@ -177,7 +177,7 @@ ODD_CELLS = {
 @pytest.mark.parametrize("what", ODD_CELLS)
 def test_cells_that_keras_has_not(tmp_path, rng, what):
     net = Network([Recurrent((fill(rng, CellSpec(3, 4, **ODD_CELLS[what])),))], ["odd"])
-    with pytest.raises(ValueError, match=r"^save: expected what Keras has, got odd: ") as caught:
+    with pytest.raises(ValueError, match=r"^save: expected nodes that Keras has layers for, got odd: ") as caught:
         adapter.save(net, str(tmp_path / "model.keras"))
     assert what in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -208,7 +208,7 @@ def test_nodes_that_keras_has_not_are_all_named(tmp_path, rng):
             ("end", "rnn", "greatest"),
         ],
     )
-    with pytest.raises(ValueError, match="save: expected what Keras has") as caught:
+    with pytest.raises(ValueError, match="save: expected nodes that Keras has layers for") as caught:
         adapter.save(net, str(tmp_path / "model.h5"))
     text = str(caught.value)
     for name in (

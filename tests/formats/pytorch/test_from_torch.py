@@ -239,6 +239,17 @@ AROUND = {  # a module, the shape of what it takes, how many Permutes are left
         2,
     ),
     "pools": (lambda: [nn.MaxPool1d(3), nn.Sigmoid(), nn.AvgPool1d(2, 1), nn.Linear(5, 2)], (3, 20), 2),
+    "padded pools": (
+        lambda: [
+            nn.Conv1d(3, 5, 1),
+            nn.MaxPool1d(3, padding=1),
+            nn.AvgPool1d(3, padding=1),
+            nn.AvgPool1d(4, 1, 2, count_include_pad=False),
+            nn.MaxPool1d(3, 1, 1),
+        ],
+        (3, 20),
+        2,
+    ),
     "softmax over channels": (lambda: [nn.Conv1d(3, 5, 3), nn.Softmax(1), nn.MaxPool1d(2)], (3, 20), 2),
     "softmax over time": (lambda: [nn.Conv1d(3, 5, 3), nn.Softmax(-1), nn.MaxPool1d(2)], (3, 20), 4),
     "mean over time": (
@@ -480,7 +491,6 @@ REFUSED = {
         r"1\.0 \(Conv1d\): expected padding_mode='zeros', got 'reflect'",
     ),
     "planes": (lambda: nn.Conv2d(3, 3, 3), r"1\.0 \(Conv2d\): expected a recurrent layer, a Linear"),
-    "padded pool": (lambda: nn.MaxPool1d(3, padding=1), r"1\.0 \(MaxPool1d\): expected padding=0, got 1"),
     "dilated pool": (lambda: nn.MaxPool1d(3, dilation=2), r"1\.0 \(MaxPool1d\): expected dilation=1, got 2"),
     "pool rounded up": (lambda: nn.AvgPool1d(3, ceil_mode=True), r"1\.0 \(AvgPool1d\): expected ceil_mode=False"),
     "pool to several": (lambda: nn.AdaptiveAvgPool1d(2), r"1\.0 \(AdaptiveAvgPool1d\): expected output_size=1, got 2"),

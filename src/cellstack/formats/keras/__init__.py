@@ -1,7 +1,7 @@
 """Keras's files without Keras: `.keras`, and HDF5 of Keras 1, 2 and 3, whole models or weights alone.
 
 A file is read as data: nothing in it is run, and nothing outside of it is read. What a layer computes is told by its
-class, its settings and the version of Keras; a layer that a Network hasn't is refused by name. Whatever policy a layer
+class, its settings and the version of Keras; a layer that isn't supported is refused by name. Whatever policy a layer
 has, such as `mixed_float16`, it is computed in the dtype of its weights; integers of 8 bits over their scales.
 
 Ref: https://keras.io/api/models/model_saving_apis/
@@ -29,7 +29,7 @@ from cellstack.spec import FormatError
 NAME = "Keras"
 SUFFIXES = (".keras", ".h5", ".hdf5")
 HINT = "cellstack.extract(path) gives its recurrent parts"
-WORDS_2 = ("units", "filters", "recurrent_activation", "kernel_initializer")  # settings that Keras 1 hasn't
+WORDS_2 = ("units", "filters", "recurrent_activation", "kernel_initializer")  # settings that Keras 1 doesn't have
 
 Architecture = dict[str, Any] | list[Any] | str | PathLike[str]
 
@@ -54,7 +54,7 @@ def load(path: str | PathLike[str], architecture: Architecture | None = None) ->
         was assumed.
 
     Raises:
-        FormatError: the file is damaged, or holds what a Network hasn't: all of it is named.
+        FormatError: the file is damaged, or holds what isn't supported: all of it is named.
         OSError: the file can't be read.
         ModuleNotFoundError: h5py is missing.
 
@@ -80,7 +80,7 @@ def extract(path: str | PathLike[str], architecture: Architecture | None = None)
         A Network for each recurrent layer, by its name; `"outer.inner"` within another model.
 
     Raises:
-        FormatError: the file is damaged, no layer is recurrent, or one is that a Network hasn't.
+        FormatError: the file is damaged, no layer is recurrent, or one is that isn't supported.
         OSError: the file can't be read.
         ModuleNotFoundError: h5py is missing.
     """
@@ -111,7 +111,7 @@ def from_keras(model: Any) -> Network:
         The model at inference, its nodes named as its layers.
 
     Raises:
-        FormatError: what a Network hasn't; all of it is named.
+        FormatError: what isn't supported; all of it is named.
         TypeError: no such model.
 
     Ref: the description is the model's own `get_config()`.
@@ -144,7 +144,7 @@ def save(network: Network, path: str) -> None:
         path: where to; a file that is there is replaced in one step.
 
     Raises:
-        ValueError: what Keras hasn't, all of it is named; a path that ends in `.weights.h5`.
+        ValueError: nodes that Keras has no layers for, all of them named; a path that ends in `.weights.h5`.
         OSError: the file can't be written.
         ModuleNotFoundError: h5py is missing.
     """
@@ -227,7 +227,7 @@ def _wired(source: Source, model: Model, built: Built) -> Network:
         return Reader(built, source.major).network(model, _metadata(source))
     except ProblemsError as error:
         hint = f"; {HINT}" if built.recurrent else ""
-        raise FormatError(f"{source.path}: expected what a Network has, found: {error}{hint}") from None
+        raise FormatError(f"{source.path}: expected layers that are supported, found: {error}{hint}") from None
     except (ValueError, TypeError) as error:  # layers that don't meet
         text = str(error).removeprefix(f"{source.path}: ")
         raise FormatError(f"{source.path}: {text[:300]}") from None

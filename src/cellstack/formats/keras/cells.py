@@ -28,7 +28,7 @@ SCALES = ("kernel_scale", "embeddings_scale")  # of integers, which stand first 
 STATISTICS = (*SCALES, "moving_mean", "moving_variance", "running_mean", "running_std", "mean", "variance", "count")
 PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu")
 
-MORE = {  # activations that a layer has and a cell hasn't
+MORE = {  # activations that a layer has and a cell doesn't
     **{name: name for name in ("gelu", "silu", "selu", "exponential", "relu6", "log_softmax")},
     "swish": "silu",
 }
@@ -62,7 +62,7 @@ def own_slots(layer: Layer, leaves: list[str]) -> list[Slot]:
 def activation(layer: Layer, name: str, major: int, more: bool = False) -> str:
     """Return the activation that a setting names, in our words; nothing stands for linear, as in Keras.
 
-    `hard_sigmoid` was 0.2·z + 0.5 up to Keras 2, and is z/6 + 0.5 from 3 on. `more`: those too that cells haven't.
+    `hard_sigmoid` was 0.2·z + 0.5 up to Keras 2, and is z/6 + 0.5 from 3 on. `more`: those too that cells don't have.
     """
     if name not in layer.config:
         raise layer.refuse(f"expected {name}, found none: what it is when it isn't said has changed in Keras")
@@ -80,7 +80,7 @@ def activation(layer: Layer, name: str, major: int, more: bool = False) -> str:
         return value
     if more and isinstance(value, str) and value in MORE:
         return MORE[value]
-    raise layer.refuse(f"{name} {short(value)} isn't one that a Network has")
+    raise layer.refuse(f"{name} {short(value)} isn't supported")
 
 
 def activation_layer(layer: Layer, major: int, more: bool = False) -> str:
@@ -101,14 +101,14 @@ def activation_layer(layer: Layer, major: int, more: bool = False) -> str:
         return f"thresholded_relu({_number(layer, 'theta', 1.0)})"
     if kind == "ReLU":
         if layer.config.get("max_value") is not None:
-            raise layer.refuse(f"max_value {short(layer.config['max_value'])} isn't one that a Network has")
+            raise layer.refuse(f"max_value {short(layer.config['max_value'])} isn't supported")
         slope, threshold = _number(layer, "negative_slope", 0.0), _number(layer, "threshold", 0.0)
         if threshold and slope:
-            raise layer.refuse("a threshold and a negative_slope together aren't what a Network has")
+            raise layer.refuse("a threshold and a negative_slope together aren't supported")
         if threshold:
             return f"thresholded_relu({threshold})"
         return f"leaky_relu({slope})" if slope else "relu"
-    raise layer.refuse("an activation that a Network hasn't")
+    raise layer.refuse("an activation that isn't supported")
 
 
 def _number(layer: Layer, name: str, usual: float) -> float:
@@ -143,7 +143,7 @@ def cells_of(layer: Layer) -> list[tuple[Layer, str, str]]:
         raise cell.refuse("expected cells, found none")
     for entry in entries:
         if entry.kind not in CELLS:
-            raise entry.refuse("a cell that a Network hasn't")
+            raise entry.refuse("a cell that isn't supported")
     return [(entry, CELLS[entry.kind], place) for entry, place in zip(entries, places, strict=True)]
 
 
@@ -185,7 +185,7 @@ def recurrent(layer: Layer, arrays: Iterator[Array], major: int) -> Recurrent | 
         major: the version of Keras.
 
     Raises:
-        FormatError: what a Network hasn't, or weights of other shapes.
+        FormatError: what isn't supported, or weights of other shapes.
     """
     if layer.kind == "Bidirectional":
         ahead, back = (recurrent(half, arrays, major) for half in _halves(layer))

@@ -8,7 +8,6 @@ from math import prod
 
 import numpy as np
 
-from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 from cellstack.formats.keras.layer_builder import LayerBuilder, Pending, Value
 from cellstack.nodes import (
@@ -42,16 +41,6 @@ def _prelu(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value
     return build.reshape(done, shape) if whole else done._replace(mask=value.mask)
 
 
-def _relu(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
-    """Return a ReLU with a greatest value m: `m - max(m - relu(x), 0)`."""
-    (value,) = values
-    most = build.number(build.layer.config.get("max_value"))
-    if most == 6.0:
-        return build.activate(value, "relu6")._replace(mask=value.mask)
-    below = build.activate(build.scale(build.activate(value, "relu"), -1.0, most), "relu")
-    return build.scale(below, -1.0, most)._replace(mask=value.mask)
-
-
 def _over_axis(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
     """Return what a node does to the features, done to another axis."""
     (node,), (value,) = nodes, values
@@ -68,35 +57,12 @@ def _rescaling(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> V
     return build.scale(value, config.get("scale"), config.get("offset", 0.0))._replace(mask=value.mask)
 
 
-def _pair(layer: Layer, name: str) -> tuple[int, int]:
-    found = layer.config.get(name)
-    pair = [found, found] if type(found) is int else found
-    if not isinstance(pair, list) or len(pair) != 2 or not all(type(one) is int and 0 <= one < 2**31 for one in pair):
-        raise layer.refuse(f"expected {name} at the start and the end, found {short(found)}")
-    return pair[0], pair[1]
-
-
-def _zero_padding(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
-    build.layer.check_channels_last()
-    return build.pad(values[0], *_pair(build.layer, "padding"))
-
-
 def _up_sampling(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
     """Return every step several times: as many copies of the features, cut into steps."""
     (value,) = values
     times, (steps, _) = build.layer.integer("size", 2), build.shape(value)
     wide = build.repeat(value, 2, times)
     return build.reshape(wide, (None if steps is None else steps * times, build.width(value)))
-
-
-def _minimum(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
-    return build.merge("min", *values)
-
-
-def _global(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
-    """Return a pool over time that keeps the axis."""
-    (node,), (value,) = nodes, values
-    return build.expand(build.add(node, value), 1)
 
 
 def _dot(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
@@ -111,7 +77,7 @@ def _dot(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
     if ranks == {1}:
         return build.reduce("sum", product, 1, True)
     if ranks != {2} or places != [1, 1] or 1 not in (shapes[0][1], shapes[1][1]):
-        raise layer.refuse(f"axes {short(axes)} aren't what a Network has")
+        raise layer.refuse(f"axes {short(axes)} aren't supported")
     total = build.reduce("sum", product, 1, False)
     return build.reshape(total, (shapes[0][1], shapes[1][1]))
 
@@ -119,37 +85,22 @@ def _dot(build: LayerBuilder, nodes: list[Node], values: list[Value]) -> Value:
 AXES = ("BatchNormalization", "LayerNormalization", "Normalization", "Softmax")  # layers that name an axis
 COMPOSED: dict[str, Composer] = {
     "PReLU": _prelu,
-    "ReLU": _relu,
     **dict.fromkeys(AXES, _over_axis),
     "Rescaling": _rescaling,
-    "ZeroPadding1D": _zero_padding,
     "UpSampling1D": _up_sampling,
-    "Minimum": _minimum,
     "Dot": _dot,
-    "GlobalMaxPooling1D": _global,
-    "GlobalAveragePooling1D": _global,
 }
-KEEPS = (
-    "PReLU",
-    "ReLU",
-    "Rescaling",
-    "ZeroPadding1D",
-    "UpSampling1D",
-)  # of these, what Keras does with a mask is done here
+KEEPS = ("PReLU", "Rescaling", "UpSampling1D")  # of these, what Keras does with a mask is done here
 
 
 def composer(build: LayerBuilder, values: list[Value]) -> Composer | None:
     """Return what makes several nodes of a layer; None where its node alone does."""
     layer, kind = build.layer, build.layer.kind
-    if kind == "ReLU" and layer.config.get("max_value") is None:
-        return None
-    if kind.startswith("Global") and not layer.flag("keepdims"):
-        return None
     if kind in AXES and over_features(build, values[0]):
         return None
     found = COMPOSED.get(kind)
     if found is not None and kind not in KEEPS and any(value.mask is not None for value in values):
-        raise layer.refuse("its mask isn't what a Network has")
+        raise layer.refuse("its mask isn't supported")
     return found
 
 
@@ -182,7 +133,7 @@ def returned(build: LayerBuilder, node: Node, value: Value, masked: bool) -> lis
 
     def half(taken: slice) -> Value:
         if node.merge_mode != "concat":
-            raise layer.refuse("the states of halves that are merged aren't what a Network has")
+            raise layer.refuse("the states of halves that are merged aren't supported")
         return build.select(value, len(build.shape(value)), taken)._replace(mask=value.mask)
 
     halves = [partial(half, taken) for taken in (slice(0, units), slice(units, None))]

@@ -10,15 +10,17 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 
-from cellstack.formats.keras.layer_builder import MOST_COPIES, LayerBuilder, Value
+from cellstack.formats.keras.layer_builder import LayerBuilder, Value
 from cellstack.nodes import (
     Activation,
+    Clip,
     Conv1D,
     Dense,
     Embedding,
     Flatten,
     GlobalPool,
     LayerNorm,
+    Pad,
     Permute,
     Pool1D,
     Reshape,
@@ -26,8 +28,9 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.base import Node
+from cellstack.nodes.time import pads
 
-POINTWISE = (Activation, Dense, LayerNorm, Scale, Standardise)
+POINTWISE = (Activation, Clip, Dense, LayerNorm, Scale, Standardise)
 
 
 def at_every_frame(build: LayerBuilder, nodes: list[Node], value: Value) -> Value:
@@ -50,7 +53,7 @@ def at_every_frame(build: LayerBuilder, nodes: list[Node], value: Value) -> Valu
         else:
             mask, done = None, _at(build, node, value)
         if mask != value.mask:
-            raise build.layer.refuse("frames of several steps with a mask aren't what a Network has")
+            raise build.layer.refuse("frames of several steps with a mask aren't supported")
         value = done
     return value
 
@@ -80,18 +83,15 @@ def _at(build: LayerBuilder, node: Node, value: Value) -> Value:
             return build.reshape(pooled, (frames, width))
         if isinstance(node, Pool1D):
             return _pooled(build, node, value, steps, width)
-    raise build.layer.refuse("a layer that a Network hasn't at every step of a sequence")
+    raise build.layer.refuse("a layer that isn't supported at every step of a sequence")
 
 
 def _convolved(build: LayerBuilder, node: Conv1D, value: Value, steps: int, width: int) -> Value:
     """Return a convolution within each frame: over all of them, without the windows that see two."""
     frames = build.shape(value)[0]
-    before, after = _padding(node, steps)
-    if max(before, after) > MOST_COPIES:
-        raise build.layer.refuse(f"expected at most {MOST_COPIES} steps of padding a frame, found {max(before, after)}")
+    before, after = pads(node.padding, steps, node.span, node.strides)
     if before or after:
-        zeros = build.scale(build.select(value, 2, slice(0, 1)), 0.0)
-        value = build.merge("concat", *[zeros] * before, value, *[zeros] * after, axis=2)
+        value = build.add(Pad(before, after, axis=2), value)
         steps += before + after
     if steps < node.span:
         raise build.layer.refuse(f"expected frames of at least {node.span} steps, found {steps}")
@@ -99,16 +99,6 @@ def _convolved(build: LayerBuilder, node: Conv1D, value: Value, steps: int, widt
     made = build.add(whole, build.reshape(value, (None, width)))
     made = build.reshape(made, (frames, steps, node.kernel.shape[2]))
     return build.select(made, 2, slice(0, steps - node.span + 1, node.strides))
-
-
-def _padding(node: Conv1D, steps: int) -> tuple[int, int]:
-    """Return how many zeros go before and after each frame."""
-    if isinstance(node.padding, tuple):
-        return node.padding
-    if node.padding != "same":
-        return (node.span - 1 if node.padding == "causal" else 0), 0
-    missing = max(0, (-(-steps // node.strides) - 1) * node.strides + node.span - steps)
-    return missing // 2, missing - missing // 2
 
 
 def _pooled(build: LayerBuilder, node: Pool1D, value: Value, steps: int, width: int) -> Value:

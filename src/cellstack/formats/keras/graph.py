@@ -23,7 +23,7 @@ from cellstack.nodes import Masking, Merge, Node, Recurrent, Select
 from cellstack.nodes.base import MOST, MOST_AXES, Shape
 from cellstack.spec import FormatError
 
-MANY = (*MERGES, "Merge", "Minimum", "Dot")  # layers that take several tensors
+MANY = (*MERGES, "Merge", "Dot")  # layers that take several tensors
 Values = dict[tuple[str, int], list[Value | Pending | None]]  # by layer and call; None = a problem is noted already
 
 
@@ -141,7 +141,7 @@ class Reader:
         try:
             if layer.operation:
                 if framed:
-                    raise layer.refuse("an operation within a TimeDistributed isn't what a Network has")
+                    raise layer.refuse("an operation within a TimeDistributed isn't supported")
                 return [*operate(self._of(layer, name), call, there.__getitem__)]
             self._check_call(layer, call, inputs, named)
             if layer.model is not None:
@@ -163,13 +163,13 @@ class Reader:
     def _frames(self, layer: Layer, inputs: list[Value], name: str) -> list[Value | Pending | None]:
         """Return what a layer makes of every step of its input by itself."""
         if len(inputs) != 1 or layer.inner is not None:
-            raise layer.refuse("a layer that a Network hasn't at every step of a sequence")
+            raise layer.refuse("a layer that isn't supported at every step of a sequence")
         nodes = self.built.nodes[id(layer)]
         if not nodes and layer.kind not in NOTHING:
-            raise layer.refuse("a layer that a Network hasn't at every step of a sequence")
+            raise layer.refuse("a layer that isn't supported at every step of a sequence")
         build = self._of(layer, name)
         if composer(build, inputs) is not None:
-            raise layer.refuse("a layer that a Network hasn't at every step of a sequence")
+            raise layer.refuse("a layer that isn't supported at every step of a sequence")
         return [at_every_frame(build, nodes, inputs[0])]
 
     def _of(self, layer: Layer, name: str) -> LayerBuilder:
@@ -208,7 +208,7 @@ class Reader:
             return self._frames(inner, inputs, name)
         nodes, build = self.built.nodes[id(layer)], self._of(layer, name)
         if layer.kind == "Softmax" and value.mask is not None:
-            raise layer.refuse("a softmax over masked features isn't what a Network has")
+            raise layer.refuse("a softmax over masked features isn't supported")
         if layer.kind == "GlobalMaxPooling1D" and value.mask is not None:  # Keras takes the greatest of all steps
             value = build.bare(value)
         compose = composer(build, [value, *inputs[1:]])

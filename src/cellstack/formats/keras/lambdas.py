@@ -90,7 +90,7 @@ def as_operation(layer: Layer, given: list[Any], named: dict[str, Any]) -> tuple
     """
     function = layer.config.get("function")
     if not isinstance(function, str) or function not in NAMES:
-        raise layer.refuse(f"a function that a Network hasn't, {short(function)}")
+        raise layer.refuse(f"a function that isn't supported, {short(function)}")
     kind, order = NAMES[function]
     settings: dict[str, Any] = {}
     for name, value in named.items():
@@ -98,9 +98,9 @@ def as_operation(layer: Layer, given: list[Any], named: dict[str, Any]) -> tuple
         if word is not None and word in order and (value is not None or name not in SAYS_NOTHING):
             settings[word] = value
         elif name not in SAYS_NOTHING and value is not None:
-            raise layer.refuse(f"{name}={short(value)} isn't what a Network has")
+            raise layer.refuse(f"{name}={short(value)} isn't supported")
     if named.get("batch_dims"):
-        raise layer.refuse(f"batch_dims={short(named['batch_dims'])} isn't what a Network has")
+        raise layer.refuse(f"batch_dims={short(named['batch_dims'])} isn't supported")
     if "y" in settings:
         given = [*given, settings.pop("y")]
     if kind == "Gelu":

@@ -1,4 +1,4 @@
-"""What takes more than one node: sums over an axis, slices, products with a number, said in the nodes that there are.
+"""What takes more than one node: entries of an axis, work on another axis than the last, on more axes than nodes take.
 
 Axes are counted as a file counts them, 0 being the batch;
 lengths come from the shapes that the inputs have in the file.
@@ -7,7 +7,6 @@ lengths come from the shapes that the inputs have in the file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +16,11 @@ from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 from cellstack.nodes import (
     Activation,
-    Conv1D,
-    Flatten,
+    Clip,
     GlobalPool,
     Merge,
     Permute,
+    Reduce,
     Repeat,
     Reshape,
     Scale,
@@ -237,41 +236,24 @@ class LayerBuilder:
         return self.flat(value, lambda one: self.add(Activation(activation), one))
 
     def merge(self, mode: str, *values: Value, axis: int = -1) -> Value:
-        """Return several values merged; `min` too, and numbers broadcast over axes of length 1."""
-        if len(values) == 1:
-            return values[0]
-        if mode == "min":
-            return self.scale(self.merge("max", *(self.scale(value, -1.0) for value in values)), -1.0)
-        return self.add(Merge(mode, axis), *values)
+        """Return several values merged; one stays as it is."""
+        return values[0] if len(values) == 1 else self.add(Merge(mode, axis), *values)
 
     def reduce(self, mode: str, value: Value, axis: Any, keepdims: bool) -> Value:
         """Return the mean, max, min or sum over one axis."""
-        shape = self.shape(value)
-        place = self.place(axis, len(shape))
-        if mode == "min":
-            return self.scale(self.reduce("max", self.scale(value, -1.0), axis, keepdims), -1.0)
-        if mode == "sum":
-            length = self.length(value, place)
-            return self.scale(self.reduce("mean", value, axis, keepdims), float(length))
-        rest = [*shape[: place - 1], *shape[place:]]
-        kept = [*shape[: place - 1], 1, *shape[place:]]
-        if not rest and not keepdims:
-            raise self.layer.refuse("returns one number a row, without an axis for it")
-        order = [place, *(axis for axis in range(1, len(shape) + 1) if axis != place)]
-        first = self.permute(value, order)
-        if len(shape) != 2:
-            if None in rest:
-                raise self.layer.refuse(f"needs lengths that the file leaves open, {short(rest)}")
-            first = self.reshape(first, (shape[place - 1], prod(one for one in rest if one is not None)))
-        found = self.add(GlobalPool(mode), first)
-        return self.reshape(found, kept if keepdims else rest)
+        axes = len(self.shape(value))
+        place = self.place(axis, axes)
+        if axes == 2 and place == 1 and not keepdims and mode in ("mean", "max"):
+            return self.add(GlobalPool(mode), value)
+        return self.add(Reduce(mode, -1 if place == axes else place, keepdims), value)
 
-    def pad(self, value: Value, before: int, after: int) -> Value:
-        """Return `value [B, T, W]` with steps of zeros before and after."""
-        width = self.width(value)
-        kernel = np.ones((1, 1, self.builder.make(width)), self.dtype)
-        return self.add(Conv1D(kernel, padding=(before, after), groups=width), value)
-
-    def flatten(self, value: Value) -> Value:
-        """Return a value with one axis."""
-        return self.add(Flatten(), value)
+    def clip(self, value: Value, low: Any, high: Any) -> Value:
+        """Return a value within bounds, None for one without end; numbers, or lists of one a feature."""
+        if isinstance(low, list) or isinstance(high, list):
+            for mode, bound in (("max", low), ("min", high)):
+                value = value if bound is None else self.merge(mode, value, self.scale(value, 0.0, bound))
+            return value
+        low, high = (None if bound is None else self.number(bound) for bound in (low, high))
+        if low == 0.0 and high is None:
+            return self.activate(value, "relu")
+        return self.flat(value, lambda one: self.add(Clip(low, high), one))

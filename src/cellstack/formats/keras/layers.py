@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from cellstack.formats.build import batch_norm
 from cellstack.formats.keras.cells import RECURRENT, Slot, activation, activation_layer, own_slots, recurrent
 from cellstack.formats.keras.cells import recurrent_slots as slots_of_recurrent
 from cellstack.formats.keras.composed import COMPOSED
@@ -13,6 +14,7 @@ from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 from cellstack.nodes import (
     Activation,
+    Clip,
     Conv1D,
     Dense,
     Embedding,
@@ -22,8 +24,10 @@ from cellstack.nodes import (
     Masking,
     Merge,
     Node,
+    Pad,
     Permute,
     Pool1D,
+    Reduce,
     Repeat,
     Reshape,
     Scale,
@@ -48,6 +52,7 @@ MERGES = {
     "Multiply": "mul",
     "Average": "ave",
     "Maximum": "max",
+    "Minimum": "min",
     "Subtract": "sub",
 }
 MERGES_1 = {"concat": "Concatenate", "sum": "Add", "mul": "Multiply", "ave": "Average", "max": "Maximum"}
@@ -85,7 +90,7 @@ def modern(layer: Layer) -> Layer:
         if config.get("layers"):
             raise layer.refuse("expected a Merge of tensors, found one that holds models of its own")
         if not isinstance(mode, str) or mode not in MERGES_1:
-            raise layer.refuse(f"mode {short(mode)} isn't one that a Network has")
+            raise layer.refuse(f"mode {short(mode)} isn't supported")
         kind, config = MERGES_1[mode], {**config, "axis": config.get("concat_axis", -1)}
     if kind == "BatchNormalization" and config.get("mode", 0) != 0:
         raise layer.refuse(f"expected mode 0, found {short(config['mode'])}")
@@ -104,7 +109,7 @@ def slots(layer: Layer, major: int) -> list[Slot]:
     """Return the slots of the weights of a layer, which is no model, in the order in which its node takes them.
 
     Raises:
-        FormatError: a layer that a Network hasn't.
+        FormatError: a layer that isn't supported.
     """
     layer = modern(layer) if major == 1 else layer
     if layer.kind in RECURRENT:
@@ -127,7 +132,7 @@ def slots(layer: Layer, major: int) -> list[Slot]:
     elif layer.kind in BUILDERS or layer.kind in (*NOTHING, *COMPOSED, "InputLayer"):
         leaves = []
     else:
-        raise layer.refuse("a layer that a Network hasn't")
+        raise layer.refuse("a layer that isn't supported")
     if quantised(layer):
         first, *rest = own_slots(layer, [*leaves, f"{leaves[0]}_scale"])
         return [first._replace(trainable=False, whole=True), *rest]
@@ -142,7 +147,7 @@ def quantised(layer: Layer) -> bool:
     settings = policy.get("config")
     mode = settings.get("mode") if isinstance(settings, dict) else None
     if mode not in (None, "int8"):
-        raise layer.refuse(f"weights of {short(mode)} aren't what a Network has, int8 is")
+        raise layer.refuse(f"weights of {short(mode)} aren't supported, int8 is")
     return mode == "int8"
 
 
@@ -174,7 +179,7 @@ def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None
         backend: what that Keras ran on, where it is known.
 
     Raises:
-        FormatError: what a Network hasn't, or weights of other shapes.
+        FormatError: what isn't supported, or weights of other shapes.
     """
     layer = modern(layer) if major == 1 else layer
     try:
@@ -186,10 +191,6 @@ def nodes(layer: Layer, arrays: Iterator[Array], major: int, backend: str | None
             return [_conv(layer, list(arrays), major, backend)]
         if layer.kind in CONVOLUTIONS:
             return _convolutions(layer, list(arrays), major)
-        if layer.kind == "ReLU" and layer.config.get("max_value") is not None:
-            if layer.config.get("negative_slope") or layer.config.get("threshold"):
-                raise layer.refuse("a max_value with a negative_slope or a threshold isn't what a Network has")
-            return []
         return [BUILDERS[layer.kind](layer, list(arrays), major)]
     except (ValueError, TypeError) as error:  # what a node refuses in anybody's hands
         if str(error).startswith(layer.where):
@@ -267,19 +268,11 @@ def _epsilon(layer: Layer) -> float:
 
 
 def _batch_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
-    """Fold the statistics, in float64: gamma·(x - mean) / sqrt(variance + epsilon) + beta."""
     width = arrays[0].shape
     if len(width) != 1 or any(array.shape != width for array in arrays):
         raise layer.refuse(f"expected weights [W] each, found {', '.join(str(array.shape) for array in arrays)}")
-    given = dict(
-        zip([*_affine(layer), "mean", "variance"], (array.astype(np.float64) for array in arrays), strict=True)
-    )
-    variance = given["variance"] + _epsilon(layer)
-    if not (variance > 0.0).all():
-        raise layer.refuse("expected variances above 0, found others")
-    scale = given.get("gamma", 1.0) / np.sqrt(variance)
-    shift = given.get("beta", 0.0) - given["mean"] * scale
-    return Scale(scale.astype(arrays[0].dtype), shift.astype(arrays[0].dtype))
+    given = dict(zip([*_affine(layer), "mean", "variance"], arrays, strict=True))
+    return batch_norm(given["mean"], given["variance"], _epsilon(layer), given.get("gamma"), given.get("beta"))
 
 
 def _normalization(layer: Layer, arrays: list[Array], major: int) -> Node:
@@ -296,7 +289,7 @@ def _normalization(layer: Layer, arrays: list[Array], major: int) -> Node:
 
 def _layer_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
     if layer.flag("rms_scaling"):
-        raise layer.refuse("rms_scaling isn't what a Network has")
+        raise layer.refuse("rms_scaling isn't supported")
     given = dict(zip(_affine(layer), arrays, strict=True))
     return LayerNorm(given.get("gamma"), given.get("beta"), _epsilon(layer))
 
@@ -313,9 +306,18 @@ def _pool(mode: str) -> Callable[[Layer, list[Array], int], Node]:
 def _global(mode: str) -> Callable[[Layer, list[Array], int], Node]:
     def build(layer: Layer, arrays: list[Array], major: int) -> Node:
         layer.check_channels_last()
-        return GlobalPool(mode)
+        return Reduce(mode, 1, True) if layer.flag("keepdims") else GlobalPool(mode)
 
     return build
+
+
+def _relu(layer: Layer, arrays: list[Array], major: int) -> Node:
+    most = layer.config.get("max_value")
+    if most is None:
+        return Activation(activation_layer(layer, major, more=True))
+    if layer.config.get("negative_slope") or layer.config.get("threshold"):
+        raise layer.refuse("a max_value with a negative_slope or a threshold isn't supported")
+    return Activation("relu6") if most == 6.0 else Clip(0.0, most)
 
 
 def _merge(layer: Layer, arrays: list[Array], major: int) -> Node:
@@ -340,13 +342,19 @@ def _permute(layer: Layer, arrays: list[Array], major: int) -> Node:
     return Permute(tuple(layer.get("dims", list)))
 
 
-def _cropping(layer: Layer, arrays: list[Array], major: int) -> Node:
+def _pair(layer: Layer, name: str) -> tuple[int, int]:
+    """Return how many steps a setting means, at the start and at the end."""
     layer.check_channels_last()
-    cropped = layer.config.get("cropping")
-    pair = [cropped, cropped] if isinstance(cropped, int) else cropped
+    found = layer.config.get(name)
+    pair = [found, found] if type(found) is int else found
     if not isinstance(pair, list) or len(pair) != 2 or not all(type(one) is int and one >= 0 for one in pair):
-        raise layer.refuse(f"expected cropping at the start and the end, found {short(cropped)}")
-    return Select(pair[0], -pair[1] or None)
+        raise layer.refuse(f"expected {name} at the start and the end, found {short(found)}")
+    return pair[0], pair[1]
+
+
+def _cropping(layer: Layer, arrays: list[Array], major: int) -> Node:
+    first, last = _pair(layer, "cropping")
+    return Select(first, -last or None)
 
 
 def _masking(layer: Layer, arrays: list[Array], major: int) -> Node:
@@ -369,8 +377,10 @@ BUILDERS: dict[str, Callable[[Layer, list[Array], int], Node]] = {
     "Permute": _permute,
     "RepeatVector": lambda layer, arrays, major: Repeat(layer.integer("n")),
     "Cropping1D": _cropping,
+    "ZeroPadding1D": lambda layer, arrays, major: Pad(*_pair(layer, "padding")),
     **dict.fromkeys(MERGES, _merge),
     **dict.fromkeys(ACTIVATIONS, lambda layer, arrays, major: Activation(activation_layer(layer, major, more=True))),
+    "ReLU": _relu,
     "PReLU": _prelu,
     "Softmax": lambda layer, arrays, major: Activation("softmax"),
 }

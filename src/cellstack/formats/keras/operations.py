@@ -50,7 +50,7 @@ def operate(build: LayerBuilder, call: Call, look: Callable[[Ref], Value]) -> li
         look: returns the value that a reference names.
 
     Raises:
-        FormatError: an operation that a Network hasn't, or takes what it can't.
+        FormatError: an operation that isn't supported, or takes what it can't.
     """
     layer = build.layer
     kind, given, settings = layer.kind.removeprefix(OPERATION), list(call.arguments), dict(layer.config)
@@ -71,7 +71,7 @@ def operate(build: LayerBuilder, call: Call, look: Callable[[Ref], Value]) -> li
         return [_binary(build, kind, given)]
     worker = WORKERS.get(kind)
     if worker is None or not given:
-        raise layer.refuse("an operation that a Network hasn't")
+        raise layer.refuse("an operation that isn't supported")
     if kind not in ("Concatenate", "Stack") and not isinstance(given[0], Value):
         raise layer.refuse(f"expected a tensor, found {short(given[0])}")
     found = worker(build, given[0], settings)
@@ -143,7 +143,7 @@ def _mask(build: LayerBuilder, kind: str, given: list[Any], settings: dict[str, 
             return Value(wire, None, ("wide", either(inner)))
         if axis == 1:
             return Value(wire, None, ("wide", build.followed.mask(inner)))
-    raise build.layer.refuse("an operation on masks that a Network hasn't")
+    raise build.layer.refuse("an operation on masks that isn't supported")
 
 
 # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -156,7 +156,7 @@ def _binary(build: LayerBuilder, kind: str, given: list[Any]) -> Value:
     one, other = given
     if isinstance(one, Value) and isinstance(other, Value):
         if kind in DIVIDE:
-            raise build.layer.refuse("a quotient of two values isn't what a Network has")
+            raise build.layer.refuse("a quotient of two values isn't supported")
         return build.merge(BINARY[kind], one, other)
     value, number = (one, other) if isinstance(one, Value) else (other, one)
     if kind == "Add":
@@ -167,11 +167,9 @@ def _binary(build: LayerBuilder, kind: str, given: list[Any]) -> Value:
         return build.scale(value, -1.0, number) if value is not one else build.scale(value, 1.0, build.negative(number))
     if kind in DIVIDE:
         if value is not one:
-            raise build.layer.refuse("a number over a value isn't what a Network has")
+            raise build.layer.refuse("a number over a value isn't supported")
         return build.divide(value, number)
-    if kind == "Maximum" and number == 0:
-        return build.activate(value, "relu")
-    return build.merge("max" if kind == "Maximum" else "min", value, build.scale(value, 0.0, number))
+    return build.clip(value, number, None) if kind == "Maximum" else build.clip(value, None, number)
 
 
 # ── what takes one value ────────────────────────────────────────────────────────────────────────────────────────────
@@ -375,6 +373,7 @@ WORKERS: dict[str, Worker] = {
     "Negative": lambda build, value, settings: build.scale(value, -1.0),
     "Square": lambda build, value, settings: build.merge("mul", value, value),
     "Absolute": lambda build, value, settings: build.merge("max", value, build.scale(value, -1.0)),
+    "Clip": lambda build, value, settings: build.clip(value, settings.get("x_min"), settings.get("x_max")),
     "Copy": lambda build, value, settings: value,
     "StopGradient": lambda build, value, settings: value,
     "Cast": _cast,

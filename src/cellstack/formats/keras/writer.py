@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 VERSION = "3.10.0"  # whose words these are; what a file says of Keras settles what hard_sigmoid is
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
-MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()} | {"min": "Minimum"}
+MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()}
 PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu", "hard_sigmoid", "softmax")
 NAMED = (*PLAIN, "log_softmax", "silu", "gelu", "selu", "exponential", "relu6")  # of layers beside cells
 OPERATIONS = {"Clip": "numpy", "Sum": "numpy", "Mean": "numpy", "Max": "numpy", "Min": "numpy", "Gelu": "nn"}
@@ -131,7 +131,7 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list
             wires.append(feeds)
             feeds, last[name] = [own], own
     if problems:
-        raise ValueError(f"save: expected what Keras has, got {'; '.join(problems)}")
+        raise ValueError(f"save: expected nodes that Keras has layers for, got {'; '.join(problems)}")
     return entries, wires, [last[name] for name in network.outputs]
 
 

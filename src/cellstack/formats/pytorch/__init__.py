@@ -38,8 +38,8 @@ def load(path: str) -> Network:
 
     Args:
         path: what `torch.save` wrote: a state dict of `nn.LSTM`, `GRU`, `RNN` or one of their cells, the module itself,
-            a `Sequential` of PyTorch's layers, or a dict around any of these; TorchScript of such modules, where it
-            was scripted and its code is PyTorch's own: tracing leaves out settings.
+            a `Sequential` of PyTorch's layers, or a dict around any of these; TorchScript of such modules,
+            scripted or traced, where its code computes what PyTorch's own does.
 
     Returns:
         The network, float32 (float16 and bfloat16 are widened) or float64: it takes `[B, T, I]` whatever `batch_first`

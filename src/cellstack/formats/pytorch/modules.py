@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.build import Builder
+from cellstack.formats.build import Builder, batch_norm
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import NAME, networks_of
 from cellstack.formats.pytorch.saved import Saved, array
@@ -28,10 +28,10 @@ from cellstack.nodes import (
     GlobalPool,
     LayerNorm,
     Node,
+    Pad,
     Permute,
     Pool1D,
     Reshape,
-    Scale,
 )
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import DTYPES, FormatError
@@ -226,7 +226,7 @@ class _Reader:
         elif _is(module, "Conv1d"):
             self.over_time(path, module, _convolution(module, path))
         elif _is(module, "MaxPool1d", "AvgPool1d"):
-            self.over_time(path, module, _pooling(module, path))
+            self.over_time(path, module, *_pooling(module, path))
         elif _is(module, "AdaptiveAvgPool1d", "AdaptiveMaxPool1d"):
             if _whole(path, module, "output_size") != 1:
                 raise _refuse(path, module, f"expected output_size=1, got {module.output_size}")
@@ -255,14 +255,11 @@ class _Reader:
         mean, variance = (_weight(path, module, name) for name in ("running_mean", "running_var"))
         if mean is None or variance is None:
             raise _refuse(path, module, "expected running statistics, found one of the two")
-        scale = 1.0 / np.sqrt(variance.astype(np.float64) + module.eps)
         gain, bias = (_weight(path, module, name) for name in ("weight", "bias"))
-        if gain is not None:
-            scale *= gain
-        shift = -mean * scale
-        if bias is not None:
-            shift += bias
-        node = Scale(scale.astype(mean.dtype), shift.astype(mean.dtype))
+        try:
+            node = batch_norm(mean, variance, module.eps, gain, bias)
+        except ValueError as error:
+            raise _refuse(path, module, str(error)) from None
         if self.rank is None:
             raise _refuse(path, module, "expected a module before it that says whether [B, C] or [B, C, T] comes in")
         if self.rank == 2:
@@ -323,13 +320,16 @@ def _convolution(module: Any, path: str) -> Conv1D:
     return Conv1D(kernel, bias, strides, padding, dilation, module.groups)
 
 
-def _pooling(module: Any, path: str) -> Pool1D:
-    usual = {"padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+def _pooling(module: Any, path: str) -> list[Node]:
+    usual = {"dilation": 1, "ceil_mode": False, "return_indices": False}
     for name, value in usual.items():
         if hasattr(module, name) and getattr(module, name) not in (value, (value,)):
             raise _refuse(path, module, f"expected {name}={value}, got {getattr(module, name)}")
     mode = "max" if _is(module, "MaxPool1d") else "mean"
-    return Pool1D(mode, _whole(path, module, "kernel_size"), _whole(path, module, "stride"))
+    size, strides, around = (_whole(path, module, name) for name in ("kernel_size", "stride", "padding"))
+    if around and mode == "mean" and module.count_include_pad:
+        return [Pad(around, around), Pool1D(mode, size, strides)]
+    return [Pool1D(mode, size, strides, (around, around))]
 
 
 def _activation(module: Any, path: str) -> str:

@@ -1,7 +1,7 @@
 """Modules as files hold them, asked for their settings and weights as the modules in memory would be.
 
-A pickled module has its settings among its attributes. TorchScript writes them into its source, as constants of the
-module's class, which `script.py` reads; a module that was traced keeps none.
+A pickled module has its settings among its attributes. TorchScript writes them into its source, which
+`script.py` follows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tensors import Quantised, Tensor
-from cellstack.formats.pytorch.tree import OWN, attributes_of, children_of, contents, hooked, kind_of
+from cellstack.formats.pytorch.tree import OWN, attributes_of, contents, hooked, kind_of
 from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
 
@@ -65,8 +65,8 @@ class Saved:
         self.attributes = attributes_of(standin)
         match = PACKAGES.fullmatch(self.path)
         self.hooked = hooked(self.attributes)
-        written = source.scripts.written(standin.kind)
-        self.changed = written.problem(children_of(self.attributes)) if written and match else ""
+        written = source.scripts.written(standin, self.attributes)
+        self.changed = written.why if written and match else ""
         self.kind = match["kind"] if match and "forward" not in self.attributes else ""
         held = (self.attributes[name] for name in OWN if isinstance(self.attributes.get(name), dict))
         self.own = {key: child for part in held for key, child in part.items()}

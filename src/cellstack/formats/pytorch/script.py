@@ -1,79 +1,77 @@
-"""What TorchScript's source says of a module's class: settings, hooks, and whether it computes what PyTorch's does.
+"""What TorchScript's source says of a module: its settings, and whether it computes what PyTorch's class does.
 
-The source is read as text, never run. A class's name says what the module was before it was scripted or traced; what
-runs is its code, where hooks and other forward passes end up. So the code counts only where it is known: a Sequential
-that calls its children in their order, and a layer that calls the one function that its class is known for.
+A class's name says what the module was before it was scripted or traced; what runs is its code, where hooks and other
+forward passes end up. So the code is followed, statement by statement, over symbols: nothing in it is run. What comes
+out has to be the one call that the class is known for, with the module's own weights; its other arguments are the
+settings. That holds for functions of `torch.nn.functional` too, whose source is in the file.
 """
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
-from ast import literal_eval
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from cellstack.formats.pytorch.tensors import short
+from cellstack.formats.pytorch.pickles import Standin
+from cellstack.formats.pytorch.tensors import Tensor, short
 from cellstack.spec import FormatError
 
-CLASS = re.compile(r"^class (\w+)\((?:Module|NamedTuple)\):\n", re.MULTILINE)
-CONSTANT = re.compile(
-    r" +(?P<name>\w{1,80}) : Final\[[^\]]{1,80}\]? *\]? = "
-    r"(?P<value>-?[\d.e+-]{1,40}|True|False|None|\"[^\"\\]{0,80}\"|\((?:-?\d{1,18},? ?){0,8}\))"
-)
-ARGUMENT = re.compile(r"    (\w+): Tensor\) -> .*:")
-CHILD = re.compile(r' +(\w+) = getattr\(self, "([^"\\]*)"\)')
-CALL = re.compile(  # of children, within each other or alone
-    r" +(?:(?P<made>\w+) = |return )(?P<calls>(?:\(\w+\)\.forward(?:__0|_tensor)?\()*)"
-    r"(?P<of>\w+)(?P<ends>(?:, (?:None, )?\))*)"
-)
-FUNCTION = re.compile(r"(?<![\w.])(?:(?:__torch__|torch|ops|CONSTANTS)(?:\.\w+)+|\(self\)\.\w+)")
-FLOAT = re.compile(r"(?<![\w.])\d{1,40}\.\d{0,40}(?:e[+-]?\d{1,3})?")
-COUNTED = re.compile(r"torch\.mul\(num_layers\d*, num_directions\d*\)|torch\.add_\(num_batches_tracked\d*, 1\)")
-LONGEST_SOURCE = 1 << 24
-UNKNOWN = "expected the forward pass that PyTorch's class has, found TorchScript of another: traced, changed or hooked"
+DEFINED = re.compile(r"^(?:class|def) (\w+)\(", re.MULTILINE)
+LONGEST_SOURCE = 1 << 24  # characters that are read
+LONGEST_PARSED = 1 << 20  # of these, those of what is followed
+MOST_STEPS = 1 << 20  # statements and expressions
+DEEPEST_CALL = 20
+UNKNOWN = "expected the forward pass that PyTorch's class has, found TorchScript of another: changed or hooked"
+HOOKED = "expected a module without forward hooks, which a Network can't hold"
+METHODS = ("forward", "forward__0", "forward_tensor")  # the last two: beside one for packed sequences
+WEIGHTS = ("weight", "bias", "running_mean", "running_var", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+PACKED = ("_packed_params._packed_params", "_packed_weight_ih", "_packed_weight_hh")
+NEEDED = object()  # in the place of a usual value: there is none
 
-CHECKS = {  # what layers call beside it: checks of what comes in
-    "dim",
-    "ne",
-    "eq",
-    "lt",
-    "not",
-    "contains",
-    "is",
-    "isnot",
-    "size",
-    "list",
-    "format",
-    "RaiseException",
-    "check_input_dim",
+DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+SEQUENCE = "input, _hx, _params, bias, num_layers, _dropout, _train, bidirectional, batch_first"
+ARGUMENTS = {
+    "linear": "input, weight, bias=None",
+    "linear_dynamic": "input, _packed_params._packed_params, _reduce_range=False",
+    "linear_dynamic_fp16": "input, _packed_params._packed_params",
+    "embedding": "weight, input, _padding_idx=-1, _scale_grad_by_freq=False, _sparse=False",
+    "conv1d": "input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1",
+    "convolution": "input, weight, bias, stride, padding, dilation, transposed, _output_padding, groups, _benchmark, "
+    "_deterministic, _cudnn_enabled, _allow_tf32=True",
+    "convolution_mode": "input, weight, bias, stride, padding, dilation, groups",
+    "batch_norm": "input, weight, bias, running_mean, running_var, train, _momentum, eps, _cudnn_enabled",
+    "layer_norm": "input, normalized_shape, weight=None, bias=None, eps=1e-5, _cudnn_enable=True",
+    "max_pool1d": "input, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=False",
+    "avg_pool1d": "input, kernel_size, stride=(), padding=0, ceil_mode=False, count_include_pad=True",
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_max_pool1d"), "input, output_size"),
+    "flatten": "input, start_dim=0, end_dim=-1",
+    "softmax": "input, dim, cast=None",
+    **dict.fromkeys(("relu", "sigmoid", "tanh", "hardsigmoid", "softsign"), "input"),
+    "elu": "input, alpha=1.0, scale=1, input_scale=1",
+    "leaky_relu": "input, negative_slope=0.01",
+    "softplus": "input, beta=1.0, threshold=20.0",
+    **dict.fromkeys(DROPOUTS, "input, _p, train"),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), SEQUENCE),
+    **dict.fromkeys(("quantized_lstm", "quantized_gru"), f"{SEQUENCE}, _dtype=None, _use_dynamic=False"),
+    **dict.fromkeys(
+        ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+        "input, _hx, weight_ih, weight_hh, bias_ih=None, bias_hh=None",
+    ),
+    **dict.fromkeys(
+        [f"quantized_{kind}_cell_dynamic" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")],
+        "input, _hx, _packed_weight_ih, _packed_weight_hh, bias_ih, bias_hh",
+    ),
 }
-STEPS = {  # what recurrent layers call beside it: states to start from, and packed sequences
-    *CHECKS,
-    "zeros",
-    "dtype",
-    "device",
-    "select",
-    "squeeze",
-    "unsqueeze",
-    "index_select",
-    "NumToTensor",
-    "append",
-    "PackedSequence",
-    "CellParamsBase",
-    "ModuleList",
-    "update_flat_weights",
-    "check_forward_args",
-    "check_input",
-    "check_hidden_size",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-    "permute_hidden",
-    "apply_permutation",
-    "forward_impl",
-}
-DROPOUTS = ("dropout", "feature_dropout", "dropout1d", "alpha_dropout", "feature_alpha_dropout")
-FUNCTIONS: dict[str, tuple[str, ...]] = {  # what a layer calls, one of these
+"""Arguments of torch's functions, in order, with their usual values.
+
+Those of `WEIGHTS` and `PACKED` are the module's own, `input` is what the module takes, and those of `FIXED` have one
+value; others that begin with `_` change nothing in evaluation, and the rest are settings.
+"""
+FIXED = {"train": False, "transposed": False, "scale": 1, "input_scale": 1, "cast": None}  # and no settings
+FUNCTIONS: dict[str, tuple[str, ...]] = {  # what a class calls, one of these
     "Linear": ("linear", "linear_dynamic", "linear_dynamic_fp16"),
     "Embedding": ("embedding",),
     "Conv1d": ("conv1d", "convolution", "convolution_mode"),
@@ -94,9 +92,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {  # what a layer calls, one of these
     "LeakyReLU": ("leaky_relu",),
     "Softplus": ("softplus",),
     "Identity": (),
-    "Dropout": DROPOUTS,
-    "Dropout1d": DROPOUTS,
-    "AlphaDropout": DROPOUTS,
+    **dict.fromkeys(("Dropout", "Dropout1d", "AlphaDropout"), DROPOUTS),
 }
 RECURRENT: dict[str, tuple[str, ...]] = {
     "LSTM": ("lstm", "quantized_lstm"),
@@ -106,24 +102,54 @@ RECURRENT: dict[str, tuple[str, ...]] = {
     "GRUCell": ("gru_cell", "quantized_gru_cell_dynamic"),
     "RNNCell": ("rnn_tanh_cell", "rnn_relu_cell", "quantized_rnn_tanh_cell_dynamic", "quantized_rnn_relu_cell_dynamic"),
 }
+IMPLIED = {"Conv1d": {"padding_mode": "zeros"}, "Embedding": {"max_norm": None}}  # by what their code doesn't do
+COMPUTED: dict[str, Callable[..., Any]] = {
+    "__not__": operator.not_,
+    "__contains__": operator.contains,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "mul": operator.mul,
+    "len": len,
+}
 
 
 class Written(NamedTuple):
-    """What the source says of a class.
+    """What the source says of a module.
 
     Attributes:
         constants: its settings.
-        why: what keeps it from being PyTorch's own class; "" where nothing does.
-        order: its children as it calls them; None where it isn't one that does nothing but that.
+        why: what keeps it from computing what PyTorch's own class does; "" where nothing does.
     """
 
     constants: dict[str, Any]
     why: str
-    order: list[str] | None
 
-    def problem(self, children: list[str]) -> str:
-        """Return what keeps a module with these children from being PyTorch's own; "" where nothing does."""
-        return self.why or ("" if self.order in (None, children) else UNKNOWN)
+
+class UnreadError(Exception):
+    """Code that can't be followed."""
+
+
+class RaisedError(Exception):
+    """The code refuses what it is given."""
+
+
+@dataclass(eq=False, frozen=True)
+class Symbol:
+    """What only a run would know: what a function of torch's returns, something that the module holds.
+
+    Attributes:
+        word: the function's name, or what it is.
+        given: the function's arguments.
+        named: those given by name.
+    """
+
+    word: str
+    given: tuple[Any, ...] = ()
+    named: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,118 +160,460 @@ class Scripts:
         where: what messages call the file.
         code: gives the source of a module of classes.
         unread: how much source may still be read, in characters.
-        met: the modules of classes that were read.
-        known: what they say, by class.
+        unparsed: how much of it may still be parsed.
+        steps: how much of it may still be followed.
+        met: the source of every class and function of the modules of classes that were read.
+        parsed: what was parsed of it.
+        known: what was said of modules; each is held, so that no other gets its id.
     """
 
     where: str
     code: Callable[[str], str]
     unread: int = LONGEST_SOURCE
-    met: set[str] = field(default_factory=set)
-    known: dict[str, Written] = field(default_factory=dict)
+    unparsed: int = LONGEST_PARSED
+    steps: int = MOST_STEPS
+    met: dict[str, dict[str, str]] = field(default_factory=dict)
+    parsed: dict[str, Any] = field(default_factory=dict)
+    known: dict[int, tuple[Standin, Written]] = field(default_factory=dict)
 
-    def written(self, kind: str) -> Written | None:
-        """Return what the source says of a class; None where the class isn't TorchScript's."""
-        if not kind.startswith("__torch__."):
+    def written(self, module: Standin, attributes: dict[Any, Any]) -> Written | None:
+        """Return what the source says of a module; None where its class isn't TorchScript's.
+
+        Args:
+            module: as the pickle has it.
+            attributes: those that it holds.
+        """
+        if not module.kind.startswith("__torch__."):
             return None
-        module = kind.rpartition(".")[0]
-        if module not in self.met:
-            self.met.add(module)
-            code = self.code(module)
-            self.unread -= len(code)
-            if self.unread < 0:
-                raise FormatError(f"{self.where}: expected at most {LONGEST_SOURCE} characters of source, found more")
-            starts = [*CLASS.finditer(code)]
-            ends = [*(start.start() for start in starts[1:]), len(code)]
-            for start, end in zip(starts, ends, strict=False):
-                self.known[f"{module}.{start[1]}"] = _written(self.where, start[1], code[start.end() : end])
-        found = self.known.get(kind)
-        return found or Written({}, "expected the source of its class, found none", None)
+        if id(module) not in self.known:
+            self.known[id(module)] = module, self._written(module.kind, attributes)
+        return self.known[id(module)][1]
+
+    def _written(self, kind: str, attributes: dict[Any, Any]) -> Written:
+        found, name = self.defined(kind), kind.rpartition(".")[2]
+        if not isinstance(found, ast.ClassDef):
+            return Written({}, "expected the source of its class, found none")
+        constants, hooks = self._constants(found)
+        if hooks:
+            return Written(constants, HOOKED)
+        words = FUNCTIONS.get(name, RECURRENT.get(name))
+        if words is None and name != "Sequential":  # what isn't known is refused by its name
+            return Written(constants, "")
+        try:
+            run = _Run(self, found, attributes, constants, name)
+            if words is None:
+                run.expect_chain()
+                return Written(constants, "")
+            return Written(run.settings(words), "")
+        except (UnreadError, RaisedError, RecursionError):
+            return Written(constants, UNKNOWN)
+
+    def defined(self, path: str) -> Any:
+        """Return a class or a function of the source, parsed; None where there is none."""
+        if path not in self.parsed:
+            module, _, name = path.rpartition(".")
+            if module not in self.met:
+                code = self.code(module)
+                self.unread -= len(code)
+                if self.unread < 0:
+                    raise FormatError(
+                        f"{self.where}: expected at most {LONGEST_SOURCE} characters of source, found more"
+                    )
+                starts = [*DEFINED.finditer(code)]
+                ends = [*(start.start() for start in starts[1:]), len(code)]
+                self.met[module] = {
+                    start[1]: code[start.start() : end] for start, end in zip(starts, ends, strict=False)
+                }
+            self.parsed[path] = self._parsed(name, self.met[module].get(name, ""))
+        return self.parsed[path]
+
+    def _parsed(self, name: str, text: str) -> Any:
+        self.unparsed -= len(text)
+        if self.unparsed < 0:
+            raise FormatError(f"{self.where}: expected at most {LONGEST_PARSED} characters of source to follow")
+        try:
+            return next(iter(ast.parse(text).body), None)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            what = short(str(error), 200)
+            raise FormatError(f"{self.where}: expected the source of {short(name)}, found {what}") from None
+
+    def _constants(self, found: ast.ClassDef) -> tuple[dict[str, Any], bool]:
+        """Return the settings in a class's head, and whether it has hooks."""
+        constants, hooks = {}, False
+        for line in found.body:
+            if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+                hooked = line.targets[0].id in ("__forward_hooks__", "__forward_pre_hooks__")
+                hooks = hooks or (hooked and not (isinstance(line.value, ast.List) and not line.value.elts))
+            elif isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
+                try:
+                    constants[line.target.id] = ast.literal_eval(line.value)
+                except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                    here = f"{self.where}: expected a number as the constant {short(line.target.id)}"
+                    raise FormatError(f"{here}, found {short(ast.unparse(line.value))}") from None
+        return constants, hooks
 
 
-def _written(where: str, name: str, body: str) -> Written:
-    """Return what the source of one class says."""
-    head, found, rest = body.partition("\n  def ")
-    methods = f"  def {rest}" if found else ""
-    constants: dict[str, Any] = {}
-    hooks, weights = False, set()
-    for line in head.splitlines():
-        if match := CONSTANT.fullmatch(line):
+class _Run:
+    """Follows a module's forward pass.
+
+    Args:
+        scripts: where its functions are.
+        found: its class.
+        attributes: what it holds.
+        constants: what its class's head says.
+        name: the class's name.
+    """
+
+    def __init__(
+        self, scripts: Scripts, found: ast.ClassDef, attributes: dict[Any, Any], constants: dict[str, Any], name: str
+    ) -> None:
+        self.scripts, self.attributes, self.constants, self.name = scripts, attributes, constants, name
+        self.methods = {one.name: one for one in found.body if isinstance(one, ast.FunctionDef)}
+        self.rank = None if name not in RECURRENT else 2 if name.endswith("Cell") else 3
+        self.input, self.self = Symbol("input"), Symbol("self")
+        self.held: dict[Any, Symbol] = {}
+        self.spent: list[Any] = []  # values that an operation in place has changed since
+        self.depth = 0
+
+    # ── what comes out ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def forward(self) -> Any:
+        """Return what the forward pass returns, without the states."""
+        method = next((self.methods[name] for name in METHODS if name in self.methods), None)
+        if method is None:
+            raise UnreadError
+        value = self.call(method, [self.self, self.input][: len(method.args.args)], {})
+        value = value[0] if isinstance(value, tuple) and value else value
+        return value.given[0] if isinstance(value, Symbol) and value.word == "item" and value.given[1] == 0 else value
+
+    def expect_chain(self) -> None:
+        """Check that a Sequential calls its children in their order, and does nothing else."""
+        value = self.forward()
+        for name, child in reversed(self.attributes.items()):
+            if not isinstance(child, Standin) or not child.kind.startswith("__torch__."):
+                continue
+            if isinstance(value, Symbol) and value.word == "child" and value.given[0] == name:
+                value = value.given[1]
+            elif not child.kind.endswith(".Identity"):  # which the tracer calls without an argument, for nothing
+                raise UnreadError
+        if value is not self.input:
+            raise UnreadError
+
+    def settings(self, words: tuple[str, ...]) -> dict[str, Any]:
+        """Return the settings of a module that computes one of torch's functions; `UnreadError` for another."""
+        value = self.forward()
+        if isinstance(value, Symbol) and value.word == "to" and value.given:  # what is quantised comes out as it came
+            value = value.given[0] if getattr(value.given[0], "word", "").startswith("linear_dynamic") else value
+        if (value is self.input and words in ((), DROPOUTS)) or (value is None and not words):
+            return self.constants
+        value = self._softsign(value)
+        if not isinstance(value, Symbol) or value.word not in words:
+            raise UnreadError
+        usual = _arguments(value.word)
+        given = dict(zip(usual, value.given, strict=False))
+        if len(value.given) > len(given) or not value.named.keys().isdisjoint(given):
+            raise UnreadError
+        given = usual | given | {key if key in usual else f"_{key}": part for key, part in value.named.items()}
+        found = {key: self._checked(key, part) for key, part in given.items() if not key.startswith("_")}
+        self._check_sequence(value.word, given)
+        passed = (*WEIGHTS, *PACKED, *FIXED, "input")
+        own = {key: part for key, part in found.items() if key not in passed or (key in WEIGHTS and part is None)}
+        if "stride" in own and own["stride"] == ():
+            own["stride"] = own["kernel_size"]
+        for word in ("tanh", "relu"):
+            if f"rnn_{word}" in value.word:
+                own |= {"nonlinearity": word} | ({"mode": f"RNN_{word.upper()}"} if self.name == "RNN" else {})
+        said = self.constants | {key: self.attributes[key] for key in own if key in self.attributes}
+        for key, part in own.items():
+            usual = key == "stride" and said.get(key, part) is None
+            if key in said and not usual and _plain(said[key]) != _plain(part):
+                raise UnreadError
+        return IMPLIED.get(self.name, {}) | said | own
+
+    def _softsign(self, value: Any) -> Any:
+        """Return x / (|x| + 1) as the function that it is."""
+        match value:
+            case Symbol("div", (x, Symbol("add", (Symbol("abs", (same,)), 1)))) if x is same:
+                return Symbol("softsign", (x,))
+        return value
+
+    def _checked(self, key: str, part: Any) -> Any:
+        """Return an argument; `UnreadError` where it isn't what the class gives there."""
+        recurrent = self.name in RECURRENT and not self.name.endswith("Cell")
+        if part is NEEDED or (key == "input" and part is not self.input):
+            raise UnreadError
+        if key in FIXED and part != FIXED[key]:
+            raise UnreadError
+        if key in PACKED or (key in WEIGHTS and not (recurrent and key == "bias")):
+            own = None if part is None and self.attributes.get(key) is None else self.self
+            for name in key.split(".") if own is not None else ():
+                own = self.attribute(own, name)
+            if part is not own:
+                raise UnreadError
+        elif isinstance(part, Symbol) and key != "input":
+            raise UnreadError
+        return part
+
+    def _check_sequence(self, word: str, given: dict[str, Any]) -> None:
+        """Check what a recurrent layer or a cell starts from, and that a layer's weights are its own, in order."""
+        if "_hx" not in given:
+            return
+        starts = given["_hx"] if isinstance(given["_hx"], (tuple, list)) else [given["_hx"]]
+        if not all(isinstance(start, Symbol) and start.word == "zeros" for start in starts):
+            raise UnreadError
+        if "_params" not in given:
+            return
+        ways = [f"_l{n}{way}" for n in range(_count(given["num_layers"])) for way in ("", "_reverse")]
+        ways = ways if given["bidirectional"] else ways[::2]
+        if word.startswith("quantized"):
+            packs = self.attribute(self.self, "_all_weight_values")
+            own = [self.attribute(self.attribute(packs, str(n)), "param") for n in range(len(ways))]
+        else:
+            kinds = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if given["bias"] else [])]
+            kinds += ["weight_hr"] if "weight_hr_l0" in self.attributes else []
+            own = [self.attribute(self.self, f"{kind}{way}") for way in ways for kind in kinds]
+        params = given["_params"]
+        if not isinstance(params, (list, tuple)) or len(params) != len(own):
+            raise UnreadError
+        if any(one is not other for one, other in zip(params, own, strict=True)) or given["_train"] not in (False,):
+            raise UnreadError
+
+    # ── statements ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def call(self, function: ast.FunctionDef, given: list[Any], named: dict[str, Any]) -> Any:
+        """Return what a function returns."""
+        self.depth += 1
+        names = [one.arg for one in function.args.args]
+        if self.depth > DEEPEST_CALL or len(given) > len(names) or not set(names[len(given) :]) >= named.keys():
+            raise UnreadError
+        defaults = function.args.defaults
+        usual = {
+            name: self.value(one, {}) for name, one in zip(names[len(names) - len(defaults) :], defaults, strict=True)
+        }
+        scope = usual | dict(zip(names, given, strict=False)) | named
+        if scope.keys() != set(names):
+            raise UnreadError
+        returned = self.block(function.body, scope)
+        self.depth -= 1
+        return returned[0] if returned else None
+
+    def block(self, body: list[ast.stmt], scope: dict[str, Any]) -> tuple[Any] | None:
+        """Follow statements; return what they return, as a tuple of one, where they do."""
+        for line in body:
+            match line:
+                case ast.Pass():
+                    pass
+                case ast.Return(value):
+                    return (None if value is None else self.value(value, scope),)
+                case ast.Assign([target], value) | ast.AnnAssign(target, _, ast.expr() as value):
+                    self.assign(target, self.value(value, scope), scope)
+                case ast.Expr(value):
+                    if self.value(value, scope) is not None:
+                        raise UnreadError
+                case ast.If(test, yes, no):
+                    returned = self.branch(self.value(test, scope), yes, no, scope)
+                    if returned:
+                        return returned
+                case _:
+                    raise UnreadError
+        return None
+
+    def assign(self, target: ast.expr, value: Any, scope: dict[str, Any]) -> None:
+        """Give a value its name, or the parts of one theirs."""
+        if isinstance(target, ast.Name):
+            scope[target.id] = value
+            return
+        if not isinstance(target, ast.Tuple):
+            raise UnreadError
+        for number, one in enumerate(target.elts):
+            self.assign(one, self.item(value, number, len(target.elts)), scope)
+
+    def item(self, value: Any, number: Any, count: int | None = None) -> Any:
+        """Return a part of a value, one of `count`."""
+        if isinstance(value, Symbol):
+            return Symbol("item", (value, number))
+        fits = isinstance(value, (tuple, list)) and type(number) is int and -len(value) <= number < len(value)
+        if not fits or count not in (None, len(value)):
+            raise UnreadError
+        return value[number]
+
+    def branch(self, test: Any, yes: list[ast.stmt], no: list[ast.stmt], scope: dict[str, Any]) -> tuple[Any] | None:
+        """Follow an if; where only a run can tell, both ways, of which one may refuse what comes in."""
+        if isinstance(test, bool):
+            return self.block(yes if test else no, scope)
+        if not isinstance(test, Symbol):
+            raise UnreadError
+        ends: list[dict[str, Any]] = []
+        depth = self.depth
+        for body in (yes, no):
+            inner = dict(scope)
             try:
-                constants[match["name"]] = literal_eval(match["value"])
-            except (ValueError, SyntaxError):
-                raise FormatError(
-                    f"{where}: expected a number as the constant {match['name']}, found {short(match['value'])}"
-                ) from None
-        elif line.startswith(("  __forward_hooks__ = ", "  __forward_pre_hooks__ = ")):
-            hooks = hooks or not line.endswith("= []")
-        elif line.startswith("  __parameters__ = "):
-            weights = set(re.findall(r'"(\w+)"', line))
-    if hooks:
-        return Written(constants, "expected a module without forward hooks, which a Network can't hold", None)
-    if name == "Sequential":
-        order = _order(methods)
-        return Written(constants, UNKNOWN if order is None else "", order)
-    words = FUNCTIONS.get(name, RECURRENT.get(name))
-    if words is None:  # what isn't known is refused by its name
-        return Written(constants, "", None)
-    code = COUNTED.sub("", "\n".join(_statements(methods)))
-    called = [_word(path) for path in FUNCTION.findall(code)]
-    spoken = [word for word in called if word in words]
-    for activation in ("tanh", "relu") if name in ("RNN", "RNNCell") and "mode" not in constants else ():
-        if spoken and all(f"rnn_{activation}" in word for word in spoken):
-            constants.setdefault("nonlinearity", activation)
-    known = {*words, *(STEPS if name in RECURRENT else CHECKS), *(("conv_forward",) if name == "Conv1d" else ())}
-    known |= {"to", "dtype"} if "linear_dynamic" in spoken else set()
-    once = len(spoken) == bool(words) if name in FUNCTIONS and "linear_dynamic" not in spoken else bool(spoken)
-    read = set(re.findall(r"\bself\.(\w+)", code))
-    own = once and known.issuperset(called) and (weights <= read or "_flat_weights" in read)
-    said = {abs(float(value)) for value in constants.values() if isinstance(value, (int, float))}
-    if name in FUNCTIONS and constants:  # a setting that its code has otherwise
-        own = own and said.issuperset(map(float, FLOAT.findall(code)))
-    return Written(constants, "" if own else UNKNOWN, None)
+                if self.block(body, inner):
+                    raise UnreadError
+                ends.append(inner)
+            except RaisedError:
+                self.depth = depth
+        if not ends:
+            raise RaisedError
+        for name in ends[0].keys() & ends[-1].keys():
+            one, other = ends[0][name], ends[-1][name]
+            same = one is other or (_known(one) and _known(other) and one == other)
+            scope[name] = one if same else Symbol("either", (test, one, other))
+        return None
+
+    # ── expressions ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def value(self, node: ast.expr, scope: dict[str, Any]) -> Any:
+        """Return what an expression stands for."""
+        self.scripts.steps -= 1
+        if self.scripts.steps < 0:
+            raise FormatError(f"{self.scripts.where}: expected source of at most {MOST_STEPS} steps, found more")
+        match node:
+            case ast.Constant(value):
+                return value
+            case ast.Name(name) if name in scope:
+                if any(scope[name] is one for one in self.spent):
+                    raise UnreadError
+                return scope[name]
+            case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as value)):
+                return -value
+            case ast.Tuple(parts) | ast.List(parts):
+                found = [self.value(part, scope) for part in parts]
+                return found if isinstance(node, ast.List) else tuple(found)
+            case ast.Subscript(value, number):
+                return self.item(self.value(value, scope), self.value(number, scope))
+            case ast.Call():
+                return self.called(node, scope)
+            case ast.Attribute(value, name):
+                path = _path(node)
+                return self.attribute(self.value(value, scope), name) if path is None else Symbol("function", (path,))
+        raise UnreadError
+
+    def attribute(self, owner: Any, name: str) -> Any:
+        """Return what a module, or one in it, holds under a name; the same symbol for the same tensor."""
+        if not isinstance(owner, Symbol) or owner.word not in ("self", "held"):
+            raise UnreadError
+        inside = self.attributes if owner is self.self else owner.given[1]
+        if name == "training":
+            return False  # a Network is the module in evaluation
+        if not isinstance(inside, dict) or name not in inside:
+            if owner is self.self and name in self.constants:
+                return self.constants[name]
+            raise UnreadError
+        return self._symbol(inside[name], (*owner.given[:1], name))
+
+    def _symbol(self, value: Any, key: Any) -> Any:
+        if isinstance(value, list):
+            return [self._symbol(part, (key, number)) for number, part in enumerate(value)]
+        if isinstance(value, Tensor):
+            one = value.storage
+            key = (one.key, one.dtype, one.start, value.offset, value.shape, value.strides)
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        inside = value.state if isinstance(value, Standin) and value.kind.startswith("__torch__.") else None
+        return self.held.setdefault(key, Symbol("held", (key, inside)))
+
+    def called(self, node: ast.Call, scope: dict[str, Any]) -> Any:
+        """Return what a call returns."""
+        function, path = node.func, _path(node.func)
+        if isinstance(function, ast.Name) and function.id not in scope:
+            return self._builtin(function.id, node.args, scope)
+        given = [self.value(one, scope) for one in node.args]
+        named = {one.arg or "": self.value(one.value, scope) for one in node.keywords}
+        if path is None and isinstance(function, ast.Attribute):
+            owner = self.value(function.value, scope)
+            if owner is self.self and function.attr in self.methods:
+                return self.call(self.methods[function.attr], [owner, *given], named)
+            child = isinstance(owner, Symbol) and owner.word == "held" and function.attr in METHODS
+            if not child or any(one is not None for one in given[1:]) or named:
+                raise UnreadError
+            return Symbol("child", (owner.given[0][-1], *given[:1]))
+        if path is None:
+            found = self.value(function, scope)
+            if not isinstance(found, Symbol) or found.word != "function":
+                raise UnreadError
+            path = found.given[0]
+        if path.startswith("__torch__."):
+            own = self.scripts.defined(path)
+            return self.call(own, given, named) if isinstance(own, ast.FunctionDef) else Symbol(path, tuple(given))
+        return self._of_torch(path, given, named)
+
+    def _builtin(self, name: str, nodes: list[ast.expr], scope: dict[str, Any]) -> Any:
+        if name == "getattr" and len(nodes) == 2:
+            return self.attribute(self.value(nodes[0], scope), str(self.value(nodes[1], scope)))
+        if name in ("unchecked_cast", "annotate") and len(nodes) == 2:  # to a type
+            return self.value(nodes[1], scope)
+        if name == "int" and len(nodes) == 1:
+            return Symbol("int", (self.value(nodes[0], scope),))
+        if name == "uninitialized":
+            return Symbol("uninitialized")
+        raise UnreadError
+
+    def _of_torch(self, path: str, given: list[Any], named: dict[str, Any]) -> Any:
+        """Return what a function of torch's returns: computed where it takes plain values, else a symbol."""
+        word = path.rpartition(".")[2]
+        if word == "RaiseException":
+            raise RaisedError
+        if word in ("__is__", "__isnot__") and len(given) == 2 and given[1] is None:
+            return (given[0] is None) == (word == "__is__")
+        if word == "dim" and len(given) == 1 and given[0] is self.input and self.rank:
+            return self.rank
+        if word == "append" and len(given) == 2 and isinstance(given[0], list):
+            given[0].append(given[1])
+            return given[0]
+        if word == "warn":
+            return None
+        if word in COMPUTED and all(map(_known, given)):
+            try:
+                found = COMPUTED[word](*given)
+            except TypeError:
+                raise UnreadError from None
+            return found if type(found) is not int or abs(found) < 2**63 else Symbol(word)
+        if word.endswith("_") and not word.endswith("__"):  # in place: what it was is no more
+            self.spent += _roots(given[0]) if given else []
+        return Symbol(word.strip("_"), tuple(given), named)
 
 
-def _word(path: str) -> str:
-    """Return the name of a function of torch's without its module, or the whole path of any other."""
-    foreign = path.startswith("__torch__.") and not path.startswith("__torch__.torch.")
-    return path if foreign else path.rpartition(".")[2].strip("_")
+def _arguments(word: str) -> dict[str, Any]:
+    """Return the arguments of a function of torch's, each with its usual value."""
+    parts = (part.partition("=") for part in ARGUMENTS[word].split(", "))
+    return {name: ast.literal_eval(usual) if usual else NEEDED for name, _, usual in parts}
 
 
-def _statements(methods: str) -> list[str]:
-    """Return the lines of methods without the methods' heads, which reach to the first line that ends in a colon."""
-    found, head = [], False
-    for line in methods.splitlines():
-        if line.startswith("  def "):
-            head = True
-        if not head:
-            found.append(line)
-        elif line.endswith(":"):
-            head = False
+def _path(node: ast.expr) -> str | None:
+    """Return the dotted path of a function of torch's or of the file's; None where it isn't one."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name) or node.id not in ("torch", "ops", "__torch__", "CONSTANTS"):
+        return None
+    return ".".join([node.id, *reversed(parts)])
+
+
+def _roots(value: Any) -> list[Any]:
+    """Return a value, and what it may be a view of."""
+    found = []
+    while isinstance(value, Symbol):
+        found.append(value)
+        value = value.given[0] if value.given else None
     return found
 
 
-def _order(methods: str) -> list[str] | None:
-    """Return the children that a Sequential calls, in order; None where it does anything but that."""
-    lines = methods.splitlines()
-    argument = ARGUMENT.fullmatch(lines[1]) if len(lines) > 1 and lines[0].startswith("  def forward(") else None
-    if argument is None:
-        return None
-    children: dict[str, str] = {}
-    order: list[str] = []
-    last: str | None = argument[1]
-    for line in lines[2:]:
-        if child := CHILD.fullmatch(line):
-            children[child[1]] = child[2]
-            continue
-        if line.startswith("  def "):  # the next method
-            break
-        call = CALL.fullmatch(line)
-        if call is None or call["of"] != last:
-            return None
-        called = re.findall(r"\((\w+)\)", call["calls"])
-        if call["ends"].count(")") != len(called) or not children.keys() >= set(called):
-            return None
-        order += [children[name] for name in reversed(called)]
-        last = call["made"]
-    return order if last is None else None
+def _known(value: Any) -> bool:
+    """Return whether a value is plain, without symbols in it."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_known, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting in one form: torch keeps one over one axis as a number, or as a row of one."""
+    row = isinstance(value, (tuple, list))
+    return value[0] if row and len(value) == 1 else tuple(value) if row else value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 1000:
+        raise UnreadError
+    return value

@@ -203,12 +203,12 @@ class Quantised:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """Return the numbers that the integers stand for; raises as `Tensor.__array__` does."""
-        spread = [1] * len(self.shape)
+        shape = [1] * len(self.shape)
         if self.axis is not None:
-            spread[self.axis] = -1
+            shape[self.axis] = -1
         with np.errstate(all="ignore"):  # what overflows is infinite, as it is in PyTorch
-            scales = np.asarray(self.scales, np.float64).astype(np.float32).reshape(spread)
-            whole = np.asarray(self.integers).astype(np.float32) - np.asarray(self.zeros, np.float32).reshape(spread)
+            scales = np.asarray(self.scales, np.float64).astype(np.float32).reshape(shape)
+            whole = np.asarray(self.integers).astype(np.float32) - np.asarray(self.zeros, np.float32).reshape(shape)
             return (whole * scales).astype(np.float32 if dtype is None else dtype)
 
 

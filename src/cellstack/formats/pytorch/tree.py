@@ -62,15 +62,6 @@ def attributes_of(value: Standin) -> dict[Any, Any]:
     return {key: child for part in parts if isinstance(part, dict) for key, child in part.items()}
 
 
-def children_of(attributes: dict[Any, Any]) -> list[str]:
-    """Return the names of a module's children, in TorchScript."""
-    return [
-        str(name)
-        for name, child in attributes.items()
-        if isinstance(child, Standin) and child.kind.startswith("__torch__.")
-    ]
-
-
 def hooked(attributes: dict[Any, Any]) -> bool:
     """Return whether a module has hooks other than those that compute a weight."""
     hooks = [attributes[name] for name in HOOKS if attributes.get(name)]
@@ -167,7 +158,7 @@ def _standin(
             found.roots[path] = value
         name, known = ".".join(path), kind.startswith(("torch.nn.", "torch.ao.nn."))
         dynamic = known and ".dynamic." in kind
-        written = scripts.written(value.kind) if scripts and known else None
+        written = scripts.written(value, attributes) if scripts and known else None
         settings = {**written.constants, **attributes} if written else attributes
         activation = settings.get("nonlinearity", settings.get("mode"))  # old modules have the latter alone
         if known and module.startswith("RNN") and isinstance(activation, str):
@@ -181,7 +172,7 @@ def _standin(
             found.directions[name] = 1 + attributes["bidirectional"]
         plain = module in (*RECURRENT, "Sequential", *WRAPPERS, *NOTHING, *HELPERS)
         plain = plain and known and (dynamic or ".quantized.modules.rnn" not in kind)
-        changed = written.problem(children_of(attributes)) if written else ""
+        changed = written.why if written else ""
         if not plain or changed or hooked(attributes):
             what = changed or "with forward hooks" if plain else "whose code isn't run"
             found.unknown.append(f"{short(name or 'the module itself', 200)}: {short(kind, 200)}, {what}")
