@@ -267,19 +267,16 @@ def _epsilon(layer: Layer) -> float:
 
 
 def _batch_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
-    """Fold the statistics, in float64: gamma·(x - mean) / sqrt(variance + epsilon) + beta."""
+    """Fold the statistics: gamma·(x - mean) / sqrt(variance + epsilon) + beta."""
     width = arrays[0].shape
     if len(width) != 1 or any(array.shape != width for array in arrays):
         raise layer.refuse(f"expected weights [W] each, found {', '.join(str(array.shape) for array in arrays)}")
-    given = dict(
-        zip([*_affine(layer), "mean", "variance"], (array.astype(np.float64) for array in arrays), strict=True)
-    )
-    variance = given["variance"] + _epsilon(layer)
-    if not (variance > 0.0).all():
+    given = dict(zip([*_affine(layer), "mean", "variance"], arrays, strict=True))
+    epsilon = _epsilon(layer)
+    if not (given["variance"].astype(np.float64) + epsilon > 0.0).all():
         raise layer.refuse("expected variances above 0, found others")
-    scale = given.get("gamma", 1.0) / np.sqrt(variance)
-    shift = given.get("beta", 0.0) - given["mean"] * scale
-    return Scale(scale.astype(arrays[0].dtype), shift.astype(arrays[0].dtype))
+    affine = (given.get("gamma", 1.0), given.get("beta", 0.0))
+    return Scale.of_statistics(given["mean"], given["variance"], epsilon, *affine)
 
 
 def _normalization(layer: Layer, arrays: list[Array], major: int) -> Node:

@@ -255,14 +255,9 @@ class _Reader:
         mean, variance = (_weight(path, module, name) for name in ("running_mean", "running_var"))
         if mean is None or variance is None:
             raise _refuse(path, module, "expected running statistics, found one of the two")
-        scale = 1.0 / np.sqrt(variance.astype(np.float64) + module.eps)
         gain, bias = (_weight(path, module, name) for name in ("weight", "bias"))
-        if gain is not None:
-            scale *= gain
-        shift = -mean * scale
-        if bias is not None:
-            shift += bias
-        node = Scale(scale.astype(mean.dtype), shift.astype(mean.dtype))
+        affine = (1.0 if gain is None else gain, 0.0 if bias is None else bias)
+        node = Scale.of_statistics(mean, variance, module.eps, *affine)
         if self.rank is None:
             raise _refuse(path, module, "expected a module before it that says whether [B, C] or [B, C, T] comes in")
         if self.rank == 2:
