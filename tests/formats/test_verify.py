@@ -332,6 +332,9 @@ PER_FRAME = {  # of y [B, T, H], H = 4: what is made of it behind a Linear of 2
     "one more axis": lambda line, y: line(y[:, -1])[:, None],
     "one more axis behind": lambda line, y: line(y[:, -1])[..., None],
     "flat": lambda line, y: line(y).flatten(1),
+    "a number a step": lambda line, y: line(y).sum(-1),
+    "a number a row": lambda line, y: line(y[:, -1]).sum(-1),
+    "a number a row, cut out": lambda line, y: line(y[:, -1])[:, :1].squeeze(-1),
 }
 
 

@@ -326,7 +326,8 @@ def _ordered(array: Array, axes: str, batch: int) -> Array:
     order = sorted(range(array.ndim), key=lambda n: "BT1DF".index(axes[n]))
     array = array.transpose(order)
     kept = sum(axis in "BT" for axis in axes)
-    array = array.reshape(*array.shape[:kept], -1) if "1" in axes or "D" in axes else array
+    if "1" in axes or "D" in axes or axes == "B":  # one number a row is a feature of ours
+        array = array.reshape(*array.shape[:kept], -1)
     return array if "B" in axes else array[None]
 
 
