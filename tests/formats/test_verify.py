@@ -332,6 +332,9 @@ PER_FRAME = {  # of y [B, T, H], H = 4: what is made of it behind a Linear of 2
     "one more axis": lambda line, y: line(y[:, -1])[:, None],
     "one more axis behind": lambda line, y: line(y[:, -1])[..., None],
     "flat": lambda line, y: line(y).flatten(1),
+    "a number a step": lambda line, y: line(y).sum(-1),
+    "a number a row": lambda line, y: line(y[:, -1]).sum(-1),
+    "a number a row, cut out": lambda line, y: line(y[:, -1])[:, :1].squeeze(-1),
 }
 
 
@@ -369,6 +372,64 @@ def test_outputs_in_any_order_of_axes(tmp_path, name, axes):
         module.line.weight += 0.1
     other = exported(tmp_path / "other.onnx", module, axes)
     assert not verify(other, tmp_path / "net.onnx").ok()
+
+
+ORDERS = ("BTF", "TBF", "BFT", "TFB", "FTB", "FBT", "TF", "FT")
+ENDS = (*ORDERS, "BF", "FB", "F")
+
+
+def in_order(order, end, kind, ways, states, sizes):
+    """A recurrent operator whose input's axes stand in one order, and whose output's stand in another."""
+    make, floats = helper.make_node, np.random.default_rng(0).standard_normal
+    wide, parts = {"LSTM": 16, "GRU": 12}[kind], ("h", "c")[: 1 + (kind == "LSTM")] if states else ()
+    arrays = {
+        name: np.float32(floats(shape))
+        for name, shape in (("W", (ways, wide, 3)), ("R", (ways, wide, 4)), ("V", (4 * ways, 2)))
+    }
+    arrays |= {"0": np.array([0]), "1": np.array([1]), "last": np.array(-1), "wide": np.array([0, 0, -1])}
+    nodes, axes = [], order
+    if "B" not in order:
+        nodes, axes = [make("Unsqueeze", ["X", "0"], ["row"])], f"B{order}"
+    nodes.append(make("Transpose", [nodes[0].output[0] if nodes else "X"], ["x"], perm=[axes.index(a) for a in "TBF"]))
+    given, after = ["", "", *(f"{part}0" for part in parts)] if parts else [], [f"{part}1" for part in parts]
+    way = "bidirectional" if ways == 2 else "forward"
+    nodes += [
+        make(kind, ["x", "W", "R", *given], ["Y", *after], hidden_size=4, direction=way),
+        make("Transpose", ["Y"], ["y"], perm=[0, 2, 1, 3]),
+        make("Reshape", ["y", "wide"], ["h"]),
+        make("MatMul", ["h", "V"], ["z"]),
+    ]
+    y, axes = "z", "TBF"
+    for axis, node in (("B", make("Squeeze", [y, "1"], ["one"])), ("T", make("Gather", [y, "last"], ["at"], axis=0))):
+        if axis not in end:
+            node.input[0] = y
+            nodes.append(node)
+            y, axes = node.output[0], axes.replace(axis, "")
+    nodes.append(make("Transpose", [y], ["out"], perm=[axes.index(a) for a in end]))
+    value, batch = helper.make_tensor_value_info, sizes.get("B", "B") if "B" in order else 1
+    inputs = [value("X", TensorProto.FLOAT, [3 if a == "F" else sizes.get(a, a) for a in order])]
+    inputs += [value(name, TensorProto.FLOAT, [ways, batch, 4]) for name in given[2:]]
+    outputs = [value("out", TensorProto.FLOAT, [f"out.{a}" for a in end])]
+    outputs += [value(name, TensorProto.FLOAT, [f"{name}.{n}" for n in range(3)]) for name in after]
+    held = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "orders", inputs, outputs, held)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("sizes", [{}, {"B": 2, "T": 4}, {"T": 1}])
+def test_inputs_in_any_order_of_axes(tmp_path, order, sizes):
+    path = tmp_path / "net.onnx"
+    for end in (end for end in ENDS if ("B" in end) == ("B" in order)):
+        for kind, ways, states in (("LSTM", 1, True), ("GRU", 2, False), ("LSTM", 2, True)):
+            made = in_order(order, end, kind, ways, states, sizes)
+            onnx.checker.check_model(made)
+            path.write_bytes(made.SerializeToString())
+            net = load(path)
+            assert net.metadata["onnx"]["inputs"] == {"X": order}
+            report = verify(net, path)
+            assert report.ok(1e-5), f"{end}: {report}"
+            assert len(report.differences) == 1 + 2 * ways * states, f"{end}: {report}"
 
 
 @pytest.mark.parametrize("axes", AXES)

@@ -26,6 +26,7 @@ import numpy as np
 from cellstack.formats import adapter_of, c, onnx, safetensors, worker
 from cellstack.formats.onnx.writer import state_names
 from cellstack.network import Network
+from cellstack.nodes import Bidirectional, Recurrent
 from cellstack.nodes.base import Array, CellState
 from cellstack.spec import FormatError
 
@@ -207,9 +208,8 @@ def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
     states: dict[str, Array] = {}
     for name, refs in ends["states"].items():
         cells = [ends["firsts"][node] + way for node, way, _ in refs]
-        units = net.cells[cells[0]].spec.units if cells[0] < len(net.cells) else 0
-        parts = _parted(found[name], len(refs), batch, units)
-        states |= {f"cell {cell} {ref[2]}": part for cell, ref, part in zip(cells, refs, parts, strict=False)}
+        parts = _parted(found[name], ends["state_axes"][name])
+        states |= {f"cell {cell} {ref[2]}": part for cell, ref, part in zip(cells, refs, parts, strict=True)}
     if not ends["outputs"]:  # what our reader doesn't read, masks say, we may have written
         states = {name: found[after] for name, after in state_names(net).items() if after in found}
     return Answers("onnxruntime", ort.__version__, outputs, states)
@@ -225,9 +225,12 @@ def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Input
         for name, letters in axes.items()
         for axis, want, got in zip(letters or "BTF", declared[name], fed[name].shape, strict=False)
     }
+    if any(letters and "B" not in letters for letters in axes.values()):
+        found["B"] = (1, len(next(iter(inputs.values()))))
     wanted = {axis: want for axis, (want, got) in found.items() if isinstance(want, int) and want != got}
     before, after = [name for name in fed if name not in axes], list(ends["states"])
-    by_steps = wanted.get("T") == 1 and len(before) == len(after) > 0
+    backwards = any(isinstance(n, Bidirectional) or (isinstance(n, Recurrent) and n.go_backwards) for n in net.nodes)
+    by_steps = wanted.get("T") == 1 and len(before) == len(after) > 0 and not backwards
     if "B" in wanted or ("T" in wanted and not by_steps):
         sizes = {axis: want if axis in wanted else got for axis, (want, got) in found.items()}
         raise OtherSizesError(sizes.get("B", 1), found["T"][1] if by_steps else sizes.get("T", 1))
@@ -247,23 +250,19 @@ def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Input
     return steps[-1] | joined
 
 
-def _parted(array: Array, count: int, batch: int, units: int) -> list[Array]:
-    """Return the states `[B, H]` that an output holds, in whatever order its axes are; none where it isn't clear."""
-    if array.size == count * batch * units and (count == 1 or (batch == 1 and array.shape[-1] == units)):
-        return list(array.reshape(count, batch, units))
-    wide = [axis for axis in range(array.ndim) if array.shape[axis] == units][-1:]
-    rows = [axis for axis in range(array.ndim) if array.shape[axis] == batch and axis not in wide][:1]
-    if not wide or not rows or array.size != count * batch * units:
-        return []
-    return list(np.moveaxis(array, (*rows, *wide), (-2, -1)).reshape(count, batch, units))
+def _parted(array: Array, axes: str) -> Array:
+    """Return the states `[S, B, H]` that an output holds, whose axes our reader notes: one row where there is no B."""
+    array = array.transpose(sorted(range(array.ndim), key=lambda n: "SBF".index(axes[n])))
+    array = array if "B" in axes else array[..., None, :]
+    return array.reshape(-1, *array.shape[-2:])
 
 
 def _ends_of(net: Network, path: str) -> dict[str, Any]:
     """Return how the ends of a graph go with those of the network that our reader makes of it, as it notes it.
 
     They are `inputs` and `outputs`, in the network's order, each with its axes, and `states`, which are outputs too:
-    each of the operators' states, and the `firsts` of the cells that the operators are. Where our reader can't read
-    the file whole they are empty: then all is taken as it comes.
+    each of the operators' states, with its `state_axes`, and the `firsts` of the cells that the operators are. Where
+    our reader can't read the file whole they are empty: then all is taken as it comes.
     """
     try:
         read = onnx.load(path)
@@ -275,6 +274,7 @@ def _ends_of(net: Network, path: str) -> dict[str, Any]:
         "inputs": noted["inputs"] if len(noted["inputs"]) == len(net.inputs) else {},
         "outputs": noted["outputs"],
         "states": noted["states"],
+        "state_axes": noted.get("state_axes", {}),
         "firsts": [sum(counts[:number]) for number in range(len(counts))],
     }
 
@@ -291,10 +291,7 @@ def _fed(
         dtype = ONNX_TYPES.get(entry.type)
         if entry.name in given and dtype is not None:
             array, axes = given[entry.name]
-            if axes and "B" not in axes:  # the file takes one row
-                if len(array) != 1:
-                    raise OtherSizesError(1, array.shape[1] if "T" in axes else 1)
-                array = array[0]
+            array = array[0] if axes and "B" not in axes else array  # the file takes one row
             ours = [axis for axis in "BTF" if axis in axes]
             order = [ours.index(axis) for axis in axes]
             fed[entry.name] = np.ascontiguousarray(array.transpose(order) if axes else array, dtype)
@@ -324,11 +321,13 @@ def _ordered(array: Array, axes: str, batch: int) -> Array:
     if axes in ("B1F", "BF1") or "N" in axes:
         return array
     if axes.replace("1", "") in ("BFT", "FT"):
-        return array.reshape([size for size, axis in zip(array.shape, axes, strict=True) if axis != "1"])
+        array = array.reshape([size for size, axis in zip(array.shape, axes, strict=True) if axis != "1"])
+        return array if "B" in axes else array[None]
     order = sorted(range(array.ndim), key=lambda n: "BT1DF".index(axes[n]))
     array = array.transpose(order)
     kept = sum(axis in "BT" for axis in axes)
-    array = array.reshape(*array.shape[:kept], -1) if "1" in axes or "D" in axes else array
+    if "1" in axes or "D" in axes or axes == "B":  # one number a row is a feature of ours
+        array = array.reshape(*array.shape[:kept], -1)
     return array if "B" in axes else array[None]
 
 

@@ -80,7 +80,7 @@ class Scale(Stepwise):
     """`x·scale + shift`, feature by feature: what batch normalisation is at inference, folded.
 
     With a batch normalisation's statistics, `scale = gamma / sqrt(variance + epsilon)` and
-    `shift = beta - mean·scale`.
+    `shift = beta - mean·scale`: see `of_statistics`.
 
     Args:
         scale: `[W]`.
@@ -107,6 +107,29 @@ class Scale(Stepwise):
         object.__setattr__(self, "shift", hold("Scale", "shift", self.shift, self.scale.shape))
         object.__setattr__(self, "dtype", one_dtype("Scale", {"scale": self.scale, "shift": self.shift}))
         object.__setattr__(self, "input_size", len(self.scale))
+
+    @classmethod
+    def of_statistics(
+        cls, mean: Array, variance: Array, epsilon: float, gamma: Array | None = None, beta: Array | None = None
+    ) -> Scale:
+        """Return a batch normalisation at inference, folded in float64.
+
+        Args:
+            mean: `[W]`; its dtype is that of the node.
+            variance: `[W]`.
+            epsilon: what is added to the variance.
+            gamma: `[W]`; None = ones.
+            beta: `[W]`; None = zeros.
+
+        Raises:
+            ValueError: a variance that isn't above 0 with epsilon added.
+        """
+        deviation = variance.astype(np.float64) + epsilon
+        if not (deviation > 0.0).all():
+            raise ValueError("expected variances above 0, found others")
+        scale = (1.0 if gamma is None else gamma.astype(np.float64)) / np.sqrt(deviation)
+        shift = (0.0 if beta is None else beta.astype(np.float64)) - mean.astype(np.float64) * scale
+        return cls(scale.astype(mean.dtype), shift.astype(mean.dtype))
 
     def apply(self, x: Array) -> Array:
         """Return `x·scale + shift`, shaped as `x [..., W]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,7 @@ from cellstack.formats.onnx.writer import write
 from cellstack.formats.onnx.written_out.found import find_written_out
 from cellstack.formats.onnx.written_out.loops import roll
 from cellstack.formats.onnx.written_out.products import name_activations
+from cellstack.formats.onnx.written_out.scans import is_scan, read_scan
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
@@ -37,22 +39,26 @@ def recognises(head: bytes) -> bool:
     return len(head) > 2 and head[0] == 0x08 and 1 <= head[1] < 0x80 and head[2] in FIELDS
 
 
-def _scopes(scope: Scope) -> Iterator[Scope]:
-    """Give a graph and the graphs within it."""
-    yield scope
-    for _, inside in scope.inner():
-        if inside is not None:
-            yield from _scopes(inside)
-
-
 def _parts(scope: Scope) -> Iterator[tuple[str, Callable[[], Operator]]]:
     """Give the recurrent parts of a graph and of the graphs within, by name, each with what reads it."""
-    for graph in _scopes(scope):
-        for node in graph.graph.node:
-            if is_recurrent(node):
-                yield label(node), partial(read_operator, graph, node)
-        for name, operator in find_written_out(graph):
-            yield name, partial(_same, operator)
+    within: list[Scope] = []
+    whole: set[int] = set()  # ids of the Scans that are a cell
+    for node, graph in scope.inner():
+        if graph is not None:
+            within += [graph] if id(node) not in whole else []
+        elif is_recurrent(node):
+            yield label(node), partial(read_operator, scope, node)
+        elif is_scan(node):
+            operator = None
+            with suppress(*ODD):  # of one that is no cell, the body is looked into
+                operator = read_scan(scope, node)
+            if operator is not None:
+                whole.add(id(node))
+                yield label(node), partial(_same, operator)
+    for name, operator in find_written_out(scope):
+        yield name, partial(_same, operator)
+    for graph in within:
+        yield from _parts(graph)
 
 
 def _same(operator: Operator) -> Operator:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.cells import NAMES, PARAMETERS, activation_text, decimal
+from cellstack.formats.onnx.cells import NAMES, OPERATORS, PARAMETERS, activation_text, decimal
 from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
@@ -14,10 +14,12 @@ from cellstack.formats.onnx.values import Flowing
 from cellstack.nodes import Activation, Clip, Merge
 
 CALLED = tuple(name for name in NAMES if None not in PARAMETERS.get(name, ()))
-SOFTMAX = {"Softmax": "softmax", "LogSoftmax": "log_softmax"}
 GATED = {"HardSwish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times what these make of it
 CLIPS = {(0.0, np.inf): "relu", (0.0, 6.0): "relu6"}
-SELU = {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875}
+USUAL = {
+    "Selu": {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875},  # those of the paper
+    "Swish": {"alpha": 1.0},
+}
 
 
 def activation(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -38,7 +40,7 @@ def softmax(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     axis = x.at(attributes.get("axis", 1 if reader.model.opset < 13 else -1))
     if x.axes[axis] != "F" or "D" in x.axes or (reader.model.opset < 13 and axis != len(x.axes) - 1):
         raise Refused(f"expected the axis of the features, found axis {axis} of {' '.join(x.axes)}")
-    return as_activation(reader, node, x, SOFTMAX[node.op_type])
+    return as_activation(reader, node, x, OPERATORS[node.op_type])
 
 
 def gelu(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -47,11 +49,12 @@ def gelu(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     return as_activation(reader, node, values[0], kinds[attributes.get("approximate", "none")])
 
 
-def selu(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Selu of the paper's constants."""
-    if any(np.float32(attributes.get(name, usual)) != np.float32(usual) for name, usual in SELU.items()):
-        raise Refused(f"expected alpha and gamma of the paper, found {attributes}")
-    return as_activation(reader, node, values[0], "selu")
+def plain(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Read an activation whose parameters, where it has some, are the usual ones."""
+    for name, usual in USUAL.get(node.op_type, {}).items():
+        if np.float32(attributes.get(name, usual)) != np.float32(usual):
+            raise Refused(f"expected {name} {usual}, found {attributes[name]}")
+    return as_activation(reader, node, values[0], OPERATORS[node.op_type])
 
 
 def gated(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -60,13 +63,6 @@ def gated(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
     for text in GATED[node.op_type]:
         gate = reader.put(f"{label(node)}.{text}", Activation(text), gate)
     return [reader.put(node, Merge("mul"), x, gate)]
-
-
-def swish(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Swish of alpha 1."""
-    if attributes.get("alpha", 1.0) != 1.0:
-        raise Refused(f"expected alpha 1, found {attributes['alpha']}")
-    return as_activation(reader, node, values[0], "silu")
 
 
 def clip(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -106,12 +102,10 @@ def prelu(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
 
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(CALLED, activation),
-    **dict.fromkeys(SOFTMAX, softmax),
+    **dict.fromkeys(("Exp", "Selu", "Swish"), plain),
+    **dict.fromkeys(("Softmax", "LogSoftmax"), softmax),
     **dict.fromkeys(GATED, gated),
     "Clip": clip,
-    "Exp": lambda reader, node, attributes, values: as_activation(reader, node, values[0], "exponential"),
     "Gelu": gelu,
     "PRelu": prelu,
-    "Selu": selu,
-    "Swish": swish,
 }

@@ -286,8 +286,8 @@ def _together(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list
 def _product(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x, weights = values[:2]
     axes.needs(x, "F", "its input", -1)
-    turned = isinstance(weights, np.ndarray) and attributes.get("transB", 0)
-    width = weights.shape[0 if turned else -1] if isinstance(weights, np.ndarray) and weights.ndim == 2 else None
+    transposed = isinstance(weights, np.ndarray) and attributes.get("transB", 0)
+    width = weights.shape[0 if transposed else -1] if isinstance(weights, np.ndarray) and weights.ndim == 2 else None
     return [Shaped([*x.axes[:-1], Axis("F", axes.here)], [*x.lengths[:-1], width])]
 
 

@@ -41,6 +41,13 @@ NAMES = {
     "ThresholdedRelu": "thresholded_relu",
     "ScaledTanh": "scaled_tanh",
 }
+OPERATORS = {  # of their own, which no cell has
+    "Exp": "exponential",
+    "LogSoftmax": "log_softmax",
+    "Selu": "selu",
+    "Softmax": "softmax",
+    "Swish": "silu",
+}
 PARAMETERS = {  # alpha and beta of an operator of its own; None: there is none such
     "HardSigmoid": (0.2, 0.5),
     "Elu": (1.0,),

@@ -110,10 +110,8 @@ def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
         raise Refused("expected the form of inference")
     if len(x.axes) < 2 or x.axes[1] != "F" or "D" in x.axes:
         raise Refused(f"expected the features on axis 1, found axes {' '.join(x.axes)}")
-    epsilon = float(attributes.get("epsilon", 1e-5))
-    wide = gain.astype(np.float64) / np.sqrt(variance.astype(np.float64) + epsilon)
-    scale, shift = wide.astype(gain.dtype), (bias - mean.astype(np.float64) * wide).astype(gain.dtype)
-    return [reader.put(node, Scale(scale, shift), x)]
+    made = Scale.of_statistics(mean, variance, float(attributes.get("epsilon", 1e-5)), gain, bias)
+    return [reader.put(node, made, x)]
 
 
 def layer_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:

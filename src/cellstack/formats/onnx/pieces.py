@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.build import Names
-from cellstack.formats.onnx.cells import ONNX_NAMES
+from cellstack.formats.onnx.cells import ONNX_NAMES, OPERATORS
 from cellstack.layout import Array
 from cellstack.nodes.base import MORE_ACTIVATIONS
 from cellstack.spec import PARAMETERS, activation
@@ -124,14 +124,11 @@ class Pieces:
     def _more(self, name: str, x: str, text: str, output: str) -> str:
         """Put in an activation that nodes have beyond those of cells."""
         of, number = self.of, self.number
-        if text in ("softmax", "log_softmax"):
-            return self.put("Softmax" if text == "softmax" else "LogSoftmax", [x], output, name, axis=-1)
         if text == "silu":
             return self.put("Mul", [x, of("Sigmoid", x)], output, name)
-        if text == "selu":
-            return self.put("Selu", [x], output, name)
-        if text == "exponential":
-            return self.put("Exp", [x], output, name)
+        operator = next((operator for operator, own in OPERATORS.items() if own == text), None)
+        if operator is not None:
+            return self.put(operator, [x], output, name, **({"axis": -1} if operator.endswith("Softmax") else {}))
         if text == "relu6":
             return self.put("Clip", [x, number(0.0), number(6.0)], output, name)
         if text == "gelu":

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.cells import INPUTS, KINDS, nodes_of, read_operator
+from cellstack.formats.onnx.cells import INPUTS, KINDS, Operator, nodes_of, read_operator
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import Broadcast, numbers
+from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
-from cellstack.formats.onnx.values import Final, Lengths, Run, States
+from cellstack.formats.onnx.values import Final, Flowing, Lengths, Run, States
 from cellstack.formats.onnx.written_out.scans import read_scan
-from cellstack.layout import Array
-from cellstack.nodes import Recurrent, Select
 
 
 def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -33,12 +31,7 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         _start(reader, starts[key], key, "BSF" if operator.batch_first else "SBF", (number, ways, key[-1]))
     sequences = bool(node.output[0]) and reader.uses.get(node.output[0], 0) > 0
     zeros = bool(operator.lengths) or label(node) in reader.model.said.get("zeros", ())
-    made, *turned = nodes_of(operator, sequences, zeros)
-    y = reader.put(node, made, x)
-    ends = y.wire
-    for step in turned:
-        y = reader.put(f"{label(node)}.in_order", step, y)
-    reader.runs.append(Run(operator.cells, ends, y.wire, sequences))
+    y = _put(reader, node, operator, x, sequences, zeros)
     batch = x.axes[0 if operator.batch_first else 1]
     way = "D" if ways == 2 else "1"
     axes = (batch, "T", way, "F") if operator.batch_first else ("T", way, batch, "F")
@@ -54,6 +47,16 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         stacked = ("S", "B" if batch == "B" else "S", "F")
         given.append(States((stacked[1], stacked[0], "F") if operator.batch_first else stacked, refs))
     return given
+
+
+def _put(reader: Reader, node: Any, operator: Operator, x: Flowing, sequences: bool, zeros: bool) -> Flowing:
+    """Put an operator's nodes in, and return what it gives, in the order of `x`."""
+    made, *reversal = nodes_of(operator, sequences, zeros)
+    run = y = reader.put(node, made, x)
+    for step in reversal:
+        y = reader.put(f"{label(node)}.in_order", step, y)
+    reader.runs.append(Run(operator.cells, run.wire, y.wire, sequences))
+    return y
 
 
 def _start(reader: Reader, value: Any, what: str, wanted: str, states: tuple[int, int, str]) -> None:
@@ -90,31 +93,19 @@ def _start(reader: Reader, value: Any, what: str, wanted: str, states: tuple[int
 
 def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Scan that is a cell."""
-    *states, x = values
-    number = len(reader.runs)
-    starts: dict[str, Array] = {}
-    for part, value in zip("hc", states, strict=False):
-        array = numbers(value)
-        if isinstance(array, np.ndarray):
-            if not array.size or (array != array.reshape(-1, array.shape[-1])[:1]).any():
-                raise Refused(f"expected the {part} to start from to be alike in every row")
-            starts[part] = array.reshape(-1, array.shape[-1])[0]
-        else:
+    operator, number = read_scan(reader.scope, node), len(reader.runs)
+    for part, value in zip("hc", values[:-1], strict=False):
+        if f"initial_{part}" in operator.started:
             _start(reader, value, f"the {part} to start from", "BF", (number, 1, part))
-    cell, backwards = read_scan(reader.scope, node, starts if any(one.any() for one in starts.values()) else {})
-    flow = reader.flowing(x, "its steps")
+    flow = reader.flowing(values[-1], "its steps")
     if not flow.has("TBF"):
         raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
     sequences = reader.uses.get(node.output[-1], 0) > 0
     zeros = label(node) in reader.model.said.get("zeros", ())
-    y = reader.put(node, Recurrent((cell,), sequences, backwards, zeros), flow)
-    wire = y.wire
-    if backwards and sequences:
-        y = reader.put(f"{label(node)}.in_order", Select(step=-1), y)
-    reader.runs.append(Run((cell,), wire, y.wire, sequences))
+    y = _put(reader, node, operator, flow, sequences, zeros)
     axes = ("B", "F") if "B" in flow.axes else ("S", "F")
     ends = []
-    for part in cell.spec.state_sizes:
+    for part in operator.cells[0].spec.state_sizes:
         refs = np.empty((1,), object)
         refs[0] = Final(number, 0, part)
         ends.append(States(axes, refs if axes[0] == "S" else refs.reshape(())))

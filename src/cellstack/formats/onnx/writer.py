@@ -206,7 +206,7 @@ class Writer(Pieces):
         """Put a stack of cells in; `mask` is that of `x`, or ""."""
         direction = "reverse" if node.go_backwards else "forward"
         steps = self.put("Transpose", [x], self.fresh(f"{name}.steps"), perm=[1, 0, 2])
-        turned = self.of("Transpose", mask, perm=[1, 0, 2]) if mask else ""
+        transposed = self.of("Transpose", mask, perm=[1, 0, 2]) if mask else ""
         top = len(node.cells) - 1
         at = np.array(0 if node.go_backwards else -1, np.int64)
         last = ""  # what the top cell gives after its last step, [B, P]; "": that of its steps
@@ -217,7 +217,7 @@ class Writer(Pieces):
                 self.zeros.append(own)
             wanted = number < top or node.return_sequences or added
             if mask or self.dtype == np.float64 or not can_be_operator((cell,)):
-                flat, last = self.scan(own, cell, direction, x, steps, turned, added)
+                flat, last = self.scan(own, cell, direction, x, steps, transposed, added)
                 added = added and not mask
             else:
                 y, h = self.operator(own, (cell,), [own], direction, x, steps, wanted)
@@ -262,9 +262,9 @@ class Writer(Pieces):
             if way == names[0] or not half.return_sequences:
                 self.stack(way, half, x, end, mask)
             else:
-                turned = self.fresh(f"{way}.turned")
-                self.stack(way, half, x, turned, mask)
-                self.cut(turned, slice(None, None, -1), 1, end, f"{way}.out")
+                backwards = self.fresh(f"{way}.backwards")
+                self.stack(way, half, x, backwards, mask)
+                self.cut(backwards, slice(None, None, -1), 1, end, f"{way}.out")
         self.merge(node.merge_mode.replace("sum", "add"), ends, -1, output, f"{name}.merged")
 
     # ── the other nodes ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -314,8 +314,7 @@ class Writer(Pieces):
                 raise ValueError(f"save: {name}: expected padding below the window's {node.size}, got {node.padding}")
             sizes = {"kernel_shape": [node.size], "strides": [node.strides], **_padding(node.padding, node.size)}
             operator = "MaxPool" if node.mode == "max" else "AveragePool"
-            turned = self.channels(name, x)
-            y = self.put(operator, [turned], self.fresh(f"{name}.pooled"), name, **sizes)
+            y = self.put(operator, [self.channels(name, x)], self.fresh(f"{name}.pooled"), name, **sizes)
             self.put("Transpose", [y], name, f"{name}.rows", perm=[0, 2, 1])
         elif isinstance(node, GlobalPool):
             if node.mode != "last":
@@ -349,9 +348,9 @@ class Writer(Pieces):
         if node.bias is not None:
             arrays.append(self.tensor(f"{name}.bias", node.bias))
         sizes = {"strides": [node.strides], "dilations": [node.dilation], "group": node.groups}
-        turned = self.channels(name, x)
+        channels = self.channels(name, x)
         y = self.put(
-            "Conv", [turned, *arrays], self.fresh(f"{name}.z"), name, **sizes, **_padding(node.padding, node.span)
+            "Conv", [channels, *arrays], self.fresh(f"{name}.z"), name, **sizes, **_padding(node.padding, node.span)
         )
         y = self.put("Transpose", [y], self.fresh(f"{name}.rows"), perm=[0, 2, 1])
         self.finish(name, y, node.activation, name)

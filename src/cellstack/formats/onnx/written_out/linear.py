@@ -31,7 +31,7 @@ class Term:
     Args:
         value: the name of what is multiplied.
         weights: the name of the constant.
-        turned: whether the matrix stands as `[I, N]`, rows and columns changed.
+        transposed: whether the matrix stands as `[I, N]`.
         start: the first row.
         stop: the row after the last.
         moves: the nodes that took a step out of the product, in order; none where the value is of one step.
@@ -43,7 +43,7 @@ class Term:
 
     value: str
     weights: str
-    turned: bool
+    transposed: bool
     start: int
     stop: int
     moves: tuple[Any, ...] = ()
@@ -55,7 +55,7 @@ class Term:
     @property
     def rows(self) -> tuple[Any, ...]:
         """Which numbers of the file these are."""
-        return self.weights, self.turned, self.start, self.stop, self.gain
+        return self.weights, self.transposed, self.start, self.stop, self.gain
 
 
 class Linear(NamedTuple):
@@ -75,7 +75,7 @@ def array_of(scope: Scope, term: Term) -> Array:
     """Return a term's rows, `[N, I]` or `[N]`."""
     found = scope.constant(term.weights)
     assert isinstance(found, np.ndarray)
-    array = found.reshape(-1) if not term.value else found.T if term.turned else found
+    array = found.reshape(-1) if not term.value else found.T if term.transposed else found
     return array[term.start : term.stop]
 
 
@@ -141,10 +141,10 @@ def _product(scope: Scope, node: Any, left: list[int]) -> Linear | None:
     plain = not found.get("transA", 0) and found.get("alpha", 1.0) == 1.0 and found.get("beta", 1.0) == 1.0
     if not isinstance(weights, np.ndarray) or weights.ndim != 2 or not plain:
         return None
-    turned = not found.get("transB", 0)
-    count = weights.shape[1 if turned else 0]
+    transposed = not found.get("transB", 0)
+    count = weights.shape[1 if transposed else 0]
     term = Term(
-        node.input[0], first_alike(scope, node.input[1], weights), turned, 0, count, flat=node.op_type == "Gemm"
+        node.input[0], first_alike(scope, node.input[1], weights), transposed, 0, count, flat=node.op_type == "Gemm"
     )
     added = node.input[2] if len(node.input) > 2 else ""
     if added and scope.constant(added) is None:
@@ -373,7 +373,7 @@ def _located(scope: Scope, path: list[tuple[Any, str]]) -> tuple[int, int, int] 
         if n == len(path) or path[n][0].op_type != "SplitToSequence" or len(path[n][0].input) > 1:
             return None
         axis, n = scope.model.attributes(path[n][0]).get("axis", 0), n + 1
-    while n < len(path) and _turns(scope, path[n][0], axis):
+    while n < len(path) and _reverses(scope, path[n][0], axis):
         step, n = -1 - step, n + 1
     return axis, step, n
 
@@ -415,7 +415,7 @@ def _cuts(scope: Scope, node: Any) -> tuple[int, slice] | None:
     return cut[0] if len(cut) == 1 and cut[0][0] < 2 else None
 
 
-def _turns(scope: Scope, node: Any, axis: int) -> bool:
+def _reverses(scope: Scope, node: Any, axis: int) -> bool:
     """Whether a node turns the steps round."""
     cut = _cuts(scope, node) if node.op_type == "Slice" else None
     return cut is not None and cut[0] == axis and cut[1].step == -1 and cut[1].start == -1 and cut[1].stop is None

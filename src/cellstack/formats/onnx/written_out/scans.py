@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.file import DOMAINS, Scope, label, short
+from cellstack.formats.onnx.fold import numbers
 from cellstack.formats.onnx.written_out.chains import cell_of
 from cellstack.formats.onnx.written_out.equations import Matcher, Step, bare
 from cellstack.formats.onnx.written_out.linear import Term, inputs_of, pairs, scalar
@@ -34,13 +36,12 @@ def is_scan(node: Any) -> bool:
     return node.domain in DOMAINS and node.op_type == "Scan"
 
 
-def read_scan(scope: Scope, node: Any, starts: dict[str, Array]) -> tuple[Cell, bool]:
-    """Return the cell that a Scan is, and whether it runs backwards.
+def read_scan(scope: Scope, node: Any) -> Operator:
+    """Return a Scan whose body is a step of a cell as an operator.
 
     Args:
         scope: the graph that the Scan is in.
         node: the Scan.
-        starts: constant initial states `[H]` by name; both of them, or none where they are zeros or inputs.
 
     Raises:
         FormatError: its body isn't a step of a cell.
@@ -57,12 +58,23 @@ def read_scan(scope: Scope, node: Any, starts: dict[str, Array]) -> tuple[Cell, 
     counts = (len(body.input), len(body.output), len(node.input), len(node.output))
     if len(set(counts)) != 1 or counts[0] not in (2, 3):
         raise FormatError(f"{where}: expected a step of a cell: one or two states, x and y, found {counts}")
+    starts: dict[str, Array] = {}
+    for part, name in zip("hc", node.input[:-1], strict=False):
+        array = numbers(scope.constant(name))
+        if isinstance(array, np.ndarray):
+            rows = array.reshape(-1, array.shape[-1]) if array.size else array
+            if not array.size or (rows != rows[:1]).any():
+                raise FormatError(f"{where}: expected the {part} to start from to be alike in every row")
+            starts[part] = rows[0]
+    started = {f"initial_{part}": name for part, name in zip("hc", node.input[:-1], strict=False) if part not in starts}
+    starts = starts if any(one.any() for one in starts.values()) else {}
     try:
         cell = _cell(Scope(scope.model, body, scope, label(node)), starts)
     except ValueError as error:
         text = str(error).removeprefix(f"{scope.model.path}: ")[:300]
         raise FormatError(f"{where}: expected a step of a cell, without a mask, found another: {text}") from None
-    return _as_described(cell, body.doc_string), way[0] == [1]
+    direction = "reverse" if way[0] == [1] else "forward"
+    return Operator((_as_described(cell, body.doc_string),), direction, False, "", started)
 
 
 def _cell(scope: Scope, starts: dict[str, Array]) -> Cell:
