@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from cellstack.formats.simplify import Draft, simplify
 from cellstack.network import Network
-from cellstack.nodes import Activation, Array, Flatten, Node, Permute, Recurrent, Reshape, Scale
+from cellstack.nodes import Activation, Flatten, Node, Permute, Recurrent, Reshape
 from cellstack.nodes.base import Shape
 from cellstack.spec import FormatError, ShapeError
 
@@ -63,22 +61,6 @@ def listed(entries: Iterable[str], most: int = MOST_PROBLEMS, between: str = "; 
     entries = list(entries)
     rest = len(entries) - most
     return between.join([*entries[:most], *([f"and {rest} more"] if rest > 0 else [])])
-
-
-def batch_norm(mean: Array, variance: Array, epsilon: float, gain: Array | None, bias: Array | None) -> Scale:
-    """Return a batch normalisation with the statistics that it has at inference, `[W]` each, as a product and a sum.
-
-        gain·(x - mean)/sqrt(variance + epsilon) + bias, folded in float64
-
-    Raises:
-        ValueError: a variance that isn't above 0 with epsilon added.
-    """
-    deviation = variance.astype(np.float64) + epsilon
-    if not (deviation > 0.0).all():
-        raise ValueError("expected variances above 0, found others")
-    scale = (1.0 if gain is None else gain.astype(np.float64)) / np.sqrt(deviation)
-    shift = (0.0 if bias is None else bias.astype(np.float64)) - mean * scale
-    return Scale(scale.astype(mean.dtype), shift.astype(mean.dtype))
 
 
 class Builder:

@@ -80,7 +80,7 @@ class Scale(Stepwise):
     """`x·scale + shift`, feature by feature: what batch normalisation is at inference, folded.
 
     With a batch normalisation's statistics, `scale = gamma / sqrt(variance + epsilon)` and
-    `shift = beta - mean·scale`.
+    `shift = beta - mean·scale`: see `of_statistics`.
 
     Args:
         scale: `[W]`.
@@ -107,6 +107,23 @@ class Scale(Stepwise):
         object.__setattr__(self, "shift", hold("Scale", "shift", self.shift, self.scale.shape))
         object.__setattr__(self, "dtype", one_dtype("Scale", {"scale": self.scale, "shift": self.shift}))
         object.__setattr__(self, "input_size", len(self.scale))
+
+    @classmethod
+    def of_statistics(
+        cls, mean: Array, variance: Array, epsilon: float, gamma: Array | float = 1.0, beta: Array | float = 0.0
+    ) -> Scale:
+        """Return a batch normalisation at inference, folded in float64.
+
+        Args:
+            mean: `[W]`; its dtype is that of the node.
+            variance: `[W]`.
+            epsilon: what is added to the variance.
+            gamma: `[W]`, or one for all.
+            beta: `[W]`, or one for all.
+        """
+        scale = np.asarray(gamma, np.float64) / np.sqrt(variance.astype(np.float64) + epsilon)
+        shift = np.asarray(beta, np.float64) - mean.astype(np.float64) * scale
+        return cls(scale.astype(mean.dtype), shift.astype(mean.dtype))
 
     def apply(self, x: Array) -> Array:
         """Return `x·scale + shift`, shaped as `x [..., W]`."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cellstack.formats.build import batch_norm
 from cellstack.formats.keras.cells import RECURRENT, Slot, activation, activation_layer, own_slots, recurrent
 from cellstack.formats.keras.cells import recurrent_slots as slots_of_recurrent
 from cellstack.formats.keras.composed import COMPOSED
@@ -268,11 +267,16 @@ def _epsilon(layer: Layer) -> float:
 
 
 def _batch_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
+    """Fold the statistics: gamma·(x - mean) / sqrt(variance + epsilon) + beta."""
     width = arrays[0].shape
     if len(width) != 1 or any(array.shape != width for array in arrays):
         raise layer.refuse(f"expected weights [W] each, found {', '.join(str(array.shape) for array in arrays)}")
     given = dict(zip([*_affine(layer), "mean", "variance"], arrays, strict=True))
-    return batch_norm(given["mean"], given["variance"], _epsilon(layer), given.get("gamma"), given.get("beta"))
+    epsilon = _epsilon(layer)
+    if not (given["variance"].astype(np.float64) + epsilon > 0.0).all():
+        raise layer.refuse("expected variances above 0, found others")
+    affine = (given.get("gamma", 1.0), given.get("beta", 0.0))
+    return Scale.of_statistics(given["mean"], given["variance"], epsilon, *affine)
 
 
 def _normalization(layer: Layer, arrays: list[Array], major: int) -> Node:

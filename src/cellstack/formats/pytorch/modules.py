@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.build import Builder, batch_norm
+from cellstack.formats.build import Builder
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.names import NAME, networks_of
 from cellstack.formats.pytorch.saved import Saved, array
@@ -32,6 +32,7 @@ from cellstack.nodes import (
     Permute,
     Pool1D,
     Reshape,
+    Scale,
 )
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import DTYPES, FormatError
@@ -256,10 +257,8 @@ class _Reader:
         if mean is None or variance is None:
             raise _refuse(path, module, "expected running statistics, found one of the two")
         gain, bias = (_weight(path, module, name) for name in ("weight", "bias"))
-        try:
-            node = batch_norm(mean, variance, module.eps, gain, bias)
-        except ValueError as error:
-            raise _refuse(path, module, str(error)) from None
+        affine = (1.0 if gain is None else gain, 0.0 if bias is None else bias)
+        node = Scale.of_statistics(mean, variance, module.eps, *affine)
         if self.rank is None:
             raise _refuse(path, module, "expected a module before it that says whether [B, C] or [B, C, T] comes in")
         if self.rank == 2:
