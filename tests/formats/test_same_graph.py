@@ -212,7 +212,7 @@ def exported(module, x, path, dynamo):
             given = {"dynamic_shapes": ({0: batch, 1: steps},), "external_data": False, "verbose": False}
         else:
             given = {"dynamic_axes": {"x": {0: "batch", 1: "steps"}}, "input_names": ["x"]}
-        torch.onnx.export(nn.Sequential(*module), (x,), str(path), dynamo=dynamo, **given)
+        torch.onnx.export(nn.Sequential(*module).eval(), (x,), str(path), dynamo=dynamo, **given)
     return cs.load(path)
 
 
