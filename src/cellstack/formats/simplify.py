@@ -98,7 +98,7 @@ class Draft:
         self._remove(before)
         return True
 
-    def take(self, name: str, node: Node, source: str) -> bool:
+    def take_one(self, name: str, node: Node, source: str) -> bool:
         """Let a node that took several values take one of the graph's; what then leads nowhere is left out."""
         left = dict.fromkeys(self.sources[name])
         self.nodes[name], self.sources[name] = node, (source,)
@@ -271,7 +271,7 @@ def pieces(draft: Draft, name: str) -> bool:
     ends = [cut.taken.indices(whole[-1]) for cut in cuts]
     if any(one[1] != other[0] for one, other in pairwise(ends)):
         return False
-    return draft.take(name, Select(ends[0][0], ends[-1][1], axis=-1), origin)
+    return draft.take_one(name, Select(ends[0][0], ends[-1][1], axis=-1), origin)
 
 
 # ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
