@@ -267,6 +267,7 @@ def _epsilon(layer: Layer) -> float:
 
 
 def _batch_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
+    """Fold the statistics: gamma·(x - mean) / sqrt(variance + epsilon) + beta."""
     width = arrays[0].shape
     if len(width) != 1 or any(array.shape != width for array in arrays):
         raise layer.refuse(f"expected weights [W] each, found {', '.join(str(array.shape) for array in arrays)}")

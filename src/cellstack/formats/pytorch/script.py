@@ -104,15 +104,9 @@ RECURRENT: dict[str, tuple[str, ...]] = {
 }
 IMPLIED = {"Conv1d": {"padding_mode": "zeros"}, "Embedding": {"max_norm": None}}  # by what their code doesn't do
 COMPUTED: dict[str, Callable[..., Any]] = {
+    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "mul")},
     "__not__": operator.not_,
     "__contains__": operator.contains,
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "mul": operator.mul,
     "len": len,
 }
 
