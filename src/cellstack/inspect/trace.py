@@ -18,11 +18,15 @@ from safetensors.numpy import save_file
 from cellstack import reference
 from cellstack.formats import safetensors as native_format
 from cellstack.formats.files import check_replaceable
+from cellstack.inspect import diagnostics
 from cellstack.nodes.base import Array, Flow
 from cellstack.nodes.recurrent import Record, Recording
 from cellstack.spec import GATES, STATES, TRACES, FormatError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cellstack.inspect.diagnostics import Report, Shares
     from cellstack.network import Network
     from cellstack.nodes.base import CellState, Node
     from cellstack.nodes.recurrent import Cell
@@ -44,13 +48,21 @@ class CellTrace(Mapping[str, Array]):
         cell: the `Cell`, its description and arrays.
         fields: the arrays in a `Trace`, `GRUTrace` or `RNNTrace`.
         units: the numbers of the units that are here, of all that the cell has.
+        mask: `[B, T]`, which steps were used; None = all.
+        record: what the cell took and did in the whole run; None in a trace of some steps or units.
     """
 
     def __init__(
-        self, cell: Cell, fields: Any, units: Array, sums: dict[str, Array] | None, record: Record | None = None
+        self,
+        cell: Cell,
+        fields: Any,
+        units: Array,
+        mask: Array | None,
+        sums: dict[str, Array] | None = None,
+        record: Record | None = None,
     ) -> None:
-        self.cell, self.fields, self.units = cell, fields, units
-        self._sums, self._record = sums, record
+        self.cell, self.fields, self.units, self.mask = cell, fields, units, mask
+        self.record, self._sums = record, sums
 
     def __getattr__(self, name: str) -> Array:
         if name.startswith("_") or "fields" not in self.__dict__:
@@ -81,9 +93,9 @@ class CellTrace(Mapping[str, Array]):
             ValueError: they weren't kept.
         """
         if self._sums is None:
-            if self._record is None:
+            if self.record is None:
                 raise ValueError("expected pre-activations that were asked for: trace(…, pre=True)")
-            self._sums = _pre_activations(self.cell, self._record)
+            self._sums = _pre_activations(self.cell, self.record)
         return self._sums
 
     def _map(self, take: Callable[[Array, bool], Array]) -> CellTrace:
@@ -91,7 +103,24 @@ class CellTrace(Mapping[str, Array]):
         wide = self.cell.spec.output_size == self.cell.spec.units
         fields = {name: take(getattr(self.fields, name), wide or name != "h") for name in self.fields._fields}
         sums = None if self._sums is None else {gate: take(array, True) for gate, array in self._sums.items()}
-        return CellTrace(self.cell, type(self.fields)(**fields), take(self.units, True), sums)
+        mask = None if self.mask is None else take(self.mask, False)
+        return CellTrace(self.cell, type(self.fields)(**fields), take(self.units, True), mask, sums)
+
+    def gate_shares(self) -> dict[str, Shares]:
+        """Return in what share of the steps each gate is nearly shut and open: see `diagnostics.gate_shares`."""
+        return diagnostics.gate_shares(self)
+
+    def half_lives(self) -> Array:
+        """Return in how many steps each unit forgets half of what it holds: see `diagnostics.half_lives`."""
+        return diagnostics.half_lives(self)
+
+    def contributions(self, step: int = -1) -> Array:
+        """Return what each past step still contributes to c at a step: see `diagnostics.contributions`."""
+        return diagnostics.contributions(self, step)
+
+    def lyapunov_exponent(self, steps: int = diagnostics.LONGEST) -> float:
+        """Return how fast states that differ a little part along the run: see `diagnostics.lyapunov_exponent`."""
+        return diagnostics.lyapunov_exponent(self, steps)
 
     def __repr__(self) -> str:
         return f"{self.cell.summary}: {', '.join(self.fields._fields)} {list(self.fields.h.shape)}"
@@ -214,6 +243,33 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         state = tuple(type(one)(*(array[_index(rows)] for array in one)) for one in self.state)
         return NetworkTrace(self.network, _alone(ys), state, lambda: (self.steps[_index(steps)], nodes))
 
+    def report(self) -> Report:
+        """Return what stands out: dead, stuck and saturated units, how long they remember, whether the state is stable.
+
+        Raises:
+            ValueError: a trace of some steps or units, or one without a cell, a row or a step.
+        """
+        return diagnostics.report(self)
+
+    def plot(
+        self, nodes: str | Iterable[str] | None = None, fields: Iterable[str] | None = None, row: int = 0
+    ) -> Figure:
+        """Return a matplotlib figure of one row: a map of units over steps for each gate and state of each cell.
+
+        Args:
+            nodes: the names of the nodes; None = all that have cells.
+            fields: which of the cells' fields; None = all.
+            row: which row.
+
+        Raises:
+            ImportError: matplotlib isn't installed.
+            ValueError: no cell that has such a field.
+            IndexError: a row that isn't there.
+        """
+        from cellstack.inspect.plot import plot
+
+        return plot(self, nodes, fields, row)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the trace, with its network, to a safetensors file, whole or not at all; `load` reads it.
 
@@ -237,6 +293,10 @@ class NetworkTrace(Mapping[str, NodeTrace]):
                 where = f"nodes/{name}/cells/{number}"
                 tensors |= {f"{where}/{field}": array for field, array in cell.items()}
                 tensors[f"{where}/units"] = cell.units
+                if cell.mask is not None:
+                    tensors[f"{where}/mask"] = cell.mask
+                if cell.record is not None:
+                    tensors |= _record_arrays(f"{where}/run", cell.record)
                 tensors |= {f"{where}/pre/{gate}": array for gate, array in (cell._sums or {}).items()}
         with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as folder:
             own = os.path.join(folder, "network.safetensors")
@@ -244,7 +304,13 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             with open(own, "rb") as file:
                 tensors["network"] = np.frombuffer(file.read(), np.uint8)
             draft = os.path.join(folder, "trace.safetensors")
-            said = json.dumps({"version": VERSION, "nodes": list(self._nodes)})
+            reverse = {
+                f"nodes/{name}/cells/{number}": cell.record.reverse
+                for name, node in self._nodes.items()
+                for number, cell in enumerate(node.cells)
+                if cell.record is not None
+            }
+            said = json.dumps({"version": VERSION, "nodes": list(self._nodes), "reverse": reverse})
             save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, draft, {KEY: said})
             os.replace(draft, target)
 
@@ -320,7 +386,7 @@ def load(path: str | PathLike[str]) -> NetworkTrace:
             with open(own, "wb") as copy:
                 copy.write(tensors.pop("network").tobytes())
             network = native_format.load(own)
-        nodes = {name: _loaded(network, name, tensors) for name in said["nodes"]}
+        nodes = {name: _loaded(network, name, tensors, said["reverse"]) for name in said["nodes"]}
         ys = tuple(tensors[f"y/{number}"] for number in range(len(network.outputs)))
         state = tuple(
             STATES[cell.spec.kind](*(tensors[f"state/{number}/{name}"] for name in cell.spec.state_sizes))
@@ -335,7 +401,16 @@ def load(path: str | PathLike[str]) -> NetworkTrace:
         raise FormatError(f"{path}: expected a trace, found one that is damaged: {error!r:.200}") from None
 
 
-def _loaded(network: Network, name: str, tensors: dict[str, Array]) -> NodeTrace:
+def _record_arrays(where: str, record: Record) -> dict[str, Array]:
+    """Return what a record has beside the cell's own fields, by the names that a file has for them."""
+    arrays = {f"{where}/x": record.x}
+    arrays |= {f"{where}/{name}": flags for name in ("mask", "reset") if (flags := getattr(record, name)) is not None}
+    if record.before is not None:
+        arrays |= {f"{where}/before/{name}": a for name, a in zip(record.before._fields, record.before, strict=True)}
+    return arrays
+
+
+def _loaded(network: Network, name: str, tensors: dict[str, Array], reverse: dict[str, bool]) -> NodeTrace:
     number = network.names.index(name)
     node, where = network.nodes[number], f"nodes/{name}"
     cells = []
@@ -344,7 +419,17 @@ def _loaded(network: Network, name: str, tensors: dict[str, Array]) -> NodeTrace
         kind = TRACES[cell.spec.kind]
         fields = kind(*(tensors[f"{own}/{field}"] for field in kind._fields))
         sums = {gate: tensors[f"{own}/pre/{gate}"] for gate in cell.spec.gates if f"{own}/pre/{gate}" in tensors}
-        cells.append(CellTrace(cell, fields, tensors[f"{own}/units"], sums or None))
+        mask, record, state = tensors.get(f"{own}/mask"), None, STATES[cell.spec.kind]
+        if f"{own}/run/x" in tensors:
+            run = f"{own}/run"
+            before = (
+                state(*(tensors[f"{run}/before/{n}"] for n in state._fields)) if f"{run}/before/h" in tensors else None
+            )
+            gates = np.stack([getattr(fields, gate) for gate in GATES[cell.spec.kind]], axis=2)
+            c = getattr(fields, "c", None)
+            flags = tensors.get(f"{run}/mask"), tensors.get(f"{run}/reset")
+            record = Record(gates, c, fields.h, tensors[f"{run}/x"], before, *flags, reverse[own])
+        cells.append(CellTrace(cell, fields, tensors[f"{own}/units"], mask, sums or None, record))
     xs = tuple(tensors[f"{where}/x/{place}"] for place in range(len(network.wires[number])))
     return NodeTrace(node, _alone(xs), tensors[f"{where}/y"], tuple(cells))
 
@@ -375,7 +460,7 @@ def _parts(
             planes = [record.gates[:, :, plane] for plane in range(len(GATES[cell.spec.kind]))]
             fields = TRACES[cell.spec.kind](*planes, *([] if record.c is None else [record.c]), record.h)
             sums = _pre_activations(cell, record) if pre else None
-            cells.append(CellTrace(cell, fields, np.arange(cell.spec.units), sums, record))
+            cells.append(CellTrace(cell, fields, np.arange(cell.spec.units), record.mask, sums, record))
         values = tuple(recording.flows[source].x for source in sources)
         kept[name] = NodeTrace(node, _alone(values), recording.flows[name].x, tuple(cells))
     timed = [recording.flows[name].x for name in network.inputs if network.graph.timed(name)]

@@ -1,0 +1,230 @@
+"""Diagnostics: each measure against its definition, worked out another way, and reports that name what is wrong."""
+
+import math
+
+import numpy as np
+import pytest
+from family import random_spec
+from networks import fill, make_cell, make_states
+
+from cellstack import Cell, CellSpec, Dense, Network, Recurrent, inspect, reference
+
+
+def rng_of(seed):
+    return np.random.default_rng(seed)
+
+
+def traced(cell, x, **given):
+    backwards = given.pop("backwards", False)
+    return Network([Recurrent((cell,), go_backwards=backwards)]).trace(x, **given)["layer_0"].cells[0]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("seed", range(60))
+def test_contributions_sum_to_the_state(seed, backwards):
+    rng = rng_of(seed)
+    spec = random_spec(rng, kind=["lstm", "gru"][seed % 2], largest=8)
+    cell = fill(rng, spec, "float64")
+    x = rng.normal(size=(3, 9, spec.input_size))
+    net = Network([Recurrent((cell,), go_backwards=backwards)])
+    given = {"state": make_states(rng, net, 3)} if seed % 3 else {}
+    if seed % 5 == 1:
+        given["mask"] = rng.random((3, 9)) < 0.7
+    if seed % 5 == 2:
+        given["reset"] = rng.random((3, 9)) < 0.3
+    seen = net.trace(x, **given)["layer_0"].cells[0]
+    if spec.cell_clip is not None:
+        with pytest.raises(ValueError, match="expected a cell without cell_clip"):
+            seen.contributions()
+        return
+    state = seen["c" if spec.kind == "lstm" else "h"]
+    for step in (0, 4, 8, -1, -9):
+        parts = seen.contributions(step)
+        past = (9 - step % 9) if backwards else step % 9 + 1
+        assert parts.shape == (3, past + 1, spec.units)
+        scale = max(1.0, np.abs(state).max())
+        np.testing.assert_allclose(parts.sum(axis=1), state[:, step], atol=1e-11 * scale, rtol=0)
+
+
+def test_contributions_are_what_each_step_wrote_and_later_gates_kept():
+    rng = rng_of(0)
+    seen = traced(make_cell(rng, 3, 4, "float64"), rng.normal(size=(2, 6, 3)))
+    for step in range(6):
+        parts = seen.contributions(5)[:, 1 + step]
+        expected = seen.i[:, step] * seen.g[:, step] * np.prod(seen.f[:, step + 1 :], axis=1)
+        np.testing.assert_allclose(parts, expected, atol=1e-14)
+    assert not seen.contributions(5)[:, 0].any()  # of the zeros that it began with
+
+
+def test_what_has_no_contributions():
+    rng = rng_of(0)
+    x = rng.normal(size=(2, 6, 3))
+    seen = traced(make_cell(rng, 3, 4, "float64", kind="rnn"), x)
+    with pytest.raises(ValueError, match="got a SimpleRNN, which has no gate that keeps a state"):
+        seen.contributions()
+    with pytest.raises(ValueError, match="got a SimpleRNN"):
+        seen.half_lives()
+    seen = traced(make_cell(rng, 3, 4, "float64"), x)
+    for step in (6, -7):
+        with pytest.raises(IndexError, match=f"expected a step from 0 to 5, got {step}"):
+            seen.contributions(step)
+    part = traced(make_cell(rng, 3, 4, "float64"), x, steps=slice(3))
+    for measure in (part.contributions, part.lyapunov_exponent):
+        with pytest.raises(ValueError, match="expected the trace of a whole run, got some of its steps or units"):
+            measure()
+
+
+def constant(gates, units=2, dtype="float64"):
+    """An LSTM whose gates are the same at every step: `gates` are their pre-activations, i f g o."""
+    spec = CellSpec(1, units)
+    bias = np.repeat(np.array(gates, dtype), units)
+    return Cell(spec, np.zeros((1, 4 * units), dtype), np.zeros((units, 4 * units), dtype), bias)
+
+
+@pytest.mark.parametrize("forget", [-2.0, 0.0, 3.0])
+def test_the_half_life_of_a_constant_gate(forget):
+    seen = traced(constant([0.0, forget, 1.0, 0.0]), np.zeros((1, 50, 1)))
+    kept = 1 / (1 + math.exp(-forget))
+    np.testing.assert_allclose(kept ** seen.half_lives(), 0.5, rtol=1e-12)
+    whole = traced(constant([0.0, 800.0, 1.0, 0.0]), np.zeros((1, 50, 1)))
+    assert np.isinf(whole.half_lives()).all()
+
+
+def test_shares_of_gates():
+    rng = rng_of(3)
+    x, mask = 3 * rng.normal(size=(4, 30, 2)), rng.random((4, 30)) < 0.6
+    seen = traced(make_cell(rng, 2, 5, "float64"), x, mask=mask)
+    shares = seen.gate_shares()
+    assert list(shares) == ["i", "f", "o"]
+    for gate, (left, right) in shares.items():
+        values = [seen[gate][row, step] for row, step in np.argwhere(mask)]
+        np.testing.assert_allclose(left, np.mean([value < 0.1 for value in values], axis=0))
+        np.testing.assert_allclose(right, np.mean([value > 0.9 for value in values], axis=0))
+    assert list(traced(make_cell(rng, 2, 5, kind="gru"), x).gate_shares()) == ["z", "r"]
+    assert traced(make_cell(rng, 2, 5, kind="rnn"), x).gate_shares() == {}
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.7])
+def test_the_exponent_of_a_linear_recurrence_is_the_logarithm_of_its_radius(factor):
+    angle = 0.3
+    turn = factor * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    spec = CellSpec(1, 2, "linear", kind="rnn", use_bias=False)
+    cell = Cell(spec, np.ones((1, 2)), turn)
+    assert inspect.spectral_radii(cell)["g"] == pytest.approx(factor)
+    seen = traced(cell, np.zeros((3, 40, 1)))
+    assert seen.lyapunov_exponent() == pytest.approx(math.log(factor), abs=1e-6)
+
+
+def test_the_exponent_of_an_lstm_is_that_of_its_jacobians():
+    """By the product of the Jacobians of every step, by central differences of the reference, brought to length 1."""
+    rng = rng_of(5)
+    cell = make_cell(rng, 2, 3, "float64")
+    x = rng.normal(size=(1, 12, 2))
+    state, log, v = np.zeros(6), 0.0, rng_of(0).standard_normal(6)
+    v /= np.linalg.norm(v)
+
+    def after(s, frame):
+        out = reference.forward(cell.spec, cell.arrays, frame[None, None], (s[None, :3], s[None, 3:])).state
+        return np.concatenate([out.h[0], out.c[0]])
+
+    for frame in x[0]:
+        nudges = 1e-6 * np.eye(6)
+        jacobian = np.stack([(after(state + n, frame) - after(state - n, frame)) / 2e-6 for n in nudges], axis=1)
+        state, v = after(state, frame), jacobian @ v
+        log += math.log(np.linalg.norm(v))
+        v /= np.linalg.norm(v)
+    assert traced(cell, x).lyapunov_exponent() == pytest.approx(log / 12, abs=1e-5)
+
+
+def test_a_projected_cell_s_radius_goes_through_its_projection():
+    cell = fill(rng_of(1), CellSpec(2, 6, proj_size=3), "float64")
+    block = cell.recurrent_kernel[:, 6:12]
+    expected = np.abs(np.linalg.eigvals(block @ cell.projection)).max()  # the same but for zeros
+    assert inspect.spectral_radii(cell)["f"] == pytest.approx(expected)
+
+
+# ── reports ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def report_of(cell, x, **given):
+    return Network([Recurrent((cell,))], ["lstm"]).trace(x, **given).report()
+
+
+def test_a_report_names_units_and_remedies():
+    x = np.ones((1, 120, 1))
+    said = report_of(constant([-9.0, 0.0, 1.0, 0.0], 8), x).findings
+    assert said[0].startswith("lstm: units 0, 1, 2, 3, 4 and 3 more are dead: |h| stays below 0.01. Use fewer units")
+    assert any("closed to what comes in: i is below 0.1 at nearly every step" in sentence for sentence in said)
+    said = report_of(constant([9.0, 9.0, 1.0, 9.0], 1), x).findings
+    assert any(sentence.startswith("lstm: unit 0 is saturated: |tanh(c)| is above 0.99") for sentence in said)
+    assert any("the state grows, by 2.3 times" in sentence for sentence in said)
+    said = report_of(constant([0.0, 9.0, 0.0, 0.0], 1), x).findings
+    assert any("keeping more than half over the whole run of 120 steps: reset the state" in one for one in said)
+    x[0, 5] = np.nan
+    assert report_of(make_cell(rng_of(0), 1, 2), x).findings[0].startswith("lstm: units 0, 1 are NaN or infinite")
+
+
+def test_chaos_is_said():
+    rng = rng_of(0)
+    cell = Cell(CellSpec(1, 30, kind="rnn"), np.zeros((1, 30)), rng.normal(size=(30, 30)) * 0.5, np.zeros(30))
+    net = Network([Recurrent((cell,))])
+    start = (rng.normal(size=(1, 30)),)
+    said = net.trace(np.zeros((1, 300, 1)), start).report()
+    assert said.figures["layer_0"]["largest Lyapunov exponent, nats a step"] > 0.1
+    assert any("small differences in the state grow by" in sentence for sentence in said.findings)
+
+
+def test_a_calm_network_has_nothing_that_stands_out():
+    rng = rng_of(0)
+    cells = [make_cell(rng, 3, 6), make_cell(rng, 6, 5, kind="gru")]
+    t = Network([Recurrent(tuple(cells)), Dense(rng.normal(size=(5, 2)).astype("f4"))]).trace(
+        rng.normal(size=(3, 200, 3))
+    )
+    said = t.report()
+    assert list(said.figures) == ["layer_0.cells[0]", "layer_0.cells[1]"]
+    assert "spectral radius of the recurrent weights: z " in repr(said)
+    assert repr(said).endswith("nothing stands out") == (not said.findings)
+
+
+def test_what_can_t_be_reported():
+    rng = rng_of(0)
+    net = Network([Recurrent((make_cell(rng, 3, 6),))])
+    x = rng.normal(size=(2, 8, 3))
+    with pytest.raises(ValueError, match="expected the trace of a whole run"):
+        net.trace(x, units=[1]).report()
+    for nothing in (x[:0], x[:, :0]):
+        with pytest.raises(ValueError, match="expected at least one step that is used, got none in layer_0"):
+            net.trace(nothing).report()
+    with pytest.raises(ValueError, match="expected a trace of cells, got none"):
+        Network([Dense(rng.normal(size=(3, 2)))]).trace(x).report()
+
+
+def test_a_trace_from_a_file_is_reported_as_it_was(tmp_path):
+    rng = rng_of(2)
+    net = Network([Recurrent((make_cell(rng, 3, 6), make_cell(rng, 6, 4, kind="gru")), go_backwards=True)])
+    x, mask, reset = rng.normal(size=(2, 8, 3)), rng.random((2, 8)) < 0.8, rng.random((2, 8)) < 0.3
+    t = net.trace(x, make_states(rng, net, 2), mask, reset=reset)
+    t.save(tmp_path / "t")
+    read = inspect.load(tmp_path / "t")
+    assert read.report() == t.report()
+    for one, other in zip(read["layer_0"].cells, t["layer_0"].cells, strict=True):
+        np.testing.assert_array_equal(one.contributions(3), other.contributions(3))
+        assert all(np.array_equal(one.pre[gate], other.pre[gate]) for gate in other.pre)
+
+
+# ── pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_plot_has_a_map_for_each_gate_and_state():
+    rng = rng_of(0)
+    net = Network([Recurrent((make_cell(rng, 3, 6),)), Recurrent((make_cell(rng, 6, 5, kind="gru"),))])
+    t = net.trace(rng.normal(size=(2, 40, 3)))
+    figure = t.plot(row=1)
+    maps = [axis for axis in figure.axes if axis.get_images()]
+    labels = [axis.get_ylabel().replace("\n", " ") for axis in maps if axis.get_ylabel()]
+    assert labels == [f"layer_0 {field}, unit" for field in "ifgoch"] + [f"layer_1 {field}, unit" for field in "zrgh"]
+    np.testing.assert_array_equal(maps[1].get_images()[0].get_array(), t["layer_0"].f[1].T)
+    some = t.plot("layer_1", ["h"])
+    assert [axis.get_ylabel() for axis in some.axes if axis.get_ylabel()] == ["layer_1\nh, unit"]
+    with pytest.raises(ValueError, match="plot: expected cells with f, got none in layer_1"):
+        t.plot("layer_1", ["f"])
