@@ -270,8 +270,45 @@ class Turns {
         return {*this, std::move(all)};
     }
 
+    // A row that is neither taken nor open, for a call that opens it.
+    class Free {
+      public:
+        Free(Turns& of, nb::object open) : of_(of), open_(std::move(open)) {}
+        // The row, which is then taken; or None where there is none.
+        nb::object enter() {
+            auto* array = reinterpret_cast<PyArrayObject*>(open_.ptr());
+            const auto* open = static_cast<const char*>(PyArray_DATA(array));
+            const size_t rows = of_.taken_.size();
+            for (size_t n = 0; n < rows; ++n) {
+                const size_t row = (of_.next_ + n) % rows;
+                if (open[row] || of_.taken_[row]) continue;
+                of_.taken_[row] = 1, of_.next_ = row + 1, row_ = int64_t(row);
+                return nb::int_(row);
+            }
+            return nb::none();
+        }
+        void exit(const nb::args&) {
+            if (row_ >= 0) of_.taken_[size_t(row_)] = 0;
+            row_ = -1;
+        }
+
+      private:
+        Turns& of_;
+        nb::object open_;
+        int64_t row_ = -1;
+    };
+
+    Free free(nb::object open) {
+        auto* array = reinterpret_cast<PyArrayObject*>(open.ptr());
+        if (!PyArray_CheckExact(open.ptr()) || PyArray_TYPE(array) != NPY_BOOL || PyArray_NDIM(array) != 1 ||
+            !PyArray_ISCARRAY_RO(array) || size_t(PyArray_DIM(array, 0)) != taken_.size())
+            throw nb::type_error("Turns: expected a contiguous array of bool, one a row");
+        return {*this, std::move(open)};
+    }
+
   private:
     std::vector<char> taken_;
+    size_t next_ = 0;  // where the next free row is looked for first
 };
 
 // A stream with the Python objects of its weights, which it keeps alive.
@@ -279,7 +316,7 @@ template <class T>
 class BoundStream {
   public:
     BoundStream(const nb::list& weights, int64_t batch, int threads)
-        : kept_(weights), stream_(pointers(weights), batch, threads) {}
+        : kept_(nb::tuple(weights)), stream_(pointers(weights), batch, threads) {}
 
     nb::object step(nb::handle x) { return advance<2>(x); }
     nb::object run(nb::handle x) { return advance<3>(x); }
@@ -356,7 +393,7 @@ class BoundStream {
         return y;
     }
     const Description& description(size_t layer) const { return stream_.weights()[layer]->description(); }
-    nb::list kept_;
+    nb::tuple kept_;
     Stream<T> stream_;
     std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
 };
@@ -465,9 +502,13 @@ NB_MODULE(_kernel, m) {
         "weights"_a, "batch"_a, "threads"_a = 1);
     nb::class_<Turns>(m, "Turns")
         .def(nb::init<size_t>(), "rows"_a)
+        .def("free", &Turns::free, "open"_a, nb::keep_alive<0, 1>(),
+             "What takes a row that is neither taken nor open, for the length of a with statement, which gives its "
+             "number, or None where there is none.")
         .def("turn", &Turns::turn, "rows"_a.none() = nb::none(), nb::keep_alive<0, 1>(),
              "What takes rows for the length of a with statement, which gives None where they are taken, or what stood "
              "in the way: its number among the rows, and whether it is among them twice.");
+    nb::class_<Turns::Free>(m, "Free").def("__enter__", &Turns::Free::enter).def("__exit__", &Turns::Free::exit);
     nb::class_<Turns::Turn>(m, "Turn").def("__enter__", &Turns::Turn::enter).def("__exit__", &Turns::Turn::exit);
     const auto none = nb::none();
     nb::class_<SequencesOf>(m, "Sequences")

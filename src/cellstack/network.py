@@ -14,7 +14,7 @@ import numpy as np
 
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
-from cellstack.nodes.base import MOST, Array, CellState, Flow, Node, Shape
+from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_integer
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recording, Recurrent
 from cellstack.spec import Plan, ShapeError, check_sequence
 
@@ -211,8 +211,8 @@ class Network:
         states = as_states("Network", state, cells, batch)
         if threads is None:
             threads = max(1, min(processors(), max(batch, len(cells))))
-        elif not isinstance(threads, (int, np.integer)) or not 1 <= threads <= MOST:
-            raise ValueError(f"Network: expected threads to be an integer from 1 to {MOST}, got {threads!r}")
+        else:
+            threads = check_integer("Network", "threads", threads)
         after: tuple[CellState, ...] = ()
         with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
             for numbers, node, sources in self._stages:

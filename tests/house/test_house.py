@@ -12,6 +12,7 @@ import pytest
 
 import cellstack
 from cellstack import layers
+from cellstack.nodes import NODES
 
 SOURCE = Path(cellstack.__file__).parent
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
@@ -23,46 +24,40 @@ BELOW = {
     "reference": {"spec"},
     "layout": {"spec"},
     "native": {"spec", "_kernel"},
-    "nodes": {"spec", "reference", "native", "_kernel"},
+    "nodes": {"spec", "reference", "native"},
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
-    "network": {"spec", "_kernel", "nodes", "graph", "arguments"},
-    "streaming": {"spec", "native", "nodes", "arguments", "network"},
+    "network": {"spec", "nodes", "graph", "arguments"},
+    "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
     "formats": {"spec", "layout", "nodes", "network", "streaming"},
-    "inspect": {"spec", "reference", "nodes", "network", "formats"},
-    "layers": {"spec", "reference", "layout", "_kernel", "native"},
-    "train": {"spec", "_kernel", "reference", "layers", "nodes", "network", "streaming", "formats", "inspect", ""},
+    "inspect": {"spec", "reference", "nodes", "arguments", "formats"},
+    "layers": {"spec", "native"},
+    "train": {"spec", "layers", "nodes", "network", "formats", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
+    "cli": {"spec", "nodes", "network", "formats", "train", ""},
+    "__main__": {"cli"},
 }
-BELOW["cli"] = {*BELOW, "cli"}
-BELOW["__main__"] = {"cli"}
 
 # Methods that hand on to a part built on theirs: they import it when they are called, and only there.
-ON_CALL = {
-    ("network", "streaming"),
-    ("network", "formats"),
-    ("network", "inspect"),
-    ("streaming", "inspect"),
-    ("inspect", "layers"),
-}
+ON_CALL = {("network", "streaming"), ("network", "formats"), ("network", "inspect"), ("inspect", "layers")}
 
 # What each part of formats/ may import of formats/. An adapter knows no other adapter.
-ADAPTER = {"files", "build", "simplify"}
 BELOW_FORMATS = {
     "files": set(),
     "simplify": set(),
     "build": {"simplify"},
     "lines": set(),
     "state": {"files"},
-    "keras": ADAPTER,
-    "onnx": ADAPTER,
-    "pytorch": ADAPTER,
-    "c": ADAPTER,
+    "worker": set(),
+    "keras": {"files", "build"},
+    "onnx": {"files", "build", "simplify"},
+    "pytorch": {"files", "build"},
+    "c": {"files"},
     "safetensors_weights": {"pytorch"},  # a state dict of PyTorch's, in another container
-    "safetensors": {*ADAPTER, "safetensors_weights"},
+    "safetensors": {"files", "safetensors_weights"},
     "": set(),  # formats/__init__.py, which looks its adapters up by name
-    "runtimes": {*ADAPTER, "", "keras", "onnx", "pytorch", "c", "safetensors"},
-    "verify": {"", "runtimes"},
+    "runtimes": {"", "onnx", "c", "safetensors", "worker"},
+    "verify": {"runtimes"},
 }
 
 # Who may import what from outside the standard library. Torch has a door of its own.
@@ -127,14 +122,40 @@ def test_imports_run_one_way(path):
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "formats").rglob("*.py")), ids=lambda path: str(path.name))
 def test_imports_within_formats_run_one_way(path):
+    part = part_of_formats(path)
+    assert part in BELOW_FORMATS, f"{part}: say in BELOW_FORMATS where it stands"
+    for other, line in formats_imported(path):
+        if other != part:
+            assert other in BELOW_FORMATS[part], f"{path.name}:{line}: {part} may not import {other or 'formats'}"
+
+
+def part_of_formats(path):
     inside = path.relative_to(SOURCE / "formats")
-    part = "" if inside.name == "__init__.py" and len(inside.parts) == 1 else inside.parts[0].removesuffix(".py")
+    return "" if inside.parts == ("__init__.py",) else inside.parts[0].removesuffix(".py")
+
+
+def formats_imported(path):
     for name, _, line in imports_of(path):
         if name == "cellstack.formats" or name.startswith("cellstack.formats."):
             second = (*name.split(".")[2:], "")[0]
-            other = second if second in BELOW_FORMATS else ""
-            if other != part:
-                assert other in BELOW_FORMATS[part], f"{path.name}:{line}: {part} may not import {other or 'formats'}"
+            known = (SOURCE / "formats" / second).is_dir() or (SOURCE / "formats" / f"{second}.py").exists()
+            yield (second if known else ""), line
+
+
+def test_the_tables_allow_nothing_that_nobody_needs():
+    needed, needed_on_call = {part: set() for part in BELOW}, set()
+    for path in MODULES:
+        for other, on_call, _ in parts_imported(path):
+            pair = (part_of(path), other)
+            if pair[0] != other:
+                needed_on_call |= {pair} & ON_CALL if on_call else set()
+                needed[pair[0]] |= set() if on_call and pair in ON_CALL else {other}
+    assert needed == BELOW
+    assert needed_on_call == ON_CALL
+    within = {part: set() for part in BELOW_FORMATS}
+    for path in (SOURCE / "formats").rglob("*.py"):
+        within[part_of_formats(path)] |= {other for other, _ in formats_imported(path)} - {part_of_formats(path)}
+    assert within == BELOW_FORMATS
 
 
 @pytest.mark.parametrize("table", [BELOW, BELOW_FORMATS], ids=["cellstack", "formats"])
@@ -220,12 +241,19 @@ def public_layers():
 PUBLIC = dict([*public(), *public_layers()])
 
 
+@pytest.mark.parametrize("kind", NODES.values(), ids=lambda kind: kind.__name__)
+def test_every_method_of_a_node_is_documented(kind):
+    for key, member in vars(kind).items():
+        if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, (property, classmethod))):
+            assert inspect.getdoc(getattr(kind, key) if isinstance(member, classmethod) else member), f"{kind}.{key}"
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_what_is_public_is_documented(name):
     value = PUBLIC[name]
     text = inspect.getdoc(value)
     assert text, f"{name} has no docstring"
-    if text.startswith("See `"):  # what a base class has said already
+    if text.startswith("See `") or not value.__doc__:  # what a base class has said already
         return
     if inspect.isfunction(value):
         parameters = [key for key in inspect.signature(value).parameters if key != "self"]

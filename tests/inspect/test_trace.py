@@ -1,13 +1,18 @@
 """Traces: the bits of a run, what every node and cell did, and what the gates are activations of."""
 
 import copy
+import gc
+import json
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
 import tolerances
 from family import random_spec
 from networks import fill, make_cell, make_graph, make_network, make_stack, make_states
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from cellstack import CellSpec, Dense, FormatError, Network, Recurrent, inspect, reference
 from cellstack.nodes import Bidirectional, Conv1D, Embedding, GlobalPool, Merge, Pool1D
@@ -111,7 +116,8 @@ def test_some_nodes_steps_and_units_are_those_of_the_whole():
     whole = net.trace(x)
     part = net.trace(x, nodes="layer_1", units=[1, 4], steps=slice(2, 7), pre=True)
     assert list(part) == ["layer_1"]
-    assert equal(part.y, whole.y)
+    assert equal(part.y, whole.y[:, 2:7])
+    assert all(equal(tuple(one), tuple(other)) for one, other in zip(part.state, whole.state, strict=True))
     assert part.steps.tolist() == [2, 3, 4, 5, 6]
     for field in "zrgh":
         assert equal(getattr(part["layer_1"], field), getattr(whole["layer_1"], field)[:, 2:7][..., [1, 4]])
@@ -126,9 +132,104 @@ def test_some_nodes_steps_and_units_are_those_of_the_whole():
         part["nobody"]
     with pytest.raises(ValueError, match="expected nodes out of layer_0, layer_1, layer_2, got 'lstm'"):
         net.trace(x, nodes=["lstm"])
-    for wrong in ({"units": [8]}, {"steps": [10]}):
-        with pytest.raises(IndexError):
-            net.trace(x, **wrong)["layer_0"]
+    with pytest.raises(TypeError, match="expected nodes as names, got 5"):
+        net.trace(x, nodes=5)
+    for wrong in (-1, np.nan, "a", None):
+        with pytest.raises(ValueError, match="expected in_memory as a number of bytes, 0 or more, got"):
+            net.trace(x, in_memory=wrong)
+
+
+SOME = {
+    "tuple": ((0, 1), [0, 1]),
+    "numbers": ([1, -1, 1], [1, 9, 1]),
+    "array": (np.array([3, 2]), [3, 2]),
+    "number": (2, [2]),
+    "scalar": (np.array(2), [2]),
+    "slice": (slice(1, None, 3), [1, 4, 7]),
+    "backwards": (slice(None, None, -4), [9, 5, 1]),
+    "flags": (np.arange(10) % 4 == 0, [0, 4, 8]),
+    "none": ([], []),
+}
+WRONG = {
+    "beyond": ([3, 10], "expected steps from 0 to 9, got 10"),
+    "before": (-11, "expected steps from 0 to 9, got -11"),
+    "nested": ([[0, 1]], r"expected steps as a slice, a number, numbers, or 10 flags, got \[\[0, 1\]\]"),
+    "ragged": ([[0], [1, 2]], "expected steps as a slice, a number, numbers"),
+    "text": ("a", "expected steps as a slice, a number, numbers"),
+    "flags": ([True, False], "expected steps as a slice, a number, numbers"),
+    "slice of text": (slice("a"), "expected steps as a slice of whole numbers, got slice"),
+}
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_what_selects_steps(case):
+    index, numbers = SOME[case]
+    whole = stack().trace(x_of())
+    for part in (whole.select(steps=index), stack().trace(x_of(), steps=index)):
+        assert part.steps.tolist() == numbers
+        assert equal(part["layer_1"].z, whole["layer_1"].z[:, numbers])
+        assert equal(part.y, whole.y[:, numbers])
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_selects_no_steps(case):
+    index, message = WRONG[case]
+    with pytest.raises(IndexError, match=message):
+        stack().trace(x_of(), steps=index)
+
+
+def test_rows_and_units_that_are_not_there():
+    t = stack().trace(x_of())
+    with pytest.raises(IndexError, match="expected rows from 0 to 1, got 2"):
+        t.select(rows=[2])
+    with pytest.raises(IndexError, match="expected units from 0 to 5, got 7"):
+        t.select(units=[7])  # of the GRU, which has 6
+
+
+def test_what_is_left_out_is_given_back():
+    net = Network([Recurrent((make_cell(rng_of(0), 3, 100),))])
+    x = x_of(20, 500)
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    part = net.trace(x, units=[0], steps=[0, 1])
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert part["layer_0"].f.shape == (20, 2, 1)
+    assert held < 1e6  # y and x are whole in the run: 4 MB of h, 24 MB of gates and c
+
+
+def test_what_the_caller_writes_to_afterwards_changes_no_trace():
+    net, x = stack(), x_of()
+    state = (State(np.ones((2, 8), "f4"), np.ones((2, 8), "f4")), (np.ones((2, 6), "f4"),))
+    t, same = net.trace(x, state), net.trace(x.copy(), copy.deepcopy(state))
+    x[:] = 0
+    state[0].h[:] = 9
+    assert equal(t["layer_0"].pre["f"], same["layer_0"].pre["f"])
+    assert equal(t["layer_0"].x, same["layer_0"].x)
+
+
+def test_a_look_that_is_cut_off_spoils_no_other():
+    rng = rng_of(0)
+    net = Network([Recurrent((make_cell(rng, 3, 4),), go_backwards=True), Recurrent((make_cell(rng, 4, 5),))])
+    whole, t = net.trace(x_of()), net.trace(x_of())
+    made = t._made
+    for _ in range(3):  # as if each look but the last had been interrupted before it was kept
+        made()
+    assert equal(t["layer_1"].h, whole["layer_1"].h)
+    assert equal(t["layer_1"].y, net(x_of()))
+
+
+def test_steps_stand_in_order_where_they_are_cut():
+    rng = rng_of(0)
+    back = Network([Recurrent((make_cell(rng, 3, 4),), go_backwards=True), Recurrent((make_cell(rng, 4, 5),))])
+    whole, part = back.trace(x_of()), back.trace(x_of()).select(steps=[0])
+    assert equal(part["layer_0"].h, whole["layer_0"].h[:, :1])
+    assert equal(part["layer_0"].y, whole["layer_0"].y)  # in the order in which it was run: nothing to cut by steps
+    assert equal(part["layer_1"].h, whole["layer_1"].h)
+    nodes = [Recurrent((make_cell(rng, 3, 4),)), Pool1D("max", 2), Recurrent((make_cell(rng, 4, 4),))]
+    t = Network(nodes).trace(x_of(2, 8)).select(steps=slice(0, 4)).select(steps=slice(0, 2))
+    assert [t[name].y.shape[1] for name in t] == [2, 4, 4]
 
 
 def test_what_is_selected_by_slices_is_no_copy():
@@ -242,10 +343,53 @@ def test_files_that_are_no_traces(tmp_path):
         inspect.load(path)
     net.trace(x_of()).save(path)
     whole = path.read_bytes()
-    for damaged in (whole.replace(b"nodes/layer_1/y", b"nodes/layer_9/y"), whole[: len(whole) // 2]):
-        path.write_bytes(damaged)
+    damages = {
+        b"nodes/layer_1/y": b"nodes/layer_9/y",
+        b'"steps"': b'"stepz"',
+        b"cells/0/run/x": b"cells/0/run/y",
+        b'\\"version\\": 1': b'\\"version\\": 2',
+        b'\\"reverse\\": false': b'\\"reverse\\": 12345',
+    }
+    for old, new in damages.items():
+        assert old in whole
+        path.write_bytes(whole.replace(old, new))
         with pytest.raises(FormatError, match=str(path)):
             inspect.load(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FormatError, match=str(path)):
+        inspect.load(path)
+    deep = json.dumps("[" * 100_000)
+    arrays = {"steps": np.arange(3)}
+    for said in ("[" * 100_000, deep, "{}", json.dumps({"version": 1}), json.dumps({"version": 1, "nodes": 3})):
+        save_file(arrays, path, {"cellstack_trace": said})
+        with pytest.raises(FormatError, match=str(path)):
+            inspect.load(path)
+
+
+def test_tensors_of_other_shapes_and_dtypes_are_refused(tmp_path):
+    path = tmp_path / "trace"
+    stack().trace(x_of(), pre=True).save(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+        whole = {name: file.get_tensor(name) for name in list(file.keys())}
+    for name in whole:
+        if name == "network":
+            continue
+        kinds = {"other dtype": whole[name].astype("uint8"), "an axis more": whole[name][..., None]}
+        for changed in [*kinds.values(), None]:
+            arrays = {key: array for key, array in whole.items() if key != name}
+            save_file(arrays | ({} if changed is None else {name: changed}), path, metadata)
+            with pytest.raises(FormatError, match=str(path)):
+                inspect.load(path)
+    save_file(whole | {"more": np.zeros(3)}, path, metadata)
+    with pytest.raises(FormatError, match="tensor 'more': expected no such tensor in a trace, found one"):
+        inspect.load(path)
+    save_file(whole, path, metadata)
+    assert inspect.load(path)["layer_0"].f.shape == (2, 10, 8)
+
+
+def test_what_a_trace_cannot_be_read_from(tmp_path):
+    net = stack()
     with pytest.raises(FileNotFoundError):
         inspect.load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError):
@@ -253,6 +397,8 @@ def test_files_that_are_no_traces(tmp_path):
 
 
 def test_traces_are_copied_and_pickled():
+    whole = stack().trace(x_of())
+    assert repr(pickle.loads(pickle.dumps(whole))) == repr(copy.deepcopy(whole)) == repr(whole)
     cell = stack().trace(x_of())["layer_0"].cells[0]
     for other in (copy.copy(cell), copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
         assert equal(other.f, cell.f)
@@ -328,6 +474,9 @@ def test_what_a_stream_must_be_told_before_it_can_be_traced():
         stream.trace()
     stream.step(x)
     assert equal(stream.trace().y, stack()(x[:, None]))
+    for _ in range(3):
+        stream.run(x[:, None][:, :0])  # no frame
+    assert stream.trace()["layer_0"].f.shape[1] == 1
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="expected steps to be an integer"):
             stream.remember(wrong)
@@ -350,3 +499,18 @@ def test_ids_and_frames_of_a_stream_are_traced():
     t = stream.trace()
     assert equal(t["lstm"].f, net.trace({"x": x, "id": ids})["lstm"].f[:, 2:])
     assert equal(t["e"].x, ids[:, 2:])
+
+
+def test_an_interrupted_step_is_forgotten(monkeypatch):
+    stream = stack().stream(1)
+    stream.remember(5)
+    x = x_of(1, 4)
+    stream.run(x[:, :2])
+    with monkeypatch.context() as patch:
+        patch.setattr(stream._history, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stream.step(x[:, 2])
+    with pytest.raises(RuntimeError, match="expected a step since remember"):
+        stream.trace()
+    y = stream.step(x[:, 3])
+    assert equal(stream.trace().y[:, 0], y)

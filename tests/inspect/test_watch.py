@@ -1,5 +1,8 @@
 """Watching torch models: what their layers did, with the answers and gradients that they give without it."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -116,3 +119,28 @@ def test_what_was_not_called_and_what_is_not_there(model):
     assert repr(seen) == "Watch of 3 layers, 1 calls: 'low'"
     with pytest.raises(ValueError, match="watch: expected a model with layers of cellstack in it, found none"):
         inspect.watch(torch.nn.Linear(2, 3))
+
+
+def test_threads_share_a_watched_layer():
+    layer = layers.LSTM(4)
+    x = torch.randn(2, 5, 3)
+    expected = layer(x)
+    with inspect.watch(layer) as seen, ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda _: layer(x), range(100)))
+    assert all(torch.equal(answer, expected) for answer in answers)
+    assert len(seen.calls) == 100
+
+
+def test_a_watch_is_on_once_and_not_in_copies():
+    layer = layers.LSTM(4)
+    x = torch.randn(2, 5, 3)
+    expected = layer(x)
+    with inspect.watch(layer) as seen:
+        twin = copy.deepcopy(layer)
+        with pytest.raises(RuntimeError, match="expected a watch that isn't on already"):
+            seen.__enter__()
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(twin(x), expected)
+    assert len(seen.calls) == 1
+    with pytest.raises(TypeError, match="watch: expected a torch module, got int"):
+        inspect.watch(5)

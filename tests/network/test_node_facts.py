@@ -175,7 +175,7 @@ def test_frames_one_by_one_are_the_run(node):
     if rule.why_not is not None or node.cells or len(net.shapes["x0"]) == 1:
         return
     whole = node.run([net_flow(value) for value in given.values()], (), 1).x
-    for sizes in ((1,) * 6, (2, 4), (5, 1)):
+    for sizes in ((1,) * 6, (2, 4), (5, 1), (0, 6), (3, 0, 3)):
         memory = None if rule.memory is None else np.full((2, *rule.memory), rule.start, "float32")
         at, pieces = 0, []
         for size in sizes:

@@ -207,7 +207,9 @@ def test_frames_that_the_network_masks_are_refused_and_change_nothing():
 
 def test_a_state_of_frames_that_does_not_fit_is_refused():
     pool = KINDS["convolution"]().pool(2)
-    with pytest.raises(ShapeError, match="tuple of 1 states, one a cell, and 1 Frames, one a causal convolution, got"):
+    with pytest.raises(
+        ShapeError, match="tuple of 1 states, one a cell, and 1 Frames, one a node that keeps some, got"
+    ):
         pool.open(())
     assert len(pool) == 0
 
@@ -269,3 +271,23 @@ def test_a_large_pool_leaves_all_others_alone():
     untouched = np.setdiff1d(numbers, chosen)
     assert all((pool.state(int(number))[0].h == 0).all() for number in untouched[:200])
     assert all((pool.state(int(number))[0].h != 0).all() for number in chosen[:200])
+
+
+def test_a_session_that_is_closed_while_another_opens():
+    """As a finaliser does it, or the handler of a signal: in the midst of an open()."""
+    pool = speech().pool(3)
+    old = pool.open()
+    write, inner = pool._engine.write, []
+
+    def closing(*arguments):
+        if not inner:
+            inner.append(None)
+            pool.close(old)
+            inner.append(pool.open())
+        write(*arguments)
+
+    pool._engine.write = closing
+    new = pool.open()
+    assert len({old, new, inner[1]}) == 3
+    assert len(pool) == 2
+    pool.step([new, inner[1]], np.zeros((2, 5)))

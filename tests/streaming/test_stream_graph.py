@@ -246,7 +246,7 @@ CALLS = {
         r"expected id with T=1, got \(2, 2\)",
     ),
     "state": (lambda s: setattr(s, "state", ()), ShapeError, "tuple of 1 states, one a cell, and 1 Frames, .*got 0"),
-    "state number": (lambda s: setattr(s, "state", 3), ShapeError, "one a causal convolution, got int"),
+    "state number": (lambda s: setattr(s, "state", 3), ShapeError, "one a node that keeps some, got int"),
     "frames": (
         lambda s: setattr(s, "state", (s.state[0], Frames(X))),
         ShapeError,

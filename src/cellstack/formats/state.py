@@ -1,6 +1,6 @@
 """A stream's state in a file, so that what was stopped goes on: safetensors, arrays by name.
 
-They are `cell_0/h`, `cell_0/c` and so on; and `frames_0/x` where causal convolutions remember frames.
+They are `cell_0/h`, `cell_0/c` and so on; and `frames_0/x` where nodes keep frames.
 """
 
 from __future__ import annotations

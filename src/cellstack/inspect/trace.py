@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from os import PathLike, fspath
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from cellstack import reference
-from cellstack.formats import safetensors as native_format
-from cellstack.formats.files import check_replaceable
+from cellstack.arguments import as_states
 from cellstack.inspect import diagnostics
 from cellstack.nodes.base import Array, Flow
-from cellstack.nodes.recurrent import Record, Recording
-from cellstack.spec import GATES, STATES, TRACES, FormatError
+from cellstack.nodes.recurrent import Record, Recording, Recurrent
+from cellstack.nodes.shape import Select
+from cellstack.spec import GATES, TRACES, ShapeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,10 +27,12 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import CellState, Node
     from cellstack.nodes.recurrent import Cell
 
-KEY, VERSION = "cellstack_trace", 1
 IN_MEMORY = 1 << 30  # bytes of gates and states; what is beyond lies in a file that memory maps
+PROBES = (97, 101)  # numbers of steps: a node that keeps both makes a step of each
 
-Index = slice | Sequence[int] | int | None
+Index = slice | Sequence[int] | Array | int | None
+Parts = tuple[Array, frozenset[str], dict[str, "NodeTrace"]]
+"""The numbers of the steps; the values that have a step for each of them, by name; the nodes."""
 
 
 class CellTrace(Mapping[str, Array]):
@@ -98,13 +96,19 @@ class CellTrace(Mapping[str, Array]):
             self._sums = _pre_activations(self.cell, self.record)
         return self._sums
 
-    def _map(self, take: Callable[[Array, bool], Array]) -> CellTrace:
-        """Return the trace of what `take` makes of each array, told whether its last axis is the cell's units."""
+    def _map(self, take: Callable[[Array], Array]) -> CellTrace:
+        """Return the trace of what `take` makes of each array, without the run's record."""
+        fields = type(self.fields)(*map(take, self.fields))
+        sums = None if self._sums is None else {gate: take(array) for gate, array in self._sums.items()}
+        return CellTrace(self.cell, fields, self.units, None if self.mask is None else take(self.mask), sums)
+
+    def _select(self, rows: Any, steps: Any, units: Index) -> CellTrace:
+        at = _places("units", units, len(self.units))
         wide = self.cell.spec.output_size == self.cell.spec.units
-        fields = {name: take(getattr(self.fields, name), wide or name != "h") for name in self.fields._fields}
-        sums = None if self._sums is None else {gate: take(array, True) for gate, array in self._sums.items()}
-        mask = None if self.mask is None else take(self.mask, False)
-        return CellTrace(self.cell, type(self.fields)(**fields), take(self.units, True), mask, sums)
+        part = self._map(lambda array: array[rows][:, steps])
+        fields = {name: array[..., at] if wide or name != "h" else array for name, array in part.items()}
+        sums = None if part._sums is None else {gate: array[..., at] for gate, array in part._sums.items()}
+        return CellTrace(self.cell, type(self.fields)(**fields), self.units[at], part.mask, sums)
 
     def gate_shares(self) -> dict[str, Shares]:
         """Return in what share of the steps each gate is nearly shut and open: see `diagnostics.gate_shares`."""
@@ -175,19 +179,21 @@ class NetworkTrace(Mapping[str, NodeTrace]):
     """
 
     def __init__(
-        self,
-        network: Network,
-        y: Any,
-        state: tuple[CellState, ...],
-        parts: Callable[[], tuple[Array, dict[str, NodeTrace]]],
+        self, network: Network, y: Any, state: tuple[CellState, ...], parts: Parts | Callable[[], Parts]
     ) -> None:
         self.network, self.y, self.state = network, y, state
-        self._make = parts
+        self._made = parts
 
-    @cached_property
-    def _parts(self) -> tuple[Array, dict[str, NodeTrace]]:
-        """The steps and the nodes, put together when they are looked at first: a call of few steps costs no more."""
-        return self._make()
+    @property
+    def _parts(self) -> Parts:
+        """What the trace is made of, put together at the first look: a call of few steps costs no more than it must."""
+        made = self._made
+        if not isinstance(made, tuple):
+            made = self._made = made()
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NetworkTrace, (self.network, self.y, self.state, self._parts)
 
     @property
     def steps(self) -> Array:
@@ -196,7 +202,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 
     @property
     def _nodes(self) -> dict[str, NodeTrace]:
-        return self._parts[1]
+        return self._parts[2]
 
     def __getitem__(self, name: str) -> NodeTrace:
         if name in self._nodes:
@@ -214,34 +220,41 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         """Return the trace of some rows, steps and units; slices copy nothing.
 
         Args:
-            rows: which rows, of every array.
-            steps: which steps, of what has as many as were run: behind a node that makes fewer, all stay.
+            rows: which rows, of every array: a slice, a number, numbers, or flags.
+            steps: which steps, of what has a step for each that is here: not behind a node that makes fewer or others.
             units: which units, of what cells did; what went into nodes and came out stays whole.
 
         Raises:
             IndexError: a row, a step or a unit that isn't there.
         """
-        graph, count = self.network.graph, len(self.steps)
+        numbers, aligned, own = self._parts
+        some = _places("rows", rows, len(_tuple(self.y)[0]))
+        at = _places("steps", steps, len(numbers))
 
         def of_value(array: Array, name: str) -> Array:
-            here = graph.timed(name) and array.shape[1] == count
-            return _cut(array, rows, steps if here else None, None)
-
-        def of_cell(array: Array, wide: bool) -> Array:
-            if array.ndim == 1:
-                return array[_index(units)]
-            here = array.shape[1] == count
-            return _cut(array, rows, steps if here else None, units if wide else None)
+            return array[some][:, at] if name in aligned else array[some]
 
         nodes = {}
-        for name, node in self._nodes.items():
+        for name, node in own.items():
             sources = self.network.wires[self.network.names.index(name)]
             xs = tuple(of_value(array, source) for array, source in zip(_tuple(node.x), sources, strict=True))
-            cells = tuple(cell._map(of_cell) for cell in node.cells)
+            cells = tuple(
+                cell._select(some, at if sources[0] in aligned else slice(None), units) for cell in node.cells
+            )
             nodes[name] = NodeTrace(node.node, _alone(xs), of_value(node.y, name), cells)
         ys = tuple(of_value(array, name) for array, name in zip(_tuple(self.y), self.network.outputs, strict=True))
-        state = tuple(type(one)(*(array[_index(rows)] for array in one)) for one in self.state)
-        return NetworkTrace(self.network, _alone(ys), state, lambda: (self.steps[_index(steps)], nodes))
+        state = tuple(type(one)(*(array[some] for array in one)) for one in self.state)
+        return NetworkTrace(self.network, _alone(ys), state, (numbers[at], aligned, nodes))
+
+    def _copied(self) -> NetworkTrace:
+        """Return the trace with arrays of its own, so that what they were cut from is given back."""
+        numbers, aligned, own = self._parts
+        nodes = {}
+        for name, node in own.items():
+            x = _alone(tuple(array.copy() for array in _tuple(node.x)))
+            nodes[name] = NodeTrace(node.node, x, node.y.copy(), tuple(cell._map(np.copy) for cell in node.cells))
+        y = _alone(tuple(array.copy() for array in _tuple(self.y)))
+        return NetworkTrace(self.network, y, self.state, (numbers, aligned, nodes))
 
     def report(self) -> Report:
         """Return what stands out: dead, stuck and saturated units, how long they remember, whether the state is stable.
@@ -279,40 +292,9 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         Raises:
             OSError: the file can't be written.
         """
-        target, _ = check_replaceable(path)
-        tensors: dict[str, Array] = {"steps": self.steps}
-        for number, array in enumerate(_tuple(self.y)):
-            tensors[f"y/{number}"] = array
-        for number, state in enumerate(self.state):
-            tensors |= {f"state/{number}/{name}": array for name, array in zip(state._fields, state, strict=True)}
-        for name, node in self._nodes.items():
-            for number, array in enumerate(_tuple(node.x)):
-                tensors[f"nodes/{name}/x/{number}"] = array
-            tensors[f"nodes/{name}/y"] = node.y
-            for number, cell in enumerate(node.cells):
-                where = f"nodes/{name}/cells/{number}"
-                tensors |= {f"{where}/{field}": array for field, array in cell.items()}
-                tensors[f"{where}/units"] = cell.units
-                if cell.mask is not None:
-                    tensors[f"{where}/mask"] = cell.mask
-                if cell.record is not None:
-                    tensors |= _record_arrays(f"{where}/run", cell.record)
-                tensors |= {f"{where}/pre/{gate}": array for gate, array in (cell._sums or {}).items()}
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as folder:
-            own = os.path.join(folder, "network.safetensors")
-            native_format.save(self.network, own)
-            with open(own, "rb") as file:
-                tensors["network"] = np.frombuffer(file.read(), np.uint8)
-            draft = os.path.join(folder, "trace.safetensors")
-            reverse = {
-                f"nodes/{name}/cells/{number}": cell.record.reverse
-                for name, node in self._nodes.items()
-                for number, cell in enumerate(node.cells)
-                if cell.record is not None
-            }
-            said = json.dumps({"version": VERSION, "nodes": list(self._nodes), "reverse": reverse})
-            save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, draft, {KEY: said})
-            os.replace(draft, target)
+        from cellstack.inspect.files import save  # a file is made of a trace, not a trace of it
+
+        save(self, path)
 
     def __repr__(self) -> str:
         rows, steps = len(_tuple(self.y)[0]), len(self.steps)
@@ -344,94 +326,26 @@ def trace(
     """Run a network and return what every node and cell did: see `Network.trace`."""
     names, cells = network.names, None
     if nodes is not None:
-        names = (nodes,) if isinstance(nodes, str) else tuple(nodes)
+        try:
+            names = (nodes,) if isinstance(nodes, str) else tuple(nodes)
+        except TypeError:
+            raise TypeError(f"Network: expected nodes as names, got {nodes!r:.80}") from None
         for name in names:
             if name not in network.names:
-                raise ValueError(f"Network: expected nodes out of {', '.join(network.names)}, got {name!r}")
+                raise ValueError(f"Network: expected nodes out of {', '.join(network.names)}, got {name!r:.80}")
         numbers = _numbers(network)
         cells = {number for name in names for number in numbers[name]}
+    if not isinstance(in_memory, (int, float)) or not in_memory >= 0:
+        raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
+    # What is given is the caller's, to write to afterwards; what the trace shows of it, and works out from it, isn't.
+    given = {name: np.array(array) for name, array in network.as_inputs("Network", x).items()}
+    if state is not None:
+        states = as_states("Network", state, network.cells, len(next(iter(given.values()))))
+        state = tuple(type(one)(*map(np.array, one)) for one in states if one is not None)
     recording = Recording(cells, _Arrays(in_memory).empty)
-    y, after = network.run(x, state, mask, lengths, reset, threads, record=recording)
+    y, after = network.run(given, state, mask, lengths, reset, threads, record=recording)
     found = NetworkTrace(network, y, after, lambda: _parts(network, names, recording, pre))
-    if units is None and steps is None:
-        return found
-    part = found.select(None, steps, units)
-    for node in part.values():  # a copy of what is wanted, so that the rest is given back
-        node.cells = tuple(cell._map(lambda array, _: array.copy()) for cell in node.cells)
-        node.x = _alone(tuple(array.copy() for array in _tuple(node.x)))
-        node.y = node.y.copy()
-    part.y = y
-    return part
-
-
-def load(path: str | PathLike[str]) -> NetworkTrace:
-    """Read a trace that `NetworkTrace.save` wrote.
-
-    Args:
-        path: the file.
-
-    Raises:
-        FormatError: it isn't a trace, or it is damaged.
-        OSError: it can't be read.
-    """
-    path = fspath(path)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            said = json.loads((file.metadata() or {}).get(KEY, "null"))
-            if not isinstance(said, dict) or said.get("version") != VERSION:
-                raise FormatError(f"{path}: expected a trace of version {VERSION}, which NetworkTrace.save writes")
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        with tempfile.TemporaryDirectory() as folder:
-            own = os.path.join(folder, "network.safetensors")
-            with open(own, "wb") as copy:
-                copy.write(tensors.pop("network").tobytes())
-            network = native_format.load(own)
-        nodes = {name: _loaded(network, name, tensors, said["reverse"]) for name in said["nodes"]}
-        ys = tuple(tensors[f"y/{number}"] for number in range(len(network.outputs)))
-        state = tuple(
-            STATES[cell.spec.kind](*(tensors[f"state/{number}/{name}"] for name in cell.spec.state_sizes))
-            for number, cell in enumerate(network.cells)
-        )
-        return NetworkTrace(network, _alone(ys), state, lambda: (tensors["steps"], nodes))
-    except SafetensorError as error:
-        raise FormatError(f"{path}: expected a safetensors file, found {str(error)[:200]!r}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{path}: expected a trace, found one that is damaged: {error!r:.200}") from None
-
-
-def _record_arrays(where: str, record: Record) -> dict[str, Array]:
-    """Return what a record has beside the cell's own fields, by the names that a file has for them."""
-    arrays = {f"{where}/x": record.x}
-    arrays |= {f"{where}/{name}": flags for name in ("mask", "reset") if (flags := getattr(record, name)) is not None}
-    if record.before is not None:
-        arrays |= {f"{where}/before/{name}": a for name, a in zip(record.before._fields, record.before, strict=True)}
-    return arrays
-
-
-def _loaded(network: Network, name: str, tensors: dict[str, Array], reverse: dict[str, bool]) -> NodeTrace:
-    number = network.names.index(name)
-    node, where = network.nodes[number], f"nodes/{name}"
-    cells = []
-    for place, cell in enumerate(node.cells):
-        own = f"{where}/cells/{place}"
-        kind = TRACES[cell.spec.kind]
-        fields = kind(*(tensors[f"{own}/{field}"] for field in kind._fields))
-        sums = {gate: tensors[f"{own}/pre/{gate}"] for gate in cell.spec.gates if f"{own}/pre/{gate}" in tensors}
-        mask, record, state = tensors.get(f"{own}/mask"), None, STATES[cell.spec.kind]
-        if f"{own}/run/x" in tensors:
-            run = f"{own}/run"
-            before = (
-                state(*(tensors[f"{run}/before/{n}"] for n in state._fields)) if f"{run}/before/h" in tensors else None
-            )
-            gates = np.stack([getattr(fields, gate) for gate in GATES[cell.spec.kind]], axis=2)
-            c = getattr(fields, "c", None)
-            flags = tensors.get(f"{run}/mask"), tensors.get(f"{run}/reset")
-            record = Record(gates, c, fields.h, tensors[f"{run}/x"], before, *flags, reverse[own])
-        cells.append(CellTrace(cell, fields, tensors[f"{own}/units"], mask, sums or None, record))
-    xs = tuple(tensors[f"{where}/x/{place}"] for place in range(len(network.wires[number])))
-    return NodeTrace(node, _alone(xs), tensors[f"{where}/y"], tuple(cells))
+    return found if units is None and steps is None else found.select(None, steps, units)._copied()
 
 
 def _numbers(network: Network) -> dict[str, range]:
@@ -443,34 +357,51 @@ def _numbers(network: Network) -> dict[str, range]:
     return numbers
 
 
-def _parts(
-    network: Network, names: Sequence[str], recording: Recording, pre: bool
-) -> tuple[Array, dict[str, NodeTrace]]:
-    """Return the numbers of the steps, and the traces of some nodes, out of what a run recorded."""
+def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bool) -> Parts:
+    """Return the parts of a trace out of what a run recorded."""
     numbers = _numbers(network)
-    _complete(network, recording, numbers)
+    records, flows = _in_own_order(network, recording, numbers)
     kept: dict[str, NodeTrace] = {}
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
         if name not in names:
             continue
         cells = []
         for number, cell in zip(numbers[name], node.cells, strict=True):
-            record = recording[number]
+            record = records[number]
             assert record is not None, "cells of the nodes asked for are kept"
             planes = [record.gates[:, :, plane] for plane in range(len(GATES[cell.spec.kind]))]
             fields = TRACES[cell.spec.kind](*planes, *([] if record.c is None else [record.c]), record.h)
             sums = _pre_activations(cell, record) if pre else None
             cells.append(CellTrace(cell, fields, np.arange(cell.spec.units), record.mask, sums, record))
-        values = tuple(recording.flows[source].x for source in sources)
-        kept[name] = NodeTrace(node, _alone(values), recording.flows[name].x, tuple(cells))
-    timed = [recording.flows[name].x for name in network.inputs if network.graph.timed(name)]
-    return np.arange(timed[0].shape[1] if timed else 1), kept
+        values = tuple(flows[source].x for source in sources)
+        kept[name] = NodeTrace(node, _alone(values), flows[name].x, tuple(cells))
+    lengths = {name: flows[name].x.shape[1] for name in network.inputs if network.graph.timed(name)}
+    return np.arange(next(iter(lengths.values()), 1)), _aligned(network, lengths), kept
+
+
+def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:
+    """Return the values that have a step for each step of the first input that has time, in the same order."""
+    graph, first = network.graph, next(iter(lengths.values()), None)
+    aligned = {name for name, steps in lengths.items() if steps == first}
+    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        turned = (isinstance(node, Recurrent) and node.go_backwards) or (isinstance(node, Select) and node.step < 0)
+        if turned or not aligned.issuperset(sources) or not graph.timed(name):
+            continue
+        try:
+            after = [
+                node.check(name, *((steps, *graph.shapes[source][1:]) for source in sources))[0] for steps in PROBES
+            ]
+        except ShapeError:  # of a node that stands on a number of steps
+            continue
+        if after == list(PROBES):
+            aligned.add(name)
+    return frozenset(aligned)
 
 
 class _Arrays:
     """Makes arrays in memory, and beyond a bound in files without a name that memory maps."""
 
-    def __init__(self, in_memory: int) -> None:
+    def __init__(self, in_memory: float) -> None:
         self.left = in_memory
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -479,26 +410,33 @@ class _Arrays:
         if self.left >= 0 or not size:
             return np.empty(shape, dtype)
         with tempfile.TemporaryFile() as file:
-            return np.asarray(np.memmap(file, dtype, "w+", shape=shape))
+            try:
+                if hasattr(os, "posix_fallocate"):  # else a page that the disk has no room for would end the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                where = tempfile.gettempdir()
+                raise OSError(error.errno, f"{error.strerror}: a trace takes {size:,} bytes more in {where}") from None
+            return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
 
 
-def _complete(network: Network, recording: Recording, numbers: Mapping[str, range]) -> None:
-    """Add what nodes gave that ran in one call with those behind them, each in the order of its own steps."""
+def _in_own_order(
+    network: Network, recording: Recording, numbers: Mapping[str, range]
+) -> tuple[list[Record | None], dict[str, Flow]]:
+    """Return what cells did and what flowed, between nodes of one call too, each in the order of its own steps."""
+    records, flows = list(recording), dict(recording.flows)
     for stage in network._stages:
         backwards = getattr(stage.node, "go_backwards", False)
-        for place, number in enumerate(stage.nodes):
-            name = network.names[number]
-            records = [recording[cell] for cell in numbers[name]]
-            if backwards and place:  # it takes the sequence as the node before it gave it: turned round
-                for cell, record in zip(numbers[name], records, strict=True):
-                    recording[cell] = None if record is None else _turned(record)
-            if number == stage.nodes[-1] or not records:
-                continue
+        for place, number in enumerate(stage.nodes[:-1]):
             above = recording[numbers[network.names[stage.nodes[place + 1]]][0]]
-            top = records[-1].h if records[-1] is not None else above.x if above is not None else None
-            if top is None:
-                continue
-            recording.flows[name] = Flow(top[:, ::-1] if backwards else top)
+            own = recording[numbers[network.names[number]][-1]]
+            top = own.h if own is not None else above.x if above is not None else None
+            if top is not None:
+                flows[network.names[number]] = Flow(top[:, ::-1] if backwards else top)
+        for number in stage.nodes[1:] if backwards else ():  # they take the sequence as the node before gave it: turned
+            for cell in numbers[network.names[number]]:
+                record = recording[cell]
+                records[cell] = None if record is None else _turned(record)
+    return records, flows
 
 
 def _turned(record: Record) -> Record:
@@ -539,18 +477,29 @@ def _alone(values: tuple[Array, ...]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _index(index: Index) -> Any:
-    """Return an index of an axis that keeps it."""
+def _places(what: str, index: Index, length: int) -> Any:
+    """Return an index of an axis that keeps the axis: a slice, or an array of places."""
     if index is None:
         return slice(None)
-    return [index] if isinstance(index, (int, np.integer)) else index
-
-
-def _cut(array: Array, rows: Index, steps: Index, units: Index) -> Array:
-    array = array[_index(rows)]
-    if steps is not None:
-        array = array[:, _index(steps)]
-    return array if units is None else array[..., _index(units)]
+    if isinstance(index, slice):
+        try:
+            index.indices(length)
+        except TypeError:
+            raise IndexError(f"expected {what} as a slice of whole numbers, got {index}") from None
+        return index
+    try:
+        places = np.asarray(index)
+    except ValueError:
+        places = np.empty((0, 0))
+    if places.dtype == bool and places.shape == (length,):
+        return np.flatnonzero(places)
+    if places.ndim > 1 or (places.size and places.dtype.kind not in "iu"):
+        raise IndexError(f"expected {what} as a slice, a number, numbers, or {length} flags, got {index!r:.80}")
+    places = places.reshape(-1).astype(np.int64)
+    beyond = places[(places < -length) | (places >= length)]
+    if beyond.size:
+        raise IndexError(f"expected {what} from 0 to {length - 1}, got {beyond[0]}")
+    return places
 
 
 def _shape(value: Any) -> str:

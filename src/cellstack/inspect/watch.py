@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ class Seen(NamedTuple):
     """One call of a layer."""
 
     y: Any
-    """What the layer returned, as its caller got it."""
+    """What the layer returned, without the gates where its caller asked for them."""
     trace: Any
     """A `Trace`, `GRUTrace` or `RNNTrace`, each field `[B, T, H]`; of a stack a tuple of these, one a cell; of a
     `Bidirectional` the pair of its directions."""
@@ -31,19 +32,25 @@ class Watch(Mapping[str, Seen]):
     def __init__(self, model: nn.Module, detach: bool) -> None:
         from cellstack.layers import RNN, Bidirectional
 
+        if not hasattr(model, "named_modules"):
+            raise TypeError(f"watch: expected a torch module, got {type(model).__name__}")
         found = {name: module for name, module in model.named_modules() if isinstance(module, (RNN, Bidirectional))}
         inner = {id(one) for module in found.values() for one in module.modules() if one is not module}
         self._layers = {name: module for name, module in found.items() if id(module) not in inner}
         if not self._layers:
             raise ValueError("watch: expected a model with layers of cellstack in it, found none")
-        self._detach, self._hooks, self._asked = detach, [], {}
+        self._detach, self._hooks = detach, []
+        self._asked = threading.local()  # of each layer that runs now, whether its caller asked for gates
         self.calls: list[tuple[str, Seen]] = []
 
     def __enter__(self) -> Watch:
+        if self._hooks:
+            raise RuntimeError("watch: expected a watch that isn't on already: watch() gives another")
         for name, module in self._layers.items():
             self._hooks += [
                 module.register_forward_pre_hook(self._before(name), with_kwargs=True),
-                module.register_forward_hook(self._after(name), prepend=True),  # within a watch around this one
+                # within a watch around this one
+                module.register_forward_hook(self._after(name), prepend=True),
             ]
         return self
 
@@ -56,8 +63,9 @@ class Watch(Mapping[str, Seen]):
 
     def _before(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            asked = args[4] if len(args) > 4 else kwargs.get("return_gates", False)
-            self._asked[name] = bool(asked)
+            if not self._hooks:  # of a copy that was made of the model meanwhile
+                return None
+            setattr(self._asked, name, bool(args[4] if len(args) > 4 else kwargs.get("return_gates", False)))
             if len(args) > 4:
                 return (*args[:4], True, *args[5:]), kwargs
             return args, {**kwargs, "return_gates": True}
@@ -66,11 +74,13 @@ class Watch(Mapping[str, Seen]):
 
     def _after(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], results: Any) -> Any:
+            asked = self._asked.__dict__.pop(name, None)
+            if asked is None:
+                return results
             *rest, trace = results
             y = rest[0] if len(rest) == 1 else tuple(rest)
-            answer = results if self._asked.pop(name) else y
             self.calls.append((name, Seen(*(map(_detached, (y, trace)) if self._detach else (y, trace)))))
-            return answer
+            return results if asked else y
 
         return hook
 
@@ -112,6 +122,7 @@ def watch(model: nn.Module, detach: bool = True) -> Watch:
 
     Raises:
         ValueError: no layer of ours is in the model.
+        TypeError: no torch module.
 
     >>> import torch
     >>> from cellstack import layers

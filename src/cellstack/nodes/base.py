@@ -444,12 +444,10 @@ class Stepwise(Node):
         raise NotImplementedError
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         (flow,) = flows
         return flow._replace(x=self.apply(flow.x))
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         return FrameRule(step=self.apply)
 
 

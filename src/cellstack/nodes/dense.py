@@ -55,7 +55,6 @@ class Dense(Stepwise):
         object.__setattr__(self, "activation", check_activation("Dense", self.activation))
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         return (*super().check(owner, *shapes)[:-1], self.kernel.shape[1])
 
     @cached_property
@@ -87,10 +86,8 @@ class Dense(Stepwise):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return self.activation
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        """See `Node.engine`."""
         after = f", {self.activation} in NumPy" if self.beyond else ""
         return f"fused kernel ({native.isa()}, {dtype}): one product{after}"

@@ -334,12 +334,10 @@ class Recurrent(Node):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         ways = (", residual" if self.residual else "") + (", backwards" if self.go_backwards else "")
         return _summary(self.cells) + ways
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         steps, _ = super().check(owner, *shapes)
         return (steps, self.units) if self.return_sequences else (self.units,)
 
@@ -445,18 +443,15 @@ class Recurrent(Node):
         return Flow(y[:, ::-1], self.mask_of(flows), None if reset is None else reset[:, ::-1], after)
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         (mask,) = masks
         if mask is None or not self.return_sequences:
             return None
         return on.cut(mask, slice(None, None, -1)) if self.go_backwards else mask
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         return FrameRule(BACKWARDS if self.go_backwards else None)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
-        """See `Node.stored`."""
         flags = {name: getattr(self, name) for name in self.settings if name != "cells"}
         arrays = {
             f"{number}/{name}": array for number, cell in enumerate(self.cells) for name, array in cell.arrays.items()
@@ -465,13 +460,11 @@ class Recurrent(Node):
 
     @classmethod
     def restored(cls, entry: Entry) -> Recurrent:
-        """See `Node.restored`."""
         values = entry.take(cls.keys())
         cells = (Cell.restored(entry.inner(str(n), cell)) for n, cell in enumerate(values.pop("cells")))
         return cls(tuple(cells), **values)
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        """See `Node.engine`."""
         return f"fused kernel ({native.isa()}, {dtype}): {self.calls}"
 
     @property
@@ -549,11 +542,9 @@ class Bidirectional(Node):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"{self.forward.summary} and back, {self.merge_mode}"
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         steps, _ = super().check(owner, *shapes)
         units = self.forward.units + (self.backward.units if self.merge_mode == "concat" else 0)
         return (steps, units) if self.forward.return_sequences else (units,)
@@ -580,15 +571,12 @@ class Bidirectional(Node):
         return flow._replace(x=y, states=states) if self.forward.return_sequences else Flow(y, None, None, states)
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         return masks[0] if self.forward.return_sequences else None
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         return FrameRule(BACKWARDS)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
-        """See `Node.stored`."""
         described: dict[str, Any] = {"type": self.file_type}
         arrays = {}
         for half in ("forward", "backward"):
@@ -598,7 +586,6 @@ class Bidirectional(Node):
 
     @classmethod
     def restored(cls, entry: Entry) -> Bidirectional:
-        """See `Node.restored`."""
         values = entry.take(cls.keys())
         forward, backward = (
             Recurrent.restored(entry.inner(half, values[half], Recurrent.file_type)) for half in ("forward", "backward")
@@ -606,6 +593,5 @@ class Bidirectional(Node):
         return cls(forward, backward, values["merge_mode"])
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        """See `Node.engine`."""
         calls = f"{self.forward.calls}, {self.backward.calls} back, merged in NumPy"
         return f"fused kernel ({native.isa()}, {dtype}): {calls}"

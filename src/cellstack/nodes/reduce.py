@@ -82,7 +82,6 @@ class Reduce(Node):
         return place_of(self.axis, axes)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         (shape,) = shapes
         at = self.place(len(shape))
         if not at:
@@ -99,7 +98,6 @@ class Reduce(Node):
         return np.expand_dims(y, place) if self.keepdims else y
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         (flow,) = flows
         stays = self._keeps_time(flow.x.ndim - 1)
         return Flow(self.apply(flow.x, flow.mask), self.mask_of(flows), flow.reset if stays else None)
@@ -108,11 +106,9 @@ class Reduce(Node):
         return self.place(axes) > 1 and (self.keepdims or axes > 2)
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         return masks[0] if self._keeps_time(axes) else None
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         if self.place(len(shapes[0])) != len(shapes[0]):
             return FrameRule(f"the {self.mode} over time is of the whole sequence, which a stream doesn't have")
         if not self.keepdims:
@@ -121,5 +117,4 @@ class Reduce(Node):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"{self.mode} over axis {self.axis}{', which stays' if self.keepdims else ''}"

@@ -76,16 +76,13 @@ class _Shaping(Node):
         raise NotImplementedError
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         (flow,) = flows
         return Flow(self.apply(flow.x))
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         return None
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         return FrameRule(NOT_FRAMES)
 
 
@@ -101,7 +98,6 @@ class Flatten(_Shaping):
     axes = (None, 1)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         (shape,) = shapes
         return (_product(shape),)
 
@@ -110,12 +106,10 @@ class Flatten(_Shaping):
         return x.reshape(len(x), prod(x.shape[1:]))
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         return FrameRule(NOT_FRAMES) if len(shapes[0]) > 1 else FrameRule(step=lambda x: x)
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return "to one axis"
 
 
@@ -155,7 +149,6 @@ class Reshape(_Shaping):
         object.__setattr__(self, "mixes_steps", len(shape) > 1)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         (shape,) = shapes
         numbers, rest = _product(shape), prod(axis for axis in self.shape if axis != -1)
         if numbers is not None and (numbers % rest if -1 in self.shape else numbers != rest):
@@ -171,7 +164,6 @@ class Reshape(_Shaping):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"to {shown(self.shape)}"
 
 
@@ -203,7 +195,6 @@ class Permute(_Shaping):
         object.__setattr__(self, "axes", (len(dims), len(dims)))
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         (shape,) = shapes
         if len(shape) != len(self.dims):
             raise ShapeError(f"{owner}: Permute expected {len(self.dims)} axes after the batch, got {shown(shape)}")
@@ -215,7 +206,6 @@ class Permute(_Shaping):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"axes {', '.join(map(str, self.dims))}"
 
 
@@ -245,7 +235,6 @@ class Repeat(_Shaping):
         object.__setattr__(self, "times", check_integer("Repeat", "times", self.times))
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         (shape,) = shapes
         if len(shape) != 1:
             raise ShapeError(f"{owner}: Repeat expected a vector [B, W], got {shown(shape)}")
@@ -256,12 +245,10 @@ class Repeat(_Shaping):
         return np.repeat(x[:, None], self.times, axis=1)
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         return FrameRule(f"it makes a sequence of {self.times} steps out of every frame")
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"{self.times} times"
 
 
@@ -314,7 +301,6 @@ class Select(Node):
         return place_of(self.axis, axes)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         (shape,) = shapes
         at = self.place(len(shape))
         if not at:
@@ -332,7 +318,6 @@ class Select(Node):
         return np.ascontiguousarray(y) if place == x.ndim - 1 else y  # what comes next may round by how numbers lie
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         (flow,) = flows
         x, reset = flow.x, flow.reset
         if reset is not None and self.place(x.ndim - 1) == 1:
@@ -340,7 +325,6 @@ class Select(Node):
         return Flow(self.apply(x), self.mask_of(flows), reset)
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         (mask,) = masks
         return mask if mask is None or self.place(axes) != 1 else on.cut(mask, self.taken)
 
@@ -350,14 +334,12 @@ class Select(Node):
         return np.diff(begun, axis=1, prepend=0) > 0
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         if self.place(len(shapes[0])) == len(shapes[0]):
             return FrameRule(step=replace(self, axis=-1).apply)
         return FrameRule("it takes some steps of the whole sequence, which a stream doesn't have")
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         first, last = ("" if end is None else str(end) for end in (self.start, self.stop))
         step = "" if self.step == 1 else f":{self.step}"
         return f"{first}:{last}{step} of axis {self.axis}"
@@ -403,7 +385,6 @@ class Pad(Node):
         return place_of(self.axis, axes)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         (shape,) = shapes
         at = self.place(len(shape))
         if not at:
@@ -417,23 +398,19 @@ class Pad(Node):
         return padded(x, self.before, self.after, self.value, place)
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         (flow,) = flows
         return Flow(self.apply(flow.x), self.mask_of(flows), None if self.mixes_steps else flow.reset)
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         return None if self.place(axes) == 1 else masks[0]
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         if self.place(len(shapes[0])) == len(shapes[0]):
             return FrameRule(step=replace(self, axis=-1).apply)
         return FrameRule("it puts steps before or after the sequence, and a stream answers after every frame")
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"{self.before} before and {self.after} after axis {self.axis}, of {self.value:g}"
 
 
@@ -471,7 +448,6 @@ class Merge(Node):
         return place_of(self.axis, axes)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         if len(shapes) < 2 or (self.mode == "sub" and len(shapes) != 2):
             expected = "two values" if self.mode == "sub" else "two values or more"
             raise ShapeError(f"{owner}: Merge expected {expected} to {self.mode}, got {len(shapes)}")
@@ -528,7 +504,6 @@ class Merge(Node):
         return self.mode == "concat" and axes > 1 and self.place(axes) == 1
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         values = [flow.x for flow in flows]
         y = self.merge(*values) if self.neutral is None else self._merge_used(flows, self.neutral)
         resets = [flow.reset for flow in flows]
@@ -541,19 +516,16 @@ class Merge(Node):
         return Flow(y, self.mask_of(flows), np.concatenate(full, 1) if along_time else reduce(np.logical_or, full))
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         there = [mask for mask in masks if mask is not None]
         if self._along_time(axes):
             return on.join(masks) if there else None
         return on.either(there) if len(there) == len(masks) else None
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         if self.mode != "concat" or self.place(len(shapes[0])) == len(shapes[0]):
             return FrameRule(step=replace(self, axis=-1).merge)
         return FrameRule("it puts whole sequences end to end, which a stream doesn't have")
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"concat along axis {self.axis}" if self.mode == "concat" else self.mode

@@ -71,7 +71,6 @@ class Standardise(Stepwise):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return "(x - mean) / scale"
 
 
@@ -137,7 +136,6 @@ class Scale(Stepwise):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return "x·scale + shift"
 
 
@@ -197,7 +195,6 @@ class LayerNorm(Stepwise):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"over the features, epsilon {self.epsilon:g}"
 
 
@@ -227,7 +224,6 @@ class Activation(Stepwise):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return self.activation
 
 
@@ -268,7 +264,6 @@ class Clip(Stepwise):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         ends = [f"{word} {bound:g}" for word, bound in (("from", self.low), ("to", self.high)) if bound is not None]
         return " ".join(ends)
 
@@ -307,7 +302,6 @@ class Embedding(Node):
         object.__setattr__(self, "makes_mask", self.mask_zero)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         (shape,) = shapes
         if len(shape) != 1:
             raise ShapeError(f"{owner}: Embedding expected ids [B, T], got {shown(shape)}")
@@ -334,21 +328,17 @@ class Embedding(Node):
         return self.table[self.ids(x)]
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         (flow,) = flows
         ids = self.ids(flow.x if flow.mask is None else np.where(flow.mask, flow.x, 0))
         return flow._replace(x=self.table[ids], mask=self.mask_of(flows))
 
     def kept(self, x: Array) -> NDArray[np.bool_]:
-        """See `Node.kept`."""
         return x != 0
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         return with_own(masks[0], on) if self.mask_zero else masks[0]
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         return FrameRule(step=self.apply)
 
     @property
@@ -358,7 +348,6 @@ class Embedding(Node):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"{self.table.shape[0]:,} ids{', 0 is masked' if self.mask_zero else ''}"
 
 
@@ -387,7 +376,6 @@ class Masking(Node):
         object.__setattr__(self, "value", check_number("Masking", "value", self.value))
 
     def kept(self, x: Array) -> NDArray[np.bool_]:
-        """See `Node.kept`."""
         return (x != x.dtype.type(self.value)).any(axis=-1)
 
     def apply(self, x: Array) -> Array:
@@ -395,19 +383,15 @@ class Masking(Node):
         return np.where(self.kept(x)[..., None], x, x.dtype.type(0))
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         (flow,) = flows
         return flow._replace(x=self.apply(flow.x), mask=self.mask_of(flows))
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         return with_own(masks[0], on)
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         return FrameRule(step=self.apply)
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"steps of {self.value:g}"

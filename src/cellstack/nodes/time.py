@@ -157,7 +157,6 @@ class Conv1D(Node):
         return matrices
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         steps, _ = super().check(owner, *shapes)
         return steps_out(steps, self.padding, self.span, self.strides), self.kernel.shape[2]
 
@@ -184,16 +183,13 @@ class Conv1D(Node):
         return y if self.activation == "linear" else activation_function(self.activation)(y)
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         (flow,) = flows
         return Flow(self.apply(flow.x), None, None if self.mixes_steps else flow.reset)
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         return None
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         why_not = why_no_answers(self.padding, self.span, self.strides)
         if why_not is not None:
             return FrameRule(why_not)
@@ -209,19 +205,16 @@ class Conv1D(Node):
 
     @classmethod
     def array_shapes(cls, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """See `Node.array_shapes`."""
         groups, channels = values["groups"], values["input_size"]
         if groups < 1 or channels % groups:
             raise ValueError(f"expected groups to divide input_size {channels}, found {groups!r:.80}")
         return super().array_shapes({**values, "input_size": channels // groups})
 
     def values(self) -> dict[str, Any]:
-        """See `Node.values`."""
         return {**super().values(), "input_size": self.input_size}
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         taps, channels, filters = self.kernel.shape
         words = [f"{channels * self.groups} -> {filters}, {taps} taps", str(self.padding)]
         words += [
@@ -268,7 +261,6 @@ class Pool1D(Node):
         object.__setattr__(self, "padding", padding)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         steps, width = super().check(owner, *shapes)
         return steps_out(steps, self.padding, self.size, self.strides or 1), width
 
@@ -297,12 +289,10 @@ class Pool1D(Node):
         return (total / np.maximum(counts, 1)).astype(x.dtype)
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         (flow,) = flows
         return Flow(self.apply(flow.x))
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         return None
 
     def frames(self, *shapes: Shape) -> FrameRule:
@@ -318,6 +308,8 @@ class Pool1D(Node):
             return FrameRule("it keeps frames, whose width isn't known")
 
         def advance(memory: Array, x: Array) -> tuple[Array, Array]:
+            if not x.shape[1]:
+                return x, memory
             there = np.ones((*x.shape[:2], 1), x.dtype)
             seen = np.concatenate([memory, np.concatenate([x, there], axis=2)], axis=1)
             steps, used = seen[:, :, :-1], seen[:, :, -1:]
@@ -330,7 +322,6 @@ class Pool1D(Node):
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"{self.mode} of {self.size} steps every {self.strides}, {self.padding}"
 
 
@@ -358,16 +349,13 @@ class GlobalPool(Node):
         check_choice("GlobalPool", "mode", self.mode, POOL_MODES)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """See `Node.check`."""
         return super().check(owner, *shapes)[1:]
 
     @property
     def summary(self) -> str:
-        """What the node does, in a few words."""
         return f"{self.mode} over time"
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """See `Node.run`."""
         (flow,) = flows
         x, mask = flow.x, flow.mask
         if self.mode != "last":
@@ -381,11 +369,9 @@ class GlobalPool(Node):
         return Flow(np.where(some, x[np.arange(len(x)), last], x.dtype.type(0)))
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """See `Node.mask_after`."""
         return None
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`."""
         if self.mode == "last":
             return FrameRule(step=lambda x: x)
         return FrameRule(f"the {self.mode} over time is of the whole sequence, which a stream doesn't have")

@@ -160,7 +160,10 @@ class Engine:
         return tuple(np.require(array, requirements=("C", "A")) for array in arrays.values())
 
     def run(self, given: tuple[Array, ...], rows: Rows = ALL) -> Any:
-        """Return what the network answers to the next frames of some rows; an exception leaves them as they were.
+        """Return what the network answers to the next frames of some rows.
+
+        An exception leaves all that is kept as it was; where one part alone keeps something, that may have moved on as
+        a whole.
 
         Args:
             given: see `given`.
@@ -224,7 +227,7 @@ class Engine:
             got = len(state) if isinstance(state, Sequence) else type(state).__name__
             raise ShapeError(
                 f"{owner}: expected state to be a tuple of {len(cells)} states, one a cell, and {count} Frames, one a "
-                f"causal convolution, got {got}"
+                f"node that keeps some, got {got}"
             )
         entries: list[Any] = list(as_states(owner, tuple(state[: len(cells)]) if count else state, cells, batch))
         for given, start in zip(state[len(cells) :] if count else (), starts[len(cells) :], strict=True):

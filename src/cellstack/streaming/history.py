@@ -34,6 +34,8 @@ class History:
             given: one a value that came in, `[B, W]`, ids `[B]`.
             chunk: whether they have an axis of time, `[B, T, W]`, ids `[B, T]`.
         """
+        if chunk and not given[0].shape[1]:
+            return
         if before is not None:
             self._blocks = [*self._blocks[-1:], (before, [], 0)]
         state, chunks, steps = self._blocks[-1]

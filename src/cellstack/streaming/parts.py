@@ -27,7 +27,11 @@ ALL = slice(None)
 
 
 class Frames(NamedTuple):
-    """What a node keeps beside states of cells: a causal convolution its last frames `[B, L, C]`, the oldest first."""
+    """What a node keeps beside states of cells: its last frames, the oldest first.
+
+    Of a causal convolution they are `[B, L, C]`; of a causal pool `[B, L, W + 1]`, the last number being 1 where there
+    was a frame, 0 before the first.
+    """
 
     x: Array
 
@@ -60,8 +64,8 @@ class Keeps(Protocol):
         """Return what `undo` takes to bring some rows back to how they are now."""
         ...
 
-    def undo(self, rows: Rows, kept: Any) -> None:
-        """Bring some rows back."""
+    def undo(self, rows: Rows, entries: Any) -> None:
+        """Bring some rows back to what `keep` returned."""
         ...
 
 
@@ -94,19 +98,13 @@ class Memory:
 
     def read(self, rows: Rows) -> list[CellState | Frames]:
         """See `Keeps`."""
-        return [Frames(self.keep(rows))]
+        return [Frames(np.array(self.frames[rows]))]
 
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
         """See `Keeps`."""
         self.frames[rows] = entries[0].x
 
-    def keep(self, rows: Rows) -> Array:
-        """See `Keeps`."""
-        return np.array(self.frames[rows])
-
-    def undo(self, rows: Rows, kept: Array) -> None:
-        """See `Keeps`."""
-        self.frames[rows] = kept
+    keep, undo = read, write
 
 
 class Cells:
@@ -171,7 +169,7 @@ class OwnCells(Cells):
         """See `Keeps`."""
         self.kernel.keep()
 
-    def undo(self, rows: Rows, kept: None) -> None:
+    def undo(self, rows: Rows, entries: None) -> None:
         """See `Keeps`."""
         self.kernel.undo()
 
@@ -221,10 +219,4 @@ class SharedCells(Cells):
             for old, array in zip(state, new, strict=True):
                 old[rows] = array
 
-    def keep(self, rows: Rows) -> list[CellState | Frames]:
-        """See `Keeps`."""
-        return self.read(rows)
-
-    def undo(self, rows: Rows, kept: list[CellState | Frames]) -> None:
-        """See `Keeps`."""
-        self.write(rows, kept)
+    keep, undo = read, write

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,9 +55,7 @@ class Sessions:
         # unknown.
         self._rounds = np.full(self.capacity, -1, np.int64)
         self._open = np.zeros(self.capacity, bool)
-        self._turns = native.Turns(self.capacity)  # of slots that are stepped, read or closed
-        self._lock = threading.Lock()  # of slots that are given away and come back
-        self._next = 0  # where to look for a free slot first
+        self._turns = native.Turns(self.capacity)  # of slots that are opened, stepped, read or closed
 
     def open(self, state: Any = None) -> int:
         """Open a session.
@@ -74,24 +71,19 @@ class Sessions:
             RuntimeError: as many sessions are open as the pool has room for.
             ShapeError: a state that doesn't fit.
         """
-        new, slot, number = self._engine.as_state(state, 1), -1, None
+        new, slot = self._engine.as_state(state, 1), None
         try:
-            with self._lock:
-                slot = self._next + int(self._open[self._next :].argmin())
-                if self._open[slot]:
-                    slot = int(self._open.argmin())
-                if self._open[slot]:
+            with self._turns.free(self._open) as slot:
+                if slot is None:
                     raise RuntimeError(
                         f"Sessions: expected at most {self.capacity} open sessions, got another: close() one"
                     )
-                self._next = (slot + 1) % self.capacity
                 self._engine.write(new, np.array([slot]))
                 self._rounds[slot] += 1
-                number = slot + self.capacity * int(self._rounds[slot])
                 self._open[slot] = True
-            return number
+                return slot + self.capacity * int(self._rounds[slot])
         except BaseException:  # such as the KeyboardInterrupt of a signal's handler: nobody would know the number
-            if number is not None:
+            if slot is not None:
                 self._open[slot] = False
             raise
 
@@ -149,7 +141,7 @@ class Sessions:
             session: a number that `open` gave.
 
         Returns:
-            One state a cell, each array `[1, H]`, then the `Frames` of each causal convolution.
+            One state a cell, each array `[1, H]`, then the `Frames` of each node that keeps some.
 
         Raises:
             KeyError, RuntimeError, TypeError: see `step`.
@@ -169,7 +161,7 @@ class Sessions:
             KeyError, RuntimeError, TypeError: see `step`.
         """
         numbers, slots = self._slots([session])
-        with self._lock, self._turns.turn(slots) as taken:  # whoever is given the slot next finds it free
+        with self._turns.turn(slots) as taken:
             self._check(numbers, slots, taken)
             self._open[slots] = False
 

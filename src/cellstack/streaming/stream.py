@@ -26,7 +26,7 @@ class Stream:
     thread at a time, and a call while another one runs is a `RuntimeError`; different streams don't touch.
 
     Args:
-        network: whose nodes all answer after every frame: cells that run forwards, causal convolutions,
+        network: whose nodes all answer after every frame: cells that run forwards, causal convolutions and pools,
             `GlobalPool("last")`, and what works step by step; and whose inputs are all sequences or ids.
         batch: how many sequences are stepped side by side, B.
         threads: the most that share a call, each with some of the rows, or, where a chunk goes through a stack, some of
@@ -106,8 +106,12 @@ class Stream:
             if self._history is None:
                 return self._engine.run(given)
             before = self._engine.read() if self._history.wants_state else None
-            y = self._engine.run(given)
-            self._history.add(before, given, chunk)
+            try:
+                y = self._engine.run(given)
+                self._history.add(before, given, chunk)
+            except BaseException:  # the state may have moved on without the frame: what was is of no use any more
+                self._history.forget()
+                raise
             return y
 
     @staticmethod
@@ -118,7 +122,7 @@ class Stream:
 
     @property
     def state(self) -> tuple[CellState | Frames, ...]:
-        """The state now: one state a cell, each array `[B, H]`, then the `Frames` of each causal convolution.
+        """The state now: one state a cell, each array `[B, H]`, then the `Frames` of each node that keeps some.
 
         These are copies. Setting the state checks and copies likewise.
         """
@@ -137,7 +141,7 @@ class Stream:
 
         Args:
             rows: what indexes an axis of B: a number, numbers, a slice, a mask `[B]`; None = all rows.
-            state: one state a cell, each array `[rows, H]`, then the frames of each causal convolution; None = what
+            state: one state a cell, each array `[rows, H]`, then the frames of each node that keeps some; None = what
                 the stream began with: the cells' learned initial state, or zeros.
 
         Raises:
@@ -146,6 +150,8 @@ class Stream:
         """
         places = np.arange(self.batch)
         try:
+            if isinstance(rows, (bool, np.bool_)):
+                raise TypeError("a flag for all rows is one a row, or none")
             chosen = places if rows is None else places[rows].reshape(-1)
         except (IndexError, TypeError, ValueError) as error:
             raise IndexError(

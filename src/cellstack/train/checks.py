@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cellstack.network import MOST
+from cellstack.nodes.base import MOST
 from cellstack.spec import FormatError
 
 
