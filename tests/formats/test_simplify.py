@@ -5,11 +5,12 @@ import pytest
 from networks import make_cell, make_graph
 
 import cellstack as cs
-from cellstack import Network
+from cellstack import CellSpec, Network
 from cellstack.formats.build import Builder, Names, ProblemsError, TooMuchError
 from cellstack.nodes import (
     Activation,
     Bidirectional,
+    Cell,
     Conv1D,
     Dense,
     Embedding,
@@ -169,6 +170,31 @@ def test_what_has_to_stay_stays(nodes):
         x[:, 2] = 0.0
         agree(simple, plain, x, SOME)
     assert kinds(simple) == kinds(plain)
+
+
+HUGE = Scale(np.array([1e200, 1.0, 1.0]), np.zeros(3))
+BEYOND = {  # chains whose products or sums are beyond the greatest float, but for zeros
+    "factors": [HUGE, HUGE],
+    "a sum and a factor": [Scale(positive(3), np.full(3, 1e200)), Scale(np.full(3, -1e200), numbers(3))],
+    "a factor after Dense": [Dense(np.full((3, 3), 1e200)), HUGE],
+    "a factor after the bias of Dense": [Dense(numbers(3, 3), np.full(3, 1e200)), HUGE],
+    "a factor before Dense": [HUGE, Dense(np.full((3, 3), 1e200))],
+    "a sum before Dense": [Scale(positive(3), np.full(3, 1e200)), Dense(np.full((3, 3), 1e200))],
+    "a factor before an LSTM": [
+        HUGE,
+        Recurrent((Cell(CellSpec(3, 1), np.full((3, 4), 1e200), np.zeros((1, 4)), np.zeros(4)),)),
+    ],
+    "a factor after the gain of a layer norm": [LayerNorm(np.full(3, 1e200)), HUGE],
+    "a factor after the bias of a layer norm": [LayerNorm(positive(3), np.full(3, 1e200)), HUGE],
+}
+
+
+@pytest.mark.parametrize("nodes", BEYOND.values(), ids=BEYOND.keys())
+def test_what_overflows_stays(nodes):
+    simple, plain = built(*nodes)
+    assert kinds(simple) == kinds(plain)
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert np.array_equal(simple(np.zeros((1, 2, 3))), plain(np.zeros((1, 2, 3))), equal_nan=True)
 
 
 def test_a_value_that_goes_elsewhere_too_stays():
