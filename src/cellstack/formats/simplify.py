@@ -508,7 +508,7 @@ def scaled_norm(draft: Draft, name: str) -> bool:
     gain = second.scale if norm.gain is None else norm.gain * second.scale
     bias = second.shift if norm.bias is None else norm.bias * second.scale + second.shift
     made = _finite(second.scale.dtype, gain, bias)
-    return made is not None and draft.fuse(before, name, LayerNorm(*made, norm.epsilon))
+    return made is not None and draft.fuse(before, name, LayerNorm(made[0], made[1], norm.epsilon))
 
 
 RULES: tuple[Callable[[Draft, str], bool], ...] = (
