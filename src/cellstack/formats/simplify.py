@@ -21,6 +21,7 @@ from cellstack.nodes import (
     Activation,
     Bidirectional,
     Cell,
+    Clip,
     Conv1D,
     Dense,
     Flatten,
@@ -41,6 +42,7 @@ from cellstack.nodes.base import MORE_ACTIVATIONS, Array, Shape
 from cellstack.nodes.time import pads
 
 MOST_COPIED = 1 << 24  # numbers, of weights that several nodes share
+BOUNDED = {(0.0, None): "relu", (0.0, 6.0): "relu6"}  # activations that bound what comes in
 BY_FEATURES = ("softmax", "log_softmax")  # activations that aren't number by number
 
 
@@ -379,6 +381,28 @@ def activated(draft: Draft, name: str) -> bool:
     return made is not None and draft.fuse(before, name, made)
 
 
+def bounded(draft: Draft, name: str) -> bool:
+    """A Clip whose bounds are those of an activation."""
+    node = draft.nodes[name]
+    text = BOUNDED.get((node.low, node.high)) if isinstance(node, Clip) else None
+    if text is not None:
+        draft.nodes[name] = Activation(text)
+    return text is not None
+
+
+def gated(draft: Draft, name: str) -> bool:
+    """A value times its sigmoid. Not with masks that the graph makes: a product is 0 where it is masked."""
+    node, sources = draft.nodes[name], draft.sources[name]
+    if not isinstance(node, Merge) or node.mode != "mul" or len(sources) != 2 or name in draft.masked:
+        return False
+    for x, gate in (sources, sources[::-1]):
+        of_gate = draft.nodes.get(gate)
+        if isinstance(of_gate, Activation) and of_gate.activation == "sigmoid" and draft.sources[gate] == (x,):
+            draft.nodes[name] = Activation("silu")
+            return draft.take(name, x)
+    return False
+
+
 # ── products and sums, feature by feature ───────────────────────────────────────────────────────────────────────────
 
 
@@ -523,6 +547,8 @@ RULES: tuple[Callable[[Draft, str], bool], ...] = (
     both_ways,
     padded_before,
     named_padding,
+    bounded,
+    gated,
     activated,
     scaled_twice,
     scaled_norm,
