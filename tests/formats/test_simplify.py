@@ -5,11 +5,13 @@ import pytest
 from networks import make_cell, make_graph
 
 import cellstack as cs
-from cellstack import Network
+from cellstack import CellSpec, Network
 from cellstack.formats.build import Builder, Names, ProblemsError, TooMuchError
 from cellstack.nodes import (
     Activation,
     Bidirectional,
+    Cell,
+    Clip,
     Conv1D,
     Dense,
     Embedding,
@@ -102,6 +104,8 @@ ONE_NODE = {  # chains that become one node
     "a sum and a quotient": [Scale(np.ones(3), numbers(3)), Standardise(np.zeros(3), positive(3))],
     "a scale into a layer norm": [LayerNorm(), scale()],
     "a scale into a layer norm with its own": [LayerNorm(positive(3), numbers(3)), scale()],
+    "a bound into Dense": [dense(), Clip(0.0, None)],
+    "bounds into Conv1D": [conv(), Clip(0.0, 6.0)],
     "a whole slice": [dense(), Select(0, None)],
     "a whole slice of the features": [dense(), Select(0, 5, axis=-1)],
     "nothing": [Activation("linear"), dense(), Activation("linear"), Scale(np.ones(5), np.zeros(5))],
@@ -141,6 +145,7 @@ KEPT = {  # chains of which every node stays
     ],
     "a scale after a scale that isn't one": [Standardise(numbers(3), positive(3)), scale()],
     "softmax between permutes": [conv(activation="relu"), TURN, Activation("softmax"), TURN],
+    "other bounds": [dense(), Clip(0.0, 5.0), Clip(-1.0, None)],
     "other permutes": [Reshape((-1, 3, 2)), Permute((2, 3, 1)), Permute((2, 3, 1))],
     "a slice": [lstm(), Select(1, None)],
     "the last of both ways": [Bidirectional(lstm(), lstm(go_backwards=True)), GlobalPool("last")],
@@ -171,6 +176,31 @@ def test_what_has_to_stay_stays(nodes):
     assert kinds(simple) == kinds(plain)
 
 
+HUGE = Scale(np.array([1e200, 1.0, 1.0]), np.zeros(3))
+BEYOND = {  # chains whose products or sums are beyond the greatest float, but for zeros
+    "factors": [HUGE, HUGE],
+    "a sum and a factor": [Scale(positive(3), np.full(3, 1e200)), Scale(np.full(3, -1e200), numbers(3))],
+    "a factor after Dense": [Dense(np.full((3, 3), 1e200)), HUGE],
+    "a factor after the bias of Dense": [Dense(numbers(3, 3), np.full(3, 1e200)), HUGE],
+    "a factor before Dense": [HUGE, Dense(np.full((3, 3), 1e200))],
+    "a sum before Dense": [Scale(positive(3), np.full(3, 1e200)), Dense(np.full((3, 3), 1e200))],
+    "a factor before an LSTM": [
+        HUGE,
+        Recurrent((Cell(CellSpec(3, 1), np.full((3, 4), 1e200), np.zeros((1, 4)), np.zeros(4)),)),
+    ],
+    "a factor after the gain of a layer norm": [LayerNorm(np.full(3, 1e200)), HUGE],
+    "a factor after the bias of a layer norm": [LayerNorm(positive(3), np.full(3, 1e200)), HUGE],
+}
+
+
+@pytest.mark.parametrize("nodes", BEYOND.values(), ids=BEYOND.keys())
+def test_what_overflows_stays(nodes):
+    simple, plain = built(*nodes)
+    assert kinds(simple) == kinds(plain)
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert np.array_equal(simple(np.zeros((1, 2, 3))), plain(np.zeros((1, 2, 3))), equal_nan=True)
+
+
 def test_a_value_that_goes_elsewhere_too_stays():
     builder = Builder()
     first = builder.add("first", dense(), builder.input("x", (None, 3)))
@@ -184,6 +214,26 @@ def test_a_value_that_goes_elsewhere_too_stays():
     network = builder.network()
     assert kinds(network) == ["Dense", "Activation"]
     assert network.outputs == ("first", "second")
+
+
+def times_its_gate(masked, *order, mode="mul", text="sigmoid"):
+    builder = Builder()
+    wires = [builder.add("first", dense(), builder.input("x", (None, 3)))]
+    wires = [builder.add("masked", Masking(0.0), wires[0])] if masked else wires
+    wires.append(builder.add("gate", Activation(text), wires[0]))
+    builder.output(builder.add("both", Merge(mode), *(wires[n] for n in order)))
+    draft = Network(
+        [*builder.nodes.values()], [*builder.nodes], inputs=builder.inputs, wires=[*builder.sources.values()]
+    )
+    agree(builder.network(), draft)
+    return kinds(builder.network())
+
+
+def test_a_value_times_its_sigmoid_is_an_activation():
+    assert times_its_gate(False, 0, 1) == times_its_gate(False, 1, 0) == ["Dense"]
+    assert times_its_gate(True, 0, 1) == ["Dense", "Masking", "Activation", "Merge"]
+    for order, settings in (((0, 1, 1), {}), ((0, 1), {"mode": "add"}), ((0, 1), {"text": "tanh"})):
+        assert times_its_gate(False, *order, **settings) == ["Dense", "Activation", "Merge"]
 
 
 CUT = {  # slices of eight features, and what is left of them and of what puts them together

@@ -21,6 +21,7 @@ from cellstack.nodes import (
     Activation,
     Bidirectional,
     Cell,
+    Clip,
     Conv1D,
     Dense,
     Flatten,
@@ -41,6 +42,7 @@ from cellstack.nodes.base import MORE_ACTIVATIONS, Array, Shape
 from cellstack.nodes.time import pads
 
 MOST_COPIED = 1 << 24  # numbers, of weights that several nodes share
+BOUNDED = {(0.0, None): "relu", (0.0, 6.0): "relu6"}  # activations that bound what comes in
 BY_FEATURES = ("softmax", "log_softmax")  # activations that aren't number by number
 
 
@@ -166,10 +168,11 @@ class Draft:
 
 def simplify(draft: Draft) -> None:
     """Rewrite a graph by all of the rules until none applies."""
-    while draft.waiting:
-        name = draft.waiting.popleft()
-        while name in draft.nodes and any(rule(draft, name) for rule in RULES):
-            pass
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows isn't folded: see `_finite`
+        while draft.waiting:
+            name = draft.waiting.popleft()
+            while name in draft.nodes and any(rule(draft, name) for rule in RULES):
+                pass
 
 
 # ── recurrent nodes ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -378,6 +381,28 @@ def activated(draft: Draft, name: str) -> bool:
     return made is not None and draft.fuse(before, name, made)
 
 
+def bounded(draft: Draft, name: str) -> bool:
+    """A Clip whose bounds are those of an activation."""
+    node = draft.nodes[name]
+    text = BOUNDED.get((node.low, node.high)) if isinstance(node, Clip) else None
+    if text is not None:
+        draft.nodes[name] = Activation(text)
+    return text is not None
+
+
+def gated(draft: Draft, name: str) -> bool:
+    """A value times its sigmoid. Not with masks that the graph makes: a product is 0 where it is masked."""
+    node, sources = draft.nodes[name], draft.sources[name]
+    if not isinstance(node, Merge) or node.mode != "mul" or len(sources) != 2 or name in draft.masked:
+        return False
+    for x, gate in (sources, sources[::-1]):
+        of_gate = draft.nodes.get(gate)
+        if isinstance(of_gate, Activation) and of_gate.activation == "sigmoid" and draft.sources[gate] == (x,):
+            draft.nodes[name] = Activation("silu")
+            return draft.take(name, x)
+    return False
+
+
 # ── products and sums, feature by feature ───────────────────────────────────────────────────────────────────────────
 
 
@@ -410,12 +435,11 @@ def scaled_after(draft: Draft, name: str) -> bool:
     scale, shift = found
 
     def make() -> Node | None:
-        kernel = _product(product.kernel, scale)
         bias = shift if product.bias is None else product.bias * scale + shift
         bias = np.broadcast_to(bias, product.kernel.shape[-1:])
         keeps = product.bias is not None or bias.any() or (scale == 1.0).all()  # a sum of zeros is a bias too
-        bias = bias.astype(product.kernel.dtype) if keeps else None
-        return None if kernel is None else replace(product, kernel=kernel, bias=bias)
+        made = _finite(product.kernel.dtype, product.kernel * scale, bias)
+        return None if made is None else replace(product, kernel=made[0], bias=made[1] if keeps else None)
 
     made = draft.made(product, "after", draft.nodes[name], make=make)
     return made is not None and draft.fuse(before, name, made)
@@ -451,34 +475,31 @@ def _with_input(node: Node, scale: NDArray[np.float64], shift: NDArray[np.float6
         cell = _cell_with_input(node.cells[0], scale, shift)
         return None if cell is None else replace(node, cells=(cell, *node.cells[1:]))
     assert isinstance(node, (Dense, Conv1D))
-    kernel = _product(node.kernel, scale[:, None])
     sums = np.broadcast_to(shift, node.kernel.shape[-2:-1]) @ node.kernel.reshape(-1, *node.kernel.shape[-2:]).sum(0)
     bias = sums if node.bias is None else node.bias + sums
-    bias = bias.astype(node.kernel.dtype) if node.bias is not None or shift.any() else None
-    return None if kernel is None else replace(node, kernel=kernel, bias=bias)
+    made = _finite(node.kernel.dtype, node.kernel * scale[:, None], bias)
+    keeps = node.bias is not None or shift.any()
+    return None if made is None else replace(node, kernel=made[0], bias=made[1] if keeps else None)
 
 
 def _cell_with_input(cell: Cell, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Cell | None:
     if cell.spec.layer_norm:  # it normalises what comes from the input
         return None
-    kernel = _product(cell.kernel, scale[:, None])
-    if kernel is None:
-        return None
-    arrays = {**cell.arrays, "kernel": kernel}
+    made = {"kernel": cell.kernel * scale[:, None]}
     description = cell.spec
     if shift.any():
         description = replace(cell.spec, use_bias=True)
         bias = np.zeros(description.shapes["bias"]) if cell.bias is None else cell.bias.astype(np.float64)
-        bias[(0, ...) if bias.ndim == 2 else ...] += np.broadcast_to(shift, len(kernel)) @ cell.kernel
-        arrays["bias"] = bias.astype(kernel.dtype)
-    return Cell(description, **arrays)
+        bias[(0, ...) if bias.ndim == 2 else ...] += np.broadcast_to(shift, len(cell.kernel)) @ cell.kernel
+        made["bias"] = bias
+    found = _finite(cell.kernel.dtype, *made.values())
+    return None if found is None else Cell(description, **{**cell.arrays, **dict(zip(made, found, strict=True))})
 
 
-def _product(weights: Array, scale: NDArray[np.float64]) -> Array | None:
-    """Return weights times a scale, in their dtype; None where that overflows."""
-    with np.errstate(over="ignore"):
-        made = (weights * scale).astype(weights.dtype)
-    return made if np.isfinite(made).all() or not np.isfinite(weights).all() else None
+def _finite(dtype: np.dtype[Any], *arrays: NDArray[Any]) -> list[Array] | None:
+    """Return arrays in a dtype; None where one overflows, as what isn't finite makes NaN of zeros."""
+    made = [array.astype(dtype) for array in arrays]
+    return made if all(np.isfinite(array).all() for array in made) else None
 
 
 def scaled_twice(draft: Draft, name: str) -> bool:
@@ -496,8 +517,8 @@ def scaled_twice(draft: Draft, name: str) -> bool:
         if not (second.scale == 1.0).all():
             return False
     scale, shift = found
-    made = [(first.scale * scale).astype(first.dtype), (first.shift * scale + shift).astype(first.dtype)]
-    return draft.fuse(before, name, Scale(*made))
+    made = _finite(first.scale.dtype, first.scale * scale, first.shift * scale + shift)
+    return made is not None and draft.fuse(before, name, Scale(*made))
 
 
 def scaled_norm(draft: Draft, name: str) -> bool:
@@ -510,7 +531,8 @@ def scaled_norm(draft: Draft, name: str) -> bool:
         return False
     gain = second.scale if norm.gain is None else norm.gain * second.scale
     bias = second.shift if norm.bias is None else norm.bias * second.scale + second.shift
-    return draft.fuse(before, name, LayerNorm(gain, bias, norm.epsilon))
+    made = _finite(second.scale.dtype, gain, bias)
+    return made is not None and draft.fuse(before, name, LayerNorm(made[0], made[1], norm.epsilon))
 
 
 RULES: tuple[Callable[[Draft, str], bool], ...] = (
@@ -525,6 +547,8 @@ RULES: tuple[Callable[[Draft, str], bool], ...] = (
     both_ways,
     padded_before,
     named_padding,
+    bounded,
+    gated,
     activated,
     scaled_twice,
     scaled_norm,

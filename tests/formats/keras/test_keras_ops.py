@@ -12,7 +12,7 @@ from keras import ops
 
 from cellstack import FormatError, load
 from cellstack.formats import keras as adapter
-from cellstack.nodes import Activation, Clip, GlobalPool, Masking, Merge, Pad, Permute, Reduce
+from cellstack.nodes import Activation, Clip, Dense, GlobalPool, Masking, Merge, Pad, Permute, Reduce
 
 L = keras.layers
 
@@ -290,6 +290,7 @@ def test_what_needs_a_length_keeps_that_of_the_file(tmp_path):
 ONE_NODE = {  # what Keras computes, and the node that it is, for sequences [B, 6, 3]
     "ReLU up to a bound": (lambda x: L.ReLU(max_value=0.8)(x), Clip(0.0, 0.8)),
     "ReLU6": (lambda x: L.ReLU(max_value=6.0)(x), Activation("relu6")),
+    "from 0 to 6": (lambda x: ops.clip(x, 0, 6), Activation("relu6")),
     "zeros around": (lambda x: L.ZeroPadding1D((2, 1))(x), Pad(2, 1)),
     "a mean that stays": (lambda x: L.GlobalAveragePooling1D(keepdims=True)(x), Reduce("mean", 1, True)),
     "the greatest, which stays": (lambda x: L.GlobalMaxPooling1D(keepdims=True)(x), Reduce("max", 1, True)),
@@ -303,6 +304,25 @@ ONE_NODE = {  # what Keras computes, and the node that it is, for sequences [B, 
     "a sum of features": (lambda x: ops.sum(x, axis=-1, keepdims=True), Reduce("sum", -1, True)),
     "the greatest over time": (lambda x: ops.max(x, axis=1), GlobalPool("max")),
 }
+
+
+@pytest.mark.parametrize(
+    ("work", "activation"),
+    [
+        (lambda x: ops.clip(x, 0, 6), "relu6"),
+        (lambda x: ops.relu6(x), "relu6"),
+        (lambda x: ops.maximum(x, 0.0), "relu"),
+        (lambda x: x * ops.sigmoid(x), "silu"),
+        (lambda x: ops.silu(x), "silu"),
+    ],
+)
+def test_activations_behind_a_dense_are_its_own_however_they_are_written(work, activation, tmp_path):
+    inputs = keras.Input((None, 3))
+    model = keras.Model(inputs, work(L.Dense(4)(inputs)))
+    x = np.random.default_rng(0).normal(size=(4, 6, 3)).astype("float32")
+    for net in ways(model, tmp_path):
+        assert [(type(node), node.activation) for node in net.nodes] == [(Dense, activation)]
+        close(net(x), model(x).detach().numpy())
 
 
 @pytest.mark.parametrize("masked", [False, True])

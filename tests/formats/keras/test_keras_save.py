@@ -1,4 +1,4 @@
-"""Networks written as Keras's files: Keras 3 loads them and returns what they return; what it hasn't is refused."""
+"""Networks written as Keras files: Keras 3 loads them and returns what they return; what has no layer is refused."""
 
 import warnings
 

@@ -334,9 +334,21 @@ def test_arrays_as_large_as_a_file_says(tmp_path, operator):
     path = write(tmp_path / "net.onnx", made, check=False)
     tracemalloc.start()
     start = time.process_time()
-    with pytest.raises(FormatError, match=r"expected at most \d+ numbers that the file doesn't hold"):
+    with pytest.raises(FormatError, match=rf"{operator} 'large': expected at most \d+ numbers that the file doesn't"):
         adapter.load(path)
     assert time.process_time() - start < 2.0
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_windows_as_large_as_a_file_says(tmp_path):
+    given = {"kernel_shape": [10**6], "pads": [1, 1], "count_include_pad": 1}
+    node = helper.make_node("AveragePool", ["X"], ["Y"], name="large", **given)
+    made = model([node], {"X": (TensorProto.FLOAT, ["B", 4096, "T"])}, {"Y": 3}, {})
+    path = write(tmp_path / "net.onnx", made, check=False)
+    tracemalloc.start()
+    net = adapter.load(path)
+    assert net(np.ones((1, 2, 4096), np.float32)).shape == (1, 4096, 0)  # as in the file
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 

@@ -254,6 +254,4 @@ class LayerBuilder:
                 value = value if bound is None else self.merge(mode, value, self.scale(value, 0.0, bound))
             return value
         low, high = (None if bound is None else self.number(bound) for bound in (low, high))
-        if low == 0.0 and high is None:
-            return self.activate(value, "relu")
         return self.flat(value, lambda one: self.add(Clip(low, high), one))

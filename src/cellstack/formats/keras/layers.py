@@ -317,7 +317,7 @@ def _relu(layer: Layer, arrays: list[Array], major: int) -> Node:
         return Activation(activation_layer(layer, major, more=True))
     if layer.config.get("negative_slope") or layer.config.get("threshold"):
         raise layer.refuse("a max_value with a negative_slope or a threshold isn't supported")
-    return Activation("relu6") if most == 6.0 else Clip(0.0, most)
+    return Clip(0.0, most)
 
 
 def _merge(layer: Layer, arrays: list[Array], major: int) -> Node:

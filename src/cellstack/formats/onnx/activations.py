@@ -15,7 +15,6 @@ from cellstack.nodes import Activation, Clip, Merge
 
 CALLED = tuple(name for name in NAMES if None not in PARAMETERS.get(name, ()))
 GATED = {"HardSwish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times what these make of it
-CLIPS = {(0.0, np.inf): "relu", (0.0, 6.0): "relu6"}
 USUAL = {
     "Selu": {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875},  # those of the paper
     "Swish": {"alpha": 1.0},
@@ -86,8 +85,6 @@ def clipped(reader: Reader, node: Any, x: Flowing, low: Any, high: Any) -> list[
     low, high = bounds
     if low > high or low == np.inf or high == -np.inf:
         raise Refused(f"expected bounds from a number to a greater one, found {low} and {high}")
-    if (low, high) in CLIPS:
-        return as_activation(reader, node, x, CLIPS[low, high])
     low, high = (bound if np.isfinite(bound) else None for bound in bounds)
     return [x] if low is high is None else [reader.put(node, Clip(low, high), x)]
 

@@ -251,12 +251,15 @@ def _same(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any
 
 
 def _padded(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+    """Steps are padded more often than features, which are last, unless the last axis alone may have any length."""
     x, pads = values[0], whole(attributes["pads"] if "pads" in attributes else values[1])
-    changed = [any(pads[n :: len(x.axes)]) for n in range(len(x.axes))]
-    for axis, here in zip(x.axes, changed, strict=True):
-        if here:
-            axes.hints.append((axis, "T"))
-    return [Shaped(x.axes, [None if here else n for n, here in zip(x.lengths, changed, strict=True)])]
+    last = len(x.axes) - 1
+    more = [sum(pads[n :: len(x.axes)]) for n in range(len(x.axes))]
+    turned = last > 1 and x.lengths[last] is None and None not in x.lengths[1:last]
+    for n, axis in enumerate(x.axes):
+        if more[n] and (n < last or turned):
+            axes.hints.append((axis, "F" if turned and n < last else "T"))
+    return [Shaped(x.axes, [None if length is None else length + n for length, n in zip(x.lengths, more, strict=True)])]
 
 
 def _together(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:

@@ -217,7 +217,7 @@ def _activations(where: str, names: list[str], attributes: dict[str, Any]) -> li
 def activation_text(node: Any, attributes: dict[str, Any]) -> str | None:
     """Return the activation that an operator of a graph is, as ours are written; None where it is none.
 
-    Affine and ScaledTanh aren't: beside the recurrent operators, ONNX hasn't them any more.
+    Affine and ScaledTanh aren't: ONNX has them beside the recurrent operators no more.
     """
     usual = PARAMETERS.get(node.op_type, ())
     if node.op_type not in NAMES or None in usual:

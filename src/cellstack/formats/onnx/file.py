@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.onnx.fold import OPEN, Broadcast, Budget, TooMuchError, fold
+from cellstack.formats.build import TooMuchError
+from cellstack.formats.onnx.fold import OPEN, Broadcast, Budget, fold
 from cellstack.formats.onnx.functions import DOMAINS, inline
 from cellstack.layout import Array
 from cellstack.spec import FormatError

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.formats.build import TooMuchError
 from cellstack.layout import Array
 
 FREE = 1 << 22  # numbers that any file may compute, however small it is
@@ -34,10 +35,6 @@ def check_inputs(operator: str, given: Sequence[bool]) -> None:
     count = max(1, len(given)) if operator in ("Concat", "Max", "Mean", "Min", "Sum") else NEEDED.get(operator, 1)
     if not all(given[:count]) or len(given) < count:
         raise ValueError(f"expected at least {count} input{'s' * (count != 1)}, found {sum(given[:count])}")
-
-
-class TooMuchError(ValueError):
-    """Constants that would take more memory than a file of this size has any business taking."""
 
 
 class Budget:
@@ -320,8 +317,8 @@ OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
     "Transpose": lambda model, attributes, values, outputs: [np.transpose(values[0], attributes.get("perm"))],
     "Unsqueeze": _unsqueeze,
 }
-MOVES = {"Gather", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
-KEEP_BROADCAST = {*MOVES, "Expand", "Reshape", "Tile"}
+KEEP_RANKED = {"Gather", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+KEEP_BROADCAST = {*KEEP_RANKED, "Expand", "Reshape", "Tile"}
 OPEN = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}  # which input may be unknown
 
 
@@ -358,7 +355,7 @@ def fold(
             return [Broadcast(array)] * outputs
         if (
             ranked
-            and operator in MOVES
+            and operator in KEEP_RANKED
             and not any(
                 value is None or isinstance(value, Broadcast)
                 for value, there in zip(values[1:], given[1:], strict=True)

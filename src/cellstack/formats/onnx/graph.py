@@ -208,16 +208,16 @@ class Reader:
                 return self._symbols(node, self.model.attributes(node), values)
             if handler is None and node.op_type not in SHAPES | MOVES:
                 domain = f" of {node.domain}" if node.domain not in DOMAINS else ""
-                raise Refused(f"an operator{domain} that a Network hasn't")
+                raise Refused(f"the operator{domain} isn't supported")
             if any(told):
                 return [Unknown("", True)] * len(node.output)
             attributes = self.model.attributes(node)
             if handler is None:
-                raise Refused("an operator that a Network hasn't")
+                raise Refused("the operator isn't supported")
             made = handler(self, node, attributes, values)
-            return [*made, *[Unknown("an output that a Network hasn't", False)] * (len(node.output) - len(made))]
+            return [*made, *[Unknown("the output isn't supported", False)] * (len(node.output) - len(made))]
         except TooMuchError as error:
-            raise FormatError(f"{self.model.path}: {error}") from None
+            raise FormatError(f"{self.model.path}: {node.op_type} {short(label(node))}: {error}") from None
         except FormatError as error:
             self._refuse(node, str(error).removeprefix(f"{self.model.path}: "))
         except ValueError as error:

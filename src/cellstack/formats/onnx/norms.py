@@ -88,7 +88,7 @@ def written_out(usual: Handler | None) -> Handler:
         if made is not None:
             return [made]
         if usual is None or any(isinstance(value, Moment) and value.what != "mean" for value in values):
-            raise Refused("an operator that a Network hasn't")
+            raise Refused("the operator isn't supported")
         return usual(reader, node, attributes, values)
 
     return read

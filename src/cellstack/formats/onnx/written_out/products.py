@@ -1,6 +1,5 @@
 """Activations that a graph writes out as products of x: each becomes one operator again.
 
-silu       x·sigmoid(x)
 gelu       ½·x·(1 + erf(x·√½)), its factors in any order
 gelu_tanh  ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))
 """
@@ -20,20 +19,17 @@ MOST_FACTORS = 4
 
 
 def name_activations(model: Model) -> None:
-    """Put Swish and Gelu in the place of the products of the outermost graph that they are."""
+    """Put Gelu in the place of the products of the outermost graph that they are."""
     scope, make = Scope(model, model.proto.graph), onnx_package().helper.make_node
     for node in scope.graph.node:
         if node.op_type not in ("Mul", "Div") or not node.output:
             continue
         (name,) = node.output
         factors, times = _factors(scope, name)
-        if len(factors) != 2:
+        if len(factors) != 2 or not math.isclose(times, 0.5, rel_tol=1e-6):
             continue
         for x, other in (factors, factors[::-1]):
-            if times == 1.0 and inputs_of(scope, other, "Sigmoid") == [x]:
-                node.CopyFrom(make("Swish", [x], [name], name=node.name))
-                break
-            kind = _bell(scope, other, x) if math.isclose(times, 0.5, rel_tol=1e-6) else None
+            kind = _bell(scope, other, x)
             if kind is not None:
                 node.CopyFrom(make("Gelu", [x], [name], name=node.name, approximate=kind))
                 break
