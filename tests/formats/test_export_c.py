@@ -282,6 +282,19 @@ def test_a_convolution_alone_remembers(tmp_path):
         held_against_the_stream(networks[name], inside)
 
 
+def test_narrow_layers_compile_without_a_warning(tmp_path):
+    """As many bytes to begin with as there are numbers in the array: GCC takes a memset of these for a mistake."""
+    rng = np.random.default_rng(0)
+    nodes = [Dense(rng.normal(size=(2, 4)).astype("f4"), None, "tanh"), Dense(rng.normal(size=(4, 1)).astype("f4"))]
+    networks = {"narrow": Network([*nodes, Dense(rng.normal(size=(1, 4)).astype("f4"), None, "relu")])}
+    for name, inside in build(tmp_path, networks).items():
+        held_against_the_stream(networks[name], inside)
+    with pytest.raises(
+        ValueError, match="export_c: expected a name of letters, digits and single underscores, .*got 5"
+    ):
+        networks["narrow"].export_c(tmp_path, 5)
+
+
 def test_the_answer_may_lie_where_the_frame_was(tmp_path):
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(4, 4)).astype("float32")

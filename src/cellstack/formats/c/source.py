@@ -78,7 +78,12 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
     ...     print(header.name, source.name, "#define tagger_OUT 4" in header.read_text())
     tagger.h tagger.c True
     """
-    if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is None or "__" in name or name.endswith("_"):
+    if (
+        not isinstance(name, str)
+        or re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is None
+        or "__" in name
+        or name.endswith("_")
+    ):
         raise ValueError(f"export_c: expected a name of letters, digits and single underscores, as C has, got {name!r}")
     if name.lower() in HEADERS:
         raise ValueError(f"export_c: expected a name that no header of C has, got {name!r}")
@@ -218,7 +223,7 @@ class _Writer:
                 self.steps += self._each(width, target, f"{target}[j]{gain}{bias}")
         elif isinstance(node, Dense):
             kernel = self._array(owner, "kernel", node.kernel, f"[I={width}, O={width_out}]")
-            self.steps.append(self._start(owner, target, width_out, node.bias))
+            self.steps += self._start(owner, target, width_out, node.bias)
             self.steps.append(f"    ${{name}}_accumulate({target}, {width_out}, {at}, {width}, {kernel});")
             self.steps += self._activated(target, width_out, node.activation)
         elif isinstance(node, Clip):
@@ -230,11 +235,11 @@ class _Writer:
             self.steps += self._each(width, target, activate(_named(node.activation), f"{at}[j]"))
         return target, width_out
 
-    def _start(self, owner: str, target: str, width: int, bias: Array | None) -> str:
-        """Return the line that puts the bias, or zeros, where a sum is to be."""
-        if bias is None:
-            return f"    memset({target}, 0, {width} * sizeof *{target});"
-        return f"    memcpy({target}, {self._array(owner, 'bias', bias, f'[{width}]')}, {width} * sizeof *{target});"
+    def _start(self, owner: str, target: str, width: int, bias: Array | None) -> list[str]:
+        """Return the lines that put the bias, or zeros, where a sum is to be."""
+        if bias is None:  # no memset: GCC warns of one whose bytes are as many as the array has numbers
+            return self._each(width, target, "0")
+        return [f"    memcpy({target}, {self._array(owner, 'bias', bias, f'[{width}]')}, {width} * sizeof *{target});"]
 
     def _convolution(self, owner: str, node: Conv1D, at: str, last: bool) -> tuple[str, int]:
         """Write a causal convolution. The frames that it sees lie in the state, the oldest first."""
@@ -244,7 +249,7 @@ class _Writer:
         start, done = self._start(owner, target, filters, node.bias), self._activated(target, filters, node.activation)
         if taps == 1:
             taken = f"{target}, {filters}, {at}, {channels}, {kernel}"
-            self.steps += [start, f"    ${{name}}_accumulate({taken});", *done]
+            self.steps += [*start, f"    ${{name}}_accumulate({taken});", *done]
             return target, filters
         seen, kept = self._identifier(f"{owner}_x"), (node.span - 1) * channels
         self.frames.append((seen, node.span * channels, f"the last frames into {owner}"))
@@ -252,7 +257,7 @@ class _Writer:
         tap = f"s->{seen} + k * {node.dilation * channels}, {channels}, {kernel} + k * {channels * filters}"
         self.steps += [
             f"    memcpy(s->{seen} + {kept}, {at}, {channels} * sizeof *s->{seen});",
-            start,
+            *start,
             f"    for (size_t k = 0; k < {taps}; k++) {{",
             f"        ${{name}}_accumulate({target}, {filters}, {tap});",
             "    }",
