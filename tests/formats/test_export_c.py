@@ -290,7 +290,7 @@ def test_narrow_layers_compile_without_a_warning(tmp_path):
     for name, inside in build(tmp_path, networks).items():
         held_against_the_stream(networks[name], inside)
     with pytest.raises(
-        ValueError, match="export_c: expected a name of letters, digits and single underscores, .*got 5"
+        ValueError, match=r"export_c: expected a name of letters, digits and single underscores, .*got 5"
     ):
         networks["narrow"].export_c(tmp_path, 5)
 
