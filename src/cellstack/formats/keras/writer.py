@@ -45,6 +45,7 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.base import Array, Node
+from cellstack.nodes.masks import NamedMasks
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -110,7 +111,7 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
         before, axes = [masks[source] for source in sources], len(network.shapes[sources[0]])
-        masks[name] = node.mask_after(before, axes, _DroppedMasks())
+        masks[name] = node.mask_after(before, axes, NamedMasks())  # names of the layers at which Keras drops them
         problems += _mask_problems(name, node, before, axes)
         try:
             layers = _layers(node)
@@ -164,25 +165,6 @@ def _free(name: str, mark: str, taken: set[str]) -> str:
         name += mark
     taken.add(name)
     return name
-
-
-class _DroppedMasks:
-    """Masks as the names of the layers at which Keras drops them, as `Node.mask_after` works with them."""
-
-    def made(self) -> frozenset[str]:
-        return frozenset()
-
-    def both(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
-        return one | other
-
-    def either(self, masks: Sequence[frozenset[str]]) -> frozenset[str]:
-        return frozenset().union(*masks)
-
-    def join(self, masks: Sequence[frozenset[str] | None]) -> frozenset[str]:
-        return frozenset().union(*(mask for mask in masks if mask))
-
-    def cut(self, mask: frozenset[str], taken: slice) -> frozenset[str]:
-        return mask
 
 
 def _mask_problems(name: str, node: Node, masks: Sequence[frozenset[str] | None], axes: int) -> Iterator[str]:
