@@ -133,6 +133,17 @@ MODELS = {  # PyTorch's modules, Keras's layers, and what the nodes are called
         ],
         "Recurrent Dense Dense",
     ),
+    "activations of every kind": (
+        lambda: [
+            *(nn.Linear(3, 4), nn.ReLU6(), nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 4), nn.GELU()),
+            *(nn.Linear(4, 4), nn.SELU(), nn.Linear(4, 4), nn.LogSoftmax(-1)),
+        ],
+        lambda: [
+            *(L.Dense(4), L.ReLU(max_value=6), L.Dense(4, "silu"), L.Dense(4, "gelu")),
+            *(L.Dense(4, "selu"), L.Dense(4, "log_softmax")),
+        ],
+        "Dense Dense Dense Dense Dense",
+    ),
     "norms after Conv1D": (
         lambda: [
             turned(),
@@ -291,6 +302,16 @@ def test_the_same_graph_from_every_file(name, way, tmp_path):
         np.testing.assert_allclose(one, other, atol=tolerances.KERAS, rtol=0)
     for each in (net, first):
         np.testing.assert_allclose(each(x.numpy()), module(x).detach(), atol=tolerances.KERAS, rtol=0)
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("made", [nn.Hardtanh(), nn.GELU("tanh"), nn.Hardswish(), nn.Mish(), nn.ReLU6()], ids=str)
+def test_the_same_activation_from_a_module_its_file_and_its_export(made, dynamo, tmp_path):
+    module, x = nn.Sequential(nn.Linear(3, 4), made, nn.Linear(4, 2)).eval(), torch.randn(2, STEPS, 3)
+    first = pytorch.from_torch(module)
+    for net in (exported(module, x, tmp_path / "net.onnx", dynamo), pickled(module, tmp_path / "net.pt")):
+        assert described(net)[1:] == described(first)[1:]
+        np.testing.assert_allclose(net(x.numpy()), module(x).detach(), atol=tolerances.KERAS, rtol=0)
 
 
 def took(stream, frames):

@@ -33,10 +33,11 @@ class Names:
 
     Args:
         taken: names that something has.
+        mark: stands between a name and its number.
     """
 
-    def __init__(self, taken: Iterable[str] = ()) -> None:
-        self.taken = set(taken)
+    def __init__(self, taken: Iterable[str] = (), mark: str = ".") -> None:
+        self.taken, self.mark = set(taken), mark
         self.numbers: dict[str, int] = {}  # the last that a name was given
 
     def fresh(self, name: str) -> str:
@@ -44,7 +45,7 @@ class Names:
         found, number = name, self.numbers.get(name, 1)
         while found in self.taken:
             number += 1
-            found = f"{name}.{number}"
+            found = f"{name}{self.mark}{number}"
         self.numbers[name] = number
         self.taken.add(found)
         return found

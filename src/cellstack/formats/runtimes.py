@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.formats import adapter_of, c, onnx, safetensors, worker
+from cellstack.formats.build import Names
 from cellstack.formats.onnx.writer import state_names
 from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Recurrent
@@ -397,12 +398,11 @@ def _with_states(keras: Any, net: Network, model: Any) -> tuple[Any, str]:
     nodes = {name: node for name, node in zip(net.names, net.nodes, strict=True) if node.cells}
     order = list(nodes) if nodes.keys() == layers.keys() else list(layers)
     tensors: list[Any] = []
-    taken = {layer.name for layer in model.layers}
+    names = Names((layer.name for layer in model.layers), "_")
     for name in order:
         layer = layers[name]
         settings = keras.saving.serialize_keras_object(layer)
-        while settings["config"]["name"] in taken:
-            settings["config"]["name"] += "_states"
+        settings["config"]["name"] = names.fresh(f"{name}_states")
         for one in (settings, *(settings["config"].get(key) for key in ("layer", "backward_layer"))):
             if one is not None and isinstance(layer, keras.layers.RNN) == (one is settings):
                 one["config"] |= {"return_state": True, "stateful": False}

@@ -254,14 +254,12 @@ def padded_before(draft: Draft, name: str) -> bool:
 
 
 def named_padding(draft: Draft, name: str) -> bool:
-    """Padding by so many steps that has a name: causal, or the same at sequences of every length."""
+    """A step more after a sequence, for windows of two every two steps: the same at sequences of every length."""
     node = draft.nodes[name]
-    if not isinstance(node, (Conv1D, Pool1D)) or not isinstance(node.padding, tuple):
+    if not isinstance(node, (Conv1D, Pool1D)) or node.padding != (0, 1) or node.strides != 2:
         return False
-    span, strides = (node.span if isinstance(node, Conv1D) else node.size), node.strides
-    always = pads("same", span, span, 1) if strides == 1 else (0, 1) if strides == span == 2 else None
-    found = "causal" if node.padding == (span - 1, 0) else "same" if node.padding == always else None
-    made = None if found is None else draft.made(node, found, make=lambda: replace(node, padding=found))
+    span = node.span if isinstance(node, Conv1D) else node.size
+    made = draft.made(node, "same", make=lambda: replace(node, padding="same")) if span == 2 else None
     if made is None:
         return False
     draft.nodes[name] = made

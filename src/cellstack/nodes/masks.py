@@ -68,3 +68,34 @@ class ArrayMasks:
     def cut(self, mask: NDArray[np.bool_], taken: slice) -> NDArray[np.bool_]:
         """See `Masks`."""
         return mask[:, taken]
+
+
+class NamedMasks:
+    """Masks as sets of names, such as those of the nodes that make them.
+
+    Args:
+        names: those of a mask that the node makes itself.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = frozenset(names)
+
+    def made(self) -> frozenset[str]:
+        """See `Masks`."""
+        return self.names
+
+    def both(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
+        """See `Masks`."""
+        return one | other
+
+    def either(self, masks: Sequence[frozenset[str]]) -> frozenset[str]:
+        """See `Masks`."""
+        return frozenset().union(*masks)
+
+    def join(self, masks: Sequence[frozenset[str] | None]) -> frozenset[str]:
+        """See `Masks`."""
+        return frozenset().union(*(mask for mask in masks if mask))
+
+    def cut(self, mask: frozenset[str], taken: slice) -> frozenset[str]:
+        """See `Masks`."""
+        return mask

@@ -551,6 +551,21 @@ def test_onnx_runtime_has_nothing_to_say_of_a_file(tmp_path, capfd):
     assert told  # it does say what is wrong
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_random_networks_read_again(tmp_path, seed):
+    """What is read again answers alike, with the same axes; what can't be read is refused by name."""
+    net = make_network(seed)
+    path = str(tmp_path / "net.onnx")
+    adapter.save(net, path)
+    x = np.random.default_rng(seed).normal(size=(3, 7, net.input_size)).astype(np.float32)
+    try:
+        again = adapter.load(path)
+    except FormatError as error:
+        assert "found: " in str(error)  # noqa: PT017
+        return
+    near(again(x), net(x), GRAPHS)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_random_graphs(tmp_path, seed):
     """A graph runs in ONNX Runtime with the same answers; read again, it is refused by name or equal."""

@@ -163,6 +163,15 @@ ACTIVATIONS = [
     nn.LeakyReLU(),
     nn.LeakyReLU(0.3),
     nn.Softplus(),
+    nn.ReLU6(),
+    nn.Hardtanh(-0.5, 0.8),
+    nn.SiLU(),
+    nn.SELU(),
+    nn.GELU(),
+    nn.GELU("tanh"),
+    nn.LogSoftmax(dim=-1),
+    nn.Hardswish(),
+    nn.Mish(),
 ]
 
 
@@ -480,7 +489,7 @@ REFUSED = {
     ),
     "another norm": (lambda: nn.GroupNorm(1, 3), r"1\.0 \(GroupNorm\): expected a recurrent layer, a Linear"),
     "norm of two axes": (lambda: nn.LayerNorm((2, 3)), r"1\.0 \(LayerNorm\): expected one axis, the features"),
-    "gelu": (lambda: nn.GELU(), r"1\.0 \(GELU\): expected a recurrent layer, a Linear"),
+    "celu": (lambda: nn.CELU(), r"1\.0 \(CELU\): expected a recurrent layer, a Linear"),
     "slope learned": (lambda: nn.PReLU(), r"1\.0 \(PReLU\): expected a recurrent layer, a Linear"),
     "bounded embedding": (
         lambda: nn.Embedding(3, 3, max_norm=1.0),

@@ -112,6 +112,16 @@ ALONE = {
     "leaky": lambda: nn.LeakyReLU(0.3),
     "elu": lambda: nn.ELU(0.7),
     "softplus": nn.Softplus,
+    "relu6": nn.ReLU6,
+    "relu6 in place": lambda: nn.ReLU6(inplace=True),
+    "hardtanh": lambda: nn.Hardtanh(-0.5, 0.8),
+    "silu": nn.SiLU,
+    "selu": nn.SELU,
+    "gelu": nn.GELU,
+    "gelu by tanh": lambda: nn.GELU("tanh"),
+    "log softmax": lambda: nn.LogSoftmax(-1),
+    "hardswish": nn.Hardswish,
+    "mish": nn.Mish,
     "normalised": lambda: nn.LayerNorm(3, eps=0.3),
     "dropout": lambda: nn.Dropout(0.3),
 }
@@ -121,6 +131,7 @@ ALONE = {
 def test_settings_that_the_code_has_too(saved, what):
     made, x = nn.Sequential(nn.Linear(3, 3), ALONE[what]()).eval(), torch.randn(2, 4, 3)
     close(saved(torch.jit.script(made)), made, x)
+    close(saved(torch.jit.trace(made, x)), made, x)
 
 
 def steeper(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from string import Template
 
 from cellstack import spec
+from cellstack.formats.build import Names
 from cellstack.formats.c.cells import HELPERS, STEMS, WIDTHS, Form, activate, form_key, form_of, literal
 from cellstack.formats.files import replacing
 from cellstack.network import Network
@@ -111,7 +112,7 @@ class _Writer:
         _check(network)
         self.network, self.name = network, name
         self.real, self.f = TYPES[network.dtype.name]
-        self.taken: set[str] = set()  # identifiers, so that no two nodes meet in one
+        self.identifiers = Names(mark="_")  # so that no two nodes meet in one
         self.arrays: list[str] = []
         self.weights = 0  # numbers in constants
         self.forms: dict[str, tuple[str, Form]] = {}  # by `form_key`: what it is called, and the form
@@ -139,13 +140,7 @@ class _Writer:
 
     def _identifier(self, text: str) -> str:
         """Return `text` as part of a name in C, one that nothing else has."""
-        base = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "node"
-        found, number = base, 1
-        while found in self.taken:
-            number += 1
-            found = f"{base}_{number}"
-        self.taken.add(found)
-        return found
+        return self.identifiers.fresh(re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "node")
 
     def _array(self, owner: str, name: str, array: Array, shape: str) -> str:
         """Write an array of constants, and return what it is called."""

@@ -26,8 +26,7 @@ SPLIT = {"lstm": "igfo", "gru": "zrg", "rnn": "g"}  # the order in which Keras 1
 SPLIT_NAMES = {"g": "c"}  # and what it calls a gate where that isn't our letter; a GRU's candidate is h
 SCALES = ("kernel_scale", "embeddings_scale")  # of integers, which stand first among a layer's weights
 STATISTICS = (*SCALES, "moving_mean", "moving_variance", "running_mean", "running_std", "mean", "variance", "count")
-PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu")
-
+PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu", "hard_sigmoid", "softmax")
 MORE = {  # activations that a layer has and a cell doesn't
     **{name: name for name in ("gelu", "silu", "selu", "exponential", "relu6", "log_softmax")},
     "swish": "silu",
@@ -74,9 +73,9 @@ def activation(layer: Layer, name: str, major: int, more: bool = False) -> str:
             return activation_layer(layer.within(value, name), major, more)
     if value is None:
         return "linear"
-    if value == "hard_sigmoid":
-        return "hard_sigmoid" if major >= 3 else "hard_sigmoid(0.2, 0.5)"
-    if isinstance(value, str) and (value == "softmax" or value in PLAIN):
+    if value == "hard_sigmoid" and major < 3:
+        return "hard_sigmoid(0.2, 0.5)"
+    if isinstance(value, str) and value in PLAIN:
         return value
     if more and isinstance(value, str) and value in MORE:
         return MORE[value]

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack import spec
+from cellstack.formats.build import Names
 from cellstack.formats.files import replacing
+from cellstack.formats.keras.cells import MORE, PLAIN
 from cellstack.formats.keras.config import layer_of, numbered
 from cellstack.formats.keras.files import MEMBERS
 from cellstack.formats.keras.layers import MERGES, slots
@@ -45,6 +47,7 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.base import Array, Node
+from cellstack.nodes.masks import NamedMasks
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -52,8 +55,7 @@ if TYPE_CHECKING:
 VERSION = "3.10.0"  # whose words these are; what a file says of Keras settles what hard_sigmoid is
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()}
-PLAIN = ("linear", "tanh", "sigmoid", "relu", "softsign", "softplus", "elu", "leaky_relu", "hard_sigmoid", "softmax")
-NAMED = (*PLAIN, "log_softmax", "silu", "gelu", "selu", "exponential", "relu6")  # of layers beside cells
+NAMED = (*PLAIN, *MORE.values())  # of layers beside cells
 OPERATIONS = {"Clip": "numpy", "Sum": "numpy", "Mean": "numpy", "Max": "numpy", "Min": "numpy", "Gelu": "nn"}
 """Functions that a model lists among its layers, and where Keras has them: HDF5 can't hold them."""
 Entry = tuple[str, str, dict[str, Any], list[Array]]  # a layer's class, name, settings and weights
@@ -96,8 +98,8 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list
     dtype, problems = str(network.dtype), []
     entries: list[Entry] = []
     wires: list[list[str]] = []
-    taken: set[str] = set()
-    last = {name: _free(name.replace(".", "_"), "_", taken) for name in (*network.inputs, *network.names)}
+    free = Names(mark="_")  # torch, under Keras, takes no name with a dot in it
+    last = {name: free.fresh(name.replace(".", "_")) for name in (*network.inputs, *network.names)}
     for name in network.inputs:
         shape = [None, *network.shapes[name]]
         kind = "int32" if name in network.graph.ids else dtype
@@ -110,7 +112,7 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
         before, axes = [masks[source] for source in sources], len(network.shapes[sources[0]])
-        masks[name] = node.mask_after(before, axes, _DroppedMasks())
+        masks[name] = node.mask_after(before, axes, NamedMasks())  # names of the layers at which Keras drops them
         problems += _mask_problems(name, node, before, axes)
         try:
             layers = _layers(node)
@@ -126,7 +128,7 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list
                 masks[name] = (masks[name] or frozenset()) | {name}
         feeds = [last[source] for source in sources]
         for number, (kind, settings, arrays) in enumerate(layers):
-            own = _free(f"{last[name]}_activation", "_", taken) if number else last[name]
+            own = free.fresh(f"{last[name]}_activation") if number else last[name]
             entries.append((kind, own, {"dtype": dtype, **settings}, arrays))
             wires.append(feeds)
             feeds, last[name] = [own], own
@@ -156,33 +158,6 @@ def _order(names: list[str], wires: list[list[str]], outputs: list[str]) -> list
             met[name] = len(met)
             waiting += reversed(sources[name])
     return sorted(range(len(names)), key=lambda number: (-far[names[number]], met[names[number]]))
-
-
-def _free(name: str, mark: str, taken: set[str]) -> str:
-    """Return a name that no layer has yet, and take it; torch, under Keras, takes none with a dot in it."""
-    while name in taken:
-        name += mark
-    taken.add(name)
-    return name
-
-
-class _DroppedMasks:
-    """Masks as the names of the layers at which Keras drops them, as `Node.mask_after` works with them."""
-
-    def made(self) -> frozenset[str]:
-        return frozenset()
-
-    def both(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
-        return one | other
-
-    def either(self, masks: Sequence[frozenset[str]]) -> frozenset[str]:
-        return frozenset().union(*masks)
-
-    def join(self, masks: Sequence[frozenset[str] | None]) -> frozenset[str]:
-        return frozenset().union(*(mask for mask in masks if mask))
-
-    def cut(self, mask: frozenset[str], taken: slice) -> frozenset[str]:
-        return mask
 
 
 def _mask_problems(name: str, node: Node, masks: Sequence[frozenset[str] | None], axes: int) -> Iterator[str]:

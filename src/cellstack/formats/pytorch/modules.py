@@ -21,12 +21,14 @@ from cellstack.layout import Array
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
+    Clip,
     Conv1D,
     Dense,
     Embedding,
     Flatten,
     GlobalPool,
     LayerNorm,
+    Merge,
     Node,
     Pad,
     Permute,
@@ -45,7 +47,10 @@ ACTIVATIONS = {
     "Softsign": "softsign",
     "Tanh": "tanh",
     "Hardsigmoid": "hard_sigmoid",
+    "SELU": "selu",
+    "SiLU": "silu",
 }
+GATED = {"Hardswish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times what these make of it
 TURN = (2, 1)
 KNOWN = (
     "expected a recurrent layer, a Linear, Embedding, Conv1d, BatchNorm1d, LayerNorm, pooling, Flatten, "
@@ -181,10 +186,10 @@ class _Reader:
         shape = self.builder.shapes[self.wire]
         return None if shape is None else len(shape) + 1
 
-    def add(self, *nodes: Node) -> None:
-        """Take some nodes more."""
+    def add(self, *nodes: Node, others: tuple[str, ...] = ()) -> None:
+        """Take some nodes more, one after the other; each takes the `others` first."""
         for node in nodes:
-            self.wire = self.builder.add(f"layer_{len(self.builder.nodes)}", node, self.wire)
+            self.wire = self.builder.add(f"layer_{len(self.builder.nodes)}", node, *others, self.wire)
 
     def has_batch_first(self, path: str, module: Any) -> None:
         """Note that a module has the batch first."""
@@ -233,13 +238,17 @@ class _Reader:
                 raise _refuse(path, module, f"expected output_size=1, got {module.output_size}")
             mode = "mean" if _is(module, "AdaptiveAvgPool1d") else "max"
             self.over_time(path, module, GlobalPool(mode), Reshape((1, -1)))
-        elif _is(module, "Softmax"):
+        elif _is(module, "Softmax", "LogSoftmax"):
             self.softmax(module, path)
+        elif _is(module, *GATED):
+            x = self.wire
+            self.add(*map(Activation, next(texts for kind, texts in GATED.items() if _is(module, kind))))
+            self.add(Merge("mul"), others=(x,))
         elif not _is(module, *NOTHING):
             node = _simple(module, path) or _layer(module, path)
             if isinstance(node, (Recurrent, Bidirectional)):  # one of ours
                 self.has_batch_first(path, module)
-            self.add(node if node is not None else Activation(_activation(module, path)))
+            self.add(node if node is not None else _activation(module, path))
 
     def flatten(self, module: Any, path: str) -> None:
         """Take what makes one axis of all but the batch."""
@@ -269,11 +278,12 @@ class _Reader:
             self.over_time(path, module, node)
 
     def softmax(self, module: Any, path: str) -> None:
-        """Take a softmax over the features, or over the channels of [B, C, T]."""
+        """Take a softmax, or its logarithm, over the features, or over the channels of [B, C, T]."""
+        node = Activation("softmax" if _is(module, "Softmax") else "log_softmax")
         if module.dim == -1 or module.dim == (self.rank and self.rank - 1):
-            self.add(Activation("softmax"))
+            self.add(node)
         elif module.dim in (1, -2) and self.rank == 3:
-            self.over_time(path, module, Activation("softmax"))
+            self.over_time(path, module, node)
         else:
             raise _refuse(path, module, f"expected dim=-1, the feature axis, got {module.dim}")
 
@@ -333,16 +343,23 @@ def _pooling(module: Any, path: str) -> list[Node]:
     return [Pool1D(mode, size, strides, (around, around))]
 
 
-def _activation(module: Any, path: str) -> str:
+def _activation(module: Any, path: str) -> Node:
     for kind, name in ACTIVATIONS.items():
         if _is(module, kind):
-            return name
+            return Activation(name)
     if _is(module, "ELU") and module.alpha >= 0.0:
-        return f"elu({module.alpha})"
+        return Activation(f"elu({module.alpha})")
     if _is(module, "LeakyReLU") and module.negative_slope >= 0.0:
-        return f"leaky_relu({module.negative_slope})"
+        return Activation(f"leaky_relu({module.negative_slope})")
     if _is(module, "Softplus") and module.beta == 1.0 and module.threshold == 20.0:
-        return "softplus"
+        return Activation("softplus")
+    if _is(module, "GELU"):
+        return Activation("gelu" if module.approximate == "none" else "gelu_tanh")
+    if _is(module, "Hardtanh", "ReLU6"):
+        try:
+            return Clip(float(module.min_val), float(module.max_val))
+        except ValueError as error:
+            raise _refuse(path, module, str(error)) from None
     raise _refuse(path, module, KNOWN)
 
 
@@ -387,7 +404,7 @@ def _layer(module: Any, path: str) -> Node | None:
         inner = _Reader()
         inner.read(module.layer, f"{path}.layer" if path else "layer")
         nodes = [*inner.builder.nodes.values()]
-        if len(nodes) == 1 and isinstance(nodes[0], (Dense, Activation)):
+        if len(nodes) == 1 and isinstance(nodes[0], (Activation, Clip, Dense)):
             return nodes[0]
         raise _refuse(path, module, "expected a TimeDistributed over one Linear or one activation")
     if not _is(module, "LSTM", "GRU", "SimpleRNN", "RNN", package=ours):

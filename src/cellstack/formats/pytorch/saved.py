@@ -25,7 +25,7 @@ PACKAGES = re.compile(
     r"torch\.(nn\.(modules|parallel)|(?P<dynamic>(ao\.)?nn\.quantized\.dynamic\.modules))\.\w+\.(?P<kind>\w+)"
 )
 MOST = 10_000  # modules: the same one may be met many times
-LATER = {"padding_mode": "zeros", "proj_size": 0}  # settings that older versions had not, as they were then
+LATER = {"padding_mode": "zeros", "proj_size": 0, "approximate": "none"}  # settings that older versions lack, as then
 
 
 class UnsaidError(AttributeError):

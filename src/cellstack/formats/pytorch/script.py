@@ -48,8 +48,12 @@ ARGUMENTS = {
     "avg_pool1d": "input, kernel_size, stride=(), padding=0, ceil_mode=False, count_include_pad=True",
     **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_max_pool1d"), "input, output_size"),
     "flatten": "input, start_dim=0, end_dim=-1",
-    "softmax": "input, dim, cast=None",
-    **dict.fromkeys(("relu", "sigmoid", "tanh", "hardsigmoid", "softsign"), "input"),
+    **dict.fromkeys(("softmax", "log_softmax"), "input, dim, cast=None"),
+    **dict.fromkeys(
+        ("hardsigmoid", "hardswish", "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softsign", "tanh"), "input"
+    ),
+    "gelu": "input, approximate='none'",
+    "hardtanh": "input, min_val=-1.0, max_val=1.0",
     "elu": "input, alpha=1.0, scale=1, input_scale=1",
     "leaky_relu": "input, negative_slope=0.01",
     "softplus": "input, beta=1.0, threshold=20.0",
@@ -73,7 +77,6 @@ value; others that begin with `_` change nothing in evaluation, and the rest are
 FIXED = {"train": False, "transposed": False, "scale": 1, "input_scale": 1, "cast": None}  # and no settings
 FUNCTIONS: dict[str, tuple[str, ...]] = {  # what a class calls, one of these
     "Linear": ("linear", "linear_dynamic", "linear_dynamic_fp16"),
-    "Embedding": ("embedding",),
     "Conv1d": ("conv1d", "convolution", "convolution_mode"),
     "BatchNorm1d": ("batch_norm",),
     "LayerNorm": ("layer_norm",),
@@ -81,16 +84,30 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {  # what a class calls, one of these
     "AvgPool1d": ("avg_pool1d",),
     "AdaptiveAvgPool1d": ("adaptive_avg_pool1d",),
     "AdaptiveMaxPool1d": ("adaptive_max_pool1d",),
-    "Flatten": ("flatten",),
-    "Softmax": ("softmax",),
-    "ReLU": ("relu",),
-    "Sigmoid": ("sigmoid",),
-    "Softsign": ("softsign",),
-    "Tanh": ("tanh",),
-    "Hardsigmoid": ("hardsigmoid",),
-    "ELU": ("elu",),
     "LeakyReLU": ("leaky_relu",),
-    "Softplus": ("softplus",),
+    "LogSoftmax": ("log_softmax",),
+    "ReLU6": ("relu6", "hardtanh"),
+    **{
+        kind: (kind.lower(),)
+        for kind in (
+            "ELU",
+            "Embedding",
+            "Flatten",
+            "GELU",
+            "Hardsigmoid",
+            "Hardswish",
+            "Hardtanh",
+            "Mish",
+            "ReLU",
+            "SELU",
+            "SiLU",
+            "Sigmoid",
+            "Softmax",
+            "Softplus",
+            "Softsign",
+            "Tanh",
+        )
+    },
     "Identity": (),
     **dict.fromkeys(("Dropout", "Dropout1d", "AlphaDropout"), DROPOUTS),
 }
@@ -102,7 +119,11 @@ RECURRENT: dict[str, tuple[str, ...]] = {
     "GRUCell": ("gru_cell", "quantized_gru_cell_dynamic"),
     "RNNCell": ("rnn_tanh_cell", "rnn_relu_cell", "quantized_rnn_tanh_cell_dynamic", "quantized_rnn_relu_cell_dynamic"),
 }
-IMPLIED = {"Conv1d": {"padding_mode": "zeros"}, "Embedding": {"max_norm": None}}  # by what their code doesn't do
+IMPLIED = {  # by what their code doesn't say
+    "Conv1d": {"padding_mode": "zeros"},
+    "Embedding": {"max_norm": None},
+    "ReLU6": {"min_val": 0.0, "max_val": 6.0},
+}
 COMPUTED: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "mul")},
     "__not__": operator.not_,
