@@ -52,11 +52,11 @@ BELOW_FORMATS = {
     "keras": {"files", "build"},
     "onnx": {"files", "build", "simplify"},
     "pytorch": {"files", "build"},
-    "c": {"files"},
+    "c": {"files", "build"},
     "safetensors_weights": {"pytorch"},  # a state dict of PyTorch's, in another container
     "safetensors": {"files", "safetensors_weights"},
     "": set(),  # formats/__init__.py, which looks its adapters up by name
-    "runtimes": {"", "onnx", "c", "safetensors", "worker"},
+    "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
     "verify": {"runtimes"},
 }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cellstack.nodes import Dense, Recurrent
+from cellstack.nodes.masks import NamedMasks
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -100,28 +101,6 @@ def frame_rules(network: Network) -> list[FrameRule]:
     ]
 
 
-class _NamedMasks:
-    """Masks as the names of the nodes that make them."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def made(self) -> frozenset[str]:
-        return frozenset((self.name,))
-
-    def both(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
-        return one | other
-
-    def either(self, masks: Sequence[frozenset[str]]) -> frozenset[str]:
-        return frozenset().union(*masks)
-
-    def join(self, masks: Sequence[frozenset[str] | None]) -> frozenset[str]:
-        return frozenset().union(*(mask for mask in masks if mask))
-
-    def cut(self, mask: frozenset[str], taken: slice) -> frozenset[str]:
-        return mask
-
-
 def answers_framewise(owner: str, network: Network) -> frozenset[str]:
     """Raise `ValueError` where the network can't answer after every frame; return the nodes whose mask matters."""
     for name in network.inputs:
@@ -145,7 +124,7 @@ def answers_framewise(owner: str, network: Network) -> frozenset[str]:
         on = [masks[source] for source in sources]
         if node.heeds_mask:
             heeded.update(*(mask for mask in on if mask))
-        masks[name] = node.mask_after(on, len(network.shapes[sources[0]]), _NamedMasks(name))
+        masks[name] = node.mask_after(on, len(network.shapes[sources[0]]), NamedMasks(name))
         if node.cells or rule.memory:
             moved = moved or name
     return frozenset(heeded)
