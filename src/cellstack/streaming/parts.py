@@ -88,8 +88,12 @@ class Memory:
 
     def run(self, rows: Rows, x: Array) -> Array:
         """See `Keeps`."""
-        step = x.ndim == 2
-        y, self.frames[rows] = self.advance(self.frames[rows], x[:, None] if step else x)
+        step, whole = x.ndim == 2, rows is ALL
+        y, after = self.advance(self.frames if whole else self.frames[rows], x[:, None] if step else x)
+        if whole:  # what was is left as it is, for `undo`
+            self.frames = after if step else after.copy()
+        else:
+            self.frames[rows] = after
         return y[:, 0] if step else y
 
     def starts(self) -> list[dict[str, Any]]:
@@ -104,7 +108,16 @@ class Memory:
         """See `Keeps`."""
         self.frames[rows] = entries[0].x
 
-    keep, undo = read, write
+    def keep(self, rows: Rows) -> Array:
+        """See `Keeps`."""
+        return self.frames if rows is ALL else self.frames[rows]
+
+    def undo(self, rows: Rows, entries: Array) -> None:
+        """See `Keeps`."""
+        if rows is ALL:
+            self.frames = entries
+        else:
+            self.frames[rows] = entries
 
 
 class Cells:
