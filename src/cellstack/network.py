@@ -348,20 +348,8 @@ class Network:
         """
         from cellstack.inspect.trace import trace  # a trace is built on the network, not under it
 
-        return trace(
-            self,
-            x,
-            state,
-            mask,
-            lengths,
-            reset,
-            threads,
-            nodes=nodes,
-            units=units,
-            steps=steps,
-            pre=pre,
-            in_memory=in_memory,
-        )
+        run = {"mask": mask, "lengths": lengths, "reset": reset, "threads": threads}
+        return trace(self, x, state, run, nodes, units, steps, pre, in_memory)
 
     def stream(self, batch: int = 1, threads: int = 1, weights: str = "float32") -> Stream:
         """Return a `Stream` that runs this network frame by frame.

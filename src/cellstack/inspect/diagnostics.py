@@ -103,7 +103,7 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
     last = (steps - 1 - step % steps) if record.reverse else step % steps
     kept, written = (array[:, order][:, : last + 1].astype(np.float64) for array in (kept, written))
     name = "c" if spec.kind == "lstm" else "h"
-    fresh = np.broadcast_to(cell.cell.arrays.get(f"initial_{name}", 0.0), (batch, units))
+    fresh = np.broadcast_to(cell.cell.initial[name], (batch, units))
     start = fresh if record.before is None else getattr(record.before, name)
     if record.mask is not None:  # left out: all is kept, nothing is written
         used = record.mask[:, order][:, : last + 1, None]
@@ -155,9 +155,9 @@ def lyapunov_exponent(cell: CellTrace, steps: int = LONGEST) -> float:
     batch, count = x.shape[:2]
     if not batch or not count:
         raise ValueError("lyapunov_exponent: expected at least one row and one step, got none")
-    sizes = list(spec.state_sizes.values())
-    fresh = [cell.cell.arrays.get(f"initial_{name}", np.zeros(size)) for name, size in spec.state_sizes.items()]
-    state = [np.array(np.broadcast_to(a, (batch, size)), np.float64) for a, size in zip(fresh, sizes, strict=True)]
+    fresh = cell.cell.initial.values()
+    sizes = [len(array) for array in fresh]
+    state = [np.array(np.broadcast_to(array, (batch, len(array))), np.float64) for array in fresh]
     if record.before is not None:
         state = [np.asarray(array, np.float64) for array in record.before]
     apart = np.random.default_rng(0).standard_normal((batch, sum(sizes)))

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import CellState, Node
     from cellstack.nodes.recurrent import Cell
 
-IN_MEMORY = 1 << 30  # bytes of gates and states; what is beyond lies in a file that memory maps
 PROBES = (97, 101)  # numbers of steps: a node that keeps both makes a step of each
 
 Index = slice | Sequence[int] | Array | int | None
@@ -311,19 +310,15 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 def trace(
     network: Network,
     x: Any,
-    state: Any = None,
-    mask: Any = None,
-    lengths: Any = None,
-    reset: Any = None,
-    threads: int | None = None,
-    *,
-    nodes: str | Iterable[str] | None = None,
-    units: Index = None,
-    steps: Index = None,
-    pre: bool = False,
-    in_memory: int = IN_MEMORY,
+    state: Any,
+    run: Mapping[str, Any],
+    nodes: str | Iterable[str] | None,
+    units: Index,
+    steps: Index,
+    pre: bool,
+    in_memory: int,
 ) -> NetworkTrace:
-    """Run a network and return what every node and cell did: see `Network.trace`."""
+    """Run a network and return what every node and cell did: see `Network.trace`; `run`: the run's other arguments."""
     names, cells = network.names, None
     if nodes is not None:
         try:
@@ -343,7 +338,7 @@ def trace(
         states = as_states("Network", state, network.cells, len(next(iter(given.values()))))
         state = tuple(type(one)(*map(np.array, one)) for one in states if one is not None)
     recording = Recording(cells, _Arrays(in_memory).empty)
-    y, after = network.run(given, state, mask, lengths, reset, threads, record=recording)
+    y, after = network.run(given, state, **run, record=recording)
     found = NetworkTrace(network, y, after, lambda: _parts(network, names, recording, pre))
     return found if units is None and steps is None else found.select(None, steps, units)._copied()
 
@@ -452,9 +447,8 @@ def _pre_activations(cell: Cell, record: Record) -> dict[str, Array]:
     spec, (batch, steps, width) = cell.spec, record.x.shape
     order = slice(None, None, -1) if record.reverse else slice(None)
     states = [record.h, *([] if record.c is None else [record.c])]
-    initial = [cell.arrays.get(f"initial_{name}", np.zeros(size)) for name, size in spec.state_sizes.items()]
     before = []
-    for place, (array, fresh) in enumerate(zip(states, initial, strict=True)):
+    for place, (array, fresh) in enumerate(zip(states, cell.initial.values(), strict=True)):
         start = fresh if record.before is None else record.before[place]
         begun = np.broadcast_to(start, (batch, array.shape[2]))[:, None]
         previous = np.concatenate([begun, array[:, order][:, :-1]], axis=1) if steps else array

@@ -107,6 +107,12 @@ class Cell:
         return {name: getattr(self, name) for name in self.spec.shapes}
 
     @property
+    def initial(self) -> dict[str, Array]:
+        """The state that it starts from, `h [P]` and `c [H]` by name: learned, or zeros."""
+        sizes = self.spec.state_sizes.items()
+        return {name: self.arrays.get(f"initial_{name}", np.zeros(size, self.dtype)) for name, size in sizes}
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """Dtype of every array of the cell."""
         return self.kernel.dtype

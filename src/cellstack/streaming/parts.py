@@ -49,7 +49,7 @@ class Keeps(Protocol):
         ...
 
     def starts(self) -> list[dict[str, Any]]:
-        """Return what each entry is before the first frame, a number or an array a row, by the names of its fields."""
+        """Return what each entry is before the first frame, an array for every row, by the names of its fields."""
         ...
 
     def read(self, rows: Rows) -> list[CellState | Frames]:
@@ -138,11 +138,7 @@ class Cells:
 
     def starts(self) -> list[dict[str, Any]]:
         """See `Keeps`."""
-        return [
-            {name: cell.arrays.get(f"initial_{name}", np.zeros(size, cell.dtype)) for name, size in sizes.items()}
-            for cell in self.places.values()
-            for sizes in [cell.spec.state_sizes]
-        ]
+        return [cell.initial for cell in self.places.values()]
 
 
 class OwnCells(Cells):

@@ -100,8 +100,7 @@ class Writer(Pieces):
             shape = self.fresh(f"{where}.{part}.shape")
             self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(size)], shape, axis=0)
             for name, cell in zip(names, cells, strict=True):
-                usual = cell.arrays.get(f"initial_{part}", np.zeros(size, self.dtype))
-                given = self.tensor(f"{name}.{part}", usual[None])
+                given = self.tensor(f"{name}.{part}", cell.initial[part][None])
                 rows = self.fresh(f"{given}.rows")
                 self.inputs.append(self.onnx.helper.make_tensor_value_info(given, self.type, [rows, size]))
                 self.states.append([given])
