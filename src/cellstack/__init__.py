@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cellstack.formats import extract, load
 from cellstack.network import Network
 from cellstack.nodes import Activation, Bidirectional, Cell, Dense, GlobalPool, Recurrent, Standardise
+from cellstack.nodes.patches import Patch
 from cellstack.spec import CellSpec, FormatError, HiddenState, ShapeError, State
 from cellstack.streaming.sessions import Sessions
 from cellstack.streaming.stream import Stream
@@ -38,6 +39,7 @@ __all__ = [
     "GlobalPool",
     "HiddenState",
     "Network",
+    "Patch",
     "Recurrent",
     "Sessions",
     "ShapeError",

@@ -29,6 +29,7 @@ from cellstack.spec import ARRAYS, STATES, CellSpec, ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
+    from cellstack.nodes.patches import CellPatches
     from cellstack.nodes.stored import Entry
 
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -348,7 +349,12 @@ class Recurrent(Node):
         return (steps, self.units) if self.return_sequences else (self.units,)
 
     def forward(
-        self, flow: Flow, states: tuple[CellState | None, ...], threads: int, record: Recording | None = None
+        self,
+        flow: Flow,
+        states: tuple[CellState | None, ...],
+        threads: int,
+        record: Recording | None = None,
+        patches: Sequence[CellPatches | None] = (),
     ) -> tuple[Array, list[CellState]]:
         """Run the stack over `flow.x [B, T, I]` of any strides.
 
@@ -357,6 +363,7 @@ class Recurrent(Node):
             states: one a cell, contiguous arrays of the cell's dtype; None = the cells' own initial state.
             threads: how many the kernel may use.
             record: what is kept of every step, if anything is.
+            patches: what is changed in each cell as it runs; empty = in none.
 
         Returns:
             `(y, states)`, where `y` is `[B, T, W]` in the order of `x` whatever `go_backwards` says, or `[B, W]`.
@@ -367,8 +374,8 @@ class Recurrent(Node):
         for cells, added in self.parts:
             done = len(after) + len(cells)
             wanted = self.return_sequences or added or done < len(self.cells)
-            x = y
-            y, ends = self._call(cells, x, mask, reset, states[len(after) : done], wanted, threads, record)
+            x, place = y, slice(len(after), done)
+            y, ends = self._call(cells, x, mask, reset, states[place], wanted, threads, record, patches[place])
             after += ends
             if added:
                 y = self._add(y, x, mask, reset)
@@ -389,6 +396,7 @@ class Recurrent(Node):
         wanted: bool,
         threads: int,
         record: Recording | None,
+        patches: Sequence[CellPatches | None],
     ) -> tuple[Array, list[CellState]]:
         """Run some of the cells in one call of the kernel; y, the top one's h, is without steps unless `wanted`."""
         batch, steps, _ = x.shape
@@ -398,7 +406,7 @@ class Recurrent(Node):
         for number, (cell, before) in enumerate(zip(cells, states, strict=True)):
             spec = cell.spec
             after.append(STATES[spec.kind](*(np.empty((batch, size), x.dtype) for size in spec.state_sizes.values())))
-            kept = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
+            kept: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
             if "gates" in kept:
                 assert below is not None, "what goes into a cell that is kept is kept"
                 own = kept["gates"], kept.get("cells"), kept["y"]
@@ -408,6 +416,9 @@ class Recurrent(Node):
             below = kept.get("y")
             if wanted and number == len(cells) - 1:
                 kept.setdefault("y", y)
+            changes = patches[number] if patches else None
+            if changes is not None:
+                kept |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
             layers.append(native.Layer(cell.packed, *_pair(before), *_pair(after[-1]), **kept))
         native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
         if record is not None:
@@ -436,10 +447,11 @@ class Recurrent(Node):
         states: tuple[CellState | None, ...],
         threads: int,
         record: Recording | None = None,
+        patches: Sequence[CellPatches | None] = (),
     ) -> Flow:
-        """See `Node.run`; `record`: what is kept of every step, if anything is."""
+        """See `Node.run`, and for `record` and `patches` `forward`."""
         (flow,) = flows
-        y, ends = self.forward(flow, states, threads, record)
+        y, ends = self.forward(flow, states, threads, record, patches)
         after = tuple(ends)
         if not self.return_sequences:
             return Flow(y, None, None, after)
@@ -561,12 +573,13 @@ class Bidirectional(Node):
         states: tuple[CellState | None, ...],
         threads: int,
         record: Recording | None = None,
+        patches: Sequence[CellPatches | None] = (),
     ) -> Flow:
         """See `Recurrent.run`; the forward half is recorded first."""
         (flow,) = flows
         half = len(self.forward.cells)
-        ahead, after = self.forward.forward(flow, states[:half], threads, record)
-        back, after_back = self.backward.forward(flow, states[half:], threads, record)
+        ahead, after = self.forward.forward(flow, states[:half], threads, record, patches[:half])
+        back, after_back = self.backward.forward(flow, states[half:], threads, record, patches[half:])
         if self.merge_mode == "concat":
             y = np.concatenate([ahead, back], axis=-1)
         elif self.merge_mode == "mul":

@@ -223,6 +223,7 @@ class Stream:
         """Return a new stream that starts from a copy of this one's state."""
         other = Stream(self.network, self.batch, self.threads, self.weights)
         other.state = self.state
+        other._engine.count_on(self._engine)
         return other
 
     def __repr__(self) -> str:
