@@ -332,3 +332,21 @@ def test_a_stream_and_a_pool_refuse_rows_that_they_lack():
     for made in (net.stream, lambda: net.pool(3)):
         with pytest.raises(IndexError, match="rows from 0 to 0"):
             made()
+
+
+def test_a_stream_of_a_patched_network_refuses_to_remember():
+    stream = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit(Patch("layer_0", "f", value=1.0)).stream()
+    with pytest.raises(ValueError, match="without patches to remember"):
+        stream.remember(5)
+
+
+def test_calls_of_other_shapes_and_masks_stand_beside_each_other():
+    net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))])
+    held = net.edit([Patch("layer_0", "f", steps=slice(1, 3), how="freeze"), Patch("layer_0", "h", [1], value=0.5)])
+    x = rng_of(3).normal(size=(4, 6, 2)).astype("float32")
+    mask = rng_of(4).random((4, 6)) < 0.5
+    first = [held(x), held(x[:2]), held(x[:, :4]), held(x, mask)]
+    again = [held(x), held(x[:2]), held(x[:, :4]), held(x, mask)]
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    assert np.array_equal(first[0][:2], first[1])
+    assert np.array_equal(first[0][:, :4], first[2])
