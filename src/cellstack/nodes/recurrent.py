@@ -433,13 +433,25 @@ class Recurrent(Node):
             h += x
             return h
         order = slice(None, None, -1 if self.go_backwards else 1)
-        steps = np.arange(h.shape[1])
+        last = self.last_used(mask, reset)[:, :, None]
+        y = np.take_along_axis((h + x)[:, order], np.maximum(last, 0), axis=1)
+        return np.where(last < 0, h[:, order], y)[:, order]
+
+    def last_used(self, mask: NDArray[np.bool_], reset: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+        """Return the last step used up to each step since the state was set, `[B, T]`; -1 where there is none.
+
+        Steps are counted, and stand, in the order in which they are run.
+
+        Args:
+            mask: `[B, T]`, which are used, in the order of time.
+            reset: `[B, T]`, before which the state is set, or None.
+        """
+        order = slice(None, None, -1 if self.go_backwards else 1)
+        steps = np.arange(mask.shape[1])
         last = np.maximum.accumulate(np.where(mask[:, order], steps, -1), axis=1)
         if reset is not None:
             last[last < np.maximum.accumulate(np.where(reset[:, order], steps, -1), axis=1)] = -1
-        last = last[:, :, None]
-        y = np.take_along_axis((h + x)[:, order], np.maximum(last, 0), axis=1)
-        return np.where(last < 0, h[:, order], y)[:, order]
+        return last
 
     def run(
         self,
