@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cellstack.inspect.diagnostics import Report, Shares
+    from cellstack.inspect.interventions import TraceDifference
     from cellstack.network import Network
     from cellstack.nodes.base import CellState, Node
     from cellstack.nodes.recurrent import Cell
@@ -312,6 +313,20 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             values |= dict(zip(sources, _tuple(nodes[name].x), strict=True))
         flows = {name: Flow(x, masks.get(name)) for name, x in values.items()}
         return gradient(network, flows, cast(Any, records), output, step, unit)
+
+    def diff(self, other: NetworkTrace) -> TraceDifference:
+        """Return how another trace differs from this one: where they part, and by how much.
+
+        Args:
+            other: of the same network, or of one with patches; of the same rows, steps and units.
+
+        Raises:
+            KeyError: a node that the other doesn't have.
+            ShapeError: other rows, steps or units.
+        """
+        from cellstack.inspect.interventions import TraceDifference
+
+        return TraceDifference(self, other)
 
     def report(self) -> Report:
         """Return what stands out: dead, stuck and saturated units, how long they remember, whether the state is stable.
