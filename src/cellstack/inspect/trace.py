@@ -405,13 +405,12 @@ def trace(
         cells = {number for name in names for number in numbers[name]}
     if not isinstance(in_memory, (int, float)) or not in_memory >= 0:
         raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
-    # What is given is the caller's, to write to afterwards; what the trace shows of it, and works out from it, isn't.
-    given = {name: np.array(array) for name, array in network.as_inputs("Network", x).items()}
-    if state is not None:
+    if state is not None:  # it is the caller's, to write to afterwards
+        given = network.as_inputs("Network", x)
         states = as_states("Network", state, network.cells, len(next(iter(given.values()))))
         state = tuple(type(one)(*map(np.array, one)) for one in states if one is not None)
     recording = Recording(cells, _Arrays(in_memory).empty)
-    y, after = network.run(given, state, **run, record=recording)
+    y, after = network.run(x, state, **run, record=recording)
     found = NetworkTrace(network, y, after, lambda: _parts(network, names, recording, pre))
     return found if units is None and steps is None else found.select(None, steps, units)._copied()
 
