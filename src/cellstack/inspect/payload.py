@@ -27,7 +27,7 @@ def payload_of(network: Network) -> dict[str, Any]:
     >>> cell = Cell(CellSpec(1, 1, kind="rnn", use_bias=False), np.ones((1, 1)), np.zeros((1, 1)))
     >>> payload = payload_of(Network([Recurrent((cell,))]))
     >>> payload["description"]["nodes"][0]["wires"]
-    ['input']
+    ['x']
     >>> payload["arrays"]["layer_0/0/kernel"]
     {'dtype': 'float64', 'shape': [1, 1], 'data': 'AAAAAAAA8D8='}
     """
