@@ -2028,12 +2028,10 @@ function checkTaken(node, kind, taken) {
 }
 
 const passesOf = (node, flow) => (node.cells.length ? NODE_KINDS[node.type].passes(flow) : []);
-const statesOf = (after, B) =>
-  Object.fromEntries(
-    Object.entries(after)
-      .filter(([, data]) => data !== null)
-      .map(([name, data]) => [name, { data, shape: [B, B ? data.length / B : 0] }]),
-  );
+const statesOf = ({ h, c }, { B, P, H }) => ({
+  h: { data: h, shape: [B, P] },
+  ...(c === null ? {} : { c: { data: c, shape: [B, H] } }),
+});
 
 // Run the network: see the head of this file.
 export function run(network, inputs, options = {}) {
@@ -2047,7 +2045,7 @@ function answersOf(network, flows) {
   for (const node of network.nodes) {
     const passes = passesOf(node, flows[node.name]);
     if (passes.length) cells[node.name] = passes.map((pass) => pass.fields);
-    state.push(...passes.map((pass) => statesOf(pass.after, pass.B)));
+    state.push(...passes.map((pass) => statesOf(pass.after, pass)));
   }
   return { values: Object.fromEntries(Object.entries(flows).map(([name, { x }]) => [name, x])), cells, state };
 }
@@ -2119,7 +2117,10 @@ function backNodes(network, flows, { dvalues, dfields }) {
       arrays[node.name] = passes.map(({ cell }) => shaped(zerosLike(cell.arrays), cell.arrays));
       cells[node.name] = null;
     }
-    let ends = passes.map(({ after, B }) => statesOf({ h: after.h.map(() => 0), c: after.c && after.c.map(() => 0) }, B));
+    let ends = passes.map((pass) => {
+      const { h, c } = pass.after;
+      return statesOf({ h: new Float64Array(h.length), c: c && new Float64Array(c.length) }, pass);
+    });
     if (dy !== null || dfields[node.name].some((one) => one !== null)) {
       const taken = node.sources.map((source) => flows[source]);
       const back = NODE_KINDS[node.type].back(node, taken, flow, dy, darrays, dfields[node.name]);
@@ -2127,7 +2128,7 @@ function backNodes(network, flows, { dvalues, dfields }) {
       if (passes.length) {
         arrays[node.name] = back.cells.map(({ darrays: own, pass }) => shaped(own, pass.cell.arrays));
         cells[node.name] = back.cells.map(({ by, pass }) => shaped(by, pass.fields));
-        ends = back.cells.map(({ dstate, pass }) => statesOf(dstate, pass.B));
+        ends = back.cells.map(({ dstate, pass }) => statesOf(dstate, pass));
       }
       node.sources.forEach((source, k) => {
         if (dxs[k] === null) return;
