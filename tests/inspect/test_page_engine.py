@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import asdict
 from importlib import resources
 
 import numpy as np
@@ -11,7 +12,7 @@ from family import random_case, random_spec
 from networks import by_reference, fill, make_cell, make_graph, make_network, make_states
 from safetensors import safe_open
 
-from cellstack import Network, Recurrent, reference
+from cellstack import CellSpec, Network, Recurrent, reference
 from cellstack.inspect.payload import packed, payload_of
 from cellstack.nodes import (
     NODES,
@@ -767,6 +768,15 @@ def test_resets_across_nodes_that_take_steps_together_are_refused(page):
     work += "catch (error) { return error.message; } }"
     (said,) = evaluated(page, work, [{"network": net, "inputs": {"x": np.zeros((2, 5, 3))}, "options": options}])
     assert said.startswith("layer_1: expected no reset, as it takes steps together")
+
+
+def test_a_setting_that_is_left_out_is_what_the_description_says(page):
+    rng, work = np.random.default_rng(0), "(network) => network.nodes[0].cells[0].spec"
+    for kind in GATES:
+        net = one_cell(rng, CellSpec(2, 3, kind=kind))
+        (found,) = evaluated(page, work, [{"network": net}])
+        expected = {**asdict(net.cells[0].spec), "gate_activations": {}}
+        assert found == expected
 
 
 # ── the payload, a worker, speed ────────────────────────────────────────────────────────────────────────────────────
