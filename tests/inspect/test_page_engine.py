@@ -396,7 +396,7 @@ def every_node():
             add(first, Reduce(mode, axis, True), mask=mask)
             add(first, Reduce(mode, axis), mask=mask)
     for axis in (1, 2, -1):
-        add(first, Pad(2, 1, 0.5, axis), mask=mask)
+        add(first, Pad(2, 1, 0.5, axis), GlobalPool("mean"), mask=mask)  # what becomes of the mask shows in the pool
         for taken in ((1, None, 2), (None, -1, 1), (-2, 0, -1), (None, None, -3)):
             add(first, Select(*taken, axis), mask=mask)
     add(first, Select(1, None, 2), make_stacked(rng, 4), mask=mask, reset=reset)
@@ -447,6 +447,14 @@ def test_every_kind_of_node_is_run_as_the_network_runs_it(page):
         t = net.trace(case["inputs"], mask=options.get("mask"), reset=options.get("reset"))
         for name in net.names:
             near(found["values"][name], t[name].y)
+
+
+def test_what_masking_leaves_out_is_told_in_the_dtype_of_the_network(page):
+    net = Network([Scale(np.ones(1, "float32"), np.zeros(1, "float32")), Masking(0.1)], inputs=["x"])
+    x = np.array([[[np.float32(0.1)], [2.0]]], np.float64)
+    (found,) = evaluated(page, RUN, [{"network": net, "inputs": {"x": x}}])
+    near(found["values"]["layer_1"], net(x))
+    assert found["values"]["layer_1"].ravel().tolist() == [0.0, 2.0]
 
 
 def test_gradients_of_every_kind_of_node_are_their_differences(page):
