@@ -780,6 +780,7 @@ def test_what_is_not_served_is_named_and_never_run(page):
     ("more", "message"),
     [
         ({"inputs": {}}, "expected the input x, got none"),
+        ({"inputs": {"x": 3}}, "expected the input x as { data, shape }, got number"),
         ({"inputs": {"x": np.zeros((2, 5, 4))}}, "expected x [B, any, 3], got [2, 5, 4]"),
         ({"options": {"mask": np.ones((2, 4))}}, "expected mask of x [B=2, T=5], got 8 numbers"),
         ({"options": {"state": []}}, "expected 3 states, got 0"),

@@ -37,7 +37,7 @@
 //   unsupported(network)             [sentence, …]: what isn't served, by name. Empty: all of it is.
 //   multiplications(network, steps)  how many one row's run over so many steps takes: some 10^9 a second.
 //   run(network, inputs, options)
-//     { values: { name: value },     of every input and every node
+//     { values: { name: value },     of every input, in the memory that was given, and of every node
 //       cells: { node: [{ i, f, g, o, c, h, pre: { i, f, g, o } }] },
 //                                    of each node that has cells: z, r, g, h of a GRU, g, h of a SimpleRNN; values
 //                                    [B, T, H] in the order of time whichever way the cell ran. `pre`: what the gates
@@ -975,7 +975,7 @@ function runStack(cells, settings, flow, states, patches, { pre, keep }) {
   const W = layers.at(-1).pass.P;
   const zeroed = settings.zero_output_for_mask && mask !== null;
   if (settings.return_sequences) {
-    const y = Float64Array.from(x);
+    const y = x.slice();
     for (let at = 0; zeroed && at < B * T; at += 1) if (!mask[at]) y.fill(0, at * W, (at + 1) * W);
     return { layers, y: { data: y, shape: [B, T, W] } };
   }
@@ -1217,7 +1217,7 @@ const scaleNode = stepwiseNode(
 function layerNormRows(node, x) {
   const W = lastAxis(x.shape);
   const [gain, bias] = ["gain", "bias"].map((name) => node.arrays[name]?.data ?? null);
-  const y = Float64Array.from(x.data);
+  const y = x.data.slice();
   const unit = new Float64Array(y.length);
   const deviations = new Float64Array(y.length / W || 0);
   for (let row = 0; row < deviations.length; row += 1) {
@@ -1232,7 +1232,7 @@ const layerNormNode = stepwiseNode(
   (node, x) => ({ data: layerNormRows(node, x).y, shape: x.shape }),
   (node, x, y, dy, darrays) => {
     const { unit, deviations, gain, W } = layerNormRows(node, x);
-    const dx = Float64Array.from(dy);
+    const dx = dy.slice();
     const [dgain, dbias] = [darrays.gain ?? null, darrays.bias ?? null];
     for (let row = 0; row < deviations.length; row += 1) {
       normaliseRowBack(dx, row * W, W, gain, 0, dgain, dbias, unit, row * W, deviations[row]);
@@ -1851,12 +1851,13 @@ const NODE_KINDS = {
 const FORMAT_VERSION = 1;
 
 function readArray({ dtype, shape, data }) {
-  if (typeof data !== "string") return { data: Float64Array.from(data), shape };
+  if (typeof data !== "string") return { data: new Float64Array(data), shape };
+  if (!["float32", "float64"].includes(dtype)) throw new Error(`expected arrays of float32 or float64, got ${dtype}`);
   const text = atob(data);
   const bytes = new Uint8Array(text.length);
   for (let n = 0; n < text.length; n += 1) bytes[n] = text.charCodeAt(n);
   const numbers = dtype === "float32" ? new Float32Array(bytes.buffer) : new Float64Array(bytes.buffer);
-  return { data: Float64Array.from(numbers), shape };
+  return { data: new Float64Array(numbers), shape };
 }
 
 // A network of a payload: see the head of this file. What it doesn't know, it leaves to `unsupported` to say.
@@ -1967,7 +1968,7 @@ function takesIds(network, name) {
   return takers.length > 0 && !network.outputs.includes(name) && takers.every(past);
 }
 
-const floats = (data) => (data instanceof Float64Array ? data : Float64Array.from(data));
+const floats = (data) => (data instanceof Float64Array ? data : new Float64Array(data));
 
 // Flags [B, T] as they are given, of one input: an array or a value for all inputs, or one of each name.
 function givenFlags(what, given, name, B, T) {
@@ -1987,6 +1988,9 @@ function inputFlows(network, inputs, { mask, reset }) {
   for (const { name, shape } of network.inputs) {
     const value = inputs[name];
     if (value === undefined) throw new Error(`expected the input ${name}, got none`);
+    if (!Array.isArray(value?.shape) || value.data === undefined) {
+      throw new Error(`expected the input ${name} as { data, shape }, got ${typeof value}`);
+    }
     const [, ...axes] = value.shape;
     const fits = axes.length === shape.length && shape.every((length, n) => length === null || length === axes[n]);
     const expected = ["B", ...shape];
@@ -2082,9 +2086,8 @@ const statesOf = ({ h, c }, { B, P, H }) => ({
 });
 
 // Run the network: see the head of this file.
-export function run(network, inputs, options = {}) {
-  const flows = runNodes(network, inputs, options, false);
-  return answersOf(network, flows);
+export function run(network, inputs, options) {
+  return answersOf(network, runNodes(network, inputs, options ?? {}, false));
 }
 
 function answersOf(network, flows) {
@@ -2117,7 +2120,7 @@ function seedsOf(network, flows, of) {
   };
   if (of.seeds) {
     for (const [name, seed] of Object.entries(of.seeds)) {
-      const [data, size] = [Float64Array.from(seed.data ?? seed), valueOf(name).data.length];
+      const [data, size] = [new Float64Array(seed.data ?? seed), valueOf(name).data.length];
       if (data.length !== size) {
         throw new Error(`gradient: expected ${size} numbers as the seed of ${name}, got ${data.length}`);
       }
