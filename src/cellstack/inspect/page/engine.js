@@ -54,6 +54,8 @@
 //       state: [{ h, c }],           by the state before the first step
 //       arrays: { node: [{ kernel, … }] } }       one entry a cell; of a node without cells one entry, or none
 //   createTrainer(options)           the playground: see there
+//   cellActivation(text)             what an activation of a cell such as "hard_sigmoid(0.2, 0.5)" is: { name, f, slope,
+//                                    alpha, beta }, y = f(z, alpha, beta) and dy/dz = slope(z, y, alpha, beta); or null
 //
 // All of these throw an Error whose message is a sentence, where what goes in doesn't fit.
 
@@ -135,7 +137,7 @@ function namedActivation(text, table) {
   return { name: match[1], f, slope, alpha: given[0] ?? 0, beta: given[1] ?? 0 };
 }
 
-const cellActivation = (text) => namedActivation(text, ACTIVATION_TABLE);
+export const cellActivation = (text) => namedActivation(text, ACTIVATION_TABLE);
 const nodeActivation = (text) => namedActivation(text, { ...ACTIVATION_TABLE, ...NODE_ACTIVATION_TABLE });
 const knowsNodeActivation = (text) => ROW_ACTIVATIONS.includes(text) || nodeActivation(text) !== null;
 
