@@ -145,6 +145,7 @@ def test_the_map_has_every_file_and_no_other():
                 folder = heading[1]
             mapped |= {folder + name for name in re.findall(r"`([^`]+)`", row[1])}
     found = [*(ROOT / "kernel").glob("*.*"), *(ROOT / "src" / "cellstack").rglob("*.py*")]
+    found += (ROOT / "src" / "cellstack").rglob("*.js")
     assert mapped == {name_of(path) for path in found if "__pycache__" not in path.parts and path.suffix != ".pyc"}
 
 

@@ -49,6 +49,32 @@ def recognises(head: bytes) -> bool:
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def described(network: Network) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return the description of `network`, which JSON can hold, and its arrays by the names of their tensors.
+
+    Args:
+        network: what is described.
+    """
+    tensors: dict[str, Array] = {}
+    nodes = []
+    for name, wires, node in zip(network.names, network.wires, network.nodes, strict=True):
+        entry, arrays = node.stored()
+        nodes.append({"name": name, "wires": list(wires), **entry})
+        tensors.update({f"{name}/{array}": numbers for array, numbers in arrays.items()})
+    inputs = [{"name": name, "shape": list(network.shapes[name])} for name in network.inputs]
+    graph: dict[str, Any] = {"inputs": inputs, "nodes": nodes, "outputs": list(network.outputs)}
+    patches = []
+    for number, patch in enumerate(network.patches):
+        said = patch.stored()
+        if patch.value is not None:
+            said["value"] = list(patch.value.shape)
+            tensors[f"patch/{number}/value"] = patch.value
+        patches.append(said)
+    if patches:  # an older cellstack refuses what it doesn't know
+        graph["patches"] = patches
+    return {"version": VERSION, **graph, "metadata": network.metadata}, tensors
+
+
 def save(network: Network, path: str) -> None:
     """Write `network` to `path`, whole or not at all.
 
@@ -60,24 +86,8 @@ def save(network: Network, path: str) -> None:
         ValueError: a description (names and metadata) of more than 4 MiB.
         OSError: the file can't be written.
     """
-    tensors: dict[str, Array] = {}
-    nodes = []
-    for name, wires, node in zip(network.names, network.wires, network.nodes, strict=True):
-        described, arrays = node.stored()
-        nodes.append({"name": name, "wires": wires, **described})
-        tensors.update({f"{name}/{array}": numbers for array, numbers in arrays.items()})
-    inputs = [{"name": name, "shape": network.shapes[name]} for name in network.inputs]
-    graph: dict[str, Any] = {"inputs": inputs, "nodes": nodes, "outputs": network.outputs}
-    patches = []
-    for number, patch in enumerate(network.patches):
-        described = patch.stored()
-        if patch.value is not None:
-            described["value"] = patch.value.shape
-            tensors[f"patch/{number}/value"] = patch.value
-        patches.append(described)
-    if patches:  # an older cellstack refuses what it doesn't know
-        graph["patches"] = patches
-    description = json.dumps({"version": VERSION, **graph, "metadata": network.metadata})
+    found, tensors = described(network)
+    description = json.dumps(found)
     if len(description) > MAX_DESCRIPTION:
         raise ValueError(f"save: expected a description of at most {MAX_DESCRIPTION} bytes, got {len(description)}")
     with replacing(path) as file:
