@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.files import short
 from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
 
@@ -35,12 +36,6 @@ MOST_TEXTS = 64  # texts of any length in one attribute: each of them could be a
 LEGACY, V3 = "legacy", "v3"  # weights by layers' names with lists of their own; by places in the model
 V3_ROOTS = ("layers", "_layer_checkpoint_dependencies")  # the latter in TensorFlow 2.12 to 2.15
 STATES = ("optimizer", "optimizer_weights", "_optimizer", "metrics", "_metrics", "compile_metrics")
-
-
-def short(value: Any, length: int = 80) -> str:
-    """Return how a message shows what a file claims: printable, and short however long it is."""
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 @contextmanager

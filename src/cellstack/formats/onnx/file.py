@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.build import TooMuchError
+from cellstack.formats.files import short
 from cellstack.formats.onnx.fold import OPEN, Broadcast, Budget, fold
 from cellstack.formats.onnx.functions import DOMAINS, inline
 from cellstack.layout import Array
@@ -56,12 +57,6 @@ def onnx_package() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(NEEDS_ONNX, name=error.name) from None
     return onnx
-
-
-def short(value: Any, length: int = 80) -> str:
-    """Return how a message shows what a file claims: printable, and short however long it is."""
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def label(node: Any) -> str:
