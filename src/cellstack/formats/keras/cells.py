@@ -128,8 +128,6 @@ def cells_of(layer: Layer) -> list[tuple[Layer, str, str]]:
     """Return the cells of a recurrent layer: each described, its kind, and where Keras 3 keeps its weights."""
     if layer.kind in KINDS or layer.kind in CUDNN:
         return [(layer, {**KINDS, **CUDNN}[layer.kind], "cell")]
-    if layer.kind != "RNN":
-        raise layer.refuse("expected a recurrent layer")
     cell = layer.within(layer.config.get("cell"), "cell")
     if cell.kind == "StackedRNNCells":
         if cell.flag("reverse_state_order"):

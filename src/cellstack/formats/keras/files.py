@@ -92,23 +92,21 @@ class Source:
         """Return one array by name, as float32 or float64; `whole` ones are integers of 8 bits."""
         where = f"{self.path}: weight {short(name)}"
         value = self.weights[name]
-        if not isinstance(value, np.ndarray):
-            with guarded(where, "numbers"):
-                value = self._read(where, value, whole)
-        if whole and value.dtype != np.int8:
-            raise FormatError(f"{where}: expected int8, found {value.dtype}")
-        if not whole and (value.dtype.kind != "f" or value.dtype.itemsize not in (2, 4, 8)):
-            raise FormatError(f"{where}: expected float32 or float64, found {value.dtype}")
+        with guarded(where, "numbers"):
+            kind = value.dtype
+            if whole and kind != np.int8:
+                raise FormatError(f"{where}: expected int8, found {kind}")
+            if not whole and (kind.kind != "f" or kind.itemsize not in (2, 4, 8)):
+                raise FormatError(f"{where}: expected float32 or float64, found {kind}")
+            if not isinstance(value, np.ndarray):
+                value = self._read(where, value)
         self.taken.add(name)
-        return value.astype(np.float64 if value.dtype.itemsize == 8 else np.float32)
+        return value.astype(np.float64 if kind.itemsize == 8 else np.float32)
 
-    def _read(self, where: str, dataset: Any, whole: bool) -> Array:
-        kind, shape = dataset.dtype, dataset.shape
-        if not whole and (kind.kind != "f" or kind.itemsize > 8):
-            raise FormatError(f"{where}: expected float32 or float64, found {kind}")
+    def _read(self, where: str, dataset: Any) -> Array:
+        shape, size = dataset.shape, dataset.dtype.itemsize
         if shape is None or len(shape) > 5:
             raise FormatError(f"{where}: expected an array, found shape {short(shape)}")
-        size = kind.itemsize
         for axis in shape:
             size *= int(axis)
         if dataset.external or dataset.is_virtual:
