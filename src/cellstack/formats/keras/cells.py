@@ -16,9 +16,10 @@ from cellstack.formats.keras.files import short
 from cellstack.layout import OURS, from_cudnn, reorder
 from cellstack.nodes import Bidirectional, Cell, Recurrent
 from cellstack.nodes.base import Array
+from cellstack.nodes.recurrent import KIND_NAMES
 from cellstack.spec import CellSpec, FormatError
 
-KINDS = {"LSTM": "lstm", "GRU": "gru", "SimpleRNN": "rnn"}
+KINDS = {name: kind for kind, name in KIND_NAMES.items()}
 CUDNN = {"CuDNNLSTM": "lstm", "CuDNNGRU": "gru"}
 CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
 RECURRENT = (*KINDS, *CUDNN, "RNN", "Bidirectional")

@@ -48,12 +48,12 @@ from cellstack.nodes import (
 )
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.masks import NamedMasks
+from cellstack.nodes.recurrent import KIND_NAMES
 
 if TYPE_CHECKING:
     from cellstack.network import Network
 
 VERSION = "3.10.0"  # whose words these are; what a file says of Keras settles what hard_sigmoid is
-LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()}
 NAMED = (*PLAIN, *MORE.values())  # of layers beside cells
 OPERATIONS = {"Clip": "numpy", "Sum": "numpy", "Mean": "numpy", "Max": "numpy", "Min": "numpy", "Gelu": "nn"}
@@ -256,11 +256,11 @@ def _stack(node: Recurrent) -> Written:
     flags: dict[str, Any] = {name: getattr(node, name) for name in names}
     if len(node.cells) == 1:
         settings, arrays = _cell(node.cells[0])
-        return LAYERS[node.cells[0].spec.kind], {**settings, **flags}, arrays
+        return KIND_NAMES[node.cells[0].spec.kind], {**settings, **flags}, arrays
     cells, arrays = [], []
     for number, cell in enumerate(node.cells):
         settings, own = _cell(cell)
-        kind = f"{LAYERS[cell.spec.kind]}Cell"
+        kind = f"{KIND_NAMES[cell.spec.kind]}Cell"
         cells.append(_entry(kind, f"cell_{number}", {"dtype": str(node.dtype), **settings}))
         arrays += own
     stack = _entry("StackedRNNCells", "cells", {"cells": cells})

@@ -197,9 +197,8 @@ class Reader:
     def _read(self, node: Any) -> list[Any]:
         values = [self.value(name) for name in node.input]
         told = [value.told for value in values if isinstance(value, Unknown)]
-        handler = self.handlers.get(node.op_type) if node.domain in DOMAINS else None
-        if is_recurrent(node):
-            handler = self.handlers.get(node.op_type)
+        ours = node.domain in DOMAINS or is_recurrent(node)
+        handler = self.handlers.get(node.op_type) if ours else None
         try:
             check_inputs(node.op_type, [bool(name) for name in node.input])
             if not any(told) and all(
