@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from cellstack.layers import foreign, op, weights
-from cellstack.layers.base import Layer, as_flag, as_input
+from cellstack.layers.base import Layer, as_input
 from cellstack.layers.cell import Cell
 from cellstack.layers.foreign import as_cell, cell_name
 from cellstack.layers.sequences import Given, as_steps, as_used, flipped, pack, shifted, unpack
 from cellstack.layers.stack import StackedRNNCells, run_cells
 from cellstack.layers.state import StatefulLayer
-from cellstack.spec import Plan, ShapeError, check_sequence
+from cellstack.spec import Plan, ShapeError, as_flag, check_sequence
 
 
 class Run(NamedTuple):
