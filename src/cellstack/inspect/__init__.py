@@ -2,7 +2,24 @@
 
 from cellstack.inspect.diagnostics import Report, Shares, spectral_radii
 from cellstack.inspect.files import load
+from cellstack.inspect.lightning import lightning_callback
+from cellstack.inspect.monitor import TrainingMonitor
+from cellstack.inspect.records import LayerRecord, TrainingRecord
 from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace
 from cellstack.inspect.watch import Watch, watch
 
-__all__ = ["CellTrace", "NetworkTrace", "NodeTrace", "Report", "Shares", "Watch", "load", "spectral_radii", "watch"]
+__all__ = [
+    "CellTrace",
+    "LayerRecord",
+    "NetworkTrace",
+    "NodeTrace",
+    "Report",
+    "Shares",
+    "TrainingMonitor",
+    "TrainingRecord",
+    "Watch",
+    "lightning_callback",
+    "load",
+    "spectral_radii",
+    "watch",
+]
