@@ -8,6 +8,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.utils.checkpoint
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import cellstack as cs
@@ -326,19 +328,50 @@ def test_a_batch_without_the_monitor_s_work_has_none_of_it():
     with TrainingMonitor(layer, every=2) as monitor:
         with torch.no_grad():
             layer(x)  # as in validation: isn't what is waited for
-        assert layer._observer is not None
+        assert len(layer._observers) == 1
         layer(x)  # nor one without a gradient
         layer(x).sum().backward()
-        assert layer._observer is None
+        assert layer._observers == ()
         first = monitor.epoch()
-        assert layer._observer is None  # the second epoch isn't looked at
+        assert layer._observers == ()  # the second epoch isn't looked at
         layer(x).sum().backward()
         assert monitor.epoch() is None
-        assert layer._observer is not None
-    assert layer._observer is None
+        assert len(layer._observers) == 1
+    assert layer._observers == ()
     assert not monitor._observers["LSTM"]._hooks
     assert [record.epoch for record in monitor.records] == [1]
     assert "was called 2 times before a gradient came" in first.findings[-1]
+
+
+def test_two_monitors_see_the_same():
+    layer = layers.LSTM(4, input_size=3)
+    with TrainingMonitor(layer) as outer, TrainingMonitor(layer) as inner:
+        layer(torch.randn(2, 5, 3)).sum().backward()
+        assert inner.epoch().scalars() == outer.epoch().scalars()
+    assert layer._observers == ()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_looked_at_as_a_call_without(reentrant):
+    layer, x = layers.LSTM(4, input_size=3), torch.randn(2, 5, 3, requires_grad=True)
+    wanted = lags_of(layer, lambda: layer(x).sum())
+    found = lags_of(layer, lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum())
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+def test_weights_that_are_computed_and_halves_are_looked_at():
+    class Halved(torch.nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    layer = layers.LSTM(4, input_size=3, **DOUBLE)
+    torch.nn.utils.parametrize.register_parametrization(layer.cell, "recurrent_kernel", Halved())
+    x, w = torch.randn(2, 6, 3, dtype=torch.float64), torch.zeros(2, 6, 4, dtype=torch.float64)
+    w[:, -1] = 1.0
+    assert_lags(lags_of(layer, lambda: layer(x).sum()), expected_lags(layer.cell, x, w))
+    small = layers.LSTM(4, input_size=3, dtype="bfloat16")
+    assert lags_of(small, lambda: small(x.bfloat16()).sum())["carried"].shape == (6,)
 
 
 def test_truncated_backpropagation_is_looked_at_chunk_by_chunk():
@@ -358,7 +391,7 @@ def test_a_copy_and_a_pickle_are_not_looked_at():
         torch.save(model, file)
         file.seek(0)
         for other in (twin, torch.load(file, weights_only=False)):
-            assert other[0]._observer is None
+            assert other[0]._observers == ()
             other(x).sum().backward()
         model(x).sum().backward()
         twin = copy.deepcopy(model)

@@ -151,7 +151,7 @@ def test_looking_at_the_layers_changes_no_bit(sequences, options):
     if "bidirectional" in options:
         names = [f"{name}.{way}_layer" for name in names for way in ("forward", "backward")]
     assert list(result.records[0].layers) == names
-    assert all(layer._observer is None for layer in looked.modules() if isinstance(layer, layers.RNN))
+    assert all(not layer._observers for layer in looked.modules() if isinstance(layer, layers.RNN))
 
 
 def test_what_was_seen_of_the_layers_goes_on_after_a_resume(sequences, tmp_path):

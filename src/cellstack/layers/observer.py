@@ -69,12 +69,15 @@ class Observer:
         self.stop()
         self.calls, self._call, self.through_gates = 0, None, False
         self._given, self._norms = {}, {}
-        self.layer._observer = self
+        self.layer._observers += (self,)
 
     def stop(self) -> None:
         """Look no longer; what was seen stays."""
-        self.layer._observer = None
+        self._leave()
         self._unhook()
+
+    def _leave(self) -> None:
+        self.layer._observers = tuple(other for other in self.layer._observers if other is not self)
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -126,7 +129,7 @@ class Observer:
             if place not in self._given:
                 own = gradient.detach()[rows]
                 self._given[place] = (own if part is None else own[:, part]).clone()
-            self.layer._observer = None  # one call is enough
+            self._leave()  # one call is enough
 
         return hook
 

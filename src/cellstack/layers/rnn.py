@@ -54,7 +54,7 @@ class RNN(StatefulLayer):
     ((2, 3, 5), (2, 2, 4), (1, 2, 5))
     """
 
-    _observer: Callable[[Call], None] | None = None  # is shown every call, see `observer`
+    _observers: tuple[Callable[[Call], None], ...] = ()  # are shown every call, see `observer`
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class RNN(StatefulLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a graph can't be copied; who looks on looks at this layer alone.
-        return {**super().__getstate__(), "_activity": None, "_observer": None}
+        return {**super().__getstate__(), "_activity": None, "_observers": ()}
 
     def _loss_terms(self) -> Iterator[Tensor]:
         if self._activity is not None:
@@ -265,7 +265,7 @@ class RNN(StatefulLayer):
                 self.go_backwards,
                 self.return_sequences,
                 self.residual,
-                self._observer,
+                self._observers,
             )
         elif return_gates:
             raise TypeError(f"{owner}: expected return_gates=False: only cells of ours have gates to return")

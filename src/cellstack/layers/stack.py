@@ -154,7 +154,7 @@ def run_cells(
     reverse: bool,
     sequences: bool,
     residual: bool,
-    observer: Callable[[Call], None] | None = None,
+    observers: Sequence[Callable[[Call], None]] = (),
 ) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
     """Run built cells over a sequence: as many as can be in one call of the op, the others by their own routes.
 
@@ -169,7 +169,7 @@ def run_cells(
         reverse: from the last step to the first; y stays in the order of x.
         sequences: whether y is wanted, not only the last output.
         residual: see `StackedRNNCells`.
-        observer: is shown what was run.
+        observers: are shown what was run.
 
     Returns:
         y `[B, T, P]` (where `sequences`), the last output `[B, P]`, a state a cell, a trace a cell (where `traced`).
@@ -230,7 +230,7 @@ def run_cells(
             y = y + (below if used is None else at_last_used(below, used, reset, reverse))
             last = y[:, 0 if reverse else -1]
         start = stop
-    if observer is not None:
+    for observer in observers:
         observer(Call(cells, arrays, masks, x, states, used, reset, reverse, residual, y, finals, traces))
     return y, last, finals, traces
 
