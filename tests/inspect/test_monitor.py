@@ -343,6 +343,15 @@ def test_a_batch_without_the_monitor_s_work_has_none_of_it():
     assert "was called 2 times before a gradient came" in first.findings[-1]
 
 
+def test_a_closed_monitor_says_so():
+    layer = layers.LSTM(4, input_size=3)
+    with TrainingMonitor(layer) as monitor:
+        layer(torch.randn(2, 5, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="expected one that isn't closed"):
+        monitor.epoch()
+    assert layer._observers == ()
+
+
 def test_two_monitors_see_the_same():
     layer = layers.LSTM(4, input_size=3)
     with TrainingMonitor(layer) as outer, TrainingMonitor(layer) as inner:

@@ -46,6 +46,7 @@ def lightning_callback(
 
         def __init__(self) -> None:
             self.monitor: TrainingMonitor | None = None
+            self.logged = 0  # the last step of the optimiser that was
 
         @property
         def records(self) -> list[TrainingRecord]:
@@ -55,9 +56,14 @@ def lightning_callback(
             if trainer.is_global_zero:
                 every = 1 if every_n_train_steps else every_n_epochs
                 self.monitor = TrainingMonitor(pl_module, every, rows, lags)
+                self.logged = trainer.global_step
+                if not every_n_train_steps and trainer.current_epoch:  # a training that is resumed
+                    self.monitor.skip(trainer.current_epoch)
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if every_n_train_steps and trainer.global_step and trainer.global_step % every_n_train_steps == 0:
+            # Where gradients are accumulated, several batches are one step.
+            if every_n_train_steps and trainer.global_step >= self.logged + every_n_train_steps:
+                self.logged = trainer.global_step
                 self._log(trainer)
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

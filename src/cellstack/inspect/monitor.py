@@ -60,7 +60,7 @@ class TrainingMonitor:
         for name, number in (("every", every), ("rows", rows), ("lags", lags)):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"TrainingMonitor: expected {name} as a whole number from 1 on, got {number!r:.80}")
-        self._every, self._writer = every, writer
+        self._every, self._writer, self._closed = every, writer, False
         self._observers: dict[str, Observer] = {}
         self.left_out: dict[str, str] = {}
         self.records: list[TrainingRecord] = []
@@ -78,13 +78,14 @@ class TrainingMonitor:
         self._begin()
 
     def _begin(self) -> None:
+        self.close()
+        self._closed = False
         if self.number % self._every == 0:
             for observer in self._observers.values():
                 observer.start()
 
     def skip(self, epochs: int) -> None:
         """Count epochs that ended before the monitor was made, as where a training is resumed."""
-        self.close()
         self.number += epochs
         self._begin()
 
@@ -96,7 +97,12 @@ class TrainingMonitor:
 
         Returns:
             None in an epoch that isn't looked at.
+
+        Raises:
+            RuntimeError: the monitor is closed.
         """
+        if self._closed:
+            raise RuntimeError("TrainingMonitor: expected one that isn't closed: call epoch() within its block")
         looked_at = self.number % self._every == 0
         self.number += 1
         record = None
@@ -109,7 +115,8 @@ class TrainingMonitor:
         return record
 
     def close(self) -> None:
-        """Look no longer."""
+        """Look no longer; what was recorded stays."""
+        self._closed = True
         for observer in self._observers.values():
             observer.stop()
 

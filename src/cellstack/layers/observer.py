@@ -146,7 +146,7 @@ class Observer:
     def looked(self) -> list[Looked] | None:
         """Return what was seen of each cell, and look no longer; None where no gradient has reached a call."""
         self.stop()
-        call, given = self._call, self._given
+        call, given, self._call, self._given = self._call, self._given, None, {}
         if call is None or not given:
             return None
         with torch.inference_mode(False), torch.enable_grad():
