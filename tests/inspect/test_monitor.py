@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.parametrize
+import torch.utils._pytree
 import torch.utils.checkpoint
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import cellstack as cs
 from cellstack import layers
 from cellstack.inspect import TrainingMonitor, TrainingRecord, records
+from cellstack.layers import observer
 
 DOUBLE = {"dtype": "float64"}
 
@@ -213,6 +215,56 @@ def test_masks_of_dropout_and_zoneout_are_those_of_the_call(kind):
         (looked,) = monitor._observers[kind.__name__].looked()
     for name, field in looked.trace._asdict().items():
         np.testing.assert_allclose(field.numpy(), trace._asdict()[name][:, 12:].detach().numpy(), atol=1e-12)
+
+
+def random_stack(draw):
+    """A stack of cells of ours with flags, run in one way or the other."""
+    flags = [
+        {}, {"peepholes": True}, {"coupled": True}, {"layer_norm": True}, {"cell_clip": 0.5},
+        {"zoneout": 0.2, "zoneout_cell": 0.1}, {"learn_initial_state": True},
+    ]  # fmt: skip
+    cells = []
+    for _ in range(draw.integers(1, 4)):
+        kind = [layers.LSTMCell, layers.GRUCell, layers.SimpleRNNCell][draw.integers(3)]
+        options = flags[draw.integers(len(flags))] if kind is layers.LSTMCell else {}
+        rates = {name: 0.3 for name in ("dropout", "recurrent_dropout") if draw.random() < 0.3}
+        cells.append(kind(4, **options, **rates, **DOUBLE))
+    names = ("return_sequences", "return_state", "go_backwards")
+    stack = layers.StackedRNNCells(cells, residual=draw.random() < 0.5)
+    return layers.RNN(stack, input_size=4, **{name: draw.random() < 0.5 for name in names})
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_what_runs_again_is_the_call(seed, monkeypatch):
+    """What is run again gives weights the gradients that the call gave them: with its masks, resets and dropout."""
+    draw = np.random.default_rng(seed)
+    layer, (batch, steps) = random_stack(draw), draw.integers(1, 12, 2)
+    x = torch.randn(batch, steps, 4, dtype=torch.float64)
+    given = {"mask": torch.rand(batch, steps) < 0.7} if draw.random() < 0.5 else {}
+    given |= {"reset": torch.rand(batch, steps) < 0.2} if draw.random() < 0.5 else {}
+    weights, found = [], []
+
+    def run(x, starts, arrays, *rest):
+        weights.extend(arrays)
+        return eager_run(x, starts, arrays, *rest)
+
+    def gradients(outputs, states, given):
+        if not found:
+            found.extend(torch.autograd.grad(outputs, weights, given, retain_graph=True, materialize_grads=True))
+        return own(outputs, states, given)
+
+    eager_run, own = observer.eager.run, observer._gradients
+    with TrainingMonitor(layer) as monitor:
+        results = layer(x, **given)
+        parts = torch.utils._pytree.tree_leaves(results)
+        sum((part * torch.randn_like(part)).sum() for part in parts).backward()
+        monkeypatch.setattr(observer.eager, "run", run)
+        monkeypatch.setattr(observer, "_gradients", gradients)
+        assert monitor.epoch().layers
+    wanted = [array.grad for cell in layer.cells for array in cell.arrays()]
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-8, atol=1e-10)
 
 
 class Stacks(torch.nn.Module):
