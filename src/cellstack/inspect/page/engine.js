@@ -126,7 +126,7 @@ function namedActivation(text, table) {
   return { name: match[1], f, slope, alpha: given[0] ?? 0, beta: given[1] ?? 0 };
 }
 
-const cellActivation = (text) => namedActivation(text, ACTIVATION_TABLE);
+export const cellActivation = (text) => namedActivation(text, ACTIVATION_TABLE);
 const nodeActivation = (text) => namedActivation(text, { ...ACTIVATION_TABLE, ...NODE_ACTIVATION_TABLE });
 const knowsNodeActivation = (text) => ROW_ACTIVATIONS.includes(text) || nodeActivation(text) !== null;
 

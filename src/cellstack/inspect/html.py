@@ -1,0 +1,105 @@
+"""The page of a trace as one HTML file that needs nothing else: no server, no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from functools import cache
+from importlib import resources
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from cellstack.formats.files import check_replaceable, replacing
+from cellstack.inspect import contents
+
+if TYPE_CHECKING:
+    from cellstack.inspect.trace import NetworkTrace
+
+MODULES = (
+    "engine",
+    "style",
+    "dom",
+    "data",
+    "draw",
+    "seriation",
+    "formulas",
+    "view",
+    "network",
+    "map",
+    "cell",
+    "unit",
+    "labels",
+    "memory",
+    "matches",
+    "page",
+)
+"""The page's modules, each after those that it imports from."""
+
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' blob:; worker-src blob:; style-src 'unsafe-inline'; "
+    "img-src data:; base-uri 'none'; form-action 'none'"
+)
+"""What the browser lets the page do: its own text runs, and nothing is asked of any network."""
+
+HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>html, body {{ margin: 0; }}</style>
+</head>
+<body>
+<main id="page"></main>
+<noscript>This page draws what a network did with JavaScript, which is switched off in this browser.</noscript>
+<script type="application/json" id="description">"""
+
+START = """
+const element = (name) => document.getElementById(name).textContent;
+const description = JSON.parse(element("description"));
+const arrays = description.arrays.map((_, number) => () => element(`array-${number}`));
+const payload = { description, arrays };
+render({ model: { get: () => payload }, el: document.getElementById("page") });
+"""
+
+
+@cache
+def module_text() -> str:
+    """Return the page's modules as the text of one: `render({ model, el })` is what it exports."""
+    folder = resources.files("cellstack.inspect") / "page"
+    parts = []
+    for name in MODULES:
+        text = (folder / f"{name}.js").read_text(encoding="utf-8")
+        text = re.sub(r"^import [^;]*;\n", "", text, flags=re.MULTILINE)
+        text = re.sub(r"^export (?=(?:async )?(?:function|class|const|let)\b)", "", text, flags=re.MULTILINE)
+        parts.append(text)
+    return "\n".join(parts)
+
+
+def engine_text() -> str:
+    """Return the text of the engine alone, as a worker runs it."""
+    text = (resources.files("cellstack.inspect") / "page" / "engine.js").read_text(encoding="utf-8")
+    return re.sub(r"^export (?=(?:async )?(?:function|class|const|let)\b)", "", text, flags=re.MULTILINE)
+
+
+def save_html(
+    t: NetworkTrace, path: str | PathLike[str], labels: Any, audio: Any, title: str | None, rows: Any
+) -> None:
+    """Write the page of a trace: see `NetworkTrace.save_html`."""
+    check_replaceable(path)  # now, not after all has been compressed
+    made = contents.payload(t, labels, audio, title, rows)
+    head = HEAD.format(policy=html.escape(POLICY), title=html.escape(made.description["title"]))
+    with replacing(path) as file:
+        file.write(head.encode())
+        file.write(contents.text_of(made.description).encode())
+        file.write(b"</script>\n")
+        for number, data in enumerate(made.arrays):
+            file.write(b'<script type="text/plain" id="array-%d">' % number)
+            file.write(base64.b64encode(data))
+            file.write(b"</script>\n")
+        file.write(b'<script type="module">\n')
+        file.write((module_text() + START).encode())
+        file.write(b"</script>\n</body>\n</html>\n")
