@@ -1,7 +1,7 @@
 """A trace as what its page takes: a description that JSON can hold, and arrays as bytes.
 
-A sequence lies in it as `[B, W, T]`, so that what a map draws of one unit lies together. The numbers of the network's own
-arrays are kept as they are; those of the trace too while there are few, else they are rounded: see `ROUNDED`.
+A sequence lies in it as `[B, W, T]`, so that what a map draws of one unit lies together. The numbers of the network's
+own arrays are kept as they are; those of the trace too while there are few, else they are rounded: see `ROUNDED`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import re
 from functools import cache
 from importlib import resources
@@ -31,7 +32,11 @@ MODULES = (
     "unit",
     "labels",
     "memory",
+    "runner",
+    "gradients",
+    "whatif",
     "matches",
+    "playground",
     "page",
 )
 """The page's modules, each after those that it imports from."""
@@ -69,19 +74,14 @@ render({ model: { get: () => payload }, el: document.getElementById("page") });
 @cache
 def module_text() -> str:
     """Return the page's modules as the text of one: `render({ model, el })` is what it exports."""
-    folder = resources.files("cellstack.inspect") / "page"
-    parts = []
-    for name in MODULES:
-        text = (folder / f"{name}.js").read_text(encoding="utf-8")
-        text = re.sub(r"^import [^;]*;\n", "", text, flags=re.MULTILINE)
-        text = re.sub(r"^export (?=(?:async )?(?:function|class|const|let)\b)", "", text, flags=re.MULTILINE)
-        parts.append(text)
-    return "\n".join(parts)
+    engine = json.dumps(_joinable("engine")).replace("<", "\\u003c")  # what a worker runs; no tag in it
+    return "\n".join([f"const engineSource = {engine};", *map(_joinable, MODULES)])
 
 
-def engine_text() -> str:
-    """Return the text of the engine alone, as a worker runs it."""
-    text = (resources.files("cellstack.inspect") / "page" / "engine.js").read_text(encoding="utf-8")
+def _joinable(name: str) -> str:
+    """Return the text of a module without its imports and exports."""
+    text = (resources.files("cellstack.inspect") / "page" / f"{name}.js").read_text(encoding="utf-8")
+    text = re.sub(r"^import [^;]*;\n", "", text, flags=re.MULTILINE)
     return re.sub(r"^export (?=(?:async )?(?:function|class|const|let)\b)", "", text, flags=re.MULTILINE)
 
 

@@ -67,6 +67,29 @@ export function fitted(canvas) {
   return { context: canvas.getContext("2d"), width, height, ratio };
 }
 
+// A small map of all of a plane, with names of its rows where there are such.
+export function drawTiles(canvas, view, plane, scale, names) {
+  canvas.style.height = `${Math.max(24, Math.min(260, plane.units * (names === null ? 13 : 20)))}px`;
+  const { context: pen, width, height, ratio } = fitted(canvas);
+  pen.clearRect(0, 0, width, height);
+  const left = 44 * ratio;
+  const colours = palette(scale.kind, view.theme);
+  const [wide, high] = [(width - left - 6 * ratio) / plane.steps, height / plane.units];
+  pen.font = `${11 * ratio}px system-ui, sans-serif`;
+  pen.textAlign = "right";
+  pen.textBaseline = "middle";
+  for (let unit = 0; unit < plane.units; unit += 1) {
+    for (let step = 0; step < plane.steps; step += 1) {
+      const value = plane.at(unit, step);
+      const place = Math.max(0, Math.min(255, Math.floor(((value - scale.low) / (scale.high - scale.low || 1)) * 255)));
+      pen.fillStyle = Number.isFinite(value) ? cssColour(colours[place]) : "#000";
+      pen.fillRect(left + step * wide, unit * high, Math.max(1, wide - 1), Math.max(1, high - 1));
+    }
+    pen.fillStyle = view.colours.muted;
+    if (high >= 10 * ratio) pen.fillText(names === null ? String(unit) : names[unit], left - 6 * ratio, (unit + 0.5) * high);
+  }
+}
+
 // Round numbers between two ends, so many at most.
 export function ticks(low, high, most) {
   const span = high - low;
@@ -81,7 +104,7 @@ export function ticks(low, high, most) {
 
 // A chart of lines over the steps of a window, with the cursor and a marked range.
 //
-//   lines   [{ plane, unit, colour, dash }]
+//   lines   [{ plane, unit, colour, dash, gaps }]; gaps: what isn't a number was never meant to be one
 //   window  { from, span }: the steps that are shown
 export function drawLines(canvas, colours, lines, window_, { cursor = null, range = null, zero = true, ends = null } = {}) {
   const { context: pen, width, height, ratio } = fitted(canvas);
@@ -93,7 +116,7 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
   const out = [0, 0];
   let low = ends?.low ?? Infinity;
   let high = ends?.high ?? -Infinity;
-  const traced = lines.map(({ plane, unit, colour, dash }) => {
+  const traced = lines.map(({ plane, unit, colour, dash, gaps = false }) => {
     const points = [];
     const add = (at, least, most) => {
       points.push([at, least, most]);
@@ -114,7 +137,7 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
         add(from + span / 2, out[0], out[1]);
       }
     }
-    return { points, colour, dash };
+    return { points, colour, dash, gaps };
   });
   if (low > high) [low, high] = [0, 1];
   if (low === high) [low, high] = [low - 0.5, high + 0.5];
@@ -142,7 +165,7 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
   pen.beginPath();
   pen.rect(left, 0, wide, height);
   pen.clip();
-  for (const { points, colour, dash } of traced) {
+  for (const { points, colour, dash, gaps } of traced) {
     pen.strokeStyle = colour;
     pen.lineWidth = 1.6 * ratio;
     pen.lineJoin = "round";
@@ -162,6 +185,7 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
     if (points.length === 1 && drawing) pen.arc(across(points[0][0]), down(points[0][1]), 2.5 * ratio, 0, 7);
     pen.stroke();
     pen.setLineDash([]);
+    if (gaps) continue; // no number is meant there
     // What isn't a finite number stands as a cross at the edge.
     pen.lineWidth = 1.5 * ratio;
     for (const [step, least, most] of points) {

@@ -106,14 +106,11 @@ export class CellStep {
     const bias = weights.bias ?? null;
     const own = bias === null ? 0 : bias.data[column];
     const second = bias !== null && bias.shape.length === 2 ? bias.data[bias.shape[1] + column] : 0;
-    if (bias !== null) sum.push(own);
-    let names = bias === null ? "" : " + bias";
+    const names = bias === null ? "" : bias.shape.length === 2 && !reset ? " with both biases" : " with the bias";
+    if (bias !== null && reset) sum.push(own);
     if (!reset) {
       sum.push(this.part("recurrent_kernel", gate, unit, lines));
-      if (bias !== null && bias.shape.length === 2) {
-        sum.push(second);
-        names = " + both biases";
-      }
+      if (bias !== null) sum.push(...(bias.shape.length === 2 ? [own, second] : [own]));
     } else if (spec.reset_after) {
       const inner = this.part("recurrent_kernel", gate, unit, lines) + second;
       const r = this.gate("r", unit).value;

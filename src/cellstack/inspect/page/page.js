@@ -3,14 +3,18 @@
 import { CellView } from "./cell.js";
 import { Store } from "./data.js";
 import { button, make, plural, tabs } from "./dom.js";
+import { Gradients } from "./gradients.js";
 import { LabelText } from "./labels.js";
 import { HeatMap } from "./map.js";
 import { Matches } from "./matches.js";
 import { Memory } from "./memory.js";
 import { NetworkDiagram } from "./network.js";
+import { Playground } from "./playground.js";
+import { Rerun, Runner } from "./runner.js";
 import { pageStyle } from "./style.js";
 import { UnitLines } from "./unit.js";
 import { View } from "./view.js";
+import { Changes, WhatIf } from "./whatif.js";
 
 const COLOURS = { ground: "--ground", ink: "--ink", muted: "--muted", grid: "--grid", accent: "--accent", cursor: "--cursor", veil: "--veil", mark: "--mark", warm: "--warm", cold: "--cold" };
 
@@ -72,11 +76,18 @@ async function build(payload, page, root) {
   if (description.rounded !== null) {
     inner.append(make("p", { class: "note" }, `The numbers of this trace are kept as ${description.rounded}, so that the page stays small: the last digits differ from the run's.`));
   }
+  const runner = new Runner();
+  const rerun = new Rerun(view, runner);
+  const changes = new Changes(view, rerun);
+  const close = () => {
+    dark.removeEventListener("change", follow);
+    runner.close();
+  };
   const empty = view.place === null || view.steps === 0 || description.rows === 0;
   if (empty) {
     const what = description.rows === 0 ? "no row" : view.steps === 0 ? "no step" : "no gate, state or sequence";
     inner.append(make("p", { class: "warning" }, `There is nothing to draw: the trace holds ${what}.`));
-    return { view, close: () => dark.removeEventListener("change", follow) };
+    return { view, close };
   }
   const diagram = new NetworkDiagram(view);
   const map = new HeatMap(view);
@@ -85,7 +96,10 @@ async function build(payload, page, root) {
     unit: { title: "Unit over time", about: "The life of one unit: its gates between 0, shut, and 1, open; below, what it holds and shows. A click moves the cursor.", pane: new UnitLines(view) },
     text: { title: "Labels", about: "The steps' labels as a text, each coloured by what the unit is at its step.", pane: new LabelText(view) },
     memory: { title: "Memory", about: "A cell is a sum: what each past step wrote into it, times what every forget gate since then has kept. These are the parts at the cursor.", pane: new Memory(view) },
+    gradient: { title: "Gradient", about: "How much a number would change with each input: the gradient, computed back through the network in this page. The cursor chooses the step.", pane: new Gradients(view, rerun, changes) },
+    whatif: { title: "What if", about: "Change an input, hold a gate, reset the state or edit a weight: the page runs the network anew and shows what it does then, in every view.", pane: new WhatIf(view, rerun, changes) },
     match: { title: "Select and match", about: "Mark a range of steps: the units that are on throughout it, and where else these are on together.", pane: new Matches(view) },
+    playground: { title: "Playground", about: "A small network of its own that learns a task in this page, while its gates are watched.", pane: new Playground(view, runner) },
   };
   if (view.labels.kind === null) delete panes.text;
   const tabbed = tabs(
@@ -116,12 +130,15 @@ async function build(payload, page, root) {
   performance.mark("cellstack: the map is drawn");
   await diagram.draw();
   tabbed.show("cell");
+  await rerun.start();
+  if (rerun.why !== null) header.after(make("p", { class: "warning" }, rerun.why));
   return {
     view,
     map,
+    changes,
     close: () => {
-      dark.removeEventListener("change", follow);
       resize.disconnect();
+      close();
     },
   };
 }

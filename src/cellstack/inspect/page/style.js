@@ -91,6 +91,7 @@ tbody th, thead th:first-child { text-align: left; }
 .tabs button:hover { color: var(--ink); }
 .panels > section { padding: 14px 2px 4px; }
 .panels > section:focus-visible { outline-offset: 4px; }
+.tiles { margin-top: 8px; }
 .chart { height: 190px; margin-top: 6px; cursor: pointer; }
 .cellview { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 16px 28px; align-items: start; }
 .small .value { font-size: 12.5px; }
@@ -147,8 +148,7 @@ output { font-weight: 600; min-width: 56px; display: inline-block; align-self: c
 pre { background: var(--raised); border-radius: 8px; padding: 10px 12px; overflow-x: auto; font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 8px 0; user-select: all; white-space: pre; }
 .sliders { display: grid; grid-template-columns: auto minmax(80px, 1fr) auto; gap: 2px 10px; align-items: center; max-width: 460px; }
 .sliders input[type="range"] { width: 100%; }
-.weights input { width: 84px; min-height: 28px; padding: 1px 6px; text-align: right; }
-.gradient { height: 160px; margin-top: 6px; }
+.weights input { width: 92px; min-height: 28px; padding: 1px 6px; text-align: right; }
 .status { color: var(--muted); min-height: 1.45em; }
 @media (max-width: 1240px) { .cellview { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 900px) {
