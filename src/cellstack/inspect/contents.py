@@ -247,7 +247,7 @@ def _value(array: Array | None, timed: bool, aligned: bool, taken: Array, arrays
     some = _some(array, taken)
     timed = timed and array.ndim >= 2
     if not timed:
-        some = some.reshape(len(some), -1)
+        some = some.reshape(len(some), math.prod(some.shape[1:]))
     return {"timed": timed, "value": arrays.put(some, sequence=timed), "in_step": aligned}
 
 
@@ -304,9 +304,9 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
     cells = [cell for node in t.values() for cell in node.cells]
     flows = _flows(t)
     if len(cells) < len(network.cells) or any(cell.record is None for cell in cells) or network.inputs[0] not in flows:
-        return {**nothing, "why_not": "The trace holds part of a run, so the network can't be run anew from it."}
+        return {**nothing, "why_not": "The trace holds part of a run, so that the network can't be run anew."}
     if any(name not in flows for name in network.inputs):
-        return {**nothing, "why_not": "The trace doesn't hold every input, so the network can't be run anew from it."}
+        return {**nothing, "why_not": "The trace doesn't hold every input, so that the network can't be run anew."}
     records = [cell.record for cell in cells if cell.record is not None]
     flags = {}
     for what in ("mask", "reset"):

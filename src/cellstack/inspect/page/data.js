@@ -236,11 +236,12 @@ export class Labels {
     return value.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
   }
 
-  // "step 12, “e”": the step's own number in the run, and its label.
+  // "step 12 “e”": the step's own number in the run, and its label.
   full(row, step) {
     const number = this.steps[step] ?? step;
     const label = this.short(row, step);
     if (label === "") return `step ${number}`;
-    return this.kind === "text" ? `step ${number} “${label}”` : `step ${number}, ${label}`;
+    if (this.kind === "text") return `step ${number} “${label}”`;
+    return this.kind === "number" ? `step ${number} at ${label}` : `step ${number}, ${label}`;
   }
 }

@@ -10,7 +10,7 @@ const RIGHT = 6;
 const MOST_HIGH = 440; // of the map
 const ROW = 30; // of a unit, at most
 const ORDERS = [["number", "number"], ["memory", "memory length"], ["variance", "variance"], ["likeness", "likeness"]];
-const BROKEN = [0xff000000, 0xffffffff]; // a chequered ground: no number
+const BROKEN = [0xff000000, 0xffffffff]; // in stripes: NaN; chequered: infinite
 
 export class HeatMap {
   constructor(view) {
@@ -412,7 +412,7 @@ export class HeatMap {
     pen.textBaseline = "middle";
     pen.save();
     pen.beginPath();
-    pen.rect(left, 0, wide + RIGHT * ratio, height);
+    pen.rect(left - 10 * ratio, 0, wide + (10 + RIGHT) * ratio, height);
     pen.clip();
     for (const [a, b, row] of view.matches) {
       if (row !== view.row) continue;
@@ -421,30 +421,29 @@ export class HeatMap {
     }
     const numbered = view.labels.kind === null || view.labels.kind === "text";
     pen.fillStyle = view.colours.muted;
-    if (numbered || perStep * 1 < 1e9) {
-      const first = Math.max(0, Math.floor(from));
-      const last = Math.min(view.steps - 1, Math.ceil(from + span) - 1);
-      const gap = view.labels.kind === "date" ? 150 : 64;
-      for (const step of ticks(first, Math.max(first, last), Math.max(2, wide / (gap * ratio)))) {
-        if (step !== Math.round(step) || step > last) continue;
-        const text = numbered ? String(view.description.steps[step]) : view.labels.short(view.row, step);
-        pen.fillText(text, across(step + 0.5), 8 * ratio);
-      }
-      if (view.labels.kind === "text" && perStep >= 7 * ratio) {
-        pen.fillStyle = view.colours.ink;
-        pen.font = `${13 * ratio}px system-ui, sans-serif`;
-        const room = Math.max(1, Math.floor(perStep / (7 * ratio)));
-        for (let step = first; step <= last; step += 1) {
-          const text = view.labels.short(view.row, step);
-          pen.fillText(text.length > room ? `${text.slice(0, Math.max(1, room - 1))}${room > 1 ? "…" : ""}` : text, across(step + 0.5), 24 * ratio);
-        }
+    const first = Math.max(0, Math.floor(from));
+    const last = Math.min(view.steps - 1, Math.ceil(from + span) - 1);
+    const gap = view.labels.kind === "date" ? 150 : 64;
+    for (const step of ticks(first, Math.max(first, last), Math.max(2, wide / (gap * ratio)))) {
+      if (step !== Math.round(step) || step > last) continue;
+      const text = numbered ? String(view.description.steps[step]) : view.labels.short(view.row, step);
+      pen.fillText(text, across(step + 0.5), 8 * ratio);
+    }
+    if (view.labels.kind === "text" && perStep >= 7 * ratio) {
+      pen.fillStyle = view.colours.ink;
+      pen.font = `${13 * ratio}px system-ui, sans-serif`;
+      const room = Math.max(1, Math.floor(perStep / (7 * ratio)));
+      for (let step = first; step <= last; step += 1) {
+        const text = view.labels.short(view.row, step);
+        if (text.length > room && room < 4) continue; // a word that there is no room for
+        pen.fillText(text.length > room ? `${text.slice(0, Math.max(1, room - 1))}${room > 1 ? "…" : ""}` : text, across(step + 0.5), 24 * ratio);
       }
     }
     pen.restore();
-    pen.textAlign = "right";
+    pen.textAlign = "left";
     pen.fillStyle = view.colours.muted;
     pen.font = `${11 * ratio}px system-ui, sans-serif`;
-    pen.fillText("step", left - 6 * ratio, 8 * ratio);
+    pen.fillText(numbered ? "step" : view.labels.kind === "date" ? "date" : "label", 0, 8 * ratio);
   }
 
   // All steps, with the window that the map shows.
@@ -480,7 +479,7 @@ export class HeatMap {
       make("span", {}, shown(scale.low, 3)),
       make("span", { class: "bar", style: `background: linear-gradient(to right, ${stops.join(", ")})` }),
       make("span", {}, shown(scale.high, 3)),
-      plane.range.broken ? make("span", { class: "broken" }, make("span", { class: "chequered" }), "NaN or infinite") : null,
+      plane.range.broken ? make("span", { class: "broken" }, make("span", { class: "striped" }), "NaN", make("span", { class: "chequered" }), "infinite") : null,
       make("span", { class: "extent" }, `${plural(plane.units, "unit")} × ${plural(plane.steps, "step")}`),
       make("span", { class: "extent" }, plane.steps > 600 ? "zoomed out, the upper half of a row shows the largest number under it, the lower half the least" : ""),
     );

@@ -18,6 +18,8 @@ import { Changes, WhatIf } from "./whatif.js";
 
 const COLOURS = { ground: "--ground", ink: "--ink", muted: "--muted", grid: "--grid", accent: "--accent", cursor: "--cursor", veil: "--veil", mark: "--mark", warm: "--warm", cold: "--cold" };
 
+const PLAY = "A small network of its own that learns a task in this page, while its gates are watched.";
+
 // What JupyterLab, VS Code or the browser is set to.
 function usualTheme() {
   const { jpThemeLight, vscodeThemeKind } = document.body.dataset;
@@ -86,7 +88,10 @@ async function build(payload, page, root) {
   const empty = view.place === null || view.steps === 0 || description.rows === 0;
   if (empty) {
     const what = description.rows === 0 ? "no row" : view.steps === 0 ? "no step" : "no gate, state or sequence";
-    inner.append(make("p", { class: "warning" }, `There is nothing to draw: the trace holds ${what}.`));
+    const play = new Playground(view, runner);
+    inner.append(make("p", { class: "warning" }, `There is nothing to draw: the trace holds ${what}.`), make("h2", {}, "Playground"), make("p", { class: "about" }, PLAY), play.element);
+    play.open = true;
+    play.draw();
     return { view, close };
   }
   const diagram = new NetworkDiagram(view);
@@ -99,7 +104,7 @@ async function build(payload, page, root) {
     gradient: { title: "Gradient", about: "How much a number would change with each input: the gradient, computed back through the network in this page. The cursor chooses the step.", pane: new Gradients(view, rerun, changes) },
     whatif: { title: "What if", about: "Change an input, hold a gate, reset the state or edit a weight: the page runs the network anew and shows what it does then, in every view.", pane: new WhatIf(view, rerun, changes) },
     match: { title: "Select and match", about: "Mark a range of steps: the units that are on throughout it, and where else these are on together.", pane: new Matches(view) },
-    playground: { title: "Playground", about: "A small network of its own that learns a task in this page, while its gates are watched.", pane: new Playground(view, runner) },
+    playground: { title: "Playground", about: PLAY, pane: new Playground(view, runner) },
   };
   if (view.labels.kind === null) delete panes.text;
   const tabbed = tabs(
@@ -131,7 +136,7 @@ async function build(payload, page, root) {
   await diagram.draw();
   tabbed.show("cell");
   await rerun.start();
-  if (rerun.why !== null) header.after(make("p", { class: "warning" }, rerun.why));
+  if (rerun.why !== null) header.after(make("p", { class: "warning" }, `${rerun.why} What if and gradients aren't available.`));
   return {
     view,
     map,

@@ -75,6 +75,7 @@ canvas { display: block; width: 100%; }
 .legend .extent { margin-left: 10px; }
 .legend .extent:empty { display: none; }
 .broken { display: inline-flex; gap: 5px; align-items: center; margin-left: 10px; }
+.striped { width: 16px; height: 12px; border: 1px solid var(--muted); background: repeating-linear-gradient(135deg, #000 0 3px, #fff 3px 6px); }
 .chequered { width: 16px; height: 12px; border: 1px solid var(--muted); background: repeating-conic-gradient(#000 0 25%, #fff 0 50%) 0 0 / 8px 8px; }
 details { margin-top: 8px; }
 summary { color: var(--muted); cursor: pointer; font-size: 13px; }
@@ -94,7 +95,7 @@ tbody th, thead th:first-child { text-align: left; }
 .tiles { margin-top: 8px; }
 .chart { height: 190px; margin-top: 6px; cursor: pointer; }
 .cellview { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 16px 28px; align-items: start; }
-.small .value { font-size: 12.5px; }
+.port.small .value { font-size: 12px; font-weight: 500; }
 .wires { display: block; width: 100%; min-width: 560px; max-width: 880px; height: auto; }
 .wire { fill: none; stroke: var(--muted); stroke-width: 1.6; }
 .head { fill: var(--muted); }
@@ -103,7 +104,7 @@ tbody th, thead th:first-child { text-align: left; }
 .port rect { fill: var(--fill, var(--raised)); stroke: var(--edge); stroke-width: 1.2; }
 .port text { text-anchor: middle; fill: var(--on, var(--ink)); pointer-events: none; }
 .port .name { font-size: 12px; opacity: 0.85; }
-.port .value { font-size: 15px; font-weight: 650; }
+.port:not(.small) .value { font-size: 15px; font-weight: 650; }
 .sign rect { fill: var(--ground); stroke: var(--muted); stroke-width: 1.4; }
 .sign text { text-anchor: middle; font-size: 15px; fill: var(--ink); }
 .network { display: block; }
