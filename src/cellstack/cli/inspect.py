@@ -147,9 +147,7 @@ def _text(net: Network, path: str) -> Sample:
     if characters is not None:
         places = {str(character): number for number, character in enumerate(characters)}
         if width is not None and len(places) > width:
-            raise UsageError(
-                f"{path}: expected at most {width} characters in its metadata, got {len(places)}"
-            )
+            raise UsageError(f"{path}: expected at most {width} characters in its metadata, got {len(places)}")
         unknown = sorted(set(text) - places.keys())
         if unknown:
             raise UsageError(f"{path}: expected the network's {len(places)} characters, found {unknown[0]!r}")

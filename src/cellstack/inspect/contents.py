@@ -219,9 +219,7 @@ def _dtype(t: NetworkTrace, taken: Array) -> Any:
     Raises:
         ValueError: there are too many.
     """
-    distinct = {(id(array.base) if array.base is not None else id(array), array.shape) for array in _all(t)}
-    sizes = [math.prod(shape[1:]) for _, shape in distinct]
-    total = len(taken) * sum(sizes)
+    total = size_of(t, len(taken))
     for most, dtype in ROUNDED:
         if total <= most:
             return dtype
@@ -229,6 +227,12 @@ def _dtype(t: NetworkTrace, taken: Array) -> Any:
         f"save_html: expected at most {LARGEST:,} numbers, got {total:,}: take some of the rows, rows=0, or some steps "
         "or units, select(steps=slice(0, 1000))"
     )
+
+
+def size_of(t: NetworkTrace, rows: int | None = None) -> int:
+    """Return how many numbers a trace holds in so many rows, or in all of them; those that are held twice count once."""
+    distinct = {array.__array_interface__["data"][0]: array for array in _all(t)}.values()
+    return sum(array.size if rows is None else rows * math.prod(array.shape[1:]) for array in distinct)
 
 
 def _all(t: NetworkTrace) -> list[Array]:

@@ -327,6 +327,31 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 
         save_html(self, path, labels, audio, title, rows)
 
+    def widget(
+        self,
+        labels: Any = None,
+        *,
+        audio: tuple[Any, float] | None = None,
+        title: str | None = None,
+        rows: Index = None,
+    ) -> Any:
+        """Return the page of the trace as a widget of Jupyter, VS Code or marimo; the arguments are `save_html`'s.
+
+        At the end of a cell, the trace itself is shown so.
+
+        Raises:
+            ImportError: anywidget isn't installed.
+            ValueError, IndexError: see `save_html`.
+        """
+        from cellstack.inspect.widget import widget  # as a page
+
+        return widget(self, labels, audio, title, rows)
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        from cellstack.inspect.widget import mimebundle  # as a page
+
+        return mimebundle(self, **options)
+
     def __repr__(self) -> str:
         rows, steps = len(_tuple(self.y)[0]), len(self.steps)
         head = f"Trace of {rows} row{'s' * (rows != 1)}, {steps} step{'s' * (steps != 1)}"
