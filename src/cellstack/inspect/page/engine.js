@@ -115,7 +115,7 @@ const USUAL_PARAMETERS = {
   scaled_tanh: [1, 1],
 };
 
-// What a text such as "hard_sigmoid(0.2, 0.5)" names: { name, f, slope, alpha, beta }; null where it is none of `table`.
+// What a text such as "hard_sigmoid(0.2, 0.5)" names: { name, f, slope, alpha, beta }; null where it isn't in `table`.
 function namedActivation(text, table) {
   const match = /^\s*(\w+)\s*(?:\(([^()]*)\))?\s*$/.exec(text);
   if (match === null || !Object.hasOwn(table, match[1])) return null;
@@ -408,11 +408,14 @@ class CellPass {
       if (this.lstm) Object.assign(this, { seen: plane(), cAct: plane(), inside: new Uint8Array(B * T * H).fill(1) });
       if (spec.kind === "gru" && spec.reset_after) this.q = plane();
       if (spec.layer_norm) {
-        this.units = { a: new Float64Array(B * T * G * H), b: new Float64Array(B * T * G * H), c: plane() };
-        this.deviations = { a: new Float64Array(B * T * 2), b: new Float64Array(B * T * 2), c: new Float64Array(B * T) };
+        const wide = () => new Float64Array(B * T * G * H);
+        const parts = () => new Float64Array(B * T * 2);
+        this.units = { a: wide(), b: wide(), c: plane() };
+        this.deviations = { a: parts(), b: parts(), c: new Float64Array(B * T) };
       }
     }
-    this.scratch = { a: new Float64Array(G * H), b: new Float64Array(G * H), v: new Float64Array(H), w: new Float64Array(H) };
+    const numbers = (n) => new Float64Array(n);
+    this.scratch = { a: numbers(G * H), b: numbers(G * H), v: numbers(H), w: numbers(H) };
     this.now = { h: new Float64Array(P), c: new Float64Array(H) };
     this.before = { h: new Float64Array(P), c: new Float64Array(H) };
     for (let row = 0; row < B; row += 1) this.runRow(row);
@@ -1004,6 +1007,7 @@ function backStack(layers, settings, flow, dy, dfields) {
 
 const numbersIn = (shape) => shape.reduce((product, length) => product * length, 1);
 const lastAxis = (shape) => shape[shape.length - 1];
+const shapeText = (shape) => `[${shape.map((length) => length ?? "any").join(", ")}]`;
 
 // Where Python's slice start:stop:step of n entries begins, ends and how it goes.
 function slicedRange([start, stop, given], n) {
@@ -1325,9 +1329,6 @@ const convolutionNode = {
   },
 };
 
-// Numbers of x taken together, a group of places for each number that comes out: see `pooled`.
-const POOL_MODES = ["sum", "mean", "max", "min"];
-
 // One number of places of x: their sum, mean, greatest or least, 0 of none. `best` is the place that it was, of max and
 // min the first; a NaN among them comes out.
 function pooled(mode, x, places, best, at) {
@@ -1345,7 +1346,7 @@ function pooled(mode, x, places, best, at) {
   return best[at] < 0 ? 0 : x[best[at]];
 }
 
-// A node that takes numbers together; plan(node, flow): { mode, shape, places: [place, …] of each number that comes out }.
+// A node that takes numbers together; plan(node, flow): { mode, shape, places(n): those that number n is made of }.
 function poolingNode(settings, plan, flags, mixesSteps) {
   return {
     settings,
@@ -1559,7 +1560,7 @@ function mergePlan(node, flows) {
   });
   shapes.forEach((one) => {
     if (one.length !== shape.length || one.some((length, axis) => length !== 1 && length !== shape[axis])) {
-      throw new Error(`${node.name}: expected values that fit each other, got ${shapes.map((s) => `[${s}]`).join(", ")}`);
+      throw new Error(`${node.name}: expected values that fit each other, got ${shapes.map(shapeText).join(", ")}`);
     }
   });
   const maps = shapes.map((one) => broadcastMap(one, shape));
@@ -1593,7 +1594,9 @@ function joinedFlags(flows, name, without) {
   flows.forEach((flow, k) => {
     const n = lengths[k];
     for (let row = 0; row < B; row += 1) {
-      for (let t = 0; t < n; t += 1) found[row * T + begin + t] = flow[name] === null ? without : flow[name][row * n + t];
+      for (let t = 0; t < n; t += 1) {
+        found[row * T + begin + t] = flow[name] === null ? without : flow[name][row * n + t];
+      }
     }
     begin += n;
   });
@@ -1631,7 +1634,7 @@ function concatPlan(node, flows) {
     const entries = inOrder(one[axis]).map((entry) => entry + begin);
     begin += one[axis];
     if (numbersIn(one) !== outer * one[axis] * inner) {
-      throw new Error(`${node.name}: expected values that fit each other, got ${shapes.map((s) => `[${s}]`).join(", ")}`);
+      throw new Error(`${node.name}: expected values that fit each other, got ${shapes.map(shapeText).join(", ")}`);
     }
     return takenMap(shape, axis, entries);
   });
@@ -1671,7 +1674,9 @@ const mergeNode = {
   },
   back(node, flows, { x: y }, dy) {
     const { mode } = node.settings;
-    if (mode === "concat") return concatPlan(node, flows).maps.map((map) => Float64Array.from(map, (place) => dy[place]));
+    if (mode === "concat") {
+      return concatPlan(node, flows).maps.map((map) => Float64Array.from(map, (place) => dy[place]));
+    }
     const { maps, out } = mergePlan(node, flows);
     const values = flows.map((flow) => flow.x.data);
     const dxs = values.map((value) => new Float64Array(value.length));
@@ -1837,8 +1842,10 @@ export function readNetwork({ description, arrays }) {
     (groups[name.slice(0, cut)] ??= {})[name.slice(cut + 1)] = readArray(array);
   }
   const nodes = description.nodes.map(({ name, wires, type, ...settings }) => {
-    const stacks = { recurrent: [["", settings]], bidirectional: [["forward/", settings.forward], ["backward/", settings.backward]] };
-    const cells = (Object.hasOwn(stacks, type) ? stacks[type] : []).flatMap(([prefix, stack]) =>
+    const stacks = [];
+    if (type === "recurrent") stacks.push(["", settings]);
+    if (type === "bidirectional") stacks.push(["forward/", settings.forward], ["backward/", settings.backward]);
+    const cells = stacks.flatMap(([prefix, stack]) =>
       stack.cells.map((spec, n) => ({
         spec: { ...USUAL_SPEC, ...spec },
         arrays: groups[`${name}/${prefix}${n}`] ?? {},
@@ -1925,7 +1932,6 @@ function takesIds(network, name) {
 }
 
 const floats = (data) => (data instanceof Float64Array ? data : Float64Array.from(data));
-const shapeText = (shape) => `[${shape.map((length) => length ?? "any").join(", ")}]`;
 
 // Flags [B, T] as they are given, of one input: an array or a value for all inputs, or one of each name.
 function givenFlags(what, given, name, B, T) {
@@ -1934,7 +1940,9 @@ function givenFlags(what, given, name, B, T) {
   const own = whole ? given : given[name];
   if (own === null || own === undefined) return null;
   const flags = Uint8Array.from(own.data ?? own, (flag) => (flag ? 1 : 0));
-  if (flags.length !== B * T) throw new Error(`expected ${what} of ${name} [B=${B}, T=${T}], got ${flags.length} numbers`);
+  if (flags.length !== B * T) {
+    throw new Error(`expected ${what} of ${name} [B=${B}, T=${T}], got ${flags.length} numbers`);
+  }
   return flags;
 }
 
@@ -1970,7 +1978,9 @@ function givenStates(network, state, B) {
     const sizes = { h: outputSize(specs[n]), ...(specs[n].kind === "lstm" ? { c: specs[n].units } : {}) };
     const of = ([name, size]) => {
       const data = one[name] && floats(one[name].data ?? one[name]);
-      if (!data || data.length !== B * size) throw new Error(`expected ${name} of state ${n} [B=${B}, ${size}], got another`);
+      if (!data || data.length !== B * size) {
+        throw new Error(`expected ${name} of state ${n} [B=${B}, ${size}], got another`);
+      }
       return [name, data];
     };
     return Object.fromEntries(Object.entries(sizes).map(of));
@@ -1981,7 +1991,9 @@ function givenPatches(network, patches) {
   const found = new Map(network.nodes.map((node) => [node.name, node.cells.map(() => [])]));
   for (const patch of patches ?? []) {
     const own = found.get(patch.node)?.[patch.cell ?? 0];
-    if (own === undefined) throw new Error(`patch: expected a cell of the network, got cell ${patch.cell} of ${patch.node}`);
+    if (own === undefined) {
+      throw new Error(`patch: expected a cell of the network, got cell ${patch.cell} of ${patch.node}`);
+    }
     own.push(patch);
   }
   return found;
@@ -2028,12 +2040,10 @@ function checkTaken(node, kind, taken) {
 }
 
 const passesOf = (node, flow) => (node.cells.length ? NODE_KINDS[node.type].passes(flow) : []);
-const statesOf = (after, B) =>
-  Object.fromEntries(
-    Object.entries(after)
-      .filter(([, data]) => data !== null)
-      .map(([name, data]) => [name, { data, shape: [B, B ? data.length / B : 0] }]),
-  );
+const statesOf = ({ h, c }, { B, P, H }) => ({
+  h: { data: h, shape: [B, P] },
+  ...(c === null ? {} : { c: { data: c, shape: [B, H] } }),
+});
 
 // Run the network: see the head of this file.
 export function run(network, inputs, options = {}) {
@@ -2047,7 +2057,7 @@ function answersOf(network, flows) {
   for (const node of network.nodes) {
     const passes = passesOf(node, flows[node.name]);
     if (passes.length) cells[node.name] = passes.map((pass) => pass.fields);
-    state.push(...passes.map((pass) => statesOf(pass.after, pass.B)));
+    state.push(...passes.map((pass) => statesOf(pass.after, pass)));
   }
   return { values: Object.fromEntries(Object.entries(flows).map(([name, { x }]) => [name, x])), cells, state };
 }
@@ -2071,9 +2081,9 @@ function seedsOf(network, flows, of) {
   };
   if (of.seeds) {
     for (const [name, seed] of Object.entries(of.seeds)) {
-      const data = Float64Array.from(seed.data ?? seed);
-      if (data.length !== valueOf(name).data.length) {
-        throw new Error(`gradient: expected ${valueOf(name).data.length} numbers as the seed of ${name}, got ${data.length}`);
+      const [data, size] = [Float64Array.from(seed.data ?? seed), valueOf(name).data.length];
+      if (data.length !== size) {
+        throw new Error(`gradient: expected ${size} numbers as the seed of ${name}, got ${data.length}`);
       }
       dvalues[name] = data;
     }
@@ -2085,7 +2095,9 @@ function seedsOf(network, flows, of) {
     const node = network.nodes.find((one) => one.name === of.node);
     const pass = node && passesOf(node, flows[node.name])[of.cell ?? 0];
     const field = pass?.fields[of.gate];
-    if (!field || of.gate === "pre") throw new Error(`gradient: expected a gate or state of a cell, got ${of.gate} of ${of.node}`);
+    if (!field || of.gate === "pre") {
+      throw new Error(`gradient: expected a gate or state of a cell, got ${of.gate} of ${of.node}`);
+    }
     const seed = new Float64Array(field.data.length);
     seed[placeOf(`${of.node}, ${of.gate}`, field.shape, of)] = 1;
     dfields[of.node][of.cell ?? 0] = { [of.gate]: seed };
@@ -2119,7 +2131,10 @@ function backNodes(network, flows, { dvalues, dfields }) {
       arrays[node.name] = passes.map(({ cell }) => shaped(zerosLike(cell.arrays), cell.arrays));
       cells[node.name] = null;
     }
-    let ends = passes.map(({ after, B }) => statesOf({ h: after.h.map(() => 0), c: after.c && after.c.map(() => 0) }, B));
+    let ends = passes.map((pass) => {
+      const { h, c } = pass.after;
+      return statesOf({ h: new Float64Array(h.length), c: c && new Float64Array(c.length) }, pass);
+    });
     if (dy !== null || dfields[node.name].some((one) => one !== null)) {
       const taken = node.sources.map((source) => flows[source]);
       const back = NODE_KINDS[node.type].back(node, taken, flow, dy, darrays, dfields[node.name]);
@@ -2127,7 +2142,7 @@ function backNodes(network, flows, { dvalues, dfields }) {
       if (passes.length) {
         arrays[node.name] = back.cells.map(({ darrays: own, pass }) => shaped(own, pass.cell.arrays));
         cells[node.name] = back.cells.map(({ by, pass }) => shaped(by, pass.fields));
-        ends = back.cells.map(({ dstate, pass }) => statesOf(dstate, pass.B));
+        ends = back.cells.map(({ dstate, pass }) => statesOf(dstate, pass));
       }
       node.sources.forEach((source, k) => {
         if (dxs[k] === null) return;
@@ -2289,7 +2304,8 @@ function drawnTask(task, options, random, rows) {
 function newPlayground(task, kind, units, random) {
   const O = task.outputs.length;
   const spec = { ...USUAL_SPEC, kind, input_size: task.inputs.length, units };
-  const drawn = (shape) => ({ data: Float64Array.from({ length: numbersIn(shape) }, () => (2 * random() - 1) / Math.sqrt(units)), shape });
+  const even = () => (2 * random() - 1) / Math.sqrt(units);
+  const drawn = (shape) => ({ data: Float64Array.from({ length: numbersIn(shape) }, even), shape });
   const arrays = Object.fromEntries(Object.entries(cellShapes(spec)).map(([name, shape]) => [name, drawn(shape)]));
   if (kind === "lstm") arrays.bias.data.fill(1, units, 2 * units);
   const bits = task.kind === "bits";
@@ -2348,19 +2364,21 @@ function taskLoss(task, head, target, weight) {
 //   an echo; clip 1, the most that the gradient's norm may be; seed 1.
 // Returns { network, options, iteration, step(), example(seed) }:
 //   network        as `run` takes it; its arrays change with every step
-//   step()         trains on one batch of new sequences: { loss, accuracy, norm, iteration }. Accuracy is null where the
-//                  task's answers aren't counted; norm is the gradient's before it is cut
-//   example(seed)  one sequence that the training hasn't seen: { input, target, weight, output: values [1, T, …], cells:
-//                  the cell's fields as `run` has them, loss, accuracy }; weight is 1 where a number is asked for
+//   step()         trains on one batch of new sequences: { loss, accuracy, norm, iteration }. Accuracy is null where
+//                  the task's answers aren't counted; norm is the gradient's before it is cut
+//   example(seed)  one more sequence, which the training doesn't see: { input, target, weight, output: values
+//                  [1, T, …], cells: the cell's fields as `run` has them, loss, accuracy }; weight is 1 where a number
+//                  is asked for
 // Ref: Kingma and Ba 2015, "Adam", alg. 1; Pascanu, Mikolov and Bengio 2013, "On the difficulty of training recurrent
 // neural networks", alg. 1.
 export function createTrainer(given = {}) {
-  const options = { task: "echo", kind: "lstm", units: 12, rate: 0.01, batch: 32, delay: 3, clip: 1, seed: 1, ...given };
-  if (!Object.hasOwn(TASKS, options.task)) {
-    throw new Error(`createTrainer: expected task to be one of ${Object.keys(TASKS).join(", ")}, got ${options.task}`);
-  }
-  if (!Object.hasOwn(GATE_NAMES, options.kind)) {
-    throw new Error(`createTrainer: expected kind to be one of ${Object.keys(GATE_NAMES).join(", ")}, got ${options.kind}`);
+  const usual = { task: "echo", kind: "lstm", units: 12, rate: 0.01, batch: 32, delay: 3, clip: 1, seed: 1 };
+  const options = { ...usual, ...given };
+  for (const [name, choices] of [["task", TASKS], ["kind", GATE_NAMES]]) {
+    if (!Object.hasOwn(choices, options[name])) {
+      const [names, got] = [Object.keys(choices).join(", "), options[name]];
+      throw new Error(`createTrainer: expected ${name} to be one of ${names}, got ${got}`);
+    }
   }
   const task = TASKS[options.task];
   options.steps ??= task.steps;
@@ -2369,8 +2387,9 @@ export function createTrainer(given = {}) {
       throw new Error(`createTrainer: expected ${name} to be a whole number above 0, got ${options[name]}`);
     }
   }
-  if (options.task === "echo" && !(Number.isInteger(options.delay) && options.delay >= 0 && options.delay < options.steps)) {
-    throw new Error(`createTrainer: expected delay from 0 to below steps=${options.steps}, got ${options.delay}`);
+  const { delay, steps } = options;
+  if (options.task === "echo" && !(Number.isInteger(delay) && delay >= 0 && delay < steps)) {
+    throw new Error(`createTrainer: expected delay from 0 to below steps=${steps}, got ${delay}`);
   }
   for (const name of ["rate", "clip"]) {
     if (!(options[name] > 0)) throw new Error(`createTrainer: expected ${name} above 0, got ${options[name]}`);
@@ -2389,8 +2408,9 @@ export function createTrainer(given = {}) {
       const drawn = drawnTask(task, options, random, options.batch);
       const flows = runNodes(network, { input: drawn.input }, {}, true);
       const { loss, accuracy, dhead } = lossOf(flows, drawn);
-      const { arrays } = backNodes(network, flows, { dvalues: { head: dhead }, dfields: { [options.kind]: [null], head: [], output: [] } });
-      const slopes = [...Object.values(arrays[options.kind][0]), ...Object.values(arrays.head[0])].map(({ data }) => data);
+      const { arrays } = backNodes(network, flows, seedsOf(network, flows, { seeds: { head: dhead } }));
+      const found = [arrays[options.kind][0], arrays.head[0]].flatMap(Object.values);
+      const slopes = found.map(({ data }) => data);
       const norm = Math.sqrt(slopes.reduce((sum, slope) => slope.reduce((own, d) => own + d * d, sum), 0));
       trainer.iteration += 1;
       const cut = Math.min(1, options.clip / (norm + 1e-12));
