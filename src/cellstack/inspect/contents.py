@@ -230,7 +230,7 @@ def _dtype(t: NetworkTrace, taken: Array) -> Any:
 
 
 def size_of(t: NetworkTrace, rows: int | None = None) -> int:
-    """Return how many numbers a trace holds in so many rows, or in all of them; those that are held twice count once."""
+    """Return how many numbers a trace holds in so many rows, or in all of them; what is held twice counts once."""
     distinct = {array.__array_interface__["data"][0]: array for array in _all(t)}.values()
     return sum(array.size if rows is None else rows * math.prod(array.shape[1:]) for array in distinct)
 

@@ -38,7 +38,7 @@ def _page_class() -> Any:
 
 
 def mimebundle(t: NetworkTrace, **options: Any) -> Any:
-    """Return what a notebook shows of a trace: the page, or its text where there is no anywidget or too much to send."""
+    """Return what a notebook shows of a trace: the page; its text without anywidget, or with too much to send."""
     text = {"text/plain": repr(t)}
     try:
         _page_class()

@@ -128,7 +128,7 @@ export class CellView {
     const boxes = Object.entries(wiring.ports).map(([name, [x, y, text]]) => {
       const value = svg("text", { x, y: y + 12, class: "value" }, "");
       const box = svg("rect", { x: x - 43, y: y - 22, width: 86, height: 44, rx: 8 });
-      const group = svg("g", { class: name === "x" ? "port small" : "port", tabindex: "0", role: "button" }, box, svg("text", { x, y: y - 6, class: "name" }, text), value);
+      const group = svg("g", { class: name === "x" ? "port small" : "port", "data-field": name, tabindex: "0", role: "button" }, box, svg("text", { x, y: y - 6, class: "name" }, text), value);
       ports[name] = { group, box, value, texts: group.querySelectorAll("text") };
       this.pop.attach(group, () => this.formula(place, name, this.unit));
       group.addEventListener("keydown", (event) => {

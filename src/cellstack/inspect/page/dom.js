@@ -54,7 +54,7 @@ export function plural(count, word, more = `${word}s`) {
 }
 
 export function select(label, choices, value, onchange) {
-  const box = make("select", { onchange: () => onchange(box.value) });
+  const box = make("select", { "aria-label": label, onchange: () => onchange(box.value) });
   setChoices(box, choices, value);
   return { element: make("label", { class: "field" }, make("span", {}, label), box), box };
 }

@@ -74,7 +74,9 @@ export class LabelText {
   }
 
   label(step) {
-    const text = this.view.labels.short(this.view.row, step);
-    return text === "␣" ? "\u00a0" : text || "·";
+    const { labels, row } = this.view;
+    if (labels.kind !== "text") return labels.short(row, step) || "·";
+    const text = labels.raw(row, step).replaceAll("\n", "↵").replaceAll("\t", "⇥");
+    return text.trim() === "" ? text.replaceAll(" ", "\u00a0") || "·" : text;
   }
 }

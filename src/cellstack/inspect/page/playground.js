@@ -12,7 +12,7 @@ const FIELDS = { lstm: ["i", "f", "g", "o", "c", "h"], gru: ["z", "r", "g", "h"]
 const KINDS = [["lstm", "LSTM"], ["gru", "GRU"], ["rnn", "SimpleRNN"]];
 
 function numberBox(label, value, { min, max, step }, onchange) {
-  const box = make("input", { type: "number", value, min, max, step, onchange });
+  const box = make("input", { type: "number", "aria-label": label, value, min, max, step, onchange });
   return { element: make("label", { class: "field" }, make("span", {}, label), box), box };
 }
 

@@ -177,7 +177,7 @@ export class WhatIf {
     this.changes = changes;
     this.open = false;
     this.asked = 0;
-    this.built = null;
+    this.built = false;
     this.warning = make("p", { class: "note" });
     this.whole = make("div", { class: "columns" });
     this.element = make("div", {}, this.warning, this.whole);
@@ -221,7 +221,6 @@ export class WhatIf {
 
   build() {
     const { description } = this.view;
-    if (this.built !== null) return;
     this.built = true;
     if (this.rerun.why !== null) {
       replaceChildren(this.whole);
@@ -250,6 +249,10 @@ export class WhatIf {
         group("The same in Python", make("div", { class: "buttons" }, this.copy, this.undo), this.code),
       ),
     );
+    this.fillInputs(true);
+    this.fillPatchForm();
+    this.fillPatches();
+    this.fillWeights(false);
     if (this.changes.difference === null && this.rerun.live) {
       this.changes.check().then(() => this.draw(), (error) => this.changes.say(`This can't be computed: ${error.message}`));
     }
@@ -444,7 +447,7 @@ export class WhatIf {
 
   async draw() {
     if (!this.open) return;
-    this.build();
+    if (!this.built) this.build();
     if (this.rerun.why !== null) return;
     const asked = (this.asked += 1);
     const { view, changes } = this;
