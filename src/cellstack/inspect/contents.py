@@ -164,7 +164,7 @@ def payload(
         )
     description: dict[str, Any] = {
         "version": VERSION,
-        "title": title if title is not None else f"{len(network.nodes)} layers, {len(numbers)} steps",
+        "title": title if title is not None else f"A trace of {len(numbers)} step{'s' * (len(numbers) != 1)}",
         "rows": count,
         "row_numbers": [int(number) for number in taken],
         "steps": [int(number) for number in numbers],

@@ -33,6 +33,7 @@ export function render({ model, el }) {
   const root = el.attachShadow({ mode: "open" });
   const page = make("div", { class: "page" });
   root.append(make("style", {}, pageStyle), page);
+  page.addEventListener("keydown", (event) => event.stopPropagation()); // a notebook has commands on single keys
   const built = build(model.get("payload"), page, root).catch((error) => {
     page.append(make("p", { class: "warning", role: "alert" }, `This page can't be shown: ${error.message}`));
     throw error;

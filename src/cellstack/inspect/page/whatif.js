@@ -483,7 +483,8 @@ export class WhatIf {
       drawLines(this.chart, view.colours, lines, { from: view.window.from * stretch, span: view.window.span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: Math.floor(view.step * stretch), range: view.range });
       this.chart.setAttribute("aria-label", `${name}[${unit}] over the steps: ${shown(before(unit), 5)} at the cursor as traced, ${shown(now(unit), 5)} after the changes`);
     }
-    const rows = Array.from({ length: Math.min(width, 12) }, (_, k) => [`${name}[${k}]`, shown(before(k), 5), shown(now(k), 5), shown(now(k) - before(k), 4)]);
+    const change = (k) => (Math.abs(now(k) - before(k)) <= 2 * (changes.difference ?? 0) ? 0 : now(k) - before(k)); // rounding is none
+    const rows = Array.from({ length: Math.min(width, 12) }, (_, k) => [`${name}[${k}]`, shown(before(k), 5), shown(now(k), 5), shown(change(k), 4)]);
     replaceChildren(this.table, table(["output", "before", "after", "change"], rows, { caption: node.timed ? `At ${view.labels.full(view.row, view.step)}${width > 12 ? `, the first 12 of ${width}` : ""}` : "Of the row" }));
     const said = [];
     if (changes.status) said.push(changes.status);
