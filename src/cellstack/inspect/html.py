@@ -55,7 +55,7 @@ HEAD = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <link rel="icon" href="data:,">
 <title>{title}</title>
-<style>html, body {{ margin: 0; }}</style>
+<style>html {{ color-scheme: light dark; }} body {{ margin: 0; }} #page {{ --least: 100vh; }}</style>
 </head>
 <body>
 <main id="page"></main>

@@ -174,11 +174,17 @@ export function popover(root) {
     const at = element.getBoundingClientRect();
     const own = box.getBoundingClientRect();
     const base = root.getBoundingClientRect();
-    const right = document.documentElement.clientWidth;
-    const left = Math.max(8, Math.min(at.left + at.width / 2 - own.width / 2, right - own.width - 8));
-    const below = at.bottom + 8 + own.height <= window.innerHeight || at.top < own.height + 8;
+    // Beside it where there is room, else below or above.
+    const [wide, high] = [document.documentElement.clientWidth, window.innerHeight];
+    let left = at.right + 10;
+    if (left + own.width > wide - 8) left = at.left - own.width - 10;
+    let top = Math.min(at.top + at.height / 2 - own.height / 2, high - own.height - 8);
+    if (left < 8 || wide < 700) {
+      left = Math.max(8, Math.min(at.left + at.width / 2 - own.width / 2, wide - own.width - 8));
+      top = at.bottom + 8 + own.height <= high || at.top < own.height + 8 ? at.bottom + 8 : at.top - own.height - 8;
+    } else top = Math.max(8, top);
     box.style.left = `${left - base.left}px`;
-    box.style.top = `${(below ? at.bottom + 8 : at.top - own.height - 8) - base.top}px`;
+    box.style.top = `${top - base.top}px`;
   };
   root.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !box.hidden) hide();

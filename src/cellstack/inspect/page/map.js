@@ -429,7 +429,8 @@ export class HeatMap {
     for (const step of ticks(first, Math.max(first, last), Math.max(2, wide / (gap * ratio)))) {
       if (step !== Math.round(step) || step > last) continue;
       const text = numbered ? String(view.description.steps[step]) : view.labels.short(view.row, step);
-      pen.fillText(text, across(step + 0.5), 8 * ratio);
+      const half = pen.measureText(text).width / 2;
+      pen.fillText(text, Math.max(left - 8 * ratio + half, Math.min(across(step + 0.5), width - half)), 8 * ratio);
     }
     if (view.labels.kind === "text" && perStep >= 7 * ratio) {
       pen.fillStyle = view.colours.ink;

@@ -2,13 +2,13 @@
 
 const light = `
   --ground: #ffffff; --raised: #f6f7f9; --ink: #1a1f29; --muted: #5c6675; --grid: #e4e7ec; --edge: #d3d8e0;
-  --accent: #0b63b5; --on-accent: #ffffff; --soft: #e3eefa; --cursor: #111827; --veil: rgba(255, 255, 255, 0.62);
+  --accent: #0b63b5; --on-accent: #ffffff; --soft: #e3eefa; --cursor: #111827; --veil: rgba(255, 255, 255, 0.5);
   --mark: rgba(11, 99, 181, 0.12); --warm: #c2620e; --cold: #2b74b8; --warn: #8a4b00; --warn-soft: #fdf1e0;
   color-scheme: light;`;
 
 const dark = `
   --ground: #14171d; --raised: #1d222b; --ink: #e9edf3; --muted: #9aa5b5; --grid: #2a313c; --edge: #38414f;
-  --accent: #6cb5f5; --on-accent: #0c1420; --soft: #1c3148; --cursor: #ffffff; --veil: rgba(20, 23, 29, 0.62);
+  --accent: #6cb5f5; --on-accent: #0c1420; --soft: #1c3148; --cursor: #ffffff; --veil: rgba(20, 23, 29, 0.45);
   --mark: rgba(108, 181, 245, 0.18); --warm: #f0963f; --cold: #6cb5f5; --warn: #f2bd74; --warn-soft: #33270f;
   color-scheme: dark;`;
 
@@ -155,6 +155,7 @@ pre { background: var(--raised); border-radius: 8px; padding: 10px 12px; overflo
 @media (max-width: 900px) {
   .inner { padding: 14px 12px 32px; }
   .stage { grid-template-columns: minmax(0, 1fr); gap: 14px; }
+  .outcome { order: -1; }
   .net { max-width: none; }
   .net .scroll { max-height: 300px; }
   .card { padding: 12px; }

@@ -67,6 +67,7 @@ export class View {
     this.theme = "light";
     this.result = null; // what the network does after a change: { planes: Map, run }
     this.shows = "trace"; // or "after", or "difference"
+    this.rounding = 0; // how far a run without a change is from the trace: what is no difference
     this.matches = []; // [from, to, row] of steps
     this.planes = new Map();
     this.listeners = [];
@@ -165,7 +166,7 @@ export class View {
     const after = this.shows === "trace" ? null : this.after(place, field);
     if (after === null) return traced;
     if (this.shows === "after") return after;
-    const difference = after.data.map((value, n) => value - traced.data[n]);
+    const difference = after.data.map((value, n) => (Math.abs(value - traced.data[n]) <= this.rounding ? 0 : value - traced.data[n]));
     return new Plane(difference, after.units, after.steps);
   }
 

@@ -4,8 +4,8 @@ import { button, checkbox, make, plural, replaceChildren, select, setChoices, sh
 import { drawLines, lineColour } from "./draw.js";
 import { MEANINGS } from "./view.js";
 
-const MOST_SLIDERS = 16; // features of an input at a time
-const MOST_WEIGHTS = 64; // weights of one column at a time
+const MOST_SLIDERS = 12; // features of an input at a time
+const MOST_WEIGHTS = 24; // weights of one column at a time
 const HOWS = [["set", "set to"], ["add", "add"], ["scale", "multiply by"], ["freeze", "freeze"]];
 
 // All that the reader has changed. The run that it leads to goes to the view.
@@ -109,6 +109,7 @@ export class Changes {
       }
     }
     this.difference = most;
+    view.rounding = 4 * most;
   }
 
   undo() {
@@ -244,7 +245,7 @@ export class WhatIf {
       ),
       make(
         "div",
-        {},
+        { class: "outcome" },
         group("Before and after", make("div", { class: "toolbar" }, this.output.element, this.outputUnit.element), this.chart, this.status, this.table),
         group("The same in Python", make("div", { class: "buttons" }, this.copy, this.undo), this.code),
       ),
@@ -483,7 +484,7 @@ export class WhatIf {
       drawLines(this.chart, view.colours, lines, { from: view.window.from * stretch, span: view.window.span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: Math.floor(view.step * stretch), range: view.range });
       this.chart.setAttribute("aria-label", `${name}[${unit}] over the steps: ${shown(before(unit), 5)} at the cursor as traced, ${shown(now(unit), 5)} after the changes`);
     }
-    const change = (k) => (Math.abs(now(k) - before(k)) <= 2 * (changes.difference ?? 0) ? 0 : now(k) - before(k)); // rounding is none
+    const change = (k) => (Math.abs(now(k) - before(k)) <= view.rounding ? 0 : now(k) - before(k)); // rounding is none
     const rows = Array.from({ length: Math.min(width, 12) }, (_, k) => [`${name}[${k}]`, shown(before(k), 5), shown(now(k), 5), shown(change(k), 4)]);
     replaceChildren(this.table, table(["output", "before", "after", "change"], rows, { caption: node.timed ? `At ${view.labels.full(view.row, view.step)}${width > 12 ? `, the first 12 of ${width}` : ""}` : "Of the row" }));
     const said = [];
