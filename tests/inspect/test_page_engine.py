@@ -396,7 +396,7 @@ def every_node():
             add(first, Reduce(mode, axis, True), mask=mask)
             add(first, Reduce(mode, axis), mask=mask)
     for axis in (1, 2, -1):
-        add(first, Pad(2, 1, 0.5, axis), mask=mask)
+        add(first, Pad(2, 1, 0.5, axis), GlobalPool("mean"), mask=mask)  # what becomes of the mask shows in the pool
         for taken in ((1, None, 2), (None, -1, 1), (-2, 0, -1), (None, None, -3)):
             add(first, Select(*taken, axis), mask=mask)
     add(first, Select(1, None, 2), make_stacked(rng, 4), mask=mask, reset=reset)
@@ -449,6 +449,14 @@ def test_every_kind_of_node_is_run_as_the_network_runs_it(page):
             near(found["values"][name], t[name].y)
 
 
+def test_what_masking_leaves_out_is_told_in_the_dtype_of_the_network(page):
+    net = Network([Scale(np.ones(1, "float32"), np.zeros(1, "float32")), Masking(0.1)], inputs=["x"])
+    x = np.array([[[np.float32(0.1)], [2.0]]], np.float64)
+    (found,) = evaluated(page, RUN, [{"network": net, "inputs": {"x": x}}])
+    near(found["values"]["layer_1"], net(x))
+    assert found["values"]["layer_1"].ravel().tolist() == [0.0, 2.0]
+
+
 def test_gradients_of_every_kind_of_node_are_their_differences(page):
     rng, made = np.random.default_rng(1), []
     for case in every_node():
@@ -468,38 +476,63 @@ def random_patches(rng, spec, batch, steps):
         gate = str(rng.choice(names))
         width = spec.output_size if gate == "h" else spec.units
         some = lambda n: [int(k) for k in rng.choice(n, rng.integers(1, n + 1), replace=False)]  # noqa: E731
-        ranges = [[int(rng.integers(steps)), None, int(rng.integers(1, 3))], [-3, -1, 1], [None, None, -1], [1, 4, 1]]
-        patches.append(
-            {
-                "node": "cell",
-                "cell": 0,
-                "gate": gate,
-                "units": some(width) if rng.random() < 0.7 else None,
-                "rows": some(batch) if rng.random() < 0.5 else None,
-                "steps": ranges[rng.integers(len(ranges))] if rng.random() < 0.7 else None,
-                "how": str(rng.choice(["set", "add", "scale", "freeze"])),
-                "value": round(float(rng.normal(0, 0.7)), 2),
-            }
-        )
+        ranges = [
+            [int(rng.integers(steps)), None, int(rng.integers(1, 3))],
+            [-3, -1, 1],
+            [None, None, -1],
+            {"start": 1, "stop": 4, "step": None},
+            {"numbers": some(steps)},
+        ]
+        patch = {
+            "node": "cell",
+            "cell": 0,
+            "gate": gate,
+            "units": some(width) if rng.random() < 0.7 else None,
+            "rows": some(batch) if rng.random() < 0.5 else None,
+            "steps": ranges[rng.integers(len(ranges))] if rng.random() < 0.7 else None,
+            "how": str(rng.choice(["set", "add", "scale", "freeze"])),
+            "value": round(float(rng.normal(0, 0.7)), 2),
+        }
+        if rng.random() < 0.4:
+            whole = [len(entries) for entries in entries_of(patch, batch, steps, width)]
+            patch["value"] = rng.normal(0, 0.7, [n if rng.random() < 0.6 else 1 for n in whole][rng.integers(3) :])
+        patches.append(patch)
     return patches
 
 
-def patched(patches, gate, v, row, t, steps, before):
+def entries_of(patch, batch, steps, width):
+    """The rows, steps and units that a patch names, in their order."""
+    found = []
+    for name, length in (("rows", batch), ("steps", steps), ("units", width)):
+        index = patch[name]
+        if isinstance(index, dict):
+            index = index.get("numbers") or list(range(length)[index["start"] : index["stop"] : index["step"]])
+        elif index is None:
+            index = list(range(length))
+        elif name == "steps":
+            index = list(range(length)[slice(*index)])
+        found.append(index)
+    return found
+
+
+def patched(patches, gate, v, row, t, shape, before):
     """Patch a gate or state of one row at a step; `before`: what it was at the step before, None at the first."""
     v = v.copy()
     for patch in patches:
-        rows, taken, units = patch["rows"], patch["steps"] or [None], patch["units"]
-        if patch["gate"] != gate or (rows is not None and row not in rows) or t not in range(steps)[slice(*taken)]:
+        if patch["gate"] != gate:
             continue
-        at = slice(None) if units is None else units
+        rows, steps, units = entries_of(patch, *shape, len(v))
+        if row not in rows or t not in steps:
+            continue
+        value = np.broadcast_to(patch["value"], (len(rows), len(steps), len(units)))[rows.index(row), steps.index(t)]
         if patch["how"] == "set":
-            v[at] = patch["value"]
+            v[units] = value
         elif patch["how"] == "add":
-            v[at] = v[at] + patch["value"]
+            v[units] = v[units] + value
         elif patch["how"] == "scale":
-            v[at] = v[at] * patch["value"]
+            v[units] = v[units] * value
         elif before is not None:
-            v[at] = before[at]
+            v[units] = before[units]
     return v
 
 
@@ -517,11 +550,11 @@ def by_hand(spec, arrays, case, patches):
         last = None
         for t in range(steps)[:: -1 if case["reverse"] else 1]:
             if case["reset"] is not None and case["reset"][row, t]:
-                (h, c), last = fresh, None
+                h, c = fresh
             if case["mask"] is None or case["mask"][row, t]:
 
                 def fix(name, v, before, row=row, t=t):
-                    return patched(patches, name, v, row, t, steps, before)
+                    return patched(patches, name, v, row, t, (batch, steps), before)
 
                 def gate(name, z, row=row, t=t, last=last, fix=fix):
                     kind, alpha, beta = spec.activations[spec.slots.index(name)]
@@ -586,6 +619,28 @@ def test_patches_act_where_they_say(page):
         for name in found["cells"]["cell"][0].keys() - {"pre"}:
             near(found["cells"]["cell"][0][name], fields[name])
     assert held > 180
+
+
+def test_patches_of_a_network_act_before_those_of_a_run(page):
+    rng = np.random.default_rng(0)
+    net, x = one_cell(rng, CellSpec(2, 3)), rng.normal(size=(2, 6, 2))
+    payload = payload_of(net)  # as a native file has them
+    payload["description"]["patches"] = [
+        {"node": "cell", "gate": "h", "how": "set", "units": [0, 2], "steps": [1, 2, 4], "value": [3, 1]},
+        {"node": "cell", "gate": "f", "how": "freeze", "steps": {"start": 2, "stop": None, "step": None}},
+    ]
+    payload["arrays"]["patch/0/value"] = packed(np.array([[1.0], [2.0], [3.0]]))
+    doubled = {"node": "cell", "cell": 0, "gate": "h", "units": [2], "how": "scale", "value": 2.0}
+    work = "(text) => cases(text, " + RUN + ")"
+    sent = [{"payload": payload, "inputs": plain({"x": x}), "options": {"patches": [doubled]}}]
+    (fields,) = read(json.loads(page.evaluate(work, json.dumps(sent))))[0]["cells"]["cell"]
+    assert (fields["h"][:, [1, 2, 4], 0] == [1.0, 2.0, 3.0]).all()
+    assert (fields["h"][:, [1, 2, 4], 2] == [2.0, 4.0, 6.0]).all()
+    assert (fields["f"][:, 2:] == fields["f"][:, 1:2]).all()
+    assert (np.diff(fields["f"][:, :2], axis=1) != 0).all()
+    payload["description"]["heads"] = 2
+    work = "(payload) => engine.unsupported(engine.readNetwork(payload))"
+    assert page.evaluate(work, payload) == ["The network's heads aren't supported."]
 
 
 def test_gradients_through_patches_are_their_differences(page):
@@ -725,6 +780,7 @@ def test_what_is_not_served_is_named_and_never_run(page):
     ("more", "message"),
     [
         ({"inputs": {}}, "expected the input x, got none"),
+        ({"inputs": {"x": 3}}, "expected the input x as { data, shape }, got number"),
         ({"inputs": {"x": np.zeros((2, 5, 4))}}, "expected x [B, any, 3], got [2, 5, 4]"),
         ({"options": {"mask": np.ones((2, 4))}}, "expected mask of x [B=2, T=5], got 8 numbers"),
         ({"options": {"state": []}}, "expected 3 states, got 0"),

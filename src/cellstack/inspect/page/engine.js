@@ -10,7 +10,8 @@
 //   network   readNetwork(payload):
 //             { inputs: [{ name, shape }], outputs: [name], nodes: [{ name, type, sources: [name], settings: {…},
 //               arrays: { name: { data, shape } },
-//               cells: [{ spec: {…every field of CellSpec…}, arrays: { kernel: { data, shape }, … } }] }] }
+//               cells: [{ spec: {…every field of CellSpec…}, arrays: { kernel: { data, shape }, … } }] }],
+//               patches: as of the options }
 //             A bidirectional node's cells are the forward half's, then the backward half's.
 //   a value   { data: Float64Array (or any array of numbers), shape: [B, …] }; the last axis runs fastest.
 //   inputs    { name: value }, one for each of network.inputs; ids of an embedding are numbers too, [B, T].
@@ -20,7 +21,15 @@
 //     mask      [B, T] of 0 and 1 (an array of B·T numbers, or a value), 1 where a step counts; for every input that
 //               has a time axis, or { name: mask } for each its own.
 //     reset     [B, T] likewise, 1 where a new piece begins.
-//     patches   [{ node, cell, gate, units, rows, steps: [start, stop, step], how, value }]: see `patched` below.
+//     patches   [{ node, cell, gate, units, rows, steps, how, value }], which act after those that the network has:
+//               gate "i" "f" "g" "o" "c" "h" of an LSTM, "z" "r" "g" "h" of a GRU, "g" "h" of a SimpleRNN; units and
+//               rows lists of numbers or { start, stop, step }, steps [start, stop, step] or { start, stop, step } as
+//               Python slices, or { numbers: [number] }, counted in the order of time; all of them where it is null or
+//               left out; how "set", "add", "scale" or "freeze"; value a number, or a value that broadcasts to the
+//               rows, steps and units named. A gate is changed right after its activation, c after the cell clip and
+//               zoneout, before o and h see it, h last of all. "freeze": what it was after the step before; at a
+//               row's first step the state begun with, and for a gate its own value. Steps that the mask leaves out
+//               stay as they are.
 //     pre       false: leave the pre-activations out, which saves memory.
 //
 // WHAT COMES OUT
@@ -28,7 +37,7 @@
 //   unsupported(network)             [sentence, …]: what isn't served, by name. Empty: all of it is.
 //   multiplications(network, steps)  how many one row's run over so many steps takes: some 10^9 a second.
 //   run(network, inputs, options)
-//     { values: { name: value },     of every input and every node
+//     { values: { name: value },     of every input, in the memory that was given, and of every node
 //       cells: { node: [{ i, f, g, o, c, h, pre: { i, f, g, o } }] },
 //                                    of each node that has cells: z, r, g, h of a GRU, g, h of a SimpleRNN; values
 //                                    [B, T, H] in the order of time whichever way the cell ran. `pre`: what the gates
@@ -45,6 +54,8 @@
 //       state: [{ h, c }],           by the state before the first step
 //       arrays: { node: [{ kernel, … }] } }       one entry a cell; of a node without cells one entry, or none
 //   createTrainer(options)           the playground: see there
+//   cellActivation(text)             what an activation of a cell such as "hard_sigmoid(0.2, 0.5)" is: { name, f, slope,
+//                                    alpha, beta }, y = f(z, alpha, beta) and dy/dz = slope(z, y, alpha, beta); or null
 //
 // All of these throw an Error whose message is a sentence, where what goes in doesn't fit.
 
@@ -310,51 +321,73 @@ function cellShapes(spec) {
   return shapes;
 }
 
-const rangeHas = (range, at) => {
-  const [start, stop, step] = range;
-  return step > 0
-    ? at >= start && at < stop && (at - start) % step === 0
-    : at <= start && at > stop && (start - at) % -step === 0;
-};
+// The numbers that a patch names of an axis, in their order: all of them, a list, or a slice { start, stop, step }.
+function patchedEntries(patch, name, index, length) {
+  if (index === null || index === undefined) return Array.from({ length }, (_, n) => n);
+  const found = Array.isArray(index) ? index : slicedEntries([index.start, index.stop, index.step], length);
+  const bad = found.find((entry) => !Number.isInteger(entry) || entry < 0 || entry >= length);
+  if (bad !== undefined) {
+    throw new Error(`patch of ${patch.node}: expected ${name} from 0 to ${length - 1}, got ${bad}`);
+  }
+  return found;
+}
 
-// The patches of one cell by gate, [{ units, rows, steps, how, value }], later ones after earlier ones. A patch with
-// units, rows or steps of null is of all; steps are [start, stop, step] as Python slices, counted in the order of time.
+// Which place each number of an axis has among the entries of a patch; -1 where it isn't one.
+function placesAmong(entries, length) {
+  const places = new Int32Array(length).fill(-1);
+  entries.forEach((entry, place) => {
+    places[entry] = place;
+  });
+  return places;
+}
+
+// The patches of one cell by gate, later ones after earlier ones, as `patched` takes them. `value` is a number, or a
+// value that broadcasts to [rows, steps, units], those that the patch names.
 function compiledPatches(patches, gates, H, P, B, T) {
   const found = {};
   for (const patch of patches) {
-    const size = patch.gate === "h" ? P : H;
-    if (!gates.includes(patch.gate)) {
-      throw new Error(`patch of ${patch.node}: expected gate to be one of ${gates.join(", ")}, got ${patch.gate}`);
+    const { node, gate, how, value } = patch;
+    if (!gates.includes(gate)) {
+      throw new Error(`patch of ${node}: expected gate to be one of ${gates.join(", ")}, got ${gate}`);
     }
-    if (!["set", "add", "scale", "freeze"].includes(patch.how)) {
-      throw new Error(`patch of ${patch.node}: expected how to be set, add, scale or freeze, got ${patch.how}`);
+    if (!["set", "add", "scale", "freeze"].includes(how)) {
+      throw new Error(`patch of ${node}: expected how to be set, add, scale or freeze, got ${how}`);
     }
-    if (patch.how !== "freeze" && typeof patch.value !== "number") {
-      throw new Error(`patch of ${patch.node}: expected a number as value to ${patch.how}, got ${patch.value}`);
+    if (how !== "freeze" && typeof value !== "number" && !Array.isArray(value?.shape)) {
+      throw new Error(`patch of ${node}: expected a number or numbers as value to ${how}, got ${value}`);
     }
-    const units = patch.units ?? Array.from({ length: size }, (_, unit) => unit);
-    const bad = units.find((unit) => !Number.isInteger(unit) || unit < 0 || unit >= size);
-    if (bad !== undefined) throw new Error(`patch of ${patch.node}: expected units from 0 to ${size - 1}, got ${bad}`);
-    const rows = new Uint8Array(B).fill(patch.rows == null ? 1 : 0);
-    for (const row of patch.rows ?? []) {
-      if (!Number.isInteger(row) || row < 0 || row >= B) {
-        throw new Error(`patch of ${patch.node}: expected rows from 0 to ${B - 1}, got ${row}`);
-      }
-      rows[row] = 1;
+    // A list of three, as a what-if says steps, is a slice; a patch of a file has them by name.
+    const steps = Array.isArray(patch.steps)
+      ? { start: patch.steps[0], stop: patch.steps[1], step: patch.steps[2] }
+      : (patch.steps?.numbers ?? patch.steps);
+    const named = [
+      patchedEntries(patch, "rows", patch.rows, B),
+      patchedEntries(patch, "steps", steps, T),
+      patchedEntries(patch, "units", patch.units, gate === "h" ? P : H),
+    ];
+    const { data, shape } = typeof value === "number" || how === "freeze" ? { data: [value], shape: [] } : value;
+    const whole = [...new Array(Math.max(0, 3 - shape.length)).fill(1), ...shape];
+    const fits = (length, n, axis) => length === 1 || length === n || (axis === 1 && length > n); // a slice cut to the run
+    if (whole.length > 3 || !whole.every((length, axis) => fits(length, named[axis].length, axis))) {
+      const expected = named.map((entries) => entries.length).join(", ");
+      throw new Error(`patch of ${node}: expected a value that fits [${expected}], got ${shapeText(shape)}`);
     }
-    const range = patch.steps == null ? [0, T, 1] : slicedRange(patch.steps, T);
-    const steps = Uint8Array.from({ length: T }, (_, t) => (rangeHas(range, t) ? 1 : 0));
-    (found[patch.gate] ??= []).push({ units: Int32Array.from(units), rows, steps, how: patch.how, value: patch.value });
+    const strides = whole.map((length, axis) => (length === 1 ? 0 : numbersIn(whole.slice(axis + 1))));
+    const [rows, times] = [placesAmong(named[0], B), placesAmong(named[1], T)];
+    const units = Int32Array.from(named[2]);
+    (found[gate] ??= []).push({ units, rows, steps: times, how, data: floats(data), strides });
   }
   return found;
 }
 
 // What patches make of v[at…] at a step of a row; before[from…] is what it was at the step before, if there was one.
 function patched(list, v, at, row, t, before, from) {
-  for (const { units, rows, steps, how, value } of list) {
-    if (!rows[row] || !steps[t]) continue;
+  for (const { units, rows, steps, how, data, strides } of list) {
+    if (rows[row] < 0 || steps[t] < 0) continue;
+    const first = rows[row] * strides[0] + steps[t] * strides[1];
     for (let n = 0; n < units.length; n += 1) {
       const u = units[n];
+      const value = data[first + n * strides[2]];
       if (how === "set") v[at + u] = value;
       else if (how === "add") v[at + u] += value;
       else if (how === "scale") v[at + u] *= value;
@@ -366,12 +399,13 @@ function patched(list, v, at, row, t, before, from) {
 // The way back of `patched`: dv[at…] becomes the gradient by what it took; what froze goes to dbefore[0…].
 function patchedBack(list, dv, at, row, t, dbefore, from) {
   for (let p = list.length - 1; p >= 0; p -= 1) {
-    const { units, rows, steps, how, value } = list[p];
-    if (!rows[row] || !steps[t] || how === "add") continue;
-    for (let n = units.length - 1; n >= 0; n -= 1) {
+    const { units, rows, steps, how, data, strides } = list[p];
+    if (rows[row] < 0 || steps[t] < 0 || how === "add") continue;
+    const first = rows[row] * strides[0] + steps[t] * strides[1];
+    for (let n = 0; n < units.length; n += 1) {
       const d = at + units[n];
       if (how === "set") dv[d] = 0;
-      else if (how === "scale") dv[d] *= value;
+      else if (how === "scale") dv[d] *= data[first + n * strides[2]];
       else if (from >= 0) {
         dbefore[units[n]] += dv[d];
         dv[d] = 0;
@@ -438,14 +472,11 @@ class CellPass {
   runRow(row) {
     const { T, P, H, now, before, mask, reset, lstm } = this;
     this.begin(row, this.state);
-    let last = -1; // the step used before, since the row or its piece began
+    let last = -1; // the step used before
     for (let n = 0; n < T; n += 1) {
       const t = this.reverse ? T - 1 - n : n;
       const at = row * T + t;
-      if (reset !== null && reset[at]) {
-        this.begin(row, null);
-        last = -1;
-      }
+      if (reset !== null && reset[at]) this.begin(row, null);
       if (mask === null || mask[at]) {
         before.h.set(now.h);
         before.c.set(now.c);
@@ -713,14 +744,13 @@ class CellBack {
     }
   }
 
-  // For each step, the step used before it since the row or its piece began; -1 where there is none.
+  // For each step, the step used before it; -1 where there is none.
   lastsOf(row) {
-    const { T, mask, reset, reverse } = this.pass;
+    const { T, mask, reverse } = this.pass;
     const lasts = new Int32Array(T);
     let last = -1;
     for (let n = 0; n < T; n += 1) {
       const t = reverse ? T - 1 - n : n;
-      if (reset !== null && reset[row * T + t]) last = -1;
       lasts[t] = last;
       if (mask === null || mask[row * T + t]) last = t;
     }
@@ -947,7 +977,7 @@ function runStack(cells, settings, flow, states, patches, { pre, keep }) {
   const W = layers.at(-1).pass.P;
   const zeroed = settings.zero_output_for_mask && mask !== null;
   if (settings.return_sequences) {
-    const y = Float64Array.from(x);
+    const y = x.slice();
     for (let at = 0; zeroed && at < B * T; at += 1) if (!mask[at]) y.fill(0, at * W, (at + 1) * W);
     return { layers, y: { data: y, shape: [B, T, W] } };
   }
@@ -1189,7 +1219,7 @@ const scaleNode = stepwiseNode(
 function layerNormRows(node, x) {
   const W = lastAxis(x.shape);
   const [gain, bias] = ["gain", "bias"].map((name) => node.arrays[name]?.data ?? null);
-  const y = Float64Array.from(x.data);
+  const y = x.data.slice();
   const unit = new Float64Array(y.length);
   const deviations = new Float64Array(y.length / W || 0);
   for (let row = 0; row < deviations.length; row += 1) {
@@ -1204,7 +1234,7 @@ const layerNormNode = stepwiseNode(
   (node, x) => ({ data: layerNormRows(node, x).y, shape: x.shape }),
   (node, x, y, dy, darrays) => {
     const { unit, deviations, gain, W } = layerNormRows(node, x);
-    const dx = Float64Array.from(dy);
+    const dx = dy.slice();
     const [dgain, dbias] = [darrays.gain ?? null, darrays.bias ?? null];
     for (let row = 0; row < deviations.length; row += 1) {
       normaliseRowBack(dx, row * W, W, gain, 0, dgain, dbias, unit, row * W, deviations[row]);
@@ -1823,12 +1853,13 @@ const NODE_KINDS = {
 const FORMAT_VERSION = 1;
 
 function readArray({ dtype, shape, data }) {
-  if (typeof data !== "string") return { data: Float64Array.from(data), shape };
+  if (typeof data !== "string") return { data: new Float64Array(data), shape };
+  if (!["float32", "float64"].includes(dtype)) throw new Error(`expected arrays of float32 or float64, got ${dtype}`);
   const text = atob(data);
   const bytes = new Uint8Array(text.length);
   for (let n = 0; n < text.length; n += 1) bytes[n] = text.charCodeAt(n);
   const numbers = dtype === "float32" ? new Float32Array(bytes.buffer) : new Float64Array(bytes.buffer);
-  return { data: Float64Array.from(numbers), shape };
+  return { data: new Float64Array(numbers), shape };
 }
 
 // A network of a payload: see the head of this file. What it doesn't know, it leaves to `unsupported` to say.
@@ -1853,13 +1884,21 @@ export function readNetwork({ description, arrays }) {
     );
     return { name, type, sources: wires, settings, arrays: groups[name] ?? {}, cells };
   });
-  const dtype = Object.values(arrays).some((array) => array.dtype === "float64") ? "float64" : "float32";
-  return { inputs: description.inputs, outputs: description.outputs, dtype, nodes };
+  const patches = (description.patches ?? []).map((patch, n) => ({
+    ...patch,
+    steps: Array.isArray(patch.steps) ? { numbers: patch.steps } : patch.steps,
+    value: groups[`patch/${n}`]?.value ?? null,
+  }));
+  const weights = Object.entries(arrays).filter(([name]) => !name.startsWith("patch/"));
+  const dtype = weights.some(([, array]) => array.dtype === "float64") ? "float64" : "float32";
+  const known = ["version", "inputs", "nodes", "outputs", "metadata", "patches"];
+  const others = Object.keys(description).filter((key) => !known.includes(key));
+  return { inputs: description.inputs, outputs: description.outputs, dtype, nodes, patches, others };
 }
 
 // Sentences that say what of a network isn't served; none: all of it is.
 export function unsupported(network) {
-  const found = [];
+  const found = (network.others ?? []).map((key) => `The network's ${key} aren't supported.`);
   for (const { name, type, settings, arrays, cells } of network.nodes) {
     if (!Object.hasOwn(NODE_KINDS, type)) {
       found.push(`${name}: a node of the type ${type} isn't supported.`);
@@ -1931,7 +1970,7 @@ function takesIds(network, name) {
   return takers.length > 0 && !network.outputs.includes(name) && takers.every(past);
 }
 
-const floats = (data) => (data instanceof Float64Array ? data : Float64Array.from(data));
+const floats = (data) => (data instanceof Float64Array ? data : new Float64Array(data));
 
 // Flags [B, T] as they are given, of one input: an array or a value for all inputs, or one of each name.
 function givenFlags(what, given, name, B, T) {
@@ -1951,6 +1990,9 @@ function inputFlows(network, inputs, { mask, reset }) {
   for (const { name, shape } of network.inputs) {
     const value = inputs[name];
     if (value === undefined) throw new Error(`expected the input ${name}, got none`);
+    if (!Array.isArray(value?.shape) || value.data === undefined) {
+      throw new Error(`expected the input ${name} as { data, shape }, got ${typeof value}`);
+    }
     const [, ...axes] = value.shape;
     const fits = axes.length === shape.length && shape.every((length, n) => length === null || length === axes[n]);
     const expected = ["B", ...shape];
@@ -1987,9 +2029,9 @@ function givenStates(network, state, B) {
   });
 }
 
-function givenPatches(network, patches) {
+function givenPatches(network, given) {
   const found = new Map(network.nodes.map((node) => [node.name, node.cells.map(() => [])]));
-  for (const patch of patches ?? []) {
+  for (const patch of [...(network.patches ?? []), ...(given ?? [])]) {
     const own = found.get(patch.node)?.[patch.cell ?? 0];
     if (own === undefined) {
       throw new Error(`patch: expected a cell of the network, got cell ${patch.cell} of ${patch.node}`);
@@ -2046,9 +2088,8 @@ const statesOf = ({ h, c }, { B, P, H }) => ({
 });
 
 // Run the network: see the head of this file.
-export function run(network, inputs, options = {}) {
-  const flows = runNodes(network, inputs, options, false);
-  return answersOf(network, flows);
+export function run(network, inputs, options) {
+  return answersOf(network, runNodes(network, inputs, options ?? {}, false));
 }
 
 function answersOf(network, flows) {
@@ -2081,7 +2122,7 @@ function seedsOf(network, flows, of) {
   };
   if (of.seeds) {
     for (const [name, seed] of Object.entries(of.seeds)) {
-      const [data, size] = [Float64Array.from(seed.data ?? seed), valueOf(name).data.length];
+      const [data, size] = [new Float64Array(seed.data ?? seed), valueOf(name).data.length];
       if (data.length !== size) {
         throw new Error(`gradient: expected ${size} numbers as the seed of ${name}, got ${data.length}`);
       }
