@@ -161,10 +161,10 @@ def test_the_numbers_of_a_step_are_numpys(open_page, net, x):
         screen.choose("Layer", f"{name}/0")
         screen.keys("Home", *["ArrowRight"] * step)
         cell = t[name]
-        for field in "ifgoch":
-            for unit in range(cell.h.shape[2]):
-                shown = screen.number(f'.number[data-field="{field}"][data-unit="{unit}"]')
-                assert close(shown, cell.cells[0][field][row, step, unit])
+        for unit in range(cell.h.shape[2]):
+            texts = screen.page.locator(f'.number[data-unit="{unit}"]:not([data-field="x"])').all_inner_texts()
+            for field, text in zip("ifgoch", texts[2:], strict=True):
+                assert close(parsed(text), cell.cells[0][field][row, step, unit])
             previous = cell.h[row, step - 1] if step else np.zeros(cell.h.shape[2])
             assert close(screen.number('.number[data-field="h_prev"][data-unit="1"]'), previous[1])
     assert "upper" in screen.text("#panel-cell h3")
@@ -189,10 +189,10 @@ FLAGS = {
 def test_formulas_end_in_the_numbers_that_they_explain(open_page, rng, flags):
     t = Network([Recurrent((make_cell(rng, 3, 3, **flags),))]).trace(rng.normal(size=(1, 4, 3)))
     screen = open_page(t)
-    for step in range(3):
+    for step in (0, 2):
         screen.keys("Home", *["ArrowRight"] * step)
         for field, array in t["layer_0"].cells[0].items():
-            for unit in range(array.shape[2]):
+            for unit in (0, array.shape[2] - 1):
                 screen.page.locator(f'.number[data-field="{field}"][data-unit="{unit}"]').focus()
                 last = screen.page.locator(".popover > div").last.inner_text()
                 assert close(numbers_in(last)[-1], array[0, step, unit], 5), (field, unit, last)
@@ -255,9 +255,9 @@ def test_the_map_under_the_pointer_and_the_keys(open_page, net, x):
     assert close(numbers_in(screen.text(".readout"))[-1], t["lower"].o[0, 5, 1], 5)
     screen.keys("End")
     assert screen.text(".readout").startswith("step 9 ")
-    screen.page.get_by_text("The same as a table").click()
+    screen.page.locator(".map summary").click()
     screen.settle()
-    rows = [line.split("\t") for line in screen.page.locator(".behind tbody tr").all_inner_texts()]
+    rows = [line.split("\t") for line in screen.page.locator(".map .behind tbody tr").all_inner_texts()]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
     assert close(parsed(rows[2][4]), t["lower"].o[0, 3, 2])
 
@@ -321,11 +321,11 @@ def test_units_in_the_order_of_memory_variance_and_likeness(open_page, rng):
     bias[9:18] += np.linspace(-3.0, 3.0, 9)[rng.permutation(9)]
     t = Network([Recurrent((replace_arrays(cell, bias=bias),))]).trace(rng.normal(size=(1, 60, 3)))
     screen = open_page(t)
-    screen.page.get_by_text("The same as a table").click()
+    screen.page.locator(".map summary").click()
 
     def order():
         screen.settle()
-        return [int(text.split("\t")[0]) for text in screen.page.locator(".behind tbody tr").all_inner_texts()]
+        return [int(text.split("\t")[0]) for text in screen.page.locator(".map .behind tbody tr").all_inner_texts()]
 
     assert order() == list(range(9))
     screen.choose("Units by", "memory")
@@ -374,6 +374,56 @@ def test_what_is_left_of_each_step(open_page, rng):
         by_step = {int(re.findall(r"\d+", row[0])[0]): parsed(row[3]) for row in rows}
         for step, value in by_step.items():
             assert close(value, parts[1 + (11 - step if name == "h" else step)])
+
+
+def test_masks_and_resets_are_seen(open_page, net, x):
+    reset = np.zeros((2, 10), bool)
+    reset[:, 3] = True
+    screen = open_page(net.trace(x, lengths=[7, 10], reset=reset))
+    assert "the state was reset" in screen.text(".legend")
+    assert "the mask leaves out" in screen.text(".legend")
+    screen.keys("End")
+    assert "left out by the mask" in screen.text(".readout")
+    screen.keys("Home", *["ArrowRight"] * 3)
+    screen.page.locator('.number[data-field="h_prev"][data-unit="0"]').focus()
+    assert "the state was reset before this step" in screen.text(".popover")
+    screen.choose("Row", "1")
+    assert "mask" not in screen.text(".legend")
+
+
+def test_steps_and_units_are_gone_to_by_number(open_page, rng):
+    t = Network([Recurrent((make_cell(rng, 2, 60),))]).trace(rng.normal(size=(1, 500, 2)))
+    screen = open_page(t)
+    for label, number in (("Step", 321), ("Unit", 47)):
+        screen.page.get_by_label(label, exact=True).fill(str(number))
+        screen.page.get_by_label(label, exact=True).press("Enter")
+        screen.settle()
+    assert screen.text(".readout").startswith("step 321 · unit 47 · h = ")
+    assert close(numbers_in(screen.text(".readout"))[-1], t["layer_0"].h[0, 321, 47], 5)
+    screen.page.get_by_label("Step", exact=True).fill("900")
+    screen.page.get_by_label("Step", exact=True).press("Enter")
+    screen.settle()
+    assert screen.page.get_by_label("Step", exact=True).input_value() == "321"
+    for name in ("Zoom in", "Zoom in", "Zoom out", "Taller rows", "Taller rows", "All"):
+        screen.page.get_by_role("button", name=name, exact=True).click()
+        screen.settle()
+    screen.keys("+", "+", "PageDown", "-", "PageUp", "0", "Home")
+    assert screen.text(".readout").startswith("step 0 ")
+    screen.page.locator(".stack").hover()
+    screen.page.keyboard.down("Control")
+    screen.page.mouse.wheel(0, -300)
+    screen.page.keyboard.up("Control")
+    screen.settle()
+    span = "document.getElementById('page').ready.then(({ view }) => view.window.span)"
+    assert screen.page.evaluate(span) < 400
+    before = screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.window.from)")
+    screen.page.mouse.wheel(120, 0)
+    screen.settle()
+    after = screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.window.from)")
+    assert after > before
+    screen.page.locator(".whole").click(position={"x": 60, "y": 7})
+    screen.settle()
+    assert screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.window.from)") == 0
 
 
 def test_cells_that_are_no_sum_say_so(open_page, rng):
@@ -698,6 +748,9 @@ def test_the_playground_learns(open_page, net, x):
     assert loss < 0.2 * first
     assert right > 95.0
     screen.page.locator('#panel-playground .choice button[data-value="z"]').click()
+    screen.page.locator("#panel-playground summary").click()
+    screen.settle()
+    assert screen.page.locator("#panel-playground tbody tr").count() == 1 + 8
     screen.page.get_by_role("button", name="Start anew").click()
     screen.settle()
     assert "hasn't learned" in said.inner_text()
@@ -860,8 +913,13 @@ def test_light_and_dark(open_page, net, x):
     assert page.evaluate(ground) == "rgb(255, 255, 255)"
     screen.page.get_by_role("button", name="Dark", exact=True).click()
     assert page.evaluate(ground) == "rgb(20, 23, 29)"
-    screen.page.emulate_media(media="print")
+    screen.page.emulate_media(media="print", color_scheme="dark")
+    screen.settle()
     assert page.evaluate(ground) == "rgb(255, 255, 255)"
+    assert page.get_attribute("data-theme") == "light"  # the canvases too
+    screen.page.emulate_media(media="screen", color_scheme="dark")
+    screen.settle()
+    assert page.get_attribute("data-theme") == "dark"
 
 
 def test_on_a_phone(open_page, net, x):

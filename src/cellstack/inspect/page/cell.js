@@ -322,7 +322,7 @@ export async function given(view, place) {
   if (changed) found.x = changedInput(view, place, step);
   if (!changed && cell.x !== null) found.x = (await view.traced(place, "x")).column(step);
   // The state before the step.
-  const reset = changed && view.result.reset !== null ? view.result.reset : cell.reset === null ? null : rowOf(await view.store.get(cell.reset), view.row);
+  const reset = await view.resets(place);
   const begun = reset !== null && reset[step];
   const numbers = view.description.steps;
   const follows = cell.whole || (!first && Math.abs(numbers[step] - numbers[previous]) === 1);

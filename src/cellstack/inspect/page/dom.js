@@ -79,6 +79,12 @@ export function checkbox(label, checked, onchange) {
   return { element: make("label", { class: "check" }, box, make("span", {}, label)), box };
 }
 
+// A field for a number; its text goes to `onchange` when it is left or Enter is pressed.
+export function numberBox(label, onchange, attributes) {
+  const box = make("input", { type: "number", "aria-label": label, ...attributes, onchange: () => onchange(box.value) });
+  return { element: make("label", { class: "field short" }, make("span", {}, label), box), box };
+}
+
 // Buttons of which one is pressed: for the gates and states of a cell.
 export function choice(label, onchange) {
   const group = make("div", { class: "choice", role: "group", "aria-label": label });

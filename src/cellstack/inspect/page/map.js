@@ -1,6 +1,6 @@
 // The heat map: units by steps of one gate or state, on a canvas, only what is in view.
 
-import { button, choice, make, plural, replaceChildren, select, setChoices, shown, table } from "./dom.js";
+import { button, choice, make, numberBox, plural, replaceChildren, select, setChoices, shown, table } from "./dom.js";
 import { cssColour, fitted, inkOn, palette, scaleOf, ticks } from "./draw.js";
 import { byLikeness, byNumber, bySize, halfLives, variances } from "./seriation.js";
 import { MEANINGS } from "./view.js";
@@ -11,6 +11,18 @@ const MOST_HIGH = 440; // of the map
 const ROW = 30; // of a unit, at most
 const ORDERS = [["number", "number"], ["memory", "memory length"], ["variance", "variance"], ["likeness", "likeness"]];
 const BROKEN = [0xff000000, 0xffffffff]; // in stripes: NaN; chequered: infinite
+
+// Where flags are so: [from, to) pairs.
+function runsOf(flags, value) {
+  const runs = [];
+  for (let at = 0; at < flags.length; at += 1) {
+    if (Boolean(flags[at]) !== Boolean(value)) continue;
+    const from = at;
+    while (at < flags.length && Boolean(flags[at]) === Boolean(value)) at += 1;
+    runs.push([from, at]);
+  }
+  return runs;
+}
 
 export class HeatMap {
   constructor(view) {
@@ -31,6 +43,8 @@ export class HeatMap {
     this.rows = select("Row", [], 0, (row) => this.view.set({ row: Number(row) }));
     this.shows = select("Show", [["after", "after the change"], ["difference", "the difference"], ["trace", "as traced"]], "trace", (shows) => this.view.set({ shows }));
     this.shows.element.hidden = true;
+    this.stepBox = numberBox("Step", (text) => this.goToStep(text), { step: 1 });
+    this.unitBox = numberBox("Unit", (text) => this.goToUnit(text), { step: 1 });
     this.mark = button("Mark a range", () => this.toggleMarking(), { "aria-pressed": "false", title: "Then drag over the map; or hold Shift while you drag" });
     this.unmark = button("Clear", () => this.view.set({ range: null, matches: [] }), { hidden: true, title: "Take the marked range away" });
     const zooms = make(
@@ -57,7 +71,7 @@ export class HeatMap {
     this.element = make(
       "div",
       { class: "map" },
-      make("div", { class: "toolbar" }, this.place.element, this.field.element, this.order.element, this.rows.element, this.shows.element),
+      make("div", { class: "toolbar" }, this.place.element, this.field.element, this.order.element, this.rows.element, this.stepBox.element, this.unitBox.element, this.shows.element),
       this.about,
       this.wave,
       this.ruler,
@@ -112,8 +126,12 @@ export class HeatMap {
     const asked = (this.asked += 1);
     const plane = await view.plane();
     const positions = await this.sorted(plane);
+    const mask = await view.mask(view.place);
+    const resets = await view.resets(view.place);
     if (asked !== this.asked) return; // something else is asked for by now
     this.plane = plane;
+    this.left = mask === null ? [] : runsOf(mask, 0); // steps that the mask leaves out
+    this.resets = resets === null ? [] : runsOf(resets, 1);
     this.positions = positions;
     this.rowOf = new Int32Array(positions.length);
     positions.forEach((unit, row) => (this.rowOf[unit] = row));
@@ -188,6 +206,32 @@ export class HeatMap {
     this.layOut();
     this.view.move(0, this.view.steps, this.plotWidth());
     this.draw();
+  }
+
+  goToStep(text) {
+    const { view } = this;
+    const step = view.description.steps.indexOf(Number(text));
+    if (text.trim() !== "" && step >= 0) {
+      view.set({ step });
+      view.follow();
+    } else this.say();
+  }
+
+  goToUnit(text) {
+    const { view } = this;
+    const unit = this.positions.findIndex((one) => view.unitNumber(view.place, view.field, one) === Number(text));
+    if (text.trim() !== "" && unit >= 0) {
+      view.set({ unit: this.positions[unit] });
+      this.reveal(unit);
+      this.draw();
+    } else this.say();
+  }
+
+  // Scroll to a row of the map.
+  reveal(row) {
+    const [above, below] = [row * this.rowHeight, (row + 1) * this.rowHeight];
+    if (above < this.top) this.scrollTo(above);
+    else if (below > this.top + this.stack.clientHeight) this.scrollTo(below - this.stack.clientHeight);
   }
 
   // ── drawing ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -366,6 +410,14 @@ export class HeatMap {
     pen.beginPath();
     pen.rect(left, 0, wide, height);
     pen.clip();
+    for (const run of this.left) {
+      const [a, b] = run.map((step) => across(step / this.stretch));
+      if (b < left || a > left + wide) continue;
+      pen.fillStyle = view.colours.ground;
+      pen.globalAlpha = 0.8;
+      pen.fillRect(a, 0, b - a, height);
+      pen.globalAlpha = 1;
+    }
     if (view.range !== null) {
       const [a, b] = view.range.map(across);
       pen.fillStyle = view.colours.veil;
@@ -420,6 +472,17 @@ export class HeatMap {
       if (row !== view.row) continue;
       pen.fillStyle = view.colours.accent;
       pen.fillRect(across(a), height - 3 * ratio, Math.max(2, across(b) - across(a)), 3 * ratio);
+    }
+    pen.fillStyle = view.colours.warm;
+    for (const [a, b] of this.resets) {
+      for (let step = a; step < b; step += 1) {
+        const x = across(step / this.stretch);
+        pen.beginPath();
+        pen.moveTo(x - 4 * ratio, height - 8 * ratio);
+        pen.lineTo(x + 4 * ratio, height - 8 * ratio);
+        pen.lineTo(x, height - 1);
+        pen.fill();
+      }
     }
     const numbered = view.labels.kind === null || view.labels.kind === "text";
     pen.fillStyle = view.colours.muted;
@@ -484,6 +547,8 @@ export class HeatMap {
       make("span", {}, shown(scale.high, 3)),
       plane.range.broken ? make("span", { class: "broken" }, make("span", { class: "striped" }), "NaN", make("span", { class: "chequered" }), "infinite") : null,
       make("span", { class: "extent" }, `${plural(plane.units, "unit")} × ${plural(plane.steps, "step")}`),
+      this.left.length ? make("span", { class: "extent" }, "pale: steps that the mask leaves out") : null,
+      this.resets.length ? make("span", { class: "extent" }, "▾: the state was reset") : null,
       make("span", { class: "extent" }, plane.steps > 600 ? "zoomed out, the upper half of a row shows the largest number under it, the lower half the least" : ""),
     );
   }
@@ -565,7 +630,10 @@ export class HeatMap {
     const number = view.unitNumber(view.place, view.field, at.unit);
     const value = plane.at(at.unit, own);
     const what = view.shows === "difference" ? `change of ${view.field}` : view.field;
-    this.readout.textContent = `${view.labels.full(view.row, at.step)} · unit ${number} · ${what} = ${shown(value, 5)}`;
+    const out = this.left.some(([a, b]) => own >= a && own < b) ? " · left out by the mask" : "";
+    this.readout.textContent = `${view.labels.full(view.row, at.step)} · unit ${number} · ${what} = ${shown(value, 5)}${out}`;
+    this.stepBox.box.value = String(view.description.steps[view.step]);
+    this.unitBox.box.value = String(view.unitNumber(view.place, view.field, view.unit));
     this.stack.setAttribute(
       "aria-label",
       `${view.field} of ${view.place.title}, ${plural(plane.units, "unit")} by ${plural(plane.steps, "step")}. ` +
@@ -736,9 +804,7 @@ export class HeatMap {
     } else if (down !== undefined) {
       const row = Math.max(0, Math.min(this.plane.units - 1, (this.rowOf[view.unit] ?? 0) + down));
       view.set({ unit: this.positions[row] });
-      const [above, below] = [row * this.rowHeight, (row + 1) * this.rowHeight];
-      if (above < this.top) this.scrollTo(above);
-      else if (below > this.top + this.stack.clientHeight) this.scrollTo(below - this.stack.clientHeight);
+      this.reveal(row);
     } else if (event.key === "+" || event.key === "=") this.zoom(0.5);
     else if (event.key === "-") this.zoom(2);
     else if (event.key === "0") this.all();

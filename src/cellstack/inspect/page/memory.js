@@ -74,7 +74,7 @@ export class Memory {
     const before = row(await view.store.get(cell.before[name]));
     const learned = cell.weights?.[`initial_${name}`];
     const fresh = learned === undefined ? null : (await view.store.get(learned)).data;
-    const reset = changed && view.result.reset !== null ? view.result.reset : cell.reset === null ? null : row(await view.store.get(cell.reset));
+    const reset = await view.resets(place);
     if (asked !== this.asked) return undefined;
     const unit = Math.min(view.unit, keep.units - 1);
     const step = view.stepAt(place);

@@ -56,6 +56,13 @@ async function build(payload, page, root) {
   let chosen = null;
   const follow = () => paint(chosen ?? usualTheme());
   dark.addEventListener("change", follow);
+  const print = (event) => {
+    if (event.matches) paint("light"); // paper is white
+    else follow();
+    view.tell(); // now: the next frame may come after the print
+  };
+  const paper = window.matchMedia("print");
+  paper.addEventListener("change", print);
   const theme = button("Dark", () => {
     chosen = view.theme === "dark" ? "light" : "dark";
     follow();
@@ -84,6 +91,7 @@ async function build(payload, page, root) {
   const changes = new Changes(view, rerun);
   const close = () => {
     dark.removeEventListener("change", follow);
+    paper.removeEventListener("change", print);
     runner.close();
   };
   const empty = view.place === null || view.steps === 0 || description.rows === 0;

@@ -1,7 +1,7 @@
 // The playground: a small network that learns a task while one watches.
 
 import { Plane, planeOf } from "./data.js";
-import { button, choice, make, select, shown } from "./dom.js";
+import { button, choice, make, numberBox, select, shown, table } from "./dom.js";
 import { drawLines, drawTiles, lineColour, scaleOf } from "./draw.js";
 import { TASKS } from "./engine.js";
 import { MEANINGS } from "./view.js";
@@ -10,11 +10,6 @@ const MOST_LEARNING = 48;
 const TURN = { milliseconds: 60, most: 50 }; // of training between two pictures
 const FIELDS = { lstm: ["i", "f", "g", "o", "c", "h"], gru: ["z", "r", "g", "h"], rnn: ["g", "h"] };
 const KINDS = [["lstm", "LSTM"], ["gru", "GRU"], ["rnn", "SimpleRNN"]];
-
-function numberBox(label, value, { min, max, step }, onchange) {
-  const box = make("input", { type: "number", "aria-label": label, value, min, max, step, onchange });
-  return { element: make("label", { class: "field" }, make("span", {}, label), box), box };
-}
 
 export class Playground {
   constructor(view, runner) {
@@ -28,10 +23,10 @@ export class Playground {
     this.field = null;
     this.task = select("Task", Object.entries(TASKS).map(([name, task]) => [name, task.title]), "echo", () => this.begin());
     this.kind = select("Cell", KINDS, "lstm", () => this.begin());
-    this.units = numberBox("Units", 12, { min: 1, max: MOST_LEARNING, step: 1 }, () => this.begin());
-    this.delay = numberBox("Steps before", 3, { min: 0, max: 15, step: 1 }, () => this.begin());
+    this.units = numberBox("Units", () => this.begin(), { value: 12, min: 1, max: MOST_LEARNING, step: 1 });
+    this.delay = numberBox("Steps before", () => this.begin(), { value: 3, min: 0, max: 15, step: 1 });
     this.rate = select("Learning rate", ["0.001", "0.003", "0.01", "0.03", "0.1"], "0.01", () => this.begin());
-    this.seed = numberBox("Seed", 1, { min: 0, max: 9999, step: 1 }, () => this.begin());
+    this.seed = numberBox("Seed", () => this.begin(), { value: 1, min: 0, max: 9999, step: 1 });
     this.go = button("Learn", () => this.toggle(), { class: "main" });
     this.one = button("One step", () => this.turn({ milliseconds: 0, most: 1 }));
     this.anew = button("Start anew", () => this.begin());
@@ -42,6 +37,8 @@ export class Playground {
     this.inputs = make("canvas", { class: "tiles", role: "img" });
     this.gates = make("canvas", { class: "tiles", role: "img" });
     this.gate = choice("Gate or state", (field) => { this.field = field; this.draw(); });
+    this.table = make("div", { class: "behind" });
+    this.behind = make("details", { ontoggle: () => this.draw() }, make("summary", {}, "The same as a table"), this.table);
     const group = (title, ...children) => make("div", { class: "group" }, make("h3", {}, title), ...children);
     this.element = make(
       "div",
@@ -53,7 +50,7 @@ export class Playground {
         "div",
         { class: "columns" },
         make("div", {}, group("Loss, its logarithm", this.loss), group("One sequence that it hasn't learned from: dashed is what is asked for", this.answer)),
-        make("div", {}, group("What goes in", this.inputs), group("Its units, step by step", this.gate.element, this.gates)),
+        make("div", {}, group("What goes in", this.inputs), group("Its units, step by step", this.gate.element, this.gates, this.behind)),
       ),
     );
     view.on((changed) => {
@@ -161,5 +158,11 @@ export class Playground {
     const shownPlane = planeOf(example.cells[this.field], 0);
     drawTiles(this.gates, view, shownPlane, scaleOf(this.field, shownPlane.range), null);
     this.gates.setAttribute("aria-label", `${this.field} of ${shownPlane.units} units over ${steps} steps`);
+    if (!this.behind.open) return;
+    const rows = [
+      ...task.inputs.map((name, n) => [name, ...Array.from(given.line(n), (value) => shown(value, 3))]),
+      ...Array.from({ length: shownPlane.units }, (_, unit) => [`${this.field} ${unit}`, ...Array.from(shownPlane.line(unit), (value) => shown(value, 3))]),
+    ];
+    this.table.replaceChildren(table(["", ...Array.from({ length: steps }, (_, step) => `step ${step}`)], rows, { caption: "What goes in, and the units, step by step" }));
   }
 }

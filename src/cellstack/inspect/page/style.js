@@ -20,7 +20,7 @@ export const pageStyle = `
   ${light}
   background: var(--ground); color: var(--ink); min-height: var(--least, 0);
   font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-  position: relative; font-variant-numeric: tabular-nums;
+  position: relative; font-variant-numeric: tabular-nums; print-color-adjust: exact; -webkit-print-color-adjust: exact;
 }
 .page[data-theme="dark"] { ${dark} }
 .inner { max-width: 1360px; margin: 0 auto; padding: 20px 24px 40px; }
@@ -49,13 +49,14 @@ button.main { background: var(--accent); border-color: var(--accent); color: var
 button[aria-pressed="true"] { background: var(--soft); border-color: var(--accent); color: var(--accent); }
 button.plain { border: 0; background: none; padding: 0 2px; min-height: 0; color: var(--accent); text-align: left; }
 button.plain:hover { text-decoration: underline; }
-select { max-width: 190px; }
+select { max-width: 160px; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 svg g:focus-visible { outline: none; }
 svg g:focus-visible > rect:first-of-type, svg .port:focus-visible rect { stroke: var(--accent); stroke-width: 3; }
-.toolbar { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: end; margin-bottom: 8px; }
+.toolbar { display: flex; flex-wrap: wrap; gap: 8px 10px; align-items: end; margin-bottom: 8px; }
 .field { display: inline-flex; flex-direction: column; gap: 2px; }
 .field > span { font-size: 12px; color: var(--muted); }
+.short input[type="number"] { width: 68px; padding-right: 4px; }
 .check { display: inline-flex; gap: 6px; align-items: center; min-height: 32px; }
 .buttons, .choice, .choices, .pills { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; }
 .choices { gap: 4px 14px; }

@@ -177,6 +177,14 @@ export class View {
     return data.subarray(this.row * shape[1], (this.row + 1) * shape[1]);
   }
 
+  // Before which steps the state of a cell was reset, in what is shown now; null = none.
+  async resets(place) {
+    if (place.kind !== "cell") return null;
+    if (this.shows !== "trace" && this.result !== null) return this.result.reset;
+    const stored = await this.store.get(place.cell.reset);
+    return stored === null ? null : stored.data.subarray(this.row * stored.shape[1], (this.row + 1) * stored.shape[1]);
+  }
+
   // Keep a window in bounds: as wide as there are steps, or as wide as cells of a good size make it.
   move(from, span, width) {
     const most = Math.max(this.steps, width / 72);
