@@ -628,8 +628,10 @@ def test_patches_of_a_network_act_before_those_of_a_run(page):
     payload["description"]["patches"] = [
         {"node": "cell", "gate": "h", "how": "set", "units": [0, 2], "steps": [1, 2, 4], "value": [3, 1]},
         {"node": "cell", "gate": "f", "how": "freeze", "steps": {"start": 2, "stop": None, "step": None}},
+        {"node": "cell", "gate": "o", "how": "set", "steps": {"start": 4, "stop": 9, "step": 1}, "value": [5, 1]},
     ]
     payload["arrays"]["patch/0/value"] = packed(np.array([[1.0], [2.0], [3.0]]))
+    payload["arrays"]["patch/2/value"] = packed(np.arange(5.0)[:, None])  # of more steps than the run has
     doubled = {"node": "cell", "cell": 0, "gate": "h", "units": [2], "how": "scale", "value": 2.0}
     work = "(text) => cases(text, " + RUN + ")"
     sent = [{"payload": payload, "inputs": plain({"x": x}), "options": {"patches": [doubled]}}]
@@ -637,6 +639,7 @@ def test_patches_of_a_network_act_before_those_of_a_run(page):
     assert (fields["h"][:, [1, 2, 4], 0] == [1.0, 2.0, 3.0]).all()
     assert (fields["h"][:, [1, 2, 4], 2] == [2.0, 4.0, 6.0]).all()
     assert (fields["f"][:, 2:] == fields["f"][:, 1:2]).all()
+    assert (fields["o"][:, 4:] == [[[0.0], [1.0]]]).all()
     assert (np.diff(fields["f"][:, :2], axis=1) != 0).all()
     payload["description"]["heads"] = 2
     work = "(payload) => engine.unsupported(engine.readNetwork(payload))"
