@@ -835,14 +835,14 @@ def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
 
 
 def test_a_node_that_the_engine_does_not_serve_is_named(open_page, net, x, monkeypatch):
-    found = contents.native_format.described
+    found = contents.payload_of
 
-    def described(network):
-        description, arrays = found(network)
-        description["nodes"][2]["type"] = "unheard_of"
-        return description, arrays
+    def payload_of(network, pack):
+        payload = found(network, pack)
+        payload["description"]["nodes"][2]["type"] = "unheard_of"
+        return payload
 
-    monkeypatch.setattr(contents.native_format, "described", described)
+    monkeypatch.setattr(contents, "payload_of", payload_of)
     screen = open_page(net.trace(x))
     assert "head: a node of the type unheard_of isn't supported." in screen.text(".warning")
     screen.keys("ArrowRight")

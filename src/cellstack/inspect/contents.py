@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats import safetensors as native_format
+from cellstack.inspect.payload import payload_of
 from cellstack.spec import GATES
 
 if TYPE_CHECKING:
@@ -321,9 +321,8 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
         if not same:
             return {**nothing, "why_not": f"The layers of this run have different {what}s, which a page doesn't hold."}
         flags[what] = arrays.put(_some(found[0], taken)) if found and found[0] is not None else None
-    found, own = native_format.described(network)
-    stored = {name: {"dtype": array.dtype.name, **arrays.put(array)} for name, array in own.items()}
-    return {"network": {"description": found, "arrays": stored}, "run": flags, "why_not": None}
+    stored = payload_of(network, lambda array: {"dtype": array.dtype.name, **arrays.put(array)})
+    return {"network": stored, "run": flags, "why_not": None}
 
 
 # ── what goes beside it ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,10 @@
 
 import { shown } from "./dom.js";
 
+// What the map and all charts leave to either side of their steps, in CSS pixels: numbers stand on the left.
+export const LEFT = 44;
+export const RIGHT = 6;
+
 // Colours that those who see fewer can tell apart: dark blue to yellow from shut to open, after Nuñez, Anderton and
 // Renslow 2018, "Optimizing colormaps with consideration for color vision deficiency"; and blue and orange to either
 // side of what the page's ground is.
@@ -72,9 +76,9 @@ export function drawTiles(canvas, view, plane, scale, names) {
   canvas.style.height = `${Math.max(24, Math.min(260, plane.units * (names === null ? 13 : 20)))}px`;
   const { context: pen, width, height, ratio } = fitted(canvas);
   pen.clearRect(0, 0, width, height);
-  const left = 44 * ratio;
+  const left = LEFT * ratio;
   const colours = palette(scale.kind, view.theme);
-  const [wide, high] = [(width - left - 6 * ratio) / plane.steps, height / plane.units];
+  const [wide, high] = [(width - left - RIGHT * ratio) / plane.steps, height / plane.units];
   pen.font = `${11 * ratio}px system-ui, sans-serif`;
   pen.textAlign = "right";
   pen.textBaseline = "middle";
@@ -109,10 +113,10 @@ export function ticks(low, high, most) {
 export function drawLines(canvas, colours, lines, window_, { cursor = null, range = null, zero = true, ends = null } = {}) {
   const { context: pen, width, height, ratio } = fitted(canvas);
   pen.clearRect(0, 0, width, height);
-  const left = 44 * ratio;
+  const left = LEFT * ratio;
   const bottom = height - 18 * ratio;
   const top = 6 * ratio;
-  const wide = width - left - 6 * ratio;
+  const wide = width - left - RIGHT * ratio;
   const out = [0, 0];
   let low = ends?.low ?? Infinity;
   let high = ends?.high ?? -Infinity;
@@ -226,10 +230,10 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
 export function drawBars(canvas, colours, values, window_, { cursor = null, positive, negative }) {
   const { context: pen, width, height, ratio } = fitted(canvas);
   pen.clearRect(0, 0, width, height);
-  const left = 44 * ratio;
+  const left = LEFT * ratio;
   const bottom = height - 18 * ratio;
   const top = 6 * ratio;
-  const wide = width - left - 6 * ratio;
+  const wide = width - left - RIGHT * ratio;
   let low = 0;
   let high = 0;
   const first = Math.max(0, Math.floor(window_.from));

@@ -1,16 +1,15 @@
 // The heat map: units by steps of one gate or state, on a canvas, only what is in view.
 
 import { button, choice, make, numberBox, plural, replaceChildren, select, setChoices, shown, table } from "./dom.js";
-import { cssColour, fitted, inkOn, palette, scaleOf, ticks } from "./draw.js";
+import { cssColour, fitted, inkOn, LEFT, palette, RIGHT, scaleOf, ticks } from "./draw.js";
 import { byLikeness, byNumber, bySize, halfLives, variances } from "./seriation.js";
+import { paintTiles } from "./tiles.js";
 import { MEANINGS } from "./view.js";
+import { Wave } from "./wave.js";
 
-const LEFT = 44; // the place for the units' numbers, as in the charts of lines
-const RIGHT = 6;
 const MOST_HIGH = 440; // of the map
 const ROW = 30; // of a unit, at most
 const ORDERS = [["number", "number"], ["memory", "memory length"], ["variance", "variance"], ["likeness", "likeness"]];
-const BROKEN = [0xff000000, 0xffffffff]; // in stripes: NaN; chequered: infinite
 
 // Where flags are so: [from, to) pairs.
 function runsOf(flags, value) {
@@ -58,7 +57,7 @@ export class HeatMap {
       this.unmark,
     );
     this.about = make("p", { class: "about" });
-    this.wave = make("canvas", { class: "wave", role: "img", "aria-label": "The wave and its spectrum", hidden: true });
+    this.wave = new Wave(view);
     this.ruler = make("canvas", { class: "ruler", "aria-hidden": "true" });
     this.cells = make("canvas", { "aria-hidden": "true" });
     this.over = make("canvas", { "aria-hidden": "true" });
@@ -73,7 +72,7 @@ export class HeatMap {
       { class: "map" },
       make("div", { class: "toolbar" }, this.place.element, this.field.element, this.order.element, this.rows.element, this.stepBox.element, this.unitBox.element, this.shows.element),
       this.about,
-      this.wave,
+      this.wave.element,
       this.ruler,
       this.stack,
       this.whole,
@@ -93,10 +92,7 @@ export class HeatMap {
     setChoices(this.place.box, view.places.map((place) => [place.key, place.title]), view.place.key);
     setChoices(this.rows.box, description.row_numbers.map((number, n) => [n, String(number)]), view.row);
     this.rows.element.hidden = description.rows < 2;
-    if (description.audio !== null) {
-      this.wave.hidden = false;
-      this.sound = await this.readSound(description.audio);
-    }
+    if (description.audio !== null) await this.wave.read();
     view.move(0, view.steps, this.plotWidth());
     new ResizeObserver(() => this.resized()).observe(this.stack);
     await this.load();
@@ -248,7 +244,7 @@ export class HeatMap {
     this.drawOver();
     this.drawRuler();
     this.drawWhole();
-    if (this.sound) this.drawSound();
+    this.wave.draw();
     if (this.behind.open) this.fillTable();
   }
 
@@ -269,86 +265,10 @@ export class HeatMap {
     const { stretch } = this;
     const first = from * stretch;
     const perPixel = (span * stretch) / wide;
-    const level = plane.level(perPixel);
-    const single = perPixel <= 1;
-    // Which blocks of the pyramid, or which step, lie under each column of pixels.
-    const end = Math.max(0, Math.min(wide, Math.ceil((plane.steps - first) / perPixel)));
-    const [lowData, highData, size, count] = level === null ? [plane.data, plane.data, 1, plane.steps] : [level.low, level.high, level.block, level.count];
-    const starts = new Int32Array(end);
-    const stops = new Int32Array(end);
-    for (let x = 0; x < end; x += 1) {
-      const from = first + x * perPixel;
-      starts[x] = Math.min(count - 1, Math.floor((single ? from + perPixel / 2 : from) / size));
-      stops[x] = single ? starts[x] : Math.max(starts[x], Math.min(count - 1, Math.ceil((from + perPixel) / size) - 1));
-    }
     const rowHeight = this.rowHeight * ratio;
     const offset = this.top * ratio;
-    const block = single && 1 / perPixel >= 9 * ratio && rowHeight >= 9 * ratio; // large enough to stand apart
-    const half = (scale.low + scale.high) / 2;
-    const last = Math.min(height, Math.ceil(plane.units * rowHeight - offset));
-    const lows = new Float32Array(end);
-    const highs = new Float32Array(end);
-    for (let y = 0; y < last; ) {
-      // One unit a row of pixels, or as many as fall into it.
-      let row = Math.floor((y + offset + 1e-6) / rowHeight);
-      let lastRow = row;
-      let until = y + 1;
-      if (rowHeight >= 1) until = Math.min(last, Math.max(until, Math.ceil((row + 1) * rowHeight - offset - 1e-6)));
-      else {
-        row = Math.ceil((y + offset) / rowHeight - 1e-6);
-        lastRow = Math.max(row, Math.ceil((y + 1 + offset) / rowHeight - 1e-6) - 1);
-      }
-      row = Math.min(row, plane.units - 1);
-      lastRow = Math.min(lastRow, plane.units - 1);
-      for (let one = row; one <= lastRow; one += 1) {
-        const base = this.positions[one] * count;
-        for (let x = 0; x < end; x += 1) {
-          const stop = base + stops[x];
-          let n = base + starts[x];
-          let least = one === row ? lowData[n] : lows[x];
-          let most = one === row ? highData[n] : highs[x];
-          for (n += one === row ? 1 : 0; n <= stop; n += 1) {
-            const a = lowData[n];
-            const b = highData[n];
-            if (!(a >= least)) least = least !== least ? least : a;
-            if (!(b <= most)) most = most !== most ? most : b;
-          }
-          lows[x] = least;
-          highs[x] = most;
-        }
-      }
-      const middle = until - y > 1 && !single ? (y + until) / 2 : until;
-      for (let line = y; line < until; line += 1) {
-        if (line > y && (line < middle || line - 1 >= middle) && !plane.range.broken) {
-          pixels.copyWithin(line * wide, (line - 1) * wide, (line - 1) * wide + end); // as the line above it
-          continue;
-        }
-        const base = line * wide;
-        // The upper half of a row shows the largest number of what lies under a pixel, the lower half the least; a
-        // row of one pixel whichever is further from the middle of the scale.
-        for (let x = 0; x < end; x += 1) {
-          let value = line < middle ? highs[x] : lows[x];
-          if (middle === until && lows[x] !== highs[x]) value = half - lows[x] > highs[x] - half ? lows[x] : highs[x];
-          const broken = value - value !== 0;
-          if (broken) {
-            pixels[base + x] = value === Infinity || value === -Infinity ? BROKEN[((x >> 2) + (line >> 2)) & 1] : BROKEN[((x + line) >> 2) & 1];
-          } else {
-            let place = (value - scale.low) * times;
-            place = place < 0 ? 0 : place > 255 ? 255 : place;
-            pixels[base + x] = colours[place | 0];
-          }
-        }
-      }
-      if (block) {
-        pixels.fill(0, (until - 1) * wide, until * wide);
-        for (let x = 1; x < end; x += 1) {
-          if (starts[x] !== starts[x - 1]) {
-            for (let line = y; line < until; line += 1) pixels[line * wide + x - 1] = 0;
-          }
-        }
-      }
-      y = until;
-    }
+    const apart = 1 / perPixel >= 9 * ratio && rowHeight >= 9 * ratio; // large enough to stand apart
+    paintTiles(pixels, wide, height, { plane, positions: this.positions, first, perPixel, rowHeight, offset, scale, colours, apart });
     pen.clearRect(0, 0, width, height);
     pen.putImageData(this.image, left, 0);
     this.drawNumbers(pen, left, perPixel, first, rowHeight, offset, height, ratio, colours, times);
@@ -551,72 +471,6 @@ export class HeatMap {
       this.resets.length ? make("span", { class: "extent" }, "▾: the state was reset") : null,
       make("span", { class: "extent" }, plane.steps > 600 ? "zoomed out, the upper half of a row shows the largest number under it, the lower half the least" : ""),
     );
-  }
-
-  // ── a wave above the map ─────────────────────────────────────────────────────────────────────────────────────────
-
-  async readSound(audio) {
-    const [wave, spectrum] = await Promise.all([this.view.store.get(audio.wave), this.view.store.get(audio.spectrum)]);
-    const [bands, frames] = spectrum.shape;
-    const made = new Map();
-    const picture = (theme) => {
-      if (!made.has(theme)) {
-        const canvas = make("canvas", { width: frames, height: bands });
-        const pen = canvas.getContext("2d");
-        const image = pen.createImageData(frames, bands);
-        const pixels = new Uint32Array(image.data.buffer);
-        const colours = palette("gate", theme);
-        for (let band = 0; band < bands; band += 1) {
-          for (let frame = 0; frame < frames; frame += 1) pixels[(bands - 1 - band) * frames + frame] = colours[spectrum.data[band * frames + frame]];
-        }
-        pen.putImageData(image, 0, 0);
-        made.set(theme, canvas);
-      }
-      return made.get(theme);
-    };
-    return { audio, wave: wave.data, blocks: wave.shape[1], picture };
-  }
-
-  drawSound() {
-    const { context: pen, width, height, ratio } = fitted(this.wave);
-    const { view, sound } = this;
-    const left = LEFT * ratio;
-    const wide = width - left - RIGHT * ratio;
-    const { from, span } = view.window;
-    pen.clearRect(0, 0, width, height);
-    const high = Math.round(height * 0.42);
-    const steps = Math.max(1, view.steps);
-    const end = Math.min(wide, ((steps - from) / span) * wide);
-    pen.fillStyle = view.colours.accent;
-    for (let x = 0; x < end; x += 1) {
-      const a = Math.floor(((from + (x / wide) * span) / steps) * sound.blocks);
-      const b = Math.max(a + 1, Math.floor(((from + ((x + 1) / wide) * span) / steps) * sound.blocks));
-      let least = 127;
-      let most = -128;
-      for (let n = a; n < b && n < sound.blocks; n += 1) {
-        if (sound.wave[n] < least) least = sound.wave[n];
-        if (sound.wave[sound.blocks + n] > most) most = sound.wave[sound.blocks + n];
-      }
-      if (least > most) continue;
-      const top = high / 2 - (most / 127) * (high / 2 - 1);
-      pen.fillRect(left + x, top, 1, Math.max(1, high / 2 - (least / 127) * (high / 2 - 1) - top));
-    }
-    const picture = sound.picture(view.theme);
-    pen.imageSmoothingEnabled = true;
-    const source = (from / steps) * picture.width;
-    pen.drawImage(picture, source, 0, Math.max(1, (end / wide) * (span / steps) * picture.width), picture.height, left, high + 2, end, height - high - 2);
-    const x = left + ((view.step + 0.5 - from) / span) * wide;
-    if (x >= left && x <= left + wide) {
-      pen.fillStyle = view.colours.cursor;
-      pen.fillRect(x - ratio / 2, 0, ratio, height);
-    }
-    pen.fillStyle = view.colours.muted;
-    pen.font = `${10 * ratio}px system-ui, sans-serif`;
-    pen.textAlign = "right";
-    pen.textBaseline = "middle";
-    pen.fillText("wave", left - 6 * ratio, high / 2);
-    pen.fillText(`${shown(sound.audio.rate / 2000, 3)} kHz`, left - 4 * ratio, high + 8 * ratio);
-    pen.fillText("0", left - 6 * ratio, height - 6 * ratio);
   }
 
   // ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,7 @@
 // The page: what a network did in one run, and what it would do otherwise. The same module serves a file and a notebook.
 
 import { CellView } from "./cell.js";
+import { Changes } from "./changes.js";
 import { Store } from "./data.js";
 import { button, make, plural, tabs } from "./dom.js";
 import { Gradients } from "./gradients.js";
@@ -14,7 +15,7 @@ import { Rerun, Runner } from "./runner.js";
 import { pageStyle } from "./style.js";
 import { UnitLines } from "./unit.js";
 import { View } from "./view.js";
-import { Changes, WhatIf } from "./whatif.js";
+import { WhatIf } from "./whatif.js";
 
 const COLOURS = { ground: "--ground", ink: "--ink", muted: "--muted", grid: "--grid", accent: "--accent", cursor: "--cursor", veil: "--veil", mark: "--mark", warm: "--warm", cold: "--cold" };
 

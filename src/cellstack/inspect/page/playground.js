@@ -2,7 +2,7 @@
 
 import { Plane, planeOf } from "./data.js";
 import { button, choice, make, numberBox, select, shown, table } from "./dom.js";
-import { drawLines, drawTiles, lineColour, scaleOf } from "./draw.js";
+import { drawLines, drawTiles, scaleOf } from "./draw.js";
 import { TASKS } from "./engine.js";
 import { MEANINGS } from "./view.js";
 
