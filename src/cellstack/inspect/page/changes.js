@@ -114,54 +114,90 @@ export class Changes {
     return this.apply();
   }
 
-  // The changes as Python.
+  cellsOf(name) {
+    return this.view.description.nodes.find((node) => node.name === name).cells.length;
+  }
+
+  // The changes as Python, for `net` and its input `x`.
   python() {
     const { view } = this;
-    const row = view.description.row_numbers[view.row];
-    const lines = ["import cellstack as cs", ""];
-    const step = (at) => view.description.steps[at];
-    const several = view.description.inputs.length > 1;
+    const { description } = view;
+    const row = description.row_numbers[view.row];
+    const lines = [];
+    const several = description.inputs.length > 1;
     for (const [name, own] of this.inputs) {
       const { shape } = this.base.get(view.row).inputs[name];
       const width = shape.slice(2).reduce((a, b) => a * b, 1);
       const array = several ? `x[${quoted(name)}]` : "x";
-      for (const [at, value] of own) lines.push(shape.length > 2 ? `${array}[${row}, ${step(Math.floor(at / width))}, ${at % width}] = ${plain(value)}` : `${array}[${row}, ${at}] = ${plain(value)}`);
+      for (const [at, value] of own) {
+        const place = shape.length > 2 ? `${Math.floor(at / width)}, ${at % width}` : at;
+        lines.push(`${array}[${row}, ${place}] = ${plain(value)}`);
+      }
     }
     if (this.resets.size) {
-      lines.push("reset = np.zeros(x.shape[:2], bool)");
-      lines[0] = "import cellstack as cs\nimport numpy as np";
-      for (const at of [...this.resets].sort((a, b) => a - b)) lines.push(`reset[${row}, ${step(at)}] = True`);
+      const timed = several ? `x[${quoted(description.inputs.find((input) => input.timed).name)}]` : "x";
+      lines.push(`reset = np.zeros(${timed}.shape[:2], bool)`);
+      for (const at of [...this.resets].sort((a, b) => a - b)) lines.push(`reset[${row}, ${at}] = True`);
     }
-    for (const { node, cell, name, at, value } of this.edits) {
-      const stored = view.places.find((one) => one.key === `${node}/${cell}`).cell.weights[name];
-      const { shape } = view.description.arrays[stored.array];
-      const place = shape.length > 1 ? `${Math.floor(at / shape[1])}, ${at % shape[1]}` : at;
-      lines.push(`weights = dict(net.nodes[net.names.index(${quoted(node)})].cells[${cell}].arrays)  # then: ${name}[${place}] = ${plain(value)}`);
-    }
+    if (this.edits.length) lines.push(...this.editsInPython());
     if (this.patches.length) {
-      lines.push("edited = net.edit(", "    [", ...this.patches.map((patch) => `        ${pythonOf(patch)},`), "    ]", ")");
+      lines.push("net = net.edit(", "    [", ...this.patches.map((patch) => `        ${pythonOf(patch, this.cellsOf(patch.node) > 1)},`), "    ]", ")");
     }
-    lines.push(`t = ${this.patches.length ? "edited" : "net"}.trace(x${this.resets.size ? ", reset=reset" : ""})`);
-    return lines.join("\n");
+    lines.push(`t = net.trace(x${this.resets.size ? ", reset=reset" : ""})`);
+    const needed = [this.edits.length ? ["import dataclasses", ""] : [], this.resets.size ? ["import numpy as np", ""] : [], ["import cellstack as cs", ""]];
+    return [...needed.flat(), ...lines].join("\n");
+  }
+
+  // A network is never written to: one with other weights is made of its parts.
+  editsInPython() {
+    const { view } = this;
+    const lines = ["nodes = list(net.nodes)"];
+    for (const place of view.places.filter((one) => one.kind === "cell")) {
+      const own = this.edits.filter((edit) => edit.node === place.name && edit.cell === place.number);
+      if (!own.length) continue;
+      const half = place.node.cells.length / 2;
+      const way = place.node.kind !== "Bidirectional" ? "" : place.number < half ? "forward" : "backward";
+      const at = way === "backward" ? place.number - half : place.number;
+      const stack = way === "" ? "node" : `node.${way}`;
+      lines.push(
+        `place = net.names.index(${quoted(place.name)})`,
+        "node = nodes[place]",
+        `cells = list(${stack}.cells)`,
+        `arrays = {name: array.copy() for name, array in cells[${at}].arrays.items()}`,
+        ...own.map(({ name, at: n, value }) => {
+          const { shape } = view.description.arrays[place.cell.weights[name].array];
+          return `arrays[${quoted(name)}][${shape.length > 1 ? `${Math.floor(n / shape[1])}, ${n % shape[1]}` : n}] = ${plain(value)}`;
+        }),
+        `cells[${at}] = cs.Cell(cells[${at}].spec, **arrays)`,
+        way === ""
+          ? "nodes[place] = dataclasses.replace(node, cells=tuple(cells))"
+          : `nodes[place] = dataclasses.replace(node, ${way}=dataclasses.replace(${stack}, cells=tuple(cells)))`,
+      );
+    }
+    lines.push(
+      "inputs = {name: net.shapes[name] for name in net.inputs}",
+      "net = cs.Network(nodes, net.names, net.metadata, inputs=inputs, wires=net.wires, outputs=net.outputs)",
+    );
+    return lines;
   }
 }
 
 function plain(value) {
-  return Number.isInteger(value) ? `${value}.0` : String(Number(value.toPrecision(6)));
+  return Number.isInteger(value) ? `${value}.0` : String(value);
 }
 
 function quoted(text) {
   return JSON.stringify(text);
 }
 
-// A patch as `cs.Patch(…)`.
-export function pythonOf(patch) {
+// A patch as `cs.Patch(…)`; several: the node has several cells.
+function pythonOf(patch, several) {
   const parts = [quoted(patch.node), `gate="${patch.gate}"`];
-  if (patch.cell) parts.push(`cell=${patch.cell}`);
   if (patch.units !== null) parts.push(`units=[${patch.units.join(", ")}]`);
   if (patch.steps !== null) parts.push(`steps=slice(${patch.steps[0]}, ${patch.steps[1]})`);
-  if (patch.how !== "set") parts.push(`how="${patch.how}"`);
   if (patch.how !== "freeze") parts.push(`value=${plain(patch.value)}`);
+  if (patch.how !== "set") parts.push(`how="${patch.how}"`);
+  if (several) parts.push(`cell=${patch.cell}`);
   return `cs.Patch(${parts.join(", ")})`;
 }
 
