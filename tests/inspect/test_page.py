@@ -666,6 +666,28 @@ def test_what_if_an_input_is_dragged(open_page, net, x):
     assert close(outputs_shown(screen)[1, 1], t.y[1, 3, 1], 5)
 
 
+def test_what_if_the_line_of_an_input_is_dragged(open_page, net, x):
+    screen = open_page(net.trace(x))
+    screen.tab("whatif")
+    screen.page.locator(".sliders").filter(has_text="x[2]").wait_for()
+    screen.page.locator(".dragged").scroll_into_view_if_needed()
+    box = screen.page.locator(".dragged").bounding_box()
+    across, down = box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"]
+    screen.page.mouse.move(across, down)
+    screen.page.mouse.down()
+    screen.page.mouse.move(across, box["y"] + 4)
+    wait_for_result(screen)
+    screen.page.mouse.up()
+    screen.settle()
+    ran = {"net": net, "x": x.copy()}
+    exec(screen.text("pre"), ran)
+    ((row, step, feature),) = np.argwhere(ran["x"] != x)
+    assert (row, feature) == (0, 0)
+    assert ran["x"][0, step, 0] > x.max()
+    assert screen.text(".readout").startswith(f"step {step} ")
+    assert close(outputs_shown(screen)[1, 1], ran["t"].y[0, step, 1], 5)
+
+
 def test_what_if_the_state_is_reset_and_a_weight_edited(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)

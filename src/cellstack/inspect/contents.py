@@ -135,6 +135,7 @@ def payload(
         {
             "name": name,
             "shape": network.graph.shown(name),
+            "ids": name in network.graph.ids,
             **_value(flows.get(name), network.graph.timed(name), name in aligned, taken, arrays),
         }
         for name in network.inputs

@@ -221,8 +221,7 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
   }
   return {
     step: (x) => Math.floor(window_.from + ((x * ratio - left) / wide) * window_.span),
-    low,
-    high,
+    value: (y) => low + ((bottom - y * ratio) / (bottom - top)) * (high - low),
   };
 }
 

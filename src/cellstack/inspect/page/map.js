@@ -40,7 +40,7 @@ export class HeatMap {
     this.field = choice("Gate or state", (field) => this.view.set({ field }));
     this.order = select("Units by", ORDERS, "number", (order) => this.view.set({ order }));
     this.rows = select("Row", [], 0, (row) => this.view.set({ row: Number(row) }));
-    this.shows = select("Show", [["after", "after the change"], ["difference", "the difference"], ["trace", "as traced"]], "trace", (shows) => this.view.set({ shows }));
+    this.shows = select("Show", [["after", "changed"], ["difference", "difference"], ["trace", "as traced"]], "trace", (shows) => this.view.set({ shows }));
     this.shows.element.hidden = true;
     this.stepBox = numberBox("Step", (text) => this.goToStep(text), { step: 1 });
     this.unitBox = numberBox("Unit", (text) => this.goToUnit(text), { step: 1 });

@@ -93,6 +93,7 @@ tbody th, thead th:first-child { text-align: left; }
 .tabs button:hover { color: var(--ink); }
 .panels > section { padding: 14px 2px 4px; }
 .panels > section:focus-visible { outline-offset: 4px; }
+.chart.dragged { height: 120px; cursor: ns-resize; touch-action: none; margin: 0 0 8px; }
 .tiles { margin-top: 8px; }
 .chart { height: 190px; margin-top: 6px; cursor: pointer; }
 .cellview { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 16px 28px; align-items: start; }

@@ -1,6 +1,7 @@
 // What if: an input changed, a gate held, the state reset, a weight edited; and what the network then does.
 
 import { countOf, sentenceOf } from "./changes.js";
+import { planeOf } from "./data.js";
 import { button, checkbox, make, replaceChildren, select, setChoices, shown, table } from "./dom.js";
 import { drawLines, lineColour } from "./draw.js";
 import { MEANINGS } from "./view.js";
@@ -24,6 +25,9 @@ export class WhatIf {
     this.input = select("Input", [], "", () => this.fillInputs(true));
     this.wide = checkbox("over the marked range", false, () => {});
     this.sliders = make("div", { class: "sliders" });
+    this.feature = 0; // of the input that the chart shows
+    this.inputChart = make("canvas", { class: "chart dragged", role: "img" });
+    this.listenToDrags();
     // patches
     this.gate = select("Hold", [], "", () => this.fillPatchForm());
     this.units = select("of", [["unit", ""], ["all", "all units"]], "unit", () => {});
@@ -54,7 +58,10 @@ export class WhatIf {
         changes.apply();
       }
       if (["step", "row", "place", "unit", "range"].some((name) => changed.has(name))) this.refill();
-      else if (["result", "shows", "theme", "window"].some((name) => changed.has(name))) this.draw();
+      else if (["result", "shows", "theme", "window"].some((name) => changed.has(name))) {
+        this.draw();
+        if (this.open && this.built && rerun.why === null && !changed.has("result")) this.fillInputs(false);
+      }
     });
   }
 
@@ -76,7 +83,7 @@ export class WhatIf {
       make(
         "div",
         {},
-        group("Drag an input value at the cursor", make("div", { class: "toolbar" }, this.input.element, this.wide.element), this.sliders),
+        group("Drag an input value", make("div", { class: "toolbar" }, this.input.element, this.wide.element), this.inputChart, this.sliders),
         group("Hold a gate or a state", make("div", { class: "toolbar" }, this.gate.element, this.units.element, this.steps.element, this.how.element, this.valueField, this.add), this.patches),
         group("Reset the state", make("p", {}, this.reset)),
         group("Edit a weight", make("div", { class: "toolbar" }, this.weightGate.element), this.weights),
@@ -117,23 +124,59 @@ export class WhatIf {
     const base = changes.base.get(view.row).inputs[name];
     const width = value.shape.slice(input.timed ? 2 : 1).reduce((a, b) => a * b, 1);
     const [low, high] = base.data.reduce(([a, b], one) => [Math.min(a, one), Math.max(b, one)], [0, 0]);
-    const room = 0.5 * (high - low) || 1;
+    const room = input.ids ? 0 : 0.5 * (high - low) || 1;
     const count = Math.min(width, MOST_SLIDERS);
     this.wide.element.hidden = view.range === null || !input.timed;
     if (anew || this.sliderCount !== `${name} ${count}`) {
       this.sliderCount = `${name} ${count}`;
+      this.feature = 0;
       this.rows = Array.from({ length: count }, (_, k) => {
-        const slider = make("input", { type: "range", min: String(low - room), max: String(high + room), step: String((high - low + 2 * room) / 400), "aria-label": `${name} ${k}` });
+        const step = input.ids ? 1 : (high - low + 2 * room) / 400;
+        const slider = make("input", { type: "range", min: String(low - room), max: String(high + room), step: String(step), "aria-label": `${name} ${k}` });
         const number = make("output", {});
-        slider.addEventListener("input", () => this.setInput(name, k, width, Number(slider.value), input.timed));
+        slider.addEventListener("input", () => {
+          this.feature = k;
+          this.setInput(name, k, width, Number(slider.value), input.timed);
+        });
         return { slider, number, head: make("span", {}, `${input.name}[${k}]`) };
       });
       replaceChildren(this.sliders, ...this.rows.flatMap(({ slider, number, head }) => [head, slider, number]), width > count ? make("span", {}, `and ${width - count} more`) : null);
     }
     this.rows.forEach(({ slider, number }, k) => {
       const at = input.timed ? view.step * width + k : k;
-      if (this.rows.dragged !== k || Number(slider.value) !== value.data[at]) slider.value = String(value.data[at]);
+      slider.value = String(value.data[at]);
       number.textContent = shown(value.data[at], 4) + (changes.inputs.get(name)?.has(at) ? ` (was ${shown(base.data[at], 4)})` : "");
+    });
+    this.inputChart.hidden = !input.timed;
+    if (!input.timed) return;
+    const planes = [value, base].map((one) => planeOf({ data: one.data, shape: [1, view.steps, width] }, 0));
+    const lines = [
+      { plane: planes[0], unit: this.feature, colour: view.colours.accent },
+      ...(value === base ? [] : [{ plane: planes[1], unit: this.feature, colour: view.colours.muted, dash: [4, 3] }]),
+    ];
+    const window_ = { ...view.window, steps: view.description.steps };
+    const chart = drawLines(this.inputChart, view.colours, lines, window_, { cursor: view.step, range: view.range, ends: { low: low - (room || 0.5), high: high + (room || 0.5) } });
+    this.inputChart.setAttribute("aria-label", `${name}[${this.feature}] over the steps, to be dragged; the sliders do the same`);
+    this.dragged = { name, width, low: low - room, high: high + room, ids: input.ids, ...chart };
+  }
+
+  // The line of a feature is dragged up and down at the step where it was taken.
+  listenToDrags() {
+    const { inputChart, view } = this;
+    const drag = (event) => {
+      const { name, width, low, high, ids, value } = this.dragged;
+      const at = Math.max(low, Math.min(high, value(event.offsetY)));
+      this.setInput(name, this.feature, width, ids ? Math.round(at) : Number(at.toPrecision(4)), true);
+    };
+    inputChart.addEventListener("pointerdown", (event) => {
+      const step = this.dragged?.step(event.offsetX) ?? -1;
+      if (step < 0 || step >= view.steps) return;
+      inputChart.setPointerCapture(event.pointerId);
+      view.set({ step });
+      drag(event);
+    });
+    inputChart.addEventListener("pointermove", (event) => {
+      if (inputChart.hasPointerCapture(event.pointerId)) drag(event);
     });
   }
 
