@@ -101,6 +101,9 @@ struct LayerOf {
     Read h0, c0;
     Write hn, cn, y, gates, cells, norms;
     Read recurrent_dropout, zoneout, zoneout_cell;
+    Read patch_lines, patch_table;
+    int64_t patch_width;
+    Write patch_held;
 
     template <class T>
     Layer<T> as() const {
@@ -113,7 +116,8 @@ struct LayerOf {
                 gates.as<T>(),
                 cells.as<T>(),
                 norms.as<T>(),
-                {recurrent_dropout.as<const T>(), zoneout.as<const T>(), zoneout_cell.as<const T>()}};
+                {recurrent_dropout.as<const T>(), zoneout.as<const T>(), zoneout_cell.as<const T>()},
+                {patch_lines.as<const int32_t>(), patch_table.as<const T>(), patch_width, patch_held.as<T>()}};
     }
 };
 
@@ -524,13 +528,17 @@ NB_MODULE(_kernel, m) {
         .def(
             "__init__",
             [](LayerOf* self, nb::object weights, Read h0, Read c0, Write hn, Write cn, Write y, Write gates,
-               Write cells, Write norms, Read recurrent_dropout, Read zoneout, Read zoneout_cell) {
-                new (self)
-                    LayerOf{weights, h0, c0, hn, cn, y, gates, cells, norms, recurrent_dropout, zoneout, zoneout_cell};
+               Write cells, Write norms, Read recurrent_dropout, Read zoneout, Read zoneout_cell, Read patch_lines,
+               Read patch_table, int64_t patch_width, Write patch_held) {
+                new (self) LayerOf{weights,   h0,           c0,          hn,          cn,
+                                   y,         gates,        cells,       norms,       recurrent_dropout,
+                                   zoneout,   zoneout_cell, patch_lines, patch_table, patch_width,
+                                   patch_held};
             },
             "weights"_a, "h0"_a = none, "c0"_a = none, "hn"_a = none, "cn"_a = none, "y"_a = none, "gates"_a = none,
             "cells"_a = none, "norms"_a = none, "recurrent_dropout"_a = none, "zoneout"_a = none,
-            "zoneout_cell"_a = none);
+            "zoneout_cell"_a = none, "patch_lines"_a = none, "patch_table"_a = none, "patch_width"_a = 0,
+            "patch_held"_a = none);
     nb::class_<GradientsOf>(m, "Gradients")
         .def(
             "__init__",

@@ -64,6 +64,7 @@ struct Layer {
     T* cells;          // [B, T, H], c of every step; null where gates is, and without a cell
     T* norms;          // [B, T, norm_size()], what layer normalisation left; null: not wanted, and without it
     Drops<T> drops;
+    Patches<T> patches{};  // forward alone
 };
 
 // Sequences of one batch.

@@ -45,6 +45,34 @@ INLINE V<T> zone(const T* mask, double rate, int64_t steps, int64_t width, const
     return mask ? load_lanes(mask + (at.r * steps + at.t) * width + at.unit, at.lanes) : splat(T(rate));
 }
 
+// What patches make of a block of a target: `before` is what it was after the step before.
+template <class T>
+__attribute__((noinline)) V<T> patched(const Patches<T>& p, int32_t line, const Place& at, V<T> v, V<T> before) {
+    const T* row = p.table + line * 3 * p.width + at.unit;
+    const V<T> scale = load_lanes(row, at.lanes), hold = load_lanes(row + p.width, at.lanes), none = splat(T(0));
+    V<T> out = load_lanes(row + 2 * p.width, at.lanes);
+    out = scale != none ? fma(scale, v, out) : out;
+    return hold != none ? fma(hold, before, out) : out;
+}
+template <class T>
+INLINE int32_t line_of(const Forward<T>& f, int target, const Place& at) {
+    return f.patches.lines ? f.patches.lines[(at.r * f.steps + at.t) * kTargets + target] : -1;
+}
+template <class T>
+INLINE void patch_state(const Forward<T>& f, int target, const Place& at, V<T>& v, V<T> before) {
+    const int32_t line = line_of(f, target, at);
+    if (line >= 0) v = patched<T>(f.patches, line, at, v, before);
+}
+template <class T>
+INLINE void patch_gate(const Forward<T>& f, int plane, const Place& at, V<T>& v) {
+    if (!f.patches.lines) return;
+    const Description& d = *f.w.d;
+    T* held = f.patches.held ? f.patches.held + (at.r * d.planes() + plane) * d.units + at.unit : nullptr;
+    const int32_t line = line_of(f, kGatesTarget + plane, at);
+    if (line >= 0) v = patched<T>(f.patches, line, at, v, held ? load_lanes(held, at.lanes) : splat(T(0)));
+    if (held) store_lanes(held, v, at.lanes);
+}
+
 // ── layer normalisation ──────────────────────────────────────────────────────────────────────────────────────────────
 
 template <class T>
@@ -155,6 +183,7 @@ INLINE void give(const Forward<T>& f, const Place& at, V<T> fresh, const T* h, T
     V<T> kept = fresh;
     if (!Plain && d.zoneout > 0)
         kept = mixed<T>(zone(f.zoneout, d.zoneout, f.steps, d.output, at), h_before(f, at, h), fresh);
+    if (!Plain && f.patches.lines) patch_state<T>(f, kOutputTarget, at, kept, h_before(f, at, h));
     V<T> fed = kept;
     if (f.recurrent_dropout) fed = kept * load_lanes(f.recurrent_dropout + at.r * d.output + at.unit, at.lanes);
     write_h(f, at, kept, fed, h_next);

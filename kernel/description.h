@@ -90,4 +90,18 @@ struct Arrays {
 };
 constexpr int kArrays = 11;
 
+// What a patch may act on: gates by their plane, the cell, h.
+enum Target : int { kGatesTarget = 0, kCellTarget = 4, kOutputTarget, kTargets };
+
+// Numbers of a layer that are changed as it runs, unit by unit of a target: v becomes scale·v + hold·before + shift,
+// `before` being what v was after the step before (or in the state that was given). A factor of 0 leaves out even what
+// is no number. Steps that a mask leaves out stay as they are.
+template <class T>
+struct Patches {
+    const int32_t* lines;  // [B, T, kTargets]: which line of the table; negative: none. Null: nothing is patched
+    const T* table;        // [lines, 3, width]: scale, hold and shift of every unit
+    int64_t width;
+    T* held;  // [B, planes, H], gates after the last step that was used, in and out; null: no gate has a hold
+};
+
 }  // namespace cellstack

@@ -15,7 +15,9 @@ void gru_reset(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t strid
         unroll<2>([&](auto v) INLINED {
             T* sum = sums + v * stride + at.unit;
             const V<T> z = limited<T>(d.clip, load_lanes(sum, at.lanes));
-            store_lanes(sum, act<T, Usual, false>(d.activations[v], z), at.lanes);
+            V<T> gate = act<T, Usual, false>(d.activations[v], z);
+            patch_gate<T>(f, v, at, gate);
+            store_lanes(sum, gate, at.lanes);
         });
         store(f.m + r * wide + at.unit, load_lanes(sums + stride + at.unit, at.lanes) * load(h + r * wide + at.unit));
     });
@@ -32,10 +34,12 @@ void gru_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t s
             unroll<3>([&](auto v) INLINED { after[v] = load_lanes(q + v * stride + at.unit, at.lanes); });
             unroll<2>([&](auto v) INLINED {
                 z[v] = act<T, Usual, false>(d.activations[v], limited<T>(d.clip, z[v] + after[v]));
+                patch_gate<T>(f, v, at, z[v]);
             });
             z[2] = fma(z[1], after[2], z[2]);
         }
         z[2] = act<T, Usual, true>(d.activations[2], limited<T>(d.clip, z[2]));
+        patch_gate<T>(f, 2, at, z[2]);
         if (d.reset_after) {
             after[3] = after[2];
             unroll<3>([&](auto v) INLINED { after[v] = z[v]; });

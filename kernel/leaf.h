@@ -29,9 +29,10 @@ struct Panels {
     Arrays<const T> arrays{};
     bool unpacked = false;
     Element element = element_of<T>();  // of a weight in a matrix; narrow ones are laid out as quantised.h says
+    bool patched = false;               // patches act on the numbers of a step
 
     // Whether a step goes block by block, the shorter way of the plain LSTM.
-    bool by_blocks() const { return d->plain() && !unpacked && !narrow(element); }
+    bool by_blocks() const { return d->plain() && !unpacked && !narrow(element) && !patched; }
 };
 
 // Forward over rows of one layer, for steps n in [first, last) of the processing order.
@@ -57,6 +58,7 @@ struct Forward {
                        // what was projected [rows][output_blocks·W]
     T* scales;         // scratch of int8: see Product
     uint8_t* bytes;
+    Patches<T> patches;  // from the first of the rows on
 };
 
 // Backward over rows of one layer, for steps n in [first, last) of the processing order, last to first.

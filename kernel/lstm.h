@@ -27,17 +27,24 @@ INLINE V<T> lstm_gates(const Forward<T>& f, const Place& at, V<T> (&z)[4]) {
         }
         unroll<3>([&](auto v) INLINED { z[v] = limited<T>(d.clip, z[v]); });
     }
-    z[0] = act<T, Usual, false>(d.activations[0], z[0]);
-    z[1] = !Plain && d.coupled ? splat(T(1)) - z[0] : act<T, Usual, false>(d.activations[1], z[1]);
-    z[2] = act<T, Usual, true>(d.activations[2], z[2]);
+    const auto patch = [&](int plane) INLINED {
+        if constexpr (!Plain) patch_gate<T>(f, plane, at, z[plane]);
+    };
+    z[0] = act<T, Usual, false>(d.activations[0], z[0]), patch(0);
+    z[1] = !Plain && d.coupled ? splat(T(1)) - z[0] : act<T, Usual, false>(d.activations[1], z[1]), patch(1);
+    z[2] = act<T, Usual, true>(d.activations[2], z[2]), patch(2);
     V<T> c = fma(z[1], c_prev, z[0] * z[2]), kept = c;
     if constexpr (!Plain) {
         kept = c = limited<T>(d.cell_clip, c);
         if (d.zoneout_cell > 0) kept = mixed<T>(zone(f.zoneout_cell, d.zoneout_cell, f.steps, d.units, at), c_prev, c);
+        if (f.patches.lines) {
+            patch_state<T>(f, kCellTarget, at, kept, c_prev);
+            patch_state<T>(f, kCellTarget, at, c, c_prev);
+        }
         if (d.peepholes) z[3] = fma(peephole(d, p, 3, at), c, z[3]);
         z[3] = limited<T>(d.clip, z[3]);
     }
-    z[3] = act<T, Usual, false>(d.activations[3], z[3]);
+    z[3] = act<T, Usual, false>(d.activations[3], z[3]), patch(3);
     store(state, kept);
     return c;
 }

@@ -13,6 +13,7 @@ void rnn_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t s
         V<T> z[1] = {load_lanes(sums + at.unit, at.lanes)};
         if (d.layer_norm) z[0] += load_lanes(q + at.unit, at.lanes);
         z[0] = act<T, Usual, true>(d.activations[0], limited<T>(d.clip, z[0]));
+        patch_gate<T>(f, 0, at, z[0]);
         keep_gates(f, at, z);
         give<T, false>(f, at, z[0], h, h_next);
     });

@@ -175,8 +175,9 @@ struct Runner {
     // What `open` takes from the parts, in numbers.
     struct Sizes {
         int64_t h, kept, c, z, q, m, p, scales, bytes;
-        Sizes(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout) {
-            const Panels<T>& w = weights.impl().panels;
+        Sizes(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout, bool patched) {
+            Panels<T> w = weights.impl().panels;
+            w.patched = patched;
             const Description& d = *w.d;
             const int64_t width = weights.impl().leaf->width, wide = rows * w.blocks * width;
             h = d.keeps_state() ? rows * w.output_blocks * width : 0;
@@ -197,12 +198,12 @@ struct Runner {
         }
     };
 
-    void open(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout, Parts<T>& parts) {
-        const Sizes sizes(weights, rows, chunk, dropout);
+    void open(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout, bool patched, Parts<T>& parts) {
+        const Sizes sizes(weights, rows, chunk, dropout, patched);
         const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
         leaf = weights.impl().leaf;
         f = Forward<T>{};
-        f.w = weights.impl().panels, f.rows = rows;
+        f.w = weights.impl().panels, f.w.patched = patched, f.rows = rows;
         f.h = take(sizes.h), f.h_next = take(sizes.h), f.h_kept = take(sizes.kept), f.c = take(sizes.c);
         product = take(sizes.z), f.q = take(sizes.q), f.m = take(sizes.m), f.p = take(sizes.p);
         f.scales = take(sizes.scales), f.bytes = reinterpret_cast<uint8_t*>(take(sizes.bytes));
@@ -270,7 +271,9 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         if (!layers[l].y) count += Parts<T>::size(checked(checked(B, steps), description(l).output));
     std::vector<int64_t> sizes(depth);
     for (int l = 0; l < depth; ++l) {
-        sizes[l] = typename Runner<T>::Sizes(*layers[l].weights, most_rows, chunk, layers[l].drops.recurrent).sum();
+        sizes[l] = typename Runner<T>::Sizes(*layers[l].weights, most_rows, chunk, layers[l].drops.recurrent,
+                                             layers[l].patches.lines)
+                       .sum();
         count += groups * sizes[l];
     }
     Scratch<T> scratch(count);
@@ -288,7 +291,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         const int64_t H = d.units, P = d.output, below = l ? description(l - 1).output : 0;
         Runner<T> runner;
         Parts<T> own(memory[size_t(l) * groups + group]);
-        runner.open(*layer.weights, rows, chunk, layer.drops.recurrent, own);
+        runner.open(*layer.weights, rows, chunk, layer.drops.recurrent, layer.patches.lines, own);
         // Rows from `first` on, of an array with so much a row.
         const auto at = [&](auto* all, int64_t a_row) { return all ? all + first * a_row : nullptr; };
         Forward<T>& f = runner.f;
@@ -301,6 +304,9 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         f.norms = at(layer.norms, steps * d.norm_size());
         f.recurrent_dropout = at(layer.drops.recurrent, P);
         f.zoneout = at(layer.drops.zoneout, steps * P), f.zoneout_cell = at(layer.drops.zoneout_cell, steps * H);
+        f.patches = layer.patches;
+        f.patches.lines = at(layer.patches.lines, steps * kTargets);
+        f.patches.held = at(layer.patches.held, d.planes() * H);
         // Rows from `first` on have states of their own, at places of the whole, or one after the other.
         const int64_t* places = at(in.places, 1);
         const auto state_at = [&](auto* all, int64_t width) { return places ? all : at(all, width); };
@@ -388,7 +394,7 @@ Stream<T>::Stream(std::vector<const Weights<T>*> weights, int64_t batch, int thr
     const auto kept = [&](const Weights<T>* w) { return 2 * most_rows * s.chunk * w->description().output; };
     int64_t count = 0;
     for (const Weights<T>* w : weights) {
-        const typename Runner<T>::Sizes sizes(*w, most_rows, s.chunk, false);
+        const typename Runner<T>::Sizes sizes(*w, most_rows, s.chunk, false, false);
         count += s.groups * (sizes.sum() + Parts<T>::size(kept(w)) + Parts<T>::size(sizes.h + sizes.c));
     }
     s.memory.reset(new Scratch<T>(count));
@@ -399,7 +405,7 @@ Stream<T>::Stream(std::vector<const Weights<T>*> weights, int64_t batch, int thr
     for (int group = 0; group < s.groups; ++group)
         for (size_t l = 0; l < s.weights.size(); ++l) {
             const int64_t rows = s.first_row(group + 1) - s.first_row(group);
-            s.runners[s.place(group, int(l))].open(*s.weights[l], rows, s.chunk, false, parts);
+            s.runners[s.place(group, int(l))].open(*s.weights[l], rows, s.chunk, false, false, parts);
             s.between.push_back(parts.take(kept(s.weights[l])));
             s.before.push_back(parts.take(Impl::state_size(s.runners[s.place(group, int(l))])));
         }

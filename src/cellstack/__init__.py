@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cellstack.formats import extract, load
 from cellstack.network import Network
 from cellstack.nodes import Activation, Bidirectional, Cell, Dense, GlobalPool, Recurrent, Standardise
+from cellstack.nodes.patches import Patch
 from cellstack.spec import CellSpec, FormatError, HiddenState, ShapeError, State
 from cellstack.streaming.sessions import Sessions
 from cellstack.streaming.stream import Stream
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cellstack.formats.keras import from_keras
     from cellstack.formats.pytorch import from_torch
     from cellstack.formats.verify import verify
+    from cellstack.inspect.interventions import ablate, activation_patch
 
 __version__: str
 
@@ -38,12 +40,15 @@ __all__ = [
     "GlobalPool",
     "HiddenState",
     "Network",
+    "Patch",
     "Recurrent",
     "Sessions",
     "ShapeError",
     "Standardise",
     "State",
     "Stream",
+    "ablate",
+    "activation_patch",
     "extract",
     "from_keras",
     "from_torch",
@@ -53,16 +58,22 @@ __all__ = [
 ]
 
 
-# What is looked up at its first use, and the module of `formats` that it comes from.
-FROM_FORMATS = {"from_keras": "keras", "from_torch": "pytorch", "verify": "verify"}
+# What is looked up at its first use, and the module that it comes from.
+LATER = {
+    "ablate": "inspect.interventions",
+    "activation_patch": "inspect.interventions",
+    "from_keras": "formats.keras",
+    "from_torch": "formats.pytorch",
+    "verify": "formats.verify",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Look up what would take longer than the rest: what reads other formats, and `__version__`."""
     if name == "inspect":
         return import_module("cellstack.inspect")
-    if name in FROM_FORMATS:
-        value = getattr(import_module(f"cellstack.formats.{FROM_FORMATS[name]}"), name)
+    if name in LATER:
+        value = getattr(import_module(f"cellstack.{LATER[name]}"), name)
         globals()[name] = value
         return value
     if name != "__version__":

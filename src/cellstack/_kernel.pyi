@@ -67,6 +67,10 @@ class Layer:
         recurrent_dropout: _Array = None,
         zoneout: _Array = None,
         zoneout_cell: _Array = None,
+        patch_lines: _Array = None,
+        patch_table: _Array = None,
+        patch_width: int = 0,
+        patch_held: _Array = None,
     ) -> None: ...
 
 class Gradients:

@@ -15,6 +15,7 @@ import numpy as np
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_integer
+from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recording, Recurrent
 from cellstack.spec import Plan, ShapeError, check_sequence
 
@@ -64,11 +65,14 @@ class Network:
             say, a sequence's where none says.
         wires: for each node, a tuple of the names of what it takes; None = each takes what the one before returns.
         outputs: names of nodes; None = the last.
+        patches: what is changed in cells as they run, in the order in which it acts: see `edit`.
 
     Raises:
         ShapeError: no node, or nodes that don't meet in width or rank.
-        TypeError: not a node, dtypes that differ, metadata that JSON can't hold.
-        ValueError: names that don't fit; a wire to nothing or from a later node; a node or an input that leads nowhere.
+        TypeError: not a node, dtypes that differ, metadata that JSON can't hold; not a patch.
+        ValueError: names that don't fit; a wire to nothing or from a later node; a node or an input that leads nowhere;
+            a patch of what isn't there.
+        IndexError: a patch of units that aren't there.
 
     >>> from cellstack import Cell, CellSpec, Dense, Recurrent
     >>> rng = np.random.default_rng(0)
@@ -109,7 +113,9 @@ class Network:
     input_size: int | None
     dtype: np.dtype[Any]
     graph: Graph
+    patches: tuple[Patch, ...]
     _stages: tuple[Stage, ...]
+    _patched: tuple[CellPatches | None, ...]
 
     def __init__(
         self,
@@ -120,8 +126,9 @@ class Network:
         inputs: Inputs | None = None,
         wires: Sequence[Sequence[str]] | None = None,
         outputs: Sequence[str] | None = None,
+        patches: Iterable[Patch] = (),
     ) -> None:
-        nodes = tuple(nodes)
+        nodes, patches = tuple(nodes), tuple(patches)
         names = _checked_names(nodes, names)
         dtypes = {name: node.dtype for name, node in zip(names, nodes, strict=True) if node.dtype is not None}
         dtype = next(iter(dtypes.values()), np.dtype(np.float32))
@@ -141,7 +148,9 @@ class Network:
             "input_size": None if first in graph.ids else graph.shapes[first][-1],
             "dtype": dtype,
             "graph": graph,
-            "_stages": _stages(nodes, names, graph),
+            "patches": patches,
+            "_patched": _patched(nodes, names, patches),  # one a cell, in their order; empty: none
+            "_stages": _stages(nodes, names, graph, {patch.node for patch in patches}),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
@@ -150,6 +159,16 @@ class Network:
     def cells(self) -> tuple[Cell, ...]:
         """Every cell, in the order of the state: node by node, bottom first, forward before backward."""
         return tuple(cell for node in self.nodes for cell in node.cells)
+
+    def patches_of(self, name: str) -> tuple[CellPatches | None, ...]:
+        """Return what is changed in each cell of a node; nothing where the network has no patches.
+
+        Args:
+            name: the node's.
+        """
+        place = self.names.index(name)
+        first = sum(len(node.cells) for node in self.nodes[:place])
+        return self._patched[first : first + len(self.nodes[place].cells)]
 
     def __call__(self, x: Any, mask: Any = None) -> Any:
         """Return what the network makes of `x`: `run` from the cells' own initial state, without the state after.
@@ -207,6 +226,9 @@ class Network:
         """
         values = self._flows(x, mask, lengths, reset)
         given = [flow.x for flow in values.values()]
+        if record is not None:  # what is given may be written to afterwards
+            values = {name: Flow(flow.x.copy(), flow.mask, flow.reset) for name, flow in values.items()}
+            record.flows.update(values)
         batch, cells = len(given[0]), self.cells
         states = as_states("Network", state, cells, batch)
         if threads is None:
@@ -226,14 +248,15 @@ class Network:
                         "of one piece and of the next"
                     )
                 own = states[len(after) : len(after) + len(node.cells)]
-                if record is not None and isinstance(node, (Recurrent, Bidirectional)):
-                    x, used, begun, ends = node.run(flows, own, threads, record)
+                if isinstance(node, (Recurrent, Bidirectional)):
+                    patches = self._patched[len(after) : len(after) + len(node.cells)]
+                    x, used, begun, ends = node.run(flows, own, threads, record, patches)
                 else:
                     x, used, begun, ends = node.run(flows, own, threads)
                 values[name] = Flow(x, used, begun)
                 after += ends
                 if record is not None:
-                    record.flows |= {source: values[source] for source in sources} | {name: values[name]}
+                    record.flows[name] = values[name]
                 for number in numbers:
                     for value in self.graph.done[number]:
                         values.pop(value, None)  # between nodes that are one stage there is none
@@ -351,6 +374,47 @@ class Network:
         run = {"mask": mask, "lengths": lengths, "reset": reset, "threads": threads}
         return trace(self, x, state, run, nodes, units, steps, pre, in_memory)
 
+    def edit(self, patches: Patch | Iterable[Patch]) -> Network:
+        """Return the network with patches, after those that it has: gates and states that are changed as it runs.
+
+        It is a Network again, of the same arrays: run, traced, streamed, pooled, and saved in the native format, which
+        alone can hold patches. Of two patches to one number, the later one acts on what the earlier one left.
+
+        Args:
+            patches: a `Patch`, or some in the order in which they act.
+
+        Raises:
+            TypeError: what isn't a patch.
+            ValueError: a node, a cell or a gate that isn't there.
+            IndexError: units that aren't there. Rows and steps are checked by the run.
+
+        >>> from cellstack import Cell, CellSpec, Patch, Recurrent
+        >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8)))
+        >>> net = Network([Recurrent((cell,))])
+        >>> held = net.edit(Patch("layer_0", gate="h", units=[1], value=0.5))
+        >>> held(np.ones((1, 3, 1)))[0, :, 1]
+        array([0.5, 0.5, 0.5])
+        """
+        own = (patches,) if isinstance(patches, Patch) else tuple(patches)
+        return self._with(self.patches + own)
+
+    @property
+    def unedited(self) -> Network:
+        """The network without patches."""
+        return self._with(()) if self.patches else self
+
+    def _with(self, patches: tuple[Patch, ...]) -> Network:
+        inputs = {name: self.shapes[name] for name in self.inputs}
+        return Network(
+            self.nodes,
+            self.names,
+            self.metadata,
+            inputs=inputs,
+            wires=self.wires,
+            outputs=self.outputs,
+            patches=patches,
+        )
+
     def stream(self, batch: int = 1, threads: int = 1, weights: str = "float32") -> Stream:
         """Return a `Stream` that runs this network frame by frame.
 
@@ -436,6 +500,8 @@ class Network:
         begun = {number: self.names[stage.nodes[0]] for stage in self._stages for number in stage.nodes[1:]}
         for number, (name, origin, node) in enumerate(zip(self.names, self._origins(), self.nodes, strict=True)):
             engine = f"in the call of {begun[number]}" if number in begun else node.engine(self.dtype)
+            patches = sum(patch.node == name for patch in self.patches)
+            engine += f", {patches} patch{'es' * (patches > 1)}" if patches else ""
             rows.append((name, origin, node.summary, _cost(*self._cost(node)), engine))
         costs = [self._cost(node) for node in self.nodes]
         total = _cost(*(sum(numbers) for numbers in zip(*costs, strict=True)))
@@ -463,7 +529,8 @@ class Network:
         total = sum(node.parameters for node in self.nodes)
         comes, goes = (self._ends(names) for names in (self.inputs, self.outputs))
         head = f"Network of {self.dtype}: {comes} -> {goes}, {total:,} numbers"
-        return "\n".join([head, *("  " + line for line in _table(rows))])
+        patches = [f"  {patch!r}" for patch in self.patches]
+        return "\n".join([head, *("  " + line for line in _table(rows)), *patches])
 
     def _ends(self, names: tuple[str, ...]) -> str:
         """Return the shapes of the inputs or the outputs, with their names where there are several."""
@@ -472,7 +539,33 @@ class Network:
         return ", ".join(f"{name} {shape}" if named else shape for name, shape in zip(names, shapes, strict=True))
 
 
-def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tuple[Stage, ...]:
+def _patched(
+    nodes: tuple[Node, ...], names: tuple[str, ...], patches: tuple[Patch, ...]
+) -> tuple[CellPatches | None, ...]:
+    """Return the patches by cell, in the order of the cells; nothing where there are none."""
+    for patch in patches:
+        if not isinstance(patch, Patch):
+            raise TypeError(f"Network: expected patches to be Patch, got {type(patch).__name__}")
+        if patch.node not in names:
+            raise ValueError(f"Network: expected patches of {', '.join(names)}, got one of {patch.node!r:.80}")
+        count = len(nodes[names.index(patch.node)].cells)
+        if not count:
+            raise ValueError(f"Network: expected patches of nodes with cells, got one of {patch.node!r}")
+        if patch.cell is None and count > 1:
+            raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
+        if patch.cell is not None and patch.cell >= count:
+            raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
+    found = []
+    for name, node in zip(names, nodes, strict=True):
+        for place, cell in enumerate(node.cells):
+            own = [patch for patch in patches if patch.node == name and (patch.cell or 0) == place]
+            for patch in own:
+                patch.check(cell.spec)
+            found.append(CellPatches(cell.spec, own) if own else None)
+    return tuple(found) if patches else ()
+
+
+def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph, patched: set[str]) -> tuple[Stage, ...]:
     """Return the nodes in the order in which they run, those together that one call of the kernel can run.
 
     A stack of cells in one call shares its layers out to threads, and keeps no sequence between them. The bits are the
@@ -484,7 +577,8 @@ def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tu
         below = stages[-1] if stages else None
         if below is not None and sources == (names[below.nodes[-1]],) and uses[sources[0]] == 1:
             joined = _joined(below.node, node)
-            if joined is not None:
+            # Above a node that goes backwards steps are counted as they come out of it, not as they went in.
+            if joined is not None and not (joined.go_backwards and names[number] in patched):
                 stages[-1] = Stage((*below.nodes, number), joined, below.sources)
                 continue
         stages.append(Stage((number,), node, sources))

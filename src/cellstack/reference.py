@@ -60,7 +60,7 @@ Ref, and where we differ:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -132,6 +132,7 @@ class _Cell:
     def __init__(self, spec: CellSpec, arrays: Mapping[str, Any]) -> None:
         self.spec = spec
         self.w = {name: np.asarray(arrays[name], np.float64) for name in spec.shapes}
+        self.patched = lambda name, value, before: value
         cut = 2 * spec.units  # columns that are normalised together: all, but a GRU's z and r, and its g
         self.together = (slice(0, cut), slice(cut, None)) if spec.kind == "gru" else (slice(None),)
 
@@ -188,7 +189,7 @@ class _Cell:
         s.sums[slot] = z
         y = function(cut, alpha, beta)
         s.slopes[slot] = slope(cut, y, alpha, beta) * (np.abs(z) < clip)  # dy/dz
-        return y
+        return y if slot == "cell" else self.patched(slot, y, None)
 
 
 # ── the kinds: a step takes x [B, I], h_in and the state before; its way back returns the gradients of these three ──
@@ -202,16 +203,17 @@ class _LSTM(_Cell):
         for gate in list(p)[:-1]:  # i and f see the cell before the step, o the one after it
             z[gate] = z[gate] + p[gate] * c_prev
         i = self.activate(s, "i", z["i"])
-        f = 1.0 - i if spec.coupled else self.activate(s, "f", z["f"])
+        f = self.patched("f", 1.0 - i, None) if spec.coupled else self.activate(s, "f", z["f"])
         g = self.activate(s, "g", z["g"])
         c_new = f * c_prev + i * g
         if spec.cell_clip is not None:
             s.cell_inside = np.abs(c_new) < spec.cell_clip
             c_new = np.clip(c_new, -spec.cell_clip, spec.cell_clip)
+        seen = self.patched("c", c_new, c_prev)
         if spec.peepholes:
-            z["o"] = z["o"] + p["o"] * c_new
+            z["o"] = z["o"] + p["o"] * seen
         o = self.activate(s, "o", z["o"])
-        c_out = self.normalise(s, "cell_gain", c_new) + w["cell_bias"] if spec.layer_norm else c_new
+        c_out = self.normalise(s, "cell_gain", seen) + w["cell_bias"] if spec.layer_norm else seen
         c_act = self.activate(s, "cell", c_out)
         m = o * c_act
         h_new = m @ w["projection"] if spec.proj_size else m
@@ -326,6 +328,7 @@ def forward(
     zoneout: Any = None,
     zoneout_cell: Any = None,
     reverse: bool = False,
+    patched: Callable[[str, int, Array, Any], Array] | None = None,
 ) -> Forward:
     """Run a cell over a sequence. Whatever dtype comes in, all is computed in float64.
 
@@ -342,6 +345,9 @@ def forward(
         zoneout, zoneout_cell: `[B, T, P]` and `[B, T, H]`, 1 where h or c keeps its value in a step, 0 elsewhere.
             None: the cell's rates.
         reverse: run from the last step to the first; `y[:, t]` still belongs to `x[:, t]`.
+        patched: returns what a gate or a state of a step becomes: of its name, the step t, its value `[B, H]`, and of
+            h and c what it was before the step. A gate is changed right after its activation; c where o and h see it,
+            and where it is kept, after zoneout; h last of all. There is no way back through it.
 
     >>> arrays = {"kernel": [[2.0]], "recurrent_kernel": [[1.0]], "bias": [0.0]}
     >>> forward(CellSpec(1, 1, "linear", kind="rnn"), arrays, [[[1.0], [1.0]]]).y.tolist()  # 2·1, then 2·1 + 2
@@ -363,13 +369,17 @@ def forward(
         dropout=1.0 if recurrent_dropout is None else np.asarray(recurrent_dropout, np.float64),
         kept=[np.full((1, steps, 1), k) if drawn is None else np.asarray(drawn, np.float64) for k, drawn in rates],
         steps=[_tape() for _ in range(steps)],
+        patched=patched,
     )
     for t in tape.order:
+        if patched is not None:
+            cell.patched = lambda name, value, before, t=t: patched(name, t, value, before)
         s, used = tape.steps[t], tape.used[:, t]
         now = _choose(tape.reset[:, t], fresh, now)
         before = _choose(used, now, ZEROS)  # rows that are left out run on zeros: a NaN in them meets nothing
         cell.step(s, np.where(used, x[:, t], 0.0), before[0] * tape.dropout, before)
         after = [k[:, t] * a + (1.0 - k[:, t]) * new for k, a, new in zip(tape.kept, before, s.state, strict=True)]
+        after = [cell.patched(name, new, a) for name, new, a in zip(spec.state_sizes, after, before, strict=True)]
         now = _choose(used, after, now)
         for out, a in zip(outs, now, strict=True):
             out[:, t] = a
@@ -420,6 +430,7 @@ def backward(
             of `dstate`, is zeros. That of the plane q_g in a GRU's gates is ignored.
     """
     cell, tape = CELLS[spec.kind](spec, arrays), out.tape
+    assert tape.patched is None, "there is no way back through patches"
     d = {name: np.zeros(shape) for name, shape in spec.shapes.items()}
     dx = np.zeros_like(tape.x)
     dgates = _given(dgates, out.gates)

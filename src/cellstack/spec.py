@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -336,13 +336,13 @@ class CellSpec:
         """Width of h: P where the output is projected, else H."""
         return self.proj_size or self.units
 
-    @property
+    @cached_property
     def state_sizes(self) -> dict[str, int]:
         """Width of each array of the state, by name: h, and c for an LSTM."""
         sizes = {"h": self.output_size, "c": self.units}
         return {name: sizes[name] for name in STATES[self.kind]._fields}
 
-    @property
+    @cached_property
     def planes(self) -> int:
         """How many arrays `[B, T, H]` the kernel keeps as a pass's gates.
 
@@ -350,7 +350,7 @@ class CellSpec:
         """
         return len(GATES[self.kind]) + (self.kind == "gru" and self.reset_after)
 
-    @property
+    @cached_property
     def norm_size(self) -> int:
         """How many numbers a step of a row the kernel keeps of layer normalisation; 0 without it."""
         return 2 * len(self.gates) * self.units + 4 if self.layer_norm else 0

@@ -30,7 +30,7 @@ BELOW = {
     "network": {"spec", "nodes", "graph", "arguments"},
     "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
     "formats": {"spec", "layout", "nodes", "network", "streaming"},
-    "inspect": {"spec", "reference", "nodes", "arguments", "formats"},
+    "inspect": {"spec", "reference", "native", "nodes", "arguments", "formats"},
     "layers": {"spec", "native"},
     "train": {"spec", "layers", "nodes", "network", "formats", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py

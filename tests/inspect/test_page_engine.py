@@ -12,7 +12,7 @@ from family import random_case, random_spec
 from networks import by_reference, fill, make_cell, make_graph, make_network, make_states
 from safetensors import safe_open
 
-from cellstack import CellSpec, Network, Recurrent, reference
+from cellstack import CellSpec, Network, Patch, Recurrent, reference
 from cellstack.inspect.payload import packed, payload_of
 from cellstack.nodes import (
     NODES,
@@ -38,7 +38,7 @@ from cellstack.nodes import (
     Standardise,
 )
 from cellstack.nodes.base import MORE_ACTIVATIONS
-from cellstack.spec import ACTIVATIONS, GATES, STATES
+from cellstack.spec import ACTIVATIONS, GATES, STATES, TRACES
 
 NEAR = (
     1e-10  # float64 on both sides, relative to the greatest number above 1: sums in another order, other exp and tanh
@@ -993,3 +993,31 @@ def test_what_a_task_asks_is_what_it_says(page):
 def test_a_trainer_refuses_by_name(page, options, message):
     work = "(options) => { try { engine.createTrainer(options); } catch (error) { return error.message; } }"
     assert page.evaluate(work, options) == message
+
+
+def test_edited_networks_are_run_as_the_kernel_runs_them(page):
+    made = []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        spec, batch, steps = random_spec(rng), int(rng.integers(1, 5)), int(rng.integers(1, 9))
+        net = Network([Recurrent((fill(rng, spec, "float64"),), go_backwards=seed % 3 == 0)], inputs=["x"])
+        patches = []
+        for _ in range(rng.integers(1, 5)):
+            gate = str(rng.choice(TRACES[spec.kind]._fields))
+            some = lambda n: None if rng.random() < 0.3 else rng.choice(n, rng.integers(1, n + 1), False)  # noqa: B023, E731
+            how = str(rng.choice(["set", "add", "scale", "freeze"]))
+            width = spec.output_size if gate == "h" else spec.units
+            value = None if how == "freeze" else round(float(rng.normal()), 3)
+            patches.append(Patch("layer_0", gate, some(width), some(batch), some(steps), value, how))
+        options = {
+            "state": make_states(rng, net, batch),
+            "mask": rng.random((batch, steps)) < 0.7 if seed % 4 == 0 else None,
+            "reset": rng.random((batch, steps)) < 0.3 if seed % 5 == 0 else None,
+        }
+        x = {"x": rng.normal(size=(batch, steps, spec.input_size))}
+        made.append({"network": net.edit(patches), "inputs": x, "options": options})
+    for case, found in zip(made, evaluated(page, RUN, made), strict=True):
+        t = case["network"].trace(case["inputs"], **case["options"])
+        near(found["values"]["layer_0"], t["layer_0"].y)
+        for gate, array in t["layer_0"].cells[0].items():
+            near(found["cells"]["layer_0"][0][gate], array)

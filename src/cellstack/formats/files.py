@@ -8,7 +8,25 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from cellstack.network import Network
+
+
+def check_unedited(network: Network, what: str) -> None:
+    """Raise `ValueError` where a network has patches, which only the native format holds.
+
+    Args:
+        network: what is written.
+        what: what it is written as, for the message.
+    """
+    for patch in network.patches[:1]:
+        more = f" and {len(network.patches) - 1} more" if len(network.patches) > 1 else ""
+        raise ValueError(
+            f"save: expected a network without patches, which {what} can't hold, got {patch}{more}: "
+            "save it as .safetensors, or save net.unedited"
+        )
 
 
 def check_replaceable(path: str | PathLike[str]) -> tuple[str, int | None]:

@@ -27,6 +27,7 @@ from cellstack.formats.files import replacing
 from cellstack.formats.safetensors_weights import extract_weights, has_parts, load_weights
 from cellstack.network import Network
 from cellstack.nodes import NODES
+from cellstack.nodes.patches import Patch
 from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
@@ -61,7 +62,16 @@ def described(network: Network) -> tuple[dict[str, Any], dict[str, Array]]:
         nodes.append({"name": name, "wires": list(wires), **entry})
         tensors.update({f"{name}/{array}": numbers for array, numbers in arrays.items()})
     inputs = [{"name": name, "shape": list(network.shapes[name])} for name in network.inputs]
-    graph = {"inputs": inputs, "nodes": nodes, "outputs": list(network.outputs)}
+    graph: dict[str, Any] = {"inputs": inputs, "nodes": nodes, "outputs": list(network.outputs)}
+    patches = []
+    for number, patch in enumerate(network.patches):
+        said = patch.stored()
+        if patch.value is not None:
+            said["value"] = list(patch.value.shape)
+            tensors[f"patch/{number}/value"] = patch.value
+        patches.append(said)
+    if patches:  # an older cellstack refuses what it doesn't know
+        graph["patches"] = patches
     return {"version": VERSION, **graph, "metadata": network.metadata}, tensors
 
 
@@ -232,6 +242,20 @@ def _node(tensors: _Tensors, entry: Any) -> tuple[str, tuple[str, ...], Node]:
         raise FormatError(f"{tensors.path}: {_short(name)}: {str(error)[:300]}") from None
 
 
+def _patch(tensors: _Tensors, number: int, said: Any) -> Patch:
+    where, index = f"{tensors.path}: patch {number}", (list, dict)
+    optional: Types = {"units": index, "rows": index, "steps": index, "cell": int, "value": list}
+    table = dict(_take(where, said, {"node": str, "gate": str, "how": str}, optional))
+    shape = table.pop("value", None)
+    if shape is not None and not all(type(size) is int and size > 0 for size in shape):
+        raise FormatError(f"{where}: expected value to be a shape, found {_short(shape)}")
+    value = None if shape is None else tensors.take(f"patch/{number}/value", tuple(shape))
+    try:
+        return Patch.restored(table, value)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{where}: {str(error)[:300]}") from None
+
+
 def load(path: str) -> Network:
     """Read the network in `path`.
 
@@ -267,8 +291,11 @@ def extract(path: str) -> dict[str, Network]:
         if _of_weights(file):
             return extract_weights(path, file)
         network = _read(path, file)
-    named = zip(network.names, network.nodes, strict=True)
-    return {name: Network([node], [name]) for name, node in named if node.cells}
+    return {
+        name: Network([node], [name], patches=[patch for patch in network.patches if patch.node == name])
+        for name, node in zip(network.names, network.nodes, strict=True)
+        if node.cells
+    }
 
 
 @contextmanager
@@ -308,15 +335,17 @@ def _read(path: str, file: safe_open) -> Network:
             f"{where}: expected version {VERSION} or older, found {_short(version)}: made by a newer cellstack"
         )
     keys: Types = {"version": int, "inputs": list, "nodes": list, "outputs": list, "metadata": dict}
-    _take(where, description, keys)
+    _take(where, description, keys, {"patches": list})
     inputs, outputs = _inputs(where, description["inputs"]), _names(where, "outputs", description["outputs"])
     tensors = _Tensors(path, file)
     found = [_node(tensors, entry) for entry in description["nodes"]]
+    patches = [_patch(tensors, number, said) for number, said in enumerate(description.get("patches", []))]
     if tensors.left:
         unused = _short(min(tensors.left))
         raise FormatError(f"{path}: tensor {unused}: expected no such tensor, found one that no node uses")
     names, wires, nodes = zip(*found, strict=True) if found else ((), (), ())
     try:
-        return Network(nodes, names, description["metadata"], inputs=inputs, wires=wires, outputs=outputs)
-    except (ValueError, TypeError) as error:
+        wiring = {"inputs": inputs, "wires": wires, "outputs": outputs}
+        return Network(nodes, names, description["metadata"], **wiring, patches=patches)
+    except (IndexError, TypeError, ValueError) as error:
         raise FormatError(f"{path}: {str(error)[:300]}") from None

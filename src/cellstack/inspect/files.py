@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from cellstack.formats import safetensors as native_format
 from cellstack.formats.files import check_replaceable
-from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace
+from cellstack.inspect.trace import CellTrace, NetworkTrace, NodeTrace, Parts
 from cellstack.nodes.recurrent import Record
 from cellstack.spec import GATES, STATES, TRACES, FormatError
 
@@ -34,8 +34,8 @@ KEY, VERSION = "cellstack_trace", 1
 def save(t: NetworkTrace, path: str | PathLike[str]) -> None:
     """Write a trace: see `NetworkTrace.save`."""
     target, _ = check_replaceable(path)
-    steps, aligned, nodes = t._parts
-    tensors: dict[str, Array] = {"steps": steps}
+    steps, aligned, nodes, masks = t._parts
+    tensors: dict[str, Array] = {"steps": steps} | {f"masks/{name}": mask for name, mask in masks.items()}
     for number, array in enumerate(t.y if isinstance(t.y, tuple) else (t.y,)):
         tensors[f"y/{number}"] = array
     for number, state in enumerate(t.state):
@@ -65,7 +65,8 @@ def save(t: NetworkTrace, path: str | PathLike[str]) -> None:
                     "reverse": record.reverse,
                 }
             cells[where] = said
-    text = json.dumps({"version": VERSION, "nodes": list(nodes), "aligned": sorted(aligned), "cells": cells})
+    said = {"nodes": list(nodes), "aligned": sorted(aligned), "cells": cells, "masks": list(masks)}
+    text = json.dumps({"version": VERSION, **said})
     with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as folder:
         own = os.path.join(folder, "network.safetensors")
         native_format.save(t.network, own)
@@ -166,7 +167,8 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
         y = _value(network, name, f"{where}/y", batch, tensors)
         nodes[name] = NodeTrace(network.nodes[number], xs[0] if len(xs) == 1 else xs, y, cells)
     aligned = frozenset(str(name) for name in said["aligned"])
-    parts = tensors.take("steps", [None], "i"), aligned, nodes
+    masks = {str(name): tensors.take(f"masks/{name}", [batch, None], "b") for name in said["masks"]}
+    parts = Parts(tensors.take("steps", [None], "i"), aligned, nodes, masks)
     return NetworkTrace(network, ys[0] if len(ys) == 1 else ys, state, parts)
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cellstack.inspect.trace import NetworkTrace
+    from cellstack.nodes.base import Array
 
 GATES = ("i", "f", "o", "z", "r")  # from 0 to 1; the others are states and candidates, about 0
 
 
-def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[str] | None, row: int) -> Figure:
-    """Return a figure of one row of a trace: see `NetworkTrace.plot`."""
+def _pyplot() -> Any:
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError("plot needs matplotlib: pip install matplotlib") from error
+    return pyplot
+
+
+def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[str] | None, row: int) -> Figure:
+    """Return a figure of one row of a trace: see `NetworkTrace.plot`."""
+    pyplot = _pyplot()
     names = list(t) if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
     wanted = None if fields is None else list(fields)
     panels = [
@@ -50,4 +56,33 @@ def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[st
         figure.colorbar(image, ax=axis)
     axes[-1, 0].set_xlabel("step")
     pyplot.close(figure)  # whoever shows it has it: a notebook would draw it twice
+    return figure
+
+
+def bars(labels: Sequence[str], values: Sequence[float], what: str) -> Figure:
+    """Return a figure of numbers with a label each, as bars from the top down; `what` says what they are."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(7, 0.8 + 0.25 * len(labels)), layout="constrained")
+    axis.barh(range(len(labels)), values, color="#30618f")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.axvline(0.0, color="0.4", linewidth=0.8)
+    axis.set_xlabel(what)
+    pyplot.close(figure)
+    return figure
+
+
+def shares(values: Array, over: Sequence[str], labels: Sequence[Sequence[object]]) -> Figure:
+    """Return a figure of a map of shares, 0 to 1 and beyond, over two axes that are named and labelled."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    most = max(1.0, float(abs(values[values == values]).max(initial=0.0)))
+    image = axis.imshow(values, aspect="auto", interpolation="nearest", cmap="PuOr", vmin=-most, vmax=most)
+    axis.set_ylabel(over[0])
+    axis.set_xlabel(over[1])
+    for name, ticks in (("y", labels[0]), ("x", labels[1])):
+        if len(ticks) <= 20:
+            getattr(axis, f"set_{name}ticks")(range(len(ticks)), [str(tick) for tick in ticks])
+    figure.colorbar(image, ax=axis, label="share of the metric recovered")
+    pyplot.close(figure)
     return figure

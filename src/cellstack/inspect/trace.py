@@ -7,9 +7,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellstack import reference
 from cellstack.arguments import as_states
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cellstack.inspect.diagnostics import Report, Shares
+    from cellstack.inspect.interventions import TraceDifference
     from cellstack.network import Network
     from cellstack.nodes.base import CellState, Node
     from cellstack.nodes.recurrent import Cell
@@ -30,8 +32,18 @@ if TYPE_CHECKING:
 PROBES = (97, 101)  # numbers of steps: a node that keeps both makes a step of each
 
 Index = slice | Sequence[int] | Array | int | None
-Parts = tuple[Array, frozenset[str], dict[str, "NodeTrace"]]
-"""The numbers of the steps; the values that have a step for each of them, by name; the nodes."""
+
+
+class Parts(NamedTuple):
+    """What a trace is made of."""
+
+    steps: Array
+    """The numbers of the steps."""
+    aligned: frozenset[str]
+    """The names of the inputs and nodes whose value has a step for each of them, in order."""
+    nodes: dict[str, NodeTrace]
+    masks: dict[str, NDArray[np.bool_]]
+    """The masks that went with what flowed, by the names of the inputs and nodes that had one, of the whole run."""
 
 
 class CellTrace(Mapping[str, Array]):
@@ -187,7 +199,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
     def _parts(self) -> Parts:
         """What the trace is made of, put together at the first look: a call of few steps costs no more than it must."""
         made = self._made
-        if not isinstance(made, tuple):
+        if not isinstance(made, Parts):
             made = self._made = made()
         return made
 
@@ -197,11 +209,11 @@ class NetworkTrace(Mapping[str, NodeTrace]):
     @property
     def steps(self) -> Array:
         """The numbers of the steps that are here, of all that were run."""
-        return self._parts[0]
+        return self._parts.steps
 
     @property
     def _nodes(self) -> dict[str, NodeTrace]:
-        return self._parts[2]
+        return self._parts.nodes
 
     def __getitem__(self, name: str) -> NodeTrace:
         if name in self._nodes:
@@ -226,7 +238,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         Raises:
             IndexError: a row, a step or a unit that isn't there.
         """
-        numbers, aligned, own = self._parts
+        numbers, aligned, own, masks = self._parts
         some = _places("rows", rows, len(_tuple(self.y)[0]))
         at = _places("steps", steps, len(numbers))
 
@@ -243,17 +255,78 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             nodes[name] = NodeTrace(node.node, _alone(xs), of_value(node.y, name), cells)
         ys = tuple(of_value(array, name) for array, name in zip(_tuple(self.y), self.network.outputs, strict=True))
         state = tuple(type(one)(*(array[some] for array in one)) for one in self.state)
-        return NetworkTrace(self.network, _alone(ys), state, (numbers[at], aligned, nodes))
+        return NetworkTrace(self.network, _alone(ys), state, Parts(numbers[at], aligned, nodes, masks))
 
     def _copied(self) -> NetworkTrace:
         """Return the trace with arrays of its own, so that what they were cut from is given back."""
-        numbers, aligned, own = self._parts
+        numbers, aligned, own, masks = self._parts
         nodes = {}
         for name, node in own.items():
             x = _alone(tuple(array.copy() for array in _tuple(node.x)))
             nodes[name] = NodeTrace(node.node, x, node.y.copy(), tuple(cell._map(np.copy) for cell in node.cells))
         y = _alone(tuple(array.copy() for array in _tuple(self.y)))
-        return NetworkTrace(self.network, y, self.state, (numbers, aligned, nodes))
+        return NetworkTrace(self.network, y, self.state, Parts(numbers, aligned, nodes, masks))
+
+    def gradient(self, unit: int, step: int = -1, output: str | None = None) -> dict[str, Array]:
+        """Return the gradient of one number of every row with respect to each input and to what each node returned.
+
+        At an input it says which steps the number depends on, and how: `np.linalg.norm(g["x"], axis=-1)` is its
+        connectivity, step by step.
+
+        Args:
+            unit: which number of the step, or of the vector that is returned.
+            step: which step of what is returned; -1 = the last.
+            output: the name of the node that returns it; None = the first output.
+
+        Returns:
+            An array by the name of each input and node, in the shape of what flowed out of it; zeros where nothing
+            leads to the number. Ids have none.
+
+        Raises:
+            ValueError: a trace of some nodes, steps or units; a network with patches; a node through which there is no
+                way back, by name.
+            IndexError: a step or a unit that isn't there.
+
+        Ref: backpropagation through time: Werbos 1990, "Backpropagation Through Time: What It Does and How to Do It";
+        as a picture of what an output depends on: Madsen 2019, "Visualizing memorization in RNNs".
+
+        >>> from cellstack import Cell, CellSpec, Network, Recurrent
+        >>> cell = Cell(CellSpec(1, 1, "linear", kind="rnn", use_bias=False), np.array([[2.0]]), np.array([[0.5]]))
+        >>> t = Network([Recurrent((cell,))]).trace(np.ones((1, 3, 1)))
+        >>> t.gradient(0)["x"].ravel()
+        array([0.5, 1. , 2. ])
+        """
+        from cellstack.inspect.gradients import gradient
+
+        network = self.network
+        output = network.outputs[0] if output is None else output
+        if output not in network.names:
+            raise ValueError(f"gradient: expected an output out of {', '.join(network.names)}, got {output!r:.80}")
+        if network.patches:
+            raise ValueError("gradient: expected a network without patches, got one with: there is no way back")
+        _, _, nodes, masks = self._parts
+        records = {name: [cell.record for cell in node.cells] for name, node in nodes.items()}
+        if len(nodes) < len(network.names) or any(record is None for own in records.values() for record in own):
+            raise ValueError("gradient: expected a trace of all nodes, steps and units, got one of some")
+        values = {name: node.y for name, node in nodes.items()}
+        for name, sources in zip(network.names, network.wires, strict=True):
+            values |= dict(zip(sources, _tuple(nodes[name].x), strict=True))
+        flows = {name: Flow(x, masks.get(name)) for name, x in values.items()}
+        return gradient(network, flows, cast(Any, records), output, step, unit)
+
+    def diff(self, other: NetworkTrace) -> TraceDifference:
+        """Return how another trace differs from this one: where they part, and by how much.
+
+        Args:
+            other: of the same network, or of one with patches; of the same rows, steps and units.
+
+        Raises:
+            KeyError: a node that the other doesn't have.
+            ShapeError: other rows, steps or units.
+        """
+        from cellstack.inspect.interventions import TraceDifference
+
+        return TraceDifference(self, other)
 
     def report(self) -> Report:
         """Return what stands out: dead, stuck and saturated units, how long they remember, whether the state is stable.
@@ -389,13 +462,12 @@ def trace(
         cells = {number for name in names for number in numbers[name]}
     if not isinstance(in_memory, (int, float)) or not in_memory >= 0:
         raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
-    # What is given is the caller's, to write to afterwards; what the trace shows of it, and works out from it, isn't.
-    given = {name: np.array(array) for name, array in network.as_inputs("Network", x).items()}
-    if state is not None:
+    if state is not None:  # it is the caller's, to write to afterwards
+        given = network.as_inputs("Network", x)
         states = as_states("Network", state, network.cells, len(next(iter(given.values()))))
         state = tuple(type(one)(*map(np.array, one)) for one in states if one is not None)
     recording = Recording(cells, _Arrays(in_memory).empty)
-    y, after = network.run(given, state, **run, record=recording)
+    y, after = network.run(x, state, **run, record=recording)
     found = NetworkTrace(network, y, after, lambda: _parts(network, names, recording, pre))
     return found if units is None and steps is None else found.select(None, steps, units)._copied()
 
@@ -428,7 +500,8 @@ def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bo
         values = tuple(flows[source].x for source in sources)
         kept[name] = NodeTrace(node, _alone(values), flows[name].x, tuple(cells))
     lengths = {name: flows[name].x.shape[1] for name in network.inputs if network.graph.timed(name)}
-    return np.arange(next(iter(lengths.values()), 1)), _aligned(network, lengths), kept
+    masks = {name: flow.mask for name, flow in flows.items() if flow.mask is not None}
+    return Parts(np.arange(next(iter(lengths.values()), 1)), _aligned(network, lengths), kept, masks)
 
 
 def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:

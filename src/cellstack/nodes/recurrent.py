@@ -29,6 +29,7 @@ from cellstack.spec import ARRAYS, STATES, CellSpec, ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
+    from cellstack.nodes.patches import CellPatches
     from cellstack.nodes.stored import Entry
 
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -348,7 +349,12 @@ class Recurrent(Node):
         return (steps, self.units) if self.return_sequences else (self.units,)
 
     def forward(
-        self, flow: Flow, states: tuple[CellState | None, ...], threads: int, record: Recording | None = None
+        self,
+        flow: Flow,
+        states: tuple[CellState | None, ...],
+        threads: int,
+        record: Recording | None = None,
+        patches: Sequence[CellPatches | None] = (),
     ) -> tuple[Array, list[CellState]]:
         """Run the stack over `flow.x [B, T, I]` of any strides.
 
@@ -357,6 +363,7 @@ class Recurrent(Node):
             states: one a cell, contiguous arrays of the cell's dtype; None = the cells' own initial state.
             threads: how many the kernel may use.
             record: what is kept of every step, if anything is.
+            patches: what is changed in each cell as it runs; empty = in none.
 
         Returns:
             `(y, states)`, where `y` is `[B, T, W]` in the order of `x` whatever `go_backwards` says, or `[B, W]`.
@@ -367,15 +374,16 @@ class Recurrent(Node):
         for cells, added in self.parts:
             done = len(after) + len(cells)
             wanted = self.return_sequences or added or done < len(self.cells)
-            x = y
-            y, ends = self._call(cells, x, mask, reset, states[len(after) : done], wanted, threads, record)
+            x, place = y, slice(len(after), done)
+            made, ends = self._call(cells, x, mask, reset, states[place], wanted, threads, record, patches[place])
             after += ends
-            if added:
-                y = self._add(y, x, mask, reset)
+            if made is not None:
+                y = self._add(made, x, mask, reset, record is None) if added else made
         if not self.return_sequences:  # without a step to answer after, h
             y = y[:, at_end].copy() if self.parts[-1][1] and steps else after[-1].h.copy()
             mask = mask[:, at_end] if mask is not None and steps else None
         if self.zero_output_for_mask and mask is not None:
+            y = y if record is None or not self.return_sequences else y.copy()  # what is recorded stays
             y[~mask] = 0.0
         return y, after
 
@@ -389,46 +397,63 @@ class Recurrent(Node):
         wanted: bool,
         threads: int,
         record: Recording | None,
-    ) -> tuple[Array, list[CellState]]:
-        """Run some of the cells in one call of the kernel; y, the top one's h, is without steps unless `wanted`."""
+        patches: Sequence[CellPatches | None],
+    ) -> tuple[Array | None, list[CellState]]:
+        """Run some of the cells in one call of the kernel; y, the top one's h, may be None unless `wanted`."""
         batch, steps, _ = x.shape
-        y = np.empty((batch, steps if wanted else 0, cells[-1].spec.output_size), x.dtype)
         after: list[CellState] = []
         layers, made, below = [], [], x
         for number, (cell, before) in enumerate(zip(cells, states, strict=True)):
             spec = cell.spec
             after.append(STATES[spec.kind](*(np.empty((batch, size), x.dtype) for size in spec.state_sizes.values())))
-            kept = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
+            kept: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
             if "gates" in kept:
                 assert below is not None, "what goes into a cell that is kept is kept"
                 own = kept["gates"], kept.get("cells"), kept["y"]
                 made.append(Record(*own, below, before, mask, reset, self.go_backwards))
             else:
                 made.append(None)
+            if wanted and number == len(cells) - 1 and "y" not in kept:
+                kept["y"] = np.empty((batch, steps, spec.output_size), x.dtype)
             below = kept.get("y")
-            if wanted and number == len(cells) - 1:
-                kept.setdefault("y", y)
+            changes = patches[number] if patches else None
+            if changes is not None:
+                kept |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
             layers.append(native.Layer(cell.packed, *_pair(before), *_pair(after[-1]), **kept))
         native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
         if record is not None:
             record.extend(made)
-            if wanted and below is not None:
-                y[:] = below  # what becomes of y from here on is no business of the record's
-        return y, after
+        return below, after
 
-    def _add(self, h: Array, x: Array, mask: NDArray[np.bool_] | None, reset: NDArray[np.bool_] | None) -> Array:
-        """Return h + x; where the mask leaves a step out, that of the last step used since the state was set, or h."""
+    def _add(
+        self, h: Array, x: Array, mask: NDArray[np.bool_] | None, reset: NDArray[np.bool_] | None, own: bool
+    ) -> Array:
+        """Return h + x; where the mask leaves a step out, that of the last step used since the state was set, or h.
+
+        `own`: h may be written to.
+        """
         if mask is None:
-            h += x
-            return h
+            return np.add(h, x, out=h if own else None)
         order = slice(None, None, -1 if self.go_backwards else 1)
-        steps = np.arange(h.shape[1])
+        last = self.last_used(mask, reset)[:, :, None]
+        y = np.take_along_axis((h + x)[:, order], np.maximum(last, 0), axis=1)
+        return np.where(last < 0, h[:, order], y)[:, order]
+
+    def last_used(self, mask: NDArray[np.bool_], reset: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+        """Return the last step used up to each step since the state was set, `[B, T]`; -1 where there is none.
+
+        Steps are counted, and stand, in the order in which they are run.
+
+        Args:
+            mask: `[B, T]`, which are used, in the order of time.
+            reset: `[B, T]`, before which the state is set, or None.
+        """
+        order = slice(None, None, -1 if self.go_backwards else 1)
+        steps = np.arange(mask.shape[1])
         last = np.maximum.accumulate(np.where(mask[:, order], steps, -1), axis=1)
         if reset is not None:
             last[last < np.maximum.accumulate(np.where(reset[:, order], steps, -1), axis=1)] = -1
-        last = last[:, :, None]
-        y = np.take_along_axis((h + x)[:, order], np.maximum(last, 0), axis=1)
-        return np.where(last < 0, h[:, order], y)[:, order]
+        return last
 
     def run(
         self,
@@ -436,10 +461,11 @@ class Recurrent(Node):
         states: tuple[CellState | None, ...],
         threads: int,
         record: Recording | None = None,
+        patches: Sequence[CellPatches | None] = (),
     ) -> Flow:
-        """See `Node.run`; `record`: what is kept of every step, if anything is."""
+        """See `Node.run`, and for `record` and `patches` `forward`."""
         (flow,) = flows
-        y, ends = self.forward(flow, states, threads, record)
+        y, ends = self.forward(flow, states, threads, record, patches)
         after = tuple(ends)
         if not self.return_sequences:
             return Flow(y, None, None, after)
@@ -561,12 +587,13 @@ class Bidirectional(Node):
         states: tuple[CellState | None, ...],
         threads: int,
         record: Recording | None = None,
+        patches: Sequence[CellPatches | None] = (),
     ) -> Flow:
         """See `Recurrent.run`; the forward half is recorded first."""
         (flow,) = flows
         half = len(self.forward.cells)
-        ahead, after = self.forward.forward(flow, states[:half], threads, record)
-        back, after_back = self.backward.forward(flow, states[half:], threads, record)
+        ahead, after = self.forward.forward(flow, states[:half], threads, record, patches[:half])
+        back, after_back = self.backward.forward(flow, states[half:], threads, record, patches[half:])
         if self.merge_mode == "concat":
             y = np.concatenate([ahead, back], axis=-1)
         elif self.merge_mode == "mul":

@@ -25,6 +25,7 @@ from cellstack.streaming.parts import ALL, Frames, Memory, OwnCells, SharedCells
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array, CellState
+    from cellstack.nodes.patches import CellPatches
     from cellstack.nodes.recurrent import Cell
     from cellstack.streaming.parts import Keeps, Rows, Run
 
@@ -65,10 +66,14 @@ class Engine:
             (name, node, sources), (last, above, _) = chain[0], chain[-1]
             on, rule = tuple(places[source] for source in sources), rules[name]
             if isinstance(node, Recurrent) and len(chain) == 1:
-                places[last] = self._recurrent(node, on)
+                places[last] = self._recurrent(node, network.patches_of(name), on)
             elif len(chain) > 1:
-                layers = [layer for _, one, _ in chain for layer in ([one] if isinstance(one, Dense) else one.cells)]
-                places[last] = self._cells(layers, on, beyond(above))
+                layers, patches = [], []
+                for label, one, _ in chain:
+                    own = [one] if isinstance(one, Dense) else one.cells
+                    layers += own
+                    patches += network.patches_of(label) or [None] * len(own)
+                places[last] = self._cells(layers, patches, on, beyond(above))
             elif rule.memory is not None:
                 places[last] = self._add_keeping(Memory(rule, self.rows, network.dtype), on)
             else:
@@ -93,18 +98,25 @@ class Engine:
         return self._add(part.run, on)
 
     def _cells(
-        self, layers: Sequence[Cell | Dense], on: tuple[int, ...], after: Callable[[Array], Array] | None
+        self,
+        layers: Sequence[Cell | Dense],
+        patches: Sequence[CellPatches | None],
+        on: tuple[int, ...],
+        after: Callable[[Array], Array] | None,
     ) -> int:
-        if self.shared:
-            part = SharedCells(layers, self.weights, self.rows, self.threads, self.network.dtype)
+        if self.shared or any(patches):
+            dtype = self.network.dtype
+            part = SharedCells(layers, self.weights, self.rows, self.threads, dtype, patches, self.shared)
         else:
             part = OwnCells(layers, self.weights, self.rows, self.threads)
         place = self._add_keeping(part, on)
         return place if after is None else self._add(lambda rows, y: after(y), (place,))
 
-    def _recurrent(self, node: Recurrent, on: tuple[int, ...]) -> int:
+    def _recurrent(self, node: Recurrent, patches: Sequence[CellPatches | None], on: tuple[int, ...]) -> int:
+        done = 0
         for cells, added in node.parts:
-            place = self._cells(cells, on, None)
+            place = self._cells(cells, patches[done : done + len(cells)], on, None)
+            done += len(cells)
             on = (self._add(lambda rows, x, y: np.add(x, y, out=y), (*on, place)) if added else place,)
         return on[0]
 
@@ -121,6 +133,12 @@ class Engine:
         """Return the names of the nodes that keep frames of their own."""
         rules = zip(self.network.names, frame_rules(self.network), strict=True)
         return [name for name, rule in rules if rule.memory is not None]
+
+    def count_on(self, other: Engine) -> None:
+        """Count steps, for patches, from where another engine of the same network is."""
+        for part, its in zip(self._keeping, other._keeping, strict=True):
+            if isinstance(part, SharedCells) and isinstance(its, SharedCells):
+                part.count_on(ALL, its.counts(ALL))
 
     # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

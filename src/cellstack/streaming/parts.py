@@ -19,6 +19,7 @@ from cellstack.spec import STATES
 if TYPE_CHECKING:
     from cellstack.nodes import Dense
     from cellstack.nodes.base import CellState, FrameRule
+    from cellstack.nodes.patches import CellPatches
 
 Rows = Any  # what indexes an axis of rows: ALL, or an array of their places
 Run = Callable[..., Array]  # of the rows and of what comes in
@@ -191,41 +192,111 @@ class SharedCells(Cells):
         rows: how many there are.
         threads: how many the kernel may use.
         dtype: of the states.
+        patches: what is changed in each layer as it runs; empty = in none.
+        sessions: each row is a batch of its own, of whose rows it is the first.
     """
 
     def __init__(
-        self, layers: Sequence[Cell | Dense], weights: str, rows: int, threads: int, dtype: np.dtype[Any]
+        self,
+        layers: Sequence[Cell | Dense],
+        weights: str,
+        rows: int,
+        threads: int,
+        dtype: np.dtype[Any],
+        patches: Sequence[CellPatches | None] = (),
+        sessions: bool = True,
     ) -> None:
         super().__init__(layers, weights)
-        self.threads = threads
+        self.threads, self.sessions = threads, sessions
+        self.patches = {place: own for place, own in enumerate(patches) if own is not None}
+        for own in self.patches.values():
+            own.check("rows", 1 if sessions else rows)
+        if self.patches:
+            self.taken = np.zeros(rows, np.int64)  # steps since the state was set
+            rooms = ((place, own.held(rows, dtype)) for place, own in self.patches.items())
+            self.held = {place: room for place, room in rooms if room is not None}
         self.states = [
-            kind(*(np.zeros((rows, size), dtype) for size in cell.spec.state_sizes.values()))
+            kind(*(np.repeat(start[None], rows, axis=0) for start in cell.initial.values()))
             for kind, cell in zip(self.kinds, self.places.values(), strict=True)
         ]
-        ends = dict(zip(self.places, ((*state, None)[:2] for state in self.states), strict=True))
+        ends: dict[int, Any] = dict(zip(self.places, ((*state, None)[:2] for state in self.states), strict=True))
         self.ends = [ends.get(place, (None, None)) for place in range(len(layers))]
-        pairs = zip(self.packed[:-1], self.ends, strict=False)
-        self.below = [native.Layer(packed, *end, *end) for packed, end in pairs]
+        self.below = [self._layer(place) for place in range(len(layers) - 1)]
         top = layers[-1]
         self.width = top.spec.output_size if isinstance(top, Cell) else top.kernel.shape[1]
 
     def run(self, rows: Rows, x: Array) -> Array:
         """See `Keeps`."""
         x = np.ascontiguousarray(x)
-        y = np.empty((len(x), self.width), x.dtype)
-        top = native.Layer(self.packed[-1], *self.ends[-1], *self.ends[-1], y=y)
-        frames = native.Sequences(len(x), 1, x, x.shape[1], x.shape[1], places=rows)
-        native.forward(frames, [*self.below, top], self.threads)
+        steps, width = x.shape[1] if x.ndim == 3 else 1, x.shape[-1]
+        y = np.empty((*x.shape[:-1], self.width), x.dtype)
+        frames = native.Sequences(len(x), steps, x, steps * width, width, places=None if rows is ALL else rows)
+        if not self.patches:
+            native.forward(frames, [*self.below, self._layer(-1, y=y)], self.threads)
+            return y
+        held = {place: np.ascontiguousarray(array[rows]) for place, array in self.held.items()}
+        changes = self._changes(rows, len(x), steps, held, x.dtype)
+        top = len(self.packed) - 1
+        layers = [self._layer(place, **changes.get(place, {})) for place in range(top)]
+        native.forward(frames, [*layers, self._layer(top, y=y, **changes.get(top, {}))], self.threads)
+        for place, array in held.items():
+            self.held[place][rows] = array
+        self.taken[rows] += steps
         return y
+
+    def _layer(self, place: int, **more: Any) -> Any:
+        return native.Layer(self.packed[place], *self.ends[place], *self.ends[place], **more)
+
+    def _changes(
+        self, rows: Rows, count: int, steps: int, held: dict[int, Array], dtype: np.dtype[Any]
+    ) -> dict[int, dict[str, Any]]:
+        """Return what patches change in the next steps of some rows, by layer."""
+        taken = self.taken[rows]
+        places = np.zeros(count, np.int64) if self.sessions else np.arange(len(self.taken))[rows]
+        first = np.where(taken == 0, 0, -1) if steps else np.full(count, -1)
+        numbers = taken[:, None] + np.arange(steps)
+        return {
+            place: patches.act(places, numbers, first, held.get(place), dtype)
+            for place, patches in self.patches.items()
+        }
 
     def read(self, rows: Rows) -> list[CellState | Frames]:
         """See `Keeps`."""
-        return [type(state)(*(array[rows] for array in state)) for state in self.states]
+        return [type(state)(*(_own(array, rows) for array in state)) for state in self.states]
 
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
         """See `Keeps`."""
         for state, new in zip(self.states, entries, strict=True):
             for old, array in zip(state, new, strict=True):
                 old[rows] = array
+        if self.patches:
+            self.taken[rows] = 0
 
-    keep, undo = read, write
+    def keep(self, rows: Rows) -> Any:
+        """See `Keeps`."""
+        return self.read(rows), self.counts(rows)
+
+    def undo(self, rows: Rows, entries: Any) -> None:
+        """See `Keeps`."""
+        states, counts = entries
+        self.write(rows, states)
+        self.count_on(rows, counts)
+
+    def counts(self, rows: Rows) -> Any:
+        """Return what `count_on` takes to go on from where some rows are: the steps taken, and gates to be frozen."""
+        if not self.patches:
+            return None
+        return _own(self.taken, rows), {place: _own(array, rows) for place, array in self.held.items()}
+
+    def count_on(self, rows: Rows, counts: Any) -> None:
+        """Let some rows go on as `counts` said."""
+        if counts is None:
+            return
+        self.taken[rows], held = counts
+        for place, array in held.items():
+            self.held[place][rows] = array
+
+
+def _own(array: Array, rows: Rows) -> Array:
+    """Return a copy of some rows."""
+    return array.copy() if rows is ALL else array[rows]

@@ -173,12 +173,17 @@ class Stream:
             steps: how many `trace` shall be able to show; up to twice as many are kept.
 
         Raises:
-            ValueError: not an integer from 1 to 2^31 - 1; weights of fewer bits, or a node that keeps frames of its
-                own, as a trace is run by the network itself.
+            ValueError: not an integer from 1 to 2^31 - 1; weights of fewer bits, a node that keeps frames of its own,
+                or patches, as a trace is run by the network itself, from a step in between.
         """
         steps = check_integer("Stream", "steps", steps)
         if self.weights != "float32":
             raise ValueError(f"Stream: expected weights='float32' to trace, got {self.weights!r}")
+        if self.network.patches:
+            raise ValueError(
+                f"Stream: expected a network without patches to remember, got {self.network.patches[0]}: trace the "
+                "network itself over a sequence"
+            )
         if keeps := self._engine.keeps_frames():
             raise ValueError(f"Stream: expected cells alone to keep a state, to trace them, got {', '.join(keeps)}")
         with self._turns.turn() as taken:
@@ -223,6 +228,7 @@ class Stream:
         """Return a new stream that starts from a copy of this one's state."""
         other = Stream(self.network, self.batch, self.threads, self.weights)
         other.state = self.state
+        other._engine.count_on(self._engine)
         return other
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ from string import Template
 from cellstack import spec
 from cellstack.formats.build import Names
 from cellstack.formats.c.cells import HELPERS, STEMS, WIDTHS, Form, activate, form_key, form_of, literal
-from cellstack.formats.files import replacing
+from cellstack.formats.files import check_unedited, replacing
 from cellstack.network import Network
 from cellstack.nodes import (
     Activation,
@@ -92,6 +92,7 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
         raise ValueError(
             f"export_c: expected a folder, got {os.fspath(directory)!r}: name= is what the files are called"
         )
+    check_unedited(network, "C")
     writer = _Writer(network, name)
     header, source = writer.header(), writer.source()
     os.makedirs(directory, exist_ok=True)

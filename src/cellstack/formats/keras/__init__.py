@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.build import Builder, ProblemsError
+from cellstack.formats.files import check_unedited
 from cellstack.formats.keras.cells import found_cudnn
 from cellstack.formats.keras.config import Model, model_of
 from cellstack.formats.keras.files import HDF5_HEAD, LEGACY, Source, opened, parse, short
@@ -155,6 +156,7 @@ def save(network: Network, path: str) -> None:
             f"save: expected a name for a whole model, got {path!r}: Keras takes such a file for weights alone; "
             "leave out .weights"
         )
+    check_unedited(network, NAME)
     write(network, path)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from cellstack.formats.build import Names
+from cellstack.formats.files import check_unedited
 from cellstack.formats.onnx import activations, norms, ops, quantised, recurrent, shapes, windows
 from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator
 from cellstack.formats.onnx.file import Model, Scope, label, read, short, unused_tensors
@@ -165,4 +166,5 @@ def save(network: Network, path: str, lengths: bool = False) -> None:
         OSError: the file can't be written.
         ModuleNotFoundError: the package onnx isn't installed.
     """
+    check_unedited(network, NAME)
     write(network, path, lengths)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.files import replacing
+from cellstack.formats.files import check_unedited, replacing
 from cellstack.formats.pytorch.names import ORDERS
 from cellstack.layout import Array, CellArrays, to_rows
 from cellstack.network import Network
@@ -57,6 +57,7 @@ def state_dict(network: Network) -> dict[str, Array]:
     Raises:
         ValueError: as for `save`.
     """
+    check_unedited(network, "a state dict")
     pairs: list[tuple[str, Cell]] = []
     both, before = isinstance(network.nodes[0], Bidirectional), network.inputs[0]
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):

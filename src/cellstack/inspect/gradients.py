@@ -1,0 +1,390 @@
+"""The gradient of a number that a network returned with respect to all that flowed before it, by the chain rule.
+
+Cells go back through the kernel, as in training; every other node by its own rule here. Nothing is approximated: each
+rule is the derivative of what the node computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellstack import native, reference, spec
+from cellstack.nodes import (
+    Activation,
+    Bidirectional,
+    Clip,
+    Conv1D,
+    Dense,
+    Embedding,
+    Flatten,
+    GlobalPool,
+    LayerNorm,
+    Masking,
+    Merge,
+    Pad,
+    Permute,
+    Pool1D,
+    Recurrent,
+    Reduce,
+    Repeat,
+    Reshape,
+    Scale,
+    Select,
+    Standardise,
+)
+from cellstack.nodes.base import SELU_ALPHA, SELU_SCALE, Array, Flow, Node, padded, softmax
+from cellstack.nodes.time import pads
+
+if TYPE_CHECKING:
+    from cellstack.network import Network
+    from cellstack.nodes.recurrent import Cell, Record
+
+
+class _UnsupportedError(Exception):
+    """Why there is no way back through a node."""
+
+
+# ── cells ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _through_cell(cell: Cell, record: Record, dy: Array | None, dh: Array | None) -> Array:
+    """Return the gradient of what a cell took: of its h at every step, and of its last state's h."""
+    own = {name: np.ascontiguousarray(array) for name, array in cell.arrays.items()}
+    weights = native.weights(cell.spec, own, copy=False)
+    x = np.ascontiguousarray(record.x)
+    batch, steps, _ = x.shape
+    shapes = native.results(cell.spec, batch, steps)
+    made: dict[str, Any] = {name: np.empty(shape, x.dtype) for name, shape in shapes.items()}
+    before = [None if record.before is None else np.ascontiguousarray(array) for array in record.before or ()]
+    starts: dict[str, Any] = dict(zip(("h0", "c0"), before, strict=False))
+    layer = native.Layer(weights, **starts, **made)
+    sequences = native.sequences(x, record.mask, record.reset, record.reverse)
+    native.forward(sequences, [layer], 1)
+    dx = np.zeros_like(x)
+    given: dict[str, Any] = {"dy": dy, "dhn": dh}
+    given = {name: None if array is None else np.ascontiguousarray(array) for name, array in given.items()}
+    wanted = native.Gradients(**given, dx=dx)
+    native.backward(sequences, [layer], [wanted], 1)
+    return dx
+
+
+def _through_stack(node: Recurrent, records: Sequence[Record], flow: Flow, dy: Array) -> Array:
+    """Return the gradient of what a stack took; `dy` and it in the order of time."""
+    steps, at_end = flow.x.shape[1], 0 if node.go_backwards else -1
+    residual = any(added for _, added in node.parts)
+    dh = None
+    if not node.return_sequences:
+        if node.zero_output_for_mask and flow.mask is not None and steps:
+            dy = np.where(flow.mask[:, at_end, None], dy, 0)
+        dh, dy = dy, np.zeros((len(dy), steps, dy.shape[1]), dy.dtype)
+        if residual and steps:  # what is returned is a sum, of its last step
+            dy[:, at_end], dh = dh, None
+    elif node.zero_output_for_mask and flow.mask is not None:
+        dy = np.where(flow.mask[:, :, None], dy, 0)
+    last = len(records)
+    for cells, added in reversed(node.parts):
+        passed: Any = 0
+        if added:
+            passed, dy = _through_sum(node, records[last - 1], dy)
+        for number in reversed(range(last - len(cells), last)):
+            dy, dh = _through_cell(node.cells[number], records[number], dy, dh), None
+        last -= len(cells)
+        dy = dy + passed
+    return dy
+
+
+def _through_sum(node: Recurrent, record: Record, dy: Array) -> tuple[Array, Array]:
+    """Return the gradients of x and of h, of h + x; under a mask a step left out has the sum of the last one used."""
+    if record.mask is None:
+        return dy, dy
+    order, last = slice(None, None, -1 if node.go_backwards else 1), node.last_used(record.mask, record.reset)
+    dy, dx = dy[:, order], np.zeros_like(dy)
+    rows, steps = np.nonzero(last >= 0)
+    np.add.at(dx, (rows, last[rows, steps]), dy[rows, steps])
+    return dx[:, order], (dx + np.where(last[:, :, None] < 0, dy, 0))[:, order]
+
+
+def _recurrent(node: Recurrent, records: Sequence[Record], flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    turned = node.go_backwards and node.return_sequences
+    return [_through_stack(node, records, flows[0], dy[:, ::-1] if turned else dy)]
+
+
+def _bidirectional(
+    node: Bidirectional, records: Sequence[Record], flows: Sequence[Flow], y: Array, dy: Array
+) -> list[Array]:
+    (flow,), half = flows, len(node.forward.cells)
+    if node.merge_mode == "concat":
+        ahead, back = dy[..., : node.forward.units], dy[..., node.forward.units :]
+    elif node.merge_mode == "mul":
+        befores = tuple(record.before for record in records)
+        ahead, _ = node.forward.forward(flow, befores[:half], 1)
+        back, _ = node.backward.forward(flow, befores[half:], 1)
+        ahead, back = dy * back, dy * ahead
+    else:
+        ahead = back = dy if node.merge_mode == "sum" else dy * dy.dtype.type(0.5)
+    return [
+        _through_stack(node.forward, records[:half], flow, ahead)
+        + _through_stack(node.backward, records[half:], flow, back)
+    ]
+
+
+# ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_sigmoid = reference.ACTIVATIONS["sigmoid"][0]
+
+
+def _gelu_slope(z: Array) -> Array:
+    from cellstack.nodes.base import activation_function
+
+    half = np.where(z == 0, 0.5, activation_function("gelu")(z) / np.where(z == 0, 1, z))  # (1 + erf(z/sqrt 2))/2
+    return half + z * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
+
+
+def _gelu_tanh_slope(z: Array) -> Array:
+    rate = np.sqrt(2 / np.pi)
+    t = np.tanh(rate * (z + 0.044715 * z**3))
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * rate * (1 + 3 * 0.044715 * z * z)
+
+
+SLOPES: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z))),
+    "gelu": _gelu_slope,
+    "gelu_tanh": _gelu_tanh_slope,
+    "selu": lambda z: SELU_SCALE * np.where(z > 0, 1, SELU_ALPHA * np.exp(np.minimum(z, 0))),
+    "exponential": np.exp,
+    "relu6": lambda z: ((z > 0) & (z < 6)) * 1.0,
+}
+
+
+def _through_activation(text: str, z: Array, dy: Array) -> Array:
+    """Return the gradient of what an activation took, z."""
+    if text in ("softmax", "log_softmax"):
+        y = softmax(z)
+        total = (dy * y).sum(axis=-1, keepdims=True) if text == "softmax" else dy.sum(axis=-1, keepdims=True)
+        return y * (dy - total) if text == "softmax" else dy - y * total
+    if text in SLOPES:
+        return dy * SLOPES[text](z)
+    name, alpha, beta = spec.activation(text)
+    function, slope = reference.ACTIVATIONS[name]
+    return dy * slope(z, function(z, alpha, beta), alpha, beta)
+
+
+# ── nodes that NumPy runs: each takes what it took and returned, and the gradient of what it returned ────────────────
+
+
+def _dense(node: Dense, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    z = flows[0].x @ node.kernel + (0 if node.bias is None else node.bias)
+    return [_through_activation(node.activation, z, dy) @ node.kernel.T]
+
+
+def _clip(node: Clip, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    x = flows[0].x
+    low, high = -np.inf if node.low is None else node.low, np.inf if node.high is None else node.high
+    return [np.where((x > low) & (x < high), dy, 0)]
+
+
+def _layer_norm(node: LayerNorm, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    x = flows[0].x
+    centred = x - x.mean(axis=-1, keepdims=True)
+    deviation = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + node.epsilon)
+    unit = centred / deviation
+    du = dy if node.gain is None else dy * node.gain
+    return [(du - du.mean(axis=-1, keepdims=True) - unit * (du * unit).mean(axis=-1, keepdims=True)) / deviation]
+
+
+def _masking(node: Masking, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    return [np.where(node.kept(flows[0].x)[..., None], dy, 0)]
+
+
+def _convolution(node: Conv1D, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    x, (taps, channels, filters) = flows[0].x, node.kernel.shape
+    before, after = pads(node.padding, x.shape[1], node.span, node.strides)
+    wide = padded(x, before, after, 0.0)
+    count, each = y.shape[1], filters // node.groups
+    starts = np.arange(count) * node.strides
+    whole = (
+        node
+        if node.activation == "linear"
+        else Conv1D(node.kernel, node.bias, node.strides, node.padding, node.dilation, node.groups)
+    )
+    dz = dy if node.activation == "linear" else _through_activation(node.activation, whole.apply(x), dy)
+    dwide = np.zeros_like(wide)
+    for tap in range(taps):
+        for group in range(node.groups):
+            kernel = node.kernel[tap][:, group * each : (group + 1) * each]
+            own = dz[:, :, group * each : (group + 1) * each] @ kernel.T
+            # Windows overlap, but not within one tap: each of its steps is another one.
+            dwide[:, starts + tap * node.dilation, group * channels : (group + 1) * channels] += own
+    return [dwide[:, before : before + x.shape[1]]]
+
+
+def _pool(node: Pool1D, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    x, strides = flows[0].x, node.strides or 1
+    steps = x.shape[1]
+    before, _ = pads(node.padding, steps, node.size, strides)
+    first = np.arange(y.shape[1]) * strides - before
+    counts = np.maximum(np.minimum(first + node.size, steps) - np.maximum(first, 0), 1)
+    dx = np.zeros_like(x)
+    taken = np.zeros(y.shape, bool)  # of the greatest: the first that is as great
+    for tap in range(node.size):
+        inside = (first + tap >= 0) & (first + tap < steps)
+        at = (first + tap)[inside]
+        if node.mode == "mean":
+            dx[:, at] += dy[:, inside] / counts[inside, None]
+        else:
+            own = (x[:, at] == y[:, inside]) & ~taken[:, inside]
+            taken[:, inside] |= own
+            dx[:, at] += np.where(own, dy[:, inside], 0)
+    return [dx]
+
+
+def _reduction(mode: str, x: Array, used: Array | None, y: Array, dy: Array, axis: int) -> Array:
+    """Return the gradient of what was reduced; y and dy have the axis, of length 1."""
+    there = np.ones(x.shape, bool) if used is None else np.broadcast_to(used, x.shape)
+    if mode in ("sum", "mean"):
+        count = np.maximum(there.sum(axis=axis, keepdims=True), 1) if mode == "mean" else 1
+        return np.where(there, dy / count, 0)
+    same = there & (x == y)
+    first = same & (np.cumsum(same, axis=axis) == 1)
+    return np.where(first, dy, 0)
+
+
+def _reduce(node: Reduce, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    (flow,) = flows
+    place = node.place(flow.x.ndim - 1)
+    used = None
+    if flow.mask is not None and place == 1:
+        used = flow.mask.reshape(*flow.mask.shape, *(1,) * (flow.x.ndim - 2))
+    y, dy = (a if node.keepdims else np.expand_dims(a, place) for a in (y, dy))
+    return [_reduction(node.mode, flow.x, used, y, dy, place)]
+
+
+def _global_pool(node: GlobalPool, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    (flow,) = flows
+    if node.mode == "last":
+        return _moved(node, flows, y, dy)
+    used = None if flow.mask is None else flow.mask[:, :, None]
+    return [_reduction(node.mode, flow.x, used, y[:, None], dy[:, None], 1)]
+
+
+def _merge(node: Merge, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    values = [flow.x for flow in flows]
+    if node.mode == "concat":
+        place = node.place(y.ndim - 1)
+        return np.split(dy, np.cumsum([value.shape[place] for value in values])[:-1], axis=place)
+    if node.heeds_mask and any(flow.mask is not None for flow in flows):
+        raise _UnsupportedError(f"{node.mode} under a mask")
+    if node.mode in ("add", "ave"):
+        found = [dy / (len(values) if node.mode == "ave" else 1)] * len(values)
+    elif node.mode == "sub":
+        found = [dy, -dy]
+    elif node.mode == "mul":
+        products = [[v for k, v in enumerate(values) if k != own] for own in range(len(values))]
+        found = [dy * np.prod(np.broadcast_arrays(*others), axis=0) for others in products]
+    else:
+        taken, found = np.zeros(y.shape, bool), []
+        for value in values:
+            own = (value == y) & ~taken
+            taken |= own
+            found.append(np.where(own, dy, 0))
+    return [_summed_to(one, value.shape) for one, value in zip(found, values, strict=True)]
+
+
+def _summed_to(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """Return a gradient summed over the axes along which what it is of was repeated."""
+    axes = tuple(axis for axis, (long, own) in enumerate(zip(gradient.shape, shape, strict=True)) if long != own)
+    return gradient.sum(axis=axes, keepdims=True) if axes else gradient
+
+
+def _moved(node: Node, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+    """Go back through a node that moves numbers without computing any: it is told by where it puts their places."""
+    (flow,) = flows
+    size = flow.x.size
+    places = np.arange(1.0, size + 1).reshape(flow.x.shape)
+    one, other = (node.run([flow._replace(x=numbers)], (), 1).x for numbers in (places, places + size))
+    from_input = other - one == size  # what is padded doesn't change
+    dx = np.zeros(size, dy.dtype)
+    np.add.at(dx, (one[from_input] - 1).astype(np.int64), dy[from_input])
+    return [dx.reshape(flow.x.shape)]
+
+
+Rule = Callable[[Any, Sequence[Flow], Array, Array], list[Array]]
+
+RULES: dict[type[Node], Rule] = {
+    Standardise: lambda node, flows, y, dy: [dy / node.scale],
+    Scale: lambda node, flows, y, dy: [dy * node.scale],
+    LayerNorm: _layer_norm,
+    Dense: _dense,
+    Activation: lambda node, flows, y, dy: [_through_activation(node.activation, flows[0].x, dy)],
+    Clip: _clip,
+    Masking: _masking,
+    Conv1D: _convolution,
+    Pool1D: _pool,
+    GlobalPool: _global_pool,
+    Reduce: _reduce,
+    Merge: _merge,
+    **dict.fromkeys((Pad, Flatten, Reshape, Permute, Repeat, Select), _moved),
+}
+"""How to go back through each node that isn't recurrent."""
+
+
+def gradient(
+    network: Network,
+    flows: Mapping[str, Flow],
+    records: Mapping[str, Sequence[Record]],
+    output: str,
+    step: int,
+    unit: int,
+) -> dict[str, Array]:
+    """Return the gradient of one number of every row with respect to each input and what each node returned.
+
+    Args:
+        network: without patches.
+        flows: what flowed out of the inputs and the nodes in a run.
+        records: what the cells of each node did in it.
+        output: the node whose number it is.
+        step: which step of it; -1 = the last. Of a vector a row there is none.
+        unit: which number of the step, or of the vector.
+
+    Returns:
+        An array by the name of each input and node, in the shape of what flowed out of it; zeros where nothing leads
+        to the number. Ids have none.
+
+    Raises:
+        ValueError: a node through which there is no way back, by name.
+        IndexError: a step or a unit that isn't there.
+    """
+    dy = np.zeros_like(flows[output].x)
+    if dy.ndim > 3 or dy.ndim < 2:
+        raise ValueError(f"gradient: expected an output [B, T, W] or [B, W], got {list(dy.shape)} of {output}")
+    for what, number, length in (("unit", unit, dy.shape[-1]), ("step", step, dy.shape[1] if dy.ndim == 3 else 1)):
+        if not -length <= number < length:
+            raise IndexError(f"gradient: expected a {what} of {output} below {length}, got {number}")
+    if dy.ndim == 3:
+        dy[:, step, unit] = 1
+    else:
+        dy[:, unit] = 1
+    found = {name: np.zeros_like(flow.x) for name, flow in flows.items() if name not in network.graph.ids}
+    found[output] = dy
+    entries = list(zip(network.names, network.nodes, network.wires, strict=True))
+    with np.errstate(all="ignore"):  # NaN and inf pass through
+        for name, node, sources in reversed(entries[: network.names.index(output) + 1]):
+            if isinstance(node, Embedding) or not found[name].any():
+                continue
+            own, y = [flows[source] for source in sources], flows[name].x
+            try:
+                if isinstance(node, Recurrent):
+                    back = _recurrent(node, records[name], own, y, found[name])
+                elif isinstance(node, Bidirectional):
+                    back = _bidirectional(node, records[name], own, y, found[name])
+                else:
+                    back = RULES[type(node)](node, own, y, found[name])
+            except _UnsupportedError as why:
+                raise ValueError(f"gradient: {name} ({type(node).__name__}): {why} isn't supported") from None
+            for source, one in zip(sources, back, strict=True):
+                if source in found:
+                    found[source] = (found[source] + one).astype(found[source].dtype)
+    return found

@@ -1,0 +1,482 @@
+"""What becomes of the answer when something inside is changed: ablation, activation patching, traces side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from cellstack.nodes.base import check_choice
+from cellstack.nodes.patches import Patch
+from cellstack.spec import TRACES, ShapeError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cellstack.inspect.trace import CellTrace, NetworkTrace
+    from cellstack.network import Network
+    from cellstack.nodes.base import Array
+
+HOWS = ("mean", "zero", "resample")
+AXES = ("node", "gate", "unit", "step")
+AT_ONCE = 1 << 22  # numbers that the widest node returns in one run, at most: rows beyond come in the next
+SHOWN = 10
+
+Metric = Callable[[Any], Any]
+
+
+class UnitEffect(NamedTuple):
+    """What ablating one unit does to the metric."""
+
+    node: str
+    cell: int
+    unit: int
+    effect: float
+    """The metric with the unit ablated, less that of the network as it is."""
+
+
+class Ablation:
+    """What ablating each unit does to the metric, the others being left as they are.
+
+    Attributes:
+        effects: by node and number of the cell, `[H]` each: the metric with a unit ablated, less `metric`.
+        metric: that of the network as it is.
+        how: `"mean"`, `"zero"` or `"resample"`.
+        gate: which gate or state was ablated.
+    """
+
+    def __init__(self, effects: dict[tuple[str, int], Array], metric: float, how: str, gate: str) -> None:
+        self.effects, self.metric, self.how, self.gate = effects, metric, how, gate
+
+    @property
+    def ranked(self) -> list[UnitEffect]:
+        """Every unit, the one with the greatest effect first, either way; those without a number last."""
+        found = [
+            UnitEffect(node, cell, unit, float(effect))
+            for (node, cell), effects in self.effects.items()
+            for unit, effect in enumerate(effects)
+        ]
+        return sorted(found, key=lambda one: -abs(one.effect) if one.effect == one.effect else np.inf)
+
+    def plot(self, count: int = 20) -> Figure:
+        """Return a matplotlib figure of the units with the greatest effects, as bars.
+
+        Args:
+            count: of how many.
+
+        Raises:
+            ImportError: matplotlib isn't installed.
+        """
+        from cellstack.inspect.plot import bars
+
+        first = self.ranked[:count]
+        labels = [f"{one.node}{f'.{one.cell}' if self._several(one.node) else ''} unit {one.unit}" for one in first]
+        return bars(labels, [one.effect for one in first], f"change of the metric, {self.gate} by {self.how}")
+
+    def _several(self, node: str) -> bool:
+        return (node, 1) in self.effects
+
+    def __repr__(self) -> str:
+        ranked = self.ranked
+        lines = [f"Ablation of {self.gate} by {self.how}, {len(ranked)} units; the metric is {self.metric:.6g}"]
+        for node, cell, unit, effect in ranked[:SHOWN]:
+            which = f", cell {cell}" if self._several(node) else ""
+            lines.append(f"  {effect:+.6g}  {node}{which}, unit {unit}")
+        if len(ranked) > SHOWN:
+            lines.append(f"  and {len(ranked) - SHOWN} more: .ranked has all")
+        return "\n".join(lines)
+
+
+def ablate(
+    network: Network,
+    x: Any,
+    nodes: str | Iterable[str] | None = None,
+    how: str = "mean",
+    metric: Metric | None = None,
+    *,
+    gate: str = "h",
+    mask: Any = None,
+    lengths: Any = None,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Ablation:
+    """Return what it does to a metric when each unit of a layer, one at a time, is ablated.
+
+    All units are rows of one batched run, as many at a time as fit: the cost is that of the batch.
+
+    Args:
+        network: the network.
+        x, mask, lengths, threads: as for `Network.run`; a mask or lengths for all inputs alike.
+        nodes: the names of the nodes whose cells' units are ablated; None = all that have cells.
+        how: what takes the place of the unit's value: its mean over all rows and steps used, zero, or what it was at
+            another row and step, drawn at random.
+        metric: of what the network returns for the batch, `y [B, …]` or a tuple of these, a number; None = the mean
+            absolute change of the first output.
+        gate: which gate or state of the unit, as `Patch` has it; `"h"` is what it gives out.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: a node without cells or that isn't there, another `how`, a cell without the gate, a metric that
+            isn't a number.
+        ShapeError: no row, or no step.
+
+    Ref: ablation by zero and mean: Lakretz et al. 2019, "The emergence of number and syntax units in LSTM language
+    models", section 4.1; by resampling: Chan et al. 2022, "Causal Scrubbing".
+
+    >>> from cellstack import Cell, CellSpec, Network, Recurrent
+    >>> cell = Cell(CellSpec(1, 2, kind="rnn", use_bias=False), np.array([[2.0, 0.0]]), np.zeros((2, 2)))
+    >>> net = Network([Recurrent((cell,))])
+    >>> ablate(net, np.ones((1, 3, 1)), how="zero", metric=lambda y: y.sum())
+    Ablation of h by zero, 2 units; the metric is 2.89208
+      -2.89208  layer_0, unit 0
+      +0  layer_0, unit 1
+    """
+    check_choice("ablate", "how", how, HOWS)
+    cells = _cells("ablate", network, nodes, (gate,))
+    batch = _Batch("ablate", network, x, mask, lengths, threads)
+    t = batch.trace({name for name, _ in cells})
+    plain = t.y
+    asked = metric or (lambda y: np.abs(_first(y) - _first(plain)).mean())
+    rng = np.random.default_rng(seed)
+    wanted: list[tuple[tuple[str, int], int, Callable[[Sequence[int]], list[Patch]]]] = []
+    effects: dict[tuple[str, int], Array] = {}
+    for name, number in cells:
+        seen = t[name].cells[number]
+        replaced = _replacements(seen, gate, how, rng)
+        effects[name, number] = np.full(replaced.shape[-1], np.nan)
+        for unit in range(replaced.shape[-1]):
+            value = replaced[..., unit : unit + 1]
+
+            def patch(rows: Sequence[int], name=name, number=number, unit=unit, value=value) -> list[Patch]:
+                steps = slice(value.shape[1]) if value.shape[1] > 1 else None
+                return [Patch(name, gate, unit, rows, steps, value, cell=number)]
+
+            wanted.append(((name, number), unit, patch))
+    whole = _number("ablate", asked(plain))
+    answers = batch.edited([patch for _, _, patch in wanted], asked)
+    for (key, unit, _), answer in zip(wanted, answers, strict=True):
+        effects[key][unit] = answer - whole
+    return Ablation(effects, whole, how, gate)
+
+
+def _replacements(seen: CellTrace, gate: str, how: str, rng: np.random.Generator) -> Array:
+    """Return what takes the place of each unit's value, `[1 or B, 1 or T, H]`."""
+    array = np.asarray(seen[gate], np.float64)
+    if how == "zero":
+        return np.zeros((1, 1, array.shape[2]))
+    used = np.ones(array.shape[:2], bool) if seen.mask is None else seen.mask
+    if how == "mean":
+        return array[used].mean(axis=0)[None, None] if used.any() else np.zeros((1, 1, array.shape[2]))
+    rows, steps = np.nonzero(used)
+    drawn = rng.permutation(len(rows))
+    found = array.copy()
+    found[rows, steps] = array[rows[drawn], steps[drawn]]
+    return found
+
+
+class ActivationPatching:
+    """What becomes of the metric when activations of a clean run stand in a corrupted one, place by place.
+
+    Attributes:
+        values: the metric, an axis for each of `over`; NaN where a node has no such gate or unit.
+        over: the names of the axes.
+        labels: what each axis counts, by its name: names of nodes, with a cell's number where there are several; gates;
+            numbers of units; numbers of steps.
+        clean, corrupted: the metric of the two runs as they are.
+    """
+
+    def __init__(
+        self, values: Array, over: tuple[str, ...], labels: dict[str, list[Any]], clean: float, corrupted: float
+    ) -> None:
+        self.values, self.over, self.labels, self.clean, self.corrupted = values, over, labels, clean, corrupted
+
+    @property
+    def recovered(self) -> Array:
+        """How much of the way from the corrupted metric to the clean one each place brings back: 0 = none, 1 = all."""
+        with np.errstate(all="ignore"):
+            return (self.values - self.corrupted) / (self.clean - self.corrupted)
+
+    @property
+    def ranked(self) -> list[tuple[tuple[Any, ...], float]]:
+        """Every place, by its labels, with the share recovered, greatest first; without those that have no number."""
+        shares = self.recovered.ravel()
+        order = [int(at) for at in np.argsort(-np.abs(shares)) if shares[at] == shares[at]]
+        places = list(product(*(self.labels[axis] for axis in self.over)))
+        return [(places[at], float(shares[at])) for at in order]
+
+    def plot(self) -> Figure:
+        """Return a matplotlib figure of the shares recovered: bars of one axis, a map of two.
+
+        Raises:
+            ImportError: matplotlib isn't installed.
+            ValueError: more than two axes: take the greatest over some, or ask `over` fewer.
+        """
+        from cellstack.inspect.plot import bars, shares
+
+        if len(self.over) > 2:
+            raise ValueError(f"plot: expected at most two axes, got {', '.join(self.over)}: ask over fewer")
+        if len(self.over) == 1:
+            labels = [f"{self.over[0]} {label}" for label in self.labels[self.over[0]]]
+            return bars(labels, self.recovered.tolist(), "share of the metric recovered")
+        return shares(self.recovered, self.over, [self.labels[axis] for axis in self.over])
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{len(self.labels[axis])} {axis}s" for axis in self.over)
+        metric = f"the metric is {self.clean:.6g} clean, {self.corrupted:.6g} corrupted"
+        lines = [f"Activation patching over {axes}; {metric}"]
+        ranked = self.ranked
+        for place, share in ranked[:SHOWN]:
+            named = zip(self.over, place, strict=True)
+            where = ", ".join(str(label) if axis == "node" else f"{axis} {label}" for axis, label in named)
+            lines.append(f"  {share:+.1%}  {where}")
+        if len(ranked) > SHOWN:
+            lines.append(f"  and {len(ranked) - SHOWN} more: .recovered has all")
+        return "\n".join(lines)
+
+
+def activation_patch(
+    network: Network,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric,
+    over: Sequence[str] = AXES,
+    *,
+    nodes: str | Iterable[str] | None = None,
+    gates: Sequence[str] | None = None,
+    mask: Any = None,
+    lengths: Any = None,
+    threads: int | None = None,
+) -> ActivationPatching:
+    """Run the corrupted input with activations of the clean one put in their place, one place at a time.
+
+    What isn't named in `over` is put in place whole: over "step" alone, all units of all nodes at a step.
+
+    Args:
+        network: the network.
+        clean, corrupted: two inputs of the same shapes, as for `Network.run`.
+        metric: of what the network returns for the batch, a number.
+        over: the axes along which places are told apart, out of `"node"`, `"gate"`, `"unit"` and `"step"`.
+        nodes: the names of the nodes whose cells are patched; None = all that have cells.
+        gates: which gates and states; None = every one that a cell has where `over` has "gate", else h.
+        mask, lengths, threads: as for `Network.run`, for both.
+
+    Returns:
+        The metric for each place, and those of the two inputs as they are.
+
+    Raises:
+        ShapeError: inputs of two shapes, or without a row or a step.
+        ValueError: another axis, a node or a gate that isn't there, a metric that isn't a number.
+
+    Ref: Vig et al. 2020, "Investigating Gender Bias in Language Models Using Causal Mediation Analysis", section 3;
+    Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1; the name is TransformerLens's.
+    """
+    over = (over,) if isinstance(over, str) else tuple(over)
+    for axis in over:
+        check_choice("activation_patch", "over", axis, AXES)
+    if not over or len(set(over)) != len(over):
+        raise ValueError(f"activation_patch: expected axes to tell places apart by, each once, got {list(over)}")
+    given = None if gates is None else tuple(gates)
+    every = tuple(dict.fromkeys(field for fields in TRACES.values() for field in fields._fields))
+    named = given or (every if "gate" in over else ("h",))
+    cells = _cells("activation_patch", network, nodes, given or ("h",))
+    batch = _Batch("activation_patch", network, corrupted, mask, lengths, threads)
+    source = _Batch("activation_patch", network, clean, mask, lengths, threads)
+    for name, array in source.x.items():
+        if array.shape != batch.x[name].shape:
+            raise ShapeError(
+                f"activation_patch: expected clean and corrupted of one shape, got {array.shape} and "
+                f"{batch.x[name].shape} of {name}"
+            )
+    names = {name for name, _ in cells}
+    before, after = source.trace(names), batch.trace(names)
+    seen = [before[name].cells[number] for name, number in cells]
+    present = [gate for gate in named if any(gate in one for one in seen)]
+    steps = max((one.fields.h.shape[1] for one in seen), default=0)
+    labels: dict[str, list[Any]] = {
+        "node": [name if len(before[name].cells) == 1 else f"{name}.{number}" for name, number in cells],
+        "gate": present,
+        "unit": list(range(max(array.shape[2] for one in seen for array in one.values()))),
+        "step": list(range(steps)),
+    }
+    patched = []
+    for place in product(*(range(len(labels[axis])) for axis in over)):
+        at = dict(zip(over, place, strict=True))
+
+        def patches(rows: Sequence[int], at=at) -> list[Patch]:
+            chosen = range(len(cells)) if "node" not in at else [at["node"]]
+            found = []
+            for which, gate in product(chosen, present if "gate" not in at else [present[at["gate"]]]):
+                if gate not in seen[which]:
+                    continue
+                array = seen[which][gate]
+                step = slice(at["step"], at["step"] + 1) if "step" in at else slice(array.shape[1])
+                units = slice(at["unit"], at["unit"] + 1) if "unit" in at else slice(array.shape[2])
+                value = array[:, step, units]
+                if value.size:
+                    name, number = cells[which]
+                    found.append(Patch(name, gate, units, rows, step, value, cell=number))
+            return found
+
+        patched.append(patches)
+    answers = batch.edited(patched, metric)
+    values = np.array(answers).reshape([len(labels[axis]) for axis in over])
+    own = {axis: labels[axis] for axis in over}
+    ends = (_number("activation_patch", metric(y)) for y in (before.y, after.y))
+    return ActivationPatching(values, over, own, *ends)
+
+
+class _Batch:
+    """An input that is run again and again, as blocks of rows of one batch, each with patches of its own."""
+
+    def __init__(self, owner: str, network: Network, x: Any, mask: Any, lengths: Any, threads: int | None) -> None:
+        self.owner, self.network, self.threads = owner, network, threads
+        self.x = network.as_inputs(owner, x)
+        flags = {"mask": mask, "lengths": lengths}
+        self.flags: dict[str, Any] = {name: np.asarray(flag) for name, flag in flags.items() if flag is not None}
+        self.rows = len(next(iter(self.x.values())))
+        self.steps = max((array.shape[1] for array in self.x.values() if array.ndim > 1), default=1)
+        if not self.rows or not self.steps:
+            raise ShapeError(f"{owner}: expected at least a row and a step, got {self.rows} and {self.steps}")
+
+    def trace(self, nodes: set[str]) -> NetworkTrace:
+        """Return the trace of the input as it is."""
+        return self.network.trace(self.x, **self.flags, threads=self.threads, nodes=sorted(nodes))
+
+    def edited(self, patches: Sequence[Callable[[Sequence[int]], list[Patch]]], metric: Metric) -> list[float]:
+        """Return the metric of a run with each of some sets of patches; NaN of an empty set.
+
+        Args:
+            patches: each returns the patches of the rows that it is told.
+            metric: of what comes out.
+        """
+        widest = max(cell.spec.planes * cell.spec.units for cell in self.network.cells)
+        each = max(1, AT_ONCE // (widest * self.steps * self.rows))
+        found: list[float] = []
+        for first in range(0, len(patches), each):
+            some = patches[first : first + each]
+            own = [make(range(place * self.rows, (place + 1) * self.rows)) for place, make in enumerate(some)]
+            x = {name: np.concatenate([array] * len(some)) for name, array in self.x.items()}
+            flags: dict[str, Any] = {name: np.concatenate([flag] * len(some)) for name, flag in self.flags.items()}
+            edited = self.network.edit([patch for block in own for patch in block])
+            y = edited.run(x, **flags, threads=self.threads)[0]
+            for place, block in enumerate(own):
+                rows = slice(place * self.rows, (place + 1) * self.rows)
+                answer = tuple(array[rows] for array in y) if isinstance(y, tuple) else y[rows]
+                found.append(_number(self.owner, metric(answer)) if block else np.nan)
+        return found
+
+
+def _cells(
+    owner: str, network: Network, nodes: str | Iterable[str] | None, gates: Iterable[str]
+) -> list[tuple[str, int]]:
+    """Return the cells of some nodes, by name and number, checked to have the gates."""
+    every = dict(zip(network.names, network.nodes, strict=True))
+    own = [name for name, node in every.items() if node.cells]
+    names = own if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
+    for name in names:
+        if name not in own:
+            raise ValueError(f"{owner}: expected nodes with cells, {', '.join(own)}, got {name!r:.80}")
+    found = [(name, number) for name in names for number in range(len(every[name].cells))]
+    if not found:
+        raise ValueError(f"{owner}: expected a network with cells, got one without")
+    for gate in gates:
+        for name, number in found:
+            fields = TRACES[every[name].cells[number].spec.kind]._fields
+            if gate not in fields:
+                raise ValueError(f"{owner}: expected a gate of {name} out of {', '.join(fields)}, got {gate!r:.80}")
+    return found
+
+
+def _number(owner: str, value: Any) -> float:
+    """Return what a metric returned as a number; `ValueError` where it is none."""
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "biuf":
+        got = f"shape {list(array.shape)} of {array.dtype}"
+        raise ValueError(f"{owner}: expected the metric to return one number for the batch, got {got}")
+    return float(array.reshape(()))
+
+
+def _first(y: Any) -> Array:
+    return y[0] if isinstance(y, tuple) else y
+
+
+class Difference(NamedTuple):
+    """A number that differs between two traces."""
+
+    node: str
+    cell: int
+    field: str
+    row: int
+    step: int
+    unit: int
+    one: float
+    other: float
+
+
+class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
+    """How two traces of one network differ: by node, of each of its cells, the differences by field, `[B, T, H]` each.
+
+    A difference is the other trace less the first.
+    """
+
+    def __init__(self, one: NetworkTrace, other: NetworkTrace) -> None:
+        self._one, self._other = one, other
+        self._found: dict[str, tuple[dict[str, Array], ...]] = {}
+        for name, node in one.items():
+            cells = []
+            for own, its in zip(node.cells, other[name].cells, strict=True):
+                if own.fields.h.shape != its.fields.h.shape or not np.array_equal(own.units, its.units):
+                    shapes = f"{list(own.fields.h.shape)} and {list(its.fields.h.shape)}"
+                    raise ShapeError(f"diff: expected traces of the same rows, steps and units of {name}, got {shapes}")
+                with np.errstate(all="ignore"):
+                    cells.append({field: its[field] - own[field] for field in own})
+            self._found[name] = tuple(cells)
+
+    def __getitem__(self, name: str) -> tuple[dict[str, Array], ...]:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def largest(self, count: int = SHOWN) -> list[Difference]:
+        """Return the numbers that differ most, the greatest difference of each unit and field alone.
+
+        Args:
+            count: how many.
+        """
+        found = []
+        for name, cells in self._found.items():
+            for number, fields in enumerate(cells):
+                own, its = self._one[name].cells[number], self._other[name].cells[number]
+                for field, array in fields.items():
+                    sizes = np.where(np.isnan(array), np.inf, np.abs(array)).reshape(-1, array.shape[2])
+                    for place in np.flatnonzero((sizes > 0).any(axis=0)):
+                        row, step = np.unravel_index(sizes[:, place].argmax(), array.shape[:2])
+                        ends = float(own[field][row, step, place]), float(its[field][row, step, place])
+                        unit = int(own.units[place]) if array.shape[2] == len(own.units) else int(place)
+                        one = Difference(name, number, field, int(row), self._step(int(step)), unit, *ends)
+                        found.append((float(sizes[:, place].max()), one))
+        return [one for _, one in sorted(found, key=lambda entry: -entry[0])[:count]]
+
+    def _step(self, place: int) -> int:
+        """Return the number of the step at a place."""
+        return int(self._one.steps[place]) if place < len(self._one.steps) else place
+
+    def __repr__(self) -> str:
+        lines = ["Difference of two traces"]
+        for name, cells in self._found.items():
+            for number, fields in enumerate(cells):
+                which = f", cell {number}" if len(cells) > 1 else ""
+                apart = [np.flatnonzero((array != 0).any(axis=(0, 2))) for array in fields.values()]
+                first = min((int(steps[0]) for steps in apart if steps.size), default=None)
+                if first is None:
+                    lines.append(f"  {name}{which}: none")
+                    continue
+                most = ", ".join(f"{field} {np.abs(array).max():.3g}" for field, array in fields.items())
+                lines.append(f"  {name}{which}: from step {self._step(first)} on; at most {most}")
+        return "\n".join(lines)

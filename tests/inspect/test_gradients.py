@@ -1,0 +1,208 @@
+"""Gradients of a number that a network returned: against central differences, the reference and torch autograd."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from family import random_spec
+from networks import fill, make_cell, make_graph, make_network
+
+import cellstack as cs
+from cellstack import Dense, Network, Patch, Recurrent, reference
+from cellstack.nodes import (
+    Activation,
+    Clip,
+    Conv1D,
+    Embedding,
+    GlobalPool,
+    LayerNorm,
+    Masking,
+    Merge,
+    Pool1D,
+    Reduce,
+)
+from cellstack.nodes.base import MORE_ACTIVATIONS
+from cellstack.spec import ACTIVATIONS
+
+STEP = 1e-6
+
+
+def rng_of(seed):
+    return np.random.default_rng(seed)
+
+
+def differences(net, x, name, output, step, unit, **run):
+    """Central differences of a number of each row by each number of an input, in float64."""
+    found = np.zeros_like(x[name])
+    for at in product(*map(range, x[name].shape[1:])):
+        ends = []
+        for sign in (1, -1):
+            moved = dict(x) | {name: x[name].copy()}
+            moved[name][(slice(None), *at)] += sign * STEP
+            y = net.run(moved, **run)[0]
+            y = y[net.outputs.index(output)] if isinstance(y, tuple) else y
+            ends.append(y[:, step, unit] if y.ndim == 3 else y[:, unit])
+        found[(slice(None), *at)] = (ends[0] - ends[1]) / (2 * STEP)
+    return found
+
+
+def check(net, x, step=-1, unit=0, output=None, **run):
+    x = net.as_inputs("test", x)
+    t = net.trace(x, **run)
+    output = net.outputs[0] if output is None else output
+    found = t.gradient(unit, step, output)
+    for name in net.inputs:
+        if name in net.graph.ids:
+            assert name not in found
+            continue
+        expected = differences(net, x, name, output, step, unit, **run)
+        scale = max(1.0, np.abs(expected).max(initial=0))
+        np.testing.assert_allclose(found[name], expected, atol=2e-5 * scale, rtol=2e-5)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_networks(seed):
+    rng = rng_of(seed)
+    if seed % 2:
+        net, x = make_graph(seed, "float64")
+    else:
+        net = make_network(seed, "float64")
+        x = rng.normal(size=(2, 5, net.input_size))
+    width = net.trace(x)[net.outputs[0]].y.shape[-1]
+    check(net, x, unit=int(rng.integers(width)))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_masks_resets_and_states(seed):
+    rng = rng_of(seed)
+    net = make_network(2 * seed, "float64")
+    x = rng.normal(size=(2, 5, net.input_size))
+    run = {"mask": rng.random((2, 5)) < 0.7} if seed % 2 else {"lengths": [3, 5]}
+    mixes = any(node.mixes_steps for node in net.nodes)
+    if seed % 3 == 0 and not mixes:
+        run["reset"] = rng.random((2, 5)) < 0.3
+    check(net, x, **run)
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *MORE_ACTIVATIONS])
+def test_every_activation(activation):
+    rng = rng_of(3)
+    x = rng.normal(size=(2, 3, 4))
+    check(Network([Dense(rng.normal(size=(4, 3)), rng.normal(size=3), activation), Activation(activation)]), x, unit=1)
+
+
+def test_nodes_over_time():
+    rng = rng_of(4)
+    cell = make_cell(rng, 3, 4, "float64")
+    x = rng.normal(size=(2, 9, 3))
+    for number, (padding, strides, dilation, groups) in enumerate(
+        product(["valid", "same", "causal", (1, 2)], [1, 2], [1, 2], [1, 2])
+    ):
+        kernel = rng.normal(size=(3, 4 // groups, 6))
+        activation = ("linear", "tanh")[number % 2]
+        conv = Conv1D(kernel, rng.normal(size=6), strides, padding, dilation, groups, activation)
+        check(Network([Recurrent((cell,)), conv]), x, unit=2)
+    for mode, padding, strides in product(["mean", "max"], ["valid", "same", "causal", (1, 1)], [1, 2, 3]):
+        net = Network([Recurrent((cell,)), Pool1D(mode, 3, strides, padding)])
+        check(net, x, unit=1, step=0)
+        check(net, x, unit=1)
+    for mode, mask in product(["mean", "max", "last"], [None, rng.random((2, 9)) < 0.6]):
+        check(Network([Recurrent((cell,)), GlobalPool(mode)]), x, mask=mask)
+    for mode, axis, keeps in product(["sum", "mean", "max", "min"], [1, -1], [True, False]):
+        check(Network([Recurrent((cell,)), Reduce(mode, axis, keeps), *([] if keeps else [Activation("tanh")])]), x)
+    check(Network([LayerNorm(rng.normal(size=3), rng.normal(size=3)), Recurrent((cell,)), Clip(-0.3, 0.2)]), x)
+    net = Network([Masking(0.0), Recurrent((cell,)), LayerNorm()])
+    check(net, x)
+    x[0, 2] = 0
+    found = net.trace(x).gradient(0)["x"]
+    assert not found[0, 2].any()
+    assert found[0, 1].any()
+
+
+@pytest.mark.parametrize("mode", ["concat", "add", "mul", "ave", "max", "min", "sub"])
+def test_merges(mode):
+    rng = rng_of(5)
+    cells = [make_cell(rng, 3, 4, "float64"), make_cell(rng, 3, 4, "float64", kind="gru")]
+    head = Dense(rng.normal(size=(8 if mode == "concat" else 4, 2)))
+    nodes = [*(Recurrent((cell,)) for cell in cells), Merge(mode), head]
+    wires = [("x",), ("x",), ("layer_0", "layer_1"), ("layer_2",)]
+    check(Network(nodes, wires=wires, inputs=["x"]), rng.normal(size=(2, 5, 3)), unit=1)
+
+
+def test_ids_have_no_gradient_and_what_is_made_of_them_has():
+    rng = rng_of(6)
+    net = Network([Embedding(rng.normal(size=(7, 3)), mask_zero=True), Recurrent((make_cell(rng, 3, 4, "float64"),))])
+    ids = np.array([[1, 4, 0, 2], [3, 0, 0, 6]])
+    found = net.trace(ids).gradient(2)
+    assert sorted(found) == ["layer_0", "layer_1"]
+    assert not found["layer_0"][ids == 0].any()
+    assert found["layer_0"][ids != 0].any(axis=-1).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cell_has_the_gradient_of_the_law(seed):
+    rng = rng_of(seed)
+    spec = random_spec(rng)
+    cell = fill(rng, spec, "float64")
+    x = rng.normal(size=(2, 6, spec.input_size))
+    unit, step = int(rng.integers(spec.output_size)), int(rng.integers(6))
+    out = reference.forward(spec, cell.arrays, x)
+    dy = np.zeros_like(out.y)
+    dy[:, step, unit] = 1
+    expected = reference.backward(spec, cell.arrays, out, dy=dy).x
+    found = Network([Recurrent((cell,))]).trace(x).gradient(unit, step)["x"]
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11 * max(1, np.abs(expected).max()))
+    assert not found[:, step + 1 :].any()
+
+
+def test_torch_finds_the_same():
+    module = torch.nn.Sequential()
+    lstm, head = torch.nn.LSTM(3, 8, num_layers=2, batch_first=True, bidirectional=True), torch.nn.Linear(16, 2)
+    module.append(lstm)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = lstm, head
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    net = cs.from_torch(torch.nn.Sequential(lstm))
+    net = Network([*net.nodes, Dense(head.weight.detach().numpy().T, head.bias.detach().numpy())])
+    x = torch.randn(4, 12, 3, requires_grad=True)
+    Model()(x)[:, 1].sum().backward()
+    assert x.grad is not None
+    found = net.trace(x.detach().numpy()).gradient(1, step=-1)
+    np.testing.assert_allclose(found["x" if "x" in found else net.inputs[0]], x.grad.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_trace_of_a_file_has_gradients_too(tmp_path):
+    rng = rng_of(7)
+    net = Network([Recurrent((make_cell(rng, 3, 4),)), GlobalPool("mean"), Dense(rng.normal(size=(4, 2)).astype("f"))])
+    t = net.trace(rng.normal(size=(2, 6, 3)), lengths=[4, 6])
+    t.save(tmp_path / "t.safetensors")
+    read = cs.inspect.load(tmp_path / "t.safetensors")
+    for name, array in t.gradient(1).items():
+        assert np.array_equal(read.gradient(1)[name], array)
+    assert not t.gradient(1)["x"][0, 4:].any()
+
+
+def test_what_is_refused():
+    rng = rng_of(8)
+    net = Network([Recurrent((make_cell(rng, 3, 4),)), Dense(np.ones((4, 2), "f"))])
+    t = net.trace(np.ones((2, 5, 3)))
+    edited = net.edit(Patch("layer_0", "f", value=1.0))
+    for error, match, call in (
+        (IndexError, "a unit of layer_1 below 2, got 2", lambda: t.gradient(2)),
+        (IndexError, "a step of layer_1 below 5, got 5", lambda: t.gradient(0, 5)),
+        (ValueError, "an output out of layer_0, layer_1", lambda: t.gradient(0, output="head")),
+        (ValueError, "a trace of all nodes", lambda: net.trace(np.ones((2, 5, 3)), nodes="layer_0").gradient(0)),
+        (ValueError, "a trace of all nodes", lambda: t.select(steps=slice(2)).gradient(0)),
+        (ValueError, "without patches", lambda: edited.trace(np.ones((2, 5, 3))).gradient(0)),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+    assert not t.gradient(3, output="layer_0")["layer_1"].any()

@@ -1,0 +1,210 @@
+"""Ablation, activation patching and differences of traces, each against one edited run at a time."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from networks import make_cell, make_graph, make_stack
+
+import cellstack as cs
+from cellstack import Bidirectional, Dense, GlobalPool, Network, Patch, Recurrent, ShapeError
+from cellstack.inspect import interventions
+
+
+def rng_of(seed):
+    return np.random.default_rng(seed)
+
+
+def classifier(seed, dtype="float64"):
+    rng = rng_of(seed)
+    both = Bidirectional(
+        Recurrent((make_cell(rng, 3, 4, dtype),)),
+        Recurrent((make_cell(rng, 3, 2, dtype, kind="gru"),), go_backwards=True),
+    )
+    above = Recurrent((make_cell(rng, 6, 5, dtype, proj_size=3), make_cell(rng, 3, 4, dtype, kind="rnn")))
+    head = Dense(rng.normal(size=(4, 2)).astype(dtype), rng.normal(size=2).astype(dtype), "softmax")
+    net = Network([both, above, GlobalPool("mean"), head], ["both", "above", "pool", "head"])
+    return net, rng.normal(size=(3, 6, 3)).astype(dtype), rng
+
+
+def metric(y):
+    return float(np.log(y[:, 1]).sum())
+
+
+@pytest.mark.parametrize("how", ["zero", "mean"])
+@pytest.mark.parametrize("gate", ["h", "g"])
+def test_ablation_is_an_edited_run_a_unit(how, gate, monkeypatch):
+    net, x, rng = classifier(0)
+    mask = rng.random((3, 6)) < 0.8
+    monkeypatch.setattr(interventions, "AT_ONCE", 2000)  # a few units a run
+    found = cs.ablate(net, x, how=how, metric=metric, gate=gate, mask=mask)
+    t = net.trace(x, mask=mask)
+    assert found.metric == metric(t.y)
+    assert list(found.effects) == [("both", 0), ("both", 1), ("above", 0), ("above", 1)]
+    for (name, number), effects in found.effects.items():
+        cell = t[name].cells[number]
+        for unit, effect in enumerate(effects):
+            value = 0.0 if how == "zero" else cell[gate][cell.mask][:, unit].mean()
+            y, _ = net.edit(Patch(name, gate, unit, value=value, cell=number)).run(x, mask=mask)
+            assert effect == pytest.approx(metric(y) - found.metric, abs=1e-12)
+    ranked = found.ranked
+    assert len(ranked) == sum(map(len, found.effects.values()))
+    assert abs(ranked[0].effect) == max(np.abs(effects).max() for effects in found.effects.values())
+    assert f"{ranked[0].effect:+.6g}" in repr(found).splitlines()[1]
+
+
+def test_resampling_takes_what_the_unit_was_elsewhere():
+    net, x, _ = classifier(1)
+    found = cs.ablate(net, x, "both", how="resample", metric=metric, seed=3)
+    again = cs.ablate(net, x, "both", how="resample", metric=metric, seed=3)
+    other = cs.ablate(net, x, "both", how="resample", metric=metric, seed=4)
+    assert all(np.array_equal(found.effects[key], again.effects[key]) for key in found.effects)
+    assert any(not np.array_equal(found.effects[key], other.effects[key]) for key in found.effects)
+    cell = net.trace(x)["both"].cells[0]
+    values = interventions._replacements(cell, "h", "resample", rng_of(3))
+    assert np.array_equal(np.sort(values.reshape(-1, 4), axis=0), np.sort(cell.h.reshape(-1, 4), axis=0))
+    y = net.edit(Patch("both", "h", 2, steps=slice(6), value=values[..., 2:3], cell=0))(x)
+    assert found.effects["both", 0][2] == pytest.approx(metric(y) - found.metric, abs=1e-12)
+
+
+def test_without_a_metric_it_is_how_much_the_output_changes():
+    net, x, _ = classifier(2)
+    found = cs.ablate(net, x, ["above"], how="zero")
+    y = net.edit(Patch("above", "h", 1, value=0.0, cell=1))(x)
+    assert found.metric == 0.0
+    assert found.effects["above", 1][1] == pytest.approx(np.abs(y - net(x)).mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "over", [("node", "gate", "unit", "step"), ("unit", "step"), ("step",), ("node",), ("gate", "node")]
+)
+def test_activation_patching_is_an_edited_run_a_place(over, monkeypatch):
+    net, clean, rng = classifier(3)
+    corrupted = clean + rng.normal(0, 0.5, size=clean.shape)
+    monkeypatch.setattr(interventions, "AT_ONCE", 20000)
+    found = cs.activation_patch(net, clean, corrupted, metric, over)
+    before, places = net.trace(clean), [found.labels[axis] for axis in over]
+    assert found.values.shape == tuple(map(len, places))
+    assert (found.clean, found.corrupted) == (metric(net(clean)), metric(net(corrupted)))
+    cells = {f"{name}.{number}": (name, number) for name in ("both", "above") for number in range(2)}
+    gates = ["i", "f", "g", "o", "c", "h", "z", "r"]
+    chosen = list(product(*(range(len(labels)) for labels in places)))
+    for place in (chosen[k] for k in rng.choice(len(chosen), min(len(chosen), 60), replace=False)):
+        at = {axis: found.labels[axis][n] for axis, n in zip(over, place, strict=True)}
+        patches = []
+        for name, number in [cells[at["node"]]] if "node" in at else cells.values():
+            cell = before[name].cells[number]
+            for gate in [at["gate"]] if "gate" in at else gates if "gate" in over else ["h"]:
+                if gate not in cell or at.get("unit", 0) >= cell[gate].shape[2]:
+                    continue
+                step, unit = at.get("step"), at.get("unit")
+                steps = slice(step, step + 1) if step is not None else slice(6)
+                units = slice(unit, unit + 1) if unit is not None else None
+                value = cell[gate][:, steps, slice(None) if units is None else units]
+                patches.append(Patch(name, gate, units, None, steps, value, cell=number))
+        if not patches:
+            assert np.isnan(found.values[place])
+            continue
+        assert found.values[place] == pytest.approx(metric(net.edit(patches)(corrupted)), abs=1e-12)
+    share = (found.values - found.corrupted) / (found.clean - found.corrupted)
+    assert np.array_equal(found.recovered, share, equal_nan=True)
+    assert f"{found.ranked[0][1]:+.1%}" in repr(found).splitlines()[1]
+
+
+def test_all_of_the_last_cells_h_brings_the_clean_answer_back():
+    net, clean, rng = classifier(4)
+    found = cs.activation_patch(net, clean, rng.normal(size=clean.shape), metric, "node")
+    assert found.recovered[-1] == pytest.approx(1.0)
+
+
+def test_networks_of_several_inputs_and_outputs():
+    done = 0
+    for seed in range(12):
+        net, x = make_graph(seed, "float64")
+        if not net.cells:
+            continue
+        name = next(name for name, node in zip(net.names, net.nodes, strict=True) if node.cells)
+        count = lambda y: float(sum(np.sum(one) for one in (y if isinstance(y, tuple) else (y,))))  # noqa: E731
+        found = cs.ablate(net, x, name, how="zero", metric=count)
+        y = net.edit(Patch(name, "h", 0, value=0.0, cell=0)).run(x)[0]
+        assert found.effects[name, 0][0] == pytest.approx(count(y) - found.metric, abs=1e-9)
+        done += 1
+    assert done > 3
+
+
+def test_two_traces_side_by_side():
+    net, x, _ = classifier(5)
+    one = net.trace(x)
+    other = net.edit(Patch("above", "f", [1], rows=1, steps=slice(3, 5), value=1.0, cell=0)).trace(x)
+    found = one.diff(other)
+    assert list(found) == list(net.names)
+    assert not any(array.any() for fields in found["both"] for array in fields.values())
+    below = found["above"][0]
+    assert np.array_equal(below["f"], other["above"].cells[0].f - one["above"].cells[0].f)
+    assert not below["f"][:, :3].any()
+    lines = repr(found).splitlines()
+    assert lines[1] == "  both, cell 0: none"
+    assert lines[3].startswith("  above, cell 0: from step 3 on; at most i ")
+    first = found.largest(1)[0]
+    assert abs(first.other - first.one) == max(
+        np.abs(array).max() for fields in found["above"] for array in fields.values()
+    )
+    cell = one["above"].cells[first.cell]
+    assert getattr(cell, first.field)[first.row, first.step, first.unit] == first.one
+    assert len(found.largest(3)) == 3
+    nothing = one.diff(net.trace(x))
+    assert nothing.largest() == []
+    late = one.select(steps=slice(2, None), units=[1, 0]).diff(other.select(steps=slice(2, None), units=[1, 0]))
+    assert {entry.unit for entry in late.largest(100) if entry.field == "f" and entry.cell == 0} <= {0, 1}
+    assert "from step 3 on" in repr(late)
+    with pytest.raises(ShapeError, match="the same rows, steps and units"):
+        one.diff(other.select(rows=slice(1)))
+
+
+def test_plots():
+    net, x, rng = classifier(6)
+    pytest.importorskip("matplotlib")
+    assert cs.ablate(net, x).plot(5).axes[0].get_xlabel() == "change of the metric, h by mean"
+    corrupted = rng.normal(size=x.shape)
+    assert cs.activation_patch(net, x, corrupted, metric, ("node", "step")).plot().axes[0].get_xlabel() == "step"
+    assert len(cs.activation_patch(net, x, corrupted, metric, "step").plot().axes[0].patches) == 6
+    with pytest.raises(ValueError, match="at most two axes"):
+        cs.activation_patch(net, x, corrupted, metric, ("node", "unit", "step")).plot()
+
+
+def test_what_is_refused():
+    net, x, _ = classifier(7)
+    for error, match, call in (
+        (ValueError, "nodes with cells, both, above, got 'head'", lambda: cs.ablate(net, x, "head")),
+        (ValueError, "how to be one of", lambda: cs.ablate(net, x, how="median")),
+        (ValueError, "a gate of both out of z, r, g, h, got 'f'", lambda: cs.ablate(net, x, gate="f")),
+        (
+            ValueError,
+            r"one number for the batch, got shape \[3\]",
+            lambda: cs.ablate(net, x, metric=lambda y: y[:, 0]),
+        ),
+        (ShapeError, "at least a row and a step", lambda: cs.ablate(net, x[:0])),
+        (ShapeError, "at least a row and a step", lambda: cs.ablate(net, x[:, :0])),
+        (ValueError, "over to be one of", lambda: cs.activation_patch(net, x, x, metric, "layer")),
+        (ValueError, "each once", lambda: cs.activation_patch(net, x, x, metric, ("step", "step"))),
+        (ValueError, "a gate of both out of", lambda: cs.activation_patch(net, x, x, metric, gates=["c"])),
+        (ShapeError, "clean and corrupted of one shape", lambda: cs.activation_patch(net, x, x[:, :3], metric)),
+        (ValueError, "a network with cells", lambda: cs.ablate(Network([Dense(np.ones((3, 1)))]), x)),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+
+
+def test_a_metric_that_is_no_number_is_shown_last():
+    net, x, _ = classifier(8)
+    values = iter([1.0, np.nan, 3.0, *[0.0] * 30])
+    found = cs.ablate(net, x, "both", metric=lambda y: next(values))
+    assert found.ranked[0].effect == 2.0
+    assert np.isnan(found.ranked[-1].effect)
+
+
+def test_a_stack_of_odd_cells():
+    rng = rng_of(9)
+    net = Network([make_stack(rng, 3, "float64", residual=True)])
+    found = cs.ablate(net, rng.normal(size=(2, 4, 3)))
+    assert len(found.effects) == len(net.cells)

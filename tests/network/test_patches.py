@@ -1,0 +1,352 @@
+"""Patches: what they do to a gate or a state, held against the law; run, traced, streamed, pooled and saved."""
+
+import pickle
+
+import numpy as np
+import pytest
+import tolerances
+from family import random_spec
+from networks import fill, make_cell, make_stack, make_states
+
+import cellstack as cs
+from cellstack import Bidirectional, CellSpec, Dense, FormatError, Network, Patch, Recurrent, ShapeError, reference
+from cellstack.spec import GATES, TRACES
+
+HOWS = ("set", "add", "scale", "freeze")
+
+
+def rng_of(seed):
+    return np.random.default_rng(seed)
+
+
+def random_patch(rng, spec, batch, steps, node="layer_0", cell=None):
+    gate = str(rng.choice(TRACES[spec.kind]._fields))
+    width = spec.output_size if gate == "h" else spec.units
+    some = lambda n: None if rng.random() < 0.3 else sorted(rng.choice(n, rng.integers(1, n + 1), False).tolist())  # noqa: E731
+    units, rows, chosen = some(width), some(batch), some(steps)
+    if rng.random() < 0.5:
+        start = int(rng.integers(0, steps))
+        chosen = slice(start, int(rng.integers(start + 1, steps + 3)), int(rng.integers(1, 3)))
+    how = str(rng.choice(HOWS))
+    value = None if how == "freeze" else round(float(rng.normal()), 3)
+    if how != "freeze" and rng.random() < 0.4:
+        along = 1 if chosen is None else len(range(steps + 3)[chosen]) if isinstance(chosen, slice) else len(chosen)
+        counts = (len(rows or range(batch)), along, len(units or range(width)))
+        value = rng.normal(size=[n if rng.random() < 0.6 else 1 for n in counts])
+    return Patch(node, gate, units, rows, chosen, value, how, cell)
+
+
+class Law:
+    """Patches number by number, as the words of `Patch` have it, for `reference.forward`."""
+
+    def __init__(self, patches, batch, used):
+        self.patches, self.batch, self.used = patches, batch, used
+        self.gates = {}
+
+    def __call__(self, gate, t, value, before):
+        value = value.copy()
+        for patch in self.patches:
+            if patch.gate != gate:
+                continue
+            steps = self.places(patch.steps, t)
+            if steps is None:
+                continue
+            for row in range(self.batch):
+                at = self.places(patch.rows, row)
+                for unit in range(value.shape[1]) if at is not None else ():
+                    which = self.places(patch.units, unit)
+                    if which is None:
+                        continue
+                    if patch.how == "freeze":
+                        last = self.gates.get((gate, row)) if before is None else before[row]
+                        value[row, unit] = value[row, unit] if last is None else last[unit]
+                        continue
+                    numbers = patch.value.reshape((1,) * (3 - patch.value.ndim) + patch.value.shape)
+                    places = zip((at, steps, which), numbers.shape, strict=True)
+                    number, v = numbers[tuple(min(k, n - 1) for k, n in places)], value[row, unit]
+                    value[row, unit] = {"set": number, "add": v + number, "scale": v * number}[patch.how]
+        if before is None:
+            for row in np.flatnonzero(self.used[:, t]):
+                self.gates[gate, row] = value[row]
+        return value
+
+    @staticmethod
+    def places(index, number):
+        if index is None:
+            return number
+        if isinstance(index, slice):
+            found = range(index.start or 0, index.stop if index.stop is not None else 10**9, index.step or 1)
+            return found.index(number) if number in found else None
+        return list(index).index(number) if number in index else None
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_patched_cell_follows_the_law(seed):
+    rng = rng_of(seed)
+    spec = random_spec(rng, largest=20)
+    if seed % 5 == 0:
+        spec = CellSpec(spec.input_size, spec.units)  # the plain LSTM
+    batch, steps = int(rng.integers(1, 5)), int(rng.integers(1, 9))
+    dtype = ("float64", "float32")[seed % 2]
+    cell = fill(rng, spec, dtype)
+    patches = [random_patch(rng, spec, batch, steps) for _ in range(rng.integers(1, 5))]
+    reverse = bool(seed % 3 == 0)
+    net = Network([Recurrent((cell,), go_backwards=reverse)]).edit(patches)
+    x = rng.normal(size=(batch, steps, spec.input_size)).astype(dtype)
+    mask = rng.random((batch, steps)) < 0.7 if seed % 4 == 0 else None
+    used = np.ones((batch, steps), bool) if mask is None else mask
+    state = make_states(rng, net, batch)
+    law = Law(patches, batch, used)
+    expected = reference.forward(spec, cell.arrays, x, state[0], mask=mask, reverse=reverse, patched=law)
+    t = net.trace(x, state, mask)
+    seen = t["layer_0"]
+    bound = {"rtol": tolerances.KERNEL[dtype], "atol": tolerances.KERNEL[dtype]}
+    for plane, gate in enumerate(GATES[spec.kind]):
+        np.testing.assert_allclose(getattr(seen, gate), expected.gates[:, :, plane], **bound)
+    np.testing.assert_allclose(seen.h, expected.y, **bound)
+    if expected.cells is not None:
+        np.testing.assert_allclose(seen.c, expected.cells, **bound)
+    y, after = net.run(x, state, mask)
+    assert np.array_equal(t.y, y)
+    for one, other in zip(after[0], expected.state, strict=True):
+        np.testing.assert_allclose(one, other, **bound)
+
+
+def patched_stack(seed, dtype="float32", rows=2):
+    """A stack of nodes, some with several cells, a dense layer between and above; patches of a few of the cells."""
+    rng = rng_of(seed)
+    below = make_stack(rng, 3, dtype, residual=bool(seed % 2))
+    width = below.units
+    dense = Dense(rng.normal(size=(width, 4)).astype(dtype), rng.normal(size=4).astype(dtype), activation="tanh")
+    above = make_stack(rng, 4, dtype)
+    net = Network([below, dense, above, Dense(rng.normal(size=(above.units, 2)).astype(dtype))])
+    patches = []
+    for _ in range(rng.integers(1, 5)):
+        name, node = (("layer_0", below), ("layer_2", above))[rng.integers(2)]
+        place = int(rng.integers(len(node.cells)))
+        patches.append(random_patch(rng, node.cells[place].spec, rows, 9, name, place))
+    return rng, net.edit(patches), rng.normal(size=(2, 9, 3)).astype(dtype)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_streams_have_the_bits_of_the_run(seed):
+    _, net, x = patched_stack(seed, ("float32", "float64")[seed % 2])
+    y = net(x)
+    assert np.array_equal(net.run(x, threads=2)[0], y)
+    stream = net.stream(batch=2, threads=1 + seed % 2)
+    assert np.array_equal(np.stack([stream.step(x[:, t]) for t in range(4)], axis=1), y[:, :4])
+    other = stream.fork()
+    assert np.array_equal(stream.run(x[:, 4:]), y[:, 4:])
+    assert np.array_equal(np.concatenate([other.run(x[:, 4:7]), other.run(x[:, 7:])], axis=1), y[:, 4:])
+    stream.reset(rows=[0])
+    again = stream.run(x[:, :3])
+    assert np.array_equal(again[0], y[0, :3])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_sessions_have_the_bits_of_their_streams(seed):
+    _, net, x = patched_stack(seed, rows=1)
+    pool = net.pool(4)
+    one, two = pool.open(), pool.open()
+    streams = {one: net.stream(), two: net.stream()}
+    for t in range(9):
+        chosen = [one, two] if t % 3 else [two]
+        y = pool.step(chosen, x[: len(chosen), t])
+        for session, own, frame in zip(chosen, y, x[: len(chosen), t], strict=True):
+            assert np.array_equal(streams[session].step(frame[None])[0], own)
+    pool.close(two)
+    anew = pool.open()
+    assert np.array_equal(pool.step([anew], x[:1, 0]), net.stream().step(x[:1, 0]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_native_format_holds_patches(seed, tmp_path):
+    _, net, x = patched_stack(seed)
+    net.save(tmp_path / "net.safetensors")
+    read = cs.load(tmp_path / "net.safetensors")
+    assert [repr(patch) for patch in read.patches] == [repr(patch) for patch in net.patches]
+    assert np.array_equal(read(x), net(x))
+    assert np.array_equal(pickle.loads(pickle.dumps(net))(x), net(x))
+    parts = cs.extract(tmp_path / "net.safetensors")
+    assert sum(len(part.patches) for part in parts.values()) == len(net.patches)
+    assert np.array_equal(read.unedited(x), Network(net.nodes)(x))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_patch_that_changes_nothing_changes_no_bit(seed):
+    rng = rng_of(seed)
+    spec = random_spec(rng, largest=40) if seed % 2 else CellSpec(5, int(rng.integers(1, 40)))
+    net = Network([Recurrent((fill(rng, spec),))])
+    x = rng.normal(size=(3, 7, spec.input_size))
+    gates = TRACES[spec.kind]._fields
+    still = [Patch("layer_0", gate, value=1.0, how="scale") for gate in gates]
+    still += [Patch("layer_0", gate, steps=6, rows=2, units=0, value=-0.0, how="add") for gate in gates]
+    assert np.array_equal(net.edit(still)(x), net(x))
+    late = net.edit(Patch("layer_0", "h", steps=slice(5, None), value=9.0))
+    assert np.array_equal(late(x)[:, :5], net(x)[:, :5])
+    assert (late(x)[:, 5:] == 9.0).all()
+
+
+def test_steps_are_counted_in_the_order_of_time_whichever_way_cells_run():
+    rng = rng_of(0)
+    ahead, back = make_cell(rng, 3, 4, "float64"), make_cell(rng, 3, 4, "float64")
+    both = Bidirectional(Recurrent((ahead,)), Recurrent((back,), go_backwards=True))
+    x = rng.normal(size=(1, 8, 3))
+    t = Network([both]).edit(Patch("layer_0", "h", steps=2, value=7.0, cell=1)).trace(x)
+    assert (t["layer_0"].cells[1].h[0, 2] == 7.0).all()
+    assert not (t["layer_0"].cells[1].h == 7.0)[0, 3:].any()
+    # Above a node that turns the sequence round, a step is one of what comes out of it.
+    above = Recurrent((make_cell(rng, 4, 4, "float64"),))
+    net = Network([Recurrent((back,), go_backwards=True), above])
+    y = net.edit(Patch("layer_1", "h", steps=2, value=7.0))(x)
+    assert (y[0, 2] == 7.0).all()
+    assert np.array_equal(y[:, :2], net(x)[:, :2])
+
+
+def test_the_later_of_two_patches_to_a_number_acts_on_what_the_earlier_one_left():
+    net = Network([Recurrent((make_cell(rng_of(1), 2, 3),))])
+    x = np.ones((1, 4, 2))
+    first, second = Patch("layer_0", "o", value=0.25), Patch("layer_0", "o", units=1, value=0.5)
+    t = net.edit(first).edit(second).trace(x)
+    assert (t["layer_0"].o[..., 1] == 0.5).all()
+    assert (t["layer_0"].o[..., [0, 2]] == 0.25).all()
+    t = net.edit(
+        [second, Patch("layer_0", "o", value=2.0, how="scale"), Patch("layer_0", "o", value=0.5, how="add")]
+    ).trace(x)
+    assert (t["layer_0"].o[..., 1] == 1.5).all()
+
+
+def test_what_is_set_may_be_no_number_and_may_stand_where_none_was():
+    cell = make_cell(rng_of(1), 2, 3)
+    x = np.full((1, 4, 2), np.nan)
+    held = Network([Recurrent((cell,))]).edit([Patch("layer_0", gate, value=0.5) for gate in "ifgo"])
+    assert np.isfinite(held(x)).all()
+    t = Network([Recurrent((cell,))]).edit(Patch("layer_0", "c", units=[1], value=np.inf)).trace(np.ones((1, 4, 2)))
+    assert np.isposinf(t["layer_0"].c[..., 1]).all()
+    assert np.isfinite(t["layer_0"].c[..., [0, 2]]).all()
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_streams_of_narrow_weights_take_patches(weights):
+    net = Network([Recurrent((make_cell(rng_of(2), 6, 20), make_cell(rng_of(3), 20, 9)))])
+    x = rng_of(4).normal(size=(1, 5, 6)).astype("float32")
+    held = net.edit(Patch("layer_0", "h", [3], steps=slice(2, None), value=0.75, cell=1))
+    y, plain = held.stream(weights=weights).run(x), net.stream(weights=weights).run(x)
+    assert np.array_equal(y[:, :2], plain[:, :2])
+    assert (y[:, 2:, 3] == 0.75).all()
+
+
+def test_nothing_runs_with_no_row_and_no_step():
+    net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit(Patch("layer_0", "f", rows=1, steps=3, value=1.0))
+    assert net(np.zeros((0, 5, 2))).shape == (0, 5, 3)
+    assert net(np.zeros((2, 0, 2))).shape == (2, 0, 3)
+
+
+def test_what_is_refused():
+    net = Network(
+        [Recurrent((make_cell(rng_of(2), 2, 3), make_cell(rng_of(2), 3, 3, kind="gru"))), Dense(np.ones((3, 1), "f"))]
+    )
+    for match, error, arguments in (
+        ("gate to be one of|gate", ValueError, ("layer_0", "q")),
+        ("how", ValueError, ("layer_0", "f", None, None, None, 1.0, "hold")),
+        ("no value to freeze", ValueError, ("layer_0", "f", None, None, None, 1.0, "freeze")),
+        ("value as a number", ShapeError, ("layer_0", "f")),
+        ("number or numbers", TypeError, ("layer_0", "f", None, None, None, "one")),
+        ("counted from the first", ValueError, ("layer_0", "f", [-1], None, None, 1.0)),
+        ("each once", ValueError, ("layer_0", "f", [1, 1], None, None, 1.0)),
+        ("integer from 0", ValueError, ("layer_0", "f", None, None, slice(-3, None), 1.0)),
+        ("1 or 2 along units", ShapeError, ("layer_0", "f", [0, 1], None, None, [1.0, 2.0, 3.0])),
+        ("steps with an end", ShapeError, ("layer_0", "f", [0, 1], None, None, [[1.0], [2.0]])),
+        ("name of a node", TypeError, (0, "f", None, None, None, 1.0)),
+    ):
+        with pytest.raises(error, match=match):
+            Patch(*arguments)
+    for match, error, patch in (
+        ("patches of layer_0, layer_1, got one of 'lstm'", ValueError, Patch("lstm", "f", value=1.0)),
+        ("nodes with cells", ValueError, Patch("layer_1", "h", value=1.0)),
+        ("cell=0 to 1", ValueError, Patch("layer_0", "f", value=1.0)),
+        ("cell=0 to 1", ValueError, Patch("layer_0", "f", value=1.0, cell=2)),
+        ("out of z, r, g, h", ValueError, Patch("layer_0", "f", value=1.0, cell=1)),
+        ("units of 'layer_0' from 0 to 2", IndexError, Patch("layer_0", "f", units=[3], value=1.0, cell=0)),
+        ("along units", ShapeError, Patch("layer_0", "f", value=[1.0, 2.0], cell=0)),
+        ("to be Patch", TypeError, None),
+    ):
+        with pytest.raises(error, match=match):
+            net.edit([patch])
+    x = np.ones((2, 4, 2))
+    for match, patch in (
+        ("steps from 0 to 3", Patch("layer_0", "f", steps=slice(4, 9), value=1.0, cell=0)),
+        ("steps from 0 to 3", Patch("layer_0", "f", steps=[1, 4], value=1.0, cell=0)),
+        ("rows from 0 to 1", Patch("layer_0", "f", rows=2, value=1.0, cell=0)),
+    ):
+        with pytest.raises(IndexError, match=match):
+            net.edit(patch)(x)
+    with pytest.raises(ShapeError, match="along rows"):
+        net.edit(Patch("layer_0", "f", value=np.ones((3, 1, 1)), cell=0))(x)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5", ".onnx", ".pt"])
+def test_other_formats_refuse_patches_by_name(suffix, tmp_path):
+    net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit(Patch("layer_0", "f", value=1.0))
+    with pytest.raises(ValueError, match=r"can't hold, got Patch\('layer_0', gate='f', value=1.0\): save it as"):
+        net.save(tmp_path / f"net{suffix}")
+    with pytest.raises(ValueError, match="which C can't hold"):
+        net.export_c(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_patches_in_a_file_are_refused(tmp_path):
+    import json
+
+    from safetensors.numpy import load_file, save_file
+
+    net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit(Patch("layer_0", "f", [1], value=1.0))
+    net.save(tmp_path / "net.safetensors")
+    raw = (tmp_path / "net.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    description, tensors = json.loads(header["__metadata__"]["cellstack"]), load_file(tmp_path / "net.safetensors")
+    for change in (
+        {"node": "other"}, {"node": 3}, {"gate": "q"}, {"how": "hold"}, {"units": [9]}, {"units": ["a"]},
+        {"units": {"start": "a"}}, {"value": [4]}, {"value": ["a"]}, {"value": [-1]}, {"more": 1}, {"cell": 4},
+        {"steps": [-1]}, {"rows": []},
+    ):  # fmt: skip
+        patches = [description["patches"][0] | change]
+        text = json.dumps(description | {"patches": patches})
+        save_file(tensors, tmp_path / "bad.safetensors", {"cellstack": text})
+        with pytest.raises(FormatError, match=r"bad\.safetensors"):
+            cs.load(tmp_path / "bad.safetensors")
+
+
+def test_plan_and_repr_say_what_is_patched():
+    net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit([Patch("layer_0", "f", value=1.0)] * 2)
+    assert "2 patches" in str(net.plan())
+    assert repr(net).endswith("Patch('layer_0', gate='f', value=1.0)")
+    assert repr(Patch("a", "c", rows=0, steps=slice(1, 9, 2), how="freeze", cell=1)) == (
+        "Patch('a', gate='c', rows=[0], steps=slice(1, 9, 2), how='freeze', cell=1)"
+    )
+
+
+def test_a_stream_and_a_pool_refuse_rows_that_they_lack():
+    net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit(Patch("layer_0", "f", rows=1, value=1.0))
+    assert net.stream(batch=2).step(np.ones((2, 2))).shape == (2, 3)
+    for made in (net.stream, lambda: net.pool(3)):
+        with pytest.raises(IndexError, match="rows from 0 to 0"):
+            made()
+
+
+def test_a_stream_of_a_patched_network_refuses_to_remember():
+    stream = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit(Patch("layer_0", "f", value=1.0)).stream()
+    with pytest.raises(ValueError, match="without patches to remember"):
+        stream.remember(5)
+
+
+def test_calls_of_other_shapes_and_masks_stand_beside_each_other():
+    net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))])
+    held = net.edit([Patch("layer_0", "f", steps=slice(1, 3), how="freeze"), Patch("layer_0", "h", [1], value=0.5)])
+    x = rng_of(3).normal(size=(4, 6, 2)).astype("float32")
+    mask = rng_of(4).random((4, 6)) < 0.5
+    first = [held(x), held(x[:2]), held(x[:, :4]), held(x, mask)]
+    again = [held(x), held(x[:2]), held(x[:, :4]), held(x, mask)]
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    assert np.array_equal(first[0][:2], first[1])
+    assert np.array_equal(first[0][:, :4], first[2])
