@@ -69,7 +69,11 @@ OUTSIDE_ALSO = {
     "train": {"torch", "tqdm", "matplotlib"},
 }
 # A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
-ON_CALL_ALSO = {"cli": {"matplotlib", "torch", "tqdm"}, "formats": {"h5py", "onnx"}, "inspect": {"matplotlib"}}
+ON_CALL_ALSO = {
+    "cli": {"matplotlib", "torch", "tqdm"},
+    "formats": {"h5py", "onnx"},
+    "inspect": {"matplotlib", "anywidget", "traitlets"},
+}
 
 
 def part_of(path):

@@ -17,6 +17,7 @@ import numpy as np
 
 import cellstack
 from cellstack.cli.files import SUFFIX, convert, info, load_model, run_any, show, with_suffix
+from cellstack.cli.inspect import inspect
 from cellstack.cli.stream import stream
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.formats.lines import FORMS
@@ -43,6 +44,9 @@ EXAMPLES = {
     "  cellstack convert model.safetensors firmware/model.c\n"
     "  cellstack convert model.safetensors model.onnx --sample frames.csv",
     "info": "cellstack info vowels.safetensors",
+    "inspect": "cellstack inspect vowels.safetensors Vowels_TEST.ts --open\n"
+    "  cellstack inspect model.keras frames.npy -o frames.html\n"
+    "  cellstack inspect model.safetensors",
 }
 
 
@@ -175,6 +179,18 @@ def parser() -> argparse.ArgumentParser:
         "--sample", metavar="FILE", help="data to compare on: .npy [B, T, I], .npz by input, .csv (drawn at random)"
     )
     other.add_argument("--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4)")
+    inside = verb("inspect", "write a page that looks into a run: what every gate, cell and layer did, and what if")
+    inside.add_argument("model", metavar="MODEL", help="of any format that can be read")
+    inside.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="what it is run over: .npy, .npz or .csv of numbers, .ts or .csv as the model was trained on, .txt of "
+        "characters, .wav; without it, a few numbers drawn at random",
+    )
+    inside.add_argument("-o", "--output", metavar="PAGE", help="where to (default: the model's name, .html)")
+    inside.add_argument("--open", action="store_true", help="show it in the browser")
+    inside.add_argument("--rows", type=int, default=8, metavar="N", help="rows of FILE, at most (%(default)s)")
     looks = verb("info", "layers, shapes, sizes, and what runs them; the recurrent parts of what can't be run whole")
     looks.add_argument("model", metavar="MODEL", help="of any format that can be read")
     return top
@@ -456,4 +472,12 @@ def _cell(value: Any) -> Any:
     return value
 
 
-VERBS = {"demo": _demo, "train": _train, "run": _run, "stream": stream, "convert": convert, "info": info}
+VERBS = {
+    "demo": _demo,
+    "train": _train,
+    "run": _run,
+    "stream": stream,
+    "convert": convert,
+    "info": info,
+    "inspect": inspect,
+}

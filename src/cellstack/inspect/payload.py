@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import Array
 
 
-def payload_of(network: Network) -> dict[str, Any]:
+def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None = None) -> dict[str, Any]:
     """Return a network as what JSON can hold, and `readNetwork` of the page's engine reads.
 
     Args:
         network: any; whether the engine computes all of it is said by the engine.
+        pack: makes an array what stands for it; None = `packed`.
 
     Returns:
         `description`, as docs/format.md has it, and `arrays`, by the names of the tensors there, as `packed` has them.
@@ -32,7 +34,7 @@ def payload_of(network: Network) -> dict[str, Any]:
     {'dtype': 'float64', 'shape': [1, 1], 'data': 'AAAAAAAA8D8='}
     """
     description, arrays = native_format.described(network)
-    return {"description": description, "arrays": {name: packed(array) for name, array in arrays.items()}}
+    return {"description": description, "arrays": {name: (pack or packed)(array) for name, array in arrays.items()}}
 
 
 def packed(array: Array) -> dict[str, Any]:
