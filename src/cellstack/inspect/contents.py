@@ -128,7 +128,7 @@ def payload(
     def sequence(array: Array) -> dict[str, int]:
         return arrays.put(_some(array, taken), sequence=True)
 
-    numbers, aligned, nodes = t._parts
+    numbers, aligned, nodes, _ = t._parts
     network = t.network
     flows = _flows(t)
     inputs = [
