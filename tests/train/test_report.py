@@ -24,7 +24,7 @@ class Balanced(HTMLParser):
         values = dict(attrs)
         if "id" in values:
             self.ids.append(values["id"])
-        for value in values.values():
+        for value in (value for name, value in values.items() if name != "srcdoc"):  # a page of its own
             self.refs += re.findall(r"url\(#([^)]+)\)", value or "")
         for name in ("href", "xlink:href", "src"):
             if name in values:
@@ -79,8 +79,11 @@ def test_a_page_from_made_up_results(rng):
     }
     history = [{"epoch": n, "loss": 1.0 / n, "validation_loss": 2.0 / n} for n in range(1, 4)]
     trace = Trace(*(rng.normal(size=(5, 4)) for _ in range(6)))
-    page = report.demo_page(result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)])
+    page = report.demo_page(
+        result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)], "<p>a &amp; b</p>"
+    )
     text = check_page(page)
+    assert 'srcdoc="&lt;p&gt;a &amp;amp; b&lt;/p&gt;"' in page
     for part in (
         "training",
         "validation",
@@ -89,9 +92,12 @@ def test_a_page_from_made_up_results(rng):
         "candidate g",
         "speaker <b>",
         "picked <for> a reason",
+        "This page computes",
     ):
         assert part in text, part
-    assert page == report.demo_page(result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)])
+    assert page == report.demo_page(
+        result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)], "<p>a &amp; b</p>"
+    )
 
 
 @pytest.mark.slow
@@ -121,7 +127,9 @@ def test_a_short_demo(tmp_path, capsys):
         "forward.safetensors",
         "report.html",
     ]
-    assert "most doubt" in check_page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "most doubt" in check_page(page)
+    assert "&lt;script type=&quot;module&quot;&gt;" in page  # the live page, within the report
 
 
 def test_the_replayed_utterance_is_the_one_told_right_with_the_most_doubt():

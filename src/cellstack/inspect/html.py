@@ -6,8 +6,10 @@ import base64
 import html
 import json
 import re
+from collections.abc import Iterator
 from functools import cache
 from importlib import resources
+from itertools import chain
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -93,16 +95,20 @@ def save_html(
 ) -> None:
     """Write the page of a trace: see `NetworkTrace.save_html`."""
     check_replaceable(path)  # now, not after all has been compressed
+    parts = page(t, labels, audio, title, rows)
+    with replacing(path) as file:
+        for part in parts:
+            file.write(part)
+
+
+def page(t: NetworkTrace, labels: Any, audio: Any, title: str | None, rows: Any) -> Iterator[bytes]:
+    """Return the page of a trace in pieces: see `NetworkTrace.save_html`; what is wrong is said before the first."""
     made = contents.payload(t, labels, audio, title, rows)
     head = HEAD.format(policy=html.escape(POLICY), title=html.escape(made.description["title"]))
-    with replacing(path) as file:
-        file.write(head.encode())
-        file.write(contents.text_of(made.description).encode())
-        file.write(b"</script>\n")
-        for number, data in enumerate(made.arrays):
-            file.write(b'<script type="text/plain" id="array-%d">' % number)
-            file.write(base64.b64encode(data))
-            file.write(b"</script>\n")
-        file.write(b'<script type="module">\n')
-        file.write((module_text() + START).encode())
-        file.write(b"</script>\n</body>\n</html>\n")
+    before, after = b'<script type="text/plain" id="array-%d">', b"</script>\n"
+    arrays = ((before % number, base64.b64encode(data), after) for number, data in enumerate(made.arrays))
+    return chain(
+        (head.encode(), contents.text_of(made.description).encode(), after),
+        chain.from_iterable(arrays),
+        (b'<script type="module">\n', (module_text() + START).encode(), after, b"</body>\n</html>\n"),
+    )

@@ -77,6 +77,7 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(
 th { color: var(--muted); font-weight: 600; } td.bar { width: 45%; text-align: left; }
 td.bar i { display: block; height: .6rem; border-radius: 3px; background: var(--accent); }
 details { margin-top: .8rem; } summary { cursor: pointer; color: var(--accent); }
+.live { border: 1px solid var(--line, #8884); border-radius: 8px; height: 110rem; width: 100%; }
 footer { color: var(--muted); font-size: .8125rem; margin-top: 1.5rem; }
 """
 
@@ -87,6 +88,7 @@ def demo_page(
     causal: Sequence[dict[str, float]],
     confusion: NDArray[np.int64],
     gates: Sequence[tuple[str, Trace]],
+    inside: str,
 ) -> str:
     """Return the demo's page.
 
@@ -95,6 +97,7 @@ def demo_page(
         whole, causal: the history of each fit, see `Fit`.
         confusion: `[true, predicted]` counts.
         gates: name and trace `[T, H]` of each layer over the replayed utterance.
+        inside: a whole page that looks into the forward stack's run over that utterance, and computes.
     """
     replay, labels = result["replay"], result["replay"]["labels"]
     took = float(np.median(replay["microseconds"]))
@@ -128,6 +131,12 @@ def demo_page(
             "Each row is a unit, each column a frame. Input, forget and output gates run from closed (dark) to open "
             "(light); candidate, cell and output are signed. Units are sorted by how open their forget gate is.",
             "".join(_gates(name, trace) for name, trace in gates),
+        ),
+        _section(
+            "Live: the same run, to be taken apart",
+            "This page computes: the forward stack's weights are in it. Click a layer to open its cell, point at a "
+            "number to see how it came about, change an input or hold a gate under What if, and watch the answer move.",
+            f'<iframe class="live" title="The forward stack\'s run, live" srcdoc="{html.escape(inside)}"></iframe>',
         ),
     ]
     cards = "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles)
