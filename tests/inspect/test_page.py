@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Recurrent
+from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Patch, Recurrent
 from cellstack.inspect import contents, html
 from cellstack.nodes import Embedding, Merge
 
@@ -593,9 +593,10 @@ def test_what_if_a_gate_is_held(open_page, net, x):
         assert close(before, t.y[0, 8, unit], 5)
         assert close(after, y[0, 8, unit], 5)
         assert close(change, y[0, 8, unit] - t.y[0, 8, unit])
-    code = screen.text("pre")
-    assert 'cs.Patch("lower", gate="f", units=[1], steps=slice(3, 7), value=0.25)' in code
-    assert "net.edit(" in code
+    assert 'cs.Patch("lower", gate="f", units=[1], steps=slice(3, 7), value=0.25)' in screen.text("pre")
+    ran = {"net": net, "x": x}
+    exec(screen.text("pre"), ran)  # the same in Python
+    assert np.allclose(ran["t"].y, y, rtol=0, atol=1e-12)
     # It is dragged to another value: all follows.
     slider = screen.page.locator(".patches input[type=range]")
     slider.evaluate("(slider) => { slider.value = '0.9'; slider.dispatchEvent(new Event('input')); }")
@@ -859,6 +860,47 @@ def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
     assert "whole" not in screen.text("#panel-memory h3")
 
 
+def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
+    patches = [
+        Patch("lower", gate="f", units=[1], rows=[1], steps=slice(2, 6, 2), value=1.0),
+        Patch(
+            "upper",
+            gate="c",
+            units=[0],
+            rows=[0, 1],
+            steps=slice(0, 10),
+            value=np.arange(20.0).reshape(2, 10, 1) / 10.0,
+        ),
+        Patch("upper", gate="h", units=slice(1, 3), rows=slice(1, None), steps=[3], how="freeze"),
+    ]
+    t = net.edit(patches).trace(x)
+    for rows in (None, [1]):
+        screen = open_page(t, rows=rows)
+        assert "run with 3 patches: Patch('lower', gate='f'" in screen.text(".note")
+        if rows is None:
+            screen.choose("Row", "1")
+        screen.tab("whatif")
+        wait_for_result(screen, "Without a change, this page computes what was traced to")
+        assert numbers_in(screen.text("#panel-whatif .status"))[-1] < 1e-12
+        screen.page.get_by_role("button", name="Hold it").click()
+        wait_for_result(screen)
+        held = Patch("lower", gate="f", units=[0], value=1.0)
+        screen.keys("End")
+        assert close(outputs_shown(screen)[0, 1], net.edit([*patches, held])(x)[1, 9, 0], 5)
+        screen.tab("cell")
+        screen.choose("Show", "trace")
+        screen.keys("Home", *["ArrowRight"] * 4)
+        screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
+        assert "A patch holds it: Patch(" in screen.text(".popover")
+        screen.keys("ArrowRight")
+        screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
+        assert "A patch" not in screen.text(".popover")
+    screen.choose("Layer", "upper/0")
+    screen.tab("memory")
+    screen.settle()
+    assert "A patch writes to this state" in screen.text("#panel-memory [data-sum]")
+
+
 def test_a_node_that_the_engine_does_not_serve_is_named(open_page, net, x, monkeypatch):
     found = contents.payload_of
 
@@ -908,7 +950,7 @@ def test_what_does_not_fit_is_refused_beforehand(net, x, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         t.save_html(tmp_path / "nowhere" / "page.html")
     monkeypatch.setattr(contents, "ROUNDED", ((100, np.float16),))
-    with pytest.raises(ValueError, match=r"at most .* numbers, got 1,280: take some of the rows"):
+    with pytest.raises(ValueError, match=r"at most .* numbers, got 1,180: take some of the rows"):
         t.save_html(path)
     assert not path.exists()
 

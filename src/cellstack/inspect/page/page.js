@@ -87,6 +87,9 @@ async function build(payload, page, root) {
   if (description.rounded !== null) {
     inner.append(make("p", { class: "note" }, `The numbers of this trace are kept as ${description.rounded}, so that the page stays small: the last digits differ from the run's.`));
   }
+  if (description.patches.length) {
+    inner.append(make("p", { class: "note" }, `The network was run with ${plural(description.patches.length, "patch", "patches")}: ${description.patches.map((patch) => patch.text).join(", ")}.`));
+  }
   const runner = new Runner();
   const rerun = new Rerun(view, runner);
   const changes = new Changes(view, rerun);

@@ -8,13 +8,37 @@ import { plural } from "./dom.js";
 export const LIVE = 2e8; // multiplications of a run that may follow a drag
 export const MOST_RUN = 6e9; // of one that is waited for: some seconds
 
+// The patches of a network as they act on one row of its batch, which is the only row of a run in the page.
+export function patchesOfRow(patches, row) {
+  const found = [];
+  for (const patch of patches) {
+    let place = row;
+    if (Array.isArray(patch.rows)) place = patch.rows.indexOf(row);
+    else if (patch.rows) {
+      const { start, stop, step } = patch.rows;
+      const [from, by] = [start ?? 0, step ?? 1];
+      place = row >= from && row < (stop ?? Infinity) && (row - from) % by === 0 ? (row - from) / by : -1;
+    }
+    if (place < 0) continue;
+    let { value } = patch;
+    if (value !== null && value.shape.length === 3 && value.shape[0] > 1) {
+      const size = value.shape[1] * value.shape[2];
+      value = { data: value.data.slice(place * size, (place + 1) * size), shape: [1, ...value.shape.slice(1)] };
+    }
+    found.push({ ...patch, rows: null, value });
+  }
+  return found;
+}
+
 // What the engine is asked for, in a worker or in the page itself; `held` is what it keeps from one question to the next.
 export function served(held, what, given) {
   if (what === "network") {
     held.network = readNetwork(given.network);
+    held.patches = held.network.patches;
     return { unsupported: unsupported(held.network), multiplications: multiplications(held.network, given.steps) };
   }
   if (what === "run" || what === "gradient") {
+    held.network.patches = patchesOfRow(held.patches, given.row);
     const restore = [];
     for (const { node, cell, name, at, value } of given.edits) {
       const { data } = held.network.nodes.find((one) => one.name === node).cells[cell].arrays[name];
@@ -58,7 +82,7 @@ export class Runner {
     this.held = {};
     this.worker = null;
     try {
-      this.address = URL.createObjectURL(new Blob([engineSource, served.toString(), AT_WORK], { type: "text/javascript" }));
+      this.address = URL.createObjectURL(new Blob([engineSource, patchesOfRow.toString(), served.toString(), AT_WORK], { type: "text/javascript" }));
       this.worker = new Worker(this.address);
       this.worker.onmessage = ({ data }) => this.settle(data);
       this.worker.onerror = (event) => {
@@ -205,6 +229,9 @@ export class Rerun {
       }
     }
     const { run: flagged } = description;
-    return { inputs, options: { state: states, mask: await flags(flagged.mask), reset: await flags(flagged.reset), pre: false } };
+    const mask = {};
+    for (const [name, reference] of Object.entries(flagged.mask)) mask[name] = await flags(reference);
+    const options = { state: states, mask, reset: await flags(flagged.reset), pre: false };
+    return { inputs, options, row: description.row_numbers[row] };
   }
 }
