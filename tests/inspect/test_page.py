@@ -99,13 +99,14 @@ def close(shown, true, digits=4):
 def open_page(browser, tmp_path):
     screens = []
 
-    def opened(trace, *, width=1400, height=900, touch=False, scheme="light", **options):
+    def opened(trace, *, width=1400, height=900, touch=False, scheme="light", before="", **options):
         path = tmp_path / f"page{len(screens)}.html"
         trace.save_html(path, **options)
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=touch, is_mobile=touch
         )
         context.set_default_timeout(10_000)
+        context.add_init_script(before)
         screen = Screen(context.new_page(), path)
         screens.append((context, screen))
         return screen
@@ -351,9 +352,16 @@ def test_the_lines_of_a_unit(open_page, net, x):
         field: t["lower"].cells[0][field][0, 1, 2] for field in "ifgoch"
     }
     screen.page.locator("#panel-unit .check").filter(has_text="c").click()
-    screen.page.locator("#panel-unit canvas").last.click(position={"x": 500, "y": 60})
+    chart = screen.page.locator("#panel-unit canvas").last
+    chart.hover(position={"x": 500, "y": 60})
+    pointed = screen.text("#panel-unit .readout")
+    step = int(re.findall(r"\d+", pointed)[0])
+    assert step > 1
+    assert close(parsed(re.findall(r"o = (\S+)", pointed)[0]), t["lower"].o[0, step, 2])
+    chart.click(position={"x": 500, "y": 60})
+    screen.page.mouse.move(5, 5)
     screen.settle()
-    assert "step 1 " not in screen.text("#panel-unit .readout")
+    assert screen.text("#panel-unit .readout") == pointed
 
 
 def test_what_is_left_of_each_step(open_page, rng):
@@ -746,6 +754,25 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
     screen.choose("Gradient of", "shown")
     screen.settle()
     assert "h of unit 0 of lower" in screen.text("#panel-gradient h3")
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "delete window.Worker",
+        "window.Worker = class { constructor() { setTimeout(() => this.onerror(new Event('error'))); } terminate() {}"
+        " postMessage() {} }",
+    ],
+    ids=["none", "not started"],
+)
+def test_without_a_worker_the_page_computes_itself(open_page, net, x, before):
+    screen = open_page(net.trace(x), before=before)
+    screen.tab("whatif")
+    screen.page.get_by_role("button", name="Hold it").click()
+    wait_for_result(screen)
+    screen.keys("End")
+    held = net.edit(Patch("lower", gate="f", units=[0], value=1.0))
+    assert close(outputs_shown(screen)[0, 1], held(x)[0, 9, 0], 5)
 
 
 def test_the_playground_learns(open_page, net, x):

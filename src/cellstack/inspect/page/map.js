@@ -7,6 +7,7 @@ import { paintTiles } from "./tiles.js";
 import { MEANINGS } from "./view.js";
 import { Wave } from "./wave.js";
 
+const LEAST_HALF = 2 ** -24; // above 0, of a float16
 const MOST_HIGH = 440; // of the map
 const ROW = 30; // of a unit, at most
 const ORDERS = [["number", "number"], ["memory", "memory length"], ["variance", "variance"], ["likeness", "likeness"]];
@@ -157,7 +158,7 @@ export class HeatMap {
       const { spec } = place.cell;
       const [gate, rate] = spec.kind === "gru" ? ["z", spec.zoneout] : ["f", spec.zoneout_cell];
       const kept = await view.traced(place, gate);
-      if (kept.units === plane.units) return bySize(halfLives(kept, rate, await view.mask(place)));
+      if (kept.units === plane.units) return bySize(halfLives(kept, rate, await view.mask(place), view.description.rounded === "float16" ? LEAST_HALF / 2 : 0));
     }
     return byNumber(plane.units);
   }

@@ -29,7 +29,8 @@ function usualTheme() {
   return window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
 
-// anywidget's contract: `model.get("payload")` is what `cellstack.inspect.contents.payload` returns.
+// anywidget's contract: `model.get("payload")` is what `cellstack.inspect.contents.payload` returns. `el.ready` is a
+// promise of the page's parts, kept when all is drawn.
 export function render({ model, el }) {
   const root = el.attachShadow({ mode: "open" });
   const page = make("div", { class: "page" });
