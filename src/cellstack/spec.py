@@ -265,7 +265,7 @@ class CellSpec:
         for field in fields(self):
             convert = _CONVERTERS.get(field.type)
             if convert is not None:
-                object.__setattr__(self, field.name, convert(field.name, getattr(self, field.name)))
+                object.__setattr__(self, field.name, convert("CellSpec", field.name, getattr(self, field.name)))
         self._check_values()
         self._check_activations()
 
@@ -400,30 +400,32 @@ class CellSpec:
         return json.dumps(self.settings)
 
 
-def _as_bool(name: str, value: Any) -> bool:
+def as_flag(owner: str, name: str, value: Any) -> bool:
+    """Return `value`, a bool (NumPy's too); `TypeError` for anything else: the text "False" would count as true."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"CellSpec: expected {name} to be True or False, got {value!r}")
+        raise TypeError(f"{owner}: expected {name} to be True or False, got {value!r}")
     return bool(value)
 
 
-def _as_integer(name: str, value: Any) -> int:
+def as_integer(owner: str, name: str, value: Any) -> int:
+    """Return `value` as an int, NumPy's integers too; `TypeError` where it is none, or a bool."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"CellSpec: expected {name} to be an integer, got {value!r}")
+        raise TypeError(f"{owner}: expected {name} to be an integer, got {value!r}")
     return operator.index(value)
 
 
-def _as_number(name: str, value: Any) -> float:
+def _as_number(owner: str, name: str, value: Any) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"CellSpec: expected {name} to be a number, got {value!r}")
+        raise TypeError(f"{owner}: expected {name} to be a number, got {value!r}")
     return float(value)
 
 
 # What a field of CellSpec is made of whatever is given for it, by the field's annotation.
-_CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {
-    "bool": _as_bool,
-    "int": _as_integer,
+_CONVERTERS: dict[Any, Callable[[str, str, Any], Any]] = {
+    "bool": as_flag,
+    "int": as_integer,
     "float": _as_number,
-    "float | None": lambda name, value: None if value is None else _as_number(name, value),
+    "float | None": lambda owner, name, value: None if value is None else _as_number(owner, name, value),
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cellstack.cli import main as cli
+from cellstack.inspect import LayerRecord, TrainingRecord
 from cellstack.spec import Trace
 from cellstack.train import Sequences, demo, report
 
@@ -146,3 +147,19 @@ def test_the_accuracy_that_the_documentation_states(tmp_path, capsys):
     both, forward = np.median(found, axis=0)
     assert both >= 0.975, found
     assert forward >= 0.95, found
+
+
+def test_the_page_of_a_training_has_its_layers_and_findings():
+    def record(epoch, left):
+        figures = {"gates": {"f": 0.7}, "weights": {"all": 2.0}, "gradients": {"all": 0.0}, "reach": {"half": np.inf}}
+        lags = {"h": np.array([1.0, left]), "carried": np.array([1.0, left])}
+        layer = LayerRecord("lstm", figures, lags, 3)
+        return TrainingRecord(epoch, {"<low>": layer}, ("<low>: the gradient vanishes",))
+
+    history = [{"epoch": n, "lr": 1.0, "loss": 1.0 / n, "validation_loss": 0.5, "accuracy": 0.25} for n in (1, 2)]
+    text = check_page(report.training_page("a & b", history, [record(1, 0.5), record(2, 0.0)]))
+    assert "a & b in training" in text
+    assert "<low>: the gradient vanishes" in text  # shown as text
+    assert "Layer <low>" in text
+    assert "What stands out in epoch 2" in text
+    assert "Nothing stands out" in check_page(report.training_page("one", history[:1], [TrainingRecord(1)]))
