@@ -730,6 +730,7 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
     screen.tab("gradient")
+    screen.page.locator("#panel-gradient .readout").filter(has_text="moves it most at step 0").wait_for()
     screen.keys(*["ArrowRight"] * 6)
     screen.choose("Its unit", "1")
     slopes = np.zeros((10, 3))
@@ -885,6 +886,24 @@ def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
         screen.tab(name)
         screen.settle()
     assert "whole" not in screen.text("#panel-memory h3")
+
+
+@pytest.mark.parametrize(("name", "most"), [("MOST_RUN", "1"), ("MOST_HELD", "600"), ("MOST_HELD", "100")])
+def test_what_would_take_too_long_is_not_computed(open_page, net, x, monkeypatch, name, most):
+    text = html.module_text()
+    bounded, count = re.subn(rf"const {name} = [^;]+;", f"const {name} = {most};", text)
+    assert count == 1
+    monkeypatch.setattr(html, "module_text", lambda: bounded)
+    screen = open_page(net.trace(x))
+    screen.tab("gradient")
+    screen.settle()
+    assert ("too long to wait for" if name == "MOST_RUN" else "too many for a browser") in screen.text(".page")
+    assert screen.page.locator("#panel-gradient canvas").is_hidden()
+    alone = most != "600"  # 540 numbers of gates and states: one run fits, a gradient doesn't
+    assert screen.page.locator(".warning").count() == alone
+    screen.tab("whatif")
+    screen.settle()
+    assert screen.page.get_by_role("button", name="Hold it").is_visible() != alone
 
 
 def test_a_network_with_patches_is_shown_with_them(open_page, net, x):

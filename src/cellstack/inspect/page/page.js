@@ -150,7 +150,7 @@ async function build(payload, page, root) {
   await diagram.draw();
   tabbed.show("cell");
   await rerun.start();
-  if (rerun.why !== null) header.after(make("p", { class: "warning" }, `${rerun.why} What if and gradients aren't available.`));
+  if (rerun.why !== null) header.after(make("p", { class: "warning" }, `${rerun.why} The page shows the trace alone, without what-if and gradients.`));
   return {
     view,
     map,

@@ -7,6 +7,8 @@ import { plural } from "./dom.js";
 
 export const LIVE = 2e8; // multiplications of a run that may follow a drag
 export const MOST_RUN = 6e9; // of one that is waited for: some seconds
+const MOST_HELD = 4e7; // numbers of gates and states that a run holds, in float64
+const BACK = { multiplications: 3, held: 4 }; // as many times a run's, of a gradient
 
 // The patches of a network as they act on one row of its batch, which is the only row of a run in the page.
 export function patchesOfRow(patches, row) {
@@ -159,6 +161,7 @@ export class Rerun {
     this.view = view;
     this.runner = runner;
     this.why = null;
+    this.whyNoGradient = null;
     this.size = 0;
   }
 
@@ -181,10 +184,27 @@ export class Rerun {
     const found = await runner.ask("network", { network, steps: Math.max(1, view.steps) });
     this.size = found.multiplications;
     if (found.unsupported.length) this.why = `This page can't run the network anew. ${found.unsupported.join(" ")}`;
-    else if (this.size > MOST_RUN) {
-      const seconds = Math.round(this.size / 1e9);
-      this.why = `A run of this network takes ${this.size.toLocaleString("en")} multiplications, some ${plural(seconds, "second")} in a browser: too long to wait for. The page shows the trace alone. With fewer steps it would compute.`;
+    else this.why = this.tooMuch("A run of this network", 1, 1);
+    if (this.why === null) this.whyNoGradient = this.tooMuch("A gradient of this run", BACK.multiplications, BACK.held);
+  }
+
+  // Why a run, or what takes so many times as much, would ask too much of a browser; null where it doesn't.
+  tooMuch(what, times, held) {
+    const count = this.size * times;
+    const numbers = this.held * held;
+    if (count > MOST_RUN) {
+      const seconds = Math.round(count / 1e9);
+      return `${what} takes ${count.toLocaleString("en")} multiplications, some ${plural(seconds, "second")} in a browser: too long to wait for. With fewer steps the page would compute it.`;
     }
+    if (numbers > MOST_HELD) return `${what} takes ${numbers.toLocaleString("en")} numbers: too many for a browser. With fewer steps the page would compute it.`;
+    return null;
+  }
+
+  // The numbers of gates and states of one row.
+  get held() {
+    const { arrays } = this.view.description;
+    const fields = this.view.description.nodes.flatMap((node) => node.cells.flatMap((cell) => Object.values(cell.fields)));
+    return fields.reduce((sum, { array }) => sum + arrays[array].shape[1] * arrays[array].shape[2], 0);
   }
 
   get live() {
