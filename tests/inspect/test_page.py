@@ -789,7 +789,7 @@ def test_the_playground_learns(open_page, net, x):
     screen.choose("Cell", "gru")
     said = screen.page.locator("#panel-playground .readout")
     screen.page.get_by_role("button", name="One step").click()
-    said.filter(has_text="after 1 batches").wait_for()
+    said.filter(has_text="after 1 batch:").wait_for()
     first = numbers_in(said.inner_text().split("loss")[1])[0]
     screen.page.get_by_role("button", name="Learn", exact=True).click()
     for _ in range(200):
@@ -813,7 +813,7 @@ def test_the_playground_learns(open_page, net, x):
             screen.choose("Task", task)
             screen.choose("Cell", kind)
             screen.page.get_by_role("button", name="One step").click()
-            said.filter(has_text="after 1 batches").wait_for()
+            said.filter(has_text="after 1 batch:").wait_for()
 
 
 def test_a_graph_of_every_kind_of_layer(open_page, rng):
@@ -967,7 +967,7 @@ def test_nothing_to_draw(open_page, net, shape):
     screen = open_page(net.trace(np.zeros(shape)))
     assert ("no row" if shape[0] == 0 else "no step") in screen.text(".warning")
     screen.page.get_by_role("button", name="One step").click()
-    screen.page.locator(".readout").filter(has_text="after 1 batches").wait_for()
+    screen.page.locator(".readout").filter(has_text="after 1 batch:").wait_for()
 
 
 def test_a_network_without_gates(open_page, rng):
