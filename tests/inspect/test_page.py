@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Recurrent
+from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Patch, Recurrent
 from cellstack.inspect import contents, html
 from cellstack.nodes import Embedding, Merge
 
@@ -99,13 +99,14 @@ def close(shown, true, digits=4):
 def open_page(browser, tmp_path):
     screens = []
 
-    def opened(trace, *, width=1400, height=900, touch=False, scheme="light", **options):
+    def opened(trace, *, width=1400, height=900, touch=False, scheme="light", before="", **options):
         path = tmp_path / f"page{len(screens)}.html"
         trace.save_html(path, **options)
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=touch, is_mobile=touch
         )
         context.set_default_timeout(10_000)
+        context.add_init_script(before)
         screen = Screen(context.new_page(), path)
         screens.append((context, screen))
         return screen
@@ -351,9 +352,16 @@ def test_the_lines_of_a_unit(open_page, net, x):
         field: t["lower"].cells[0][field][0, 1, 2] for field in "ifgoch"
     }
     screen.page.locator("#panel-unit .check").filter(has_text="c").click()
-    screen.page.locator("#panel-unit canvas").last.click(position={"x": 500, "y": 60})
+    chart = screen.page.locator("#panel-unit canvas").last
+    chart.hover(position={"x": 500, "y": 60})
+    pointed = screen.text("#panel-unit .readout")
+    step = int(re.findall(r"\d+", pointed)[0])
+    assert step > 1
+    assert close(parsed(re.findall(r"o = (\S+)", pointed)[0]), t["lower"].o[0, step, 2])
+    chart.click(position={"x": 500, "y": 60})
+    screen.page.mouse.move(5, 5)
     screen.settle()
-    assert "step 1 " not in screen.text("#panel-unit .readout")
+    assert screen.text("#panel-unit .readout") == pointed
 
 
 def test_what_is_left_of_each_step(open_page, rng):
@@ -593,9 +601,10 @@ def test_what_if_a_gate_is_held(open_page, net, x):
         assert close(before, t.y[0, 8, unit], 5)
         assert close(after, y[0, 8, unit], 5)
         assert close(change, y[0, 8, unit] - t.y[0, 8, unit])
-    code = screen.text("pre")
-    assert 'cs.Patch("lower", gate="f", units=[1], steps=slice(3, 7), value=0.25)' in code
-    assert "net.edit(" in code
+    assert 'cs.Patch("lower", gate="f", units=[1], steps=slice(3, 7), value=0.25)' in screen.text("pre")
+    ran = {"net": net, "x": x}
+    exec(screen.text("pre"), ran)  # the same in Python
+    assert np.allclose(ran["t"].y, y, rtol=0, atol=1e-12)
     # It is dragged to another value: all follows.
     slider = screen.page.locator(".patches input[type=range]")
     slider.evaluate("(slider) => { slider.value = '0.9'; slider.dispatchEvent(new Event('input')); }")
@@ -721,6 +730,7 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
     screen.tab("gradient")
+    screen.page.locator("#panel-gradient .readout").filter(has_text="moves it most at step 0").wait_for()
     screen.keys(*["ArrowRight"] * 6)
     screen.choose("Its unit", "1")
     slopes = np.zeros((10, 3))
@@ -747,6 +757,25 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
     assert "h of unit 0 of lower" in screen.text("#panel-gradient h3")
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        "delete window.Worker",
+        "window.Worker = class { constructor() { setTimeout(() => this.onerror(new Event('error'))); } terminate() {}"
+        " postMessage() {} }",
+    ],
+    ids=["none", "not started"],
+)
+def test_without_a_worker_the_page_computes_itself(open_page, net, x, before):
+    screen = open_page(net.trace(x), before=before)
+    screen.tab("whatif")
+    screen.page.get_by_role("button", name="Hold it").click()
+    wait_for_result(screen)
+    screen.keys("End")
+    held = net.edit(Patch("lower", gate="f", units=[0], value=1.0))
+    assert close(outputs_shown(screen)[0, 1], held(x)[0, 9, 0], 5)
+
+
 def test_the_playground_learns(open_page, net, x):
     screen = open_page(net.trace(x))
     screen.tab("playground")
@@ -760,7 +789,7 @@ def test_the_playground_learns(open_page, net, x):
     screen.choose("Cell", "gru")
     said = screen.page.locator("#panel-playground .readout")
     screen.page.get_by_role("button", name="One step").click()
-    said.filter(has_text="after 1 batches").wait_for()
+    said.filter(has_text="after 1 batch:").wait_for()
     first = numbers_in(said.inner_text().split("loss")[1])[0]
     screen.page.get_by_role("button", name="Learn", exact=True).click()
     for _ in range(200):
@@ -784,7 +813,7 @@ def test_the_playground_learns(open_page, net, x):
             screen.choose("Task", task)
             screen.choose("Cell", kind)
             screen.page.get_by_role("button", name="One step").click()
-            said.filter(has_text="after 1 batches").wait_for()
+            said.filter(has_text="after 1 batch:").wait_for()
 
 
 def test_a_graph_of_every_kind_of_layer(open_page, rng):
@@ -859,6 +888,65 @@ def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
     assert "whole" not in screen.text("#panel-memory h3")
 
 
+@pytest.mark.parametrize(("name", "most"), [("MOST_RUN", "1"), ("MOST_HELD", "600"), ("MOST_HELD", "100")])
+def test_what_would_take_too_long_is_not_computed(open_page, net, x, monkeypatch, name, most):
+    text = html.module_text()
+    bounded, count = re.subn(rf"const {name} = [^;]+;", f"const {name} = {most};", text)
+    assert count == 1
+    monkeypatch.setattr(html, "module_text", lambda: bounded)
+    screen = open_page(net.trace(x))
+    screen.tab("gradient")
+    screen.settle()
+    assert ("too long to wait for" if name == "MOST_RUN" else "too many for a browser") in screen.text(".page")
+    assert screen.page.locator("#panel-gradient canvas").is_hidden()
+    alone = most != "600"  # 540 numbers of gates and states: one run fits, a gradient doesn't
+    assert screen.page.locator(".warning").count() == alone
+    screen.tab("whatif")
+    screen.settle()
+    assert screen.page.get_by_role("button", name="Hold it").is_visible() != alone
+
+
+def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
+    patches = [
+        Patch("lower", gate="f", units=[1], rows=[1], steps=slice(2, 6, 2), value=1.0),
+        Patch(
+            "upper",
+            gate="c",
+            units=[0],
+            rows=[0, 1],
+            steps=slice(0, 10),
+            value=np.arange(20.0).reshape(2, 10, 1) / 10.0,
+        ),
+        Patch("upper", gate="h", units=slice(1, 3), rows=slice(1, None), steps=[3], how="freeze"),
+    ]
+    t = net.edit(patches).trace(x)
+    for rows in (None, [1]):
+        screen = open_page(t, rows=rows)
+        assert "run with 3 patches: Patch('lower', gate='f'" in screen.text(".note")
+        if rows is None:
+            screen.choose("Row", "1")
+        screen.tab("whatif")
+        wait_for_result(screen, "Without a change, this page computes what was traced to")
+        assert numbers_in(screen.text("#panel-whatif .status"))[-1] < 1e-12
+        screen.page.get_by_role("button", name="Hold it").click()
+        wait_for_result(screen)
+        held = Patch("lower", gate="f", units=[0], value=1.0)
+        screen.keys("End")
+        assert close(outputs_shown(screen)[0, 1], net.edit([*patches, held])(x)[1, 9, 0], 5)
+        screen.tab("cell")
+        screen.choose("Show", "trace")
+        screen.keys("Home", *["ArrowRight"] * 4)
+        screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
+        assert "A patch holds it: Patch(" in screen.text(".popover")
+        screen.keys("ArrowRight")
+        screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
+        assert "A patch" not in screen.text(".popover")
+    screen.choose("Layer", "upper/0")
+    screen.tab("memory")
+    screen.settle()
+    assert "A patch writes to this state" in screen.text("#panel-memory [data-sum]")
+
+
 def test_a_node_that_the_engine_does_not_serve_is_named(open_page, net, x, monkeypatch):
     found = contents.payload_of
 
@@ -879,7 +967,7 @@ def test_nothing_to_draw(open_page, net, shape):
     screen = open_page(net.trace(np.zeros(shape)))
     assert ("no row" if shape[0] == 0 else "no step") in screen.text(".warning")
     screen.page.get_by_role("button", name="One step").click()
-    screen.page.locator(".readout").filter(has_text="after 1 batches").wait_for()
+    screen.page.locator(".readout").filter(has_text="after 1 batch:").wait_for()
 
 
 def test_a_network_without_gates(open_page, rng):
@@ -908,7 +996,7 @@ def test_what_does_not_fit_is_refused_beforehand(net, x, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         t.save_html(tmp_path / "nowhere" / "page.html")
     monkeypatch.setattr(contents, "ROUNDED", ((100, np.float16),))
-    with pytest.raises(ValueError, match=r"at most .* numbers, got 1,280: take some of the rows"):
+    with pytest.raises(ValueError, match=r"at most .* numbers, got 1,180: take some of the rows"):
         t.save_html(path)
     assert not path.exists()
 

@@ -176,6 +176,10 @@ def payload(
         "outputs": list(network.outputs),
         "rounded": arrays.dtype.name if arrays.dtype.itemsize < network.dtype.itemsize else None,
         "dtype": network.dtype.name,
+        "patches": [
+            {"text": repr(patch), "units": None, "rows": None, "steps": None, "cell": 0, **patch.stored()}
+            for patch in network.patches
+        ],
         **_computing(t, taken, arrays),
     }
     description["arrays"] = arrays.entries
@@ -313,15 +317,15 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
     if any(name not in flows for name in network.inputs):
         return {**nothing, "why_not": "The trace doesn't hold every input, so that the network can't be run anew."}
     records = [cell.record for cell in cells if cell.record is not None]
-    flags = {}
-    for what in ("mask", "reset"):
-        found = [getattr(record, what) for record in records]
-        same = all((one is None) == (found[0] is None) for one in found) and all(
-            one is None or np.array_equal(one, found[0]) for one in found
-        )
-        if not same:
-            return {**nothing, "why_not": f"The layers of this run have different {what}s, which a page doesn't hold."}
-        flags[what] = arrays.put(_some(found[0], taken)) if found and found[0] is not None else None
+    resets = [record.reset for record in records]
+    if len({None if one is None else one.tobytes() for one in resets}) > 1:
+        why = "The layers of this run were reset at different steps, so that the network can't be run anew."
+        return {**nothing, "why_not": why}
+    masks = {name: mask for name, mask in t._parts.masks.items() if name in network.inputs}
+    flags = {
+        "mask": {name: arrays.put(_some(mask, taken)) for name, mask in masks.items()},
+        "reset": None if not resets or resets[0] is None else arrays.put(_some(resets[0], taken)),
+    }
     stored = payload_of(network, lambda array: {"dtype": array.dtype.name, **arrays.put(array)})
     return {"network": stored, "run": flags, "why_not": None}
 

@@ -257,8 +257,11 @@ export class CellView {
       const text = name === "c" || name === "h" ? `The mask leaves this step out: ${name} stays ${shown(kept, 5)}.` : "The mask leaves this step out: its gates are 0.";
       return [title, make("div", {}, text)];
     }
-    const held = view.shows === "trace" ? [] : (view.result?.patches ?? []).filter((patch) => patchesNumber(patch, place, name, number, view));
-    const lines = held.map((patch) => make("div", { class: "held" }, `A patch holds it: ${patch.how}${patch.value === null ? "" : ` ${shown(patch.value, 5)}`}. It is ${shown(kept, 5)} after that.`));
+    const held = view.patches.filter((patch) => patchesNumber(patch, place, name, number, view));
+    const lines = held.map((patch) => {
+      const what = patch.text ?? `${patch.how}${patch.value === null ? "" : ` ${shown(patch.value, 5)}`}`;
+      return make("div", { class: "held" }, `A patch holds it: ${what}. It is ${shown(kept, 5)} after that.`);
+    });
     if (found.step === null) return [title, ...lines, make("div", {}, `${shown(kept, 6)}. ${found.why}`)];
     const { lines: made } = found.step.explain(name, unit);
     return [title, ...lines, ...made.flatMap((line) => (line.terms ? this.sum(line) : [make("div", { class: line.result ? "result" : "" }, line.text)]))];
@@ -294,13 +297,20 @@ function valueOf(found, name, unit) {
   return found.now[name]?.[unit];
 }
 
-export function patchesNumber(patch, place, field, unit, view) {
+// Whether an axis of a patch names a number: all, a list, [start, stop, step], or a slice by name.
+function named(index, number, listed) {
+  if (index === null) return true;
+  if (Array.isArray(index) && listed) return index.includes(number);
+  const [start, stop, step] = Array.isArray(index) ? index : [index.start, index.stop, index.step];
+  const from = start ?? 0;
+  return number >= from && number < (stop ?? Infinity) && (number - from) % (step ?? 1) === 0;
+}
+
+function patchesNumber(patch, place, field, unit, view) {
   if (patch.node !== place.name || patch.cell !== place.number || patch.gate !== field) return false;
-  if (patch.units !== null && !patch.units.includes(unit)) return false;
-  if (patch.steps === null) return true;
-  const [start, stop, step] = patch.steps;
-  const at = view.description.steps[view.stepAt(place)];
-  return at >= (start ?? 0) && at < (stop ?? Infinity) && (at - (start ?? 0)) % (step ?? 1) === 0;
+  const { steps, row_numbers: rows } = view.description;
+  const network = patch.text !== undefined; // its own: a list of steps is one of numbers
+  return named(patch.units, unit, true) && named(patch.rows, rows[view.row], true) && named(patch.steps, steps[view.stepAt(place)], network);
 }
 
 // All that is known of a cell at the cursor: { x, before: { h, c }, now: { i, … }, step, masked, begins, why, scale }.

@@ -25,7 +25,7 @@ export class Changes {
   async given() {
     const { row } = this.view;
     if (!this.base.has(row)) this.base.set(row, await this.rerun.given(row));
-    const { inputs, options } = this.base.get(row);
+    const { inputs, options, row: number } = this.base.get(row);
     const changed = {};
     for (const [name, value] of Object.entries(inputs)) {
       const own = this.inputs.get(name);
@@ -41,7 +41,7 @@ export class Changes {
       reset = reset === null ? new Uint8Array(this.view.steps) : Uint8Array.from(reset);
       for (const step of this.resets) reset[step] = 1;
     }
-    return { inputs: changed, options: { ...options, reset, patches: this.patches.map((patch) => ({ ...patch })) }, edits: this.edits };
+    return { inputs: changed, options: { ...options, reset, patches: this.patches.map((patch) => ({ ...patch })) }, edits: this.edits, row: number };
   }
 
   say(status) {

@@ -26,6 +26,7 @@ export class Gradients {
     this.open = false;
     this.asked = 0;
     this.found = null;
+    this.stale = true; // what is looked at has changed since it was computed
     this.chart.addEventListener("click", (event) => {
       const step = this.stepOf?.(event.offsetX);
       if (step >= 0 && step < view.steps) view.set({ step });
@@ -45,13 +46,15 @@ export class Gradients {
   }
 
   async compute() {
+    this.stale = !this.open;
     if (!this.open) return;
     const { view, rerun } = this;
-    if (rerun.why !== null) {
+    const why = rerun.why ?? rerun.whyNoGradient;
+    if (why !== null) {
       this.controls.hidden = true;
       this.chart.hidden = true;
       this.title.textContent = "The page can't compute here";
-      this.said.textContent = rerun.why;
+      this.said.textContent = why;
       return;
     }
     const asked = (this.asked += 1);
@@ -98,7 +101,9 @@ export class Gradients {
   }
 
   draw() {
-    if (!this.open || this.found === null) return;
+    if (!this.open) return;
+    if (this.stale) this.compute();
+    if (this.found === null) return;
     const { view } = this;
     const value = this.found[this.by.box.value];
     this.chart.hidden = false;

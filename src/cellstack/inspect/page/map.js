@@ -7,6 +7,7 @@ import { paintTiles } from "./tiles.js";
 import { MEANINGS } from "./view.js";
 import { Wave } from "./wave.js";
 
+const LEAST_HALF = 2 ** -24; // above 0, of a float16
 const MOST_HIGH = 440; // of the map
 const ROW = 30; // of a unit, at most
 const ORDERS = [["number", "number"], ["memory", "memory length"], ["variance", "variance"], ["likeness", "likeness"]];
@@ -65,6 +66,7 @@ export class HeatMap {
     this.whole = make("canvas", { class: "whole", "aria-hidden": "true" });
     this.readout = make("p", { class: "readout", role: "status", "aria-live": "polite" });
     this.legend = make("div", { class: "legend" });
+    this.halves = make("span", { class: "extent", hidden: true }, "several steps a pixel: the upper half of a row shows the largest number, the lower half the least");
     this.body = make("div", { class: "behind" });
     this.behind = make("details", { ontoggle: () => this.fillTable() }, make("summary", {}, "The same as a table"), this.body);
     this.element = make(
@@ -157,7 +159,7 @@ export class HeatMap {
       const { spec } = place.cell;
       const [gate, rate] = spec.kind === "gru" ? ["z", spec.zoneout] : ["f", spec.zoneout_cell];
       const kept = await view.traced(place, gate);
-      if (kept.units === plane.units) return bySize(halfLives(kept, rate, await view.mask(place)));
+      if (kept.units === plane.units) return bySize(halfLives(kept, rate, await view.mask(place), view.description.rounded === "float16" ? LEAST_HALF / 2 : 0));
     }
     return byNumber(plane.units);
   }
@@ -267,6 +269,7 @@ export class HeatMap {
     const perPixel = (span * stretch) / wide;
     const rowHeight = this.rowHeight * ratio;
     const offset = this.top * ratio;
+    this.halves.hidden = perPixel <= 1;
     const apart = 1 / perPixel >= 9 * ratio && rowHeight >= 9 * ratio; // large enough to stand apart
     paintTiles(pixels, wide, height, { plane, positions: this.positions, first, perPixel, rowHeight, offset, scale, colours, apart });
     pen.clearRect(0, 0, width, height);
@@ -469,7 +472,7 @@ export class HeatMap {
       make("span", { class: "extent" }, `${plural(plane.units, "unit")} × ${plural(plane.steps, "step")}`),
       this.left.length ? make("span", { class: "extent" }, "pale: steps that the mask leaves out") : null,
       this.resets.length ? make("span", { class: "extent" }, "▾: the state was reset") : null,
-      make("span", { class: "extent" }, plane.steps > 600 ? "zoomed out, the upper half of a row shows the largest number under it, the lower half the least" : ""),
+      this.halves,
     );
   }
 

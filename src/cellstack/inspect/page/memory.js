@@ -62,7 +62,7 @@ export class Memory {
     if (spec.cell_clip !== null) return this.refuse("This cell is clipped, so its state isn't a sum of what was written.");
     if (!cell.whole) return this.refuse("The trace holds part of the run, so that what was written before isn't known.");
     const changed = view.shows !== "trace" && view.result !== null;
-    if (changed && view.result.patches.some((patch) => patch.node === place.name && patch.cell === place.number && ["c", "h"].includes(patch.gate))) {
+    if (view.patches.some((patch) => patch.node === place.name && patch.cell === place.number && ["c", "h"].includes(patch.gate))) {
       return this.refuse("A patch writes to this state, so that it isn't a sum of what the gates wrote.");
     }
     const lstm = spec.kind === "lstm";

@@ -37,7 +37,8 @@ export class NetworkDiagram {
     const asked = (this.asked += 1);
     const { view } = this;
     const rows = this.rowsOf();
-    const count = Math.min(3, Math.max(1, view.steps));
+    const room = this.element.clientWidth < 400 ? 2 : 3; // columns
+    const count = Math.min(room, Math.max(1, view.steps));
     const first = Math.max(0, Math.min(view.step - 1, view.steps - count));
     const steps = view.steps ? Array.from({ length: count }, (_, n) => first + n) : [0];
     const planes = await Promise.all(

@@ -29,7 +29,8 @@ function usualTheme() {
   return window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
 
-// anywidget's contract: `model.get("payload")` is what `cellstack.inspect.contents.payload` returns.
+// anywidget's contract: `model.get("payload")` is what `cellstack.inspect.contents.payload` returns. `el.ready` is a
+// promise of the page's parts, kept when all is drawn.
 export function render({ model, el }) {
   const root = el.attachShadow({ mode: "open" });
   const page = make("div", { class: "page" });
@@ -86,6 +87,9 @@ async function build(payload, page, root) {
   follow();
   if (description.rounded !== null) {
     inner.append(make("p", { class: "note" }, `The numbers of this trace are kept as ${description.rounded}, so that the page stays small: the last digits differ from the run's.`));
+  }
+  if (description.patches.length) {
+    inner.append(make("p", { class: "note" }, `The network was run with ${plural(description.patches.length, "patch", "patches")}: ${description.patches.map((patch) => patch.text).join(", ")}.`));
   }
   const runner = new Runner();
   const rerun = new Rerun(view, runner);
@@ -146,7 +150,7 @@ async function build(payload, page, root) {
   await diagram.draw();
   tabbed.show("cell");
   await rerun.start();
-  if (rerun.why !== null) header.after(make("p", { class: "warning" }, `${rerun.why} What if and gradients aren't available.`));
+  if (rerun.why !== null) header.after(make("p", { class: "warning" }, `${rerun.why} The page shows the trace alone, without what-if and gradients.`));
   return {
     view,
     map,

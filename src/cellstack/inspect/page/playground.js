@@ -1,7 +1,7 @@
 // The playground: a small network that learns a task while one watches.
 
 import { Plane, planeOf } from "./data.js";
-import { button, choice, make, numberBox, select, shown, table } from "./dom.js";
+import { button, choice, make, numberBox, plural, select, shown, table } from "./dom.js";
 import { drawLines, drawTiles, scaleOf } from "./draw.js";
 import { TASKS } from "./engine.js";
 import { MEANINGS } from "./view.js";
@@ -135,7 +135,7 @@ export class Playground {
     const rights = this.rights.slice(-20).filter((one) => one !== null);
     const right = rights.reduce((sum, one) => sum + one, 0) / Math.max(1, rights.length);
     this.said.textContent = count
-      ? `after ${count.toLocaleString("en")} batches: loss ${shown(mean, 3)}${rights.length ? `, ${shown(100 * right, 3)} % of the answers right` : ""}${Number.isFinite(mean) ? "" : ": it has diverged, start anew with a smaller learning rate"}`
+      ? `after ${plural(count, "batch", "batches")}: loss ${shown(mean, 3)}${rights.length ? `, ${shown(100 * right, 3)} % of the answers right` : ""}${Number.isFinite(mean) ? "" : ": it has diverged, start anew with a smaller learning rate"}`
       : "It hasn't learned yet.";
     this.said.dataset.batches = String(count);
     const logs = new Plane(Float64Array.from(count ? this.losses : [NaN], (loss) => Math.log10(Math.max(loss, 1e-12))), 1, Math.max(1, count));

@@ -7,14 +7,40 @@ import { plural } from "./dom.js";
 
 export const LIVE = 2e8; // multiplications of a run that may follow a drag
 export const MOST_RUN = 6e9; // of one that is waited for: some seconds
+const MOST_HELD = 4e7; // numbers of gates and states that a run holds, in float64
+const BACK = { multiplications: 3, held: 4 }; // as many times a run's, of a gradient
+
+// The patches of a network as they act on one row of its batch, which is the only row of a run in the page.
+export function patchesOfRow(patches, row) {
+  const found = [];
+  for (const patch of patches) {
+    let place = row;
+    if (Array.isArray(patch.rows)) place = patch.rows.indexOf(row);
+    else if (patch.rows) {
+      const { start, stop, step } = patch.rows;
+      const [from, by] = [start ?? 0, step ?? 1];
+      place = row >= from && row < (stop ?? Infinity) && (row - from) % by === 0 ? (row - from) / by : -1;
+    }
+    if (place < 0) continue;
+    let { value } = patch;
+    if (value !== null && value.shape.length === 3 && value.shape[0] > 1) {
+      const size = value.shape[1] * value.shape[2];
+      value = { data: value.data.slice(place * size, (place + 1) * size), shape: [1, ...value.shape.slice(1)] };
+    }
+    found.push({ ...patch, rows: null, value });
+  }
+  return found;
+}
 
 // What the engine is asked for, in a worker or in the page itself; `held` is what it keeps from one question to the next.
 export function served(held, what, given) {
   if (what === "network") {
     held.network = readNetwork(given.network);
+    held.patches = held.network.patches;
     return { unsupported: unsupported(held.network), multiplications: multiplications(held.network, given.steps) };
   }
   if (what === "run" || what === "gradient") {
+    held.network.patches = patchesOfRow(held.patches, given.row);
     const restore = [];
     for (const { node, cell, name, at, value } of given.edits) {
       const { data } = held.network.nodes.find((one) => one.name === node).cells[cell].arrays[name];
@@ -58,7 +84,7 @@ export class Runner {
     this.held = {};
     this.worker = null;
     try {
-      this.address = URL.createObjectURL(new Blob([engineSource, served.toString(), AT_WORK], { type: "text/javascript" }));
+      this.address = URL.createObjectURL(new Blob([engineSource, patchesOfRow.toString(), served.toString(), AT_WORK], { type: "text/javascript" }));
       this.worker = new Worker(this.address);
       this.worker.onmessage = ({ data }) => this.settle(data);
       this.worker.onerror = (event) => {
@@ -135,6 +161,7 @@ export class Rerun {
     this.view = view;
     this.runner = runner;
     this.why = null;
+    this.whyNoGradient = null;
     this.size = 0;
   }
 
@@ -157,10 +184,27 @@ export class Rerun {
     const found = await runner.ask("network", { network, steps: Math.max(1, view.steps) });
     this.size = found.multiplications;
     if (found.unsupported.length) this.why = `This page can't run the network anew. ${found.unsupported.join(" ")}`;
-    else if (this.size > MOST_RUN) {
-      const seconds = Math.round(this.size / 1e9);
-      this.why = `A run of this network takes ${this.size.toLocaleString("en")} multiplications, some ${plural(seconds, "second")} in a browser: too long to wait for. The page shows the trace alone. With fewer steps it would compute.`;
+    else this.why = this.tooMuch("A run of this network", 1, 1);
+    if (this.why === null) this.whyNoGradient = this.tooMuch("A gradient of this run", BACK.multiplications, BACK.held);
+  }
+
+  // Why a run, or what takes so many times as much, would ask too much of a browser; null where it doesn't.
+  tooMuch(what, times, held) {
+    const count = this.size * times;
+    const numbers = this.held * held;
+    if (count > MOST_RUN) {
+      const seconds = Math.round(count / 1e9);
+      return `${what} takes ${count.toLocaleString("en")} multiplications, some ${plural(seconds, "second")} in a browser: too long to wait for. With fewer steps the page would compute it.`;
     }
+    if (numbers > MOST_HELD) return `${what} takes ${numbers.toLocaleString("en")} numbers: too many for a browser. With fewer steps the page would compute it.`;
+    return null;
+  }
+
+  // The numbers of gates and states of one row.
+  get held() {
+    const { arrays } = this.view.description;
+    const fields = this.view.description.nodes.flatMap((node) => node.cells.flatMap((cell) => Object.values(cell.fields)));
+    return fields.reduce((sum, { array }) => sum + arrays[array].shape[1] * arrays[array].shape[2], 0);
   }
 
   get live() {
@@ -205,6 +249,9 @@ export class Rerun {
       }
     }
     const { run: flagged } = description;
-    return { inputs, options: { state: states, mask: await flags(flagged.mask), reset: await flags(flagged.reset), pre: false } };
+    const mask = {};
+    for (const [name, reference] of Object.entries(flagged.mask)) mask[name] = await flags(reference);
+    const options = { state: states, mask, reset: await flags(flagged.reset), pre: false };
+    return { inputs, options, row: description.row_numbers[row] };
   }
 }

@@ -32,15 +32,15 @@ export function variances(plane) {
 }
 
 // In how many steps half of what each unit holds is forgotten: ln 2 over the mean of -ln f; f is what a step keeps.
-// Steps that the mask leaves out don't count.
-export function halfLives(kept, rate, mask) {
+// Steps that the mask leaves out don't count. What was rounded to 0 counts as `least`.
+export function halfLives(kept, rate, mask, least) {
   return Float64Array.from({ length: kept.units }, (_, unit) => {
     const line = kept.line(unit);
     let sum = 0;
     let count = 0;
     for (let step = 0; step < line.length; step += 1) {
       if (mask !== null && !mask[step]) continue;
-      sum -= Math.log(rate + (1 - rate) * line[step]);
+      sum -= Math.log(Math.max(rate + (1 - rate) * line[step], least));
       count += 1;
     }
     if (!count) return NaN;

@@ -49,18 +49,18 @@ button.main { background: var(--accent); border-color: var(--accent); color: var
 button[aria-pressed="true"] { background: var(--soft); border-color: var(--accent); color: var(--accent); }
 button.plain { border: 0; background: none; padding: 0 2px; min-height: 0; color: var(--accent); text-align: left; }
 button.plain:hover { text-decoration: underline; }
-select { max-width: 160px; }
+select { max-width: 150px; padding-right: 4px; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 svg g:focus-visible { outline: none; }
 svg g:focus-visible > rect:first-of-type, svg .port:focus-visible rect { stroke: var(--accent); stroke-width: 3; }
-.toolbar { display: flex; flex-wrap: wrap; gap: 8px 10px; align-items: end; margin-bottom: 8px; }
+.toolbar { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; margin-bottom: 8px; }
 .field { display: inline-flex; flex-direction: column; gap: 2px; }
 .field > span { font-size: 12px; color: var(--muted); }
-.short input[type="number"] { width: 68px; padding-right: 4px; }
+.short input[type="number"] { width: 60px; padding: 4px 2px 4px 8px; }
 .check { display: inline-flex; gap: 6px; align-items: center; min-height: 32px; }
 .buttons, .choice, .choices, .pills { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; }
 .choices { gap: 4px 14px; }
-.choice button { min-width: 36px; font-weight: 600; }
+.choice button { min-width: 32px; padding: 4px 8px; font-weight: 600; }
 .key span { border-bottom: 3px solid var(--line); font-weight: 600; padding: 0 2px; }
 canvas { display: block; width: 100%; }
 .ruler { height: 34px; }

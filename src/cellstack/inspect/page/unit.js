@@ -24,6 +24,11 @@ export class UnitLines {
         const step = this.stepOf?.(event.offsetX);
         if (step >= 0 && step < view.steps) view.set({ step });
       });
+      canvas.addEventListener("pointermove", (event) => {
+        const step = this.stepOf?.(event.offsetX);
+        if (step >= 0 && step < view.steps) this.say(step);
+      });
+      canvas.addEventListener("pointerleave", () => this.say(null));
     }
   }
 
@@ -58,10 +63,21 @@ export class UnitLines {
     const inside = gates.every(({ plane }) => plane.range.low >= 0 && plane.range.high <= 1);
     if (gates.length) this.stepOf = this.over(drawLines(this.gates, view.colours, gates, window_, { ...options, ends: inside ? { low: -0.02, high: 1.02 } : null }), stretch);
     if (states.length) this.stepOf = this.over(drawLines(this.states, view.colours, states, window_, options), stretch);
-    const step = view.stepAt(place);
-    const said = lines.filter((line) => !line.dash).map((line) => `${line.field} = ${shown(line.plane.at(view.unit, step), 4)}`);
-    this.values.textContent = `${view.labels.full(view.row, view.step)}: ${said.join("   ")}${changed ? "   (dashed: as traced)" : ""}`;
-    for (const canvas of [this.gates, this.states]) canvas.setAttribute("aria-label", `Lines over the steps of unit ${number}. At the cursor: ${said.join(", ")}`);
+    this.lines = lines;
+    this.say(null);
+  }
+
+  // What the lines are at a step: the one that is pointed at, or the cursor's.
+  say(pointed) {
+    const { view, lines } = this;
+    const { place } = view;
+    const number = view.unitNumber(place, view.field, view.unit);
+    const at = pointed ?? view.step;
+    const own = view.steps === view.stepsOf(place) ? at : Math.floor((at * view.stepsOf(place)) / view.steps);
+    const said = lines.filter((line) => !line.dash).map((line) => `${line.field} = ${shown(line.plane.at(view.unit, own), 4)}`);
+    const changed = lines.some((line) => line.dash);
+    this.values.textContent = `${view.labels.full(view.row, at)}: ${said.join("   ")}${changed ? "   (dashed: as traced)" : ""}`;
+    for (const canvas of [this.gates, this.states]) canvas.setAttribute("aria-label", `Lines over the steps of unit ${number}. ${said.join(", ")}`);
   }
 
   over(chart, stretch) {

@@ -177,6 +177,12 @@ export class View {
     return data.subarray(this.row * shape[1], (this.row + 1) * shape[1]);
   }
 
+  // The patches that what is shown now was run with: the network's own, and the reader's.
+  get patches() {
+    const own = this.description.patches;
+    return this.shows !== "trace" && this.result !== null ? [...own, ...this.result.patches] : own;
+  }
+
   // Before which steps the state of a cell was reset, in what is shown now; null = none.
   async resets(place) {
     if (place.kind !== "cell") return null;
