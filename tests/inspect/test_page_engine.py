@@ -2,9 +2,7 @@
 
 import base64
 import json
-import re
 from dataclasses import asdict
-from importlib import resources
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from networks import by_reference, fill, make_cell, make_graph, make_network, ma
 from safetensors import safe_open
 
 from cellstack import CellSpec, Network, Patch, Recurrent, reference
+from cellstack.inspect import html
 from cellstack.inspect.payload import packed, payload_of
 from cellstack.nodes import (
     NODES,
@@ -47,7 +46,9 @@ DIFFERENCE = 1e-6  # of gradients with central differences of step 1e-6
 
 # What the tests call: arrays come and go as base64 of float64, so that NaN and every bit arrive.
 HARNESS = """
-const engine = await import(URL.createObjectURL(new Blob([text], { type: "text/javascript" })));
+const names = "cellActivation, createTrainer, gradient, multiplications, readNetwork, run, unsupported, TASKS";
+const module = new Blob([text, `export { ${names} };`], { type: "text/javascript" });
+const engine = await import(URL.createObjectURL(module));
 const isArray = (value) => ArrayBuffer.isView(value);
 const pack = (value) => {
   if (isArray(value)) {
@@ -80,7 +81,7 @@ window.cases = (text, work) => JSON.stringify(pack(JSON.parse(text).map((one) =>
 
 @pytest.fixture(scope="module")
 def text():
-    return (resources.files("cellstack.inspect") / "page" / "engine.js").read_text(encoding="utf-8")
+    return html.engine_text()
 
 
 @pytest.fixture(scope="module")
@@ -876,8 +877,7 @@ def test_a_worker_made_of_the_same_text_computes_the_same(page, text):
       worker.terminate();
       return [found, [...own]];
     }"""
-    script = re.sub(r"^export ", "", text, flags=re.MULTILINE)  # a worker made of a text isn't a module
-    found, own = page.evaluate(work, [script + asked, payload_of(net), list(rng.normal(size=12))])
+    found, own = page.evaluate(work, [text + asked, payload_of(net), list(rng.normal(size=12))])
     assert found == own
     assert any(found)
 

@@ -19,8 +19,25 @@ from cellstack.inspect import contents
 if TYPE_CHECKING:
     from cellstack.inspect.trace import NetworkTrace
 
+ENGINE = (
+    "engine/shapes",
+    "engine/activations",
+    "engine/products",
+    "engine/cells",
+    "engine/cells_back",
+    "engine/stacks",
+    "engine/nodes_base",
+    "engine/nodes_rows",
+    "engine/nodes_time",
+    "engine/nodes_shape",
+    "engine/nodes",
+    "engine/engine",
+    "engine/training",
+)
+"""The engine's modules, each after those that it imports from."""
+
 MODULES = (
-    "engine",
+    *ENGINE,
     "style",
     "dom",
     "data",
@@ -79,8 +96,13 @@ render({ model: { get: () => payload }, el: document.getElementById("page") });
 @cache
 def module_text() -> str:
     """Return the page's modules as the text of one: `render({ model, el })` is what it exports."""
-    engine = json.dumps(_joinable("engine")).replace("<", "\\u003c")  # what a worker runs; no tag in it
+    engine = json.dumps(engine_text()).replace("<", "\\u003c")  # what a worker runs; no tag in it
     return "\n".join([f"const engineSource = {engine};", *map(_joinable, MODULES)])
+
+
+def engine_text() -> str:
+    """Return the engine's modules as the text of one, without exports: what a worker runs."""
+    return "\n".join(map(_joinable, ENGINE))
 
 
 def _joinable(name: str) -> str:

@@ -2,7 +2,7 @@
 // to each product and sum. The equations are those of src/cellstack/reference.py, one line of them a line here.
 
 import { inBrackets, shown } from "./dom.js";
-import { cellActivation } from "./engine.js";
+import { cellActivation } from "./engine/activations.js";
 
 const GREEK = { sigmoid: "σ", tanh: "tanh" };
 const DIGITS = 5;

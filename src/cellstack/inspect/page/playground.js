@@ -3,7 +3,7 @@
 import { Plane, planeOf } from "./data.js";
 import { button, choice, make, numberBox, plural, select, shown, table } from "./dom.js";
 import { drawLines, drawTiles, scaleOf } from "./draw.js";
-import { TASKS } from "./engine.js";
+import { TASKS } from "./engine/training.js";
 import { MEANINGS } from "./view.js";
 
 const MOST_LEARNING = 48;

@@ -1,9 +1,10 @@
 // The engine in a worker, so that the page stays awake while it computes; and what it is given to run a trace anew.
 
-import { createTrainer, gradient, multiplications, readNetwork, run, unsupported } from "./engine.js";
+import { gradient, multiplications, readNetwork, run, unsupported } from "./engine/engine.js";
+import { createTrainer } from "./engine/training.js";
 import { plural } from "./dom.js";
 
-/* global engineSource */ // the text of engine.js, which html.py puts before the modules
+/* global engineSource */ // the engine's text, which html.py puts before the modules
 
 export const LIVE = 2e8; // multiplications of a run that may follow a drag
 export const MOST_RUN = 6e9; // of one that is waited for: some seconds

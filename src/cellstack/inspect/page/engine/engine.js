@@ -1,0 +1,421 @@
+// The engine: a network run in the browser, forward and backward, in float64 and plain typed arrays.
+//
+// The equations are those of src/cellstack/reference.py, which every result is held against in the tests. It makes no
+// request, reads no document and keeps nothing between calls, so the same text runs in a page and in a worker.
+//
+// WHAT GOES IN
+//
+//   payload   what `cellstack.inspect.payload.payload_of(network)` returns: { description, arrays }, the description of
+//             docs/format.md and its arrays by name, { dtype, shape, data }, where data is base64 or a typed array.
+//   network   readNetwork(payload):
+//             { inputs: [{ name, shape }], outputs: [name], nodes: [{ name, type, sources: [name], settings: {…},
+//               arrays: { name: { data, shape } },
+//               cells: [{ spec: {…every field of CellSpec…}, arrays: { kernel: { data, shape }, … } }] }],
+//               patches: as of the options }
+//             A bidirectional node's cells are the forward half's, then the backward half's.
+//   a value   { data: Float64Array (or any array of numbers), shape: [B, …] }; the last axis runs fastest.
+//   inputs    { name: value }, one for each of network.inputs; ids of an embedding are numbers too, [B, T].
+//   options   all of them may be left out:
+//     state     one entry for each cell, in the order of the nodes and of their cells: { h: value [B, P], c: value
+//               [B, H] } (c of an LSTM), or null for the cell's own initial state.
+//     mask      [B, T] of 0 and 1 (an array of B·T numbers, or a value), 1 where a step counts; for every input that
+//               has a time axis, or { name: mask } for each its own.
+//     reset     [B, T] likewise, 1 where a new piece begins.
+//     patches   [{ node, cell, gate, units, rows, steps, how, value }], which act after those that the network has:
+//               gate "i" "f" "g" "o" "c" "h" of an LSTM, "z" "r" "g" "h" of a GRU, "g" "h" of a SimpleRNN; units and
+//               rows lists of numbers or { start, stop, step }, steps [start, stop, step] or { start, stop, step } as
+//               Python slices, or { numbers: [number] }, counted in the order of time; all of them where it is null or
+//               left out; how "set", "add", "scale" or "freeze"; value a number, or a value that broadcasts to the
+//               rows, steps and units named. A gate is changed right after its activation, c after the cell clip and
+//               zoneout, before o and h see it, h last of all. "freeze": what it was after the step before; at a
+//               row's first step the state begun with, and for a gate its own value. Steps that the mask leaves out
+//               stay as they are.
+//     pre       false: leave the pre-activations out, which saves memory.
+//
+// WHAT COMES OUT
+//
+//   unsupported(network)             [sentence, …]: what isn't served, by name. Empty: all of it is.
+//   multiplications(network, steps)  how many one row's run over so many steps takes: some 10^9 a second.
+//   run(network, inputs, options)
+//     { values: { name: value },     of every input, in the memory that was given, and of every node
+//       cells: { node: [{ i, f, g, o, c, h, pre: { i, f, g, o } }] },
+//                                    of each node that has cells: z, r, g, h of a GRU, g, h of a SimpleRNN; values
+//                                    [B, T, H] in the order of time whichever way the cell ran. `pre`: what the gates
+//                                    are activations of, before a clip; a coupled f has none. Where the mask leaves a
+//                                    step out, gates and pre are 0, and c and h are carried.
+//       state: [{ h, c }] }          after the last step, as options.state
+//   gradient(network, inputs, options, of)
+//     of    { value: name, row, step, unit } one number of an input's or a node's value; step is left out of [B, W];
+//           { node, cell, gate, row, step, unit } one number of a gate or state ("c", "h") of a cell;
+//           { seeds: { name: array or value } } the gradient of a loss by what nodes return.
+//     { inputs: { name: value },     null for ids
+//       values: { name: value },     of every node, what it returned; null where the number doesn't depend on it
+//       cells: { node: [{ i, f, g, o, c, h }] },  by each gate after its activation, and by each state, of every step
+//       state: [{ h, c }],           by the state before the first step
+//       arrays: { node: [{ kernel, … }] } }       one entry a cell; of a node without cells one entry, or none
+//   createTrainer(options)           the playground: see there
+//   cellActivation(text)             what an activation of a cell such as "hard_sigmoid(0.2, 0.5)" is: { name, f, slope,
+//                                    alpha, beta }, y = f(z, alpha, beta) and dy/dz = slope(z, y, alpha, beta); or null
+//
+// All of these throw an Error whose message is a sentence, where what goes in doesn't fit.
+
+import { floats, lastAxis, numbersIn, shapeText } from "./shapes.js";
+import { cellActivation, knowsNodeActivation } from "./activations.js";
+import { addNumbers } from "./products.js";
+import { GATE_NAMES, USUAL_SPEC, cellShapes, outputSize, slotActivation } from "./cells.js";
+import { NODE_KINDS, STACK_SETTINGS } from "./nodes.js";
+
+const FORMAT_VERSION = 1;
+
+function readArray({ dtype, shape, data }) {
+  if (typeof data !== "string") return { data: new Float64Array(data), shape };
+  if (!["float32", "float64"].includes(dtype)) throw new Error(`expected arrays of float32 or float64, got ${dtype}`);
+  const text = atob(data);
+  const bytes = new Uint8Array(text.length);
+  for (let n = 0; n < text.length; n += 1) bytes[n] = text.charCodeAt(n);
+  const numbers = dtype === "float32" ? new Float32Array(bytes.buffer) : new Float64Array(bytes.buffer);
+  return { data: new Float64Array(numbers), shape };
+}
+
+// A network of a payload: see the head of this file. What it doesn't know, it leaves to `unsupported` to say.
+export function readNetwork({ description, arrays }) {
+  if (description.version !== FORMAT_VERSION) {
+    throw new Error(`expected a description of version ${FORMAT_VERSION}, got ${description.version}`);
+  }
+  const groups = {};
+  for (const [name, array] of Object.entries(arrays)) {
+    const cut = name.lastIndexOf("/");
+    (groups[name.slice(0, cut)] ??= {})[name.slice(cut + 1)] = readArray(array);
+  }
+  const nodes = description.nodes.map(({ name, wires, type, ...settings }) => {
+    const stacks = [];
+    if (type === "recurrent") stacks.push(["", settings]);
+    if (type === "bidirectional") stacks.push(["forward/", settings.forward], ["backward/", settings.backward]);
+    const cells = stacks.flatMap(([prefix, stack]) =>
+      stack.cells.map((spec, n) => ({
+        spec: { ...USUAL_SPEC, ...spec },
+        arrays: groups[`${name}/${prefix}${n}`] ?? {},
+      })),
+    );
+    return { name, type, sources: wires, settings, arrays: groups[name] ?? {}, cells };
+  });
+  const patches = (description.patches ?? []).map((patch, n) => ({
+    ...patch,
+    steps: Array.isArray(patch.steps) ? { numbers: patch.steps } : patch.steps,
+    value: groups[`patch/${n}`]?.value ?? null,
+  }));
+  const weights = Object.entries(arrays).filter(([name]) => !name.startsWith("patch/"));
+  const dtype = weights.some(([, array]) => array.dtype === "float64") ? "float64" : "float32";
+  const known = ["version", "inputs", "nodes", "outputs", "metadata", "patches"];
+  const others = Object.keys(description).filter((key) => !known.includes(key));
+  return { inputs: description.inputs, outputs: description.outputs, dtype, nodes, patches, others };
+}
+
+// Sentences that say what of a network isn't served; none: all of it is.
+export function unsupported(network) {
+  const found = (network.others ?? []).map((key) => `The network's ${key} aren't supported.`);
+  for (const { name, type, settings, arrays, cells } of network.nodes) {
+    if (!Object.hasOwn(NODE_KINDS, type)) {
+      found.push(`${name}: a node of the type ${type} isn't supported.`);
+      continue;
+    }
+    const kind = NODE_KINDS[type];
+    for (const key of Object.keys(settings)) {
+      if (!kind.settings.includes(key)) found.push(`${name}: the setting ${key} of ${type} isn't supported.`);
+    }
+    for (const key of Object.keys(arrays)) {
+      if (!kind.arrays.includes(key)) found.push(`${name}: the array ${key} of ${type} isn't supported.`);
+    }
+    if ("activation" in settings && !knowsNodeActivation(settings.activation)) {
+      found.push(`${name}: the activation ${settings.activation} isn't supported.`);
+    }
+    for (const stack of type === "bidirectional" ? [settings.forward, settings.backward] : []) {
+      for (const key of Object.keys(stack)) {
+        if (![...STACK_SETTINGS, "type"].includes(key)) found.push(`${name}: the setting ${key} isn't supported.`);
+      }
+    }
+    cells.forEach((cell, n) => found.push(...unsupportedCell(`${name}, cell ${n}`, cell)));
+  }
+  return found;
+}
+
+function unsupportedCell(where, { spec, arrays }) {
+  if (!Object.hasOwn(GATE_NAMES, spec.kind)) return [`${where}: a cell of the kind ${spec.kind} isn't supported.`];
+  const found = [];
+  for (const key of Object.keys(spec)) {
+    if (!["input_size", "units", ...Object.keys(USUAL_SPEC)].includes(key)) {
+      found.push(`${where}: the setting ${key} isn't supported.`);
+    }
+  }
+  for (const slot of [...GATE_NAMES[spec.kind], ...(spec.kind === "lstm" ? ["cell"] : [])]) {
+    const text = slotActivation(spec, slot);
+    if (cellActivation(text) === null) found.push(`${where}: the activation ${text} of ${slot} isn't supported.`);
+  }
+  const shapes = cellShapes(spec);
+  for (const [name, shape] of Object.entries(shapes)) {
+    const got = arrays[name]?.shape ?? [];
+    if (got.join() !== shape.join()) {
+      found.push(`${where}: expected the array ${name} [${shape.join(", ")}], got [${got.join(", ")}].`);
+    }
+  }
+  for (const name of Object.keys(arrays)) {
+    if (!Object.hasOwn(shapes, name)) found.push(`${where}: the array ${name} isn't supported.`);
+  }
+  return found;
+}
+
+// How many multiplications by numbers of its own one row's run over so many steps takes, each node as often as there
+// are steps: a good measure of the time, some 10^9 a second.
+export function multiplications(network, steps) {
+  const added = ["bias", "cell_bias", "initial_h", "initial_c", "table", "mean", "shift"];
+  let sum = 0;
+  for (const node of network.nodes) {
+    for (const arrays of [node.arrays, ...node.cells.map((cell) => cell.arrays)]) {
+      for (const [name, { data }] of Object.entries(arrays)) if (!added.includes(name)) sum += data.length;
+    }
+  }
+  return sum * steps;
+}
+
+// Inputs that are looked up in a table, past nodes that only move numbers: a mask goes with them too.
+function takesIds(network, name) {
+  const takers = network.nodes.filter((node) => node.sources.includes(name));
+  const past = (node) =>
+    node.type === "embedding" || (NODE_KINDS[node.type].shapesOnly === true && takesIds(network, node.name));
+  return takers.length > 0 && !network.outputs.includes(name) && takers.every(past);
+}
+
+// Flags [B, T] as they are given, of one input: an array or a value for all inputs, or one of each name.
+function givenFlags(what, given, name, B, T) {
+  if (given === null || given === undefined) return null;
+  const whole = Array.isArray(given) || ArrayBuffer.isView(given) || Array.isArray(given.shape);
+  const own = whole ? given : given[name];
+  if (own === null || own === undefined) return null;
+  const flags = Uint8Array.from(own.data ?? own, (flag) => (flag ? 1 : 0));
+  if (flags.length !== B * T) {
+    throw new Error(`expected ${what} of ${name} [B=${B}, T=${T}], got ${flags.length} numbers`);
+  }
+  return flags;
+}
+
+function inputFlows(network, inputs, { mask, reset }) {
+  const flows = {};
+  for (const { name, shape } of network.inputs) {
+    const value = inputs[name];
+    if (value === undefined) throw new Error(`expected the input ${name}, got none`);
+    if (!Array.isArray(value?.shape) || value.data === undefined) {
+      throw new Error(`expected the input ${name} as { data, shape }, got ${typeof value}`);
+    }
+    const [, ...axes] = value.shape;
+    const fits = axes.length === shape.length && shape.every((length, n) => length === null || length === axes[n]);
+    const expected = ["B", ...shape];
+    if (!fits) throw new Error(`expected ${name} ${shapeText(expected)}, got ${shapeText(value.shape)}`);
+    if (value.data.length !== numbersIn(value.shape)) {
+      throw new Error(`expected ${name} of ${numbersIn(value.shape)} numbers, got ${value.data.length}`);
+    }
+    const timed = shape.length === 2 || (shape.length === 1 && takesIds(network, name));
+    const flags = (what, given) => (timed ? givenFlags(what, given, name, value.shape[0], value.shape[1]) : null);
+    const x = { data: floats(value.data), shape: value.shape };
+    flows[name] = { x, mask: flags("mask", mask), reset: flags("reset", reset) };
+  }
+  const rows = new Set(Object.values(flows).map((flow) => flow.x.shape[0]));
+  if (rows.size > 1) throw new Error(`expected inputs of as many rows as each other, got ${[...rows].join(" and ")}`);
+  return flows;
+}
+
+// One state a cell, as Float64Arrays, or null.
+function givenStates(network, state, B) {
+  const specs = network.nodes.flatMap((node) => node.cells.map((cell) => cell.spec));
+  if (state === null || state === undefined) return specs.map(() => null);
+  if (state.length !== specs.length) throw new Error(`expected ${specs.length} states, got ${state.length}`);
+  return state.map((one, n) => {
+    if (one === null) return null;
+    const sizes = { h: outputSize(specs[n]), ...(specs[n].kind === "lstm" ? { c: specs[n].units } : {}) };
+    const of = ([name, size]) => {
+      const data = one[name] && floats(one[name].data ?? one[name]);
+      if (!data || data.length !== B * size) {
+        throw new Error(`expected ${name} of state ${n} [B=${B}, ${size}], got another`);
+      }
+      return [name, data];
+    };
+    return Object.fromEntries(Object.entries(sizes).map(of));
+  });
+}
+
+function givenPatches(network, given) {
+  const found = new Map(network.nodes.map((node) => [node.name, node.cells.map(() => [])]));
+  for (const patch of [...(network.patches ?? []), ...(given ?? [])]) {
+    const own = found.get(patch.node)?.[patch.cell ?? 0];
+    if (own === undefined) {
+      throw new Error(`patch: expected a cell of the network, got cell ${patch.cell} of ${patch.node}`);
+    }
+    own.push(patch);
+  }
+  return found;
+}
+
+// All nodes run in their order; `keep`: with what the way back needs.
+export function runNodes(network, inputs, options, keep) {
+  const [problem] = unsupported(network);
+  if (problem !== undefined) throw new Error(problem);
+  const flows = inputFlows(network, inputs, options);
+  const B = Object.values(flows)[0].x.shape[0];
+  const states = givenStates(network, options.state, B);
+  const patches = givenPatches(network, options.patches);
+  let place = 0;
+  for (const node of network.nodes) {
+    const taken = node.sources.map((source) => flows[source]);
+    const kind = NODE_KINDS[node.type];
+    checkTaken(node, kind, taken);
+    flows[node.name] = kind.run(node, taken, {
+      states: states.slice(place, place + node.cells.length),
+      patches: patches.get(node.name),
+      dtype: network.dtype,
+      pre: options.pre ?? true,
+      keep,
+    });
+    place += node.cells.length;
+  }
+  return flows;
+}
+
+function checkTaken(node, kind, taken) {
+  const width = node.cells.length ? node.cells[0].spec.input_size : (node.settings.input_size ?? null);
+  const ranks = { recurrent: 3, bidirectional: 3, conv1d: 3, pool1d: 3, pool: 3, masking: 3, repeat: 2, embedding: 2 };
+  const rank = ranks[node.type] ?? null;
+  for (const { x, reset } of taken) {
+    if ((width !== null && lastAxis(x.shape) !== width) || (rank !== null && x.shape.length !== rank)) {
+      const expected = rank === 3 ? ["B", "T"] : rank === 2 ? ["B"] : ["…"];
+      throw new Error(`${node.name}: expected ${shapeText([...expected, width])}, got ${shapeText(x.shape)}`);
+    }
+    if (reset !== null && kind.mixesSteps?.(node.settings)) {
+      throw new Error(`${node.name}: expected no reset, as it takes steps together, of one piece and of the next`);
+    }
+  }
+}
+
+const passesOf = (node, flow) => (node.cells.length ? NODE_KINDS[node.type].passes(flow) : []);
+const statesOf = ({ h, c }, { B, P, H }) => ({
+  h: { data: h, shape: [B, P] },
+  ...(c === null ? {} : { c: { data: c, shape: [B, H] } }),
+});
+
+// Run the network: see the head of this file.
+export function run(network, inputs, options) {
+  return answersOf(network, runNodes(network, inputs, options ?? {}, false));
+}
+
+export function answersOf(network, flows) {
+  const cells = {};
+  const state = [];
+  for (const node of network.nodes) {
+    const passes = passesOf(node, flows[node.name]);
+    if (passes.length) cells[node.name] = passes.map((pass) => pass.fields);
+    state.push(...passes.map((pass) => statesOf(pass.after, pass)));
+  }
+  return { values: Object.fromEntries(Object.entries(flows).map(([name, { x }]) => [name, x])), cells, state };
+}
+
+// Where one number of an array of this shape lies; `of` has its row, step and unit.
+function placeOf(what, shape, { row, step, unit }) {
+  const at = shape.length === 3 ? [row, step, unit] : shape.length === 2 ? [row, unit] : [];
+  if (!at.length || at.some((entry, axis) => !Number.isInteger(entry) || entry < 0 || entry >= shape[axis])) {
+    throw new Error(`gradient: expected row, step and unit within ${what} ${shapeText(shape)}, got ${at.join(", ")}`);
+  }
+  return at.reduce((place, entry, axis) => place * shape[axis] + entry, 0);
+}
+
+// The gradient by what nodes returned, and by fields of cells, that a call of `gradient` asks for.
+export function seedsOf(network, flows, of) {
+  const dvalues = {};
+  const dfields = Object.fromEntries(network.nodes.map((node) => [node.name, node.cells.map(() => null)]));
+  const valueOf = (name) => {
+    if (!Object.hasOwn(flows, name)) throw new Error(`gradient: expected a node or an input, got ${name}`);
+    return flows[name].x;
+  };
+  if (of.seeds) {
+    for (const [name, seed] of Object.entries(of.seeds)) {
+      const [data, size] = [new Float64Array(seed.data ?? seed), valueOf(name).data.length];
+      if (data.length !== size) {
+        throw new Error(`gradient: expected ${size} numbers as the seed of ${name}, got ${data.length}`);
+      }
+      dvalues[name] = data;
+    }
+  } else if (of.value !== undefined) {
+    const { data, shape } = valueOf(of.value);
+    dvalues[of.value] = new Float64Array(data.length);
+    dvalues[of.value][placeOf(of.value, shape, of)] = 1;
+  } else {
+    const node = network.nodes.find((one) => one.name === of.node);
+    const pass = node && passesOf(node, flows[node.name])[of.cell ?? 0];
+    const field = pass?.fields[of.gate];
+    if (!field || of.gate === "pre") {
+      throw new Error(`gradient: expected a gate or state of a cell, got ${of.gate} of ${of.node}`);
+    }
+    const seed = new Float64Array(field.data.length);
+    seed[placeOf(`${of.node}, ${of.gate}`, field.shape, of)] = 1;
+    dfields[of.node][of.cell ?? 0] = { [of.gate]: seed };
+  }
+  return { dvalues, dfields };
+}
+
+// The gradient of one number, or of a loss: see the head of this file.
+export function gradient(network, inputs, options, of) {
+  const flows = runNodes(network, inputs, options ?? {}, true);
+  return backNodes(network, flows, seedsOf(network, flows, of));
+}
+
+function zerosLike(arrays) {
+  return Object.fromEntries(Object.entries(arrays).map(([name, { data }]) => [name, new Float64Array(data.length)]));
+}
+
+export function backNodes(network, flows, { dvalues, dfields }) {
+  const arrays = {};
+  const cells = {};
+  const states = [];
+  const shaped = (found, like) =>
+    Object.fromEntries(Object.entries(found).map(([name, data]) => [name, { data, shape: like[name].shape }]));
+  for (const node of [...network.nodes].reverse()) {
+    const flow = flows[node.name];
+    const dy = dvalues[node.name] ?? null;
+    const passes = passesOf(node, flow);
+    const darrays = zerosLike(node.arrays);
+    arrays[node.name] = Object.keys(darrays).length ? [shaped(darrays, node.arrays)] : [];
+    if (passes.length) {
+      arrays[node.name] = passes.map(({ cell }) => shaped(zerosLike(cell.arrays), cell.arrays));
+      cells[node.name] = null;
+    }
+    let ends = passes.map((pass) => {
+      const { h, c } = pass.after;
+      return statesOf({ h: new Float64Array(h.length), c: c && new Float64Array(c.length) }, pass);
+    });
+    if (dy !== null || dfields[node.name].some((one) => one !== null)) {
+      const taken = node.sources.map((source) => flows[source]);
+      const back = NODE_KINDS[node.type].back(node, taken, flow, dy, darrays, dfields[node.name]);
+      const dxs = passes.length ? back.dxs : back;
+      if (passes.length) {
+        arrays[node.name] = back.cells.map(({ darrays: own, pass }) => shaped(own, pass.cell.arrays));
+        cells[node.name] = back.cells.map(({ by, pass }) => shaped(by, pass.fields));
+        ends = back.cells.map(({ dstate, pass }) => statesOf(dstate, pass));
+      }
+      node.sources.forEach((source, k) => {
+        if (dxs[k] === null) return;
+        if (dvalues[source]) addNumbers(dvalues[source], 0, dxs[k], 0, dxs[k].length);
+        else dvalues[source] = dxs[k];
+      });
+    }
+    states.unshift(ends);
+  }
+  const valueOf = (name) => (dvalues[name] ? { data: dvalues[name], shape: flows[name].x.shape } : null);
+  const inputOf = ({ name }) => {
+    const zeros = { data: new Float64Array(flows[name].x.data.length), shape: flows[name].x.shape };
+    return [name, valueOf(name) ?? (takesIds(network, name) ? null : zeros)];
+  };
+  return {
+    inputs: Object.fromEntries(network.inputs.map(inputOf)),
+    values: Object.fromEntries(network.nodes.map(({ name }) => [name, valueOf(name)])),
+    cells,
+    state: states.flat(),
+    arrays,
+  };
+}

@@ -1,0 +1,70 @@
+// What nodes share: numbers that are moved, flags of steps that go on.
+
+import { numbersIn } from "./shapes.js";
+
+// Which axis of a value that is, counted from 0, the batch; an axis that isn't there is an error.
+export function axisOf(node, shape) {
+  const axis = node.settings.axis > 0 ? node.settings.axis : shape.length + node.settings.axis;
+  if (axis < 1 || axis >= shape.length) {
+    throw new Error(`${node.name}: expected a value with an axis ${node.settings.axis}, got [${shape.join(", ")}]`);
+  }
+  return axis;
+}
+
+// How many entries stand before and after each entry of an axis.
+export const around = (shape, axis) => [numbersIn(shape.slice(0, axis)), numbersIn(shape.slice(axis + 1))];
+
+// A node that moves numbers: what comes out at n is x[map[n]], or `value` where that is -1.
+function moved(x, shape, map, value = 0) {
+  const data = new Float64Array(map.length);
+  for (let n = 0; n < map.length; n += 1) data[n] = map[n] < 0 ? value : x.data[map[n]];
+  return { data, shape };
+}
+
+function movedBack(length, map, dy) {
+  const dx = new Float64Array(length);
+  for (let n = 0; n < map.length; n += 1) if (map[n] >= 0) dx[map[n]] += dy[n];
+  return dx;
+}
+
+// The map of `moved` that takes these entries of an axis, -1 standing for none.
+export function takenMap(shape, axis, entries) {
+  const [outer, inner] = around(shape, axis);
+  const map = new Int32Array(outer * entries.length * inner);
+  let n = 0;
+  for (let o = 0; o < outer; o += 1) {
+    for (const entry of entries) {
+      for (let i = 0; i < inner; i += 1, n += 1) map[n] = entry < 0 ? -1 : (o * shape[axis] + entry) * inner + i;
+    }
+  }
+  return map;
+}
+
+export const withAxis = (shape, axis, length) => shape.map((old, n) => (n === axis ? length : old));
+
+// A node that moves numbers, from `plan(node, shape)`: the shape that comes out, and the map.
+export function movingNode(settings, plan, flags) {
+  return {
+    settings,
+    arrays: [],
+    run(node, [flow]) {
+      const { shape, map, value } = plan(node, flow.x.shape);
+      return { x: moved(flow.x, shape, map, value), ...flags(node, flow, shape), kept: map };
+    },
+    back: (node, [flow], { kept }, dy) => [movedBack(flow.x.data.length, kept, dy)],
+  };
+}
+
+export const noFlags = () => ({ mask: null, reset: null });
+export const inOrder = (length) => Int32Array.from({ length }, (_, n) => n);
+export const flagsOf = ({ mask, reset }) => ({ mask, reset });
+
+// A node that works number by number or row by row: `run(node, x)` and `back(node, x, y, dy, darrays)` on rows.
+export function stepwiseNode(settings, arrays, run, back) {
+  return {
+    settings,
+    arrays,
+    run: (node, [flow]) => ({ x: run(node, flow.x), ...flagsOf(flow) }),
+    back: (node, [flow], { x }, dy, darrays) => [back(node, flow.x, x, dy, darrays)],
+  };
+}

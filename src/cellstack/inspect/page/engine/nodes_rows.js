@@ -1,0 +1,168 @@
+// Nodes that work step by step, and tables of ids.
+
+import { lastAxis } from "./shapes.js";
+import { activateRows, activateRowsBack, betweenOf } from "./activations.js";
+import { addNumbers, addOuter, addProduct, addProductBack, normaliseRow, normaliseRowBack } from "./products.js";
+import { stepwiseNode } from "./nodes_base.js";
+
+// x·kernel + bias of every row, before the activation.
+function denseSums(node, x) {
+  const { kernel, bias } = node.arrays;
+  const [I, O] = kernel.shape;
+  const rows = x.data.length / I;
+  const z = new Float64Array(rows * O);
+  for (let row = 0; row < rows; row += 1) {
+    addProduct(z, row * O, x.data, row * I, I, kernel.data, 0, O, O);
+    if (bias) addNumbers(z, row * O, bias.data, 0, O);
+  }
+  return { z, rows, I, O };
+}
+
+export const denseNode = stepwiseNode(
+  ["input_size", "units", "use_bias", "activation"],
+  ["kernel", "bias"],
+  (node, x) => {
+    const { z, O } = denseSums(node, x);
+    return { data: activateRows(node.settings.activation, z, O), shape: [...x.shape.slice(0, -1), O] };
+  },
+  (node, x, y, dy, darrays) => {
+    const { z, rows, I, O } = denseSums(node, x);
+    const dz = activateRowsBack(node.settings.activation, z, y.data, O, dy);
+    const dx = new Float64Array(rows * I);
+    for (let row = 0; row < rows; row += 1) {
+      addOuter(darrays.kernel, 0, O, x.data, row * I, I, dz, row * O, O);
+      addProductBack(dx, row * I, I, node.arrays.kernel.data, 0, O, O, dz, row * O);
+      if (darrays.bias) addNumbers(darrays.bias, 0, dz, row * O, O);
+    }
+    return dx;
+  },
+);
+
+export const activationNode = stepwiseNode(
+  ["activation"],
+  [],
+  (node, x) => ({ data: activateRows(node.settings.activation, x.data, lastAxis(x.shape)), shape: x.shape }),
+  (node, x, y, dy) => activateRowsBack(node.settings.activation, x.data, y.data, lastAxis(x.shape), dy),
+);
+
+export const clipNode = stepwiseNode(
+  ["low", "high"],
+  [],
+  (node, x) => {
+    const [low, high] = [node.settings.low ?? -Infinity, node.settings.high ?? Infinity];
+    return { data: x.data.map((value) => betweenOf(value, low, high)), shape: x.shape };
+  },
+  (node, x, y, dy) => {
+    const [low, high] = [node.settings.low ?? -Infinity, node.settings.high ?? Infinity];
+    return dy.map((d, n) => (x.data[n] > low && x.data[n] < high ? d : 0));
+  },
+);
+
+export const standardiseNode = stepwiseNode(
+  ["input_size"],
+  ["mean", "scale"],
+  (node, x) => {
+    const { mean, scale } = node.arrays;
+    const W = mean.data.length;
+    return { data: x.data.map((value, n) => (value - mean.data[n % W]) / scale.data[n % W]), shape: x.shape };
+  },
+  (node, x, y, dy, darrays) => {
+    const { scale } = node.arrays;
+    const W = scale.data.length;
+    for (let n = 0; n < dy.length; n += 1) {
+      darrays.mean[n % W] -= dy[n] / scale.data[n % W];
+      darrays.scale[n % W] -= (dy[n] * y.data[n]) / scale.data[n % W];
+    }
+    return dy.map((d, n) => d / scale.data[n % W]);
+  },
+);
+
+export const scaleNode = stepwiseNode(
+  ["input_size"],
+  ["scale", "shift"],
+  (node, x) => {
+    const { scale, shift } = node.arrays;
+    const W = scale.data.length;
+    return { data: x.data.map((value, n) => value * scale.data[n % W] + shift.data[n % W]), shape: x.shape };
+  },
+  (node, x, y, dy, darrays) => {
+    const { scale } = node.arrays;
+    const W = scale.data.length;
+    for (let n = 0; n < dy.length; n += 1) {
+      darrays.scale[n % W] += dy[n] * x.data[n];
+      darrays.shift[n % W] += dy[n];
+    }
+    return dy.map((d, n) => d * scale.data[n % W]);
+  },
+);
+
+// Every row normalised: with LN(x) and the deviations, which the way back needs.
+function layerNormRows(node, x) {
+  const W = lastAxis(x.shape);
+  const [gain, bias] = ["gain", "bias"].map((name) => node.arrays[name]?.data ?? null);
+  const y = x.data.slice();
+  const unit = new Float64Array(y.length);
+  const deviations = new Float64Array(y.length / W || 0);
+  for (let row = 0; row < deviations.length; row += 1) {
+    deviations[row] = normaliseRow(y, row * W, W, gain, 0, bias, node.settings.epsilon, unit, row * W);
+  }
+  return { y, unit, deviations, gain, W };
+}
+
+export const layerNormNode = stepwiseNode(
+  ["input_size", "use_gain", "use_bias", "epsilon"],
+  ["gain", "bias"],
+  (node, x) => ({ data: layerNormRows(node, x).y, shape: x.shape }),
+  (node, x, y, dy, darrays) => {
+    const { unit, deviations, gain, W } = layerNormRows(node, x);
+    const dx = dy.slice();
+    const [dgain, dbias] = [darrays.gain ?? null, darrays.bias ?? null];
+    for (let row = 0; row < deviations.length; row += 1) {
+      normaliseRowBack(dx, row * W, W, gain, 0, dgain, dbias, unit, row * W, deviations[row]);
+    }
+    return dx;
+  },
+);
+
+// A mask that a node makes itself, within the one that what it takes has.
+const withOwnMask = (mask, own) => (mask === null ? own : own.map((kept, at) => kept & mask[at]));
+
+export const embeddingNode = {
+  settings: ["ids", "units", "mask_zero"],
+  arrays: ["table"],
+  run(node, [flow]) {
+    const { data: table, shape: [V, E] } = node.arrays.table;
+    const ids = Float64Array.from(flow.x.data, (id, at) => (flow.mask === null || flow.mask[at] ? id : 0));
+    const bad = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= V);
+    if (bad !== undefined) throw new Error(`${node.name}: expected ids to be integers from 0 to ${V - 1}, got ${bad}`);
+    const data = new Float64Array(ids.length * E);
+    ids.forEach((id, at) => data.set(table.subarray(id * E, (id + 1) * E), at * E));
+    const own = node.settings.mask_zero ? Uint8Array.from(flow.x.data, (id) => (id !== 0 ? 1 : 0)) : null;
+    const mask = own === null ? flow.mask : withOwnMask(flow.mask, own);
+    return { x: { data, shape: [...flow.x.shape, E] }, mask, reset: flow.reset, kept: ids };
+  },
+  back(node, flows, { kept: ids }, dy, darrays) {
+    const E = node.arrays.table.shape[1];
+    ids.forEach((id, at) => addNumbers(darrays.table, id * E, dy, at * E, E));
+    return [null];
+  },
+};
+
+export const maskingNode = {
+  settings: ["value"],
+  arrays: [],
+  run(node, [flow], { dtype }) {
+    const W = lastAxis(flow.x.shape);
+    const value = dtype === "float32" ? Math.fround(node.settings.value) : node.settings.value;
+    const own = new Uint8Array(flow.x.data.length / W || 0);
+    for (let at = 0; at < own.length; at += 1) {
+      for (let u = 0; u < W; u += 1) if (flow.x.data[at * W + u] !== value) own[at] = 1;
+    }
+    const data = flow.x.data.map((number, n) => (own[Math.floor(n / W)] ? number : 0));
+    return { x: { data, shape: flow.x.shape }, mask: withOwnMask(flow.mask, own), reset: flow.reset, kept: own };
+  },
+  back(node, [flow], { kept: own }, dy) {
+    const W = lastAxis(flow.x.shape);
+    return [dy.map((d, n) => (own[Math.floor(n / W)] ? d : 0))];
+  },
+};

@@ -1,0 +1,92 @@
+// Products and layer normalisation of rows, forward and back.
+
+// y[yAt…] += x[xAt…]·w, where w has n rows of `stride` numbers, of which m from wAt on are used. Four rows a turn: y is
+// then read and written a quarter as often.
+export function addProduct(y, yAt, x, xAt, n, w, wAt, stride, m) {
+  let k = 0;
+  for (; k + 4 <= n; k += 4) {
+    const x0 = x[xAt + k];
+    const x1 = x[xAt + k + 1];
+    const x2 = x[xAt + k + 2];
+    const x3 = x[xAt + k + 3];
+    const w0 = wAt + k * stride;
+    const w1 = w0 + stride;
+    const w2 = w1 + stride;
+    const w3 = w2 + stride;
+    for (let j = 0; j < m; j += 1) {
+      y[yAt + j] += x0 * w[w0 + j] + x1 * w[w1 + j] + x2 * w[w2 + j] + x3 * w[w3 + j];
+    }
+  }
+  for (; k < n; k += 1) {
+    const x0 = x[xAt + k];
+    const w0 = wAt + k * stride;
+    for (let j = 0; j < m; j += 1) y[yAt + j] += x0 * w[w0 + j];
+  }
+}
+
+// dx[xAt…] += w·dy[yAt…], the way back of `addProduct` to x.
+export function addProductBack(dx, xAt, n, w, wAt, stride, m, dy, yAt) {
+  for (let k = 0; k < n; k += 1) {
+    const row = wAt + k * stride;
+    let s0 = 0;
+    let s1 = 0;
+    let s2 = 0;
+    let s3 = 0;
+    let j = 0;
+    for (; j + 4 <= m; j += 4) {
+      s0 += w[row + j] * dy[yAt + j];
+      s1 += w[row + j + 1] * dy[yAt + j + 1];
+      s2 += w[row + j + 2] * dy[yAt + j + 2];
+      s3 += w[row + j + 3] * dy[yAt + j + 3];
+    }
+    for (; j < m; j += 1) s0 += w[row + j] * dy[yAt + j];
+    dx[xAt + k] += s0 + s1 + (s2 + s3);
+  }
+}
+
+// dw += x·dy, the way back of `addProduct` to w.
+export function addOuter(dw, wAt, stride, x, xAt, n, dy, yAt, m) {
+  for (let k = 0; k < n; k += 1) {
+    const xk = x[xAt + k];
+    const row = wAt + k * stride;
+    for (let j = 0; j < m; j += 1) dw[row + j] += xk * dy[yAt + j];
+  }
+}
+
+export function addNumbers(y, yAt, x, xAt, n) {
+  for (let j = 0; j < n; j += 1) y[yAt + j] += x[xAt + j];
+}
+
+// v[at…] becomes LN(v)⊙gain + bias; LN(v) goes to `unit` at the same place where there is one. Returns the deviation.
+export function normaliseRow(v, at, n, gain, gainAt, bias, epsilon, unit, unitAt) {
+  let mean = 0;
+  for (let j = 0; j < n; j += 1) mean += v[at + j];
+  mean /= n;
+  let variance = 0;
+  for (let j = 0; j < n; j += 1) variance += (v[at + j] - mean) ** 2;
+  const deviation = Math.sqrt(variance / n + epsilon);
+  for (let j = 0; j < n; j += 1) {
+    const u = (v[at + j] - mean) / deviation;
+    if (unit !== null) unit[unitAt + j] = u;
+    v[at + j] = (gain === null ? u : u * gain[gainAt + j]) + (bias === null ? 0 : bias[gainAt + j]);
+  }
+  return deviation;
+}
+
+// dv[at…], the gradient by what `normaliseRow` returned, becomes that by what it took; dgain and dbias are added to.
+export function normaliseRowBack(dv, at, n, gain, gainAt, dgain, dbias, unit, unitAt, deviation) {
+  let mean = 0;
+  let along = 0;
+  for (let j = 0; j < n; j += 1) {
+    const d = dv[at + j];
+    const u = unit[unitAt + j];
+    if (dgain !== null) dgain[gainAt + j] += d * u;
+    if (dbias !== null) dbias[gainAt + j] += d;
+    dv[at + j] = gain === null ? d : d * gain[gainAt + j];
+    mean += dv[at + j];
+    along += dv[at + j] * u;
+  }
+  mean /= n;
+  along /= n;
+  for (let j = 0; j < n; j += 1) dv[at + j] = (dv[at + j] - mean - unit[unitAt + j] * along) / deviation;
+}

@@ -1,0 +1,113 @@
+// Stacks of cells, with masks, resets, residual sums and directions.
+
+import { addNumbers } from "./products.js";
+import { CellPass } from "./cells.js";
+import { CellBack } from "./cells_back.js";
+
+// The last step of each piece but the last one: what a pass from the end comes to first in it.
+export function fromTheEnd(reset, B, T) {
+  if (reset === null) return null;
+  const back = new Uint8Array(B * T);
+  for (let row = 0; row < B; row += 1) for (let t = 0; t + 1 < T; t += 1) back[row * T + t] = reset[row * T + t + 1];
+  return back;
+}
+
+// For each step, the last one used up to it since the row or its piece began; -1 where there is none.
+function lastUsed(mask, reset, B, T, reverse) {
+  const found = new Int32Array(B * T);
+  for (let row = 0; row < B; row += 1) {
+    let last = -1;
+    for (let n = 0; n < T; n += 1) {
+      const at = row * T + (reverse ? T - 1 - n : n);
+      if (reset !== null && reset[at]) last = -1;
+      if (mask === null || mask[at]) last = at;
+      found[at] = last;
+    }
+  }
+  return found;
+}
+
+// A stack over a flow: its layers, and y [B, T, W] in the order of time, or [B, W] of its last step.
+export function runStack(cells, settings, flow, states, patches, { pre, keep }) {
+  const [B, T] = flow.x.shape;
+  const { mask } = flow;
+  const reverse = settings.go_backwards;
+  const reset = reverse ? fromTheEnd(flow.reset, B, T) : flow.reset;
+  let x = flow.x.data;
+  const layers = cells.map((cell, n) => {
+    const options = { state: states[n], mask, reset, reverse, patches: patches[n], pre, keep };
+    const pass = new CellPass(cell, x, B, T, options);
+    const added = settings.residual && n > 0 && cell.spec.input_size === pass.P;
+    const from = added ? lastUsed(mask, reset, B, T, reverse) : null;
+    if (added) {
+      const y = new Float64Array(B * T * pass.P);
+      for (let at = 0; at < B * T; at += 1) {
+        for (let u = 0; u < pass.P; u += 1) {
+          const source = from[at] * pass.P + u;
+          y[at * pass.P + u] = from[at] < 0 ? pass.h[at * pass.P + u] : pass.h[source] + x[source];
+        }
+      }
+      x = y;
+    } else {
+      x = pass.h;
+    }
+    return { pass, from };
+  });
+  const W = layers.at(-1).pass.P;
+  const zeroed = settings.zero_output_for_mask && mask !== null;
+  if (settings.return_sequences) {
+    const y = x.slice();
+    for (let at = 0; zeroed && at < B * T; at += 1) if (!mask[at]) y.fill(0, at * W, (at + 1) * W);
+    return { layers, y: { data: y, shape: [B, T, W] } };
+  }
+  if (T === 0) return { layers, y: { data: layers.at(-1).pass.after.h.slice(), shape: [B, W] } };
+  const y = new Float64Array(B * W);
+  for (let row = 0; row < B; row += 1) {
+    const at = row * T + (reverse ? 0 : T - 1);
+    if (!zeroed || mask[at]) y.set(x.subarray(at * W, (at + 1) * W), row * W);
+  }
+  return { layers, y: { data: y, shape: [B, W] } };
+}
+
+// The way back through `runStack`: dy by its y, or null; dfields: for each cell what is asked for by its own fields.
+export function backStack(layers, settings, flow, dy, dfields) {
+  const [B, T] = flow.x.shape;
+  const { mask } = flow;
+  const W = layers.at(-1).pass.P;
+  const zeroed = settings.zero_output_for_mask && mask !== null;
+  let above = dy === null ? null : new Float64Array(B * T * W);
+  let after = null;
+  if (dy !== null && settings.return_sequences) {
+    above.set(dy);
+    for (let at = 0; zeroed && at < B * T; at += 1) if (!mask[at]) above.fill(0, at * W, (at + 1) * W);
+  } else if (dy !== null && T === 0) {
+    after = dy;
+  } else if (dy !== null) {
+    for (let row = 0; row < B; row += 1) {
+      const at = row * T + (settings.go_backwards ? 0 : T - 1);
+      if (!zeroed || mask[at]) above.set(dy.subarray(row * W, (row + 1) * W), at * W);
+    }
+  }
+  const found = [];
+  for (let n = layers.length - 1; n >= 0; n -= 1) {
+    const { pass, from } = layers[n];
+    let dh = above;
+    let dx = null;
+    if (from !== null && above !== null) {
+      dh = new Float64Array(B * T * pass.P);
+      dx = new Float64Array(B * T * pass.P);
+      for (let at = 0; at < B * T; at += 1) {
+        for (let u = 0; u < pass.P; u += 1) {
+          const source = (from[at] < 0 ? at : from[at]) * pass.P + u;
+          dh[source] += above[at * pass.P + u];
+          if (from[at] >= 0) dx[source] += above[at * pass.P + u];
+        }
+      }
+    }
+    const back = new CellBack(pass, dh, n === layers.length - 1 ? after : null, dfields[n]);
+    if (dx !== null) addNumbers(back.dx, 0, dx, 0, dx.length);
+    found[n] = back;
+    above = back.dx;
+  }
+  return found;
+}
