@@ -350,3 +350,24 @@ def test_calls_of_other_shapes_and_masks_stand_beside_each_other():
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
     assert np.array_equal(first[0][:2], first[1])
     assert np.array_equal(first[0][:, :4], first[2])
+
+
+def test_measures_that_patches_make_void_are_refused(tmp_path):
+    x = rng_of(3).normal(size=(2, 30, 2)).astype("float32")
+    net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))])
+    held = net.edit(Patch("layer_0", "f", [1], value=1.0)).trace(x)
+    cell = held["layer_0"].cells[0]
+    np.testing.assert_allclose(cell.contributions(-1).sum(axis=1), cell.c[:, -1], rtol=1e-4, atol=1e-5)  # f is no state
+    with pytest.raises(ValueError, match="without patches"):
+        cell.lyapunov_exponent()
+    assert "Lyapunov" in str(net.trace(x).report())
+    assert "Lyapunov" not in str(held.report())
+    t = net.edit(Patch("layer_0", "c", [1], value=1.0)).trace(x)
+    t.save(tmp_path / "t.safetensors")
+    for one in (t, cs.inspect.load(tmp_path / "t.safetensors")):
+        with pytest.raises(ValueError, match="c as it came about, got one that is changed by Patch"):
+            one["layer_0"].cells[0].contributions(-1)
+    peeps = Network([Recurrent((make_cell(rng_of(2), 2, 3, peepholes=True),))])
+    with pytest.raises(ValueError, match="pre-activations"):
+        peeps.edit(Patch("layer_0", "c", [1], value=1.0)).trace(x, pre=True)["layer_0"]
+    assert set(peeps.trace(x)["layer_0"].pre) == set("ifgo")

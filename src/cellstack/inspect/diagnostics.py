@@ -87,8 +87,8 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
         For a cell that runs backwards, entry 1 + s is step T - 1 - s.
 
     Raises:
-        ValueError: a SimpleRNN or a clipped cell, whose state isn't a sum of what was written; a trace of some steps
-            or units.
+        ValueError: a SimpleRNN, or a clipped or patched state, which isn't a sum of what was written; a trace of some
+            steps or units.
         IndexError: a step that isn't there.
     """
     kept, written = _kept(cell.cell, cell)
@@ -96,6 +96,10 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
     spec = cell.cell.spec
     if spec.cell_clip is not None:
         raise ValueError(f"contributions: expected a cell without cell_clip, got {spec.cell_clip}: c is no sum then")
+    state = "h" if spec.kind == "gru" else "c"
+    for patch in record.patches.patches if record.patches else ():
+        if patch.gate == state:
+            raise ValueError(f"contributions: expected {state} as it came about, got one that is changed by {patch}")
     batch, steps, units = kept.shape
     if not -steps <= step < steps:
         raise IndexError(f"contributions: expected a step from 0 to {steps - 1}, got {step}")
@@ -145,12 +149,14 @@ def lyapunov_exponent(cell: CellTrace, steps: int = LONGEST) -> float:
         steps: how many, at most, from the first on.
 
     Raises:
-        ValueError: a trace of some steps or units; no step.
+        ValueError: a trace of some steps or units; no step; a cell with patches.
 
     Ref: Benettin et al. 1980, "Lyapunov Characteristic Exponents for smooth dynamical systems", Meccanica 15; of gated
     cells: Can, Krishnamurthy and Schwab 2020, "Gating creates slow modes and controls phase-space complexity".
     """
     record, spec = _whole(cell), cell.cell.spec
+    if record.patches is not None:
+        raise ValueError("lyapunov_exponent: expected a cell without patches, got one with: differences end at them")
     x = (record.x[:, ::-1] if record.reverse else record.x)[:, :steps].astype(np.float64)
     batch, count = x.shape[:2]
     if not batch or not count:
@@ -277,8 +283,9 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
             text = f"keeping more than half over the whole run of {steps} steps"
             found.append((5, f"{units(keeping)} {text}: reset the state where a new sequence begins"))
     figures["spectral radius of the recurrent weights"] = spectral_radii(cell.cell)
-    exponent = lyapunov_exponent(cell)
-    figures["largest Lyapunov exponent, nats a step"] = exponent
+    exponent = math.nan if _whole(cell).patches else lyapunov_exponent(cell)
+    if exponent == exponent:
+        figures["largest Lyapunov exponent, nats a step"] = exponent
     if exponent > 0.0:
         grow = f"small differences in the state grow by {math.expm1(exponent):.1%} a step, so that outputs far ahead"
         found.append((2, f"{grow} can't be trusted. Regularise the recurrent weights"))

@@ -26,6 +26,7 @@ from cellstack.spec import GATES, STATES, TRACES, FormatError
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
+    from cellstack.nodes.patches import CellPatches
     from cellstack.nodes.recurrent import Cell
 
 KEY, VERSION = "cellstack_trace", 1
@@ -161,7 +162,14 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
             for place, source in enumerate(network.wires[number])
         )
         cells = tuple(
-            _cell(cell, f"{where}/cells/{place}", batch, said["cells"][f"{where}/cells/{place}"], tensors)
+            _cell(
+                cell,
+                network.patches_of(name)[place] if network.patches else None,
+                f"{where}/cells/{place}",
+                batch,
+                said["cells"][f"{where}/cells/{place}"],
+                tensors,
+            )
             for place, cell in enumerate(network.nodes[number].cells)
         )
         y = _value(network, name, f"{where}/y", batch, tensors)
@@ -186,7 +194,9 @@ def _state(cell: Cell, where: str, batch: int, dtype: np.dtype[Any], tensors: _T
     return tensors.fields(where, STATES[cell.spec.kind], shapes, dtype)
 
 
-def _cell(cell: Cell, where: str, batch: int, said: dict[str, Any], tensors: _Tensors) -> CellTrace:
+def _cell(
+    cell: Cell, patches: CellPatches | None, where: str, batch: int, said: dict[str, Any], tensors: _Tensors
+) -> CellTrace:
     spec, dtype = cell.spec, cell.dtype
     units = tensors.take(f"{where}/units", [None], "i")
     if units.size and (units.min() < 0 or units.max() >= spec.units):
@@ -210,5 +220,5 @@ def _cell(cell: Cell, where: str, batch: int, said: dict[str, Any], tensors: _Te
                 f"{tensors.path}: {where}: expected the run of all units, with its direction, found others"
             )
         gates = np.stack([getattr(fields, gate) for gate in GATES[spec.kind]], axis=2)
-        record = Record(gates, getattr(fields, "c", None), fields.h, x, before, mask, reset, run["reverse"])
+        record = Record(gates, getattr(fields, "c", None), fields.h, x, before, mask, reset, run["reverse"], patches)
     return CellTrace(cell, fields, units, mask, sums, record)

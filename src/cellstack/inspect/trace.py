@@ -99,7 +99,7 @@ class CellTrace(Mapping[str, Array]):
         has none. A trace of some steps or units has them where they were asked for, `trace(…, pre=True)`.
 
         Raises:
-            ValueError: they weren't kept.
+            ValueError: they weren't kept; a cell with peepholes and patches, whose c before zoneout isn't known.
         """
         if self._sums is None:
             if self.record is None:
@@ -575,6 +575,8 @@ def _turned(record: Record) -> Record:
 
 def _pre_activations(cell: Cell, record: Record) -> dict[str, Array]:
     spec, (batch, steps, width) = cell.spec, record.x.shape
+    if record.patches is not None and spec.peepholes:
+        raise ValueError("expected a cell without peepholes, or without patches, to work out its pre-activations")
     order = slice(None, None, -1) if record.reverse else slice(None)
     states = [record.h, *([] if record.c is None else [record.c])]
     before = []

@@ -221,6 +221,8 @@ class Record(NamedTuple):
     """`[B, T]`: before which steps, in the order in which they were run, the state became the initial one; or None."""
     reverse: bool
     """Whether it ran from the last step to the first."""
+    patches: CellPatches | None = None
+    """What was changed in it as it ran."""
 
 
 class Recording(list[Record | None]):
@@ -410,7 +412,8 @@ class Recurrent(Node):
             if "gates" in kept:
                 assert below is not None, "what goes into a cell that is kept is kept"
                 own = kept["gates"], kept.get("cells"), kept["y"]
-                made.append(Record(*own, below, before, mask, reset, self.go_backwards))
+                changes = patches[number] if patches else None
+                made.append(Record(*own, below, before, mask, reset, self.go_backwards, changes))
             else:
                 made.append(None)
             if wanted and number == len(cells) - 1 and "y" not in kept:
