@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -369,10 +370,8 @@ class Network:
             ShapeError, TypeError, ValueError: see `run`; a node that isn't there.
             IndexError: a unit or a step that isn't there.
         """
-        from cellstack.inspect.trace import trace  # a trace is built on the network, not under it
-
         run = {"mask": mask, "lengths": lengths, "reset": reset, "threads": threads}
-        return trace(self, x, state, run, nodes, units, steps, pre, in_memory)
+        return _trace()(self, x, state, run, nodes, units, steps, pre, in_memory)
 
     def edit(self, patches: Patch | Iterable[Patch]) -> Network:
         """Return the network with patches, after those that it has: gates and states that are changed as it runs.
@@ -537,6 +536,14 @@ class Network:
         shapes = [self.graph.shown(name) for name in names]
         named = len(names) > 1
         return ", ".join(f"{name} {shape}" if named else shape for name, shape in zip(names, shapes, strict=True))
+
+
+@cache
+def _trace() -> Callable[..., NetworkTrace]:
+    """Return what traces: built on the network, not under it, and looked up once, as that is dearer than a step."""
+    from cellstack.inspect.trace import trace
+
+    return trace
 
 
 def _patched(

@@ -252,13 +252,14 @@ class Recording(list[Record | None]):
             number: how many cells after the last one recorded.
             spec, batch, steps, dtype: of the cell and of the call.
         """
-        place = len(self) + number
-        kept = ("gates", "cells", "y") if self._keeps(place) else ("y",) if self._keeps(place + 1) else ()
-        shapes = native.results(spec, batch, steps) if kept else {}
+        place, cells = len(self) + number, self._cells
+        kept = ("gates", "cells", "y")
+        if cells is not None and place not in cells:
+            if place + 1 not in cells:
+                return {}
+            kept = ("y",)
+        shapes = native.results(spec, batch, steps)
         return {name: self._empty(shapes[name], dtype) for name in kept if name in shapes}
-
-    def _keeps(self, place: int) -> bool:
-        return self._cells is None or place in self._cells
 
 
 @dataclass(frozen=True, eq=False)
