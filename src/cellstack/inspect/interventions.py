@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -359,13 +360,25 @@ class _Batch:
             own = [make(range(place * self.rows, (place + 1) * self.rows)) for place, make in enumerate(some)]
             x = {name: np.concatenate([array] * len(some)) for name, array in self.x.items()}
             flags: dict[str, Any] = {name: np.concatenate([flag] * len(some)) for name, flag in self.flags.items()}
-            edited = self.network.edit([patch for block in own for patch in block])
+            edited = self._repeated(len(some)).edit([patch for block in own for patch in block])
             y = edited.run(x, **flags, threads=self.threads)[0]
             for place, block in enumerate(own):
                 rows = slice(place * self.rows, (place + 1) * self.rows)
                 answer = tuple(array[rows] for array in y) if isinstance(y, tuple) else y[rows]
                 found.append(_number(self.owner, metric(answer)) if block else np.nan)
         return found
+
+    def _repeated(self, blocks: int) -> Network:
+        """Return the network with the patches that it has for the rows of every block."""
+        own = self.network.patches
+        if all(patch.rows is None and (patch.value is None or patch.value.ndim < 3) for patch in own):
+            return self.network
+        found = []
+        for patch in own:
+            rows = slice(None) if patch.rows is None else patch.rows
+            chosen = np.arange(self.rows)[rows] if isinstance(rows, slice) else np.array(rows)
+            found += [replace(patch, rows=chosen + place * self.rows) for place in range(blocks)]
+        return self.network.unedited.edit(found)
 
 
 def _cells(
