@@ -252,6 +252,9 @@ def test_what_is_refused():
         ("no value to freeze", ValueError, ("layer_0", "f", None, None, None, 1.0, "freeze")),
         ("value as a number", ShapeError, ("layer_0", "f")),
         ("number or numbers", TypeError, ("layer_0", "f", None, None, None, "one")),
+        ("number or numbers", TypeError, ("layer_0", "f", None, None, None, "1.0")),
+        ("number or numbers", TypeError, ("layer_0", "f", None, None, None, [[1.0, 2.0], [3.0]])),
+        ("number or numbers", TypeError, ("layer_0", "f", None, None, None, np.ma.masked_array([1.0], [True]))),
         ("counted from the first", ValueError, ("layer_0", "f", [-1], None, None, 1.0)),
         ("each once", ValueError, ("layer_0", "f", [1, 1], None, None, 1.0)),
         ("integer from 0", ValueError, ("layer_0", "f", None, None, slice(-3, None), 1.0)),
@@ -273,6 +276,8 @@ def test_what_is_refused():
     ):
         with pytest.raises(error, match=match):
             net.edit([patch])
+    with pytest.raises(TypeError, match="a Patch or some, got NoneType"):
+        net.edit(None)
     x = np.ones((2, 4, 2))
     for match, patch in (
         ("steps from 0 to 3", Patch("layer_0", "f", steps=slice(4, 9), value=1.0, cell=0)),
@@ -350,3 +355,10 @@ def test_calls_of_other_shapes_and_masks_stand_beside_each_other():
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
     assert np.array_equal(first[0][:2], first[1])
     assert np.array_equal(first[0][:, :4], first[2])
+
+
+def test_numbers_of_numpy_in_slices_are_stored(tmp_path):
+    net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))])
+    steps = slice(np.int64(1), np.int32(3), np.uint8(1))
+    net.edit(Patch("layer_0", "f", steps=steps, value=1.0)).save(tmp_path / "net.safetensors")
+    assert cs.load(tmp_path / "net.safetensors").patches[0].steps == slice(1, 3, 1)
