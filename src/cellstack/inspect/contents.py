@@ -128,7 +128,7 @@ def payload(
     def sequence(array: Array) -> dict[str, int]:
         return arrays.put(_some(array, taken), sequence=True)
 
-    numbers, aligned, nodes, _ = t._parts
+    numbers, aligned, nodes = t.steps, t._parts.aligned, t._parts.nodes
     network = t.network
     flows = _flows(t)
     inputs = [

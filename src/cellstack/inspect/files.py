@@ -26,6 +26,7 @@ from cellstack.spec import GATES, STATES, TRACES, FormatError
 if TYPE_CHECKING:
     from cellstack.network import Network
     from cellstack.nodes.base import Array
+    from cellstack.nodes.patches import CellPatches
     from cellstack.nodes.recurrent import Cell
 
 KEY, VERSION = "cellstack_trace", 1
@@ -34,7 +35,7 @@ KEY, VERSION = "cellstack_trace", 1
 def save(t: NetworkTrace, path: str | PathLike[str]) -> None:
     """Write a trace: see `NetworkTrace.save`."""
     target, _ = check_replaceable(path)
-    steps, aligned, nodes, masks = t._parts
+    steps, aligned, nodes, masks, whole = t._parts
     tensors: dict[str, Array] = {"steps": steps} | {f"masks/{name}": mask for name, mask in masks.items()}
     for number, array in enumerate(t.y if isinstance(t.y, tuple) else (t.y,)):
         tensors[f"y/{number}"] = array
@@ -65,7 +66,7 @@ def save(t: NetworkTrace, path: str | PathLike[str]) -> None:
                     "reverse": record.reverse,
                 }
             cells[where] = said
-    said = {"nodes": list(nodes), "aligned": sorted(aligned), "cells": cells, "masks": list(masks)}
+    said = {"nodes": list(nodes), "aligned": sorted(aligned), "cells": cells, "masks": list(masks), "whole": whole}
     text = json.dumps({"version": VERSION, **said})
     with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as folder:
         own = os.path.join(folder, "network.safetensors")
@@ -160,15 +161,23 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
             _value(network, source, f"{where}/x/{place}", batch, tensors)
             for place, source in enumerate(network.wires[number])
         )
-        cells = tuple(
-            _cell(cell, f"{where}/cells/{place}", batch, said["cells"][f"{where}/cells/{place}"], tensors)
-            for place, cell in enumerate(network.nodes[number].cells)
+        cells, patches = network.nodes[number].cells, network.patches_of(name)
+        seen = tuple(
+            _cell(
+                cell,
+                patches[place] if patches else None,
+                f"{where}/cells/{place}",
+                batch,
+                said["cells"][f"{where}/cells/{place}"],
+                tensors,
+            )
+            for place, cell in enumerate(cells)
         )
         y = _value(network, name, f"{where}/y", batch, tensors)
-        nodes[name] = NodeTrace(network.nodes[number], xs[0] if len(xs) == 1 else xs, y, cells)
+        nodes[name] = NodeTrace(network.nodes[number], xs[0] if len(xs) == 1 else xs, y, seen)
     aligned = frozenset(str(name) for name in said["aligned"])
     masks = {str(name): tensors.take(f"masks/{name}", [batch, None], "b") for name in said["masks"]}
-    parts = Parts(tensors.take("steps", [None], "i"), aligned, nodes, masks)
+    parts = Parts(tensors.take("steps", [None], "i"), aligned, nodes, masks, said["whole"] is True)
     return NetworkTrace(network, ys[0] if len(ys) == 1 else ys, state, parts)
 
 
@@ -186,7 +195,9 @@ def _state(cell: Cell, where: str, batch: int, dtype: np.dtype[Any], tensors: _T
     return tensors.fields(where, STATES[cell.spec.kind], shapes, dtype)
 
 
-def _cell(cell: Cell, where: str, batch: int, said: dict[str, Any], tensors: _Tensors) -> CellTrace:
+def _cell(
+    cell: Cell, patches: CellPatches | None, where: str, batch: int, said: dict[str, Any], tensors: _Tensors
+) -> CellTrace:
     spec, dtype = cell.spec, cell.dtype
     units = tensors.take(f"{where}/units", [None], "i")
     if units.size and (units.min() < 0 or units.max() >= spec.units):
@@ -210,5 +221,6 @@ def _cell(cell: Cell, where: str, batch: int, said: dict[str, Any], tensors: _Te
                 f"{tensors.path}: {where}: expected the run of all units, with its direction, found others"
             )
         gates = np.stack([getattr(fields, gate) for gate in GATES[spec.kind]], axis=2)
-        record = Record(gates, getattr(fields, "c", None), fields.h, x, before, mask, reset, run["reverse"])
+        c, reverse = getattr(fields, "c", None), run["reverse"]
+        record = Record(gates, c, fields.h, x, before, mask, reset, reverse, patches)
     return CellTrace(cell, fields, units, mask, sums, record)
