@@ -167,6 +167,10 @@ class Patch:
         return cls(said["node"], said["gate"], **indexes, value=value, how=said["how"], cell=said.get("cell"))
 
 
+class RunError(ShapeError, IndexError):
+    """A run without the rows or the steps that a patch names."""
+
+
 class CellPatches:
     """The patches of one cell, in the order in which they act, as the kernel takes them.
 
@@ -220,7 +224,7 @@ class CellPatches:
         for patch in self.patches:
             chosen = _chosen(getattr(patch, name), count)
             if not chosen.size or chosen.max() >= count:
-                raise IndexError(f"Patch: expected {name} from 0 to {count - 1}, as there are, got {patch}")
+                raise RunError(f"Patch: expected {name} from 0 to {count - 1}, as there are, got {patch}")
             along = 1 if patch.value is None or name == "steps" else _whole(patch.value).shape[0]
             if along not in (1, len(chosen)):
                 raise ShapeError(f"Patch: expected a value of 1 or {len(chosen)} along {name}, got {patch}")
