@@ -96,7 +96,7 @@ def save_html(
     made = contents.payload(t, labels, audio, title, rows)
     head = HEAD.format(policy=html.escape(POLICY), title=html.escape(made.description["title"]))
     with replacing(path) as file:
-        file.write(head.encode())
+        file.write(head.encode("utf-8", "replace"))  # the name of a file may hold what is no character
         file.write(contents.text_of(made.description).encode())
         file.write(b"</script>\n")
         for number, data in enumerate(made.arrays):

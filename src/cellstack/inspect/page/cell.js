@@ -259,6 +259,10 @@ export class CellView {
     }
     const held = view.shows === "trace" ? [] : (view.result?.patches ?? []).filter((patch) => patchesNumber(patch, place, name, number, view));
     const lines = held.map((patch) => make("div", { class: "held" }, `A patch holds it: ${patch.how}${patch.value === null ? "" : ` ${shown(patch.value, 5)}`}. It is ${shown(kept, 5)} after that.`));
+    const at = view.description.steps[view.stepAt(place)];
+    const all = (index, value) => index === null || index.includes(value);
+    const own = cell.patches.filter((patch) => patch.gate === name && all(patch.units, number) && all(patch.rows, view.row) && all(patch.steps, at));
+    lines.push(...own.map((patch) => make("div", { class: "held" }, `A patch of the network changes it: ${patch.how}. It is ${shown(kept, 5)} after all patches.`)));
     if (found.step === null) return [title, ...lines, make("div", {}, `${shown(kept, 6)}. ${found.why}`)];
     const { lines: made } = found.step.explain(name, unit);
     return [title, ...lines, ...made.flatMap((line) => (line.terms ? this.sum(line) : [make("div", { class: line.result ? "result" : "" }, line.text)]))];
