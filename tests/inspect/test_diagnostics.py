@@ -245,3 +245,13 @@ def test_what_a_patch_writes_to_is_no_sum_and_has_no_exponent(kind):
     report = held.report()
     assert "largest Lyapunov exponent, nats a step" not in report.figures["layer_0"]
     assert any("patched" in sentence for sentence in report.findings)
+
+
+def test_numbers_that_are_none_have_no_half_life():
+    rng = rng_of(5)
+    x = rng.normal(size=(1, 6, 3))
+    x[0, 2] = np.nan
+    seen = traced(make_cell(rng, 3, 4, "float64"), x)
+    assert np.isnan(seen.half_lives()).all()
+    with pytest.raises(ValueError, match="steps to be an integer from 1"):
+        seen.lyapunov_exponent(-5)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cellstack import reference
+from cellstack.nodes.base import check_integer
 
 if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace
@@ -70,7 +71,7 @@ def half_lives(cell: CellTrace) -> Array:
         return np.full(len(cell.units), np.nan)
     with np.errstate(divide="ignore"):
         rate = -np.log(kept[used].astype(np.float64)).mean(axis=0)
-        return np.where(rate > 0.0, math.log(2.0) / rate, np.inf)
+        return np.where(rate == 0.0, np.inf, math.log(2.0) / rate)
 
 
 def contributions(cell: CellTrace, step: int = -1) -> Array:
@@ -155,6 +156,7 @@ def lyapunov_exponent(cell: CellTrace, steps: int = LONGEST) -> float:
     record, spec = _whole(cell), cell.cell.spec
     if record.patches is not None:
         raise ValueError("lyapunov_exponent: expected a cell without patches, got one with")
+    steps = check_integer("lyapunov_exponent", "steps", steps)
     x = (record.x[:, ::-1] if record.reverse else record.x)[:, :steps].astype(np.float64)
     batch, count = x.shape[:2]
     if not batch or not count:

@@ -123,6 +123,8 @@ def load(path: str | PathLike[str]) -> NetworkTrace:
         OSError: it can't be read.
     """
     path = os.fsdecode(fspath(path))
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: expected a file, found a folder")
     try:
         with safe_open(path, framework="numpy") as file:
             said = json.loads((file.metadata() or {}).get(KEY, "null"))

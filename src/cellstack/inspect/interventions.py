@@ -227,6 +227,8 @@ class ActivationPatching:
         axes = ", ".join(f"{len(self.labels[axis])} {axis}s" for axis in self.over)
         metric = f"the metric is {self.clean:.6g} clean, {self.corrupted:.6g} corrupted"
         lines = [f"Activation patching over {axes}; {metric}"]
+        if self.clean == self.corrupted:
+            lines.append("  the same: there is nothing to recover, and no place has a share")
         ranked = self.ranked
         for place, share in ranked[:SHOWN]:
             named = zip(self.over, place, strict=True)
@@ -336,7 +338,7 @@ class _Batch:
         self.x = network.as_inputs(owner, x)
         flags = {"mask": mask, "lengths": lengths}
         self.flags: dict[str, Any] = {name: np.asarray(flag) for name, flag in flags.items() if flag is not None}
-        self.rows = len(next(iter(self.x.values())))
+        self.rows = min(len(array) if array.ndim else 0 for array in self.x.values())
         self.steps = max((array.shape[1] for array in self.x.values() if array.ndim > 1), default=1)
         if not self.rows or not self.steps:
             raise ShapeError(f"{owner}: expected at least a row and a step, got {self.rows} and {self.steps}")
@@ -393,7 +395,8 @@ def _cells(
             raise ValueError(f"{owner}: expected nodes with cells, {', '.join(own)}, got {name!r:.80}")
     found = [(name, number) for name in names for number in range(len(every[name].cells))]
     if not found:
-        raise ValueError(f"{owner}: expected a network with cells, got one without")
+        what = "nodes with cells, got none" if own else "a network with cells, got one without"
+        raise ValueError(f"{owner}: expected {what}")
     for gate in gates:
         for name, number in found:
             fields = TRACES[every[name].cells[number].spec.kind]._fields
@@ -437,7 +440,12 @@ class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
     def __init__(self, one: NetworkTrace, other: NetworkTrace) -> None:
         self._one, self._other = one, other
         self._found: dict[str, tuple[dict[str, Array], ...]] = {}
+        if not np.array_equal(one.steps, other.steps):
+            raise ShapeError(f"diff: expected traces of the same steps, got {one.steps!r:.80} and {other.steps!r:.80}")
         for name, node in one.items():
+            kinds = [[cell.fields._fields for cell in seen.cells] for seen in (node, other[name])]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"diff: expected traces of one network, got other cells in {name}")
             cells = []
             for own, its in zip(node.cells, other[name].cells, strict=True):
                 if own.fields.h.shape != its.fields.h.shape or not np.array_equal(own.units, its.units):

@@ -329,6 +329,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         Raises:
             KeyError: a node that the other doesn't have.
             ShapeError: other rows, steps or units.
+            ValueError: other cells.
         """
         from cellstack.inspect.interventions import TraceDifference
 
@@ -354,7 +355,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 
         Raises:
             ImportError: matplotlib isn't installed.
-            ValueError: no cell that has such a field.
+            ValueError: no cell that has such a field; no step, or no unit.
             IndexError: a row that isn't there.
         """
         from cellstack.inspect.plot import plot
@@ -400,6 +401,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         Raises:
             ValueError: more numbers than a page can hold; labels or a wave that don't fit.
             IndexError: a row that isn't there.
+            TypeError: a title that isn't a text.
             OSError: the file can't be written.
         """
         from cellstack.inspect.html import save_html  # a page is made of a trace, not a trace of it
