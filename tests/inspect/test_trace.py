@@ -389,6 +389,22 @@ def test_tensors_of_other_shapes_and_dtypes_are_refused(tmp_path):
     assert inspect.load(path)["layer_0"].f.shape == (2, 10, 8)
 
 
+def test_a_trace_whose_parts_do_not_fit_each_other_is_refused(tmp_path):
+    path = tmp_path / "trace"
+    stack().trace(x_of(), mask=np.arange(10) < np.array([[10], [6]])).save(path)
+    with safe_open(path, framework="numpy") as file:
+        said, arrays = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())}
+    for name, match in (("steps", "expected 4 steps"), ("masks/x", "expected 10 steps"), ("y/0", "expected 10 steps")):
+        cut = arrays[name][:4] if name == "steps" else np.ascontiguousarray(arrays[name][:, :4])
+        save_file(arrays | {name: cut}, path, said)
+        with pytest.raises(FormatError, match=match):
+            inspect.load(path)
+    told = json.loads(said["cellstack_trace"])
+    save_file(arrays, path, {"cellstack_trace": json.dumps(told | {"nodes": ["nowhere"]})})
+    with pytest.raises(FormatError, match="one of 'nowhere'"):
+        inspect.load(path)
+
+
 def test_what_a_trace_cannot_be_read_from(tmp_path):
     net = stack()
     with pytest.raises(FileNotFoundError):

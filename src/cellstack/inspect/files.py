@@ -158,6 +158,8 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
     )
     nodes = {}
     for name in said["nodes"]:
+        if name not in network.names:
+            raise FormatError(f"{path}: expected the trace of nodes of the network, found one of {name!r:.80}")
         number, where = network.names.index(name), f"nodes/{name}"
         xs = tuple(
             _value(network, source, f"{where}/x/{place}", batch, tensors)
@@ -179,7 +181,14 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
         nodes[name] = NodeTrace(network.nodes[number], xs[0] if len(xs) == 1 else xs, y, seen)
     aligned = frozenset(str(name) for name in said["aligned"])
     masks = {str(name): tensors.take(f"masks/{name}", [batch, None], "b") for name in said["masks"]}
-    parts = Parts(tensors.take("steps", [None], "i"), aligned, nodes, masks, said["whole"] is True)
+    steps = tensors.take("steps", [None], "i")
+    values = [(name, nodes[name].y) for name in nodes] + list(zip(network.outputs, ys, strict=True)) + [*masks.items()]
+    for name, array in values:
+        if name in aligned and array.shape[1:2] != steps.shape:
+            raise FormatError(
+                f"{path}: {name}: expected {len(steps)} steps, as there are numbers of them, found {list(array.shape)}"
+            )
+    parts = Parts(steps, aligned, nodes, masks, said["whole"] is True)
     return NetworkTrace(network, ys[0] if len(ys) == 1 else ys, state, parts)
 
 
