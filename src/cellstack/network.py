@@ -394,6 +394,8 @@ class Network:
         >>> held(np.ones((1, 3, 1)))[0, :, 1]
         array([0.5, 0.5, 0.5])
         """
+        if not isinstance(patches, (Patch, Iterable)):
+            raise TypeError(f"Network: expected patches to be a Patch or some, got {type(patches).__name__}")
         own = (patches,) if isinstance(patches, Patch) else tuple(patches)
         return self._with(self.patches + own)
 

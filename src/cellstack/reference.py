@@ -387,7 +387,13 @@ def forward(
     return Forward(outs[0], STATES[spec.kind](*now), gates, outs[1] if spec.kind == "lstm" else None, tape)
 
 
-def pre_activations(spec: CellSpec, arrays: Mapping[str, Any], x: Any, before: Sequence[Any]) -> dict[str, Array]:
+def pre_activations(
+    spec: CellSpec,
+    arrays: Mapping[str, Any],
+    x: Any,
+    before: Sequence[Any],
+    patched: Callable[[str, Array, Any], Array] | None = None,
+) -> dict[str, Array]:
     """Return what a step's gates are activations of, before any clip, each `[B, H]`, in the order of `spec.GATES`.
 
     A coupled forget gate, which is 1 - i, has none.
@@ -396,13 +402,16 @@ def pre_activations(spec: CellSpec, arrays: Mapping[str, Any], x: Any, before: S
         spec, arrays: the cell.
         x: `[B, I]`.
         before: the state before the step, h `[B, P]` and an LSTM's c `[B, H]`.
+        patched: as for `forward`, without the step.
 
     >>> arrays = {"kernel": [[2.0]], "recurrent_kernel": [[1.0]], "bias": [0.5]}
     >>> pre_activations(CellSpec(1, 1, kind="rnn"), arrays, [[1.0]], [[[3.0]]])["g"].tolist()  # 2·1 + 1·3 + 0.5
     [[5.5]]
     """
     tape, state = _tape(), [np.asarray(a, np.float64) for a in before]
-    CELLS[spec.kind](spec, arrays).step(tape, np.asarray(x, np.float64), state[0], state)
+    cell = CELLS[spec.kind](spec, arrays)
+    cell.patched = cell.patched if patched is None else patched
+    cell.step(tape, np.asarray(x, np.float64), state[0], state)
     return {gate: tape.sums[gate] for gate in spec.gates}
 
 

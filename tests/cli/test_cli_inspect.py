@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from networks import make_cell
 
-from cellstack import Dense, GlobalPool, Network, Recurrent
+from cellstack import Dense, GlobalPool, Network, Patch, Recurrent
 from cellstack.cli import inspect
 from cellstack.cli import main as cli
 from cellstack.nodes import Embedding, Merge
@@ -147,6 +147,42 @@ def test_sound_that_is_none(run, saved, tmp_path):
     assert "expected at least 80 samples" in run("model", "s.wav")[2]
     saved(ids=20)
     assert "doesn't take frames" in run("model", "s.wav")[2]
+
+
+def test_sound_that_is_damaged(run, saved, tmp_path):
+    saved(width=80)
+    path = tmp_path / "s.wav"
+    for size in (2, 3):
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(size)
+            file.setframerate(8000)
+            file.writeframes(b"\1" * size * 800)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: -100 - size // 2])
+        status, _, err = run("model", "s.wav")
+        assert status == 2
+        assert "found a file that is cut off" in err
+        path.write_bytes(whole[:24] + b"\0\0\0\0" + whole[28:])
+        assert "expected a rate of at least 1 Hz" in run("model", "s.wav")[2]
+
+
+def test_patches_of_steps_that_a_run_does_not_have(run, saved, tmp_path):
+    saved().edit(Patch("layer_0", "f", steps=[40], value=1.0)).save(tmp_path / "far.safetensors")
+    np.save(tmp_path / "x.npy", np.ones((1, 5, 3)))
+    status, _, err = run("far", "x.npy")
+    assert status == 2
+    assert "expected steps from 0 to 4" in err
+    saved().edit(Patch("layer_0", "f", rows=[1], value=1.0)).save(tmp_path / "far.safetensors")
+    assert "expected rows from 0 to 0" in run("far")[2]
+    assert cli.main(["run", "far", "x.npy"]) == 2
+
+
+@pytest.mark.parametrize("characters", [5, {"a": 1}, True])
+def test_characters_that_are_none(run, saved, tmp_path, characters):
+    saved(ids=20, metadata={"characters": characters})
+    (tmp_path / "t.txt").write_text("abc")
+    assert "its characters as a text" in run("model", "t.txt")[2]
 
 
 def test_what_a_model_was_trained_on(run, tmp_path, monkeypatch):

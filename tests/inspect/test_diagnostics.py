@@ -7,7 +7,7 @@ import pytest
 from family import random_spec
 from networks import fill, make_cell, make_states
 
-from cellstack import Cell, CellSpec, Dense, Network, Recurrent, inspect, reference
+from cellstack import Cell, CellSpec, Dense, Network, Patch, Recurrent, inspect, reference
 
 
 def rng_of(seed):
@@ -228,3 +228,30 @@ def test_a_plot_has_a_map_for_each_gate_and_state():
     assert [axis.get_ylabel() for axis in some.axes if axis.get_ylabel()] == ["layer_1\nh, unit"]
     with pytest.raises(ValueError, match="plot: expected cells with f, got none in layer_1"):
         t.plot("layer_1", ["f"])
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_what_a_patch_writes_to_is_no_sum_and_has_no_exponent(kind):
+    rng = rng_of(3)
+    net, x = Network([Recurrent((make_cell(rng, 3, 4, "float64", kind=kind),))]), rng.normal(size=(2, 9, 3))
+    state = "c" if kind == "lstm" else "h"
+    with pytest.raises(ValueError, match=f"expected a cell without patches of {state}"):
+        net.edit(Patch("layer_0", state, [1], value=0.3)).trace(x)["layer_0"].contributions()
+    held = net.edit(Patch("layer_0", "g", [1], value=0.3)).trace(x)
+    seen = held["layer_0"].cells[0]
+    np.testing.assert_allclose(seen.contributions().sum(axis=1), seen[state][:, -1], atol=1e-12)
+    with pytest.raises(ValueError, match="expected a cell without patches"):
+        held["layer_0"].lyapunov_exponent()
+    report = held.report()
+    assert "largest Lyapunov exponent, nats a step" not in report.figures["layer_0"]
+    assert any("patched" in sentence for sentence in report.findings)
+
+
+def test_numbers_that_are_none_have_no_half_life():
+    rng = rng_of(5)
+    x = rng.normal(size=(1, 6, 3))
+    x[0, 2] = np.nan
+    seen = traced(make_cell(rng, 3, 4, "float64"), x)
+    assert np.isnan(seen.half_lives()).all()
+    with pytest.raises(ValueError, match="steps to be an integer from 1"):
+        seen.lyapunov_exponent(-5)

@@ -195,12 +195,17 @@ def test_what_is_refused():
     net = Network([Recurrent((make_cell(rng, 3, 4),)), Dense(np.ones((4, 2), "f"))])
     t = net.trace(np.ones((2, 5, 3)))
     edited = net.edit(Patch("layer_0", "f", value=1.0))
+    convolution, x = Network([Conv1D(np.ones((3, 3, 2), "f"), padding="causal")]), np.ones((2, 9, 3))
     for error, match, call in (
         (IndexError, "a unit of layer_1 below 2, got 2", lambda: t.gradient(2)),
         (IndexError, "a step of layer_1 below 5, got 5", lambda: t.gradient(0, 5)),
         (ValueError, "an output out of layer_0, layer_1", lambda: t.gradient(0, output="head")),
         (ValueError, "a trace of all nodes", lambda: net.trace(np.ones((2, 5, 3)), nodes="layer_0").gradient(0)),
         (ValueError, "a trace of all nodes", lambda: t.select(steps=slice(2)).gradient(0)),
+        (ValueError, "a trace of all nodes, rows", lambda: t.select(rows=0).gradient(0)),
+        (ValueError, "a trace of all nodes", lambda: convolution.trace(x, steps=slice(2, 5)).gradient(0)),
+        (TypeError, "unit to be a whole number, got 0.5", lambda: t.gradient(0.5)),
+        (TypeError, "step to be a whole number, got None", lambda: t.gradient(0, None)),
         (ValueError, "without patches", lambda: edited.trace(np.ones((2, 5, 3))).gradient(0)),
     ):
         with pytest.raises(error, match=match):

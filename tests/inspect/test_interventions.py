@@ -208,3 +208,59 @@ def test_a_stack_of_odd_cells():
     net = Network([make_stack(rng, 3, "float64", residual=True)])
     found = cs.ablate(net, rng.normal(size=(2, 4, 3)))
     assert len(found.effects) == len(net.cells)
+
+
+def test_patches_of_some_rows_are_there_in_every_run():
+    net, x, rng = classifier(4)
+    for patch in (
+        Patch("both", "f", [1], rows=[0], value=0.1, cell=0),
+        Patch("both", "f", [1], rows=[2, 0], value=rng.random((2, 1, 1)), cell=0),
+        Patch("both", "f", [1], value=rng.random((3, 1, 1)), cell=0),
+        Patch("both", "f", [1], rows=slice(1, None), steps=slice(2, 4), value=rng.random((2, 2, 1)), cell=0),
+    ):
+        held = net.edit(patch)
+        found = cs.ablate(held, x, "above", how="zero", metric=metric).effects["above", 1]
+        for unit in range(4):
+            one = held.edit(Patch("above", "h", unit, value=0.0, cell=1))
+            np.testing.assert_allclose(found[unit], metric(one(x)) - metric(held(x)), atol=1e-12)
+        other = x + 1.0
+        values = cs.activation_patch(held, x, other, metric, over="unit", nodes="both").values
+        seen = held.trace(x)["both"].cells
+        for unit in range(4):
+            own = [(n, c) for n, c in enumerate(seen) if unit < c.h.shape[2]]
+            one = held.edit(
+                [Patch("both", "h", unit, None, slice(6), c.h[:, :, unit : unit + 1], cell=n) for n, c in own]
+            )
+            np.testing.assert_allclose(values[unit], metric(one(other)), atol=1e-12)
+
+
+def test_traces_that_do_not_fit_are_not_compared():
+    net, x, _ = classifier(2)
+    t = net.trace(x)
+    with pytest.raises(ShapeError, match="traces of the same steps"):
+        t.select(steps=slice(0, 3)).diff(t.select(steps=slice(3, 6)))
+    cells = {
+        kind: Network([Recurrent((make_cell(rng_of(1), 3, 4, "float64", kind=kind),))]) for kind in ("lstm", "gru")
+    }
+    with pytest.raises(ValueError, match="other cells in layer_0"):
+        cells["lstm"].trace(x).diff(cells["gru"].trace(x))
+
+
+def test_what_has_no_effect_says_why():
+    net, x, _ = classifier(3)
+    assert "there is nothing to recover" in repr(cs.activation_patch(net, x, x, metric, over="unit"))
+    with pytest.raises(ValueError, match="expected nodes with cells, got none"):
+        cs.ablate(net, x, [])
+    with pytest.raises(ShapeError, match="at least a row and a step"):
+        cs.ablate(net, 3.0)
+
+
+def test_a_picture_is_of_one_row_that_is_there():
+    net, x, _ = classifier(3)
+    t = net.trace(x)
+    for row in (3, slice(0, 3), True, None):
+        with pytest.raises(IndexError, match="row as a number below 3"):
+            t.plot(row=row)
+    for empty in (t.select(units=[]), net.trace(x[:, :0])):
+        with pytest.raises(ValueError, match="at least one step and one unit"):
+            empty.plot("both")

@@ -442,6 +442,34 @@ def test_cells_that_are_no_sum_say_so(open_page, rng):
         assert why in screen.text("#panel-memory [data-sum]")
 
 
+def test_a_patched_network_says_where_its_patches_act(open_page, net, x):
+    held = net.edit(
+        [
+            Patch("lower", "c", [0], steps=slice(2, 6), value=0.8),
+            Patch("upper", "f", [1], rows=[1], steps=[3], value=1.0),
+            Patch("upper", "g", value=np.array([0.2, 0.4]).reshape(2, 1, 1), how="add"),
+        ]
+    )
+    t = held.trace(x)
+    screen = open_page(t)
+    screen.looked_at(step=4, unit=0)
+    screen.tab("memory")
+    screen.settle()
+    assert "A patch of the network writes to this state" in screen.text("#panel-memory")
+    assert "patches of some rows" in contents.payload(t).description["why_not"]
+    for row in (0, 1):
+        made = contents.payload(t, rows=row).description["network"]["description"]["patches"]
+        assert len(made) == 2 + row
+        assert all("rows" not in patch for patch in made)
+        screen = open_page(t, rows=row)
+        screen.tab("whatif")
+        screen.page.get_by_text("Without a change, this page computes what was traced").wait_for()
+        said = screen.page.get_by_text("Without a change, this page computes what was traced").inner_text()
+        assert numbers_in(said)[-1] < 1e-12
+        cells = contents.payload(t, rows=row).description["nodes"][1]["cells"][0]["patches"]
+        assert [patch["rows"] for patch in cells] == [[0] if row else [], None]
+
+
 def test_labels_as_coloured_text(open_page, net, x):
     labels = ["<b>bold</b>", "<img src=x onerror=alert(1)>", '"&amp;', "\n", "</script>", *"plain"]
     t = net.trace(x)
@@ -999,6 +1027,31 @@ def test_what_does_not_fit_is_refused_beforehand(net, x, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"at most .* numbers, got 1,180: take some of the rows"):
         t.save_html(path)
     assert not path.exists()
+
+
+def test_labels_of_every_kind_and_what_is_none_of_them(net, x, tmp_path):
+    t, (rows, steps, _) = net.trace(x), x.shape
+    for labels in (np.ones((rows, steps)), np.full((rows, steps), np.nan), [list("a" * steps)] * rows):
+        assert contents.payload(t, labels).description["labels"]["nested"]
+    for labels in (5, np.array(3), np.zeros((rows, steps, 2)), [None, *[list("a" * steps)] * (rows - 1)]):
+        with pytest.raises(ValueError, match="expected labels as a text or a list, one a step"):
+            contents.payload(t, labels)
+    for chosen in (True, np.array([[0, 1]])):
+        with pytest.raises(IndexError, match="rows as a slice, a number or numbers"):
+            contents.payload(t, rows=chosen)
+    with pytest.raises(TypeError, match="title to be a text"):
+        t.save_html(tmp_path / "x.html", title=5)
+    t.save_html(tmp_path / "x.html", title="not a character: \udcff")  # as names of files may be
+
+
+@pytest.mark.parametrize("most", [1e300, 1e38, 1e-300])
+def test_waves_of_any_size_have_one_spectrum(net, x, most):
+    wave = np.sin(np.arange(4000) * 0.3)
+    pictures = [contents.payload(net.trace(x), audio=(size * wave, 8000), packed=False) for size in (1.0, most)]
+    places = [made.description["audio"]["spectrum"]["array"] for made in pictures]
+    one, other = (np.frombuffer(made.arrays[place], np.uint8) for made, place in zip(pictures, places, strict=True))
+    assert one.std() > 20
+    np.testing.assert_allclose(one.astype(int), other.astype(int), atol=1)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

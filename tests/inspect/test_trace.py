@@ -5,6 +5,7 @@ import gc
 import json
 import pickle
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from networks import fill, make_cell, make_graph, make_network, make_stack, make
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from cellstack import CellSpec, Dense, FormatError, Network, Recurrent, inspect, reference
+from cellstack import CellSpec, Dense, FormatError, Network, Patch, Recurrent, inspect, reference
 from cellstack.nodes import Bidirectional, Conv1D, Embedding, GlobalPool, Merge, Pool1D
 from cellstack.spec import TRACES, State
 
@@ -388,6 +389,22 @@ def test_tensors_of_other_shapes_and_dtypes_are_refused(tmp_path):
     assert inspect.load(path)["layer_0"].f.shape == (2, 10, 8)
 
 
+def test_a_trace_whose_parts_do_not_fit_each_other_is_refused(tmp_path):
+    path = tmp_path / "trace"
+    stack().trace(x_of(), mask=np.arange(10) < np.array([[10], [6]])).save(path)
+    with safe_open(path, framework="numpy") as file:
+        said, arrays = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())}
+    for name, match in (("steps", "expected 4 steps"), ("masks/x", "expected 10 steps"), ("y/0", "expected 10 steps")):
+        cut = arrays[name][:4] if name == "steps" else np.ascontiguousarray(arrays[name][:, :4])
+        save_file(arrays | {name: cut}, path, said)
+        with pytest.raises(FormatError, match=match):
+            inspect.load(path)
+    told = json.loads(said["cellstack_trace"])
+    save_file(arrays, path, {"cellstack_trace": json.dumps(told | {"nodes": ["nowhere"]})})
+    with pytest.raises(FormatError, match="one of 'nowhere'"):
+        inspect.load(path)
+
+
 def test_what_a_trace_cannot_be_read_from(tmp_path):
     net = stack()
     with pytest.raises(FileNotFoundError):
@@ -514,3 +531,43 @@ def test_an_interrupted_step_is_forgotten(monkeypatch):
         stream.trace()
     y = stream.step(x[:, 3])
     assert equal(stream.trace().y[:, 0], y)
+
+
+def test_rows_of_a_masked_run_go_into_a_file_and_back(tmp_path):
+    mask = np.arange(10) < np.array([[10], [6]])
+    t = stack().trace(x_of(), mask=mask)
+    for part in (t.select(rows=1), t.select(rows=[1], steps=slice(1, 5)), t.select(rows=[0, 0, 1])):
+        part.save(tmp_path / "part")
+        read = inspect.load(tmp_path / "part")
+        assert repr(read) == repr(part)
+        assert equal(read["layer_0"].cells[0].mask, part["layer_0"].cells[0].mask)
+        with pytest.raises(ValueError, match="a trace of all nodes, rows"):
+            read.gradient(0)
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize("seed", range(80))
+def test_sums_of_a_patched_run_are_what_its_gates_are_activations_of(seed, from_file, tmp_path):
+    rng = rng_of(seed)
+    spec = replace(random_spec(rng, largest=6), clip=None)
+    cell = fill(rng, spec, "float64")
+    gate = str(rng.choice(TRACES[spec.kind]._fields))
+    how = str(rng.choice(["set", "add", "scale", "freeze"]))
+    patch = Patch("layer_0", gate, units=[0], steps=slice(2, 5), value=None if how == "freeze" else 0.4, how=how)
+    t = (
+        Network([Recurrent((cell,), go_backwards=bool(seed % 3 == 0))])
+        .edit(patch)
+        .trace(rng.normal(size=(2, 7, spec.input_size)))
+    )
+    if from_file:
+        t.save(tmp_path / "trace")
+        t = inspect.load(tmp_path / "trace")
+    seen = t["layer_0"].cells[0]
+    activations = dict(zip(spec.slots, spec.activations, strict=True))
+    for name, sums in seen.pre.items():
+        own = np.ones(sums.shape, bool)
+        if name == gate:
+            own[:, 2:5, 0] = False  # what was put there isn't an activation of anything
+        activation, alpha, beta = activations[name]
+        expected = reference.ACTIVATIONS[activation][0](sums, alpha, beta)
+        np.testing.assert_allclose(seen[name][own], expected[own], atol=1e-9)

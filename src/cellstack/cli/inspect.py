@@ -145,6 +145,10 @@ def _text(net: Network, path: str) -> Sample:
         width = net.input_size
     characters = net.metadata.get("characters")
     if characters is not None:
+        if not isinstance(characters, (str, list)):
+            raise UsageError(
+                f"{path}: expected the network's metadata to have its characters as a text, got {characters!r:.80}"
+            )
         places = {str(character): number for number, character in enumerate(characters)}
         if width is not None and len(places) > width:
             raise UsageError(f"{path}: expected at most {width} characters in its metadata, got {len(places)}")
@@ -177,6 +181,10 @@ def _sound(net: Network, path: str) -> Sample:
             data = file.readframes(file.getnframes())
     except (wave.Error, EOFError) as error:
         raise UsageError(f"{path}: expected a wave of PCM samples, found another file: {error}") from None
+    if len(data) % (size * channels):
+        raise UsageError(f"{path}: expected whole samples of {size * channels} bytes, found a file that is cut off")
+    if not rate:
+        raise UsageError(f"{path}: expected a rate of at least 1 Hz, found 0")
     if size == 3:
         triples = np.frombuffer(data, np.uint8).reshape(-1, 3)
         samples = np.pad(triples, ((0, 0), (1, 0))).reshape(-1).view("<i4") / 2.0**31

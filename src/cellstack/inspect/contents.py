@@ -10,7 +10,7 @@ import gzip
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,10 @@ from cellstack.spec import GATES
 
 if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace
+    from cellstack.network import Network
     from cellstack.nodes.base import Array
+    from cellstack.nodes.patches import Patch
+    from cellstack.nodes.recurrent import Record
 
 VERSION = 1
 LARGEST = 1 << 26  # numbers of a trace in one page: 128 MB as float16, what a browser holds with ease
@@ -120,7 +123,11 @@ def payload(
 
     Raises:
         ValueError: more numbers than a page can hold; labels or a wave that don't fit.
+        IndexError: a row that isn't there.
+        TypeError: a title that isn't a text.
     """
+    if not isinstance(title, (str, type(None))):
+        raise TypeError(f"save_html: expected title to be a text, got {title!r:.80}")
     taken = _rows(t, rows)
     count = len(taken)
     arrays = Arrays(_dtype(t, taken), packed)
@@ -128,7 +135,7 @@ def payload(
     def sequence(array: Array) -> dict[str, int]:
         return arrays.put(_some(array, taken), sequence=True)
 
-    numbers, aligned, nodes, _ = t._parts
+    numbers, aligned, nodes = t.steps, t._parts.aligned, t._parts.nodes
     network = t.network
     flows = _flows(t)
     inputs = [
@@ -199,9 +206,12 @@ def _rows(t: NetworkTrace, rows: Any) -> Array:
     """Return the numbers of the rows that go into the page."""
     numbers = np.arange(len(t.y[0] if isinstance(t.y, tuple) else t.y))
     try:
-        return numbers if rows is None else np.atleast_1d(numbers[rows])
+        taken = numbers if rows is None else np.atleast_1d(numbers[rows])
     except IndexError as error:
         raise IndexError(f"save_html: expected rows from 0 to {len(numbers) - 1}: {error}") from None
+    if taken.ndim > 1:
+        raise IndexError(f"save_html: expected rows as a slice, a number or numbers, got {rows!r:.80}")
+    return taken
 
 
 def _some(array: Array, taken: Array) -> Array:
@@ -275,6 +285,7 @@ def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Arr
         "reset": None,
         "reverse": False,
         "whole": record is not None,
+        "patches": [] if record is None or record.patches is None else _patches(record, taken),
     }
     if record is not None:
         described["x"] = sequence(record.x)
@@ -289,6 +300,29 @@ def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Arr
         described["reset"] = None if record.reset is None else arrays.put(_some(record.reset, taken))
         described["reverse"] = record.reverse
     return described
+
+
+def _patches(record: Record, taken: Array) -> list[dict[str, Any]]:
+    """Return which gate each patch changed, how, and where: units, places of rows, steps; None = all."""
+    assert record.patches is not None
+    batch, steps = record.h.shape[:2]
+
+    def chosen(index: Any, length: int) -> list[int] | None:
+        return None if index is None else list(range(length)[index] if isinstance(index, slice) else index)
+
+    found = []
+    for patch in record.patches.patches:
+        rows = chosen(patch.rows, batch)
+        found.append(
+            {
+                "gate": patch.gate,
+                "how": patch.how,
+                "units": chosen(patch.units, patch.width(record.patches.spec)),
+                "rows": None if rows is None else np.flatnonzero(np.isin(taken, rows)).tolist(),
+                "steps": chosen(patch.steps, steps),
+            }
+        )
+    return found
 
 
 def spec_of(spec: Any) -> dict[str, Any]:
@@ -326,8 +360,33 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
         "mask": {name: arrays.put(_some(mask, taken)) for name, mask in masks.items()},
         "reset": None if not resets or resets[0] is None else arrays.put(_some(resets[0], taken)),
     }
+    of_rows = any(patch.rows is not None or _rows_of(patch.value) > 1 for patch in network.patches)
+    if of_rows and len(taken) != 1:
+        reason = "The network has patches of some rows, and a page runs a row at a time: with rows=0, say, it computes."
+        return {**nothing, "why_not": reason}
+    if of_rows:
+        network = network.unedited.edit(_of_row(network, int(taken[0]), len(records[0].h)))
     stored = payload_of(network, lambda array: {"dtype": array.dtype.name, **arrays.put(array)})
     return {"network": stored, "run": flags, "why_not": None}
+
+
+def _rows_of(value: Array | None) -> int:
+    """Return for how many rows the value of a patch stands."""
+    return value.shape[0] if value is not None and value.ndim == 3 else 1
+
+
+def _of_row(network: Network, row: int, rows: int) -> list[Patch]:
+    """Return the patches that act on one row of a batch, as those of a batch of it alone."""
+    found = []
+    for patch in network.patches:
+        index = slice(None) if patch.rows is None else patch.rows
+        chosen = list(range(rows)[index] if isinstance(index, slice) else index)
+        if row in chosen:
+            place, value = chosen.index(row), patch.value
+            if value is not None and _rows_of(value) > 1:
+                value = value[place : place + 1]
+            found.append(replace(patch, rows=None, value=value))
+    return found
 
 
 # ── what goes beside it ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -339,7 +398,12 @@ def _labels(labels: Any, steps: int, rows: int) -> dict[str, Any] | None:
         return None
     if isinstance(labels, str):
         labels = list(labels)
-    kind, lists = _texts(labels)
+    try:
+        kind, lists = _texts(labels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"save_html: expected labels as a text or a list, one a step, got {labels!r:.80}: {error}"
+        ) from None
     nested = bool(lists) and isinstance(lists[0], list)
     found = [len(one) for one in lists] if nested else [len(lists)]
     if any(length != steps for length in found) or (nested and len(lists) != rows):
@@ -352,11 +416,13 @@ def _labels(labels: Any, steps: int, rows: int) -> dict[str, Any] | None:
 
 def _texts(labels: Any) -> tuple[str, list[Any]]:
     """Return what labels are, "text", "number" or "date", and they themselves as JSON has them."""
-    array = labels if isinstance(labels, np.ndarray) else None
+    array = labels if isinstance(labels, np.ndarray) and labels.ndim == 1 else None
     if array is None:
         labels = list(labels)
         if labels and isinstance(labels[0], (list, tuple, np.ndarray)):
             kinds, lists = zip(*map(_texts, labels), strict=True)
+            if any(one and isinstance(one[0], list) for one in lists):
+                raise ValueError("they are lists of lists of lists")
             return kinds[0], list(lists)
         if any(isinstance(label, str) for label in labels):
             return "text", [str(label) for label in labels]
@@ -382,10 +448,8 @@ def _audio(audio: tuple[Any, float], arrays: Arrays) -> dict[str, Any]:
             f"save_html: expected audio as samples [N] and a rate in Hz, got {list(samples.shape)} of {samples.dtype} "
             f"and {rate}"
         )
-    wave = samples.astype(np.float32)
-    if samples.dtype.kind in "iu":
-        wave /= float(np.iinfo(samples.dtype).max)
-    wave = np.nan_to_num(wave, nan=0.0, posinf=0.0, neginf=0.0)
+    wave = np.nan_to_num(samples.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    wave = (wave / (float(np.abs(wave).max()) or 1.0)).astype(np.float32)  # both pictures are of ratios
     block = -(-len(wave) // MOST_BLOCKS)
     padded = np.pad(wave, (0, -len(wave) % block), mode="edge").reshape(-1, block)
     ends = np.stack([padded.min(axis=1), padded.max(axis=1)])

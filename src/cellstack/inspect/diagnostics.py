@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cellstack import reference
+from cellstack.nodes.base import check_integer
 
 if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace
@@ -70,7 +71,7 @@ def half_lives(cell: CellTrace) -> Array:
         return np.full(len(cell.units), np.nan)
     with np.errstate(divide="ignore"):
         rate = -np.log(kept[used].astype(np.float64)).mean(axis=0)
-        return np.where(rate > 0.0, math.log(2.0) / rate, np.inf)
+        return np.where(rate == 0.0, np.inf, math.log(2.0) / rate)
 
 
 def contributions(cell: CellTrace, step: int = -1) -> Array:
@@ -87,8 +88,8 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
         For a cell that runs backwards, entry 1 + s is step T - 1 - s.
 
     Raises:
-        ValueError: a SimpleRNN, or a clipped or patched state, which isn't a sum of what was written; a trace of some
-            steps or units.
+        ValueError: a SimpleRNN, a clipped cell, or one whose state is patched, which is no sum of what was written; a
+            trace of some steps or units.
         IndexError: a step that isn't there.
     """
     kept, written = _kept(cell.cell, cell)
@@ -96,17 +97,15 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
     spec = cell.cell.spec
     if spec.cell_clip is not None:
         raise ValueError(f"contributions: expected a cell without cell_clip, got {spec.cell_clip}: c is no sum then")
-    state = "h" if spec.kind == "gru" else "c"
-    for patch in record.patches.patches if record.patches else ():
-        if patch.gate == state:
-            raise ValueError(f"contributions: expected {state} as it came about, got one that is changed by {patch}")
+    name = "c" if spec.kind == "lstm" else "h"
+    if record.patches is not None and any(patch.gate == name for patch in record.patches.patches):
+        raise ValueError(f"contributions: expected a cell without patches of {name}, got one: {name} is no sum then")
     batch, steps, units = kept.shape
     if not -steps <= step < steps:
         raise IndexError(f"contributions: expected a step from 0 to {steps - 1}, got {step}")
     order = slice(None, None, -1) if record.reverse else slice(None)
     last = (steps - 1 - step % steps) if record.reverse else step % steps
     kept, written = (array[:, order][:, : last + 1].astype(np.float64) for array in (kept, written))
-    name = "c" if spec.kind == "lstm" else "h"
     fresh = np.broadcast_to(cell.cell.initial[name], (batch, units))
     start = fresh if record.before is None else getattr(record.before, name)
     if record.mask is not None:  # left out: all is kept, nothing is written
@@ -156,7 +155,8 @@ def lyapunov_exponent(cell: CellTrace, steps: int = LONGEST) -> float:
     """
     record, spec = _whole(cell), cell.cell.spec
     if record.patches is not None:
-        raise ValueError("lyapunov_exponent: expected a cell without patches, got one with: differences end at them")
+        raise ValueError("lyapunov_exponent: expected a cell without patches, got one with")
+    steps = check_integer("lyapunov_exponent", "steps", steps)
     x = (record.x[:, ::-1] if record.reverse else record.x)[:, :steps].astype(np.float64)
     batch, count = x.shape[:2]
     if not batch or not count:
@@ -283,8 +283,11 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
             text = f"keeping more than half over the whole run of {steps} steps"
             found.append((5, f"{units(keeping)} {text}: reset the state where a new sequence begins"))
     figures["spectral radius of the recurrent weights"] = spectral_radii(cell.cell)
-    exponent = math.nan if _whole(cell).patches else lyapunov_exponent(cell)
-    if exponent == exponent:
+    patched = cell.record is not None and cell.record.patches is not None
+    exponent = math.nan if patched else lyapunov_exponent(cell)
+    if patched:
+        found.append((6, "patched: these are the figures of the changed run, without a Lyapunov exponent"))
+    else:
         figures["largest Lyapunov exponent, nats a step"] = exponent
     if exponent > 0.0:
         grow = f"small differences in the state grow by {math.expm1(exponent):.1%} a step, so that outputs far ahead"

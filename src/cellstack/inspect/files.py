@@ -35,7 +35,7 @@ KEY, VERSION = "cellstack_trace", 1
 def save(t: NetworkTrace, path: str | PathLike[str]) -> None:
     """Write a trace: see `NetworkTrace.save`."""
     target, _ = check_replaceable(path)
-    steps, aligned, nodes, masks = t._parts
+    steps, aligned, nodes, masks, whole = t._parts
     tensors: dict[str, Array] = {"steps": steps} | {f"masks/{name}": mask for name, mask in masks.items()}
     for number, array in enumerate(t.y if isinstance(t.y, tuple) else (t.y,)):
         tensors[f"y/{number}"] = array
@@ -66,7 +66,7 @@ def save(t: NetworkTrace, path: str | PathLike[str]) -> None:
                     "reverse": record.reverse,
                 }
             cells[where] = said
-    said = {"nodes": list(nodes), "aligned": sorted(aligned), "cells": cells, "masks": list(masks)}
+    said = {"nodes": list(nodes), "aligned": sorted(aligned), "cells": cells, "masks": list(masks), "whole": whole}
     text = json.dumps({"version": VERSION, **said})
     with tempfile.TemporaryDirectory(dir=os.path.dirname(target)) as folder:
         own = os.path.join(folder, "network.safetensors")
@@ -123,6 +123,8 @@ def load(path: str | PathLike[str]) -> NetworkTrace:
         OSError: it can't be read.
     """
     path = os.fsdecode(fspath(path))
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: expected a file, found a folder")
     try:
         with safe_open(path, framework="numpy") as file:
             said = json.loads((file.metadata() or {}).get(KEY, "null"))
@@ -156,27 +158,37 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
     )
     nodes = {}
     for name in said["nodes"]:
+        if name not in network.names:
+            raise FormatError(f"{path}: expected the trace of nodes of the network, found one of {name!r:.80}")
         number, where = network.names.index(name), f"nodes/{name}"
         xs = tuple(
             _value(network, source, f"{where}/x/{place}", batch, tensors)
             for place, source in enumerate(network.wires[number])
         )
-        cells = tuple(
+        cells, patches = network.nodes[number].cells, network.patches_of(name)
+        seen = tuple(
             _cell(
                 cell,
-                network.patches_of(name)[place] if network.patches else None,
+                patches[place] if patches else None,
                 f"{where}/cells/{place}",
                 batch,
                 said["cells"][f"{where}/cells/{place}"],
                 tensors,
             )
-            for place, cell in enumerate(network.nodes[number].cells)
+            for place, cell in enumerate(cells)
         )
         y = _value(network, name, f"{where}/y", batch, tensors)
-        nodes[name] = NodeTrace(network.nodes[number], xs[0] if len(xs) == 1 else xs, y, cells)
+        nodes[name] = NodeTrace(network.nodes[number], xs[0] if len(xs) == 1 else xs, y, seen)
     aligned = frozenset(str(name) for name in said["aligned"])
     masks = {str(name): tensors.take(f"masks/{name}", [batch, None], "b") for name in said["masks"]}
-    parts = Parts(tensors.take("steps", [None], "i"), aligned, nodes, masks)
+    steps = tensors.take("steps", [None], "i")
+    values = [(name, nodes[name].y) for name in nodes] + list(zip(network.outputs, ys, strict=True)) + [*masks.items()]
+    for name, array in values:
+        if name in aligned and array.shape[1:2] != steps.shape:
+            raise FormatError(
+                f"{path}: {name}: expected {len(steps)} steps, as there are numbers of them, found {list(array.shape)}"
+            )
+    parts = Parts(steps, aligned, nodes, masks, said["whole"] is True)
     return NetworkTrace(network, ys[0] if len(ys) == 1 else ys, state, parts)
 
 
@@ -220,5 +232,6 @@ def _cell(
                 f"{tensors.path}: {where}: expected the run of all units, with its direction, found others"
             )
         gates = np.stack([getattr(fields, gate) for gate in GATES[spec.kind]], axis=2)
-        record = Record(gates, getattr(fields, "c", None), fields.h, x, before, mask, reset, run["reverse"], patches)
+        c, reverse = getattr(fields, "c", None), run["reverse"]
+        record = Record(gates, c, fields.h, x, before, mask, reset, reverse, patches)
     return CellTrace(cell, fields, units, mask, sums, record)

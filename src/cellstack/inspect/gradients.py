@@ -356,11 +356,14 @@ def gradient(
     Raises:
         ValueError: a node through which there is no way back, by name.
         IndexError: a step or a unit that isn't there.
+        TypeError: one that isn't a whole number.
     """
     dy = np.zeros_like(flows[output].x)
     if dy.ndim > 3 or dy.ndim < 2:
         raise ValueError(f"gradient: expected an output [B, T, W] or [B, W], got {list(dy.shape)} of {output}")
     for what, number, length in (("unit", unit, dy.shape[-1]), ("step", step, dy.shape[1] if dy.ndim == 3 else 1)):
+        if not isinstance(number, (int, np.integer)) or isinstance(number, bool):
+            raise TypeError(f"gradient: expected {what} to be a whole number, got {number!r:.80}")
         if not -length <= number < length:
             raise IndexError(f"gradient: expected a {what} of {output} below {length}, got {number}")
     if dy.ndim == 3:

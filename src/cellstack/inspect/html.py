@@ -130,7 +130,7 @@ def page(t: NetworkTrace, labels: Any, audio: Any, title: str | None, rows: Any)
     before, after = b'<script type="text/plain" id="array-%d">', b"</script>\n"
     arrays = ((before % number, base64.b64encode(data), after) for number, data in enumerate(made.arrays))
     return chain(
-        (head.encode(), contents.text_of(made.description).encode(), after),
+        (head.encode("utf-8", "replace"), contents.text_of(made.description).encode(), after),
         chain.from_iterable(arrays),
         (b'<script type="module">\n', (module_text() + START).encode(), after, b"</body>\n</html>\n"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -226,6 +227,8 @@ class ActivationPatching:
         axes = ", ".join(f"{len(self.labels[axis])} {axis}s" for axis in self.over)
         metric = f"the metric is {self.clean:.6g} clean, {self.corrupted:.6g} corrupted"
         lines = [f"Activation patching over {axes}; {metric}"]
+        if self.clean == self.corrupted:
+            lines.append("  the same: there is nothing to recover, and no place has a share")
         ranked = self.ranked
         for place, share in ranked[:SHOWN]:
             named = zip(self.over, place, strict=True)
@@ -335,7 +338,7 @@ class _Batch:
         self.x = network.as_inputs(owner, x)
         flags = {"mask": mask, "lengths": lengths}
         self.flags: dict[str, Any] = {name: np.asarray(flag) for name, flag in flags.items() if flag is not None}
-        self.rows = len(next(iter(self.x.values())))
+        self.rows = min(len(array) if array.ndim else 0 for array in self.x.values())
         self.steps = max((array.shape[1] for array in self.x.values() if array.ndim > 1), default=1)
         if not self.rows or not self.steps:
             raise ShapeError(f"{owner}: expected at least a row and a step, got {self.rows} and {self.steps}")
@@ -359,13 +362,25 @@ class _Batch:
             own = [make(range(place * self.rows, (place + 1) * self.rows)) for place, make in enumerate(some)]
             x = {name: np.concatenate([array] * len(some)) for name, array in self.x.items()}
             flags: dict[str, Any] = {name: np.concatenate([flag] * len(some)) for name, flag in self.flags.items()}
-            edited = self.network.edit([patch for block in own for patch in block])
+            edited = self._repeated(len(some)).edit([patch for block in own for patch in block])
             y = edited.run(x, **flags, threads=self.threads)[0]
             for place, block in enumerate(own):
                 rows = slice(place * self.rows, (place + 1) * self.rows)
                 answer = tuple(array[rows] for array in y) if isinstance(y, tuple) else y[rows]
                 found.append(_number(self.owner, metric(answer)) if block else np.nan)
         return found
+
+    def _repeated(self, blocks: int) -> Network:
+        """Return the network with the patches that it has for the rows of every block."""
+        own = self.network.patches
+        if all(patch.rows is None and (patch.value is None or patch.value.ndim < 3) for patch in own):
+            return self.network
+        found = []
+        for patch in own:
+            rows = slice(None) if patch.rows is None else patch.rows
+            chosen = np.arange(self.rows)[rows] if isinstance(rows, slice) else np.array(rows)
+            found += [replace(patch, rows=chosen + place * self.rows) for place in range(blocks)]
+        return self.network.unedited.edit(found)
 
 
 def _cells(
@@ -380,7 +395,8 @@ def _cells(
             raise ValueError(f"{owner}: expected nodes with cells, {', '.join(own)}, got {name!r:.80}")
     found = [(name, number) for name in names for number in range(len(every[name].cells))]
     if not found:
-        raise ValueError(f"{owner}: expected a network with cells, got one without")
+        what = "nodes with cells, got none" if own else "a network with cells, got one without"
+        raise ValueError(f"{owner}: expected {what}")
     for gate in gates:
         for name, number in found:
             fields = TRACES[every[name].cells[number].spec.kind]._fields
@@ -424,7 +440,12 @@ class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
     def __init__(self, one: NetworkTrace, other: NetworkTrace) -> None:
         self._one, self._other = one, other
         self._found: dict[str, tuple[dict[str, Array], ...]] = {}
+        if not np.array_equal(one.steps, other.steps):
+            raise ShapeError(f"diff: expected traces of the same steps, got {one.steps!r:.80} and {other.steps!r:.80}")
         for name, node in one.items():
+            kinds = [[cell.fields._fields for cell in seen.cells] for seen in (node, other[name])]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"diff: expected traces of one network, got other cells in {name}")
             cells = []
             for own, its in zip(node.cells, other[name].cells, strict=True):
                 if own.fields.h.shape != its.fields.h.shape or not np.array_equal(own.units, its.units):

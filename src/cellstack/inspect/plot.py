@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -25,6 +27,9 @@ def _pyplot() -> Any:
 def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[str] | None, row: int) -> Figure:
     """Return a figure of one row of a trace: see `NetworkTrace.plot`."""
     pyplot = _pyplot()
+    count = len(t.y[0] if isinstance(t.y, tuple) else t.y)
+    if not isinstance(row, (int, np.integer)) or isinstance(row, bool) or not -count <= row < count:
+        raise IndexError(f"plot: expected row as a number below {count}, got {row!r:.80}")
     names = list(t) if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
     wanted = None if fields is None else list(fields)
     panels = [
@@ -36,6 +41,8 @@ def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[st
     ]
     if not panels:
         raise ValueError(f"plot: expected cells with {', '.join(wanted or ['fields'])}, got none in {', '.join(names)}")
+    if not all(values.size for _, _, values in panels):
+        raise ValueError("plot: expected at least one step and one unit, got none")
     figure, axes = pyplot.subplots(
         len(panels), sharex=True, squeeze=False, figsize=(8, 0.6 + 1.3 * len(panels)), layout="constrained"
     )

@@ -43,7 +43,9 @@ class Parts(NamedTuple):
     """The names of the inputs and nodes whose value has a step for each of them, in order."""
     nodes: dict[str, NodeTrace]
     masks: dict[str, NDArray[np.bool_]]
-    """The masks that went with what flowed, by the names of the inputs and nodes that had one, of the whole run."""
+    """The masks that went with what flowed, by the names of the inputs and nodes that had one, cut as these are."""
+    whole: bool = True
+    """Whether all rows, steps and units of the run are here."""
 
 
 class CellTrace(Mapping[str, Array]):
@@ -238,7 +240,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         Raises:
             IndexError: a row, a step or a unit that isn't there.
         """
-        numbers, aligned, own, masks = self._parts
+        numbers, aligned, own, masks, whole = self._parts
         some = _places("rows", rows, len(_tuple(self.y)[0]))
         at = _places("steps", steps, len(numbers))
 
@@ -255,17 +257,20 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             nodes[name] = NodeTrace(node.node, _alone(xs), of_value(node.y, name), cells)
         ys = tuple(of_value(array, name) for array, name in zip(_tuple(self.y), self.network.outputs, strict=True))
         state = tuple(type(one)(*(array[some] for array in one)) for one in self.state)
-        return NetworkTrace(self.network, _alone(ys), state, Parts(numbers[at], aligned, nodes, masks))
+        masks = {name: of_value(mask, name) for name, mask in masks.items()}
+        whole = whole and rows is None and steps is None and units is None
+        return NetworkTrace(self.network, _alone(ys), state, Parts(numbers[at], aligned, nodes, masks, whole))
 
     def _copied(self) -> NetworkTrace:
         """Return the trace with arrays of its own, so that what they were cut from is given back."""
-        numbers, aligned, own, masks = self._parts
+        numbers, aligned, own, masks, whole = self._parts
         nodes = {}
         for name, node in own.items():
             x = _alone(tuple(array.copy() for array in _tuple(node.x)))
             nodes[name] = NodeTrace(node.node, x, node.y.copy(), tuple(cell._map(np.copy) for cell in node.cells))
         y = _alone(tuple(array.copy() for array in _tuple(self.y)))
-        return NetworkTrace(self.network, y, self.state, Parts(numbers, aligned, nodes, masks))
+        masks = {name: mask.copy() for name, mask in masks.items()}
+        return NetworkTrace(self.network, y, self.state, Parts(numbers, aligned, nodes, masks, whole))
 
     def gradient(self, unit: int, step: int = -1, output: str | None = None) -> dict[str, Array]:
         """Return the gradient of one number of every row with respect to each input and to what each node returned.
@@ -283,9 +288,10 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             leads to the number. Ids have none.
 
         Raises:
-            ValueError: a trace of some nodes, steps or units; a network with patches; a node through which there is no
-                way back, by name.
+            ValueError: a trace of some nodes, rows, steps or units; a network with patches; a node through which there
+                is no way back, by name.
             IndexError: a step or a unit that isn't there.
+            TypeError: one that isn't a whole number.
 
         Ref: backpropagation through time: Werbos 1990, "Backpropagation Through Time: What It Does and How to Do It";
         as a picture of what an output depends on: Madsen 2019, "Visualizing memorization in RNNs".
@@ -304,10 +310,10 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             raise ValueError(f"gradient: expected an output out of {', '.join(network.names)}, got {output!r:.80}")
         if network.patches:
             raise ValueError("gradient: expected a network without patches, got one with: there is no way back")
-        _, _, nodes, masks = self._parts
+        _, _, nodes, masks, whole = self._parts
         records = {name: [cell.record for cell in node.cells] for name, node in nodes.items()}
-        if len(nodes) < len(network.names) or any(record is None for own in records.values() for record in own):
-            raise ValueError("gradient: expected a trace of all nodes, steps and units, got one of some")
+        if not whole or len(nodes) < len(network.names):
+            raise ValueError("gradient: expected a trace of all nodes, rows, steps and units, got one of some")
         values = {name: node.y for name, node in nodes.items()}
         for name, sources in zip(network.names, network.wires, strict=True):
             values |= dict(zip(sources, _tuple(nodes[name].x), strict=True))
@@ -323,6 +329,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         Raises:
             KeyError: a node that the other doesn't have.
             ShapeError: other rows, steps or units.
+            ValueError: other cells.
         """
         from cellstack.inspect.interventions import TraceDifference
 
@@ -348,7 +355,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 
         Raises:
             ImportError: matplotlib isn't installed.
-            ValueError: no cell that has such a field.
+            ValueError: no cell that has such a field; no step, or no unit.
             IndexError: a row that isn't there.
         """
         from cellstack.inspect.plot import plot
@@ -394,6 +401,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         Raises:
             ValueError: more numbers than a page can hold; labels or a wave that don't fit.
             IndexError: a row that isn't there.
+            TypeError: a title that isn't a text.
             OSError: the file can't be written.
         """
         from cellstack.inspect.html import save_html  # a page is made of a trace, not a trace of it
@@ -575,8 +583,6 @@ def _turned(record: Record) -> Record:
 
 def _pre_activations(cell: Cell, record: Record) -> dict[str, Array]:
     spec, (batch, steps, width) = cell.spec, record.x.shape
-    if record.patches is not None and spec.peepholes:
-        raise ValueError("expected a cell without peepholes, or without patches, to work out its pre-activations")
     order = slice(None, None, -1) if record.reverse else slice(None)
     states = [record.h, *([] if record.c is None else [record.c])]
     before = []
@@ -587,12 +593,28 @@ def _pre_activations(cell: Cell, record: Record) -> dict[str, Array]:
         if record.reset is not None:
             previous = np.where(record.reset[:, order, None], fresh, previous)
         before.append(previous[:, order].reshape(batch * steps, array.shape[2]))
+    patched = None if record.patches is None else _as_it_ran(record)
     with np.errstate(all="ignore"):
-        sums = reference.pre_activations(spec, cell.arrays, record.x.reshape(batch * steps, width), before)
+        sums = reference.pre_activations(spec, cell.arrays, record.x.reshape(batch * steps, width), before, patched)
     made = {gate: array.reshape(batch, steps, spec.units).astype(cell.dtype) for gate, array in sums.items()}
     if record.mask is not None:
         made = {gate: np.where(record.mask[:, :, None], array, 0) for gate, array in made.items()}
     return made
+
+
+def _as_it_ran(record: Record) -> Callable[[str, Array, Any], Array]:
+    """Return what puts the gates and c of a patched run in the place of those that the equations give."""
+    assert record.patches is not None
+    batch, steps, _ = record.x.shape
+    planes = dict(zip(GATES[record.patches.spec.kind], np.moveaxis(record.gates, 2, 0), strict=False))
+
+    def patched(name: str, value: Array, before: Any) -> Array:
+        if name in planes:
+            return planes[name].reshape(batch * steps, -1).astype(np.float64)
+        assert record.patches is not None
+        return record.patches.changed(name, batch, steps, value, before)
+
+    return patched
 
 
 def _tuple(value: Any) -> tuple[Array, ...]:

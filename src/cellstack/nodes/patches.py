@@ -80,13 +80,17 @@ class Patch:
             if self.value is not None:
                 raise ValueError("Patch: expected no value to freeze, got one")
             return
+        if self.value is None:
+            raise ShapeError("Patch: expected value as a number, or [rows, steps, units], got none")
         try:
-            value = np.array(self.value, np.float64)
-        except (TypeError, ValueError):
-            raise TypeError(f"Patch: expected value to be a number or numbers, got {self.value!r:.80}") from None
-        if self.value is None or value.ndim > 3:
-            got = "none" if self.value is None else f"shape {value.shape}"
-            raise ShapeError(f"Patch: expected value as a number, or [rows, steps, units], got {got}")
+            given = np.asarray(self.value)
+        except ValueError:  # rows of unequal length
+            given = np.empty(0, object)
+        if given.dtype.kind not in "biuf" or isinstance(self.value, np.ma.MaskedArray):
+            raise TypeError(f"Patch: expected value to be a number or numbers, got {self.value!r:.80}")
+        value = given.astype(np.float64)
+        if value.ndim > 3:
+            raise ShapeError(f"Patch: expected value as a number, or [rows, steps, units], got shape {value.shape}")
         whole = _whole(value)
         for axis, name in enumerate(("rows", "steps", "units")):
             count, known = whole.shape[axis], _count(getattr(self, name))
@@ -163,6 +167,10 @@ class Patch:
         return cls(said["node"], said["gate"], **indexes, value=value, how=said["how"], cell=said.get("cell"))
 
 
+class RunError(ShapeError, IndexError):
+    """A run without the rows or the steps that a patch names."""
+
+
 class CellPatches:
     """The patches of one cell, in the order in which they act, as the kernel takes them.
 
@@ -216,7 +224,7 @@ class CellPatches:
         for patch in self.patches:
             chosen = _chosen(getattr(patch, name), count)
             if not chosen.size or chosen.max() >= count:
-                raise IndexError(f"Patch: expected {name} from 0 to {count - 1}, as there are, got {patch}")
+                raise RunError(f"Patch: expected {name} from 0 to {count - 1}, as there are, got {patch}")
             along = 1 if patch.value is None or name == "steps" else _whole(patch.value).shape[0]
             if along not in (1, len(chosen)):
                 raise ShapeError(f"Patch: expected a value of 1 or {len(chosen)} along {name}, got {patch}")
@@ -258,6 +266,25 @@ class CellPatches:
             if begin <= last and end >= first:
                 return True
         return False
+
+    def changed(self, name: str, batch: int, steps: int, value: Array, before: Array) -> Array:
+        """Return what the patches make of a state, of each step on its own.
+
+        Args:
+            name: `"c"` or `"h"`.
+            batch, steps: of the run.
+            value: what it is before the patches, `[B·T, H]`.
+            before: what it was after the step before, `[B·T, H]`.
+        """
+        numbers = np.broadcast_to(np.arange(steps), (batch, steps))
+        made = self._act(np.arange(batch), numbers, np.full(batch, -1), None, np.dtype(np.float64))
+        if not made:
+            return value
+        lines = made["patch_lines"][:, :, STATE_TARGETS[name]].reshape(-1)
+        once, again, added = np.moveaxis(made["patch_table"][lines][:, :, : value.shape[1]], 1, 0)
+        # What is multiplied by nothing isn't there, be it infinite.
+        new = np.where(once == 0, 0, once * value) + np.where(again == 0, 0, again * before) + added
+        return np.where(lines[:, None] < 0, value, new)
 
     def _act(
         self,
@@ -327,10 +354,13 @@ def _as_index(name: str, index: Any) -> Index:
     if index is None:
         return None
     if isinstance(index, slice):
-        for what, bound in (("start", index.start), ("stop", index.stop), ("step", index.step)):
-            if bound is not None:
-                check_integer("Patch", f"the {what} of {name}", bound, 1 if what == "step" else 0)
-        return index
+        bounds = (("start", index.start, 0), ("stop", index.stop, 0), ("step", index.step, 1))
+        return slice(
+            *(
+                None if bound is None else check_integer("Patch", f"the {what} of {name}", bound, least)
+                for what, bound, least in bounds
+            )
+        )
     try:
         numbers = np.atleast_1d(np.asarray(index))
     except ValueError:

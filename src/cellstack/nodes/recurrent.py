@@ -222,7 +222,7 @@ class Record(NamedTuple):
     reverse: bool
     """Whether it ran from the last step to the first."""
     patches: CellPatches | None = None
-    """What was changed in it as it ran."""
+    """What was changed in the cell as it ran."""
 
 
 class Recording(list[Record | None]):
@@ -409,18 +409,17 @@ class Recurrent(Node):
         for number, (cell, before) in enumerate(zip(cells, states, strict=True)):
             spec = cell.spec
             after.append(STATES[spec.kind](*(np.empty((batch, size), x.dtype) for size in spec.state_sizes.values())))
+            changes = patches[number] if patches else None
             kept: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
             if "gates" in kept:
                 assert below is not None, "what goes into a cell that is kept is kept"
                 own = kept["gates"], kept.get("cells"), kept["y"]
-                changes = patches[number] if patches else None
                 made.append(Record(*own, below, before, mask, reset, self.go_backwards, changes))
             else:
                 made.append(None)
             if wanted and number == len(cells) - 1 and "y" not in kept:
                 kept["y"] = np.empty((batch, steps, spec.output_size), x.dtype)
             below = kept.get("y")
-            changes = patches[number] if patches else None
             if changes is not None:
                 kept |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
             layers.append(native.Layer(cell.packed, *_pair(before), *_pair(after[-1]), **kept))
