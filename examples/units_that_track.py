@@ -32,7 +32,7 @@ FULL = {"units": 192, "epochs": 20, "rows": 8, "steps": 100, "sampled": (32, 600
 QUICK = {"units": 48, "epochs": 8, "rows": 16, "steps": 50, "sampled": (16, 150), "controls": 5}
 QUOTES, COLUMN, VERSE, PARAGRAPH = "inside quotes", "position in the line", "in verse", "first line of a paragraph"
 HERE, OTHERS = "#5a3a8a", "#c9b8dc"
-DIALOGUE, POEM = "`Here!' cried Alice", "They told me you had been to her"
+DIALOGUE, POEM = "`Please your Majesty,' said the Knave", "They told me you had been to her"
 
 
 # ── the text, and what is true of it ────────────────────────────────────────────────────────────────────────────────
@@ -354,7 +354,7 @@ def draw_text(axis, text, values, title):
         at += len(line)
         for column, character in enumerate(line.rstrip("\n")):
             axis.text(column, row, character, ha="center", va="center", family="monospace", fontsize=7)
-    axis.imshow(shades, cmap="PuOr", vmin=-0.5, vmax=1.5, aspect="auto", interpolation="nearest")
+    axis.imshow(shades.clip(0.0, 1.0), cmap="PuOr", vmin=-0.5, vmax=1.5, aspect="auto", interpolation="nearest")
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_axis_off()
 
