@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from cellstack.nodes.base import MOST_AXES, Node, Shape, check_integer, shown
@@ -31,6 +31,24 @@ class Graph(NamedTuple):
         return shown(self.shapes[name], name in self.ids)
 
 
+class _Parts(NamedTuple):
+    """What is wired: nodes with their names, inputs with the shapes that are given, wires and outputs."""
+
+    nodes: tuple[Node, ...]
+    names: tuple[str, ...]
+    inputs: dict[str, Shape | None]
+    wires: tuple[tuple[str, ...], ...]
+    outputs: tuple[str, ...]
+
+    def forwards(self) -> Iterator[tuple[Node, str, tuple[str, ...]]]:
+        """Give each node with its name and with what it takes."""
+        return zip(self.nodes, self.names, self.wires, strict=True)
+
+    def backwards(self) -> Iterator[tuple[Node, str, tuple[str, ...]]]:
+        """Give the same from the last node to the first."""
+        return reversed([*self.forwards()])
+
+
 def wired(
     nodes: tuple[Node, ...],
     names: tuple[str, ...],
@@ -40,26 +58,25 @@ def wired(
 ) -> Graph:
     """Return the wiring of some nodes, or raise what `Network` says it raises."""
     given = _inputs(names, inputs)
-    wires = _wires(names, tuple(given), wires)
-    outputs = _outputs(names, outputs)
-    _check_used(names, tuple(given), wires, outputs)
-    ids = _ids(nodes, names, tuple(given), wires, outputs)
-    shapes = _input_shapes(nodes, names, given, wires, ids)
+    parts = _Parts(nodes, names, given, _wires(names, tuple(given), wires), _outputs(names, outputs))
+    _check_used(parts)
+    ids = _ids(parts)
+    shapes = _input_shapes(parts, ids)
     late = []
-    for node, name, sources in zip(nodes, names, wires, strict=True):
+    for node, name, sources in parts.forwards():
         if node.inputs is not None and len(sources) != node.inputs:
             raise ShapeError(f"{name}: {type(node).__name__} expected one value, got {len(sources)}")
         comes = [shapes[source] for source in sources]
         shapes[name] = node.check(name, *comes)
         open_width = node.input_size is not None and any(shape[-1] is None for shape in comes)
         late.append(open_width or (node.checks_late and any(None in shape for shape in comes)))
-    last = {source: number for number, sources in enumerate(wires) for source in sources}
+    last = {source: number for number, sources in enumerate(parts.wires) for source in sources}
     done: list[list[str]] = [[] for _ in nodes]
-    kept = set(outputs)
+    kept = set(parts.outputs)
     for value, number in last.items():
         if value not in kept:
             done[number].append(value)
-    return Graph(tuple(given), wires, outputs, shapes, ids, tuple(late), tuple(map(tuple, done)))
+    return Graph(tuple(given), parts.wires, parts.outputs, shapes, ids, tuple(late), tuple(map(tuple, done)))
 
 
 def check_name(what: str, name: object) -> None:
@@ -133,45 +150,31 @@ def _outputs(names: tuple[str, ...], outputs: Sequence[str] | None) -> tuple[str
     return tuple(outputs)
 
 
-def _check_used(
-    names: tuple[str, ...], inputs: tuple[str, ...], wires: tuple[tuple[str, ...], ...], outputs: tuple[str, ...]
-) -> None:
-    used = set(outputs)
-    for name, sources in zip(reversed(names), reversed(wires), strict=True):
+def _check_used(parts: _Parts) -> None:
+    used = set(parts.outputs)
+    for _, name, sources in parts.backwards():
         if name in used:
             used.update(sources)
-    for what, all_names in (("node", names), ("input", inputs)):
+    for what, all_names in (("node", parts.names), ("input", parts.inputs)):
         for name in all_names:
             if name not in used:
                 raise ValueError(f"Network: expected every {what} to lead to an output, got {name!r}, which doesn't")
 
 
-def _ids(
-    nodes: tuple[Node, ...],
-    names: tuple[str, ...],
-    inputs: tuple[str, ...],
-    wires: tuple[tuple[str, ...], ...],
-    outputs: tuple[str, ...],
-) -> frozenset[str]:
+def _ids(parts: _Parts) -> frozenset[str]:
     """Return the inputs of ids: those from which every way leads to a table, past nodes that only shape."""
-    computed = set(outputs)
-    for node, name, sources in zip(reversed(nodes), reversed(names), reversed(wires), strict=True):
+    computed = set(parts.outputs)
+    for node, name, sources in parts.backwards():
         if not node.takes_ids and (name in computed or not node.shapes_only):
             computed.update(sources)
-    return frozenset(name for name in inputs if name not in computed)
+    return frozenset(name for name in parts.inputs if name not in computed)
 
 
-def _input_shapes(
-    nodes: tuple[Node, ...],
-    names: tuple[str, ...],
-    given: dict[str, Shape | None],
-    wires: tuple[tuple[str, ...], ...],
-    ids: frozenset[str],
-) -> dict[str, Shape]:
+def _input_shapes(parts: _Parts, ids: frozenset[str]) -> dict[str, Shape]:
     """Return the inputs' shapes: those given, else as many axes, and as wide, as the nodes that take them say."""
-    axes, widths = _axes(nodes, names, given, wires), _widths(nodes, names, wires)
+    axes, widths = _axes(parts), _widths(parts)
     shapes: dict[str, Shape] = {}
-    for name, shape in given.items():
+    for name, shape in parts.inputs.items():
         shape = (None,) * axes[name] if shape is None else shape
         if shape[-1] is None and name not in ids:
             shape = (*shape[:-1], widths.get(name))
@@ -179,18 +182,13 @@ def _input_shapes(
     return shapes
 
 
-def _axes(
-    nodes: tuple[Node, ...],
-    names: tuple[str, ...],
-    given: dict[str, Shape | None],
-    wires: tuple[tuple[str, ...], ...],
-) -> dict[str, int]:
+def _axes(parts: _Parts) -> dict[str, int]:
     """Return how many axes each input has beside the batch; a sequence's two where no node says.
 
     Values that a node ties to each other, having as many axes as it takes, share one answer; the first to say it wins.
     """
-    ties = {name: name for name in (*given, *names)}
-    said: dict[str, int] = {}
+    ties = {name: name for name in (*parts.inputs, *parts.names)}
+    said = {name: len(shape) for name, shape in parts.inputs.items() if shape is not None}
 
     def of(name: str) -> str:
         while ties[name] != name:
@@ -198,10 +196,7 @@ def _axes(
             name = ties[name]
         return name
 
-    for name, shape in given.items():
-        if shape is not None:
-            said[name] = len(shape)
-    for node, name, sources in zip(nodes, names, wires, strict=True):
+    for node, name, sources in parts.forwards():
         takes, gives = node.axes
         if takes is None and gives is None:
             for source in sources:
@@ -214,13 +209,13 @@ def _axes(
         for value, count in [(name, gives), *((source, takes) for source in sources)]:
             if count is not None:
                 said.setdefault(of(value), count)
-    return {name: said.get(of(name), 2) for name in given}
+    return {name: said.get(of(name), 2) for name in parts.inputs}
 
 
-def _widths(nodes: tuple[Node, ...], names: tuple[str, ...], wires: tuple[tuple[str, ...], ...]) -> dict[str, int]:
+def _widths(parts: _Parts) -> dict[str, int]:
     """Return how wide values are, as the first node says that takes one width alone, for those of which one does."""
     widths: dict[str, int] = {}
-    for node, name, sources in zip(reversed(nodes), reversed(names), reversed(wires), strict=True):
+    for node, name, sources in parts.backwards():
         width = widths.get(name) if node.input_size is None and node.keeps_width else node.input_size
         if width is not None:
             widths.update(dict.fromkeys(sources, width))

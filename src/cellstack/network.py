@@ -226,6 +226,9 @@ class Network:
         """
         values = self._flows(x, mask, lengths, reset)
         given = [flow.x for flow in values.values()]
+        if record is not None:  # what is given may be written to afterwards
+            values = {name: Flow(flow.x.copy(), flow.mask, flow.reset) for name, flow in values.items()}
+            record.flows.update(values)
         batch, cells = len(given[0]), self.cells
         states = as_states("Network", state, cells, batch)
         if threads is None:
@@ -253,7 +256,7 @@ class Network:
                 values[name] = Flow(x, used, begun)
                 after += ends
                 if record is not None:
-                    record.flows |= {source: values[source] for source in sources} | {name: values[name]}
+                    record.flows[name] = values[name]
                 for number in numbers:
                     for value in self.graph.done[number]:
                         values.pop(value, None)  # between nodes that are one stage there is none

@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -265,7 +265,7 @@ class CellSpec:
         for field in fields(self):
             convert = _CONVERTERS.get(field.type)
             if convert is not None:
-                object.__setattr__(self, field.name, convert(field.name, getattr(self, field.name)))
+                object.__setattr__(self, field.name, convert("CellSpec", field.name, getattr(self, field.name)))
         self._check_values()
         self._check_activations()
 
@@ -336,13 +336,13 @@ class CellSpec:
         """Width of h: P where the output is projected, else H."""
         return self.proj_size or self.units
 
-    @property
+    @cached_property
     def state_sizes(self) -> dict[str, int]:
         """Width of each array of the state, by name: h, and c for an LSTM."""
         sizes = {"h": self.output_size, "c": self.units}
         return {name: sizes[name] for name in STATES[self.kind]._fields}
 
-    @property
+    @cached_property
     def planes(self) -> int:
         """How many arrays `[B, T, H]` the kernel keeps as a pass's gates.
 
@@ -350,7 +350,7 @@ class CellSpec:
         """
         return len(GATES[self.kind]) + (self.kind == "gru" and self.reset_after)
 
-    @property
+    @cached_property
     def norm_size(self) -> int:
         """How many numbers a step of a row the kernel keeps of layer normalisation; 0 without it."""
         return 2 * len(self.gates) * self.units + 4 if self.layer_norm else 0
@@ -400,30 +400,32 @@ class CellSpec:
         return json.dumps(self.settings)
 
 
-def _as_bool(name: str, value: Any) -> bool:
+def as_flag(owner: str, name: str, value: Any) -> bool:
+    """Return `value`, a bool (NumPy's too); `TypeError` for anything else: the text "False" would count as true."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"CellSpec: expected {name} to be True or False, got {value!r}")
+        raise TypeError(f"{owner}: expected {name} to be True or False, got {value!r}")
     return bool(value)
 
 
-def _as_integer(name: str, value: Any) -> int:
+def as_integer(owner: str, name: str, value: Any) -> int:
+    """Return `value` as an int, NumPy's integers too; `TypeError` where it is none, or a bool."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"CellSpec: expected {name} to be an integer, got {value!r}")
+        raise TypeError(f"{owner}: expected {name} to be an integer, got {value!r}")
     return operator.index(value)
 
 
-def _as_number(name: str, value: Any) -> float:
+def _as_number(owner: str, name: str, value: Any) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"CellSpec: expected {name} to be a number, got {value!r}")
+        raise TypeError(f"{owner}: expected {name} to be a number, got {value!r}")
     return float(value)
 
 
 # What a field of CellSpec is made of whatever is given for it, by the field's annotation.
-_CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {
-    "bool": _as_bool,
-    "int": _as_integer,
+_CONVERTERS: dict[Any, Callable[[str, str, Any], Any]] = {
+    "bool": as_flag,
+    "int": as_integer,
     "float": _as_number,
-    "float | None": lambda name, value: None if value is None else _as_number(name, value),
+    "float | None": lambda owner, name, value: None if value is None else _as_number(owner, name, value),
 }
 
 

@@ -67,6 +67,47 @@ def test_train_with_another_cell(capsys, tmp_path, cell, summary):
     assert measured["accuracy"] == pytest.approx(json.loads(out)["test"]["accuracy"])
 
 
+def test_train_looks_at_its_layers(capsys, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    plain, looked, folder = tmp_path / "plain", tmp_path / "looked", tmp_path / "looked-inspect"
+    small = [*SMALL, "--epochs", "3", "--bidirectional"]
+    assert run(capsys, "train", VOWELS, "-o", str(plain), *small)[0] == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "plain.safetensors"]
+    for _ in range(2):  # the second takes the place of the first
+        status, out, _ = run(capsys, "train", VOWELS, "-o", str(looked), *small, "--inspect", "--json")
+        assert status == 0
+    assert (tmp_path / "looked.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    inspected = json.loads(out)["inspect"]
+    assert inspected["report"] == str(folder / "report.html")
+    assert inspected["tensorboard"] == str(folder)
+    assert [record["epoch"] for record in inspected["records"]] == [1, 2, 3]
+    layer = inspected["records"][-1]["layers"]["recurrent.0.backward_layer"]
+    assert layer["figures"].keys() >= {"gates", "gates shut", "states", "weights", "gradients", "reach"}
+    assert layer["lags"]["carried"][0] == 1.0
+    (events,) = folder.glob("events.out.tfevents.*")
+    read = EventAccumulator(str(events))
+    read.Reload()
+    written = read.Scalars("recurrent.0.backward_layer/gradients/kernel")
+    assert [event.step for event in written] == [1, 2, 3]
+    assert written[-1].value == pytest.approx(layer["figures"]["gradients"]["kernel"], rel=1e-6)
+    assert "Layer recurrent.0.backward_layer" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_train_says_that_tensorboard_is_not_installed(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as it is where its import fails
+    output = tmp_path / "net"
+    status, out, _ = run(capsys, "train", VOWELS, "-o", str(output), *SMALL, "--inspect")
+    assert status == 0
+    assert "no events were written, as TensorBoard isn't installed: pip install tensorboard" in out
+    assert re.search(r"layers in epoch 1: (nothing|what) stands out", out)
+    assert [path.name for path in (tmp_path / "net-inspect").iterdir()] == ["report.html"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = run(capsys, "train", VOWELS, "-o", str(output), *SMALL, "--inspect")
+    assert status == 2
+    assert "train --inspect needs matplotlib: install cellstack[torch]" in err
+
+
 def test_run_answers_what_training_measured(capsys, vowels):
     status, out, err = run(capsys, "run", vowels, VOWELS_TEST)
     rows = list(csv.DictReader(io.StringIO(out)))

@@ -1,6 +1,7 @@
 """What is written down is run and looked up: code blocks, examples, links, commands, the map of files."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -79,8 +80,36 @@ def test_the_example_of_a_stream(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_example_of_the_forget_bias_on_less(tmp_path, monkeypatch, capsys):
+    example = runpy.run_path(str(ROOT / "examples" / "forget_bias.py"))
+    small = {"BIASES": (0.0, 3.0), "DELAYS": (5, 9), "SEEDS": (0,), "STEPS": 30, "EVERY": 10}
+    for name, value in small.items():
+        monkeypatch.setitem(example["main"].__globals__, name, value)
+    monkeypatch.setattr(sys, "argv", ["forget_bias.py", str(tmp_path / "drawn.png")])
+    threads = torch.get_num_threads()
+    try:
+        example["main"]()
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert "the symbol lies 9 steps back" in said
+    assert "learned, of 2 runs:" in said
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_example_of_the_forget_bias(tmp_path):
+    said = run([ROOT / "examples" / "forget_bias.py"], tmp_path)
+    learned = re.search(r"learned, of 6 runs: (.+)", said)
+    assert learned is not None
+    by_bias = {float(bias): int(count) for count, bias in re.findall(r"(\d) from (-?[\d.]+)", learned[1])}
+    assert by_bias[-1.0] == by_bias[0.0] == 0
+    assert by_bias[3.0] >= 4
+
+
 def test_every_example_is_tested():
     assert [path.name for path in EXAMPLES] == [
+        "forget_bias.py",
         "state_and_gates.py",
         "stream_frames.py",
         "units_that_track.py",  # tests/inspect/test_units_that_track.py
@@ -128,7 +157,7 @@ def test_commands_exist(page):
 
 def test_the_command_lines_of_the_readme_can_be_parsed():
     lines = re.findall(r"^cellstack (.+?) {3,}", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(lines) == 7
+    assert len(lines) == 9
     for line in lines:
         assert cli.parser().parse_args(line.split()).verb == line.split()[0]
 
@@ -150,6 +179,7 @@ def test_the_map_has_every_file_and_no_other():
                 folder = heading[1]
             mapped |= {folder + name for name in re.findall(r"`([^`]+)`", row[1])}
     found = [*(ROOT / "kernel").glob("*.*"), *(ROOT / "src" / "cellstack").rglob("*.py*")]
+    found += (ROOT / "src" / "cellstack").rglob("*.js")
     assert mapped == {name_of(path) for path in found if "__pycache__" not in path.parts and path.suffix != ".pyc"}
 
 

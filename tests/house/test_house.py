@@ -32,7 +32,7 @@ BELOW = {
     "formats": {"spec", "layout", "nodes", "network", "streaming"},
     "inspect": {"spec", "reference", "native", "nodes", "arguments", "formats"},
     "layers": {"spec", "native"},
-    "train": {"spec", "layers", "nodes", "network", "formats", ""},
+    "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
     "cli": {"spec", "nodes", "network", "formats", "train", ""},
     "__main__": {"cli"},
@@ -69,7 +69,11 @@ OUTSIDE_ALSO = {
     "train": {"torch", "tqdm", "matplotlib"},
 }
 # A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
-ON_CALL_ALSO = {"cli": {"torch", "tqdm"}, "formats": {"h5py", "onnx"}, "inspect": {"matplotlib"}}
+ON_CALL_ALSO = {
+    "cli": {"matplotlib", "torch", "tqdm"},
+    "formats": {"h5py", "onnx"},
+    "inspect": {"matplotlib", "anywidget", "traitlets"},
+}
 
 
 def part_of(path):

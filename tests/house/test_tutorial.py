@@ -90,3 +90,13 @@ def test_it_trains_a_model_that_tells_speakers(outputs):
 @pytest.mark.parametrize("cell", ["gates-plot", "memory-plot", "train-plot", "train-gates", "stream-plot"])
 def test_it_draws(outputs, cell):
     assert any("image/png" in out.get("data", {}) for out in outputs[cell])
+
+
+def test_the_network_is_looked_into_and_patched(outputs):
+    assert "bit for bit: True" in text(outputs["inside-trace"])
+    assert "contributions add up to the memory: True" in text(outputs["inside-report"])
+    plain, kept, forgotten = text(outputs["what-if-patch"]).splitlines()[:3]
+    assert all("with probability" in line for line in (plain, kept, forgotten))
+    assert "from step 9 on" in text(outputs["what-if-patch"])
+    assert text(outputs["ablation-ranks"]).startswith("Ablation of h by mean, 24 units")
+    assert any("image/png" in output.get("data", {}) for output in outputs["ablation-plot"])

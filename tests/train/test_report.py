@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cellstack.cli import main as cli
+from cellstack.inspect import LayerRecord, TrainingRecord
 from cellstack.spec import Trace
 from cellstack.train import Sequences, demo, report
 
@@ -23,7 +24,7 @@ class Balanced(HTMLParser):
         values = dict(attrs)
         if "id" in values:
             self.ids.append(values["id"])
-        for value in values.values():
+        for value in (value for name, value in values.items() if name != "srcdoc"):  # a page of its own
             self.refs += re.findall(r"url\(#([^)]+)\)", value or "")
         for name in ("href", "xlink:href", "src"):
             if name in values:
@@ -78,8 +79,11 @@ def test_a_page_from_made_up_results(rng):
     }
     history = [{"epoch": n, "loss": 1.0 / n, "validation_loss": 2.0 / n} for n in range(1, 4)]
     trace = Trace(*(rng.normal(size=(5, 4)) for _ in range(6)))
-    page = report.demo_page(result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)])
+    page = report.demo_page(
+        result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)], "<p>a &amp; b</p>"
+    )
     text = check_page(page)
+    assert 'srcdoc="&lt;p&gt;a &amp;amp; b&lt;/p&gt;"' in page
     for part in (
         "training",
         "validation",
@@ -88,9 +92,12 @@ def test_a_page_from_made_up_results(rng):
         "candidate g",
         "speaker <b>",
         "picked <for> a reason",
+        "This page computes",
     ):
         assert part in text, part
-    assert page == report.demo_page(result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)])
+    assert page == report.demo_page(
+        result, history, history[:1], np.eye(3, dtype=int) * 4, [("layer 1", trace)], "<p>a &amp; b</p>"
+    )
 
 
 @pytest.mark.slow
@@ -120,7 +127,9 @@ def test_a_short_demo(tmp_path, capsys):
         "forward.safetensors",
         "report.html",
     ]
-    assert "most doubt" in check_page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "most doubt" in check_page(page)
+    assert "&lt;script type=&quot;module&quot;&gt;" in page  # the live page, within the report
 
 
 def test_the_replayed_utterance_is_the_one_told_right_with_the_most_doubt():
@@ -146,3 +155,19 @@ def test_the_accuracy_that_the_documentation_states(tmp_path, capsys):
     both, forward = np.median(found, axis=0)
     assert both >= 0.975, found
     assert forward >= 0.95, found
+
+
+def test_the_page_of_a_training_has_its_layers_and_findings():
+    def record(epoch, left):
+        figures = {"gates": {"f": 0.7}, "weights": {"all": 2.0}, "gradients": {"all": 0.0}, "reach": {"half": np.inf}}
+        lags = {"h": np.array([1.0, left]), "carried": np.array([1.0, left])}
+        layer = LayerRecord("lstm", figures, lags, 3)
+        return TrainingRecord(epoch, {"<low>": layer}, ("<low>: the gradient vanishes",))
+
+    history = [{"epoch": n, "lr": 1.0, "loss": 1.0 / n, "validation_loss": 0.5, "accuracy": 0.25} for n in (1, 2)]
+    text = check_page(report.training_page("a & b", history, [record(1, 0.5), record(2, 0.0)]))
+    assert "a & b in training" in text
+    assert "<low>: the gradient vanishes" in text  # shown as text
+    assert "Layer <low>" in text
+    assert "What stands out in epoch 2" in text
+    assert "Nothing stands out" in check_page(report.training_page("one", history[:1], [TrainingRecord(1)]))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellstack import FormatError, Network
+from cellstack import FormatError, Network, layers
 from cellstack.train import Inputs, Labelled, Model, Sequences, Settings, fit
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.checks import UsageError
@@ -135,6 +135,43 @@ def test_resume_after_ctrl_c_equals_an_unbroken_run(sequences, tmp_path, at):
     assert second.history == expected.history
     assert second.steps == expected.steps
     assert_same(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "every_step": True}, {"cell": "gru"}, {"cell": "rnn"}])
+def test_looking_at_the_layers_changes_no_bit(sequences, options):
+    plain, *rest = prepare(sequences, **options)
+    expected = fit(plain, *rest, SETTINGS)
+    looked, *rest = prepare(sequences, **options)
+    result = fit(looked, *rest, SETTINGS, inspect=2)
+    assert result.history == expected.history
+    assert_same(weights(looked), weights(plain))
+    assert expected.records == []
+    assert [record.epoch for record in result.records] == [1, 3]
+    names = [f"recurrent.{n}" for n in range(2)]
+    if "bidirectional" in options:
+        names = [f"{name}.{way}_layer" for name in names for way in ("forward", "backward")]
+    assert list(result.records[0].layers) == names
+    assert all(not layer._observers for layer in looked.modules() if isinstance(layer, layers.RNN))
+
+
+def test_what_was_seen_of_the_layers_goes_on_after_a_resume(sequences, tmp_path):
+    path = tmp_path / "run.ckpt"
+    whole, *rest = prepare(sequences)
+    expected = fit(whole, *rest, SETTINGS, inspect=1)
+    broken, inputs, examples, kept, held = prepare(sequences)
+    stopping = Raising(examples, 14, lambda: signal.raise_signal(signal.SIGINT))
+    first = fit(broken, inputs, stopping, kept, held, SETTINGS, checkpoint=path, inspect=1)
+    assert first.interrupted
+    assert 0 < len(first.records) < 4
+    resumed, *rest = prepare(sequences, seed=99)
+    second = fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True, inspect=1)
+    assert [record.epoch for record in second.records] == [1, 2, 3, 4]
+    ended = len(first.records)  # the epoch that was interrupted is seen in another of its batches
+    for place in (*range(ended), *range(ended + 1, 4)):
+        assert second.records[place].to_json() == expected.records[place].to_json()
+    torch.save({**torch.load(path, weights_only=True), "records": [{"epoch": 1}]}, path)
+    with pytest.raises(FormatError, match="expected the state of this training, found one that doesn't fit"):
+        fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True)
 
 
 def test_resume_after_a_crash_equals_an_unbroken_run(sequences, tmp_path):

@@ -55,7 +55,8 @@ def test_two_processes_give_what_one_gives(tmp_path, bidirectional):
     exec(MAKE, {"PATH": path})
     extra = ["--bidirectional"] if bidirectional else ["--every-step"]
     one = train(path, tmp_path / "one.safetensors", 1, *extra)
-    two = train(path, tmp_path / "two.safetensors", 2, *extra)
+    two = train(path, tmp_path / "two.safetensors", 2, *extra, "--inspect")
+    assert (tmp_path / "two-inspect" / "report.html").exists()
     start = train(path, tmp_path / "start.safetensors", 1, *extra, "--lr", "1e-12")
     moved = 0.0
     for cell, other, before in zip(one.cells, two.cells, start.cells, strict=True):

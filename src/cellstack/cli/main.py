@@ -17,8 +17,9 @@ import numpy as np
 
 import cellstack
 from cellstack.cli.files import SUFFIX, convert, info, load_model, run_any, show, with_suffix
+from cellstack.cli.inspect import inspect
 from cellstack.cli.stream import stream
-from cellstack.formats.files import check_replaceable
+from cellstack.formats.files import check_replaceable, replacing
 from cellstack.formats.lines import FORMS
 from cellstack.spec import FormatError, ShapeError
 from cellstack.train import predict
@@ -28,12 +29,14 @@ from cellstack.train.table import Table, read_csv
 from cellstack.train.ts import read_ts
 
 MOST_THREADS = 1024  # OpenMP starts as many as it is told to, and ends the process where it can't
+EVENTS = "events.out.tfevents.*"  # files of TensorBoard's
 
 EXAMPLES = {
     "demo": "cellstack demo -o cellstack-demo",
     "train": "cellstack train co2.csv --target co2 --horizon 52 -o co2.safetensors\n"
     "  cellstack train Vowels_TRAIN.ts Vowels_TEST.ts --units 48,48 --bidirectional --noise 0.6 -o vowels.safetensors\n"
-    "  torchrun --nproc-per-node 2 -m cellstack train Vowels_TRAIN.ts -o vowels.safetensors",
+    "  torchrun --nproc-per-node 2 -m cellstack train Vowels_TRAIN.ts -o vowels.safetensors\n"
+    "  cellstack train Vowels_TRAIN.ts --inspect -o vowels.safetensors",
     "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv\n"
     "  cellstack run model.keras frames.npy > answers.csv",
     "stream": "cellstack stream model --state model.state < frames.csv > answers.csv",
@@ -41,6 +44,9 @@ EXAMPLES = {
     "  cellstack convert model.safetensors firmware/model.c\n"
     "  cellstack convert model.safetensors model.onnx --sample frames.csv",
     "info": "cellstack info vowels.safetensors",
+    "inspect": "cellstack inspect vowels.safetensors Vowels_TEST.ts --open\n"
+    "  cellstack inspect model.keras frames.npy -o frames.html\n"
+    "  cellstack inspect model.safetensors",
 }
 
 
@@ -141,6 +147,12 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--checkpoint", metavar="FILE", help="written after each epoch and on Ctrl-C")
     how.add_argument("--resume", action="store_true", help="go on from --checkpoint where there is one")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to (%(default)s)")
+    how.add_argument(
+        "--inspect",
+        action="store_true",
+        help="look at the layers in a batch of each epoch (gates, norms, gradients by steps back): MODEL-inspect/ gets "
+        "report.html, and events for TensorBoard where it is installed",
+    )
     how.add_argument("--quiet", action="store_true", help="no progress bar")
 
     run = verb("run", "predict: a class or number for each sequence (.ts), what comes next (.csv); or run any network")
@@ -167,6 +179,18 @@ def parser() -> argparse.ArgumentParser:
         "--sample", metavar="FILE", help="data to compare on: .npy [B, T, I], .npz by input, .csv (drawn at random)"
     )
     other.add_argument("--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4)")
+    inside = verb("inspect", "write a page that looks into a run: what every gate, cell and layer did, and what if")
+    inside.add_argument("model", metavar="MODEL", help="of any format that can be read")
+    inside.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="what it is run over: .npy, .npz or .csv of numbers, .ts or .csv as the model was trained on, .txt of "
+        "characters, .wav; without it, a few numbers drawn at random",
+    )
+    inside.add_argument("-o", "--output", metavar="PAGE", help="where to (default: the model's name, .html)")
+    inside.add_argument("--open", action="store_true", help="show it in the browser")
+    inside.add_argument("--rows", type=int, default=8, metavar="N", help="rows of FILE, at most (%(default)s)")
     looks = verb("info", "layers, shapes, sizes, and what runs them; the recurrent parts of what can't be run whole")
     looks.add_argument("model", metavar="MODEL", help="of any format that can be read")
     return top
@@ -252,7 +276,10 @@ def _train(args: argparse.Namespace) -> int:
         every_step=args.every_step,
         cell=args.cell,
     )
-    options = workflow.RunOptions(args.validation, args.checkpoint, args.resume, not args.quiet, args.device)
+    folder = _inspect_folder(output, args.resume) if args.inspect else None
+    options = workflow.RunOptions(
+        args.validation, args.checkpoint, args.resume, not args.quiet, args.device, args.inspect, folder
+    )
     if forecast:
         if args.test is not None:
             raise UsageError("expected one CSV file: its last rows are what is measured on, see --test-share")
@@ -274,8 +301,55 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     outcome.net.save(output)
     report = _report(outcome, output) | {"left_out": texts}
+    if folder is not None:
+        report["inspect"] = _inspected(outcome, output, folder)
     show(args, report, _train_text(outcome, report))
     return 130 if outcome.fit.interrupted else 0
+
+
+def _inspect_folder(output: Path, resume: bool) -> Path:
+    """Return the folder for what is seen in a training, made and without the events of another one."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(f"train --inspect needs {error.name}: install cellstack[torch]") from None
+    folder = output.with_name(f"{output.stem}-inspect")
+    folder.mkdir(exist_ok=True)
+    check_replaceable(folder / "report.html")
+    if not resume and int(os.environ.get("RANK", "0")) == 0:
+        for old in folder.glob(EVENTS):
+            old.unlink()
+    return folder
+
+
+def _inspected(outcome: Any, output: Path, folder: Path) -> dict[str, Any]:
+    """Write the report of what was seen; return where it is, and what was seen."""
+    records = outcome.fit.records
+    report = None
+    if records:
+        from cellstack.train.report import training_page
+
+        unit = "nats" if outcome.net.metadata["task"] == "classify" else "squared standard deviations"
+        with replacing(folder / "report.html") as file:
+            file.write(training_page(output.stem, outcome.fit.history, records, unit).encode())
+        report = str(folder / "report.html")
+    return {
+        "report": report,
+        "tensorboard": str(folder) if any(folder.glob(EVENTS)) else None,
+        "records": [record.to_json() for record in records],
+    }
+
+
+def _inspect_text(inspected: dict[str, Any]) -> list[str]:
+    if not inspected["records"]:
+        return ["the layers weren't looked at: no epoch came to its end"]
+    last = inspected["records"][-1]
+    found = [f"  - {sentence}" for sentence in last["findings"]]
+    lines = [f"layers in epoch {last['epoch']}: {'what stands out' if found else 'nothing stands out'}", *found]
+    shown = f"tensorboard --logdir {inspected['tensorboard']}"
+    if inspected["tensorboard"] is None:
+        shown = "no events were written, as TensorBoard isn't installed: pip install tensorboard"
+    return [*lines, f"  {inspected['report']}", f"  {shown}"]
 
 
 def _warn(message: Warning | str, *_: Any) -> None:
@@ -335,6 +409,8 @@ def _train_text(outcome: Any, report: dict[str, Any]) -> list[str]:
         lines.append(f"the last checkpoint could not be written: {report['checkpoint_error']}")
     if report["left_out"]:
         lines.append(f"left out, as they hold no numbers: {', '.join(report['left_out'])}")
+    if "inspect" in report:
+        lines += _inspect_text(report["inspect"])
     return [*lines, f"written to {report['model']}"]
 
 
@@ -396,4 +472,12 @@ def _cell(value: Any) -> Any:
     return value
 
 
-VERBS = {"demo": _demo, "train": _train, "run": _run, "stream": stream, "convert": convert, "info": info}
+VERBS = {
+    "demo": _demo,
+    "train": _train,
+    "run": _run,
+    "stream": stream,
+    "convert": convert,
+    "info": info,
+    "inspect": inspect,
+}

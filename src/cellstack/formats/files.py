@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the new one, whatever happens to the writer."""
+"""Writing files so that a reader sees the old one or the new one; and how a message shows what is in one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from cellstack.network import Network
@@ -27,6 +27,12 @@ def check_unedited(network: Network, what: str) -> None:
             f"save: expected a network without patches, which {what} can't hold, got {patch}{more}: "
             "save it as .safetensors, or save net.unedited"
         )
+
+
+def short(value: Any, length: int = 80) -> str:
+    """Return how a message shows what a file claims: printable, and short however long it is."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def check_replaceable(path: str | PathLike[str]) -> tuple[str, int | None]:

@@ -23,11 +23,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from cellstack.formats.files import replacing
+from cellstack.formats.files import replacing, short
 from cellstack.formats.safetensors_weights import extract_weights, has_parts, load_weights
 from cellstack.network import Network
 from cellstack.nodes import NODES
 from cellstack.nodes.patches import Patch
+from cellstack.nodes.stored import Entry
 from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
@@ -49,6 +50,32 @@ def recognises(head: bytes) -> bool:
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def described(network: Network) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return the description of `network`, which JSON can hold, and its arrays by the names of their tensors.
+
+    Args:
+        network: what is described.
+    """
+    tensors: dict[str, Array] = {}
+    nodes = []
+    for name, wires, node in zip(network.names, network.wires, network.nodes, strict=True):
+        entry, arrays = node.stored()
+        nodes.append({"name": name, "wires": list(wires), **entry})
+        tensors.update({f"{name}/{array}": numbers for array, numbers in arrays.items()})
+    inputs = [{"name": name, "shape": list(network.shapes[name])} for name in network.inputs]
+    graph: dict[str, Any] = {"inputs": inputs, "nodes": nodes, "outputs": list(network.outputs)}
+    patches = []
+    for number, patch in enumerate(network.patches):
+        said = patch.stored()
+        if patch.value is not None:
+            said["value"] = list(patch.value.shape)
+            tensors[f"patch/{number}/value"] = patch.value
+        patches.append(said)
+    if patches:  # an older cellstack refuses what it doesn't know
+        graph["patches"] = patches
+    return {"version": VERSION, **graph, "metadata": network.metadata}, tensors
+
+
 def save(network: Network, path: str) -> None:
     """Write `network` to `path`, whole or not at all.
 
@@ -60,24 +87,8 @@ def save(network: Network, path: str) -> None:
         ValueError: a description (names and metadata) of more than 4 MiB.
         OSError: the file can't be written.
     """
-    tensors: dict[str, Array] = {}
-    nodes = []
-    for name, wires, node in zip(network.names, network.wires, network.nodes, strict=True):
-        described, arrays = node.stored()
-        nodes.append({"name": name, "wires": wires, **described})
-        tensors.update({f"{name}/{array}": numbers for array, numbers in arrays.items()})
-    inputs = [{"name": name, "shape": network.shapes[name]} for name in network.inputs]
-    graph: dict[str, Any] = {"inputs": inputs, "nodes": nodes, "outputs": network.outputs}
-    patches = []
-    for number, patch in enumerate(network.patches):
-        described = patch.stored()
-        if patch.value is not None:
-            described["value"] = patch.value.shape
-            tensors[f"patch/{number}/value"] = patch.value
-        patches.append(described)
-    if patches:  # an older cellstack refuses what it doesn't know
-        graph["patches"] = patches
-    description = json.dumps({"version": VERSION, **graph, "metadata": network.metadata})
+    found, tensors = described(network)
+    description = json.dumps(found)
     if len(description) > MAX_DESCRIPTION:
         raise ValueError(f"save: expected a description of at most {MAX_DESCRIPTION} bytes, got {len(description)}")
     with replacing(path) as file:
@@ -87,12 +98,6 @@ def save(network: Network, path: str) -> None:
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _short(value: Any, length: int = 80) -> str:
-    """Return how a message shows what a file claims: printable, and short however long it is."""
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
 def _parse(where: str, text: str) -> Any:
     """Parse JSON strictly: no key twice, no NaN; whatever is wrong is a `FormatError`."""
 
@@ -100,7 +105,7 @@ def _parse(where: str, text: str) -> Any:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise FormatError(f"{where}: expected every key once, found {_short(key)} more than once")
+                raise FormatError(f"{where}: expected every key once, found {short(key)} more than once")
             found[key] = value
         return found
 
@@ -121,12 +126,12 @@ def _take(where: str, table: Any, keys: Types, optional: Types | None = None) ->
     """Return `table`, which must have these keys, and no others but the optional ones, with values of these types."""
     optional = optional or {}
     if not isinstance(table, dict) or not table.keys() >= keys.keys():
-        found = _short(sorted(table)) if isinstance(table, dict) else type(table).__name__
+        found = short(sorted(table)) if isinstance(table, dict) else type(table).__name__
         raise FormatError(f"{where}: expected the keys {sorted(keys)}, found {found}")
     known = {**keys, **optional}
     unknown = sorted(table.keys() - known.keys())
     if unknown:
-        raise FormatError(f"{where}: expected the keys {sorted(known)} alone, found {_short(unknown[0])}")
+        raise FormatError(f"{where}: expected the keys {sorted(known)} alone, found {short(unknown[0])}")
     for name, value in table.items():
         one = known[name]
         kinds = one if isinstance(one, tuple) else (one,)
@@ -145,23 +150,23 @@ class _Tensors:
         self.left = set(file.keys())
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
-        where = f"{self.path}: tensor {_short(name)}"
+        where = f"{self.path}: tensor {short(name)}"
         if name not in self.left:
-            raise FormatError(f"{where}: expected it, with shape {_short(list(shape))}, found no such tensor")
+            raise FormatError(f"{where}: expected it, with shape {short(list(shape))}, found no such tensor")
         self.left.remove(name)
         entry = self.file.get_slice(name)
         dtype, found = entry.get_dtype(), entry.get_shape()
         if dtype not in DTYPES:
-            raise FormatError(f"{where}: expected dtype {' or '.join(DTYPES)}, found {_short(dtype)}")
+            raise FormatError(f"{where}: expected dtype {' or '.join(DTYPES)}, found {short(dtype)}")
         if found != list(shape):
-            raise FormatError(f"{where}: expected shape {_short(list(shape))}, found {_short(found)}")
+            raise FormatError(f"{where}: expected shape {short(list(shape))}, found {short(found)}")
         if 0 in shape:  # the other axis could be of any length, beyond what NumPy can count
-            raise FormatError(f"{where}: expected at least one number, found shape {_short(found)}")
+            raise FormatError(f"{where}: expected at least one number, found shape {short(found)}")
         np.empty(shape, DTYPES[dtype])  # a MemoryError where there is no room for it: the package would panic
         return self.file.get_tensor(name)
 
 
-class _Entry:
+class _Entry(Entry):
     """A node's description with its tensors, as `Node.restored` asks for them.
 
     Args:
@@ -173,31 +178,27 @@ class _Entry:
 
     def __init__(self, tensors: _Tensors, prefix: str, table: Any, kind: str) -> None:
         self.tensors, self.prefix, self.table, self.kind = tensors, prefix, table, kind
-        self.where = f"{tensors.path}: {_short(prefix)}"
+        self.where = f"{tensors.path}: {short(prefix)}"
 
     def take(self, keys: Types, optional: Types | None = None) -> dict[str, Any]:
-        """See `Entry.take`."""
         found = dict(_take(self.where, self.table, {"type": str, **keys} if self.kind else keys, optional))
         if self.kind and found.pop("type") != self.kind:
-            raise self.refuse(f"expected type {self.kind!r}, found {_short(self.table['type'])}")
+            raise self.refuse(f"expected type {self.kind!r}, found {short(self.table['type'])}")
         return found
 
     def array(self, name: str, shape: tuple[int, ...]) -> Array:
-        """See `Entry.array`."""
         return self.tensors.take(f"{self.prefix}/{name}", shape)
 
     def inner(self, name: str, description: Any, kind: str = "") -> _Entry:
-        """See `Entry.inner`."""
         return _Entry(self.tensors, f"{self.prefix}/{name}", description, kind)
 
     def refuse(self, what: str) -> FormatError:
-        """See `Entry.refuse`."""
         return FormatError(f"{self.where}: {what}")
 
 
 def _names(where: str, what: str, values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise FormatError(f"{where}: expected {what} to be a list of names, found {_short(values)}")
+        raise FormatError(f"{where}: expected {what} to be a list of names, found {short(values)}")
     return tuple(values)
 
 
@@ -207,7 +208,7 @@ def _inputs(where: str, entries: list[Any]) -> dict[str, Any]:
     for entry in entries:
         name, shape = (_take(f"{where}: inputs", entry, {"name": str, "shape": list})[key] for key in ("name", "shape"))
         if name in inputs:
-            raise FormatError(f"{where}: expected inputs of different names, found {_short(name)} more than once")
+            raise FormatError(f"{where}: expected inputs of different names, found {short(name)} more than once")
         inputs[name] = shape
     return inputs
 
@@ -215,21 +216,21 @@ def _inputs(where: str, entries: list[Any]) -> dict[str, Any]:
 def _node(tensors: _Tensors, entry: Any) -> tuple[str, tuple[str, ...], Node]:
     """Return a node with its name and its wires."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise FormatError(f"{tensors.path}: expected every node to have a name, found {_short(entry)}")
+        raise FormatError(f"{tensors.path}: expected every node to have a name, found {short(entry)}")
     table = dict(entry)
     name = table.pop("name")
-    wires = _names(f"{tensors.path}: {_short(name)}", "wires", table.pop("wires", None))
+    wires = _names(f"{tensors.path}: {short(name)}", "wires", table.pop("wires", None))
     kind = table.get("type")
     if not isinstance(kind, str) or kind not in NODES:
         raise FormatError(
-            f"{tensors.path}: {_short(name)}: expected type to be one of {', '.join(NODES)}, found {_short(kind)}"
+            f"{tensors.path}: {short(name)}: expected type to be one of {', '.join(NODES)}, found {short(kind)}"
         )
     try:
         return name, wires, NODES[kind].restored(_Entry(tensors, name, table, kind))
     except FormatError:
         raise
     except (ValueError, TypeError) as error:  # what a node refuses in anybody's hands
-        raise FormatError(f"{tensors.path}: {_short(name)}: {str(error)[:300]}") from None
+        raise FormatError(f"{tensors.path}: {short(name)}: {str(error)[:300]}") from None
 
 
 def _patch(tensors: _Tensors, number: int, said: Any) -> Patch:
@@ -238,7 +239,7 @@ def _patch(tensors: _Tensors, number: int, said: Any) -> Patch:
     table = dict(_take(where, said, {"node": str, "gate": str, "how": str}, optional))
     shape = table.pop("value", None)
     if shape is not None and not all(type(size) is int and size > 0 for size in shape):
-        raise FormatError(f"{where}: expected value to be a shape, found {_short(shape)}")
+        raise FormatError(f"{where}: expected value to be a shape, found {short(shape)}")
     value = None if shape is None else tensors.take(f"patch/{number}/value", tuple(shape))
     try:
         return Patch.restored(table, value)
@@ -294,7 +295,7 @@ def _opened(path: str) -> Iterator[safe_open]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except SafetensorError as error:
-        raise FormatError(f"{path}: expected a safetensors file, found {_short(str(error), 300)}") from None
+        raise FormatError(f"{path}: expected a safetensors file, found {short(str(error), 300)}") from None
     except RecursionError:
         raise FormatError(f"{path}: expected a description, found JSON nested too deep") from None
     except MemoryError:  # what the operating system says names neither the file nor its size
@@ -319,10 +320,10 @@ def _read(path: str, file: safe_open) -> Network:
     description = _parse(where, text)
     version = description.get("version") if isinstance(description, dict) else None
     if type(version) is not int or version < 1:
-        raise FormatError(f"{where}: expected a version, found {_short(version)}")
+        raise FormatError(f"{where}: expected a version, found {short(version)}")
     if version > VERSION:
         raise FormatError(
-            f"{where}: expected version {VERSION} or older, found {_short(version)}: made by a newer cellstack"
+            f"{where}: expected version {VERSION} or older, found {short(version)}: made by a newer cellstack"
         )
     keys: Types = {"version": int, "inputs": list, "nodes": list, "outputs": list, "metadata": dict}
     _take(where, description, keys, {"patches": list})
@@ -331,7 +332,7 @@ def _read(path: str, file: safe_open) -> Network:
     found = [_node(tensors, entry) for entry in description["nodes"]]
     patches = [_patch(tensors, number, said) for number, said in enumerate(description.get("patches", []))]
     if tensors.left:
-        unused = _short(min(tensors.left))
+        unused = short(min(tensors.left))
         raise FormatError(f"{path}: tensor {unused}: expected no such tensor, found one that no node uses")
     names, wires, nodes = zip(*found, strict=True) if found else ((), (), ())
     try:

@@ -188,12 +188,12 @@ def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0
     if not os.path.exists(path):
         raise FileNotFoundError(2, "no such file", path)
     runtimes.runtime_of(path)  # a file of no known format is an error before anything is run
-    inputs = _drawn(net, seed, BATCH, _steps(net)) if x is None else net.as_inputs("verify", x)
+    inputs = drawn(net, seed, BATCH, usual_steps(net)) if x is None else net.as_inputs("verify", x)
     try:
         report = _run_both(net, path, inputs)
     except OtherSizesError as error:
         if x is None:
-            inputs = _drawn(net, seed, error.batch, error.steps)
+            inputs = drawn(net, seed, error.batch, error.steps)
             report = _run_both(net, path, inputs)
         else:
             report = _not_verified(path, inputs, error)
@@ -255,18 +255,18 @@ def _streamed(net: Network, inputs: Inputs, batch: int, weights: str) -> tuple[A
     return y if isinstance(y, tuple) else (y,)
 
 
-def _steps(net: Network) -> int:
-    """Return how many steps a network takes: any, or those that a Dense behind a Flatten, say, was made for."""
-    for steps in (STEPS, *range(1, MOST_STEPS + 1)):
+def usual_steps(net: Network, wanted: int = STEPS) -> int:
+    """Return how many steps a network takes: those wanted, or what a Dense behind a Flatten, say, was made for."""
+    for steps in (wanted, *range(1, MOST_STEPS + 1)):
         try:
-            net.run(_drawn(net, 0, 1, steps))
+            net.run(drawn(net, 0, 1, steps))
         except ShapeError:
             continue
         return steps
-    return STEPS
+    return wanted
 
 
-def _drawn(net: Network, seed: int, batch: int, steps: int) -> dict[str, Array]:
+def drawn(net: Network, seed: int, batch: int, steps: int) -> dict[str, Array]:
     """Return random inputs for a network: normal, or ids that its tables have."""
     rng = np.random.default_rng(seed)
     rows = min((len(node.table) for node in net.nodes if isinstance(node, Embedding)), default=1)

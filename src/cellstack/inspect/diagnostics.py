@@ -260,39 +260,22 @@ def _named(node: str, cells: Sequence[CellTrace]) -> Iterable[tuple[str, CellTra
 def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], list[tuple[int, str]]]:
     """Return the figures of a cell, and its findings with their ranks."""
     spec, used = cell.cell.spec, _used(cell)
-    found: list[tuple[int, str]] = []
-
-    def say(rank: int, which: Any, text: str) -> None:
-        if np.any(which):
-            found.append((rank, f"{_units(which)} {text}"))
-
+    found = standing(cell)
     h = cell["h"][used].astype(np.float64)
-    figures: dict[str, float | dict[str, float]] = {"rms of h": _rms(h)}
-    broken = ~np.isfinite(h).all(axis=0)
-    silent = (np.abs(h) < SILENT).all(axis=0)
-    stuck = (h.max(axis=0) - h.min(axis=0) < SILENT) & ~silent & (len(h) > 1)
-    say(0, broken, "NaN or infinite: look at the inputs, or train with a smaller learning rate")
-    say(1, silent, f"dead: |h| stays below {SILENT}. Use fewer units, or regularise them less")
-    say(2, stuck, f"stuck: h changes by less than {SILENT}. Use fewer units, or scale the inputs")
-    shares = gate_shares(cell)
-    for gate, (left, right) in shares.items():
+    figures: dict[str, float | dict[str, float]] = {"rms of h": rms(h)}
+    for gate, (left, right) in gate_shares(cell).items():
         means = {"shut": float(left.mean()), "open": float(right.mean())}
         figures[f"steps with {gate} below {LEFT}, above {RIGHT}"] = means
     if spec.kind == "lstm":
-        c = cell["c"][used].astype(np.float64)
-        figures["rms of c"] = _rms(c)
-        if spec.activations[spec.slots.index("cell")].name == "tanh":
-            flat = (np.abs(np.tanh(c)) > FLAT).mean(axis=0) > MOSTLY
-            say(3, flat, f"saturated: |tanh(c)| is above {FLAT} nearly always. Clip c, or reset it now and then")
-        say(4, shares["i"].left > MOSTLY, f"closed to what comes in: i is below {LEFT} at nearly every step")
+        figures["rms of c"] = rms(cell["c"][used].astype(np.float64))
     if spec.kind != "rnn":
         lives, steps = half_lives(cell), cell["h"].shape[1]
         measures = {"least": np.min, "median": np.median, "most": np.max}
         figures["half-life in steps"] = {name: float(measure(lives)) for name, measure in measures.items()}
-        text = (
-            f"keeping more than half over the whole run of {steps} steps: reset the state where a new sequence begins"
-        )
-        say(5, (lives > steps) & (steps > 1), text)
+        keeping = (lives > steps) & (steps > 1)
+        if keeping.any():
+            text = f"keeping more than half over the whole run of {steps} steps"
+            found.append((5, f"{units(keeping)} {text}: reset the state where a new sequence begins"))
     figures["spectral radius of the recurrent weights"] = spectral_radii(cell.cell)
     exponent = lyapunov_exponent(cell)
     figures["largest Lyapunov exponent, nats a step"] = exponent
@@ -311,18 +294,45 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
     return figures, found
 
 
-def _rms(values: Array) -> float:
+def standing(cell: CellTrace) -> list[tuple[int, str]]:
+    """Return what stands out in how units and gates stand, over the steps that count: sentences with their ranks."""
+    spec, used = cell.cell.spec, _used(cell)
+    found: list[tuple[int, str]] = []
+
+    def say(rank: int, which: Any, text: str) -> None:
+        if np.any(which):
+            found.append((rank, f"{units(which)} {text}"))
+
+    h = cell["h"][used].astype(np.float64)
+    broken = ~np.isfinite(h).all(axis=0)
+    silent = (np.abs(h) < SILENT).all(axis=0)
+    stuck = (h.max(axis=0) - h.min(axis=0) < SILENT) & ~silent & (len(h) > 1)
+    say(0, broken, "NaN or infinite: look at the inputs, or train with a smaller learning rate")
+    say(1, silent, f"dead: |h| stays below {SILENT}. Use fewer units, or regularise them less")
+    say(2, stuck, f"stuck: h changes by less than {SILENT}. Use fewer units, or scale the inputs")
+    if spec.kind == "lstm":
+        c = cell["c"][used].astype(np.float64)
+        if spec.activations[spec.slots.index("cell")].name == "tanh":
+            flat = (np.abs(np.tanh(c)) > FLAT).mean(axis=0) > MOSTLY
+            say(3, flat, f"saturated: |tanh(c)| is above {FLAT} nearly always. Clip c, or reset it now and then")
+        closed = gate_shares(cell)["i"].left > MOSTLY
+        say(4, closed, f"closed to what comes in: i is below {LEFT} at nearly every step")
+    return found
+
+
+def rms(values: Array) -> float:
+    """Return the root of the mean square."""
     return float(np.sqrt((values**2).mean()))
 
 
 def _rms_by_step(cell: CellTrace, field: str) -> Array:
     """Return the size of a state at each step in the order in which they were run, over rows and units."""
     state = cell[field].astype(np.float64)
-    rms = np.sqrt((state**2).mean(axis=(0, 2)))
-    return rms[::-1] if cell.record is not None and cell.record.reverse else rms
+    sizes = np.sqrt((state**2).mean(axis=(0, 2)))
+    return sizes[::-1] if cell.record is not None and cell.record.reverse else sizes
 
 
-def _units(which: Array) -> str:
+def units(which: Array) -> str:
     """Return the units that a flag marks, as the subject of a sentence with its verb."""
     numbers = np.flatnonzero(which)
     shown = ", ".join(map(str, numbers[:NAMED]))

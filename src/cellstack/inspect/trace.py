@@ -368,6 +368,63 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 
         save(self, path)
 
+    def save_html(
+        self,
+        path: str | PathLike[str],
+        labels: Any = None,
+        *,
+        audio: tuple[Any, float] | None = None,
+        title: str | None = None,
+        rows: Index = None,
+    ) -> None:
+        """Write the page that looks into the trace: one HTML file that works offline and needs nothing else.
+
+        The network travels in it, so that the page runs it anew when its reader changes something. Up to half a million
+        numbers of the trace are kept as they are, up to four million as float32, more as float16.
+
+        Args:
+            path: where to; a file that is there is replaced in one step.
+            labels: what each step is called: characters (a text will do) or words, dates, or numbers such as the times
+                of frames; a list of lists, one a row, where the rows have their own.
+            audio: `(samples [N], rate in Hz)`, the wave that the steps were made from, spread evenly over it; it stands
+                above the map, with its spectrum.
+            title: what stands above all.
+            rows: which rows, a slice, a number or numbers; None = all.
+
+        Raises:
+            ValueError: more numbers than a page can hold; labels or a wave that don't fit.
+            IndexError: a row that isn't there.
+            OSError: the file can't be written.
+        """
+        from cellstack.inspect.html import save_html  # a page is made of a trace, not a trace of it
+
+        save_html(self, path, labels, audio, title, rows)
+
+    def widget(
+        self,
+        labels: Any = None,
+        *,
+        audio: tuple[Any, float] | None = None,
+        title: str | None = None,
+        rows: Index = None,
+    ) -> Any:
+        """Return the page of the trace as a widget of Jupyter, VS Code or marimo; the arguments are `save_html`'s.
+
+        At the end of a cell, the trace itself is shown so.
+
+        Raises:
+            ImportError: anywidget isn't installed.
+            ValueError, IndexError: see `save_html`.
+        """
+        from cellstack.inspect.widget import widget  # as a page
+
+        return widget(self, labels, audio, title, rows)
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        from cellstack.inspect.widget import mimebundle  # as a page
+
+        return mimebundle(self, **options)
+
     def __repr__(self) -> str:
         rows, steps = len(_tuple(self.y)[0]), len(self.steps)
         head = f"Trace of {rows} row{'s' * (rows != 1)}, {steps} step{'s' * (steps != 1)}"
@@ -405,13 +462,12 @@ def trace(
         cells = {number for name in names for number in numbers[name]}
     if not isinstance(in_memory, (int, float)) or not in_memory >= 0:
         raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
-    # What is given is the caller's, to write to afterwards; what the trace shows of it, and works out from it, isn't.
-    given = {name: np.array(array) for name, array in network.as_inputs("Network", x).items()}
-    if state is not None:
+    if state is not None:  # it is the caller's, to write to afterwards
+        given = network.as_inputs("Network", x)
         states = as_states("Network", state, network.cells, len(next(iter(given.values()))))
         state = tuple(type(one)(*map(np.array, one)) for one in states if one is not None)
     recording = Recording(cells, _Arrays(in_memory).empty)
-    y, after = network.run(given, state, **run, record=recording)
+    y, after = network.run(x, state, **run, record=recording)
     found = NetworkTrace(network, y, after, lambda: _parts(network, names, recording, pre))
     return found if units is None and steps is None else found.select(None, steps, units)._copied()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -136,28 +135,6 @@ def last_axis(owner: str, input_size: int | Sequence[int | None]) -> int:
     if isinstance(width, bool) or not isinstance(width, (int, np.integer)) or width < 1:
         raise ShapeError(f"{owner}: expected input_size to be a width of at least 1, got {input_size!r}")
     return int(width)
-
-
-def as_integer(owner: str, name: str, value: Any) -> int:
-    """Return `value` as an int, NumPy's integers too.
-
-    Raises:
-        TypeError: no integer; a bool isn't meant as one.
-    """
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{owner}: expected {name} to be an integer, got {value!r}")
-    return operator.index(value)
-
-
-def as_flag(owner: str, name: str, value: Any) -> bool:
-    """Return `value`, a bool (NumPy's too).
-
-    Raises:
-        TypeError: anything else: the text "False" would count as true.
-    """
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{owner}: expected {name} to be True or False, got {value!r}")
-    return bool(value)
 
 
 def _weight(owner: str, value: Any) -> Tensor:

@@ -10,15 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.layers import eager, op, weights
-from cellstack.layers.base import Layer, as_dtype, as_input, as_integer, last_axis, own, recomputing, training_tensors
-from cellstack.spec import (
-    ACTIVATIONS,
-    ARRAYS,
-    CellSpec,
-    ShapeError,
-    check_state,
-    check_step,
-)
+from cellstack.layers.base import Layer, as_dtype, as_input, last_axis, own, recomputing, training_tensors
+from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec, ShapeError, as_integer, check_state, check_step
 
 
 def rate(owner: str, name: str, value: float) -> float:

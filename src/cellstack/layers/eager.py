@@ -161,11 +161,13 @@ def run(
     reverse: bool,
     sequences: bool,
     save: bool,
+    steps: list[list[Tensor]] | None = None,
 ) -> list[Tensor]:
     """Run a stack of cells as a torch loop; arguments and results are those of `cellstack::recurrent` (see `op`).
 
     But for these: `specs` has descriptions in place of their texts; `functions` has for each layer the activations, one
-    for each of `spec.slots`, whatever the description calls them; and in place of norms come empty tensors.
+    for each of `spec.slots`, whatever the description calls them; and in place of norms come empty tensors. To `steps`,
+    where it is given, each step adds the state that its equations give, as the graph has it: before zoneout and mask.
     """
     finals, ys, gates, cells = [], [], [], []
     left, begin = iter(weights), iter(starts)
@@ -173,7 +175,8 @@ def run(
         arrays = dict(zip(spec.shapes, islice(left, len(spec.shapes)), strict=True))
         states = list(islice(begin, len(spec.state_sizes))) if starts else _initial(spec, arrays, x)
         masks = [drop if drop.numel() else None for drop in drops[3 * n : 3 * n + 3]] or [None] * 3
-        ends, x, kept, memory = _layer(x, states, arrays, masks, mask, reset, spec, functions[n], reverse, save)
+        rest = mask, reset, spec, functions[n], reverse, save, steps
+        ends, x, kept, memory = _layer(x, states, arrays, masks, *rest)
         finals += ends
         ys.append(x)
         gates.append(kept)
@@ -204,6 +207,7 @@ def _layer(
     functions: Sequence[Function],
     reverse: bool,
     save: bool,
+    every: list[list[Tensor]] | None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Return the states after, y `[B, T, P]`, and with `save` gates `[B, T, planes, H]` and an LSTM's cells."""
     steps = x.shape[1]
@@ -226,6 +230,8 @@ def _layer(
         used = None if mask is None else mask[:, t, None]
         old = states if used is None else [torch.where(used, state, 0.0) for state in states]
         gate, new = advance(spec, arrays, act, a[:, t], old[0] if drop is None else old[0] * drop, *old)
+        if every is not None:
+            every.append(list(new))
         for k, (keeps, rate) in enumerate(zip(zoneouts, rates, strict=True)):
             if k < len(new) and (keeps is not None or rate):
                 keep = rate if keeps is None else keeps[:, t]
@@ -236,6 +242,7 @@ def _layer(
             stacked = torch.stack(gate, dim=1)  # [B, planes, H]
             gates[t] = stacked if used is None else torch.where(used[:, :, None], stacked, 0.0)
     y = _joined(outputs, x, spec.output_size)
+    states = [state.view_as(state) for state in states]  # what is y of the last step too gets a gradient of its own
     kept = _joined(gates, x, spec.planes, spec.units) if save else x.new_zeros(0)
     return states, y, kept, _joined(cells, x, spec.units) if save and spec.kind == "lstm" else x.new_zeros(0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from cellstack.layers import foreign, op, weights
-from cellstack.layers.base import Layer, as_flag, as_input
+from cellstack.layers.base import Layer, as_input
 from cellstack.layers.cell import Cell
 from cellstack.layers.foreign import as_cell, cell_name
 from cellstack.layers.sequences import Given, as_steps, as_used, flipped, pack, shifted, unpack
-from cellstack.layers.stack import StackedRNNCells, run_cells
+from cellstack.layers.stack import Call, StackedRNNCells, run_cells
 from cellstack.layers.state import StatefulLayer
-from cellstack.spec import Plan, ShapeError, check_sequence
+from cellstack.spec import Plan, ShapeError, as_flag, check_sequence
 
 
 class Run(NamedTuple):
@@ -53,6 +53,8 @@ class RNN(StatefulLayer):
     >>> tuple(y.shape), state_1.shape, state_2.shape  # State(h, c), HiddenState(h)
     ((2, 3, 5), (2, 2, 4), (1, 2, 5))
     """
+
+    _observers: tuple[Callable[[Call], None], ...] = ()  # are shown every call, see `observer`
 
     def __init__(
         self,
@@ -133,7 +135,8 @@ class RNN(StatefulLayer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_activity": None}  # belongs to a graph, which can't be copied
+        # What belongs to a graph can't be copied; who looks on looks at this layer alone.
+        return {**super().__getstate__(), "_activity": None, "_observers": ()}
 
     def _loss_terms(self) -> Iterator[Tensor]:
         if self._activity is not None:
@@ -262,6 +265,7 @@ class RNN(StatefulLayer):
                 self.go_backwards,
                 self.return_sequences,
                 self.residual,
+                self._observers,
             )
         elif return_gates:
             raise TypeError(f"{owner}: expected return_gates=False: only cells of ours have gates to return")

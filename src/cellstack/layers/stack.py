@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cellstack.layers import eager, op
 from cellstack.layers.base import Layer, as_input, last_axis
-from cellstack.layers.cell import Cell, as_drops, needs_grad
+from cellstack.layers.cell import Cell, Masks, as_drops, needs_grad
 from cellstack.layers.foreign import as_cell, initial_state, output_width, takes_training
 from cellstack.spec import GATES, TRACES, ShapeError, check_step
 
@@ -126,6 +126,23 @@ class StackedRNNCells(Layer):
         return y, new_states
 
 
+class Call(NamedTuple):
+    """What `run_cells` was given, drew and returned."""
+
+    cells: Sequence[Cell]
+    arrays: list[list[Tensor]]  # a list a cell, as the op takes them
+    masks: list[Masks]
+    x: Tensor  # [B, T, I]
+    states: Sequence[Any] | None
+    used: Tensor | None  # [B, T]
+    reset: Tensor | None  # [B, T], in the order processed
+    reverse: bool
+    residual: bool
+    y: Tensor  # [B, T, P] of the top cell, where it was asked for or gradients need it
+    finals: list[Any]
+    traces: list[Any]
+
+
 def run_cells(
     cells: Sequence[Cell],
     x: Tensor,
@@ -137,6 +154,7 @@ def run_cells(
     reverse: bool,
     sequences: bool,
     residual: bool,
+    observers: Sequence[Callable[[Call], None]] = (),
 ) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
     """Run built cells over a sequence: as many as can be in one call of the op, the others by their own routes.
 
@@ -151,6 +169,7 @@ def run_cells(
         reverse: from the last step to the first; y stays in the order of x.
         sequences: whether y is wanted, not only the last output.
         residual: see `StackedRNNCells`.
+        observers: are shown what was run.
 
     Returns:
         y `[B, T, P]` (where `sequences`), the last output `[B, P]`, a state a cell, a trace a cell (where `traced`).
@@ -204,26 +223,29 @@ def run_cells(
             outputs, gates, memory = (list(islice(results, stop - start)) for _ in range(3))
             y = outputs[-1]
             if traced:
-                traces += map(_trace, cells[part], gates, memory, outputs)
+                traces += map(trace_of, cells[part], gates, memory, outputs)
         elif wanted:
             y = next(results)
         if adds[start] and steps:
-            y = y + (below if used is None else _at_last_used(below, used, reset, reverse))
+            y = y + (below if used is None else at_last_used(below, used, reset, reverse))
             last = y[:, 0 if reverse else -1]
         start = stop
+    for observer in observers:
+        observer(Call(cells, arrays, masks, x, states, used, reset, reverse, residual, y, finals, traces))
     return y, last, finals, traces
 
 
-def _trace(cell: Cell, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
+def trace_of(cell: Cell, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
+    """Return a cell's trace out of what the op saves of it."""
     named = dict(zip(GATES[cell.kind], gates.unbind(2), strict=False))  # without what only the kernel needs
     return TRACES[cell.kind](**named, **({"c": memory} if cell.kind == "lstm" else {}), h=y)
 
 
-def _at_last_used(x: Tensor, used: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
+def at_last_used(x: Tensor, used: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:
     """Return x of the last step that the mask counts, up to each step and since its last reset; zeros before that."""
     if reverse:
         flipped = None if reset is None else reset.flip(1)
-        return _at_last_used(x.flip(1), used.flip(1), flipped, False).flip(1)
+        return at_last_used(x.flip(1), used.flip(1), flipped, False).flip(1)
     count = torch.arange(1, x.shape[1] + 1, device=x.device)
     last = torch.where(used, count, 0).cummax(1).values  # 0: none
     if reset is not None:

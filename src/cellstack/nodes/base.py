@@ -232,7 +232,8 @@ class FrameRule(NamedTuple):
 class Node:
     """What every node says of itself; the rest of the library asks, and knows no kind of node by name.
 
-    A node that takes one value step by step needs a `check` where its width changes, and `apply`: see `Stepwise`.
+    A node that takes one value needs `apply`, and a `check` where its shape changes; one that works step by step is a
+    `Stepwise`.
 
     Attributes:
         cells: the node's cells; each has a state.
@@ -296,6 +297,10 @@ class Node:
 
     # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def apply(self, x: Array) -> Array:
+        """Return what the node makes of `x [B, …]`; one that takes more than one value has a `run` of its own."""
+        raise NotImplementedError
+
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         """Return what the node makes of `flows`, with its own states after the call.
 
@@ -304,9 +309,19 @@ class Node:
             states: one a cell, contiguous arrays of the cell's dtype; None = the cell's own initial state.
             threads: how many the kernel may use.
         """
-        raise NotImplementedError
+        (flow,) = flows
+        reset = flow.reset if self.keeps_steps(flow.x.ndim - 1) else None
+        return Flow(self.apply(flow.x), self.mask_of(flows), reset)
 
     # ── masks ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def keeps_steps(self, axes: int) -> bool:
+        """Return whether each step that comes out is the one that came in, so that mask and resets go on with it.
+
+        Args:
+            axes: how many axes beside the batch what comes in has.
+        """
+        return True
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         """Return the mask that goes on with what the node returns; None = all steps are used.
@@ -318,7 +333,10 @@ class Node:
             axes: how many axes beside the batch what comes in has.
             on: what can be done with such masks.
         """
-        return masks[0]
+        mask = masks[0] if self.keeps_steps(axes) else None
+        if not self.makes_mask:
+            return mask
+        return on.made() if mask is None else on.both(mask, on.made())
 
     def kept(self, x: Array) -> NDArray[np.bool_]:
         """Return which steps of `x` a node that `makes_mask` uses, `[B, T]`, or `[B]` of a frame."""
@@ -437,15 +455,7 @@ class Node:
 
 
 class Stepwise(Node):
-    """A node whose answer at a step depends on that step alone: `[..., W]` in and out, masks and resets pass."""
-
-    def apply(self, x: Array) -> Array:
-        """Return what the node makes of `x [..., W]`."""
-        raise NotImplementedError
-
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        (flow,) = flows
-        return flow._replace(x=self.apply(flow.x))
+    """A node whose answer at a step depends on that step alone: `apply` takes and returns `[..., W]`."""
 
     def frames(self, *shapes: Shape) -> FrameRule:
         return FrameRule(step=self.apply)

@@ -39,26 +39,22 @@ class Masks(Protocol[Mask]):
         ...
 
 
-class ArrayMasks:
+class ArrayMasks(Masks[NDArray[np.bool_]]):
     """Masks as arrays `[B, T]` of bool, in a run of a node over what flows in."""
 
     def __init__(self, node: Node, flows: Sequence[Flow]) -> None:
         self.node, self.flows = node, flows
 
     def made(self) -> NDArray[np.bool_]:
-        """See `Masks`."""
         return self.node.kept(self.flows[0].x)
 
     def both(self, one: NDArray[np.bool_], other: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """See `Masks`."""
         return one & other
 
     def either(self, masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
-        """See `Masks`."""
         return reduce(np.logical_or, masks)
 
     def join(self, masks: Sequence[NDArray[np.bool_] | None]) -> NDArray[np.bool_]:
-        """See `Masks`."""
         full = [
             np.ones(flow.x.shape[:2], bool) if mask is None else mask
             for mask, flow in zip(masks, self.flows, strict=True)
@@ -66,11 +62,10 @@ class ArrayMasks:
         return np.concatenate(full, axis=1)
 
     def cut(self, mask: NDArray[np.bool_], taken: slice) -> NDArray[np.bool_]:
-        """See `Masks`."""
         return mask[:, taken]
 
 
-class NamedMasks:
+class NamedMasks(Masks[frozenset[str]]):
     """Masks as sets of names, such as those of the nodes that make them.
 
     Args:
@@ -81,21 +76,16 @@ class NamedMasks:
         self.names = frozenset(names)
 
     def made(self) -> frozenset[str]:
-        """See `Masks`."""
         return self.names
 
     def both(self, one: frozenset[str], other: frozenset[str]) -> frozenset[str]:
-        """See `Masks`."""
         return one | other
 
     def either(self, masks: Sequence[frozenset[str]]) -> frozenset[str]:
-        """See `Masks`."""
         return frozenset().union(*masks)
 
     def join(self, masks: Sequence[frozenset[str] | None]) -> frozenset[str]:
-        """See `Masks`."""
         return frozenset().union(*(mask for mask in masks if mask))
 
     def cut(self, mask: frozenset[str], taken: slice) -> frozenset[str]:
-        """See `Masks`."""
         return mask

@@ -375,14 +375,15 @@ class Recurrent(Node):
             done = len(after) + len(cells)
             wanted = self.return_sequences or added or done < len(self.cells)
             x, place = y, slice(len(after), done)
-            y, ends = self._call(cells, x, mask, reset, states[place], wanted, threads, record, patches[place])
+            made, ends = self._call(cells, x, mask, reset, states[place], wanted, threads, record, patches[place])
             after += ends
-            if added:
-                y = self._add(y, x, mask, reset)
+            if made is not None:
+                y = self._add(made, x, mask, reset, record is None) if added else made
         if not self.return_sequences:  # without a step to answer after, h
             y = y[:, at_end].copy() if self.parts[-1][1] and steps else after[-1].h.copy()
             mask = mask[:, at_end] if mask is not None and steps else None
         if self.zero_output_for_mask and mask is not None:
+            y = y if record is None or not self.return_sequences else y.copy()  # what is recorded stays
             y[~mask] = 0.0
         return y, after
 
@@ -397,10 +398,9 @@ class Recurrent(Node):
         threads: int,
         record: Recording | None,
         patches: Sequence[CellPatches | None],
-    ) -> tuple[Array, list[CellState]]:
-        """Run some of the cells in one call of the kernel; y, the top one's h, is without steps unless `wanted`."""
+    ) -> tuple[Array | None, list[CellState]]:
+        """Run some of the cells in one call of the kernel; y, the top one's h, may be None unless `wanted`."""
         batch, steps, _ = x.shape
-        y = np.empty((batch, steps if wanted else 0, cells[-1].spec.output_size), x.dtype)
         after: list[CellState] = []
         layers, made, below = [], [], x
         for number, (cell, before) in enumerate(zip(cells, states, strict=True)):
@@ -413,9 +413,9 @@ class Recurrent(Node):
                 made.append(Record(*own, below, before, mask, reset, self.go_backwards))
             else:
                 made.append(None)
+            if wanted and number == len(cells) - 1 and "y" not in kept:
+                kept["y"] = np.empty((batch, steps, spec.output_size), x.dtype)
             below = kept.get("y")
-            if wanted and number == len(cells) - 1:
-                kept.setdefault("y", y)
             changes = patches[number] if patches else None
             if changes is not None:
                 kept |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
@@ -423,15 +423,17 @@ class Recurrent(Node):
         native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
         if record is not None:
             record.extend(made)
-            if wanted and below is not None:
-                y[:] = below  # what becomes of y from here on is no business of the record's
-        return y, after
+        return below, after
 
-    def _add(self, h: Array, x: Array, mask: NDArray[np.bool_] | None, reset: NDArray[np.bool_] | None) -> Array:
-        """Return h + x; where the mask leaves a step out, that of the last step used since the state was set, or h."""
+    def _add(
+        self, h: Array, x: Array, mask: NDArray[np.bool_] | None, reset: NDArray[np.bool_] | None, own: bool
+    ) -> Array:
+        """Return h + x; where the mask leaves a step out, that of the last step used since the state was set, or h.
+
+        `own`: h may be written to.
+        """
         if mask is None:
-            h += x
-            return h
+            return np.add(h, x, out=h if own else None)
         order = slice(None, None, -1 if self.go_backwards else 1)
         last = self.last_used(mask, reset)[:, :, None]
         y = np.take_along_axis((h + x)[:, order], np.maximum(last, 0), axis=1)

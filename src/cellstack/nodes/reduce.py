@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.nodes.base import Array, CellState, Flow, FrameRule, Node, Shape, check_choice, check_flag, shown
-from cellstack.nodes.shape import check_axis, place_of
+from cellstack.nodes.base import Array, CellState, Flow, FrameRule, Shape, check_choice, check_flag, shown
+from cellstack.nodes.shape import Along, check_axis
 from cellstack.spec import ShapeError
-
-if TYPE_CHECKING:
-    from cellstack.nodes.masks import Mask, Masks
 
 MODES = ("sum", "mean", "max", "min")
 
@@ -44,7 +41,7 @@ def reduced(mode: str, x: Array, axis: int, used: NDArray[np.bool_] | None = Non
 
 
 @dataclass(frozen=True, eq=False)
-class Reduce(Node):
+class Reduce(Along):
     """The sum, the mean, the greatest or the least along one axis.
 
     Over time, steps that the mask leaves out have no part, and a row without a step that is used gives zeros.
@@ -77,15 +74,9 @@ class Reduce(Node):
         object.__setattr__(self, "mixes_steps", timed)
         object.__setattr__(self, "axes", (None, None) if self.keepdims else (2, 1))
 
-    def place(self, axes: int) -> int:
-        """See `place_of`."""
-        return place_of(self.axis, axes)
-
     def check(self, owner: str, *shapes: Shape) -> Shape:
         (shape,) = shapes
-        at = self.place(len(shape))
-        if not at:
-            raise ShapeError(f"{owner}: Reduce expected a value with an axis {self.axis}, got {shown(shape)}")
+        at = self.placed(owner, shape)
         if len(shape) == 1 and not self.keepdims:
             raise ShapeError(f"{owner}: Reduce expected keepdims=True for a vector, got {shown(shape)}: an axis stays")
         return (*shape[: at - 1], *([1] if self.keepdims else []), *shape[at:])
@@ -99,14 +90,11 @@ class Reduce(Node):
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         (flow,) = flows
-        stays = self._keeps_time(flow.x.ndim - 1)
-        return Flow(self.apply(flow.x, flow.mask), self.mask_of(flows), flow.reset if stays else None)
+        reset = flow.reset if self.keeps_steps(flow.x.ndim - 1) else None
+        return Flow(self.apply(flow.x, flow.mask), self.mask_of(flows), reset)
 
-    def _keeps_time(self, axes: int) -> bool:
+    def keeps_steps(self, axes: int) -> bool:
         return self.place(axes) > 1 and (self.keepdims or axes > 2)
-
-    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        return masks[0] if self._keeps_time(axes) else None
 
     def frames(self, *shapes: Shape) -> FrameRule:
         if self.place(len(shapes[0])) != len(shapes[0]):

@@ -55,15 +55,35 @@ def check_axis(owner: str, axis: Any) -> int:
     return int(axis)
 
 
-def place_of(axis: int, axes: int) -> int:
-    """Return an axis, counted from 1, of a value with so many axes beside the batch; 0 where there is no such axis.
+class Along(Node):
+    """What works along one axis.
 
-    Args:
-        axis: counted from 0, the batch, or from -1, the last.
-        axes: how many there are beside the batch.
+    Attributes:
+        axis: which, counted from 0, the batch, or from -1, the last.
+        why_whole: why a stream can't run it where the axis isn't the features.
     """
-    place = axis if axis > 0 else axes + 1 + axis
-    return place if 1 <= place <= axes else 0
+
+    axis: int
+    why_whole: ClassVar[str]
+
+    def place(self, axes: int) -> int:
+        """Return the axis, counted from 1, of a value with so many beside the batch; 0 where there is no such axis."""
+        place = self.axis if self.axis > 0 else axes + 1 + self.axis
+        return place if 1 <= place <= axes else 0
+
+    def placed(self, owner: str, shape: Shape) -> int:
+        """Return the `place` of the axis in a value of this shape; `ShapeError` where there is no such axis."""
+        at = self.place(len(shape))
+        if not at:
+            expected = f"expected a value with an axis {self.axis}"
+            raise ShapeError(f"{owner}: {type(self).__name__} {expected}, got {shown(shape)}")
+        return at
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        if self.place(len(shapes[0])) != len(shapes[0]):
+            return FrameRule(self.why_whole)
+        alone: Any = self  # a frame has no time: its features are the last axis, whichever they were
+        return FrameRule(step=replace(alone, axis=-1).apply)
 
 
 class _Shaping(Node):
@@ -71,16 +91,8 @@ class _Shaping(Node):
 
     shapes_only = True
 
-    def apply(self, x: Array) -> Array:
-        """Return what the node makes of `x [B, …]`."""
-        raise NotImplementedError
-
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        (flow,) = flows
-        return Flow(self.apply(flow.x))
-
-    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        return None
+    def keeps_steps(self, axes: int) -> bool:
+        return False
 
     def frames(self, *shapes: Shape) -> FrameRule:
         return FrameRule(NOT_FRAMES)
@@ -253,7 +265,7 @@ class Repeat(_Shaping):
 
 
 @dataclass(frozen=True, eq=False)
-class Select(Node):
+class Select(Along):
     """A slice of one axis, as Python slices: `x[:, start:stop:step]` where the axis is 1.
 
     A mask is sliced along with time. A slice that runs backwards turns a sequence round.
@@ -278,6 +290,7 @@ class Select(Node):
     file_type = "select"
     settings: ClassVar = {"start": (int, type(None)), "stop": (int, type(None)), "step": int, "axis": int}
     shapes_only = True
+    why_whole = "it takes some steps of the whole sequence, which a stream doesn't have"
 
     def __post_init__(self) -> None:
         for name in ("start", "stop", "step", "axis"):
@@ -296,15 +309,9 @@ class Select(Node):
         """The slice."""
         return slice(self.start, self.stop, self.step)
 
-    def place(self, axes: int) -> int:
-        """See `place_of`."""
-        return place_of(self.axis, axes)
-
     def check(self, owner: str, *shapes: Shape) -> Shape:
         (shape,) = shapes
-        at = self.place(len(shape))
-        if not at:
-            raise ShapeError(f"{owner}: Select expected a value with an axis {self.axis}, got {shown(shape)}")
+        at = self.placed(owner, shape)
         length = shape[at - 1]
         left = None if length is None else len(range(*self.taken.indices(length)))
         if left == 0 and length and at == len(shape):
@@ -333,11 +340,6 @@ class Select(Node):
         begun = np.cumsum(reset, axis=1)[:, self.taken]
         return np.diff(begun, axis=1, prepend=0) > 0
 
-    def frames(self, *shapes: Shape) -> FrameRule:
-        if self.place(len(shapes[0])) == len(shapes[0]):
-            return FrameRule(step=replace(self, axis=-1).apply)
-        return FrameRule("it takes some steps of the whole sequence, which a stream doesn't have")
-
     @property
     def summary(self) -> str:
         first, last = ("" if end is None else str(end) for end in (self.start, self.stop))
@@ -346,7 +348,7 @@ class Select(Node):
 
 
 @dataclass(frozen=True, eq=False)
-class Pad(Node):
+class Pad(Along):
     """More entries of one value before and after an axis, as a rule steps of zeros.
 
     Over time mask and resets end, as with the padding of a convolution.
@@ -371,6 +373,7 @@ class Pad(Node):
     axis: int = 1
     file_type = "pad"
     settings: ClassVar = {"before": int, "after": int, "value": float, "axis": int}
+    why_whole = "it puts steps before or after the sequence, and a stream answers after every frame"
 
     def __post_init__(self) -> None:
         for name in ("before", "after"):
@@ -380,15 +383,9 @@ class Pad(Node):
         object.__setattr__(self, "keeps_width", self.axis == 1)
         object.__setattr__(self, "mixes_steps", self.axis == 1 or self.axis < -1)  # where that may be time
 
-    def place(self, axes: int) -> int:
-        """See `place_of`."""
-        return place_of(self.axis, axes)
-
     def check(self, owner: str, *shapes: Shape) -> Shape:
         (shape,) = shapes
-        at = self.place(len(shape))
-        if not at:
-            raise ShapeError(f"{owner}: Pad expected a value with an axis {self.axis}, got {shown(shape)}")
+        at = self.placed(owner, shape)
         length = shape[at - 1]
         return (*shape[: at - 1], None if length is None else self.before + length + self.after, *shape[at:])
 
@@ -397,17 +394,8 @@ class Pad(Node):
         place = self.place(x.ndim - 1)
         return padded(x, self.before, self.after, self.value, place)
 
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        (flow,) = flows
-        return Flow(self.apply(flow.x), self.mask_of(flows), None if self.mixes_steps else flow.reset)
-
-    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        return None if self.place(axes) == 1 else masks[0]
-
-    def frames(self, *shapes: Shape) -> FrameRule:
-        if self.place(len(shapes[0])) == len(shapes[0]):
-            return FrameRule(step=replace(self, axis=-1).apply)
-        return FrameRule("it puts steps before or after the sequence, and a stream answers after every frame")
+    def keeps_steps(self, axes: int) -> bool:
+        return self.place(axes) != 1
 
     @property
     def summary(self) -> str:
@@ -415,7 +403,7 @@ class Pad(Node):
 
 
 @dataclass(frozen=True, eq=False)
-class Merge(Node):
+class Merge(Along):
     """Several values made one: put end to end, or taken together number by number.
 
     Masks are Keras 3's. Put end to end along time, each goes on as it is; otherwise a step is used where any of the
@@ -442,10 +430,6 @@ class Merge(Node):
         check_choice("Merge", "mode", self.mode, MODES)
         object.__setattr__(self, "heeds_mask", self.mode in NEUTRAL)
         object.__setattr__(self, "axis", check_axis("Merge", self.axis))
-
-    def place(self, axes: int) -> int:
-        """See `place_of`."""
-        return place_of(self.axis, axes)
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         if len(shapes) < 2 or (self.mode == "sub" and len(shapes) != 2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,6 @@ from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
-    FrameRule,
-    Node,
     Shape,
     Stepwise,
     activation_function,
@@ -26,14 +24,6 @@ from cellstack.nodes.base import (
     shown,
 )
 from cellstack.spec import ShapeError
-
-if TYPE_CHECKING:
-    from cellstack.nodes.masks import Mask, Masks
-
-
-def with_own(mask: Mask | None, on: Masks[Mask]) -> Mask:
-    """Return the mask that a node makes itself, within the one that what it takes has."""
-    return on.made() if mask is None else on.both(mask, on.made())
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +259,7 @@ class Clip(Stepwise):
 
 
 @dataclass(frozen=True, eq=False)
-class Embedding(Node):
+class Embedding(Stepwise):
     """Rows of a table: ids `[B, T]` to `[B, T, E]`.
 
     Ids are integers, or floats that are whole. At steps that a mask leaves out they may be anything.
@@ -335,12 +325,6 @@ class Embedding(Node):
     def kept(self, x: Array) -> NDArray[np.bool_]:
         return x != 0
 
-    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        return with_own(masks[0], on) if self.mask_zero else masks[0]
-
-    def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule(step=self.apply)
-
     @property
     def numbers_read(self) -> int:
         """See `Node.numbers_read`: a row of the table."""
@@ -352,7 +336,7 @@ class Embedding(Node):
 
 
 @dataclass(frozen=True, eq=False)
-class Masking(Node):
+class Masking(Stepwise):
     """Leaves out the steps all of whose features equal `value`: they become zeros, and a mask goes on.
 
     Args:
@@ -381,16 +365,6 @@ class Masking(Node):
     def apply(self, x: Array) -> Array:
         """Return `x [..., W]` with zeros at the steps that are left out."""
         return np.where(self.kept(x)[..., None], x, x.dtype.type(0))
-
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        (flow,) = flows
-        return flow._replace(x=self.apply(flow.x), mask=self.mask_of(flows))
-
-    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        return with_own(masks[0], on)
-
-    def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule(step=self.apply)
 
     @property
     def summary(self) -> str:

@@ -182,9 +182,8 @@ class Conv1D(Node):
             y += self.bias
         return y if self.activation == "linear" else activation_function(self.activation)(y)
 
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        (flow,) = flows
-        return Flow(self.apply(flow.x), None, None if self.mixes_steps else flow.reset)
+    def keeps_steps(self, axes: int) -> bool:
+        return not self.mixes_steps
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
         return None
@@ -288,12 +287,8 @@ class Pool1D(Node):
             total = reduce(np.add, (view[..., k].astype(np.float64) for k in range(self.size)))
         return (total / np.maximum(counts, 1)).astype(x.dtype)
 
-    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        (flow,) = flows
-        return Flow(self.apply(flow.x))
-
-    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        return None
+    def keeps_steps(self, axes: int) -> bool:
+        return False
 
     def frames(self, *shapes: Shape) -> FrameRule:
         """See `Node.frames`; beside each frame that it keeps stands a number, 1 where there was one, else 0."""
@@ -368,8 +363,8 @@ class GlobalPool(Node):
         some = np.any(mask, axis=1, keepdims=True)
         return Flow(np.where(some, x[np.arange(len(x)), last], x.dtype.type(0)))
 
-    def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        return None
+    def keeps_steps(self, axes: int) -> bool:
+        return False
 
     def frames(self, *shapes: Shape) -> FrameRule:
         if self.mode == "last":

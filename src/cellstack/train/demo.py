@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from cellstack import layers
+from cellstack.inspect import html
 from cellstack.train import report, workflow
 from cellstack.train.loop import Settings
 from cellstack.train.ts import Sequences, read_ts
@@ -72,7 +73,10 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
         "replay": {"utterance": index, "why": why, **frames},
         "report": str(folder / "report.html"),
     }
-    page = report.demo_page(result, whole.fit.history, causal.fit.history, confusion, gates)
+    t = causal.net.trace(test.x[index][None])
+    frames_from_one = list(range(1, len(test.x[index]) + 1))
+    inside = b"".join(html.page(t, frames_from_one, None, f"Test utterance {index}", None)).decode()
+    page = report.demo_page(result, whole.fit.history, causal.fit.history, confusion, gates, inside)
     (folder / "report.html").write_text(page, encoding="utf-8")
     result["seconds"] = round(time.perf_counter() - started, 2)
     say(f"\nreport: {result['report']}   ({result['seconds']:.0f} s in all)")

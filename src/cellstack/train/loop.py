@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 from cellstack import layers
 from cellstack.formats.files import check_replaceable
+from cellstack.inspect.monitor import TrainingMonitor
+from cellstack.inspect.records import TrainingRecord
 from cellstack.spec import FormatError
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.checks import UsageError
@@ -92,6 +94,7 @@ class Fit:
         seconds: time spent in this call.
         interrupted: Ctrl-C ended it.
         checkpoint_error: why the last checkpoint could not be written; "" where it was, or none was asked for.
+        records: what was seen of the layers, in the epochs that were looked at.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -100,6 +103,7 @@ class Fit:
     seconds: float = 0.0
     interrupted: bool = False
     checkpoint_error: str = ""
+    records: list[TrainingRecord] = field(default_factory=list)
 
 
 def fit(
@@ -114,6 +118,8 @@ def fit(
     resume: bool = False,
     progress: bool = False,
     team: Processes | None = None,
+    inspect: int = 0,
+    writer: Any = None,
 ) -> Fit:
     """Fit the model to the examples at `training`, keeping the weights that do best at `validation`.
 
@@ -128,6 +134,9 @@ def fit(
         resume: go on from `checkpoint` where it exists.
         progress: show a bar with loss, metric, steps/s and time left on standard error.
         team: the processes that share each batch; this one alone where None.
+        inspect: look at the layers in one epoch of so many, see `inspect.TrainingMonitor`; 0: never. What is trained is
+            the same bit for bit. Of several processes the first one looks, at its own rows.
+        writer: a `torch.utils.tensorboard.SummaryWriter` that gets what was seen.
 
     Returns:
         What happened. After Ctrl-C (SIGINT) too: the step is finished, then the loop ends; a second one raises.
@@ -145,6 +154,8 @@ def fit(
         check_replaceable(checkpoint)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _interruptible() as interrupt:
         run = _Run(model, inputs, examples, training, validation, settings, team)
+        if inspect and team.rank == 0:
+            run.monitor = TrainingMonitor(run.model, inspect, writer=writer)
         if resume and checkpoint is not None and Path(checkpoint).exists():
             run.restore(checkpoint)
         return run.go(checkpoint, progress, interrupt)
@@ -173,6 +184,7 @@ class _Run:
         self.best_weights: dict[str, Tensor] | None = None
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0.0]  # sums of weighted losses and of weights in this epoch
         self.per_epoch = len(self.batches(0))
+        self.monitor: TrainingMonitor | None = None
 
     def batches(self, epoch: int) -> list[Indices]:
         """Return the epoch's batches, the same ones in every process and every run."""
@@ -185,7 +197,7 @@ class _Run:
         total, done = settings.epochs * self.per_epoch, self.epoch * self.per_epoch + self.step
         show = progress and self.team.rank == 0
         bar = tqdm(total=total, initial=done, unit="step", disable=not show, file=sys.stderr, dynamic_ncols=True)
-        with bar:
+        with bar, self.monitor or nullcontext():
             while self.epoch < settings.epochs and not self.stalled() and not result.interrupted:
                 order = self.batches(self.epoch)
                 while self.step < len(order) and not result.interrupted:
@@ -249,6 +261,9 @@ class _Run:
     def close_epoch(self) -> None:
         """Validate, keep the weights where they are the best, and begin the next epoch."""
         entry = {"epoch": self.epoch + 1, "lr": self.schedule.get_last_lr()[0], "loss": self.sums[0] / self.sums[1]}
+        record = None if self.monitor is None else self.monitor.epoch()
+        if record is not None:
+            self.result.records.append(record)
         if len(self.validation):
             entry.update(self.validate())
         best = self.result.best
@@ -330,6 +345,7 @@ class _Run:
             "best_weights": self.best_weights,
             "history": self.result.history,
             "best": self.result.best,
+            "records": [record.to_json() for record in self.result.records],
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -354,13 +370,17 @@ class _Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            # Checkpoints of 0.1.0 have none.
+            self.result.records = [TrainingRecord.from_json(record) for record in state.get("records", [])]
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             why = checkpoints.first_line(error)
             raise FormatError(
                 f"{path}: expected the state of this training, found one that doesn't fit: {why}"
             ) from None
         self.best_weights = state["best_weights"]
         self.result.history, self.result.best = state["history"], state["best"]
+        if self.monitor is not None:
+            self.monitor.skip(self.epoch)
 
 
 def _digest(arrays: Iterable[NDArray]) -> str:

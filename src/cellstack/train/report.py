@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file without outside resources, readable in light and in dark."""
+"""Reports of the demo and of a training: one HTML file without outside resources, readable in light and in dark."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from cellstack.inspect.records import VANISHED, LayerRecord, TrainingRecord
 from cellstack.spec import Trace
 
 # Figures are drawn in stand-in colours that the page's style sheet replaces, so that one file serves light and dark.
@@ -75,6 +77,7 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(
 th { color: var(--muted); font-weight: 600; } td.bar { width: 45%; text-align: left; }
 td.bar i { display: block; height: .6rem; border-radius: 3px; background: var(--accent); }
 details { margin-top: .8rem; } summary { cursor: pointer; color: var(--accent); }
+.live { border: 1px solid var(--line, #8884); border-radius: 8px; height: 110rem; width: 100%; }
 footer { color: var(--muted); font-size: .8125rem; margin-top: 1.5rem; }
 """
 
@@ -85,6 +88,7 @@ def demo_page(
     causal: Sequence[dict[str, float]],
     confusion: NDArray[np.int64],
     gates: Sequence[tuple[str, Trace]],
+    inside: str,
 ) -> str:
     """Return the demo's page.
 
@@ -93,6 +97,7 @@ def demo_page(
         whole, causal: the history of each fit, see `Fit`.
         confusion: `[true, predicted]` counts.
         gates: name and trace `[T, H]` of each layer over the replayed utterance.
+        inside: a whole page that looks into the forward stack's run over that utterance, and computes.
     """
     replay, labels = result["replay"], result["replay"]["labels"]
     took = float(np.median(replay["microseconds"]))
@@ -127,6 +132,12 @@ def demo_page(
             "(light); candidate, cell and output are signed. Units are sorted by how open their forget gate is.",
             "".join(_gates(name, trace) for name, trace in gates),
         ),
+        _section(
+            "Live: the same run, to be taken apart",
+            "This page computes: the forward stack's weights are in it. Click a layer to open its cell, point at a "
+            "number to see how it came about, change an input or hold a gate under What if, and watch the answer move.",
+            f'<iframe class="live" title="The forward stack\'s run, live" srcdoc="{html.escape(inside)}"></iframe>',
+        ),
     ]
     cards = "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles)
     return (
@@ -139,6 +150,111 @@ def demo_page(
         "<footer>Data: Japanese Vowels, Kudo, Toyama and Shimbo 1999, UCI Machine Learning Repository, CC BY 4.0. "
         f"Seed {result['seed']}.</footer></main></body></html>\n"
     )
+
+
+def training_page(
+    name: str, history: Sequence[dict[str, float]], records: Sequence[TrainingRecord], unit: str = "nats"
+) -> str:
+    """Return the page of a training that was looked at.
+
+    Args:
+        name: of the model.
+        history: of the fit, see `Fit`.
+        records: what was seen of the layers, at least in one epoch.
+        unit: of the loss.
+    """
+    last = records[-1]
+    names = list(dict.fromkeys(name for record in records for name in record.layers))
+    tiles = [
+        (str(len(history)), "epochs"),
+        (f"{history[-1]['loss']:.3g}", f"training loss in the last epoch, {unit}"),
+        *(
+            (f"{history[-1][key]:.3g}", f"{key} in the last epoch")
+            for key in ("accuracy", "rmse")
+            if key in history[-1]
+        ),
+        (str(len(last.findings)), f"findings in epoch {last.epoch}"),
+    ]
+    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in last.findings)
+    sections = [
+        _section(
+            f"What stands out in epoch {last.epoch}",
+            "In one batch. A remedy is worth trying where the loss no longer falls, or where what is to be told lies "
+            "further back than the gradient reaches.",
+            f"<ul>{items}</ul>" if items else "<p>Nothing stands out.</p>",
+        ),
+        _section(
+            "Loss",
+            "Mean loss in each epoch over the training part, and over the part held out for validation.",
+            _curves({name: history}, f"loss ({unit})"),
+        ),
+    ]
+    for layer in names:
+        seen = {record.epoch: record.layers[layer] for record in records if layer in record.layers}
+        sections.append(
+            _section(
+                f"Layer {layer}",
+                "Left: of the gradient that enters at the last output of a sequence, the share that is left so many "
+                "steps back. Where it has vanished, hardly anything is learned of what lies further back. Middle: the "
+                "mean of each gate. Right: norms of all weights together and of their gradient, before clipping.",
+                _layer(layer, seen) + _figures_table(seen),
+            )
+        )
+    cards = "".join(f'<div class="tile"><b>{value}</b><span>{html.escape(text)}</span></div>' for value, text in tiles)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>cellstack: {html.escape(name)} in training</title><style>{STYLE}</style></head><body><main>"
+        f"<h1>{html.escape(name)} in training</h1><p>What its layers did in one batch of each epoch.</p>"
+        f'<div class="tiles">{cards}</div>{"".join(sections)}</main></body></html>\n'
+    )
+
+
+def _layer(name: str, seen: dict[int, LayerRecord]) -> str:
+    epochs = list(seen)
+    shown = list(dict.fromkeys([epochs[0], epochs[(len(epochs) - 1) // 2], epochs[-1]]))
+    with _theme():
+        figure = Figure(figsize=(9, 2.7), layout="constrained")
+        reach, gates, norms = figure.subplots(1, 3)
+        for epoch, color in zip(shown, SERIES, strict=False):
+            carried = np.where(seen[epoch].lags["carried"] > 0.0, seen[epoch].lags["carried"], np.nan)
+            reach.plot(carried, color=color, label=f"epoch {epoch}")
+        reach.axhline(VANISHED, color=FAINT, linewidth=0.8, linestyle="--")
+        reach.set(title="gradient left", xlabel="steps back from the output", yscale="log")
+        for gate, color in zip(next(iter(seen.values())).figures.get("gates", {}), SERIES, strict=False):
+            gates.plot(epochs, _over(seen, "gates", gate), color=color, label=gate, **_marked(epochs))
+        gates.set(title="mean of the gates", xlabel="epoch", ylim=(-0.03, 1.03))
+        for group, color in zip(("weights", "gradients"), SERIES, strict=False):
+            norms.plot(epochs, _over(seen, group, "all"), color=color, label=group, **_marked(epochs))
+        norms.set(title="norms", xlabel="epoch", yscale="log")
+        for axis in (gates, norms):
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for axis in (reach, gates, norms):
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(loc="best", fontsize=7)
+    return _figure(figure, f"layer {name} in training")
+
+
+def _marked(epochs: Sequence[float]) -> dict[str, Any]:
+    """Return how to draw a line over epochs: a line of one point has to be a point."""
+    return {"marker": "o", "markersize": 3} if len(epochs) == 1 else {}
+
+
+def _over(seen: dict[int, LayerRecord], group: str, what: str) -> list[float]:
+    """Return a number over the epochs; NaN, which leaves a gap, where it wasn't measured or has no logarithm."""
+    numbers = [record.figures.get(group, {}).get(what, np.nan) for record in seen.values()]
+    return [number if np.isfinite(number) and (number > 0.0 or group == "gates") else np.nan for number in numbers]
+
+
+def _figures_table(seen: dict[int, LayerRecord]) -> str:
+    epoch, last = next(reversed(seen.items()))
+    rows = [
+        f"<tr><td>{html.escape(group)}</td><td>{html.escape(what)}</td><td>{number:.4g}</td></tr>"
+        for group, numbers in last.figures.items()
+        for what, number in numbers.items()
+    ]
+    head = f"<tr><th>figure</th><th>of</th><th>epoch {epoch}</th></tr>"
+    return f"<details><summary>every figure as a table</summary><table>{head}{''.join(rows)}</table></details>"
 
 
 def _section(title: str, text: str, body: str) -> str:
@@ -168,17 +284,18 @@ def _figure(figure: Figure, label: str) -> str:
     return f'<figure role="img" aria-label="{html.escape(label)}">{svg}</figure>'
 
 
-def _curves(histories: dict[str, Sequence[dict[str, float]]]) -> str:
+def _curves(histories: dict[str, Sequence[dict[str, float]]], label: str = "loss (nats)") -> str:
     with _theme():
         figure = Figure(figsize=(9, 2.9), layout="constrained")
-        axes = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
+        axes = figure.subplots(1, len(histories), sharey=True, squeeze=False)[0]
         for axis, (name, history) in zip(axes, histories.items(), strict=True):
             epochs = [entry["epoch"] for entry in history]
-            for key, label, color in (("loss", "training", SERIES[0]), ("validation_loss", "validation", SERIES[1])):
+            for key, part, color in (("loss", "training", SERIES[0]), ("validation_loss", "validation", SERIES[1])):
                 if history and key in history[0]:
-                    axis.plot(epochs, [entry[key] for entry in history], color=color, label=label)
+                    axis.plot(epochs, [entry[key] for entry in history], color=color, label=part, **_marked(epochs))
             axis.set(title=name, xlabel="epoch", yscale="log")
-        axes[0].set_ylabel("loss (nats)")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[0].set_ylabel(label)
         axes[0].legend(loc="upper right")
     return _figure(figure, "training curves")
 

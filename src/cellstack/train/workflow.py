@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +45,8 @@ class RunOptions:
         validation: share of the training part held out for early stopping; 0 for none.
         checkpoint, resume, progress: see `fit`.
         device: see `processes`.
+        inspect: look at the layers in each epoch, see `fit`.
+        events: folder that then gets TensorBoard's events, where TensorBoard is installed; None for none.
 
     Raises:
         UsageError: a share out of its range.
@@ -54,6 +57,8 @@ class RunOptions:
     resume: bool = False
     progress: bool = False
     device: str = "auto"
+    inspect: bool = False
+    events: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation < 1.0:
@@ -205,7 +210,19 @@ def _fitted(
             torch.manual_seed(settings.seed)
             model = Model(inputs.standardise, **head, **asdict(architecture))
         how = {"checkpoint": options.checkpoint, "resume": options.resume, "progress": options.progress}
-        return model, fit(model, inputs, examples, *parts, settings, **how, team=team), team.rank
+        writes = options.inspect and options.events is not None and team.rank == 0
+        with event_writer(options.events) if writes else nullcontext() as writer:
+            how |= {"inspect": int(options.inspect), "writer": writer}
+            return model, fit(model, inputs, examples, *parts, settings, **how, team=team), team.rank
+
+
+def event_writer(folder: str | os.PathLike[str] | None) -> Any:
+    """Return TensorBoard's writer to a folder, or a context of None where TensorBoard isn't installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        return nullcontext()
+    return SummaryWriter(folder)
 
 
 def check_memory(architecture: Architecture, width: int, outputs: int) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import cellstack as cs
 from cellstack.formats import pytorch
-from cellstack.formats.pytorch.archive import opened
+from cellstack.formats.pytorch.archive import records
 from cellstack.formats.pytorch.tensors import Tensor
 
 CONTAINERS = {"zip": {}, "row of pickles": {"_use_new_zipfile_serialization": False}}
@@ -277,7 +277,8 @@ TENSORS = {
 
 @pytest.mark.parametrize("how", CONTAINERS.values(), ids=CONTAINERS)
 def test_tensors_with_their_strides_and_offsets(write, how):
-    with opened(write(TENSORS, **how)) as found:
+    with records(write(TENSORS, **how)) as file:
+        found = file.read()
         assert found.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
             read, wanted = found[name], tensor.detach()

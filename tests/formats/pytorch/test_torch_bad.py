@@ -20,7 +20,7 @@ from torch import nn
 import cellstack as cs
 from cellstack.formats import pytorch
 from cellstack.formats.pytorch import pickles
-from cellstack.formats.pytorch.archive import opened
+from cellstack.formats.pytorch.archive import records
 
 ROW = {"_use_new_zipfile_serialization": False}
 
@@ -514,5 +514,6 @@ def test_the_pickle_alone_fuzzed():
 def test_the_corpus_is_whole(tmp_path):
     for data in CORPUS.values():
         assert not attempt(tmp_path / "file", data)
-        with opened(str(tmp_path / "file")) as root:
+        with records(str(tmp_path / "file")) as file:
+            root = file.read()
             assert root is not None

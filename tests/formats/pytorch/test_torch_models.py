@@ -15,7 +15,7 @@ from torch import nn
 
 import cellstack as cs
 from cellstack.formats import pytorch
-from cellstack.formats.pytorch.archive import opened
+from cellstack.formats.pytorch.archive import records
 from cellstack.formats.pytorch.tree import contents
 
 pytestmark = pytest.mark.models
@@ -86,7 +86,8 @@ WIDENED = 1e-9  # float64 on both sides, over 50 steps; trained weights reach 60
 
 def widened(path, title):
     """The network of the file's weights in float64."""
-    with opened(path) as root:
+    with records(path) as file:
+        root = file.read()
         found = contents(path, root).tensors
         own = {name: np.asarray(found[name], np.float64) for name in found if name.startswith(f"{title}.")}
     return pytorch.networks_of(own, path)[title]

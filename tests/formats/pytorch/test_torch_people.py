@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import cellstack as cs
 from cellstack.formats import pytorch
-from cellstack.formats.pytorch.archive import opened
+from cellstack.formats.pytorch.archive import records
 from cellstack.formats.pytorch.tree import contents
 
 pytestmark = [
@@ -245,7 +245,8 @@ def test_quantised_tensors(write, by_row):
         if by_row
         else torch.quantize_per_tensor(tensor, 0.03, 7, torch.quint8)
     )
-    with opened(write({"a": quantised, "b": quantised.t()} if not by_row else {"a": quantised})) as root:
+    with records(write({"a": quantised, "b": quantised.t()} if not by_row else {"a": quantised})) as file:
+        root = file.read()
         found = contents("the file", root).tensors
         assert np.array_equal(np.asarray(found["a"]), quantised.dequantize().numpy())
         if not by_row:
@@ -460,6 +461,7 @@ def test_layers_that_are_not_known_are_refused_by_name(write, module):
 def test_what_does_nothing_in_evaluation_is_nothing_beside_a_layer(write, beside):
     module = nn.Sequential(lstm(), beside()).eval()
     x = torch.randn(2, 6, 5)
-    with opened(write(module)) as root:
+    with records(write(module)) as file:
+        root = file.read()
         assert contents("the file", root).unknown == []
     close(pytorch.load(write(module))(x.numpy()), output(module, x))

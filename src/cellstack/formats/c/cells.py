@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
+from cellstack.nodes.recurrent import KIND_NAMES
 from cellstack.spec import PARAMETERS, Activation, CellSpec
 
 HELPERS = {
@@ -186,7 +187,6 @@ static $real ${name}_scaled_tanh($real z, $real alpha, $real beta)
 """Functions that others call, each written where it is called."""
 
 STEMS = {"lstm": "lstm", "gru": "gru", "rnn": "simple_rnn"}
-TITLES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 WIDTHS = {"inputs": "I", "units": "H", "projected": "P"}
 
 
@@ -263,7 +263,7 @@ def form_of(spec: CellSpec, stem: str) -> Form:
     state = f"h [{height}]" + (" and c [H]" if cell else "")
     lines = [
         "",
-        f"/* {TITLES[spec.kind]}, gates {' '.join(spec.gates)}: a block of H columns each. */",
+        f"/* {KIND_NAMES[spec.kind]}, gates {' '.join(spec.gates)}: a block of H columns each. */",
         f"struct ${{name}}_{stem} {{",
         *(f"    {member:<32} /* {shape} */" for member, shape in members),
         "};",

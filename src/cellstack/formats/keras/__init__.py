@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.build import Builder, ProblemsError
+from cellstack.formats.build import HINT, Builder, ProblemsError
 from cellstack.formats.files import check_unedited
 from cellstack.formats.keras.cells import found_cudnn
 from cellstack.formats.keras.config import Model, model_of
@@ -29,7 +29,6 @@ from cellstack.spec import FormatError
 
 NAME = "Keras"
 SUFFIXES = (".keras", ".h5", ".hdf5")
-HINT = "cellstack.extract(path) gives its recurrent parts"
 WORDS_2 = ("units", "filters", "recurrent_activation", "kernel_initializer")  # settings that Keras 1 doesn't have
 
 Architecture = dict[str, Any] | list[Any] | str | PathLike[str]

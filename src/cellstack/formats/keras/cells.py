@@ -16,9 +16,10 @@ from cellstack.formats.keras.files import short
 from cellstack.layout import OURS, from_cudnn, reorder
 from cellstack.nodes import Bidirectional, Cell, Recurrent
 from cellstack.nodes.base import Array
+from cellstack.nodes.recurrent import KIND_NAMES
 from cellstack.spec import CellSpec, FormatError
 
-KINDS = {"LSTM": "lstm", "GRU": "gru", "SimpleRNN": "rnn"}
+KINDS = {name: kind for kind, name in KIND_NAMES.items()}
 CUDNN = {"CuDNNLSTM": "lstm", "CuDNNGRU": "gru"}
 CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
 RECURRENT = (*KINDS, *CUDNN, "RNN", "Bidirectional")
@@ -128,8 +129,6 @@ def cells_of(layer: Layer) -> list[tuple[Layer, str, str]]:
     """Return the cells of a recurrent layer: each described, its kind, and where Keras 3 keeps its weights."""
     if layer.kind in KINDS or layer.kind in CUDNN:
         return [(layer, {**KINDS, **CUDNN}[layer.kind], "cell")]
-    if layer.kind != "RNN":
-        raise layer.refuse("expected a recurrent layer")
     cell = layer.within(layer.config.get("cell"), "cell")
     if cell.kind == "StackedRNNCells":
         if cell.flag("reverse_state_order"):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.formats.files import short
 from cellstack.nodes.base import Array
 from cellstack.spec import FormatError
 
@@ -35,12 +36,6 @@ MOST_TEXTS = 64  # texts of any length in one attribute: each of them could be a
 LEGACY, V3 = "legacy", "v3"  # weights by layers' names with lists of their own; by places in the model
 V3_ROOTS = ("layers", "_layer_checkpoint_dependencies")  # the latter in TensorFlow 2.12 to 2.15
 STATES = ("optimizer", "optimizer_weights", "_optimizer", "metrics", "_metrics", "compile_metrics")
-
-
-def short(value: Any, length: int = 80) -> str:
-    """Return how a message shows what a file claims: printable, and short however long it is."""
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 @contextmanager
@@ -97,23 +92,21 @@ class Source:
         """Return one array by name, as float32 or float64; `whole` ones are integers of 8 bits."""
         where = f"{self.path}: weight {short(name)}"
         value = self.weights[name]
-        if not isinstance(value, np.ndarray):
-            with guarded(where, "numbers"):
-                value = self._read(where, value, whole)
-        if whole and value.dtype != np.int8:
-            raise FormatError(f"{where}: expected int8, found {value.dtype}")
-        if not whole and (value.dtype.kind != "f" or value.dtype.itemsize not in (2, 4, 8)):
-            raise FormatError(f"{where}: expected float32 or float64, found {value.dtype}")
+        with guarded(where, "numbers"):
+            kind = value.dtype
+            if whole and kind != np.int8:
+                raise FormatError(f"{where}: expected int8, found {kind}")
+            if not whole and (kind.kind != "f" or kind.itemsize not in (2, 4, 8)):
+                raise FormatError(f"{where}: expected float32 or float64, found {kind}")
+            if not isinstance(value, np.ndarray):
+                value = self._read(where, value)
         self.taken.add(name)
-        return value.astype(np.float64 if value.dtype.itemsize == 8 else np.float32)
+        return value.astype(np.float64 if kind.itemsize == 8 else np.float32)
 
-    def _read(self, where: str, dataset: Any, whole: bool) -> Array:
-        kind, shape = dataset.dtype, dataset.shape
-        if not whole and (kind.kind != "f" or kind.itemsize > 8):
-            raise FormatError(f"{where}: expected float32 or float64, found {kind}")
+    def _read(self, where: str, dataset: Any) -> Array:
+        shape, size = dataset.shape, dataset.dtype.itemsize
         if shape is None or len(shape) > 5:
             raise FormatError(f"{where}: expected an array, found shape {short(shape)}")
-        size = kind.itemsize
         for axis in shape:
             size *= int(axis)
         if dataset.external or dataset.is_virtual:

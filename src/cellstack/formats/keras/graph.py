@@ -162,13 +162,9 @@ class Reader:
 
     def _frames(self, layer: Layer, inputs: list[Value], name: str) -> list[Value | Pending | None]:
         """Return what a layer makes of every step of its input by itself."""
-        if len(inputs) != 1 or layer.inner is not None:
-            raise layer.refuse("a layer that isn't supported at every step of a sequence")
-        nodes = self.built.nodes[id(layer)]
-        if not nodes and layer.kind not in NOTHING:
-            raise layer.refuse("a layer that isn't supported at every step of a sequence")
-        build = self._of(layer, name)
-        if composer(build, inputs) is not None:
+        nodes, build = self.built.nodes.get(id(layer), []), self._of(layer, name)
+        none = not nodes and layer.kind not in NOTHING  # such as a layer around another
+        if len(inputs) != 1 or none or composer(build, inputs) is not None:
             raise layer.refuse("a layer that isn't supported at every step of a sequence")
         return [at_every_frame(build, nodes, inputs[0])]
 

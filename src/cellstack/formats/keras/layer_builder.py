@@ -80,10 +80,6 @@ class LayerBuilder:
         """Put a node in; no mask is said to go on."""
         return Value(self.builder.add(self.name, node, *(value.wire for value in values)))
 
-    def known(self, value: Value) -> bool:
-        """Return whether it is known how many axes a value has."""
-        return self.builder.shapes[value.wire] is not None
-
     def shape(self, value: Value) -> Shape:
         """Return the lengths of a value's axes after the batch; a `FormatError` where they aren't known."""
         shape = self.builder.shapes[value.wire]

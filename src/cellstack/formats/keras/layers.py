@@ -55,6 +55,7 @@ MERGES = {
     "Subtract": "sub",
 }
 MERGES_1 = {"concat": "Concatenate", "sum": "Add", "mul": "Multiply", "ave": "Average", "max": "Maximum"}
+POOLS = ("MaxPooling1D", "AveragePooling1D", "GlobalMaxPooling1D", "GlobalAveragePooling1D")
 CONVOLUTIONS = {  # channel by channel, and what comes after it: their kernels
     "DepthwiseConv1D": ("kernel",),
     "SeparableConv1D": ("depthwise_kernel", "pointwise_kernel"),
@@ -294,21 +295,13 @@ def _layer_norm(layer: Layer, arrays: list[Array], major: int) -> Node:
     return LayerNorm(given.get("gamma"), given.get("beta"), _epsilon(layer))
 
 
-def _pool(mode: str) -> Callable[[Layer, list[Array], int], Node]:
-    def build(layer: Layer, arrays: list[Array], major: int) -> Node:
-        layer.check_channels_last()
-        size = layer.integer("pool_size", 2)
-        return Pool1D(mode, size, layer.integer("strides", size), layer.config.get("padding") or "valid")
-
-    return build
-
-
-def _global(mode: str) -> Callable[[Layer, list[Array], int], Node]:
-    def build(layer: Layer, arrays: list[Array], major: int) -> Node:
-        layer.check_channels_last()
+def _pool(layer: Layer, arrays: list[Array], major: int) -> Node:
+    layer.check_channels_last()
+    mode = "max" if "Max" in layer.kind else "mean"
+    if layer.kind.startswith("Global"):
         return Reduce(mode, 1, True) if layer.flag("keepdims") else GlobalPool(mode)
-
-    return build
+    size = layer.integer("pool_size", 2)
+    return Pool1D(mode, size, layer.integer("strides", size), layer.config.get("padding") or "valid")
 
 
 def _relu(layer: Layer, arrays: list[Array], major: int) -> Node:
@@ -368,10 +361,7 @@ BUILDERS: dict[str, Callable[[Layer, list[Array], int], Node]] = {
     "LayerNormalization": _layer_norm,
     "Normalization": _normalization,
     "Masking": _masking,
-    "MaxPooling1D": _pool("max"),
-    "AveragePooling1D": _pool("mean"),
-    "GlobalMaxPooling1D": _global("max"),
-    "GlobalAveragePooling1D": _global("mean"),
+    **dict.fromkeys(POOLS, _pool),
     "Flatten": _flatten,
     "Reshape": _reshape,
     "Permute": _permute,

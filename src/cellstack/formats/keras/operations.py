@@ -17,18 +17,8 @@ from cellstack.formats.keras.lambdas import as_operation
 from cellstack.formats.keras.layer_builder import LayerBuilder, Pending, Value
 
 MASKS = ("NotEqual", "Any", "LogicalOr", "ZerosLike", "OnesLike")
-PLAIN = {
-    "Tanh": "tanh",
-    "Sigmoid": "sigmoid",
-    "Relu": "relu",
-    "Relu6": "relu6",
-    "Softplus": "softplus",
-    "Softsign": "softsign",
-    "Silu": "silu",
-    "Selu": "selu",
-    "HardSigmoid": "hard_sigmoid",
-    "Exp": "exponential",
-}
+NAMED = ("tanh", "sigmoid", "relu", "relu6", "softplus", "softsign", "silu", "selu", "hard_sigmoid")
+PLAIN = {"Exp": "exponential", **{name.title().replace("_", ""): name for name in NAMED}}  # activations as operations
 BINARY = {"Add": "add", "Subtract": "sub", "Multiply": "mul", "Maximum": "max", "Minimum": "min"}
 DIVIDE = ("TrueDivide", "Divide")
 REDUCED = {"Mean": "mean", "Max": "max", "Min": "min", "Sum": "sum"}

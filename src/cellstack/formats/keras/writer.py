@@ -48,17 +48,19 @@ from cellstack.nodes import (
 )
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.masks import NamedMasks
+from cellstack.nodes.recurrent import KIND_NAMES
 
 if TYPE_CHECKING:
     from cellstack.network import Network
 
 VERSION = "3.10.0"  # whose words these are; what a file says of Keras settles what hard_sigmoid is
-LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 MERGE_LAYERS = {mode: kind for kind, mode in MERGES.items()}
 NAMED = (*PLAIN, *MORE.values())  # of layers beside cells
 OPERATIONS = {"Clip": "numpy", "Sum": "numpy", "Mean": "numpy", "Max": "numpy", "Min": "numpy", "Gelu": "nn"}
 """Functions that a model lists among its layers, and where Keras has them: HDF5 can't hold them."""
 Entry = tuple[str, str, dict[str, Any], list[Array]]  # a layer's class, name, settings and weights
+Written = tuple[str, dict[str, Any], list[Array]]  # the same without a name
+Layers = Iterator[Written]
 
 
 class _RefusedError(ValueError):
@@ -179,7 +181,7 @@ def _mask_problems(name: str, node: Node, masks: Sequence[frozenset[str] | None]
 # ── nodes as layers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _layers(node: Node) -> list[tuple[str, dict[str, Any], list[Array]]]:
+def _layers(node: Node) -> list[Written]:
     """Return the layers that a node is, with their settings and weights: one, or two where an activation is apart."""
     for kind, build in BUILDERS.items():
         if isinstance(node, kind):
@@ -194,7 +196,7 @@ def _activation(text: str) -> str:
     raise _RefusedError(f"the activation {text}")
 
 
-def _activation_layer(text: str) -> tuple[str, dict[str, Any], list[Array]]:
+def _activation_layer(text: str) -> Written:
     if text in NAMED:
         return "Activation", {"activation": text}, []
     if text == "gelu_tanh":
@@ -211,9 +213,7 @@ def _activation_layer(text: str) -> tuple[str, dict[str, Any], list[Array]]:
     return kind, {setting: alpha}, []
 
 
-def _with_activation(
-    kind: str, settings: dict[str, Any], arrays: list[Array], activation: str
-) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _with_activation(kind: str, settings: dict[str, Any], arrays: list[Array], activation: str) -> Layers:
     """Give a layer, and the layer of its activation after it where it can't be named in a setting."""
     named = activation in NAMED
     yield kind, {**settings, "activation": activation if named else "linear"}, arrays
@@ -249,25 +249,25 @@ def _cell(cell: Cell) -> tuple[dict[str, Any], list[Array]]:
     return settings, list(cell.arrays.values())
 
 
-def _stack(node: Recurrent) -> tuple[str, dict[str, Any], list[Array]]:
+def _stack(node: Recurrent) -> Written:
     if any(added for _, added in node.parts):
         raise _RefusedError("a residual stack")
     names = ("return_sequences", "go_backwards", "zero_output_for_mask")
     flags: dict[str, Any] = {name: getattr(node, name) for name in names}
     if len(node.cells) == 1:
         settings, arrays = _cell(node.cells[0])
-        return LAYERS[node.cells[0].spec.kind], {**settings, **flags}, arrays
+        return KIND_NAMES[node.cells[0].spec.kind], {**settings, **flags}, arrays
     cells, arrays = [], []
     for number, cell in enumerate(node.cells):
         settings, own = _cell(cell)
-        kind = f"{LAYERS[cell.spec.kind]}Cell"
+        kind = f"{KIND_NAMES[cell.spec.kind]}Cell"
         cells.append(_entry(kind, f"cell_{number}", {"dtype": str(node.dtype), **settings}))
         arrays += own
     stack = _entry("StackedRNNCells", "cells", {"cells": cells})
     return "RNN", {"cell": stack, **flags}, arrays
 
 
-def _bidirectional(node: Bidirectional) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _bidirectional(node: Bidirectional) -> Layers:
     settings: dict[str, Any] = {"merge_mode": node.merge_mode}
     arrays = []
     for half, key in ((node.forward, "layer"), (node.backward, "backward_layer")):
@@ -279,7 +279,7 @@ def _bidirectional(node: Bidirectional) -> Iterator[tuple[str, dict[str, Any], l
     yield "Bidirectional", settings, arrays
 
 
-def _dense(node: Dense) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _dense(node: Dense) -> Layers:
     settings = {"units": node.kernel.shape[1], "use_bias": node.bias is not None}
     return _with_activation("Dense", settings, _both(node.kernel, node.bias), node.activation)
 
@@ -288,7 +288,7 @@ def _both(first: Array | None, second: Array | None) -> list[Array]:
     return [array for array in (first, second) if array is not None]
 
 
-def _conv(node: Conv1D) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _conv(node: Conv1D) -> Layers:
     if not isinstance(node.padding, str):
         raise _RefusedError(f"a convolution with padding {node.padding}")
     if node.strides > 1 and node.dilation > 1:
@@ -305,43 +305,43 @@ def _conv(node: Conv1D) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
     return _with_activation("Conv1D", settings, _both(node.kernel, node.bias), node.activation)
 
 
-def _embedding(node: Embedding) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _embedding(node: Embedding) -> Layers:
     sizes = {"input_dim": node.table.shape[0], "output_dim": node.table.shape[1]}
     yield "Embedding", {**sizes, "mask_zero": node.mask_zero}, [node.table]
 
 
-def _scale(node: Scale) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _scale(node: Scale) -> Layers:
     """Give a batch normalisation whose statistics are those of a value that is normal already."""
     zeros, ones = np.zeros_like(node.scale), np.ones_like(node.scale)
     yield "BatchNormalization", {"axis": -1, "epsilon": 0.0}, [node.scale, node.shift, zeros, ones]
 
 
-def _standardise(node: Standardise) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _standardise(node: Standardise) -> Layers:
     if (node.scale < 1e-6).any():  # Keras keeps variances, and takes no scale below 1e-7
         raise _RefusedError("a scale below 1e-6")
     variance = node.scale.astype(np.float64) ** 2
     yield "Normalization", {"axis": [-1], "mean": node.mean.tolist(), "variance": variance.tolist()}, []
 
 
-def _layer_norm(node: LayerNorm) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _layer_norm(node: LayerNorm) -> Layers:
     flags = {"scale": node.gain is not None, "center": node.bias is not None}
     yield "LayerNormalization", {"axis": -1, "epsilon": node.epsilon, **flags}, _both(node.gain, node.bias)
 
 
-def _pool(node: GlobalPool) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _pool(node: GlobalPool) -> Layers:
     if node.mode == "last":
         raise _RefusedError("the last step of a sequence")
     yield "GlobalAveragePooling1D" if node.mode == "mean" else "GlobalMaxPooling1D", {}, []
 
 
-def _windows(node: Pool1D) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _windows(node: Pool1D) -> Layers:
     if node.padding not in ("valid", "same"):
         raise _RefusedError(f"a pool with padding {node.padding}")
     kind = "AveragePooling1D" if node.mode == "mean" else "MaxPooling1D"
     yield kind, {"pool_size": [node.size], "strides": [node.strides], "padding": node.padding}, []
 
 
-def _clip(node: Clip) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _clip(node: Clip) -> Layers:
     if node.low == 0.0:
         yield "ReLU", {"max_value": node.high, "negative_slope": 0.0, "threshold": 0.0}, []
     elif node.low is None or node.high is None:
@@ -350,25 +350,25 @@ def _clip(node: Clip) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
         yield "Clip", {"x_min": node.low, "x_max": node.high}, []
 
 
-def _reduce(node: Reduce) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _reduce(node: Reduce) -> Layers:
     more = {"initial": None} if node.mode in ("max", "min") else {}
     yield node.mode.title(), {"axis": node.axis, "keepdims": node.keepdims, **more}, []
 
 
-def _pad(node: Pad) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _pad(node: Pad) -> Layers:
     if node.axis != 1 or node.value != 0.0:
         raise _RefusedError(f"padding of {node.summary}")
     yield "ZeroPadding1D", {"padding": [node.before, node.after]}, []
 
 
-def _select(node: Select) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _select(node: Select) -> Layers:
     first, last = node.start or 0, node.stop or 0
     if node.axis != 1 or node.step != 1 or first < 0 or last > 0 or node.stop == 0:
         raise _RefusedError(f"the slice {node.summary}")
     yield "Cropping1D", {"cropping": [first, -last]}, []
 
 
-def _merge(node: Merge) -> Iterator[tuple[str, dict[str, Any], list[Array]]]:
+def _merge(node: Merge) -> Layers:
     yield MERGE_LAYERS[node.mode], {"axis": node.axis} if node.mode == "concat" else {}, []
 
 

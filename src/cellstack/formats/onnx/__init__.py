@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from cellstack.formats.build import Names
+from cellstack.formats.build import HINT, Names
 from cellstack.formats.files import check_unedited
 from cellstack.formats.onnx import activations, norms, ops, quantised, recurrent, shapes, windows
 from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator
@@ -140,7 +140,7 @@ def load(path: str) -> Network:
         name_activations(model)
         return load_graph(model, HANDLERS, unused)
     except FormatError as error:
-        hint = "; cellstack.extract(path) gives its recurrent parts" if _has_parts(model) else ""
+        hint = f"; {HINT}" if _has_parts(model) else ""
         raise FormatError(f"{error}{hint}") from None
     except ODD as error:
         raise _odd(path, error) from None

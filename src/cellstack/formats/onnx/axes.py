@@ -18,7 +18,7 @@ import numpy as np
 
 from cellstack.formats.onnx.cells import NAMES, is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, declared, label, short
-from cellstack.formats.onnx.fold import axes_of, fold, place, slices, whole, within
+from cellstack.formats.onnx.fold import axes_of, fold, order_of, place, slices, whole, within
 from cellstack.formats.onnx.values import Dim, Symbols
 
 WORDS = {"B": "the batch", "T": "time", "F": "the features", "D": "the directions", "S": "the states"}
@@ -371,31 +371,11 @@ def _scan(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any
     return [*ends, Shaped([x.axes[0], x.axes[1], Axis("F", axes.here)], [x.lengths[0], x.lengths[1], None])]
 
 
-def _transposed(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
+def _moved(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x = values[0]
-    perm = whole(attributes.get("perm", list(range(len(x.axes)))[::-1]))
-    return [Shaped([x.axes[n] for n in perm], [x.lengths[n] for n in perm])]
-
-
-def _squeezed(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    x, found = values[0], axes_of(attributes, values)
-    gone = {n for n, length in enumerate(x.lengths) if length == 1} if found is None else {x.at(n) for n in found}
-    kept = [n for n in range(len(x.axes)) if n not in gone]
-    return [Shaped([x.axes[n] for n in kept], [x.lengths[n] for n in kept])]
-
-
-def _unsqueezed(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    x, found = values[0], axes_of(attributes, values)
-    if found is None:
-        return []
-    count = len(x.axes) + len(found)
-    new, old = {place(axis, count) for axis in found}, iter(range(len(x.axes)))
-    if len(new) != len(found):
-        return []
-    order = [None if n in new else next(old) for n in range(count)]
-    return [
-        Shaped([Axis() if n is None else x.axes[n] for n in order], [1 if n is None else x.lengths[n] for n in order])
-    ]
+    order = order_of(axes.node.op_type, attributes, values, [length == 1 for length in x.lengths])
+    made = [Axis() if n is None else x.axes[n] for n in order]
+    return [Shaped(made, [1 if n is None else x.lengths[n] for n in order])]
 
 
 def _taken(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -519,6 +499,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"), _recurrent),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     **dict.fromkeys(("Tile", "Expand"), _tiled),
+    **dict.fromkeys(("Squeeze", "Transpose", "Unsqueeze"), _moved),
     "BatchNormalization": _batch_norm,
     "Concat": _joined,
     "DynamicQuantizeLinear": lambda axes, attributes, values: values[:1],
@@ -531,7 +512,4 @@ RULES: dict[str, Rule] = {
     "Shape": _shape,
     "Slice": _sliced,
     "Split": _split,
-    "Squeeze": _squeezed,
-    "Transpose": _transposed,
-    "Unsqueeze": _unsqueezed,
 }

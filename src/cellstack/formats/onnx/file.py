@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.build import TooMuchError
+from cellstack.formats.files import short
 from cellstack.formats.onnx.fold import OPEN, Broadcast, Budget, fold
 from cellstack.formats.onnx.functions import DOMAINS, inline
 from cellstack.layout import Array
@@ -56,12 +57,6 @@ def onnx_package() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(NEEDS_ONNX, name=error.name) from None
     return onnx
-
-
-def short(value: Any, length: int = 80) -> str:
-    """Return how a message shows what a file claims: printable, and short however long it is."""
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def label(node: Any) -> str:
@@ -137,10 +132,7 @@ class Tensors:
             )
         with open(target, "rb") as file:
             file.seek(offset)
-            data = file.read(size)
-        if len(data) != size:
-            raise FormatError(f"{where}: expected {size} bytes in {short(location)}, found {len(data)}")
-        return data
+            return file.read(size)
 
 
 def _typed(where: str, values: Any, dtype: str, kind: int) -> Array:

@@ -131,10 +131,30 @@ def axes_of(attributes: dict[str, Any], values: list[Any]) -> list[int] | None:
     return whole(values[1]) if len(values) > 1 and values[1] is not None else None
 
 
-def unsqueeze(array: Array, axes: list[int]) -> Array:
-    """Return `array` with axes of length 1 put in, counted in what comes out."""
-    count = array.ndim + len(axes)
-    return np.expand_dims(array, tuple(place(axis, count) for axis in axes))
+def order_of(operator: str, attributes: dict[str, Any], values: list[Any], ones: Sequence[bool]) -> list[int | None]:
+    """Return, for each axis after a Transpose, a Squeeze or an Unsqueeze, which it was before; None where it is new.
+
+    Args:
+        operator: which of them.
+        attributes: by name.
+        values: the inputs; what is moved comes first.
+        ones: which axes of that are of length 1: where a Squeeze names none, they go.
+    """
+    count, axes = len(ones), axes_of(attributes, values)
+    if operator == "Transpose":
+        perm = whole(attributes.get("perm", list(range(count))[::-1]))
+        if sorted(perm) != list(range(count)):
+            raise ValueError(f"expected the order of {count} axes, found {perm}")
+        return [*perm]
+    if operator == "Squeeze":
+        gone = [n for n in range(count) if ones[n]] if axes is None else [place(axis, count) for axis in axes]
+        return [n for n in range(count) if n not in gone]
+    if axes is None:
+        raise ValueError("expected constant axes")
+    old, new = iter(range(count)), {place(axis, count + len(axes)) for axis in axes}
+    if len(new) != len(axes):
+        raise ValueError(f"expected every axis once, found {axes}")
+    return [None if n in new else next(old) for n in range(count + len(axes))]
 
 
 def split_sizes(attributes: dict[str, Any], values: list[Any], length: int, outputs: int) -> list[int]:
@@ -238,7 +258,7 @@ def _squeeze(model: Any, attributes: dict[str, Any], values: list[Any], outputs:
 
 def _unsqueeze(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array] | None:
     axes = axes_of(attributes, values)
-    return None if axes is None else [unsqueeze(values[0], axes)]
+    return None if axes is None else [np.expand_dims(values[0], tuple(axes))]
 
 
 def _split(model: Any, attributes: dict[str, Any], values: list[Any], outputs: int) -> list[Array]:

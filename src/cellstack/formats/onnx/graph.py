@@ -197,24 +197,20 @@ class Reader:
     def _read(self, node: Any) -> list[Any]:
         values = [self.value(name) for name in node.input]
         told = [value.told for value in values if isinstance(value, Unknown)]
-        handler = self.handlers.get(node.op_type) if node.domain in DOMAINS else None
-        if is_recurrent(node):
-            handler = self.handlers.get(node.op_type)
+        ours = node.domain in DOMAINS or is_recurrent(node)
+        handler = self.handlers.get(node.op_type) if ours else None
         try:
             check_inputs(node.op_type, [bool(name) for name in node.input])
             if not any(told) and all(
                 isinstance(v, (np.ndarray, Broadcast, Symbols, Unknown, type(None))) for v in values
             ):
                 return self._symbols(node, self.model.attributes(node), values)
-            if handler is None and node.op_type not in SHAPES | MOVES:
+            if handler is None:
                 domain = f" of {node.domain}" if node.domain not in DOMAINS else ""
                 raise Refused(f"the operator{domain} isn't supported")
             if any(told):
                 return [Unknown("", True)] * len(node.output)
-            attributes = self.model.attributes(node)
-            if handler is None:
-                raise Refused("the operator isn't supported")
-            made = handler(self, node, attributes, values)
+            made = handler(self, node, self.model.attributes(node), values)
             return [*made, *[Unknown("the output isn't supported", False)] * (len(node.output) - len(made))]
         except TooMuchError as error:
             raise FormatError(f"{self.model.path}: {node.op_type} {short(label(node))}: {error}") from None
@@ -228,10 +224,7 @@ class Reader:
 
     def _symbols(self, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
         """Return what a node makes of lengths that aren't known yet, and of constants."""
-        constants = [self.scope.constant(name) if name else None for name in node.output]
         unknown = [Unknown(f"what {node.op_type} {short(label(node))} gives isn't known here", False)]
-        if any(constant is not None for constant in constants):
-            return [*constants]
         if node.op_type not in SHAPES or any(isinstance(value, (Broadcast, Unknown)) for value in values):
             return unknown * len(node.output)
         if node.op_type == "Cast":

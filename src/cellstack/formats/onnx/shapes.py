@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import LARGEST, axes_of, place, slices, split_sizes, whole, within
+from cellstack.formats.onnx.fold import LARGEST, order_of, place, slices, split_sizes, whole, within
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.ops import steps_apart
@@ -42,80 +43,68 @@ def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
     return [Symbols(lengths[attributes.get("start", 0) : attributes.get("end")])]
 
 
+def moving(reader: Reader, value: Any) -> Flowing | States:
+    """Return a value whose axes can be moved and cut; `Refused` where it is something else."""
+    return value if isinstance(value, (Flowing, States)) else reader.flowing(value)
+
+
+def rearranged(value: States, order: Sequence[int | None]) -> States:
+    """Return states with their axes as `order_of` has them."""
+    stacked = [n for n, axis in enumerate(value.axes) if axis == "S"]
+    gone = [n for n in range(len(value.axes)) if n not in order]
+    for axis in gone:
+        if axis not in stacked or value.refs.shape[stacked.index(axis)] != 1:
+            raise Refused(f"expected an axis of length 1, found axis {axis} of states {' '.join(value.axes)}")
+    kept = [n for n in order if n is None or n in stacked]
+    refs = value.refs.transpose([stacked.index(n) for n in (*kept, *gone) if n is not None])
+    lengths = iter(refs.shape)
+    refs = refs.reshape([1 if n is None else next(lengths) for n in kept])
+    return replace(value, axes=tuple("S" if n is None else value.axes[n] for n in order), refs=refs)
+
+
 def transpose(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Transpose: the labels in another order."""
-    value = values[0]
-    count = len(value.axes) if isinstance(value, (Flowing, States)) else 0
-    perm = whole(attributes.get("perm", list(range(count))[::-1]))
-    if sorted(perm) != list(range(count)):
-        raise Refused(f"expected the order of {count} axes, found {perm}")
-    axes = tuple(value.axes[n] for n in perm)
-    if isinstance(value, Flowing):
-        return [replace(value, axes=axes)]
-    stacked = [n for n, axis in enumerate(value.axes) if axis == "S"]
-    order = [stacked.index(n) for n in perm if value.axes[n] == "S"]
-    return [replace(value, axes=axes, refs=value.refs.transpose(order))]
+    value = moving(reader, values[0])
+    order = order_of("Transpose", attributes, values[:1], [False for _ in value.axes])
+    if isinstance(value, States):
+        return [rearranged(value, order)]
+    return [replace(value, axes=tuple(value.axes[n] for n in order if n is not None))]
 
 
 def squeeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Squeeze: axes of length 1 go; one of time too, where one step was taken out of it."""
-    value, axes = values[0], axes_of(attributes, values)
-    if isinstance(value, States):
-        axes = [n for n, axis in enumerate(value.axes) if axis == "S"] if axes is None else axes
-        axes = sorted(place(axis, len(value.axes)) for axis in axes)
-        for axis in reversed(axes):
-            value = _drop(value, axis)
-        return [value]
-    x = value if isinstance(value, Flowing) else reader.flowing(value)
+    x = moving(reader, values[0])
+    if isinstance(x, States):
+        return [rearranged(x, order_of("Squeeze", attributes, values, [axis == "S" for axis in x.axes]))]
     one_row = x.batch == 1  # a batch of length 1 may go: what stands for it comes again, or it is left out of the file
-    chosen = [n for n, axis in enumerate(x.axes) if axis == "1" or (axis == "B" and one_row)]
-    chosen = chosen if axes is None else [x.at(axis) for axis in axes]
-    y = x
-    for axis in chosen:
-        if x.axes[axis] == "F" and x.width == 1:  # one number a row is `[B, 1]` in a Network
+    ones = [axis == "1" or (axis == "B" and one_row) for axis in x.axes]
+    order, y = order_of("Squeeze", attributes, values, ones), x
+    for n, axis in enumerate(x.axes):
+        if n in order or ones[n]:
+            continue
+        if axis == "F" and x.width == 1:  # one number a row is `[B, 1]` in a Network
             y = reader.put(node, Flatten(), y) if "T" in x.axes else y
-        elif x.axes[axis] == "T" and x.steps == 1:
+        elif axis == "T" and x.steps == 1:
             y = reader.put(node, GlobalPool("last"), y)
-        elif x.axes[axis] != "1" and not (x.axes[axis] == "B" and one_row):
-            raise Refused(f"expected axes of length 1, found {x.axes[axis]} of {' '.join(x.axes)}")
-    return [replace(y, axes=tuple(a for n, a in enumerate(x.axes) if n not in chosen))]
-
-
-def _drop(value: States, axis: int) -> States:
-    stacked = value.axes[:axis].count("S")
-    if value.axes[axis] != "S" or value.refs.shape[stacked] != 1:
-        raise Refused(f"expected an axis of length 1, found axis {axis} of states {' '.join(value.axes)}")
-    axes = (*value.axes[:axis], *value.axes[axis + 1 :])
-    shape = [length for n, length in enumerate(value.refs.shape) if n != stacked]
-    return replace(value, axes=axes, refs=value.refs.reshape(shape))
+        else:
+            raise Refused(f"expected axes of length 1, found {axis} of {' '.join(x.axes)}")
+    return [replace(y, axes=tuple(axis for n, axis in enumerate(x.axes) if n in order))]
 
 
 def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read an Unsqueeze: axes of length 1 come."""
-    value, axes = values[0], axes_of(attributes, values)
-    if axes is None:
-        raise Refused("expected constant axes")
-    count = len(value.axes) + len(axes) if isinstance(value, (Flowing, States)) else 0
-    chosen = {place(axis, count) for axis in axes}
-    if len(chosen) != len(axes):
-        raise Refused(f"expected every axis once, found {axes}")
-    if isinstance(value, States):
-        old, labels, refs = iter(value.axes), [], value.refs
-        for n in range(count):
-            labels.append("S" if n in chosen else next(old))
-            if n in chosen:
-                refs = np.expand_dims(refs, labels[:-1].count("S"))
-        return [replace(value, axes=tuple(labels), refs=refs)]
-    x = value if isinstance(value, Flowing) else reader.flowing(value)
-    old = iter(x.axes)
-    axes_now = tuple("1" if n in chosen else next(old) for n in range(count))
+    x = moving(reader, values[0])
+    order = order_of("Unsqueeze", attributes, values, [False for _ in x.axes])
+    if isinstance(x, States):
+        return [rearranged(x, order)]
+    axes = tuple("1" if n is None else x.axes[n] for n in order)
     if "F" not in x.axes and "T" in x.axes and x.wire not in reader.ids:  # numbers without features: one feature each
-        roles = reader.axes.roles_of(node.output[0]) or ""
-        found = [n for n in chosen if roles[n : n + 1] == "F"] or list(chosen)
+        roles, chosen = reader.axes.roles_of(node.output[0]) or "", [n for n, old in enumerate(order) if old is None]
+        found = [n for n in chosen if roles[n : n + 1] == "F"] or chosen
         if len(found) == 1:
-            labels = tuple("F" if n == found[0] else axis for n, axis in enumerate(axes_now))
+            labels = tuple("F" if n == found[0] else axis for n, axis in enumerate(axes))
             return [reader.put(node, Reshape((-1, 1)), x, axes=labels)]
-    return [replace(x, axes=axes_now)]
+    return [replace(x, axes=axes)]
 
 
 def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -239,7 +228,7 @@ def _cut_states(value: States, axis: int, taken: slice) -> States:
 
 def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Slice."""
-    value = values[0] if isinstance(values[0], (Flowing, States)) else reader.flowing(values[0])
+    value = moving(reader, values[0])
     constants = [v if v is None or isinstance(v, np.ndarray) else None for v in values[1:]]
     taken = slices(attributes, [value, *constants], len(value.axes))
     if taken is None:
@@ -261,12 +250,13 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if not isinstance(index, np.ndarray) or index.size != 1:
         raise Refused("expected one index that is constant")
     number = int(index.reshape(()))
-    value = value if isinstance(value, (Flowing, States)) else reader.flowing(value)
+    value = moving(reader, value)
     axis = place(attributes.get("axis", 0), len(value.axes))
     part = slice(number, number + 1 or None)
     if isinstance(value, States):
         found = _cut_states(value, axis, part)
-        return [found if index.ndim else _drop(found, axis)]
+        kept = [n for n in range(len(found.axes)) if index.ndim or n != axis]
+        return [rearranged(found, kept)]
     if value.axes[axis] not in ("T", "D", "1"):
         raise Refused(f"expected one step or one direction, found axis {value.axes[axis]} of {' '.join(value.axes)}")
     if value.axes[axis] != "T" or index.ndim:
@@ -281,7 +271,7 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 
 def split(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Split: a slice for each output."""
-    value = values[0] if isinstance(values[0], (Flowing, States)) else reader.flowing(values[0])
+    value = moving(reader, values[0])
     axis = place(attributes.get("axis", 0), len(value.axes))
     if isinstance(value, States):
         length = value.refs.shape[value.axes[:axis].count("S")] if value.axes[axis] == "S" else None

@@ -40,7 +40,6 @@ from cellstack.nodes import (
     Select,
     Standardise,
 )
-from cellstack.spec import ShapeError
 
 OPSET, IR_VERSION = 17, 8
 MERGES = {"concat": "Concat", "add": "Add", "mul": "Mul", "ave": "Mean", "max": "Max", "min": "Min", "sub": "Sub"}
@@ -456,9 +455,6 @@ def write(network: Network, path: str, lengths: bool = False) -> None:
         ValueError: something that ONNX can't hold, or more than protobuf does, 2 GiB.
         OSError: the file can't be written.
     """
-    try:
-        data = model_of(network, lengths).SerializeToString()
-    except ShapeError as error:  # a ValueError too: one text for all
-        raise ValueError(str(error)) from None
+    data = model_of(network, lengths).SerializeToString()
     with replacing(path) as file:
         file.write(data)

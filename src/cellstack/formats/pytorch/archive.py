@@ -88,7 +88,6 @@ class _Zip(Records):
         return data
 
     def storage(self, key: str, length: int) -> NDArray[np.uint8]:
-        """See `Records.storage`."""
         if key not in self.kept:
             self.kept[key] = np.frombuffer(self.take(f"data/{key}", length), np.uint8)
             self.spend(length, key)
@@ -181,7 +180,6 @@ class _Row(Records):
         return made
 
     def storage(self, key: str, length: int) -> NDArray[np.uint8]:
-        """See `Records.storage`."""
         where = f"{self.where}: storage {short(key)}"
         if key not in self.places:
             raise FormatError(f"{where}: expected it after the pickles, found no such storage")
@@ -258,21 +256,3 @@ def records(path: str) -> Iterator[Records]:
             raise FormatError(f"{path}: expected a file that torch.save wrote, found one that begins with {head[:8]!r}")
         data = file.read()
         yield _Row(path, data) if MAGIC in data[:32] else _Plain(path, data)
-
-
-@contextmanager
-def opened(path: str) -> Iterator[Any]:
-    """Open the objects that `torch.save` wrote: dicts, lists and numbers, `Tensor`s and `Standin`s.
-
-    Args:
-        path: the file.
-
-    Returns:
-        A context manager over what was saved; within it, `np.asarray` reads a `Tensor`'s numbers.
-
-    Raises:
-        FormatError: the file is damaged, made to do harm, or not of torch's.
-        OSError: the file can't be read.
-    """
-    with records(path) as found:
-        yield found.read()

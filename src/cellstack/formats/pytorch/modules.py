@@ -8,6 +8,8 @@ and two that meet, with at most activations between them, cancel out: the Networ
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,7 @@ from cellstack.nodes import (
     Scale,
 )
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import DTYPES, FormatError
+from cellstack.spec import DTYPES
 
 KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}  # torch's layers
 CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
@@ -108,6 +110,15 @@ def _refuse(path: str, module: Any, why: str) -> TypeError:
     return TypeError(f"from_torch: {path or 'the module'} ({_called(module)}): {why}")
 
 
+@contextmanager
+def _refusing(path: str, module: Any) -> Iterator[None]:
+    """Name the module in what its node, or the reader of its weights, refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise _refuse(path, module, str(error)) from None
+
+
 def _is(module: Any, *names: str, package: str = "torch.nn") -> bool:
     """Whether `module` is of one of these classes, with the class's own forward pass."""
     if isinstance(module, Saved):
@@ -141,10 +152,8 @@ def _weights(path: str, module: Any) -> dict[str, Any]:
             known[name] = getattr(module, name).detach().cpu()
         elif type(steps[0]).__name__ == "_SpectralNorm":
             axes[name] = steps[0].dim
-    try:
+    with _refusing(path, module):
         return joined(known, path, axes=axes)
-    except FormatError as error:
-        raise _refuse(path, module, str(error)) from None
 
 
 def _weight(path: str, module: Any, name: str) -> Array | None:
@@ -266,10 +275,8 @@ class _Reader:
         if mean is None or variance is None:
             raise _refuse(path, module, "expected running statistics, found one of the two")
         gain, bias = (_weight(path, module, name) for name in ("weight", "bias"))
-        try:
+        with _refusing(path, module):
             node = Scale.of_statistics(mean, variance, module.eps, gain, bias)
-        except ValueError as error:
-            raise _refuse(path, module, str(error)) from None
         if self.rank is None:
             raise _refuse(path, module, "expected a module before it that says whether [B, C] or [B, C, T] comes in")
         if self.rank == 2:
@@ -356,10 +363,8 @@ def _activation(module: Any, path: str) -> Node:
     if _is(module, "GELU"):
         return Activation("gelu" if module.approximate == "none" else "gelu_tanh")
     if _is(module, "Hardtanh", "ReLU6"):
-        try:
+        with _refusing(path, module):
             return Clip(float(module.min_val), float(module.max_val))
-        except ValueError as error:
-            raise _refuse(path, module, str(error)) from None
     raise _refuse(path, module, KNOWN)
 
 
@@ -371,10 +376,8 @@ def _torch_layers(module: Any, path: str) -> list[Node]:
     for weight in weights.values():
         if not isinstance(module, Saved) and str(weight.dtype).removeprefix("torch.") not in DTYPES:
             raise _refuse(path, module, f"expected weights in {' or '.join(DTYPES)}, got {weight.dtype}")
-    try:
+    with _refusing(path, module):
         found = networks_of(weights, path or "the module", activation)
-    except FormatError as error:
-        raise _refuse(path, module, str(error)) from None
     nodes = [node for network in found.values() for node in network.nodes]
     if len(found) != 1 or any(cell.spec.kind != kind for node in nodes for cell in node.cells):
         raise _refuse(path, module, f"expected the weights of one {kind.upper()}, got others")
@@ -396,10 +399,8 @@ def _layer(module: Any, path: str) -> Node | None:
             if not isinstance(node, Recurrent):
                 raise _refuse(path, module, f"expected {name} to be an RNN or one of its kinds")
             halves.append(node)
-        try:
+        with _refusing(path, module):  # such as one whose forward layer runs backwards
             return Bidirectional(halves[0], halves[1], module.merge_mode)
-        except ValueError as error:  # such as one whose forward layer runs backwards
-            raise _refuse(path, module, str(error)) from None
     if _is(module, "TimeDistributed", package=ours):
         inner = _Reader()
         inner.read(module.layer, f"{path}.layer" if path else "layer")
@@ -418,8 +419,6 @@ def _layer(module: Any, path: str) -> Node | None:
 
 
 def _layer_cell(cell: Any, path: str, module: Any) -> Cell:
-    try:
+    with _refusing(path, module):  # not built yet, or an activation that only torch can run
         spec = cell.spec
-    except ValueError as error:  # not built yet, or an activation that only torch can run
-        raise _refuse(path, module, str(error)) from None
     return Cell(spec, *(_array(path, module, getattr(cell, name).detach().cpu()) for name in spec.shapes))

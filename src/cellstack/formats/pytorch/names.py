@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats.build import Builder, listed
+from cellstack.formats.build import HINT, Builder, listed
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.tensors import short
 from cellstack.layout import from_rows
@@ -32,7 +32,6 @@ NAME = re.compile(
     re.DOTALL,
 )
 DROPPED = re.compile(r"(?P<prefix>(?:.*[./:])?)(?P<name>weight_hh_l\d{1,4}(?:_reverse)?)_raw", re.DOTALL)
-HINT = "cellstack.extract(path) gives its recurrent parts"
 ASSUMED = "tanh: the weights don't say whether this RNN's nonlinearity is tanh or relu"
 OPTIMISER = re.compile(r"(?P<where>(?:.*\.)?state)\.\d+", re.DOTALL)  # what an optimiser keeps of a weight, by number
 LONGEST_ENTRY = 500  # letters of what a message lists by name

@@ -41,21 +41,18 @@ class _Roller:
 
     def integers(self, *values: int) -> str:
         """Put in a constant list and return its name."""
+        return self._constant(values)
+
+    def _constant(self, value: Any) -> str:
         name = f"{self.prefix}constant {len(self.constants)}"
-        self.constants.append(self.onnx.numpy_helper.from_array(np.array(values, np.int64), name))
+        self.constants.append(self.onnx.numpy_helper.from_array(np.array(value, np.int64), name))
         return name
 
-    def squeezed(self, value: str, axis: int, output: str = "") -> str:
-        """Put in a Squeeze, as this opset has it."""
+    def squeezed(self, value: str, axis: int, output: str = "", operator: str = "Squeeze") -> str:
+        """Put in a Squeeze, or an Unsqueeze, as this opset has it."""
         if self.scope.model.opset < 13:
-            return self.put("Squeeze", [value], output, axes=[axis])
-        return self.put("Squeeze", [value, self.integers(axis)], output)
-
-    def unsqueezed(self, value: str, axis: int) -> str:
-        """Put in an Unsqueeze, as this opset has it."""
-        if self.scope.model.opset < 13:
-            return self.put("Unsqueeze", [value], axes=[axis])
-        return self.put("Unsqueeze", [value, self.integers(axis)])
+            return self.put(operator, [value], output, axes=[axis])
+        return self.put(operator, [value, self.integers(axis)], output)
 
     def sliced(self, value: str, start: int, stop: int, output: str = "", step: int = 1) -> str:
         """Put in a Slice of the first axis, as this opset has it."""
@@ -113,7 +110,7 @@ class _Roller:
         if constant is not None:
             array = numbers(constant)
             return None if array.any() else ""
-        return name if deep else self.unsqueezed(name, 0)
+        return name if deep else self.squeezed(name, 0, operator="Unsqueeze")
 
     def _outputs(self, y: str, names: list[str], deep: bool, backwards: bool) -> None:
         """Put in what takes the place of each step's h, of the last c, and of the values that join all steps."""
@@ -128,7 +125,7 @@ class _Roller:
             if deep:
                 self.sliced(y, at, at + 1, name)
             else:
-                self.put("Gather", [y, self._index(at)], name, axis=0)
+                self.put("Gather", [y, self._constant(at)], name, axis=0)
         in_order = h[::-1] if backwards else h
         for node in (*self.joins.get(h[0], ()), *self.joins.get(h[-1], ())):
             if len(node.input) == len(h):
@@ -137,11 +134,6 @@ class _Roller:
             step.node.output[0] = f"{self.prefix}was {step.node.output[0]}"
         if names[2:]:
             self.scope.producers[ends[1]].output[0] = f"{self.prefix}was {ends[1]}"
-
-    def _index(self, at: int) -> str:
-        name = f"{self.prefix}constant {len(self.constants)}"
-        self.constants.append(self.onnx.numpy_helper.from_array(np.array(at, np.int64), name))
-        return name
 
     def _join(self, node: Any, in_order: list[str], y: str, deep: bool) -> None:
         """Make a Concat of every step's h what gives the operator's output."""

@@ -1,0 +1,414 @@
+"""A trace as what its page takes: a description that JSON can hold, and arrays as bytes.
+
+A sequence lies in it as `[B, W, T]`, so that what a map draws of one unit lies together. The numbers of the network's
+own arrays are kept as they are; those of the trace too while there are few, else they are rounded: see `ROUNDED`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from cellstack.inspect.payload import payload_of
+from cellstack.spec import GATES
+
+if TYPE_CHECKING:
+    from cellstack.inspect.trace import CellTrace, NetworkTrace
+    from cellstack.nodes.base import Array
+
+VERSION = 1
+LARGEST = 1 << 26  # numbers of a trace in one page: 128 MB as float16, what a browser holds with ease
+MOST_WEIGHTS = 1 << 23  # numbers of a network's arrays
+ROUNDED = ((1 << 19, np.float64), (1 << 22, np.float32), (LARGEST, np.float16))
+"""Up to how many numbers of a trace are kept in which dtype, at most."""
+SMALLEST_HALF = 2.0**-14  # below, a float16 has fewer digits
+MOST_BLOCKS = 1 << 17  # of a wave's lowest and highest samples
+BANDS, FRAMES = 96, 2048  # of a spectrum, at most
+
+
+class Payload(NamedTuple):
+    """What a page is made of.
+
+    Attributes:
+        description: what JSON can hold; an array in it is `{"array": n}`.
+        arrays: the bytes of each array, as `description["arrays"]` says.
+    """
+
+    description: dict[str, Any]
+    arrays: list[bytes]
+
+
+class Arrays:
+    """Arrays put in one after the other, each once, however often it is put in.
+
+    Args:
+        dtype: the widest in which numbers of a trace are kept.
+        packed: whether the bytes are compressed: for a file, not for a page on the same machine.
+    """
+
+    def __init__(self, dtype: Any, packed: bool) -> None:
+        self.dtype, self.packed = np.dtype(dtype), packed
+        self.entries: list[dict[str, Any]] = []
+        self.bytes: list[bytes] = []
+        self._places: dict[Any, int] = {}
+        self._held: list[Array] = []  # so that no address is used twice
+
+    def put(self, array: Array, sequence: bool = False) -> dict[str, int]:
+        """Put an array in and return what stands for it.
+
+        Args:
+            array: of any real dtype.
+            sequence: it is `[B, T, …]` of a trace: rounded where there is much, and laid out as `[B, W, T]`.
+        """
+        interface = array.__array_interface__
+        key = interface["data"][0], interface["typestr"], array.shape, array.strides, sequence
+        if key not in self._places:
+            self._held.append(array)
+            self._places[key] = len(self.entries)
+            self._add(self._laid_out(array) if sequence else array)
+        return {"array": self._places[key]}
+
+    def _laid_out(self, array: Array) -> Array:
+        batch, steps = array.shape[:2]
+        width = math.prod(array.shape[2:])
+        turned = np.swapaxes(array.reshape(batch, steps, width), 1, 2)
+        if array.dtype.kind != "f" or array.dtype.itemsize <= self.dtype.itemsize:
+            return turned
+        rounded = self.dtype
+        if rounded == np.float16:
+            sizes = np.abs(turned[np.isfinite(turned)])
+            if sizes.size and not SMALLEST_HALF <= float(sizes.max()) <= float(np.finfo(np.float16).max):
+                rounded = np.dtype(np.float32)
+        with np.errstate(over="ignore"):
+            return turned.astype(rounded)
+
+    def _add(self, array: Array) -> None:
+        if array.dtype.kind == "b":
+            array = array.astype(np.uint8)
+        elif array.dtype.kind in "iu" and array.dtype.itemsize > 1:
+            array = array.astype(np.float64)  # ids: JavaScript's own numbers
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        data, size = array.tobytes(), array.dtype.itemsize
+        if self.packed:  # the bytes of like weight together: they repeat, where whole numbers don't
+            planes = np.frombuffer(data, np.uint8).reshape(-1, size).T
+            data = gzip.compress(planes.tobytes(), 1 if len(data) > 1 << 22 else 6, mtime=0)
+        kind = f"{array.dtype.kind}{size}"
+        self.entries.append({"dtype": kind, "shape": list(array.shape), "packed": self.packed})
+        self.bytes.append(data)
+
+
+def payload(
+    t: NetworkTrace,
+    labels: Any = None,
+    audio: tuple[Any, float] | None = None,
+    title: str | None = None,
+    rows: Any = None,
+    packed: bool = True,
+) -> Payload:
+    """Return what the page of a trace is made of: see `NetworkTrace.save_html`.
+
+    Args:
+        t: the trace.
+        labels, audio, title, rows: see there.
+        packed: whether the arrays are compressed.
+
+    Raises:
+        ValueError: more numbers than a page can hold; labels or a wave that don't fit.
+    """
+    taken = _rows(t, rows)
+    count = len(taken)
+    arrays = Arrays(_dtype(t, taken), packed)
+
+    def sequence(array: Array) -> dict[str, int]:
+        return arrays.put(_some(array, taken), sequence=True)
+
+    numbers, aligned, nodes, _ = t._parts
+    network = t.network
+    flows = _flows(t)
+    inputs = [
+        {
+            "name": name,
+            "shape": network.graph.shown(name),
+            "ids": name in network.graph.ids,
+            **_value(flows.get(name), network.graph.timed(name), name in aligned, taken, arrays),
+        }
+        for name in network.inputs
+    ]
+    described = []
+    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+        seen = nodes.get(name)
+        value = _value(None if seen is None else seen.y, network.graph.timed(name), name in aligned, taken, arrays)
+        cells = [] if seen is None else [_cell(cell, taken, arrays, sequence) for cell in seen.cells]
+        if cells and seen is not None and seen.cells[0].record is None:  # what its first cell took is known anyway
+            first = seen.x[0] if isinstance(seen.x, tuple) else seen.x
+            if first.ndim == 3:
+                cells[0]["x"] = sequence(first)
+        described.append(
+            {
+                "name": name,
+                "kind": type(node).__name__,
+                "summary": node.summary,
+                "shape": network.graph.shown(name),
+                "sources": list(sources),
+                "kept": seen is not None,
+                "aligned": sources[0] in aligned,
+                "residual": bool(getattr(node, "residual", False)),
+                "cells": cells,
+                **value,
+            }
+        )
+    description: dict[str, Any] = {
+        "version": VERSION,
+        "title": title if title is not None else f"A trace of {len(numbers)} step{'s' * (len(numbers) != 1)}",
+        "rows": count,
+        "row_numbers": [int(number) for number in taken],
+        "steps": [int(number) for number in numbers],
+        "labels": _labels(labels, len(numbers), count),
+        "audio": None if audio is None else _audio(audio, arrays),
+        "inputs": inputs,
+        "nodes": described,
+        "outputs": list(network.outputs),
+        "rounded": arrays.dtype.name if arrays.dtype.itemsize < network.dtype.itemsize else None,
+        "dtype": network.dtype.name,
+        "patches": [
+            {"text": repr(patch), "units": None, "rows": None, "steps": None, "cell": 0, **patch.stored()}
+            for patch in network.patches
+        ],
+        **_computing(t, taken, arrays),
+    }
+    description["arrays"] = arrays.entries
+    return Payload(description, arrays.bytes)
+
+
+def text_of(description: dict[str, Any]) -> str:
+    """Return a description as JSON that may stand in a script of an HTML file: nothing in it ends the script."""
+    text = json.dumps(description, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+# ── what a trace holds ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _rows(t: NetworkTrace, rows: Any) -> Array:
+    """Return the numbers of the rows that go into the page."""
+    numbers = np.arange(len(t.y[0] if isinstance(t.y, tuple) else t.y))
+    try:
+        return numbers if rows is None else np.atleast_1d(numbers[rows])
+    except IndexError as error:
+        raise IndexError(f"save_html: expected rows from 0 to {len(numbers) - 1}: {error}") from None
+
+
+def _some(array: Array, taken: Array) -> Array:
+    """Return some rows of an array; all of them as it is, so that it is known again."""
+    return array if np.array_equal(taken, np.arange(len(array))) else array[taken]
+
+
+def _flows(t: NetworkTrace) -> dict[str, Array]:
+    """Return what flowed into the nodes, by the names of the inputs and nodes that it came from."""
+    flows: dict[str, Array] = {}
+    for name, node in t.items():
+        values = node.x if isinstance(node.x, tuple) else (node.x,)
+        flows |= dict(zip(t.network.wires[t.network.names.index(name)], values, strict=True))
+    return flows
+
+
+def _dtype(t: NetworkTrace, taken: Array) -> Any:
+    """Return the dtype that the numbers of a trace are kept in at most.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    total = size_of(t, len(taken))
+    for most, dtype in ROUNDED:
+        if total <= most:
+            return dtype
+    raise ValueError(
+        f"save_html: expected at most {LARGEST:,} numbers, got {total:,}: take some of the rows, rows=0, or some steps "
+        "or units, select(steps=slice(0, 1000))"
+    )
+
+
+def size_of(t: NetworkTrace, rows: int | None = None) -> int:
+    """Return how many numbers a trace holds in so many rows, or in all of them; what is held twice counts once."""
+    distinct = {array.__array_interface__["data"][0]: array for array in _all(t)}.values()
+    return sum(array.size if rows is None else rows * math.prod(array.shape[1:]) for array in distinct)
+
+
+def _all(t: NetworkTrace) -> list[Array]:
+    arrays = []
+    for node in t.values():
+        arrays += [*(node.x if isinstance(node.x, tuple) else (node.x,)), node.y]
+        for cell in node.cells:
+            arrays += [cell[field] for field in cell]
+    return arrays
+
+
+def _value(array: Array | None, timed: bool, aligned: bool, taken: Array, arrays: Arrays) -> dict[str, Any]:
+    """Return what flowed out of an input or a node: a sequence `[B, W, T]`, or a vector `[B, W]`."""
+    if array is None:
+        return {"timed": timed, "value": None, "in_step": aligned}
+    some = _some(array, taken)
+    timed = timed and array.ndim >= 2
+    if not timed:
+        some = some.reshape(len(some), math.prod(some.shape[1:]))
+    return {"timed": timed, "value": arrays.put(some, sequence=timed), "in_step": aligned}
+
+
+def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Array], dict[str, int]]) -> dict[str, Any]:
+    spec, record = cell.cell.spec, cell.record
+    whole = cell.cell.spec.parameters <= MOST_WEIGHTS
+    described: dict[str, Any] = {
+        "spec": spec_of(spec),
+        "summary": cell.cell.summary,
+        "fields": {field: sequence(cell[field]) for field in cell},
+        "units": [int(unit) for unit in cell.units],
+        "mask": None if cell.mask is None else arrays.put(_some(cell.mask, taken)),
+        "weights": {name: arrays.put(array) for name, array in cell.cell.arrays.items()} if whole else None,
+        "x": None,
+        "before": None,
+        "reset": None,
+        "reverse": False,
+        "whole": record is not None,
+    }
+    if record is not None:
+        described["x"] = sequence(record.x)
+        initial = cell.cell.initial
+        states = {
+            name: np.broadcast_to(initial[name], (len(record.h), len(initial[name])))
+            if record.before is None
+            else getattr(record.before, name)
+            for name in spec.state_sizes
+        }
+        described["before"] = {name: arrays.put(np.array(_some(array, taken))) for name, array in states.items()}
+        described["reset"] = None if record.reset is None else arrays.put(_some(record.reset, taken))
+        described["reverse"] = record.reverse
+    return described
+
+
+def spec_of(spec: Any) -> dict[str, Any]:
+    """Return a `CellSpec` as JSON has it, with the activation of each slot, and the gates in their order."""
+    fields = asdict(spec)
+    fields["gate_activations"] = dict(spec.gate_activations)
+    fields["activations"] = {slot: str(found) for slot, found in zip(spec.slots, spec.activations, strict=True)}
+    fields["blocks"] = list(spec.gates)
+    fields["gates"] = list(GATES[spec.kind])
+    fields["output_size"] = spec.output_size
+    return fields
+
+
+def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
+    """Return what the page needs to run the network anew, or why it can't."""
+    network = t.network
+    nothing = {"network": None, "run": None}
+    total = sum(node.parameters for node in network.nodes)
+    if total > MOST_WEIGHTS:
+        reason = f"The network's {total:,} weights are too many to travel in a page: at most {MOST_WEIGHTS:,} do."
+        return {**nothing, "why_not": reason}
+    cells = [cell for node in t.values() for cell in node.cells]
+    flows = _flows(t)
+    if len(cells) < len(network.cells) or any(cell.record is None for cell in cells) or network.inputs[0] not in flows:
+        return {**nothing, "why_not": "The trace holds part of a run, so that the network can't be run anew."}
+    if any(name not in flows for name in network.inputs):
+        return {**nothing, "why_not": "The trace doesn't hold every input, so that the network can't be run anew."}
+    records = [cell.record for cell in cells if cell.record is not None]
+    resets = [record.reset for record in records]
+    if len({None if one is None else one.tobytes() for one in resets}) > 1:
+        why = "The layers of this run were reset at different steps, so that the network can't be run anew."
+        return {**nothing, "why_not": why}
+    masks = {name: mask for name, mask in t._parts.masks.items() if name in network.inputs}
+    flags = {
+        "mask": {name: arrays.put(_some(mask, taken)) for name, mask in masks.items()},
+        "reset": None if not resets or resets[0] is None else arrays.put(_some(resets[0], taken)),
+    }
+    stored = payload_of(network, lambda array: {"dtype": array.dtype.name, **arrays.put(array)})
+    return {"network": stored, "run": flags, "why_not": None}
+
+
+# ── what goes beside it ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _labels(labels: Any, steps: int, rows: int) -> dict[str, Any] | None:
+    """Return the labels of the steps, the same for all rows or each row's own."""
+    if labels is None:
+        return None
+    if isinstance(labels, str):
+        labels = list(labels)
+    kind, lists = _texts(labels)
+    nested = bool(lists) and isinstance(lists[0], list)
+    found = [len(one) for one in lists] if nested else [len(lists)]
+    if any(length != steps for length in found) or (nested and len(lists) != rows):
+        each = f"{len(lists)} lists of {', '.join(map(str, found[:4]))}" if nested else f"{found[0]}"
+        raise ValueError(
+            f"save_html: expected labels for {steps} steps, one list for all rows or {rows} of them, got {each}"
+        )
+    return {"kind": kind, "values": lists, "nested": nested}
+
+
+def _texts(labels: Any) -> tuple[str, list[Any]]:
+    """Return what labels are, "text", "number" or "date", and they themselves as JSON has them."""
+    array = labels if isinstance(labels, np.ndarray) else None
+    if array is None:
+        labels = list(labels)
+        if labels and isinstance(labels[0], (list, tuple, np.ndarray)):
+            kinds, lists = zip(*map(_texts, labels), strict=True)
+            return kinds[0], list(lists)
+        if any(isinstance(label, str) for label in labels):
+            return "text", [str(label) for label in labels]
+        array = np.asarray(labels)
+    if array.dtype.kind == "M":
+        return "date", np.datetime_as_string(array).tolist()
+    if array.dtype.kind in "iuf":
+        return "number", [None if not math.isfinite(value) else value for value in array.astype(float).tolist()]
+    if array.dtype.kind == "O":  # such as datetime.date
+        return "date" if all(hasattr(label, "isoformat") for label in labels) else "text", list(map(str, labels))
+    return "text", np.vectorize(str, otypes=[object])(array).tolist() if array.size else []
+
+
+def _audio(audio: tuple[Any, float], arrays: Arrays) -> dict[str, Any]:
+    """Return a wave as its lowest and highest samples, block by block, and its spectrum."""
+    try:
+        samples, rate = audio
+        samples, rate = np.asarray(samples), float(rate)
+    except (TypeError, ValueError):
+        raise ValueError("save_html: expected audio as (samples, rate), got something else") from None
+    if samples.ndim != 1 or samples.dtype.kind not in "iuf" or not len(samples) or not 0 < rate < math.inf:
+        raise ValueError(
+            f"save_html: expected audio as samples [N] and a rate in Hz, got {list(samples.shape)} of {samples.dtype} "
+            f"and {rate}"
+        )
+    wave = samples.astype(np.float32)
+    if samples.dtype.kind in "iu":
+        wave /= float(np.iinfo(samples.dtype).max)
+    wave = np.nan_to_num(wave, nan=0.0, posinf=0.0, neginf=0.0)
+    block = -(-len(wave) // MOST_BLOCKS)
+    padded = np.pad(wave, (0, -len(wave) % block), mode="edge").reshape(-1, block)
+    ends = np.stack([padded.min(axis=1), padded.max(axis=1)])
+    most = float(np.abs(ends).max()) or 1.0
+    levels = np.round(127.0 * ends / most).astype(np.int8)
+    return {
+        "rate": rate,
+        "samples": len(wave),
+        "block": block,
+        "wave": arrays.put(levels),
+        "spectrum": arrays.put(_spectrum(wave)),
+    }
+
+
+def _spectrum(wave: Array) -> Array:
+    """Return the levels of a wave's bands over time, lowest band first, in bytes over 80 dB, `[bands, frames]`."""
+    size = 512
+    hop = max(size // 4, -(-len(wave) // FRAMES))
+    padded = np.pad(wave, (size // 2, size))
+    starts = np.arange(0, len(wave), hop)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[starts] * np.hanning(size).astype(np.float32)
+    power = np.abs(np.fft.rfft(frames, axis=1)) ** 2
+    edges = np.unique(np.round(np.linspace(0, power.shape[1], BANDS + 1)).astype(int))
+    bands = (np.add.reduceat(power, edges[:-1], axis=1) / np.diff(edges)).T
+    decibels = 10.0 * np.log10(np.maximum(bands, 1e-12))
+    return np.clip((decibels - decibels.max() + 80.0) / 80.0 * 255.0, 0.0, 255.0).astype(np.uint8)

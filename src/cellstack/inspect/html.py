@@ -1,0 +1,114 @@
+"""The page of a trace as one HTML file that needs nothing else: no server, no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from itertools import chain
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from cellstack.formats.files import check_replaceable, replacing
+from cellstack.inspect import contents
+
+if TYPE_CHECKING:
+    from cellstack.inspect.trace import NetworkTrace
+
+MODULES = (
+    "engine",
+    "style",
+    "dom",
+    "data",
+    "draw",
+    "seriation",
+    "formulas",
+    "view",
+    "network",
+    "tiles",
+    "wave",
+    "map",
+    "cell",
+    "unit",
+    "labels",
+    "memory",
+    "runner",
+    "gradients",
+    "changes",
+    "whatif",
+    "matches",
+    "playground",
+    "page",
+)
+"""The page's modules, each after those that it imports from."""
+
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' blob:; worker-src blob:; style-src 'unsafe-inline'; "
+    "img-src data:; base-uri 'none'; form-action 'none'"
+)
+"""What the browser lets the page do: its own text runs, and nothing is asked of any network."""
+
+HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>html {{ color-scheme: light dark; }} body {{ margin: 0; }} #page {{ --least: 100vh; }}</style>
+</head>
+<body>
+<main id="page"></main>
+<noscript>This page draws what a network did with JavaScript, which is switched off in this browser.</noscript>
+<script type="application/json" id="description">"""
+
+START = """
+const element = (name) => document.getElementById(name).textContent;
+const description = JSON.parse(element("description"));
+const arrays = description.arrays.map((_, number) => () => element(`array-${number}`));
+const payload = { description, arrays };
+render({ model: { get: () => payload }, el: document.getElementById("page") });
+"""
+
+
+@cache
+def module_text() -> str:
+    """Return the page's modules as the text of one: `render({ model, el })` is what it exports."""
+    engine = json.dumps(_joinable("engine")).replace("<", "\\u003c")  # what a worker runs; no tag in it
+    return "\n".join([f"const engineSource = {engine};", *map(_joinable, MODULES)])
+
+
+def _joinable(name: str) -> str:
+    """Return the text of a module without its imports and exports."""
+    text = (resources.files("cellstack.inspect") / "page" / f"{name}.js").read_text(encoding="utf-8")
+    text = re.sub(r"^import [^;]*;\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"^export (?=(?:async )?(?:function|class|const|let)\b)", "", text, flags=re.MULTILINE)
+
+
+def save_html(
+    t: NetworkTrace, path: str | PathLike[str], labels: Any, audio: Any, title: str | None, rows: Any
+) -> None:
+    """Write the page of a trace: see `NetworkTrace.save_html`."""
+    check_replaceable(path)  # now, not after all has been compressed
+    parts = page(t, labels, audio, title, rows)
+    with replacing(path) as file:
+        for part in parts:
+            file.write(part)
+
+
+def page(t: NetworkTrace, labels: Any, audio: Any, title: str | None, rows: Any) -> Iterator[bytes]:
+    """Return the page of a trace in pieces: see `NetworkTrace.save_html`; what is wrong is said before the first."""
+    made = contents.payload(t, labels, audio, title, rows)
+    head = HEAD.format(policy=html.escape(POLICY), title=html.escape(made.description["title"]))
+    before, after = b'<script type="text/plain" id="array-%d">', b"</script>\n"
+    arrays = ((before % number, base64.b64encode(data), after) for number, data in enumerate(made.arrays))
+    return chain(
+        (head.encode(), contents.text_of(made.description).encode(), after),
+        chain.from_iterable(arrays),
+        (b'<script type="module">\n', (module_text() + START).encode(), after, b"</body>\n</html>\n"),
+    )

@@ -1,0 +1,378 @@
+// The cell opened to its wires: one unit at one step, with the real numbers, and each number's formula.
+
+import { button, make, popover, replaceChildren, shown, svg } from "./dom.js";
+import { cssColour, inkOn, lineColour, palette, scaleOf } from "./draw.js";
+import { CellStep } from "./formulas.js";
+import { MEANINGS } from "./view.js";
+
+const MOST_TERMS = 12; // of a sum, written out; the rest is one line
+const MOST_UNITS = 12; // in the table
+const MOST_INPUTS = 24;
+const NAMES = { lstm: "LSTM", gru: "GRU", rnn: "SimpleRNN" };
+
+// The wires of each kind: boxes with what they show, and the paths between them.
+const WIRING = {
+  lstm: {
+    size: [760, 348],
+    ports: {
+      c_prev: [46, 60, "c before"],
+      c: [708, 60, "c"],
+      h_prev: [46, 262, "h before"],
+      h: [708, 262, "h"],
+      x: [116, 316, "x"],
+      f: [196, 190, "f"],
+      i: [300, 190, "i"],
+      g: [392, 190, "g"],
+      o: [510, 190, "o"],
+    },
+    signs: [[196, 60, "×"], [346, 60, "+"], [346, 122, "×"], [600, 190, "×"], [600, 112, "φ"]],
+    paths: [
+      "M 90 60 H 180", "M 212 60 H 330", "M 362 60 H 662", "M 600 60 V 92", "M 600 132 V 174", "M 600 206 V 262 H 662",
+      "M 196 168 V 76", "M 300 168 V 122 H 330", "M 392 168 V 122 H 362", "M 346 106 V 76", "M 552 190 H 584",
+      "M 90 262 H 510 V 212", "M 196 262 V 212", "M 300 262 V 212", "M 392 262 V 212", "M 116 294 V 264",
+    ],
+    dots: [[600, 60], [196, 262], [300, 262], [392, 262]],
+  },
+  gru: {
+    size: [760, 348],
+    ports: {
+      h_prev: [46, 60, "h before"],
+      h: [708, 60, "h"],
+      x: [116, 316, "x"],
+      r: [196, 200, "r"],
+      z: [318, 200, "z"],
+      g: [600, 200, "g"],
+    },
+    signs: [[318, 60, "×"], [600, 60, "+"], [600, 132, "×"], [430, 132, "1−z"], [196, 132, "×"]],
+    paths: [
+      "M 90 60 H 302", "M 334 60 H 584", "M 616 60 H 662", "M 318 178 V 76", "M 318 132 H 410", "M 452 132 H 584",
+      "M 600 178 V 148", "M 600 116 V 76", "M 140 60 V 132 H 180", "M 196 178 V 148",
+      "M 212 132 H 256 V 244 H 586 V 222", "M 140 132 V 272 H 614 V 222", "M 196 272 V 222", "M 318 272 V 222", "M 116 294 V 274 H 140",
+    ],
+    dots: [[140, 60], [140, 132], [196, 272], [318, 272], [318, 132]],
+  },
+  rnn: {
+    size: [760, 238],
+    ports: {
+      h_prev: [46, 90, "h before"],
+      x: [180, 206, "x"],
+      g: [370, 90, "g"],
+      h: [708, 90, "h"],
+    },
+    signs: [],
+    paths: ["M 90 90 H 326", "M 414 90 H 662", "M 180 184 V 92"],
+    dots: [[180, 90]],
+  },
+};
+
+export class CellView {
+  constructor(view, root) {
+    this.view = view;
+    this.pop = popover(root);
+    this.title = make("h3", {});
+    this.wires = svg("svg", { class: "wires", role: "group" });
+    this.numbers = make("div", { class: "numbers" });
+    this.note = make("p", { class: "note" });
+    this.element = make(
+      "div",
+      {},
+      this.title,
+      this.note,
+      make("div", { class: "cellview" }, make("div", { class: "scroll" }, this.wires), this.numbers),
+    );
+    this.open = false;
+    this.built = null;
+    this.asked = 0;
+    view.on((changed) => {
+      if (["step", "row", "place", "unit", "result", "shows", "theme"].some((name) => changed.has(name))) this.draw();
+    });
+  }
+
+  async draw() {
+    if (!this.open) return;
+    const asked = (this.asked += 1);
+    const { view } = this;
+    const place = view.place?.kind === "cell" ? view.place : (view.places.find((one) => one.kind === "cell" && one.name === view.place?.name) ?? null);
+    if (place === null || !view.stepsOf(place)) {
+      const why = view.places.some((one) => one.kind === "cell") ? `${view.place?.title ?? "This network"} has no cell: choose a layer that has one in the network.` : "This trace has no cell.";
+      this.title.textContent = "No cell here";
+      this.note.textContent = why;
+      replaceChildren(this.wires);
+      replaceChildren(this.numbers);
+      this.built = null;
+      return;
+    }
+    const found = await given(view, place);
+    if (asked !== this.asked) return;
+    this.found = found;
+    const { cell } = place;
+    const unit = Math.min(view.unit, cell.units.length - 1);
+    this.title.textContent = `${NAMES[cell.spec.kind]} cell of ${place.title}, unit ${cell.units[unit]}, ${view.labels.full(view.row, view.step)}`;
+    this.note.textContent = found.why ?? "";
+    this.build(place, unit);
+    this.fill(place, unit);
+  }
+
+  // The picture and the table, made anew when another cell or other units are shown.
+  build(place, unit) {
+    const { cell } = place;
+    const first = Math.max(0, Math.min(unit - MOST_UNITS / 2, cell.units.length - MOST_UNITS));
+    const key = `${place.key} ${first}`;
+    if (this.built?.key === key) return;
+    this.pop.hide();
+    const wiring = WIRING[cell.spec.kind];
+    const [wide, high] = wiring.size;
+    this.wires.setAttribute("viewBox", `0 0 ${wide} ${high}`);
+    this.wires.setAttribute("aria-label", `The wires of one unit of this ${NAMES[cell.spec.kind]} cell`);
+    const ports = {};
+    const boxes = Object.entries(wiring.ports).map(([name, [x, y, text]]) => {
+      const value = svg("text", { x, y: y + 12, class: "value" }, "");
+      const box = svg("rect", { x: x - 43, y: y - 22, width: 86, height: 44, rx: 8 });
+      const group = svg("g", { class: name === "x" ? "port small" : "port", "data-field": name, tabindex: "0", role: "button" }, box, svg("text", { x, y: y - 6, class: "name" }, text), value);
+      ports[name] = { group, box, value, texts: group.querySelectorAll("text") };
+      this.pop.attach(group, () => this.formula(place, name, this.unit));
+      group.addEventListener("keydown", (event) => {
+        if (event.key === "Enter" || event.key === " ") {
+          event.preventDefault();
+          group.dispatchEvent(new MouseEvent("click"));
+        }
+      });
+      return group;
+    });
+    replaceChildren(
+      this.wires,
+      svg("defs", {}, svg("marker", { id: "tip", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" }, svg("path", { d: "M 0 0 L 8 4 L 0 8 z", class: "head" }))),
+      svg("rect", { x: 104, y: 18, width: wide - 160 - 40, height: high - 66, rx: 16, class: "hull" }),
+      ...wiring.paths.map((d) => svg("path", { d, class: "wire", "marker-end": "url(#tip)" })),
+      ...wiring.dots.map(([cx, cy]) => svg("circle", { cx, cy, r: 3, class: "head" })),
+      ...wiring.signs.map(([x, y, sign]) =>
+        svg("g", { class: "sign" }, svg("rect", { x: x - (sign.length > 1 ? 22 : 16), y: y - 16, width: sign.length > 1 ? 44 : 32, height: 32, rx: 16 }), svg("text", { x, y: y + 5 }, sign)),
+      ),
+      ...boxes,
+    );
+    // The table of all numbers of the step.
+    const lstm = cell.spec.kind === "lstm";
+    const fields = Object.keys(cell.fields);
+    const columns = [...(lstm ? [["c_prev", "c before"]] : []), ["h_prev", "h before"], ...fields.map((field) => [field, field])];
+    const count = Math.min(MOST_UNITS, cell.units.length);
+    const cells = [];
+    const rows = Array.from({ length: count }, (_, n) => {
+      const own = first + n;
+      const head = make("th", { scope: "row" }, button(`unit ${cell.units[own]}`, () => this.view.set({ unit: own }), { class: "plain", title: "Show the wires of this unit" }));
+      const row = make("tr", { "data-unit": own }, head);
+      for (const [name] of columns) {
+        const number = make("button", { type: "button", class: "number", "data-field": name, "data-unit": own });
+        this.pop.attach(number, () => this.formula(place, name, own));
+        cells.push({ number, name, unit: own });
+        row.append(make("td", {}, number));
+      }
+      return row;
+    });
+    const inputs = Math.min(MOST_INPUTS, cell.spec.input_size);
+    const xs = Array.from({ length: inputs }, (_, n) => {
+      const number = make("button", { type: "button", class: "number", "data-field": "x", "data-unit": n });
+      this.pop.attach(number, () => this.formula(place, "x", n));
+      return number;
+    });
+    replaceChildren(
+      this.numbers,
+      make(
+        "div",
+        { class: "scroll" },
+        make(
+          "table",
+          { class: "steptable" },
+          make("caption", {}, count < cell.units.length ? `Every number of this step, for ${count} of ${cell.units.length} units` : "Every number of this step"),
+          make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), ...columns.map(([name, text]) => make("th", { scope: "col", title: MEANINGS[name] ?? null }, text)))),
+          make("tbody", {}, ...rows),
+        ),
+      ),
+      make("p", { class: "inputs" }, make("span", {}, `x, what goes in${inputs < cell.spec.input_size ? `, the first ${inputs} of ${cell.spec.input_size}` : ""}: `), ...xs),
+    );
+    this.built = { key, ports, cells, xs, rows };
+  }
+
+  // The numbers of now, into what was built.
+  fill(place, unit) {
+    this.unit = unit;
+    const { built, found, view } = this;
+    const theme = view.theme;
+    const paint = (element, value, field) => {
+      const scale = field === "state" ? found.scale : scaleOf(field, { low: 0, high: 1 });
+      const pixel = palette(scale.kind, theme)[Math.max(0, Math.min(255, Math.floor(((value - scale.low) / (scale.high - scale.low)) * 255)))] ?? 0;
+      const fine = Number.isFinite(value);
+      element.style.setProperty("--fill", fine ? cssColour(pixel) : "#000");
+      element.style.setProperty("--on", fine ? inkOn(pixel) : "#fff");
+    };
+    const kind = (name) => (["i", "f", "o", "z", "r"].includes(name) ? name : "state");
+    for (const [name, port] of Object.entries(built.ports)) {
+      const value = name === "x" ? null : valueOf(found, name, name === "h" || name === "h_prev" ? Math.min(unit, (found.now.h?.length ?? 1) - 1) : unit);
+      port.value.textContent = name === "x" ? this.listed(found.x) : shown(value, 4);
+      if (value !== null && value !== undefined) paint(port.group, value, kind(name));
+      else port.group.style.setProperty("--fill", "var(--raised)");
+      port.group.setAttribute("aria-label", name === "x" ? `x, what goes in: ${this.listed(found.x)}` : `${name.replace("_prev", " before")} of this unit: ${shown(value, 4)}`);
+      port.group.style.setProperty("--line", lineColour(name.replace("_prev", ""), theme));
+    }
+    for (const { number, name, unit: own } of built.cells) {
+      const value = valueOf(found, name, own);
+      number.textContent = shown(value, 4);
+      number.disabled = value === undefined;
+      if (value === null || value === undefined) number.style.setProperty("--fill", "transparent");
+      else paint(number, value, kind(name));
+    }
+    built.xs.forEach((number, n) => {
+      number.textContent = shown(found.x?.[n], 4);
+      number.setAttribute("aria-label", `x ${n}: ${number.textContent}`);
+    });
+    for (const row of built.rows) row.classList.toggle("chosen", Number(row.dataset.unit) === unit);
+  }
+
+  listed(x) {
+    if (x === null) return "–";
+    if (x.length === 1) return shown(x[0], 4);
+    return x.length <= 2 ? Array.from(x, (value) => shown(value, 3)).join("  ") : `${x.length} numbers`;
+  }
+
+  // What stands beside a number: how it came about.
+  formula(place, name, unit) {
+    const { found, view } = this;
+    const { cell } = place;
+    if (found === null) return null;
+    const head = (text) => make("strong", {}, text);
+    const number = cell.units[unit] ?? unit;
+    if (name === "x") {
+      if (found.x === null) return null;
+      const all = Array.from(found.x.slice(0, MOST_INPUTS), (value, n) => `x[${n}] = ${shown(value, 5)}`);
+      return [head("x: what goes in at this step"), make("div", { class: "sums" }, ...all.map((text) => make("div", {}, text)))];
+    }
+    if (name === "c_prev" || name === "h_prev") {
+      const letter = name[0];
+      const value = valueOf(found, name, unit);
+      const from = found.begins === null ? `${letter} of the step before` : found.begins;
+      return [head(`${letter} before the step, unit ${number}`), make("div", {}, `${shown(value, 6)}: ${from}`)];
+    }
+    const title = head(`${name}, unit ${number}: ${(MEANINGS[name] ?? "").split(":")[0]}`);
+    const kept = valueOf(found, name, unit);
+    if (found.masked) {
+      const text = name === "c" || name === "h" ? `The mask leaves this step out: ${name} stays ${shown(kept, 5)}.` : "The mask leaves this step out: its gates are 0.";
+      return [title, make("div", {}, text)];
+    }
+    const held = view.patches.filter((patch) => patchesNumber(patch, place, name, number, view));
+    const lines = held.map((patch) => {
+      const what = patch.text ?? `${patch.how}${patch.value === null ? "" : ` ${shown(patch.value, 5)}`}`;
+      return make("div", { class: "held" }, `A patch holds it: ${what}. It is ${shown(kept, 5)} after that.`);
+    });
+    if (found.step === null) return [title, ...lines, make("div", {}, `${shown(kept, 6)}. ${found.why}`)];
+    const { lines: made } = found.step.explain(name, unit);
+    return [title, ...lines, ...made.flatMap((line) => (line.terms ? this.sum(line) : [make("div", { class: line.result ? "result" : "" }, line.text)]))];
+  }
+
+  // A sum of products: each of them, or the largest and what the others come to.
+  sum({ terms, title, total }) {
+    const sorted = terms.length > MOST_TERMS ? [...terms].sort((a, b) => Math.abs(b.product) - Math.abs(a.product)) : terms;
+    const some = sorted.slice(0, MOST_TERMS);
+    const rest = sorted.slice(MOST_TERMS).reduce((all, term) => all + term.product, 0);
+    const row = (name, value, weight, product) =>
+      make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value), make("td", {}, weight), make("td", {}, product));
+    return [
+      make(
+        "table",
+        { class: "sum" },
+        make("caption", {}, title),
+        make(
+          "tbody",
+          {},
+          ...some.map((term) => row(term.name, shown(term.value, 5), `· ${shown(term.weight, 5)}`, `= ${shown(term.product, 5)}`)),
+          terms.length > MOST_TERMS ? row(`the other ${terms.length - MOST_TERMS}`, "", "", shown(rest, 5)) : null,
+          row("sum", "", "", shown(total, 5)),
+        ),
+      ),
+    ];
+  }
+}
+
+function valueOf(found, name, unit) {
+  if (name === "c_prev") return found.before?.c?.[unit];
+  if (name === "h_prev") return found.before?.h?.[unit];
+  return found.now[name]?.[unit];
+}
+
+// Whether an axis of a patch names a number: all, a list, [start, stop, step], or a slice by name.
+function named(index, number, listed) {
+  if (index === null) return true;
+  if (Array.isArray(index) && listed) return index.includes(number);
+  const [start, stop, step] = Array.isArray(index) ? index : [index.start, index.stop, index.step];
+  const from = start ?? 0;
+  return number >= from && number < (stop ?? Infinity) && (number - from) % (step ?? 1) === 0;
+}
+
+function patchesNumber(patch, place, field, unit, view) {
+  if (patch.node !== place.name || patch.cell !== place.number || patch.gate !== field) return false;
+  const { steps, row_numbers: rows } = view.description;
+  const network = patch.text !== undefined; // its own: a list of steps is one of numbers
+  return named(patch.units, unit, true) && named(patch.rows, rows[view.row], true) && named(patch.steps, steps[view.stepAt(place)], network);
+}
+
+// All that is known of a cell at the cursor: { x, before: { h, c }, now: { i, … }, step, masked, begins, why, scale }.
+export async function given(view, place) {
+  const { cell } = place;
+  const step = view.stepAt(place);
+  const changed = view.shows !== "trace" && view.result !== null;
+  const planeOfField = async (field) => (changed ? view.after(place, field) : null) ?? view.traced(place, field);
+  const fields = Object.keys(cell.fields);
+  const planes = Object.fromEntries(await Promise.all(fields.map(async (field) => [field, await planeOfField(field)])));
+  const now = Object.fromEntries(fields.map((field) => [field, planes[field].column(step)]));
+  const states = Object.keys(cell.before ?? { h: 0, ...(cell.fields.c ? { c: 0 } : {}) });
+  const mask = await view.mask(place);
+  const steps = planes.h.steps;
+  const previous = cell.reverse ? step + 1 : step - 1;
+  const first = previous < 0 || previous >= steps;
+  const found = { now, x: null, before: {}, step: null, masked: mask !== null && !mask[step], begins: null, why: null, scale: null };
+  // What goes into the cell: as traced, or as the changed run has it.
+  if (changed) found.x = changedInput(view, place, step);
+  if (!changed && cell.x !== null) found.x = (await view.traced(place, "x")).column(step);
+  // The state before the step.
+  const reset = await view.resets(place);
+  const begun = reset !== null && reset[step];
+  const numbers = view.description.steps;
+  const follows = cell.whole || (!first && Math.abs(numbers[step] - numbers[previous]) === 1);
+  for (const name of states) {
+    if (begun) found.before[name] = await initialOf(view, place, name);
+    else if (!first && follows) found.before[name] = planes[name].column(previous);
+    else if (first && cell.before !== null) found.before[name] = rowOf(await view.store.get(cell.before[name]), view.row);
+  }
+  const sizes = [...Object.values(now), ...Object.values(found.before)].flatMap((column) => Array.from(column, (value) => (Number.isFinite(value) ? Math.abs(value) : 0)));
+  const size = sizes.reduce((most, one) => Math.max(most, one), 1);
+  found.scale = scaleOf("", { low: -size, high: size });
+  if (begun) found.begins = "the state was reset before this step";
+  else if (first && cell.before !== null) found.begins = "what the run began with";
+  const allUnits = cell.units.length === cell.spec.units;
+  const known = states.every((name) => found.before[name] !== undefined) && found.x !== null && allUnits;
+  if (cell.weights === null) found.why = "The weights of this cell are too many to travel in a page, so that its sums can't be shown.";
+  else if (!known) found.why = changed && found.x === null ? "What goes into this cell after the change isn't known here, so that its sums can't be shown." : "The trace holds part of the run, so that the sums of this step can't be shown.";
+  else if (!found.masked) {
+    const arrays = {};
+    for (const [name, reference] of Object.entries(cell.weights)) arrays[name] = changed ? (view.result.weights?.[place.key]?.[name] ?? (await view.store.get(reference))) : await view.store.get(reference);
+    found.step = new CellStep(cell.spec, arrays, { x: found.x, h: found.before.h, c: found.before.c, now });
+  }
+  return found;
+}
+
+function rowOf({ data, shape }, row) {
+  return data.subarray(row * shape[1], (row + 1) * shape[1]);
+}
+
+async function initialOf(view, place, name) {
+  const { weights, spec } = place.cell;
+  const learned = weights?.[`initial_${name}`];
+  if (learned !== undefined) return (await view.store.get(learned)).data;
+  return new Float64Array(name === "h" ? spec.output_size : spec.units);
+}
+
+// What goes into a cell in a run that was changed: what comes out of the cell below it in a stack; null where it isn't known.
+function changedInput(view, place, step) {
+  if (place.lowest) return view.after(place, "x")?.column(step) ?? null;
+  const below = view.places.find((one) => one.kind === "cell" && one.name === place.name && one.number === place.number - 1);
+  const stacked = place.node.kind === "Recurrent" && below !== undefined && !place.node.residual;
+  return stacked ? (view.after(below, "h")?.column(step) ?? null) : null;
+}

@@ -1,0 +1,106 @@
+// Where c came from: what each past step wrote, and how much of it later gates have kept until the cursor.
+
+import { make, replaceChildren, shown, table } from "./dom.js";
+import { drawBars } from "./draw.js";
+
+// c at a step, unrolled: entry s is what step s wrote times the product of what was kept since, and `start` what is left
+// of the state before the first step. They sum to c, to rounding; of a GRU to h. In the order of time.
+export function contributionsOf({ kept, written, rate, start, fresh, mask, reset, reverse, step }) {
+  const parts = new Float64Array(kept.length);
+  const way = reverse ? 1 : -1;
+  let left = 1;
+  let rest = start;
+  for (let at = step; at >= 0 && at < kept.length; at += way) {
+    const used = mask === null || mask[at];
+    if (used) {
+      parts[at] = (1 - rate) * written[at] * left;
+      left *= rate + (1 - rate) * kept[at];
+    }
+    if (reset !== null && reset[at]) {
+      rest = fresh;
+      break;
+    }
+  }
+  return { parts, start: rest * left };
+}
+
+export class Memory {
+  constructor(view) {
+    this.view = view;
+    this.title = make("h3", {});
+    this.chart = make("canvas", { class: "chart", role: "img" });
+    this.sum = make("p", { class: "readout", "data-sum": "" });
+    this.list = make("div", { class: "scroll" });
+    this.element = make("div", {}, this.title, this.chart, this.sum, this.list);
+    this.open = false;
+    this.asked = 0;
+    this.chart.addEventListener("click", (event) => {
+      const step = this.stepOf?.(event.offsetX);
+      if (step >= 0 && step < view.steps) view.set({ step });
+    });
+    view.on((changed) => {
+      if (["step", "row", "place", "unit", "result", "shows", "theme", "window"].some((name) => changed.has(name))) this.draw();
+    });
+  }
+
+  refuse(why) {
+    this.title.textContent = "Nothing to unroll here";
+    this.sum.textContent = why;
+    this.chart.hidden = true;
+    replaceChildren(this.list);
+  }
+
+  async draw() {
+    if (!this.open) return;
+    const asked = (this.asked += 1);
+    const { view } = this;
+    const { place } = view;
+    if (place.kind !== "cell") return this.refuse("Choose a layer that has a cell in the network.");
+    const { cell } = place;
+    const { spec } = cell;
+    if (spec.kind === "rnn") return this.refuse("A SimpleRNN has no gate that keeps a state, so its state isn't a sum of what was written.");
+    if (spec.cell_clip !== null) return this.refuse("This cell is clipped, so its state isn't a sum of what was written.");
+    if (!cell.whole) return this.refuse("The trace holds part of the run, so that what was written before isn't known.");
+    const changed = view.shows !== "trace" && view.result !== null;
+    if (view.patches.some((patch) => patch.node === place.name && patch.cell === place.number && ["c", "h"].includes(patch.gate))) {
+      return this.refuse("A patch writes to this state, so that it isn't a sum of what the gates wrote.");
+    }
+    const lstm = spec.kind === "lstm";
+    const get = async (field) => (changed ? view.after(place, field) : null) ?? view.traced(place, field);
+    const [keep, input, candidate, state] = await Promise.all([get(lstm ? "f" : "z"), get(lstm ? "i" : "z"), get("g"), get(lstm ? "c" : "h")]);
+    const mask = await view.mask(place);
+    const name = lstm ? "c" : "h";
+    const row = ({ data, shape }) => data.subarray(view.row * shape[1], (view.row + 1) * shape[1]);
+    const before = row(await view.store.get(cell.before[name]));
+    const learned = cell.weights?.[`initial_${name}`];
+    const fresh = learned === undefined ? null : (await view.store.get(learned)).data;
+    const reset = await view.resets(place);
+    if (asked !== this.asked) return undefined;
+    const unit = Math.min(view.unit, keep.units - 1);
+    const step = view.stepAt(place);
+    const kept = keep.line(unit);
+    const written = Float64Array.from(kept, (_, n) => (lstm ? input.at(unit, n) : 1 - input.at(unit, n)) * candidate.at(unit, n));
+    const { parts, start } = contributionsOf({
+      kept, written, rate: lstm ? spec.zoneout_cell : spec.zoneout, start: before[unit], fresh: fresh === null ? 0 : fresh[unit], mask, reset, reverse: cell.reverse, step,
+    });
+    this.chart.hidden = false;
+    this.title.textContent = `What is left of each step in ${name} of unit ${cell.units[unit]}, ${view.labels.full(view.row, view.step)}`;
+    const { from, span } = view.window;
+    const stretch = keep.steps === view.steps ? 1 : keep.steps / view.steps;
+    this.stepOf = drawBars(this.chart, view.colours, parts, { from: from * stretch, span: span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: step, positive: view.colours.warm, negative: view.colours.cold }).step;
+    const total = parts.reduce((all, part) => all + part, start);
+    this.sum.textContent = `what the steps wrote ${shown(total - start, 5)} + what is left of the first state ${shown(start, 5)} = ${shown(total, 5)}; ${name} is ${shown(state.at(unit, step), 5)}`;
+    this.sum.dataset.sum = String(total);
+    const largest = Array.from(parts.keys()).filter((n) => parts[n] !== 0).sort((a, b) => Math.abs(parts[b]) - Math.abs(parts[a])).slice(0, 8);
+    this.chart.setAttribute("aria-label", `Bars: what each past step contributes to ${name}. They sum to ${shown(total, 5)}.`);
+    replaceChildren(
+      this.list,
+      table(
+        ["step", "wrote", "kept since", "is left"],
+        largest.map((n) => [view.labels.full(view.row, n), shown(written[n], 4), written[n] ? shown(parts[n] / written[n], 4) : "–", shown(parts[n], 4)]),
+        { caption: "The steps that are left most of" },
+      ),
+    );
+    return undefined;
+  }
+}

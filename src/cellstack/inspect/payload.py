@@ -1,0 +1,48 @@
+"""A network as the page takes it: the description of the native format, with the arrays as text."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellstack.formats import safetensors as native_format
+
+if TYPE_CHECKING:
+    from cellstack.network import Network
+    from cellstack.nodes.base import Array
+
+
+def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Return a network as what JSON can hold, and `readNetwork` of the page's engine reads.
+
+    Args:
+        network: any; whether the engine computes all of it is said by the engine.
+        pack: makes an array what stands for it; None = `packed`.
+
+    Returns:
+        `description`, as docs/format.md has it, and `arrays`, by the names of the tensors there, as `packed` has them.
+
+    >>> from cellstack import CellSpec, Cell, Network, Recurrent
+    >>> cell = Cell(CellSpec(1, 1, kind="rnn", use_bias=False), np.ones((1, 1)), np.zeros((1, 1)))
+    >>> payload = payload_of(Network([Recurrent((cell,))]))
+    >>> payload["description"]["nodes"][0]["wires"]
+    ['x']
+    >>> payload["arrays"]["layer_0/0/kernel"]
+    {'dtype': 'float64', 'shape': [1, 1], 'data': 'AAAAAAAA8D8='}
+    """
+    description, arrays = native_format.described(network)
+    return {"description": description, "arrays": {name: (pack or packed)(array) for name, array in arrays.items()}}
+
+
+def packed(array: Array) -> dict[str, Any]:
+    """Return an array as `dtype` (`"float32"` or `"float64"`), `shape`, and `data`: its bytes in C order as base64.
+
+    Args:
+        array: float32 or float64; the bytes are little-endian, as browsers have them.
+    """
+    numbers = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    data = base64.b64encode(numbers.tobytes()).decode("ascii")
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}

@@ -1,0 +1,335 @@
+"""Looking at a layer as it learns: one call, from its forward pass to the gradient of the loss in each past state.
+
+The call itself is left as it is, and so are its results and gradients. What the fused kernel doesn't hand out, the
+gradients of the states at each step, comes from running some of its rows and its last steps again, as a torch loop.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cellstack.layers import eager, op
+from cellstack.layers.cell import Cell, Masks, as_drops
+from cellstack.layers.rnn import RNN
+from cellstack.layers.stack import Call, at_last_used, trace_of
+
+
+class Lags(NamedTuple):
+    """Gradients of the loss in one array of a cell's states, by how many steps back from the output they are.
+
+    Lag 0 is the last step that counts at which the loss depends on the state, row by row. A row has no more lags than
+    steps that count before it, back to the last reset, within those that were run again.
+    """
+
+    rows: Tensor  # [L], how many rows have the lag
+    squares: Tensor  # [L, H], sums over these rows of the squared gradient
+    carried: Tensor  # [L, H], the same of the gradient that enters at lag 0 alone
+    start: Tensor  # [L], squared norm at lag 0 over these rows: what `carried` is a share of
+
+
+class Looked(NamedTuple):
+    """What was seen of one cell."""
+
+    cell: Cell
+    arrays: dict[str, Tensor]  # as they were in the call
+    trace: Any  # [R, S, H], a trace in the order of time, of the rows and steps that were run again
+    used: Tensor | None  # [R, S]
+    gradients: dict[str, Tensor]  # of each array that learns, its gradient's norm, before any clipping
+    lags: dict[str, Lags]  # of h, and of an LSTM's c
+
+
+class Observer:
+    """Looks at one call of a layer: the last before the first gradient reaches what the layer returned.
+
+    Args:
+        layer: the layer.
+        rows: how many rows of the batch are run again at most; those that end last.
+        steps: how many steps at most; the last in the order in which they are processed.
+    """
+
+    def __init__(self, layer: RNN, rows: int, steps: int) -> None:
+        self.layer, self.rows, self.steps = layer, rows, steps
+        self.calls = 0  # before a gradient came
+        self.through_gates = False  # whether the loss is of gates or c of every step too, which isn't followed back
+        self._lock = threading.Lock()
+        self._hooks: list[Any] = []
+        self._call: Call | None = None
+        self._first = 0
+        self._given: dict[int, Tensor] = {}  # gradients of the call's results, by place
+        self._norms: dict[tuple[int, str], Tensor] = {}
+
+    def start(self) -> None:
+        """Wait for a call."""
+        self.stop()
+        self.calls, self._call, self.through_gates = 0, None, False
+        self._given, self._norms = {}, {}
+        self.layer._observers += (self,)
+
+    def stop(self) -> None:
+        """Look no longer; what was seen stays."""
+        self._leave()
+        self._unhook()
+
+    def _leave(self) -> None:
+        self.layer._observers = tuple(other for other in self.layer._observers if other is not self)
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __call__(self, call: Call) -> None:
+        """Note a call: copies of what it was given, and hooks for the gradients of what it returned."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not min(call.x.shape[:2]):
+            return
+        results = _results(call.finals, call.y)
+        if not any(result.requires_grad for result in results):
+            return
+        with self._lock:
+            if self._given:  # the gradient of a call before is there already
+                return
+            self._unhook()
+            self.calls += 1
+            rows, self._first = self._part(call)
+            self._call = _taken(call, rows)
+            # In a pass from the last step to the first, the last ones processed are the first in time.
+            part = slice(self._first, None) if not call.reverse else slice(0, call.x.shape[1] - self._first)
+            for place, result in enumerate(results):
+                if result.requires_grad:
+                    cut = part if place == len(results) - 1 else None
+                    self._hooks.append(result.register_hook(self._result_hook(place, rows, cut)))
+            for field in (field for trace in call.traces for name, field in trace._asdict().items() if name != "h"):
+                if field.requires_grad:
+                    self._hooks.append(field.register_hook(self._note_gates))
+            for n, (cell, arrays) in enumerate(zip(call.cells, call.arrays, strict=True)):
+                for name, array in zip(cell._names, arrays, strict=True):
+                    if array.requires_grad:
+                        self._hooks.append(array.register_hook(self._array_hook(n, name)))
+
+    def _part(self, call: Call) -> tuple[Tensor, int]:
+        """Return which rows are run again, and from which step on, in the order processed."""
+        batch, steps = call.x.shape[:2]
+        if call.used is None:
+            return torch.arange(min(batch, self.rows), device=call.x.device), max(0, steps - self.steps)
+        used = call.used.flip(1) if call.reverse else call.used
+        ends = (used * torch.arange(1, steps + 1, device=used.device)).amax(1)  # the steps up to the last that counts
+        rows = ends.argsort(descending=True, stable=True)[: self.rows].sort().values
+        return rows, max(0, int(ends.max()) - self.steps)
+
+    def _result_hook(self, place: int, rows: Tensor, part: slice | None) -> Any:
+        def hook(gradient: Tensor | None) -> None:
+            if gradient is None:  # of a result that the loss doesn't depend on
+                return
+            if place not in self._given:
+                own = gradient.detach()[rows]
+                self._given[place] = (own if part is None else own[:, part]).clone()
+            self._leave()  # one call is enough
+
+        return hook
+
+    def _note_gates(self, gradient: Tensor | None) -> None:
+        self.through_gates |= gradient is not None
+
+    def _array_hook(self, n: int, name: str) -> Any:
+        def hook(gradient: Tensor | None) -> None:
+            if gradient is not None:
+                self._norms.setdefault((n, name), gradient.detach().double().norm())
+
+        return hook
+
+    def looked(self) -> list[Looked] | None:
+        """Return what was seen of each cell, and look no longer; None where no gradient has reached a call."""
+        self.stop()
+        call, given, self._call, self._given = self._call, self._given, None, {}
+        if call is None or not given:
+            return None
+        with torch.inference_mode(False), torch.enable_grad():
+            return _run_again(call, self._first, given, self._norms)
+
+
+def _results(finals: Sequence[Any], y: Tensor) -> list[Tensor]:
+    """Return all that a call returns but its traces: the states after, then y."""
+    return [*(part for state in finals for part in state), y]
+
+
+def _taken(call: Call, rows: Tensor) -> Call:
+    """Return copies of what a call was given, of some rows, so that it can be run again whatever becomes of it."""
+
+    def of(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach()[rows].clone()
+
+    wide = torch.float64 if call.x.dtype == torch.float64 else torch.float32  # half precision would round away more
+    x = call.x.detach()[rows].to(wide, copy=True)
+    states = None
+    if call.states is not None:
+        states = [type(state)(*(part.detach()[rows].to(wide, copy=True) for part in state)) for state in call.states]
+    return call._replace(
+        arrays=[[array.detach().to(wide, copy=True) for array in arrays] for arrays in call.arrays],
+        masks=[Masks(*(None if (own := of(mask)) is None else own.to(wide) for mask in masks)) for masks in call.masks],
+        x=x,
+        states=states,
+        used=of(call.used),
+        reset=of(call.reset),
+        y=x.new_empty(0),
+        finals=[],
+        traces=[],
+    )
+
+
+def _run_again(call: Call, first: int, given: dict[int, Tensor], norms: dict[tuple[int, str], Tensor]) -> list[Looked]:
+    """Run a call's last steps again, cell by cell, and take the gradients of its states at each of them.
+
+    Args:
+        call: what `_taken` kept.
+        first: from which step on, in the order processed.
+        given: the gradients of the call's results, of these rows and steps, by their place in `_results`.
+        norms: the norms of the arrays' gradients, by cell and name.
+    """
+
+    def ordered(tensor: Tensor | None) -> Tensor | None:  # from now on the steps lie in the order processed
+        return tensor.flip(1) if call.reverse and tensor is not None else tensor
+
+    x, used, reset = ordered(call.x), ordered(call.used), ordered(call.reset)
+    assert x is not None
+    late = None if used is None else used[:, first:]
+    begun = None if reset is None else reset[:, first:]
+    every: list[list[list[Tensor]]] = []
+    finals, traces, y = [], [], x
+    for n, cell in enumerate(call.cells):
+        masks = call.masks[n]
+        masks = masks._replace(zoneout=ordered(masks.zoneout), zoneout_cell=ordered(masks.zoneout_cell))
+        below, y = y, y if masks.input is None else y * masks.input.unsqueeze(1)
+        state = None if call.states is None else list(call.states[n])
+        early = None
+        if first:
+            state, early = _early(cell, call.arrays[n], y[:, :first], state, masks, used, reset, first)
+        drops = as_drops([masks._replace(**_of_steps(masks, slice(first, None)))], y[:0, 0])
+        seen: list[list[Tensor]] = []
+        # What learns nothing leaves no graph: so a start that asks for one, or the arrays do.
+        arrays = [array.requires_grad_() for array in call.arrays[n]]
+        specs, functions = [cell._spec], [cell._functions]
+        own = y[:, first:], state or [], arrays, drops, late, begun
+        *rest, output, gates, memory, _ = eager.run(*own, specs, functions, False, True, True, seen)
+        finals.append(cell.State(*rest))
+        traces.append(trace_of(cell, gates, memory, output))
+        every.append(seen)
+        y = output if early is None else torch.cat([early, output], dim=1)
+        if call.residual and n and below.shape[2] == y.shape[2]:
+            y = y + (below if used is None else at_last_used(below, used, reset, False))
+    results = _results(finals, y[:, first:])
+    places = sorted(given)
+    outputs = [results[place] for place in places]
+    timed = len(results) - 1
+    gradients = [
+        (given[place].flip(1) if call.reverse and place == timed else given[place]).to(results[place])
+        for place in places
+    ]
+    states = [part for seen in every for state in seen for part in state]
+    whole = _gradients(outputs, states, gradients)
+    steps = [_by_step(whole, every, n) for n in range(len(every))]
+    there, at = _last(steps, late)
+    if timed in places:  # of the outputs only the last
+        numbers = torch.arange(outputs[-1].shape[1], device=at.device)
+        gradients[-1] = torch.where((numbers >= at[:, None])[:, :, None], gradients[-1], 0.0)
+    carried = _gradients(outputs, states, gradients)
+    entering = [_by_step(carried, every, n) for n in range(len(every))]
+    lag = _lag_of_step(late, begun, at, there, x.shape[1] - first)
+    looked = []
+    for n, cell in enumerate(call.cells):
+        lags = {name: _lags(steps[n][name], entering[n][name], lag) for name in ("h", "c") if name in steps[n]}
+        arrays = dict(zip(cell._names, (array.detach() for array in call.arrays[n]), strict=True))
+        mine = {name: norm for (number, name), norm in norms.items() if number == n}
+        trace = type(traces[n])(*(ordered(field.detach()) for field in traces[n]))
+        looked.append(Looked(cell, arrays, trace, ordered(late), mine, lags))
+    return looked
+
+
+def _of_steps(masks: Masks, part: slice) -> dict[str, Tensor | None]:
+    """Return a cell's zoneout masks of some steps."""
+    return {
+        name: None if mask is None else mask[:, part]
+        for name, mask in (("zoneout", masks.zoneout), ("zoneout_cell", masks.zoneout_cell))
+    }
+
+
+@torch.no_grad()
+def _early(
+    cell: Cell,
+    arrays: list[Tensor],
+    x: Tensor,
+    state: list[Tensor] | None,
+    masks: Masks,
+    used: Tensor | None,
+    reset: Tensor | None,
+    first: int,
+) -> tuple[list[Tensor], Tensor]:
+    """Run the steps before those that are looked at, on the kernel where it serves; return the state after, and y."""
+    drops = as_drops([masks._replace(**_of_steps(masks, slice(0, first)))], x[:0, 0])
+    used, reset = (None if flag is None else flag[:, :first] for flag in (used, reset))
+    if cell.route(arrays[0])[0] == "fused":
+        *ends, y = op.run(x, state or [], arrays, drops, used, reset, [cell._text], False, True, False)
+    else:
+        specs, functions = [cell._spec], [cell._functions]
+        *ends, y = eager.run(x, state or [], arrays, drops, used, reset, specs, functions, False, True, False)
+    return ends, y
+
+
+def _gradients(outputs: list[Tensor], states: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(outputs, states, gradients, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(state) if gradient is None else gradient for state, gradient in zip(states, found, strict=True)
+    ]
+
+
+def _by_step(gradients: list[Tensor], every: list[list[list[Tensor]]], n: int) -> dict[str, Tensor]:
+    """Return the gradients of one cell's states, `[R, S, H]` each, out of those of all."""
+    queue = iter(gradients)
+    for seen in every[:n]:
+        for state in seen:
+            list(islice(queue, len(state)))
+    parts = [list(islice(queue, len(state))) for state in every[n]]
+    return {name: torch.stack(column, dim=1) for name, column in zip("hc", zip(*parts, strict=True), strict=False)}
+
+
+def _last(steps: list[dict[str, Tensor]], used: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return whether a row has a gradient at all, `[R]`, and the last step that counts at which it has one, `[R]`."""
+    every = [gradient for cell in steps for gradient in cell.values()]
+    there = torch.stack([(gradient != 0.0).any(2) for gradient in every]).any(0)  # [R, S]; NaN is one too
+    if used is not None:
+        there = there & used
+    numbers = torch.arange(1, there.shape[1] + 1, device=there.device)
+    last = (there * numbers).amax(1)
+    return last > 0, (last - 1).clamp(min=0)
+
+
+def _lag_of_step(used: Tensor | None, reset: Tensor | None, at: Tensor, there: Tensor, steps: int) -> Tensor:
+    """Return the lag of each step, `[R, S]`; -1 for a step that has none."""
+    numbers = torch.arange(steps, device=at.device)
+    counts = torch.ones(len(at), steps, dtype=torch.bool, device=at.device) if used is None else used
+    counted = counts.cumsum(1)
+    lags = counted.gather(1, at[:, None]) - counted
+    fits = counts & (numbers <= at[:, None]) & there[:, None]
+    if reset is not None:  # the past ends where the piece of the output begins
+        begins = torch.where(reset & (numbers <= at[:, None]), numbers, 0).amax(1, keepdim=True)
+        fits = fits & (numbers >= begins)
+    return torch.where(fits, lags, -1)
+
+
+def _lags(gradients: Tensor, carried: Tensor, lag: Tensor) -> Lags:
+    """Return the gradients `[R, S, H]` by lag."""
+    fits = lag >= 0
+    lags, count = lag[fits], int(lag.max()) + 1
+    width = gradients.shape[2]
+    empty = torch.zeros(count, width, dtype=torch.float64, device=gradients.device)
+    squares = empty.index_add(0, lags, gradients[fits].double().square())
+    entered = carried.double().square()
+    sums = empty.index_add(0, lags, entered[fits])
+    first = torch.where((lag == 0)[:, :, None], entered, 0.0).sum((1, 2))  # [R]
+    start = empty.new_zeros(count).index_add(0, lags, first[:, None].expand(lag.shape)[fits])
+    return Lags(torch.bincount(lags, minlength=count), squares, sums, start)

@@ -1,0 +1,1112 @@
+"""The page of a trace in a real browser: every control used, and the numbers on the screen beside NumPy's."""
+
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cellstack import Bidirectional, Cell, CellSpec, Dense, GlobalPool, Network, Patch, Recurrent
+from cellstack.inspect import contents, html
+from cellstack.nodes import Embedding, Merge
+
+PAGE = Path(html.__file__).parent / "page"
+
+
+def make_cell(rng, input_size, units, dtype=np.float64, **flags):
+    spec = CellSpec(input_size, units, **flags)
+    return Cell(spec, *((0.6 * rng.normal(size=shape)).astype(dtype) for shape in spec.shapes.values()))
+
+
+def make_net(rng):
+    """The tutorial's stack, small: 3 inputs, LSTMs of 4 and 5 units, and a head."""
+    lower, upper = Recurrent((make_cell(rng, 3, 4),)), Recurrent((make_cell(rng, 4, 5),))
+    return Network([lower, upper, Dense(rng.normal(size=(5, 2)))], ["lower", "upper", "head"])
+
+
+class Screen:
+    """A page in the browser, with what it said and asked for."""
+
+    def __init__(self, page, path):
+        self.page = page
+        self.said, self.asked = [], []
+        page.on("console", lambda message: self.said.append(message.text))
+        page.on("pageerror", lambda error: self.said.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.goto(Path(path).as_uri())
+        page.evaluate("document.getElementById('page').ready.then(() => null)")
+
+    def check(self):
+        assert self.said == []
+        others = [url for url in self.asked[1:] if not url.startswith("blob:null/")]  # a worker's own text
+        assert others == []
+        assert self.asked[0].startswith("file:")
+
+    def tab(self, name):
+        self.page.locator(f"#tab-{name}").click()
+
+    def keys(self, *names):
+        self.page.locator(".stack").focus()
+        for name in names:
+            self.page.keyboard.press(name)
+        self.settle()
+
+    def settle(self):
+        """Wait until two frames are drawn: what was changed is on the screen."""
+        self.page.evaluate(
+            "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 30))))"
+        )
+
+    def choose(self, label, value):
+        self.page.get_by_role("combobox", name=label, exact=True).select_option(value)
+        self.settle()
+
+    def field(self, name):
+        self.page.locator(f'.choice button[data-value="{name}"]').first.click()
+        self.settle()
+
+    def text(self, selector):
+        return self.page.locator(selector).first.inner_text()
+
+    def number(self, selector):
+        return parsed(self.text(selector))
+
+    def looked_at(self, **changes):
+        """Set what is looked at, as a click on a small map can't."""
+        self.page.evaluate(
+            "(changes) => document.getElementById('page').ready.then(({ view }) => view.set(changes))", changes
+        )
+        self.settle()
+
+
+def parsed(text):
+    text = text.replace("−", "-").replace("∞", "inf").strip()
+    return float("nan") if text == "NaN" else float(text)
+
+
+def numbers_in(text):
+    return [parsed(found) for found in re.findall(r"−?(?:\d+\.?\d*(?:e−?\d+)?|∞)|NaN", text)]
+
+
+def close(shown, true, digits=4):
+    """Whether a number with so many digits is what is shown of another."""
+    return shown == pytest.approx(true, rel=0.6 * 10.0 ** (1 - digits), abs=1e-9)
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    screens = []
+
+    def opened(trace, *, width=1400, height=900, touch=False, scheme="light", before="", **options):
+        path = tmp_path / f"page{len(screens)}.html"
+        trace.save_html(path, **options)
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=touch, is_mobile=touch
+        )
+        context.set_default_timeout(10_000)
+        context.add_init_script(before)
+        screen = Screen(context.new_page(), path)
+        screens.append((context, screen))
+        return screen
+
+    yield opened
+    for context, screen in screens:
+        screen.check()
+        context.close()
+
+
+@pytest.fixture
+def net(rng):
+    return make_net(rng)
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(2, 10, 3))
+
+
+# ── the modules ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_module_is_in_the_page_after_those_that_it_imports():
+    assert {f"{name}.js" for name in html.MODULES} == {path.name for path in PAGE.iterdir()}
+    for place, name in enumerate(html.MODULES):
+        text = (PAGE / f"{name}.js").read_text(encoding="utf-8")
+        for other in re.findall(r'^import \{[^}]*\} from "\./(\w+)\.js";$', text, re.MULTILINE):
+            assert other in html.MODULES[:place], f"{name} imports {other}"
+        assert len(re.findall("^import ", text, re.MULTILINE)) == len(
+            re.findall(r'^import \{[^}]*\} from "\./\w+\.js";$', text, re.MULTILINE)
+        )
+
+
+def test_the_joined_text_is_one_module_without_a_tag_or_an_address():
+    text = html.module_text()
+    assert not re.search(r"^(?:import|export) ", text, re.MULTILINE)
+    names = re.findall(r"^(?:async )?(?:function|class|const|let) (\w+)", text, re.MULTILINE)
+    assert len(names) == len(set(names))
+    assert "</script" not in text.lower()
+    assert "innerHTML" not in text
+    assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
+
+
+# ── a trace alone ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_numbers_of_a_step_are_numpys(open_page, net, x):
+    t = net.trace(x)
+    screen = open_page(t, labels="a text of ")
+    for row, step, name in ((0, 0, "lower"), (1, 7, "lower"), (1, 9, "upper")):
+        screen.choose("Row", str(row))
+        screen.choose("Layer", f"{name}/0")
+        screen.keys("Home", *["ArrowRight"] * step)
+        cell = t[name]
+        for unit in range(cell.h.shape[2]):
+            texts = screen.page.locator(f'.number[data-unit="{unit}"]:not([data-field="x"])').all_inner_texts()
+            for field, text in zip("ifgoch", texts[2:], strict=True):
+                assert close(parsed(text), cell.cells[0][field][row, step, unit])
+            previous = cell.h[row, step - 1] if step else np.zeros(cell.h.shape[2])
+            assert close(screen.number('.number[data-field="h_prev"][data-unit="1"]'), previous[1])
+    assert "upper" in screen.text("#panel-cell h3")
+
+
+FLAGS = {
+    "lstm": {},
+    "peepholes and coupled": {"peepholes": True, "coupled": True},
+    "projected": {"proj_size": 2},
+    "normalised": {"layer_norm": True, "cell_clip": 0.4},
+    "clipped": {"clip": 0.3, "use_bias": False, "recurrent_activation": "hard_sigmoid"},
+    "zoneout": {"zoneout": 0.2, "zoneout_cell": 0.3, "learn_initial_state": True},
+    "gru": {"kind": "gru"},
+    "gru, reset before": {"kind": "gru", "reset_after": False},
+    "gru, normalised": {"kind": "gru", "layer_norm": True, "zoneout": 0.1},
+    "rnn": {"kind": "rnn", "activation": "softsign"},
+    "rnn, zoneout": {"kind": "rnn", "zoneout": 0.5},
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_formulas_end_in_the_numbers_that_they_explain(open_page, rng, flags):
+    t = Network([Recurrent((make_cell(rng, 3, 3, **flags),))]).trace(rng.normal(size=(1, 4, 3)))
+    screen = open_page(t)
+    for step in (0, 2):
+        screen.keys("Home", *["ArrowRight"] * step)
+        for field, array in t["layer_0"].cells[0].items():
+            for unit in (0, array.shape[2] - 1):
+                screen.page.locator(f'.number[data-field="{field}"][data-unit="{unit}"]').focus()
+                last = screen.page.locator(".popover > div").last.inner_text()
+                assert close(numbers_in(last)[-1], array[0, step, unit], 5), (field, unit, last)
+
+
+def test_a_formula_goes_down_to_each_product(open_page, net, x):
+    t = net.trace(x)
+    screen = open_page(t)
+    screen.keys("ArrowRight", "ArrowRight", "ArrowDown")
+    screen.page.locator('.port[data-field="f"]').hover()
+    cell = net.cells[0]
+    rows = [line.split("\t") for line in screen.page.locator(".popover tr").all_inner_texts()]
+    named = [row for row in rows if row[0] != "sum"]
+    h = t["lower"].h[0, 1]
+    for k, row in enumerate(named[:3]):
+        weight = cell.kernel[k, 4 + 1]
+        assert row[0] == f"x[{k}]"
+        assert close(parsed(row[1]), x[0, 2, k], 5)
+        assert close(parsed(row[2].lstrip("· ")), weight, 5)
+        assert close(parsed(row[3].lstrip("= ")), x[0, 2, k] * weight, 5)
+    for k, row in enumerate(named[3:]):
+        assert row[0] == f"h[{k}] before"
+        assert close(parsed(row[3].lstrip("= ")), h[k] * cell.recurrent_kernel[k, 4 + 1], 5)
+    sums = [parsed(row[-1]) for row in rows if row[0] == "sum"]
+    assert close(sums[0], x[0, 2] @ cell.kernel[:, 5], 5)
+    assert close(sums[1], h @ cell.recurrent_kernel[:, 5], 5)
+    lines = screen.page.locator(".popover > div").all_inner_texts()
+    assert close(numbers_in(lines[-2])[-1], t["lower"].pre["f"][0, 2, 1], 5)
+    screen.page.keyboard.press("Escape")
+    assert screen.page.locator(".popover").is_hidden()
+
+
+def test_long_sums_show_their_largest_products(open_page, rng):
+    t = Network([Recurrent((make_cell(rng, 40, 30),))]).trace(rng.normal(size=(1, 3, 40)))
+    screen = open_page(t)
+    screen.keys("End")
+    screen.page.locator('.number[data-field="i"][data-unit="0"]').focus()
+    rows = [line.split("\t") for line in screen.page.locator(".popover .sum").first.locator("tr").all_inner_texts()]
+    products = t["layer_0"].x[0, 2] * t["layer_0"].cell.kernel[:, 0]
+    assert rows[12][0] == "the other 28"
+    assert close(parsed(rows[0][3].lstrip("= ")), products[np.argmax(abs(products))], 5)
+    assert close(parsed(rows[-1][-1]), products.sum(), 5)
+
+
+def test_the_map_under_the_pointer_and_the_keys(open_page, net, x):
+    t = net.trace(x)
+    screen = open_page(t)
+    box = screen.page.locator(".stack").bounding_box()
+    width = (box["width"] - 50) / max(10, (box["width"] - 50) / 72)
+    screen.field("o")
+    screen.page.mouse.move(box["x"] + 44 + 3.5 * width, box["y"] + 2.5 * box["height"] / 4)
+    screen.settle()
+    assert screen.text(".readout").startswith("step 3 · unit 2 · o = ")
+    assert close(numbers_in(screen.text(".readout"))[-1], t["lower"].o[0, 3, 2], 5)
+    screen.page.mouse.click(box["x"] + 44 + 6.5 * width, box["y"] + 0.5 * box["height"] / 4)
+    screen.settle()
+    assert "unit 0, step 6" in screen.text("#panel-cell h3")
+    screen.page.mouse.move(5, 5)
+    screen.keys("ArrowDown", "ArrowLeft")
+    assert close(numbers_in(screen.text(".readout"))[-1], t["lower"].o[0, 5, 1], 5)
+    screen.keys("End")
+    assert screen.text(".readout").startswith("step 9 ")
+    screen.page.locator(".map summary").click()
+    screen.settle()
+    rows = [line.split("\t") for line in screen.page.locator(".map .behind tbody tr").all_inner_texts()]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert close(parsed(rows[2][4]), t["lower"].o[0, 3, 2])
+
+
+def colour_at(screen, step, unit, of):
+    """The colour of the map at a step, of so many that are shown, and a unit's row."""
+    return screen.page.evaluate(
+        """([step, unit, of]) => {
+            const canvas = document.getElementById("page").shadowRoot.querySelector(".stack canvas");
+            const ratio = window.devicePixelRatio;
+            const wide = canvas.width - 50 * ratio;
+            const x = Math.round(44 * ratio + ((step + 0.5) / of) * wide);
+            const y = Math.round(((unit + 0.25) / 4) * canvas.height);
+            const copy = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+            copy.drawImage(canvas, x, y, 1, 1, 0, 0, 1, 1);
+            return [...copy.getImageData(0, 0, 1, 1).data];
+        }""",
+        [step, unit, of],
+    )
+
+
+def test_extremes_stay_in_sight_however_far_one_zooms_out(open_page, rng):
+    cell = make_cell(rng, 1, 4, kind="rnn", activation="linear", use_bias=False)
+    cell = replace_arrays(cell, kernel=np.ones((1, 4)), recurrent_kernel=np.zeros((4, 4)))
+    x = np.zeros((1, 20_000, 1))
+    x[0, 12_345] = 3.0  # one step in sixteen that a pixel covers
+    screen = open_page(Network([Recurrent((cell,))]).trace(x))
+    spike, floor = (colour_at(screen, at, 1, 20_000) for at in (12_345, 5_000))
+    assert spike[:3] == [140, 60, 4]
+    assert max(floor[:3]) - min(floor[:3]) <= 3
+    assert min(floor[:3]) > 240
+    screen.looked_at(window={"from": 12_300, "span": 100, "steps": list(range(20_000))})
+    assert colour_at(screen, 45, 1, 100)[:3] == [140, 60, 4]
+    assert min(colour_at(screen, 60, 1, 100)[:3]) > 240
+
+
+def replace_arrays(cell, **arrays):
+    return Cell(cell.spec, **{**cell.arrays, **arrays})
+
+
+def test_numbers_that_are_none_are_told_apart(open_page, net, x):
+    x[0, 4, 1], x[1, 3, 0] = np.nan, np.inf
+    t = net.trace(x)
+    screen = open_page(t)
+    assert "NaN" in screen.text(".legend")
+    screen.keys(*["ArrowRight"] * 4)
+    assert screen.text('.number[data-field="f"][data-unit="0"]') == "NaN"
+    assert "NaN" in screen.text(".readout")
+    screen.tab("unit")
+    screen.settle()
+    assert "c = NaN" in screen.text("#panel-unit .readout")
+    screen.choose("Layer", "input x")
+    screen.choose("Row", "1")
+    screen.keys("Home", "ArrowRight", "ArrowRight", "ArrowRight")
+    assert "x = ∞" in screen.text(".readout")
+
+
+def test_units_in_the_order_of_memory_variance_and_likeness(open_page, rng):
+    cell = make_cell(rng, 3, 9)
+    bias = np.array(cell.bias)
+    bias[9:18] += np.linspace(-3.0, 3.0, 9)[rng.permutation(9)]
+    t = Network([Recurrent((replace_arrays(cell, bias=bias),))]).trace(rng.normal(size=(1, 60, 3)))
+    screen = open_page(t)
+    screen.page.locator(".map summary").click()
+
+    def order():
+        screen.settle()
+        return [int(text.split("\t")[0]) for text in screen.page.locator(".map .behind tbody tr").all_inner_texts()]
+
+    assert order() == list(range(9))
+    screen.choose("Units by", "memory")
+    assert order() == np.argsort(-t["layer_0"].half_lives()).tolist()
+    screen.choose("Units by", "variance")
+    assert order() == np.argsort(-t["layer_0"].h[0].var(axis=0)).tolist()
+    screen.choose("Units by", "likeness")
+    found = order()
+    lines = np.corrcoef(t["layer_0"].h[0].T)
+    likeness = sum(lines[a, b] for a, b in itertools.pairwise(found))
+    drawn = [rng.permutation(9) for _ in range(200)]
+    assert likeness > np.quantile([sum(lines[a, b] for a, b in itertools.pairwise(one)) for one in drawn], 0.95)
+    assert sorted(found) == list(range(9))
+
+
+def test_the_lines_of_a_unit(open_page, net, x):
+    t = net.trace(x)
+    screen = open_page(t)
+    screen.tab("unit")
+    screen.keys("ArrowRight", "ArrowDown", "ArrowDown")
+    found = dict(re.findall(r"(\w) = (\S+)", screen.text("#panel-unit .readout")))
+    assert {field: pytest.approx(parsed(text), rel=1e-3) for field, text in found.items()} == {
+        field: t["lower"].cells[0][field][0, 1, 2] for field in "ifgoch"
+    }
+    screen.page.locator("#panel-unit .check").filter(has_text="c").click()
+    chart = screen.page.locator("#panel-unit canvas").last
+    chart.hover(position={"x": 500, "y": 60})
+    pointed = screen.text("#panel-unit .readout")
+    step = int(re.findall(r"\d+", pointed)[0])
+    assert step > 1
+    assert close(parsed(re.findall(r"o = (\S+)", pointed)[0]), t["lower"].o[0, step, 2])
+    chart.click(position={"x": 500, "y": 60})
+    screen.page.mouse.move(5, 5)
+    screen.settle()
+    assert screen.text("#panel-unit .readout") == pointed
+
+
+def test_what_is_left_of_each_step(open_page, rng):
+    for flags, name in (({"zoneout_cell": 0.2}, "c"), ({"kind": "gru", "zoneout": 0.1}, "h")):
+        net = Network([Recurrent((make_cell(rng, 2, 3, learn_initial_state=True, **flags),), go_backwards=name == "h")])
+        reset = np.zeros((1, 12), bool)
+        reset[0, 4] = name == "c"
+        t = net.trace(
+            rng.normal(size=(1, 12, 2)), reset=reset if name == "c" else None, mask=[[True] * 10 + [False] * 2]
+        )
+        screen = open_page(t)
+        screen.tab("memory")
+        screen.keys(*["ArrowRight"] * 7, "ArrowDown")
+        parts = t["layer_0"].contributions(7)[0, :, 1]
+        total = float(screen.page.locator("#panel-memory [data-sum]").get_attribute("data-sum"))
+        assert total == pytest.approx(t["layer_0"].cells[0][name][0, 7, 1], abs=1e-12)
+        rows = [line.split("\t") for line in screen.page.locator("#panel-memory tbody tr").all_inner_texts()]
+        by_step = {int(re.findall(r"\d+", row[0])[0]): parsed(row[3]) for row in rows}
+        for step, value in by_step.items():
+            assert close(value, parts[1 + (11 - step if name == "h" else step)])
+
+
+def test_masks_and_resets_are_seen(open_page, net, x):
+    reset = np.zeros((2, 10), bool)
+    reset[:, 3] = True
+    screen = open_page(net.trace(x, lengths=[7, 10], reset=reset))
+    assert "the state was reset" in screen.text(".legend")
+    assert "the mask leaves out" in screen.text(".legend")
+    screen.keys("End")
+    assert "left out by the mask" in screen.text(".readout")
+    screen.keys("Home", *["ArrowRight"] * 3)
+    screen.page.locator('.number[data-field="h_prev"][data-unit="0"]').focus()
+    assert "the state was reset before this step" in screen.text(".popover")
+    screen.choose("Row", "1")
+    assert "mask" not in screen.text(".legend")
+
+
+def test_steps_and_units_are_gone_to_by_number(open_page, rng):
+    t = Network([Recurrent((make_cell(rng, 2, 60),))]).trace(rng.normal(size=(1, 500, 2)))
+    screen = open_page(t)
+    for label, number in (("Step", 321), ("Unit", 47)):
+        screen.page.get_by_label(label, exact=True).fill(str(number))
+        screen.page.get_by_label(label, exact=True).press("Enter")
+        screen.settle()
+    assert screen.text(".readout").startswith("step 321 · unit 47 · h = ")
+    assert close(numbers_in(screen.text(".readout"))[-1], t["layer_0"].h[0, 321, 47], 5)
+    screen.page.get_by_label("Step", exact=True).fill("900")
+    screen.page.get_by_label("Step", exact=True).press("Enter")
+    screen.settle()
+    assert screen.page.get_by_label("Step", exact=True).input_value() == "321"
+    for name in ("Zoom in", "Zoom in", "Zoom out", "Taller rows", "Taller rows", "All"):
+        screen.page.get_by_role("button", name=name, exact=True).click()
+        screen.settle()
+    screen.keys("+", "+", "PageDown", "-", "PageUp", "0", "Home")
+    assert screen.text(".readout").startswith("step 0 ")
+    screen.page.locator(".stack").hover()
+    screen.page.keyboard.down("Control")
+    screen.page.mouse.wheel(0, -300)
+    screen.page.keyboard.up("Control")
+    screen.settle()
+    span = "document.getElementById('page').ready.then(({ view }) => view.window.span)"
+    assert screen.page.evaluate(span) < 400
+    before = screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.window.from)")
+    screen.page.mouse.wheel(120, 0)
+    screen.settle()
+    after = screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.window.from)")
+    assert after > before
+    screen.page.locator(".whole").click(position={"x": 60, "y": 7})
+    screen.settle()
+    assert screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.window.from)") == 0
+
+
+def test_cells_that_are_no_sum_say_so(open_page, rng):
+    for flags, why in (({"kind": "rnn"}, "no gate that keeps"), ({"cell_clip": 1.0}, "clipped")):
+        screen = open_page(Network([Recurrent((make_cell(rng, 2, 3, **flags),))]).trace(rng.normal(size=(1, 5, 2))))
+        screen.tab("memory")
+        screen.settle()
+        assert why in screen.text("#panel-memory [data-sum]")
+
+
+def test_labels_as_coloured_text(open_page, net, x):
+    labels = ["<b>bold</b>", "<img src=x onerror=alert(1)>", '"&amp;', "\n", "</script>", *"plain"]
+    t = net.trace(x)
+    screen = open_page(t, labels=labels, title="</title><script>alert(2)</script>")
+    assert screen.text("h1") == "</title><script>alert(2)</script>"
+    screen.tab("text")
+    screen.settle()
+    spans = screen.page.locator(".text span")
+    assert spans.all_inner_texts() == [*labels[:3], "↵", *labels[4:]]
+    assert screen.page.locator(".text b, .text img").count() == 0
+    before = spans.nth(6).evaluate("(span) => getComputedStyle(span).backgroundColor")
+    screen.field("f")
+    assert spans.nth(6).evaluate("(span) => getComputedStyle(span).backgroundColor") != before
+    assert close(numbers_in(spans.nth(6).get_attribute("title"))[-1], t["lower"].f[0, 6, 0])
+    spans.nth(8).click()
+    screen.settle()
+    assert "step 8 “i”" in screen.text(".readout")
+
+
+def test_names_are_shown_as_they_are(open_page, rng):
+    names = ["<img src=x onerror=alert(1)>", "<script>alert(2)<script>"]
+    cells = make_cell(rng, 3, 2), make_cell(rng, 2, 2)
+    net = Network([Recurrent((cell,)) for cell in cells], names, inputs={"<b>x": (None, 3)})
+    screen = open_page(net.trace(rng.normal(size=(1, 4, 3))))
+    assert names[0] in screen.text(".summary")
+    assert names[0] in screen.page.get_by_label("Layer", exact=True).inner_text()
+    assert screen.page.locator("img, b").count() == 0
+    screen.tab("whatif")
+    screen.settle()
+    screen.page.locator(".sliders").filter(has_text="<b>x[0]").wait_for()
+    screen.page.get_by_role("button", name="Hold it").click()
+    screen.settle()
+    assert f'cs.Patch("{names[0]}", gate="f"' in screen.text("pre")
+
+
+def test_select_and_match(open_page, rng):
+    t = Network([Recurrent((make_cell(rng, 3, 8),))]).trace(rng.normal(size=(3, 50, 3)))
+    h = t["layer_0"].h
+    screen = open_page(t, labels=["abcde"[n % 5] for n in range(50)])
+    screen.tab("match")
+    screen.keys(*["ArrowRight"] * 20)
+    screen.keys("Shift+ArrowRight", "Shift+ArrowRight")
+    threshold = 0.3 * abs(h[0]).max()
+    on = np.flatnonzero((h[0, 20:23] >= threshold).all(axis=0))
+    assert [int(text) for text in screen.page.locator(".pills button").all_inner_texts()] == on.tolist()
+
+    def expected(units):
+        both = (h[:, :, units] >= threshold).all(axis=2) if len(units) else np.zeros(h.shape[:2], bool)
+        edges = np.diff(np.pad(both.astype(int), ((0, 0), (1, 1))), axis=1)
+        found = [
+            (row, a, b)
+            for row in range(3)
+            for a, b in zip(*(np.flatnonzero(edges[row] == way) for way in (1, -1)), strict=True)
+        ]
+        return {one for one in found if one[0] != 0 or one[2] <= 20 or one[1] >= 23}
+
+    def shown():
+        found = set()
+        for text in screen.page.locator(".found li button").all_inner_texts():
+            row, first, *last = map(int, re.findall(r"\d+", text))
+            found.add((row, first, (last[0] if last else first) + 1))
+        return found
+
+    assert len(on)
+    assert shown() == expected(on)
+    screen.page.locator(".pills button").first.click()
+    screen.settle()
+    assert shown() == expected(on[1:])
+    screen.page.locator(".pills button").first.click()
+    screen.settle()
+    screen.page.get_by_label("On means at least").evaluate(
+        "(slider) => { slider.value = '0.9'; slider.dispatchEvent(new Event('input')); }"
+    )
+    screen.page.get_by_text("and off just before and after it").click()
+    screen.settle()
+    assert "No unit" in screen.text("#panel-match .note")
+    screen.page.get_by_role("button", name="Clear").click()
+    screen.settle()
+    assert "Mark a range" in screen.text("#panel-match .note")
+
+
+def test_a_range_is_marked_with_the_mouse(open_page, net, x):
+    screen = open_page(net.trace(x))
+    box = screen.page.locator(".stack").bounding_box()
+    screen.page.get_by_role("button", name="Mark a range").click()
+    screen.page.mouse.move(box["x"] + 44 + 2.5 * 72, box["y"] + 20)
+    screen.page.mouse.down()
+    screen.page.mouse.move(box["x"] + 44 + 4 * 72, box["y"] + 20)
+    screen.page.mouse.move(box["x"] + 44 + 5.5 * 72, box["y"] + 20)
+    screen.page.mouse.up()
+    screen.settle()
+    assert screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.range)") == [2, 6]
+
+
+def test_a_wave_stands_above_the_map(open_page, rng):
+    rate, seconds = 8000, 1.0
+    samples = np.sin(2 * np.pi * 2000.0 * np.arange(int(rate * seconds)) / rate)
+    net = Network([Recurrent((make_cell(rng, 80, 4),))])
+    t = net.trace(samples.reshape(1, 100, 80))
+    screen = open_page(t, labels=np.arange(100) * 0.01, audio=(samples, rate))
+    assert screen.page.locator(".wave").is_visible()
+    audio = contents.payload(t, audio=(samples, rate), packed=False)
+    place = audio.description["audio"]["spectrum"]["array"]
+    spectrum = np.frombuffer(audio.arrays[place], np.uint8).reshape(audio.description["arrays"][place]["shape"])
+    assert spectrum[:, 5:-5].mean(axis=1).argmax() == pytest.approx(len(spectrum) / 2, abs=1)  # half of 4 kHz
+    screen.keys("ArrowRight")
+    assert screen.text(".readout").startswith("step 1 at 0.01 ")
+
+
+# ── the page computes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def outputs_shown(screen):
+    screen.settle()
+    rows = [line.split("\t") for line in screen.page.locator("#panel-whatif tbody tr").all_inner_texts()]
+    return np.array([[parsed(text) for text in row[1:]] for row in rows])
+
+
+def wait_for_result(screen, sentence="changed; dashed"):
+    screen.page.locator("#panel-whatif .status").filter(has_text=sentence).wait_for()
+    screen.settle()
+
+
+def patched_run(net, x, gate, unit, steps, value):
+    """What comes out of the stack with a gate of the lower LSTM held, in plain NumPy."""
+    cell = net.cells[0]
+    out = np.zeros((len(x), x.shape[1], 4))
+    h, c = np.zeros((2, len(x), 4))
+    for step in range(x.shape[1]):
+        z = x[:, step] @ cell.kernel + h @ cell.recurrent_kernel + cell.bias
+        gates = dict(zip("ifgo", np.split(z, 4, axis=1), strict=True))
+        gates = {name: np.tanh(part) if name == "g" else 1 / (1 + np.exp(-part)) for name, part in gates.items()}
+        if step in steps:
+            gates[gate][:, unit] = value
+        c = gates["f"] * c + gates["i"] * gates["g"]
+        h = gates["o"] * np.tanh(c)
+        out[:, step] = h
+    return Network(net.nodes[1:])(out)
+
+
+def test_what_if_a_gate_is_held(open_page, net, x):
+    t = net.trace(x)
+    screen = open_page(t)
+    screen.tab("whatif")
+    screen.keys("ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown")
+    assert screen.page.locator("#panel-whatif .status").inner_text().startswith("Without a change, this page computes")
+    for _ in range(3):
+        screen.page.keyboard.press("Shift+ArrowRight")
+    screen.settle()
+    screen.choose("at", "range")
+    screen.page.get_by_label("Value", exact=True).fill("0.25")
+    screen.page.get_by_role("button", name="Hold it").click()
+    wait_for_result(screen)
+    screen.keys("ArrowRight", "ArrowRight")
+    y = patched_run(net, x, "f", 1, range(3, 7), 0.25)
+    for unit, (before, after, change) in enumerate(outputs_shown(screen)):
+        assert close(before, t.y[0, 8, unit], 5)
+        assert close(after, y[0, 8, unit], 5)
+        assert close(change, y[0, 8, unit] - t.y[0, 8, unit])
+    assert 'cs.Patch("lower", gate="f", units=[1], steps=slice(3, 7), value=0.25)' in screen.text("pre")
+    ran = {"net": net, "x": x}
+    exec(screen.text("pre"), ran)  # the same in Python
+    assert np.allclose(ran["t"].y, y, rtol=0, atol=1e-12)
+    # It is dragged to another value: all follows.
+    slider = screen.page.locator(".patches input[type=range]")
+    slider.evaluate("(slider) => { slider.value = '0.9'; slider.dispatchEvent(new Event('input')); }")
+    screen.settle()
+    screen.page.wait_for_timeout(100)
+    y = patched_run(net, x, "f", 1, range(3, 7), 0.9)
+    assert close(outputs_shown(screen)[0, 1], y[0, 8, 0], 5)
+    # Every other view shows it: the map, the cell and its formula.
+    screen.keys("ArrowLeft", "ArrowLeft")
+    screen.field("f")
+    assert close(numbers_in(screen.text(".readout"))[-1], 0.9, 5)
+    screen.choose("Show", "difference")
+    assert close(numbers_in(screen.text(".readout"))[-1], 0.9 - t["lower"].f[0, 6, 1], 4)
+    screen.choose("Show", "after")
+    screen.tab("cell")
+    screen.settle()
+    screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
+    assert "A patch holds it: set 0.9" in screen.text(".popover")
+    screen.tab("unit")
+    screen.settle()
+    assert "dashed: as traced" in screen.text("#panel-unit .readout")
+    screen.tab("whatif")
+    screen.page.get_by_role("button", name="Remove").click()
+    screen.settle()
+    assert screen.text("pre") == "Nothing is changed yet."
+    assert screen.page.get_by_label("Show", exact=True).is_hidden()
+
+
+@pytest.mark.parametrize(("how", "value"), [("add", 0.5), ("scale", -2.0), ("freeze", None)])
+def test_what_if_a_state_is_changed_in_other_ways(open_page, net, x, how, value):
+    t = net.trace(x)
+    screen = open_page(t)
+    screen.tab("whatif")
+    screen.keys("ArrowRight", "ArrowRight")
+    screen.choose("Hold", "c")
+    screen.choose("at", "cursor")
+    screen.choose("how", how)
+    if value is not None:
+        screen.page.get_by_label("Value", exact=True).fill(str(value))
+    screen.page.get_by_role("button", name="Hold it").click()
+    wait_for_result(screen)
+    screen.field("c")
+    c = t["lower"].c[0, :, 0]
+    true = {"add": c[2] + 0.5, "scale": -2.0 * c[2], "freeze": c[1]}[how]
+    assert close(numbers_in(screen.text(".readout"))[-1], true, 5)
+    assert f'how="{how}"' in screen.text("pre")
+
+
+def test_what_if_an_input_is_dragged(open_page, net, x):
+    t = net.trace(x)
+    screen = open_page(t)
+    screen.tab("whatif")
+    screen.choose("Row", "1")
+    screen.keys("ArrowRight", "ArrowRight")
+    slider = screen.page.get_by_label("x 2", exact=True)
+    slider.evaluate("(slider) => { slider.value = slider.max; slider.dispatchEvent(new Event('input')); }")
+    wait_for_result(screen)
+    changed = x.copy()
+    changed[1, 2, 2] = float(slider.input_value())
+    screen.keys("ArrowRight")
+    assert close(outputs_shown(screen)[1, 1], net(changed)[1, 3, 1], 4)
+    ran = {"net": net, "x": x.copy()}
+    exec(screen.text("pre"), ran)
+    assert np.array_equal(ran["x"], changed)
+    assert np.array_equal(ran["t"].y, net(changed))
+    screen.page.get_by_role("button", name="Undo all").click()
+    screen.settle()
+    assert close(outputs_shown(screen)[1, 1], t.y[1, 3, 1], 5)
+
+
+def test_what_if_the_line_of_an_input_is_dragged(open_page, net, x):
+    screen = open_page(net.trace(x))
+    screen.tab("whatif")
+    screen.page.locator(".sliders").filter(has_text="x[2]").wait_for()
+    screen.page.locator(".dragged").scroll_into_view_if_needed()
+    box = screen.page.locator(".dragged").bounding_box()
+    across, down = box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"]
+    screen.page.mouse.move(across, down)
+    screen.page.mouse.down()
+    screen.page.mouse.move(across, box["y"] + 4)
+    wait_for_result(screen)
+    screen.page.mouse.up()
+    screen.settle()
+    ran = {"net": net, "x": x.copy()}
+    exec(screen.text("pre"), ran)
+    ((row, step, feature),) = np.argwhere(ran["x"] != x)
+    assert (row, feature) == (0, 0)
+    assert ran["x"][0, step, 0] > x.max()
+    assert screen.text(".readout").startswith(f"step {step} ")
+    assert close(outputs_shown(screen)[1, 1], ran["t"].y[0, step, 1], 5)
+
+
+def test_what_if_the_state_is_reset_and_a_weight_edited(open_page, net, x):
+    t = net.trace(x)
+    screen = open_page(t)
+    screen.tab("whatif")
+    screen.keys(*["ArrowRight"] * 4)
+    screen.page.get_by_role("button", name="Reset the state before").click()
+    wait_for_result(screen)
+    reset = np.zeros((2, 10), bool)
+    reset[0, 4] = True
+    screen.keys("ArrowRight")
+    assert close(outputs_shown(screen)[0, 1], net.run(x, reset=reset)[0][0, 5, 0], 5)
+    screen.choose("Weights into", "g")
+    screen.page.get_by_label("Weight of h before[2] into g of unit 0").fill("0.75")
+    screen.settle()
+    screen.page.wait_for_timeout(100)
+    kernel = np.array(net.cells[0].recurrent_kernel)
+    kernel[2, 8] = 0.75
+    edited = replace_arrays(net.cells[0], recurrent_kernel=kernel)
+    edited = Network([replace(net.nodes[0], cells=(edited,)), *net.nodes[1:]])
+    assert close(outputs_shown(screen)[0, 1], edited.run(x, reset=reset)[0][0, 5, 0], 5)
+    ran = {"net": net, "x": x}
+    exec(screen.text("pre"), ran)  # the same in Python
+    assert np.array_equal(ran["t"].y, edited.run(x, reset=reset)[0])
+    # The cell's formula has the new weight.
+    screen.tab("cell")
+    screen.page.locator('.number[data-field="g"][data-unit="0"]').focus()
+    assert "· 0.75" in screen.text(".popover")
+
+
+def test_the_gradient_back_over_the_inputs(open_page, net, x):
+    t = net.trace(x)
+    screen = open_page(t)
+    screen.tab("gradient")
+    screen.page.locator("#panel-gradient .readout").filter(has_text="moves it most at step 0").wait_for()
+    screen.keys(*["ArrowRight"] * 6)
+    screen.choose("Its unit", "1")
+    slopes = np.zeros((10, 3))
+    for at in np.ndindex(7, 3):
+        moved = x[:1].copy()
+        moved[0, at[0], at[1]] += 1e-6
+        slopes[at] = (net(moved)[0, 6, 1] - net(x[:1])[0, 6, 1]) / 1e-6
+    screen.page.locator("#panel-gradient .readout").filter(has_text="moves it most").wait_for()
+
+    def shown():
+        screen.settle()
+        rows = [line.split("\t") for line in screen.page.locator("#panel-gradient tbody tr").all_inner_texts()]
+        return {int(re.findall(r"\d+", row[0])[0]): parsed(row[1]) for row in rows}
+
+    norms = np.linalg.norm(slopes, axis=1)
+    assert shown() == {step: pytest.approx(norms[step], rel=1e-3) for step in range(7)}
+    screen.choose("Feature", "2")
+    assert shown() == {step: pytest.approx(slopes[step, 2], rel=1e-3, abs=1e-6) for step in range(7)}
+    screen.page.get_by_text("logarithm", exact=True).click()
+    screen.settle()
+    assert "powers of ten" in screen.text("#panel-gradient .readout")
+    screen.choose("Gradient of", "shown")
+    screen.settle()
+    assert "h of unit 0 of lower" in screen.text("#panel-gradient h3")
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "delete window.Worker",
+        "window.Worker = class { constructor() { setTimeout(() => this.onerror(new Event('error'))); } terminate() {}"
+        " postMessage() {} }",
+    ],
+    ids=["none", "not started"],
+)
+def test_without_a_worker_the_page_computes_itself(open_page, net, x, before):
+    screen = open_page(net.trace(x), before=before)
+    screen.tab("whatif")
+    screen.page.get_by_role("button", name="Hold it").click()
+    wait_for_result(screen)
+    screen.keys("End")
+    held = net.edit(Patch("lower", gate="f", units=[0], value=1.0))
+    assert close(outputs_shown(screen)[0, 1], held(x)[0, 9, 0], 5)
+
+
+def test_the_playground_learns(open_page, net, x):
+    screen = open_page(net.trace(x))
+    screen.tab("playground")
+    screen.choose("Task", "parity")
+    screen.choose("Task", "echo")
+    screen.page.get_by_label("Steps before").fill("1")
+    screen.page.get_by_label("Steps before").press("Enter")
+    screen.page.get_by_label("Units", exact=True).fill("8")
+    screen.page.get_by_label("Units", exact=True).press("Enter")
+    screen.choose("Learning rate", "0.03")
+    screen.choose("Cell", "gru")
+    said = screen.page.locator("#panel-playground .readout")
+    screen.page.get_by_role("button", name="One step").click()
+    said.filter(has_text="after 1 batch:").wait_for()
+    first = numbers_in(said.inner_text().split("loss")[1])[0]
+    screen.page.get_by_role("button", name="Learn", exact=True).click()
+    for _ in range(200):
+        if int(said.get_attribute("data-batches")) > 150:
+            break
+        screen.page.wait_for_timeout(50)
+    screen.page.get_by_role("button", name="Pause").click()
+    screen.settle()
+    loss, right = numbers_in(said.inner_text().split("loss")[1])[:2]
+    assert loss < 0.2 * first
+    assert right > 95.0
+    screen.page.locator('#panel-playground .choice button[data-value="z"]').click()
+    screen.page.locator("#panel-playground summary").click()
+    screen.settle()
+    assert screen.page.locator("#panel-playground tbody tr").count() == 1 + 8
+    screen.page.get_by_role("button", name="Start anew").click()
+    screen.settle()
+    assert "hasn't learned" in said.inner_text()
+    for task in ("adding", "wave", "brackets"):
+        for kind in ("lstm", "rnn"):
+            screen.choose("Task", task)
+            screen.choose("Cell", kind)
+            screen.page.get_by_role("button", name="One step").click()
+            said.filter(has_text="after 1 batch:").wait_for()
+
+
+def test_a_graph_of_every_kind_of_layer(open_page, rng):
+    ahead = Recurrent((make_cell(rng, 5, 6, kind="gru", reset_after=False),))
+    back = Recurrent((make_cell(rng, 5, 6, kind="gru"),), go_backwards=True)
+    stack = Recurrent((make_cell(rng, 16, 3, kind="rnn"), make_cell(rng, 3, 3, kind="rnn")), return_sequences=False)
+    net = Network(
+        [
+            Embedding(rng.normal(size=(7, 5))),
+            Bidirectional(ahead, back, "concat"),
+            Recurrent((make_cell(rng, 12, 8, peepholes=True, proj_size=4),)),
+            Merge("concat"),
+            stack,
+            GlobalPool("mean"),
+            Merge("concat"),
+            Dense(rng.normal(size=(19, 2))),
+        ],
+        ["table", "both", "lstm", "merged", "stack", "mean", "joined", "head"],
+        wires=[
+            ("x",),
+            ("table",),
+            ("both",),
+            ("both", "lstm"),
+            ("merged",),
+            ("merged",),
+            ("stack", "mean"),
+            ("joined",),
+        ],
+        inputs={"x": (None,)},
+    )
+    t = net.trace(rng.integers(0, 7, size=(2, 15)), lengths=[15, 9])
+    screen = open_page(t)
+    screen.tab("whatif")
+    wait_for_result(screen, "Without a change, this page computes what was traced to")
+    assert numbers_in(screen.text("#panel-whatif .status"))[-1] < 1e-12
+    screen.page.get_by_label("Layer", exact=True).select_option("both/1")
+    screen.tab("cell")
+    screen.keys(*["ArrowRight"] * 5)
+    for field in "zrgh":
+        array = t["both"].cells[1][field]
+        screen.page.locator(f'.number[data-field="{field}"][data-unit="2"]').focus()
+        assert close(numbers_in(screen.page.locator(".popover > div").last.inner_text())[-1], array[0, 5, 2], 5)
+    screen.choose("Row", "1")
+    screen.keys("End")
+    screen.page.locator('.number[data-field="h"][data-unit="2"]').focus()
+    assert "mask leaves this step out" in screen.text(".popover")
+    boxes = screen.page.locator(".network .box")
+    assert boxes.count() == 6 * 3 + 3
+    boxes.filter(has_text="lstm").first.press("Enter")
+    screen.settle()
+    assert "LSTM cell of lstm" in screen.text("#panel-cell h3")
+    for name in ("unit", "memory", "gradient", "whatif", "match"):
+        screen.tab(name)
+        screen.settle()
+
+
+# ── what can't be shown, or can't be computed ───────────────────────────────────────────────────────────────────────
+
+
+def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
+    t = net.trace(x).select(steps=slice(4, 9), units=[0, 2])
+    screen = open_page(t)
+    assert "part of a run" in screen.text(".warning")
+    screen.keys("ArrowRight")
+    assert screen.text(".readout").startswith("step 5 ")
+    screen.choose("Layer", "lower/0")
+    assert "unit 2" in screen.page.locator(".steptable").inner_text()
+    assert "can't be shown" in screen.text("#panel-cell .note")
+    for name in ("gradient", "whatif", "memory"):
+        screen.tab(name)
+        screen.settle()
+    assert "whole" not in screen.text("#panel-memory h3")
+
+
+@pytest.mark.parametrize(("name", "most"), [("MOST_RUN", "1"), ("MOST_HELD", "600"), ("MOST_HELD", "100")])
+def test_what_would_take_too_long_is_not_computed(open_page, net, x, monkeypatch, name, most):
+    text = html.module_text()
+    bounded, count = re.subn(rf"const {name} = [^;]+;", f"const {name} = {most};", text)
+    assert count == 1
+    monkeypatch.setattr(html, "module_text", lambda: bounded)
+    screen = open_page(net.trace(x))
+    screen.tab("gradient")
+    screen.settle()
+    assert ("too long to wait for" if name == "MOST_RUN" else "too many for a browser") in screen.text(".page")
+    assert screen.page.locator("#panel-gradient canvas").is_hidden()
+    alone = most != "600"  # 540 numbers of gates and states: one run fits, a gradient doesn't
+    assert screen.page.locator(".warning").count() == alone
+    screen.tab("whatif")
+    screen.settle()
+    assert screen.page.get_by_role("button", name="Hold it").is_visible() != alone
+
+
+def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
+    patches = [
+        Patch("lower", gate="f", units=[1], rows=[1], steps=slice(2, 6, 2), value=1.0),
+        Patch(
+            "upper",
+            gate="c",
+            units=[0],
+            rows=[0, 1],
+            steps=slice(0, 10),
+            value=np.arange(20.0).reshape(2, 10, 1) / 10.0,
+        ),
+        Patch("upper", gate="h", units=slice(1, 3), rows=slice(1, None), steps=[3], how="freeze"),
+    ]
+    t = net.edit(patches).trace(x)
+    for rows in (None, [1]):
+        screen = open_page(t, rows=rows)
+        assert "run with 3 patches: Patch('lower', gate='f'" in screen.text(".note")
+        if rows is None:
+            screen.choose("Row", "1")
+        screen.tab("whatif")
+        wait_for_result(screen, "Without a change, this page computes what was traced to")
+        assert numbers_in(screen.text("#panel-whatif .status"))[-1] < 1e-12
+        screen.page.get_by_role("button", name="Hold it").click()
+        wait_for_result(screen)
+        held = Patch("lower", gate="f", units=[0], value=1.0)
+        screen.keys("End")
+        assert close(outputs_shown(screen)[0, 1], net.edit([*patches, held])(x)[1, 9, 0], 5)
+        screen.tab("cell")
+        screen.choose("Show", "trace")
+        screen.keys("Home", *["ArrowRight"] * 4)
+        screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
+        assert "A patch holds it: Patch(" in screen.text(".popover")
+        screen.keys("ArrowRight")
+        screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
+        assert "A patch" not in screen.text(".popover")
+    screen.choose("Layer", "upper/0")
+    screen.tab("memory")
+    screen.settle()
+    assert "A patch writes to this state" in screen.text("#panel-memory [data-sum]")
+
+
+def test_a_node_that_the_engine_does_not_serve_is_named(open_page, net, x, monkeypatch):
+    found = contents.payload_of
+
+    def payload_of(network, pack):
+        payload = found(network, pack)
+        payload["description"]["nodes"][2]["type"] = "unheard_of"
+        return payload
+
+    monkeypatch.setattr(contents, "payload_of", payload_of)
+    screen = open_page(net.trace(x))
+    assert "head: a node of the type unheard_of isn't supported." in screen.text(".warning")
+    screen.keys("ArrowRight")
+    assert screen.text(".readout").startswith("step 1 ")
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3)])
+def test_nothing_to_draw(open_page, net, shape):
+    screen = open_page(net.trace(np.zeros(shape)))
+    assert ("no row" if shape[0] == 0 else "no step") in screen.text(".warning")
+    screen.page.get_by_role("button", name="One step").click()
+    screen.page.locator(".readout").filter(has_text="after 1 batch:").wait_for()
+
+
+def test_a_network_without_gates(open_page, rng):
+    screen = open_page(Network([Dense(rng.normal(size=(3, 2)))]).trace(rng.normal(size=(1, 6, 3))))
+    assert "No cell here" in screen.text("#panel-cell h3")
+    screen.choose("Layer", "layer_0")
+    assert "y = " in screen.text(".readout")
+    for name in ("unit", "memory", "gradient", "whatif", "match"):
+        screen.tab(name)
+        screen.settle()
+
+
+def test_what_does_not_fit_is_refused_beforehand(net, x, tmp_path, monkeypatch):
+    t = net.trace(x)
+    path = tmp_path / "page.html"
+    for labels, found in (("short", "got 5"), ([["a"] * 10], "got 1 lists of 10"), ([["a"] * 9] * 2, "lists of 9, 9")):
+        with pytest.raises(ValueError, match=f"labels for 10 steps.*{found}"):
+            t.save_html(path, labels)
+    for audio in ((np.zeros((2, 5)), 8000), (np.zeros(5), 0), (np.zeros(0), 8000)):
+        with pytest.raises(ValueError, match="expected audio as"):
+            t.save_html(path, audio=audio)
+    with pytest.raises(ValueError, match="expected audio as"):
+        t.save_html(path, audio=5)
+    with pytest.raises(IndexError, match="rows from 0 to 1"):
+        t.save_html(path, rows=2)
+    with pytest.raises(FileNotFoundError):
+        t.save_html(tmp_path / "nowhere" / "page.html")
+    monkeypatch.setattr(contents, "ROUNDED", ((100, np.float16),))
+    with pytest.raises(ValueError, match=r"at most .* numbers, got 1,180: take some of the rows"):
+        t.save_html(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_large_traces_are_rounded_and_say_so(open_page, rng, net, x, monkeypatch, dtype):
+    monkeypatch.setattr(contents, "ROUNDED", ((1 << 20, dtype),))
+    t = net.trace(x)
+    screen = open_page(t)
+    assert np.dtype(dtype).name in screen.text(".page")
+    screen.keys("ArrowRight")
+    shown = screen.number('.number[data-field="f"][data-unit="2"]')
+    assert close(shown, t["lower"].f[0, 1, 2].astype(dtype))
+    big = Network([Dense(np.full((1, 1), 1e6, "f4"))]).trace(np.ones((1, 3, 1)))
+    assert close(numbers_in(open_page(big).text(".readout"))[-1], 1.0, 3)
+
+
+# ── how it looks and feels ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_light_and_dark(open_page, net, x):
+    screen = open_page(net.trace(x), scheme="dark")
+    ground = "(page) => getComputedStyle(page).backgroundColor"
+    page = screen.page.locator(".page")
+    assert page.evaluate(ground) == "rgb(20, 23, 29)"
+    screen.page.get_by_role("button", name="Light", exact=True).click()
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+    screen.page.get_by_role("button", name="Dark", exact=True).click()
+    assert page.evaluate(ground) == "rgb(20, 23, 29)"
+    screen.page.emulate_media(media="print", color_scheme="dark")
+    screen.settle()
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+    assert page.get_attribute("data-theme") == "light"  # the canvases too
+    screen.page.emulate_media(media="screen", color_scheme="dark")
+    screen.settle()
+    assert page.get_attribute("data-theme") == "dark"
+
+
+def test_on_a_phone(open_page, net, x):
+    t = net.trace(x)
+    screen = open_page(t, width=390, height=800, touch=True, labels="characters")
+    assert screen.page.evaluate("document.documentElement.scrollWidth") <= 390
+    screen.page.locator(".stack").tap(position={"x": 200, "y": 40})
+    screen.settle()
+    step = int(re.findall(r"step (\d+)", screen.text(".readout"))[0])
+    assert step > 0
+    number = screen.page.locator('.number[data-field="o"][data-unit="0"]')
+    number.scroll_into_view_if_needed()
+    number.tap()
+    assert "output gate" in screen.text(".popover")
+    box = screen.page.locator(".popover").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    for tab in ("unit", "text", "memory", "gradient", "whatif", "match", "playground"):
+        screen.tab(tab)
+        screen.settle()
+        assert screen.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+
+
+def test_the_keyboard_alone_reaches_everything(open_page, net, x):
+    screen = open_page(net.trace(x))
+    screen.page.locator("#tab-cell").focus()
+    for name in ("unit", "memory", "gradient", "whatif", "match", "playground", "cell"):
+        screen.page.keyboard.press("ArrowRight")
+        assert screen.page.locator(f"#panel-{name}").is_visible()
+        assert screen.page.locator(f"#tab-{name}").get_attribute("aria-selected") == "true"
+    canvases = screen.page.locator("canvas:not([aria-hidden])")
+    for number in range(canvases.count()):
+        assert canvases.nth(number).get_attribute("role") == "img"
+    unnamed = screen.page.evaluate(
+        """() => [...document.getElementById("page").shadowRoot.querySelectorAll("button, input, select, pre")]
+            .filter((one) => one.checkVisibility()
+                && !(one.getAttribute("aria-label") || one.textContent.trim() || one.closest("label")))
+            .map((one) => one.outerHTML)"""
+    )
+    assert unnamed == []
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_of_512_units_load_and_move(open_page, rng):
+    net = Network([Recurrent((make_cell(rng, 16, 512, dtype=np.float32),))])
+    t = net.trace(rng.normal(size=(1, 10_000, 16)).astype("f4"))
+    screen = open_page(t)
+    loaded = screen.page.evaluate("performance.getEntriesByName('cellstack: the map is drawn')[0].startTime / 1000")
+    frames = screen.page.evaluate(
+        """document.getElementById("page").ready.then(async ({ view, map }) => {
+            const next = () => new Promise((done) => requestAnimationFrame(done));
+            const moves = {
+                scroll: (n) => view.move(20 * n, 8000, map.plotWidth()),
+                zoom: (n) => view.move(30 * n, 10000 * 0.94 ** n, map.plotWidth()),
+            };
+            const rates = {};
+            for (const [name, move] of Object.entries(moves)) {
+                await next();
+                const before = map.frames;
+                const start = performance.now();
+                for (let n = 0; n < 60; n += 1) {
+                    move(n);
+                    await next();
+                }
+                rates[name] = ((map.frames - before) * 1000) / (performance.now() - start);
+            }
+            return rates;
+        })"""
+    )
+    print(f"loaded in {loaded:.2f} s; {frames['scroll']:.0f} and {frames['zoom']:.0f} frames a second")
+    assert loaded < 2.0
+    assert min(frames.values()) >= 30.0
+    assert "too long to wait for" in screen.text(".warning")
+    screen.choose("Units by", "likeness")
+    screen.choose("Units by", "memory")
+    screen.keys("End", "ArrowDown")
+    assert screen.text(".readout").startswith("step 9999 ")
