@@ -1,6 +1,6 @@
 """Look into a published detector of speech: how long its units remember, and what happens when one is held.
 
-python examples/what_a_detector_remembers.py [--model FILE.onnx] [--wav SPEECH.wav] [--out FOLDER]
+python examples/what_a_detector_remembers.py [--model FILE.onnx] [--wav SPEECH.wav] [--out FOLDER] [--html]
 
 The detector is Silero VAD: pip install silero-vad onnxruntime onnx. Its model of whole sequences at 16 kHz,
 silero_vad_16k_sequence.onnx, is found in that package or given. The speech is made by espeak-ng (apt install
@@ -300,6 +300,7 @@ def main(arguments=None):
         "--wav", type=Path, nargs="*", default=[], help="recordings of yours, 16 kHz, one channel, 16 bits"
     )
     parser.add_argument("--out", type=Path, default=Path(), help="the folder for the picture")
+    parser.add_argument("--html", action="store_true", help="write detector.html too, a page in which to look further")
     given = parser.parse_args(arguments)
     detector = Detector(given.model or find_model())
     print(detector.net)
@@ -315,7 +316,11 @@ def main(arguments=None):
     results = {name: look(detector, name, samples) for name, samples in sounds.items()}
     given.out.mkdir(parents=True, exist_ok=True)
     draw(results, given.out / "detector.png")
-    return results
+    if given.html:
+        name, samples = next(iter(sounds.items()))
+        t = detector.net.trace(detector.hear(samples)[0])
+        heard = samples[: len(t.steps) * FRAME]
+        t.save_html(given.out / "detector.html", audio=(heard, RATE), title=f"Silero VAD: {name}")
 
 
 if __name__ == "__main__":

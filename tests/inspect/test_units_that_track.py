@@ -57,7 +57,7 @@ def test_marks_that_do_not_match_are_counted(example):
 
 
 def test_quick(tmp_path):
-    command = [sys.executable, "-W", "error", EXAMPLE, "--quick"]
+    command = [sys.executable, "-W", "error", EXAMPLE, "--quick", "--html"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     unigram = float(re.search(r"1-gram ([\d.]+)", done.stdout)[1])
@@ -66,4 +66,4 @@ def test_quick(tmp_path):
     found = re.search(rf"^  {example.QUOTES} +(.*)$", done.stdout, re.MULTILINE)[1].replace(",", "").split()
     auc, untrained, most_by_chance = (float(found[at]) for at in (1, 4, 6))
     assert auc > max(untrained, most_by_chance)  # of a small model, hardly trained: but it has begun to track quotes
-    assert {path.name for path in tmp_path.iterdir()} == {"units-text.png", "units-ablated.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"units-text.png", "units-ablated.png", "units.html"}
