@@ -167,13 +167,17 @@ def ranks(values):
 
 
 def tracking(ranked, truth):
-    """Return how well each unit tells a truth, -1 to 1: 2·AUC - 1 of what is true or false, else Spearman's rho."""
+    """Return how well each unit tells a truth, -1 to 1: 2·AUC - 1 of what is true or false, else Spearman's rho.
+
+    Of ranks `[N, H]` and a truth `[N]`, or several `[S, N]`; returns `[H]` or `[S, H]`.
+    """
     if truth.dtype == bool:
-        share = truth.mean()
-        return 2.0 * ((truth / truth.sum(axis=0)) @ ranked - 0.5) / (1.0 - share)
-    truth = ranks(truth)
-    apart = ranked - ranked.mean(axis=0)
-    return (truth - truth.mean()) @ apart / (len(truth) * truth.std() * np.maximum(apart.std(axis=0), TINY))
+        share = truth.mean(axis=-1, keepdims=True)
+        return 2.0 * (truth.astype(float) @ ranked / truth.sum(axis=-1, keepdims=True) - 0.5) / (1.0 - share)
+    truth = ranks(truth.T).T
+    truth = (truth - 0.5) / truth.std(axis=-1, keepdims=True)
+    apart = ranked - 0.5
+    return truth @ (apart / np.maximum(apart.std(axis=0), TINY)) / len(ranked)
 
 
 class Reading:
@@ -202,9 +206,8 @@ class Reading:
     def by_chance(self, name, seed):
         """Return the best of all units for the truths shifted along the text, each time by another stretch."""
         c, truth = self.counted(name)
-        ranked = ranks(c)
         shifts = np.random.default_rng(seed).integers(500, len(truth) - 500, SHIFTS)
-        return np.array([np.abs(tracking(ranked, np.roll(truth, shift))).max() for shift in shifts])
+        return np.abs(tracking(ranks(c), np.array([np.roll(truth, shift) for shift in shifts]))).max(axis=1)
 
 
 def together(choose, held_out, name):
@@ -406,7 +409,7 @@ def save(figure, path):
     drawn = BytesIO()
     figure.savefig(drawn, dpi=90)
     plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(48).save(path, optimize=True)  # a third of the size
+    Image.open(drawn).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size
 
 
 # ── all of it ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -288,7 +288,7 @@ def draw(results, path):
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=90)
     plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(48).save(path, optimize=True)  # a third of the size
+    Image.open(drawn).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size
 
 
 def main(arguments=None):
