@@ -108,7 +108,13 @@ def test_the_example_of_the_forget_bias(tmp_path):
 
 
 def test_every_example_is_tested():
-    assert [path.name for path in EXAMPLES] == ["forget_bias.py", "state_and_gates.py", "stream_frames.py"]
+    assert [path.name for path in EXAMPLES] == [
+        "forget_bias.py",
+        "state_and_gates.py",
+        "stream_frames.py",
+        "units_that_track.py",  # tests/inspect/test_units_that_track.py
+        "what_a_detector_remembers.py",  # tests/inspect/test_what_a_detector_remembers.py
+    ]
 
 
 # ── what a page refers to ───────────────────────────────────────────────────────────────────────────────────────────
