@@ -10,7 +10,7 @@ import gzip
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,10 +20,7 @@ from cellstack.spec import GATES
 
 if TYPE_CHECKING:
     from cellstack.inspect.trace import CellTrace, NetworkTrace
-    from cellstack.network import Network
     from cellstack.nodes.base import Array
-    from cellstack.nodes.patches import Patch
-    from cellstack.nodes.recurrent import Record
 
 VERSION = 1
 LARGEST = 1 << 26  # numbers of a trace in one page: 128 MB as float16, what a browser holds with ease
@@ -285,7 +282,6 @@ def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Arr
         "reset": None,
         "reverse": False,
         "whole": record is not None,
-        "patches": [] if record is None or record.patches is None else _patches(record, taken),
     }
     if record is not None:
         described["x"] = sequence(record.x)
@@ -300,29 +296,6 @@ def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Arr
         described["reset"] = None if record.reset is None else arrays.put(_some(record.reset, taken))
         described["reverse"] = record.reverse
     return described
-
-
-def _patches(record: Record, taken: Array) -> list[dict[str, Any]]:
-    """Return which gate each patch changed, how, and where: units, places of rows, steps; None = all."""
-    assert record.patches is not None
-    batch, steps = record.h.shape[:2]
-
-    def chosen(index: Any, length: int) -> list[int] | None:
-        return None if index is None else list(range(length)[index] if isinstance(index, slice) else index)
-
-    found = []
-    for patch in record.patches.patches:
-        rows = chosen(patch.rows, batch)
-        found.append(
-            {
-                "gate": patch.gate,
-                "how": patch.how,
-                "units": chosen(patch.units, patch.width(record.patches.spec)),
-                "rows": None if rows is None else np.flatnonzero(np.isin(taken, rows)).tolist(),
-                "steps": chosen(patch.steps, steps),
-            }
-        )
-    return found
 
 
 def spec_of(spec: Any) -> dict[str, Any]:
@@ -360,36 +333,8 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
         "mask": {name: arrays.put(_some(mask, taken)) for name, mask in masks.items()},
         "reset": None if not resets or resets[0] is None else arrays.put(_some(resets[0], taken)),
     }
-    of_rows = any(patch.rows is not None or _rows_of(patch.value) > 1 for patch in network.patches)
-    if of_rows and len(taken) != 1:
-        reason = "The network has patches of some rows, and a page runs a row at a time: with rows=0, say, it computes."
-        return {**nothing, "why_not": reason}
-    if of_rows:
-        network = network.unedited.edit(_of_row(network, int(taken[0]), len(records[0].h)))
     stored = payload_of(network, lambda array: {"dtype": array.dtype.name, **arrays.put(array)})
     return {"network": stored, "run": flags, "why_not": None}
-
-
-def _rows_of(value: Array | None) -> int:
-    """Return for how many rows the value of a patch stands."""
-    return value.shape[0] if value is not None and value.ndim == 3 else 1
-
-
-def _of_row(network: Network, row: int, rows: int) -> list[Patch]:
-    """Return the patches that act on one row of a batch, as those of a batch of it alone."""
-    found = []
-    for patch in network.patches:
-        index = slice(None) if patch.rows is None else patch.rows
-        chosen = list(range(rows)[index] if isinstance(index, slice) else index)
-        if row in chosen:
-            place, value = chosen.index(row), patch.value
-            if value is not None and _rows_of(value) > 1:
-                value = value[place : place + 1]
-            found.append(replace(patch, rows=None, value=value))
-    return found
-
-
-# ── what goes beside it ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _labels(labels: Any, steps: int, rows: int) -> dict[str, Any] | None:

@@ -66,9 +66,6 @@ export class Memory {
       return this.refuse("A patch writes to this state, so that it isn't a sum of what the gates wrote.");
     }
     const lstm = spec.kind === "lstm";
-    if (cell.patches.some((patch) => patch.gate === (lstm ? "c" : "h"))) {
-      return this.refuse("A patch of the network writes to this state, so that it isn't a sum of what the gates wrote.");
-    }
     const get = async (field) => (changed ? view.after(place, field) : null) ?? view.traced(place, field);
     const [keep, input, candidate, state] = await Promise.all([get(lstm ? "f" : "z"), get(lstm ? "i" : "z"), get("g"), get(lstm ? "c" : "h")]);
     const mask = await view.mask(place);
