@@ -64,7 +64,9 @@ class Law:
                     numbers = patch.value.reshape((1,) * (3 - patch.value.ndim) + patch.value.shape)
                     places = zip((at, steps, which), numbers.shape, strict=True)
                     number, v = numbers[tuple(min(k, n - 1) for k, n in places)], value[row, unit]
-                    value[row, unit] = {"set": number, "add": v + number, "scale": v * number}[patch.how]
+                    value[row, unit] = {"set": number, "add": v + number, "scale": v * number if number else 0.0}[
+                        patch.how
+                    ]
         if before is None:
             for row in np.flatnonzero(self.used[:, t]):
                 self.gates[gate, row] = value[row]
@@ -362,3 +364,27 @@ def test_numbers_of_numpy_in_slices_are_stored(tmp_path):
     steps = slice(np.int64(1), np.int32(3), np.uint8(1))
     net.edit(Patch("layer_0", "f", steps=steps, value=1.0)).save(tmp_path / "net.safetensors")
     assert cs.load(tmp_path / "net.safetensors").patches[0].steps == slice(1, 3, 1)
+
+
+def test_a_factor_of_zero_leaves_nothing_of_what_is_no_number():
+    net = Network([Recurrent((make_cell(rng_of(1), 2, 3),))])
+    t = net.edit(Patch("layer_0", "c", value=0.0, how="scale")).trace(np.full((1, 3, 2), np.nan))
+    assert not t["layer_0"]["c"].any()
+
+
+def test_a_long_stream_counts_on_over_blocks_and_resets():
+    net = Network([Recurrent((make_cell(rng_of(1), 2, 3),))])
+    x = rng_of(2).normal(size=(2, 200, 2)).astype("float32")
+    patches = [
+        Patch("layer_0", "h", [1], steps=slice(60, 70), value=rng_of(3).normal(size=(10, 1))),
+        Patch("layer_0", "f", steps=slice(130, None, 3), how="freeze"),
+        Patch("layer_0", "o", rows=1, steps=[0, 64, 127, 128], value=0.5),
+    ]
+    held = net.edit(patches)
+    y, stream = held(x), held.stream(batch=2)
+    assert np.array_equal(np.stack([stream.step(x[:, t]) for t in range(200)], axis=1), y)
+    stream.reset()
+    assert np.array_equal(np.stack([stream.step(x[:, t]) for t in range(3)], axis=1), y[:, :3])
+    other = stream.fork()
+    assert np.array_equal(other.run(x[:, 3:150]), y[:, 3:150])
+    assert np.array_equal(other.step(x[:, 150]), y[:, 150])

@@ -166,6 +166,11 @@ class NodeTrace:
         has = [*self.cells[0], "pre"] if self.cells else []
         raise AttributeError(f"a trace of this node has {', '.join(['x', 'y', *has])}, not {name!r}")
 
+    def __getitem__(self, name: str) -> Array:
+        if len(self.cells) == 1:
+            return self.cells[0][name]
+        raise KeyError(f"expected a node of one cell, got one of {len(self.cells)}: .cells[0][{name!r}]")
+
     def __repr__(self) -> str:
         lines = [f"{type(self.node).__name__}: {_shape(self.x)} -> {_shape(self.y)}"]
         return "\n".join([*lines, *(f"  {cell!r}" for cell in self.cells)])

@@ -43,8 +43,9 @@ class Patch:
             stream counts from its beginning, or from where its state was last set.
         value: what to set it to, to add, or to multiply it by: a number, or an array that broadcasts to
             `[rows, steps, units]`, those named. None for "freeze".
-        how: `"set"`, `"add"`, `"scale"`; or `"freeze"`, what it was after the step before: for a state at the first
-            step what the run began with, for a gate there its own value.
+        how: `"set"`; `"add"`; `"scale"`, where 0 leaves nothing, not even of what is no number; or `"freeze"`, what it
+            was after the step before: for a state at the first step what the run began with, for a gate there its own
+            value.
         cell: which of the node's cells, bottom first, forwards before backwards; None where there is one.
 
     Raises:
@@ -296,12 +297,12 @@ class CellPatches:
     ) -> dict[str, Any]:
         width = max(self.spec.units, self.spec.output_size)
         lines = np.full((*numbers.shape, TARGETS), -1, np.int32)
-        table: list[Array] = []
+        table = _Table(width)
         for patch in self.patches:
-            self._add(patch, rows, numbers, first, lines, table, width)
-        if not table and held is None:
+            self._add(patch, rows, numbers, first, lines, table)
+        if not table.count and held is None:
             return {}
-        whole = np.array(table, dtype) if table else np.zeros((1, 3, width), dtype)
+        whole = table.lines[1 : 1 + max(table.count, 1)].astype(dtype)
         return {"patch_lines": lines, "patch_table": whole, "patch_width": width, "patch_held": held}
 
     def _add(
@@ -311,8 +312,7 @@ class CellPatches:
         numbers: NDArray[np.int64],
         first: NDArray[np.int64],
         lines: NDArray[np.int32],
-        table: list[Array],
-        width: int,
+        table: _Table,
     ) -> None:
         """Let a patch act on what those before it left."""
         gates = GATES[self.spec.kind]
@@ -333,20 +333,39 @@ class CellPatches:
         old = lines[here[at], steps, target].astype(np.int64)
         keys = ((old + 1) * values.shape[0] + row_values) * values.shape[1] + step_values
         _, found, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        begun = len(table)
-        for place in found:
-            line = table[old[place]].copy() if old[place] >= 0 else np.repeat(IDENTITY, width, axis=1)
-            value = values[row_values[place], step_values[place]]
-            if patch.how == "set":
-                line[:2, units], line[2, units] = 0.0, value
-            elif patch.how == "freeze":
-                line[:, units] = [[0.0], [1.0], [-0.0]]
-            elif patch.how == "add":
-                line[2, units] += value
-            else:
-                line[:, units] *= value
-            table.append(line)
-        lines[here[at], steps, target] = begun + inverse
+        made = table.copies(old[found])
+        value = values[row_values[found], step_values[found]]
+        if patch.how == "set":
+            made[:, :2, units], made[:, 2, units] = 0.0, value
+        elif patch.how == "freeze":
+            made[:, :, units] = [[0.0], [1.0], [-0.0]]
+        elif patch.how == "add":
+            made[:, 2, units] += value
+        else:
+            made[:, :, units] *= value[:, None]
+        lines[here[at], steps, target] = table.add(made) + inverse
+
+
+class _Table:
+    """Lines of the kernel's table, `[3, width]` each: what the scale, the hold and the shift of every unit are."""
+
+    def __init__(self, width: int) -> None:
+        self.lines = np.repeat(np.repeat(IDENTITY, width, axis=1)[None], 2, axis=0)  # the first one is no patch at all
+        self.count = 0
+
+    def copies(self, numbers: NDArray[np.int64]) -> Array:
+        """Return copies of lines; of -1, that of no patch."""
+        return self.lines[numbers + 1]
+
+    def add(self, made: Array) -> int:
+        """Add lines; return the number of the first."""
+        begun, self.count = self.count, self.count + len(made)
+        if self.count >= len(self.lines):
+            grown = np.empty((2 * self.count + 1, *self.lines.shape[1:]))
+            grown[: begun + 1] = self.lines[: begun + 1]
+            self.lines = grown
+        self.lines[begun + 1 : self.count + 1] = made
+        return begun
 
 
 def _as_index(name: str, index: Any) -> Index:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellstack import native
 from cellstack.nodes.base import Array
@@ -25,6 +26,7 @@ Rows = Any  # what indexes an axis of rows: ALL, or an array of their places
 Run = Callable[..., Array]  # of the rows and of what comes in
 
 ALL = slice(None)
+BLOCK = 64  # steps of which it is worked out at a time what patches change in them
 
 
 class Frames(NamedTuple):
@@ -213,6 +215,7 @@ class SharedCells(Cells):
             own.check("rows", 1 if sessions else rows)
         if self.patches:
             self.taken = np.zeros(rows, np.int64)  # steps since the state was set
+            self.block: tuple[int, dict[int, dict[str, Any]]] = (0, {})
             rooms = ((place, own.held(rows, dtype)) for place, own in self.patches.items())
             self.held = {place: room for place, room in rooms if room is not None}
         self.states = [
@@ -254,10 +257,33 @@ class SharedCells(Cells):
         taken = self.taken[rows]
         places = np.zeros(count, np.int64) if self.sessions else np.arange(len(self.taken))[rows]
         first = np.where(taken == 0, 0, -1) if steps else np.full(count, -1)
+        if rows is ALL and steps == 1 and (taken == taken[0]).all():
+            return self._of_block(int(taken[0]), places, held, dtype)
         numbers = taken[:, None] + np.arange(steps)
         return {
             place: patches.act(places, numbers, first, held.get(place), dtype)
             for place, patches in self.patches.items()
+        }
+
+    def _of_block(
+        self, step: int, places: NDArray[np.int64], held: dict[int, Array], dtype: np.dtype[Any]
+    ) -> dict[int, dict[str, Any]]:
+        """Return what patches change in a step of all rows, out of a block of steps that is worked out once."""
+        begun, block = self.block
+        if not begun <= step < begun + BLOCK or not block:
+            first = np.full(len(places), 0 if step == 0 else -1)
+            numbers = np.broadcast_to(step + np.arange(BLOCK), (len(places), BLOCK))
+            block = {
+                place: patches.act(places, numbers, first, held.get(place), dtype)
+                for place, patches in self.patches.items()
+            }
+            begun, self.block = step, (step, block)
+        at = step - begun
+        return {
+            place: made
+            and made
+            | {"patch_lines": np.ascontiguousarray(made["patch_lines"][:, at : at + 1]), "patch_held": held.get(place)}
+            for place, made in block.items()
         }
 
     def read(self, rows: Rows) -> list[CellState | Frames]:

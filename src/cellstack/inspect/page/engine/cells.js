@@ -120,7 +120,7 @@ function patched(list, v, at, row, t, before, from) {
       const value = data[first + n * strides[2]];
       if (how === "set") v[at + u] = value;
       else if (how === "add") v[at + u] += value;
-      else if (how === "scale") v[at + u] *= value;
+      else if (how === "scale") v[at + u] = value === 0 ? 0 : v[at + u] * value;
       else if (from >= 0) v[at + u] = before[from + u];
     }
   }
