@@ -35,7 +35,7 @@ from cellstack.nodes import (
     Select,
     Standardise,
 )
-from cellstack.nodes.base import SELU_ALPHA, SELU_SCALE, Array, Flow, Node, padded, softmax
+from cellstack.nodes.base import SELU_ALPHA, SELU_SCALE, Array, Flow, Node, activation_function, padded, softmax
 from cellstack.nodes.time import pads
 
 if TYPE_CHECKING:
@@ -137,8 +137,6 @@ _sigmoid = reference.ACTIVATIONS["sigmoid"][0]
 
 
 def _gelu_slope(z: Array) -> Array:
-    from cellstack.nodes.base import activation_function
-
     half = np.where(z == 0, 0.5, activation_function("gelu")(z) / np.where(z == 0, 1, z))  # (1 + erf(z/sqrt 2))/2
     return half + z * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
 

@@ -256,9 +256,9 @@ class SharedCells(Cells):
         """Return what patches change in the next steps of some rows, by layer."""
         taken = self.taken[rows]
         places = np.zeros(count, np.int64) if self.sessions else np.arange(len(self.taken))[rows]
-        first = np.where(taken == 0, 0, -1) if steps else np.full(count, -1)
         if rows is ALL and steps == 1 and (taken == taken[0]).all():
             return self._of_block(int(taken[0]), places, held, dtype)
+        first = np.where(taken == 0, 0, -1) if steps else np.full(count, -1)
         numbers = taken[:, None] + np.arange(steps)
         return {
             place: patches.act(places, numbers, first, held.get(place), dtype)
