@@ -58,6 +58,26 @@ def with_suffix(name: str) -> Path:
     return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
 
 
+def needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
+    """Import torch, and set how many threads it may use: as given, else `threads`, else all."""
+    try:
+        import torch
+        import tqdm  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{args.verb} needs {error.name}: install cellstack[torch]") from None
+    threads = args.threads or threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def is_csv(name: str) -> bool:
+    """Return whether a file is a table, not sequences; told by its suffix."""
+    suffix = Path(name).suffix.lower()
+    if suffix not in (".ts", ".csv"):
+        raise UsageError(f"{name}: expected a file that ends in .ts or .csv")
+    return suffix == ".csv"
+
+
 def show(args: argparse.Namespace, report: dict[str, Any], text: list[str]) -> None:
     """Print an answer: as one JSON object where --json asks for it, else as lines."""
     if args.json:
