@@ -19,7 +19,7 @@ from cellstack.train import predict
 from cellstack.train.checks import UsageError, read_text
 from cellstack.train.examples import Labelled
 from cellstack.train.forecast import Windows
-from cellstack.train.table import read_csv
+from cellstack.train.table import read_table
 from cellstack.train.ts import read_ts
 
 RANDOM_STEPS = 24
@@ -106,12 +106,11 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
         examples, count = Labelled(data), min(rows, len(data.x))
         text = f"{count} of {len(data.x)} sequences of {path}"
     else:
-        table = read_csv(path)
+        table = read_table(path)
         examples, count = Windows(task.recipe, table, np.array([len(table) - 1])), 1
         text = f"the last window of {path}"
-        if table.dates is not None:
-            labels = [date.isoformat() for date in table.dates[-int(examples.lengths[0]) :]]
-            labels = np.array(labels, "datetime64[s]")
+        if table.times is not None:
+            labels = table.times[-int(examples.lengths[0]) :]
     each = [task.inputs(examples.fetch(np.array([number])).x) for number in range(count)]
     steps = max(x.shape[1] for x, _ in each)
     whole = np.zeros((count, steps, each[0][0].shape[2]), np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 from cellstack.cli.files import is_csv, load_model, run_any, show
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
-from cellstack.train.table import read_csv
+from cellstack.train.table import read_table
 from cellstack.train.ts import read_ts
 
 
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if task.recipe is not None:
         if not is_csv(args.file):
             raise UsageError(f"{args.file}: expected a .csv file, as {path} forecasts")
-        result = predict.forecast(net, read_csv(args.file), args.file, args.threads)
+        result = predict.forecast(net, read_table(args.file), args.file, args.threads)
         count = range(1, task.recipe.horizon + 1)
         header, rows = ["date", task.recipe.target], zip(result["dates"] or count, result["forecast"], strict=True)
     else:

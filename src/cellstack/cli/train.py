@@ -14,7 +14,7 @@ from cellstack.cli.files import SUFFIX, is_csv, needs_torch, show, with_suffix
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import Recipe
-from cellstack.train.table import Table, read_csv
+from cellstack.train.table import Table, read_table
 from cellstack.train.ts import read_ts
 
 EVENTS = "events.out.tfevents.*"  # files of TensorBoard's
@@ -123,8 +123,8 @@ def train(args: argparse.Namespace) -> int:
     if forecast:
         if args.test is not None:
             raise UsageError("expected one CSV file: its last rows are what is measured on, see --test-share")
-        table = read_csv(args.file)
-        texts = table.texts
+        table = read_table(args.file)
+        texts = (*table.categories, *table.ignored)
         recipe = _recipe(args, table)
         fitted = partial(workflow.train_forecast, table, recipe, architecture, settings, options, args.test_share)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellstack.train.examples import Examples, Inputs, Labelled, batches, split
 from cellstack.train.forecast import Recipe, Windows
-from cellstack.train.table import Table, read_csv
+from cellstack.train.table import Category, Spacing, Table, read_table
 from cellstack.train.ts import Sequences, read_ts
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _LATER = {"Fit": "loop", "Settings": "loop", "fit": "loop", "Model": "model"}
 
 __all__ = [
+    "Category",
     "Examples",
     "Fit",
     "Inputs",
@@ -28,11 +29,12 @@ __all__ = [
     "Recipe",
     "Sequences",
     "Settings",
+    "Spacing",
     "Table",
     "Windows",
     "batches",
     "fit",
-    "read_csv",
+    "read_table",
     "read_ts",
     "split",
 ]
