@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cellstack.train.examples import Examples, Inputs, Labelled, batches, split
-from cellstack.train.forecast import Recipe, Windows
+from cellstack.train.forecast.recipe import Recipe
+from cellstack.train.forecast.windows import Windows
 from cellstack.train.table import Category, Spacing, Table, read_table
 from cellstack.train.ts import Sequences, read_ts
 

@@ -30,11 +30,11 @@ from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch
 from cellstack.train.forecast.calendar import features
 from cellstack.train.forecast.recipe import Recipe, Rule
+from cellstack.train.forecast.rules import MEAN_OF, latest
 from cellstack.train.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-SEASONS_OF_A_MEAN = 4
 
 
 class Units(NamedTuple):
@@ -49,8 +49,8 @@ class Target:
 
     def __init__(self, values: Floats, starts: Ints, seasons: tuple[int, ...]):
         self.values = values
-        self.latest = {period: _by_series(values, starts, period) for period in (1, *seasons)}
-        self.means = {season: _means(self.latest[season], starts, season) for season in seasons}
+        self.latest = {period: _carried(values, starts, period) for period in (1, *seasons)}
+        self.means = {season: _means(values, starts, season) for season in seasons}
 
     def of(self, rule: Rule) -> Floats:
         """Return, at each row, what a rule says whole seasons later, `[N]`."""
@@ -261,31 +261,23 @@ def _extended(columns: NDArray[np.float32], starts: Ints, rows: int) -> NDArray[
     return out
 
 
-def _by_series(values: Floats, starts: Ints, period: int) -> Floats:
-    parts = [_carry(values[first:end], period) for first, end in zip(starts[:-1], starts[1:], strict=True)]
-    return np.concatenate(parts)
+def _carried(values: Floats, starts: Ints, period: int) -> Floats:
+    """Return the latest value observed at each row or whole periods before it in its series, NaN where there is none."""
+    out = np.full(len(values), np.nan)
+    for first, end in zip(starts[:-1], starts[1:], strict=True):
+        at = latest(values[first:end], period)
+        out[first:end] = np.where(at < 0, np.nan, values[first:end][at])
+    return out
 
 
-def _means(latest: Floats, starts: Ints, season: int) -> Floats:
-    """Return at each row the mean of the latest values at this place in the last seasons, `SEASONS_OF_A_MEAN` at most."""
-    rows = np.arange(len(latest))
+def _means(values: Floats, starts: Ints, season: int) -> Floats:
+    """Return at each row the mean of what was observed at this place in the last seasons, `MEAN_OF` at most."""
+    rows = np.arange(len(values))
     first = np.repeat(starts[:-1], np.diff(starts))
-    total, count = np.zeros(len(latest)), np.zeros(len(latest))
-    for back in range(SEASONS_OF_A_MEAN):
+    total, count = np.zeros(len(values)), np.zeros(len(values))
+    for back in range(MEAN_OF):
         before = rows - back * season
-        value = np.where(before >= first, latest[np.maximum(before, 0)], np.nan)
+        value = np.where(before >= first, values[np.maximum(before, 0)], np.nan)
         total += np.nan_to_num(value)
         count += ~np.isnan(value)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _carry(values: Floats, period: int) -> Floats:
-    """Return the latest value that isn't NaN at each row or whole periods before it, NaN where there is none."""
-    period = min(period, len(values))  # a longer one looks back at as little, and would take more memory
-    rows = -(-len(values) // period)
-    grid = np.full(rows * period, np.nan)
-    grid[: len(values)] = values
-    grid = grid.reshape(rows, period)
-    at = np.where(np.isnan(grid), -1, np.arange(rows)[:, None])
-    at = np.maximum.accumulate(at, axis=0)
-    return np.where(at < 0, np.nan, np.take_along_axis(grid, np.maximum(at, 0), axis=0)).reshape(-1)[: len(values)]
