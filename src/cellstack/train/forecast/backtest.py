@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from cellstack.train.forecast.predict import Forecasts
 from cellstack.train.forecast.recipe import Recipe
-from cellstack.train.forecast.rules import errors, rules
+from cellstack.train.forecast.rules import rules
 from cellstack.train.forecast.windows import Windows
+from cellstack.train.measures import coverage, errors, pinball
 from cellstack.train.table import Table
 
 Floats = NDArray[np.float64]
@@ -58,14 +59,12 @@ class Backtest(NamedTuple):
         each = []
         for series in np.unique(self.series):
             rows = self.series == series
-            each.append(errors(values[rows], actual[rows], float(self.typical[series, target]))["mase"])
+            each.append(errors(values[rows], actual[rows])["mae"] / self.typical[series, target])
         known = [mase for mase in each if not np.isnan(mase)]
         return errors(values, actual) | {"mase": float(np.median(known)) if known else float("nan")}
 
 
 def _spread(quantiles: Floats, actual: Floats, recipe: Recipe) -> dict[str, float]:
-    from cellstack.train.forecast.rules import coverage, pinball
-
     levels = recipe.quantiles
     found = {"pinball": pinball(quantiles, actual, levels)}
     if len(levels) > 1:

@@ -12,6 +12,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch, Inputs, digest
 from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.windows import Windows
+from cellstack.train.measures import seasonal_error
 from cellstack.train.table import Table
 
 Floats = NDArray[np.float64]
@@ -69,11 +70,8 @@ def typical_errors(table: Table, recipe: Recipe, ends: Ints) -> Floats:
     out = np.full((len(ends), len(recipe.targets)), np.nan)
     for s, (first, end) in enumerate(zip(table.starts[:-1], ends, strict=True)):
         for n, name in enumerate(recipe.targets):
-            values = table.columns[name][first:end]
-            changes = np.abs(values[season:] - values[:-season])
-            changes = changes[~np.isnan(changes)]
-            if len(changes) and changes.mean() > 0:
-                out[s, n] = changes.mean()
+            error = seasonal_error(table.columns[name][first:end], season)
+            out[s, n] = error if error > 0 else np.nan
     for n in range(out.shape[1]):
         column = out[:, n]
         known = column[~np.isnan(column)]

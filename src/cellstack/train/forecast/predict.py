@@ -11,9 +11,10 @@ from cellstack.network import Network
 from cellstack.nodes import Standardise
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
-from cellstack.train.examples import Inputs, filled_by
+from cellstack.train.examples import Inputs
 from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.windows import Windows, extended_times
+from cellstack.train.predict import raw_inputs
 from cellstack.train.table import Table
 
 Floats = NDArray[np.float64]
@@ -153,7 +154,7 @@ def trained(net: Network, path: str) -> tuple[Recipe, Inputs]:
         raise FormatError(
             f"{path}: expected a recipe as cellstack {_VERSION} or later writes it, found another ({error}): train it again"
         ) from None
-    inputs = filled_by(first, net.metadata.get("observed"), path)
+    inputs = raw_inputs(first, net.metadata.get("observed"), path)
     answer = net.shapes[net.outputs[0]]
     wanted = len(recipe.targets) * len(recipe.quantiles)
     if len(net.inputs) != 1 or len(net.outputs) != 1 or len(answer) != 2 or answer[-1] != wanted:

@@ -1,12 +1,11 @@
-"""Forecasts by rules, which a trained model has to beat, and the measures of a forecast. Needs no torch.
+"""Forecasts by rules, which a trained model has to beat. Needs no torch.
 
 Every rule is a function of the values `[N]` of one series on an even grid (float64, NaN where missing), of the rows of
 the last step that is known `[B]`, and of the horizon; it returns `[B, horizon]` and looks at no row after an origin.
 A missing value is replaced by the latest one that was observed a whole number of seasons before it. A forecast is NaN
 where nothing was observed at its phase of the season.
 
-Ref: Hyndman and Athanasopoulos, Forecasting: Principles and Practice, 3rd edition (2021), section 5.2; Hyndman and
-Koehler, Another look at measures of forecast accuracy, International Journal of Forecasting 22 (2006), 679-688.
+Ref: Hyndman and Athanasopoulos, Forecasting: Principles and Practice, 3rd edition (2021), section 5.2.
 """
 
 from __future__ import annotations
@@ -90,52 +89,3 @@ def _change(values: NDArray[np.float64], at: NDArray[np.int64], season: int) -> 
     change = np.where(pairs, values - values[np.maximum(before, 0)], 0.0).cumsum()
     seasons = np.where(pairs, (np.arange(len(values)) - before) // season, 0).cumsum()
     return change / np.maximum(seasons, 1)
-
-
-def scale(values: NDArray[np.float64], season: int) -> float:
-    """Return the mean absolute change over a season, by which MASE divides errors; NaN where nothing is a season apart.
-
-    Args:
-        values: of the training part, `[N]`.
-        season: rows.
-
-    Ref: Hyndman and Koehler (2006), section 3.
-    """
-    change = np.abs(values[season:] - values[:-season])
-    change = change[~np.isnan(change)]
-    return float(change.mean()) if change.size else np.nan
-
-
-def errors(forecast: NDArray[np.float64], actual: NDArray[np.float64], scaled_by: float = np.nan) -> dict[str, float]:
-    """Return `mae`, `rmse` in the target's units, and `mase`: the first, divided by `scaled_by`; NaN of nothing.
-
-    What wasn't observed isn't measured.
-    """
-    difference = (forecast - actual)[~np.isnan(actual)]
-    if not difference.size:
-        return {"mae": np.nan, "rmse": np.nan, "mase": np.nan}
-    mae = float(np.abs(difference).mean())
-    return {"mae": mae, "rmse": float(np.sqrt(np.square(difference).mean())), "mase": mae / (scaled_by or np.nan)}
-
-
-def pinball(quantiles: NDArray[np.float64], actual: NDArray[np.float64], levels: Sequence[float]) -> float:
-    """Return the mean quantile loss over everything observed and all levels; NaN of nothing.
-
-        loss = max(q·(y - ŷ), (q - 1)·(y - ŷ))
-
-    Args:
-        quantiles: `[..., Q]`, one for each level.
-        actual: `[...]`, NaN where missing.
-        levels: Q numbers between 0 and 1.
-
-    Ref: Koenker and Bassett, Regression quantiles, Econometrica 46 (1978), 33-50.
-    """
-    over = actual[..., None] - quantiles
-    loss = np.maximum(np.asarray(levels) * over, (np.asarray(levels) - 1) * over)[~np.isnan(actual)]
-    return float(loss.mean()) if loss.size else np.nan
-
-
-def coverage(low: NDArray[np.float64], high: NDArray[np.float64], actual: NDArray[np.float64]) -> float:
-    """Return the share of what was observed that lies from `low` to `high`; NaN of nothing."""
-    observed = ~np.isnan(actual)
-    return float(((low <= actual) & (actual <= high))[observed].mean()) if observed.any() else np.nan
