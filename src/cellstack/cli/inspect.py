@@ -18,7 +18,8 @@ from cellstack.nodes import Embedding
 from cellstack.train import predict
 from cellstack.train.checks import UsageError, read_text
 from cellstack.train.examples import Labelled
-from cellstack.train.forecast import Windows
+from cellstack.train.forecast import predict as forecast
+from cellstack.train.forecast.windows import Windows, extended_times
 from cellstack.train.table import read_table
 from cellstack.train.ts import read_ts
 
@@ -94,24 +95,31 @@ def _read(net: Network, model: str, path: str, rows: int) -> Sample:
 
 def _series(net: Network, model: str, path: str, rows: int) -> Sample:
     """Return sequences, or the last window of a table, as `cellstack run` gives them to a model that was trained."""
-    task = predict.trained(net, model)
-    if (task.recipe is None) != (Path(path).suffix.lower() == ".ts"):
-        kind = ".ts file, as the model takes sequences" if task.recipe is None else ".csv file, as the model forecasts"
+    forecasts = net.metadata["task"] == "forecast"
+    if forecasts == (Path(path).suffix.lower() == ".ts"):
+        kind = ".csv file, as the model forecasts" if forecasts else ".ts file, as the model takes sequences"
         raise UsageError(f"{path}: expected a {kind}")
     labels = None
-    if task.recipe is None:
+    if forecasts:
+        recipe, inputs = forecast.trained(net, model)
+        reading = net.metadata.get("reading")
+        table = read_table(path, **(reading if isinstance(reading, dict) else {}))
+        windows = Windows(recipe, table, forecast.last_origins(table, recipe))
+        forecast.check_rows(windows)
+        examples, count = windows, min(rows, len(windows.origins))
+        series = f" of {count} of {len(windows.origins)} series" if table.id else ""
+        text = f"the last window{series} of {path}, {recipe.window} steps up to now and {recipe.horizon} that are forecast"
+        if table.times is not None and count == 1:
+            times = extended_times(table, recipe.horizon)
+            labels = times[np.maximum(windows.origins[0] + np.arange(1 - recipe.window, recipe.horizon + 1), 0)]
+    else:
+        task = predict.trained(net, model)
         data = read_ts(path, task.labels or None)
         if data.channels != len(task.inputs.mean):
             raise UsageError(f"{path}: expected {len(task.inputs.mean)} channels, found {data.channels}")
-        examples, count = Labelled(data), min(rows, len(data.x))
+        examples, count, inputs = Labelled(data), min(rows, len(data.x)), task.inputs
         text = f"{count} of {len(data.x)} sequences of {path}"
-    else:
-        table = read_table(path)
-        examples, count = Windows(task.recipe, table, np.array([len(table) - 1])), 1
-        text = f"the last window of {path}"
-        if table.times is not None:
-            labels = table.times[-int(examples.lengths[0]) :]
-    each = [task.inputs(examples.fetch(np.array([number])).x) for number in range(count)]
+    each = [inputs(examples.fetch(np.array([number])).x) for number in range(count)]
     steps = max(x.shape[1] for x, _ in each)
     whole = np.zeros((count, steps, each[0][0].shape[2]), np.float32)
     mask = np.zeros((count, steps), bool)

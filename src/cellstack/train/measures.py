@@ -8,15 +8,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def errors(predicted: NDArray[np.float64], actual: NDArray[np.float64]) -> dict[str, float]:
-    """Return the mean absolute error and the root of the mean squared error, in the targets' units; NaN of nothing.
+def errors(
+    predicted: NDArray[np.float64], actual: NDArray[np.float64], scaled_by: float | None = None
+) -> dict[str, float]:
+    """Return `mae`, the mean absolute error, and `rmse`, the root of the mean squared one; NaN of nothing.
 
     What wasn't observed isn't measured.
+
+    Args:
+        predicted, actual: of one shape; the latter is NaN where missing.
+        scaled_by: what `mase`, then there too, is the mean absolute error divided by, see `seasonal_error`.
     """
     difference = (predicted - actual)[~np.isnan(actual)]
-    if not difference.size:
-        return {"mae": np.nan, "rmse": np.nan}
-    return {"mae": float(np.abs(difference).mean()), "rmse": float(np.sqrt(np.square(difference).mean()))}
+    mae, rmse = (
+        (float(np.abs(difference).mean()), float(np.sqrt(np.square(difference).mean())))
+        if difference.size
+        else (float("nan"),) * 2
+    )
+    return {"mae": mae, "rmse": rmse} | ({} if scaled_by is None else {"mase": mae / (scaled_by or np.nan)})
 
 
 def seasonal_error(values: NDArray[np.float64], season: int) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.train.forecast.boosting import Boosting, Panel
+from cellstack.train.forecast.parts import Parts
 from cellstack.train.forecast.predict import Forecasts
 from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.rules import rules
@@ -59,7 +61,7 @@ class Backtest(NamedTuple):
         each = []
         for series in np.unique(self.series):
             rows = self.series == series
-            each.append(errors(values[rows], actual[rows])["mae"] / self.typical[series, target])
+            each.append(errors(values[rows], actual[rows], float(self.typical[series, target]))["mase"])
         known = [mase for mase in each if not np.isnan(mase)]
         return errors(values, actual) | {"mase": float(np.median(known)) if known else float("nan")}
 
@@ -97,4 +99,27 @@ def by_rules(table: Table, windows: Windows) -> dict[str, Floats]:
     return found
 
 
-Rival = Callable[[Table, Recipe, Ints, Ints], Floats]
+def by_boosting(table: Table, recipe: Recipe, origins: Ints, cut: Parts) -> dict[str, Floats]:
+    """Return what gradient boosting on lags forecasts, by its name; nothing where scikit-learn isn't installed.
+
+    A target that it can't be fitted to has no forecasts, which are NaN.
+    """
+    if find_spec("sklearn") is None:
+        return {}
+    out = np.full((len(origins), recipe.horizon, len(recipe.targets)), np.nan)
+    codes = {category.name: table.categories[category.name].codes for category in recipe.categories}
+    numbers = {name: table.columns[name] for name in (*recipe.inputs, *recipe.known)}
+    known = {*recipe.known, *(category.name for category in recipe.categories if category.known)}
+    columns = numbers | codes
+    for n, name in enumerate(recipe.targets):
+        panel = Panel(
+            table.columns[name],
+            table.starts,
+            table.times,
+            known={column: values for column, values in columns.items() if column in known},
+            past={column: values for column, values in columns.items() if column not in known},
+            categories=frozenset(codes),
+        )
+        model = Boosting(panel, recipe.horizon, recipe.seasons, cut.training, cut.validation)
+        out[..., n] = model.forecast(origins)
+    return {"gradient boosting on lags": out}
