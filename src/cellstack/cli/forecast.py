@@ -42,16 +42,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("forecasts", "of a table's columns; what isn't given is told by the table")
     group.add_argument("--target", type=names, metavar="A,B", help="columns to forecast (the only one of numbers)")
     group.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (one season)")
-    group.add_argument("--inputs", type=names, metavar="A,B", help="columns to look at up to now (all others; '' for none)")
+    group.add_argument(
+        "--inputs", type=names, metavar="A,B", help="columns to look at up to now (all others; '' for none)"
+    )
     group.add_argument("--known", type=names, metavar="A,B", help="columns that are known in advance: plans, prices")
     group.add_argument("--season", type=_numbers, metavar="N,N", help="steps in each season (found; 1 for none)")
     group.add_argument("--window", type=int, metavar="N", help="steps to look back (two seasons, from 16 to 168)")
     group.add_argument("--holidays", metavar="CC", default="", help="look at a country's holidays: US, or DE-BY")
     group.add_argument("--scale", choices=SCALES, help="unit of the values: their spread, or their level (tried out)")
     group.add_argument("--quantiles", type=_levels, metavar="Q,Q", default=(0.1, 0.9), help="to forecast (0.1,0.9)")
-    group.add_argument("--members", type=int, metavar="N", help="networks whose forecasts are averaged (3; 2 for many rows)")
-    group.add_argument("--test-share", type=float, default=0.2, metavar="P", help="last rows to measure on (%(default)s)")
-    group.add_argument("--forecasts", metavar="FILE", help="CSV that gets the forecasts of the test part beside what came")
+    group.add_argument(
+        "--members", type=int, metavar="N", help="networks whose forecasts are averaged (3; 2 for many rows)"
+    )
+    group.add_argument(
+        "--test-share", type=float, default=0.2, metavar="P", help="last rows to measure on (%(default)s)"
+    )
+    group.add_argument(
+        "--forecasts", metavar="FILE", help="CSV that gets the forecasts of the test part beside what came"
+    )
 
 
 def request(args: argparse.Namespace) -> Request:
@@ -169,7 +177,7 @@ def origins_at(table: Table, text: str, horizon: int) -> NDArray[np.int64]:
     """
     found = []
     if table.times is None:
-        if not text.isdecimal() or not 1 <= int(text):
+        if not text.isdecimal() or not int(text) >= 1:
             raise UsageError(f"expected --origin to be the number of a row, as {table.path} has no dates, got {text!r}")
         for series in range(len(table.ids)):
             rows = table.rows(series)
@@ -179,9 +187,13 @@ def origins_at(table: Table, text: str, horizon: int) -> NDArray[np.int64]:
         try:
             time = np.datetime64(text).astype(table.times.dtype)
         except ValueError:
-            raise UsageError(f"expected --origin to be a date such as 2020-01-31 or 2020-01-31T12:00, got {text!r}") from None
+            raise UsageError(
+                f"expected --origin to be a date such as 2020-01-31 or 2020-01-31T12:00, got {text!r}"
+            ) from None
         found = np.flatnonzero(table.times == time).tolist()
     if not found:
-        span = f", which is from {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
+        span = (
+            f", which is from {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
+        )
         raise UsageError(f"expected --origin to be a row of {table.path}{span}, got {text}")
     return np.array(found, np.int64)

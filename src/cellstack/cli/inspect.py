@@ -108,7 +108,9 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
         forecast.check_rows(windows)
         examples, count = windows, min(rows, len(windows.origins))
         series = f" of {count} of {len(windows.origins)} series" if table.id else ""
-        text = f"the last window{series} of {path}, {recipe.window} steps up to now and {recipe.horizon} that are forecast"
+        text = (
+            f"the last window{series} of {path}, {recipe.window} steps up to now and {recipe.horizon} that are forecast"
+        )
         if table.times is not None and count == 1:
             times = extended_times(table, recipe.horizon)
             labels = times[np.maximum(windows.origins[0] + np.arange(1 - recipe.window, recipe.horizon + 1), 0)]

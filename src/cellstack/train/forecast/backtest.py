@@ -49,7 +49,9 @@ class Backtest(NamedTuple):
         recipe = self.forecasts.recipe
         found = {}
         for n, name in enumerate(recipe.targets):
-            every = {"model": self.forecasts.median[..., n]} | {key: rival[..., n] for key, rival in self.rivals.items()}
+            every = {"model": self.forecasts.median[..., n]} | {
+                key: rival[..., n] for key, rival in self.rivals.items()
+            }
             actual = self.actual[..., n].copy()
             actual[np.isnan(np.array(list(every.values()))).any(axis=0)] = np.nan
             table = {key: self._errors(values, actual, n) for key, values in every.items()}

@@ -81,5 +81,7 @@ def holidays(country: str, days: NDArray[np.datetime64]) -> NDArray[np.datetime6
     try:
         known = country_holidays(code, subdivision or None, years=range(int(years.min()), int(years.max()) + 2))
     except NotImplementedError as error:
-        raise UsageError(f"expected a country whose holidays are known, such as US or DE-BY, got {country!r}: {error}") from None
+        raise UsageError(
+            f"expected a country whose holidays are known, such as US or DE-BY, got {country!r}: {error}"
+        ) from None
     return np.array(sorted(known), "datetime64[D]")

@@ -45,7 +45,9 @@ def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts
     begin = first + recipe.needed - 1
     starts = [begin, np.maximum(ends[0] - 1, begin), np.maximum(ends[1] - 1, begin)]
     found: list[Ints] = []
-    for name, share, start, end in zip(("training", "validation", "test"), (1.0, validation, test), starts, ends, strict=True):
+    for name, share, start, end in zip(
+        ("training", "validation", "test"), (1.0, validation, test), starts, ends, strict=True
+    ):
         stop = end - recipe.horizon  # origins before it have all targets in the part
         pieces = [np.arange(a, b) for a, b in zip(start, stop, strict=True)]
         origins = np.concatenate(pieces) if share > 0 else np.empty(0, np.int64)
@@ -147,5 +149,7 @@ class WindowData:
         """See `Data`."""
         return {
             "recipe": self.windows.recipe.to_json(),
-            "training": digest([self.training, *(self.windows.fetch(part) for part in np.array_split(self.training, 8))]),
+            "training": digest(
+                [self.training, *(self.windows.fetch(part) for part in np.array_split(self.training, 8))]
+            ),
         }

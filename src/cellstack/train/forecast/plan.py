@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,7 +142,11 @@ def understood(table: Table, recipe: Recipe, asked: Request) -> list[str]:
     said = [
         f"forecasting {listed([f'`{name}`' for name in recipe.targets])} {recipe.horizon:,} "
         f"{'step' if recipe.horizon == 1 else 'steps'} ahead from a window of {recipe.window:,}; "
-        + (f"{'seasons' if len(recipe.seasons) > 1 else 'season'} {seasons}, {told}" if seasons else f"no season, {told}")
+        + (
+            f"{'seasons' if len(recipe.seasons) > 1 else 'season'} {seasons}, {told}"
+            if seasons
+            else f"no season, {told}"
+        )
     ]
     looked: list[str] = []
     if recipe.inputs or any(not category.known for category in recipe.categories):
@@ -153,7 +157,9 @@ def understood(table: Table, recipe: Recipe, asked: Request) -> list[str]:
         looked.append("known in advance " + listed([f"`{name}`" for name in names]))
     if recipe.calendar:
         words = {"hour": "the hour", "weekday": "the weekday", "year": "the day of the year"}
-        looked.append("the calendar: " + ", ".join(words.get(kind, f"holidays of {recipe.country}") for kind in recipe.calendar))
+        looked.append(
+            "the calendar: " + ", ".join(words.get(kind, f"holidays of {recipe.country}") for kind in recipe.calendar)
+        )
     said.append("; ".join(looked) or "inputs: none but the target")
     return [*table.understood(), *said]
 

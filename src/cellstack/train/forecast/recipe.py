@@ -106,7 +106,11 @@ class Recipe:
                 f"got {self.scale!r} and {self.calendar!r}"
             )
         quantiles = self.quantiles
-        if 0.5 not in quantiles or list(quantiles) != sorted(set(quantiles)) or not 0 < quantiles[0] <= quantiles[-1] < 1:
+        if (
+            0.5 not in quantiles
+            or list(quantiles) != sorted(set(quantiles))
+            or not 0 < quantiles[0] <= quantiles[-1] < 1
+        ):
             raise UsageError(f"expected quantiles that rise between 0 and 1, 0.5 among them, got {quantiles!r}")
         if self.floors and (len(self.floors) != len(self.targets) or not min(self.floors) > 0):
             raise UsageError(f"expected floors above 0, one a target, got {self.floors!r}")

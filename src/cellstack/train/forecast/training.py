@@ -28,7 +28,7 @@ from cellstack.train.forecast.plan import Request, plan
 from cellstack.train.forecast.predict import Forecasts, answers, times
 from cellstack.train.forecast.recipe import SCALES, Recipe
 from cellstack.train.forecast.windows import Windows
-from cellstack.train.loop import Epoch, Fit
+from cellstack.train.loop import Fit
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.table import Table
 
@@ -143,7 +143,9 @@ def best_rule(windows: Windows, indices: Ints) -> Any:
     errors = {}
     for rule in recipe.rules:
         said = np.stack([windows.rule(rule, n, some) for n in range(len(recipe.targets))], axis=-1)
-        errors[rule] = float(np.nanmean(np.abs(said - actual) / typical)) if np.isfinite(said - actual).any() else np.inf
+        errors[rule] = (
+            float(np.nanmean(np.abs(said - actual) / typical)) if np.isfinite(said - actual).any() else np.inf
+        )
     return min(errors, key=lambda rule: errors[rule])
 
 
