@@ -198,7 +198,9 @@ FORMS = ["2024-01-{:02}", "2024/01/{:02}", "202401{:02}", "2024-01-{:02}T06:00:0
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_time_that_stands_twice_is_refused(tmp_path, form):
-    file = write(tmp_path / "a.csv", "date,y\n" + "".join(f"{form.format(day)},{day}.5\n" for day in (1, 3, 2, 3)))
+    file = write(
+        tmp_path / "a.csv", "date,y\n" + "".join(f"{form.format(day)},{n}.5\n" for n, day in enumerate((1, 3, 2, 3)))
+    )
     found = re.escape(f"found {form.format(3)!r} in column date again, as in line 3")
     with pytest.raises(FormatError, match=f"line 5: expected each time once in order of time, {found}"):
         read_table(file)

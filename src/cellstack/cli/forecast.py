@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -15,9 +17,14 @@ from cellstack.formats.files import check_replaceable, replacing
 from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import predict
-from cellstack.train.forecast.plan import Request
+from cellstack.train.forecast.plan import Request, plan, understood
 from cellstack.train.forecast.recipe import SCALES
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.table import Table, iso
+
+DEFAULTS = {"units": (48,), "lr": 2e-3, "dropout": 0.1, "batch": 64, "patience": 10}
+UNUSED = ("init", "task", "bidirectional", "pooling", "every_step", "noise", "offset")
+TEST_SHARE, QUANTILES = 0.2, (0.1, 0.9)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -37,44 +44,83 @@ def _levels(text: str) -> tuple[float, ...]:
 _numbers.__name__, _levels.__name__ = "steps", "quantiles"  # what argparse calls them
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `train` that are for forecasts alone."""
-    group = parser.add_argument_group("forecasts", "of a table's columns; what isn't given is told by the table")
-    group.add_argument("--target", type=names, metavar="A,B", help="columns to forecast (the only one of numbers)")
-    group.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (one season)")
-    group.add_argument(
-        "--inputs", type=names, metavar="A,B", help="columns to look at up to now (all others; '' for none)"
-    )
-    group.add_argument("--known", type=names, metavar="A,B", help="columns that are known in advance: plans, prices")
-    group.add_argument("--season", type=_numbers, metavar="N,N", help="steps in each season (found; 1 for none)")
-    group.add_argument("--window", type=int, metavar="N", help="steps to look back (two seasons, from 16 to 168)")
-    group.add_argument("--holidays", metavar="CC", default="", help="look at a country's holidays: US, or DE-BY")
-    group.add_argument("--scale", choices=SCALES, help="unit of the values: their spread, or their level (tried out)")
-    group.add_argument("--quantiles", type=_levels, metavar="Q,Q", default=(0.1, 0.9), help="to forecast (0.1,0.9)")
-    group.add_argument(
-        "--members", type=int, metavar="N", help="networks whose forecasts are averaged (3; 2 for many rows)"
-    )
-    group.add_argument(
-        "--test-share", type=float, default=0.2, metavar="P", help="last rows to measure on (%(default)s)"
-    )
-    group.add_argument(
-        "--forecasts", metavar="FILE", help="CSV that gets the forecasts of the test part beside what came"
-    )
+def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add the options of `train` that are for forecasts alone, and return them."""
+    group = train.add_argument_group("forecasts", "what isn't given is told by the table")
+    return [
+        group.add_argument("--target", type=names, metavar="A,B", help="columns to forecast (the only one of numbers)"),
+        group.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (one season)"),
+        group.add_argument("--inputs", type=names, metavar="A,B", help="columns to look at (all others; '' for none)"),
+        group.add_argument("--known", type=names, metavar="A,B", help="columns that are known in advance: plans, prices"),
+        group.add_argument("--season", type=_numbers, metavar="N,N", help="steps in each season (found; 1 for none)"),
+        group.add_argument("--window", type=int, metavar="N", help="steps to look back (two seasons, from 16 to 168)"),
+        group.add_argument("--holidays", metavar="CC", help="look at a country's holidays: US, or DE-BY"),
+        group.add_argument("--scale", choices=SCALES, help="unit of the values: their spread or level (tried out)"),
+        group.add_argument("--quantiles", type=_levels, metavar="Q,Q", help="to forecast beside the median (0.1,0.9)"),
+        group.add_argument("--members", type=int, metavar="N", help="networks that are averaged (3; of many rows 2)"),
+        group.add_argument("--test-share", type=float, metavar="P", help=f"last rows to measure on ({TEST_SHARE})"),
+        group.add_argument("--forecasts", metavar="FILE", help="CSV that gets the test part's forecasts, and what came"),
+    ]
 
 
-def request(args: argparse.Namespace) -> Request:
-    """Return what the options of `add_options` ask for."""
-    return Request(
+@dataclass
+class Job:
+    """A table that was read: see `cli.train.Job`."""
+
+    table: Table
+    request: Request
+    members: int | None
+    share: float
+    forecasts: str | None
+    understood: list[str]
+    described: dict[str, Any]
+
+    def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
+        """Train on it, and write the forecasts of the test part where that is asked for."""
+        from cellstack.train.forecast.training import Build, train_forecast
+
+        build = Build(architecture.units, architecture.cell, architecture.dropout, self.members)
+        trained = train_forecast(self.table, self.request, build, settings, options, self.share)
+        if self.forecasts is not None and trained.test is not None:
+            with replacing(self.forecasts) as file:
+                text = io.StringIO(newline="")
+                write(text, trained.test.forecasts, self.table, trained.test.actual)
+                file.write(text.getvalue().encode())
+        return trained.result
+
+    def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return the errors of forecasts of the test part, beside those of its rivals."""
+        return result.scores, text_of(result.scores) if result.scores else []
+
+
+def read(args: argparse.Namespace) -> Job:
+    """Read a table, and decide what is forecast from what.
+
+    Raises:
+        UsageError: a second file, or no target among several columns.
+        FormatError: it can't be read as a table.
+    """
+    if args.test is not None:
+        raise UsageError("expected one table: its last rows are what is measured on, see --test-share")
+    if args.forecasts is not None:
+        check_replaceable(args.forecasts)
+    share = TEST_SHARE if args.test_share is None else args.test_share
+    table = table_from(args, args.file)
+    request = Request(
         targets=args.target or (),
         horizon=args.horizon,
         window=args.window,
         seasons=args.season,
         inputs=args.inputs,
         known=args.known or (),
-        country=args.holidays,
+        country=args.holidays or "",
         scale=args.scale,
-        quantiles=args.quantiles,
+        quantiles=args.quantiles or QUANTILES,
     )
+    recipe = plan(table, request, share + args.validation)
+    said = understood(table, recipe, request)
+    described = {"said": said, "rows": len(table), "series": len(table.ids), "recipe": recipe.to_json()}
+    return Job(table, request, args.members, share, args.forecasts, said, described | {"ignored": table.ignored})
 
 
 def text_of(scores: dict[str, Any]) -> list[str]:
@@ -100,20 +146,9 @@ def text_of(scores: dict[str, Any]) -> list[str]:
             )
         if "coverage" in ours:
             lines.append(
-                f"  of what came, {ours['coverage']:.0%} lies within the interval that should hold {ours['interval']:.0%}"
+                f"  {ours['coverage']:.0%} of what came lies within the interval meant to hold {ours['interval']:.0%}"
             )
     return lines
-
-
-def write_backtest(path: str, backtest: Any) -> None:
-    """Write the forecasts of a backtest as CSV: a line for each step of each origin."""
-    check_replaceable(path)
-    with replacing(path) as file:
-        import io
-
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        write(text, backtest.forecasts, backtest)
-        text.detach()
 
 
 def write(file: IO[str], forecasts: predict.Forecasts, table: Table, actual: NDArray | None = None) -> None:
@@ -138,11 +173,12 @@ def rows(forecasts: predict.Forecasts, table: Table, actual: NDArray | None) -> 
     recipe = forecasts.recipe
     outer = [n for n, level in enumerate(recipe.quantiles) if level != 0.5]
     for n, origin in enumerate(forecasts.origins):
+        times = None if forecasts.times is None else forecasts.times[n]
         for k in range(recipe.horizon):
             row: list[Any] = [forecasts.ids[n]] if table.id else []
             if actual is not None:
                 row.append(int(origin) if table.times is None else iso(table.times[origin]))
-            row.append(k + 1 if forecasts.times is None else iso(forecasts.times[n, k]))
+            row.append(k + 1 if times is None else iso(times[k]))
             for target in range(len(recipe.targets)):
                 if actual is not None:
                     row.append(shown(actual[n, k, target]))

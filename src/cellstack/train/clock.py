@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
+from cellstack.train.dates import Dates
 from cellstack.train.source import Series, Source
 
 # One zone for each rule by which clocks are changed today; the data tells the rule, not the place.
@@ -14,6 +15,69 @@ RULES = (
     *("America/New_York", "Europe/Berlin", "Europe/London", "Europe/Helsinki", "Australia/Sydney"),
     *("Pacific/Auckland", "America/Santiago", "America/Sao_Paulo", "Australia/Lord_Howe", "Asia/Jerusalem"),
 )
+
+
+def zoned(
+    given: Source, found: Dates, codes: NDArray[np.int64], zone: str | None
+) -> tuple[NDArray[np.datetime64] | None, str | None]:
+    """Return the times in UTC, None where no zone is known, and the wall clock's zone; say what was assumed."""
+    if found.offsets:
+        if zone is None and found.zone is None:
+            same = len(found.offsets) == 1
+            zone = _offset(found.offsets[0]) if same else "UTC"
+            if not same:
+                given.notes.append(
+                    f"`{found.name}` names {len(found.offsets)} offsets ({', '.join(found.offsets[:3])}): taken "
+                    f"in UTC, --zone gives local time"
+                )
+        return found.times.to_numpy(), zone or found.zone
+    asked = zone is not None
+    if zone is None:
+        zone = told(found.times, codes)
+        if zone is None:
+            return None, None
+    utc, said = to_utc(given, found.times, codes, zone)
+    if not asked:
+        how = said or "the hours that it skips are those that are missing"
+        said = f"local time whose clock is changed as in {zone} (--zone names another): {how}"
+    if said:
+        given.notes.append(f"`{found.name}`: {said}")
+    return utc.to_numpy(), zone
+
+
+def _offset(text: str) -> str:
+    """Return an offset as pandas names its zone: `UTC+01:00`."""
+    if text in ("Z", "UTC", "GMT"):
+        return "UTC"
+    digits = text[1:].replace(":", "").ljust(4, "0")
+    return "UTC" if digits == "0000" else f"UTC{text[0]}{digits[:2]}:{digits[2:]}"
+
+
+def wall_clock(utc: NDArray[np.datetime64], zone: str | None) -> NDArray[np.datetime64]:
+    """Return times in UTC as the clock of a zone shows them, datetime64[us]."""
+    import pandas as pd
+
+    return (
+        pd.Series(utc)
+        .dt.tz_localize("UTC")
+        .dt.tz_convert(zone)
+        .dt.tz_localize(None)
+        .to_numpy()
+        .astype("datetime64[us]")
+    )
+
+
+def utc_of(wall: NDArray[np.datetime64], zone: str | None) -> NDArray[np.datetime64]:
+    """Return one series' wall-clock times in UTC; of two that are alike, the first is before the clock is put back."""
+    import pandas as pd
+
+    times = pd.Series(wall.astype("datetime64[us]"))
+    return (
+        times.dt.tz_localize(zone, ambiguous=~times.duplicated().to_numpy())
+        .dt.tz_convert("UTC")
+        .dt.tz_localize(None)
+        .to_numpy()
+    )
 
 
 def to_utc(source: Source, times: Series, codes: NDArray[np.int64], zone: str) -> tuple[Series, str]:
@@ -41,13 +105,11 @@ def to_utc(source: Source, times: Series, codes: NDArray[np.int64], zone: str) -
     changes = np.unique(times[twice].to_numpy().astype("datetime64[D]"))
     said = ""
     if len(changes):
+        days = ", ".join(map(str, changes[:3])) + (" …" if len(changes) > 3 else "")
+        said = f"of the hour that stands twice ({days}), the earlier rows are those before the clock is put back"
         single = int((~times[twice].duplicated(keep=False)).sum())
-        said = (
-            f"the clock is put back on {', '.join(map(str, changes[:3]))}"
-            f"{' and more' if len(changes) > 3 else ''}: of the hour that stands twice, the earlier rows are before it"
-        )
-        said += f" ({single} stand once, taken as before it)" if single else ""
-    return utc.dt.tz_localize(None), said
+        said += f"; {single} rows of it that stand once are taken as these" if single else ""
+    return utc.dt.tz_convert("UTC").dt.tz_localize(None), said
 
 
 def _before(times: Series, codes: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -16,37 +16,10 @@ from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
+from cellstack.train.forms import OFFSET, forms, parsed, says_day_first
 from cellstack.train.grid import even_share
-from cellstack.train.source import Series, Source
+from cellstack.train.source import Frame, Series, Source
 
-DAYS = (  # those of digits whose day or month may come first stand in pairs
-    *("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%Y%m%d", "%Y-%m", "%Y/%m", "%Y%m", "%m/%Y", "%m.%Y", "%m-%Y", "%Y"),
-    *(f"{a}{sign}{b}{sign}{year}" for sign in "./-" for year in ("%Y", "%y") for a, b in (("%d", "%m"), ("%m", "%d"))),
-    *("%d %b %Y", "%d-%b-%Y", "%d-%b-%y", "%d %B %Y", "%d. %B %Y", "%d/%b/%Y", "%b %d, %Y", "%B %d, %Y", "%b %d %Y"),
-    *(
-        "%b %Y",
-        "%B %Y",
-        "%b-%Y",
-        "%b-%y",
-        "%b %y",
-        "%Y-%b",
-        "%Y %b",
-        "%Y-%b-%d",
-        "%Y %B",
-        "%a %d %b %Y",
-        "%a, %d %b %Y",
-    ),
-)
-CLOCK = re.compile(
-    r"(?P<day>.*?\d)(?P<between>T|,? +)(?P<clock>\d{1,2}(?P<minutes>:\d\d)?(?P<seconds>:\d\d)?(?P<part>\.\d+)?"
-    r"(?P<half> ?[AaPp][Mm])?)(?P<zone> ?(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?))?"
-)
-OFFSET = r"(?:\d|[AaPp][Mm]) ?(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
-WIDTHS = {"%Y%m%d": 8, "%Y%m": 6, "%Y": 4}  # strptime takes fewer digits
-PATTERNS = {  # what isn't a form of strptime, as what pandas reads
-    "quarter": re.compile(r"(?P<y>\d{4})[-: /]?Q(?P<q>[1-4])|Q(?P<q2>[1-4])[-: /]?(?P<y2>\d{4})", re.IGNORECASE),
-    "week": re.compile(r"(?P<y>\d{4})-?W(?P<w>\d\d)(?:-?(?P<d>[1-7]))?", re.IGNORECASE),
-}
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNIX = (datetime(1971, 1, 1).timestamp(), datetime(2100, 1, 1).timestamp())
 EXCEL = "1899-12-30"  # day 0 of its serial numbers, the leap day that 1900 didn't have among them
@@ -54,6 +27,8 @@ NAMED = re.compile(r"(?:^|.*[_\W])(?:date|datetime|timestamp|ds)(?:$|[_\W].*)|.*
 MAY_BE_NAMED = re.compile(
     r"(?:^|.*[_\W])(?:time|year|month|week|quarter|period|day|when|index|unix|epoch|ts|utc)(?:$|[_\W].*)", re.IGNORECASE
 )
+HOURS = re.compile(r"(?:^|.*[_\W])(?:hour|hr|h|time|hour_of_day)(?:$|[_\W].*)", re.IGNORECASE)
+TIME_OF_DAY = r"\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?(?: ?[AaPp][Mm])?"
 PARTS = ("year", "quarter", "month", "day", "hour", "minute", "second")
 
 
@@ -77,11 +52,23 @@ class Dates:
     told: str = ""
     zone: str | None = None
 
+    def shown(self, source: Source, row: int) -> str:
+        """Return the cells of a row's date as they stand in the table."""
+        names = [self.name] if self.name in source.frame else self.name.split(",")
+        return " ".join(source.quote(row, name.strip()) for name in names)
 
-def find(source: Source, ids: Sequence[str]) -> str | None:
-    """Return the name of the column of dates; None where no column looks like one.
 
-    Text that looks like dates comes first, then numbers that a column's name or their even steps make dates.
+def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | None:
+    """Return the name of the column of dates, or of several that make them up; None where no column looks like dates.
+
+    Text that looks like dates comes first, then a column for the year and others for its parts, then numbers that a
+    column's name or their even steps make dates. A column of hours or times of day is taken along where a day stands in
+    several rows of a series.
+
+    Args:
+        source: the table; what was assumed is added to its notes.
+        ids: names of the columns that tell series apart.
+        codes: number of each row's series.
 
     Raises:
         FormatError: a column that is named as dates are holds none.
@@ -90,28 +77,72 @@ def find(source: Source, ids: Sequence[str]) -> str | None:
 
     frame = source.frame
     names = [name for name in frame.columns if name not in ids]
+    numbers = [name for name in names if frame[name].dtype.kind in "iuf"]
     typed = [
         name for name in names if pd.api.types.is_datetime64_any_dtype(frame[name].dtype) or _is_period(frame[name])
     ]
-    if typed:
-        return next((name for name in typed if name in source.index), typed[0])
-    like = [name for name in names if not pd.api.types.is_numeric_dtype(frame[name].dtype) and _look_like(frame[name])]
-    numbers = [name for name in names if frame[name].dtype.kind in "iuf"]
-    for some in (like, [name for name in numbers if _numbers_like(frame[name], name)]):
-        if len(some) > 1:
-            whole = [name for name in some if frame[name].notna().all()]
-            rising = [name for name in whole if frame[name].is_monotonic_increasing]
-            named = [name for name in some if NAMED.match(name)]
-            return (rising or [name for name in named if name in whole] or whole or named or some)[0]
+    like = [name for name in names if name not in (*numbers, *typed) and _look_like(frame[name])]
+    parts = _parts(names)
+    counted = [name for name in numbers if _numbers_like(frame[name], name)]
+    for some in (sorted(typed, key=lambda name: name not in source.index), like, [parts] if parts else [], counted):
         if some:
-            return some[0]
+            found = some[0] if some[0] == parts else _best(frame, some)
+            also = None if found == parts else _clock_beside(frame, found, names, codes)
+            if also is not None:
+                found = f"{found},{also}"
+            if "," in found and found not in frame:
+                source.notes.append(f"times by {', '.join(f'`{part}`' for part in found.split(','))} together")
+            return found
     for name in names:
-        if NAMED.match(name):
+        text = frame[name].dropna()
+        weak = MAY_BE_NAMED.match(name) and name not in numbers and 2 * text.nunique() > len(frame)
+        if (NAMED.match(name) or weak) and len(text):
             row = int(np.argmax(frame[name].notna().to_numpy()))
             raise FormatError(
                 f"{source.at(row)}: expected dates such as 2020-01-31 in column {name}, found "
-                f"{source.quote(row, name)}: name the column of dates by --date, or '' for none"
+                f"{source.quote(row, name)}: say how they are written by --date-format (excel for its numbers), name "
+                f"another column by --date, or say --date '' for none"
             )
+        if MAY_BE_NAMED.match(name) and name in numbers and len(text) == len(frame) and text.is_monotonic_increasing:
+            source.notes.append(f"`{name}` taken as numbers, not as dates: --date and --date-format say otherwise")
+    return None
+
+
+def _best(frame: Frame, names: list[str]) -> str:
+    """Return the column whose dates are whole and rise, else one that is named as dates are, else the first."""
+    whole = [name for name in names if frame[name].notna().all()]
+    rising = [name for name in whole if frame[name].is_monotonic_increasing]
+    named = [name for name in names if NAMED.match(name)]
+    return (rising or [name for name in named if name in whole] or whole or named or names)[0]
+
+
+def _parts(names: list[str]) -> str | None:
+    """Return the columns that hold a year and its parts, with commas between; None where there are none."""
+    called = {name.strip().lower(): name for name in reversed(names)}
+    found = ["year", "quarter"] if "quarter" in called and "month" not in called else ["year", "month"]
+    for part in ("day", "hour", "minute", "second"):
+        if found[-1] == "quarter" or part not in called:
+            break
+        found.append(part)
+    return ",".join(called[part] for part in found) if all(part in called for part in found) else None
+
+
+def _clock_beside(frame: Frame, date: str, names: list[str], codes: NDArray[np.int64]) -> str | None:
+    """Return a column of hours or times of day that makes the times of each series different; None where none does."""
+    import pandas as pd
+
+    if not pd.DataFrame({"c": codes, "d": frame[date]}).duplicated().any():
+        return None
+    for name in names:
+        cells = frame[name]
+        if name == date or not len(cells) or cells.isna().any():
+            continue
+        if cells.dtype.kind in "iu":
+            hours = bool(HOURS.match(name)) and bool(cells.between(0, 23).all())
+        else:
+            hours = isinstance(cells.iloc[0], str) and bool(cells.str.fullmatch(TIME_OF_DAY).all())
+        if hours and not pd.DataFrame({"c": codes, "d": frame[date], "h": cells}).duplicated().any():
+            return name
     return None
 
 
@@ -130,7 +161,7 @@ def _look_like(cells: Series) -> bool:
 def _numbers_like(cells: Series, name: str) -> bool:
     """Return whether whole numbers are dates: by the column's name, by 8 digits, or by even steps of Unix time."""
     values = cells.dropna().to_numpy(np.float64)
-    if not len(values) or (values % 1 != 0).any():
+    if not len(values) or not np.isfinite(values).all() or (values % 1 != 0).any():
         return False
     unit = _unix_unit(values)
     if NAMED.match(name) or MAY_BE_NAMED.match(name):
@@ -141,48 +172,22 @@ def _numbers_like(cells: Series, name: str) -> bool:
         steps = np.diff(values)
         return bool((steps >= UNITS[unit]).all() and (steps % steps.min() == 0).all())
     digits = cells.iloc[:10_000].astype("int64").astype(str)
-    return bool((digits.str.len() == 8).all()) and not _parsed(digits, "%Y%m%d").isna().any()
+    return any(
+        (digits.str.len() == len(f"{values[0]:.0f}")).all() and not parsed(digits, form).isna().any()
+        for form in forms(f"{values[0]:.0f}")
+        if len(f"{values[0]:.0f}") >= 8
+    )
 
 
 def _unix_unit(values: NDArray[np.float64]) -> str | None:
+    """Return the unit in which numbers are Unix times from 1971 to 2100; None where they aren't, or are dates."""
+    digits = [f"{value:.0f}" for value in values[:: max(1, len(values) // 50)]]
+    if all(forms(text) for text in digits):
+        return None
     for unit, scale in UNITS.items():
         if UNIX[0] * scale <= values.min() and values.max() <= UNIX[1] * scale:
             return unit
     return None
-
-
-def forms(cell: str) -> list[str]:
-    """Return every form in which a cell may be a date, as strptime writes forms; `quarter` and `week` besides.
-
-    >>> forms("31.01.2023 05:00"), forms("01.02.2023")
-    (['%d.%m.%Y %H:%M'], ['%d.%m.%Y', '%m.%d.%Y'])
-    """
-    for name, pattern in PATTERNS.items():
-        if pattern.fullmatch(cell):
-            return [name]
-    day, clock = cell, ""
-    if (found := CLOCK.fullmatch(cell)) and (found["minutes"] or found["half"] or not _days(cell)):
-        day = found["day"]
-        hour = "%I" if found["half"] else "%H"
-        clock = found["between"] + hour + (":%M" if found["minutes"] else "") + (":%S" if found["seconds"] else "")
-        clock += (".%f" if found["part"] else "") + (" " * found["half"].count(" ") + "%p" if found["half"] else "")
-        zone = found["zone"]
-        clock += (" " if zone.startswith(" ") else "") + "%z" if zone else ""
-    return [form + clock for form in _days(day)]
-
-
-def _days(text: str) -> list[str]:
-    found = []
-    if len(text) > 30 or not any(sign.isdigit() for sign in text):
-        return found
-    for form in DAYS:
-        if WIDTHS.get(form, len(text)) == len(text):
-            try:
-                datetime.strptime(text, form)
-            except ValueError:
-                continue
-            found.append(form)
-    return found
 
 
 def read(source: Source, name: str, codes: NDArray[np.int64], day_first: bool | None, form: str | None) -> Dates:
@@ -300,8 +305,8 @@ def _of_text(
     sample = unique.iloc[:: max(1, len(unique) // 50)].iloc[:60]
     choices = [form] if form is not None else list(dict.fromkeys(form for cell in sample for form in forms(cell)))
     if day_first is not None:
-        choices = [form for form in choices if _says_day_first(form) in (None, day_first)]
-    read = {form: _parsed(unique, form) for form in choices}
+        choices = [form for form in choices if says_day_first(form) in (None, day_first)]
+    read = {form: parsed(unique, form) for form in choices}
     if not read:
         shown = repr(str(sample.iloc[0])[:40]) if len(sample) else "''"
         raise FormatError(f"{source.at(0)}: expected dates such as 2020-01-31 in column {name}, found {shown}")
@@ -316,7 +321,7 @@ def _of_text(
         raise FormatError(f"{source.at(row)}: expected a date such as {like} in column {name}, found {found}")
     whole = {form: times for form, times in read.items() if not times.isna().any()}
     best, told = _chosen(source, cells, name, whole, numbers, codes)
-    if len(whole) == 1 and day_first is None and form is None and _says_day_first(best) is not None:
+    if len(whole) == 1 and day_first is None and form is None and says_day_first(best) is not None:
         told = f"{_order(best)} first, told by the dates"
     offsets = (
         tuple(unique.str.extract(OFFSET)[0].dropna().drop_duplicates()) if "%z" in best or best == "ISO8601" else ()
@@ -333,37 +338,8 @@ def _of_text(
     return Dates(name, times, offsets, best, told)
 
 
-def _says_day_first(form: str) -> bool | None:
-    """Return whether a form of digits has the day before the month; None where there is no question."""
-    return {"%d": True, "%m": False}.get(form[:2]) if re.match(r"%[dm][./-]%[dm]", form) else None
-
-
 def _order(form: str) -> str:
-    return "day" if _says_day_first(form) else "month"
-
-
-def _parsed(cells: Series, form: str) -> Series:
-    """Parse text strictly by one form; NaT where it isn't written so. Times with an offset come in UTC."""
-    import pandas as pd
-
-    if form == "quarter":
-        parts = cells.str.extract(PATTERNS[form])
-        year, quarter = parts["y"].fillna(parts["y2"]), parts["q"].fillna(parts["q2"])
-        month = quarter.map({"1": "01", "2": "04", "3": "07", "4": "10"})
-        cells, form = year + "-" + month, "%Y-%m"
-    elif form == "week":
-        parts = cells.str.extract(PATTERNS[form])
-        cells, form = parts["y"] + "-" + parts["w"] + "-" + parts["d"].fillna("1"), "%G-%V-%u"
-    elif form.startswith("%Y-%m-%d"):  # with and without a time of day, with and without parts of a second
-        cells = cells.where(cells.str.match(r"\d{4}-\d{1,2}-\d{1,2}(?:\D|$)"))
-        form = "ISO8601"
-    elif form in WIDTHS:
-        cells = cells.where(cells.str.len() == WIDTHS[form])
-    try:
-        times = pd.to_datetime(cells, format=form, errors="coerce", utc=True)
-    except ValueError as error:
-        raise UsageError(f"expected a form of dates such as %d.%m.%Y, got {form!r} ({error})") from None
-    return times.dt.tz_localize(None).astype("datetime64[us]")
+    return "day" if says_day_first(form) else "month"
 
 
 def _chosen(

@@ -156,7 +156,8 @@ def told(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> Spacing | N
     if steps.min() == steps.max():
         return Spacing(seconds=int(steps[0]) / 1e6)
     values, counts = np.unique(steps, return_counts=True)
-    step = int(values[np.argmax(counts)]) / 1e6
+    most = values[counts == counts.max()]
+    step = int(most[len(most) // 2]) / 1e6
     if step == DAY and np.is_busday(days).all():
         crossed = (np.diff(days).astype(np.int64)[same] == 3).sum()
         if crossed >= 2:
@@ -165,15 +166,24 @@ def told(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> Spacing | N
 
 
 def even_share(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> float:
-    """Return the share of steps of one length between rows, in their order within series; 0 where they don't rise."""
+    """Return how even times are: the share of steps of one length or, if less, of a grid's places that are taken.
+
+    Rows count in their order within series; 0 where they neither rise nor fall throughout.
+    """
     order = np.argsort(codes, kind="stable")
     times, codes = times[order], codes[order]
     same = codes[1:] == codes[:-1]
     steps = np.diff(times).astype(np.int64)[same]
     if not len(steps) or not ((steps > 0).all() or (steps < 0).all()):
         return 0.0
-    shares = [np.unique(steps, return_counts=True)[1].max() / len(steps)]
+
+    def share(values: NDArray[np.int64]) -> float:
+        values, counts = np.unique(values, return_counts=True)
+        step = values[np.argmax(counts)]
+        return min(counts.max() / counts.sum(), counts.sum() / max(1, (values * counts).sum() / step))
+
+    shares = [share(np.abs(steps))]
     months = times.astype("datetime64[M]")
     if ((times - months) == (times - months)[0]).all():
-        shares.append(np.unique(np.diff(months.astype(np.int64))[same], return_counts=True)[1].max() / len(steps))
+        shares.append(share(np.abs(np.diff(months.astype(np.int64))[same])))
     return float(max(shares))

@@ -64,6 +64,7 @@ class Source:
         index: columns that stood in the frame's index, or under no name as the first of a file.
         notes: what was found out, a sentence each.
         separator, encoding: of a CSV file.
+        places: of the rows among those of the source, where some were left out.
     """
 
     path: str
@@ -73,14 +74,15 @@ class Source:
     notes: list[str] = field(default_factory=list)
     separator: str = ""
     encoding: str = ""
+    places: NDArray[np.int64] | None = None
 
     def at(self, row: int) -> str:
         """Return the file and the line of a row, as messages begin."""
-        return f"{self.path}: " + (f"row {row}" if self.lines is None else f"line {self.lines[row]}")
+        return f"{self.path}: " + (f"row {self._place(row)}" if self.lines is None else f"line {self.lines[row]}")
 
     def quote(self, row: int, name: str) -> str:
         """Return a cell as it stands in the file, in quotation marks, shortened."""
-        value = self.frame[name].iloc[row] if self.lines is None else self._texts[name].iloc[row]
+        value = self.frame[name].iloc[row] if self.lines is None else self._texts[name].iloc[self._place(row)]
         return repr(str(value)[:40])
 
     def text(self, name: str) -> Series:
@@ -88,7 +90,17 @@ class Source:
         if self.lines is None:
             return self.frame[name].astype(str).str.removesuffix(".0").where(self.frame[name].notna())
         cells = self._texts[name]
+        cells = cells if self.places is None else cells.iloc[self.places].reset_index(drop=True)
         return cells.where(~cells.isin(MISSING))
+
+    def keep(self, rows: NDArray[np.bool_]) -> None:
+        """Leave out all other rows."""
+        self.places = np.flatnonzero(rows) if self.places is None else self.places[rows]
+        self.frame = self.frame[rows].reset_index(drop=True)
+        self.lines = None if self.lines is None else self.lines[rows]
+
+    def _place(self, row: int) -> int:
+        return row if self.places is None else int(self.places[row])
 
     @cached_property
     def _texts(self) -> Frame:

@@ -111,7 +111,7 @@ class Forecaster(nn.Module):
         return (out[..., middle] * self.scale).flatten(1)
 
     def measure(self, out: Tensor, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Return sums over a batch: of the medians' errors, each by its series' typical error, and how many there are."""
+        """Return sums over a batch: of the medians' errors, by their series' typical ones, and their number."""
         errors = (self.answer(out) - y).abs() * weight
         return {"errors": errors.sum(dtype=torch.float64), "count": (weight > 0).sum(dtype=torch.float64)}
 

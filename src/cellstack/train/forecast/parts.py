@@ -21,7 +21,7 @@ VALIDATED = 256  # windows in a batch that takes no gradient
 
 
 class Parts(NamedTuple):
-    """Rows of the origins to train on, to validate on and to test on; and where each series' training part ends, `[S]`."""
+    """Rows of the origins to train, to validate and to test on; and where each series' training part ends, `[S]`."""
 
     training: Ints
     validation: Ints
@@ -115,7 +115,7 @@ class WindowData:
         validation: Ints,
         batch: int,
         seed: int,
-        most: int = 6400,
+        most: int = 3200,
         least: int = 20,
         held: int = 1024,
     ):
@@ -147,9 +147,12 @@ class WindowData:
 
     def describe(self) -> dict[str, Any]:
         """See `Data`."""
+        windows, table = self.windows, self.windows.table
+        codes = [category.codes for category in table.categories.values()]
         return {
-            "recipe": self.windows.recipe.to_json(),
-            "training": digest(
-                [self.training, *(self.windows.fetch(part) for part in np.array_split(self.training, 8))]
-            ),
+            "recipe": windows.recipe.to_json(),
+            "inputs": digest([self.inputs.mean, self.inputs.scale, np.array(self.inputs.observed, np.int64)]),
+            "table": digest([table.starts, *table.columns.values(), *codes]),
+            "origins": digest([windows.origins[self.training], windows.origins[self.validation]]),
+            "batch": self.batch,
         }

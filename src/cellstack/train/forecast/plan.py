@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import calendar
-from cellstack.train.forecast.recipe import MOST_SEASONS, SCALES, Category, Recipe, Rule
+from cellstack.train.forecast.recipe import MOST_SEASONS, NAIVE, SCALES, Category, Recipe
 from cellstack.train.forecast.seasons import find
 from cellstack.train.table import Table, iso, listed
 
@@ -97,7 +97,7 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
         horizon=horizon,
         window=window,
         seasons=seasons,
-        rule=Rule("naive", 1),
+        rule=NAIVE,
         scale=request.scale or SCALES[0],
         inputs=tuple(name for name in inputs if name in table.columns),
         known=tuple(name for name in request.known if name in table.columns),

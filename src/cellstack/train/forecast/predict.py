@@ -30,7 +30,7 @@ class Forecasts(NamedTuple):
         ids: name of the series of each origin, `[N]`; `""` where the table holds one without a name.
         origins: row of the last step that each forecast sees, `[N]`.
         times: wall-clock time of each step that is forecast, `[N, horizon]`; None without dates.
-        values: `[N, horizon, targets, quantiles]` in the targets' units, NaN where the series has nothing to start from.
+        values: `[N, horizon, targets, quantiles]` in the targets' units, NaN where there is nothing to start from.
         reference: what the rule says that the network's output is added to, `[N, horizon, targets]`.
     """
 
@@ -76,7 +76,7 @@ def forecast(
         threads: how many the kernel may use.
 
     Raises:
-        UsageError: a column of the recipe isn't there, or a series has too few rows; the message says how many it takes.
+        UsageError: a column of the recipe isn't there, or a series has too few rows: the message says how many.
         FormatError: the network's metadata doesn't fit it.
     """
     recipe, inputs = trained(net, path)
@@ -152,7 +152,7 @@ def trained(net: Network, path: str) -> tuple[Recipe, Inputs]:
         recipe = Recipe.from_json(values)  # type: ignore[arg-type]
     except (UsageError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(
-            f"{path}: expected a recipe as cellstack {_VERSION} or later writes it, found another ({error}): train it again"
+            f"{path}: expected a recipe as cellstack 0.2 or later writes it, found another ({error}): train it again"
         ) from None
     inputs = raw_inputs(first, net.metadata.get("observed"), path)
     answer = net.shapes[net.outputs[0]]
@@ -160,9 +160,6 @@ def trained(net: Network, path: str) -> tuple[Recipe, Inputs]:
     if len(net.inputs) != 1 or len(net.outputs) != 1 or len(answer) != 2 or answer[-1] != wanted:
         raise FormatError(f"{path}: expected one answer [B, horizon, {wanted}], as the recipe says, found another")
     return recipe, inputs
-
-
-_VERSION = "0.2"
 
 
 def _series(name: str) -> str:

@@ -29,6 +29,9 @@ class Rule(NamedTuple):
         return texts.get(self.name, "the mean of four seasons of {}").format(self.season)
 
 
+NAIVE = Rule("naive", 1)
+
+
 @dataclass(frozen=True)
 class Category:
     """A column of text, as the network takes it: one channel a label; a label that training didn't see has none.
@@ -72,7 +75,7 @@ class Recipe:
     horizon: int
     window: int
     seasons: tuple[int, ...] = ()
-    rule: Rule = Rule("naive", 1)
+    rule: Rule = NAIVE
     scale: str = "spread"
     floors: tuple[float, ...] = ()
     inputs: tuple[str, ...] = ()
@@ -124,7 +127,7 @@ class Recipe:
     def rules(self) -> tuple[Rule, ...]:
         """The rules whose forecasts the network sees."""
         seasonal = (Rule(name, season) for name in ("seasonal", "mean") for season in self.seasons)
-        return (Rule("naive", 1), *seasonal)
+        return (NAIVE, *seasonal)
 
     @property
     def reach(self) -> int:

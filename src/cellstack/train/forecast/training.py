@@ -38,6 +38,7 @@ MEASURED = 2048  # windows that scales are measured on
 TRIED = 10  # epochs in which a unit of the values is tried
 BETTER = 0.97  # of the usual unit's error that another's must stay below
 FEWEST = 50  # points by which a quantile is moved
+MEMBERS, MANY = 3, 3000  # networks; windows of which there is one network less
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Build:
         units: width of each layer, bottom first.
         cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
         dropout: share of values dropped out after each layer in training.
-        members: networks that are trained, each from a seed of its own, and averaged.
+        members: networks that are trained, each from a seed of its own, and averaged; `MEMBERS` where None, one less
+            of more windows than `MANY`.
 
     Raises:
         UsageError: no member.
@@ -57,10 +59,10 @@ class Build:
     units: tuple[int, ...] = (48,)
     cell: str = "lstm"
     dropout: float = 0.1
-    members: int = 3
+    members: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.members <= 99:
+        if self.members is not None and not 1 <= self.members <= 99:
             raise UsageError(f"expected members from 1 to 99, got {self.members}")
 
 
@@ -180,7 +182,10 @@ class _Fits:
     """The fits of a training, and what they did together."""
 
     def __init__(self, build: Build, settings: Settings, options: RunOptions, kept: Ints, held: Ints):
+        if build.members is None:
+            build = replace(build, members=MEMBERS - (len(kept) > MANY))
         self.build, self.settings, self.options, self.kept, self.held = build, settings, options, kept, held
+        self.count = build.members or 1
         self.whole, self.rank = Fit(), 0
         self.measured: dict[str, Inputs] = {}
 
@@ -210,7 +215,7 @@ class _Fits:
             build.dropout,
         )
         check_memory(Architecture(build.units, cell=build.cell), len(inputs.standardise[0]), len(scale))
-        settings = replace(settings, seed=settings.seed * build.members + member)
+        settings = replace(settings, seed=settings.seed * self.count + member)
         everything = np.concatenate([self.kept, self.held])
         training, validation = (self.kept, self.held) if until is None else (everything, self.held[:0])
         data = WindowData(windows, inputs, training, validation, settings.batch, settings.seed)
@@ -235,7 +240,7 @@ class _Fits:
         """Return the networks that are averaged, and what the validation part says of their outputs."""
         first: list[Forecaster] = []
         epochs: list[int] = []
-        for member in range(self.build.members):
+        for member in range(self.count):
             model, fit = self.fit(windows, member, self.settings, self.stage(f"{member + 1}", member == 0))
             self.join(fit, member)
             first.append(model)

@@ -21,6 +21,7 @@ instance normalization for accurate time-series forecasting against distribution
 from __future__ import annotations
 
 from copy import copy
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -262,9 +263,9 @@ def _extended(columns: NDArray[np.float32], starts: Ints, rows: int) -> NDArray[
 
 
 def _carried(values: Floats, starts: Ints, period: int) -> Floats:
-    """Return the latest value observed at each row or whole periods before it in its series, NaN where there is none."""
+    """Return the latest value observed at each row or whole periods before it in its series, else NaN."""
     out = np.full(len(values), np.nan)
-    for first, end in zip(starts[:-1], starts[1:], strict=True):
+    for first, end in pairwise(starts):
         at = latest(values[first:end], period)
         out[first:end] = np.where(at < 0, np.nan, values[first:end][at])
     return out
