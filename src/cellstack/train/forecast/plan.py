@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import calendar
 from cellstack.train.forecast.recipe import MOST_SEASONS, NAIVE, SCALES, Category, Recipe
 from cellstack.train.forecast.seasons import find
-from cellstack.train.table import Table, iso, listed
+from cellstack.train.table import Table, listed
 
 LONGEST_WINDOW, SHORTEST_WINDOW = 168, 16
 WITHOUT_SEASON = 12  # steps of the horizon where none is given and there is no season
@@ -162,10 +161,3 @@ def understood(table: Table, recipe: Recipe, asked: Request) -> list[str]:
         )
     said.append("; ".join(looked) or "inputs: none but the target")
     return [*table.understood(), *said]
-
-
-def tested_by(table: Table, origins: NDArray[np.int64]) -> str:
-    """Return from when on forecasts are measured, for a sentence."""
-    if table.times is None or not len(origins):
-        return ""
-    return f" from {iso(table.times[origins].min(), ' ')} on"
