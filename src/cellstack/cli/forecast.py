@@ -51,7 +51,7 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
         group.add_argument("--target", type=names, metavar="A,B", help="columns to forecast (the only one of numbers)"),
         group.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (one season)"),
         group.add_argument("--inputs", type=names, metavar="A,B", help="columns to look at (all others; '' for none)"),
-        group.add_argument("--known", type=names, metavar="A,B", help="columns that are known in advance: plans, prices"),
+        group.add_argument("--known", type=names, metavar="A,B", help="columns known in advance: plans, prices"),
         group.add_argument("--season", type=_numbers, metavar="N,N", help="steps in each season (found; 1 for none)"),
         group.add_argument("--window", type=int, metavar="N", help="steps to look back (two seasons, from 16 to 168)"),
         group.add_argument("--holidays", metavar="CC", help="look at a country's holidays: US, or DE-BY"),
@@ -59,7 +59,7 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
         group.add_argument("--quantiles", type=_levels, metavar="Q,Q", help="to forecast beside the median (0.1,0.9)"),
         group.add_argument("--members", type=int, metavar="N", help="networks that are averaged (3; of many rows 2)"),
         group.add_argument("--test-share", type=float, metavar="P", help=f"last rows to measure on ({TEST_SHARE})"),
-        group.add_argument("--forecasts", metavar="FILE", help="CSV that gets the test part's forecasts, and what came"),
+        group.add_argument("--forecasts", metavar="FILE", help="CSV to get the test part's forecasts, and what came"),
     ]
 
 
@@ -177,7 +177,7 @@ def rows(forecasts: predict.Forecasts, table: Table, actual: NDArray | None) -> 
         for k in range(recipe.horizon):
             row: list[Any] = [forecasts.ids[n]] if table.id else []
             if actual is not None:
-                row.append(int(origin) if table.times is None else iso(table.times[origin]))
+                row.append(int(origin) if table.times is None else iso(np.datetime64(table.times[origin])))
             row.append(k + 1 if times is None else iso(times[k]))
             for target in range(len(recipe.targets)):
                 if actual is not None:

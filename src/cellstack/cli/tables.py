@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from cellstack.train.checks import UsageError
 from cellstack.train.table import Table, read_table
 
 
@@ -30,6 +31,17 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--category", type=names, metavar="A,B", help="columns to take as names, not as numbers")
     group.add_argument("--decimal", choices=(".", ","), help="sign before decimals")
     group.add_argument("--encoding", metavar="E", help="of the text, such as latin-1 (utf-8)")
+
+
+def only_one(columns: tuple[str, ...] | None) -> str | None:
+    """Return the column that tells sequences apart, which is one.
+
+    Raises:
+        UsageError: several.
+    """
+    if columns is not None and len(columns) != 1:
+        raise UsageError(f"expected --id to name one column for sequences, got {', '.join(columns) or 'none'}")
+    return columns[0] if columns else None
 
 
 def table_from(args: argparse.Namespace, path: str, reading: Mapping[str, Any] | None = None) -> Table:
