@@ -17,12 +17,12 @@ from cellstack.formats.files import check_replaceable, replacing
 from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import predict
-from cellstack.train.forecast.plan import Request, plan, understood
+from cellstack.train.forecast.parts import parts
+from cellstack.train.forecast.plan import Request, defaults, plan, understood
 from cellstack.train.forecast.recipe import SCALES
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.table import Table, iso
 
-DEFAULTS = {"units": (48,), "lr": 2e-3, "dropout": 0.1, "batch": 64, "patience": 10}
 UNUSED = ("init", "task", "bidirectional", "pooling", "every_step", "noise", "offset")
 TEST_SHARE, QUANTILES = 0.2, (0.1, 0.9)
 
@@ -69,11 +69,12 @@ class Job:
 
     table: Table
     request: Request
-    members: int | None
+    members: int
     share: float
     forecasts: str | None
     understood: list[str]
     described: dict[str, Any]
+    defaults: dict[str, Any]
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on it, and write the forecasts of the test part where that is asked for."""
@@ -118,9 +119,13 @@ def read(args: argparse.Namespace) -> Job:
         quantiles=args.quantiles or QUANTILES,
     )
     recipe = plan(table, request, share + args.validation)
+    cut = parts(table, recipe, args.validation, share)
     said = understood(table, recipe, request)
     described = {"said": said, "rows": len(table), "series": len(table.ids), "recipe": recipe.to_json()}
-    return Job(table, request, args.members, share, args.forecasts, said, described | {"ignored": table.ignored})
+    described |= {"ignored": table.ignored, "origins": [len(cut.training), len(cut.validation), len(cut.test)]}
+    usual = defaults(len(cut.training))
+    members = usual.pop("members") if args.members is None else args.members
+    return Job(table, request, members, share, args.forecasts, said, described, usual)
 
 
 def text_of(scores: dict[str, Any]) -> list[str]:
@@ -177,7 +182,7 @@ def rows(forecasts: predict.Forecasts, table: Table, actual: NDArray | None) -> 
         for k in range(recipe.horizon):
             row: list[Any] = [forecasts.ids[n]] if table.id else []
             if actual is not None:
-                row.append(int(origin) if table.times is None else iso(np.datetime64(table.times[origin])))
+                row.append(int(origin) if table.times is None else iso(table.times[origin]))
             row.append(k + 1 if times is None else iso(times[k]))
             for target in range(len(recipe.targets)):
                 if actual is not None:

@@ -57,7 +57,7 @@ def _forecast(args: argparse.Namespace, net: Network, path: str) -> int:
     for n, origin in enumerate(found.origins):
         one = {"series": found.ids[n]} if table.id else {}
         if table.times is not None and found.times is not None:
-            one |= {"origin": iso(np.datetime64(table.times[origin])), "dates": [iso(time) for time in found.times[n]]}
+            one |= {"origin": iso(table.times[origin]), "dates": [iso(time) for time in found.times[n]]}
         for k, target in enumerate(names):
             levels = {f"{level:g}": found.values[n, :, k, q] for q, level in enumerate(quantiles)}
             one |= {target: {"forecast": found.median[n, :, k], "quantiles": levels}}

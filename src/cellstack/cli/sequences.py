@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from cellstack.train.sequences import Sequences
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.targets import counted
 
-DEFAULTS: dict[str, Any] = {}
 UNUSED = ("date", "day_first", "date_format", "zone", "freq", "category", "decimal", "encoding")
 SHOWN = 12  # classes that are named one by one
 
@@ -44,6 +43,7 @@ class Job:
     class_weights: str | None
     understood: list[str]
     described: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on them."""

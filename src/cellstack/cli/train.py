@@ -3,7 +3,6 @@
 A kind is a module of its own, of which this one asks:
 
 - `add_arguments(train)`: adds its options to the parser and returns them; their default is None (False for a switch);
-- `DEFAULTS`: what it takes for `units`, `lr`, `pooling` and the like where nothing is said;
 - `UNUSED`: options of this module that do nothing for it;
 - `read(args)`: reads the data and returns a `Job`.
 """
@@ -32,16 +31,19 @@ KINDS: dict[str, ModuleType] = {"sequences": sequences, "forecasts": forecast}
 TASKS = {"classify": "sequences", "regress": "sequences", "forecast": "forecasts"}
 SUFFIXES = {".ts": "sequences", ".npz": "sequences", ".csv": "forecasts", ".tsv": "forecasts", ".parquet": "forecasts"}
 DEFAULTS = {"units": (48, 48), "lr": 5e-3, "pooling": "mean", "dropout": 0.3, "epochs": 60, "batch": 16, "patience": 20}
+DEFAULTS |= {"noise": 0.0, "offset": 0.0}
 
 
 class Job(Protocol):
     """Data that was read, and what is to be done with it.
 
-    `understood` is what was made of the data, a line each; `described` is the same in plain values, for --json.
+    `understood` is what was made of the data, a line each; `described` is the same in plain values, for --json;
+    `defaults` is what is taken for `units`, `lr`, `pooling` and the like where nothing is said.
     """
 
     understood: list[str]
     described: dict[str, Any]
+    defaults: dict[str, Any]
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train; return a `Result`."""
@@ -94,10 +96,8 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     how.add_argument("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (%(default)s)")
     how.add_argument("--patience", type=int, metavar="N", help="epochs without progress (20; forecasts 10); 0: any")
     how.add_argument("--validation", type=float, default=0.15, metavar="P", help="share to validate on (%(default)s)")
-    how.add_argument(
-        "--noise", type=float, default=0.0, metavar="X", help="noise on inputs, in their scales (%(default)s)"
-    )
-    how.add_argument("--offset", type=float, default=0.0, metavar="X", help="noise, one draw a sequence (%(default)s)")
+    how.add_argument("--noise", type=float, metavar="X", help="noise on inputs, in their scales (0)")
+    how.add_argument("--offset", type=float, metavar="X", help="noise, one draw a sequence (0)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="fixes every draw (%(default)s)")
     how.add_argument("--checkpoint", metavar="FILE", help="written after each epoch and on Ctrl-C")
     how.add_argument(
@@ -131,7 +131,6 @@ def train(args: argparse.Namespace) -> int:
         return 0
     needs_torch(args)
     output = _checked_output(args)
-    settings, architecture = _settings(args, module), _architecture(args, module)
     folder = _inspect_folder(output, args.resume) if args.inspect else None
     options = RunOptions(
         args.validation,
@@ -147,6 +146,7 @@ def train(args: argparse.Namespace) -> int:
     )
     own = Own(init=None if args.init is None else found(args.init))
     job = module.read(args)
+    settings, architecture = _settings(args, job), _architecture(args, job)
     first = int(os.environ.get("RANK", "0")) == 0  # of several processes
     if first and not args.json:
         print("\n".join(job.understood), flush=True)
@@ -184,7 +184,7 @@ def kind_of(args: argparse.Namespace) -> str:
 
 def _check_used(args: argparse.Namespace, name: str) -> None:
     """Raise `UsageError` where an option is given that does nothing for this kind of data."""
-    given = {dest for dest, value in vars(args).items() if value is not None and value is not False}
+    given = {dest for dest, value in vars(args).items() if value not in (None, False)}
     unused = [(dest, "") for dest in KINDS[name].UNUSED]
     unused += [(action.dest, kind) for kind, actions in args.owned.items() if kind != name for action in actions]
     for dest, kind in unused:
@@ -213,19 +213,19 @@ def _checked_output(args: argparse.Namespace) -> Path:
     return output
 
 
-def _chosen(args: argparse.Namespace, module: ModuleType, names: Iterable[str]) -> dict[str, Any]:
+def _chosen(args: argparse.Namespace, job: Job, names: Iterable[str]) -> dict[str, Any]:
     """Return options as they are given, as the kind of data has them, or as all have."""
-    defaults = {**DEFAULTS, **module.DEFAULTS}
+    defaults = {**DEFAULTS, **job.defaults}
     return {name: value if (value := getattr(args, name)) is not None else defaults[name] for name in names}
 
 
-def _settings(args: argparse.Namespace, module: ModuleType) -> Settings:
-    chosen = _chosen(args, module, ("epochs", "batch", "lr", "patience"))
-    return Settings(**chosen, clip=args.clip, noise=args.noise, offset=args.offset, seed=args.seed)
+def _settings(args: argparse.Namespace, job: Job) -> Settings:
+    chosen = _chosen(args, job, ("epochs", "batch", "lr", "patience", "noise", "offset"))
+    return Settings(**chosen, clip=args.clip, seed=args.seed)
 
 
-def _architecture(args: argparse.Namespace, module: ModuleType) -> Architecture:
-    chosen = _chosen(args, module, ("units", "dropout", "pooling"))
+def _architecture(args: argparse.Namespace, job: Job) -> Architecture:
+    chosen = _chosen(args, job, ("units", "dropout", "pooling"))
     return Architecture(**chosen, bidirectional=args.bidirectional, every_step=args.every_step, cell=args.cell)
 
 

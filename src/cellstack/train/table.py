@@ -152,8 +152,8 @@ class Table:
         return sentences
 
 
-def iso(time: np.datetime64) -> str:
-    """Return a time in ISO form, the day alone at midnight."""
+def iso(time: Any) -> str:
+    """Return a datetime64 in ISO form, the day alone at midnight."""
     return str(time.astype("datetime64[us]").item().isoformat()).removesuffix("T00:00:00")
 
 

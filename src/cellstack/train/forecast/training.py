@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from cellstack.network import Network
 from cellstack.train.checks import UsageError
@@ -38,7 +39,6 @@ MEASURED = 2048  # windows that scales are measured on
 TRIED = 10  # epochs in which a unit of the values is tried
 BETTER = 0.97  # of the usual unit's error that another's must stay below
 FEWEST = 50  # points by which a quantile is moved
-MEMBERS, MANY = 3, 3000  # networks; windows of which there is one network less
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Build:
         units: width of each layer, bottom first.
         cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
         dropout: share of values dropped out after each layer in training.
-        members: networks that are trained, each from a seed of its own, and averaged; `MEMBERS` where None, one less
-            of more windows than `MANY`.
+        members: networks that are trained, each from a seed of its own, and averaged.
 
     Raises:
         UsageError: no member.
@@ -59,10 +58,10 @@ class Build:
     units: tuple[int, ...] = (48,)
     cell: str = "lstm"
     dropout: float = 0.1
-    members: int | None = None
+    members: int = 3
 
     def __post_init__(self) -> None:
-        if self.members is not None and not 1 <= self.members <= 99:
+        if not 1 <= self.members <= 99:
             raise UsageError(f"expected members from 1 to 99, got {self.members}")
 
 
@@ -134,7 +133,7 @@ def train_forecast(
     if len(cut.test) and fits.rank == 0:
         found = measured(network, table, recipe, fits.inputs(windows), cut, typical, rivals)
         scores = found.scores
-    result = Result(network, members, fits.whole, scores, fits.rank, len(held))
+    result = Result(network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(held))
     return Trained(result, recipe, found)
 
 
@@ -182,10 +181,7 @@ class _Fits:
     """The fits of a training, and what they did together."""
 
     def __init__(self, build: Build, settings: Settings, options: RunOptions, kept: Ints, held: Ints):
-        if build.members is None:
-            build = replace(build, members=MEMBERS - (len(kept) > MANY))
         self.build, self.settings, self.options, self.kept, self.held = build, settings, options, kept, held
-        self.count = build.members or 1
         self.whole, self.rank = Fit(), 0
         self.measured: dict[str, Inputs] = {}
 
@@ -215,7 +211,7 @@ class _Fits:
             build.dropout,
         )
         check_memory(Architecture(build.units, cell=build.cell), len(inputs.standardise[0]), len(scale))
-        settings = replace(settings, seed=settings.seed * self.count + member)
+        settings = replace(settings, seed=settings.seed * self.build.members + member)
         everything = np.concatenate([self.kept, self.held])
         training, validation = (self.kept, self.held) if until is None else (everything, self.held[:0])
         data = WindowData(windows, inputs, training, validation, settings.batch, settings.seed)
@@ -240,7 +236,7 @@ class _Fits:
         """Return the networks that are averaged, and what the validation part says of their outputs."""
         first: list[Forecaster] = []
         epochs: list[int] = []
-        for member in range(self.count):
+        for member in range(self.build.members):
             model, fit = self.fit(windows, member, self.settings, self.stage(f"{member + 1}", member == 0))
             self.join(fit, member)
             first.append(model)
