@@ -105,9 +105,9 @@ class Source:
     @cached_property
     def _texts(self) -> Frame:
         with open(self.path, encoding=self.encoding, newline="") as file:
-            next(_rows(self.path, file, self.separator))
+            _header(_rows(self.path, file, self.separator))
             texts = _body(file, self.separator, list(self.frame.columns), str, ())
-        return texts.iloc[: len(self.frame)].apply(lambda cells: cells.str.strip())
+        return texts.apply(lambda cells: cells.str.strip())
 
 
 def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...] = ()) -> Source:
@@ -229,8 +229,8 @@ def _of_lines(path: Path, encoding: str, texts: tuple[str, ...], notes: list[str
     separator = _separator(path, encoding)
     with open(path, encoding=encoding, newline="") as file:
         rows = _rows(path, file, separator)
-        names = [name.strip() for name in next(rows, (1, []))[1]]
-        names, index = _names(path, names)
+        line, names = _header(rows)
+        names, index = _names(path, line, names)
         lines = []
         for line, cells in rows:
             if len(cells) != len(names):
@@ -240,7 +240,7 @@ def _of_lines(path: Path, encoding: str, texts: tuple[str, ...], notes: list[str
                     raise FormatError(f"{path}: line {line}: expected {len(names)} cells, found {len(cells)}")
             lines.append(line)
     with open(path, encoding=encoding, newline="") as file:
-        next(_rows(path, file, separator))
+        _header(_rows(path, file, separator))
         frame = _body(file, separator, names, dict.fromkeys(texts, str), MISSING)
     if len(frame) != len(lines):
         raise FormatError(f"{path}: expected {len(lines)} rows, as lines and quotation marks say, found {len(frame)}")
@@ -271,6 +271,11 @@ def _rows(path: str | Path, file: IO[str], separator: str) -> Iterator[tuple[int
             yield reader.line_num, row
     except csv.Error as error:
         raise FormatError(f"{path}: line {reader.line_num}: {error}") from None
+
+
+def _header(rows: Iterator[tuple[int, list[str]]]) -> tuple[int, list[str]]:
+    """Return the first row that isn't blank, and its line."""
+    return next(((line, [cell.strip() for cell in cells]) for line, cells in rows if any(cells)), (1, []))
 
 
 def _body(file: IO[str], separator: str, names: list[str], dtype: Any, missing: tuple[str, ...]) -> Frame:
@@ -315,21 +320,21 @@ def _separator(path: Path, encoding: str) -> str:
     return best
 
 
-def _names(path: Path, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+def _names(path: Path, line: int, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """Return the columns' names, checked, and the one that is the index that pandas wrote under no name."""
     counted = [str(n) for n in range(len(names) - 1)]
     numbers = [name for name in names if _is_number(name)]
     if not names or not any(names) or (numbers and names[1:] != counted):
-        raise FormatError(f"{path}: line 1: expected the columns' names, found {','.join(names)[:60]!r}")
+        raise FormatError(f"{path}: line {line}: expected the columns' names, found {','.join(names)[:60]!r}")
     index = ()
     if not names[0]:
         names = ["index" if "index" not in names else "index_0", *names[1:]]
         index = (names[0],)
     if "" in names:
         raise FormatError(
-            f"{path}: line 1: expected a name for each column, found none for column {names.index('') + 1}"
+            f"{path}: line {line}: expected a name for each column, found none for column {names.index('') + 1}"
         )
-    _check_names(path, names, "line 1: ")
+    _check_names(path, names, f"line {line}: ")
     return names, index
 
 
