@@ -66,6 +66,15 @@ def test_other_encodings_are_named(tmp_path, text, encoding, message):
         read_table(write(tmp_path, text, encoding))
 
 
+def test_a_comma_in_a_name_and_lines_above_the_names(tmp_path):
+    table = read_table(write(tmp_path, "time;y, in m\n" + rows(["1,5", "2,5"], ";")))
+    assert table.columns["y, in m"].tolist() == [1.5, 2.5]
+    with pytest.raises(FormatError, match="line 2: expected 1 cells, found 2: leave out lines above"):
+        read_table(write(tmp_path, "# from here\nt,y\n" + rows([1, 2])))
+    with pytest.raises(FormatError, match="found none in time y: cells stand between commas"):
+        read_table(write(tmp_path, "time y\n" + rows([1, 2], " ")))
+
+
 def test_a_spreadsheet_or_a_folder_is_no_table(tmp_path):
     with pytest.raises(FormatError, match="expected text, found a zip or Excel file: save it as CSV"):
         read_table(write(tmp_path, b"PK\x03\x04rest"))
@@ -189,6 +198,14 @@ def test_truth_values_and_names(tmp_path):
 # ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_numbers_as_text_in_a_frame():
+    table = read_table(pd.DataFrame({"t": days(3), "y": ["1,5", "2,25", None], "z": ["7", "8", "9"]}))
+    np.testing.assert_array_equal(table.columns["y"], [1.5, 2.25, np.nan])
+    np.testing.assert_array_equal(table.columns["z"], [7, 8, 9])
+    with pytest.raises(FormatError, match=r"a data frame: row 1: expected finite numbers in column 'y', found '-inf'"):
+        read_table(pd.DataFrame({"t": days(3), "y": [1.0, -np.inf, 2.0]}))
+
+
 def test_frames_of_pandas_and_polars_and_parquet(tmp_path):
     frame = pd.DataFrame({"time": days(6), "y": [1.5, 2, None, 4, 5, 6], "kind": pd.Categorical(list("abbaba"))})
     frame.to_parquet(tmp_path / "a.parquet")
@@ -296,8 +313,10 @@ def test_times_that_stand_twice(tmp_path):
     table = read_table(write(tmp_path, "t,y\n" + same))
     assert table.columns["y"].tolist() == [1, 2, 3]
     assert "2 rows that repeat another in every cell left out" in table.notes
-    with pytest.raises(FormatError, match=r"line 6: .* again, as in line 3: keep one, or their mean"):
+    with pytest.raises(FormatError, match=r"line 6: .* again, as in line 3: .*keep one, or their mean"):
         read_table(write(tmp_path, "t,y\n" + same.replace("02,2\n", "02,9\n", 1)))
+    with pytest.raises(FormatError, match="name what tells series apart by --id, or a column of hours by --date t,"):
+        read_table(pd.DataFrame({"t": [*days(9), *days(9)], "y": range(18)}))
     with pytest.raises(FormatError, match=r"line 7: expected a number in column 'y', found 'x'"):  # lines stay right
         read_table(write(tmp_path, "t,y\n" + same + "2023-01-04,x\n2023-01-05,2\n"))
 

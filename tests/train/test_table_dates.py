@@ -141,6 +141,23 @@ def test_a_column_named_as_dates_that_holds_none(tmp_path):
     assert table.ignored == {"date": "text, 3 different values in 3 rows"}
 
 
+def test_names_that_hold_a_date_s_name_within(tmp_path):
+    table = read_table(series(tmp_path, [5, 1, 7, 2], "updates,y"))
+    assert (table.date, list(table.columns)) == (None, ["updates", "y"])
+    with pytest.raises(FormatError, match="expected dates such as 2020-01-31 in column InvoiceDate, found 'soon'"):
+        read_table(series(tmp_path, ["soon", "x", "soon", "x"], "InvoiceDate,y"))
+
+
+def test_a_form_that_the_dates_don_t_have(tmp_path):
+    file = series(tmp_path, [f"{time:%Y-%m-%d}" for time in DAYS])
+    with pytest.raises(FormatError, match="a date such as 31/01/2020 in column time, found '2023-01-01'"):
+        read_table(file, date_format="%d/%m/%Y")
+    with pytest.raises(UsageError, match=r"expected a form of dates such as .*, got '%J'"):
+        read_table(file, date_format="%J")
+    whole = read_table(series(tmp_path, [f"{time:%j %Y}" for time in DAYS]), date_format="%j %Y", date="time")
+    np.testing.assert_array_equal(whole.times, DAYS.to_numpy())
+
+
 def test_any_column_can_be_named(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("a,b,y\n2020-01-01,2021-01-01,1\n2020-01-02,2021-01-08,2\n2020-01-03,2021-01-15,3\n")
@@ -194,6 +211,15 @@ def test_offsets(tmp_path):
         read_table(series(tmp_path, [f"{time:%Y-%m-%dT%H:%M:%S}Z" for time in HOURS]), zone="Europe/Nowhere")
 
 
+@pytest.mark.parametrize("ends", [("", "Z"), ("+01:00", "")])
+def test_an_offset_with_some_dates_only(tmp_path, ends):
+    times = [f"{time:%Y-%m-%d %H:%M:%S}{ends[n > 20]}" for n, time in enumerate(HOURS)]
+    with pytest.raises(FormatError, match="line 23: expected a time zone with all dates of column time or with none"):
+        read_table(series(tmp_path, times))
+    table = read_table(series(tmp_path, [time.replace(" 00:00:00", "") for time in map(str, HOURS)]))
+    np.testing.assert_array_equal(table.times, HOURS.to_numpy())  # days beside times of day, none with an offset
+
+
 def test_days_of_local_time_whose_offset_changes(tmp_path):
     days = pd.date_range("2022-01-01", periods=400, freq="D", tz="Europe/Berlin")
     file = series(tmp_path, [day.isoformat() for day in days])
@@ -232,6 +258,13 @@ def test_a_clock_change_is_told_by_the_hours_themselves(tmp_path, zone, told, tw
     assert twice[:10] in said
     asked = read_table(series(tmp_path, times[::order]), zone=zone)
     np.testing.assert_array_equal(asked.times, times.to_numpy())
+
+
+def test_an_hour_in_its_own_column_over_a_clock_change(tmp_path):
+    times = local("Europe/Berlin")
+    table = read_table(series(tmp_path, times.strftime("%Y-%m-%d,%-H"), "day,hour,y"))
+    np.testing.assert_array_equal(table.times, times.to_numpy())
+    assert (table.date, table.zone) == ("day,hour", "Europe/Berlin")
 
 
 def test_hours_that_go_on_over_a_clock_change(tmp_path):

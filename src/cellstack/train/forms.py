@@ -42,7 +42,7 @@ CLOCK = re.compile(
     r"(?P<day>.*?\d)(?P<between>T|,? +)(?P<clock>\d{1,2}(?P<minutes>:\d\d)?(?P<seconds>:\d\d)?(?P<part>\.\d+)?"
     r"(?P<half> ?[AaPp][Mm])?)(?P<zone> ?(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?))?"
 )
-OFFSET = r"(?:\d|[AaPp][Mm]) ?(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
+OFFSET = r"(?:[T ]\d{1,2}(?::?\d\d)*(?:\.\d+)?|[AaPp][Mm]) ?(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
 WIDTHS = {  # strptime takes fewer digits
     "%Y": 4,
     "%Y%m": 6,

@@ -231,7 +231,7 @@ def read_table(
     others = [name for name in given.frame if name not in used or name in categories]
     ignored = {name: "row numbers" for name in others if _row_numbers(given, name)}
     others = [name for name in others if name not in ignored]
-    decimal = decimal_sign(given, others, decimal)
+    asked, decimal = decimal, decimal_sign(given, others, decimal)
     columns, labels = {}, {}
     rows = int(placed.starts[-1])
     for name in others:
@@ -248,8 +248,9 @@ def read_table(
             columns[name] = np.full(rows, np.nan)
             columns[name][placed.place] = value
     if not columns:
-        raise FormatError(f"{given.path}: expected a column of numbers, found none in {', '.join(given.frame)}")
-    if decimal == "," and given.lines is not None:
+        hint = ": cells stand between commas, semicolons, tabs or |" if given.frame.shape[1] == 1 else ""
+        raise FormatError(f"{given.path}: expected a column of numbers, found none in {', '.join(given.frame)}{hint}")
+    if decimal == ",":
         given.notes.append("decimal commas")
     reading = {
         "date": date or "",
@@ -257,7 +258,7 @@ def read_table(
         "zone": placed.zone,
         "ids": list(ids),
         "freq": None if placed.spacing is None else placed.spacing.alias,
-        "decimal": decimal,
+        "decimal": "," if decimal == "," else asked,
         "encoding": encoding,
         "categories": list(labels),
     }
