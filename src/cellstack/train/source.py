@@ -290,7 +290,11 @@ def _body(file: IO[str], separator: str, width: int, **how: Any) -> Frame:
 
 
 def _separator(path: Path, encoding: str) -> str:
-    """Return the sign that cuts most of the first lines into equally many cells, at least two; a comma where none."""
+    """Return the sign that cuts most of the first lines into equally many cells, at least two; a comma where none.
+
+    Raises:
+        FormatError: blanks seem to be between the cells.
+    """
     with open(path, encoding=encoding, newline="") as file:
         lines = [line for _, line in zip(range(100), file, strict=False) if line.strip()]
     best, cells = ",", 1
@@ -302,6 +306,11 @@ def _separator(path: Path, encoding: str) -> str:
         agree = widths.count(widths[0]) / len(widths) if widths else 0.0
         if widths and widths[0] > cells and (agree > 0.8 or separator == ","):
             best, cells = separator, widths[0]
+    if cells == 1 and len(lines) > 1 and all(len(line.split()) > 1 for line in lines):
+        raise FormatError(
+            f"{path}: expected commas, semicolons, tabs or | between cells, found blanks in {lines[0].strip()[:60]!r}: "
+            f"in pandas, pd.read_csv(file, sep=r'\\s+') reads such a file"
+        )
     return best
 
 

@@ -248,8 +248,7 @@ def read_table(
             columns[name] = np.full(rows, np.nan)
             columns[name][placed.place] = value
     if not columns:
-        hint = ": cells stand between commas, semicolons, tabs or |" if given.frame.shape[1] == 1 else ""
-        raise FormatError(f"{given.path}: expected a column of numbers, found none in {', '.join(given.frame)}{hint}")
+        raise FormatError(f"{given.path}: expected a column of numbers, found none in {', '.join(given.frame)}")
     if decimal == ",":
         given.notes.append("decimal commas")
     reading = {
