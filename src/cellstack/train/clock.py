@@ -20,7 +20,16 @@ RULES = (
 def zoned(
     given: Source, found: Dates, codes: NDArray[np.int64], zone: str | None
 ) -> tuple[NDArray[np.datetime64] | None, str | None]:
-    """Return the times in UTC, None where no zone is known, and the wall clock's zone; say what was assumed."""
+    """Return the times in UTC, None where no zone is known, and the wall clock's zone; say what was assumed.
+
+    Raises:
+        UsageError: there is no such zone.
+    """
+    if zone is not None:
+        try:
+            _twice(found.times.iloc[:1], zone)
+        except (KeyError, ValueError, ModuleNotFoundError):
+            raise UsageError(f"expected a time zone's name such as Europe/Berlin, got {zone!r}") from None
     if found.offsets:
         if zone is None and found.zone is None:
             same = len(found.offsets) == 1
@@ -87,12 +96,10 @@ def to_utc(source: Source, times: Series, codes: NDArray[np.int64], zone: str) -
 
     Raises:
         FormatError: a time that the zone's clock doesn't show; the message names the change.
-        UsageError: there is no such zone.
     """
-    try:
-        twice = _twice(times, zone)
-    except (KeyError, ValueError, ModuleNotFoundError):
-        raise UsageError(f"expected a time zone's name such as Europe/Berlin, got {zone!r}") from None
+    import pandas as pd
+
+    twice = _twice(times, zone)
     before = _before(times, codes)
     utc = times.dt.tz_localize(zone, ambiguous=before, nonexistent="NaT")
     gone = utc.isna().to_numpy()
@@ -107,7 +114,7 @@ def to_utc(source: Source, times: Series, codes: NDArray[np.int64], zone: str) -
     if len(changes):
         days = ", ".join(map(str, changes[:3])) + (" …" if len(changes) > 3 else "")
         said = f"of the hour that stands twice ({days}), the earlier rows are those before the clock is put back"
-        single = int((~times[twice].duplicated(keep=False)).sum())
+        single = int((~pd.DataFrame({"c": codes[twice], "t": times[twice]}).duplicated(keep=False)).sum())
         said += f"; {single} rows of it that stand once are taken as these" if single else ""
     return utc.dt.tz_convert("UTC").dt.tz_localize(None), said
 

@@ -55,7 +55,7 @@ def decimal_sign(source: Source, names: Sequence[str], asked: str | None) -> str
     either = pointed = comma = None
     for name in names:
         cells = source.frame[name].dropna()
-        if source.lines is None or not _is_text(cells):
+        if not _is_text(cells):
             continue
         if (
             not cells.iloc[:100].str.fullmatch(rf"{POINT}|{COMMA}").all()

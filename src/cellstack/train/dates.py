@@ -23,9 +23,9 @@ from cellstack.train.source import Frame, Series, Source
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNIX = (datetime(1971, 1, 1).timestamp(), datetime(2100, 1, 1).timestamp())
 EXCEL = "1899-12-30"  # day 0 of its serial numbers, the leap day that 1900 didn't have among them
-NAMED = re.compile(r"(?:^|.*[_\W])(?:date|datetime|timestamp|ds)(?:$|[_\W].*)|.*[a-z]Date", re.IGNORECASE)
+NAMED = re.compile(r"(?:^|.*[_\W])(?:date|datetime|timestamp|ds)(?:$|[_\W].*)|.*[a-z](?-i:Date)$", re.IGNORECASE)
 MAY_BE_NAMED = re.compile(
-    r"(?:^|.*[_\W])(?:time|year|month|week|quarter|period|day|when|index|unix|epoch|ts|utc)(?:$|[_\W].*)", re.IGNORECASE
+    r"(?:^|.*[_\W])(?:time|year|month|week|quarter|period|day|unix|epoch|ts)(?:$|[_\W].*)", re.IGNORECASE
 )
 HOURS = re.compile(r"(?:^|.*[_\W])(?:hour|hr|h|time|hour_of_day)(?:$|[_\W].*)", re.IGNORECASE)
 TIME_OF_DAY = r"\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?(?: ?[AaPp][Mm])?"
@@ -83,7 +83,7 @@ def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | 
     ]
     like = [name for name in names if name not in (*numbers, *typed) and _look_like(frame[name])]
     parts = _parts(names)
-    counted = [name for name in numbers if _numbers_like(frame[name], name)]
+    counted = [name for name in numbers if _numbers_like(frame[name], named=_named(name) or name in source.index)]
     for some in (sorted(typed, key=lambda name: name not in source.index), like, [parts] if parts else [], counted):
         if some:
             found = some[0] if some[0] == parts else _best(frame, some)
@@ -141,8 +141,8 @@ def _clock_beside(frame: Frame, date: str, names: list[str], codes: NDArray[np.i
             hours = bool(HOURS.match(name)) and bool(cells.between(0, 23).all())
         else:
             hours = isinstance(cells.iloc[0], str) and bool(cells.str.fullmatch(TIME_OF_DAY).all())
-        if hours and not pd.DataFrame({"c": codes, "d": frame[date], "h": cells}).duplicated().any():
-            return name
+        if hours and pd.DataFrame({"c": codes, "d": frame[date], "h": cells}).duplicated().mean() < 0.01:
+            return name  # but for an hour that stands twice as the clock is put back
     return None
 
 
@@ -158,13 +158,17 @@ def _look_like(cells: Series) -> bool:
     return len(some) > 0 and 2 * sum(bool(forms(cell)) for cell in some) >= len(some)
 
 
-def _numbers_like(cells: Series, name: str) -> bool:
-    """Return whether whole numbers are dates: by the column's name, by 8 digits, or by even steps of Unix time."""
+def _named(name: str) -> bool:
+    return bool(NAMED.match(name) or MAY_BE_NAMED.match(name))
+
+
+def _numbers_like(cells: Series, named: bool) -> bool:
+    """Return whether whole numbers are dates: by the column's name, by their digits, or by even steps of Unix time."""
     values = cells.dropna().to_numpy(np.float64)
     if not len(values) or not np.isfinite(values).all() or (values % 1 != 0).any():
         return False
     unit = _unix_unit(values)
-    if NAMED.match(name) or MAY_BE_NAMED.match(name):
+    if named:
         return unit is not None or _look_like(cells.dropna().astype("int64"))
     if len(values) < len(cells):
         return False
@@ -225,7 +229,7 @@ def read(source: Source, name: str, codes: NDArray[np.int64], day_first: bool | 
         if pd.api.types.is_numeric_dtype(cells.dtype) and not pd.api.types.is_bool_dtype(cells.dtype):
             if dates := _of_numbers(source, cells, name, form):
                 return dates
-            cells = source.text(name)
+            cells = cells.astype(str) if cells.dtype.kind in "iu" else source.text(name)
         else:
             cells = cells.astype(str).where(cells.notna()) if source.lines is None else cells
     return _of_text(source, cells, name, names, codes, day_first, form)
@@ -317,19 +321,19 @@ def _of_text(
         row = int(np.argmax(bad))
         good = int(np.argmin(bad))
         found = source.quote(row, names[0]) if len(names) == 1 else repr(str(cells.iloc[row])[:40])
-        like = str(cells.iloc[good]) if not bad.all() else "2020-01-31"
+        like = str(cells.iloc[good]) if not bad.all() else f"{datetime(2020, 1, 31):{form or '%Y-%m-%d'}}"
         raise FormatError(f"{source.at(row)}: expected a date such as {like} in column {name}, found {found}")
     whole = {form: times for form, times in read.items() if not times.isna().any()}
     best, told = _chosen(source, cells, name, whole, numbers, codes)
     if len(whole) == 1 and day_first is None and form is None and says_day_first(best) is not None:
         told = f"{_order(best)} first, told by the dates"
-    offsets = (
-        tuple(unique.str.extract(OFFSET)[0].dropna().drop_duplicates()) if "%z" in best or best == "ISO8601" else ()
-    )
-    if offsets:
-        named = unique.str.extract(OFFSET)[0].notna().to_numpy()[numbers]
-        if not named.all():
-            row = int(np.argmin(named)) if named[0] else int(np.argmax(named))
+    offsets = ()
+    if "%z" in best or best.startswith("%Y-%m-%d"):  # pandas reads the latter with an offset and without
+        named = unique.str.extract(OFFSET)[0]
+        offsets = tuple(named.dropna().drop_duplicates())
+        some = named.notna().to_numpy()[numbers]
+        if some.any() and not some.all():
+            row = int(np.argmax(some != some[0]))
             raise FormatError(
                 f"{source.at(row)}: expected a time zone with all dates of column {name} or with none, "
                 f"found {cells.iloc[row]!r} after {cells.iloc[row - 1]!r}"

@@ -12,7 +12,18 @@ DAYS = (  # those of digits whose day or month may come first stand in pairs
     *("%Y%m%d%H", "%Y%m%d%H%M", "%Y%m%d%H%M%S", "%Y%m%d %H%M", "%Y%m%dT%H%M", "%Y%m%dT%H%M%S", "%Y%m%dT%H%M%S%z"),
     *("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%Y%m%d", "%Y-%m", "%Y/%m", "%Y%m", "%m/%Y", "%m.%Y", "%m-%Y", "%Y"),
     *(f"{a}{sign}{b}{sign}{year}" for sign in "./-" for year in ("%Y", "%y") for a, b in (("%d", "%m"), ("%m", "%d"))),
-    *("%d %b %Y", "%d-%b-%Y", "%d-%b-%y", "%d %B %Y", "%d. %B %Y", "%d/%b/%Y", "%b %d, %Y", "%B %d, %Y", "%b %d %Y"),
+    *(
+        "%d %b %Y",
+        "%d-%b-%Y",
+        "%d-%b-%y",
+        "%d %B %Y",
+        "%d. %B %Y",
+        "%d/%b/%Y",
+        "%b %d, %Y",
+        "%B %d, %Y",
+        "%b %d %Y",
+        "%B %d %Y",
+    ),
     *(
         "%b %Y",
         "%B %Y",
@@ -31,7 +42,7 @@ CLOCK = re.compile(
     r"(?P<day>.*?\d)(?P<between>T|,? +)(?P<clock>\d{1,2}(?P<minutes>:\d\d)?(?P<seconds>:\d\d)?(?P<part>\.\d+)?"
     r"(?P<half> ?[AaPp][Mm])?)(?P<zone> ?(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?))?"
 )
-OFFSET = r"(?:\d|[AaPp][Mm]) ?(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
+OFFSET = r"(?:[T ]\d{1,2}(?::?\d\d)*(?:\.\d+)?|[AaPp][Mm]) ?(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
 WIDTHS = {  # strptime takes fewer digits
     "%Y": 4,
     "%Y%m": 6,
@@ -65,8 +76,8 @@ def forms(cell: str) -> list[str]:
         hour = "%I" if found["half"] else "%H"
         clock = found["between"] + hour + (":%M" if found["minutes"] else "") + (":%S" if found["seconds"] else "")
         clock += (".%f" if found["part"] else "") + (" " * found["half"].count(" ") + "%p" if found["half"] else "")
-        zone = found["zone"]
-        clock += (" " if zone.startswith(" ") else "") + "%z" if zone else ""
+        if zone := found["zone"]:
+            clock += (" " if re.match(r" [+-]", zone) else "") + "%z"
     return [form + clock for form in _days(day)]
 
 
@@ -101,7 +112,9 @@ def parsed(cells: Series, form: str) -> Series:
     elif form == "week":
         parts = cells.str.extract(PATTERNS[form])
         cells, form = parts["y"] + "-" + parts["w"] + "-" + parts["d"].fillna("1"), "%G-%V-%u"
-    elif form.startswith("%Y-%m-%d"):  # with and without a time of day, with and without parts of a second
+    if "%z" in form:  # the names that stand for no offset
+        cells = cells.str.replace(r" ?(?:UTC|GMT|Z)$", "Z", regex=True)
+    if form.startswith("%Y-%m-%d"):  # with and without a time of day, with and without parts of a second
         cells = cells.where(cells.str.match(r"\d{4}-\d{1,2}-\d{1,2}(?:\D|$)"))
         form = "ISO8601"
     elif form in WIDTHS:

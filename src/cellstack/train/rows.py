@@ -217,6 +217,8 @@ def _untwinned(
         mend = f"say --id {apart}, if that tells the series apart"
     else:
         mend = f"keep one, or their mean, in pandas df.groupby({found.name!r}).mean()"
+        if 10 * twin.sum() > len(twin):
+            mend = f"name what tells series apart by --id, or a column of hours by --date {found.name},…; or {mend}"
         if zone is None and (like := near_a_change(pd.Series(times[[row]]))):
             mend = f"say --zone, if the clock is put back then, as in {like}; else {mend}"
     where = "in order of time" if codes.max() == 0 else "in each series"

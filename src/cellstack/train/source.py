@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -22,25 +21,8 @@ from cellstack.train.checks import UsageError
 Series: TypeAlias = Any
 Frame: TypeAlias = Any
 
-MISSING = (
-    "",
-    "?",
-    "NA",
-    "Na",
-    "na",
-    "N/A",
-    "n/a",
-    "#N/A",
-    "NaN",
-    "nan",
-    "NAN",
-    "-nan",
-    "NULL",
-    "Null",
-    "null",
-    "None",
-    "none",
-)
+WORDS = "? NA Na na N/A n/a #N/A NaN nan NAN -nan NULL Null null None none"
+MISSING = ("", *WORDS.split(" "))
 MARKS = (  # of an encoding, at the start of a file
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -48,7 +30,7 @@ MARKS = (  # of an encoding, at the start of a file
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "the sign |"}
+SEPARATORS = "\t|;,"  # of two that fit alike the first is taken: a comma stands in numbers and names too
 BINARY = {b"PK\x03\x04": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an old Excel file", b"\x1f\x8b": "a gzip file"}
 
 
@@ -65,6 +47,7 @@ class Source:
         notes: what was found out, a sentence each.
         separator, encoding: of a CSV file.
         places: of the rows among those of the source, where some were left out.
+        written: columns of a file as they are written, those that were asked for.
     """
 
     path: str
@@ -75,6 +58,7 @@ class Source:
     separator: str = ""
     encoding: str = ""
     places: NDArray[np.int64] | None = None
+    written: dict[str, Series] = field(default_factory=dict)
 
     def at(self, row: int) -> str:
         """Return the file and the line of a row, as messages begin."""
@@ -82,14 +66,14 @@ class Source:
 
     def quote(self, row: int, name: str) -> str:
         """Return a cell as it stands in the file, in quotation marks, shortened."""
-        value = self.frame[name].iloc[row] if self.lines is None else self._texts[name].iloc[self._place(row)]
+        value = self.frame[name].iloc[row] if self.lines is None else self._written(name).iloc[self._place(row)]
         return repr(str(value)[:40])
 
     def text(self, name: str) -> Series:
         """Return a column as text, as it stands in the file; NaN where missing."""
         if self.lines is None:
             return self.frame[name].astype(str).str.removesuffix(".0").where(self.frame[name].notna())
-        cells = self._texts[name]
+        cells = self._written(name)
         cells = cells if self.places is None else cells.iloc[self.places].reset_index(drop=True)
         return cells.where(~cells.isin(MISSING))
 
@@ -102,12 +86,15 @@ class Source:
     def _place(self, row: int) -> int:
         return row if self.places is None else int(self.places[row])
 
-    @cached_property
-    def _texts(self) -> Frame:
-        with open(self.path, encoding=self.encoding, newline="") as file:
-            next(_rows(self.path, file, self.separator))
-            texts = _body(file, self.separator, list(self.frame.columns), str, ())
-        return texts.iloc[: len(self.frame)].apply(lambda cells: cells.str.strip())
+    def _written(self, name: str) -> Series:
+        """Return a column of a file as it is written, of all its rows."""
+        if name not in self.written:
+            place = list(self.frame).index(name)
+            with open(self.path, encoding=self.encoding, newline="") as file:
+                _header(_rows(self.path, file, self.separator))
+                cells = _body(file, self.separator, self.frame.shape[1], dtype=str, usecols=[place])
+            self.written[name] = cells[place].str.strip()
+        return self.written[name]
 
 
 def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...] = ()) -> Source:
@@ -167,7 +154,7 @@ def _of_frame(path: str, frame: Frame) -> Source:
         raise FormatError(
             f"{path}: expected one name a column, found {found}: flatten them, df.columns = ['_'.join(c) for c in df]"
         )
-    notes, index = [], []
+    index = []
     if isinstance(frame.index, pd.MultiIndex) or frame.index.name is not None or not _counts(frame.index):
         names = [f"index{n or ''}" if name is None else str(name) for n, name in enumerate(frame.index.names)]
         twice = [name for name in names if name in map(str, frame.columns)]
@@ -177,7 +164,7 @@ def _of_frame(path: str, frame: Frame) -> Source:
         index = names
     frame = frame.rename(columns=str).reset_index(drop=True)
     _check_names(path, list(frame.columns))
-    return _checked(Source(path, frame, index=tuple(index), notes=notes))
+    return _checked(Source(path, frame, index=tuple(index)))
 
 
 def _counts(index: Any) -> bool:
@@ -229,19 +216,21 @@ def _of_lines(path: Path, encoding: str, texts: tuple[str, ...], notes: list[str
     separator = _separator(path, encoding)
     with open(path, encoding=encoding, newline="") as file:
         rows = _rows(path, file, separator)
-        names = [name.strip() for name in next(rows, (1, []))[1]]
-        names, index = _names(path, names)
+        line, names = _header(rows)
+        names, index = _names(path, line, names)
         lines = []
         for line, cells in rows:
             if len(cells) != len(names):
                 if not cells and len(names) > 1:
                     continue
                 if cells or len(names) > 1:
-                    raise FormatError(f"{path}: line {line}: expected {len(names)} cells, found {len(cells)}")
+                    mend = ": leave out lines above the columns' names" if len(names) == 1 else ""
+                    raise FormatError(f"{path}: line {line}: expected {len(names)} cells, found {len(cells)}{mend}")
             lines.append(line)
     with open(path, encoding=encoding, newline="") as file:
-        next(_rows(path, file, separator))
-        frame = _body(file, separator, names, dict.fromkeys(texts, str), MISSING)
+        _header(_rows(path, file, separator))
+        as_text = {names.index(name): str for name in texts if name in names}
+        frame = _body(file, separator, len(names), dtype=as_text, na_values=list(MISSING)).set_axis(names, axis=1)
     if len(frame) != len(lines):
         raise FormatError(f"{path}: expected {len(lines)} rows, as lines and quotation marks say, found {len(frame)}")
     for name in names:
@@ -273,34 +262,39 @@ def _rows(path: str | Path, file: IO[str], separator: str) -> Iterator[tuple[int
         raise FormatError(f"{path}: line {reader.line_num}: {error}") from None
 
 
-def _body(file: IO[str], separator: str, names: list[str], dtype: Any, missing: tuple[str, ...]) -> Frame:
+def _header(rows: Iterator[tuple[int, list[str]]]) -> tuple[int, list[str]]:
+    """Return the first row that isn't blank, and its line."""
+    return next(((line, [cell.strip() for cell in cells]) for line, cells in rows if any(cells)), (1, []))
+
+
+def _body(file: IO[str], separator: str, width: int, **how: Any) -> Frame:
+    """Return the rows that are left of a file, its columns by their places."""
     import pandas as pd
 
-    places = list(range(len(names)))
-    if isinstance(dtype, dict):
-        dtype = {names.index(name): kind for name, kind in dtype.items() if name in names}
     try:
-        frame = pd.read_csv(
+        return pd.read_csv(
             file,
             sep=separator,
             header=None,
-            names=places,
+            names=list(range(width)),
             index_col=False,
-            dtype=dtype,
             keep_default_na=False,
-            na_values=list(missing),
             skipinitialspace=True,
-            skip_blank_lines=len(names) > 1,
+            skip_blank_lines=width > 1,
             float_precision="round_trip",
             low_memory=False,
+            **how,
         )
     except pd.errors.EmptyDataError:
-        frame = pd.DataFrame({place: np.empty(0) for place in places})
-    return frame.set_axis(names, axis=1)
+        return pd.DataFrame({place: np.empty(0) for place in range(width)})
 
 
 def _separator(path: Path, encoding: str) -> str:
-    """Return the sign that cuts most of the first lines into equally many cells, at least two; a comma where none."""
+    """Return the sign that cuts most of the first lines into equally many cells, at least two; a comma where none.
+
+    Raises:
+        FormatError: blanks seem to be between the cells.
+    """
     with open(path, encoding=encoding, newline="") as file:
         lines = [line for _, line in zip(range(100), file, strict=False) if line.strip()]
     best, cells = ",", 1
@@ -310,26 +304,31 @@ def _separator(path: Path, encoding: str) -> str:
         except csv.Error:
             continue
         agree = widths.count(widths[0]) / len(widths) if widths else 0.0
-        if widths and widths[0] > cells and (agree > 0.8 or cells == 1):
+        if widths and widths[0] > cells and (agree > 0.8 or separator == ","):
             best, cells = separator, widths[0]
+    if cells == 1 and len(lines) > 1 and all(len(line.split()) > 1 for line in lines):
+        raise FormatError(
+            f"{path}: expected commas, semicolons, tabs or | between cells, found blanks in {lines[0].strip()[:60]!r}: "
+            f"in pandas, pd.read_csv(file, sep=r'\\s+') reads such a file"
+        )
     return best
 
 
-def _names(path: Path, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+def _names(path: Path, line: int, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """Return the columns' names, checked, and the one that is the index that pandas wrote under no name."""
     counted = [str(n) for n in range(len(names) - 1)]
     numbers = [name for name in names if _is_number(name)]
     if not names or not any(names) or (numbers and names[1:] != counted):
-        raise FormatError(f"{path}: line 1: expected the columns' names, found {','.join(names)[:60]!r}")
+        raise FormatError(f"{path}: line {line}: expected the columns' names, found {','.join(names)[:60]!r}")
     index = ()
     if not names[0]:
         names = ["index" if "index" not in names else "index_0", *names[1:]]
         index = (names[0],)
     if "" in names:
         raise FormatError(
-            f"{path}: line 1: expected a name for each column, found none for column {names.index('') + 1}"
+            f"{path}: line {line}: expected a name for each column, found none for column {names.index('') + 1}"
         )
-    _check_names(path, names, "line 1: ")
+    _check_names(path, names, f"line {line}: ")
     return names, index
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from cellstack.train.clock import utc_of, wall_clock
 from cellstack.train.columns import Category, convert, decimal_sign
 from cellstack.train.grid import Spacing
 from cellstack.train.rows import Filled, by_dates, in_order, series_of
-from cellstack.train.source import Series, read_source
+from cellstack.train.source import Source, read_source
 
 __all__ = ["Category", "Filled", "Spacing", "Table", "read_table"]
 
@@ -228,9 +229,9 @@ def read_table(
         placed = in_order(codes, len(names))
     used = {*ids, *(() if not date else [date] if date in given.frame else [part.strip() for part in date.split(",")])}
     others = [name for name in given.frame if name not in used or name in categories]
-    ignored = {name: "row numbers" for name in others if name in given.index and _row_numbers(given.frame[name])}
+    ignored = {name: "row numbers" for name in others if _row_numbers(given, name)}
     others = [name for name in others if name not in ignored]
-    decimal = decimal_sign(given, others, decimal)
+    asked, decimal = decimal, decimal_sign(given, others, decimal)
     columns, labels = {}, {}
     rows = int(placed.starts[-1])
     for name in others:
@@ -248,7 +249,7 @@ def read_table(
             columns[name][placed.place] = value
     if not columns:
         raise FormatError(f"{given.path}: expected a column of numbers, found none in {', '.join(given.frame)}")
-    if decimal == "," and given.lines is not None:
+    if decimal == ",":
         given.notes.append("decimal commas")
     reading = {
         "date": date or "",
@@ -256,7 +257,7 @@ def read_table(
         "zone": placed.zone,
         "ids": list(ids),
         "freq": None if placed.spacing is None else placed.spacing.alias,
-        "decimal": decimal,
+        "decimal": "," if decimal == "," else asked,
         "encoding": encoding,
         "categories": list(labels),
     }
@@ -278,5 +279,9 @@ def read_table(
     )
 
 
-def _row_numbers(cells: Series) -> bool:
+def _row_numbers(given: Source, name: str) -> bool:
+    """Return whether a column is the index that pandas wrote, or wrote again under the name that it gave it."""
+    cells = given.frame[name]
+    if name not in given.index and not re.fullmatch(r"Unnamed: \d+", name):
+        return False
     return cells.dtype.kind == "i" and bool((np.diff(cells.to_numpy()) == 1).all())
