@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cellstack.train.examples import Examples, Inputs, Labelled, batches, split
 from cellstack.train.forecast import Recipe, Windows
 from cellstack.train.table import Table, read_csv
+from cellstack.train.text.sampling import generate
 from cellstack.train.ts import Sequences, read_ts
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "Windows",
     "batches",
     "fit",
+    "generate",
     "read_csv",
     "read_ts",
     "split",
