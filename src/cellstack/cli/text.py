@@ -1,17 +1,108 @@
-"""`cellstack train book.txt` and `cellstack generate`: a model of text trained, and what it writes."""
+"""`cellstack train` on a text, to tell what comes next, and `cellstack generate`: what a network of text writes."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from cellstack.cli.files import load_model, show
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.text.data import Architecture as TextArchitecture
+from cellstack.train.text.data import Parts, Streams, Text, content
 from cellstack.train.text.sampling import generate as characters_of
 
-SUFFIXES = (".txt", ".md")
+DEFAULTS = {
+    "units": (256, 256),
+    "lr": 5e-3,
+    "dropout": 0.2,
+    "epochs": 30,
+    "batch": 32,
+    "patience": 5,
+    "validation": 0.05,
+    "pooling": "last",
+}
+UNUSED = ("bidirectional", "pooling", "every_step", "noise", "offset", "init")
+STEPS, TEST_SHARE = 128, 0.05
+
+
+def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add the options for texts to the parser, and return them."""
+    text = train.add_argument_group("texts")
+    return [
+        text.add_argument("--bytes", action="store_true", help="learn the bytes of a file, whatever they mean"),
+        text.add_argument("--steps", type=int, metavar="N", help=f"how far gradients reach back ({STEPS})"),
+        text.add_argument(
+            "--embedding",
+            type=int,
+            metavar="N",
+            help=f"width of a character's vector ({TextArchitecture.embedding}); 0: one-hot",
+        ),
+    ]
+
+
+@dataclass
+class Job:
+    """A text that was read: see `cli.train.Job`."""
+
+    text: Text
+    parts: Parts
+    test: Text | None
+    steps: int
+    architecture: TextArchitecture
+    understood: list[str]
+    described: dict[str, Any]
+
+    def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
+        """Train on it."""
+        from cellstack.train.text.workflow import above_the_bar, train_text
+
+        chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
+        built = replace(self.architecture, **chosen)
+        say = above_the_bar if options.progress else None
+        return train_text(self.text, self.parts, built, self.steps, settings, options, own, self.test, say)
+
+    def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return the bits per character of the held-out parts."""
+        names = {"validation_bits_per_character": "validation", "bits_per_character": "test"}
+        found = [f"{what} {result.scores[name]:.4f}" for name, what in names.items() if name in result.scores]
+        return result.scores, [f"bits per character: {', '.join(found)}"] if found else []
+
+
+def read(args: argparse.Namespace) -> Job:
+    """Read a text, and the one to measure on where there is one.
+
+    Raises:
+        UsageError: a text that is too short, or one to measure on with characters that the first one lacks.
+        FormatError: it isn't UTF-8.
+    """
+    text = Text.of(content(args.file, args.bytes), args.file)
+    validation = DEFAULTS["validation"] if args.validation is None else args.validation
+    parts = text.parts(validation, TEST_SHARE if args.test is None else 0.0)
+    test = None if args.test is None else Text.of(content(args.test, args.bytes), args.test, text.alphabet)
+    steps = STEPS if args.steps is None else args.steps
+    architecture = TextArchitecture() if args.embedding is None else TextArchitecture(embedding=args.embedding)
+    streams = Streams(text.ids, parts.training, args.batch or DEFAULTS["batch"], steps)
+    lines = [
+        f"{args.file}: {text.summary(parts)}",
+        f"  {streams.rows} streams, {streams.steps} {text.alphabet.unit} of each a step, {len(streams)} steps an epoch",
+    ]
+    if test is not None:
+        lines.append(f"{args.test}: {len(test.ids):,} {test.alphabet.unit} to measure on")
+    described = {
+        "file": args.file,
+        "unit": text.alphabet.unit,
+        "length": len(text.ids),
+        "different": int(np.count_nonzero(text.counts)),
+        **{name: end - begin for name, (begin, end) in parts._asdict().items()},
+        "streams": streams.rows,
+        "steps_an_epoch": len(streams),
+    }
+    return Job(text, parts, test, steps, architecture, lines, described)
 
 
 def add_generate_arguments(generate: argparse.ArgumentParser) -> None:

@@ -23,8 +23,17 @@ if TYPE_CHECKING:
     from cellstack.train.fitting import Result
     from cellstack.train.loop import Epoch, Fit, learn
     from cellstack.train.model import Model
+    from cellstack.train.text.workflow import fit_text
 
-_LATER = {"Epoch": "loop", "Fit": "loop", "Model": "model", "Result": "fitting", "fit": "door", "learn": "loop"}
+_LATER = {
+    "Epoch": "loop",
+    "Fit": "loop",
+    "Model": "model",
+    "Result": "fitting",
+    "fit": "door",
+    "learn": "loop",
+    "fit_text": "text.workflow",
+}
 
 __all__ = [
     "Batch",
@@ -46,6 +55,7 @@ __all__ = [
     "as_sequences",
     "batches",
     "fit",
+    "fit_text",
     "generate",
     "learn",
     "read_csv",

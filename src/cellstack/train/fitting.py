@@ -78,7 +78,7 @@ class Result:
         return f"kept is epoch {best['epoch']}, {why}"
 
     def _measured(self) -> str:
-        best, names = self.fit.best, ("accuracy", "mae", "rmse")
+        best, names = self.fit.best, ("accuracy", "mae", "rmse", "bits_per_character")
         scored = [f"{name} {self.scores[name]:.4g}" for name in names if name in self.scores]
         if scored:
             return f"on the test part, which was never trained on: {', '.join(scored)}"

@@ -16,6 +16,7 @@ from cellstack.nodes import Embedding
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 
+CELLS = ("lstm", "gru", "rnn")
 BYTES = 256
 LEAST = 200  # characters: 10 each to validate and to test on
 RARE = 5  # times that a character occurs at most, to be named
@@ -29,6 +30,36 @@ MARKS = {
 }
 
 Ids = NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a model of text is built.
+
+    Args:
+        units: width of each layer, bottom first.
+        cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
+        embedding: width of a character's vector, which is learned; 0: one-hot.
+        dropout: share of what each layer returns that is dropped out in training.
+
+    Raises:
+        UsageError: an option out of its range.
+    """
+
+    units: tuple[int, ...] = (256, 256)
+    cell: str = "lstm"
+    embedding: int = 64
+    dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not self.units or min(self.units) < 1:
+            raise UsageError(f"expected units of at least 1 for at least one layer, got {self.units}")
+        if self.cell not in CELLS:
+            raise UsageError(f"expected cell to be one of {', '.join(CELLS)}, got {self.cell!r}")
+        if self.embedding < 0:
+            raise UsageError(f"expected embedding of at least 0, got {self.embedding}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UsageError(f"expected dropout in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -207,24 +238,29 @@ class Text:
     counts: NDArray[np.int64]
 
     @classmethod
-    def of(cls, text: str | bytes, name: str = "the text") -> Text:
-        """Return a text, its alphabet being the characters that occur in it, or for bytes all 256.
+    def of(cls, text: str | bytes, name: str = "the text", alphabet: Alphabet | None = None) -> Text:
+        """Return a text.
+
+        Args:
+            text: what stands in it.
+            name: what it is called in messages.
+            alphabet: of another text; the characters that occur in this one, or for bytes all 256, where None.
 
         Raises:
-            UsageError: fewer than 200 characters, or one that stands there again and again.
+            UsageError: fewer than 200 characters, one that stands there again and again, or one that isn't in an
+                alphabet that is given.
         """
         if not isinstance(text, (str, bytes)):
             raise UsageError(f"expected a text as str or bytes, got {type(text).__name__}")
         if len(text) < LEAST:
             unit = "bytes" if isinstance(text, bytes) else "characters"
             raise UsageError(f"{name}: expected a text of at least {LEAST} {unit}, found {len(text) or 'none'}")
-        if isinstance(text, bytes):
-            ids, alphabet = np.frombuffer(text, np.uint8), Alphabet(None)
-            counts = np.bincount(ids, minlength=BYTES)
-        else:
-            points, ids, counts = np.unique(code_points(text, name), return_inverse=True, return_counts=True)
-            alphabet = Alphabet(tuple(map(chr, points)))
-            ids = ids.astype(np.min_scalar_type(len(points)))
+        if alphabet is None:
+            characters = None if isinstance(text, bytes) else map(chr, np.unique(code_points(text, name)))
+            alphabet = Alphabet(None if characters is None else tuple(characters))
+        ids = alphabet.encode(text, name)
+        ids = ids.astype(np.min_scalar_type(alphabet.size), copy=False)
+        counts = np.bincount(ids, minlength=alphabet.size)
         if np.count_nonzero(counts) < 2:
             raise UsageError(f"{name}: expected a text of at least two different {alphabet.unit}, found one alone")
         return cls(name, ids, alphabet, counts)
@@ -289,9 +325,14 @@ class Streams:
         part: where the part begins and ends.
         rows: at most so many streams; fewer where each would be shorter than a chunk.
         steps: of a chunk; the last may have fewer.
+
+    Raises:
+        UsageError: steps below 1.
     """
 
     def __init__(self, ids: Ids, part: tuple[int, int], rows: int, steps: int):
+        if steps < 1:
+            raise UsageError(f"expected steps >= 1, got {steps}")
         count = part[1] - part[0] - 1
         self.ids, self.steps = ids, min(steps, count)
         self.rows = max(1, min(rows, count // self.steps))
