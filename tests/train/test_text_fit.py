@@ -118,7 +118,7 @@ def test_a_text_is_learned_and_measured():
         bits_per_character(result.network, text.ids, (2280, 2400)), rel=1e-6
     )
     assert bits_per_character(result.network, last) == pytest.approx(result.scores["bits_per_character"], abs=0.1)
-    assert "bits_per_character" in result.sentence
+    assert "never trained on: bits per character" in result.sentence
     assert all(len(entry["sample"]) == 80 for entry in history)
     assert set("".join(generate(result.network, "Alice", length=100))) <= set(ALICE)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.cli.files import is_csv, load_model, run_any, show
+from cellstack.cli.text import measure
 from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
@@ -27,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     net, path = load_model(args.model)
     if net.metadata.get("task") is None:
         return run_any(args, net)
+    if net.metadata["task"] == "text":
+        return measure(args, net, path)
     task = predict.trained(net, path)
     if task.recipe is not None:
         if not is_csv(args.file):

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 
 from cellstack.cli.files import load_model, show
+from cellstack.network import Network
+from cellstack.train.checks import UsageError
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.text.data import Architecture as TextArchitecture
-from cellstack.train.text.data import Parts, Streams, Text, content
+from cellstack.train.text.data import Parts, Streams, Text, alphabet_of, bits_per_character, content, usual_batch
 from cellstack.train.text.sampling import generate as characters_of
 
+SUFFIXES = (".txt", ".md")
 DEFAULTS = {
     "units": (256, 256),
     "lr": 5e-3,
-    "dropout": 0.2,
     "epochs": 30,
-    "batch": 32,
     "patience": 5,
     "validation": 0.05,
     "pooling": "last",
@@ -53,6 +54,7 @@ class Job:
     parts: Parts
     test: Text | None
     steps: int
+    batch: int
     architecture: TextArchitecture
     understood: list[str]
     described: dict[str, Any]
@@ -63,6 +65,7 @@ class Job:
 
         chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
         built = replace(self.architecture, **chosen)
+        settings = replace(settings, batch=self.batch)
         say = above_the_bar if options.progress else None
         return train_text(self.text, self.parts, built, self.steps, settings, options, own, self.test, say)
 
@@ -86,7 +89,8 @@ def read(args: argparse.Namespace) -> Job:
     test = None if args.test is None else Text.of(content(args.test, args.bytes), args.test, text.alphabet)
     steps = STEPS if args.steps is None else args.steps
     architecture = TextArchitecture() if args.embedding is None else TextArchitecture(embedding=args.embedding)
-    streams = Streams(text.ids, parts.training, args.batch or DEFAULTS["batch"], steps)
+    batch = usual_batch(parts.training[1], steps) if args.batch is None else args.batch
+    streams = Streams(text.ids, parts.training, batch, steps)
     lines = [
         f"{args.file}: {text.summary(parts)}",
         f"  {streams.rows} streams, {streams.steps} {text.alphabet.unit} of each a step, {len(streams)} steps an epoch",
@@ -102,7 +106,19 @@ def read(args: argparse.Namespace) -> Job:
         "streams": streams.rows,
         "steps_an_epoch": len(streams),
     }
-    return Job(text, parts, test, steps, architecture, lines, described)
+    return Job(text, parts, test, steps, batch, architecture, lines, described)
+
+
+def measure(args: argparse.Namespace, net: Network, path: str) -> int:
+    """Say how well a network of text tells the characters of a file."""
+    alphabet = alphabet_of(net, path)
+    ids = alphabet.encode(content(args.file, alphabet.characters is None), args.file)
+    if len(ids) < 2:
+        raise UsageError(f"{args.file}: expected at least two {alphabet.unit}, found {len(ids)}")
+    bits = bits_per_character(net, ids, threads=args.threads)
+    report = {"characters": len(ids), "bits_per_character": bits}
+    show(args, report, [f"{len(ids):,} {alphabet.unit}, {bits:.4f} bits per {alphabet.unit[:-1]}"])
+    return 0
 
 
 def add_generate_arguments(generate: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from cellstack.train.checks import UsageError
 CELLS = ("lstm", "gru", "rnn")
 BYTES = 256
 LEAST = 200  # characters: 10 each to validate and to test on
+EPOCH = 128  # steps that an epoch is to have
 RARE = 5  # times that a character occurs at most, to be named
 CONTEXT = 256  # characters before the first that counts, in each stream that is measured
 MEASURED = 16  # streams that a part is measured in
@@ -49,7 +50,7 @@ class Architecture:
     units: tuple[int, ...] = (256, 256)
     cell: str = "lstm"
     embedding: int = 64
-    dropout: float = 0.2
+    dropout: float = 0.3
 
     def __post_init__(self) -> None:
         if not self.units or min(self.units) < 1:
@@ -312,6 +313,15 @@ class Parts(NamedTuple):
     training: tuple[int, int]
     validation: tuple[int, int]
     test: tuple[int, int]
+
+
+def usual_batch(characters: int, steps: int) -> int:
+    """Return how many streams go through a part of so many characters, where nobody says.
+
+    As many as leave `EPOCH` steps an epoch, from 8, below which a step costs hardly less, to 32: what a text is learned
+    in is steps, and a small one has few.
+    """
+    return min(32, max(8, characters // (max(steps, 1) * EPOCH)))
 
 
 class Streams:

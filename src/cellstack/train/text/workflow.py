@@ -15,7 +15,7 @@ from cellstack.train.fitting import Result, as_network, check_memory, fitted
 from cellstack.train.loop import Epoch
 from cellstack.train.settings import Architecture as Recurrent
 from cellstack.train.settings import Own, RunOptions, Settings
-from cellstack.train.text.data import Architecture, Parts, Text, bits_per_character, content, one_line
+from cellstack.train.text.data import Architecture, Parts, Text, bits_per_character, content, one_line, usual_batch
 from cellstack.train.text.model import Chunks, TextModel
 from cellstack.train.text.sampling import generate
 
@@ -100,9 +100,9 @@ def fit_text(
     units: int | Sequence[int] = (256, 256),
     cell: str = "lstm",
     embedding: int = 64,
-    dropout: float = 0.2,
+    dropout: float = 0.3,
     steps: int = 128,
-    batch: int = 32,
+    batch: int | None = None,
     epochs: int = 30,
     lr: float = 5e-3,
     clip: float = 1.0,
@@ -133,7 +133,8 @@ def fit_text(
         units: width of each layer, bottom first.
         cell, embedding, dropout: see `Architecture`.
         steps: how far gradients reach back.
-        batch: at most so many streams; fewer in a text in which each would be shorter than `steps`.
+        batch: at most so many streams, fewer in a text in which each would be shorter than `steps`; by the length of
+            the text where None, 8 to 32, see `usual_batch`.
         epochs, lr, clip, patience, seed: see `Settings`.
         optimizer, scheduler, callbacks: see `Own`.
         checkpoint, resume, overwrite, threads, inspect: see `learn`.
@@ -169,9 +170,11 @@ def fit_text(
         threads=threads,
         log=log,
     )
+    parts = whole.parts(validation, test)
+    batch = usual_batch(parts.training[1], steps) if batch is None else batch
     return train_text(
         whole,
-        whole.parts(validation, test),
+        parts,
         Architecture(widths, cell, embedding, dropout),
         steps,
         Settings(epochs, batch, lr, clip, patience, seed=seed),
