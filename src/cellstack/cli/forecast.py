@@ -118,8 +118,9 @@ def read(args: argparse.Namespace) -> Job:
         scale=args.scale,
         quantiles=args.quantiles or QUANTILES,
     )
-    recipe = plan(table, request, share + args.validation)
-    cut = parts(table, recipe, args.validation, share)
+    validation = RunOptions.validation if args.validation is None else args.validation
+    recipe = plan(table, request, share + validation)
+    cut = parts(table, recipe, validation, share)
     said = understood(table, recipe, request)
     described = {"said": said, "rows": len(table), "series": len(table.ids), "recipe": recipe.to_json()}
     described |= {"ignored": table.ignored, "origins": [len(cut.training), len(cut.validation), len(cut.test)]}

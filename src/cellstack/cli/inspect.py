@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 from cellstack.cli.files import load_model, read_sample, show
 from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
-from cellstack.nodes import Embedding
 from cellstack.train import predict
-from cellstack.train.checks import UsageError, read_text
+from cellstack.train.checks import UsageError
 from cellstack.train.examples import Labelled
 from cellstack.train.forecast import predict as forecast
 from cellstack.train.forecast.windows import Windows, extended_times
 from cellstack.train.table import read_table
+from cellstack.train.text.data import alphabet_of, as_input, content
 from cellstack.train.ts import read_ts
 
 RANDOM_STEPS = 24
-BYTES = 256
 SUFFIXES = (".csv", ".npy", ".npz", ".ts", ".txt", ".wav")
 
 
@@ -140,43 +139,15 @@ def _one_input(net: Network, path: str) -> str:
 
 
 def _text(net: Network, path: str) -> Sample:
-    """Return the characters of a text as a network of characters takes them: as ids, or one of its features each.
-
-    Which they are is said by the network's metadata, `{"characters": "abc…"}`; one that takes 256 takes bytes.
-    """
-    name = _one_input(net, path)
-    text = read_text(Path(path))
-    ids = name in net.graph.ids
-    if ids:
-        tables = [node for node, wires in zip(net.nodes, net.wires, strict=True) if wires == (name,)]
-        width = len(tables[0].table) if isinstance(tables[0], Embedding) else None
-    else:
-        width = net.input_size
-    characters = net.metadata.get("characters")
-    if characters is not None:
-        if not isinstance(characters, (str, list)):
-            raise UsageError(
-                f"{path}: expected the network's metadata to have its characters as a text, got {characters!r:.80}"
-            )
-        places = {str(character): number for number, character in enumerate(characters)}
-        if width is not None and len(places) > width:
-            raise UsageError(f"{path}: expected at most {width} characters in its metadata, got {len(places)}")
-        unknown = sorted(set(text) - places.keys())
-        if unknown:
-            raise UsageError(f"{path}: expected the network's {len(places)} characters, found {unknown[0]!r}")
-        numbers, labels = np.array([places[character] for character in text], np.int64), list(text)
-    elif width == BYTES:
-        numbers = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
-        labels = [chr(number) if number < 128 else f"{number:02x}" for number in numbers]
-    else:
-        raise UsageError(
-            f'{path}: expected a network whose metadata has its characters, {{"characters": "abc"}}, or one that takes '
-            f"{BYTES} bytes, found one that takes {'any width' if width is None else width}"
-        )
-    if not len(numbers):
+    """Return the characters of a text as a network of text takes them: as ids, or one of its features each."""
+    alphabet = alphabet_of(net, path)
+    text = content(path, alphabet.characters is None)
+    ids = alphabet.encode(text, path)
+    if not len(ids):
         raise UsageError(f"{path}: expected a text, found none")
-    x = numbers[None] if ids else np.eye(width or len(characters or ""), dtype=net.dtype)[numbers][None]
-    return Sample({name: x}, labels=labels, text=f"the {len(numbers):,} characters of {path}")
+    labels = list(text) if isinstance(text, str) else [chr(byte) if byte < 128 else f"{byte:02x}" for byte in text]
+    x = as_input(net, ids)[None]
+    return Sample({net.inputs[0]: x}, labels=labels, text=f"the {len(ids):,} {alphabet.unit} of {path}")
 
 
 def _sound(net: Network, path: str) -> Sample:

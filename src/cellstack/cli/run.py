@@ -14,6 +14,7 @@ import numpy as np
 from cellstack.cli import forecast
 from cellstack.cli.files import load_model, run_any, show
 from cellstack.cli.tables import only_one
+from cellstack.cli.text import measure
 from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
         return run_any(args, net)
     if net.metadata["task"] == "forecast":
         return _forecast(args, net, path)
+    if net.metadata["task"] == "text":
+        return measure(args, net, path)
     task = predict.trained(net, path)
     data = _read(args, net, path, task)
     result = predict.sequences(net, data, args.file, args.threads)

@@ -16,6 +16,7 @@ from cellstack.train.reading import read_sequences
 from cellstack.train.sequences import Sequences, as_sequences
 from cellstack.train.settings import Settings
 from cellstack.train.table import Category, Spacing, Table, read_table
+from cellstack.train.text.sampling import generate
 from cellstack.train.ts import read_ts
 
 if TYPE_CHECKING:
@@ -23,8 +24,17 @@ if TYPE_CHECKING:
     from cellstack.train.fitting import Result
     from cellstack.train.loop import Epoch, Fit, learn
     from cellstack.train.model import Model
+    from cellstack.train.text.workflow import fit_text
 
-_LATER = {"Epoch": "loop", "Fit": "loop", "Model": "model", "Result": "fitting", "fit": "door", "learn": "loop"}
+_LATER = {
+    "Epoch": "loop",
+    "Fit": "loop",
+    "Model": "model",
+    "Result": "fitting",
+    "fit": "door",
+    "learn": "loop",
+    "fit_text": "text.workflow",
+}
 
 __all__ = [
     "Batch",
@@ -48,6 +58,8 @@ __all__ = [
     "as_sequences",
     "batches",
     "fit",
+    "fit_text",
+    "generate",
     "learn",
     "read_sequences",
     "read_table",
