@@ -284,9 +284,9 @@ UNLABELLED = "@classLabel false\n@data\n" + ":".join(["1,2"] * 12) + "\n"
     [
         ({"labels": ["1", "2"]}, r"expected 9 different labels, one an output, found 2"),
         ({"labels": ["1"] * 9}, r"expected 9 different labels, one an output, found 1"),
-        ({"labels": [1, 2, 3, 4, 5, 6, 7, 8, 9]}, r"expected labels to be a list of text"),
+        ({"labels": [1, "2", 3, 4, 5, 6, 7, 8, 9]}, r"expected labels to be a list of text, whole numbers or bools"),
         ({"labels": "123456789"}, r"expected labels to be a list of text"),
-        ({"task": "regress"}, r"expected no labels and one output for regress, found 9 and 9"),
+        ({"task": "regress"}, r"expected no labels for regress, found 9"),
         ({"task": ["classify"]}, r"expected the metadata of cellstack train, its task one of"),
         ({"task": "forecast"}, r"expected a recipe"),
         ({"observed": [12]}, r"expected observed to be rising positions of the raw channels, below 11, found \[12\]"),
@@ -382,12 +382,12 @@ def test_too_little_memory_is_one_line(capsys, monkeypatch):
 
 
 def test_memory_that_torch_can_t_have_is_one_line(capsys, monkeypatch, tmp_path):
-    from cellstack.train import workflow
+    from cellstack.train import fitting
 
     def huge(*args, **options):
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(workflow, "fit", huge)
+    monkeypatch.setattr(fitting, "learn", huge)
     status, _, err = run(capsys, "train", VOWELS, "-o", str(tmp_path / "x"), *SMALL)
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("cellstack train: error: not enough memory: you tried to allocate 1152921504606846976 bytes")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cellstack import FormatError, Network, layers
-from cellstack.train import Inputs, Labelled, Model, Sequences, Settings, fit
+from cellstack.train import Indexed, Inputs, Labelled, Model, Sequences, Settings, learn
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.checks import UsageError
 
@@ -38,6 +38,11 @@ def prepare(sequences, seed=0, **options):
     outputs = len(CLASSES) if options.get("task", "classify") == "classify" else examples.y.shape[1]
     model = Model(inputs.standardise, outputs, (5, 4), **{"dropout": 0.3, **options})
     return model, inputs, examples, kept, held
+
+
+def fit(model, inputs, examples, kept, held, settings, **how):
+    data = Indexed(examples, inputs, kept, held, settings.batch, settings.seed, settings.noise, settings.offset)
+    return learn(model, data, settings, **how)
 
 
 SETTINGS = Settings(epochs=4, batch=4, noise=0.1, offset=0.1, seed=3)

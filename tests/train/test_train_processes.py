@@ -69,9 +69,11 @@ def test_two_processes_give_what_one_gives(tmp_path, bidirectional):
 LEFT_OVER = """
 import os
 import sys
-from cellstack.train import Settings, read_ts, workflow
-data, shape = read_ts(sys.argv[1]), workflow.Architecture((4,))
-outcome = workflow.train_sequences(data, None, shape, Settings(epochs=1), workflow.RunOptions(0.3, device="cpu"))
+from cellstack.train import read_ts
+from cellstack.train.settings import Architecture, RunOptions, Settings
+from cellstack.train.workflow import train_sequences
+data, shape = read_ts(sys.argv[1]), Architecture((4,))
+outcome = train_sequences(data, None, shape, Settings(epochs=1), RunOptions(0.3, device="cpu"))
 names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
 sys.exit(sum("gloo" in name for name in names))
 """

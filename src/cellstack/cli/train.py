@@ -14,6 +14,7 @@ from cellstack.cli.files import SUFFIX, is_csv, needs_torch, show, with_suffix
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import Recipe
+from cellstack.train.settings import Architecture, RunOptions, Settings
 from cellstack.train.table import Table, read_csv
 from cellstack.train.ts import read_ts
 
@@ -89,7 +90,6 @@ def train(args: argparse.Namespace) -> int:
     """Train on a file, and write the network."""
     needs_torch(args)
     from cellstack.train import workflow
-    from cellstack.train.loop import Settings
 
     output = with_suffix(args.output)
     if not output.parent.is_dir():
@@ -108,7 +108,7 @@ def train(args: argparse.Namespace) -> int:
         offset=args.offset,
         seed=args.seed,
     )
-    architecture = workflow.Architecture(
+    architecture = Architecture(
         units=args.units or ((32,) if forecast else (48, 48)),
         bidirectional=args.bidirectional,
         dropout=args.dropout,
@@ -117,7 +117,7 @@ def train(args: argparse.Namespace) -> int:
         cell=args.cell,
     )
     folder = _inspect_folder(output, args.resume) if args.inspect else None
-    options = workflow.RunOptions(
+    options = RunOptions(
         args.validation, args.checkpoint, args.resume, not args.quiet, args.device, args.inspect, folder
     )
     if forecast:
@@ -139,7 +139,7 @@ def train(args: argparse.Namespace) -> int:
         outcome = fitted()
     if outcome.rank:
         return 0
-    outcome.net.save(output)
+    outcome.network.save(output)
     report = _report(outcome, output) | {"left_out": texts}
     if folder is not None:
         report["inspect"] = _inspected(outcome, output, folder)
@@ -169,7 +169,7 @@ def _inspected(outcome: Any, output: Path, folder: Path) -> dict[str, Any]:
     if records:
         from cellstack.train.report import training_page
 
-        unit = "nats" if outcome.net.metadata["task"] == "classify" else "squared standard deviations"
+        unit = "nats" if outcome.network.metadata["task"] == "classify" else "squared standard deviations"
         with replacing(folder / "report.html") as file:
             file.write(training_page(output.stem, outcome.fit.history, records, unit).encode())
         report = str(folder / "report.html")
@@ -216,7 +216,7 @@ def _report(outcome: Any, output: Path) -> dict[str, Any]:
     fit = outcome.fit
     report = {
         "model": str(output),
-        "task": outcome.net.metadata["task"],
+        "task": outcome.network.metadata["task"],
         "parameters": sum(parameter.numel() for parameter in outcome.model.parameters()),
         "epochs": len(fit.history),
         "best": fit.best,
@@ -230,7 +230,7 @@ def _report(outcome: Any, output: Path) -> dict[str, Any]:
 
 
 def _train_text(outcome: Any, report: dict[str, Any]) -> list[str]:
-    lines = [repr(outcome.net)]
+    lines = [repr(outcome.network)]
     ended = "stopped by Ctrl-C after" if report["interrupted"] else "trained for"
     lines.append(f"{ended} {report['epochs']} epochs, {report['steps']} steps, {report['seconds']:.1f} s")
     if report["best"]:

@@ -8,31 +8,46 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cellstack.train.examples import Examples, Inputs, Labelled, batches, split
+from cellstack.train.checks import UsageError
+from cellstack.train.examples import Batch, Data, Examples, Indexed, Inputs, Labelled, batches, split
 from cellstack.train.forecast import Recipe, Windows
+from cellstack.train.reading import read_sequences
+from cellstack.train.sequences import Sequences, as_sequences
+from cellstack.train.settings import Settings
 from cellstack.train.table import Table, read_csv
-from cellstack.train.ts import Sequences, read_ts
+from cellstack.train.ts import read_ts
 
 if TYPE_CHECKING:
-    from cellstack.train.loop import Fit, Settings, fit
+    from cellstack.train.door import fit
+    from cellstack.train.fitting import Result
+    from cellstack.train.loop import Epoch, Fit, learn
     from cellstack.train.model import Model
 
-_LATER = {"Fit": "loop", "Settings": "loop", "fit": "loop", "Model": "model"}
+_LATER = {"Epoch": "loop", "Fit": "loop", "Model": "model", "Result": "fitting", "fit": "door", "learn": "loop"}
 
 __all__ = [
+    "Batch",
+    "Data",
+    "Epoch",
     "Examples",
     "Fit",
+    "Indexed",
     "Inputs",
     "Labelled",
     "Model",
     "Recipe",
+    "Result",
     "Sequences",
     "Settings",
     "Table",
+    "UsageError",
     "Windows",
+    "as_sequences",
     "batches",
     "fit",
+    "learn",
     "read_csv",
+    "read_sequences",
     "read_ts",
     "split",
 ]

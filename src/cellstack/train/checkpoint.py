@@ -13,16 +13,19 @@ import torch
 from cellstack.formats.files import replacing
 from cellstack.spec import FormatError
 
-VERSION = 1
+VERSION = 2
 KINDS: dict[str, type | tuple[type, ...]] = {
     "fingerprint": dict,
     "position": list,
+    "epochs": int,
+    "threads": int,
     "model": dict,
     "optimizer": dict,
     "schedule": dict,
     "best_weights": (dict, type(None)),
     "history": list,
     "best": (dict, type(None)),
+    "records": list,
 }
 
 
@@ -56,7 +59,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: expected a checkpoint, found a file that can't be read: {first_line(error)}"
         ) from None
     if not isinstance(state, dict) or state.get("cellstack_checkpoint") != VERSION:
-        raise FormatError(f"{path}: expected a checkpoint of version {VERSION}, found something else")
+        found = state.get("cellstack_checkpoint") if isinstance(state, dict) else None
+        found = f"one of version {found}" if isinstance(found, int) else "something else"
+        raise FormatError(f"{path}: expected a checkpoint of version {VERSION}, found {found}")
     for name, kind in KINDS.items():
         if not isinstance(state.get(name, ...), kind):
             found = type(state[name]).__name__ if name in state else "none"

@@ -17,8 +17,10 @@ import torch
 from cellstack import layers
 from cellstack.inspect import html
 from cellstack.train import report, workflow
-from cellstack.train.loop import Settings
-from cellstack.train.ts import Sequences, read_ts
+from cellstack.train.fitting import Result
+from cellstack.train.sequences import Sequences
+from cellstack.train.settings import Architecture, RunOptions, Settings
+from cellstack.train.ts import read_ts
 
 # Found by threefold cross-validation within the training utterances (blocks of each speaker's, in the order in which
 # they were recorded); the test utterances had no say.
@@ -73,7 +75,7 @@ def run(folder: Path, seed: int = 0, epochs: int | None = None, say: Say = print
         "replay": {"utterance": index, "why": why, **frames},
         "report": str(folder / "report.html"),
     }
-    t = causal.net.trace(test.x[index][None])
+    t = causal.network.trace(test.x[index][None])
     frames_from_one = list(range(1, len(test.x[index]) + 1))
     inside = b"".join(html.page(t, frames_from_one, None, f"Test utterance {index}", None)).decode()
     page = report.demo_page(result, whole.fit.history, causal.fit.history, confusion, gates, inside)
@@ -111,18 +113,16 @@ def _say_shapes(say: Say, results: dict[str, Any]) -> None:
         say(f"  {name:<12}: [{' '.join(map(str, value.shape))}]")
 
 
-def _train(
-    name: str, training: Sequences, test: Sequences, settings: Settings, folder: Path, say: Say
-) -> workflow.Outcome:
+def _train(name: str, training: Sequences, test: Sequences, settings: Settings, folder: Path, say: Say) -> Result:
     both = name == "bidirectional"
     say(
         f"\n{name}: a stack of {' and '.join(map(str, UNITS))} units, "
         + ("from both ends" if both else "frame by frame")
     )
-    architecture = workflow.Architecture(UNITS, both, DROPOUT, "mean", every_step=not both)
-    options = workflow.RunOptions(VALIDATION, progress=sys.stderr.isatty(), device="cpu")
+    architecture = Architecture(UNITS, both, DROPOUT, "mean", every_step=not both)
+    options = RunOptions(VALIDATION, progress=sys.stderr.isatty(), device="cpu")
     outcome = workflow.train_sequences(training, test, architecture, settings, options)
-    outcome.net.save(folder / f"{name}.safetensors")
+    outcome.network.save(folder / f"{name}.safetensors")
     say(f"  {outcome.fit.steps} steps in {outcome.fit.seconds:.1f} s, test accuracy {outcome.scores['accuracy']:.2%}")
     return outcome
 
@@ -171,7 +171,7 @@ def _gates(model: Any, x: np.ndarray) -> list[tuple[str, layers.Trace]]:
     return traces
 
 
-def _scores(outcome: workflow.Outcome, path: Path) -> dict[str, Any]:
+def _scores(outcome: Result, path: Path) -> dict[str, Any]:
     fit = outcome.fit
     return {
         "model": str(path),

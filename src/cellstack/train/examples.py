@@ -1,31 +1,63 @@
-"""Examples that a model learns from, in batches that need no padding. Needs no torch."""
+"""What a model learns from: examples, and the batches of an epoch, which need no padding. Needs no torch."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
-from cellstack.train.ts import Sequences
+from cellstack.train.sequences import Sequences
+
+VALIDATED = 256  # examples of a batch that takes no gradient
 
 
 class Batch(NamedTuple):
-    """Examples of one length.
+    """Examples that make one step.
 
-    `x` is `[B, T, I]` float32, NaN where missing; `y` is `[B]` int64 classes or `[B, O]` float32 targets; `weight` is
-    float32 in the shape of `y`: how much each counts in the loss, 0 where the target is missing.
+    `x` is what a model takes: an array whose first axis is the batch, or a tuple or dict of such; as examples come,
+    `[B, T, I]` float32, NaN where missing. `y` is `[B]` int64 classes or `[B, O]` float32 targets, with an axis T after
+    the first where there is one a step; `weight` is float32 in the shape of `y`: how much each counts in the loss, 0
+    where the target is missing. `mask` is `[B, T]`, True at the steps to use; None where all are.
     """
 
-    x: NDArray[np.float32]
+    x: Any
     y: NDArray
     weight: NDArray[np.float32]
+    mask: NDArray[np.bool_] | None = None
+
+
+class Data(Protocol):
+    """What the fit loop learns from: the batches of every epoch.
+
+    `steps` is how many batches an epoch has; `validates`, whether there is a validation part.
+    """
+
+    steps: int
+    validates: bool
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch, counted from 0, from the `first`-th on.
+
+        They depend on what the data was made with and on the two numbers alone, in every process.
+        """
+        ...
+
+    def held(self) -> Iterator[Batch]:
+        """Yield the batches of the validation part, always the same ones."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values that differ where the data does: a checkpoint is gone on from with the same alone."""
+        ...
 
 
 class Examples(Protocol):
-    """What the fit loop needs of its data."""
+    """Examples that can be had by position."""
 
     lengths: NDArray[np.int64]
 
@@ -35,17 +67,41 @@ class Examples(Protocol):
 
 
 class Labelled:
-    """Sequences with their classes or targets, as `Examples`; those without either weigh nothing."""
+    """Sequences with their classes or targets, as `Examples`; those without either weigh nothing.
 
-    def __init__(self, sequences: Sequences):
+    Args:
+        sequences: the data.
+        weights: of each class, on top of the sequences' own weights; None where all count alike.
+    """
+
+    def __init__(self, sequences: Sequences, weights: NDArray[np.float32] | None = None):
         self.x, self.lengths = sequences.x, sequences.lengths
-        y = np.zeros((len(self.x), 1), np.float32) if sequences.y is None else sequences.y
-        self.y = y if y.dtype.kind == "i" or y.ndim == 2 else y[:, None]
-        self.weight = np.full(self.y.shape, float(sequences.y is not None), np.float32)
+        y, labelled = sequences.y, sequences.y is not None
+        if isinstance(y, list):
+            self.y: Any = [part if part.dtype.kind == "i" or part.ndim == 2 else part[:, None] for part in y]
+        else:
+            y = np.zeros((len(self.x), 1), np.float32) if y is None else y
+            self.y = y if y.dtype.kind == "i" or y.ndim == 2 else y[:, None]
+        each = np.full(len(self.x), float(labelled), np.float32)
+        if sequences.weight is not None:
+            each *= sequences.weight
+        if isinstance(self.y, list):
+            self.weight: Any = [_weighed(part, weight, weights) for part, weight in zip(self.y, each, strict=True)]
+        else:
+            self.weight = _weighed(self.y, each.reshape(-1, *[1] * (self.y.ndim - 1)), weights)
 
     def fetch(self, indices: NDArray[np.int64]) -> Batch:
         """See `Examples`."""
-        return Batch(np.stack([self.x[n] for n in indices]), self.y[indices], self.weight[indices])
+        x = np.stack([self.x[n] for n in indices])
+        if isinstance(self.y, list):
+            return Batch(x, np.stack([self.y[n] for n in indices]), np.stack([self.weight[n] for n in indices]))
+        return Batch(x, self.y[indices], self.weight[indices])
+
+
+def _weighed(y: NDArray, each: Any, weights: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """Return weights in the shape of y: what each sequence counts, times what its class does."""
+    whole = np.ones(y.shape, np.float32) if weights is None else weights[y]
+    return np.asarray(whole * each, np.float32)
 
 
 def batches(
@@ -97,8 +153,16 @@ class Inputs:
     observed: tuple[int, ...] = ()
 
     @classmethod
-    def measure(cls, examples: Examples, indices: NDArray[np.int64], most: int = 4096) -> Inputs:
+    def measure(
+        cls,
+        examples: Examples,
+        indices: NDArray[np.int64],
+        most: int = 4096,
+        called: Callable[[int], str] = "channel {}".format,
+    ) -> Inputs:
         """Measure means and scales on the examples at `indices`, on `most` of them evenly spread where there are more.
+
+        `called` says what a message calls a channel.
 
         Raises:
             UsageError: a channel without a single value.
@@ -109,7 +173,9 @@ class Inputs:
         missing = np.isnan(x)
         if missing.all(axis=0).any():
             channel = int(np.argmax(missing.all(axis=0)))
-            raise UsageError(f"expected values in every channel of the training part, found none in channel {channel}")
+            raise UsageError(
+                f"expected values in every channel of the training part, found none in {called(channel)}: leave it out"
+            )
         scale = np.nanstd(x, axis=0)
         partly = missing & ~missing.all(axis=1, keepdims=True)
         mean = np.nanmean(x, axis=0)
@@ -132,6 +198,16 @@ class Inputs:
         used = np.asarray(~missing.all(axis=-1))
         return filled, None if used.all() else used
 
+    def fill(self, batch: Batch) -> Batch:
+        """Return a batch of raw examples as a model takes it."""
+        x, mask = self(batch.x)
+        return batch._replace(x=x, mask=mask)
+
+    @property
+    def digest(self) -> str:
+        """Of all that it was measured to be."""
+        return digest([self.mean, self.scale, np.array(self.observed, np.int64)])
+
 
 def target_scaling(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return mean and scale of the targets in each column of `values [N, O]` where `weight` is above 0.
@@ -144,3 +220,103 @@ def target_scaling(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32
         raise UsageError("expected at least one observed target in the training part, found none")
     scale = np.nanstd(counted, axis=0)
     return np.nanmean(counted, axis=0).astype(np.float32), np.where(scale > 0, scale, 1.0).astype(np.float32)
+
+
+class Indexed:
+    """Examples by position as `Data`: batches of one length, gaps filled, noise added in training.
+
+    Args:
+        examples: the data.
+        inputs: fills gaps; measured on the training part.
+        training, validation: positions in `examples`; the latter may be empty.
+        batch: most examples in a training step.
+        seed: fixes the order and the noise.
+        noise, offset: see `Settings`.
+
+    Raises:
+        UsageError: nothing to train on.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        inputs: Inputs,
+        training: NDArray[np.int64],
+        validation: NDArray[np.int64],
+        batch: int,
+        seed: int,
+        noise: float = 0.0,
+        offset: float = 0.0,
+    ):
+        if not len(training):
+            raise UsageError("expected at least one example to train on, got none")
+        self.examples, self.inputs, self.training, self.validation = examples, inputs, training, validation
+        self.batch, self.seed, self.noise, self.offset = batch, seed, noise, offset
+        self.steps = len(batches(examples.lengths, training, batch))
+        self.validates = bool(len(validation))
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
+        """See `Data`."""
+        rng = np.random.default_rng([self.seed, number])
+        order = batches(self.examples.lengths, self.training, self.batch, rng)
+        for step, indices in enumerate(order[first:], first):
+            batch = self.examples.fetch(indices)
+            yield self.inputs.fill(augment(batch, self.inputs, self.noise, self.offset, (self.seed, number, step)))
+
+    def held(self) -> Iterator[Batch]:
+        """See `Data`."""
+        for indices in batches(self.examples.lengths, self.validation, VALIDATED):
+            yield self.inputs.fill(self.examples.fetch(indices))
+
+    def describe(self) -> dict[str, Any]:
+        """See `Data`."""
+        parts = {"training": self.training, "validation": self.validation}
+        return {"inputs": self.inputs.digest} | {name: self._digest(indices) for name, indices in parts.items()}
+
+    def _digest(self, indices: NDArray[np.int64]) -> str:
+        found = Digest()
+        found.add(indices)
+        for group in batches(self.examples.lengths, indices, VALIDATED):
+            found.add(*self.examples.fetch(group)[:3])
+        return str(found)
+
+
+def augment(batch: Batch, inputs: Inputs, noise: float, offset: float, draw: tuple[int, int, int]) -> Batch:
+    """Return a batch with the noise of a step added: see `Settings`.
+
+    Args:
+        batch: examples as they come, `x [B, T, I]`.
+        inputs: has the channels' scales.
+        noise, offset: how strong it is.
+        draw: seed, epoch and step, of which the noise is a function.
+    """
+    x, rng = batch.x, np.random.default_rng(np.random.SeedSequence(draw))
+    for strength, shape in ((noise, x.shape), (offset, (len(x), 1, x.shape[2]))):
+        if strength:
+            x = x + rng.standard_normal(shape, np.float32) * (np.float32(strength) * inputs.scale)
+    return batch._replace(x=x)
+
+
+class Digest:
+    """A digest of arrays' shapes and values; one NaN is as good as another."""
+
+    def __init__(self) -> None:
+        self.held = hashlib.sha256()
+
+    def add(self, *arrays: NDArray) -> None:
+        """Take arrays into it."""
+        for array in arrays:
+            if array.dtype.kind == "f":
+                array = np.where(np.isnan(array), array.dtype.type(np.nan), array)
+            self.held.update(f"{array.dtype.str}{array.shape}".encode())
+            self.held.update(np.ascontiguousarray(array).data)
+
+    def __str__(self) -> str:
+        return self.held.hexdigest()[:16]
+
+
+def digest(arrays: Iterable[NDArray]) -> str:
+    """Return a digest of the arrays, see `Digest`."""
+    found = Digest()
+    found.add(*arrays)
+    return str(found)

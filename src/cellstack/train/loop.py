@@ -1,13 +1,13 @@
-"""The fit loop: Adam, clipping, early stopping, checkpoints, Ctrl-C, one process or many.
+"""The fit loop, over any model and data that keep to a small protocol: see `Learner` and `examples.Data`.
 
-Every random draw of a step is a function of (seed, epoch, step) alone. So a run repeats bit for bit, a resumed run
-equals an unbroken one, and processes that share a batch draw the same numbers for it.
+Adam or another optimiser, clipping, early stopping, checkpoints, Ctrl-C, one process or many. Every random draw of a
+step is a function of (seed, epoch, step) alone. So a run repeats bit for bit, a resumed run equals an unbroken one, and
+processes that share a batch draw the same numbers for it.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 import signal
@@ -15,18 +15,19 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from cellstack import layers
@@ -35,51 +36,55 @@ from cellstack.inspect.monitor import TrainingMonitor
 from cellstack.inspect.records import TrainingRecord
 from cellstack.spec import FormatError
 from cellstack.train import checkpoint as checkpoints
+from cellstack.train import threads as counted
 from cellstack.train.checks import UsageError
-from cellstack.train.examples import Examples, Inputs, batches
-from cellstack.train.model import Model
+from cellstack.train.examples import Batch, Data
+from cellstack.train.model import Dropout
 from cellstack.train.processes import Processes
+from cellstack.train.settings import Settings
 
-Indices = NDArray[np.int64]
+TIMED = 3  # batches that a choice of threads is measured on
+NO_METRIC = ("epoch", "lr", "loss", "validation_loss")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to fit.
+class Learner(Protocol):
+    """What a `torch.nn.Module` offers to be fitted.
 
-    Args:
-        epochs: most passes over the training part.
-        batch: most examples in a step, over all processes.
-        lr: Adam's rate in the first epoch; it falls to a hundredth along half a cosine.
-        clip: largest norm of all gradients together.
-        patience: epochs without a better validation loss before the fit stops; 0 never stops early.
-        noise: standard deviation of noise that training adds to each input, in units of its channel's scale.
-        offset: the same for noise that is drawn once a sequence and channel: another speaker's place, sensor or level.
-        seed: fixes every draw; below 2^63.
+    `forward(x, mask)` returns what the other methods take as `out`; x and mask are those of a `Batch`, as tensors.
 
-    Raises:
-        UsageError: a setting out of its range.
+    A model that carries a state from batch to batch, as in truncated backpropagation, also has an attribute `carried`:
+    tensors in tuples, lists or dicts, or None. The loop sets it to None where an epoch starts, and for the validation
+    part; `forward` reads it and puts the state after the batch there. The loop cuts it off from its graph after each
+    step and keeps it in the checkpoint, with NamedTuples as plain tuples, so that a resumed run goes on from it.
     """
 
-    epochs: int = 60
-    batch: int = 16
-    lr: float = 5e-3
-    clip: float = 1.0
-    patience: int = 20
-    noise: float = 0.0
-    offset: float = 0.0
-    seed: int = 0
+    def losses(self, out: Any, mask: Tensor | None, y: Tensor) -> Tensor:
+        """Return each target's loss, in the shape of the batch's `weight`."""
+        ...
 
-    def __post_init__(self) -> None:
-        for name, least in {"epochs": 1, "batch": 1, "patience": 0, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise UsageError(f"expected {name} >= {least}, got {getattr(self, name)}")
-        for name, bound in {"lr": "> 0", "clip": "> 0", "noise": ">= 0", "offset": ">= 0"}.items():
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (value == 0 and bound == "> 0"):
-                raise UsageError(f"expected {name} {bound} and finite, got {value}")
-        if self.seed >= 2**63:  # as many as torch takes
-            raise UsageError(f"expected seed < 2^63, got {self.seed}")
+    def measure(self, out: Any, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Return sums over a batch of the validation part: they are added up over batches and processes."""
+        ...
+
+    def measured(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return the metrics that the sums amount to, by the names that the history has them under."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain values in which a checkpoint's model must be alike, beside the shapes of the weights."""
+        ...
+
+
+class Epoch(NamedTuple):
+    """What a callback is given after an epoch.
+
+    `entry` is its line of the history, to which a callback may add; `model` is in evaluation mode; `fit` is what was
+    done so far.
+    """
+
+    entry: dict[str, Any]
+    model: nn.Module
+    fit: Fit
 
 
 @dataclass
@@ -88,77 +93,116 @@ class Fit:
 
     Args:
         history: one entry an epoch: `epoch`, `lr`, `loss` and, with a validation part, `validation_loss` and the
-            metric (`accuracy`, or `rmse` in the targets' units).
+            model's metrics.
         best: the entry whose weights were kept; None before the first epoch was done.
         steps: steps of the optimiser.
         seconds: time spent in this call.
-        interrupted: Ctrl-C ended it.
+        stopped: what ended it: `"epochs"`, `"patience"`, `"ctrl-c"` or `"callback"`.
         checkpoint_error: why the last checkpoint could not be written; "" where it was, or none was asked for.
         records: what was seen of the layers, in the epochs that were looked at.
+        threads: how many were used.
+        timed: seconds of a step by the number of threads, where that was measured.
+        resumed: the epochs that a checkpoint brought.
+        notes: what has to be said of how it went, a sentence each.
     """
 
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, float] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
     steps: int = 0
     seconds: float = 0.0
-    interrupted: bool = False
+    stopped: str = ""
     checkpoint_error: str = ""
     records: list[TrainingRecord] = field(default_factory=list)
+    threads: int = 0
+    timed: dict[int, float] = field(default_factory=dict)
+    resumed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it."""
+        return self.stopped == "ctrl-c"
 
 
-def fit(
-    model: Model,
-    inputs: Inputs,
-    examples: Examples,
-    training: Indices,
-    validation: Indices,
+def learn(
+    model: Any,
+    data: Data,
     settings: Settings,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = False,
     team: Processes | None = None,
     inspect: int = 0,
     writer: Any = None,
+    threads: int | None = None,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | str = "cosine",
+    metrics: Mapping[str, Callable[[NDArray, NDArray], float]] | None = None,
+    callbacks: Sequence[Callable[[Epoch], Any]] = (),
 ) -> Fit:
-    """Fit the model to the examples at `training`, keeping the weights that do best at `validation`.
+    """Fit a model to data, keeping the weights that do best on the validation part.
 
     Args:
-        model: its weights are the start, and afterwards the best found (the last, without a validation part).
-        inputs: fills gaps; measured on the training part.
-        examples: the data.
-        training, validation: positions in `examples`; the latter may be empty.
-        settings: how to fit.
+        model: a module that is a `Learner`. Its weights are the start, and afterwards the best found (the last, without
+            a validation part).
+        data: the batches.
+        settings: how to fit; of it the loop reads `epochs`, `lr`, `clip`, `patience` and `seed`.
         checkpoint: file that is written after every epoch and on Ctrl-C. Where that fails, as on a full disk, there is
             a warning, the checkpoint before stays, and the fit goes on.
-        resume: go on from `checkpoint` where it exists.
-        progress: show a bar with loss, metric, steps/s and time left on standard error.
+        resume: go on from `checkpoint` where it exists. More epochs than it was made for may be asked for: the rate
+            then goes on as a run of so many epochs has it, from that epoch on.
+        overwrite: begin anew where `checkpoint` exists.
+        progress: show a bar with loss, metrics, steps/s and time left on standard error.
         team: the processes that share each batch; this one alone where None.
         inspect: look at the layers in one epoch of so many, see `inspect.TrainingMonitor`; 0: never. What is trained is
             the same bit for bit. Of several processes the first one looks, at its own rows.
         writer: a `torch.utils.tensorboard.SummaryWriter` that gets what was seen.
+        threads: how many to use; measured on the first batches where None, see `threads.fastest`, and as the checkpoint
+            has it where one is gone on from, as other threads give other last bits.
+        optimizer: makes one of the parameters; Adam at `settings.lr` where None.
+        scheduler: makes one of the optimiser, stepped once an epoch, with the validation loss where its `step` needs
+            one; or `"cosine"`, half a one down to a hundredth of the rate, or `"constant"`.
+        metrics: by name, callables of the truth and the answers over the whole validation part, arrays as batches have
+            them in `y` and as the model's `answer(out, mask)` gives them.
+        callbacks: called with an `Epoch` after each; one that returns True ends the fit. Of several processes the first
+            one calls them.
 
     Returns:
         What happened. After Ctrl-C (SIGINT) too: the step is finished, then the loop ends; a second one raises.
 
     Raises:
-        UsageError: nothing to train on, a loss that isn't finite, or a checkpoint of other settings, another model or
-            other data.
+        UsageError: nothing to train on, a loss that isn't finite, a checkpoint that is there without `resume` or
+            `overwrite`, or one of other settings, another model or other data.
         FormatError: a damaged checkpoint.
         OSError: `checkpoint` is where no file can be written, which is told before the first step.
     """
-    if not len(training):
-        raise UsageError("expected at least one example to train on, got none")
     team = team or Processes()
+    path = None if checkpoint is None else os.fspath(checkpoint)
+    going_on = path is not None and Path(path).exists() and not overwrite
     if checkpoint is not None and team.rank == 0:
         check_replaceable(checkpoint)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _interruptible() as interrupt:
-        run = _Run(model, inputs, examples, training, validation, settings, team)
+    if going_on and not resume:
+        raise UsageError(
+            f"{path}: a checkpoint is there already: ask to resume, to go on from it, or to overwrite it, to begin anew"
+        )
+    if hasattr(model, "carried") and team.world > 1:
+        raise UsageError("expected one process for a model that carries its state from batch to batch, got several")
+    with (
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        counted.kept(),
+        _interruptible() as interrupt,
+    ):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        run = _Run(model, data, settings, team, optimizer, scheduler)
+        run.metrics, run.callbacks = dict(metrics or {}), callbacks
         if inspect and team.rank == 0:
             run.monitor = TrainingMonitor(run.model, inspect, writer=writer)
-        if resume and checkpoint is not None and Path(checkpoint).exists():
-            run.restore(checkpoint)
-        return run.go(checkpoint, progress, interrupt)
+        if going_on and path is not None:
+            run.restore(path, threads)
+        return run.go(checkpoint, progress, interrupt, measure=threads is None)
 
 
 class _Run:
@@ -166,74 +210,108 @@ class _Run:
 
     def __init__(
         self,
-        model: Model,
-        inputs: Inputs,
-        examples: Examples,
-        training: Indices,
-        validation: Indices,
+        model: Any,
+        data: Data,
         settings: Settings,
         team: Processes,
+        optimizer: Callable[[Any], torch.optim.Optimizer] | None,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | str,
     ):
-        self.inputs, self.examples, self.settings, self.team = inputs, examples, settings, team
-        self.training, self.validation = training, validation
+        self.data, self.settings, self.team = data, settings, team
         self.model = model.to(team.device)
         self.wrapped = team.wrap(self.model)
-        self.optimizer = torch.optim.Adam(model.parameters(), settings.lr)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, settings.epochs, settings.lr / 100)
+        make = optimizer or partial(torch.optim.Adam, lr=settings.lr)
+        self.optimizer = make(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self.cosine = scheduler == "cosine"
+        self.schedule = _schedule(scheduler, self.optimizer, settings.epochs)
+        self.dropouts = [module for module in model.modules() if isinstance(module, Dropout)]
         self.result = Fit()
         self.best_weights: dict[str, Tensor] | None = None
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0.0]  # sums of weighted losses and of weights in this epoch
-        self.per_epoch = len(self.batches(0))
         self.monitor: TrainingMonitor | None = None
+        self.metrics: dict[str, Callable[[NDArray, NDArray], float]] = {}
+        self.callbacks: Sequence[Callable[[Epoch], Any]] = ()
+        self.measured_threads = False
 
-    def batches(self, epoch: int) -> list[Indices]:
-        """Return the epoch's batches, the same ones in every process and every run."""
-        rng = np.random.default_rng([self.settings.seed, epoch])
-        return batches(self.examples.lengths, self.training, self.settings.batch, rng)
-
-    def go(self, checkpoint: str | os.PathLike[str] | None, progress: bool, interrupt: threading.Event) -> Fit:
+    def go(
+        self, checkpoint: str | os.PathLike[str] | None, progress: bool, interrupt: threading.Event, measure: bool
+    ) -> Fit:
         """Run to the end, to early stopping or to Ctrl-C."""
         settings, result, started = self.settings, self.result, time.perf_counter()
-        total, done = settings.epochs * self.per_epoch, self.epoch * self.per_epoch + self.step
+        per_epoch = self.data.steps
+        total, done = settings.epochs * per_epoch, self.epoch * per_epoch + self.step
         show = progress and self.team.rank == 0
         bar = tqdm(total=total, initial=done, unit="step", disable=not show, file=sys.stderr, dynamic_ncols=True)
+        measure = measure and not result.threads and self.team.world == 1 and self.team.device.type == "cpu"
         with bar, self.monitor or nullcontext():
-            while self.epoch < settings.epochs and not self.stalled() and not result.interrupted:
-                order = self.batches(self.epoch)
-                while self.step < len(order) and not result.interrupted:
-                    self.train(order[self.step])
+            while not result.stopped and not self.ended():
+                if self.step == 0 and hasattr(self.model, "carried"):
+                    self.model.carried = None
+                batches = self.data.epoch(self.epoch, self.step)
+                if measure and torch.get_num_threads() > 1:
+                    first = list(islice(batches, TIMED))
+                    result.timed = self.time(first, total - done)
+                    batches = chain(first, batches)
+                measure = False
+                for batch in batches:
+                    self.train(batch)
                     self.step += 1
                     bar.update()
                     bar.set_postfix(self.shown(), refresh=False)
                     # Processes must leave at the same step, or the others would wait for ever.
-                    result.interrupted = self.team.add([float(interrupt.is_set())])[0] > 0
-                if self.step == len(order):
+                    if self.team.add([float(interrupt.is_set())])[0] > 0:
+                        result.stopped = "ctrl-c"
+                        break
+                if self.step == per_epoch:
                     self.close_epoch()
+                elif not result.stopped:
+                    raise UsageError(
+                        f"expected {per_epoch} batches in every epoch, got {self.step} in epoch {self.epoch + 1}: what "
+                        "is iterated over must give the same examples each time"
+                    )
+                result.threads = torch.get_num_threads()
                 if checkpoint is not None and self.team.rank == 0:
                     self.save(checkpoint)
-        result.steps = self.epoch * self.per_epoch + self.step
+        result.stopped = result.stopped or self.ended()
+        result.steps = self.epoch * per_epoch + self.step
+        result.threads = torch.get_num_threads()
         result.seconds = time.perf_counter() - started
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         self.model.eval()
         return result
 
-    def train(self, indices: Indices) -> None:
-        """Take one step of the optimiser on the global batch `indices`, of which this process does its rows."""
-        settings, size = self.settings, len(indices)
+    def loss(self, batch: Batch, share: float = 1.0, rows: NDArray[np.int64] | None = None) -> tuple[Tensor, float]:
+        """Return the sum of the weighted losses of a global batch's `rows`, over the weight of all, and that weight."""
+        size = len(batch.weight)
+        rows = np.arange(size) if rows is None else rows
+        for dropout in self.dropouts:
+            dropout.rows = (torch.from_numpy(rows), size)
+        self.model.train()
+        mine = batch if len(rows) == size else pytree.tree_map_only(np.ndarray, lambda a: a[rows], batch)
+        x, y, weight, mask = self.tensors(mine)
+        out = self.wrapped(x, mask)
+        total = max(float(batch.weight.sum()), 1e-12)
+        each = self.model.losses(out, mask, y)
+        if each.shape != weight.shape:
+            raise UsageError(
+                f"expected a loss that gives one number a target, in the shape {tuple(weight.shape)}, got "
+                f"{tuple(each.shape)}: losses of torch do with reduction='none'"
+            )
+        loss = (each * (weight * share)).sum() / total
+        for dropout in self.dropouts:
+            dropout.rows = None
+        return loss, total
+
+    def train(self, batch: Batch) -> None:
+        """Take one step of the optimiser on a global batch, of which this process does its rows."""
+        settings = self.settings
         draws = np.random.SeedSequence([settings.seed, self.epoch, self.step])
         torch.manual_seed(int(draws.generate_state(1)[0]))
-        batch = self.examples.fetch(indices)
-        x = self.augment(batch.x, np.random.default_rng(draws))
-        rows, share = self.team.rows(size), 1.0
+        rows, share = self.team.rows(len(batch.weight)), 1.0
         if not len(rows):  # a process without a row joins the step all the same, with a row that counts for nothing
             rows, share = np.array([0]), 0.0
-        self.model.dropout.rows = (torch.from_numpy(rows), size)
-        self.model.train()
-        out, mask = self.forward(self.wrapped, x[rows])
-        weight, y = self.tensor(batch.weight[rows]) * share, self.tensor(batch.y[rows])
-        total = max(float(batch.weight.sum()), 1e-12)
-        mine = (self.model.losses(out, mask, y) * weight).sum() / total
+        mine, total = self.loss(batch, share, rows)
         loss = mine * self.team.world  # gradients are averaged over the processes, and should be added
         for penalty in layers.losses(self.model):
             loss = loss + penalty
@@ -247,101 +325,133 @@ class _Run:
             )
         self.optimizer.step()
         layers.apply_constraints(self.model)
-        self.model.dropout.rows = None
+        if hasattr(self.model, "carried"):
+            self.model.carried = _cut_off(self.model.carried)
         for n, value in enumerate(self.team.add([float(mine.detach()) * total, total / self.team.world])):
             self.sums[n] += value
 
-    def augment(self, x: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-        """Return `x [B, T, I]` with the training's noise added."""
-        for strength, shape in ((self.settings.noise, x.shape), (self.settings.offset, (len(x), 1, x.shape[2]))):
-            if strength:
-                x = x + rng.standard_normal(shape, np.float32) * (np.float32(strength) * self.inputs.scale)
-        return x
+    def time(self, batches: list[Batch], left: int) -> dict[int, float]:
+        """Choose the number of threads on some batches, of which nothing stays: see `threads.fastest`."""
+        carried = getattr(self.model, "carried", None)
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+
+        def passes(batch: Batch) -> None:
+            self.loss(batch)[0].backward()
+            if hasattr(self.model, "carried"):
+                self.model.carried = carried
+
+        if self.monitor is not None:
+            self.monitor.close()  # it looks at the first gradient that comes, which is to be that of a step
+        took = counted.fastest([partial(passes, batch) for batch in batches], left)
+        if self.monitor is not None:
+            self.monitor.skip(0)
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
+        return took
 
     def close_epoch(self) -> None:
         """Validate, keep the weights where they are the best, and begin the next epoch."""
-        entry = {"epoch": self.epoch + 1, "lr": self.schedule.get_last_lr()[0], "loss": self.sums[0] / self.sums[1]}
+        rate = self.optimizer.param_groups[0]["lr"]
+        entry: dict[str, Any] = {"epoch": self.epoch + 1, "lr": float(rate), "loss": self.sums[0] / self.sums[1]}
         record = None if self.monitor is None else self.monitor.epoch()
         if record is not None:
             self.result.records.append(record)
-        if len(self.validation):
+        if self.data.validates:
             entry.update(self.validate())
         best = self.result.best
-        if not len(self.validation) or best is None or entry["validation_loss"] < best["validation_loss"]:
+        if not self.data.validates or best is None or entry["validation_loss"] < best["validation_loss"]:
             self.result.best = entry
             self.best_weights = copy.deepcopy(self.model.state_dict())
         self.result.history.append(entry)
-        self.schedule.step()
+        if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.schedule.step(entry.get("validation_loss", entry["loss"]))
+        else:
+            self.schedule.step()
         self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0, 0.0]
+        stop = False
+        if self.callbacks and self.team.rank == 0:
+            self.model.eval()
+            for callback in self.callbacks:  # all of them, whatever one says
+                stop = bool(callback(Epoch(entry, self.model, self.result))) or stop
+        if self.callbacks and self.team.add([float(stop)])[0] > 0:
+            self.result.stopped = self.result.stopped or "callback"
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return the validation loss and the metric, each process having done its share of the batches."""
+        """Return the validation loss and the metrics, each process having done its share of the batches."""
         self.model.eval()
-        classify = self.model.task == "classify"
-        sums = [0.0, 0.0, 0.0]  # weighted losses, weighted hits or squared errors, weights
-        for indices in batches(self.examples.lengths, self.validation, 256)[self.team.rank :: self.team.world]:
-            batch = self.examples.fetch(indices)
-            out, mask = self.forward(self.model, batch.x)
-            weight, y = self.tensor(batch.weight), self.tensor(batch.y)
-            answer = self.model.answer(out, mask)
-            score = (answer.argmax(1) == y).float() if classify else (answer - y).square()
-            for n, value in enumerate((self.model.losses(out, mask, y) * weight, score * weight, weight)):
-                sums[n] += float(value.sum(dtype=torch.float64))
-        loss, score, weight = self.team.add(sums)
-        weight = max(weight, 1e-12)
-        return {"validation_loss": loss / weight} | (
-            {"accuracy": score / weight} if classify else {"rmse": (score / weight) ** 0.5}
+        carried = getattr(self.model, "carried", None)
+        if hasattr(self.model, "carried"):
+            self.model.carried = None
+        sums: dict[str, float] = {"": 0.0, " ": 0.0}  # weighted losses and weights, which no model's sums are named
+        whole: list[tuple[NDArray, NDArray]] = []
+        for batch in islice(self.data.held(), self.team.rank, None, self.team.world):
+            x, y, weight, mask = self.tensors(batch)
+            out = self.model(x, mask)
+            found = {"": self.model.losses(out, mask, y) * weight, " ": weight}
+            found |= self.model.measure(out, mask, y, weight)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + float(value.sum(dtype=torch.float64))
+            if self.metrics:
+                whole.append((batch.y, self.model.answer(out, mask).cpu().numpy()))
+        if hasattr(self.model, "carried"):
+            self.model.carried = carried
+        gathered = self.team.gather((sums, whole))  # one may have had no batch, and so no sums of the model's
+        names = dict.fromkeys(chain.from_iterable(theirs for theirs, _ in gathered))
+        sums = {name: sum(theirs.get(name, 0.0) for theirs, _ in gathered) for name in names}
+        loss, weight = sums.pop(""), sums.pop(" ")
+        figures = {"validation_loss": loss / max(weight, 1e-12), **self.model.measured(sums)}
+        for name, metric in self.metrics.items():
+            pairs = chain.from_iterable(theirs for _, theirs in gathered)
+            figures[name] = float(metric(*map(np.concatenate, zip(*pairs, strict=True))))
+        return figures
+
+    def tensors(self, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor | None]:
+        """Return x, y, weight and mask as tensors where this process computes."""
+        x, y, weight, mask = pytree.tree_map_only(
+            np.ndarray, lambda array: torch.from_numpy(array).to(self.team.device), tuple(batch)
         )
-
-    def forward(self, model: nn.Module, x: NDArray[np.float32]) -> tuple[Tensor, Tensor | None]:
-        filled, used = self.inputs(x)
-        mask = None if used is None else self.tensor(used)
-        return model(self.tensor(filled), mask), mask
-
-    def tensor(self, array: NDArray) -> Tensor:
-        return torch.from_numpy(array).to(self.team.device)
+        return x, y, weight, mask
 
     def shown(self) -> dict[str, str]:
         """Return what the bar shows beside steps/s and the time left."""
         shown = {"epoch": str(self.epoch + 1), "loss": f"{self.sums[0] / max(self.sums[1], 1e-12):.4f}"}
         last = self.result.history[-1] if self.result.history else {}
-        return shown | {name: f"{last[name]:.4f}" for name in ("accuracy", "rmse") if name in last}
+        numbers = {name: value for name, value in last.items() if isinstance(value, float) and name not in NO_METRIC}
+        return shown | {name: f"{value:.4f}" for name, value in numbers.items()}
 
-    def stalled(self) -> bool:
-        """Return whether the validation loss has stopped falling."""
-        best = self.result.best
-        if best is None or not self.settings.patience or not len(self.validation):
-            return False
-        return self.epoch - best["epoch"] >= self.settings.patience
+    def ended(self) -> str:
+        """Return why there is no further epoch; "" where there is one."""
+        best, patience = self.result.best, self.settings.patience
+        if best is not None and patience and self.data.validates and self.epoch - best["epoch"] >= patience:
+            return "patience"
+        return "epochs" if self.epoch >= self.settings.epochs else ""
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on from; arrays are there as digests."""
-        model, inputs = self.model, self.inputs
+        """What must be the same for a checkpoint to be gone on from; more epochs may be asked for."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "epochs"}
         return {
-            **asdict(self.settings),
-            **{name: getattr(model, name) for name in ("task", "cell", "bidirectional", "pooling", "every_step")},
-            "dropout": model.dropout.p,
-            "shapes": {name: list(value.shape) for name, value in model.state_dict().items()},
-            "inputs": _digest([inputs.mean, inputs.scale, np.array(inputs.observed, np.int64)]),
-            "targets": _digest(value.cpu().numpy() for value in (model.targets.mean, model.targets.scale)),
-            "training": self.digest(self.training),
-            "validation": self.digest(self.validation),
+            **settings,
+            **self.model.describe(),
+            "shapes": {name: list(value.shape) for name, value in self.model.state_dict().items()},
+            **self.data.describe(),
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": type(self.schedule).__name__,
         }
-
-    def digest(self, indices: Indices) -> str:
-        """Return a digest of the examples at `indices`, and of `indices`."""
-        groups = batches(self.examples.lengths, indices, 256)
-        return _digest(chain([indices], *(self.examples.fetch(group) for group in groups)))
 
     def state(self) -> dict[str, Any]:
         return {
             "fingerprint": self.fingerprint,
             "position": [self.epoch, self.step, *self.sums],
+            "epochs": self.settings.epochs,
+            "threads": self.result.threads,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "carried": getattr(self.model, "carried", None),
             "best_weights": self.best_weights,
             "history": self.result.history,
             "best": self.result.best,
@@ -359,7 +469,8 @@ class _Run:
                 said = f"the checkpoint could not be written, training goes on: {self.result.checkpoint_error}"
                 warnings.warn(said, RuntimeWarning, stacklevel=2)
 
-    def restore(self, path: str | os.PathLike[str]) -> None:
+    def restore(self, path: str | os.PathLike[str], threads: int | None) -> None:
+        """Go on from a checkpoint, with its number of threads unless one is asked for."""
         state = checkpoints.load(path)
         for name, mine in self.fingerprint.items():
             found = state["fingerprint"].get(name)
@@ -370,28 +481,60 @@ class _Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            # Checkpoints of 0.1.0 have none.
-            self.result.records = [TrainingRecord.from_json(record) for record in state.get("records", [])]
+            if hasattr(self.model, "carried"):
+                self.model.carried = pytree.tree_map_only(
+                    Tensor, lambda tensor: tensor.to(self.team.device), state["carried"]
+                )
+            self.result.records = [TrainingRecord.from_json(record) for record in state["records"]]
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             why = checkpoints.first_line(error)
             raise FormatError(
                 f"{path}: expected the state of this training, found one that doesn't fit: {why}"
             ) from None
+        if self.cosine and state["epochs"] != self.settings.epochs:
+            self.extend(state["epochs"])
         self.best_weights = state["best_weights"]
         self.result.history, self.result.best = state["history"], state["best"]
+        self.result.resumed = self.epoch
+        if threads is None and self.team.world == 1 and self.team.device.type == "cpu":
+            self.result.threads = state["threads"]
+            torch.set_num_threads(max(state["threads"], 1))
         if self.monitor is not None:
             self.monitor.skip(self.epoch)
 
+    def extend(self, before: int) -> None:
+        """Let the rate go on as a run of the epochs that are asked for has it, where a checkpoint was for others."""
+        epochs, state = self.settings.epochs, self.schedule.state_dict()
+        least, share = state["eta_min"], (1 + math.cos(math.pi * min(self.epoch / epochs, 1.0))) / 2
+        rates = [least + (base - least) * share for base in state["base_lrs"]]
+        self.schedule.load_state_dict({**state, "T_max": epochs, "_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.result.notes.append(
+            f"the checkpoint was made for {before} epochs: from epoch {self.epoch + 1} on, the rate goes on as in a "
+            f"training of {epochs}, at {rates[0]:.3g}"
+        )
 
-def _digest(arrays: Iterable[NDArray]) -> str:
-    """Return a digest of the arrays' shapes and values; one NaN is as good as another."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        if array.dtype.kind == "f":
-            array = np.where(np.isnan(array), array.dtype.type(np.nan), array)
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:16]
+
+def _schedule(
+    given: Callable[[torch.optim.Optimizer], Any] | str, optimizer: torch.optim.Optimizer, epochs: int
+) -> Any:
+    if callable(given):
+        return given(optimizer)
+    if given == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 0)
+    if given == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, optimizer.param_groups[0]["lr"] / 100)
+    raise UsageError(f"expected scheduler to be cosine, constant or a callable of the optimizer, got {given!r}")
+
+
+def _cut_off(state: Any) -> Any:
+    """Return a state without its graph, in plain containers, as a checkpoint holds it."""
+    if isinstance(state, Tensor):
+        return state.detach()
+    if isinstance(state, (tuple, list)):
+        return type(state)(map(_cut_off, state)) if type(state) is list else tuple(map(_cut_off, state))
+    return {name: _cut_off(part) for name, part in state.items()} if isinstance(state, dict) else state
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""The model that is trained: standardise, stacked cells, pool, a dense head. It becomes a Network by `to_nodes`."""
+"""The model that is trained: standardise, stacked cells, pool, a head. It becomes a Network by `to_nodes`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from cellstack import layers, nodes
-from cellstack.nodes import Dense, GlobalPool, Node
+from cellstack.formats.pytorch.modules import from_torch
+from cellstack.nodes import Activation, Dense, GlobalPool, Node, Scale
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.train.checks import UsageError
+from cellstack.train.examples import digest
 
 TASKS = ("classify", "regress")
+POOLINGS = ("mean", "max", "last", "none")
 LAYERS = {"lstm": layers.LSTM, "gru": layers.GRU, "rnn": layers.SimpleRNN}
 
 
@@ -66,14 +71,21 @@ class Model(nn.Module):
         task: `"classify"` or `"regress"`.
         bidirectional: run each layer from both ends, outputs side by side.
         dropout: share of values dropped out after each layer in training.
-        pooling: `"mean"`, `"max"` or `"last"` over the steps that the mask keeps.
+        pooling: `"mean"`, `"max"` or `"last"` over the steps that the mask keeps; `"none"` for an answer at every step,
+            `[B, T, O]`, each with a target of its own.
         every_step: read out every step and pool the answers (class probabilities), not the hidden states. Such a model
             has an answer after each step of a stream, and each step counts in its loss.
         targets: mean and scale of each number, `[O]` both; training sees standardised targets, users don't.
         cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
+        head: a module from `[B, W]`, W the width of the last layer's output, to `[B, O]`, or from `[B, T, W]` where
+            every step is read out; one dense layer where None. What `from_torch` takes can be one.
+        loss: a callable of logits or standardised numbers, `[B, O]`, and of class positions `[B]` or standardised
+            targets `[B, O]`, that returns a loss each, `[B]` or in the targets' shape, as torch's do with
+            `reduction="none"`; cross-entropy or squared errors where None. Entries of a step stand beside each other in
+            the first axis.
 
     Raises:
-        UsageError: an option out of its range.
+        UsageError: an option out of its range, or a head that can't be part of a Network.
     """
 
     def __init__(
@@ -88,18 +100,22 @@ class Model(nn.Module):
         every_step: bool = False,
         targets: tuple[np.ndarray, np.ndarray] | None = None,
         cell: str = "lstm",
+        head: nn.Module | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
         if not units or min(units) < 1:
             raise UsageError(f"Model: expected units of at least 1 for at least one layer, got {units}")
         if not 0.0 <= dropout < 1.0:
             raise UsageError(f"Model: expected dropout in [0, 1), got {dropout}")
-        given = (("task", task, TASKS), ("pooling", pooling, ("mean", "max", "last")), ("cell", cell, tuple(LAYERS)))
+        given = (("task", task, TASKS), ("pooling", pooling, POOLINGS), ("cell", cell, tuple(LAYERS)))
         for name, value, choices in given:
             if value not in choices:
                 raise UsageError(f"Model: expected {name} to be one of {', '.join(choices)}, got {value!r}")
+        if every_step and pooling == "none":
+            raise UsageError("Model: expected a pooling of the answers with every_step, got pooling none")
         self.task, self.pooling, self.every_step, self.bidirectional = task, pooling, every_step, bidirectional
-        self.cell = cell
+        self.cell, self.own_loss = cell, loss
         self.standardise = Standardise(*inputs)
         self.recurrent = nn.ModuleList()
         width = len(inputs[0])
@@ -108,8 +124,29 @@ class Model(nn.Module):
             self.recurrent.append(layers.Bidirectional(layer) if bidirectional else layer)
             width = size * (2 if bidirectional else 1)
         self.dropout = Dropout(dropout)
-        self.head = nn.Linear(width, outputs)
+        self.head = nn.Linear(width, outputs) if head is None else head
+        if head is not None:
+            self.check_head(width, outputs)
         self.targets = Standardise(*(targets or (np.zeros(outputs), np.ones(outputs))))
+
+    def check_head(self, width: int, outputs: int) -> None:
+        """Raise `UsageError` where a head of one's own has other widths, or can't be written as nodes."""
+        try:
+            nodes_of(self.head)
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"head: expected what can be written as a Network: {str(error).removeprefix('from_torch: ')}"
+            ) from None
+        steps = (2,) if self.every_step or self.pooling == "none" else ()
+        training = self.head.training
+        try:
+            with torch.no_grad():
+                shape = tuple(self.head.eval()(torch.zeros(2, *steps, width)).shape)
+        except RuntimeError as error:
+            raise UsageError(f"head: expected a module of {width} inputs: {str(error).splitlines()[0]}") from None
+        self.head.train(training)
+        if shape != (2, *steps, outputs):
+            raise UsageError(f"head: expected {outputs} outputs, {(2, *steps, outputs)} of 2 rows, got {shape}")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return logits or standardised numbers: `[B, O]`, or `[B, T, O]` where every step is read out.
@@ -121,7 +158,7 @@ class Model(nn.Module):
         x = self.standardise(x)
         for layer in self.recurrent:
             x = self.dropout(layer(x, mask=mask))
-        return self.head(x) if self.every_step else self.head(self.pool(x, mask))
+        return self.head(x) if self.every_step or self.pooling == "none" else self.head(self.pool(x, mask))
 
     def pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return `[B, W]` for `x [B, T, W]`; zeros for a row whose mask keeps no step."""
@@ -144,16 +181,42 @@ class Model(nn.Module):
 
     def losses(self, out: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:
         """Return each target's loss, in the shape of `y`: cross-entropy in nats, or squared standardised errors."""
-        if self.task == "classify":
-            if not self.every_step:
-                return nn.functional.cross_entropy(out, y, reduction="none")
-            each = nn.functional.cross_entropy(
-                out.transpose(1, 2), y[:, None].expand(-1, out.shape[1]), reduction="none"
-            )
+        if self.task == "classify" and self.every_step:
+            each = self.each(out, y[:, None].expand(-1, out.shape[1]))
             used = torch.ones_like(each) if mask is None else mask.to(each)
             return (each * used).sum(1) / used.sum(1).clamp(min=1)
-        out = self.pool(out, mask) if self.every_step else out
-        return nn.functional.mse_loss(out, self.targets(y), reduction="none")
+        if self.task == "classify":
+            return self.each(out, y)
+        return self.each(self.pool(out, mask) if self.every_step else out, self.targets(y))
+
+    def each(self, out: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of each of `out [..., O]`, in the shape of `y`: `[...]` classes, or `[..., O]` numbers."""
+        flat = out.flatten(0, -2), y.flatten() if self.task == "classify" else y.flatten(0, -2)
+        if self.own_loss is None:
+            function = nn.functional.cross_entropy if self.task == "classify" else nn.functional.mse_loss
+            return function(*flat, reduction="none").view(y.shape)
+        own = self.own_loss(*flat)
+        if own.shape == flat[0].shape[:1] and flat[1].ndim == 2:  # one an example: of all its targets
+            own = own[:, None].expand(flat[1].shape)
+        return own.view(y.shape) if own.shape == flat[1].shape else own
+
+    def measure(self, out: Tensor, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Return sums over a batch, which add up over batches to what `measured` takes."""
+        answer = self.answer(out, mask)
+        each = (answer.argmax(-1) == y).float() if self.task == "classify" else (answer - y).square()
+        return {"score": (each * weight).sum(dtype=torch.float64), "weight": weight.sum(dtype=torch.float64)}
+
+    def measured(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return the metric, `accuracy`, or `rmse` in the targets' units, of sums that `measure` gave."""
+        mean = sums["score"] / max(sums["weight"], 1e-12)
+        return {"accuracy": mean} if self.task == "classify" else {"rmse": mean**0.5}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint's model must be alike in, beside the shapes of its weights."""
+        names = ("task", "cell", "bidirectional", "pooling", "every_step")
+        targets = digest(value.cpu().numpy() for value in (self.targets.mean, self.targets.scale))
+        own = {"head": repr(self.head), "own_loss": None if self.own_loss is None else named(self.own_loss)}
+        return {name: getattr(self, name) for name in names} | {"dropout": self.dropout.p, "targets": targets} | own
 
     def to_nodes(self) -> list[Node]:
         """Return the model as nodes: raw inputs in; class probabilities, or numbers in the targets' units, out."""
@@ -166,14 +229,42 @@ class Model(nn.Module):
         else:
             stack = [_recurrent(list(self.recurrent))]
         before: list[Node] = [standardise, *stack]
-        kernel, bias = _array(self.head.weight.T), _array(self.head.bias)
+        head = nodes_of(self.head)
         if self.task == "classify":
-            head = Dense(kernel, bias, "softmax")
-        else:  # y·scale + mean, folded into the head
-            scale, mean = _array(self.targets.scale), _array(self.targets.mean)
-            head = Dense(kernel * scale, bias * scale + mean)
-        pool = GlobalPool(self.pooling)
-        return [*before, head, pool] if self.every_step else [*before, pool, head]
+            head.append(Activation("softmax"))
+        else:  # y·scale + mean
+            head.append(Scale(_array(self.targets.scale), _array(self.targets.mean)))
+        head = [*head[:-2], *_folded(head[-2], head[-1])]
+        pool = [] if self.pooling == "none" else [GlobalPool(self.pooling)]
+        return [*before, *head, *pool] if self.every_step else [*before, *pool, *head]
+
+
+def nodes_of(head: nn.Module) -> list[Node]:
+    """Return a head as nodes.
+
+    Raises:
+        TypeError: a module that a Network can't hold; its message names it.
+    """
+    if isinstance(head, nn.Linear):
+        bias = head.bias if head.bias is not None else torch.zeros(head.out_features)
+        return [Dense(_array(head.weight.T), _array(bias))]
+    return list(from_torch(head).nodes)
+
+
+def _folded(last: Node, end: Node) -> list[Node]:
+    """Return the last node of a head and what makes answers of it, as one node where that one is dense."""
+    if not isinstance(last, Dense) or last.activation != "linear":
+        return [last, end]
+    if isinstance(end, Activation):
+        return [replace(last, activation="softmax")]
+    assert isinstance(end, Scale)
+    bias = np.zeros(len(end.scale), np.float32) if last.bias is None else last.bias
+    return [Dense(last.kernel * end.scale, bias * end.scale + end.shift)]
+
+
+def named(function: Any) -> str:
+    """Return what a function, a class or an object that is called is known by."""
+    return getattr(function, "__qualname__", None) or repr(function)
 
 
 def _recurrent(stack: list[Any], go_backwards: bool = False) -> Recurrent:

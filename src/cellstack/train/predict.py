@@ -23,17 +23,19 @@ TASKS = ("classify", "regress", "forecast")
 class Trained(NamedTuple):
     """What a network's metadata says about what it was trained for.
 
-    `task` is `"classify"`, `"regress"` or `"forecast"`; `labels` are the classes' names; `recipe` is a forecast's.
+    `task` is `"classify"`, `"regress"` or `"forecast"`; `labels` are the classes; `recipe` is a forecast's; `per_step`
+    says whether there is an answer at every step.
     """
 
     task: str
-    labels: tuple[str, ...]
+    labels: tuple[Any, ...]
     inputs: Inputs
     recipe: Recipe | None
+    per_step: bool = False
 
 
 def metadata(
-    task: str, inputs: Inputs, labels: tuple[str, ...] = (), recipe: Recipe | None = None, **more: Any
+    task: str, inputs: Inputs, labels: tuple[Any, ...] = (), recipe: Recipe | None = None, **more: Any
 ) -> dict[str, Any]:
     """Return what `trained` reads, as plain values, and whatever `more` should travel along."""
     return {
@@ -62,12 +64,14 @@ def trained(net: Network, path: str) -> Trained:
         )
     answers = [net.shapes[name] for name in net.outputs]
     outputs = answers[0][-1]
-    if len(net.inputs) != 1 or len(answers) != 1 or len(answers[0]) != 1 or outputs is None:
-        raise FormatError(f"{path}: expected one answer a sequence, found a network that answers every step")
+    per_step = net.metadata.get("per_step", False) is True
+    if len(net.inputs) != 1 or len(answers) != 1 or len(answers[0]) != 1 + per_step or outputs is None:
+        expected, found = ("step", "the whole alone") if per_step else ("sequence", "every step")
+        raise FormatError(f"{path}: expected one answer a {expected}, found a network that answers {found}")
     inputs = _inputs(first, net.metadata.get("observed"), path)
     labels = _labels(net.metadata.get("labels"), task, outputs, path)
     recipe = _recipe(net.metadata.get("recipe"), len(inputs.mean), outputs, path) if task == "forecast" else None
-    return Trained(task, labels, inputs, recipe)
+    return Trained(task, labels, inputs, recipe, per_step)
 
 
 def _inputs(first: Standardise, observed: Any, path: str) -> Inputs:
@@ -80,13 +84,14 @@ def _inputs(first: Standardise, observed: Any, path: str) -> Inputs:
     return Inputs(first.mean[:raw], first.scale[:raw], tuple(observed))
 
 
-def _labels(labels: Any, task: str, outputs: int, path: str) -> tuple[str, ...]:
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise FormatError(f"{path}: expected labels to be a list of text, found {labels!r:.60}")
+def _labels(labels: Any, task: str, outputs: int, path: str) -> tuple[Any, ...]:
+    kinds = {type(label) for label in labels} if isinstance(labels, list) else {list}
+    if kinds not in (set(), {str}, {int}, {bool}):
+        raise FormatError(f"{path}: expected labels to be a list of text, whole numbers or bools, found {labels!r:.60}")
     if task == "classify" and not outputs == len(labels) == len(set(labels)):
         raise FormatError(f"{path}: expected {outputs} different labels, one an output, found {len(set(labels))}")
-    if task == "regress" and (labels or outputs != 1):
-        raise FormatError(f"{path}: expected no labels and one output for regress, found {len(labels)} and {outputs}")
+    if task == "regress" and labels:
+        raise FormatError(f"{path}: expected no labels for regress, found {len(labels)}")
     return tuple(labels)
 
 
@@ -104,13 +109,22 @@ def _recipe(values: Any, channels: int, outputs: int, path: str) -> Recipe:
     return recipe
 
 
-def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | None = None) -> NDArray[np.float64]:
-    """Return what the network answers to every example, `[N, O]`, in batches without padding."""
+def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | None = None) -> Any:
+    """Return what the network answers to every example, in batches without padding.
+
+    Returns:
+        `[N, O]`; a list of `[T, O]` where the network answers every step.
+    """
     everything = np.arange(len(examples.lengths))
-    out = np.empty((0, 0))
+    per_step = len(net.shapes[net.outputs[0]]) == 2
+    out: Any = [np.empty(0)] * len(everything) if per_step else np.empty((0, 0))
     for indices in batches(examples.lengths, everything, 1024):
         x, mask = inputs(examples.fetch(indices).x)
         y = net.run(x, mask=mask, threads=threads)[0]
+        if per_step:
+            for n, row in zip(indices, y, strict=True):
+                out[n] = row.astype(np.float64)
+            continue
         if not out.size:
             out = np.empty((len(everything), y.shape[1]))
         out[indices] = y
@@ -121,14 +135,15 @@ def sequences(net: Network, sequences: Sequences, path: str, threads: int | None
     """Classify sequences, or give their numbers.
 
     Args:
-        net: a network that `cellstack train` made.
+        net: a network that `cellstack train` or `train.fit` made.
         sequences: what to run it on; read with the network's `labels`.
         path: the file they come from, for messages.
         threads: how many the kernel may use.
 
     Returns:
-        `answers` `[N, O]`, and `predicted`, a label or a number each; where the file holds the truth, `accuracy` and
-        `confusion` (`[true, predicted]` counts), or `rmse` and `mae`.
+        `answers`, see `answers`, and `predicted`, a label, a number or a list of numbers each, or a list of these for
+        every step; where the data holds the truth, `accuracy` and `confusion` (`[true, predicted]` counts), or `rmse`
+        and `mae`.
 
     Raises:
         FormatError: sequences of another kind or width than the network's.
@@ -140,17 +155,32 @@ def sequences(net: Network, sequences: Sequences, path: str, threads: int | None
         raise FormatError(f"{path}: expected {kinds[not classes]}, found {kinds[classes]}")
     if sequences.channels != len(task.inputs.mean):
         raise FormatError(f"{path}: expected {len(task.inputs.mean)} channels, found {sequences.channels}")
+    if sequences.y is not None and sequences.per_step != task.per_step:
+        kinds = ("sequence", "step")
+        raise FormatError(
+            f"{path}: expected one truth a {kinds[task.per_step]}, found one a {kinds[not task.per_step]}"
+        )
     out = answers(net, task.inputs, Labelled(sequences), threads)
+    parts = out if task.per_step else [out]  # [T, O] each, or all in one
+    if task.task == "classify":
+        chosen = [part.argmax(axis=1) for part in parts]
+        predicted: list[Any] = [[task.labels[n] for n in part] for part in chosen]
+    else:
+        chosen = [part[:, 0] if part.shape[1] == 1 else part for part in parts]
+        predicted = [part.tolist() for part in chosen]
+    result: dict[str, Any] = {"answers": out, "predicted": predicted if task.per_step else predicted[0]}
+    if sequences.y is None:
+        return result
+    flat = np.concatenate(chosen)
+    truth = np.concatenate(sequences.y) if isinstance(sequences.y, list) else sequences.y
     if task.task != "classify":
-        result: dict[str, Any] = {"answers": out, "predicted": out[:, 0].tolist()}
-        return result if sequences.y is None else result | errors(out[:, 0], sequences.y.astype(np.float64))
-    chosen = out.argmax(axis=1)
-    result = {"answers": out, "predicted": [task.labels[n] for n in chosen]}
-    if sequences.y is not None:
-        confusion = np.zeros((len(task.labels),) * 2, np.int64)
-        np.add.at(confusion, (sequences.y, chosen), 1)
-        result |= {"accuracy": float((chosen == sequences.y).mean()), "confusion": confusion}
-    return result
+        if truth.size != flat.size:
+            count = truth.shape[1] if truth.ndim == 2 else 1
+            raise FormatError(f"{path}: expected {out[0].shape[-1]} targets, found {count}")
+        return result | errors(flat, truth.reshape(flat.shape).astype(np.float64))
+    confusion = np.zeros((len(task.labels),) * 2, np.int64)
+    np.add.at(confusion, (truth, flat), 1)
+    return result | {"accuracy": float((flat == truth).mean()), "confusion": confusion}
 
 
 def forecast(net: Network, table: Table, path: str, threads: int | None = None) -> dict[str, Any]:

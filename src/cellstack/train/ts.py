@@ -7,52 +7,26 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
 from cellstack.train.checks import read_text
+from cellstack.train.sequences import Sequences
 
 MISSING = {"?", "nan", ""}
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """Sequences of one file, each with a class, with a target, or with neither.
-
-    Args:
-        x: one `[T, I]` float32 array a sequence, in the file's units; NaN where a value is missing.
-        y: `[N]`; int64 positions in `labels`, or float32 targets where `labels` is empty; None where the file has
-            neither.
-        labels: names of the classes.
-        name: the file's problem name, or its stem.
-    """
-
-    x: list[NDArray[np.float32]]
-    y: NDArray | None
-    labels: tuple[str, ...]
-    name: str
-
-    @property
-    def channels(self) -> int:
-        """Width I of a step."""
-        return self.x[0].shape[1]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Steps T of each sequence, `[N]`."""
-        return np.array([len(x) for x in self.x], np.int64)
-
-
-def read_ts(path: str | os.PathLike[str], labels: tuple[str, ...] | None = None) -> Sequences:
+def read_ts(path: str | os.PathLike[str], labels: tuple[Any, ...] | None = None) -> Sequences:
     """Read a `.ts` file: univariate or multivariate, of equal or unequal length, with classes, targets or neither.
 
     Args:
         path: the file.
-        labels: names of the classes, in the order of a model trained before; as the file declares them where None.
+        labels: the classes, in the order of a model trained before, found by their text; as the file declares them
+            where None.
 
     Raises:
         FormatError: the file can't be read as `.ts`; the message names the line, what was expected and what was found.
@@ -91,7 +65,7 @@ def read_ts(path: str | os.PathLike[str], labels: tuple[str, ...] | None = None)
 class _Rows:
     """Reads lines after @data, and holds each against what the header and the lines before say."""
 
-    def __init__(self, path: Path, header: dict[str, list[str]], labels: tuple[str, ...] | None):
+    def __init__(self, path: Path, header: dict[str, list[str]], labels: tuple[Any, ...] | None):
         self.path = path
         self.classes = _flag(path, header, "classlabel")
         self.targets = not self.classes and _flag(path, header, "targetlabel")
@@ -101,8 +75,8 @@ class _Rows:
         for label, count in Counter(declared).items():
             if count > 1:
                 raise FormatError(f"{path}: expected each class once after @classLabel, found {label!r} {count} times")
-        self.labels = declared if labels is None or not self.classes else labels
-        self.codes = {label: code for code, label in enumerate(self.labels)}
+        self.labels: tuple[Any, ...] = declared if labels is None or not self.classes else labels
+        self.codes = {str(label): code for code, label in enumerate(self.labels)}
         univariate = _flag(path, header, "univariate")
         self.channels = _count(path, header, "dimensions") or _count(path, header, "dimension") or int(univariate)
         self.equal = _flag(path, header, "equallength")
@@ -125,7 +99,7 @@ class _Rows:
             if len(values[0]) != self.length:
                 raise _error(self.path, number, f"{self.length} steps (@equalLength true)", str(len(values[0])))
         if self.classes and label not in self.codes:
-            raise _error(self.path, number, f"a class out of {', '.join(self.labels)}", repr(label))
+            raise _error(self.path, number, f"a class out of {', '.join(self.codes)}", repr(label))
         if self.targets:
             _number(self.path, number, label)
         return np.array(values, np.float32).T.copy(), label

@@ -1,91 +1,26 @@
-"""From a file to a trained network and its measured errors: what the command line and the demo do."""
+"""From data to a trained network and its measured errors: what `train.fit`, the command line and the demo do."""
 
 from __future__ import annotations
 
-import math
 import os
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from cellstack.network import Network
-from cellstack.spec import CellSpec, FormatError
+from cellstack.spec import FormatError
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
-from cellstack.train.examples import Examples, Inputs, Labelled, split, target_scaling
+from cellstack.train.examples import Data, Indexed, Inputs, Labelled, split, target_scaling
+from cellstack.train.fitting import Result, as_network, check_memory, fitted
 from cellstack.train.forecast import Recipe, Windows, parts
-from cellstack.train.loop import Fit, Settings, fit
+from cellstack.train.loop import Fit
 from cellstack.train.model import Model
-from cellstack.train.processes import processes
+from cellstack.train.sequences import Sequences, joined
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.table import Table
-from cellstack.train.ts import Sequences
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a model is built: see `Model`."""
-
-    units: tuple[int, ...]
-    bidirectional: bool = False
-    dropout: float = 0.0
-    pooling: str = "mean"
-    every_step: bool = False
-    cell: str = "lstm"
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a training is run.
-
-    Args:
-        validation: share of the training part held out for early stopping; 0 for none.
-        checkpoint, resume, progress: see `fit`.
-        device: see `processes`.
-        inspect: look at the layers in each epoch, see `fit`.
-        events: folder that then gets TensorBoard's events, where TensorBoard is installed; None for none.
-
-    Raises:
-        UsageError: a share out of its range.
-    """
-
-    validation: float = 0.15
-    checkpoint: str | os.PathLike[str] | None = None
-    resume: bool = False
-    progress: bool = False
-    device: str = "auto"
-    inspect: bool = False
-    events: str | os.PathLike[str] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.validation < 1.0:
-            raise UsageError(f"expected validation in [0, 1), got {self.validation}")
-
-
-COPIES = 4  # of each weight that training keeps at least: itself, its gradient, and two moments of Adam
-NODE_NAMES = {"Standardise": "standardise", "GlobalPool": "pool", "Dense": "head"}
-
-
-@dataclass
-class Outcome:
-    """A trained network.
-
-    Args:
-        net: the network, its metadata filled in.
-        model: the same as a torch module.
-        fit: what the fit did.
-        scores: what was measured on held-out data, see `predict`.
-        rank: number of this process among those that trained; 0 is the one that writes and prints.
-    """
-
-    net: Network
-    model: Model
-    fit: Fit
-    scores: dict[str, Any]
-    rank: int
+from cellstack.train.targets import class_weights
 
 
 def train_sequences(
@@ -94,7 +29,11 @@ def train_sequences(
     architecture: Architecture,
     settings: Settings,
     options: RunOptions = RunOptions(),
-) -> Outcome:
+    own: Own = Own(),
+    *,
+    validation: Sequences | None = None,
+    class_weight: Any = None,
+) -> Result:
     """Train on sequences, and measure on test sequences where there are some.
 
     Args:
@@ -103,31 +42,85 @@ def train_sequences(
         architecture: how the model is built.
         settings: how it is fitted.
         options: how the training is run.
+        own: what takes the place of the model's, or stands beside it.
+        validation: what to validate on, read with the labels of `training`; a share of it, see `options`, where None.
+        class_weight: see `targets.class_weights`; they weigh in the loss of training and validation, and in the
+            accuracy that the history has.
 
     Returns:
         The network and what was measured: `scores` are those of `predict.sequences`.
 
     Raises:
-        UsageError: sequences without classes or targets, or fewer than two classes; see `fit` for more.
+        UsageError: sequences without classes or targets, or fewer than two classes; see `learn` for more.
         FormatError: test sequences of another kind or width.
     """
-    if training.y is None:
+    y = training.y
+    if y is None:
         raise UsageError(f"{training.name}: expected sequences with classes or targets, got neither")
-    classify = bool(training.labels)
-    if classify and len(np.unique(training.y)) < 2:
+    classify, flat = bool(training.labels), np.concatenate(y) if isinstance(y, list) else y
+    if classify and len(np.unique(flat)) < 2:
         raise UsageError(f"{training.name}: expected sequences of at least two classes, got one")
-    if test is not None and test.channels != training.channels:  # before the work, not after it
-        raise FormatError(f"{test.name}: expected {training.channels} channels, as trained on, found {test.channels}")
-    examples = Labelled(training)
-    kept, held = split(training.y, options.validation, np.random.default_rng(settings.seed))
-    inputs = Inputs.measure(examples, kept)
-    targets = None if classify else target_scaling(examples.y[kept], examples.weight[kept])
+    for name, other in (("validation", validation), ("test", test)):
+        _check_alike(name, other, training)  # before the work, not after it
+    if class_weight is not None and not classify:
+        raise UsageError("expected class_weight with classes alone, got it with numbers")
+    if training.per_step:
+        architecture = _per_step(architecture)
+    whole, (kept, held) = _split(training, validation, options.validation, settings.seed)
+    weights = None if class_weight is None else class_weights(class_weight, _of(y, kept), training.labels)
+    examples = Labelled(whole, weights)
+    inputs = Inputs.measure(examples, kept, called=whole.channel)
+    targets = None
+    if not classify:
+        targets = target_scaling(*(_of(part, kept) for part in (examples.y, examples.weight)))
     task = "classify" if classify else "regress"
-    head = {"outputs": len(training.labels) or 1, "task": task, "targets": targets}
-    model, result, rank = _train(head, inputs, examples, (kept, held), architecture, settings, options)
-    net = _network(model, predict.metadata(task, inputs, training.labels, data=training.name))
+    outputs = len(training.labels) if classify else len(targets[0]) if targets else 1
+    head = {"outputs": outputs, "task": task, "targets": targets, "head": own.head, "loss": own.loss}
+    data = Indexed(examples, inputs, kept, held, settings.batch, settings.seed, settings.noise, settings.offset)
+    model, fit, rank = _model(head, inputs, data, architecture, settings, options, own)
+    more = {"data": training.name, "columns": list(training.columns), "per_step": training.per_step}
+    net = as_network(model, predict.metadata(task, inputs, training.labels, **more))
     scores = {} if test is None else predict.sequences(net, test, test.name)
-    return Outcome(net, model, result, scores, rank)
+    return Result(net, model, fit, scores, rank, len(held))
+
+
+def _check_alike(name: str, other: Sequences | None, training: Sequences) -> None:
+    if other is None:
+        return
+    if other.channels != training.channels:
+        raise FormatError(f"{other.name}: expected {training.channels} channels, as trained on, found {other.channels}")
+    if other.columns != training.columns:
+        raise UsageError(
+            f"{name}: expected the columns {', '.join(training.columns)}, as trained on, got {', '.join(other.columns)}"
+        )
+    if name == "validation" and other.y is None:
+        raise UsageError("validation: expected sequences with classes or targets, got neither")
+    if other.y is not None and other.per_step != training.per_step:
+        raise UsageError(f"{name}: expected classes or targets in the form of those of the training")
+
+
+def _per_step(architecture: Architecture) -> Architecture:
+    if architecture.every_step:
+        raise UsageError("expected every_step with one class or target a sequence, got one a step")
+    return Architecture(**{**asdict(architecture), "pooling": "none"})
+
+
+def _split(
+    training: Sequences, validation: Sequences | None, share: float, seed: int
+) -> tuple[Sequences, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return all sequences that are learned from or validated on, and the positions of each."""
+    if validation is None:
+        y = np.zeros(len(training.x)) if isinstance(training.y, list) or training.y is None else training.y
+        return training, split(y, share, np.random.default_rng(seed))
+    return joined(training, validation), (
+        np.arange(len(training.x)),
+        np.arange(len(training.x), len(training.x) + len(validation.x)),
+    )
+
+
+def _of(values: Any, kept: NDArray[np.int64]) -> NDArray:
+    """Return the entries of some sequences, of all their steps where each has one a step."""
+    return np.concatenate([values[n] for n in kept]) if isinstance(values, list) else values[kept]
 
 
 def train_forecast(
@@ -137,7 +130,7 @@ def train_forecast(
     settings: Settings,
     options: RunOptions = RunOptions(),
     test: float = 0.2,
-) -> Outcome:
+) -> Result:
     """Train on a table's earlier rows; measure by forecasts from every origin in its last `test` of the rows.
 
     Args:
@@ -165,90 +158,23 @@ def train_forecast(
     inputs = Inputs.measure(windows, kept)
     examples = windows.fetch(kept)
     head = {"outputs": recipe.horizon, "task": "regress", "targets": target_scaling(examples.y, examples.weight)}
-    model, result, rank = _train(head, inputs, windows, (kept, held), architecture, settings, options)
-    net = _network(model, predict.metadata("forecast", inputs, recipe=recipe, data=os.path.basename(table.path)))
+    data = Indexed(windows, inputs, kept, held, settings.batch, settings.seed, settings.noise, settings.offset)
+    model, fit, rank = _model(head, inputs, data, architecture, settings, options)
+    net = as_network(model, predict.metadata("forecast", inputs, recipe=recipe, data=os.path.basename(table.path)))
     drift = model.targets.mean.cpu().numpy()
     scores = predict.backtest(net, table, origins[2], table.path, drift)
-    return Outcome(net, model, result, {**scores, "origins": len(origins[2])}, rank)
+    return Result(net, model, fit, {**scores, "origins": len(origins[2])}, rank, len(held))
 
 
-def _train(
+def _model(
     head: dict[str, Any],
     inputs: Inputs,
-    examples: Examples,
-    parts: tuple[NDArray[np.int64], NDArray[np.int64]],
+    data: Data,
     architecture: Architecture,
     settings: Settings,
     options: RunOptions,
+    own: Own = Own(),
 ) -> tuple[Model, Fit, int]:
-    """Build a model that ends in `head` and fit it; returns both and this process's rank.
-
-    Raises:
-        UsageError: a model whose weights and what training keeps beside them this machine can't hold.
-        MemoryError: torch can't have the memory that a step takes.
-    """
+    """Make a model that ends in `head` and fit it; returns both and this process's rank."""
     check_memory(architecture, len(inputs.standardise[0]), head["outputs"])
-    try:
-        return _fitted(head, inputs, examples, parts, architecture, settings, options)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError(str(error).partition("can't allocate memory: ")[2] or str(error)) from None
-        raise
-
-
-def _fitted(
-    head: dict[str, Any],
-    inputs: Inputs,
-    examples: Examples,
-    parts: tuple[NDArray[np.int64], NDArray[np.int64]],
-    architecture: Architecture,
-    settings: Settings,
-    options: RunOptions,
-) -> tuple[Model, Fit, int]:
-    with processes(options.device) as team:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(settings.seed)
-            model = Model(inputs.standardise, **head, **asdict(architecture))
-        how = {"checkpoint": options.checkpoint, "resume": options.resume, "progress": options.progress}
-        writes = options.inspect and options.events is not None and team.rank == 0
-        with event_writer(options.events) if writes else nullcontext() as writer:
-            how |= {"inspect": int(options.inspect), "writer": writer}
-            return model, fit(model, inputs, examples, *parts, settings, **how, team=team), team.rank
-
-
-def event_writer(folder: str | os.PathLike[str] | None) -> Any:
-    """Return TensorBoard's writer to a folder, or a context of None where TensorBoard isn't installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        return nullcontext()
-    return SummaryWriter(folder)
-
-
-def check_memory(architecture: Architecture, width: int, outputs: int) -> None:
-    """Raise `UsageError` where a model can't be trained on this machine at all, before any of it is made.
-
-    Args:
-        architecture: how the model is built.
-        width: of its input.
-        outputs: how many classes or numbers it answers with.
-    """
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    numbers, ways = 0, 1 + architecture.bidirectional
-    for units in architecture.units:
-        arrays = CellSpec(width, units, kind=architecture.cell).shapes.values()
-        numbers, width = numbers + ways * sum(map(math.prod, arrays)), ways * units
-    takes = 4 * COPIES * (numbers + (width + 1) * outputs)
-    if takes > have:
-        units = ",".join(map(str, architecture.units))
-        raise UsageError(
-            f"expected units that fit into memory, got {units}: their {numbers:,} weights take {takes / 1e9:,.1f} GB "
-            f"in training, of {have / 1e9:,.1f} GB that this machine has"
-        )
-
-
-def _network(model: Model, metadata: dict[str, Any]) -> Network:
-    nodes = model.to_nodes()
-    kinds = [type(node).__name__ for node in nodes]
-    names = [NODE_NAMES.get(kind, f"recurrent_{n}") for n, kind in enumerate(kinds)]
-    return Network(tuple(nodes), tuple(names), metadata)
+    return fitted(lambda: Model(inputs.standardise, **head, **asdict(architecture)), data, settings, options, own)

@@ -1,0 +1,210 @@
+"""Sequences out of frames in long form, a row a step: pandas's and polars's, of which neither is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.train.checks import UsageError
+
+
+class Grouped(NamedTuple):
+    """A frame's sequences, see `Sequences`; `y` and `weight` are an entry a sequence, or `y` a list of them a step."""
+
+    x: list[NDArray[np.float64]]
+    y: Any
+    weight: Any
+    ids: tuple[Any, ...]
+    columns: tuple[str, ...]
+    ignored: dict[str, str]
+
+
+def is_frame(value: Any) -> bool:
+    """Return whether a value is a data frame."""
+    return hasattr(value, "columns") and hasattr(value, "dtypes") and hasattr(value, "__getitem__")
+
+
+def grouped(
+    frame: Any,
+    y: Any,
+    *,
+    id: str | None,
+    time: str | None,
+    features: Sequence[str] | None,
+    weight: Any,
+    per_step: bool | None,
+    name: str,
+) -> Grouped:
+    """Cut a frame into its sequences: see `as_sequences` for the arguments.
+
+    Raises:
+        UsageError: a column that isn't there, ids or times that are missing, a time that stands twice in a sequence,
+            more than one class in a sequence, or no column of numbers.
+    """
+    names = [str(column) for column in frame.columns]
+    if not len(frame):
+        raise UsageError(f"{name}: expected rows, got a frame without any")
+    if id is None:
+        raise UsageError(
+            f"{name}: expected id=, the column that says which sequence a row belongs to, one of {', '.join(names)}"
+        )
+    label, weighs = (given if isinstance(given, str) else None for given in (y, weight))
+    for what, column in (("id", id), ("time", time), ("y", label), ("sample_weight", weighs)):
+        if column is not None and column not in names:
+            raise UsageError(f"{name}: expected {what} to be a column, one of {', '.join(names)}, got {column!r}")
+    codes, ids = _coded(plain(frame, id), id, name)
+    order = np.argsort(codes, kind="stable")
+    if time is not None:
+        ticks = ordered(frame, time, name)
+        order = np.lexsort((ticks, codes))
+        same = (np.diff(codes[order]) == 0) & (np.diff(ticks[order]) == ticks[:1] - ticks[:1])
+        if same.any():
+            row = order[int(np.argmax(same))]
+            raise UsageError(
+                f"{name}: expected each {time!r} once in a sequence, got {plain(frame, time)[row]} twice for {id!r} "
+                f"{ids[codes[row]]!r}"
+            )
+    cuts = np.cumsum(np.bincount(codes, minlength=len(ids)))[:-1]
+    used, ignored = {}, {}
+    for column in features if features is not None else names:
+        if column in (id, time, label, weighs) and features is None:
+            continue
+        if column not in names:
+            raise UsageError(f"{name}: expected features among {', '.join(names)}, got {column!r}")
+        numbers = numeric(frame, column)
+        if numbers is not None:
+            used[column] = numbers
+        elif features is not None:
+            raise UsageError(f"{name}: expected numbers in column {column!r}, got {plain(frame, column)[0]!r:.40}")
+        else:
+            ignored[column] = f"holds no numbers, but {plain(frame, column)[0]!r:.40}"
+    if not used:
+        raise UsageError(f"{name}: expected a column of numbers beside {id!r}, found none")
+    x = np.split(np.stack(list(used.values()), axis=1)[order], cuts)
+    by_id = {value: n for n, value in enumerate(ids)}
+    return Grouped(
+        x,
+        _of_each(frame, y, "y", id, by_id, order, cuts, per_step, name),
+        _of_each(frame, weight, "sample_weight", id, by_id, order, cuts, False, name),
+        ids,
+        tuple(used),
+        ignored,
+    )
+
+
+def plain(frame: Any, column: str) -> NDArray:
+    """Return a column's values, as objects where they aren't numbers."""
+    values = _series(frame, column).to_numpy()
+    return values if values.dtype.kind in "biuf" else values.astype(object)
+
+
+def numeric(frame: Any, column: str) -> NDArray[np.float64] | None:
+    """Return a column's numbers, NaN where missing; None where it holds others."""
+    series = _series(frame, column)
+    if hasattr(series.dtype, "is_numeric"):  # polars
+        if not (series.dtype.is_numeric() or str(series.dtype) == "Boolean"):
+            return None
+        values = series.to_numpy()
+        if values.dtype == object:  # bools with gaps
+            values = np.array([np.nan if value is None else float(value) for value in values])
+        return values.astype(np.float64)
+    if getattr(series.dtype, "kind", "O") not in "biuf":
+        return None
+    return series.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def ordered(frame: Any, column: str, name: str) -> NDArray:
+    """Return a column's times as numbers or dates that can be put in order.
+
+    Raises:
+        UsageError: a time that is missing, or that is neither a number nor a date as ISO 8601 writes it.
+    """
+    series = _series(frame, column)
+    numbers = numeric(frame, column)
+    if numbers is None:
+        zoned = str(series.dtype).startswith("datetime64[")
+        values = series.to_numpy(dtype="datetime64[ns]") if zoned else series.to_numpy()
+        if values.dtype.kind not in "mM":
+            try:
+                values = np.array(
+                    [np.datetime64("NaT") if value is None else value for value in values], "datetime64[ns]"
+                )
+            except (TypeError, ValueError):
+                raise UsageError(
+                    f"{name}: expected {column!r} to hold numbers or dates such as 2024-05-31T12:00, got "
+                    f"{series.to_numpy()[0]!r:.40}"
+                ) from None
+        numbers = values
+        missing = np.isnat(values)
+    else:
+        missing = np.isnan(numbers)
+    if missing.any():
+        raise UsageError(f"{name}: expected a {column!r} in every row, found none in row {int(np.argmax(missing))}")
+    return numbers
+
+
+def _series(frame: Any, column: str) -> Any:
+    for given in frame.columns:
+        if str(given) == column:
+            return frame[given]
+    raise KeyError(column)
+
+
+def _coded(values: NDArray, column: str, name: str) -> tuple[NDArray[np.int64], tuple[Any, ...]]:
+    """Return each row's place among the ids, and these in order of first appearance."""
+    places: dict[Any, int] = {}
+    codes = np.array([places.setdefault(value, len(places)) for value in values.tolist()], np.int64)
+    missing = [place for value, place in places.items() if value is None or value != value]
+    if missing:
+        row = int(np.argmax(np.isin(codes, missing)))
+        raise UsageError(f"{name}: expected a {column!r} in every row, found none in row {row}")
+    return codes, tuple(places)
+
+
+def _of_each(
+    frame: Any,
+    given: Any,
+    what: str,
+    id: str,
+    by_id: Mapping[Any, int],
+    order: NDArray[np.int64],
+    cuts: NDArray[np.int64],
+    per_step: bool | None,
+    name: str,
+) -> Any:
+    """Return an entry a sequence, or a step: of a column, or of what is given by id."""
+    if isinstance(given, str):
+        parts = np.split(plain(frame, given)[order], cuts)
+        if per_step:
+            return parts
+        for value, part in zip(by_id, parts, strict=True):
+            other = next((one for one in part.tolist() if one != part[0] and one == one), part[0])
+            if other != part[0] and part[0] == part[0]:
+                more = "; for one a step, per_step=True" if what == "y" else ""
+                raise UsageError(
+                    f"{name}: expected one {given!r} for each {id!r}, got {part[0]!r} and {other!r} for {value!r}{more}"
+                )
+        first = np.empty(len(parts), object)
+        first[:] = [part[0] for part in parts]
+        return first
+    if is_frame(given):
+        others = [str(column) for column in given.columns if str(column) != id]
+        if len(others) != 1 or len(others) == len(given.columns):
+            raise UsageError(f"{what}: expected a frame of {id!r} and one column more, got {', '.join(given.columns)}")
+        given = dict(zip(plain(given, id).tolist(), plain(given, others[0]).tolist(), strict=True))
+    if hasattr(given, "index") and hasattr(given, "to_dict"):  # a Series by id
+        if not given.index.is_unique:
+            raise UsageError(f"{what}: expected each {id!r} once in its index, got one twice")
+        given = given.to_dict()
+    if isinstance(given, Mapping):
+        missing = [value for value in by_id if value not in given]
+        if missing:
+            raise UsageError(
+                f"{what}: expected an entry for every {id!r}, found none for {missing[0]!r} ({len(missing)} of "
+                f"{len(by_id)})"
+            )
+        return [given[value] for value in by_id]
+    return given

@@ -1,0 +1,224 @@
+"""`Sequences`, the inside form of what is classified or regressed, and the way to it from what is in memory.
+
+Needs no torch, and no library of the frames that it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.train import frames
+from cellstack.train.checks import UsageError
+from cellstack.train.targets import as_targets
+
+FLOAT = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences, each with a class, with targets, or with neither; or with one of them at every step.
+
+    Args:
+        x: one `[T, I]` float32 array a sequence, in the data's units; NaN where a value is missing.
+        y: `[N]` int64 positions in `labels`, or float32 targets `[N]` or `[N, O]` where `labels` is empty; a list of
+            `[T]` or `[T, O]` arrays of these where there is one at every step; None where the data has none.
+        labels: the classes, text or whole numbers or bools.
+        name: of the data, for messages.
+        columns: names of the channels; () where they have none.
+        ids: of the sequences; () where they have none.
+        weight: `[N]` float32, how much each counts in the loss; None where all count alike.
+        ignored: what of the data isn't used, and why.
+    """
+
+    x: list[NDArray[np.float32]]
+    y: NDArray | list[NDArray] | None
+    labels: tuple[Any, ...]
+    name: str
+    columns: tuple[str, ...] = ()
+    ids: tuple[Any, ...] = ()
+    weight: NDArray[np.float32] | None = None
+    ignored: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> int:
+        """Width I of a step."""
+        return self.x[0].shape[1]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Steps T of each sequence, `[N]`."""
+        return np.array([len(x) for x in self.x], np.int64)
+
+    @property
+    def per_step(self) -> bool:
+        """Whether there is a class or target at every step."""
+        return isinstance(self.y, list)
+
+    def channel(self, number: int) -> str:
+        """Return what a message calls a channel."""
+        return f"column {self.columns[number]!r}" if self.columns else f"channel {number}"
+
+
+def as_sequences(
+    x: Any,
+    y: Any = None,
+    *,
+    task: str | None = None,
+    labels: tuple[Any, ...] | None = None,
+    id: str | None = None,
+    time: str | None = None,
+    features: Sequence[str] | None = None,
+    weight: Any = None,
+    per_step: bool | None = None,
+    name: str = "x",
+) -> Sequences:
+    """Return data in memory as `Sequences`.
+
+    Args:
+        x: an array `[N, T, I]`; a list of arrays `[T, I]`, each with its own T; a pandas or polars frame in long form,
+            a row a step; or `Sequences`, which are returned as they are where `y` and `weight` are None.
+        y: a class or number a sequence, `[N]`; numbers `[N, O]`; an array or a list of arrays with one, or O, a step;
+            None for none. With a frame also: the name of a column, or a mapping, Series or frame by id.
+        task: `"classify"` or `"regress"`; told by `y` where None: text, bools and whole numbers are classes.
+        labels: the classes of a model trained before, in its order; those of `y`, sorted, where None.
+        id: the frame's column that says which sequence a row belongs to.
+        time: the frame's column by which the rows of a sequence are put in order; as they stand where None.
+        features: the frame's columns to take; all others of numbers where None.
+        weight: `[N]`, how much each sequence counts; with a frame also a column's name or a mapping.
+        per_step: whether `y` has one entry a step; told by its shape where None.
+        name: of the data, for messages.
+
+    Raises:
+        UsageError: data in another form; the message says which was expected, and how to get there.
+    """
+    if isinstance(x, Sequences):
+        if y is not None or weight is not None:
+            raise UsageError(f"{x.name}: expected Sequences alone, which have their own classes, got y or weights too")
+        return x
+    ids: tuple[Any, ...] = ()
+    columns: tuple[str, ...] = ()
+    ignored: dict[str, str] = {}
+    if frames.is_frame(x):
+        found = frames.grouped(x, y, id=id, time=time, features=features, weight=weight, per_step=per_step, name=name)
+        arrays, y, weight = found.x, found.y, found.weight
+        ids, columns, ignored = found.ids, found.columns, found.ignored
+    else:
+        for what, given in (("id", id), ("time", time), ("features", features)):
+            if given is not None:
+                raise UsageError(f"expected {what} with a frame alone, got it with {_kind(x)}")
+        arrays = _arrays(x, name)
+    checked = [_checked(array, n, name, columns) for n, array in enumerate(arrays)]
+    for n, array in enumerate(checked):
+        if array.shape[1] != checked[0].shape[1]:
+            raise UsageError(
+                f"{name}[{n}]: expected {checked[0].shape[1]} channels, as {name}[0] has, got {array.shape[1]}"
+            )
+    lengths = np.array([len(array) for array in checked], np.int64)
+    targets, labels = as_targets(y, lengths, task, labels, per_step)
+    return Sequences(checked, targets, labels, name, columns, ids, _weights(weight, len(checked)), ignored)
+
+
+def _kind(x: Any) -> str:
+    shape = getattr(x, "shape", None)
+    return f"an array {tuple(shape)}" if shape is not None else f"a {type(x).__name__}"
+
+
+def _arrays(x: Any, name: str) -> list[Any]:
+    """Return an array a sequence, of what is an array or a list."""
+    if hasattr(x, "detach"):  # a torch tensor
+        x = x.detach().cpu().numpy()
+    if hasattr(x, "shape") or not isinstance(x, (list, tuple)):
+        shape = getattr(x, "shape", None)
+        if shape is None:
+            raise UsageError(
+                f"{name}: expected an array [N, T, C], a list of arrays [T, C] or a frame with id=, got {_kind(x)}"
+            )
+        if len(shape) == 2:
+            raise UsageError(
+                f"{name}: expected an array [N, T, C], got {tuple(shape)}: add an axis, {name}[..., None] where it is "
+                f"{shape[0]} sequences of one channel, or {name}[None] where it is one sequence"
+            )
+        if len(shape) != 3:
+            raise UsageError(f"{name}: expected an array [N, T, C], got {tuple(shape)}")
+        x = list(np.asarray(x))
+    if not len(x):
+        raise UsageError(f"{name}: expected at least one sequence, got none")
+    return list(x)
+
+
+def _checked(array: Any, n: int, name: str, columns: tuple[str, ...]) -> NDArray[np.float32]:
+    """Return one sequence as `[T, I]` float32."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+    try:
+        array = np.asarray(array)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name}[{n}]: expected numbers [T, C]: {error}") from None
+    if array.dtype.kind not in "biuf":
+        raise UsageError(f"{name}[{n}]: expected numbers [T, C], got an array of {array.dtype}")
+    if array.ndim == 1:
+        raise UsageError(
+            f"{name}[{n}]: expected [T, C], got {array.shape}: add an axis to sequences of one channel, "
+            f"[s[:, None] for s in {name}]"
+        )
+    if array.ndim != 2:
+        raise UsageError(f"{name}[{n}]: expected [T, C], got {array.shape}")
+    if not array.size:
+        what = "step" if not len(array) else "channel"
+        raise UsageError(f"{name}[{n}]: expected at least one {what}, got {array.shape}")
+    too_large = np.abs(array) > FLOAT if array.dtype.kind == "f" else np.zeros(1, bool)
+    if too_large.any():
+        step, channel = map(int, np.argwhere(too_large)[0])
+        where = f"column {columns[channel]!r}" if columns else f"channel {channel}"
+        raise UsageError(
+            f"{name}[{n}]: expected finite numbers that float32 holds, or NaN where one is missing, got "
+            f"{array[step, channel]} at step {step}, {where}"
+        )
+    return np.array(array, np.float32, order="C")
+
+
+def _weights(weight: Any, count: int) -> NDArray[np.float32] | None:
+    if weight is None:
+        return None
+    if isinstance(weight, Mapping):
+        raise UsageError("sample_weight: expected one number a sequence; by id with a frame alone, got a mapping")
+    try:
+        array = np.asarray(weight, np.float64)
+    except (TypeError, ValueError):
+        raise UsageError("sample_weight: expected one number a sequence, got something else") from None
+    if array.shape != (count,):
+        raise UsageError(f"sample_weight: expected one number a sequence, [{count}], got {array.shape}")
+    bad = ~(np.isfinite(array) & (array >= 0) & (array <= FLOAT))
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise UsageError(f"sample_weight: expected finite numbers >= 0, got {array[at]} at {at}")
+    if not array.any():
+        raise UsageError("sample_weight: expected a number above 0, got none")
+    return array.astype(np.float32)
+
+
+def taken(whole: Sequences, indices: NDArray[np.int64]) -> Sequences:
+    """Return some of the sequences."""
+    y = whole.y
+    return replace(
+        whole,
+        x=[whole.x[n] for n in indices],
+        y=[y[n] for n in indices] if isinstance(y, list) else None if y is None else y[indices],
+        ids=tuple(whole.ids[n] for n in indices) if whole.ids else (),
+        weight=None if whole.weight is None else whole.weight[indices],
+    )
+
+
+def joined(first: Sequences, second: Sequences) -> Sequences:
+    """Return two sets of sequences, both with classes or targets of one form, as one."""
+    weight = None
+    if first.weight is not None or second.weight is not None:
+        each = [np.ones(len(one.x), np.float32) if one.weight is None else one.weight for one in (first, second)]
+        weight = np.concatenate(each)
+    y = [*first.y, *second.y] if isinstance(first.y, list) else np.concatenate([first.y, second.y])  # type: ignore[misc]
+    return replace(first, x=first.x + second.x, y=y, ids=first.ids + second.ids, weight=weight)

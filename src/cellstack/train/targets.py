@@ -1,0 +1,234 @@
+"""What is learned of sequences, in the forms in which people have it: classes of any type, numbers, one a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.train.checks import UsageError
+
+TASKS = ("classify", "regress")
+WORDS = {str: "text", bool: "bools", int: "whole numbers", float: "numbers"}
+FEW = 20  # different whole numbers that are classes without being asked for
+SHARE = 5  # beyond these, so many examples a class on average
+
+
+def as_targets(
+    y: Any,
+    lengths: NDArray[np.int64],
+    task: str | None,
+    labels: tuple[Any, ...] | None = None,
+    per_step: bool | None = None,
+) -> tuple[NDArray | list[NDArray] | None, tuple[Any, ...]]:
+    """Return targets as `Sequences` hold them, and the classes.
+
+    Args:
+        y: see `as_sequences`.
+        lengths: steps of each sequence, `[N]`.
+        task: `"classify"`, `"regress"`, or None: told by y.
+        labels: the classes to find y among; those of y where None.
+        per_step: whether y has one entry a step; told by its shape where None.
+
+    Raises:
+        UsageError: another number of entries than of sequences, missing ones, a type that is none of a class's, a class
+            that isn't among `labels`, or numbers that may be both, classes and targets.
+    """
+    if task not in (None, *TASKS):
+        raise UsageError(f"expected task to be one of {', '.join(TASKS)}, got {task!r}")
+    if y is None:
+        return None, labels or ()
+    if isinstance(y, Mapping):
+        raise UsageError("y: expected one entry a sequence; by id with a frame alone, got a mapping")
+    parts = [_array(part) for part in y] if _nested(y) else None
+    if parts is None:
+        flat = _array(y)
+        if flat.ndim == 0:
+            raise UsageError(f"y: expected one entry a sequence, got {y!r:.60}")
+        if len(flat) != len(lengths):
+            raise UsageError(f"y: expected one entry a sequence, {len(lengths)}, got {len(flat)}")
+        if flat.ndim == 1:
+            if per_step:
+                raise UsageError("y: expected one entry a step with per_step, got one a sequence")
+            return _values(flat, task, labels)
+        parts = list(flat)
+    if len(parts) != len(lengths):
+        raise UsageError(f"y: expected one entry a sequence, {len(lengths)}, got {len(parts)}")
+    if per_step is None:
+        per_step = _told(parts, lengths, task)
+    if not per_step:
+        return _values(np.stack(parts), task, labels)
+    for n, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        if len(part) != length:
+            raise UsageError(f"y[{n}]: expected one entry a step, {length}, got {len(part)}")
+    values, labels = _values(np.concatenate(parts), task, labels)
+    return np.split(values, np.cumsum(lengths)[:-1]), labels
+
+
+def _nested(y: Any) -> bool:
+    """Return whether y is a list of arrays or lists, or an array of such."""
+    if isinstance(y, (list, tuple)) or (isinstance(y, np.ndarray) and y.dtype == object and y.ndim == 1):
+        return bool(len(y)) and all(
+            isinstance(part, (list, tuple)) or (hasattr(part, "shape") and len(part.shape)) for part in y
+        )
+    return False
+
+
+def _told(parts: list[NDArray], lengths: NDArray[np.int64], task: str | None) -> bool:
+    """Return whether there is an entry a step, by the shapes."""
+    counts = np.array([len(part) for part in parts])
+    fits, even = bool((counts == lengths).all()), len(set(counts.tolist())) == 1
+    if not fits and not even:
+        n = int(np.argmax(counts != lengths))
+        raise UsageError(
+            f"y[{n}]: expected one entry a step, {lengths[n]}, or as many in all sequences, got {counts[n]}"
+        )
+    if not fits:
+        return False
+    numbers = parts[0].dtype.kind == "f" or task == "regress"
+    if even and parts[0].ndim == 1 and numbers:
+        raise UsageError(
+            f"y: expected per_step=True, or False for {counts[0]} targets a sequence: as there are {counts[0]} steps "
+            "too, the shape doesn't tell"
+        )
+    return True
+
+
+def _array(y: Any) -> NDArray:
+    """Return y as an array: of numbers, or of plain objects; lists of several types aren't made text."""
+    if hasattr(y, "detach"):
+        y = y.detach().cpu()
+    if hasattr(y, "dtype") or hasattr(y, "shape"):
+        y = y.to_numpy() if hasattr(y, "to_numpy") else np.asarray(y)
+        return y if y.dtype.kind in "biufSUO" else y.astype(object)
+    if not isinstance(y, Iterable) or isinstance(y, (str, bytes)):
+        raise UsageError(f"y: expected one entry a sequence, got {y!r:.60}")
+    items = list(y)
+    array = np.empty(len(items), object)
+    array[:] = items
+    return array
+
+
+def _values(flat: NDArray, task: str | None, labels: tuple[Any, ...] | None) -> tuple[NDArray, tuple[Any, ...]]:
+    """Return `[N]` or `[N, O]` values as codes of classes, with these, or as float32."""
+    values = np.array([_plain(value) for value in flat.ravel()], object) if flat.dtype.kind in "SUO" else flat.ravel()
+    if values.dtype == object:
+        _refuse_missing(values, [value is None or value != value for value in values])
+        kinds = {type(value) for value in values}
+        unknown = kinds - WORDS.keys()
+        if unknown:
+            raise UsageError(f"y: expected text, numbers or bools, got a {unknown.pop().__name__}")
+        kinds -= {int} if kinds == {int, float} else set()
+        if len(kinds) > 1:
+            raise UsageError(
+                f"y: expected entries of one type, got {' and '.join(sorted(WORDS[kind] for kind in kinds))}"
+            )
+        kind = kinds.pop() if kinds else float
+        try:
+            values = values.astype(kind)
+        except OverflowError:
+            raise UsageError("y: expected whole numbers below 2^63, got a larger one") from None
+    else:
+        kind = {"b": bool, "i": int, "u": int, "f": float}[values.dtype.kind]
+    if labels is not None or task == "classify" or (task is None and kind is not float):
+        if kind is float and labels is None and task is None:
+            raise UsageError("y: expected classes, got numbers")
+        if flat.ndim > 1:
+            raise UsageError(f"y: expected one class an entry, got {flat.shape}: several at once aren't supported")
+        return _classes(values, kind, labels, task is None)
+    if kind in (str, bool) and task == "regress":
+        raise UsageError(f"y: expected numbers with task regress, got {WORDS[kind]}")
+    numbers = values.astype(np.float64)
+    _refuse_missing(numbers, np.isnan(numbers))
+    bad = ~(np.abs(numbers) <= np.finfo(np.float32).max)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise UsageError(f"y: expected finite numbers that float32 holds, got {numbers[at]} at position {at}")
+    return numbers.reshape(flat.shape).astype(np.float32), ()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as Python has it."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return value.decode() if isinstance(value, bytes) else None if type(value).__name__ == "NAType" else value
+
+
+def _refuse_missing(values: NDArray, missing: Any) -> None:
+    where = np.flatnonzero(np.asarray(missing))
+    if len(where):
+        raise UsageError(
+            f"y: expected an entry for every one of {len(values)}, got {values[where[0]]} at position {where[0]} "
+            f"({len(where)} missing): leave out what isn't known"
+        )
+
+
+def _classes(
+    values: NDArray, kind: type, labels: tuple[Any, ...] | None, told: bool
+) -> tuple[NDArray[np.int64], tuple[Any, ...]]:
+    """Return the values' positions among the classes, and these."""
+    if kind is float:
+        numbers = values.astype(np.float64)
+        _refuse_missing(numbers, np.isnan(numbers))
+        broken = numbers != np.round(numbers)
+        if broken.any() or not np.isfinite(numbers).all():
+            at = int(np.argmax(broken | ~np.isfinite(numbers)))
+            raise UsageError(
+                f"y: expected classes as text, whole numbers or bools, got {numbers[at]} at position {at}: "
+                "task='regress' learns numbers"
+            )
+        values, kind = numbers.astype(np.int64), int
+    found, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    own = tuple(found.tolist())
+    if labels is None:
+        if told and kind is int and len(own) > max(FEW, len(values) // SHARE):
+            raise UsageError(
+                f"y: expected task='classify' or task='regress', as {len(own)} different whole numbers among "
+                f"{len(values)} may be either"
+            )
+        return codes.astype(np.int64), own
+    places = {(type(label), label): n for n, label in enumerate(labels)}  # True is no 1
+    for n, label in enumerate(own):
+        if (type(label), label) not in places:
+            known = ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")
+            raise UsageError(
+                f"expected the classes {known}, as trained on, got {label!r} ({counts[n]} of {len(values)})"
+            )
+    order = np.array([places[type(label), label] for label in own], np.int64)
+    return order[codes], labels
+
+
+def class_weights(given: Any, codes: NDArray[np.int64], labels: tuple[Any, ...]) -> NDArray[np.float32]:
+    """Return the weight of each class, `[K]`.
+
+    Args:
+        given: `"balanced"`, N / (K · count) as in scikit-learn, or weights by class, 1 for those that aren't named.
+        codes: the classes of the training part.
+        labels: the classes.
+
+    Raises:
+        UsageError: another word, a class that isn't there, or a weight below 0.
+    """
+    counts = np.bincount(codes.ravel(), minlength=len(labels))
+    if isinstance(given, str):
+        if given != "balanced":
+            raise UsageError(f"expected class_weight to be 'balanced' or weights by class, got {given!r}")
+        return (counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))).astype(np.float32)
+    if not isinstance(given, Mapping):
+        raise UsageError(f"expected class_weight to be 'balanced' or weights by class, got {type(given).__name__}")
+    plain = {_plain(label): value for label, value in given.items()}
+    unknown = [label for label in plain if label not in labels]
+    if unknown:
+        raise UsageError(f"class_weight: expected classes among {', '.join(map(repr, labels))}, got {unknown[0]!r}")
+    weights = np.array([plain.get(label, 1.0) for label in labels], np.float32)
+    if not (np.isfinite(weights) & (weights >= 0)).all() or not weights[codes.ravel()].any():
+        raise UsageError(f"class_weight: expected finite weights >= 0, some of them above, got {dict(plain)}")
+    return weights
+
+
+def counted(codes: NDArray[np.int64], labels: tuple[Any, ...]) -> dict[Any, int]:
+    """Return how often each class is there."""
+    counts = Counter(codes.ravel().tolist())
+    return {label: counts.get(n, 0) for n, label in enumerate(labels)}
