@@ -18,6 +18,8 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from cellstack import train
+from cellstack.network import Network
 from cellstack.train import Labelled, Sequences, predict
 
 __all__ = ["SequenceClassifier", "SequenceRegressor"]
@@ -46,6 +48,8 @@ class _SequenceEstimator(BaseEstimator):
     noise: float = 0.0
     offset: float = 0.0
     validation: float = 0.15
+    init: Network | str | None = None
+    threads: int | None = 1
     device: str = "auto"
     verbose: bool = False
     random_state: int | np.random.RandomState | None = None
@@ -99,45 +103,49 @@ class _SequenceEstimator(BaseEstimator):
             said = {"table": "a table [n, T]", "sequences": "sequences, [n, T, C] or a list"}
             raise ValueError(f"expected X as in fit, {said[self._form]}, got {said[form]}")
 
-    def _fit(self, sequences: list[NDArray[np.float32]], y: NDArray, labels: tuple[str, ...], weight: NDArray) -> None:
+    def _fit(self, sequences: list[NDArray[np.float32]], y: NDArray, labels: tuple[Any, ...], weight: NDArray) -> None:
         """Train; set `network_`, `history_` and `n_iter_`.
 
         Args:
             sequences: `[T, C]` each.
             y: positions in `labels`, `[n]` int64; targets, `[n, O]` float32, where there are no labels.
-            labels: names of the classes.
+            labels: the classes.
             weight: how much each sequence counts, `[n]`.
         """
-        from cellstack.train import workflow  # torch
-
         given = self.random_state
-        seed = int(given) if isinstance(given, Integral) else check_random_state(given).randint(2**31)
-        units = tuple(self.units) if isinstance(self.units, Sequence) else (self.units,)
-        architecture = workflow.Architecture(
-            units, self.bidirectional, self.dropout, self.pooling, self.every_step, self.cell
+        epochs = max(EPOCHS, -(-STEPS * self.batch // len(sequences))) if self.epochs is None else self.epochs
+        result = train.fit(
+            Sequences(sequences, y, labels, "X", weight=weight.astype(np.float32)),
+            validation=self.validation,
+            units=self.units,
+            cell=self.cell,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            pooling=self.pooling,
+            every_step=self.every_step,
+            epochs=epochs,
+            batch=self.batch,
+            lr=self.lr,
+            clip=self.clip,
+            patience=-(-epochs // 3) if self.patience is None else self.patience,
+            noise=self.noise,
+            offset=self.offset,
+            seed=int(given) if isinstance(given, Integral) else check_random_state(given).randint(2**31),
+            init=self.init,
+            progress=self.verbose,
+            threads=self.threads,
+            device=self.device,
         )
-        epochs = self.epochs or max(EPOCHS, -(-STEPS * self.batch // len(sequences)))
-        patience = -(-epochs // 3) if self.patience is None else self.patience
-        settings = workflow.Settings(epochs, self.batch, self.lr, self.clip, patience, self.noise, self.offset, seed)
-        options = workflow.RunOptions(self.validation, progress=self.verbose, device=self.device)
-        examples = Labelled(Sequences(sequences, y, labels, type(self).__name__))
-        examples.weight = examples.weight * (weight if labels else weight[:, None]).astype(np.float32)
-        kept, held = workflow.split(y, self.validation, np.random.default_rng(seed))
-        inputs = workflow.Inputs.measure(examples, kept)
-        task = "classify" if labels else "regress"
-        targets = None if labels else workflow.target_scaling(examples.y[kept], examples.weight[kept])
-        head = {"outputs": len(labels) or y.shape[1], "task": task, "targets": targets}
-        model, fit, _ = workflow._train(head, inputs, examples, (kept, held), architecture, settings, options)
-        self.network_ = workflow._network(model, predict.metadata(task, inputs, labels))
-        self._inputs, self.history_, self.n_iter_ = inputs, fit.history, len(fit.history)
-        if fit.interrupted:  # fitted as far as it came, and what called this is to stop
+        self.network_, self.history_, self.n_iter_ = result.network, result.history, len(result.history)
+        if result.fit.interrupted:  # fitted as far as it came, and what called this is to stop
             raise KeyboardInterrupt
 
     def _answers(self, X: Any) -> NDArray[np.float64]:
         """Return what the network answers, `[n, O]`."""
         check_is_fitted(self)
         sequences = Labelled(Sequences(self._check_sequences(X, reset=False), None, (), "X"))
-        return predict.answers(self.network_, self._inputs, sequences)
+        inputs = predict.trained(self.network_, type(self).__name__).inputs
+        return predict.answers(self.network_, inputs, sequences, self.threads)
 
 
 def _ragged(X: Any) -> list[Any] | None:
@@ -186,9 +194,12 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         noise: standard deviation of the noise that training adds to each input, in units of its channel's scale.
         offset: the same for noise that is drawn once a sequence and channel.
         validation: share of the sequences, of each class, that is held out to choose the epoch; 0 for none.
+        init: a network, or the file of one, of the same shapes, whose weights are the start.
+        threads: how many to use. None: as many as pay, which is measured, so that the last bits may differ from fit to
+            fit.
         device: where to train: `"auto"`, `"cpu"`, `"cuda"`. Predictions are the kernel's, on the CPU.
         verbose: show a bar.
-        random_state: fixes every draw. An int gives the fit of `cellstack train --seed` with it.
+        random_state: fixes every draw. An int is `seed` in `train.fit`.
         class_weight: None, `"balanced"`, or weights by class: how much a sequence of it counts.
 
     Attributes:
@@ -238,7 +249,10 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
             raise ValueError(f"expected at least two classes, got one class, {self.classes_[0]}")
         weight = _check_sample_weight(sample_weight, y, ensure_non_negative=True)
         weight = weight * compute_sample_weight(self.class_weight, y)
-        self._fit(sequences, codes.astype(np.int64), tuple(map(str, self.classes_)), weight)
+        labels = self.classes_.tolist()
+        if {type(label) for label in labels} not in ({str}, {int}, {bool}):
+            labels = list(map(str, labels))
+        self._fit(sequences, codes.astype(np.int64), tuple(labels), weight)
         return self
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
@@ -274,7 +288,7 @@ class SequenceRegressor(RegressorMixin, _SequenceEstimator):
         units, cell, bidirectional, dropout, pooling, every_step: how the network is built, see `SequenceClassifier`.
         epochs, batch, lr, clip, patience, noise, offset, validation: how it is fitted; without noise if not asked for,
             as a number is often in the very level that noise hides.
-        device, verbose, random_state: the same.
+        init, threads, device, verbose, random_state: the same.
 
     Attributes:
         network_: the fitted `cellstack.Network`: raw values in, numbers in the targets' units out.

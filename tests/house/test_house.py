@@ -35,7 +35,7 @@ BELOW = {
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
     "cli": {"spec", "nodes", "network", "formats", "train", ""},
-    "sklearn": {"train"},
+    "sklearn": {"network", "train"},
     "adapters": {"sklearn"},
     "__main__": {"cli"},
 }

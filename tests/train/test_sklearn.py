@@ -23,7 +23,7 @@ from cellstack import train
 from cellstack.sklearn import SequenceClassifier, SequenceRegressor
 
 QUICK = {"units": 6, "epochs": 12, "lr": 0.03, "dropout": 0.0, "bidirectional": False, "random_state": 0}
-QUICK |= {"noise": 0.0, "offset": 0.0}
+QUICK |= {"noise": 0.0, "offset": 0.0, "threads": 1}
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_classes_and_settings_that_cannot_be(table):
         SequenceClassifier().fit(X[y == 1], y[y == 1])
     with pytest.raises(ValueError, match="NaN"):
         SequenceRegressor().fit(X, np.where(y, np.nan, 1.0))
-    with pytest.raises(ValueError, match="pooling to be one of mean, max, last, got 'sum'"):
+    with pytest.raises(ValueError, match="pooling to be one of mean, max, last.*, got 'sum'"):
         SequenceClassifier(pooling="sum").fit(X, y)
     with pytest.raises(ValueError, match="inconsistent"):
         SequenceClassifier().fit(X, y[:-1])
@@ -146,11 +146,15 @@ def test_numbers_one_or_several(rng):
     assert "rmse" in one.history_[0]
 
 
-def test_the_seed_is_that_of_the_command_line_and_repeats(ragged):
+def test_the_seed_is_that_of_train_fit_and_repeats(ragged):
     X, y = ragged
     fit = lambda **seed: SequenceClassifier(**(QUICK | seed)).fit(X, y).predict_proba(X)  # noqa: E731
     np.testing.assert_array_equal(fit(), fit(random_state=np.int64(0)))
     assert np.abs(fit() - fit(random_state=1)).max() > 1e-3
+    options = {name: value for name, value in QUICK.items() if name != "random_state"}
+    same = train.fit(X, y, seed=0, patience=20, **options)
+    loss = [entry["loss"] for entry in same.history]
+    assert loss == [entry["loss"] for entry in SequenceClassifier(**QUICK, patience=20).fit(X, y).history_]
     drawn = [fit(random_state=np.random.RandomState(7)) for _ in range(2)]
     np.testing.assert_array_equal(*drawn)
     np.random.seed(3)  # noqa: NPY002 - what random_state=None draws from
