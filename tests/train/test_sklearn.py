@@ -114,7 +114,7 @@ def test_classes_and_settings_that_cannot_be(table):
         SequenceClassifier().fit(X[y == 1], y[y == 1])
     with pytest.raises(ValueError, match="NaN"):
         SequenceRegressor().fit(X, np.where(y, np.nan, 1.0))
-    with pytest.raises(ValueError, match="pooling to be one of mean, max, last.*, got 'sum'"):
+    with pytest.raises(ValueError, match=r"pooling to be one of mean, max, last.*, got 'sum'"):
         SequenceClassifier(pooling="sum").fit(X, y)
     with pytest.raises(ValueError, match="inconsistent"):
         SequenceClassifier().fit(X, y[:-1])
@@ -161,6 +161,15 @@ def test_the_seed_is_that_of_train_fit_and_repeats(ragged):
     first = fit(random_state=None)
     np.random.seed(3)  # noqa: NPY002
     np.testing.assert_array_equal(first, fit(random_state=None))
+
+
+def test_a_warm_start_goes_on_from_a_network(table):
+    X, y = table
+    first = SequenceClassifier(**QUICK).fit(X, y)
+    more = SequenceClassifier(**QUICK, init=first.network_).fit(X, y)
+    assert more.history_[0]["validation_loss"] < first.history_[0]["validation_loss"] / 2
+    with pytest.raises(ValueError, match="init"):
+        SequenceClassifier(**QUICK | {"units": 7}, init=first.network_).fit(X, y)
 
 
 def test_weights_of_samples_and_classes(table):
