@@ -27,7 +27,8 @@ EXAMPLES = {
     "train": "cellstack train co2.csv --target co2 --horizon 52 -o co2.safetensors\n"
     "  cellstack train Vowels_TRAIN.ts Vowels_TEST.ts --units 48,48 --bidirectional --noise 0.6 -o vowels.safetensors\n"
     "  torchrun --nproc-per-node 2 -m cellstack train Vowels_TRAIN.ts -o vowels.safetensors\n"
-    "  cellstack train Vowels_TRAIN.ts --inspect -o vowels.safetensors",
+    "  cellstack train Vowels_TRAIN.ts --inspect -o vowels.safetensors\n"
+    "  cellstack train machines.parquet --id machine --time hour --label state --dry-run",
     "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv\n"
     "  cellstack run model.keras frames.npy > answers.csv",
     "stream": "cellstack stream model --state model.state < frames.csv > answers.csv",
@@ -83,14 +84,17 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="fixes every draw (default: %(default)s)")
     demo.add_argument("--epochs", type=int, help="passes over the data for both models (default: as tuned)")
 
-    add_arguments(verb("train", "train on sequences (.ts) or a time series (.csv), and write the network"))
-    runs = verb("run", "predict: a class or number for each sequence (.ts), what comes next (.csv); or run any network")
+    add_arguments(verb("train", "train on sequences or a time series, and write the network"))
+    runs = verb("run", "predict: a class or number for each sequence, what comes next in a series; or run any network")
     runs.add_argument("model", metavar="MODEL")
     runs.add_argument(
         "file",
         metavar="FILE",
         help="of the kind that the model was trained on; for others .npy, .npz or .csv of numbers",
     )
+    runs.add_argument("--id", metavar="COLUMN", help="of a table: says which sequence a row belongs to (as trained)")
+    runs.add_argument("--time", metavar="COLUMN", help="of a table: puts the rows of a sequence in order (as trained)")
+    runs.add_argument("--label", metavar="COLUMN", help="of a table: holds the truth (as trained, where it is there)")
     steps = verb("stream", "frames on standard input, a line each; answers on standard output, each at once")
     steps.add_argument("model", metavar="MODEL")
     steps.add_argument(

@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cellstack.cli.files import is_csv, load_model, run_any, show
+from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
+from cellstack.train.reading import TABLES, columns_of, read_sequences
+from cellstack.train.sequences import Sequences
 from cellstack.train.table import read_csv
-from cellstack.train.ts import read_ts
+
+COLUMNS = ("id", "time", "label")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,15 +33,13 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{args.file}: expected a .csv file, as {path} forecasts")
         result = predict.forecast(net, read_csv(args.file), args.file, args.threads)
         count = range(1, task.recipe.horizon + 1)
-        header, rows = ["date", task.recipe.target], zip(result["dates"] or count, result["forecast"], strict=True)
+        header: list[str] = ["date", task.recipe.target]
+        rows: Iterable[Any] = zip(result["dates"] or count, result["forecast"], strict=True)
     else:
-        if is_csv(args.file):
-            raise UsageError(f"{args.file}: expected a .ts file, as {path} takes sequences")
-        data = read_ts(args.file, task.labels or None)
+        data = _read(args, net, path, task)
         result = predict.sequences(net, data, args.file, args.threads)
-        header = ["sequence", "predicted", *(f"p_{label}" for label in task.labels)]
-        extra = result["answers"] if task.labels else np.empty((len(data.x), 0))
-        rows = ((n, result["predicted"][n], *extra[n]) for n in range(len(data.x)))
+        header, rows = _header(task, result, data), _rows(task, result, data)
+        result = {"ids": list(data.ids), **result} if data.ids else result
     if args.json:
         show(args, result, [])
     else:
@@ -46,6 +50,45 @@ def run(args: argparse.Namespace) -> int:
             if name in result:
                 print(f"{name} {result[name]:.4f}", file=sys.stderr)
     return 0
+
+
+def _read(args: argparse.Namespace, net: Network, path: str, task: predict.Trained) -> Sequences:
+    """Return a file's sequences, a table's by the columns by which the model's own were read, unless others are asked.
+
+    The column of the truth may be absent.
+    """
+    told: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
+    if Path(args.file).suffix.lower() not in TABLES:
+        for name in COLUMNS:
+            if getattr(args, name) is not None:
+                raise UsageError(f"{args.file}: --{name} does nothing here: it is for tables")
+        return read_sequences(args.file, **told)
+    table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None
+    if columns is None:
+        raise UsageError(f"{args.file}: expected .ts or .npz, as {path} was not trained on a table")
+    named = {name: getattr(args, name) or table.get(name) for name in COLUMNS}
+    if args.label is None and named["label"] not in columns_of(Path(args.file)):
+        named["label"] = None
+    if named["label"] is None:
+        del told["per_step"]
+    return read_sequences(args.file, named["label"], id=named["id"], time=named["time"], features=columns, **told)
+
+
+def _header(task: predict.Trained, result: dict[str, Any], data: Sequences) -> list[str]:
+    outputs = result["answers"][0].shape[-1]
+    many = not task.labels and outputs > 1
+    predicted = [f"predicted_{n}" for n in range(1, outputs + 1)] if many else ["predicted"]
+    first = [str(data.table.get("id") or "sequence"), *(["step"] if task.per_step else [])]
+    return [*first, *predicted, *(f"p_{label}" for label in task.labels)]
+
+
+def _rows(task: predict.Trained, result: dict[str, Any], data: Sequences) -> Iterator[list[Any]]:
+    """Yield a line a sequence, or a step."""
+    for n, (predicted, answers) in enumerate(zip(result["predicted"], result["answers"], strict=True)):
+        steps = zip(predicted, answers, strict=True) if task.per_step else [(predicted, answers)]
+        for step, (one, answer) in enumerate(steps):
+            first = [data.ids[n] if data.ids else n, *([step] if task.per_step else [])]
+            yield [*first, *(one if isinstance(one, list) else [one]), *(answer if task.labels else [])]
 
 
 def _cell(value: Any) -> Any:

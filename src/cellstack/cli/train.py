@@ -1,4 +1,12 @@
-"""`cellstack train`: its options, and what it says at the end."""
+"""`cellstack train`: the options that all kinds of data share, and what it says before and after the training.
+
+A kind is a module of its own, of which this one asks:
+
+- `add_arguments(train)`: adds its options to the parser and returns them; their default is None (False for a switch);
+- `DEFAULTS`: what it takes for `units`, `lr`, `pooling` and the like where nothing is said;
+- `UNUSED`: options of this module that do nothing for it;
+- `read(args)`: reads the data and returns a `Job`.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +14,41 @@ import argparse
 import os
 import sys
 import warnings
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
-from cellstack.cli.files import SUFFIX, is_csv, needs_torch, show, with_suffix
+from cellstack.cli import forecast, sequences
+from cellstack.cli.files import SUFFIX, found, needs_torch, show, with_suffix
 from cellstack.formats.files import check_replaceable, replacing
+from cellstack.train import history
 from cellstack.train.checks import UsageError
-from cellstack.train.forecast import Recipe
-from cellstack.train.settings import Architecture, RunOptions, Settings
-from cellstack.train.table import Table, read_csv
-from cellstack.train.ts import read_ts
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
 EVENTS = "events.out.tfevents.*"  # files of TensorBoard's
+KINDS: dict[str, ModuleType] = {"sequences": sequences, "forecasts": forecast}
+TASKS = {"classify": "sequences", "regress": "sequences", "forecast": "forecasts"}
+SUFFIXES = {".ts": "sequences", ".npz": "sequences", ".csv": "forecasts", ".tsv": "forecasts", ".parquet": "forecasts"}
+DEFAULTS = {"units": (48, 48), "lr": 5e-3, "pooling": "mean", "dropout": 0.3, "epochs": 60, "batch": 16, "patience": 20}
+
+
+class Job(Protocol):
+    """Data that was read, and what is to be done with it.
+
+    `understood` is what was made of the data, a line each; `described` is the same in plain values, for --json.
+    """
+
+    understood: list[str]
+    described: dict[str, Any]
+
+    def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
+        """Train; return a `Result`."""
+        ...
+
+    def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return what was measured on held-out data, in plain values and as lines."""
+        ...
 
 
 def _widths(text: str) -> tuple[int, ...]:
@@ -33,22 +63,20 @@ _widths.__name__ = "widths"  # what argparse calls it: invalid widths value: '48
 
 def add_arguments(train: argparse.ArgumentParser) -> None:
     """Add the options of `train` to its parser."""
-    train.add_argument("file", metavar="FILE", help=".ts to classify or regress, .csv to forecast")
-    train.add_argument("test", nargs="?", metavar="TEST", help=".ts to measure on, never trained on")
-    train.add_argument("-o", "--output", required=True, metavar="MODEL", help=f"where to ({SUFFIX} is added)")
-    data = train.add_argument_group("forecasts")
-    data.add_argument("--target", help="column to forecast (default: the only column of numbers)")
-    data.add_argument(
-        "--inputs", metavar="A,B", help="further columns to look at (default: all of numbers; '' for none)"
+    train.add_argument(
+        "file",
+        metavar="FILE",
+        help="sequences: .ts (the UEA and UCR archives' format: a sequence a line, its channels between colons, its "
+        "class at the end), .npz (x [N, T, C], y, lengths), or with --task or --label a table, .csv, .tsv or .parquet, "
+        "with a row a step; without these a table is a series to forecast",
     )
-    data.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (default: one season)")
-    data.add_argument("--window", type=int, metavar="N", help="steps to look back (default: two seasons, at least 16)")
-    data.add_argument(
-        "--season", type=int, metavar="N", help="steps in a season (default: told by the dates; 1 for none)"
-    )
-    data.add_argument(
-        "--test-share", type=float, default=0.2, metavar="P", help="last rows to measure on (%(default)s)"
-    )
+    train.add_argument("test", nargs="?", metavar="TEST", help="sequences to measure on, never trained on")
+    train.add_argument("-o", "--output", metavar="MODEL", help=f"where to ({SUFFIX} is added)")
+    train.add_argument("--dry-run", action="store_true", help="say what is understood of the data, and train nothing")
+    train.add_argument("--task", choices=tuple(TASKS), help="what to learn (told by the file and its labels)")
+    both = train.add_argument_group("tables")
+    both.add_argument("--id", metavar="COLUMN", help="says which sequence or series a row belongs to")
+    train.set_defaults(owned={name: module.add_arguments(train) for name, module in KINDS.items()})
     model = train.add_argument_group("model")
     model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="of each layer (%(default)s)")
     model.add_argument("--units", type=_widths, metavar="N,N", help="widths, bottom first (48,48; forecasts 32)")
@@ -57,17 +85,14 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--every-step", action="store_true", help="learn to answer after every step; for streams, with --pooling last"
     )
-    model.add_argument("--dropout", type=float, default=0.3, metavar="P", help="after each layer (%(default)s)")
+    model.add_argument("--dropout", type=float, metavar="P", help="after each layer (0.3)")
+    model.add_argument("--init", metavar="MODEL", help="start from the weights of this network, of the same shapes")
     how = train.add_argument_group("training")
-    how.add_argument("--epochs", type=int, default=60, metavar="N", help="most passes over the data (%(default)s)")
+    how.add_argument("--epochs", type=int, metavar="N", help="most passes over the data (60)")
     how.add_argument("--lr", type=float, metavar="X", help="Adam's rate at the start (5e-3; forecasts 1e-3)")
-    how.add_argument(
-        "--batch", type=int, default=16, metavar="N", help="examples in a step, all processes (%(default)s)"
-    )
+    how.add_argument("--batch", type=int, metavar="N", help="examples in a step, all processes (16)")
     how.add_argument("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (%(default)s)")
-    how.add_argument(
-        "--patience", type=int, default=20, metavar="N", help="epochs without progress; 0: never stop early"
-    )
+    how.add_argument("--patience", type=int, metavar="N", help="epochs without progress (20); 0: never stop early")
     how.add_argument("--validation", type=float, default=0.15, metavar="P", help="share to validate on (%(default)s)")
     how.add_argument(
         "--noise", type=float, default=0.0, metavar="X", help="noise on inputs, in their scales (%(default)s)"
@@ -75,76 +100,133 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     how.add_argument("--offset", type=float, default=0.0, metavar="X", help="noise, one draw a sequence (%(default)s)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="fixes every draw (%(default)s)")
     how.add_argument("--checkpoint", metavar="FILE", help="written after each epoch and on Ctrl-C")
-    how.add_argument("--resume", action="store_true", help="go on from --checkpoint where there is one")
-    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to (%(default)s)")
     how.add_argument(
+        "--resume", action="store_true", help="go on from --checkpoint where there is one; --epochs may be more"
+    )
+    how.add_argument("--overwrite", action="store_true", help="begin anew where there is a --checkpoint")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to (%(default)s)")
+    said = train.add_argument_group("what is said")
+    said.add_argument(
+        "--log", metavar="PATH", help="each epoch's figures as it ends: a .csv or .json, or a folder for TensorBoard"
+    )
+    said.add_argument("--history", metavar="FILE", help="all of them at the end: .csv or .json")
+    said.add_argument("--picture", metavar="FILE", help="the same drawn: .png, .svg or .pdf")
+    said.add_argument(
         "--inspect",
         action="store_true",
         help="look at the layers in a batch of each epoch (gates, norms, gradients by steps back): MODEL-inspect/ gets "
         "report.html, and events for TensorBoard where it is installed",
     )
-    how.add_argument("--quiet", action="store_true", help="no progress bar")
+    said.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train on a file, and write the network."""
+    """Train on a file, and write the network; or say what is understood of it."""
+    name = kind_of(args)
+    module = KINDS[name]
+    _check_used(args, name)
+    if args.dry_run:
+        job = module.read(args)
+        show(args, {"understood": job.described}, job.understood)
+        return 0
     needs_torch(args)
-    from cellstack.train import workflow
+    output = _checked_output(args)
+    settings, architecture = _settings(args, module), _architecture(args, module)
+    folder = _inspect_folder(output, args.resume) if args.inspect else None
+    options = RunOptions(
+        args.validation,
+        checkpoint=args.checkpoint,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+        device=args.device,
+        inspect=args.inspect,
+        events=folder,
+        threads=args.threads,
+        log=args.log,
+    )
+    own = Own(init=None if args.init is None else found(args.init))
+    job = module.read(args)
+    first = int(os.environ.get("RANK", "0")) == 0  # of several processes
+    if first and not args.json:
+        print("\n".join(job.understood), flush=True)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        result = job.fit(architecture, settings, options, own)
+    if result.rank:
+        return 0
+    result.network.save(output)
+    report, lines = _report(job, result, output)
+    if args.history and result.history:
+        history.write(args.history, result.history)
+    if args.picture and result.history:
+        history.draw(args.picture, result.history, result.fit.best)
+    if folder is not None:
+        report["inspect"] = _inspected(result, output, folder)
+        lines += _inspect_text(report["inspect"])
+    show(args, report, [*lines, f"written to {output}"])
+    return 130 if result.fit.interrupted else 0
 
+
+def kind_of(args: argparse.Namespace) -> str:
+    """Return which kind of data a file is: by what is asked for, else by its suffix.
+
+    Raises:
+        UsageError: a suffix that is none's.
+    """
+    suffix = Path(args.file).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(f"{args.file}: expected a file that ends in one of {', '.join(SUFFIXES)}")
+    if args.task is not None:
+        return TASKS[args.task]
+    return "sequences" if args.label is not None else SUFFIXES[suffix]
+
+
+def _check_used(args: argparse.Namespace, name: str) -> None:
+    """Raise `UsageError` where an option is given that does nothing for this kind of data."""
+    given = {dest for dest, value in vars(args).items() if value is not None and value is not False}
+    unused = [(dest, "") for dest in KINDS[name].UNUSED]
+    unused += [(action.dest, kind) for kind, actions in args.owned.items() if kind != name for action in actions]
+    for dest, kind in unused:
+        if dest in given:
+            more = f": it is for {kind}" if kind else ""
+            raise UsageError(f"{args.file}: --{dest.replace('_', '-')} does nothing with {name}{more}")
+
+
+def _checked_output(args: argparse.Namespace) -> Path:
+    """Return where the network goes; all that is written at the end is checked now, not after the training."""
+    if args.output is None:
+        raise UsageError("expected -o MODEL, where the network goes, or --dry-run")
     output = with_suffix(args.output)
     if not output.parent.is_dir():
         raise UsageError(f"expected a folder {output.parent} to write to, found none")
-    check_replaceable(output)  # now, not after the training
-    if args.resume and args.checkpoint is None:
-        raise UsageError("expected --checkpoint FILE to --resume from")
-    forecast, texts = is_csv(args.file), ()
-    settings = Settings(
-        epochs=args.epochs,
-        batch=args.batch,
-        lr=args.lr if args.lr is not None else 1e-3 if forecast else 5e-3,
-        clip=args.clip,
-        patience=args.patience,
-        noise=args.noise,
-        offset=args.offset,
-        seed=args.seed,
-    )
-    architecture = Architecture(
-        units=args.units or ((32,) if forecast else (48, 48)),
-        bidirectional=args.bidirectional,
-        dropout=args.dropout,
-        pooling=args.pooling or ("last" if forecast else "mean"),
-        every_step=args.every_step,
-        cell=args.cell,
-    )
-    folder = _inspect_folder(output, args.resume) if args.inspect else None
-    options = RunOptions(
-        args.validation, args.checkpoint, args.resume, not args.quiet, args.device, args.inspect, folder
-    )
-    if forecast:
-        if args.test is not None:
-            raise UsageError("expected one CSV file: its last rows are what is measured on, see --test-share")
-        table = read_csv(args.file)
-        texts = table.texts
-        recipe = _recipe(args, table)
-        fitted = partial(workflow.train_forecast, table, recipe, architecture, settings, options, args.test_share)
-    else:
-        for name in ("target", "inputs", "horizon", "window", "season"):
-            if getattr(args, name) is not None:
-                raise UsageError(f"{args.file}: expected --{name} with a .csv file alone: it is for forecasts")
-        training = read_ts(args.file)
-        test = None if args.test is None else read_ts(args.test, training.labels)
-        fitted = partial(workflow.train_sequences, training, test, architecture, settings, options)
-    with warnings.catch_warnings():
-        warnings.showwarning = _warn
-        outcome = fitted()
-    if outcome.rank:
-        return 0
-    outcome.network.save(output)
-    report = _report(outcome, output) | {"left_out": texts}
-    if folder is not None:
-        report["inspect"] = _inspected(outcome, output, folder)
-    show(args, report, _train_text(outcome, report))
-    return 130 if outcome.fit.interrupted else 0
+    check_replaceable(output)
+    if args.history is not None:
+        history.check(args.history, history.FILES, "--history")
+    if args.picture is not None:
+        history.check(args.picture, history.PICTURES, "--picture")
+    for flag in ("resume", "overwrite"):
+        if getattr(args, flag) and args.checkpoint is None:
+            raise UsageError(f"expected --checkpoint FILE to --{flag}")
+    if args.resume and args.overwrite:
+        raise UsageError("expected --resume, to go on from the checkpoint, or --overwrite, to begin anew, got both")
+    return output
+
+
+def _chosen(args: argparse.Namespace, module: ModuleType, names: Iterable[str]) -> dict[str, Any]:
+    """Return options as they are given, as the kind of data has them, or as all have."""
+    defaults = {**DEFAULTS, **module.DEFAULTS}
+    return {name: value if (value := getattr(args, name)) is not None else defaults[name] for name in names}
+
+
+def _settings(args: argparse.Namespace, module: ModuleType) -> Settings:
+    chosen = _chosen(args, module, ("epochs", "batch", "lr", "patience"))
+    return Settings(**chosen, clip=args.clip, noise=args.noise, offset=args.offset, seed=args.seed)
+
+
+def _architecture(args: argparse.Namespace, module: ModuleType) -> Architecture:
+    chosen = _chosen(args, module, ("units", "dropout", "pooling"))
+    return Architecture(**chosen, bidirectional=args.bidirectional, every_step=args.every_step, cell=args.cell)
 
 
 def _inspect_folder(output: Path, resume: bool) -> Path:
@@ -162,16 +244,16 @@ def _inspect_folder(output: Path, resume: bool) -> Path:
     return folder
 
 
-def _inspected(outcome: Any, output: Path, folder: Path) -> dict[str, Any]:
+def _inspected(result: Any, output: Path, folder: Path) -> dict[str, Any]:
     """Write the report of what was seen; return where it is, and what was seen."""
-    records = outcome.fit.records
+    records = result.fit.records
     report = None
     if records:
         from cellstack.train.report import training_page
 
-        unit = "nats" if outcome.network.metadata["task"] == "classify" else "squared standard deviations"
+        unit = "nats" if result.network.metadata["task"] == "classify" else "squared standard deviations"
         with replacing(folder / "report.html") as file:
-            file.write(training_page(output.stem, outcome.fit.history, records, unit).encode())
+            file.write(training_page(output.stem, result.history, records, unit).encode())
         report = str(folder / "report.html")
     return {
         "report": report,
@@ -184,8 +266,8 @@ def _inspect_text(inspected: dict[str, Any]) -> list[str]:
     if not inspected["records"]:
         return ["the layers weren't looked at: no epoch came to its end"]
     last = inspected["records"][-1]
-    found = [f"  - {sentence}" for sentence in last["findings"]]
-    lines = [f"layers in epoch {last['epoch']}: {'what stands out' if found else 'nothing stands out'}", *found]
+    findings = [f"  - {sentence}" for sentence in last["findings"]]
+    lines = [f"layers in epoch {last['epoch']}: {'what stands out' if findings else 'nothing stands out'}", *findings]
     shown = f"tensorboard --logdir {inspected['tensorboard']}"
     if inspected["tensorboard"] is None:
         shown = "no events were written, as TensorBoard isn't installed: pip install tensorboard"
@@ -197,58 +279,38 @@ def _warn(message: Warning | str, *_: Any) -> None:
     print(f"cellstack train: warning: {message}", file=sys.stderr)
 
 
-def _recipe(args: argparse.Namespace, table: Table) -> Recipe:
-    names = list(table.columns)
-    if args.target is None and len(names) > 1:
-        raise UsageError(f"expected --target, one of {', '.join(names)}")
-    target = args.target or names[0]
-    if args.inputs is None:
-        inputs = tuple(name for name in names if name != target)
-    else:
-        inputs = tuple(name.strip() for name in args.inputs.split(",") if name.strip())
-    season = args.season if args.season is not None else table.spacing.season if table.spacing else 1
-    horizon = args.horizon if args.horizon is not None else season
-    window = args.window if args.window is not None else max(2 * season, 16)
-    return Recipe(target, inputs, horizon, window, season)
-
-
-def _report(outcome: Any, output: Path) -> dict[str, Any]:
-    fit = outcome.fit
+def _report(job: Job, result: Any, output: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what is said at the end, in plain values and as lines."""
+    fit = result.fit
+    scores, scored = job.scores(result)
     report = {
         "model": str(output),
-        "task": outcome.network.metadata["task"],
-        "parameters": sum(parameter.numel() for parameter in outcome.model.parameters()),
+        "task": result.network.metadata["task"],
+        "understood": job.described,
+        "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
         "epochs": len(fit.history),
         "best": fit.best,
         "steps": fit.steps,
         "seconds": round(fit.seconds, 3),
+        "stopped": fit.stopped,
         "interrupted": fit.interrupted,
+        "threads": {"used": fit.threads, "seconds_a_step": fit.timed},
         "checkpoint_error": fit.checkpoint_error,
+        "sentence": result.sentence,
+        "notes": fit.notes,
+        "test": scores,
+        "history": fit.history,
     }
-    scores = {name: value for name, value in outcome.scores.items() if name not in ("answers", "predicted")}
-    return report | {"test": scores, "history": fit.history}
+    lines = [repr(result.network), f"{fit.steps} steps in {fit.seconds:.1f} s, {_threads(fit)}", *fit.notes, *scored]
+    if fit.checkpoint_error:
+        lines.append(f"the last checkpoint could not be written: {fit.checkpoint_error}")
+    return report, [*lines, result.sentence]
 
 
-def _train_text(outcome: Any, report: dict[str, Any]) -> list[str]:
-    lines = [repr(outcome.network)]
-    ended = "stopped by Ctrl-C after" if report["interrupted"] else "trained for"
-    lines.append(f"{ended} {report['epochs']} epochs, {report['steps']} steps, {report['seconds']:.1f} s")
-    if report["best"]:
-        lines.append("best " + "  ".join(f"{name} {value:.6g}" for name, value in report["best"].items()))
-    scores = report["test"]
-    if "seasonal_naive" in scores:
-        ours, naive = scores["model"], scores["seasonal_naive"]
-        lines.append(f"{'test, ' + str(scores['origins']) + ' forecasts':<24} {'MAE':>9} {'RMSE':>9}")
-        rows = {"seasonal-naive": naive, "seasonal-naive + drift": scores["seasonal_drift"], "this model": ours}
-        lines += [f"  {name:<22} {errors['mae']:>9.4f} {errors['rmse']:>9.4f}" for name, errors in rows.items()]
-        less = [1 - ours[name] / naive[name] if naive[name] else 0.0 for name in ("mae", "rmse")]
-        lines.append(f"  {'less than naive by':<22} {less[0]:>9.1%} {less[1]:>9.1%}")
-    elif scores:
-        lines += [f"test {name} {scores[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in scores]
-    if report["checkpoint_error"]:
-        lines.append(f"the last checkpoint could not be written: {report['checkpoint_error']}")
-    if report["left_out"]:
-        lines.append(f"left out, as they hold no numbers: {', '.join(report['left_out'])}")
-    if "inspect" in report:
-        lines += _inspect_text(report["inspect"])
-    return [*lines, f"written to {report['model']}"]
+def _threads(fit: Any) -> str:
+    """Say how many threads were used, and why."""
+    used = f"on {fit.threads} thread{'s' * (fit.threads != 1)}"
+    if len(fit.timed) < 2:
+        return used
+    each = " and ".join(f"{1000 * seconds:.2g} ms on {n}" for n, seconds in sorted(fit.timed.items()))
+    return f"{used}, as a step took {each}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from cellstack.network import Network
 from cellstack.spec import CellSpec
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Data
+from cellstack.train.history import Log
 from cellstack.train.loop import Fit, learn
 from cellstack.train.processes import processes
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
@@ -116,7 +117,11 @@ def fitted(
                 torch.manual_seed(settings.seed)
                 model = make()
             writes = options.inspect and options.events is not None and team.rank == 0
-            with event_writer(options.events) if writes else nullcontext() as writer:
+            with ExitStack() as stack:
+                writer = stack.enter_context(event_writer(options.events)) if writes else None
+                callbacks = own.callbacks
+                if options.log is not None:  # of several processes the first one calls it
+                    callbacks = (*callbacks, stack.enter_context(closing(Log(options.log))))
                 fit = learn(
                     model,
                     data,
@@ -132,7 +137,7 @@ def fitted(
                     optimizer=own.optimizer,
                     scheduler=own.scheduler,
                     metrics=own.metrics,
-                    callbacks=own.callbacks,
+                    callbacks=callbacks,
                 )
             return model, fit, team.rank
     except RuntimeError as error:

@@ -20,6 +20,7 @@ class Grouped(NamedTuple):
     ids: tuple[Any, ...]
     columns: tuple[str, ...]
     ignored: dict[str, str]
+    label: str | None
 
 
 def is_frame(value: Any) -> bool:
@@ -92,6 +93,7 @@ def grouped(
         ids,
         tuple(used),
         ignored,
+        label,
     )
 
 

@@ -164,8 +164,9 @@ def learn(
         optimizer: makes one of the parameters; Adam at `settings.lr` where None.
         scheduler: makes one of the optimiser, stepped once an epoch, with the validation loss where its `step` needs
             one; or `"cosine"`, half a one down to a hundredth of the rate, or `"constant"`.
-        metrics: by name, callables of the truth and the answers over the whole validation part, arrays as batches have
-            them in `y` and as the model's `answer(out, mask)` gives them.
+        metrics: by name, callables of the truth and the answers over the whole validation part: `[M]` classes or
+            `[M, O]` numbers, as in `y`, and `[M, O]`, as the model's `answer(out, mask)` gives them; M counts
+            sequences, or all of their steps.
         callbacks: called with an `Epoch` after each; one that returns True ends the fit. Of several processes the first
             one calls them.
 
@@ -185,7 +186,8 @@ def learn(
         check_replaceable(checkpoint)
     if going_on and not resume:
         raise UsageError(
-            f"{path}: a checkpoint is there already: ask to resume, to go on from it, or to overwrite it, to begin anew"
+            f"{path}: a checkpoint is there already: resume (--resume) goes on from it, overwrite (--overwrite) begins "
+            "anew"
         )
     if hasattr(model, "carried") and team.world > 1:
         raise UsageError("expected one process for a model that carries its state from batch to batch, got several")
@@ -395,7 +397,7 @@ class _Run:
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value.sum(dtype=torch.float64))
             if self.metrics:
-                whole.append((batch.y, self.model.answer(out, mask).cpu().numpy()))
+                whole.append(_flat(batch, self.model.answer(out, mask).cpu().numpy()))
         if hasattr(self.model, "carried"):
             self.model.carried = carried
         gathered = self.team.gather((sums, whole))  # one may have had no batch, and so no sums of the model's
@@ -526,6 +528,14 @@ def _schedule(
     if given == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, optimizer.param_groups[0]["lr"] / 100)
     raise UsageError(f"expected scheduler to be cosine, constant or a callable of the optimizer, got {given!r}")
+
+
+def _flat(batch: Batch, answers: NDArray) -> tuple[NDArray, NDArray]:
+    """Return the truth and the answers that count, `[M]` classes or `[M, O]` numbers and `[M, O]`."""
+    classes = batch.y.dtype.kind in "iu"
+    truth, weight = (array.reshape(-1) if classes else array.reshape(-1, array.shape[-1]) for array in batch[1:3])
+    counts = weight > 0 if classes else (weight > 0).any(axis=-1)
+    return truth[counts], answers.reshape(-1, answers.shape[-1])[counts]
 
 
 def _cut_off(state: Any) -> Any:

@@ -16,6 +16,7 @@ from cellstack.train.sequences import Sequences, as_sequences
 from cellstack.train.ts import read_ts
 
 SUFFIXES = (".ts", ".npz", ".csv", ".tsv", ".parquet")
+TABLES = (".csv", ".tsv", ".parquet")
 HELD = ("x", "y", "lengths", "weight")
 
 
@@ -75,6 +76,11 @@ def read_sequences(
         raise UsageError(f"{path}: {error}") from None
 
 
+def columns_of(path: Path) -> list[str]:
+    """Return the names of a table's columns, see `read_frame`."""
+    return [str(column) for column in read_frame(path).columns]
+
+
 def read_frame(path: Path) -> Any:
     """Return a table as a pandas frame.
 
@@ -101,7 +107,8 @@ def read_frame(path: Path) -> Any:
 def _ts(path: Path, task: str | None, labels: tuple[Any, ...] | None) -> Sequences:
     data = read_ts(path, labels)
     if task is not None and data.y is not None and (task == "classify") != bool(data.labels):
-        raise UsageError(f"expected {'classes' if task == 'classify' else 'numbers'} with task {task}, found the other")
+        kinds = ("numbers", "classes")
+        raise UsageError(f"expected {kinds[task == 'classify']}, found {kinds[bool(data.labels)]}")
     return data
 
 

@@ -33,6 +33,7 @@ class Sequences:
         ids: of the sequences; () where they have none.
         weight: `[N]` float32, how much each counts in the loss; None where all count alike.
         ignored: what of the data isn't used, and why.
+        table: the columns of a table that say what is what: `id`, `time` and `label`; {} where it comes from none.
     """
 
     x: list[NDArray[np.float32]]
@@ -43,6 +44,7 @@ class Sequences:
     ids: tuple[Any, ...] = ()
     weight: NDArray[np.float32] | None = None
     ignored: dict[str, str] = field(default_factory=dict)
+    table: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:
@@ -103,10 +105,12 @@ def as_sequences(
     ids: tuple[Any, ...] = ()
     columns: tuple[str, ...] = ()
     ignored: dict[str, str] = {}
+    table: dict[str, str | None] = {}
     if frames.is_frame(x):
         found = frames.grouped(x, y, id=id, time=time, features=features, weight=weight, per_step=per_step, name=name)
         arrays, y, weight = found.x, found.y, found.weight
         ids, columns, ignored = found.ids, found.columns, found.ignored
+        table = {"id": id, "time": time, "label": found.label}
     else:
         for what, given in (("id", id), ("time", time), ("features", features)):
             if given is not None:
@@ -120,7 +124,7 @@ def as_sequences(
             )
     lengths = np.array([len(array) for array in checked], np.int64)
     targets, labels = as_targets(y, lengths, task, labels, per_step)
-    return Sequences(checked, targets, labels, name, columns, ids, _weights(weight, len(checked)), ignored)
+    return Sequences(checked, targets, labels, name, columns, ids, _weights(weight, len(checked)), ignored, table)
 
 
 def _kind(x: Any) -> str:

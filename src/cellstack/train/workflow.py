@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from cellstack.train.sequences import Sequences, joined
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.table import Table
 from cellstack.train.targets import class_weights
+from cellstack.train.warm import Start
 
 
 def train_sequences(
@@ -69,16 +71,30 @@ def train_sequences(
     whole, (kept, held) = _split(training, validation, options.validation, settings.seed)
     weights = None if class_weight is None else class_weights(class_weight, _of(y, kept), training.labels)
     examples = Labelled(whole, weights)
-    inputs = Inputs.measure(examples, kept, called=whole.channel)
+    start = None if own.init is None else Start(own.init)
+    task = "classify" if classify else "regress"
+    if start is not None:
+        start.check(task, training.labels, training.channels)
+    if start is not None and start.trained is not None:  # its cells know inputs in those scales
+        inputs = start.trained.inputs
+    else:
+        inputs = Inputs.measure(examples, kept, called=whole.channel)
     targets = None
     if not classify:
         targets = target_scaling(*(_of(part, kept) for part in (examples.y, examples.weight)))
-    task = "classify" if classify else "regress"
     outputs = len(training.labels) if classify else len(targets[0]) if targets else 1
     head = {"outputs": outputs, "task": task, "targets": targets, "head": own.head, "loss": own.loss}
+    if own.metrics:
+        metrics = {name: _of_labels(metric, training.labels) for name, metric in own.metrics.items()}
+        own = replace(own, metrics=metrics)
     data = Indexed(examples, inputs, kept, held, settings.batch, settings.seed, settings.noise, settings.offset)
-    model, fit, rank = _model(head, inputs, data, architecture, settings, options, own)
-    more = {"data": training.name, "columns": list(training.columns), "per_step": training.per_step}
+    model, fit, rank = _model(head, inputs, data, architecture, settings, options, own, start)
+    more = {
+        "data": training.name,
+        "columns": list(training.columns),
+        "per_step": training.per_step,
+        "table": training.table,
+    }
     net = as_network(model, predict.metadata(task, inputs, training.labels, **more))
     scores = {} if test is None else predict.sequences(net, test, test.name)
     return Result(net, model, fit, scores, rank, len(held))
@@ -116,6 +132,18 @@ def _split(
         np.arange(len(training.x)),
         np.arange(len(training.x), len(training.x) + len(validation.x)),
     )
+
+
+def _of_labels(metric: Callable[[Any, Any], float], labels: tuple[Any, ...]) -> Callable[[NDArray, NDArray], float]:
+    """Return a metric of labels, or of numbers, as the loop calls one: with positions and probabilities."""
+    names = np.array(labels)
+
+    def measured(truth: NDArray, answers: NDArray) -> float:
+        if labels:
+            return metric(names[truth], names[answers.argmax(axis=1)])
+        return metric(*(array[:, 0] if array.shape[1] == 1 else array for array in (truth, answers)))
+
+    return measured
 
 
 def _of(values: Any, kept: NDArray[np.int64]) -> NDArray:
@@ -174,7 +202,15 @@ def _model(
     settings: Settings,
     options: RunOptions,
     own: Own = Own(),
+    start: Start | None = None,
 ) -> tuple[Model, Fit, int]:
     """Make a model that ends in `head` and fit it; returns both and this process's rank."""
     check_memory(architecture, len(inputs.standardise[0]), head["outputs"])
-    return fitted(lambda: Model(inputs.standardise, **head, **asdict(architecture)), data, settings, options, own)
+
+    def make() -> Model:
+        model = Model(inputs.standardise, **head, **asdict(architecture))
+        if start is not None:
+            start.into(model, own.head is not None)
+        return model
+
+    return fitted(make, data, settings, options, own)

@@ -1,0 +1,144 @@
+"""`cellstack train` on sequences: to classify or regress, of `.ts`, `.npz` and tables in long form."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellstack.train.checks import UsageError
+from cellstack.train.reading import TABLES, read_sequences
+from cellstack.train.sequences import Sequences
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.targets import counted
+
+DEFAULTS: dict[str, Any] = {}
+UNUSED: tuple[str, ...] = ()
+SHOWN = 12  # classes that are named one by one
+
+
+def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add the options for sequences to the parser, and return them."""
+    data = train.add_argument_group("sequences in tables")
+    return [
+        data.add_argument("--label", metavar="COLUMN", help="holds the classes or numbers to learn"),
+        data.add_argument("--time", metavar="COLUMN", help="puts the rows of a sequence in order (as they stand)"),
+        data.add_argument("--features", metavar="A,B", help="columns to take (default: all others of numbers)"),
+        data.add_argument("--weight", metavar="COLUMN", help="how much each sequence counts"),
+        data.add_argument("--per-step", action="store_true", help="learn an entry of --label a step"),
+        data.add_argument("--class-weights", choices=("balanced",), help="let every class count alike"),
+    ]
+
+
+@dataclass
+class Job:
+    """Sequences that were read: see `cli.train.Job`."""
+
+    training: Sequences
+    test: Sequences | None
+    class_weights: str | None
+    understood: list[str]
+    described: dict[str, Any]
+
+    def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
+        """Train on them."""
+        from cellstack.train.workflow import train_sequences
+
+        train = partial(train_sequences, class_weight=self.class_weights)
+        return train(self.training, self.test, architecture, settings, options, own)
+
+    def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return what was measured on the test file."""
+        found = {name: value for name, value in result.scores.items() if name not in ("answers", "predicted")}
+        return found, [f"test {name} {found[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in found]
+
+
+def read(args: argparse.Namespace) -> Job:
+    """Read the training file, and the test file where there is one.
+
+    Raises:
+        UsageError: a table without the options that it takes, or data that can't be used.
+        FormatError: a file that can't be read as what its suffix says.
+    """
+    tables = [name for name in (args.file, args.test) if name is not None and Path(name).suffix.lower() in TABLES]
+    if tables and args.label is None:
+        raise UsageError(f"{args.file}: expected --label COLUMN, which holds the classes or numbers to learn")
+    features = None if args.features is None else [name.strip() for name in args.features.split(",") if name.strip()]
+    told = {"id": args.id, "time": args.time, "features": features, "weight": args.weight}
+    how = partial(read_sequences, y=args.label, per_step=args.per_step or None, **told)
+    training = how(args.file, task=args.task)
+    if args.test is None:
+        test = None
+    else:
+        task = args.task or ("classify" if training.labels else "regress")
+        features = training.columns or None
+        test = how(args.test, task=task, labels=training.labels or None, features=features)
+    lines, described = understood(training, args.file)
+    report: dict[str, Any] = {"training": described}
+    if test is not None and args.test is not None:
+        more, report["test"] = understood(test, args.test)
+        lines += more
+    return Job(training, test, args.class_weights, lines, report)
+
+
+def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:
+    """Return what was made of the data, as lines and in plain values."""
+    lengths, count = data.lengths, len(data.x)
+    missing = np.sum([np.isnan(x).sum(axis=0) for x in data.x], axis=0)
+    low = np.min([np.where(np.isnan(x), np.inf, x).min(axis=0) for x in data.x], axis=0)
+    high = np.max([np.where(np.isnan(x), -np.inf, x).max(axis=0) for x in data.x], axis=0)
+    names = list(data.columns) or [f"channel {n}" for n in range(data.channels)]
+    constant = [name for name, a, b in zip(names, low, high, strict=True) if a == b]
+    empty = [name for name, a, b in zip(names, low, high, strict=True) if a > b]
+    span = f"{lengths.min()}" if lengths.min() == lengths.max() else f"{lengths.min()} to {lengths.max()}"
+    channels = f"{data.channels} channel{'s' * (data.channels != 1)}"
+    channels += f" ({', '.join(data.columns)})" if data.columns else ""
+    lines = [f"{path}: {count:,} sequence{'s' * (count != 1)} of {span} steps, {channels}"]
+    lines += [f"  {line}" for line in _learned(data)]
+    share = float(missing.sum()) / float(lengths.sum() * data.channels)
+    if share:
+        lines.append(f"  missing: {int(missing.sum()):,} values, {share:.2%}, left out by mask or marked beside")
+    lines += [
+        f"  {what}: {', '.join(held)}" for what, held in (("constant", constant), ("without a value", empty)) if held
+    ]
+    lines += [f"  ignored: {column}, as it {why}" for column, why in data.ignored.items()]
+    described: dict[str, Any] = {
+        "file": path,
+        "sequences": count,
+        "steps": [int(lengths.min()), int(lengths.max())],
+        "channels": names,
+        "classes": None if not data.labels or data.y is None else {str(k): n for k, n in _counts(data).items()},
+        "per_step": data.per_step,
+        "missing": int(missing.sum()),
+        "constant": constant,
+        "ignored": data.ignored,
+    }
+    return lines, described
+
+
+def _counts(data: Sequences) -> dict[Any, int]:
+    assert data.y is not None
+    return counted(np.concatenate(data.y) if isinstance(data.y, list) else data.y, data.labels)
+
+
+def _learned(data: Sequences) -> list[str]:
+    """Say what there is to learn."""
+    each = "step" if data.per_step else "sequence"
+    if data.y is None:
+        return ["without classes or numbers"]
+    if not data.labels:
+        y = np.concatenate(data.y) if isinstance(data.y, list) else data.y
+        many = "a number" if y.ndim == 1 else f"{y.shape[1]} numbers"
+        return [f"to regress: {many} a {each}, from {y.min():.6g} to {y.max():.6g}"]
+    counts = _counts(data)
+    shown = ", ".join(f"{label} ({n:,})" for label, n in list(counts.items())[:SHOWN])
+    more = f", and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
+    lines = [f"to classify: {len(counts)} classes, one a {each}: {shown}{more}"]
+    single = [str(label) for label, n in counts.items() if n == 1]
+    if single:
+        lines.append(f"  of one example alone, which can be trained on or validated on, not both: {', '.join(single)}")
+    return lines

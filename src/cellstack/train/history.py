@@ -1,0 +1,132 @@
+"""A training's history as a file, as a picture, and as it goes on: CSV, JSON, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cellstack.formats.files import check_replaceable, replacing
+from cellstack.train.checks import UsageError
+
+FILES, PICTURES = (".csv", ".json"), (".png", ".svg", ".pdf")
+APART = ("epoch", "lr")  # what isn't drawn
+
+
+def check(path: str | os.PathLike[str], suffixes: tuple[str, ...], what: str) -> None:
+    """Check before a training that a file can be written after it.
+
+    Raises:
+        UsageError: another suffix.
+        OSError: it can't be written.
+    """
+    if Path(path).suffix.lower() not in suffixes:
+        raise UsageError(f"expected {what} to end in one of {', '.join(suffixes)}, got {os.fspath(path)!r}")
+    check_replaceable(path)
+
+
+def write(path: str | os.PathLike[str], history: Sequence[dict[str, Any]]) -> None:
+    """Write a history: `.csv`, a line an epoch, or `.json`, a list of objects.
+
+    Raises:
+        OSError: it can't be written; what was there stays.
+    """
+    if Path(path).suffix.lower() == ".json":
+        text = json.dumps(list(history), indent=1) + "\n"
+    else:
+        names = list(dict.fromkeys(name for entry in history for name in entry))
+        held = io.StringIO()
+        writer = csv.DictWriter(held, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        text = held.getvalue()
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def draw(path: str | os.PathLike[str], history: Sequence[dict[str, Any]], best: dict[str, Any] | None = None) -> None:
+    """Draw the losses over the epochs, and each metric below them, with the kept epoch marked.
+
+    Raises:
+        UsageError: matplotlib isn't installed.
+        OSError: it can't be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise UsageError(f"a picture needs {error.name}: install cellstack[torch]") from None
+    numbers = [name for name in history[0] if name not in APART and isinstance(history[0][name], float)]
+    losses = [name for name in numbers if name in ("loss", "validation_loss")]
+    rows = [losses, *([name] for name in numbers if name not in losses)]
+    figure = Figure(figsize=(7, 2.4 * len(rows)), layout="constrained")
+    all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    epochs = [entry["epoch"] for entry in history]
+    for axes, names in zip(all_axes, rows, strict=True):
+        for name in names:
+            axes.plot(
+                epochs,
+                [entry.get(name) for entry in history],
+                label=name.replace("_", " "),
+                marker="." * (len(epochs) < 30),
+            )
+        if best is not None:
+            axes.axvline(best["epoch"], color="0.6", linestyle=":", label=f"kept, epoch {best['epoch']}")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[-1].set_xlabel("epoch")
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=120)
+
+
+class Log:
+    """A callback that writes each epoch's figures as it ends: to a file, anew each time, or as TensorBoard's events.
+
+    A file that can't be written ends no training: there is one warning.
+
+    Args:
+        path: a file that ends in .csv or .json, else a folder.
+
+    Raises:
+        UsageError: a folder, where TensorBoard isn't installed.
+        OSError: a file that can't be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path, self.writer, self.failed = path, None, False
+        if Path(path).suffix.lower() in FILES:
+            check_replaceable(path)
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError:
+            raise UsageError(
+                f"expected a log that ends in {' or '.join(FILES)}, got {os.fspath(path)!r}: for TensorBoard's events, "
+                "pip install tensorboard"
+            ) from None
+        self.writer = SummaryWriter(os.fspath(path))
+
+    def __call__(self, epoch: Any) -> None:
+        """Write an `Epoch`."""
+        if self.writer is not None:
+            for name, value in epoch.entry.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(name, value, epoch.entry["epoch"])
+            self.writer.flush()
+            return
+        try:
+            write(self.path, epoch.fit.history)
+        except OSError as error:
+            if not self.failed:
+                self.failed = True
+                said = f"the log could not be written, training goes on: {os.fspath(self.path)}: {error.strerror}"
+                warnings.warn(said, RuntimeWarning, stacklevel=2)
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self.writer is not None:
+            self.writer.close()
