@@ -15,8 +15,8 @@ from cellstack.sklearn import SequenceClassifier, SequenceRegressor
 
 # Tables of three to ten columns, each of which matters by itself, are no sequences: units that read one direction and
 # answer from the last step learn them in the few steps that keep this short.
-quick = {"units": 24, "lr": 0.03, "dropout": 0.0, "bidirectional": False, "pooling": "last", "validation": 0.0}
-quick |= {"noise": 0.0, "offset": 0.0, "epochs": 20}
+quick = {"units": 24, "lr": 0.03, "dropout": 0.0, "bidirectional": False, "pooling": "last", "batch": 32}
+quick |= {"validation": 0.0, "noise": 0.0, "offset": 0.0, "epochs": 20}
 for kind in (SequenceClassifier, SequenceRegressor):
     for result in check_estimator(kind(**quick), on_skip=None, on_fail=None, expected_failed_checks=EXPECTED):
         print(result["status"], kind.__name__, result["check_name"], repr(result["exception"])[:500])
