@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellstack import FormatError, Network, layers
+from cellstack import FormatError, Network, layers, train
 from cellstack.train import Indexed, Inputs, Labelled, Model, Sequences, Settings, learn
 from cellstack.train import checkpoint as checkpoints
 from cellstack.train.checks import UsageError
@@ -481,3 +481,257 @@ def test_ctrl_c_in_a_terminal_keeps_the_best(tmp_path):
 
     assert load(output)(np.zeros((1, 3, 12))).shape == (1, 9)
     assert checkpoints.load(checkpoint)["history"]
+
+
+# ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_checkpoint_that_is_there_is_not_overwritten_unasked(sequences, tmp_path):
+    path = tmp_path / "run.ckpt"
+    model, *rest = prepare(sequences)
+    fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    whole = path.read_bytes()
+    with pytest.raises(UsageError, match=r"run\.ckpt: a checkpoint is there already: resume \(--resume\) goes on"):
+        fit(model, *rest, Settings(epochs=1), checkpoint=path)
+    assert path.read_bytes() == whole
+    path.write_bytes(b"something else")
+    fit(prepare(sequences)[0], *rest, Settings(epochs=2), checkpoint=path, overwrite=True)
+    assert len(checkpoints.load(path)["history"]) == 2
+
+
+def test_more_epochs_after_a_resume(sequences, tmp_path):
+    """The rate goes on as a run of as many epochs has it; fewer than were done leave nothing to do."""
+    path = tmp_path / "run.ckpt"
+    model, *rest = prepare(sequences)
+    fit(model, *rest, Settings(epochs=3, batch=4), checkpoint=path)
+    result = fit(model, *rest, Settings(epochs=8, batch=4), checkpoint=path, resume=True)
+    straight = fit(prepare(sequences)[0], *rest, Settings(epochs=8, batch=4))
+    rates, expected = ([entry["lr"] for entry in one.history] for one in (result, straight))
+    assert len(rates) == 8
+    assert rates[3:] == pytest.approx(expected[3:], rel=1e-12)
+    assert rates[:3] != pytest.approx(expected[:3], rel=1e-3)
+    assert result.resumed == 3
+    assert result.notes == [
+        "the checkpoint was made for 3 epochs: from epoch 4 on, the rate goes on as in a training of 8, at 0.00347"
+    ]
+    again = fit(model, *rest, Settings(epochs=2, batch=4), checkpoint=path, resume=True)
+    assert again.history == result.history
+    assert again.stopped == "epochs"
+
+
+def test_a_scheduler_and_an_optimizer_of_one_s_own_go_on_too(sequences, tmp_path):
+    path = tmp_path / "run.ckpt"
+    how = {
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
+        "scheduler": lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+    }
+    whole, *rest = prepare(sequences)
+    expected = fit(whole, *rest, SETTINGS, **how)
+    broken, *_ = prepare(sequences)
+    fit(broken, *rest, SETTINGS, checkpoint=path, callbacks=[lambda epoch: epoch.entry["epoch"] == 2], **how)
+    resumed, *_ = prepare(sequences, seed=99)
+    second = fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True, **how)
+    assert second.history == expected.history
+    assert_same(weights(resumed), weights(whole))
+    with pytest.raises(UsageError, match="expected optimizer as in this training, Adam, found SGD"):
+        fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True)
+
+
+def test_what_a_callback_adds_is_in_the_history_and_the_checkpoint(sequences, tmp_path):
+    path = tmp_path / "run.ckpt"
+    model, *rest = prepare(sequences)
+
+    def add(epoch):
+        assert not epoch.model.training
+        epoch.entry["said"] = f"epoch {epoch.entry['epoch']} of {len(epoch.fit.history)}"
+
+    result = fit(model, *rest, Settings(epochs=2), checkpoint=path, callbacks=[add])
+    assert [entry["said"] for entry in result.history] == ["epoch 1 of 1", "epoch 2 of 2"]
+    assert checkpoints.load(path)["history"] == result.history
+
+
+KILLED = """
+import os, sys
+import numpy as np
+from cellstack import train
+from cellstack.train import examples
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(40, 6, 2)), np.tile(["a", "b"], 20)
+path, kill = sys.argv[1], int(sys.argv[2])
+fetch, count = examples.Labelled.fetch, 0
+def dying(self, indices):
+    global count
+    count += 1
+    if count == kill:
+        os.kill(os.getpid(), 9)
+    return fetch(self, indices)
+examples.Labelled.fetch = dying
+result = train.fit(x, y, units=4, epochs=4, batch=4, checkpoint=path, resume=True, threads=1)
+print(result.history, result.network(x.astype(np.float32)).tobytes().hex())
+"""
+
+
+def test_a_run_that_is_killed_in_mid_epoch_goes_on(tmp_path):
+    ends = []
+    for name, kills in (("whole", [0]), ("killed", [27, 0])):  # the 27th batch is one of the third epoch
+        for kill in kills:
+            command = [sys.executable, "-c", KILLED, str(tmp_path / name), str(kill)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr
+            assert (tmp_path / name).exists()
+        ends.append(done.stdout)
+    assert ends[0] == ends[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+# ── a model that carries its state from batch to batch ──────────────────────────────────────────────────────────────
+
+
+class Carrying(torch.nn.Module):
+    """Adds up what it sees in a GRU cell whose state goes on from batch to batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head, self.carried = torch.nn.GRUCell(1, 3), torch.nn.Linear(3, 1), None
+        self.seen = []
+
+    def forward(self, x, mask):
+        state = torch.zeros(len(x["values"]), 3) if self.carried is None else self.carried[0]["h"]
+        self.seen.append((self.training, self.carried is None))
+        assert not state.requires_grad
+        for step in x["values"].unbind(1):
+            state = self.cell(step, state)
+        self.carried = ({"h": state},)
+        return self.head(state)
+
+    def losses(self, out, mask, y):
+        return (out - y).square()
+
+    def measure(self, out, mask, y, weight):
+        return {"off": (out - y).abs().sum()}
+
+    def measured(self, sums):
+        return {"off": sums["off"]}
+
+    def describe(self):
+        return {"kind": "carrying"}
+
+
+class Stripes:
+    """Two parallel streams, cut into batches in a fixed order."""
+
+    steps, validates = 5, True
+
+    def __init__(self, stop_at=None):
+        self.left, self.stop_at = 0, stop_at
+        self.x = np.random.default_rng(0).normal(size=(2, 24, 1)).astype(np.float32)
+
+    def batch(self, part):
+        x = self.x[:, 4 * part : 4 * part + 4]
+        return train.Batch({"values": x}, x.sum(1), np.ones((2, 1), np.float32))
+
+    def epoch(self, number, first=0):
+        for part in range(first, 5):
+            if (number, part) == self.stop_at:
+                signal.raise_signal(signal.SIGINT)
+            yield self.batch(part)
+
+    def held(self):
+        yield self.batch(5)
+
+    def describe(self):
+        return {"training": "stripes"}
+
+
+@pytest.mark.parametrize("stop_at", [(0, 2), (1, 0), (2, 4)])
+def test_a_carried_state_is_part_of_the_checkpoint(tmp_path, stop_at):
+    path, settings = tmp_path / "run.ckpt", Settings(epochs=4, lr=1e-2)
+
+    def made():
+        torch.manual_seed(0)
+        return Carrying()
+
+    whole = made()
+    expected = learn(whole, Stripes(), settings, threads=1)
+    began = [fresh for training, fresh in whole.seen if training]
+    assert began == [True, False, False, False, False] * 4  # afresh where an epoch starts
+    assert all(fresh for training, fresh in whole.seen if not training)
+    broken = made()
+    first = learn(broken, Stripes(stop_at), settings, checkpoint=path, threads=1)
+    assert first.stopped == "ctrl-c"
+    resumed = made()
+    with torch.no_grad():
+        resumed.head.weight.zero_()
+    second = learn(resumed, Stripes(), settings, checkpoint=path, resume=True, threads=1)
+    assert second.history == expected.history
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_data_that_ends_early_is_an_error():
+    class Short(Stripes):
+        steps = 6
+
+    with pytest.raises(UsageError, match="expected 6 batches in every epoch, got 5 in epoch 1"):
+        learn(Carrying(), Short(), Settings(epochs=1), threads=1)
+
+
+# ── threads ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("one", "two", "taken"), [(1.0, 0.95, 1), (1.0, 0.5, 2), (1.0, 20.0, 1)])
+def test_the_faster_number_of_threads_is_taken(monkeypatch, two_threads, one, two, taken):
+    from cellstack.train import threads
+
+    clock = [0.0]
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: clock[0])
+
+    def step():
+        clock[0] += {1: one, 2: two}[torch.get_num_threads()]
+
+    took = threads.fastest([step, step], left=1000)
+    assert took == {1: pytest.approx(one), 2: pytest.approx(two)}
+    assert torch.get_num_threads() == taken
+    torch.set_num_threads(2)
+    assert threads.fastest([step], left=2) == {1: one}  # too short to measure
+    assert torch.get_num_threads() == 1
+
+
+def test_measuring_changes_no_bit_and_leaves_torch_as_it_was(sequences, monkeypatch, two_threads):
+    from cellstack.train import threads
+
+    monkeypatch.setattr(threads, "LONG", 0.0)  # measure it however short
+    monkeypatch.setattr(threads, "WORTH", 1e9)  # and take one
+    monkeypatch.setattr(threads, "AT_MOST", 0.0)
+    plain, *rest = prepare(sequences)
+    expected = fit(plain, *rest, SETTINGS, threads=1, inspect=1)
+    measured, *rest = prepare(sequences)
+    measured.head = torch.nn.Sequential(measured.head, torch.nn.BatchNorm1d(3, affine=False))
+    plain.head = torch.nn.Sequential(prepare(sequences)[0].head, torch.nn.BatchNorm1d(3, affine=False))
+    plain.load_state_dict(measured.state_dict())
+    expected = fit(plain, *rest, SETTINGS, threads=1, inspect=1)
+    result = fit(measured, *rest, SETTINGS, inspect=1)
+    assert set(result.timed) == {1, 2}
+    assert result.threads == expected.threads == 1
+    assert result.history == expected.history
+    assert [one.to_json() for one in result.records] == [one.to_json() for one in expected.records]
+    assert_same(weights(measured), weights(plain))
+    assert torch.get_num_threads() == 2
+
+
+def test_a_resumed_run_takes_the_threads_of_its_checkpoint(sequences, tmp_path, two_threads):
+    path = tmp_path / "run.ckpt"
+    model, *rest = prepare(sequences)
+    for asked, used in ((1, 1), (None, 1), (2, 2), (None, 2)):
+        result = fit(model, *rest, Settings(epochs=1), checkpoint=path, resume=True, threads=asked)
+        assert result.threads == used
+        if asked == 2:
+            state = torch.load(path, weights_only=True)
+            torch.save({**state, "threads": 2}, path)

@@ -15,6 +15,7 @@ from cellstack.train.fitting import Result
 from cellstack.train.reading import read_sequences
 from cellstack.train.sequences import Sequences, as_sequences, taken
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.stream import BUFFER, Stream, is_stream
 from cellstack.train.workflow import train_sequences
 
 
@@ -60,12 +61,15 @@ def fit(
     threads: int | None = None,
     device: str = "auto",
     inspect: bool = False,
+    buffer: int = BUFFER,
 ) -> Result:
     """Train a network to tell classes or numbers of sequences, of whole ones or of each of their steps.
 
     Args:
         x: an array `[N, T, C]`; a list of arrays `[T, C]`, each with its own T; a pandas or polars frame, a row a step;
-            or the name of a file, .ts, .npz, .csv or .parquet. NaN where a value is missing.
+            the name of a file, .ts, .npz, .csv or .parquet; a map-style dataset of `(sequence, target)`, such as
+            torch's; or an iterable of these that begins anew each time, or a function that returns an iterator, for
+            what is larger than memory: see `Stream`. NaN where a value is missing.
         y: classes, text or whole numbers or bools, or numbers, one a sequence or, with a further axis, several numbers
             a sequence or an entry a step. With a frame also the name of a column, or a mapping or Series by id; with a
             file of a frame that name; None with files that hold them, .ts and .npz.
@@ -85,6 +89,7 @@ def fit(
         checkpoint, resume, overwrite, progress, threads, inspect: see `learn`.
         log: where each epoch's figures go as it ends: a file that ends in .csv or .json, or a folder for TensorBoard.
         device: see `processes`.
+        buffer: of what is iterated over, how many examples are in memory at a time; they are shuffled among each other.
 
     Returns:
         The `Result`: `.network` runs without torch, `.model` is a torch module, `.scores`, `.history`, `.labels`, and
@@ -103,7 +108,13 @@ def fit(
     (('busy', 'calm'), (2, 2))
     """
     told = {"task": task, "id": id, "time": time, "features": features, "per_step": per_step}
-    whole = _taken(x, y, "x", weight=sample_weight, **told)
+    if is_stream(x):
+        share = float(validation) if isinstance(validation, (int, float)) else 0.0
+        if isinstance(test, (int, float)):
+            raise UsageError("expected test to be data of its own, where x is iterated over, got a share")
+        whole: Any = _stream(x, share, seed, buffer, told, {"y": y, "sample_weight": sample_weight})
+    else:
+        whole = _taken(x, y, "x", weight=sample_weight, **told)
     for column, why in whole.ignored.items():
         warnings.warn(f"column {column!r} isn't used: it {why}", stacklevel=2)
     told["task"] = task or ("classify" if whole.labels else None if whole.y is None else "regress")
@@ -141,6 +152,19 @@ def fit(
         validation=parts.get("validation"),
         class_weight=class_weight,
     )
+
+
+def _stream(x: Any, share: float, seed: int, buffer: int, told: dict[str, Any], others: dict[str, Any]) -> Stream:
+    """Return what is iterated over, once it has been."""
+    RunOptions(share)  # checks it
+    if buffer < 1:
+        raise UsageError(f"expected buffer >= 1, got {buffer}")
+    for name, given in (*others.items(), *told.items()):
+        if name != "task" and given is not None:
+            raise UsageError(
+                f"expected no {name} where x is iterated over, as its items are (sequence, target, weight)"
+            )
+    return Stream(x, share, seed, told["task"], buffer=buffer)
 
 
 def _taken(x: Any, y: Any, name: str, **told: Any) -> Sequences:

@@ -76,19 +76,17 @@ class Labelled:
 
     def __init__(self, sequences: Sequences, weights: NDArray[np.float32] | None = None):
         self.x, self.lengths = sequences.x, sequences.lengths
-        y, labelled = sequences.y, sequences.y is not None
+        self.y: Any
+        self.weight: Any
+        count, y = len(self.x), sequences.y
         if isinstance(y, list):
-            self.y: Any = [part if part.dtype.kind == "i" or part.ndim == 2 else part[:, None] for part in y]
+            each = np.ones(count, np.float32) if sequences.weight is None else sequences.weight
+            pairs = [shaped(part, np.full(len(part), one), weights) for part, one in zip(y, each, strict=True)]
+            self.y, self.weight = [one for one, _ in pairs], [one for _, one in pairs]
+        elif y is None:
+            self.y, self.weight = np.zeros((count, 1), np.float32), np.zeros((count, 1), np.float32)
         else:
-            y = np.zeros((len(self.x), 1), np.float32) if y is None else y
-            self.y = y if y.dtype.kind == "i" or y.ndim == 2 else y[:, None]
-        each = np.full(len(self.x), float(labelled), np.float32)
-        if sequences.weight is not None:
-            each *= sequences.weight
-        if isinstance(self.y, list):
-            self.weight: Any = [_weighed(part, weight, weights) for part, weight in zip(self.y, each, strict=True)]
-        else:
-            self.weight = _weighed(self.y, each.reshape(-1, *[1] * (self.y.ndim - 1)), weights)
+            self.y, self.weight = shaped(y, sequences.weight, weights)
 
     def fetch(self, indices: NDArray[np.int64]) -> Batch:
         """See `Examples`."""
@@ -98,10 +96,21 @@ class Labelled:
         return Batch(x, self.y[indices], self.weight[indices])
 
 
-def _weighed(y: NDArray, each: Any, weights: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """Return weights in the shape of y: what each sequence counts, times what its class does."""
+def shaped(
+    y: NDArray, weight: NDArray | None, weights: NDArray[np.float32] | None
+) -> tuple[NDArray, NDArray[np.float32]]:
+    """Return targets as a `Batch` has them, `[N]` classes or `[N, O]` numbers, and weights in the same shape.
+
+    Args:
+        y: classes or targets, `[N]` or `[N, O]`.
+        weight: of each entry, `[N]`; None where all count alike.
+        weights: of each class; None where all count alike.
+    """
+    y = y if y.dtype.kind == "i" or y.ndim == 2 else y[:, None]
     whole = np.ones(y.shape, np.float32) if weights is None else weights[y]
-    return np.asarray(whole * each, np.float32)
+    if weight is not None:
+        whole = whole * weight.reshape(-1, *[1] * (y.ndim - 1))
+    return y, np.asarray(whole, np.float32)
 
 
 def batches(
@@ -179,10 +188,8 @@ class Inputs:
         scale = np.nanstd(x, axis=0)
         partly = missing & ~missing.all(axis=1, keepdims=True)
         mean = np.nanmean(x, axis=0)
-        scale = np.where(scale > 1e-6 * np.maximum(np.abs(mean), 1e-6), scale, 1.0)
-        return cls(
-            mean.astype(np.float32), scale.astype(np.float32), tuple(map(int, np.flatnonzero(partly.any(axis=0))))
-        )
+        observed = tuple(map(int, np.flatnonzero(partly.any(axis=0))))
+        return cls(mean.astype(np.float32), standard_scale(mean, scale), observed)
 
     @property
     def standardise(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -207,6 +214,11 @@ class Inputs:
     def digest(self) -> str:
         """Of all that it was measured to be."""
         return digest([self.mean, self.scale, np.array(self.observed, np.int64)])
+
+
+def standard_scale(mean: NDArray, scale: NDArray) -> NDArray[np.float32]:
+    """Return the scales of channels, 1 for those that are constant but for rounding."""
+    return np.where(scale > 1e-6 * np.maximum(np.abs(mean), 1e-6), scale, 1.0).astype(np.float32)
 
 
 def target_scaling(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -5,18 +5,16 @@ Needs no torch, and no library of the frames that it takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.train import frames
+from cellstack.train import frames, lazy
 from cellstack.train.checks import UsageError
-from cellstack.train.targets import as_targets
-
-FLOAT = float(np.finfo(np.float32).max)
+from cellstack.train.targets import FLOAT, as_targets, as_weights
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Sequences:
     """Sequences, each with a class, with targets, or with neither; or with one of them at every step.
 
     Args:
-        x: one `[T, I]` float32 array a sequence, in the data's units; NaN where a value is missing.
+        x: one `[T, I]` float32 array a sequence, in the data's units; NaN where a value is missing. A list, or `Lazy`.
         y: `[N]` int64 positions in `labels`, or float32 targets `[N]` or `[N, O]` where `labels` is empty; a list of
             `[T]` or `[T, O]` arrays of these where there is one at every step; None where the data has none.
         labels: the classes, text or whole numbers or bools.
@@ -36,7 +34,7 @@ class Sequences:
         table: the columns of a table that say what is what: `id`, `time` and `label`; {} where it comes from none.
     """
 
-    x: list[NDArray[np.float32]]
+    x: Sequence[NDArray[np.float32]]
     y: NDArray | list[NDArray] | None
     labels: tuple[Any, ...]
     name: str
@@ -54,7 +52,7 @@ class Sequences:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Steps T of each sequence, `[N]`."""
-        return np.array([len(x) for x in self.x], np.int64)
+        return lengths_of(self.x)
 
     @property
     def per_step(self) -> bool:
@@ -83,7 +81,8 @@ def as_sequences(
 
     Args:
         x: an array `[N, T, I]`; a list of arrays `[T, I]`, each with its own T; a pandas or polars frame in long form,
-            a row a step; or `Sequences`, which are returned as they are where `y` and `weight` are None.
+            a row a step; a map-style dataset, such as torch's, of `(sequence, target)`, which is read once now and then
+            again as batches need it; or `Sequences`, which are returned as they are where `y` and `weight` are None.
         y: a class or number a sequence, `[N]`; numbers `[N, O]`; an array or a list of arrays with one, or O, a step;
             None for none. With a frame also: the name of a column, or a mapping, Series or frame by id.
         task: `"classify"` or `"regress"`; told by `y` where None: text, bools and whole numbers are classes.
@@ -106,6 +105,16 @@ def as_sequences(
     columns: tuple[str, ...] = ()
     ignored: dict[str, str] = {}
     table: dict[str, str | None] = {}
+    width = 0
+
+    def one(array: Any, n: int) -> NDArray[np.float32]:
+        nonlocal width
+        found = checked(array, n, name, columns)
+        width = width or found.shape[1]
+        if found.shape[1] != width:
+            raise UsageError(f"{name}[{n}]: expected {width} channels, as {name}[0] has, got {found.shape[1]}")
+        return found
+
     if frames.is_frame(x):
         found = frames.grouped(x, y, id=id, time=time, features=features, weight=weight, per_step=per_step, name=name)
         arrays, y, weight = found.x, found.y, found.weight
@@ -115,16 +124,15 @@ def as_sequences(
         for what, given in (("id", id), ("time", time), ("features", features)):
             if given is not None:
                 raise UsageError(f"expected {what} with a frame alone, got it with {_kind(x)}")
-        arrays = _arrays(x, name)
-    checked = [_checked(array, n, name, columns) for n, array in enumerate(arrays)]
-    for n, array in enumerate(checked):
-        if array.shape[1] != checked[0].shape[1]:
-            raise UsageError(
-                f"{name}[{n}]: expected {checked[0].shape[1]} channels, as {name}[0] has, got {array.shape[1]}"
-            )
-    lengths = np.array([len(array) for array in checked], np.int64)
+        if lazy.is_dataset(x):
+            arrays, own, weights = lazy.read(x, one, name)
+            y, weight = own if y is None else y, weights if weight is None else weight
+        else:
+            arrays = _arrays(x, name)
+    rows: Any = arrays if isinstance(arrays, lazy.Lazy) else [one(array, n) for n, array in enumerate(arrays)]
+    lengths = lengths_of(rows)
     targets, labels = as_targets(y, lengths, task, labels, per_step)
-    return Sequences(checked, targets, labels, name, columns, ids, _weights(weight, len(checked)), ignored, table)
+    return Sequences(rows, targets, labels, name, columns, ids, as_weights(weight, len(rows)), ignored, table)
 
 
 def _kind(x: Any) -> str:
@@ -155,7 +163,7 @@ def _arrays(x: Any, name: str) -> list[Any]:
     return list(x)
 
 
-def _checked(array: Any, n: int, name: str, columns: tuple[str, ...]) -> NDArray[np.float32]:
+def checked(array: Any, n: int, name: str, columns: tuple[str, ...] = ()) -> NDArray[np.float32]:
     """Return one sequence as `[T, I]` float32."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
@@ -186,24 +194,9 @@ def _checked(array: Any, n: int, name: str, columns: tuple[str, ...]) -> NDArray
     return np.array(array, np.float32, order="C")
 
 
-def _weights(weight: Any, count: int) -> NDArray[np.float32] | None:
-    if weight is None:
-        return None
-    if isinstance(weight, Mapping):
-        raise UsageError("sample_weight: expected one number a sequence; by id with a frame alone, got a mapping")
-    try:
-        array = np.asarray(weight, np.float64)
-    except (TypeError, ValueError):
-        raise UsageError("sample_weight: expected one number a sequence, got something else") from None
-    if array.shape != (count,):
-        raise UsageError(f"sample_weight: expected one number a sequence, [{count}], got {array.shape}")
-    bad = ~(np.isfinite(array) & (array >= 0) & (array <= FLOAT))
-    if bad.any():
-        at = int(np.argmax(bad))
-        raise UsageError(f"sample_weight: expected finite numbers >= 0, got {array[at]} at {at}")
-    if not array.any():
-        raise UsageError("sample_weight: expected a number above 0, got none")
-    return array.astype(np.float32)
+def lengths_of(x: Sequence[NDArray[np.float32]]) -> NDArray[np.int64]:
+    """Return the steps of each sequence, `[N]`."""
+    return x.lengths if isinstance(x, lazy.Lazy) else np.array([len(row) for row in x], np.int64)
 
 
 def taken(whole: Sequences, indices: NDArray[np.int64]) -> Sequences:
@@ -211,7 +204,7 @@ def taken(whole: Sequences, indices: NDArray[np.int64]) -> Sequences:
     y = whole.y
     return replace(
         whole,
-        x=[whole.x[n] for n in indices],
+        x=whole.x.take(indices) if isinstance(whole.x, lazy.Lazy) else [whole.x[n] for n in indices],
         y=[y[n] for n in indices] if isinstance(y, list) else None if y is None else y[indices],
         ids=tuple(whole.ids[n] for n in indices) if whole.ids else (),
         weight=None if whole.weight is None else whole.weight[indices],
@@ -225,4 +218,10 @@ def joined(first: Sequences, second: Sequences) -> Sequences:
         each = [np.ones(len(one.x), np.float32) if one.weight is None else one.weight for one in (first, second)]
         weight = np.concatenate(each)
     y = [*first.y, *second.y] if isinstance(first.y, list) else np.concatenate([first.y, second.y])  # type: ignore[misc]
-    return replace(first, x=first.x + second.x, y=y, ids=first.ids + second.ids, weight=weight)
+    if isinstance(first.x, lazy.Lazy) or isinstance(second.x, lazy.Lazy):
+        both, count = (first.x, second.x), len(first.x)
+        fetch = lambda n: both[n >= count][n - count * (n >= count)]  # noqa: E731
+        x: Sequence[NDArray[np.float32]] = lazy.Lazy(fetch, np.concatenate([first.lengths, second.lengths]))
+    else:
+        x = [*first.x, *second.x]
+    return replace(first, x=x, y=y, ids=first.ids + second.ids, weight=weight)

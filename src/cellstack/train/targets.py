@@ -14,6 +14,7 @@ from cellstack.train.checks import UsageError
 TASKS = ("classify", "regress")
 WORDS = {str: "text", bool: "bools", int: "whole numbers", float: "numbers"}
 FEW = 20  # different whole numbers that are classes without being asked for
+FLOAT = float(np.finfo(np.float32).max)
 SHARE = 5  # beyond these, so many examples a class on average
 
 
@@ -143,7 +144,7 @@ def _values(flat: NDArray, task: str | None, labels: tuple[Any, ...] | None) -> 
         raise UsageError(f"y: expected numbers with task regress, got {WORDS[kind]}")
     numbers = values.astype(np.float64)
     _refuse_missing(numbers, np.isnan(numbers))
-    bad = ~(np.abs(numbers) <= np.finfo(np.float32).max)
+    bad = ~(np.abs(numbers) <= FLOAT)
     if bad.any():
         at = int(np.argmax(bad))
         raise UsageError(f"y: expected finite numbers that float32 holds, got {numbers[at]} at position {at}")
@@ -198,6 +199,31 @@ def _classes(
             )
     order = np.array([places[type(label), label] for label in own], np.int64)
     return order[codes], labels
+
+
+def as_weights(weight: Any, count: int) -> NDArray[np.float32] | None:
+    """Return what each sequence counts, `[N]`; None where nothing is given.
+
+    Raises:
+        UsageError: another number of them, or one that isn't finite or below 0.
+    """
+    if weight is None:
+        return None
+    if isinstance(weight, Mapping):
+        raise UsageError("sample_weight: expected one number a sequence; by id with a frame alone, got a mapping")
+    try:
+        array = np.asarray(weight, np.float64)
+    except (TypeError, ValueError):
+        raise UsageError("sample_weight: expected one number a sequence, got something else") from None
+    if array.shape != (count,):
+        raise UsageError(f"sample_weight: expected one number a sequence, [{count}], got {array.shape}")
+    bad = ~(np.isfinite(array) & (array >= 0) & (array <= FLOAT))
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise UsageError(f"sample_weight: expected finite numbers >= 0, got {array[at]} at {at}")
+    if not array.any():
+        raise UsageError("sample_weight: expected a number above 0, got none")
+    return array.astype(np.float32)
 
 
 def class_weights(given: Any, codes: NDArray[np.int64], labels: tuple[Any, ...]) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -58,10 +59,12 @@ class Start:
         if len(cells) != len(wanted):
             raise UsageError(f"{self.name}: expected {len(wanted)} cells, as in this model, found {len(cells)}")
         for n, (held, cell) in enumerate(zip(cells, wanted, strict=True)):
-            if held.spec != cell.spec:
-                raise UsageError(
-                    f"{self.name}: expected cell {n} to be {cell.spec}, as in this model, found {held.spec}"
-                )
+            ours, theirs = asdict(cell.spec), asdict(held.spec)
+            for name in ours:
+                if ours[name] != theirs[name]:
+                    raise UsageError(
+                        f"{self.name}: expected cell {n} of {name} {ours[name]}, as in this model, found {theirs[name]}"
+                    )
             for name in held.spec.shapes:
                 _copy(getattr(cell, name), getattr(held, name))
         if own_head or self.trained is None:

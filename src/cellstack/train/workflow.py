@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,20 +15,21 @@ from numpy.typing import NDArray
 from cellstack.spec import FormatError
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
-from cellstack.train.examples import Data, Indexed, Inputs, Labelled, split, target_scaling
+from cellstack.train.examples import Data, Indexed, Inputs, Labelled, shaped, split, target_scaling
 from cellstack.train.fitting import Result, as_network, check_memory, fitted
 from cellstack.train.forecast import Recipe, Windows, parts
 from cellstack.train.loop import Fit
 from cellstack.train.model import Model
 from cellstack.train.sequences import Sequences, joined
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.stream import Stream, Streamed
 from cellstack.train.table import Table
 from cellstack.train.targets import class_weights
 from cellstack.train.warm import Start
 
 
 def train_sequences(
-    training: Sequences,
+    training: Sequences | Stream,
     test: Sequences | None,
     architecture: Architecture,
     settings: Settings,
@@ -39,7 +42,7 @@ def train_sequences(
     """Train on sequences, and measure on test sequences where there are some.
 
     Args:
-        training: what to learn from, and to hold out for validation.
+        training: what to learn from, and to hold out for validation; a `Stream` has chosen its validation part itself.
         test: what to measure on, read with the labels of `training`; None for nothing.
         architecture: how the model is built.
         settings: how it is fitted.
@@ -68,27 +71,23 @@ def train_sequences(
         raise UsageError("expected class_weight with classes alone, got it with numbers")
     if training.per_step:
         architecture = _per_step(architecture)
-    whole, (kept, held) = _split(training, validation, options.validation, settings.seed)
-    weights = None if class_weight is None else class_weights(class_weight, _of(y, kept), training.labels)
-    examples = Labelled(whole, weights)
+    if isinstance(training, Stream):
+        parts = _streamed(training, validation, class_weight, settings)
+    else:
+        parts = _indexed(training, validation, class_weight, settings, options)
     start = None if own.init is None else Start(own.init)
     task = "classify" if classify else "regress"
     if start is not None:
         start.check(task, training.labels, training.channels)
-    if start is not None and start.trained is not None:  # its cells know inputs in those scales
-        inputs = start.trained.inputs
-    else:
-        inputs = Inputs.measure(examples, kept, called=whole.channel)
-    targets = None
-    if not classify:
-        targets = target_scaling(*(_of(part, kept) for part in (examples.y, examples.weight)))
+    known = None if start is None or start.trained is None else start.trained.inputs  # its cells know those scales
+    inputs = parts.measure() if known is None else known
+    targets = None if classify else target_scaling(parts.y, parts.weight)
     outputs = len(training.labels) if classify else len(targets[0]) if targets else 1
-    head = {"outputs": outputs, "task": task, "targets": targets, "head": own.head, "loss": own.loss}
+    head = {"outputs": outputs, "task": task, "targets": targets, "head": copy.deepcopy(own.head), "loss": own.loss}
     if own.metrics:
         metrics = {name: _of_labels(metric, training.labels) for name, metric in own.metrics.items()}
         own = replace(own, metrics=metrics)
-    data = Indexed(examples, inputs, kept, held, settings.batch, settings.seed, settings.noise, settings.offset)
-    model, fit, rank = _model(head, inputs, data, architecture, settings, options, own, start)
+    model, fit, rank = _model(head, inputs, parts.data(inputs), architecture, settings, options, own, start)
     more = {
         "data": training.name,
         "columns": list(training.columns),
@@ -97,10 +96,52 @@ def train_sequences(
     }
     net = as_network(model, predict.metadata(task, inputs, training.labels, **more))
     scores = {} if test is None else predict.sequences(net, test, test.name)
-    return Result(net, model, fit, scores, rank, len(held))
+    return Result(net, model, fit, scores, rank, parts.validated)
 
 
-def _check_alike(name: str, other: Sequences | None, training: Sequences) -> None:
+class _Parts(NamedTuple):
+    """What is trained on, `y` and `weight` as batches have them, what is validated on, and the way to `Data`."""
+
+    y: NDArray
+    weight: NDArray[np.float32]
+    validated: int
+    measure: Callable[[], Inputs]
+    data: Callable[[Inputs], Data]
+
+
+def _indexed(
+    training: Sequences, validation: Sequences | None, class_weight: Any, settings: Settings, options: RunOptions
+) -> _Parts:
+    """Return the parts of sequences that can be had by position."""
+    assert training.y is not None
+    whole, (kept, held) = _split(training, validation, options.validation, settings.seed)
+    weights = None if class_weight is None else class_weights(class_weight, _of(training.y, kept), training.labels)
+    examples = Labelled(whole, weights)
+
+    def data(inputs: Inputs) -> Data:
+        s = settings
+        return Indexed(examples, inputs, kept, held, s.batch, s.seed, s.noise, s.offset)
+
+    measure = partial(Inputs.measure, examples, kept, called=whole.channel)
+    return _Parts(_of(examples.y, kept), _of(examples.weight, kept), len(held), measure, data)
+
+
+def _streamed(stream: Stream, validation: Sequences | None, class_weight: Any, settings: Settings) -> _Parts:
+    """Return the parts of what is iterated over."""
+    kept = ~stream.held
+    weights = None if class_weight is None else class_weights(class_weight, stream.y[kept], stream.labels)
+    y, weight = shaped(stream.y, stream.weight, weights)
+    own = None if validation is None else Labelled(validation, weights)
+
+    def data(inputs: Inputs) -> Data:
+        s = settings
+        return Streamed(stream, inputs, y, weight, own, s.batch, s.seed, s.noise, s.offset)
+
+    validated = int(stream.held.sum()) if validation is None else len(validation.x)
+    return _Parts(y[kept], weight[kept], validated, lambda: stream.inputs, data)
+
+
+def _check_alike(name: str, other: Sequences | None, training: Sequences | Stream) -> None:
     if other is None:
         return
     if other.channels != training.channels:

@@ -1,0 +1,95 @@
+"""Sequences that stay where they are until a batch needs them: map-style datasets, such as torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.train.checks import UsageError
+from cellstack.train.frames import is_frame
+
+
+class Lazy(Sequence[NDArray[np.float32]]):
+    """A list of arrays, each made when it is looked up; their lengths are known.
+
+    Args:
+        fetch: returns the array at a position, the same each time.
+        lengths: steps of each, `[N]`.
+        indices: the positions that are there, in order; all where None.
+    """
+
+    def __init__(self, fetch: Callable[[int], NDArray[np.float32]], lengths: NDArray[np.int64], indices: Any = None):
+        self.fetch, self.all_lengths = fetch, lengths
+        self.indices = np.arange(len(lengths)) if indices is None else np.asarray(indices, np.int64)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Steps of each of those that are there."""
+        return self.all_lengths[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, n: Any) -> Any:
+        at = int(self.indices[n])
+        array = self.fetch(at)
+        if len(array) != self.all_lengths[at]:
+            raise UsageError(
+                f"x[{at}]: expected {self.all_lengths[at]} steps, as when it was first read, got {len(array)}: a "
+                "sequence must keep its length"
+            )
+        return array
+
+    def take(self, indices: NDArray[np.int64]) -> Lazy:
+        """Return some of them."""
+        return Lazy(self.fetch, self.all_lengths, self.indices[indices])
+
+
+def is_dataset(x: Any) -> bool:
+    """Return whether x is looked up by position and knows how long it is, and is no array, list or frame."""
+    if hasattr(x, "shape") or isinstance(x, (list, tuple, str, bytes, dict)) or is_frame(x):
+        return False
+    by_position = hasattr(x, "__getitem__") and hasattr(x, "__len__")
+    return by_position and not any(kind.__name__ == "IterableDataset" for kind in type(x).__mro__)
+
+
+def read(
+    x: Any, checked: Callable[[Any, int], NDArray[np.float32]], name: str
+) -> tuple[Lazy, list[Any] | None, list[Any] | None]:
+    """Read a dataset once: return its sequences, still where they are, and its targets and weights, None for none.
+
+    Args:
+        x: the dataset; an item is a sequence, or a tuple `(sequence, target)` or `(sequence, target, weight)`.
+        checked: checks a sequence and returns it as `[T, I]`.
+        name: for messages.
+
+    Raises:
+        UsageError: no item, or items of several forms.
+    """
+    lengths, targets, weights = np.empty(len(x), np.int64), [], []
+    sizes = set()
+    for n in range(len(x)):
+        array, *more = parts(x[n], f"{name}[{n}]")
+        lengths[n] = len(checked(array, n))
+        sizes.add(len(more))
+        if len(sizes) > 1:
+            raise UsageError(f"{name}[{n}]: expected an item of the form of {name}[0], got {1 + len(more)} parts")
+        targets += more[:1]
+        weights += more[1:]
+    if not len(x):
+        raise UsageError(f"{name}: expected at least one sequence, got none")
+    return Lazy(lambda n: checked(parts(x[n], f"{name}[{n}]")[0], n), lengths), targets or None, weights or None
+
+
+def parts(item: Any, name: str) -> tuple[Any, ...]:
+    """Return an item as a tuple of a sequence and, where they are there, a target and a weight."""
+    if not isinstance(item, tuple):
+        if isinstance(item, dict):
+            raise UsageError(f"{name}: expected (sequence, target), got a dict of {', '.join(map(str, item))}")
+        return tuple(item) if isinstance(item, list) and len(item) == 2 and np.ndim(item[0]) == 2 else (item,)
+    if not 1 <= len(item) <= 3:
+        raise UsageError(f"{name}: expected (sequence, target) or (sequence, target, weight), got {len(item)} parts")
+    return item

@@ -1,0 +1,523 @@
+"""`train.fit`: data as people have it, what of their own they bring, and what is refused by name."""
+
+import json
+import re
+import warnings
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+from torch import nn
+
+from cellstack import FormatError, load, train
+from cellstack.train import UsageError, as_sequences
+from cellstack.train.stream import Stream
+
+SMALL = {"units": 4, "epochs": 2, "threads": 1}
+
+
+@pytest.fixture
+def toy(rng):
+    """40 sequences `[12, 3]` of two classes, one of them three times as loud."""
+    x, y = rng.normal(size=(40, 12, 3)), np.tile(["calm", "busy"], 20)
+    x[y == "busy"] *= 3
+    return x, y
+
+
+def long_form(x, y):
+    """The same, a row a step."""
+    steps = x.shape[1]
+    columns = {f"c{n}": x[..., n].ravel() for n in range(x.shape[2])}
+    return pd.DataFrame(
+        {"id": np.repeat(np.arange(len(x)), steps), "t": np.tile(np.arange(steps), len(x)), **columns}
+        | {"state": np.repeat(y, steps)}
+    )
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, *columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def __getitem__(self, n):
+        return tuple(column[n] for column in self.columns)
+
+
+# ── forms of the same data ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_form_of_the_same_data_gives_the_same_network(toy):
+    x, y = toy
+    frame = long_form(x, y)
+    shuffled = frame.sample(frac=1, random_state=1).sort_values("id", kind="stable")  # ids as they were, times not
+    by_id = pd.Series(y, index=np.arange(len(y)))
+    forms = [
+        ((x, y), {}),
+        ((x.astype(np.float32), list(y)), {}),
+        (([*x], y), {}),
+        (([row.tolist() for row in x], pd.Categorical(y)), {}),
+        ((torch.from_numpy(x), y), {}),
+        ((Items(x, y), None), {}),
+        ((frame.drop(columns="t"), "state"), {"id": "id"}),
+        ((shuffled, "state"), {"id": "id", "time": "t"}),
+        ((pl.from_pandas(shuffled), "state"), {"id": "id", "time": "t"}),
+        ((frame.drop(columns="state"), by_id), {"id": "id", "features": ["c0", "c1", "c2"]}),
+        ((frame.drop(columns=["state", "t"]), dict(by_id)), {"id": "id"}),
+    ]
+    expected = None
+    for (data, labels), how in forms:
+        result = train.fit(data, labels, **how, **SMALL)
+        assert result.labels == ("busy", "calm")
+        expected = expected or result.history
+        assert result.history == expected
+
+
+def test_files_give_what_arrays_give(toy, tmp_path):
+    x, y = toy
+    x = x.astype(np.float32)
+    frame = long_form(x, y)
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    frame.to_csv(tmp_path / "a.csv", index=False, float_format="%.9g")
+    frame.to_parquet(tmp_path / "a.parquet")
+    expected = train.fit(x, y, **SMALL).history
+    assert train.fit(tmp_path / "a.npz", **SMALL).history == expected
+    for name in ("a.csv", "a.parquet"):
+        assert train.fit(str(tmp_path / name), "state", id="id", time="t", **SMALL).history == expected
+
+
+def test_ragged_sequences_in_npz(rng, tmp_path):
+    x, lengths = rng.normal(size=(20, 9, 2)), rng.integers(3, 10, 20)
+    y = np.arange(20) % 2
+    np.savez(tmp_path / "a.npz", x=x, y=y, lengths=lengths)
+    read = train.read_sequences(tmp_path / "a.npz")
+    assert read.lengths.tolist() == lengths.tolist()
+    np.testing.assert_array_equal(read.x[3], x[3, : lengths[3]].astype(np.float32))
+    assert read.labels == (0, 1)
+    np.savez(tmp_path / "a.npz", x=x, y=y, lengths=lengths + 9)
+    with pytest.raises(UsageError, match=r"a\.npz: expected lengths from 1 to T = 9, got 1\d"):
+        train.read_sequences(tmp_path / "a.npz")
+
+
+def test_npz_is_never_unpickled(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.array([np.zeros((3, 2)), None], object))
+    with pytest.raises(FormatError, match="one of objects, which are never unpickled: write x padded"):
+        train.read_sequences(tmp_path / "a.npz")
+
+
+def test_what_is_iterated_over(toy):
+    """A source as large as the buffer or larger: the same examples, scales and classes; the same twice."""
+    x, y = toy
+
+    def source():
+        return zip(x, y, strict=True)
+
+    stream = Stream(source, 0.0, 0)
+    inputs = train.Inputs.measure(train.Labelled(as_sequences(x, y)), np.arange(40))
+    np.testing.assert_allclose(stream.inputs.mean, inputs.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stream.inputs.scale, inputs.scale, rtol=1e-5)
+    runs = [train.fit(source, test=(x, y), buffer=buffer, **{**SMALL, "epochs": 3}) for buffer in (10, 10, 100)]
+    assert runs[0].history == runs[1].history != runs[2].history
+    assert runs[0].validated == int(Stream(source, 0.15, 0).held.sum()) > 0
+    assert runs[0].scores["confusion"].sum() == 40
+    assert train.fit(source, test=(x, y), units=4, epochs=25, lr=2e-2, threads=1).scores["accuracy"] > 0.8
+
+
+def test_what_is_iterated_over_and_changes_is_refused(toy):
+    x, y = toy
+    left = iter([40, 40, 39])
+
+    def shrinking():
+        yield from list(zip(x, y, strict=True))[: next(left)]
+
+    with pytest.raises(UsageError, match="expected the same 40 examples in every pass, got 39"):
+        train.fit(shrinking, validation=0.0, **{**SMALL, "epochs": 9})
+    refused = [
+        (iter([(x[0], y[0])]), {}, "got an iterator, which can be read once: give the function that makes it"),
+        (torch.utils.data.DataLoader(Items(x, y)), {}, r"got a DataLoader: give its \.dataset"),
+        (lambda: zip(x, y, strict=True), {"test": 0.2}, "expected test to be data of its own"),
+        (lambda: zip(x, y, strict=True), {"y": y}, "expected no y where x is iterated over"),
+        (lambda: (row for row in x), {}, r"x\[0\]: expected \(sequence, target\), got a sequence alone"),
+    ]
+    for source, how, message in refused:
+        with pytest.raises(UsageError, match=message):
+            train.fit(source, **how, **SMALL)
+
+
+def test_a_checkpoint_of_what_is_iterated_over_is_gone_on_from(toy, tmp_path):
+    x, y = toy
+    path = tmp_path / "run.ckpt"
+
+    def source():
+        return zip(x, y, strict=True)
+
+    how = {**SMALL, "buffer": 16, "noise": 0.1}
+    whole = train.fit(source, **{**how, "epochs": 4})
+    stopped = train.fit(source, **{**how, "epochs": 4}, checkpoint=path, callbacks=[lambda e: e.entry["epoch"] == 2])
+    assert (stopped.fit.stopped, len(stopped.history)) == ("callback", 2)
+    resumed = train.fit(source, **{**how, "epochs": 4}, checkpoint=path, resume=True)
+    assert resumed.history == whole.history
+    with pytest.raises(UsageError, match=r"expected training as in this training"):
+        train.fit(lambda: zip(x, np.roll(y, 1), strict=True), **{**how, "epochs": 4}, checkpoint=path, resume=True)
+
+
+# ── classes and targets ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("y", "labels"),
+    [
+        (["b", "a"] * 20, ("a", "b")),
+        (np.array([b"b", b"a"] * 20), ("a", "b")),
+        ([7, -1] * 20, (-1, 7)),
+        ([np.int8(7), np.int8(-1)] * 20, (-1, 7)),
+        (np.array([7, 1] * 20, np.uint8), (1, 7)),
+        ([True, False] * 20, (False, True)),
+        (np.array([1.0, 0.0] * 20), None),
+        (["rare", *["often"] * 39], ("often", "rare")),
+        (pd.Series(["b", "a"] * 20, dtype="string"), ("a", "b")),
+        (pl.Series(["b", "a"] * 20), ("a", "b")),
+    ],
+    ids=str,
+)
+def test_labels_of_any_type(toy, tmp_path, y, labels):
+    result = train.fit(toy[0], y, **SMALL, test=0.2)
+    assert result.labels == (labels or ())
+    assert result.network.metadata["task"] == ("classify" if labels else "regress")
+    result.network.save(tmp_path / "net.safetensors")
+    net = load(tmp_path / "net.safetensors")
+    assert tuple(net.metadata["labels"]) == result.labels
+    truth = as_sequences(toy[0], y, labels=labels)
+    found = train.predict.sequences(net, truth, "net")
+    assert set(found["predicted"]) <= set(labels) if labels else all(type(one) is float for one in found["predicted"])
+
+
+def test_whole_numbers_that_may_be_classes_or_not(toy):
+    with pytest.raises(UsageError, match="task='classify' or task='regress', as 40 different whole numbers among 40"):
+        train.fit(toy[0], np.arange(40), **SMALL)
+    assert train.fit(toy[0], np.arange(40), task="regress", **SMALL).labels == ()
+    assert train.fit(toy[0], np.arange(40) / 2, **SMALL).labels == ()
+    assert len(train.fit(toy[0], np.arange(40), task="classify", validation=0, **SMALL).labels) == 40
+
+
+@pytest.mark.parametrize(
+    ("y", "how", "message"),
+    [
+        ([np.nan, *np.arange(39.0)], {}, r"y: expected an entry for every one of 40, got nan at position 0 \(1 miss"),
+        ([*np.arange(39.0), -np.inf], {}, "y: expected finite numbers that float32 holds, got -inf at position 39"),
+        ([None, *"ab" * 19, "c"], {}, "got None at position 0"),
+        (pd.Series([pd.NA, *["a"] * 39], dtype="string"), {}, "got None at position 0"),
+        (["a", 1] * 20, {}, "y: expected entries of one type, got text and whole numbers"),
+        (["a"] * 39, {}, "y: expected one entry a sequence, 40, got 39"),
+        (["a"] * 40, {}, "expected sequences of at least two classes, got one"),
+        (["a", "b"] * 20, {"task": "regress"}, "y: expected numbers with task regress, got text"),
+        ([0.5, 1] * 20, {"task": "classify"}, "got 0.5 at position 0: task='regress' learns numbers"),
+        ([object()] * 40, {}, "y: expected text, numbers or bools, got a object"),
+        (["a", "b"] * 20, {"task": "sort"}, "expected task to be one of classify, regress, got 'sort'"),
+        (
+            ["a", "b"] * 20,
+            {"test": (np.ones((2, 5, 3)), ["a", "c"])},
+            r"test: .* 'a', 'b', as trained on, got 'c' \(1 of 2\)",
+        ),
+        (["a", "b"] * 20, {"test": (np.ones((2, 5, 2)), ["a", "b"])}, "expected 3 channels, as trained on, found 2"),
+        (["a", "b"] * 20, {"validation": np.ones((2, 5, 3))}, "validation: expected sequences with classes"),
+        (["a", "b"] * 20, {"class_weight": {"c": 2}}, "class_weight: expected classes among 'a', 'b', got 'c'"),
+        (["a", "b"] * 20, {"class_weight": "even"}, "expected class_weight to be 'balanced' or weights by class"),
+        (["a", "b"] * 20, {"sample_weight": np.ones(3)}, r"sample_weight: expected one number a sequence, \[40\]"),
+        (
+            ["a", "b"] * 20,
+            {"sample_weight": -np.ones(40)},
+            "sample_weight: expected finite numbers >= 0, got -1.0 at 0",
+        ),
+        (np.arange(40.0), {"class_weight": "balanced"}, "expected class_weight with classes alone"),
+        (np.ones((40, 12)), {}, "expected per_step=True, or False for 12 targets a sequence"),
+        (["a", "b"] * 20, {"id": "machine"}, "expected id with a frame alone"),
+        (["a", "b"] * 20, {"test": 1.5}, r"expected test to be a share in \(0, 1\)"),
+    ],
+    ids=str,
+)
+def test_labels_that_can_t_be_used(toy, y, how, message):
+    with pytest.raises((UsageError, FormatError), match=message):
+        train.fit(toy[0], y, **SMALL, **how)
+
+
+def test_several_targets(toy):
+    y = np.stack([toy[0].mean((1, 2)), 100 + toy[0].std((1, 2))], axis=1)
+    result = train.fit(toy[0], y, **{**SMALL, "epochs": 30}, test=0.2)
+    assert result.scores["answers"].shape == (8, 2)
+    assert np.abs(result.scores["answers"][:, 1] - 100).max() < 10  # in the targets' own units
+    assert len(result.scores["predicted"][0]) == 2
+
+
+def test_a_class_at_every_step(rng):
+    x = [rng.normal(size=(int(rng.integers(4, 9)), 1)) for _ in range(60)]
+    y = [np.where(np.cumsum(row[:, 0]) > 0, "up", "down") for row in x]
+    result = train.fit(x, y, test=0.25, units=8, epochs=25, lr=2e-2, dropout=0, threads=1)
+    assert result.network(x[0][None].astype(np.float32)).shape == (1, len(x[0]), 2)
+    assert result.scores["accuracy"] > 0.75
+    assert [len(one) for one in result.scores["predicted"]] == [len(one) for one in result.scores["answers"]]
+    assert result.scores["confusion"].sum() == sum(map(len, result.scores["predicted"]))
+
+
+# ── sequences that can't be used ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (
+            np.ones((40, 12)),
+            r"got \(40, 12\): add an axis, x\[\.\.\., None\] where it is 40 sequences of one channel, or",
+        ),
+        (np.ones(40), r"x: expected an array \[N, T, C\], got \(40,\)"),
+        ([np.ones((3, 2))] * 39 + [np.ones(3)], r"x\[39\]: expected \[T, C\], got \(3,\): add an axis"),
+        ([np.ones((3, 2))] * 39 + [np.ones((3, 1))], r"x\[39\]: expected 2 channels, as x\[0\] has, got 1"),
+        ([np.ones((3, 2))] * 39 + [np.ones((0, 2))], r"x\[39\]: expected at least one step, got \(0, 2\)"),
+        ([np.ones((3, 2))] * 39 + [np.full((3, 2), np.inf)], r"x\[39\]: .* got inf at step 0, channel 0"),
+        (np.full((40, 3, 1), 1e300), r"x\[0\]: expected finite numbers that float32 holds"),
+        (np.full((40, 3, 1), "a"), r"x\[0\]: expected numbers \[T, C\], got an array of <U1"),
+        (np.full((40, 3, 1), 1j), r"x\[0\]: expected numbers \[T, C\], got an array of complex128"),
+        ([], "x: expected at least one sequence, got none"),
+        (3, r"x: expected an array \[N, T, C\], a list of arrays \[T, C\] or a frame with id=, got a int"),
+        (np.full((40, 3, 2), [1, np.nan]), "found none in channel 1: leave it out"),
+    ],
+    ids=str,
+)
+def test_sequences_that_can_t_be_used(x, message):
+    with pytest.raises(UsageError, match=message):
+        train.fit(x, np.arange(40) % 2, **SMALL)
+
+
+def test_frames_that_can_t_be_used(toy):
+    frame = long_form(*toy)
+    varied = frame.assign(state=np.where(frame.t == 3, "odd", frame.state))
+    gone = frame.assign(id=frame.id.astype(float)).replace({"id": {5.0: np.nan}})
+    refused = [
+        (frame, "state", {}, r"x: expected id=, .* one of id, t, c0"),
+        (frame, "mood", {"id": "id"}, "expected y to be a column, one of id, .* got 'mood'"),
+        (frame, "state", {"id": "id", "time": "when"}, "expected time to be a column"),
+        (frame, "state", {"id": "id", "features": ["c0", "c9"]}, "expected features among id, .* got 'c9'"),
+        (frame, "state", {"id": "id", "features": ["state"]}, "expected numbers in column 'state', got 'calm'"),
+        (varied, "state", {"id": "id"}, "expected one 'state' for each 'id', got 'calm' and 'odd' for 0; for one a"),
+        (frame.assign(t=1), "state", {"id": "id", "time": "t"}, "expected each 't' once in a sequence, got 1 twice"),
+        (
+            frame.assign(t="noon"),
+            "state",
+            {"id": "id", "time": "t"},
+            "numbers or dates such as 2024-05-31T12:00, got 'noon'",
+        ),
+        (gone, "state", {"id": "id"}, "expected a 'id' in every row, found none in row 60"),
+        (frame, {0: "calm"}, {"id": "id"}, r"y: expected an entry for every 'id', found none for 1 \(39 of 40\)"),
+        (frame[["id", "state"]], "state", {"id": "id"}, "expected a column of numbers beside 'id', found none"),
+        (frame[:0], "state", {"id": "id"}, "expected rows, got a frame without any"),
+    ]
+    for data, y, how, message in refused:
+        with pytest.raises(UsageError, match=message):
+            train.fit(data, y, **how, **SMALL)
+
+
+def test_columns_that_aren_t_used_are_named_and_gaps_are_kept(toy):
+    frame = long_form(*toy).assign(place="north", c1=lambda f: f.c1.where(f.t % 3 > 0))
+    with pytest.warns(UserWarning, match="column 'place' isn't used: it holds no numbers, but 'north'"):
+        result = train.fit(frame, "state", id="id", time="t", **SMALL)
+    assert result.network.metadata["columns"] == ["c0", "c1", "c2"]
+    assert result.network.metadata["observed"] == [1]
+
+
+def test_constant_columns_and_a_class_of_one_example(toy):
+    x, y = toy
+    x[..., 1] = 7.5
+    y = np.where(np.arange(40) == 3, "once", y)
+    result = train.fit(x, y, **SMALL)
+    assert result.labels == ("busy", "calm", "once")
+    assert np.isfinite(result.network(x.astype(np.float32))).all()
+
+
+def test_dates_put_rows_in_order(toy):
+    frame = long_form(*toy)
+    when = pd.Timestamp("2024-03-30") + pd.to_timedelta(frame.t, "h")
+    expected = as_sequences(frame.drop(columns="t"), "state", id="id").x[0]
+    for times in (when, when.dt.tz_localize("UTC").dt.tz_convert("Europe/Berlin"), when.dt.strftime("%Y-%m-%dT%H:%M")):
+        mixed = (
+            frame.drop(columns="t").assign(when=times).sample(frac=1, random_state=0).sort_values("id", kind="stable")
+        )
+        found = as_sequences(mixed, "state", id="id", time="when")
+        np.testing.assert_array_equal(found.x[0], expected)
+
+
+# ── one's own ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_head_a_loss_metrics_an_optimizer_a_scheduler_and_callbacks(toy):
+    x, y = toy
+    head = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 2))
+    before = head[0].weight.detach().clone()
+    seen, calls = [], []
+
+    def loss(out, target):
+        calls.append(tuple(out.shape))
+        return nn.functional.cross_entropy(out, target, reduction="none", label_smoothing=0.1)
+
+    def share_of_calm(truth, predicted):
+        assert set(truth) | set(predicted) <= {"calm", "busy"}
+        return (predicted == "calm").mean()
+
+    result = train.fit(
+        x,
+        y,
+        head=head,
+        loss=loss,
+        metrics={"calm": share_of_calm},
+        optimizer=lambda parameters: torch.optim.SGD(parameters, 0.5),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        callbacks=[seen.append, lambda epoch: epoch.entry["epoch"] == 3],
+        test=0.2,
+        **{**SMALL, "epochs": 9},
+    )
+    assert [entry["lr"] for entry in result.history] == [0.5, 0.25, 0.125]
+    assert all(0 <= entry["calm"] <= 1 for entry in result.history)
+    assert [epoch.entry["epoch"] for epoch in seen] == [1, 2, 3]
+    assert calls[0][1] == 2
+    assert torch.equal(head[0].weight, before)  # a fit of the same repeats
+    assert result.sentence.startswith("stopped by a callback after 3 epochs; kept is epoch")
+    assert "on the test part, which was never trained on: accuracy" in result.sentence
+    with torch.no_grad():
+        expected = result.model.answer(result.model(torch.from_numpy(x).float())).numpy()
+    np.testing.assert_allclose(result.network(x.astype(np.float32)), expected, atol=2e-6)
+
+
+def test_what_of_one_s_own_can_t_be_used(toy):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x[:, :2].sin()
+
+    mean = nn.functional.cross_entropy
+    refused = [
+        ({"head": Odd()}, "head: expected what can be written as a Network: the module .*to_nodes"),
+        ({"head": nn.Linear(4, 3)}, r"head: expected 2 outputs, \(2, 2\) of 2 rows, got \(2, 3\)"),
+        ({"head": nn.Linear(5, 2)}, "head: expected a module of 4 inputs"),
+        ({"loss": mean}, r"expected a loss that gives one number a target, .* got \(\): .*reduction='none'"),
+        ({"scheduler": "step"}, "expected scheduler to be cosine, constant or a callable"),
+    ]
+    for how, message in refused:
+        with pytest.raises(UsageError, match=message):
+            train.fit(*toy, **SMALL, **how)
+
+
+def test_a_loss_of_an_example_counts_for_all_of_its_targets(toy):
+    y = np.stack([toy[0].mean((1, 2)), toy[0].std((1, 2))], axis=1)
+    ends = []
+    for loss in (None, lambda out, target: (out - target).square().mean(1)):
+        result = train.fit(toy[0], y, loss=loss, **SMALL)
+        ends.append([entry["loss"] for entry in result.history])
+    np.testing.assert_allclose(*ends, rtol=1e-5)
+
+
+def test_class_and_sample_weights(toy):
+    x, _ = toy
+    y = np.where(np.arange(40) < 34, "often", "rare")
+    # Doubling an example's weight is like having it twice: the same mean of weighted losses in a batch of all.
+    how = {**SMALL, "batch": 100, "validation": 0, "dropout": 0, "epochs": 1}
+    heavy = np.where(np.arange(40) == 3, 2.0, 1.0)
+    doubled = train.fit(np.concatenate([x, x[3:4]]), [*y, y[3]], **how).history[0]["loss"]
+    inputs = train.fit(x, y, sample_weight=heavy, **how).history[0]["loss"]
+    assert inputs == pytest.approx(doubled, rel=2e-2)  # but for the scales of the inputs
+    even = train.fit(x, y, class_weight="balanced", **how).history[0]["loss"]
+    by_hand = train.fit(x, y, class_weight={"often": 40 / (2 * 34), "rare": 40 / (2 * 6)}, **how).history[0]["loss"]
+    by_sample = train.fit(x, y, sample_weight=np.where(y == "rare", 40 / 12, 40 / 68), **how).history[0]["loss"]
+    assert even == pytest.approx(by_hand) == pytest.approx(by_sample)
+    assert even != pytest.approx(train.fit(x, y, **how).history[0]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["classes", "numbers"])
+def test_a_warm_start(toy, tmp_path, target):
+    x, y = toy[0], toy[1] if target == "classes" else 50 + toy[0].mean((1, 2))
+    first = train.fit(x, y, **{**SMALL, "epochs": 5}, bidirectional=True)
+    first.network.save(tmp_path / "net.safetensors")
+    for given in (first.network, tmp_path / "net.safetensors"):
+        second = train.fit(x, y, init=given, lr=1e-12, bidirectional=True, **SMALL)
+        np.testing.assert_allclose(
+            second.network(x.astype(np.float32)), first.network(x.astype(np.float32)), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_warm_start_that_doesn_t_fit(toy, tmp_path):
+    net = train.fit(*toy, **SMALL).network
+    refused = [
+        ({"units": 5}, "init: expected cell 0 of units 5, as in this model, found 4"),
+        ({"units": (4, 4)}, "init: expected 2 cells, as in this model, found 1"),
+        ({"cell": "gru"}, "init: expected cell 0 of kind gru"),
+        ({"y": np.arange(40) % 2}, r"init: expected a network of the classes \[0, 1\], to start from, found \['busy'"),
+        ({"y": np.arange(40) / 3}, "init: expected a network of the task regress, to start from, found classify"),
+        ({"x": toy[0][..., :2]}, "init: expected a network of the channels 2, to start from, found 3"),
+    ]
+    for how, message in refused:
+        with pytest.raises(UsageError, match=message):
+            train.fit(**{"x": toy[0], "y": toy[1], **SMALL, "init": net, **how})
+    with pytest.raises(FileNotFoundError):
+        train.fit(*toy, **SMALL, init=tmp_path / "none.safetensors")
+
+
+# ── what is written ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_logs_and_the_history_as_files_and_as_a_picture(toy, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from cellstack.train import history
+
+    for log in ("log.csv", "log.json", "events"):
+        result = train.fit(*toy, **SMALL, log=tmp_path / log)
+    read = pd.read_csv(tmp_path / "log.csv")
+    assert read["validation_loss"].tolist() == [entry["validation_loss"] for entry in result.history]
+    assert json.loads((tmp_path / "log.json").read_text()) == result.history
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    history.draw(tmp_path / "a.svg", result.history, result.fit.best)
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "accuracy" in drawn or "<svg" in drawn
+    history.draw(tmp_path / "a.png", result.history)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_log_that_can_t_be_written_any_more_ends_no_training(toy, tmp_path, monkeypatch):
+    from cellstack.train import history
+
+    def full(path, entries):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(history, "write", full)
+    with pytest.warns(
+        RuntimeWarning, match=r"the log could not be written, training goes on: .*log\.csv: No space"
+    ) as said:
+        result = train.fit(*toy, **SMALL, log=tmp_path / "log.csv")
+    assert len(said) == 1
+    assert len(result.history) == 2
+
+
+def test_nothing_is_printed_or_warned_of_without_a_reason(toy, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train.fit(*toy, **SMALL)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_sentence_at_the_end(toy):
+    how = {**SMALL, "lr": 1e-9}
+    assert re.match(
+        r"trained for all 2 epochs; kept is epoch \d, whose validation loss is the lowest; "
+        r"on the 6 validation examples, never trained on, which chose the epoch: accuracy 0\.",
+        train.fit(*toy, **how).sentence,
+    )
+    stopped = train.fit(*toy, **{**how, "epochs": 30, "patience": 2})
+    assert (
+        f"stopped after {len(stopped.history)} epochs, as the validation loss had not fallen for 2" in stopped.sentence
+    )
+    assert train.fit(*toy, **how, validation=0).sentence == (
+        "trained for all 2 epochs; kept is epoch 2, the last, as none was held out; nothing was held out to measure it "
+        "on"
+    )
