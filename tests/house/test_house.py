@@ -35,6 +35,8 @@ BELOW = {
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
     "cli": {"spec", "nodes", "network", "formats", "train", ""},
+    "sklearn": {"network", "train"},
+    "adapters": {"sklearn"},
     "__main__": {"cli"},
 }
 
@@ -67,6 +69,8 @@ OUTSIDE_ALSO = {
     "inspect": {"safetensors"},
     "layers": {"torch"},
     "train": {"torch", "tqdm", "matplotlib"},
+    "sklearn": {"sklearn"},
+    "adapters": {"aeon", "sklearn", "sktime"},
 }
 # A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
 ON_CALL_ALSO = {
@@ -215,7 +219,7 @@ def test_the_door_imports_no_framework_and_opens_fast(tmp_path):
 
 
 def test_no_module_of_the_door_leads_to_torch():
-    own = [path for path in MODULES if part_of(path) not in ("layers", "train", "cli", "__main__")]
+    own = [path for path in MODULES if part_of(path) not in ("layers", "train", "adapters", "cli", "__main__")]
     names = [".".join(("cellstack", *path.relative_to(SOURCE).with_suffix("").parts)) for path in own]
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,1 @@
+"""The estimators of `cellstack.sklearn` as those of other libraries of time series; each module needs its library."""

@@ -1,0 +1,64 @@
+"""The estimators held against the checks that scikit-learn, aeon and sktime have for theirs, all of them.
+
+Each library is in a process of its own: all three warn, and scikit-learn checks array APIs where SciPy was told before.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SKLEARN = """
+from sklearn.utils.estimator_checks import check_estimator
+from cellstack.sklearn import SequenceClassifier, SequenceRegressor
+
+# Tables of three to ten columns, each of which matters by itself, are no sequences: units that read one direction and
+# answer from the last step learn them in the few steps that keep this short.
+quick = {"units": 24, "lr": 0.03, "dropout": 0.0, "bidirectional": False, "pooling": "last", "batch": 32}
+quick |= {"validation": 0.0, "noise": 0.0, "offset": 0.0, "epochs": 20}
+for kind in (SequenceClassifier, SequenceRegressor):
+    for result in check_estimator(kind(**quick), on_skip=None, on_fail=None, expected_failed_checks=EXPECTED):
+        print(result["status"], kind.__name__, result["check_name"], repr(result["exception"])[:500])
+"""
+EXPECTED = {
+    "check_sample_weight_equivalence_on_dense_data": "a weight multiplies a sequence's loss, whereas one that is there "
+    "twice is drawn into batches twice, by other draws",
+}
+OTHERS = """
+from {library} import check_estimator
+from cellstack.adapters import {name} as adapters
+
+for kind in (adapters.SequenceClassifier, adapters.SequenceRegressor):
+    for check, came in check_estimator(kind).items():
+        print(came.lower() if isinstance(came, str) else "failed", kind.__name__, check, came)
+"""
+
+
+def checked(code, folder, **environment):
+    """Return what a process says: a line a check, its first word how it went."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if line.split()[0] in ("passed", "failed", "xfail", "skipped")]
+
+
+def test_scikit_learn_s_checks(tmp_path):
+    lines = checked(SKLEARN.replace("EXPECTED", repr(EXPECTED)), tmp_path, SCIPY_ARRAY_API="1")
+    assert len(lines) > 110
+    assert [line for line in lines if not line.startswith(("passed", "xfail"))] == []
+    assert {line.split()[2] for line in lines if line.startswith("xfail")} == set(EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "least"),
+    [
+        ("aeon", "aeon.testing.estimator_checking", 50),
+        pytest.param("sktime", "sktime.utils", 200, marks=pytest.mark.slow),
+    ],
+)
+def test_the_checks_of_libraries_of_time_series(name, library, least, tmp_path):
+    lines = checked(OTHERS.format(name=name, library=library), tmp_path)
+    assert len(lines) >= least
+    assert [line for line in lines if not line.startswith("passed")] == []
