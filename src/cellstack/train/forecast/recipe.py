@@ -141,7 +141,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as plain values."""
-        return asdict(self)
+        return asdict(self) | {"rule": list(self.rule)}  # asdict leaves it what it is
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:

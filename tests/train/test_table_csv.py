@@ -1,4 +1,4 @@
-"""CSV series: dates, gaps, windows that see nothing of the future, the seasonal-naive rule."""
+"""CSV files: dates, gaps, other separators, and what is refused."""
 
 import re
 
@@ -6,23 +6,12 @@ import numpy as np
 import pytest
 
 from cellstack import FormatError
-from cellstack.train import Inputs, Recipe, Windows, read_table
-from cellstack.train.checks import UsageError
-from cellstack.train.forecast import errors, parts
+from cellstack.train import read_table
 
 
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def table_of(tmp_path, values, **others):
-    columns = {"y": values, **others}
-    lines = [",".join(columns)] + [
-        ",".join("" if np.isnan(value) else repr(float(value)) for value in row)
-        for row in zip(*columns.values(), strict=True)
-    ]
-    return read_table(write(tmp_path / "series.csv", "\n".join(lines) + "\n"))
 
 
 @pytest.mark.parametrize(
@@ -85,101 +74,6 @@ def test_what_is_refused(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_windows_by_hand(tmp_path):
-    y = np.array([0.0, 10, 20, 1, 12, 23, 3, 15, 27])
-    table = table_of(tmp_path, y, z=np.arange(9.0))
-    windows = Windows(Recipe("y", ("z",), 4, 2, 3), table, np.array([5]))
-    batch = windows.fetch(np.array([0]))
-    # rows 4 and 5: less one season before, less the latest value in the window, the other column
-    np.testing.assert_array_equal(batch.x, [[[2, -11, 4], [3, 0, 5]]])
-    np.testing.assert_array_equal(windows.reference(np.array([0])), [[1, 12, 23, 1]])
-    np.testing.assert_array_equal(batch.y, [[2, 3, 4, 0]])
-    np.testing.assert_array_equal(batch.weight, [[1, 1, 1, 0]])  # the fourth lies beyond the table
-
-
-def test_missing_values_are_not_zeros(tmp_path):
-    y = np.array([0.0, 10, np.nan, 1, np.nan, 23, np.nan, 15, 27])
-    windows = Windows(Recipe("y", (), 3, 4, 3), table_of(tmp_path, y), np.array([5]))
-    batch = windows.fetch(np.array([0]))
-    # at row 5 no value of its phase came before: the difference is missing though the value is not
-    np.testing.assert_array_equal(batch.x, [[[np.nan, np.nan], [1, -22], [np.nan, np.nan], [np.nan, 0]]])
-    np.testing.assert_array_equal(windows.reference(np.array([0])), [[1, 10, 23]])
-    np.testing.assert_array_equal(batch.weight, [[0, 1, 1]])  # a missing target doesn't count
-
-
-def test_nothing_after_an_origin_is_seen(tmp_path, rng):
-    y, z = rng.normal(size=(2, 200)).cumsum(axis=1)
-    y[rng.random(200) < 0.1] = np.nan
-    recipe = Recipe("y", ("z",), 9, 12, 7)
-    origins = np.arange(60, 120)
-    before = Windows(recipe, table_of(tmp_path, y, z=z), origins)
-    for place in (0, 25, 59):
-        changed_y, changed_z = y.copy(), z.copy()
-        changed_y[origins[place] + 1 :] = 1e6
-        changed_z[origins[place] + 1 :] = -1e6
-        after = Windows(recipe, table_of(tmp_path, changed_y, z=changed_z), origins)
-        one = np.array([place])
-        np.testing.assert_array_equal(before.fetch(one).x, after.fetch(one).x)
-        np.testing.assert_array_equal(before.reference(one), after.reference(one))
-
-
-def test_parts_don_t_share_targets_and_leave_room():
-    recipe = Recipe("y", (), 10, 20, 7)
-    training, validation, test = parts(400, recipe, 0.2, 0.25)
-    assert training[0] >= recipe.season + recipe.window - 1
-    assert training[-1] + recipe.horizon < validation[0] + 1
-    assert validation[-1] + recipe.horizon < test[0] + 1
-    assert (test[0], test[-1]) == (299, 389)
-    with pytest.raises(ValueError, match="more rows for the training part"):
-        parts(60, recipe, 0.2, 0.25)
-
-
-def test_the_training_part_alone_is_measured(tmp_path, rng):
-    y = rng.normal(size=300).cumsum()
-    recipe = Recipe("y", (), 5, 10, 1)
-    training = parts(300, recipe, 0.1, 0.2)[0]
-    changed = y.copy()
-    changed[training[-1] + recipe.horizon + 1 :] += 1e5
-    measured = [
-        Inputs.measure(Windows(recipe, table_of(tmp_path, values), training), np.arange(len(training)))
-        for values in (y, changed)
-    ]
-    np.testing.assert_array_equal(measured[0].mean, measured[1].mean)
-    np.testing.assert_array_equal(measured[0].scale, measured[1].scale)
-
-
-def test_a_column_that_isn_t_there(tmp_path):
-    with pytest.raises(ValueError, match="a column of numbers 'x', found y"):
-        Windows(Recipe("x", (), 1, 1, 1), table_of(tmp_path, np.arange(5.0)), np.array([3]))
-
-
-def test_errors_leave_out_what_is_missing():
-    assert errors(np.array([1.0, 2, 5]), np.array([0.0, np.nan, 2])) == {"mae": 2.0, "rmse": np.sqrt(5)}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("season", 0), ("window", -1), ("horizon", 2**31), ("season", "52"), ("window", 1.5), ("horizon", True)],
-)
-def test_a_recipe_out_of_range(name, value):
-    values = {"target": "y", "inputs": (), "horizon": 1, "window": 1, "season": 1}
-    with pytest.raises(UsageError, match=rf"expected {name} to be a whole number from 1 to 2147483647, got {value!r}"):
-        Recipe(**{**values, name: value})
-
-
-@pytest.mark.parametrize("values", [{"target": 3}, {"inputs": ("y", 3)}, {"inputs": "y"}])
-def test_a_recipe_of_columns_without_names(values):
-    with pytest.raises(UsageError, match=f"expected {next(iter(values))} to be "):
-        Recipe(**{"target": "y", "inputs": (), "horizon": 1, "window": 1, "season": 1, **values})
-
-
-def test_a_season_longer_than_the_table(tmp_path):
-    windows = Windows(Recipe("y", (), 2, 4, 2**31 - 1), table_of(tmp_path, np.arange(5.0)), np.array([4]))
-    assert np.isnan(windows.difference).all()
-    assert np.isnan(windows.reference(np.array([0]))).all()
-    np.testing.assert_array_equal(windows.latest, np.arange(5.0))
-
-
 def test_a_forecast_beyond_the_calendar(tmp_path):
     table = read_table(write(tmp_path / "a.csv", "d,y\n9996-01,1\n9997-01,2\n9998-01,3\n"))
     assert table.date_after(1) == "9999-01-01"
@@ -187,10 +81,6 @@ def test_a_forecast_beyond_the_calendar(tmp_path):
         FormatError, match=r"a\.csv: expected dates up to the year 9999, found 2 steps after 9998-01-01"
     ):
         table.date_after(2)
-
-
-def test_errors_of_nothing_are_not_a_number():
-    assert np.isnan(list(errors(np.ones(2), np.full(2, np.nan)).values())).all()
 
 
 FORMS = ["2024-01-{:02}", "2024/01/{:02}", "202401{:02}", "2024-01-{:02}T06:00:00+01:00", "2024/01/{:02} 06:00"]

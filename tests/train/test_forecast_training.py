@@ -1,0 +1,339 @@
+"""Forecasts from the table to the measured network: what is learned, chosen, calibrated, written and resumed."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import cellstack
+from cellstack import FormatError
+from cellstack.cli.main import main
+from cellstack.train.checks import UsageError
+from cellstack.train.examples import Inputs
+from cellstack.train.forecast import predict, training
+from cellstack.train.forecast.model import Calibration, Forecaster, as_network
+from cellstack.train.forecast.parts import parts, typical_errors
+from cellstack.train.forecast.plan import Request, defaults, plan, understood
+from cellstack.train.forecast.training import Build, calibrated, train_forecast
+from cellstack.train.forecast.windows import Windows
+from cellstack.train.settings import RunOptions, Settings
+from cellstack.train.table import read_table
+
+QUICK = {"build": Build((8,), members=1, dropout=0.0), "settings": Settings(epochs=4, batch=64, lr=1e-2, patience=0)}
+ALONE = RunOptions(threads=1)
+YEARLY = Request(seasons=(12,))
+
+
+def waves(rows=500, seed=0, noise=0.1, period=12):
+    """A series whose next season depends on a hidden level that a rule can't follow."""
+    rng = np.random.default_rng(seed)
+    n = np.arange(rows)
+    y = 20 + 3 * np.sin(2 * np.pi * n / period) + 2 * np.sin(2 * np.pi * n / 37) + rng.normal(0, noise, rows)
+    return pd.DataFrame({"date": pd.date_range("1980-01-01", periods=rows, freq="MS"), "y": y})
+
+
+def trained(frame, request=YEARLY, ids=(), **over):
+    options = {**QUICK, "options": ALONE, "rivals": False, **over}
+    return train_forecast(read_table(frame, ids=ids), request, **options)
+
+
+@pytest.fixture(scope="module")
+def found():
+    settings = Settings(epochs=12, batch=64, lr=1e-2, patience=0)
+    return trained(waves(), build=Build((16,), members=2, dropout=0.0), settings=settings)
+
+
+def test_it_beats_every_rule_where_there_is_more_to_learn(found):
+    errors = found.result.scores["targets"]["y"]
+    assert {"naive", "drift", "seasonal naive, 12", "seasonal naive with drift, 12"} < set(errors)
+    best = min(value["mae"] for name, value in errors.items() if name != "model")
+    assert errors["model"]["mae"] < 0.8 * best
+    assert 0.6 < errors["model"]["coverage"] < 0.95  # of the 0.8 that are meant
+
+
+def test_scores_are_those_of_the_written_forecasts(found):
+    test = found.test
+    off = np.abs(test.forecasts.median - test.actual)
+    assert found.result.scores["targets"]["y"]["model"]["mae"] == pytest.approx(float(off.mean()))
+
+
+def test_the_network_is_the_mean_of_its_members(found):
+    table = read_table(waves())
+    recipe, inputs = predict.trained(found.result.network, "model")
+    windows = Windows(recipe, table, np.array([300, 400]))
+    x, _ = inputs(windows.fetch(np.arange(2)).x)
+    members = list(found.result.model)
+    plain = as_network(members, {})
+    with torch.no_grad():
+        each = [(member(torch.from_numpy(x)) * member.scale[:, None]).numpy() for member in members]
+    np.testing.assert_allclose(plain.run(x)[0], np.mean(each, axis=0).reshape(2, 12, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_a_calibration_is_part_of_the_weights(found):
+    member = list(found.result.model)[:1]
+    x = np.random.default_rng(0).normal(size=(3, 40, len(member[0].standardise.mean))).astype(np.float32)
+    moved = np.array([[-0.5, 0.0, 0.25]])
+    plain, changed = as_network(member, {}), as_network(member, {}, Calibration(np.array([0.5]), moved))
+    np.testing.assert_allclose(changed.run(x)[0], 0.5 * plain.run(x)[0] + moved, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_knows_nothing_is_not_followed():
+    table = read_table(waves())
+    recipe = replace(plan(table, Request(seasons=(12,)), 0.35), floors=(0.01,))
+    cut = parts(table, recipe, 0.15, 0.2)
+    windows = Windows(recipe, table, cut.validation, typical_errors(table, recipe, cut.ends))
+    every = np.arange(len(cut.validation))
+    inputs = Inputs.measure(windows, every)
+    model = Forecaster(inputs.standardise, np.ones(1), recipe.horizon, recipe.quantiles, (4,))
+    torch.nn.init.normal_(model.head.weight, std=30.0)
+    assert calibrated([model], windows, inputs, every).followed[0] <= 0.1
+
+
+def test_saved_and_run_elsewhere_it_forecasts_the_same(found, tmp_path):
+    found.result.network.save(tmp_path / "model.safetensors")
+    net = cellstack.load(tmp_path / "model.safetensors")
+    a, b = (predict.forecast(one, read_table(waves()), "model") for one in (found.result.network, net))
+    np.testing.assert_array_equal(a.values, b.values)
+    assert a.times[0, 0] == np.datetime64("2021-09-01")
+    assert (np.diff(a.values, axis=-1) >= 0).all()
+
+
+def test_a_forecast_sees_only_what_comes_before_its_origin(found):
+    table = read_table(waves())
+    changed = waves()
+    changed.loc[401:, "y"] = 1e5
+    a, b = (
+        predict.forecast(found.result.network, one, "model", np.array([400])) for one in (table, read_table(changed))
+    )
+    np.testing.assert_array_equal(a.values, b.values)
+
+
+def test_too_few_rows_say_how_many_it_takes(found):
+    with pytest.raises(UsageError, match=r"expected at least 12 rows up to where a forecast starts.*found 5: 36 serve"):
+        predict.forecast(found.result.network, read_table(waves(5)), "model")
+
+
+def test_several_series_one_new_and_one_too_short_to_train_on():
+    whole = pd.concat([waves(seed=n).assign(shop=name) for n, name in enumerate("ab")])
+    whole = pd.concat([whole, waves(20, seed=5).assign(shop="short")])
+    done = trained(whole, ids="shop")
+    assert set(done.test.forecasts.ids) == {"a", "b"}
+    new = pd.concat([waves(100, seed=8).assign(shop="new"), waves(80, seed=9).assign(shop="other")])
+    forecasts = predict.forecast(done.result.network, read_table(new, ids="shop"), "model")
+    assert forecasts.ids == ["new", "other"]
+    assert np.isfinite(forecasts.values).all()
+
+
+def test_what_is_known_in_advance_is_used():
+    rng = np.random.default_rng(3)
+    frame = waves(noise=0.02)
+    frame["promotion"] = (rng.random(500) < 0.3).astype(float)
+    frame["y"] += 5 * frame["promotion"]
+    settings = Settings(epochs=12, batch=64, lr=1e-2, patience=0)
+    told = trained(frame, Request(("y",), seasons=(12,), known=("promotion",)), settings=settings)
+    not_told = trained(frame, Request(("y",), seasons=(12,)), settings=settings)
+    errors = [one.result.scores["targets"]["y"]["model"]["mae"] for one in (told, not_told)]
+    assert errors[0] < 0.7 * errors[1]
+    ahead = frame.copy()
+    ahead.loc[488:, "y"] = np.nan  # the plan is there for the months that are to be forecast
+    a = predict.forecast(told.result.network, read_table(ahead), "model").median[0, :, 0]
+    ahead.loc[488:, "promotion"] = 1.0
+    b = predict.forecast(told.result.network, read_table(ahead), "model").median[0, :, 0]
+    assert (b - a)[frame["promotion"][488:] == 0].mean() > 2.0
+
+
+def test_two_targets_and_a_category():
+    frame = waves()
+    frame["z"] = -2.0 * frame["y"].shift(1).bfill()
+    frame["sky"] = np.where(np.arange(500) % 12 < 6, "sun", "rain")
+    done = trained(frame, Request(("y", "z"), seasons=(12,)))
+    assert set(done.result.scores["targets"]) == {"y", "z"}
+    assert done.recipe.categories[0].labels == ("rain", "sun")
+    forecasts = predict.forecast(done.result.network, read_table(frame), "model")
+    assert forecasts.values.shape == (1, 12, 2, 3)
+    assert abs(forecasts.median[0, :, 1].mean() + 2 * forecasts.median[0, :, 0].mean()) < 10
+
+
+@pytest.mark.parametrize(("level", "chosen"), [(0.5, "level"), (0.99, "spread"), (2.0, "spread")])
+def test_the_unit_that_does_clearly_better_is_taken(monkeypatch, level, chosen):
+    fit = training._Fits.fit
+
+    def tried(fits, windows, member, settings, options, until=None):
+        model, done = fit(fits, windows, member, settings, options, until)
+        if settings.epochs == training.TRIED:
+            done.history = [{"mase": level if windows.recipe.scale == "level" else 1.0}]
+        return model, done
+
+    monkeypatch.setattr(training._Fits, "fit", tried)
+    settings = Settings(epochs=training.TRIED, batch=64, patience=1)
+    assert trained(waves(100), settings=settings).recipe.scale == chosen
+    assert trained(waves(100), Request(seasons=(12,), scale="level")).recipe.scale == "level"
+    below_zero = waves(100).assign(y=waves(100)["y"] - 25)
+    assert trained(below_zero, settings=settings).recipe.scale == "spread"  # its level is no unit
+
+
+def test_seasons_are_found_and_none_where_there_is_none():
+    assert plan(read_table(waves()), Request(), 0.35).seasons == (12,)
+    noise = pd.DataFrame({"y": np.random.default_rng(0).normal(size=300)})
+    recipe = plan(read_table(noise), Request(), 0.35)
+    assert (recipe.seasons, recipe.horizon) == ((), 12)
+
+
+def test_what_was_understood_is_said():
+    frame = waves()
+    frame["promotion"], frame["sky"], frame["note"] = (
+        1.0 * (np.arange(500) % 5 == 0),
+        "sun",
+        [f"n{n}" for n in range(500)],
+    )
+    frame.loc[::2, "sky"] = "rain"
+    table = read_table(frame.drop(index=[100, 101, 102]))
+    request = Request(("y",), known=("promotion",))
+    said = "\n".join(understood(table, plan(table, request, 0.35), request))
+    for part in (
+        "497 rows, monthly from 1980-01-01 to 2021-08-01 by `date`",
+        "1 gap filled by mask (3 rows)",
+        "`sky` as 2 categories",
+        "`note`",
+        "forecasting `y` 12 steps ahead from a window of 24; season 12, told by the series",
+        "known in advance `promotion`",
+        "the calendar: the day of the year",
+    ):
+        assert part in said, said
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(("x",)), r"expected a column out of y, z, sky, got 'x'"),
+        (Request(("note",)), r"got 'note', which was ignored: text"),
+        (Request(("sky",)), r"expected a target of numbers, found text in column 'sky'"),
+        (Request(), r"expected a target, one or more of y, z"),
+        (Request(("y",), inputs=("y",)), r"expected each column in one place, got y in two"),
+        (Request(("y",), horizon=450), r"expected more rows for the training part"),
+        (Request(("y",), country="XX"), r"whose holidays are known, such as US or DE-BY, got 'XX'"),
+        (Request(("y",), scale="log"), r"expected scale to be one of spread, level"),
+    ],
+)
+def test_what_cannot_be_asked_for(request_, message):
+    frame = waves()
+    frame["z"], frame["sky"], frame["note"] = frame["y"] ** 2, ["sun", "rain"] * 250, [f"n{n}" for n in range(500)]
+    with pytest.raises(UsageError, match=message):
+        trained(frame, request_)
+
+
+def test_a_target_without_values_is_refused():
+    with pytest.raises(UsageError, match="expected numbers in column 'z', found none"):
+        trained(waves().assign(z=np.nan), Request(("z",)))
+
+
+def test_a_constant_series_is_forecast_as_that():
+    done = trained(waves().assign(y=3.0))
+    np.testing.assert_allclose(
+        predict.forecast(done.result.network, read_table(waves().assign(y=3.0)), "m").median, 3.0
+    )
+
+
+def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch):
+    def options(**more):
+        return RunOptions(checkpoint=tmp_path / "checkpoint", threads=1, **more)
+
+    build = Build((8,), members=2, dropout=0.3)
+    whole = trained(waves(), build=build)
+    stopped = []
+    learned = cellstack.train.loop._Run.train
+
+    def train(run, batch):
+        if len(stopped) == 400:
+            raise KeyboardInterrupt
+        stopped.append(1)
+        learned(run, batch)
+
+    monkeypatch.setattr("cellstack.train.loop._Run.train", train)
+    with pytest.raises(KeyboardInterrupt):
+        trained(waves(), build=build, options=options())
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="a checkpoint is there already"):
+        trained(waves(), build=build, options=options())
+    again = trained(waves(), build=build, options=options(resume=True))
+    for a, b in zip(whole.result.network.nodes, again.result.network.nodes, strict=True):
+        for name, array in a.held.items() if hasattr(a, "held") else ():
+            np.testing.assert_array_equal(array, b.held[name])
+    table = read_table(waves())
+    a, b = (predict.forecast(one.result.network, table, "model").values for one in (whole, again))
+    np.testing.assert_array_equal(a, b)
+    assert whole.result.history == again.result.history
+
+
+def test_defaults_differ_by_how_many_windows_there_are():
+    assert defaults(100)["lr"] < defaults(2000)["lr"]
+    assert defaults(10_000)["members"] < defaults(100)["members"]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    frame = waves(300)
+    frame.to_csv(folder / "y.csv", index=False)
+    words = ["--members", "1", "--units", "8", "--epochs", "3", "--threads", "1", "--quiet"]
+    words = ["train", str(folder / "y.csv"), *words, "--forecasts", str(folder / "test.csv"), "-o", str(folder / "y")]
+    assert main(words) == 0
+    return folder
+
+
+def test_the_command_says_what_it_understood_and_who_won(command, capsys):
+    words = ["--members", "1", "--units", "8", "--epochs", "2", "--threads", "1", "--quiet", "-o", str(command / "z")]
+    assert main(["train", str(command / "y.csv"), *words]) == 0
+    out = capsys.readouterr().out
+    assert "300 rows, monthly from 1980-01-01" in out
+    assert "gradient boosting on lags" in out
+    assert "this model's mean absolute error is" in out
+    assert "lies within the interval meant to hold 80%" in out
+
+
+def test_dry_run_trains_nothing(command, capsys):
+    assert main(["train", str(command / "y.csv"), "--dry-run"]) == 0
+    assert "forecasting `y` 12 steps ahead" in capsys.readouterr().out
+    assert main(["train", str(command / "y.csv"), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["understood"]["recipe"]["seasons"] == [12]
+
+
+def test_forecasts_of_the_test_part_are_written(command):
+    rows = list(csv.DictReader(io.StringIO((command / "test.csv").read_text())))
+    assert list(rows[0]) == ["origin", "date", "y_actual", "y", "y_0.1", "y_0.9"]
+    assert rows[0]["origin"] == "1999-12-01"
+    assert rows[0]["date"] == "2000-01-01"
+    assert len(rows) == 49 * 12
+
+
+def test_run_forecasts_after_the_last_row_or_another(command, capsys):
+    assert main(["run", str(command / "y"), str(command / "y.csv")]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [rows[0]["date"], rows[-1]["date"], len(rows)] == ["2005-01-01", "2005-12-01", 12]
+    assert main(["run", str(command / "y"), str(command / "y.csv"), "--origin", "1999-12-01", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["forecasts"][0]
+    written = [float(row["y"]) for row in list(csv.DictReader(io.StringIO((command / "test.csv").read_text())))[:12]]
+    np.testing.assert_allclose(found["y"]["forecast"], written, rtol=1e-4)
+    assert main(["run", str(command / "y"), str(command / "y.csv"), "--origin", "1899-12-01"]) == 2
+    assert "expected --origin to be a row of" in capsys.readouterr().err
+
+
+def test_run_on_too_few_rows_fails(command, capsys, tmp_path):
+    waves(5).to_csv(tmp_path / "few.csv", index=False)
+    assert main(["run", str(command / "y"), str(tmp_path / "few.csv")]) == 2
+    assert "expected at least 12 rows" in capsys.readouterr().err
+
+
+def test_a_recipe_of_an_older_version_says_what_to_do(command):
+    net = cellstack.load(command / "y.safetensors")
+    old = {"target": "y", "inputs": [], "horizon": 12, "window": 24, "season": 12}
+    changed = cellstack.Network(
+        net.nodes, net.names, {**net.metadata, "recipe": old}, inputs={"x": (None, net.input_size)}, wires=net.wires
+    )
+    with pytest.raises(FormatError, match=r"expected a recipe as cellstack 0.2 or later writes it.*train it again"):
+        predict.trained(changed, "old")
