@@ -92,7 +92,7 @@ def test_lines_are_counted_over_blank_ones_and_cells_of_two_lines(tmp_path):
     text = '\n"a\nb",c\n1,"x\ny"\n\n2,z\n3\n'
     with pytest.raises(FormatError, match="line 8: expected 2 cells, found 1"):
         read_table(write(tmp_path, text))
-    with pytest.raises(FormatError, match=re.escape("line 8: expected a number in column 'a\\nb', found 'oops'")):
+    with pytest.raises(FormatError, match=re.escape("line 8: expected a number in column 'a b', found 'oops'")):
         read_table(write(tmp_path, text.replace("3\n", "oops,z\n")))
 
 
