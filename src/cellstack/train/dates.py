@@ -99,6 +99,13 @@ def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | 
         weak = MAY_BE_NAMED.match(name) and name not in numbers and 2 * text.nunique() > len(frame)
         if (NAMED.match(name) or weak) and len(text):
             row = int(np.argmax(frame[name].notna().to_numpy()))
+            counted = pd.to_numeric(text, errors="coerce")
+            if 2 * counted.notna().sum() >= len(text) and _unix_unit(counted.dropna().to_numpy(np.float64)):
+                bad = int(text.index[int(np.argmax(counted.isna().to_numpy()))])
+                raise FormatError(
+                    f"{source.at(bad)}: expected a date such as {text[row]} in column {name}, found "
+                    f"{source.quote(bad, name)}"
+                )
             raise FormatError(
                 f"{source.at(row)}: expected dates such as 2020-01-31 in column {name}, found "
                 f"{source.quote(row, name)}: say how they are written by --date-format (excel for its numbers), name "

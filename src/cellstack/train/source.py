@@ -319,8 +319,9 @@ def _names(path: Path, line: int, names: list[str]) -> tuple[list[str], tuple[st
     """Return the columns' names, checked, and the one that is the index that pandas wrote under no name."""
     counted = [str(n) for n in range(len(names) - 1)]
     numbers = [name for name in names if _is_number(name)]
+    which = f", where {numbers[0]} is a number" if numbers and len(numbers) < len(names) else ""
     if not names or not any(names) or (numbers and names[1:] != counted):
-        raise FormatError(f"{path}: line {line}: expected the columns' names, found {','.join(names)[:60]!r}")
+        raise FormatError(f"{path}: line {line}: expected the columns' names, found {','.join(names)[:60]!r}{which}")
     index = ()
     if not names[0]:
         names = ["index" if "index" not in names else "index_0", *names[1:]]
