@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +100,7 @@ def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | 
         weak = MAY_BE_NAMED.match(name) and name not in numbers and 2 * text.nunique() > len(frame)
         if (NAMED.match(name) or weak) and len(text):
             row = int(np.argmax(frame[name].notna().to_numpy()))
-            counted = pd.to_numeric(text, errors="coerce")
+            counted = cast(Any, pd.to_numeric(text, errors="coerce"))
             if 2 * counted.notna().sum() >= len(text) and _unix_unit(counted.dropna().to_numpy(np.float64)):
                 bad = int(text.index[int(np.argmax(counted.isna().to_numpy()))])
                 raise FormatError(
