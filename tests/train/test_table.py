@@ -2,6 +2,9 @@
 
 import argparse
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -92,7 +95,7 @@ def test_lines_are_counted_over_blank_ones_and_cells_of_two_lines(tmp_path):
     text = '\n"a\nb",c\n1,"x\ny"\n\n2,z\n3\n'
     with pytest.raises(FormatError, match="line 8: expected 2 cells, found 1"):
         read_table(write(tmp_path, text))
-    with pytest.raises(FormatError, match=re.escape("line 8: expected a number in column 'a\\nb', found 'oops'")):
+    with pytest.raises(FormatError, match=re.escape("line 8: expected a number in column 'a b', found 'oops'")):
         read_table(write(tmp_path, text.replace("3\n", "oops,z\n")))
 
 
@@ -107,6 +110,8 @@ def test_what_pandas_writes(tmp_path):
     frame.set_index(days(5)).drop(columns="time").to_csv(tmp_path / "c.csv")
     table = read_table(tmp_path / "c.csv")
     assert (table.date, list(table.columns)) == ("index", ["y"])
+    with pytest.raises(FormatError, match=r"columns' names, found 't,2\.5', where 2\.5 is a number"):
+        read_table(write(tmp_path, "t,2.5\n" + rows([1, 2]), name="e.csv"))
     pd.DataFrame(np.ones((3, 2))).to_csv(tmp_path / "d.csv")
     assert list(read_table(tmp_path / "d.csv").columns) == ["0", "1"]
 
@@ -379,6 +384,16 @@ def test_rows_that_are_not_even(tmp_path):
         read_table(weekly, ids="id", freq="often")
 
 
+def test_tables_are_read_without_torch_and_pandas_comes_with_the_first(tmp_path):
+    file = write(tmp_path, "t,y\n" + rows([1, 2]))
+    code = (
+        "import sys; from cellstack.train import read_table; print('pandas' in sys.modules); "
+        "read_table(sys.argv[1]); print('pandas' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "False"]
+
+
 def test_what_is_understood_is_said(tmp_path):
     frame = pd.DataFrame({"time": days(400, freq="h"), "rentals": np.arange(400.0), "c": 5, "e": np.nan})
     frame["weather"], frame["note"] = np.where(frame.rentals % 3, "sun", "rain"), [f"n{n}" for n in range(400)]
@@ -417,8 +432,6 @@ def test_the_options_of_the_command_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_million_rows_of_a_thousand_series(tmp_path, rng):
-    import time
-
     hours = days(1000, freq="h")
     frame = pd.DataFrame({"time": np.tile(hours, 1000), "shop": np.repeat([f"s{n}" for n in range(1000)], 1000)})
     frame["y"] = rng.normal(size=10**6)

@@ -84,6 +84,16 @@ def test_unix_times(tmp_path, name, unit, scale):
     assert f"`{name}`: Unix time in {unit}, in UTC" in table.notes
 
 
+def test_a_cell_that_is_no_unix_time(tmp_path):
+    seconds = [int(time.timestamp()) for time in HOURS]
+    with pytest.raises(FormatError, match=f"line 7: expected a date such as {seconds[0]} in column time, found 'soon'"):
+        read_table(series(tmp_path, [*seconds[:5], "soon", *seconds[6:]]))
+    with pytest.raises(FormatError, match="line 7: expected a date in column time, found ''"):
+        read_table(series(tmp_path, [*seconds[:5], "", *seconds[6:]]))
+    with pytest.raises(FormatError, match=f"line 2: expected a date by excel in column time, found '{seconds[0]}'"):
+        read_table(series(tmp_path, seconds), date_format="excel")
+
+
 def test_numbers_that_are_no_times_stay_numbers(tmp_path):
     counter = 1_600_000_000 + np.array([0, 5, 5, 90, 17, 300])
     table = read_table(series(tmp_path, counter, "total,y"))

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,12 @@ from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.forms import OFFSET, forms, parsed, says_day_first
 from cellstack.train.grid import even_share
-from cellstack.train.source import Frame, Series, Source
+from cellstack.train.source import Frame, Series, Source, listed
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNIX = (datetime(1971, 1, 1).timestamp(), datetime(2100, 1, 1).timestamp())
 EXCEL = "1899-12-30"  # day 0 of its serial numbers, the leap day that 1900 didn't have among them
+MOST_DAYS = 2_900_000  # from either to the end of the calendar
 NAMED = re.compile(r"(?:^|.*[_\W])(?:date|datetime|timestamp|ds)(?:$|[_\W].*)|.*[a-z](?-i:Date)$", re.IGNORECASE)
 MAY_BE_NAMED = re.compile(
     r"(?:^|.*[_\W])(?:time|year|month|week|quarter|period|day|unix|epoch|ts)(?:$|[_\W].*)", re.IGNORECASE
@@ -98,6 +100,13 @@ def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | 
         weak = MAY_BE_NAMED.match(name) and name not in numbers and 2 * text.nunique() > len(frame)
         if (NAMED.match(name) or weak) and len(text):
             row = int(np.argmax(frame[name].notna().to_numpy()))
+            counted = cast(Any, pd.to_numeric(text, errors="coerce"))
+            if 2 * counted.notna().sum() >= len(text) and _unix_unit(counted.dropna().to_numpy(np.float64)):
+                bad = int(text.index[int(np.argmax(counted.isna().to_numpy()))])
+                raise FormatError(
+                    f"{source.at(bad)}: expected a date such as {text[row]} in column {name}, found "
+                    f"{source.quote(bad, name)}"
+                )
             raise FormatError(
                 f"{source.at(row)}: expected dates such as 2020-01-31 in column {name}, found "
                 f"{source.quote(row, name)}: say how they are written by --date-format (excel for its numbers), name "
@@ -213,7 +222,7 @@ def read(source: Source, name: str, codes: NDArray[np.int64], day_first: bool | 
     names = [name] if name in source.frame else [part.strip() for part in name.split(",")]
     for part in names:
         if part not in source.frame:
-            raise UsageError(f"{source.path}: expected a column of dates {part!r}, found {', '.join(source.frame)}")
+            raise UsageError(f"{source.path}: expected a column of dates {part!r}, found {listed(list(source.frame))}")
     if len(names) > 1:
         cells = _joined(source, names)
     else:
@@ -252,6 +261,13 @@ def _of_numbers(source: Source, cells: Series, name: str, form: str | None) -> D
     if unit is None:
         return None
     values = _complete(source, cells, name).to_numpy(np.float64)
+    days = values if unit == "excel" else values / UNITS[unit] / 86_400
+    beyond = ~(np.abs(days) < MOST_DAYS)
+    if beyond.any():
+        row = int(np.argmax(beyond))
+        raise FormatError(
+            f"{source.at(row)}: expected a date by {unit} in column {name}, found {source.quote(row, name)}"
+        )
     if unit == "excel":
         times = pd.Series(pd.to_datetime(values, unit="D", origin=EXCEL)).dt.round("ms")
         return Dates(name, times.astype("datetime64[us]"), form=unit)
@@ -272,7 +288,7 @@ def _joined(source: Source, names: list[str]) -> Series:
     text = {}
     for name, kind in zip(names, kinds, strict=True):
         cells = frame[name]
-        whole = pd.api.types.is_numeric_dtype(cells.dtype) and bool((cells == np.floor(cells)).all())
+        whole = pd.api.types.is_numeric_dtype(cells.dtype) and bool((cells % 1 == 0).all())
         text[kind] = (cells.astype("int64") if whole else cells).astype(str).str.strip()
         if whole and kind not in PARTS[:4] and kind != kinds[0]:  # hours, by whatever name
             text[kind] = text[kind].str.zfill(2) + ("" if kind in PARTS else ":00")

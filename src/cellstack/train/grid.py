@@ -116,11 +116,13 @@ def spacing_of(text: str) -> Spacing:
     """Return the spacing that pandas's word for it means: `h`, `30min`, `D`, `B`, `W`, `MS`, `ME`, `QS`, `YS`.
 
     Raises:
-        ValueError: another word.
+        ValueError: another word, or a step of nothing or backwards.
     """
     import pandas as pd
 
     offset: Any = pd.tseries.frequencies.to_offset(text)
+    if offset.n < 1:
+        raise ValueError(f"{text} is no step forward")
     name = type(offset).__name__
     if name == "BusinessDay" and offset.n == 1:
         return Spacing(seconds=DAY, weekdays=True)

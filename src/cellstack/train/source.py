@@ -6,7 +6,7 @@ import codecs
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -31,6 +31,7 @@ MARKS = (  # of an encoding, at the start of a file
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 SEPARATORS = "\t|;,"  # of two that fit alike the first is taken: a comma stands in numbers and names too
+SHOWN = 8  # names in a sentence
 BINARY = {b"PK\x03\x04": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an old Excel file", b"\x1f\x8b": "a gzip file"}
 
 
@@ -263,8 +264,8 @@ def _rows(path: str | Path, file: IO[str], separator: str) -> Iterator[tuple[int
 
 
 def _header(rows: Iterator[tuple[int, list[str]]]) -> tuple[int, list[str]]:
-    """Return the first row that isn't blank, and its line."""
-    return next(((line, [cell.strip() for cell in cells]) for line, cells in rows if any(cells)), (1, []))
+    """Return the first row that isn't blank, a name's line breaks as blanks, and its line."""
+    return next(((line, [" ".join(cell.split()) for cell in cells]) for line, cells in rows if any(cells)), (1, []))
 
 
 def _body(file: IO[str], separator: str, width: int, **how: Any) -> Frame:
@@ -318,8 +319,9 @@ def _names(path: Path, line: int, names: list[str]) -> tuple[list[str], tuple[st
     """Return the columns' names, checked, and the one that is the index that pandas wrote under no name."""
     counted = [str(n) for n in range(len(names) - 1)]
     numbers = [name for name in names if _is_number(name)]
+    which = f", where {numbers[0]} is a number" if numbers and len(numbers) < len(names) else ""
     if not names or not any(names) or (numbers and names[1:] != counted):
-        raise FormatError(f"{path}: line {line}: expected the columns' names, found {','.join(names)[:60]!r}")
+        raise FormatError(f"{path}: line {line}: expected the columns' names, found {','.join(names)[:60]!r}{which}")
     index = ()
     if not names[0]:
         names = ["index" if "index" not in names else "index_0", *names[1:]]
@@ -352,3 +354,9 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names with commas between, and how many more there are."""
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")

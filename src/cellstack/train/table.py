@@ -17,11 +17,9 @@ from cellstack.train.clock import utc_of, wall_clock
 from cellstack.train.columns import Category, convert, decimal_sign
 from cellstack.train.grid import Spacing
 from cellstack.train.rows import Filled, by_dates, in_order, series_of
-from cellstack.train.source import Source, read_source
+from cellstack.train.source import Source, listed, read_source
 
 __all__ = ["Category", "Filled", "Spacing", "Table", "read_table"]
-
-SHOWN = 8  # names in a sentence
 
 
 @dataclass(frozen=True)
@@ -158,12 +156,6 @@ def iso(time: Any) -> str:
     return str(time.astype("datetime64[us]").item().isoformat()).removesuffix("T00:00:00")
 
 
-def listed(names: Sequence[str]) -> str:
-    """Return names with commas between, and how many more there are."""
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-
-
 def _plural(word: str, count: int) -> str:
     return word if count == 1 else word + "s"
 
@@ -208,13 +200,13 @@ def read_table(
     date = ",".join(date) if date is not None and not isinstance(date, str) else date
     for name in (*ids, *categories):
         if name not in given.frame:
-            raise UsageError(f"{given.path}: expected a column {name!r}, found {', '.join(given.frame)}")
+            raise UsageError(f"{given.path}: expected a column {name!r}, found {listed(list(given.frame))}")
     if date is None:
         date = dates.find(given, ids, series_of(given, ids)[0])
         if date is None and (asked := [name for name, value in how.items() if value is not None]):
             raise UsageError(
-                f"{given.path}: expected a column of dates beside {asked[0]}, found none in {', '.join(given.frame)}: "
-                f"name it by --date"
+                f"{given.path}: expected a column of dates beside {asked[0]}, found none in "
+                f"{listed(list(given.frame))}: name it by --date"
             )
     if not ids and len(given.index) > 1 and date in given.index:
         ids = tuple(name for name in given.index if name != date)
@@ -248,7 +240,7 @@ def read_table(
             columns[name] = np.full(rows, np.nan)
             columns[name][placed.place] = value
     if not columns:
-        raise FormatError(f"{given.path}: expected a column of numbers, found none in {', '.join(given.frame)}")
+        raise FormatError(f"{given.path}: expected a column of numbers, found none in {listed(list(given.frame))}")
     if decimal == ",":
         given.notes.append("decimal commas")
     reading = {
