@@ -283,6 +283,14 @@ SERIES = {
 }  # fmt: skip
 
 
+def write(name: str, folder: Path) -> Path:
+    """Write a data set as `folder`/`name`.csv and return that path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.csv"
+    SERIES[name].make().to_csv(path, index=False)
+    return path
+
+
 def options(name: str) -> list[str]:
     """Return what `cellstack train` is told of a data set."""
     entry = SERIES[name]
@@ -306,8 +314,7 @@ def main() -> None:
             f"{' '.join(options(name))}   ({entry.package}, {entry.licence}: {entry.origin})"
         )
         if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            table.to_csv(arguments.out / f"{name}.csv", index=False)
+            write(name, arguments.out)
 
 
 if __name__ == "__main__":
