@@ -1,0 +1,8 @@
+"""The scikit-learn door: estimators over sequences, fitted as `cellstack train` fits, run without torch.
+
+Ref: scikit-learn, "Developing scikit-learn estimators", https://scikit-learn.org/stable/developers/develop.html
+"""
+
+from cellstack.sklearn.sequences import SequenceClassifier, SequenceRegressor
+
+__all__ = ["SequenceClassifier", "SequenceRegressor"]
