@@ -171,17 +171,18 @@ class Network:
         first = sum(len(node.cells) for node in self.nodes[:place])
         return self._patched[first : first + len(self.nodes[place].cells)]
 
-    def __call__(self, x: Any, mask: Any = None) -> Any:
+    def __call__(self, x: Any, mask: Any = None, *, lengths: Any = None) -> Any:
         """Return what the network makes of `x`: `run` from the cells' own initial state, without the state after.
 
         Args:
             x: `[B, T, I]`, or the inputs by name or in order, as for `run`.
             mask: `[B, T]`, as for `run`.
+            lengths: `[B]`, as for `run`, in place of a mask.
 
         Returns:
             `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are several outputs.
         """
-        return self.run(x, mask=mask)[0]
+        return self.run(x, mask=mask, lengths=lengths)[0]
 
     def run(
         self,
@@ -327,7 +328,8 @@ class Network:
                 want in (None, got) for want, got in zip(shape, array.shape[1:], strict=True)
             )
             if not fits:
-                raise ShapeError(f"Network: expected {name} {self.graph.shown(name)}, got {array.shape}")
+                mend = ": add a batch axis: x[None]" if array.ndim == len(shape) else ""
+                raise ShapeError(f"Network: expected {name} {self.graph.shown(name)}, got {array.shape}{mend}")
         first = next(iter(arrays.values()))
         if len(array) != len(first):
             raise ShapeError(

@@ -454,9 +454,12 @@ def check_sequence(owner: str, shape: tuple[int, ...], input_size: int | None, n
     """Raise `ShapeError` unless `shape` is `[B, T, I]` with a feature axis of `input_size` (any, where None)."""
     expected = "I" if input_size is None else f"I={input_size}"
     if len(shape) != 3 or (input_size is not None and shape[2] != input_size):
-        raise ShapeError(
-            f"{owner}: expected {name} [B, T, {expected}], got {tuple(shape)}: the last axis is the feature axis"
-        )
+        mend = "the last axis is the feature axis"
+        if len(shape) == 2 and input_size in (None, shape[1]):
+            mend = "add a batch axis: x[None]"
+        elif len(shape) == 2 and input_size == 1:
+            mend = "add a feature axis: x[..., None]"
+        raise ShapeError(f"{owner}: expected {name} [B, T, {expected}], got {tuple(shape)}: {mend}")
     if shape[2] < 1:
         raise ShapeError(f"{owner}: expected {name} [B, T, {expected}] with at least one feature, got {tuple(shape)}")
 
@@ -465,7 +468,9 @@ def check_step(owner: str, shape: tuple[int, ...], input_size: int | None, name:
     """Raise `ShapeError` unless `shape` is one step `[B, I]`."""
     expected = "I" if input_size is None else f"I={input_size}"
     if len(shape) != 2 or shape[1] < 1 or (input_size is not None and shape[1] != input_size):
-        raise ShapeError(f"{owner}: expected {name} [B, {expected}], got {tuple(shape)}: one step has no time axis")
+        alone = len(shape) == 1 and input_size in (None, shape[0])
+        mend = "add a batch axis: x[None]" if alone else "one step has no time axis"
+        raise ShapeError(f"{owner}: expected {name} [B, {expected}], got {tuple(shape)}: {mend}")
 
 
 def check_state(

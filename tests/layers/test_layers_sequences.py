@@ -459,6 +459,36 @@ def test_stateful_layers_and_models_of_any_kind(x):
     assert seen == [{"mask": (B, 4), "reset": (B, 4)}] * 2 + [{"mask": (B, 1), "reset": (B, 1)}]
 
 
+@pytest.mark.parametrize("units", [None, (5,), (5, H)], ids=["a layer", "a stack of one", "a stack"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_model_hands_on_what_a_layer_returns(kind, units, x):
+    flags = {"return_sequences": True, "return_state": True, "input_size": I}
+    if units is None:
+        layer = getattr(layers, kind)(H, **flags, **DOUBLE)
+    else:
+        layer = layers.RNN([getattr(layers, f"{kind}Cell")(size, **DOUBLE) for size in units], **flags)
+    y, *states = layer(x)
+    targets = torch.randn(B, T, y.shape[-1], dtype=torch.float64)
+
+    def model(chunk, state):
+        return layer(chunk, state)
+
+    mean, ends = truncated_backward(model, x, targets, functional.mse_loss, 4)
+    found = grads_of(layer)
+    alone, _ = truncated_backward(layer, x, targets, functional.mse_loss, 4)
+    assert_close(found, grads_of(layer))
+    assert float(mean) == float(alone)
+    assert_close(flatten(ends), flatten(states))
+
+
+def test_a_layer_is_told_to_add_a_batch_axis(x):
+    for layer in (layers.LSTM(H), layers.LSTM(H, input_size=I), layers.RNN([layers.GRUCell(H)])):
+        with pytest.raises(ShapeError, match=r"got \(9, 3\): add a batch axis: x\[None\]$"):
+            layer(x[0].float())
+    with pytest.raises(ShapeError, match=r"got \(3, 9\): add a feature axis: x\[..., None\]$"):
+        layers.LSTM(H, input_size=1)(x[..., 0].float())
+
+
 TARGETS = torch.zeros(B, T, H)
 SEQUENCES = torch.zeros(B, T, I)
 
@@ -484,6 +514,12 @@ SEQUENCES = torch.zeros(B, T, I)
             ValueError,
             "go_backwards=False",
         ),
+        (
+            lambda f, r: f(lambda chunk, _: r(chunk), SEQUENCES, TARGETS, functional.mse_loss, 2),
+            TypeError,
+            "got Tensor: .*return_state=True",
+        ),
+        (lambda f, r: f(lambda *_: (1,), SEQUENCES, TARGETS, functional.mse_loss, 2), TypeError, "got 1 value"),
         (lambda f, r: f(r, SEQUENCES, TARGETS, functional.mse_loss, 2, max_norm=1.0), ValueError, "an optimizer"),
         (lambda f, r: f(r, SEQUENCES, TARGETS, functional.mse_loss, 2, lengths=[0] * 3), ValueError, "at least one"),
         (lambda f, r: f(r, SEQUENCES[:, :0], TARGETS[:, :0], functional.mse_loss, 2), ValueError, "at least one"),

@@ -135,6 +135,9 @@ def test_two_inputs_and_two_outputs():
     masked, after = net.run((x, speaker), mask=mask)
     assert equal(net.run((x, speaker), lengths=[7, 3, 0, 1, 5])[0], masked)
     assert equal(net.run((x, speaker), lengths={"x": [7, 3, 0, 1, 5]})[0], masked)
+    assert equal(net((x, speaker), lengths=[7, 3, 0, 1, 5]), masked)
+    with pytest.raises(TypeError, match="expected mask or lengths, got both"):
+        net((x, speaker), mask, lengths=[7, 3, 0, 1, 5])
     assert isinstance(after[0], State)
     assert np.array_equal(after[0].h, masked[1][:, -1])
 
@@ -474,6 +477,21 @@ def test_lengths_that_don_t_meet_are_refused_by_name():
         net((floats(1, 4, 3), floats(1, 5, 3)))
     one = net((floats(2, 4, 3), floats(2, 1, 3)))  # one step is spread over all, as NumPy and ONNX do
     assert np.array_equal(one, floats(2, 4, 3) + floats(2, 1, 3))
+
+
+def test_what_has_no_batch_axis_is_told_to_add_one():
+    net = two_in_two_out()
+    with pytest.raises(ShapeError, match=r"expected x \[B, T, I=3\], got \(7, 3\): add a batch axis: x\[None\]$"):
+        net((floats(7, 3), floats(5, 2)))
+    with pytest.raises(ShapeError, match=r"expected speaker \[B, 2\], got \(2,\): add a batch axis: x\[None\]$"):
+        net((floats(1, 7, 3), floats(2)))
+    with pytest.raises(ShapeError, match="got \\(7, 4\\): the last axis is the feature axis"):
+        net((floats(7, 4), floats(5, 2)))
+    chain = Network([lstm()])
+    with pytest.raises(ShapeError, match=r"got \(3,\): add a batch axis: x\[None\]$"):
+        chain.stream().step(floats(3))
+    with pytest.raises(ShapeError, match=r"got \(7, 3\): add a batch axis: x\[None\]$"):
+        chain.stream().run(floats(7, 3))
 
 
 # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────────

@@ -1,37 +1,65 @@
-"""`cellstack train` on a table whose rows are steps: what comes after them."""
+"""Forecasts on the command line: what `train` and `run` do with a table."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.cli.tables import names, table_from
+from cellstack.formats.files import check_replaceable, replacing
+from cellstack.network import Network
 from cellstack.train.checks import UsageError
-from cellstack.train.forecast import Recipe
+from cellstack.train.forecast import predict
+from cellstack.train.forecast.parts import parts
+from cellstack.train.forecast.plan import Request, defaults, plan, understood
+from cellstack.train.forecast.recipe import SCALES
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.table import Table, read_csv
+from cellstack.train.table import Table, iso
 
-DEFAULTS = {"units": (32,), "lr": 1e-3, "pooling": "last"}
-UNUSED = ("init", "id")
-TEST_SHARE = 0.2
+UNUSED = ("init", "task", "bidirectional", "pooling", "every_step", "noise", "offset")
+TEST_SHARE, QUANTILES = 0.2, (0.1, 0.9)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    found = tuple(int(part) for part in text.split(",") if part.strip())
+    if min(found, default=1) < 1:
+        raise ValueError
+    return tuple(number for number in found if number > 1)  # 1 is none
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    found = tuple(float(part) for part in text.split(","))
+    if not all(0.0 < level < 1.0 for level in found):
+        raise ValueError
+    return found
+
+
+_numbers.__name__, _levels.__name__ = "steps", "quantiles"  # what argparse calls them
 
 
 def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Add the options for forecasts to the parser, and return them."""
-    data = train.add_argument_group("forecasts")
+    """Add the options of `train` that are for forecasts alone, and return them."""
+    group = train.add_argument_group("forecasts", "what isn't given is told by the table")
     return [
-        data.add_argument("--target", help="column to forecast (default: the only column of numbers)"),
-        data.add_argument(
-            "--inputs", metavar="A,B", help="further columns to look at (default: all of numbers; '' for none)"
-        ),
-        data.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (default: one season)"),
-        data.add_argument(
-            "--window", type=int, metavar="N", help="steps to look back (default: two seasons, at least 16)"
-        ),
-        data.add_argument(
-            "--season", type=int, metavar="N", help="steps in a season (default: told by the dates; 1 for none)"
-        ),
-        data.add_argument("--test-share", type=float, metavar="P", help=f"last rows to measure on ({TEST_SHARE})"),
+        group.add_argument("--target", type=names, metavar="A,B", help="columns to forecast (the only one of numbers)"),
+        group.add_argument("--horizon", type=int, metavar="N", help="steps to forecast (one season)"),
+        group.add_argument("--inputs", type=names, metavar="A,B", help="columns to look at (all others; '' for none)"),
+        group.add_argument("--known", type=names, metavar="A,B", help="columns known in advance: plans, prices"),
+        group.add_argument("--season", type=_numbers, metavar="N,N", help="steps in each season (found; 1 for none)"),
+        group.add_argument("--window", type=int, metavar="N", help="steps to look back (two seasons, from 16 to 168)"),
+        group.add_argument("--holidays", metavar="CC", help="look at a country's holidays: US, or DE-BY"),
+        group.add_argument("--scale", choices=SCALES, help="unit of the values: their spread or level (tried out)"),
+        group.add_argument("--quantiles", type=_levels, metavar="Q,Q", help="to forecast beside the median (0.1,0.9)"),
+        group.add_argument("--members", type=int, metavar="N", help="networks that are averaged (3; of many rows 2)"),
+        group.add_argument("--test-share", type=float, metavar="P", help=f"last rows to measure on ({TEST_SHARE})"),
+        group.add_argument("--forecasts", metavar="FILE", help="CSV to get the test part's forecasts, and what came"),
     ]
 
 
@@ -40,26 +68,30 @@ class Job:
     """A table that was read: see `cli.train.Job`."""
 
     table: Table
-    recipe: Recipe
+    request: Request
+    members: int
     share: float
+    forecasts: str | None
     understood: list[str]
     described: dict[str, Any]
+    defaults: dict[str, Any]
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
-        """Train on it."""
-        from cellstack.train.workflow import train_forecast
+        """Train on it, and write the forecasts of the test part where that is asked for."""
+        from cellstack.train.forecast.training import Build, train_forecast
 
-        return train_forecast(self.table, self.recipe, architecture, settings, options, self.share)
+        build = Build(architecture.units, architecture.cell, architecture.dropout, self.members)
+        trained = train_forecast(self.table, self.request, build, settings, options, self.share)
+        if self.forecasts is not None and trained.test is not None:
+            with replacing(self.forecasts) as file:
+                text = io.StringIO(newline="")
+                write(text, trained.test.forecasts, self.table, trained.test.actual)
+                file.write(text.getvalue().encode())
+        return trained.result
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
-        """Return the errors of forecasts of the last rows, beside those of two rules."""
-        scores = result.scores
-        ours, naive = scores["model"], scores["seasonal_naive"]
-        lines = [f"{'test, ' + str(scores['origins']) + ' forecasts':<24} {'MAE':>9} {'RMSE':>9}"]
-        rows = {"seasonal-naive": naive, "seasonal-naive + drift": scores["seasonal_drift"], "this model": ours}
-        lines += [f"  {name:<22} {errors['mae']:>9.4f} {errors['rmse']:>9.4f}" for name, errors in rows.items()]
-        less = [1 - ours[name] / naive[name] if naive[name] else 0.0 for name in ("mae", "rmse")]
-        return scores, [*lines, f"  {'less than naive by':<22} {less[0]:>9.1%} {less[1]:>9.1%}"]
+        """Return the errors of forecasts of the test part, beside those of its rivals."""
+        return result.scores, text_of(result.scores) if result.scores else []
 
 
 def read(args: argparse.Namespace) -> Job:
@@ -70,26 +102,140 @@ def read(args: argparse.Namespace) -> Job:
         FormatError: it can't be read as a table.
     """
     if args.test is not None:
-        raise UsageError("expected one CSV file: its last rows are what is measured on, see --test-share")
-    table = read_csv(args.file)
-    recipe = _recipe(args, table)
-    lines = [f"{args.file}: {len(table):,} rows, forecasting {recipe.target} {recipe.horizon} ahead"]
-    if table.texts:
-        lines.append(f"left out, as they hold no numbers: {', '.join(table.texts)}")
-    described = {"rows": len(table), "recipe": recipe.to_json(), "left_out": table.texts}
-    return Job(table, recipe, TEST_SHARE if args.test_share is None else args.test_share, lines, described)
+        raise UsageError("expected one table: its last rows are what is measured on, see --test-share")
+    if args.forecasts is not None:
+        check_replaceable(args.forecasts)
+    share = TEST_SHARE if args.test_share is None else args.test_share
+    table = table_from(args, args.file)
+    request = Request(
+        targets=args.target or (),
+        horizon=args.horizon,
+        window=args.window,
+        seasons=args.season,
+        inputs=args.inputs,
+        known=args.known or (),
+        country=args.holidays or "",
+        scale=args.scale,
+        quantiles=args.quantiles or QUANTILES,
+    )
+    validation = RunOptions.validation if args.validation is None else args.validation
+    recipe = plan(table, request, share + validation)
+    cut = parts(table, recipe, validation, share)
+    said = understood(table, recipe, request)
+    described = {"said": said, "rows": len(table), "series": len(table.ids), "recipe": recipe.to_json()}
+    described |= {"ignored": table.ignored, "origins": [len(cut.training), len(cut.validation), len(cut.test)]}
+    usual = defaults(len(cut.training))
+    members = usual.pop("members") if args.members is None else args.members
+    return Job(table, request, members, share, args.forecasts, said, described, usual)
 
 
-def _recipe(args: argparse.Namespace, table: Table) -> Recipe:
-    names = list(table.columns)
-    if args.target is None and len(names) > 1:
-        raise UsageError(f"expected --target, one of {', '.join(names)}")
-    target = args.target or names[0]
-    if args.inputs is None:
-        inputs = tuple(name for name in names if name != target)
+def text_of(scores: dict[str, Any]) -> list[str]:
+    """Return the errors of a model and its rivals as a table, best first, and a sentence that says who won."""
+    lines: list[str] = []
+    for target, found in scores["targets"].items():
+        order = sorted(found, key=lambda name: (np.isnan(found[name]["mae"]), found[name]["mae"]))
+        width = max(len("this model"), *map(len, order)) + 2
+        head = f"test of {target}, {scores['origins']:,} forecasts"
+        lines.append(f"{head:<{width + 2}} {'MAE':>10} {'RMSE':>10} {'MASE':>8}")
+        for name in order:
+            errors = found[name]
+            shown = "this model" if name == "model" else name
+            lines.append(f"  {shown:<{width}} {errors['mae']:>10.4g} {errors['rmse']:>10.4g} {errors['mase']:>8.3f}")
+        ours = found["model"]
+        rival = next((name for name in order if name != "model"), None)
+        if rival is not None and found[rival]["mae"] > 0:
+            share = ours["mae"] / found[rival]["mae"] - 1
+            won = f"{-share:.1%} less than" if share < 0 else f"{share:.1%} more than"
+            lines.append(
+                f"  this model's mean absolute error is {won} that of the best of the others, {rival}"
+                + ("" if share < 0 else ": the simpler way serves better here")
+            )
+        if "coverage" in ours:
+            lines.append(
+                f"  {ours['coverage']:.0%} of what came lies within the interval meant to hold {ours['interval']:.0%}"
+            )
+    return lines
+
+
+def write(file: IO[str], forecasts: predict.Forecasts, table: Table, actual: NDArray | None = None) -> None:
+    """Write forecasts as CSV: series, date or step, each target and its quantiles, and what came where it is known."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header(forecasts, table, actual is not None))
+    writer.writerows(rows(forecasts, table, actual))
+
+
+def header(forecasts: predict.Forecasts, table: Table, actual: bool) -> list[str]:
+    """Return the columns' names."""
+    recipe = forecasts.recipe
+    found = [*([table.id] if table.id else []), *(["origin"] if actual else []), table.date or "step"]
+    for target in recipe.targets:
+        found += [f"{target}_actual"] * actual + [target]
+        found += [f"{target}_{level:g}" for level in recipe.quantiles if level != 0.5]
+    return found
+
+
+def rows(forecasts: predict.Forecasts, table: Table, actual: NDArray | None) -> Iterator[list[Any]]:
+    """Return a line for each step of each origin."""
+    recipe = forecasts.recipe
+    outer = [n for n, level in enumerate(recipe.quantiles) if level != 0.5]
+    for n, origin in enumerate(forecasts.origins):
+        times = None if forecasts.times is None else forecasts.times[n]
+        for k in range(recipe.horizon):
+            row: list[Any] = [forecasts.ids[n]] if table.id else []
+            if actual is not None:
+                row.append(int(origin) if table.times is None else iso(table.times[origin]))
+            row.append(k + 1 if times is None else iso(times[k]))
+            for target in range(len(recipe.targets)):
+                if actual is not None:
+                    row.append(shown(actual[n, k, target]))
+                row.append(shown(forecasts.median[n, k, target]))
+                row += [shown(forecasts.values[n, k, target, q]) for q in outer]
+            yield row
+
+
+def shown(value: float) -> str:
+    """Return a number as a cell, empty where it is missing."""
+    return "" if np.isnan(value) else f"{value:.6g}"
+
+
+def run(args: argparse.Namespace, net: Network, path: str) -> tuple[predict.Forecasts, Table]:
+    """Forecast what comes after a table's last rows, or after `--origin`.
+
+    Raises:
+        UsageError: see `predict.forecast`; an origin that isn't in the table.
+    """
+    reading = net.metadata.get("reading")
+    table = table_from(args, args.file, reading if isinstance(reading, dict) else None)
+    recipe, _ = predict.trained(net, path)
+    origins = None if args.origin is None else origins_at(table, args.origin, recipe.horizon)
+    return predict.forecast(net, table, path, origins, args.threads), table
+
+
+def origins_at(table: Table, text: str, horizon: int) -> NDArray[np.int64]:
+    """Return the row at a date, or of a number, of each series that has it.
+
+    Raises:
+        UsageError: no series does, or it isn't a date.
+    """
+    found = []
+    if table.times is None:
+        if not text.isdecimal() or not int(text) >= 1:
+            raise UsageError(f"expected --origin to be the number of a row, as {table.path} has no dates, got {text!r}")
+        for series in range(len(table.ids)):
+            rows = table.rows(series)
+            if rows.start + int(text) <= rows.stop:
+                found.append(rows.start + int(text) - 1)
     else:
-        inputs = tuple(name.strip() for name in args.inputs.split(",") if name.strip())
-    season = args.season if args.season is not None else table.spacing.season if table.spacing else 1
-    horizon = args.horizon if args.horizon is not None else season
-    window = args.window if args.window is not None else max(2 * season, 16)
-    return Recipe(target, inputs, horizon, window, season)
+        try:
+            time = np.datetime64(text).astype(table.times.dtype)
+        except ValueError:
+            raise UsageError(
+                f"expected --origin to be a date such as 2020-01-31 or 2020-01-31T12:00, got {text!r}"
+            ) from None
+        found = np.flatnonzero(table.times == time).tolist()
+    if not found:
+        span = (
+            f", which is from {iso(table.times.min())} to {iso(table.times.max())}" if table.times is not None else ""
+        )
+        raise UsageError(f"expected --origin to be a row of {table.path}{span}, got {text}")
+    return np.array(found, np.int64)

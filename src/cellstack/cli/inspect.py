@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from cellstack.cli.files import load_model, read_sample, show
 from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
-from cellstack.nodes import Embedding
 from cellstack.train import predict
-from cellstack.train.checks import UsageError, read_text
+from cellstack.train.checks import UsageError
 from cellstack.train.examples import Labelled
-from cellstack.train.forecast import Windows
-from cellstack.train.table import read_csv
+from cellstack.train.forecast import predict as forecast
+from cellstack.train.forecast.windows import Windows, extended_times
+from cellstack.train.table import read_table
+from cellstack.train.text.data import alphabet_of, as_input, content
 from cellstack.train.ts import read_ts
 
 RANDOM_STEPS = 24
-BYTES = 256
 SUFFIXES = (".csv", ".npy", ".npz", ".ts", ".txt", ".wav")
 
 
@@ -94,25 +94,33 @@ def _read(net: Network, model: str, path: str, rows: int) -> Sample:
 
 def _series(net: Network, model: str, path: str, rows: int) -> Sample:
     """Return sequences, or the last window of a table, as `cellstack run` gives them to a model that was trained."""
-    task = predict.trained(net, model)
-    if (task.recipe is None) != (Path(path).suffix.lower() == ".ts"):
-        kind = ".ts file, as the model takes sequences" if task.recipe is None else ".csv file, as the model forecasts"
+    forecasts = net.metadata["task"] == "forecast"
+    if forecasts == (Path(path).suffix.lower() == ".ts"):
+        kind = ".csv file, as the model forecasts" if forecasts else ".ts file, as the model takes sequences"
         raise UsageError(f"{path}: expected a {kind}")
     labels = None
-    if task.recipe is None:
+    if forecasts:
+        recipe, inputs = forecast.trained(net, model)
+        reading = net.metadata.get("reading")
+        table = read_table(path, **(reading if isinstance(reading, dict) else {}))
+        windows = Windows(recipe, table, forecast.last_origins(table, recipe))
+        forecast.check_rows(windows)
+        examples, count = windows, min(rows, len(windows.origins))
+        series = f" of {count} of {len(windows.origins)} series" if table.id else ""
+        text = (
+            f"the last window{series} of {path}, {recipe.window} steps up to now and {recipe.horizon} that are forecast"
+        )
+        if table.times is not None and count == 1:
+            times = extended_times(table, recipe.horizon)
+            labels = times[np.maximum(windows.origins[0] + np.arange(1 - recipe.window, recipe.horizon + 1), 0)]
+    else:
+        task = predict.trained(net, model)
         data = read_ts(path, task.labels or None)
         if data.channels != len(task.inputs.mean):
             raise UsageError(f"{path}: expected {len(task.inputs.mean)} channels, found {data.channels}")
-        examples, count = Labelled(data), min(rows, len(data.x))
+        examples, count, inputs = Labelled(data), min(rows, len(data.x)), task.inputs
         text = f"{count} of {len(data.x)} sequences of {path}"
-    else:
-        table = read_csv(path)
-        examples, count = Windows(task.recipe, table, np.array([len(table) - 1])), 1
-        text = f"the last window of {path}"
-        if table.dates is not None:
-            labels = [date.isoformat() for date in table.dates[-int(examples.lengths[0]) :]]
-            labels = np.array(labels, "datetime64[s]")
-    each = [task.inputs(examples.fetch(np.array([number])).x) for number in range(count)]
+    each = [inputs(examples.fetch(np.array([number])).x) for number in range(count)]
     steps = max(x.shape[1] for x, _ in each)
     whole = np.zeros((count, steps, each[0][0].shape[2]), np.float32)
     mask = np.zeros((count, steps), bool)
@@ -131,43 +139,15 @@ def _one_input(net: Network, path: str) -> str:
 
 
 def _text(net: Network, path: str) -> Sample:
-    """Return the characters of a text as a network of characters takes them: as ids, or one of its features each.
-
-    Which they are is said by the network's metadata, `{"characters": "abc…"}`; one that takes 256 takes bytes.
-    """
-    name = _one_input(net, path)
-    text = read_text(Path(path))
-    ids = name in net.graph.ids
-    if ids:
-        tables = [node for node, wires in zip(net.nodes, net.wires, strict=True) if wires == (name,)]
-        width = len(tables[0].table) if isinstance(tables[0], Embedding) else None
-    else:
-        width = net.input_size
-    characters = net.metadata.get("characters")
-    if characters is not None:
-        if not isinstance(characters, (str, list)):
-            raise UsageError(
-                f"{path}: expected the network's metadata to have its characters as a text, got {characters!r:.80}"
-            )
-        places = {str(character): number for number, character in enumerate(characters)}
-        if width is not None and len(places) > width:
-            raise UsageError(f"{path}: expected at most {width} characters in its metadata, got {len(places)}")
-        unknown = sorted(set(text) - places.keys())
-        if unknown:
-            raise UsageError(f"{path}: expected the network's {len(places)} characters, found {unknown[0]!r}")
-        numbers, labels = np.array([places[character] for character in text], np.int64), list(text)
-    elif width == BYTES:
-        numbers = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
-        labels = [chr(number) if number < 128 else f"{number:02x}" for number in numbers]
-    else:
-        raise UsageError(
-            f'{path}: expected a network whose metadata has its characters, {{"characters": "abc"}}, or one that takes '
-            f"{BYTES} bytes, found one that takes {'any width' if width is None else width}"
-        )
-    if not len(numbers):
+    """Return the characters of a text as a network of text takes them: as ids, or one of its features each."""
+    alphabet = alphabet_of(net, path)
+    text = content(path, alphabet.characters is None)
+    ids = alphabet.encode(text, path)
+    if not len(ids):
         raise UsageError(f"{path}: expected a text, found none")
-    x = numbers[None] if ids else np.eye(width or len(characters or ""), dtype=net.dtype)[numbers][None]
-    return Sample({name: x}, labels=labels, text=f"the {len(numbers):,} characters of {path}")
+    labels = list(text) if isinstance(text, str) else [chr(byte) if byte < 128 else f"{byte:02x}" for byte in text]
+    x = as_input(net, ids)[None]
+    return Sample({net.inputs[0]: x}, labels=labels, text=f"the {len(ids):,} {alphabet.unit} of {path}")
 
 
 def _sound(net: Network, path: str) -> Sample:

@@ -15,6 +15,8 @@ from cellstack.cli.files import convert, info, needs_torch, show
 from cellstack.cli.inspect import inspect
 from cellstack.cli.run import run
 from cellstack.cli.stream import stream
+from cellstack.cli.tables import add_table_options
+from cellstack.cli.text import add_generate_arguments, generate
 from cellstack.cli.train import add_arguments, train
 from cellstack.formats.lines import FORMS
 from cellstack.spec import FormatError, ShapeError
@@ -32,6 +34,8 @@ EXAMPLES = {
     "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv\n"
     "  cellstack run model.keras frames.npy > answers.csv",
     "stream": "cellstack stream model --state model.state < frames.csv > answers.csv",
+    "generate": "cellstack generate book --prompt 'Alice was' --temperature 0.8 --length 500\n"
+    "  cellstack generate book --seed 1 --stop '.'",
     "convert": "cellstack convert model.onnx model.safetensors\n"
     "  cellstack convert model.safetensors firmware/model.c\n"
     "  cellstack convert model.safetensors model.onnx --sample frames.csv",
@@ -75,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         )
         answer = "answers as JSON lines" if name == "stream" else "answer with one JSON object on standard output"
         made.add_argument("--json", action="store_true", help=answer)
-        if name not in ("stream", "convert"):
+        if name not in ("stream", "generate", "convert"):
             made.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all)")
         return made
 
@@ -92,9 +96,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="of the kind that the model was trained on; for others .npy, .npz or .csv of numbers",
     )
-    runs.add_argument("--id", metavar="COLUMN", help="of a table: says which sequence a row belongs to (as trained)")
     runs.add_argument("--time", metavar="COLUMN", help="of a table: puts the rows of a sequence in order (as trained)")
     runs.add_argument("--label", metavar="COLUMN", help="of a table: holds the truth (as trained, where it is there)")
+    runs.add_argument("--origin", metavar="DATE", help="forecast what comes after this row, not after the last one")
+    add_table_options(runs)
     steps = verb("stream", "frames on standard input, a line each; answers on standard output, each at once")
     steps.add_argument("model", metavar="MODEL")
     steps.add_argument(
@@ -105,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="go on from the state in it, where it is there, and write it at the end, on Ctrl-C and SIGTERM too",
     )
+    add_generate_arguments(verb("generate", "text from a network of characters or bytes, each as it comes"))
     other = verb("convert", "write a network in another format, and compare what was read and written")
     other.add_argument("source", metavar="A", help="a file that holds a network")
     other.add_argument("target", metavar="B", help="where to, the suffix picks the format; .c or a folder: C99")
@@ -186,6 +192,7 @@ VERBS = {
     "train": train,
     "run": run,
     "stream": stream,
+    "generate": generate,
     "convert": convert,
     "info": info,
     "inspect": inspect,

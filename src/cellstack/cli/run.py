@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cellstack.cli.files import is_csv, load_model, run_any, show
+from cellstack.cli import forecast
+from cellstack.cli.files import load_model, run_any, show
+from cellstack.cli.tables import only_one
+from cellstack.cli.text import measure
 from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.reading import TABLES, columns_of, read_sequences
 from cellstack.train.sequences import Sequences
-from cellstack.train.table import read_csv
+from cellstack.train.table import iso
 
 COLUMNS = ("id", "time", "label")
 
@@ -27,28 +30,42 @@ def run(args: argparse.Namespace) -> int:
     net, path = load_model(args.model)
     if net.metadata.get("task") is None:
         return run_any(args, net)
+    if net.metadata["task"] == "forecast":
+        return _forecast(args, net, path)
+    if net.metadata["task"] == "text":
+        return measure(args, net, path)
     task = predict.trained(net, path)
-    if task.recipe is not None:
-        if not is_csv(args.file):
-            raise UsageError(f"{args.file}: expected a .csv file, as {path} forecasts")
-        result = predict.forecast(net, read_csv(args.file), args.file, args.threads)
-        count = range(1, task.recipe.horizon + 1)
-        header: list[str] = ["date", task.recipe.target]
-        rows: Iterable[Any] = zip(result["dates"] or count, result["forecast"], strict=True)
-    else:
-        data = _read(args, net, path, task)
-        result = predict.sequences(net, data, args.file, args.threads)
-        header, rows = _header(task, result, data), _rows(task, result, data)
-        result = {"ids": list(data.ids), **result} if data.ids else result
+    data = _read(args, net, path, task)
+    result = predict.sequences(net, data, args.file, args.threads)
     if args.json:
-        show(args, result, [])
-    else:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([_cell(value) for value in row] for row in rows)
-        for name in ("accuracy", "mae", "rmse"):
-            if name in result:
-                print(f"{name} {result[name]:.4f}", file=sys.stderr)
+        show(args, {"ids": list(data.ids), **result} if data.ids else result, [])
+        return 0
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(_header(task, result, data))
+    writer.writerows([_cell(value) for value in row] for row in _rows(task, result, data))
+    for name in ("accuracy", "mae", "rmse"):
+        if name in result:
+            print(f"{name} {result[name]:.4f}", file=sys.stderr)
+    return 0
+
+
+def _forecast(args: argparse.Namespace, net: Network, path: str) -> int:
+    """Forecast what comes after a table's last rows."""
+    found, table = forecast.run(args, net, path)
+    if not args.json:
+        forecast.write(sys.stdout, found, table)
+        return 0
+    names, quantiles = found.recipe.targets, found.recipe.quantiles
+    every = []
+    for n, origin in enumerate(found.origins):
+        one = {"series": found.ids[n]} if table.id else {}
+        if table.times is not None and found.times is not None:
+            one |= {"origin": iso(table.times[origin]), "dates": [iso(time) for time in found.times[n]]}
+        for k, target in enumerate(names):
+            levels = {f"{level:g}": found.values[n, :, k, q] for q, level in enumerate(quantiles)}
+            one |= {target: {"forecast": found.median[n, :, k], "quantiles": levels}}
+        every.append(one)
+    show(args, {"targets": names, "horizon": found.recipe.horizon, "forecasts": every}, [])
     return 0
 
 
@@ -66,7 +83,8 @@ def _read(args: argparse.Namespace, net: Network, path: str, task: predict.Train
     table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None
     if columns is None:
         raise UsageError(f"{args.file}: expected .ts or .npz, as {path} was not trained on a table")
-    named = {name: getattr(args, name) or table.get(name) for name in COLUMNS}
+    given = {"id": only_one(args.id), "time": args.time, "label": args.label}
+    named = {name: given[name] or table.get(name) for name in COLUMNS}
     if args.label is None and named["label"] not in columns_of(Path(args.file)):
         named["label"] = None
     if named["label"] is None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cellstack.cli.tables import only_one
 from cellstack.train.checks import UsageError
 from cellstack.train.reading import TABLES, read_sequences
 from cellstack.train.sequences import Sequences
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.targets import counted
 
-DEFAULTS: dict[str, Any] = {}
-UNUSED: tuple[str, ...] = ()
+UNUSED = ("date", "day_first", "date_format", "zone", "freq", "category", "decimal", "encoding")
 SHOWN = 12  # classes that are named one by one
 
 
@@ -43,6 +43,7 @@ class Job:
     class_weights: str | None
     understood: list[str]
     described: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train on them."""
@@ -68,7 +69,7 @@ def read(args: argparse.Namespace) -> Job:
     if tables and args.label is None:
         raise UsageError(f"{args.file}: expected --label COLUMN, which holds the classes or numbers to learn")
     features = None if args.features is None else [name.strip() for name in args.features.split(",") if name.strip()]
-    told = {"id": args.id, "time": args.time, "features": features, "weight": args.weight}
+    told = {"id": only_one(args.id), "time": args.time, "features": features, "weight": args.weight}
     how = partial(read_sequences, y=args.label, per_step=args.per_step or None, **told)
     training = how(args.file, task=args.task)
     if args.test is None:

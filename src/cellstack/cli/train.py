@@ -3,7 +3,6 @@
 A kind is a module of its own, of which this one asks:
 
 - `add_arguments(train)`: adds its options to the parser and returns them; their default is None (False for a switch);
-- `DEFAULTS`: what it takes for `units`, `lr`, `pooling` and the like where nothing is said;
 - `UNUSED`: options of this module that do nothing for it;
 - `read(args)`: reads the data and returns a `Job`.
 """
@@ -19,28 +18,43 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from cellstack.cli import forecast, sequences
+from cellstack.cli import forecast, sequences, text
 from cellstack.cli.files import SUFFIX, found, needs_torch, show, with_suffix
+from cellstack.cli.tables import add_table_options
 from cellstack.formats.files import check_replaceable, replacing
 from cellstack.train import history
 from cellstack.train.checks import UsageError
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
 EVENTS = "events.out.tfevents.*"  # files of TensorBoard's
-KINDS: dict[str, ModuleType] = {"sequences": sequences, "forecasts": forecast}
-TASKS = {"classify": "sequences", "regress": "sequences", "forecast": "forecasts"}
+KINDS: dict[str, ModuleType] = {"sequences": sequences, "forecasts": forecast, "texts": text}
+TASKS = {"classify": "sequences", "regress": "sequences", "forecast": "forecasts", "text": "texts"}
 SUFFIXES = {".ts": "sequences", ".npz": "sequences", ".csv": "forecasts", ".tsv": "forecasts", ".parquet": "forecasts"}
-DEFAULTS = {"units": (48, 48), "lr": 5e-3, "pooling": "mean", "dropout": 0.3, "epochs": 60, "batch": 16, "patience": 20}
+SUFFIXES |= dict.fromkeys(text.SUFFIXES, "texts")
+DEFAULTS = {
+    "units": (48, 48),
+    "lr": 5e-3,
+    "pooling": "mean",
+    "dropout": 0.3,
+    "epochs": 60,
+    "batch": 16,
+    "patience": 20,
+    "validation": 0.15,
+    "noise": 0.0,
+    "offset": 0.0,
+}
 
 
 class Job(Protocol):
     """Data that was read, and what is to be done with it.
 
-    `understood` is what was made of the data, a line each; `described` is the same in plain values, for --json.
+    `understood` is what was made of the data, a line each; `described` is the same in plain values, for --json;
+    `defaults` is what is taken for `units`, `lr`, `pooling` and the like where nothing is said.
     """
 
     understood: list[str]
     described: dict[str, Any]
+    defaults: dict[str, Any]
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
         """Train; return a `Result`."""
@@ -68,36 +82,42 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="sequences: .ts (the UEA and UCR archives' format: a sequence a line, its channels between colons, its "
         "class at the end), .npz (x [N, T, C], y, lengths), or with --task or --label a table, .csv, .tsv or .parquet, "
-        "with a row a step; without these a table is a series to forecast",
+        "with a row a step; without these a table is a series to forecast; .txt or .md: a text to go on with",
     )
-    train.add_argument("test", nargs="?", metavar="TEST", help="sequences to measure on, never trained on")
+    train.add_argument("test", nargs="?", metavar="TEST", help="sequences, or a text, to measure on, never trained on")
     train.add_argument("-o", "--output", metavar="MODEL", help=f"where to ({SUFFIX} is added)")
     train.add_argument("--dry-run", action="store_true", help="say what is understood of the data, and train nothing")
     train.add_argument("--task", choices=tuple(TASKS), help="what to learn (told by the file and its labels)")
-    both = train.add_argument_group("tables")
-    both.add_argument("--id", metavar="COLUMN", help="says which sequence or series a row belongs to")
+    add_table_options(train)
     train.set_defaults(owned={name: module.add_arguments(train) for name, module in KINDS.items()})
     model = train.add_argument_group("model")
     model.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="of each layer (%(default)s)")
-    model.add_argument("--units", type=_widths, metavar="N,N", help="widths, bottom first (48,48; forecasts 32)")
+    model.add_argument(
+        "--units", type=_widths, metavar="N,N", help="widths, bottom first (48,48; forecasts 48; texts 256,256)"
+    )
     model.add_argument("--bidirectional", action="store_true", help="read sequences from both ends")
-    model.add_argument("--pooling", choices=("mean", "max", "last"), help="over time (mean; forecasts last)")
+    model.add_argument("--pooling", choices=("mean", "max", "last"), help="over time (mean)")
     model.add_argument(
         "--every-step", action="store_true", help="learn to answer after every step; for streams, with --pooling last"
     )
-    model.add_argument("--dropout", type=float, metavar="P", help="after each layer (0.3)")
+    model.add_argument("--dropout", type=float, metavar="P", help="after each layer (0.3; forecasts 0.1)")
     model.add_argument("--init", metavar="MODEL", help="start from the weights of this network, of the same shapes")
     how = train.add_argument_group("training")
-    how.add_argument("--epochs", type=int, metavar="N", help="most passes over the data (60)")
-    how.add_argument("--lr", type=float, metavar="X", help="Adam's rate at the start (5e-3; forecasts 1e-3)")
-    how.add_argument("--batch", type=int, metavar="N", help="examples in a step, all processes (16)")
-    how.add_argument("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (%(default)s)")
-    how.add_argument("--patience", type=int, metavar="N", help="epochs without progress (20); 0: never stop early")
-    how.add_argument("--validation", type=float, default=0.15, metavar="P", help="share to validate on (%(default)s)")
+    how.add_argument("--epochs", type=int, metavar="N", help="most passes over the data (60; texts 30)")
+    how.add_argument("--lr", type=float, metavar="X", help="Adam's rate at the start (5e-3; forecasts 1e-3 or 3e-3)")
     how.add_argument(
-        "--noise", type=float, default=0.0, metavar="X", help="noise on inputs, in their scales (%(default)s)"
+        "--batch", type=int, metavar="N", help="examples in a step, all processes (16; forecasts 64; texts 8 to 32)"
     )
-    how.add_argument("--offset", type=float, default=0.0, metavar="X", help="noise, one draw a sequence (%(default)s)")
+    how.add_argument("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (%(default)s)")
+    how.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="epochs without progress (20; forecasts 10; texts 5); 0: never stop early",
+    )
+    how.add_argument("--validation", type=float, metavar="P", help="share to validate on (0.15; texts 0.05)")
+    how.add_argument("--noise", type=float, metavar="X", help="noise on inputs, in their scales (0)")
+    how.add_argument("--offset", type=float, metavar="X", help="noise, one draw a sequence (0)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="fixes every draw (%(default)s)")
     how.add_argument("--checkpoint", metavar="FILE", help="written after each epoch and on Ctrl-C")
     how.add_argument(
@@ -131,10 +151,10 @@ def train(args: argparse.Namespace) -> int:
         return 0
     needs_torch(args)
     output = _checked_output(args)
-    settings, architecture = _settings(args, module), _architecture(args, module)
     folder = _inspect_folder(output, args.resume) if args.inspect else None
+    job = module.read(args)
     options = RunOptions(
-        args.validation,
+        **_chosen(args, job, ("validation",)),
         checkpoint=args.checkpoint,
         resume=args.resume,
         overwrite=args.overwrite,
@@ -146,7 +166,7 @@ def train(args: argparse.Namespace) -> int:
         log=args.log,
     )
     own = Own(init=None if args.init is None else found(args.init))
-    job = module.read(args)
+    settings, architecture = _settings(args, job), _architecture(args, job)
     first = int(os.environ.get("RANK", "0")) == 0  # of several processes
     if first and not args.json:
         print("\n".join(job.understood), flush=True)
@@ -175,7 +195,7 @@ def kind_of(args: argparse.Namespace) -> str:
         UsageError: a suffix that is none's.
     """
     suffix = Path(args.file).suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in SUFFIXES and args.task != "text":
         raise UsageError(f"{args.file}: expected a file that ends in one of {', '.join(SUFFIXES)}")
     if args.task is not None:
         return TASKS[args.task]
@@ -184,7 +204,7 @@ def kind_of(args: argparse.Namespace) -> str:
 
 def _check_used(args: argparse.Namespace, name: str) -> None:
     """Raise `UsageError` where an option is given that does nothing for this kind of data."""
-    given = {dest for dest, value in vars(args).items() if value is not None and value is not False}
+    given = {dest for dest, value in vars(args).items() if value not in (None, False)}
     unused = [(dest, "") for dest in KINDS[name].UNUSED]
     unused += [(action.dest, kind) for kind, actions in args.owned.items() if kind != name for action in actions]
     for dest, kind in unused:
@@ -213,19 +233,19 @@ def _checked_output(args: argparse.Namespace) -> Path:
     return output
 
 
-def _chosen(args: argparse.Namespace, module: ModuleType, names: Iterable[str]) -> dict[str, Any]:
+def _chosen(args: argparse.Namespace, job: Job, names: Iterable[str]) -> dict[str, Any]:
     """Return options as they are given, as the kind of data has them, or as all have."""
-    defaults = {**DEFAULTS, **module.DEFAULTS}
+    defaults = {**DEFAULTS, **job.defaults}
     return {name: value if (value := getattr(args, name)) is not None else defaults[name] for name in names}
 
 
-def _settings(args: argparse.Namespace, module: ModuleType) -> Settings:
-    chosen = _chosen(args, module, ("epochs", "batch", "lr", "patience"))
-    return Settings(**chosen, clip=args.clip, noise=args.noise, offset=args.offset, seed=args.seed)
+def _settings(args: argparse.Namespace, job: Job) -> Settings:
+    chosen = _chosen(args, job, ("epochs", "batch", "lr", "patience", "noise", "offset"))
+    return Settings(**chosen, clip=args.clip, seed=args.seed)
 
 
-def _architecture(args: argparse.Namespace, module: ModuleType) -> Architecture:
-    chosen = _chosen(args, module, ("units", "dropout", "pooling"))
+def _architecture(args: argparse.Namespace, job: Job) -> Architecture:
+    chosen = _chosen(args, job, ("units", "dropout", "pooling"))
     return Architecture(**chosen, bidirectional=args.bidirectional, every_step=args.every_step, cell=args.cell)
 
 
@@ -251,7 +271,8 @@ def _inspected(result: Any, output: Path, folder: Path) -> dict[str, Any]:
     if records:
         from cellstack.train.report import training_page
 
-        unit = "nats" if result.network.metadata["task"] == "classify" else "squared standard deviations"
+        nats = result.network.metadata["task"] in ("classify", "text")
+        unit = "nats" if nats else "squared standard deviations"
         with replacing(folder / "report.html") as file:
             file.write(training_page(output.stem, result.history, records, unit).encode())
         report = str(folder / "report.html")

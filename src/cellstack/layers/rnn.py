@@ -241,7 +241,8 @@ class RNN(StatefulLayer):
         if isinstance(first, Cell):
             check_sequence(self._owner, tuple(x.shape), first.input_size, "sequences")
         elif x.ndim < 3:
-            raise ShapeError(f"{self._owner}: expected sequences [B, T, …], got {tuple(x.shape)}")
+            mend = ": add a batch axis: x[None]" if x.ndim == 2 else ""
+            raise ShapeError(f"{self._owner}: expected sequences [B, T, …], got {tuple(x.shape)}{mend}")
         if not self.built:
             self.build(x.shape[-1])
 

@@ -133,8 +133,8 @@ class StatefulLayer(Layer):
             if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], (list, tuple)):
                 value = value[0] if _rank(value[0]) > 2 else value  # a list of one state, as a stack would have
             entries = [value]
-        else:
-            entries = list(value)
+        else:  # what a stack of one cell starts from may be given alone
+            entries = [value] if len(self.cells) == 1 and isinstance(value, (State, HiddenState)) else list(value)
             if len(entries) != len(self.cells):
                 raise ShapeError(
                     f"{self._owner}: expected {len(self.cells)} states, one a cell of the stack, got {len(entries)}"

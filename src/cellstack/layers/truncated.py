@@ -19,7 +19,7 @@ OWNER = "truncated_backward"
 
 
 def truncated_backward(
-    model: RNN | Callable[..., tuple[Tensor, Any]],
+    model: RNN | Callable[..., tuple[Any, ...]],
     sequences: Any,
     targets: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -40,9 +40,10 @@ def truncated_backward(
     With an `optimizer` each chunk is a step of it instead, on the gradient of that chunk's own mean loss.
 
     Args:
-        model: an RNN of ours with `return_sequences`, or a callable `(chunk, state) -> (prediction, state)` whose
+        model: an RNN of ours with `return_sequences`, or a callable `(chunk, state) -> (prediction, *states)` whose
             prediction is `[B, t, …]`, which is also given `mask=` and `reset=` of the chunk where the call has them. Of
-            a state it may make what it likes: the first is `initial_state`, tensors in it are cut off.
+            a state it may make what it likes: the first is `initial_state`, tensors in it are cut off. One state is
+            handed on by itself, several as a tuple: so a layer of ours with `return_state` can be called in it.
         sequences: `[B, T, …]`, a tensor or an array.
         targets: `[B, T, …]`, on the device of the predictions.
         loss: a callable of the predictions `[N, …]` and the targets `[N, …]` of the N steps of a chunk that count, in
@@ -60,7 +61,7 @@ def truncated_backward(
 
     Raises:
         ShapeError: targets, mask or reset of another batch or number of steps.
-        TypeError: a model that can't be called, a mask or reset that isn't bool.
+        TypeError: a model that can't be called or returns no state, a mask or reset that isn't bool.
         ValueError: a layer that goes backwards or doesn't return sequences, no step that counts, `steps` below 1,
             `max_norm` without an optimizer, or a mask with lengths.
 
@@ -124,10 +125,22 @@ def _runner(model: Any) -> Callable[..., tuple[Tensor, Any]]:
         return run
     if isinstance(model, Layer) or not callable(model):
         raise TypeError(
-            f"{OWNER}: expected an RNN of ours or a callable (chunk, state) -> (prediction, state), "
+            f"{OWNER}: expected an RNN of ours or a callable (chunk, state) -> (prediction, *states), "
             f"got {type(model).__name__}"
         )
-    return model  # type: ignore[return-value]
+
+    def call(chunk: Any, state: Any, **masks: Tensor) -> tuple[Tensor, Any]:
+        returned = model(chunk, state, **masks)
+        if not isinstance(returned, tuple) or len(returned) < 2:
+            came = f"{len(returned)} value" if isinstance(returned, tuple) else type(returned).__name__
+            raise TypeError(
+                f"{OWNER}: expected the model to return (prediction, *states), got {came}: a layer of ours needs "
+                "return_state=True"
+            )
+        y, *states = returned
+        return y, states[0] if len(states) == 1 else tuple(states)
+
+    return call
 
 
 def _shape(sequences: Any, targets: Any) -> tuple[int, int]:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch, Data, Examples, Indexed, Inputs, Labelled, batches, split
-from cellstack.train.forecast import Recipe, Windows
+from cellstack.train.forecast.recipe import Recipe
+from cellstack.train.forecast.windows import Windows
 from cellstack.train.reading import read_sequences
 from cellstack.train.sequences import Sequences, as_sequences
 from cellstack.train.settings import Settings
-from cellstack.train.table import Table, read_csv
+from cellstack.train.table import Category, Spacing, Table, read_table
+from cellstack.train.text.sampling import generate
 from cellstack.train.ts import read_ts
 
 if TYPE_CHECKING:
@@ -22,11 +24,21 @@ if TYPE_CHECKING:
     from cellstack.train.fitting import Result
     from cellstack.train.loop import Epoch, Fit, learn
     from cellstack.train.model import Model
+    from cellstack.train.text.workflow import fit_text
 
-_LATER = {"Epoch": "loop", "Fit": "loop", "Model": "model", "Result": "fitting", "fit": "door", "learn": "loop"}
+_LATER = {
+    "Epoch": "loop",
+    "Fit": "loop",
+    "Model": "model",
+    "Result": "fitting",
+    "fit": "door",
+    "learn": "loop",
+    "fit_text": "text.workflow",
+}
 
 __all__ = [
     "Batch",
+    "Category",
     "Data",
     "Epoch",
     "Examples",
@@ -39,15 +51,18 @@ __all__ = [
     "Result",
     "Sequences",
     "Settings",
+    "Spacing",
     "Table",
     "UsageError",
     "Windows",
     "as_sequences",
     "batches",
     "fit",
+    "fit_text",
+    "generate",
     "learn",
-    "read_csv",
     "read_sequences",
+    "read_table",
     "read_ts",
     "split",
 ]

@@ -79,13 +79,13 @@ class Result:
         return f"kept is epoch {best['epoch']}, {why}"
 
     def _measured(self) -> str:
-        best, names = self.fit.best, ("accuracy", "mae", "rmse")
-        scored = [f"{name} {self.scores[name]:.4g}" for name in names if name in self.scores]
+        best, names = self.fit.best, ("accuracy", "mae", "rmse", "bits_per_character")
+        scored = [f"{name.replace('_', ' ')} {self.scores[name]:.4g}" for name in names if name in self.scores]
         if scored:
             return f"on the test part, which was never trained on: {', '.join(scored)}"
         if best is None or "validation_loss" not in best:
             return "nothing was held out to measure it on"
-        found = [f"{name} {best[name]:.4g}" for name in names if name in best]
+        found = [f"{name.replace('_', ' ')} {best[name]:.4g}" for name in names if name in best]
         found = ", ".join(found or [f"loss {best['validation_loss']:.4g}"])
         return (
             f"on the {_count(self.validated, 'validation example')}, never trained on, which chose the epoch: {found}"

@@ -1,4 +1,4 @@
-"""Run a trained network over files: classes or numbers for `.ts`, a forecast for CSV. Needs no torch."""
+"""Classes or numbers of a trained network over sequences. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,45 +6,33 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cellstack.network import Network
 from cellstack.nodes import Standardise
 from cellstack.spec import FormatError
-from cellstack.train.checks import UsageError
 from cellstack.train.examples import Examples, Inputs, Labelled, batches
-from cellstack.train.forecast import Recipe, Windows, errors
-from cellstack.train.table import Table
+from cellstack.train.measures import errors
 from cellstack.train.ts import Sequences
 
-TASKS = ("classify", "regress", "forecast")
+TASKS = ("classify", "regress")
 
 
 class Trained(NamedTuple):
     """What a network's metadata says about what it was trained for.
 
-    `task` is `"classify"`, `"regress"` or `"forecast"`; `labels` are the classes; `recipe` is a forecast's; `per_step`
-    says whether there is an answer at every step.
+    `task` is `"classify"` or `"regress"`; `labels` are the classes; `per_step` says whether there is an answer at every
+    step.
     """
 
     task: str
     labels: tuple[Any, ...]
     inputs: Inputs
-    recipe: Recipe | None
     per_step: bool = False
 
 
-def metadata(
-    task: str, inputs: Inputs, labels: tuple[Any, ...] = (), recipe: Recipe | None = None, **more: Any
-) -> dict[str, Any]:
+def metadata(task: str, inputs: Inputs, labels: tuple[Any, ...] = (), **more: Any) -> dict[str, Any]:
     """Return what `trained` reads, as plain values, and whatever `more` should travel along."""
-    return {
-        "task": task,
-        "labels": list(labels),
-        "observed": list(inputs.observed),
-        "recipe": None if recipe is None else recipe.to_json(),
-        **more,
-    }
+    return {"task": task, "labels": list(labels), "observed": list(inputs.observed), **more}
 
 
 def trained(net: Network, path: str) -> Trained:
@@ -68,13 +56,12 @@ def trained(net: Network, path: str) -> Trained:
     if len(net.inputs) != 1 or len(answers) != 1 or len(answers[0]) != 1 + per_step or outputs is None:
         expected, found = ("step", "the whole alone") if per_step else ("sequence", "every step")
         raise FormatError(f"{path}: expected one answer a {expected}, found a network that answers {found}")
-    inputs = _inputs(first, net.metadata.get("observed"), path)
+    inputs = raw_inputs(first, net.metadata.get("observed"), path)
     labels = _labels(net.metadata.get("labels"), task, outputs, path)
-    recipe = _recipe(net.metadata.get("recipe"), len(inputs.mean), outputs, path) if task == "forecast" else None
-    return Trained(task, labels, inputs, recipe, per_step)
+    return Trained(task, labels, inputs, per_step)
 
 
-def _inputs(first: Standardise, observed: Any, path: str) -> Inputs:
+def raw_inputs(first: Standardise, observed: Any, path: str) -> Inputs:
     """Return the raw channels' part of the first node, and which of them have a companion."""
     raw = len(first.mean) - len(observed) if isinstance(observed, list) else 0
     if raw < 1 or not all(type(n) is int and before < n < raw for before, n in pairwise([-1, *observed])):
@@ -93,20 +80,6 @@ def _labels(labels: Any, task: str, outputs: int, path: str) -> tuple[Any, ...]:
     if task == "regress" and labels:
         raise FormatError(f"{path}: expected no labels for regress, found {len(labels)}")
     return tuple(labels)
-
-
-def _recipe(values: Any, channels: int, outputs: int, path: str) -> Recipe:
-    try:
-        recipe = Recipe.from_json(values)
-    except UsageError as error:
-        raise FormatError(f"{path}: recipe: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"{path}: expected a recipe that Recipe.to_json wrote, found another ({error})") from None
-    if recipe.horizon != outputs:
-        raise FormatError(f"{path}: expected a horizon of {outputs}, one an output, found {recipe.horizon}")
-    if channels != 2 + len(recipe.inputs):
-        raise FormatError(f"{path}: expected {2 + len(recipe.inputs)} raw channels for this recipe, found {channels}")
-    return recipe
 
 
 def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | None = None) -> Any:
@@ -181,63 +154,3 @@ def sequences(net: Network, sequences: Sequences, path: str, threads: int | None
     confusion = np.zeros((len(task.labels),) * 2, np.int64)
     np.add.at(confusion, (truth, flat), 1)
     return result | {"accuracy": float((flat == truth).mean()), "confusion": confusion}
-
-
-def forecast(net: Network, table: Table, path: str, threads: int | None = None) -> dict[str, Any]:
-    """Forecast the steps after a table's last row.
-
-    Args:
-        net: a network that `cellstack train` made of a table.
-        table: the series.
-        path: the network's file, for messages.
-        threads: how many the kernel may use.
-
-    Returns:
-        `target`, and `forecast` and `seasonal_naive` `[horizon]` in the target's units, NaN where the series has no
-        value to start from; `dates`, where the table has some.
-
-    Raises:
-        UsageError: a column of the recipe isn't there.
-        FormatError: the network's metadata doesn't fit it, or its forecast goes beyond the calendar.
-    """
-    task = trained(net, path)
-    assert task.recipe is not None
-    windows = Windows(task.recipe, table, np.array([len(table) - 1]))
-    reference = windows.reference(np.array([0]))
-    out = reference + answers(net, task.inputs, windows, threads)
-    dates = [table.date_after(n) for n in range(1, task.recipe.horizon + 1)]
-    return {
-        "target": task.recipe.target,
-        "dates": None if dates[0] is None else dates,
-        "forecast": out[0],
-        "seasonal_naive": reference[0],
-    }
-
-
-def backtest(
-    net: Network, table: Table, origins: NDArray[np.int64], path: str, drift: NDArray[np.float32]
-) -> dict[str, dict[str, float]]:
-    """Return the errors of forecasts from every one of `origins`, and those of two simple rules on the same points.
-
-    Args:
-        net: a network that `cellstack train` made of a table.
-        table: the series.
-        origins: row of the last step that each forecast sees, `[N]`.
-        path: the network's file, for messages.
-        drift: mean difference to the value one season before in the training part, `[horizon]`.
-
-    Returns:
-        `mae` and `rmse` of `model`, of `seasonal_naive`, the value one season before, and of `seasonal_drift`, that
-        value plus `drift`.
-
-    Raises:
-        UsageError: a column of the recipe isn't there.
-    """
-    task = trained(net, path)
-    assert task.recipe is not None
-    windows, every = Windows(task.recipe, table, origins), np.arange(len(origins))
-    reference, actual = windows.reference(every), windows.actual(every)
-    actual = np.where(np.isnan(reference), np.nan, actual)
-    out = reference + answers(net, task.inputs, windows)
-    rules = {"seasonal_naive": reference, "seasonal_drift": reference + drift, "model": out}
-    return {name: errors(values, actual) for name, values in rules.items()}

@@ -1,279 +1,287 @@
-"""Read a CSV file as an evenly spaced time series. Needs no torch."""
+"""Tables as people have them, read as evenly spaced time series; what was understood is said. Needs no torch."""
 
 from __future__ import annotations
 
-import csv
-import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
-from cellstack.train.checks import read_text
+from cellstack.train import dates, grid
+from cellstack.train.checks import UsageError
+from cellstack.train.clock import utc_of, wall_clock
+from cellstack.train.columns import Category, convert, decimal_sign
+from cellstack.train.grid import Spacing
+from cellstack.train.rows import Filled, by_dates, in_order, series_of
+from cellstack.train.source import Source, read_source
 
-MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}
-LARGEST = float(np.finfo(np.float32).max)
-FORMS = ("%Y-%m-%d", "%Y%m%d", "%Y/%m/%d", "%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S", "%Y-%m", "%Y-%m-%dT%H:%M:%SZ")
-DATES = (datetime.fromisoformat, *(lambda cell, form=form: datetime.strptime(cell, form) for form in FORMS))
-LIKE_A_DATE = re.compile(
-    r"\d{4}[-/]\d{1,2}([-/]\d{1,2}.*)?"  # year first: 2020-01-31, 2020/01/31 12:00, 2020-01
-    r"|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}.*"  # year last: 31.12.2020, 1/31/20, which nothing here reads
-    r"|(1[6-9]|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"  # 20200131
-)
+__all__ = ["Category", "Filled", "Spacing", "Table", "read_table"]
 
-
-@dataclass(frozen=True)
-class Spacing:
-    """Distance between two rows: whole calendar months, or else seconds."""
-
-    months: int = 0
-    seconds: float = 0.0
-
-    @property
-    def season(self) -> int:
-        """Rows in the next longer natural period: a day of hours, a week of days, a year of weeks or of months."""
-        if self.months:
-            return 12 // self.months if 12 % self.months == 0 else 1
-        days = self.seconds / 86_400
-        return max(1, round(1 / days) if days < 1 else {1: 7, 7: 52}.get(round(days), 1))
-
-    def after(self, start: datetime, rows: int) -> datetime:
-        """Date of the row that stands `rows` after the one at `start`."""
-        if not self.months:
-            return start + timedelta(seconds=self.seconds * rows)
-        month = start.year * 12 + start.month - 1 + self.months * rows
-        last = _days_in_month(month)
-        at_end = start.day == _days_in_month(start.year * 12 + start.month - 1)
-        return start.replace(year=month // 12, month=month % 12 + 1, day=last if at_end else min(start.day, last))
+SHOWN = 8  # names in a sentence
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of a series, one row a step of time.
+    """One or more series, each on an even grid, one row a step of time.
 
     Args:
-        columns: float64 `[N]` by name, NaN where a value is missing. Dates that the file leaves out are rows too,
-            all NaN.
-        texts: names of the columns that hold no numbers.
-        dates: of each row; None where the file has no column of dates.
-        date: name of the column of dates.
-        spacing: between two rows; None without dates.
+        path: the file, or "a data frame".
+        ids: names of the series, in order of first appearance; `("",)` where the table holds one without a name.
+        starts: int64 `[S+1]`; series s stands in rows `starts[s]:starts[s+1]` of every column.
+        columns: float64 `[N]` by name, NaN where a value is missing. Rows that the table leaves out are there, all NaN.
+        categories: columns of text with few different values, by name; codes are -1 where missing.
+        times: datetime64[s] `[N]` (datetime64[us] where the spacing isn't of whole seconds), wall-clock time of each
+            row; None where the table has no dates.
+        date: name of the column of dates; with commas between, where several make them up.
+        id: name of the column that names the series, likewise; None where the table holds one.
+        spacing: between two rows, the same in all series; None without dates.
+        zone: time zone of `times`, where one was given or told.
+        ignored: why a column isn't used, by its name.
+        filled: gaps that were filled with rows, by series.
+        notes: what was assumed in reading, a sentence each.
+        reading: arguments of `read_table` that read another file of this kind in the same way; plain values.
     """
 
     path: str
+    ids: tuple[str, ...]
+    starts: NDArray[np.int64]
     columns: dict[str, NDArray[np.float64]]
-    texts: tuple[str, ...]
-    dates: list[datetime] | None
+    categories: dict[str, Category]
+    times: NDArray[np.datetime64] | None
     date: str | None
+    id: str | None
     spacing: Spacing | None
+    zone: str | None
+    ignored: dict[str, str]
+    filled: Filled
+    notes: tuple[str, ...]
+    reading: dict[str, Any]
 
     def __len__(self) -> int:
-        """Rows N."""
-        return len(next(iter(self.columns.values())))
+        """Rows N, of all series together, with those that were filled in."""
+        return int(self.starts[-1])
 
-    def date_after(self, rows: int) -> str | None:
-        """Date of the row that stands `rows` after the last one, in ISO form; None without dates.
+    def rows(self, series: int) -> slice:
+        """Return the rows of a series."""
+        return slice(int(self.starts[series]), int(self.starts[series + 1]))
+
+    def times_after(self, steps: int, series: int = 0) -> NDArray[np.datetime64] | None:
+        """Return the wall-clock times of the `steps` rows that follow a series' last one; None without dates.
+
+        Raises:
+            FormatError: they lie beyond what a date can be.
+        """
+        if self.times is None or self.spacing is None:
+            return None
+        last, ahead = self.times[self.rows(series)][-1], np.arange(1, steps + 1)
+        absolute = self.zone is not None and self.spacing.seconds % grid.DAY != 0
+        first = utc_of(self.times[self.rows(series)], self.zone)[-1] if absolute else last
+        times = self.spacing.times(first, ahead)
+        if times[-1] >= np.datetime64("10000-01-01") or times[-1] < first:
+            raise FormatError(
+                f"{self.path}: expected dates up to the year 9999, found {steps} steps after "
+                f"{last.astype('datetime64[D]')}"
+            )
+        return (wall_clock(times, self.zone) if absolute else times).astype(self.times.dtype)
+
+    def date_after(self, rows: int, series: int = 0) -> str | None:
+        """Return the date of the row that stands `rows` after a series' last one, in ISO form; None without dates.
 
         Raises:
             FormatError: it lies beyond what a date can be.
         """
-        if self.dates is None or self.spacing is None:
-            return None
-        try:
-            date = self.spacing.after(self.dates[-1], rows)
-        except (ValueError, OverflowError):
-            last = self.dates[-1].date().isoformat()
-            raise FormatError(
-                f"{self.path}: expected dates up to the year 9999, found {rows} steps after {last}"
-            ) from None
-        return date.isoformat() if (date.hour, date.minute, date.second) != (0, 0, 0) else date.date().isoformat()
+        times = self.times_after(rows, series)
+        return None if times is None else iso(times[-1])
+
+    def unchanging(self) -> dict[str, str]:
+        """Return what there is to say of columns that hold one value or none, by name."""
+        said = {}
+        for name, values in self.columns.items():
+            present = values[~np.isnan(values)]
+            if not len(present):
+                said[name] = "no value"
+            elif (present == present[0]).all():
+                said[name] = f"always {present[0]:g}"
+        for name, category in self.categories.items():
+            if len(category.labels) < 2:
+                said[name] = f"always {category.labels[0]!r}" if category.labels else "no value"
+        return said
+
+    def _shown(self, time: np.datetime64) -> str:
+        """Return a time with as much of the clock as its table needs."""
+        whole = self.spacing is not None and not self.spacing.seconds % grid.DAY
+        return iso(time) if whole else str(time).replace("T", " ").removesuffix(":00")
+
+    def understood(self) -> list[str]:
+        """Return what was understood of the table, a sentence each, what matters first."""
+        count = len(self) - int(self.filled.rows.sum())
+        said = f"{count:,} rows"
+        if self.id is not None:
+            lengths = np.diff(self.starts)
+            span = f"{lengths.min():,}" + (f" to {lengths.max():,}" if lengths.min() != lengths.max() else "")
+            said += f" of {len(self.ids):,} series by `{self.id}` ({span} steps each)"
+        if self.times is None:
+            sentences = [f"{said}, in their order: no column of dates"]
+        else:
+            span = f"from {self._shown(self.times.min())} to {self._shown(self.times.max())}"
+            sentences = [f"{said}, {self.spacing} {span} by `{self.date}`" + (f", in {self.zone}" if self.zone else "")]
+            gaps, rows = int(self.filled.gaps.sum()), int(self.filled.rows.sum())
+            if gaps:
+                sentences.append(f"{gaps:,} {_plural('gap', gaps)} filled by mask ({rows:,} {_plural('row', rows)})")
+        sentences += self.notes
+        holes = {
+            name: int(np.isnan(values).sum()) - int(self.filled.rows.sum()) for name, values in self.columns.items()
+        }
+        holes |= {name: int((c.codes < 0).sum()) - int(self.filled.rows.sum()) for name, c in self.categories.items()}
+        still = self.unchanging()
+        missing = [f"`{name}` ({count:,})" for name, count in holes.items() if count and name not in still]
+        if missing:
+            sentences.append(f"cells missing in {listed(missing)}")
+        if self.categories:
+            named = [
+                f"`{name}` as {len(c.labels):,} categories" for name, c in self.categories.items() if name not in still
+            ]
+            sentences += [listed(named)] if named else []
+        if still:
+            sentences.append("of no use: " + listed([f"`{name}` ({why})" for name, why in still.items()]))
+        if self.ignored:
+            sentences.append("ignored: " + listed([f"`{name}` ({why})" for name, why in self.ignored.items()]))
+        return sentences
 
 
-def read_csv(path: str | os.PathLike[str]) -> Table:
-    """Read a CSV file with a line of names, separated by commas, semicolons or tabs.
+def iso(time: Any) -> str:
+    """Return a datetime64 in ISO form, the day alone at midnight."""
+    return str(time.astype("datetime64[us]").item().isoformat()).removesuffix("T00:00:00")
 
-    The first column whose cells are all dates in rising order gives the dates. Of the others, those of numbers are kept
-    and the rest is named.
+
+def listed(names: Sequence[str]) -> str:
+    """Return names with commas between, and how many more there are."""
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else word + "s"
+
+
+def read_table(
+    source: Any,
+    *,
+    date: str | Sequence[str] | None = None,
+    day_first: bool | None = None,
+    date_format: str | None = None,
+    zone: str | None = None,
+    ids: str | Sequence[str] = (),
+    freq: str | None = None,
+    decimal: str | None = None,
+    encoding: str | None = None,
+    categories: Sequence[str] = (),
+) -> Table:
+    """Read a table as time series on an even grid.
+
+    Args:
+        source: path of a `.csv` or `.parquet` file, a pandas or a polars frame.
+        date: name of the column of dates, several where these together make them up (a day and its hour; year and
+            month), or `""` for none; found by names and cells where None.
+        day_first: whether the day stands before the month in dates such as 01/02/2023; told by the cells where None.
+        date_format: how dates are written: a form of strptime's, `s`, `ms`, `us` or `ns` for Unix times, `excel` for
+            serial numbers; told by the cells where None.
+        zone: time zone, such as `Europe/Berlin`, of dates without an offset, or to turn those with one into.
+        ids: names of the columns that tell series apart.
+        freq: spacing of the rows, as pandas writes it: `h`, `30min`, `D`, `B`, `MS`; told by the dates where None.
+        decimal: sign before decimals, `.` or `,`.
+        encoding: of a text file; UTF-8, or what its first bytes say, where None.
+        categories: columns to take as categories whatever they hold.
 
     Raises:
-        FormatError: not such a file, or the dates in it don't rise or aren't all dates; the message names the line,
-            what was expected and what was found.
-        FileNotFoundError: there is no such file.
+        FormatError: what can't be read, or only in more than one way; the message names file, line, column and cell.
+        UsageError: a column that isn't there, an argument out of its range, or a package that isn't installed.
+        OSError: the file can't be read.
     """
-    path = Path(path)
-    text = read_text(path)
-    first = text.partition("\n")[0]
-    lines = _lines(path, text, max(",;\t", key=first.count))
-    names = [name.strip() for name in next(lines, (1, []))[1]]
-    if not names or any(not name or _is_number(name) for name in names):
-        raise FormatError(f"{path}: line 1: expected the columns' names, found {first.strip()[:60]!r}")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise FormatError(f"{path}: line 1: expected a name once, found {name!r} {count} times")
-    rows: list[list[str]] = []
-    numbers: list[int] = []
-    for number, row in lines:
-        if not row and len(names) > 1:
-            continue
-        row = row or [""]  # in a file of one column, an empty line is a missing value
-        if len(row) != len(names):
-            raise FormatError(f"{path}: line {number}: expected {len(names)} cells, found {len(row)}")
-        rows.append([cell.strip() for cell in row])
-        numbers.append(number)
-    if len(rows) < 2:
-        raise FormatError(f"{path}: expected at least two rows below the names, found {len(rows)}")
-    cells = dict(zip(names, zip(*rows, strict=True), strict=True))
-    dates, date = None, None
-    for name in names:
-        if (dates := _dates(cells[name])) is not None:
-            date = name
-            break
+    ids = (ids,) if isinstance(ids, str) else tuple(ids)
+    how = {"--day-first": day_first, "--date-format": date_format, "--zone": zone, "--freq": freq}
+    given = read_source(source, encoding, (*ids, *categories))
+    date = ",".join(date) if date is not None and not isinstance(date, str) else date
+    for name in (*ids, *categories):
+        if name not in given.frame:
+            raise UsageError(f"{given.path}: expected a column {name!r}, found {', '.join(given.frame)}")
+    if date is None:
+        date = dates.find(given, ids, series_of(given, ids)[0])
+        if date is None and (asked := [name for name, value in how.items() if value is not None]):
+            raise UsageError(
+                f"{given.path}: expected a column of dates beside {asked[0]}, found none in {', '.join(given.frame)}: "
+                f"name it by --date"
+            )
+    if not ids and len(given.index) > 1 and date in given.index:
+        ids = tuple(name for name in given.index if name != date)
+        given.notes.append(f"series by {listed([f'`{name}`' for name in ids])}, which the frame's index holds")
+    codes, names = series_of(given, ids)
+    if date:
+        found = dates.read(given, date, codes, day_first, date_format)
+        if found.told:
+            given.notes.append(f"`{date}`: {found.told}")
+        placed = by_dates(given, found, codes, zone, freq)
     else:
-        for name in names:
-            _refuse_dates(path, name, cells[name], numbers)
-    columns, texts = {}, []
-    for name in names:
-        if name == date:
-            continue
-        values = _numbers(path, name, cells[name], numbers)
-        if values is None:
-            texts.append(name)
+        placed = in_order(codes, len(names))
+    used = {*ids, *(() if not date else [date] if date in given.frame else [part.strip() for part in date.split(",")])}
+    others = [name for name in given.frame if name not in used or name in categories]
+    ignored = {name: "row numbers" for name in others if _row_numbers(given, name)}
+    others = [name for name in others if name not in ignored]
+    asked, decimal = decimal, decimal_sign(given, others, decimal)
+    columns, labels = {}, {}
+    rows = int(placed.starts[-1])
+    for name in others:
+        value, said = convert(given, name, decimal, name in categories)
+        if said:
+            given.notes.append(f"`{name}`: {said}")
+        if isinstance(value, str):
+            ignored[name] = value
+        elif isinstance(value, Category):
+            codes_there = np.full(rows, -1, np.int64)
+            codes_there[placed.place] = value.codes
+            labels[name] = Category(codes_there, value.labels)
         else:
-            columns[name] = values
+            columns[name] = np.full(rows, np.nan)
+            columns[name][placed.place] = value
     if not columns:
-        raise FormatError(f"{path}: expected a column of numbers, found none in {', '.join(names)}")
-    spacing = None
-    if dates is not None:
-        spacing, at, dates = _grid(path, dates)
-        columns = {name: _on_grid(values, at) for name, values in columns.items()}
-    return Table(str(path), columns, tuple(texts), dates, date, spacing)
+        raise FormatError(f"{given.path}: expected a column of numbers, found none in {', '.join(given.frame)}")
+    if decimal == ",":
+        given.notes.append("decimal commas")
+    reading = {
+        "date": date or "",
+        "date_format": placed.form,
+        "zone": placed.zone,
+        "ids": list(ids),
+        "freq": None if placed.spacing is None else placed.spacing.alias,
+        "decimal": "," if decimal == "," else asked,
+        "encoding": encoding,
+        "categories": list(labels),
+    }
+    return Table(
+        path=given.path,
+        ids=names,
+        starts=placed.starts,
+        columns=columns,
+        categories=labels,
+        times=placed.times,
+        date=date or None,
+        id=",".join(ids) or None,
+        spacing=placed.spacing,
+        zone=placed.zone,
+        ignored=ignored,
+        filled=placed.filled,
+        notes=tuple(given.notes),
+        reading=reading,
+    )
 
 
-def _lines(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Give each row's cells with the number of its last line."""
-    reader = csv.reader(text.splitlines(), delimiter=delimiter)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise FormatError(f"{path}: line {reader.line_num}: {error}") from None
-
-
-def _numbers(path: Path, name: str, cells: tuple[str, ...], lines: list[int]) -> NDArray[np.float64] | None:
-    """Return a column of numbers, or None where its first cell that isn't empty is none."""
-    present = [cell for cell in cells if cell.lower() not in MISSING]
-    if present and not _is_number(present[0]):
-        return None
-    values = np.full(len(cells), np.nan)
-    for n, cell in enumerate(cells):
-        if cell.lower() in MISSING:
-            continue
-        if not _is_number(cell):
-            raise FormatError(f"{path}: line {lines[n]}: expected a number in column {name!r}, found {cell[:40]!r}")
-        values[n] = float(cell)
-        if abs(values[n]) > LARGEST:  # training is in float32
-            raise FormatError(
-                f"{path}: line {lines[n]}: expected a number that float32 holds in column {name!r}, found {cell[:40]!r}"
-            )
-    return values
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        return bool(np.isfinite(float(cell)))
-    except ValueError:
+def _row_numbers(given: Source, name: str) -> bool:
+    """Return whether a column is the index that pandas wrote, or wrote again under the name that it gave it."""
+    cells = given.frame[name]
+    if name not in given.index and not re.fullmatch(r"Unnamed: \d+", name):
         return False
-
-
-def _parsed(cell: str, parse: Callable[[str], datetime]) -> datetime | None:
-    try:
-        return parse(cell)
-    except ValueError:
-        return None
-
-
-def _dates(cells: Sequence[str]) -> list[datetime] | None:
-    """Return the column's dates, None where a cell is no date or they don't rise."""
-    for parse in DATES:
-        try:
-            dates = [parse(cell) for cell in cells]
-        except ValueError:
-            continue
-        aware = {date.tzinfo is None for date in dates}
-        if len(aware) == 1 and all(a < b for a, b in pairwise(dates)):
-            return dates
-    return None
-
-
-def _refuse_dates(path: Path, name: str, cells: Sequence[str], lines: list[int]) -> None:
-    """Raise `FormatError` where most of a column look like dates: one of them is none, or they don't rise.
-
-    Else its rows would be taken for rows in the order of time, and the column for text or for numbers.
-    """
-    if 2 * sum(LIKE_A_DATE.fullmatch(cell) is not None for cell in cells) <= len(cells):
-        return
-    read = max(([_parsed(cell, parse) for cell in cells] for parse in DATES), key=lambda dates: -dates.count(None))
-    dates = [date for date in read if date is not None]
-    where = f"{path}: line {lines[read.index(None) if None in read else 0]}"
-    if not dates:
-        raise FormatError(f"{where}: expected dates such as 2020-01-31 in column {name}, found {cells[0][:40]!r}")
-    if None in read:
-        like, found = cells[read.index(dates[0])], cells[read.index(None)][:40]
-        raise FormatError(f"{where}: expected a date such as {like} in column {name}, found {found!r}")
-    for n, (a, b) in enumerate(pairwise(dates), 1):
-        if (a.tzinfo is None) != (b.tzinfo is None):
-            raise FormatError(
-                f"{path}: line {lines[n]}: expected a time zone with all dates of column {name} or with none, "
-                f"found {cells[n]!r} after {cells[n - 1]!r}"
-            )
-        if not a < b:
-            raise FormatError(
-                f"{path}: line {lines[n]}: expected dates that rise in column {name}, "
-                f"found {cells[n]!r} after {cells[n - 1]!r}: sort the rows"
-            )
-
-
-def _grid(path: Path, dates: list[datetime]) -> tuple[Spacing, NDArray[np.int64], list[datetime]]:
-    """Return the spacing, the place of each date on the even grid, and the grid's dates."""
-    if dates[-1].year >= 9999:  # the calendar ends there, and a month's length is told by the next one
-        raise FormatError(f"{path}: expected dates before the year 9999, found {dates[-1].date().isoformat()}")
-    months = np.array([date.year * 12 + date.month - 1 for date in dates])
-    ends = [date.day == _days_in_month(month) for date, month in zip(dates, months, strict=True)]
-    same_day = len({(date.day, date.time()) for date in dates}) == 1
-    gaps = np.diff(months)
-    if gaps.min() >= 1 and (same_day or all(ends)):
-        spacing = Spacing(months=int(gaps.min()))
-        at = (months - months[0]) / spacing.months
-    else:
-        seconds = np.array([(date - dates[0]).total_seconds() for date in dates])
-        spacing = Spacing(seconds=float(Counter(np.diff(seconds)).most_common(1)[0][0]))
-        at = seconds / spacing.seconds
-    places = np.rint(at).astype(np.int64)
-    uneven = np.flatnonzero(np.abs(at - places) > 1e-6)
-    if len(uneven):
-        date = dates[uneven[0]].isoformat()
-        unit = f"{spacing.months} months" if spacing.months else str(timedelta(seconds=spacing.seconds))
-        raise FormatError(f"{path}: expected dates spaced evenly by {unit}, found {date}, which lies between two steps")
-    if places[-1] >= 20 * len(dates):
-        raise FormatError(
-            f"{path}: expected dates without long gaps, found {places[-1] + 1} steps for {len(dates)} rows"
-        )
-    return spacing, places, [spacing.after(dates[0], n) for n in range(int(places[-1]) + 1)]
-
-
-def _on_grid(values: NDArray[np.float64], at: NDArray[np.int64]) -> NDArray[np.float64]:
-    out = np.full(int(at[-1]) + 1, np.nan)
-    out[at] = values
-    return out
-
-
-def _days_in_month(month: int) -> int:
-    start = datetime(month // 12, month % 12 + 1, 1)
-    return ((start + timedelta(days=32)).replace(day=1) - start).days
+    return cells.dtype.kind == "i" and bool((np.diff(cells.to_numpy()) == 1).all())

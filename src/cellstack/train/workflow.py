@@ -1,9 +1,8 @@
-"""From data to a trained network and its measured errors: what `train.fit`, the command line and the demo do."""
+"""From sequences to a trained network and its measured errors: what `train.fit`, the command line and the demo do."""
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,13 +16,11 @@ from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Data, Indexed, Inputs, Labelled, shaped, split, target_scaling
 from cellstack.train.fitting import Result, as_network, check_memory, fitted
-from cellstack.train.forecast import Recipe, Windows, parts
 from cellstack.train.loop import Fit
 from cellstack.train.model import Model
 from cellstack.train.sequences import Sequences, joined
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.stream import Stream, Streamed
-from cellstack.train.table import Table
 from cellstack.train.targets import class_weights
 from cellstack.train.warm import Start
 
@@ -190,49 +187,6 @@ def _of_labels(metric: Callable[[Any, Any], float], labels: tuple[Any, ...]) -> 
 def _of(values: Any, kept: NDArray[np.int64]) -> NDArray:
     """Return the entries of some sequences, of all their steps where each has one a step."""
     return np.concatenate([values[n] for n in kept]) if isinstance(values, list) else values[kept]
-
-
-def train_forecast(
-    table: Table,
-    recipe: Recipe,
-    architecture: Architecture,
-    settings: Settings,
-    options: RunOptions = RunOptions(),
-    test: float = 0.2,
-) -> Result:
-    """Train on a table's earlier rows; measure by forecasts from every origin in its last `test` of the rows.
-
-    Args:
-        table: the series.
-        recipe: what is forecast from what.
-        architecture: how the model is built.
-        settings: how it is fitted.
-        options: how the training is run; its validation part lies between the training part and the test part.
-        test: share of the rows to measure on.
-
-    Returns:
-        The network and what was measured: `scores` are those of `predict.backtest`, and the number of `origins`.
-
-    Raises:
-        UsageError: a column that isn't there or holds nothing, or too few rows; see `fit` for more.
-    """
-    if not 0.0 < test < 1.0 - options.validation:
-        raise UsageError(f"expected a test share above 0 that leaves rows to train on, got {test}")
-    for name in (recipe.target, *recipe.inputs):
-        if name in table.columns and np.isnan(table.columns[name]).all():
-            raise UsageError(f"{table.path}: expected numbers in column {name!r}, found none")
-    origins = parts(len(table), recipe, options.validation, test)
-    windows = Windows(recipe, table, np.concatenate(origins))
-    kept, held = np.arange(len(origins[0])), np.arange(len(origins[0]), len(origins[0]) + len(origins[1]))
-    inputs = Inputs.measure(windows, kept)
-    examples = windows.fetch(kept)
-    head = {"outputs": recipe.horizon, "task": "regress", "targets": target_scaling(examples.y, examples.weight)}
-    data = Indexed(windows, inputs, kept, held, settings.batch, settings.seed, settings.noise, settings.offset)
-    model, fit, rank = _model(head, inputs, data, architecture, settings, options)
-    net = as_network(model, predict.metadata("forecast", inputs, recipe=recipe, data=os.path.basename(table.path)))
-    drift = model.targets.mean.cpu().numpy()
-    scores = predict.backtest(net, table, origins[2], table.path, drift)
-    return Result(net, model, fit, {**scores, "origins": len(origins[2])}, rank, len(held))
 
 
 def _model(

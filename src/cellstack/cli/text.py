@@ -1,0 +1,175 @@
+"""`cellstack train` on a text, to tell what comes next, and `cellstack generate`: what a network of text writes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cellstack.cli.files import load_model, show
+from cellstack.network import Network
+from cellstack.train.checks import UsageError
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.text.data import Architecture as TextArchitecture
+from cellstack.train.text.data import Parts, Streams, Text, alphabet_of, bits_per_character, content, usual_batch
+from cellstack.train.text.sampling import generate as characters_of
+
+SUFFIXES = (".txt", ".md")
+DEFAULTS = {
+    "units": (256, 256),
+    "lr": 5e-3,
+    "epochs": 30,
+    "patience": 5,
+    "validation": 0.05,
+    "pooling": "last",
+}
+UNUSED = ("bidirectional", "pooling", "every_step", "noise", "offset", "init")
+STEPS, TEST_SHARE = 128, 0.05
+
+
+def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Add the options for texts to the parser, and return them."""
+    text = train.add_argument_group("texts")
+    return [
+        text.add_argument("--bytes", action="store_true", help="learn the bytes of a file, whatever they mean"),
+        text.add_argument("--steps", type=int, metavar="N", help=f"how far gradients reach back ({STEPS})"),
+        text.add_argument(
+            "--embedding",
+            type=int,
+            metavar="N",
+            help=f"width of a character's vector ({TextArchitecture.embedding}); 0: one-hot",
+        ),
+    ]
+
+
+@dataclass
+class Job:
+    """A text that was read: see `cli.train.Job`."""
+
+    text: Text
+    parts: Parts
+    test: Text | None
+    steps: int
+    batch: int
+    architecture: TextArchitecture
+    understood: list[str]
+    described: dict[str, Any]
+    defaults: dict[str, Any]
+
+    def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
+        """Train on it."""
+        from cellstack.train.text.workflow import above_the_bar, train_text
+
+        chosen = {"units": architecture.units, "cell": architecture.cell, "dropout": architecture.dropout}
+        built = replace(self.architecture, **chosen)
+        settings = replace(settings, batch=self.batch)
+        say = above_the_bar if options.progress else None
+        return train_text(self.text, self.parts, built, self.steps, settings, options, own, self.test, say)
+
+    def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return the bits per character of the held-out parts."""
+        names = {"validation_bits_per_character": "validation", "bits_per_character": "test"}
+        found = [f"{what} {result.scores[name]:.4f}" for name, what in names.items() if name in result.scores]
+        return result.scores, [f"bits per character: {', '.join(found)}"] if found else []
+
+
+def read(args: argparse.Namespace) -> Job:
+    """Read a text, and the one to measure on where there is one.
+
+    Raises:
+        UsageError: a text that is too short, or one to measure on with characters that the first one lacks.
+        FormatError: it isn't UTF-8.
+    """
+    text = Text.of(content(args.file, args.bytes), args.file)
+    validation = DEFAULTS["validation"] if args.validation is None else args.validation
+    parts = text.parts(validation, TEST_SHARE if args.test is None else 0.0)
+    test = None if args.test is None else Text.of(content(args.test, args.bytes), args.test, text.alphabet)
+    steps = STEPS if args.steps is None else args.steps
+    architecture = TextArchitecture() if args.embedding is None else TextArchitecture(embedding=args.embedding)
+    batch = usual_batch(parts.training[1], steps) if args.batch is None else args.batch
+    streams = Streams(text.ids, parts.training, batch, steps)
+    lines = [
+        f"{args.file}: {text.summary(parts)}",
+        f"  {streams.rows} streams, {streams.steps} {text.alphabet.unit} of each a step, {len(streams)} steps an epoch",
+    ]
+    if test is not None:
+        lines.append(f"{args.test}: {len(test.ids):,} {test.alphabet.unit} to measure on")
+    described = {
+        "file": args.file,
+        "unit": text.alphabet.unit,
+        "length": len(text.ids),
+        "different": int(np.count_nonzero(text.counts)),
+        **{name: end - begin for name, (begin, end) in parts._asdict().items()},
+        "streams": streams.rows,
+        "steps_an_epoch": len(streams),
+    }
+    return Job(text, parts, test, steps, batch, architecture, lines, described, DEFAULTS)
+
+
+def measure(args: argparse.Namespace, net: Network, path: str) -> int:
+    """Say how well a network of text tells the characters of a file."""
+    alphabet = alphabet_of(net, path)
+    ids = alphabet.encode(content(args.file, alphabet.characters is None), args.file)
+    if len(ids) < 2:
+        raise UsageError(f"{args.file}: expected at least two {alphabet.unit}, found {len(ids)}")
+    bits = bits_per_character(net, ids, threads=args.threads)
+    report = {"characters": len(ids), "bits_per_character": bits}
+    show(args, report, [f"{len(ids):,} {alphabet.unit}, {bits:.4f} bits per {alphabet.unit[:-1]}"])
+    return 0
+
+
+def add_generate_arguments(generate: argparse.ArgumentParser) -> None:
+    """Add the options of `generate` to its parser."""
+    generate.add_argument("model", metavar="MODEL", help="a network of text, as cellstack train BOOK.txt makes one")
+    generate.add_argument("--prompt", default="", metavar="TEXT", help="what it goes on from (default: a line's begin)")
+    generate.add_argument(
+        "--length", type=int, default=1000, metavar="N", help="characters to write, bytes of a model of bytes (1000)"
+    )
+    generate.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1 bolder, below 1 safer; 0: the likeliest (1)",
+    )
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw from the likeliest K characters alone")
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", help="from the fewest that have this probability together"
+    )
+    generate.add_argument("--seed", type=int, metavar="N", help="fixes the draws (default: others each time)")
+    generate.add_argument("--stop", metavar="TEXT", help="end once this has been written")
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Write what a network of text goes on with, each character as it comes."""
+    net, path = load_model(args.model)
+    seed = int(np.random.SeedSequence().generate_state(1)[0]) if args.seed is None else args.seed
+    started = time.perf_counter()
+    characters = characters_of(
+        net,
+        args.prompt,
+        length=args.length,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=seed,
+        stop=args.stop,
+        name=path,
+    )
+    if args.json:
+        text = "".join(characters)
+        took = time.perf_counter() - started
+        figures = {"characters": len(text), "seconds": took}
+        show(args, {"model": path, "prompt": args.prompt, "text": text, "seed": seed, **figures}, [])
+        return 0
+    sys.stdout.write(args.prompt)
+    for character in characters:
+        sys.stdout.write(character)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return 0

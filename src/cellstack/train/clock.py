@@ -1,0 +1,187 @@
+"""Local times whose clock is put forward and back: which hour stands twice, which is missing. Needs no torch."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.spec import FormatError
+from cellstack.train.checks import UsageError
+from cellstack.train.dates import Dates
+from cellstack.train.source import Series, Source
+
+# One zone for each rule by which clocks are changed today; the data tells the rule, not the place.
+RULES = (
+    *("America/New_York", "Europe/Berlin", "Europe/London", "Europe/Helsinki", "Australia/Sydney"),
+    *("Pacific/Auckland", "America/Santiago", "America/Sao_Paulo", "Australia/Lord_Howe", "Asia/Jerusalem"),
+)
+
+
+def zoned(
+    given: Source, found: Dates, codes: NDArray[np.int64], zone: str | None
+) -> tuple[NDArray[np.datetime64] | None, str | None]:
+    """Return the times in UTC, None where no zone is known, and the wall clock's zone; say what was assumed.
+
+    Raises:
+        UsageError: there is no such zone.
+    """
+    if zone is not None:
+        try:
+            _twice(found.times.iloc[:1], zone)
+        except (KeyError, ValueError, ModuleNotFoundError):
+            raise UsageError(f"expected a time zone's name such as Europe/Berlin, got {zone!r}") from None
+    if found.offsets:
+        if zone is None and found.zone is None:
+            same = len(found.offsets) == 1
+            zone = _offset(found.offsets[0]) if same else "UTC"
+            if not same:
+                given.notes.append(
+                    f"`{found.name}` names {len(found.offsets)} offsets ({', '.join(found.offsets[:3])}): taken "
+                    f"in UTC, --zone gives local time"
+                )
+        return found.times.to_numpy(), zone or found.zone
+    asked = zone is not None
+    if zone is None:
+        zone = told(found.times, codes)
+        if zone is None:
+            return None, None
+    utc, said = to_utc(given, found.times, codes, zone)
+    if not asked:
+        how = said or "the hours that it skips are those that are missing"
+        said = f"local time whose clock is changed as in {zone} (--zone names another): {how}"
+    if said:
+        given.notes.append(f"`{found.name}`: {said}")
+    return utc.to_numpy(), zone
+
+
+def _offset(text: str) -> str:
+    """Return an offset as pandas names its zone: `UTC+01:00`."""
+    if text in ("Z", "UTC", "GMT"):
+        return "UTC"
+    digits = text[1:].replace(":", "").ljust(4, "0")
+    return "UTC" if digits == "0000" else f"UTC{text[0]}{digits[:2]}:{digits[2:]}"
+
+
+def wall_clock(utc: NDArray[np.datetime64], zone: str | None) -> NDArray[np.datetime64]:
+    """Return times in UTC as the clock of a zone shows them, datetime64[us]."""
+    import pandas as pd
+
+    return (
+        pd.Series(utc)
+        .dt.tz_localize("UTC")
+        .dt.tz_convert(zone)
+        .dt.tz_localize(None)
+        .to_numpy()
+        .astype("datetime64[us]")
+    )
+
+
+def utc_of(wall: NDArray[np.datetime64], zone: str | None) -> NDArray[np.datetime64]:
+    """Return one series' wall-clock times in UTC; of two that are alike, the first is before the clock is put back."""
+    import pandas as pd
+
+    times = pd.Series(wall.astype("datetime64[us]"))
+    return (
+        times.dt.tz_localize(zone, ambiguous=~times.duplicated().to_numpy())
+        .dt.tz_convert("UTC")
+        .dt.tz_localize(None)
+        .to_numpy()
+    )
+
+
+def to_utc(source: Source, times: Series, codes: NDArray[np.int64], zone: str) -> tuple[Series, str]:
+    """Return local times in UTC, and what was assumed.
+
+    Of an hour that stands twice, the rows that come first are those before the clock is put back.
+
+    Raises:
+        FormatError: a time that the zone's clock doesn't show; the message names the change.
+    """
+    import pandas as pd
+
+    twice = _twice(times, zone)
+    before = _before(times, codes)
+    utc = times.dt.tz_localize(zone, ambiguous=before, nonexistent="NaT")
+    gone = utc.isna().to_numpy()
+    if gone.any():
+        row = int(np.argmax(gone))
+        raise FormatError(
+            f"{source.at(row)}: expected times that the clock shows in {zone}, found {times.iloc[row]}, when it is put "
+            f"forward: leave out --zone, or give UTC, where the file's clock isn't changed"
+        )
+    changes = np.unique(times[twice].to_numpy().astype("datetime64[D]"))
+    said = ""
+    if len(changes):
+        days = ", ".join(map(str, changes[:3])) + (" …" if len(changes) > 3 else "")
+        said = f"of the hour that stands twice ({days}), the earlier rows are those before the clock is put back"
+        single = int((~pd.DataFrame({"c": codes[twice], "t": times[twice]}).duplicated(keep=False)).sum())
+        said += f"; {single} rows of it that stand once are taken as these" if single else ""
+    return utc.dt.tz_convert("UTC").dt.tz_localize(None), said
+
+
+def _before(times: Series, codes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return for each row whether it is the earlier of two with one time, or the only one."""
+    import pandas as pd
+
+    rising = np.diff(times.to_numpy()).astype(np.int64)
+    newest_first = (rising < 0).sum() > (rising > 0).sum()
+    return ~pd.DataFrame({"c": codes, "t": times}).duplicated(keep="last" if newest_first else "first").to_numpy()
+
+
+def _twice(times: Series, zone: str) -> NDArray[np.bool_]:
+    """Return for each row whether the zone's clock shows its time twice."""
+    return times.dt.tz_localize(zone, ambiguous="NaT", nonexistent="shift_forward").isna().to_numpy()
+
+
+def _never(times: Series, zone: str) -> NDArray[np.bool_]:
+    """Return for each row whether the zone's clock never shows its time."""
+    return times.dt.tz_localize(zone, ambiguous=np.ones(len(times), bool), nonexistent="NaT").isna().to_numpy()
+
+
+def told(times: Series, codes: NDArray[np.int64]) -> str | None:
+    """Return a zone by whose rule the local times of a table double an hour in autumn and leave one out in spring.
+
+    Every time that stands twice in a series must lie in an hour that the clock shows twice, and none may stand in an
+    hour that it never shows. Where the times span no autumn, the rows right before and after a change in spring must be
+    there. None where no rule fits.
+    """
+    import pandas as pd
+
+    if (times.dt.normalize() == times).all():
+        return None
+    keys = pd.DataFrame({"c": codes, "t": times})
+    doubled = keys.duplicated(keep=False).to_numpy()
+    if keys[doubled].groupby(["c", "t"]).size().max() > 2 if doubled.any() else False:
+        return None
+    unique = pd.Series(times.unique())
+    for zone in RULES:
+        if _never(unique, zone).any():
+            continue
+        if doubled.any():
+            if _twice(times[doubled], zone).all():
+                return zone
+        elif _spring_alone(unique, zone):
+            return zone
+    return None
+
+
+def _spring_alone(times: Series, zone: str) -> bool:
+    """Return whether rows leave out exactly the hours that the clock skips, with none doubled that could be."""
+    import pandas as pd
+
+    times = times.sort_values()
+    if _twice(times, zone).any():
+        return False
+    utc = times.dt.tz_localize(zone, ambiguous=np.ones(len(times), bool))
+    wall, real = (
+        np.diff(times.to_numpy()).astype(np.int64),
+        np.diff(utc.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy()).astype(np.int64),
+    )
+    step = pd.Series(wall).mode().iloc[0]
+    changed = wall != real
+    return bool(changed.any() and (real[changed] == step).all() and step < 3_600_000_000 + 1)
+
+
+def near_a_change(times: Series) -> str | None:
+    """Return a zone whose clock is put back at one of these times; None where there is none."""
+    return next((zone for zone in RULES if _twice(times, zone).any()), None)

@@ -1,0 +1,194 @@
+"""What the cells of a column are: numbers, categories, or what can't be used. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.spec import FormatError
+from cellstack.train.checks import UsageError
+from cellstack.train.source import Series, Source
+
+LARGEST = float(np.finfo(np.float32).max)
+MOST_LABELS = 1000
+SIGN, POWER, BLANKS = r"[+-]?", r"(?:[eE][+-]?\d+)?", "'\u00a0\u202f "
+POINT = rf"{SIGN}(?:\d+|\d{{1,3}}(?:[,{BLANKS}]\d{{3}})+)?(?:\.\d*)?{POWER}"
+COMMA = rf"{SIGN}(?:\d+|\d{{1,3}}(?:[.{BLANKS}]\d{{3}})+)?(?:,\d*)?{POWER}"
+EITHER = rf"{SIGN}\d{{1,3}},\d{{3}}"  # 1,234: thousands or thousandths
+GROUPED = rf"{SIGN}\d{{1,3}}(?:,\d{{3}})+(?:\.\d*)?"
+MONEY = re.compile(r"[-+]?\s?(?:[$€£¥]\s?[\d.,]+|[\d.,]+\s?[%$€£¥])")
+
+
+@dataclass(frozen=True)
+class Category:
+    """A column of text with few different values.
+
+    Args:
+        codes: int64 `[N]`, positions in `labels`; -1 where missing.
+        labels: the different values, sorted.
+    """
+
+    codes: NDArray[np.int64]
+    labels: tuple[str, ...]
+
+    def coded(self, labels: Sequence[str]) -> NDArray[np.int64]:
+        """Return the codes by other labels, -1 for a value that isn't among them."""
+        place = {label: n for n, label in enumerate(labels)}
+        codes = np.array([*(place.get(label, -1) for label in self.labels), -1], np.int64)
+        return codes[self.codes]
+
+
+def decimal_sign(source: Source, names: Sequence[str], asked: str | None) -> str:
+    """Return the sign between a number's whole and its decimals: as asked for, else as the cells tell it.
+
+    Raises:
+        FormatError: the cells can be read in two ways.
+    """
+    if asked is not None:
+        if asked not in (".", ","):
+            raise UsageError(f"expected . or , as the decimal sign, got {asked!r}")
+        return asked
+    either = pointed = comma = None
+    for name in names:
+        cells = source.frame[name].dropna()
+        if not _is_text(cells):
+            continue
+        if (
+            not cells.iloc[:100].str.fullmatch(rf"{POINT}|{COMMA}").all()
+            or not cells.str.contains(",", regex=False).any()
+        ):
+            continue
+        cells = cells[cells.str.contains(",", regex=False)]
+        ways = (cells.str.fullmatch(GROUPED), cells.str.fullmatch(COMMA))
+        for row, point, whole in zip(cells.index, *ways, strict=True):
+            if whole and not point:
+                comma = comma or (row, name)
+            elif point and not whole:
+                pointed = pointed or (row, name)
+            elif point:
+                either = either or (row, name)
+    if comma and pointed:
+        raise FormatError(
+            f"{source.at(comma[0])}: expected one decimal sign, found {source.quote(*comma)} in column {comma[1]} and "
+            f"{source.quote(*pointed)} in column {pointed[1]}"
+        )
+    if comma and source.separator == ",":
+        raise FormatError(
+            f"{source.at(comma[0])}: expected a decimal point in column {comma[1]}, found {source.quote(*comma)}: say "
+            f"--decimal , if these are decimal commas"
+        )
+    if either and not comma and not pointed:
+        raise FormatError(
+            f"{source.at(either[0])}: expected a number that can be read in one way in column {either[1]}, found "
+            f"{source.quote(*either)}: say --decimal , or --decimal . (a comma then parts thousands)"
+        )
+    return "," if comma else "."
+
+
+def _is_text(cells: Series) -> bool:
+    return len(cells) > 0 and isinstance(cells.iloc[0], str)
+
+
+def convert(source: Source, name: str, decimal: str, as_text: bool) -> tuple[NDArray[np.float64] | Category | str, str]:
+    """Return a column as float64 numbers `[N]`, as a category, or why it can't be used; and what was assumed.
+
+    Args:
+        source: the table.
+        name: of the column.
+        decimal: the decimal sign.
+        as_text: take it as a category whatever it holds.
+
+    Raises:
+        FormatError: a cell that is no number in a column of numbers, or none that float32 holds.
+    """
+    import pandas as pd
+
+    cells = source.frame[name]
+    kind = cells.dtype
+    if as_text:
+        return _category(cells if _is_text(cells.dropna()) else source.text(name), True), ""
+    if isinstance(kind, pd.CategoricalDtype):
+        return _category(cells.astype(object), True), ""
+    if pd.api.types.is_bool_dtype(kind) and not pd.api.types.is_object_dtype(kind):
+        return _checked(
+            source, name, cells.astype("Float64").to_numpy(np.float64, na_value=np.nan)
+        ), "0 and 1 for false and true"
+    if pd.api.types.is_datetime64_any_dtype(kind) or isinstance(kind, pd.PeriodDtype):
+        return "dates beside those of the rows", ""
+    if pd.api.types.is_timedelta64_dtype(kind):
+        return "durations: make them numbers, as by .dt.total_seconds()", ""
+    if pd.api.types.is_complex_dtype(kind):
+        return "complex numbers", ""
+    present = cells.dropna()
+    if decimal == "," and source.lines is not None and pd.api.types.is_float_dtype(kind) and len(present):
+        cells = source.text(name)  # a point that was read as one may part thousands
+        present = cells.dropna()
+    if pd.api.types.is_numeric_dtype(cells.dtype) or not len(present):
+        return _checked(source, name, cells.astype("Float64").to_numpy(np.float64, na_value=np.nan)), ""
+    if not _is_text(present):
+        if present.map(lambda cell: isinstance(cell, (bool, np.bool_))).all():
+            return cells.astype("boolean").astype("Float64").to_numpy(
+                np.float64, na_value=np.nan
+            ), "0 and 1 for false and true"
+        try:
+            return _checked(source, name, cells.astype(np.float64).to_numpy()), ""
+        except (TypeError, ValueError):
+            return f"objects of {type(present.iloc[0]).__name__}", ""
+    return _of_text(source, name, cells, decimal)
+
+
+def _of_text(
+    source: Source, name: str, cells: Series, decimal: str
+) -> tuple[NDArray[np.float64] | Category | str, str]:
+    present = cells.dropna()
+    form, groups = (COMMA, f".{BLANKS}") if decimal == "," else (POINT, f",{BLANKS}")
+    some = present.iloc[:1000]
+    fit = some.str.fullmatch(form) & some.str.contains(r"\d")
+    if 2 * int(fit.sum()) < len(some):
+        if 2 * int(some.str.fullmatch(MONEY).sum()) >= len(some):
+            row = int(present.index[0])
+            raise FormatError(
+                f"{source.at(row)}: expected plain numbers in column {name!r}, found {source.quote(row, name)}: leave "
+                f"out the signs of money and of percent"
+            )
+        return _category(cells, False), ""
+    fit = present.str.fullmatch(form) & present.str.contains(r"\d")
+    if not fit.all():
+        row = int(present.index[int(np.argmin(fit.to_numpy(bool)))])
+        found = source.quote(row, name)
+        if re.fullmatch(r"(?i)[+-]?(inf|infinity)", present[row]):
+            raise FormatError(f"{source.at(row)}: expected finite numbers in column {name!r}, found {found}")
+        raise FormatError(
+            f"{source.at(row)}: expected a number in column {name!r}, found {found}: name the column by --category "
+            f"where its cells are names"
+        )
+    parted = present.str.contains(f"[{groups}]", regex=True)
+    plain = cells.str.replace(f"[{groups}]", "", regex=True) if parted.any() else cells
+    values = (plain.str.replace(",", ".", regex=False) if decimal == "," else plain).astype(np.float64).to_numpy()
+    said = f"thousands parted, as in {present[parted].iloc[0]!r}" if parted.any() else ""
+    return _checked(source, name, values), said
+
+
+def _checked(source: Source, name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    beyond = np.abs(values) > LARGEST
+    if beyond.any():
+        row = int(np.argmax(beyond))
+        found = source.quote(row, name)
+        what = "finite numbers" if np.isinf(values[row]) and "inf" in found.lower() else "a number that float32 holds"
+        raise FormatError(f"{source.at(row)}: expected {what} in column {name!r}, found {found}")
+    return values
+
+
+def _category(cells: Series, whatever: bool) -> Category | str:
+    import pandas as pd
+
+    cells = cells.astype(str).where(cells.notna())
+    codes, labels = pd.factorize(cells, sort=True)
+    present = int((codes >= 0).sum())
+    if not whatever and (2 * len(labels) > present or len(labels) > MOST_LABELS):
+        return f"text, {len(labels):,} different values in {present:,} rows"
+    return Category(codes.astype(np.int64), tuple(str(label) for label in labels))

@@ -1,0 +1,371 @@
+"""Which column of a table holds its dates, in which form they are written, and their times. Needs no torch.
+
+A form is guessed from cells; pandas then parses every cell strictly by it. What the cells don't settle, such as whether
+the day or the month comes first, is asked for and not guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.spec import FormatError
+from cellstack.train.checks import UsageError
+from cellstack.train.forms import OFFSET, forms, parsed, says_day_first
+from cellstack.train.grid import even_share
+from cellstack.train.source import Frame, Series, Source
+
+UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+UNIX = (datetime(1971, 1, 1).timestamp(), datetime(2100, 1, 1).timestamp())
+EXCEL = "1899-12-30"  # day 0 of its serial numbers, the leap day that 1900 didn't have among them
+NAMED = re.compile(r"(?:^|.*[_\W])(?:date|datetime|timestamp|ds)(?:$|[_\W].*)|.*[a-z](?-i:Date)$", re.IGNORECASE)
+MAY_BE_NAMED = re.compile(
+    r"(?:^|.*[_\W])(?:time|year|month|week|quarter|period|day|unix|epoch|ts)(?:$|[_\W].*)", re.IGNORECASE
+)
+HOURS = re.compile(r"(?:^|.*[_\W])(?:hour|hr|h|time|hour_of_day)(?:$|[_\W].*)", re.IGNORECASE)
+TIME_OF_DAY = r"\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?(?: ?[AaPp][Mm])?"
+PARTS = ("year", "quarter", "month", "day", "hour", "minute", "second")
+
+
+@dataclass
+class Dates:
+    """The dates of a table.
+
+    Args:
+        name: of the column or, with commas between, columns.
+        times: datetime64[us], one a row; in UTC where `offsets` says so.
+        offsets: offsets from UTC that the cells name, in order of appearance; none where they name none.
+        form: how they are written: one of strptime's forms, or `quarter`, `week`, `s`, `ms`, `us`, `ns`, `excel`.
+        told: how the day was told from the month, and the like; empty where nothing had to be.
+        zone: of a frame's times.
+    """
+
+    name: str
+    times: Series
+    offsets: tuple[str, ...] = ()
+    form: str = ""
+    told: str = ""
+    zone: str | None = None
+
+    def shown(self, source: Source, row: int) -> str:
+        """Return the cells of a row's date as they stand in the table."""
+        names = [self.name] if self.name in source.frame else self.name.split(",")
+        return " ".join(source.quote(row, name.strip()) for name in names)
+
+
+def find(source: Source, ids: Sequence[str], codes: NDArray[np.int64]) -> str | None:
+    """Return the name of the column of dates, or of several that make them up; None where no column looks like dates.
+
+    Text that looks like dates comes first, then a column for the year and others for its parts, then numbers that a
+    column's name or their even steps make dates. A column of hours or times of day is taken along where a day stands in
+    several rows of a series.
+
+    Args:
+        source: the table; what was assumed is added to its notes.
+        ids: names of the columns that tell series apart.
+        codes: number of each row's series.
+
+    Raises:
+        FormatError: a column that is named as dates are holds none.
+    """
+    import pandas as pd
+
+    frame = source.frame
+    names = [name for name in frame.columns if name not in ids]
+    numbers = [name for name in names if frame[name].dtype.kind in "iuf"]
+    typed = [
+        name for name in names if pd.api.types.is_datetime64_any_dtype(frame[name].dtype) or _is_period(frame[name])
+    ]
+    like = [name for name in names if name not in (*numbers, *typed) and _look_like(frame[name])]
+    parts = _parts(names)
+    counted = [name for name in numbers if _numbers_like(frame[name], named=_named(name) or name in source.index)]
+    for some in (sorted(typed, key=lambda name: name not in source.index), like, [parts] if parts else [], counted):
+        if some:
+            found = some[0] if some[0] == parts else _best(frame, some)
+            also = None if found == parts else _clock_beside(frame, found, names, codes)
+            if also is not None:
+                found = f"{found},{also}"
+            if "," in found and found not in frame:
+                source.notes.append(f"times by {', '.join(f'`{part}`' for part in found.split(','))} together")
+            return found
+    for name in names:
+        text = frame[name].dropna()
+        weak = MAY_BE_NAMED.match(name) and name not in numbers and 2 * text.nunique() > len(frame)
+        if (NAMED.match(name) or weak) and len(text):
+            row = int(np.argmax(frame[name].notna().to_numpy()))
+            raise FormatError(
+                f"{source.at(row)}: expected dates such as 2020-01-31 in column {name}, found "
+                f"{source.quote(row, name)}: say how they are written by --date-format (excel for its numbers), name "
+                f"another column by --date, or say --date '' for none"
+            )
+        if MAY_BE_NAMED.match(name) and name in numbers and len(text) == len(frame) and text.is_monotonic_increasing:
+            source.notes.append(f"`{name}` taken as numbers, not as dates: --date and --date-format say otherwise")
+    return None
+
+
+def _best(frame: Frame, names: list[str]) -> str:
+    """Return the column whose dates are whole and rise, else one that is named as dates are, else the first."""
+    whole = [name for name in names if frame[name].notna().all()]
+    rising = [name for name in whole if frame[name].is_monotonic_increasing]
+    named = [name for name in names if NAMED.match(name)]
+    return (rising or [name for name in named if name in whole] or whole or named or names)[0]
+
+
+def _parts(names: list[str]) -> str | None:
+    """Return the columns that hold a year and its parts, with commas between; None where there are none."""
+    called = {name.strip().lower(): name for name in reversed(names)}
+    found = ["year", "quarter"] if "quarter" in called and "month" not in called else ["year", "month"]
+    for part in ("day", "hour", "minute", "second"):
+        if found[-1] == "quarter" or part not in called:
+            break
+        found.append(part)
+    return ",".join(called[part] for part in found) if all(part in called for part in found) else None
+
+
+def _clock_beside(frame: Frame, date: str, names: list[str], codes: NDArray[np.int64]) -> str | None:
+    """Return a column of hours or times of day that makes the times of each series different; None where none does."""
+    import pandas as pd
+
+    if not pd.DataFrame({"c": codes, "d": frame[date]}).duplicated().any():
+        return None
+    for name in names:
+        cells = frame[name]
+        if name == date or not len(cells) or cells.isna().any():
+            continue
+        if cells.dtype.kind in "iu":
+            hours = bool(HOURS.match(name)) and bool(cells.between(0, 23).all())
+        else:
+            hours = isinstance(cells.iloc[0], str) and bool(cells.str.fullmatch(TIME_OF_DAY).all())
+        if hours and pd.DataFrame({"c": codes, "d": frame[date], "h": cells}).duplicated().mean() < 0.01:
+            return name  # but for an hour that stands twice as the clock is put back
+    return None
+
+
+def _is_period(cells: Series) -> bool:
+    import pandas as pd
+
+    return isinstance(cells.dtype, pd.PeriodDtype)
+
+
+def _look_like(cells: Series) -> bool:
+    """Return whether at least half of the first different cells may be dates."""
+    some = cells.dropna().iloc[:10_000].astype(str).drop_duplicates().iloc[:50]
+    return len(some) > 0 and 2 * sum(bool(forms(cell)) for cell in some) >= len(some)
+
+
+def _named(name: str) -> bool:
+    return bool(NAMED.match(name) or MAY_BE_NAMED.match(name))
+
+
+def _numbers_like(cells: Series, named: bool) -> bool:
+    """Return whether whole numbers are dates: by the column's name, by their digits, or by even steps of Unix time."""
+    values = cells.dropna().to_numpy(np.float64)
+    if not len(values) or not np.isfinite(values).all() or (values % 1 != 0).any():
+        return False
+    unit = _unix_unit(values)
+    if named:
+        return unit is not None or _look_like(cells.dropna().astype("int64"))
+    if len(values) < len(cells):
+        return False
+    if unit is not None:
+        steps = np.diff(values)
+        return bool((steps >= UNITS[unit]).all() and (steps % steps.min() == 0).all())
+    digits = cells.iloc[:10_000].astype("int64").astype(str)
+    return any(
+        (digits.str.len() == len(f"{values[0]:.0f}")).all() and not parsed(digits, form).isna().any()
+        for form in forms(f"{values[0]:.0f}")
+        if len(f"{values[0]:.0f}") >= 8
+    )
+
+
+def _unix_unit(values: NDArray[np.float64]) -> str | None:
+    """Return the unit in which numbers are Unix times from 1971 to 2100; None where they aren't, or are dates."""
+    digits = [f"{value:.0f}" for value in values[:: max(1, len(values) // 50)]]
+    if all(forms(text) for text in digits):
+        return None
+    for unit, scale in UNITS.items():
+        if UNIX[0] * scale <= values.min() and values.max() <= UNIX[1] * scale:
+            return unit
+    return None
+
+
+def read(source: Source, name: str, codes: NDArray[np.int64], day_first: bool | None, form: str | None) -> Dates:
+    """Return the dates of a column, or of several, their names with commas between.
+
+    Args:
+        source: the table.
+        name: of the column.
+        codes: number of each row's series, `[N]`.
+        day_first: whether the day stands before the month; told by the cells where None.
+        form: in which they are written, see `Dates`; told by the cells where None.
+
+    Raises:
+        FormatError: a cell that is no date, or dates that can be read in two ways.
+        UsageError: a column that isn't there, or a form that is none.
+    """
+    import pandas as pd
+
+    names = [name] if name in source.frame else [part.strip() for part in name.split(",")]
+    for part in names:
+        if part not in source.frame:
+            raise UsageError(f"{source.path}: expected a column of dates {part!r}, found {', '.join(source.frame)}")
+    if len(names) > 1:
+        cells = _joined(source, names)
+    else:
+        cells = source.frame[name]
+        if isinstance(cells.dtype, pd.DatetimeTZDtype):
+            zone = str(cells.dt.tz)
+            times = _complete(source, cells, name).dt.tz_convert("UTC").dt.tz_localize(None)
+            return Dates(name, times.astype("datetime64[us]"), (zone,), zone=zone)
+        if pd.api.types.is_datetime64_dtype(cells.dtype):
+            return Dates(name, _complete(source, cells, name).astype("datetime64[us]"))
+        if _is_period(cells):
+            return Dates(name, _complete(source, cells, name).dt.to_timestamp().astype("datetime64[us]"))
+        if pd.api.types.is_numeric_dtype(cells.dtype) and not pd.api.types.is_bool_dtype(cells.dtype):
+            if dates := _of_numbers(source, cells, name, form):
+                return dates
+            cells = cells.astype(str) if cells.dtype.kind in "iu" else source.text(name)
+        else:
+            cells = cells.astype(str).where(cells.notna()) if source.lines is None else cells
+    return _of_text(source, cells, name, names, codes, day_first, form)
+
+
+def _complete(source: Source, cells: Series, name: str) -> Series:
+    if cells.isna().any():
+        row = int(np.argmax(cells.isna().to_numpy()))
+        raise FormatError(f"{source.at(row)}: expected a date in column {name}, found {source.quote(row, name)}")
+    return cells
+
+
+def _of_numbers(source: Source, cells: Series, name: str, form: str | None) -> Dates | None:
+    """Return dates that are counted: Unix times, serial numbers of Excel; None for those that are written in digits."""
+    import pandas as pd
+
+    if form is not None and form not in UNITS and form != "excel":
+        return None
+    unit = form or _unix_unit(cells.dropna().to_numpy(np.float64))
+    if unit is None:
+        return None
+    values = _complete(source, cells, name).to_numpy(np.float64)
+    if unit == "excel":
+        times = pd.Series(pd.to_datetime(values, unit="D", origin=EXCEL)).dt.round("ms")
+        return Dates(name, times.astype("datetime64[us]"), form=unit)
+    whole = pd.Series(
+        np.rint(values / UNITS[unit] * 1e6).astype(np.int64) if unit != "ns" else cells.to_numpy() // 1000
+    )
+    told = f"Unix time in {unit}, in UTC"
+    return Dates(name, whole.astype("int64").astype("datetime64[us]"), ("UTC",), unit, told)
+
+
+def _joined(source: Source, names: list[str]) -> Series:
+    """Return several columns as one of text: years, quarters, months, days; a day and its hour or time of day."""
+    import pandas as pd
+
+    frame, kinds = source.frame, [name.strip().lower() for name in names]
+    for name in names:
+        _complete(source, frame[name], name)
+    text = {}
+    for name, kind in zip(names, kinds, strict=True):
+        cells = frame[name]
+        whole = pd.api.types.is_numeric_dtype(cells.dtype) and bool((cells == np.floor(cells)).all())
+        text[kind] = (cells.astype("int64") if whole else cells).astype(str).str.strip()
+        if whole and kind not in PARTS[:4] and kind != kinds[0]:  # hours, by whatever name
+            text[kind] = text[kind].str.zfill(2) + ("" if kind in PARTS else ":00")
+    if kinds[0] != "year":
+        rest = [text[kind] for kind in kinds[1:]]
+        out = text[kinds[0]]
+        for n, part in enumerate(rest):
+            out = out + (" " if n == 0 else ":") + part
+        if len(rest) == 1 and rest[0].str.fullmatch(r"\d\d").all():
+            out = out + ":00"
+        return out
+    if kinds == ["year", "quarter"]:
+        return text["year"] + "Q" + text["quarter"]
+    out = text["year"]
+    for kind, before in zip(PARTS[2:], ("-", "-", " ", ":", ":"), strict=True):
+        if kind in text:
+            out = out + before + text[kind].str.zfill(2)
+    return out + ":00" if kinds[-1] == "hour" else out
+
+
+def _of_text(
+    source: Source,
+    cells: Series,
+    name: str,
+    names: list[str],
+    codes: NDArray[np.int64],
+    day_first: bool | None,
+    form: str | None,
+) -> Dates:
+    import pandas as pd
+
+    numbers, unique = pd.factorize(cells)  # a panel's dates stand many times
+    unique = pd.Series(unique, dtype=object).astype(str)
+    sample = unique.iloc[:: max(1, len(unique) // 50)].iloc[:60]
+    choices = [form] if form is not None else list(dict.fromkeys(form for cell in sample for form in forms(cell)))
+    if day_first is not None:
+        choices = [form for form in choices if says_day_first(form) in (None, day_first)]
+    read = {form: parsed(unique, form) for form in choices}
+    if not read:
+        shown = repr(str(sample.iloc[0])[:40]) if len(sample) else "''"
+        raise FormatError(f"{source.at(0)}: expected dates such as 2020-01-31 in column {name}, found {shown}")
+    read = dict(sorted(read.items(), key=lambda item: int(item[1].isna().sum())))
+    best = next(iter(read))
+    bad = read[best].isna().to_numpy()[numbers] | (numbers < 0)
+    if bad.any():
+        row = int(np.argmax(bad))
+        good = int(np.argmin(bad))
+        found = source.quote(row, names[0]) if len(names) == 1 else repr(str(cells.iloc[row])[:40])
+        like = str(cells.iloc[good]) if not bad.all() else f"{datetime(2020, 1, 31):{form or '%Y-%m-%d'}}"
+        raise FormatError(f"{source.at(row)}: expected a date such as {like} in column {name}, found {found}")
+    whole = {form: times for form, times in read.items() if not times.isna().any()}
+    best, told = _chosen(source, cells, name, whole, numbers, codes)
+    if len(whole) == 1 and day_first is None and form is None and says_day_first(best) is not None:
+        told = f"{_order(best)} first, told by the dates"
+    offsets = ()
+    if "%z" in best or best.startswith("%Y-%m-%d"):  # pandas reads the latter with an offset and without
+        named = unique.str.extract(OFFSET)[0]
+        offsets = tuple(named.dropna().drop_duplicates())
+        some = named.notna().to_numpy()[numbers]
+        if some.any() and not some.all():
+            row = int(np.argmax(some != some[0]))
+            raise FormatError(
+                f"{source.at(row)}: expected a time zone with all dates of column {name} or with none, "
+                f"found {cells.iloc[row]!r} after {cells.iloc[row - 1]!r}"
+            )
+    times = pd.Series(whole[best].to_numpy()[numbers])
+    return Dates(name, times, offsets, best, told)
+
+
+def _order(form: str) -> str:
+    return "day" if says_day_first(form) else "month"
+
+
+def _chosen(
+    source: Source,
+    cells: Series,
+    name: str,
+    read: dict[str, Series],
+    numbers: NDArray[np.int64],
+    codes: NDArray[np.int64],
+) -> tuple[str, str]:
+    """Return the form of those that read every cell under which the dates rise evenly, and how it was told."""
+    best = next(iter(read))
+    differ = [form for form, times in read.items() if not times.equals(read[best])]
+    if not differ:
+        return best, ""
+    shares = {form: even_share(read[form].to_numpy()[numbers], codes) for form in (best, *differ)}
+    even = [form for form, share in shares.items() if share >= 0.9]
+    if len(even) == 1 and all(share < 0.5 for form, share in shares.items() if form != even[0]):
+        return even[0], f"{_order(even[0])} first, told by their even steps"
+    row = int(np.argmax((read[best] != read[differ[0]]).to_numpy()[numbers]))
+    ways = [read[form].to_numpy()[numbers[row]].astype("datetime64[D]") for form in (best, differ[0])]
+    raise FormatError(
+        f"{source.at(row)}: expected dates that can be read in one way in column {name}, found {cells.iloc[row]!r}, "
+        f"which is {ways[0]} or {ways[1]}: say --day-first or --month-first"
+    )

@@ -1,0 +1,127 @@
+"""Forecasts from many origins beside simple rules and gradient boosting, measured on what came. Needs no torch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.train.forecast.boosting import Boosting, Panel
+from cellstack.train.forecast.parts import Parts
+from cellstack.train.forecast.predict import Forecasts
+from cellstack.train.forecast.recipe import Recipe
+from cellstack.train.forecast.rules import rules
+from cellstack.train.forecast.windows import Windows
+from cellstack.train.measures import coverage, errors, pinball
+from cellstack.train.table import Table
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+MOST_ORIGINS = 2000
+
+
+class Backtest(NamedTuple):
+    """What came, and what was forecast of it.
+
+    Args:
+        forecasts: of the model.
+        actual: `[N, horizon, targets]`, NaN where missing.
+        rivals: forecasts by name, each `[N, horizon, targets]`.
+        typical: error by which MASE divides, `[S, targets]`.
+        series: of each origin, `[N]`.
+    """
+
+    forecasts: Forecasts
+    actual: Floats
+    rivals: dict[str, Floats]
+    typical: Floats
+    series: Ints
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Return errors of the model and its rivals, for each target, over the points that all of them forecast.
+
+        `mae`, `rmse` in the target's units, `mase`; of the model also the `pinball` loss and the `coverage` of the
+        interval between the outer quantiles. Several series: `mase` is the median of theirs.
+        """
+        recipe = self.forecasts.recipe
+        found = {}
+        for n, name in enumerate(recipe.targets):
+            every = {"model": self.forecasts.median[..., n]} | {
+                key: rival[..., n] for key, rival in self.rivals.items()
+            }
+            actual = self.actual[..., n].copy()
+            actual[np.isnan(np.array(list(every.values()))).any(axis=0)] = np.nan
+            table = {key: self._errors(values, actual, n) for key, values in every.items()}
+            table["model"] |= _spread(self.forecasts.values[:, :, n], actual, recipe)
+            found[name] = table
+        return {"targets": found, "origins": len(self.actual)}
+
+    def _errors(self, values: Floats, actual: Floats, target: int) -> dict[str, float]:
+        each = []
+        for series in np.unique(self.series):
+            rows = self.series == series
+            each.append(errors(values[rows], actual[rows], float(self.typical[series, target]))["mase"])
+        known = [mase for mase in each if not np.isnan(mase)]
+        return errors(values, actual) | {"mase": float(np.median(known)) if known else float("nan")}
+
+
+def _spread(quantiles: Floats, actual: Floats, recipe: Recipe) -> dict[str, float]:
+    levels = recipe.quantiles
+    found = {"pinball": pinball(quantiles, actual, levels)}
+    if len(levels) > 1:
+        found |= {
+            "interval": levels[-1] - levels[0],
+            "coverage": coverage(quantiles[..., 0], quantiles[..., -1], actual),
+        }
+    return found
+
+
+def chosen(origins: Ints, most: int = MOST_ORIGINS) -> Ints:
+    """Return `most` of the origins, evenly spread; all where there are no more."""
+    return origins[np.linspace(0, len(origins) - 1, min(most, len(origins))).astype(np.int64)]
+
+
+def by_rules(table: Table, windows: Windows) -> dict[str, Floats]:
+    """Return what every simple rule forecasts from the windows' origins, `[N, horizon, targets]` by its name."""
+    recipe = windows.recipe
+    shape = (len(windows.origins), recipe.horizon, len(recipe.targets))
+    longest = int(np.diff(table.starts).max())
+    names = rules(recipe.seasons, longest)
+    found = {name: np.full(shape, np.nan) for name in names}
+    for series in np.unique(windows.series):
+        rows = table.rows(int(series))
+        here = windows.series == series
+        for n, target in enumerate(recipe.targets):
+            values = table.columns[target][rows]
+            for name, rule in names.items():
+                found[name][here, :, n] = rule(values, windows.origins[here] - rows.start, recipe.horizon)
+    return found
+
+
+def by_boosting(table: Table, recipe: Recipe, origins: Ints, cut: Parts) -> dict[str, Floats]:
+    """Return what gradient boosting on lags forecasts, by its name; nothing where scikit-learn isn't installed.
+
+    A target that it can't be fitted to has no forecasts, which are NaN.
+    """
+    if find_spec("sklearn") is None:
+        return {}
+    out = np.full((len(origins), recipe.horizon, len(recipe.targets)), np.nan)
+    codes = {category.name: table.categories[category.name].codes for category in recipe.categories}
+    numbers = {name: table.columns[name] for name in (*recipe.inputs, *recipe.known)}
+    known = {*recipe.known, *(category.name for category in recipe.categories if category.known)}
+    columns = numbers | codes
+    for n, name in enumerate(recipe.targets):
+        panel = Panel(
+            table.columns[name],
+            table.starts,
+            table.times,
+            known={column: values for column, values in columns.items() if column in known},
+            past={column: values for column, values in columns.items() if column not in known},
+            categories=frozenset(codes),
+        )
+        model = Boosting(panel, recipe.horizon, recipe.seasons, cut.training, cut.validation)
+        out[..., n] = model.forecast(origins)
+    return {"gradient boosting on lags": out}

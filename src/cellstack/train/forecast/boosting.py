@@ -1,0 +1,254 @@
+"""Gradient boosting on lags: the rival of a trained network in its backtest. Needs scikit-learn, no torch.
+
+One model forecasts all steps of all series: its rows are pairs of an origin and a step ahead. Features are the step,
+what was observed at the same phase of the last seasons, the latest values, means of the last seasons, the calendar of
+the step that is forecast, columns known in advance at that step, others at the origin, and the series. It learns the
+value or its difference to the naive or to a seasonal naive forecast, of the values or of their logarithms: its
+validation part chooses, and so it does the number of trees.
+
+Ref: Friedman, Greedy function approximation: a gradient boosting machine, Annals of Statistics 29 (2001), 1189-1232;
+Ke et al., LightGBM, NeurIPS 2017, whose histograms scikit-learn's HistGradientBoostingRegressor follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.train import measures
+from cellstack.train.forecast import rules
+
+RECENT = 6  # latest values that are features
+CATEGORIES = 255  # at most: scikit-learn's limit
+MOST_QUICK, MOST_TUNED = 12_000, 40_000  # pairs of an origin and a step to learn from; twice as many in the end
+TUNED = (
+    {"max_iter": 300},
+    {"max_iter": 300, "loss": "absolute_error"},
+    {"max_iter": 800, "learning_rate": 0.03, "max_leaf_nodes": 15},
+    {"max_iter": 500, "learning_rate": 0.05, "max_leaf_nodes": 63, "l2_regularization": 1.0},
+    {"max_iter": 500, "learning_rate": 0.05, "min_samples_leaf": 100, "max_features": 0.5},
+    {"max_iter": 500, "learning_rate": 0.05, "max_leaf_nodes": 8, "min_samples_leaf": 5},
+)
+
+
+class Way(NamedTuple):
+    """What the trees learn: of values or logarithms, the difference to what was one season before; 0 for none."""
+
+    log: bool
+    season: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Series on even grids, as the boosting takes them.
+
+    Args:
+        values: the target `[N]`, NaN where missing.
+        starts: rows `starts[s]:starts[s + 1]` are series s, `[S + 1]`.
+        times: datetime64 `[N]`; None without dates.
+        known: columns that are known in advance, `[N]` each.
+        past: columns that are known up to the origin, `[N]` each.
+        categories: names of the columns among them that are codes of categories, -1 where missing.
+    """
+
+    values: NDArray[np.float64]
+    starts: NDArray[np.int64]
+    times: NDArray[np.datetime64] | None = None
+    known: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    past: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    categories: frozenset[str] = frozenset()
+
+
+Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]  # rows of origins, steps ahead
+
+
+class Boosting:
+    """Gradient boosting, fitted to a panel.
+
+    Args:
+        panel: what is forecast.
+        horizon: steps ahead.
+        seasons: in rows, short ones first; those that a training part doesn't hold twice are left out.
+        train: rows of the origins to learn from, `[n]`.
+        validation: rows of the origins that choose, `[m]`; the model is fitted once more to both, as they chose.
+        tuned: choose among more, which takes up to two minutes instead of ten seconds.
+        seed: of the draws of rows and features.
+
+    No row is looked at that comes after the last target of these origins, but by `forecast`, up to its origins.
+
+    Raises:
+        ImportError: scikit-learn isn't installed.
+        ValueError: nothing was observed after the origins.
+    """
+
+    def __init__(
+        self,
+        panel: Panel,
+        horizon: int,
+        seasons: Sequence[int],
+        train: NDArray[np.int64],
+        validation: NDArray[np.int64],
+        *,
+        tuned: bool = False,
+        seed: int = 0,
+    ):
+        self.panel, self.horizon, self.seed = panel, horizon, seed
+        self.series = np.searchsorted(panel.starts, np.arange(len(panel.values)), side="right") - 1
+        seen = np.concatenate([train, validation])
+        ends = panel.starts[:-1].copy()
+        np.maximum.at(ends, self.series[seen], seen + 1 + horizon)
+        parts = [panel.values[a:b] for a, b in zip(panel.starts[:-1], ends, strict=True)]
+        self.seasons = tuple(season for season in seasons if 1 < season <= max(map(len, parts), default=0) // 2)
+        self.unit = np.array([_unit(part, (*self.seasons, 1)[0]) for part in parts])
+        self.latest = {season: self._latest(season) for season in (1, *self.seasons)}
+        self.by_series = 1 < len(parts) <= CATEGORIES
+        columns = {**panel.known, **panel.past}
+        self.categories = sorted(name for name in panel.categories if columns[name].max() < CATEGORIES)
+        positive = all((part[~np.isnan(part)] > 0).all() for part in parts)
+        rng = np.random.default_rng(seed)
+        most = MOST_TUNED if tuned else MOST_QUICK
+        learn, check = self._pairs(train, most, rng), self._pairs(validation, most // 4, rng)
+        self.best: tuple[float, Way, dict[str, Any]] = (np.inf, Way(False, 0), {})
+        for way in [Way(log, season) for log in (False, True) for season in (0, 1, *self.seasons)]:
+            if not way.log or (tuned and positive and way.season):
+                self._compare(way, {"max_iter": 100}, learn, check)
+        for settings in TUNED if tuned else ():
+            self._compare(self.best[1], {"loss": self.best[2].get("loss", "squared_error"), **settings}, learn, check)
+        _, self.way, settings = self.best
+        self.model = self._fitted(self.way, settings, self._pairs(seen, 2 * most, rng))
+
+    def forecast(self, origins: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the forecasts `[B, horizon]`.
+
+        They are NaN where the panel doesn't reach as far, or holds nothing up to the origin that they could start from.
+        """
+        at, ahead = np.repeat(origins, self.horizon), np.tile(np.arange(1, self.horizon + 1), len(origins))
+        inside = at + ahead < self.panel.starts[self.series[at] + 1]
+        out = np.full(len(at), np.nan)
+        pairs = at[inside], ahead[inside]
+        x, base = self._features(self.way, pairs)
+        out[inside] = self._back(self.way, pairs, base + self.model.predict(x))
+        return out.reshape(-1, self.horizon)
+
+    def _pairs(self, origins: NDArray[np.int64], most: int, rng: np.random.Generator) -> Pairs:
+        """Return `most` of the pairs at random whose target was observed, in order."""
+        at, ahead = np.repeat(origins, self.horizon), np.tile(np.arange(1, self.horizon + 1), len(origins))
+        first = self.latest[1][at] >= 0
+        there = np.flatnonzero(first & ~np.isnan(self.panel.values[at + ahead]))
+        if not len(there):
+            raise ValueError("expected origins after which the target was observed, found none")
+        if len(there) > most:
+            there = np.sort(rng.choice(there, most, replace=False))
+        return at[there], ahead[there]
+
+    def _compare(self, way: Way, settings: dict[str, Any], learn: Pairs, check: Pairs) -> None:
+        """Fit to `learn`, and keep the settings and the number of trees if none were better on `check`."""
+        model = self._fitted(way, settings, learn)
+        x, base = self._features(way, check)
+        rows = check[0] + check[1]
+        for trees, predicted in enumerate(model.staged_predict(x), 1):
+            if trees % 10 == 0:
+                error = np.abs(self._back(way, check, base + predicted) - self.panel.values[rows])
+                error = float((error / self.unit[self.series[rows]]).mean())
+                if error < self.best[0]:
+                    self.best = error, way, {**settings, "max_iter": trees}
+
+    def _fitted(self, way: Way, settings: dict[str, Any], pairs: Pairs) -> Any:
+        from sklearn.ensemble import HistGradientBoostingRegressor
+
+        x, base = self._features(way, pairs)
+        x[:, np.isnan(x).all(0)] = 0.0  # scikit-learn takes no column without a value
+        categories = list(range(x.shape[1] - len(self.categories) - self.by_series, x.shape[1]))  # they stand last
+        fixed = {"early_stopping": False, "random_state": self.seed, "categorical_features": categories}
+        return HistGradientBoostingRegressor(**settings, **fixed).fit(x, self._forth(way)[pairs[0] + pairs[1]] - base)
+
+    def _forth(self, way: Way) -> NDArray[np.float64]:
+        """Return the target as the trees see it, `[N]`."""
+        return np.log(self.panel.values) if way.log else self.panel.values / self.unit[self.series]
+
+    def _back(self, way: Way, pairs: Pairs, y: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.exp(y) if way.log else y * self.unit[self.series[pairs[0]]]
+
+    def _latest(self, season: int) -> NDArray[np.int64]:
+        """Return `rules.latest` of each series, in rows of the panel."""
+        parts = [(a, rules.latest(self.panel.values[a:b], season)) for a, b in pairwise(self.panel.starts)]
+        return np.concatenate([np.where(part < 0, -1, part + start) for start, part in parts])
+
+    def _seasonal(
+        self, y: NDArray[np.float64], pairs: Pairs, season: int, back: int = 0, shift: int = 0
+    ) -> NDArray[np.float64]:
+        """Return the latest value at the phase of the step ahead, or `back` seasons before, or `shift` rows beside it.
+
+        NaN where there is none, or none that the origin knows.
+        """
+        at, ahead = pairs
+        rows = at + ahead - season * (-(-ahead // season) + back) + shift
+        there = (rows >= self.panel.starts[self.series[at]]) & (rows <= at)
+        source = np.where(there, self.latest[season][np.where(there, rows, 0)], -1)
+        return np.where(source < 0, np.nan, y[source])
+
+    def _features(self, way: Way, pairs: Pairs) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Return the features `[M, F]`, and what is added to the model's answer `[M]`."""
+        at, ahead = pairs
+        y = self._forth(way)
+        sums = _sums(y)
+        first = self.panel.starts[self.series[at]]
+        now = self._seasonal(y, pairs, 1)
+        base = np.zeros(len(at))
+        if way.season:
+            base = self._seasonal(y, pairs, way.season)
+            base = np.where(np.isnan(base), now, base)
+        levels = [now, *(np.where(at - lag >= first, y[at - lag], np.nan) for lag in range(RECENT))]
+        changes = []
+        for season in self.seasons:
+            same = np.array([self._seasonal(y, pairs, season, back) for back in range(rules.MEAN_OF)])
+            count = (~np.isnan(same)).sum(0)
+            mean = np.where(count > 0, np.nansum(same, 0) / np.maximum(count, 1), np.nan)
+            levels += [*same[:2], mean, *(self._seasonal(y, pairs, season, shift=shift) for shift in (-1, 1))]
+            last = _means(sums, np.maximum(first, at + 1 - season), at + 1)
+            before = _means(sums, np.maximum(first, at + 1 - 2 * season), np.maximum(first, at + 1 - season))
+            levels += [last, _means(sums, np.maximum(first, at + 1 - rules.MEAN_OF * season), at + 1)]
+            changes += [last - before]
+        columns = [ahead, *(level - base for level in levels), *changes, *_calendar(self.panel.times, at + ahead)]
+        numbers = lambda names: [name for name in names if name not in self.categories]  # noqa: E731
+        columns += [self.panel.known[name][rows] for name in numbers(self.panel.known) for rows in (at + ahead, at)]
+        columns += [self.panel.past[name][at] for name in numbers(self.panel.past)]
+        for name in self.categories:
+            codes = self.panel.known[name][at + ahead] if name in self.panel.known else self.panel.past[name][at]
+            columns.append(np.where(codes < 0, np.nan, codes))
+        columns += [self.series[at]] if self.by_series else []
+        return np.stack([np.asarray(column, np.float32) for column in columns], axis=1), base
+
+
+def _unit(values: NDArray[np.float64], season: int) -> float:
+    """Return the mean absolute change over a season, or else the mean absolute value, or else 1."""
+    seen = np.abs(values[~np.isnan(values)])
+    change = measures.seasonal_error(values, season)
+    return change if change > 0 else (float(seen.mean()) if seen.any() else 1.0)
+
+
+def _sums(y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return running sums and counts of what was observed, `[2, N + 1]`."""
+    seen = ~np.isnan(y)
+    return np.pad(np.cumsum([np.where(seen, y, 0.0), seen], axis=1), ((0, 0), (1, 0)))
+
+
+def _means(sums: NDArray[np.float64], low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the mean over rows `low` to `high`, without the latter; NaN where nothing was observed."""
+    total, count = sums[:, high] - sums[:, low]
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _calendar(times: NDArray[np.datetime64] | None, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Return the minute of the day, the weekday, the day of the month and of the year, the month."""
+    if times is None:
+        return []
+    at = times[rows].astype("datetime64[m]")
+    day, month, year = (at.astype(f"datetime64[{unit}]") for unit in "DMY")
+    whole = lambda part: part.astype(np.int64)  # noqa: E731
+    return [whole(at - day), (whole(day) + 3) % 7, whole(day - month), whole(day - year), whole(month) % 12]

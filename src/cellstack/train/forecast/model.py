@@ -1,0 +1,163 @@
+"""The network that forecasts: stacked cells over a window and its horizon, read out at each step of the horizon."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cellstack import nodes
+from cellstack.network import Network
+from cellstack.nodes import Node
+from cellstack.train.checks import UsageError
+from cellstack.train.model import LAYERS, Dropout, Standardise, as_array, as_recurrent
+
+
+class Calibration(NamedTuple):
+    """What held-out data say of the outputs of networks together.
+
+    Args:
+        followed: by what each target's outputs are multiplied, from 0, the rule alone, to 1, `[targets]`.
+        moved: what is then added to each quantile's, `[targets, quantiles]`, in the windows' units.
+    """
+
+    followed: np.ndarray
+    moved: np.ndarray
+
+
+class Forecaster(nn.Module):
+    """Stacked cells over a window and its horizon; at each step of the horizon a dense head sees them and the inputs.
+
+    The head starts at zero, so that training starts at the rule that the outputs are added to, and what is linear in
+    the inputs needn't pass through the cells, whose outputs are bounded.
+
+    Args:
+        inputs: mean and scale of each channel, `[C]` both.
+        targets: scale of each target's outputs, `[targets]`.
+        horizon: steps to forecast.
+        quantiles: see `Recipe`.
+        units: width of each layer, bottom first.
+        cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
+        dropout: share of values dropped out after each layer in training.
+
+    Raises:
+        UsageError: an option out of its range.
+
+    Ref: the linear way beside the recurrent one: Lai et al. 2018, "Modeling long- and short-term temporal patterns with
+    deep neural networks", section 3.6; quantile loss: Wen et al. 2017, "A multi-horizon quantile recurrent forecaster".
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[np.ndarray, np.ndarray],
+        targets: np.ndarray,
+        horizon: int,
+        quantiles: tuple[float, ...],
+        units: tuple[int, ...] = (48,),
+        cell: str = "lstm",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if not units or min(units) < 1:
+            raise UsageError(f"Forecaster: expected units of at least 1 for at least one layer, got {units}")
+        if not 0.0 <= dropout < 1.0:
+            raise UsageError(f"Forecaster: expected dropout in [0, 1), got {dropout}")
+        if cell not in LAYERS:
+            raise UsageError(f"Forecaster: expected cell to be one of {', '.join(LAYERS)}, got {cell!r}")
+        self.horizon, self.cell = horizon, cell
+        self.standardise = Standardise(*inputs)
+        self.recurrent = nn.ModuleList()
+        channels = width = len(inputs[0])
+        for size in units:
+            self.recurrent.append(LAYERS[cell](size, return_sequences=True, input_size=width))
+            width = size
+        self.dropout = Dropout(dropout)
+        self.head = nn.Linear(width + channels, len(targets) * len(quantiles))
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.scale: Tensor
+        self.quantiles: Tensor
+        self.register_buffer("scale", torch.as_tensor(targets, dtype=torch.float32).clone())
+        self.register_buffer("quantiles", torch.tensor(quantiles, dtype=torch.float32))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return `[B, horizon, targets, quantiles]` in units of `targets`.
+
+        Args:
+            x: `[B, window + horizon, C]` float32.
+            mask: `[B, window + horizon]` bool, True = use; all steps where None.
+        """
+        x = self.standardise(x)
+        h = x
+        for layer in self.recurrent:
+            h = self.dropout(layer(h, mask=mask))
+        out = self.head(torch.cat([h[:, -self.horizon :], x[:, -self.horizon :]], dim=-1))
+        return out.unflatten(-1, (len(self.scale), len(self.quantiles)))
+
+    def losses(self, out: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:
+        """Return the quantile loss of each target, `[B, horizon · targets]` as `y`, in units of `targets`.
+
+        Twice the mean over the quantiles, so that the median alone has the mean absolute error.
+        """
+        error = y.unflatten(1, (self.horizon, -1))[..., None] / self.scale[:, None] - out
+        return 2 * torch.maximum(self.quantiles * error, (self.quantiles - 1) * error).mean(-1).flatten(1)
+
+    def answer(self, out: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the medians `[B, horizon · targets]`, in the units of `y`."""
+        middle = int((self.quantiles == 0.5).nonzero())
+        return (out[..., middle] * self.scale).flatten(1)
+
+    def measure(self, out: Tensor, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Return sums over a batch: of the medians' errors, by their series' typical ones, and their number."""
+        errors = (self.answer(out) - y).abs() * weight
+        return {"errors": errors.sum(dtype=torch.float64), "count": (weight > 0).sum(dtype=torch.float64)}
+
+    def measured(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return the mean absolute scaled error."""
+        return {"mase": sums["errors"] / max(sums["count"], 1.0)}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint's model must be alike in, beside the shapes of its weights."""
+        return {"task": "forecast", "cell": self.cell, "horizon": self.horizon, "dropout": self.dropout.p}
+
+
+def as_network(
+    members: Sequence[Forecaster], metadata: dict[str, Any], calibration: Calibration | None = None
+) -> Network:
+    """Return models as one network: `[B, window + horizon, C]` in, `[B, horizon, targets · quantiles]` out.
+
+    It answers with the mean of their answers, in the units of the windows.
+
+    Args:
+        members: models of one recipe, with the same inputs.
+        metadata: of the network.
+        calibration: what the validation part says of the answers; it becomes part of the weights.
+    """
+    first = members[0]
+    horizon, quantiles = first.horizon, len(first.quantiles)
+    standardise = nodes.Standardise(as_array(first.standardise.mean), as_array(first.standardise.scale))
+    made: dict[str, tuple[Node, tuple[str, ...]]] = {
+        "standardise": (standardise, ("x",)),
+        "inputs_ahead": (nodes.Select(-horizon, None), ("standardise",)),
+    }
+    heads = []
+    for n, member in enumerate(members):
+        scale, shift = np.repeat(as_array(member.scale), quantiles), np.float32(0.0)
+        if calibration is not None:
+            scale = scale * np.repeat(calibration.followed, quantiles).astype(np.float32)
+            shift = calibration.moved.reshape(-1).astype(np.float32)
+        head = nodes.Dense(as_array(member.head.weight.T) * scale, as_array(member.head.bias) * scale + shift)
+        end = f"_{n + 1}" if len(members) > 1 else ""
+        made[f"recurrent{end}"] = (as_recurrent(list(member.recurrent)), ("standardise",))
+        made[f"states_ahead{end}"] = (nodes.Select(-horizon, None), (f"recurrent{end}",))
+        made[f"ahead{end}"] = (nodes.Merge("concat", -1), (f"states_ahead{end}", "inputs_ahead"))
+        made[f"head{end}"] = (head, (f"ahead{end}",))
+        heads.append(f"head{end}")
+    if len(members) > 1:
+        made["mean"] = (nodes.Merge("ave"), tuple(heads))
+    parts, wires = zip(*made.values(), strict=True)
+    inputs = {"x": (None, len(standardise.mean))}
+    return Network(parts, tuple(made), metadata, inputs=inputs, wires=wires, outputs=(tuple(made)[-1],))

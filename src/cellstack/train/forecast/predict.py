@@ -1,0 +1,166 @@
+"""Forecasts of a trained network over a table. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.network import Network
+from cellstack.nodes import Standardise
+from cellstack.spec import FormatError
+from cellstack.train.checks import UsageError
+from cellstack.train.examples import Inputs
+from cellstack.train.forecast.recipe import Recipe
+from cellstack.train.forecast.windows import Windows, extended_times
+from cellstack.train.predict import raw_inputs
+from cellstack.train.table import Table
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+TOGETHER = 512  # windows that are run at once
+
+
+class Forecasts(NamedTuple):
+    """Forecasts from several origins.
+
+    Args:
+        recipe: what was forecast from what.
+        ids: name of the series of each origin, `[N]`; `""` where the table holds one without a name.
+        origins: row of the last step that each forecast sees, `[N]`.
+        times: wall-clock time of each step that is forecast, `[N, horizon]`; None without dates.
+        values: `[N, horizon, targets, quantiles]` in the targets' units, NaN where there is nothing to start from.
+        reference: what the rule says that the network's output is added to, `[N, horizon, targets]`.
+    """
+
+    recipe: Recipe
+    ids: list[str]
+    origins: Ints
+    times: NDArray[np.datetime64] | None
+    values: Floats
+    reference: Floats
+
+    @property
+    def median(self) -> Floats:
+        """The forecast, `[N, horizon, targets]`."""
+        return self.values[..., self.recipe.quantiles.index(0.5)]
+
+
+def answers(net: Network, inputs: Inputs, windows: Windows, threads: int | None = None) -> Floats:
+    """Return a network's forecasts of every window, `[N, horizon, targets, quantiles]`, in the targets' units."""
+    recipe, count = windows.recipe, len(windows.origins)
+    out = np.empty((count, recipe.horizon, len(recipe.targets), len(recipe.quantiles)))
+    for start in range(0, count, TOGETHER):
+        indices = np.arange(start, min(start + TOGETHER, count))
+        x, mask = inputs(windows.fetch(indices).x)
+        out[indices] = windows.forecasts(indices, net.run(x, mask=mask, threads=threads)[0])
+    return out
+
+
+def forecast(
+    net: Network,
+    table: Table,
+    path: str,
+    origins: Ints | None = None,
+    threads: int | None = None,
+) -> Forecasts:
+    """Forecast what comes after the last rows of a table's series, or after others.
+
+    Args:
+        net: a network that `cellstack train` made of a table.
+        table: one series or many, those too that training didn't see.
+        path: the network's file, for messages.
+        origins: rows of the last steps that are seen, `[N]`; where None, in each series the last row at which a target
+            was observed. Rows after it hold what is known in advance.
+        threads: how many the kernel may use.
+
+    Raises:
+        UsageError: a column of the recipe isn't there, or a series has too few rows: the message says how many.
+        FormatError: the network's metadata doesn't fit it.
+    """
+    recipe, inputs = trained(net, path)
+    if origins is None:
+        origins = last_origins(table, recipe)
+    windows = Windows(recipe, table, origins)
+    check_rows(windows)
+    every = np.arange(len(origins))
+    return Forecasts(
+        recipe,
+        [table.ids[series] for series in windows.series],
+        origins,
+        times(windows),
+        answers(net, inputs, windows, threads),
+        windows.reference(every),
+    )
+
+
+def last_origins(table: Table, recipe: Recipe) -> Ints:
+    """Return, for each series, the last row at which a target was observed.
+
+    Raises:
+        UsageError: a series without a single one.
+    """
+    for name in recipe.targets:
+        if name not in table.columns:
+            raise UsageError(f"{table.path}: expected a column of numbers {name!r}, found {', '.join(table.columns)}")
+    seen = np.any([~np.isnan(table.columns[name]) for name in recipe.targets], axis=0)
+    found = []
+    for name, first, end in zip(table.ids, table.starts[:-1], table.starts[1:], strict=True):
+        rows = np.flatnonzero(seen[first:end])
+        if not len(rows):
+            raise UsageError(f"{table.path}: expected values of {', '.join(recipe.targets)}{_series(name)}, found none")
+        found.append(int(first + rows[-1]))
+    return np.array(found, np.int64)
+
+
+def check_rows(windows: Windows) -> None:
+    """Raise `UsageError` where a series has fewer rows up to an origin than a forecast takes."""
+    table, recipe = windows.table, windows.recipe
+    rows = windows.origins - table.starts[windows.series] + 1
+    short = np.flatnonzero(rows < recipe.needed)
+    if len(short):
+        name = table.ids[windows.series[short[0]]]
+        more = f" ({len(short)} series are too short)" if len(short) > 1 else ""
+        raise UsageError(
+            f"{table.path}: expected at least {recipe.needed} rows up to where a forecast starts, which is one season, "
+            f"found {rows[short[0]]}{_series(name)}{more}: {recipe.reach} serve best"
+        )
+
+
+def times(windows: Windows) -> NDArray[np.datetime64] | None:
+    """Return the time of each step that is forecast, `[N, horizon]`, None without dates."""
+    table, horizon = windows.table, windows.recipe.horizon
+    if table.times is None:
+        return None
+    first = windows.origins + windows.series * horizon + 1
+    return extended_times(table, horizon)[first[:, None] + np.arange(horizon)]
+
+
+def trained(net: Network, path: str) -> tuple[Recipe, Inputs]:
+    """Return what a network that forecasts was trained for, and how its inputs are filled.
+
+    Raises:
+        FormatError: it wasn't written by `cellstack train`, or its metadata doesn't fit its nodes.
+    """
+    values, first = net.metadata.get("recipe"), net.nodes[0]
+    if net.metadata.get("task") != "forecast" or not isinstance(first, Standardise):
+        raise FormatError(
+            f"{path}: expected a network that cellstack train made to forecast, found task {net.metadata.get('task')!r}"
+        )
+    try:
+        recipe = Recipe.from_json(values)  # type: ignore[arg-type]
+    except (UsageError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"{path}: expected a recipe as cellstack 0.2 or later writes it, found another ({error}): train it again"
+        ) from None
+    inputs = raw_inputs(first, net.metadata.get("observed"), path)
+    answer = net.shapes[net.outputs[0]]
+    wanted = len(recipe.targets) * len(recipe.quantiles)
+    if len(net.inputs) != 1 or len(net.outputs) != 1 or len(answer) != 2 or answer[-1] != wanted:
+        raise FormatError(f"{path}: expected one answer [B, horizon, {wanted}], as the recipe says, found another")
+    return recipe, inputs
+
+
+def _series(name: str) -> str:
+    return f" in series {name}" if name else ""

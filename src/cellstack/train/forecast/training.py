@@ -1,0 +1,314 @@
+"""From a table to a network that forecasts, and its errors beside those of simple rules.
+
+Most choices are made on the validation part, the rows before the test part: the rule that outputs are added to, the
+unit of the values, the epoch of each member, how far to follow the network rather than the rule, and by how much its
+outer quantiles have to be moved to cover what they promise. Then each member is trained anew, for as many epochs, on
+training and validation part together: the latest rows tell most of what comes next.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from cellstack.network import Network
+from cellstack.train.checks import UsageError
+from cellstack.train.examples import Inputs
+from cellstack.train.fitting import Result, check_memory, fitted
+from cellstack.train.forecast import backtest
+from cellstack.train.forecast.model import Calibration, Forecaster, as_network
+from cellstack.train.forecast.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
+from cellstack.train.forecast.plan import Request, plan
+from cellstack.train.forecast.predict import Forecasts, answers, times
+from cellstack.train.forecast.recipe import SCALES, Recipe
+from cellstack.train.forecast.windows import Windows
+from cellstack.train.loop import Fit
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.table import Table
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+MEASURED = 2048  # windows that scales are measured on
+TRIED = 10  # epochs in which a unit of the values is tried
+BETTER = 0.97  # of the usual unit's error that another's must stay below
+FEWEST = 50  # points by which a quantile is moved
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the networks are built.
+
+    Args:
+        units: width of each layer, bottom first.
+        cell: what each layer is made of, `"lstm"`, `"gru"` or `"rnn"`.
+        dropout: share of values dropped out after each layer in training.
+        members: networks that are trained, each from a seed of its own, and averaged.
+
+    Raises:
+        UsageError: no member.
+    """
+
+    units: tuple[int, ...] = (48,)
+    cell: str = "lstm"
+    dropout: float = 0.1
+    members: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.members <= 99:
+            raise UsageError(f"expected members from 1 to 99, got {self.members}")
+
+
+class Trained(NamedTuple):
+    """A network that forecasts, and how it was come by.
+
+    Args:
+        result: the network, and what the fits of its members did: their histories one after the other.
+        recipe: what is forecast from what.
+        test: forecasts of the test part, None where there is none.
+    """
+
+    result: Result
+    recipe: Recipe
+    test: backtest.Backtest | None
+
+
+def train_forecast(
+    table: Table,
+    request: Request,
+    build: Build,
+    settings: Settings,
+    options: RunOptions,
+    test: float = 0.2,
+    rivals: bool = True,
+) -> Trained:
+    """Train on each series' earlier rows; measure by forecasts from origins in its last `test` of the rows.
+
+    Args:
+        table: the series.
+        request: what is forecast from what.
+        build: how the networks are built.
+        settings: how each is fitted.
+        options: how the training is run; the validation part lies between the training part and the test part.
+        test: share of each series' rows to measure on; 0 for none.
+        rivals: measure gradient boosting on lags too, where scikit-learn is installed.
+
+    Raises:
+        UsageError: a column that isn't there or holds nothing, or too few rows; see `learn` for more.
+    """
+    if not 0.0 <= test < 1.0 - options.validation:
+        raise UsageError(f"expected a test share from 0 that leaves rows to train on, got {test}")
+    recipe = plan(table, request, options.validation + test)
+    cut = parts(table, recipe, options.validation, test)
+    typical = typical_errors(table, recipe, cut.ends)
+    windows = Windows(recipe, table, np.concatenate([cut.training, cut.validation]), typical)
+    kept = np.arange(len(cut.training))
+    held = np.arange(len(kept), len(windows.origins))
+    windows = windows.told(replace(recipe, floors=floors(windows, kept)))
+    windows = windows.told(replace(windows.recipe, rule=best_rule(windows, held if len(held) else kept)))
+    fits = _Fits(build, settings, options, kept, held)
+    if request.scale is None and len(held) and _positive(table, recipe, cut):
+        windows = fits.better_scale(windows)
+    members, calibration = fits.members(windows)
+    recipe = windows.recipe
+    network = as_network(
+        members,
+        {
+            "task": "forecast",
+            "recipe": recipe.to_json(),
+            "observed": list(fits.inputs(windows).observed),
+            "data": os.path.basename(table.path),
+            "reading": table.reading,
+        },
+        calibration,
+    )
+    found = None
+    scores: dict[str, Any] = {}
+    if len(cut.test) and fits.rank == 0:
+        found = measured(network, table, recipe, fits.inputs(windows), cut, typical, rivals)
+        scores = found.scores
+    result = Result(network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(held))
+    return Trained(result, recipe, found)
+
+
+def best_rule(windows: Windows, indices: Ints) -> Any:
+    """Return the rule whose forecasts are best by the series' typical errors, of the windows at `indices`."""
+    recipe, some = windows.recipe, spread_out(indices, MEASURED)
+    actual, typical = windows.actual(some), windows.typical_of(some)[:, None]
+    errors = {}
+    for rule in recipe.rules:
+        said = np.stack([windows.rule(rule, n, some) for n in range(len(recipe.targets))], axis=-1)
+        errors[rule] = (
+            float(np.nanmean(np.abs(said - actual) / typical)) if np.isfinite(said - actual).any() else np.inf
+        )
+    return min(errors, key=lambda rule: errors[rule])
+
+
+def _positive(table: Table, recipe: Recipe, cut: Parts) -> bool:
+    """Whether every target is above 0 in the training part, so that its level can be a unit."""
+    rows = np.concatenate([np.arange(a, b) for a, b in zip(table.starts[:-1], cut.ends, strict=True)])
+    return all(bool(np.nanmin(table.columns[name][rows], initial=np.inf) > 0) for name in recipe.targets)
+
+
+def measured(
+    network: Network, table: Table, recipe: Recipe, inputs: Inputs, cut: Parts, typical: Floats, rivals: bool
+) -> backtest.Backtest:
+    """Return a network's forecasts of the test part beside those of its rivals."""
+    origins = backtest.chosen(cut.test)
+    windows = Windows(recipe, table, origins)
+    every = np.arange(len(origins))
+    forecasts = Forecasts(
+        recipe,
+        [table.ids[series] for series in windows.series],
+        origins,
+        times(windows),
+        answers(network, inputs, windows),
+        windows.reference(every),
+    )
+    others = backtest.by_rules(table, windows)
+    if rivals:
+        others |= backtest.by_boosting(table, recipe, origins, cut)
+    return backtest.Backtest(forecasts, windows.actual(every), others, typical, windows.series)
+
+
+class _Fits:
+    """The fits of a training, and what they did together."""
+
+    def __init__(self, build: Build, settings: Settings, options: RunOptions, kept: Ints, held: Ints):
+        self.build, self.settings, self.options, self.kept, self.held = build, settings, options, kept, held
+        self.whole, self.rank = Fit(), 0
+        self.measured: dict[str, Inputs] = {}
+
+    def inputs(self, windows: Windows) -> Inputs:
+        """Return what the training part says of the channels of windows in one unit."""
+        scale = windows.recipe.scale
+        if scale not in self.measured:
+            self.measured[scale] = Inputs.measure(windows, self.kept, MEASURED)
+        return self.measured[scale]
+
+    def fit(
+        self, windows: Windows, member: int, settings: Settings, options: RunOptions, until: int | None = None
+    ) -> tuple[Forecaster, Fit]:
+        """Fit one network: on the training part, or, `until` an epoch, on the validation part as well."""
+        inputs, recipe, build = self.inputs(windows), windows.recipe, self.build
+        some = windows.fetch(spread_out(self.kept, MEASURED))
+        y, seen = (array.reshape(len(some.y), recipe.horizon, -1) for array in (some.y, some.weight > 0))
+        scale = np.abs(y).sum(axis=(0, 1)) / np.maximum(seen.sum(axis=(0, 1)), 1)
+        make = partial(
+            Forecaster,
+            inputs.standardise,
+            np.where(scale > 0, scale, 1.0),
+            recipe.horizon,
+            recipe.quantiles,
+            build.units,
+            build.cell,
+            build.dropout,
+        )
+        check_memory(Architecture(build.units, cell=build.cell), len(inputs.standardise[0]), len(scale))
+        settings = replace(settings, seed=settings.seed * self.build.members + member)
+        everything = np.concatenate([self.kept, self.held])
+        training, validation = (self.kept, self.held) if until is None else (everything, self.held[:0])
+        data = WindowData(windows, inputs, training, validation, settings.batch, settings.seed)
+        own = Own() if until is None else Own(callbacks=[lambda epoch: epoch.entry["epoch"] >= until])
+        model, fit, self.rank = fitted(make, data, settings, options, own)
+        return model, fit
+
+    def better_scale(self, windows: Windows) -> Windows:
+        """Return the windows in the unit that does best on the validation part after some epochs."""
+        quick = replace(self.settings, epochs=min(TRIED, self.settings.epochs), patience=0)
+        quiet = RunOptions(self.options.validation, device=self.options.device, threads=1)
+        errors = {}
+        for scale in SCALES:
+            tried = windows.told(replace(windows.recipe, scale=scale))
+            tried = tried.told(replace(tried.recipe, floors=floors(tried, self.kept)))
+            _, fit = self.fit(tried, 0, quick, quiet)
+            errors[scale] = (min(entry["mase"] for entry in fit.history), tried)
+        usual, other = (errors[scale] for scale in SCALES)
+        return other[1] if other[0] < BETTER * usual[0] else usual[1]
+
+    def members(self, windows: Windows) -> tuple[list[Forecaster], Calibration | None]:
+        """Return the networks that are averaged, and what the validation part says of their outputs."""
+        first: list[Forecaster] = []
+        epochs: list[int] = []
+        for member in range(self.build.members):
+            model, fit = self.fit(windows, member, self.settings, self.stage(f"{member + 1}", member == 0))
+            self.join(fit, member)
+            first.append(model)
+            epochs.append(int(fit.best["epoch"]) if fit.best else 0)
+            if fit.interrupted:
+                break
+        if not len(self.held):
+            return first, None
+        calibration = calibrated(first, windows, self.inputs(windows), self.held)
+        if self.whole.interrupted:
+            return first, calibration
+        again: list[Forecaster] = []
+        for member, until in enumerate(epochs):
+            model, fit = self.fit(windows, member, self.settings, self.stage(f"{member + 1}-whole", False), until)
+            if fit.interrupted:  # half of it is worth less than the first one
+                self.join(fit, member, whole=True)
+                return [*again, *first[len(again) :]], calibration
+            self.join(fit, member, whole=True)
+            again.append(model)
+        return again, calibration
+
+    def stage(self, name: str, looks: bool) -> RunOptions:
+        """Return how a member's fit is run: with a checkpoint of its own, and looked at where `looks`."""
+        checkpoint = self.options.checkpoint
+        if checkpoint is not None:
+            checkpoint = f"{os.fspath(checkpoint)}.{name}"
+        return replace(self.options, checkpoint=checkpoint, inspect=self.options.inspect and looks)
+
+    def join(self, fit: Fit, member: int, whole: bool = False) -> None:
+        """Add what a fit did to what all did."""
+        entries = [{"member": member + 1, "whole": whole} | entry for entry in fit.history]
+        together = self.whole
+        together.history += entries
+        together.steps += fit.steps
+        together.seconds += fit.seconds
+        together.records += fit.records
+        together.notes += [note for note in fit.notes if note not in together.notes]
+        together.stopped, together.threads = fit.stopped, fit.threads
+        together.checkpoint_error = fit.checkpoint_error or together.checkpoint_error
+        if not whole and fit.best is not None:
+            best = {"member": member + 1} | fit.best
+            if together.best is None or best.get("validation_loss", 0) < together.best.get("validation_loss", 0):
+                together.best = best
+
+
+def calibrated(members: Sequence[Forecaster], windows: Windows, inputs: Inputs, held: Ints) -> Calibration:
+    """Return how far to follow the members' mean, and how far to move its quantiles.
+
+    Ref: moving quantiles by what they miss on held-out data: Romano et al. 2019, "Conformalized quantile regression".
+    """
+    recipe, some = windows.recipe, spread_out(held, MEASURED)
+    network = as_network(members, {})
+    out = np.concatenate(
+        [
+            network.run(inputs(windows.fetch(part).x)[0], mask=inputs(windows.fetch(part).x)[1])[0]
+            for part in np.array_split(some, -(-len(some) // 256))
+        ]
+    ).reshape(len(some), recipe.horizon, len(recipe.targets), len(recipe.quantiles))
+    y = ((windows.actual(some) - windows.reference(some)) / windows.units(some).unit[:, None]).astype(np.float64)
+    weight = windows.units(some).unit / windows.typical_of(some)
+    middle = recipe.quantiles.index(0.5)
+    followed = np.ones(len(recipe.targets))
+    moved = np.zeros((len(recipe.targets), len(recipe.quantiles)))
+    for n in range(len(recipe.targets)):
+        seen = ~np.isnan(y[..., n])
+        if not seen.any():
+            continue
+        steps = np.linspace(0.0, 1.0, 11)
+        median, weights = out[..., n, middle], np.broadcast_to(weight[:, None, n], seen.shape)
+        costs = [float((np.abs(y[..., n] - share * median) * weights)[seen].sum()) for share in steps]
+        followed[n] = steps[int(np.argmin(costs))]
+        for q, level in enumerate(recipe.quantiles):
+            if q != middle and seen.sum() >= FEWEST:
+                moved[n, q] = np.quantile((y[..., n] - followed[n] * out[..., n, q])[seen], level)
+    return Calibration(followed, moved)

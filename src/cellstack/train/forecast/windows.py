@@ -1,0 +1,284 @@
+"""Windows over the series of a table, as a network sees them, and the way back to the targets' units. Needs no torch.
+
+A network sees `window` steps up to an origin t and the `horizon` steps after it, in one sequence. The channels of a
+step u, for each target y:
+
+    y(u)          up to t; missing after it
+    rule(t, u)    what each simple rule says of u: the latest value, and for each season the latest value at the same
+                  place in it and the mean of the latest four; before t as of one season earlier, after t as of t
+
+and inputs up to t, known inputs, categories and the calendar at every step. All of a target's values are measured in
+units of the window itself, (y - base) / unit, so that levels never seen in training do no harm and one network serves
+many series, those too that training didn't see. Its outputs, a quantile each, are added to one of the rules:
+
+    forecast(t + k) = rule(t, t + k) + unit(t) · network(…)[k]           k = 1 … horizon
+
+Ref: lagged values and calendar as inputs of a network that all series share: Salinas et al. 2020, "DeepAR:
+Probabilistic forecasting with autoregressive recurrent networks", section 3; the units: Kim et al. 2022, "Reversible
+instance normalization for accurate time-series forecasting against distribution shift".
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.train.checks import UsageError
+from cellstack.train.examples import Batch
+from cellstack.train.forecast.calendar import features
+from cellstack.train.forecast.recipe import Recipe, Rule
+from cellstack.train.forecast.rules import MEAN_OF, latest
+from cellstack.train.table import Table
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Units(NamedTuple):
+    """Base and unit of each target in each window, `[B, targets]`."""
+
+    base: Floats
+    unit: Floats
+
+
+class Target:
+    """A column with what the rules say of each of its rows."""
+
+    def __init__(self, values: Floats, starts: Ints, seasons: tuple[int, ...]):
+        self.values = values
+        self.latest = {period: _carried(values, starts, period) for period in (1, *seasons)}
+        self.means = {season: _means(values, starts, season) for season in seasons}
+
+    def of(self, rule: Rule) -> Floats:
+        """Return, at each row, what a rule says whole seasons later, `[N]`."""
+        return self.means[rule.season] if rule.name == "mean" else self.latest[rule.season]
+
+
+class Windows:
+    """Windows of a table that end at `origins`, as `Examples`.
+
+    Args:
+        recipe: what is forecast from what.
+        table: holds the columns.
+        origins: row of the last step of each window, `[N]`.
+        typical: for each series and target, `[S, targets]`, what an error is measured by in the loss, so that each
+            series counts alike; None where nothing is trained.
+
+    Raises:
+        UsageError: a column isn't there, or dates are needed and there are none; the message names those that are.
+    """
+
+    def __init__(self, recipe: Recipe, table: Table, origins: Ints, typical: Floats | None = None):
+        _check_columns(recipe, table)
+        self.recipe, self.table, self.origins, self.typical = recipe, table, origins, typical
+        self.lengths = np.full(len(origins), recipe.window + recipe.horizon, np.int64)
+        self.series = np.searchsorted(table.starts, origins, side="right") - 1
+        self.targets = [Target(table.columns[name], table.starts, recipe.seasons) for name in recipe.targets]
+        self.past = _columns([table.columns[name] for name in recipe.inputs], len(table))
+        self.always = self._known()
+        self.labels = self._labels()
+
+    def _known(self) -> NDArray[np.float32]:
+        """Return what is known in advance at each row and `horizon` rows past each series, `[N + S·horizon, …]`."""
+        recipe, table = self.recipe, self.table
+        known = _columns([table.columns[name] for name in recipe.known], len(table))
+        parts = [known]
+        if recipe.categories:
+            parts.append(_one_hot(recipe, table, known=True))
+        numbers = _extended(np.concatenate(parts, axis=1), table.starts, recipe.horizon)
+        if not recipe.calendar:
+            return numbers
+        dates = features(extended_times(table, recipe.horizon), recipe.calendar, recipe.country)
+        return np.concatenate([numbers, dates], axis=1)
+
+    def _labels(self) -> NDArray[np.float32]:
+        """Return the categories that are known up to now alone, `[N, labels]`."""
+        return _one_hot(self.recipe, self.table, known=False)
+
+    def told(self, recipe: Recipe) -> Windows:
+        """Return the same windows for a recipe that differs in rule, scale or floors alone."""
+        other = copy(self)
+        other.recipe = recipe
+        return other
+
+    def typical_of(self, indices: Ints) -> Floats:
+        """Return what errors are measured by in each window, `[B, targets]`; 1 where nothing is trained."""
+        if self.typical is None:
+            return np.ones((len(indices), len(self.targets)))
+        return self.typical[self.series[indices]]
+
+    @property
+    def channels(self) -> int:
+        """Channels of a step."""
+        per_target = 1 + len(self.recipe.rules)
+        return len(self.targets) * per_target + self.past.shape[1] + self.labels.shape[1] + self.always.shape[1] + 1
+
+    def fetch(self, indices: Ints) -> Batch:
+        """See `Examples`: `x [B, window + horizon, channels]`, `y [B, horizon · targets]` in the windows' units."""
+        recipe, table = self.recipe, self.table
+        window, horizon = recipe.window, recipe.horizon
+        origins, series = self.origins[indices], self.series[indices]
+        first = table.starts[series][:, None]
+        steps = origins[:, None] + np.arange(1 - window, horizon + 1)  # [B, T]
+        begun = steps >= first
+        rows = np.maximum(steps[:, :window], first)  # up to the origin
+        units = self.units(indices)
+        x = np.full((*steps.shape, self.channels), np.nan, np.float32)
+        at = 0
+        for n, target in enumerate(self.targets):
+            base, unit = units.base[:, n, None], units.unit[:, n, None]
+            x[:, :window, at] = (target.values[rows] - base) / unit
+            for rule in recipe.rules:
+                at += 1
+                before = steps[:, :window] - rule.season
+                said = np.where(before >= first, target.of(rule)[np.maximum(before, first)], np.nan)
+                x[:, :window, at] = (said - base) / unit
+                x[:, window:, at] = (self.rule(rule, n, indices) - base) / unit
+            at += 1
+        for columns in (self.past, self.labels):
+            x[:, :window, at : at + columns.shape[1]] = columns[rows]
+            at += columns.shape[1]
+        x[:, :, at:-1] = self.always[np.maximum(steps, first) + (series * horizon)[:, None]]
+        x[:, :, -1] = np.maximum(np.arange(1 - window, horizon + 1), 0) / horizon
+        x[~begun] = np.nan  # before the series' first row: no step at all
+        y = (self.actual(indices) - self.reference(indices)) / units.unit[:, None]  # [B, horizon, targets]
+        seen = ~np.isnan(y)
+        weight = seen * (units.unit / self.typical_of(indices))[:, None]
+        shape = (len(indices), -1)
+        return Batch(
+            x,
+            np.where(seen, y, 0.0).reshape(shape).astype(np.float32),
+            weight.reshape(shape).astype(np.float32),
+        )
+
+    def units(self, indices: Ints) -> Units:
+        """Return base and unit of each target in each window; where nothing was observed, 0 and the smallest unit."""
+        recipe = self.recipe
+        span = recipe.window + min(recipe.seasons, default=0)
+        steps = self.origins[indices][:, None] + np.arange(1 - span, 1)
+        first = self.table.starts[self.series[indices]][:, None]
+        inside = steps >= first
+        bases, units = [], []
+        for n, target in enumerate(self.targets):
+            values = np.where(inside, target.values[np.maximum(steps, first)], np.nan)
+            count = np.maximum((~np.isnan(values)).sum(axis=1), 1)
+            base = np.nansum(values, axis=1) / count
+            spread = np.sqrt(np.nansum(np.square(values - base[:, None]), axis=1) / count)
+            floor = recipe.floors[n] if recipe.floors else np.finfo(np.float64).tiny
+            bases.append(base)
+            units.append(np.maximum(np.abs(base) if recipe.scale == "level" else spread, floor))
+        return Units(np.stack(bases, axis=1), np.stack(units, axis=1))
+
+    def rule(self, rule: Rule, target: int, indices: Ints) -> Floats:
+        """Return a rule's forecasts of a target, `[B, horizon]`, NaN where it has nothing to go by."""
+        ahead = np.arange(1, self.recipe.horizon + 1)
+        back = ahead - rule.season * -(-ahead // rule.season)  # in (-season, 0]
+        rows = self.origins[indices][:, None] + back
+        first = self.table.starts[self.series[indices]][:, None]
+        return np.where(rows >= first, self.targets[target].of(rule)[np.maximum(rows, first)], np.nan)
+
+    def reference(self, indices: Ints) -> Floats:
+        """Return what the network's output is added to, `[B, horizon, targets]`."""
+        return np.stack([self.rule(self.recipe.rule, n, indices) for n in range(len(self.targets))], axis=-1)
+
+    def actual(self, indices: Ints) -> Floats:
+        """Return what came, `[B, horizon, targets]`, NaN where missing or beyond the series."""
+        rows = self.origins[indices][:, None] + np.arange(1, self.recipe.horizon + 1)
+        end = self.table.starts[self.series[indices] + 1][:, None]
+        inside = rows < end
+        kept = np.where(inside, rows, end - 1)
+        return np.stack([np.where(inside, target.values[kept], np.nan) for target in self.targets], axis=-1)
+
+    def forecasts(self, indices: Ints, out: NDArray) -> Floats:
+        """Return forecasts in the targets' units, `[B, horizon, targets, quantiles]`, of a network's outputs.
+
+        Quantiles that cross are put in order: Chernozhukov et al. 2010, "Quantile and probability curves without
+        crossing".
+        """
+        recipe = self.recipe
+        out = out.reshape(len(indices), recipe.horizon, len(recipe.targets), len(recipe.quantiles))
+        unit = self.units(indices).unit[:, None, :, None]
+        return np.sort(self.reference(indices)[..., None] + unit * out.astype(np.float64), axis=-1)
+
+
+def extended_times(table: Table, rows: int) -> NDArray[np.datetime64]:
+    """Return the time of each row and of `rows` rows past each series, `[N + S·rows]`; the table must have dates."""
+    parts = []
+    for series in range(len(table.ids)):
+        after = table.times_after(rows, series)
+        assert table.times is not None
+        assert after is not None
+        parts += [table.times[table.rows(series)], after]
+    return np.concatenate(parts)
+
+
+def _check_columns(recipe: Recipe, table: Table) -> None:
+    numbers = (*recipe.targets, *recipe.inputs, *recipe.known)
+    for name in numbers:
+        if name not in table.columns:
+            raise UsageError(f"{table.path}: expected a column of numbers {name!r}, found {_some(table.columns)}")
+    for category in recipe.categories:
+        if category.name not in table.categories:
+            found = _some(table.categories) or "none"
+            raise UsageError(f"{table.path}: expected a column of text {category.name!r}, found {found}")
+    if recipe.calendar and (table.times is None or table.spacing is None):
+        raise UsageError(f"{table.path}: expected dates, as the model looks at the {recipe.calendar[0]}, found none")
+
+
+def _some(names: object, most: int = 8) -> str:
+    names = list(names)  # type: ignore[call-overload]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _columns(columns: list[Floats], rows: int) -> NDArray[np.float32]:
+    return np.stack(columns, axis=1).astype(np.float32) if columns else np.empty((rows, 0), np.float32)
+
+
+def _one_hot(recipe: Recipe, table: Table, known: bool) -> NDArray[np.float32]:
+    """Return a channel a label, NaN where the text is missing, zeros where training didn't see it."""
+    parts = [np.empty((len(table), 0), np.float32)]
+    for category in recipe.categories:
+        if category.known == known:
+            here = table.categories[category.name]
+            place = {label: n for n, label in enumerate(category.labels)}
+            codes = np.array([*(place.get(label, len(place)) for label in here.labels), len(place) + 1])[here.codes]
+            channels = np.eye(len(place) + 2, len(place), dtype=np.float32)
+            channels[-1] = np.nan
+            parts.append(channels[codes])
+    return np.concatenate(parts, axis=1)
+
+
+def _extended(columns: NDArray[np.float32], starts: Ints, rows: int) -> NDArray[np.float32]:
+    """Return the columns with `rows` missing rows after each series."""
+    count = len(starts) - 1
+    out = np.full((len(columns) + count * rows, columns.shape[1]), np.nan, np.float32)
+    series = np.repeat(np.arange(count), np.diff(starts))
+    out[np.arange(len(columns)) + series * rows] = columns
+    return out
+
+
+def _carried(values: Floats, starts: Ints, period: int) -> Floats:
+    """Return the latest value observed at each row or whole periods before it in its series, else NaN."""
+    out = np.full(len(values), np.nan)
+    for first, end in pairwise(starts):
+        at = latest(values[first:end], period)
+        out[first:end] = np.where(at < 0, np.nan, values[first:end][at])
+    return out
+
+
+def _means(values: Floats, starts: Ints, season: int) -> Floats:
+    """Return at each row the mean of what was observed at this place in the last seasons, `MEAN_OF` at most."""
+    rows = np.arange(len(values))
+    first = np.repeat(starts[:-1], np.diff(starts))
+    total, count = np.zeros(len(values)), np.zeros(len(values))
+    for back in range(MEAN_OF):
+        before = rows - back * season
+        value = np.where(before >= first, values[np.maximum(before, 0)], np.nan)
+        total += np.nan_to_num(value)
+        count += ~np.isnan(value)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

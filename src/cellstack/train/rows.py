@@ -1,0 +1,241 @@
+"""Where each row of a table stands: in which series, at what time, on which even grid. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.spec import FormatError
+from cellstack.train import grid
+from cellstack.train.checks import UsageError
+from cellstack.train.clock import near_a_change, wall_clock, zoned
+from cellstack.train.dates import Dates
+from cellstack.train.grid import Spacing
+from cellstack.train.source import Frame, Source
+
+LATEST = np.datetime64("9999-01-01")  # the calendar ends a year later
+
+
+class Filled(NamedTuple):
+    """What was put in by series: `gaps` and `rows` in them, int64 `[S]` each."""
+
+    gaps: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
+class Placed(NamedTuple):
+    """Rows on their grid.
+
+    `place` int64 `[R]` is where each row of the source goes; series s has places `starts[s]:starts[s+1]`. `times`
+    `[N]`, `spacing`, `zone` and `form` (how the dates are written) are None without dates.
+    """
+
+    place: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    filled: Filled
+    times: NDArray[np.datetime64] | None = None
+    spacing: Spacing | None = None
+    zone: str | None = None
+    form: str | None = None
+
+
+def series_of(given: Source, ids: tuple[str, ...]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Return the number of each row's series, int64 `[R]`, and the series' names, in order of first appearance.
+
+    Raises:
+        FormatError: a row without a name.
+    """
+    import pandas as pd
+
+    if not ids:
+        return np.zeros(len(given.frame), np.int64), ("",)
+    joined: Any = None
+    for name in ids:
+        cells = given.frame[name]
+        if cells.isna().any():
+            row = int(np.argmax(cells.isna().to_numpy()))
+            raise FormatError(
+                f"{given.at(row)}: expected the name of a series in column {name}, found {given.quote(row, name)}"
+            )
+        codes, labels = pd.factorize(cells)
+        labels = pd.Index([str(label) for label in labels])
+        joined = (codes, labels) if joined is None else _joined(joined, (codes, labels))
+    codes, labels = joined
+    return codes.astype(np.int64), tuple(labels)
+
+
+def _joined(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
+    import pandas as pd
+
+    codes, pairs = pd.factorize(one[0] * len(other[1]) + other[0])
+    return codes, [f"{one[1][pair // len(other[1])]}/{other[1][pair % len(other[1])]}" for pair in pairs]
+
+
+def in_order(codes: NDArray[np.int64], count: int) -> Placed:
+    """Return rows without dates on their grid: series after series, in their order.
+
+    Args:
+        codes: number of each row's series, `[R]`.
+        count: series S.
+    """
+    order = np.argsort(codes, kind="stable")
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    starts = np.searchsorted(codes[order], np.arange(count + 1)).astype(np.int64)
+    return Placed(place, starts, Filled(*np.zeros((2, count), np.int64)))
+
+
+def by_dates(given: Source, found: Dates, codes: NDArray[np.int64], zone: str | None, freq: str | None) -> Placed:
+    """Return rows with dates on an even grid; those that only repeat another are left out of `given`.
+
+    Args:
+        given: the table; what was assumed is added to its notes.
+        found: its dates.
+        codes: number of each row's series, `[R]`.
+        zone: time zone of the wall clock; told by the dates where None.
+        freq: spacing, as pandas writes it; told by the dates where None.
+
+    Raises:
+        FormatError: a time that stands twice, or dates that aren't spaced evenly.
+        UsageError: a zone or a spacing that is none.
+    """
+    utc, zone = zoned(given, found, codes, zone)
+    wall: Any = found.times.to_numpy() if utc is None else wall_clock(utc, zone)
+    of_day = wall - wall.astype("datetime64[D]")
+    absolute = utc is not None and not (of_day == of_day[0]).all()  # hours are counted in UTC, days by the calendar
+    times: Any = utc if absolute else wall
+    kept = _untwinned(given, found, times, codes, zone)
+    times, codes = times[kept], codes[kept]
+    if _falls(times, codes):
+        given.notes.append("rows sorted by time")
+    order = np.lexsort((times, codes))
+    placed = _on_grid(given, found, times[order], codes[order], order, freq)
+    if absolute:
+        placed = placed._replace(times=wall_clock(placed.times, zone))
+    whole = placed.spacing.months or placed.spacing.seconds % 1 == 0
+    return placed._replace(times=placed.times.astype("datetime64[s]" if whole else "datetime64[us]"), zone=zone)
+
+
+def _on_grid(
+    given: Source,
+    found: Dates,
+    times: NDArray[np.datetime64],
+    codes: NDArray[np.int64],
+    order: NDArray[np.int64],
+    freq: str | None,
+) -> Any:
+    """Return the grid of times that are sorted, series after series; `order` says which row each of them is of."""
+    try:
+        spacing = grid.spacing_of(freq) if freq is not None else grid.told(times, codes)
+    except ValueError:
+        raise UsageError(f"expected a spacing such as h, 30min, D, B or MS, got {freq!r}") from None
+    if spacing is None:
+        raise FormatError(
+            f"{given.path}: expected at least two rows of a series, found one of each: say --freq, as D for days"
+        )
+    if times.max() >= LATEST:
+        raise FormatError(f"{given.path}: expected dates before the year 9999, found {times.max()}")
+    first = np.flatnonzero(np.diff(codes, prepend=-1))
+    last = np.append(first[1:], len(codes)) - 1
+    at = spacing.places(times, times[first][codes])
+    steps = np.rint(at).astype(np.int64)
+    uneven = np.flatnonzero(np.abs(at - steps) > 1e-6)
+    if len(uneven):
+        row, name = int(order[uneven[0]]), found.name
+        zone = "" if len(found.offsets) < 2 else "say --zone, if they are even in local time; or "
+        raise FormatError(
+            f"{given.at(row)}: expected dates spaced evenly ({spacing}), found {found.shown(given, row)}, which lies "
+            f"between two steps: {zone}resample them, in pandas "
+            f"df.set_index({name!r}).resample({spacing.alias!r}).mean()"
+        )
+    lengths = steps[last] + 1
+    if lengths.sum() >= 20 * len(codes):
+        raise FormatError(
+            f"{given.path}: expected dates without long gaps, found {lengths.sum():,} steps ({spacing}) for "
+            f"{len(codes):,} rows"
+        )
+    _refuse_other_steps(given, spacing, steps, codes, order)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    place = np.empty(len(order), np.int64)
+    place[order] = starts[codes] + steps
+    missing = np.ones(starts[-1], bool)
+    missing[place] = False
+    begins = missing & ~np.append(False, missing[:-1])
+    series = np.repeat(np.arange(len(lengths)), lengths)
+    filled = Filled(*(np.bincount(series[what], minlength=len(lengths)) for what in (begins, missing)))
+    rows = np.arange(starts[-1]) - starts[series]
+    return Placed(place, starts, filled, spacing.times(times[first][series], rows), spacing, form=found.form or None)
+
+
+def _refuse_other_steps(
+    given: Source, spacing: Spacing, steps: NDArray[np.int64], codes: NDArray[np.int64], order: NDArray[np.int64]
+) -> None:
+    """Raise `FormatError` where a series of some length never makes the step that the others make."""
+    same = np.diff(codes) == 0
+    small = np.full(int(codes[-1]) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(small, codes[1:][same], np.diff(steps)[same])
+    other = np.flatnonzero((small > 1) & (np.bincount(codes) >= 5))
+    if len(other):
+        row = order[np.argmax(codes == other[0])]
+        raise FormatError(
+            f"{given.at(row)}: expected all series spaced alike ({spacing}), found one, with this row, whose steps are "
+            f"at least {small[other[0]]} times as long: train on series of each spacing by themselves"
+        )
+
+
+def _falls(times: NDArray[np.datetime64], codes: NDArray[np.int64]) -> bool:
+    """Return whether rows of a series stand out of the order of time."""
+    order = np.argsort(codes, kind="stable")
+    same = np.diff(codes[order]) == 0
+    return bool((np.diff(times[order])[same] < np.timedelta64(0)).any())
+
+
+def _untwinned(
+    given: Source, found: Dates, times: NDArray[np.datetime64], codes: NDArray[np.int64], zone: str | None
+) -> NDArray[np.bool_]:
+    """Return which rows to keep: those that repeat another in every cell are left out, and said.
+
+    Raises:
+        FormatError: a time stands twice in a series, in rows that differ; the message names what tells them apart.
+    """
+    import pandas as pd
+
+    keys = pd.DataFrame({"c": codes, "t": times})
+    twin = keys.duplicated().to_numpy()
+    if not twin.any():
+        return ~twin
+    repeated = given.frame.duplicated().to_numpy()
+    if (repeated | ~twin).all():
+        given.keep(~repeated)
+        given.notes.append(f"{repeated.sum():,} rows that repeat another in every cell left out")
+        return ~repeated
+    row = int(np.argmax(twin & ~repeated))
+    before = int(np.argmax((codes == codes[row]) & (times == times[row])))
+    if apart := _apart(given.frame, keys, found.name):
+        mend = f"say --id {apart}, if that tells the series apart"
+    else:
+        mend = f"keep one, or their mean, in pandas df.groupby({found.name!r}).mean()"
+        if 10 * twin.sum() > len(twin):
+            mend = f"name what tells series apart by --id, or a column of hours by --date {found.name},…; or {mend}"
+        if zone is None and (like := near_a_change(pd.Series(times[[row]]))):
+            mend = f"say --zone, if the clock is put back then, as in {like}; else {mend}"
+    where = "in order of time" if codes.max() == 0 else "in each series"
+    raise FormatError(
+        f"{given.at(row)}: expected each time once {where}, found {found.shown(given, row)} in column {found.name} "
+        f"again, as in {given.at(before).removeprefix(given.path + ': ')}: {mend}"
+    )
+
+
+def _apart(frame: Frame, keys: Frame, date: str) -> str:
+    """Return the column, or two of text, with few different values beside which each time stands once; else ""."""
+    of_text = []
+    for name in frame.columns:
+        if frame[name].dtype.kind != "f" and name not in date.split(",") and 2 * frame[name].nunique() <= len(frame):
+            if not keys.assign(o=frame[name]).duplicated().any():
+                return name
+            if frame[name].dtype.kind not in "iub":
+                of_text.append(name)
+    pairs = ((a, b) for n, a in enumerate(of_text) for b in of_text[n + 1 :])
+    return next((f"{a},{b}" for a, b in pairs if not keys.assign(a=frame[a], b=frame[b]).duplicated().any()), "")

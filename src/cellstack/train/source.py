@@ -1,0 +1,354 @@
+"""Where a table comes from: a CSV or Parquet file, a pandas or a polars frame, as one pandas frame. Needs no torch."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.spec import FormatError
+from cellstack.train.checks import UsageError
+
+# Of pandas; its own types leave open what most methods return, and it is imported where a table is read.
+Series: TypeAlias = Any
+Frame: TypeAlias = Any
+
+WORDS = "? NA Na na N/A n/a #N/A NaN nan NAN -nan NULL Null null None none"
+MISSING = ("", *WORDS.split(" "))
+MARKS = (  # of an encoding, at the start of a file
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+SEPARATORS = "\t|;,"  # of two that fit alike the first is taken: a comma stands in numbers and names too
+BINARY = {b"PK\x03\x04": "a zip or Excel file", b"\xd0\xcf\x11\xe0": "an old Excel file", b"\x1f\x8b": "a gzip file"}
+
+
+@dataclass
+class Source:
+    """Cells of a table as they were given, before anything is made of them.
+
+    Args:
+        path: the file, or "a data frame".
+        frame: columns by name, rows numbered from 0; numbers where every cell is one, else text without blanks at its
+            ends; missing cells are NaN.
+        lines: number of each row's last line; None for a data frame.
+        index: columns that stood in the frame's index, or under no name as the first of a file.
+        notes: what was found out, a sentence each.
+        separator, encoding: of a CSV file.
+        places: of the rows among those of the source, where some were left out.
+        written: columns of a file as they are written, those that were asked for.
+    """
+
+    path: str
+    frame: Frame
+    lines: NDArray[np.int64] | None = None
+    index: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    separator: str = ""
+    encoding: str = ""
+    places: NDArray[np.int64] | None = None
+    written: dict[str, Series] = field(default_factory=dict)
+
+    def at(self, row: int) -> str:
+        """Return the file and the line of a row, as messages begin."""
+        return f"{self.path}: " + (f"row {self._place(row)}" if self.lines is None else f"line {self.lines[row]}")
+
+    def quote(self, row: int, name: str) -> str:
+        """Return a cell as it stands in the file, in quotation marks, shortened."""
+        value = self.frame[name].iloc[row] if self.lines is None else self._written(name).iloc[self._place(row)]
+        return repr(str(value)[:40])
+
+    def text(self, name: str) -> Series:
+        """Return a column as text, as it stands in the file; NaN where missing."""
+        if self.lines is None:
+            return self.frame[name].astype(str).str.removesuffix(".0").where(self.frame[name].notna())
+        cells = self._written(name)
+        cells = cells if self.places is None else cells.iloc[self.places].reset_index(drop=True)
+        return cells.where(~cells.isin(MISSING))
+
+    def keep(self, rows: NDArray[np.bool_]) -> None:
+        """Leave out all other rows."""
+        self.places = np.flatnonzero(rows) if self.places is None else self.places[rows]
+        self.frame = self.frame[rows].reset_index(drop=True)
+        self.lines = None if self.lines is None else self.lines[rows]
+
+    def _place(self, row: int) -> int:
+        return row if self.places is None else int(self.places[row])
+
+    def _written(self, name: str) -> Series:
+        """Return a column of a file as it is written, of all its rows."""
+        if name not in self.written:
+            place = list(self.frame).index(name)
+            with open(self.path, encoding=self.encoding, newline="") as file:
+                _header(_rows(self.path, file, self.separator))
+                cells = _body(file, self.separator, self.frame.shape[1], dtype=str, usecols=[place])
+            self.written[name] = cells[place].str.strip()
+        return self.written[name]
+
+
+def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...] = ()) -> Source:
+    """Return the cells of a file or a data frame.
+
+    Args:
+        source: path of a `.csv` (or otherwise named text) or `.parquet` file, or a pandas or polars frame.
+        encoding: of a text file; UTF-8, or what its first bytes say, where None.
+        texts: columns to leave as text though they are numbers, as ids are.
+
+    Raises:
+        FormatError: it can't be read as a table; the message names the line, what was expected and what was found.
+        UsageError: a package that reads it isn't installed, or an object that is no table.
+        OSError: the file can't be read.
+    """
+    try:
+        import pandas as pd
+    except ModuleNotFoundError:
+        raise UsageError("reading tables needs pandas: install cellstack[table]") from None
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        suffix = path.suffix.lower()
+        if suffix in (".parquet", ".pq"):
+            path.stat()  # a missing file is said as one
+            return _of_frame(str(path), _parquet(path))
+        if suffix in (".xlsx", ".xls", ".ods"):
+            raise UsageError(f"{path}: expected CSV or Parquet, found a spreadsheet: save it as CSV")
+        return _of_text(path, encoding, texts)
+    if isinstance(source, pd.Series):
+        source = source.to_frame("y" if source.name is None else source.name)
+    if not isinstance(source, pd.DataFrame):
+        if not hasattr(source, "to_pandas"):
+            raise UsageError(f"expected a path, or a pandas or polars frame, got {type(source).__name__}")
+        try:
+            source = source.to_pandas()
+        except ModuleNotFoundError as error:
+            raise UsageError(f"reading this frame needs {error.name}: install cellstack[parquet]") from None
+    return _of_frame("a data frame", source)
+
+
+def _parquet(path: Path) -> Frame:
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path)
+    except ImportError:
+        raise UsageError(f"{path}: reading Parquet needs pyarrow: install cellstack[parquet]") from None
+    except (ValueError, OSError) as error:
+        raise FormatError(f"{path}: expected a Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _of_frame(path: str, frame: Frame) -> Source:
+    import pandas as pd
+
+    if isinstance(frame.columns, pd.MultiIndex):
+        found = tuple(frame.columns[0])
+        raise FormatError(
+            f"{path}: expected one name a column, found {found}: flatten them, df.columns = ['_'.join(c) for c in df]"
+        )
+    index = []
+    if isinstance(frame.index, pd.MultiIndex) or frame.index.name is not None or not _counts(frame.index):
+        names = [f"index{n or ''}" if name is None else str(name) for n, name in enumerate(frame.index.names)]
+        twice = [name for name in names if name in map(str, frame.columns)]
+        if twice:
+            raise FormatError(f"{path}: expected a name once, found {twice[0]!r} in the index and among the columns")
+        frame = frame.reset_index(names=names)
+        index = names
+    frame = frame.rename(columns=str).reset_index(drop=True)
+    _check_names(path, list(frame.columns))
+    return _checked(Source(path, frame, index=tuple(index)))
+
+
+def _counts(index: Any) -> bool:
+    """Return whether an index only numbers rows, as one that was cut out of a longer frame does too."""
+    import pandas as pd
+
+    return isinstance(index, pd.RangeIndex) or pd.api.types.is_integer_dtype(index.dtype)
+
+
+def _of_text(path: Path, encoding: str | None, texts: tuple[str, ...]) -> Source:
+    notes: list[str] = []
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    for mark, what in BINARY.items():
+        if head.startswith(mark):
+            raise FormatError(f"{path}: expected text, found {what}: save it as CSV")
+    told = next((name for mark, name in MARKS if head.startswith(mark)), None)
+    if encoding is None:
+        if told is None and b"\0" in head:
+            raise FormatError(f"{path}: expected UTF-8 text, found NUL bytes: give --encoding, such as utf-16-le")
+        encoding = told or "utf-8"
+        if encoding.startswith(("utf-16", "utf-32")):
+            notes.append(f"{encoding.upper()} text, told by its first bytes")
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise UsageError(f"expected an encoding such as utf-8, utf-16 or latin-1, got {encoding!r}") from None
+    try:
+        return _checked(_of_lines(path, encoding, texts, notes))
+    except UnicodeError as error:
+        raise FormatError(f"{path}: {_undecodable(path, encoding, error)}") from None
+
+
+def _undecodable(path: Path, encoding: str, error: UnicodeError) -> str:
+    """Return what isn't text in this encoding, by its line."""
+    data = path.read_bytes()
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as whole:
+        line, byte = data.count(b"\n", 0, whole.start) + 1, data[whole.start]
+        said = f"line {line}: expected {encoding.upper().removesuffix('-SIG')} text, found byte {byte:#04x}"
+        start = data.rfind(b"\n", 0, whole.start) + 1
+        like = data[start : start + 60].split(b"\n")[0].decode("latin-1").strip()
+        return said + (f": give --encoding, such as latin-1, which reads {like!r}" if encoding != "latin-1" else "")
+    return f"expected {encoding} text ({error})"
+
+
+def _of_lines(path: Path, encoding: str, texts: tuple[str, ...], notes: list[str]) -> Source:
+    separator = _separator(path, encoding)
+    with open(path, encoding=encoding, newline="") as file:
+        rows = _rows(path, file, separator)
+        line, names = _header(rows)
+        names, index = _names(path, line, names)
+        lines = []
+        for line, cells in rows:
+            if len(cells) != len(names):
+                if not cells and len(names) > 1:
+                    continue
+                if cells or len(names) > 1:
+                    mend = ": leave out lines above the columns' names" if len(names) == 1 else ""
+                    raise FormatError(f"{path}: line {line}: expected {len(names)} cells, found {len(cells)}{mend}")
+            lines.append(line)
+    with open(path, encoding=encoding, newline="") as file:
+        _header(_rows(path, file, separator))
+        as_text = {names.index(name): str for name in texts if name in names}
+        frame = _body(file, separator, len(names), dtype=as_text, na_values=list(MISSING)).set_axis(names, axis=1)
+    if len(frame) != len(lines):
+        raise FormatError(f"{path}: expected {len(lines)} rows, as lines and quotation marks say, found {len(frame)}")
+    for name in names:
+        if frame[name].dtype == object or frame[name].dtype == "str":
+            frame[name] = _stripped(frame[name])
+    used = frame.notna().any(axis=1).to_numpy()
+    if len(names) > 1 and len(used) and not used[-1]:
+        last = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
+        notes.append(f"{len(frame) - last} rows of empty cells at the end left out")
+        frame, lines = frame.iloc[:last], lines[:last]
+    return Source(str(path), frame, np.array(lines, np.int64), index, notes, separator, encoding)
+
+
+def _stripped(cells: Series) -> Series:
+    text = cells.dropna()
+    if not len(text) or not isinstance(text.iloc[0], str):  # booleans, some of them missing
+        return cells
+    text = cells.str.strip()
+    return text.where(~text.isin(MISSING))
+
+
+def _rows(path: str | Path, file: IO[str], separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Give each row's cells with the number of its last line; the file stands behind the row that was given last."""
+    reader = csv.reader(iter(file.readline, ""), delimiter=separator, skipinitialspace=True)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise FormatError(f"{path}: line {reader.line_num}: {error}") from None
+
+
+def _header(rows: Iterator[tuple[int, list[str]]]) -> tuple[int, list[str]]:
+    """Return the first row that isn't blank, and its line."""
+    return next(((line, [cell.strip() for cell in cells]) for line, cells in rows if any(cells)), (1, []))
+
+
+def _body(file: IO[str], separator: str, width: int, **how: Any) -> Frame:
+    """Return the rows that are left of a file, its columns by their places."""
+    import pandas as pd
+
+    try:
+        return pd.read_csv(
+            file,
+            sep=separator,
+            header=None,
+            names=list(range(width)),
+            index_col=False,
+            keep_default_na=False,
+            skipinitialspace=True,
+            skip_blank_lines=width > 1,
+            float_precision="round_trip",
+            low_memory=False,
+            **how,
+        )
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame({place: np.empty(0) for place in range(width)})
+
+
+def _separator(path: Path, encoding: str) -> str:
+    """Return the sign that cuts most of the first lines into equally many cells, at least two; a comma where none.
+
+    Raises:
+        FormatError: blanks seem to be between the cells.
+    """
+    with open(path, encoding=encoding, newline="") as file:
+        lines = [line for _, line in zip(range(100), file, strict=False) if line.strip()]
+    best, cells = ",", 1
+    for separator in SEPARATORS:
+        try:
+            widths = [len(row) for row in csv.reader(lines, delimiter=separator, skipinitialspace=True) if row]
+        except csv.Error:
+            continue
+        agree = widths.count(widths[0]) / len(widths) if widths else 0.0
+        if widths and widths[0] > cells and (agree > 0.8 or separator == ","):
+            best, cells = separator, widths[0]
+    if cells == 1 and len(lines) > 1 and all(len(line.split()) > 1 for line in lines):
+        raise FormatError(
+            f"{path}: expected commas, semicolons, tabs or | between cells, found blanks in {lines[0].strip()[:60]!r}: "
+            f"in pandas, pd.read_csv(file, sep=r'\\s+') reads such a file"
+        )
+    return best
+
+
+def _names(path: Path, line: int, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Return the columns' names, checked, and the one that is the index that pandas wrote under no name."""
+    counted = [str(n) for n in range(len(names) - 1)]
+    numbers = [name for name in names if _is_number(name)]
+    if not names or not any(names) or (numbers and names[1:] != counted):
+        raise FormatError(f"{path}: line {line}: expected the columns' names, found {','.join(names)[:60]!r}")
+    index = ()
+    if not names[0]:
+        names = ["index" if "index" not in names else "index_0", *names[1:]]
+        index = (names[0],)
+    if "" in names:
+        raise FormatError(
+            f"{path}: line {line}: expected a name for each column, found none for column {names.index('') + 1}"
+        )
+    _check_names(path, names, f"line {line}: ")
+    return names, index
+
+
+def _check_names(path: str | Path, names: list[str], line: str = "") -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            places = ", ".join(str(n) for n, other in enumerate(names, 1) if other == name)
+            raise FormatError(f"{path}: {line}expected a name once, found {name!r} {count} times (columns {places})")
+
+
+def _checked(source: Source) -> Source:
+    if len(source.frame) < 2:
+        below = " below the names" if source.lines is not None else ""
+        raise FormatError(f"{source.path}: expected at least two rows{below}, found {len(source.frame)}")
+    return source
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

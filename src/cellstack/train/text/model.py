@@ -1,0 +1,125 @@
+"""The model of a text that is trained, and the batches that it is trained on. It becomes a Network by `to_nodes`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cellstack.nodes import Dense, Node
+from cellstack.nodes.steps import Embedding
+from cellstack.train.examples import Batch, digest
+from cellstack.train.model import LAYERS, Dropout, as_array, as_recurrent
+from cellstack.train.text.data import Architecture, Parts, Streams, Text, measured
+
+
+class TextModel(nn.Module):
+    """Characters in, logits of the next one out after each: embedding or one-hot, stacked cells, a dense head.
+
+    Args:
+        size: how many characters there are, V.
+        architecture: how it is built.
+    """
+
+    def __init__(self, size: int, architecture: Architecture):
+        super().__init__()
+        embedding, self.size, self.cell = architecture.embedding, size, architecture.cell
+        self.embedding = nn.Embedding(size, embedding) if embedding else None
+        self.recurrent = nn.ModuleList()
+        width = embedding or size
+        for units in architecture.units:
+            layer = LAYERS[self.cell](units, return_sequences=True, return_state=True, input_size=width)
+            self.recurrent.append(layer)
+            width = units
+        self.dropout = Dropout(architecture.dropout)
+        self.head = nn.Linear(width, size)
+        self.carried: tuple[Any, ...] | None = None  # the states that the next chunk starts from, one a layer
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return logits `[B, T, V]` for ids `[B, T]`, going on from the carried state and leaving the one after there.
+
+        Args:
+            x: int64.
+            mask: None: every step counts.
+        """
+        y = (
+            nn.functional.one_hot(x, self.size).to(self.head.weight.dtype)
+            if self.embedding is None
+            else self.embedding(x)
+        )
+        before = self.carried or (None,) * len(self.recurrent)
+        after = []
+        for layer, state in zip(self.recurrent, before, strict=True):
+            y, *state = layer(y, state, mask)
+            after.append(tuple(state))
+            y = self.dropout(y)
+        self.carried = tuple(after)
+        return self.head(y)
+
+    def answer(self, out: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the probabilities `[B, T, V]`."""
+        return out.softmax(-1)
+
+    def losses(self, out: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:
+        """Return the cross-entropy of every character `[B, T]`, in nats."""
+        return nn.functional.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+
+    def measure(self, out: Tensor, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Return sums over a batch, which add up over batches to what `measured` takes."""
+        return {"nats": (self.losses(out, mask, y) * weight).sum(dtype=torch.float64), "characters": weight.sum()}
+
+    def measured(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return `bits_per_character` of sums that `measure` gave."""
+        return {"bits_per_character": sums["nats"] / max(sums["characters"], 1.0) / math.log(2.0)}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint's model must be alike in, beside the shapes of its weights."""
+        return {"task": "text", "cell": self.cell, "dropout": self.dropout.p}
+
+    def to_nodes(self) -> list[Node]:
+        """Return the model as nodes: ids or one-hot in, the probabilities of the next character out after each."""
+        table = [] if self.embedding is None else [Embedding(as_array(self.embedding.weight))]
+        head = Dense(as_array(self.head.weight.T), as_array(self.head.bias), "softmax")
+        return [*table, as_recurrent(list(self.recurrent)), head]
+
+
+class Chunks:
+    """A text as `Data`: chunks of streams, in the order of the text, the same in every epoch.
+
+    Args:
+        text: the text.
+        parts: which of it is trained and validated on.
+        batch: at most so many streams.
+        steps: of a chunk: how far gradients reach back.
+    """
+
+    def __init__(self, text: Text, parts: Parts, batch: int, steps: int):
+        self.text, self.parts = text, parts
+        self.streams = Streams(text.ids, parts.training, batch, steps)
+        self.steps = len(self.streams)
+        self.validates = parts.validation[1] > parts.validation[0]
+
+    def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
+        """See `Data`."""
+        for chunk in range(first, self.steps):
+            x, y = self.streams.chunk(chunk)
+            yield Batch(x, y, np.ones(y.shape, np.float32))
+
+    def held(self) -> Iterator[Batch]:
+        """See `Data`."""
+        for x, y, counts in measured(self.text.ids, self.parts.validation):
+            yield Batch(x, y, counts.astype(np.float32))
+
+    def describe(self) -> dict[str, Any]:
+        """See `Data`."""
+        return {
+            "text": digest([self.text.ids]),
+            "characters": len(self.text.counts),
+            "parts": [list(part) for part in self.parts],
+            "streams": self.streams.rows,
+            "truncated": self.streams.steps,
+        }

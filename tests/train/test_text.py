@@ -1,0 +1,217 @@
+"""Texts as they are read, cut into parts and streams, measured and written."""
+
+import math
+from importlib.resources import files
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from networks import make_cell
+
+from cellstack import Dense, Network, Recurrent
+from cellstack.nodes import Activation, Embedding, GlobalPool
+from cellstack.spec import FormatError
+from cellstack.train.checks import UsageError
+from cellstack.train.text.data import (
+    Alphabet,
+    Streams,
+    Text,
+    alphabet_of,
+    bits_per_character,
+    content,
+    measured,
+)
+from cellstack.train.text.sampling import generate
+
+ALICE = files("cellstack") / "data" / "alice.txt"
+LETTERS = "ab c\n"
+
+
+def network(rng, characters=LETTERS, ids=True, logits=False, metadata=None, units=6):
+    size = 256 if characters is None else len(characters)
+    table = [Embedding(rng.normal(size=(size, 3)).astype("f4"))] if ids else []
+    cell = make_cell(rng, 3 if ids else size, units)
+    head = Dense(2 * rng.normal(size=(units, size)).astype("f4"), None, "linear" if logits else "softmax")
+    nodes = [*table, Recurrent((cell,), return_sequences=True), head]
+    return Network(nodes, metadata={"characters": characters} if metadata is None else metadata)
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_text_says_what_was_understood():
+    text = Text.of(content(str(ALICE)), "alice.txt")
+    assert text.summary(text.parts()) == (
+        "147,815 characters, 68 different; 133,033 to train on, 7,391 to validate on, 7,391 to test on; "
+        "rare ones: 'Z' 1x, 'X' 4x, '_' 4x"
+    )
+    assert "".join(text.alphabet.characters[n] for n in text.ids[:400]) == ALICE.read_text()[:400]
+    assert text.ids.dtype == np.uint8
+    late = Text.of("ab" * 200 + "c", "late")
+    assert late.summary(late.parts()).endswith("1 in the held-out parts alone, which training never sees: 'c'")
+    of_bytes = Text.of("aé".encode() * 100)
+    assert of_bytes.summary(of_bytes.parts(0.1, 0)) == "300 bytes, 3 different; 270 to train on, 30 to validate on"
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ("é".encode("latin1") * 300, FormatError, "found byte 0xe9 at 0: convert it .iconv"),
+        ("a text".encode("utf-16"), FormatError, "expected UTF-8 text, found UTF-16"),
+        ("a text".encode("utf-32"), FormatError, "expected UTF-8 text, found UTF-32"),
+        (b"ab\0c", FormatError, "found a zero byte at 2"),
+        (b"", UsageError, "at least 200 characters, found none"),
+        (b"short", UsageError, "at least 200 characters, found 5"),
+        (b"a" * 300, UsageError, "at least two different characters, found one"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path, data, error, message):
+    path = tmp_path / "book.txt"
+    path.write_bytes(data)
+    with pytest.raises(error, match=f"book.txt: .*{message}"):
+        Text.of(content(str(path)), str(path))
+
+
+def test_marks_line_ends_and_characters_of_any_plane_are_kept(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes("\ufeffa\r\n😀ß".encode())
+    assert content(str(path)) == "a\r\n😀ß"
+    assert content(str(path), as_bytes=True)[:3] == b"\xef\xbb\xbf"
+    alphabet = Alphabet(("😀", "ß", "a"))
+    assert alphabet.encode("aß😀").tolist() == [2, 1, 0]
+    with pytest.raises(UsageError, match=r"expected the network's 3 characters, found 'x' \(U\+0078\) and 1 other"):
+        alphabet.encode("axy")
+    with pytest.raises(UsageError, match="half of a pair"):
+        alphabet.encode("a\ud800")
+    assert Alphabet(None).encode("ß").tolist() == [0xC3, 0x9F]
+    with pytest.raises(UsageError, match=r"at most a half together, got 0\.05 and 0\.6"):
+        Text.of("ab" * 200).parts(0.05, 0.6)
+
+
+# ── streams ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("count", [2, 3, 100, 101, 1000, 1003])
+@pytest.mark.parametrize(("rows", "steps"), [(1, 7), (4, 10), (16, 32)])
+def test_streams_go_on_where_they_stood_and_leave_nothing_out(count, rows, steps):
+    ids = np.arange(5, 5 + count + 20)
+    streams = Streams(ids, (10, 10 + count), rows, steps)
+    chunks = [streams.chunk(n) for n in range(len(streams))]
+    assert all(x.shape[1] == streams.steps for x, _ in chunks[:-1])
+    assert all((y == x + 1).all() for x, y in chunks)
+    for (_, before), (after, _) in pairwise(chunks):
+        assert np.array_equal(before[:, -1], after[:, 0])
+    told = np.concatenate([y for _, y in chunks], axis=1)
+    assert set(told.ravel()) == set(ids[11 : 10 + count])
+    assert told.size - (count - 1) < streams.rows
+
+
+@pytest.mark.parametrize("part", [(0, 300), (500, 900), (0, 5000), (4000, 9001), (8999, 9001)])
+def test_what_is_measured_counts_every_character_once_after_what_was_before_it(part):
+    ids = np.arange(9001)
+    chunks = list(measured(ids, part))
+    assert sorted(n for _, y, counts in chunks for n in y[counts]) == list(range(max(part[0], 1), part[1]))
+    x, y, counts = (np.concatenate(each, axis=1) for each in zip(*chunks, strict=True))
+    for row, told, used in zip(x, y, counts, strict=True):
+        last = np.flatnonzero(used)[-1] + 1
+        assert row[:last].tolist() == list(range(row[0], row[0] + last))
+        assert (row[:last] + 1 == told[:last]).all()
+        assert row[0] == 0 or np.flatnonzero(used)[0] == 256
+
+
+@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+def test_bits_per_character_are_those_of_one_pass(rng, ids, logits):
+    net = network(rng, ids=ids, logits=logits)
+    given = rng.integers(5, size=200)
+    y = net(given[None] if ids else np.eye(5)[given][None])[0, :-1].astype("f8")
+    p = np.exp(y) / np.exp(y).sum(1, keepdims=True) if logits else y
+    expected = -np.log2(p[np.arange(199), given[1:]]).mean()
+    assert bits_per_character(net, given) == pytest.approx(expected, rel=1e-5)
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+def test_the_likeliest_characters_are_those_of_a_pass_over_all(rng, ids, logits):
+    net = network(rng, ids=ids, logits=logits)
+    text = "".join(generate(net, "ab", length=30, temperature=0))
+    places = np.array([LETTERS.index(c) for c in "ab" + text])
+    y = net(places[None] if ids else np.eye(5)[places][None])[0]
+    assert "".join(LETTERS[n] for n in y.argmax(-1)[1:-1]) == text
+
+
+def test_characters_come_as_often_as_they_are_likely(rng):
+    table = np.log(np.array([[0.5, 0.3, 0.15, 0.04, 0.01]] * 5, "f4"))
+    for activation, temperature in (("linear", 1.0), ("softmax", 0.5)):
+        net = Network([Embedding(table), Activation(activation)], metadata={"characters": LETTERS})
+        p = np.exp(table[0].astype("f8") / temperature)
+        text = "".join(generate(net, length=20_000, temperature=temperature, seed=1))
+        found = np.array([text.count(c) for c in LETTERS]) / len(text)
+        np.testing.assert_allclose(found, p / p.sum(), atol=0.012)
+        assert set(generate(net, length=500, top_k=2, temperature=5.0, seed=0)) == {"a", "b"}
+        assert set(generate(net, length=500, top_p=0.6 if temperature == 1 else 0.9, temperature=temperature)) == {
+            "a",
+            "b",
+        }
+        assert set(generate(net, length=500, top_p=1e-9)) == {"a"}
+
+
+def test_a_seed_repeats_and_a_stop_ends(rng):
+    net = network(rng)
+    first = "".join(generate(net, "a", length=200, seed=3))
+    assert first == "".join(generate(net, "a", length=200, seed=3))
+    assert first != "".join(generate(net, "a", length=200, seed=4))
+    stop = first[50:53]
+    assert "".join(generate(net, "a", length=200, seed=3, stop=stop)) == first[: first.index(stop) + 3]
+    assert list(generate(net, "a", length=0)) == []
+    # Without a prompt it begins as after a line end.
+    assert "".join(generate(net, seed=3)) == "".join(generate(net, "\n", seed=3))
+
+
+def test_bytes_become_characters_as_they_come():
+    order = "aé😀\n".encode()
+    logits = np.full((256, 256), -9.0, "f4")
+    for before, after in zip(order, order[1:] + order[:1], strict=True):
+        logits[before, after] = 9.0
+    net = Network([Embedding(logits), Activation("softmax")])
+    assert list(generate(net, "\n", length=8, temperature=0)) == ["a", "é", "😀", "\n"]
+    assert list(generate(net, "\n", length=5, temperature=0)) == ["a", "é", "\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"prompt": "abX"}, r"the prompt: expected the network's 5 characters, found 'X'"),
+        ({}, {"temperature": -1.0}, "temperature of at least 0, got -1"),
+        ({}, {"temperature": math.nan}, "temperature of at least 0"),
+        ({}, {"top_k": 0}, "top_k of at least 1, got 0"),
+        ({}, {"top_p": 0.0}, "top_p above 0"),
+        ({}, {"top_p": 1.5}, "top_p above 0"),
+        ({}, {"length": -1}, "length of at least 0"),
+        ({}, {"stop": ""}, "a text to stop at"),
+        ({"characters": "ab"}, {}, "expected a prompt, as it knows neither"),
+        ({"metadata": {}}, {}, "whose metadata has its characters"),
+        ({"metadata": {"characters": "abca "}}, {}, "different characters"),
+        ({"metadata": {"characters": ["a", "bc"]}}, {}, "its characters as a text"),
+        ({"metadata": {"characters": "a "}}, {}, "one number for each of its 2 characters"),
+    ],
+)
+def test_what_can_not_be_written_is_said_at_the_call(rng, change, options, message):
+    with pytest.raises(UsageError, match=message):
+        generate(network(rng, **change), **options)
+
+
+def test_networks_that_are_none_of_text(rng):
+    whole = Network([*network(rng).nodes, GlobalPool("mean")], metadata={"characters": LETTERS})
+    with pytest.raises(UsageError, match="one number for each of its 5 characters after every one"):
+        generate(whole)
+    back = Recurrent(network(rng, ids=False).nodes[0].cells, return_sequences=True, go_backwards=True)
+    with pytest.raises(UsageError, match="expected a network that streams"):
+        generate(Network([back, Dense(np.ones((6, 5), "f4"))], metadata={"characters": LETTERS}))
+    broken = Network([Embedding(np.full((5, 5), np.nan, "f4"))], metadata={"characters": LETTERS})
+    with pytest.raises(UsageError, match="expected numbers from the network"):
+        list(generate(broken))
+    assert alphabet_of(network(rng, None), "bytes") == Alphabet(None)
