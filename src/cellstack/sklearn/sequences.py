@@ -1,7 +1,4 @@
-"""The scikit-learn door: estimators over sequences, fitted as `cellstack train` fits, run without torch.
-
-Ref: scikit-learn, "Developing scikit-learn estimators", https://scikit-learn.org/stable/developers/develop.html
-"""
+"""Estimators over sequences, a class or numbers each: fitted by `train.fit`, run by the Network that comes of it."""
 
 from __future__ import annotations
 
@@ -21,8 +18,6 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from cellstack import train
 from cellstack.network import Network
 from cellstack.train import Labelled, Sequences, predict
-
-__all__ = ["SequenceClassifier", "SequenceRegressor"]
 
 EPOCHS, STEPS = 60, 750  # a fit without a word on epochs takes so many at least, and so many steps of the optimiser
 
@@ -112,7 +107,6 @@ class _SequenceEstimator(BaseEstimator):
             labels: the classes.
             weight: how much each sequence counts, `[n]`.
         """
-        given = self.random_state
         epochs = max(EPOCHS, -(-STEPS * self.batch // len(sequences))) if self.epochs is None else self.epochs
         result = train.fit(
             Sequences(sequences, y, labels, "X", weight=weight.astype(np.float32)),
@@ -130,7 +124,7 @@ class _SequenceEstimator(BaseEstimator):
             patience=-(-epochs // 3) if self.patience is None else self.patience,
             noise=self.noise,
             offset=self.offset,
-            seed=int(given) if isinstance(given, Integral) else check_random_state(given).randint(2**31),
+            seed=seed_of(self.random_state),
             init=self.init,
             progress=self.verbose,
             threads=self.threads,
@@ -146,6 +140,13 @@ class _SequenceEstimator(BaseEstimator):
         sequences = Labelled(Sequences(self._check_sequences(X, reset=False), None, (), "X"))
         inputs = predict.trained(self.network_, type(self).__name__).inputs
         return predict.answers(self.network_, inputs, sequences, self.threads)
+
+
+def seed_of(random_state: Any) -> int:
+    """Return what a `random_state` says: itself where it is a whole number, else a draw from it."""
+    if isinstance(random_state, Integral):
+        return int(random_state)
+    return check_random_state(random_state).randint(2**31)
 
 
 def _ragged(X: Any) -> list[Any] | None:

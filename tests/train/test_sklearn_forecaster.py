@@ -1,0 +1,106 @@
+"""`SequenceForecaster`: tables in, forecasts out, in searches and pickles."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, TimeSeriesSplit
+
+from cellstack.sklearn import SequenceForecaster
+from cellstack.train import read_table
+from cellstack.train.forecast import predict
+
+QUICK = {"horizon": 3, "seasons": (12,), "units": 4, "members": 1, "epochs": 3, "lr": 0.01, "random_state": 0}
+
+
+@pytest.fixture
+def table(rng):
+    """Ten years of months: one column with a season and a trend, and its noise."""
+    month, noise = np.arange(120), rng.normal(size=120) * 0.1
+    dates = pd.date_range("2010-01-01", periods=120, freq="MS")
+    return pd.DataFrame({"date": dates, "sales": 10 + np.sin(month * np.pi / 6) + 0.02 * month + noise, "noise": noise})
+
+
+def test_a_frame_a_file_and_numbers(table, tmp_path):
+    model = SequenceForecaster(**QUICK, target="sales").fit(table)
+    came = model.predict()
+    assert came.shape == (3,)
+    assert 9 < came.min() <= came.max() < 16
+    np.testing.assert_array_equal(model.predict(table), came)
+    np.testing.assert_array_equal(model.predict(pl.from_pandas(table)), came)
+    table.to_csv(tmp_path / "table.csv", index=False)
+    np.testing.assert_allclose(model.predict(tmp_path / "table.csv"), came)
+    assert np.abs(model.predict(table[:-1]) - came).max() > 1e-3
+    quantiles = model.predict_quantiles()
+    assert quantiles.shape == (3, 3)
+    np.testing.assert_array_equal(quantiles[:, model.recipe_.quantiles.index(0.5)], came)
+    assert model.recipe_.inputs == ("noise",)
+    assert "monthly" in model.understood_[0]
+    assert model.n_iter_ == len(model.history_) > 0
+    alone = SequenceForecaster(**QUICK).fit(table["sales"].to_numpy())
+    assert alone.predict().shape == alone.predict(table["sales"].tolist()).shape == (3,)
+
+
+def test_several_series_and_targets(table):
+    both = pd.concat([table.assign(shop="a"), table.assign(shop="b", sales=table["sales"] * 3)])
+    model = SequenceForecaster(**QUICK, target=("sales", "noise"), id="shop").fit(both)
+    assert model.predict().shape == (2, 3, 2)
+    assert model.predict_quantiles().shape == (2, 3, 2, 3)
+    assert (model.predict()[1, :, 0] > 2 * model.predict()[0, :, 0]).all()
+    assert model.predict(both[both["shop"] == "b"]).shape == (1, 3, 2)
+    new = SequenceForecaster(**QUICK, target="sales", id="shop").fit(both)
+    assert new.predict(table.assign(shop="new")).shape == (1, 3)
+
+
+def test_the_score_is_what_is_saved_of_the_rule_s_error(table):
+    model = SequenceForecaster(**QUICK, target="sales").fit(table[:100])
+    actual = table["sales"].to_numpy()[97:100]
+    ours = np.abs(model.predict(table[:97]) - actual).sum()
+    read = read_table(table[:97])
+    rule = np.abs(predict.forecast(model.network_, read, "net").reference[0, :, 0] - actual).sum()
+    assert model.score(table[:100]) == pytest.approx(1 - ours / rule)
+
+
+def test_a_search_over_splits_in_time(table):
+    model = SequenceForecaster(**QUICK, target="sales")
+    splits = TimeSeriesSplit(2, test_size=24)
+    search = GridSearchCV(model, {"cell": ["lstm", "gru"]}, cv=splits, n_jobs=2).fit(table)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert len(set(search.cv_results_["mean_test_score"])) == 2
+    assert search.predict(table).shape == (3,)
+
+
+def test_it_repeats_is_cloned_and_runs_without_torch(table, tmp_path):
+    model = SequenceForecaster(**QUICK, target="sales")
+    assert clone(model).get_params() == model.get_params()
+    with pytest.raises(NotFittedError):
+        model.predict()
+    came = model.fit(table).predict()
+    np.testing.assert_array_equal(clone(model).fit(table).predict(), came)
+    assert np.abs(clone(model).set_params(random_state=1).fit(table).predict() - came).max() > 1e-4
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
+    code = (
+        "import pickle, sys\n"
+        "print(*pickle.loads(open('model.pickle', 'rb').read()).predict().tolist())\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [*map(str, came.tolist()), "False"]
+
+
+def test_tables_that_cannot_be_used(table):
+    with pytest.raises(ValueError, match="expected a target, one or more of"):
+        SequenceForecaster(**QUICK).fit(table)
+    with pytest.raises(ValueError, match="expected a column out of sales, noise, got 'sale'"):
+        SequenceForecaster(**QUICK, target="sale").fit(table)
+    with pytest.raises(ValueError, match="got 3 axes"):
+        SequenceForecaster(**QUICK).fit(np.zeros((2, 3, 4)))
+    model = SequenceForecaster(**QUICK, target="sales").fit(table)
+    with pytest.raises(ValueError, match=r"expected at least 12 rows .* found 5"):
+        model.predict(table[:5])
