@@ -220,20 +220,20 @@ class Model(nn.Module):
 
     def to_nodes(self) -> list[Node]:
         """Return the model as nodes: raw inputs in; class probabilities, or numbers in the targets' units, out."""
-        standardise = nodes.Standardise(_array(self.standardise.mean), _array(self.standardise.scale))
+        standardise = nodes.Standardise(as_array(self.standardise.mean), as_array(self.standardise.scale))
         if self.bidirectional:
             stack = [
-                Bidirectional(_recurrent([layer.forward_layer]), _recurrent([layer.backward_layer], True))
+                Bidirectional(as_recurrent([layer.forward_layer]), as_recurrent([layer.backward_layer], True))
                 for layer in self.recurrent
             ]
         else:
-            stack = [_recurrent(list(self.recurrent))]
+            stack = [as_recurrent(list(self.recurrent))]
         before: list[Node] = [standardise, *stack]
         head = nodes_of(self.head)
         if self.task == "classify":
             head.append(Activation("softmax"))
         else:  # y·scale + mean
-            head.append(Scale(_array(self.targets.scale), _array(self.targets.mean)))
+            head.append(Scale(as_array(self.targets.scale), as_array(self.targets.mean)))
         head = [*head[:-2], *_folded(head[-2], head[-1])]
         pool = [] if self.pooling == "none" else [GlobalPool(self.pooling)]
         return [*before, *head, *pool] if self.every_step else [*before, *pool, *head]
@@ -247,7 +247,7 @@ def nodes_of(head: nn.Module) -> list[Node]:
     """
     if isinstance(head, nn.Linear):
         bias = head.bias if head.bias is not None else torch.zeros(head.out_features)
-        return [Dense(_array(head.weight.T), _array(bias))]
+        return [Dense(as_array(head.weight.T), as_array(bias))]
     return list(from_torch(head).nodes)
 
 
@@ -267,11 +267,13 @@ def named(function: Any) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
-def _recurrent(stack: list[Any], go_backwards: bool = False) -> Recurrent:
+def as_recurrent(stack: list[Any], go_backwards: bool = False) -> Recurrent:
+    """Return layers of ours as one node, bottom first."""
     cells = [layer.cell for layer in stack]
-    held = (Cell(cell.spec, *(_array(getattr(cell, name)) for name in cell.spec.shapes)) for cell in cells)
+    held = (Cell(cell.spec, *(as_array(getattr(cell, name)) for name in cell.spec.shapes)) for cell in cells)
     return Recurrent(tuple(held), return_sequences=True, go_backwards=go_backwards)
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as an array of its own layout, on the CPU."""
     return np.ascontiguousarray(tensor.detach().cpu().numpy())

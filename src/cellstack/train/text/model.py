@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cellstack.nodes import Dense, Node
 from cellstack.nodes.steps import Embedding
 from cellstack.train.examples import Batch, digest
-from cellstack.train.model import LAYERS, Dropout, _array, _recurrent
+from cellstack.train.model import LAYERS, Dropout, as_array, as_recurrent
 from cellstack.train.text.data import Architecture, Parts, Streams, Text, measured
 
 
@@ -82,9 +82,9 @@ class TextModel(nn.Module):
 
     def to_nodes(self) -> list[Node]:
         """Return the model as nodes: ids or one-hot in, the probabilities of the next character out after each."""
-        table = [] if self.embedding is None else [Embedding(_array(self.embedding.weight))]
-        head = Dense(_array(self.head.weight.T), _array(self.head.bias), "softmax")
-        return [*table, _recurrent(list(self.recurrent)), head]
+        table = [] if self.embedding is None else [Embedding(as_array(self.embedding.weight))]
+        head = Dense(as_array(self.head.weight.T), as_array(self.head.bias), "softmax")
+        return [*table, as_recurrent(list(self.recurrent)), head]
 
 
 class Chunks:
