@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 
@@ -114,10 +114,11 @@ def _ts(path: Path, task: str | None, labels: tuple[Any, ...] | None) -> Sequenc
 
 def _npz(path: Path, per_step: bool | None) -> dict[str, Any]:
     """Return a file's arrays, x as a list of sequences without their padding."""
+    with path.open("rb") as file:
+        if not is_zipfile(file):  # np.load goes by content, and would take it for a pickle
+            raise FormatError(f"{path}: expected arrays by name as np.savez writes them, found another file")
     try:
         with np.load(path, allow_pickle=False) as read:
-            if not hasattr(read, "files"):
-                raise FormatError(f"{path}: expected arrays by name as np.savez writes them, found one array")
             arrays = {name: read[name] for name in read.files}
     except (ValueError, EOFError, BadZipFile) as error:
         if "pickle" in str(error):

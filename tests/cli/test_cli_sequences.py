@@ -1,0 +1,224 @@
+"""`cellstack train` and `run` on sequences of every kind of file, and what they say."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.resources import files
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cellstack import load
+from cellstack.cli import main as cli
+
+VOWELS = str(files("cellstack") / "data" / "JapaneseVowels_TRAIN.ts")
+SMALL = ["--units", "4", "--epochs", "2", "--threads", "1", "--quiet"]
+
+
+def run(capsys, *words):
+    status = cli.main(list(map(str, words)))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture
+def machines(rng, tmp_path):
+    """A table of 30 machines with 8 hours each, and the same as arrays."""
+    x, states = rng.normal(size=(30, 8, 2)), np.where(np.arange(30) % 3 == 0, "broken", "fine")
+    table = pd.DataFrame(
+        {
+            "machine": np.repeat([f"m{n}" for n in range(30)], 8),
+            "hour": np.tile(np.arange(8), 30),
+            "heat": x[..., 0].ravel(),
+            "noise": x[..., 1].ravel(),
+            "place": "hall",
+            "state": np.repeat(states, 8),
+        }
+    )
+    table.to_parquet(tmp_path / "machines.parquet")
+    table.to_csv(tmp_path / "machines.csv", index=False)
+    np.savez(tmp_path / "machines.npz", x=x, y=states)
+    return tmp_path
+
+
+COLUMNS = ["--id", "machine", "--time", "hour", "--label", "state"]
+
+
+def test_what_is_understood_is_said_before_training_and_alone(capsys, machines):
+    said = [
+        f"{machines / 'machines.parquet'}: 30 sequences of 8 steps, 2 channels (heat, noise)",
+        "  to classify: 2 classes, one a sequence: broken (10), fine (20)",
+        "  ignored: place, as it holds no numbers, but 'hall'",
+    ]
+    words = ["train", machines / "machines.parquet", *COLUMNS]
+    status, out, err = run(capsys, *words, "--dry-run")
+    assert (status, out.splitlines(), err) == (0, said, "")
+    status, out, _ = run(capsys, *words, "-o", machines / "net", *SMALL)
+    assert (status, out.splitlines()[:3]) == (0, said)
+    understood = json.loads(run(capsys, *words, "--dry-run", "--json")[1])["understood"]["training"]
+    assert understood["classes"] == {"broken": 10, "fine": 20}
+    assert understood["ignored"] == {"place": "holds no numbers, but 'hall'"}
+
+
+def test_what_is_understood_of_gaps_and_constants(capsys, tmp_path):
+    file = tmp_path / "a.ts"
+    file.write_text("@classLabel true a b c\n@data\n1,?:5,5:a\n2,3,4:5,5,5:b\n1,1:5,5:a\n")
+    said = run(capsys, "train", file, "--dry-run")[1]
+    assert "3 sequences of 2 to 3 steps, 2 channels\n" in said
+    assert "to classify: 3 classes, one a sequence: a (2), b (1), c (0)\n" in said
+    assert "of one example alone, which can be trained on or validated on, not both: b\n" in said
+    assert "missing: 1 values, 7.14%" in said
+    assert "constant: channel 1\n" in said
+
+
+def test_a_dry_run_needs_no_torch(machines):
+    code = (
+        "import sys; from cellstack.cli.main import main; assert main(sys.argv[1:]) == 0; "
+        "assert not {'torch', 'matplotlib', 'tqdm'} & set(sys.modules)"
+    )
+    for words in ([VOWELS], [str(machines / "machines.npz")], [str(machines / "machines.csv"), *COLUMNS]):
+        command = [sys.executable, "-c", code, "train", *words, "--dry-run"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["machines.parquet", "machines.csv", "machines.npz"])
+def test_train_and_run_on_every_kind_of_file(capsys, machines, name):
+    columns = [] if name.endswith("npz") else COLUMNS
+    words = ["train", machines / name, machines / name, *columns, "-o", machines / "net", *SMALL]
+    report = json.loads(run(capsys, *words, "--json")[1])
+    assert report["task"] == "classify"
+    assert np.sum(report["test"]["confusion"]) == 30
+    status, out, err = run(capsys, "run", machines / "net", machines / name)  # the columns are known
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert status == 0
+    assert f"accuracy {report['test']['accuracy']:.4f}" in err
+    assert [row["predicted"] for row in rows][:3] == [
+        ("broken", "fine")[float(row["p_fine"]) > 0.5] for row in rows[:3]
+    ]
+    assert rows[7].get("machine", "m7") == "m7"
+
+
+def test_run_on_a_table_without_the_truth(capsys, machines):
+    assert run(capsys, "train", machines / "machines.csv", *COLUMNS, "-o", machines / "net", *SMALL)[0] == 0
+    table = pd.read_csv(machines / "machines.csv").drop(columns=["state", "place"])
+    table[table.machine == "m4"].to_csv(machines / "new.csv", index=False)
+    status, out, err = run(capsys, "run", machines / "net", machines / "new.csv")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == "machine,predicted,p_broken,p_fine"
+    assert out.splitlines()[1].startswith("m4,")
+    table.rename(columns={"heat": "Heat"}).to_csv(machines / "new.csv", index=False)
+    status, _, err = run(capsys, "run", machines / "net", machines / "new.csv")
+    assert (status, "expected features among machine, hour, Heat, noise, got 'heat'" in err) == (2, True)
+    status, _, err = run(capsys, "run", machines / "net", machines / "new.csv", "--label", "state")
+    assert (status, err.count("\n")) == (2, 1)
+
+
+def test_an_answer_a_step(capsys, rng, tmp_path):
+    x = rng.normal(size=(12, 5, 1))
+    table = pd.DataFrame({"id": np.repeat(np.arange(12), 5), "x": x.ravel(), "sum": x.cumsum(axis=1).ravel()})
+    table.to_csv(tmp_path / "a.csv", index=False)
+    words = ["train", tmp_path / "a.csv", "--id", "id", "--label", "sum", "--per-step", "-o", tmp_path / "net", *SMALL]
+    status, out, _ = run(capsys, *words)
+    assert (status, "to regress: a number a step, from" in out) == (0, True)
+    status, out, err = run(capsys, "run", tmp_path / "net", tmp_path / "a.csv")
+    rows = list(csv.reader(io.StringIO(out)))
+    assert rows[0] == ["id", "step", "predicted"]
+    assert [row[:2] for row in rows[5:7]] == [["0", "4"], ["1", "0"]]
+    assert "rmse" in err
+
+
+def test_it_ends_with_a_sentence(capsys, tmp_path):
+    _, out, _ = run(capsys, "train", VOWELS, "-o", tmp_path / "net", *SMALL)
+    assert re.search(
+        r"\ntrained for all 2 epochs; kept is epoch \d, whose validation loss is the lowest; on the 36 validation "
+        r"examples, never trained on, which chose the epoch: accuracy 0\.\d+\nwritten to ",
+        out,
+    )
+    assert re.search(r"\n\d+ steps in [\d.]+ s, on 1 thread\n", out)
+
+
+def test_history_picture_log_and_warm_start(capsys, tmp_path):
+    words = ["train", VOWELS, "-o", tmp_path / "net", *SMALL]
+    more = ["--history", tmp_path / "h.csv", "--picture", tmp_path / "h.svg", "--log", tmp_path / "log.csv"]
+    report = json.loads(run(capsys, *words, *more, "--json")[1])
+    assert (tmp_path / "h.csv").read_text() == (tmp_path / "log.csv").read_text()
+    assert len((tmp_path / "h.csv").read_text().splitlines()) == 3
+    assert "<svg" in (tmp_path / "h.svg").read_text()
+    again = ["train", VOWELS, "-o", tmp_path / "more", *SMALL, "--init", tmp_path / "net", "--json"]
+    status, out, _ = run(capsys, *again)
+    assert status == 0
+    assert json.loads(out)["history"][0]["loss"] < report["history"][0]["loss"]
+
+
+def test_a_checkpoint_is_overwritten_or_gone_on_from_when_asked(capsys, tmp_path):
+    words = ["train", VOWELS, "-o", tmp_path / "net", *SMALL, "--checkpoint", tmp_path / "c"]
+    assert run(capsys, *words)[0] == 0
+    status, _, err = run(capsys, *words)
+    assert status == 2
+    assert "c: a checkpoint is there already: resume (--resume) goes on from it, overwrite (--overwrite) begins" in err
+    assert run(capsys, *words, "--overwrite")[0] == 0
+    status, out, _ = run(capsys, *words, "--resume", "--epochs", "3")
+    assert status == 0
+    assert "the checkpoint was made for 2 epochs: from epoch 3 on, the rate goes on as in a training of 3, at" in out
+    status, _, err = run(capsys, *words, "--resume", "--overwrite")
+    assert (status, "or --overwrite, to begin anew, got both" in err) == (2, True)
+
+
+def test_the_ts_format_is_described(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a sequence a line, its channels between colons, its class at the end" in said
+
+
+def test_class_weights(capsys, machines):
+    words = ["train", machines / "machines.npz", "-o", machines / "net", *SMALL, "--validation", "0", "--json"]
+    plain, even = (json.loads(run(capsys, *words, *more)[1]) for more in ([], ["--class-weights", "balanced"]))
+    assert plain["history"] != even["history"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_is_one_line(capsys, tmp_path):
+    words = ["train", VOWELS, *SMALL, "-o", tmp_path / "net"]
+    for flag in ("--history", "--checkpoint"):
+        status, _, err = run(capsys, *words, flag, "/dev/full")
+        assert (status, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["machines.csv", "--task", "classify"], "expected --label COLUMN"),
+        (["machines.csv", "--label", "state"], "expected id=, the column"),
+        (["machines.csv", "--label", "mood", "--id", "machine"], "expected y to be a column, one of machine"),
+        (["machines.csv", *COLUMNS, "--season", "7"], "--season does nothing with sequences: it is for forecasts"),
+        (["machines.csv", *COLUMNS, "--task", "regress"], "y: expected numbers with task regress, got text"),
+        (["machines.npz", "--label", "state"], "expected y with a table alone, as .npz has its own"),
+        (["empty.csv", *COLUMNS], "empty.csv: expected a table, found one that can't be read"),
+        (["broken.parquet", *COLUMNS], "broken.parquet: expected a table, found one that can't be read"),
+        (["broken.npz"], "broken.npz: expected arrays by name as np.savez writes them, found another file"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, machines, words, message):
+    (machines / "empty.csv").write_text("")
+    (machines / "broken.parquet").write_bytes(b"PAR1 nothing")
+    (machines / "broken.npz").write_bytes(b"PK nothing")
+    status, out, err = run(capsys, "train", machines / words[0], *words[1:], "-o", machines / "net", *SMALL)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not (machines / "net.safetensors").exists()
+
+
+def test_the_network_holds_labels_that_are_numbers(capsys, rng, tmp_path):
+    np.savez(tmp_path / "a.npz", x=rng.normal(size=(20, 5, 1)), y=np.arange(20) % 2 * 3)
+    assert run(capsys, "train", tmp_path / "a.npz", "-o", tmp_path / "net", *SMALL)[0] == 0
+    assert load(tmp_path / "net.safetensors").metadata["labels"] == [0, 3]
+    rows = list(csv.DictReader(io.StringIO(run(capsys, "run", tmp_path / "net", tmp_path / "a.npz")[1])))
+    assert {row["predicted"] for row in rows} <= {"0", "3"}
+    assert "p_3" in rows[0]
