@@ -16,7 +16,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.settings import RunOptions
 from cellstack.train.text.data import Architecture, Text, bits_per_character
 from cellstack.train.text.model import Chunks, TextModel
-from cellstack.train.text.workflow import train_text
+from cellstack.train.text.workflow import adam, train_text
 
 ALICE = (files("cellstack") / "data" / "alice.txt").read_text(encoding="utf-8")[:2400]
 SMALL = {"units": (10, 8), "embedding": 6, "steps": 16, "batch": 4, "threads": 1}
@@ -162,18 +162,19 @@ class Stopping(Chunks):
 
 @pytest.mark.parametrize("at", [0, 33, 50])
 def test_resume_after_ctrl_c_equals_an_unbroken_run(tmp_path, at):
+    how = {"threads": 1, "optimizer": adam(SETTINGS.lr)}
     whole = made()
-    unbroken = learn(whole, chunks(), SETTINGS, threads=1)
+    unbroken = learn(whole, chunks(), SETTINGS, **how)
     stopping, path = chunks(Stopping), tmp_path / "book.checkpoint"
     stopping.at = at
     assert stopping.steps == 34
-    first = learn(made(), stopping, SETTINGS, checkpoint=path, threads=1)
+    first = learn(made(), stopping, SETTINGS, checkpoint=path, **how)
     assert first.interrupted
     state = checkpoints.load(path)
     assert state["position"][:2] == [(at + 1) // 34, (at + 1) % 34]
     assert [tuple(part.shape for part in layer) for layer in state["carried"]] == [((4, 7),) * 2, ((4, 6),) * 2]
     resumed = made(seed=99)
-    second = learn(resumed, chunks(), SETTINGS, checkpoint=path, resume=True, threads=1)
+    second = learn(resumed, chunks(), SETTINGS, checkpoint=path, resume=True, **how)
     assert second.history == unbroken.history
     assert_same(weights(resumed), weights(whole))
     with pytest.raises(UsageError, match="expected truncated as in this training, 8, found 16"):
