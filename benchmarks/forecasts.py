@@ -28,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from cellstack.train.forecast.boosting import Boosting, Panel
 from series import SERIES, options, write
 
 import cellstack
 from cellstack.train.forecast import predict, rules, seasons
+from cellstack.train.forecast.boosting import Boosting, Panel
 from cellstack.train.table import read_table
 
 STEPS = {"hourly": "h", "half-hourly": "30min", "daily": "D", "weekly": "7D", "monthly": "MS", "quarterly": "QS"}
