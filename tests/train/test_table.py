@@ -235,6 +235,8 @@ def test_frames_of_pandas_and_polars_and_parquet(tmp_path):
     assert read_table(frame.set_index("time")["y"]).path == "a data frame"
     with pytest.raises(FormatError, match=r"c\.parquet: expected a Parquet file"):
         read_table(write(tmp_path, "time,y\n", name="c.parquet"))
+    with pytest.raises(UsageError, match="got LazyFrame: call its collect"):
+        read_table(polars.lazy())
     with pytest.raises(UsageError, match="expected a path, or a pandas or polars frame, got list"):
         read_table([1, 2])
 
@@ -304,6 +306,8 @@ def test_ids_of_numbers_and_of_several_columns(tmp_path):
                 tmp_path, text.replace(",1,", ",x,").replace(",2,", ",z,").replace(",01,", ",i,").replace(",02,", ",j,")
             )
         )
+    frame = pd.DataFrame({"t": [*days(2), *days(2)], "shop": [7.0, 7.0, 8.0, 8.0], "y": range(4)})
+    assert read_table(frame, ids="shop").ids == ("7", "8")
     with pytest.raises(UsageError, match="expected a column 'store', found t, shop, item, y"):
         read_table(write(tmp_path, text), ids="store")
     with pytest.raises(FormatError, match="line 2: expected the name of a series in column shop, found ''"):
@@ -375,6 +379,9 @@ def test_rows_that_are_not_even(tmp_path):
     remedy = re.escape("resample them, in pandas df.set_index('t').resample('1D').mean()")
     with pytest.raises(FormatError, match=rf"line 5: .* \(daily\), found '2023-01-04 07:30', .*: {remedy}"):
         read_table(write(tmp_path, text))
+    thirtieth = [pd.Timestamp(2022, month, 28 if month == 2 else 30) for month in range(1, 13)]
+    with pytest.raises(FormatError, match=re.escape("df.set_index('t').resample('MS').mean()")):
+        read_table(pd.DataFrame({"t": thirtieth, "y": range(12)}))
     weekly = pd.DataFrame({"t": [*days(30), *days(9, freq="7D")], "id": [*"a" * 30, *"b" * 9], "y": range(39)})
     with pytest.raises(FormatError, match=r"row 30: expected all series spaced alike \(daily\), .* 7 times as long"):
         read_table(weekly, ids="id")

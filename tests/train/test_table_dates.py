@@ -197,6 +197,14 @@ def test_a_day_and_its_hour_in_columns_of_their_own(tmp_path, header, form, date
     assert read_table(file).notes[0] == "times by " + ", ".join(f"`{name}`" for name in date.split(",")) + " together"
 
 
+def test_hours_from_1_to_24(tmp_path):
+    file = series(tmp_path, [f"{day:%Y-%m-%d},{hour}" for day in DAYS for hour in range(1, 25)], "day,hour,y")
+    with pytest.raises(FormatError, match=r"line 3: .* name what tells series apart by --id, or a column of hours by"):
+        read_table(file)
+    with pytest.raises(FormatError, match=r"line 25: expected a date such as .*, found '2023-01-01 24:00'"):
+        read_table(file, date="day,hour")
+
+
 def test_a_year_and_its_quarter_or_month(tmp_path):
     table = read_table(series(tmp_path, [f"{q.year}.0,{q.quarter}.0" for q in QUARTERS], "year,quarter,y"))
     np.testing.assert_array_equal(table.times, QUARTERS.start_time.to_numpy())

@@ -11,7 +11,7 @@ from cellstack.spec import FormatError
 from cellstack.train import grid
 from cellstack.train.checks import UsageError
 from cellstack.train.clock import near_a_change, wall_clock, zoned
-from cellstack.train.dates import Dates
+from cellstack.train.dates import HOURS, Dates
 from cellstack.train.grid import Spacing
 from cellstack.train.source import Frame, Source
 
@@ -59,6 +59,8 @@ def series_of(given: Source, ids: tuple[str, ...]) -> tuple[NDArray[np.int64], t
             raise FormatError(
                 f"{given.at(row)}: expected the name of a series in column {name}, found {given.quote(row, name)}"
             )
+        if cells.dtype.kind == "f" and (cells % 1 == 0).all():
+            cells = cells.astype("int64")  # 7.0 is called 7, as a file says it
         codes, labels = pd.factorize(cells)
         labels = pd.Index([str(label) for label in labels])
         joined = (codes, labels) if joined is None else _joined(joined, (codes, labels))
@@ -144,11 +146,13 @@ def _on_grid(
     uneven = np.flatnonzero(np.abs(at - steps) > 1e-6)
     if len(uneven):
         row, name = int(order[uneven[0]]), found.name
+        months = np.diff(times.astype("datetime64[M]").astype(np.int64))[np.diff(codes) == 0]
+        alias = "MS" if months.min() >= 1 else spacing.alias  # one row a month, on days of no rule
         zone = "" if len(found.offsets) < 2 else "say --zone, if they are even in local time; or "
         raise FormatError(
             f"{given.at(row)}: expected dates spaced evenly ({spacing}), found {found.shown(given, row)}, which lies "
             f"between two steps: {zone}resample them, in pandas "
-            f"df.set_index({name!r}).resample({spacing.alias!r}).mean()"
+            f"df.set_index({name!r}).resample({alias!r}).mean()"
         )
     lengths = steps[last] + 1
     if lengths.sum() >= 20 * len(codes):
@@ -232,7 +236,9 @@ def _apart(frame: Frame, keys: Frame, date: str) -> str:
     """Return the column, or two of text, with few different values beside which each time stands once; else ""."""
     of_text = []
     for name in frame.columns:
-        if frame[name].dtype.kind != "f" and name not in date.split(",") and 2 * frame[name].nunique() <= len(frame):
+        if frame[name].dtype.kind == "f" or name in date.split(",") or HOURS.match(name):
+            continue
+        if 2 * frame[name].nunique() <= len(frame):
             if not keys.assign(o=frame[name]).duplicated().any():
                 return name
             if frame[name].dtype.kind not in "iub":

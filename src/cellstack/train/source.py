@@ -128,7 +128,8 @@ def read_source(source: Any, encoding: str | None = None, texts: tuple[str, ...]
         source = source.to_frame("y" if source.name is None else source.name)
     if not isinstance(source, pd.DataFrame):
         if not hasattr(source, "to_pandas"):
-            raise UsageError(f"expected a path, or a pandas or polars frame, got {type(source).__name__}")
+            mend = ": call its collect() first" if hasattr(source, "collect") else ""
+            raise UsageError(f"expected a path, or a pandas or polars frame, got {type(source).__name__}{mend}")
         try:
             source = source.to_pandas()
         except ModuleNotFoundError as error:
