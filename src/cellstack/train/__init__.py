@@ -8,10 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cellstack.train import history
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch, Data, Examples, Indexed, Inputs, Labelled, batches, split
 from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.windows import Windows
+from cellstack.train.predict import run
 from cellstack.train.reading import read_sequences
 from cellstack.train.sequences import Sequences, as_sequences
 from cellstack.train.settings import Settings
@@ -60,10 +62,12 @@ __all__ = [
     "fit",
     "fit_text",
     "generate",
+    "history",
     "learn",
     "read_sequences",
     "read_table",
     "read_ts",
+    "run",
     "split",
 ]
 
