@@ -119,6 +119,14 @@ def test_run_on_a_table_without_the_truth(capsys, machines):
     assert (status, err.count("\n")) == (2, 1)
 
 
+def test_the_page_of_a_network_that_was_trained_on_a_table(capsys, machines):
+    assert run(capsys, "train", machines / "machines.csv", *COLUMNS, "-o", machines / "net", *SMALL)[0] == 0
+    page = machines / "a.html"
+    status, out, _ = run(capsys, "inspect", machines / "net", machines / "machines.parquet", "-o", page, "--rows", "3")
+    assert (status, f"3 of 30 sequences of {machines / 'machines.parquet'}" in out) == (0, True)
+    assert page.stat().st_size > 10_000
+
+
 def test_an_answer_a_step(capsys, rng, tmp_path):
     x = rng.normal(size=(12, 5, 1))
     table = pd.DataFrame({"id": np.repeat(np.arange(12), 5), "x": x.ravel(), "sum": x.cumsum(axis=1).ravel()})

@@ -164,6 +164,22 @@ def test_a_checkpoint_of_what_is_iterated_over_is_gone_on_from(toy, tmp_path):
         train.fit(lambda: zip(x, np.roll(y, 1), strict=True), **{**how, "epochs": 4}, checkpoint=path, resume=True)
 
 
+def test_a_network_is_run_on_what_it_was_trained_on(toy):
+    x, y = toy
+    frame = long_form(x, y).assign(place="north")
+    with pytest.warns(UserWarning, match="place"):
+        result = train.fit(frame, "state", id="id", time="t", test=0.2, **SMALL)
+    whole = train.run(result.network, frame, "state")
+    assert whole["ids"] == tuple(range(40))
+    assert whole["confusion"].sum() == 40
+    some = train.run(result.network, [x[3], x[1, :5]])
+    assert some["predicted"][0] == whole["predicted"][3]
+    with pytest.raises(UsageError, match="expected features among"):
+        train.run(result.network, frame.drop(columns="c1"))
+    with pytest.raises(FormatError, match="expected 3 channels, found 2"):
+        train.run(result.network, x[..., :2])
+
+
 # ── classes and targets ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -191,7 +207,7 @@ def test_labels_of_any_type(toy, tmp_path, y, labels):
     net = load(tmp_path / "net.safetensors")
     assert tuple(net.metadata["labels"]) == result.labels
     truth = as_sequences(toy[0], y, labels=labels)
-    found = train.predict.sequences(net, truth, "net")
+    found = train.run(net, truth)
     assert set(found["predicted"]) <= set(labels) if labels else all(type(one) is float for one in found["predicted"])
 
 
@@ -281,6 +297,7 @@ def test_a_class_at_every_step(rng):
         (np.full((40, 3, 1), "a"), r"x\[0\]: expected numbers \[T, C\], got an array of <U1"),
         (np.full((40, 3, 1), 1j), r"x\[0\]: expected numbers \[T, C\], got an array of complex128"),
         ([], "x: expected at least one sequence, got none"),
+        ({"a": np.ones((40, 3))}, r"a frame with id=, got a dict"),
         (3, r"x: expected an array \[N, T, C\], a list of arrays \[T, C\] or a frame with id=, got a int"),
         (np.full((40, 3, 2), [1, np.nan]), "found none in channel 1: leave it out"),
     ],
@@ -312,6 +329,8 @@ def test_frames_that_can_t_be_used(toy):
         (gone, "state", {"id": "id"}, "expected a 'id' in every row, found none in row 60"),
         (frame, {0: "calm"}, {"id": "id"}, r"y: expected an entry for every 'id', found none for 1 \(39 of 40\)"),
         (frame[["id", "state"]], "state", {"id": "id"}, "expected a column of numbers beside 'id', found none"),
+        (frame, frame["state"], {"id": "id"}, "y: expected an entry for each of 40 'id', got 480, one a row: give the"),
+        (frame, "state", {"id": "id", "features": "c0"}, "expected features as a list of columns, got 'c0'"),
         (frame[:0], "state", {"id": "id"}, "expected rows, got a frame without any"),
     ]
     for data, y, how, message in refused:

@@ -12,18 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.cli.files import load_model, read_sample, show
+from cellstack.cli.run import read_as_trained
 from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Labelled
 from cellstack.train.forecast import Windows
+from cellstack.train.reading import TABLES
 from cellstack.train.table import read_csv
 from cellstack.train.text.data import alphabet_of, as_input, content
-from cellstack.train.ts import read_ts
 
 RANDOM_STEPS = 24
-SUFFIXES = (".csv", ".npy", ".npz", ".ts", ".txt", ".wav")
+SUFFIXES = (".csv", ".npy", ".npz", ".parquet", ".ts", ".tsv", ".txt", ".wav")
 
 
 class Sample(NamedTuple):
@@ -79,7 +80,7 @@ def _read(net: Network, model: str, path: str, rows: int) -> Sample:
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"expected a file that ends in one of {', '.join(SUFFIXES)}, got {path!r}")
-    if suffix == ".ts" or (suffix == ".csv" and net.metadata.get("task") is not None):
+    if suffix == ".ts" or (suffix in TABLES and net.metadata.get("task") is not None):
         return _series(net, model, path, rows)
     if suffix == ".txt":
         return _text(net, path)
@@ -94,12 +95,11 @@ def _read(net: Network, model: str, path: str, rows: int) -> Sample:
 def _series(net: Network, model: str, path: str, rows: int) -> Sample:
     """Return sequences, or the last window of a table, as `cellstack run` gives them to a model that was trained."""
     task = predict.trained(net, model)
-    if (task.recipe is None) != (Path(path).suffix.lower() == ".ts"):
-        kind = ".ts file, as the model takes sequences" if task.recipe is None else ".csv file, as the model forecasts"
-        raise UsageError(f"{path}: expected a {kind}")
+    if task.recipe is not None and Path(path).suffix.lower() == ".ts":
+        raise UsageError(f"{path}: expected a .csv file, as the model forecasts")
     labels = None
     if task.recipe is None:
-        data = read_ts(path, task.labels or None)
+        data = read_as_trained(path, net, model, task)
         if data.channels != len(task.inputs.mean):
             raise UsageError(f"{path}: expected {len(task.inputs.mean)} channels, found {data.channels}")
         examples, count = Labelled(data), min(rows, len(data.x))

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
         header: list[str] = ["date", task.recipe.target]
         rows: Iterable[Any] = zip(result["dates"] or count, result["forecast"], strict=True)
     else:
-        data = _read(args, net, path, task)
+        named = {name: getattr(args, name) for name in COLUMNS}
+        data = read_as_trained(args.file, net, path, task, **named)
         result = predict.sequences(net, data, args.file, args.threads)
         header, rows = _header(task, result, data), _rows(task, result, data)
         result = {"ids": list(data.ids), **result} if data.ids else result
@@ -55,26 +56,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace, net: Network, path: str, task: predict.Trained) -> Sequences:
-    """Return a file's sequences, a table's by the columns by which the model's own were read, unless others are asked.
+def read_as_trained(
+    file: str,
+    net: Network,
+    path: str,
+    task: predict.Trained,
+    id: str | None = None,
+    time: str | None = None,
+    label: str | None = None,
+) -> Sequences:
+    """Return a file's sequences, a table's by the columns by which the network's own were read.
 
-    The column of the truth may be absent.
+    Args:
+        file: what to read; a table's column of the truth may be absent.
+        net, path, task: the network, its file, and what it was trained for.
+        id, time, label: columns of a table; as it was trained where None.
+
+    Raises:
+        UsageError: columns for what is no table, or a table for a network that wasn't trained on one.
+        FormatError: it can't be read as what its suffix says.
     """
+    given = {"id": id, "time": time, "label": label}
     told: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
-    if Path(args.file).suffix.lower() not in TABLES:
-        for name in COLUMNS:
-            if getattr(args, name) is not None:
-                raise UsageError(f"{args.file}: --{name} does nothing here: it is for tables")
-        return read_sequences(args.file, **told)
+    if Path(file).suffix.lower() not in TABLES:
+        for name, column in given.items():
+            if column is not None:
+                raise UsageError(f"{file}: --{name} does nothing here: it is for tables")
+        return read_sequences(file, **told)
     table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None
     if columns is None:
-        raise UsageError(f"{args.file}: expected .ts or .npz, as {path} was not trained on a table")
-    named = {name: getattr(args, name) or table.get(name) for name in COLUMNS}
-    if args.label is None and named["label"] not in columns_of(Path(args.file)):
+        raise UsageError(f"{file}: expected a .ts file or .npz, as {path} was not trained on a table")
+    named = {name: column or table.get(name) for name, column in given.items()}
+    if label is None and named["label"] not in columns_of(Path(file)):
         named["label"] = None
     if named["label"] is None:
         del told["per_step"]
-    return read_sequences(args.file, named["label"], id=named["id"], time=named["time"], features=columns, **told)
+    return read_sequences(file, named["label"], id=named["id"], time=named["time"], features=columns, **told)
 
 
 def _header(task: predict.Trained, result: dict[str, Any], data: Sequences) -> list[str]:

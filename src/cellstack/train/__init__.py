@@ -8,9 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cellstack.train import history
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch, Data, Examples, Indexed, Inputs, Labelled, batches, split
 from cellstack.train.forecast import Recipe, Windows
+from cellstack.train.predict import run
 from cellstack.train.reading import read_sequences
 from cellstack.train.sequences import Sequences, as_sequences
 from cellstack.train.settings import Settings
@@ -57,10 +59,12 @@ __all__ = [
     "fit",
     "fit_text",
     "generate",
+    "history",
     "learn",
     "read_csv",
     "read_sequences",
     "read_ts",
+    "run",
     "split",
 ]
 

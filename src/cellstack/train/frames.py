@@ -46,6 +46,8 @@ def grouped(
             more than one class in a sequence, or no column of numbers.
     """
     names = [str(column) for column in frame.columns]
+    if isinstance(features, str):
+        raise UsageError(f"{name}: expected features as a list of columns, got {features!r}")
     if not len(frame):
         raise UsageError(f"{name}: expected rows, got a frame without any")
     if id is None:
@@ -197,10 +199,16 @@ def _of_each(
         if len(others) != 1 or len(others) == len(given.columns):
             raise UsageError(f"{what}: expected a frame of {id!r} and one column more, got {', '.join(given.columns)}")
         given = dict(zip(plain(given, id).tolist(), plain(given, others[0]).tolist(), strict=True))
-    if hasattr(given, "index") and hasattr(given, "to_dict"):  # a Series by id
-        if not given.index.is_unique:
+    series: Any = given
+    if not isinstance(given, Mapping) and given is not None and len(given) == len(frame) != len(by_id):
+        raise UsageError(
+            f"{what}: expected an entry for each of {len(by_id)} {id!r}, got {len(given)}, one a row: give the name of "
+            "the column"
+        )
+    if hasattr(series, "index") and hasattr(series, "to_dict"):  # a Series by id
+        if not series.index.is_unique:
             raise UsageError(f"{what}: expected each {id!r} once in its index, got one twice")
-        given = given.to_dict()
+        given = series.to_dict()
     if isinstance(given, Mapping):
         missing = [value for value in by_id if value not in given]
         if missing:

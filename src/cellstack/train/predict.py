@@ -14,8 +14,9 @@ from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Examples, Inputs, Labelled, batches
 from cellstack.train.forecast import Recipe, Windows, errors
+from cellstack.train.frames import is_frame
+from cellstack.train.sequences import Sequences, as_sequences
 from cellstack.train.table import Table
-from cellstack.train.ts import Sequences
 
 TASKS = ("classify", "regress", "forecast")
 
@@ -107,6 +108,37 @@ def _recipe(values: Any, channels: int, outputs: int, path: str) -> Recipe:
     if channels != 2 + len(recipe.inputs):
         raise FormatError(f"{path}: expected {2 + len(recipe.inputs)} raw channels for this recipe, found {channels}")
     return recipe
+
+
+def run(
+    net: Network, x: Any, y: Any = None, *, id: str | None = None, time: str | None = None, threads: int | None = None
+) -> dict[str, Any]:
+    """Run a network that `train.fit` made on data in memory, in any form that `train.fit` takes but for iterables.
+
+    Args:
+        net: the network.
+        x: the data; of a frame, the columns are taken that the network was trained on.
+        y: the truth, where it is known.
+        id, time: columns of a frame; as it was trained where None.
+        threads: how many the kernel may use.
+
+    Returns:
+        `predicted`, `answers` and, where `y` is given, what was measured: see `sequences`. In the order of the
+        sequences; `ids` are there where they come from a frame.
+
+    Raises:
+        UsageError: data in another form, or classes that the network doesn't know.
+        FormatError: a network that wasn't trained here, or sequences of another width.
+    """
+    task, told = trained(net, "the network"), dict[str, Any]()
+    if is_frame(x):
+        table = net.metadata.get("table") or {}
+        told = {"id": id or table.get("id"), "time": time or table.get("time")}
+        told["features"] = net.metadata.get("columns") or None
+    labels = task.labels or None
+    data = as_sequences(x, y, task=task.task, labels=labels, per_step=task.per_step or None, **told)
+    result = sequences(net, data, data.name, threads)
+    return {"ids": data.ids, **result} if data.ids else result
 
 
 def answers(net: Network, inputs: Inputs, examples: Examples, threads: int | None = None) -> Any:

@@ -26,7 +26,11 @@ BUFFER = 4096
 
 def is_stream(x: Any) -> bool:
     """Return whether x is iterated over from its beginning, and is no array, list, frame, file's name or dataset."""
-    if hasattr(x, "shape") or isinstance(x, (list, tuple, str, bytes, os.PathLike, Sequences)) or is_frame(x):
+    if (
+        hasattr(x, "shape")
+        or isinstance(x, (list, tuple, dict, set, str, bytes, os.PathLike, Sequences))
+        or is_frame(x)
+    ):
         return False
     return not is_dataset(x) and (callable(x) or hasattr(x, "__iter__"))
 
