@@ -1,6 +1,6 @@
 """Training on a text: cellstack's model of characters in its fit loop, beside the same in plain torch.
 
-    python benchmarks/text.py BOOK.txt [--steps 100] [--seeds 5] [--threads 1]
+    python benchmarks/text.py [BOOK.txt] [--steps 40] [--seeds 5] [--threads 1]
 
 Two layers of 256 units, streams of 128 characters a step, Adam at 2e-3, gradients cut to a norm of 1. Both begin with
 the same weights and see the same batches, and carry their state from one to the next; their answers to the first are
@@ -15,6 +15,7 @@ import argparse
 import math
 import time
 from functools import partial
+from importlib.resources import files
 
 import numpy as np
 import torch
@@ -107,10 +108,10 @@ def shown(figures, digits):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("book")
+    parser.add_argument("book", nargs="?", default=str(files("cellstack") / "data" / "alice.txt"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -179,6 +179,8 @@ def test_resume_after_ctrl_c_equals_an_unbroken_run(tmp_path, at):
     assert_same(weights(resumed), weights(whole))
     with pytest.raises(UsageError, match="expected truncated as in this training, 8, found 16"):
         learn(made(), chunks(steps=8), SETTINGS, checkpoint=path, resume=True)
+    with pytest.raises(UsageError, match="expected characters as in this training, 55, found"):
+        learn(TextModel(55, Architecture((7, 6))), chunks(), SETTINGS, checkpoint=path, resume=True)
     with pytest.raises(UsageError, match="expected text as in this training"):
         learn(made(), chunks(text=ALICE[::-1]), SETTINGS, checkpoint=path, resume=True)
 

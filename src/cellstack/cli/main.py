@@ -27,6 +27,7 @@ MOST_THREADS = 1024  # OpenMP starts as many as it is told to, and ends the proc
 EXAMPLES = {
     "demo": "cellstack demo -o cellstack-demo",
     "train": "cellstack train co2.csv --target co2 --horizon 52 -o co2.safetensors\n"
+    "  cellstack train book.txt -o book\n"
     "  cellstack train Vowels_TRAIN.ts Vowels_TEST.ts --units 48,48 --bidirectional --noise 0.6 -o vowels.safetensors\n"
     "  torchrun --nproc-per-node 2 -m cellstack train Vowels_TRAIN.ts -o vowels.safetensors\n"
     "  cellstack train Vowels_TRAIN.ts --inspect -o vowels.safetensors\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,10 +99,10 @@ class Alphabet:
         if isinstance(text, bytes):
             raise UsageError(f"{name}: expected a text as str for a network of characters, got bytes")
         points, own = code_points(text, name), code_points("".join(self.characters), name)
-        order = np.argsort(own)
-        at = np.minimum(np.searchsorted(own[order], points), len(own) - 1)
-        ids = order[at]
-        unknown = np.flatnonzero(own[ids] != points)
+        places = np.full(sys.maxunicode + 1, -1, np.int32)
+        places[own] = np.arange(len(own))
+        ids = places[points]
+        unknown = np.flatnonzero(ids < 0)
         if len(unknown):
             others = len(np.unique(points[unknown])) - 1
             more = "" if not others else f" and {others} other{'s' * (others > 1)}"
@@ -257,7 +258,9 @@ class Text:
             unit = "bytes" if isinstance(text, bytes) else "characters"
             raise UsageError(f"{name}: expected a text of at least {LEAST} {unit}, found {len(text) or 'none'}")
         if alphabet is None:
-            characters = None if isinstance(text, bytes) else map(chr, np.unique(code_points(text, name)))
+            characters = (
+                None if isinstance(text, bytes) else map(chr, np.flatnonzero(np.bincount(code_points(text, name))))
+            )
             alphabet = Alphabet(None if characters is None else tuple(characters))
         ids = alphabet.encode(text, name)
         ids = ids.astype(np.min_scalar_type(alphabet.size), copy=False)

@@ -78,7 +78,7 @@ class TextModel(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return what a checkpoint's model must be alike in, beside the shapes of its weights."""
-        return {"task": "text", "cell": self.cell, "dropout": self.dropout.p}
+        return {"task": "text", "characters": self.size, "cell": self.cell, "dropout": self.dropout.p}
 
     def to_nodes(self) -> list[Node]:
         """Return the model as nodes: ids or one-hot in, the probabilities of the next character out after each."""
@@ -118,7 +118,6 @@ class Chunks:
         """See `Data`."""
         return {
             "text": digest([self.text.ids]),
-            "characters": len(self.text.counts),
             "parts": [list(part) for part in self.parts],
             "streams": self.streams.rows,
             "truncated": self.streams.steps,
