@@ -78,6 +78,7 @@ ON_CALL_ALSO = {
     "formats": {"h5py", "onnx"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},
     "train": {"holidays", "pandas", "sklearn"},
+    "sklearn": {"pandas"},
 }
 
 
