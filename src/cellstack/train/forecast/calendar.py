@@ -9,7 +9,7 @@ from cellstack.train.checks import UsageError
 
 DAY, YEAR = 86_400.0, 365.2425
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0
-HARMONICS = {"hour": 3, "weekday": 3, "year": 2}  # three of a week tell all its days apart
+HARMONICS = {"hour": 3, "weekday": 3, "year": 8}  # three of a week tell all its days apart
 WIDTHS = {name: 2 * count for name, count in HARMONICS.items()} | {"holidays": 3}
 
 
