@@ -22,10 +22,19 @@ from cellstack.train.ts import read_ts
 if TYPE_CHECKING:
     from cellstack.train.door import fit
     from cellstack.train.fitting import Result
-    from cellstack.train.loop import Epoch, Fit, learn
+    from cellstack.train.learner import Epoch, Fit, Learner
+    from cellstack.train.loop import learn
     from cellstack.train.model import Model
 
-_LATER = {"Epoch": "loop", "Fit": "loop", "Model": "model", "Result": "fitting", "fit": "door", "learn": "loop"}
+_LATER = {
+    "Epoch": "learner",
+    "Fit": "learner",
+    "Learner": "learner",
+    "Model": "model",
+    "Result": "fitting",
+    "fit": "door",
+    "learn": "loop",
+}
 
 __all__ = [
     "Batch",
@@ -36,6 +45,7 @@ __all__ = [
     "Indexed",
     "Inputs",
     "Labelled",
+    "Learner",
     "Model",
     "Recipe",
     "Result",
