@@ -24,13 +24,15 @@ from cellstack.train.ts import read_ts
 if TYPE_CHECKING:
     from cellstack.train.door import fit
     from cellstack.train.fitting import Result
-    from cellstack.train.loop import Epoch, Fit, learn
+    from cellstack.train.learner import Epoch, Fit, Learner
+    from cellstack.train.loop import learn
     from cellstack.train.model import Model
     from cellstack.train.text.workflow import fit_text
 
 _LATER = {
-    "Epoch": "loop",
-    "Fit": "loop",
+    "Epoch": "learner",
+    "Fit": "learner",
+    "Learner": "learner",
     "Model": "model",
     "Result": "fitting",
     "fit": "door",
@@ -48,6 +50,7 @@ __all__ = [
     "Indexed",
     "Inputs",
     "Labelled",
+    "Learner",
     "Model",
     "Recipe",
     "Result",

@@ -16,7 +16,8 @@ from cellstack.spec import CellSpec
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Data
 from cellstack.train.history import Log
-from cellstack.train.loop import Fit, learn
+from cellstack.train.learner import Fit
+from cellstack.train.loop import learn
 from cellstack.train.processes import processes
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 

@@ -1,4 +1,4 @@
-"""The fit loop, over any model and data that keep to a small protocol: see `Learner` and `examples.Data`.
+"""The fit loop, over any model and data that keep to a small protocol: see `learner.Learner` and `examples.Data`.
 
 Adam or another optimiser, clipping, early stopping, checkpoints, Ctrl-C, one process or many. Every random draw of a
 step is a function of (seed, epoch, step) alone. So a run repeats bit for bit, a resumed run equals an unbroken one, and
@@ -10,18 +10,17 @@ from __future__ import annotations
 import copy
 import math
 import os
-import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,89 +38,14 @@ from cellstack.train import checkpoint as checkpoints
 from cellstack.train import threads as counted
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch, Data
+from cellstack.train.interrupt import interruptible
+from cellstack.train.learner import Epoch, Fit
 from cellstack.train.model import Dropout
 from cellstack.train.processes import Processes
 from cellstack.train.settings import Settings
 
 TIMED = 3  # batches that a choice of threads is measured on
 NO_METRIC = ("epoch", "lr", "loss", "validation_loss")
-
-
-class Learner(Protocol):
-    """What a `torch.nn.Module` offers to be fitted.
-
-    `forward(x, mask)` returns what the other methods take as `out`; x and mask are those of a `Batch`, as tensors.
-
-    A model that carries a state from batch to batch, as in truncated backpropagation, also has an attribute `carried`:
-    tensors in tuples, lists or dicts, or None. The loop sets it to None where an epoch starts, and for the validation
-    part; `forward` reads it and puts the state after the batch there. The loop cuts it off from its graph after each
-    step and keeps it in the checkpoint, with NamedTuples as plain tuples, so that a resumed run goes on from it.
-    """
-
-    def losses(self, out: Any, mask: Tensor | None, y: Tensor) -> Tensor:
-        """Return each target's loss, in the shape of the batch's `weight`."""
-        ...
-
-    def measure(self, out: Any, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Return sums over a batch of the validation part: they are added up over batches and processes."""
-        ...
-
-    def measured(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return the metrics that the sums amount to, by the names that the history has them under."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain values in which a checkpoint's model must be alike, beside the shapes of the weights."""
-        ...
-
-
-class Epoch(NamedTuple):
-    """What a callback is given after an epoch.
-
-    `entry` is its line of the history, to which a callback may add; `model` is in evaluation mode; `fit` is what was
-    done so far.
-    """
-
-    entry: dict[str, Any]
-    model: nn.Module
-    fit: Fit
-
-
-@dataclass
-class Fit:
-    """What a fit did. The model holds the best weights when it returns.
-
-    Args:
-        history: one entry an epoch: `epoch`, `lr`, `loss` and, with a validation part, `validation_loss` and the
-            model's metrics.
-        best: the entry whose weights were kept; None before the first epoch was done.
-        steps: steps of the optimiser.
-        seconds: time spent in this call.
-        stopped: what ended it: `"epochs"`, `"patience"`, `"ctrl-c"` or `"callback"`.
-        checkpoint_error: why the last checkpoint could not be written; "" where it was, or none was asked for.
-        records: what was seen of the layers, in the epochs that were looked at.
-        threads: how many were used.
-        timed: seconds of a step by the number of threads, where that was measured.
-        resumed: the epochs that a checkpoint brought.
-        notes: what has to be said of how it went, a sentence each.
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    steps: int = 0
-    seconds: float = 0.0
-    stopped: str = ""
-    checkpoint_error: str = ""
-    records: list[TrainingRecord] = field(default_factory=list)
-    threads: int = 0
-    timed: dict[int, float] = field(default_factory=dict)
-    resumed: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended it."""
-        return self.stopped == "ctrl-c"
 
 
 def learn(
@@ -194,7 +118,7 @@ def learn(
     with (
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         counted.kept(),
-        _interruptible() as interrupt,
+        interruptible() as interrupt,
     ):
         if threads is not None:
             torch.set_num_threads(threads)
@@ -545,26 +469,3 @@ def _cut_off(state: Any) -> Any:
     if isinstance(state, (tuple, list)):
         return type(state)(map(_cut_off, state)) if type(state) is list else tuple(map(_cut_off, state))
     return {name: _cut_off(part) for name, part in state.items()} if isinstance(state, dict) else state
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Give an event that the first Ctrl-C sets; the second one does what it always does.
-
-    Where SIGINT is ignored, as in the background of a shell, it stays so.
-    """
-    event = threading.Event()
-    in_main = threading.current_thread() is threading.main_thread()  # signals reach no other
-    if not in_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield event
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)

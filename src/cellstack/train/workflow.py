@@ -16,7 +16,7 @@ from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Data, Indexed, Inputs, Labelled, shaped, split, target_scaling
 from cellstack.train.fitting import Result, as_network, check_memory, fitted
-from cellstack.train.loop import Fit
+from cellstack.train.learner import Fit
 from cellstack.train.model import Model
 from cellstack.train.sequences import Sequences, joined
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings

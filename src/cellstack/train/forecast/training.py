@@ -29,7 +29,7 @@ from cellstack.train.forecast.plan import Request, plan
 from cellstack.train.forecast.predict import Forecasts, answers, times
 from cellstack.train.forecast.recipe import SCALES, Recipe
 from cellstack.train.forecast.windows import Windows
-from cellstack.train.loop import Fit
+from cellstack.train.learner import Fit
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.table import Table
 

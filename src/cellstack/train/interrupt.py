@@ -1,0 +1,32 @@
+"""Ctrl-C in a training: the first one ends it after the step, the second one at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Give an event that the first Ctrl-C sets; the second one does what it always does.
+
+    Where SIGINT is ignored, as in the background of a shell, it stays so.
+    """
+    event = threading.Event()
+    in_main = threading.current_thread() is threading.main_thread()  # signals reach no other
+    if not in_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield event
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
