@@ -33,7 +33,7 @@ from series import SERIES, options, write
 import cellstack
 from cellstack.train.forecast import predict, rules, seasons
 from cellstack.train.forecast.boosting import Boosting, Panel
-from cellstack.train.table import read_table
+from cellstack.train.tables.table import read_table
 
 STEPS = {"hourly": "h", "half-hourly": "30min", "daily": "D", "weekly": "7D", "monthly": "MS", "quarterly": "QS"}
 NATURAL = {

@@ -22,7 +22,7 @@ from cellstack.train.forecast.plan import Request, defaults, plan, understood
 from cellstack.train.forecast.training import Build, calibrated, train_forecast
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.settings import RunOptions, Settings
-from cellstack.train.table import read_table
+from cellstack.train.tables.table import read_table
 
 QUICK = {"build": Build((8,), members=1, dropout=0.0), "settings": Settings(epochs=4, batch=64, lr=1e-2, patience=0)}
 ALONE = RunOptions(threads=1)

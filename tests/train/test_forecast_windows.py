@@ -11,7 +11,7 @@ from cellstack.train.forecast import calendar
 from cellstack.train.forecast.recipe import Category, Recipe, Rule
 from cellstack.train.forecast.rules import seasonal, seasonal_mean
 from cellstack.train.forecast.windows import Windows
-from cellstack.train.table import read_table
+from cellstack.train.tables.table import read_table
 
 HOURS = pd.date_range("2024-01-01", periods=400, freq="h")
 

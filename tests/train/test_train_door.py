@@ -13,7 +13,7 @@ from torch import nn
 
 from cellstack import FormatError, load, train
 from cellstack.train import UsageError, as_sequences
-from cellstack.train.stream import Stream
+from cellstack.train.data.stream import Stream
 
 SMALL = {"units": 4, "epochs": 2, "threads": 1}
 

@@ -21,7 +21,7 @@ from cellstack.train.forecast.parts import parts
 from cellstack.train.forecast.plan import Request, defaults, plan, understood
 from cellstack.train.forecast.recipe import SCALES
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.table import Table, iso
+from cellstack.train.tables.table import Table, iso
 
 UNUSED = ("init", "task", "bidirectional", "pooling", "every_step", "noise", "offset")
 TEST_SHARE, QUANTILES = 0.2, (0.1, 0.9)

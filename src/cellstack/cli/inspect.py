@@ -17,11 +17,11 @@ from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
+from cellstack.train.data.reading import TABLES
 from cellstack.train.examples import Labelled
 from cellstack.train.forecast import predict as forecast
 from cellstack.train.forecast.windows import Windows, extended_times
-from cellstack.train.reading import TABLES
-from cellstack.train.table import read_table
+from cellstack.train.tables.table import read_table
 from cellstack.train.text.data import alphabet_of, as_input, content
 
 RANDOM_STEPS = 24

@@ -18,9 +18,9 @@ from cellstack.cli.text import measure
 from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
-from cellstack.train.reading import TABLES, columns_of, read_sequences
-from cellstack.train.sequences import Sequences
-from cellstack.train.table import iso
+from cellstack.train.data.reading import TABLES, columns_of, read_sequences
+from cellstack.train.data.sequences import Sequences
+from cellstack.train.tables.table import iso
 
 COLUMNS = ("id", "time", "label")
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from cellstack.cli.tables import only_one
 from cellstack.train.checks import UsageError
-from cellstack.train.reading import TABLES, read_sequences
-from cellstack.train.sequences import Sequences
+from cellstack.train.data.reading import TABLES, read_sequences
+from cellstack.train.data.sequences import Sequences
+from cellstack.train.data.targets import counted
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.targets import counted
 
 UNUSED = ("date", "day_first", "date_format", "zone", "freq", "category", "decimal", "encoding")
 SHOWN = 12  # classes that are named one by one

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cellstack.train.checks import UsageError
-from cellstack.train.table import Table, read_table
+from cellstack.train.tables.table import Table, read_table
 
 
 def names(text: str) -> tuple[str, ...]:

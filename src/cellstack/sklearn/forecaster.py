@@ -17,7 +17,7 @@ from cellstack.train.forecast import predict
 from cellstack.train.forecast.parts import parts
 from cellstack.train.forecast.plan import Request, defaults, plan, understood
 from cellstack.train.settings import RunOptions, Settings
-from cellstack.train.table import Table, read_table
+from cellstack.train.tables.table import Table, read_table
 
 Floats = NDArray[np.float64]
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from cellstack.train import history
 from cellstack.train.checks import UsageError
+from cellstack.train.data.reading import read_sequences
+from cellstack.train.data.sequences import Sequences, as_sequences
+from cellstack.train.data.ts import read_ts
 from cellstack.train.examples import Batch, Data, Examples, Indexed, Inputs, Labelled, batches, split
 from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.predict import run
-from cellstack.train.reading import read_sequences
-from cellstack.train.sequences import Sequences, as_sequences
 from cellstack.train.settings import Settings
-from cellstack.train.table import Category, Spacing, Table, read_table
+from cellstack.train.tables.table import Category, Spacing, Table, read_table
 from cellstack.train.text.sampling import generate
-from cellstack.train.ts import read_ts
 
 if TYPE_CHECKING:
     from cellstack.train.door import fit

@@ -17,10 +17,10 @@ import torch
 from cellstack import layers
 from cellstack.inspect import html
 from cellstack.train import report, workflow
+from cellstack.train.data.sequences import Sequences
+from cellstack.train.data.ts import read_ts
 from cellstack.train.fitting import Result
-from cellstack.train.sequences import Sequences
 from cellstack.train.settings import Architecture, RunOptions, Settings
-from cellstack.train.ts import read_ts
 
 # Found by threefold cross-validation within the training utterances (blocks of each speaker's, in the order in which
 # they were recorded); the test utterances had no say.

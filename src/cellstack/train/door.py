@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from cellstack.train.checks import UsageError
+from cellstack.train.data.reading import read_sequences
+from cellstack.train.data.sequences import Sequences, as_sequences, taken
+from cellstack.train.data.stream import BUFFER, Stream, is_stream
 from cellstack.train.examples import split
 from cellstack.train.fitting import Result
-from cellstack.train.reading import read_sequences
-from cellstack.train.sequences import Sequences, as_sequences, taken
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.stream import BUFFER, Stream, is_stream
 from cellstack.train.workflow import train_sequences
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
-from cellstack.train.sequences import Sequences
+from cellstack.train.data.sequences import Sequences
 
 VALIDATED = 256  # examples of a batch that takes no gradient
 

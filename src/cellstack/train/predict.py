@@ -10,10 +10,10 @@ import numpy as np
 from cellstack.network import Network
 from cellstack.nodes import Standardise
 from cellstack.spec import FormatError
+from cellstack.train.data.frames import is_frame
+from cellstack.train.data.sequences import Sequences, as_sequences
 from cellstack.train.examples import Examples, Inputs, Labelled, batches
-from cellstack.train.frames import is_frame
 from cellstack.train.measures import errors
-from cellstack.train.sequences import Sequences, as_sequences
 
 TASKS = ("classify", "regress")
 

@@ -12,7 +12,7 @@ import numpy as np
 from cellstack import load
 from cellstack.network import Network
 from cellstack.train import predict
-from cellstack.train.ts import read_ts
+from cellstack.train.data.ts import read_ts
 
 
 def replay(path: str, file: str, index: int) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from cellstack.spec import FormatError
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
+from cellstack.train.data.sequences import Sequences, joined
+from cellstack.train.data.stream import Stream, Streamed
+from cellstack.train.data.targets import class_weights
 from cellstack.train.examples import Data, Indexed, Inputs, Labelled, shaped, split, target_scaling
 from cellstack.train.fitting import Result, as_network, check_memory, fitted
 from cellstack.train.learner import Fit
 from cellstack.train.model import Model
-from cellstack.train.sequences import Sequences, joined
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.stream import Stream, Streamed
-from cellstack.train.targets import class_weights
 from cellstack.train.warm import Start
 
 

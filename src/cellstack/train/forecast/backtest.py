@@ -15,7 +15,7 @@ from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.rules import rules
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.measures import coverage, errors, pinball
-from cellstack.train.table import Table
+from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

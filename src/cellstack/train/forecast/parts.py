@@ -13,7 +13,7 @@ from cellstack.train.examples import Batch, Inputs, digest
 from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.measures import seasonal_error
-from cellstack.train.table import Table
+from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

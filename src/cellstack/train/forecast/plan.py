@@ -11,7 +11,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.forecast import calendar
 from cellstack.train.forecast.recipe import MOST_SEASONS, NAIVE, SCALES, Category, Recipe
 from cellstack.train.forecast.seasons import find
-from cellstack.train.table import Table, listed
+from cellstack.train.tables.table import Table, listed
 
 LONGEST_WINDOW, SHORTEST_WINDOW = 168, 16
 WITHOUT_SEASON = 12  # steps of the horizon where none is given and there is no season

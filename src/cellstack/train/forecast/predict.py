@@ -15,7 +15,7 @@ from cellstack.train.examples import Inputs
 from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.windows import Windows, extended_times
 from cellstack.train.predict import raw_inputs
-from cellstack.train.table import Table
+from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -31,7 +31,7 @@ from cellstack.train.forecast.recipe import SCALES, Recipe
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.table import Table
+from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -32,7 +32,7 @@ from cellstack.train.examples import Batch
 from cellstack.train.forecast.calendar import features
 from cellstack.train.forecast.recipe import Recipe, Rule
 from cellstack.train.forecast.rules import MEAN_OF, latest
-from cellstack.train.table import Table
+from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

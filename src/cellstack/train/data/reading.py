@@ -12,8 +12,8 @@ import numpy as np
 
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
-from cellstack.train.sequences import Sequences, as_sequences
-from cellstack.train.ts import read_ts
+from cellstack.train.data.sequences import Sequences, as_sequences
+from cellstack.train.data.ts import read_ts
 
 SUFFIXES = (".ts", ".npz", ".csv", ".tsv", ".parquet")
 TABLES = (".csv", ".tsv", ".parquet")

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
-from cellstack.train.dates import Dates
-from cellstack.train.source import Series, Source
+from cellstack.train.tables.dates import Dates
+from cellstack.train.tables.source import Series, Source
 
 # One zone for each rule by which clocks are changed today; the data tells the rule, not the place.
 RULES = (

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
-from cellstack.train.frames import is_frame
+from cellstack.train.data.frames import is_frame
 
 
 class Lazy(Sequence[NDArray[np.float32]]):

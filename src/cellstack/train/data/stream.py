@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
+from cellstack.train.data.frames import is_frame
+from cellstack.train.data.lazy import is_dataset, parts
+from cellstack.train.data.sequences import Sequences, checked
+from cellstack.train.data.targets import as_targets, as_weights
 from cellstack.train.examples import VALIDATED, Batch, Digest, Examples, Inputs, augment, batches, standard_scale
-from cellstack.train.frames import is_frame
-from cellstack.train.lazy import is_dataset, parts
-from cellstack.train.sequences import Sequences, checked
-from cellstack.train.targets import as_targets, as_weights
 
 BUFFER = 4096
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
-from cellstack.train.source import Series, Source
+from cellstack.train.tables.source import Series, Source
 
 LARGEST = float(np.finfo(np.float32).max)
 MOST_LABELS = 1000

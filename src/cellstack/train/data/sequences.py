@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.train import frames, lazy
 from cellstack.train.checks import UsageError
-from cellstack.train.targets import FLOAT, as_targets, as_weights
+from cellstack.train.data import frames, lazy
+from cellstack.train.data.targets import FLOAT, as_targets, as_weights
 
 
 @dataclass(frozen=True)

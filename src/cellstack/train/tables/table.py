@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
-from cellstack.train import dates, grid
 from cellstack.train.checks import UsageError
-from cellstack.train.clock import utc_of, wall_clock
-from cellstack.train.columns import Category, convert, decimal_sign
-from cellstack.train.grid import Spacing
-from cellstack.train.rows import Filled, by_dates, in_order, series_of
-from cellstack.train.source import Source, listed, read_source
+from cellstack.train.tables import dates, grid
+from cellstack.train.tables.clock import utc_of, wall_clock
+from cellstack.train.tables.columns import Category, convert, decimal_sign
+from cellstack.train.tables.grid import Spacing
+from cellstack.train.tables.rows import Filled, by_dates, in_order, series_of
+from cellstack.train.tables.source import Source, listed, read_source
 
 __all__ = ["Category", "Filled", "Spacing", "Table", "read_table"]
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
-from cellstack.train.forms import OFFSET, forms, parsed, says_day_first
-from cellstack.train.grid import even_share
-from cellstack.train.source import Frame, Series, Source, listed
+from cellstack.train.tables.forms import OFFSET, forms, parsed, says_day_first
+from cellstack.train.tables.grid import even_share
+from cellstack.train.tables.source import Frame, Series, Source, listed
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNIX = (datetime(1971, 1, 1).timestamp(), datetime(2100, 1, 1).timestamp())

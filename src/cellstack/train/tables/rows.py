@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
-from cellstack.train import grid
 from cellstack.train.checks import UsageError
-from cellstack.train.clock import near_a_change, wall_clock, zoned
-from cellstack.train.dates import HOURS, Dates
-from cellstack.train.grid import Spacing
-from cellstack.train.source import Frame, Source
+from cellstack.train.tables import grid
+from cellstack.train.tables.clock import near_a_change, wall_clock, zoned
+from cellstack.train.tables.dates import HOURS, Dates
+from cellstack.train.tables.grid import Spacing
+from cellstack.train.tables.source import Frame, Source
 
 LATEST = np.datetime64("9999-01-01")  # the calendar ends a year later
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cellstack.spec import FormatError
 from cellstack.train.checks import read_text
-from cellstack.train.sequences import Sequences
+from cellstack.train.data.sequences import Sequences
 
 MISSING = {"?", "nan", ""}
 

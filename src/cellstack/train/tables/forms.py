@@ -6,7 +6,7 @@ import re
 from datetime import datetime
 
 from cellstack.train.checks import UsageError
-from cellstack.train.source import Series
+from cellstack.train.tables.source import Series
 
 DAYS = (  # those of digits whose day or month may come first stand in pairs
     *("%Y%m%d%H", "%Y%m%d%H%M", "%Y%m%d%H%M%S", "%Y%m%d %H%M", "%Y%m%dT%H%M", "%Y%m%dT%H%M%S", "%Y%m%dT%H%M%S%z"),

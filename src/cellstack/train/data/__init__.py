@@ -1,0 +1,1 @@
+"""Sequences as people have them: arrays, lists, frames, files, datasets, iterables."""
