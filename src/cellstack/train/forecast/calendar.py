@@ -9,7 +9,7 @@ from cellstack.train.checks import UsageError
 
 DAY, YEAR = 86_400.0, 365.2425
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0
-HARMONICS = {"hour": 3, "weekday": 3, "year": 8}  # three of a week tell all its days apart
+HARMONICS = {"hour": 3, "weekday": 3, "year": 2, "day": 8}  # three of a week tell all its days apart
 WIDTHS = {name: 2 * count for name, count in HARMONICS.items()} | {"holidays": 3}
 
 
@@ -26,8 +26,13 @@ def usual(step: float, span: float, country: str) -> tuple[str, ...]:
         span: seconds from the first row to the last that is trained on.
         country: whose holidays; "" for none.
     """
-    within_day, within_week, within_year = step < DAY, step <= DAY, step < 300 * DAY
-    kinds = {"hour": within_day, "weekday": within_week, "year": within_year and span > 1.5 * YEAR * DAY}
+    within_day, within_week, years = step < DAY, step <= DAY, span / (YEAR * DAY)
+    kinds = {
+        "hour": within_day,
+        "weekday": within_week,
+        "year": step < 300 * DAY and years > 1.5 and not (within_week and years > 4),
+        "day": within_week and years > 4,  # of fewer years, it would learn each day's fortune by heart
+    }
     return (*(name for name, used in kinds.items() if used), *(("holidays",) if country and within_week else ()))
 
 
@@ -35,8 +40,8 @@ def features(times: NDArray[np.datetime64], kinds: tuple[str, ...], country: str
     """Return what dates say, `[N, width(kinds)]`.
 
     An hour, a weekday and a day of the year are sines and cosines of their place in the day, the week and the year and
-    of multiples of it: near in time is near in value, and midnight has no step. A holiday is three flags: this day, the
-    day before one, and the day after.
+    of multiples of it: near in time is near in value, and midnight has no step. `"year"` has two multiples, the
+    seasons, `"day"` eight, about a fortnight. A holiday is three flags: this day, the day before, and the day after.
 
     Args:
         times: `[N]`, wall-clock time to the second.
@@ -54,7 +59,7 @@ def features(times: NDArray[np.datetime64], kinds: tuple[str, ...], country: str
             known = holidays(country, days)
             channels += [np.isin(days + shift, known).astype(np.float64) for shift in (0, 1, -1)]
             continue
-        if kind == "year":
+        if kind in ("year", "day"):
             start = times.astype("datetime64[Y]")
             place = (times.astype("datetime64[s]") - start.astype("datetime64[s]")).astype(np.float64) / (YEAR * DAY)
         elif kind == "weekday":

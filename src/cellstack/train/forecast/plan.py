@@ -9,11 +9,18 @@ import numpy as np
 
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import calendar
-from cellstack.train.forecast.recipe import MOST_SEASONS, NAIVE, SCALES, Category, Recipe
+from cellstack.train.forecast.recipe import (
+    LONGEST_WINDOW,
+    MOST_SEASONS,
+    NAIVE,
+    SCALES,
+    SHORTEST_WINDOW,
+    Category,
+    Recipe,
+)
 from cellstack.train.forecast.seasons import find
 from cellstack.train.tables.table import Table, listed
 
-LONGEST_WINDOW, SHORTEST_WINDOW = 168, 16
 WITHOUT_SEASON = 12  # steps of the horizon where none is given and there is no season
 
 
@@ -50,13 +57,13 @@ def defaults(windows: int) -> dict[str, Any]:
     They were chosen on real series, see docs/forecasting.md: few windows are learned by heart at a high rate; of many,
     one network learns nearly what several do.
     """
-    few, many = windows < 1000, windows > 3000
+    few, many = windows < 1300, windows > 3000
     return {
         "units": (48,),
         "dropout": 0.1,
         "lr": 1e-3 if few else 3e-3,
         "batch": 64,
-        "epochs": 60,
+        "epochs": 30 if many else 60,
         "patience": 10,
         "members": 2 if many else 3,
     }
@@ -174,7 +181,12 @@ def understood(table: Table, recipe: Recipe, asked: Request) -> list[str]:
         names = [*recipe.known, *(category.name for category in recipe.categories if category.known)]
         looked.append("known in advance " + listed([f"`{name}`" for name in names]))
     if recipe.calendar:
-        words = {"hour": "the hour", "weekday": "the weekday", "year": "the day of the year"}
+        words = {
+            "hour": "the hour",
+            "weekday": "the weekday",
+            "year": "the season of the year",
+            "day": "the day of the year",
+        }
         looked.append(
             "the calendar: " + ", ".join(words.get(kind, f"holidays of {recipe.country}") for kind in recipe.calendar)
         )

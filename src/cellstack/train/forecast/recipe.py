@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from cellstack.train.checks import MOST, UsageError, is_count
 
-CALENDAR = ("hour", "weekday", "year", "holidays")
+CALENDAR = ("hour", "weekday", "year", "day", "holidays")
 SCALES = ("spread", "level")
 MOST_SEASONS = 3
+LONGEST_WINDOW, SHORTEST_WINDOW = 168, 16  # that are taken where none is asked for
 
 
 class Rule(NamedTuple):
@@ -23,10 +24,6 @@ class Rule(NamedTuple):
 
     name: str
     season: int
-
-    def __str__(self) -> str:
-        texts = {"naive": "the latest value", "seasonal": "the value one season of {} before"}
-        return texts.get(self.name, "the mean of four seasons of {}").format(self.season)
 
 
 NAIVE = Rule("naive", 1)
@@ -133,6 +130,11 @@ class Recipe:
     def reach(self) -> int:
         """Rows before an origin, itself included, that what the network sees is made of, the means of seasons aside."""
         return self.window + max(self.seasons, default=0)
+
+    @property
+    def span(self) -> int:
+        """Rows up to an origin that its unit is measured on: a window, and the longest season near its length."""
+        return self.window + max((season for season in self.seasons if season <= 2 * LONGEST_WINDOW), default=0)
 
     @property
     def needed(self) -> int:

@@ -27,7 +27,7 @@ from cellstack.train.forecast.model import Calibration, Forecaster, as_network
 from cellstack.train.forecast.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
 from cellstack.train.forecast.plan import Request, plan
 from cellstack.train.forecast.predict import Forecasts, answers, times
-from cellstack.train.forecast.recipe import SCALES, Recipe
+from cellstack.train.forecast.recipe import Recipe, Rule
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
@@ -36,8 +36,8 @@ from cellstack.train.tables.table import Table
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 MEASURED = 2048  # windows that scales are measured on
-TRIED = 10  # epochs in which a unit of the values is tried
-BETTER = 0.97  # of the usual unit's error that another's must stay below
+TRIED = 10  # epochs in which a recipe is tried
+BETTER = 0.97  # of the usual recipe's error that another's must stay below
 FEWEST = 50  # points by which a quantile is moved
 
 
@@ -105,16 +105,8 @@ def train_forecast(
     if not 0.0 <= test < 1.0 - options.validation:
         raise UsageError(f"expected a test share from 0 that leaves rows to train on, got {test}")
     recipe = plan(table, request, options.validation + test)
-    cut = parts(table, recipe, options.validation, test)
-    typical = typical_errors(table, recipe, cut.ends)
-    windows = Windows(recipe, table, np.concatenate([cut.training, cut.validation]), typical)
-    kept = np.arange(len(cut.training))
-    held = np.arange(len(kept), len(windows.origins))
-    windows = windows.told(replace(recipe, floors=floors(windows, kept)))
-    windows = windows.told(replace(windows.recipe, rule=best_rule(windows, held if len(held) else kept)))
-    fits = _Fits(build, settings, options, kept, held)
-    if request.scale is None and len(held) and _positive(table, recipe, cut):
-        windows = fits.better_scale(windows)
+    fits = _Fits(build, settings, options)
+    windows, cut = fits.best(table, variants(table, recipe, request), test)
     members, calibration = fits.members(windows)
     recipe = windows.recipe
     network = as_network(
@@ -131,35 +123,53 @@ def train_forecast(
     found = None
     scores: dict[str, Any] = {}
     if len(cut.test) and fits.rank == 0:
-        found = measured(network, table, recipe, fits.inputs(windows), cut, typical, rivals)
+        found = measured(network, windows, fits.inputs(windows), cut, rivals)
         scores = found.scores
-    result = Result(network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(held))
+    result = Result(network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(fits.held))
     return Trained(result, recipe, found)
 
 
-def best_rule(windows: Windows, indices: Ints) -> Any:
+def variants(table: Table, recipe: Recipe, request: Request) -> list[Recipe]:
+    """Return what the validation part chooses from, the usual one first: what wasn't asked for may be another.
+
+    The level is a unit of targets above 0 alone. A season that the window doesn't reach may do harm: what was a year
+    before tells little of a series that changes, and its first year is lost to training.
+    """
+    found = [recipe]
+    if request.scale is None and all(bool(np.nanmin(table.columns[name]) > 0) for name in recipe.targets):
+        found.append(replace(recipe, scale="level"))
+    if request.seasons is None and len(recipe.seasons) > 1 and recipe.seasons[-1] > recipe.window:
+        found.append(replace(recipe, seasons=recipe.seasons[:-1]))
+    return found
+
+
+def prepared(table: Table, recipe: Recipe, validation: float, test: float) -> tuple[Windows, Parts]:
+    """Return the windows of the training and then of the validation part, floors and rule measured; and the parts."""
+    cut = parts(table, recipe, validation, test)
+    typical = typical_errors(table, recipe, cut.ends)
+    windows = Windows(recipe, table, np.concatenate([cut.training, cut.validation]), typical)
+    kept, every = np.arange(len(cut.training)), np.arange(len(windows.origins))
+    windows = windows.told(replace(recipe, floors=floors(windows, kept)))
+    rule = best_rule(windows, every[len(kept) :] if len(cut.validation) else kept)
+    return windows.told(replace(windows.recipe, rule=rule)), cut
+
+
+def best_rule(windows: Windows, indices: Ints) -> Rule:
     """Return the rule whose forecasts are best by the series' typical errors, of the windows at `indices`."""
     recipe, some = windows.recipe, spread_out(indices, MEASURED)
     actual, typical = windows.actual(some), windows.typical_of(some)[:, None]
     errors = {}
     for rule in recipe.rules:
         said = np.stack([windows.rule(rule, n, some) for n in range(len(recipe.targets))], axis=-1)
-        errors[rule] = (
-            float(np.nanmean(np.abs(said - actual) / typical)) if np.isfinite(said - actual).any() else np.inf
-        )
+        difference = np.abs(said - actual) / typical
+        errors[rule] = float(np.nanmean(difference)) if np.isfinite(difference).any() else np.inf
     return min(errors, key=lambda rule: errors[rule])
 
 
-def _positive(table: Table, recipe: Recipe, cut: Parts) -> bool:
-    """Whether every target is above 0 in the training part, so that its level can be a unit."""
-    rows = np.concatenate([np.arange(a, b) for a, b in zip(table.starts[:-1], cut.ends, strict=True)])
-    return all(bool(np.nanmin(table.columns[name][rows], initial=np.inf) > 0) for name in recipe.targets)
-
-
-def measured(
-    network: Network, table: Table, recipe: Recipe, inputs: Inputs, cut: Parts, typical: Floats, rivals: bool
-) -> backtest.Backtest:
+def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, rivals: bool) -> backtest.Backtest:
     """Return a network's forecasts of the test part beside those of its rivals."""
+    table, recipe, typical = windows.table, windows.recipe, windows.typical
+    assert typical is not None
     origins = backtest.chosen(cut.test)
     windows = Windows(recipe, table, origins)
     every = np.arange(len(origins))
@@ -180,17 +190,23 @@ def measured(
 class _Fits:
     """The fits of a training, and what they did together."""
 
-    def __init__(self, build: Build, settings: Settings, options: RunOptions, kept: Ints, held: Ints):
-        self.build, self.settings, self.options, self.kept, self.held = build, settings, options, kept, held
+    def __init__(self, build: Build, settings: Settings, options: RunOptions):
+        self.build, self.settings, self.options = build, settings, options
         self.whole, self.rank = Fit(), 0
-        self.measured: dict[str, Inputs] = {}
+        self.kept = self.held = np.empty(0, np.int64)
+        self.measured: Inputs | None = None
+
+    def take(self, windows: Windows, cut: Parts) -> None:
+        """Fit to these windows from now on."""
+        self.kept = np.arange(len(cut.training))
+        self.held = np.arange(len(cut.training), len(windows.origins))
+        self.measured = None
 
     def inputs(self, windows: Windows) -> Inputs:
-        """Return what the training part says of the channels of windows in one unit."""
-        scale = windows.recipe.scale
-        if scale not in self.measured:
-            self.measured[scale] = Inputs.measure(windows, self.kept, MEASURED)
-        return self.measured[scale]
+        """Return what the training part says of the channels."""
+        if self.measured is None:
+            self.measured = Inputs.measure(windows, self.kept, MEASURED)
+        return self.measured
 
     def fit(
         self, windows: Windows, member: int, settings: Settings, options: RunOptions, until: int | None = None
@@ -219,18 +235,26 @@ class _Fits:
         model, fit, self.rank = fitted(make, data, settings, options, own)
         return model, fit
 
-    def better_scale(self, windows: Windows) -> Windows:
-        """Return the windows in the unit that does best on the validation part after some epochs."""
-        quick = replace(self.settings, epochs=min(TRIED, self.settings.epochs), patience=0)
-        quiet = RunOptions(self.options.validation, device=self.options.device, threads=1)
-        errors = {}
-        for scale in SCALES:
-            tried = windows.told(replace(windows.recipe, scale=scale))
-            tried = tried.told(replace(tried.recipe, floors=floors(tried, self.kept)))
-            _, fit = self.fit(tried, 0, quick, quiet)
-            errors[scale] = (min(entry["mase"] for entry in fit.history), tried)
-        usual, other = (errors[scale] for scale in SCALES)
-        return other[1] if other[0] < BETTER * usual[0] else usual[1]
+    def best(self, table: Table, recipes: list[Recipe], test: float) -> tuple[Windows, Parts]:
+        """Take the windows of the recipe that does best on the validation part after some epochs.
+
+        Another than the first has to do clearly better.
+        """
+        validation = self.options.validation
+        tried = [prepared(table, recipe, validation, test) for recipe in (recipes if validation else recipes[:1])]
+        errors = [0.0]
+        if len(tried) > 1:
+            quick = replace(self.settings, epochs=min(TRIED, self.settings.epochs), patience=0)
+            quiet = RunOptions(validation, device=self.options.device, threads=1)
+            errors = []
+            for windows, cut in tried:
+                self.take(windows, cut)
+                _, fit = self.fit(windows, 0, quick, quiet)
+                errors.append(min(entry["mase"] for entry in fit.history))
+            errors[0] *= BETTER
+        best = tried[int(np.argmin(errors))]
+        self.take(*best)
+        return best
 
     def members(self, windows: Windows) -> tuple[list[Forecaster], Calibration | None]:
         """Return the networks that are averaged, and what the validation part says of their outputs."""

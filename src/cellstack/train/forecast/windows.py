@@ -158,7 +158,7 @@ class Windows:
     def units(self, indices: Ints) -> Units:
         """Return base and unit of each target in each window; where nothing was observed, 0 and the smallest unit."""
         recipe = self.recipe
-        span = recipe.window + max(recipe.seasons, default=0)
+        span = recipe.span
         steps = self.origins[indices][:, None] + np.arange(1 - span, 1)
         first = self.table.starts[self.series[indices]][:, None]
         inside = steps >= first
