@@ -120,6 +120,15 @@ def test_run_answers_what_training_measured(capsys, vowels):
     assert f"accuracy {report['accuracy']:.4f}" in err
 
 
+def test_the_task_may_be_said_where_the_file_tells_it(capsys):
+    status, out, err = run(capsys, "train", CO2, "--task", "forecast", "--dry-run")
+    assert (status, err) == (0, "")
+    assert "forecasting `co2` 52 steps ahead" in out
+    status, _, err = run(capsys, "train", VOWELS, "--task", "forecast", "--dry-run")
+    assert status == 2
+    assert "expected a table to forecast, a file that ends in one of .csv, .tsv, .parquet" in err
+
+
 def test_forecast(capsys, co2):
     status, out, _ = run(capsys, "run", co2, CO2)
     rows = list(csv.reader(io.StringIO(out)))

@@ -50,8 +50,8 @@ def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_both_doors_are_shown_and_one_needs_no_torch(tmp_path):
-    torch_door, free_door = blocks_of(ROOT / "README.md")
-    for block, loaded in ((torch_door, "True"), (free_door, "False")):
+    torch_door, free_door, training = blocks_of(ROOT / "README.md")
+    for block, loaded in ((torch_door, "True"), (free_door, "False"), (training, "True")):
         code = block + "\nimport sys\nprint('torch' in sys.modules)"
         done = run(["-c", code], tmp_path)
         assert done.splitlines()[-1] == loaded
@@ -157,7 +157,7 @@ def test_commands_exist(page):
 
 def test_the_command_lines_of_the_readme_can_be_parsed():
     lines = re.findall(r"^cellstack (.+?) {3,}", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(lines) == 9
+    assert len(lines) == 13
     for line in lines:
         assert cli.parser().parse_args(line.split()).verb == line.split()[0]
 

@@ -1,1 +1,1 @@
-"""The command line: `main` has the parser, `files` and `stream` the verbs on files and on frames."""
+"""The command line: `main` has the parser, each verb a module or a function in one."""

@@ -23,7 +23,7 @@ from cellstack.train.forecast.recipe import SCALES
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table, iso
 
-UNUSED = ("init", "task", "bidirectional", "pooling", "every_step", "noise", "offset")
+UNUSED = ("init", "bidirectional", "pooling", "every_step", "noise", "offset")
 TEST_SHARE, QUANTILES = 0.2, (0.1, 0.9)
 
 

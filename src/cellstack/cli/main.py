@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="fixes every draw (default: %(default)s)")
     demo.add_argument("--epochs", type=int, help="passes over the data for both models (default: as tuned)")
 
-    add_arguments(verb("train", "train on sequences or a time series, and write the network"))
+    add_arguments(verb("train", "train on sequences, a time series or a text, and write the network"))
     runs = verb("run", "predict: a class or number for each sequence, what comes next in a series; or run any network")
     runs.add_argument("model", metavar="MODEL")
     runs.add_argument(
@@ -125,8 +125,8 @@ def parser() -> argparse.ArgumentParser:
         "file",
         nargs="?",
         metavar="FILE",
-        help="what it is run over: .npy, .npz or .csv of numbers, .ts or .csv as the model was trained on, .txt of "
-        "characters, .wav; without it, a few numbers drawn at random",
+        help="what it is run over: .npy, .npz or .csv of numbers, a file or table of what the model was trained on, "
+        ".txt of characters, .wav; without it, a few numbers drawn at random",
     )
     inside.add_argument("-o", "--output", metavar="PAGE", help="where to (default: the model's name, .html)")
     inside.add_argument("--open", action="store_true", help="show it in the browser")

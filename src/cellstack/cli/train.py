@@ -192,11 +192,14 @@ def kind_of(args: argparse.Namespace) -> str:
     """Return which kind of data a file is: by what is asked for, else by its suffix.
 
     Raises:
-        UsageError: a suffix that is none's.
+        UsageError: a suffix that is none's, or not of what is asked for.
     """
     suffix = Path(args.file).suffix.lower()
     if suffix not in SUFFIXES and args.task != "text":
         raise UsageError(f"{args.file}: expected a file that ends in one of {', '.join(SUFFIXES)}")
+    if args.task == "forecast" and SUFFIXES[suffix] != "forecasts":
+        tables = ", ".join(ending for ending, kind in SUFFIXES.items() if kind == "forecasts")
+        raise UsageError(f"{args.file}: expected a table to forecast, a file that ends in one of {tables}")
     if args.task is not None:
         return TASKS[args.task]
     return "sequences" if args.label is not None else SUFFIXES[suffix]
