@@ -166,7 +166,8 @@ def test_the_unit_that_does_clearly_better_is_taken(monkeypatch, level, chosen):
     def tried(fits, windows, member, settings, options, until=None):
         model, done = fit(fits, windows, member, settings, options, until)
         if settings.epochs == training.TRIED:
-            done.history = [{"mase": level if windows.recipe.scale == "level" else 1.0}]
+            mase = level if windows.recipe.scale == "level" else 1.0
+            done.history = [entry | {"mase": mase} for entry in done.history]
         return model, done
 
     monkeypatch.setattr(training._Fits, "fit", tried)
@@ -194,7 +195,8 @@ def test_what_was_understood_is_said():
     frame.loc[::2, "sky"] = "rain"
     table = read_table(frame.drop(index=[100, 101, 102]))
     request = Request(("y",), known=("promotion",))
-    said = "\n".join(understood(table, plan(table, request, 0.35), request))
+    recipe = plan(table, request, 0.35)
+    said = "\n".join(understood(table, recipe, request, parts(table, recipe, 0.15, 0.2)))
     for part in (
         "497 rows, monthly from 1980-01-01 to 2021-08-01 by `date`",
         "1 gap filled by mask (3 rows)",
@@ -202,7 +204,7 @@ def test_what_was_understood_is_said():
         "`note`",
         "forecasting `y` 12 steps ahead from a window of 24; season 12, told by the series",
         "known in advance `promotion`",
-        "the calendar: the day of the year",
+        "the calendar: the season of the year",
     ):
         assert part in said, said
 

@@ -121,7 +121,7 @@ def read(args: argparse.Namespace) -> Job:
     validation = RunOptions.validation if args.validation is None else args.validation
     recipe = plan(table, request, share + validation)
     cut = parts(table, recipe, validation, share)
-    said = understood(table, recipe, request)
+    said = understood(table, recipe, request, cut)
     described = {"said": said, "rows": len(table), "series": len(table.ids), "recipe": recipe.to_json()}
     described |= {"ignored": table.ignored, "origins": [len(cut.training), len(cut.validation), len(cut.test)]}
     usual = defaults(len(cut.training))

@@ -125,7 +125,8 @@ class SequenceForecaster(BaseEstimator):
             tuple(self.quantiles),
         )
         recipe = plan(table, request, self.validation)
-        usual = defaults(len(parts(table, recipe, self.validation, 0.0).training))
+        cut = parts(table, recipe, self.validation, 0.0)
+        usual = defaults(len(cut.training))
         given = {name: usual[name] if getattr(self, name) is None else getattr(self, name) for name in usual}
         units = given["units"]
         units = tuple(units) if isinstance(units, Sequence) else (units,)
@@ -137,7 +138,7 @@ class SequenceForecaster(BaseEstimator):
         trained = train_forecast(table, request, build, settings, options, 0.0, rivals=False)
         result = trained.result
         self.network_, self.recipe_, self.history_ = result.network, trained.recipe, result.history
-        self.understood_, self.n_iter_ = understood(table, trained.recipe, request), len(result.history)
+        self.understood_, self.n_iter_ = understood(table, trained.recipe, request, cut), len(result.history)
         self._last = table
         if result.fit.interrupted:  # fitted as far as it came, and what called this is to stop
             raise KeyboardInterrupt

@@ -37,6 +37,7 @@ class Result:
         scores: what was measured on held-out data, see `predict`; {} where there was none.
         rank: number of this process among those that trained; 0 is the one that writes and prints.
         validated: how many examples the validation part has.
+        told: what `sentence` is, where several fits made the network.
     """
 
     network: Network
@@ -45,6 +46,7 @@ class Result:
     scores: dict[str, Any]
     rank: int = 0
     validated: int = 0
+    told: str = ""
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -59,7 +61,7 @@ class Result:
     @property
     def sentence(self) -> str:
         """What stopped the training, which epoch is kept, and how well it does on what was never trained on."""
-        return "; ".join(part for part in (self._stopped(), self._kept(), self._measured()) if part)
+        return self.told or "; ".join(part for part in (self._stopped(), self._kept(), self._measured()) if part)
 
     def _stopped(self) -> str:
         done, fit = len(self.fit.history), self.fit

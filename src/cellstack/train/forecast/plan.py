@@ -9,6 +9,7 @@ import numpy as np
 
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import calendar
+from cellstack.train.forecast.parts import Parts
 from cellstack.train.forecast.recipe import (
     LONGEST_WINDOW,
     MOST_SEASONS,
@@ -100,7 +101,7 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
     seasons = request.seasons
     if seasons is None:
         seasons = find_seasons(table, targets[0], held)
-    horizon = request.horizon or min(seasons, default=WITHOUT_SEASON)
+    horizon = request.horizon or usual_horizon(table, seasons)
     window = request.window or int(np.clip(2 * min(seasons, default=1), SHORTEST_WINDOW, LONGEST_WINDOW))
     if request.scale is not None and request.scale not in SCALES:
         raise UsageError(f"expected scale to be one of {', '.join(SCALES)}, got {request.scale!r}")
@@ -133,6 +134,16 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
     )
 
 
+def usual_horizon(table: Table, seasons: tuple[int, ...]) -> int:
+    """Return the steps that are forecast where none are asked for: the shortest season that is natural to the table.
+
+    A day of hours, a week of days, a year of months; without dates the shortest that was found, else `WITHOUT_SEASON`.
+    """
+    if table.spacing is not None and table.spacing.seasons:
+        return table.spacing.season
+    return min(seasons, default=WITHOUT_SEASON)
+
+
 def _only_target(table: Table, request: Request) -> tuple[str, ...]:
     names = [name for name in table.columns if name not in request.known]
     if len(names) != 1:
@@ -160,8 +171,8 @@ def step_seconds(table: Table) -> float:
     return table.spacing.months * calendar.YEAR * calendar.DAY / 12 or table.spacing.seconds
 
 
-def understood(table: Table, recipe: Recipe, asked: Request) -> list[str]:
-    """Return what was understood, a sentence each, what matters first."""
+def understood(table: Table, recipe: Recipe, asked: Request, cut: Parts) -> list[str]:
+    """Return what was understood, a sentence each, what matters first; `cut` are the parts of the table."""
     seasons = " and ".join(f"{season:,}" for season in recipe.seasons)
     told = "as asked" if asked.seasons is not None else "told by the series"
     said = [
@@ -191,4 +202,20 @@ def understood(table: Table, recipe: Recipe, asked: Request) -> list[str]:
             "the calendar: " + ", ".join(words.get(kind, f"holidays of {recipe.country}") for kind in recipe.calendar)
         )
     said.append("; ".join(looked) or "inputs: none but the target")
-    return [*table.understood(), *said]
+    still = table.unchanging()
+    said += [f"the target `{name}` is {still[name]}: so is its forecast" for name in recipe.targets if name in still]
+    return [*table.understood(leave_out=recipe.targets), *said, *_too_short(table, cut)]
+
+
+def _too_short(table: Table, cut: Parts) -> list[str]:
+    """Return how many series have no origin to train on, or none to measure on, and the first of them."""
+    sentences = []
+    for what, origins in (("trained on", cut.training), ("measured on", cut.test)):
+        held = np.zeros(len(table.ids), bool)
+        held[np.searchsorted(table.starts, origins, side="right") - 1] = True
+        short = np.flatnonzero(~held)
+        if len(origins) and len(short):
+            rows = np.diff(table.starts)[short]
+            named = [f"`{table.ids[n]}` ({count:,} rows)" for n, count in zip(short, rows, strict=True)]
+            sentences.append(f"too short to be {what}: {listed(named)}")
+    return sentences

@@ -125,7 +125,7 @@ def train_forecast(
     if len(cut.test) and fits.rank == 0:
         found = measured(network, windows, fits.inputs(windows), cut, rivals)
         scores = found.scores
-    result = Result(network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(fits.held))
+    result = Result(network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(fits.held), fits.told(scores))
     return Trained(result, recipe, found)
 
 
@@ -195,6 +195,23 @@ class _Fits:
         self.whole, self.rank = Fit(), 0
         self.kept = self.held = np.empty(0, np.int64)
         self.measured: Inputs | None = None
+        self.stops: list[str] = []
+
+    def told(self, scores: dict[str, Any]) -> str:
+        """Return what stopped the fits, which epochs are kept, and how well it does on what was never trained on."""
+        history, names = self.whole.history, {"epochs": "all", "patience": "early", "ctrl-c": "by Ctrl-C"}
+        kept = [0] * len(self.stops)
+        for entry in history:
+            if entry["whole"]:
+                kept[entry["member"] - 1] = entry["epoch"]
+        done = [sum(entry["member"] == n + 1 and not entry["whole"] for entry in history) for n in range(len(kept))]
+        each = ", ".join(f"{n} ({names[how]})" for n, how in zip(done, self.stops, strict=False))
+        parts = [f"trained {len(done)} {'networks' if len(done) > 1 else 'network'} for epochs: {each}"]
+        if any(kept):
+            parts.append(f"and anew, with the validation part, for {', '.join(map(str, kept))}")
+        found = [f"{name} {errors['model']['mae']:.4g}" for name, errors in scores.get("targets", {}).items()]
+        what = f"on the test part, which was never trained on, the mean absolute error of {', '.join(found)}"
+        return "; ".join([*parts, what if found else "nothing was held out to measure it on"])
 
     def take(self, windows: Windows, cut: Parts) -> None:
         """Fit to these windows from now on."""
@@ -298,7 +315,10 @@ class _Fits:
         together.seconds += fit.seconds
         together.records += fit.records
         together.notes += [note for note in fit.notes if note not in together.notes]
-        together.stopped, together.threads = fit.stopped, fit.threads
+        together.threads = fit.threads
+        if not whole or fit.interrupted:
+            together.stopped = fit.stopped
+            self.stops.append(fit.stopped)
         together.checkpoint_error = fit.checkpoint_error or together.checkpoint_error
         if not whole and fit.best is not None:
             best = {"member": member + 1} | fit.best

@@ -114,8 +114,12 @@ class Table:
         whole = self.spacing is not None and not self.spacing.seconds % grid.DAY
         return iso(time) if whole else str(time).replace("T", " ").removesuffix(":00")
 
-    def understood(self) -> list[str]:
-        """Return what was understood of the table, a sentence each, what matters first."""
+    def understood(self, leave_out: Sequence[str] = ()) -> list[str]:
+        """Return what was understood of the table, a sentence each, what matters first.
+
+        Args:
+            leave_out: columns of which it isn't said that they never change.
+        """
         count = len(self) - int(self.filled.rows.sum())
         said = f"{count:,} rows"
         if self.id is not None:
@@ -135,7 +139,7 @@ class Table:
             name: int(np.isnan(values).sum()) - int(self.filled.rows.sum()) for name, values in self.columns.items()
         }
         holes |= {name: int((c.codes < 0).sum()) - int(self.filled.rows.sum()) for name, c in self.categories.items()}
-        still = self.unchanging()
+        still = {name: why for name, why in self.unchanging().items() if name not in leave_out}
         missing = [f"`{name}` ({count:,})" for name, count in holes.items() if count and name not in still]
         if missing:
             sentences.append(f"cells missing in {listed(missing)}")
