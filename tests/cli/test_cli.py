@@ -142,6 +142,28 @@ def test_forecast(capsys, co2):
     assert load(co2).metadata["recipe"]["seasons"] == [52]
 
 
+def test_a_forecast_says_what_it_goes_without(capsys, tmp_path):
+    """Values ahead of what is known in advance, and text that training didn't see."""
+    lines = [f"2024-01-{1 + n // 24:02d} {n % 24:02d}:00,{n % 6 + n % 5 / 9},{n % 3},{'ab'[n % 2]}" for n in range(300)]
+    later = [re.sub(r",[^,]*", ",", line, count=1) for line in lines[-4:]]
+    for name, rows in (
+        ("all", lines),
+        ("ahead", [*lines[:-4], *later]),
+        ("new", [line.replace(",a", ",c") for line in lines]),
+    ):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["t,y,plan,kind", *rows]))
+    words = ["--target", "y", "--known", "plan", "--horizon", "4", "--season", "6", "--members", "1"]
+    assert run(capsys, "train", str(tmp_path / "all.csv"), *words, "-o", str(tmp_path / "net"), *SMALL)[0] == 0
+    said = {name: run(capsys, "run", str(tmp_path / "net"), str(tmp_path / f"{name}.csv")) for name in ("ahead", "new")}
+    assert said["ahead"][2] == ""
+    assert said["new"][2].splitlines() == [
+        "cellstack run: warning: `kind`: training saw no 'c': taken as none it knows",
+        "cellstack run: warning: `plan`, known in advance, has no value at 4 of 4 steps that are forecast: write "
+        "these rows, without the target, below those that were observed",
+    ]
+    assert len(said["new"][1].splitlines()) == len(said["ahead"][1].splitlines()) == 5
+
+
 def test_columns_that_training_leaves_out_are_named(capsys, tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("y,place,note\n" + "".join(f"{n % 7},north,n{n}\n" for n in range(120)), encoding="utf-8")

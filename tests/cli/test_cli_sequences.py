@@ -104,6 +104,28 @@ def test_train_and_run_on_every_kind_of_file(capsys, machines, name):
     assert rows[7].get("machine", "m7") == "m7"
 
 
+def test_tables_as_spreadsheets_and_pandas_write_them(capsys, machines):
+    """Semicolons, decimal commas, another encoding; the index, which isn't learned from."""
+    table = pd.read_csv(machines / "machines.csv")
+    table.to_csv(machines / "index.csv")
+    table.to_csv(machines / "german.csv", sep=";", decimal=",", index=False)
+    table.replace("hall", "Gebäude").to_csv(machines / "latin.csv", index=False, encoding="latin-1")
+    learned = {}
+    for name in ("machines.csv", "index.csv", "german.csv", "latin.csv"):
+        words = ["train", machines / name, *COLUMNS, *["--encoding", "latin-1"] * (name == "latin.csv")]
+        learned[name] = json.loads(run(capsys, *words, "--dry-run", "--json")[1])["understood"]["training"]
+    assert learned["index.csv"]["ignored"].pop("index") == "numbers the rows"
+    for name in learned:
+        for what in ("channels", "classes", "sequences", "missing"):
+            assert learned[name][what] == learned["machines.csv"][what], name
+    assert run(capsys, "train", machines / "machines.csv", *COLUMNS, "-o", machines / "net", *SMALL)[0] == 0
+    answers = [run(capsys, "run", machines / "net", machines / name)[1] for name in ("machines.csv", "german.csv")]
+    assert answers[0] == answers[1]
+    table.to_csv(machines / "quoted.csv", decimal=",", index=False)
+    assert "say --decimal , if these" in run(capsys, "run", machines / "net", machines / "quoted.csv")[2]
+    assert run(capsys, "run", machines / "net", machines / "quoted.csv", "--decimal", ",")[1] == answers[0]
+
+
 def test_run_on_a_table_without_the_truth(capsys, machines):
     assert run(capsys, "train", machines / "machines.csv", *COLUMNS, "-o", machines / "net", *SMALL)[0] == 0
     table = pd.read_csv(machines / "machines.csv").drop(columns=["state", "place"])
@@ -203,13 +225,13 @@ def test_a_full_disk_is_one_line(capsys, tmp_path):
     ("words", "message"),
     [
         (["machines.csv", "--task", "classify"], "expected --label COLUMN"),
-        (["machines.csv", "--label", "state"], "expected id=, the column"),
+        (["machines.csv", "--label", "state"], "expected id= or --id, the column"),
         (["machines.csv", "--label", "mood", "--id", "machine"], "expected y to be a column, one of machine"),
         (["machines.csv", *COLUMNS, "--season", "7"], "--season does nothing with sequences: it is for forecasts"),
         (["machines.csv", *COLUMNS, "--task", "regress"], "y: expected numbers with task regress, got text"),
         (["machines.npz", "--label", "state"], "expected y with a table alone, as .npz has its own"),
-        (["empty.csv", *COLUMNS], "empty.csv: expected a table, found one that can't be read"),
-        (["broken.parquet", *COLUMNS], "broken.parquet: expected a table, found one that can't be read"),
+        (["empty.csv", *COLUMNS], "empty.csv: line 1: expected the columns' names, found ''"),
+        (["broken.parquet", *COLUMNS], "broken.parquet: expected a Parquet file"),
         (["broken.npz"], "broken.npz: expected arrays by name as np.savez writes them, found another file"),
     ],
 )

@@ -150,6 +150,15 @@ def test_a_point_parts_thousands_in_a_file_of_decimal_commas(tmp_path):
         read_table(write(tmp_path, "t;y;z\n" + rows(["1,5;1.234", "2,5;1.5", "3,5;2.345"], ";")))
 
 
+def test_columns_of_either_decimal_sign_are_refused_not_taken_as_names(tmp_path):
+    cells = [f"{n},5;{n % 3}.25" for n in range(9)]
+    with pytest.raises(FormatError, match=r"line 2: expected one decimal sign in all .*, found '0\.25' in column 'z'"):
+        read_table(write(tmp_path, "t;y;z\n" + rows(cells, ";")))
+    told = read_table(write(tmp_path, "t;y;z\n" + rows(cells, ";")), categories=["z"])
+    assert told.categories["z"].labels == ("0.25", "1.25", "2.25")
+    assert read_table(write(tmp_path, "t;y\n" + rows(["0,125", "1,125"], ";"))).columns["y"].tolist() == [0.125, 1.125]
+
+
 def test_a_comma_that_may_part_thousands_or_decimals_is_asked_for(tmp_path):
     file = write(tmp_path, "t;y\n" + rows(["1,500", "2,500"], ";"))
     with pytest.raises(FormatError, match=r"line 2: .* in column y, found '1,500': say --decimal , or --decimal \."):

@@ -313,7 +313,7 @@ def test_frames_that_can_t_be_used(toy):
     varied = frame.assign(state=np.where(frame.t == 3, "odd", frame.state))
     gone = frame.assign(id=frame.id.astype(float)).replace({"id": {5.0: np.nan}})
     refused = [
-        (frame, "state", {}, r"x: expected id=, .* one of id, t, c0"),
+        (frame, "state", {}, r"x: expected id= or --id, .* one of id, t, c0"),
         (frame, "mood", {"id": "id"}, "expected y to be a column, one of id, .* got 'mood'"),
         (frame, "state", {"id": "id", "time": "when"}, "expected time to be a column"),
         (frame, "state", {"id": "id", "features": ["c0", "c9"]}, "expected features among id, .* got 'c9'"),

@@ -537,6 +537,20 @@ def test_a_scheduler_and_an_optimizer_of_one_s_own_go_on_too(sequences, tmp_path
         fit(resumed, *rest, SETTINGS, checkpoint=path, resume=True)
 
 
+def test_what_a_callback_ended_isn_t_gone_on_with(sequences, tmp_path):
+    ends = lambda epoch: epoch.entry["epoch"] >= 2  # noqa: E731
+
+    def train(epochs, *callbacks):
+        model, *rest = prepare(sequences)
+        how = {"checkpoint": tmp_path / "run.ckpt", "resume": True, "callbacks": callbacks}
+        return weights(model), fit(model, *rest, Settings(epochs=epochs, batch=4), **how)
+
+    (_, once), (_, again) = train(4, ends), train(4, ends)
+    assert (again.stopped, again.history, again.steps) == ("callback", once.history, once.steps)
+    assert len(train(5, ends)[1].history) == 3  # more are asked for
+    assert len(train(5)[1].history) == 5
+
+
 def test_what_a_callback_adds_is_in_the_history_and_the_checkpoint(sequences, tmp_path):
     path = tmp_path / "run.ckpt"
     model, *rest = prepare(sequences)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -208,7 +209,10 @@ def run(args: argparse.Namespace, net: Network, path: str) -> tuple[predict.Fore
     table = table_from(args, args.file, reading if isinstance(reading, dict) else None)
     recipe, _ = predict.trained(net, path)
     origins = None if args.origin is None else origins_at(table, args.origin, recipe.horizon)
-    return predict.forecast(net, table, path, origins, args.threads), table
+    found = predict.forecast(net, table, path, origins, args.threads)
+    for line in predict.unknown(recipe, table, found.origins):
+        print(f"cellstack run: warning: {line}", file=sys.stderr)
+    return found, table
 
 
 def origins_at(table: Table, text: str, horizon: int) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.targets import counted
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
-UNUSED = ("date", "day_first", "date_format", "zone", "freq", "category", "decimal", "encoding")
+UNUSED = ("date", "day_first", "date_format", "zone", "freq", "category")
 SHOWN = 12  # classes that are named one by one
 
 
@@ -70,6 +70,7 @@ def read(args: argparse.Namespace) -> Job:
         raise UsageError(f"{args.file}: expected --label COLUMN, which holds the classes or numbers to learn")
     features = None if args.features is None else [name.strip() for name in args.features.split(",") if name.strip()]
     told = {"id": only_one(args.id), "time": args.time, "features": features, "weight": args.weight}
+    told |= {"decimal": args.decimal, "encoding": args.encoding}
     how = partial(read_sequences, y=args.label, per_step=args.per_step or None, **told)
     training = how(args.file, task=args.task)
     if args.test is None:

@@ -18,6 +18,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "fingerprint": dict,
     "position": list,
     "epochs": int,
+    "called_off": bool,
     "threads": int,
     "model": dict,
     "optimizer": dict,

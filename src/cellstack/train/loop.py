@@ -76,7 +76,8 @@ def learn(
         checkpoint: file that is written after every epoch and on Ctrl-C. Where that fails, as on a full disk, there is
             a warning, the checkpoint before stays, and the fit goes on.
         resume: go on from `checkpoint` where it exists. More epochs than it was made for may be asked for: the rate
-            then goes on as a run of so many epochs has it, from that epoch on.
+            then goes on as a run of so many epochs has it, from that epoch on. What a callback ended stays so,
+            unless more epochs or no callbacks come with it.
         overwrite: begin anew where `checkpoint` exists.
         progress: show a bar with loss, metrics, steps/s and time left on standard error.
         team: the processes that share each batch; this one alone where None.
@@ -157,7 +158,7 @@ class _Run:
         self.monitor: TrainingMonitor | None = None
         self.metrics: dict[str, Callable[[NDArray, NDArray], float]] = {}
         self.callbacks: Sequence[Callable[[Epoch], Any]] = ()
-        self.measured_threads = False
+        self.called_off = False  # by a callback
 
     def go(
         self, checkpoint: str | os.PathLike[str] | None, progress: bool, interrupt: threading.Event, measure: bool
@@ -302,7 +303,7 @@ class _Run:
             for callback in self.callbacks:  # all of them, whatever one says
                 stop = bool(callback(Epoch(entry, self.model, self.result))) or stop
         if self.callbacks and self.team.add([float(stop)])[0] > 0:
-            self.result.stopped = self.result.stopped or "callback"
+            self.called_off = True
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -350,6 +351,8 @@ class _Run:
 
     def ended(self) -> str:
         """Return why there is no further epoch; "" where there is one."""
+        if self.called_off:
+            return "callback"
         best, patience = self.result.best, self.settings.patience
         if best is not None and patience and self.data.validates and self.epoch - best["epoch"] >= patience:
             return "patience"
@@ -373,6 +376,7 @@ class _Run:
             "fingerprint": self.fingerprint,
             "position": [self.epoch, self.step, *self.sums],
             "epochs": self.settings.epochs,
+            "called_off": self.called_off,
             "threads": self.result.threads,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -417,6 +421,8 @@ class _Run:
             raise FormatError(
                 f"{path}: expected the state of this training, found one that doesn't fit: {why}"
             ) from None
+        if self.callbacks and state["epochs"] == self.settings.epochs:
+            self.called_off = state["called_off"]
         if self.cosine and state["epochs"] != self.settings.epochs:
             self.extend(state["epochs"])
         self.best_weights = state["best_weights"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
+
+NUMBERED = re.compile(r"Unnamed: \d+|index(_0)?")  # a column that may be an index without a name
 
 
 class Grouped(NamedTuple):
@@ -52,7 +55,8 @@ def grouped(
         raise UsageError(f"{name}: expected rows, got a frame without any")
     if id is None:
         raise UsageError(
-            f"{name}: expected id=, the column that says which sequence a row belongs to, one of {', '.join(names)}"
+            f"{name}: expected id= or --id, the column that says which sequence a row belongs to, one of "
+            f"{', '.join(names)}"
         )
     label, weighs = (given if isinstance(given, str) else None for given in (y, weight))
     for what, column in (("id", id), ("time", time), ("y", label), ("sample_weight", weighs)):
@@ -78,7 +82,9 @@ def grouped(
         if column not in names:
             raise UsageError(f"{name}: expected features among {', '.join(names)}, got {column!r}")
         numbers = numeric(frame, column)
-        if numbers is not None:
+        if features is None and numbers is not None and NUMBERED.fullmatch(column) and (np.diff(numbers) == 1).all():
+            ignored[column] = "numbers the rows"  # the index that pandas wrote
+        elif numbers is not None:
             used[column] = numbers
         elif features is not None:
             raise UsageError(f"{name}: expected numbers in column {column!r}, got {plain(frame, column)[0]!r:.40}")
@@ -187,7 +193,7 @@ def _of_each(
         for value, part in zip(by_id, parts, strict=True):
             other = next((one for one in part.tolist() if one != part[0] and one == one), part[0])
             if other != part[0] and part[0] == part[0]:
-                more = "; for one a step, per_step=True" if what == "y" else ""
+                more = "; for one a step, per_step=True (--per-step)" if what == "y" else ""
                 raise UsageError(
                     f"{name}: expected one {given!r} for each {id!r}, got {part[0]!r} and {other!r} for {value!r}{more}"
                 )

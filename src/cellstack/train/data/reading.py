@@ -14,6 +14,8 @@ from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences, as_sequences
 from cellstack.train.data.ts import read_ts
+from cellstack.train.tables.columns import convert, decimal_sign
+from cellstack.train.tables.source import read_source
 
 SUFFIXES = (".ts", ".npz", ".csv", ".tsv", ".parquet")
 TABLES = (".csv", ".tsv", ".parquet")
@@ -31,6 +33,8 @@ def read_sequences(
     features: Sequence[str] | None = None,
     weight: str | None = None,
     per_step: bool | None = None,
+    decimal: str | None = None,
+    encoding: str | None = None,
 ) -> Sequences:
     """Read sequences from a file, told by its suffix.
 
@@ -39,6 +43,7 @@ def read_sequences(
             are padded at their ends, and `weight [N]`; `.csv`, `.tsv` or `.parquet`, a table with a row a step.
         y: the column of a table that holds the classes or targets; None for none, and for other files.
         task, labels, id, time, features, weight, per_step: see `as_sequences`.
+        decimal, encoding: of a table that is text; told by the file where None.
 
     Raises:
         FormatError: the file can't be read as what its suffix says.
@@ -50,7 +55,8 @@ def read_sequences(
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: expected a file that ends in one of {', '.join(SUFFIXES)}")
     if suffix in (".ts", ".npz"):
-        for name, given in (("y", y), ("id", id), ("time", time), ("features", features), ("weight", weight)):
+        of_tables = {"y": y, "id": id, "time": time, "features": features, "weight": weight}
+        for name, given in (of_tables | {"decimal": decimal, "encoding": encoding}).items():
             if given is not None:
                 raise UsageError(f"{path}: expected {name} with a table alone, as {suffix} has its own, got {given!r}")
     try:
@@ -61,7 +67,7 @@ def read_sequences(
             told = {"task": task, "labels": labels, "per_step": per_step, "name": path.stem}
             return as_sequences(arrays["x"], arrays.get("y"), weight=arrays.get("weight"), **told)
         return as_sequences(
-            read_frame(path),
+            read_frame(path, decimal, encoding),
             y,
             task=task,
             labels=labels,
@@ -76,32 +82,25 @@ def read_sequences(
         raise UsageError(f"{path}: {error}") from None
 
 
-def columns_of(path: Path) -> list[str]:
-    """Return the names of a table's columns, see `read_frame`."""
-    return [str(column) for column in read_frame(path).columns]
+def read_frame(path: Path, decimal: str | None = None, encoding: str | None = None) -> Any:
+    """Return a table as a pandas frame, its columns numbers where they hold such.
 
-
-def read_frame(path: Path) -> Any:
-    """Return a table as a pandas frame.
+    Args:
+        path: a text file, whose separator is told by its lines, or Parquet.
+        decimal, encoding: of the text; told by the file where None.
 
     Raises:
         FormatError: it can't be read as a table.
         UsageError: what reads it isn't installed.
     """
-    try:
-        import pandas as pd
-    except ModuleNotFoundError:
-        raise UsageError("tables need pandas: install cellstack[table]") from None
-    try:
-        if path.suffix.lower() == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
-    except ImportError as error:
-        raise UsageError(f"Parquet needs pyarrow: install cellstack[parquet] ({error})".split("\n")[0]) from None
-    except (ValueError, UnicodeDecodeError) as error:  # pandas's and pyarrow's own errors are among these
-        raise FormatError(
-            f"{path}: expected a table, found one that can't be read: {str(error).splitlines()[0]}"
-        ) from None
+    source = read_source(path, encoding)
+    frame = source.frame.copy()
+    if source.lines is not None and decimal_sign(source, list(frame), decimal) == ",":
+        for name in frame:
+            value, _ = convert(source, name, ",", False)
+            if isinstance(value, np.ndarray):
+                frame[name] = value
+    return frame
 
 
 def _ts(path: Path, task: str | None, labels: tuple[Any, ...] | None) -> Sequences:

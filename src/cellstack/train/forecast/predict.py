@@ -95,6 +95,31 @@ def forecast(
     )
 
 
+def unknown(recipe: Recipe, table: Table, origins: Ints) -> list[str]:
+    """Say what a model goes without in a table: text that training didn't see, values ahead that aren't there."""
+    said = []
+    for category in recipe.categories:
+        new = [label for label in table.categories[category.name].labels if label not in category.labels]
+        if new:
+            more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+            said.append(
+                f"`{category.name}`: training saw no {', '.join(map(repr, new[:3]))}{more}: taken as none it knows"
+            )
+    rows = origins[:, None] + np.arange(1, recipe.horizon + 1)
+    beyond = rows >= table.starts[np.searchsorted(table.starts, origins, side="right")][:, None]
+    at = np.minimum(rows, len(table) - 1)
+    ahead = {name: np.isnan(table.columns[name]) for name in recipe.known}
+    ahead |= {each.name: table.categories[each.name].codes < 0 for each in recipe.categories if each.known}
+    for name, missing in ahead.items():
+        count = int((missing[at] | beyond).sum())
+        if count:
+            said.append(
+                f"`{name}`, known in advance, has no value at {count:,} of {rows.size:,} steps that are forecast: "
+                "write these rows, without the target, below those that were observed"
+            )
+    return said
+
+
 def last_origins(table: Table, recipe: Recipe) -> Ints:
     """Return, for each series, the last row at which a target was observed.
 

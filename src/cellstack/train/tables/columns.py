@@ -16,10 +16,10 @@ from cellstack.train.tables.source import Series, Source
 LARGEST = float(np.finfo(np.float32).max)
 MOST_LABELS = 1000
 SIGN, POWER, BLANKS = r"[+-]?", r"(?:[eE][+-]?\d+)?", "'\u00a0\u202f "
-POINT = rf"{SIGN}(?:\d+|\d{{1,3}}(?:[,{BLANKS}]\d{{3}})+)?(?:\.\d*)?{POWER}"
-COMMA = rf"{SIGN}(?:\d+|\d{{1,3}}(?:[.{BLANKS}]\d{{3}})+)?(?:,\d*)?{POWER}"
-EITHER = rf"{SIGN}\d{{1,3}},\d{{3}}"  # 1,234: thousands or thousandths
-GROUPED = rf"{SIGN}\d{{1,3}}(?:,\d{{3}})+(?:\.\d*)?"
+FIRST = r"[1-9]\d{0,2}"  # 1,234 may be thousands or thousandths, 0,234 is no thousands
+POINT = rf"{SIGN}(?:\d+|{FIRST}(?:[,{BLANKS}]\d{{3}})+)?(?:\.\d*)?{POWER}"
+COMMA = rf"{SIGN}(?:\d+|{FIRST}(?:[.{BLANKS}]\d{{3}})+)?(?:,\d*)?{POWER}"
+GROUPED = rf"{SIGN}{FIRST}(?:,\d{{3}})+(?:\.\d*)?"
 MONEY = re.compile(r"[-+]?\s?(?:[$€£¥]\s?[\d.,]+|[\d.,]+\s?[%$€£¥])")
 
 
@@ -149,6 +149,14 @@ def _of_text(
     some = present.iloc[:1000]
     fit = some.str.fullmatch(form) & some.str.contains(r"\d")
     if 2 * int(fit.sum()) < len(some):
+        other = some.str.fullmatch(POINT if decimal == "," else COMMA) & some.str.contains(r"\d")
+        if 2 * int(other.sum()) >= len(some):
+            row = int(some.index[int(np.argmax(other.to_numpy(bool)))])
+            raise FormatError(
+                f"{source.at(row)}: expected one decimal sign in all columns, here {decimal!r}, found "
+                f"{source.quote(row, name)} in column {name!r}: write one, or name the column by --category where its "
+                "cells are names"
+            )
         if 2 * int(some.str.fullmatch(MONEY).sum()) >= len(some):
             row = int(present.index[0])
             raise FormatError(
