@@ -327,7 +327,7 @@ def test_run_forecasts_after_the_last_row_or_another(command, capsys):
 
 def test_run_on_too_few_rows_fails(command, capsys, tmp_path):
     waves(5).to_csv(tmp_path / "few.csv", index=False)
-    assert main(["run", str(command / "y"), str(tmp_path / "few.csv")]) == 2
+    assert main(["run", str(command / "y"), str(tmp_path / "few.csv")]) == 1
     assert "expected at least 12 rows" in capsys.readouterr().err
 
 

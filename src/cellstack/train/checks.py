@@ -12,6 +12,10 @@ class UsageError(ValueError):
     """What was asked for can't be done as given, settings or data: one line says what was expected and what came."""
 
 
+class TooFewRows(UsageError):
+    """A series has fewer rows than a forecast takes: the message says how many it takes."""
+
+
 def is_count(value: object) -> bool:
     """Return whether `value` is a whole number from 1 to `MOST`; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST

@@ -54,8 +54,8 @@ def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts
         if share > 0 and not len(origins):
             raise UsageError(
                 f"{table.path}: expected more rows for the {name} part: a season of {recipe.needed} and a horizon of "
-                f"{recipe.horizon} don't fit, as it ends at row {int((end - first).max())} of {int(rows.max())}: ask for "
-                "a shorter horizon or season, or for other shares to validate and test on"
+                f"{recipe.horizon} don't fit, as it ends at row {int((end - first).max())} of {int(rows.max())}: "
+                "ask for a shorter horizon or season, or for other shares to validate and test on"
             )
         found.append(origins)
     return Parts(found[0], found[1], found[2], ends[0])

@@ -58,13 +58,13 @@ def defaults(windows: int) -> dict[str, Any]:
     They were chosen on real series, see docs/forecasting.md: few windows are learned by heart at a high rate; of many,
     one network learns nearly what several do.
     """
-    few, many = windows < 1300, windows > 3000
+    few, many = windows < 1000, windows > 3000
     return {
         "units": (48,),
         "dropout": 0.1,
         "lr": 1e-3 if few else 3e-3,
         "batch": 64,
-        "epochs": 30 if many else 60,
+        "epochs": 60,
         "patience": 10,
         "members": 2 if many else 3,
     }

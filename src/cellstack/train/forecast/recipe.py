@@ -133,8 +133,8 @@ class Recipe:
 
     @property
     def span(self) -> int:
-        """Rows up to an origin that its unit is measured on: a window, and the longest season near its length."""
-        return self.window + max((season for season in self.seasons if season <= 2 * LONGEST_WINDOW), default=0)
+        """Rows up to an origin that its unit is measured on: a window and the shortest season."""
+        return self.window + min(self.seasons, default=0)
 
     @property
     def needed(self) -> int:
