@@ -20,7 +20,7 @@ from cellstack.cli.text import add_generate_arguments, generate
 from cellstack.cli.train import add_arguments, train
 from cellstack.formats.lines import FORMS
 from cellstack.spec import FormatError, ShapeError
-from cellstack.train.checks import TooFewRows, UsageError
+from cellstack.train.checks import TooFewRowsError, UsageError
 
 MOST_THREADS = 1024  # OpenMP starts as many as it is told to, and ends the process where it can't
 
@@ -143,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `cellstack`; those of this process where None.
 
     Returns:
-        0; 1 where `convert` found a difference, or rows are too few for a forecast; 2 for bad input, with one line on standard error; 130 where Ctrl-C
-        ended it, 143 where SIGTERM ended `stream`.
+        0; 1 where `convert` found a difference, or rows are too few for a forecast; 2 for bad input, with one line on
+        standard error; 130 where Ctrl-C ended it, 143 where SIGTERM ended `stream`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may have letters that a terminal can't show
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args.verb, f"{error.filename}: {said}" if error.filename else said)
     except MemoryError as error:
         return _fail(args.verb, f"not enough memory: {error}")
-    except TooFewRows as error:
+    except TooFewRowsError as error:
         return _fail(args.verb, str(error), 1)
     except (FormatError, ShapeError, UsageError) as error:  # any other is a bug of ours, and shows where it is
         return _fail(args.verb, str(error))

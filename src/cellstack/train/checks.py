@@ -12,7 +12,7 @@ class UsageError(ValueError):
     """What was asked for can't be done as given, settings or data: one line says what was expected and what came."""
 
 
-class TooFewRows(UsageError):
+class TooFewRowsError(UsageError):
     """A series has fewer rows than a forecast takes: the message says how many it takes."""
 
 

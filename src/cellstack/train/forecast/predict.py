@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cellstack.network import Network
 from cellstack.nodes import Standardise
 from cellstack.spec import FormatError
-from cellstack.train.checks import TooFewRows, UsageError
+from cellstack.train.checks import TooFewRowsError, UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.windows import Windows, extended_times
@@ -140,14 +140,14 @@ def last_origins(table: Table, recipe: Recipe) -> Ints:
 
 
 def check_rows(windows: Windows) -> None:
-    """Raise `TooFewRows` where a series has fewer rows up to an origin than a forecast takes."""
+    """Raise `TooFewRowsError` where a series has fewer rows up to an origin than a forecast takes."""
     table, recipe = windows.table, windows.recipe
     rows = windows.origins - table.starts[windows.series] + 1
     short = np.flatnonzero(rows < recipe.needed)
     if len(short):
         name = table.ids[windows.series[short[0]]]
         more = f" ({len(short)} series are too short)" if len(short) > 1 else ""
-        raise TooFewRows(
+        raise TooFewRowsError(
             f"{table.path}: expected at least {recipe.needed} rows up to where a forecast starts, which is one season, "
             f"found {rows[short[0]]}{_series(name)}{more}: {recipe.reach} serve best"
         )
