@@ -339,3 +339,16 @@ def test_a_recipe_of_an_older_version_says_what_to_do(command):
     )
     with pytest.raises(FormatError, match=r"expected a recipe as cellstack 0.2 or later writes it.*train it again"):
         predict.trained(changed, "old")
+
+
+def test_ctrl_c_while_recipes_are_tried_ends_it(monkeypatch):
+    fit = training._Fits.fit
+
+    def interrupted(*args, **more):
+        model, done = fit(*args, **more)
+        done.stopped, done.history = "ctrl-c", []
+        return model, done
+
+    monkeypatch.setattr(training._Fits, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(waves(100))

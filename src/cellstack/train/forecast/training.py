@@ -262,11 +262,13 @@ class _Fits:
         errors = [0.0]
         if len(tried) > 1:
             quick = replace(self.settings, epochs=min(TRIED, self.settings.epochs), patience=0)
-            quiet = RunOptions(validation, device=self.options.device, threads=1)
+            quiet = RunOptions(validation, device=self.options.device, threads=1, progress=self.options.progress)
             errors = []
             for windows, cut in tried:
                 self.take(windows, cut)
                 _, fit = self.fit(windows, 0, quick, quiet)
+                if fit.interrupted:  # nothing was trained yet that could be kept
+                    raise KeyboardInterrupt
                 errors.append(min(entry["mase"] for entry in fit.history))
             errors[0] *= BETTER
         best = tried[int(np.argmin(errors))]
