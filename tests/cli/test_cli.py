@@ -1,6 +1,7 @@
 """The command line: every verb, --json, --help, and bad input in one line with status 2."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -459,6 +460,35 @@ def test_a_full_disk_ends_no_training(tmp_path):
     assert (done.returncode, done.stderr) == (0, warning)
     assert f"the last checkpoint could not be written: {why}\n" in done.stdout
     assert [entry.name for entry in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_what_was_learned_outlives_a_full_disk(capsys, tmp_path, monkeypatch):
+    """The network goes elsewhere; what else can't be written doesn't take network and figures with it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    save = Network.save
+    full = tmp_path / "full.safetensors"
+
+    def no_room(self, path):
+        if path == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(self, path)
+
+    monkeypatch.setattr(Network, "save", no_room)
+    status, _, err = run(capsys, "train", VOWELS, "-o", str(full), *SMALL)
+    (kept,) = tmp_path.glob("cellstack-*/full.safetensors")
+    said = f"cellstack train: error: {full}: No space left on device: the network is in {kept} instead\n"
+    assert (status, err) == (2, said)
+    assert load(kept).metadata["task"] == "classify"
+
+    monkeypatch.setattr("cellstack.cli.forecast.replacing", lambda path: open(path, "wb"))  # noqa: SIM115
+    monkeypatch.setattr("cellstack.cli.forecast.check_replaceable", lambda path: None)
+    words = ["train", CO2, "--target", "co2", "--horizon", "8", "--window", "20", "--members", "1", *SMALL]
+    status, out, err = run(capsys, *words, "-o", str(tmp_path / "co2"), "--forecasts", "/dev/full")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "No space left on device" in err
+    assert f"written to {tmp_path / 'co2.safetensors'}" in out
+    assert load(tmp_path / "co2.safetensors").metadata["task"] == "forecast"
 
 
 def test_a_replay_that_fails_is_one_line(capsys, monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from cellstack.formats.files import check_replaceable, replacing
 from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import predict
+from cellstack.train.forecast.backtest import Backtest
 from cellstack.train.forecast.parts import parts
 from cellstack.train.forecast.plan import Request, defaults, plan, understood
 from cellstack.train.forecast.recipe import SCALES
@@ -76,19 +77,24 @@ class Job:
     understood: list[str]
     described: dict[str, Any]
     defaults: dict[str, Any]
+    test: Backtest | None = None
 
     def fit(self, architecture: Architecture, settings: Settings, options: RunOptions, own: Own) -> Any:
-        """Train on it, and write the forecasts of the test part where that is asked for."""
+        """Train on it."""
         from cellstack.train.forecast.training import Build, train_forecast
 
         build = Build(architecture.units, architecture.cell, architecture.dropout, self.members)
         trained = train_forecast(self.table, self.request, build, settings, options, self.share)
-        if self.forecasts is not None and trained.test is not None:
+        self.test = trained.test
+        return trained.result
+
+    def write(self) -> None:
+        """Write the forecasts of the test part where that is asked for."""
+        if self.forecasts is not None and self.test is not None:
             with replacing(self.forecasts) as file:
                 text = io.StringIO(newline="")
-                write(text, trained.test.forecasts, self.table, trained.test.actual)
+                write(text, self.test.forecasts, self.table, self.test.actual)
                 file.write(text.getvalue().encode())
-        return trained.result
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
         """Return the errors of forecasts of the test part, beside those of its rivals."""

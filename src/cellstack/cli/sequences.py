@@ -57,6 +57,9 @@ class Job:
         found = {name: value for name, value in result.scores.items() if name not in ("answers", "predicted")}
         return found, [f"test {name} {found[name]:.4f}" for name in ("accuracy", "mae", "rmse") if name in found]
 
+    def write(self) -> None:
+        """There is nothing more to write."""
+
 
 def read(args: argparse.Namespace) -> Job:
     """Read the training file, and the test file where there is one.

@@ -76,6 +76,9 @@ class Job:
         found = [f"{what} {result.scores[name]:.4f}" for name, what in names.items() if name in result.scores]
         return result.scores, [f"bits per character: {', '.join(found)}"] if found else []
 
+    def write(self) -> None:
+        """There is nothing more to write."""
+
 
 def read(args: argparse.Namespace) -> Job:
     """Read a text, and the one to measure on where there is one.

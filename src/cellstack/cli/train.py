@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +24,7 @@ from cellstack.cli import forecast, sequences, text
 from cellstack.cli.files import SUFFIX, found, needs_torch, show, with_suffix
 from cellstack.cli.tables import add_table_options
 from cellstack.formats.files import check_replaceable, replacing
+from cellstack.network import Network
 from cellstack.train import history
 from cellstack.train.checks import UsageError
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
@@ -62,6 +65,10 @@ class Job(Protocol):
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
         """Return what was measured on held-out data, in plain values and as lines."""
+        ...
+
+    def write(self) -> None:
+        """Write what else was asked for, once the network is written."""
         ...
 
 
@@ -175,16 +182,23 @@ def train(args: argparse.Namespace) -> int:
         result = job.fit(architecture, settings, options, own)
     if result.rank:
         return 0
-    result.network.save(output)
+    _save(result.network, output)
     report, lines = _report(job, result, output)
-    if args.history and result.history:
-        history.write(args.history, result.history)
-    if args.picture and result.history:
-        history.draw(args.picture, result.history, result.fit.best)
-    if folder is not None:
-        report["inspect"] = _inspected(result, output, folder)
-        lines += _inspect_text(report["inspect"])
+    failed = None
+    try:
+        job.write()
+        if args.history and result.history:
+            history.write(args.history, result.history)
+        if args.picture and result.history:
+            history.draw(args.picture, result.history, result.fit.best)
+        if folder is not None:
+            report["inspect"] = _inspected(result, output, folder)
+            lines += _inspect_text(report["inspect"])
+    except OSError as error:  # what was learned is said all the same
+        failed = error
     show(args, report, [*lines, f"written to {output}"])
+    if failed is not None:
+        raise failed
     return 130 if result.fit.interrupted else 0
 
 
@@ -250,6 +264,26 @@ def _settings(args: argparse.Namespace, job: Job) -> Settings:
 def _architecture(args: argparse.Namespace, job: Job) -> Architecture:
     chosen = _chosen(args, job, ("units", "dropout", "pooling"))
     return Architecture(**chosen, bidirectional=args.bidirectional, every_step=args.every_step, cell=args.cell)
+
+
+def _save(network: Network, output: Path) -> None:
+    """Write a network; where there is no room for it, among the temporary files, so that what was learned isn't lost.
+
+    Raises:
+        UsageError: it was written there.
+        OSError: there is no room there either.
+    """
+    try:
+        network.save(output)
+    except OSError as error:
+        folder = tempfile.mkdtemp(prefix="cellstack-")
+        other = Path(folder) / output.name
+        try:
+            network.save(other)
+        except OSError:
+            shutil.rmtree(folder)
+            raise error from None
+        raise UsageError(f"{output}: {error.strerror or error}: the network is in {other} instead") from None
 
 
 def _inspect_folder(output: Path, resume: bool) -> Path:
