@@ -177,7 +177,7 @@ def test_a_comma_that_may_part_thousands_or_decimals_is_asked_for(tmp_path):
         (["5 %", "7 %"], r"line 2: expected plain numbers in column 'y', found '5 %'"),
         (["1", "inf"], r"line 3: expected finite numbers in column 'y', found 'inf'"),
         (["1", "1e39"], r"line 3: expected a number that float32 holds in column 'y', found '1e39'"),
-        (["1", "2", "x3"], r"line 4: expected a number in column 'y', found 'x3': name the column by --category"),
+        (["1", "2", "x3"], r"line 4: expected a number in column 'y', found 'x3': leave the column out, or"),
     ],
 )
 def test_what_is_no_number_is_quoted(tmp_path, cells, message):

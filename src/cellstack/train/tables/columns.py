@@ -93,6 +93,15 @@ def _is_text(cells: Series) -> bool:
     return len(cells) > 0 and isinstance(cells.iloc[0], str)
 
 
+def are_decimals(cells: Series, decimal: str) -> bool:
+    """Return whether every cell that isn't missing is a fraction, or is written as a number with this decimal sign."""
+    present = cells.dropna()
+    if not _is_text(present):
+        return present.dtype.kind == "f"
+    form = COMMA if decimal == "," else POINT
+    return bool((present.str.fullmatch(form) & present.str.contains(r"\d")).all())
+
+
 def convert(source: Source, name: str, decimal: str, as_text: bool) -> tuple[NDArray[np.float64] | Category | str, str]:
     """Return a column as float64 numbers `[N]`, as a category, or why it can't be used; and what was assumed.
 
@@ -163,8 +172,8 @@ def _of_text(
         if re.fullmatch(r"(?i)[+-]?(inf|infinity)", present[row]):
             raise FormatError(f"{source.at(row)}: expected finite numbers in column {name!r}, found {found}")
         raise FormatError(
-            f"{source.at(row)}: expected a number in column {name!r}, found {found}: name the column by --category "
-            f"where its cells are names"
+            f"{source.at(row)}: expected a number in column {name!r}, found {found}: leave the column out, or "
+            f"name it by --category where a forecast's cells are names"
         )
     parted = present.str.contains(f"[{groups}]", regex=True)
     plain = cells.str.replace(f"[{groups}]", "", regex=True) if parted.any() else cells
