@@ -22,8 +22,6 @@ from cellstack.train.data.reading import TABLES, columns_of, read_sequences
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.tables.table import iso
 
-COLUMNS = ("id", "time", "label")
-
 
 def run(args: argparse.Namespace) -> int:
     """Predict what a file holds, or comes after it; or run any network."""

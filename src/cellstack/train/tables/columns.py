@@ -18,7 +18,6 @@ MOST_LABELS = 1000
 SIGN, POWER, BLANKS = r"[+-]?", r"(?:[eE][+-]?\d+)?", "'\u00a0\u202f "
 POINT = rf"{SIGN}(?:\d+|\d{{1,3}}(?:[,{BLANKS}]\d{{3}})+)?(?:\.\d*)?{POWER}"
 COMMA = rf"{SIGN}(?:\d+|\d{{1,3}}(?:[.{BLANKS}]\d{{3}})+)?(?:,\d*)?{POWER}"
-EITHER = rf"{SIGN}\d{{1,3}},\d{{3}}"  # 1,234: thousands or thousandths
 GROUPED = rf"{SIGN}\d{{1,3}}(?:,\d{{3}})+(?:\.\d*)?"
 MONEY = re.compile(r"[-+]?\s?(?:[$€£¥]\s?[\d.,]+|[\d.,]+\s?[%$€£¥])")
 
@@ -34,12 +33,6 @@ class Category:
 
     codes: NDArray[np.int64]
     labels: tuple[str, ...]
-
-    def coded(self, labels: Sequence[str]) -> NDArray[np.int64]:
-        """Return the codes by other labels, -1 for a value that isn't among them."""
-        place = {label: n for n, label in enumerate(labels)}
-        codes = np.array([*(place.get(label, -1) for label in self.labels), -1], np.int64)
-        return codes[self.codes]
 
 
 def decimal_sign(source: Source, names: Sequence[str], asked: str | None) -> str:
