@@ -217,7 +217,6 @@ def test_help_has_an_example_and_every_verb_json(capsys, verb):
         (["train", VOWELS, "-o", "x", "--lr", "inf"], r"expected lr > 0 and finite, got inf"),
         (["train", VOWELS, "-o", ""], r"expected the name of a file, got ''"),
         (["train", VOWELS, "-o", "x", "--threads", "1000000000000"], r"expected --threads from 1 to 1024"),
-        (["train", CO2, "-o", "x", "--season", "0"], r"expected season to be a whole number from 1"),
         (["train", VOWELS, "-o", "x", "--dropout", "1"], r"expected dropout in \[0, 1\), got 1.0"),
         (["train", VOWELS, "-o", "x", "--validation", "1"], r"expected validation in \[0, 1\)"),
         (
@@ -246,14 +245,14 @@ def test_help_has_an_example_and_every_verb_json(capsys, verb):
         (["train", VOWELS, "-o", "x", "--history", "x.txt"], r"expected --history to end in one of .csv, .json"),
         (["train", VOWELS, "-o", "x", "--picture", "no/x.png"], r"no/x.png: expected a folder"),
         (["train", VOWELS, "-o", "x", "--init", "none"], r"none: no such file"),
-        (["train", CO2, CO2, "-o", "x"], r"expected one CSV file"),
-        (["train", CO2, "-o", "x", "--target", "no2"], r"a column of numbers 'no2', found co2"),
+        (["train", CO2, CO2, "-o", "x"], r"expected one table: its last rows are what is measured on"),
+        (["train", CO2, "-o", "x", "--target", "no2"], r"expected a column out of co2, got 'no2'"),
         (["train", CO2, "-o", "x", "--horizon", "5000"], r"expected more rows for the training part"),
         (
             ["train", CO2, "-o", "x", "--horizon", "-1"],
             r"expected horizon to be a whole number from 1 to 2147483647, got -1",
         ),
-        (["train", CO2, "-o", "x", "--test-share", "0.9"], r"expected a test share"),
+        (["train", CO2, "-o", "x", "--test-share", "0.9"], r"expected more rows for the training part"),
         (["run", "nothing", CO2], r"nothing: no such file"),
         (["info", VOWELS], r"expected one of .* found a file that begins with"),
         (["demo", "-o", ""], r"expected --output to name a folder, got ''"),
@@ -264,7 +263,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, words
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, *words)
     assert status == 2
-    assert out == "" or out.startswith(f"{words[1]}: ")  # what was understood of the data
+    assert out == "" or out.startswith((f"{words[1]}: ", "2,284 rows, "))  # what was understood of the data
     assert err.count("\n") == 1
     assert err.startswith(f"cellstack {words[0]}: error: ")
     assert re.search(message, err), err
@@ -280,6 +279,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, tmp_path, monkeypatch, words
         ["train", "a.ts", "-o", "x", "--units", "4,x"],
         ["run", "m"],
         ["train", "a.ts", "-o", "x", "--cell", "mlp"],
+        ["train", "a.csv", "-o", "x", "--season", "0"],
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(capsys, words):
@@ -317,7 +317,8 @@ def rewritten(path, folder, **changes):
     elif recipe is not None:
         metadata["recipe"] = recipe
     other = folder / "other.safetensors"
-    Network(net.nodes, net.names, metadata).save(other)
+    inputs = {name: net.shapes[name] for name in net.inputs}
+    Network(net.nodes, net.names, metadata, inputs=inputs, wires=net.wires, outputs=net.outputs).save(other)
     return str(other)
 
 
@@ -354,15 +355,21 @@ def test_metadata_that_doesn_t_fit_a_classifier_is_one_line(capsys, vowels, tmp_
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"season": 0}, r"expected season to be a whole number from 1 to 2147483647, got 0"),
-        ({"season": 10**13}, r"expected season to be a whole number"),
+        ({"seasons": [0]}, r"expected seasons to be rising whole numbers from 2 to 2147483647, got \(0,\)"),
+        ({"seasons": [10**13]}, r"expected seasons to be rising whole numbers"),
+        ({"seasons": 52}, r"expected a recipe"),
+        ({"seasons": [], "rule": ["naive", 1]}, r"expected 19 channels for this recipe, found 21"),
+        ({"rule": ["seasonal", 7]}, r"expected a rule of these seasons"),
         ({"horizon": 10**13}, r"expected horizon to be a whole number"),
-        ({"horizon": 7}, r"expected a horizon of 8, one an output, found 7"),
+        ({"horizon": 7}, r"expected a horizon of 8, as the network answers, found 7"),
         ({"window": "20"}, r"expected window to be a whole number from 1 to 2147483647, got '20'"),
         ({"window": 2.5}, r"expected window to be a whole number"),
         ({"inputs": "co2"}, r"expected inputs to be "),
-        ({"inputs": ["co2"]}, r"expected 3 raw channels for this recipe, found 2"),
-        ({"target": 3}, r"expected target to be "),
+        ({"inputs": ["co2"]}, r"expected at least one target, and each column in one place"),
+        ({"calendar": []}, r"expected 5 channels for this recipe, found 21"),
+        ({"quantiles": [0.5]}, r"expected one answer \[B, horizon, 1\]"),
+        ({"quantiles": "wide"}, r"expected a recipe"),
+        ({"targets": 3}, r"expected targets to be "),
         ({"pace": 3}, r"expected a recipe"),
         (["co2"], r"expected a recipe"),
     ],
@@ -372,6 +379,13 @@ def test_a_recipe_that_doesn_t_fit_is_one_line(capsys, co2, tmp_path, recipe, me
     status, out, err = run(capsys, "run", rewritten(co2, tmp_path, recipe=recipe), CO2)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert re.search(r"other\.safetensors: .*" + message, err), err
+
+
+def test_a_way_of_reading_that_is_none_is_one_line(capsys, co2, tmp_path):
+    for reading in ({"pace": 3}, ["co2"]):
+        status, out, err = run(capsys, "run", rewritten(co2, tmp_path, reading=reading), CO2)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "other.safetensors: expected reading to hold some of categories, date, " in err
 
 
 def test_a_network_without_a_pool_is_no_trained_one(capsys, vowels, tmp_path):

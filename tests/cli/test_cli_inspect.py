@@ -204,7 +204,10 @@ def test_what_a_model_was_trained_on(run, tmp_path, monkeypatch):
     assert (status, err) == (0, "")
     labels = description("co2.html")["labels"]
     assert labels["kind"] == "date"
-    assert "expected a .csv file" in run("co2", data / "JapaneseVowels_TEST.ts")[2]
+    assert (
+        "expected a table, .csv, .tsv, .parquet, as the model forecasts"
+        in run("co2", data / "JapaneseVowels_TEST.ts")[2]
+    )
 
 
 def test_what_is_refused(run, saved, tmp_path, monkeypatch):

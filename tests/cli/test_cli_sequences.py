@@ -231,7 +231,7 @@ def test_a_full_disk_is_one_line(capsys, tmp_path):
         (["machines.csv", *COLUMNS, "--task", "regress"], "y: expected numbers with task regress, got text"),
         (["machines.npz", "--label", "state"], "expected y with a table alone, as .npz has its own"),
         (["empty.csv", *COLUMNS], "empty.csv: line 1: expected the columns' names, found ''"),
-        (["broken.parquet", *COLUMNS], "broken.parquet: expected a Parquet file"),
+        (["broken.parquet", *COLUMNS], "broken.parquet: expected a Parquet file ("),
         (["broken.npz"], "broken.npz: expected arrays by name as np.savez writes them, found another file"),
     ],
 )
@@ -252,3 +252,54 @@ def test_the_network_holds_labels_that_are_numbers(capsys, rng, tmp_path):
     rows = list(csv.DictReader(io.StringIO(run(capsys, "run", tmp_path / "net", tmp_path / "a.npz")[1])))
     assert {row["predicted"] for row in rows} <= {"0", "3"}
     assert "p_3" in rows[0]
+
+
+def test_a_table_is_read_as_people_write_it(capsys, machines):
+    table = pd.read_csv(machines / "machines.csv")
+    plain = ["train", machines / "machines.csv", *COLUMNS, "--features", "heat,noise", "-o", machines / "plain", *SMALL]
+    assert run(capsys, *plain)[0] == 0
+    hours = pd.Timestamp("2024-02-01") + pd.to_timedelta(table.hour, unit="D")
+    table["hour"] = hours.dt.strftime("%d/%m/%Y")  # as text they don't rise from 01/02/2024 to 08/02/2024 by month
+    table["machine"] = table.machine.str.replace("m", "ü0")
+    table = table.sample(frac=1, random_state=0).sort_values("machine", key=lambda ids: ids.str[2:].astype(int))
+    file = machines / "german.csv"
+    table.to_csv(file, sep=";", decimal=",", encoding="latin-1")  # with pandas's index
+    status, _, err = run(capsys, "train", file, *COLUMNS, "--dry-run")
+    assert (status, "give --encoding, such as latin-1" in err, err.count("\n")) == (2, True, 1)
+    words = ["train", file, *COLUMNS, "--encoding", "latin-1"]
+    status, _, err = run(capsys, *words, "--features", "heat,noise", "--dry-run")
+    assert (status, "say --day-first or --month-first" in err, err.count("\n")) == (2, True, 1)
+    status, out, _ = run(capsys, *words, "--day-first", "--features", "heat,noise", "--dry-run")
+    assert (status, "8 steps, 2 channels (heat, noise)\n" in out, "  decimal commas\n" in out) == (0, True, True)
+    assert run(capsys, *words, "--day-first", "--features", "heat,noise", "-o", machines / "net", *SMALL)[0] == 0
+    out = run(capsys, "run", machines / "net", file)[1]  # read as the training's was
+    rows = list(csv.DictReader(io.StringIO(out)))
+    want = list(csv.DictReader(io.StringIO(run(capsys, "run", machines / "plain", machines / "machines.csv")[1])))
+    assert [row.pop("machine") for row in rows] == [row.pop("machine").replace("m", "ü0") for row in want]
+    assert rows == want
+
+
+def test_row_numbers_are_no_feature_and_ids_keep_their_zeros(capsys, tmp_path, rng):
+    table = pd.DataFrame({"id": np.repeat([f"00{n}" for n in range(9)], 4), "x": rng.normal(size=36)})
+    table["y"] = np.repeat(np.arange(9) % 2, 4)
+    table.to_csv(tmp_path / "a.csv")
+    words = ["train", tmp_path / "a.csv", "--id", "id", "--label", "y"]
+    out = run(capsys, *words, "--dry-run")[1]
+    assert "1 channel (x)\n" in out
+    assert "ignored: index, as it numbers the rows\n" in out
+    assert run(capsys, *words, "-o", tmp_path / "net", *SMALL)[0] == 0
+    assert run(capsys, "run", tmp_path / "net", tmp_path / "a.csv")[1].splitlines()[3].startswith("002,")
+    status, _, err = run(capsys, *words, "--day-first", "--dry-run")
+    assert (status, "expected time, the column that holds dates" in err) == (2, True)
+    status, _, err = run(capsys, "train", VOWELS, "--decimal", ",", "--dry-run")
+    assert (status, "expected decimal with a table alone" in err) == (2, True)
+
+
+@pytest.mark.parametrize("task", [[], ["--task", "regress"]])
+def test_numbers_to_learn_with_decimal_commas(capsys, tmp_path, rng, task):
+    x = rng.normal(size=12).repeat(3)
+    table = pd.DataFrame({"id": np.arange(12).repeat(3), "x": x, "y": np.round(x, 3)})
+    table.to_csv(tmp_path / "a.csv", index=False, sep=";", decimal=",")
+    words = ["train", tmp_path / "a.csv", "--id", "id", "--label", "y", *task]
+    out = run(capsys, *words, "--dry-run")[1]
+    assert f"to regress: a number a sequence, from {table.y.min():.6g} to {table.y.max():.6g}\n" in out

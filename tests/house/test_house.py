@@ -77,7 +77,7 @@ ON_CALL_ALSO = {
     "cli": {"matplotlib", "torch", "tqdm"},
     "formats": {"h5py", "onnx"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},
-    "train": {"holidays", "pandas", "sklearn"},
+    "train": {"holidays", "pandas", "sklearn", "threadpoolctl"},
     "sklearn": {"pandas"},
 }
 

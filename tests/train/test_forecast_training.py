@@ -212,7 +212,7 @@ def test_what_was_understood_is_said():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request(("x",)), r"expected a column out of y, z, sky, got 'x'"),
+        (Request(("x",)), r"expected target to be one of y, z, sky, got 'x'"),
         (Request(("note",)), r"got 'note', which was ignored: text"),
         (Request(("sky",)), r"expected a target of numbers, found text in column 'sky'"),
         (Request(), r"expected a target, one or more of y, z"),

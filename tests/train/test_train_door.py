@@ -197,7 +197,6 @@ def test_a_network_is_run_on_what_it_was_trained_on(toy):
         (pd.Series(["b", "a"] * 20, dtype="string"), ("a", "b")),
         (pl.Series(["b", "a"] * 20), ("a", "b")),
     ],
-    ids=str,
 )
 def test_labels_of_any_type(toy, tmp_path, y, labels):
     result = train.fit(toy[0], y, **SMALL, test=0.2)
@@ -253,7 +252,6 @@ def test_whole_numbers_that_may_be_classes_or_not(toy):
         (["a", "b"] * 20, {"id": "machine"}, "expected id with a frame alone"),
         (["a", "b"] * 20, {"test": 1.5}, r"expected test to be a share in \(0, 1\)"),
     ],
-    ids=str,
 )
 def test_labels_that_can_t_be_used(toy, y, how, message):
     with pytest.raises((UsageError, FormatError), match=message):
@@ -301,7 +299,6 @@ def test_a_class_at_every_step(rng):
         (3, r"x: expected an array \[N, T, C\], a list of arrays \[T, C\] or a frame with id=, got a int"),
         (np.full((40, 3, 2), [1, np.nan]), "found none in channel 1: leave it out"),
     ],
-    ids=str,
 )
 def test_sequences_that_can_t_be_used(x, message):
     with pytest.raises(UsageError, match=message):

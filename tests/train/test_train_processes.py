@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cellstack import load
+from cellstack.cli import main as cli
 
 # 13 sequences of 5 lengths in batches of up to 3: shards of 2 + 1 and of 1 + 0 rows
 MAKE = textwrap.dedent(
@@ -39,10 +40,18 @@ OPTIONS = [
 ]
 
 
-def train(path, output, ranks, *extra):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = (start if ranks > 1 else [sys.executable]) + ["-m", "cellstack", "train", str(path), "-o", str(output)]
-    command += [*OPTIONS, "--threads", "1", "--quiet", "--device", "cpu", *extra]
+def words(path, output, *extra):
+    return ["train", str(path), "-o", str(output), *OPTIONS, "--threads", "1", "--quiet", "--device", "cpu", *extra]
+
+
+def in_one(path, output, *extra):
+    assert cli.main(words(path, output, *extra)) == 0
+    return load(output)
+
+
+def in_two(path, output, *extra):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cellstack"]
+    command = [*start, *words(path, output, *extra)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written to") == 1
@@ -54,10 +63,10 @@ def test_two_processes_give_what_one_gives(tmp_path, bidirectional):
     path = tmp_path / "toy.ts"
     exec(MAKE, {"PATH": path})
     extra = ["--bidirectional"] if bidirectional else ["--every-step"]
-    one = train(path, tmp_path / "one.safetensors", 1, *extra)
-    two = train(path, tmp_path / "two.safetensors", 2, *extra, "--inspect")
+    one = in_one(path, tmp_path / "one.safetensors", *extra)
+    two = in_two(path, tmp_path / "two.safetensors", *extra, "--inspect")
     assert (tmp_path / "two-inspect" / "report.html").exists()
-    start = train(path, tmp_path / "start.safetensors", 1, *extra, "--lr", "1e-12")
+    start = in_one(path, tmp_path / "start.safetensors", *extra, "--lr", "1e-12")
     moved = 0.0
     for cell, other, before in zip(one.cells, two.cells, start.cells, strict=True):
         for name in ("kernel", "recurrent_kernel", "bias"):

@@ -70,14 +70,6 @@ def needs_torch(args: argparse.Namespace, threads: int | None = None) -> None:
         torch.set_num_threads(threads)
 
 
-def is_csv(name: str) -> bool:
-    """Return whether a file is a table, not sequences; told by its suffix."""
-    suffix = Path(name).suffix.lower()
-    if suffix not in (".ts", ".csv"):
-        raise UsageError(f"{name}: expected a file that ends in .ts or .csv")
-    return suffix == ".csv"
-
-
 def show(args: argparse.Namespace, report: dict[str, Any], text: list[str]) -> None:
     """Print an answer: as one JSON object where --json asks for it, else as lines."""
     if args.json:

@@ -211,9 +211,8 @@ def run(args: argparse.Namespace, net: Network, path: str) -> tuple[predict.Fore
     Raises:
         UsageError: see `predict.forecast`; an origin that isn't in the table.
     """
-    reading = net.metadata.get("reading")
-    table = table_from(args, args.file, reading if isinstance(reading, dict) else None)
     recipe, _ = predict.trained(net, path)
+    table = table_from(args, args.file, predict.reading(net, path))
     origins = None if args.origin is None else origins_at(table, args.origin, recipe.horizon)
     found = predict.forecast(net, table, path, origins, args.threads)
     for line in predict.unknown(recipe, table, found.origins):

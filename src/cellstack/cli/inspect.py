@@ -20,7 +20,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES
 from cellstack.train.examples import Labelled
 from cellstack.train.forecast import predict as forecast
-from cellstack.train.forecast.windows import Windows, extended_times
+from cellstack.train.forecast.windows import extended_times
 from cellstack.train.tables.table import read_table
 from cellstack.train.text.data import alphabet_of, as_input, content
 
@@ -101,10 +101,8 @@ def _series(net: Network, model: str, path: str, rows: int) -> Sample:
     labels = None
     if forecasts:
         recipe, inputs = forecast.trained(net, model)
-        reading = net.metadata.get("reading")
-        table = read_table(path, **(reading if isinstance(reading, dict) else {}))
-        windows = Windows(recipe, table, forecast.last_origins(table, recipe))
-        forecast.check_rows(windows)
+        table = read_table(path, **forecast.reading(net, model))
+        windows = forecast.checked_windows(recipe, table, forecast.last_origins(table, recipe), inputs, model)
         examples, count = windows, min(rows, len(windows.origins))
         series = f" of {count} of {len(windows.origins)} series" if table.id else ""
         text = (

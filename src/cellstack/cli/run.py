@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,14 @@ import numpy as np
 
 from cellstack.cli import forecast
 from cellstack.cli.files import load_model, run_any, show
-from cellstack.cli.tables import only_one
+from cellstack.cli.tables import SEQUENCES, given, merged, only_one
 from cellstack.cli.text import measure
 from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
-from cellstack.train.data.reading import TABLES, read_frame, read_sequences
+from cellstack.train.data.reading import TABLES, columns_of, read_sequences
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.tables.table import iso
-
-COLUMNS = ("id", "time", "label")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return measure(args, net, path)
     task = predict.trained(net, path)
     named = {"id": only_one(args.id), "time": args.time, "label": args.label}
-    data = read_as_trained(args.file, net, path, task, **named, decimal=args.decimal, encoding=args.encoding)
+    data = read_as_trained(args.file, net, path, task, **named, reading=given(args, SEQUENCES))
     result = predict.sequences(net, data, args.file, args.threads)
     if args.json:
         show(args, {"ids": list(data.ids), **result} if data.ids else result, [])
@@ -78,8 +76,7 @@ def read_as_trained(
     id: str | None = None,
     time: str | None = None,
     label: str | None = None,
-    decimal: str | None = None,
-    encoding: str | None = None,
+    reading: Mapping[str, Any] | None = None,
 ) -> Sequences:
     """Return a file's sequences, a table's by the columns by which the network's own were read.
 
@@ -87,29 +84,29 @@ def read_as_trained(
         file: what to read; a table's column of the truth may be absent.
         net, path, task: the network, its file, and what it was trained for.
         id, time, label: columns of a table; as it was trained where None.
-        decimal, encoding: of a table that is text; told by the file where None.
+        reading: how a table is to be read, of `SEQUENCES`; the rest as it was trained.
 
     Raises:
         UsageError: columns for what is no table, or a table for a network that wasn't trained on one.
         FormatError: it can't be read as what its suffix says.
     """
-    given = {"id": id, "time": time, "label": label}
+    asked = {"id": id, "time": time, "label": label, **(reading or {})}
     told: dict[str, Any] = {"task": task.task, "labels": task.labels or None, "per_step": task.per_step or None}
     if Path(file).suffix.lower() not in TABLES:
-        for name, value in (given | {"decimal": decimal, "encoding": encoding}).items():
-            if value is not None:
-                raise UsageError(f"{file}: --{name} does nothing here: it is for tables")
+        for name, column in asked.items():
+            if column is not None:
+                raise UsageError(f"{file}: --{name.replace('_', '-')} does nothing here: it is for tables")
         return read_sequences(file, **told)
     table, columns = net.metadata.get("table") or {}, net.metadata.get("columns") or None
     if columns is None:
         raise UsageError(f"{file}: expected a .ts file or .npz, as {path} was not trained on a table")
-    named = {name: column or table.get(name) for name, column in given.items()}
-    if label is None and named["label"] not in read_frame(Path(file), decimal, encoding):
+    how = merged({name: table.get(name) for name in SEQUENCES}, reading or {})
+    named = {name: asked[name] or table.get(name) for name in ("id", "time", "label")}
+    if label is None and named["label"] not in columns_of(Path(file), how["encoding"]):
         named["label"] = None
     if named["label"] is None:
         del told["per_step"]
-    told |= {"decimal": decimal, "encoding": encoding, "features": columns}
-    return read_sequences(file, named["label"], id=named["id"], time=named["time"], **told)
+    return read_sequences(file, named["label"], id=named["id"], time=named["time"], features=columns, **told, **how)
 
 
 def _header(task: predict.Trained, result: dict[str, Any], data: Sequences) -> list[str]:

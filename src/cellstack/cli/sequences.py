@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.cli.tables import only_one
+from cellstack.cli.tables import SEQUENCES, given, only_one
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES, read_sequences
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.data.targets import counted
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
-UNUSED = ("date", "day_first", "date_format", "zone", "freq", "category")
+UNUSED = ("date", "zone", "freq", "category")
 SHOWN = 12  # classes that are named one by one
 
 
@@ -73,15 +73,15 @@ def read(args: argparse.Namespace) -> Job:
         raise UsageError(f"{args.file}: expected --label COLUMN, which holds the classes or numbers to learn")
     features = None if args.features is None else [name.strip() for name in args.features.split(",") if name.strip()]
     told = {"id": only_one(args.id), "time": args.time, "features": features, "weight": args.weight}
-    told |= {"decimal": args.decimal, "encoding": args.encoding}
     how = partial(read_sequences, y=args.label, per_step=args.per_step or None, **told)
-    training = how(args.file, task=args.task)
+    training = how(args.file, task=args.task, **given(args, SEQUENCES))
     if args.test is None:
         test = None
     else:
         task = args.task or ("classify" if training.labels else "regress")
         features = training.columns or None
-        test = how(args.test, task=task, labels=training.labels or None, features=features)
+        reading = {name: training.table.get(name) for name in SEQUENCES}
+        test = how(args.test, task=task, labels=training.labels or None, features=features, **reading)
     lines, described = understood(training, args.file)
     report: dict[str, Any] = {"training": described}
     if test is not None and args.test is not None:
@@ -103,7 +103,7 @@ def understood(data: Sequences, path: str) -> tuple[list[str], dict[str, Any]]:
     channels = f"{data.channels} channel{'s' * (data.channels != 1)}"
     channels += f" ({', '.join(data.columns)})" if data.columns else ""
     lines = [f"{path}: {count:,} sequence{'s' * (count != 1)} of {span} steps, {channels}"]
-    lines += [f"  {line}" for line in _learned(data)]
+    lines += [f"  {line}" for line in (*_learned(data), *data.notes)]
     share = float(missing.sum()) / float(lengths.sum() * data.channels)
     if share:
         lines.append(f"  missing: {int(missing.sum()):,} values, {share:.2%}, left out by mask or marked beside")

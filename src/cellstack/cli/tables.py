@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cellstack.train.checks import UsageError
 from cellstack.train.tables.table import Table, read_table
+
+SEQUENCES = ("day_first", "date_format", "decimal", "encoding")  # options by which sequences in tables are read too
+TABLE = ("date", "zone", "id", "freq", "category", *SEQUENCES)
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -55,10 +58,16 @@ def table_from(args: argparse.Namespace, path: str, reading: Mapping[str, Any] |
     Raises:
         FormatError, UsageError, OSError: see `read_table`.
     """
+    return read_table(path, **merged(reading or {}, given(args, TABLE)))
+
+
+def given(args: argparse.Namespace, options: Sequence[str]) -> dict[str, Any]:
+    """Return those of the options of `add_table_options` that are given, as `read_table` calls them."""
     names = {"id": "ids", "category": "categories"}
-    options = ("date", "day_first", "date_format", "zone", "id", "freq", "category", "decimal", "encoding")
-    given = {names.get(name, name): value for name in options if (value := getattr(args, name)) is not None}
-    before = dict(reading or {})
-    if {"date", "day_first"} & given.keys():  # then the form of the dates isn't known any more
-        before.pop("date_format", None)
-    return read_table(path, **{**before, **given})
+    return {names.get(name, name): value for name in options if (value := getattr(args, name)) is not None}
+
+
+def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a table is to be read, as asked for, else as one of its kind was read before."""
+    unknown = {"date_format"} if {"date", "day_first"} & given.keys() else set()  # not known any more
+    return {name: value for name, value in before.items() if name not in unknown} | {**given}

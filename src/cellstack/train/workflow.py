@@ -156,7 +156,7 @@ def _check_alike(name: str, other: Sequences | None, training: Sequences | Strea
 def _per_step(architecture: Architecture) -> Architecture:
     if architecture.every_step:
         raise UsageError("expected every_step with one class or target a sequence, got one a step")
-    return Architecture(**{**asdict(architecture), "pooling": "none"})
+    return replace(architecture, pooling="none")
 
 
 def _split(

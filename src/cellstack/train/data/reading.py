@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
@@ -14,12 +15,27 @@ from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.data.sequences import Sequences, as_sequences
 from cellstack.train.data.ts import read_ts
-from cellstack.train.tables.columns import convert, decimal_sign
-from cellstack.train.tables.source import read_source
+from cellstack.train.tables import dates
+from cellstack.train.tables.columns import are_decimals, convert, decimal_sign
+from cellstack.train.tables.rows import series_of
+from cellstack.train.tables.source import Frame, read_source
 
 SUFFIXES = (".ts", ".npz", ".csv", ".tsv", ".parquet")
 TABLES = (".csv", ".tsv", ".parquet")
 HELD = ("x", "y", "lengths", "weight")
+
+
+class Read(NamedTuple):
+    """A table as a frame.
+
+    `ignored` says why columns of it aren't used, `notes` what was assumed; `reading` are the arguments of `read_frame`
+    that read another file of its kind in the same way.
+    """
+
+    frame: Frame
+    ignored: dict[str, str]
+    notes: tuple[str, ...]
+    reading: dict[str, str | None]
 
 
 def read_sequences(
@@ -33,8 +49,7 @@ def read_sequences(
     features: Sequence[str] | None = None,
     weight: str | None = None,
     per_step: bool | None = None,
-    decimal: str | None = None,
-    encoding: str | None = None,
+    **reading: Any,
 ) -> Sequences:
     """Read sequences from a file, told by its suffix.
 
@@ -43,7 +58,7 @@ def read_sequences(
             are padded at their ends, and `weight [N]`; `.csv`, `.tsv` or `.parquet`, a table with a row a step.
         y: the column of a table that holds the classes or targets; None for none, and for other files.
         task, labels, id, time, features, weight, per_step: see `as_sequences`.
-        decimal, encoding: of a table that is text; told by the file where None.
+        reading: `day_first`, `date_format`, `decimal` and `encoding` of a table, see `read_table`.
 
     Raises:
         FormatError: the file can't be read as what its suffix says.
@@ -55,8 +70,8 @@ def read_sequences(
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: expected a file that ends in one of {', '.join(SUFFIXES)}")
     if suffix in (".ts", ".npz"):
-        of_tables = {"y": y, "id": id, "time": time, "features": features, "weight": weight}
-        for name, given in (of_tables | {"decimal": decimal, "encoding": encoding}).items():
+        own = {"y": y, "id": id, "time": time, "features": features, "weight": weight, **reading}
+        for name, given in own.items():
             if given is not None:
                 raise UsageError(f"{path}: expected {name} with a table alone, as {suffix} has its own, got {given!r}")
     try:
@@ -66,8 +81,9 @@ def read_sequences(
             arrays = _npz(path, per_step)
             told = {"task": task, "labels": labels, "per_step": per_step, "name": path.stem}
             return as_sequences(arrays["x"], arrays.get("y"), weight=arrays.get("weight"), **told)
-        return as_sequences(
-            read_frame(path, decimal, encoding),
+        read = read_frame(path, y, task, id=id, time=time, features=features, weight=weight, **reading)
+        data = as_sequences(
+            read.frame,
             y,
             task=task,
             labels=labels,
@@ -78,29 +94,68 @@ def read_sequences(
             per_step=per_step,
             name=path.stem,
         )
+        return replace(data, ignored=read.ignored | data.ignored, notes=read.notes, table=data.table | read.reading)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
-def read_frame(path: Path, decimal: str | None = None, encoding: str | None = None) -> Any:
-    """Return a table as a pandas frame, its columns numbers where they hold such.
+def columns_of(path: Path, encoding: str | None = None) -> list[str]:
+    """Return the names of a table's columns."""
+    return list(read_source(path, encoding).frame)
+
+
+def read_frame(
+    path: Path,
+    label: str | None,
+    task: str | None,
+    *,
+    id: str | None,
+    time: str | None,
+    features: Sequence[str] | None,
+    weight: str | None,
+    day_first: bool | None = None,
+    date_format: str | None = None,
+    decimal: str | None = None,
+    encoding: str | None = None,
+) -> Read:
+    """Return a table as a pandas frame, its columns of numbers as such, in whichever way these are written.
 
     Args:
-        path: a text file, whose separator is told by its lines, or Parquet.
-        decimal, encoding: of the text; told by the file where None.
+        path: a file that `read_source` reads.
+        label: its column of classes or numbers; classes are left as they stand.
+        task, id, time, features, weight: see `as_sequences`; times that are text are read as dates.
+        day_first, date_format, decimal, encoding: see `read_table`.
 
     Raises:
-        FormatError: it can't be read as a table.
-        UsageError: what reads it isn't installed.
+        FormatError: it can't be read as a table, or only in more than one way.
+        UsageError: what reads it isn't installed, or an argument out of its range.
     """
-    source = read_source(path, encoding)
-    frame = source.frame.copy()
-    if source.lines is not None and decimal_sign(source, list(frame), decimal) == ",":
-        for name in frame:
-            value, _ = convert(source, name, ",", False)
-            if isinstance(value, np.ndarray):
-                frame[name] = value
-    return frame
+    if time is None and (day_first is not None or date_format is not None):
+        raise UsageError("expected time, the column that holds dates, where it is told how they are written")
+    source = read_source(path, encoding, () if id is None else (id,))
+    frame, notes, ignored = source.frame, source.notes, dict[str, str]()
+    named = (id, time, label, weight)
+    if features is None:
+        ignored = {name: "numbers the rows" for name in frame if name not in named and source.numbers_rows(name)}
+        features = [name for name in frame if name not in named and name not in ignored]
+    numbers = [*features, weight, *([] if task == "classify" else [label])]
+    numbers = [name for name in numbers if name is not None and name in frame]
+    sign = decimal_sign(source, numbers, decimal)
+    if task is None and label in numbers and not are_decimals(frame[label], sign):  # classes may be anything
+        numbers.remove(label)
+    for name in numbers:
+        values, said = convert(source, name, sign, False)
+        notes += [f"`{name}`: {said}"] if said else []
+        if isinstance(values, np.ndarray):
+            frame[name] = values
+    notes += ["decimal commas"] if sign == "," else []
+    if time is not None and time in frame and (date_format is not None or frame[time].dtype.kind not in "iuf"):
+        series, _ = series_of(source, (id,) if id is not None and id in frame else ())
+        found = dates.read(source, time, series, day_first, date_format)
+        notes += [f"`{time}`: {found.told}"] if found.told else []
+        frame[time], date_format = found.times, found.form
+    reading = {"date_format": date_format or None, "decimal": "," if sign == "," else decimal, "encoding": encoding}
+    return Read(frame.drop(columns=list(ignored)), ignored, tuple(notes), reading)
 
 
 def _ts(path: Path, task: str | None, labels: tuple[Any, ...] | None) -> Sequences:

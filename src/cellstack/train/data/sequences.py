@@ -31,7 +31,9 @@ class Sequences:
         ids: of the sequences; () where they have none.
         weight: `[N]` float32, how much each counts in the loss; None where all count alike.
         ignored: what of the data isn't used, and why.
-        table: the columns of a table that say what is what: `id`, `time` and `label`; {} where it comes from none.
+        table: the columns of a table that say what is what, `id`, `time` and `label`, and how a file of one is read,
+            see `read_sequences`; {} where it comes from none.
+        notes: what was assumed in reading, a sentence each.
     """
 
     x: Sequence[NDArray[np.float32]]
@@ -43,6 +45,7 @@ class Sequences:
     weight: NDArray[np.float32] | None = None
     ignored: dict[str, str] = field(default_factory=dict)
     table: dict[str, str | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:

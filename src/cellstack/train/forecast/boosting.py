@@ -132,7 +132,8 @@ class Boosting:
         out = np.full(len(at), np.nan)
         pairs = at[inside], ahead[inside]
         x, base = self._features(self.way, pairs)
-        out[inside] = self._back(self.way, pairs, base + self.model.predict(x))
+        with _one_thread():
+            out[inside] = self._back(self.way, pairs, base + self.model.predict(x))
         return out.reshape(-1, self.horizon)
 
     def _pairs(self, origins: NDArray[np.int64], most: int, rng: np.random.Generator) -> Pairs:
@@ -151,12 +152,13 @@ class Boosting:
         model = self._fitted(way, settings, learn)
         x, base = self._features(way, check)
         rows = check[0] + check[1]
-        for trees, predicted in enumerate(model.staged_predict(x), 1):
-            if trees % 10 == 0:
-                error = np.abs(self._back(way, check, base + predicted) - self.panel.values[rows])
-                error = float((error / self.unit[self.series[rows]]).mean())
-                if error < self.best[0]:
-                    self.best = error, way, {**settings, "max_iter": trees}
+        with _one_thread():
+            for trees, predicted in enumerate(model.staged_predict(x), 1):
+                if trees % 10 == 0:
+                    error = np.abs(self._back(way, check, base + predicted) - self.panel.values[rows])
+                    error = float((error / self.unit[self.series[rows]]).mean())
+                    if error < self.best[0]:
+                        self.best = error, way, {**settings, "max_iter": trees}
 
     def _fitted(self, way: Way, settings: dict[str, Any], pairs: Pairs) -> Any:
         from sklearn.ensemble import HistGradientBoostingRegressor
@@ -165,7 +167,10 @@ class Boosting:
         x[:, np.isnan(x).all(0)] = 0.0  # scikit-learn takes no column without a value
         categories = list(range(x.shape[1] - len(self.categories) - self.by_series, x.shape[1]))  # they stand last
         fixed = {"early_stopping": False, "random_state": self.seed, "categorical_features": categories}
-        return HistGradientBoostingRegressor(**settings, **fixed).fit(x, self._forth(way)[pairs[0] + pairs[1]] - base)
+        with _one_thread():
+            return HistGradientBoostingRegressor(**settings, **fixed).fit(
+                x, self._forth(way)[pairs[0] + pairs[1]] - base
+            )
 
     def _forth(self, way: Way) -> NDArray[np.float64]:
         """Return the target as the trees see it, `[N]`."""
@@ -223,6 +228,17 @@ class Boosting:
             columns.append(np.where(codes < 0, np.nan, codes))
         columns += [self.series[at]] if self.by_series else []
         return np.stack([np.asarray(column, np.float32) for column in columns], axis=1), base
+
+
+def _one_thread() -> Any:
+    """Return a context in which scikit-learn's loops run on one thread.
+
+    At these sizes a loop takes microseconds: two threads gain little on an idle machine, and on a busy one, where each
+    waits for the other to be let run, they take ten times as long.
+    """
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    return threadpool_limits(1, "openmp")
 
 
 def _unit(values: NDArray[np.float64], season: int) -> float:

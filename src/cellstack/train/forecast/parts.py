@@ -37,8 +37,12 @@ def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts
     too short for a part has no origin there.
 
     Raises:
-        UsageError: no series is long enough for a part; the message says how many rows it takes.
+        UsageError: shares that leave nothing to train on, or no series is long enough for a part; the message says how many rows it takes.
     """
+    if not (test >= 0.0 and validation >= 0.0 and test + validation < 1.0):
+        raise UsageError(
+            f"expected shares to validate and test on that leave rows to train on, got {validation} and {test}"
+        )
     first, last = table.starts[:-1], table.starts[1:]
     rows = last - first
     ends = [first + np.rint(rows * share).astype(np.int64) for share in (1 - test - validation, 1 - test, 1.0)]

@@ -82,11 +82,12 @@ def plan(table: Table, request: Request, held: float) -> Recipe:
         UsageError: a column that isn't there or has no value, or what doesn't fit together.
     """
     targets = request.targets or _only_target(table, request)
-    for name in (*targets, *request.known, *(request.inputs or ())):
+    asked = {"target": targets, "column known in advance": request.known, "input": request.inputs or ()}
+    for what, name in ((what, name) for what, named in asked.items() for name in named):
         if name not in table.columns and name not in table.categories:
             why = f", which was ignored: {table.ignored[name]}" if name in table.ignored else ""
             have = listed([*table.columns, *table.categories])
-            raise UsageError(f"{table.path}: expected a column out of {have}, got {name!r}{why}")
+            raise UsageError(f"{table.path}: expected {what} to be one of {have}, got {name!r}{why}")
     for name in targets:
         if name in table.categories:
             raise UsageError(f"{table.path}: expected a target of numbers, found text in column {name!r}")

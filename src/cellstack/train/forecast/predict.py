@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.network import Network
-from cellstack.nodes import Standardise
+from cellstack.nodes import Select, Standardise
 from cellstack.spec import FormatError
 from cellstack.train.checks import TooFewRowsError, UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.windows import Windows, extended_times
 from cellstack.train.predict import raw_inputs
-from cellstack.train.tables.table import Table
+from cellstack.train.tables.table import Table, read_table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -82,8 +83,7 @@ def forecast(
     recipe, inputs = trained(net, path)
     if origins is None:
         origins = last_origins(table, recipe)
-    windows = Windows(recipe, table, origins)
-    check_rows(windows)
+    windows = checked_windows(recipe, table, origins, inputs, path)
     every = np.arange(len(origins))
     return Forecasts(
         recipe,
@@ -139,9 +139,18 @@ def last_origins(table: Table, recipe: Recipe) -> Ints:
     return np.array(found, np.int64)
 
 
-def check_rows(windows: Windows) -> None:
-    """Raise `TooFewRowsError` where a series has fewer rows up to an origin than a forecast takes."""
-    table, recipe = windows.table, windows.recipe
+def checked_windows(recipe: Recipe, table: Table, origins: Ints, inputs: Inputs, path: str) -> Windows:
+    """Return the windows that end at `origins`, `[N]`.
+
+    Raises:
+        UsageError: a series has fewer rows up to an origin than a forecast takes, or the table lacks a column.
+        FormatError: the recipe has another number of channels than the network.
+    """
+    windows = Windows(recipe, table, origins)
+    if windows.channels != len(inputs.mean):
+        raise FormatError(
+            f"{path}: expected {windows.channels} channels for this recipe, found {len(inputs.mean)} in the network"
+        )
     rows = windows.origins - table.starts[windows.series] + 1
     short = np.flatnonzero(rows < recipe.needed)
     if len(short):
@@ -151,6 +160,7 @@ def check_rows(windows: Windows) -> None:
             f"{table.path}: expected at least {recipe.needed} rows up to where a forecast starts, which is one season, "
             f"found {rows[short[0]]}{_series(name)}{more}: {recipe.reach} serve best"
         )
+    return windows
 
 
 def times(windows: Windows) -> NDArray[np.datetime64] | None:
@@ -184,7 +194,23 @@ def trained(net: Network, path: str) -> tuple[Recipe, Inputs]:
     wanted = len(recipe.targets) * len(recipe.quantiles)
     if len(net.inputs) != 1 or len(net.outputs) != 1 or len(answer) != 2 or answer[-1] != wanted:
         raise FormatError(f"{path}: expected one answer [B, horizon, {wanted}], as the recipe says, found another")
+    ahead = [-node.start for node in net.nodes if isinstance(node, Select) and node.start is not None]
+    if any(steps != recipe.horizon for steps in ahead):
+        raise FormatError(f"{path}: expected a horizon of {ahead[0]}, as the network answers, found {recipe.horizon}")
     return recipe, inputs
+
+
+def reading(net: Network, path: str) -> dict[str, Any]:
+    """Return the arguments of `read_table` by which the table was read that a network was trained on.
+
+    Raises:
+        FormatError: the network's metadata holds others.
+    """
+    values = net.metadata.get("reading")
+    known = set(signature(read_table).parameters) - {"source"}
+    if not isinstance(values, dict) or not values.keys() <= known:
+        raise FormatError(f"{path}: expected reading to hold some of {', '.join(sorted(known))}, found {values!r:.60}")
+    return values
 
 
 def _series(name: str) -> str:

@@ -102,8 +102,6 @@ def train_forecast(
     Raises:
         UsageError: a column that isn't there or holds nothing, or too few rows; see `learn` for more.
     """
-    if not 0.0 <= test < 1.0 - options.validation:
-        raise UsageError(f"expected a test share from 0 that leaves rows to train on, got {test}")
     recipe = plan(table, request, options.validation + test)
     fits = _Fits(build, settings, options)
     windows, cut = fits.best(table, variants(table, recipe, request), test)

@@ -35,12 +35,6 @@ class Category:
     codes: NDArray[np.int64]
     labels: tuple[str, ...]
 
-    def coded(self, labels: Sequence[str]) -> NDArray[np.int64]:
-        """Return the codes by other labels, -1 for a value that isn't among them."""
-        place = {label: n for n, label in enumerate(labels)}
-        codes = np.array([*(place.get(label, -1) for label in self.labels), -1], np.int64)
-        return codes[self.codes]
-
 
 def decimal_sign(source: Source, names: Sequence[str], asked: str | None) -> str:
     """Return the sign between a number's whole and its decimals: as asked for, else as the cells tell it.
@@ -91,6 +85,15 @@ def decimal_sign(source: Source, names: Sequence[str], asked: str | None) -> str
 
 def _is_text(cells: Series) -> bool:
     return len(cells) > 0 and isinstance(cells.iloc[0], str)
+
+
+def are_decimals(cells: Series, decimal: str) -> bool:
+    """Return whether every cell that isn't missing is a fraction, or is written as a number with this decimal sign."""
+    present = cells.dropna()
+    if not _is_text(present):
+        return present.dtype.kind == "f"
+    form = COMMA if decimal == "," else POINT
+    return bool((present.str.fullmatch(form) & present.str.contains(r"\d")).all())
 
 
 def convert(source: Source, name: str, decimal: str, as_text: bool) -> tuple[NDArray[np.float64] | Category | str, str]:
@@ -171,8 +174,8 @@ def _of_text(
         if re.fullmatch(r"(?i)[+-]?(inf|infinity)", present[row]):
             raise FormatError(f"{source.at(row)}: expected finite numbers in column {name!r}, found {found}")
         raise FormatError(
-            f"{source.at(row)}: expected a number in column {name!r}, found {found}: name the column by --category "
-            f"where its cells are names"
+            f"{source.at(row)}: expected a number in column {name!r}, found {found}: leave the column out, or "
+            f"name it by --category where a forecast's cells are names"
         )
     parted = present.str.contains(f"[{groups}]", regex=True)
     plain = cells.str.replace(f"[{groups}]", "", regex=True) if parted.any() else cells

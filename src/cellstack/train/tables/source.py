@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,13 @@ class Source:
         cells = self._written(name)
         cells = cells if self.places is None else cells.iloc[self.places].reset_index(drop=True)
         return cells.where(~cells.isin(MISSING))
+
+    def numbers_rows(self, name: str) -> bool:
+        """Return whether a column is the index that pandas wrote, or wrote again under the name that it gave it."""
+        cells = self.frame[name]
+        if name not in self.index and not re.fullmatch(r"Unnamed: \d+", name):
+            return False
+        return cells.dtype.kind == "i" and bool((np.diff(cells.to_numpy()) == 1).all())
 
     def keep(self, rows: NDArray[np.bool_]) -> None:
         """Leave out all other rows."""
@@ -166,7 +174,7 @@ def _of_frame(path: str, frame: Frame) -> Source:
         index = names
     frame = frame.rename(columns=str).reset_index(drop=True)
     _check_names(path, list(frame.columns))
-    return _checked(Source(path, frame, index=tuple(index)))
+    return Source(path, frame, index=tuple(index))
 
 
 def _counts(index: Any) -> bool:
@@ -195,7 +203,7 @@ def _of_text(path: Path, encoding: str | None, texts: tuple[str, ...]) -> Source
     except LookupError:
         raise UsageError(f"expected an encoding such as utf-8, utf-16 or latin-1, got {encoding!r}") from None
     try:
-        return _checked(_of_lines(path, encoding, texts, notes))
+        return _of_lines(path, encoding, texts, notes)
     except UnicodeError as error:
         raise FormatError(f"{path}: {_undecodable(path, encoding, error)}") from None
 
@@ -340,13 +348,6 @@ def _check_names(path: str | Path, names: list[str], line: str = "") -> None:
         if count > 1:
             places = ", ".join(str(n) for n, other in enumerate(names, 1) if other == name)
             raise FormatError(f"{path}: {line}expected a name once, found {name!r} {count} times (columns {places})")
-
-
-def _checked(source: Source) -> Source:
-    if len(source.frame) < 2:
-        below = " below the names" if source.lines is not None else ""
-        raise FormatError(f"{source.path}: expected at least two rows{below}, found {len(source.frame)}")
-    return source
 
 
 def _is_number(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from cellstack.train.tables.clock import utc_of, wall_clock
 from cellstack.train.tables.columns import Category, convert, decimal_sign
 from cellstack.train.tables.grid import Spacing
 from cellstack.train.tables.rows import Filled, by_dates, in_order, series_of
-from cellstack.train.tables.source import Source, listed, read_source
+from cellstack.train.tables.source import listed, read_source
 
 __all__ = ["Category", "Filled", "Spacing", "Table", "read_table"]
 
@@ -201,6 +200,9 @@ def read_table(
     ids = (ids,) if isinstance(ids, str) else tuple(ids)
     how = {"--day-first": day_first, "--date-format": date_format, "--zone": zone, "--freq": freq}
     given = read_source(source, encoding, (*ids, *categories))
+    if len(given.frame) < 2:
+        below = " below the names" if given.lines is not None else ""
+        raise FormatError(f"{given.path}: expected at least two rows{below}, found {len(given.frame)}")
     date = ",".join(date) if date is not None and not isinstance(date, str) else date
     for name in (*ids, *categories):
         if name not in given.frame:
@@ -225,7 +227,7 @@ def read_table(
         placed = in_order(codes, len(names))
     used = {*ids, *(() if not date else [date] if date in given.frame else [part.strip() for part in date.split(",")])}
     others = [name for name in given.frame if name not in used or name in categories]
-    ignored = {name: "row numbers" for name in others if _row_numbers(given, name)}
+    ignored = {name: "row numbers" for name in others if given.numbers_rows(name)}
     others = [name for name in others if name not in ignored]
     asked, decimal = decimal, decimal_sign(given, others, decimal)
     columns, labels = {}, {}
@@ -273,11 +275,3 @@ def read_table(
         notes=tuple(given.notes),
         reading=reading,
     )
-
-
-def _row_numbers(given: Source, name: str) -> bool:
-    """Return whether a column is the index that pandas wrote, or wrote again under the name that it gave it."""
-    cells = given.frame[name]
-    if name not in given.index and not re.fullmatch(r"Unnamed: \d+", name):
-        return False
-    return cells.dtype.kind == "i" and bool((np.diff(cells.to_numpy()) == 1).all())
