@@ -246,13 +246,19 @@ def test_help_has_an_example_and_every_verb_json(capsys, verb):
         (["train", VOWELS, "-o", "x", "--picture", "no/x.png"], r"no/x.png: expected a folder"),
         (["train", VOWELS, "-o", "x", "--init", "none"], r"none: no such file"),
         (["train", CO2, CO2, "-o", "x"], r"expected one table: its last rows are what is measured on"),
-        (["train", CO2, "-o", "x", "--target", "no2"], r"expected a column out of co2, got 'no2'"),
-        (["train", CO2, "-o", "x", "--horizon", "5000"], r"expected more rows for the training part"),
+        (["train", CO2, "-o", "x", "--target", "no2"], r"expected target to be one of co2, got 'no2'"),
+        (
+            ["train", CO2, "-o", "x", "--horizon", "5000"],
+            r"expected shares to validate and test on that leave rows to train on",
+        ),
         (
             ["train", CO2, "-o", "x", "--horizon", "-1"],
             r"expected horizon to be a whole number from 1 to 2147483647, got -1",
         ),
-        (["train", CO2, "-o", "x", "--test-share", "0.9"], r"expected more rows for the training part"),
+        (
+            ["train", CO2, "-o", "x", "--test-share", "0.9"],
+            r"expected shares to validate and test on that leave rows to train on",
+        ),
         (["run", "nothing", CO2], r"nothing: no such file"),
         (["info", VOWELS], r"expected one of .* found a file that begins with"),
         (["demo", "-o", ""], r"expected --output to name a folder, got ''"),

@@ -97,7 +97,7 @@ def test_it_repeats_is_cloned_and_runs_without_torch(table, tmp_path):
 def test_tables_that_cannot_be_used(table):
     with pytest.raises(ValueError, match="expected a target, one or more of"):
         SequenceForecaster(**QUICK).fit(table)
-    with pytest.raises(ValueError, match="expected a column out of sales, noise, got 'sale'"):
+    with pytest.raises(ValueError, match="expected target to be one of sales, noise, got 'sale'"):
         SequenceForecaster(**QUICK, target="sale").fit(table)
     with pytest.raises(ValueError, match="got 3 axes"):
         SequenceForecaster(**QUICK).fit(np.zeros((2, 3, 4)))

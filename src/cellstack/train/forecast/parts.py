@@ -37,7 +37,8 @@ def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts
     too short for a part has no origin there.
 
     Raises:
-        UsageError: shares that leave nothing to train on, or no series is long enough for a part; the message says how many rows it takes.
+        UsageError: shares that leave nothing to train on, or no series is long enough for a part; the message says how
+            many rows it takes.
     """
     if not (test >= 0.0 and validation >= 0.0 and test + validation < 1.0):
         raise UsageError(
