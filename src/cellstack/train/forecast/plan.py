@@ -58,7 +58,7 @@ def defaults(windows: int) -> dict[str, Any]:
     They were chosen on real series, see docs/forecasting.md: few windows are learned by heart at a high rate; of many,
     one network learns nearly what several do.
     """
-    few, many = windows < 1000, windows > 3000
+    few, many = windows < 1500, windows > 3000
     return {
         "units": (48,),
         "dropout": 0.1,
