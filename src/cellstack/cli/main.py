@@ -81,7 +81,12 @@ def parser() -> argparse.ArgumentParser:
         answer = "answers as JSON lines" if name == "stream" else "answer with one JSON object on standard output"
         made.add_argument("--json", action="store_true", help=answer)
         if name not in ("stream", "generate", "convert"):
-            made.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all)")
+            made.add_argument(
+                "--threads",
+                type=int,
+                metavar="N",
+                help="processor threads (default: all; a training measures how many pay)",
+            )
         return made
 
     demo = verb("demo", "the whole story on real speech, in under a minute")
