@@ -579,4 +579,3 @@ def test_co2_beats_the_seasonal_naive_forecast(capsys, tmp_path):
     assert scores["origins"] > 400
     assert errors["model"]["mae"] < 0.5 * errors["seasonal naive, 52"]["mae"]
     assert errors["model"]["mae"] < errors["seasonal naive with drift, 52"]["mae"]
-    assert errors["model"]["mae"] < errors["gradient boosting on lags"]["mae"]
