@@ -106,6 +106,17 @@ def test_targets_are_differences_to_the_rule_and_forecasts_lead_back():
     np.testing.assert_allclose(windows.forecasts(every, 0 * out)[..., 0], windows.reference(every))
 
 
+def test_where_the_rule_has_nothing_to_go_by_the_latest_value_stands_in():
+    values = frame()
+    values.loc[values["time"].dt.hour == 3, "y"] = np.nan  # closed at night, all days
+    windows = Windows(RECIPE, read_table(values), np.array([200]))
+    hours = (200 + np.arange(1, 13)) % 24
+    reference, seasonal_ = windows.reference(np.array([0]))[0, :, 0], windows.rule(RECIPE.rule, 0, np.array([0]))[0]
+    assert np.isnan(seasonal_).tolist() == (hours == 3).tolist()
+    np.testing.assert_array_equal(reference[hours == 3], values["y"][200])
+    np.testing.assert_array_equal(reference[hours != 3], seasonal_[hours != 3])
+
+
 def test_crossed_quantiles_are_put_in_order():
     windows = Windows(RECIPE, read_table(frame()), np.array([200]))
     out = np.zeros((1, 12, 1, 3))

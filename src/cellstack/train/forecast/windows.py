@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch
 from cellstack.train.forecast.calendar import features
-from cellstack.train.forecast.recipe import Recipe, Rule
+from cellstack.train.forecast.recipe import NAIVE, Recipe, Rule
 from cellstack.train.forecast.rules import MEAN_OF, latest
 from cellstack.train.tables.table import Table
 
@@ -182,8 +182,15 @@ class Windows:
         return np.where(rows >= first, self.targets[target].of(rule)[np.maximum(rows, first)], np.nan)
 
     def reference(self, indices: Ints) -> Floats:
-        """Return what the network's output is added to, `[B, horizon, targets]`."""
-        return np.stack([self.rule(self.recipe.rule, n, indices) for n in range(len(self.targets))], axis=-1)
+        """Return what the network's output is added to, `[B, horizon, targets]`.
+
+        Where the recipe's rule has nothing to go by, as of an hour that was never observed, it's the latest value.
+        """
+        every = []
+        for n in range(len(self.targets)):
+            said, latest_value = (self.rule(rule, n, indices) for rule in (self.recipe.rule, NAIVE))
+            every.append(np.where(np.isnan(said), latest_value, said))
+        return np.stack(every, axis=-1)
 
     def actual(self, indices: Ints) -> Floats:
         """Return what came, `[B, horizon, targets]`, NaN where missing or beyond the series."""
