@@ -78,7 +78,7 @@ def test_channels_stand_where_they_are_said_to():
     np.testing.assert_allclose(x[:, at + 1], table.columns["plan"][171:213], rtol=1e-6)
     np.testing.assert_allclose(x[:, at + 2 : -1], calendar.features(table.times[171:213], RECIPE.calendar))
     np.testing.assert_allclose(x[:, -1], [0.0] * 30 + [k / 12 for k in range(1, 13)], rtol=1e-6)
-    assert windows.channels == x.shape[1] == at + 2 + calendar.width(RECIPE.calendar) + 1
+    assert windows.channels == x.shape[1] == at + 2 + 6 + 6 + 1  # three harmonics each of the day and of the week
 
 
 def test_rules_are_those_of_the_baselines():

@@ -213,14 +213,14 @@ def run(args: argparse.Namespace, net: Network, path: str) -> tuple[predict.Fore
     """
     recipe, _ = predict.trained(net, path)
     table = table_from(args, args.file, predict.reading(net, path))
-    origins = None if args.origin is None else origins_at(table, args.origin, recipe.horizon)
+    origins = None if args.origin is None else origins_at(table, args.origin)
     found = predict.forecast(net, table, path, origins, args.threads)
     for line in predict.unknown(recipe, table, found.origins):
         print(f"cellstack run: warning: {line}", file=sys.stderr)
     return found, table
 
 
-def origins_at(table: Table, text: str, horizon: int) -> NDArray[np.int64]:
+def origins_at(table: Table, text: str) -> NDArray[np.int64]:
     """Return the row at a date, or of a number, of each series that has it.
 
     Raises:

@@ -128,5 +128,5 @@ def _rows(task: predict.Trained, result: dict[str, Any], data: Sequences) -> Ite
 
 def _cell(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
-        return "" if np.isnan(value) else f"{value:.6g}"
+        return forecast.shown(float(value))
     return value

@@ -79,11 +79,6 @@ def _spread(quantiles: Floats, actual: Floats, recipe: Recipe) -> dict[str, floa
     return found
 
 
-def chosen(origins: Ints, most: int = MOST_ORIGINS) -> Ints:
-    """Return `most` of the origins, evenly spread; all where there are no more."""
-    return origins[np.linspace(0, len(origins) - 1, min(most, len(origins))).astype(np.int64)]
-
-
 def by_rules(table: Table, windows: Windows) -> dict[str, Floats]:
     """Return what every simple rule forecasts from the windows' origins, `[N, horizon, targets]` by its name."""
     recipe = windows.recipe

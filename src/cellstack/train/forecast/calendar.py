@@ -10,12 +10,6 @@ from cellstack.train.checks import UsageError
 DAY, YEAR = 86_400.0, 365.2425
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0
 HARMONICS = {"hour": 3, "weekday": 3, "year": 2, "day": 8}  # three of a week tell all its days apart
-WIDTHS = {name: 2 * count for name, count in HARMONICS.items()} | {"holidays": 3}
-
-
-def width(kinds: tuple[str, ...]) -> int:
-    """Return how many channels `features` makes of these kinds."""
-    return sum(WIDTHS[kind] for kind in kinds)
 
 
 def usual(step: float, span: float, country: str) -> tuple[str, ...]:
@@ -37,7 +31,7 @@ def usual(step: float, span: float, country: str) -> tuple[str, ...]:
 
 
 def features(times: NDArray[np.datetime64], kinds: tuple[str, ...], country: str = "") -> NDArray[np.float32]:
-    """Return what dates say, `[N, width(kinds)]`.
+    """Return what dates say, `[N, channels]`.
 
     An hour, a weekday and a day of the year are sines and cosines of their place in the day, the week and the year and
     of multiples of it: near in time is near in value, and midnight has no step. `"year"` has two multiples, the
@@ -45,7 +39,7 @@ def features(times: NDArray[np.datetime64], kinds: tuple[str, ...], country: str
 
     Args:
         times: `[N]`, wall-clock time to the second.
-        kinds: of `WIDTHS`, in the order of their channels.
+        kinds: of `CALENDAR`, see `recipe`, in the order of their channels.
         country: whose holidays, an ISO 3166 code, with a subdivision after a hyphen: `"DE-BY"`.
 
     Raises:

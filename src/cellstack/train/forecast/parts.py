@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack.train.checks import UsageError
-from cellstack.train.examples import Batch, Inputs, digest
+from cellstack.train.examples import VALIDATED, Batch, Inputs, digest
 from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.measures import seasonal_error
@@ -17,7 +17,6 @@ from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-VALIDATED = 256  # windows in a batch that takes no gradient
 
 
 class Parts(NamedTuple):

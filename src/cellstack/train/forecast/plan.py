@@ -12,7 +12,6 @@ from cellstack.train.forecast import calendar
 from cellstack.train.forecast.parts import Parts
 from cellstack.train.forecast.recipe import (
     LONGEST_WINDOW,
-    MOST_SEASONS,
     NAIVE,
     SCALES,
     SHORTEST_WINDOW,
@@ -163,7 +162,7 @@ def find_seasons(table: Table, target: str, held: float) -> tuple[int, ...]:
     longest = max(len(piece) for piece in pieces)
     natural = table.spacing.seasons if table.spacing is not None else ()
     found = find(np.concatenate(pieces), np.array(starts), natural)
-    return tuple(season for season in found if 2 * season <= longest)[:MOST_SEASONS]
+    return tuple(season for season in found if 2 * season <= longest)
 
 
 def step_seconds(table: Table) -> float:

@@ -48,15 +48,31 @@ class Forecasts(NamedTuple):
         return self.values[..., self.recipe.quantiles.index(0.5)]
 
 
-def answers(net: Network, inputs: Inputs, windows: Windows, threads: int | None = None) -> Floats:
-    """Return a network's forecasts of every window, `[N, horizon, targets, quantiles]`, in the targets' units."""
-    recipe, count = windows.recipe, len(windows.origins)
-    out = np.empty((count, recipe.horizon, len(recipe.targets), len(recipe.quantiles)))
-    for start in range(0, count, TOGETHER):
-        indices = np.arange(start, min(start + TOGETHER, count))
-        x, mask = inputs(windows.fetch(indices).x)
-        out[indices] = windows.forecasts(indices, net.run(x, mask=mask, threads=threads)[0])
+def outputs(
+    net: Network, inputs: Inputs, windows: Windows, indices: Ints, threads: int | None = None
+) -> NDArray[np.float32]:
+    """Return what a network says of the windows at `indices`, `[N, horizon, targets, quantiles]`, in their units."""
+    recipe = windows.recipe
+    out = np.empty((len(indices), recipe.horizon, len(recipe.targets), len(recipe.quantiles)), np.float32)
+    for start in range(0, len(indices), TOGETHER):
+        part = slice(start, start + TOGETHER)
+        x, mask = inputs(windows.fetch(indices[part]).x)
+        out[part] = net.run(x, mask=mask, threads=threads)[0].reshape(len(x), *out.shape[1:])
     return out
+
+
+def forecasts_of(net: Network, inputs: Inputs, windows: Windows, threads: int | None = None) -> Forecasts:
+    """Return a network's forecasts from the origins of all windows."""
+    every = np.arange(len(windows.origins))
+    parts = [every[start : start + TOGETHER] for start in range(0, len(every), TOGETHER)]
+    return Forecasts(
+        windows.recipe,
+        [windows.table.ids[series] for series in windows.series],
+        windows.origins,
+        times(windows),
+        np.concatenate([windows.forecasts(part, outputs(net, inputs, windows, part, threads)) for part in parts]),
+        windows.reference(every),
+    )
 
 
 def forecast(
@@ -84,15 +100,7 @@ def forecast(
     if origins is None:
         origins = last_origins(table, recipe)
     windows = checked_windows(recipe, table, origins, inputs, path)
-    every = np.arange(len(origins))
-    return Forecasts(
-        recipe,
-        [table.ids[series] for series in windows.series],
-        origins,
-        times(windows),
-        answers(net, inputs, windows, threads),
-        windows.reference(every),
-    )
+    return forecasts_of(net, inputs, windows, threads)
 
 
 def unknown(recipe: Recipe, table: Table, origins: Ints) -> list[str]:

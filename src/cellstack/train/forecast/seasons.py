@@ -18,7 +18,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-MOST = 3  # seasons
+from cellstack.train.forecast.recipe import MOST_SEASONS
+
 LEAST = 0.1  # autocorrelation: a weaker season is no help, however certain
 BOUND = 2.33  # standard errors: one in a hundred series without a season has a natural one found in it
 SEARCHED = 4.0  # of a period that the search has chosen among many
@@ -43,10 +44,10 @@ def find(
     series = [one for one in series if (~np.isnan(one)).sum() >= 3]
     found: list[int] = []
     for period in sorted(natural):
-        if len(found) < MOST and _certain(series, period, found, BOUND):
+        if len(found) < MOST_SEASONS and _certain(series, period, found, BOUND):
             found.append(period)
     if not found:
-        while len(found) < MOST and (period := _searched(series, found)) is not None:
+        while len(found) < MOST_SEASONS and (period := _searched(series, found)) is not None:
             found.append(period)
     return tuple(found)
 

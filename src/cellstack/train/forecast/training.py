@@ -26,7 +26,7 @@ from cellstack.train.forecast import backtest
 from cellstack.train.forecast.model import Calibration, Forecaster, as_network
 from cellstack.train.forecast.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
 from cellstack.train.forecast.plan import Request, plan
-from cellstack.train.forecast.predict import Forecasts, answers, times
+from cellstack.train.forecast.predict import forecasts_of, outputs
 from cellstack.train.forecast.recipe import Recipe, Rule
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.learner import Fit
@@ -168,21 +168,13 @@ def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, riv
     """Return a network's forecasts of the test part beside those of its rivals."""
     table, recipe, typical = windows.table, windows.recipe, windows.typical
     assert typical is not None
-    origins = backtest.chosen(cut.test)
+    origins = spread_out(cut.test, backtest.MOST_ORIGINS)
     windows = Windows(recipe, table, origins)
-    every = np.arange(len(origins))
-    forecasts = Forecasts(
-        recipe,
-        [table.ids[series] for series in windows.series],
-        origins,
-        times(windows),
-        answers(network, inputs, windows),
-        windows.reference(every),
-    )
+    forecasts = forecasts_of(network, inputs, windows)
     others = backtest.by_rules(table, windows)
     if rivals:
         others |= backtest.by_boosting(table, recipe, origins, cut)
-    return backtest.Backtest(forecasts, windows.actual(every), others, typical, windows.series)
+    return backtest.Backtest(forecasts, windows.actual(np.arange(len(origins))), others, typical, windows.series)
 
 
 class _Fits:
@@ -193,6 +185,7 @@ class _Fits:
         self.whole, self.rank = Fit(), 0
         self.kept = self.held = np.empty(0, np.int64)
         self.measured: Inputs | None = None
+        self.scale: Floats | None = None
         self.stops: list[str] = []
 
     def told(self, scores: dict[str, Any]) -> str:
@@ -215,7 +208,7 @@ class _Fits:
         """Fit to these windows from now on."""
         self.kept = np.arange(len(cut.training))
         self.held = np.arange(len(cut.training), len(windows.origins))
-        self.measured = None
+        self.measured = self.scale = None
 
     def inputs(self, windows: Windows) -> Inputs:
         """Return what the training part says of the channels."""
@@ -223,18 +216,25 @@ class _Fits:
             self.measured = Inputs.measure(windows, self.kept, MEASURED)
         return self.measured
 
+    def outputs(self, windows: Windows) -> Floats:
+        """Return the scale of each target's outputs, `[targets]`: the mean absolute one in the training part, or 1."""
+        if self.scale is None:
+            some = windows.fetch(spread_out(self.kept, MEASURED))
+            y, seen = (array.reshape(len(some.y), windows.recipe.horizon, -1) for array in (some.y, some.weight > 0))
+            scale = np.abs(y).sum(axis=(0, 1)) / np.maximum(seen.sum(axis=(0, 1)), 1)
+            self.scale = np.where(scale > 0, scale, 1.0)
+        return self.scale
+
     def fit(
         self, windows: Windows, member: int, settings: Settings, options: RunOptions, until: int | None = None
     ) -> tuple[Forecaster, Fit]:
         """Fit one network: on the training part, or, `until` an epoch, on the validation part as well."""
         inputs, recipe, build = self.inputs(windows), windows.recipe, self.build
-        some = windows.fetch(spread_out(self.kept, MEASURED))
-        y, seen = (array.reshape(len(some.y), recipe.horizon, -1) for array in (some.y, some.weight > 0))
-        scale = np.abs(y).sum(axis=(0, 1)) / np.maximum(seen.sum(axis=(0, 1)), 1)
+        scale = self.outputs(windows)
         make = partial(
             Forecaster,
             inputs.standardise,
-            np.where(scale > 0, scale, 1.0),
+            scale,
             recipe.horizon,
             recipe.quantiles,
             build.units,
@@ -333,14 +333,10 @@ def calibrated(members: Sequence[Forecaster], windows: Windows, inputs: Inputs, 
     """
     recipe, some = windows.recipe, spread_out(held, MEASURED)
     network = as_network(members, {})
-    out = np.concatenate(
-        [
-            network.run(inputs(windows.fetch(part).x)[0], mask=inputs(windows.fetch(part).x)[1])[0]
-            for part in np.array_split(some, -(-len(some) // 256))
-        ]
-    ).reshape(len(some), recipe.horizon, len(recipe.targets), len(recipe.quantiles))
-    y = ((windows.actual(some) - windows.reference(some)) / windows.units(some).unit[:, None]).astype(np.float64)
-    weight = windows.units(some).unit / windows.typical_of(some)
+    out = outputs(network, inputs, windows, some)
+    unit = windows.units(some).unit
+    y = (windows.actual(some) - windows.reference(some)) / unit[:, None]
+    weight = unit / windows.typical_of(some)
     middle = recipe.quantiles.index(0.5)
     followed = np.ones(len(recipe.targets))
     moved = np.zeros((len(recipe.targets), len(recipe.quantiles)))

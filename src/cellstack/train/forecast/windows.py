@@ -32,7 +32,7 @@ from cellstack.train.examples import Batch
 from cellstack.train.forecast.calendar import features
 from cellstack.train.forecast.recipe import NAIVE, Recipe, Rule
 from cellstack.train.forecast.rules import MEAN_OF, latest
-from cellstack.train.tables.table import Table
+from cellstack.train.tables.table import Table, listed
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -227,19 +227,13 @@ def _check_columns(recipe: Recipe, table: Table) -> None:
     numbers = (*recipe.targets, *recipe.inputs, *recipe.known)
     for name in numbers:
         if name not in table.columns:
-            raise UsageError(f"{table.path}: expected a column of numbers {name!r}, found {_some(table.columns)}")
+            raise UsageError(f"{table.path}: expected a column of numbers {name!r}, found {listed([*table.columns])}")
     for category in recipe.categories:
         if category.name not in table.categories:
-            found = _some(table.categories) or "none"
+            found = listed([*table.categories]) or "none"
             raise UsageError(f"{table.path}: expected a column of text {category.name!r}, found {found}")
     if recipe.calendar and (table.times is None or table.spacing is None):
         raise UsageError(f"{table.path}: expected dates, as the model looks at the {recipe.calendar[0]}, found none")
-
-
-def _some(names: object, most: int = 8) -> str:
-    names = list(names)  # type: ignore[call-overload]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _columns(columns: list[Floats], rows: int) -> NDArray[np.float32]:
