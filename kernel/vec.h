@@ -157,6 +157,34 @@ INLINE void unroll(F&& f) {
     }
 }
 
+// W vectors as a square matrix, transposed: in step s, numbers whose row and lane differ in the bit s change places.
+template <class T>
+INLINE V<T> choose_lanes(V<T> a, V<T> b, int first, int step) {
+    constexpr int W = Vec<T>::W;
+    // lane l takes lane (l + first) of a, or l + first - step of b, by the bit `step` of l
+    const auto from = [&](int l) { return l & step ? W + l - step + first : l + first; };
+#if defined(__clang__)
+    V<T> chosen{};
+    unroll<W>([&](int l) INLINED { chosen[l] = from(l) < W ? a[from(l) % W] : b[from(l) % W]; });
+    return chosen;
+#else
+    typename Vec<T>::I lanes{};
+    unroll<W>([&](int l) INLINED { lanes[l] = from(l); });
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
+template <class T, int Step = Vec<T>::W / 2>
+INLINE void transpose(V<T> (&v)[Vec<T>::W]) {
+    unroll<Vec<T>::W>([&](auto r) INLINED {
+        if constexpr (!(r & Step)) {
+            const V<T> a = v[r], b = v[r + Step];
+            v[r] = choose_lanes<T>(a, b, 0, Step);
+            v[r + Step] = choose_lanes<T>(a, b, Step, Step);
+        }
+    });
+    if constexpr (Step > 1) transpose<T, Step / 2>(v);
+}
+
 // ── exp, sigmoid, tanh ───────────────────────────────────────────────────────────────────────────────────────────────
 // x = n·ln2 + r with |r| <= ln2/2; e^x - 1 = 2^n·(e^r - 1) + (2^n - 1), where e^r - 1 is a polynomial that keeps its
 // relative accuracy near 0. Largest errors: tests/kernel/test_kernel.py.
