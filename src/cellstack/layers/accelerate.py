@@ -97,7 +97,7 @@ class _Accelerated(nn.Module):
     original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return copyreg.__newobj__, (self.original,), self.__getstate__()  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (self.original, object, None), self.__getstate__()  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = self.original.__new__(self.original)
@@ -155,8 +155,7 @@ class _Sequence(_Accelerated, nn.RNNBase):
         elif not self.batch_first:
             x = x.transpose(0, 1)
         flags = None if reset is None else self._flags(reset, x, packed)
-        save = return_gates or needs_grad(x, *states, *weights)
-        y, ends, traces = self._run(x, states, used, flags, save, packed)  # y [T, B, ·]
+        y, ends, traces = self._run(x, states, used, flags, return_gates, packed)  # y [T, B, ·]
         if mixed and self.mode != "GRU":
             to = torch.get_autocast_dtype("cpu")
             y, ends = y.to(to), [end.to(to) for end in ends]
@@ -206,10 +205,11 @@ class _Sequence(_Accelerated, nn.RNNBase):
         states: Sequence[Tensor],
         used: Tensor | None,
         reset: Tensor | None,
-        save: bool,
+        traced: bool,
         packed: PackedSequence | None,
     ) -> tuple[Tensor, list[Tensor], list[Any]]:
         """Return y `[T, B, ·]`, the arrays of the last states `[layers, B, ·]`, and the traces, of `x [B, T, I]`."""
+        save = traced or needs_grad(x, *states, *self._flat_weights)
         directions = 1 + self.bidirectional
         share = self.dropout if self.training and self.num_layers > 1 else 0.0
         step = self.num_layers if directions == 1 and not share else 1  # layers that run as one call
@@ -233,14 +233,15 @@ class _Sequence(_Accelerated, nn.RNNBase):
                 ends += [out[n : n + parts] for n in range(0, parts * step, parts)]
                 kept = out[parts * step :]
                 outputs.append(kept[step - 1 if save else 0])
-                if save:
+                if traced:
                     every = zip(kept[:step], kept[step : 2 * step], kept[2 * step : 3 * step], strict=True)
                     traces += [trace_of(kind, gates, memory, h.transpose(0, 1)) for h, gates, memory in every]
             y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
             if layer + step < self.num_layers:
-                if share:  # as PyTorch draws it: in the order of its own output
-                    y = dropout(y, share) if packed is None else _padded(dropout(_packed(y, packed), share), packed)[0]
-                y = y.transpose(0, 1) if packed is None or not share else y
+                if share and packed is not None:  # as PyTorch draws it: on what it has
+                    y = _padded(dropout(_packed(y, packed), share), packed)[0]
+                else:
+                    y = dropout(y, share).transpose(0, 1) if share else y.transpose(0, 1)
         return y, [torch.stack(parts) for parts in zip(*ends, strict=True)], traces
 
     def _as_given(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
@@ -287,10 +288,10 @@ class _Step(_Accelerated, nn.RNNCellBase):
             ends = op.step(x, states, weights, cell)
         else:
             ends = op.run(x.unsqueeze(1), list(states), weights, [], None, None, [cell], False, False, save)
-        h, c = ends[0], ends[1]
-        if not batched:
-            h, c = h.squeeze(0), c.squeeze(0)
-        return (h, c) if mode == "LSTM" else h
+        if torch.is_autocast_enabled("cpu") and mode.startswith("RNN"):
+            ends = [ends[0].to(torch.get_autocast_dtype("cpu"))]
+        ends = [end if batched else end.squeeze(0) for end in ends[: 2 if mode == "LSTM" else 1]]
+        return tuple(ends) if mode == "LSTM" else ends[0]
 
     def _serves(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
         """Whether the kernel runs this call."""
