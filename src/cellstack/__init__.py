@@ -23,7 +23,7 @@ from cellstack.streaming.stream import Stream
 
 if TYPE_CHECKING:
     from cellstack import inspect
-    from cellstack.doors import accelerate, plan, restore
+    from cellstack.doors import accelerate, frozen, plan, restore
     from cellstack.formats.keras import from_keras
     from cellstack.formats.pytorch import from_torch
     from cellstack.formats.verify import verify
@@ -54,6 +54,7 @@ __all__ = [
     "extract",
     "from_keras",
     "from_torch",
+    "frozen",
     "inspect",
     "load",
     "plan",
@@ -69,6 +70,7 @@ LATER = {
     "activation_patch": "inspect.interventions",
     "from_keras": "formats.keras",
     "from_torch": "formats.pytorch",
+    "frozen": "doors",
     "plan": "doors",
     "restore": "doors",
     "verify": "formats.verify",

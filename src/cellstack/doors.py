@@ -43,6 +43,21 @@ def restore(model: Any) -> Any:
     return _door("restore", model).restore(model)
 
 
+def frozen(model: Any) -> Any:
+    """Return a context in which the weights of an accelerated PyTorch module stay as they are.
+
+    They are then packed once, which is most of what a single step costs: see `cellstack.layers.accelerate.frozen`.
+
+    Raises:
+        TypeError: it is no module of PyTorch; a Keras model needs no such word.
+        ValueError: there is no accelerated module in it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(model, torch.nn.Module):
+        raise TypeError(f"frozen: expected a module of PyTorch, got {type(model).__name__}")
+    return import_module("cellstack.layers.accelerate").frozen(model)
+
+
 def plan(model: Any) -> Plan:
     """Say for each recurrent layer of a model what runs it, and why: one line each.
 

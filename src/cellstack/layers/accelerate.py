@@ -1,9 +1,9 @@
 """PyTorch's own recurrent modules on the fused kernel: their class changes in place, and all else stays as it was.
 
-`accelerate` gives each `nn.LSTM`, `nn.GRU`, `nn.RNN` and each of their cells in a module a subclass of the class that it
-has. Parameters, their names, buffers and hooks are the module's own, and the kernel reads the weights in the rows in
-which PyTorch keeps them. A call that the kernel can't serve goes to PyTorch's own `forward`, which also says what is
-wrong with a call that no one can serve; `plan` says which calls these are.
+`accelerate` gives each `nn.LSTM`, `nn.GRU`, `nn.RNN` and each of their cells in a module a subclass of its class.
+Parameters, their names, buffers and hooks are the module's own, and the kernel reads the weights in the rows in which
+PyTorch keeps them. A call that the kernel can't serve, or not faster, goes to PyTorch's own `forward`, which also says
+what is wrong with a call that no one can serve; `plan` says which calls these are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import copyreg
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,6 +33,9 @@ _KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn", "RNN_RELU": "rnn"}
 _MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # that of an nn.RNNCell is told by its nonlinearity
 _MODULES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 _DTYPES = (torch.float32, torch.float64)
+# Steps from which the kernel is the faster one, in a call without and with gradients; measured (benchmarks/doors.py).
+_LEAST_STEPS = {"LSTM": (1, 16), "GRU": (8, 4), "RNN_TANH": (16, 8), "RNN_RELU": (16, 8)}
+_WIDE_LSTM = 128  # units from which that is so from the first step on
 
 # ── which modules, and which calls ───────────────────────────────────────────────────────────────────────────────────
 
@@ -61,7 +66,7 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _watched(x: Tensor) -> bool:
+def _watched() -> bool:
     """Whether something looks on that knows PyTorch's operations alone: a tracer, an exporter, a transform."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
@@ -70,15 +75,21 @@ def _watched(x: Tensor) -> bool:
 
 def _is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) -> bool:
     """Whether these are the tensors that the kernel takes; where it is no, PyTorch runs the call, or refuses it."""
-    if not isinstance(x, Tensor) or _watched(x) or not x.is_cpu or not x.numel() or x.shape[-1] != width:
+    if not isinstance(x, Tensor) or _watched() or not x.numel() or x.shape[-1] != width:
         return False
     dtype = weights[0].dtype
-    if dtype not in _DTYPES or not all(weight.is_cpu and weight.dtype is dtype for weight in weights):
+    mixed = torch.is_autocast_enabled("cpu")
+    if dtype is not torch.float32 and (mixed or dtype is not torch.float64):
         return False
-    given = [x, *states]
-    if torch.is_autocast_enabled("cpu"):
-        return dtype is torch.float32 and all(isinstance(t, Tensor) and t.is_cpu and t.is_floating_point() for t in given)
-    return all(isinstance(t, Tensor) and t.is_cpu and t.dtype is dtype for t in given)
+    for weight in weights:
+        if weight.dtype is not dtype or not weight.is_cpu:
+            return False
+    for given in (x, *states):
+        if not isinstance(given, Tensor) or not given.is_cpu:
+            return False
+        if given.dtype is not dtype and not (mixed and given.is_floating_point()):
+            return False
+    return True
 
 
 @lru_cache(maxsize=1024)
@@ -92,9 +103,13 @@ def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
 
 
 class _Accelerated(nn.Module):
-    """What all these subclasses share: copies are of the same class, and what is pickled is a module of PyTorch's own."""
+    """What these subclasses share: copies are of the same class; what is pickled is a module of PyTorch's own."""
 
     original: type[nn.Module]
+    _frozen: dict[Any, Any] | None = None  # packed weights, while `frozen` holds
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_frozen"}  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return copyreg._reconstructor, (self.original, object, None), self.__getstate__()  # type: ignore[attr-defined]
@@ -107,8 +122,10 @@ class _Accelerated(nn.Module):
         return copied
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Return what torch.jit.script compiles in place of this module: it knows PyTorch's own alone."""
-        return restore(copy.deepcopy(self))
+        # A module that took this one's place here would do so in the model for good, which torch.jit.script changes.
+        raise RuntimeError(
+            "torch.jit.script: expected PyTorch's own modules: call cellstack.restore(model) before, accelerate() after it"
+        )
 
 
 class _Sequence(_Accelerated, nn.RNNBase):
@@ -131,14 +148,15 @@ class _Sequence(_Accelerated, nn.RNNBase):
             ValueError: `reset` of another shape, not of bool, or with a PackedSequence.
             RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
         """
-        self._update_flat_weights()
         packed = input if isinstance(input, PackedSequence) else None
         x = input if packed is None else packed.data
-        weights: list[Any] = self._flat_weights
+        weights = self._weights()
         states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
-        if not self._serves(x, states, packed):
+        if not self._serves(x, weights, states, packed, reset is not None or return_gates):
             if reset is not None or return_gates:
-                raise RuntimeError(f"{_name(self)}: expected no reset or return_gates in a call that PyTorch runs: {_why(self)}")
+                raise RuntimeError(
+                    f"{_name(self)}: expected no reset or return_gates in a call that PyTorch runs: {_why(self)}"
+                )
             return super().forward(input, hx)
         dtype = weights[0].dtype
         mixed = torch.is_autocast_enabled("cpu")
@@ -155,7 +173,7 @@ class _Sequence(_Accelerated, nn.RNNBase):
         elif not self.batch_first:
             x = x.transpose(0, 1)
         flags = None if reset is None else self._flags(reset, x, packed)
-        y, ends, traces = self._run(x, states, used, flags, return_gates, packed)  # y [T, B, ·]
+        y, ends, traces = self._run(x, weights, states, used, flags, return_gates, packed)  # y [T, B, ·]
         if mixed and self.mode != "GRU":
             to = torch.get_autocast_dtype("cpu")
             y, ends = y.to(to), [end.to(to) for end in ends]
@@ -170,9 +188,22 @@ class _Sequence(_Accelerated, nn.RNNBase):
         out = y, tuple(ends) if len(ends) > 1 else ends[0]
         return (*out, [self._as_given(trace, packed, batched) for trace in traces]) if return_gates else out
 
-    def _serves(self, x: Any, states: Sequence[Any], packed: PackedSequence | None) -> bool:
-        """Whether the kernel runs this call."""
-        if not _is_ready(x, self.input_size, self._flat_weights, states) or x.ndim not in ((2,) if packed else (2, 3)):
+    def _weights(self) -> list[Any]:
+        """Return the weights, in PyTorch's order."""
+        own = self._parameters
+        try:
+            return [own[name] for name in self._flat_weights_names]
+        except KeyError:  # one is computed, by a hook such as that of weight_norm
+            self._update_flat_weights()
+            return self._flat_weights  # type: ignore[return-value]
+
+    def _serves(
+        self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None, asked: bool
+    ) -> bool:
+        """Whether the kernel runs this call: it can, and is faster, or is asked for what it alone can do."""
+        if not _is_ready(x, self.input_size, weights, states) or x.ndim not in ((2,) if packed else (2, 3)):
+            return False
+        if packed is None and not asked and self._is_short(x, weights, states):
             return False
         if not states:
             return True
@@ -184,6 +215,16 @@ class _Sequence(_Accelerated, nn.RNNBase):
             shape = (layers,) if x.ndim == 2 else (layers, x.shape[0 if self.batch_first else 1])
         sizes = (width, self.hidden_size) if self.mode == "LSTM" else (width,)
         return [state.shape for state in states] == [(*shape, size) for size in sizes]
+
+    def _is_short(self, x: Tensor, weights: list[Any], states: Sequence[Any]) -> bool:
+        """Whether a call has so few steps that PyTorch's own is faster."""
+        steps = x.shape[0 if x.ndim == 2 or not self.batch_first else 1]
+        least, trained = _LEAST_STEPS[self.mode]
+        if steps >= max(least, trained):
+            return False
+        if needs_grad(x, *states, *weights):
+            return steps < trained and not (self.mode == "LSTM" and self.hidden_size >= _WIDE_LSTM)
+        return self._frozen is None and steps < least
 
     def _flags(self, reset: Any, x: Tensor, packed: PackedSequence | None) -> Tensor:
         """Return `reset` as `[B, T]`, checked."""
@@ -202,6 +243,7 @@ class _Sequence(_Accelerated, nn.RNNBase):
     def _run(
         self,
         x: Tensor,
+        weights: list[Any],
         states: Sequence[Tensor],
         used: Tensor | None,
         reset: Tensor | None,
@@ -209,11 +251,11 @@ class _Sequence(_Accelerated, nn.RNNBase):
         packed: PackedSequence | None,
     ) -> tuple[Tensor, list[Tensor], list[Any]]:
         """Return y `[T, B, ·]`, the arrays of the last states `[layers, B, ·]`, and the traces, of `x [B, T, I]`."""
-        save = traced or needs_grad(x, *states, *self._flat_weights)
+        save = traced or needs_grad(x, *states, *weights)
         directions = 1 + self.bidirectional
         share = self.dropout if self.training and self.num_layers > 1 else 0.0
         step = self.num_layers if directions == 1 and not share else 1  # layers that run as one call
-        weights, kind = iter(self._flat_weights), _KINDS[self.mode]
+        left, kind = iter(weights), _KINDS[self.mode]
         starts = list(zip(*(state.unbind(0) for state in states), strict=True))
         ends: list[Sequence[Tensor]] = []
         traces: list[Any] = []
@@ -225,10 +267,11 @@ class _Sequence(_Accelerated, nn.RNNBase):
                 for n in range(layer, layer + step):
                     width = x.shape[2] if n == 0 else (self.proj_size or self.hidden_size) * directions
                     cells.append(_cell(self.mode, width, self.hidden_size, self.proj_size, self.bias))
-                    arrays += [next(weights) for _ in range(2 + 2 * self.bias + bool(self.proj_size))]
+                    arrays += islice(left, 2 + 2 * self.bias + bool(self.proj_size))
                     begin += starts[n * directions + direction] if starts else ()
                 flags = reset if reset is None or not direction else shifted(reset)
-                out = op.run(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, time_major=True)
+                keep = None if self._frozen is None else self._frozen.setdefault((layer, direction), {})
+                out = op.run(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, True, keep)
                 parts = 2 if kind == "lstm" else 1
                 ends += [out[n : n + parts] for n in range(0, parts * step, parts)]
                 kept = out[parts * step :]
@@ -242,7 +285,8 @@ class _Sequence(_Accelerated, nn.RNNBase):
                     y = _padded(dropout(_packed(y, packed), share), packed)[0]
                 else:
                     y = dropout(y, share).transpose(0, 1) if share else y.transpose(0, 1)
-        return y, [torch.stack(parts) for parts in zip(*ends, strict=True)], traces
+        parts = zip(*ends, strict=True)
+        return y, [torch.stack(part) if len(part) > 1 else part[0].unsqueeze(0) for part in parts], traces
 
     def _as_given(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
         """Return a trace, whose parts are `[B, T, H]`, with the axes that the output has."""
@@ -272,30 +316,31 @@ class _Step(_Accelerated, nn.RNNCellBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run one step, as PyTorch's module does; see there."""
+        keep = self._frozen
+        if keep is None:  # what packing costs, and the way back through one step, no kernel makes up for
+            return super().forward(input, hx)
         states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
         weights = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
         if not self._serves(input, states, weights):
             return super().forward(input, hx)
-        x, batched = input, input.ndim == 2
-        if torch.is_autocast_enabled("cpu"):
-            x, states = x.to(weights[0].dtype), [state.to(weights[0].dtype) for state in states]
+        mixed = torch.is_autocast_enabled("cpu")
+        x, dtype, batched, mode = input, weights[0].dtype, input.ndim == 2, _mode(self)
+        if mixed:
+            x, states = x.to(dtype), [state.to(dtype) for state in states]
         if not batched:
             x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
-        mode = _mode(self)
-        cell = _cell(mode, self.input_size, self.hidden_size, 0, self.bias)
-        save = needs_grad(x, *states, *weights)
-        if not save and op.direct(x):
-            ends = op.step(x, states, weights, cell)
-        else:
-            ends = op.run(x.unsqueeze(1), list(states), weights, [], None, None, [cell], False, False, save)
-        if torch.is_autocast_enabled("cpu") and mode.startswith("RNN"):
-            ends = [ends[0].to(torch.get_autocast_dtype("cpu"))]
-        ends = [end if batched else end.squeeze(0) for end in ends[: 2 if mode == "LSTM" else 1]]
-        return tuple(ends) if mode == "LSTM" else ends[0]
+        ends = op.step(x, states, weights, _cell(mode, self.input_size, self.hidden_size, 0, self.bias), keep)
+        if mixed and mode.startswith("RNN"):
+            ends = (ends[0].to(torch.get_autocast_dtype("cpu")),)
+        if not batched:
+            ends = tuple(end.squeeze(0) for end in ends)
+        return ends if mode == "LSTM" else ends[0]
 
     def _serves(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
         """Whether the kernel runs this call."""
         if not _is_ready(x, self.input_size, weights, states) or x.ndim not in (1, 2):
+            return False
+        if needs_grad(x, *states, *weights) or not op.direct(x):
             return False
         shape = (*x.shape[:-1], self.hidden_size)
         parts = 2 if _mode(self) == "LSTM" else 1
@@ -304,7 +349,10 @@ class _Step(_Accelerated, nn.RNNCellBase):
 
 def _mode(cell: Any) -> str:
     """Return what a cell would be called as the mode of an `nn.RNNBase`."""
-    return next((mode for kind, mode in _MODES.items() if isinstance(cell, kind)), None) or f"RNN_{cell.nonlinearity.upper()}"
+    return (
+        next((mode for kind, mode in _MODES.items() if isinstance(cell, kind)), None)
+        or f"RNN_{cell.nonlinearity.upper()}"
+    )
 
 
 # ── in place, and back ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -363,6 +411,40 @@ def accelerate(module: nn.Module) -> nn.Module:
         if not issubclass(type(part), _Accelerated) and not _own_forward(part):
             part.__class__ = _accelerated(type(part))
     return module
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """Say that the weights of an accelerated module stay as they are, for as long as the context lasts.
+
+    A call without gradients then packs them once, at the first call, which is most of what a step of a cell, or of a
+    sequence of length 1, costs: in a loop that acts, generates or listens, step by step. What an optimiser or
+    `load_state_dict` writes meanwhile is noticed, since it counts as a version of the tensor; what is written through
+    `.data` or a NumPy view isn't.
+
+    Args:
+        module: a module that `accelerate` was given, or one with such modules inside.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: there is no accelerated module in it.
+
+    >>> cell = accelerate(nn.LSTMCell(3, 4))
+    >>> with torch.no_grad(), frozen(cell):
+    ...     state = cell(torch.zeros(1, 3))
+    ...     state = cell(torch.zeros(1, 3), state)
+    """
+    parts = [part for _, part in _recurrent(_checked(module, "frozen")) if isinstance(part, _Accelerated)]
+    if not parts:
+        raise ValueError(f"frozen: expected a module that accelerate() was given, got {type(module).__name__}")
+    before = [part._frozen for part in parts]
+    for part in parts:
+        part._frozen = {}
+    try:
+        yield module
+    finally:
+        for part, kept in zip(parts, before, strict=True):
+            part._frozen = kept
 
 
 def restore(module: nn.Module) -> nn.Module:
@@ -436,7 +518,13 @@ def _how(module: Any) -> str:
 
 def _small(module: Any) -> str:
     """Say which calls of a module PyTorch runs because it is faster there."""
-    return ""
+    if isinstance(module, nn.RNNCellBase):
+        return " within frozen() and without gradients; else PyTorch's own, as fast for one step"
+    least, trained = _LEAST_STEPS[module.mode]
+    if module.mode == "LSTM" and module.hidden_size >= _WIDE_LSTM:
+        return ""
+    parts = [f"{trained} steps in training"] + ([f"{least} otherwise"] if least > 1 else [])
+    return f"; PyTorch's own, as fast there, below {' and '.join(parts)}"
 
 
 def _name(module: nn.Module) -> str:

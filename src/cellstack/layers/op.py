@@ -132,7 +132,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _plain(tensor: Tensor) -> Tensor:
     """Return `tensor` as memory has it: numbers side by side, none of them waiting to be negated."""
-    return tensor.resolve_neg().contiguous()
+    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -180,6 +180,18 @@ def _weights(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype, copy: b
     return native.weights_at(form.description, _ELEMENTS[dtype], _addresses(form, flat), copy), flat
 
 
+# Packed weights, by the layer of a call, with the addresses and versions of the tensors that they were packed from.
+Kept = dict[int, tuple[list[tuple[int, int]], Any]]
+
+
+def _kept_weights(kept: Kept, layer: int, form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> Any:
+    """Return the kernel's weights of a layer out of `kept`, packed anew where the tensors are others than they were."""
+    tensors = [(weight.data_ptr(), weight._version) for weight in weights]
+    if layer not in kept or kept[layer][0] != tensors:
+        kept[layer] = tensors, _weights(form, weights, dtype, copy=True)[0]
+    return kept[layer][1]
+
+
 def _flags(flags: Tensor | None) -> Tensor | None:
     return None if flags is None else flags.contiguous()
 
@@ -220,6 +232,7 @@ def _forward(
     save: bool,
     threads: int,
     time_major: bool,
+    keep: Kept | None = None,
 ) -> list[Tensor]:
     batch, steps, _ = x.shape
     x = _rows(x)
@@ -230,8 +243,12 @@ def _forward(
     ends, ys, gates, memory, norms, layers, kept = [], [], [], [], [], [], []
     for n, text in enumerate(cells):
         form = _form(text)
-        packed, flat = _weights(form, list(islice(arrays, len(form.shapes))), x.dtype, long or form.rows)
-        kept.append(flat)
+        own = list(islice(arrays, len(form.shapes)))
+        if keep is not None:
+            packed = _kept_weights(keep, n, form, own, x.dtype)
+        else:
+            packed, flat = _weights(form, own, x.dtype, long or form.rows)
+            kept.append(flat)
         end = [x.new_empty(batch, size) for size in form.sizes]
         start = begin[len(ends) : len(ends) + len(end)]
         ends += end
@@ -502,20 +519,30 @@ def run(
     sequences: bool,
     save: bool,
     time_major: bool = False,
+    keep: Kept | None = None,
 ) -> list[Tensor]:
-    """Call the op on CPU tensors, by the shortest way that gives the same."""
+    """Call the op on CPU tensors, by the shortest way that gives the same.
+
+    With `keep` the weights are packed at the first call alone, where nothing is saved and nobody watches: that they
+    stay as they are is for the caller to know.
+    """
     rest = drops, mask, reset, cells, reverse, sequences, save, 0, time_major
     if not x.is_cpu or not direct(x):
         return recurrent(x, starts, weights, *rest)
     if save:
         return list(_Direct.apply(len(starts), rest, x, *starts, *weights))  # type: ignore[arg-type]
-    return _forward(x, starts, weights, *rest)
+    return _forward(x, starts, weights, *rest, keep)
 
 
-def step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], cell: str) -> tuple[Tensor, ...]:
+def step(
+    x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], cell: str, keep: Kept | None = None
+) -> tuple[Tensor, ...]:
     """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, a state or nothing."""
     batch, form = x.shape[0], _form(cell)
-    packed, _kept = _weights(form, weights, x.dtype, batch > _UNPACKED_STEPS or form.rows)
+    if keep is not None:
+        packed = _kept_weights(keep, 0, form, weights, x.dtype)
+    else:
+        packed, _flat = _weights(form, weights, x.dtype, batch > _UNPACKED_STEPS or form.rows)
     x = _plain(x)  # a foreign cell's output may be a negated view
     begin = [_plain(part) for part in state]
     ends = tuple([x.new_empty(batch, size) for size in form.sizes])
