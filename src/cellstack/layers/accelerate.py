@@ -23,8 +23,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from cellstack.layers import op
-from cellstack.layers.base import Layer
+from cellstack.layers.bidirectional import Bidirectional
 from cellstack.layers.cell import needs_grad
+from cellstack.layers.rnn import RNN
 from cellstack.layers.sequences import shifted
 from cellstack.layers.stack import trace_of
 from cellstack.spec import CellSpec, Plan
@@ -54,8 +55,6 @@ def _obstacle(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "its weights are parametrised"
     weights = list(module.parameters(recurse=False))
-    if any(isinstance(weight, nn.parameter.UninitializedTensorMixin) for weight in weights):
-        return "its weights don't exist yet"
     devices = sorted({weight.device.type for weight in weights})
     if devices != ["cpu"]:
         return f"its weights are on {' and '.join(devices)}"
@@ -95,8 +94,8 @@ def _is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any])
 @lru_cache(maxsize=1024)
 def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
     """Return a layer's cell as the op takes it."""
-    activation = {"activation": "relu"} if mode == "RNN_RELU" else {}
-    return op.in_rows(CellSpec(width, hidden, kind=_KINDS[mode], use_bias=bias, proj_size=proj, **activation).text)
+    activation = "relu" if mode == "RNN_RELU" else "tanh"
+    return op.in_rows(CellSpec(width, hidden, activation, use_bias=bias, kind=_KINDS[mode], proj_size=proj).text)
 
 
 # ── the subclasses ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -124,7 +123,8 @@ class _Accelerated(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         # A module that took this one's place here would do so in the model for good, which torch.jit.script changes.
         raise RuntimeError(
-            "torch.jit.script: expected PyTorch's own modules: call cellstack.restore(model) before, accelerate() after it"
+            "torch.jit.script: expected PyTorch's own modules: call cellstack.restore(model) before, and "
+            "accelerate(model) after it"
         )
 
 
@@ -149,7 +149,7 @@ class _Sequence(_Accelerated, nn.RNNBase):
             RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
         """
         packed = input if isinstance(input, PackedSequence) else None
-        x = input if packed is None else packed.data
+        x: Any = input if packed is None else packed.data
         weights = self._weights()
         states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
         if not self._serves(x, weights, states, packed, reset is not None or return_gates):
@@ -285,8 +285,8 @@ class _Sequence(_Accelerated, nn.RNNBase):
                     y = _padded(dropout(_packed(y, packed), share), packed)[0]
                 else:
                     y = dropout(y, share).transpose(0, 1) if share else y.transpose(0, 1)
-        parts = zip(*ends, strict=True)
-        return y, [torch.stack(part) if len(part) > 1 else part[0].unsqueeze(0) for part in parts], traces
+        last = [list(parts) for parts in zip(*ends, strict=True)]
+        return y, [torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) for parts in last], traces
 
     def _as_given(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
         """Return a trace, whose parts are `[B, T, H]`, with the axes that the output has."""
@@ -477,10 +477,11 @@ def plan(module: nn.Module) -> Plan:
     for name, part in _checked(module, "plan").named_modules():
         if id(part) in inside:
             continue
+        head = f"{name}: " if name else ""
         if _base_of(type(part)) is not None:
-            lines.append(f"{name}{': ' if name else ''}{_described(part)}: {_how(part)}")
-        elif isinstance(part, Layer) and hasattr(part, "plan"):
-            lines += [f"{name}{': ' if name else ''}{line}" for line in part.plan()]
+            lines.append(f"{head}{_described(part)}: {_how(part)}")
+        elif isinstance(part, (RNN, Bidirectional)):
+            lines += [head + line for line in part.plan()]
             inside |= {id(inner) for inner in part.modules()}
     return Plan(lines or [f"{type(module).__name__}: no recurrent module"])
 
