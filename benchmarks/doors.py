@@ -34,7 +34,11 @@ def cases():
         for how in ("inference", "frozen", "training"):
             yield f"{kind.__name__} H={units} B={batch}{f' T={steps}' if steps else ''} {how}", module, x, how
     lengths = torch.arange(10, 101).repeat(2)[::6][:32].sort(descending=True).values
-    for kind, options in ((nn.LSTM, {"num_layers": 2}), (nn.GRU, {"num_layers": 2}), (nn.LSTM, {"bidirectional": True})):
+    for kind, options in (
+        (nn.LSTM, {"num_layers": 2}),
+        (nn.GRU, {"num_layers": 2}),
+        (nn.LSTM, {"bidirectional": True}),
+    ):
         torch.manual_seed(0)
         module = kind(128, 128, **options)
         x = torch.randn(100, len(lengths), 128)
