@@ -44,7 +44,7 @@ struct Description {
     // Of activation, recurrent_activation and gate_activations: LSTM i f g o and the cell's; GRU z r g; SimpleRNN g.
     Activation activations[5];
     bool use_bias, peepholes, coupled, layer_norm, reset_after;
-    bool rows;  // whether matrices lie as PyTorch has them: see Arrays
+    bool rows;                             // whether matrices lie as PyTorch has them: see Arrays
     double norm_epsilon, clip, cell_clip;  // clips: infinity where there is none
     double zoneout, zoneout_cell;
 

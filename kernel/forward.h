@@ -81,26 +81,28 @@ INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row
     constexpr int W = Vec<T>::W;
     const int64_t t = time_of(f, n), wide = f.w.blocks * W, I = f.w.d->input, H = f.w.d->units;
     V<T> sums[N][R][4];
-    if (f.z) {
-        const int64_t total = (f.last - f.first) * f.rows, m = (n - f.first) * f.rows + row;
+    const auto each = [&](auto&& body) INLINED {
         unroll<N>([&](auto b) INLINED {
-            const T* z = f.z + ((block + b) * total + m) * 4 * W;
-            unroll<R>([&](auto r)
-                          INLINED { unroll<4>([&](auto v) INLINED { sums[b][r][v] = load(z + (r * 4 + v) * W); }); });
+            unroll<R>([&](auto r) INLINED { unroll<4>([&](auto v) INLINED { body(b, r, v); }); });
         });
-    } else {
-        const T* x[R];
-        for (int r = 0; r < R; ++r) x[r] = f.x + (row + r) * f.x_row + t * f.x_time;
-        unroll<N>([&](auto b) INLINED {
-            unroll<R>([&](auto r) INLINED {
-                unroll<4>([&](auto v) INLINED { sums[b][r][v] = load(f.w.bias + ((block + b) * 4 + v) * W); });
-            });
-        });
-        accumulate<T, R, N, 4, 4>(sums, x, f.w.kernel + block * I * 4 * W, I * 4 * W, I);
-    }
+    };
+    // The sums over x: made ahead, or here, where they pass through the stack.
+    alignas(kVectorBytes) V<T> here[N][R][4];
     const T* a[R];
+    if (!f.z) {
+        for (int r = 0; r < R; ++r) a[r] = f.x + (row + r) * f.x_row + t * f.x_time;
+        each([&](auto b, auto r, auto v) INLINED { sums[b][r][v] = load(f.w.bias + ((block + b) * 4 + v) * W); });
+        accumulate<T, R, N, 4, 4>(sums, a, f.w.kernel + block * I * 4 * W, I * 4 * W, I);
+        each([&](auto b, auto r, auto v) INLINED { here[b][r][v] = sums[b][r][v]; });
+    }
     for (int r = 0; r < R; ++r) a[r] = h + (row + r) * wide;
+    each([&](auto b, auto r, auto v) INLINED { sums[b][r][v] = splat(T(0)); });
     accumulate<T, R, N, 4, 4>(sums, a, f.w.recurrent + block * H * 4 * W, H * 4 * W, H);
+    const int64_t total = (f.last - f.first) * f.rows, m = (n - f.first) * f.rows + row;
+    const T* over_x = f.z ? f.z + (block * total + m) * 4 * W : reinterpret_cast<const T*>(here);
+    const int64_t stride = (f.z ? total : R) * 4 * W;
+    each([&](auto b, auto r, auto v)
+             INLINED { sums[b][r][v] = load(over_x + b * stride + (r * 4 + v) * W) + sums[b][r][v]; });
     if constexpr (R == 1) {
         unroll<N>([&](auto b) INLINED { finish<T>(f, sums[b][0], block + b, row, t, h, h_next); });
     } else {  // more sums than the activations leave registers for: they pass through the stack, one row at a time

@@ -5,9 +5,10 @@
 // side by side, `[block][k][gates][W]`, zeros beyond H. One block's sums of one row are a few registers, and the gates
 // of the same units meet there. The backward pass keeps dz in the same layout, `[block][row][gates][W]`.
 //
-// Order of summation, everywhere: bias, then x·kernel by k, then h·recurrent_kernel by k, one chain a unit and gate
-// (two where a cell needs the two sums apart). So a row's bits do not depend on the batch around it, on how a sequence
-// is cut into chunks, or on the threads.
+// Order of summation, everywhere: two chains a unit and gate, bias and x·kernel by k, and h·recurrent_kernel by k; then
+// their sum, but for a cell that needs the two apart. So a row's bits do not depend on the batch around it, on how a
+// sequence is cut into chunks, or on the threads. One chain through both would round each product with h to the size of
+// the sum over x.
 #pragma once
 #include <cstdint>
 

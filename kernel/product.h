@@ -72,12 +72,13 @@ struct Rows {
     INLINE const T* at(int64_t m) const { return base + m % batch * row + m / batch * time; }
 };
 
-// What a product of rows is made of: to[m] = start + a[m]·matrix, gate by gate.
+// What a product of rows is made of: to[m] = bias + a[m]·matrix, or to[m] += a[m]·matrix, gate by gate. Each is summed
+// as a chain of its own.
 template <class T>
 struct Product {
     const T* matrix;  // panels [blocks][depth][gates][W]; unpacked: [depth, gates·units]
-    const T* bias;    // start: [blocks][gates][W]; unpacked: [gates·units]; null: zeros
-    bool add;         // start: what lies in `to`
+    const T* bias;    // [blocks][gates][W]; unpacked: [gates·units]; null: zeros
+    bool add;         // to what lies in `to`; without bias
     bool unpacked;
     int64_t depth, units, blocks;
     T* to;  // [rows][gates][stride]
@@ -96,12 +97,7 @@ INLINE void product_tile(const Product<T>& p, const Rows<T>& rows, int64_t block
     const T* bias = p.bias ? p.bias + (block * G + First) * W : nullptr;
     unroll<N>([&](auto b) INLINED {
         unroll<R>([&](auto r) INLINED {
-            unroll<C>([&](auto v) INLINED {
-                if (p.add)
-                    sums[b][r][v] = load(to + (r * G + v) * p.stride + b * W);
-                else
-                    sums[b][r][v] = bias ? load(bias + (b * G + v) * W) : splat(T(0));
-            });
+            unroll<C>([&](auto v) INLINED { sums[b][r][v] = bias ? load(bias + (b * G + v) * W) : splat(T(0)); });
         });
     });
     const T* a[R];
@@ -109,37 +105,44 @@ INLINE void product_tile(const Product<T>& p, const Rows<T>& rows, int64_t block
     accumulate<T, R, N, C, G>(sums, a, p.matrix + (block * p.depth * G + First) * W, p.depth * G * W, p.depth);
     unroll<N>([&](auto b) INLINED {
         unroll<R>([&](auto r) INLINED {
-            unroll<C>([&](auto v) INLINED { store(to + (r * G + v) * p.stride + b * W, sums[b][r][v]); });
+            unroll<C>([&](auto v) INLINED {
+                T* at = to + (r * G + v) * p.stride + b * W;
+                store(at, p.add ? load(at) + sums[b][r][v] : sums[b][r][v]);
+            });
         });
     });
 }
 
-// z[c] += a·matrix[:, c] for N vectors of columns, in the order of `accumulate`.
+// N vectors of columns of an unpacked product, in the order of `accumulate`; the last may have fewer lanes.
 template <class T, int N>
-INLINE void add_columns(T* z, const T* a, const T* matrix, int64_t stride, int64_t n) {
+INLINE void unpacked_columns(T* to, const T* bias, bool add, const T* a, const T* matrix, int64_t stride, int64_t n,
+                             int lanes = Vec<T>::W) {
     constexpr int W = Vec<T>::W;
     V<T> sums[N];
-    unroll<N>([&](auto v) INLINED { sums[v] = load(z + v * W); });
+    unroll<N>([&](auto v) INLINED { sums[v] = bias ? load_lanes(bias + v * W, lanes) : splat(T(0)); });
     for (int64_t k = 0; k < n; ++k, matrix += stride) {
         const V<T> s = splat(a[k]);
-        unroll<N>([&](auto v) INLINED { sums[v] = fma(s, load(matrix + v * W), sums[v]); });
+        unroll<N>([&](auto v) INLINED { sums[v] = fma(s, load_lanes(matrix + v * W, lanes), sums[v]); });
     }
-    unroll<N>([&](auto v) INLINED { store(z + v * W, sums[v]); });
+    unroll<N>([&](auto v) INLINED {
+        T* at = to + v * W;
+        store_lanes(at, add ? load_lanes(at, lanes) + sums[v] : sums[v], lanes);
+    });
 }
 
-// z [columns] += a [n] · matrix [n, columns], whose rows lie `stride` apart
+// to [columns] = bias + a [n] · matrix [n, columns], or added to it; the rows of the matrix lie `stride` apart
 template <class T>
-void add_product(T* z, const T* a, const T* matrix, int64_t columns, int64_t stride, int64_t n) {
+void unpacked_product(T* to, const T* bias, bool add, const T* a, const T* matrix, int64_t columns, int64_t stride,
+                      int64_t n) {
     constexpr int W = Vec<T>::W;
     int64_t at = 0;
-    for (; at + 16 * W <= columns; at += 16 * W) add_columns<T, 16>(z + at, a, matrix + at, stride, n);
-    for (; at + 4 * W <= columns; at += 4 * W) add_columns<T, 4>(z + at, a, matrix + at, stride, n);
-    for (; at + W <= columns; at += W) add_columns<T, 1>(z + at, a, matrix + at, stride, n);
-    if (const int lanes = int(columns - at)) {
-        V<T> sum = load_n(z + at, lanes);
-        for (int64_t k = 0; k < n; ++k) sum = fma(splat(a[k]), load_n(matrix + k * stride + at, lanes), sum);
-        store_n(z + at, sum, lanes);
-    }
+    const auto columns_at = [&](auto N, int lanes) INLINED {
+        unpacked_columns<T, N>(to + at, bias ? bias + at : nullptr, add, a, matrix + at, stride, n, lanes);
+    };
+    for (; at + 16 * W <= columns; at += 16 * W) columns_at(Int<16>{}, W);
+    for (; at + 4 * W <= columns; at += 4 * W) columns_at(Int<4>{}, W);
+    for (; at + W <= columns; at += W) columns_at(Int<1>{}, W);
+    if (const int lanes = int(columns - at)) columns_at(Int<1>{}, lanes);
 }
 
 // C of the G gates, from gate First on, of the product over all rows.
@@ -148,9 +151,9 @@ __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows,
     if (p.unpacked) {
         for (int64_t m = 0; m < count; ++m) {
             T* to = p.to + m * G * p.stride + First * p.stride;
-            const int64_t columns = C * p.units;
-            for (int64_t k = 0; !p.add && k < columns; ++k) to[k] = p.bias ? p.bias[First * p.units + k] : T(0);
-            add_product(to, rows.at(m), p.matrix + First * p.units, columns, G * p.units, p.depth);
+            const T* bias = p.bias ? p.bias + First * p.units : nullptr;
+            unpacked_product(to, bias, p.add, rows.at(m), p.matrix + First * p.units, C * p.units, G * p.units,
+                             p.depth);
         }
         return;
     }

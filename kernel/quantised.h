@@ -67,11 +67,7 @@ INLINE void narrow_tile(const Product<float>& p, const Rows<float>& rows, int64_
     };
     float* to = p.to + m * G * p.stride + First * p.stride + block * W;
     const auto column = [&](auto b, auto v) INLINED { return ((block + b) * G + First + v) * W; };
-    each([&](auto b, auto r, auto v) INLINED {
-        sums[b][r][v] = p.add    ? load(to + (r * G + v) * p.stride + b * W)
-                        : p.bias ? load(p.bias + column(b, v))
-                                 : splat(0.0f);
-    });
+    each([&](auto b, auto r, auto v) INLINED { sums[b][r][v] = p.bias ? load(p.bias + column(b, v)) : splat(0.0f); });
     if constexpr (Bits == 16) {
         const float* a[R];
         unroll<R>([&](auto r) INLINED { a[r] = rows.at(m + r); });
@@ -103,7 +99,10 @@ INLINE void narrow_tile(const Product<float>& p, const Rows<float>& rows, int64_
             sums[b][r][v] = fma(__builtin_convertvector(exact, V<float>), scale, sums[b][r][v]);
         });
     }
-    each([&](auto b, auto r, auto v) INLINED { store(to + (r * G + v) * p.stride + b * W, sums[b][r][v]); });
+    each([&](auto b, auto r, auto v) INLINED {
+        float* at = to + (r * G + v) * p.stride + b * W;
+        store(at, p.add ? load(at) + sums[b][r][v] : sums[b][r][v]);
+    });
 }
 
 template <int Bits, int G, int First, int C>

@@ -160,7 +160,8 @@ INLINE void unroll(F&& f) {
 }
 
 // W vectors as a square matrix, transposed: numbers whose row and lane differ in one bit change places, bit by bit.
-// Lane l of a pair's first vector comes from lane l + First of a, or, where it has the bit Step, of b, Step before that.
+// Lane l of a pair's first vector comes from lane l + First of a, or, where it has the bit Step, of b, Step before
+// that.
 template <class T, int First, int Step>
 struct Lanes {
     static constexpr int W = Vec<T>::W;
@@ -174,9 +175,8 @@ INLINE V<T> choose_lanes(V<T> a, V<T> b) {
     constexpr Lanes<T, First, Step> lanes;
 #if defined(__clang__)
     V<T> chosen{};
-    unroll<lanes.W>([&](int l) INLINED {
-        chosen[l] = lanes.from[l] < lanes.W ? a[lanes.from[l]] : b[lanes.from[l] - lanes.W];
-    });
+    unroll<lanes.W>(
+        [&](int l) INLINED { chosen[l] = lanes.from[l] < lanes.W ? a[lanes.from[l]] : b[lanes.from[l] - lanes.W]; });
     return chosen;
 #else
     typename Vec<T>::I from;

@@ -1,0 +1,43 @@
+"""How far the outputs of random LSTMs lie off those in float64: cellstack beside PyTorch and ONNX Runtime.
+
+    python benchmarks/accuracy.py [--networks 80]
+
+Widths are drawn from 4 to 315, batches from 1 to 8, steps from 5 to 59; weights as PyTorch draws them, inputs normal. An
+error is the root of the mean square of an output's difference from PyTorch's in float64; what is printed is ours over
+each peer's, the median and nine tenths of all networks.
+"""
+
+import argparse
+
+import numpy as np
+import peers
+import torch
+
+
+def errors(number):
+    """Return each engine's error for the random network of that number."""
+    rng = np.random.default_rng(number)
+    width, units = (int(2 ** rng.uniform(2.0, 8.3)) for _ in range(2))
+    batch, steps = int(rng.integers(1, 9)), int(rng.integers(5, 60))
+    cells = peers.weights(width, units, 1, seed=number)
+    x = rng.normal(size=(batch, steps, width)).astype(np.float32)
+    exact = peers.torch_lstm(cells, width).double()
+    with torch.no_grad():
+        expected = exact(torch.from_numpy(x).double())[0].numpy()
+    engines = {"cellstack": peers.cellstack, "torch": peers.pytorch, "onnxruntime": peers.onnxruntime}
+    outputs = {name: np.asarray(make(x, cells, 1)()).reshape(expected.shape) for name, make in engines.items()}
+    return {name: float(np.sqrt(np.mean((y - expected) ** 2))) for name, y in outputs.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", type=int, default=80)
+    torch.set_num_threads(1)
+    found = [errors(number) for number in range(parser.parse_args().networks)]
+    for peer in ("torch", "onnxruntime"):
+        ratios = [error["cellstack"] / error[peer] for error in found]
+        print(f"over {peer:<12}{np.median(ratios):6.2f} in the median{np.quantile(ratios, 0.9):6.2f} at nine tenths")
+
+
+if __name__ == "__main__":
+    main()
