@@ -407,8 +407,67 @@ class BoundStream {
     std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
 };
 
+// Layers over whole sequences, from their cells' initial states; of those past the first `timed`, which keep no state,
+// the steps are the last h alone. What a network of cells and dense layers needs, as one call that costs little beside
+// its steps.
 template <class T>
-void bind(nb::module_& m, const char* weights, const char* stream) {
+class BoundStack {
+  public:
+    BoundStack(const nb::list& weights, size_t timed, bool last)
+        : kept_(nb::tuple(weights)), timed_(timed), last_(last) {
+        for (nb::handle w : weights) weights_.push_back(nb::cast<const Weights<T>*>(w));
+        if (!timed || timed > weights_.size() || (timed < weights_.size() && !last))
+            throw nb::value_error("Stack: expected layers over time, and beyond them some of the last h");
+        if (last && !weights_[timed - 1]->description().keeps_state())
+            throw nb::value_error("Stack: expected a cell before what takes the last h");
+    }
+
+    // y [B, T, P] of x [B, T, I], or [B, P] of the last step; None where x isn't an array as the kernel takes it.
+    nb::object run(nb::handle given, int threads) const {
+        auto* x = reinterpret_cast<PyArrayObject*>(given.ptr());
+        constexpr int type = sizeof(T) == 8 ? NPY_DOUBLE : NPY_FLOAT;
+        if (!PyArray_CheckExact(given.ptr()) || PyArray_NDIM(x) != 3 || PyArray_TYPE(x) != type ||
+            !PyArray_ISCARRAY_RO(x) || PyArray_DIM(x, 2) != weights_[0]->description().input || !PyArray_SIZE(x))
+            return nb::none();
+        const npy_intp batch = PyArray_DIM(x, 0), steps = PyArray_DIM(x, 1), width = PyArray_DIM(x, 2);
+        npy_intp shape[3] = {batch, steps, weights_.back()->description().output};
+        if (last_) shape[1] = shape[2];
+        nb::object y = nb::steal(PyArray_SimpleNew(last_ ? 2 : 3, shape, type));
+        if (!y.is_valid()) nb::raise_python_error();
+        auto* to = static_cast<T*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(y.ptr())));
+        const auto* from = static_cast<const T*>(PyArray_DATA(x));
+        nb::gil_scoped_release released;
+        const int64_t h = weights_[timed_ - 1]->description().output;
+        const bool head = timed_ < weights_.size();
+        std::vector<T> between(head ? size_t(batch * h) : 0);
+        std::vector<Layer<T>> layers = layers_of(0, timed_);
+        (last_ ? layers.back().hn : layers.back().y) = head ? between.data() : to;
+        forward<T>({batch, steps, from, steps * width, width, nullptr, nullptr, false}, layers, threads);
+        if (!head) return y;
+        layers = layers_of(timed_, weights_.size());
+        layers.back().y = to;
+        forward<T>({batch, 1, between.data(), h, h, nullptr, nullptr, false}, layers, threads);
+        return y;
+    }
+
+  private:
+    std::vector<Layer<T>> layers_of(size_t first, size_t end) const {
+        std::vector<Layer<T>> layers(end - first, Layer<T>{});
+        for (size_t l = first; l < end; ++l) layers[l - first].weights = weights_[l];
+        return layers;
+    }
+    nb::tuple kept_;
+    std::vector<const Weights<T>*> weights_;
+    size_t timed_;
+    bool last_;
+};
+
+template <class T>
+void bind(nb::module_& m, const char* weights, const char* stream, const char* stack) {
+    nb::class_<BoundStack<T>>(m, stack).def(
+        "run", &BoundStack<T>::run, "x"_a.none(), "threads"_a,
+        "y [B, T, P] of x [B, T, I], or [B, P] of the last step; None where x isn't an array as the kernel takes "
+        "it, contiguous and not empty.");
     nb::class_<Weights<T>>(m, weights).def_prop_ro("element", [](const Weights<T>& w) {
         return kElements[int(w.element())];
     });
@@ -448,8 +507,8 @@ NB_MODULE(_kernel, m) {
         message.resize(message.size() - 2);
         throw nb::import_error((message + "), got '" + asked + "'").c_str());
     }
-    bind<float>(m, "WeightsSingle", "StreamSingle");
-    bind<double>(m, "WeightsDouble", "StreamDouble");
+    bind<float>(m, "WeightsSingle", "StreamSingle", "StackSingle");
+    bind<double>(m, "WeightsDouble", "StreamDouble", "StackDouble");
 
     m.def(
         "isas",
@@ -509,6 +568,14 @@ NB_MODULE(_kernel, m) {
             return nb::cast(new BoundStream<float>(weights, batch, threads), nb::rv_policy::take_ownership);
         },
         "weights"_a, "batch"_a, "threads"_a = 1);
+    m.def(
+        "stack",
+        [](const nb::list& weights, size_t timed, bool last) -> nb::object {
+            if (weights.size() && nb::isinstance<Weights<double>>(weights[0]))
+                return nb::cast(new BoundStack<double>(weights, timed, last), nb::rv_policy::take_ownership);
+            return nb::cast(new BoundStack<float>(weights, timed, last), nb::rv_policy::take_ownership);
+        },
+        "weights"_a, "timed"_a, "last"_a);
     nb::class_<Turns>(m, "Turns")
         .def(nb::init<size_t>(), "rows"_a)
         .def("free", &Turns::free, "open"_a, nb::keep_alive<0, 1>(),

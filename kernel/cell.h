@@ -58,7 +58,7 @@ template <class T>
 struct Layer {
     const Weights<T>* weights;
     const T *h0, *c0;  // [B, P], [B, H]; null: the cell's initial state
-    T *hn, *cn;        // [B, P], [B, H], state after the last step processed; c only for an LSTM, null otherwise
+    T *hn, *cn;        // [B, P], [B, H], state after the last step processed; c only for an LSTM; null: not wanted
     T* y;              // [B, T, P], h of every step (see time_major); null: not wanted
     T* gates;          // [B, T, planes, H], after their activations; null: not wanted
     T* cells;          // [B, T, H], c of every step; null where gates is, and without a cell

@@ -236,7 +236,7 @@ struct Runner {
     }
 
     void end(T* h, T* c, const int64_t* places = nullptr) const {
-        if (!f.w.d->keeps_state()) return;
+        if (!f.w.d->keeps_state() || !h) return;
         const T* out = f.recurrent_dropout ? f.h_kept : f.h;
         for (int64_t r = 0; r < f.rows; ++r) {
             const int64_t to = places ? places[r] : r;
