@@ -28,9 +28,9 @@ BELOW = {
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
     "network": {"spec", "nodes", "graph", "arguments"},
-    "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
+    "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
     "formats": {"spec", "layout", "nodes", "network", "streaming"},
-    "inspect": {"spec", "reference", "native", "nodes", "arguments", "formats"},
+    "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"spec", "native"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
