@@ -29,7 +29,7 @@ BELOW = {
     "arguments": {"spec", "nodes"},
     "network": {"spec", "nodes", "graph", "arguments"},
     "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
-    "formats": {"spec", "layout", "nodes", "network", "streaming"},
+    "formats": {"spec", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"spec", "native"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},

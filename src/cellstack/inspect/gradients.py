@@ -35,6 +35,7 @@ from cellstack.nodes import (
     Scale,
     Select,
     Standardise,
+    StepMask,
 )
 from cellstack.nodes.base import SELU_ALPHA, SELU_SCALE, Array, Flow, Node, activation_function, padded, softmax
 from cellstack.nodes.time import pads
@@ -342,6 +343,7 @@ RULES: dict[type[Node], Rule] = {
     Activation: lambda node, flows, y, dy: [_through_activation(node.activation, flows[0].x, dy)],
     Clip: _clip,
     Masking: _masking,
+    StepMask: lambda node, flows, y, dy: [dy, np.zeros_like(flows[1].x)],
     Conv1D: _convolution,
     Pool1D: _pool,
     GlobalPool: _global_pool,

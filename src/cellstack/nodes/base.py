@@ -361,8 +361,13 @@ class Node:
             return mask
         return on.made() if mask is None else on.both(mask, on.made())
 
-    def kept(self, x: Array) -> NDArray[np.bool_]:
-        """Return which steps of `x` a node that `makes_mask` uses, `[B, T]`, or `[B]` of a frame."""
+    def kept(self, x: Array, *others: Array) -> NDArray[np.bool_]:
+        """Return which steps of `x` a node that `makes_mask` uses, `[B, T]`, or `[B]` of a frame.
+
+        Args:
+            x: what it takes.
+            others: what it takes besides.
+        """
         raise NotImplementedError
 
     def mask_of(self, flows: Sequence[Flow]) -> NDArray[np.bool_] | None:
