@@ -253,7 +253,9 @@ def _any_length(draft: Draft) -> dict[str, Shape | None]:
         timed = shape is not None and (len(shape) == 2 or (len(shape) == 1 and ids))
         loose[name] = (None, *shape[1:]) if shape is not None and timed else shape
     shapes = dict(loose)
-    shapes |= {state_of(name, state): (n,) for name, node in draft.nodes.items() for state, n in node.state_sizes.items()}
+    shapes |= {
+        state_of(name, state): (n,) for name, node in draft.nodes.items() for state, n in node.state_sizes.items()
+    }
     for name, node in draft.nodes.items():
         given = [shapes[source] for source in draft.sources[name]]
         moved = isinstance(node, (Flatten, Reshape)) or (isinstance(node, Permute) and draft.takers[name])

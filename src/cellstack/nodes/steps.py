@@ -368,7 +368,9 @@ class StepMask(Node):
         return Flow(flows[0].x, self.mask_of(flows), flows[0].reset)
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule("it takes the flags of a whole sequence, which a stream doesn't have: leave out what is padding")
+        return FrameRule(
+            "it takes the flags of a whole sequence, which a stream doesn't have: leave out what is padding"
+        )
 
     @property
     def summary(self) -> str:

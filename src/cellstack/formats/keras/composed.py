@@ -166,7 +166,10 @@ def _states(
     own = wires[:count] if way == 0 else wires[-count:]
     states = [Value(wire, state=wire) for wire in own]
     top = len(states) - len(node.cells[-1].spec.state_sizes)
-    merged = build.layer.kind == "Bidirectional" and build.layer.config.get("merge_mode", "concat") not in ("concat", None)
+    merged = build.layer.kind == "Bidirectional" and build.layer.config.get("merge_mode", "concat") not in (
+        "concat",
+        None,
+    )
 
     def h() -> Value:
         if not node.return_sequences:

@@ -231,7 +231,9 @@ class Reader:
             passed = ("passed", _own(value.mask))
             value = build.bare(value)
         elif value.mask is not None and value.mask[0] == "passed" and any(node.heeds_mask for node in nodes):
-            raise layer.refuse("takes a mask that Keras hands on past a layer with an initial state, which leaves it out")
+            raise layer.refuse(
+                "takes a mask that Keras hands on past a layer with an initial state, which leaves it out"
+            )
         if layer.kind == "Softmax" and value.mask is not None:
             raise layer.refuse("a softmax over masked features isn't supported")
         if layer.kind == "GlobalMaxPooling1D" and value.mask is not None:  # Keras takes the greatest of all steps

@@ -14,7 +14,18 @@ from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
-from cellstack.formats.onnx.values import Final, Flowing, Initial, Lengths, Moment, Run, States, Symbols, Unknown
+from cellstack.formats.onnx.values import (
+    Final,
+    Flowing,
+    Initial,
+    Lengths,
+    Moment,
+    Run,
+    States,
+    Symbols,
+    Unknown,
+    Vector,
+)
 from cellstack.formats.onnx.written_out.scans import is_scan
 from cellstack.formats.simplify import Draft
 from cellstack.graph import STATE, origin, state_of
@@ -159,6 +170,8 @@ class Reader:
             raise Refused("expected states, found none")
         if len(refs) > 2:
             raise Refused(f"expected the states of one operator, found {len(refs)}")
+        if ends.computed:
+            raise Refused("expected states, found them beside what the graph computes, which no one value holds")
         run = self.runs[refs[0].operator]
         sizes = iter(ends.refs.shape)
         axes = tuple(axis if axis != "S" else "D" if next(sizes) == 2 else "1" for axis in ends.axes)
@@ -173,8 +186,10 @@ class Reader:
             raise Refused("expected states of one width")
         return self.put(f"{run.in_order}.states", Merge("concat"), first, second, axes=axes)
 
-    def state(self, ref: Final) -> Flowing:
-        """Return a state after the last step as the value that its node gives."""
+    def state(self, ref: Final | Vector) -> Flowing:
+        """Return a state after the last step as the value that its node gives; a vector as it is."""
+        if isinstance(ref, Vector):
+            return Flowing(ref.wire, ("B", "F"), self.shape(ref.wire))
         run = self.runs[ref.operator]
         wire = state_of(run.node, ref.part if len(run.cells) == 1 else f"{ref.way}/{ref.part}")
         return Flowing(wire, ("B", "F"), self.shape(wire))
@@ -256,7 +271,8 @@ class Reader:
         """
         axes: dict[str, str] = {}
         values = {value.name: self.value(value.name) for value in self.scope.graph.output}
-        after = {name: value for name, value in values.items() if isinstance(value, States) and not value.initial}
+        states = {name: value for name, value in values.items() if isinstance(value, States)}
+        after = {name: value for name, value in states.items() if not value.initial and not value.computed}
         data = values.keys() - after.keys()
         taken = {source for sources in self.builder.sources.values() for source in sources}
         flows = [value.of if isinstance(value, Moment) else value for value in values.values()]

@@ -266,7 +266,7 @@ class Writer(Pieces):
             if mask and node.zero_output_for_mask:
                 rows = self.of("Where", mask, rows, self.number(0.0))
             if node.go_backwards:
-                self.cut(rows, slice(None, None, -1), 1, output, f"{name}.in_order")
+                self.cut(rows, slice(None, None, -1), 1, output, self.fresh(f"{name}.in_order"))
             else:
                 self.nodes[-1].output[0] = output
             return
