@@ -134,6 +134,7 @@ class Network:
     graph: Graph
     patches: tuple[Patch, ...]
     started: tuple[str, ...]
+    _hands_on: bool
     _stages: tuple[Stage, ...]
     _patched: tuple[CellPatches | None, ...]
 
@@ -171,6 +172,7 @@ class Network:
             "patches": patches,
             "_patched": _patched(nodes, names, patches),  # one a cell, in their order; empty: none
             "started": _started(nodes, names, graph),  # a cell's: which values it starts from, or ""
+            "_hands_on": any(graph.states),
             "_stages": _stages(nodes, names, graph, {patch.node for patch in patches}),
         }
         for key, value in values.items():
@@ -284,20 +286,29 @@ class Network:
                 values[name] = Flow(x, used, begun)
                 if record is not None:
                     record.flows[name] = values[name]
-                for number in numbers:
-                    own = ends[: len(self.nodes[number].cells)]
-                    ends = ends[len(own) :]
-                    after += own
-                    for value, cell, part in self.graph.states[number]:
-                        array = getattr(own[cell], part)
-                        values[value] = Flow(array if record is None else array.copy())  # the state is the caller's
-                        if record is not None:
-                            record.flows[value] = values[value]
+                after += ends
+                if self._hands_on:
+                    values |= self._states_of(numbers, ends, record)
                 for number in numbers:
                     for value in self.graph.done[number]:
                         values.pop(value, None)  # between nodes that are one stage there is none
-        held = [array for one in after for array in one] if any(self.graph.states) else []
-        return as_own([values[name].x for name in self.outputs], [*given, *held]), after
+        if self._hands_on:  # the states are the caller's, and the answers too
+            given += [array for one in after for array in one]
+        return as_own([values[name].x for name in self.outputs], given), after
+
+    def _states_of(
+        self, numbers: tuple[int, ...], ends: tuple[CellState, ...], record: Recording | None
+    ) -> dict[str, Flow]:
+        """Return the states that some nodes hand on, by the values' names, out of those of all their cells."""
+        found, first = {}, 0
+        for number in numbers:
+            for value, cell, part in self.graph.states[number]:
+                array = getattr(ends[first + cell], part)
+                found[value] = Flow(array if record is None else array.copy())  # the caller may write to the state
+            first += len(self.nodes[number].cells)
+        if record is not None:
+            record.flows.update(found)
+        return found
 
     def _flows(self, x: Any, mask: Any, lengths: Any, reset: Any) -> dict[str, Flow]:
         """Return what flows in, by the inputs' names, checked."""

@@ -81,7 +81,7 @@ def _through_cell(cell: Cell, record: Record, dy: Array | None, ends: Ends) -> t
 def _through_stack(
     node: Recurrent, records: Sequence[Record], flow: Flow, dy: Array, ends: Sequence[Ends]
 ) -> tuple[Array, list[Array]]:
-    """Return the gradient of what a stack took; `dy` and it in the order of time. Then those of what its cells began with.
+    """Return the gradient of what a stack took, in the order of time as `dy` is, and of the states that it began with.
 
     `ends`: one a cell.
     """

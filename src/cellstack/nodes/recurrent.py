@@ -469,8 +469,9 @@ class Recurrent(Node):
         patches: Sequence[CellPatches | None] = (),
     ) -> Flow:
         """See `Node.run`, and for `record` and `patches` `forward`."""
-        flow, *starts = flows
-        states = _started(self, starts, states)
+        flow = flows[0]
+        if len(flows) > 1:
+            states = _started(self, flows[1:])
         y, ends = self.forward(flow, states, threads, record, patches)
         after = tuple(ends)
         if not self.return_sequences:
@@ -523,10 +524,8 @@ def _check_starts(owner: str, node: Node, shapes: Sequence[Shape]) -> None:
             raise ShapeError(f"{owner}: expected {part} [B, {size}] to start from, got {shown(shape)} from before it")
 
 
-def _started(node: Node, starts: Sequence[Flow], states: tuple[CellState | None, ...]) -> tuple[CellState | None, ...]:
-    """Return the states that a node's cells start from: those that flow in, or, where none do, those given."""
-    if not starts:
-        return states
+def _started(node: Node, starts: Sequence[Flow]) -> tuple[CellState, ...]:
+    """Return the states that flow into a node, one a cell."""
     arrays = iter([np.ascontiguousarray(start.x) for start in starts])
     specs = [cell.spec for cell in node.cells]
     return tuple(STATES[spec.kind](*(next(arrays) for _ in spec.state_sizes)) for spec in specs)
@@ -616,8 +615,9 @@ class Bidirectional(Node):
         patches: Sequence[CellPatches | None] = (),
     ) -> Flow:
         """See `Recurrent.run`; the forward half is recorded first."""
-        flow, *starts = flows
-        states = _started(self, starts, states)
+        flow = flows[0]
+        if len(flows) > 1:
+            states = _started(self, flows[1:])
         half = len(self.forward.cells)
         ahead, after = self.forward.forward(flow, states[:half], threads, record, patches[:half])
         back, after_back = self.backward.forward(flow, states[half:], threads, record, patches[half:])

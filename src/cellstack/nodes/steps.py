@@ -357,7 +357,8 @@ class StepMask(Node):
         x, flags = shapes
         if len(x) != 2 or len(flags) != 1 or (None not in (x[0], flags[0]) and x[0] != flags[0]):
             raise ShapeError(
-                f"{owner}: StepMask expected a sequence [B, T, W] and its flags [B, T], got {shown(x)} and {shown(flags)}"
+                f"{owner}: StepMask expected a sequence [B, T, W] and its flags [B, T], "
+                f"got {shown(x)} and {shown(flags)}"
             )
         return (flags[0] if x[0] is None else x[0], x[1])
 

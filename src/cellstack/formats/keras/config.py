@@ -43,6 +43,11 @@ class Call(NamedTuple):
     settings: tuple[tuple[str, Any], ...] = ()
     arguments: tuple[Any, ...] = ()
 
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """All tensors that it takes."""
+        return (*self.inputs, *(ref for _, ref in self.named))
+
 
 @dataclass
 class Layer:

@@ -80,10 +80,11 @@ class Reader:
         for layer in model.layers:
             if layer.name not in inputs:
                 calls += [(layer, number, call) for number, call in enumerate(layer.calls)]
+        first = _first_calls(model)
         missing = []
         waiting: dict[tuple[str, int], list[int]] = {}
         for number, (_, _, call) in enumerate(calls):
-            sources = {ref[:2] for ref in (*call.inputs, *(ref for _, ref in call.named))} - values.keys()
+            sources = {ref[:2] for ref in call.refs} - values.keys()
             missing.append(len(sources))
             for source in sources:
                 waiting.setdefault(source, []).append(number)
@@ -91,6 +92,7 @@ class Reader:
                 heapq.heappush(ready, number)
         while ready:
             layer, number, call = calls[heapq.heappop(ready)]
+            number += first.get(layer.name, 0)
             values[layer.name, number] = self._call(layer, call, values, scope, framed)
             for one in waiting.get((layer.name, number), ()):
                 missing[one] -= 1
@@ -124,7 +126,7 @@ class Reader:
         return made
 
     def _call(self, layer: Layer, call: Call, values: Values, scope: str, framed: bool) -> list[Value | Pending | None]:
-        refs = dict.fromkeys([*call.inputs, *(ref for _, ref in call.named)])
+        refs = dict.fromkeys(call.refs)
         known = {ref: self._tensor(values, ref, layer.where) for ref in refs}
         count = 1 if layer.model is None else len(layer.model.outputs)
         outputs: list[Value | Pending | None] = [None] * count
@@ -193,8 +195,12 @@ class Reader:
                 inputs = [inputs[0] if known else self._masked(layer, inputs[0], value, name)]
             elif len(inputs) != 1 or value.flag is None or value.flag != _own(inputs[0].mask):
                 raise layer.refuse("expected the mask that its sequence brings along or an input, found another")
-        odd = [name for name, value in call.settings if value is not None and name not in ("training", "mask")]
-        odd += [name for name, value in call.settings if value is not None and name == "mask"]
+        settings = [name for name, value in call.settings if value is not None]
+        odd = [name for name in settings if name not in ("training", "mask")]
+        masks = (value for name, value in call.settings if name == "mask")
+        odd += [
+            "mask" for value in masks if any(one is not None for one in (value if isinstance(value, list) else [value]))
+        ]
         odd += [short(value) for value in call.others if value is not None]
         if odd:
             raise layer.refuse(f"expected a call with tensors alone, found {', '.join(odd)}")
@@ -277,6 +283,20 @@ class Reader:
         if isinstance(node, Recurrent) and masked and node.go_backwards and node.return_sequences:
             raise layer.refuse("returns a masked sequence backwards, while Keras leaves the mask as it was")
         return node.mask_after(masks, axes, _MaskKeys(node, wire, self.followed))
+
+
+def _first_calls(model: Model) -> dict[str, int]:
+    """Return by which number the first call of each model within goes, where that isn't 0.
+
+    Some versions of Keras count from 1: a functional model has a call of its own, from its inputs to its outputs.
+    """
+    refs = [*model.outputs, *(ref for layer in model.layers for call in layer.calls for ref in call.refs)]
+    within = {layer.name for layer in model.layers if layer.model is not None and layer.model.kind != "Sequential"}
+    least: dict[str, int] = {}
+    for ref in refs:
+        if ref.layer in within:
+            least[ref.layer] = min(ref.call, least.get(ref.layer, ref.call))
+    return {name: number for name, number in least.items() if number == 1}
 
 
 def _own(mask: Any) -> Any:

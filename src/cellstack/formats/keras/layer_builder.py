@@ -34,7 +34,7 @@ PIECE = 32  # how many numbers a piece of a split is counted as
 
 
 class Value(NamedTuple):
-    """A tensor: what returns it; the mask that goes with it; where it is itself a mask, which one; or which state it is.
+    """A tensor: what returns it; its mask; where it is itself a mask, which one; where it is a state, which.
 
     Masks are compared by how they come about: `("ne", wire, number)` says where a value differs from a number,
     `("any", …)` that one of its features does, `("or", …)` that one of several masks keeps a step, `("time", n)` that
