@@ -280,6 +280,14 @@ def test_what_can_answer_after_every_frame_does(rng):
                 make()
 
 
+def test_a_decoder_of_states_says_how_it_is_run():
+    net = Network([recurrent(2, 4)], ["cell"], inputs=("y", "h", "c"), wires=[("y", "h", "c")])
+    with pytest.raises(
+        ValueError, match=r"got h \[B, 4\]: it has no time, and cell starts from it: run the network, a step"
+    ):
+        net.stream()
+
+
 # ── looked into ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -232,8 +232,9 @@ def last_state(draft: Draft, name: str) -> bool:
 
 def _returns_h(node: Node | None) -> bool:
     """Whether what a node returns is a state of its, whatever mask there is."""
-    alone = isinstance(node, Recurrent) and len(node.cells) == 1
-    return alone and not node.return_sequences and not node.zero_output_for_mask
+    if not isinstance(node, Recurrent) or len(node.cells) != 1:
+        return False
+    return not node.return_sequences and not node.zero_output_for_mask
 
 
 def backwards(draft: Draft, name: str) -> bool:

@@ -324,7 +324,7 @@ class Embedding(Stepwise):
         ids = self.ids(flow.x if flow.mask is None else np.where(flow.mask, flow.x, 0))
         return flow._replace(x=self.table[ids], mask=self.mask_of(flows))
 
-    def kept(self, x: Array) -> NDArray[np.bool_]:
+    def kept(self, x: Array, *others: Array) -> NDArray[np.bool_]:
         return x != 0
 
     @property
@@ -402,7 +402,7 @@ class Masking(Stepwise):
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", check_number("Masking", "value", self.value))
 
-    def kept(self, x: Array) -> NDArray[np.bool_]:
+    def kept(self, x: Array, *others: Array) -> NDArray[np.bool_]:
         return (x != x.dtype.type(self.value)).any(axis=-1)
 
     def apply(self, x: Array) -> Array:

@@ -113,10 +113,14 @@ def frame_rules(network: Network) -> list[FrameRule]:
 
 def answers_framewise(owner: str, network: Network) -> frozenset[str]:
     """Raise `ValueError` where the network can't answer after every frame; return the nodes whose mask matters."""
+    nodes = list(zip(network.names, network.nodes, network.wires, strict=True))
+    begun = {start: name for name, node, sources in nodes for start in node.apart(sources)[1]}
     for name in network.inputs:
         if not network.graph.timed(name):
-            shape = network.graph.shown(name)
-            raise ValueError(f"{owner}: expected inputs of a frame a step, got {name} {shape}: it has no time")
+            shape, more = network.graph.shown(name), ""
+            if name in begun:
+                more = f", and {begun[name]} starts from it: run the network, a step at a time where one step needs another"
+            raise ValueError(f"{owner}: expected inputs of a frame a step, got {name} {shape}: it has no time{more}")
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)  # the nodes whose mask is on a value
     heeded: set[str] = set()
     moved: str | None = None  # a node that keeps something from frame to frame
@@ -132,7 +136,7 @@ def answers_framewise(owner: str, network: Network) -> frozenset[str]:
         if why is None and node.apart(sources)[1]:
             why = (
                 f"it starts from {', '.join(node.apart(sources)[1])}, and a stream's cells go on from their own state: "
-                "run the network, a step at a time where a step depends on the one before"
+                "run the network, a step at a time where one step needs another"
             )
         for state in network.graph.states[len(masks) - len(network.inputs)]:
             if why is None and not answers_with(node, state):

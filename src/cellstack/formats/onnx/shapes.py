@@ -302,14 +302,10 @@ def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
                 raise Refused("expected states of inputs, or those after the last step")
             refs = np.concatenate([value.refs for value in values], axis=axes[:axis].count("S"))
             return [States(axes, refs)]
-    among = [_among_states(value) for value in values]
-    if all(value is not None for value in among):
-        axis = place(attributes["axis"], 3)
-        apart = [
-            value for value in among if value is not None and value.axes == among[0].axes and value.axes[axis] == "S"
-        ]
-        if len(apart) == len(among):
-            return [replace(apart[0], refs=np.concatenate([value.refs for value in apart]))]
+    among = [one for one in map(_among_states, values) if one is not None]
+    alike = len(among) == len(values) and len({one.axes for one in among}) == 1
+    if alike and among[0].axes[place(attributes["axis"], 3)] == "S":
+        return [replace(among[0], refs=np.concatenate([one.refs for one in among]))]
     flows = [reader.flowing(value) for value in values]
     axes = flows[0].axes
     axis = place(attributes["axis"], len(axes))
