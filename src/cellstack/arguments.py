@@ -81,21 +81,38 @@ def as_flags(owner: str, name: str, flags: Any, batch: int, steps: int, true: st
     return array.astype(bool)
 
 
-def as_states(owner: str, state: Any, cells: Sequence[Cell], batch: int) -> tuple[CellState | None, ...]:
-    """Return one state a cell, contiguous and of the cell's dtype, or one None a cell where `state` is None.
+def as_states(
+    owner: str, state: Any, cells: Sequence[Cell], batch: int, started: Sequence[str] = ()
+) -> tuple[CellState | None, ...]:
+    """Return one state a cell, contiguous and of the cell's dtype; None for one that isn't given.
 
     What a cell without c starts from may be given as `HiddenState(h)`, as a sequence of h alone, or as h itself; and
     what a network of one cell starts from may be given alone.
+
+    Args:
+        owner: whose argument it is, for messages.
+        state: one state a cell, or None; None for all of them.
+        cells: in their order.
+        batch: how many rows.
+        started: of each cell, in words, what else it starts from, so that none is to be given; "" = nothing.
+
+    Raises:
+        ShapeError: it doesn't fit.
     """
     if state is None:
         return (None,) * len(cells)
-    given = (state,) if len(cells) == 1 and (isinstance(state, (State, HiddenState)) or _is_array(state)) else state
+    given = (state,) if len(cells) == 1 and _of_one_cell(state, cells[0]) else state
     if not isinstance(given, Sequence) or len(given) != len(cells):
         got = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
         raise ShapeError(f"{owner}: expected state to be a tuple of {len(cells)} states, one a cell, got {got}")
     states = []
     for layer, (cell, parts) in enumerate(zip(cells, given, strict=True)):
         sizes, where = cell.spec.state_sizes, f"state of layer {layer}"
+        if parts is None:
+            states.append(None)
+            continue
+        if started and started[layer]:
+            raise ShapeError(f"{owner}: expected None as the {where}, as {started[layer]}, got a state")
         if not isinstance(parts, Sequence) and not _is_array(parts):
             raise ShapeError(f"{owner}: expected {where} to be arrays {', '.join(sizes)}, got {type(parts).__name__}")
         parts = (parts,) if _is_array(parts) else parts
@@ -103,6 +120,14 @@ def as_states(owner: str, state: Any, cells: Sequence[Cell], batch: int) -> tupl
         check_state(owner, [array.shape for array in arrays], batch, sizes, layer)
         states.append(STATES[cell.spec.kind](*(np.ascontiguousarray(array) for array in arrays)))
     return tuple(states)
+
+
+def _of_one_cell(state: Any, cell: Cell) -> bool:
+    """Whether what is given as the states of one cell is its state itself: an array, or h and c."""
+    if isinstance(state, (State, HiddenState)) or _is_array(state):
+        return True
+    alone = isinstance(state, Sequence) and len(state) == len(cell.spec.state_sizes) > 1
+    return alone and all(map(_is_array, state))
 
 
 def _is_array(value: Any) -> bool:

@@ -11,8 +11,32 @@ from cellstack.spec import ShapeError
 Inputs = Sequence[str] | Mapping[str, Sequence[int | None] | None]
 
 
+STATE = "/"  # between a node's name and that of a state of its cells: no name has one
+
+
+def origin(value: str) -> str:
+    """Return the input or the node that a value comes from."""
+    return value.partition(STATE)[0]
+
+
+def state_of(node: str, state: str) -> str:
+    """Return the name of the value that a state of a node is: one of its `state_sizes` after the last step."""
+    return f"{node}{STATE}{state}"
+
+
+class State(NamedTuple):
+    """A state that a node gives as a value: the value's name, which of the node's cells has it, and "h" or "c"."""
+
+    value: str
+    cell: int
+    part: str
+
+
 class Graph(NamedTuple):
-    """The wiring of a network, checked. A value goes by the name of the input or of the node that it comes from."""
+    """The wiring of a network, checked.
+
+    A value goes by the name of the input or of the node that it comes from; a state, by that of its node and its own.
+    """
 
     inputs: tuple[str, ...]
     wires: tuple[tuple[str, ...], ...]  # a node's: where its values come from
@@ -21,6 +45,7 @@ class Graph(NamedTuple):
     ids: frozenset[str]  # inputs that no node computes with, but looks them up: they keep their dtype
     late: tuple[bool, ...]  # a node's: whether its check needs lengths that only a call brings
     done: tuple[tuple[str, ...], ...]  # a node's: values that nobody needs once it has run
+    states: tuple[tuple[State, ...], ...]  # a node's: those that something takes, or the network answers with
 
     def timed(self, name: str) -> bool:
         """Whether an input has a time axis, and with it a mask."""
@@ -58,25 +83,30 @@ def wired(
 ) -> Graph:
     """Return the wiring of some nodes, or raise what `Network` says it raises."""
     given = _inputs(names, inputs)
-    parts = _Parts(nodes, names, given, _wires(names, tuple(given), wires), _outputs(names, outputs))
+    states = dict(zip(names, (node.state_sizes for node in nodes), strict=True))
+    parts = _Parts(nodes, names, given, _wires(states, tuple(given), wires), _outputs(states, outputs))
     _check_used(parts)
+    handed = _states(parts)
     ids = _ids(parts)
     shapes = _input_shapes(parts, ids)
     late = []
     for node, name, sources in parts.forwards():
-        if node.inputs is not None and len(sources) != node.inputs:
-            raise ShapeError(f"{name}: {type(node).__name__} expected one value, got {len(sources)}")
+        if node.inputs is not None and len(sources) not in (node.inputs, node.inputs + len(states[name])):
+            more = f", or {1 + len(states[name])} with {', '.join(states[name])} to start from" if states[name] else ""
+            raise ShapeError(f"{name}: {type(node).__name__} expected one value{more}, got {len(sources)}")
         comes = [shapes[source] for source in sources]
         shapes[name] = node.check(name, *comes)
+        shapes |= {state.value: (states[name][state.value.partition(STATE)[2]],) for state in handed[len(late)]}
         open_width = node.input_size is not None and any(shape[-1] is None for shape in comes)
         late.append(open_width or (node.checks_late and any(None in shape for shape in comes)))
-    last = {source: number for number, sources in enumerate(parts.wires) for source in sources}
+    last = {name: number for number, name in enumerate(names)}  # of a node whose states alone are taken: at once
+    last |= {source: number for number, sources in enumerate(parts.wires) for source in sources}
     done: list[list[str]] = [[] for _ in nodes]
     kept = set(parts.outputs)
     for value, number in last.items():
         if value not in kept:
             done[number].append(value)
-    return Graph(tuple(given), parts.wires, parts.outputs, shapes, ids, tuple(late), tuple(map(tuple, done)))
+    return Graph(tuple(given), parts.wires, parts.outputs, shapes, ids, tuple(late), tuple(map(tuple, done)), handed)
 
 
 def check_name(what: str, name: object) -> None:
@@ -112,9 +142,21 @@ def _given_shape(name: str, shape: object) -> Shape | None:
     )
 
 
+def _states(parts: _Parts) -> tuple[tuple[State, ...], ...]:
+    """Return, for each node, the states that something takes, or that are an answer."""
+    taken = {value for values in (parts.outputs, *parts.wires) for value in values if STATE in value}
+    found = []
+    for node, name, _ in parts.forwards():
+        own = [(number, part) for number, cell in enumerate(node.cells) for part in cell.spec.state_sizes]
+        values = (State(state_of(name, state), *at) for state, at in zip(node.state_sizes, own, strict=True))
+        found.append(tuple(state for state in values if state.value in taken) if taken else ())
+    return tuple(found)
+
+
 def _wires(
-    names: tuple[str, ...], inputs: tuple[str, ...], wires: Sequence[Sequence[str]] | None
+    states: Mapping[str, Mapping[str, int]], inputs: tuple[str, ...], wires: Sequence[Sequence[str]] | None
 ) -> tuple[tuple[str, ...], ...]:
+    names = tuple(states)
     if wires is None:
         if len(inputs) > 1:
             raise ValueError(f"Network: expected wires, as there is more than one input, {', '.join(inputs)}; got none")
@@ -127,34 +169,45 @@ def _wires(
         if isinstance(sources, str) or not isinstance(sources, Sequence) or not sources:
             raise ValueError(f"Network: expected the wires of {name} to be a tuple of names, got {sources!r:.80}")
         for source in sources:
-            if not isinstance(source, str) or (source not in known and source not in all_names):
+            comes = origin(source) if isinstance(source, str) else ""
+            if not isinstance(source, str) or (comes not in known and comes not in all_names):
                 raise ValueError(f"Network: expected the wires of {name} to be of inputs and nodes, got {source!r:.80}")
-            if source not in known:
+            _check_state(f"the wires of {name}", source, states)
+            if comes not in known:
                 raise ValueError(f"Network: expected the wires of {name} to be of earlier nodes, got {source!r}")
         checked.append(tuple(sources))
         known.add(name)
     return tuple(checked)
 
 
-def _outputs(names: tuple[str, ...], outputs: Sequence[str] | None) -> tuple[str, ...]:
+def _check_state(what: str, value: str, states: Mapping[str, Mapping[str, int]]) -> None:
+    """Raise `ValueError` for a value that would be a state, where there is none such."""
+    node, _, state = value.partition(STATE)
+    own = states.get(node, {})
+    if value != node and state not in own:
+        has = f"a state of {node}, {', '.join(own)}," if own else f"{node} itself, which has no states,"
+        raise ValueError(f"Network: expected {what} to name {has} got {value!r:.80}")
+
+
+def _outputs(states: Mapping[str, Mapping[str, int]], outputs: Sequence[str] | None) -> tuple[str, ...]:
     if outputs is None:
-        return names[-1:]
+        return tuple(states)[-1:]
     if isinstance(outputs, str) or not isinstance(outputs, Sequence) or not outputs:
         raise ValueError(f"Network: expected outputs to be a tuple of nodes' names, got {outputs!r:.80}")
-    known = set(names)
     for name in outputs:
-        if not isinstance(name, str) or name not in known:
-            raise ValueError(f"Network: expected every output to be a node, got {name!r:.80}")
+        if not isinstance(name, str) or origin(name) not in states:
+            raise ValueError(f"Network: expected every output to be a node or a state of one, got {name!r:.80}")
+        _check_state("the outputs", name, states)
     if len(set(outputs)) != len(outputs):
         raise ValueError(f"Network: expected outputs that differ, got {list(outputs)}")
     return tuple(outputs)
 
 
 def _check_used(parts: _Parts) -> None:
-    used = set(parts.outputs)
+    used = set(map(origin, parts.outputs))
     for _, name, sources in parts.backwards():
         if name in used:
-            used.update(sources)
+            used.update(map(origin, sources))
     for what, all_names in (("node", parts.names), ("input", parts.inputs)):
         for name in all_names:
             if name not in used:
@@ -163,10 +216,10 @@ def _check_used(parts: _Parts) -> None:
 
 def _ids(parts: _Parts) -> frozenset[str]:
     """Return the inputs of ids: those from which every way leads to a table, past nodes that only shape."""
-    computed = set(parts.outputs)
+    computed = set(map(origin, parts.outputs))
     for node, name, sources in parts.backwards():
         if not node.takes_ids and (name in computed or not node.shapes_only):
-            computed.update(sources)
+            computed.update(map(origin, sources))
     return frozenset(name for name in parts.inputs if name not in computed)
 
 
@@ -187,8 +240,9 @@ def _axes(parts: _Parts) -> dict[str, int]:
 
     Values that a node ties to each other, having as many axes as it takes, share one answer; the first to say it wins.
     """
-    ties = {name: name for name in (*parts.inputs, *parts.names)}
-    said = {name: len(shape) for name, shape in parts.inputs.items() if shape is not None}
+    states = {source for sources in parts.wires for source in sources if STATE in source}
+    ties = {name: name for name in (*parts.inputs, *parts.names, *states)}
+    said = dict.fromkeys(states, 1) | {name: len(shape) for name, shape in parts.inputs.items() if shape is not None}
 
     def of(name: str) -> str:
         while ties[name] != name:
@@ -206,7 +260,8 @@ def _axes(parts: _Parts) -> dict[str, int]:
                     if other in said:
                         said.setdefault(one, said[other])
             continue
-        for value, count in [(name, gives), *((source, takes) for source in sources)]:
+        comes, starts = node.apart(sources)
+        for value, count in [(name, gives), *((one, takes) for one in comes), *((start, 1) for start in starts)]:
             if count is not None:
                 said.setdefault(of(value), count)
     return {name: said.get(of(name), 2) for name in parts.inputs}
@@ -217,6 +272,8 @@ def _widths(parts: _Parts) -> dict[str, int]:
     widths: dict[str, int] = {}
     for node, name, sources in parts.backwards():
         width = widths.get(name) if node.input_size is None and node.keeps_width else node.input_size
+        comes, starts = node.apart(sources)
         if width is not None:
-            widths.update(dict.fromkeys(sources, width))
+            widths.update(dict.fromkeys(comes, width))
+        widths.update(zip(starts, node.state_sizes.values(), strict=False))
     return widths

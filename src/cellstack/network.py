@@ -65,7 +65,10 @@ class Network:
             `{"x": (None, 3), "speaker": (16,)}`. Without a shape an input has the axes that the nodes which take it
             say, a sequence's where none says.
         wires: for each node, a tuple of the names of what it takes; None = each takes what the one before returns.
-        outputs: names of nodes; None = the last.
+            The state that a node's cell has after the last step is a value too, `[B, H]`: `"lstm/h"` and `"lstm/c"`,
+            or `"stack/1/h"` of a node with several cells. And a node with cells may take, after its input, values
+            that they start from, one an array of each cell's state, in their order.
+        outputs: names of nodes, or of their states; None = the last node.
         patches: what is changed in cells as they run, in the order in which it acts: see `edit`.
 
     Raises:
@@ -102,6 +105,21 @@ class Network:
       lstm                    Recurrent  LSTM 3 -> 4           [B, 4]  128
       both  of lstm, speaker  Merge      concat along axis -1  [B, 6]    0
       head                    Dense      linear                [B, 2]   12
+
+    An encoder whose last state a decoder starts from:
+
+    >>> net = Network(
+    ...     [Recurrent((cell,), return_sequences=False), Recurrent((cell,))],
+    ...     ["encoder", "decoder"],
+    ...     inputs=("x", "y"),
+    ...     wires=[("x",), ("y", "encoder/h", "encoder/c")],
+    ... )
+    >>> net({"x": np.zeros((5, 7, 3)), "y": np.zeros((5, 2, 3))}).shape
+    (5, 2, 4)
+    >>> net
+    Network of float64: x [B, T, 3], y [B, T, 3] -> [B, T, 4], 256 numbers
+      encoder                              Recurrent  LSTM 3 -> 4  [B, 4]     128
+      decoder  of y, encoder/h, encoder/c  Recurrent  LSTM 3 -> 4  [B, T, 4]  128
     """
 
     nodes: tuple[Node, ...]
@@ -115,6 +133,8 @@ class Network:
     dtype: np.dtype[Any]
     graph: Graph
     patches: tuple[Patch, ...]
+    started: tuple[str, ...]
+    _hands_on: bool
     _stages: tuple[Stage, ...]
     _patched: tuple[CellPatches | None, ...]
 
@@ -151,6 +171,8 @@ class Network:
             "graph": graph,
             "patches": patches,
             "_patched": _patched(nodes, names, patches),  # one a cell, in their order; empty: none
+            "started": _started(nodes, names, graph),  # a cell's: which values it starts from, or ""
+            "_hands_on": any(graph.states),
             "_stages": _stages(nodes, names, graph, {patch.node for patch in patches}),
         }
         for key, value in values.items():
@@ -202,15 +224,16 @@ class Network:
                 a float32 network included. Any strides; B and T may be 0. Ids for an `Embedding` are `[B, T]` and
                 keep their dtype. Where there are several inputs, a dict by name, or a tuple in order.
             state: one state a cell in the order of `cells`, `State(h, c)` for an LSTM and `HiddenState(h)` for the
-                others, each array `[B, H]`; alone where there is one cell; None = the cells' own initial state, which
-                is zeros where it isn't learned.
+                others, each array `[B, H]`, or a pair of arrays; alone where there is one cell; None, for all or for
+                a cell = the cells' own initial state, which is zeros where it isn't learned. Of a cell that starts
+                from values of the network there is none to be given.
             mask: `[B, T]` of bool, True = use the step; None = all of them. It goes with every input that has a time
                 axis; a dict by name gives each its own.
             lengths: `[B]` integers from 0 to T, instead of `mask`: the first steps of each row are used.
             reset: `[B, T]` of bool, True = a new piece begins with this step: before it, every state becomes the
                 cells' own initial state, even where `state` is given. Where a node goes backwards, each piece is run
                 from its own end, and the last one from `state`. None = one piece. `lengths` and `reset` may be dicts
-                as `mask` may.
+                as `mask` may. A node that starts from values of the network takes none.
             threads: how many the kernel may use; None = as many as this process has processors and work for.
             record: what is kept beside the answers: what the gates, c and h of each cell were at every step, and what
                 flowed between the nodes. The bits of all else are the same. See `trace`, which makes sense of it.
@@ -232,7 +255,7 @@ class Network:
             values = {name: Flow(flow.x.copy(), flow.mask, flow.reset) for name, flow in values.items()}
             record.flows.update(values)
         batch, cells = len(given[0]), self.cells
-        states = as_states("Network", state, cells, batch)
+        states = as_states("Network", state, cells, batch, self.started)
         if threads is None:
             threads = max(1, min(processors(), max(batch, len(cells))))
         else:
@@ -249,6 +272,11 @@ class Network:
                         f"Network: expected no reset, as {name} ({type(node).__name__}) takes steps together, "
                         "of one piece and of the next"
                     )
+                if reset is not None and flows[0].reset is not None and node.apart(flows)[1]:
+                    raise ValueError(
+                        f"Network: expected no reset of {sources[0]}, as {name} starts from "
+                        f"{', '.join(sources[1:])}: a new piece would have no start"
+                    )
                 own = states[len(after) : len(after) + len(node.cells)]
                 if isinstance(node, (Recurrent, Bidirectional)):
                     patches = self._patched[len(after) : len(after) + len(node.cells)]
@@ -256,13 +284,31 @@ class Network:
                 else:
                     x, used, begun, ends = node.run(flows, own, threads)
                 values[name] = Flow(x, used, begun)
-                after += ends
                 if record is not None:
                     record.flows[name] = values[name]
+                after += ends
+                if self._hands_on:
+                    values |= self._states_of(numbers, ends, record)
                 for number in numbers:
                     for value in self.graph.done[number]:
                         values.pop(value, None)  # between nodes that are one stage there is none
+        if self._hands_on:  # the states are the caller's, and the answers too
+            given += [array for one in after for array in one]
         return as_own([values[name].x for name in self.outputs], given), after
+
+    def _states_of(
+        self, numbers: tuple[int, ...], ends: tuple[CellState, ...], record: Recording | None
+    ) -> dict[str, Flow]:
+        """Return the states that some nodes hand on, by the values' names, out of those of all their cells."""
+        found, first = {}, 0
+        for number in numbers:
+            for value, cell, part in self.graph.states[number]:
+                array = getattr(ends[first + cell], part)
+                found[value] = Flow(array if record is None else array.copy())  # the caller may write to the state
+            first += len(self.nodes[number].cells)
+        if record is not None:
+            record.flows.update(found)
+        return found
 
     def _flows(self, x: Any, mask: Any, lengths: Any, reset: Any) -> dict[str, Flow]:
         """Return what flows in, by the inputs' names, checked."""
@@ -496,6 +542,7 @@ class Network:
     def plan(self) -> Plan:
         """Return what each node costs, what runs it, and why, one line a node, and what they cost in all.
 
+        What a node takes is said where it isn't what the node before returns; states that it starts from come last.
         Counted are multiplications by the network's own numbers, and the bytes of these numbers that are read, for a
         step of what the node returns; activations, and products of values with each other, come on top.
         """
@@ -576,6 +623,15 @@ def _patched(
     return tuple(found) if patches else ()
 
 
+def _started(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tuple[str, ...]:
+    """Return, for each cell, which node starts it from which values, in words; "" where it starts by itself."""
+    found: list[str] = []
+    for node, name, sources in zip(nodes, names, graph.wires, strict=True):
+        starts = node.apart(sources)[1]
+        found += [f"{name} starts from {', '.join(starts)}" if starts else ""] * len(node.cells)
+    return tuple(found)
+
+
 def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph, patched: set[str]) -> tuple[Stage, ...]:
     """Return the nodes in the order in which they run, those together that one call of the kernel can run.
 
@@ -586,7 +642,8 @@ def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph, patch
     uses = Counter((*graph.outputs, *(source for sources in graph.wires for source in sources)))
     for number, (node, sources) in enumerate(zip(nodes, graph.wires, strict=True)):
         below = stages[-1] if stages else None
-        if below is not None and sources == (names[below.nodes[-1]],) and uses[sources[0]] == 1:
+        alone = below is not None and len(below.sources) == 1  # without states to start from
+        if below is not None and alone and sources == (names[below.nodes[-1]],) and uses[sources[0]] == 1:
             joined = _joined(below.node, node)
             # Above a node that goes backwards steps are counted as they come out of it, not as they went in.
             if joined is not None and not (joined.go_backwards and names[number] in patched):

@@ -195,7 +195,10 @@ DAMAGE = {
     "to the future": (put("table", "wires", ["lstm"]), "wires of table to be of earlier nodes, got 'lstm'"),
     "a circle": (put("lstm", "wires", ["lstm"]), "wires of lstm to be of earlier nodes, got 'lstm'"),
     "to nothing": (put("lstm", "wires", ["nothing"]), "wires of lstm to be of inputs and nodes, got 'nothing'"),
-    "two wires": (put("lstm", "wires", ["both", "both"]), "lstm: Recurrent expected one value, got 2"),
+    "two wires": (
+        put("lstm", "wires", ["both", "both"]),
+        "lstm: Recurrent expected one value, or 3 with h, c to start from, got 2",
+    ),
     "no wires": (put("lstm", "wires", []), "wires of lstm to be a tuple of names"),
     "wires text": (put("lstm", "wires", "both"), "'lstm': expected wires to be a list of names, found 'both'"),
     "wires numbers": (put("lstm", "wires", [1]), r"'lstm': expected wires to be a list of names, found \[1\]"),

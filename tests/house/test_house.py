@@ -28,9 +28,9 @@ BELOW = {
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
     "network": {"spec", "nodes", "graph", "arguments"},
-    "streaming": {"spec", "native", "nodes", "arguments"},  # a network is given to it
-    "formats": {"spec", "layout", "nodes", "network", "streaming"},
-    "inspect": {"spec", "reference", "native", "nodes", "arguments", "formats"},
+    "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
+    "formats": {"spec", "layout", "nodes", "graph", "network", "streaming"},
+    "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"spec", "native"},
     "doors": {"spec"},  # which looks the doors up by name, for what a model brought along
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},

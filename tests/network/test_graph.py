@@ -296,7 +296,11 @@ WIRINGS = {
     "rank": (lambda: Network([lstm()], inputs={"x": (3,)}), ShapeError, "Recurrent expected a sequence"),
     "output text": (lambda: graph(outputs="b"), ValueError, "outputs to be a tuple of nodes' names, got 'b'"),
     "no output": (lambda: graph(outputs=()), ValueError, "outputs to be a tuple"),
-    "output an input": (lambda: graph(outputs=("x",)), ValueError, "every output to be a node, got 'x'"),
+    "output an input": (
+        lambda: graph(outputs=("x",)),
+        ValueError,
+        "every output to be a node or a state of one, got 'x'",
+    ),
     "equal outputs": (lambda: graph(outputs=("b", "b")), ValueError, "outputs that differ"),
     "merged ranks": (
         lambda: Network([Merge("add")], inputs={"x": (None, 3), "y": (3,)}, wires=[("x", "y")]),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cellstack.formats.simplify import Draft, simplify
+from cellstack.graph import origin, state_of
 from cellstack.network import Network
 from cellstack.nodes import Activation, Flatten, Node, Permute, Recurrent, Reshape
 from cellstack.nodes.base import Shape
@@ -68,7 +69,7 @@ def listed(entries: Iterable[str], most: int = MOST_PROBLEMS, between: str = "; 
 class Builder:
     """Assembles one network.
 
-    A value goes by its wire: the name of the input or of the node that it comes from.
+    A value goes by its wire: the name of the input or of the node that it comes from, or of a state of a node's.
 
     Args:
         most_nodes: how many nodes there may be.
@@ -76,6 +77,7 @@ class Builder:
 
     Attributes:
         shapes: of every wire, the axes after the batch; None where it isn't known.
+        states: of what `add` put in, by the wire that it returned, the wires of its cells' states, in their order.
         problems: what can't be translated, with its rank: the least comes first.
         pinned: whether the network depends on the lengths that the inputs have in the file, time among them.
 
@@ -99,6 +101,7 @@ class Builder:
         self.sources: dict[str, tuple[str, ...]] = {}
         self.outputs: list[str] = []
         self.shapes: dict[str, Shape | None] = {}
+        self.states: dict[str, tuple[str, ...]] = {}
         self.problems: dict[str, int] = {}
         self.pinned = False
 
@@ -122,16 +125,21 @@ class Builder:
         Args:
             name: what it shall be called; a number goes after it where that is taken.
             node: the node.
-            wires: what it takes.
+            wires: what it takes, then what its cells start from, if that is said.
 
         Raises:
             ShapeError: the node can't take such values.
             TooMuchError: there are too many nodes.
         """
         if isinstance(node, Recurrent) and len(node.cells) > 1 and not node.residual:
+            (wire, *starts), states = wires, []
             for number, layer in enumerate(_layers(node)):
-                wires = (self.add(f"{name}.{number}", layer, *wires),)
-            return wires[0]
+                count = len(layer.state_sizes)
+                wire = self.add(f"{name}.{number}", layer, wire, *starts[:count])
+                starts = starts[count:]
+                states += self.states[wire]
+            self.states[wire] = tuple(states)
+            return wire
         if len(self.nodes) >= self.most_nodes:
             raise TooMuchError(f"expected at most {self.most_nodes} nodes, found more")
         wire = self.names.fresh(clean(name))
@@ -142,6 +150,9 @@ class Builder:
         after = None if gives is None else (None,) * gives
         self.shapes[wire] = node.check(wire, *known) if len(known) == len(shapes) else after
         self.nodes[wire], self.sources[wire] = node, wires
+        sizes = {state_of(wire, state): (size,) for state, size in node.state_sizes.items()}
+        self.shapes |= sizes
+        self.states[wire] = tuple(sizes)
         return wire
 
     def output(self, wire: str, name: str = "output") -> None:
@@ -211,13 +222,18 @@ class Builder:
         draft = Draft(self.inputs, self.nodes, self.sources, self.outputs, self.shapes)
         simplify(draft)
         names = {name: f"layer_{number}" if numbered else name for number, name in enumerate(draft.nodes)}
+
+        def named(value: str) -> str:
+            node = origin(value)
+            return names.get(node, node) + value.removeprefix(node)
+
         return Network(
             list(draft.nodes.values()),
             list(names.values()),
             metadata(draft) if callable(metadata) else metadata,
             inputs=self.inputs if self.pinned else _any_length(draft),
-            wires=[[names.get(source, source) for source in draft.sources[name]] for name in draft.nodes],
-            outputs=[names[name] for name in draft.outputs],
+            wires=[[named(source) for source in draft.sources[name]] for name in draft.nodes],
+            outputs=[named(name) for name in draft.outputs],
         )
 
 
@@ -237,6 +253,9 @@ def _any_length(draft: Draft) -> dict[str, Shape | None]:
         timed = shape is not None and (len(shape) == 2 or (len(shape) == 1 and ids))
         loose[name] = (None, *shape[1:]) if shape is not None and timed else shape
     shapes = dict(loose)
+    shapes |= {
+        state_of(name, state): (n,) for name, node in draft.nodes.items() for state, n in node.state_sizes.items()
+    }
     for name, node in draft.nodes.items():
         given = [shapes[source] for source in draft.sources[name]]
         moved = isinstance(node, (Flatten, Reshape)) or (isinstance(node, Permute) and draft.takers[name])

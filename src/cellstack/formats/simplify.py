@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import spec
+from cellstack.graph import origin, state_of
 from cellstack.nodes import (
     Activation,
     Bidirectional,
@@ -68,10 +69,10 @@ class Draft:
         outputs: Sequence[str],
         shapes: dict[str, Shape | None],
     ) -> None:
-        used = set(outputs)
+        used = set(map(origin, outputs))
         for name in reversed(nodes):
             if name in used:
-                used.update(sources[name])
+                used.update(map(origin, sources[name]))
         self.inputs, self.outputs, self.shapes = dict(inputs), list(outputs), dict(shapes)
         self.cells: dict[str, tuple[str, int]] = {}
         self.nodes = {name: node for name, node in nodes.items() if name in used}
@@ -93,6 +94,15 @@ class Draft:
         (source, *others) = self.sources[name]
         alone = not others and source in self.nodes and len(self.takers[source]) == 1 and source not in self.outputs
         return source if alone else None
+
+    def hands_on(self, name: str) -> bool:
+        """Return whether a state of a node goes anywhere."""
+        states = (state_of(name, state) for state in self.nodes[name].state_sizes)
+        return any(self.takers.get(state) or state in self.outputs for state in states)
+
+    def starts(self, name: str) -> bool:
+        """Return whether a node's cells start from values."""
+        return bool(self.nodes[name].apart(self.sources[name])[1])
 
     def fuse(self, before: str, name: str, node: Node) -> bool:
         """Let one node do what this one and the one before it did; it has the name of the latter."""
@@ -121,7 +131,11 @@ class Draft:
         self.takers[source].append(name)
         for one in taken:
             self.takers[one].remove(name)
-        unused = [one for one in taken if one in self.nodes and not self.takers[one] and one not in self.outputs]
+        unused = [
+            one
+            for one in taken
+            if one in self.nodes and not self.takers[one] and one not in self.outputs and not self.hands_on(one)
+        ]
         gone = tuple(dict.fromkeys((*gone, *unused)))
         for one in gone:
             for below in self.sources[one]:
@@ -192,10 +206,41 @@ def last_step(draft: Draft, name: str) -> bool:
     return draft.fuse(before, name, replace(recurrent, return_sequences=False))
 
 
+def states_alone(draft: Draft, name: str) -> bool:
+    """A Recurrent that returns a sequence of which nothing is taken, as its states are: it returns its last step."""
+    node = draft.nodes[name]
+    if not isinstance(node, Recurrent) or not node.return_sequences or draft.takers.get(name) or name in draft.outputs:
+        return False
+    draft.nodes[name] = replace(node, return_sequences=False)
+    draft.shapes[name] = (node.units,)
+    return True
+
+
+def last_state(draft: Draft, name: str) -> bool:
+    """What a Recurrent returns after its last step, where other cells start from it: it is a state of its."""
+    comes, starts = draft.nodes[name].apart(draft.sources[name])
+    own = {start: state_of(start, "h") for start in starts if _returns_h(draft.nodes.get(start))}
+    if not own:
+        return False
+    for start, state in own.items():
+        draft.takers[start] = [taker for taker in draft.takers[start] if taker != name]
+        draft.takers[state].append(name)
+    draft.sources[name] = (*comes, *(own.get(start, start) for start in starts))
+    draft.waiting.extend(map(origin, own))
+    return True
+
+
+def _returns_h(node: Node | None) -> bool:
+    """Whether what a node returns is a state of its, whatever mask there is."""
+    if not isinstance(node, Recurrent) or len(node.cells) != 1:
+        return False
+    return not node.return_sequences and not node.zero_output_for_mask
+
+
 def backwards(draft: Draft, name: str) -> bool:
     """A Recurrent over a sequence in reverse: one that runs the other way."""
     node = draft.nodes[name]
-    if not isinstance(node, Recurrent) or not _reverses(draft, draft.sources[name][0]):
+    if not isinstance(node, Recurrent) or not _reverses(draft, draft.sources[name][0]) or draft.starts(name):
         return False
     (source,) = draft.sources[draft.sources[name][0]]
     draft.nodes[name] = replace(node, go_backwards=not node.go_backwards)
@@ -224,6 +269,7 @@ def both_ways(draft: Draft, name: str) -> bool:
     in_order = one.return_sequences == other.return_sequences == (len(gone) == 3)
     zeros = one.zero_output_for_mask == other.zero_output_for_mask <= one.return_sequences
     alone = all(len(draft.takers[wire]) == 1 and wire not in draft.outputs for wire in gone)
+    alone = alone and not any(draft.hands_on(one) or draft.starts(one) for one in (sources[0], back))
     if not (opposite and in_order and zeros and alone) or one.dtype != other.dtype:
         return False
     draft.nodes[name] = Bidirectional(one, other)
@@ -541,6 +587,8 @@ RULES: tuple[Callable[[Draft, str], bool], ...] = (
     two_shapes,
     pieces,
     last_step,
+    states_alone,
+    last_state,
     backwards,
     both_ways,
     padded_before,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cellstack.graph import origin
 from cellstack.inspect.payload import payload_of
 from cellstack.spec import GATES
 
@@ -159,7 +160,7 @@ def payload(
                 "kind": type(node).__name__,
                 "summary": node.summary,
                 "shape": network.graph.shown(name),
-                "sources": list(sources),
+                "sources": list(dict.fromkeys(map(origin, sources))),  # a state comes from its node
                 "kept": seen is not None,
                 "aligned": sources[0] in aligned,
                 "residual": bool(getattr(node, "residual", False)),
@@ -317,6 +318,9 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
     if total > MOST_WEIGHTS:
         reason = f"The network's {total:,} weights are too many to travel in a page: at most {MOST_WEIGHTS:,} do."
         return {**nothing, "why_not": reason}
+    if any(network.graph.states) or any(network.started):
+        why = "Nodes of this network start from states of others, or hand them on, which a page doesn't compute."
+        return {**nothing, "why_not": why}
     cells = [cell for node in t.values() for cell in node.cells]
     flows = _flows(t)
     if len(cells) < len(network.cells) or any(cell.record is None for cell in cells) or network.inputs[0] not in flows:

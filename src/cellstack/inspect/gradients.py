@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstack import native, reference, spec
+from cellstack.graph import state_of
 from cellstack.nodes import (
     Activation,
     Bidirectional,
@@ -34,6 +35,7 @@ from cellstack.nodes import (
     Scale,
     Select,
     Standardise,
+    StepMask,
 )
 from cellstack.nodes.base import SELU_ALPHA, SELU_SCALE, Array, Flow, Node, activation_function, padded, softmax
 from cellstack.nodes.time import pads
@@ -50,8 +52,12 @@ class _UnsupportedError(Exception):
 # ── cells ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _through_cell(cell: Cell, record: Record, dy: Array | None, dh: Array | None) -> Array:
-    """Return the gradient of what a cell took: of its h at every step, and of its last state's h."""
+Ends = tuple[Array | None, Array | None]
+"""Gradients of h and c after the last step; None where nothing comes back through them."""
+
+
+def _through_cell(cell: Cell, record: Record, dy: Array | None, ends: Ends) -> tuple[Array, list[Array]]:
+    """Return the gradient of what a cell took, and of the state that it started from, where one was given."""
     own = {name: np.ascontiguousarray(array) for name, array in cell.arrays.items()}
     weights = native.weights(cell.spec, own, copy=False)
     x = np.ascontiguousarray(record.x)
@@ -64,15 +70,21 @@ def _through_cell(cell: Cell, record: Record, dy: Array | None, dh: Array | None
     sequences = native.sequences(x, record.mask, record.reset, record.reverse)
     native.forward(sequences, [layer], 1)
     dx = np.zeros_like(x)
-    given: dict[str, Any] = {"dy": dy, "dhn": dh}
+    begun = {f"d{name}": np.zeros_like(array) for name, array in starts.items()}
+    given: dict[str, Any] = dict(zip(("dy", "dhn", "dcn"), (dy, *ends), strict=True))
     given = {name: None if array is None else np.ascontiguousarray(array) for name, array in given.items()}
-    wanted = native.Gradients(**given, dx=dx)
+    wanted = native.Gradients(**given, dx=dx, **begun)
     native.backward(sequences, [layer], [wanted], 1)
-    return dx
+    return dx, list(begun.values())
 
 
-def _through_stack(node: Recurrent, records: Sequence[Record], flow: Flow, dy: Array) -> Array:
-    """Return the gradient of what a stack took; `dy` and it in the order of time."""
+def _through_stack(
+    node: Recurrent, records: Sequence[Record], flow: Flow, dy: Array, ends: Sequence[Ends]
+) -> tuple[Array, list[Array]]:
+    """Return the gradient of what a stack took, in the order of time as `dy` is, and of the states that it began with.
+
+    `ends`: one a cell.
+    """
     steps, at_end = flow.x.shape[1], 0 if node.go_backwards else -1
     residual = any(added for _, added in node.parts)
     dh = None
@@ -84,16 +96,19 @@ def _through_stack(node: Recurrent, records: Sequence[Record], flow: Flow, dy: A
             dy[:, at_end], dh = dh, None
     elif node.zero_output_for_mask and flow.mask is not None:
         dy = np.where(flow.mask[:, :, None], dy, 0)
-    last = len(records)
+    last, begun = len(records), []
     for cells, added in reversed(node.parts):
         passed: Any = 0
         if added:
             passed, dy = _through_sum(node, records[last - 1], dy)
         for number in reversed(range(last - len(cells), last)):
-            dy, dh = _through_cell(node.cells[number], records[number], dy, dh), None
+            after, dc = ends[number]
+            dh = dh if after is None else after if dh is None else dh + after
+            dy, before = _through_cell(node.cells[number], records[number], dy, (dh, dc))
+            dh, begun = None, [*before, *begun]
         last -= len(cells)
         dy = dy + passed
-    return dy
+    return dy, begun
 
 
 def _through_sum(node: Recurrent, record: Record, dy: Array) -> tuple[Array, Array]:
@@ -107,15 +122,18 @@ def _through_sum(node: Recurrent, record: Record, dy: Array) -> tuple[Array, Arr
     return dx[:, order], (dx + np.where(last[:, :, None] < 0, dy, 0))[:, order]
 
 
-def _recurrent(node: Recurrent, records: Sequence[Record], flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
+def _recurrent(
+    node: Recurrent, records: Sequence[Record], flows: Sequence[Flow], dy: Array, ends: Sequence[Ends]
+) -> list[Array]:
     turned = node.go_backwards and node.return_sequences
-    return [_through_stack(node, records, flows[0], dy[:, ::-1] if turned else dy)]
+    dx, begun = _through_stack(node, records, flows[0], dy[:, ::-1] if turned else dy, ends)
+    return [dx, *begun]
 
 
 def _bidirectional(
-    node: Bidirectional, records: Sequence[Record], flows: Sequence[Flow], y: Array, dy: Array
+    node: Bidirectional, records: Sequence[Record], flows: Sequence[Flow], dy: Array, ends: Sequence[Ends]
 ) -> list[Array]:
-    (flow,), half = flows, len(node.forward.cells)
+    flow, half = flows[0], len(node.forward.cells)
     if node.merge_mode == "concat":
         ahead, back = dy[..., : node.forward.units], dy[..., node.forward.units :]
     elif node.merge_mode == "mul":
@@ -125,10 +143,16 @@ def _bidirectional(
         ahead, back = dy * back, dy * ahead
     else:
         ahead = back = dy if node.merge_mode == "sum" else dy * dy.dtype.type(0.5)
-    return [
-        _through_stack(node.forward, records[:half], flow, ahead)
-        + _through_stack(node.backward, records[half:], flow, back)
-    ]
+    dx, begun = _through_stack(node.forward, records[:half], flow, ahead, ends[:half])
+    other, begun_back = _through_stack(node.backward, records[half:], flow, back, ends[half:])
+    return [dx + other, *begun, *begun_back]
+
+
+def _ends(name: str, node: Node, found: Mapping[str, Array]) -> list[Ends]:
+    """Return the gradients of the states that a node gave, by its cells."""
+    arrays = iter([found.get(state_of(name, state)) for state in node.state_sizes])
+    each = ([next(arrays) for _ in cell.spec.state_sizes] for cell in node.cells)
+    return [(h, rest[0] if rest else None) for h, *rest in each]
 
 
 # ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -319,6 +343,7 @@ RULES: dict[type[Node], Rule] = {
     Activation: lambda node, flows, y, dy: [_through_activation(node.activation, flows[0].x, dy)],
     Clip: _clip,
     Masking: _masking,
+    StepMask: lambda node, flows, y, dy: [dy, np.zeros_like(flows[1].x)],
     Conv1D: _convolution,
     Pool1D: _pool,
     GlobalPool: _global_pool,
@@ -373,19 +398,21 @@ def gradient(
     entries = list(zip(network.names, network.nodes, network.wires, strict=True))
     with np.errstate(all="ignore"):  # NaN and inf pass through
         for name, node, sources in reversed(entries[: network.names.index(output) + 1]):
-            if isinstance(node, Embedding) or not found[name].any():
+            ends = _ends(name, node, found)
+            given = (one for one in (found[name], *(one for pair in ends for one in pair)) if one is not None)
+            if isinstance(node, Embedding) or not any(one.any() for one in given):
                 continue
             own, y = [flows[source] for source in sources], flows[name].x
             try:
                 if isinstance(node, Recurrent):
-                    back = _recurrent(node, records[name], own, y, found[name])
+                    back = _recurrent(node, records[name], own, found[name], ends)
                 elif isinstance(node, Bidirectional):
-                    back = _bidirectional(node, records[name], own, y, found[name])
+                    back = _bidirectional(node, records[name], own, found[name], ends)
                 else:
                     back = RULES[type(node)](node, own, y, found[name])
             except _UnsupportedError as why:
                 raise ValueError(f"gradient: {name} ({type(node).__name__}): {why} isn't supported") from None
-            for source, one in zip(sources, back, strict=True):
+            for source, one in zip(sources, back, strict=False):  # a state that the caller gave is none of the sources
                 if source in found:
                     found[source] = (found[source] + one).astype(found[source].dtype)
     return found

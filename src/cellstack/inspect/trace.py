@@ -477,8 +477,8 @@ def trace(
         raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
     if state is not None:  # it is the caller's, to write to afterwards
         given = network.as_inputs("Network", x)
-        states = as_states("Network", state, network.cells, len(next(iter(given.values()))))
-        state = tuple(type(one)(*map(np.array, one)) for one in states if one is not None)
+        states = as_states("Network", state, network.cells, len(next(iter(given.values()))), network.started)
+        state = tuple(None if one is None else type(one)(*map(np.array, one)) for one in states)
     recording = Recording(cells, _Arrays(in_memory).empty)
     y, after = network.run(x, state, **run, record=recording)
     found = NetworkTrace(network, y, after, lambda: _parts(network, names, recording, pre))
@@ -523,11 +523,13 @@ def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:
     aligned = {name for name, steps in lengths.items() if steps == first}
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
         turned = (isinstance(node, Recurrent) and node.go_backwards) or (isinstance(node, Select) and node.step < 0)
-        if turned or not aligned.issuperset(sources) or not graph.timed(name):
+        comes, starts = node.apart(sources)
+        if turned or not aligned.issuperset(comes) or not graph.timed(name):
             continue
+        begins = [graph.shapes[start] for start in starts]
         try:
             after = [
-                node.check(name, *((steps, *graph.shapes[source][1:]) for source in sources))[0] for steps in PROBES
+                node.check(name, *((steps, *graph.shapes[one][1:]) for one in comes), *begins)[0] for steps in PROBES
             ]
         except ShapeError:  # of a node that stands on a number of steps
             continue

@@ -5,7 +5,7 @@ from cellstack.nodes.dense import Dense
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.nodes.reduce import Reduce
 from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, Reshape, Select
-from cellstack.nodes.steps import Activation, Clip, Embedding, LayerNorm, Masking, Scale, Standardise
+from cellstack.nodes.steps import Activation, Clip, Embedding, LayerNorm, Masking, Scale, Standardise, StepMask
 from cellstack.nodes.time import Conv1D, GlobalPool, Pool1D
 
 NODES: dict[str, type[Node]] = {
@@ -21,6 +21,7 @@ NODES: dict[str, type[Node]] = {
         Clip,
         Embedding,
         Masking,
+        StepMask,
         Conv1D,
         Pool1D,
         GlobalPool,
@@ -62,4 +63,5 @@ __all__ = [
     "Scale",
     "Select",
     "Standardise",
+    "StepMask",
 ]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 CellState = State | HiddenState
+Value = TypeVar("Value")
 Shape = tuple[int | None, ...]
 """Lengths of the axes after the batch: `(T, W)` of a sequence, `(W,)` of a vector. None = not known beforehand."""
 
@@ -241,7 +242,7 @@ class Node:
         dtype: of its arrays; None = it has none.
         axes: how many axes beside the batch it takes and how many it returns; None = any, and twice None = it returns
             as many as it takes.
-        inputs: how many values it takes; None = two or more.
+        inputs: how many values it takes beside states to start from; None = two or more.
         shapes_only: it moves numbers without computing any, so that ids pass through it as they are.
         takes_ids: it looks its input up in a table: whole numbers, which keep their dtype.
         keeps_width: the last axis of what it returns is as long as that of what it takes.
@@ -272,6 +273,28 @@ class Node:
     arrays: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     settings: ClassVar[Types] = {}
     multiplied: ClassVar[tuple[str, ...]] = ()
+
+    # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def state_sizes(self) -> dict[str, int]:
+        """Widths of its cells' states by what a network calls them: `h`, `c`; where it has several cells, `0/h` and on.
+
+        Each may be a value of the network, `[B, H]`: what it is after the last step goes by the node's name, a slash
+        and this one. And a node may take values that they start from: all of them, in this order, after what it takes
+        else.
+        """
+        several = len(self.cells) > 1
+        return {
+            f"{number}/{part}" if several else part: size
+            for number, cell in enumerate(self.cells)
+            for part, size in cell.spec.state_sizes.items()
+        }
+
+    def apart(self, values: Sequence[Value]) -> tuple[Sequence[Value], Sequence[Value]]:
+        """Return what the node works on, of all that it takes, and what its states start from: nothing, or all."""
+        count = len(values) if self.inputs is None else self.inputs
+        return values[:count], values[count:]
 
     # ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -338,8 +361,13 @@ class Node:
             return mask
         return on.made() if mask is None else on.both(mask, on.made())
 
-    def kept(self, x: Array) -> NDArray[np.bool_]:
-        """Return which steps of `x` a node that `makes_mask` uses, `[B, T]`, or `[B]` of a frame."""
+    def kept(self, x: Array, *others: Array) -> NDArray[np.bool_]:
+        """Return which steps of `x` a node that `makes_mask` uses, `[B, T]`, or `[B]` of a frame.
+
+        Args:
+            x: what it takes.
+            others: what it takes besides.
+        """
         raise NotImplementedError
 
     def mask_of(self, flows: Sequence[Flow]) -> NDArray[np.bool_] | None:

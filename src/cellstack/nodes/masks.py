@@ -46,7 +46,7 @@ class ArrayMasks(Masks[NDArray[np.bool_]]):
         self.node, self.flows = node, flows
 
     def made(self) -> NDArray[np.bool_]:
-        return self.node.kept(self.flows[0].x)
+        return self.node.kept(*(flow.x for flow in self.flows))
 
     def both(self, one: NDArray[np.bool_], other: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return one & other

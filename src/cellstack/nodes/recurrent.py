@@ -24,6 +24,7 @@ from cellstack.nodes.base import (
     check_flag,
     hold,
     one_dtype,
+    shown,
 )
 from cellstack.spec import ARRAYS, STATES, CellSpec, ShapeError
 
@@ -348,7 +349,8 @@ class Recurrent(Node):
         return _summary(self.cells) + ways
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        steps, _ = super().check(owner, *shapes)
+        steps, _ = super().check(owner, shapes[0])
+        _check_starts(owner, self, shapes[1:])
         return (steps, self.units) if self.return_sequences else (self.units,)
 
     def forward(
@@ -467,7 +469,9 @@ class Recurrent(Node):
         patches: Sequence[CellPatches | None] = (),
     ) -> Flow:
         """See `Node.run`, and for `record` and `patches` `forward`."""
-        (flow,) = flows
+        flow = flows[0]
+        if len(flows) > 1:
+            states = _started(self, flows[1:])
         y, ends = self.forward(flow, states, threads, record, patches)
         after = tuple(ends)
         if not self.return_sequences:
@@ -478,7 +482,7 @@ class Recurrent(Node):
         return Flow(y[:, ::-1], self.mask_of(flows), None if reset is None else reset[:, ::-1], after)
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        (mask,) = masks
+        mask = masks[0]
         if mask is None or not self.return_sequences:
             return None
         return on.cut(mask, slice(None, None, -1)) if self.go_backwards else mask
@@ -508,6 +512,23 @@ class Recurrent(Node):
         calls, cells = len(self.parts), len(self.cells)
         count = "one call" if calls == 1 else f"{calls} calls, NumPy's sums between them,"
         return count if cells == 1 else f"{count} for the stack of {cells} cells"
+
+
+def _check_starts(owner: str, node: Node, shapes: Sequence[Shape]) -> None:
+    """Raise `ShapeError` unless what a node's states start from is a vector a row for each of them, or nothing."""
+    sizes = node.state_sizes
+    if shapes and len(shapes) != len(sizes):
+        raise ShapeError(f"{owner}: expected {len(sizes)} states to start from, {', '.join(sizes)}, got {len(shapes)}")
+    for (part, size), shape in zip(sizes.items(), shapes, strict=False):
+        if len(shape) != 1 or shape[0] not in (None, size):
+            raise ShapeError(f"{owner}: expected {part} [B, {size}] to start from, got {shown(shape)} from before it")
+
+
+def _started(node: Node, starts: Sequence[Flow]) -> tuple[CellState, ...]:
+    """Return the states that flow into a node, one a cell."""
+    arrays = iter([np.ascontiguousarray(start.x) for start in starts])
+    specs = [cell.spec for cell in node.cells]
+    return tuple(STATES[spec.kind](*(next(arrays) for _ in spec.state_sizes)) for spec in specs)
 
 
 def _pair(state: CellState | None) -> tuple[Array | None, Array | None]:
@@ -580,7 +601,8 @@ class Bidirectional(Node):
         return f"{self.forward.summary} and back, {self.merge_mode}"
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        steps, _ = super().check(owner, *shapes)
+        steps, _ = super().check(owner, shapes[0])
+        _check_starts(owner, self, shapes[1:])
         units = self.forward.units + (self.backward.units if self.merge_mode == "concat" else 0)
         return (steps, units) if self.forward.return_sequences else (units,)
 
@@ -593,7 +615,9 @@ class Bidirectional(Node):
         patches: Sequence[CellPatches | None] = (),
     ) -> Flow:
         """See `Recurrent.run`; the forward half is recorded first."""
-        (flow,) = flows
+        flow = flows[0]
+        if len(flows) > 1:
+            states = _started(self, flows[1:])
         half = len(self.forward.cells)
         ahead, after = self.forward.forward(flow, states[:half], threads, record, patches[:half])
         back, after_back = self.backward.forward(flow, states[half:], threads, record, patches[half:])

@@ -13,6 +13,8 @@ from cellstack.nodes.base import (
     Array,
     CellState,
     Flow,
+    FrameRule,
+    Node,
     Shape,
     Stepwise,
     activation_function,
@@ -322,7 +324,7 @@ class Embedding(Stepwise):
         ids = self.ids(flow.x if flow.mask is None else np.where(flow.mask, flow.x, 0))
         return flow._replace(x=self.table[ids], mask=self.mask_of(flows))
 
-    def kept(self, x: Array) -> NDArray[np.bool_]:
+    def kept(self, x: Array, *others: Array) -> NDArray[np.bool_]:
         return x != 0
 
     @property
@@ -333,6 +335,47 @@ class Embedding(Stepwise):
     @property
     def summary(self) -> str:
         return f"{self.table.shape[0]:,} ids{', 0 is masked' if self.mask_zero else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class StepMask(Node):
+    """Leaves out the steps of a sequence `x [B, T, W]` whose flag, of a second value `[B, T]`, is 0: a mask goes on.
+
+    The numbers of the steps stay as they are.
+
+    >>> StepMask().kept(np.ones((1, 3, 2)), np.array([[1.0, 1.0, 0.0]]))
+    array([[ True,  True, False]])
+    """
+
+    file_type = "step_mask"
+    inputs = 2
+    axes = (None, 2)
+    makes_mask = True
+    checks_late = True
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        x, flags = shapes
+        if len(x) != 2 or len(flags) != 1 or (None not in (x[0], flags[0]) and x[0] != flags[0]):
+            raise ShapeError(
+                f"{owner}: StepMask expected a sequence [B, T, W] and its flags [B, T], "
+                f"got {shown(x)} and {shown(flags)}"
+            )
+        return (flags[0] if x[0] is None else x[0], x[1])
+
+    def kept(self, x: Array, *others: Array) -> NDArray[np.bool_]:
+        return others[0] != 0
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        return Flow(flows[0].x, self.mask_of(flows), flows[0].reset)
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        return FrameRule(
+            "it takes the flags of a whole sequence, which a stream doesn't have: leave out what is padding"
+        )
+
+    @property
+    def summary(self) -> str:
+        return "steps whose flag is 0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,7 +402,7 @@ class Masking(Stepwise):
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", check_number("Masking", "value", self.value))
 
-    def kept(self, x: Array) -> NDArray[np.bool_]:
+    def kept(self, x: Array, *others: Array) -> NDArray[np.bool_]:
         return (x != x.dtype.type(self.value)).any(axis=-1)
 
     def apply(self, x: Array) -> Array:

@@ -81,6 +81,9 @@ class Engine:
                 if node.takes_ids and self._keeping:
                     self._checks.append((sources[0], run))
                 places[last] = self._add(run, on)
+            for label, _, _ in chain:
+                for state in network.graph.states[network.names.index(label)]:
+                    places[state.value] = places[last]  # what the node answers: the others are refused
         self._outputs = tuple(places[name] for name in network.outputs)
         self._late = any(network.graph.late)  # widths that only a call brings
         plain = len(network.inputs) == 1 and network.input_size is not None and not self._late

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cellstack.graph import origin
 from cellstack.nodes import Dense, Recurrent
 from cellstack.nodes.masks import NamedMasks
 
 if TYPE_CHECKING:
+    from cellstack.graph import State
     from cellstack.network import Network
     from cellstack.nodes.base import Array, FrameRule, Node
     from cellstack.streaming.parts import Rows, Run
@@ -27,13 +29,20 @@ def beyond(node: Any) -> Callable[[Array], Array] | None:
     return node.beyond if isinstance(node, Dense) else None
 
 
+def answers_with(node: Any, state: State) -> bool:
+    """Return whether a state is what the node itself answers after every frame: the h of its last cell."""
+    plain = type(node) is Recurrent and state.cell == len(node.cells) - 1 and not node.parts[-1][1]
+    return plain and state.part == "h"
+
+
 def together(network: Network) -> list[list[tuple[str, Node, tuple[str, ...]]]]:
     """Return the nodes in their order, with names and sources; those that one call of the kernel can run, together.
 
     These are cells with the dense layers below, between and above them, where each value but the last goes nowhere else
     than to the next of them.
     """
-    used = Counter((*network.outputs, *(source for sources in network.wires for source in sources)))
+    taken = (*network.outputs, *(source for sources in network.wires for source in sources))
+    used = Counter(map(origin, taken))  # what a node answers and its state are one value, frame by frame
     chains: list[list[tuple[str, Node, tuple[str, ...]]]] = []
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
         if chains and stacks(node) and sources == (chains[-1][-1][0],) and used[sources[0]] == 1:
@@ -62,6 +71,7 @@ def check_widths(network: Network, arrays: dict[str, Array]) -> None:
         name: network.shapes[name] if name in ids else (*network.shapes[name][:-1], array.shape[-1])
         for name, array in arrays.items()
     }
+    shapes |= {state.value: network.shapes[state.value] for states in network.graph.states for state in states}
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
         shapes[name] = node.check(name, *(shapes[source] for source in sources))
 
@@ -103,10 +113,14 @@ def frame_rules(network: Network) -> list[FrameRule]:
 
 def answers_framewise(owner: str, network: Network) -> frozenset[str]:
     """Raise `ValueError` where the network can't answer after every frame; return the nodes whose mask matters."""
+    nodes = list(zip(network.names, network.nodes, network.wires, strict=True))
+    begun = {start: name for name, node, sources in nodes for start in node.apart(sources)[1]}
     for name in network.inputs:
         if not network.graph.timed(name):
-            shape = network.graph.shown(name)
-            raise ValueError(f"{owner}: expected inputs of a frame a step, got {name} {shape}: it has no time")
+            shape, more = network.graph.shown(name), ""
+            if name in begun:
+                more = f", and {begun[name]} starts from it: run the network, a step at a time where one step needs another"
+            raise ValueError(f"{owner}: expected inputs of a frame a step, got {name} {shape}: it has no time{more}")
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)  # the nodes whose mask is on a value
     heeded: set[str] = set()
     moved: str | None = None  # a node that keeps something from frame to frame
@@ -119,9 +133,17 @@ def answers_framewise(owner: str, network: Network) -> frozenset[str]:
             why = "it takes a vector of ids that the network makes, and answers with a sequence"
         if why is None and moved and node.makes_mask and not node.takes_ids:
             why = f"it may mask a frame after {moved} has moved on"
+        if why is None and node.apart(sources)[1]:
+            why = (
+                f"it starts from {', '.join(node.apart(sources)[1])}, and a stream's cells go on from their own state: "
+                "run the network, a step at a time where one step needs another"
+            )
+        for state in network.graph.states[len(masks) - len(network.inputs)]:
+            if why is None and not answers_with(node, state):
+                why = f"it hands on its state {state.value}, which a stream has after a chunk, not after every frame"
         if why is not None:
             raise ValueError(f"{owner}: expected nodes that can answer after every frame, got {name}: {why}")
-        on = [masks[source] for source in sources]
+        on = [masks.get(source) for source in sources]  # a state has none
         if node.heeds_mask:
             heeded.update(*(mask for mask in on if mask))
         masks[name] = node.mask_after(on, len(network.shapes[sources[0]]), NamedMasks(name))

@@ -326,9 +326,6 @@ def test_everything_that_cannot_be_run_is_named(tmp_path):
 
 
 REFUSED = {
-    "an initial state": lambda i: L.LSTM(3)(i, initial_state=[L.Dense(3)(i[:, 0]), L.Dense(3)(i[:, 1])]),
-    "a cell's state": lambda i: L.LSTM(3, return_state=True, name="states")(i)[2],
-    "a state of merged halves": lambda i: L.Bidirectional(L.LSTM(3, return_state=True), merge_mode="sum")(i)[1],
     "an attention": lambda i: L.Attention()([i, i]),
     "channels first": lambda i: L.Conv1D(3, 2, data_format="channels_first")(i),
     "a recurrent activation": lambda i: L.LSTM(3, recurrent_activation="gelu")(i),

@@ -127,8 +127,9 @@ def returned(build: LayerBuilder, node: Node, value: Value, masked: bool) -> lis
     """
     layer = build.layer
     if isinstance(node, Recurrent):
-        return [value, *(_states(build, node, lambda: value, masked, 0) if layer.flag("return_state") else [])]
+        return [value, *(_states(build, node, value, lambda: value, masked, 0) if layer.flag("return_state") else [])]
     assert isinstance(node, Bidirectional)
+    whole = value
     units = node.forward.units
 
     def half(taken: slice) -> Value:
@@ -140,25 +141,46 @@ def returned(build: LayerBuilder, node: Node, value: Value, masked: bool) -> lis
     outputs = halves if layer.config.get("merge_mode", "concat") is None else [value]
     if not layer.within(layer.config.get("layer"), "layer").flag("return_state"):
         return [*outputs]
-    ahead = _states(build, node.forward, halves[0], masked, 0)
-    return [*outputs, *ahead, *_states(build, node.backward, halves[1], masked, 1)]
+    ahead = _states(build, node.forward, whole, halves[0], masked, 0)
+    return [*outputs, *ahead, *_states(build, node.backward, whole, halves[1], masked, 1)]
 
 
-def _states(build: LayerBuilder, node: Recurrent, last: Pending, masked: bool, step: int) -> list[Pending]:
-    """Return the states of a layer whose output's last step, in the order of work, is h; a node hands no c on."""
+def _states(
+    build: LayerBuilder, node: Recurrent, whole: Value, last: Pending, masked: bool, way: int
+) -> list[Value | Pending]:
+    """Return the states of a layer, cell by cell.
+
+    The top cell's h is the last step, in the order of work, of what the layer returns, where that is known: such a
+    value is there after every frame of a stream.
+
+    Args:
+        build: of the layer.
+        node: the layer's, or one half of it.
+        whole: what the layer's node returns.
+        last: what this node returns.
+        masked: whether what it takes has a mask.
+        way: 0 of the half that runs forwards, 1 of the other.
+    """
+    wires = build.builder.states[whole.wire]
+    count = len(node.state_sizes)
+    own = wires[:count] if way == 0 else wires[-count:]
+    states = [Value(wire, state=wire) for wire in own]
+    top = len(states) - len(node.cells[-1].spec.state_sizes)
+    merged = build.layer.kind == "Bidirectional" and build.layer.config.get("merge_mode", "concat") not in (
+        "concat",
+        None,
+    )
 
     def h() -> Value:
-        if masked and node.zero_output_for_mask:
-            raise build.layer.refuse("its state after masked steps isn't what it returns")
         if not node.return_sequences:
-            return last()
-        if step == 0:
-            return build.add(GlobalPool("last"), last())
-        return build.squeeze(build.select(last(), 1, slice(0, 1)), 1)
+            found = last()
+        elif way == 0:
+            found = build.add(GlobalPool("last"), last())
+        else:
+            found = build.squeeze(build.select(last(), 1, slice(0, 1)), 1)
+        return found._replace(state=own[top])
 
-    def c() -> Value:
-        raise build.layer.refuse("expected its output or h to be taken, found a cell's state c, which a node keeps")
-
-    if len(node.cells) != 1:
-        return []
-    return [h, c] if node.cells[0].spec.kind == "lstm" else [h]
+    started = len(build.builder.sources[whole.wire]) > 1  # then no stream can have it
+    if merged or started or (masked and node.zero_output_for_mask):
+        return [*states]
+    return [*states[:top], h, *states[top + 1 :]]

@@ -7,6 +7,7 @@ with a `keras_history`. Both become `Call`s here, and nothing after this module 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,6 +42,11 @@ class Call(NamedTuple):
     named: tuple[tuple[str, Ref], ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
     arguments: tuple[Any, ...] = ()
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """All tensors that it takes."""
+        return (*self.inputs, *(ref for _, ref in self.named))
 
 
 @dataclass
@@ -263,7 +269,7 @@ def _call(where: str, node: Any) -> Call:
         inputs: list[Ref] = []
         others: list[Any] = []
         for value in args:
-            for one in value if isinstance(value, list) and any(map(_is_tensor, value)) else [value]:
+            for one in _flat(value) if any(map(_is_tensor, _flat(value))) else [value]:
                 if _is_tensor(one):
                     inputs.append(_history(where, one))
                 else:
@@ -271,7 +277,7 @@ def _call(where: str, node: Any) -> Call:
         arguments = tuple(_placed(where, value, 0) for value in args)
         named, settings = [], []
         for name, value in kwargs.items():
-            tensors = [one for one in (value if isinstance(value, list) else [value]) if _is_tensor(one)]
+            tensors = [one for one in _flat(value) if _is_tensor(one)]
             named += [(name, _history(where, one)) for one in tensors]
             if not tensors:
                 settings.append((name, value))
@@ -304,6 +310,15 @@ def _placed(where: str, value: Any, depth: int) -> Any:
             raise FormatError(f"{where}: expected lists at most {DEEPEST} deep in each other, found more")
         return [_placed(where, one, depth + 1) for one in value]
     return _history(where, value) if _is_tensor(value) else value
+
+
+def _flat(value: Any, depth: int = 0) -> Iterator[Any]:
+    """Give what a value is, or what stands in its lists: states of stacked cells are lists of lists."""
+    if isinstance(value, list) and depth < DEEPEST:
+        for one in value:
+            yield from _flat(one, depth + 1)
+    else:
+        yield value
 
 
 def _is_tensor(value: Any) -> bool:

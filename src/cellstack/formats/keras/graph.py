@@ -19,7 +19,7 @@ from cellstack.formats.keras.layers import MERGES, NOTHING
 from cellstack.formats.keras.operations import either, operate
 from cellstack.formats.keras.weights import Built
 from cellstack.network import Network
-from cellstack.nodes import Masking, Merge, Node, Recurrent, Select
+from cellstack.nodes import Masking, Merge, Node, Recurrent, Select, StepMask
 from cellstack.nodes.base import MOST, MOST_AXES, Shape
 from cellstack.spec import FormatError
 
@@ -80,10 +80,11 @@ class Reader:
         for layer in model.layers:
             if layer.name not in inputs:
                 calls += [(layer, number, call) for number, call in enumerate(layer.calls)]
+        first = _first_calls(model)
         missing = []
         waiting: dict[tuple[str, int], list[int]] = {}
         for number, (_, _, call) in enumerate(calls):
-            sources = {ref[:2] for ref in (*call.inputs, *(ref for _, ref in call.named))} - values.keys()
+            sources = {ref[:2] for ref in call.refs} - values.keys()
             missing.append(len(sources))
             for source in sources:
                 waiting.setdefault(source, []).append(number)
@@ -91,6 +92,7 @@ class Reader:
                 heapq.heappush(ready, number)
         while ready:
             layer, number, call = calls[heapq.heappop(ready)]
+            number += first.get(layer.name, 0)
             values[layer.name, number] = self._call(layer, call, values, scope, framed)
             for one in waiting.get((layer.name, number), ()):
                 missing[one] -= 1
@@ -108,8 +110,7 @@ class Reader:
         if found is None:
             raise FormatError(f"{where}: expected a tensor that a layer returns, found {list(ref)}")
         if ref.tensor >= len(found):
-            what = f"value {ref.tensor} of layer {short(ref.layer)}, such as a state"
-            self._problem(f"{where}: takes {what}, which a node doesn't hand on")
+            self._problem(f"{where}: takes value {ref.tensor} of layer {short(ref.layer)}, which returns {len(found)}")
             return None
         value = found[ref.tensor]
         if value is None or isinstance(value, Value):
@@ -125,7 +126,7 @@ class Reader:
         return made
 
     def _call(self, layer: Layer, call: Call, values: Values, scope: str, framed: bool) -> list[Value | Pending | None]:
-        refs = dict.fromkeys([*call.inputs, *(ref for _, ref in call.named)])
+        refs = dict.fromkeys(call.refs)
         known = {ref: self._tensor(values, ref, layer.where) for ref in refs}
         count = 1 if layer.model is None else len(layer.model.outputs)
         outputs: list[Value | Pending | None] = [None] * count
@@ -143,10 +144,18 @@ class Reader:
                 if framed:
                     raise layer.refuse("an operation within a TimeDistributed isn't supported")
                 return [*operate(self._of(layer, name), call, there.__getitem__)]
-            self._check_call(layer, call, inputs, named)
+            starts: list[Value] = []
+            if layer.kind in RECURRENT:
+                starts = [*inputs[1:], *(value for at, value in named if at == "initial_state")]
+                inputs, named = inputs[:1], [(at, value) for at, value in named if at != "initial_state"]
+            inputs = self._check_call(layer, call, inputs, named, name)
             if layer.model is not None:
                 return [*self._inside(layer.model, layer, f"{name}.", inputs, framed)]
-            return self._frames(layer, inputs, name) if framed else self._apply(layer, inputs, name)
+            if framed:
+                if starts:
+                    raise layer.refuse("states to start from at every step of a sequence aren't supported")
+                return self._frames(layer, inputs, name)
+            return self._apply(layer, inputs, starts, name, {at for at, _ in named})
         except TooMuchError:
             raise
         except FormatError as error:
@@ -174,14 +183,24 @@ class Reader:
     def _problem(self, text: str) -> None:
         self.builder.refuse(text.removeprefix(f"{self.built.path}: "))
 
-    def _check_call(self, layer: Layer, call: Call, inputs: list[Value], named: list[tuple[str, Value]]) -> None:
-        for name, value in named:
-            if name != "mask":
-                raise layer.refuse(f"{name} comes from another layer, which a node doesn't take")
-            if len(inputs) != 1 or value.flag is None or value.flag != inputs[0].mask:
-                raise layer.refuse("expected the mask that its sequence brings along, found another")
-        odd = [name for name, value in call.settings if value is not None and name not in ("training", "mask")]
-        odd += [name for name, value in call.settings if value is not None and name == "mask"]
+    def _check_call(
+        self, layer: Layer, call: Call, inputs: list[Value], named: list[tuple[str, Value]], name: str
+    ) -> list[Value]:
+        """Return what a layer takes, with the mask that it is given; a `FormatError` for a call that nodes can't be."""
+        for keyword, value in named:
+            if keyword != "mask":
+                raise layer.refuse(f"{keyword} comes from another layer, which a node doesn't take")
+            if len(inputs) == 1 and value.flag is None and value.wire in self.builder.inputs:
+                known = inputs[0].mask == ("given", value.wire)  # as Keras 3 lists the mask that goes along too
+                inputs = [inputs[0] if known else self._masked(layer, inputs[0], value, name)]
+            elif len(inputs) != 1 or value.flag is None or value.flag != _own(inputs[0].mask):
+                raise layer.refuse("expected the mask that its sequence brings along or an input, found another")
+        settings = [name for name, value in call.settings if value is not None]
+        odd = [name for name in settings if name not in ("training", "mask")]
+        masks = (value for name, value in call.settings if name == "mask")
+        odd += [
+            "mask" for value in masks if any(one is not None for one in (value if isinstance(value, list) else [value]))
+        ]
         odd += [short(value) for value in call.others if value is not None]
         if odd:
             raise layer.refuse(f"expected a call with tensors alone, found {', '.join(odd)}")
@@ -190,9 +209,18 @@ class Reader:
         if any(value.flag is not None for value in inputs):
             raise layer.refuse("expected numbers, found a mask")
         if layer.model is None and layer.kind not in MANY and len(inputs) != 1:
-            raise layer.refuse(f"expected one tensor, found {len(inputs)}: an initial state from the graph isn't taken")
+            raise layer.refuse(f"expected one tensor, found {len(inputs)}")
+        return inputs
 
-    def _apply(self, layer: Layer, inputs: list[Value], name: str) -> list[Value | Pending | None]:
+    def _masked(self, layer: Layer, value: Value, flags: Value, name: str) -> Value:
+        """Return a sequence with a mask that is an input of the model, in the place of the mask that it has."""
+        build = self._of(layer, f"{name}.masked")
+        return build.add(StepMask(), build.bare(value), flags)._replace(mask=("given", flags.wire))
+
+    def _apply(
+        self, layer: Layer, inputs: list[Value], starts: list[Value], name: str, given: set[str]
+    ) -> list[Value | Pending | None]:
+        """Return what a layer makes of `inputs`; `starts` are states to start from, `given` its arguments by name."""
         value = inputs[0]
         if layer.inner is not None:
             inner = layer.inner
@@ -203,6 +231,15 @@ class Reader:
                 raise FormatError(why)
             return self._frames(inner, inputs, name)
         nodes, build = self.built.nodes[id(layer)], self._of(layer, name)
+        passed = None
+        if starts and self.major >= 3 and value.mask is not None and "mask" not in given:
+            # Keras 3 leaves the mask of a sequence out where states are given, and hands it on past the layer.
+            passed = ("passed", _own(value.mask))
+            value = build.bare(value)
+        elif value.mask is not None and value.mask[0] == "passed" and any(node.heeds_mask for node in nodes):
+            raise layer.refuse(
+                "takes a mask that Keras hands on past a layer with an initial state, which leaves it out"
+            )
         if layer.kind == "Softmax" and value.mask is not None:
             raise layer.refuse("a softmax over masked features isn't supported")
         if layer.kind == "GlobalMaxPooling1D" and value.mask is not None:  # Keras takes the greatest of all steps
@@ -218,7 +255,10 @@ class Reader:
             # Keras forgets the mask of what it crops; a Masking's mask takes the place of the one before.
             taken = [build.bare(value)] if isinstance(node, (Masking, Select)) else values
             mask = self._mask(layer, node, taken, values[0].wire)
-            value = build.add(node, *taken)._replace(mask=mask)
+            if starts and len(starts) != len(node.state_sizes):
+                raise layer.refuse(f"expected {len(node.state_sizes)} states to start from, found {len(starts)}")
+            begun = [Value(start.start) for start in starts]
+            value = build.add(node, *taken, *begun)._replace(mask=mask or passed)
         if layer.kind in RECURRENT:
             return [*returned(build, nodes[0], value, masked)]
         return [value]
@@ -243,6 +283,25 @@ class Reader:
         if isinstance(node, Recurrent) and masked and node.go_backwards and node.return_sequences:
             raise layer.refuse("returns a masked sequence backwards, while Keras leaves the mask as it was")
         return node.mask_after(masks, axes, _MaskKeys(node, wire, self.followed))
+
+
+def _first_calls(model: Model) -> dict[str, int]:
+    """Return by which number the first call of each model within goes, where that isn't 0.
+
+    Some versions of Keras count from 1: a functional model has a call of its own, from its inputs to its outputs.
+    """
+    refs = [*model.outputs, *(ref for layer in model.layers for call in layer.calls for ref in call.refs)]
+    within = {layer.name for layer in model.layers if layer.model is not None and layer.model.kind != "Sequential"}
+    least: dict[str, int] = {}
+    for ref in refs:
+        if ref.layer in within:
+            least[ref.layer] = min(ref.call, least.get(ref.layer, ref.call))
+    return {name: number for name, number in least.items() if number == 1}
+
+
+def _own(mask: Any) -> Any:
+    """Return a mask without the note that a layer has left it out and handed it on."""
+    return mask[1] if mask is not None and mask[0] == "passed" else mask
 
 
 class _MaskKeys:

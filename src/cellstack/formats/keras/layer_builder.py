@@ -34,7 +34,7 @@ PIECE = 32  # how many numbers a piece of a split is counted as
 
 
 class Value(NamedTuple):
-    """A tensor: what returns it; the mask that goes with it; and, where it is itself a mask, which one.
+    """A tensor: what returns it; its mask; where it is itself a mask, which one; where it is a state, which.
 
     Masks are compared by how they come about: `("ne", wire, number)` says where a value differs from a number,
     `("any", …)` that one of its features does, `("or", …)` that one of several masks keeps a step, `("time", n)` that
@@ -45,6 +45,12 @@ class Value(NamedTuple):
     wire: str
     mask: Any = None
     flag: Any = None
+    state: str = ""  # the wire of a cell's state after the last step, where it is one: cells start from that
+
+    @property
+    def start(self) -> str:
+        """The wire from which a cell starts that starts from this."""
+        return self.state or self.wire
 
 
 Pending = Callable[[], Value]  # a tensor whose nodes are put in once something takes it, or that can't be taken

@@ -11,7 +11,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from cellstack.formats.keras.cells import MORE, PLAIN
 from cellstack.formats.keras.config import layer_of, numbered
 from cellstack.formats.keras.files import MEMBERS
 from cellstack.formats.keras.layers import MERGES, slots
+from cellstack.graph import state_of
 from cellstack.nodes import (
     Activation,
     Bidirectional,
@@ -59,6 +60,21 @@ NAMED = (*PLAIN, *MORE.values())  # of layers beside cells
 OPERATIONS = {"Clip": "numpy", "Sum": "numpy", "Mean": "numpy", "Max": "numpy", "Min": "numpy", "Gelu": "nn"}
 """Functions that a model lists among its layers, and where Keras has them: HDF5 can't hold them."""
 Entry = tuple[str, str, dict[str, Any], list[Array]]  # a layer's class, name, settings and weights
+Tensor = tuple[str, int]  # the layer that returns it, and which of what that returns
+
+
+class Feeds(NamedTuple):
+    """What a layer takes: its inputs, and states to start from, nested where it is a stack of cells."""
+
+    inputs: list[Tensor]
+    starts: list[Any]
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that return what it takes."""
+        return [name for name, _ in (*self.inputs, *_flat(self.starts))]
+
+
 Written = tuple[str, dict[str, Any], list[Array]]  # the same without a name
 Layers = Iterator[Written]
 
@@ -82,7 +98,7 @@ def write(network: Network, path: str) -> None:
     zipped = PurePath(path).suffix.lower() == ".keras"
     entries, wires, outputs = _entries(network, zipped)
     inputs = [entry[1] for entry in entries if entry[0] == "InputLayer"]
-    order = _order([entry[1] for entry in entries], wires, outputs)
+    order = _order([entry[1] for entry in entries], [feeds.layers for feeds in wires], [name for name, _ in outputs])
     entries, wires = [entries[number] for number in order], [wires[number] for number in order]
     config = _config(network, entries, wires, inputs, outputs)
     content = _zipped(config, entries) if zipped else _legacy(config, entries)
@@ -90,8 +106,16 @@ def write(network: Network, path: str) -> None:
         file.write(content)
 
 
-def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list[str]], list[str]]:
-    """Return the layers, what each takes, and the layers whose values are the answer.
+def _flat(starts: list[Any]) -> Iterator[Tensor]:
+    for one in starts:
+        if isinstance(one, list):
+            yield from _flat(one)
+        else:
+            yield one
+
+
+def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[Feeds], list[Tensor]]:
+    """Return the layers, what each takes, and the tensors that are the answer.
 
     Args:
         network: what to write.
@@ -99,25 +123,31 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list
     """
     dtype, problems = str(network.dtype), []
     entries: list[Entry] = []
-    wires: list[list[str]] = []
+    wires: list[Feeds] = []
     free = Names(mark="_")  # torch, under Keras, takes no name with a dot in it
-    last = {name: free.fresh(name.replace(".", "_")) for name in (*network.inputs, *network.names)}
+    last = {name: (free.fresh(name.replace(".", "_")), 0) for name in (*network.inputs, *network.names)}
     for name in network.inputs:
         shape = [None, *network.shapes[name]]
         kind = "int32" if name in network.graph.ids else dtype
         if shape[-1] is None and name not in network.graph.ids:
             problems.append(f"input {name}: of any width")
         entries.append(
-            ("InputLayer", last[name], {"batch_shape": shape, "dtype": kind, "sparse": False, "ragged": False}, [])
+            ("InputLayer", last[name][0], {"batch_shape": shape, "dtype": kind, "sparse": False, "ragged": False}, [])
         )
-        wires.append([])
+        wires.append(Feeds([], []))
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)
-    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
-        before, axes = [masks[source] for source in sources], len(network.shapes[sources[0]])
+    graph = network.graph
+    for name, node, wired, handed in zip(network.names, network.nodes, network.wires, graph.states, strict=True):
+        sources, starts = node.apart(wired)
+        before, axes = [masks.get(source) for source in sources], len(network.shapes[sources[0]])
         masks[name] = node.mask_after(before, axes, NamedMasks())  # names of the layers at which Keras drops them
         problems += _mask_problems(name, node, before, axes)
+        if starts and before[0] is not None:
+            problems.append(f"{name}: a masked sequence with states to start from, where Keras leaves the mask out")
         try:
             layers = _layers(node)
+            if handed:
+                layers = [_with_states(*layer) for layer in layers]
         except _RefusedError as error:
             problems.append(f"{name}: {error}")
             continue
@@ -128,15 +158,37 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[list
                 problems.append(f"{name}: {kind} of {network.graph.shown(sources[0])}, which takes sequences [B, T, W]")
             if (kind in OPERATIONS or kind == "Cropping1D") and masks[name] is not None:
                 masks[name] = (masks[name] or frozenset()) | {name}
-        feeds = [last[source] for source in sources]
+        feeds = Feeds([last[source] for source in sources], _nested(node, [last[start] for start in starts]))
         for number, (kind, settings, arrays) in enumerate(layers):
-            own = free.fresh(f"{last[name]}_activation") if number else last[name]
+            own = free.fresh(f"{last[name][0]}_activation") if number else last[name][0]
             entries.append((kind, own, {"dtype": dtype, **settings}, arrays))
             wires.append(feeds)
-            feeds, last[name] = [own], own
+            last[name] = own, 0
+            feeds = Feeds([last[name]], [])
+        places = {state_of(name, state): 1 + place for place, state in enumerate(node.state_sizes)}
+        last |= {state.value: (last[name][0], places[state.value]) for state in handed}
     if problems:
         raise ValueError(f"save: expected nodes that Keras has layers for, got {'; '.join(problems)}")
     return entries, wires, [last[name] for name in network.outputs]
+
+
+def _with_states(kind: str, settings: dict[str, Any], arrays: list[Array]) -> Written:
+    """Return a recurrent layer that returns its states too."""
+    if kind != "Bidirectional":
+        return kind, {**settings, "return_state": True}, arrays
+    halves = {}
+    for key in ("layer", "backward_layer"):
+        entry = settings[key]
+        halves[key] = {**entry, "config": {**entry["config"], "return_state": True}}
+    return kind, {**settings, **halves}, arrays
+
+
+def _nested(node: Node, starts: list[Tensor]) -> list[Any]:
+    """Return states to start from as Keras takes them: a list for each cell of a stack of several."""
+    if not starts or not isinstance(node, Recurrent) or len(node.cells) == 1:
+        return starts
+    left = iter(starts)
+    return [[next(left) for _ in cell.spec.state_sizes] for cell in node.cells]
 
 
 def _order(names: list[str], wires: list[list[str]], outputs: list[str]) -> list[int]:
@@ -409,21 +461,25 @@ def _entry(kind: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(
-    network: Network, entries: list[Entry], wires: list[list[str]], inputs: list[str], outputs: list[str]
+    network: Network, entries: list[Entry], wires: list[Feeds], inputs: list[str], outputs: list[Tensor]
 ) -> dict[str, Any]:
     """Return the description of the model as Keras 3 writes it."""
     dtype, layers = str(network.dtype), []
-    for (kind, name, settings, _), sources in zip(entries, wires, strict=True):
-        tensors = [
-            {"class_name": "__keras_tensor__", "config": {"shape": [], "dtype": dtype, "keras_history": [source, 0, 0]}}
-            for source in sources
-        ]
-        args = [tensors] if kind in MERGE_LAYERS.values() else tensors
-        calls = [{"args": args, "kwargs": {}}] if sources else []
+
+    def tensor(one: Any) -> Any:
+        if isinstance(one, list):
+            return [tensor(inner) for inner in one]
+        history = [one[0], 0, one[1]]
+        return {"class_name": "__keras_tensor__", "config": {"shape": [], "dtype": dtype, "keras_history": history}}
+
+    for (kind, name, settings, _), (sources, starts) in zip(entries, wires, strict=True):
+        args = [tensor(sources)] if kind in MERGE_LAYERS.values() else tensor(sources)
+        kwargs = {"initial_state": tensor(starts)} if starts else {}
+        calls = [{"args": args, "kwargs": kwargs}] if sources else []
         layers.append({**_entry(kind, name, settings), "name": name, "inbound_nodes": calls})
     ends = {
         "input_layers": [[name, 0, 0] for name in inputs],
-        "output_layers": [[name, 0, 0] for name in outputs],
+        "output_layers": [[name, 0, place] for name, place in outputs],
     }
     for key, refs in ends.items():
         ends[key] = refs[0] if len(refs) == 1 else refs

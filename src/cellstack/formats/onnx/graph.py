@@ -14,9 +14,21 @@ from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
-from cellstack.formats.onnx.values import Final, Flowing, Initial, Lengths, Moment, Run, States, Symbols, Unknown
+from cellstack.formats.onnx.values import (
+    Final,
+    Flowing,
+    Initial,
+    Lengths,
+    Moment,
+    Run,
+    States,
+    Symbols,
+    Unknown,
+    Vector,
+)
 from cellstack.formats.onnx.written_out.scans import is_scan
 from cellstack.formats.simplify import Draft
+from cellstack.graph import STATE, origin, state_of
 from cellstack.network import Network
 from cellstack.nodes import GlobalPool, Merge, Node, Permute, Reduce, Reshape, Select
 from cellstack.nodes.base import Shape
@@ -156,15 +168,17 @@ class Reader:
             raise Refused(f"takes the input {short(refs[0].name)}, which holds states to start from")
         if not refs:
             raise Refused("expected states, found none")
-        if any(ref.part != "h" for ref in refs):
-            raise Refused("a Network's nodes can't take an LSTM's c, which is a state")
         if len(refs) > 2:
             raise Refused(f"expected the states of one operator, found {len(refs)}")
+        if ends.computed:
+            raise Refused("expected states, found them beside what the graph computes, which no one value holds")
         run = self.runs[refs[0].operator]
         sizes = iter(ends.refs.shape)
         axes = tuple(axis if axis != "S" else "D" if next(sizes) == 2 else "1" for axis in ends.axes)
         if len(refs) == 1:
             return replace(self._end(refs[0]), axes=axes)
+        if any(ref.part != "h" for ref in refs):
+            return self.put(f"{run.in_order}.states", Merge("concat"), *map(self.state, refs), axes=axes)
         if not run.sequences and refs == [Final(refs[0].operator, way, "h") for way in range(len(run.cells))]:
             return Flowing(run.in_order, axes, self.shape(run.in_order))
         first, second = (self._end(ref) for ref in refs)
@@ -172,9 +186,19 @@ class Reader:
             raise Refused("expected states of one width")
         return self.put(f"{run.in_order}.states", Merge("concat"), first, second, axes=axes)
 
-    def _end(self, ref: Final) -> Flowing:
-        """Return an h after the last step."""
+    def state(self, ref: Final | Vector) -> Flowing:
+        """Return a state after the last step as the value that its node gives; a vector as it is."""
+        if isinstance(ref, Vector):
+            return Flowing(ref.wire, ("B", "F"), self.shape(ref.wire))
         run = self.runs[ref.operator]
+        wire = state_of(run.node, ref.part if len(run.cells) == 1 else f"{ref.way}/{ref.part}")
+        return Flowing(wire, ("B", "F"), self.shape(wire))
+
+    def _end(self, ref: Final) -> Flowing:
+        """Return a state after the last step; an h as the step of the sequence that it is, where that can be."""
+        run = self.runs[ref.operator]
+        if ref.part != "h" or len(self.builder.sources[run.node]) > 1:  # such a node can't be streamed anyhow
+            return self.state(ref)
         width = run.cells[ref.way].spec.output_size
         h = Flowing(run.node, ("B", "T", "F") if run.sequences else ("B", "F"), self.shape(run.node))
         if len(run.cells) == 2:
@@ -247,11 +271,14 @@ class Reader:
         """
         axes: dict[str, str] = {}
         values = {value.name: self.value(value.name) for value in self.scope.graph.output}
-        after = {name: value for name, value in values.items() if isinstance(value, States) and not value.initial}
+        states = {name: value for name, value in values.items() if isinstance(value, States)}
+        after = {name: value for name, value in states.items() if not value.initial and not value.computed}
         data = values.keys() - after.keys()
         taken = {source for sources in self.builder.sources.values() for source in sources}
         flows = [value.of if isinstance(value, Moment) else value for value in values.values()]
         taken |= {flow.wire for flow in flows if isinstance(flow, Flowing)}
+        handed = {origin(wire) for wire in taken if STATE in wire}
+        taken |= {run.in_order for run in self.runs if run.node in handed}
         for number, run in enumerate(self.runs):
             if run.in_order not in taken:  # its last h is all that is wanted of it: an answer, not a state alone
                 data.update([name for name, value in after.items() if _is_h(value, number)][:1])
@@ -320,7 +347,7 @@ def _settled(array: Any) -> Any:
 
 
 def _roles(scope: Scope) -> tuple[set[str], set[str]]:
-    """Return the inputs that hold states to start from, and those that hold the rows' lengths."""
+    """Return the inputs that hold states to start from and nothing else, and those that hold the rows' lengths."""
     starts: set[str] = set()
     lengths: set[str] = set()
     given = {name for name in scope.inputs if name not in scope.initializers}
@@ -330,7 +357,28 @@ def _roles(scope: Scope) -> tuple[set[str], set[str]]:
         elif is_recurrent(node):
             starts.update(_behind(scope, given, node.input[5:7]))
             lengths.update(_behind(scope, given, node.input[4:5]))
-    return starts, lengths - starts
+    return {name for name in starts if _starts_alone(scope, name)}, lengths - starts
+
+
+def _starts_alone(scope: Scope, name: str) -> bool:
+    """Whether an input goes, by moves alone, nowhere else than to where operators take their states."""
+    waiting, seen = [name], {name}
+    while waiting:
+        value = waiting.pop()
+        for node in scope.graph.node:
+            at = [place for place, taken in enumerate(node.input) if taken == value]
+            if not at or node.op_type == "Shape":
+                continue
+            if is_scan(node) or is_recurrent(node):
+                places = range(len(node.input) - 1) if is_scan(node) else (5, 6)
+                if not set(at) <= set(places):
+                    return False
+            elif node.op_type in MOVES:
+                waiting += [one for one in node.output if one not in seen]
+                seen.update(node.output)
+            else:
+                return False
+    return True
 
 
 def _behind(scope: Scope, given: set[str], names: Sequence[str]) -> Iterator[str]:

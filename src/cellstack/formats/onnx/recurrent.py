@@ -13,6 +13,7 @@ from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.values import Final, Flowing, Lengths, Run, States
 from cellstack.formats.onnx.written_out.scans import read_scan
+from cellstack.nodes import Scale, Select
 
 
 def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -25,17 +26,16 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         raise Refused(f"expected X with axes {' '.join(wanted)}, found {' '.join(x.axes)}")
     if operator.lengths and not isinstance(reader.value(operator.lengths), Lengths):
         raise Refused("expected sequence_lens to be an input, found what the graph computes, or a constant")
-    starts: dict[str, Any] = dict(zip(INPUTS[5:7], values[5:7], strict=False))
-    number = len(reader.runs)
-    for key in operator.started:
-        _start(reader, starts[key], key, "BSF" if operator.batch_first else "SBF", (number, ways, key[-1]))
+    given: dict[str, Any] = dict(zip(INPUTS[5:7], values[5:7], strict=False))
+    number, wanted = len(reader.runs), "BSF" if operator.batch_first else "SBF"
+    starts = _started(reader, node, operator, {key[-1]: (key, given[key]) for key in operator.started}, wanted)
     sequences = bool(node.output[0]) and reader.uses.get(node.output[0], 0) > 0
     zeros = bool(operator.lengths) or label(node) in reader.model.said.get("zeros", ())
-    y = _put(reader, node, operator, x, sequences, zeros)
+    y = _put(reader, node, operator, x, sequences, zeros, starts)
     batch = x.axes[0 if operator.batch_first else 1]
     way = "D" if ways == 2 else "1"
     axes = (batch, "T", way, "F") if operator.batch_first else ("T", way, batch, "F")
-    given: list[Any] = [replace(y, axes=axes)]
+    ends: list[Any] = [replace(y, axes=axes)]
     for part in first.state_sizes:
         refs = np.empty((ways, 1), object)
         for n in range(ways):
@@ -45,22 +45,82 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         elif operator.batch_first:
             refs = refs.T
         stacked = ("S", "B" if batch == "B" else "S", "F")
-        given.append(States((stacked[1], stacked[0], "F") if operator.batch_first else stacked, refs))
-    return given
+        ends.append(States((stacked[1], stacked[0], "F") if operator.batch_first else stacked, refs))
+    return ends
 
 
-def _put(reader: Reader, node: Any, operator: Operator, x: Flowing, sequences: bool, zeros: bool) -> Flowing:
+def _put(
+    reader: Reader, node: Any, operator: Operator, x: Flowing, sequences: bool, zeros: bool, starts: list[Flowing]
+) -> Flowing:
     """Put an operator's nodes in, and return what it gives, in the order of `x`."""
     made, *reversal = nodes_of(operator, sequences, zeros)
-    run = y = reader.put(node, made, x)
+    run = y = reader.put(node, made, x, *starts)
     for step in reversal:
         y = reader.put(f"{label(node)}.in_order", step, y)
     reader.runs.append(Run(operator.cells, run.wire, y.wire, sequences))
     return y
 
 
-def _start(reader: Reader, value: Any, what: str, wanted: str, states: tuple[int, int, str]) -> None:
-    """Note which states of the inputs an operator starts from; zeros need no note.
+def _started(
+    reader: Reader, node: Any, operator: Operator, given: dict[str, tuple[str, Any]], wanted: str
+) -> list[Flowing]:
+    """Return the values that an operator's cells start from, cell by cell; none where they are the network's state.
+
+    Args:
+        reader: of the graph.
+        node: the operator.
+        operator: the same, read.
+        given: by "h" and "c", what the operator calls it, and the value, which isn't constant.
+        wanted: the axes of these.
+    """
+    ways, flows, noted = len(operator.cells), dict[str, list[Flowing]](), []
+    for part, (what, value) in given.items():
+        if isinstance(value, Broadcast) and not value.array.any():
+            continue
+        if isinstance(value, States) and value.initial:
+            _note(reader, value, what, wanted, (len(reader.runs), ways, part))
+            noted.append(what)
+        else:
+            flows[part] = _vectors(reader, value, what, wanted, ways)
+    if not flows:
+        return []
+    if noted:
+        raise Refused(f"expected all states that it starts from to be computed or inputs, found {noted[0]} an input")
+    first = next(iter(flows.values()))
+    starts = []
+    for way, cell in enumerate(operator.cells):
+        for part, initial in cell.initial.items():
+            if part in flows:
+                starts.append(flows[part][way])
+            else:  # zeros or a constant: the same for all rows
+                name, like = f"{label(node)}.{part}", first[way]
+                width = cell.spec.state_sizes["c" if part == "h" else "h"]
+                if width != len(initial):
+                    raise Refused(f"expected states of one width, found {width} and {len(initial)}")
+                starts.append(reader.put(name, Scale(np.zeros_like(initial), initial), like))
+    return starts
+
+
+def _vectors(reader: Reader, value: Any, what: str, wanted: str, ways: int) -> list[Flowing]:
+    """Return what the graph computes as states to start from, one a direction."""
+    if isinstance(value, States):
+        refs = _in_order(value, what, wanted, ways)
+        return [reader.state(ref) for ref in refs]
+    flow = reader.flowing(value, what)
+    labels = [axis for axis in flow.axes if axis != "1"]
+    rows = ["B"] if "B" in labels else []
+    if ways == 1 and labels == [*rows, "F"]:
+        return [flow]
+    turned = ["D", *rows, "F"] if wanted.startswith("S") else [*rows, "D", "F"]
+    if ways == 2 and labels == turned and flow.width is not None:
+        half = flow.width // 2
+        cuts = (Select(0, half, axis=-1), Select(half, None, axis=-1))
+        return [reader.put(f"{flow.wire}.{what}", cut, flow, axes=("B", "F")) for cut in cuts]
+    raise Refused(f"expected {what} with axes {' '.join(wanted)}, found {' '.join(flow.axes)}")
+
+
+def _note(reader: Reader, value: States, what: str, wanted: str, states: tuple[int, int, str]) -> None:
+    """Note which states of the inputs an operator starts from.
 
     Args:
         reader: of the graph.
@@ -70,10 +130,13 @@ def _start(reader: Reader, value: Any, what: str, wanted: str, states: tuple[int
         states: the operator's number, how many directions it has, and "h" or "c".
     """
     operator, ways, part = states
-    if isinstance(value, Broadcast) and not value.array.any():
-        return
-    if not isinstance(value, States) or not value.initial:
-        raise Refused(f"expected {what} to be an input, zeros or a constant, found what the graph computes")
+    for way, initial in enumerate(_in_order(value, what, wanted, ways)):
+        if reader.starts.setdefault(initial, Final(operator, way, part)) != Final(operator, way, part):
+            raise Refused(f"expected {what} to be a state of its own, found one that another starts from, too")
+
+
+def _in_order(value: States, what: str, wanted: str, ways: int) -> list[Any]:
+    """Return the state of each direction, of states that have the axes wanted."""
     axes, refs = list(value.axes), value.refs
     at = wanted.index("B")
     if "B" not in axes and at < len(axes) and axes[at] == "S":  # a state of one row
@@ -86,23 +149,24 @@ def _start(reader: Reader, value: Any, what: str, wanted: str, states: tuple[int
     refs = refs.reshape(-1) if value.counted else refs.reshape(-1)[:ways]
     if len(refs) != ways:
         raise Refused(f"expected {what} to hold {ways} states, found {len(refs)}")
-    for way, initial in enumerate(refs):
-        if reader.starts.setdefault(initial, Final(operator, way, part)) != Final(operator, way, part):
-            raise Refused(f"expected {what} to be a state of its own, found one that another starts from, too")
+    return list(refs)
 
 
 def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Scan that is a cell."""
     operator, number = read_scan(reader.scope, node), len(reader.runs)
-    for part, value in zip("hc", values[:-1], strict=False):
-        if f"initial_{part}" in operator.started:
-            _start(reader, value, f"the {part} to start from", "BF", (number, 1, part))
+    given = {
+        part: (f"the {part} to start from", value)
+        for part, value in zip("hc", values[:-1], strict=False)
+        if f"initial_{part}" in operator.started
+    }
+    starts = _started(reader, node, operator, given, "BF")
     flow = reader.flowing(values[-1], "its steps")
     if not flow.has("TBF"):
         raise Refused(f"expected steps with axes T B F, found {' '.join(flow.axes)}")
     sequences = reader.uses.get(node.output[-1], 0) > 0
     zeros = label(node) in reader.model.said.get("zeros", ())
-    y = _put(reader, node, operator, flow, sequences, zeros)
+    y = _put(reader, node, operator, flow, sequences, zeros, starts)
     axes = ("B", "F") if "B" in flow.axes else ("S", "F")
     ends = []
     for part in operator.cells[0].spec.state_sizes:

@@ -14,7 +14,7 @@ from cellstack.formats.onnx.fold import LARGEST, order_of, place, slices, split_
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.ops import steps_apart
-from cellstack.formats.onnx.values import Dim, Flowing, Lengths, States, Symbols, Unknown, reshaped
+from cellstack.formats.onnx.values import Dim, Flowing, Lengths, States, Symbols, Unknown, Vector, reshaped
 from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, Reshape, Select
 
 
@@ -302,6 +302,10 @@ def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
                 raise Refused("expected states of inputs, or those after the last step")
             refs = np.concatenate([value.refs for value in values], axis=axes[:axis].count("S"))
             return [States(axes, refs)]
+    among = [one for one in map(_among_states, values) if one is not None]
+    alike = len(among) == len(values) and len({one.axes for one in among}) == 1
+    if alike and among[0].axes[place(attributes["axis"], 3)] == "S":
+        return [replace(among[0], refs=np.concatenate([one.refs for one in among]))]
     flows = [reader.flowing(value) for value in values]
     axes = flows[0].axes
     axis = place(attributes["axis"], len(axes))
@@ -313,6 +317,17 @@ def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if axes[axis] == "T":
         steps_apart(reader)
     return [reader.put(node, Merge("concat", axis=1 if axes[axis] == "T" else -1), *flows)]
+
+
+def _among_states(value: Any) -> States | None:
+    """Return a vector a row, with an axis of length 1 more, as a state among others; None for anything else."""
+    if isinstance(value, States) and not value.initial and value.axes.count("S") == 1 and len(value.axes) == 3:
+        return value
+    if not isinstance(value, Flowing) or value.axes not in (("1", "B", "F"), ("B", "1", "F")):
+        return None
+    refs = np.empty((1,), object)
+    refs[0] = Vector(value.wire)
+    return States(tuple("S" if axis == "1" else axis for axis in value.axes), refs)
 
 
 def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:

@@ -69,6 +69,13 @@ class Final:
 
 
 @dataclass(frozen=True)
+class Vector:
+    """A vector a row that the graph computes, where it stands among states to start from."""
+
+    wire: str
+
+
+@dataclass(frozen=True)
 class Initial:
     """One state to start from, `[B, H]`, as an input of the file holds it: the one at `place` of those in it."""
 
@@ -78,7 +85,7 @@ class Initial:
 
 @dataclass(frozen=True)
 class States:
-    """States put together along axes S: `refs` is an array over these, in their order, of `Final` or of `Initial`.
+    """States put together along axes S: `refs` is an array over these, of `Final` and `Vector`, or of `Initial`.
 
     `counted`: whether it is known how many there are along S; else `refs` holds as many as the graph could take.
     """
@@ -91,6 +98,11 @@ class States:
     def initial(self) -> bool:
         """Whether they come from an input."""
         return isinstance(next(iter(self.refs.reshape(-1)), None), Initial)
+
+    @property
+    def computed(self) -> bool:
+        """Whether they aren't all states that operators end with."""
+        return any(isinstance(ref, Vector) for ref in self.refs.reshape(-1))
 
 
 class Run(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from cellstack.nodes import (
     Scale,
     Select,
     Standardise,
+    StepMask,
 )
 
 OPSET, IR_VERSION = 17, 8
@@ -73,7 +74,8 @@ class Writer(Pieces):
         self.network = network
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
-        self.states: list[list[str]] = []  # by cell and part: the input's name and the output's
+        self.states: list[list[str]] = []  # by cell and part: the input's name, "" without one, and the output's
+        self.begun: list[list[str]] = []  # of the operator at hand: the inputs, and what its states go by
         self.zeros: list[str] = []  # operators whose output is zeros at steps that a mask leaves out
         self.masks: dict[str, str] = {}  # of values that have one: a flag a step, [B, T, 1], True where it is used
 
@@ -86,12 +88,28 @@ class Writer(Pieces):
 
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def start(self, where: str, cells: tuple[Cell, ...], names: list[str], x: str, ways: bool) -> list[str]:
+    def start(
+        self, where: str, cells: tuple[Cell, ...], names: list[str], x: str, ways: bool, given: Sequence[str]
+    ) -> list[str]:
         """Put in the inputs that hold a call's states, and return the values of each part.
 
         They are `[D, B, H]` where `ways`, else those of one cell, `[B, H]`. An input may be left out: the cell's own
-        initial state then takes its place, `[1, H]`.
+        initial state then takes its place, `[1, H]`. There is none for what starts from values of the graph, `given`,
+        which has them cell by cell.
         """
+        if given:
+            parts = list(cells[0].spec.state_sizes)
+            ready = []
+            for place, part in enumerate(parts):
+                self.begun += [["", f"{name}.{part}"] for name in names]
+                each = [*given[place :: len(parts)]]
+                if ways:
+                    wide = self.fresh(f"{where}.{part}.wide")
+                    each = [self.put("Unsqueeze", [one, self.integers(0)], self.fresh(wide)) for one in each]
+                if len(each) > 1:
+                    each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
+                ready += each
+            return ready
         batch = self.put("Shape", [x], self.fresh(f"{where}.batch"), start=0, end=1)
         ready = []
         for part, size in cells[0].spec.state_sizes.items():
@@ -99,13 +117,13 @@ class Writer(Pieces):
             shape = self.fresh(f"{where}.{part}.shape")
             self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(size)], shape, axis=0)
             for name, cell in zip(names, cells, strict=True):
-                given = self.tensor(f"{name}.{part}", cell.initial[part][None])
-                rows = self.fresh(f"{given}.rows")
-                self.inputs.append(self.onnx.helper.make_tensor_value_info(given, self.type, [rows, size]))
-                self.states.append([given])
+                held = self.tensor(f"{name}.{part}", cell.initial[part][None])
+                rows = self.fresh(f"{held}.rows")
+                self.inputs.append(self.onnx.helper.make_tensor_value_info(held, self.type, [rows, size]))
+                self.begun.append([held, held])
                 if ways:
-                    given = self.put("Unsqueeze", [given, self.integers(0)], self.fresh(f"{given}.wide"))
-                each.append(self.put("Expand", [given, shape], self.fresh(f"{name}.{part}.start")))
+                    held = self.put("Unsqueeze", [held, self.integers(0)], self.fresh(f"{held}.wide"))
+                each.append(self.put("Expand", [held, shape], self.fresh(f"{name}.{part}.start")))
             if len(each) > 1:
                 each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
             ready += each
@@ -114,10 +132,12 @@ class Writer(Pieces):
     def after(self, sizes: Iterable[int]) -> list[str]:
         """Put in outputs `[B, H]` for the states that were started last, and return their names, to be made."""
         names = []
-        for entry, size in zip([entry for entry in self.states if len(entry) == 1], sizes, strict=True):
-            entry.append(self.fresh(f"{entry[0]}.after"))
-            self.outputs.append(self.onnx.helper.make_tensor_value_info(entry[1], self.type, ["batch", size]))
-            names.append(entry[1])
+        for (given, name), size in zip(self.begun, sizes, strict=True):
+            after = self.fresh(f"{name}.after")
+            self.states.append([given, after])
+            self.outputs.append(self.onnx.helper.make_tensor_value_info(after, self.type, ["batch", size]))
+            names.append(after)
+        self.begun = []
         return names
 
     def lengths(self) -> Any:
@@ -136,7 +156,15 @@ class Writer(Pieces):
     # ── recurrent nodes ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def operator(
-        self, where: str, cells: tuple[Cell, ...], names: list[str], direction: str, x: str, steps: str, wanted: bool
+        self,
+        where: str,
+        cells: tuple[Cell, ...],
+        names: list[str],
+        direction: str,
+        x: str,
+        steps: str,
+        wanted: bool,
+        given: Sequence[str],
     ) -> tuple[str, str]:
         """Put a recurrent operator in.
 
@@ -148,6 +176,7 @@ class Writer(Pieces):
             x: a value `[B, …]`, for the batch.
             steps: X, `[T, B, I]`.
             wanted: whether Y is.
+            given: the values that the cells start from; empty = inputs of the graph.
 
         Returns:
             Y `[T, D, B, H]`, "" where it isn't wanted, and Y_h `[D, B, H]`.
@@ -155,7 +184,7 @@ class Writer(Pieces):
         written = write_operator(where, cells, direction)
         arrays = {key: self.tensor(f"{where}.{key}", array) for key, array in written.arrays.items()}
         parts = cells[0].spec.state_sizes
-        states = self.start(where, cells, names, x, True)
+        states = self.start(where, cells, names, x, True, given)
         inputs = [steps, arrays["W"], arrays["R"], arrays.get("B", ""), "", *states, arrays.get("P", "")]
         while not inputs[-1]:
             inputs.pop()
@@ -170,14 +199,22 @@ class Writer(Pieces):
         return y, ends[0]
 
     def scan(
-        self, where: str, cell: Cell, direction: str, x: str, steps: str, mask: str, residual: bool
+        self,
+        where: str,
+        cell: Cell,
+        direction: str,
+        x: str,
+        steps: str,
+        mask: str,
+        residual: bool,
+        given: Sequence[str],
     ) -> tuple[str, str]:
         """Put a cell in as a Scan; the arguments are those of `operator`, the mask is `[T, B, 1]`, or "".
 
         Returns:
             y `[T, B, P]`, and y after the last step `[B, P]`; h + x both where there is a mask and a residual.
         """
-        states = self.start(where, (cell,), [where], x, False)
+        states = self.start(where, (cell,), [where], x, False, given)
         body = body_of(where, cell, bool(mask), residual)
         ends = self.after(cell.spec.state_sizes.values())
         last, y = ends[0], self.fresh(f"{where}.y")
@@ -200,8 +237,8 @@ class Writer(Pieces):
         )
         return y, last
 
-    def stack(self, name: str, node: Recurrent, x: str, output: str, mask: str) -> None:
-        """Put a stack of cells in; `mask` is that of `x`, or ""."""
+    def stack(self, name: str, node: Recurrent, x: str, output: str, mask: str, starts: Sequence[str] = ()) -> None:
+        """Put a stack of cells in; `mask` is that of `x`, or "", `starts` what its cells start from."""
         direction = "reverse" if node.go_backwards else "forward"
         steps = self.put("Transpose", [x], self.fresh(f"{name}.steps"), perm=[1, 0, 2])
         transposed = self.of("Transpose", mask, perm=[1, 0, 2]) if mask else ""
@@ -214,11 +251,12 @@ class Writer(Pieces):
             if node.zero_output_for_mask and number == top:
                 self.zeros.append(own)
             wanted = number < top or node.return_sequences or added
+            given, starts = starts[: len(cell.spec.state_sizes)], starts[len(cell.spec.state_sizes) :]
             if mask or self.dtype == np.float64 or not can_be_operator((cell,)):
-                flat, last = self.scan(own, cell, direction, x, steps, transposed, added)
+                flat, last = self.scan(own, cell, direction, x, steps, transposed, added, given)
                 added = added and not mask
             else:
-                y, h = self.operator(own, (cell,), [own], direction, x, steps, wanted)
+                y, h = self.operator(own, (cell,), [own], direction, x, steps, wanted, given)
                 flat = self.put("Squeeze", [y, self.integers(1)], self.fresh(f"{own}.flat")) if wanted else ""
                 last = "" if wanted else self.put("Squeeze", [h, self.integers(0)], self.fresh(f"{own}.last"))
             steps = self.put("Add", [flat, steps], self.fresh(f"{own}.added")) if added else flat
@@ -228,7 +266,7 @@ class Writer(Pieces):
             if mask and node.zero_output_for_mask:
                 rows = self.of("Where", mask, rows, self.number(0.0))
             if node.go_backwards:
-                self.cut(rows, slice(None, None, -1), 1, output, f"{name}.in_order")
+                self.cut(rows, slice(None, None, -1), 1, output, self.fresh(f"{name}.in_order"))
             else:
                 self.nodes[-1].output[0] = output
             return
@@ -241,7 +279,9 @@ class Writer(Pieces):
         else:  # it is the state after the call too
             self.put("Identity", [last], output, f"{name}.end")
 
-    def bidirectional(self, name: str, node: Bidirectional, x: str, output: str, mask: str) -> None:
+    def bidirectional(
+        self, name: str, node: Bidirectional, x: str, output: str, mask: str, starts: Sequence[str]
+    ) -> None:
         """Put a pair of stacks in: as one operator where they are one cell each, with the same flags."""
         halves = (node.forward, node.backward)
         cells = tuple(cell for half in halves for cell in half.cells)
@@ -250,18 +290,20 @@ class Writer(Pieces):
         if one and can_be_operator(cells):
             steps = self.put("Transpose", [x], self.fresh(f"{name}.steps"), perm=[1, 0, 2])
             wanted = node.forward.return_sequences
-            y, h = self.operator(name, cells, names, "bidirectional", x, steps, wanted)
+            y, h = self.operator(name, cells, names, "bidirectional", x, steps, wanted, starts)
             perm, shape = ([2, 0, 1, 3], (0, 0, -1)) if wanted else ([1, 0, 2], (0, -1))
             rows = self.put("Transpose", [y if wanted else h], self.fresh(f"{name}.rows"), perm=perm)
             self.put("Reshape", [rows, self.integers(*shape)], output, f"{name}.concat")
             return
         ends = [self.fresh(f"{way}.out") for way in names]
-        for way, half, end in zip(names, halves, ends, strict=True):
+        count = len(node.forward.state_sizes)
+        each = (starts[:count], starts[count:])
+        for way, half, end, given in zip(names, halves, ends, each, strict=True):
             if way == names[0] or not half.return_sequences:
-                self.stack(way, half, x, end, mask)
+                self.stack(way, half, x, end, mask, given)
             else:
                 backwards = self.fresh(f"{way}.backwards")
-                self.stack(way, half, x, backwards, mask)
+                self.stack(way, half, x, backwards, mask, given)
                 self.cut(backwards, slice(None, None, -1), 1, end, f"{way}.out")
         self.merge(node.merge_mode.replace("sum", "add"), ends, -1, output, f"{name}.merged")
 
@@ -287,18 +329,24 @@ class Writer(Pieces):
         Raises:
             ValueError: a node that ONNX can't hold.
         """
-        x = sources[0]
+        x, starts = sources[0], node.apart(sources)[1]
         masks = [self.masks.get(source, "") for source in sources]
         known, axes = [mask or None for mask in masks], len(self.network.shapes[x])
         if isinstance(node, (Embedding, Masking)):
             own = masked(self, name, node, x, masks[0])
             self.masks[name] = node.mask_after(known, axes, GraphMasks(self, own, sources)) or ""
             return
+        if isinstance(node, StepMask):
+            flags = self.of("Not", self.of("Equal", sources[1], self.number(0.0)))
+            own = self.of("Unsqueeze", flags, self.integers(2))
+            self.masks[name] = node.mask_after(known, axes, GraphMasks(self, own, sources)) or ""
+            self.put("Identity", [x], name)
+            return
         self.masks[name] = node.mask_after(known, axes, GraphMasks(self, "", sources)) or ""
         if isinstance(node, Recurrent):
-            self.stack(name, node, x, name, masks[0])
+            self.stack(name, node, x, name, masks[0], starts)
         elif isinstance(node, Bidirectional):
-            self.bidirectional(name, node, x, name, masks[0])
+            self.bidirectional(name, node, x, name, masks[0], starts)
         elif isinstance(node, Dense):
             product = self.put("MatMul", [x, self.tensor(f"{name}.kernel", node.kernel)], self.fresh(f"{name}.z"), name)
             if node.bias is not None:
@@ -396,14 +444,17 @@ class Writer(Pieces):
             raise ValueError(f"save: {name}: expected a node that ONNX has, got {type(node).__name__}")
 
 
+def cell_names(name: str, node: Node) -> list[str]:
+    """Return what the states of a node's cells go by, each."""
+    halves = {name: node.cells}
+    if isinstance(node, Bidirectional):
+        halves = {f"{name}.forward": node.forward.cells, f"{name}.backward": node.backward.cells}
+    return [own if len(cells) == 1 else f"{own}.{n}" for own, cells in halves.items() for n in range(len(cells))]
+
+
 def state_names(network: Network) -> dict[str, str]:
     """Return the outputs that hold the states after a call, by cell and part, such as `cell 0 h`."""
-    names: list[str] = []
-    for name, node in zip(network.names, network.nodes, strict=True):
-        halves = {name: node.cells}
-        if isinstance(node, Bidirectional):
-            halves = {f"{name}.forward": node.forward.cells, f"{name}.backward": node.backward.cells}
-        names += [own if len(cells) == 1 else f"{own}.{n}" for own, cells in halves.items() for n in range(len(cells))]
+    names = [own for name, node in zip(network.names, network.nodes, strict=True) for own in cell_names(name, node)]
     return {
         f"cell {number} {part}": f"{name}.{part}.after"
         for number, (name, cell) in enumerate(zip(names, network.cells, strict=True))
@@ -431,8 +482,13 @@ def model_of(network: Network, lengths: bool = False) -> Any:
         inputs.append(helper.make_tensor_value_info(name, kind, ["batch", *axes]))
     if lengths:
         inputs.append(writer.lengths())
-    for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
+    for name, node, sources, states in zip(
+        network.names, network.nodes, network.wires, network.graph.states, strict=True
+    ):
         writer.node(name, node, list(sources))
+        owns = cell_names(name, node)
+        for value, cell, part in states:
+            writer.put("Identity", [f"{owns[cell]}.{part}.after"], value)
     outputs = []
     for name in network.outputs:
         axes = [axis if axis is not None else f"{name}.{n + 1}" for n, axis in enumerate(network.shapes[name])]

@@ -114,7 +114,14 @@ export function readNetwork({ description, arrays }) {
 // Sentences that say what of a network isn't served; none: all of it is.
 export function unsupported(network) {
   const found = (network.others ?? []).map((key) => `The network's ${key} aren't supported.`);
-  for (const { name, type, settings, arrays, cells } of network.nodes) {
+  for (const name of (network.outputs ?? []).filter((output) => output.includes("/"))) {
+    found.push(`The output ${name}, which is a state, isn't supported: run the network in Python.`);
+  }
+  for (const { name, type, sources, settings, arrays, cells } of network.nodes) {
+    const states = sources.filter((source, n) => source.includes("/") || (cells.length && n));
+    if (states.length) {
+      found.push(`${name}: it takes the states ${states.join(", ")}, which isn't supported: run the network in Python.`);
+    }
     if (!Object.hasOwn(NODE_KINDS, type)) {
       found.push(`${name}: a node of the type ${type} isn't supported.`);
       continue;
