@@ -518,6 +518,7 @@ NB_MODULE(_kernel, m) {
             return names;
         },
         "Instruction sets that this machine runs, best first.");
+    m.attr("THREAD_WORK") = kThreadWork;
     m.def("isa", &instruction_set, "The instruction set in use.");
     m.def(
         "set_isa",

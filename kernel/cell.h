@@ -87,6 +87,10 @@ struct Sequences {
     int64_t time_stride(int64_t width) const { return time_major ? batch * width : width; }
 };
 
+// A thread more is of use for each this many multiplications (some 20 µs of one): below, waking it takes longer than it
+// helps.
+constexpr int64_t kThreadWork = int64_t(1) << 20;
+
 // Runs a stack; y of one layer is x of the next. Two threads or more share the rows, or, where rows are fewer than
 // threads, the layers, each as many steps behind the one below it as a chunk has. Every result has the same bits for
 // any number of threads and any cut of the sequences into calls.

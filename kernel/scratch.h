@@ -79,8 +79,6 @@ class Parts {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A thread more for each this many multiplications (some 20 µs of one): below, waking it takes longer than it helps.
-constexpr int64_t kThreadWork = int64_t(1) << 20;
 constexpr int64_t kMostThreads = 256;
 
 inline int useful_threads(int asked, int64_t multiplications) {

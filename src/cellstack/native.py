@@ -19,11 +19,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import _kernel
-from cellstack._kernel import Gradients, Layer, Sequences, Turns, backward, forward, isa, stream
+from cellstack._kernel import (
+    THREAD_WORK,
+    Gradients,
+    Layer,
+    Sequences,
+    Turns,
+    backward,
+    forward,
+    isa,
+    stack,
+    stream,
+)
 from cellstack._kernel import weights as weights_at
 from cellstack.spec import ACTIVATIONS, ARRAYS, GATES, Activation, CellSpec
 
-__all__ = ["Gradients", "Layer", "Sequences", "Turns", "backward", "forward", "isa", "stream", "weights_at"]
+__all__ = [
+    "THREAD_WORK",
+    "Gradients",
+    "Layer",
+    "Sequences",
+    "Turns",
+    "backward",
+    "forward",
+    "isa",
+    "stack",
+    "stream",
+    "weights_at",
+]
 
 ELEMENTS = ("float32", "float64", "bfloat16", "int8")
 """What numbers are held in: those of a call in the first two, matrices of a float32 call in the last two as well."""

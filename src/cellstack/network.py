@@ -7,15 +7,17 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cellstack import native
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_integer
+from cellstack.nodes.dense import Dense
 from cellstack.nodes.patches import CellPatches, Patch
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recording, Recurrent
 from cellstack.spec import Plan, ShapeError, check_sequence
@@ -204,7 +206,38 @@ class Network:
         Returns:
             `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are several outputs.
         """
+        if mask is None and lengths is None and type(x) is np.ndarray and (whole := self._whole) is not None:
+            stack, work = whole
+            many = x.size * work >= 2 * native.THREAD_WORK
+            y = stack.run(x, max(1, min(processors(), max(len(x), len(self.cells)))) if many else 1)
+            if y is not None:
+                return y
         return self.run(x, mask=mask, lengths=lengths)[0]
+
+    @cached_property
+    def _whole(self) -> tuple[Any, float] | None:
+        """The network as one call of the kernel, and its multiplications for each number of x.
+
+        That call costs little beside the steps. None where there are other nodes than cells that go forwards and dense
+        ones, or other wires than from each to the next.
+        """
+        before = (*self.inputs, *self.names)
+        chain = len(self.inputs) == 1 and self.wires == tuple((name,) for name in before[:-1])
+        if not chain or self.outputs != (self.names[-1],) or self.patches:
+            return None
+        weights: list[Any] = []
+        timed, last = 0, False
+        for node in self.nodes:
+            if type(node) is Recurrent and not (last or node.go_backwards) and len(node.parts) == 1:
+                weights += [cell.packed for cell in node.cells]
+                last = not node.return_sequences
+            elif type(node) is Dense and node.beyond is None:
+                weights.append(node.packed)
+            else:
+                return None
+            timed = timed if last and isinstance(node, Dense) else len(weights)
+        work = sum(node.multiplications for node in self.nodes) / (self.input_size or 1)
+        return native.stack(weights, timed, last), work
 
     def run(
         self,

@@ -27,7 +27,7 @@ BELOW = {
     "nodes": {"spec", "reference", "native"},
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
-    "network": {"spec", "nodes", "graph", "arguments"},
+    "network": {"spec", "native", "nodes", "graph", "arguments"},
     "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
     "formats": {"spec", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},

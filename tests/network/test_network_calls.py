@@ -1,0 +1,72 @@
+"""A call of a network that the kernel takes whole: the bits of a run."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from cellstack import Cell, CellSpec, Dense, Network, Patch, Recurrent, ShapeError
+from cellstack.nodes import Merge
+
+
+def cells_of(rng, widths, dtype, **flags):
+    for width, units in pairwise(widths):
+        spec = CellSpec(width, units, **flags)
+        yield Cell(spec, **{name: rng.normal(size=shape).astype(dtype) * 0.3 for name, shape in spec.shapes.items()})
+
+
+def head(rng, width, units, dtype, activation="linear"):
+    return Dense(rng.normal(size=(width, units)).astype(dtype), rng.normal(size=units).astype(dtype), activation)
+
+
+def chains(rng, dtype):
+    two = tuple(cells_of(rng, (3, 5, 17), dtype))
+    gru = tuple(cells_of(rng, (17, 4), dtype, kind="gru"))
+    yield "cells", [Recurrent(two)], True
+    yield "two nodes", [Recurrent(two), Recurrent(gru)], True
+    yield "a head at every step", [head(rng, 3, 3, dtype, "tanh"), Recurrent(two), head(rng, 17, 2, dtype)], True
+    yield "the last step", [Recurrent(two, return_sequences=False)], True
+    last = [
+        Recurrent(two),
+        Recurrent(gru, return_sequences=False),
+        head(rng, 4, 6, dtype),
+        head(rng, 6, 2, dtype, "relu"),
+    ]
+    yield "heads on the last step", last, True
+    yield "backwards", [Recurrent(two, go_backwards=True)], False
+    yield "residual", [Recurrent(tuple(cells_of(rng, (3, 3, 3), dtype)), residual=True)], False
+    yield "an activation of NumPy's", [Recurrent(two), head(rng, 17, 2, dtype, "softmax")], False
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("number", range(8))
+def test_a_call_gives_the_bits_of_a_run(number, dtype, rng):
+    _, nodes, whole = list(chains(rng, dtype))[number]
+    net = Network(nodes)
+    assert (net._whole is not None) == whole
+    for shape in ((1, 1, 3), (1, 70, 3), (4, 9, 3), (70, 5, 3), (0, 4, 3), (2, 0, 3)):
+        x = rng.normal(size=shape)
+        for given in (x.astype(dtype), x, x.astype(dtype)[:, ::-1], np.asfortranarray(x.astype(dtype)), x.tolist()):
+            if len(np.shape(given)) == 3:
+                np.testing.assert_array_equal(net(given), net.run(given)[0])
+    big = rng.normal(size=(64, 200, 3)).astype(dtype)  # work for several threads
+    np.testing.assert_array_equal(net(big), net.run(big)[0])
+    big[0, 3] = np.nan
+    np.testing.assert_array_equal(net(big), net.run(big)[0])
+    with pytest.raises(ShapeError, match=r"expected x \[B, T, I=3\], got \(2, 5, 4\)"):
+        net(np.zeros((2, 5, 4), dtype))
+
+
+def test_a_call_of_a_network_that_is_no_chain_is_a_run(rng):
+    cells = tuple(cells_of(rng, (3, 3), np.float32))
+    graph = Network(
+        [Recurrent(cells), Recurrent(cells), Merge("add")],
+        names=["a", "b", "sum"],
+        inputs={"x": (None, 3)},
+        wires=[("x",), ("x",), ("a", "b")],
+    )
+    patched = Network([Recurrent(cells)]).edit(Patch("layer_0", gate="f", units=[1], value=0.5))
+    for net in (graph, patched):
+        assert net._whole is None
+        x = rng.normal(size=(2, 5, 3)).astype(np.float32)
+        np.testing.assert_array_equal(net(x), net.run(x)[0])
