@@ -325,7 +325,7 @@ def test_info_of_what_can_t_be_run_whole(capsys, tmp_path, pytorch_files):
     assert "recurrent parts\n  0:\n" in out
     assert "LSTM 3 -> 4" in out
     report = json.loads(run(capsys, "info", str(tmp_path / "net.pt"), "--json")[1])
-    assert list(report["parts"]) == ["0"]
+    assert list(report["parts"]) == ["0", "1"]
     assert report["parts"]["0"]["layers"][0]["summary"] == "LSTM 3 -> 4"
     assert "beside them 1 (weight [2, 4], bias [2])" in report["error"]
 
