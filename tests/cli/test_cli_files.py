@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -325,7 +326,7 @@ def test_info_of_what_can_t_be_run_whole(capsys, tmp_path, pytorch_files):
     assert "recurrent parts\n  0:\n" in out
     assert "LSTM 3 -> 4" in out
     report = json.loads(run(capsys, "info", str(tmp_path / "net.pt"), "--json")[1])
-    assert list(report["parts"]) == ["0"]
+    assert list(report["parts"]) == ["0", "1"]
     assert report["parts"]["0"]["layers"][0]["summary"] == "LSTM 3 -> 4"
     assert "beside them 1 (weight [2, 4], bias [2])" in report["error"]
 
@@ -369,3 +370,101 @@ def test_a_network_with_pooling_streams_after_the_conversion(tmp_path, monkeypat
     assert cli.main(["stream", str(tmp_path / "other")]) == 0
     answer = [float(value) for value in capfd.readouterr().out.split(",")]
     assert np.array_equal(np.array(answer, "f4"), net.stream().step([[1, 2, 3]])[0])
+
+
+# ── lines on standard input, some of their columns, modules in an order ─────────────────────────────────────────────
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Puts text on standard input."""
+
+    def tell(text):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    return tell
+
+
+@pytest.fixture
+def small(tmp_path):
+    net = cellstack.from_torch(torch.nn.Sequential(torch.nn.LSTM(2, 4, batch_first=True), torch.nn.Linear(4, 1)))
+    net.save(tmp_path / "net.safetensors")
+    return net, str(tmp_path / "net.safetensors")
+
+
+X = np.array([[0.5, 1.0], [2.0, -1.0], [0.25, 3.0]], np.float32)
+LINES = {
+    "csv": ("0.5,1\n2,-1\n0.25,3\n", None),
+    "named": ("a,b\n0.5,1\n\n2,-1\n0.25,3\n", None),
+    "json": ("[0.5, 1]\n[2, -1]\n[0.25, 3]\n", None),
+    "by name": ("b,when,a\n1,x,0.5\n-1,y,2\n3,z,0.25\n", "a,b"),
+    "quoted": ('b,"when, and where",a\n1,"x,y",0.5\n-1,"y,",2\n3,z,0.25\n', "a,1"),
+    "by number": ("1,9,0.5\n-1,9,2\n3,9,0.25\n", "3,1"),
+    "json by number": ("[1, 9, 0.5]\n[-1, 9, 2]\n[3, 9, 0.25]\n", "3,1"),
+    "objects": ('{"b": 1, "a": 0.5}\n{"a": 2, "b": -1}\n{"a": 0.25, "b": 3, "c": 1}\n', "a,b"),
+}
+
+
+@pytest.mark.parametrize("where", ["standard input", "file"])
+@pytest.mark.parametrize("name", LINES)
+def test_run_takes_lines_and_some_of_their_columns(capsys, tmp_path, small, told, name, where):
+    net, path = small
+    text, columns = LINES[name]
+    file = "-"
+    if where == "file":
+        file = str(tmp_path / f"lines.{'jsonl' if text[0] in '[{' else 'csv'}")
+        Path(file).write_text(text)
+    else:
+        told(text)
+    status, out, err = run(capsys, "run", path, file, "--json", *(["--columns", columns] if columns else []))
+    assert (status, err) == (0, "")
+    np.testing.assert_allclose(json.loads(out)[net.outputs[0]], net(X[None]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "message"),
+    [
+        (
+            "a,b\n1,2\n",
+            "a,c",
+            r"standard input, line 1: expected a column 'c', by name or by number from 1, found a, b",
+        ),
+        ("1,2\n3,4\n", "1,3", r"line 1: expected a column '3'.* found 2 without names"),
+        ("a,b,c\n1,2,3\n1,2\n", "a,c", r"line 3: expected at least 3 columns, found 2"),
+        ('{"a": 1}\n', "a,b", r"line 1: expected a column 'b'.* found a"),
+        ("a,b,c\n1,2,3\n", "a", r"line 1: expected 2 numbers, or 2 names, found 1"),
+    ],
+)
+def test_columns_that_are_not_there(capsys, small, told, text, columns, message):
+    told(text)
+    status, out, err = run(capsys, "run", small[1], "-", "--columns", columns)
+    assert (status, out) == (2, "")
+    assert re.search(message, err)
+
+
+def test_modules_in_an_order_that_is_said(capsys, tmp_path, pytorch_files):
+    module = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(2, 4, batch_first=True), "head": torch.nn.Linear(4, 1)})
+    torch.save(module.state_dict(), tmp_path / "net.pt")
+    np.save(tmp_path / "x.npy", X[None])
+    order = ("--order", "rnn,last,head")
+    status, out, err = run(capsys, "run", str(tmp_path / "net.pt"), str(tmp_path / "x.npy"), *order, "--json")
+    assert (status, err) == (0, "")
+    wanted = module["head"](module["rnn"](torch.from_numpy(X[None]))[0][:, -1]).detach().numpy()
+    np.testing.assert_allclose(next(iter(json.loads(out).values())), wanted, atol=1e-6)
+    status, out, err = run(capsys, "info", str(tmp_path / "net.pt"), *order)
+    assert (status, err) == (0, "")
+    assert "LSTM 2 -> 4" in out
+    target = str(tmp_path / "net.safetensors")
+    assert run(capsys, "convert", str(tmp_path / "net.pt"), target, *order)[0] == 0
+    np.testing.assert_allclose(load(target)(X[None]), wanted, atol=1e-6)
+    status, out, err = run(capsys, "info", target, *order)
+    assert (status, out) == (2, "")
+    assert "--order: expected no order for" in err
+    assert run(capsys, "info", str(tmp_path / "net.pt"), "--order", "rnn,tail")[0] == 2
+
+
+def test_a_target_of_no_format_is_one_sentence(capsys, tmp_path, small):
+    status, _, err = run(capsys, "convert", small[1], str(tmp_path / "net.foo"))
+    assert status == 2
+    assert "expected a target with the suffix of a format, safetensors (.safetensors), " in err
+    assert "C (.c), or a folder for C, which ends in /; got " in err

@@ -28,7 +28,7 @@ def test_parts_of_a_model(tmp_path):
     with pytest.raises(FormatError, match="head"):
         cs.load(path)
     parts = cs.extract(path)
-    assert list(parts) == ["encoder"]
+    assert list(parts) == ["encoder", "head"]
     x = torch.randn(2, 7, 3)
     np.testing.assert_allclose(parts["encoder"](x.numpy()), model["encoder"](x)[0].detach().numpy(), atol=1e-6)
 

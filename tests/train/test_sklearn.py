@@ -257,3 +257,10 @@ def test_ctrl_c_leaves_a_fitted_estimator_and_stops_what_called(table, monkeypat
     monkeypatch.undo()
     assert 0 < model.n_iter_ < 1000
     assert model.predict(X).shape == (60,)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch", "patience", "lr", "noise"])
+def test_a_setting_that_is_no_number_is_named(name):
+    x = np.random.default_rng(0).normal(size=(12, 5, 2)).astype("f4")
+    with pytest.raises(ValueError, match=f"expected {name} to be (an integer|a number), got 'a'"):
+        SequenceClassifier(units=2, **{"epochs": 1, name: "a"}).fit(x, [0, 1] * 6)

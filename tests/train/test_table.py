@@ -13,7 +13,7 @@ import pytest
 
 from cellstack import FormatError
 from cellstack.cli.tables import add_table_options, table_from
-from cellstack.train import Category, Spacing, read_table
+from cellstack.train import CategoryColumn, Spacing, read_table
 from cellstack.train.checks import UsageError
 
 
@@ -436,7 +436,7 @@ def test_the_options_of_the_command_line(tmp_path):
     words = ["--date", "a", "--day-first", "--id", "b,c", "--decimal", ",", "--category", "kind", "--zone", "UTC"]
     table = table_from(parser.parse_args(words), str(file))
     assert (table.ids, str(table.spacing), table.columns["y"][0], table.zone) == (("7/1",), "monthly", 1.25, "UTC")
-    assert isinstance(table.categories["kind"], Category)
+    assert isinstance(table.categories["kind"], CategoryColumn)
     again = table_from(parser.parse_args([]), str(file), table.reading)
     np.testing.assert_array_equal(again.times, table.times)
     other = table_from(parser.parse_args(["--month-first", "--freq", "D"]), str(file), table.reading)

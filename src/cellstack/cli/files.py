@@ -9,6 +9,8 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -16,7 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from cellstack.formats import adapters, extract, load, supported
-from cellstack.formats.lines import Lines
+from cellstack.formats.lines import Lines, picked
 from cellstack.network import Network
 from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
@@ -24,22 +26,30 @@ from cellstack.train.checks import UsageError
 SUFFIX = ".safetensors"
 
 
-def load_model(name: str) -> tuple[Network, str]:
+def load_model(name: str, order: Sequence[str] | None = None) -> tuple[Network, str]:
     """Return the network of a file, and the file's name; the native suffix may be left out.
+
+    Args:
+        name: of the file.
+        order: of modules, where the file doesn't say it: see `cellstack.load`.
 
     Raises:
         FormatError: it can't be read as a network.
         OSError: it can't be read at all.
     """
     path = found(name)
-    return _loaded(path), path
+    return _loaded(path, order), path
 
 
-def _loaded(path: str) -> Network:
+def _loaded(path: str, order: Sequence[str] | None) -> Network:
     try:
-        return load(path)
+        return load(path, order)
     except ModuleNotFoundError as error:  # what reads the format isn't installed; the message says what to install
         raise UsageError(f"{path}: {error}") from None
+    except TypeError as error:
+        if order is None:
+            raise
+        raise UsageError(f"--order: {str(error).removeprefix('load: ')}") from None
 
 
 def found(name: str) -> str:
@@ -97,8 +107,10 @@ def info(args: argparse.Namespace) -> int:
     size = os.path.getsize(path)
     head = f"{path}: {size:,} bytes"
     try:
-        net = _loaded(path)
+        net = _loaded(path, args.order)
     except FormatError as error:
+        if args.order is not None:
+            raise
         try:
             parts = extract(path)
         except FormatError:
@@ -152,7 +164,7 @@ def convert(args: argparse.Namespace) -> int:
     tolerance = TOLERANCE if args.tolerance is None else args.tolerance
     if not 0.0 <= tolerance < math.inf:
         raise UsageError(f"expected --tolerance >= 0 and finite, got {tolerance}")
-    net, source = load_model(args.source)
+    net, source = load_model(args.source, args.order)
     x = None if args.sample is None else read_sample(net, args.sample)
     target = Path(args.target)
     suffixes = {suffix for adapter in adapters() for suffix in adapter.SUFFIXES}
@@ -160,8 +172,8 @@ def convert(args: argparse.Namespace) -> int:
     to_folder = args.target.endswith(os.sep) or (target.is_dir() and args.target != "" and not named)
     if not args.target or not (to_folder or named):
         raise UsageError(
-            f"expected a target that ends as one of {supported()}, in .c for C, or in {os.sep} for a folder with C in "
-            f"it, got {args.target!r}"
+            f"expected a target with the suffix of a format, {supported()}, C (.c), or a folder for C, which ends in "
+            f"{os.sep}; got {args.target!r}"
         )
     if target.exists() and target.samefile(source):
         raise UsageError(f"{args.target}: expected another file than the one that is read, which would be lost")
@@ -178,7 +190,9 @@ def convert(args: argparse.Namespace) -> int:
         try:
             net.save(target)
         except (TypeError, ValueError) as error:  # a node that the format can't hold
-            raise UsageError(f"{args.target}: {str(error).removeprefix('save: ')}") from None
+            raise UsageError(
+                f"{args.target}: {str(error).removeprefix('save: ')}; {SUFFIX} holds every network"
+            ) from None
         files = [str(target)]
     paths = [files[-1]] if Path(source).suffix == SUFFIX else [source, files[-1]]  # ours has no runtime but us
     reports = {path: verify(net, path, x, streams=path == paths[-1]) for path in paths}
@@ -200,7 +214,7 @@ def run_any(args: argparse.Namespace, net: Network) -> int:
     Raises:
         UsageError: numbers that don't fit; several outputs, or more axes, without --json.
     """
-    y, _ = net.run(read_sample(net, args.file), threads=args.threads)
+    y, _ = net.run(read_sample(net, args.file, args.columns), threads=args.threads)
     answers = dict(zip(net.outputs, y if isinstance(y, tuple) else (y,), strict=True))
     if args.json:
         show(args, answers, [])
@@ -216,13 +230,15 @@ def run_any(args: argparse.Namespace, net: Network) -> int:
     return 0
 
 
-def read_sample(net: Network, path: str) -> Any:
+def read_sample(net: Network, path: str, columns: Sequence[str] | None = None) -> Any:
     """Return a sample of a network's data out of a file, as `Network.run` takes it.
 
     Args:
         net: what it is for.
         path: `.npy`, an array `[B, T, I]`, or `[T, I]` of one row; `.npz`, such an array for each input, by name;
-            `.csv`, the frames of one row, a line each, with or without the names of the columns.
+            `.csv`, the frames of one row, a line each, with or without the names of the columns; `.jsonl`, the same
+            as JSON; `-`, either of them on standard input.
+        columns: those of the lines that are frames, by name or by number from 1; None = all.
 
     Raises:
         UsageError: another suffix, or no such arrays.
@@ -230,19 +246,24 @@ def read_sample(net: Network, path: str) -> Any:
         OSError: the file can't be read.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in (".npy", ".npz", ".csv"):
-        raise UsageError(f"expected a sample that ends in .npy, .npz or .csv, got {path!r}")
-    if suffix == ".csv":
+    as_lines = path == "-" or suffix in (".csv", ".jsonl")
+    if suffix not in (".npy", ".npz") and not as_lines:
+        raise UsageError(f"expected a sample that ends in .npy, .npz, .csv or .jsonl, or - for lines, got {path!r}")
+    if columns is not None and not as_lines:
+        raise UsageError(f"{path}: --columns does nothing here: it is for .csv, .jsonl and standard input")
+    if as_lines:
         if len(net.inputs) > 1:
             raise UsageError(
-                f"{path}: expected a .npz of the inputs {', '.join(net.inputs)}, got .csv, which holds one"
+                f"{path}: expected a .npz of the inputs {', '.join(net.inputs)}, got lines, which hold one"
             )
         width = 1 if net.graph.ids else net.input_size
         if width is None:
             raise UsageError(f"{path}: expected .npy or .npz for a network that takes any width")
-        lines = Lines(path, width, "csv")
-        with open(path, "rb") as file:
-            frames = [frame for frame in map(lines.frame, file) if frame is not None]
+        source = "standard input" if path == "-" else path
+        lines = Lines(source, width, "csv" if suffix == ".csv" else None)
+        with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+            rows = file if columns is None else picked(file, columns, source)
+            frames = [frame for frame in map(lines.frame, rows) if frame is not None]
         array = np.array(frames, np.float64).reshape(len(frames), width)
         given: dict[str, Any] = {next(iter(net.inputs)): array.ravel() if net.graph.ids else array}
     else:

@@ -15,7 +15,7 @@ from cellstack.cli.files import convert, info, needs_torch, show
 from cellstack.cli.inspect import inspect
 from cellstack.cli.run import run
 from cellstack.cli.stream import stream
-from cellstack.cli.tables import add_table_options
+from cellstack.cli.tables import add_table_options, names
 from cellstack.cli.text import add_generate_arguments, generate
 from cellstack.cli.train import add_arguments, train
 from cellstack.formats.lines import FORMS
@@ -33,7 +33,9 @@ EXAMPLES = {
     "  cellstack train Vowels_TRAIN.ts --inspect -o vowels.safetensors\n"
     "  cellstack train machines.parquet --id machine --time hour --label state --dry-run",
     "run": "cellstack run vowels.safetensors Vowels_TEST.ts > predictions.csv\n"
-    "  cellstack run model.keras frames.npy > answers.csv",
+    "  cellstack run model.keras frames.npy > answers.csv\n"
+    "  cut -d, -f2- log.csv | cellstack run model.onnx - --columns speed,3\n"
+    "  cellstack run weights.pt frames.csv --order rnn,last,head",
     "stream": "cellstack stream model --state model.state < frames.csv > answers.csv",
     "generate": "cellstack generate book --prompt 'Alice was' --temperature 0.8 --length 500\n"
     "  cellstack generate book --seed 1 --stop '.'",
@@ -67,6 +69,11 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the parser of every verb."""
     top = Parser(prog="cellstack", description="Train, run and look into recurrent networks.")
+
+    def add_order(made: argparse.ArgumentParser) -> None:
+        text = "PyTorch's weights: which modules run, in which order; 'last' for the last step, 'relu' and the like"
+        made.add_argument("--order", type=names, metavar="A,B", help=text)
+
     top.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -100,11 +107,14 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument(
         "file",
         metavar="FILE",
-        help="of the kind that the model was trained on; for others .npy, .npz or .csv of numbers",
+        help="of the kind that the model was trained on; for others .npy, .npz, .csv or .jsonl of numbers; - for lines "
+        "on standard input",
     )
+    runs.add_argument("--columns", type=names, metavar="A,B", help="of the lines: by name, or by number from 1 (all)")
     runs.add_argument("--time", metavar="COLUMN", help="of a table: puts the rows of a sequence in order (as trained)")
     runs.add_argument("--label", metavar="COLUMN", help="of a table: holds the truth (as trained, where it is there)")
     runs.add_argument("--origin", metavar="DATE", help="forecast what comes after this row, not after the last one")
+    add_order(runs)
     add_table_options(runs)
     steps = verb("stream", "frames on standard input, a line each; answers on standard output, each at once")
     steps.add_argument("model", metavar="MODEL")
@@ -124,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
         "--sample", metavar="FILE", help="data to compare on: .npy [B, T, I], .npz by input, .csv (drawn at random)"
     )
     other.add_argument("--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4)")
+    add_order(other)
     inside = verb("inspect", "write a page that looks into a run: what every gate, cell and layer did, and what if")
     inside.add_argument("model", metavar="MODEL", help="of any format that can be read")
     inside.add_argument(
@@ -138,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     inside.add_argument("--rows", type=int, default=8, metavar="N", help="rows of FILE, at most (%(default)s)")
     looks = verb("info", "layers, shapes, sizes, and what runs them; the recurrent parts of what can't be run whole")
     looks.add_argument("model", metavar="MODEL", help="of any format that can be read")
+    add_order(looks)
     return top
 
 

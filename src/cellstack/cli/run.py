@@ -7,6 +7,7 @@ import csv
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,21 @@ from cellstack.train.tables.table import iso
 
 def run(args: argparse.Namespace) -> int:
     """Predict what a file holds, or comes after it; or run any network."""
-    net, path = load_model(args.model)
+    net, path = load_model(args.model, args.order)
     if net.metadata.get("task") is None:
         return run_any(args, net)
+    if args.columns is not None:
+        raise UsageError(f"--columns does nothing here: {path} takes the columns that it was trained on, by name")
+    if args.file == "-":
+        with TemporaryDirectory() as folder:
+            args.file = str(Path(folder) / f"standard-input{'.txt' if net.metadata['task'] == 'text' else '.csv'}")
+            Path(args.file).write_bytes(sys.stdin.buffer.read())
+            return _as_trained(args, net, path)
+    return _as_trained(args, net, path)
+
+
+def _as_trained(args: argparse.Namespace, net: Network, path: str) -> int:
+    """Predict by a network that was trained here."""
     if net.metadata["task"] == "forecast":
         return _forecast(args, net, path)
     if net.metadata["task"] == "text":

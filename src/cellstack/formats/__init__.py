@@ -7,12 +7,15 @@ bytes is of its kind, `load(path)` returns a Network or raises `FormatError`, `s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
+from inspect import signature
 from os import PathLike, fspath
 from pathlib import PurePath
 from typing import Any
 
 from cellstack.network import Network
+from cellstack.nodes import Node
 from cellstack.spec import FormatError
 
 ADAPTERS = ("safetensors", "keras", "pytorch", "onnx")
@@ -48,11 +51,16 @@ def adapter_of(path: str) -> Any:
     raise FormatError(f"{path}: expected one of {supported()}, found a file that begins with {head[:8]!r}")
 
 
-def load(path: str | PathLike[str]) -> Network:
+def load(path: str | PathLike[str], order: Sequence[str | Node] | None = None) -> Network:
     """Read a network from a file; the content tells the format, and no code from the file is run.
 
     Args:
         path: the file.
+        order: for weights of PyTorch that don't say in which order their modules run, such as those of one's own class:
+            the modules' names, in that order. `"last"` stands for the last step of a sequence, `"relu"` and the like
+            for an activation, and a node for itself; `"words:Embedding"` and `"head:Linear"` tell apart what looks
+            alike without a bias. What else the class does between its modules is for the caller to know. None: the
+            file says it.
 
     Returns:
         The network, with its names and metadata.
@@ -62,9 +70,15 @@ def load(path: str | PathLike[str]) -> Network:
             named; names the file, the tensor, what was expected and what was found.
         ModuleNotFoundError: the format is read by a package that isn't installed, which the message names.
         OSError: the file can't be read.
+        TypeError: an order that isn't one of names and nodes, or for a file that says its own.
     """
     path = fspath(path)
-    return adapter_of(path).load(path)
+    adapter = adapter_of(path)
+    if order is None:
+        return adapter.load(path)
+    if "order" not in signature(adapter.load).parameters:
+        raise TypeError(f"load: expected no order for {path}: {adapter.NAME} says itself in which order its layers run")
+    return adapter.load(path, order)
 
 
 def extract(path: str | PathLike[str]) -> dict[str, Network]:
@@ -75,6 +89,7 @@ def extract(path: str | PathLike[str]) -> dict[str, Network]:
 
     Returns:
         One network a recurrent part, named as it is in the file: a stack of layers is one part where the file says so.
+        After them come, out of weights of PyTorch, those of each Linear.
 
     Raises:
         FormatError, ModuleNotFoundError, OSError: see `load`; also for a file without any recurrent part.

@@ -19,7 +19,7 @@ from cellstack.spec import FormatError, ShapeError
 HINT = "cellstack.extract(path) gives its recurrent parts"
 MOST_NODES = 10_000  # a model may be used twice by one that is used twice, and so on
 MOST_NUMBERS = 1 << 24  # that a file doesn't hold: it only says how wide they are
-MOST_PROBLEMS = 20  # named one by one in a message
+MOST_PROBLEMS = 6  # named one by one in a message
 
 
 class TooMuchError(FormatError):

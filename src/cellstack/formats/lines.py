@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from cellstack.spec import FormatError
@@ -114,6 +116,66 @@ class Lines:
     def error(self, text: str) -> FormatError:
         """Return the error of the line that was read last."""
         return FormatError(f"{self.source}, line {self.number}: {text}")
+
+
+def picked(lines: Iterable[bytes], columns: Sequence[str], source: str) -> Iterator[bytes]:
+    """Give lines with some of their columns alone, in the order in which these are named.
+
+    Args:
+        lines: CSV, whose first line may name the columns; or JSON, an array or an object a line.
+        columns: by name, or by number, the first is 1.
+        source: what the lines come from, for the message.
+
+    Raises:
+        FormatError: a column that isn't there; names the line, what was expected and what was found.
+
+    >>> list(picked([b"a,b,c", b"1,2,3"], ["c", "1"], "a file"))
+    [b'c,a', b'3,1']
+    """
+    places: list[int] | None = None
+    as_json = None
+    for number, line in enumerate(lines, 1):
+        text = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8", "replace").strip()
+        if not text:
+            yield b""
+            continue
+        where = f"{source}, line {number}"
+        as_json = text[0] in "[{" if as_json is None else as_json
+        if as_json:
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise FormatError(f"{where}: expected JSON, found {str(error)[:120]}") from None
+            if isinstance(value, dict):
+                _all_there(where, [name for name in columns if name not in value], list(value))
+                parts = [value[name] for name in columns]
+            else:
+                value = value if isinstance(value, list) else [value]
+                parts = [value[at] for at in _places(where, columns, [], len(value))]
+            yield json.dumps(parts).encode()
+            continue
+        parts = next(csv.reader([text]))
+        if places is None:
+            named = not any(_holds_number(part.encode()) for part in parts)
+            places = _places(where, columns, [part.strip() for part in parts] if named else [], len(parts))
+        if max(places) >= len(parts):
+            raise FormatError(f"{where}: expected at least {max(places) + 1} columns, found {len(parts)}")
+        yield ",".join(parts[at] for at in places).encode()
+
+
+def _places(where: str, columns: Sequence[str], names: list[str], count: int) -> list[int]:
+    """Return where columns stand that go by name or by number."""
+    found = {
+        name: names.index(name) if name in names else int(name) - 1 if name.isdecimal() else -1 for name in columns
+    }
+    _all_there(where, [name for name, at in found.items() if not 0 <= at < count], names or [f"{count} without names"])
+    return [found[name] for name in columns]
+
+
+def _all_there(where: str, missing: list[str], there: list[str]) -> None:
+    if missing:
+        shown = ", ".join(name[:60] for name in there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
+        raise FormatError(f"{where}: expected a column {missing[0]!r:.80}, by name or by number from 1, found {shown}")
 
 
 def _holds_number(part: bytes) -> bool:

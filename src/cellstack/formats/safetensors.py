@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from safetensors.numpy import save as to_bytes
 from cellstack.formats.files import replacing, short
 from cellstack.formats.safetensors_weights import extract_weights, has_parts, load_weights
 from cellstack.network import Network
-from cellstack.nodes import NODES
+from cellstack.nodes import NODES, Node
 from cellstack.nodes.patches import Patch
 from cellstack.nodes.stored import Entry
 from cellstack.spec import FormatError
@@ -247,11 +247,12 @@ def _patch(tensors: _Tensors, number: int, said: Any) -> Patch:
         raise FormatError(f"{where}: {str(error)[:300]}") from None
 
 
-def load(path: str) -> Network:
+def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
     """Read the network in `path`.
 
     Args:
         path: the file.
+        order: of modules, where the file holds weights alone: see `cellstack.load`.
 
     Returns:
         The network, bit for bit as it was saved.
@@ -261,9 +262,14 @@ def load(path: str) -> Network:
             expected and what was found.
         OSError: the file can't be read.
         MemoryError: there is no room for it; names the file.
+        TypeError: an order for a network, which has its own.
     """
     with _opened(path) as file:
-        return load_weights(path, file) if _of_weights(file) else _read(path, file)
+        if _of_weights(file):
+            return load_weights(path, file, order)
+        if order is not None:
+            raise TypeError(f"load: expected no order for {path}: it holds a network, which says its own")
+        return _read(path, file)
 
 
 def extract(path: str) -> dict[str, Network]:

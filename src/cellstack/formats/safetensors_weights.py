@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import safe_open
 
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.names import NAME, network_of, networks_of, parts_of
+from cellstack.formats.pytorch.names import NAME, network_of, networks_of, parts_of, with_dense
+from cellstack.formats.pytorch.order import in_order
+from cellstack.formats.pytorch.ours import layers_of
+from cellstack.formats.pytorch.saved import Source
+from cellstack.formats.pytorch.script import Scripts
+from cellstack.formats.pytorch.tree import Contents
 from cellstack.spec import FormatError
 
 if TYPE_CHECKING:
     from cellstack.network import Network
+    from cellstack.nodes import Node
     from cellstack.nodes.base import Array
 
 DTYPES = ("F16", "F32", "F64", "BF16")
@@ -55,16 +62,20 @@ def _tensors(path: str, file: safe_open) -> dict[str, _Tensor]:
 def has_parts(file: safe_open) -> bool:
     """Return whether any tensor is named as PyTorch names those of a recurrent module."""
     try:
-        return bool(parts_of(joined(_tensors("", file), "", NAME)))
+        tensors = _tensors("", file)
+        return bool(layers_of(tensors) or parts_of(joined(tensors, "", NAME)))
     except FormatError:  # of weights in pieces that don't fit, which reading them says
         return True
 
 
-def load_weights(path: str, file: safe_open) -> Network:
-    """Return the one recurrent module that a file of weights consists of: see `pytorch.names.network_of`."""
+def load_weights(path: str, file: safe_open, order: Sequence[str | Node] | None = None) -> Network:
+    """Return the one recurrent module that a file of weights consists of, or its modules in an order, one by one."""
+    if order is not None:
+        return in_order(Contents(_tensors(path, file)), Source(path, Scripts(path, lambda _: "")), order)
     return network_of(_tensors(path, file), path)
 
 
 def extract_weights(path: str, file: safe_open) -> dict[str, Network]:
-    """Return the recurrent modules of a file of weights by name: see `pytorch.names.networks_of`."""
-    return networks_of(_tensors(path, file), path)
+    """Return the recurrent modules of a file of weights by name, and each Linear beside them."""
+    tensors = _tensors(path, file)
+    return with_dense(networks_of(tensors, path), tensors, path)

@@ -84,9 +84,20 @@ def as_input(owner: str, name: str, value: Any, like: Tensor) -> Tensor:
     return value if value.dtype == like.dtype else value.to(like.dtype)
 
 
+MEND = "cellstack.from_torch(model).save('model.onnx') writes any cell of ours"
+"""What to do about an exporter of torch's that can't have a layer."""
+
+
 def recomputing() -> bool:
     """Whether this call is made by a backward pass: torch.utils.checkpoint runs its part of the model a second time."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def exporting() -> bool:
+    """Whether this call is recorded by torch.jit.trace or for torch.onnx.export, which know torch's operators alone."""
+    if not torch.compiler.is_compiling():
+        return torch._C._get_tracing_state() is not None
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def training_tensors() -> AbstractContextManager[Any]:
@@ -231,6 +242,10 @@ class Layer(nn.Module):
     def apply_constraints(self) -> None:
         """Bring the weights back within their constraints; to be called after each step of an optimiser."""
         apply_constraints(self)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Say what there is in place of torch.jit.script, which asks for this."""
+        raise TypeError(f"{self._owner}: expected torch.jit.trace or torch.export in place of torch.jit.script; {MEND}")
 
     def _loss_terms(self) -> Iterator[Tensor]:
         """Give the layer's own terms, without those of its children."""

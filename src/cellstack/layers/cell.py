@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.layers import eager, op, weights
-from cellstack.layers.base import Layer, as_dtype, as_input, last_axis, own, recomputing, training_tensors
+from cellstack.layers.base import Layer, as_dtype, as_input, exporting, last_axis, own, recomputing, training_tensors
 from cellstack.spec import ACTIVATIONS, ARRAYS, CellSpec, ShapeError, as_integer, check_state, check_step
 
 
@@ -293,7 +293,7 @@ class Cell(Layer):
         return None if mask is None else (mask == 0.0).to(mask.dtype).view(batch, steps, width)
 
     def route(self, kernel: Tensor) -> tuple[str, str]:
-        """Return which way weights like `kernel` are computed ("fused", "cudnn" or "loop"), and why."""
+        """Return which way weights like `kernel` are computed ("fused", "cudnn", "torch" or "loop"), and why."""
         if self._foreign:
             return "loop", f"activation {self._foreign[0]} is not one of {', '.join(ACTIVATIONS)}"
         device, dtype = kernel.device.type, kernel.dtype
@@ -307,6 +307,8 @@ class Cell(Layer):
             return "loop", f"there is no fused kernel for {device}"
         if dtype not in (torch.float32, torch.float64):
             return "loop", f"{str(dtype).removeprefix('torch.')} is neither float32 nor float64"
+        if exporting():
+            return "torch", "torch.jit.trace and torch.onnx.export need torch's own operators"
         if op.transformed():
             return "loop", "torch.func and forward-mode differentiation need torch's own operations"
         return "fused", ""

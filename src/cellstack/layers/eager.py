@@ -6,6 +6,7 @@ Also the list of activations by Keras's names, and cuDNN's LSTM through torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice
 
@@ -348,3 +349,35 @@ def cudnn_lstm(
     x = x.flip(1) if reverse else x.contiguous()
     y, h, c = torch._VF.lstm(x, begin, flat, True, 1, 0.0, torch.is_grad_enabled(), False, True)  # type: ignore[attr-defined]
     return h.squeeze(0), c.squeeze(0), y.flip(1) if reverse else y
+
+
+def by_torch(
+    spec: CellSpec, x: Tensor, starts: Sequence[Tensor], weights: Sequence[Tensor], reverse: bool
+) -> tuple[Tensor, ...]:
+    """Run one layer that torch computes too (`torch_kind`, no mask) by its own operator, which every exporter knows.
+
+    Returns:
+        The states after, h `[B, H]` and an LSTM's c `[B, H]`, then `y [B, T, H]`, as `cudnn_lstm` gives it.
+    """
+    kernel, recurrent_kernel, *biases = weights
+    units, kind = spec.units, torch_kind(spec)
+    biases = list(biases[0].unbind(0)) if biases and biases[0].ndim == 2 else [*biases, *map(torch.zeros_like, biases)]
+    flat = [kernel.t(), recurrent_kernel.t(), *biases]
+    if spec.kind == "gru":  # torch has r before z
+        blocks = (part.chunk(3) for part in flat)
+        flat = [torch.cat([r, z, g]) for z, r, g in blocks]
+    begin = [start.unsqueeze(0) for start in starts] or [x.new_zeros(1, x.shape[0], units) for _ in spec.state_sizes]
+    x = x.flip(1) if reverse else x
+    options = bool(biases), 1, 0.0, False, False, True
+    run = getattr(torch._VF, kind)  # type: ignore[attr-defined]
+    y, *ends = run(x, begin if spec.kind == "lstm" else begin[0], flat, *options)
+    return *(end.squeeze(0) for end in ends), y.flip(1) if reverse else y
+
+
+def torch_kind(spec: CellSpec) -> str:
+    """Return the name of torch's own operator for a cell; "" where torch has none."""
+    plain = CellSpec(spec.input_size, spec.units, use_bias=spec.use_bias, kind=spec.kind)
+    if spec == plain:
+        return "rnn_tanh" if spec.kind == "rnn" else spec.kind
+    relu = spec.kind == "rnn" and spec == replace(plain, activation="relu")
+    return "rnn_relu" if relu else ""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cellstack.layers import eager, op
-from cellstack.layers.base import Layer, as_input, last_axis
+from cellstack.layers.base import MEND, Layer, as_input, last_axis
 from cellstack.layers.cell import Cell, Masks, as_drops, needs_grad
 from cellstack.layers.foreign import as_cell, initial_state, output_width, takes_training
 from cellstack.spec import GATES, TRACES, ShapeError, check_step
@@ -210,6 +210,13 @@ def run_cells(
         if routes[start] == "fused":
             texts = [cell._text for cell in cells[part]]
             out = op.run(y, starts, flat, drops, used, reset, texts, reverse, wanted, save)
+        elif routes[start] == "torch":
+            if not eager.torch_kind(cells[start]._spec) or traced or drops or used is not None or reset is not None:
+                raise TypeError(
+                    f"{cells[start]._owner}: expected what torch's LSTM, GRU and RNN compute, as torch.jit.trace and "
+                    f"torch.onnx.export need it, got another cell, a mask, a reset, dropout or return_gates; {MEND}"
+                )
+            out, save, wanted = [*eager.by_torch(cells[start]._spec, y, starts, flat, reverse)], False, True
         elif routes[start] == "cudnn" and used is reset is None and not drops and not traced and batch * steps:
             out, save, wanted = [*eager.cudnn_lstm(y, starts, flat, reverse)], False, True
         else:

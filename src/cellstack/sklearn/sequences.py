@@ -18,6 +18,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from cellstack import train
 from cellstack.network import Network
 from cellstack.train import Labelled, Sequences, predict
+from cellstack.train.settings import check_number
 
 EPOCHS, STEPS = 60, 750  # a fit without a word on epochs takes so many at least, and so many steps of the optimiser
 
@@ -108,6 +109,7 @@ class _SequenceEstimator(BaseEstimator):
             weight: how much each sequence counts, `[n]`.
         """
         epochs = max(EPOCHS, -(-STEPS * self.batch // len(sequences))) if self.epochs is None else self.epochs
+        check_number("epochs", epochs, whole=True)
         result = train.fit(
             Sequences(sequences, y, labels, "X", weight=weight.astype(np.float32)),
             validation=self.validation,

@@ -18,7 +18,7 @@ from cellstack.train.forecast.recipe import Recipe
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.predict import run
 from cellstack.train.settings import Settings
-from cellstack.train.tables.table import Category, Spacing, Table, read_table
+from cellstack.train.tables.table import CategoryColumn, Spacing, Table, read_table
 from cellstack.train.text.sampling import generate
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _LATER = {
 
 __all__ = [
     "Batch",
-    "Category",
+    "CategoryColumn",
     "Data",
     "Epoch",
     "Examples",

@@ -15,7 +15,7 @@ from cellstack.network import Network
 from cellstack.spec import CellSpec
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Data
-from cellstack.train.history import Log
+from cellstack.train.history import Log, event_writer
 from cellstack.train.learner import Fit
 from cellstack.train.loop import learn
 from cellstack.train.processes import processes
@@ -121,7 +121,7 @@ def fitted(
                 model = make()
             writes = options.inspect and options.events is not None and team.rank == 0
             with ExitStack() as stack:
-                writer = stack.enter_context(event_writer(options.events)) if writes else None
+                writer = stack.enter_context(event_writer(options.events) or nullcontext()) if writes else None
                 callbacks = own.callbacks
                 if options.log is not None:  # of several processes the first one calls it
                     callbacks = (*callbacks, stack.enter_context(closing(Log(options.log))))
@@ -147,15 +147,6 @@ def fitted(
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise MemoryError(str(error).partition("can't allocate memory: ")[2] or str(error)) from None
         raise
-
-
-def event_writer(folder: str | os.PathLike[str] | None) -> Any:
-    """Return TensorBoard's writer to a folder, or a context of None where TensorBoard isn't installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        return nullcontext()
-    return SummaryWriter(folder)
 
 
 def check_memory(architecture: Architecture, width: int, outputs: int) -> None:

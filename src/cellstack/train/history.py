@@ -83,6 +83,15 @@ def draw(path: str | os.PathLike[str], history: Sequence[dict[str, Any]], best: 
         figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=120)
 
 
+def event_writer(folder: str | os.PathLike[str] | None) -> Any:
+    """Return TensorBoard's writer to a folder, torch's own choice of one where None; None without TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        return None
+    return SummaryWriter(None if folder is None else os.fspath(folder))
+
+
 class Log:
     """A callback that writes each epoch's figures as it ends: to a file, anew each time, or as TensorBoard's events.
 
@@ -101,14 +110,12 @@ class Log:
         if Path(path).suffix.lower() in FILES:
             check_replaceable(path)
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError:
+        self.writer = event_writer(path)
+        if self.writer is None:
             raise UsageError(
                 f"expected a log that ends in {' or '.join(FILES)}, got {os.fspath(path)!r}: for TensorBoard's events, "
                 "pip install tensorboard"
-            ) from None
-        self.writer = SummaryWriter(os.fspath(path))
+            )
 
     def __call__(self, epoch: Any) -> None:
         """Write an `Epoch`."""

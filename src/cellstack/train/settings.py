@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from cellstack.train.checks import UsageError
@@ -39,6 +40,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check_number(field.name, getattr(self, field.name), whole=isinstance(field.default, int))
         for name, least in {"epochs": 1, "batch": 1, "patience": 0, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise UsageError(f"expected {name} >= {least}, got {getattr(self, name)}")
@@ -48,6 +51,12 @@ class Settings:
                 raise UsageError(f"expected {name} {bound} and finite, got {value}")
         if self.seed >= 2**63:  # as many as torch takes
             raise UsageError(f"expected seed < 2^63, got {self.seed}")
+
+
+def check_number(name: str, value: Any, whole: bool) -> None:
+    """Raise `UsageError` where a setting is no number, or where it has to be `whole` no integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise UsageError(f"expected {name} to be {'an integer' if whole else 'a number'}, got {value!r:.80}")
 
 
 @dataclass(frozen=True)

