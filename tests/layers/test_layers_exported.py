@@ -83,7 +83,6 @@ def test_traced_and_exported_programs(model):
 
 OTHERS = {
     "cell": (lambda: layers.LSTM(4, peepholes=True, **EVERY), {}),
-    "activation": (lambda: layers.GRU(4, "gelu", **EVERY), {}),
     "mask": (lambda: layers.LSTM(4, **EVERY), {"mask": torch.ones(2, 5, dtype=torch.bool)}),
 }
 
