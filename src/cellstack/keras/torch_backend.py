@@ -1,0 +1,176 @@
+"""Keras's recurrent loops on the torch backend: a call of our op on the very variables that Keras holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import keras
+import torch
+from torch import Tensor
+
+from cellstack.keras import cells as own
+from cellstack.layers import op
+from cellstack.layers.cell import NO_MASKS, Masks, as_drops, needs_grad
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def why_not(x: Any, mask: Any) -> str:
+    """Say why our op can't be given these sequences, or not now; "" where it can."""
+    if not concrete(x):
+        return "symbolic, traced, exported or transformed, or on another device"
+    if x.ndim != 3 or 0 in x.shape:
+        return "not sequences [B, T, I] with at least one step"
+    if torch.is_autocast_enabled("cpu"):
+        return "torch.autocast is on"
+    if mask is not None and not (type(mask) is Tensor and mask.is_cpu and mask.shape == x.shape[:2]):
+        return "a mask that isn't a tensor [B, T]"
+    return ""
+
+
+def concrete(x: Any) -> bool:
+    """Whether `x` is a tensor with numbers in memory, and nobody looks for torch's own operations: no tracer, no mode."""
+    return (
+        type(x) in _PLAIN
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not op.transformed()
+    )
+
+
+def draw(cells: Sequence[Any], step: Tensor) -> None:
+    """Let cells draw the dropout masks of a call, in Keras's order, for `step [B, I]`; they keep them for the call."""
+    for cell in cells:
+        cell.get_dropout_mask(step)
+        step = step.new_empty(step.shape[0], cell.units)  # masks ask for shape and dtype alone
+        cell.get_recurrent_dropout_mask(step)
+
+
+def run(
+    layer: Any, x: Tensor, initial_state: Sequence[Any], mask: Tensor | None, training: Any
+) -> tuple[tuple[Any, ...] | None, str]:
+    """Run a layer that can be served over `x [B, T, I]`.
+
+    Returns:
+        What Keras's own loop returns: the last output `[B, H]`, the outputs `[B, T, H]` in the order processed (with
+        `return_sequences`, else `[B, 1, H]`), and the states in the structure in which they came. Or None, and why not.
+    """
+    cells = own.of(layer)
+    weights = [[variable.value for variable in own.arrays(cell)] for cell in cells]
+    dtype = weights[0][0].dtype
+    starts = keras.tree.flatten(initial_state)
+    flat = [x, *starts, *(array for group in weights for array in group)]
+    if not all(type(tensor) in _PLAIN and tensor.is_cpu for tensor in flat[1:]):
+        return None, "weights or states that aren't tensors in memory"
+    if x.dtype is not dtype:
+        if x.is_floating_point() or x.is_complex():
+            return None, f"{x.dtype} sequences for weights of {dtype}".replace("torch.", "")
+        x = x.to(dtype)
+    sizes = [cell.units for cell in cells for _ in range(own.state_sizes(cell))]
+    if [(state.dtype, *state.shape) for state in starts] != [(dtype, x.shape[0], size) for size in sizes]:
+        return None, "an initial state that isn't [B, H]"
+    if layer.stateful:  # Keras writes the new state into the variables that the backward pass would look at
+        starts = [state.clone() for state in starts]
+    reverse, sequences = bool(layer.go_backwards), bool(layer.return_sequences)
+    used = None if mask is None else mask.to(torch.bool)
+    drops = [_drops(cell, training) for cell in cells]
+    y, last, ends = _stacked(cells, weights, x, starts, drops, used, reverse, sequences)
+    if used is not None:
+        y, last = _masked(y, last, starts[_h(cells)], used, reverse, bool(layer.zero_output_for_mask))
+    if y is None:
+        y = last.unsqueeze(1)
+    elif reverse:
+        y = y.flip(1)
+    return (last, y, keras.tree.pack_sequence_as(initial_state, ends)), ""
+
+
+def _h(cells: Sequence[Any]) -> int:
+    """Return where the top cell's h is among the states."""
+    return -own.state_sizes(cells[-1])
+
+
+def _drops(cell: Any, training: Any) -> Masks:
+    """Return a cell's dropout masks as Keras drew them for this call."""
+    if not training:
+        return NO_MASKS
+    return Masks(cell._dropout_mask if cell.dropout else None, cell._recurrent_dropout_mask if cell.recurrent_dropout else None)
+
+
+def _stacked(
+    cells: Sequence[Any],
+    weights: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    starts: Sequence[Tensor],
+    drops: Sequence[Masks],
+    used: Tensor | None,
+    reverse: bool,
+    sequences: bool,
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """Run cells in as few calls of the op as there can be: between two of them stands a dropout of what goes in.
+
+    Returns:
+        The top cell's y `[B, T, H]` in the order of x, where `sequences` or at hand; its last h; all states after.
+    """
+    ends: list[Tensor] = []
+    first, count = 0, len(cells)
+    queue = iter(starts)
+    while True:
+        stop = next((n for n in range(first + 1, count) if drops[n].input is not None), count)
+        part = slice(first, stop)
+        if drops[first].input is not None:
+            x = x * drops[first].input.unsqueeze(1)
+        texts, width = [], x.shape[2]
+        for cell in cells[part]:
+            texts.append(own.text(cell, width))
+            width = cell.units
+        sizes = [own.state_sizes(cell) for cell in cells[part]]
+        begin = list(islice(queue, sum(sizes)))
+        flat = [array for group in weights[part] for array in group]
+        save = needs_grad(x, *begin, *flat)
+        wanted = sequences or stop < count
+        out = op.run(x, begin, flat, as_drops(drops[part], x.new_empty(0)), used, None, texts, reverse, wanted, save)
+        ends += out[: len(begin)]
+        y = None
+        if save:
+            y = out[len(begin) + len(texts) - 1]
+        elif wanted:
+            y = out[len(begin)]
+        if stop == count:
+            return y if sequences else None, ends[_h(cells)], ends
+        assert y is not None
+        x, first = y, stop
+
+
+def _masked(
+    y: Tensor | None, last: Tensor, start: Tensor, used: Tensor, reverse: bool, zero: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Bring outputs at steps that the mask leaves out to what Keras has there.
+
+    Keras puts zeros before the first step that counts, where ours is the initial h; with `zero`, at all of them.
+    """
+    at_end = used[:, 0 if reverse else -1]
+    if zero:
+        shown, last_shown = used, at_end
+    else:
+        at_start = used[:, -1 if reverse else 0]
+        if bool(at_start.all()) or not (start.requires_grad or bool(start.any())):
+            return y, last
+        begun = used.flip(1).cummax(1).values.flip(1) if reverse else used.cummax(1).values
+        shown, last_shown = begun, used.any(1)
+    last = torch.where(last_shown.unsqueeze(1), last, 0.0)
+    return None if y is None else torch.where(shown.unsqueeze(2), y, 0.0), last
+
+
+def why_not_backend() -> str:
+    """Say why Keras's backend isn't one whose calls our op serves; "" where it is."""
+    name = keras.backend.backend()
+    return "" if name == "torch" else f"on the {name} backend"
+
+
+def too_small(layer: Any, x: Any, mask: Any) -> str:
+    """Say whether a call is so small that Keras's loop is over before ours has begun; "" where it isn't."""
+    return ""
