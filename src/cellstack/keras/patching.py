@@ -30,7 +30,6 @@ def reason(layer: Any, sequences: Any, mask: Any, training: Any) -> str:
         why_not(layer)
         or (why_not_training(of(layer)) if training else "")
         or torch_backend.why_not(sequences, mask)
-        or torch_backend.too_small(layer, sequences, mask)
     )
 
 
