@@ -5,11 +5,18 @@ What changes is the call that they make below them, step after step in Python on
 kernel where that computes the same, faster. `plan(model)` says what runs each layer, and why.
 
 >>> import cellstack.keras
+>>> import keras
+>>> import numpy
 >>> with cellstack.keras.patch():  # or patch() … unpatch()
 ...     y = keras.layers.LSTM(4)(numpy.zeros((2, 3, 6), "float32"))
 >>> cellstack.keras.calls().served > 0
 True
 """
+
+from importlib.util import find_spec
+
+if find_spec("keras") is None:
+    raise ModuleNotFoundError("cellstack.keras needs Keras 3: pip install 'cellstack[torch]' keras", name="keras")
 
 from cellstack.keras.calls import Calls, calls
 from cellstack.keras.patching import accelerate, patch, restore, unpatch

@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 import keras
 
-from cellstack.keras import states, torch_backend
+from cellstack.keras import engines, states
 from cellstack.keras.calls import count
 from cellstack.keras.cells import of, why_not, why_not_training
 
@@ -27,9 +27,10 @@ def active(layer: Any) -> bool:
 def reason(layer: Any, sequences: Any, mask: Any, training: Any) -> str:
     """Say why a call of an accelerated layer is left to Keras; "" where our op serves it."""
     return (
-        why_not(layer)
+        engines.why_not_here()
+        or why_not(layer)
         or (why_not_training(of(layer)) if training else "")
-        or torch_backend.why_not(sequences, mask)
+        or engines.why_not(sequences, mask)
     )
 
 
@@ -45,7 +46,7 @@ def _inner_loop(original: Callable[..., Any]) -> Callable[..., Any]:
         results, why = None, reason(self, sequences, used, training)
         if not why:
             given = list(initial_state) if keras.tree.is_nested(initial_state) else [initial_state]
-            results, why = torch_backend.run(self, sequences, given, used, training)
+            results, why = engines.run(self, sequences, given, used, training)
         count(why)
         return original(self, sequences, initial_state, mask, training=training) if results is None else results
 
@@ -54,7 +55,7 @@ def _inner_loop(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, sequences: Any, initial_state: Any = None, mask: Any = None, training: Any = False) -> Any:
-        if active(self) and torch_backend.concrete(sequences):
+        if active(self) and engines.concrete(sequences):
             initial_state = states.start(self, sequences, initial_state)
         return original(self, sequences, initial_state=initial_state, mask=mask, training=training)
 
@@ -72,8 +73,8 @@ def _reset_state(original: Callable[..., Any]) -> Callable[..., Any]:
 def _draw_masks(original: Callable[..., Any]) -> Callable[..., Any]:
     def draw_masks(self: Any, cell: Any, input_sequence: Any, input_state: Any) -> None:
         # Keras runs a step of every cell of a stack to learn the widths, which its own cells say themselves.
-        if active(self) and cell is self.cell and not why_not(self) and torch_backend.concrete(input_sequence):
-            torch_backend.draw(of(self), input_sequence)
+        if active(self) and cell is self.cell and not why_not(self) and engines.concrete(input_sequence):
+            engines.draw(of(self), input_sequence)
         else:
             original(self, cell, input_sequence, input_state)
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import keras
 
-from cellstack.keras import torch_backend
+from cellstack.keras import engines
 from cellstack.keras.cells import of, why_not, why_not_training
 from cellstack.keras.patching import _layers, active
-from cellstack.layers import op
 from cellstack.spec import Plan
 
 
@@ -33,10 +32,10 @@ def plan(model: Any) -> Plan:
 def _line(layer: Any) -> str:
     if not active(layer):
         return "Keras: not accelerated: cellstack.keras.patch() or accelerate(model)"
-    why = torch_backend.why_not_backend() or why_not(layer)
+    why = engines.why_not_here() or why_not(layer)
     if why:
         return f"Keras: {why}"
-    line = f"fused cpu kernel ({op.isa()})"
+    line = f"fused cpu kernel ({engines.isa()})"
     training = why_not_training(of(layer))
     if training:
         line += f"; in training Keras: {training}"

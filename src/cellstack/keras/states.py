@@ -57,11 +57,19 @@ def _checked(layer: Any, batch: int) -> Any:
 
 
 def reset(layer: Any) -> bool:
-    """Forget states that were set by hand; return whether there were any."""
-    if not _by_hand(layer):
+    """Forget states that were set by hand, or those of a stack, whose nesting Keras's own reset doesn't know.
+
+    Returns:
+        Whether there were any.
+    """
+    if _by_hand(layer):
+        if layer.built:  # while it is built, Keras resets what a stateful layer holds: these are yet to serve
+            layer.states = None
+            if layer.stateful:
+                layer._create_state_variables(layer._expected_batch_size)
+        return True
+    if layer.states is None or all(isinstance(state, keras.Variable) for state in layer.states):
         return False
-    if layer.built:  # while it is built, Keras resets what a stateful layer holds: these are yet to serve
-        layer.states = None
-        if layer.stateful:
-            layer._create_state_variables(layer._expected_batch_size)
+    for variable in keras.tree.flatten(layer.states):
+        variable.assign(keras.ops.zeros_like(variable.value))
     return True

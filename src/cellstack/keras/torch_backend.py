@@ -14,6 +14,7 @@ from cellstack.keras import cells as own
 from cellstack.layers import op
 from cellstack.layers.cell import NO_MASKS, Masks, as_drops, needs_grad
 
+isa = op.isa
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -93,8 +94,8 @@ def run(
 # From how many steps on a call of ours takes less time than Keras's, for weights of so many numbers: with them grows the
 # time in which they are packed, once a call. Measured on one thread with AVX-512 for widths from 4 to 1024 and batches
 # from 1 to 256, one step to 40. Where Keras hands sequences to its backend it has one product of all steps with the
-# kernel, and a short loop after; elsewhere a step of its loop costs many times more.
-_HANDED_ON, _STEP_BY_STEP = (1.5, 2e5, 1.75, 4e5), (0.0, 6e5, 0.0, 2e5)
+# kernel, and a short loop after; elsewhere a step of its loop costs many times more, most of it where there are gates.
+_HANDED_ON, _STEP_BY_STEP, _GATES_STEP_BY_STEP = (1.5, 2e5, 1.75, 4e5), (0.0, 6e5, 0.0, 2e5), (0.0, 4e6, 0.0, 1e6)
 
 
 def _least_steps(
@@ -108,7 +109,9 @@ def _least_steps(
         and getattr(cells[0], "reset_after", True)
     )
     count = sum(array.numel() for group in weights for array in group[:2])
-    base, each, base_trained, each_trained = _HANDED_ON if handed_on else _STEP_BY_STEP
+    gated = all(type(cell) is not keras.layers.SimpleRNNCell for cell in cells)
+    measured = _HANDED_ON if handed_on else _GATES_STEP_BY_STEP if gated else _STEP_BY_STEP
+    base, each, base_trained, each_trained = measured
     return base_trained + min(count / each_trained, 8.0) if trains else base + count / each
 
 
@@ -187,10 +190,4 @@ def _masked(
         shown, last_shown = begun, used.any(1)
     last = torch.where(last_shown.unsqueeze(1), last, 0.0)
     return None if y is None else torch.where(shown.unsqueeze(2), y, 0.0), last
-
-
-def why_not_backend() -> str:
-    """Say why Keras's backend isn't one whose calls our op serves; "" where it is."""
-    name = keras.backend.backend()
-    return "" if name == "torch" else f"on the {name} backend"
 
