@@ -19,7 +19,19 @@ if find_spec("keras") is None:
     raise ModuleNotFoundError("cellstack.keras needs Keras 3: pip install 'cellstack[torch]' keras", name="keras")
 
 from cellstack.keras.calls import Calls, calls
+from cellstack.keras.layers import GRU, LSTM, SimpleRNN
 from cellstack.keras.patching import accelerate, patch, restore, unpatch
 from cellstack.keras.plan import plan
 
-__all__ = ["Calls", "accelerate", "calls", "patch", "plan", "restore", "unpatch"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Calls",
+    "SimpleRNN",
+    "accelerate",
+    "calls",
+    "patch",
+    "plan",
+    "restore",
+    "unpatch",
+]

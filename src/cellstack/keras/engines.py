@@ -9,7 +9,7 @@ import keras
 NAME: str = keras.backend.backend()
 
 if NAME == "torch":
-    from cellstack.keras.torch_backend import concrete, draw, isa, run, why_not
+    from cellstack.keras.torch_backend import concrete, draw, isa, run, run_layer, why_not
 else:
 
     def why_not(sequences: Any, mask: Any) -> str:
@@ -30,6 +30,10 @@ else:
 
     def run(layer: Any, x: Any, initial_state: Any, mask: Any, training: Any) -> Any:
         """Leave layers to Keras."""
+        raise NotImplementedError
+
+    def run_layer(*_: Any) -> Any:
+        """Run no layer of ours."""
         raise NotImplementedError
 
 

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from cellstack.keras import cells as own
-from cellstack.layers import op
+from cellstack.layers import eager, op
 from cellstack.layers.cell import NO_MASKS, Masks, as_drops, needs_grad
+from cellstack.layers.sequences import shifted
+from cellstack.layers.stack import trace_of
+from cellstack.spec import CellSpec
 
 isa = op.isa
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -191,3 +194,43 @@ def _masked(
     last = torch.where(last_shown.unsqueeze(1), last, 0.0)
     return None if y is None else torch.where(shown.unsqueeze(2), y, 0.0), last
 
+
+
+def run_layer(
+    spec: CellSpec,
+    x: Tensor,
+    states: Sequence[Tensor] | None,
+    arrays: Sequence[Tensor],
+    drops: Sequence[Tensor | None],
+    mask: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    traced: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Run a cell of ours over `x [B, T, I]`: by the op, or by the torch loop where the kernel doesn't go.
+
+    Returns:
+        y `[B, T, P]` in the order processed, the last output, the states, and the trace's arrays where it is wanted.
+    """
+    x = x.to(arrays[0].dtype)
+    masks = Masks(*drops)
+    if masks.input is not None:
+        x = x * masks.input.unsqueeze(1)
+    starts = [] if states is None else list(states)
+    used = None if mask is None else mask.to(torch.bool)
+    begins = None if reset is None else reset.to(torch.bool)
+    if begins is not None and reverse:
+        begins = shifted(begins)
+    given = x, starts, list(arrays), as_drops([masks], x.new_empty(0)), used, begins
+    save = traced or needs_grad(x, *starts, *arrays)
+    if x.device.type in ("cpu", "meta") and x.dtype in (torch.float32, torch.float64) and not op.transformed():
+        out = op.run(*given, [spec.text], reverse, True, save)
+    else:
+        functions = [eager.function_of(activation) for activation in spec.activations]
+        out = eager.run(*given, [spec], [functions], reverse, True, save)
+    count = len(spec.state_sizes)
+    ends, y = out[:count], out[count]
+    every = list(trace_of(spec, out[count + 1], out[count + 2], y)) if traced else []
+    if reverse:
+        y, every = y.flip(1), [part.flip(1) for part in every]
+    return y, ends[0], ends, every

@@ -13,7 +13,7 @@ from cellstack.layers import eager, op
 from cellstack.layers.base import Layer, as_input, last_axis
 from cellstack.layers.cell import Cell, Masks, as_drops, needs_grad
 from cellstack.layers.foreign import as_cell, initial_state, output_width, takes_training
-from cellstack.spec import GATES, TRACES, ShapeError, check_step
+from cellstack.spec import GATES, TRACES, CellSpec, ShapeError, check_step
 
 
 class StackedRNNCells(Layer):
@@ -235,7 +235,7 @@ def run_cells(
     return y, last, finals, traces
 
 
-def trace_of(cell: Cell, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
+def trace_of(cell: Cell | CellSpec, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
     """Return a cell's trace out of what the op saves of it."""
     named = dict(zip(GATES[cell.kind], gates.unbind(2), strict=False))  # without what only the kernel needs
     return TRACES[cell.kind](**named, **({"c": memory} if cell.kind == "lstm" else {}), h=y)
