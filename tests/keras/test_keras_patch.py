@@ -52,7 +52,9 @@ def same(layer, x, atol=1e-5, served=True, **how):
     for a, b in zip([*leaves(ours), *our_gradients], [*leaves(theirs), *their_gradients], strict=True):
         if not isinstance(a, float):
             assert a.dtype == getattr(b, "dtype", a.dtype)
-        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b).expand_as(torch.as_tensor(a)), atol=atol, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.as_tensor(a), torch.as_tensor(b).expand_as(torch.as_tensor(a)), atol=atol, rtol=1e-4
+        )
     return ours
 
 
@@ -104,7 +106,9 @@ def test_the_same_as_keras(name, flags, rng):
         lambda: L.LSTM(6, dropout=0.4, return_sequences=True),
         lambda: L.GRU(6, dropout=0.4),
         lambda: L.SimpleRNN(6, dropout=0.3, recurrent_dropout=0.5),
-        lambda: L.RNN([L.LSTMCell(6, dropout=0.2), L.GRUCell(3, dropout=0.5), L.SimpleRNNCell(4, recurrent_dropout=0.4)]),
+        lambda: L.RNN(
+            [L.LSTMCell(6, dropout=0.2), L.GRUCell(3, dropout=0.5), L.SimpleRNNCell(4, recurrent_dropout=0.4)]
+        ),
         lambda: L.RNN([L.LSTMCell(6), L.LSTMCell(6, dropout=0.5)], return_sequences=True, go_backwards=True),
     ],
 )
@@ -121,6 +125,18 @@ def test_dropout_draws_what_keras_draws(make, rng):
         torch.manual_seed(3)
         layer(torch.from_numpy(x), training=False)
     assert torch.rand(()) == after
+
+
+def test_a_seed_draws_what_it_draws_on_keras(rng):
+    x = torch.from_numpy(rng.normal(size=(4, 7, 5)).astype("float32"))
+    theirs, ours = (L.LSTM(6, dropout=0.4, seed=3) for _ in range(2))
+    ours.build(x.shape)
+    theirs.build(x.shape)
+    ours.set_weights(theirs.get_weights())
+    for _ in range(2):  # the second call draws on
+        wanted = theirs(x, training=True)
+        with patch():
+            torch.testing.assert_close(ours(x, training=True), wanted)
 
 
 def test_bidirectional_through_its_two_layers(rng):
@@ -150,6 +166,22 @@ def test_second_derivatives(rng):
     assert calls().served == 1
 
 
+def test_where_keras_fails_of_itself(rng):
+    x, mask = torch.from_numpy(rng.normal(size=(4, 7, 5)).astype("float32")), torch.from_numpy(rng.random((4, 7)) < 0.6)
+    alone, plain = L.RNN([L.LSTMCell(6)], return_state=True), L.LSTM(6, return_state=True)
+    unrolled, rolled = (L.GRU(6, go_backwards=True, unroll=flag) for flag in (True, False))
+    for one, other in ((alone, plain), (unrolled, rolled)):
+        one.build(x.shape)
+        other.build(x.shape)
+        one.set_weights(other.get_weights())
+        with pytest.raises((IndexError, TypeError, AttributeError)):
+            one(x, mask=mask)
+        with patch():
+            ours = one(x, mask=mask)
+        for a, b in zip(leaves(ours), leaves(other(x, mask=mask)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
 # ── States ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -157,15 +189,15 @@ def test_second_derivatives(rng):
 def test_stateful_layers_go_on_where_they_were(name, rng):
     x = torch.from_numpy(rng.normal(size=(4, 7, 5)).astype("float32"))
     layer = LAYERS[name](stateful=True, return_state=True)
-    theirs = [leaves(layer(x)) for _ in range(2)]
+    theirs = leaves([layer(x) for _ in range(2)])
     with patch():
         layer.reset_state()
-        ours = [leaves(layer(x)) for _ in range(2)]
-        for a, b in zip(sum(ours, []), sum(theirs, []), strict=True):
+        ours = leaves([layer(x) for _ in range(2)])
+        for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
         layer(x)[0].sum().backward()  # Keras itself writes over what its backward pass looks at
         layer.reset_state()
-        torch.testing.assert_close(layer(x)[0], theirs[0][0], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(layer(x)[0], theirs[0], atol=1e-6, rtol=1e-4)
 
 
 def test_states_set_by_hand_start_the_next_call(rng):
@@ -366,7 +398,9 @@ def test_a_plan_has_a_line_for_every_recurrent_layer():
     assert len(plan(made)) == 3
     assert all("not accelerated" in line for line in plan(made))
     with patch():
-        lines = plan(keras.Sequential([L.LSTM(4, name="a", recurrent_dropout=0.1), L.TimeDistributed(L.GRU(3, name="b"))]))
+        lines = plan(
+            keras.Sequential([L.LSTM(4, name="a", recurrent_dropout=0.1), L.TimeDistributed(L.GRU(3, name="b"))])
+        )
     assert lines[0].startswith("a LSTM: fused cpu kernel (")
     assert "; in training Keras: recurrent_dropout" in lines[0]
     assert lines[1].startswith("b GRU: fused cpu kernel (")

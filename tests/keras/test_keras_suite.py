@@ -40,7 +40,11 @@ def run(files, folder, patched, only=()):
     names = ["-k", " or ".join(only)] if only else []
     (folder / "pytest.ini").write_text("[pytest]\n")  # not that of a tree around the wheel
     done = subprocess.run(
-        [*command, "-c", str(folder / "pytest.ini"), f"--rootdir={folder}", *names, *tests], cwd=folder, env=environment, capture_output=True, text=True
+        [*command, "-c", str(folder / "pytest.ini"), f"--rootdir={folder}", *names, *tests],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert to.exists(), done.stdout + done.stderr
     assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: some tests failed

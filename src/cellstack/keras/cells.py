@@ -27,9 +27,11 @@ def _known(name: str) -> Callable[..., Any] | None:
         return None
 
 
-_NAMES: dict[Any, str] = {
-    function: name for name in ACTIVATIONS if (function := _known(name)) is not None
-} | {keras.ops.tanh: "tanh", keras.ops.sigmoid: "sigmoid", keras.ops.relu: "relu"}
+_NAMES: dict[Any, str] = {function: name for name in ACTIVATIONS if (function := _known(name)) is not None} | {
+    keras.ops.tanh: "tanh",
+    keras.ops.sigmoid: "sigmoid",
+    keras.ops.relu: "relu",
+}
 
 
 def activation(function: Any) -> str:
@@ -49,10 +51,14 @@ def _text(kind: str, width: int, units: int, names: tuple[str, ...], use_bias: b
 
 
 def _names(cell: Any) -> tuple[str, ...]:
-    functions = [cell.activation] if type(cell) is keras.layers.SimpleRNNCell else [
-        cell.activation,
-        cell.recurrent_activation,
-    ]
+    functions = (
+        [cell.activation]
+        if type(cell) is keras.layers.SimpleRNNCell
+        else [
+            cell.activation,
+            cell.recurrent_activation,
+        ]
+    )
     return tuple(activation(function) for function in functions)
 
 

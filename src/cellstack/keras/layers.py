@@ -80,7 +80,13 @@ class _Recurrent(keras.layers.Layer):
     def _added(self, name: str, shape: tuple[int, ...]) -> Any:
         role = _ROLES.get(name)
         if role is None:
-            first = self._made["kernel_initializer"] if name == "projection" else "ones" if name.endswith("_gain") else "zeros"
+            first = (
+                self._made["kernel_initializer"]
+                if name == "projection"
+                else "ones"
+                if name.endswith("_gain")
+                else "zeros"
+            )
             return self.add_weight(shape=shape, name=name, initializer=first)
         made = {kind: self._made[f"{role}_{kind}"] for kind in _TABLES}
         if name == "bias" and self._given.get("unit_forget_bias") and "f" in self._spec.gates:

@@ -18,6 +18,9 @@ def plan(model: Any) -> Plan:
     Args:
         model: a layer or a model of Keras.
 
+    Returns:
+        A line for each layer, as a `Plan`, which shows itself as these lines.
+
     Raises:
         TypeError: something else.
 

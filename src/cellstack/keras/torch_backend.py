@@ -127,7 +127,9 @@ def _drops(cell: Any, training: Any) -> Masks:
     """Return a cell's dropout masks as Keras drew them for this call."""
     if not training:
         return NO_MASKS
-    return Masks(cell._dropout_mask if cell.dropout else None, cell._recurrent_dropout_mask if cell.recurrent_dropout else None)
+    return Masks(
+        cell._dropout_mask if cell.dropout else None, cell._recurrent_dropout_mask if cell.recurrent_dropout else None
+    )
 
 
 def _stacked(
@@ -193,7 +195,6 @@ def _masked(
         shown, last_shown = begun, used.any(1)
     last = torch.where(last_shown.unsqueeze(1), last, 0.0)
     return None if y is None else torch.where(shown.unsqueeze(2), y, 0.0), last
-
 
 
 def run_layer(
