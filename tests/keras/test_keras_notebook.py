@@ -30,7 +30,7 @@ output, final_memory_state, final_carry_state = lstm_layer(x)
 """
 
 
-class tf:  # noqa: N801: what the tutorial calls TensorFlow
+class tf:  # noqa: N801 — what the tutorial calls TensorFlow
     keras = keras
     float32 = "float32"
     zeros = staticmethod(keras.ops.zeros)

@@ -12,7 +12,7 @@ if NAME == "torch":
     from cellstack.keras.torch_backend import concrete, draw, isa, run, run_layer, why_not
 else:
 
-    def why_not(sequences: Any, mask: Any) -> str:
+    def why_not(x: Any, mask: Any) -> str:
         """Say why our op serves no call."""
         return f"on the {NAME} backend, whose loop is compiled"
 
@@ -32,7 +32,17 @@ else:
         """Leave layers to Keras."""
         raise NotImplementedError
 
-    def run_layer(*_: Any) -> Any:
+    def run_layer(
+        spec: Any,
+        x: Any,
+        states: Any,
+        arrays: Any,
+        drops: Any,
+        mask: Any,
+        reset: Any,
+        reverse: bool,
+        traced: bool,
+    ) -> Any:
         """Run no layer of ours."""
         raise NotImplementedError
 

@@ -15,6 +15,8 @@ import keras
 from cellstack.keras import cells, engines
 from cellstack.spec import TRACES, CellSpec, as_flag, as_integer, check_state
 
+_ops: Any = keras.ops
+
 _FLAGS = (
     "use_bias",
     "peepholes",
@@ -71,9 +73,9 @@ class _Recurrent(keras.layers.Layer):
         """The description of the cell; of width 1 before there is an input."""
         return self._spec
 
-    def build(self, sequences_shape: Sequence[Any], *_: Any) -> None:
+    def build(self, input_shape: Sequence[Any]) -> None:
         """Make the weights, those of `CellSpec.shapes`."""
-        width = int(sequences_shape[-1])
+        width = int(input_shape[-1])
         self._spec = replace(self._spec, input_size=width)
         self._arrays = [self._added(name, shape) for name, shape in self._spec.shapes.items()]
 
@@ -101,24 +103,24 @@ class _Recurrent(keras.layers.Layer):
         Args:
             sequences: `[B, T, I]`.
             initial_state: arrays of the state, h `[B, P]` and an LSTM's c `[B, H]`; None: zeros, or what was learned.
-            mask: `[B, T]` of bool, True where a step counts. Elsewhere the state is carried and the output repeated, the
-                initial h before the first step that counts; or zero, with `zero_output_for_mask`.
+            mask: `[B, T]` of bool, True where a step counts. Elsewhere the state is carried and the output repeated
+                (before the first step that counts: the initial h); or zero, with `zero_output_for_mask`.
             reset: `[B, T]` of bool, True where a row's next piece begins: nothing before it has influence on it.
             training: whether dropout and zoneout draw masks.
 
         Returns:
-            y `[B, T, P]` with `return_sequences`, else `[B, P]`; then the arrays of the state, with `return_state`; then
-            the gates and states of every step `[B, T, H]`, with `return_gates`, in the order of the kind's trace.
+            y `[B, T, P]` with `return_sequences`, else `[B, P]`; then the arrays of the state, with `return_state`;
+            then the gates and states of every step `[B, T, H]`, with `return_gates`, in the order of the kind's trace.
         """
         if engines.why_not_here():
             raise NotImplementedError(
-                f"{self.name}: expected Keras's torch backend, got {engines.NAME}: set KERAS_BACKEND=torch before Keras "
-                "is imported"
+                f"{self.name}: expected Keras's torch backend, got {engines.NAME}: set KERAS_BACKEND=torch before "
+                "Keras is imported"
             )
         states = None
         if initial_state is not None:
             dtype = self.compute_dtype
-            states = [keras.ops.convert_to_tensor(state, dtype=dtype) for state in keras.tree.flatten(initial_state)]
+            states = [_ops.convert_to_tensor(state, dtype=dtype) for state in keras.tree.flatten(initial_state)]
             shapes = [tuple(state.shape) for state in states]
             check_state(self.name, shapes, sequences.shape[0], self._spec.state_sizes)
         drops = self._drawn(sequences) if training else (None,) * 4
@@ -128,15 +130,15 @@ class _Recurrent(keras.layers.Layer):
         )
         out = y if self.return_sequences else last
         if self.zero_output_for_mask and mask is not None:
-            used = keras.ops.flip(mask, 1) if self.go_backwards else mask
-            used = keras.ops.cast(used if self.return_sequences else used[:, -1], out.dtype)
-            out = out * keras.ops.expand_dims(used, -1)
+            used = _ops.flip(mask, 1) if self.go_backwards else mask
+            used = _ops.cast(used if self.return_sequences else used[:, -1], out.dtype)
+            out = out * _ops.expand_dims(used, -1)
         results = (out, *(ends if self.return_state else ()), *(every if self.return_gates else ()))
         return results if len(results) > 1 else out
 
-    def _drawn(self, x: Any) -> tuple[Any, Any, Any, Any]:
+    def _drawn(self, x: Any) -> tuple[Any, ...]:
         """Draw dropout of x `[B, I]` and of h `[B, P]`, and where zoneout keeps h `[B, T, P]` and c `[B, T, H]`."""
-        batch, steps, width = keras.ops.shape(x)
+        batch, steps, width = _ops.shape(x)
         spec = self._spec
         kept = [
             self._mask((batch, steps, size), rate)
@@ -145,11 +147,11 @@ class _Recurrent(keras.layers.Layer):
         return (
             self._mask((batch, width), self._given["dropout"]),
             self._mask((batch, spec.output_size), self._given["recurrent_dropout"]),
-            *(None if mask is None else keras.ops.cast(mask == 0.0, self.compute_dtype) for mask in kept),
+            *(None if mask is None else _ops.cast(mask == 0.0, self.compute_dtype) for mask in kept),
         )
 
     def _mask(self, shape: tuple[Any, ...], rate: float) -> Any:
-        ones = keras.ops.ones(shape, dtype=self.compute_dtype) if rate else None
+        ones = _ops.ones(shape, dtype=self.compute_dtype) if rate else None
         return None if ones is None else keras.random.dropout(ones, rate, seed=self.seed_generator)
 
     def compute_output_shape(self, sequences_shape: Sequence[Any], *_: Any) -> Any:
@@ -163,9 +165,9 @@ class _Recurrent(keras.layers.Layer):
             shapes += [(batch, steps, size) for size in _traced(spec)]
         return shapes[0] if len(shapes) == 1 else tuple(shapes)
 
-    def compute_mask(self, inputs: Any, mask: Any) -> Any:
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         """Return the mask of each result: that of the sequences for y of every step, none for the rest."""
-        own = keras.tree.flatten(mask)[0] if self.return_sequences else None
+        own = keras.tree.flatten(previous_mask)[0] if self.return_sequences else None
         more = len(self.state_size) * self.return_state + len(_traced(self._spec)) * self.return_gates
         return [own, *[None] * more] if more else own
 
@@ -184,8 +186,8 @@ def _forgetting(initializer: Any, units: int) -> Any:
     """Return an initialiser of a bias whose forget gate's block, the second, is ones."""
 
     def first(shape: Any, dtype: Any = None) -> Any:
-        parts = [initializer((units,), dtype=dtype), keras.ops.ones((units,), dtype=dtype)]
-        return keras.ops.concatenate([*parts, initializer((shape[0] - 2 * units,), dtype=dtype)])
+        parts = [initializer((units,), dtype=dtype), _ops.ones((units,), dtype=dtype)]
+        return _ops.concatenate([*parts, initializer((shape[0] - 2 * units,), dtype=dtype)])
 
     return first
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
-
 from cellstack.keras import engines
 from cellstack.keras.cells import of, why_not, why_not_training
 from cellstack.keras.patching import _layers, active
@@ -24,6 +22,7 @@ def plan(model: Any) -> Plan:
     Raises:
         TypeError: something else.
 
+    >>> import keras
     >>> from cellstack.keras import patch
     >>> with patch():
     ...     print(str(plan(keras.layers.LSTM(4, recurrent_dropout=0.2, name="a"))).split(": ")[0])

@@ -1,11 +1,10 @@
-"""States that were set by hand: `layer.states = (h, c)`, which Keras leaves without effect where nothing is stateful."""
+"""States that were set by hand: `layer.states = (h, c)`, which Keras ignores in layers that aren't stateful."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import keras
-
 
 from cellstack.spec import ShapeError
 
@@ -46,7 +45,8 @@ def _checked(layer: Any, batch: int) -> Any:
     wanted = layer.get_initial_state(batch)
     shapes = [tuple(state.shape) for state in keras.tree.flatten(wanted)]
     dtype = layer.cell.compute_dtype
-    values = [keras.ops.convert_to_tensor(state, dtype=dtype) for state in keras.tree.flatten(layer.states)]
+    convert: Any = keras.ops.convert_to_tensor
+    values = [convert(state, dtype=dtype) for state in keras.tree.flatten(layer.states)]
     came = [tuple(value.shape) for value in values]
     if came != shapes:
         raise ShapeError(

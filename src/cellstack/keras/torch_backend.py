@@ -35,7 +35,7 @@ def why_not(x: Any, mask: Any) -> str:
 
 
 def concrete(x: Any) -> bool:
-    """Whether `x` is a tensor with numbers in memory, and nobody looks for torch's own operations: no tracer, no mode."""
+    """Whether `x` is a tensor with numbers in memory, and nobody looks for torch's own operations: tracer or mode."""
     return (
         type(x) in _PLAIN
         and x.is_cpu
@@ -94,10 +94,10 @@ def run(
     return (last, y, keras.tree.pack_sequence_as(initial_state, ends)), ""
 
 
-# From how many steps on a call of ours takes less time than Keras's, for weights of so many numbers: with them grows the
-# time in which they are packed, once a call. Measured on one thread with AVX-512 for widths from 4 to 1024 and batches
-# from 1 to 256, one step to 40. Where Keras hands sequences to its backend it has one product of all steps with the
-# kernel, and a short loop after; elsewhere a step of its loop costs many times more, most of it where there are gates.
+# From how many steps on a call of ours takes less time than Keras's, for weights of so many numbers: they are packed
+# once a call. Measured on one thread with AVX-512 for widths from 4 to 1024, batches from 1 to 256, one step to 40.
+# Where Keras hands sequences to its backend it has one product of all steps with the kernel, and a short loop after;
+# elsewhere a step of its loop costs many times more, most of it where there are gates.
 _HANDED_ON, _STEP_BY_STEP, _GATES_STEP_BY_STEP = (1.5, 2e5, 1.75, 4e5), (0.0, 6e5, 0.0, 2e5), (0.0, 4e6, 0.0, 1e6)
 
 
@@ -153,8 +153,9 @@ def _stacked(
     while True:
         stop = next((n for n in range(first + 1, count) if drops[n].input is not None), count)
         part = slice(first, stop)
-        if drops[first].input is not None:
-            x = x * drops[first].input.unsqueeze(1)
+        dropped = drops[first].input
+        if dropped is not None:
+            x = x * dropped.unsqueeze(1)
         texts, width = [], x.shape[2]
         for cell in cells[part]:
             texts.append(own.text(cell, width))

@@ -42,7 +42,8 @@ class TimeDistributed(Layer):
         self._config = {"layer": layer, "input_size": input_size, "name": name}
         self.layer = layer
         # A layer of Keras's on torch is a module whose forward takes anything; its call says what.
-        takes = layer.call if isinstance(getattr(layer, "call", None), MethodType) else layer.forward
+        own: Any = getattr(layer, "call", None)
+        takes = own if isinstance(own, MethodType) else layer.forward
         self._takes = set(inspect.signature(takes).parameters) & {"mask", "training"}
         self._like = torch.empty(0)
         if input_size is not None:

@@ -1,8 +1,9 @@
 """Initialisers, regularisers and constraints: Keras's names over torch.nn.init and plain torch.
 
 Each of them is given as a name (`"glorot_uniform"`), a description (`{"class_name": "L2", "config": {"l2": 0.01}}`,
-as Keras writes it), an object of Keras's or a callable of one tensor. An initialiser fills its tensor in place, as those of torch.nn.init
-do, or returns what is to be copied into it; a regulariser returns a scalar; a constraint returns the new weights.
+as Keras writes it), an object of Keras's, or a callable of one tensor. An initialiser fills its tensor in place, as
+those of torch.nn.init do, or returns what is to be copied into it; a regulariser returns a scalar; a constraint returns
+the new weights.
 """
 
 from __future__ import annotations
