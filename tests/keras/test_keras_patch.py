@@ -393,6 +393,14 @@ def test_keras_is_as_it_was_afterwards():
     assert now() == HANDED_ON
 
 
+def test_a_plan_says_where_the_weights_are():
+    layer = L.LSTM(4, name="far")
+    with keras.device("meta"):
+        layer.build((None, None, 3))
+    with patch():
+        assert plan(layer) == ("far LSTM: Keras: weights on meta",)
+
+
 def test_a_plan_has_a_line_for_every_recurrent_layer():
     made = model()
     assert len(plan(made)) == 3

@@ -35,6 +35,9 @@ def _line(layer: Any) -> str:
     if not active(layer):
         return "Keras: not accelerated: cellstack.keras.patch() or accelerate(model)"
     why = engines.why_not_here() or why_not(layer)
+    elsewhere = {} if why else {str(weight.value.device) for weight in layer.weights} - {"cpu"}
+    if elsewhere:
+        why = f"weights on {', '.join(sorted(elsewhere))}"
     if why:
         return f"Keras: {why}"
     line = f"fused cpu kernel ({engines.isa()})"
