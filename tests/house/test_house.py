@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cellstack
+from cellstack import keras as keras_door
 from cellstack import layers
 from cellstack.nodes import NODES
 
@@ -33,6 +34,7 @@ BELOW = {
     "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"spec", "native"},
     "doors": {"spec"},  # which looks the doors up by name, for what a model brought along
+    "keras": {"spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
     "cli": {"spec", "nodes", "network", "formats", "train", ""},
@@ -70,6 +72,7 @@ OUTSIDE_ALSO = {
     "formats": {"safetensors"},
     "inspect": {"safetensors"},
     "layers": {"torch"},
+    "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "sklearn", "sktime"},
@@ -222,7 +225,7 @@ def test_the_door_imports_no_framework_and_opens_fast(tmp_path):
 
 
 def test_no_module_of_the_door_leads_to_torch():
-    own = [path for path in MODULES if part_of(path) not in ("layers", "train", "adapters", "cli", "__main__")]
+    own = [path for path in MODULES if part_of(path) not in ("layers", "keras", "train", "adapters", "cli", "__main__")]
     names = [".".join(("cellstack", *path.relative_to(SOURCE).with_suffix("").parts)) for path in own]
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -250,7 +253,12 @@ def public_layers():
             yield f"layers.{name}.forward", value.forward
 
 
-PUBLIC = dict([*public(), *public_layers()])
+def public_keras():
+    for name in keras_door.__all__:
+        yield f"keras.{name}", getattr(keras_door, name)
+
+
+PUBLIC = dict([*public(), *public_layers(), *public_keras()])
 
 
 @pytest.mark.parametrize("kind", NODES.values(), ids=lambda kind: kind.__name__)
@@ -277,7 +285,7 @@ def test_what_is_public_is_documented(name):
             assert re.search(r"Returns?\b", text), f"{name}: Returns"
         if name.startswith("layers.") and name.endswith(".forward"):
             assert "Raises:" in text, f"{name}: Raises"
-    elif inspect.isclass(value) and "Error" not in name and not name.endswith(("State", "Trace")):
+    elif inspect.isclass(value) and "Error" not in name and not name.endswith(("State", "Trace", "Calls")):
         assert "Args:" in text, f"{name}: Args"
         assert "Raises:" in text, f"{name}: Raises"
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from cellstack.layers import weights
 from cellstack.spec import ShapeError
 
 Self = TypeVar("Self", bound="Layer")
@@ -293,7 +294,8 @@ def describe(value: Any) -> Any:
 
 
 def own(value: Any) -> Any:
-    """Return an argument as a layer keeps it: a dict of its own, what JSON knows in place of NumPy's scalars."""
+    """Return an argument as a layer keeps it: a dict of its own, what JSON knows in place of NumPy's and Keras's."""
+    value = weights.described(value)
     if isinstance(value, Mapping):
         return dict(value)
     return value.item() if isinstance(value, np.generic) else value

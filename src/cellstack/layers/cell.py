@@ -96,6 +96,8 @@ class Cell(Layer):
         self.dropout = rate(self._owner, "dropout", given["dropout"])
         self.recurrent_dropout = rate(self._owner, "recurrent_dropout", given["recurrent_dropout"])
         self.zoneout, self.zoneout_cell = spec.zoneout, spec.zoneout_cell
+        if given.get("implementation", 2) not in (1, 2):
+            raise ValueError(f"{self._owner}: expected implementation to be 1 or 2, got {given['implementation']!r}")
         seed = given["seed"]
         if seed is not None:
             given["seed"] = seed = as_integer(self._owner, "seed", seed)

@@ -47,6 +47,7 @@ class LSTMCell(Cell):
         zoneout: share of units of h that keep their value in a step of training, in [0, 1); outside of training each
             unit keeps that share of its value.
         learn_initial_state: start from parameters, zeros at first, where no state is given and after a reset.
+        implementation: 1 or 2, accepted for Keras's sake; the result is the same either way.
         input_size: width I, to make the weights at once; None: at the first call.
         dtype, device: of the weights; None: torch's default and the CPU.
         name: said in error messages.
@@ -102,6 +103,7 @@ class LSTMCell(Cell):
         clip: float | None = None,
         zoneout: float = 0.0,
         learn_initial_state: bool = False,
+        implementation: int = 2,
         input_size: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: Any = None,
@@ -152,8 +154,8 @@ class GRUCell(Cell):
         recurrent_activation: σ, likewise.
         use_bias, kernel_initializer, recurrent_initializer, bias_initializer, kernel_regularizer,
         recurrent_regularizer, bias_regularizer, kernel_constraint, recurrent_constraint, bias_constraint, dropout,
-        recurrent_dropout, seed, gate_activations, norm_epsilon, clip, zoneout, learn_initial_state, input_size, dtype,
-        device, name: see `LSTMCell`.
+        recurrent_dropout, seed, gate_activations, norm_epsilon, clip, zoneout, learn_initial_state, implementation,
+        input_size, dtype, device, name: see `LSTMCell`.
         reset_after: whether the reset gate acts after the recurrent product, as in PyTorch and cuDNN.
         layer_norm: normalise x·kernel and h_prev·recurrent_kernel, gates and candidate apart, each times a gain.
 
@@ -199,6 +201,7 @@ class GRUCell(Cell):
         clip: float | None = None,
         zoneout: float = 0.0,
         learn_initial_state: bool = False,
+        implementation: int = 2,
         input_size: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: Any = None,

@@ -12,6 +12,7 @@ from cellstack.layers.base import of_cell, own
 from cellstack.layers.cell import Cell
 from cellstack.layers.cells import GRUCell, LSTMCell, SimpleRNNCell
 from cellstack.layers.rnn import RNN
+from cellstack.spec import Plan
 
 OF_LAYER = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
 
@@ -23,10 +24,20 @@ class _OfOneCell(RNN):
         given = {key: own(value) for key, value in arguments.items() if key not in ("self", "__class__")}
         of_layer = {key: given[key] for key in (*OF_LAYER, "activity_regularizer", "name")}
         # The cell is named after the layer, so that its errors are the layer's.
-        of_the_cell = {key: value for key, value in given.items() if key not in of_layer}
+        of_the_cell = {key: value for key, value in given.items() if key not in (*of_layer, "use_cudnn")}
         made = cell(**of_the_cell, name=given["name"])
+        use_cudnn = given.get("use_cudnn", "auto")
+        if use_cudnn not in ("auto", True, False):
+            raise ValueError(f"{made._owner}: expected use_cudnn to be 'auto', True or False, got {use_cudnn!r}")
         super().__init__(made, **of_layer)
         self._config = {**given, "units": made.units, "seed": made.seed}
+
+    def plan(self) -> Plan:
+        """See `RNN.plan`. What was given and has no say is named."""
+        usual = {"use_cudnn": "auto", "implementation": 2}
+        idle = [f"{key}={self._config[key]!r}" for key, value in usual.items() if self._config.get(key, value) != value]
+        lines = super().plan()
+        return Plan([f"{line}; {', '.join(idle)} without effect" for line in lines]) if idle else lines
 
     units = of_cell("units")
     input_size = of_cell("input_size")
@@ -45,7 +56,9 @@ class LSTM(_OfOneCell):
         unit_forget_bias, kernel_regularizer, recurrent_regularizer, bias_regularizer, kernel_constraint,
         recurrent_constraint, bias_constraint, dropout, recurrent_dropout, seed, peepholes, coupled, proj_size,
         layer_norm, norm_epsilon, clip, cell_clip, zoneout, zoneout_cell, gate_activations, forget_bias,
-        learn_initial_state, input_size, dtype, device: see `LSTMCell`.
+        learn_initial_state, implementation, input_size, dtype, device: see `LSTMCell`.
+        use_cudnn: "auto", True or False, accepted for Keras's sake: device, dtype and flags choose what runs. `plan`
+            says what.
         activity_regularizer, return_sequences, return_state, go_backwards, stateful, unroll, zero_output_for_mask,
         name: see `RNN`.
 
@@ -101,6 +114,8 @@ class LSTM(_OfOneCell):
         gate_activations: Any = (),
         forget_bias: float | None = None,
         learn_initial_state: bool = False,
+        implementation: int = 2,
+        use_cudnn: bool | str = "auto",
         input_size: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: Any = None,
@@ -118,7 +133,8 @@ class GRU(_OfOneCell):
         units, activation, recurrent_activation, use_bias, kernel_initializer, recurrent_initializer, bias_initializer,
         kernel_regularizer, recurrent_regularizer, bias_regularizer, kernel_constraint, recurrent_constraint,
         bias_constraint, dropout, recurrent_dropout, seed, reset_after, layer_norm, norm_epsilon, clip, zoneout,
-        gate_activations, learn_initial_state, input_size, dtype, device: see `GRUCell`.
+        gate_activations, learn_initial_state, implementation, input_size, dtype, device: see `GRUCell`.
+        use_cudnn: see `LSTM`.
         activity_regularizer, return_sequences, return_state, go_backwards, stateful, unroll, zero_output_for_mask,
         name: see `RNN`.
 
@@ -167,6 +183,8 @@ class GRU(_OfOneCell):
         zoneout: float = 0.0,
         gate_activations: Any = (),
         learn_initial_state: bool = False,
+        implementation: int = 2,
+        use_cudnn: bool | str = "auto",
         input_size: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: Any = None,

@@ -125,6 +125,10 @@ class StatefulLayer(Layer):
             changed.append(like_size(cell, parts))
         self._states = changed
 
+    def reset_state(self) -> None:
+        """Forget the state: `reset_states()` by Keras 3's name."""
+        self.reset_states()
+
     def _as_states(self, value: Any, batch: int | None) -> list[Any]:
         """Return what was given as states, one entry a cell, checked against the cells and `batch`."""
         if not hasattr(value, "__len__"):

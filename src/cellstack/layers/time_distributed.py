@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from cellstack.layers.base import Layer, as_input, as_mask
+from cellstack.layers.bidirectional import Bidirectional
+from cellstack.layers.rnn import RNN
 from cellstack.spec import ShapeError, check_mask
 
 
@@ -38,7 +41,10 @@ class TimeDistributed(Layer):
             raise TypeError(f"{self._owner}: expected a layer without a state that it keeps, got stateful=True")
         self._config = {"layer": layer, "input_size": input_size, "name": name}
         self.layer = layer
-        self._takes = set(inspect.signature(layer.forward).parameters) & {"mask", "training"}
+        # A layer of Keras's on torch is a module whose forward takes anything; its call says what.
+        own: Any = getattr(layer, "call", None)
+        takes = own if isinstance(own, MethodType) else layer.forward
+        self._takes = set(inspect.signature(takes).parameters) & {"mask", "training"}
         self._like = torch.empty(0)
         if input_size is not None:
             self.build(input_size)
@@ -58,7 +64,8 @@ class TimeDistributed(Layer):
 
         Args:
             inputs: `[B, T, …]`, at least three axes; or a `PackedSequence` of torch, whose steps lie folded already.
-            mask: `[B, T, …]` of bool; handed on, folded, to a layer that takes a mask, else without effect.
+            mask: `[B, T, …]` of bool; handed on, folded, to a layer that takes a mask, else without effect. With a
+                layer over sequences, `[B, T]` leaves out whole sequences.
             training: handed on to a layer that takes it.
 
         Returns:
@@ -83,6 +90,10 @@ class TimeDistributed(Layer):
             used = as_mask(self._owner, mask, x)
             check_mask(self._owner, tuple(used.shape[:2]), batch, steps)
             if "mask" in self._takes:
+                if used.ndim == 2 and isinstance(
+                    self.layer, (RNN, Bidirectional)
+                ):  # a step that doesn't count has none
+                    used = used.unsqueeze(2).expand(*used.shape, x.shape[2])
                 how["mask"] = used.reshape(batch * steps, *used.shape[2:])
         out = self.layer(x.reshape(batch * steps, *x.shape[2:]), **how)
         return pytree.tree_map_only(Tensor, lambda t: t.reshape(batch, steps, *t.shape[1:]), out)

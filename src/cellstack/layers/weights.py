@@ -1,18 +1,21 @@
 """Initialisers, regularisers and constraints: Keras's names over torch.nn.init and plain torch.
 
 Each of them is given as a name (`"glorot_uniform"`), a description (`{"class_name": "L2", "config": {"l2": 0.01}}`,
-as Keras writes it) or a callable of one tensor. An initialiser fills its tensor in place, as those of torch.nn.init
-do, or returns what is to be copied into it; a regulariser returns a scalar; a constraint returns the new weights.
+as Keras writes it), an object of Keras's, or a callable of one tensor. An initialiser fills its tensor in place, as
+those of torch.nn.init do, or returns what is to be copied into it; a regulariser returns a scalar; a constraint returns
+the new weights.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -157,6 +160,43 @@ def _snake(name: str) -> str:
     return name if name == name.lower() else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
+_BASES = {"Initializer": "initializers", "Regularizer": "regularizers", "Constraint": "constraints"}
+
+
+def _of_keras(value: Any) -> str:
+    """Return which of Keras's bases an object has, "" for none. Keras isn't imported to see it."""
+    for kind in type(value).__mro__:
+        if kind.__name__ in _BASES and kind.__module__.split(".")[0] in ("keras", "tf_keras"):
+            return kind.__name__
+    return ""
+
+
+def described(value: Any) -> Any:
+    """Return an initialiser, regulariser or constraint of Keras's as its description, where we have the same.
+
+    Whatever else is given comes back as it is: what users derived from Keras's classes too.
+    """
+    if not _of_keras(value) or type(value).__module__.split(".")[0] not in ("keras", "tf_keras"):
+        return value
+    name, config = type(value).__name__, value.get_config()
+    if not set(inspect.signature(type(value)).parameters) <= set(config):
+        return value  # Identity doesn't tell its gain
+    config = {key: setting for key, setting in config.items() if setting is not None}
+    tables = INITIALIZERS, REGULARIZERS, CONSTRAINTS
+    function = next((table[_snake(name)] for table in tables if _snake(name) in table), None)
+    if function is None or not isinstance(config.get("seed", 0), int):
+        return value
+    taken = {"seed", *inspect.signature(function).parameters}
+    return {"class_name": name, "config": config} if taken.issuperset(config) else value
+
+
+def _initial(initializer: Any, w: Tensor) -> Tensor:
+    """Return what an initialiser of Keras's, which takes a shape, has for `w`."""
+    values = initializer(tuple(w.shape), dtype=str(w.dtype).removeprefix("torch."))
+    values = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    return values.to(w)
+
+
 def find(given: Given, table: Mapping[str, Callable[..., Any]], argument: str) -> Callable[[Tensor], Any] | None:
     """Return the function that `given` stands for in `table`, None for None.
 
@@ -165,9 +205,13 @@ def find(given: Given, table: Mapping[str, Callable[..., Any]], argument: str) -
         TypeError: neither a name, a description nor a callable; or a setting that the function does not take.
     """
     settings: dict[str, Any] = {}
+    given = described(given)
+    if _of_keras(given) == "Initializer":
+        return partial(_initial, given)
     name = given
     if isinstance(given, Mapping):
-        name, settings = given.get("class_name"), dict(given.get("config") or {})
+        name = given.get("class_name")
+        settings = {key: value for key, value in (given.get("config") or {}).items() if value is not None}
         if "class_name" not in given:
             raise ValueError(f"expected {argument} to have a 'class_name', got {dict(given)!r}")
     if name is None or (callable(name) and not isinstance(name, str)):

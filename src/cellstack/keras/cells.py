@@ -1,0 +1,114 @@
+"""Keras's cells as our op knows them, and what keeps a layer of Keras's from being served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import keras
+
+from cellstack.spec import ACTIVATIONS, CellSpec, State
+
+KINDS: dict[type, str] = {
+    keras.layers.LSTMCell: "lstm",
+    keras.layers.GRUCell: "gru",
+    keras.layers.SimpleRNNCell: "rnn",
+}
+"""Keras's cells, and what our descriptions call their kind. A subclass may compute anything, and is none of them."""
+
+DTYPES = ("float32", "float64")
+
+
+def _known(name: str) -> Callable[..., Any] | None:
+    try:
+        return keras.activations.get(name)
+    except ValueError:  # what Keras doesn't have
+        return None
+
+
+_NAMES: dict[Any, str] = {function: name for name in ACTIVATIONS if (function := _known(name)) is not None} | {
+    keras.ops.tanh: "tanh",
+    keras.ops.sigmoid: "sigmoid",
+    keras.ops.relu: "relu",
+}
+
+
+def activation(function: Any) -> str:
+    """Return one of Keras's activations in our words, "" where the kernel doesn't have it."""
+    if function is None:
+        return "linear"
+    try:
+        return _NAMES.get(function, "")
+    except TypeError:  # a layer or another object that can't be hashed
+        return ""
+
+
+@lru_cache(maxsize=1024)
+def _text(kind: str, width: int, units: int, names: tuple[str, ...], use_bias: bool, reset_after: bool) -> str:
+    given: dict[str, Any] = dict(zip(("activation", "recurrent_activation"), names, strict=False))
+    return CellSpec(width, units, kind=kind, use_bias=use_bias, reset_after=reset_after, **given).text
+
+
+def _names(cell: Any) -> tuple[str, ...]:
+    functions = (
+        [cell.activation]
+        if type(cell) is keras.layers.SimpleRNNCell
+        else [
+            cell.activation,
+            cell.recurrent_activation,
+        ]
+    )
+    return tuple(activation(function) for function in functions)
+
+
+def text(cell: Any, width: int) -> str:
+    """Return the description of a cell for inputs of `width`, as our op takes it."""
+    kind = KINDS[type(cell)]
+    return _text(kind, width, cell.units, _names(cell), cell.use_bias, kind != "gru" or cell.reset_after)
+
+
+def arrays(cell: Any) -> list[Any]:
+    """Return the variables of a built cell in the order in which our op takes them. They lie in memory as ours do."""
+    return [cell.kernel, cell.recurrent_kernel, *([] if cell.bias is None else [cell.bias])]
+
+
+def state_sizes(cell: Any) -> int:
+    """Return how many arrays a cell's state has."""
+    return len(State._fields) if type(cell) is keras.layers.LSTMCell else 1
+
+
+def of(layer: Any) -> Sequence[Any]:
+    """Return the cells of a recurrent layer, bottom first."""
+    cell = layer.cell
+    return cell.cells if type(cell) is keras.layers.StackedRNNCells else [cell]
+
+
+def why_not(layer: Any) -> str:
+    """Say why our op can't serve a layer whatever it is called with; "" where it can."""
+    dtype = layer.compute_dtype
+    if dtype not in DTYPES or layer.variable_dtype != dtype:
+        return f"{layer.dtype_policy.name} is neither float32 nor float64"
+    for cell in of(layer):
+        kind = type(cell)
+        if kind not in KINDS:
+            return f"{kind.__name__} is not one of Keras's own LSTMCell, GRUCell and SimpleRNNCell"
+        if cell.compute_dtype != dtype or cell.variable_dtype != dtype:
+            return f"its cell is of {cell.dtype_policy.name}, the layer of {dtype}"
+        if cell.activity_regularizer is not None:
+            return "a cell's activity_regularizer adds a term at every step"
+        if "" in _names(cell):
+            return "an activation is not one of " + ", ".join(sorted(set(_NAMES.values())))
+    return ""
+
+
+def why_not_training(cells: Sequence[Any]) -> str:
+    """Say why our op can't serve cells where their dropout is at work; "" where it can."""
+    for cell in cells:
+        if cell.recurrent_dropout and type(cell) is not keras.layers.SimpleRNNCell:
+            return "recurrent_dropout in training: Keras draws a mask a gate, our op has one for all"
+        if cell.dropout and getattr(cell, "implementation", 2) == 1:
+            return "dropout with implementation=1 in training: Keras draws a mask a gate, our op has one for all"
+        if 1.0 in (cell.dropout, cell.recurrent_dropout):
+            return "dropout of 1"
+    return ""

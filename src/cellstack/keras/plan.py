@@ -1,0 +1,47 @@
+"""What runs each recurrent layer of a Keras model, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cellstack.keras import engines
+from cellstack.keras.cells import of, why_not, why_not_training
+from cellstack.keras.patching import _layers, active
+from cellstack.spec import Plan
+
+
+def plan(model: Any) -> Plan:
+    """Say what runs each recurrent layer within a Keras model, and why; a line a layer.
+
+    Args:
+        model: a layer or a model of Keras.
+
+    Returns:
+        A line for each layer, as a `Plan`, which shows itself as these lines.
+
+    Raises:
+        TypeError: something else.
+
+    >>> import keras
+    >>> from cellstack.keras import patch
+    >>> with patch():
+    ...     print(str(plan(keras.layers.LSTM(4, recurrent_dropout=0.2, name="a"))).split(": ")[0])
+    a LSTM
+    """
+    return Plan(f"{layer.name} {type(layer).__name__}: {_line(layer)}" for layer in _layers("plan", model))
+
+
+def _line(layer: Any) -> str:
+    if not active(layer):
+        return "Keras: not accelerated: cellstack.keras.patch() or accelerate(model)"
+    why = engines.why_not_here() or why_not(layer)
+    elsewhere = {} if why else {str(weight.value.device) for weight in layer.weights} - {"cpu"}
+    if elsewhere:
+        why = f"weights on {', '.join(sorted(elsewhere))}"
+    if why:
+        return f"Keras: {why}"
+    line = f"fused cpu kernel ({engines.isa()})"
+    training = why_not_training(of(layer))
+    if training:
+        line += f"; in training Keras: {training}"
+    return line

@@ -1,0 +1,238 @@
+"""Keras's recurrent loops on the torch backend: a call of our op on the very variables that Keras holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import keras
+import torch
+from torch import Tensor
+
+from cellstack.keras import cells as own
+from cellstack.layers import eager, op
+from cellstack.layers.cell import NO_MASKS, Masks, as_drops, needs_grad
+from cellstack.layers.sequences import shifted
+from cellstack.layers.stack import trace_of
+from cellstack.spec import CellSpec
+
+isa = op.isa
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def why_not(x: Any, mask: Any) -> str:
+    """Say why our op can't be given these sequences, or not now; "" where it can."""
+    if not concrete(x):
+        return "symbolic, traced, exported or transformed, or on another device"
+    if x.ndim != 3 or 0 in x.shape:
+        return "not sequences [B, T, I] with at least one step"
+    if torch.is_autocast_enabled("cpu"):
+        return "torch.autocast is on"
+    if mask is not None and not (type(mask) is Tensor and mask.is_cpu and mask.shape == x.shape[:2]):
+        return "a mask that isn't a tensor [B, T]"
+    return ""
+
+
+def concrete(x: Any) -> bool:
+    """Whether `x` is a tensor with numbers in memory, and nobody looks for torch's own operations: tracer or mode."""
+    return (
+        type(x) in _PLAIN
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not op.transformed()
+    )
+
+
+def draw(cells: Sequence[Any], step: Tensor) -> None:
+    """Let cells draw the dropout masks of a call, in Keras's order, for `step [B, I]`; they keep them for the call."""
+    for cell in cells:
+        cell.get_dropout_mask(step)
+        step = step.new_empty(step.shape[0], cell.units)  # masks ask for shape and dtype alone
+        cell.get_recurrent_dropout_mask(step)
+
+
+def run(
+    layer: Any, x: Tensor, initial_state: Sequence[Any], mask: Tensor | None, training: Any
+) -> tuple[tuple[Any, ...] | None, str]:
+    """Run a layer that can be served over `x [B, T, I]`.
+
+    Returns:
+        What Keras's own loop returns: the last output `[B, H]`, the outputs `[B, T, H]` in the order processed (with
+        `return_sequences`, else `[B, 1, H]`), and the states in the structure in which they came. Or None, and why not.
+    """
+    cells = own.of(layer)
+    weights = [[variable.value for variable in own.arrays(cell)] for cell in cells]
+    dtype = weights[0][0].dtype
+    starts = keras.tree.flatten(initial_state)
+    flat = [x, *starts, *(array for group in weights for array in group)]
+    if not all(type(tensor) in _PLAIN and tensor.is_cpu for tensor in flat[1:]):
+        return None, "weights or states that aren't tensors in memory"
+    if x.dtype is not dtype:
+        if x.is_floating_point() or x.is_complex():
+            return None, f"{x.dtype} sequences for weights of {dtype}".replace("torch.", "")
+        x = x.to(dtype)
+    if x.shape[1] < _least_steps(layer, cells, weights, mask, needs_grad(x, *flat[1:])):
+        return None, "too short to be worth it"
+    sizes = [cell.units for cell in cells for _ in range(own.state_sizes(cell))]
+    if [(state.dtype, *state.shape) for state in starts] != [(dtype, x.shape[0], size) for size in sizes]:
+        return None, "an initial state that isn't [B, H]"
+    if layer.stateful:  # Keras writes the new state into the variables that the backward pass would look at
+        starts = [state.clone() for state in starts]
+    reverse, sequences = bool(layer.go_backwards), bool(layer.return_sequences)
+    used = None if mask is None else mask.to(torch.bool)
+    drops = [_drops(cell, training) for cell in cells]
+    y, last, ends = _stacked(cells, weights, x, starts, drops, used, reverse, sequences)
+    if used is not None:
+        y, last = _masked(y, last, starts[_h(cells)], used, reverse, bool(layer.zero_output_for_mask))
+    if y is None:
+        y = last.unsqueeze(1)
+    elif reverse:
+        y = y.flip(1)
+    return (last, y, keras.tree.pack_sequence_as(initial_state, ends)), ""
+
+
+# From how many steps on a call of ours takes less time than Keras's, for weights of so many numbers: they are packed
+# once a call. Measured on one thread with AVX-512 for widths from 4 to 1024, batches from 1 to 256, one step to 40.
+# Where Keras hands sequences to its backend it has one product of all steps with the kernel, and a short loop after;
+# elsewhere a step of its loop costs many times more, most of it where there are gates.
+_HANDED_ON, _STEP_BY_STEP, _GATES_STEP_BY_STEP = (1.5, 2e5, 1.75, 4e5), (0.0, 6e5, 0.0, 2e5), (0.0, 4e6, 0.0, 1e6)
+
+
+def _least_steps(
+    layer: Any, cells: Sequence[Any], weights: Sequence[Sequence[Tensor]], mask: Tensor | None, trains: bool
+) -> float:
+    handed_on = (
+        mask is None
+        and isinstance(layer, (keras.layers.LSTM, keras.layers.GRU))
+        and layer.use_cudnn in ("auto", True)
+        and not layer.recurrent_dropout
+        and getattr(cells[0], "reset_after", True)
+    )
+    count = sum(array.numel() for group in weights for array in group[:2])
+    gated = all(type(cell) is not keras.layers.SimpleRNNCell for cell in cells)
+    measured = _HANDED_ON if handed_on else _GATES_STEP_BY_STEP if gated else _STEP_BY_STEP
+    base, each, base_trained, each_trained = measured
+    return base_trained + min(count / each_trained, 8.0) if trains else base + count / each
+
+
+def _h(cells: Sequence[Any]) -> int:
+    """Return where the top cell's h is among the states."""
+    return -own.state_sizes(cells[-1])
+
+
+def _drops(cell: Any, training: Any) -> Masks:
+    """Return a cell's dropout masks as Keras drew them for this call."""
+    if not training:
+        return NO_MASKS
+    return Masks(
+        cell._dropout_mask if cell.dropout else None, cell._recurrent_dropout_mask if cell.recurrent_dropout else None
+    )
+
+
+def _stacked(
+    cells: Sequence[Any],
+    weights: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    starts: Sequence[Tensor],
+    drops: Sequence[Masks],
+    used: Tensor | None,
+    reverse: bool,
+    sequences: bool,
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """Run cells in as few calls of the op as there can be: between two of them stands a dropout of what goes in.
+
+    Returns:
+        The top cell's y `[B, T, H]` in the order of x, where `sequences` or at hand; its last h; all states after.
+    """
+    ends: list[Tensor] = []
+    first, count = 0, len(cells)
+    queue = iter(starts)
+    while True:
+        stop = next((n for n in range(first + 1, count) if drops[n].input is not None), count)
+        part = slice(first, stop)
+        dropped = drops[first].input
+        if dropped is not None:
+            x = x * dropped.unsqueeze(1)
+        texts, width = [], x.shape[2]
+        for cell in cells[part]:
+            texts.append(own.text(cell, width))
+            width = cell.units
+        sizes = [own.state_sizes(cell) for cell in cells[part]]
+        begin = list(islice(queue, sum(sizes)))
+        flat = [array for group in weights[part] for array in group]
+        save = needs_grad(x, *begin, *flat)
+        wanted = sequences or stop < count
+        out = op.run(x, begin, flat, as_drops(drops[part], x.new_empty(0)), used, None, texts, reverse, wanted, save)
+        ends += out[: len(begin)]
+        y = None
+        if save:
+            y = out[len(begin) + len(texts) - 1]
+        elif wanted:
+            y = out[len(begin)]
+        if stop == count:
+            return y if sequences else None, ends[_h(cells)], ends
+        assert y is not None
+        x, first = y, stop
+
+
+def _masked(
+    y: Tensor | None, last: Tensor, start: Tensor, used: Tensor, reverse: bool, zero: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Bring outputs at steps that the mask leaves out to what Keras has there.
+
+    Keras puts zeros before the first step that counts, where ours is the initial h; with `zero`, at all of them.
+    """
+    at_end = used[:, 0 if reverse else -1]
+    if zero:
+        shown, last_shown = used, at_end
+    else:
+        at_start = used[:, -1 if reverse else 0]
+        if bool(at_start.all()) or not (start.requires_grad or bool(start.any())):
+            return y, last
+        begun = used.flip(1).cummax(1).values.flip(1) if reverse else used.cummax(1).values
+        shown, last_shown = begun, used.any(1)
+    last = torch.where(last_shown.unsqueeze(1), last, 0.0)
+    return None if y is None else torch.where(shown.unsqueeze(2), y, 0.0), last
+
+
+def run_layer(
+    spec: CellSpec,
+    x: Tensor,
+    states: Sequence[Tensor] | None,
+    arrays: Sequence[Tensor],
+    drops: Sequence[Tensor | None],
+    mask: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    traced: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Run a cell of ours over `x [B, T, I]`: by the op, or by the torch loop where the kernel doesn't go.
+
+    Returns:
+        y `[B, T, P]` in the order processed, the last output, the states, and the trace's arrays where it is wanted.
+    """
+    x = x.to(arrays[0].dtype)
+    masks = Masks(*drops)
+    if masks.input is not None:
+        x = x * masks.input.unsqueeze(1)
+    starts = [] if states is None else list(states)
+    used = None if mask is None else mask.to(torch.bool)
+    begins = None if reset is None else reset.to(torch.bool)
+    if begins is not None and reverse:
+        begins = shifted(begins)
+    given = x, starts, list(arrays), as_drops([masks], x.new_empty(0)), used, begins
+    save = traced or needs_grad(x, *starts, *arrays)
+    if x.device.type in ("cpu", "meta") and x.dtype in (torch.float32, torch.float64) and not op.transformed():
+        out = op.run(*given, [spec.text], reverse, True, save)
+    else:
+        functions = [eager.function_of(activation) for activation in spec.activations]
+        out = eager.run(*given, [spec], [functions], reverse, True, save)
+    count = len(spec.state_sizes)
+    ends, y = out[:count], out[count]
+    every = list(trace_of(spec, out[count + 1], out[count + 2], y)) if traced else []
+    if reverse:
+        y, every = y.flip(1), [part.flip(1) for part in every]
+    return y, ends[0], ends, every

@@ -1,0 +1,147 @@
+"""What code that was written for Keras gives to layers: its objects, its arguments without effect, its method names."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+from cellstack import layers
+from cellstack.layers import weights
+
+OF_OURS = {  # an object of Keras's, and the name or the description of the same
+    "kernel_initializer": (keras.initializers.HeNormal(seed=3), {"class_name": "HeNormal", "config": {"seed": 3}}),
+    "recurrent_initializer": (
+        keras.initializers.RandomNormal(0.1, 0.2, seed=4),
+        {"class_name": "RandomNormal", "config": {"mean": 0.1, "stddev": 0.2, "seed": 4}},
+    ),
+    "bias_initializer": (keras.initializers.Constant(0.25), {"class_name": "Constant", "config": {"value": 0.25}}),
+    "kernel_regularizer": (keras.regularizers.L1L2(0.1, 0.2), {"class_name": "L1L2", "config": {"l1": 0.1, "l2": 0.2}}),
+    "recurrent_regularizer": (keras.regularizers.L2(0.3), {"class_name": "L2", "config": {"l2": 0.3}}),
+    "activity_regularizer": (keras.regularizers.L1(0.25), {"class_name": "L1", "config": {"l1": 0.25}}),
+    "kernel_constraint": (
+        keras.constraints.MaxNorm(0.5),
+        {"class_name": "MaxNorm", "config": {"max_value": 0.5, "axis": 0}},
+    ),
+    "recurrent_constraint": (keras.constraints.NonNeg(), {"class_name": "NonNeg", "config": {}}),
+    "bias_constraint": (keras.constraints.UnitNorm(), {"class_name": "UnitNorm", "config": {"axis": 0}}),
+}
+
+
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU, layers.SimpleRNN])
+def test_objects_of_keras_are_what_their_names_are(kind):
+    given = {name: pair[0] for name, pair in OF_OURS.items()}
+    described = {name: pair[1] for name, pair in OF_OURS.items()}
+    x = torch.randn(2, 5, 3)
+    ours, same = kind(4, **given), kind(4, **described)
+    y = ours(x)
+    assert torch.equal(y, same(x))
+    assert torch.equal(torch.stack(ours.losses), torch.stack(same.losses))
+    assert len(ours.losses) == 3
+    for layer in (ours, same):
+        layer.apply_constraints()
+    for weight, other in zip(ours.get_weights(), same.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, other)
+    assert {name: ours.get_config()[name] for name in described} == described
+    again = kind.from_config(json.loads(json.dumps(ours.get_config())))  # text alone: nothing of Keras's is in it
+    assert again.get_config() == ours.get_config()
+
+
+class Ramp(keras.initializers.Initializer):
+    """A user's initialiser, as Keras asks for one: of a shape."""
+
+    def __call__(self, shape, dtype=None):
+        return keras.ops.reshape(keras.ops.arange(int(np.prod(shape)), dtype=dtype), shape)
+
+
+class Mean(keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return keras.ops.mean(x)
+
+
+class Half(keras.constraints.Constraint):
+    def __call__(self, w):
+        return w / 2
+
+
+def test_what_users_derive_from_keras_s_classes_is_called_as_keras_calls_it():
+    layer = layers.LSTM(2, bias_initializer=Ramp(), unit_forget_bias=False, bias_regularizer=Mean(), input_size=3)
+    np.testing.assert_array_equal(layer.get_weights()[2], np.arange(8, dtype=np.float32))
+    assert [term.item() for term in layer.losses] == [3.5]
+    layer = layers.GRU(2, kernel_initializer=Ramp(), kernel_constraint=Half(), input_size=3, dtype="float64")
+    layer.apply_constraints()
+    np.testing.assert_array_equal(layer.get_weights()[0], np.arange(18.0).reshape(3, 6) / 2)
+    rows = layers.LSTM(2, recurrent_regularizer=keras.regularizers.OrthogonalRegularizer(mode="rows"), input_size=3)
+    assert rows.losses[0].item() < 1e-6  # the initial rows stand at right angles
+    rows.losses[0].backward()
+
+
+def test_an_initialiser_of_keras_s_whose_description_isn_t_all_is_called_itself():
+    layer = layers.SimpleRNN(3, recurrent_initializer=keras.initializers.Identity(0.5), input_size=2)
+    np.testing.assert_array_equal(layer.get_weights()[1], np.eye(3, dtype=np.float32) / 2)
+    seeded = keras.initializers.GlorotUniform(seed=keras.random.SeedGenerator(3))
+    assert weights.described(seeded) is seeded
+    layer = layers.LSTM(2, kernel_initializer=seeded, input_size=3)
+    assert 0.0 < abs(layer.get_weights()[0]).max() < 1.0
+
+
+def test_settings_that_keras_leaves_open_are_the_usual_ones():
+    config = keras.initializers.serialize(keras.initializers.HeNormal(seed=1))
+    assert None in config["config"].values()
+    ours = layers.SimpleRNN(4, kernel_initializer=config, input_size=3).get_weights()[0]
+    same = layers.SimpleRNN(4, kernel_initializer=keras.initializers.HeNormal(seed=1), input_size=3).get_weights()[0]
+    np.testing.assert_array_equal(ours, same)
+
+
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
+def test_what_has_no_effect_is_accepted_and_said(kind):
+    plain = kind(4, input_size=3)
+    assert "without effect" not in str(plain.plan())
+    layer = kind(4, use_cudnn=False, implementation=1, input_size=3)
+    assert "; use_cudnn=False, implementation=1 without effect" in str(layer.plan())
+    assert layer.get_config() | {"use_cudnn": "auto", "implementation": 2} == plain.get_config()
+    assert kind.from_config(layer.get_config()).get_config() == layer.get_config()
+    layer.set_weights(plain.get_weights())
+    x = torch.randn(2, 5, 3)
+    assert torch.equal(layer(x), plain(x))
+    with pytest.raises(ValueError, match="expected use_cudnn to be 'auto', True or False, got 'yes'"):
+        kind(4, use_cudnn="yes")
+    with pytest.raises(ValueError, match="expected implementation to be 1 or 2, got 3"):
+        kind(4, implementation=3)
+
+
+def test_reset_state_is_keras_3_s_name():
+    layer = layers.LSTM(4, stateful=True)
+    x = torch.randn(2, 5, 3)
+    first = layer(x)
+    assert not torch.equal(layer(x), first)
+    layer.reset_state()
+    assert layer.states is None
+    assert torch.equal(layer(x), first)
+
+
+class Counting(keras.layers.Layer):
+    supports_masking = True
+
+    def call(self, inputs, mask=None, training=None):
+        return keras.ops.where(keras.ops.expand_dims(mask, -1), inputs, 0.0) if training is False else inputs
+
+
+def test_time_distributed_gives_a_layer_of_keras_s_the_mask_and_training():
+    x, mask = torch.ones(2, 3, 4), torch.tensor([[True, False, True], [True, True, False]])
+    y = layers.TimeDistributed(Counting())(x, mask=mask, training=False)
+    assert torch.equal(y, mask.unsqueeze(-1).expand(2, 3, 4).float())
+    assert torch.equal(layers.TimeDistributed(Counting())(x, mask=mask, training=True), x)
+
+
+@pytest.mark.parametrize(
+    "inner", [lambda: layers.LSTM(6, input_size=5), lambda: layers.Bidirectional(layers.GRU(3, input_size=5))]
+)
+def test_a_mask_of_steps_of_sequences_leaves_out_whole_sequences(inner):
+    layer = layers.TimeDistributed(inner())
+    x, mask = torch.randn(2, 3, 4, 5), torch.tensor([[True, False, True], [True, True, False]])
+    y = layer(x, mask=mask)
+    assert torch.equal(y, layer(x, mask=mask.unsqueeze(2).expand(2, 3, 4)))
+    assert not torch.equal(y, layer(x))
+    assert torch.equal(y[0, 1], torch.zeros(6))  # nothing was used: the initial state
