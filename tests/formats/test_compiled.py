@@ -155,7 +155,7 @@ def test_what_the_network_would_leave_out_or_bind_to_the_example_is_refused(part
 
 def test_time_before_batch_is_told_even_by_one_step_of_one_row():
     for shape in ((5, 2, 3), (1, 1, 3)):
-        with pytest.raises(cs.FormatError, match=r"time before batch.*build it with batch_first=True"):
+        with pytest.raises(cs.FormatError, match="it has layers with batch_first=False"):
             cs.compile(nn.LSTM(3, 4), torch.randn(shape))
 
 
@@ -164,6 +164,17 @@ def test_several_inputs():
     net = cs.compile(module, (x, 2 * x))
     assert len(net.inputs) == 2
     np.testing.assert_allclose(net((x.numpy(), x.numpy())), module(x, x).detach().numpy(), atol=1e-5)
+
+
+def test_a_module_that_refuses_other_numbers_or_shapes_is_compared_by_the_example():
+    def parts(m, x, y, state):
+        if x.shape != (2, 7, 3) or x.abs().max() > 1:
+            raise ValueError("not for me")
+        return m.head(y)
+
+    module, x = Parts(parts), torch.zeros(2, 7, 3)
+    net = cs.compile(module, x)
+    np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -78,7 +78,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             return network
         reasons.append(f"{how}: {why}")
     if any(getattr(part, "batch_first", True) is False for part in still.modules()):
-        reasons.append("it takes time before batch, which a Network doesn't: build it with batch_first=True")
+        reasons.append("it has layers with batch_first=False, and a Network takes batch before time")
     raise FormatError(f"compile: {type(module).__name__} can't be a Network: " + "; ".join(reasons))
 
 
@@ -125,9 +125,9 @@ def _difference(network: Network, module: Any, inputs: tuple[Any, ...], toleranc
             with torch.no_grad():
                 expected = _tensors(module(*_fresh(given)))
         except Exception:
-            if not what:
+            if given is inputs:
                 raise
-            continue  # the module is one for this shape alone
+            continue  # the module is one for such numbers, or for this shape, alone
         arrays = tuple(_array(value) for value in given)
         try:
             ours, states = network.run(arrays if len(arrays) > 1 else arrays[0])

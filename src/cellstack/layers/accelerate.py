@@ -127,10 +127,8 @@ def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
 # ── the subclasses ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-_PASSING = (
-    "_frozen",
-    "_holders",
-)  # what a module has while `frozen` holds: its packed weights, and by how many contexts
+# What a module has while `frozen` holds: its packed weights, and how many contexts hold them.
+_PASSING = ("_frozen", "_holders")
 
 
 class _Accelerated(nn.Module):
@@ -154,7 +152,7 @@ class _Accelerated(nn.Module):
         if isinstance(reduced, str):
             return reduced
         make, args, *rest = reduced
-        if make is copyreg.__newobj__:  # pickle wants it of the object's own class
+        if getattr(make, "__name__", None) == "__newobj__":  # pickle wants it of the object's own class
             make, args = copyreg._reconstructor, (self.original, object, None)  # type: ignore[attr-defined]
         make, *args = (self.original if part is type(self) else part for part in (make, *args))
         return make, tuple(args), *rest
@@ -552,7 +550,8 @@ def _restored(kind: type) -> type:
     own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     if "__getstate__" in own:  # that of `parametrize`, which copies by what ours had
         own.setdefault("__deepcopy__", _copied)
-    return type(kind)(kind.__name__, tuple(map(_restored, kind.__bases__)), own)
+    make: Any = type(kind)
+    return make(kind.__name__, tuple(map(_restored, kind.__bases__)), own)
 
 
 def plan(module: nn.Module) -> Plan:
