@@ -128,9 +128,9 @@ def _difference(network: Network, module: Any, inputs: tuple[Any, ...], toleranc
             if given is inputs:
                 raise
             continue  # the module is one for such numbers, or for this shape, alone
-        arrays = tuple(_array(value) for value in given)
+        arrays = [_array(value) for value in given]
         try:
-            ours, states = network.run(arrays if len(arrays) > 1 else arrays[0])
+            ours, states = network.run(tuple(arrays) if len(arrays) > 1 else arrays[0])
         except (TypeError, ValueError) as error:
             if not what:
                 return f"the network refuses the example: {error}"
