@@ -94,3 +94,113 @@ def test_what_is_no_module_or_no_example_is_refused():
     for example in (None, (), ([1.0],)):
         with pytest.raises(TypeError, match="expected example to be a tensor"):
             cs.compile(nn.LSTM(3, 4), example)
+
+
+class Parts(nn.Module):
+    """What a module may return beside y."""
+
+    def __init__(self, parts, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.head = nn.LSTM(3, 4, batch_first=True, **options), nn.Linear(4, 2)
+        self.parts = parts
+
+    def forward(self, *inputs):
+        x = sum(inputs)
+        return self.parts(self, x, *self.lstm(x))
+
+
+RETURNED = {
+    "state": lambda m, x, y, state: (m.head(y), state),
+    "last h": lambda m, x, y, state: (m.head(y), state[0]),
+    "dict": lambda m, x, y, state: {"z": m.head(y), "a": y},
+    "list": lambda m, x, y, state: [y, m.head(y)],
+    "none": lambda m, x, y, state: (y, None),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_every_output_of_a_module_is_the_network_s(name):
+    module, x = Parts(RETURNED[name]), torch.randn(2, 7, 3)
+    net = cs.compile(module, x)
+    ours, (state,) = net.run(x.numpy())
+    expected = module(x)
+    found = [*(ours if isinstance(ours, tuple) else (ours,)), *(part[None] for part in state)]
+    for tensor in flat(expected):
+        assert any(a.shape == tensor.shape and np.allclose(a, tensor.detach().numpy(), atol=1e-5) for a in found)
+        if tensor.shape[0] == 2:  # an output of its own, in order
+            np.testing.assert_allclose(found.pop(0), tensor.detach().numpy(), atol=1e-5)
+
+
+def flat(value):
+    value = list(value.values()) if isinstance(value, dict) else value
+    return [value] if isinstance(value, torch.Tensor) else [t for part in value if part is not None for t in flat(part)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        (lambda m, x, y, state: (y, y), r"output 1 of the module, \[2, 7, 4\], is none of the network's"),
+        (lambda m, x, y, state: (y, state[1] * 2), "output 1 of the module|can't be|operators that a Network can run"),
+        (lambda m, x, y, state: {"y": y, "name": "y"}, "output 1 of the module is a str, and no tensor"),
+        (lambda m, x, y, state: y * float(x.shape[1]), "with more steps output 0 lies"),
+        (lambda m, x, y, state: y * float(x.shape[0]), "with a row more output 0 lies"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of tracing
+def test_what_the_network_would_leave_out_or_bind_to_the_example_is_refused(parts, why):
+    with pytest.raises(cs.FormatError, match=why):
+        cs.compile(Parts(parts), torch.randn(2, 7, 3))
+
+
+def test_time_before_batch_is_told_even_by_one_step_of_one_row():
+    for shape in ((5, 2, 3), (1, 1, 3)):
+        with pytest.raises(cs.FormatError, match="it has layers with batch_first=False"):
+            cs.compile(nn.LSTM(3, 4), torch.randn(shape))
+
+
+def test_several_inputs():
+    module, x = Parts(lambda m, x, y, state: m.head(y)), torch.randn(2, 7, 3)
+    net = cs.compile(module, (x, 2 * x))
+    assert len(net.inputs) == 2
+    np.testing.assert_allclose(net((x.numpy(), x.numpy())), module(x, x).detach().numpy(), atol=1e-5)
+
+
+def test_a_module_that_refuses_other_numbers_or_shapes_is_compared_by_the_example():
+    def parts(m, x, y, state):
+        if x.shape != (2, 7, 3) or x.abs().max() > 1:
+            raise ValueError("not for me")
+        return m.head(y)
+
+    module, x = Parts(parts), torch.zeros(2, 7, 3)
+    net = cs.compile(module, x)
+    np.testing.assert_allclose(net(x.numpy()), module(x).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_taken_in_float32(dtype):
+    module = Parts(lambda m, x, y, state: m.head(y)).to(dtype)
+    x = torch.randn(2, 7, 3)
+    net = cs.compile(module, x.to(dtype))
+    assert module.head.weight.dtype is dtype
+    np.testing.assert_allclose(net(x.numpy()), module.float()(x).detach().numpy(), atol=1e-5)
+
+
+def test_the_example_stays_as_it_was():
+    module, x = Parts(lambda m, x, y, state: m.head(y)), torch.randn(2, 7, 3)
+    module.register_forward_pre_hook(lambda m, args: (args[0].mul_(2),))
+    before = x.clone()
+    net = cs.compile(module, x)
+    assert torch.equal(x, before)
+    np.testing.assert_allclose(net(before.numpy()), module(x).detach().numpy(), atol=1e-5)
+
+
+def test_what_the_module_refuses_and_what_cannot_be_compared_is_said():
+    with pytest.raises(RuntimeError, match="Expected 3, got 5"):
+        cs.compile(nn.LSTM(3, 4, batch_first=True), torch.randn(2, 7, 5))
+    with pytest.raises(ValueError, match=r"a row and a step at least, got \[0, 7, 3\]"):
+        cs.compile(nn.LSTM(3, 4, batch_first=True), torch.zeros(0, 7, 3))
+    module = nn.LSTM(3, 4, batch_first=True)
+    module.last = module(torch.zeros(2, 7, 3))[0]
+    with pytest.raises(cs.FormatError, match="LSTM can't be copied: Only Tensors"):
+        cs.compile(module, torch.zeros(2, 7, 3))

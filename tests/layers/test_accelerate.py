@@ -55,7 +55,7 @@ def same(ours, theirs, tolerance):
     assert [t.dtype for t in ours] == [t.dtype for t in theirs]
     assert [t.stride() for t in ours] == [t.stride() for t in theirs]
     for a, b in zip(ours, theirs, strict=True):
-        assert float((a.double() - b.double()).abs().max() if a.numel() else 0) <= tolerance
+        assert float((a.detach().double() - b.detach().double()).abs().max() if a.numel() else 0) <= tolerance
 
 
 def check(theirs, ours, make, tolerance=1e-10, second=False):
@@ -631,6 +631,211 @@ def test_accelerating_twice_changes_nothing():
     kind_of_cells = type(cs.accelerate(nn.LSTMCell(3, 4)))
     assert issubclass(kind_of_cells, nn.LSTMCell)
     assert not issubclass(kind_of_cells, nn.LSTM)
+
+
+# ── what hostile programs do ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
+def test_outputs_may_be_written_to_as_those_of_pytorch_may(kind, first, runs):
+    theirs, ours = pair(kind, 3, 4, batch_first=first)
+    for module in (theirs, ours):
+        y = module(torch.ones(5, 2, 3))[0]
+        y[0] = 0
+        y.relu_()
+        y.sum().backward()
+    assert runs
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("hx", [[torch.zeros(1, 2, 4)], (torch.zeros(1, 2, 4),)])
+def test_a_state_in_a_list_is_refused_where_it_is_no_pair(hx, runs):
+    theirs, ours = pair(nn.GRU, 3, 4)
+    for x in (torch.ones(5, 2, 3), pack_sequence([torch.ones(3, 3), torch.ones(2, 3)])):
+        for module in (theirs, ours):
+            with pytest.raises(AttributeError, match="has no attribute"):
+                module(x, hx)
+    assert not runs
+
+
+def test_packed_rows_of_another_width_are_refused():
+    _, ours = pair(nn.LSTM, 3, 4)
+    with pytest.raises(RuntimeError, match=r"must be equal to input_size. Expected 3, got 5"):
+        ours(pack_sequence([torch.ones(3, 5)]))
+
+
+def test_weights_parametrised_afterwards_are_followed_and_restored(runs):
+    theirs, ours = pair(nn.LSTM, 3, 4)
+    x = torch.randn(5, 2, 3)
+    for module in (theirs, ours):
+        parametrize.register_parametrization(module, "weight_hh_l0", nn.Tanh())
+    with torch.no_grad():
+        same(ours(x), theirs(x), 1e-6)
+        assert runs
+        assert "fused cpu kernel" in cs.plan(ours)[0]
+        same(copy.deepcopy(ours)(x), theirs(x), 1e-6)
+        count = len(runs)
+        cs.restore(ours)
+        same(ours(x), theirs(x), 1e-6)
+        same(copy.deepcopy(ours)(x), theirs(x), 1e-6)
+        assert len(runs) == count
+        assert "weights are parametrised" in cs.plan(ours)[0]
+        for module in (theirs, ours):
+            parametrize.remove_parametrizations(module, "weight_hh_l0")
+        assert type(ours) is nn.LSTM
+        same(ours(x), theirs(x), 1e-6)
+
+
+def test_a_cell_parametrised_afterwards_is_followed_while_frozen(runs):
+    theirs, ours = pair(nn.GRUCell, 3, 4)
+    x = torch.randn(2, 3)
+    for module in (theirs, ours):
+        parametrize.register_parametrization(module, "weight_hh", nn.Tanh())
+    with torch.no_grad(), cs.frozen(ours):
+        for _ in range(4):  # each call computes a tensor, which may lie where the last one lay
+            same(ours(x, torch.ones(2, 4)), theirs(x, torch.ones(2, 4)), 1e-6)
+            for module in (theirs, ours):
+                module.parametrizations.weight_hh.original.mul_(1.5)
+    assert runs
+
+
+def test_frozen_contexts_may_end_in_any_order():
+    _, ours = pair(nn.LSTM, 3, 4)
+    first, second = cs.frozen(ours), cs.frozen(ours)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert ours._frozen is not None
+    second.__exit__(None, None, None)
+    assert ours._frozen is None
+    assert not {"_frozen", "_holders"} & set(vars(ours))
+    with cs.frozen(ours), torch.no_grad():
+        ours(torch.ones(20, 2, 3))
+        cs.restore(ours)
+        assert not {"_frozen", "_holders"} & set(vars(ours))
+        pickle.dumps(ours)
+    assert not {"_frozen", "_holders"} & set(vars(ours))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
+def test_weights_made_in_inference_mode_can_be_frozen(kind, runs):
+    with torch.inference_mode():
+        theirs, ours = pair(kind, 3, 4)
+        x = torch.ones(2, 3) if kind in CELLS else torch.ones(5, 2, 3)
+        with cs.frozen(ours):
+            for _ in range(2):
+                same(ours(x), theirs(x), 1e-6)
+                for module in (theirs, ours):
+                    next(module.parameters()).mul_(2)
+    assert len(runs) == 2
+
+
+def test_what_is_packed_while_frozen_is_not_taken_for_a_later_tensor_at_the_same_place():
+    theirs, ours = pair(nn.LSTM, 3, 4)
+    x = torch.ones(5, 2, 3)
+    with torch.no_grad(), cs.frozen(ours):
+        for scale in range(1, 30):
+            for module in (theirs, ours):
+                module.weight_hh_l0 = None
+                module.weight_hh_l0 = nn.Parameter(torch.full((16, 4), scale / 30))
+            same(ours(x), theirs(x), 1e-6)
+
+
+def test_shallow_copies_are_accelerated_too():
+    _, ours = pair(nn.LSTM, 3, 4)
+    copied = copy.copy(ours)
+    assert type(copied) is type(ours)
+    assert copied.weight_hh_l0 is ours.weight_hh_l0
+
+
+class Reduced(nn.LSTM):
+    """A class that says how it is copied and pickled."""
+
+    def __init__(self, width, units, tag="new"):
+        super().__init__(width, units)
+        self.tag = tag
+
+    def __reduce__(self):
+        return type(self), (self.input_size, self.hidden_size, self.tag + ", reduced"), self.__getstate__() | {"own": 1}
+
+    def __setstate__(self, state):
+        super().__setstate__({**state, "tag": self.tag})
+
+
+class Copied(nn.GRU):
+    def __deepcopy__(self, memo):
+        new = type(self)(self.input_size, self.hidden_size)
+        new.own = True
+        return new
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_class_that_says_how_it_is_copied_or_pickled_is_asked(protocol):
+    ours = cs.accelerate(Reduced(3, 4))
+    loaded, copied = pickle.loads(pickle.dumps(ours, protocol)), copy.deepcopy(ours)
+    assert type(loaded) is Reduced
+    assert type(copied) is type(ours)
+    for module in (loaded, copied):
+        assert (module.tag, module.own) == ("new, reduced", 1)
+        assert torch.equal(module.weight_hh_l0, ours.weight_hh_l0)
+    ours = cs.accelerate(Copied(3, 4))
+    assert copy.deepcopy(ours).own
+    assert type(copy.deepcopy(ours)) is type(ours)
+    assert type(pickle.loads(pickle.dumps(ours, protocol))) is Copied
+
+
+def test_a_class_that_refuses_or_lists_its_subclasses_does_not_hear_of_ours():
+    heard = []
+
+    class Listed(nn.LSTM):
+        def __init_subclass__(cls, *, name, **rest):
+            heard.append(name)
+
+    module = cs.accelerate(Listed(3, 4))
+    assert "fused cpu kernel" in cs.plan(module)[0]
+    assert not heard
+
+
+class Strict(nn.LSTM):
+    def check_forward_args(self, input, hidden, batch_sizes):
+        raise ValueError("no")
+
+
+def test_a_check_of_its_own_is_not_passed_by():
+    model = cs.accelerate(nn.ModuleList([Strict(3, 4), nn.GRU(3, 4)]))
+    assert cs.plan(model)[0] == "0: Strict 3 -> 4: PyTorch's own: Strict has a check_forward_args of its own"
+    with pytest.raises(ValueError, match="no"):
+        model[0](torch.ones(5, 2, 3))
+
+
+class Lazy(nn.modules.lazy.LazyModuleMixin, nn.LSTM):
+    cls_to_become = nn.LSTM
+
+    def __init__(self, units):
+        super().__init__(1, units)
+        self.weight_ih_l0 = nn.UninitializedParameter()
+
+    def reset_parameters(self):
+        if not self.has_uninitialized_params():
+            super().reset_parameters()
+
+    def initialize_parameters(self, x):
+        self.input_size = x.shape[-1]
+        self.weight_ih_l0.materialize((4 * self.hidden_size, self.input_size))
+        self.reset_parameters()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_module_whose_weights_are_not_there_yet_waits(runs):
+    module = Lazy(4)
+    with pytest.raises(ValueError, match="its weights aren't there yet"):
+        cs.accelerate(module)
+    x = torch.ones(20, 2, 3)
+    y = module(x)[0]
+    assert not runs
+    same([cs.accelerate(module)(x)[0]], [y], 1e-6)
+    assert runs
 
 
 # ── weights in rows ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import copy
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     """Return a module of PyTorch as a Network, which runs without PyTorch, streams, and is saved in any format.
 
     The module is read as `from_torch` reads it; where that can't be, it is exported to ONNX, and the graph is read.
-    Either way the network has to answer as the module does, for the example and for other numbers of its shape. The
-    module is taken as in evaluation, and is left as it was.
+    Either way the network has to answer as the module does: for the example, for other numbers of its shape, and with
+    a row more and with more steps, where the module takes them. The module is taken as in evaluation, and in float32
+    where it has half precision; it is left as it was.
 
     Args:
         module: the module; one that was accelerated, too.
@@ -31,10 +33,12 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         tolerance: the greatest relative difference of an output that passes.
 
     Returns:
-        The network, with inputs and outputs in the order of the module's.
+        The network, with inputs and outputs in the order of the module's. Last states that the module returns beside
+        them are those that `Network.run` returns.
 
     Raises:
         TypeError: it is no module, or the example is no tensor.
+        ValueError: the example is empty, by which nothing could be compared.
         FormatError: neither way leads to a network that answers as the module does; says why, for each.
         ModuleNotFoundError: the export needs onnx or onnxscript, which aren't installed.
 
@@ -50,7 +54,18 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     inputs = example if isinstance(example, tuple) else (example,)
     if not inputs or not all(isinstance(value, torch.Tensor) for value in inputs):
         raise TypeError("compile: expected example to be a tensor, or a tuple of tensors, as the module takes them")
-    still = copy.deepcopy(module).eval()
+    if not all(value.numel() for value in inputs):
+        shapes = " and ".join(str(list(value.shape)) for value in inputs)
+        raise ValueError(f"compile: expected an example with a row and a step at least, got {shapes}")
+    try:
+        still = copy.deepcopy(module).eval()
+    except Exception as error:  # a module may hold anything
+        raise FormatError(f"compile: {type(module).__name__} can't be copied: {error}") from error
+    if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):
+        still = still.float()
+        inputs = tuple(value.float() if value.is_floating_point() else value for value in inputs)
+    with torch.no_grad():
+        still(*_fresh(inputs))  # what the module itself refuses, it refuses in its own words
     reasons = []
     for how, read in (("read as it is", from_torch), ("by way of ONNX", lambda m: _by_onnx(m, inputs))):
         try:
@@ -62,7 +77,14 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         if why is None:
             return network
         reasons.append(f"{how}: {why}")
+    if any(getattr(part, "batch_first", True) is False for part in still.modules()):
+        reasons.append("it has layers with batch_first=False, and a Network takes batch before time")
     raise FormatError(f"compile: {type(module).__name__} can't be a Network: " + "; ".join(reasons))
+
+
+def _fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return inputs that a module may write to."""
+    return tuple(value.detach().clone() for value in inputs)
 
 
 def _by_onnx(module: Any, inputs: tuple[Any, ...]) -> Network:
@@ -75,11 +97,16 @@ def _by_onnx(module: Any, inputs: tuple[Any, ...]) -> Network:
         warnings.simplefilter("ignore")  # of the exporter, on its own ways
         path = os.path.join(folder, "module.onnx")
         try:
-            torch.onnx.export(module, inputs, path, input_names=names, dynamic_axes=axes, dynamo=False)
-        except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
-            first = str(error).strip().splitlines()[0]
+            torch.onnx.export(module, _fresh(inputs), path, input_names=names, dynamic_axes=axes, dynamo=False)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # the exporter fails in as many ways as there are modules
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FormatError(f"PyTorch can't export it: {first}") from error
-        return load(path)
+        try:
+            return load(path)
+        except FormatError as error:
+            raise FormatError(str(error).replace(path, "its graph")) from error
 
 
 def _difference(network: Network, module: Any, inputs: tuple[Any, ...], tolerance: float) -> str | None:
@@ -87,24 +114,90 @@ def _difference(network: Network, module: Any, inputs: tuple[Any, ...], toleranc
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for t in inputs]
-    for given in (inputs, drawn):
-        with torch.no_grad():
-            expected = _tensors(module(*given))
-        arrays = [np.asarray(value.detach().cpu()) for value in given]
+
+    def drawn(given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for t in given
+        )
+
+    for what, given in (("", inputs), ("", drawn(inputs)), *((s, drawn(more)) for s, more in _longer(inputs))):
         try:
-            ours = network(*arrays)
+            with torch.no_grad():
+                expected = _tensors(module(*_fresh(given)))
+        except Exception:
+            if given is inputs:
+                raise
+            continue  # the module is one for such numbers, or for this shape, alone
+        arrays = [_array(value) for value in given]
+        try:
+            ours, states = network.run(tuple(arrays) if len(arrays) > 1 else arrays[0])
         except (TypeError, ValueError) as error:
-            return f"the network refuses the example: {error}"
-        outputs = list(ours.values()) if isinstance(ours, dict) else [ours]
-        for n, (output, wanted) in enumerate(zip(outputs, expected, strict=False)):
-            theirs = np.asarray(wanted.detach().cpu())
-            if output.shape != theirs.shape:
-                return f"output {n} has the shape {output.shape}, the module's {theirs.shape}"
-            off = float(np.abs(output - theirs).max(initial=0.0) / max(np.abs(theirs).max(initial=0.0), 1e-30))
-            if not off <= tolerance:
-                return f"output {n} lies {off:.1e} off the module's, more than {tolerance:.0e}"
+            if not what:
+                return f"the network refuses the example: {error}"
+            continue  # it says so to whoever asks for that shape
+        why = _unlike(ours if isinstance(ours, tuple) else (ours,), states, expected, tolerance)
+        if why is not None:
+            return f"{what}{why}"
     return None
+
+
+def _longer(inputs: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield the inputs with a row more, and with more steps, with how a reason begins that comes of these."""
+    for axis, more, what in ((0, 1, "with a row more "), (1, 4, "with more steps ")):
+        if all(value.ndim > axis for value in inputs):
+            sizes = [range(value.shape[axis] + more) for value in inputs]
+            yield (
+                what,
+                tuple(
+                    v[(slice(None),) * axis + ([n % v.shape[axis] for n in size],)]
+                    for v, size in zip(inputs, sizes, strict=True)
+                ),
+            )
+
+
+def _unlike(ours: tuple[Any, ...], states: tuple[Any, ...], expected: list[Any], tolerance: float) -> str | None:
+    """Return what of a module's outputs isn't what the network gives; None: it gives all, and no more.
+
+    Those that aren't its outputs, in order, have to be among its last states, `[B, H]` or one upon the other.
+    """
+    import torch
+
+    parts = [part for state in states for part in state]
+    left = list(ours)
+    for n, wanted in enumerate(expected):
+        if wanted is None:
+            continue
+        if not isinstance(wanted, torch.Tensor):
+            return f"output {n} of the module is a {type(wanted).__name__}, and no tensor"
+        theirs = _array(wanted)
+        if left and _same(left[0], theirs, tolerance):
+            left.pop(0)
+            continue
+        rows = list(theirs) if theirs.ndim == 3 else [theirs]
+        if not all(any(_same(part, row, tolerance) for part in parts) for row in rows):
+            if not left:
+                return f"output {n} of the module, {list(theirs.shape)}, is none of the network's"
+            if left[0].shape != theirs.shape:
+                return f"output {n} has the shape {left[0].shape}, the module's {theirs.shape}"
+            return f"output {n} lies {_off(left[0], theirs):.1e} off the module's, more than {tolerance:.0e}"
+    return f"the network has {len(left)} outputs more than the module" if left else None
+
+
+def _array(value: Any) -> Any:
+    """Return a tensor as NumPy has it, which knows no bfloat16."""
+    import torch
+
+    value = value.detach().cpu()
+    return np.asarray(value.float() if value.dtype is torch.bfloat16 else value)
+
+
+def _same(ours: Any, theirs: Any, tolerance: float) -> bool:
+    return ours.shape == theirs.shape and _off(ours, theirs) <= tolerance
+
+
+def _off(ours: Any, theirs: Any) -> float:
+    """Return the greatest difference of two arrays of one shape over the greatest number of `theirs`."""
+    return float(np.abs(ours - theirs).max(initial=0.0) / max(np.abs(theirs).max(initial=0.0), 1e-30))
 
 
 def _tensors(value: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -33,6 +35,16 @@ from cellstack.spec import CellSpec, Plan
 _KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn", "RNN_RELU": "rnn"}
 _MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # that of an nn.RNNCell is told by its nonlinearity
 _MODULES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+# By which they run; a class that has one of its own runs by that.
+_METHODS = (
+    "forward",
+    "check_forward_args",
+    "check_input",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+    "permute_hidden",
+)
 _DTYPES = (torch.float32, torch.float64)
 # Steps from which the kernel is the faster one, in a call without gradients, with them, and with frozen weights;
 # measured (benchmarks/doors.py).
@@ -47,15 +59,23 @@ def _base_of(kind: type) -> type | None:
     return next((base for base in _MODULES if issubclass(kind, base)), None)
 
 
+def _own_part(kind: type) -> str | None:
+    """Return the name of a method of `kind` that isn't the one by which PyTorch's own class runs; None: all are."""
+    base = _base_of(kind)
+    return next((name for name in _METHODS if getattr(kind, name, None) is not getattr(base, name, None)), None)
+
+
 def _obstacle(module: nn.Module) -> str | None:
     """Return why PyTorch runs every call of a recurrent module as it is now; None where the kernel can run some."""
     kind = _original(type(module))
-    base = _base_of(kind)
-    if base is not None and kind.forward is not base.forward:
-        return f"{kind.__name__} has a forward of its own"
-    if parametrize.is_parametrized(module):
+    own = _own_part(kind)
+    if own is not None:
+        return f"{kind.__name__} has a {own} of its own"
+    if parametrize.is_parametrized(module) and not isinstance(module, _Accelerated):
         return "its weights are parametrised"
     weights = list(module.parameters(recurse=False))
+    if any(map(is_lazy, weights)):
+        return "its weights aren't there yet"
     devices = sorted({weight.device.type for weight in weights})
     if devices != ["cpu"]:
         return f"its weights are on {' and '.join(devices)}"
@@ -92,6 +112,11 @@ def _is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any])
     return True
 
 
+def _states(hx: Any, mode: str) -> Sequence[Any]:
+    """Return the arrays of a state as PyTorch's modules take it: a pair of an LSTM, else the array itself."""
+    return () if hx is None else hx if mode == "LSTM" and isinstance(hx, (tuple, list)) else (hx,)
+
+
 @lru_cache(maxsize=1024)
 def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
     """Return a layer's cell as the op takes it."""
@@ -102,23 +127,52 @@ def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
 # ── the subclasses ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+# What a module has while `frozen` holds: its packed weights, and how many contexts hold them.
+_PASSING = ("_frozen", "_holders")
+
+
 class _Accelerated(nn.Module):
     """What these subclasses share: copies are of the same class; what is pickled is a module of PyTorch's own."""
 
     original: type[nn.Module]
-    _frozen: dict[Any, Any] | None = None  # packed weights, while `frozen` holds
+    _frozen: dict[Any, Any] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_frozen"}  # type: ignore[attr-defined]
+    def __init_subclass__(cls) -> None:
+        """Keep the class from what the class below does with its subclasses, such as list or refuse them."""
+
+    def __getstate__(self) -> Any:
+        state = super().__getstate__()  # type: ignore[misc]
+        own, *slots = state if isinstance(state, tuple) else (state,)
+        if isinstance(own, dict):
+            own = {name: value for name, value in own.items() if name not in _PASSING}
+        return (own, *slots) if slots else own
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return copyreg._reconstructor, (self.original, object, None), self.__getstate__()  # type: ignore[attr-defined]
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, str):
+            return reduced
+        make, args, *rest = reduced
+        if getattr(make, "__name__", None) == "__newobj__":  # pickle wants it of the object's own class
+            make, args = copyreg._reconstructor, (self.original, object, None)  # type: ignore[attr-defined]
+        make, *args = (self.original if part is type(self) else part for part in (make, *args))
+        return make, tuple(args), *rest
+
+    def __copy__(self) -> Any:
+        own = getattr(super(), "__copy__", None)
+        return self._as_this(copy._reconstruct(self, None, *self.__reduce_ex__(4)) if own is None else own())  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = self.original.__new__(self.original)
-        memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[attr-defined]
-        copied.__class__ = type(self)
+        own = getattr(super(), "__deepcopy__", None)
+        if own is not None:
+            return self._as_this(own(memo))
+        if parametrize.is_parametrized(self):  # its class lets nothing be reduced
+            return _copied(self, memo)
+        return self._as_this(copy._reconstruct(self, memo, *self.__reduce_ex__(4)))  # type: ignore[attr-defined]
+
+    def _as_this(self, copied: Any) -> Any:
+        """Return a copy with the class that this module has."""
+        if type(copied) is self.original:
+            copied.__class__ = type(self)
         return copied
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -127,6 +181,14 @@ class _Accelerated(nn.Module):
             "torch.jit.script: expected PyTorch's own modules: call cellstack.restore(model) before, and "
             "accelerate(model) after it"
         )
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """Return a deep copy of a module of the same class."""
+    copied = memo[id(module)] = type(module).__new__(type(module))
+    own = {name: value for name, value in module.__dict__.items() if name not in _PASSING}
+    copied.__dict__ = copy.deepcopy(own, memo)
+    return copied
 
 
 class _Sequence(_Accelerated, nn.RNNBase):
@@ -155,11 +217,15 @@ class _Sequence(_Accelerated, nn.RNNBase):
         packed = input if isinstance(input, PackedSequence) else None
         x: Any = input if packed is None else packed.data
         weights = self._weights()
-        states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+        states = _states(hx, self.mode)
         if not self._serves(x, weights, states, packed):
             if asked:
                 raise RuntimeError(
                     f"{_name(self)}: expected no reset or return_gates in a call that PyTorch runs: {_why(self)}"
+                )
+            if packed is not None and isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] != self.input_size:
+                raise RuntimeError(  # PyTorch says so but for packed rows, of which it writes beyond arrays
+                    f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[1]}"
                 )
             return super().forward(input, hx)
         dtype = weights[0].dtype
@@ -254,6 +320,7 @@ class _Sequence(_Accelerated, nn.RNNBase):
         share = self.dropout if self.training and self.num_layers > 1 else 0.0
         step = self.num_layers if directions == 1 and not share else 1  # layers that run as one call
         left, kind = iter(weights), _KINDS[self.mode]
+        frozen_weights = self._frozen
         starts = list(zip(*(state.unbind(0) for state in states), strict=True))
         ends: list[Sequence[Tensor]] = []
         traces: list[Any] = []
@@ -268,7 +335,7 @@ class _Sequence(_Accelerated, nn.RNNBase):
                     arrays += islice(left, 2 + 2 * self.bias + bool(self.proj_size))
                     begin += starts[n * directions + direction] if starts else ()
                 flags = reset if reset is None or not direction else shifted(reset)
-                keep = None if self._frozen is None else self._frozen.setdefault((layer, direction), {})
+                keep = None if frozen_weights is None else frozen_weights.setdefault((layer, direction), {})
                 out = op.run(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, True, keep)
                 parts = 2 if kind == "lstm" else 1
                 ends += [out[n : n + parts] for n in range(0, parts * step, parts)]
@@ -283,6 +350,8 @@ class _Sequence(_Accelerated, nn.RNNBase):
                     y = _padded(dropout(_packed(y, packed), share), packed)[0]
                 else:
                     y = dropout(y, share).transpose(0, 1) if share else y.transpose(0, 1)
+        if save and directions == 1 and packed is None and not (kind == "lstm" and y.dtype is torch.float32):
+            y = y.clone()  # PyTorch's own may be written to, but for this; the way back needs the op's as it is
         last = [list(parts) for parts in zip(*ends, strict=True)]
         return y, [torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) for parts in last], traces
 
@@ -317,12 +386,13 @@ class _Step(_Accelerated, nn.RNNCellBase):
         keep = self._frozen
         if keep is None:  # what packing costs, and the way back through one step, no kernel makes up for
             return super().forward(input, hx)
-        states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+        mode = _mode(self)
+        states = _states(hx, mode)
         weights = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
         if not self._serves(input, states, weights):
             return super().forward(input, hx)
         mixed = torch.is_autocast_enabled("cpu")
-        x, dtype, batched, mode = input, weights[0].dtype, input.ndim == 2, _mode(self)
+        x, dtype, batched = input, weights[0].dtype, input.ndim == 2
         if mixed:
             x, states = x.to(dtype), [state.to(dtype) for state in states]
         if not batched:
@@ -411,6 +481,9 @@ def accelerate(module: nn.Module) -> nn.Module:
     return module
 
 
+_freezing = threading.Lock()  # contexts of several threads may hold one module
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
     """Say that the weights of an accelerated module stay as they are, for as long as the context lasts.
@@ -435,14 +508,21 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
     parts = [part for _, part in _recurrent(_checked(module, "frozen")) if isinstance(part, _Accelerated)]
     if not parts:
         raise ValueError(f"frozen: expected a module that accelerate() was given, got {type(module).__name__}")
-    before = [part._frozen for part in parts]
-    for part in parts:
-        part._frozen = {}
+    with _freezing:
+        for part in parts:
+            own = part.__dict__  # a class of one's own may let nothing be set
+            own["_holders"] = own.get("_holders", 0) + 1
+            own.setdefault("_frozen", {})
     try:
         yield module
     finally:
-        for part, kept in zip(parts, before, strict=True):
-            part._frozen = kept
+        with _freezing:
+            for part in parts:
+                own = part.__dict__
+                own["_holders"] = own.get("_holders", 1) - 1
+                if own["_holders"] < 1:
+                    for name in _PASSING:
+                        own.pop(name, None)
 
 
 def restore(module: nn.Module) -> nn.Module:
@@ -455,8 +535,23 @@ def restore(module: nn.Module) -> nn.Module:
     True
     """
     for _, part in _recurrent(_checked(module, "restore")):
-        part.__class__ = _original(type(part))
+        part.__class__ = _restored(type(part))
+        for name in _PASSING:
+            part.__dict__.pop(name, None)
     return module
+
+
+def _restored(kind: type) -> type:
+    """Return `kind` without ours; one that derives from ours, as `parametrize` makes them, on what ours was made of."""
+    if not issubclass(kind, _Accelerated):
+        return kind
+    if "original" in vars(kind):
+        return kind.original
+    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    if "__getstate__" in own:  # that of `parametrize`, which copies by what ours had
+        own.setdefault("__deepcopy__", _copied)
+    make: Any = type(kind)
+    return make(kind.__name__, tuple(map(_restored, kind.__bases__)), own)
 
 
 def plan(module: nn.Module) -> Plan:
@@ -491,10 +586,9 @@ def _checked(module: Any, owner: str) -> nn.Module:
 
 
 def _own_forward(module: nn.Module) -> bool:
-    """Whether it runs by a forward of its own, or of the class that parametrises it."""
-    kind = _original(type(module))
-    base = _base_of(kind)
-    return base is None or kind.forward is not base.forward or parametrize.is_parametrized(module)
+    """Whether it runs by a method of its own, or of the class that parametrises it or fills its weights."""
+    lazy = any(map(is_lazy, module.parameters(recurse=False)))
+    return lazy or _own_part(_original(type(module))) is not None or parametrize.is_parametrized(module)
 
 
 def _described(module: Any) -> str:

@@ -180,16 +180,22 @@ def _weights(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype, copy: b
     return native.weights_at(form.description, _ELEMENTS[dtype], _addresses(form, flat), copy), flat
 
 
-# Packed weights, by the layer of a call, with the addresses and versions of the tensors that they were packed from.
-Kept = dict[int, tuple[list[tuple[int, int]], Any]]
+# Packed weights, by the layer of a call, with the addresses and versions of the tensors that they were packed from, and
+# these tensors: as long as they are there, none that comes after has their address.
+Kept = dict[int, tuple[list[tuple[int, int]], Any, list[Tensor]]]
 
 
 def _kept_weights(kept: Kept, layer: int, form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> Any:
     """Return the kernel's weights of a layer out of `kept`, packed anew where the tensors are others than they were."""
-    tensors = [(weight.data_ptr(), weight._version) for weight in weights]
-    if layer not in kept or kept[layer][0] != tensors:
-        kept[layer] = tensors, _weights(form, weights, dtype, copy=True)[0]
-    return kept[layer][1]
+    try:
+        tensors = [(weight.data_ptr(), weight._version) for weight in weights]
+    except RuntimeError:  # made in inference mode: such tensors have no version
+        return _weights(form, weights, dtype, copy=True)[0]
+    found = kept.get(layer)
+    if found is None or found[0] != tensors:
+        packed = _weights(form, weights, dtype, copy=True)[0]
+        found = kept[layer] = tensors, packed, [weight.detach() for weight in weights]
+    return found[1]
 
 
 def _flags(flags: Tensor | None) -> Tensor | None:
