@@ -232,7 +232,7 @@ def run_layer(
         out = eager.run(*given, [spec], [functions], reverse, True, save)
     count = len(spec.state_sizes)
     ends, y = out[:count], out[count]
-    every = list(trace_of(spec, out[count + 1], out[count + 2], y)) if traced else []
+    every = list(trace_of(spec.kind, out[count + 1], out[count + 2], y)) if traced else []
     if reverse:
         y, every = y.flip(1), [part.flip(1) for part in every]
     return y, ends[0], ends, every

@@ -13,7 +13,7 @@ from cellstack.layers import eager, op
 from cellstack.layers.base import MEND, Layer, as_input, last_axis
 from cellstack.layers.cell import Cell, Masks, as_drops, needs_grad
 from cellstack.layers.foreign import as_cell, initial_state, output_width, takes_training
-from cellstack.spec import GATES, TRACES, CellSpec, ShapeError, check_step
+from cellstack.spec import GATES, TRACES, ShapeError, check_step
 
 
 class StackedRNNCells(Layer):
