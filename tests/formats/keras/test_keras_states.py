@@ -166,7 +166,7 @@ CASES = {
         states_as_values, masked, zeros_where_masked,
     )
 }  # fmt: skip
-UNWRITTEN = {"video": "a StepMask", "states_as_values": "the last step of a sequence"}
+UNWRITTEN = {"video": "a StepMask"}
 
 
 @pytest.mark.parametrize("case", CASES)
