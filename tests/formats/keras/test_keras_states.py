@@ -159,6 +159,22 @@ def masked_and_merged():
     return keras.Model([x, y], z), [floats(3, 5, SOURCE), given]
 
 
+def models_within():
+    """An encoder and a decoder that are models, each called as a layer; the states pass through a Dropout."""
+    _, encoder, decoder = seq2seq()
+    x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
+    states = [L.Dropout(0.1)(state) for state in encoder(x)]
+    return keras.Model([x, y], decoder([y, *states])), [floats(3, 5, SOURCE), floats(3, 4, TARGET, seed=1)]
+
+
+def two_decoders():
+    """One state from which two layers start, and which is an answer too."""
+    x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
+    z, state = L.GRU(UNITS, return_sequences=True, return_state=True)(x)
+    first, second = (L.GRU(UNITS, return_sequences=more)(y, initial_state=state) for more in (True, False))
+    return keras.Model([x, y], [L.Dense(2)(z), first, second]), [floats(3, 5, SOURCE), floats(3, 4, TARGET, seed=1)]
+
+
 def zeros_where_masked():
     """What it returns at masked steps are zeros, and so not its state."""
     x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
@@ -174,7 +190,7 @@ CASES = {
     function.__name__: function
     for function in (
         addition, imdb, word_embeddings, weather, characters, video, stacks, both_ways, merged_both_ways, computed,
-        states_as_values, masked, masked_and_merged, zeros_where_masked,
+        states_as_values, masked, masked_and_merged, models_within, two_decoders, zeros_where_masked,
     )
 }  # fmt: skip
 UNWRITTEN = {"video": "a StepMask"}
