@@ -34,6 +34,7 @@ from cellstack.nodes import (
     Scale,
     Select,
     Standardise,
+    StepMask,
 )
 from cellstack.nodes.base import MORE_ACTIVATIONS
 
@@ -56,6 +57,7 @@ EVERY = {
     "clip": lambda d: [Clip(0.0), Clip(None, 1.5), Clip(-1.0, 1.0)],
     "embedding": lambda d: [Embedding(floats(5, 2, dtype=d)), Embedding(floats(5, 2, dtype=d), True)],
     "masking": lambda d: [Masking(), Masking(-1.5)],
+    "step_mask": lambda d: [StepMask()],
     "conv1d": lambda d: [
         Conv1D(floats(2, 3, 4, dtype=d)),
         Conv1D(floats(2, 3, 4, dtype=d), floats(4, dtype=d), 2, "same", 1, 1, "relu"),
@@ -79,8 +81,9 @@ EVERY = {
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_node_comes_back_with_every_setting(kind, dtype, tmp_path):
     for node in EVERY[kind](dtype):
-        inputs = ("x", "y") if kind == "merge" else ("x",)
-        net = cs.Network([node], ["node"], inputs=inputs, wires=[inputs])
+        inputs = ("x", "y") if kind in ("merge", "step_mask") else ("x",)
+        shapes = {"x": (None, 3), "y": (None,)} if kind == "step_mask" else inputs
+        net = cs.Network([node], ["node"], inputs=shapes, wires=[inputs])
         net.save(tmp_path / "net.safetensors")
         other = cs.load(tmp_path / "net.safetensors")
         assert type(other.nodes[0]) is type(node)
@@ -226,7 +229,7 @@ DAMAGE = {
     "outputs text": (top("outputs", "mask"), "expected outputs to be list|outputs to be a list of names"),
     "outputs none": (top("outputs", []), "outputs to be a tuple of nodes' names"),
     "outputs twice": (top("outputs", ["mask", "mask"]), "outputs that differ"),
-    "outputs unknown": (top("outputs", ["x"]), "every output to be a node, got 'x'"),
+    "outputs unknown": (top("outputs", ["x"]), "every output to be a node or a state of one, got 'x'"),
     "outputs object": (top("outputs", [{}]), "outputs to be a list of names"),
     "ids": (put("table", "ids", 8), r"tensor 'table/table': expected shape \[8, 2\], found \[9, 2\]"),
     "ids huge": (put("table", "ids", 1 << 63), "tensor 'table/table': expected shape"),

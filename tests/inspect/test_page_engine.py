@@ -442,7 +442,8 @@ def make_stacked(rng, inputs, sequences=True, **flags):
 
 def test_every_kind_of_node_is_run_as_the_network_runs_it(page):
     made = every_node()
-    assert {node.file_type for case in made for node in case["network"].nodes} == set(NODES)
+    refused = {"step_mask"}  # by name: see the tests of states
+    assert {node.file_type for case in made for node in case["network"].nodes} == set(NODES) - refused
     for case, found in zip(made, evaluated(page, RUN, made), strict=True):
         net, options = case["network"], case["options"]
         t = net.trace(case["inputs"], mask=options.get("mask"), reset=options.get("reset"))

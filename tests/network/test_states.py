@@ -341,17 +341,20 @@ def test_a_trace_is_of_the_run_and_comes_back_from_a_file(rng, tmp_path):
 def test_the_pages_engine_refuses_it_by_name(tmp_path):
     net = seq2seq(*PAIRS["an LSTM"]())
     net = Network(net.nodes, net.names, inputs=net.inputs, wires=net.wires, outputs=("decoder", "decoder/c"))
-    (tmp_path / "net.json").write_text(json.dumps(payload_of(net)))
+    inputs = {"x": (None, 3), "used": (None,)}
+    flags = Network([StepMask(), recurrent(3, 4)], inputs=inputs, wires=[("x", "used"), ("layer_0",)])
+    (tmp_path / "net.json").write_text(json.dumps([payload_of(net), payload_of(flags)]))
     engine = cs.__file__.replace("__init__.py", "inspect/page/engine/engine.js")
     script = (
         f"import {{ readNetwork, unsupported }} from {json.dumps(engine)};"
         "import { readFileSync } from 'fs';"
-        f"const payload = JSON.parse(readFileSync({json.dumps(str(tmp_path / 'net.json'))}));"
-        "console.log(JSON.stringify(unsupported(readNetwork(payload))));"
+        f"const payloads = JSON.parse(readFileSync({json.dumps(str(tmp_path / 'net.json'))}));"
+        "console.log(JSON.stringify(payloads.map((payload) => unsupported(readNetwork(payload)))));"
     )
     (tmp_path / "a.mjs").write_text(script)
     ran = subprocess.run(["node", tmp_path / "a.mjs"], capture_output=True, text=True, check=True)
-    said = json.loads(ran.stdout)
+    said, of_flags = json.loads(ran.stdout)
+    assert of_flags == ["layer_0: a node of the type step_mask isn't supported."]
     assert said[0].startswith("The output decoder/c, which is a state, isn't supported")
     assert said[1].startswith("decoder: it takes the states encoder/h, encoder/c, which isn't supported")
 

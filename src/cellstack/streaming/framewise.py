@@ -119,7 +119,7 @@ def answers_framewise(owner: str, network: Network) -> frozenset[str]:
         if not network.graph.timed(name):
             shape, more = network.graph.shown(name), ""
             if name in begun:
-                more = f", and {begun[name]} starts from it: run the network, a step at a time where one step needs another"
+                more = f", and {begun[name]} starts from it: run the network, a step at a time where it must be"
             raise ValueError(f"{owner}: expected inputs of a frame a step, got {name} {shape}: it has no time{more}")
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)  # the nodes whose mask is on a value
     heeded: set[str] = set()
@@ -136,7 +136,7 @@ def answers_framewise(owner: str, network: Network) -> frozenset[str]:
         if why is None and node.apart(sources)[1]:
             why = (
                 f"it starts from {', '.join(node.apart(sources)[1])}, and a stream's cells go on from their own state: "
-                "run the network, a step at a time where one step needs another"
+                "run the network, a step at a time where it must be"
             )
         for state in network.graph.states[len(masks) - len(network.inputs)]:
             if why is None and not answers_with(node, state):

@@ -148,6 +148,33 @@ def masked():
     return keras.Model([source, target], L.Dense(11, activation="softmax")(y)), ids
 
 
+def masked_and_merged():
+    """Numbers that no mask changes, after a layer that leaves its mask out."""
+    x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
+    _, *states = L.LSTM(UNITS, return_state=True)(x)
+    z = L.LSTM(UNITS, return_sequences=True)(L.Masking()(y), initial_state=states)
+    z = L.TimeDistributed(L.Dense(2))(L.Concatenate()([z, y]))
+    given = floats(3, 4, TARGET, seed=1)
+    given[2, 1:] = 0.0
+    return keras.Model([x, y], z), [floats(3, 5, SOURCE), given]
+
+
+def models_within():
+    """An encoder and a decoder that are models, each called as a layer; the states pass through a Dropout."""
+    _, encoder, decoder = seq2seq()
+    x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
+    states = [L.Dropout(0.1)(state) for state in encoder(x)]
+    return keras.Model([x, y], decoder([y, *states])), [floats(3, 5, SOURCE), floats(3, 4, TARGET, seed=1)]
+
+
+def two_decoders():
+    """One state from which two layers start, and which is an answer too."""
+    x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
+    z, state = L.GRU(UNITS, return_sequences=True, return_state=True)(x)
+    first, second = (L.GRU(UNITS, return_sequences=more)(y, initial_state=state) for more in (True, False))
+    return keras.Model([x, y], [L.Dense(2)(z), first, second]), [floats(3, 5, SOURCE), floats(3, 4, TARGET, seed=1)]
+
+
 def zeros_where_masked():
     """What it returns at masked steps are zeros, and so not its state."""
     x, y = keras.Input((None, SOURCE)), keras.Input((None, TARGET))
@@ -163,10 +190,10 @@ CASES = {
     function.__name__: function
     for function in (
         addition, imdb, word_embeddings, weather, characters, video, stacks, both_ways, merged_both_ways, computed,
-        states_as_values, masked, zeros_where_masked,
+        states_as_values, masked, masked_and_merged, models_within, two_decoders, zeros_where_masked,
     )
 }  # fmt: skip
-UNWRITTEN = {"video": "a StepMask", "states_as_values": "the last step of a sequence"}
+UNWRITTEN = {"video": "a StepMask"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -237,12 +264,19 @@ def _mask_passed_on(x, y):
     return L.LSTM(3)(L.LSTM(UNITS, return_sequences=True)(L.Masking()(y), initial_state=states))
 
 
+def _mask_passed_on_and_merged(x, y):
+    _, *states = L.LSTM(UNITS, return_state=True)(x)
+    z = L.LSTM(UNITS, return_sequences=True)(L.Masking()(y), initial_state=states)
+    return L.LSTM(3)(L.Concatenate()([L.Dense(2)(z), y]))
+
+
 def _at_every_frame(x, y):
     return L.ConvLSTM1D(3, 2)(L.Reshape((4, 3, 3))(y[:, :4]))
 
 
 REFUSED = {
     "a mask that goes past": (_mask_passed_on, "a mask that Keras hands on past a layer with an initial state"),
+    "and is merged": (_mask_passed_on_and_merged, "a mask that Keras hands on past a layer with an initial state"),
     "ConvLSTM": (_at_every_frame, "ConvLSTM1D"),
 }
 

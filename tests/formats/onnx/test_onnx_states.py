@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from networks import make_cell
+from networks import make_cell, make_stack
 from onnx import TensorProto, helper
 from onnx_graphs import model, write
 from torch import nn
@@ -273,3 +273,22 @@ def test_what_an_older_file_says_of_its_states_holds(tmp_path):
     np.testing.assert_array_equal(again.run(x, state)[0], net.run(x, state)[0])
     said = json.loads(onnx.load(tmp_path / "net.onnx").metadata_props[0].value)
     assert said["states"] == [["layer_0.h", "layer_0.h.after"], ["layer_0.c", "layer_0.c.after"]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cells_of_every_flag_start_from_each_other(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    ways = [bool(way) for way in rng.integers(2, size=4)]
+    encoder = make_stack(rng, 3, residual=ways[0], return_sequences=ways[1], go_backwards=ways[2])
+    decoder = Recurrent(encoder.cells, go_backwards=ways[3])
+    wires = [("x",), ("y", *(f"a/{state}" for state in encoder.state_sizes))]
+    outputs = ("b", *(f"b/{state}" for state in decoder.state_sizes))
+    net = Network([encoder, decoder], ["a", "b"], inputs=("x", "y"), wires=wires, outputs=outputs)
+    feeds = {"x": floats(2, 4, 3, seed=seed), "y": floats(2, 3, 3, seed=seed + 1)}
+    expected = net(feeds)
+    net.save(tmp_path / "net.onnx")
+    again = cs.load(tmp_path / "net.onnx")
+    scale = max(1.0, *(np.abs(one).max() for one in expected))
+    for found in (runtime(tmp_path / "net.onnx", feeds, list(outputs)), again(feeds)):
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * scale)

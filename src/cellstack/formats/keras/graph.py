@@ -236,7 +236,7 @@ class Reader:
             # Keras 3 leaves the mask of a sequence out where states are given, and hands it on past the layer.
             passed = ("passed", _own(value.mask))
             value = build.bare(value)
-        elif value.mask is not None and value.mask[0] == "passed" and any(node.heeds_mask for node in nodes):
+        elif any(map(_passed, inputs)) and any(node.heeds_mask for node in nodes):
             raise layer.refuse(
                 "takes a mask that Keras hands on past a layer with an initial state, which leaves it out"
             )
@@ -272,7 +272,7 @@ class Reader:
             values: what it takes.
             wire: where the first of them comes from in the file.
         """
-        masks, shape = [value.mask for value in values], self.builder.shapes[values[0].wire]
+        masks, shape = [_own(value.mask) for value in values], self.builder.shapes[values[0].wire]
         axes, masked = 2 if shape is None else len(shape), any(value.mask is not None for value in values)
         if isinstance(node, Merge) and masked:
             along_time = node.mode == "concat" and node.place(axes) == 1
@@ -282,7 +282,8 @@ class Reader:
                 masks = [("all",) if mask is None else mask for mask in masks]
         if isinstance(node, Recurrent) and masked and node.go_backwards and node.return_sequences:
             raise layer.refuse("returns a masked sequence backwards, while Keras leaves the mask as it was")
-        return node.mask_after(masks, axes, _MaskKeys(node, wire, self.followed))
+        after = node.mask_after(masks, axes, _MaskKeys(node, wire, self.followed))
+        return ("passed", after) if after is not None and any(map(_passed, values)) else after
 
 
 def _first_calls(model: Model) -> dict[str, int]:
@@ -297,6 +298,11 @@ def _first_calls(model: Model) -> dict[str, int]:
         if ref.layer in within:
             least[ref.layer] = min(ref.call, least.get(ref.layer, ref.call))
     return {name: number for name, number in least.items() if number == 1}
+
+
+def _passed(value: Value) -> bool:
+    """Whether a value's mask is one that a layer left out and handed on: the network has none there."""
+    return value.mask is not None and value.mask[0] == "passed"
 
 
 def _own(mask: Any) -> Any:

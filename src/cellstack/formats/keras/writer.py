@@ -136,7 +136,7 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[Feed
         )
         wires.append(Feeds([], []))
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)
-    graph = network.graph
+    graph, ends = network.graph, _ends(network)
     for name, node, wired, handed in zip(network.names, network.nodes, network.wires, graph.states, strict=True):
         sources, starts = node.apart(wired)
         before, axes = [masks.get(source) for source in sources], len(network.shapes[sources[0]])
@@ -144,9 +144,13 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[Feed
         problems += _mask_problems(name, node, before, axes)
         if starts and before[0] is not None:
             problems.append(f"{name}: a masked sequence with states to start from, where Keras leaves the mask out")
+        if name in ends:  # the h of the layer before
+            sizes = network.nodes[network.names.index(ends[name])].state_sizes
+            last[name] = last[ends[name]][0], 1 + [*sizes].index([state for state in sizes if state.endswith("h")][-1])
+            continue
         try:
             layers = _layers(node)
-            if handed:
+            if handed or name in ends.values():
                 layers = [_with_states(*layer) for layer in layers]
         except _RefusedError as error:
             problems.append(f"{name}: {error}")
@@ -170,6 +174,19 @@ def _entries(network: Network, operations: bool) -> tuple[list[Entry], list[Feed
     if problems:
         raise ValueError(f"save: expected nodes that Keras has layers for, got {'; '.join(problems)}")
     return entries, wires, [last[name] for name in network.outputs]
+
+
+def _ends(network: Network) -> dict[str, str]:
+    """Return nodes that take the last step of a sequence where it is a state of the node that returns that, by name."""
+    nodes = dict(zip(network.names, network.nodes, strict=True))
+    found = {}
+    for name, node, (source, *_) in zip(network.names, network.nodes, network.wires, strict=True):
+        before = nodes.get(source)
+        if not isinstance(node, GlobalPool) or node.mode != "last" or not isinstance(before, Recurrent):
+            continue
+        if not before.go_backwards and not before.zero_output_for_mask and not before.parts[-1][1]:
+            found[name] = source
+    return found
 
 
 def _with_states(kind: str, settings: dict[str, Any], arrays: list[Array]) -> Written:

@@ -357,17 +357,26 @@ def _roles(scope: Scope) -> tuple[set[str], set[str]]:
         elif is_recurrent(node):
             starts.update(_behind(scope, given, node.input[5:7]))
             lengths.update(_behind(scope, given, node.input[4:5]))
-    return {name for name in starts if _starts_alone(scope, name)}, lengths - starts
+    takers: dict[str, list[Any]] = {}
+    for node in scope.graph.node:
+        for name in set(node.input):
+            takers.setdefault(name, []).append(node)
+    return {name for name in starts if _starts_alone(takers, name)}, lengths - starts
 
 
-def _starts_alone(scope: Scope, name: str) -> bool:
-    """Whether an input goes, by moves alone, nowhere else than to where operators take their states."""
+def _starts_alone(takers: dict[str, list[Any]], name: str) -> bool:
+    """Whether an input goes, by moves alone, nowhere else than to where operators take their states.
+
+    Args:
+        takers: the nodes that take each value.
+        name: the input's.
+    """
     waiting, seen = [name], {name}
     while waiting:
         value = waiting.pop()
-        for node in scope.graph.node:
+        for node in takers.get(value, ()):
             at = [place for place, taken in enumerate(node.input) if taken == value]
-            if not at or node.op_type == "Shape":
+            if node.op_type == "Shape":
                 continue
             if is_scan(node) or is_recurrent(node):
                 places = range(len(node.input) - 1) if is_scan(node) else (5, 6)
