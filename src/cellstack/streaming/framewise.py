@@ -119,7 +119,8 @@ def answers_framewise(owner: str, network: Network) -> frozenset[str]:
         if not network.graph.timed(name):
             shape, more = network.graph.shown(name), ""
             if name in begun:
-                more = f", and {begun[name]} starts from it: run the network, a step at a time where it must be"
+                needs = "run the network, a step at a time where one step needs another"
+                more = f", and {begun[name]} starts from it: {needs}"
             raise ValueError(f"{owner}: expected inputs of a frame a step, got {name} {shape}: it has no time{more}")
     masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)  # the nodes whose mask is on a value
     heeded: set[str] = set()
