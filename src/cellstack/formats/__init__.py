@@ -2,7 +2,8 @@
 
 An adapter has `NAME` and `SUFFIXES`, and four functions: `recognises(head)` says whether a file that begins with these
 bytes is of its kind, `load(path)` returns a Network or raises `FormatError`, `save(network, path)` writes one;
-`extract(path)` returns the recurrent parts of a file by name, whatever else it holds.
+`extract(path)` returns the recurrent parts of a file by name, whatever else it holds. `OPTIONS`, where there are
+some, are names that `load` takes besides.
 """
 
 from __future__ import annotations
@@ -48,23 +49,33 @@ def adapter_of(path: str) -> Any:
     raise FormatError(f"{path}: expected one of {supported()}, found a file that begins with {head[:8]!r}")
 
 
-def load(path: str | PathLike[str]) -> Network:
+def load(path: str | PathLike[str], **options: Any) -> Network:
     """Read a network from a file; the content tells the format, and no code from the file is run.
 
     Args:
         path: the file.
+        **options: what a file leaves open, for the formats that have such. ONNX: `constants`, values of inputs by
+            name, `{"sr": 16000}`; `weights`, the same of inputs that are weights; `frames`, how many numbers a frame
+            of an input has; `context`, how many of a frame's last numbers stand ahead of the next one.
 
     Returns:
         The network, with its names and metadata.
 
     Raises:
+        TypeError: options that the file's format doesn't have.
         FormatError: the file is damaged, of a format that isn't supported, or holds what a Network can't run, each
             named; names the file, the tensor, what was expected and what was found.
         ModuleNotFoundError: the format is read by a package that isn't installed, which the message names.
         OSError: the file can't be read.
     """
     path = fspath(path)
-    return adapter_of(path).load(path)
+    adapter = adapter_of(path)
+    known = getattr(adapter, "OPTIONS", ())
+    for name in options:
+        if name not in known:
+            has = f"the options {', '.join(known)}" if known else "no options"
+            raise TypeError(f"load: {path}: expected {has} for a file of {adapter.NAME}, got {name}")
+    return adapter.load(path, **options)
 
 
 def extract(path: str | PathLike[str]) -> dict[str, Network]:

@@ -309,6 +309,7 @@ def _dequantize(model: Any, attributes: dict[str, Any], values: list[Any], outpu
 
 OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
     "Add": _broadcast(np.add),
+    "And": _broadcast(np.logical_and),
     "Cast": _cast,
     "Concat": _concat,
     "Constant": _constant,
@@ -318,9 +319,15 @@ OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
     "Equal": _broadcast(np.equal),
     "Expand": _expand,
     "Gather": _gather,
+    "Greater": _broadcast(np.greater),
+    "GreaterOrEqual": _broadcast(np.greater_equal),
     "Identity": lambda model, attributes, values, outputs: [values[0]],
+    "Less": _broadcast(np.less),
+    "LessOrEqual": _broadcast(np.less_equal),
     "Mul": _broadcast(np.multiply),
     "Neg": lambda model, attributes, values, outputs: [-values[0]],
+    "Not": lambda model, attributes, values, outputs: [np.logical_not(values[0])],
+    "Or": _broadcast(np.logical_or),
     "Range": _range,
     "Reshape": lambda model, attributes, values, outputs: [
         reshape(values[0], whole(values[1]), bool(attributes.get("allowzero", 0)))
