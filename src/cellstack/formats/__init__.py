@@ -16,7 +16,7 @@ from typing import Any
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
-ADAPTERS = ("safetensors", "keras", "pytorch", "onnx")
+ADAPTERS = ("safetensors", "keras", "pytorch", "onnx", "json")
 HEAD_BYTES = 64  # what `recognises` gets to see
 
 
