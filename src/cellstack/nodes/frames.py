@@ -123,7 +123,7 @@ class PerFrame(Node):
     Args:
         frame: the lengths of a frame's axes.
         nodes: in an order in which they can run; none with cells, with a mask of its own, or a table of ids.
-        wires: what each node takes: 0 is the frame, n what the n-th node gives. The last node's is the answer.
+        takes: what each node takes: 0 is the frame, n what the n-th node gives. The last node's is the answer.
 
     Raises:
         ValueError: no nodes, or such as can't be within; wires to nothing; a node whose answer nothing takes.
@@ -139,9 +139,9 @@ class PerFrame(Node):
 
     frame: tuple[int, ...]
     nodes: tuple[Node, ...]
-    wires: tuple[tuple[int, ...], ...]
+    takes: tuple[tuple[int, ...], ...]
     file_type = "per_frame"
-    settings: ClassVar = {"frame": list, "nodes": list, "wires": list}
+    settings: ClassVar = {"frame": list, "nodes": list, "takes": list}
 
     def __post_init__(self) -> None:
         owner = "PerFrame"
@@ -149,11 +149,11 @@ class PerFrame(Node):
             raise ValueError(f"{owner}: expected frame to be the lengths of its axes, got {self.frame!r:.80}")
         object.__setattr__(self, "frame", tuple(check_integer(owner, "every axis", axis) for axis in self.frame))
         object.__setattr__(self, "nodes", tuple(self.nodes))
-        object.__setattr__(self, "wires", tuple(tuple(sources) for sources in self.wires))
-        if not self.nodes or len(self.nodes) != len(self.wires):
-            raise ValueError(f"{owner}: expected nodes, with wires for each, got {len(self.nodes)} and {len(self.wires)}")
+        object.__setattr__(self, "takes", tuple(tuple(sources) for sources in self.takes))
+        if not self.nodes or len(self.nodes) != len(self.takes):
+            raise ValueError(f"{owner}: expected nodes, with what each takes, got {len(self.nodes)} and {len(self.takes)}")
         shapes: list[Shape] = [self.frame]
-        for number, (node, sources) in enumerate(zip(self.nodes, self.wires, strict=True), 1):
+        for number, (node, sources) in enumerate(zip(self.nodes, self.takes, strict=True), 1):
             if not isinstance(node, Node) or node.cells or node.makes_mask or node.takes_ids:
                 kind = type(node).__name__
                 raise ValueError(f"{owner}: expected nodes without cells, ids and masks of their own, got a {kind}")
@@ -161,7 +161,7 @@ class PerFrame(Node):
             if not known or not sources or (node.inputs is not None and len(sources) != node.inputs):
                 raise ValueError(f"{owner}: expected node {number} to take earlier values, got {sources!r:.80}")
             shapes.append(node.check(f"{owner}: node {number}", *(shapes[source] for source in sources)))
-        unused = set(range(1, len(self.nodes))) - {source for sources in self.wires for source in sources}
+        unused = set(range(1, len(self.nodes))) - {source for sources in self.takes for source in sources}
         if unused:
             raise ValueError(f"{owner}: expected every node to lead to the last, got node {min(unused)}, which doesn't")
         dtypes = {node.dtype for node in self.nodes if node.dtype is not None}
@@ -185,7 +185,7 @@ class PerFrame(Node):
     @cached_property
     def _calls(self) -> list[tuple[Callable[..., Array], tuple[int, ...]]]:
         """How each node runs, and on which values; the shortest way, as a step of a stream is short."""
-        return [(_call(node), sources) for node, sources in zip(self.nodes, self.wires, strict=True)]
+        return [(_call(node), sources) for node, sources in zip(self.nodes, self.takes, strict=True)]
 
     def _rows(self, x: Array) -> Array:
         """Return what the nodes make of rows, `[N, *frame]`."""
@@ -216,8 +216,8 @@ class PerFrame(Node):
             entry, own = node.stored()
             entries.append(entry)
             arrays |= {f"{number}/{name}": array for name, array in own.items()}
-        wires = [list(sources) for sources in self.wires]
-        return {"type": self.file_type, "frame": list(self.frame), "nodes": entries, "wires": wires}, arrays
+        takes = [list(sources) for sources in self.takes]
+        return {"type": self.file_type, "frame": list(self.frame), "nodes": entries, "takes": takes}, arrays
 
     @classmethod
     def restored(cls, entry: Entry) -> PerFrame:
@@ -230,9 +230,9 @@ class PerFrame(Node):
             if not isinstance(kind, str) or kind not in NODES:
                 raise entry.refuse(f"expected nodes of type {', '.join(NODES)}, found {kind!r:.80}")
             nodes.append(NODES[kind].restored(entry.inner(str(number), inner, kind)))
-        if not all(isinstance(sources, list) for sources in values["wires"]):
-            raise entry.refuse("expected wires to be lists of numbers")
-        return cls(tuple(values["frame"]), tuple(nodes), tuple(map(tuple, values["wires"])))
+        if not all(isinstance(sources, list) for sources in values["takes"]):
+            raise entry.refuse("expected takes to be lists of numbers")
+        return cls(tuple(values["frame"]), tuple(nodes), tuple(map(tuple, values["takes"])))
 
     # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────
 
