@@ -320,9 +320,10 @@ class Reader:
         ends = {key: entries for key, entries in ends.items() if entries or key in ("inputs", "outputs")}
         if self.frames is not None:
             contexts = {name: frame.context for name, frame in self.frames.items() if isinstance(frame, Frame)}
-            ends["frames"] = {"context": contexts}
+            by_rows = any("B" not in value.axes for value in after.values())
+            ends["frames"] = {"context": contexts, "steps": "rows" if by_rows else "calls"}
         if self.model.given:
-            ends["given"] = sorted(self.model.given)
+            ends["given"] = self.model.given
         own = {**self.model.said.get("metadata", {}), "source": self.model.source}
         self.builder.check()
         builder = self.builder if self.frames is None else lifted(self.builder)

@@ -63,7 +63,7 @@ def fix(model: Model, constants: Mapping[str, Any]) -> None:
             graph.initializer.append(made)
         if name in inputs:
             graph.input.remove(inputs[name])
-    model.given = frozenset((*model.given, *constants))
+        model.given[name] = array.tolist() if array.size <= MOST_LISTED and np.isfinite(array).all() else None
 
 
 def _as_kind(model: Model, name: str, value: Any, kind: int) -> Array:
