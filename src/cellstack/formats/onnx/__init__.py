@@ -18,7 +18,7 @@ from cellstack.formats.onnx.frames import Frame, frames_of, makes_steps
 from cellstack.formats.onnx.graph import data_inputs, load_graph
 from cellstack.formats.onnx.settle import check_settled, fix, plain, settle
 from cellstack.formats.onnx.writer import write
-from cellstack.formats.onnx.written_out.found import find_written_out
+from cellstack.formats.onnx.written_out.found import find_written_out, takes_states
 from cellstack.formats.onnx.written_out.loops import roll, roll_steps
 from cellstack.formats.onnx.written_out.products import name_activations
 from cellstack.formats.onnx.written_out.scans import is_scan, read_scan
@@ -207,7 +207,7 @@ def _loaded(model: Model, unused: list[str], sizes: dict[str, Any], contexts: di
         contexts: by input.
     """
     problem: FormatError | None = None
-    if not sizes and not contexts:
+    if not sizes and not contexts and not takes_states(Scope(model, model.proto.graph)):
         before = model.proto.SerializeToString(), dict(model.rolled)
         try:
             return load_graph(model, HANDLERS, unused)

@@ -383,6 +383,13 @@ def _roles(scope: Scope) -> tuple[set[str], set[str]]:
     return starts, lengths - starts
 
 
+def _weights(scope: Scope) -> set[str]:
+    """Return the inputs without a value that recurrent operators take as weights."""
+    given = {name for name in scope.inputs if name not in scope.initializers}
+    nodes = [node for node in scope.graph.node if is_recurrent(node)]
+    return {name for node in nodes for name in _behind(scope, given, [*node.input[1:4], *node.input[7:]])}
+
+
 def _behind(scope: Scope, given: set[str], names: Sequence[str]) -> Iterator[str]:
     """Give the inputs that values are made of by moves alone."""
     waiting, seen = [name for name in names if name], set[str]()
@@ -422,6 +429,9 @@ def load_graph(
     live = live_nodes(scope)
     axes = Axes(scope, live, starts, lengths, frames is not None)
     reader = Reader(scope, handlers, axes, live, starts, lengths, frames)
+    for name in _weights(scope) - starts - lengths:
+        given = f"cs.load(path, weights={{{name!r}: ...}})"
+        reader.builder.refuse(f"input {short(name)}: weights, which are given when the file is loaded: {given}", -2)
     for value in scope.graph.input:
         if value.name not in scope.initializers and declared(value) == [] and value.name not in lengths:
             given = f"cs.load(path, constants={{{value.name!r}: ...}})"

@@ -77,6 +77,16 @@ def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[Found]:
         yield Found(common(x.weights, h.weights) or label(step.node), cell, step, x, h)
 
 
+def takes_states(scope: Scope) -> bool:
+    """Whether a graph writes an LSTM out for one step that starts from inputs: a call is one step then."""
+    given = {name for name in scope.inputs if name not in scope.initializers}
+    try:
+        steps = list(find_steps(scope, set()))
+    except FormatError:  # which product is that of h can't be told, which is said where it is read
+        return False
+    return any({_root(scope, found.h.value), _root(scope, found.step.c[1])} <= given for found in steps)
+
+
 def _root(scope: Scope, name: str) -> str:
     """Return what a value is a part of, past whatever only moves numbers."""
     seen = 0
