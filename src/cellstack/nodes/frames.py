@@ -30,7 +30,9 @@ from cellstack.nodes.base import (
 from cellstack.nodes.stored import Entry
 from cellstack.spec import ShapeError
 
-BLOCK = 64  # frames that go through the nodes of a PerFrame together, so that what flows between them stays in the cache
+BLOCK = (
+    64  # frames that go through the nodes of a PerFrame together, so that what flows between them stays in the cache
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +153,9 @@ class PerFrame(Node):
         object.__setattr__(self, "nodes", tuple(self.nodes))
         object.__setattr__(self, "takes", tuple(tuple(sources) for sources in self.takes))
         if not self.nodes or len(self.nodes) != len(self.takes):
-            raise ValueError(f"{owner}: expected nodes, with what each takes, got {len(self.nodes)} and {len(self.takes)}")
+            raise ValueError(
+                f"{owner}: expected nodes, with what each takes, got {len(self.nodes)} and {len(self.takes)}"
+            )
         shapes: list[Shape] = [self.frame]
         for number, (node, sources) in enumerate(zip(self.nodes, self.takes, strict=True), 1):
             if not isinstance(node, Node) or node.cells or node.makes_mask or node.takes_ids:

@@ -142,4 +142,3 @@ class Magnitude(Stepwise):
     @property
     def summary(self) -> str:
         return "of complex numbers"
-

@@ -105,7 +105,10 @@ def detector(folder, by_rate=False, rows=False, seed=0):
     value = lambda name, kind: helper.make_tensor_value_info(name, *kind)  # noqa: E731
     if not by_rate:
         nodes, arrays = detector_nodes(rng, "", 4, rows)
-        outputs = {"output": (FLOAT, None), **({"hn": (FLOAT, None), "cn": (FLOAT, None)} if rows else {"stateN": (FLOAT, None)})}
+        outputs = {
+            "output": (FLOAT, None),
+            **({"hn": (FLOAT, None), "cn": (FLOAT, None)} if rows else {"stateN": (FLOAT, None)}),
+        }
     else:
         parts = [detector_nodes(rng, prefix, mirror) for prefix, mirror in (("a/", 4), ("b/", 6))]
         branches = [
@@ -244,7 +247,11 @@ def test_options_are_of_a_format(tmp_path):
 def written_out(folder, units=3, wide=4):
     """An LSTM of one step in products and gates, as exporters write nn.LSTMCell, its states in and out."""
     rng = np.random.default_rng(5)
-    arrays = {"cell.w_ih": floats(rng, wide, 4 * units), "cell.w_hh": floats(rng, units, 4 * units), "b": floats(rng, 4 * units)}
+    arrays = {
+        "cell.w_ih": floats(rng, wide, 4 * units),
+        "cell.w_hh": floats(rng, units, 4 * units),
+        "b": floats(rng, 4 * units),
+    }
     node = helper.make_node
     nodes = [
         node("MatMul", ["x", "cell.w_ih"], ["xw"]),
@@ -315,7 +322,9 @@ def test_weights_that_are_inputs(option, tmp_path):
     np.testing.assert_allclose(
         cs.load(held, **{option: others})(x.swapaxes(0, 1)), y[:, 0].swapaxes(0, 1), rtol=0, atol=NEAR
     )
-    with pytest.raises(FormatError, match=r"input 'W': weights, which are given when .*cs\.load\(path, weights=\{'W': \.\.\.\}\)"):
+    with pytest.raises(
+        FormatError, match=r"input 'W': weights, which are given when .*cs\.load\(path, weights=\{'W': \.\.\.\}\)"
+    ):
         cs.load(path)
     with pytest.raises(FormatError, match=r"input 'W': expected a value \[1, 12, 4\], got \[12, 4\]"):
         cs.load(path, weights=arrays | {"W": arrays["W"][0]})
@@ -324,7 +333,9 @@ def test_weights_that_are_inputs(option, tmp_path):
 def test_branches_with_the_same_names_are_kept_apart(tmp_path):
     """Two choices whose branches call their values alike, one within the other."""
     node = helper.make_node
-    graph_of = lambda nodes, out, arrays=(): helper.make_graph(nodes, "g", [], [helper.make_empty_tensor_value_info(out)], list(arrays))  # noqa: E731
+    graph_of = lambda nodes, out, arrays=(): helper.make_graph(
+        nodes, "g", [], [helper.make_empty_tensor_value_info(out)], list(arrays)
+    )  # noqa: E731
     number = lambda name, value: numpy_helper.from_array(np.full(3, value, np.float32), name)  # noqa: E731
     inner = node("If", ["flag"], ["t"], name="inner",
                  then_branch=graph_of([node("Mul", ["x", "k"], ["t"])], "t", [number("k", 2.0)]),
@@ -355,7 +366,9 @@ def test_branches_with_the_same_names_are_kept_apart(tmp_path):
 
 def test_a_choice_by_the_numbers_is_refused(tmp_path):
     node = helper.make_node
-    graph_of = lambda op: helper.make_graph([node(op, ["x"], ["r"])], "g", [], [helper.make_empty_tensor_value_info("r")])  # noqa: E731
+    graph_of = lambda op: helper.make_graph(
+        [node(op, ["x"], ["r"])], "g", [], [helper.make_empty_tensor_value_info("r")]
+    )  # noqa: E731
     nodes = [
         node("ReduceMax", ["x"], ["most"], keepdims=0),
         node("Greater", ["most", "k"], ["loud"]),

@@ -97,7 +97,9 @@ def extract(path: str) -> dict[str, Network]:
     if "layers" in found and "in_shape" in found:
         return rtneural.parts_of(path, found)
     network = load(path)
-    return {name: Network([node], [name]) for name, node in zip(network.names, network.nodes, strict=True) if node.cells}
+    return {
+        name: Network([node], [name]) for name, node in zip(network.names, network.nodes, strict=True) if node.cells
+    }
 
 
 def _unknown(path: str, found: Mapping[str, Any]) -> FormatError:

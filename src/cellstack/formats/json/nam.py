@@ -40,7 +40,9 @@ class _Numbers:
         count = int(np.prod(shape))
         part = self.numbers[self.at : self.at + count]
         if len(part) < count:
-            raise FormatError(f"{self.path}: expected weights of {self.at + count} numbers or more, found {self.at + len(part)}")
+            raise FormatError(
+                f"{self.path}: expected weights of {self.at + count} numbers or more, found {self.at + len(part)}"
+            )
         self.at += count
         return part.reshape(shape)
 

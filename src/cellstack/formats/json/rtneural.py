@@ -21,7 +21,11 @@ from cellstack.spec import CellSpec, FormatError
 
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "softmax", "elu")
 KNOWN = ("type", "activation", "shape", "weights", "kernel_size", "dilation", "groups", "epsilon", "name")
-USUAL = {"strides": (1, [1]), "recurrent_activation": ("sigmoid", ""), "reset_after": (True,)}  # what others would change
+USUAL = {
+    "strides": (1, [1]),
+    "recurrent_activation": ("sigmoid", ""),
+    "reset_after": (True,),
+}  # what others would change
 
 
 class _Layer(NamedTuple):

@@ -84,9 +84,7 @@ class Axes:
         problems: contradictions, by the id of the node.
     """
 
-    def __init__(
-        self, scope: Scope, live: set[int], states: set[str], lengths: set[str], framed: bool = False
-    ) -> None:
+    def __init__(self, scope: Scope, live: set[int], states: set[str], lengths: set[str], framed: bool = False) -> None:
         self.framed = framed
         self.scope, self.values, self.problems = scope, dict[str, Any](), dict[int, str]()
         self.node: Any = None

@@ -45,7 +45,9 @@ def fix(model: Model, constants: Mapping[str, Any]) -> None:
     for name, value in constants.items():
         if name not in inputs and name not in tensors:
             names = ", ".join(map(short, (*inputs, *tensors)))
-            raise FormatError(f"{model.path}: expected constants for its inputs, {names[:300]}, got one for {name!r:.80}")
+            raise FormatError(
+                f"{model.path}: expected constants for its inputs, {names[:300]}, got one for {name!r:.80}"
+            )
         kind = inputs[name].type.tensor_type.elem_type if name in inputs else tensors[name].data_type
         shape = declared(inputs[name]) if name in inputs else list(tensors[name].dims)
         array = _as_kind(model, name, value, kind)
