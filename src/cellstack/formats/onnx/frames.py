@@ -1,7 +1,7 @@
 """Files of which a call is one step: a frame goes in, and the states that the step before gave.
 
 Such a graph has no time: where a recurrent operator needs an axis of it, the graph makes one of length 1, or takes the
-rows for it. It is read as what it does with the rows of a batch, each a frame; then time is put ahead of all that flows:
+rows for it. It is read as what it does with the rows of a batch, each a frame; then time is put ahead of what flows:
 recurrent operators go from frame to frame, and what looks along an axis within a frame becomes a PerFrame.
 """
 
