@@ -175,7 +175,13 @@ class Conv1D(Node):
 
     def apply(self, x: Array) -> Array:
         """Return `[B, T', F]` for `x [B, T, C]`."""
-        return self.convolve(padded(x, *pads(self.padding, x.shape[1], self.span, self.strides), 0.0))
+        batch, steps, channels = x.shape
+        before, after = pads(self.padding, steps, self.span, self.strides)
+        if before or after:
+            wide = np.zeros((batch, before + steps + after, channels), x.dtype)
+            wide[:, before : before + steps] = x
+            x = wide
+        return self.convolve(x)
 
     def convolve(self, x: Array) -> Array:
         """Return `[B, T', F]` for `x [B, T, C]` that has its padding already."""

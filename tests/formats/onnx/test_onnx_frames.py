@@ -395,7 +395,8 @@ def test_edges_that_are_made_of_the_signal(mode, opset, tmp_path):
     for axes, pads in ((["b", 5, 4], [0, 0, 2, 0, 0, 3]), (["b", 5, 4], [0, 1, 0, 0, 3, 0])):
         made = helper.make_model(
             helper.make_graph(
-                [node("Pad", ["x", "pads"], ["padded"], mode=mode), node("Softmax", ["padded"], ["y"])], "graph",
+                [node("Pad", ["x", "pads"], ["padded"], mode=mode), node("Softmax", ["padded"], ["y"])],
+                "graph",
                 [helper.make_tensor_value_info("x", FLOAT, axes)],
                 [helper.make_tensor_value_info("y", FLOAT, ["b", "t", "f"])],
                 [numpy_helper.from_array(np.array(pads, np.int64), "pads")]),
@@ -403,6 +404,24 @@ def test_edges_that_are_made_of_the_signal(mode, opset, tmp_path):
         )  # fmt: skip
         path = write(tmp_path / "pad.onnx", made)
         x = floats(np.random.default_rng(10), 2, 5, 4, scale=1.0)
+        np.testing.assert_allclose(cs.load(path)(x), run(path, {"x": x})[0], rtol=0, atol=NEAR)
+
+
+def test_pads_of_the_axes_that_are_named(tmp_path):
+    node = helper.make_node
+    arrays = {"pads": np.array([1, 2], np.int64), "axes": np.array([-1], np.int64)}
+    for mode in ("constant", "edge"):
+        made = helper.make_model(
+            helper.make_graph(
+                [node("Pad", ["x", "pads", "", "axes"], ["padded"], mode=mode), node("Softmax", ["padded"], ["y"])],
+                "graph",
+                [helper.make_tensor_value_info("x", FLOAT, ["b", "t", 4])],
+                [helper.make_tensor_value_info("y", FLOAT, ["b", "t", 7])],
+                [numpy_helper.from_array(array, name) for name, array in arrays.items()]),
+            opset_imports=[helper.make_opsetid("", 18)], ir_version=8,
+        )  # fmt: skip
+        path = write(tmp_path / "pad.onnx", made)
+        x = floats(np.random.default_rng(11), 2, 5, 4)
         np.testing.assert_allclose(cs.load(path)(x), run(path, {"x": x})[0], rtol=0, atol=NEAR)
 
 

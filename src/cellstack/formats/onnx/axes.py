@@ -18,7 +18,7 @@ import numpy as np
 
 from cellstack.formats.onnx.cells import NAMES, is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, declared, label, short
-from cellstack.formats.onnx.fold import axes_of, fold, order_of, place, slices, whole, within
+from cellstack.formats.onnx.fold import axes_of, fold, order_of, pads_of, place, slices, within
 from cellstack.formats.onnx.values import Dim, Symbols
 
 WORDS = {"B": "the batch", "T": "time", "F": "the features", "D": "the directions", "S": "the states"}
@@ -254,7 +254,7 @@ def _same(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any
 
 def _padded(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Steps are padded more often than features, which are last, unless the last axis alone may have any length."""
-    x, pads = values[0], whole(attributes["pads"] if "pads" in attributes else values[1])
+    x, pads = values[0], pads_of(attributes, values, len(values[0].axes))
     last = len(x.axes) - 1
     more = [sum(pads[n :: len(x.axes)]) for n in range(len(x.axes))]
     turned = last > 1 and x.lengths[last] is None and None not in x.lengths[1:last]

@@ -157,7 +157,7 @@ class _Lengths:
                 return None
             values = arrays
         if node.op_type == "Size":
-            return np.array(np.size(values[0]), np.int64)
+            return np.array(np.asarray(values[0]).size, np.int64)
         given = [bool(name) for name in node.input]
         try:
             made = fold(node.op_type, self.scope.model.attributes(node), values, given, 1, self.scope.model)

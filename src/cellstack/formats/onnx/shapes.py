@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import LARGEST, order_of, place, slices, split_sizes, whole, within
+from cellstack.formats.onnx.fold import LARGEST, order_of, pads_of, place, slices, split_sizes, whole, within
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.ops import steps_apart
@@ -331,17 +331,12 @@ def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Pad with one number, over time or the features."""
     x = reader.flowing(values[0])
-    pads = attributes.get("pads", values[1] if len(values) > 1 else None)
     value = np.asarray(attributes.get("value", values[2] if len(values) > 2 and values[2] is not None else 0.0))
-    mode = attributes.get("mode", "constant")
-    if pads is None or value.dtype.kind not in "fiu" or value.size != 1:
+    mode, count = attributes.get("mode", "constant"), len(x.axes)
+    if value.dtype.kind not in "fiu" or value.size != 1:
         raise Refused("expected constant pads of one number")
-    pads, count = whole(pads), len(x.axes)
-    if len(values) > 3 and values[3] is not None:
-        over = [place(axis, count) for axis in whole(values[3])]
-        given = dict(zip([*over, *(axis + count for axis in over)], pads, strict=True))
-        pads = [given.get(n, 0) for n in range(2 * count)]
-    if len(pads) != 2 * count or min(pads) < 0:
+    pads = pads_of(attributes, values, count)
+    if min(pads) < 0:
         raise Refused(f"expected pads for {count} axes, none below 0, found {pads}")
     for n, axis in enumerate(x.axes):
         if pads[n] or pads[n + count]:
@@ -349,15 +344,15 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
                 raise Refused(f"expected pads over time or the features, found {pads} of axes {' '.join(x.axes)}")
             if axis == "T":
                 steps_apart(reader)
-            place = 1 if axis == "T" else -1
+            over_axis = 1 if axis == "T" else -1
             if mode != "constant":
                 length = x.steps if axis == "T" else x.width
                 if length is None:
                     raise Refused(f"expected an axis whose length is known, to pad it by {mode}, found {axis}")
                 reader.builder.pinned |= axis == "T"
-                x = reader.put(node, Take.of_padding(mode, length, pads[n], pads[n + count], place), x)
+                x = reader.put(node, Take.of_padding(mode, length, pads[n], pads[n + count], over_axis), x)
                 continue
-            x = reader.put(node, Pad(pads[n], pads[n + count], float(value.reshape(())), place), x)
+            x = reader.put(node, Pad(pads[n], pads[n + count], float(value.reshape(())), over_axis), x)
     return [x]
 
 
