@@ -176,7 +176,8 @@ def load(
         asked = [value.name for value in model.proto.graph.input if value.name in {*sizes, *contexts}]
         settle(model, _lengths(model, frames_of(model, asked, sizes, contexts)))
         check_settled(model)
-        plain(model)
+        if model.given:
+            plain(model)
         unused = unused_tensors(Scope(model, model.proto.graph))
         roll(model)
         name_activations(model)
@@ -215,6 +216,9 @@ def _loaded(model: Model, unused: list[str], sizes: dict[str, Any], contexts: di
             problem = error
             model.proto.ParseFromString(before[0])
             model.rolled = before[1]
+    data = [value.name for value in model.proto.graph.input]
+    if problem is not None and all(isinstance(frame, str) for frame in frames_of(model, data, {}, {}).values()):
+        raise problem  # no input holds frames
     try:
         roll_steps(model)
         framed = frames_of(model, data_inputs(Scope(model, model.proto.graph)), sizes, contexts)

@@ -324,6 +324,8 @@ def _taken(node: Any) -> Iterator[str]:
 
 def check_settled(model: Model) -> None:
     """Raise `FormatError` where an `If` that leads to an output is left: it says what would settle it."""
+    if not any(node.op_type == "If" for node in model.proto.graph.node):
+        return
     scope = Scope(model, model.proto.graph)
     live = live_nodes(scope)
     left = [node for node in scope.graph.node if node.op_type == "If" and node.domain in DOMAINS and id(node) in live]

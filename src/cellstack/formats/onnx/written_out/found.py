@@ -80,6 +80,8 @@ def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[Found]:
 def takes_states(scope: Scope) -> bool:
     """Whether a graph writes an LSTM out for one step that starts from inputs: a call is one step then."""
     given = {name for name in scope.inputs if name not in scope.initializers}
+    if len(given) < 2:
+        return False
     try:
         steps = list(find_steps(scope, set()))
     except FormatError:  # which product is that of h can't be told, which is said where it is read
