@@ -57,6 +57,7 @@ BELOW_FORMATS = {
     "keras": {"files", "build"},
     "onnx": {"files", "build", "simplify"},
     "pytorch": {"files", "build"},
+    "json": {"files", "build", "pytorch"},  # a state dict of PyTorch's, in another container
     "c": {"files", "build"},
     "safetensors_weights": {"pytorch"},  # a state dict of PyTorch's, in another container
     "safetensors": {"files", "safetensors_weights"},
