@@ -17,7 +17,7 @@ INLINE void differentiate(const Backward<T>& f, const Limits<T>& limits, const P
     T* dh_at = f.dh + at.r * columns + at.unit;
     T* dc_at = f.dc + at.r * f.blocks * W + at.unit;
     V<T> dh = load(dh_at), dc = load(dc_at);
-    if (f.dy) dh += load_lanes(f.dy + here * H + at.unit, at.lanes);
+    if (f.dy) dh += load_lanes(f.dy + at.r * f.y_row + at.t * f.y_time + at.unit, at.lanes);
     if (f.dcells) dc += load_lanes(f.dcells + here * H + at.unit, at.lanes);
     if (f.mask && !f.mask[here]) {
         unroll<4>([&](auto v) INLINED { store(to + v * W, splat(T(0))); });
@@ -95,7 +95,7 @@ void give_back(const Backward<T>& f, int64_t r, int64_t n, int64_t columns, int6
     const int64_t t = time_of(f, n);
     each_block<T>(r, t, f.output_blocks, d.output, [&](const Place& at) INLINED {
         V<T> dh = load(f.dh + r * columns + at.unit), carried = splat(T(0));
-        if (f.dy) dh += load_lanes(f.dy + (r * f.steps + t) * d.output + at.unit, at.lanes);
+        if (f.dy) dh += load_lanes(f.dy + r * f.y_row + t * f.y_time + at.unit, at.lanes);
         if (!used) {
             carried = dh, dh = splat(T(0));
         } else if (d.zoneout > 0) {
@@ -279,13 +279,28 @@ void weight_gradient_of(const WeightGradient<T>& f) {
     }
     if (!f.write) return;
     const auto write = [&](T* out, const T* sums, int64_t rows, int first_gate, int last_gate) INLINED {
-        for (int64_t block = f.first; block < f.last; ++block) {
+        for (int64_t block = f.first; block < f.last; ++block, sums += rows * wide) {
             const int64_t left = f.units - block * W;
             const int lanes = left < W ? int(left) : W;
-            for (int64_t k = 0; k < rows; ++k)
-                for (int gate = 0; gate < G; ++gate, sums += W)
-                    if (gate >= first_gate && gate < last_gate)
-                        store_lanes(out + (k * G + gate) * f.units + block * W, load(sums), lanes);
+            for (int gate = first_gate; gate < last_gate; ++gate) {
+                const int64_t first_unit = f.places[gate] * f.units + block * W;
+                if (!f.rows || rows == 1) {
+                    for (int64_t k = 0; k < rows; ++k)
+                        store_lanes(out + k * G * f.units + first_unit, load(sums + (k * G + gate) * W), lanes);
+                    continue;
+                }
+                for (int64_t k = 0; k < rows; k += W) {
+                    const int columns = rows - k < W ? int(rows - k) : W;
+                    V<T> square[W];
+                    unroll<W>([&](auto c) INLINED {
+                        square[c] = c < columns ? load(sums + ((k + c) * G + gate) * W) : splat(T(0));
+                    });
+                    transpose<T>(square);
+                    unroll<W>([&](auto r) INLINED {
+                        if (r < lanes) store_lanes(out + (first_unit + r) * rows + k, square[r], columns);
+                    });
+                }
+            }
         }
     };
     for (const auto& of : f.of) write(of.out, of.sums, of.columns, of.first_gate, of.last_gate);

@@ -81,6 +81,7 @@ struct SequencesOf {
     Read mask, reset;
     bool reverse;
     Read places;
+    bool time_major;
 
     template <class T>
     Sequences<T> as() const {
@@ -92,7 +93,8 @@ struct SequencesOf {
                 mask.as<const uint8_t>(),
                 reset.as<const uint8_t>(),
                 reverse,
-                places.as<const int64_t>()};
+                places.as<const int64_t>(),
+                time_major};
     }
 };
 
@@ -163,6 +165,9 @@ std::vector<To> each(const nb::list& entries, To (From::*as)() const) {
 template <class T>
 void run_forward(const SequencesOf& sequences, const nb::list& entries, int threads) {
     const std::vector<Layer<T>> layers = each(entries, &LayerOf::as<T>);
+    for (const Layer<T>& layer : layers)
+        if (layer.weights->description().rows && !layer.weights->copied())
+            throw nb::value_error("forward: expected weights in rows to be copied");
     const Sequences<T> in = sequences.as<T>();
     nb::gil_scoped_release released;
     forward<T>(in, layers, threads);
@@ -467,7 +472,7 @@ NB_MODULE(_kernel, m) {
             "__init__",
             [](Description* self, int kind, int64_t input, int64_t units, int64_t output, const nb::list& activations,
                bool bias, bool peepholes, bool coupled, bool layer_norm, bool reset_after, double epsilon, double clip,
-               double cell_clip, double zoneout, double zoneout_cell) {
+               double cell_clip, double zoneout, double zoneout_cell, bool rows) {
                 if (activations.size() > 5) throw nb::value_error("Description: at most five activations");
                 Description d{};
                 d.kind = kind, d.input = input, d.units = units, d.output = output;
@@ -477,12 +482,12 @@ NB_MODULE(_kernel, m) {
                 }
                 d.use_bias = bias, d.peepholes = peepholes, d.coupled = coupled, d.layer_norm = layer_norm;
                 d.reset_after = reset_after, d.norm_epsilon = epsilon, d.clip = clip, d.cell_clip = cell_clip;
-                d.zoneout = zoneout, d.zoneout_cell = zoneout_cell;
+                d.zoneout = zoneout, d.zoneout_cell = zoneout_cell, d.rows = rows;
                 new (self) Description(d);
             },
             "kind"_a, "input_size"_a, "units"_a, "output_size"_a, "activations"_a, "use_bias"_a, "peepholes"_a,
             "coupled"_a, "layer_norm"_a, "reset_after"_a, "norm_epsilon"_a, "clip"_a, "cell_clip"_a, "zoneout"_a,
-            "zoneout_cell"_a, "A cell without its arrays: cellstack.native makes one of a CellSpec.");
+            "zoneout_cell"_a, "rows"_a = false, "A cell without its arrays: cellstack.native makes one of a CellSpec.");
     m.def(
         "weights",
         [](const Description& description, const std::string& name, const nb::tuple& arrays, bool copy) -> nb::object {
@@ -519,11 +524,12 @@ NB_MODULE(_kernel, m) {
         .def(
             "__init__",
             [](SequencesOf* self, int64_t batch, int64_t steps, Strided x, int64_t stride_batch, int64_t stride_time,
-               Read mask, Read reset, bool reverse, Read places) {
-                new (self) SequencesOf{batch, steps, x, stride_batch, stride_time, mask, reset, reverse, places};
+               Read mask, Read reset, bool reverse, Read places, bool time_major) {
+                new (self)
+                    SequencesOf{batch, steps, x, stride_batch, stride_time, mask, reset, reverse, places, time_major};
             },
             "batch"_a, "steps"_a, "x"_a, "stride_batch"_a, "stride_time"_a, "mask"_a = none, "reset"_a = none,
-            "reverse"_a = false, "places"_a = none);
+            "reverse"_a = false, "places"_a = none, "time_major"_a = false);
     nb::class_<LayerOf>(m, "Layer")
         .def(
             "__init__",

@@ -59,7 +59,7 @@ struct Layer {
     const Weights<T>* weights;
     const T *h0, *c0;  // [B, P], [B, H]; null: the cell's initial state
     T *hn, *cn;        // [B, P], [B, H], state after the last step processed; c only for an LSTM, null otherwise
-    T* y;              // [B, T, P], h of every step; null: not wanted
+    T* y;              // [B, T, P], h of every step (see time_major); null: not wanted
     T* gates;          // [B, T, planes, H], after their activations; null: not wanted
     T* cells;          // [B, T, H], c of every step; null where gates is, and without a cell
     T* norms;          // [B, T, norm_size()], what layer normalisation left; null: not wanted, and without it
@@ -79,6 +79,12 @@ struct Sequences {
     // Where the state of each row lies in h0, c0, hn and cn, which may be the same arrays and have more rows; all
     // different. Null: row b's at b.
     const int64_t* places = nullptr;
+    // Whether y of every layer, its gradient and that of x have time before batch: [T, B, P], [T, B, I].
+    bool time_major = false;
+
+    // How far apart rows and steps of an array with so much a step lie, where the flag has a say.
+    int64_t row_stride(int64_t width) const { return time_major ? width : steps * width; }
+    int64_t time_stride(int64_t width) const { return time_major ? batch * width : width; }
 };
 
 // Runs a stack; y of one layer is x of the next. Two threads or more share the rows, or, where rows are fewer than

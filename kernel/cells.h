@@ -222,20 +222,20 @@ void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_next) {
 
 // What the state was before step n of a row: null for zeros.
 template <class T>
-INLINE const T* before(const Backward<T>& f, int64_t r, int64_t n, const T* all, const T* start, const T* initial,
-                       int64_t width) {
-    const int64_t here = r * f.steps + time_of(f, n);
-    if (f.reset && f.reset[here]) return initial;
-    if (n > 0) return all + (r * f.steps + time_of(f, n - 1)) * width;
+INLINE const T* before(const Backward<T>& f, int64_t r, int64_t n, const T* all, int64_t row, int64_t time,
+                       const T* start, const T* initial, int64_t width) {
+    if (f.reset && f.reset[r * f.steps + time_of(f, n)]) return initial;
+    if (n > 0) return all + r * row + time_of(f, n - 1) * time;
     return start ? start + r * width : initial;
 }
 template <class T>
 INLINE const T* cell_before(const Backward<T>& f, int64_t r, int64_t n) {
-    return before(f, r, n, f.cells, f.c0, f.arrays.initial_c, f.d->units);
+    const int64_t H = f.d->units;
+    return before(f, r, n, f.cells, f.steps * H, H, f.c0, f.arrays.initial_c, H);
 }
 template <class T>
 INLINE const T* output_before(const Backward<T>& f, int64_t r, int64_t n) {
-    return before(f, r, n, f.y, f.h0, f.arrays.initial_h, f.d->output);
+    return before(f, r, n, f.y, f.y_row, f.y_time, f.h0, f.arrays.initial_h, f.d->output);
 }
 template <class T>
 INLINE V<T> units_of(const T* row, const Place& at) {

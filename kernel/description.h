@@ -44,6 +44,7 @@ struct Description {
     // Of activation, recurrent_activation and gate_activations: LSTM i f g o and the cell's; GRU z r g; SimpleRNN g.
     Activation activations[5];
     bool use_bias, peepholes, coupled, layer_norm, reset_after;
+    bool rows;  // whether matrices lie as PyTorch has them: see Arrays
     double norm_epsilon, clip, cell_clip;  // clips: infinity where there is none
     double zoneout, zoneout_cell;
 
@@ -51,6 +52,8 @@ struct Description {
     bool keeps_state() const { return kind != kDense; }
     // Blocks of columns in the weights.
     int gates() const { return kind == kLstm ? (coupled ? 3 : 4) : kind == kGru ? 3 : 1; }
+    // Where the block of a gate stands among those of a matrix or a bias, as the caller has them.
+    int place(int gate) const { return rows && kind == kGru && gate < 2 ? 1 - gate : gate; }
     // What is kept of a step's gates: one array a gate, a coupled f too; the candidate's recurrent sum before a reset.
     int planes() const { return kind == kLstm ? 4 : kind == kGru ? (reset_after ? 4 : 3) : 1; }
     // Normalised sums of x and of h; the reciprocal deviations of two groups of gates each.
@@ -73,7 +76,9 @@ struct Description {
     }
 };
 
-// The arrays of a cell, or of their gradients; null where it has none. In the order of cellstack.spec.ARRAYS.
+// The arrays of a cell, or of their gradients; null where it has none. In the order of cellstack.spec.ARRAYS. Of a
+// description with `rows` each matrix is transposed, [gates·H, I], [gates·H, P], [P, H], and the gates of a GRU, in its
+// biases too, stand in PyTorch's order, r z g.
 template <class T>
 struct Arrays {
     T* kernel;            // [I, gates·H]

@@ -13,4 +13,12 @@ const Leaf<T>& leaf_of(const InstructionSet& set) {
         return set.twice;
 }
 
+// A matrix of a cell, or its bias, of depth 1, as the caller has it.
+template <class T>
+Matrix<T> matrix_of(const Description& d, const T* at, int64_t depth, int64_t units, int gates) {
+    Matrix<T> m{at, depth, units, gates, d.rows, {}};
+    for (int gate = 0; gates > 1 && gate < gates; ++gate) m.places[gate] = d.place(gate);
+    return m;
+}
+
 }  // namespace cellstack

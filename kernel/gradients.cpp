@@ -87,10 +87,11 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
     std::fill_n(vector_sums, vectors, T(0));
     std::fill_n(initial_h, rows_h, T(0));
     std::fill_n(initial_c, rows_c, T(0));
-    leaf.pack_transposed(recurrent_t, arrays.recurrent_kernel, P, H, G, 0, reset_before ? 2 : G);
-    if (candidate_t) leaf.pack_transposed(candidate_t, arrays.recurrent_kernel, P, H, G, 2, 3);
-    if (g.dx) leaf.pack_transposed(kernel_t, arrays.kernel, I, H, G, 0, G);
-    if (projection_t) leaf.pack_transposed(projection_t, arrays.projection, H, P, 1, 0, 1);
+    const Matrix<T> recurrent = matrix_of(d, arrays.recurrent_kernel, P, H, G);
+    leaf.pack_transposed(recurrent_t, recurrent, 0, reset_before ? 2 : G);
+    if (candidate_t) leaf.pack_transposed(candidate_t, recurrent, 2, 3);
+    if (g.dx) leaf.pack_transposed(kernel_t, matrix_of(d, arrays.kernel, I, H, G), 0, G);
+    if (projection_t) leaf.pack_transposed(projection_t, matrix_of(d, arrays.projection, H, P, 1), 0, 1);
     pad(dh, columns, g.dhn, B, P);
     if (dc) pad(dc, blocks * W, g.dcn, B, H);
 
@@ -103,12 +104,13 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
         f.rows = rows, f.steps = steps, f.batch = B, f.row0 = first;
         f.first = first_step, f.last = last_step, f.reverse = in.reverse;
         f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t;
-        f.gates = at(s.gates, steps * d.planes() * H), f.cells = at(s.cells, steps * H), f.y = at(s.y, steps * P);
+        f.gates = at(s.gates, steps * d.planes() * H), f.cells = at(s.cells, steps * H);
+        f.y_row = in.row_stride(P), f.y_time = in.time_stride(P), f.y = at(s.y, f.y_row), f.dy = at(g.dy, f.y_row);
         f.norms = at(s.norms, steps * d.norm_size()), f.h0 = at(s.h0, P), f.c0 = at(s.c0, H);
         f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
         f.recurrent_dropout = at(s.drops.recurrent, P);
         f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);
-        f.dy = at(g.dy, steps * P), f.dgates = at(g.dgates, steps * d.planes() * H), f.dcells = at(g.dcells, steps * H);
+        f.dgates = at(g.dgates, steps * d.planes() * H), f.dcells = at(g.dcells, steps * H);
         f.dh = at(dh, columns), f.dc = at(dc, blocks * W), f.carry = at(carry, columns), f.dm = at(dm, unit_columns);
         f.dinitial_h = at(initial_h, columns), f.dinitial_c = at(initial_c, blocks * W);
         f.vectors = at(vector_sums, kVectors * blocks * W);
@@ -123,7 +125,7 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
     const auto h_before = [&](int64_t b, int64_t n, int64_t t) -> const T* {
         if (in.reset && in.reset[b * steps + t]) return initial;
         if (n == 0) return s.h0 ? s.h0 + b * P : initial;
-        return s.y + (b * steps + (in.reverse ? steps - n : n - 1)) * P;
+        return s.y + b * in.row_stride(P) + (in.reverse ? steps - n : n - 1) * in.time_stride(P);
     };
     const auto find_rows = [&](int64_t first, int64_t last) {
         for (int64_t n = first, m = 0; n < last; ++n)
@@ -133,7 +135,7 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
                 // meet it
                 const bool used = !in.mask || in.mask[b * steps + t];
                 x_rows[m] = used ? in.x + b * in.stride_batch + t * in.stride_time : zeros;
-                dx_rows[m] = g.dx ? g.dx + (b * steps + t) * I : nullptr;
+                dx_rows[m] = g.dx ? g.dx + b * in.row_stride(I) + t * in.time_stride(I) : nullptr;
                 h_rows[m] = used ? h_before(b, n, t) : zeros;
                 if (s.drops.recurrent) {
                     T* product = h_dropped + m * P;
@@ -224,7 +226,8 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
                 const Pass& pass = passes[which];
                 const int64_t panel = pass.gates * W;
                 WeightGradient<T> f{};
-                f.gates = pass.gates, f.dz = pass.dz, f.dz_rows = rows, f.units = pass.units;
+                f.gates = pass.gates, f.rows = d.rows, f.dz = pass.dz, f.dz_rows = rows, f.units = pass.units;
+                for (int gate = 0; gate < pass.gates; ++gate) f.places[gate] = pass.gates == 1 ? 0 : d.place(gate);
                 f.first = pass.blocks * task / pass.tasks, f.last = pass.blocks * (task + 1) / pass.tasks;
                 T *copy = copied + k * copies, *sum = pass.sums;
                 for (int o = 0; o < 3; ++o) {
@@ -289,8 +292,8 @@ void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const
         Sequences<T> own = in;
         Gradients<T> g = gradients[l];
         if (l) {
-            own.x = layers[l - 1].y, own.stride_time = layers[l].weights->description().input;
-            own.stride_batch = in.steps * own.stride_time;
+            const int64_t width = layers[l].weights->description().input;
+            own.x = layers[l - 1].y, own.stride_time = in.time_stride(width), own.stride_batch = in.row_stride(width);
         }
         if (above) {
             T* sum = between.get() + (l + 1) % 2 * most;

@@ -35,6 +35,16 @@ struct Panels {
     bool by_blocks() const { return d->plain() && !unpacked && !narrow(element) && !patched; }
 };
 
+// A matrix [depth, gates·units] as the caller has it, or a bias, of depth 1.
+template <class T>
+struct Matrix {
+    const T* at;
+    int64_t depth, units;
+    int gates;
+    bool rows;      // it is transposed, [gates·units, depth]
+    int places[4];  // where the block of each gate stands
+};
+
 // Forward over rows of one layer, for steps n in [first, last) of the processing order.
 template <class T>
 struct Forward {
@@ -71,6 +81,7 @@ struct Backward {
     const T *recurrent_t, *candidate_t, *projection_t;  // transposed panels, see pack_transposed; the second: of a GRU
                                                         // whose reset acts before the product
     const T *gates, *cells, *norms, *y;                 // [rows][steps][planes][H] and so on, as forward left them
+    int64_t y_row, y_time;                              // y and dy have strides of their own, as in Forward
     const T *h0, *c0;                                   // [rows][P], [rows][H] or null
     const uint8_t *mask, *reset;                        // [rows][steps] or null
     const T* recurrent_dropout;
@@ -104,7 +115,9 @@ enum Vector : int {
 template <class T>
 struct WeightGradient {
     int gates;
-    const T* dz;  // [blocks][dz_rows][gates][W], all blocks
+    bool rows;      // `out` is transposed
+    int places[4];  // where in `out` and `bias` the block of each gate stands
+    const T* dz;    // [blocks][dz_rows][gates][W], all blocks
     int64_t dz_rows, units, first, last;
     struct {
         const T* const* rows;  // dz_rows rows of `columns`
@@ -130,11 +143,11 @@ inline int64_t gradient_copy(int64_t columns) { return kGradientRows * gradient_
 template <class T>
 struct Leaf {
     int width;
-    // kernel [K, gates·H] with H columns a gate -> panels [blocks][K][gates][W]
-    void (*pack)(T* to, const T* from, int64_t rows, int64_t units, int gates);
-    // kernel [K, gates·H] -> [panel][blocks·gates·W][4·W]: columns are K (zeros beyond), in the order that dz has;
+    // a matrix [K, gates·H] with H columns a gate -> panels [blocks][K][gates][W]
+    void (*pack)(T* to, const Matrix<T>& from);
+    // a matrix [K, gates·H] -> [panel][blocks·gates·W][4·W]: columns are K (zeros beyond), in the order that dz has;
     // gates outside of [first, last) are zero
-    void (*pack_transposed)(T* to, const T* from, int64_t rows, int64_t units, int gates, int first, int last);
+    void (*pack_transposed)(T* to, const Matrix<T>& from, int first, int last);
     void (*forward)(Forward<T>&);
     void (*backward)(Backward<T>&);
     // out[m] (rows of `columns`) = dz[m]·kernelᵀ for m in [first, last) of the rows·steps; row m goes to out[m]

@@ -28,8 +28,9 @@ int64_t narrow_size(Element element, int64_t blocks, int64_t rows, int gates, in
     return blocks * gates * width * (ceil_div(rows * bits_of(element), 32) + (element == Element::kInt8 ? 2 : 0));
 }
 
-void pack_narrow(float* memory, const float* from, int64_t rows, int64_t units, int gates, int64_t width,
-                 Element element) {
+void pack_narrow(float* memory, const Matrix<float>& m, int64_t width, Element element) {
+    const int64_t rows = m.depth, units = m.units;
+    const int gates = m.gates;
     const int bits = bits_of(element);
     const int64_t blocks = ceil_div(units, width), words = ceil_div(rows * bits, 32), each = 32 / bits;
     auto* to = reinterpret_cast<uint32_t*>(memory);
@@ -39,7 +40,10 @@ void pack_narrow(float* memory, const float* from, int64_t rows, int64_t units, 
     for (int64_t unit = 0; unit < units; ++unit)
         for (int gate = 0; gate < gates; ++gate) {
             const int64_t block = unit / width, lane = unit % width, column = (block * gates + gate) * width + lane;
-            const auto weight = [&](int64_t k) { return from[(k * gates + gate) * units + unit]; };
+            const auto weight = [&](int64_t k) {
+                const int64_t column = m.places[gate] * units + unit;
+                return m.at[m.rows ? column * rows + k : k * gates * units + column];
+            };
             float scale = 0, check = 0;
             for (int64_t k = 0; bits == 8 && k < rows; ++k) {
                 scale = std::max(scale, std::abs(weight(k)) / 127);
@@ -111,9 +115,9 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     const auto packed = [&](const T* from, int64_t rows, int64_t units, int gates, Element held) {
         T* to = parts.take(size(rows, units, gates, held));
         if constexpr (sizeof(T) == 4)
-            if (narrow(held)) return pack_narrow(to, from, rows, units, gates, leaf.width, held), to;
+            if (narrow(held)) return pack_narrow(to, matrix_of(d, from, rows, units, gates), leaf.width, held), to;
         if (from)
-            leaf.pack(to, from, rows, units, gates);
+            leaf.pack(to, matrix_of(d, from, rows, units, gates));
         else
             std::fill_n(to, size(rows, units, gates, held), T(0));
         return to;
@@ -296,10 +300,10 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         const auto at = [&](auto* all, int64_t a_row) { return all ? all + first * a_row : nullptr; };
         Forward<T>& f = runner.f;
         f.steps = steps, f.reverse = in.reverse;
-        f.x_row = l ? steps * below : in.stride_batch, f.x_time = l ? below : in.stride_time;
+        f.x_row = l ? in.row_stride(below) : in.stride_batch, f.x_time = l ? in.time_stride(below) : in.stride_time;
         f.x = (l ? y[l - 1] : in.x) + first * f.x_row;
         f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
-        f.y = at(y[l], steps * P), f.y_row = steps * P, f.y_time = P;
+        f.y_row = in.row_stride(P), f.y_time = in.time_stride(P), f.y = at(y[l], f.y_row);
         f.gates = at(layer.gates, steps * d.planes() * H), f.cells = at(layer.cells, steps * H);
         f.norms = at(layer.norms, steps * d.norm_size());
         f.recurrent_dropout = at(layer.drops.recurrent, P);

@@ -9,34 +9,69 @@
 namespace cellstack {
 namespace {
 
+// W columns, from `k` on, of as many rows, from `row` on, which lie `stride` apart; zeros beyond `rows` and `depth`.
 template <class T>
-void pack(T* to, const T* from, int64_t rows, int64_t units, int gates) {
+INLINE void load_square(V<T> (&square)[Vec<T>::W], const T* from, int64_t row, int64_t rows, int64_t k, int64_t depth,
+                        int64_t stride) {
     constexpr int W = Vec<T>::W;
-    const int64_t blocks = (units + W - 1) / W;
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t left = units - block * W;
+    const int lanes = depth - k < W ? int(depth - k) : W;
+    unroll<W>([&](auto r) INLINED {
+        square[r] = row + r < rows ? load_lanes(from + (row + r) * stride + k, lanes) : splat(T(0));
+    });
+}
+
+template <class T>
+void pack(T* to, const Matrix<T>& m) {
+    constexpr int W = Vec<T>::W;
+    const int64_t blocks = (m.units + W - 1) / W;
+    for (int64_t block = 0; block < blocks; ++block, to += m.depth * m.gates * W) {
+        const int64_t left = m.units - block * W;
         const int lanes = left < W ? int(left) : W;
-        for (int64_t k = 0; k < rows; ++k)
-            for (int gate = 0; gate < gates; ++gate, to += W)
-                store(to, load_lanes(from + (k * gates + gate) * units + block * W, lanes));
+        if (!m.rows || m.depth == 1) {
+            for (int64_t k = 0; k < m.depth; ++k)
+                for (int gate = 0; gate < m.gates; ++gate)
+                    store(to + (k * m.gates + gate) * W,
+                          load_lanes(m.at + (k * m.gates + m.places[gate]) * m.units + block * W, lanes));
+            continue;
+        }
+        for (int64_t k = 0; k < m.depth; k += W)
+            for (int gate = 0; gate < m.gates; ++gate) {
+                V<T> square[W];
+                load_square<T>(square, m.at + m.places[gate] * m.units * m.depth, block * W, m.units, k, m.depth,
+                               m.depth);
+                transpose<T>(square);
+                T* column = to + (k * m.gates + gate) * W;
+                unroll<W>([&](auto c) INLINED {
+                    if (k + c < m.depth) store(column + c * m.gates * W, square[c]);
+                });
+            }
     }
 }
 
 template <class T>
-void pack_transposed(T* to, const T* from, int64_t rows, int64_t units, int gates, int first, int last) {
+void pack_transposed(T* to, const Matrix<T>& m, int first, int last) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
-    const int64_t blocks = (units + W - 1) / W, panels = (rows + wide - 1) / wide;
-    for (int64_t panel = 0; panel < panels; ++panel)
+    const int64_t blocks = (m.units + W - 1) / W;
+    for (int64_t column = 0; column < m.depth; column += wide)
         for (int64_t block = 0; block < blocks; ++block)
-            for (int gate = 0; gate < gates; ++gate)
-                for (int lane = 0; lane < W; ++lane, to += wide) {
-                    const int64_t unit = block * W + lane;
-                    const bool used = unit < units && gate >= first && gate < last;
-                    for (int k = 0; k < wide; ++k) {
-                        const int64_t row = panel * wide + k;
-                        to[k] = used && row < rows ? from[(row * gates + gate) * units + unit] : T(0);
+            for (int gate = 0; gate < m.gates; ++gate, to += W * wide) {
+                const bool used = gate >= first && gate < last;
+                unroll<4>([&](auto part) INLINED {
+                    const int64_t k = column + part * W;
+                    V<T> square[W];
+                    unroll<W>([&](auto r) INLINED { square[r] = splat(T(0)); });
+                    if (used && k < m.depth) {
+                        if (m.rows)
+                            load_square<T>(square, m.at + m.places[gate] * m.units * m.depth, block * W, m.units, k,
+                                           m.depth, m.depth);
+                        else
+                            load_square<T>(square, m.at + m.places[gate] * m.units, k, m.depth, block * W, m.units,
+                                           m.gates * m.units);
+                        if (!m.rows) transpose<T>(square);
                     }
-                }
+                    unroll<W>([&](auto lane) INLINED { store(to + lane * wide + part * W, square[lane]); });
+                });
+            }
 }
 
 template <class T>

@@ -32,6 +32,7 @@ struct Vec;
 template <>
 struct Vec<float> {
     static constexpr int W = kVectorBytes / 4;
+    typedef int32_t Lane;
     typedef float V __attribute__((vector_size(kVectorBytes)));
     typedef int32_t I __attribute__((vector_size(kVectorBytes)));
     typedef float U __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
@@ -39,6 +40,7 @@ struct Vec<float> {
 template <>
 struct Vec<double> {
     static constexpr int W = kVectorBytes / 8;
+    typedef int64_t Lane;
     typedef double V __attribute__((vector_size(kVectorBytes)));
     typedef int64_t I __attribute__((vector_size(kVectorBytes)));
     typedef double U __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
@@ -155,6 +157,43 @@ INLINE void unroll(F&& f) {
         unroll<N - 1>(f);
         f(Int<N - 1>{});
     }
+}
+
+// W vectors as a square matrix, transposed: numbers whose row and lane differ in one bit change places, bit by bit.
+// Lane l of a pair's first vector comes from lane l + First of a, or, where it has the bit Step, of b, Step before that.
+template <class T, int First, int Step>
+struct Lanes {
+    static constexpr int W = Vec<T>::W;
+    alignas(kVectorBytes) typename Vec<T>::Lane from[W];
+    constexpr Lanes() : from() {
+        for (int l = 0; l < W; ++l) from[l] = l & Step ? W + l - Step + First : l + First;
+    }
+};
+template <class T, int First, int Step>
+INLINE V<T> choose_lanes(V<T> a, V<T> b) {
+    constexpr Lanes<T, First, Step> lanes;
+#if defined(__clang__)
+    V<T> chosen{};
+    unroll<lanes.W>([&](int l) INLINED {
+        chosen[l] = lanes.from[l] < lanes.W ? a[lanes.from[l]] : b[lanes.from[l] - lanes.W];
+    });
+    return chosen;
+#else
+    typename Vec<T>::I from;
+    memcpy(&from, lanes.from, sizeof from);
+    return __builtin_shuffle(a, b, from);
+#endif
+}
+template <class T, int Step = Vec<T>::W / 2>
+INLINE void transpose(V<T> (&v)[Vec<T>::W]) {
+    unroll<Vec<T>::W>([&](auto r) INLINED {
+        if constexpr (!(r & Step)) {
+            const V<T> a = v[r], b = v[r + Step];
+            v[r] = choose_lanes<T, 0, Step>(a, b);
+            v[r + Step] = choose_lanes<T, Step, Step>(a, b);
+        }
+    });
+    if constexpr (Step > 1) transpose<T, Step / 2>(v);
 }
 
 // ── exp, sigmoid, tanh ───────────────────────────────────────────────────────────────────────────────────────────────

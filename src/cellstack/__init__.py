@@ -23,6 +23,7 @@ from cellstack.streaming.stream import Stream
 
 if TYPE_CHECKING:
     from cellstack import inspect
+    from cellstack.doors import accelerate, frozen, plan, restore
     from cellstack.formats.keras import from_keras
     from cellstack.formats.pytorch import from_torch
     from cellstack.formats.verify import verify
@@ -48,12 +49,16 @@ __all__ = [
     "State",
     "Stream",
     "ablate",
+    "accelerate",
     "activation_patch",
     "extract",
     "from_keras",
     "from_torch",
+    "frozen",
     "inspect",
     "load",
+    "plan",
+    "restore",
     "verify",
 ]
 
@@ -61,9 +66,13 @@ __all__ = [
 # What is looked up at its first use, and the module that it comes from.
 LATER = {
     "ablate": "inspect.interventions",
+    "accelerate": "doors",
     "activation_patch": "inspect.interventions",
     "from_keras": "formats.keras",
     "from_torch": "formats.pytorch",
+    "frozen": "doors",
+    "plan": "doors",
+    "restore": "doors",
     "verify": "formats.verify",
 }
 

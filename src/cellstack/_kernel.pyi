@@ -28,6 +28,7 @@ class Description:
         cell_clip: float,
         zoneout: float,
         zoneout_cell: float,
+        rows: bool = False,
     ) -> None: ...
 
 class WeightsSingle:
@@ -50,6 +51,7 @@ class Sequences:
         reset: _Array = None,
         reverse: bool = False,
         places: _Array = None,
+        time_major: bool = False,
     ) -> None: ...
 
 class Layer:

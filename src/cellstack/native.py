@@ -30,8 +30,12 @@ ELEMENTS = ("float32", "float64", "bfloat16", "int8")
 
 
 @lru_cache(maxsize=1024)
-def description(spec: CellSpec) -> _kernel.Description:
-    """Return `spec` as the kernel takes it."""
+def description(spec: CellSpec, rows: bool = False) -> _kernel.Description:
+    """Return `spec` as the kernel takes it.
+
+    With `rows` the cell's arrays, and their gradients, lie as PyTorch's modules have them: matrices are transposed, and
+    a GRU's gates stand in the order r z g. A forward pass then takes weights that are packed.
+    """
     return _kernel.Description(
         tuple(GATES).index(spec.kind),
         spec.input_size,
@@ -48,6 +52,7 @@ def description(spec: CellSpec) -> _kernel.Description:
         math.inf if spec.cell_clip is None else spec.cell_clip,
         spec.zoneout,
         spec.zoneout_cell,
+        rows,
     )
 
 

@@ -223,7 +223,7 @@ def test_faults_in_the_backward_pass_exceed_the_tolerances(cases, name, fault):
     drops = [torch.tensor(case.options["recurrent_dropout"], dtype=torch.float32), none, none]
     mask = torch.tensor(case.options["mask"])
     text = case.spec.text
-    out = torch.ops.cellstack.recurrent(x, starts, weights, drops, mask, None, [text], False, True, True, 1)
+    out = torch.ops.cellstack.recurrent(x, starts, weights, drops, mask, None, [text], False, True, True, 1, False)
     out[count].sum().backward()
     forward = reference.forward(case.spec, case.arrays, case.x, case.state, **case.options)
     wanted = reference.backward(case.spec, case.arrays, forward, dy=plant(forward, fault))

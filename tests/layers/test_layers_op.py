@@ -239,7 +239,7 @@ def in_a_row(names):
 def test_opcheck_is_clean(names, save, sequences, there):
     flags = dict.fromkeys(("started", "masked", "resets", "dropped", "zoned"), there)
     g = given(in_a_row(names), grad=save, dtype=torch.float32, **flags)
-    torch.library.opcheck(op.recurrent, (*g[:6], [spec.text for spec in g.specs], g.reverse, sequences, save, 1))
+    torch.library.opcheck(op.recurrent, (*g[:6], [spec.text for spec in g.specs], g.reverse, sequences, save, 1, False))
 
 
 def test_opcheck_of_the_backward_op_is_clean():
@@ -249,7 +249,7 @@ def test_opcheck_of_the_backward_op_is_clean():
     wanted = [n % 3 != 1 for n, _ in enumerate(g.leaves)]
     torch.library.opcheck(
         torch.ops.cellstack.recurrent_backward.default,
-        (*g[:6], out[3:], grads, [spec.text for spec in g.specs], False, wanted, 1),
+        (*g[:6], out[3:], grads, [spec.text for spec in g.specs], False, wanted, 1, False),
     )
 
 

@@ -217,7 +217,7 @@ def _run_again(call: Call, first: int, given: dict[int, Tensor], norms: dict[tup
         own = y[:, first:], state or [], arrays, drops, late, begun
         *rest, output, gates, memory, _ = eager.run(*own, specs, functions, False, True, True, seen)
         finals.append(cell.State(*rest))
-        traces.append(trace_of(cell, gates, memory, output))
+        traces.append(trace_of(cell.kind, gates, memory, output))
         every.append(seen)
         y = output if early is None else torch.cat([early, output], dim=1)
         if call.residual and n and below.shape[2] == y.shape[2]:

@@ -1,8 +1,9 @@
 """The one autograd op behind every cell: `cellstack::recurrent` and its backward, registered with torch.library.
 
-    recurrent(x, starts[], weights[], drops[], mask?, reset?, cells[], reverse, sequences, save, threads)
+    recurrent(x, starts[], weights[], drops[], mask?, reset?, cells[], reverse, sequences, save, threads, time_major)
 
-runs a stack of L layers in one call of the fused kernel. `cells` has one `CellSpec.text` a layer. Results, in order:
+runs a stack of L layers in one call of the fused kernel. `cells` has one `CellSpec.text` a layer, or `in_rows` of it,
+where the layer's weights are those of a module of PyTorch. Results, in order:
 
     states after, layer by layer: h [B, P], and an LSTM's c [B, H],
     with save: y [B, T, P] a layer, gates [B, T, planes, H] a layer, cells [B, T, H] a layer (size 0 but for an LSTM),
@@ -13,7 +14,8 @@ runs a stack of L layers in one call of the fused kernel. `cells` has one `CellS
 `weights` has the arrays of each layer in the order of `CellSpec.shapes`. `drops` is empty or has three masks a layer,
 size 0 for none: recurrent dropout `[B, P]`, zoneout of h `[B, T, P]` and of c `[B, T, H]`. `mask` and `reset` are
 `[B, T]` of bool. Where `reset` is True the state before that step, in the order processed, is the initial one again.
-`threads=0` means `torch.get_num_threads()`.
+`threads=0` means `torch.get_num_threads()`. With `time_major` each y is `[T, B, P]`, and the gradient of x has time
+before batch in memory; all else is as it was, x `[B, T, I]` of any strides too.
 
 The op trusts its caller: shapes and dtypes are checked once, in the layers.
 """
@@ -37,12 +39,13 @@ _LIBRARY = torch.library.Library("cellstack", "DEF")
 
 _LIBRARY.define(
     "recurrent(Tensor x, Tensor[] starts, Tensor[] weights, Tensor[] drops, Tensor? mask, Tensor? reset, str[] cells, "
-    "bool reverse, bool sequences, bool save, int threads) -> Tensor[]",
+    "bool reverse, bool sequences, bool save, int threads, bool time_major) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
     "recurrent_backward(Tensor x, Tensor[] starts, Tensor[] weights, Tensor[] drops, Tensor? mask, Tensor? reset, "
-    "Tensor[] saved, Tensor?[] grads, str[] cells, bool reverse, bool[] wanted, int threads) -> Tensor[]",
+    "Tensor[] saved, Tensor?[] grads, str[] cells, bool reverse, bool[] wanted, int threads, bool time_major) "
+    "-> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -51,31 +54,76 @@ class _Form(NamedTuple):
     """What the op needs of a description at every call, worked out once."""
 
     spec: CellSpec
+    rows: bool  # whether its weights are those of a module of PyTorch
     description: Any  # as the kernel takes it
-    shapes: tuple[tuple[int, ...], ...]  # of the cell's arrays
-    at: tuple[int, ...]  # where each of them is in ARRAYS
+    names: tuple[str, ...]  # of its weights
+    shapes: tuple[tuple[int, ...], ...]  # of its weights
+    at: tuple[int, ...]  # where each of the cell's arrays is in ARRAYS
     sizes: tuple[int, ...]  # of the state's arrays
     width: int  # of h
     functions: list[eager.Function]
 
-    def every(self, batch: int, steps: int) -> list[tuple[int, ...]]:
+    def every(self, batch: int, steps: int, time_major: bool) -> list[tuple[int, ...]]:
         """Return the shapes of what is kept of every step: y, gates, cells and norms, of size 0 where there is none."""
         shapes = native.results(self.spec, batch, steps)
+        if time_major:
+            shapes["y"] = (steps, batch, self.width)
         return [shapes.get(name, (0,)) for name in ("y", "gates", "cells", "norms")]
+
+
+_ROWS = "rows "
+
+
+def in_rows(text: str) -> str:
+    """Return what stands in the op's `cells` for a cell whose weights are those of a module of PyTorch.
+
+    They are, in this order, `weight_ih [G·H, I]`, `weight_hh [G·H, P]`, with a bias `bias_ih` and `bias_hh [G·H]`, and
+    with a projection `weight_hr [P, H]`; the gates of a GRU stand in the order r z g.
+    """
+    return _ROWS + text
 
 
 @lru_cache(maxsize=1024)
 def _form(text: str) -> _Form:
-    spec = described(text)
+    rows = text.startswith(_ROWS)
+    spec = described(text.removeprefix(_ROWS))
+    weights: dict[str, tuple[int, ...]] = dict(spec.shapes)
+    if rows:
+        columns = len(spec.gates) * spec.units
+        weights = {"weight_ih": (columns, spec.input_size), "weight_hh": (columns, spec.output_size)}
+        weights |= {"bias_ih": (columns,), "bias_hh": (columns,)} if spec.use_bias else {}
+        weights |= {"weight_hr": (spec.output_size, spec.units)} if "projection" in spec.shapes else {}
     return _Form(
         spec,
-        native.description(spec),
-        tuple(spec.shapes.values()),
+        rows,
+        native.description(spec, rows),
+        tuple(weights),
+        tuple(weights.values()),
         tuple(ARRAYS.index(name) for name in spec.shapes),
         tuple(spec.state_sizes.values()),
         spec.output_size,
         [eager.function_of(activation) for activation in spec.activations],
     )
+
+
+def _with_one_bias(form: _Form, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return a layer's weights with one bias, as our cells have it, in the place of a module's two."""
+    if not form.rows or not form.spec.use_bias:
+        return list(weights)
+    weight_ih, weight_hh, bias_ih, bias_hh, *rest = weights
+    bias = torch.stack([bias_ih, bias_hh]) if form.spec.kind == "gru" else bias_ih + bias_hh
+    return [weight_ih, weight_hh, bias, *rest]
+
+
+def _in_columns(form: _Form, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return the arrays of a layer in our own layout, by operations that torch can differentiate."""
+    arrays = _with_one_bias(form, weights)
+    if not form.rows:
+        return arrays
+    arrays = [array if ARRAYS[at] == "bias" else array.t() for at, array in zip(form.at, arrays, strict=True)]
+    if form.spec.kind == "gru":
+        arrays = [array.unflatten(-1, (3, -1))[..., [1, 0, 2], :].flatten(-2) for array in arrays]
+    return arrays
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -84,7 +132,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _plain(tensor: Tensor) -> Tensor:
     """Return `tensor` as memory has it: numbers side by side, none of them waiting to be negated."""
-    return tensor.resolve_neg().contiguous()
+    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -108,19 +156,19 @@ _UNPACKED_STEPS = 4  # rows × steps
 
 
 def _checked(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return a cell's arrays as memory has them. Whoever sets one by hand may have set anything: the kernel can't tell.
+    """Return a layer's weights as memory has them. Who sets one by hand may have set anything: the kernel can't tell.
 
     Raises:
         TypeError: an array of another dtype than x.
         ShapeError: an array of another shape than the cell's.
     """
-    for at, shape, weight in zip(form.at, form.shapes, weights, strict=True):
+    for name, shape, weight in zip(form.names, form.shapes, weights, strict=True):
         if weight.dtype is not dtype:
             wanted, came = (str(d).removeprefix("torch.") for d in (dtype, weight.dtype))
-            raise TypeError(f"{form.spec.kind}: expected {ARRAYS[at]} of {wanted}, the dtype of its input, got {came}")
+            raise TypeError(f"{form.spec.kind}: expected {name} of {wanted}, the dtype of its input, got {came}")
         if weight.shape != shape:
-            raise ShapeError(f"{form.spec.kind}: expected {ARRAYS[at]} {list(shape)}, got {tuple(weight.shape)}")
-    return [_plain(weight) for weight in weights]
+            raise ShapeError(f"{form.spec.kind}: expected {name} {list(shape)}, got {tuple(weight.shape)}")
+    return [_plain(weight) for weight in _with_one_bias(form, weights)]
 
 
 _ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
@@ -132,15 +180,30 @@ def _weights(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype, copy: b
     return native.weights_at(form.description, _ELEMENTS[dtype], _addresses(form, flat), copy), flat
 
 
+# Packed weights, by the layer of a call, with the addresses and versions of the tensors that they were packed from.
+Kept = dict[int, tuple[list[tuple[int, int]], Any]]
+
+
+def _kept_weights(kept: Kept, layer: int, form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> Any:
+    """Return the kernel's weights of a layer out of `kept`, packed anew where the tensors are others than they were."""
+    tensors = [(weight.data_ptr(), weight._version) for weight in weights]
+    if layer not in kept or kept[layer][0] != tensors:
+        kept[layer] = tensors, _weights(form, weights, dtype, copy=True)[0]
+    return kept[layer][1]
+
+
 def _flags(flags: Tensor | None) -> Tensor | None:
     return None if flags is None else flags.contiguous()
 
 
-def _sequences(x: Tensor, mask: Tensor | None, reset: Tensor | None, reverse: bool) -> native.Sequences:
+def _sequences(
+    x: Tensor, mask: Tensor | None, reset: Tensor | None, reverse: bool, time_major: bool
+) -> native.Sequences:
     """Return `x [B, T, I]` and its flags, as memory has them, as the kernel takes them."""
     (batch, steps, _), (stride_batch, stride_time, _) = x.shape, x.stride()
+    flags = _address(mask), _address(reset)
     return native.Sequences(
-        batch, steps, x.data_ptr(), stride_batch, stride_time, _address(mask), _address(reset), reverse
+        batch, steps, x.data_ptr(), stride_batch, stride_time, *flags, reverse, time_major=time_major
     )
 
 
@@ -168,32 +231,38 @@ def _forward(
     sequences: bool,
     save: bool,
     threads: int,
+    time_major: bool,
+    keep: Kept | None = None,
 ) -> list[Tensor]:
     batch, steps, _ = x.shape
     x = _rows(x)
     mask, reset = _flags(mask), _flags(reset)
-    copy = batch * steps > _UNPACKED_STEPS
+    long = batch * steps > _UNPACKED_STEPS
     begin, drops = [_plain(t) for t in starts], [_plain(t) for t in drops]
     arrays = iter(weights)
     ends, ys, gates, memory, norms, layers, kept = [], [], [], [], [], [], []
     for n, text in enumerate(cells):
         form = _form(text)
-        packed, flat = _weights(form, list(islice(arrays, len(form.at))), x.dtype, copy)
-        kept.append(flat)
+        own = list(islice(arrays, len(form.shapes)))
+        if keep is not None:
+            packed = _kept_weights(keep, n, form, own, x.dtype)
+        else:
+            packed, flat = _weights(form, own, x.dtype, long or form.rows)
+            kept.append(flat)
         end = [x.new_empty(batch, size) for size in form.sizes]
         start = begin[len(ends) : len(ends) + len(end)]
         ends += end
         if save:
-            every = [x.new_empty(shape) for shape in form.every(batch, steps)]
+            every = [x.new_empty(shape) for shape in form.every(batch, steps, time_major)]
             for group, tensor in zip((ys, gates, memory, norms), every, strict=True):
                 group.append(tensor)
         elif sequences and n == len(cells) - 1:
-            every = [x.new_empty(batch, steps, form.width)]
+            every = [x.new_empty(form.every(batch, steps, time_major)[0])]
             ys += every
         else:
             every = []
         layers.append(_layer(packed, start, end, every, drops[3 * n : 3 * n + 3]))
-    native.forward(_sequences(x, mask, reset, reverse), layers, threads or torch.get_num_threads())
+    native.forward(_sequences(x, mask, reset, reverse, time_major), layers, threads or torch.get_num_threads())
     return [*ends, *ys, *gates, *memory, *norms]
 
 
@@ -210,6 +279,7 @@ def _backward(
     reverse: bool,
     wanted: Sequence[bool],
     threads: int,
+    time_major: bool,
 ) -> list[Tensor]:
     """Return the gradients of `[x, *starts, *weights]` that are wanted, in that order, as new contiguous tensors.
 
@@ -217,7 +287,7 @@ def _backward(
     zeros.
     """
     count = len(cells)
-    results = [t.new_empty(t.shape) if want else None for t, want in zip([x, *starts, *weights], wanted, strict=True)]
+    results = _empty_gradients(x, [*starts, *weights], wanted, time_major)
     wanted_starts = iter(results[1 : 1 + len(starts)])
     wanted_arrays = iter(results[1 + len(starts) :])
     x = _rows(x)
@@ -225,12 +295,20 @@ def _backward(
     begin, drops, given = [_plain(t) for t in starts], [_plain(t) for t in drops], [_given(grad) for grad in grads]
     arrays = iter(weights)
     every = sum(len(_form(text).sizes) for text in cells)  # where gradients of what is kept of every step begin
-    layers, gradients, kept, first = [], [], [], 0
+    layers, gradients, kept, biases, first = [], [], [], [], 0
     for n, text in enumerate(cells):
         form = _form(text)
         own = slice(first, first + len(form.sizes))
         first = own.stop
-        lying, flat = _weights(form, list(islice(arrays, len(form.at))), x.dtype, copy=False)
+        lying, flat = _weights(form, list(islice(arrays, len(form.shapes))), x.dtype, copy=False)
+        into = list(islice(wanted_arrays, len(form.shapes)))
+        if form.rows and form.spec.use_bias:  # of one bias, for both that the module has
+            both = into[2:4]
+            bias = None if both == [None, None] else x.new_empty(flat[2].shape)
+            into[2:4] = [bias]
+            parts = [bias] * 2 if bias is None or bias.ndim == 1 else bias
+            biases += [(part, target) for part, target in zip(parts, both, strict=True) if target is not None]
+            kept.append([bias])
         kept.append(flat)
         layers.append(_layer(lying, begin[own], (), saved[n::count], drops[3 * n : 3 * n + 3]))
         dy, dgates, dcells = given[every + n :: count][:3]
@@ -242,11 +320,24 @@ def _backward(
                 _address(dcells),
                 _address(results[0]) if n == 0 else 0,
                 *_pair(list(islice(wanted_starts, len(form.sizes) if starts else 0))),
-                _addresses(form, list(islice(wanted_arrays, len(form.at)))),
+                _addresses(form, into),
             )
         )
-    native.backward(_sequences(x, mask, reset, reverse), layers, gradients, threads or torch.get_num_threads())
+    native.backward(
+        _sequences(x, mask, reset, reverse, time_major), layers, gradients, threads or torch.get_num_threads()
+    )
+    for bias, target in biases:
+        target.copy_(bias)
     return [result for result in results if result is not None]
+
+
+def _empty_gradients(
+    x: Tensor, others: Sequence[Tensor], wanted: Sequence[bool], time_major: bool
+) -> list[Tensor | None]:
+    """Return a new tensor for each gradient of `[x, *others]` that is wanted."""
+    (batch, steps, width), (want, *rest) = x.shape, wanted
+    dx = x.new_empty(steps, batch, width).transpose(0, 1) if time_major else x.new_empty(x.shape)
+    return [dx if want else None, *(t.new_empty(t.shape) if w else None for t, w in zip(others, rest, strict=True))]
 
 
 def _given(grad: Tensor | None) -> Tensor | None:
@@ -270,16 +361,19 @@ def _fake_forward(
     sequences: bool,
     save: bool,
     threads: int,
+    time_major: bool,
 ) -> list[Tensor]:
     batch, steps, _ = x.shape
     forms = [_form(text) for text in cells]
     shapes: list[tuple[int, ...]] = [(batch, size) for form in forms for size in form.sizes]
     if save:
         shapes += [
-            shape for group in zip(*(form.every(batch, steps) for form in forms), strict=True) for shape in group
+            shape
+            for group in zip(*(form.every(batch, steps, time_major) for form in forms), strict=True)
+            for shape in group
         ]
     elif sequences:
-        shapes.append((batch, steps, forms[-1].width))
+        shapes.append(forms[-1].every(batch, steps, time_major)[0])
     return [x.new_empty(shape) for shape in shapes]
 
 
@@ -296,16 +390,17 @@ def _fake_backward(
     reverse: bool,
     wanted: Sequence[bool],
     threads: int,
+    time_major: bool,
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, want in zip([x, *starts, *weights], wanted, strict=True) if want]
+    return [t for t in _empty_gradients(x, [*starts, *weights], wanted, time_major) if t is not None]
 
 
 def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     """Keep what the backward pass needs: of the inputs, which are the op's, and of its results."""
-    x, starts, weights, drops, mask, reset, cells, reverse, _, save, threads = inputs
+    x, starts, weights, drops, mask, reset, cells, reverse, _, save, threads, time_major = inputs
     flags = [t for t in (mask, reset) if t is not None]
     ctx.counts = [1, len(starts), len(weights), len(drops), len(flags)]
-    ctx.rest = mask is not None, cells, reverse, save, threads
+    ctx.rest = mask is not None, cells, reverse, save, threads, time_major
     ctx.set_materialize_grads(False)  # gradients of gates are big and mostly absent
     kept = output[sum(len(_form(text).sizes) for text in cells) :]
     ctx.save_for_backward(x, *starts, *weights, *drops, *flags, *kept)
@@ -317,7 +412,7 @@ def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
 
 def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return gradients of `[x, *starts, *weights]`, None where `needs` says that none is wanted."""
-    masked, cells, reverse, save, threads = ctx.rest
+    masked, cells, reverse, save, threads, time_major = ctx.rest
     if not save:
         raise RuntimeError("cellstack::recurrent was run with save=False: nothing was kept for its backward pass")
     kept = iter(ctx.saved_tensors)
@@ -330,7 +425,12 @@ def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> l
         x, starts, weights = x.view_as(x), *([t.view_as(t) for t in group] for group in (starts, weights))
         forms = [_form(text) for text in cells]
         specs, functions = [form.spec for form in forms], [form.functions for form in forms]
-        outputs = eager.run(x, starts, weights, drops, mask, reset, specs, functions, reverse, True, True)
+        left = iter(weights)
+        arrays = [array for form in forms for array in _in_columns(form, list(islice(left, len(form.shapes))))]
+        outputs = eager.run(x, starts, arrays, drops, mask, reset, specs, functions, reverse, True, True)
+        if time_major:
+            ys = slice(sum(len(form.sizes) for form in forms), None)
+            outputs[ys] = [y.transpose(0, 1) if n < len(forms) else y for n, y in enumerate(outputs[ys])]
         asked = zip(outputs, grads, strict=True)
         pairs = [(out, grad) for out, grad in asked if grad is not None and out.requires_grad]
         found = torch.autograd.grad(
@@ -342,7 +442,7 @@ def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> l
         )
     else:
         call = _backward if x.is_cpu and direct(x) else torch.ops.cellstack.recurrent_backward
-        found = call(x, starts, weights, drops, mask, reset, saved, grads, cells, reverse, needs, threads)
+        found = call(x, starts, weights, drops, mask, reset, saved, grads, cells, reverse, needs, threads, time_major)
     queue = iter(found)
     return [next(queue) if need else None for need in needs]
 
@@ -351,7 +451,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1], *ctx.needs_input_grad[2]]
     x, *flat = _gradients(ctx, needs, grads)
     starts = ctx.counts[1]
-    return x, flat[:starts], flat[starts:], [None] * ctx.counts[3], *[None] * 7
+    return x, flat[:starts], flat[starts:], [None] * ctx.counts[3], *[None] * 8
 
 
 class _Direct(torch.autograd.Function):
@@ -418,20 +518,31 @@ def run(
     reverse: bool,
     sequences: bool,
     save: bool,
+    time_major: bool = False,
+    keep: Kept | None = None,
 ) -> list[Tensor]:
-    """Call the op on CPU tensors, by the shortest way that gives the same."""
-    rest = drops, mask, reset, cells, reverse, sequences, save, 0
+    """Call the op on CPU tensors, by the shortest way that gives the same.
+
+    With `keep` the weights are packed at the first call alone, where nothing is saved and nobody watches: that they
+    stay as they are is for the caller to know.
+    """
+    rest = drops, mask, reset, cells, reverse, sequences, save, 0, time_major
     if not x.is_cpu or not direct(x):
         return recurrent(x, starts, weights, *rest)
     if save:
         return list(_Direct.apply(len(starts), rest, x, *starts, *weights))  # type: ignore[arg-type]
-    return _forward(x, starts, weights, *rest)
+    return _forward(x, starts, weights, *rest, keep)
 
 
-def step(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], cell: str) -> tuple[Tensor, ...]:
+def step(
+    x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], cell: str, keep: Kept | None = None
+) -> tuple[Tensor, ...]:
     """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, a state or nothing."""
     batch, form = x.shape[0], _form(cell)
-    packed, _kept = _weights(form, weights, x.dtype, batch > _UNPACKED_STEPS)
+    if keep is not None:
+        packed = _kept_weights(keep, 0, form, weights, x.dtype)
+    else:
+        packed, _flat = _weights(form, weights, x.dtype, batch > _UNPACKED_STEPS or form.rows)
     x = _plain(x)  # a foreign cell's output may be a negated view
     begin = [_plain(part) for part in state]
     ends = tuple([x.new_empty(batch, size) for size in form.sizes])

@@ -223,7 +223,7 @@ def run_cells(
             outputs, gates, memory = (list(islice(results, stop - start)) for _ in range(3))
             y = outputs[-1]
             if traced:
-                traces += map(trace_of, cells[part], gates, memory, outputs)
+                traces += map(trace_of, (cell.kind for cell in cells[part]), gates, memory, outputs)
         elif wanted:
             y = next(results)
         if adds[start] and steps:
@@ -235,10 +235,10 @@ def run_cells(
     return y, last, finals, traces
 
 
-def trace_of(cell: Cell, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
-    """Return a cell's trace out of what the op saves of it."""
-    named = dict(zip(GATES[cell.kind], gates.unbind(2), strict=False))  # without what only the kernel needs
-    return TRACES[cell.kind](**named, **({"c": memory} if cell.kind == "lstm" else {}), h=y)
+def trace_of(kind: str, gates: Tensor, memory: Tensor, y: Tensor) -> Any:
+    """Return the trace of a cell of that kind out of what the op saves of it."""
+    named = dict(zip(GATES[kind], gates.unbind(2), strict=False))  # without what only the kernel needs
+    return TRACES[kind](**named, **({"c": memory} if kind == "lstm" else {}), h=y)
 
 
 def at_last_used(x: Tensor, used: Tensor, reset: Tensor | None, reverse: bool) -> Tensor:

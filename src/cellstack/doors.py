@@ -1,0 +1,85 @@
+"""Programs that people already have, on our cells: one call each, whichever framework a model is of.
+
+Nothing here imports a framework: a model that is given has brought its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+from cellstack.spec import Plan
+
+
+def accelerate(model: Any) -> Any:
+    """Let the fused kernel run the recurrent layers of a PyTorch module or a Keras model, in place.
+
+    What changes, and what stays: `cellstack.layers.accelerate` for PyTorch, `cellstack.keras` for Keras.
+
+    Args:
+        model: a module of PyTorch, or a model or layer of Keras.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it has no recurrent layer that the kernel could run.
+
+    >>> import torch
+    >>> isinstance(accelerate(torch.nn.LSTM(3, 4)), torch.nn.LSTM)
+    True
+    """
+    return _door("accelerate", model).accelerate(model)
+
+
+def restore(model: Any) -> Any:
+    """Take back what `accelerate` changed in a model, in place, and return it.
+
+    Raises:
+        TypeError: it is neither a module of PyTorch nor a model of Keras.
+    """
+    return _door("restore", model).restore(model)
+
+
+def frozen(model: Any) -> Any:
+    """Return a context in which the weights of an accelerated PyTorch module stay as they are.
+
+    They are then packed once, which is most of what a single step costs: see `cellstack.layers.accelerate.frozen`.
+
+    Raises:
+        TypeError: it is no module of PyTorch; a Keras model needs no such word.
+        ValueError: there is no accelerated module in it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(model, torch.nn.Module):
+        raise TypeError(f"frozen: expected a module of PyTorch, got {type(model).__name__}")
+    return import_module("cellstack.layers.accelerate").frozen(model)
+
+
+def plan(model: Any) -> Plan:
+    """Say for each recurrent layer of a model what runs it, and why: one line each.
+
+    Args:
+        model: a module of PyTorch, accelerated or not, or a model or layer of Keras.
+
+    Raises:
+        TypeError: it is neither.
+
+    >>> import torch
+    >>> plan(torch.nn.LSTM(3, 4))
+    LSTM 3 -> 4: PyTorch's own: accelerate() would let the fused kernel run it
+    """
+    return _door("plan", model).plan(model)
+
+
+def _door(owner: str, model: Any) -> Any:
+    """Return the module that knows models like this one."""
+    keras = sys.modules.get("keras")
+    if keras is not None and isinstance(model, keras.layers.Layer):  # with torch as its backend a torch module too
+        return import_module("cellstack.keras")
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(model, torch.nn.Module):
+        return import_module("cellstack.layers.accelerate")
+    raise TypeError(f"{owner}: expected a module of PyTorch or a model of Keras, got {type(model).__name__}")

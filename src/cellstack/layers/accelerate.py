@@ -1,0 +1,536 @@
+"""PyTorch's own recurrent modules on the fused kernel: their class changes in place, and all else stays as it was.
+
+`accelerate` gives each `nn.LSTM`, `nn.GRU`, `nn.RNN` and each of their cells in a module a subclass of its class.
+Parameters, their names, buffers and hooks are the module's own, and the kernel reads the weights in the rows in which
+PyTorch keeps them. A call that the kernel can't serve, or not faster, goes to PyTorch's own `forward`, which also says
+what is wrong with a call that no one can serve; `plan` says which calls these are.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from cellstack.layers import op
+from cellstack.layers.bidirectional import Bidirectional
+from cellstack.layers.cell import needs_grad
+from cellstack.layers.rnn import RNN
+from cellstack.layers.sequences import shifted
+from cellstack.layers.stack import trace_of
+from cellstack.spec import CellSpec, Plan
+
+_KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn", "RNN_RELU": "rnn"}
+_MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # that of an nn.RNNCell is told by its nonlinearity
+_MODULES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+_DTYPES = (torch.float32, torch.float64)
+# Steps from which the kernel is the faster one, in a call without and with gradients; measured (benchmarks/doors.py).
+_LEAST_STEPS = {"LSTM": (1, 16), "GRU": (8, 4), "RNN_TANH": (16, 8), "RNN_RELU": (16, 8)}
+_WIDE_LSTM = 128  # units from which that is so from the first step on
+
+# ── which modules, and which calls ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _base_of(kind: type) -> type | None:
+    """Return which of PyTorch's recurrent classes `kind` is or derives from; None for another class."""
+    return next((base for base in _MODULES if issubclass(kind, base)), None)
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Return why PyTorch runs every call of a recurrent module as it is now; None where the kernel can run some."""
+    kind = _original(type(module))
+    base = _base_of(kind)
+    if base is not None and kind.forward is not base.forward:
+        return f"{kind.__name__} has a forward of its own"
+    if parametrize.is_parametrized(module):
+        return "its weights are parametrised"
+    weights = list(module.parameters(recurse=False))
+    devices = sorted({weight.device.type for weight in weights})
+    if devices != ["cpu"]:
+        return f"its weights are on {' and '.join(devices)}"
+    dtypes = {weight.dtype for weight in weights}
+    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+        named = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"its weights are {' and '.join(named)}, not float32 or float64"
+    return None
+
+
+def _watched() -> bool:
+    """Whether something looks on that knows PyTorch's operations alone: a tracer, an exporter, a transform."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is not None or op.transformed()
+
+
+def _is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) -> bool:
+    """Whether these are the tensors that the kernel takes; where it is no, PyTorch runs the call, or refuses it."""
+    if not isinstance(x, Tensor) or _watched() or not x.numel() or x.shape[-1] != width:
+        return False
+    dtype = weights[0].dtype
+    mixed = torch.is_autocast_enabled("cpu")
+    if dtype is not torch.float32 and (mixed or dtype is not torch.float64):
+        return False
+    for weight in weights:
+        if weight.dtype is not dtype or not weight.is_cpu:
+            return False
+    for given in (x, *states):
+        if not isinstance(given, Tensor) or not given.is_cpu:
+            return False
+        if given.dtype is not dtype and not (mixed and given.is_floating_point()):
+            return False
+    return True
+
+
+@lru_cache(maxsize=1024)
+def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
+    """Return a layer's cell as the op takes it."""
+    activation = "relu" if mode == "RNN_RELU" else "tanh"
+    return op.in_rows(CellSpec(width, hidden, activation, use_bias=bias, kind=_KINDS[mode], proj_size=proj).text)
+
+
+# ── the subclasses ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Accelerated(nn.Module):
+    """What these subclasses share: copies are of the same class; what is pickled is a module of PyTorch's own."""
+
+    original: type[nn.Module]
+    _frozen: dict[Any, Any] | None = None  # packed weights, while `frozen` holds
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_frozen"}  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return copyreg._reconstructor, (self.original, object, None), self.__getstate__()  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = self.original.__new__(self.original)
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[attr-defined]
+        copied.__class__ = type(self)
+        return copied
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # A module that took this one's place here would do so in the model for good, which torch.jit.script changes.
+        raise RuntimeError(
+            "torch.jit.script: expected PyTorch's own modules: call cellstack.restore(model) before, and "
+            "accelerate(model) after it"
+        )
+
+
+class _Sequence(_Accelerated, nn.RNNBase):
+    """An `nn.LSTM`, `nn.GRU` or `nn.RNN`."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Any, hx: Any = None, *, reset: Tensor | None = None, return_gates: bool = False
+    ) -> Any:
+        """Run over a sequence, as PyTorch's module does; see there for `input`, `hx` and what is returned.
+
+        Args:
+            input: `[T, B, I]`, with `batch_first` `[B, T, I]`; `[T, I]` without a batch; or a PackedSequence.
+            hx: the state to start from.
+            reset: bool, of the shape of `input` without its last axis: True where a row starts anew from zeros before
+                that step.
+            return_gates: return a trace of each layer and direction too, in the order of h_n: `Trace`, `GRUTrace` or
+                `RNNTrace`, with the axes that the output has; of packed input padded, rows in the order of the batch.
+
+        Raises:
+            ValueError: `reset` of another shape, not of bool, or with a PackedSequence.
+            RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
+        """
+        packed = input if isinstance(input, PackedSequence) else None
+        x: Any = input if packed is None else packed.data
+        weights = self._weights()
+        states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+        if not self._serves(x, weights, states, packed, reset is not None or return_gates):
+            if reset is not None or return_gates:
+                raise RuntimeError(
+                    f"{_name(self)}: expected no reset or return_gates in a call that PyTorch runs: {_why(self)}"
+                )
+            return super().forward(input, hx)
+        dtype = weights[0].dtype
+        mixed = torch.is_autocast_enabled("cpu")
+        if mixed:
+            x, states = x.to(dtype), [state.to(dtype) for state in states]
+        batched = packed is not None or x.ndim == 3
+        used = None
+        if packed is not None:
+            x, used = _padded(x, packed)
+            if packed.sorted_indices is not None:
+                states = [state.index_select(1, packed.sorted_indices) for state in states]
+        elif not batched:
+            x, states = x.unsqueeze(0), [state.unsqueeze(1) for state in states]
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        flags = None if reset is None else self._flags(reset, x, packed)
+        y, ends, traces = self._run(x, weights, states, used, flags, return_gates, packed)  # y [T, B, ·]
+        if mixed and self.mode != "GRU":
+            to = torch.get_autocast_dtype("cpu")
+            y, ends = y.to(to), [end.to(to) for end in ends]
+        if packed is not None:
+            y = PackedSequence(_packed(y, packed), *packed[1:])
+            if packed.unsorted_indices is not None:
+                ends = [end.index_select(1, packed.unsorted_indices) for end in ends]
+        elif not batched:
+            y, ends = y.squeeze(1), [end.squeeze(1) for end in ends]
+        elif self.batch_first:
+            y = y.transpose(0, 1)
+        out = y, tuple(ends) if len(ends) > 1 else ends[0]
+        return (*out, [self._as_given(trace, packed, batched) for trace in traces]) if return_gates else out
+
+    def _weights(self) -> list[Any]:
+        """Return the weights, in PyTorch's order."""
+        own = self._parameters
+        try:
+            return [own[name] for name in self._flat_weights_names]
+        except KeyError:  # one is computed, by a hook such as that of weight_norm
+            self._update_flat_weights()
+            return self._flat_weights  # type: ignore[return-value]
+
+    def _serves(
+        self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None, asked: bool
+    ) -> bool:
+        """Whether the kernel runs this call: it can, and is faster, or is asked for what it alone can do."""
+        if not _is_ready(x, self.input_size, weights, states) or x.ndim not in ((2,) if packed else (2, 3)):
+            return False
+        if packed is None and not asked and self._is_short(x, weights, states):
+            return False
+        if not states:
+            return True
+        width = self.proj_size or self.hidden_size
+        layers = self.num_layers * (1 + self.bidirectional)
+        if packed is not None:
+            shape: tuple[int, ...] = (layers, int(packed.batch_sizes[0]))
+        else:
+            shape = (layers,) if x.ndim == 2 else (layers, x.shape[0 if self.batch_first else 1])
+        sizes = (width, self.hidden_size) if self.mode == "LSTM" else (width,)
+        return [state.shape for state in states] == [(*shape, size) for size in sizes]
+
+    def _is_short(self, x: Tensor, weights: list[Any], states: Sequence[Any]) -> bool:
+        """Whether a call has so few steps that PyTorch's own is faster."""
+        steps = x.shape[0 if x.ndim == 2 or not self.batch_first else 1]
+        least, trained = _LEAST_STEPS[self.mode]
+        if steps >= max(least, trained):
+            return False
+        if needs_grad(x, *states, *weights):
+            return steps < trained and not (self.mode == "LSTM" and self.hidden_size >= _WIDE_LSTM)
+        return self._frozen is None and steps < least
+
+    def _flags(self, reset: Any, x: Tensor, packed: PackedSequence | None) -> Tensor:
+        """Return `reset` as `[B, T]`, checked."""
+        if packed is not None:
+            raise ValueError(f"{_name(self)}: expected no reset with a PackedSequence, whose rows end by their lengths")
+        if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
+            came = str(reset.dtype).removeprefix("torch.") if isinstance(reset, Tensor) else type(reset).__name__
+            raise ValueError(f"{_name(self)}: expected reset to be a tensor of bool, got {came}")
+        flags = reset.unsqueeze(0) if reset.ndim == 1 else reset if self.batch_first else reset.transpose(0, 1)
+        if flags.shape != x.shape[:2]:
+            raise ValueError(
+                f"{_name(self)}: expected reset of the shape of input without its last axis, got {tuple(reset.shape)}"
+            )
+        return flags.to(x.device)
+
+    def _run(
+        self,
+        x: Tensor,
+        weights: list[Any],
+        states: Sequence[Tensor],
+        used: Tensor | None,
+        reset: Tensor | None,
+        traced: bool,
+        packed: PackedSequence | None,
+    ) -> tuple[Tensor, list[Tensor], list[Any]]:
+        """Return y `[T, B, ·]`, the arrays of the last states `[layers, B, ·]`, and the traces, of `x [B, T, I]`."""
+        save = traced or needs_grad(x, *states, *weights)
+        directions = 1 + self.bidirectional
+        share = self.dropout if self.training and self.num_layers > 1 else 0.0
+        step = self.num_layers if directions == 1 and not share else 1  # layers that run as one call
+        left, kind = iter(weights), _KINDS[self.mode]
+        starts = list(zip(*(state.unbind(0) for state in states), strict=True))
+        ends: list[Sequence[Tensor]] = []
+        traces: list[Any] = []
+        y = x
+        for layer in range(0, self.num_layers, step):
+            outputs = []
+            for direction in range(directions):
+                cells, arrays, begin = [], [], []
+                for n in range(layer, layer + step):
+                    width = x.shape[2] if n == 0 else (self.proj_size or self.hidden_size) * directions
+                    cells.append(_cell(self.mode, width, self.hidden_size, self.proj_size, self.bias))
+                    arrays += islice(left, 2 + 2 * self.bias + bool(self.proj_size))
+                    begin += starts[n * directions + direction] if starts else ()
+                flags = reset if reset is None or not direction else shifted(reset)
+                keep = None if self._frozen is None else self._frozen.setdefault((layer, direction), {})
+                out = op.run(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, True, keep)
+                parts = 2 if kind == "lstm" else 1
+                ends += [out[n : n + parts] for n in range(0, parts * step, parts)]
+                kept = out[parts * step :]
+                outputs.append(kept[step - 1 if save else 0])
+                if traced:
+                    every = zip(kept[:step], kept[step : 2 * step], kept[2 * step : 3 * step], strict=True)
+                    traces += [trace_of(kind, gates, memory, h.transpose(0, 1)) for h, gates, memory in every]
+            y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
+            if layer + step < self.num_layers:
+                if share and packed is not None:  # as PyTorch draws it: on what it has
+                    y = _padded(dropout(_packed(y, packed), share), packed)[0]
+                else:
+                    y = dropout(y, share).transpose(0, 1) if share else y.transpose(0, 1)
+        last = [list(parts) for parts in zip(*ends, strict=True)]
+        return y, [torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) for parts in last], traces
+
+    def _as_given(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
+        """Return a trace, whose parts are `[B, T, H]`, with the axes that the output has."""
+        if packed is not None and packed.unsorted_indices is not None:
+            trace = type(trace)(*(part.index_select(0, packed.unsorted_indices) for part in trace))
+        if not batched:
+            return type(trace)(*(part.squeeze(0) for part in trace))
+        return trace if self.batch_first else type(trace)(*(part.transpose(0, 1) for part in trace))
+
+
+def _padded(data: Tensor, packed: PackedSequence) -> tuple[Tensor, Tensor | None]:
+    """Return packed data as `[B, T, ·]`, longest row first, and which steps count `[B, T]`; None: all do."""
+    sizes = packed.batch_sizes
+    x, _ = pad_packed_sequence(PackedSequence(data, sizes))
+    used = None if sizes[-1] == sizes[0] else torch.arange(x.shape[1])[:, None] < sizes
+    return x.transpose(0, 1), used
+
+
+def _packed(y: Tensor, packed: PackedSequence) -> Tensor:
+    """Return `y [T, B, ·]`, longest row first, as packed data."""
+    lengths = (packed.batch_sizes[:, None] > torch.arange(y.shape[1])).sum(0)
+    return pack_padded_sequence(y, lengths).data
+
+
+class _Step(_Accelerated, nn.RNNCellBase):
+    """An `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run one step, as PyTorch's module does; see there."""
+        keep = self._frozen
+        if keep is None:  # what packing costs, and the way back through one step, no kernel makes up for
+            return super().forward(input, hx)
+        states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+        weights = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
+        if not self._serves(input, states, weights):
+            return super().forward(input, hx)
+        mixed = torch.is_autocast_enabled("cpu")
+        x, dtype, batched, mode = input, weights[0].dtype, input.ndim == 2, _mode(self)
+        if mixed:
+            x, states = x.to(dtype), [state.to(dtype) for state in states]
+        if not batched:
+            x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
+        ends = op.step(x, states, weights, _cell(mode, self.input_size, self.hidden_size, 0, self.bias), keep)
+        if mixed and mode.startswith("RNN"):
+            ends = (ends[0].to(torch.get_autocast_dtype("cpu")),)
+        if not batched:
+            ends = tuple(end.squeeze(0) for end in ends)
+        return ends if mode == "LSTM" else ends[0]
+
+    def _serves(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
+        """Whether the kernel runs this call."""
+        if not _is_ready(x, self.input_size, weights, states) or x.ndim not in (1, 2):
+            return False
+        if needs_grad(x, *states, *weights) or not op.direct(x):
+            return False
+        shape = (*x.shape[:-1], self.hidden_size)
+        parts = 2 if _mode(self) == "LSTM" else 1
+        return not states or (len(states) == parts and all(state.shape == shape for state in states))
+
+
+def _mode(cell: Any) -> str:
+    """Return what a cell would be called as the mode of an `nn.RNNBase`."""
+    return (
+        next((mode for kind, mode in _MODES.items() if isinstance(cell, kind)), None)
+        or f"RNN_{cell.nonlinearity.upper()}"
+    )
+
+
+# ── in place, and back ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@lru_cache(maxsize=256)
+def _accelerated(kind: type) -> type:
+    """Return the subclass of one of PyTorch's recurrent classes, or of a class that derives from it, on our op."""
+    mixin = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
+    own = {"original": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (mixin, kind), own)
+
+
+def _original(kind: type) -> type:
+    return kind.original if issubclass(kind, _Accelerated) else kind
+
+
+def _recurrent(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each of PyTorch's recurrent modules in `module`, with its name; a module that is there twice, once."""
+    for name, part in module.named_modules():
+        if _base_of(type(part)) is not None:
+            yield name, part
+
+
+def accelerate(module: nn.Module) -> nn.Module:
+    """Let the fused kernel run the recurrent modules of PyTorch in `module`, in place.
+
+    Each `nn.LSTM`, `nn.GRU`, `nn.RNN`, `nn.LSTMCell`, `nn.GRUCell` and `nn.RNNCell`, and each module of a class that
+    derives from one of these and has no forward of its own, becomes one of a subclass of its class. Its parameters are
+    the very same, so that optimisers, state dicts, hooks, `isinstance` and checkpoints go on as they were; what is
+    pickled is PyTorch's own module. Calls that the kernel can't serve run as before: `plan` tells which.
+
+    Args:
+        module: any module; one that was accelerated before stays as it is.
+
+    Returns:
+        The same module.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: there is no recurrent module of PyTorch in it that the kernel could run.
+
+    >>> model = nn.Sequential(nn.Linear(3, 8), nn.LSTM(8, 16, batch_first=True))
+    >>> accelerate(model)[1](torch.zeros(2, 5, 8))[0].shape
+    torch.Size([2, 5, 16])
+    """
+    found = list(_recurrent(_checked(module, "accelerate")))
+    if all(_original(type(part)) is type(part) and _own_forward(part) for _, part in found):
+        what = ", ".join(f"{name or 'it'}: {_obstacle(part)}" for name, part in found[:3])
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            "accelerate: expected a module with an nn.LSTM, nn.GRU or nn.RNN, or a cell of theirs, in it, got "
+            f"{type(module).__name__} without one{f' that the kernel could run ({what}{more})' if found else ''}"
+        )
+    for _, part in found:
+        if not issubclass(type(part), _Accelerated) and not _own_forward(part):
+            part.__class__ = _accelerated(type(part))
+    return module
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """Say that the weights of an accelerated module stay as they are, for as long as the context lasts.
+
+    A call without gradients then packs them once, at the first call, which is most of what a step of a cell, or of a
+    sequence of length 1, costs: in a loop that acts, generates or listens, step by step. What an optimiser or
+    `load_state_dict` writes meanwhile is noticed, since it counts as a version of the tensor; what is written through
+    `.data` or a NumPy view isn't.
+
+    Args:
+        module: a module that `accelerate` was given, or one with such modules inside.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: there is no accelerated module in it.
+
+    >>> cell = accelerate(nn.LSTMCell(3, 4))
+    >>> with torch.no_grad(), frozen(cell):
+    ...     state = cell(torch.zeros(1, 3))
+    ...     state = cell(torch.zeros(1, 3), state)
+    """
+    parts = [part for _, part in _recurrent(_checked(module, "frozen")) if isinstance(part, _Accelerated)]
+    if not parts:
+        raise ValueError(f"frozen: expected a module that accelerate() was given, got {type(module).__name__}")
+    before = [part._frozen for part in parts]
+    for part in parts:
+        part._frozen = {}
+    try:
+        yield module
+    finally:
+        for part, kept in zip(parts, before, strict=True):
+            part._frozen = kept
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """Give the modules that `accelerate` changed their own classes back, in place, and return `module`.
+
+    Raises:
+        TypeError: it is no module.
+
+    >>> type(restore(accelerate(nn.LSTM(8, 16)))) is nn.LSTM
+    True
+    """
+    for _, part in _recurrent(_checked(module, "restore")):
+        part.__class__ = _original(type(part))
+    return module
+
+
+def plan(module: nn.Module) -> Plan:
+    """Say for each recurrent module in `module` what runs it, and why: one line each.
+
+    The layers of `cellstack.layers` say what their own `plan` says.
+
+    Raises:
+        TypeError: it is no module.
+
+    >>> plan(accelerate(nn.Sequential(nn.LSTM(8, 16, num_layers=2))))  # doctest: +SKIP
+    0: LSTM 8 -> 16, 2 layers: fused cpu kernel (avx512)
+    """
+    lines: list[str] = []
+    inside: set[int] = set()
+    for name, part in _checked(module, "plan").named_modules():
+        if id(part) in inside:
+            continue
+        head = f"{name}: " if name else ""
+        if _base_of(type(part)) is not None:
+            lines.append(f"{head}{_described(part)}: {_how(part)}")
+        elif isinstance(part, (RNN, Bidirectional)):
+            lines += [head + line for line in part.plan()]
+            inside |= {id(inner) for inner in part.modules()}
+    return Plan(lines or [f"{type(module).__name__}: no recurrent module"])
+
+
+def _checked(module: Any, owner: str) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{owner}: expected a module of PyTorch, got {type(module).__name__}")
+    return module
+
+
+def _own_forward(module: nn.Module) -> bool:
+    """Whether it runs by a forward of its own, or of the class that parametrises it."""
+    kind = _original(type(module))
+    base = _base_of(kind)
+    return base is None or kind.forward is not base.forward or parametrize.is_parametrized(module)
+
+
+def _described(module: Any) -> str:
+    text = f"{_original(type(module)).__name__} {module.input_size} -> {module.hidden_size}"
+    if isinstance(module, nn.RNNCellBase):
+        return text
+    text += f" -> {module.proj_size}" if module.proj_size else ""
+    text += f", {module.num_layers} layers" if module.num_layers > 1 else ""
+    return text + (", both directions" if module.bidirectional else "")
+
+
+def _how(module: Any) -> str:
+    why = _obstacle(module)
+    if why is not None:
+        return f"PyTorch's own: {why}"
+    if not isinstance(module, _Accelerated):
+        return "PyTorch's own: accelerate() would let the fused kernel run it"
+    return f"fused cpu kernel ({op.isa()}){_small(module)}"
+
+
+def _small(module: Any) -> str:
+    """Say which calls of a module PyTorch runs because it is faster there."""
+    if isinstance(module, nn.RNNCellBase):
+        return " within frozen() and without gradients; else PyTorch's own, as fast for one step"
+    least, trained = _LEAST_STEPS[module.mode]
+    if module.mode == "LSTM" and module.hidden_size >= _WIDE_LSTM:
+        return ""
+    parts = [f"{trained} steps in training"] + ([f"{least} otherwise"] if least > 1 else [])
+    return f"; PyTorch's own, as fast there, below {' and '.join(parts)}"
+
+
+def _name(module: nn.Module) -> str:
+    return _original(type(module)).__name__
+
+
+def _why(module: nn.Module) -> str:
+    return _obstacle(module) or "under a transform or a tracer, or with an input that it refuses"

@@ -1,0 +1,630 @@
+"""PyTorch's modules on the kernel: the same numbers, gradients, draws, classes, files and refusals as before."""
+
+import copy
+import itertools
+import pickle
+import subprocess
+import sys
+
+import pytest
+import tolerances
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+
+import cellstack as cs
+from cellstack.layers import accelerate as door
+from cellstack.layers import op
+
+MODULES = [nn.LSTM, nn.GRU, nn.RNN]
+CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Count the calls that went to the kernel, which here takes those too that PyTorch is faster with."""
+    monkeypatch.setattr(door, "_LEAST_STEPS", dict.fromkeys(door._LEAST_STEPS, (1, 1)))
+    calls = []
+    for name in ("run", "step"):
+        real = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda *args, _real=real, **rest: calls.append(1) or _real(*args, **rest))
+    return calls
+
+
+def pair(kind, *args, **rest):
+    """Return a module of PyTorch and an accelerated copy of it."""
+    torch.manual_seed(0)
+    theirs = kind(*args, **rest)
+    return theirs, cs.accelerate(copy.deepcopy(theirs))
+
+
+def flat(value):
+    """Return the tensors in what a module returns, one after the other."""
+    if isinstance(value, PackedSequence):
+        return [value.data, value.batch_sizes, *(i for i in value[2:] if i is not None)]
+    return [value] if isinstance(value, torch.Tensor) else [t for part in value if part is not None for t in flat(part)]
+
+
+def same(ours, theirs, tolerance):
+    ours, theirs = flat(ours), flat(theirs)
+    assert [t.shape for t in ours] == [t.shape for t in theirs]
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    assert [t.stride() for t in ours] == [t.stride() for t in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a.double() - b.double()).abs().max() if a.numel() else 0) <= tolerance
+
+
+def check(theirs, ours, make, tolerance=1e-10, second=False):
+    """Compare outputs, gradients of all inputs and weights, and if asked second derivatives, of one call."""
+    found = []
+    for module in (theirs, ours):
+        torch.manual_seed(3)
+        inputs, hx = make()
+        leaves = [t for t in flat([inputs, hx]) if t.requires_grad]
+        out = module(inputs, hx) if hx is not None else module(inputs)
+        results = [t for t in flat(out) if t.is_floating_point()]
+        loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in results)
+        wanted = [*leaves, *module.parameters()]
+        first = torch.autograd.grad(loss, wanted, create_graph=second)
+        found.append([out, list(first)])
+        if second:
+            again = sum((g**2).sum() for g in first)
+            found[-1].append(list(torch.autograd.grad(again, wanted, allow_unused=True)))
+    (a, *ga), (b, *gb) = found[1], found[0]
+    same(a, b, tolerance)
+    for ours_of, theirs_of in zip(ga, gb, strict=True):
+        for x, y in zip(ours_of, theirs_of, strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or float((x - y).abs().max()) <= tolerance * max(1.0, float(y.abs().max()))
+
+
+# ── PyTorch's own table of inputs ────────────────────────────────────────────────────────────────────────────────────
+
+
+def inputs_of_pytorch():
+    from torch.testing._internal.common_modules import module_db
+
+    for info in module_db:
+        if info.module_cls in (*MODULES, *CELLS):
+            for training in (True, False):
+                given = {"device": "cpu", "dtype": torch.float64, "requires_grad": True, "training": training}
+                for n, made in enumerate(info.module_inputs_func(info, **given)):
+                    yield pytest.param(info.module_cls, made, training, id=f"{info.module_cls.__name__}-{training}-{n}")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "made", "training"), list(inputs_of_pytorch()))
+def test_pytorch_s_own_inputs_give_what_its_own_modules_give(kind, made, training, runs):
+    built = made.constructor_input
+    theirs, ours = pair(kind, *built.args, **built.kwargs, dtype=torch.float64)
+    theirs.train(training), ours.train(training)
+    args = made.forward_input.args
+
+    def make():
+        fresh = [a if a is None else copy_of(a) for a in args]
+        return fresh[0], fresh[1] if len(fresh) > 1 else None
+
+    check(theirs, ours, make, second=True)
+    assert kind in CELLS or runs
+    with torch.no_grad(), cs.frozen(ours):
+        same(ours(*args), theirs(*args), 1e-10)
+    assert runs
+
+
+def copy_of(value):
+    if isinstance(value, PackedSequence):
+        return PackedSequence(value.data.detach().clone().requires_grad_(), *value[1:])
+    if isinstance(value, (tuple, list)):
+        return tuple(copy_of(part) for part in value)
+    return value.detach().clone().requires_grad_()
+
+
+# ── every option, both ways ──────────────────────────────────────────────────────────────────────────────────────────
+
+OPTIONS = [
+    {"num_layers": layers, "bidirectional": both, "batch_first": first, "bias": bias, "dropout": share}
+    for layers, both, first, bias, share in itertools.product(
+        (1, 2, 3), (False, True), (False, True), (False, True), (0.0, 0.4)
+    )
+    if not (share and layers == 1)
+]
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_sequences_with_every_option(kind, options, runs):
+    theirs, ours = pair(kind, 5, 19, **options, dtype=torch.float64)
+    layers = options["num_layers"] * (1 + options["bidirectional"])
+
+    def batch(given):
+        x = torch.randn((3, 7, 5), dtype=torch.float64, requires_grad=True)
+        states = [torch.randn(layers, 3 if options["batch_first"] else 7, 19, dtype=torch.float64) for _ in range(2)]
+        hx = None if not given else tuple(s.requires_grad_() for s in states) if kind is nn.LSTM else states[0]
+        return x, hx
+
+    check(theirs, ours, lambda: batch(False))
+    check(theirs, ours, lambda: batch(True))
+    with torch.no_grad():
+        torch.manual_seed(4)
+        expected = theirs(batch(True)[0])
+        torch.manual_seed(4)
+        same(ours(batch(True)[0]), expected, 1e-10)
+    assert runs
+
+
+@pytest.mark.parametrize("sort", [True, False])
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_packed_sequences(kind, options, sort, runs):
+    theirs, ours = pair(kind, 4, 9, **options, dtype=torch.float64)
+    lengths = [6, 5, 5, 1] if sort else [5, 1, 6, 5]
+    layers = options["num_layers"] * (1 + options["bidirectional"])
+
+    def make(given):
+        x = torch.randn((4, 6, 4), dtype=torch.float64, requires_grad=True)
+        states = [torch.randn(layers, 4, 9, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        hx = None if not given else tuple(states) if kind is nn.LSTM else states[0]
+        packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, enforce_sorted=sort)
+        return PackedSequence(packed.data.detach().requires_grad_(), *packed[1:]), hx
+
+    check(theirs, ours, lambda: make(False))
+    check(theirs, ours, lambda: make(True))
+    assert runs
+
+
+@pytest.mark.parametrize("lengths", [[3], [4, 4, 4], [1, 1], [1]])
+def test_packed_sequences_of_one_row_and_of_equal_lengths(lengths, runs):
+    theirs, ours = pair(nn.LSTM, 4, 9, 2, dtype=torch.float64)
+    packed = pack_sequence([torch.randn(n, 4, dtype=torch.float64) for n in lengths])
+    check(theirs, ours, lambda: (copy_of(packed), None))
+    assert runs
+
+
+@pytest.mark.parametrize("proj", [1, 3])
+@pytest.mark.parametrize("options", OPTIONS[::5], ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_projected_outputs(options, proj, runs):
+    theirs, ours = pair(nn.LSTM, 5, 18, **options, proj_size=proj, dtype=torch.float64)
+    check(theirs, ours, lambda: (torch.randn((3, 7, 5), dtype=torch.float64, requires_grad=True), None))
+    assert runs
+
+
+@pytest.mark.parametrize("hidden", [1, 7, 16, 33, 130])
+@pytest.mark.parametrize("kind", MODULES)
+def test_float32_of_many_widths(kind, hidden, runs):
+    theirs, ours = pair(kind, hidden // 2 + 1, hidden, 2)
+    check(theirs, ours, lambda: (torch.randn((9, 4, hidden // 2 + 1), requires_grad=True), None), 1e-4)
+    assert runs
+
+
+@pytest.mark.parametrize("width", [(7,), (1, 7), (5, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", CELLS)
+def test_cells(kind, bias, width, runs):
+    theirs, ours = pair(kind, 7, 20, bias=bias, dtype=torch.float64)
+
+    def make(given):
+        states = [torch.randn(*width[:-1], 20, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        hx = None if not given else tuple(states) if kind is nn.LSTMCell else states[0]
+        return torch.randn(width, dtype=torch.float64, requires_grad=True), hx
+
+    check(theirs, ours, lambda: make(False), second=True)
+    check(theirs, ours, lambda: make(True))
+    for given in (False, True):
+        x, hx = make(given)
+        with cs.frozen(ours):
+            check(theirs, ours, lambda g=given: make(g))
+            assert len(runs) == 2 * given
+            with torch.no_grad():
+                for _ in range(2):
+                    same(ours(x, hx), theirs(x, hx), 1e-12)
+
+
+@pytest.mark.parametrize("kind", [*MODULES, *CELLS])
+def test_frozen_weights_are_packed_once_and_again_when_a_version_changes(kind, monkeypatch):
+    theirs, ours = pair(kind, 3, 4)
+    x = torch.randn(2, 3) if kind in CELLS else torch.randn(1, 2, 3)
+    packs = []
+    real = op._weights
+    monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
+    with torch.no_grad(), cs.frozen(nn.Sequential(ours)):
+        for _ in range(3):
+            same(ours(x), theirs(x), 1e-6)
+        assert len(packs) == 1
+        for module in (theirs, ours):
+            module.load_state_dict({name: w * 2 for name, w in module.state_dict().items()})
+        same(ours(x), theirs(x), 1e-6)
+        assert len(packs) == 2
+        assert type(pickle.loads(pickle.dumps(ours))) is kind
+        assert copy.deepcopy(ours)._frozen is None
+    assert ours._frozen is None
+    with pytest.raises(ValueError, match="frozen: expected a module that accelerate"), cs.frozen(theirs):
+        pass
+
+
+def test_short_calls_are_left_to_pytorch_but_for_what_it_cannot_do(monkeypatch):
+    calls = []
+    real = op.run
+    monkeypatch.setattr(op, "run", lambda *args, **rest: calls.append(1) or real(*args, **rest))
+    ours = cs.accelerate(nn.GRU(3, 4))
+    x = torch.randn(2, 1, 3)
+    y = ours(x)[0]
+    assert not calls
+    torch.testing.assert_close(ours(x, return_gates=True)[0], y)
+    torch.testing.assert_close(ours(x, reset=torch.zeros(2, 1, dtype=torch.bool))[0], y)
+    with torch.no_grad(), cs.frozen(ours):
+        torch.testing.assert_close(ours(x)[0], y.detach())
+    assert len(calls) == 3
+
+
+def test_a_relu_rnn_and_its_cell(runs):
+    for kind, x in ((nn.RNN, torch.randn(4, 3, 5)), (nn.RNNCell, torch.randn(3, 5))):
+        theirs, ours = pair(kind, 5, 8, nonlinearity="relu")
+        with torch.no_grad(), cs.frozen(ours):
+            same(ours(x), theirs(x), 1e-5)
+    assert len(runs) == 2
+
+
+def test_unbatched_input(runs):
+    for first in (True, False):
+        theirs, ours = pair(nn.LSTM, 5, 8, 2, batch_first=first, bidirectional=True)
+        x, hx = torch.randn(6, 5), (torch.randn(4, 8), torch.randn(4, 8))
+        same(ours(x, hx), theirs(x, hx), 1e-5)
+    assert runs
+
+
+# ── reset and gates ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_reset_starts_a_row_anew(kind, both, runs):
+    _, ours = pair(kind, 4, 6, 2, bidirectional=both, dtype=torch.float64)
+    x = torch.randn(7, 2, 4, dtype=torch.float64)
+    reset = torch.zeros(7, 2, dtype=torch.bool)
+    reset[3] = True
+    y, _ = ours(x, reset=reset)[:2]
+    torch.testing.assert_close(y, torch.cat([ours(x[:3])[0], ours(x[3:])[0]]))
+
+
+def test_a_reset_of_one_row_leaves_the_others_alone(runs):
+    _, ours = pair(nn.LSTM, 4, 6, batch_first=True)
+    x, hx = torch.randn(2, 5, 4), (torch.randn(1, 2, 6), torch.randn(1, 2, 6))
+    reset = torch.tensor([[False] * 5, [True, False, False, True, False]])
+    y, (h, c) = ours(x, hx, reset=reset)
+    plain, (h_0, c_0) = ours(x, hx)
+    for found, expected in ((y[:1], plain[:1]), (h[:, :1], h_0[:, :1]), (c[:, :1], c_0[:, :1])):
+        assert torch.equal(found, expected)
+    tail, (h_1, c_1) = ours(x[1:, 3:])
+    for found, expected in ((y[1:, 3:], tail), (h[:, 1:], h_1), (c[:, 1:], c_1)):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reset", [torch.zeros(5, 2), torch.zeros(2, 5, dtype=torch.bool), [[False] * 2] * 5])
+def test_a_reset_that_fits_nothing_is_refused(reset):
+    _, ours = pair(nn.LSTM, 4, 6)
+    with pytest.raises(ValueError, match="LSTM: expected reset"):
+        ours(torch.randn(5, 2, 4), reset=reset)
+
+
+def test_resets_of_packed_sequences_are_refused():
+    _, ours = pair(nn.LSTM, 4, 6)
+    with pytest.raises(ValueError, match="no reset with a PackedSequence"):
+        ours(pack_sequence([torch.randn(3, 4)]), reset=torch.zeros(3, 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_gates_of_any_module_can_be_looked_at(first):
+    theirs, ours = pair(nn.LSTM, 4, 6, 2, batch_first=first, bidirectional=True)
+    x = torch.randn(5, 3, 4)
+    y, (h, c), gates = ours(x, return_gates=True)
+    same([y, h, c], theirs(x), 1e-6)
+    assert len(gates) == 4
+    assert gates[0]._fields == ("i", "f", "g", "o", "c", "h")
+    time = 1 if first else 0
+    torch.testing.assert_close(gates[0].c.select(time, -1), c[0])
+    torch.testing.assert_close(gates[3].c.select(time, 0), c[3])
+    torch.testing.assert_close(gates[2].h, y[..., :6])
+    i, g, f = (gates[0]._asdict()[name].select(time, -1) for name in "igf")
+    torch.testing.assert_close(f * gates[0].c.select(time, -2) + i * g, c[0])
+
+
+def test_gates_of_packed_rows_stand_in_the_order_of_the_batch():
+    _, ours = pair(nn.GRU, 4, 6, batch_first=True)
+    rows = [torch.randn(n, 4) for n in (2, 5, 3)]
+    _, _, gates = ours(pack_sequence(rows, enforce_sorted=False), return_gates=True)
+    for n, row in enumerate(rows):
+        torch.testing.assert_close(gates[0].h[n, : len(row)], ours(row)[0])
+
+
+def test_gates_of_a_call_that_pytorch_runs_are_refused():
+    _, ours = pair(nn.LSTM, 4, 6)
+    with pytest.raises(RuntimeError, match="no reset or return_gates in a call that PyTorch runs"):
+        ours.half()(torch.randn(5, 2, 4).half(), return_gates=True)
+
+
+# ── what a user's program relies on ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", [*MODULES, *CELLS])
+def test_the_class_is_a_subclass_and_everything_else_is_as_it_was(kind):
+    module = kind(3, 4)
+    before, shown, keys = list(module.parameters()), repr(module), list(module.state_dict())
+    assert cs.accelerate(module) is module
+    assert isinstance(module, kind)
+    assert type(module) is not kind
+    assert getattr(nn, type(module).__name__) is kind
+    assert all(a is b for a, b in zip(module.parameters(), before, strict=True))
+    assert repr(module) == shown
+    assert list(module.state_dict()) == keys
+    assert cs.restore(module) is module
+    assert type(module) is kind
+
+
+def test_an_optimiser_and_a_hook_that_were_there_before_go_on():
+    model = nn.Sequential(nn.LSTM(3, 4))
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    seen = []
+    model[0].register_forward_hook(lambda *args: seen.append(1))
+    cs.accelerate(model)
+    before = model[0].weight_hh_l0.detach().clone()
+    model(torch.randn(5, 2, 3))[0].sum().backward()
+    optimiser.step()
+    assert seen == [1]
+    assert not torch.equal(before, model[0].weight_hh_l0)
+
+
+@pytest.mark.parametrize("kind", [*MODULES, *CELLS])
+def test_a_weight_that_is_written_by_any_way_counts_in_the_next_call(kind):
+    theirs, ours = pair(kind, 3, 4)
+    x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
+    name = "weight_hh" if kind in CELLS else "weight_hh_l0"
+    same(ours(x), theirs(x), 1e-6)
+    for write in (
+        lambda m: getattr(m, name).data.mul_(1.5),
+        lambda m: setattr(getattr(m, name), "data", getattr(m, name).data * 0.5),
+        lambda m: setattr(m, name, nn.Parameter(getattr(m, name).detach() + 0.1)),
+        lambda m: getattr(m, name).detach().numpy().__imul__(0.9),
+    ):
+        with torch.no_grad():
+            write(theirs), write(ours)
+        same(ours(x), theirs(x), 1e-6)
+
+
+def test_copies_are_accelerated_and_pickles_are_pytorch_s_own():
+    _, ours = pair(nn.LSTM, 3, 4, 2)
+    copied = copy.deepcopy(nn.Sequential(ours))[0]
+    assert type(copied) is type(ours)
+    assert copied.weight_hh_l0 is not ours.weight_hh_l0
+    x = torch.randn(5, 2, 3)
+    same(copied(x), ours(x), 0.0)
+    loaded = pickle.loads(pickle.dumps(ours))
+    assert type(loaded) is nn.LSTM
+    same(loaded(x), ours(x), 1e-6)
+    loaded.weight_hh_l0 = nn.Parameter(loaded.weight_hh_l0 * 2)  # what keeps weights together is whole
+    assert loaded._flat_weights[1] is loaded.weight_hh_l0
+
+
+WITHOUT = """
+import sys, torch
+sys.modules["cellstack"] = None
+model = torch.load({path!r}, weights_only=False)
+assert type(model[0]) is torch.nn.LSTM, type(model[0])
+torch.save((model(torch.ones(5, 2, 3))[0].detach(), torch.load({weights!r})), {out!r})
+"""
+
+
+def test_a_saved_module_is_loaded_without_cellstack_and_the_other_way_round(tmp_path):
+    _, ours = pair(nn.LSTM, 3, 4)
+    model = nn.Sequential(ours)
+    path, weights, out = (str(tmp_path / name) for name in ("model.pt", "weights.pt", "out.pt"))
+    torch.save(model, path)
+    torch.save(model.state_dict(), weights)
+    subprocess.run([sys.executable, "-c", WITHOUT.format(path=path, weights=weights, out=out)], check=True)
+    y, state = torch.load(out)
+    torch.testing.assert_close(y, model(torch.ones(5, 2, 3))[0].detach())
+    theirs = nn.Sequential(nn.LSTM(3, 4))
+    torch.save(theirs.state_dict(), weights)
+    fresh = cs.accelerate(nn.Sequential(nn.LSTM(3, 4)))
+    fresh.load_state_dict(torch.load(weights))
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh[0].weight_hh_l0, ours.weight_hh_l0)
+
+
+def test_from_torch_reads_an_accelerated_module():
+    _, ours = pair(nn.LSTM, 3, 4, 2, batch_first=True)
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(torch.from_numpy(cs.from_torch(ours)(x.numpy())), ours(x)[0].detach())
+
+
+def test_a_subclass_without_a_forward_of_its_own_is_served(runs):
+    class Named(nn.LSTM):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.label = "mine"
+
+    module = cs.accelerate(Named(3, 4))
+    assert isinstance(module, Named)
+    assert module.label == "mine"
+    assert type(module).__name__ == "Named"
+    module(torch.randn(5, 2, 3))
+    assert runs
+    assert type(cs.restore(module)) is Named
+
+
+class Own(nn.LSTM):
+    def forward(self, input, hx=None):
+        return super().forward(2 * input, hx)
+
+
+def test_a_forward_of_its_own_and_parametrised_weights_stay_pytorch_s(runs):
+    own, changed = Own(3, 4), nn.GRU(3, 4)
+    parametrize.register_parametrization(changed, "weight_hh_l0", nn.Tanh())
+    model = nn.ModuleDict({"own": own, "changed": changed, "plain": nn.LSTM(3, 4)})
+    kept = type(own), type(changed)
+    cs.accelerate(model)
+    assert (type(own), type(changed)) == kept
+    lines = cs.plan(model)
+    assert lines[0] == "own: Own 3 -> 4: PyTorch's own: Own has a forward of its own"
+    assert lines[1].endswith("PyTorch's own: its weights are parametrised")
+    assert "fused cpu kernel" in lines[2]
+    for module in (own, changed):
+        module(torch.randn(5, 2, 3))
+    assert not runs
+    with pytest.raises(ValueError, match=r"expected a module with an nn.LSTM.*Own has a forward of its own"):
+        cs.accelerate(own)
+
+
+def test_weight_norm_by_a_hook_is_followed(runs):
+    theirs = nn.LSTM(3, 4)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(theirs, "weight_hh_l0")
+    ours = cs.accelerate(copy_of_module(theirs))
+    x = torch.randn(5, 2, 3)
+    same(ours(x), theirs(x), 1e-6)
+    ours(x)[0].sum().backward()
+    assert ours.weight_hh_l0_g.grad is not None
+    assert runs
+
+
+def copy_of_module(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def test_shared_and_frozen_weights():
+    model = nn.ModuleList([nn.LSTM(4, 4), nn.LSTM(4, 4)])
+    model[1].weight_hh_l0 = model[0].weight_hh_l0
+    model[0].weight_ih_l0.requires_grad_(False)
+    ours = cs.accelerate(copy.deepcopy(model))
+    assert ours[1].weight_hh_l0 is ours[0].weight_hh_l0
+    for m in (model, ours):
+        m[1](m[0](torch.ones(5, 2, 4))[0])[0].sum().backward()
+    torch.testing.assert_close(ours[0].weight_hh_l0.grad, model[0].weight_hh_l0.grad)
+    assert ours[0].weight_ih_l0.grad is None
+
+
+# ── calls that PyTorch runs, or refuses ──────────────────────────────────────────────────────────────────────────────
+
+WRONG = {
+    "width": lambda m: m(torch.randn(5, 2, 4)),
+    "rank": lambda m: m(torch.randn(5, 2, 2, 3)),
+    "dtype": lambda m: m(torch.randn(5, 2, 3).double()),
+    "state": lambda m: m(torch.randn(5, 2, 3), (torch.randn(2, 3, 4), torch.randn(2, 2, 4))),
+    "states": lambda m: m(torch.randn(5, 2, 3), torch.randn(2, 2, 4)),
+    "steps": lambda m: m(torch.randn(0, 2, 3)),
+    "meta": lambda m: m(torch.randn(5, 2, 3, device="meta")),
+    "nothing": lambda m: m(None),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_pytorch_refuses_is_refused_in_its_words(name):
+    theirs, ours = pair(nn.LSTM, 3, 4, 2)
+    with pytest.raises((ValueError, RuntimeError, AttributeError, TypeError)) as expected:
+        WRONG[name](theirs)
+    with pytest.raises(type(expected.value)) as found:
+        WRONG[name](ours)
+    assert str(found.value) == str(expected.value)
+
+
+def test_an_empty_batch_gives_empty_outputs():
+    theirs, ours = pair(nn.LSTM, 3, 4)
+    same(ours(torch.randn(5, 0, 3)), theirs(torch.randn(5, 0, 3)), 0.0)
+
+
+def test_half_precision_meta_and_what_is_no_module():
+    module = cs.accelerate(nn.LSTM(3, 4).bfloat16())
+    assert cs.plan(module) == ("LSTM 3 -> 4: PyTorch's own: its weights are bfloat16, not float32 or float64",)
+    assert module(torch.randn(5, 2, 3).bfloat16())[0].dtype is torch.bfloat16
+    meta = cs.accelerate(nn.LSTM(3, 4, device="meta"))
+    assert "its weights are on meta" in cs.plan(meta)[0]
+    for call in (cs.accelerate, cs.restore, cs.plan):
+        with pytest.raises(TypeError, match="expected a module of PyTorch or a model of Keras, got list"):
+            call([nn.LSTM(3, 4)])
+    with pytest.raises(ValueError, match="got Linear without one"):
+        cs.accelerate(nn.Linear(3, 4))
+    assert cs.plan(nn.Linear(3, 4)) == ("Linear: no recurrent module",)
+
+
+def test_a_plan_says_what_runs_each_module():
+    from cellstack import layers
+
+    model = nn.Sequential(nn.LSTM(3, 4, 2, bidirectional=True), nn.GRUCell(8, 5), layers.LSTM(6, input_size=5))
+    assert cs.plan(model)[0] == (
+        "0: LSTM 3 -> 4, 2 layers, both directions: PyTorch's own: accelerate() would let the fused kernel run it"
+    )
+    lines = cs.plan(cs.accelerate(model))
+    assert [line.split(":")[0] for line in lines] == ["0", "1", "2"]
+    assert all("fused cpu kernel" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", [*MODULES, *CELLS])
+def test_autocast_gives_the_dtypes_that_pytorch_gives(kind, runs):
+    theirs, ours = pair(kind, 3, 4)
+    x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), cs.frozen(ours):
+        expected, found = flat(theirs(x)), flat(ours(x))
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    assert runs
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).abs().max()) < tolerances.BFLOAT16
+
+
+def test_transforms_take_pytorch_s_own_way():
+    theirs, ours = pair(nn.LSTM, 3, 4)
+    x = torch.randn(5, 2, 3)
+    weights = {name: w * 2 for name, w in theirs.state_dict().items()}
+    same(torch.func.functional_call(ours, weights, x), torch.func.functional_call(theirs, weights, x), 1e-6)
+    first, second = (
+        torch.func.grad(lambda w, module=m: torch.func.functional_call(module, w, x)[0].sum())(weights)
+        for m in (ours, theirs)
+    )
+    for name in weights:
+        torch.testing.assert_close(first[name], second[name])
+
+
+@pytest.mark.filterwarnings("ignore")  # what tracing and scripting say of themselves
+def test_tracing_scripting_and_export_see_pytorch_s_own():
+    theirs, ours = pair(nn.LSTM, 3, 4, batch_first=True)
+    x = torch.randn(2, 5, 3)
+    expected = theirs(x)
+    same(torch.jit.trace(ours, x, check_trace=False)(x), expected, 1e-6)
+    model = nn.Sequential(ours)
+    with pytest.raises(RuntimeError, match=r"expected PyTorch's own modules: call cellstack.restore\(model\) before"):
+        torch.jit.script(model)
+    torch.jit.script(cs.restore(model))
+    cs.accelerate(model)
+    exported = torch.export.export(nn.Sequential(ours), (x,))
+    same(exported.module()(x), expected, 1e-6)
+    assert "cellstack" not in str(exported.graph)
+
+
+def test_a_compiled_model_gives_the_same_and_learns():
+    theirs, ours = pair(nn.LSTM, 3, 4)
+    x = torch.randn(5, 2, 3)
+    compiled = torch.compile(ours, backend="aot_eager")
+    same(compiled(x), theirs(x), 1e-6)
+    compiled(x)[0].sum().backward(), theirs(x)[0].sum().backward()
+    torch.testing.assert_close(ours.weight_hh_l0.grad, theirs.weight_hh_l0.grad)
+
+
+def test_data_parallel_training_in_one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        theirs, ours = pair(nn.LSTM, 3, 4)
+        x = torch.randn(5, 2, 3)
+        nn.parallel.DistributedDataParallel(ours)(x)[0].sum().backward()
+        theirs(x)[0].sum().backward()
+        torch.testing.assert_close(ours.weight_hh_l0.grad, theirs.weight_hh_l0.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_accelerating_twice_changes_nothing():
+    module = cs.accelerate(nn.LSTM(3, 4))
+    kind = type(module)
+    assert type(cs.accelerate(module)) is kind
+    assert door._accelerated(nn.LSTM) is kind
+    kind_of_cells = type(cs.accelerate(nn.LSTMCell(3, 4)))
+    assert issubclass(kind_of_cells, nn.LSTMCell)
+    assert not issubclass(kind_of_cells, nn.LSTM)
