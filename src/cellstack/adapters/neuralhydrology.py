@@ -8,7 +8,6 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -35,7 +34,7 @@ def accelerate(model: Any) -> Any:
     Raises:
         TypeError: no `CustomLSTM` of NeuralHydrology's.
     """
-    cell = _cell_of(model)
+    cell = _cell_of("accelerate", model)
     lstm = nn.LSTM(cell.input_size, cell.hidden_size, device="meta")
     vars(model)["_in_one_call"] = accelerate_modules(lstm)  # no part of it: its state dict stays as it was
     model.forward = MethodType(_forward, model)
@@ -51,17 +50,17 @@ def restore(model: Any) -> Any:
     Raises:
         TypeError: no `CustomLSTM` of NeuralHydrology's.
     """
-    _cell_of(model)
+    _cell_of("restore", model)
     for name in ("forward", "_in_one_call"):
         vars(model).pop(name, None)
     return model
 
 
-def _cell_of(model: Any) -> Any:
+def _cell_of(owner: str, model: Any) -> Any:
     kind = type(model)
     cell = getattr(model, "cell", None)
     if kind.__name__ != "CustomLSTM" or not all(isinstance(getattr(cell, w, None), Tensor) for w in _WEIGHTS.values()):
-        raise TypeError(f"accelerate: expected a CustomLSTM of NeuralHydrology's, got {kind.__name__}")
+        raise TypeError(f"{owner}: expected a CustomLSTM of NeuralHydrology's, got {kind.__name__}")
     return cell
 
 
@@ -73,12 +72,13 @@ def _forward(self: Any, data: Any, h_0: Tensor | None = None, c_0: Tensor | None
         if getattr(lstm, name) is not getattr(self.cell, own):
             setattr(lstm, name, getattr(self.cell, own))
     zeros = x.new_zeros(x.shape[1], lstm.hidden_size)
-    h_0, c_0 = (zeros if start is None else start for start in (h_0, c_0))
-    y, _, (trace,) = lstm(x, (h_0[None], c_0[None]), return_gates=True)
+    h, c = (zeros if start is None else start for start in (h_0, c_0))
+    y, _, (trace,) = lstm(x, (h[None], c[None]), return_gates=True)
     # Gates come as they are after their activation. A sigmoid that is 1.0 can't be undone; a product can be had again.
     z = linear(x, lstm.weight_ih_l0, lstm.bias_ih_l0 + lstm.bias_hh_l0)  # [T, B, 4H]
-    z[0].addmm_(h_0, lstm.weight_hh_l0.t())
+    z[0].addmm_(h, lstm.weight_hh_l0.t())
     z[1:].flatten(0, 1).addmm_(y[:-1].flatten(0, 1), lstm.weight_hh_l0.t())
     named = {"h_n": y, "c_n": trace.c, **dict(zip("ifgo", z.chunk(4, -1), strict=True))}
     found = {name: part.transpose(0, 1) for name, part in named.items()}  # [B, T, H]
+    found["h_n"] = found["h_n"].contiguous()  # dropout draws in the order in which numbers lie
     return {**found, **self.head(self.dropout(found["h_n"]))}

@@ -5,17 +5,21 @@ Ref: sb3-contrib, `RecurrentActorCriticPolicy`, https://sb3-contrib.readthedocs.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
-from torch import Tensor, nn
+from sb3_contrib import RecurrentPPO
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from torch import Tensor
 
 from cellstack.layers.accelerate import accelerate as accelerate_modules
+from cellstack.layers.accelerate import frozen
 from cellstack.layers.accelerate import restore as restore_modules
 
 __all__ = ["accelerate", "restore"]
 
 _STEP = "_process_sequence"  # what every pass of a recurrent policy over its LSTMs goes through
-_TAKES = ("features", "lstm_states", "episode_starts", "lstm")
+_ORIGINAL = "_cellstack_original"  # what a model's class was
 
 
 def accelerate(model: Any) -> Any:
@@ -41,11 +45,18 @@ def accelerate(model: Any) -> Any:
     >>> accelerate(model).learn(64).num_timesteps
     64
     """
-    policy = _policy_of(model)
+    policy = _policy_of("accelerate", model)
     if policy.device.type != "cpu":
         raise ValueError(f'accelerate: expected a policy on the CPU, got one on {policy.device}: give device="cpu"')
+    if getattr(type(policy), _STEP) is not RecurrentActorCriticPolicy._process_sequence:
+        raise TypeError(
+            f"accelerate: expected a policy with sb3-contrib's own {_STEP}, got {type(policy).__name__}: "
+            "cellstack.accelerate(policy) swaps its LSTMs alone"
+        )
     accelerate_modules(policy)
     policy._process_sequence = _process_sequence
+    if model is not policy and not hasattr(model, _ORIGINAL):
+        model.__class__ = _with_rollouts(type(model))
     return model
 
 
@@ -61,23 +72,30 @@ def restore(model: Any) -> Any:
     Raises:
         TypeError: no recurrent policy of sb3-contrib's.
     """
-    policy = _policy_of(model)
+    policy = _policy_of("restore", model)
     vars(policy).pop(_STEP, None)
     restore_modules(policy)
+    if hasattr(model, _ORIGINAL):
+        model.__class__ = getattr(model, _ORIGINAL)
     return model
 
 
-def _policy_of(model: Any) -> Any:
-    policy = model if isinstance(model, nn.Module) else getattr(model, "policy", None)
-    own = getattr(type(policy), _STEP, None)
-    if own is None:
-        raise TypeError(f"accelerate: expected a RecurrentPPO or its policy, got {type(model).__name__}")
-    code = own.__code__
-    if own.__module__.split(".")[0] != "sb3_contrib" or code.co_varnames[: code.co_argcount] != _TAKES:
-        raise TypeError(
-            f"accelerate: expected sb3-contrib's {_STEP}({', '.join(_TAKES)}), got another one, of {own.__module__}: "
-            "cellstack.accelerate(model.policy) swaps the LSTMs alone"
-        )
+@lru_cache(maxsize=64)
+def _with_rollouts(kind: type[RecurrentPPO]) -> type[RecurrentPPO]:
+    """Return a subclass that packs the weights once a rollout, within which they don't change."""
+
+    def collect_rollouts(self: Any, *args: Any, **kwargs: Any) -> bool:
+        with frozen(self.policy):
+            return kind.collect_rollouts(self, *args, **kwargs)
+
+    own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**own, "collect_rollouts": collect_rollouts, _ORIGINAL: kind})
+
+
+def _policy_of(owner: str, model: Any) -> Any:
+    policy = model.policy if isinstance(model, RecurrentPPO) else model
+    if not isinstance(policy, RecurrentActorCriticPolicy):
+        raise TypeError(f"{owner}: expected a RecurrentPPO or its policy, got {type(model).__name__}")
     return policy
 
 
