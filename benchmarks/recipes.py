@@ -20,6 +20,7 @@ import logging
 import sys
 import time
 from importlib.metadata import version
+from importlib.resources import files
 
 import numpy as np
 import peers
@@ -145,21 +146,21 @@ def learn(ways, seeds):
         def _on_step(self):
             return True
 
-    settings = {"n_steps": 128, "batch_size": 256, "learning_rate": 1e-3, "policy_kwargs": {"lstm_hidden_size": 64}}
-    print("CartPole without velocities, 8 environments, 64 units: mean return of the last 100 episodes", flush=True)
+    settings = {"n_epochs": 4, "batch_size": 256, "learning_rate": 3e-3, "policy_kwargs": {"lstm_hidden_size": 32}}
+    print("CartPole without velocities, 8 environments, 32 units: mean return of the last 100 episodes", flush=True)
     courses, taken = {name: [] for name in ways}, {name: [] for name in ways}
     for seed in range(seeds):
         for name, way in ways.items():
             model, returns = way(without_velocities(8, seed=seed, **settings)), Returns()
             start = time.process_time()
-            model.learn(40_000, callback=returns)
+            model.learn(25_600, callback=returns)
             taken[name].append(time.process_time() - start)
             courses[name].append(returns.course)
             last = list(returns.course.values())[-1]
             print(f"  seed {seed}, {name:<10} {taken[name][-1]:6.1f} s, at the end {last:.0f}", flush=True)
     for name in ways:
         print(f"  {name}: {np.mean(taken[name]):.1f} s of processor time a run; mean return ± standard error after")
-        for at in list(courses[name][0])[9::10]:
+        for at in list(courses[name][0])[4::5]:
             course = np.array([one[at] for one in courses[name]])
             error = course.std(ddof=1) / np.sqrt(seeds) if seeds > 1 else np.nan
             print(f"    {at:>6} steps {course.mean():6.1f} ± {error:.1f}")
@@ -347,6 +348,73 @@ def hydrology(rounds, _):
             for what, way in (("inference", inferred), ("forward and backward", trained)):
                 runs = {"before": lambda way=way: way(before), "after": lambda way=way: way(after)}  # noqa: B023
                 turns(f"  {kind.__name__}, {what}", runs, rounds)
+
+
+# ── Silero VAD ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def voice(seconds, rate):
+    """Return what a detector of speech takes for it now and then: a buzz of a voice's pitch with three formants."""
+    t = np.arange(int(seconds * rate)) / rate
+    phase = 2 * np.pi * np.cumsum(120 + 20 * np.sin(2 * np.pi * 0.7 * t)) / rate
+    formants = (500 + 200 * np.sin(2 * np.pi * 1.3 * t), 1500 + 400 * np.sin(2 * np.pi * 0.9 * t), 2500 + 0 * t)
+    sound = sum(
+        np.sin(n * phase) / n * sum(np.exp(-(((n * 120 - formant) / 150) ** 2)) for formant in formants)
+        for n in range(1, 30)
+    )
+    spoken = (np.sin(2 * np.pi * 0.35 * t) > 0) * (0.6 + 0.4 * np.sin(2 * np.pi * 4 * t))
+    return (0.3 * sound * spoken + 0.001 * np.random.default_rng(0).standard_normal(len(t))).astype(np.float32)
+
+
+def silero(rounds, _):
+    from silero_vad import load_silero_vad
+
+    told(["silero-vad", "onnxruntime"])
+    sound = voice(20, 16000)
+    frames = sound[: len(sound) // 512 * 512].reshape(-1, 1, 512)
+    as_tensors = torch.from_numpy(frames[:, 0])
+    path = files("silero_vad.data") / "silero_vad.onnx"
+    net = cs.load(path, constants={"sr": 16000}, frames={"input": 512}, context={"input": 64})
+    print(net)
+    jit, onnx, sequence = load_silero_vad(), load_silero_vad(onnx=True), load_silero_vad(sequence=True)
+    stream, pool = net.stream(), net.pool(64)
+    sessions = [pool.open() for _ in range(64)]
+    many = np.repeat(frames, 64, axis=1)  # [T, 64, 512]
+    many_tensors = torch.from_numpy(many)
+
+    @torch.no_grad()
+    def theirs(model, frames):
+        model.reset_states()
+        return np.array([model(frame, 16000).numpy().ravel() for frame in frames])
+
+    def ours():
+        stream.reset()
+        return np.array([stream.step(frame)[0] for frame in frames])
+
+    ways = {
+        "frame by frame": ({"JIT": lambda: theirs(jit, as_tensors), "ONNX": lambda: theirs(onnx, as_tensors)}, ours),
+        "64 streams, a frame each": (
+            {"ONNX": lambda: theirs(onnx, many_tensors)},
+            lambda: np.array([pool.step(sessions, frame)[:, 0] for frame in many]),
+        ),
+        "a recording at once": (
+            {"ONNX, a file for sequences": lambda: sequence.audio_forward(frames.ravel())[:, None]},
+            lambda: net(frames[:, 0][None])[0],
+        ),
+    }
+    for what, (packages, way) in ways.items():
+        came = way()
+        for name, package in packages.items():
+            far = float(np.abs(package() - came).max())
+            print(
+                f"{what}: probabilities, {came.min():.3f} to {came.max():.3f}, differ by {far:.1e} from those of {name}"
+            )
+            if not far < 1e-5:
+                raise SystemExit("expected a difference below 1e-5")
+        figures = peers.alternate({**packages, "cellstack": way}, rounds, time.process_time)
+        for name, (low, _) in figures.items():
+            ratio = low / figures["cellstack"][0]
+            print(f"  {name:<32}{low / came.size * 1e3:>9.1f} us a frame   {ratio:.2f} times", flush=True)
 
 
 def main():
