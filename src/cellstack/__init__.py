@@ -24,6 +24,7 @@ from cellstack.streaming.stream import Stream
 if TYPE_CHECKING:
     from cellstack import inspect
     from cellstack.doors import accelerate, frozen, plan, restore
+    from cellstack.formats.compiled import compile
     from cellstack.formats.keras import from_keras
     from cellstack.formats.pytorch import from_torch
     from cellstack.formats.verify import verify
@@ -51,6 +52,7 @@ __all__ = [
     "ablate",
     "accelerate",
     "activation_patch",
+    "compile",
     "extract",
     "from_keras",
     "from_torch",
@@ -68,6 +70,7 @@ LATER = {
     "ablate": "inspect.interventions",
     "accelerate": "doors",
     "activation_patch": "inspect.interventions",
+    "compile": "formats.compiled",
     "from_keras": "formats.keras",
     "from_torch": "formats.pytorch",
     "frozen": "doors",

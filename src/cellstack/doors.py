@@ -35,10 +35,20 @@ def accelerate(model: Any) -> Any:
 
 
 def restore(model: Any) -> Any:
-    """Take back what `accelerate` changed in a model, in place, and return it.
+    """Take back what `accelerate` changed in a model, in place.
+
+    Args:
+        model: a module of PyTorch, or a model or layer of Keras.
+
+    Returns:
+        The same model.
 
     Raises:
-        TypeError: it is neither a module of PyTorch nor a model of Keras.
+        TypeError: it is neither.
+
+    >>> import torch
+    >>> type(restore(accelerate(torch.nn.LSTM(3, 4)))) is torch.nn.LSTM
+    True
     """
     return _door("restore", model).restore(model)
 
@@ -48,9 +58,21 @@ def frozen(model: Any) -> Any:
 
     They are then packed once, which is most of what a single step costs: see `cellstack.layers.accelerate.frozen`.
 
+    Args:
+        model: a module of PyTorch that `accelerate` was given, or one with such modules inside.
+
+    Returns:
+        The context, which gives the model.
+
     Raises:
-        TypeError: it is no module of PyTorch; a Keras model needs no such word.
+        TypeError: it is no module of PyTorch.
         ValueError: there is no accelerated module in it.
+
+    >>> import torch
+    >>> cell = accelerate(torch.nn.LSTMCell(3, 4))
+    >>> with torch.no_grad(), frozen(cell):
+    ...     state = cell(torch.zeros(1, 3))
+    ...     state = cell(torch.zeros(1, 3), state)
     """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(model, torch.nn.Module):
@@ -63,6 +85,9 @@ def plan(model: Any) -> Plan:
 
     Args:
         model: a module of PyTorch, accelerated or not, or a model or layer of Keras.
+
+    Returns:
+        The lines.
 
     Raises:
         TypeError: it is neither.

@@ -50,8 +50,8 @@ def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_both_doors_are_shown_and_one_needs_no_torch(tmp_path):
-    torch_door, free_door, training = blocks_of(ROOT / "README.md")
-    for block, loaded in ((torch_door, "True"), (free_door, "False"), (training, "True")):
+    torch_door, one_line, free_door, training = blocks_of(ROOT / "README.md")
+    for block, loaded in ((torch_door, "True"), (one_line, "True"), (free_door, "False"), (training, "True")):
         code = block + "\nimport sys\nprint('torch' in sys.modules)"
         done = run(["-c", code], tmp_path)
         assert done.splitlines()[-1] == loaded

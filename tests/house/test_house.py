@@ -32,6 +32,7 @@ BELOW = {
     "formats": {"spec", "layout", "nodes", "network", "streaming"},
     "inspect": {"spec", "reference", "native", "nodes", "arguments", "formats"},
     "layers": {"spec", "native"},
+    "doors": {"spec"},  # which looks the doors up by name, for what a model brought along
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
     "cli": {"spec", "nodes", "network", "formats", "train", ""},
@@ -60,6 +61,7 @@ BELOW_FORMATS = {
     "": set(),  # formats/__init__.py, which looks its adapters up by name
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
     "verify": {"runtimes"},
+    "compiled": {"", "pytorch"},
 }
 
 # Who may import what from outside the standard library. Torch has a door of its own.
@@ -75,7 +77,7 @@ OUTSIDE_ALSO = {
 # A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
 ON_CALL_ALSO = {
     "cli": {"matplotlib", "torch", "tqdm"},
-    "formats": {"h5py", "onnx"},
+    "formats": {"h5py", "onnx", "torch"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},
     "train": {"holidays", "pandas", "sklearn", "threadpoolctl"},
     "sklearn": {"pandas"},

@@ -5,6 +5,7 @@ import itertools
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import tolerances
@@ -14,8 +15,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import cellstack as cs
+from cellstack import _kernel
 from cellstack.layers import accelerate as door
 from cellstack.layers import op
+from cellstack.spec import CellSpec
 
 MODULES = [nn.LSTM, nn.GRU, nn.RNN]
 CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
@@ -24,7 +27,7 @@ CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
 @pytest.fixture
 def runs(monkeypatch):
     """Count the calls that went to the kernel, which here takes those too that PyTorch is faster with."""
-    monkeypatch.setattr(door, "_LEAST_STEPS", dict.fromkeys(door._LEAST_STEPS, (1, 1)))
+    monkeypatch.setattr(door, "_LEAST_STEPS", dict.fromkeys(door._LEAST_STEPS, (1, 1, 1)))
     calls = []
     for name in ("run", "step"):
         real = getattr(op, name)
@@ -223,7 +226,7 @@ def test_cells(kind, bias, width, runs):
 @pytest.mark.parametrize("kind", [*MODULES, *CELLS])
 def test_frozen_weights_are_packed_once_and_again_when_a_version_changes(kind, monkeypatch):
     theirs, ours = pair(kind, 3, 4)
-    x = torch.randn(2, 3) if kind in CELLS else torch.randn(1, 2, 3)
+    x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
     packs = []
     real = op._weights
     monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
@@ -628,3 +631,74 @@ def test_accelerating_twice_changes_nothing():
     kind_of_cells = type(cs.accelerate(nn.LSTMCell(3, 4)))
     assert issubclass(kind_of_cells, nn.LSTMCell)
     assert not issubclass(kind_of_cells, nn.LSTM)
+
+
+# ── weights in rows ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+CELLS_IN_ROWS = {
+    "lstm": CellSpec(5, 2),
+    "lstm, projection": CellSpec(5, 2, proj_size=1),
+    "gru": CellSpec(5, 2, kind="gru"),
+    "rnn": CellSpec(5, 2, "relu", kind="rnn"),
+}
+
+
+@pytest.mark.parametrize("isa", _kernel.isas())
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("units", [2, 7, 16, 33, 130])
+@pytest.mark.parametrize("name", CELLS_IN_ROWS)
+def test_weights_in_rows_give_the_bits_of_weights_in_columns(name, units, dtype, bias, isa):
+    proj = (units + 1) // 2 if "projection" in name else 0
+    spec = replace(CELLS_IN_ROWS[name], units=units, use_bias=bias, proj_size=proj)
+    form = op._form(op.in_rows(spec.text))
+    torch.manual_seed(0)
+    rows = [torch.randn(shape, dtype=dtype) * 0.3 for shape in form.shapes]
+    columns = [array.contiguous() for array in op._in_columns(form, rows)]
+    before = _kernel.isa()
+    _kernel.set_isa(isa)
+    try:
+        found = [
+            results_and_gradients(spec, text, weights, time_major)
+            for text, weights, time_major in (
+                (form_text, weights, time_major)
+                for form_text, weights in ((spec.text, columns), (op.in_rows(spec.text), rows))
+                for time_major in (False, True)
+            )
+        ]
+    finally:
+        _kernel.set_isa(before)
+    for results, gradients in found[1:]:
+        for a, b in zip(results, found[0][0], strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(gradients[:4], found[0][1][:4], strict=True):
+            assert torch.equal(a, b)
+    wanted = found[0][1][4:]
+    assert all(torch.equal(a, b) for a, b in zip(found[1][1][4:], wanted, strict=True))
+    for _, gradients in found[2:]:  # those of rows, in columns
+        turned = list(gradients[4:])
+        if bias:
+            assert name == "gru" or torch.equal(turned[2], turned[3])
+            turned[2:4] = [torch.zeros_like(turned[2]), turned[3]] if name != "gru" else turned[2:4]
+        for a, b in zip(op._in_columns(form, turned), wanted, strict=True):
+            assert torch.equal(a, b)
+
+
+def results_and_gradients(spec, text, weights, time_major):
+    """Return a call's results, y with the batch first, and the gradients of x, the state and the weights."""
+    torch.manual_seed(1)
+    dtype = weights[0].dtype
+    x = torch.randn(9, 3, spec.input_size, dtype=dtype).transpose(0, 1)
+    starts = [torch.randn(3, size, dtype=dtype) for size in spec.state_sizes.values()]
+    mask = torch.rand(3, 9) < 0.8
+    leaves = [t.clone().requires_grad_() for t in (x, *starts, *weights)]
+    count = len(starts)
+    out = op.run(
+        leaves[0], leaves[1 : 1 + count], leaves[1 + count :], [], mask, None, [text], False, True, True, time_major
+    )
+    results = [*out[:count], out[count].transpose(0, 1) if time_major else out[count], out[count + 1]]
+    draws = torch.Generator().manual_seed(2)
+    loss = sum((t * torch.randn(t.shape, generator=draws, dtype=dtype)).sum() for t in results)
+    gradients = torch.autograd.grad(loss, leaves)
+    pad = [torch.zeros(())] * (3 - 1 - count)
+    return results, [gradients[0], *gradients[1 : 1 + count], *pad, torch.zeros(()), *gradients[1 + count :]]

@@ -264,6 +264,83 @@ def test_torch_func_maps_over_parameters(name):
             torch.testing.assert_close(a[n], b, rtol=0, atol=tolerances.REFERENCE_DOUBLE * 10)
 
 
+# ── Batches of gradients ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerances.REFERENCE_DOUBLE * 100)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("way", ["is_grads_batched", "is_grads_batched, with a graph", "vmap"])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_batch_of_gradients_is_each_of_them(name, way):
+    inputs = chain(CELLS[name])
+    outputs = chained(CELLS[name], *inputs)
+    batch = [torch.randn(4, *out.shape, dtype=out.dtype) for out in outputs]
+
+    def back(batch, **options):
+        return torch.autograd.grad(outputs, inputs, batch, retain_graph=True, **options)
+
+    if way == "vmap":
+        together = torch.func.vmap(back)(batch)
+    else:
+        together = back(batch, is_grads_batched=True, create_graph="graph" in way)
+    for n in range(4):
+        for a, b in zip(together, back([part[n] for part in batch]), strict=True):
+            close(a[n], b)
+
+
+@pytest.mark.usefixtures("path")
+def test_a_batch_of_gradients_of_one_output_among_several():
+    """The others' gradients are absent, or the same for the whole batch."""
+    spec = CELLS["lstm"]
+    inputs = chain(spec)
+    *_, y, gates = chained(spec, *inputs)
+    loss = y.sum() + gates.square().sum()
+    batch = torch.randn(3, *y.shape, dtype=y.dtype)
+    together = torch.autograd.grad([y, loss], inputs, [batch, torch.ones(3)], is_grads_batched=True, retain_graph=True)
+    for n in range(3):
+        alone = torch.autograd.grad([y, loss], inputs, [batch[n], torch.ones(())], retain_graph=True)
+        for a, b in zip(together, alone, strict=True):
+            close(a[n], b)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("name", ["sequences", "gru", "stack", "flags"])
+def test_vectorized_jacobians_and_hessians(name):
+    run, parameters = function_of(LAYERS[name](), mask=MASK)
+    x = draw(BATCH, STEPS, WIDTH)
+    functional = torch.autograd.functional
+    inputs = x, parameters[0]
+    results = [
+        functional.jacobian(lambda x, w: run(x, w, *parameters[1:])[0], inputs, vectorize=vectorize)
+        for vectorize in (True, False)
+    ]
+    results += [
+        functional.hessian(lambda x: run(x, *parameters)[0].square().sum(), x, vectorize=vectorize)
+        for vectorize in (True, False)
+    ]
+    for a, b in (*zip(*results[:2], strict=True), results[2:]):
+        close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
+@pytest.mark.usefixtures("path")
+def test_forward_mode_over_gradients():
+    """A tangent of the gradients that come in is neither lost nor left to the kernel, which knows of none."""
+    spec = CELLS["lstm"]
+    inputs = chain(spec)
+    outputs = chained(spec, *inputs)
+    grads, tangents = ([torch.randn_like(out) for out in outputs] for _ in range(2))
+    with torch.autograd.forward_ad.dual_level():
+        dual = [torch.autograd.forward_ad.make_dual(g, t) for g, t in zip(grads, tangents, strict=True)]
+        found = torch.autograd.grad(outputs, inputs, dual, retain_graph=True)
+        found = [torch.autograd.forward_ad.unpack_dual(part).tangent for part in found]
+    for a, b in zip(found, torch.autograd.grad(outputs, inputs, tangents), strict=True):
+        close(a, b)
+
+
 # ── Negated views ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -34,8 +34,9 @@ _KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn", "RNN_RELU": "rnn"}
 _MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # that of an nn.RNNCell is told by its nonlinearity
 _MODULES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 _DTYPES = (torch.float32, torch.float64)
-# Steps from which the kernel is the faster one, in a call without and with gradients; measured (benchmarks/doors.py).
-_LEAST_STEPS = {"LSTM": (1, 16), "GRU": (8, 4), "RNN_TANH": (16, 8), "RNN_RELU": (16, 8)}
+# Steps from which the kernel is the faster one, in a call without gradients, with them, and with frozen weights;
+# measured (benchmarks/doors.py).
+_LEAST_STEPS = {"LSTM": (1, 16, 1), "GRU": (8, 4, 1), "RNN_TANH": (16, 8, 4), "RNN_RELU": (16, 8, 4)}
 _WIDE_LSTM = 128  # units from which that is so from the first step on
 
 # ── which modules, and which calls ───────────────────────────────────────────────────────────────────────────────────
@@ -148,12 +149,15 @@ class _Sequence(_Accelerated, nn.RNNBase):
             ValueError: `reset` of another shape, not of bool, or with a PackedSequence.
             RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
         """
+        asked = reset is not None or return_gates
+        if isinstance(input, Tensor) and not asked and self._is_short(input):
+            return super().forward(input, hx)
         packed = input if isinstance(input, PackedSequence) else None
         x: Any = input if packed is None else packed.data
         weights = self._weights()
         states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
-        if not self._serves(x, weights, states, packed, reset is not None or return_gates):
-            if reset is not None or return_gates:
+        if not self._serves(x, weights, states, packed):
+            if asked:
                 raise RuntimeError(
                     f"{_name(self)}: expected no reset or return_gates in a call that PyTorch runs: {_why(self)}"
                 )
@@ -197,13 +201,9 @@ class _Sequence(_Accelerated, nn.RNNBase):
             self._update_flat_weights()
             return self._flat_weights  # type: ignore[return-value]
 
-    def _serves(
-        self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None, asked: bool
-    ) -> bool:
-        """Whether the kernel runs this call: it can, and is faster, or is asked for what it alone can do."""
+    def _serves(self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None) -> bool:
+        """Whether the kernel can run this call."""
         if not _is_ready(x, self.input_size, weights, states) or x.ndim not in ((2,) if packed else (2, 3)):
-            return False
-        if packed is None and not asked and self._is_short(x, weights, states):
             return False
         if not states:
             return True
@@ -216,15 +216,13 @@ class _Sequence(_Accelerated, nn.RNNBase):
         sizes = (width, self.hidden_size) if self.mode == "LSTM" else (width,)
         return [state.shape for state in states] == [(*shape, size) for size in sizes]
 
-    def _is_short(self, x: Tensor, weights: list[Any], states: Sequence[Any]) -> bool:
-        """Whether a call has so few steps that PyTorch's own is faster."""
-        steps = x.shape[0 if x.ndim == 2 or not self.batch_first else 1]
-        least, trained = _LEAST_STEPS[self.mode]
-        if steps >= max(least, trained):
-            return False
-        if needs_grad(x, *states, *weights):
-            return steps < trained and not (self.mode == "LSTM" and self.hidden_size >= _WIDE_LSTM)
-        return self._frozen is None and steps < least
+    def _is_short(self, x: Tensor) -> bool:
+        """Whether a call has so few steps that PyTorch's own is as fast or faster."""
+        if torch.is_grad_enabled():
+            least = 1 if self.mode == "LSTM" and self.hidden_size >= _WIDE_LSTM else _LEAST_STEPS[self.mode][1]
+        else:
+            least = _LEAST_STEPS[self.mode][0 if self._frozen is None else 2]
+        return least > 1 and x.ndim > 1 and x.shape[1 if self.batch_first and x.ndim == 3 else 0] < least
 
     def _flags(self, reset: Any, x: Tensor, packed: PackedSequence | None) -> Tensor:
         """Return `reset` as `[B, T]`, checked."""
@@ -521,7 +519,7 @@ def _small(module: Any) -> str:
     """Say which calls of a module PyTorch runs because it is faster there."""
     if isinstance(module, nn.RNNCellBase):
         return " within frozen() and without gradients; else PyTorch's own, as fast for one step"
-    least, trained = _LEAST_STEPS[module.mode]
+    least, trained, _ = _LEAST_STEPS[module.mode]
     if module.mode == "LSTM" and module.hidden_size >= _WIDE_LSTM:
         return ""
     parts = [f"{trained} steps in training"] + ([f"{least} otherwise"] if least > 1 else [])

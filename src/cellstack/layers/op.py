@@ -22,7 +22,7 @@ The op trusts its caller: shapes and dtypes are checked once, in the layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -410,6 +410,40 @@ def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
         ctx.mark_non_differentiable(*absent, *kept[3 * count :])
 
 
+# ── Batches of gradients: vmap over the backward pass ──────────────────────────────────────────────────────────────
+
+
+def _batched(grad: Tensor | None) -> bool:
+    """Whether `grad` is a batch of gradients, as torch.autograd.grad(…, is_grads_batched=True) gives them."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _picked(value: Any, dim: Any, n: int) -> Any:
+    """Return the n-th of a batch along `dim`, of each tensor of a list where `dim` is one; None: there is no batch."""
+    if isinstance(dim, (list, tuple)):
+        return [_picked(part, own, n) for part, own in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, n)
+
+
+def _one_by_one(info: Any, dims: tuple[Any, ...], *inputs: Any) -> tuple[list[Tensor], list[int]]:
+    """torch.func.vmap of `recurrent_backward`."""
+    call = torch.ops.cellstack.recurrent_backward
+    found = [call(*_picked(inputs, dims, n)) for n in range(info.batch_size)]
+    results = [torch.stack(parts) for parts in zip(*found, strict=True)]
+    return results, [0] * len(results)
+
+
+def _of_each(call: Callable[[list[Tensor | None]], list[Tensor]], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return what `call` gives for each of a batch of `grads`, of torch's older vmap, as a batch of the same kind."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    # What isn't of the batch comes as a batch of one.
+    each = [None if grad is None else torch._remove_batch_dim(grad, level, 1, 0) for grad in grads]  # pyright: ignore[reportPrivateImportUsage]
+    sizes = {len(grad) for grad in each if grad is not None}
+    found = [call([g if g is None else g[min(n, len(g) - 1)] for g in each]) for n in range(max(sizes))]
+    return [torch._add_batch_dim(torch.stack(parts), 0, level) for parts in zip(*found, strict=True)]  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return gradients of `[x, *starts, *weights]`, None where `needs` says that none is wanted."""
     masked, cells, reverse, save, threads, time_major = ctx.rest
@@ -420,29 +454,37 @@ def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> l
     saved = list(kept)
     mask = flags.pop(0) if masked else None
     reset = flags[0] if flags else None
-    if torch.is_grad_enabled():  # create_graph: second derivatives go through the torch loop
-        # Of views: an input may depend on another one, and that way is not for this op to differentiate.
-        x, starts, weights = x.view_as(x), *([t.view_as(t) for t in group] for group in (starts, weights))
-        forms = [_form(text) for text in cells]
-        specs, functions = [form.spec for form in forms], [form.functions for form in forms]
-        left = iter(weights)
-        arrays = [array for form in forms for array in _in_columns(form, list(islice(left, len(form.shapes))))]
-        outputs = eager.run(x, starts, arrays, drops, mask, reset, specs, functions, reverse, True, True)
-        if time_major:
-            ys = slice(sum(len(form.sizes) for form in forms), None)
-            outputs[ys] = [y.transpose(0, 1) if n < len(forms) else y for n, y in enumerate(outputs[ys])]
-        asked = zip(outputs, grads, strict=True)
-        pairs = [(out, grad) for out, grad in asked if grad is not None and out.requires_grad]
-        found = torch.autograd.grad(
-            [out for out, _ in pairs],
-            [t for t, need in zip([x, *starts, *weights], needs, strict=True) if need],
-            [grad for _, grad in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
+    graph = torch.is_grad_enabled()  # create_graph
+    if graph or forward_ad._current_level >= 0:  # second derivatives go through the torch loop
+        with torch.enable_grad():
+            # Of views: an input may depend on another one, and that way is not for this op to differentiate.
+            x, starts, weights = x.view_as(x), *([t.view_as(t) for t in group] for group in (starts, weights))
+            forms = [_form(text) for text in cells]
+            specs, functions = [form.spec for form in forms], [form.functions for form in forms]
+            left = iter(weights)
+            arrays = [array for form in forms for array in _in_columns(form, list(islice(left, len(form.shapes))))]
+            outputs = eager.run(x, starts, arrays, drops, mask, reset, specs, functions, reverse, True, True)
+            if time_major:
+                ys = slice(sum(len(form.sizes) for form in forms), None)
+                outputs[ys] = [y.transpose(0, 1) if n < len(forms) else y for n, y in enumerate(outputs[ys])]
+            asked = zip(outputs, grads, strict=True)
+            pairs = [(out, grad) for out, grad in asked if grad is not None and out.requires_grad]
+            found = torch.autograd.grad(
+                [out for out, _ in pairs],
+                [t for t, need in zip([x, *starts, *weights], needs, strict=True) if need],
+                [grad for _, grad in pairs],
+                create_graph=graph,
+                allow_unused=True,
+            )
     else:
-        call = _backward if x.is_cpu and direct(x) else torch.ops.cellstack.recurrent_backward
-        found = call(x, starts, weights, drops, mask, reset, saved, grads, cells, reverse, needs, threads, time_major)
+        call = _backward if x.is_cpu and direct(x) and not transformed() else torch.ops.cellstack.recurrent_backward
+
+        def back(grads: Sequence[Tensor | None]) -> list[Tensor]:
+            return call(
+                x, starts, weights, drops, mask, reset, saved, grads, cells, reverse, needs, threads, time_major
+            )
+
+        found = _of_each(back, grads) if any(map(_batched, grads)) else back(grads)
     queue = iter(found)
     return [next(queue) if need else None for need in needs]
 
@@ -476,6 +518,7 @@ _LIBRARY.impl("recurrent", _forward, "CPU")
 _LIBRARY.impl("recurrent_backward", _backward, "CPU")
 torch.library.register_fake("cellstack::recurrent", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("cellstack::recurrent_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_vmap("cellstack::recurrent_backward", _one_by_one, lib=_LIBRARY)
 torch.library.register_autograd("cellstack::recurrent", _differentiate, setup_context=_keep, lib=_LIBRARY)
 
 recurrent = torch.ops.cellstack.recurrent.default
