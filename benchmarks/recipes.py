@@ -348,6 +348,15 @@ def hydrology(rounds, _):
             for what, way in (("inference", inferred), ("forward and backward", trained)):
                 runs = {"before": lambda way=way: way(before), "after": lambda way=way: way(after)}  # noqa: B023
                 turns(f"  {kind.__name__}, {what}", runs, rounds)
+        custom, _ = both(CustomLSTM, neuralhydrology.accelerate)
+
+        @torch.no_grad()
+        def active(model=after, inputs=inputs):
+            y, _, (gates,) = model.lstm(model.embedding_net(inputs()), return_gates=True)
+            return model.head(y.transpose(0, 1)), gates
+
+        runs = {"CustomLSTM": lambda: inferred(custom), "CudaLSTM": active}  # noqa: B023
+        turns("  gates, inference", runs, rounds)
 
 
 # ── Silero VAD ──────────────────────────────────────────────────────────────────────────────────────────────────────
