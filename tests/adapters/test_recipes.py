@@ -1,4 +1,4 @@
-"""The programs of docs/recipes.md, as their packages are: benchmarks/recipes.py compares what they compute with ours."""
+"""The programs of docs/recipes.md, as their packages are: benchmarks/recipes.py compares what they say with ours."""
 
 import os
 import re
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "recipes.py"
-HUB = "huggingface-hub certifi idna"
+HUB = "huggingface-hub certifi charset-normalizer idna regex"
 PACKAGES = {  # without what they depend on, where that is here or isn't imported
-    "stanza": f"stanza==1.15.0 charset-normalizer colorama emoji orjson regex requests termcolor udapi udtools urllib3 {HUB}",
-    "kokoro": f"kokoro==0.9.4 anyio charset-normalizer h11 httpcore2 httpx2 regex tokenizers transformers truststore {HUB}",
+    "stanza": f"stanza==1.15.0 colorama emoji orjson requests termcolor udapi udtools urllib3 {HUB}",
+    "kokoro": f"kokoro==0.9.4 anyio h11 httpcore2 httpx2 tokenizers transformers truststore {HUB}",
     "hydrology": "neuralhydrology==1.13.0 certifi cftime netcdf4 ruamel.yaml xarray",
     "silero": "silero-vad==6.2.3",
 }
