@@ -39,7 +39,7 @@ BELOW = {
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
     "cli": {"spec", "nodes", "network", "formats", "train", ""},
     "sklearn": {"network", "train"},
-    "adapters": {"sklearn"},
+    "adapters": {"sklearn", "layers"},
     "__main__": {"cli"},
 }
 
@@ -76,7 +76,7 @@ OUTSIDE_ALSO = {
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
-    "adapters": {"aeon", "sklearn", "sktime"},
+    "adapters": {"aeon", "sb3_contrib", "sklearn", "sktime", "torch"},
 }
 # A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
 ON_CALL_ALSO = {
