@@ -63,8 +63,8 @@ def defaults(windows: int) -> dict[str, Any]:
         "dropout": 0.1,
         "lr": 1e-3 if few else 3e-3,
         "batch": 64,
-        "epochs": 60,
-        "patience": 10,
+        "epochs": 16,
+        "patience": 6,
         "members": 2 if many else 3,
     }
 
