@@ -110,7 +110,7 @@ def test_the_search_finds_a_season_that_grows_with_the_level():
     n = np.arange(160)
     shape = np.tile([0.8, 1.3, 1.0, 0.9], 40)
     values = 50 * 1.02**n * shape * np.exp(np.random.default_rng(3).normal(0, 0.02, 160))
-    how, error = smoothing.best([values[:120]], (4,), 8, [1.0])
+    how, _ = smoothing.best([values[:120]], (4,), 8, [1.0])
     assert how.log
     assert how.drift > 0 or how.trend > 0
     said = smoothed(values, (4,), how).ahead(np.arange(119, 152), 8)

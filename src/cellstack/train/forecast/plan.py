@@ -36,7 +36,7 @@ class Request:
         inputs: further columns that the network sees up to now; every one that isn't named elsewhere.
         known: columns that are known in advance, over the horizon too.
         country: whose holidays the network sees, `"US"` or `"DE-BY"`; "" for none.
-        scale: unit of the values, see `Recipe`; chosen on the validation part.
+        scale: unit of the values, see `Recipe`; the level where the logarithm is smoothed.
         quantiles: of the forecast's distribution; 0.5 is added where it isn't there.
     """
 

@@ -54,7 +54,7 @@ class Recipe:
         horizon: steps to forecast.
         window: steps that the network sees.
         seasons: steps after which the series repeats itself, rising; none where it doesn't.
-        rule: what the network's output is added to.
+        rule: what the network's output is added to: smoothing, where there is one.
         scale: unit of the network's values: `"spread"`, the standard deviation of what it looks back at, or `"level"`,
             its mean, for series whose swings grow with it.
         smoothing: how each target is smoothed; none where no series is long enough to say.

@@ -1,9 +1,10 @@
 """From a table to a network that forecasts, and its errors beside those of simple rules.
 
-Most choices are made on the validation part, the rows before the test part: the rule that outputs are added to, the
-unit of the values, the epoch of each member, how far to follow the network rather than the rule, and by how much its
-outer quantiles have to be moved to cover what they promise. Then each member is trained anew, for as many epochs, on
-training and validation part together: the latest rows tell most of what comes next.
+The networks' outputs are added to exponential smoothing. How the targets are smoothed, told by the training part, says
+which seasons are kept and the unit of the values. The validation part, the rows before the test part, says which epoch
+of each member is kept, how far to follow the network rather than the rule, and by how much its outer
+quantiles have to be moved to cover what they promise. Then the targets are smoothed and each member is trained anew,
+for as many epochs, on training and validation part together: the latest rows tell most of what comes next.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from cellstack.train.fitting import Result, check_memory, fitted
 from cellstack.train.forecast import backtest, smoothing
 from cellstack.train.forecast.model import Calibration, Forecaster, as_network
 from cellstack.train.forecast.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
-from cellstack.train.forecast.plan import Request, plan
+from cellstack.train.forecast.plan import Request, plan, understood
 from cellstack.train.forecast.predict import forecasts_of, outputs
-from cellstack.train.forecast.recipe import Recipe, Rule
+from cellstack.train.forecast.recipe import SMOOTHED, Recipe
 from cellstack.train.forecast.smoothing import Smoothing
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.learner import Fit
@@ -37,7 +38,6 @@ from cellstack.train.tables.table import Table
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 MEASURED = 2048  # windows that scales are measured on
-BETTER = 0.95  # of the error with the longest season that the one without it must stay below
 FEWEST = 50  # points by which a quantile is moved
 
 
@@ -72,11 +72,13 @@ class Trained(NamedTuple):
         result: the network, and what the fits of its members did: their histories one after the other.
         recipe: what is forecast from what.
         test: forecasts of the test part, None where there is none.
+        understood: how the table was understood, a sentence each.
     """
 
     result: Result
     recipe: Recipe
     test: backtest.Backtest | None
+    understood: list[str]
 
 
 def train_forecast(
@@ -87,6 +89,7 @@ def train_forecast(
     options: RunOptions,
     test: float = 0.2,
     rivals: bool = True,
+    recipe: Recipe | None = None,
 ) -> Trained:
     """Train on each series' earlier rows; measure by forecasts from origins in its last `test` of the rows.
 
@@ -98,11 +101,13 @@ def train_forecast(
         options: how the training is run; the validation part lies between the training part and the test part.
         test: share of each series' rows to measure on; 0 for none.
         rivals: measure gradient boosting on lags too, where scikit-learn is installed.
+        recipe: what `plan` makes of table and request, where that is at hand.
 
     Raises:
         UsageError: a column that isn't there or holds nothing, or too few rows; see `learn` for more.
     """
-    recipe = plan(table, request, options.validation + test)
+    if recipe is None:
+        recipe = plan(table, request, options.validation + test)
     windows, cut = prepared(table, recipe, request, options.validation, test)
     fits = _Fits(build, settings, options, windows, cut)
     members, calibration = fits.members()
@@ -125,16 +130,15 @@ def train_forecast(
         found = measured(network, windows, fits.inputs, cut, rivals)
         scores = found.scores
     result = Result(network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(fits.held), fits.told(scores))
-    return Trained(result, recipe, found)
+    return Trained(result, recipe, found, understood(table, recipe, request, cut))
 
 
-def prepared(
-    table: Table, recipe: Recipe, request: Request, validation: float, test: float
-) -> tuple[Windows, Parts]:
+def prepared(table: Table, recipe: Recipe, request: Request, validation: float, test: float) -> tuple[Windows, Parts]:
     """Return the windows of the training and then of the validation part, all choices made but the network; the parts.
 
-    How the targets are smoothed says more: where the logarithm serves, the unit is the level; and where what is
-    smoothed is forecast better without its longest season, that one did harm, as of a cycle whose length changes.
+    The rule is smoothing, the naive one where no series is long enough. How the targets are smoothed says more: where
+    the logarithm serves, the unit is the level; and where what is smoothed is forecast better without its longest
+    season, that one did harm, as of a cycle whose length changes.
     """
     cut = parts(table, recipe, validation, test)
     typical = typical_errors(table, recipe, cut.ends)
@@ -142,18 +146,16 @@ def prepared(
     if request.seasons is None and recipe.seasons and smoothed is not None:
         shorter = replace(recipe, seasons=recipe.seasons[:-1])
         other = smoothings(table, shorter, cut.ends, typical, 2 * recipe.seasons[-1])
-        if other is not None and other[1] < BETTER * smoothed[1]:
+        if other is not None and other[1] < smoothed[1]:
             recipe, smoothed = shorter, other
             cut = parts(table, recipe, validation, test)
             typical = typical_errors(table, recipe, cut.ends)
     if smoothed is not None:
         how = smoothed[0]
         scale = request.scale or ("level" if all(each.log for each in how) else "spread")
-        recipe = replace(recipe, smoothing=how, scale=scale)
+        recipe = replace(recipe, smoothing=how, scale=scale, rule=SMOOTHED)
     windows = Windows(recipe, table, np.concatenate([cut.training, cut.validation]), typical)
-    windows = windows.told(replace(recipe, floors=floors(windows, np.arange(len(cut.training)))))
-    rule = best_rule(windows, np.arange(len(windows.origins)))
-    return windows.told(replace(windows.recipe, rule=rule)), cut
+    return windows.told(replace(recipe, floors=floors(windows, np.arange(len(cut.training))))), cut
 
 
 def smoothings(
@@ -168,18 +170,6 @@ def smoothings(
             return None
         found.append(best)
     return tuple(how for how, _ in found), float(np.mean([error for _, error in found]))
-
-
-def best_rule(windows: Windows, indices: Ints) -> Rule:
-    """Return the rule whose forecasts are best by the series' typical errors, of the windows at `indices`."""
-    recipe, some = windows.recipe, spread_out(indices, MEASURED)
-    actual, typical = windows.actual(some), windows.typical_of(some)[:, None]
-    errors = {}
-    for rule in recipe.rules:
-        said = np.stack([windows.rule(rule, n, some) for n in range(len(recipe.targets))], axis=-1)
-        difference = np.abs(said - actual) / typical
-        errors[rule] = float(np.nanmean(difference)) if np.isfinite(difference).any() else np.inf
-    return min(errors, key=lambda rule: errors[rule])
 
 
 def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, rivals: bool) -> backtest.Backtest:
