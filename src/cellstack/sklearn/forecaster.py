@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from cellstack.sklearn.sequences import seed_of
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import predict
+from cellstack.train.forecast.rules import seasonal
 from cellstack.train.tables.table import Table, read_table
 
 Floats = NDArray[np.float64]
@@ -161,24 +162,29 @@ class SequenceForecaster(BaseEstimator):
         return _squeezed(forecasts, values[:, :, 0] if values.shape[2] == 1 else values)
 
     def score(self, X: Any, y: None = None) -> float:
-        """Return how much less than a simple rule's the absolute error is, of forecasts of X's last `horizon` rows.
+        """Return how much less than the naive forecast's the absolute error is, over X's last `horizon` rows.
 
         Args:
             X: a table whose series end with the truth; what lies before it is forecast from.
             y: not used.
 
         Returns:
-            `1 - error / error of the rule`, the one that the fit chose among the latest value, those of seasons
-            before and exponential smoothing: 1 is without error, 0 no better than the rule.
+            `1 - error / error of the latest value`: 1 is without error, 0 no better than the latest value. It doesn't
+            depend on how the estimator was told to forecast, so that searches can go by it.
         """
         check_is_fitted(self)
-        table = self._table(X)
-        origins = predict.last_origins(table, self.recipe_) - self.recipe_.horizon
+        table, recipe = self._table(X), self.recipe_
+        origins = predict.last_origins(table, recipe) - recipe.horizon
         forecasts = self._forecasts(table, origins)
-        rows = origins[:, None] + np.arange(1, self.recipe_.horizon + 1)
-        actual = np.stack([table.columns[name][rows] for name in self.recipe_.targets], axis=-1)
-        ours, rules = (np.nansum(np.abs(said - actual)) for said in (forecasts.median, forecasts.reference))
-        return float(1 - ours / max(rules, np.finfo(float).tiny))
+        rows = origins[:, None] + np.arange(1, recipe.horizon + 1)
+        actual = np.stack([table.columns[name][rows] for name in recipe.targets], axis=-1)
+        naive = np.full(actual.shape, np.nan)
+        for series, origin in enumerate(origins):
+            here = table.rows(series)
+            for n, name in enumerate(recipe.targets):
+                naive[series, :, n] = seasonal(table.columns[name][here], origin[None] - here.start, recipe.horizon)[0]
+        ours, latest = (np.nansum(np.abs(said - actual)) for said in (forecasts.median, naive))
+        return float(1 - ours / max(latest, np.finfo(float).tiny))
 
     def _forecasts(self, table: Table, origins: NDArray[np.int64] | None = None) -> predict.Forecasts:
         return predict.forecast(self.network_, table, type(self).__name__, origins, self.threads)
