@@ -250,8 +250,8 @@ def _errors(values: Floats, seasons: tuple[int, ...], horizon: int, how: Any, or
         season = np.zeros((1, horizon))
         for phase in state.phases:
             season = season + np.stack([np.broadcast_to(phase[(row + k) % len(phase)], len(total)) for k in steps], -1)
-        parts = [np.broadcast_to(each, len(total))[:, None] for each in state[1:5]]
-        said = ahead(State(None, *parts, []), season, how, steps)
+        level, drift, slope, rest = (np.broadcast_to(each, len(total))[:, None] for each in state[1:5])
+        said = ahead(State(None, level, drift, slope, rest, []), season, how, steps)
         total += np.nan_to_num(np.abs(said - y)[:, seen], nan=np.inf).sum(-1)
         count += int(seen.sum())
     return total, count

@@ -141,7 +141,7 @@ class Windows:
             x[:, :window, at] = (target.values[rows] - base) / unit
             for rule in recipe.rules:
                 at += 1
-                if rule == SMOOTHED:
+                if rule == SMOOTHED and target.smoothed is not None:
                     said = target.smoothed.fitted[rows]
                 else:
                     before = steps[:, :window] - rule.season
@@ -185,8 +185,9 @@ class Windows:
 
     def rule(self, rule: Rule, target: int, indices: Ints) -> Floats:
         """Return a rule's forecasts of a target, `[B, horizon]`, NaN where it has nothing to go by."""
-        if rule == SMOOTHED:
-            return self.targets[target].smoothed.ahead(self.origins[indices], self.recipe.horizon)
+        smoothed = self.targets[target].smoothed
+        if rule == SMOOTHED and smoothed is not None:
+            return smoothed.ahead(self.origins[indices], self.recipe.horizon)
         ahead = np.arange(1, self.recipe.horizon + 1)
         back = ahead - rule.season * -(-ahead // rule.season)  # in (-season, 0]
         rows = self.origins[indices][:, None] + back
