@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py [--networks 80]
 
 Widths are drawn from 4 to 315, batches from 1 to 8, steps from 5 to 59; weights as PyTorch draws them, inputs normal.
-An error is the root of the mean square of an output's difference from PyTorch's in float64; what is printed is ours over
-each peer's, the median and nine tenths of all networks.
+An error is the root of the mean square of an output's difference from PyTorch's in float64; what is printed is ours
+over each peer's, the median and nine tenths of all networks.
 """
 
 import argparse
