@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 UNTUNED := env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
 
-.PHONY: help demo test test-all test-models lint format bench sanitize clean
+.PHONY: help demo test test-all test-models lint format bench sanitize guard clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,13 +26,13 @@ test-models: $(VENV)/tested  ## published models, downloaded, beside their own r
 lint: $(VENV)/tested  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror kernel/*.h kernel/*.cpp
+	$(BIN)/clang-format --dry-run -Werror kernel/*.h kernel/*.cpp tests/guard/*.cpp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/tested  ## rewrite the sources in the house's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i kernel/*.h kernel/*.cpp
+	$(BIN)/clang-format -i kernel/*.h kernel/*.cpp tests/guard/*.cpp
 
 bench: $(VENV)/tested  ## cellstack beside its peers, in one run
 	$(BIN)/pip install -q -e '.[bench]'
@@ -41,6 +41,9 @@ bench: $(VENV)/tested  ## cellstack beside its peers, in one run
 sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
 	PYTHON=$(PYTHON) tests/sanitize.sh address,undefined libasan.so
 	PYTHON=$(PYTHON) tests/sanitize.sh thread libtsan.so
+
+guard:  ## the kernel's instructions, counted, beside recorded counts (valgrind); RECORD=1 records them
+	$(PYTHON) tests/guard/instructions.py $(if $(RECORD),--record)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-sanitize-* build .pytest_cache .ruff_cache .hypothesis cellstack-demo

@@ -13,11 +13,13 @@ std::vector<const InstructionSet*> find() {
     std::vector<const InstructionSet*> sets;
 #ifdef CELLSTACK_X86
     __builtin_cpu_init();
+#ifdef CELLSTACK_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw")) {
         if (__builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512vnni::set);
         sets.push_back(&avx512::set);
     }
+#endif
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2::set);
 #endif
     sets.push_back(&baseline::set);
