@@ -195,6 +195,9 @@ class Network:
         first = sum(len(node.cells) for node in self.nodes[:place])
         return self._patched[first : first + len(self.nodes[place].cells)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_whole"}  # made again where it is needed
+
     def __call__(self, x: Any, mask: Any = None, *, lengths: Any = None) -> Any:
         """Return what the network makes of `x`: `run` from the cells' own initial state, without the state after.
 
