@@ -222,7 +222,10 @@ LOADS = {
     "a list": ({"constants": {"sr": [8000]}}, r"input 'sr': expected a value \[\], got \[1\]"),
     "text": ({"constants": {"sr": "fast"}}, "input 'sr': expected a value of type int64, got <U4 'fast'"),
     "frames of another": ({"constants": {"sr": 1}, "frames": {"x": 24}}, "expected frames of the inputs .*of 'x'"),
-    "a frame of 0": ({"constants": {"sr": 1}, "frames": {"input": 0}}, "frames of 'input' to be a number, got 0"),
+    "a frame of 0": (
+        {"constants": {"sr": 1}, "frames": {"input": 0}},
+        "frames of 'input' to be a whole number from 1 up, got 0",
+    ),
     "context alone": ({"constants": {"sr": 1}, "context": {"input": 8}}, "by the lengths of 'input'"),
     "too much": ({"constants": {"sr": 1}, "frames": {"input": 12}, "context": {"input": 20}}, TOO_MUCH),
     "too short": ({"constants": {"sr": 1}, "frames": {"input": 4}}, "Take: expected an axis that 0 and 6 entries fit"),
@@ -244,7 +247,7 @@ def test_options_are_of_a_format(tmp_path):
     with pytest.raises(TypeError, match="load: expected frames by the names of inputs, a dict, got int"):
         cs.load(path, frames=512)
     cs.load(path, frames={"input": FRAME}).save(tmp_path / "net.safetensors")
-    with pytest.raises(TypeError, match="expected no options for a file of safetensors, got frames"):
+    with pytest.raises(TypeError, match="expected the option order for a file of safetensors, got frames"):
         cs.load(tmp_path / "net.safetensors", frames={"input": FRAME})
 
 
