@@ -25,7 +25,7 @@ def accelerate(model: Any) -> Any:
 
     Raises:
         TypeError: it is neither.
-        ValueError: it has no recurrent layer that the kernel could run.
+        ValueError: it has no recurrent layer; of PyTorch's, none that the kernel could run.
 
     >>> import torch
     >>> isinstance(accelerate(torch.nn.LSTM(3, 4)), torch.nn.LSTM)

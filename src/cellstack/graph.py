@@ -24,7 +24,7 @@ def state_of(node: str, state: str) -> str:
     return f"{node}{STATE}{state}"
 
 
-class State(NamedTuple):
+class StateValue(NamedTuple):
     """A state that a node gives as a value: the value's name, which of the node's cells has it, and "h" or "c"."""
 
     value: str
@@ -45,7 +45,7 @@ class Graph(NamedTuple):
     ids: frozenset[str]  # inputs that no node computes with, but looks them up: they keep their dtype
     late: tuple[bool, ...]  # a node's: whether its check needs lengths that only a call brings
     done: tuple[tuple[str, ...], ...]  # a node's: values that nobody needs once it has run
-    states: tuple[tuple[State, ...], ...]  # a node's: those that something takes, or the network answers with
+    states: tuple[tuple[StateValue, ...], ...]  # a node's: those that something takes, or the network answers with
 
     def timed(self, name: str) -> bool:
         """Whether an input has a time axis, and with it a mask."""
@@ -142,13 +142,13 @@ def _given_shape(name: str, shape: object) -> Shape | None:
     )
 
 
-def _states(parts: _Parts) -> tuple[tuple[State, ...], ...]:
+def _states(parts: _Parts) -> tuple[tuple[StateValue, ...], ...]:
     """Return, for each node, the states that something takes, or that are an answer."""
     taken = {value for values in (parts.outputs, *parts.wires) for value in values if STATE in value}
     found = []
     for node, name, _ in parts.forwards():
         own = [(number, part) for number, cell in enumerate(node.cells) for part in cell.spec.state_sizes]
-        values = (State(state_of(name, state), *at) for state, at in zip(node.state_sizes, own, strict=True))
+        values = (StateValue(state_of(name, state), *at) for state, at in zip(node.state_sizes, own, strict=True))
         found.append(tuple(state for state in values if state.value in taken) if taken else ())
     return tuple(found)
 

@@ -372,6 +372,8 @@ def test_one_model_can_be_accelerated_alone(rng):
     assert restore(one) is one
     one.predict(x, verbose=0)
     assert calls().served == 6
+    with pytest.raises(ValueError, match="accelerate: expected a model with a recurrent layer, got plain without one"):
+        accelerate(keras.Sequential([L.Dense(2)], name="plain"))
     for name in ("accelerate", "restore", "plan"):
         with pytest.raises(TypeError, match=f"{name}: expected a layer or a model of Keras, got Linear"):
             getattr(cellstack.keras, name)(torch.nn.Linear(2, 2))

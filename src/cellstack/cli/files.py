@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from cellstack.cli.tables import names
 from cellstack.formats import adapters, extract, load, supported
 from cellstack.formats.lines import Lines, picked
 from cellstack.network import Network
@@ -24,32 +25,81 @@ from cellstack.spec import FormatError
 from cellstack.train.checks import UsageError
 
 SUFFIX = ".safetensors"
+LOAD_OPTIONS = ("order", "constants", "frames", "context")  # of `cellstack.load`, that a command line can give
 
 
-def load_model(name: str, order: Sequence[str] | None = None) -> tuple[Network, str]:
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `cellstack.load` to a verb's parser."""
+    group = parser.add_argument_group("models", "what the model's file leaves open; see docs/onnx.md")
+    text = "PyTorch's weights: which modules run, in which order; 'last' for the last step, 'relu' and the like"
+    group.add_argument("--order", type=names, metavar="A,B", help=text)
+    text = "ONNX: values of inputs that the network fixes, such as sr=16000"
+    group.add_argument("--constants", type=_by_name(_number), metavar="A=V,B=V", help=text)
+    text = "ONNX: how many numbers a frame of an input has, such as input=512"
+    group.add_argument("--frames", type=_by_name(int), metavar="A=N,B=N", help=text)
+    text = "ONNX: how many of a frame's last numbers the file takes again ahead of the next one, such as input=64"
+    group.add_argument("--context", type=_by_name(int), metavar="A=N,B=N", help=text)
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return those of the options of `add_load_options` that are given, as `cellstack.load` takes them."""
+    return {name: value for name in LOAD_OPTIONS if (value := getattr(args, name)) is not None}
+
+
+def _by_name(number: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
+    """Return what reads `name=number`, several with commas between."""
+
+    def read(text: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for part in text.split(","):
+            name, _, value = (word.strip() for word in part.rpartition("="))
+            if not name or name in found:
+                raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, each name once, got {text!r}")
+            try:
+                found[name] = number(value)
+            except ValueError:
+                kind = "a whole number" if number is int else "a number, true or false"
+                raise argparse.ArgumentTypeError(f"expected {kind} for {name!r}, got {value!r}") from None
+        return found
+
+    return read
+
+
+def _number(text: str) -> float | int | bool:
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def load_model(name: str, options: Mapping[str, Any] | None = None) -> tuple[Network, str]:
     """Return the network of a file, and the file's name; the native suffix may be left out.
 
     Args:
         name: of the file.
-        order: of modules, where the file doesn't say it: see `cellstack.load`.
+        options: those of `cellstack.load`, as `load_options` has them.
 
     Raises:
         FormatError: it can't be read as a network.
+        UsageError: options that the file's format doesn't have, or a format whose reader isn't installed.
         OSError: it can't be read at all.
     """
     path = found(name)
-    return _loaded(path, order), path
+    return _loaded(path, options or {}), path
 
 
-def _loaded(path: str, order: Sequence[str] | None) -> Network:
+def _loaded(path: str, options: Mapping[str, Any]) -> Network:
     try:
-        return load(path, order=order)
+        return load(path, **options)
     except ModuleNotFoundError as error:  # what reads the format isn't installed; the message says what to install
         raise UsageError(f"{path}: {error}") from None
     except TypeError as error:
-        if order is None:
+        if not options:
             raise
-        raise UsageError(f"--order: {str(error).removeprefix('load: ')}") from None
+        given = ", ".join(f"--{name}" for name in options)
+        raise UsageError(f"{given}: {str(error).removeprefix('load: ')}") from None
 
 
 def found(name: str) -> str:
@@ -106,10 +156,11 @@ def info(args: argparse.Namespace) -> int:
     path = found(args.model)
     size = os.path.getsize(path)
     head = f"{path}: {size:,} bytes"
+    options = load_options(args)
     try:
-        net = _loaded(path, args.order)
+        net = _loaded(path, options)
     except FormatError as error:
-        if args.order is not None:
+        if options:  # what was asked for is the whole
             raise
         try:
             parts = extract(path)
@@ -164,7 +215,7 @@ def convert(args: argparse.Namespace) -> int:
     tolerance = TOLERANCE if args.tolerance is None else args.tolerance
     if not 0.0 <= tolerance < math.inf:
         raise UsageError(f"expected --tolerance >= 0 and finite, got {tolerance}")
-    net, source = load_model(args.source, args.order)
+    net, source = load_model(args.source, load_options(args))
     x = None if args.sample is None else read_sample(net, args.sample)
     target = Path(args.target)
     suffixes = {suffix for adapter in adapters() for suffix in adapter.SUFFIXES}

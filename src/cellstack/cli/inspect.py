@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.cli.files import load_model, read_sample, show
+from cellstack.cli.files import load_model, load_options, read_sample, show
 from cellstack.cli.run import read_as_trained
 from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
@@ -46,7 +46,7 @@ def inspect(args: argparse.Namespace) -> int:
     """
     if args.rows < 1:
         raise UsageError(f"expected --rows of at least 1, got {args.rows}")
-    net, path = load_model(args.model)
+    net, path = load_model(args.model, load_options(args))
     output = args.output if args.output is not None else f"{Path(path).stem}.html"
     if not output:
         raise UsageError("expected --output to name a file, got ''")

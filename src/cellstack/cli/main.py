@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cellstack
-from cellstack.cli.files import convert, info, needs_torch, show
+from cellstack.cli.files import add_load_options, convert, info, needs_torch, show
 from cellstack.cli.inspect import inspect
 from cellstack.cli.run import run
 from cellstack.cli.stream import stream
@@ -36,7 +36,8 @@ EXAMPLES = {
     "  cellstack run model.keras frames.npy > answers.csv\n"
     "  cut -d, -f2- log.csv | cellstack run model.onnx - --columns speed,3\n"
     "  cellstack run weights.pt frames.csv --order rnn,last,head",
-    "stream": "cellstack stream model --state model.state < frames.csv > answers.csv",
+    "stream": "cellstack stream model --state model.state < frames.csv > answers.csv\n"
+    "  cellstack stream silero_vad.onnx --constants sr=16000 --frames input=512 --context input=64 < frames.csv",
     "generate": "cellstack generate book --prompt 'Alice was' --temperature 0.8 --length 500\n"
     "  cellstack generate book --seed 1 --stop '.'",
     "convert": "cellstack convert model.onnx model.safetensors\n"
@@ -69,11 +70,6 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the parser of every verb."""
     top = Parser(prog="cellstack", description="Train, run and look into recurrent networks.")
-
-    def add_order(made: argparse.ArgumentParser) -> None:
-        text = "PyTorch's weights: which modules run, in which order; 'last' for the last step, 'relu' and the like"
-        made.add_argument("--order", type=names, metavar="A,B", help=text)
-
     top.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -114,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument("--time", metavar="COLUMN", help="of a table: puts the rows of a sequence in order (as trained)")
     runs.add_argument("--label", metavar="COLUMN", help="of a table: holds the truth (as trained, where it is there)")
     runs.add_argument("--origin", metavar="DATE", help="forecast what comes after this row, not after the last one")
-    add_order(runs)
+    add_load_options(runs)
     add_table_options(runs)
     steps = verb("stream", "frames on standard input, a line each; answers on standard output, each at once")
     steps.add_argument("model", metavar="MODEL")
@@ -126,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="go on from the state in it, where it is there, and write it at the end, on Ctrl-C and SIGTERM too",
     )
+    add_load_options(steps)
     add_generate_arguments(verb("generate", "text from a network of characters or bytes, each as it comes"))
     other = verb("convert", "write a network in another format, and compare what was read and written")
     other.add_argument("source", metavar="A", help="a file that holds a network")
@@ -134,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
         "--sample", metavar="FILE", help="data to compare on: .npy [B, T, I], .npz by input, .csv (drawn at random)"
     )
     other.add_argument("--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4)")
-    add_order(other)
+    add_load_options(other)
     inside = verb("inspect", "write a page that looks into a run: what every gate, cell and layer did, and what if")
     inside.add_argument("model", metavar="MODEL", help="of any format that can be read")
     inside.add_argument(
@@ -147,9 +144,10 @@ def parser() -> argparse.ArgumentParser:
     inside.add_argument("-o", "--output", metavar="PAGE", help="where to (default: the model's name, .html)")
     inside.add_argument("--open", action="store_true", help="show it in the browser")
     inside.add_argument("--rows", type=int, default=8, metavar="N", help="rows of FILE, at most (%(default)s)")
+    add_load_options(inside)
     looks = verb("info", "layers, shapes, sizes, and what runs them; the recurrent parts of what can't be run whole")
     looks.add_argument("model", metavar="MODEL", help="of any format that can be read")
-    add_order(looks)
+    add_load_options(looks)
     return top
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellstack.cli.files import load_model
+from cellstack.cli.files import load_model, load_options
 from cellstack.formats.files import check_replaceable
 from cellstack.formats.lines import Lines
 from cellstack.formats.state import load_state, save_state
@@ -88,7 +88,7 @@ def stream(args: argparse.Namespace) -> int:
     """
     if sys.stdin is None or sys.stdout is None:  # as Python has it where the shell has closed them
         raise UsageError("expected standard input and standard output to be open")
-    net, path = load_model(args.model)
+    net, path = load_model(args.model, load_options(args))
     try:
         running = net.stream()
     except ValueError as error:

@@ -80,7 +80,7 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if name not in known:
-            has = f"the options {', '.join(known)}" if known else "no options"
+            has = f"the option{'s' * (len(known) > 1)} {', '.join(known)}" if known else "no options"
             raise TypeError(f"load: {path}: expected {has} for a file of {adapter.NAME}, got {name}")
     return adapter.load(path, **options)
 

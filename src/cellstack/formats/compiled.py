@@ -24,7 +24,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
 
     The module is read as `from_torch` reads it; where that can't be, it is exported to ONNX, and the graph is read.
     Either way the network has to answer as the module does: for the example, for other numbers of its shape, and with
-    a row more and with more steps, where the module takes them. The module is taken as in evaluation, and in float32
+    a row more and with more steps, where both take them. The module is taken as in evaluation, and in float32
     where it has half precision; it is left as it was.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -147,17 +147,15 @@ def unpatch() -> None:
     _set(False)
 
 
-def recurrent(model: Any) -> Iterator[Any]:
-    """Give every recurrent layer within a layer or model of Keras, each once."""
-    for layer in model._flatten_layers():
-        if isinstance(layer, _RNN):
-            yield layer
+def recurrent(owner: str, model: Any) -> list[Any]:
+    """Return every recurrent layer within a layer or model of Keras, each once.
 
-
-def _layers(name: str, model: Any) -> list[Any]:
+    Raises:
+        TypeError: it is neither, as a message of `owner`.
+    """
     if not isinstance(model, keras.Layer):
-        raise TypeError(f"{name}: expected a layer or a model of Keras, got {type(model).__name__}")
-    return list(recurrent(model))
+        raise TypeError(f"{owner}: expected a layer or a model of Keras, got {type(model).__name__}")
+    return [layer for layer in model._flatten_layers() if isinstance(layer, _RNN)]
 
 
 def accelerate(model: Any) -> Any:
@@ -173,12 +171,18 @@ def accelerate(model: Any) -> Any:
 
     Raises:
         TypeError: something else.
+        ValueError: it has no recurrent layer; a model of one's own class has those of `build` only once it is built.
 
     >>> model = accelerate(keras.Sequential([keras.Input((10, 3)), keras.layers.LSTM(4)]))
     >>> restore(model) is model
     True
     """
-    _accelerated.update(_layers("accelerate", model))
+    found = recurrent("accelerate", model)
+    if not found:
+        raise ValueError(
+            f"accelerate: expected a model with a recurrent layer, got {model.name} without one: build it before"
+        )
+    _accelerated.update(found)
     _install()
     return model
 
@@ -195,6 +199,6 @@ def restore(model: Any) -> Any:
     Raises:
         TypeError: something else.
     """
-    _accelerated.difference_update(_layers("restore", model))
+    _accelerated.difference_update(recurrent("restore", model))
     _install()
     return model

@@ -6,7 +6,7 @@ from typing import Any
 
 from cellstack.keras import engines
 from cellstack.keras.cells import of, why_not, why_not_training
-from cellstack.keras.patching import _layers, active
+from cellstack.keras.patching import active, recurrent
 from cellstack.spec import Plan
 
 
@@ -28,7 +28,7 @@ def plan(model: Any) -> Plan:
     ...     print(str(plan(keras.layers.LSTM(4, recurrent_dropout=0.2, name="a"))).split(": ")[0])
     a LSTM
     """
-    return Plan(f"{layer.name} {type(layer).__name__}: {_line(layer)}" for layer in _layers("plan", model))
+    return Plan(f"{layer.name} {type(layer).__name__}: {_line(layer)}" for layer in recurrent("plan", model))
 
 
 def _line(layer: Any) -> str:

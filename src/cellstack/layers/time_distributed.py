@@ -90,9 +90,8 @@ class TimeDistributed(Layer):
             used = as_mask(self._owner, mask, x)
             check_mask(self._owner, tuple(used.shape[:2]), batch, steps)
             if "mask" in self._takes:
-                if used.ndim == 2 and isinstance(
-                    self.layer, (RNN, Bidirectional)
-                ):  # a step that doesn't count has none
+                # To a layer over sequences, a step that doesn't count is a sequence without steps.
+                if used.ndim == 2 and isinstance(self.layer, (RNN, Bidirectional)):
                     used = used.unsqueeze(2).expand(*used.shape, x.shape[2])
                 how["mask"] = used.reshape(batch * steps, *used.shape[2:])
         out = self.layer(x.reshape(batch * steps, *x.shape[2:]), **how)

@@ -30,9 +30,8 @@ from cellstack.nodes.base import (
 from cellstack.nodes.stored import Entry
 from cellstack.spec import ShapeError
 
-BLOCK = (
-    64  # frames that go through the nodes of a PerFrame together, so that what flows between them stays in the cache
-)
+# Frames that go through the nodes of a PerFrame together, so that what flows between them stays in the cache.
+BLOCK = 64
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The nodes that NumPy runs over windows of steps, or over all of them: convolution and pooling."""
+"""The nodes over windows of steps, or over all of them: convolution, mostly by the kernel, and pooling, by NumPy."""
 
 from __future__ import annotations
 

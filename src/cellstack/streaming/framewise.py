@@ -13,7 +13,7 @@ from cellstack.nodes import Dense, Recurrent
 from cellstack.nodes.masks import NamedMasks
 
 if TYPE_CHECKING:
-    from cellstack.graph import State
+    from cellstack.graph import StateValue
     from cellstack.network import Network
     from cellstack.nodes.base import Array, FrameRule, Node
     from cellstack.streaming.parts import Rows, Run
@@ -29,7 +29,7 @@ def beyond(node: Any) -> Callable[[Array], Array] | None:
     return node.beyond if isinstance(node, Dense) else None
 
 
-def answers_with(node: Any, state: State) -> bool:
+def answers_with(node: Any, state: StateValue) -> bool:
     """Return whether a state is what the node itself answers after every frame: the h of its last cell."""
     plain = type(node) is Recurrent and state.cell == len(node.cells) - 1 and not node.parts[-1][1]
     return plain and state.part == "h"

@@ -100,6 +100,17 @@ def test_a_model_of_every_layer(tmp_path):
     )
 
 
+def test_layers_of_one_name_are_kept_apart(tmp_path):
+    names = {n: {"name": "memory", "note": n} for n in range(2)}
+    layers = [keras.layers.LSTM(units, return_sequences=True) for units in (3, 2)]
+    path = written(tmp_path, shaken(keras.Sequential([keras.Input((None, 2)), *layers])), names)
+    parts = cs.extract(path)
+    assert {name: part.input_size for name, part in parts.items()} == {"memory": 2, "memory.2": 3}
+    net = cs.load(path)
+    assert net.names == ("memory", "memory.2")
+    assert net.metadata["rtneural"]["layers"] == {"memory": {"note": 0}, "memory.2": {"note": 1}}
+
+
 def test_windows_without_padding(tmp_path):
     """Where the shapes say that steps are lost, a convolution has no padding."""
     model = shaken(
@@ -275,13 +286,21 @@ def test_a_filter(tmp_path):
     np.testing.assert_allclose(cs.load(path)(x)[0, :, 0], expected, rtol=0, atol=NEAR)
 
 
+def test_a_filter_whose_bias_is_a_number_is_refused(tmp_path):
+    path = tmp_path / "filter.nam"
+    config = {"receptive_field": 2, "bias": 1}
+    path.write_text(json.dumps({"architecture": "Linear", "config": config, "weights": [0.5, 0.5, 0.1]}))
+    with pytest.raises(FormatError, match="config: expected bias to be true or false, found 1"):
+        cs.load(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"weights": [0.0] * 5}, "expected weights of .* numbers or more, found 5"),
         ({"weights": [0.0] * 500}, "expected weights of .* numbers, found 500"),
         ({"config": {"hidden_size": 4}}, r"config: expected input_size, .*, found \['hidden_size'\]"),
-        ({"config": {"input_size": 1, "hidden_size": 0}}, "expected hidden_size to be a number from 1 up, found 0"),
+        ({"config": {"input_size": 1, "hidden_size": 0}}, "expected hidden_size to be a whole number .*, found 0"),
         ({"config": {"input_size": 1, "hidden_size": 4, "dropout": 1}}, "config: expected input_size, hidden_size"),
         ({"config": []}, "expected config to be an object"),
         ({"architecture": 3}, "expected the architecture LSTM or Linear, found 3"),

@@ -1,5 +1,7 @@
 """Files of which a call is one step: frames, their context, branches settled at load, weights given at load."""
 
+import io
+import json
 import warnings
 
 import numpy as np
@@ -9,6 +11,8 @@ from onnx import helper, numpy_helper
 from onnx_graphs import run, write
 
 import cellstack as cs
+from cellstack.cli import main as cli
+from cellstack.cli.files import load_options
 from cellstack.formats import onnx as adapter
 from cellstack.spec import FormatError, State
 
@@ -218,7 +222,10 @@ LOADS = {
     "a list": ({"constants": {"sr": [8000]}}, r"input 'sr': expected a value \[\], got \[1\]"),
     "text": ({"constants": {"sr": "fast"}}, "input 'sr': expected a value of type int64, got <U4 'fast'"),
     "frames of another": ({"constants": {"sr": 1}, "frames": {"x": 24}}, "expected frames of the inputs .*of 'x'"),
-    "a frame of 0": ({"constants": {"sr": 1}, "frames": {"input": 0}}, "frames of 'input' to be a number, got 0"),
+    "a frame of 0": (
+        {"constants": {"sr": 1}, "frames": {"input": 0}},
+        "frames of 'input' to be a whole number from 1 up, got 0",
+    ),
     "context alone": ({"constants": {"sr": 1}, "context": {"input": 8}}, "by the lengths of 'input'"),
     "too much": ({"constants": {"sr": 1}, "frames": {"input": 12}, "context": {"input": 20}}, TOO_MUCH),
     "too short": ({"constants": {"sr": 1}, "frames": {"input": 4}}, "Take: expected an axis that 0 and 6 entries fit"),
@@ -240,8 +247,54 @@ def test_options_are_of_a_format(tmp_path):
     with pytest.raises(TypeError, match="load: expected frames by the names of inputs, a dict, got int"):
         cs.load(path, frames=512)
     cs.load(path, frames={"input": FRAME}).save(tmp_path / "net.safetensors")
-    with pytest.raises(TypeError, match="expected no options for a file of safetensors, got frames"):
+    with pytest.raises(TypeError, match="expected the option order for a file of safetensors, got frames"):
         cs.load(tmp_path / "net.safetensors", frames={"input": FRAME})
+
+
+def test_the_command_line_takes_the_options(tmp_path, capsys, monkeypatch):
+    path, out = detector(tmp_path, by_rate=True), str(tmp_path / "net.safetensors")
+    options = ("--constants", "sr=8000", "--frames", f"input={FRAME}", "--context", f"input={CONTEXT}")
+    net = cs.load(path, constants={"sr": 8000}, frames={"input": FRAME}, context={"input": CONTEXT})
+    x = floats(np.random.default_rng(5), 1, 4, FRAME)
+    np.save(tmp_path / "x.npy", x)
+    assert cli.main(["info", str(path), *options]) == 0
+    assert "Context" in capsys.readouterr().out
+    assert cli.main(["run", str(path), str(tmp_path / "x.npy"), "--json", *options]) == 0
+    (answer,) = json.loads(capsys.readouterr().out).values()
+    np.testing.assert_array_equal(np.array(answer, np.float32), net(x))
+    assert cli.main(["convert", str(path), out, *options]) == 0
+    np.testing.assert_array_equal(cs.load(out)(x), net(x))
+    lines = "\n".join(",".join(map(repr, frame)) for frame in x[0].tolist())
+    given = io.TextIOWrapper(io.BytesIO(lines.encode()))
+    monkeypatch.setattr("sys.stdin", given)
+    answers = tmp_path / "answers.csv"
+    with open(answers, "w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        assert cli.main(["stream", str(path), *options]) == 0
+    monkeypatch.undo()
+    np.testing.assert_array_equal(np.loadtxt(answers, np.float32, ndmin=2), net(x)[0])
+    assert cli.main(["info", out, *options]) == 2
+    assert "--constants, --frames, --context: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    {
+        "no number": (["--frames", "input=12.5"], "--frames: expected a whole number for 'input', got '12.5'"),
+        "no name": (["--constants", "16000"], "--constants: expected NAME=NUMBER, each name once, got '16000'"),
+        "twice": (["--context", "a=1,a=2"], "--context: expected NAME=NUMBER, each name once, got 'a=1,a=2'"),
+        "a word": (["--constants", "sr=fast"], "expected a number, true or false for 'sr', got 'fast'"),
+    }.values(),
+)
+def test_options_on_the_command_line_that_can_t_be_read(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["info", "model.onnx", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_words_and_numbers_on_the_command_line_are_of_their_types():
+    args = cli.parser().parse_args(["info", "model.onnx", "--constants", "on=true,gain=0.5,n=3,a=b=-1"])
+    assert repr(load_options(args)) == "{'constants': {'on': True, 'gain': 0.5, 'n': 3, 'a=b': -1}}"
 
 
 def written_out(folder, units=3, wide=4):

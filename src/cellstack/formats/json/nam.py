@@ -61,7 +61,8 @@ def _settings(path: str, found: Mapping[str, Any], names: tuple[str, ...]) -> di
         value = config.get(name, False if name == "bias" else 1)
         whole = isinstance(value, bool) if name == "bias" else type(value) is int and 1 <= value < 1 << 24
         if not whole:
-            raise FormatError(f"{path}: config: expected {name} to be a number from 1 up, found {short(value)}")
+            kind = "true or false" if name == "bias" else "a whole number from 1 up"
+            raise FormatError(f"{path}: config: expected {name} to be {kind}, found {short(value)}")
     return dict(config)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellstack.formats.build import Builder, ProblemsError
+from cellstack.formats.build import Builder, Names, ProblemsError
 from cellstack.formats.files import short
 from cellstack.formats.json.values import array_of, held
 from cellstack.layout import Array
@@ -181,8 +181,8 @@ def _shape(where: str, found: Mapping[str, Any], key: str) -> tuple[int | None, 
 
 def _layers(path: str, found: Mapping[str, Any]) -> list[_Layer]:
     """Return the layers; those that a Network hasn't are refused, all of them."""
-    steps, width = None, 0
     made: list[_Layer] = []
+    names = Names()
     entries = held(path, found, "layers", list)
     problems = []
     for number, entry in enumerate(entries):
@@ -201,7 +201,7 @@ def _layers(path: str, found: Mapping[str, Any]) -> list[_Layer]:
                 raise FormatError(f"{where}: expected {key} {usual[0]}, found {short(entry[key])}")
         if kind in ("activation", "batchnorm", "prelu") and units != width:
             raise FormatError(f"{where}: expected {width} features, as come into it, found a shape of {units}")
-        name = str(entry.get("name") or f"{kind}_{number}")
+        name = names.fresh(str(entry.get("name") or f"{kind}_{number}"))
         made.append(_Layer(where, name, entry, width, units, (steps, after)))
         steps, width = after, units
     return made
@@ -234,8 +234,11 @@ def network_of(path: str, found: Mapping[str, Any]) -> Network:
 
 
 def parts_of(path: str, found: Mapping[str, Any]) -> dict[str, Network]:
-    """Return the recurrent layers of a model file by name, whatever else it holds."""
-    networks = {}
+    """Return the recurrent layers of a model file by name, whatever else it holds.
+
+    A name that comes twice has a number after it.
+    """
+    networks, names = {}, Names()
     entries = held(path, found, "layers", list)
     for number, entry in enumerate(entries):
         kind = entry.get("type") if isinstance(entry, dict) else None
@@ -245,5 +248,6 @@ def parts_of(path: str, found: Mapping[str, Any]) -> dict[str, Network]:
             arrays = held(where, entry, "weights", list)
             width = len(arrays[0]) if arrays and isinstance(arrays[0], list) else 0
             layer = _Layer(where, str(entry.get("name") or f"{kind}_{number}"), entry, width, units, (None, None))
-            networks[layer.name] = Network([Recurrent((_cell(layer, kind),))], [layer.name])
+            name = names.fresh(layer.name)
+            networks[name] = Network([Recurrent((_cell(layer, kind),))], [name])
     return networks

@@ -66,7 +66,8 @@ def frames_of(
                 raise FormatError(f"{model.path}: expected {what} of the inputs {names}, got one of {name!r:.80}")
             least = 1 if what == "frames" else 0
             if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or not least <= number < 1 << 31:
-                raise FormatError(f"{model.path}: expected {what} of {name!r} to be a number, got {number!r:.80}")
+                kind = f"a whole number from {least} up"
+                raise FormatError(f"{model.path}: expected {what} of {name!r} to be {kind}, got {number!r:.80}")
     shapes = {value.name: declared(value) for value in graph.input}
     for name in data:
         shape = shapes[name]
