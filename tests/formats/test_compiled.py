@@ -153,6 +153,37 @@ def test_what_the_network_would_leave_out_or_bind_to_the_example_is_refused(part
         cs.compile(Parts(parts), torch.randn(2, 7, 3))
 
 
+def test_inputs_that_are_nested_or_beside_the_example_are_refused_with_what_to_do():
+    lstm, x, state = nn.LSTM(3, 4, batch_first=True), torch.randn(2, 5, 3), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+    with pytest.raises(TypeError, match=r"got a tuple of Tensor, tuple: leave a state \(h, c\) out .* to_nodes\(\)"):
+        cs.compile(lstm, (x, state))
+    for second in (state, x, True):
+        with pytest.raises(TypeError, match=r"expected tolerance to be a number, .* into example as one tuple"):
+            cs.compile(lstm, x, second)
+    with pytest.raises(TypeError, match=r"got ndarray$"):
+        cs.compile(lstm, x.numpy())
+
+
+class Packs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=True, bidirectional=True)
+
+    def forward(self, x, lengths):
+        rows = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(rows)[0], batch_first=True)[0]
+
+
+def test_a_module_that_packs_its_rows_is_told_what_serves_instead():
+    module, x, lengths = Packs().eval(), torch.randn(2, 5, 3), torch.tensor([5, 2])
+    with pytest.raises(cs.FormatError, match=r"it packs its rows: .* net\(x, mask=\.\.\.\)"):
+        cs.compile(module, (x, lengths))
+    net = cs.compile(module.lstm, x)  # as the message says: over padded rows, and a mask
+    mask = np.arange(5) < lengths.numpy()[:, None]
+    expected = module(x, lengths).detach().numpy()
+    np.testing.assert_allclose(net(x.numpy(), mask=mask)[mask], expected[mask], atol=1e-6)
+
+
 def test_time_before_batch_is_told_even_by_one_step_of_one_row():
     for shape in ((5, 2, 3), (1, 1, 3)):
         with pytest.raises(cs.FormatError, match="it has layers with batch_first=False"):

@@ -16,6 +16,10 @@ from cellstack.formats.pytorch import from_torch
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
+NESTED = (  # a state among the inputs: the commonest example that can't be taken
+    ": leave a state (h, c) out where the module can do without, for a Network keeps its own; "
+    "a module that steps a cell says what it is made of with to_nodes()"
+)
 TOLERANCE = 1e-4  # greatest relative difference that passes: float32 on both sides, sums in other orders
 
 
@@ -29,7 +33,8 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
 
     Args:
         module: the module; one that was accelerated, too.
-        example: an input as the module takes it, such as `[B, T, I]`; a tuple of several.
+        example: an input as the module takes it, such as `[B, T, I]`; one tuple of several. States that the module can
+            do without are left out: a Network starts from zeros, and takes others in `run`.
         tolerance: the greatest relative difference of an output that passes.
 
     Returns:
@@ -37,7 +42,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         them are those that `Network.run` returns.
 
     Raises:
-        TypeError: it is no module, or the example is no tensor.
+        TypeError: it is no module, the example is no tensor, or the tolerance no number.
         ValueError: the example is empty, by which nothing could be compared.
         FormatError: neither way leads to a network that answers as the module does; says why, for each.
         ModuleNotFoundError: the export needs onnx or onnxscript, which aren't installed.
@@ -51,9 +56,19 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
 
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"compile: expected a module of PyTorch, got {type(module).__name__}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(
+            f"compile: expected tolerance to be a number, got {type(tolerance).__name__}: "
+            "several inputs go into example as one tuple"
+        )
     inputs = example if isinstance(example, tuple) else (example,)
     if not inputs or not all(isinstance(value, torch.Tensor) for value in inputs):
-        raise TypeError("compile: expected example to be a tensor, or a tuple of tensors, as the module takes them")
+        got = f"a tuple of {', '.join(type(v).__name__ for v in example)}" if isinstance(example, tuple) else None
+        raise TypeError(
+            "compile: expected example to be a tensor, or a tuple of tensors, as the module takes them, "
+            f"got {got or type(example).__name__}"
+            + (NESTED if any(isinstance(v, (tuple, list)) for v in inputs) else "")
+        )
     if not all(value.numel() for value in inputs):
         shapes = " and ".join(str(list(value.shape)) for value in inputs)
         raise ValueError(f"compile: expected an example with a row and a step at least, got {shapes}")
@@ -64,8 +79,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):
         still = still.float()
         inputs = tuple(value.float() if value.is_floating_point() else value for value in inputs)
-    with torch.no_grad():
-        still(*_fresh(inputs))  # what the module itself refuses, it refuses in its own words
+    packed = _runs_packed(still, inputs)  # what the module itself refuses, it refuses in its own words
     reasons = []
     for how, read in (("read as it is", from_torch), ("by way of ONNX", lambda m: _by_onnx(m, inputs))):
         try:
@@ -78,8 +92,36 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             return network
         reasons.append(f"{how}: {why}")
     if any(getattr(part, "batch_first", True) is False for part in still.modules()):
-        reasons.append("it has layers with batch_first=False, and a Network takes batch before time")
+        reasons.append(
+            "it has layers with batch_first=False, and a Network takes batch before time: set batch_first=True, "
+            "which changes no weight, and give an example that is so"
+        )
+    if packed:
+        reasons.append(
+            "it packs its rows: give a module that runs over them as they are padded, without lengths; "
+            "net(x, mask=...) then leaves the padding out, as packing does"
+        )
     raise FormatError(f"compile: {type(module).__name__} can't be a Network: " + "; ".join(reasons))
+
+
+def _runs_packed(module: Any, inputs: tuple[Any, ...]) -> bool:
+    """Run a module, and return whether one of its recurrent layers is given packed rows."""
+    import torch
+
+    packed = []
+
+    def look(_: Any, given: tuple[Any, ...]) -> None:
+        packed.extend(value for value in given if isinstance(value, torch.nn.utils.rnn.PackedSequence))
+
+    parts = [part for part in module.modules() if isinstance(part, torch.nn.RNNBase)]
+    hooks = [part.register_forward_pre_hook(look) for part in parts]
+    try:
+        with torch.no_grad():
+            module(*_fresh(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bool(packed)
 
 
 def _fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
