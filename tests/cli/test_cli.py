@@ -306,7 +306,7 @@ def test_the_wrong_kind_of_file_or_model(capsys, vowels, co2, tmp_path):
     cell = load(vowels).nodes[1].forward
     Network((cell, GlobalPool("last"))).save(tmp_path / "bare.safetensors")
     status, _, err = run(capsys, "run", str(tmp_path / "bare"), VOWELS)
-    assert (status, "expected a sample that ends in .npy, .npz or .csv" in err) == (2, True)
+    assert (status, "expected a sample that ends in .npy, .npz, .csv or .jsonl" in err) == (2, True)
     damaged = tmp_path / "damaged.safetensors"
     with open(vowels, "rb") as file:
         damaged.write_bytes(file.read()[:-100])

@@ -111,8 +111,8 @@ def test_without_a_compiler_it_is_written_and_said(capsys, tmp_path, model, monk
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("net.txt", r"expected a target that ends as one of"),
-        ("net", r"ONNX (.onnx), in .c for C, or in / for a folder with C in it, got '"),
+        ("net.txt", r"expected a target with the suffix of a format, safetensors (.safetensors), "),
+        ("net", r"C (.c), or a folder for C, which ends in /; got '"),
         ("a-b.c", r"expected a name of letters"),
         ("no/folder/net.safetensors", r"expected a folder"),
     ],
@@ -130,7 +130,7 @@ def test_a_target_without_a_name_writes_nothing(capsys, tmp_path, model, monkeyp
     before = sorted(tmp_path.iterdir())
     status, out, err = run(capsys, "convert", model, "")
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.endswith("in .c for C, or in / for a folder with C in it, got ''\n")
+    assert err.endswith("C (.c), or a folder for C, which ends in /; got ''\n")
     with pytest.raises(ValueError, match="export_c: expected a folder, got ''"):
         load(model).export_c("")
     assert sorted(tmp_path.iterdir()) == before
@@ -200,7 +200,7 @@ def test_a_file_is_never_converted_onto_itself(capsys, tmp_path, model):
     assert Path(model).read_bytes() == before
     status, _, err = run(capsys, "convert", model, str(tmp_path / "nowhere"))
     assert status == 2
-    assert "in .c for C, or in / for a folder with C in it" in err
+    assert "C (.c), or a folder for C, which ends in /" in err
 
 
 def test_the_version(capsys):
@@ -272,7 +272,7 @@ def test_a_sample_of_rows_ids_and_two_inputs(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"1,2,3", "expected a sample that ends in .npy, .npz or .csv"),
+        ("a.txt", b"1,2,3", "expected a sample that ends in .npy, .npz, .csv or .jsonl"),
         ("a.npy", "zipped", "it doesn't hold what .npy says"),
         ("a.csv", b"1,2\n", "line 1: expected 3 numbers, found 2"),
         ("a.csv", b"", "expected numbers, found none"),
@@ -349,7 +349,7 @@ def test_from_torch_to_the_others(capsys, tmp_path, pytorch_files):
 def test_a_package_that_isn_t_there_is_one_line(capsys, tmp_path, monkeypatch):
     from cellstack.cli import files as cli_files
 
-    def needs(path):
+    def needs(path, **options):
         raise ModuleNotFoundError("ONNX files need the package onnx: pip install 'cellstack[onnx]'")
 
     monkeypatch.setattr(cli_files, "load", needs)

@@ -398,8 +398,9 @@ def _roles(scope: Scope) -> tuple[set[str], set[str]]:
             starts.update(_behind(scope, given, node.input[5:7]))
             lengths.update(_behind(scope, given, node.input[4:5]))
     takers: dict[str, list[Any]] = {}
+    live = live_nodes(scope)  # what a cell that was written out consisted of is still there, and leads nowhere
     for node in scope.graph.node:
-        for name in set(node.input):
+        for name in set(node.input) if id(node) in live else ():
             takers.setdefault(name, []).append(node)
     return {name for name in starts if _starts_alone(takers, name)}, lengths - starts
 
