@@ -158,7 +158,9 @@ def states_of(net, feeds):
         for part, size in cell.spec.state_sizes.items():
             usual = cell.arrays.get(f"initial_{part}", np.zeros(size, np.float32))
             own.setdefault(part, np.tile(usual, (batch, 1)))
-    return tuple((State if "c" in own else HiddenState)(**own) for own in cells)
+    states = [(State if "c" in own else HiddenState)(**own) for own in cells]
+    # A cell that starts from values of the network, as where a state is computed first, is given none.
+    return tuple(None if starts else state for state, starts in zip(states, net.started, strict=True))
 
 
 def _parts(array, axes):

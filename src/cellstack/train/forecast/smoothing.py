@@ -252,6 +252,7 @@ def _errors(values: Floats, seasons: tuple[int, ...], horizon: int, how: Any, or
             season = season + np.stack([np.broadcast_to(phase[(row + k) % len(phase)], len(total)) for k in steps], -1)
         level, drift, slope, rest = (np.broadcast_to(each, len(total))[:, None] for each in state[1:5])
         said = ahead(State(None, level, drift, slope, rest, []), season, how, steps)
-        total += np.nan_to_num(np.abs(said - y)[:, seen], nan=np.inf).sum(-1)
+        with np.errstate(over="ignore"):  # a way that runs away is infinitely wrong
+            total += np.nan_to_num(np.abs(said - y)[:, seen], nan=np.inf).sum(-1)
         count += int(seen.sum())
     return total, count
