@@ -54,8 +54,8 @@ class Request:
 def defaults(windows: int) -> dict[str, Any]:
     """Return what networks are built of and fitted by where nothing is said, by how many windows there are to train on.
 
-    They were chosen on real series, see docs/forecasting.md: few windows are learned by heart at a high rate; of many,
-    one network learns nearly what several do.
+    They were chosen on real series, see docs/forecasting.md: few windows are learned by heart at a high rate or in many
+    epochs; of many, one network learns nearly what several do.
     """
     few, many = windows < 1500, windows > 3000
     return {
@@ -63,8 +63,8 @@ def defaults(windows: int) -> dict[str, Any]:
         "dropout": 0.1,
         "lr": 1e-3 if few else 3e-3,
         "batch": 64,
-        "epochs": 16,
-        "patience": 6,
+        "epochs": 60 if many else 16,
+        "patience": 8 if many else 6,
         "members": 2 if many else 3,
     }
 
