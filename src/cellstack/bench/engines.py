@@ -36,15 +36,20 @@ class Engine(NamedTuple):
 
 def installed() -> tuple[dict[str, str], dict[str, str]]:
     """Return the peers that are there with their versions, and those that aren't with the reason."""
-    there, missing = {}, {}
-    for name, packages in NEEDS.items():
-        try:
-            there[name] = str([importlib.import_module(package) for package in packages][0].__version__)
-        except ModuleNotFoundError as error:
-            missing[name] = f"{error.name} isn't installed"
-        except (ImportError, OSError) as error:  # it is there, and can't be loaded
-            missing[name] = f"it can't be imported: {' '.join(str(error).split())[:200]}"
-    return there, missing
+    reasons = {name: _absent(packages) for name, packages in NEEDS.items()}
+    there = {name: str(importlib.import_module(name).__version__) for name, why in reasons.items() if why is None}
+    return there, {name: why for name, why in reasons.items() if why is not None}
+
+
+def _absent(packages: Sequence[str]) -> str | None:
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        return f"{error.name} isn't installed"
+    except (ImportError, OSError) as error:  # it is there, and can't be loaded
+        return f"it can't be imported: {' '.join(str(error).split())[:200]}"
+    return None
 
 
 def weights(input_size: int, units: int, layers: int, seed: int = 0) -> list[Arrays]:
@@ -266,14 +271,15 @@ def pytorch_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradient
 # ── one step ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _stepping(step: Callable[[], Array]) -> Engine:
+def stepping(step: Callable[[], Array]) -> Engine:
+    """Return an engine of a call that makes one step, and goes on from the state that the last one left."""
     return Engine(step, lambda: {"h": [np.array(step()) for _ in range(STEPS)][-1].reshape(1, -1)})
 
 
 def stream(x: Array, cells: Sequence[Arrays], threads: int, element: str = "float32") -> Engine:
     """`net.stream().step`."""
     steps, frame = network(cells).stream(threads=threads, weights=element), x[:, 0]
-    return _stepping(lambda: steps.step(frame))
+    return stepping(lambda: steps.step(frame))
 
 
 def torch_cell(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
@@ -296,7 +302,7 @@ def torch_cell(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
             state = module(frame, state)
         return state[0].numpy()
 
-    return _stepping(step)
+    return stepping(step)
 
 
 def onnx_bound(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
@@ -325,7 +331,7 @@ def onnx_bound(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
         session.run_with_iobinding(binding)
         return h.numpy()[0]
 
-    return _stepping(step)
+    return stepping(step)
 
 
 def openvino_step(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
@@ -343,7 +349,7 @@ def openvino_step(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
         h, c = after[0], after[1]
         return h[0]
 
-    return _stepping(step)
+    return stepping(step)
 
 
 SURFACES: Mapping[str, Mapping[str, Callable[..., Engine]]] = {

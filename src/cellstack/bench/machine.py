@@ -191,8 +191,8 @@ class Machine:
             "caches": levels,
             "how": {
                 "gflops": f"float32 matrix products of NumPy's BLAS, N = {', '.join(map(str, SIZES))}: the best",
-                "reading": "NumPy's max, bitwise or and vector-matrix product over an array, less the same call for one "
-                "number: the fastest; one core",
+                "reading": "one core: the fastest of NumPy's max, bitwise or and vector-matrix product over an array, "
+                "less the same call for one number",
                 "barrier": "not measured: Python's own steps take longer than a barrier between two threads",
             },
         }

@@ -59,7 +59,7 @@ def _roofline(axis: Any, records: Sequence[Mapping[str, Any]], limits: Mapping[s
     intensity = [record["flop"] / record["bytes"] for record in records]
     x = np.geomspace(min(intensity) / 2, max(intensity) * 2, 200)
     for level in limits["reading"]:
-        if level["gb_per_s"]:
+        if level["gb_per_s"] and limits["gflops_core"]:
             roof = np.minimum(x * level["gb_per_s"], limits["gflops_core"])  # one core's, as the reading is
             axis.plot(x, roof, color="grey", lw=1)
             axis.annotate(level["level"], (x[0], roof[0]), fontsize=8, color="grey")
@@ -67,7 +67,7 @@ def _roofline(axis: Any, records: Sequence[Mapping[str, Any]], limits: Mapping[s
         "gflops_core": "peak of a core",
         "gflops_threads": f"peak of {limits['threads']} threads",
     }.items():
-        if key == "gflops_core" or limits["threads"] > 1:
+        if limits[key] and (key == "gflops_core" or limits["threads"] > 1):
             axis.axhline(limits[key], color="black", lw=1, ls="-" if key == "gflops_core" else "--")
             axis.annotate(text, (x[-1], limits[key]), ha="right", va="bottom", fontsize=8)
     for name in dict.fromkeys(name for record in records for name in record["milliseconds"]):

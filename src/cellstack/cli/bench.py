@@ -80,7 +80,7 @@ def bench(args: argparse.Namespace) -> int:
     report = run({name: _shapes(name, args) for name in what}, args.threads, rounds, seconds, _progress)
     said = [*lines(report), *said]
     if args.output is not None:
-        said += _written(report, Path(args.output))
+        said += write(report, args.output)
     show(args, report, said)
     if report["stopped"]:
         return 130
@@ -112,8 +112,9 @@ def _progress(work: Sequence[Any]) -> Iterable[Any]:
     return tqdm(work, unit="shape", file=sys.stderr, dynamic_ncols=True)
 
 
-def _written(report: dict[str, Any], folder: Path) -> list[str]:
-    """Write a report and its pictures, add their names to it, and return what is said of that."""
+def write(report: dict[str, Any], output: str) -> list[str]:
+    """Write a report and its pictures into a folder, add their names to it, and return what is said of that."""
+    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     done = {what: records for what, records in report["surfaces"].items() if records}
     pictures, said = {what: str(folder / f"{what}.png") for what in done}, []

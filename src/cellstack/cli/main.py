@@ -167,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `cellstack`; those of this process where None.
 
     Returns:
-        0; 1 where `convert` or `bench` found a difference, or rows are too few for a forecast; 2 for bad input, with one line on
-        standard error; 130 where Ctrl-C ended it, 143 where SIGTERM ended `stream`.
+        0; 1 where `convert` or `bench` found a difference, or rows are too few for a forecast; 2 for bad input, with
+        one line on standard error; 130 where Ctrl-C ended it, 143 where SIGTERM ended `stream`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may have letters that a terminal can't show
         sys.stdout.reconfigure(errors="backslashreplace")
