@@ -56,6 +56,7 @@ def run(capsys, *words):
 def test_a_report_has_every_engine_the_machine_and_its_pictures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verb, "QUICK_ROUNDS", 2)
     monkeypatch.setattr(verb, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(surface, "MACHINE_ROUNDS", 1)
     status, out, _ = run(capsys, "--quick", *TINY, "--json", "-o", str(tmp_path / "to"))
     report = json.loads(out)
     assert status == 0

@@ -76,6 +76,12 @@ def _roofline(axis: Any, records: Sequence[Mapping[str, Any]], limits: Mapping[s
         ours = name == "cellstack"
         look = {"s": 28, "marker": "o", "zorder": 3} if ours else {"s": 18, "marker": "x", "zorder": 2}
         axis.scatter(*zip(*there, strict=True), label=name, **look)
+    speeds = [gflops(record, name) for record in records for name in record["milliseconds"]]
+    heights = [height for height in (*speeds, limits["gflops_core"], limits["gflops_threads"]) if height]
+    if heights:
+        axis.set_ylim(min(heights) / 2, max(heights) * 2)
+    if any(speeds):
+        axis.legend(fontsize=8)
+    axis.set_xlim(x[0], x[-1])
     axis.set(xscale="log", yscale="log", xlabel="operations for each byte of weights, x and y", ylabel="GFLOP/s")
     axis.set_title("roofs: one core, reading by level")
-    axis.legend(fontsize=8)
