@@ -45,11 +45,15 @@ void project(const Forward<T>& f) {
         const T* bias = f.w.bias + block * 4 * W;
         tiles(total, [&](auto R, int64_t m) INLINED {
             const T* a[R];
+            bool used = !f.mask;
             int64_t n = f.first + m / f.rows, r = m % f.rows;
             for (int k = 0; k < R; ++k) {
-                a[k] = f.x + r * f.x_row + time_of(f, n) * f.x_time;
+                const int64_t t = time_of(f, n);
+                a[k] = f.x + r * f.x_row + t * f.x_time;
+                used = used || f.mask[r * f.steps + t];
                 if (++r == f.rows) r = 0, ++n;
             }
+            if (!used) return;
             V<T> sums[1][R][4];
             unroll<R>([&](auto k) INLINED { unroll<4>([&](auto v) INLINED { sums[0][k][v] = load(bias + v * W); }); });
             accumulate<T, R, 1, 4, 4>(sums, a, panel, 0, f.w.d->input);
@@ -75,6 +79,15 @@ INLINE void finish(const Forward<T>& f, V<T> (&z)[4], int64_t block, int64_t r, 
     keep_cell(f, at);
 }
 
+// Rows and blocks that the mask leaves out at a step: the state stays, gates are zero.
+template <class T>
+__attribute__((noinline)) void leave_out(const Forward<T>& f, int64_t block, int blocks, int64_t row, int rows,
+                                         int64_t t, const T* h, T* h_next) {
+    V<T> none[4] = {};
+    for (int b = 0; b < blocks; ++b)
+        for (int r = 0; r < rows; ++r) finish<T>(f, none, block + b, row + r, t, h, h_next);
+}
+
 // Rows r … r+R of blocks block … block+N at step n.
 template <class T, int R, int N>
 INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row, const T* h, T* h_next) {
@@ -86,6 +99,14 @@ INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row
             unroll<R>([&](auto r) INLINED { unroll<4>([&](auto v) INLINED { body(b, r, v); }); });
         });
     };
+    // Rows that the mask leaves out, such as those of a packed sequence that have ended, are summed only where one
+    // beside them isn't.
+    bool used = !f.mask;
+    for (int r = 0; r < R; ++r) used = used || f.mask[(row + r) * f.steps + t];
+    if (!used) {
+        leave_out(f, block, N, row, R, t, h, h_next);
+        return;
+    }
     // The sums over x: made ahead, or here, where they pass through the stack.
     alignas(kVectorBytes) V<T> here[N][R][4];
     const T* a[R];

@@ -16,15 +16,18 @@ from cellstack.nodes import (
     Activation,
     Bidirectional,
     Clip,
+    Context,
     Conv1D,
     Dense,
     Embedding,
     Flatten,
     GlobalPool,
     LayerNorm,
+    Magnitude,
     Masking,
     Merge,
     Pad,
+    PerFrame,
     Permute,
     Pool1D,
     Recurrent,
@@ -35,6 +38,7 @@ from cellstack.nodes import (
     Select,
     Standardise,
     StepMask,
+    Take,
 )
 from cellstack.nodes.base import MORE_ACTIVATIONS
 
@@ -74,6 +78,9 @@ EVERY = {
     "repeat": lambda d: [Repeat(3)],
     "select": lambda d: [Select(), Select(None, -1, 2, -1), Select(1, 3)],
     "merge": lambda d: [Merge(), Merge("sub", 1), Merge("min")],
+    "take": lambda d: [Take((0, 2, 1)), Take((4, 4), 1)],
+    "magnitude": lambda d: [Magnitude(), Magnitude(1e-6)],
+    "context": lambda d: [Context(3)],
 }
 
 
@@ -101,7 +108,21 @@ def test_every_node_comes_back_with_every_setting(kind, dtype, tmp_path):
 
 
 def test_every_node_is_tested():
-    assert {*EVERY, "recurrent", "bidirectional"} == NODES.keys()
+    assert {*EVERY, "recurrent", "bidirectional", "per_frame"} == NODES.keys()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_is_done_in_a_frame_comes_back(dtype, tmp_path):
+    inner = (Reshape((-1, 2)), Conv1D(floats(2, 2, 4, dtype=dtype)), Activation("tanh"), Merge("mul"), Flatten())
+    node = PerFrame((8,), inner, ((0,), (1,), (2,), (2, 3), (4,)))
+    net = cs.Network([node], ["node"])
+    net.save(tmp_path / "net.safetensors")
+    other = cs.load(tmp_path / "net.safetensors")
+    assert (other.nodes[0].frame, other.nodes[0].takes) == (node.frame, node.takes)
+    assert other.nodes[0].nodes[1].kernel.tobytes() == inner[1].kernel.tobytes()
+    x = floats(2, 3, 8, dtype=dtype)
+    np.testing.assert_array_equal(other(x), net(x))
+    assert other.nodes[0].stored()[0] == node.stored()[0]
 
 
 def test_the_format_page_knows_every_key_and_every_tensor():
@@ -277,7 +298,7 @@ DAMAGE = {
     "masking": (put("mask", "value", "0"), "'mask': expected value to be float, found str"),
     "type": (
         put("mask", "type", "dropout"),
-        "'mask': expected type to be one of recurrent, .*, merge, found 'dropout'",
+        "'mask': expected type to be one of recurrent, .*, merge, .*, found 'dropout'",
     ),
     "width": (to_both_too, "scale: expected an input of 4 features, got 5 from before it"),
 }

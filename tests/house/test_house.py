@@ -40,7 +40,7 @@ BELOW = {
     "bench": {"spec", "reference", "native", "nodes", "network", "layers", ""},
     "cli": {"spec", "nodes", "network", "formats", "train", "bench", ""},
     "sklearn": {"network", "train"},
-    "adapters": {"sklearn"},
+    "adapters": {"sklearn", "layers"},
     "__main__": {"cli"},
 }
 
@@ -58,6 +58,7 @@ BELOW_FORMATS = {
     "keras": {"files", "build"},
     "onnx": {"files", "build", "simplify"},
     "pytorch": {"files", "build"},
+    "json": {"files", "build", "pytorch"},  # a state dict of PyTorch's, in another container
     "c": {"files", "build"},
     "safetensors_weights": {"pytorch"},  # a state dict of PyTorch's, in another container
     "safetensors": {"files", "safetensors_weights"},
@@ -76,7 +77,7 @@ OUTSIDE_ALSO = {
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
-    "adapters": {"aeon", "sklearn", "sktime"},
+    "adapters": {"aeon", "sb3_contrib", "sklearn", "sktime", "torch"},
 }
 # A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
 ON_CALL_ALSO = {

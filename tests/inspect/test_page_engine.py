@@ -18,15 +18,18 @@ from cellstack.nodes import (
     Activation,
     Bidirectional,
     Clip,
+    Context,
     Conv1D,
     Dense,
     Embedding,
     Flatten,
     GlobalPool,
     LayerNorm,
+    Magnitude,
     Masking,
     Merge,
     Pad,
+    PerFrame,
     Permute,
     Pool1D,
     Reduce,
@@ -35,6 +38,7 @@ from cellstack.nodes import (
     Scale,
     Select,
     Standardise,
+    Take,
 )
 from cellstack.nodes.base import MORE_ACTIVATIONS
 from cellstack.spec import ACTIVATIONS, GATES, STATES, TRACES
@@ -442,8 +446,8 @@ def make_stacked(rng, inputs, sequences=True, **flags):
 
 def test_every_kind_of_node_is_run_as_the_network_runs_it(page):
     made = every_node()
-    refused = {"step_mask"}  # by name: see the tests of states
-    assert {node.file_type for case in made for node in case["network"].nodes} == set(NODES) - refused
+    kinds = {node.file_type for case in made for node in case["network"].nodes}
+    assert kinds == set(NODES) - {"take", "magnitude", "context", "per_frame", "step_mask"}  # refused by name
     for case, found in zip(made, evaluated(page, RUN, made), strict=True):
         net, options = case["network"], case["options"]
         t = net.trace(case["inputs"], mask=options.get("mask"), reset=options.get("reset"))
@@ -779,6 +783,10 @@ def test_what_is_not_served_is_named_and_never_run(page):
         work += "return [engine.unsupported(network), said]; }"
         assert evaluated(page, work, [{"network": net}]) == [[[sentence], sentence]]
     assert evaluated(page, "(network) => engine.unsupported(network)", every_node()) == [[] for _ in every_node()]
+    for node in (Take((1, 0)), Magnitude(), Context(1), PerFrame((2,), (Reshape((-1, 1)), Flatten()), ((0,), (1,)))):
+        net = Network([node], ["node"], inputs={"x": (None, 2)})
+        said = [f"node: a node of the type {node.file_type} isn't supported."]
+        assert evaluated(page, "(network) => engine.unsupported(network)", [{"network": net}]) == [said]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cellstack
-from cellstack import FormatError
+from cellstack import FormatError, train
 from cellstack.cli.main import main
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
@@ -19,6 +19,8 @@ from cellstack.train.forecast import predict, training
 from cellstack.train.forecast.model import Calibration, Forecaster, as_network
 from cellstack.train.forecast.parts import parts, typical_errors
 from cellstack.train.forecast.plan import Request, defaults, plan, understood
+from cellstack.train.forecast.recipe import SMOOTHED
+from cellstack.train.forecast.smoothing import Smoothing
 from cellstack.train.forecast.training import Build, calibrated, train_forecast
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.settings import RunOptions, Settings
@@ -159,23 +161,66 @@ def test_two_targets_and_a_category():
     assert abs(forecasts.median[0, :, 1].mean() + 2 * forecasts.median[0, :, 0].mean()) < 10
 
 
-@pytest.mark.parametrize(("level", "chosen"), [(0.5, "level"), (0.99, "spread"), (2.0, "spread")])
-def test_the_unit_that_does_clearly_better_is_taken(monkeypatch, level, chosen):
-    fit = training._Fits.fit
+def prepared(frame, request=YEARLY):
+    table = read_table(frame)
+    return training.prepared(table, plan(table, request, 0.35), request, 0.15, 0.2)
 
-    def tried(fits, windows, member, settings, options, until=None):
-        model, done = fit(fits, windows, member, settings, options, until)
-        if settings.epochs == training.TRIED:
-            mase = level if windows.recipe.scale == "level" else 1.0
-            done.history = [entry | {"mase": mase} for entry in done.history]
-        return model, done
 
-    monkeypatch.setattr(training._Fits, "fit", tried)
-    settings = Settings(epochs=training.TRIED, batch=64, patience=1)
-    assert trained(waves(100), settings=settings).recipe.scale == chosen
-    assert trained(waves(100), Request(seasons=(12,), scale="level")).recipe.scale == "level"
-    below_zero = waves(100).assign(y=waves(100)["y"] - 25)
-    assert trained(below_zero, settings=settings).recipe.scale == "spread"  # its level is no unit
+def growing(rows=200):
+    """A series that grows by shares and swings by as much."""
+    frame = waves(rows)
+    return frame.assign(y=np.exp(frame["y"] / 20 + np.arange(rows) / 50))
+
+
+def test_what_grows_by_shares_is_measured_by_its_level():
+    windows, _ = prepared(growing())
+    assert windows.recipe.scale == "level"
+    assert windows.recipe.smoothing[0].log
+    assert windows.recipe.rule == SMOOTHED
+    assert prepared(growing(), Request(seasons=(12,), scale="spread"))[0].recipe.scale == "spread"
+    below_zero = growing().assign(y=growing()["y"] - 5)
+    assert prepared(below_zero)[0].recipe.scale == "spread"  # its level is no unit
+
+
+@pytest.mark.parametrize(("error", "asked", "seasons"), [(0.9, None, ()), (1.1, None, (12,)), (0.1, (12,), (12,))])
+def test_a_season_that_does_harm_is_left_out(monkeypatch, error, asked, seasons):
+    how = Smoothing(False, 0.1, 0.0, 0.0, 0.0, 1.0, 0.0)
+    errors = {(12,): 1.0, (): error}
+    monkeypatch.setattr(training, "smoothings", lambda table, recipe, *_: ((how,), errors[recipe.seasons]))
+    windows, cut = prepared(waves(), Request(seasons=asked))
+    assert windows.recipe.seasons == seasons
+    assert len(cut.training) == 325 - 12 - (11 if seasons else 0)  # the first season is free again
+
+
+def test_in_the_end_the_smoothing_knows_the_validation_part(monkeypatch):
+    told, known = training.smoothings, []
+
+    def marked(table, recipe, ends, *rest):
+        how, error = told(table, recipe, ends, *rest)
+        known.append(int(ends[0]))
+        return tuple(one._replace(level=ends[0] / 1000) for one in how), error
+
+    monkeypatch.setattr(training, "smoothings", marked)
+    done = trained(waves())
+    assert known == [325, 400]
+    assert done.recipe.smoothing[0].level == 0.4
+
+
+def test_a_share_has_to_pay_by_more_than_a_standard_error():
+    rng = np.random.default_rng(0)
+    costs = np.stack([rng.normal(1.0, 0.1, 50), rng.normal(0.99, 0.1, 50)])
+    assert training._smallest(costs, 10.0) == 0
+    costs[1] -= 0.2
+    assert training._smallest(costs, 10.0) == 1
+    assert training._smallest(np.array([[1.0, 1.0], [0.5, 1.2]]), 1.0) == 0  # two that don't agree
+
+
+def test_networks_that_are_not_followed_are_not_trained_anew(monkeypatch):
+    monkeypatch.setattr(training, "calibrated", lambda *_: Calibration(np.zeros(1), np.zeros((1, 3))))
+    done = trained(growing())
+    assert not any(entry["whole"] for entry in done.result.history)
+    np.testing.assert_allclose(done.test.forecasts.median, done.test.forecasts.reference)
+    np.testing.assert_allclose(done.test.forecasts.median, done.test.rivals["exponential smoothing"])
 
 
 def test_seasons_are_found_and_none_where_there_is_none():
@@ -251,7 +296,7 @@ def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch):
     learned = cellstack.train.loop._Run.train
 
     def train(run, batch):
-        if len(stopped) == 400:
+        if len(stopped) == 200:  # while the members are trained anew
             raise KeyboardInterrupt
         stopped.append(1)
         learned(run, batch)
@@ -341,14 +386,11 @@ def test_a_recipe_of_an_older_version_says_what_to_do(command):
         predict.trained(changed, "old")
 
 
-def test_ctrl_c_while_recipes_are_tried_ends_it(monkeypatch):
-    fit = training._Fits.fit
-
-    def interrupted(*args, **more):
-        model, done = fit(*args, **more)
-        done.stopped, done.history = "ctrl-c", []
-        return model, done
-
-    monkeypatch.setattr(training._Fits, "fit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        trained(waves(100))
+def test_the_door_is_the_command(command):
+    done = train.fit_forecast(
+        str(command / "y.csv"), members=1, units=8, epochs=3, threads=1, seed=0, rivals=False, target="y"
+    )
+    net = cellstack.load(command / "y.safetensors")
+    a, b = (predict.forecast(one, read_table(waves(300)), "y").values for one in (done.result.network, net))
+    np.testing.assert_array_equal(a, b)
+    assert "300 rows, monthly from 1980-01-01" in "\n".join(done.understood)

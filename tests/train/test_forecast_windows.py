@@ -8,8 +8,9 @@ import pytest
 
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import calendar
-from cellstack.train.forecast.recipe import Category, Recipe, Rule
+from cellstack.train.forecast.recipe import SMOOTHED, Category, Recipe, Rule
 from cellstack.train.forecast.rules import seasonal, seasonal_mean
+from cellstack.train.forecast.smoothing import Smoothed, Smoothing
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.tables.table import read_table
 
@@ -29,6 +30,7 @@ RECIPE = Recipe(
     window=30,
     seasons=(24, 168),
     rule=Rule("seasonal", 24),
+    smoothing=(Smoothing(False, 0.1, 0.2, 0.5, 0.05, 0.9, 0.5),),
     inputs=("other",),
     known=("plan",),
     calendar=("hour", "weekday"),
@@ -53,7 +55,7 @@ def test_what_is_known_in_advance_enters_and_nothing_of_it_after_the_horizon():
     tables[2].loc[213, "plan"] = 7.0
     x = [fetched(read_table(one), 200).x for one in tables]
     changed = np.argwhere((x[0] != x[1]) & ~np.isnan(x[0]))
-    assert changed.tolist() == [[0, 41, 7]]  # y, five rules, other, and then plan
+    assert changed.tolist() == [[0, 41, 8]]  # y, six rules, other, and then plan
     np.testing.assert_array_equal(x[0], x[2])
 
 
@@ -68,6 +70,9 @@ def test_channels_stand_where_they_are_said_to():
     assert np.isnan(x[30:, 0]).all()
     for channel, rule in enumerate(RECIPE.rules, 1):
         before = y[171 - rule.season : 201 - rule.season]
+        if rule == SMOOTHED:
+            fitted = Smoothed(y, table.starts, RECIPE.seasons, RECIPE.smoothing[0]).fitted
+            np.testing.assert_allclose(x[:30, channel], (fitted[171:201] - base) / unit, rtol=1e-4, atol=1e-5)
         if rule.name == "seasonal":
             np.testing.assert_allclose(x[:30, channel], (before - base) / unit, rtol=1e-5)
         ahead = windows.rule(rule, 0, np.array([0]))[0]
@@ -92,6 +97,8 @@ def test_rules_are_those_of_the_baselines():
         ours = windows.rule(rule, 0, np.arange(3))
         if rule.name == "mean":
             theirs = seasonal_mean(y, origins, 12, season=rule.season)
+        elif rule == SMOOTHED:
+            theirs = Smoothed(y, table.starts, RECIPE.seasons, RECIPE.smoothing[0]).ahead(origins, 12)
         else:
             theirs = seasonal(y, origins, 12, season=rule.season)
         np.testing.assert_allclose(ours, theirs)
@@ -171,7 +178,7 @@ def test_a_missing_value_is_missing_and_weighs_nothing():
 
 
 def test_several_targets_stand_side_by_side():
-    recipe = replace(RECIPE, targets=("y", "other"), inputs=())
+    recipe = replace(RECIPE, targets=("y", "other"), inputs=(), smoothing=RECIPE.smoothing * 2)
     table = read_table(frame())
     windows, every = Windows(recipe, table, np.array([200])), np.array([0])
     batch = windows.fetch(every)
@@ -185,13 +192,13 @@ def test_a_category_has_a_channel_a_label_and_a_new_label_none():
     values = frame(sky=np.where(np.arange(400) % 3 == 0, "sun", "rain"))
     recipe = replace(RECIPE, categories=(Category("sky", ("rain", "sun")),), calendar=())
     x = fetched(read_table(values), 200, recipe).x[0]
-    labels = x[:, 7:9]
+    labels = x[:, 8:10]
     np.testing.assert_array_equal(labels[:30, 1], (np.arange(171, 201) % 3 == 0).astype(np.float32))
     assert np.isnan(labels[30:]).all()  # it isn't known in advance
     values.loc[200, "sky"] = "snow"
-    np.testing.assert_array_equal(fetched(read_table(values), 200, recipe).x[0, 29, 7:9], [0.0, 0.0])
+    np.testing.assert_array_equal(fetched(read_table(values), 200, recipe).x[0, 29, 8:10], [0.0, 0.0])
     known = replace(recipe, categories=(Category("sky", ("rain", "sun"), known=True),))
-    assert not np.isnan(fetched(read_table(values), 200, known).x[0]).any(axis=0)[8:10].any()
+    assert not np.isnan(fetched(read_table(values), 200, known).x[0]).any(axis=0)[9:11].any()
 
 
 def test_a_missing_column_is_named():
@@ -239,6 +246,8 @@ def test_recipe_survives_json():
         ({"scale": "log"}, "expected scale to be one of spread, level"),
         ({"quantiles": (0.1, 0.9)}, "0.5 among them"),
         ({"floors": (0.0,)}, "expected floors above 0"),
+        ({"smoothing": RECIPE.smoothing * 2}, "expected one smoothing a target"),
+        ({"smoothing": (), "rule": Rule("smoothing", 1)}, "expected a rule of these seasons"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(change, message):

@@ -13,8 +13,6 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, TimeSeriesSplit
 
 from cellstack.sklearn import SequenceForecaster
-from cellstack.train import read_table
-from cellstack.train.forecast import predict
 
 QUICK = {"horizon": 3, "seasons": (12,), "units": 4, "members": 1, "epochs": 3, "lr": 0.01, "random_state": 0}
 
@@ -62,15 +60,14 @@ def test_the_score_is_what_is_saved_of_the_rule_s_error(table):
     model = SequenceForecaster(**QUICK, target="sales").fit(table[:100])
     actual = table["sales"].to_numpy()[97:100]
     ours = np.abs(model.predict(table[:97]) - actual).sum()
-    read = read_table(table[:97])
-    rule = np.abs(predict.forecast(model.network_, read, "net").reference[0, :, 0] - actual).sum()
-    assert model.score(table[:100]) == pytest.approx(1 - ours / rule)
+    latest = np.abs(table["sales"][96] - actual).sum()
+    assert model.score(table[:100]) == pytest.approx(1 - ours / latest)
 
 
 def test_a_search_over_splits_in_time(table):
     model = SequenceForecaster(**QUICK, target="sales")
     splits = TimeSeriesSplit(2, test_size=24)
-    search = GridSearchCV(model, {"cell": ["lstm", "gru"]}, cv=splits, n_jobs=2).fit(table)
+    search = GridSearchCV(model, {"seasons": [(12,), ()]}, cv=splits, n_jobs=2).fit(table)
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
     assert len(set(search.cv_results_["mean_test_score"])) == 2
     assert search.predict(table).shape == (3,)
@@ -83,7 +80,7 @@ def test_it_repeats_is_cloned_and_runs_without_torch(table, tmp_path):
         model.predict()
     came = model.fit(table).predict()
     np.testing.assert_array_equal(clone(model).fit(table).predict(), came)
-    assert np.abs(clone(model).set_params(random_state=1).fit(table).predict() - came).max() > 1e-4
+    assert clone(model).set_params(random_state=1).fit(table).history_ != model.history_
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
     code = (
         "import pickle, sys\n"

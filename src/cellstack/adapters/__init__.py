@@ -1,1 +1,1 @@
-"""The estimators of `cellstack.sklearn` as those of other libraries of time series; each module needs its library."""
+"""cellstack in other libraries: our estimators as theirs, their models on our kernel; each module needs its library."""

@@ -93,7 +93,7 @@ def measure(
             differs[name] = {"output": worst[0], "difference": float(np.max(np.abs(worst[1] - worst[2])))}
     timed = {name: engine.run for name, engine in ready.items() if name not in differs}
     record: dict[str, Any] = {**shape._asdict(), "flop": shape.flop(what), "bytes": shape.bytes(what)}
-    times = alternate(timed, rounds, seconds)
+    times = alternate(timed, rounds, seconds=seconds)
     record["milliseconds"] = {name: {"least": least, "median": middle} for name, (least, middle) in times.items()}
     record["ratio"] = ratio(record["milliseconds"])
     record["differs"] = differs

@@ -32,16 +32,19 @@ def rest() -> bool:
     return False
 
 
-def timed(run: Callable[[], Any], calls: int) -> float:
+def timed(run: Callable[[], Any], calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds that a call takes, by the mean of so many."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def alternate(
-    runs: Mapping[Any, Callable[[], Any]], rounds: int, seconds: float = 0.0
+    runs: Mapping[Any, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    seconds: float = 0.0,
 ) -> dict[Any, tuple[float, float]]:
     """Time each of `runs` once a round, in turn, so that a drift of the machine's speed meets all of them.
 
@@ -50,6 +53,7 @@ def alternate(
     Args:
         runs: what is timed, by name.
         rounds: how often each has its turn.
+        clock: what tells the time.
         seconds: how long a turn takes at least; its figure is the mean of its calls. 0 = one call.
 
     Returns:
@@ -60,7 +64,7 @@ def alternate(
         for name, run in runs.items():
             rest()
             once = timed(run, 1)
-            times[name].append(timed(run, max(1, min(10_000, int(seconds / max(once, 1e-7))))))
+            times[name].append(timed(run, max(1, min(10_000, int(seconds / max(once, 1e-7)))), clock))
     return {name: (min(taken) * 1e3, float(np.median(taken)) * 1e3) for name, taken in times.items()}
 
 

@@ -124,7 +124,8 @@ def write(report: dict[str, Any], output: str) -> list[str]:
         for what, records in done.items():
             draw(what, records, report, Path(pictures[what]))
     except ModuleNotFoundError as error:
-        pictures, said = {}, [f"no pictures, as {error.name} isn't installed: install cellstack[torch]"]
+        package = (error.name or "matplotlib").partition(".")[0]
+        pictures, said = {}, [f"no pictures, as {package} isn't installed: install cellstack[torch]"]
     file = folder / JSON_FILE
     report["files"] = [str(file), *pictures.values()]
     file.write_text(json.dumps(plain(report), allow_nan=False, indent=1) + "\n", encoding="utf-8")

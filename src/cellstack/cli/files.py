@@ -43,7 +43,7 @@ def load_model(name: str, order: Sequence[str] | None = None) -> tuple[Network, 
 
 def _loaded(path: str, order: Sequence[str] | None) -> Network:
     try:
-        return load(path, order)
+        return load(path, order=order)
     except ModuleNotFoundError as error:  # what reads the format isn't installed; the message says what to install
         raise UsageError(f"{path}: {error}") from None
     except TypeError as error:

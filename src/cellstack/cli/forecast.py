@@ -21,7 +21,7 @@ from cellstack.train.forecast import predict
 from cellstack.train.forecast.backtest import Backtest
 from cellstack.train.forecast.parts import parts
 from cellstack.train.forecast.plan import Request, defaults, plan, understood
-from cellstack.train.forecast.recipe import SCALES
+from cellstack.train.forecast.recipe import SCALES, Recipe
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table, iso
 
@@ -57,7 +57,9 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
         group.add_argument("--season", type=_numbers, metavar="N,N", help="steps in each season (found; 1 for none)"),
         group.add_argument("--window", type=int, metavar="N", help="steps to look back (two seasons, from 16 to 168)"),
         group.add_argument("--holidays", metavar="CC", help="look at a country's holidays: US, or DE-BY"),
-        group.add_argument("--scale", choices=SCALES, help="unit of the values: their spread or level (tried out)"),
+        group.add_argument(
+            "--scale", choices=SCALES, help="unit of the values: their spread or level (as they are smoothed)"
+        ),
         group.add_argument("--quantiles", type=_levels, metavar="Q,Q", help="to forecast beside the median (0.1,0.9)"),
         group.add_argument("--members", type=int, metavar="N", help="networks that are averaged (3; of many rows 2)"),
         group.add_argument("--test-share", type=float, metavar="P", help=f"last rows to measure on ({TEST_SHARE})"),
@@ -71,6 +73,7 @@ class Job:
 
     table: Table
     request: Request
+    recipe: Recipe
     members: int
     share: float
     forecasts: str | None
@@ -84,7 +87,7 @@ class Job:
         from cellstack.train.forecast.training import Build, train_forecast
 
         build = Build(architecture.units, architecture.cell, architecture.dropout, self.members)
-        trained = train_forecast(self.table, self.request, build, settings, options, self.share)
+        trained = train_forecast(self.table, self.request, build, settings, options, self.share, recipe=self.recipe)
         self.test = trained.test
         return trained.result
 
@@ -133,7 +136,7 @@ def read(args: argparse.Namespace) -> Job:
     described |= {"ignored": table.ignored, "origins": [len(cut.training), len(cut.validation), len(cut.test)]}
     usual = defaults(len(cut.training))
     members = usual.pop("members") if args.members is None else args.members
-    return Job(table, request, members, share, args.forecasts, said, described, usual)
+    return Job(table, request, recipe, members, share, args.forecasts, said, described, usual)
 
 
 def text_of(scores: dict[str, Any]) -> list[str]:

@@ -2,23 +2,21 @@
 
 An adapter has `NAME` and `SUFFIXES`, and four functions: `recognises(head)` says whether a file that begins with these
 bytes is of its kind, `load(path)` returns a Network or raises `FormatError`, `save(network, path)` writes one;
-`extract(path)` returns the recurrent parts of a file by name, whatever else it holds.
+`extract(path)` returns the recurrent parts of a file by name, whatever else it holds. `OPTIONS`, where there are
+some, are names that `load` takes besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
-from inspect import signature
 from os import PathLike, fspath
 from pathlib import PurePath
 from typing import Any
 
 from cellstack.network import Network
-from cellstack.nodes import Node
 from cellstack.spec import FormatError
 
-ADAPTERS = ("safetensors", "keras", "pytorch", "onnx")
+ADAPTERS = ("safetensors", "keras", "pytorch", "onnx", "json")
 HEAD_BYTES = 64  # what `recognises` gets to see
 
 
@@ -51,34 +49,40 @@ def adapter_of(path: str) -> Any:
     raise FormatError(f"{path}: expected one of {supported()}, found a file that begins with {head[:8]!r}")
 
 
-def load(path: str | PathLike[str], order: Sequence[str | Node] | None = None) -> Network:
+def load(path: str | PathLike[str], **options: Any) -> Network:
     """Read a network from a file; the content tells the format, and no code from the file is run.
 
     Args:
         path: the file.
-        order: for weights of PyTorch that don't say in which order their modules run, such as those of one's own class:
-            the modules' names, in that order. `"last"` stands for the last step of a sequence, `"relu"` and the like
-            for an activation, and a node for itself; `"words:Embedding"` and `"head:Linear"` tell apart what looks
-            alike without a bias. What else the class does between its modules is for the caller to know. None: the
-            file says it.
+        **options: what a file leaves open, for the formats that have such; None: nothing is said.
+            PyTorch's weights: `order`, for those that don't say in which order their modules run, such as the weights
+            of one's own class: the modules' names, in that order. `"last"` stands for the last step of a sequence,
+            `"relu"` and the like for an activation, and a node for itself; `"words:Embedding"` and `"head:Linear"` tell
+            apart what looks alike without a bias. What else the class does between its modules is for the caller to
+            know.
+            ONNX: `constants`, values of inputs by name, `{"sr": 16000}`; `weights`, the same of inputs that are
+            weights; `frames`, how many numbers a frame of an input has; `context`, how many of a frame's last numbers
+            stand ahead of the next one.
 
     Returns:
         The network, with its names and metadata.
 
     Raises:
+        TypeError: options that the file's format doesn't have, or an order for a file that says its own.
         FormatError: the file is damaged, of a format that isn't supported, or holds what a Network can't run, each
             named; names the file, the tensor, what was expected and what was found.
         ModuleNotFoundError: the format is read by a package that isn't installed, which the message names.
         OSError: the file can't be read.
-        TypeError: an order that isn't one of names and nodes, or for a file that says its own.
     """
     path = fspath(path)
     adapter = adapter_of(path)
-    if order is None:
-        return adapter.load(path)
-    if "order" not in signature(adapter.load).parameters:
-        raise TypeError(f"load: expected no order for {path}: {adapter.NAME} says itself in which order its layers run")
-    return adapter.load(path, order)
+    known = getattr(adapter, "OPTIONS", ())
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options:
+        if name not in known:
+            has = f"the options {', '.join(known)}" if known else "no options"
+            raise TypeError(f"load: {path}: expected {has} for a file of {adapter.NAME}, got {name}")
+    return adapter.load(path, **options)
 
 
 def extract(path: str | PathLike[str]) -> dict[str, Network]:

@@ -218,6 +218,8 @@ def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
 
 def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Inputs) -> dict[str, Array]:
     """Return a session's outputs by name. A model of one step is run step by step, where its states can go on."""
+    if ends.get("frames"):
+        return _run_frames(ends, session, inputs)
     entries, outs = session.get_inputs(), [entry.name for entry in session.get_outputs()]
     axes, fed = _fed(net, ends, entries, inputs)
     declared = {entry.name: entry.shape for entry in entries}
@@ -251,6 +253,50 @@ def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Input
     return steps[-1] | joined
 
 
+def _run_frames(ends: dict[str, Any], session: Any, inputs: Inputs) -> dict[str, Array]:
+    """Return the outputs of a model that takes frames, each after its context: a frame a call, or rows of them."""
+    entries = {entry.name: entry for entry in session.get_inputs()}
+    outs = [entry.name for entry in session.get_outputs()]
+    batch, steps = next(iter(inputs.values())).shape[:2]
+    given = dict(zip(ends["inputs"], inputs.values(), strict=True))
+    by_rows = ends["frames"]["steps"] == "rows"
+    first = entries[next(iter(given))].shape[0]
+    if batch != 1 and (by_rows or isinstance(first, int)):
+        raise OtherSizesError(1, steps)
+    fed: dict[str, Array] = {}
+    whole: dict[str, Array] = {}
+    for name, entry in entries.items():
+        dtype = ONNX_TYPES.get(entry.type)
+        if name in given:
+            x, size = given[name], ends["frames"]["context"].get(name, 0)
+            ahead = np.zeros((batch, steps, size), x.dtype)
+            ahead[:, 1:] = x[:, :-1, x.shape[2] - size :]
+            whole[name] = np.concatenate([ahead, x], axis=2).astype(dtype or x.dtype)
+        elif name in ends["given"] and dtype is not None:
+            if ends["given"][name] is None:
+                raise CannotRunError(f"the values that {name} was given when the file was loaded aren't kept")
+            fed[name] = np.asarray(ends["given"][name], dtype)
+        elif name in ends["starts"]:
+            fed[name] = np.zeros([axis if isinstance(axis, int) else batch for axis in entry.shape], dtype)
+        else:
+            raise CannotRunError(f"expected {', '.join(given)} and states, found {name} ({entry.type})")
+    after = {start: end for start, refs in ends["starts"].items() for end, own in ends["states"].items() if own == refs}
+
+    def shaped(name: str, x: Array) -> Array:
+        return x.reshape([x.shape[1] if axis == "F" else len(x) if axis == "B" else 1 for axis in ends["inputs"][name]])
+
+    made: list[dict[str, Array]] = []
+    for frame in [slice(None)] if by_rows else range(steps):
+        rows = {name: shaped(name, x[0] if by_rows else x[:, frame]) for name, x in whole.items()}
+        fed |= {start: made[-1][end] for start, end in after.items()} if made else {}
+        made.append(dict(zip(outs, session.run(None, {**fed, **rows}), strict=True)))
+    rows = steps if by_rows else batch
+    answers = {name: np.stack([call[name].reshape(rows, -1) for call in made], axis=1) for name in ends["outputs"]}
+    answers = {name: array.reshape(batch, steps, -1) for name, array in answers.items()}
+    ends["outputs"] = dict.fromkeys(ends["outputs"], "BTF")
+    return made[-1] | answers
+
+
 def _parted(array: Array, axes: str) -> Array:
     """Return the states `[S, B, H]` that an output holds, whose axes our reader notes: one row where there is no B."""
     array = array.transpose(sorted(range(array.ndim), key=lambda n: "SBF".index(axes[n])))
@@ -265,10 +311,18 @@ def _ends_of(net: Network, path: str) -> dict[str, Any]:
     each of the operators' states, with its `state_axes`, and the `firsts` of the cells that the operators are. Where
     our reader can't read the file whole they are empty: then all is taken as it comes.
     """
+    own = net.metadata.get("onnx")
+    if isinstance(own, dict) and own.keys() & {"frames", "given"}:  # a file that needs more than its path to be read
+        return _noted(net, net)
     try:
         read = onnx.load(path)
     except (FormatError, ModuleNotFoundError):
         return {"inputs": {}, "outputs": {}, "states": {}}
+    return _noted(read, net)
+
+
+def _noted(read: Network, net: Network) -> dict[str, Any]:
+    """Return the ends of a graph as they are noted in the network that our reader made of it."""
     noted = read.metadata["onnx"]
     counts = [len(node.cells) for node in read.nodes if node.cells]
     return {
@@ -276,6 +330,9 @@ def _ends_of(net: Network, path: str) -> dict[str, Any]:
         "outputs": noted["outputs"],
         "states": noted["states"],
         "state_axes": noted.get("state_axes", {}),
+        "starts": noted.get("starts", {}),
+        "frames": noted.get("frames"),
+        "given": noted.get("given", {}),
         "firsts": [sum(counts[:number]) for number in range(len(counts))],
     }
 
@@ -529,11 +586,17 @@ def _in_c(
     return {net.outputs[0]: y if whole else y[:, -1]}, dict(zip(names, blocks, strict=False))
 
 
+def _by_nothing(net: Network, path: str, inputs: Inputs) -> Answers:
+    """Say that what runs such files is a library of C++, which there is no package of."""
+    raise CannotRunError(f"{path} is run by RTNeural or by a plugin of neural-amp-modeler's, not from here")
+
+
 RUNTIMES: dict[str, Callable[[Network, str, Inputs], Answers]] = {
     "onnxruntime": _by_onnxruntime,
     "keras": _by_keras,
     "torch": _by_torch,
     "the C compiler's program": _by_compiler,
+    "RTNeural": _by_nothing,
 }
 BY_SUFFIX = {
     ".safetensors": "cellstack",
@@ -541,4 +604,5 @@ BY_SUFFIX = {
     **dict.fromkeys((".keras", ".h5", ".hdf5"), "keras"),
     **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".ckpt"), "torch"),
     ".c": "the C compiler's program",
+    **dict.fromkeys((".json", ".nam"), "RTNeural"),
 }

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)
+OPTIONS = ("order",)
 KEY = "cellstack"
 VERSION = 1
 MAX_DESCRIPTION = 1 << 22  # thousands of nodes; JSON takes some twenty times its size when it is parsed

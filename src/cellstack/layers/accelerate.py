@@ -48,8 +48,9 @@ _METHODS = (
 _DTYPES = (torch.float32, torch.float64)
 # Steps from which the kernel is the faster one, in a call without gradients, with them, and with frozen weights;
 # measured (benchmarks/doors.py).
-_LEAST_STEPS = {"LSTM": (1, 16, 1), "GRU": (8, 4, 1), "RNN_TANH": (16, 8, 4), "RNN_RELU": (16, 8, 4)}
-_WIDE_LSTM = 128  # units from which that is so from the first step on
+_LEAST_STEPS = {"LSTM": (1, 16, 1), "GRU": (8, 4, 1), "RNN_TANH": (16, 16, 4), "RNN_RELU": (16, 16, 4)}
+# Units, or rows × steps, from which an LSTM's training step is the faster one whatever its steps.
+_WIDE_LSTM, _BIG_LSTM = 128, 512
 
 # ── which modules, and which calls ───────────────────────────────────────────────────────────────────────────────────
 
@@ -285,7 +286,9 @@ class _Sequence(_Accelerated, nn.RNNBase):
     def _is_short(self, x: Tensor) -> bool:
         """Whether a call has so few steps that PyTorch's own is as fast or faster."""
         if torch.is_grad_enabled():
-            least = 1 if self.mode == "LSTM" and self.hidden_size >= _WIDE_LSTM else _LEAST_STEPS[self.mode][1]
+            least = _LEAST_STEPS[self.mode][1]
+            if self.mode == "LSTM" and (self.hidden_size >= _WIDE_LSTM or x.numel() >= _BIG_LSTM * self.input_size):
+                return False
         else:
             least = _LEAST_STEPS[self.mode][0 if self._frozen is None else 2]
         return least > 1 and x.ndim > 1 and x.shape[1 if self.batch_first and x.ndim == 3 else 0] < least
@@ -616,7 +619,8 @@ def _small(module: Any) -> str:
     least, trained, _ = _LEAST_STEPS[module.mode]
     if module.mode == "LSTM" and module.hidden_size >= _WIDE_LSTM:
         return ""
-    parts = [f"{trained} steps in training"] + ([f"{least} otherwise"] if least > 1 else [])
+    small = " of a small batch" if module.mode == "LSTM" else ""
+    parts = [f"{trained} steps{small} in training"] + ([f"{least} otherwise"] if least > 1 else [])
     return f"; PyTorch's own, as fast there, below {' and '.join(parts)}"
 
 

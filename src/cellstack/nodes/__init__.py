@@ -2,9 +2,11 @@
 
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.dense import Dense
+from cellstack.nodes.frames import Context, PerFrame
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.nodes.reduce import Reduce
 from cellstack.nodes.shape import Flatten, Merge, Pad, Permute, Repeat, Reshape, Select
+from cellstack.nodes.signal import Magnitude, Take
 from cellstack.nodes.steps import Activation, Clip, Embedding, LayerNorm, Masking, Scale, Standardise, StepMask
 from cellstack.nodes.time import Conv1D, GlobalPool, Pool1D
 
@@ -33,6 +35,10 @@ NODES: dict[str, type[Node]] = {
         Repeat,
         Select,
         Merge,
+        Take,
+        Magnitude,
+        Context,
+        PerFrame,
     )
 }
 """Every kind of node, by what files call it."""
@@ -44,16 +50,19 @@ __all__ = [
     "Bidirectional",
     "Cell",
     "Clip",
+    "Context",
     "Conv1D",
     "Dense",
     "Embedding",
     "Flatten",
     "GlobalPool",
     "LayerNorm",
+    "Magnitude",
     "Masking",
     "Merge",
     "Node",
     "Pad",
+    "PerFrame",
     "Permute",
     "Pool1D",
     "Recurrent",
@@ -64,4 +73,5 @@ __all__ = [
     "Select",
     "Standardise",
     "StepMask",
+    "Take",
 ]

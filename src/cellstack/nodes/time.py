@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from cellstack import native, spec
 from cellstack.nodes.base import (
+    MORE_ACTIVATIONS,
     Array,
     CellState,
     Flow,
@@ -156,13 +158,30 @@ class Conv1D(Node):
         matrices.setflags(write=False)
         return matrices
 
+    @cached_property
+    def _beyond(self) -> Callable[[Array], Array] | None:
+        """The activation, where it is one that the kernel lacks."""
+        return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
+
+    @cached_property
+    def _packed(self) -> Any:
+        """The kernel as a Dense's, `[K·C, F]`, in the layout of `native`; packed at the first use."""
+        within = spec.activation("linear" if self._beyond else self.activation)
+        return native.dense(self.kernel.reshape(-1, self.kernel.shape[2]), self.bias, within)
+
     def check(self, owner: str, *shapes: Shape) -> Shape:
         steps, _ = super().check(owner, *shapes)
         return steps_out(steps, self.padding, self.span, self.strides), self.kernel.shape[2]
 
     def apply(self, x: Array) -> Array:
         """Return `[B, T', F]` for `x [B, T, C]`."""
-        return self.convolve(padded(x, *pads(self.padding, x.shape[1], self.span, self.strides), 0.0))
+        batch, steps, channels = x.shape
+        before, after = pads(self.padding, steps, self.span, self.strides)
+        if before or after:
+            wide = np.zeros((batch, before + steps + after, channels), x.dtype)
+            wide[:, before : before + steps] = x
+            x = wide
+        return self.convolve(x)
 
     def convolve(self, x: Array) -> Array:
         """Return `[B, T', F]` for `x [B, T, C]` that has its padding already."""
@@ -170,6 +189,12 @@ class Conv1D(Node):
         count, (taps, channels, filters) = windows(steps, self.span, self.strides), self.kernel.shape
         if not count or not batch:
             return np.zeros((batch, count, filters), x.dtype)
+        if self.dilation == self.groups == 1:  # a window is a row of K·C numbers as they lie, and each row a Dense
+            x = np.ascontiguousarray(x)
+            y = np.empty((batch, count, filters), x.dtype)
+            rows = native.Sequences(batch, count, x, steps * channels, self.strides * channels)
+            native.forward(rows, [native.Layer(self._packed, y=y)], 1)
+            return y if self._beyond is None else self._beyond(y)
         view = sliding_window_view(x, self.span, axis=1)[:, :: self.strides, :, :: self.dilation]  # [B, T', C, K]
         view = view.reshape(batch, count, self.groups, channels, taps)
         if self.by_steps:  # each window a product of its own: its bits mustn't depend on how many come with it
@@ -181,6 +206,12 @@ class Conv1D(Node):
         if self.bias is not None:
             y += self.bias
         return y if self.activation == "linear" else activation_function(self.activation)(y)
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        if self.dilation == self.groups == 1:
+            after = f", {self.activation} in NumPy" if self._beyond else ""
+            return f"fused kernel ({native.isa()}, {dtype}): a product a window{after}"
+        return f"NumPy ({dtype}): windows with gaps, or groups"
 
     def keeps_steps(self, axes: int) -> bool:
         return not self.mixes_steps

@@ -14,9 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from cellstack.sklearn.sequences import seed_of
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import predict
-from cellstack.train.forecast.parts import parts
-from cellstack.train.forecast.plan import Request, defaults, plan, understood
-from cellstack.train.settings import RunOptions, Settings
+from cellstack.train.forecast.rules import seasonal
 from cellstack.train.tables.table import Table, read_table
 
 Floats = NDArray[np.float64]
@@ -39,7 +37,7 @@ class SequenceForecaster(BaseEstimator):
         inputs: further columns that are known up to now; every one that isn't named elsewhere where None.
         known: columns that are known in advance: rows after the last observed target hold them.
         holidays: a country whose holidays the network sees, `"US"` or `"DE-BY"`; "" for none.
-        scale: unit of the values, `"spread"` or `"level"`; tried out where None.
+        scale: unit of the values, `"spread"` or `"level"`; the latter where None and the logarithm is smoothed.
         quantiles: of the forecasts' distribution; 0.5, the forecast, is added.
         date, id, zone, day_first, freq: how the table is read, see `train.table.read_table`; `id` is its `ids`.
         units, cell, dropout, members: how the networks are built, see `train.forecast.training.Build`.
@@ -109,36 +107,28 @@ class SequenceForecaster(BaseEstimator):
         Returns:
             This estimator.
         """
-        from cellstack.train.forecast.training import Build, train_forecast  # torch
+        from cellstack.train.forecast.door import fit_forecast  # torch
 
         table = self._table(X)
-        target = () if self.target is None else (self.target,) if isinstance(self.target, str) else tuple(self.target)
-        request = Request(
-            target,
+        same = ("units", "cell", "dropout", "members", "epochs", "batch", "lr", "clip", "patience", "validation")
+        trained = fit_forecast(
+            table,
+            self.target,
             self.horizon,
-            self.window,
-            None if self.seasons is None else tuple(self.seasons),
-            None if self.inputs is None else tuple(self.inputs),
-            tuple(self.known),
-            self.holidays,
-            self.scale,
-            tuple(self.quantiles),
+            **{name: getattr(self, name) for name in (*same, "threads", "device", "window", "scale")},
+            test=0.0,
+            rivals=False,
+            seed=seed_of(self.random_state),
+            progress=self.verbose,
+            seasons=None if self.seasons is None else tuple(self.seasons),
+            inputs=None if self.inputs is None else tuple(self.inputs),
+            known=tuple(self.known),
+            country=self.holidays,
+            quantiles=tuple(self.quantiles),
         )
-        recipe = plan(table, request, self.validation)
-        cut = parts(table, recipe, self.validation, 0.0)
-        usual = defaults(len(cut.training))
-        given = {name: usual[name] if getattr(self, name) is None else getattr(self, name) for name in usual}
-        units = given["units"]
-        units = tuple(units) if isinstance(units, Sequence) else (units,)
-        settings = Settings(
-            given["epochs"], given["batch"], given["lr"], self.clip, given["patience"], seed=seed_of(self.random_state)
-        )
-        options = RunOptions(self.validation, progress=self.verbose, device=self.device, threads=self.threads)
-        build = Build(units, self.cell, given["dropout"], given["members"])
-        trained = train_forecast(table, request, build, settings, options, 0.0, rivals=False)
         result = trained.result
         self.network_, self.recipe_, self.history_ = result.network, trained.recipe, result.history
-        self.understood_, self.n_iter_ = understood(table, trained.recipe, request, cut), len(result.history)
+        self.understood_, self.n_iter_ = trained.understood, len(result.history)
         self._last = table
         if result.fit.interrupted:  # fitted as far as it came, and what called this is to stop
             raise KeyboardInterrupt
@@ -172,24 +162,29 @@ class SequenceForecaster(BaseEstimator):
         return _squeezed(forecasts, values[:, :, 0] if values.shape[2] == 1 else values)
 
     def score(self, X: Any, y: None = None) -> float:
-        """Return how much less than a simple rule's the absolute error is, of forecasts of X's last `horizon` rows.
+        """Return how much less than the naive forecast's the absolute error is, over X's last `horizon` rows.
 
         Args:
             X: a table whose series end with the truth; what lies before it is forecast from.
             y: not used.
 
         Returns:
-            `1 - error / error of the rule`, the one that the fit chose among the latest value and those of seasons
-            before: 1 is without error, 0 no better than the rule.
+            `1 - error / error of the latest value`: 1 is without error, 0 no better than the latest value. It doesn't
+            depend on how the estimator was told to forecast, so that searches can go by it.
         """
         check_is_fitted(self)
-        table = self._table(X)
-        origins = predict.last_origins(table, self.recipe_) - self.recipe_.horizon
+        table, recipe = self._table(X), self.recipe_
+        origins = predict.last_origins(table, recipe) - recipe.horizon
         forecasts = self._forecasts(table, origins)
-        rows = origins[:, None] + np.arange(1, self.recipe_.horizon + 1)
-        actual = np.stack([table.columns[name][rows] for name in self.recipe_.targets], axis=-1)
-        ours, rules = (np.nansum(np.abs(said - actual)) for said in (forecasts.median, forecasts.reference))
-        return float(1 - ours / max(rules, np.finfo(float).tiny))
+        rows = origins[:, None] + np.arange(1, recipe.horizon + 1)
+        actual = np.stack([table.columns[name][rows] for name in recipe.targets], axis=-1)
+        naive = np.full(actual.shape, np.nan)
+        for series, origin in enumerate(origins):
+            here = table.rows(series)
+            for n, name in enumerate(recipe.targets):
+                naive[series, :, n] = seasonal(table.columns[name][here], origin[None] - here.start, recipe.horizon)[0]
+        ours, latest = (np.nansum(np.abs(said - actual)) for said in (forecasts.median, naive))
+        return float(1 - ours / max(latest, np.finfo(float).tiny))
 
     def _forecasts(self, table: Table, origins: NDArray[np.int64] | None = None) -> predict.Forecasts:
         return predict.forecast(self.network_, table, type(self).__name__, origins, self.threads)

@@ -24,6 +24,7 @@ from cellstack.train.text.sampling import generate
 if TYPE_CHECKING:
     from cellstack.train.door import fit
     from cellstack.train.fitting import Result
+    from cellstack.train.forecast.door import fit_forecast
     from cellstack.train.learner import Epoch, Fit, Learner
     from cellstack.train.loop import learn
     from cellstack.train.model import Model
@@ -37,6 +38,7 @@ _LATER = {
     "Result": "fitting",
     "fit": "door",
     "learn": "loop",
+    "fit_forecast": "forecast.door",
     "fit_text": "text.workflow",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "as_sequences",
     "batches",
     "fit",
+    "fit_forecast",
     "fit_text",
     "generate",
     "history",

@@ -15,7 +15,7 @@ import pytest
 from onnx_graphs import EIGHT_BITS
 
 from cellstack.formats import onnx as adapter
-from cellstack.spec import FormatError, State
+from cellstack.spec import State
 
 pytestmark = pytest.mark.models
 
@@ -87,8 +87,6 @@ def test_silero_vad_sequence(file_of, tmp_path):
     feeds = {"input": 0.1 * rng.standard_normal((50, 576)).astype(np.float32), **start}
     parts = check(path, feeds, tmp_path)
     assert list(parts) == ["/recurrent/LSTM"]
-    with pytest.raises(FormatError, match=r"Pad '/stft/padding/Pad': expected constant pads"):
-        adapter.load(path)
 
 
 def test_silero_vad_within_ifs(file_of):

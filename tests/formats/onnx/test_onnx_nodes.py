@@ -142,7 +142,7 @@ def test_a_state_without_an_output(tmp_path):
 def test_pads_that_are_refused(tmp_path):
     for pads, value, mode, message in (
         ((0, -1, 0, 0, 0, 0), 0.0, "constant", "none below 0"),
-        ((0, 1, 0, 0, 0, 0), 0.0, "reflect", "expected constant pads of one number"),
+        ((0, 1, 0, 0, 0, 0), 0.0, "reflect", "expected an axis whose length is known, to pad it by reflect"),
     ):
         steps = [("Pad", [integers(*pads), np.float32(value)], {"mode": mode})]
         path = chain(tmp_path, steps, ["B", "T", 3])

@@ -214,7 +214,7 @@ def test_what_takes_no_order(tmp_path):
     cs.from_torch(nn.LSTM(3, 4)).save(tmp_path / "net.safetensors")
     cs.from_torch(nn.LSTM(3, 4)).save(tmp_path / "net.onnx")
     for suffix in ("safetensors", "onnx"):
-        with pytest.raises(TypeError, match="expected no order for"):
+        with pytest.raises(TypeError, match=r"expected no order for|for a file of ONNX, got order"):
             cs.load(tmp_path / f"net.{suffix}", order=["rnn"])
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +14,12 @@ from cellstack.formats.files import check_unedited
 from cellstack.formats.onnx import activations, norms, ops, quantised, recurrent, shapes, windows
 from cellstack.formats.onnx.cells import Operator, is_recurrent, network_of, read_operator
 from cellstack.formats.onnx.file import Model, Scope, label, read, short, unused_tensors
-from cellstack.formats.onnx.graph import load_graph
+from cellstack.formats.onnx.frames import Frame, frames_of, makes_steps
+from cellstack.formats.onnx.graph import data_inputs, load_graph
+from cellstack.formats.onnx.settle import check_settled, fix, plain, settle
 from cellstack.formats.onnx.writer import write
-from cellstack.formats.onnx.written_out.found import find_written_out
-from cellstack.formats.onnx.written_out.loops import roll
+from cellstack.formats.onnx.written_out.found import find_written_out, takes_states
+from cellstack.formats.onnx.written_out.loops import roll, roll_steps
 from cellstack.formats.onnx.written_out.products import name_activations
 from cellstack.formats.onnx.written_out.scans import is_scan, read_scan
 from cellstack.network import Network
@@ -24,6 +27,7 @@ from cellstack.spec import FormatError
 
 NAME = "ONNX"
 SUFFIXES = (".onnx",)
+OPTIONS = ("constants", "weights", "frames", "context")  # of `load`
 FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # what may follow the version in a ModelProto
 PARTS = (ops, windows, activations, norms, shapes, quantised, recurrent)
 HANDLERS = {name: handler for part in PARTS for name, handler in part.HANDLERS.items()}
@@ -116,12 +120,44 @@ def extract(path: str) -> dict[str, Network]:
     return parts
 
 
+def _options(
+    model: Model,
+    constants: Mapping[str, Any] | None,
+    weights: Mapping[str, Any] | None,
+    frames: Mapping[str, int] | None,
+    context: Mapping[str, int] | None,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return what is given at load, checked to be by name: constants and weights, frames, contexts."""
+    given = {"constants": constants, "weights": weights, "frames": frames, "context": context}
+    for what, values in given.items():
+        named = isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
+        if values is not None and not named:
+            raise TypeError(f"load: expected {what} by the names of inputs, a dict, got {type(values).__name__}")
+    return {**(weights or {}), **(constants or {})}, dict(frames or {}), dict(context or {})
+
+
 @np.errstate(all="ignore")
-def load(path: str) -> Network:
+def load(
+    path: str,
+    *,
+    constants: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Any] | None = None,
+    frames: Mapping[str, int] | None = None,
+    context: Mapping[str, int] | None = None,
+) -> Network:
     """Return the whole of an ONNX file as a Network.
+
+    Where a call of the file is one step, the states going in and coming out, the network goes over as many steps as
+    there are: the file's input `[B, n]` is a frame then, and the network's `[B, T, n]`.
 
     Args:
         path: the file.
+        constants: values of inputs, by name, that the network fixes: `{"sr": 16000}`. A branch that depends on nothing
+            else is taken.
+        weights: the same of inputs, or of tensors of the file, that are weights.
+        frames: how many numbers a frame has, by input, where the file leaves that open.
+        context: how many of the last numbers of a frame the file takes again ahead of the next one, by input. The
+            network, and a stream of it, keep them.
 
     Returns:
         The network. Its inputs are `[B, T, I]` or `[B, I]` in whatever order the file has their axes; inputs that hold
@@ -134,16 +170,63 @@ def load(path: str) -> Network:
         ModuleNotFoundError: the package onnx isn't installed.
     """
     model = read(path)
+    fixed, sizes, contexts = _options(model, constants, weights, frames, context)
     try:
+        fix(model, fixed)
+        asked = [value.name for value in model.proto.graph.input if value.name in {*sizes, *contexts}]
+        settle(model, _lengths(model, frames_of(model, asked, sizes, contexts)))
+        check_settled(model)
+        if model.given:
+            plain(model)
         unused = unused_tensors(Scope(model, model.proto.graph))
         roll(model)
         name_activations(model)
-        return load_graph(model, HANDLERS, unused)
+        return _loaded(model, unused, sizes, contexts)
     except FormatError as error:
         hint = f"; {HINT}" if _has_parts(model) else ""
         raise FormatError(f"{error}{hint}") from None
     except ODD as error:
         raise _odd(path, error) from None
+
+
+def _lengths(model: Model, framed: Mapping[str, Frame | str]) -> dict[str, list[int | None]]:
+    """Return the lengths of the inputs' axes, by name, that frames and contexts say."""
+    return {
+        name: [frame.size + frame.context if label == "F" else None for label in frame.labels]
+        for name, frame in framed.items()
+        if isinstance(frame, Frame) and frame.size is not None
+    }
+
+
+def _loaded(model: Model, unused: list[str], sizes: dict[str, Any], contexts: dict[str, Any]) -> Network:
+    """Return a graph as a Network: with time where it has time, else with a step a call.
+
+    Args:
+        model: the file.
+        unused: tensors that nothing takes.
+        sizes: of frames, by input; where there are some, or contexts, a call is one step.
+        contexts: by input.
+    """
+    problem: FormatError | None = None
+    if not sizes and not contexts and not takes_states(Scope(model, model.proto.graph)):
+        before = model.proto.SerializeToString(), dict(model.rolled)
+        try:
+            return load_graph(model, HANDLERS, unused)
+        except FormatError as error:
+            problem = error
+            model.proto.ParseFromString(before[0])
+            model.rolled = before[1]
+    data = [value.name for value in model.proto.graph.input]
+    if problem is not None and all(isinstance(frame, str) for frame in frames_of(model, data, {}, {}).values()):
+        raise problem  # no input holds frames
+    try:
+        roll_steps(model)
+        framed = frames_of(model, data_inputs(Scope(model, model.proto.graph)), sizes, contexts)
+        return load_graph(model, HANDLERS, unused, framed)
+    except FormatError as error:
+        if problem is None or makes_steps(model):
+            raise
+        raise problem from error
 
 
 def save(network: Network, path: str, lengths: bool = False) -> None:

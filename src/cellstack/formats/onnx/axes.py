@@ -18,7 +18,7 @@ import numpy as np
 
 from cellstack.formats.onnx.cells import NAMES, is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Constant, Scope, declared, label, short
-from cellstack.formats.onnx.fold import axes_of, fold, order_of, place, slices, whole, within
+from cellstack.formats.onnx.fold import axes_of, fold, order_of, pads_of, place, slices, within
 from cellstack.formats.onnx.values import Dim, Symbols
 
 WORDS = {"B": "the batch", "T": "time", "F": "the features", "D": "the directions", "S": "the states"}
@@ -76,6 +76,7 @@ class Axes:
         live: ids of the nodes that lead to an output.
         states: inputs that hold states to start from.
         lengths: inputs that hold the rows' lengths.
+        framed: whether a call is one step: what recurrent operators take for time is made within the graph then.
 
     Attributes:
         inputs: the roles of the axes of each data input, such as "TBF"; None where it can't be one.
@@ -83,7 +84,8 @@ class Axes:
         problems: contradictions, by the id of the node.
     """
 
-    def __init__(self, scope: Scope, live: set[int], states: set[str], lengths: set[str]) -> None:
+    def __init__(self, scope: Scope, live: set[int], states: set[str], lengths: set[str], framed: bool = False) -> None:
+        self.framed = framed
         self.scope, self.values, self.problems = scope, dict[str, Any](), dict[int, str]()
         self.node: Any = None
         self.hints: list[tuple[Axis, str]] = []  # what an axis is where no operator needs it to be something
@@ -252,7 +254,7 @@ def _same(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any
 
 def _padded(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Steps are padded more often than features, which are last, unless the last axis alone may have any length."""
-    x, pads = values[0], whole(attributes["pads"] if "pads" in attributes else values[1])
+    x, pads = values[0], pads_of(attributes, values, len(values[0].axes))
     last = len(x.axes) - 1
     more = [sum(pads[n :: len(x.axes)]) for n in range(len(x.axes))]
     turned = last > 1 and x.lengths[last] is None and None not in x.lengths[1:last]
@@ -342,7 +344,8 @@ def _softmax(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[
 
 def _recurrent(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x, batch_first = values[0], bool(attributes.get("layout", 0))
-    axes.needs(x, "BTF" if batch_first else "TBF", "X")
+    if not axes.framed:
+        axes.needs(x, "BTF" if batch_first else "TBF", "X")
     for value, name in zip(values[5:7], ("initial_h", "initial_c"), strict=False):
         axes.needs(value, "BSF" if batch_first else "SBF", name)
     if not isinstance(x, Shaped) or len(x.axes) != 3:

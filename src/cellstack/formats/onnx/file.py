@@ -163,6 +163,7 @@ class Model:
         tensors: reads its tensors.
         budget: what may be computed of its constants.
         rolled: recurrent operators that stand in the place of a graph's steps, by the names of their Y.
+        given: inputs and tensors that were given a value when the file was loaded: as lists, None where it is long.
     """
 
     path: str
@@ -171,6 +172,7 @@ class Model:
     tensors: Tensors
     budget: Budget
     rolled: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
 
     @property
     def source(self) -> dict[str, Any]:

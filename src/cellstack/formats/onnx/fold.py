@@ -131,6 +131,21 @@ def axes_of(attributes: dict[str, Any], values: list[Any]) -> list[int] | None:
     return whole(values[1]) if len(values) > 1 and values[1] is not None else None
 
 
+def pads_of(attributes: dict[str, Any], values: list[Any], count: int) -> list[int]:
+    """Return what a Pad puts before each of so many axes, then after each; `ValueError` where that isn't constant."""
+    pads = attributes.get("pads", values[1] if len(values) > 1 else None)
+    if pads is None:
+        raise ValueError("expected constant pads")
+    pads = whole(pads)
+    if len(values) > 3 and values[3] is not None:
+        over = [place(axis, count) for axis in whole(values[3])]
+        given = dict(zip([*over, *(axis + count for axis in over)], pads, strict=True))
+        pads = [given.get(n, 0) for n in range(2 * count)]
+    if len(pads) != 2 * count:
+        raise ValueError(f"expected pads for {count} axes, found {pads}")
+    return pads
+
+
 def order_of(operator: str, attributes: dict[str, Any], values: list[Any], ones: Sequence[bool]) -> list[int | None]:
     """Return, for each axis after a Transpose, a Squeeze or an Unsqueeze, which it was before; None where it is new.
 
@@ -309,6 +324,7 @@ def _dequantize(model: Any, attributes: dict[str, Any], values: list[Any], outpu
 
 OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
     "Add": _broadcast(np.add),
+    "And": _broadcast(np.logical_and),
     "Cast": _cast,
     "Concat": _concat,
     "Constant": _constant,
@@ -318,9 +334,15 @@ OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
     "Equal": _broadcast(np.equal),
     "Expand": _expand,
     "Gather": _gather,
+    "Greater": _broadcast(np.greater),
+    "GreaterOrEqual": _broadcast(np.greater_equal),
     "Identity": lambda model, attributes, values, outputs: [values[0]],
+    "Less": _broadcast(np.less),
+    "LessOrEqual": _broadcast(np.less_equal),
     "Mul": _broadcast(np.multiply),
     "Neg": lambda model, attributes, values, outputs: [-values[0]],
+    "Not": lambda model, attributes, values, outputs: [np.logical_not(values[0])],
+    "Or": _broadcast(np.logical_or),
     "Range": _range,
     "Reshape": lambda model, attributes, values, outputs: [
         reshape(values[0], whole(values[1]), bool(attributes.get("allowzero", 0)))

@@ -14,6 +14,8 @@ from cellstack.formats.onnx.axes import INTEGERS, Axes
 from cellstack.formats.onnx.cells import is_recurrent
 from cellstack.formats.onnx.file import DOMAINS, Model, Scope, declared, label, live_nodes, short, uses
 from cellstack.formats.onnx.fold import Broadcast, check_inputs, fold
+from cellstack.formats.onnx.frames import EXAMPLE, Frame, input_of, lifted
+from cellstack.formats.onnx.frames import HANDLERS as FRAME_HANDLERS
 from cellstack.formats.onnx.values import (
     Final,
     Flowing,
@@ -21,6 +23,7 @@ from cellstack.formats.onnx.values import (
     Lengths,
     Moment,
     Run,
+    Squares,
     States,
     Symbols,
     Unknown,
@@ -30,7 +33,7 @@ from cellstack.formats.onnx.written_out.scans import is_scan
 from cellstack.formats.simplify import Draft
 from cellstack.graph import STATE, origin, state_of
 from cellstack.network import Network
-from cellstack.nodes import GlobalPool, Merge, Node, Permute, Reduce, Reshape, Select
+from cellstack.nodes import Activation, GlobalPool, Merge, Node, Permute, Reduce, Reshape, Select
 from cellstack.nodes.base import Shape
 from cellstack.spec import FormatError
 
@@ -56,6 +59,7 @@ class Reader:
         live: ids of the nodes that lead to an output.
         starts: inputs that hold states to start from.
         lengths: inputs that hold the rows' lengths.
+        frames: where a call is one step: how the inputs that carry data go with frames, or why they don't.
     """
 
     def __init__(
@@ -66,7 +70,10 @@ class Reader:
         live: set[int],
         starts: set[str],
         lengths: set[str],
+        frames: dict[str, Frame | str] | None = None,
     ) -> None:
+        self.frames = frames
+        self.rows: int | None = None  # how many frames a call takes, where a call is one step
         self.scope, self.model, self.handlers, self.axes = scope, scope.model, handlers, axes
         self.builder = Builder(self.model.budget.most, self.model.budget.most)
         self.values: dict[str, Any] = {name: Lengths(name) for name in lengths}
@@ -81,7 +88,15 @@ class Reader:
         for name in sorted(starts):
             self.values[name] = self._start(name, axes.states[name], shapes[name])
         batched = ""
-        for name, labels in axes.inputs.items():
+        for name, frame in (frames or {}).items():
+            if isinstance(frame, str):
+                self.builder.refuse(f"input {short(name)}: {frame}")
+                self.values[name] = Unknown("", True)
+            else:
+                self.rows = shapes[name][0] if frame.labels[0] == "B" else 1
+                self.values[name] = input_of(self, name, frame, self.rows)
+                self.inputs[name] = frame.labels
+        for name, labels in axes.inputs.items() if frames is None else ():
             if labels is None:
                 self.builder.refuse(f"input {short(name)}: {axes.why_not(name)}")
                 self.values[name] = Unknown("", True)
@@ -94,7 +109,7 @@ class Reader:
                 self.ids.add(wire)
             if known.get("B", 1) != 1:
                 batched = batched or name
-        for name, labels in self.inputs.items():
+        for name, labels in self.inputs.items() if frames is None else ():
             if batched and "B" not in labels:
                 found = f"as {short(batched)} has one, found {' '.join(labels)}"
                 self.builder.refuse(f"input {short(name)}: expected an axis of the batch, {found}")
@@ -152,6 +167,8 @@ class Reader:
             value = self.settled(value)
         if isinstance(value, Moment) and value.what == "mean":
             value = self.put(f"{value.of.wire}.mean", Reduce("mean", -1, keepdims=True), value.of)
+        if isinstance(value, Squares):
+            value = self.summed(value)
         if isinstance(value, Unknown):
             raise Refused(value.why)
         if not isinstance(value, Flowing):
@@ -160,6 +177,14 @@ class Reader:
             )
             raise Refused(f"expected {what} to be data that flows, found {found}")
         return value
+
+    def summed(self, squares: Squares) -> Flowing:
+        """Return a sum of squares as a wire carries it."""
+        made = [self.put(squares.name, Merge("mul"), part, part) for part in squares.parts]
+        total = made[0] if len(made) == 1 else self.put(squares.name, Merge("add"), *made)
+        if squares.epsilon:
+            total = self.put(squares.name, Activation(f"affine(1.0, {squares.epsilon!r})"), total)
+        return total
 
     def settled(self, ends: States) -> Flowing:
         """Return states as a wire carries them: one, or the two directions of an operator side by side."""
@@ -200,6 +225,8 @@ class Reader:
         if ref.part != "h" or len(self.builder.sources[run.node]) > 1:  # such a node can't be streamed anyhow
             return self.state(ref)
         width = run.cells[ref.way].spec.output_size
+        if self.frames is not None:  # a call is one step, and its h what it answers
+            return Flowing(run.node, ("B", "F"), self.shape(run.node), self.rows)
         h = Flowing(run.node, ("B", "T", "F") if run.sequences else ("B", "F"), self.shape(run.node))
         if len(run.cells) == 2:
             h = self.put(f"{run.node}.h", Select(ref.way * width, (ref.way + 1) * width, axis=-1), h)
@@ -223,6 +250,8 @@ class Reader:
         told = [value.told for value in values if isinstance(value, Unknown)]
         ours = node.domain in DOMAINS or is_recurrent(node)
         handler = self.handlers.get(node.op_type) if ours else None
+        if self.frames is not None and ours:
+            handler = FRAME_HANDLERS.get(node.op_type, handler)
         try:
             check_inputs(node.op_type, [bool(name) for name in node.input])
             if not any(told) and all(
@@ -293,6 +322,9 @@ class Reader:
                 self.builder.refuse(f"output {short(name)}: {error}")
                 continue
             axes[name] = "".join(flow.axes)
+            if self.frames is not None:  # an answer a frame
+                self.builder.output(flow.wire, name)
+                continue
             if axes[name].replace("1", "") in ("BFT", "FT"):  # as the file has it
                 flow = self.put(f"{name}.transposed", Permute((2, 1)), flow)
             elif axes[name] in ("B1F", "BF1"):
@@ -303,8 +335,16 @@ class Reader:
         held = {name: "".join(labels) for name, labels in self.start_axes.items()}
         ends["state_axes"] = held | {name: "".join(after[name].axes) for name in states}
         ends = {key: entries for key, entries in ends.items() if entries or key in ("inputs", "outputs")}
+        if self.frames is not None:
+            contexts = {name: frame.context for name, frame in self.frames.items() if isinstance(frame, Frame)}
+            by_rows = any("B" not in value.axes for value in after.values())
+            ends["frames"] = {"context": contexts, "steps": "rows" if by_rows else "calls"}
+        if self.model.given:
+            ends["given"] = self.model.given
         own = {**self.model.said.get("metadata", {}), "source": self.model.source}
-        return self.builder.network(lambda draft: own | {"onnx": ends | self._states(draft, states)})
+        self.builder.check()
+        builder = self.builder if self.frames is None else lifted(self.builder)
+        return builder.network(lambda draft: own | {"onnx": ends | self._states(draft, states)})
 
     def _states(self, draft: Draft, ends: dict[str, list[Final]]) -> dict[str, Any]:
         """Return which states the outputs and inputs hold.
@@ -390,6 +430,13 @@ def _starts_alone(takers: dict[str, list[Any]], name: str) -> bool:
     return True
 
 
+def _weights(scope: Scope) -> set[str]:
+    """Return the inputs without a value that recurrent operators take as weights."""
+    given = {name for name in scope.inputs if name not in scope.initializers}
+    nodes = [node for node in scope.graph.node if is_recurrent(node)]
+    return {name for node in nodes for name in _behind(scope, given, [*node.input[1:4], *node.input[7:]])}
+
+
 def _behind(scope: Scope, given: set[str], names: Sequence[str]) -> Iterator[str]:
     """Give the inputs that values are made of by moves alone."""
     waiting, seen = [name for name in names if name], set[str]()
@@ -403,13 +450,23 @@ def _behind(scope: Scope, given: set[str], names: Sequence[str]) -> Iterator[str
         seen.add(name)
 
 
-def load_graph(model: Model, handlers: dict[str, Handler], unused: list[str]) -> Network:
+def data_inputs(scope: Scope) -> list[str]:
+    """Return the inputs of a graph that carry data: neither states to start from, nor lengths, nor single numbers."""
+    starts, lengths = _roles(scope)
+    given = [value for value in scope.graph.input if value.name not in scope.initializers]
+    return [value.name for value in given if value.name not in starts | lengths and declared(value) != []]
+
+
+def load_graph(
+    model: Model, handlers: dict[str, Handler], unused: list[str], frames: dict[str, Frame | str] | None = None
+) -> Network:
     """Return the whole of a file as a Network.
 
     Args:
         model: the file.
         handlers: what reads each operator.
         unused: tensors of the file that nothing takes, which the metadata names.
+        frames: where a call is one step: how the inputs go with frames; None = the file has time.
 
     Raises:
         FormatError: something that a Network can't run; all of it is named.
@@ -417,10 +474,24 @@ def load_graph(model: Model, handlers: dict[str, Handler], unused: list[str]) ->
     scope = Scope(model, model.proto.graph)
     starts, lengths = _roles(scope)
     live = live_nodes(scope)
-    reader = Reader(scope, handlers, Axes(scope, live, starts, lengths), live, starts, lengths)
+    axes = Axes(scope, live, starts, lengths, frames is not None)
+    reader = Reader(scope, handlers, axes, live, starts, lengths, frames)
+    for name in _weights(scope) - starts - lengths:
+        given = f"cs.load(path, weights={{{name!r}: ...}})"
+        reader.builder.refuse(f"input {short(name)}: weights, which are given when the file is loaded: {given}", -2)
+    for value in scope.graph.input:
+        if value.name not in scope.initializers and declared(value) == [] and value.name not in lengths:
+            given = f"cs.load(path, constants={{{value.name!r}: ...}})"
+            reader.builder.refuse(f"input {short(value.name)}: one number, which a Network fixes: {given}", -2)
+            reader.values[value.name] = Unknown("", True)
     reader.read()
     if not reader.inputs:
         reader.builder.refuse("no input")
+    open_frames = [n for n, frame in (frames or {}).items() if isinstance(frame, Frame) and frame.size is None]
+    if reader.builder.problems and open_frames:
+        name = open_frames[0]
+        example = EXAMPLE.format(name=name)
+        reader.builder.refuse(f"input {short(name)}: a frame of unknown length, which is given by {example}", -1)
     try:
         return reader.network(unused)
     except ProblemsError as error:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx.cells import decimal
+from cellstack.formats.onnx.file import label
 from cellstack.formats.onnx.fold import axes_of, numbers
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.ops import arithmetic, features_last, floats
 from cellstack.formats.onnx.ops import reduce as over_time
-from cellstack.formats.onnx.values import Flowing, Moment
-from cellstack.nodes import Embedding, LayerNorm, Scale
+from cellstack.formats.onnx.values import Flowing, Moment, Squares
+from cellstack.nodes import Embedding, LayerNorm, Magnitude, Merge, Scale
 
 NEXT = {  # of a LayerNorm written out: what leads from one moment to the next, by operator; `x` is the value itself
     ("Sub", "x", "mean"): "centred",
@@ -57,6 +58,35 @@ def moment(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     return None if what is None else Moment(first.of, what, epsilon)
 
 
+def squares(reader: Reader, node: Any, values: list[Any]) -> Any:
+    """Return what an operator makes of squares, as the magnitude of complex numbers does; None where it is no such."""
+    first = values[0]
+    if isinstance(first, Flowing) and "F" in first.axes and "D" not in first.axes:
+        twice = node.op_type == "Mul" and _is(values[1], first)
+        if twice or (node.op_type == "Pow" and _number(values[1], len(first.axes)) == 2.0):
+            return Squares((first,), label(node))
+    held = [value for value in values if isinstance(value, Squares)]
+    if not held or len({flow.axes for value in held for flow in value.parts}) != 1:
+        return None
+    one = held[0]
+    number = next((n for value in values if (n := _number(value, len(one.parts[0].axes))) is not None), None)
+    if node.op_type == "Add" and len(held) == 2 and sum(len(value.parts) for value in held) == 2:
+        parts = (*one.parts, *held[1].parts)
+        return Squares(parts, label(node), one.epsilon + held[1].epsilon) if _one_width(parts) else None
+    if node.op_type == "Add" and len(values) == 2 and number is not None and number >= 0 and not one.epsilon:
+        return replace(one, name=label(node), epsilon=number)
+    if node.op_type != "Sqrt" and not (node.op_type == "Pow" and values[0] is one and number == 0.5):
+        return None
+    if len(one.parts) != 2:
+        return None
+    both = reader.put(f"{label(node)}.parts", Merge("concat"), *one.parts)
+    return reader.put(node, Magnitude(one.epsilon), both)
+
+
+def _one_width(parts: tuple[Flowing, ...]) -> bool:
+    return parts[0].width is not None and len({part.width for part in parts}) == 1
+
+
 def _is(value: Any, flow: Flowing) -> bool:
     return isinstance(value, Flowing) and value == flow
 
@@ -85,6 +115,8 @@ def written_out(usual: Handler | None) -> Handler:
 
     def read(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
         made = moment(reader, node, attributes, values)
+        if made is None:
+            made = squares(reader, node, values)
         if made is not None:
             return [made]
         if usual is None or any(isinstance(value, Moment) and value.what != "mean" for value in values):

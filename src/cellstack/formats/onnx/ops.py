@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,10 +88,12 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         mode, found = node.op_type.removeprefix("Reduce").lower(), axes_of(attributes, values)
         axes, keep = [] if found is None else [x.at(axis) for axis in found], bool(attributes.get("keepdims", 1))
     over = [x.axes[axis] for axis in axes if x.axes[axis] != "1"]
-    if over not in (["T"], ["F"]) or (over == ["F"] and "D" in x.axes):
+    if over not in (["T"], ["F"], []) or not axes or (over == ["F"] and "D" in x.axes):
         raise Refused(f"expected to go over time or the features, found axes {axes} of {' '.join(x.axes)}")
     kept = ["F" if x.axes[n] == "F" else "1" if n in axes else axis for n, axis in enumerate(x.axes)]
     labels = [axis for n, axis in enumerate(kept) if keep or n not in axes]
+    if not over or (over == ["F"] and x.width == 1):  # one number, however it is taken
+        return [replace(x, axes=tuple(labels))]
     made: Node = GlobalPool(mode) if mode in ("mean", "max") else Reduce(mode, 1)
     if over == ["F"]:  # a vector keeps its axis in a Network
         made = Reduce(mode, -1, keepdims=keep or "T" not in x.axes)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx.file import label
-from cellstack.formats.onnx.fold import LARGEST, order_of, place, slices, split_sizes, whole, within
+from cellstack.formats.onnx.fold import LARGEST, order_of, pads_of, place, slices, split_sizes, whole, within
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.norms import embedding
 from cellstack.formats.onnx.ops import steps_apart
 from cellstack.formats.onnx.values import Dim, Flowing, Lengths, States, Symbols, Unknown, Vector, reshaped
-from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, Reshape, Select
+from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, Reshape, Select, Take
 
 
 def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -118,6 +118,9 @@ def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     else:
         raise Refused("expected a shape that is known")
     axes = reshaped(x, entries, bool(attributes.get("allowzero", 0)))
+    if axes is None and x.width == 1 and "T" not in x.axes:  # one number a row may go without an axis
+        without = replace(x, axes=tuple("1" if axis == "F" else axis for axis in x.axes))
+        axes = reshaped(without, entries, bool(attributes.get("allowzero", 0)))
     whole_shape = entries[1:] if all(isinstance(entry, int) for entry in entries[1:]) else []
     plain = x.axes in (("B", "T", "F"), ("B", "F")) and len(whole_shape) in (1, 2)
     row = [x.length(a) for a in x.axes[1:]]
@@ -247,6 +250,8 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     value, index = values
     if isinstance(value, np.ndarray):
         return embedding(reader, node, attributes, values)
+    if isinstance(index, np.ndarray) and index.ndim == 1 and index.size > 1 and not isinstance(value, States):
+        return [_several(reader, node, reader.flowing(value), attributes.get("axis", 0), whole(index, index.size))]
     if not isinstance(index, np.ndarray) or index.size != 1:
         raise Refused("expected one index that is constant")
     number = int(index.reshape(()))
@@ -267,6 +272,14 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if number not in (-1, (value.steps or 0) - 1):
         value = cut(reader, node, value, axis, part)
     return [reader.put(node, GlobalPool("last"), value, axes=axes)]
+
+
+def _several(reader: Reader, node: Any, x: Flowing, axis: int, indices: list[int]) -> Flowing:
+    """Return several entries of the features, by their places."""
+    at = x.at(axis)
+    if x.axes[at] != "F" or "D" in x.axes or x.width is None:
+        raise Refused(f"expected several entries of the features, found axis {x.axes[at]} of {' '.join(x.axes)}")
+    return reader.put(node, Take(tuple(n + x.width if n < 0 else n for n in indices)), x)
 
 
 def split(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -333,21 +346,12 @@ def _among_states(value: Any) -> States | None:
 def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Pad with one number, over time or the features."""
     x = reader.flowing(values[0])
-    pads = attributes.get("pads", values[1] if len(values) > 1 else None)
     value = np.asarray(attributes.get("value", values[2] if len(values) > 2 and values[2] is not None else 0.0))
-    if (
-        pads is None
-        or value.dtype.kind not in "fiu"
-        or value.size != 1
-        or attributes.get("mode", "constant") != "constant"
-    ):
+    mode, count = attributes.get("mode", "constant"), len(x.axes)
+    if value.dtype.kind not in "fiu" or value.size != 1:
         raise Refused("expected constant pads of one number")
-    pads, count = whole(pads), len(x.axes)
-    if len(values) > 3 and values[3] is not None:
-        over = [place(axis, count) for axis in whole(values[3])]
-        given = dict(zip([*over, *(axis + count for axis in over)], pads, strict=True))
-        pads = [given.get(n, 0) for n in range(2 * count)]
-    if len(pads) != 2 * count or min(pads) < 0:
+    pads = pads_of(attributes, values, count)
+    if min(pads) < 0:
         raise Refused(f"expected pads for {count} axes, none below 0, found {pads}")
     for n, axis in enumerate(x.axes):
         if pads[n] or pads[n + count]:
@@ -355,7 +359,15 @@ def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]
                 raise Refused(f"expected pads over time or the features, found {pads} of axes {' '.join(x.axes)}")
             if axis == "T":
                 steps_apart(reader)
-            x = reader.put(node, Pad(pads[n], pads[n + count], float(value.reshape(())), 1 if axis == "T" else -1), x)
+            over_axis = 1 if axis == "T" else -1
+            if mode != "constant":
+                length = x.steps if axis == "T" else x.width
+                if length is None:
+                    raise Refused(f"expected an axis whose length is known, to pad it by {mode}, found {axis}")
+                reader.builder.pinned |= axis == "T"
+                x = reader.put(node, Take.of_padding(mode, length, pads[n], pads[n + count], over_axis), x)
+                continue
+            x = reader.put(node, Pad(pads[n], pads[n + count], float(value.reshape(())), over_axis), x)
     return [x]
 
 

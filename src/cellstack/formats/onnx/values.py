@@ -189,6 +189,21 @@ class Moment:
     epsilon: float = 0.0
 
 
+@dataclass(frozen=True)
+class Squares:
+    """A sum of squares, on the way to a magnitude.
+
+    Args:
+        parts: what is squared; one or two.
+        name: of the operator that made it.
+        epsilon: what was added.
+    """
+
+    parts: tuple[Flowing, ...]
+    name: str
+    epsilon: float = 0.0
+
+
 def reshaped(flow: Flowing, target: Sequence[Any], keep_zero: bool) -> tuple[str, ...] | None:
     """Return the axes of a value in another shape; None where the shape isn't one that a wire can have.
 

@@ -9,7 +9,8 @@ from cellstack.formats.onnx.fold import whole
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.ops import floats, steps_apart
 from cellstack.formats.onnx.values import Flowing
-from cellstack.nodes import Conv1D, Node, Pad, Pool1D
+from cellstack.layout import Array
+from cellstack.nodes import Conv1D, Dense, Node, Pad, Pool1D, Reshape
 
 
 def over_time(reader: Reader, node: Any, value: Any) -> tuple[Flowing, int, int]:
@@ -18,6 +19,8 @@ def over_time(reader: Reader, node: Any, value: Any) -> tuple[Flowing, int, int]
     The windows go over one axis, or over two of which one is of length 1.
     """
     x = reader.flowing(value)
+    if reader.frames is not None and x.axes == ("B", "1", "F"):  # one channel, whose steps are the numbers of a frame
+        x = reader.put(f"{x.wire}.steps", Reshape((-1, 1)), x, axes=("B", "F", "T"))
     spatial = x.axes[2:]
     if not x.has("BF" + "".join(spatial)) or sorted(spatial) not in (["T"], ["1", "T"]):
         raise Refused(f"expected axes B F T, found {' '.join(x.axes)}")
@@ -62,6 +65,8 @@ def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     """Read a convolution over time."""
     kernel = floats(values[1], "the weights")
     bias = floats(values[2], "the bias") if len(values) > 2 and values[2] is not None else None
+    if reader.frames is not None and (made := _at_once(reader, node, attributes, values[0], kernel, bias)) is not None:
+        return [made]
     x, over, count = over_time(reader, node, values[0])
     if kernel.ndim != count + 2:
         raise Refused(f"expected weights of {count + 2} axes, found {kernel.shape}")
@@ -72,6 +77,20 @@ def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     strides, dilations, padding = window(attributes, over, count)
     taps, group = kernel.transpose(2, 1, 0), attributes.get("group", 1)
     return put(reader, node, Conv1D(taps, bias, strides, padding, dilations[over], group), x)
+
+
+def _at_once(
+    reader: Reader, node: Any, attributes: dict[str, Any], value: Any, kernel: Array, bias: Array | None
+) -> Flowing | None:
+    """Return what a convolution by windows of one step makes of rows of features; None where it is another."""
+    x = reader.flowing(value)
+    plain = attributes.get("group", 1) == 1 and set(kernel.shape[2:]) == {1} and "T" not in x.axes
+    if len(x.axes) != kernel.ndim or x.axes[1] != "F" or not plain:
+        return None
+    strides, pads = (whole(attributes.get(name, [1])) for name in ("strides", "pads"))
+    if set(strides) != {1} or ("pads" in attributes and any(pads)):
+        return None
+    return reader.put(node, Dense(kernel.reshape(kernel.shape[:2]).T, bias), x)
 
 
 def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:

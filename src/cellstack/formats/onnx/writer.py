@@ -26,6 +26,7 @@ from cellstack.nodes import (
     Flatten,
     GlobalPool,
     LayerNorm,
+    Magnitude,
     Masking,
     Merge,
     Node,
@@ -40,6 +41,7 @@ from cellstack.nodes import (
     Select,
     Standardise,
     StepMask,
+    Take,
 )
 
 OPSET, IR_VERSION = 17, 8
@@ -411,6 +413,21 @@ class Writer(Pieces):
             arrays.append(self.tensor(f"{name}.bias", node.bias))
         self.put("LayerNormalization", [x, *arrays], name, axis=-1, epsilon=float(node.epsilon))
 
+    def magnitude(self, name: str, node: Magnitude, x: str) -> None:
+        """Put the magnitudes of complex numbers in: a slice for the real parts and one for the imaginary ones."""
+        width = self.network.shapes[x][-1]
+        if width is None:
+            raise ValueError(f"save: {name}: expected a Magnitude whose width is known")
+        squares = []
+        for part, taken in (("real", slice(0, width // 2)), ("imaginary", slice(width // 2, width))):
+            cut = self.fresh(f"{name}.{part}")
+            self.cut(x, taken, -1, cut)
+            squares.append(self.put("Mul", [cut, cut], self.fresh(f"{cut}.squared")))
+        total = self.put("Add", squares, self.fresh(f"{name}.total"))
+        if node.epsilon:
+            total = self.put("Add", [total, self.number(node.epsilon)], self.fresh(f"{name}.above"))
+        self.put("Sqrt", [total], name)
+
     def shaping(self, name: str, node: Node, sources: list[str]) -> None:
         """Put a node in that moves numbers, an activation or a table."""
         x = sources[0]
@@ -437,6 +454,11 @@ class Writer(Pieces):
             self.put("Tile", [wide, self.integers(1, node.times, 1)], name)
         elif isinstance(node, Select):
             self.cut(x, node.taken, node.axis, name)
+        elif isinstance(node, Take):
+            place = node.place(len(self.network.shapes[x]))
+            self.put("Gather", [x, self.integers(*node.indices)], name, axis=place)
+        elif isinstance(node, Magnitude):
+            self.magnitude(name, node, x)
         elif isinstance(node, Merge):
             masks = [self.masks.get(source, "") for source in sources]
             self.merge(node.mode, neutral(self, node, sources, masks), node.axis, name)

@@ -44,6 +44,7 @@ __all__ = ["NAME", "SUFFIXES", "extract", "from_torch", "load", "network_of", "n
 
 NAME = "PyTorch"
 SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+OPTIONS = ("order",)
 
 
 def load(path: str, order: Sequence[str | Node] | None = None) -> Network:

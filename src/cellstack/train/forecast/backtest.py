@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cellstack.train.forecast.boosting import Boosting, Panel
 from cellstack.train.forecast.parts import Parts
 from cellstack.train.forecast.predict import Forecasts
-from cellstack.train.forecast.recipe import Recipe
+from cellstack.train.forecast.recipe import SMOOTHED, Recipe
 from cellstack.train.forecast.rules import rules
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.measures import coverage, errors, pinball
@@ -80,7 +80,10 @@ def _spread(quantiles: Floats, actual: Floats, recipe: Recipe) -> dict[str, floa
 
 
 def by_rules(table: Table, windows: Windows) -> dict[str, Floats]:
-    """Return what every simple rule forecasts from the windows' origins, `[N, horizon, targets]` by its name."""
+    """Return what every rule forecasts from the windows' origins, `[N, horizon, targets]` by its name.
+
+    Exponential smoothing is one of them, though a part of the model: it tells what the network adds to it.
+    """
     recipe = windows.recipe
     shape = (len(windows.origins), recipe.horizon, len(recipe.targets))
     longest = int(np.diff(table.starts).max())
@@ -93,6 +96,10 @@ def by_rules(table: Table, windows: Windows) -> dict[str, Floats]:
             values = table.columns[target][rows]
             for name, rule in names.items():
                 found[name][here, :, n] = rule(values, windows.origins[here] - rows.start, recipe.horizon)
+    if recipe.smoothing:
+        every = np.arange(len(windows.origins))
+        said = [windows.rule(SMOOTHED, n, every) for n in range(len(recipe.targets))]
+        found["exponential smoothing"] = np.stack(said, axis=-1)
     return found
 
 

@@ -20,12 +20,13 @@ Ints = NDArray[np.int64]
 
 
 class Parts(NamedTuple):
-    """Rows of the origins to train, to validate and to test on; and where each series' training part ends, `[S]`."""
+    """Rows of the origins to train, to validate and to test on; and where each series' first two parts end, `[S]`."""
 
     training: Ints
     validation: Ints
     test: Ints
     ends: Ints
+    validation_ends: Ints
 
 
 def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts:
@@ -62,7 +63,7 @@ def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts
                 "ask for a shorter horizon or season, or for other shares to validate and test on"
             )
         found.append(origins)
-    return Parts(found[0], found[1], found[2], ends[0])
+    return Parts(found[0], found[1], found[2], ends[0], ends[1])
 
 
 def typical_errors(table: Table, recipe: Recipe, ends: Ints) -> Floats:

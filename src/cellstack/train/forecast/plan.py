@@ -36,7 +36,7 @@ class Request:
         inputs: further columns that the network sees up to now; every one that isn't named elsewhere.
         known: columns that are known in advance, over the horizon too.
         country: whose holidays the network sees, `"US"` or `"DE-BY"`; "" for none.
-        scale: unit of the values, see `Recipe`; chosen on the validation part.
+        scale: unit of the values, see `Recipe`; the level where the logarithm is smoothed.
         quantiles: of the forecast's distribution; 0.5 is added where it isn't there.
     """
 
@@ -63,8 +63,8 @@ def defaults(windows: int) -> dict[str, Any]:
         "dropout": 0.1,
         "lr": 1e-3 if few else 3e-3,
         "batch": 64,
-        "epochs": 60,
-        "patience": 10,
+        "epochs": 16,
+        "patience": 6,
         "members": 2 if many else 3,
     }
 

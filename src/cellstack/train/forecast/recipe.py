@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from cellstack.train.checks import MOST, UsageError, is_count
+from cellstack.train.forecast.smoothing import Smoothing
 
 CALENDAR = ("hour", "weekday", "year", "day", "holidays")
 SCALES = ("spread", "level")
@@ -18,15 +19,15 @@ class Rule(NamedTuple):
 
     Args:
         name: `"naive"`, the latest value; `"seasonal"`, the latest value at the same place in a season; `"mean"`, the
-            mean of the latest four of these.
-        season: of the last two, in steps; 1 for `"naive"`.
+            mean of the latest four of these; `"smoothing"`, exponential smoothing.
+        season: of `"seasonal"` and `"mean"`, in steps; 1 for the others.
     """
 
     name: str
     season: int
 
 
-NAIVE = Rule("naive", 1)
+NAIVE, SMOOTHED = Rule("naive", 1), Rule("smoothing", 1)
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ class Recipe:
         horizon: steps to forecast.
         window: steps that the network sees.
         seasons: steps after which the series repeats itself, rising; none where it doesn't.
-        rule: what the network's output is added to.
+        rule: what the network's output is added to: smoothing, where there is one.
         scale: unit of the network's values: `"spread"`, the standard deviation of what it looks back at, or `"level"`,
             its mean, for series whose swings grow with it.
+        smoothing: how each target is smoothed; none where no series is long enough to say.
         floors: smallest unit of each target, so that a stretch without change has one.
         inputs: columns of numbers that are known up to now.
         known: columns of numbers that are known in advance, over the horizon too.
@@ -74,6 +76,7 @@ class Recipe:
     seasons: tuple[int, ...] = ()
     rule: Rule = NAIVE
     scale: str = "spread"
+    smoothing: tuple[Smoothing, ...] = ()
     floors: tuple[float, ...] = ()
     inputs: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
@@ -112,6 +115,8 @@ class Recipe:
             or not 0 < quantiles[0] <= quantiles[-1] < 1
         ):
             raise UsageError(f"expected quantiles that rise between 0 and 1, 0.5 among them, got {quantiles!r}")
+        if self.smoothing and len(self.smoothing) != len(self.targets):
+            raise UsageError(f"expected one smoothing a target, got {self.smoothing!r}")
         if self.floors and (len(self.floors) != len(self.targets) or not min(self.floors) > 0):
             raise UsageError(f"expected floors above 0, one a target, got {self.floors!r}")
 
@@ -124,7 +129,7 @@ class Recipe:
     def rules(self) -> tuple[Rule, ...]:
         """The rules whose forecasts the network sees."""
         seasonal = (Rule(name, season) for name in ("seasonal", "mean") for season in self.seasons)
-        return (NAIVE, *seasonal)
+        return (NAIVE, *seasonal, *((SMOOTHED,) if self.smoothing else ()))
 
     @property
     def reach(self) -> int:
@@ -143,7 +148,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as plain values."""
-        return asdict(self) | {"rule": list(self.rule)}  # asdict leaves it what it is
+        lists = {"rule": list(self.rule), "smoothing": [list(how) for how in self.smoothing]}  # asdict leaves them
+        return asdict(self) | lists
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
@@ -155,6 +161,7 @@ class Recipe:
         """
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         values["rule"] = Rule(*values["rule"])
+        values["smoothing"] = tuple(Smoothing(*how) for how in values["smoothing"])
         values["categories"] = tuple(
             Category(entry["name"], tuple(entry["labels"]), entry["known"]) for entry in values["categories"]
         )

@@ -1,9 +1,10 @@
 """From a table to a network that forecasts, and its errors beside those of simple rules.
 
-Most choices are made on the validation part, the rows before the test part: the rule that outputs are added to, the
-unit of the values, the epoch of each member, how far to follow the network rather than the rule, and by how much its
-outer quantiles have to be moved to cover what they promise. Then each member is trained anew, for as many epochs, on
-training and validation part together: the latest rows tell most of what comes next.
+The networks' outputs are added to exponential smoothing. How the targets are smoothed, told by the training part, says
+which seasons are kept and the unit of the values. The validation part, the rows before the test part, says which epoch
+of each member is kept, how far to follow the network rather than the rule, and by how much its outer
+quantiles have to be moved to cover what they promise. Then the targets are smoothed and each member is trained anew,
+for as many epochs, on training and validation part together: the latest rows tell most of what comes next.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.fitting import Result, check_memory, fitted
-from cellstack.train.forecast import backtest
+from cellstack.train.forecast import backtest, smoothing
 from cellstack.train.forecast.model import Calibration, Forecaster, as_network
 from cellstack.train.forecast.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
-from cellstack.train.forecast.plan import Request, plan
+from cellstack.train.forecast.plan import Request, plan, understood
 from cellstack.train.forecast.predict import forecasts_of, outputs
-from cellstack.train.forecast.recipe import Recipe, Rule
+from cellstack.train.forecast.recipe import SMOOTHED, Recipe
+from cellstack.train.forecast.smoothing import Smoothing
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.learner import Fit
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
@@ -36,8 +38,6 @@ from cellstack.train.tables.table import Table
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 MEASURED = 2048  # windows that scales are measured on
-TRIED = 10  # epochs in which a recipe is tried
-BETTER = 0.97  # of the usual recipe's error that another's must stay below
 FEWEST = 50  # points by which a quantile is moved
 
 
@@ -72,11 +72,13 @@ class Trained(NamedTuple):
         result: the network, and what the fits of its members did: their histories one after the other.
         recipe: what is forecast from what.
         test: forecasts of the test part, None where there is none.
+        understood: how the table was understood, a sentence each.
     """
 
     result: Result
     recipe: Recipe
     test: backtest.Backtest | None
+    understood: list[str]
 
 
 def train_forecast(
@@ -87,6 +89,7 @@ def train_forecast(
     options: RunOptions,
     test: float = 0.2,
     rivals: bool = True,
+    recipe: Recipe | None = None,
 ) -> Trained:
     """Train on each series' earlier rows; measure by forecasts from origins in its last `test` of the rows.
 
@@ -98,21 +101,24 @@ def train_forecast(
         options: how the training is run; the validation part lies between the training part and the test part.
         test: share of each series' rows to measure on; 0 for none.
         rivals: measure gradient boosting on lags too, where scikit-learn is installed.
+        recipe: what `plan` makes of table and request, where that is at hand.
 
     Raises:
         UsageError: a column that isn't there or holds nothing, or too few rows; see `learn` for more.
     """
-    recipe = plan(table, request, options.validation + test)
-    fits = _Fits(build, settings, options)
-    windows, cut = fits.best(table, variants(table, recipe, request), test)
-    members, calibration = fits.members(windows)
+    if recipe is None:
+        recipe = plan(table, request, options.validation + test)
+    windows, cut = prepared(table, recipe, request, options.validation, test)
+    fits = _Fits(build, settings, options, windows, cut)
+    members, calibration = fits.members()
+    windows = fits.windows
     recipe = windows.recipe
     network = as_network(
         members,
         {
             "task": "forecast",
             "recipe": recipe.to_json(),
-            "observed": list(fits.inputs(windows).observed),
+            "observed": list(fits.inputs.observed),
             "data": os.path.basename(table.path),
             "reading": table.reading,
         },
@@ -121,47 +127,49 @@ def train_forecast(
     found = None
     scores: dict[str, Any] = {}
     if len(cut.test) and fits.rank == 0:
-        found = measured(network, windows, fits.inputs(windows), cut, rivals)
+        found = measured(network, windows, fits.inputs, cut, rivals)
         scores = found.scores
     result = Result(network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(fits.held), fits.told(scores))
-    return Trained(result, recipe, found)
+    return Trained(result, recipe, found, understood(table, recipe, request, cut))
 
 
-def variants(table: Table, recipe: Recipe, request: Request) -> list[Recipe]:
-    """Return what the validation part chooses from, the usual one first: what wasn't asked for may be another.
+def prepared(table: Table, recipe: Recipe, request: Request, validation: float, test: float) -> tuple[Windows, Parts]:
+    """Return the windows of the training and then of the validation part, all choices made but the network; the parts.
 
-    The level is a unit of targets above 0 alone. A season that the window doesn't reach may do harm: what was a year
-    before tells little of a series that changes, and its first year is lost to training.
+    The rule is smoothing, the naive one where no series is long enough. How the targets are smoothed says more: where
+    the logarithm serves, the unit is the level; and where what is smoothed is forecast better without its longest
+    season, that one did harm, as of a cycle whose length changes.
     """
-    found = [recipe]
-    if request.scale is None and all(bool(np.nanmin(table.columns[name]) > 0) for name in recipe.targets):
-        found.append(replace(recipe, scale="level"))
-    if request.seasons is None and len(recipe.seasons) > 1 and recipe.seasons[-1] > recipe.window:
-        found.append(replace(recipe, seasons=recipe.seasons[:-1]))
-    return found
-
-
-def prepared(table: Table, recipe: Recipe, validation: float, test: float) -> tuple[Windows, Parts]:
-    """Return the windows of the training and then of the validation part, floors and rule measured; and the parts."""
     cut = parts(table, recipe, validation, test)
     typical = typical_errors(table, recipe, cut.ends)
+    smoothed = smoothings(table, recipe, cut.ends, typical)
+    if request.seasons is None and recipe.seasons and smoothed is not None:
+        shorter = replace(recipe, seasons=recipe.seasons[:-1])
+        other = smoothings(table, shorter, cut.ends, typical, 2 * recipe.seasons[-1])
+        if other is not None and other[1] < smoothed[1]:
+            recipe, smoothed = shorter, other
+            cut = parts(table, recipe, validation, test)
+            typical = typical_errors(table, recipe, cut.ends)
+    if smoothed is not None:
+        how = smoothed[0]
+        scale = request.scale or ("level" if all(each.log for each in how) else "spread")
+        recipe = replace(recipe, smoothing=how, scale=scale, rule=SMOOTHED)
     windows = Windows(recipe, table, np.concatenate([cut.training, cut.validation]), typical)
-    kept, every = np.arange(len(cut.training)), np.arange(len(windows.origins))
-    windows = windows.told(replace(recipe, floors=floors(windows, kept)))
-    rule = best_rule(windows, every[len(kept) :] if len(cut.validation) else kept)
-    return windows.told(replace(windows.recipe, rule=rule)), cut
+    return windows.told(replace(recipe, floors=floors(windows, np.arange(len(cut.training))))), cut
 
 
-def best_rule(windows: Windows, indices: Ints) -> Rule:
-    """Return the rule whose forecasts are best by the series' typical errors, of the windows at `indices`."""
-    recipe, some = windows.recipe, spread_out(indices, MEASURED)
-    actual, typical = windows.actual(some), windows.typical_of(some)[:, None]
-    errors = {}
-    for rule in recipe.rules:
-        said = np.stack([windows.rule(rule, n, some) for n in range(len(recipe.targets))], axis=-1)
-        difference = np.abs(said - actual) / typical
-        errors[rule] = float(np.nanmean(difference)) if np.isfinite(difference).any() else np.inf
-    return min(errors, key=lambda rule: errors[rule])
+def smoothings(
+    table: Table, recipe: Recipe, ends: Ints, typical: Floats, after: int = 0
+) -> tuple[tuple[Smoothing, ...], float] | None:
+    """Return how each target is best smoothed in the rows before `ends`, and the mean error; see `smoothing.best`."""
+    found = []
+    for n, name in enumerate(recipe.targets):
+        series = [table.columns[name][first:end] for first, end in zip(table.starts[:-1], ends, strict=True)]
+        best = smoothing.best(series, recipe.seasons, recipe.horizon, typical[:, n].tolist(), after)
+        if best is None:
+            return None
+        found.append(best)
+    return tuple(how for how, _ in found), float(np.mean([error for _, error in found]))
 
 
 def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, rivals: bool) -> backtest.Backtest:
@@ -180,12 +188,14 @@ def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, riv
 class _Fits:
     """The fits of a training, and what they did together."""
 
-    def __init__(self, build: Build, settings: Settings, options: RunOptions):
-        self.build, self.settings, self.options = build, settings, options
+    def __init__(self, build: Build, settings: Settings, options: RunOptions, windows: Windows, cut: Parts):
+        self.build, self.settings, self.options, self.windows = build, settings, options, windows
+        self.kept = np.arange(len(cut.training))
+        self.held = np.arange(len(cut.training), len(windows.origins))
+        self.ends = cut.validation_ends
+        self.inputs = Inputs.measure(windows, self.kept, MEASURED)
+        self.scale = self._scale()
         self.whole, self.rank = Fit(), 0
-        self.kept = self.held = np.empty(0, np.int64)
-        self.measured: Inputs | None = None
-        self.scale: Floats | None = None
         self.stops: list[str] = []
 
     def told(self, scores: dict[str, Any]) -> str:
@@ -204,33 +214,19 @@ class _Fits:
         what = f"on the test part, which was never trained on, the mean absolute error of {', '.join(found)}"
         return "; ".join([*parts, what if found else "nothing was held out to measure it on"])
 
-    def take(self, windows: Windows, cut: Parts) -> None:
-        """Fit to these windows from now on."""
-        self.kept = np.arange(len(cut.training))
-        self.held = np.arange(len(cut.training), len(windows.origins))
-        self.measured = self.scale = None
-
-    def inputs(self, windows: Windows) -> Inputs:
-        """Return what the training part says of the channels."""
-        if self.measured is None:
-            self.measured = Inputs.measure(windows, self.kept, MEASURED)
-        return self.measured
-
-    def outputs(self, windows: Windows) -> Floats:
+    def _scale(self) -> Floats:
         """Return the scale of each target's outputs, `[targets]`: the mean absolute one in the training part, or 1."""
-        if self.scale is None:
-            some = windows.fetch(spread_out(self.kept, MEASURED))
-            y, seen = (array.reshape(len(some.y), windows.recipe.horizon, -1) for array in (some.y, some.weight > 0))
-            scale = np.abs(y).sum(axis=(0, 1)) / np.maximum(seen.sum(axis=(0, 1)), 1)
-            self.scale = np.where(scale > 0, scale, 1.0)
-        return self.scale
+        some = self.windows.fetch(spread_out(self.kept, MEASURED))
+        y, seen = (array.reshape(len(some.y), self.windows.recipe.horizon, -1) for array in (some.y, some.weight > 0))
+        scale = np.abs(y).sum(axis=(0, 1)) / np.maximum(seen.sum(axis=(0, 1)), 1)
+        return np.where(scale > 0, scale, 1.0)
 
     def fit(
-        self, windows: Windows, member: int, settings: Settings, options: RunOptions, until: int | None = None
+        self, member: int, settings: Settings, options: RunOptions, until: int | None = None
     ) -> tuple[Forecaster, Fit]:
         """Fit one network: on the training part, or, `until` an epoch, on the validation part as well."""
-        inputs, recipe, build = self.inputs(windows), windows.recipe, self.build
-        scale = self.outputs(windows)
+        inputs, windows, scale, build = self.inputs, self.windows, self.scale, self.build
+        recipe = windows.recipe
         make = partial(
             Forecaster,
             inputs.standardise,
@@ -250,35 +246,12 @@ class _Fits:
         model, fit, self.rank = fitted(make, data, settings, options, own)
         return model, fit
 
-    def best(self, table: Table, recipes: list[Recipe], test: float) -> tuple[Windows, Parts]:
-        """Take the windows of the recipe that does best on the validation part after some epochs.
-
-        Another than the first has to do clearly better.
-        """
-        validation = self.options.validation
-        tried = [prepared(table, recipe, validation, test) for recipe in (recipes if validation else recipes[:1])]
-        errors = [0.0]
-        if len(tried) > 1:
-            quick = replace(self.settings, epochs=min(TRIED, self.settings.epochs), patience=0)
-            quiet = RunOptions(validation, device=self.options.device, threads=1, progress=self.options.progress)
-            errors = []
-            for windows, cut in tried:
-                self.take(windows, cut)
-                _, fit = self.fit(windows, 0, quick, quiet)
-                if fit.interrupted:  # nothing was trained yet that could be kept
-                    raise KeyboardInterrupt
-                errors.append(min(entry["mase"] for entry in fit.history))
-            errors[0] *= BETTER
-        best = tried[int(np.argmin(errors))]
-        self.take(*best)
-        return best
-
-    def members(self, windows: Windows) -> tuple[list[Forecaster], Calibration | None]:
+    def members(self) -> tuple[list[Forecaster], Calibration | None]:
         """Return the networks that are averaged, and what the validation part says of their outputs."""
         first: list[Forecaster] = []
         epochs: list[int] = []
         for member in range(self.build.members):
-            model, fit = self.fit(windows, member, self.settings, self.stage(f"{member + 1}", member == 0))
+            model, fit = self.fit(member, self.settings, self.stage(f"{member + 1}", member == 0))
             self.join(fit, member)
             first.append(model)
             epochs.append(int(fit.best["epoch"]) if fit.best else 0)
@@ -286,18 +259,31 @@ class _Fits:
                 break
         if not len(self.held):
             return first, None
-        calibration = calibrated(first, windows, self.inputs(windows), self.held)
+        calibration = calibrated(first, self.windows, self.inputs, self.held)
         if self.whole.interrupted:
+            return first, calibration
+        before, self.windows = self.windows, self._smoothed_anew()
+        if not calibration.followed.any():  # the rule is what forecasts
             return first, calibration
         again: list[Forecaster] = []
         for member, until in enumerate(epochs):
-            model, fit = self.fit(windows, member, self.settings, self.stage(f"{member + 1}-whole", False), until)
-            if fit.interrupted:  # half of it is worth less than the first one
-                self.join(fit, member, whole=True)
-                return [*again, *first[len(again) :]], calibration
+            model, fit = self.fit(member, self.settings, self.stage(f"{member + 1}-whole", False), until)
             self.join(fit, member, whole=True)
+            if fit.interrupted:  # a part of them is worth less than all of the first ones
+                self.windows = before
+                return first, calibration
             again.append(model)
         return again, calibration
+
+    def _smoothed_anew(self) -> Windows:
+        """Return the windows with the targets smoothed as is best in both parts."""
+        windows = self.windows
+        table, recipe, typical = windows.table, windows.recipe, windows.typical
+        assert typical is not None
+        found = smoothings(table, recipe, self.ends, typical) if recipe.smoothing else None
+        if found is None:
+            return windows
+        return Windows(replace(recipe, smoothing=found[0]), table, windows.origins, typical)
 
     def stage(self, name: str, looks: bool) -> RunOptions:
         """Return how a member's fit is run: with a checkpoint of its own, and looked at where `looks`."""
@@ -340,15 +326,26 @@ def calibrated(members: Sequence[Forecaster], windows: Windows, inputs: Inputs, 
     middle = recipe.quantiles.index(0.5)
     followed = np.ones(len(recipe.targets))
     moved = np.zeros((len(recipe.targets), len(recipe.quantiles)))
+    _, counts = np.unique(windows.series[some], return_counts=True)
+    independent = float(np.maximum(counts / recipe.horizon, 1).sum())  # horizons that don't overlap
     for n in range(len(recipe.targets)):
         seen = ~np.isnan(y[..., n])
         if not seen.any():
             continue
         steps = np.linspace(0.0, 1.0, 11)
         median, weights = out[..., n, middle], np.broadcast_to(weight[:, None, n], seen.shape)
-        costs = [float((np.abs(y[..., n] - share * median) * weights)[seen].sum()) for share in steps]
-        followed[n] = steps[int(np.argmin(costs))]
+        errors = np.abs(y[..., n] - steps[:, None, None] * median) * weights  # [shares, B, horizon]
+        followed[n] = steps[_smallest(np.where(seen, errors, 0.0).sum(-1), independent)]
         for q, level in enumerate(recipe.quantiles):
             if q != middle and seen.sum() >= FEWEST:
                 moved[n, q] = np.quantile((y[..., n] - followed[n] * out[..., n, q])[seen], level)
     return Calibration(followed, moved)
+
+
+def _smallest(costs: Floats, independent: float) -> int:
+    """Return the first row of `costs` `[N, B]` that does as well as the best, to within one standard error.
+
+    Ref: the rule of one standard error: Breiman et al. 1984, "Classification and regression trees", section 3.4.3.
+    """
+    more = costs - costs[np.argmin(costs.mean(axis=1))]
+    return int(np.argmax(more.mean(axis=1) <= more.std(axis=1) / np.sqrt(independent)))

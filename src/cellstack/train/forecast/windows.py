@@ -5,7 +5,8 @@ step u, for each target y:
 
     y(u)          up to t; missing after it
     rule(t, u)    what each simple rule says of u: the latest value, and for each season the latest value at the same
-                  place in it and the mean of the latest four; before t as of one season earlier, after t as of t
+                  place in it and the mean of the latest four, before t as of one season earlier; and exponential
+                  smoothing, before t as of the step before; after t all of them as of t
 
 and inputs up to t, known inputs, categories and the calendar at every step. All of a target's values are measured in
 units of the window itself, (y - base) / unit, so that levels never seen in training do no harm and one network serves
@@ -30,8 +31,9 @@ from numpy.typing import NDArray
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch
 from cellstack.train.forecast.calendar import features
-from cellstack.train.forecast.recipe import NAIVE, Recipe, Rule
+from cellstack.train.forecast.recipe import NAIVE, SMOOTHED, Recipe, Rule
 from cellstack.train.forecast.rules import MEAN_OF, latest
+from cellstack.train.forecast.smoothing import Smoothed, Smoothing
 from cellstack.train.tables.table import Table, listed
 
 Floats = NDArray[np.float64]
@@ -48,8 +50,9 @@ class Units(NamedTuple):
 class Target:
     """A column with what the rules say of each of its rows."""
 
-    def __init__(self, values: Floats, starts: Ints, seasons: tuple[int, ...]):
+    def __init__(self, values: Floats, starts: Ints, seasons: tuple[int, ...], how: Smoothing | None):
         self.values = values
+        self.smoothed = None if how is None else Smoothed(values, starts, seasons, how)
         self.latest = {period: _carried(values, starts, period) for period in (1, *seasons)}
         self.means = {season: _means(values, starts, season) for season in seasons}
 
@@ -77,7 +80,11 @@ class Windows:
         self.recipe, self.table, self.origins, self.typical = recipe, table, origins, typical
         self.lengths = np.full(len(origins), recipe.window + recipe.horizon, np.int64)
         self.series = np.searchsorted(table.starts, origins, side="right") - 1
-        self.targets = [Target(table.columns[name], table.starts, recipe.seasons) for name in recipe.targets]
+        ways = recipe.smoothing or (None,) * len(recipe.targets)
+        self.targets = [
+            Target(table.columns[name], table.starts, recipe.seasons, how)
+            for name, how in zip(recipe.targets, ways, strict=True)
+        ]
         self.past = _columns([table.columns[name] for name in recipe.inputs], len(table))
         self.always = self._known()
         self.labels = self._labels()
@@ -100,7 +107,7 @@ class Windows:
         return _one_hot(self.recipe, self.table, known=False)
 
     def told(self, recipe: Recipe) -> Windows:
-        """Return the same windows for a recipe that differs in rule, scale or floors alone."""
+        """Return the same windows for a recipe that differs in rule or floors alone."""
         other = copy(self)
         other.recipe = recipe
         return other
@@ -134,8 +141,11 @@ class Windows:
             x[:, :window, at] = (target.values[rows] - base) / unit
             for rule in recipe.rules:
                 at += 1
-                before = steps[:, :window] - rule.season
-                said = np.where(before >= first, target.of(rule)[np.maximum(before, first)], np.nan)
+                if rule == SMOOTHED and target.smoothed is not None:
+                    said = target.smoothed.fitted[rows]
+                else:
+                    before = steps[:, :window] - rule.season
+                    said = np.where(before >= first, target.of(rule)[np.maximum(before, first)], np.nan)
                 x[:, :window, at] = (said - base) / unit
                 x[:, window:, at] = (self.rule(rule, n, indices) - base) / unit
             at += 1
@@ -175,6 +185,9 @@ class Windows:
 
     def rule(self, rule: Rule, target: int, indices: Ints) -> Floats:
         """Return a rule's forecasts of a target, `[B, horizon]`, NaN where it has nothing to go by."""
+        smoothed = self.targets[target].smoothed
+        if rule == SMOOTHED and smoothed is not None:
+            return smoothed.ahead(self.origins[indices], self.recipe.horizon)
         ahead = np.arange(1, self.recipe.horizon + 1)
         back = ahead - rule.season * -(-ahead // rule.season)  # in (-season, 0]
         rows = self.origins[indices][:, None] + back

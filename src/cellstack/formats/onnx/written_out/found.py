@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.file import Scope, label, short
@@ -10,6 +11,7 @@ from cellstack.formats.onnx.graph import MOVES
 from cellstack.formats.onnx.written_out.chains import cell_of, common, find_chains
 from cellstack.formats.onnx.written_out.equations import Step, steps_of
 from cellstack.formats.onnx.written_out.linear import Term, array_of
+from cellstack.nodes.recurrent import Cell
 from cellstack.spec import FormatError
 
 
@@ -19,7 +21,7 @@ def find_written_out(scope: Scope) -> Iterator[tuple[str, Operator]]:
     Raises:
         FormatError: one of which it can't be told which product is that of h.
     """
-    seen = set()
+    seen = set[frozenset[str]]()
     for chain in find_chains(scope):
         weights = frozenset((chain.inputs[0].weights, chain.recurrent))
         if weights in seen:
@@ -31,6 +33,33 @@ def find_written_out(scope: Scope) -> Iterator[tuple[str, Operator]]:
             continue
         started = {f"initial_{part}": name for part, name in zip("hc", chain.starts, strict=False)}
         yield chain.name, Operator((cell,), "forward", False, "", started)
+    for found in find_steps(scope, seen):
+        yield found.name, Operator((found.cell,), "forward", False, "", {"initial_h": found.h.value})
+
+
+class Found(NamedTuple):
+    """An LSTM that a graph writes out for one step.
+
+    `x` and `h` are its products, `h.value` and `step.c[1]` the names of what it starts from.
+    """
+
+    name: str
+    cell: Cell
+    step: Step
+    x: Term
+    h: Term
+
+
+def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[Found]:
+    """Give the LSTMs that a graph writes out for one step alone, each once.
+
+    Args:
+        scope: the graph.
+        seen: the pairs of weights that are known already, to which theirs are added.
+
+    Raises:
+        FormatError: see `find_written_out`.
+    """
     for step in steps_of(scope, rows=True):
         terms = [term for gate in step.gates.values() for term in gate.products]
         weights = frozenset(term.weights for term in terms)
@@ -45,8 +74,19 @@ def find_written_out(scope: Scope) -> Iterator[tuple[str, Operator]]:
         if cell is None or h is None:
             continue
         x = next(term for term in terms if term.weights != h.weights)
-        name = common(x.weights, h.weights) or label(step.node)
-        yield name, Operator((cell,), "forward", False, "", {"initial_h": h.value})
+        yield Found(common(x.weights, h.weights) or label(step.node), cell, step, x, h)
+
+
+def takes_states(scope: Scope) -> bool:
+    """Whether a graph writes an LSTM out for one step that starts from inputs: a call is one step then."""
+    given = {name for name in scope.inputs if name not in scope.initializers}
+    if len(given) < 2:
+        return False
+    try:
+        steps = list(find_steps(scope, set()))
+    except FormatError:  # which product is that of h can't be told, which is said where it is read
+        return False
+    return any({_root(scope, found.h.value), _root(scope, found.step.c[1])} <= given for found in steps)
 
 
 def _root(scope: Scope, name: str) -> str:

@@ -10,7 +10,9 @@ from cellstack.formats.onnx.cells import Operator
 from cellstack.formats.onnx.file import Model, Scope, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, axes_of, numbers
 from cellstack.formats.onnx.written_out.chains import Chain, cell_of, find_chains, stripped
+from cellstack.formats.onnx.written_out.found import find_steps
 from cellstack.formats.onnx.written_out.linear import Place, place_of
+from cellstack.nodes.recurrent import Cell
 
 
 class _Roller:
@@ -82,16 +84,35 @@ class _Roller:
         if None in starts:
             return False
         cell = cell_of(scope, chain.steps[-1], chain.is_h, {})
-        names = [f"{self.prefix}{part}" for part in ("Y", "h", "c")][: 3 if cell.spec.kind == "lstm" else 2]
-        inputs = [x, "", "", "", "", *(name or "" for name in starts)]
-        node = self.onnx.helper.make_node(cell.spec.kind.upper(), inputs, names, name=chain.name)
-        self.made.append(node)
-        direction = "reverse" if backwards else "forward"
-        started = {f"initial_{part}": name for part, name in zip("hc", starts, strict=False) if name}
-        scope.model.rolled[names[0]] = Operator((cell,), direction, False, "", started)
+        names = self._operator(cell, x, starts, "reverse" if backwards else "forward")
         y = self.squeezed(names[0], 1)
         self._outputs(y, names, deep, backwards)
         return True
+
+    def roll_step(self) -> None:
+        """Put the operator in for a chain of one step, of rows `[B, F]`: it has a time axis of length 1 within."""
+        chain = self.chain
+        cell = cell_of(self.scope, chain.steps[0], chain.is_h, {})
+        x = self.squeezed(chain.inputs[0].value, 0, operator="Unsqueeze")
+        names = self._operator(cell, x, [self._start(name, False) for name in chain.starts], "forward")
+        self._ends(names, False)
+
+    def _operator(self, cell: Cell, x: str, starts: list[str | None], direction: str) -> list[str]:
+        """Put a cell in as an operator, and return the names of what it gives: Y, h, and c of an LSTM.
+
+        Args:
+            cell: the cell.
+            x: the name of its input, `[T, B, I]`.
+            starts: the names of the states that it starts from; "" for zeros.
+            direction: as the operator has it.
+        """
+        names = [f"{self.prefix}{part}" for part in ("Y", "h", "c")][: 3 if cell.spec.kind == "lstm" else 2]
+        inputs = [x, "", "", "", "", *(name or "" for name in starts)]
+        node = self.onnx.helper.make_node(cell.spec.kind.upper(), inputs, names, name=self.chain.name)
+        self.made.append(node)
+        started = {f"initial_{part}": name for part, name in zip("hc", starts, strict=False) if name}
+        self.scope.model.rolled[names[0]] = Operator((cell,), direction, False, "", started)
+        return names
 
     def _is_deep(self) -> bool:
         """Whether each h is `[1, B, H]`, and not `[B, H]`."""
@@ -115,10 +136,8 @@ class _Roller:
     def _outputs(self, y: str, names: list[str], deep: bool, backwards: bool) -> None:
         """Put in what takes the place of each step's h, of the last c, and of the values that join all steps."""
         steps = self.chain.steps
-        ends = [steps[-1].node.output[0], steps[-1].c[0]][: len(names) - 1]
-        for name, old in zip(names[1:], ends, strict=True):
-            self.put("Identity", [name], old) if deep else self.squeezed(name, 0, old)
         h = [step.node.output[0] for step in steps]
+        self._ends(names, deep)
         self.known.update((name, Place(y, 0, len(h) - 1 - n if backwards else n)) for n, name in enumerate(h))
         for n, name in enumerate(h[:-1]):
             at = len(h) - 1 - n if backwards else n
@@ -130,10 +149,18 @@ class _Roller:
         for node in (*self.joins.get(h[0], ()), *self.joins.get(h[-1], ())):
             if len(node.input) == len(h):
                 self._join(node, in_order, y, deep)
-        for step in steps:
+        for step in steps[:-1]:
             step.node.output[0] = f"{self.prefix}was {step.node.output[0]}"
+
+    def _ends(self, names: list[str], deep: bool) -> None:
+        """Put in what takes the place of the h and c after the last step."""
+        last = self.chain.steps[-1]
+        ends = [(last.node, last.node.output[0])]
         if names[2:]:
-            self.scope.producers[ends[1]].output[0] = f"{self.prefix}was {ends[1]}"
+            ends.append((self.scope.producers[last.c[0]], last.c[0]))
+        for name, (node, old) in zip(names[1:], ends, strict=True):
+            self.put("Identity", [name], old) if deep else self.squeezed(name, 0, old)
+            node.output[0] = f"{self.prefix}was {old}"
 
     def _join(self, node: Any, in_order: list[str], y: str, deep: bool) -> None:
         """Make a Concat of every step's h what gives the operator's output."""
@@ -180,10 +207,30 @@ def roll(model: Model) -> None:
             scope.graph.initializer.extend(roller.constants)
             scope.initializers.update((tensor.name, tensor) for tensor in roller.constants)
             scope.producers.update((name, node) for node in roller.made for name in node.output)
+    _placed(scope, before)
+
+
+def roll_steps(model: Model) -> None:
+    """Put LSTM operators in the place of the LSTMs that the outermost graph writes out for one step alone."""
+    scope = Scope(model, model.proto.graph)
+    before: dict[str, list[Any]] = {}
+    for number, found in enumerate(list(find_steps(scope, set())), len(model.rolled)):
+        starts = (found.h.value, found.step.c[1])
+        chain = Chain([found.step], starts, [found.x], found.h.weights, found.name)
+        roller = _Roller(scope, chain, number, {}, {})
+        roller.roll_step()
+        before[f"{roller.prefix}was {found.step.c[0]}"] = roller.made  # c may be taken before h is made
+        scope.graph.initializer.extend(roller.constants)
+    _placed(scope, before)
+
+
+def _placed(scope: Scope, before: dict[str, list[Any]]) -> None:
+    """Put nodes into a graph, each list ahead of the node that makes the value by whose name it goes."""
     if before:
         nodes = [new for node in scope.graph.node for new in (*_ahead(before, node), node)]
+        copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
         del scope.graph.node[:]
-        scope.graph.node.extend(nodes)
+        scope.graph.node.extend(copies)
 
 
 def _ahead(before: dict[str, list[Any]], node: Any) -> list[Any]:

@@ -1,0 +1,249 @@
+"""RTNeural's model files: `in_shape`, and `layers` one after the other with their weights as Keras has them.
+
+Ref: https://github.com/jatinchowdhury18/RTNeural, RTNeural/model_loader.h and python/model_utils.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cellstack.formats.build import Builder, ProblemsError
+from cellstack.formats.files import short
+from cellstack.formats.json.values import array_of, held
+from cellstack.layout import Array
+from cellstack.network import Network
+from cellstack.nodes import Activation, Clip, Conv1D, Dense, Merge, Recurrent, Scale
+from cellstack.nodes.recurrent import Cell
+from cellstack.spec import CellSpec, FormatError
+
+ACTIVATIONS = ("tanh", "relu", "sigmoid", "softmax", "elu")
+KNOWN = ("type", "activation", "shape", "weights", "kernel_size", "dilation", "groups", "epsilon", "name")
+USUAL = {
+    "strides": (1, [1]),
+    "recurrent_activation": ("sigmoid", ""),
+    "reset_after": (True,),
+}  # what others would change
+
+
+class _Layer(NamedTuple):
+    """A layer of a file.
+
+    Attributes:
+        where: it, for messages.
+        name: what its node is called.
+        entry: the object.
+        width: features that come in.
+        units: features that go out.
+        steps: how many steps come in and go out, None where the file doesn't say.
+    """
+
+    where: str
+    name: str
+    entry: Mapping[str, Any]
+    width: int
+    units: int
+    steps: tuple[int | None, int | None]
+
+    def weights(self, place: int, *shape: int | None) -> Array:
+        """Return one of the layer's arrays, float32."""
+        arrays = held(self.where, self.entry, "weights", list)
+        if place >= len(arrays):
+            raise FormatError(f"{self.where}: expected weights of {place + 1} arrays or more, found {len(arrays)}")
+        return array_of(f"{self.where}: weights {place}", arrays[place], *shape).astype(np.float32)
+
+    @property
+    def given(self) -> int:
+        """How many arrays there are."""
+        return len(held(self.where, self.entry, "weights", list))
+
+    def check_count(self, *counts: int) -> None:
+        """Raise `FormatError` unless there are so many arrays."""
+        if self.given not in counts:
+            wanted = " or ".join(map(str, counts))
+            raise FormatError(f"{self.where}: expected weights of {wanted} arrays, found {self.given}")
+
+    def number(self, key: str, *usual: Any) -> int:
+        """Return a whole number from 1 up, or the last of a list of such."""
+        value = held(self.where, self.entry, key, (int, list), *usual)
+        value = value[-1] if isinstance(value, list) and value else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise FormatError(f"{self.where}: expected {key} to be a number from 1 up, found {short(value)}")
+        return value
+
+    @property
+    def activation(self) -> str:
+        """The layer's activation, `""` where there is none."""
+        text = held(self.where, self.entry, "activation", str, "")
+        if text and text not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise FormatError(f"{self.where}: expected an activation that RTNeural has, {names}, found {short(text)}")
+        return text
+
+
+def _dense(build: Builder, layer: _Layer, wire: str) -> str:
+    layer.check_count(1, 2)
+    kernel = layer.weights(0, layer.width, layer.units)
+    bias = layer.weights(1, layer.units) if layer.given == 2 else None
+    return build.add(layer.name, Dense(kernel, bias, layer.activation or "linear"), wire)
+
+
+def _conv(build: Builder, layer: _Layer, wire: str) -> str:
+    """A convolution is causal in RTNeural, unless the shapes say that it has a frame of its own without padding."""
+    layer.check_count(1, 2)
+    taps, dilation, groups = layer.number("kernel_size"), layer.number("dilation", 1), layer.number("groups", 1)
+    if layer.width % groups:
+        raise FormatError(f"{layer.where}: expected groups to divide {layer.width} features, found {groups}")
+    kernel = layer.weights(0, taps, layer.width // groups, layer.units)
+    bias = layer.weights(1, layer.units) if layer.given == 2 else None
+    before, after = layer.steps
+    padding = "causal"
+    if before is not None and after is not None and before != after:
+        padding = "valid"
+        if after != before - (taps - 1) * dilation:
+            raise FormatError(f"{layer.where}: expected {before} steps, or those of whole windows, found {after}")
+    return build.add(layer.name, Conv1D(kernel, bias, 1, padding, dilation, groups, layer.activation or "linear"), wire)
+
+
+def _cell(layer: _Layer, kind: str) -> Cell:
+    if layer.activation not in ("", "tanh"):
+        raise FormatError(f"{layer.where}: expected the activation tanh, found {layer.activation}")
+    layer.check_count(3)
+    gates = 4 if kind == "lstm" else 3
+    wide = gates * layer.units
+    spec = CellSpec(layer.width, layer.units, kind=kind)
+    bias = layer.weights(2, wide) if kind == "lstm" else layer.weights(2, 2, wide)
+    arrays = {"kernel": layer.weights(0, layer.width, wide), "recurrent_kernel": layer.weights(1, layer.units, wide)}
+    return Cell(spec, **arrays, bias=bias)
+
+
+def _recurrent(kind: str) -> Callable[[Builder, _Layer, str], str]:
+    return lambda build, layer, wire: build.add(layer.name, Recurrent((_cell(layer, kind),)), wire)
+
+
+def prelu(build: Builder, name: str, slopes: Array, wire: str) -> str:
+    """Put in `max(x, 0) + slopes·min(x, 0)`, and return its wire."""
+    if (slopes == slopes[0]).all():
+        return build.add(name, Activation(f"leaky_relu({float(slopes[0])!r})"), wire)
+    below = build.add(f"{name}.below", Clip(None, 0.0), wire)
+    below = build.add(f"{name}.slopes", Scale(slopes, np.zeros_like(slopes)), below)
+    return build.add(name, Merge("add"), build.add(f"{name}.above", Activation("relu"), wire), below)
+
+
+def _prelu(build: Builder, layer: _Layer, wire: str) -> str:
+    layer.check_count(1)
+    (slopes,) = layer.weights(0, 1, None)
+    if len(slopes) not in (1, layer.width):
+        raise FormatError(f"{layer.where}: expected one slope, or {layer.width}, found {len(slopes)}")
+    return prelu(build, layer.name, slopes, wire)
+
+
+def _batch_norm(build: Builder, layer: _Layer, wire: str) -> str:
+    layer.check_count(2, 4)
+    gamma, beta, mean, variance = ([None, None] if layer.given == 2 else []) + [
+        layer.weights(place, layer.width) for place in range(layer.given)
+    ]
+    epsilon = float(held(layer.where, layer.entry, "epsilon", (int, float)))
+    assert mean is not None
+    assert variance is not None
+    try:
+        return build.add(layer.name, Scale.of_statistics(mean, variance, epsilon, gamma, beta), wire)
+    except ValueError as error:
+        raise FormatError(f"{layer.where}: {error}") from None
+
+
+def _activation(build: Builder, layer: _Layer, wire: str) -> str:
+    return build.add(layer.name, Activation(layer.activation), wire) if layer.activation else wire
+
+
+TYPES: dict[str, Callable[[Builder, _Layer, str], str]] = {
+    "activation": _activation,
+    "batchnorm": _batch_norm,
+    "conv1d": _conv,
+    "dense": _dense,
+    "gru": _recurrent("gru"),
+    "lstm": _recurrent("lstm"),
+    "prelu": _prelu,
+    "time-distributed-dense": _dense,
+}
+
+
+def _shape(where: str, found: Mapping[str, Any], key: str) -> tuple[int | None, int]:
+    """Return the steps, None where they aren't said, and the features that a shape has."""
+    shape = held(where, found, key, list)
+    sizes = [n is None or (type(n) is int and n > 0) for n in shape]
+    if len(shape) not in (2, 3) or not all(sizes) or shape[-1] is None:
+        raise FormatError(f"{where}: expected {key} [null, steps, features], found {short(shape)}")
+    return (shape[1] if len(shape) == 3 else None), shape[-1]
+
+
+def _layers(path: str, found: Mapping[str, Any]) -> list[_Layer]:
+    """Return the layers; those that a Network hasn't are refused, all of them."""
+    steps, width = None, 0
+    made: list[_Layer] = []
+    entries = held(path, found, "layers", list)
+    problems = []
+    for number, entry in enumerate(entries):
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        if not isinstance(kind, str) or kind not in TYPES:
+            problems.append(f"layer {number} of type {short(kind)}")
+    if problems or not entries:
+        known = ", ".join(TYPES)
+        raise FormatError(f"{path}: expected layers that a Network has, {known}, found {', '.join(problems) or 'none'}")
+    steps, width = _shape(path, found, "in_shape")
+    for number, entry in enumerate(entries):
+        where, kind = f"{path}: layer {number} ({entry['type']})", entry["type"]
+        after, units = _shape(where, entry, "shape")
+        for key, usual in USUAL.items():
+            if key in entry and entry[key] not in usual:
+                raise FormatError(f"{where}: expected {key} {usual[0]}, found {short(entry[key])}")
+        if kind in ("activation", "batchnorm", "prelu") and units != width:
+            raise FormatError(f"{where}: expected {width} features, as come into it, found a shape of {units}")
+        name = str(entry.get("name") or f"{kind}_{number}")
+        made.append(_Layer(where, name, entry, width, units, (steps, after)))
+        steps, width = after, units
+    return made
+
+
+def network_of(path: str, found: Mapping[str, Any]) -> Network:
+    """Return a model file's network, `[B, T, I]` to `[B, T, O]`.
+
+    Args:
+        path: of the file, for messages.
+        found: the object in it.
+
+    Raises:
+        FormatError: a layer that a Network hasn't, or weights of another shape than the layers'.
+    """
+    layers, build = _layers(path, found), Builder()
+    wire = build.input("x", (None, layers[0].width))
+    others = {}
+    for layer in layers:
+        wire = TYPES[layer.entry["type"]](build, layer, wire)
+        more = {key: value for key, value in layer.entry.items() if key not in KNOWN and key not in USUAL}
+        others |= {layer.name: more} if more else {}
+    build.output(wire, "output")
+    said = {key: value for key, value in found.items() if key != "layers"}
+    said |= {"layers": others} if others else {}
+    try:
+        return build.network({"source": {"format": "rtneural"}, "rtneural": said})
+    except ProblemsError as error:
+        raise FormatError(f"{path}: {error}") from None
+
+
+def parts_of(path: str, found: Mapping[str, Any]) -> dict[str, Network]:
+    """Return the recurrent layers of a model file by name, whatever else it holds."""
+    networks = {}
+    entries = held(path, found, "layers", list)
+    for number, entry in enumerate(entries):
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        if kind in ("lstm", "gru"):
+            where = f"{path}: layer {number} ({kind})"
+            _, units = _shape(where, entry, "shape")
+            arrays = held(where, entry, "weights", list)
+            width = len(arrays[0]) if arrays and isinstance(arrays[0], list) else 0
+            layer = _Layer(where, str(entry.get("name") or f"{kind}_{number}"), entry, width, units, (None, None))
+            networks[layer.name] = Network([Recurrent((_cell(layer, kind),))], [layer.name])
+    return networks

@@ -1,0 +1,271 @@
+"""The nodes of networks that take frames of many numbers: what a frame has of the one before, and what is done in one.
+
+A model of audio is often given pieces of some hundred samples, and looks at each with a small network of its own, a
+convolution over the samples say, before a recurrent layer takes what comes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.nodes.base import (
+    MOST_AXES,
+    Array,
+    CellState,
+    Flow,
+    FrameRule,
+    Node,
+    Shape,
+    check_axes,
+    check_integer,
+    shown,
+)
+from cellstack.nodes.stored import Entry
+from cellstack.spec import ShapeError
+
+BLOCK = (
+    64  # frames that go through the nodes of a PerFrame together, so that what flows between them stays in the cache
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Context(Node):
+    """Each frame with the last numbers of the one before it ahead: `[B, T, W]` to `[B, T, size + W]`.
+
+    Before the first frame of a sequence, and of a piece, there are zeros. A frame that the mask leaves out is none: the
+    next one has the numbers of the last frame that is used.
+
+    Args:
+        size: how many numbers of the frame before, from 1 to W.
+
+    Raises:
+        ValueError: another number.
+
+    >>> Context(1).apply(np.array([[[1.0, 2.0], [3.0, 4.0]]]))
+    array([[[0., 1., 2.],
+            [2., 3., 4.]]])
+    """
+
+    size: int
+    file_type = "context"
+    settings: ClassVar = {"size": int}
+    axes = (2, 2)
+    heeds_mask = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", check_integer("Context", "size", self.size))
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        (shape,) = shapes
+        check_axes(owner, self, shape)
+        steps, width = shape
+        if width is not None and width < self.size:
+            raise ShapeError(f"{owner}: Context expected frames of at least {self.size} numbers, got {shown(shape)}")
+        return (steps, None if width is None else self.size + width)
+
+    def apply(self, x: Array, mask: NDArray[np.bool_] | None = None, reset: NDArray[np.bool_] | None = None) -> Array:
+        """Return `[B, T, size + W]` for `x [B, T, W]`, with its mask and resets `[B, T]`."""
+        batch, steps, width = x.shape
+        y = np.zeros((batch, steps, self.size + width), x.dtype)
+        y[:, :, self.size :] = x
+        if mask is None:
+            y[:, 1:, : self.size] = x[:, :-1, width - self.size :]
+        elif steps:
+            last = np.maximum.accumulate(np.where(mask, np.arange(steps), -1), axis=1)  # used up to here
+            before = np.concatenate([np.full((batch, 1), -1), last[:, :-1]], axis=1)
+            ends = np.take_along_axis(x[:, :, width - self.size :], np.maximum(before, 0)[:, :, None], axis=1)
+            y[:, :, : self.size] = np.where(before[:, :, None] >= 0, ends, x.dtype.type(0))
+        if reset is not None:
+            begun = reset if mask is None else _begun(reset, mask)
+            y[:, :, : self.size][begun] = 0
+        return y
+
+    def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
+        (flow,) = flows
+        return Flow(self.apply(flow.x, flow.mask, flow.reset), flow.mask, flow.reset)
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        def advance(memory: Array, x: Array) -> tuple[Array, Array]:
+            if not x.shape[1]:
+                return np.zeros((*x.shape[:2], self.size + x.shape[2]), x.dtype), memory
+            ends = x[:, :, x.shape[2] - self.size :]
+            before = memory if x.shape[1] == 1 else np.concatenate([memory, ends[:, :-1]], axis=1)
+            return np.concatenate([before, x], axis=2), ends[:, -1:].copy()
+
+        return FrameRule(memory=(1, self.size), advance=advance)
+
+    @property
+    def summary(self) -> str:
+        return f"{self.size} numbers of the frame before"
+
+
+def _begun(reset: NDArray[np.bool_], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return at which of the steps used a piece begins: one that began at a step left out begins at the next."""
+    begun, found = np.zeros_like(reset), np.zeros(len(reset), bool)
+    for step in range(reset.shape[1]):
+        found |= reset[:, step]
+        begun[:, step] = found & mask[:, step]
+        found &= ~mask[:, step]
+    return begun
+
+
+@dataclass(frozen=True, eq=False)
+class PerFrame(Node):
+    """A small graph of nodes at every frame, `[B, T, *frame]` to `[B, T, …]`: nothing goes from one frame to another.
+
+    To the nodes within, a frame is a row: what they would take for time is an axis of the frame, such as its samples.
+
+    Args:
+        frame: the lengths of a frame's axes.
+        nodes: in an order in which they can run; none with cells, with a mask of its own, or a table of ids.
+        takes: what each node takes: 0 is the frame, n what the n-th node gives. The last node's is the answer.
+
+    Raises:
+        ValueError: no nodes, or such as can't be within; wires to nothing; a node whose answer nothing takes.
+        ShapeError: a node that can't take what its wires bring.
+        TypeError: nodes of two dtypes.
+
+    >>> from cellstack.nodes import Conv1D, GlobalPool, Reshape
+    >>> loud = PerFrame((6,), (Reshape((-1, 1)), Conv1D(np.ones((3, 1, 1))), GlobalPool("max")), ((0,), (1,), (2,)))
+    >>> loud.apply(np.array([[[0.0, 1.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0, 0.0, 0.0]]]))
+    array([[[3.],
+            [2.]]])
+    """
+
+    frame: tuple[int, ...]
+    nodes: tuple[Node, ...]
+    takes: tuple[tuple[int, ...], ...]
+    file_type = "per_frame"
+    settings: ClassVar = {"frame": list, "nodes": list, "takes": list}
+
+    def __post_init__(self) -> None:
+        owner = "PerFrame"
+        if not isinstance(self.frame, Sequence) or not 1 <= len(self.frame) < MOST_AXES:
+            raise ValueError(f"{owner}: expected frame to be the lengths of its axes, got {self.frame!r:.80}")
+        object.__setattr__(self, "frame", tuple(check_integer(owner, "every axis", axis) for axis in self.frame))
+        object.__setattr__(self, "nodes", tuple(self.nodes))
+        object.__setattr__(self, "takes", tuple(tuple(sources) for sources in self.takes))
+        if not self.nodes or len(self.nodes) != len(self.takes):
+            raise ValueError(
+                f"{owner}: expected nodes, with what each takes, got {len(self.nodes)} and {len(self.takes)}"
+            )
+        shapes: list[Shape] = [self.frame]
+        for number, (node, sources) in enumerate(zip(self.nodes, self.takes, strict=True), 1):
+            if not isinstance(node, Node) or node.cells or node.makes_mask or node.takes_ids:
+                kind = type(node).__name__
+                raise ValueError(f"{owner}: expected nodes without cells, ids and masks of their own, got a {kind}")
+            known = all(type(source) is int and 0 <= source < number for source in sources)
+            if not known or not sources or (node.inputs is not None and len(sources) != node.inputs):
+                raise ValueError(f"{owner}: expected node {number} to take earlier values, got {sources!r:.80}")
+            shapes.append(node.check(f"{owner}: node {number}", *(shapes[source] for source in sources)))
+        unused = set(range(1, len(self.nodes))) - {source for sources in self.takes for source in sources}
+        if unused:
+            raise ValueError(f"{owner}: expected every node to lead to the last, got node {min(unused)}, which doesn't")
+        dtypes = {node.dtype for node in self.nodes if node.dtype is not None}
+        if len(dtypes) > 1:
+            raise TypeError(f"{owner}: expected nodes of one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+        object.__setattr__(self, "dtype", next(iter(dtypes), None))
+        object.__setattr__(self, "input_size", self.frame[-1])
+        object.__setattr__(self, "axes", (1 + len(self.frame), 1 + len(shapes[-1])))
+        object.__setattr__(self, "_shapes", tuple(shapes))
+
+    def check(self, owner: str, *shapes: Shape) -> Shape:
+        (shape,) = shapes
+        fits = len(shape) == 1 + len(self.frame) and all(
+            got in (None, want) for got, want in zip(shape[1:], self.frame, strict=True)
+        )
+        if not fits:
+            expected = f"expected frames {shown((None, *self.frame))}"
+            raise ShapeError(f"{owner}: {type(self).__name__} {expected}, got {shown(shape)}")
+        return (shape[0], *self._shapes[-1])  # pyright: ignore[reportAttributeAccessIssue]
+
+    @cached_property
+    def _calls(self) -> list[tuple[Callable[..., Array], tuple[int, ...]]]:
+        """How each node runs, and on which values; the shortest way, as a step of a stream is short."""
+        return [(_call(node), sources) for node, sources in zip(self.nodes, self.takes, strict=True)]
+
+    def _rows(self, x: Array) -> Array:
+        """Return what the nodes make of rows, `[N, *frame]`."""
+        values = [x]
+        for call, sources in self._calls:
+            values.append(
+                call(values[sources[0]]) if len(sources) == 1 else call(*(values[source] for source in sources))
+            )
+        return values[-1]
+
+    def apply(self, x: Array) -> Array:
+        """Return `[B, T, …]` for `x [B, T, *frame]`."""
+        batch, steps = x.shape[:2]
+        rows = np.ascontiguousarray(x).reshape(batch * steps, *self.frame)
+        blocks = [self._rows(rows[at : at + BLOCK]) for at in range(0, max(1, len(rows)), BLOCK)]
+        y = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return y.reshape(batch, steps, *y.shape[1:])
+
+    def frames(self, *shapes: Shape) -> FrameRule:
+        axes = 1 + len(self.frame)
+        return FrameRule(step=lambda x: self._rows(x) if x.ndim == axes else self.apply(x))
+
+    # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        entries, arrays = [], {}
+        for number, node in enumerate(self.nodes):
+            entry, own = node.stored()
+            entries.append(entry)
+            arrays |= {f"{number}/{name}": array for name, array in own.items()}
+        takes = [list(sources) for sources in self.takes]
+        return {"type": self.file_type, "frame": list(self.frame), "nodes": entries, "takes": takes}, arrays
+
+    @classmethod
+    def restored(cls, entry: Entry) -> PerFrame:
+        from cellstack.nodes import NODES  # which knows this one, too
+
+        values = entry.take(cls.keys())
+        nodes = []
+        for number, inner in enumerate(values["nodes"]):
+            kind = inner.get("type") if isinstance(inner, dict) else None
+            if not isinstance(kind, str) or kind not in NODES:
+                raise entry.refuse(f"expected nodes of type {', '.join(NODES)}, found {kind!r:.80}")
+            nodes.append(NODES[kind].restored(entry.inner(str(number), inner, kind)))
+        if not all(isinstance(sources, list) for sources in values["takes"]):
+            raise entry.refuse("expected takes to be lists of numbers")
+        return cls(tuple(values["frame"]), tuple(nodes), tuple(map(tuple, values["takes"])))
+
+    # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def summary(self) -> str:
+        kinds = [type(node).__name__ for node in self.nodes]
+        return f"{' '.join(map(str, self.frame))}: {', '.join(kinds)}"
+
+    def engine(self, dtype: np.dtype[Any]) -> str:
+        ours = [node for node in self.nodes if node.engine(dtype).startswith("fused kernel")]
+        return f"{len(ours)} of {len(self.nodes)} nodes in the fused kernel, the others in NumPy ({dtype})"
+
+    @property
+    def parameters(self) -> int:
+        return sum(node.parameters for node in self.nodes)
+
+    @property
+    def multiplications(self) -> int:
+        """How often a frame multiplies by one of the nodes' own numbers."""
+        steps = (prod(shape[:-1]) for shape in self._shapes[1:])  # pyright: ignore[reportAttributeAccessIssue]
+        return sum(node.multiplications * count for node, count in zip(self.nodes, steps, strict=True))
+
+    @property
+    def numbers_read(self) -> int:
+        return sum(node.numbers_read for node in self.nodes)
+
+
+def _call(node: Node) -> Callable[..., Array]:
+    """Return how a node runs on rows."""
+    if node.inputs == 1 and type(node).apply is not Node.apply:
+        return node.apply
+    return lambda *values: node.run([Flow(value) for value in values], (), 1).x

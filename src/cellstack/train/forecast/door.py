@@ -1,0 +1,86 @@
+"""From a table in memory or in a file to a network that forecasts: `train.fit_forecast`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from cellstack.train.forecast.parts import parts
+from cellstack.train.forecast.plan import Request, defaults, plan
+from cellstack.train.forecast.training import Build, Trained, train_forecast
+from cellstack.train.settings import RunOptions, Settings
+from cellstack.train.tables.table import Table, read_table
+
+
+def fit_forecast(
+    data: Any,
+    target: str | Sequence[str] | None = None,
+    horizon: int | None = None,
+    *,
+    test: float = 0.2,
+    validation: float = RunOptions.validation,
+    units: int | Sequence[int] | None = None,
+    cell: str = "lstm",
+    dropout: float | None = None,
+    members: int | None = None,
+    epochs: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    clip: float = Settings.clip,
+    patience: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str = "auto",
+    progress: bool = False,
+    rivals: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    **asked: Any,
+) -> Trained:
+    """Train a network to forecast columns of a table, as `cellstack train` does, with the same defaults.
+
+    Args:
+        data: a pandas or polars frame, the name of a CSV or Parquet file, or what `read_table` made of one, which takes
+            the column of the dates, that of the series and more.
+        target: column to forecast, or several; the only column of numbers where None.
+        horizon: steps to forecast; one season where None.
+        test: share of each series' rows, its last, to measure on; 0 for none.
+        validation: share of the rows before these by which choices are made.
+        units, cell, dropout, members: how the networks are built, see `train.forecast.training.Build`.
+        epochs, batch, lr, clip, patience, seed: how each is fitted, see `train.Settings`.
+        threads, device, progress, checkpoint, resume: how the training is run, see `train.fit`.
+        rivals: measure gradient boosting on lags too, where scikit-learn is installed.
+        asked: `window`, `seasons`, `inputs`, `known`, `country`, `scale`, `quantiles`: see `Request`.
+
+    What is None is told by the table and by how many windows there are to train on.
+
+    Returns:
+        `result`, with the network and its measured errors, `recipe`, `test` and `understood`.
+
+    Raises:
+        UsageError: a column that isn't there or holds nothing, too few rows, or what doesn't fit together.
+
+    Example:
+        >>> import numpy as np, pandas as pd
+        >>> from cellstack import train
+        >>> n = np.arange(120)
+        >>> frame = pd.DataFrame({"y": 5 + np.sin(n * np.pi / 6)})
+        >>> done = train.fit_forecast(frame, "y", horizon=4, seasons=(12,), units=4, members=1, epochs=1, rivals=False)
+        >>> done.recipe.horizon, done.result.network.metadata["task"]
+        (4, 'forecast')
+    """
+    table = data if isinstance(data, Table) else read_table(data)
+    targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
+    request = Request(targets, horizon, **asked)
+    recipe = plan(table, request, validation + test)
+    given: dict[str, Any] = {"units": units, "dropout": dropout, "members": members}
+    given |= {"epochs": epochs, "batch": batch, "lr": lr, "patience": patience}
+    usual = defaults(len(parts(table, recipe, validation, test).training))
+    given = {name: usual[name] if value is None else value for name, value in given.items()}
+    layers = given["units"]
+    layers = tuple(layers) if isinstance(layers, Sequence) else (layers,)
+    build = Build(layers, cell, given["dropout"], given["members"])
+    settings = Settings(given["epochs"], given["batch"], given["lr"], clip, given["patience"], seed=seed)
+    options = RunOptions(validation, checkpoint, resume, progress, device, threads=threads)
+    return train_forecast(table, request, build, settings, options, test, rivals, recipe)

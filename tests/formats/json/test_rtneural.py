@@ -1,0 +1,297 @@
+"""RTNeural's JSON and neural-amp-modeler's .nam, beside Keras and torch, which such files come from."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import cellstack as cs
+from cellstack.formats.json import nam
+from cellstack.spec import FormatError
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras on torch
+
+NEAR = 1e-6  # float32 on both sides
+
+
+def rng_floats(*shape, seed=0, scale=0.5):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+def entry(layer, shape, **more):
+    """A layer as RTNeural's exporter writes it."""
+    activation = getattr(getattr(layer, "activation", None), "__name__", "")
+    weights = [array.tolist() for array in layer.get_weights()]
+    words = {"LSTM": "lstm", "GRU": "gru", "Dense": "dense", "Conv1D": "conv1d", "PReLU": "prelu",
+             "BatchNormalization": "batchnorm", "Activation": "activation"}  # fmt: skip
+    kind = words[type(layer).__name__]
+    return {
+        "type": kind,
+        "activation": "" if activation == "linear" else activation,
+        "shape": shape,
+        "weights": weights,
+    } | more
+
+
+def written(folder, model, extra=(), steps=None, **top):
+    """A Keras model as a file, with its layers' extra keys in order."""
+    layers = []
+    more = dict(extra)
+    for number, layer in enumerate(model.layers):
+        layers.append(entry(layer, [None, steps, layer.output.shape[-1]], **more.get(number, {})))
+    path = folder / "model.json"
+    path.write_text(json.dumps({"in_shape": [None, steps, model.input_shape[-1]], "layers": layers, **top}))
+    return path
+
+
+def shaken(model):
+    """The model with random weights throughout; variances above 0."""
+    for number, layer in enumerate(model.layers):
+        arrays = [rng_floats(*array.shape, seed=10 * number + n) for n, array in enumerate(layer.get_weights())]
+        if type(layer).__name__ == "BatchNormalization":
+            arrays[-1] = np.abs(arrays[-1]) + 0.5
+        layer.set_weights(arrays)
+    return model
+
+
+def answer(model, x):
+    return model(x).detach().numpy()
+
+
+def test_a_model_of_every_layer(tmp_path):
+    layers = keras.layers
+    model = shaken(
+        keras.Sequential([
+            keras.Input((None, 2)),
+            layers.Dense(6, activation="tanh"),
+            layers.Conv1D(4, 3, dilation_rate=2, padding="causal", activation="relu"),
+            layers.BatchNormalization(epsilon=0.01),
+            layers.PReLU(shared_axes=[1]),
+            layers.Conv1D(6, 3, padding="causal", groups=2),
+            layers.Activation("elu"),
+            layers.LSTM(5, return_sequences=True),
+            layers.GRU(4, return_sequences=True),
+            layers.Dense(3, activation="softmax"),
+            layers.Dense(1, use_bias=False, activation="sigmoid"),
+        ])
+    )  # fmt: skip
+    extra = {
+        1: {"kernel_size": [3], "dilation": [2], "groups": 1},
+        2: {"epsilon": 0.01},
+        4: {"kernel_size": [3], "dilation": [1], "groups": 2},
+        6: {"name": "memory", "trained_on": "a guitar"},
+    }
+    path = written(tmp_path, model, extra, samplerate=48000, author="someone", esr=0.01)
+    net = cs.load(path)
+    x = rng_floats(2, 40, 2, scale=1.0)
+    np.testing.assert_allclose(net(x), answer(model, x), rtol=0, atol=NEAR)
+    stream = net.stream(2)
+    np.testing.assert_array_equal(np.stack([stream.step(x[:, t]) for t in range(40)], axis=1), net(x))
+    said = net.metadata["rtneural"]
+    assert (said["samplerate"], said["author"], said["esr"]) == (48000, "someone", 0.01)
+    assert said["layers"] == {"memory": {"trained_on": "a guitar"}}
+    assert "memory" in net.names
+    parts = cs.extract(path)
+    assert list(parts) == ["memory", "gru_7"]
+    np.testing.assert_allclose(
+        parts["memory"](rng_floats(1, 9, 6)), answer(model.layers[6], rng_floats(1, 9, 6)), rtol=0, atol=NEAR
+    )
+
+
+def test_windows_without_padding(tmp_path):
+    """Where the shapes say that steps are lost, a convolution has no padding."""
+    model = shaken(
+        keras.Sequential([keras.Input((20, 1)), keras.layers.Conv1D(3, 5), keras.layers.Conv1D(2, 3, dilation_rate=2)])
+    )
+    layers = [
+        entry(model.layers[0], [None, 16, 3], kernel_size=[5], dilation=[1]),
+        entry(model.layers[1], [None, 12, 2], kernel_size=[3], dilation=[2]),
+    ]
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({"in_shape": [None, 20, 1], "layers": layers}))
+    x = rng_floats(2, 20, 1)
+    np.testing.assert_allclose(cs.load(path)(x), answer(model, x), rtol=0, atol=NEAR)
+
+
+def plain():
+    """A file's object that loads."""
+    return {
+        "in_shape": [None, None, 1],
+        "layers": [
+            {"type": "lstm", "activation": "tanh", "shape": [None, None, 2],
+             "weights": [rng_floats(1, 8).tolist(), rng_floats(2, 8).tolist(), rng_floats(8).tolist()]},
+            {"type": "dense", "activation": "", "shape": [None, None, 1], "weights": [[[0.4], [-0.3]], [0.5]]},
+        ],
+    }  # fmt: skip
+
+
+def changed(**more):
+    """What changes the first layer."""
+    return lambda found: found["layers"][0].update(more)
+
+
+def of_dense(**more):
+    """What changes the last layer."""
+    return lambda found: found["layers"][1].update(more)
+
+
+DAMAGE = {
+    "no such layer": (changed(type="conv2d"), "expected layers that a Network has, .*, found layer 0 of type 'conv2d'"),
+    "no type": (lambda found: found["layers"][1].pop("type"), "found layer 1 of type None"),
+    "no layers": (lambda found: found.update(layers=[]), "expected layers that a Network has, .*, found none"),
+    "layers as text": (lambda found: found.update(layers="lstm"), "expected layers to be a list, found 'lstm'"),
+    "another width": (changed(shape=[None, None, 3]), r"layer 0 \(lstm\): weights 2: expected numbers \[12\], found"),
+    "fewer arrays": (lambda found: found["layers"][0]["weights"].pop(), "expected weights of 3 arrays, found 2"),
+    "ragged": (of_dense(weights=[[[1.0], []]]), r"layer 1 \(dense\): weights 0: expected lists of numbers"),
+    "text": (of_dense(weights=[["a"]]), r"layer 1 \(dense\): weights 0: expected lists of numbers"),
+    "another activation": (changed(activation="relu"), r"layer 0 \(lstm\): expected the activation tanh, found relu"),
+    "no such activation": (of_dense(activation="swish"), "expected an activation that RTNeural has, tanh, .*'swish'"),
+    "recurrent activation": (changed(recurrent_activation="hard_sigmoid"), "recurrent_activation sigmoid, found 'hard"),
+    "strides": (of_dense(strides=[2]), r"expected strides 1, found \[2\]"),
+    "open": (lambda found: found.update(in_shape=[None, None, None]), r"expected in_shape \[null, steps, features\]"),
+    "a picture": (lambda found: found.update(in_shape=[None, 3, 4, 1]), r"expected in_shape \[null, steps, features\]"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(case, tmp_path):
+    found = plain()
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(found))
+    cs.load(path)
+    change, message = DAMAGE[case]
+    change(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(FormatError, match=message) as error:
+        cs.load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected JSON, found"),
+        ('{"a": 1}', r"expected JSON with in_shape and layers \(RTNeural\), .*, found the keys \['a'\]"),
+        ("{" * 20, "expected JSON, found"),
+        ('{"architecture": "WaveNet"}', "expected the architecture LSTM or Linear, found 'WaveNet'"),
+        ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "expected JSON, found|expected lists of numbers"),
+    ],
+)
+def test_other_json_is_refused(text, message, tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    with pytest.raises(FormatError, match=message):
+        cs.load(path)
+
+
+def test_content_picks_the_reader_and_nothing_is_written(tmp_path):
+    path = tmp_path / "a model"
+    path.write_text("\n  " + json.dumps(plain()))
+    net = cs.load(path)
+    with pytest.raises(ValueError, match=r"JSON of RTNeural and \.nam are read alone"):
+        net.save(tmp_path / "net.json")
+    assert not (tmp_path / "net.json").exists()
+    assert "not from here" in cs.verify(net, path).note
+
+
+def test_a_state_dict_as_lists(tmp_path):
+    torch.manual_seed(0)
+    module = torch.nn.GRU(2, 3, 2, batch_first=True)
+    path = tmp_path / "weights.json"
+    path.write_text(json.dumps({name: tensor.tolist() for name, tensor in module.state_dict().items()}))
+    x = rng_floats(1, 5, 2)
+    expected = module(torch.from_numpy(x))[0].detach().numpy()
+    np.testing.assert_allclose(cs.load(path)(x), expected, rtol=0, atol=NEAR)
+    both = {f"{name}.{key}": tensor.tolist() for name in "ab" for key, tensor in module.state_dict().items()}
+    path.write_text(json.dumps(both | {"head.weight": [[1.0]]}))
+    assert list(cs.extract(path)) == ["a", "b"]
+    with pytest.raises(FormatError, match="expected one recurrent module and nothing else"):
+        cs.load(path)
+
+
+# ── .nam ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Amp(torch.nn.Module):
+    """A stack of LSTMs that start from a state of their own, and a linear head."""
+
+    def __init__(self, inputs, units, layers):
+        super().__init__()
+        self.core, self.head = torch.nn.LSTM(inputs, units, layers, batch_first=True), torch.nn.Linear(units, 1)
+        self.h, self.c = (torch.nn.Parameter(torch.randn(layers, units)) for _ in range(2))
+
+    def forward(self, x):
+        state = tuple(part[:, None].repeat(1, len(x), 1) for part in (self.h, self.c))
+        return self.head(self.core(x, state)[0])
+
+    def numbers(self):
+        """The weights in the order of the format: each layer's rows of both matrices, its bias, its state; the head."""
+        parts = []
+        for layer in range(self.core.num_layers):
+            w, u, b, d = (
+                getattr(self.core, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            parts += [torch.cat([w, u], dim=1), b + d, self.h[layer], self.c[layer]]
+        return torch.cat([part.detach().flatten() for part in (*parts, self.head.weight, self.head.bias)]).tolist()
+
+
+def amp_file(folder, module, **more):
+    config = {
+        "input_size": module.core.input_size,
+        "hidden_size": module.core.hidden_size,
+        "num_layers": module.core.num_layers,
+    }
+    found = {"version": "0.5.4", "architecture": "LSTM", "config": config, "weights": module.numbers()}
+    path = folder / "amp.nam"
+    path.write_text(json.dumps(found | more))
+    return path
+
+
+@pytest.mark.parametrize(("inputs", "units", "layers"), [(1, 16, 1), (1, 5, 3), (3, 4, 2)])
+def test_an_amplifier(inputs, units, layers, tmp_path):
+    torch.manual_seed(0)
+    module = Amp(inputs, units, layers).eval()
+    path = amp_file(tmp_path, module, sample_rate=48000.0, metadata={"name": "amp", "gain": 0.5})
+    net = cs.load(path)
+    x = rng_floats(2, 100, inputs)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(net(x), expected, rtol=0, atol=NEAR)
+    np.testing.assert_array_equal(net.stream(2).run(x), net(x))
+    assert net.metadata["nam"]["sample_rate"] == 48000.0
+    assert net.metadata["nam"]["metadata"] == {"name": "amp", "gain": 0.5}
+    assert list(cs.extract(path)) == [f"lstm_{n}" for n in range(layers)]
+
+
+def test_a_filter(tmp_path):
+    taps, bias = rng_floats(32), 0.25
+    path = tmp_path / "filter.nam"
+    config = {"receptive_field": 32, "bias": True}
+    path.write_text(json.dumps({"architecture": "Linear", "config": config, "weights": [*taps.tolist(), bias]}))
+    x = rng_floats(1, 50, 1)
+    expected = np.convolve(x[0, :, 0], taps[::-1])[:50] + bias
+    np.testing.assert_allclose(cs.load(path)(x)[0, :, 0], expected, rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": [0.0] * 5}, "expected weights of .* numbers or more, found 5"),
+        ({"weights": [0.0] * 500}, "expected weights of .* numbers, found 500"),
+        ({"config": {"hidden_size": 4}}, r"config: expected input_size, .*, found \['hidden_size'\]"),
+        ({"config": {"input_size": 1, "hidden_size": 0}}, "expected hidden_size to be a number from 1 up, found 0"),
+        ({"config": {"input_size": 1, "hidden_size": 4, "dropout": 1}}, "config: expected input_size, hidden_size"),
+        ({"config": []}, "expected config to be an object"),
+        ({"architecture": 3}, "expected the architecture LSTM or Linear, found 3"),
+    ],
+)  # fmt: skip
+def test_an_amplifier_that_is_damaged(change, message, tmp_path):
+    path = amp_file(tmp_path, Amp(1, 4, 1), **change)
+    with pytest.raises(FormatError, match=message):
+        cs.load(path)
+
+
+def test_architectures_are_named():
+    assert list(nam.ARCHITECTURES) == ["LSTM", "Linear"]
