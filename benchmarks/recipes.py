@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import cellstack as cs
+from cellstack.bench.turns import alternate
 
 WORDS = ("the", "of", "Berlin", "and", "Anna", "to", "in", "is", "Danube", "was", "for", "with", "Acme", "not", "from")
 
@@ -37,9 +38,7 @@ def told(packages):
 
 def turns(title, runs, rounds):
     """Time two ways in turn and print both with their ratio."""
-    (before, slow), (after, fast) = (
-        (n, low) for n, (low, _) in alternate(runs, rounds, time.process_time).items()
-    )
+    (before, slow), (after, fast) = ((n, low) for n, (low, _) in alternate(runs, rounds, time.process_time).items())
     print(f"{title:<44}{before} {slow:>9.3f}   {after} {fast:>9.3f} ms   {slow / fast:.2f} times", flush=True)
 
 
@@ -90,8 +89,7 @@ def without_velocities(envs, **settings):
 
 
 def ppo(rounds, seeds):
-    from cellstack.bench.turns import alternate
-from cellstack.adapters import sb3_contrib
+    from cellstack.adapters import sb3_contrib
 
     told(["sb3-contrib", "stable-baselines3", "gymnasium"])
     ways = {"sb3": sb3_contrib.restore, "cellstack": sb3_contrib.accelerate}
