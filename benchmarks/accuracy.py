@@ -10,8 +10,9 @@ over each peer's, the median and nine tenths of all networks.
 import argparse
 
 import numpy as np
-import peers
 import torch
+
+from cellstack.bench import engines
 
 
 def errors(number):
@@ -19,13 +20,13 @@ def errors(number):
     rng = np.random.default_rng(number)
     width, units = (int(2 ** rng.uniform(2.0, 8.3)) for _ in range(2))
     batch, steps = int(rng.integers(1, 9)), int(rng.integers(5, 60))
-    cells = peers.weights(width, units, 1, seed=number)
+    cells = engines.weights(width, units, 1, seed=number)
     x = rng.normal(size=(batch, steps, width)).astype(np.float32)
-    exact = peers.torch_lstm(cells, width).double()
+    exact = engines.torch_lstm(cells, width).double()
     with torch.no_grad():
         expected = exact(torch.from_numpy(x).double())[0].numpy()
-    engines = {"cellstack": peers.cellstack, "torch": peers.pytorch, "onnxruntime": peers.onnxruntime}
-    outputs = {name: np.asarray(make(x, cells, 1)()).reshape(expected.shape) for name, make in engines.items()}
+    ready = {name: engines.SURFACES["inference"][name](x, cells, 1) for name in ("cellstack", "torch", "onnxruntime")}
+    outputs = {name: np.asarray(engine.run()).reshape(expected.shape) for name, engine in ready.items()}
     return {name: float(np.sqrt(np.mean((y - expected) ** 2))) for name, y in outputs.items()}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import peers
 
 from cellstack import native, reference
+from cellstack.bench.turns import alternate
 from cellstack.spec import CellSpec
 
 
@@ -97,7 +98,7 @@ def main():
         x = np.random.default_rng(1).standard_normal((batch, steps, args.units)).astype(np.float32)
         ready = {name: prepare(*m, args.units, batch, steps, x) for name, m in members(args.units).items()}
         for n, what in enumerate(("forward", "training")):
-            times = peers.alternate({name: both[n] for name, both in ready.items()}, args.rounds)
+            times = alternate({name: both[n] for name, both in ready.items()}, args.rounds)
             columns[f"B={batch} {what}"] = {name: least for name, (least, _) in times.items()}
     print(f"I = H = {args.units}, one thread, {native.isa()}; ms, and times the plain LSTM")
     print(f"{'':24}" + "".join(f"{head:>20}" for head in columns))

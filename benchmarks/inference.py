@@ -3,53 +3,49 @@
     python benchmarks/inference.py [--only b1-h64] [--rounds 15] [--threads 1]
 
 Rounds go through all engines in turn, so that a drift of the machine's speed meets each of them; the figure is the
-fastest round, the ratio is the best peer's over cellstack's.
+fastest round, the ratio is the best peer's over cellstack's. `surface.py` measures many shapes.
 """
 
 import argparse
 
-import numpy as np
-import peers
+from cellstack.bench.engines import installed
+from cellstack.bench.surface import Shape, measure
+from cellstack.bench.turns import kept_on
 
 CASES = {
-    "b1-h64": (1, 1000, 64, 64, 1),
-    "b1-h128": (1, 1000, 128, 128, 1),
-    "b1-h256x2": (1, 1000, 256, 256, 2),
-    "b1-h128x2": (1, 1000, 128, 128, 2),
-    "b32-h128": (32, 100, 128, 128, 1),
-    "b32-h256x2": (32, 100, 256, 256, 2),
-    "b256-h128": (256, 100, 128, 128, 1),
-    "b256-h256x2": (256, 100, 256, 256, 2),
+    "b1-h64": Shape(1, 1000, 64, 64, 1),
+    "b1-h128": Shape(1, 1000, 128, 128, 1),
+    "b1-h256x2": Shape(1, 1000, 256, 256, 2),
+    "b1-h128x2": Shape(1, 1000, 128, 128, 2),
+    "b32-h128": Shape(32, 100, 128, 128, 1),
+    "b32-h256x2": Shape(32, 100, 256, 256, 2),
+    "b256-h128": Shape(256, 100, 128, 128, 1),
+    "b256-h256x2": Shape(256, 100, 256, 256, 2),
 }
 
 
-def measure(case, engines, threads, rounds):
-    batch, steps, input_size, units, layers = case
-    x = np.random.default_rng(1).standard_normal((batch, steps, input_size)).astype(np.float32)
-    cells = peers.weights(input_size, units, layers)
-    ready = {name: peers.ENGINES[name](x, cells, threads) for name in engines}
-    expected = peers.ENGINES["torch"](x, cells, threads)()
-    for name, run in ready.items():
-        np.testing.assert_allclose(run(), expected, atol=2e-5, err_msg=name)
-    return peers.alternate(ready, rounds)
+def row(name, record):
+    """Return a measured shape as a line: each engine's least and median of rounds in ms, and the ratio by both."""
+    if record["differs"]:
+        raise SystemExit(f"{name}: outputs differ: {record['differs']}")
+    text = "".join(
+        f"{engine:>13}{time['least']:>9.2f} /{time['median']:>8.2f}" for engine, time in record["milliseconds"].items()
+    )
+    ratio = record["ratio"]
+    return f"{name:<28}{text}" + (f"   ratio {ratio['least']:.2f} / {ratio['median']:.2f}" if ratio else "")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--engines", nargs="*", choices=peers.ENGINES, default=list(peers.ENGINES))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    print(f"{'case':<14}" + "".join(f"{name:>22}" for name in args.engines) + f"{'ratio':>14}  (ms: least / median)")
-    for name in args.only:
-        figures = measure(CASES[name], args.engines, args.threads, args.rounds)
-        row = f"{name:<14}" + "".join(f"{low:>13.2f} /{mid:>7.2f}" for low, mid in figures.values())
-        others = [v for k, v in figures.items() if k != "cellstack"]
-        if others:
-            ours = figures["cellstack"]
-            row += f"{min(v[0] for v in others) / ours[0]:>8.2f} /{min(v[1] for v in others) / ours[1]:>4.2f}"
-        print(row, flush=True)
+    peers, missing = installed()
+    print("".join(f"without {name}, as {reason}\n" for name, reason in missing.items()) + "ms: least / median")
+    with kept_on(args.threads):
+        for name in args.only:
+            print(row(name, measure("inference", CASES[name], peers, args.threads, args.rounds)), flush=True)
 
 
 if __name__ == "__main__":

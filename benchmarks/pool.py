@@ -13,9 +13,9 @@ import time
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy is loaded
 
 import numpy as np
-import peers
 
 import cellstack as cs
+from cellstack.bench import engines
 
 
 def main():
@@ -26,7 +26,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    (cell,) = peers.weights(args.units, args.units, 1)
+    (cell,) = engines.weights(args.units, args.units, 1)
     net = cs.Network([cs.Recurrent((cs.Cell(cs.CellSpec(args.units, args.units), *cell),))])
     x = rng.standard_normal((args.stepped, args.units)).astype(np.float32)
     rows = rng.standard_normal((args.stepped, 2 * args.units)).astype(np.float32)

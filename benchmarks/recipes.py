@@ -23,10 +23,10 @@ from importlib.metadata import version
 from importlib.resources import files
 
 import numpy as np
-import peers
 import torch
 
 import cellstack as cs
+from cellstack.bench.turns import alternate
 
 WORDS = ("the", "of", "Berlin", "and", "Anna", "to", "in", "is", "Danube", "was", "for", "with", "Acme", "not", "from")
 
@@ -38,9 +38,7 @@ def told(packages):
 
 def turns(title, runs, rounds):
     """Time two ways in turn and print both with their ratio."""
-    (before, slow), (after, fast) = (
-        (n, low) for n, (low, _) in peers.alternate(runs, rounds, time.process_time).items()
-    )
+    (before, slow), (after, fast) = ((n, low) for n, (low, _) in alternate(runs, rounds, time.process_time).items())
     print(f"{title:<44}{before} {slow:>9.3f}   {after} {fast:>9.3f} ms   {slow / fast:.2f} times", flush=True)
 
 
@@ -420,7 +418,7 @@ def silero(rounds, _):
             )
             if not far < 1e-5:
                 raise SystemExit("expected a difference below 1e-5")
-        figures = peers.alternate({**packages, "cellstack": way}, rounds, time.process_time)
+        figures = alternate({**packages, "cellstack": way}, rounds, time.process_time)
         for name, (low, _) in figures.items():
             ratio = low / figures["cellstack"][0]
             print(f"  {name:<32}{low / came.size * 1e3:>9.1f} us a frame   {ratio:.2f} times", flush=True)

@@ -15,13 +15,14 @@ import inference
 import numpy as np
 import peers
 
-import cellstack as cs
+from cellstack.bench import engines
+from cellstack.bench.turns import alternate
 
 
 def streams(units, call):
     """Two streams of one network, each given 200 steps, one by one or as a whole: in turn, and on a thread each."""
-    cells = peers.weights(units, units, 1)
-    net = cs.Network([cs.Recurrent(tuple(cs.Cell(cs.CellSpec(units, units), *cell) for cell in cells))])
+    cells = engines.weights(units, units, 1)
+    net = engines.network(cells)
     x = np.random.default_rng(1).standard_normal((200, 1, units)).astype(np.float32)
     two = net.stream(), net.stream()
 
@@ -41,14 +42,14 @@ def main():
     for name in ("b1-h128x2", "b1-h256x2", "b32-h128", "b32-h256x2", "b256-h128", "b256-h256x2"):
         batch, steps, width, units, layers = inference.CASES[name]
         x = np.random.default_rng(1).standard_normal((batch, steps, width)).astype(np.float32)
-        cells = peers.weights(width, units, layers)
+        cells = engines.weights(width, units, layers)
         runs = {threads: peers.cellstack(x, cells, threads) for threads in (1, 2)}
         np.testing.assert_array_equal(runs[1](), runs[2]())
-        one, two = peers.alternate(runs, args.rounds).values()
+        one, two = alternate(runs, args.rounds).values()
         report(name, one, two)
     for call in ("run", "step"):
         for units in (128, 256):
-            one, two = peers.alternate(streams(units, call), args.rounds * 4).values()
+            one, two = alternate(streams(units, call), args.rounds * 4).values()
             report(f"streams' {call} h{units}", one, two)
 
 

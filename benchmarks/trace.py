@@ -12,10 +12,10 @@ import argparse
 import time
 
 import numpy as np
-import peers
 import torch
 
 import cellstack as cs
+from cellstack.bench import engines
 
 SHAPES = [(1, 100, 64), (1, 1000, 64), (1, 1000, 128), (1, 1000, 256), (32, 100, 64), (32, 100, 128), (256, 50, 128)]
 
@@ -38,7 +38,7 @@ def by_hand(cell, x):
 def measured(batch, steps, units, rounds):
     """Return the fastest milliseconds of a run, of a trace and of the loop, whose results were compared first."""
     rng = np.random.default_rng(0)
-    (cell,) = peers.weights(units, units, 1)
+    (cell,) = engines.weights(units, units, 1)
     net = cs.Network([cs.Recurrent((cs.Cell(cs.CellSpec(units, units), *cell),))])
     x = rng.standard_normal((batch, steps, units)).astype(np.float32)
     t, (y, state) = net.trace(x, threads=1), net.run(x, threads=1)

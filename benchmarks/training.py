@@ -8,40 +8,10 @@ Outputs and gradients are compared first; rounds alternate; the ratio is torch's
 
 import argparse
 
-import peers
-import torch
+from inference import CASES, row
 
-from cellstack import layers
-
-CASES = {"b32-h128": (32, 100, 128, 128, 1), "b32-h256x2": (32, 100, 256, 256, 2), "b256-h128": (256, 100, 128, 128, 1)}
-
-
-def step(module, x, first_output):
-    x.grad = None
-    module.zero_grad()
-    y = first_output(module(x))
-    y.backward(torch.ones_like(y))
-    return y
-
-
-def measure(case, rounds, x_gradient):
-    batch, steps, width, units, depth = case
-    cells = peers.weights(width, units, depth)
-    ours = layers.RNN([layers.LSTMCell(units) for _ in cells], return_sequences=True, input_size=width)
-    ours.set_weights([array for cell in cells for array in cell])
-    theirs = peers.torch_lstm(cells, width)
-    x = torch.randn(batch, steps, width, generator=torch.Generator().manual_seed(0))
-    x_ours, x_theirs = (x.clone().requires_grad_(x_gradient) for _ in range(2))
-    runs = {
-        "cellstack": lambda: step(ours, x_ours, lambda y: y),
-        "torch": lambda: step(theirs, x_theirs, lambda y: y[0]),
-    }
-    torch.testing.assert_close(runs["cellstack"](), runs["torch"](), atol=2e-5, rtol=0)
-    if x_gradient:
-        torch.testing.assert_close(x_ours.grad, x_theirs.grad, atol=1e-3, rtol=1e-4)
-    kernel = next(iter(ours.parameters()))
-    torch.testing.assert_close(kernel.grad, theirs.weight_ih_l0.grad.T, atol=1e-2, rtol=1e-3)
-    return peers.alternate(runs, rounds)
+from cellstack.bench.surface import measure
+from cellstack.bench.turns import kept_on
 
 
 def main():
@@ -49,14 +19,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    for name, case in CASES.items():
-        for x_gradient in (False, True):
-            figures = measure(case, args.rounds, x_gradient)
-            cells = "".join(f"{k:>12} {low:>8.2f} / {mid:>7.2f} ms" for k, (low, mid) in figures.items())
-            ratio = [figures["torch"][k] / figures["cellstack"][k] for k in (0, 1)]
-            which = "weights and x" if x_gradient else "weights"
-            print(f"{name:<12}{which:<14}{cells}   ratio {ratio[0]:.2f} / {ratio[1]:.2f}", flush=True)
+    with kept_on(args.threads):
+        for name in ("b32-h128", "b32-h256x2", "b256-h128"):
+            for x_gradient in (False, True):
+                record = measure("training", CASES[name], ["torch"], args.threads, args.rounds, x_gradient=x_gradient)
+                print(row(f"{name}, {'weights and x' if x_gradient else 'weights'}", record), flush=True)
 
 
 if __name__ == "__main__":

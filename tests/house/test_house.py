@@ -37,7 +37,8 @@ BELOW = {
     "keras": {"spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
-    "cli": {"spec", "nodes", "network", "formats", "train", ""},
+    "bench": {"spec", "reference", "native", "nodes", "network", "layers", ""},
+    "cli": {"spec", "nodes", "network", "formats", "train", "bench", ""},
     "sklearn": {"network", "train"},
     "adapters": {"sklearn", "layers"},
     "__main__": {"cli"},
@@ -80,6 +81,7 @@ OUTSIDE_ALSO = {
 }
 # A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
 ON_CALL_ALSO = {
+    "bench": {"matplotlib", "onnx", "onnxruntime", "openvino", "torch"},
     "cli": {"matplotlib", "torch", "tqdm"},
     "formats": {"h5py", "onnx", "torch"},
     "inspect": {"matplotlib", "anywidget", "traitlets"},

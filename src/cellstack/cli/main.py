@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cellstack
+from cellstack.cli.bench import add_bench_arguments, bench
 from cellstack.cli.files import add_load_options, convert, info, needs_torch, show
 from cellstack.cli.inspect import inspect
 from cellstack.cli.run import run
@@ -47,6 +48,9 @@ EXAMPLES = {
     "inspect": "cellstack inspect vowels.safetensors Vowels_TEST.ts --open\n"
     "  cellstack inspect model.keras frames.npy -o frames.html\n"
     "  cellstack inspect model.safetensors",
+    "bench": "cellstack bench -o figures\n"
+    "  cellstack bench --what inference --units 32,256 --batch 1,64 --threads 2\n"
+    "  cellstack bench --quick --json > bench.json",
 }
 
 
@@ -83,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         )
         answer = "answers as JSON lines" if name == "stream" else "answer with one JSON object on standard output"
         made.add_argument("--json", action="store_true", help=answer)
-        if name not in ("stream", "generate", "convert"):
+        if name not in ("stream", "generate", "convert", "bench"):
             made.add_argument(
                 "--threads",
                 type=int,
@@ -148,6 +152,9 @@ def parser() -> argparse.ArgumentParser:
     looks = verb("info", "layers, shapes, sizes, and what runs them; the recurrent parts of what can't be run whole")
     looks.add_argument("model", metavar="MODEL", help="of any format that can be read")
     add_load_options(looks)
+    add_bench_arguments(
+        verb("bench", "how fast it is here, beside the peers that are installed and the machine's limits")
+    )
     return top
 
 
@@ -158,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `cellstack`; those of this process where None.
 
     Returns:
-        0; 1 where `convert` found a difference, or rows are too few for a forecast; 2 for bad input, with one line on
-        standard error; 130 where Ctrl-C ended it, 143 where SIGTERM ended `stream`.
+        0; 1 where `convert` or `bench` found a difference, or rows are too few for a forecast; 2 for bad input, with
+        one line on standard error; 130 where Ctrl-C ended it, 143 where SIGTERM ended `stream`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name in a file may have letters that a terminal can't show
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -214,4 +221,5 @@ VERBS = {
     "convert": convert,
     "info": info,
     "inspect": inspect,
+    "bench": bench,
 }

@@ -1,0 +1,360 @@
+"""LSTMs in cellstack and in its peers, with the same weights, ready to be timed.
+
+Each engine is a function of `(x [B, T, I], cells, threads)`. It returns an `Engine`: a call to be timed, and one that
+tells what is compared before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack import reference
+from cellstack.network import Network, processors
+from cellstack.nodes import Cell, Recurrent
+from cellstack.spec import CellSpec
+
+Array = NDArray[Any]
+Arrays = tuple[Array, Array, Array]  # kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H]; gates i f g o
+
+STEPS = 50  # of a stepping engine, before its answer is compared
+
+NEEDS = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx")}
+"""The peers, and the packages that each needs; those that run ONNX files need onnx to be given one."""
+
+
+class Engine(NamedTuple):
+    """What is timed, and what is compared: arrays by name, asked for once, before anything is timed."""
+
+    run: Callable[[], Any]
+    outputs: Callable[[], dict[str, Array]]
+
+
+def installed() -> tuple[dict[str, str], dict[str, str]]:
+    """Return the peers that are there with their versions, and those that aren't with the reason."""
+    reasons = {name: _absent(packages) for name, packages in NEEDS.items()}
+    there = {name: str(importlib.import_module(name).__version__) for name, why in reasons.items() if why is None}
+    return there, {name: why for name, why in reasons.items() if why is not None}
+
+
+def _absent(packages: Sequence[str]) -> str | None:
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        return f"{error.name} isn't installed"
+    except (ImportError, OSError) as error:  # it is there, and can't be loaded
+        return f"it can't be imported: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def weights(input_size: int, units: int, layers: int, seed: int = 0) -> list[Arrays]:
+    """Return arrays of so many layers, drawn as PyTorch draws them, in Keras's layout and gate order."""
+    rng = np.random.default_rng(seed)
+    scale = units**-0.5
+    new = lambda *shape: rng.uniform(-scale, scale, shape).astype(np.float32)  # noqa: E731
+    return [(new(units if n else input_size, 4 * units), new(units, 4 * units), new(4 * units)) for n in range(layers)]
+
+
+def network(cells: Sequence[Arrays]) -> Network:
+    """Return the stack as a Network."""
+    specs = [CellSpec(kernel.shape[0], recurrent.shape[0]) for kernel, recurrent, _ in cells]
+    return Network([Recurrent(tuple(Cell(spec, *cell) for spec, cell in zip(specs, cells, strict=True)))])
+
+
+def exact(x: Array, cells: Sequence[Arrays]) -> Array:
+    """Return what the equations in float64 make of `x`: the last layer's y `[B, T, H]`."""
+    for kernel, recurrent, bias in cells:
+        arrays = {"kernel": kernel, "recurrent_kernel": recurrent, "bias": bias}
+        x = reference.forward(CellSpec(kernel.shape[0], recurrent.shape[0]), arrays, x).y
+    return x
+
+
+def torch_lstm(cells: Sequence[Arrays], input_size: int) -> Any:
+    """Return the stack as a `torch.nn.LSTM`."""
+    import torch
+
+    module = torch.nn.LSTM(input_size, cells[0][1].shape[0], len(cells), batch_first=True)
+    with torch.no_grad():
+        for n, (kernel, recurrent, bias) in enumerate(cells):
+            getattr(module, f"weight_ih_l{n}").copy_(torch.from_numpy(kernel.T))
+            getattr(module, f"weight_hh_l{n}").copy_(torch.from_numpy(recurrent.T))
+            getattr(module, f"bias_ih_l{n}").copy_(torch.from_numpy(bias))
+            getattr(module, f"bias_hh_l{n}").zero_()
+    return module
+
+
+# ── ONNX files, for the peers that run them ─────────────────────────────────────────────────────────────────────────
+
+
+def iofg(array: Array) -> Array:
+    """From our order of gates to ONNX's."""
+    return np.concatenate([np.split(array, 4, axis=-1)[k] for k in (0, 3, 1, 2)], axis=-1)
+
+
+def _onnx_arrays(cell: Arrays, suffix: str = "") -> dict[str, Array]:
+    kernel, recurrent, bias = (iofg(array) for array in cell)
+    biases = np.concatenate([bias, np.zeros_like(bias)])[None]
+    return {f"W{suffix}": kernel.T[None], f"R{suffix}": recurrent.T[None], f"B{suffix}": biases}
+
+
+def _onnx_file(nodes: list[Any], inputs: Any, outputs: Any, arrays: dict[str, Array]) -> bytes:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    ends = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in end.items()]
+        for end in (inputs, outputs)
+    ]
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "stack", *ends, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def onnx_model(cells: Sequence[Arrays], batch: int, steps: int, input_size: int) -> bytes:
+    """Return the stack as an ONNX file for one shape, x `[B, T, I]` → y `[B, T, H]`."""
+    from onnx import helper
+
+    units = cells[0][1].shape[0]
+    nodes, name = [helper.make_node("Transpose", ["x"], ["x_t"], perm=[1, 0, 2])], "x_t"
+    arrays: dict[str, Array] = {"axis": np.array([1], np.int64)}
+    for n, cell in enumerate(cells):
+        new = _onnx_arrays(cell, str(n))
+        arrays |= new
+        nodes.append(helper.make_node("LSTM", [name, *new], [f"Y{n}"], hidden_size=units))
+        nodes.append(helper.make_node("Squeeze", [f"Y{n}", "axis"], [f"y{n}"]))
+        name = f"y{n}"
+    nodes.append(helper.make_node("Transpose", [name], ["y"], perm=[1, 0, 2]))
+    return _onnx_file(nodes, {"x": [batch, steps, input_size]}, {"y": [batch, steps, units]}, arrays)
+
+
+def onnx_step(cell: Arrays) -> bytes:
+    """Return one step as an ONNX file: x `[1, 1, I]`, h and c `[1, 1, H]` → h_after, c_after."""
+    from onnx import helper
+
+    width, units = cell[0].shape[0], cell[1].shape[0]
+    arrays, state = _onnx_arrays(cell), [1, 1, units]
+    nodes = [helper.make_node("LSTM", ["x", *arrays, "", "h", "c"], ["", "h_after", "c_after"], hidden_size=units)]
+    inputs = {"x": [1, 1, width], "h": state, "c": state}
+    return _onnx_file(nodes, inputs, {"h_after": state, "c_after": state}, arrays)
+
+
+def _onnx_session(file: bytes, threads: int) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _openvino_model(file: bytes, threads: int) -> Any:
+    import openvino as ov
+
+    core = ov.Core()
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    return core.compile_model(core.read_model(file), "CPU", settings)
+
+
+# ── whole sequences ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _sequence(run: Callable[[], Array]) -> Engine:
+    return Engine(run, lambda: {"y": run()})
+
+
+def cellstack(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
+    """`net(x)`; where this process has more processors than `threads`, `net.run` with so many."""
+    net = network(cells)
+    if threads < processors():
+        return _sequence(lambda: net.run(x, threads=threads)[0])
+    return _sequence(lambda: net(x))
+
+
+def pytorch(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
+    """`torch.nn.LSTM`."""
+    import torch
+
+    torch.set_num_threads(threads)
+    module, tensor = torch_lstm(cells, x.shape[2]), torch.from_numpy(x)
+
+    def run() -> Array:
+        with torch.inference_mode():
+            return module(tensor)[0].numpy()
+
+    return _sequence(run)
+
+
+def onnxruntime(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
+    """Its LSTM, on its own processor provider."""
+    session = _onnx_session(onnx_model(cells, *x.shape), threads)
+    return _sequence(lambda: session.run(None, {"x": x})[0])
+
+
+def openvino(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
+    """The same file, compiled for latency in float32; x and y are shared with it."""
+    request = _openvino_model(onnx_model(cells, *x.shape), threads).create_infer_request()
+    return _sequence(lambda: request.infer({"x": x}, share_inputs=True, share_outputs=True)[0])
+
+
+# ── forward and backward ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _training(module: Any, x: Array, gradients: Callable[[], dict[str, Any]], x_gradient: bool) -> Engine:
+    import torch
+
+    tensor = torch.from_numpy(x).clone().requires_grad_(x_gradient)
+
+    def run() -> Any:
+        tensor.grad = None
+        module.zero_grad()
+        y = module(tensor)
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(torch.ones_like(y))
+        return y
+
+    def outputs() -> dict[str, Array]:
+        y = run()
+        found = {"y": y.detach(), **gradients(), **({"gradient of x": tensor.grad} if x_gradient else {})}
+        return {name: value.numpy().copy() for name, value in found.items()}
+
+    return Engine(run, outputs)
+
+
+PARAMETERS = {"kernel": "weight_ih", "recurrent_kernel": "weight_hh", "bias": "bias_ih"}
+
+
+def cellstack_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradient: bool = False) -> Engine:
+    """Our layers; the sum of y is the loss."""
+    import torch
+
+    from cellstack import layers
+
+    torch.set_num_threads(threads)
+    width, units = x.shape[2], cells[0][1].shape[0]
+    stack = [layers.LSTMCell(units) for _ in cells]
+    module = layers.RNN(stack, return_sequences=True, input_size=width)
+    module.set_weights([array for cell in cells for array in cell])
+
+    def gradients() -> dict[str, Any]:
+        return {
+            f"gradient of {name}, layer {n}": getattr(cell, name).grad
+            for n, cell in enumerate(stack)
+            for name in PARAMETERS
+        }
+
+    return _training(module, x, gradients, x_gradient)
+
+
+def pytorch_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradient: bool = False) -> Engine:
+    """`torch.nn.LSTM`; the sum of y is the loss."""
+    import torch
+
+    torch.set_num_threads(threads)
+    module = torch_lstm(cells, x.shape[2])
+
+    def gradients() -> dict[str, Any]:
+        return {
+            f"gradient of {ours}, layer {n}": getattr(module, f"{name}_l{n}").grad.t()  # of a bias it is the same
+            for n in range(len(cells))
+            for ours, name in PARAMETERS.items()
+        }
+
+    return _training(module, x, gradients, x_gradient)
+
+
+# ── one step ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def stepping(step: Callable[[], Array]) -> Engine:
+    """Return an engine of a call that makes one step, and goes on from the state that the last one left."""
+    return Engine(step, lambda: {"h": [np.array(step()) for _ in range(STEPS)][-1].reshape(1, -1)})
+
+
+def stream(x: Array, cells: Sequence[Arrays], threads: int, element: str = "float32") -> Engine:
+    """`net.stream().step`."""
+    steps, frame = network(cells).stream(threads=threads, weights=element), x[:, 0]
+    return stepping(lambda: steps.step(frame))
+
+
+def torch_cell(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
+    """`torch.nn.LSTMCell`, its state kept by the caller."""
+    import torch
+
+    torch.set_num_threads(threads)
+    ((kernel, recurrent, bias),) = cells
+    module = torch.nn.LSTMCell(kernel.shape[0], recurrent.shape[0])
+    with torch.no_grad():
+        module.weight_ih.copy_(torch.from_numpy(kernel.T))
+        module.weight_hh.copy_(torch.from_numpy(recurrent.T))
+        module.bias_ih.copy_(torch.from_numpy(bias))
+        module.bias_hh.zero_()
+    state, frame = None, torch.from_numpy(x[:, 0])
+
+    def step() -> Array:
+        nonlocal state
+        with torch.no_grad():
+            state = module(frame, state)
+        return state[0].numpy()
+
+    return stepping(step)
+
+
+def onnx_bound(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
+    """ONNX Runtime with io-binding: two bindings, each of which reads the states that the other one wrote."""
+    import onnxruntime as ort
+
+    (cell,) = cells
+    units = cell[1].shape[0]
+    session = _onnx_session(onnx_step(cell), threads)
+    new = lambda: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, units), np.float32))  # noqa: E731  its memory is used
+    states = [{name: new() for name in "hc"} for _ in "01"]
+    bindings = []
+    for before, after in (states, states[::-1]):
+        binding = session.io_binding()
+        binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x))
+        for name in "hc":
+            binding.bind_ortvalue_input(name, before[name])
+            binding.bind_ortvalue_output(f"{name}_after", after[name])
+        bindings.append((binding, after["h"]))
+    now = 0
+
+    def step() -> Array:
+        nonlocal now
+        binding, h = bindings[now]
+        now = 1 - now
+        session.run_with_iobinding(binding)
+        return h.numpy()[0]
+
+    return stepping(step)
+
+
+def openvino_step(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
+    """OpenVINO: two requests, each of which reads the states that the other one wrote."""
+    (cell,) = cells
+    compiled = _openvino_model(onnx_step(cell), threads)
+    requests = [compiled.create_infer_request() for _ in "01"]
+    h = c = np.zeros((1, 1, cell[1].shape[0]), np.float32)
+    now = 0
+
+    def step() -> Array:
+        nonlocal now, h, c
+        now = 1 - now
+        after = requests[now].infer({"x": x, "h": h, "c": c}, share_inputs=True, share_outputs=True)
+        h, c = after[0], after[1]
+        return h[0]
+
+    return stepping(step)
+
+
+SURFACES: Mapping[str, Mapping[str, Callable[..., Engine]]] = {
+    "inference": {"cellstack": cellstack, "torch": pytorch, "onnxruntime": onnxruntime, "openvino": openvino},
+    "training": {"cellstack": cellstack_training, "torch": pytorch_training},
+    "step": {"cellstack": stream, "torch": torch_cell, "onnxruntime": onnx_bound, "openvino": openvino_step},
+}
+"""What is measured, and who does it, ours first. The others don't train LSTMs."""

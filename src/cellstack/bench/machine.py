@@ -1,0 +1,210 @@
+"""What the processor can do, as far as NumPy reaches it: products, and reading of arrays that fit a cache.
+
+    python -m cellstack.bench.machine product
+
+answers each line on its standard input with the best figures until then, a line of JSON. A process of its own has a
+BLAS with a number of threads of its own, and takes no part in the turns of others while it waits.
+
+- `product`: float32 matrix products `[N, N] · [N, N]` in NumPy's BLAS, the best of `SIZES`. That is a practical peak:
+  a loop of nothing but fused multiply-adds would come somewhat higher.
+- `reading`: the fastest of NumPy's ways to read a whole array of float32 on one core, less what the same call takes
+  for one number. What a kernel gets of a first-level cache can be more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstack.bench.turns import rest, timed
+
+SIZES = (256, 384, 512, 1024)
+TURN = 0.002  # seconds for one figure in one round
+LARGEST = 256 << 20  # bytes of an array; where twice the last cache are more, memory isn't measured
+THREADS_OF = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+MISTUNED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # would make a BLAS take another processor's routines
+
+
+def processor() -> str:
+    """Return the processor's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def caches() -> dict[str, int]:
+    """Return the bytes of the levels of cache, as Linux tells them; empty where nobody does."""
+    found = {}
+    for place in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind, level, size = (place.joinpath(name).read_text().strip() for name in ("type", "level", "size"))
+        if kind in ("Data", "Unified"):
+            found[f"L{level}"] = int(size[:-1]) << {"K": 10, "M": 20, "G": 30}[size[-1]]
+    return found
+
+
+def arrays(levels: dict[str, int]) -> dict[str, int]:
+    """Return how large an array shows each level: half of it, less of a last one that others use too; twice for memory.
+
+    >>> arrays({"L1": 32768, "L2": 1048576, "L3": 33554432})
+    {'L1': 16384, 'L2': 524288, 'L3': 4194304, 'memory': 67108864}
+    """
+    sizes, below = {}, 0
+    for name, size in levels.items():
+        sizes[name] = min(size // 2, 4 * below) if below and name != "L2" else size // 2
+        below = size
+    if 2 * below <= LARGEST:
+        sizes["memory"] = max(2 * below, 64 << 20)
+    return sizes
+
+
+def product(best: dict[str, float]) -> None:
+    """A round of products; what came out is in GFLOP/s."""
+    rng = np.random.default_rng(0)
+    for size in SIZES:
+        a, b = (rng.standard_normal((size, size)).astype(np.float32) for _ in "ab")
+        out = np.empty_like(a)
+        run = lambda: np.matmul(a, b, out=out)  # noqa: B023, E731
+        run()
+        once = timed(run, 1)
+        seconds = timed(run, max(1, int(TURN / once)))
+        best["gflops"] = max(best.get("gflops", 0.0), 2e-9 * size**3 / seconds)
+
+
+def readers(flat: NDArray[np.float32]) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Return NumPy's ways to read all of an array, each with the same call for one number.
+
+    Args:
+        flat: `[N]`, contiguous, of at least 64 numbers.
+    """
+    words, matrix = flat.view(np.int32), flat[: len(flat) // 64 * 64].reshape(64, -1)
+    ones, out = np.ones(64, np.float32), np.empty(matrix.shape[1], np.float32)
+    number, word, small = flat[:1], words[:1], (ones[:1], matrix[:1, :1], out[:1])
+    return {
+        "max": (flat.max, number.max),
+        "or": (lambda: np.bitwise_or.reduce(words), lambda: np.bitwise_or.reduce(word)),
+        "product": (lambda: np.matmul(ones, matrix, out), lambda: np.matmul(*small)),
+    }
+
+
+def reading(best: dict[str, float], levels: dict[str, NDArray[np.float32]], seconds: dict[Any, float]) -> None:
+    """A round of reading; what came out is in GB/s, by level. `seconds` keeps the least of each call."""
+    for level, flat in levels.items():
+        for way, calls in readers(flat).items():
+            for which, run in zip(("all", "one"), calls, strict=True):
+                once = timed(run, 1)
+                key = level, way, which
+                seconds[key] = min(seconds.get(key, np.inf), timed(run, max(1, min(2000, int(TURN / once)))))
+            whole, one = seconds[level, way, "all"], seconds[level, way, "one"]
+            if whole > 1.1 * one:  # else the call itself is all that is seen
+                best[level] = max(best.get(level, 0.0), flat.nbytes / (whole - one) * 1e-9)
+
+
+def answer(what: str) -> None:
+    """Answer the lines of standard input, until it ends."""
+    best: dict[str, float] = {}
+    seconds: dict[Any, float] = {}
+    levels = (
+        {name: np.ones(size // 4, np.float32) for name, size in arrays(caches()).items()} if what == "reading" else {}
+    )
+    for _ in sys.stdin:
+        if what == "product":
+            product(best)
+        else:
+            reading(best, levels, seconds)
+        rest()
+        print(json.dumps(best), flush=True)
+
+
+class Machine:
+    """Measures the processor, a round at a time, in processes that wait between their rounds.
+
+    Args:
+        threads: of the product that shows the peak beside that of one core.
+
+    Raises:
+        RuntimeError: by `round`, where such a process has ended.
+    """
+
+    def __init__(self, threads: int) -> None:
+        asked = {"core": ("product", 1), "reading": ("reading", 1)}
+        asked |= {"threads": ("product", threads)} if threads > 1 else {}
+        self.processes = {name: self._started(*words) for name, words in asked.items()}
+        self.best: dict[str, dict[str, float]] = {name: {} for name in asked}
+        self.threads = threads
+
+    @staticmethod
+    def _started(what: str, threads: int) -> subprocess.Popen[str]:
+        env = {name: value for name, value in os.environ.items() if name not in MISTUNED}
+        env |= dict.fromkeys(THREADS_OF, str(threads))
+        return subprocess.Popen(
+            [sys.executable, "-m", "cellstack.bench.machine", what],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            start_new_session=True,  # Ctrl-C is for us alone
+        )
+
+    def round(self) -> None:
+        """Measure everything once more."""
+        for name, process in self.processes.items():
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"the process that measures the machine ended with status {process.wait()}")
+            self.best[name] = json.loads(line)
+
+    def limits(self) -> dict[str, Any]:
+        """Return the best of all rounds: GFLOP/s of one core and of the threads, and GB/s that one core reads.
+
+        What couldn't be measured is None.
+        """
+        core, levels = self.best["core"].get("gflops"), caches()
+        sizes = {**dict.fromkeys((*levels, "memory")), **arrays(levels)}
+        return {
+            "gflops_core": core,
+            "gflops_threads": self.best["threads"].get("gflops") if "threads" in self.best else core,
+            "threads": self.threads,
+            "reading": [
+                {"level": name, "bytes": size, "gb_per_s": self.best["reading"].get(name)}
+                for name, size in sizes.items()
+            ],
+            "caches": levels,
+            "how": {
+                "gflops": f"float32 matrix products of NumPy's BLAS, N = {', '.join(map(str, SIZES))}: the best",
+                "reading": "one core: the fastest of NumPy's max, bitwise or and vector-matrix product over an array, "
+                "less the same call for one number",
+                "barrier": "not measured: Python's own steps take longer than a barrier between two threads",
+            },
+        }
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.communicate()
+
+
+if __name__ == "__main__":
+    answer(sys.argv[1])

@@ -1,0 +1,249 @@
+"""Shapes gone over: every engine in turn, outputs compared first, the machine's limits measured in between."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import cellstack
+from cellstack import native
+from cellstack.bench import engines
+from cellstack.bench.machine import Machine, processor
+from cellstack.bench.turns import alternate, kept_on
+
+TOLERANCE = 5e-5  # of outputs, which lie between -1 and 1
+GRADIENT_TOLERANCE = 1e-3  # of the largest of an array: they are sums over rows and steps
+MACHINE_ROUNDS = 10  # of its limits, spread over a run
+
+
+class Shape(NamedTuple):
+    """A stack of LSTMs of one width, and what it is given."""
+
+    batch: int
+    steps: int
+    input_size: int
+    units: int
+    layers: int = 1
+
+    def flop(self, what: str) -> int:
+        """Return the operations in its products, two a multiplication; a training makes three times the forward's."""
+        widths = (self.input_size + self.units) + (self.layers - 1) * 2 * self.units
+        return (3 if what == "training" else 1) * self.batch * self.steps * widths * 8 * self.units
+
+    def bytes(self, what: str) -> int:
+        """Return what has to be read and written at least in float32.
+
+        The matrices on h once a step, those on x, x and y once a call; a training counts three times the forward's.
+        """
+        inputs = self.input_size + (self.layers - 1) * self.units
+        weights = 4 * self.units * (self.layers * self.units * self.steps + inputs)
+        flows = self.batch * self.steps * (self.input_size + self.units)
+        return 4 * (3 if what == "training" else 1) * (weights + flows)
+
+
+def shapes(batch: Sequence[int], steps: Sequence[int], units: Sequence[int], layers: int = 1) -> list[Shape]:
+    """Return every combination; the input is as wide as a layer, but at most 64."""
+    return [Shape(b, t, min(h, 64), h, layers) for t, b, h in product(steps, batch, units)]
+
+
+def step_shapes(units: Iterable[int]) -> list[Shape]:
+    """Return the shapes of a single step at batch 1; the input is as wide as the layer."""
+    return [Shape(1, 1, h, h) for h in units]
+
+
+def measure(
+    what: str, shape: Shape, peers: Iterable[str], threads: int, rounds: int, seconds: float = 0.0, **options: Any
+) -> dict[str, Any]:
+    """Measure one shape.
+
+    Args:
+        what: one of `engines.SURFACES`.
+        shape: of the work.
+        peers: who is there beside us.
+        threads: of every engine.
+        rounds: turns of each.
+        seconds: how long a turn takes at least.
+        options: handed on to the engines.
+
+    Returns:
+        the shape; `milliseconds`, the least and the median by engine; `ratio`, the fastest peer's over ours by the
+        least and the median; `differs`, by how much outputs lie off where they are no longer the same: by engine,
+        ours against the equations in float64, the others against ours. Who differs isn't timed.
+    """
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((shape.batch, shape.steps, shape.input_size)).astype(np.float32)
+    cells = engines.weights(shape.input_size, shape.units, shape.layers)
+    makers = engines.SURFACES[what]
+    ready = {name: makers[name](x, cells, threads, **options) for name in makers if name in {"cellstack", *peers}}
+    outputs = {name: engine.outputs() for name, engine in ready.items()}
+    ours = outputs["cellstack"]
+    law = equations(what, x, cells)
+    differs = {}
+    for name, found in outputs.items():
+        pairs = [(key, found[key], ours[key]) for key in ours]
+        if name == "cellstack":
+            key, rows = next(iter(ours)), [0, -1]
+            pairs = [(key, ours[key][rows], law)]
+        worst = max(pairs, key=lambda pair: excess(*pair))
+        if not excess(*worst) <= 1.0:
+            differs[name] = {"output": worst[0], "difference": float(np.max(np.abs(worst[1] - worst[2])))}
+    timed = {name: engine.run for name, engine in ready.items() if name not in differs}
+    record: dict[str, Any] = {**shape._asdict(), "flop": shape.flop(what), "bytes": shape.bytes(what)}
+    times = alternate(timed, rounds, seconds=seconds)
+    record["milliseconds"] = {name: {"least": least, "median": middle} for name, (least, middle) in times.items()}
+    record["ratio"] = ratio(record["milliseconds"])
+    record["differs"] = differs
+    return record
+
+
+def equations(what: str, x: engines.Array, cells: Sequence[engines.Arrays]) -> engines.Array:
+    """Return what our first and last row should be, by the equations in float64."""
+    if what == "step":
+        return engines.exact(np.repeat(x, engines.STEPS, axis=1), cells)[[0, -1], -1]
+    return engines.exact(x[[0, -1]], cells)
+
+
+def excess(name: str, found: engines.Array, expected: engines.Array) -> float:
+    """Return how far two arrays lie apart, as a multiple of what they may; infinite where they have other shapes."""
+    if found.shape != expected.shape:
+        return np.inf
+    largest = float(np.max(np.abs(expected), initial=0.0))
+    allowed = GRADIENT_TOLERANCE * max(1.0, largest) if name.startswith("gradient") else TOLERANCE
+    off = float(np.max(np.abs(found - expected), initial=0.0))
+    return off / allowed if np.isfinite(off) else np.inf
+
+
+def ratio(milliseconds: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
+    """Return the fastest peer, and its time over ours by the least and by the median of rounds; None without one."""
+    peers = [name for name in milliseconds if name != "cellstack"]
+    if not peers or "cellstack" not in milliseconds:
+        return None
+    ours = milliseconds["cellstack"]
+    found = {key: min(milliseconds[name][key] for name in peers) / ours[key] for key in ("least", "median")}
+    return {**found, "peer": min(peers, key=lambda name: milliseconds[name]["least"])}
+
+
+def run(
+    work: Mapping[str, Sequence[Shape]],
+    threads: int,
+    rounds: int,
+    seconds: float,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> dict[str, Any]:
+    """Measure surfaces, and the machine before, after and in between.
+
+    Args:
+        work: the shapes by what is done with them.
+        threads: of every engine; the process is kept on as many processors, where the system offers that.
+        rounds: turns of each engine at each shape.
+        seconds: how long a turn takes at least.
+        progress: hands on a list's items, and shows how far it is.
+
+    Returns:
+        what JSON holds: who was measured on what, `missing` peers, `limits`, and `surfaces`, a record a shape, as
+        `measure` makes it. After Ctrl-C it is what was done until then, and `stopped` is true.
+    """
+    peers, missing = engines.installed()
+    surfaces: dict[str, list[dict[str, Any]]] = {what: [] for what in work}
+    stopped = False
+    with kept_on(threads), Machine(threads) as machine:
+        try:
+            machine.round()
+            everything = [(what, shape) for what, some in work.items() for shape in some]
+            every = max(1, len(everything) // MACHINE_ROUNDS)
+            for n, (what, shape) in enumerate(progress(everything), 1):
+                surfaces[what].append(measure(what, shape, peers, threads, rounds, seconds))
+                if n % every == 0:
+                    machine.round()
+        except KeyboardInterrupt:
+            stopped = True
+        limits = machine.limits()
+    return {
+        "processor": processor(),
+        "instructions": native.isa(),
+        "threads": threads,
+        "rounds": rounds,
+        "seconds": seconds,
+        "versions": {
+            "cellstack": cellstack.__version__,
+            **peers,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "missing": missing,
+        "limits": limits,
+        "surfaces": surfaces,
+        "stopped": stopped,
+    }
+
+
+# ── as text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """Return a report as lines: where it was measured, the machine's limits, a table a surface."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    text = [f"{report['processor']}, {report['instructions']}, threads: {report['threads']}", versions]
+    text += [f"not measured: {name}, as {reason}" for name, reason in report["missing"].items()]
+    text += ["", *limit_lines(report["limits"])]
+    for what, records in report["surfaces"].items():
+        text += ["", *table(what, records, report["limits"]), *summary(records)]
+    return [*text, *(["", "stopped: this is what was measured until then"] if report["stopped"] else [])]
+
+
+def limit_lines(limits: Mapping[str, Any]) -> list[str]:
+    """Return the machine's limits as lines, with how they were measured."""
+    shown = lambda value, unit: "not measured" if value is None else f"{value:.0f} {unit}"  # noqa: E731
+    text = [f"peak of a core: {shown(limits['gflops_core'], 'GFLOP/s')}"]
+    if limits["threads"] > 1:
+        text[0] += f", of {limits['threads']} threads: {shown(limits['gflops_threads'], 'GFLOP/s')}"
+    text[0] += f" ({limits['how']['gflops']})"
+    levels = [f"{one['level']} {shown(one['gb_per_s'], 'GB/s')}" for one in limits["reading"]]
+    text.append(f"reading: {', '.join(levels) or 'not measured'} ({limits['how']['reading']})")
+    return [*text, f"barrier between threads: {limits['how']['barrier']}"]
+
+
+def table(what: str, records: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> list[str]:
+    """Return a surface as lines: the least of each engine, the ratio by least and median, our share of the peak."""
+    scale, unit = (1e3, "µs") if what == "step" else (1.0, "ms")
+    names = list(dict.fromkeys(name for record in records for name in (*record["milliseconds"], *record["differs"])))
+    head = f"{'B':>5}{'T':>5}{'I':>5}{'H':>5}{'L':>3}" + "".join(f"{name:>13}" for name in names)
+    text = [
+        f"{what}: {unit}, least of the rounds; ratio: the fastest peer's time over ours, by least and by median",
+        head + f"{'ratio':>8}{'median':>8}{'GFLOP/s':>9}{'of peak':>9}",
+    ]
+    peak = limits["gflops_threads"]
+    for record in records:
+        row = "".join(f"{record[key]:>5}" for key in Shape._fields[:4]) + f"{record['layers']:>3}"
+        for name in names:
+            time = record["milliseconds"].get(name)
+            row += f"{'differs' if time is None else format(time['least'] * scale, '.4g'):>13}"
+        times = record["ratio"]
+        row += f"{'-':>8}{'-':>8}" if times is None else f"{times['least']:>8.2f}{times['median']:>8.2f}"
+        speed = gflops(record)
+        row += f"{'-':>9}" if speed is None else f"{speed:>9.1f}"
+        text.append(row + (f"{'-':>9}" if speed is None or not peak else f"{speed / peak:>8.0%} "))
+        text += [
+            f"  {name}: {off['output']} differs by {off['difference']:.2g}" for name, off in record["differs"].items()
+        ]
+    return [line.rstrip() for line in text]
+
+
+def gflops(record: Mapping[str, Any], name: str = "cellstack") -> float | None:
+    """Return the GFLOP/s of an engine's fastest round, or None where it wasn't timed."""
+    time = record["milliseconds"].get(name)
+    return None if time is None else record["flop"] / time["least"] * 1e-6
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line on all ratios of a surface, by the least of rounds."""
+    ratios = [record["ratio"]["least"] for record in records if record["ratio"]]
+    if not ratios:
+        return []
+    below = {bound: sum(one < bound for one in ratios) for bound in (1.0, 1.1)}
+    said = ", ".join(f"{count} of {len(ratios)} below {bound}" for bound, count in below.items())
+    return [f"ratio: smallest {min(ratios):.2f}, median {np.median(ratios):.2f}; {said}"]

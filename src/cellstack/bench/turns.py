@@ -1,0 +1,94 @@
+"""Calls timed in turn, each alone on the machine as far as this process can see to it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LOOK, PATIENCE = 0.002, 0.5  # seconds: between two looks whether threads still spin, and how long that may take
+IDLE = 0.1  # of a processor: less than that is nobody's spinning
+
+
+def rest() -> bool:
+    """Wait until no thread of this process computes or spins.
+
+    Pools of threads spin for some time after a call, to catch the next one; so they would take another's core.
+
+    Returns:
+        whether that came about within half a second.
+    """
+    end = time.perf_counter() + PATIENCE
+    while time.perf_counter() < end:
+        wall, used = time.perf_counter(), time.process_time()
+        time.sleep(LOOK)
+        if time.process_time() - used < IDLE * (time.perf_counter() - wall):
+            return True
+    return False
+
+
+def timed(run: Callable[[], Any], calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the seconds that a call takes, by the mean of so many."""
+    start = clock()
+    for _ in range(calls):
+        run()
+    return (clock() - start) / calls
+
+
+def alternate(
+    runs: Mapping[Any, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    seconds: float = 0.0,
+) -> dict[Any, tuple[float, float]]:
+    """Time each of `runs` once a round, in turn, so that a drift of the machine's speed meets all of them.
+
+    Before its turn everybody rests, then it is called once untimed, which wakes its own threads.
+
+    Args:
+        runs: what is timed, by name.
+        rounds: how often each has its turn.
+        clock: what tells the time.
+        seconds: how long a turn takes at least; its figure is the mean of its calls. 0 = one call.
+
+    Returns:
+        the least and the median of each one's rounds, in milliseconds.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            rest()
+            once = timed(run, 1)
+            times[name].append(timed(run, max(1, min(10_000, int(seconds / max(once, 1e-7)))), clock))
+    return {name: (min(taken) * 1e3, float(np.median(taken)) * 1e3) for name, taken in times.items()}
+
+
+def apart(processors: set[int]) -> list[int]:
+    """Return processors in the order in which they share a core last, as far as the system tells who shares one."""
+    seen: dict[str, int] = {}
+
+    def order(number: int) -> tuple[int, int]:
+        place = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        core = place.read_text() if place.exists() else str(number)
+        seen[core] = seen.get(core, 0) + 1
+        return seen[core], number
+
+    return sorted(sorted(processors), key=order)
+
+
+@contextmanager
+def kept_on(threads: int) -> Iterator[None]:
+    """Keep this thread, and those that are started meanwhile, on as many processors, where the system offers that."""
+    if not hasattr(os, "sched_setaffinity") or threads >= len(before := os.sched_getaffinity(0)):
+        yield
+        return
+    os.sched_setaffinity(0, apart(before)[:threads])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

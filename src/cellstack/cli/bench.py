@@ -1,0 +1,132 @@
+"""`bench`: how fast we are here, beside whoever else is installed and beside the machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cellstack.bench.engines import SURFACES
+from cellstack.bench.surface import Shape, lines, run, shapes, step_shapes
+from cellstack.cli.files import plain, show
+from cellstack.network import processors
+from cellstack.train.checks import UsageError
+
+UNITS, BATCH, STEPS = (16, 64, 128, 256), (1, 8, 32), (100,)
+QUICK_UNITS, QUICK_BATCH, QUICK_STEPS = (32, 128), (1, 16), (50,)
+ROUNDS, QUICK_ROUNDS = 7, 3
+SECONDS, QUICK_SECONDS = 0.01, 0.004  # of a turn, at least
+JSON_FILE = "bench.json"
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Return the whole numbers, from 1, that stand in a text with commas between."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = (0,)
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1 with commas between, got {text!r}")
+    return tuple(dict.fromkeys(found))
+
+
+def surfaces(text: str) -> tuple[str, ...]:
+    """Return the surfaces that a text names, with commas between."""
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if wrong := [part for part in found if part not in SURFACES]:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(SURFACES)}, or some of them, got {wrong[0]!r}")
+    return found
+
+
+def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
+    """Add the options of `bench` to its parser."""
+    listed = lambda numbers: ",".join(map(str, numbers))  # noqa: E731
+    bench.add_argument("--what", type=surfaces, metavar="A,B", help=f"of {', '.join(SURFACES)} (all that can be run)")
+    bench.add_argument("--units", type=sizes, metavar="N,N", help=f"widths of the LSTM ({listed(UNITS)})")
+    bench.add_argument("--batch", type=sizes, metavar="N,N", help=f"sequences at once ({listed(BATCH)})")
+    bench.add_argument("--steps", type=sizes, metavar="N,N", help=f"steps of a sequence ({listed(STEPS)})")
+    bench.add_argument("--threads", type=int, default=1, metavar="N", help="of every engine (%(default)s)")
+    bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds: a first look")
+    bench.add_argument("-o", "--output", metavar="FOLDER", help=f"write {JSON_FILE}, and a picture of each surface")
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure, and say what came out.
+
+    Returns:
+        0; 1 where an engine's outputs aren't those of the equations; 130 where Ctrl-C ended it, with all that was
+        measured until then.
+    """
+    if args.threads > processors():
+        raise UsageError(
+            f"expected --threads of at most {processors()}, the processors that there are for this process"
+        )
+    what = args.what or tuple(SURFACES)
+    for name in ("batch", "steps"):
+        if what == ("step",) and getattr(args, name) is not None:
+            raise UsageError(f"--{name} does nothing here: a step is one step at batch 1")
+    if args.output is not None and (not args.output or (Path(args.output).exists() and not Path(args.output).is_dir())):
+        raise UsageError(f"expected --output to name a folder, got {args.output!r}")
+    said = []
+    if "training" in what and (reason := _no_training()):
+        if args.what:
+            raise UsageError(f"training needs torch, and {reason}: install cellstack[torch]")
+        what = tuple(name for name in what if name != "training")
+        said.append(f"not measured: training, as {reason}")
+    rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if args.quick else (ROUNDS, SECONDS)
+    report = run({name: _shapes(name, args) for name in what}, args.threads, rounds, seconds, _progress)
+    said = [*lines(report), *said]
+    if args.output is not None:
+        said += write(report, args.output)
+    show(args, report, said)
+    if report["stopped"]:
+        return 130
+    return int(any(record["differs"] for records in report["surfaces"].values() for record in records))
+
+
+def _no_training() -> str | None:
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        return f"{error.name} isn't installed"
+    return None
+
+
+def _shapes(what: str, args: argparse.Namespace) -> list[Shape]:
+    units = args.units or (QUICK_UNITS if args.quick else UNITS)
+    if what == "step":
+        return step_shapes(units)
+    batch = args.batch or (QUICK_BATCH if args.quick else BATCH)
+    return shapes(batch, args.steps or (QUICK_STEPS if args.quick else STEPS), units)
+
+
+def _progress(work: Sequence[Any]) -> Iterable[Any]:
+    """Hand on what is to be done under a bar on standard error, where tqdm is there to draw one."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return work
+    return tqdm(work, unit="shape", file=sys.stderr, dynamic_ncols=True)
+
+
+def write(report: dict[str, Any], output: str) -> list[str]:
+    """Write a report and its pictures into a folder, add their names to it, and return what is said of that."""
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {what: records for what, records in report["surfaces"].items() if records}
+    pictures, said = {what: str(folder / f"{what}.png") for what in done}, []
+    try:
+        from cellstack.bench.picture import draw
+
+        for what, records in done.items():
+            draw(what, records, report, Path(pictures[what]))
+    except ModuleNotFoundError as error:
+        package = (error.name or "matplotlib").partition(".")[0]
+        pictures, said = {}, [f"no pictures, as {package} isn't installed: install cellstack[torch]"]
+    file = folder / JSON_FILE
+    report["files"] = [str(file), *pictures.values()]
+    file.write_text(json.dumps(plain(report), allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    return ["", *said, *(f"wrote {name}" for name in report["files"])]

@@ -1,0 +1,249 @@
+"""`cellstack bench`: what it compares, what it says of who isn't there, and what it leaves behind."""
+
+import importlib
+import io
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cellstack.bench import engines, machine, picture, surface, turns
+from cellstack.bench.surface import Shape
+from cellstack.cli import bench as verb
+from cellstack.cli import main as cli
+from cellstack.network import processors
+
+LIMITS = {"gflops_core": None, "gflops_threads": None, "threads": 1, "reading": [], "caches": {}}
+TINY = ("--units", "5", "--batch", "1,3", "--steps", "4")
+
+
+class NoMachine:
+    """A machine that says nothing of itself."""
+
+    def __init__(self, threads):
+        how = dict.fromkeys(("gflops", "reading", "barrier"), "not measured here")
+        self.limits = lambda: {**LIMITS, "how": how}
+
+    def round(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """No limits of the machine, and one round of one call."""
+    monkeypatch.setattr(surface, "Machine", NoMachine)
+    monkeypatch.setattr(verb, "ROUNDS", 1)
+    monkeypatch.setattr(verb, "SECONDS", 0.0)
+    monkeypatch.setattr(turns, "PATIENCE", 0.0)
+
+
+def run(capsys, *words):
+    status = cli.main(["bench", *words])
+    done = capsys.readouterr()
+    return status, done.out, done.err
+
+
+def test_a_report_has_every_engine_the_machine_and_its_pictures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verb, "QUICK_ROUNDS", 2)
+    monkeypatch.setattr(verb, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(surface, "MACHINE_ROUNDS", 1)
+    status, out, _ = run(capsys, "--quick", *TINY, "--json", "-o", str(tmp_path / "to"))
+    report = json.loads(out)
+    assert status == 0
+    assert json.loads((tmp_path / "to" / "bench.json").read_text()) == report
+    assert {Path(name).name for name in report["files"]} == {"bench.json", "inference.png", "training.png", "step.png"}
+    assert all(Path(name).stat().st_size > 1000 for name in report["files"])
+    assert not report["stopped"]
+    assert report["threads"] == 1
+    assert set(report["versions"]) | set(report["missing"]) == {"cellstack", *engines.NEEDS, "numpy", "python"}
+    limits = report["limits"]
+    assert limits["gflops_core"] > 0.5
+    assert limits["gflops_threads"] == limits["gflops_core"]
+    assert [one["level"] for one in limits["reading"]] == [*machine.caches(), "memory"]
+    assert {len(records) for records in report["surfaces"].values()} == {2, 1}
+    for what, records in report["surfaces"].items():
+        present = [name for name in engines.SURFACES[what] if name not in report["missing"]]
+        for record in records:
+            assert list(record["milliseconds"]) == present
+            assert record["differs"] == {}
+            for time in record["milliseconds"].values():
+                assert 0 < time["least"] <= time["median"]
+            least = {name: time["least"] for name, time in record["milliseconds"].items()}
+            ours = least.pop("cellstack")
+            assert record["ratio"]["least"] == pytest.approx(min(least.values()) / ours)
+            assert least[record["ratio"]["peer"]] == min(least.values())
+
+
+def test_a_swapped_gate_is_found_and_not_timed(light, monkeypatch, capsys):
+    def swapped(x, cells, threads):
+        (cell,) = cells
+        parts = [np.split(array, 4, axis=-1) for array in cell]
+        return engines.cellstack(x, [tuple(np.concatenate([p[1], p[0], *p[2:]], axis=-1) for p in parts)], threads)
+
+    makers = {"cellstack": engines.cellstack, "torch": swapped}
+    monkeypatch.setattr(engines, "SURFACES", {**engines.SURFACES, "inference": makers})
+    status, out, _ = run(capsys, "--what", "inference", *TINY)
+    assert status == 1
+    assert "torch: y differs by" in out
+    assert "differs" in out.splitlines()[-3]
+    makers = {"cellstack": swapped, "torch": engines.pytorch}  # ours is held against the equations, not against itself
+    monkeypatch.setattr(engines, "SURFACES", {**engines.SURFACES, "inference": makers})
+    record = surface.measure("inference", Shape(2, 4, 3, 5), ["torch"], 1, 1)
+    assert set(record["differs"]) == {"cellstack", "torch"}
+    assert record["ratio"] is None
+    assert record["milliseconds"] == {}
+
+
+@pytest.mark.parametrize("what", engines.SURFACES)
+def test_a_wrong_state_or_gradient_is_found(what):
+    x = np.random.default_rng(0).normal(size=(1, 1, 5)).astype("f4")
+    cells = engines.weights(5, 5, 1)
+    found = engines.SURFACES[what]["cellstack"](x, cells, 1).outputs()
+    for name, array in found.items():
+        assert surface.excess(name, array, array) == 0.0
+        assert surface.excess(name, array + 0.01 * max(1.0, float(np.abs(array).max())), array) > 1.0
+        assert surface.excess(name, array * np.nan, array) == np.inf
+
+
+def test_who_is_not_there_is_said(light, monkeypatch, capsys):
+    real = importlib.import_module
+
+    def without(name, *rest):
+        if name in ("openvino", "onnx"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name == "torch":
+            raise OSError("libtorch.so:\nno such file")
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    status, out, _ = run(capsys, "--what", "inference", *TINY)
+    assert status == 0
+    assert "not measured: openvino, as openvino isn't installed" in out
+    assert "not measured: onnxruntime, as onnx" in out
+    assert "not measured: torch, as it can't be imported: libtorch.so: no such file" in out
+    assert "ratio: smallest" not in out
+
+
+def test_without_torch_there_is_no_training_and_without_matplotlib_no_picture(light, monkeypatch, capsys, tmp_path):
+    for name in ("torch", "matplotlib", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    status, out, err = run(capsys, *TINY, "-o", str(tmp_path))
+    assert status == 0
+    assert "not measured: training, as torch isn't installed" in out
+    assert "no pictures, as matplotlib isn't installed: install cellstack[torch]" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    assert err == ""
+    status, _, err = run(capsys, "--what", "training", *TINY)
+    assert status == 2
+    assert err == "cellstack bench: error: training needs torch, and torch isn't installed: install cellstack[torch]\n"
+
+
+def test_ctrl_c_leaves_what_was_measured(light, monkeypatch, capsys, tmp_path):
+    real, calls = surface.measure, iter([None])
+
+    def once(*words):
+        if next(calls, "no more") == "no more":
+            raise KeyboardInterrupt
+        return real(*words)
+
+    monkeypatch.setattr(surface, "measure", once)
+    status, out, _ = run(capsys, *TINY, "-o", str(tmp_path))
+    assert status == 130
+    assert "stopped: this is what was measured until then" in out
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert {what: len(records) for what, records in report["surfaces"].items()} == {
+        "inference": 1,
+        "training": 0,
+        "step": 0,
+    }
+    assert report["stopped"]
+    assert (tmp_path / "inference.png").exists()
+    assert not (tmp_path / "step.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--units", "8,0"], "expected whole numbers from 1 with commas between, got '8,0'"),
+        (["--batch", "few"], "expected whole numbers from 1 with commas between, got 'few'"),
+        (["--what", "inference,flight"], "expected inference, training, step, or some of them, got 'flight'"),
+        (["--what", "step", "--batch", "4"], "--batch does nothing here: a step is one step at batch 1"),
+        (["--what", "step", "--steps", "4"], "--steps does nothing here"),
+        (["--threads", "1000"], f"expected --threads of at most {processors()}, the processors"),
+        (["--threads", "0"], "expected --threads from 1"),
+        (["-o", ""], "expected --output to name a folder, got ''"),
+        (["-o", __file__], "expected --output to name a folder, got "),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_line(words, message, capsys):
+    try:
+        status = cli.main(["bench", *words])
+    except SystemExit as left:
+        status = left.code
+    err = capsys.readouterr().err
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_operations_and_bytes_of_a_shape():
+    two = Shape(3, 5, 7, 11, 2)
+    assert two.flop("inference") == 3 * 5 * 2 * (7 * 44 + 11 * 44 + 11 * 44 + 11 * 44)
+    assert two.flop("training") == 3 * two.flop("inference")
+    assert two.bytes("inference") == 4 * (5 * 2 * 11 * 44 + 7 * 44 + 11 * 44 + 3 * 5 * (7 + 11))
+
+
+def test_the_grid_of_the_benchmark_has_the_shapes_that_it_names():
+    grid = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "surface.py"))["WORK"]
+    assert {what: len(set(some)) for what, some in grid.items()} == {"inference": 140, "training": 59, "step": 7}
+
+
+def test_turns_go_round_and_what_is_timed_is_warm():
+    called = []
+    times = turns.alternate({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 3)
+    assert "".join(called) == "aabb" * 3
+    assert all(0 <= least <= middle for least, middle in times.values())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system offers no such thing")
+def test_the_process_is_kept_on_its_processors_and_let_go():
+    before = os.sched_getaffinity(0)
+    with turns.kept_on(1):
+        assert len(os.sched_getaffinity(0)) == 1
+        assert processors() == 1
+    assert os.sched_getaffinity(0) == before
+    assert sorted(turns.apart(before)) == sorted(before)
+
+
+def test_a_limit_that_a_call_hides_is_left_out(monkeypatch):
+    times = iter([1e-6] * 1000)
+    monkeypatch.setattr(machine, "timed", lambda run, calls: next(times))
+    best = {}
+    machine.reading(best, {"L1": np.ones(64, "f4")}, {})
+    assert best == {}
+
+
+def test_a_picture_without_peers_or_limits(tmp_path):
+    record = {**Shape(1, 2, 3, 4)._asdict(), "flop": 10, "bytes": 5, "ratio": None, "differs": {}}
+    record["milliseconds"] = {"cellstack": {"least": 1.0, "median": 2.0}}
+    report = {"threads": 1, "processor": "one", "rounds": 1, "limits": LIMITS}
+    picture.draw("inference", [record], report, tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 1000
+
+
+def test_answers_come_a_line_each(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "SIZES", (16,))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    machine.answer("product")
+    first, second = (json.loads(line)["gflops"] for line in capsys.readouterr().out.splitlines())
+    assert 0 < first <= second
