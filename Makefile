@@ -15,7 +15,7 @@ demo: $(VENV)/installed  ## the whole story on real speech, in under a minute
 	$(BIN)/cellstack demo
 
 test: $(VENV)/tested  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not models"
+	$(BIN)/python -m pytest -m "not slow and not models" -n auto --dist loadfile
 
 test-all: $(VENV)/tested  ## all tests, but for those that download
 	$(BIN)/python -m pytest -m "not models"
