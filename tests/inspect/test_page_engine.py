@@ -753,7 +753,8 @@ def test_nan_and_infinity_pass_through_and_meet_nothing_where_the_mask_leaves_th
             masks = (None, np.isfinite(x).all(axis=-1))
             made += [{"network": net, "inputs": {"x": x}, "options": {"mask": mask}} for mask in masks]
     for case, found in zip(made, evaluated(page, RUN, made), strict=True):
-        y, _ = by_reference(case["network"], case["inputs"], mask=case["options"]["mask"])
+        with np.errstate(invalid="ignore"):  # which some BLAS says of infinity times zero, and some doesn't
+            y, _ = by_reference(case["network"], case["inputs"], mask=case["options"]["mask"])
         near(found["values"]["layer_1"], y)
         spoilt = np.isnan(y)
         assert not spoilt[1].any()
