@@ -66,17 +66,25 @@ def _own_part(kind: type) -> str | None:
     return next((name for name in _METHODS if getattr(kind, name, None) is not getattr(base, name, None)), None)
 
 
-def _obstacle(module: nn.Module) -> str | None:
-    """Return why PyTorch runs every call of a recurrent module as it is now; None where the kernel can run some."""
+def _own_way(module: nn.Module) -> str | None:
+    """Return by what of its own a recurrent module runs, so that it keeps its class; None: by what PyTorch's has."""
     kind = _original(type(module))
     own = _own_part(kind)
     if own is not None:
         return f"{kind.__name__} has a {own} of its own"
     if parametrize.is_parametrized(module) and not isinstance(module, _Accelerated):
         return "its weights are parametrised"
-    weights = list(module.parameters(recurse=False))
-    if any(map(is_lazy, weights)):
+    if any(map(is_lazy, module.parameters(recurse=False))):
         return "its weights aren't there yet"
+    return None
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Return why PyTorch runs every call of a recurrent module as it is now; None where the kernel can run some."""
+    own = _own_way(module)
+    if own is not None:
+        return own
+    weights = list(module.parameters(recurse=False))
     devices = sorted({weight.device.type for weight in weights})
     if devices != ["cpu"]:
         return f"its weights are on {' and '.join(devices)}"
@@ -471,7 +479,7 @@ def accelerate(module: nn.Module) -> nn.Module:
     torch.Size([2, 5, 16])
     """
     found = list(_recurrent(_checked(module, "accelerate")))
-    if all(_original(type(part)) is type(part) and _own_forward(part) for _, part in found):
+    if all(not isinstance(part, _Accelerated) and _own_way(part) is not None for _, part in found):
         what = ", ".join(f"{name or 'it'}: {_obstacle(part)}" for name, part in found[:3])
         more = f", and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
@@ -479,7 +487,7 @@ def accelerate(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} without one{f' that the kernel could run ({what}{more})' if found else ''}"
         )
     for _, part in found:
-        if not issubclass(type(part), _Accelerated) and not _own_forward(part):
+        if not isinstance(part, _Accelerated) and _own_way(part) is None:
             part.__class__ = _accelerated(type(part))
     return module
 
@@ -586,12 +594,6 @@ def _checked(module: Any, owner: str) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{owner}: expected a module of PyTorch, got {type(module).__name__}")
     return module
-
-
-def _own_forward(module: nn.Module) -> bool:
-    """Whether it runs by a method of its own, or of the class that parametrises it or fills its weights."""
-    lazy = any(map(is_lazy, module.parameters(recurse=False)))
-    return lazy or _own_part(_original(type(module))) is not None or parametrize.is_parametrized(module)
 
 
 def _described(module: Any) -> str:
