@@ -9,20 +9,30 @@
 namespace cellstack {
 namespace {
 
+#if defined(CELLSTACK_HAS_avx512) || defined(CELLSTACK_HAS_avx512vnni)
+bool avx512_runs() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+}
+#endif
+
 std::vector<const InstructionSet*> find() {
     std::vector<const InstructionSet*> sets;
-#ifdef CELLSTACK_X86
+#if defined(__x86_64__)
     __builtin_cpu_init();
-#ifdef CELLSTACK_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw")) {
-        if (__builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512vnni::set);
-        sets.push_back(&avx512::set);
-    }
 #endif
+#ifdef CELLSTACK_HAS_avx512vnni
+    if (avx512_runs() && __builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512vnni::set);
+#endif
+#ifdef CELLSTACK_HAS_avx512
+    if (avx512_runs()) sets.push_back(&avx512::set);
+#endif
+#ifdef CELLSTACK_HAS_avx2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2::set);
 #endif
+#ifdef CELLSTACK_HAS_baseline
     sets.push_back(&baseline::set);
+#endif
     return sets;
 }
 

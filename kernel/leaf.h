@@ -167,7 +167,6 @@ struct InstructionSet {
 namespace baseline {
 extern const InstructionSet set;
 }
-#ifdef CELLSTACK_X86
 namespace avx2 {
 extern const InstructionSet set;
 }
@@ -177,6 +176,5 @@ extern const InstructionSet set;
 namespace avx512vnni {
 extern const InstructionSet set;
 }
-#endif
 
 }  // namespace cellstack
