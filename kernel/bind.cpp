@@ -577,6 +577,20 @@ NB_MODULE(_kernel, m) {
             return nb::cast(new BoundStack<float>(weights, timed, last), nb::rv_policy::take_ownership);
         },
         "weights"_a, "timed"_a, "last"_a);
+    m.def(
+        "cut",
+        [](const nb::list& weights, int64_t batch, int64_t steps, bool resets, int threads) {
+            const auto of = [&](auto number) {
+                std::vector<const Weights<decltype(number)>*> all;
+                for (nb::handle w : weights) all.push_back(nb::cast<const Weights<decltype(number)>*>(w));
+                const Cut cut = cut_of(all, batch, steps, resets, threads);
+                return nb::make_tuple(cut.groups, cut.teams, cut.shares);
+            };
+            return weights.size() && nb::isinstance<Weights<double>>(weights[0]) ? of(0.0) : of(0.0f);
+        },
+        "weights"_a, "batch"_a, "steps"_a, "resets"_a, "threads"_a,
+        "How threads cut a call up: groups of rows; in each, teams that share out the layers, and shares of the "
+        "units.");
     nb::class_<Turns>(m, "Turns")
         .def(nb::init<size_t>(), "rows"_a)
         .def("free", &Turns::free, "open"_a, nb::keep_alive<0, 1>(),

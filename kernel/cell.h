@@ -91,9 +91,19 @@ struct Sequences {
 // helps.
 constexpr int64_t kThreadWork = int64_t(1) << 20;
 
-// Runs a stack; y of one layer is x of the next. Two threads or more share the rows, or, where rows are fewer than
-// threads, the layers, each as many steps behind the one below it as a chunk has. Every result has the same bits for
-// any number of threads and any cut of the sequences into calls.
+// How threads cut a call up: groups of rows; of each group's threads either teams, which share out the layers, each
+// some chunks behind the team below (a wavefront), or shares of the units, step by step. A chunk has so many steps.
+struct Cut {
+    int groups, teams, shares;
+    int64_t chunk;
+};
+
+// What takes least by estimate.
+template <class T>
+Cut cut_of(const std::vector<const Weights<T>*>& weights, int64_t batch, int64_t steps, bool resets, int threads);
+
+// Runs a stack, cut up like this; y of one layer is x of the next. Every result has the same bits for any number of
+// threads and any cut of the sequences into calls.
 template <class T>
 void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int threads);
 
@@ -112,8 +122,8 @@ template <class T>
 void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const std::vector<Gradients<T>>& gradients,
               int threads);
 
-// A stack with its state, for steps as they come. Allocates nothing after construction. One thread at a time may use
-// it; a call that is long enough is shared by up to `threads`.
+// A stack with its state, for steps as they come. On one thread it allocates nothing after construction. One thread at
+// a time may use it; a call that is long enough is shared by up to `threads`.
 template <class T>
 class Stream {
   public:

@@ -28,6 +28,12 @@ INLINE void each_block(int64_t r, int64_t t, int64_t blocks, int64_t units, F&& 
     for (int64_t block = 0; block < blocks; ++block) body(place<T>(r, t, block, units));
 }
 
+// The blocks of a row that are run now.
+template <class T, class F>
+INLINE void each_block(const Forward<T>& f, int64_t r, int64_t t, F&& body) {
+    for (int64_t block = f.block; block < f.end_block; ++block) body(place<T>(r, t, block, f.w.d->units));
+}
+
 template <class T>
 INLINE V<T> limited(double limit, V<T> z) {
     return limit < __builtin_inf() ? clamp(z, T(-limit), T(limit)) : z;
@@ -208,14 +214,19 @@ INLINE void keep_cell(const Forward<T>& f, const Place& at) {
 template <class T>
 void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_next) {
     const Description& d = *f.w.d;
-    each_block<T>(r, t, f.w.output_blocks, d.output, [&](const Place& at) {
-        write_h(f, at, h_before(f, at, h), load(h + r * f.w.output_blocks * Vec<T>::W + at.unit), h_next);
-    });
     const int64_t here = r * f.steps + t, wide = f.w.blocks * Vec<T>::W;
+    const auto stay = [&](const Place& at) {
+        write_h(f, at, h_before(f, at, h), load(h + r * f.w.output_blocks * Vec<T>::W + at.unit), h_next);
+    };
+    if (d.projects()) each_block<T>(r, t, f.w.output_blocks, d.output, stay);
     if (f.m) memset(f.m + r * wide, 0, size_t(wide) * sizeof(T));  // what a projection is going to read
-    if (f.gates) memset(f.gates + here * d.planes() * d.units, 0, size_t(d.planes() * d.units) * sizeof(T));
     if (f.norms) memset(f.norms + here * d.norm_size(), 0, size_t(d.norm_size()) * sizeof(T));
-    each_block<T>(r, t, f.w.blocks, d.units, [&](const Place& at) { keep_cell(f, at); });
+    each_block(f, r, t, [&](const Place& at) {
+        if (!d.projects()) stay(at);
+        for (int plane = 0; f.gates && plane < d.planes(); ++plane)
+            store_lanes(f.gates + (here * d.planes() + plane) * d.units + at.unit, splat(T(0)), at.lanes);
+        keep_cell(f, at);
+    });
 }
 
 // ── back ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

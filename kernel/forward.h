@@ -40,7 +40,7 @@ template <class T>
 void project(const Forward<T>& f) {
     constexpr int W = Vec<T>::W;
     const int64_t total = (f.last - f.first) * f.rows;
-    for (int64_t block = 0; block < f.w.blocks; ++block) {
+    for (int64_t block = f.block; block < f.end_block; ++block) {
         const T* panel = f.w.kernel + block * f.w.d->input * 4 * W;
         const T* bias = f.w.bias + block * 4 * W;
         tiles(total, [&](auto R, int64_t m) INLINED {
@@ -139,21 +139,23 @@ INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row
 
 template <class T>
 void run_blocks(Forward<T>& f) {
-    if (f.z) project(f);
-    for (int64_t n = f.first; n < f.last; ++n) {
+    const int64_t blocks = f.end_block - f.block;
+    if (f.z && f.project) project(f);
+    for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         const T* h = f.h;
         T* h_next = f.h_next;
         // Blocks go up in even steps and down in odd ones: the last ones are still in the cache.
         const bool down = n & 1;
         if (f.rows == 1) {  // two blocks together: eight chains hide the latency of one
-            const int64_t pairs = f.w.blocks / 2;
-            if ((f.w.blocks & 1) && down) step_tile<T, 1, 1>(f, n, f.w.blocks - 1, 0, h, h_next);
-            for (int64_t k = 0; k < pairs; ++k) step_tile<T, 1, 2>(f, n, 2 * (down ? pairs - 1 - k : k), 0, h, h_next);
-            if ((f.w.blocks & 1) && !down) step_tile<T, 1, 1>(f, n, f.w.blocks - 1, 0, h, h_next);
+            const int64_t pairs = blocks / 2;
+            if ((blocks & 1) && down) step_tile<T, 1, 1>(f, n, f.end_block - 1, 0, h, h_next);
+            for (int64_t k = 0; k < pairs; ++k)
+                step_tile<T, 1, 2>(f, n, f.block + 2 * (down ? pairs - 1 - k : k), 0, h, h_next);
+            if ((blocks & 1) && !down) step_tile<T, 1, 1>(f, n, f.end_block - 1, 0, h, h_next);
         } else {
-            for (int64_t k = 0; k < f.w.blocks; ++k) {
-                const int64_t block = down ? f.w.blocks - 1 - k : k;
+            for (int64_t k = 0; k < blocks; ++k) {
+                const int64_t block = down ? f.end_block - 1 - k : f.block + k;
                 tiles(f.rows, [&](auto R, int64_t row) INLINED { step_tile<T, R, 1>(f, n, block, row, h, h_next); });
             }
         }
@@ -170,16 +172,17 @@ void run_rows(Forward<T>& f) {
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
     const int64_t stride = w.unpacked ? H : wide, row = G * stride;
     const auto sums_of = [&](const T* matrix, const T* bias, bool add, int64_t depth, T* to) {
-        return Product<T>{matrix, bias,   add,   w.unpacked, depth,   H,       w.blocks,
-                          to,     stride, false, w.element,  f.bytes, f.scales};
+        return Product<T>{matrix,      bias, add,    w.unpacked, depth,     H,       w.blocks, f.block,
+                          f.end_block, to,   stride, false,      w.element, f.bytes, f.scales};
     };
     // Layer normalisation comes between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
     const T* other_bias = d.layer_norm ? nullptr : w.recurrent_bias;
-    multiply<T, G, 0, G>(sums_of(w.kernel, bias, false, d.input, f.z),
-                         {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
-                         (f.last - f.first) * f.rows);
-    for (int64_t n = f.first; n < f.last; ++n) {
+    if (f.project)
+        multiply<T, G, 0, G>(sums_of(w.kernel, bias, false, d.input, f.z),
+                             {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
+                             (f.last - f.first) * f.rows);
+    for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         const int64_t t = time_of(f, n);
         T* z = f.z + (n - f.first) * f.rows * row;
@@ -214,7 +217,8 @@ void run_rows(Forward<T>& f) {
         if (Kind == kLstm && d.projects()) {
             const int64_t apart = w.unpacked ? d.output : output_wide;
             Product<T> projected = sums_of(w.projection, nullptr, false, H, f.p);
-            projected.units = d.output, projected.blocks = w.output_blocks, projected.stride = apart;
+            projected.units = d.output, projected.stride = apart;
+            projected.blocks = projected.end_block = w.output_blocks, projected.block = 0;
             multiply<T, 1, 0, 1>(projected, {f.m, wide, 0, f.rows}, f.rows);
             rows([&](int64_t r, bool used) {
                 if (!used) return;
@@ -233,13 +237,13 @@ void run_dense(const Forward<T>& f) {
     const Panels<T>& w = f.w;
     const Description& d = *w.d;
     const int64_t wide = w.blocks * Vec<T>::W;
-    multiply<T, 1, 0, 1>({w.kernel, w.bias, false, w.unpacked, d.input, d.units, w.blocks, f.z, wide, false, w.element,
-                          f.bytes, f.scales},
+    multiply<T, 1, 0, 1>({w.kernel, w.bias, false, w.unpacked, d.input, d.units, w.blocks, f.block, f.end_block, f.z,
+                          wide, false, w.element, f.bytes, f.scales},
                          {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
                          (f.last - f.first) * f.rows);
     for (int64_t n = f.first; n < f.last; ++n)
         for (int64_t r = 0; r < f.rows; ++r)
-            each_block<T>(r, time_of(f, n), w.blocks, d.units, [&](const Place& at) INLINED {
+            each_block(f, r, time_of(f, n), [&](const Place& at) INLINED {
                 const V<T> z = load(f.z + ((n - f.first) * f.rows + r) * wide + at.unit);
                 T* y = f.y + r * f.y_row + at.t * f.y_time + at.unit;
                 store_lanes(y, act<T, false, true>(d.activations[0], z), at.lanes);

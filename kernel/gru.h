@@ -11,7 +11,7 @@ template <class T, bool Usual>
 void gru_reset(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t stride, const T* h) {
     const Description& d = *f.w.d;
     const int64_t wide = f.w.blocks * Vec<T>::W;
-    each_block<T>(r, t, f.w.blocks, d.units, [&](const Place& at) INLINED {
+    each_block(f, r, t, [&](const Place& at) INLINED {
         unroll<2>([&](auto v) INLINED {
             T* sum = sums + v * stride + at.unit;
             const V<T> z = limited<T>(d.clip, load_lanes(sum, at.lanes));
@@ -27,7 +27,7 @@ template <class T, bool Usual>
 void gru_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next) {
     const Description& d = *f.w.d;
     if (d.layer_norm) normalise(f, r, t, sums, q, stride);
-    each_block<T>(r, t, f.w.blocks, d.units, [&](const Place& at) INLINED {
+    each_block(f, r, t, [&](const Place& at) INLINED {
         V<T> z[3], after[4] = {};
         unroll<3>([&](auto v) INLINED { z[v] = load_lanes(sums + v * stride + at.unit, at.lanes); });
         if (d.reset_after) {

@@ -51,6 +51,10 @@ template <class T>
 struct Forward {
     Panels<T> w;
     int64_t rows, steps, first, last;
+    // Of the chunk first … last: the steps that are run now, with the sums over x made before them or, where they lie
+    // in z already, not; and the blocks of units. Threads that share out the units each have some of the blocks.
+    int64_t from, to, block, end_block;
+    bool project;
     bool reverse;  // step n is time steps-1-n
     const T* x;    // x of row r at time t: x + r·x_row + t·x_time
     int64_t x_row, x_time;

@@ -61,7 +61,7 @@ void lstm_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t 
             give<T, false>(f, at, m, h, h_next);
     };
     if (d.layer_norm) normalise(f, r, t, sums, q, stride);
-    each_block<T>(r, t, f.w.blocks, d.units, [&](const Place& at) INLINED {
+    each_block(f, r, t, [&](const Place& at) INLINED {
         V<T> z[4];
         int column = 0;
         unroll<4>([&](auto v) INLINED {
@@ -84,7 +84,7 @@ void lstm_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t 
     });
     if (!d.layer_norm) return;
     standardise(line, 1, 0, d.units, d.norm_epsilon);
-    each_block<T>(r, t, f.w.blocks, d.units, [&](const Place& at) INLINED {
+    each_block(f, r, t, [&](const Place& at) INLINED {
         const V<T> gain = load_lanes(f.w.arrays.cell_gain + at.unit, at.lanes);
         const V<T> c = fma(load(line + at.unit), gain, load_lanes(f.w.arrays.cell_bias + at.unit, at.lanes));
         out(at, load_lanes(sums + at.unit, at.lanes) * act<T, Usual, true>(d.activations[4], c));

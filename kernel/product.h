@@ -81,7 +81,8 @@ struct Product {
     bool add;         // to what lies in `to`; without bias
     bool unpacked;
     int64_t depth, units, blocks;
-    T* to;  // [rows][gates][stride]
+    int64_t block, end_block;  // those that are made
+    T* to;                     // [rows][gates][stride]
     int64_t stride;
     bool down;        // blocks from the last to the first
     Element element;  // of a weight; narrow ones: quantised.h
@@ -159,17 +160,18 @@ __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows,
     }
     // Blocks together: enough chains to hide the latency of one, as a tile of rows has them anyway.
     constexpr int alone = C >= 3 ? 2 : C == 2 ? 4 : 8, tiled = C >= 3 ? 1 : C == 2 ? 2 : 4;
-    const int64_t wide = count == 1 ? alone : tiled, whole = p.blocks / wide, left = p.blocks % wide;
+    const int64_t wide = count == 1 ? alone : tiled, blocks = p.end_block - p.block;
+    const int64_t whole = blocks / wide, left = blocks % wide;
     const auto many = [&](int64_t k) INLINED {
-        const int64_t block = k * wide;
+        const int64_t block = p.block + k * wide;
         if (count == 1)
             product_tile<T, G, First, C, 1, alone>(p, rows, block, 0);
         else
             tiles(count, [&](auto R, int64_t m) INLINED { product_tile<T, G, First, C, R, tiled>(p, rows, block, m); });
     };
     const auto one = [&](int64_t k) INLINED {
-        tiles(count,
-              [&](auto R, int64_t m) INLINED { product_tile<T, G, First, C, R, 1>(p, rows, whole * wide + k, m); });
+        tiles(count, [&](auto R, int64_t m)
+                         INLINED { product_tile<T, G, First, C, R, 1>(p, rows, p.block + whole * wide + k, m); });
     };
     const bool down = p.down;
     for (int64_t k = 0; down && k < left; ++k) one(left - 1 - k);

@@ -112,10 +112,10 @@ __attribute__((noinline)) void narrow_product(const Product<float>& p, const Row
         for (int64_t m = 0; m < count; ++m) p.scales[m] = quantise(p.bytes + m * wide, rows.at(m), p.depth);
     }
     constexpr int alone = C >= 3 ? 2 : C == 2 ? 4 : 8;
-    int64_t block = 0;
-    for (; count == 1 && block + alone <= p.blocks; block += alone)
+    int64_t block = p.block;
+    for (; count == 1 && block + alone <= p.end_block; block += alone)
         narrow_tile<Bits, G, First, C, 1, alone>(p, rows, block, 0);
-    for (; block < p.blocks; ++block)
+    for (; block < p.end_block; ++block)
         tiles(count, [&](auto R, int64_t m) INLINED { narrow_tile<Bits, G, First, C, R, 1>(p, rows, block, m); });
 }
 

@@ -9,7 +9,7 @@ template <class T, bool Usual>
 void rnn_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t stride, const T* h, T* h_next) {
     const Description& d = *f.w.d;
     if (d.layer_norm) normalise(f, r, t, sums, q, stride);
-    each_block<T>(r, t, f.w.blocks, d.units, [&](const Place& at) INLINED {
+    each_block(f, r, t, [&](const Place& at) INLINED {
         V<T> z[1] = {load_lanes(sums + at.unit, at.lanes)};
         if (d.layer_norm) z[0] += load_lanes(q + at.unit, at.lanes);
         z[0] = act<T, Usual, true>(d.activations[0], limited<T>(d.clip, z[0]));

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 
 #include "cell.h"
 #include "dispatch.h"
@@ -169,16 +170,73 @@ int64_t multiplications(const Description& d) {
     return d.units * (d.gates() * (d.input + (d.keeps_state() ? d.output : 0)) + (d.projects() ? d.output : 0));
 }
 
+// Whether threads may share out the units of a layer: a unit's part of a step takes from other units h alone.
+template <class T>
+bool divides(const Weights<T>& weights) {
+    const Description& d = weights.description();
+    return weights.copied() && !d.layer_norm && !d.projects() && (d.kind != kGru || d.reset_after);
+}
+
+// Nanoseconds that some rows and blocks of a step take, roughly; for choosing among cuts. A panel comes from the
+// second-level cache once for each tile of rows, or, where the weights of a core exceed that, once from behind it.
+double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes) {
+    const double depth = double(d.input + (d.keeps_state() ? d.output : 0)), panel = depth * d.gates() * width * bytes;
+    const double sums = rows * depth * d.gates() * width / (2 * width), near = ceil_div(rows, 6) * panel / 48;
+    const double far = panel * blocks > 1.5e6 ? panel / 10 : 0;
+    return blocks * (std::max({sums, near, far}) + rows * d.gates() * 12) / 3;
+}
+
+template <class T>
+Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t steps, int64_t most_groups, bool resets,
+           int threads) {
+    const int depth = int(layers.size()), width = layers[0]->impl().leaf->width;
+    const auto cost = [&](int l, int64_t rows, int shares) {
+        const Panels<T>& w = layers[l]->impl().panels;
+        const double bytes = w.element == Element::kBfloat16 ? 2 : w.element == Element::kInt8 ? 1 : sizeof(T);
+        return steps * step_cost(*w.d, rows, ceil_div(w.blocks, shares), width, bytes);
+    };
+    const auto cost_of = [&](int first, int last, int64_t rows, int shares) {
+        double sum = 0;
+        for (int l = first; l < last; ++l) sum += cost(l, rows, shares);
+        return sum;
+    };
+    int64_t most_shares = resets ? 1 : kMostThreads;
+    for (const Weights<T>* w : layers) most_shares = std::min(most_shares, divides(*w) ? w->impl().panels.blocks : 1);
+    Cut best{1, 1, 1, chunk_steps(B, steps)};
+    double least = cost_of(0, depth, B, 1);
+    const auto consider = [&](Cut cut, double taken) {
+        if (taken < least) least = taken, best = cut;
+    };
+    for (int groups = 1; groups <= std::min<int64_t>(most_groups, threads); ++groups) {
+        const int64_t rows = ceil_div(B, groups), whole = chunk_steps(rows, steps);
+        consider({groups, 1, 1, whole}, cost_of(0, depth, rows, 1));
+        const int left = threads / groups, teams = std::min(left, depth);
+        if (teams > 1 && steps > 1) {
+            // Smaller chunks fill and drain the pipeline sooner, and read the weights over x more often.
+            const int64_t chunk = std::max<int64_t>(1, std::min(whole, std::max<int64_t>(8, steps / (16 * teams))));
+            double slowest = 0;
+            for (int team = 0; team < teams; ++team)
+                slowest = std::max(slowest, cost_of(depth * team / teams, depth * (team + 1) / teams, rows, 1));
+            consider({groups, teams, 1, chunk}, slowest * (1 + double(teams - 1) * double(chunk) / double(steps)));
+        }
+        for (int shares = 2; shares <= std::min<int64_t>(left, most_shares); ++shares)
+            consider({groups, 1, shares, whole},
+                     cost_of(0, depth, rows, shares) + double(depth * steps * (shares - 1)) * lockstep_latency());
+    }
+    return best;
+}
+
 // A layer over some rows, run chunk by chunk.
 template <class T>
 struct Runner {
     Forward<T> f;
     const Leaf<T>* leaf;
     T* product;
+    int64_t scale_size, byte_size;  // of the scratch of int8 that a share has
 
     // What `open` takes from the parts, in numbers.
     struct Sizes {
-        int64_t h, kept, c, z, q, m, p, scales, bytes;
+        int64_t h, kept, c, z, q, m, p, scales, bytes;  // the last two for each share of the units
         Sizes(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout, bool patched) {
             Panels<T> w = weights.impl().panels;
             w.patched = patched;
@@ -192,17 +250,20 @@ struct Runner {
             m = d.projects() || d.layer_norm || (d.kind == kGru && !d.reset_after) ? wide : 0;
             p = d.projects() ? h : 0;
             const int64_t depth = std::max({d.input, d.units, d.output});
-            scales = w.element == Element::kInt8 ? chunk * rows : 0;
-            bytes = w.element == Element::kInt8 ? ceil_div(chunk * rows * ceil_div(depth, 4) * 4, sizeof(T)) : 0;
+            const bool steps_of_rows = w.element == Element::kInt8;
+            scales = steps_of_rows ? Parts<T>::size(chunk * rows) : 0;
+            bytes = steps_of_rows ? Parts<T>::size(ceil_div(chunk * rows * ceil_div(depth, 4) * 4, sizeof(T))) : 0;
         }
-        int64_t sum() const {
+        int64_t sum(int shares) const {
             int64_t total = 0;
-            for (int64_t size : {h, h, kept, c, z, q, m, p, scales, bytes}) total += Parts<T>::size(size);
+            for (int64_t size : {h, h, kept, c, z, q, m, p, shares * scales, shares * bytes})
+                total += Parts<T>::size(size);
             return total;
         }
     };
 
-    void open(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout, bool patched, Parts<T>& parts) {
+    void open(const Weights<T>& weights, int64_t rows, int64_t chunk, int shares, bool dropout, bool patched,
+              Parts<T>& parts) {
         const Sizes sizes(weights, rows, chunk, dropout, patched);
         const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
         leaf = weights.impl().leaf;
@@ -210,7 +271,8 @@ struct Runner {
         f.w = weights.impl().panels, f.w.patched = patched, f.rows = rows;
         f.h = take(sizes.h), f.h_next = take(sizes.h), f.h_kept = take(sizes.kept), f.c = take(sizes.c);
         product = take(sizes.z), f.q = take(sizes.q), f.m = take(sizes.m), f.p = take(sizes.p);
-        f.scales = take(sizes.scales), f.bytes = reinterpret_cast<uint8_t*>(take(sizes.bytes));
+        f.scales = take(shares * sizes.scales), f.bytes = reinterpret_cast<uint8_t*>(take(shares * sizes.bytes));
+        scale_size = sizes.scales, byte_size = sizes.bytes * int64_t(sizeof(T));
     }
     int64_t h_stride() const { return f.w.output_blocks * leaf->width; }
     int64_t c_stride() const { return f.w.blocks * leaf->width; }
@@ -229,10 +291,30 @@ struct Runner {
     }
 
     void steps(int64_t first, int64_t last) {
-        f.first = first, f.last = last;
-        const bool in_place = f.w.by_blocks() && last - first == 1 && f.rows == 1;
-        f.z = in_place ? nullptr : product;
+        take_chunk(f, first, last);
+        f.from = first, f.to = last, f.project = true, f.block = 0, f.end_block = f.w.blocks;
         leaf->forward(f);
+    }
+
+    // The same for threads that share out the units, in phases: a step each, a chunk's sums over x with its first one;
+    // or a whole chunk, where there is no state. In a phase a share writes to places of its own, and reads what all
+    // shares have written in the phases before. `f` as a chunk is to have it, `before` so many steps of the call.
+    int64_t phases(int64_t steps, int64_t chunk) const { return f.w.d->keeps_state() ? steps : ceil_div(steps, chunk); }
+    void run_share(Forward<T> own, int64_t phase, int64_t before, int share, int shares) const {
+        own.project = phase == 0;
+        own.from = own.first + phase, own.to = own.w.d->keeps_state() ? own.from + 1 : own.last;
+        own.block = own.w.blocks * share / shares, own.end_block = own.w.blocks * (share + 1) / shares;
+        if ((before + phase) & 1) std::swap(own.h, own.h_next);
+        if (own.scales) own.scales += share * scale_size, own.bytes += share * byte_size;
+        leaf->forward(own);
+    }
+    // After the last phase.
+    void settle(int64_t steps) {
+        if (steps & 1) std::swap(f.h, f.h_next);
+    }
+    void take_chunk(Forward<T>& of, int64_t first, int64_t last) const {
+        of.first = first, of.last = last;
+        of.z = of.w.by_blocks() && last - first == 1 && of.rows == 1 ? nullptr : product;  // null: summed in place
     }
 
     void end(T* h, T* c, const int64_t* places = nullptr) const {
@@ -255,18 +337,23 @@ struct Runner {
 }  // namespace
 
 template <class T>
+Cut cut_of(const std::vector<const Weights<T>*>& weights, int64_t batch, int64_t steps, bool resets, int threads) {
+    int64_t work = 0;
+    for (const Weights<T>* w : weights) work += batch * steps * multiplications(w->description());
+    return cut_up(weights, batch, steps, batch, resets, useful_threads(threads, work));
+}
+
+template <class T>
 void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int threads) {
     const int64_t B = in.batch, steps = in.steps;
     const int depth = int(layers.size());
     if (B == 0) return;
     const auto description = [&](int l) -> const Description& { return layers[l].weights->description(); };
-    int64_t work = 0;
-    for (int l = 0; l < depth; ++l) work += B * steps * multiplications(description(l));
-    threads = useful_threads(threads, work);
-    // Threads take rows where there are enough, layers where there are not.
-    const int groups = int(std::min<int64_t>(B, threads));
-    const int teams = groups < threads && steps > 1 ? std::min(depth, threads / groups) : 1;
-    const int64_t most_rows = ceil_div(B, groups), chunk = chunk_steps(most_rows, steps);
+    std::vector<const Weights<T>*> weights;
+    for (const Layer<T>& layer : layers) weights.push_back(layer.weights);
+    const Cut cut = cut_of(weights, B, steps, in.reset, threads);
+    const int groups = cut.groups;
+    const int64_t most_rows = ceil_div(B, groups), chunk = cut.chunk;
 
     // y of layers below the top that the caller does not want lies in scratch.
     std::vector<T*> y(depth);
@@ -277,7 +364,7 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
     for (int l = 0; l < depth; ++l) {
         sizes[l] = typename Runner<T>::Sizes(*layers[l].weights, most_rows, chunk, layers[l].drops.recurrent,
                                              layers[l].patches.lines)
-                       .sum();
+                       .sum(cut.shares);
         count += groups * sizes[l];
     }
     Scratch<T> scratch(count);
@@ -287,15 +374,19 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
     std::vector<T*> memory(size_t(depth) * groups);
     for (size_t k = 0; k < memory.size(); ++k) memory[k] = parts.take(sizes[k / groups]);
     std::vector<std::atomic<int64_t>> done(size_t(depth) * groups);
+    // Rows of a group have states of their own, at places of the whole, or one after the other.
+    const auto places_of = [&](int group) { return in.places ? in.places + B * group / groups : nullptr; };
+    const auto state_of = [&](auto* all, int group, int64_t width) {
+        return all && !in.places ? all + B * group / groups * width : all;
+    };
 
-    const auto run_layer = [&](int l, int group) {
+    const auto open_layer = [&](Runner<T>& runner, int l, int group) {
         const Layer<T>& layer = layers[l];
         const Description& d = description(l);
         const int64_t first = B * group / groups, rows = B * (group + 1) / groups - first;
         const int64_t H = d.units, P = d.output, below = l ? description(l - 1).output : 0;
-        Runner<T> runner;
         Parts<T> own(memory[size_t(l) * groups + group]);
-        runner.open(*layer.weights, rows, chunk, layer.drops.recurrent, layer.patches.lines, own);
+        runner.open(*layer.weights, rows, chunk, cut.shares, layer.drops.recurrent, layer.patches.lines, own);
         // Rows from `first` on, of an array with so much a row.
         const auto at = [&](auto* all, int64_t a_row) { return all ? all + first * a_row : nullptr; };
         Forward<T>& f = runner.f;
@@ -311,23 +402,55 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
         f.patches = layer.patches;
         f.patches.lines = at(layer.patches.lines, steps * kTargets);
         f.patches.held = at(layer.patches.held, d.planes() * H);
-        // Rows from `first` on have states of their own, at places of the whole, or one after the other.
-        const int64_t* places = at(in.places, 1);
-        const auto state_at = [&](auto* all, int64_t width) { return places ? all : at(all, width); };
-        runner.start(state_at(layer.h0, P), state_at(layer.c0, H), places);
+        runner.start(state_of(layer.h0, group, P), state_of(layer.c0, group, H), places_of(group));
+    };
+    const auto close_layer = [&](const Runner<T>& runner, int l, int group) {
+        const Layer<T>& layer = layers[l];
+        const Description& d = description(l);
+        runner.end(state_of(layer.hn, group, d.output), state_of(layer.cn, group, d.units), places_of(group));
+    };
+    if (cut.shares > 1) {
+        std::vector<Runner<T>> runners(size_t(depth) * groups);
+        std::deque<Lockstep> teams;
+        std::vector<int64_t> start(size_t(depth) + 1);  // the phase that a layer begins with
+        for (size_t k = 0; k < runners.size(); ++k) open_layer(runners[k], int(k / groups), int(k % groups));
+        for (int l = 0; l < depth; ++l) start[l + 1] = start[l] + runners[size_t(l) * groups].phases(steps, chunk);
+        for (int group = 0; group < groups; ++group) teams.emplace_back(cut.shares, start[depth]);
+        parallel(groups * cut.shares, [&](int k) {
+            FlushDenormals flush;
+            teams[k % groups].run(k / groups, [&](int64_t phase, int share) {
+                int l = 0;
+                while (phase >= start[l + 1]) ++l;
+                const Runner<T>& runner = runners[size_t(l) * groups + k % groups];
+                Forward<T> f = runner.f;
+                const bool state = description(l).keeps_state();
+                const int64_t n = phase - start[l], first = state ? n / chunk * chunk : n * chunk;
+                runner.take_chunk(f, first, std::min(steps, first + chunk));
+                runner.run_share(f, state ? n - first : 0, first, share, cut.shares);
+            });
+        });
+        for (size_t k = 0; k < runners.size(); ++k) {
+            runners[k].settle(steps);
+            close_layer(runners[k], int(k / groups), int(k % groups));
+        }
+        return;
+    }
+    const auto run_layer = [&](int l, int group) {
+        Runner<T> runner;
+        open_layer(runner, l, group);
         for (int64_t n = 0; n < steps; n += chunk) {
             const int64_t last = std::min(steps, n + chunk);
             if (l) wait_for(done[size_t(l - 1) * groups + group], last);
             runner.steps(n, last);
             done[size_t(l) * groups + group].store(last, std::memory_order_release);
         }
-        runner.end(state_at(layer.hn, P), state_at(layer.cn, H), places);
+        close_layer(runner, l, group);
     };
     // Task k: rows k mod groups, layers from bottom to top; it waits for tasks with lower numbers alone.
-    parallel(groups * teams, [&](int k) {
+    parallel(groups * cut.teams, [&](int k) {
         FlushDenormals flush;
         const int group = k % groups, team = k / groups;
-        for (int l = depth * team / teams; l < depth * (team + 1) / teams; ++l) run_layer(l, group);
+        for (int l = depth * team / cut.teams; l < depth * (team + 1) / cut.teams; ++l) run_layer(l, group);
     });
 }
 
@@ -344,12 +467,12 @@ struct Stream<T>::Impl {
     std::unique_ptr<Scratch<T>> memory;
 
     int64_t first_row(int group) const { return batch * group / groups; }
+    int shares() const { return groups == 1 ? threads : 1; }  // at most, of the units
     size_t place(int group, int layer) const { return size_t(group) * weights.size() + size_t(layer); }
 
-    // Chunk n of a call, for one group and layer.
-    void advance(int group, int layer, int64_t n, const T* x, T* y, int64_t steps) {
-        Runner<T>& runner = runners[place(group, layer)];
-        Forward<T>& f = runner.f;
+    // What a runner has to know of chunk n of a call.
+    Forward<T> placed(int group, int layer, int64_t n, const T* x, T* y, int64_t steps) const {
+        Forward<T> f = runners[place(group, layer)].f;
         const int64_t first = n * chunk, row = first_row(group);
         const auto kept = [&](int of, int64_t width) {
             return between[place(group, of)] + n % 2 * f.rows * chunk * width;
@@ -364,7 +487,40 @@ struct Stream<T>::Impl {
             f.y_row = f.steps * f.y_time, f.y = kept(layer, f.y_time);
         else
             f.y_row = steps * f.y_time, f.y = y + row * f.y_row + first * f.y_time;
-        runner.steps(0, f.steps);
+        return f;
+    }
+
+    // Chunk n of a call, for one group and layer.
+    void advance(int group, int layer, int64_t n, const T* x, T* y, int64_t steps) {
+        Runner<T>& runner = runners[place(group, layer)];
+        runner.f = placed(group, layer, n, x, y, steps);
+        runner.steps(0, runner.f.steps);
+    }
+
+    // A call by threads that share out the units: layer by layer of each chunk.
+    void share_out(const T* x, T* y, int64_t steps, int shares) {
+        const int depth = int(weights.size());
+        const auto phases = [&](int64_t n) {
+            int64_t sum = 0;
+            for (int l = 0; l < depth; ++l) sum += runners[l].phases(std::min(chunk, steps - n * chunk), chunk);
+            return sum;
+        };
+        const int64_t last = ceil_div(steps, chunk) - 1, each = phases(0);
+        Lockstep team(shares, last * each + phases(last));
+        parallel(shares, [&](int own) {
+            FlushDenormals flush;
+            team.run(own, [&](int64_t phase, int share) {
+                const int64_t n = phase / each;
+                int64_t left = phase - n * each;
+                int l = 0;
+                for (int64_t of; left >= (of = runners[l].phases(std::min(chunk, steps - n * chunk), chunk)); ++l)
+                    left -= of;
+                Forward<T> f = placed(0, l, n, x, y, steps);
+                runners[l].take_chunk(f, 0, f.steps);
+                runners[l].run_share(f, left, n * chunk, share, shares);
+            });
+        });
+        for (Runner<T>& runner : runners) runner.settle(steps);
     }
 
     static int64_t state_size(const Runner<T>& runner) {
@@ -399,7 +555,7 @@ Stream<T>::Stream(std::vector<const Weights<T>*> weights, int64_t batch, int thr
     int64_t count = 0;
     for (const Weights<T>* w : weights) {
         const typename Runner<T>::Sizes sizes(*w, most_rows, s.chunk, false, false);
-        count += s.groups * (sizes.sum() + Parts<T>::size(kept(w)) + Parts<T>::size(sizes.h + sizes.c));
+        count += s.groups * (sizes.sum(s.shares()) + Parts<T>::size(kept(w)) + Parts<T>::size(sizes.h + sizes.c));
     }
     s.memory.reset(new Scratch<T>(count));
     std::fill(s.memory->get(), s.memory->get() + count, T(0));
@@ -409,7 +565,7 @@ Stream<T>::Stream(std::vector<const Weights<T>*> weights, int64_t batch, int thr
     for (int group = 0; group < s.groups; ++group)
         for (size_t l = 0; l < s.weights.size(); ++l) {
             const int64_t rows = s.first_row(group + 1) - s.first_row(group);
-            s.runners[s.place(group, int(l))].open(*s.weights[l], rows, s.chunk, false, false, parts);
+            s.runners[s.place(group, int(l))].open(*s.weights[l], rows, s.chunk, s.shares(), false, false, parts);
             s.between.push_back(parts.take(kept(s.weights[l])));
             s.before.push_back(parts.take(Impl::state_size(s.runners[s.place(group, int(l))])));
         }
@@ -425,9 +581,11 @@ void Stream<T>::run(const T* x, T* y, int64_t steps) {
     const int64_t chunks = ceil_div(steps, s.chunk);
     const int64_t work = steps > kMostNumbers / std::max<int64_t>(s.work, 1) ? kMostNumbers : s.work * steps;
     const int threads = useful_threads(s.threads, work);
-    // Threads take rows where there are enough, else layers: those of a team, a chunk behind the team below.
+    // Threads take rows where there are enough, else units, or layers: those of a team, a chunk behind the team below.
     const int tasks = std::min(threads, s.groups);
-    const int teams = tasks < threads && chunks > 1 ? std::min(depth, threads / tasks) : 1;
+    const Cut cut = s.groups == 1 ? cut_up(s.weights, s.batch, steps, 1, false, threads) : Cut{tasks, 1, 1, s.chunk};
+    if (cut.shares > 1) return s.share_out(x, y, steps, cut.shares);
+    const int teams = chunks > 1 ? cut.teams : 1;
     for (int64_t round = 0; round < (teams > 1 ? chunks + teams - 1 : 1); ++round)
         parallel(tasks * teams, [&](int k) {
             FlushDenormals flush;
@@ -484,6 +642,8 @@ template class Weights<float>;
 template class Weights<double>;
 template class Stream<float>;
 template class Stream<double>;
+template Cut cut_of(const std::vector<const Weights<float>*>&, int64_t, int64_t, bool, int);
+template Cut cut_of(const std::vector<const Weights<double>*>&, int64_t, int64_t, bool, int);
 template void forward(const Sequences<float>&, const std::vector<Layer<float>>&, int);
 template void forward(const Sequences<double>&, const std::vector<Layer<double>>&, int);
 

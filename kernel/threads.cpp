@@ -3,6 +3,8 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -116,6 +118,47 @@ void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
         pause_a_moment();
         if (spin > kSpins) sched_yield();
     }
+}
+
+// A thread that gives its core away between two shares holds nobody up; one that loses it within a share, as its time
+// is over and another program's thread wants the core, does, for milliseconds. So it offers its core now and then.
+constexpr int64_t kOffer = 500'000;  // nanoseconds
+
+static int64_t nanoseconds() {
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+Lockstep::Lockstep(int shares, int64_t phases) : shares_(shares), phases_(phases), claims_(new Claims[shares]) {}
+
+Lockstep::Waiter::Waiter(const Lockstep& lockstep) : lockstep_(lockstep), since_(nanoseconds()) {}
+
+void Lockstep::Waiter::pause(int spin) {
+    pause_a_moment();
+    if (spin > kSpins) sched_yield();
+}
+
+void Lockstep::Waiter::give_way() {
+    if (++phases_ % 16) return;
+    const int64_t now = nanoseconds();
+    if (now - since_ < kOffer) return;
+    since_ = now;
+    sched_yield();
+}
+
+double lockstep_latency() {
+    static const double latency = [] {
+        constexpr int rounds = 9, phases = 300;
+        double taken[rounds];
+        for (double& phase : taken) {
+            Lockstep lockstep(2, phases);
+            const int64_t start = nanoseconds();
+            parallel(2, [&](int own) { lockstep.run(own, [](int64_t, int) {}); });
+            phase = double(nanoseconds() - start) / phases;
+        }
+        std::sort(taken, taken + rounds);  // in the first ones the other thread may not be there yet
+        return taken[rounds / 2];
+    }();
+    return latency;
 }
 
 #if defined(__SSE2__)

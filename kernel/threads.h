@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace cellstack {
 
@@ -16,6 +17,75 @@ void parallel(int count, F&& body) {
 
 // Waits until `counter` reaches `value`.
 void wait_for(const std::atomic<int64_t>& counter, int64_t value);
+
+// Work in phases, each cut into the same shares: a phase begins when all shares of the one before are done. The threads
+// of a team call `run`, each with a share of its own, which stays in its cache; a thread that comes late, or that the
+// system has put to sleep between two shares, holds nobody up: the others do its shares.
+class Lockstep {
+  public:
+    Lockstep(int shares, int64_t phases);
+
+    // body(phase, share). Returns when all phases are done.
+    template <class F>
+    void run(int own, F&& body) {
+        Waiter waiter(*this);
+        for (int64_t phase; (phase = done_.load(std::memory_order_acquire) / shares_) < phases_;) {
+            const auto work = [&](int share) {
+                if (!claim(share, phase)) return false;
+                body(phase, share);
+                done_.fetch_add(1, std::memory_order_acq_rel);
+                return true;
+            };
+            work(own);
+            waiter.until((phase + 1) * shares_, [&] {
+                bool any = false;
+                for (int share = 0; share < shares_; ++share) any = work(share) || any;
+                return any;
+            });
+        }
+    }
+
+  private:
+    struct alignas(64) Claims {
+        std::atomic<int64_t> phases{0};  // in how many phases somebody has taken this share
+    };
+    // How long a thread waits for the others before it does their shares, and when it lets other programs have its
+    // core.
+    class Waiter {
+      public:
+        explicit Waiter(const Lockstep& lockstep);
+        template <class F>
+        void until(int64_t count, F&& help) {
+            for (int spin = 0; lockstep_.done_.load(std::memory_order_acquire) < count; ++spin) {
+                if (spin == patience_) patience_ = help() ? 0 : kPatience;
+                pause(spin);
+            }
+            give_way();
+        }
+
+      private:
+        static constexpr int kPatience = 64;
+        static void pause(int spin);
+        void give_way();
+        const Lockstep& lockstep_;
+        int patience_ = kPatience, phases_ = 0;
+        int64_t since_;
+    };
+
+    bool claim(int share, int64_t phase) {
+        std::atomic<int64_t>& claims = claims_[share].phases;
+        return claims.load(std::memory_order_relaxed) == phase &&
+               claims.compare_exchange_strong(phase, phase + 1, std::memory_order_acq_rel);
+    }
+
+    const int shares_;
+    const int64_t phases_;
+    std::unique_ptr<Claims[]> claims_;
+    alignas(64) std::atomic<int64_t> done_{0};  // shares, of all phases
+};
+
+// Nanoseconds between two phases of a Lockstep of two threads, measured once, when the pool starts.
+double lockstep_latency();
 
 // Within its scope, results and operands that are denormal count as zero; the thread's own mode comes back after.
 class FlushDenormals {

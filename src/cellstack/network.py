@@ -212,7 +212,7 @@ class Network:
         if mask is None and lengths is None and type(x) is np.ndarray and (whole := self._whole) is not None:
             stack, work = whole
             many = x.size * work >= 2 * native.THREAD_WORK
-            y = stack.run(x, max(1, min(processors(), max(len(x), len(self.cells)))) if many else 1)
+            y = stack.run(x, processors() if many else 1)
             if y is not None:
                 return y
         return self.run(x, mask=mask, lengths=lengths)[0]
@@ -293,7 +293,7 @@ class Network:
         batch, cells = len(given[0]), self.cells
         states = as_states("Network", state, cells, batch, self.started)
         if threads is None:
-            threads = max(1, min(processors(), max(batch, len(cells))))
+            threads = processors()
         else:
             threads = check_integer("Network", "threads", threads)
         after: tuple[CellState, ...] = ()

@@ -206,6 +206,66 @@ def test_gradients_have_the_same_bits_on_any_number_of_threads(isa, member):
         assert_equal(calls.backward(spec, arrays, out, dy=dy, threads=threads), one)
 
 
+DIVIDED = [name for name, flags in MEMBERS.items() if not flags.get("layer_norm") and not flags.get("proj_size")]
+
+
+@pytest.mark.parametrize("member", DIVIDED)
+def test_threads_that_share_out_the_units_give_the_same_bits(isa, member):
+    spec, arrays, case, rng = make(5, 1, 30, 40, 900 if member == "rnn" else 290, **MEMBERS[member])
+    case["mask"] = rng.random((1, 30)) < 0.8
+    weights = [native.weights(spec, arrays)]
+    whole = calls.forward(spec, arrays, **case, threads=1)
+    for threads in (2, 3):
+        divides = spec.kind != "gru" or spec.reset_after
+        assert _kernel.cut(weights, 1, 30, False, threads) == (1, 1, threads if divides else 1)
+        assert_equal(calls.forward(spec, arrays, **case, threads=threads), whole)
+
+
+@pytest.mark.parametrize("element", ["float32", "bfloat16", "int8"])
+def test_a_stream_shares_out_the_units_of_its_layers(isa, element):
+    spec, arrays, case, _ = make(6, 1, 90, 48, 500)
+    above, more, _, _ = make(7, 1, 1, 500, 450, kind="gru")
+    weights = [native.weights(spec, arrays, element), native.weights(above, more, element)]
+    assert _kernel.cut(weights, 1, 40, False, 2) == (1, 1, 2)
+    x = case["x"]
+    alone, shared = _kernel.stream(weights, 1), _kernel.stream(weights, 1, 2)
+    whole = alone.run(x)
+    parts = [shared.run(np.ascontiguousarray(x[:, a:b])) for a, b in ((0, 1), (1, 2), (2, 70), (70, 73), (73, 90))]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+    for one, other in zip(alone.get_state(), shared.get_state(), strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_thread_that_never_comes_holds_nobody_up(tmp_path):
+    """Two threads on one processor: the second is there only where the first one gives way."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, time\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "import kernel_calls as calls, numpy as np\n"
+        "from cellstack.spec import CellSpec\n"
+        "spec = CellSpec(40, 300)\n"
+        "rng = np.random.default_rng(0)\n"
+        "arrays = {n: (rng.standard_normal(s) * 0.05).astype('f') for n, s in spec.shapes.items()}\n"
+        "x = rng.standard_normal((1, 400, 40)).astype('f')\n"
+        "def seconds(threads):\n"
+        "    taken = []\n"
+        "    for _ in range(5):\n"
+        "        start = time.process_time()\n"
+        "        y = calls.forward(spec, arrays, x, None, threads=threads).y\n"
+        "        taken.append(time.process_time() - start)\n"
+        "    return min(taken), y\n"
+        "(one, y), (two, same) = seconds(1), seconds(2)\n"
+        "assert np.array_equal(y, same)\n"
+        "print(two / one)\n"
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 2, run.stdout
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_a_stack_is_its_layers_one_after_the_other(isa, batch, threads):
