@@ -88,9 +88,11 @@ __attribute__((noinline)) void leave_out(const Forward<T>& f, int64_t block, int
         for (int r = 0; r < rows; ++r) finish<T>(f, none, block + b, row + r, t, h, h_next);
 }
 
-// Rows r … r+R of blocks block … block+N at step n.
-template <class T, int R, int N>
-INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row, const T* h, T* h_next) {
+// Rows r … r+R of blocks block … block+N at step n. A tile of several rows has time to fetch some of `ahead`, the panel
+// that comes next: its first tile would wait for it, where the weights don't fit into a near cache.
+template <class T, int R, int N, bool Ahead>
+INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row, const T* h, T* h_next,
+                      const T* ahead = nullptr) {
     constexpr int W = Vec<T>::W;
     const int64_t t = time_of(f, n), wide = f.w.blocks * W, I = f.w.d->input, H = f.w.d->units;
     V<T> sums[N][R][4];
@@ -118,7 +120,7 @@ INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row
     }
     for (int r = 0; r < R; ++r) a[r] = h + (row + r) * wide;
     each([&](auto b, auto r, auto v) INLINED { sums[b][r][v] = splat(T(0)); });
-    accumulate<T, R, N, 4, 4>(sums, a, f.w.recurrent + block * H * 4 * W, H * 4 * W, H);
+    accumulate<T, R, N, 4, 4, Ahead>(sums, a, f.w.recurrent + block * H * 4 * W, H * 4 * W, H, ahead);
     const int64_t total = (f.last - f.first) * f.rows, m = (n - f.first) * f.rows + row;
     const T* over_x = f.z ? f.z + (block * total + m) * 4 * W : reinterpret_cast<const T*>(here);
     const int64_t stride = (f.z ? total : R) * 4 * W;
@@ -149,14 +151,19 @@ void run_blocks(Forward<T>& f) {
         const bool down = n & 1;
         if (f.rows == 1) {  // two blocks together: eight chains hide the latency of one
             const int64_t pairs = blocks / 2;
-            if ((blocks & 1) && down) step_tile<T, 1, 1>(f, n, f.end_block - 1, 0, h, h_next);
+            if ((blocks & 1) && down) step_tile<T, 1, 1, false>(f, n, f.end_block - 1, 0, h, h_next);
             for (int64_t k = 0; k < pairs; ++k)
-                step_tile<T, 1, 2>(f, n, f.block + 2 * (down ? pairs - 1 - k : k), 0, h, h_next);
-            if ((blocks & 1) && !down) step_tile<T, 1, 1>(f, n, f.end_block - 1, 0, h, h_next);
+                step_tile<T, 1, 2, false>(f, n, f.block + 2 * (down ? pairs - 1 - k : k), 0, h, h_next);
+            if ((blocks & 1) && !down) step_tile<T, 1, 1, false>(f, n, f.end_block - 1, 0, h, h_next);
         } else {
             for (int64_t k = 0; k < blocks; ++k) {
                 const int64_t block = down ? f.end_block - 1 - k : f.block + k;
-                tiles(f.rows, [&](auto R, int64_t row) INLINED { step_tile<T, R, 1>(f, n, block, row, h, h_next); });
+                const int64_t after = down ? f.end_block - 2 - k : f.block + k + 1, H = f.w.d->units;
+                const T* ahead = f.w.recurrent + (k + 1 < blocks ? after : block) * H * 4 * Vec<T>::W;
+                tiles(f.rows, [&](auto R, int64_t row) INLINED {
+                    step_tile<T, R, 1, true>(f, n, block, row, h, h_next, ahead);
+                    ahead += H * kLine<T>;
+                });
             }
         }
         swap_states(f);

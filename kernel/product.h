@@ -12,12 +12,18 @@ constexpr int kRows = 6;  // of a tile: 6·4 sums, 6 broadcasts and a weight fil
 constexpr int kRows = 3;  // 3·4 sums, 3 broadcasts and a weight fill 16
 #endif
 
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);  // numbers in a line of a cache
+
 // sums[b][r][v] += a[r][k] · panel_b[k][v] for k < n and C of a panel's G columns: the loop that all of this is about.
-template <class T, int R, int N, int C, int G>
-INLINE void accumulate(V<T> (&sums)[N][R][C], const T* const (&a)[R], const T* panel, int64_t panel_stride, int64_t n) {
+// With `Ahead`, n lines from `ahead` on come into the second-level cache meanwhile.
+template <class T, int R, int N, int C, int G, bool Ahead = false>
+INLINE void accumulate(V<T> (&sums)[N][R][C], const T* const (&a)[R], const T* panel, int64_t panel_stride, int64_t n,
+                       const T* ahead = nullptr) {
     constexpr int W = Vec<T>::W;
     for (int64_t k = 0; k < n; ++k) {
         const T* p = panel + k * G * W;
+        if (Ahead) __builtin_prefetch(ahead + k * kLine<T>, 0, 2);
         V<T> s[R];
         unroll<R>([&](auto r) INLINED { s[r] = splat(a[r][k]); });
         unroll<N>([&](auto b) INLINED {
