@@ -177,13 +177,15 @@ bool divides(const Weights<T>& weights) {
     return weights.copied() && !d.layer_norm && !d.projects() && (d.kind != kGru || d.reset_after);
 }
 
-// Nanoseconds that some rows and blocks of a step take, roughly; for choosing among cuts. A panel comes from the
-// second-level cache once for each tile of rows, or, where the weights of a core exceed that, once from behind it.
+// Nanoseconds that some rows and blocks of a step take, roughly; for choosing among cuts. Cycles at two multiply-adds
+// each; a panel comes from the second-level cache for each tile of rows, which the sums hide by half, and, where the
+// weights of a core exceed that cache, once from behind it.
 double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes) {
+    constexpr double near_bytes = 48, far_bytes = 10, near_size = 1.5e6, activation = 12, gigahertz = 3;
     const double depth = double(d.input + (d.keeps_state() ? d.output : 0)), panel = depth * d.gates() * width * bytes;
-    const double sums = rows * depth * d.gates() * width / (2 * width), near = ceil_div(rows, 6) * panel / 48;
-    const double far = panel * blocks > 1.5e6 ? panel / 10 : 0;
-    return blocks * (std::max({sums, near, far}) + rows * d.gates() * 12) / 3;
+    const double sums = double(rows) * depth * d.gates() / 2, near = double(ceil_div(rows, 6)) * panel / near_bytes;
+    const double far = panel * double(blocks) > near_size ? panel / far_bytes : 0;
+    return double(blocks) * (std::max(sums + near / 2, far) + double(rows * d.gates()) * activation) / gigahertz;
 }
 
 template <class T>

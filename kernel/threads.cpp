@@ -2,10 +2,6 @@
 
 #include <pthread.h>
 #include <sched.h>
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <chrono>
@@ -33,31 +29,6 @@ void pause_a_moment() {
 // Spinning catches the next call of a loop without the few microseconds that waking a thread takes; after that, sleep.
 constexpr int kSpins = 2000;
 
-// Who made the last call, and on which processor.
-struct Caller {
-    std::atomic<int> thread{0}, processor{-1};
-
-#ifdef __linux__
-    void here() {
-        thread.store(int(syscall(SYS_gettid)), std::memory_order_relaxed);
-        processor.store(sched_getcpu(), std::memory_order_relaxed);
-    }
-    // Lets this thread run wherever the caller may, but where the caller is. A virtual machine's scheduler takes an
-    // idle processor for one that the host has taken away, and wakes a thread on the processor of the one that wakes
-    // it, which is busy: it would come milliseconds late.
-    void keep_off() const {
-        cpu_set_t others;
-        const int busy = processor.load(std::memory_order_relaxed);
-        if (sched_getaffinity(thread.load(std::memory_order_relaxed), sizeof others, &others)) return;
-        if (busy >= 0 && CPU_COUNT(&others) > 1) CPU_CLR(busy, &others);
-        sched_setaffinity(0, sizeof others, &others);
-    }
-#else
-    void here() {}
-    void keep_off() const {}
-#endif
-};
-
 class Pool {
   public:
     void run(int count, void (*task)(void*, int), void* context) {
@@ -68,7 +39,8 @@ class Pool {
         } catch (const std::system_error&) {
             // no more threads to be had: those that there are do all of it
         }
-        task_ = task, context_ = context, caller_.here();
+        task_ = task, context_ = context;
+        keep_off();
         left_.store(count, std::memory_order_relaxed);
         const uint64_t call = call_of(claims_.load()) + 1;
         {
@@ -99,12 +71,26 @@ class Pool {
             }
     }
 
+    // Lets the workers run wherever this thread may, but where it is. A virtual machine's scheduler takes an idle
+    // processor for one that the host has taken away, and wakes a thread on the processor of the one that wakes it,
+    // which is busy: it would come milliseconds late.
+    void keep_off() {
+#ifdef __linux__
+        const int here = sched_getcpu();
+        if (here == caller_ && off_ == workers_.size()) return;
+        cpu_set_t others;
+        if (sched_getaffinity(0, sizeof others, &others)) return;
+        if (here >= 0 && CPU_COUNT(&others) > 1) CPU_CLR(here, &others);
+        for (std::thread& worker : workers_) pthread_setaffinity_np(worker.native_handle(), sizeof others, &others);
+        caller_ = here, off_ = workers_.size();
+#endif
+    }
+
     void work(uint64_t seen) {
         const auto called = [&] { return call_of(claims_.load(std::memory_order_acquire)) != seen; };
         for (;;) {
             for (int spin = 0; spin < kSpins && !called(); ++spin) pause_a_moment();
             if (!called()) {
-                caller_.keep_off();
                 std::unique_lock<std::mutex> lock(sleep_);
                 wake_.wait(lock, called);
             }
@@ -118,7 +104,8 @@ class Pool {
     std::vector<std::thread> workers_;
     std::atomic<uint64_t> claims_{0};  // number of the call, how many tasks it has, how many of them are claimed
     std::atomic<int> left_{0};
-    Caller caller_;
+    int caller_ = -1;  // the processor that the workers keep off, so many of them
+    size_t off_ = 0;
     void (*task_)(void*, int) = nullptr;
     void* context_ = nullptr;
 };
