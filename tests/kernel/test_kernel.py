@@ -21,10 +21,9 @@ SIGMAS = ("sigmoid", "hard_sigmoid", "linear", "relu")
 
 @pytest.fixture(params=_kernel.isas())
 def isa(request):
-    before = _kernel.isa()
     _kernel.set_isa(request.param)
     yield request.param
-    _kernel.set_isa(before)
+    _kernel.set_isa(os.environ.get("CELLSTACK_ISA", ""))
 
 
 def cast(value, dtype):
@@ -727,6 +726,24 @@ def test_denormals_count_as_zero_and_the_mode_comes_back():
 def test_softplus_keeps_its_tail(isa):
     x = np.array([-60.0, -30.0, -17.5, -3.0, 0.0, 40.0], np.float32)
     np.testing.assert_allclose(activated("softplus", x), np.logaddexp(0.0, x.astype(np.float64)), rtol=1e-6)
+
+
+# Where no set is asked for, layers of few units go to narrower vectors.
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
+@pytest.mark.parametrize("units", [1, 4, 5, 8, 9])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_the_set_by_default_gives_the_bits_of_the_best_one(member, units, dtype):
+    flags = {**MEMBERS[member], **({"proj_size": 1} if member == "projection" else {})}
+    spec, arrays, case, _ = make(18, 7, 9, 3, max(2, units) if member == "projection" else units, dtype, **flags)
+    runs = []
+    for asked in (_kernel.isas()[0], ""):
+        _kernel.set_isa(asked)
+        out = calls.forward(spec, arrays, **case)
+        gradients = cast(random_gradients(np.random.default_rng(1), spec, out), dtype)
+        runs.append((out, calls.backward(spec, arrays, out, **gradients)))
+    _kernel.set_isa(os.environ.get("CELLSTACK_ISA", ""))
+    for ours, expected in zip(*runs, strict=True):
+        assert_equal(ours, expected)
 
 
 def test_an_instruction_set_may_be_asked_for_by_name():
