@@ -525,7 +525,10 @@ NB_MODULE(_kernel, m) {
         [](const char* name) {
             if (!set_instruction_set(name)) throw nb::value_error("set_isa: this machine has no such instruction set");
         },
-        "name"_a, "Use another instruction set for weights packed from now on.");
+        "name"_a,
+        "Use another instruction set for weights packed from now on, all of them; '' for the best, as at the start, "
+        "where "
+        "float weights of few units go to narrower vectors.");
 
     nb::class_<Description>(m, "Description")
         .def(

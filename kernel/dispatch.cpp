@@ -52,6 +52,8 @@ std::atomic<const InstructionSet*>& in_use() {
     return set;
 }
 
+std::atomic<bool> by_name{false};
+
 }  // namespace
 
 const InstructionSet& current() { return *in_use().load(std::memory_order_relaxed); }
@@ -65,10 +67,21 @@ std::vector<const char*> instruction_sets() {
 const char* instruction_set() { return current().name; }
 
 bool set_instruction_set(const char* name) {
-    const InstructionSet* set = named(name);
-    if (set) in_use().store(set);
+    const InstructionSet* set = *name ? named(name) : available().front();
+    if (set) in_use().store(set), by_name.store(*name);
     return set != nullptr;
 }
+
+template <class T>
+const Leaf<T>& leaf_for(int64_t units) {
+    static const InstructionSet* const narrower = named("avx2");
+    const Leaf<T>& leaf = leaf_of<T>(current());
+    if (!narrower || by_name.load(std::memory_order_relaxed)) return leaf;
+    const Leaf<T>& narrow = leaf_of<T>(*narrower);
+    return units <= narrow.width && narrow.width < leaf.width ? narrow : leaf;
+}
+template const Leaf<float>& leaf_for(int64_t);
+template const Leaf<double>& leaf_for(int64_t);
 
 void activate(const Activation& activation, const float* x, float* y, int64_t n) {
     current().single.activate(activation, x, y, n);

@@ -80,7 +80,7 @@ struct Weights<T>::Impl {
 
 template <class T>
 Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool copy, Element element) {
-    const Leaf<T>& leaf = leaf_of<T>(current());
+    const Leaf<T>& leaf = narrow(element) ? leaf_of<T>(current()) : leaf_for<T>(d.units);
     const int64_t blocks = ceil_div(d.units, leaf.width), output_blocks = ceil_div(d.output, leaf.width);
     const int64_t columns = d.gates() * d.units, row = blocks * d.gates() * leaf.width;
     const bool two_biases = d.use_bias && d.kind == kGru && d.reset_after;
