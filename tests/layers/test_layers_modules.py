@@ -573,9 +573,9 @@ def test_training_under_autocast_is_that_of_float32(kind):
         layer.zero_grad()
         given = (x if mixed else x.float()).clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            assert ("fused cpu kernel" in layer.plan()[0]) and (
-                layer.plan()[0].endswith("in float32 under torch.autocast") == mixed
-            )
+            (line,) = layer.plan()
+            assert "fused cpu kernel" in line
+            assert line.endswith("in float32 under torch.autocast") == mixed
             y = layer(given)
             y.square().mean().backward()
         assert given.grad is not None

@@ -179,7 +179,7 @@ class Stream:
         steps = check_integer("Stream", "steps", steps)
         if self._engine.narrowed:
             own = self.network.weights
-            raise ValueError(f"Stream: expected weights={own!r}, the network's own, to trace, got {self.weights!r}")
+            raise ValueError(f"Stream: expected weights={own!r} to trace, got {self.weights!r}")
         if self.network.patches:
             raise ValueError(
                 f"Stream: expected a network without patches to remember, got {self.network.patches[0]}: trace the "
