@@ -14,6 +14,10 @@ constexpr Element element_of() {
 }
 constexpr bool narrow(Element e) { return e == Element::kBfloat16 || e == Element::kInt8; }
 
+// Words of 32 bits that a column of so many narrow weights takes.
+constexpr int64_t narrow_words(int64_t depth, int bits) { return (depth * bits + 31) / 32; }
+constexpr int bits_of(Element e) { return e == Element::kBfloat16 ? 16 : 8; }
+
 enum Kind : int { kLstm, kGru, kRnn, kDense };
 
 // In the order of cellstack.spec.ACTIVATIONS.

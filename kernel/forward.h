@@ -170,6 +170,84 @@ void run_blocks(Forward<T>& f) {
     }
 }
 
+// What becomes of the sums of a tile over h, and of those over x at `over_x`, a block `stride` apart: once for tiles of
+// any size, which are many.
+__attribute__((noinline)) void finish_tile(const Forward<float>& f, const V<float>* sums, const float* over_x,
+                                           int64_t stride, int64_t n, int64_t block, int blocks, int64_t row, int rows,
+                                           const float* h, float* h_next) {
+    constexpr int W = Vec<float>::W;
+    const int64_t t = time_of(f, n);
+    for (int b = 0; b < blocks; ++b)
+#pragma GCC unroll 1
+        for (int r = 0; r < rows; ++r) {
+            V<float> z[4];
+            unroll<4>([&](auto v) INLINED {
+                z[v] = load(over_x + b * stride + (r * 4 + v) * W) + sums[(b * rows + r) * 4 + v];
+            });
+            finish<float>(f, z, block + b, row + r, t, h, h_next);
+        }
+}
+
+// The plain LSTM with weights of bfloat16, by blocks too; the sums over x are always made ahead.
+__attribute__((noinline)) void run_halves(Forward<float>& f) {
+    constexpr int W = Vec<float>::W;
+    const int64_t total = (f.last - f.first) * f.rows, I = f.w.d->input, H = f.w.d->units;
+    const auto zeros = [](auto& sums, int64_t) INLINED {
+        constexpr int N = sizeof sums / sizeof sums[0], R = sizeof sums[0] / sizeof sums[0][0];
+        each_sum<N, R, 4>([&](auto b, auto r, auto v) INLINED { sums[b][r][v] = splat(0.0f); });
+    };
+    const auto panel = [](const float* matrix, int64_t depth, int64_t block) INLINED {
+        return reinterpret_cast<const uint32_t*>(matrix) + block * narrow_words(depth, 16) * 4 * W;
+    };
+    // Whether the mask leaves any of the rows m … m+R in, which are those of a batch at one step after the other.
+    const auto used = [&](int64_t m, int R) INLINED {
+        bool any = !f.mask;
+        for (int64_t k = m; !any && k < m + R; ++k)
+            any = f.mask[k % f.rows * f.steps + time_of(f, f.first + k / f.rows)];
+        return any;
+    };
+    const Rows<float> x{f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows};
+    // Where a row lies is looked for once, not for each block: it takes a division.
+    const float* places[kWideRows];
+    const bool few = total <= kWideRows;
+    for (int64_t m = 0; f.project && few && m < total; ++m) places[m] = x.at(m);
+    for (int64_t block = f.block; f.project && block < f.end_block; ++block) {
+        const float* bias = f.w.bias + block * 4 * W;
+        float* z = f.z + block * total * 4 * W;
+        halves_product<4, 4, 1, false>(
+            panel(f.w.kernel, I, block), I, total, [&](int64_t m) INLINED { return few ? places[m] : x.at(m); }, used,
+            [&](auto& sums, int64_t) INLINED {
+                constexpr int R = sizeof sums[0] / sizeof sums[0][0];
+                each_sum<1, R, 4>([&](auto, auto r, auto v) INLINED { sums[0][r][v] = load(bias + v * W); });
+            },
+            [&](auto& sums, int64_t m) INLINED {
+                constexpr int R = sizeof sums[0] / sizeof sums[0][0];
+                each_sum<1, R, 4>([&](auto, auto r, auto v)
+                                      INLINED { store(z + ((m + r) * 4 + v) * W, sums[0][r][v]); });
+            });
+    }
+    for (int64_t n = f.from; n < f.to; ++n) {
+        if (f.reset) restart(f, n);
+        const float* h = f.h;
+        float* h_next = f.h_next;
+        const int64_t before = (n - f.first) * f.rows;
+        const auto blocks = [&](auto N, auto Alone, int64_t block) INLINED {
+            halves_product<4, 4, N, Alone>(
+                panel(f.w.recurrent, H, block), H, f.rows, [&](int64_t r) INLINED { return h + r * f.w.blocks * W; },
+                [&](int64_t r, int R) INLINED { return used(before + r, R); }, zeros,
+                [&](auto& sums, int64_t r) INLINED {
+                    constexpr int R = sizeof sums[0] / sizeof sums[0][0];
+                    const float* over_x = f.z + (block * total + before + r) * 4 * W;
+                    finish_tile(f, &sums[0][0][0], over_x, total * 4 * W, n, block, N, r, R, h, h_next);
+                });
+        };
+        blocks_together<4>(
+            f.block, f.end_block, f.rows, n & 1, [&](auto N, int64_t block) INLINED { blocks(N, Int<1>{}, block); },
+            [&](auto N, int64_t block) INLINED { blocks(N, Int<0>{}, block); });
+        swap_states(f);
+    }
+}
+
 // ── every cell, by rows ──────────────────────────────────────────────────────────────────────────────────────────────
 
 template <class T, int Kind, int G, bool Usual>
@@ -272,6 +350,8 @@ void choose(Forward<T>& f) {
 
 template <class T>
 void forward(Forward<T>& f) {
+    if constexpr (sizeof(T) == 4)
+        if (f.w.halves_by_blocks()) return run_halves(f);
     if (f.w.d->kind == kDense)
         run_dense<T>(f);
     else if (f.w.by_blocks())

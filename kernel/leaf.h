@@ -34,6 +34,8 @@ struct Panels {
 
     // Whether a step goes block by block, the shorter way of the plain LSTM.
     bool by_blocks() const { return d->plain() && !unpacked && !narrow(element) && !patched; }
+    // The same with weights of bfloat16, whose sums over x are always made ahead.
+    bool halves_by_blocks() const { return d->plain() && element == Element::kBfloat16 && !patched; }
 };
 
 // A matrix [depth, gates·units] as the caller has it, or a bias, of depth 1.
@@ -150,6 +152,8 @@ struct Leaf {
     int width;
     // a matrix [K, gates·H] with H columns a gate -> panels [blocks][K][gates][W]
     void (*pack)(T* to, const Matrix<T>& from);
+    // the same in a narrow element, as quantised.h reads it; scratch: a block's panel, [K][gates][W]
+    void (*pack_narrow)(T* to, const Matrix<T>& from, Element element, T* panel);
     // a matrix [K, gates·H] -> [panel][blocks·gates·W][4·W]: columns are K (zeros beyond), in the order that dz has;
     // gates outside of [first, last) are zero
     void (*pack_transposed)(T* to, const Matrix<T>& from, int first, int last);

@@ -152,6 +152,33 @@ void unpacked_product(T* to, const T* bias, bool add, const T* a, const T* matri
     if (const int lanes = int(columns - at)) columns_at(Int<1>{}, lanes);
 }
 
+// Goes over the blocks of a call, or of a product, of which C gates are wanted, some together: enough chains to hide
+// the latency of one, as a tile of rows has them anyway. single(Int<blocks>, first block) of one row, else several(…).
+template <int C, class Single, class Several>
+INLINE void blocks_together(int64_t first, int64_t end, int64_t rows, bool down, Single&& single, Several&& several) {
+    constexpr int alone = C >= 3 ? 2 : C == 2 ? 4 : 8, tiled = C >= 3 ? 1 : C == 2 ? 2 : 4;
+    const int64_t wide = rows == 1 ? alone : tiled, whole = (end - first) / wide, left = (end - first) % wide;
+    const auto many = [&](int64_t k) INLINED {
+        if (rows == 1)
+            single(Int<alone>{}, first + k * wide);
+        else
+            several(Int<tiled>{}, first + k * wide);
+    };
+    const auto one = [&](int64_t k) INLINED {
+        if (rows == 1)
+            single(Int<1>{}, first + whole * wide + k);
+        else if constexpr (tiled > 1)
+            several(Int<1>{}, first + whole * wide + k);
+    };
+    for (int64_t k = 0; down && k < left; ++k) one(left - 1 - k);
+    for (int64_t k = 0; k < whole; ++k) many(down ? whole - 1 - k : k);
+    for (int64_t k = 0; !down && k < left; ++k) one(k);
+}
+template <int C, class T, class Single, class Several>
+INLINE void blocks_together(const Product<T>& p, int64_t rows, Single&& single, Several&& several) {
+    blocks_together<C>(p.block, p.end_block, rows, p.down, single, several);
+}
+
 // C of the G gates, from gate First on, of the product over all rows.
 template <class T, int G, int First, int C>
 __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows, int64_t count) {
@@ -164,25 +191,11 @@ __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows,
         }
         return;
     }
-    // Blocks together: enough chains to hide the latency of one, as a tile of rows has them anyway.
-    constexpr int alone = C >= 3 ? 2 : C == 2 ? 4 : 8, tiled = C >= 3 ? 1 : C == 2 ? 2 : 4;
-    const int64_t wide = count == 1 ? alone : tiled, blocks = p.end_block - p.block;
-    const int64_t whole = blocks / wide, left = blocks % wide;
-    const auto many = [&](int64_t k) INLINED {
-        const int64_t block = p.block + k * wide;
-        if (count == 1)
-            product_tile<T, G, First, C, 1, alone>(p, rows, block, 0);
-        else
-            tiles(count, [&](auto R, int64_t m) INLINED { product_tile<T, G, First, C, R, tiled>(p, rows, block, m); });
-    };
-    const auto one = [&](int64_t k) INLINED {
-        tiles(count, [&](auto R, int64_t m)
-                         INLINED { product_tile<T, G, First, C, R, 1>(p, rows, p.block + whole * wide + k, m); });
-    };
-    const bool down = p.down;
-    for (int64_t k = 0; down && k < left; ++k) one(left - 1 - k);
-    for (int64_t k = 0; k < whole; ++k) many(down ? whole - 1 - k : k);
-    for (int64_t k = 0; !down && k < left; ++k) one(k);
+    blocks_together<C>(
+        p, count, [&](auto N, int64_t block) INLINED { product_tile<T, G, First, C, 1, N>(p, rows, block, 0); },
+        [&](auto N, int64_t block) INLINED {
+            tiles(count, [&](auto R, int64_t m) INLINED { product_tile<T, G, First, C, R, N>(p, rows, block, m); });
+        });
 }
 
 // sums[r][v] = dz[m+r]·panel over all blocks, for R rows of G gates that lie side by side in each block of dz.

@@ -23,49 +23,8 @@ namespace {
 
 // Matrices of 16 or 8 bits a weight, as quantised.h reads them: [blocks][words of all k][gates][W]; of 8 bits, the
 // columns' scales and the sums that undo the rows' 128 follow. Numbers are floats, or words of as many bits.
-int bits_of(Element element) { return element == Element::kBfloat16 ? 16 : 8; }
-
 int64_t narrow_size(Element element, int64_t blocks, int64_t rows, int gates, int64_t width) {
-    return blocks * gates * width * (ceil_div(rows * bits_of(element), 32) + (element == Element::kInt8 ? 2 : 0));
-}
-
-void pack_narrow(float* memory, const Matrix<float>& m, int64_t width, Element element) {
-    const int64_t rows = m.depth, units = m.units;
-    const int gates = m.gates;
-    const int bits = bits_of(element);
-    const int64_t blocks = ceil_div(units, width), words = ceil_div(rows * bits, 32), each = 32 / bits;
-    auto* to = reinterpret_cast<uint32_t*>(memory);
-    float* scales = memory + blocks * words * gates * width;
-    auto* shifts = reinterpret_cast<uint32_t*>(scales + blocks * gates * width);
-    memset(memory, 0, size_t(narrow_size(element, blocks, rows, gates, width)) * sizeof(float));
-    for (int64_t unit = 0; unit < units; ++unit)
-        for (int gate = 0; gate < gates; ++gate) {
-            const int64_t block = unit / width, lane = unit % width, column = (block * gates + gate) * width + lane;
-            const auto weight = [&](int64_t k) {
-                const int64_t column = m.places[gate] * units + unit;
-                return m.at[m.rows ? column * rows + k : k * gates * units + column];
-            };
-            float scale = 0, check = 0;
-            for (int64_t k = 0; bits == 8 && k < rows; ++k) {
-                scale = std::max(scale, std::abs(weight(k)) / 127);
-                check += weight(k) * 0;  // NaN where a weight is no number
-            }
-            int64_t sum = 0;
-            for (int64_t k = 0; k < rows; ++k) {
-                uint32_t value;
-                if (bits == 16) {
-                    const float w = weight(k);
-                    memcpy(&value, &w, 4);
-                    // to the nearest, ties to even; a NaN stays one
-                    value = w == w ? (value + 0x7fff + (value >> 16 & 1)) >> 16 : value >> 16 | 64;
-                } else {
-                    const int q = scale > 0 && check == 0 ? int(std::lrint(weight(k) / scale)) : 0;
-                    sum += q, value = uint32_t(q) & 255;
-                }
-                to[((block * words + k / each) * gates + gate) * width + lane] |= value << (k % each * bits);
-            }
-            if (bits == 8) scales[column] = scale + check, shifts[column] = uint32_t(int32_t(128 * sum));
-        }
+    return blocks * gates * width * (narrow_words(rows, bits_of(element)) + (element == Element::kInt8 ? 2 : 0));
 }
 
 }  // namespace
@@ -115,8 +74,11 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     Parts<T> parts(impl_->memory.get());
     const auto packed = [&](const T* from, int64_t rows, int64_t units, int gates, Element held) {
         T* to = parts.take(size(rows, units, gates, held));
-        if constexpr (sizeof(T) == 4)
-            if (narrow(held)) return pack_narrow(to, matrix_of(d, from, rows, units, gates), leaf.width, held), to;
+        if (narrow(held)) {
+            const Scratch<T> panel(rows * gates * leaf.width);
+            leaf.pack_narrow(to, matrix_of(d, from, rows, units, gates), held, panel.get());
+            return to;
+        }
         if (from)
             leaf.pack(to, matrix_of(d, from, rows, units, gates));
         else

@@ -20,31 +20,55 @@ INLINE void load_square(V<T> (&square)[Vec<T>::W], const T* from, int64_t row, i
     });
 }
 
+// A block's panel, [depth][gates][W].
+template <class T>
+void pack_block(T* to, const Matrix<T>& m, int64_t block) {
+    constexpr int W = Vec<T>::W;
+    const int64_t left = m.units - block * W;
+    const int lanes = left < W ? int(left) : W;
+    if (!m.rows || m.depth == 1) {
+        for (int64_t k = 0; k < m.depth; ++k)
+            for (int gate = 0; gate < m.gates; ++gate)
+                store(to + (k * m.gates + gate) * W,
+                      load_lanes(m.at + (k * m.gates + m.places[gate]) * m.units + block * W, lanes));
+        return;
+    }
+    for (int64_t k = 0; k < m.depth; k += W)
+        for (int gate = 0; gate < m.gates; ++gate) {
+            V<T> square[W];
+            load_square<T>(square, m.at + m.places[gate] * m.units * m.depth, block * W, m.units, k, m.depth, m.depth);
+            transpose<T>(square);
+            T* column = to + (k * m.gates + gate) * W;
+            unroll<W>([&](auto c) INLINED {
+                if (k + c < m.depth) store(column + c * m.gates * W, square[c]);
+            });
+        }
+}
+
 template <class T>
 void pack(T* to, const Matrix<T>& m) {
     constexpr int W = Vec<T>::W;
-    const int64_t blocks = (m.units + W - 1) / W;
-    for (int64_t block = 0; block < blocks; ++block, to += m.depth * m.gates * W) {
-        const int64_t left = m.units - block * W;
-        const int lanes = left < W ? int(left) : W;
-        if (!m.rows || m.depth == 1) {
-            for (int64_t k = 0; k < m.depth; ++k)
-                for (int gate = 0; gate < m.gates; ++gate)
-                    store(to + (k * m.gates + gate) * W,
-                          load_lanes(m.at + (k * m.gates + m.places[gate]) * m.units + block * W, lanes));
-            continue;
+    const int64_t blocks = (m.units + W - 1) / W, size = m.depth * m.gates * W;
+    for (int64_t block = 0; block < blocks; ++block) pack_block(to + block * size, m, block);
+}
+
+// Of 8 bits, the scales of all columns and their shifts follow the words.
+template <class T>
+void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
+    if constexpr (sizeof(T) == 4) {
+        constexpr int W = Vec<T>::W;
+        const int64_t blocks = (m.units + W - 1) / W, columns = m.gates * W;
+        const int64_t words = narrow_words(m.depth, bits_of(element));
+        auto* at = reinterpret_cast<uint32_t*>(to);
+        T* scales = to + blocks * words * columns;
+        auto* shifts = reinterpret_cast<uint32_t*>(scales + blocks * columns);
+        for (int64_t block = 0; block < blocks; ++block, at += words * columns) {
+            pack_block(panel, m, block);
+            if (element == Element::kBfloat16)
+                pack_halves(at, panel, m.depth, m.gates);
+            else
+                pack_bytes(at, panel, m.depth, m.gates, scales + block * columns, shifts + block * columns);
         }
-        for (int64_t k = 0; k < m.depth; k += W)
-            for (int gate = 0; gate < m.gates; ++gate) {
-                V<T> square[W];
-                load_square<T>(square, m.at + m.places[gate] * m.units * m.depth, block * W, m.units, k, m.depth,
-                               m.depth);
-                transpose<T>(square);
-                T* column = to + (k * m.gates + gate) * W;
-                unroll<W>([&](auto c) INLINED {
-                    if (k + c < m.depth) store(column + c * m.gates * W, square[c]);
-                });
-            }
     }
 }
 
@@ -85,7 +109,7 @@ void activate(const Activation& activation, const T* x, T* y, int64_t n) {
 
 template <class T>
 constexpr Leaf<T> leaf() {
-    return {Vec<T>::W,   pack<T>,           pack_transposed<T>, forward<T>,
+    return {Vec<T>::W,   pack<T>,           pack_narrow<T>,     pack_transposed<T>, forward<T>,
             backward<T>, input_gradient<T>, weight_gradient<T>, activate<T>};
 }
 

@@ -141,12 +141,15 @@ INLINE void store_lanes(T* p, V<T> v, int n) {
 
 // ── weights of fewer bits, for float alone ───────────────────────────────────────────────────────────────────────────
 typedef Vec<float>::I Words;  // 32 bits a lane: two bfloat16, or four int8, of as many k
+typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));  // the same bits, for sums that may wrap around
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));  // as many numbers
 
 INLINE Words load_words(const uint32_t* p) {
     Words v;
     memcpy(&v, p, sizeof v);
     return v;
 }
+INLINE void store_words(uint32_t* p, Words v) { memcpy(p, &v, sizeof v); }
 INLINE Words splat(int32_t x) { return Words{} + x; }
 
 // sums + Σ a[j]·w[j] over the four bytes of a lane, those of a without a sign.

@@ -16,10 +16,10 @@ import numpy as np
 from cellstack import native
 from cellstack.arguments import as_flags, as_floats, as_mask, as_numbers, as_own, as_states
 from cellstack.graph import Graph, Inputs, check_name, wired
-from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_integer
+from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_choice, check_integer
 from cellstack.nodes.dense import Dense
 from cellstack.nodes.patches import CellPatches, Patch
-from cellstack.nodes.recurrent import Bidirectional, Cell, Recording, Recurrent
+from cellstack.nodes.recurrent import WEIGHTS, Bidirectional, Cell, Recording, Recurrent
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
@@ -251,6 +251,7 @@ class Network:
         reset: Any = None,
         threads: int | None = None,
         *,
+        weights: str | None = None,
         record: Recording | None = None,
     ) -> tuple[Any, tuple[CellState, ...]]:
         """Run the network over a batch of sequences.
@@ -271,6 +272,8 @@ class Network:
                 from its own end, and the last one from `state`. None = one piece. `lengths` and `reset` may be dicts
                 as `mask` may. A node that starts from values of the network takes none.
             threads: how many the kernel may use; None = as many as this process has processors and work for.
+            weights: what the cells' matrices are held in for it: `"float32"`, `"bfloat16"` or `"int8"`, with the bits
+                that a `Stream` gives with them; None = as the network has them. They are packed at the first such run.
             record: what is kept beside the answers: what the gates, c and h of each cell were at every step, and what
                 flowed between the nodes. The bits of all else are the same. See `trace`, which makes sense of it.
 
@@ -281,10 +284,12 @@ class Network:
 
         Raises:
             ShapeError: a wrong rank, width, batch or number of states.
-            TypeError: values that aren't real numbers; mask and lengths at once.
-            ValueError: fewer than one thread, or more than 2^31 - 1; ids beyond a table; resets for a node that can't
-                keep pieces apart.
+            TypeError: values that aren't real numbers; mask and lengths at once; fewer bits for a float64 network.
+            ValueError: fewer than one thread, or more than 2^31 - 1; unknown weights; ids beyond a table; resets for a
+                node that can't keep pieces apart.
         """
+        if weights is not None:
+            check_choice("Network", "weights", weights, WEIGHTS)
         values = self._flows(x, mask, lengths, reset)
         given = [flow.x for flow in values.values()]
         if record is not None:  # what is given may be written to afterwards
@@ -316,7 +321,7 @@ class Network:
                 own = states[len(after) : len(after) + len(node.cells)]
                 if isinstance(node, (Recurrent, Bidirectional)):
                     patches = self._patched[len(after) : len(after) + len(node.cells)]
-                    x, used, begun, ends = node.run(flows, own, threads, record, patches)
+                    x, used, begun, ends = node.run(flows, own, threads, record, patches, weights)
                 else:
                     x, used, begun, ends = node.run(flows, own, threads)
                 values[name] = Flow(x, used, begun)
@@ -481,17 +486,50 @@ class Network:
         if not isinstance(patches, (Patch, Iterable)):
             raise TypeError(f"Network: expected patches to be a Patch or some, got {type(patches).__name__}")
         own = (patches,) if isinstance(patches, Patch) else tuple(patches)
-        return self._with(self.patches + own)
+        return self._with(self.nodes, self.patches + own)
 
     @property
     def unedited(self) -> Network:
         """The network without patches."""
-        return self._with(()) if self.patches else self
+        return self._with(self.nodes, ()) if self.patches else self
 
-    def _with(self, patches: tuple[Patch, ...]) -> Network:
+    @property
+    def weights(self) -> str:
+        """What the cells' matrices are held in: the network's dtype, or `"bfloat16"` where those of some cells are."""
+        return "bfloat16" if any(cell.weights == "bfloat16" for cell in self.cells) else self.dtype.name
+
+    def with_weights(self, weights: str) -> Network:
+        """Return the network with the matrices of its cells as data of fewer bits, in memory and in its file.
+
+        It answers what `run(…, weights=weights)` of this one answers, bit for bit: products with the rounded numbers,
+        in float32 sums, and float32 states. All else, dense layers among it, stays as it is. The native format keeps
+        such matrices as they are; other formats, and C, are given the same numbers as float32.
+
+        Args:
+            weights: `"bfloat16"`: each number rounded to the nearest one of 8 bits of precision, two bytes each;
+                `"float32"`: the numbers that there are in four bytes each.
+
+        Raises:
+            ValueError: another word.
+            TypeError: fewer bits for a float64 network.
+
+        >>> from cellstack import Cell, CellSpec, Recurrent
+        >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.full((1, 8), 0.1, "f4"), np.ones((2, 8), "f4"))
+        >>> net = Network([Recurrent((cell,))])
+        >>> small = net.with_weights("bfloat16")
+        >>> small
+        Network of float32: [B, T, 1] -> [B, T, 2], 24 numbers
+          layer_0  Recurrent  LSTM 1 -> 2 (no bias, matrices in bfloat16)  [B, T, 2]  24
+        >>> x = np.ones((1, 3, 1))
+        >>> bool((small(x) == net.run(x, weights="bfloat16")[0]).all())
+        True
+        """
+        return self._with(tuple(node.with_weights(weights) for node in self.nodes), self.patches)
+
+    def _with(self, nodes: tuple[Node, ...], patches: tuple[Patch, ...]) -> Network:
         inputs = {name: self.shapes[name] for name in self.inputs}
         return Network(
-            self.nodes,
+            nodes,
             self.names,
             self.metadata,
             inputs=inputs,
@@ -500,13 +538,14 @@ class Network:
             patches=patches,
         )
 
-    def stream(self, batch: int = 1, threads: int = 1, weights: str = "float32") -> Stream:
+    def stream(self, batch: int = 1, threads: int = 1, weights: str | None = None) -> Stream:
         """Return a `Stream` that runs this network frame by frame.
 
         Args:
             batch: how many sequences are stepped side by side.
             threads: how many may share a call that is long enough for it.
-            weights: what the cells' matrices are held in, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`.
+            weights: what the cells' matrices are held in, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`; None =
+                as the network has them.
 
         Returns:
             A stream of its own state, the cells' own initial state at first; any number of them share the network.
@@ -524,7 +563,7 @@ class Network:
 
         return Stream(self, batch, threads, weights)
 
-    def pool(self, capacity: int, threads: int = 1, weights: str = "float32") -> Sessions:
+    def pool(self, capacity: int, threads: int = 1, weights: str | None = None) -> Sessions:
         """Return a `Sessions` of sessions that come and go, stepped together.
 
         Args:
@@ -595,7 +634,7 @@ class Network:
 
     def _cost(self, node: Node) -> tuple[int, int]:
         """Return how often a step multiplies by a node's numbers, and how many bytes of them it reads."""
-        return node.multiplications, node.numbers_read * self.dtype.itemsize
+        return node.multiplications, node.bytes_read
 
     def _origins(self) -> list[str]:
         """Return, for each node, where its values come from; nothing where it is the node before it."""

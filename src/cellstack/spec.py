@@ -37,6 +37,9 @@ ARRAYS = (
 )
 """Every array that a cell may have, in the order in which they are listed, passed and saved; see `CellSpec.shapes`."""
 
+MATRICES = ("kernel", "recurrent_kernel", "projection")
+"""Those of them that what comes in is multiplied with: nearly all of a cell's numbers."""
+
 ACTIVATIONS = (
     "sigmoid",
     "tanh",

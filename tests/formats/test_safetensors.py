@@ -371,10 +371,14 @@ DAMAGE = {
     ),
     "unused and empty": (tensors(put("", np.ones(0, "f4"))), "tensor '': expected no such tensor"),
     "unused and odd": (tensors(put("\n\u202e" * 99, np.ones(1, "f4"))), r"tensor '\\n\\u202e.*: expected no such"),
-    "dtype": (tensors(put(K, np.ones((3, 8), "i4"))), f"tensor '{K}': expected dtype F32 or F64, found 'I32'"),
+    "dtype": (tensors(put(K, np.ones((3, 8), "i4"))), f"tensor '{K}': expected dtype F32, F64 or BF16, found 'I32'"),
     "dtype that NumPy lacks": (
+        edited(lambda h: h["stack/0/bias"].update(dtype="BF16", shape=[16])),
+        "tensor 'stack/0/bias': expected dtype F32 or F64, found 'BF16'",
+    ),
+    "shape of bfloat16": (
         edited(lambda h: h[K].update(dtype="BF16", shape=[3, 16])),
-        f"tensor '{K}': expected dtype F32 or F64, found 'BF16'",
+        f"tensor '{K}': expected shape .3, 8., found .3, 16.",
     ),
     "dtype of one": (tensors(put(K, np.ones((3, 8)))), "'stack': Cell: expected"),
     "shape": (edited(put(K, "shape", [8, 3])), f"tensor '{K}': expected shape .3, 8., found .8, 3."),

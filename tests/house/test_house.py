@@ -21,16 +21,17 @@ MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 # What each part may import of the house. Imports run one way: no part is above and below another.
 BELOW = {
     "spec": set(),
+    "bfloat16": set(),
     "_kernel": set(),
     "reference": {"spec"},
     "layout": {"spec"},
     "native": {"spec", "_kernel"},
-    "nodes": {"spec", "reference", "native"},
+    "nodes": {"spec", "bfloat16", "reference", "native"},
     "graph": {"spec", "nodes"},
     "arguments": {"spec", "nodes"},
     "network": {"spec", "native", "nodes", "graph", "arguments"},
     "streaming": {"spec", "native", "nodes", "graph", "arguments"},  # a network is given to it
-    "formats": {"spec", "layout", "nodes", "graph", "network", "streaming"},
+    "formats": {"spec", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"spec", "native"},
     "doors": {"spec"},  # which looks the doors up by name, for what a model brought along

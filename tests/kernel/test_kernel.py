@@ -260,7 +260,9 @@ def test_a_thread_that_never_comes_holds_nobody_up(tmp_path):
         "print(two / one)\n"
     )
     paths = os.pathsep.join(path for path in sys.path if path)
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 2, run.stdout
 

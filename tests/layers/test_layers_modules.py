@@ -560,3 +560,28 @@ def test_autocast_feeds_a_layer_in_the_weights_dtype():
     torch.testing.assert_close(y, model(x), atol=tolerances.BFLOAT16, rtol=0)
     y.sum().backward()
     assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "SimpleRNN"])
+def test_training_under_autocast_is_that_of_float32(kind):
+    """What comes in is widened; weights, states, sums and gradients stay float32, and so have the bits of float32."""
+    torch.manual_seed(0)
+    layer = getattr(layers, kind)(8, input_size=6, return_sequences=True)
+    x = torch.randn(4, 9, 6).bfloat16()
+    results = []
+    for mixed in (True, False):
+        layer.zero_grad()
+        given = (x if mixed else x.float()).clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            (line,) = layer.plan()
+            assert "fused cpu kernel" in line
+            assert line.endswith("in float32 under torch.autocast") == mixed
+            y = layer(given)
+            y.square().mean().backward()
+        assert given.grad is not None
+        assert given.grad.dtype is given.dtype
+        assert {weight.grad.dtype for weight in layer.parameters()} == {torch.float32}
+        results.append([y.detach(), *(weight.grad.clone() for weight in layer.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype is torch.float32
+        torch.testing.assert_close(one, other, atol=0, rtol=0)

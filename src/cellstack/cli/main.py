@@ -20,6 +20,7 @@ from cellstack.cli.tables import add_table_options, names
 from cellstack.cli.text import add_generate_arguments, generate
 from cellstack.cli.train import add_arguments, train
 from cellstack.formats.lines import FORMS
+from cellstack.nodes.recurrent import HELD, WEIGHTS
 from cellstack.spec import FormatError, ShapeError
 from cellstack.train.checks import TooFewRowsError, UsageError
 
@@ -43,6 +44,7 @@ EXAMPLES = {
     "  cellstack generate book --seed 1 --stop '.'",
     "convert": "cellstack convert model.onnx model.safetensors\n"
     "  cellstack convert model.safetensors firmware/model.c\n"
+    "  cellstack convert model.keras small.safetensors --weights bfloat16\n"
     "  cellstack convert model.safetensors model.onnx --sample frames.csv",
     "info": "cellstack info vowels.safetensors",
     "inspect": "cellstack inspect vowels.safetensors Vowels_TEST.ts --open\n"
@@ -114,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument("--time", metavar="COLUMN", help="of a table: puts the rows of a sequence in order (as trained)")
     runs.add_argument("--label", metavar="COLUMN", help="of a table: holds the truth (as trained, where it is there)")
     runs.add_argument("--origin", metavar="DATE", help="forecast what comes after this row, not after the last one")
+    runs.add_argument("--weights", choices=HELD, help="round the cells' matrices first (as they are)")
     add_load_options(runs)
     add_table_options(runs)
     steps = verb("stream", "frames on standard input, a line each; answers on standard output, each at once")
@@ -126,6 +129,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="go on from the state in it, where it is there, and write it at the end, on Ctrl-C and SIGTERM too",
     )
+    text = "what the cells' matrices are held in: fewer bits make a step faster, and round (as the model has them)"
+    steps.add_argument("--weights", choices=WEIGHTS, help=text)
     add_load_options(steps)
     add_generate_arguments(verb("generate", "text from a network of characters or bytes, each as it comes"))
     other = verb("convert", "write a network in another format, and compare what was read and written")
@@ -135,6 +140,8 @@ def parser() -> argparse.ArgumentParser:
         "--sample", metavar="FILE", help="data to compare on: .npy [B, T, I], .npz by input, .csv (drawn at random)"
     )
     other.add_argument("--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4)")
+    text = "hold the cells' matrices in so many bits: bfloat16 rounds them and halves the file (as they are)"
+    other.add_argument("--weights", choices=HELD, help=text)
     add_load_options(other)
     inside = verb("inspect", "write a page that looks into a run: what every gate, cell and layer did, and what if")
     inside.add_argument("model", metavar="MODEL", help="of any format that can be read")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.cli import forecast
-from cellstack.cli.files import load_model, load_options, run_any, show
+from cellstack.cli.files import held_in, load_model, load_options, run_any, show
 from cellstack.cli.tables import SEQUENCES, given, merged, only_one
 from cellstack.cli.text import measure
 from cellstack.network import Network
@@ -27,6 +27,7 @@ from cellstack.train.tables.table import iso
 def run(args: argparse.Namespace) -> int:
     """Predict what a file holds, or comes after it; or run any network."""
     net, path = load_model(args.model, load_options(args))
+    net = held_in(net, args.weights)
     if net.metadata.get("task") is None:
         return run_any(args, net)
     if args.columns is not None:

@@ -90,7 +90,9 @@ def stream(args: argparse.Namespace) -> int:
         raise UsageError("expected standard input and standard output to be open")
     net, path = load_model(args.model, load_options(args))
     try:
-        running = net.stream()
+        running = net.stream(weights=args.weights)
+    except TypeError as error:
+        raise UsageError(f"--weights {args.weights}: {error}") from None
     except ValueError as error:
         whole = any(isinstance(node, GlobalPool) and node.mode != "last" for node in net.nodes)
         mend = ": train with --pooling last for streams" if whole and net.metadata.get("task") else ""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
+from cellstack.bfloat16 import Halves
 from cellstack.formats.files import replacing, short
-from cellstack.formats.safetensors_weights import extract_weights, has_parts, load_weights
+from cellstack.formats.safetensors_weights import extract_weights, has_parts, load_weights, upper_halves
 from cellstack.network import Network
 from cellstack.nodes import NODES, Node
 from cellstack.nodes.patches import Patch
@@ -41,6 +42,7 @@ KEY = "cellstack"
 VERSION = 1
 MAX_DESCRIPTION = 1 << 22  # thousands of nodes; JSON takes some twenty times its size when it is parsed
 DTYPES = {"F32": np.float32, "F64": np.float64}
+HALVES = "BF16"  # of cells' matrices alone
 
 
 def recognises(head: bytes) -> bool:
@@ -51,13 +53,13 @@ def recognises(head: bytes) -> bool:
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def described(network: Network) -> tuple[dict[str, Any], dict[str, Array]]:
+def described(network: Network) -> tuple[dict[str, Any], dict[str, Array | Halves]]:
     """Return the description of `network`, which JSON can hold, and its arrays by the names of their tensors.
 
     Args:
         network: what is described.
     """
-    tensors: dict[str, Array] = {}
+    tensors: dict[str, Array | Halves] = {}
     nodes = []
     for name, wires, node in zip(network.names, network.wires, network.nodes, strict=True):
         entry, arrays = node.stored()
@@ -93,7 +95,23 @@ def save(network: Network, path: str) -> None:
     if len(description) > MAX_DESCRIPTION:
         raise ValueError(f"save: expected a description of at most {MAX_DESCRIPTION} bytes, got {len(description)}")
     with replacing(path) as file:
-        file.write(to_bytes(tensors, metadata={KEY: description}))
+        file.write(_to_bytes(tensors, description))
+
+
+def _to_bytes(tensors: Mapping[str, Array | Halves], description: str) -> bytes:
+    """Return the bytes of a file: of bfloat16, which NumPy doesn't have, the bits, as the header says."""
+    halves = {name for name, array in tensors.items() if isinstance(array, Halves)}
+    written = {name: array.bits if isinstance(array, Halves) else array for name, array in tensors.items()}
+    data = to_bytes(written, metadata={KEY: description})
+    if not halves:
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    for name in halves:
+        header[name]["dtype"] = HALVES
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -150,19 +168,22 @@ class _Tensors:
         self.path, self.file = path, file
         self.left = set(file.keys())
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Array:
+    def take(self, name: str, shape: tuple[int, ...], halves: bool = False) -> Array | Halves:
         where = f"{self.path}: tensor {short(name)}"
         if name not in self.left:
             raise FormatError(f"{where}: expected it, with shape {short(list(shape))}, found no such tensor")
         self.left.remove(name)
         entry = self.file.get_slice(name)
         dtype, found = entry.get_dtype(), entry.get_shape()
-        if dtype not in DTYPES:
-            raise FormatError(f"{where}: expected dtype {' or '.join(DTYPES)}, found {short(dtype)}")
+        known = (*DTYPES, HALVES) if halves else tuple(DTYPES)
+        if dtype not in known:
+            raise FormatError(f"{where}: expected dtype {', '.join(known[:-1])} or {known[-1]}, found {short(dtype)}")
         if found != list(shape):
             raise FormatError(f"{where}: expected shape {short(list(shape))}, found {short(found)}")
         if 0 in shape:  # the other axis could be of any length, beyond what NumPy can count
             raise FormatError(f"{where}: expected at least one number, found shape {short(found)}")
+        if dtype == HALVES:
+            return Halves(upper_halves(self.path, name, shape))
         np.empty(shape, DTYPES[dtype])  # a MemoryError where there is no room for it: the package would panic
         return self.file.get_tensor(name)
 
@@ -187,8 +208,8 @@ class _Entry(Entry):
             raise self.refuse(f"expected type {self.kind!r}, found {short(self.table['type'])}")
         return found
 
-    def array(self, name: str, shape: tuple[int, ...]) -> Array:
-        return self.tensors.take(f"{self.prefix}/{name}", shape)
+    def array(self, name: str, shape: tuple[int, ...], halves: bool = False) -> Array | Halves:
+        return self.tensors.take(f"{self.prefix}/{name}", shape, halves)
 
     def inner(self, name: str, description: Any, kind: str = "") -> _Entry:
         return _Entry(self.tensors, f"{self.prefix}/{name}", description, kind)
@@ -241,7 +262,7 @@ def _patch(tensors: _Tensors, number: int, said: Any) -> Patch:
     shape = table.pop("value", None)
     if shape is not None and not all(type(size) is int and size > 0 for size in shape):
         raise FormatError(f"{where}: expected value to be a shape, found {short(shape)}")
-    value = None if shape is None else tensors.take(f"patch/{number}/value", tuple(shape))
+    value = None if shape is None else np.asarray(tensors.take(f"patch/{number}/value", tuple(shape)))
     try:
         return Patch.restored(table, value)
     except (TypeError, ValueError) as error:

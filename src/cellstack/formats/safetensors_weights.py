@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import safe_open
 
+from cellstack.bfloat16 import widened
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.names import NAME, network_of, networks_of, parts_of, with_dense
+from cellstack.formats.pytorch.names import NAME, held_as_read, network_of, networks_of, parts_of, with_dense
 from cellstack.formats.pytorch.order import in_order
 from cellstack.formats.pytorch.ours import layers_of
 from cellstack.formats.pytorch.saved import Source
@@ -38,12 +40,12 @@ class _Tensor:
         if self.dtype not in DTYPES:
             found = f"found {self.dtype}"
             raise FormatError(f"{self.path}: tensor {self.name!r}: expected dtype {', '.join(DTYPES)}, {found}")
-        array = _upper_halves(self.path, self.name, self.shape) if self.dtype == "BF16" else None
+        array = widened(upper_halves(self.path, self.name, self.shape)) if self.dtype == "BF16" else None
         return np.asarray(self.file.get_tensor(self.name) if array is None else array, dtype)
 
 
-def _upper_halves(path: str, name: str, shape: tuple[int, ...]) -> Array:
-    """Return a tensor of bfloat16, which NumPy doesn't know, as float32, of which it is the upper half.
+def upper_halves(path: str, name: str, shape: tuple[int, ...]) -> NDArray[np.uint16]:
+    """Return the bits of a tensor of bfloat16, which NumPy doesn't know.
 
     The package has opened the file, and so checked that the header and the places in it are within the file.
     """
@@ -51,8 +53,7 @@ def _upper_halves(path: str, name: str, shape: tuple[int, ...]) -> Array:
         length = int.from_bytes(file.read(8), "little")
         start, end = json.loads(file.read(length))[name]["data_offsets"]
         file.seek(8 + length + start)
-        halves = np.frombuffer(file.read(end - start), "<u2").reshape(shape)
-    return (halves.astype(np.uint32) << 16).view(np.float32)
+        return np.frombuffer(file.read(end - start), "<u2").reshape(shape)
 
 
 def _tensors(path: str, file: safe_open) -> dict[str, _Tensor]:
@@ -70,12 +71,16 @@ def has_parts(file: safe_open) -> bool:
 
 def load_weights(path: str, file: safe_open, order: Sequence[str | Node] | None = None) -> Network:
     """Return the one recurrent module that a file of weights consists of, or its modules in an order, one by one."""
+    tensors = _tensors(path, file)
     if order is not None:
-        return in_order(Contents(_tensors(path, file)), Source(path, Scripts(path, lambda _: "")), order)
-    return network_of(_tensors(path, file), path)
+        network = in_order(Contents(tensors), Source(path, Scripts(path, lambda _: "")), order)
+    else:
+        network = network_of(tensors, path)
+    return held_as_read(network, tensors)
 
 
 def extract_weights(path: str, file: safe_open) -> dict[str, Network]:
     """Return the recurrent modules of a file of weights by name, and each Linear beside them."""
     tensors = _tensors(path, file)
-    return with_dense(networks_of(tensors, path), tensors, path)
+    networks = {name: held_as_read(network, tensors) for name, network in networks_of(tensors, path).items()}
+    return with_dense(networks, tensors, path)

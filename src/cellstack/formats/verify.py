@@ -18,6 +18,7 @@ from cellstack.nodes.recurrent import WEIGHTS
 from cellstack.spec import ShapeError
 
 TOLERANCE = 1e-4
+BFLOAT16_TOLERANCE = 2e-2  # of a network whose matrices were rounded, beside a file that may hold them as they were
 """Greatest relative difference that passes where none is given: float32 on both sides, sums in other orders."""
 BATCH, STEPS = 5, 7  # of the input that is drawn, where neither the network nor the file has lengths of its own
 MOST_STEPS = 256  # that are tried where a network takes one number of steps alone
@@ -62,6 +63,7 @@ class Report:
         drawn: whether the inputs were drawn at random, for want of a sample.
         streams: one an output for bfloat16, then one an output for int8.
         no_streams: why there are none.
+        weights: what the network's cells hold their matrices in.
     """
 
     path: str
@@ -73,26 +75,38 @@ class Report:
     drawn: bool = False
     streams: tuple[Rounding, ...] = ()
     no_streams: str = ""
+    weights: str = "float32"
 
-    def ok(self, tolerance: float = TOLERANCE) -> bool:
+    @property
+    def tolerance(self) -> float:
+        """The greatest relative difference that passes where nothing else is said.
+
+        That of float32 sums in another order, or, for a network with matrices in bfloat16, what rounding them does: the
+        file may hold them as they were.
+        """
+        return BFLOAT16_TOLERANCE if self.weights == "bfloat16" else TOLERANCE
+
+    def ok(self, tolerance: float | None = None) -> bool:
         """Return whether both ran, and every answer has the other's shape and lies near it.
 
         Args:
-            tolerance: greatest relative difference.
+            tolerance: greatest relative difference; None = the report's own.
 
         Returns:
             False too where nothing could run the file: nothing was verified then.
         """
+        tolerance = self.tolerance if tolerance is None else tolerance
         return self.runtime is not None and all(
             one.shape == one.theirs and one.relative <= tolerance for one in self.differences
         )
 
-    def verdict(self, tolerance: float = TOLERANCE) -> str:
+    def verdict(self, tolerance: float | None = None) -> str:
         """Return what comes of it, in a line: `pass`, `fail` with what lies furthest apart, or `not verified`.
 
         Args:
-            tolerance: greatest relative difference that passes.
+            tolerance: greatest relative difference that passes; None = the report's own.
         """
+        tolerance = self.tolerance if tolerance is None else tolerance
         if self.runtime is None:
             return f"not verified: {self.note}"
         if self.ok(tolerance):
@@ -104,7 +118,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as what JSON can hold."""
-        names = ("path", "runtime", "version", "inputs", "note", "drawn", "no_streams")
+        names = ("path", "runtime", "version", "inputs", "note", "drawn", "no_streams", "weights")
         return {name: getattr(self, name) for name in names} | {
             "ok": self.ok(),
             "differences": [one._asdict() for one in self.differences],
@@ -114,11 +128,11 @@ class Report:
     def __str__(self) -> str:
         return self.text()
 
-    def text(self, tolerance: float = TOLERANCE) -> str:
+    def text(self, tolerance: float | None = None) -> str:
         """Return the report as lines, the verdict last.
 
         Args:
-            tolerance: greatest relative difference that passes.
+            tolerance: greatest relative difference that passes; None = the report's own.
         """
         given = ", ".join(f"{name} {list(shape)}" for name, shape in self.inputs.items())
         given += ", drawn at random" if self.drawn else ""
@@ -198,7 +212,7 @@ def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0
         else:
             report = _not_verified(path, inputs, error)
     rounded, why = _rounded(net, inputs) if streams else ((), "")
-    return replace(report, drawn=x is None, streams=rounded, no_streams=why)
+    return replace(report, drawn=x is None, streams=rounded, no_streams=why, weights=net.weights)
 
 
 def _not_verified(path: str, inputs: Inputs, error: CannotRunError) -> Report:

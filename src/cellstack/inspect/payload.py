@@ -34,7 +34,8 @@ def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None 
     {'dtype': 'float64', 'shape': [1, 1], 'data': 'AAAAAAAA8D8='}
     """
     description, arrays = native_format.described(network)
-    return {"description": description, "arrays": {name: (pack or packed)(array) for name, array in arrays.items()}}
+    pack = pack or packed
+    return {"description": description, "arrays": {name: pack(np.asarray(array)) for name, array in arrays.items()}}
 
 
 def packed(array: Array) -> dict[str, Any]:

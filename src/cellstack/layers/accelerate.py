@@ -611,7 +611,7 @@ def _how(module: Any) -> str:
         return f"PyTorch's own: {why}"
     if not isinstance(module, _Accelerated):
         return "PyTorch's own: accelerate() would let the fused kernel run it"
-    return f"fused cpu kernel ({op.isa()}){_small(module)}"
+    return f"fused cpu kernel ({op.isa()}){op.autocast()}{_small(module)}"
 
 
 def _small(module: Any) -> str:

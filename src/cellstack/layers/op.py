@@ -634,3 +634,8 @@ def dropout_mask(draws: Tensor | None, like: Tensor, rows: int, width: int, rate
     if seed is None or draws is None:
         return torch.nn.functional.dropout(like.new_ones(rows, width), rate)
     return torch.ops.cellstack.dropout_mask(draws, like.detach(), rows, width, rate, seed)
+
+
+def autocast() -> str:
+    """Return what a plan says of `torch.autocast`; nothing where it is off."""
+    return ", in float32 under torch.autocast" if torch.is_autocast_enabled("cpu") else ""

@@ -157,7 +157,7 @@ class RNN(StatefulLayer):
             kernel = cell.like
             route, why = cell.route(kernel)
             width = "?" if cell.input_size is None else cell.input_size
-            how = {"fused": f"fused cpu kernel ({op.isa()})", "cudnn": f"cuDNN through torch; {why}"}
+            how = {"fused": f"fused cpu kernel ({op.isa()}){op.autocast()}", "cudnn": f"cuDNN through torch; {why}"}
             lines.append(f"{head} {width} -> {cell.output_size}: {how.get(route, f'torch loop: {why}')}")
         return Plan(lines)
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import reference, spec
+from cellstack.bfloat16 import Halves
 from cellstack.nodes.masks import ArrayMasks
 from cellstack.spec import DTYPES, HiddenState, ShapeError, State
 
@@ -142,6 +143,17 @@ def hold(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array
     array = np.asarray(value)
     if array.dtype.name not in DTYPES:
         raise TypeError(f"{owner}: expected {name} in {' or '.join(DTYPES)}, got {array.dtype}")
+    return _own(owner, name, array, shape)
+
+
+def hold_halves(owner: str, name: str, value: Halves, shape: Sequence[int | str]) -> Halves:
+    """Return a private, read-only copy of an array of bfloat16; see `hold`."""
+    if value.bits.dtype != np.uint16:
+        raise TypeError(f"{owner}: expected {name} as bits of uint16, got {value.bits.dtype}")
+    return Halves(_own(owner, name, value.bits, shape))
+
+
+def _own(owner: str, name: str, array: NDArray[Any], shape: Sequence[int | str]) -> NDArray[Any]:
     fits = len(shape) == array.ndim and all(
         got >= 1 if isinstance(want, str) else got == want for want, got in zip(shape, array.shape, strict=True)
     )
@@ -387,6 +399,12 @@ class Node:
         """
         raise NotImplementedError
 
+    # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def with_weights(self, weights: str) -> Node:
+        """Return the node with the matrices of its cells held in `weights`: see `Network.with_weights`."""
+        return self
+
     # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
@@ -431,7 +449,7 @@ class Node:
                 found[key] = lengths[0] if lengths else None
         return found
 
-    def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
+    def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | Halves]]:
         """Return the node as a file holds it: what JSON says of it, and its arrays by their names within the node."""
         values = self.values()
         return {"type": self.file_type, **values}, {name: getattr(self, name) for name in self.array_shapes(values)}
@@ -480,6 +498,12 @@ class Node:
     def numbers_read(self) -> int:
         """How many of the node's own numbers a step of its answer reads."""
         return self._numbers(self.arrays) + sum(cell.numbers_read for cell in self.cells)
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes these numbers take."""
+        each = 4 if self.dtype is None else self.dtype.itemsize
+        return self.numbers_read * each - sum(cell.bytes_spared for cell in self.cells)
 
 
 class Stepwise(Node):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
+from cellstack.bfloat16 import Halves, rounded
 from cellstack.nodes.base import (
     Array,
     CellState,
@@ -23,10 +25,11 @@ from cellstack.nodes.base import (
     check_choice,
     check_flag,
     hold,
+    hold_halves,
     one_dtype,
     shown,
 )
-from cellstack.spec import ARRAYS, STATES, CellSpec, ShapeError
+from cellstack.spec import ARRAYS, MATRICES, STATES, CellSpec, ShapeError
 
 if TYPE_CHECKING:
     from cellstack.nodes.masks import Mask, Masks
@@ -34,7 +37,10 @@ if TYPE_CHECKING:
     from cellstack.nodes.stored import Entry
 
 WEIGHTS = ("float32", "bfloat16", "int8")
-"""What a stream can hold the matrices of its cells in; float64 cells keep theirs."""
+"""What a run or a stream can hold the matrices of cells in; float64 cells keep theirs."""
+
+HELD = ("float32", "bfloat16")
+"""What the matrices of a cell's own can be held in, as data."""
 
 MOST_DEPTH = (2**31 - 1) // 127**2
 """Products of two numbers of 8 bits that a sum of 32 can hold, whatever they are."""
@@ -55,12 +61,15 @@ class Cell:
 
     Args:
         spec: the kind of cell, its widths and its flags.
-        arrays: those of `spec.shapes`, in that order, float32 or float64.
+        arrays: those of `spec.shapes`, in that order, float32 or float64. The matrices (`kernel`, `recurrent_kernel`,
+            `projection`) may all be `Halves`, of bfloat16, beside float32: they are kept so, and an attribute gives
+            them as float32. See `with_weights`.
         named: the others of them, by name; None stands for one that such a cell doesn't need.
 
     Raises:
         ShapeError: an array too few or too many, or one that isn't shaped as `spec` says.
-        TypeError: a dtype other than float32 and float64, or not one for all; an array given twice.
+        TypeError: a dtype other than float32 and float64, or not one for all; an array given twice; some matrices of
+            bfloat16, and others not.
 
     >>> spec = CellSpec(3, 4, kind="gru", reset_after=False)
     >>> cell = Cell(spec, np.ones((3, 12)), recurrent_kernel=np.ones((4, 12)), bias=np.zeros(12))
@@ -82,6 +91,7 @@ class Cell:
     cell_bias: Array | None
     initial_h: Array | None
     initial_c: Array | None
+    _halves: dict[str, Halves]
 
     def __init__(self, spec: CellSpec, *arrays: Any, **named: Any) -> None:
         if not isinstance(spec, CellSpec):
@@ -95,39 +105,114 @@ class Cell:
                 raise TypeError(f"Cell: expected each of {', '.join(shapes)} once, got another {name}")
         given |= named
         object.__setattr__(self, "spec", spec)
+        halves: dict[str, Halves] = {}
         for name in ARRAYS:
             value = given.get(name)
             if (value is None) == (name in shapes):
                 expected, got = (list(shapes[name]), "none") if value is None else ("none", "one")
                 raise ShapeError(f"Cell: expected {name} {expected} as the description says, got {got}")
-            object.__setattr__(self, name, None if value is None else hold("Cell", name, value, shapes[name]))
-        one_dtype("Cell", dict(self.arrays))
+            if isinstance(value, Halves):  # there is no attribute then: `__getattr__` makes one
+                halves[name] = hold_halves("Cell", name, value, shapes[name])
+            else:
+                object.__setattr__(self, name, None if value is None else hold("Cell", name, value, shapes[name]))
+        object.__setattr__(self, "_halves", halves)
+        matrices = [name for name in MATRICES if name in shapes]
+        if halves and list(halves) != matrices:
+            raise TypeError(f"Cell: expected all of {', '.join(matrices)} in bfloat16 or none, got {', '.join(halves)}")
+        whole: dict[str, Array | None] = {}
+        if halves:
+            whole["matrices"] = np.empty(0, np.float32)
+        whole |= {name: array for name, array in self.held.items() if not isinstance(array, Halves)}
+        one_dtype("Cell", whole)
+
+    def __getattr__(self, name: str) -> Array:
+        """Return a matrix that is held in bfloat16, as float32."""
+        halves = self.__dict__.get("_halves", {})
+        if name not in halves:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        array = np.asarray(halves[name])
+        array.setflags(write=False)
+        return array
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """The cell's arrays by name, in the order of `CellSpec.shapes`."""
+        """The cell's arrays by name, in the order of `CellSpec.shapes`; those of bfloat16 as float32."""
         return {name: getattr(self, name) for name in self.spec.shapes}
+
+    @property
+    def held(self) -> dict[str, Array | Halves]:
+        """The cell's arrays as it holds them."""
+        return {name: self._halves[name] if name in self._halves else getattr(self, name) for name in self.spec.shapes}
+
+    @property
+    def weights(self) -> str:
+        """What the matrices are held in: `"float32"`, `"float64"` or `"bfloat16"`."""
+        return "bfloat16" if self._halves else self.dtype.name
 
     @property
     def initial(self) -> dict[str, Array]:
         """The state that it starts from, `h [P]` and `c [H]` by name: learned, or zeros."""
-        sizes = self.spec.state_sizes.items()
-        return {name: self.arrays.get(f"initial_{name}", np.zeros(size, self.dtype)) for name, size in sizes}
+        learned = {name: getattr(self, f"initial_{name}") for name in self.spec.state_sizes}
+        sizes = self.spec.state_sizes
+        return {name: np.zeros(sizes[name], self.dtype) if of is None else of for name, of in learned.items()}
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Dtype of every array of the cell."""
-        return self.kernel.dtype
+        """Dtype of what the cell computes: that of its arrays, float32 beside matrices of bfloat16."""
+        return np.dtype(np.float32) if self._halves else self.kernel.dtype
 
     @property
     def summary(self) -> str:
         """The kind, widths and flags of the cell, in a few words."""
         return _summary((self,))
 
+    def with_weights(self, weights: str) -> Cell:
+        """Return the cell with its matrices held in one of `HELD`; all else stays as it is.
+
+        Args:
+            weights: `"bfloat16"`: each number rounded to the nearest one of 8 bits of precision, two bytes each;
+                `"float32"`: the same numbers in four.
+
+        Raises:
+            ValueError: another word.
+            TypeError: fewer bits of a float64 cell.
+
+        >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.full((1, 8), 0.1, "f4"), np.ones((2, 8), "f4"))
+        >>> small = cell.with_weights("bfloat16")
+        >>> small
+        Cell of float32: LSTM 1 -> 2 (no bias, matrices in bfloat16)
+        >>> small.kernel[0, 0]
+        np.float32(0.10009766)
+        """
+        check_choice("Cell", "weights", weights, HELD)
+        if weights == self.weights or (weights == "float32" and not self._halves):
+            return self
+        if weights == "float32":
+            return Cell(self.spec, *self.arrays.values())
+        self._check_narrow(weights)
+        arrays = self.arrays.items()
+        return Cell(self.spec, *(Halves(rounded(array)) if name in MATRICES else array for name, array in arrays))
+
     @cached_property
     def packed(self) -> Any:
-        """The weights in the kernel's own layout, packed at the first use."""
-        return self.pack("float32")
+        """The weights in the kernel's own layout, as they are, packed at the first use."""
+        return native.weights(self.spec, self.arrays, self.weights)
+
+    @cached_property
+    def _packed(self) -> dict[str, Any]:
+        return {}
+
+    def packed_in(self, weights: str | None) -> Any:
+        """Return the weights in the kernel's own layout, packed at the first use; runs and streams share them.
+
+        Args:
+            weights: as for `pack`; None: as they are.
+        """
+        if weights is None or weights == self.weights or (weights == "float32" and self.dtype == np.float64):
+            return self.packed
+        if weights not in self._packed:
+            self._packed[weights] = self.pack(weights)
+        return self._packed[weights]
 
     def pack(self, weights: str) -> Any:
         """Pack the weights with their matrices in one of `WEIGHTS`.
@@ -143,23 +228,31 @@ class Cell:
             TypeError: fewer bits of a float64 cell.
             ValueError: more features or units than sums of whole numbers can hold.
         """
-        if weights != "float32" and self.dtype != np.float32:
-            raise TypeError(f"Cell: expected float32 arrays for weights={weights!r}, got {self.dtype}")
+        self._check_narrow(weights)
         depth = max(self.spec.input_size, self.spec.units)
         if weights == "int8" and depth > MOST_DEPTH:
             raise ValueError(f"Cell: expected at most {MOST_DEPTH} features and units for weights='int8', got {depth}")
         return native.weights(self.spec, self.arrays, None if weights == "float32" else weights)
 
+    def _check_narrow(self, weights: str) -> None:
+        if weights != "float32" and self.dtype != np.float32:
+            raise TypeError(f"Cell: expected float32 arrays for weights={weights!r}, got {self.dtype}")
+
     @property
     def multiplications(self) -> int:
         """How often a step multiplies by one of the cell's own numbers."""
         added = ("bias", "cell_bias", "initial_h", "initial_c")
-        return sum(array.size for name, array in self.arrays.items() if name not in added)
+        return sum(math.prod(shape) for name, shape in self.spec.shapes.items() if name not in added)
 
     @property
     def numbers_read(self) -> int:
         """How many of the cell's own numbers a step reads."""
-        return sum(array.size for name, array in self.arrays.items() if not name.startswith("initial"))
+        return sum(math.prod(shape) for name, shape in self.spec.shapes.items() if not name.startswith("initial"))
+
+    @property
+    def bytes_spared(self) -> int:
+        """How many bytes less it takes than if all its numbers were of its dtype."""
+        return sum(array.nbytes for array in self._halves.values())
 
     @classmethod
     def restored(cls, entry: Entry) -> Cell:
@@ -169,19 +262,19 @@ class Cell:
             if type(name) is not str:
                 raise entry.refuse(f"expected the activation of {gate!r:.80} to be str, found {name!r:.80}")
         spec = CellSpec(**settings)
-        return cls(spec, **{name: entry.array(name, shape) for name, shape in spec.shapes.items()})
+        return cls(spec, **{name: entry.array(name, shape, name in MATRICES) for name, shape in spec.shapes.items()})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies hold the arrays alone: they are checked, frozen and packed again."""
-        return Cell, (self.spec, *self.arrays.values())
+        return Cell, (self.spec, *self.held.values())
 
     def __repr__(self) -> str:
         return f"Cell of {self.dtype}: {self.summary}"
 
 
-def _flags(spec: CellSpec) -> str:
+def _flags(cell: Cell) -> str:
     """Return what tells the cell from a usual one of its kind and widths, in a few words."""
-    words = []
+    words, spec = [], cell.spec
     for name, value in spec.settings.items():
         text = name.removeprefix("use_").replace("_", " ")
         if name == "gate_activations":
@@ -190,14 +283,16 @@ def _flags(spec: CellSpec) -> str:
             words.append(f"projected from {spec.units}")
         elif name not in ("kind", "input_size", "units"):
             words.append(text if value is True else f"no {text}" if value is False else f"{text} {value}")
+    if cell.weights == "bfloat16":
+        words.append("matrices in bfloat16")
     return ", ".join(words)
 
 
 def _summary(cells: tuple[Cell, ...]) -> str:
     """Return the kinds, widths and flags of a stack; cells alike in all but width share their words."""
     parts = []
-    for (kind, flags), alike in groupby((cell.spec for cell in cells), lambda spec: (spec.kind, _flags(spec))):
-        widths = "".join(f" -> {spec.output_size}" for spec in alike)
+    for (kind, flags), alike in groupby(cells, lambda cell: (cell.spec.kind, _flags(cell))):
+        widths = "".join(f" -> {cell.spec.output_size}" for cell in alike)
         start = "" if parts else f" {cells[0].spec.input_size}"
         parts.append(f"{KIND_NAMES[kind]}{start}{widths}{f' ({flags})' if flags else ''}")
     return ", ".join(parts)
@@ -318,8 +413,8 @@ class Recurrent(Node):
                     f"Recurrent: expected cell {number} with I={below.output_size}, "
                     f"the width of the output of the cell below it, got I={cell.spec.input_size}"
                 )
-        kernels: dict[str, Array | None] = {f"cell {n}": cell.kernel for n, cell in enumerate(self.cells)}
-        object.__setattr__(self, "dtype", one_dtype("Recurrent", kernels))
+        numbers: dict[str, Array | None] = {f"cell {n}": np.empty(0, cell.dtype) for n, cell in enumerate(self.cells)}
+        object.__setattr__(self, "dtype", one_dtype("Recurrent", numbers))
         object.__setattr__(self, "input_size", self.cells[0].spec.input_size)
         object.__setattr__(self, "axes", (2, 2 if self.return_sequences else 1))
 
@@ -360,6 +455,7 @@ class Recurrent(Node):
         threads: int,
         record: Recording | None = None,
         patches: Sequence[CellPatches | None] = (),
+        weights: str | None = None,
     ) -> tuple[Array, list[CellState]]:
         """Run the stack over `flow.x [B, T, I]` of any strides.
 
@@ -369,6 +465,7 @@ class Recurrent(Node):
             threads: how many the kernel may use.
             record: what is kept of every step, if anything is.
             patches: what is changed in each cell as it runs; empty = in none.
+            weights: what the cells' matrices are held in, one of `WEIGHTS`; None = as they are.
 
         Returns:
             `(y, states)`, where `y` is `[B, T, W]` in the order of `x` whatever `go_backwards` says, or `[B, W]`.
@@ -380,7 +477,8 @@ class Recurrent(Node):
             done = len(after) + len(cells)
             wanted = self.return_sequences or added or done < len(self.cells)
             x, place = y, slice(len(after), done)
-            made, ends = self._call(cells, x, mask, reset, states[place], wanted, threads, record, patches[place])
+            changes = patches[place]
+            made, ends = self._call(cells, x, mask, reset, states[place], wanted, threads, record, changes, weights)
             after += ends
             if made is not None:
                 y = self._add(made, x, mask, reset, record is None) if added else made
@@ -403,6 +501,7 @@ class Recurrent(Node):
         threads: int,
         record: Recording | None,
         patches: Sequence[CellPatches | None],
+        weights: str | None,
     ) -> tuple[Array | None, list[CellState]]:
         """Run some of the cells in one call of the kernel; y, the top one's h, may be None unless `wanted`."""
         batch, steps, _ = x.shape
@@ -424,7 +523,7 @@ class Recurrent(Node):
             below = kept.get("y")
             if changes is not None:
                 kept |= changes.of_run(batch, steps, mask, self.go_backwards, x.dtype)
-            layers.append(native.Layer(cell.packed, *_pair(before), *_pair(after[-1]), **kept))
+            layers.append(native.Layer(cell.packed_in(weights), *_pair(before), *_pair(after[-1]), **kept))
         native.forward(native.sequences(x, mask, reset, self.go_backwards), layers, threads)
         if record is not None:
             record.extend(made)
@@ -467,12 +566,13 @@ class Recurrent(Node):
         threads: int,
         record: Recording | None = None,
         patches: Sequence[CellPatches | None] = (),
+        weights: str | None = None,
     ) -> Flow:
-        """See `Node.run`, and for `record` and `patches` `forward`."""
+        """See `Node.run`, and for `record`, `patches` and `weights` `forward`."""
         flow = flows[0]
         if len(flows) > 1:
             states = _started(self, flows[1:])
-        y, ends = self.forward(flow, states, threads, record, patches)
+        y, ends = self.forward(flow, states, threads, record, patches, weights)
         after = tuple(ends)
         if not self.return_sequences:
             return Flow(y, None, None, after)
@@ -490,10 +590,13 @@ class Recurrent(Node):
     def frames(self, *shapes: Shape) -> FrameRule:
         return FrameRule(BACKWARDS if self.go_backwards else None)
 
-    def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
+    def with_weights(self, weights: str) -> Recurrent:
+        return replace(self, cells=tuple(cell.with_weights(weights) for cell in self.cells))
+
+    def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | Halves]]:
         flags = {name: getattr(self, name) for name in self.settings if name != "cells"}
         arrays = {
-            f"{number}/{name}": array for number, cell in enumerate(self.cells) for name, array in cell.arrays.items()
+            f"{number}/{name}": array for number, cell in enumerate(self.cells) for name, array in cell.held.items()
         }
         return {"type": self.file_type, "cells": [cell.spec.settings for cell in self.cells], **flags}, arrays
 
@@ -504,7 +607,7 @@ class Recurrent(Node):
         return cls(tuple(cells), **values)
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        return f"fused kernel ({native.isa()}, {dtype}): {self.calls}"
+        return f"fused kernel ({native.isa()}, {dtype}{_narrow(self)}): {self.calls}"
 
     @property
     def calls(self) -> str:
@@ -512,6 +615,13 @@ class Recurrent(Node):
         calls, cells = len(self.parts), len(self.cells)
         count = "one call" if calls == 1 else f"{calls} calls, NumPy's sums between them,"
         return count if cells == 1 else f"{count} for the stack of {cells} cells"
+
+
+def _narrow(node: Node) -> str:
+    """Return which matrices of a node's cells are held in bfloat16, in a few words; nothing where none are."""
+    few = sum(cell.weights == "bfloat16" for cell in node.cells)
+    whose = "" if few == len(node.cells) else f" of {few} cell{'s' * (few > 1)}"
+    return f", matrices{whose} in bfloat16" if few else ""
 
 
 def _check_starts(owner: str, node: Node, shapes: Sequence[Shape]) -> None:
@@ -590,8 +700,9 @@ class Bidirectional(Node):
             raise ShapeError(
                 f"{owner}: expected backward H={forward.units} to {self.merge_mode}, got H={backward.units}"
             )
-        kernels: dict[str, Array | None] = {"forward": forward.cells[0].kernel, "backward": backward.cells[0].kernel}
-        object.__setattr__(self, "dtype", one_dtype(owner, kernels))
+        halves = {"forward": forward, "backward": backward}
+        numbers: dict[str, Array | None] = {name: np.empty(0, half.dtype) for name, half in halves.items()}
+        object.__setattr__(self, "dtype", one_dtype(owner, numbers))
         object.__setattr__(self, "input_size", forward.input_size)
         object.__setattr__(self, "axes", forward.axes)
         object.__setattr__(self, "cells", forward.cells + backward.cells)
@@ -613,14 +724,15 @@ class Bidirectional(Node):
         threads: int,
         record: Recording | None = None,
         patches: Sequence[CellPatches | None] = (),
+        weights: str | None = None,
     ) -> Flow:
         """See `Recurrent.run`; the forward half is recorded first."""
         flow = flows[0]
         if len(flows) > 1:
             states = _started(self, flows[1:])
         half = len(self.forward.cells)
-        ahead, after = self.forward.forward(flow, states[:half], threads, record, patches[:half])
-        back, after_back = self.backward.forward(flow, states[half:], threads, record, patches[half:])
+        ahead, after = self.forward.forward(flow, states[:half], threads, record, patches[:half], weights)
+        back, after_back = self.backward.forward(flow, states[half:], threads, record, patches[half:], weights)
         if self.merge_mode == "concat":
             y = np.concatenate([ahead, back], axis=-1)
         elif self.merge_mode == "mul":
@@ -636,7 +748,11 @@ class Bidirectional(Node):
     def frames(self, *shapes: Shape) -> FrameRule:
         return FrameRule(BACKWARDS)
 
-    def stored(self) -> tuple[dict[str, Any], dict[str, Array]]:
+    def with_weights(self, weights: str) -> Bidirectional:
+        forward, backward = (half.with_weights(weights) for half in (self.forward, self.backward))
+        return Bidirectional(forward, backward, self.merge_mode)
+
+    def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | Halves]]:
         described: dict[str, Any] = {"type": self.file_type}
         arrays = {}
         for half in ("forward", "backward"):
@@ -654,4 +770,4 @@ class Bidirectional(Node):
 
     def engine(self, dtype: np.dtype[Any]) -> str:
         calls = f"{self.forward.calls}, {self.backward.calls} back, merged in NumPy"
-        return f"fused kernel ({native.isa()}, {dtype}): {calls}"
+        return f"fused kernel ({native.isa()}, {dtype}{_narrow(self)}): {calls}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from cellstack.bfloat16 import Halves
     from cellstack.nodes.base import Array, Types
 
 
@@ -20,8 +21,14 @@ class Entry(Protocol):
         """
         ...
 
-    def array(self, name: str, shape: tuple[int, ...]) -> Array:
-        """Return an array of the entry, which must have this shape."""
+    def array(self, name: str, shape: tuple[int, ...], halves: bool = False) -> Array | Halves:
+        """Return an array of the entry.
+
+        Args:
+            name: the array's.
+            shape: that it must have.
+            halves: whether it may be of bfloat16.
+        """
         ...
 
     def inner(self, name: str, description: Any, kind: str = "") -> Entry:

@@ -50,11 +50,12 @@ class Engine:
     """
 
     def __init__(
-        self, owner: str, network: Network, rows: tuple[str, int], threads: int, weights: str, shared: bool
+        self, owner: str, network: Network, rows: tuple[str, int], threads: int, weights: str | None, shared: bool
     ) -> None:
         self.rows = check_integer(owner, *rows)
         self.threads = check_integer(owner, "threads", threads)
-        check_choice(owner, "weights", weights, WEIGHTS)
+        if weights is not None:
+            check_choice(owner, "weights", weights, WEIGHTS)
         self.owner, self.network, self.weights, self.shared = owner, network, weights, shared
         self._parts: list[tuple[Run, tuple[int, ...]]] = []  # how each runs, and on which of the values before it
         self._keeping: list[Keeps] = []  # the parts that keep something
@@ -131,6 +132,17 @@ class Engine:
         network, (first, *others) = self.network, self._keeping or [None]
         one = len(self._parts) == 1 and len(network.inputs) == len(network.outputs) == 1 and not network.graph.ids
         return first.kernel.step if isinstance(first, OwnCells) and one and not others else None
+
+    @property
+    def held(self) -> str:
+        """What the matrices of cells are held in; `"float32"` of a float64 network too, whose cells keep theirs."""
+        own = self.network.weights
+        return ("float32" if own == "float64" else own) if self.weights is None else self.weights
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the matrices are held in other numbers than the network's own."""
+        return self.weights not in (None, "float32", self.network.weights)
 
     def keeps_frames(self) -> list[str]:
         """Return the names of the nodes that keep frames of their own."""

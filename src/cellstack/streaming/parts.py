@@ -131,11 +131,8 @@ class Cells:
         weights: what the cells' matrices are held in: see `Stream`.
     """
 
-    def __init__(self, layers: Sequence[Cell | Dense], weights: str) -> None:
-        self.packed = [
-            layer.pack(weights) if isinstance(layer, Cell) and weights != "float32" else layer.packed
-            for layer in layers
-        ]
+    def __init__(self, layers: Sequence[Cell | Dense], weights: str | None) -> None:
+        self.packed = [layer.packed_in(weights) if isinstance(layer, Cell) else layer.packed for layer in layers]
         self.places = {place: layer for place, layer in enumerate(layers) if isinstance(layer, Cell)}
         self.kinds = [STATES[cell.spec.kind] for cell in self.places.values()]
 
@@ -153,7 +150,7 @@ class OwnCells(Cells):
         threads: see `Stream`.
     """
 
-    def __init__(self, layers: Sequence[Cell | Dense], weights: str, rows: int, threads: int) -> None:
+    def __init__(self, layers: Sequence[Cell | Dense], weights: str | None, rows: int, threads: int) -> None:
         super().__init__(layers, weights)
         self.kernel = native.stream(self.packed, rows, threads)
 
@@ -201,7 +198,7 @@ class SharedCells(Cells):
     def __init__(
         self,
         layers: Sequence[Cell | Dense],
-        weights: str,
+        weights: str | None,
         rows: int,
         threads: int,
         dtype: np.dtype[Any],

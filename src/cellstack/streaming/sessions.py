@@ -29,7 +29,8 @@ class Sessions:
         network: one that streams: see `Stream`.
         capacity: how many sessions may be open at a time. Their states are held from the start, a few KB each.
         threads: how many the kernel may use for a step.
-        weights: what the matrices of cells are held in, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`.
+        weights: what the matrices of cells are held in, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`; None: as
+            the network has them.
 
     Raises:
         ValueError: a network that can't be streamed, which the message names; a number that isn't 1 to 2^31 - 1;
@@ -48,9 +49,9 @@ class Sessions:
     2
     """
 
-    def __init__(self, network: Network, capacity: int, threads: int = 1, weights: str = "float32") -> None:
+    def __init__(self, network: Network, capacity: int, threads: int = 1, weights: str | None = None) -> None:
         self._engine = engine = Engine("Sessions", network, ("capacity", capacity), threads, weights, shared=True)
-        self.network, self.capacity, self.threads, self.weights = network, engine.rows, engine.threads, weights
+        self.network, self.capacity, self.threads, self.weights = network, engine.rows, engine.threads, engine.held
         # A session's number is its slot, and how often the slot was given away before: a number that was closed stays
         # unknown.
         self._rounds = np.full(self.capacity, -1, np.int64)
@@ -169,5 +170,5 @@ class Sessions:
         return int(self._open.sum())
 
     def __repr__(self) -> str:
-        weights = "" if self.weights == "float32" else f", weights={self.weights!r}"
+        weights = f", weights={self.weights!r}" if self._engine.narrowed else ""
         return f"Sessions({len(self)} of {self.capacity} sessions open{weights}) of {self.network!r}"

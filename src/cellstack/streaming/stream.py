@@ -31,9 +31,9 @@ class Stream:
         batch: how many sequences are stepped side by side, B.
         threads: the most that share a call, each with some of the rows, or, where a chunk goes through a stack, some of
             the layers. A call of less than some 50 µs keeps to one. The bits are the same.
-        weights: what the matrices of cells are held in: `"float32"`, as the network has them; `"bfloat16"`, rounded to
-            8 bits of precision, everything else in float32; `"int8"`, in 127 steps to either side, a scale a column,
-            and x and h in as many steps of their own. A step at batch 1 is as fast as its weights can be read.
+        weights: what the matrices of cells are held in: None, as the network has them; `"float32"`; `"bfloat16"`,
+            rounded to 8 bits of precision, everything else in float32; `"int8"`, in 127 steps to either side, a scale a
+            column, and x and h in as many steps of their own. A step at batch 1 is as fast as its weights can be read.
 
     Raises:
         ValueError: a node that needs the whole sequence before it can answer, or an input without time; a batch that
@@ -52,9 +52,9 @@ class Stream:
     True
     """
 
-    def __init__(self, network: Network, batch: int = 1, threads: int = 1, weights: str = "float32") -> None:
+    def __init__(self, network: Network, batch: int = 1, threads: int = 1, weights: str | None = None) -> None:
         self._engine = engine = Engine("Stream", network, ("batch", batch), threads, weights, shared=False)
-        self.network, self.batch, self.threads, self.weights = network, engine.rows, engine.threads, weights
+        self.network, self.batch, self.threads, self.weights = network, engine.rows, engine.threads, engine.held
         self._turns = native.Turns(1)
         self._alone = engine.alone()
         self._frame = engine.frame
@@ -177,8 +177,9 @@ class Stream:
                 or patches, as a trace is run by the network itself, from a step in between.
         """
         steps = check_integer("Stream", "steps", steps)
-        if self.weights != "float32":
-            raise ValueError(f"Stream: expected weights='float32' to trace, got {self.weights!r}")
+        if self._engine.narrowed:
+            own = self.network.weights
+            raise ValueError(f"Stream: expected weights={own!r} to trace, got {self.weights!r}")
         if self.network.patches:
             raise ValueError(
                 f"Stream: expected a network without patches to remember, got {self.network.patches[0]}: trace the "
@@ -226,12 +227,12 @@ class Stream:
 
     def fork(self) -> Stream:
         """Return a new stream that starts from a copy of this one's state."""
-        other = Stream(self.network, self.batch, self.threads, self.weights)
+        other = Stream(self.network, self.batch, self.threads, self._engine.weights)
         other.state = self.state
         other._engine.count_on(self._engine)
         return other
 
     def __repr__(self) -> str:
         threads = "" if self.threads == 1 else f", threads={self.threads}"
-        weights = "" if self.weights == "float32" else f", weights={self.weights!r}"
+        weights = f", weights={self.weights!r}" if self._engine.narrowed else ""
         return f"Stream(batch={self.batch}{threads}{weights}) of {self.network!r}"

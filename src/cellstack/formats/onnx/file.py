@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.bfloat16 import widened
 from cellstack.formats.build import TooMuchError
 from cellstack.formats.files import short
 from cellstack.formats.onnx.fold import OPEN, Broadcast, Budget, fold
@@ -107,7 +108,7 @@ class Tensors:
                 raise FormatError(f"{where}: expected {count} numbers for shape {short(dims)}, found {len(values)}")
             array = _typed(where, values, dtype, tensor.data_type)
         if tensor.data_type == BFLOAT16:
-            array = (array.astype(np.uint32) << 16).view(np.float32)
+            array = widened(array)
         return array.reshape(dims)
 
     def _elsewhere(self, where: str, tensor: Any, size: int) -> bytes:

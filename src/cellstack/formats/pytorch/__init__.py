@@ -22,6 +22,7 @@ from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.modules import from_torch, network_of_module
 from cellstack.formats.pytorch.names import (
     HINT,
+    held_as_read,
     network_of,
     networks_of,
     nothing_recurrent,
@@ -58,7 +59,8 @@ def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
         order: which modules run, one after the other, where the file doesn't say it: see `cellstack.load`.
 
     Returns:
-        The network, float32 (float16 and bfloat16 are widened) or float64: it takes `[B, T, I]` whatever `batch_first`
+        The network, float32 (float16 and bfloat16 are widened, but for matrices of cells, which stay in bfloat16:
+        `Network.with_weights`) or float64: it takes `[B, T, I]` whatever `batch_first`
         says, and gives every step. Its metadata says where it comes from, and what is assumed where the file doesn't
         say: a state dict doesn't hold whether `nn.RNN` has tanh or relu, and it is taken to be tanh. `"computed"` there
         says which weights the file holds in pieces, or as integers; `"left_out"`, which tensors are of no model.
@@ -72,13 +74,16 @@ def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
         scripts = Scripts(path, file.code)
         root, left_out = _model(file.read())
         found = contents(path, root, scripts)
-        if order is not None:
-            return say_left_out(in_order(found, Source(path, scripts), order), left_out)
-        place, module = next(iter(found.roots.items())) if len(found.roots) == 1 else ((), None)
-        if module is None or not _whole(path, found, module):
-            known = found.activations, found.unknown, found.directions, found.axes
-            return say_left_out(network_of(found.tensors, path, *known), left_out)
-        return say_left_out(_network(path, found, Saved(Source(path, scripts), module), ".".join(place)), left_out)
+        return held_as_read(say_left_out(_read(path, found, scripts, order), left_out), found.tensors)
+
+
+def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | Node] | None) -> Network:
+    if order is not None:
+        return in_order(found, Source(path, scripts), order)
+    place, module = next(iter(found.roots.items())) if len(found.roots) == 1 else ((), None)
+    if module is None or not _whole(path, found, module):
+        return network_of(found.tensors, path, found.activations, found.unknown, found.directions, found.axes)
+    return _network(path, found, Saved(Source(path, scripts), module), ".".join(place))
 
 
 def _model(root: Any) -> tuple[Any, list[str]]:
@@ -135,4 +140,5 @@ def extract(path: str) -> dict[str, Network]:
         networks |= networks_of(others, path, found.activations, found.directions, found.axes)
         if not networks:
             raise nothing_recurrent(found.tensors, path, found.unknown)
+        networks = {name: held_as_read(network, found.tensors) for name, network in networks.items()}
         return with_dense(networks, others, path)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cellstack.bfloat16 import exact
 from cellstack.formats.build import HINT, Builder, listed
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.ours import layers_of, network_of_layer
@@ -24,7 +25,7 @@ from cellstack.layout import Array, from_rows
 from cellstack.network import Network
 from cellstack.nodes import Dense
 from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
-from cellstack.spec import CellSpec, FormatError
+from cellstack.spec import MATRICES, CellSpec, FormatError
 
 ORDERS = {"lstm": "ifgo", "gru": "rzg", "rnn": "g"}  # torch's gates
 KINDS = {4: "lstm", 3: "gru", 1: "rnn"}
@@ -240,6 +241,20 @@ def say_left_out(network: Network, what: Iterable[str]) -> Network:
     if what:
         network.metadata["left_out"] = _listed(what)
     return network
+
+
+def held_as_read(network: Network, tensors: Mapping[str, Any]) -> Network:
+    """Return a network with its cells' matrices in bfloat16 where the file's tensors are, and none would be rounded.
+
+    Args:
+        network: made of them, in float32.
+        tensors: by name.
+    """
+    if not any(getattr(tensor, "dtype", None) in ("bfloat16", "BF16") for tensor in tensors.values()):
+        return network
+    matrices = (cell.arrays[name] for cell in network.cells for name in MATRICES if name in cell.spec.shapes)
+    whole = all(cell.dtype == np.float32 for cell in network.cells) and all(exact(matrix) for matrix in matrices)
+    return network.with_weights("bfloat16") if whole else network
 
 
 def nothing_recurrent(tensors: Mapping[str, Any], where: str, unknown: Iterable[str] = ()) -> FormatError:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.bfloat16 import widened
 from cellstack.formats.pytorch.pickles import Global, Standin
 from cellstack.spec import FormatError
 
@@ -172,7 +173,7 @@ class Tensor:
         steps = tuple(stride * item for stride in self.strides)
         view = np.lib.stride_tricks.as_strided(row[self.offset :], self.shape, steps, writeable=False)
         if self.dtype == "bfloat16":
-            view = (view.astype(np.uint32) << 16).view(np.float32)
+            view = widened(view)
         wanted = np.dtype(np.float32) if self.dtype in ("float16", "bfloat16") else view.dtype.newbyteorder("=")
         return np.array(view, dtype=wanted if dtype is None else dtype, order="C")
 
