@@ -34,18 +34,32 @@ INLINE void differentiate(const Backward<T>& f, const Limits<T>& limits, const P
     store(dc_at, dc);
 }
 
+// Outputs and their panels that belong to the blocks that are run now: all where h is projected.
+template <class T>
+struct Outputs {
+    int64_t block, end_block, panel, end_panel;
+    explicit Outputs(const Backward<T>& f)
+        : block(f.d->projects() ? 0 : f.block),
+          end_block(f.d->projects() ? f.output_blocks : f.end_block),
+          panel(block / kBlocksOfPanel),
+          end_panel((end_block + kBlocksOfPanel - 1) / kBlocksOfPanel) {}
+};
+
 // What rows that started afresh before step n pass on goes into the initial state, not into the step before.
 template <class T>
 __attribute__((noinline)) void restart_back(const Backward<T>& f, int64_t n, int64_t columns) {
-    const int64_t wide = f.blocks * Vec<T>::W, t = time_of(f, n);
+    constexpr int W = Vec<T>::W;
+    const int64_t wide = f.blocks * W, t = time_of(f, n);
+    const Outputs<T> own(f);
+    const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
     for (int64_t r = 0; r < f.rows; ++r) {
         if (!f.reset[r * f.steps + t]) continue;
-        for (int64_t k = 0; k < f.d->output; ++k) {
+        for (int64_t k = own.block * W; k < least(own.end_block * W, f.d->output); ++k) {
             T& dh = f.dh[r * columns + k];
             if (f.dinitial_h) f.dinitial_h[r * columns + k] += dh;
             dh = 0;
         }
-        for (int64_t k = 0; f.dc && k < f.d->units; ++k) {
+        for (int64_t k = f.block * W; f.dc && k < least(f.end_block * W, f.d->units); ++k) {
             T& dc = f.dc[r * wide + k];
             if (f.dinitial_c) f.dinitial_c[r * wide + k] += dc;
             dc = 0;
@@ -54,13 +68,15 @@ __attribute__((noinline)) void restart_back(const Backward<T>& f, int64_t n, int
 }
 
 // dh before step n: dq through the transposed weights, for rows that the mask lets in, and (not Plain) what was
-// carried.
+// carried. Panels go up in even steps and down in odd ones: the last ones are still in the cache.
 template <class T, int G, bool Plain>
 INLINE void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
     constexpr int W = Vec<T>::W;
     const int64_t P = f.d->output, t = time_of(f, n);
+    const Outputs<T> own(f);
     product_transposed<T, G>(f.dq, (n - f.first) * f.batch + f.row0, f.rows, f.blocks, (f.last - f.first) * f.batch,
-                             f.recurrent_t, P, [&](int64_t r, int64_t unit, V<T> d) INLINED {
+                             f.recurrent_t, own.panel, own.end_panel, n & 1,
+                             [&](int64_t r, int64_t unit, V<T> d) INLINED {
                                  const int64_t left = P - unit;
                                  if (left <= 0) return;
                                  T* dh = f.dh + r * columns + unit;
@@ -79,11 +95,11 @@ void run_blocks_back(Backward<T>& f) {
     constexpr int wide = 4 * Vec<T>::W;
     const int64_t columns = (f.d->units + wide - 1) / wide * wide;
     const Limits<T> limits(*f.d);
-    for (int64_t n = f.last - 1; n >= f.first; --n) {
-        for (int64_t r = 0; r < f.rows; ++r)
-            each_block<T>(r, time_of(f, n), f.blocks, f.d->units,
-                          [&](const Place& at) INLINED { differentiate(f, limits, at, n, columns); });
-        pass_back<T, 4, true>(f, n, columns);
+    for (int64_t phase = f.phase; phase < f.end_phase; ++phase) {
+        const int64_t n = f.last - 1 - phase;
+        if (phase > 0) pass_back<T, 4, true>(f, n + 1, columns);
+        for (int64_t r = 0; n >= f.first && r < f.rows; ++r)
+            each_block(f, r, time_of(f, n), [&](const Place& at) INLINED { differentiate(f, limits, at, n, columns); });
     }
 }
 
@@ -93,7 +109,9 @@ template <class T>
 void give_back(const Backward<T>& f, int64_t r, int64_t n, int64_t columns, int64_t unit_columns, bool used) {
     const Description& d = *f.d;
     const int64_t t = time_of(f, n);
-    each_block<T>(r, t, f.output_blocks, d.output, [&](const Place& at) INLINED {
+    const Outputs<T> own(f);
+    for (int64_t block = own.block; block < own.end_block; ++block) {
+        const Place at = place<T>(r, t, block, d.output);
         V<T> dh = load(f.dh + r * columns + at.unit), carried = splat(T(0));
         if (f.dy) dh += load_lanes(f.dy + r * f.y_row + t * f.y_time + at.unit, at.lanes);
         if (!used) {
@@ -104,7 +122,7 @@ void give_back(const Backward<T>& f, int64_t r, int64_t n, int64_t columns, int6
         }
         store(f.carry + r * columns + at.unit, carried);
         store(d.projects() ? block_of(f, f.dp, 1, r, n, at.unit) : f.dm + r * unit_columns + at.unit, dh);
-    });
+    }
 }
 
 // A row that the mask leaves out has no gradient but what passes by.
@@ -112,8 +130,7 @@ template <class T, int G>
 void leave_out(const Backward<T>& f, int64_t r, int64_t n) {
     constexpr int W = Vec<T>::W;
     const Description& d = *f.d;
-    const int64_t t = time_of(f, n);
-    each_block<T>(r, t, f.blocks, d.units, [&](const Place& at) INLINED {
+    each_block(f, r, time_of(f, n), [&](const Place& at) INLINED {
         unroll<G>([&](auto v) INLINED {
             store(block_of(f, f.dz, G, r, n, at.unit) + v * W, splat(T(0)));
             store(block_of(f, f.dq, G, r, n, at.unit) + v * W, splat(T(0)));
@@ -122,7 +139,7 @@ void leave_out(const Backward<T>& f, int64_t r, int64_t n) {
             store_lanes(f.m + ((n - f.first) * f.batch + f.row0 + r) * d.units + at.unit, splat(T(0)), at.lanes);
         if (f.dcells) {
             T* dc = f.dc + r * f.blocks * W + at.unit;
-            store(dc, load(dc) + load_lanes(f.dcells + (r * f.steps + t) * d.units + at.unit, at.lanes));
+            store(dc, load(dc) + load_lanes(f.dcells + (r * f.steps + at.t) * d.units + at.unit, at.lanes));
         }
     });
 }
@@ -133,41 +150,47 @@ void run_rows_back(Backward<T>& f) {
     const Description& d = *f.d;
     const int64_t H = d.units, columns = (d.output + wide - 1) / wide * wide,
                   unit_columns = (H + wide - 1) / wide * wide;
-    const int64_t dz_rows = (f.last - f.first) * f.batch;
+    const int64_t dz_rows = (f.last - f.first) * f.batch, each_step = phases_of_step(d);
     const Limits<T> limits(d);
-    for (int64_t n = f.last - 1; n >= f.first; --n) {
+    const auto to_dm = [&](int64_t r, int64_t unit, V<T> dm) INLINED { store(f.dm + r * unit_columns + unit, dm); };
+    for (int64_t phase = f.phase; phase < f.end_phase; ++phase) {
+        const int64_t n = f.last - 1 - phase / each_step, part = phase % each_step;
+        if (part == 0 && phase > 0) pass_back<T, G, false>(f, n + 1, columns);
+        if (n < f.first) break;
         const int64_t t = time_of(f, n), m = (n - f.first) * f.batch + f.row0;
         const auto rows = [&](auto&& body) INLINED {
             for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
         };
-        rows([&](int64_t r, bool used) { give_back(f, r, n, columns, unit_columns, used); });
-        if (Kind == kLstm && d.projects())
-            product_transposed<T, 1>(f.dp, m, f.rows, f.output_blocks, dz_rows, f.projection_t, H,
-                                     [&](int64_t r, int64_t unit, V<T> dm)
-                                         INLINED { store(f.dm + r * unit_columns + unit, dm); });
-        rows([&](int64_t r, bool used) {
-            if (!used)
-                leave_out<T, G>(f, r, n);
-            else if constexpr (Kind == kLstm)
-                lstm_row_back<T, Usual>(f, limits, r, n, unit_columns);
-            else if constexpr (Kind == kGru)
-                gru_row_back<T, Usual>(f, limits, r, n, columns);
-            else
-                rnn_row_back<T, Usual>(f, limits, r, n, columns);
-        });
-        if (Kind == kGru && !d.reset_after) {
-            // What goes into r's place is what the product below is going to read of it, and not before.
-            product_transposed<T, G>(f.dz, m, f.rows, f.blocks, dz_rows, f.candidate_t, H,
-                                     [&](int64_t r, int64_t unit, V<T> given)
-                                         INLINED { store(f.dm + r * unit_columns + unit, given); });
+        if (part == 0) {
+            rows([&](int64_t r, bool used) { give_back(f, r, n, columns, unit_columns, used); });
+            if (Kind == kLstm && d.projects())
+                product_transposed<T, 1>(f.dp, m, f.rows, f.output_blocks, dz_rows, f.projection_t, 0,
+                                         unit_columns / wide, n & 1, to_dm);
+            rows([&](int64_t r, bool used) {
+                if (!used)
+                    leave_out<T, G>(f, r, n);
+                else if constexpr (Kind == kLstm)
+                    lstm_row_back<T, Usual>(f, limits, r, n, unit_columns);
+                else if constexpr (Kind == kGru)
+                    gru_row_back<T, Usual>(f, limits, r, n, columns);
+                else
+                    rnn_row_back<T, Usual>(f, limits, r, n, columns);
+            });
+        }
+        if constexpr (Kind != kGru) continue;
+        if (part == 1) {
+            // What goes into r's place is what the product of the whole is going to read of it, and not before.
+            const Outputs<T> own(f);
+            product_transposed<T, G>(f.dz, m, f.rows, f.blocks, dz_rows, f.candidate_t, own.panel, own.end_panel, n & 1,
+                                     to_dm);
+        } else if (part == 2) {
             rows([&](int64_t r, bool used) {
                 if (!used) return;
-                each_block<T>(r, t, f.blocks, H, [&](const Place& at) INLINED {
+                each_block(f, r, t, [&](const Place& at) INLINED {
                     gru_reset_back<T, Usual>(f, limits, n, columns, at, load(f.dm + r * unit_columns + at.unit));
                 });
             });
         }
-        pass_back<T, G, false>(f, n, columns);
     }
 }
 
@@ -209,8 +232,8 @@ void input_gradient(const T* dz, int gates, int64_t blocks, int64_t dz_rows, con
                     int64_t first, int64_t last, T* const* out) {
     constexpr int W = Vec<T>::W;
     with_gates(gates, [&](auto G) {
-        product_transposed<T, G>(dz, first, last - first, blocks, dz_rows, kernel_t, columns,
-                                 [&](int64_t row, int64_t column, V<T> sum) INLINED {
+        product_transposed<T, G>(dz, first, last - first, blocks, dz_rows, kernel_t, 0, (columns + 4 * W - 1) / (4 * W),
+                                 false, [&](int64_t row, int64_t column, V<T> sum) INLINED {
                                      const int64_t left = columns - column;
                                      if (left > 0)
                                          store_lanes(out[first + row] + column, sum, left < W ? int(left) : W);
@@ -218,20 +241,27 @@ void input_gradient(const T* dz, int gates, int64_t blocks, int64_t dz_rows, con
     });
 }
 
-// The rows of N blocks of dz, `stride` apart, against R columns of a.
+// Where sums of weights lie: how far blocks, columns and gates are apart.
+struct Sums {
+    int64_t block, column, gate;
+};
+
+// The rows of N blocks of dz, `dz_stride` apart, against R columns of a. The sums go on from what lies in `at`.
 template <class T, int R, int N, int G>
-INLINE void weight_tile(const T* dz, int64_t dz_stride, const T* a, int64_t stride, int64_t rows, bool more, T* sums_at,
-                        int64_t sums_stride) {
+INLINE void weight_tile(const T* dz, int64_t dz_stride, const T* a, int64_t stride, int64_t rows, bool more, T* at,
+                        const Sums& apart) {
     constexpr int W = Vec<T>::W;
     V<T> sums[N][R][G];
     const auto each = [&](auto&& body) INLINED {
         unroll<N>([&](auto b) INLINED {
             unroll<R>([&](auto r) INLINED {
-                unroll<G>([&](auto v) INLINED { body(sums[b][r][v], sums_at + b * sums_stride + (r * G + v) * W); });
+                unroll<G>([&](auto v) INLINED {
+                    body(sums[b][r][v], at + b * apart.block + r * apart.column + v * apart.gate);
+                });
             });
         });
     };
-    each([&](V<T>& sum, const T* at) INLINED { sum = more ? load(at) : splat(T(0)); });
+    each([&](V<T>& sum, const T* from) INLINED { sum = more ? load(from) : splat(T(0)); });
     for (int64_t m = 0; m < rows; ++m, a += stride) {
         V<T> s[R];
         unroll<R>([&](auto r) INLINED { s[r] = splat(a[r]); });
@@ -242,40 +272,57 @@ INLINE void weight_tile(const T* dz, int64_t dz_stride, const T* a, int64_t stri
             });
         });
     }
-    each([&](const V<T>& sum, T* at) INLINED { store(at, sum); });
+    each([&](const V<T>& sum, T* to) INLINED { store(to, sum); });
 }
 
 template <class T, int G>
 void weight_gradient_of(const WeightGradient<T>& f) {
     constexpr int W = Vec<T>::W, wide = G * W, together = G >= 3 ? 1 : 4;
-    for (int64_t m = 0; m < f.dz_rows; m += kGradientRows) {
-        const int64_t rows = f.dz_rows - m < kGradientRows ? f.dz_rows - m : kGradientRows;
-        const bool more = f.more || m > 0;
-        for (const auto& of : f.of)
-            for (int64_t k = 0; of.columns && k < rows; ++k)
-                memcpy(of.copy + k * gradient_stride(of.columns), of.rows[m + k], size_t(of.columns) * sizeof(T));
-        const auto blocks = [&](auto N, int64_t block) INLINED {
+    for (const auto& of : f.of)
+        for (int64_t m = 0; of.columns && m < f.dz_rows; ++m)
+            memcpy(of.copy + m * gradient_stride(of.columns), of.rows[m], size_t(of.columns) * sizeof(T));
+    const int64_t pieces = (f.dz_rows + kGradientRows - 1) / kGradientRows;
+    const auto blocks = [&](auto N, int64_t block, int lanes) INLINED {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+            const int64_t m = f.dz_rows * piece / pieces, rows = f.dz_rows * (piece + 1) / pieces - m;
+            const bool more = f.more || piece > 0;
             const T* dz = f.dz + (block * f.dz_rows + m) * wide;
             for (const auto& of : f.of) {
-                T* sums = of.sums + (block - f.first) * of.columns * wide;
+                const int64_t stride = gradient_stride(of.columns), H = f.units;
+                const Sums apart = f.rows ? Sums{of.columns * wide, wide, W} : Sums{W, G * H, H};
+                T* sums = f.rows ? of.sums + (block - f.first) * apart.block : of.out + block * W;
+                // Where vectors reach beyond what is to be written, a tile's sums pass through memory of its own.
+                const bool whole = f.rows || (lanes == W && of.first_gate == 0 && of.last_gate == G);
+                const Sums inside = whole ? apart : Sums{0, wide, W};
                 tiles(of.columns, [&](auto R, int64_t column) INLINED {
-                    weight_tile<T, R, N, G>(dz, f.dz_rows * wide, of.copy + column, gradient_stride(of.columns), rows,
-                                            more, sums + column * wide, of.columns * wide);
+                    T *outside = sums + column * apart.column, own[kRows * wide], *at = whole ? outside : own;
+                    const auto each = [&](auto&& body) INLINED {
+                        for (int r = 0; !whole && r < R; ++r)
+                            for (int v = of.first_gate; v < of.last_gate; ++v)
+                                body(outside + r * apart.column + v * apart.gate, own + r * wide + v * W);
+                    };
+                    if (!whole) memset(own, 0, sizeof(own));
+                    if (more) each([&](const T* from, T* to) INLINED { store(to, load_lanes(from, lanes)); });
+                    weight_tile<T, R, N, G>(dz, f.dz_rows * wide, of.copy + m * stride + column, stride, rows, more, at,
+                                            inside);
+                    each([&](T* to, const T* from) INLINED { store_lanes(to, load(from), lanes); });
                 });
             }
-        };
-        int64_t block = f.first;
-        for (; block + together <= f.last; block += together) blocks(Int<together>{}, block);
-        for (; block < f.last; ++block) blocks(Int<1>{}, block);
-        for (block = f.first; block < f.last; ++block) {
-            const T* dz = f.dz + (block * f.dz_rows + m) * wide;
-            T* bias = f.bias_sums + (block - f.first) * wide;
-            unroll<G>([&](auto v) INLINED {
-                V<T> sum = more ? load(bias + v * W) : splat(T(0));
-                for (int64_t k = 0; k < rows; ++k) sum += load(dz + k * wide + v * W);
-                store(bias + v * W, sum);
-            });
         }
+    };
+    const auto lanes_of = [&](int64_t block) { return f.units - block * W < W ? int(f.units - block * W) : W; };
+    int64_t block = f.first;
+    for (; block + together <= f.last && lanes_of(block + together - 1) == W; block += together)
+        blocks(Int<together>{}, block, W);
+    for (; block < f.last; ++block) blocks(Int<1>{}, block, lanes_of(block));
+    for (block = f.first; f.bias && block < f.last; ++block) {
+        const T* dz = f.dz + block * f.dz_rows * wide;
+        T* bias = f.bias_sums + (block - f.first) * wide;
+        unroll<G>([&](auto v) INLINED {
+            V<T> sum = f.more ? load(bias + v * W) : splat(T(0));
+            for (int64_t m = 0; m < f.dz_rows; ++m) sum += load(dz + m * wide + v * W);
+            store(bias + v * W, sum);
+        });
     }
     if (!f.write) return;
     const auto write = [&](T* out, const T* sums, int64_t rows, int first_gate, int last_gate) INLINED {
@@ -303,7 +350,8 @@ void weight_gradient_of(const WeightGradient<T>& f) {
             }
         }
     };
-    for (const auto& of : f.of) write(of.out, of.sums, of.columns, of.first_gate, of.last_gate);
+    for (const auto& of : f.of)
+        if (f.rows) write(of.out, of.sums, of.columns, of.first_gate, of.last_gate);
     if (f.bias) write(f.bias, f.bias_sums, 1, 0, G);
 }
 

@@ -61,7 +61,7 @@ struct Layer {
     T *hn, *cn;        // [B, P], [B, H], state after the last step processed; c only for an LSTM; null: not wanted
     T* y;              // [B, T, P], h of every step (see time_major); null: not wanted
     T* gates;          // [B, T, planes, H], after their activations; null: not wanted
-    T* cells;          // [B, T, H], c of every step; null where gates is, and without a cell
+    T* cells;          // [B, T, H], c of every step; null: not wanted, and without a cell
     T* norms;          // [B, T, norm_size()], what layer normalisation left; null: not wanted, and without it
     Drops<T> drops;
     Patches<T> patches{};  // forward alone
@@ -116,7 +116,8 @@ struct Gradients {
 };
 
 // Back through a stack: `layers` as forward took them, with y, gates, cells and norms as it left them (hn and cn aren't
-// read), and with weights that aren't copied; `gradients` one a layer. Layers below the lowest of which a gradient is
+// read), and with weights that aren't copied; `gradients` one a layer. Where gates and norms are null they are made
+// again of x, y and cells, some steps at a time, with the same bits. Layers below the lowest of which a gradient is
 // wanted aren't visited. No `places`.
 template <class T>
 void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const std::vector<Gradients<T>>& gradients,

@@ -231,6 +231,18 @@ void carry(const Forward<T>& f, int64_t r, int64_t t, const T* h, T* h_next) {
 
 // ── back ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+// The blocks of a row that are run now.
+template <class T, class F>
+INLINE void each_block(const Backward<T>& f, int64_t r, int64_t t, F&& body) {
+    for (int64_t block = f.block; block < f.end_block; ++block) body(place<T>(r, t, block, f.d->units));
+}
+
+// Which of the gates and norms are those of a row at a time.
+template <class T>
+INLINE int64_t kept_at(const Backward<T>& f, int64_t r, int64_t t) {
+    return f.kept_first + r * f.kept_row + t * f.kept_time;
+}
+
 // What the state was before step n of a row: null for zeros.
 template <class T>
 INLINE const T* before(const Backward<T>& f, int64_t r, int64_t n, const T* all, int64_t row, int64_t time,
@@ -272,7 +284,7 @@ void normalise_back(const Backward<T>& f, int64_t r, int64_t n, T* dz, int side)
     constexpr int W = Vec<T>::W;
     const Description& d = *f.d;
     const int64_t H = d.units, t = time_of(f, n), wide = d.gates() * H;
-    const T* norms = f.norms + (r * f.steps + t) * d.norm_size();
+    const T* norms = f.norms + kept_at(f, r, t) * d.norm_size();
     const T* gain = side ? f.arrays.recurrent_gain : f.arrays.kernel_gain;
     const Groups groups(d);
     for (int k = 0; k < groups.count; ++k) {
@@ -309,7 +321,7 @@ INLINE V<T> extra(const Backward<T>& f, const Place& at, int plane) {
 template <class T, int Planes>
 INLINE void load_gates(const Backward<T>& f, const Place& at, V<T> (&gates)[Planes]) {
     const int64_t H = f.d->units;
-    const T* from = f.gates + (at.r * f.steps + at.t) * Planes * H + at.unit;
+    const T* from = f.gates + kept_at(f, at.r, at.t) * Planes * H + at.unit;
     unroll<Planes>([&](auto v) INLINED { gates[v] = load_lanes(from + v * H, at.lanes); });
 }
 

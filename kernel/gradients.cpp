@@ -1,6 +1,8 @@
 // The backward pass: goes down a stack layer by layer; cuts each into steps that fit a cache, rows for the way back
 // through time, and tasks for the gradients of x and of the weights.
 #include <algorithm>
+#include <deque>
+#include <memory>
 
 #include "cell.h"
 #include "dispatch.h"
@@ -11,8 +13,41 @@ namespace cellstack {
 namespace {
 
 // As much dz as stays in a second-level cache until the gradients have been made of it.
-constexpr int64_t kGradientBytes = int64_t(512) << 10;
-constexpr int64_t kInputRows = 96;  // of a task of the gradient of x
+constexpr int64_t kGradientBytes = int64_t(1) << 20;
+constexpr int64_t kInputRows = 96;   // of a task of the gradient of x
+constexpr int64_t kAgainRows = 192;  // whose gates a thread makes again at a time
+
+// How threads cut the way back through time: groups of rows, and shares of the units in each, in lockstep.
+struct Cut {
+    int groups, shares;
+};
+
+// Whether the units of a layer may be shared out: none needs anything of the others' but their dz.
+bool divides(const Description& d) { return !d.layer_norm && !d.projects(); }
+
+// Nanoseconds that rows and panels of a step take, roughly; for choosing among cuts. A tile of up to six rows goes over
+// `depth` vectors of a panel; weights that don't fit into the core's own cache are waited for.
+double step_cost(int64_t rows, int64_t panels, int64_t depth, int64_t panel_bytes) {
+    const int64_t tiles = ceil_div(rows, 6), cycles = depth * std::max(2 * rows + tiles, 4 * tiles);
+    const double weights = double(panels) * double(panel_bytes);
+    return double(panels * cycles) / 3 + (weights > 1.8e6 ? weights / 30 : 0);
+}
+
+Cut cut_up(const Description& d, int64_t B, int64_t width, size_t bytes, int threads) {
+    const int64_t panels = ceil_div(d.output, 4 * width), depth = ceil_div(d.units, width) * d.gates() * width;
+    const auto cost = [&](const Cut& cut) {
+        const double alone =
+            step_cost(ceil_div(B, cut.groups), ceil_div(panels, cut.shares), depth, depth * 4 * width * int64_t(bytes));
+        return alone + (cut.shares > 1 ? lockstep_latency() * phases_of_step(d) : 0);
+    };
+    Cut best{1, 1};
+    for (int groups = 1; groups <= std::min<int64_t>(B, threads); ++groups) {
+        const Cut cut{groups, divides(d) ? int(std::min<int64_t>(panels, threads / groups)) : 1};
+        for (const Cut& one : {Cut{groups, 1}, cut})
+            if (cost(one) < cost(best)) best = one;
+    }
+    return best;
+}
 
 template <class T>
 void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T>& g, int threads) {
@@ -51,9 +86,19 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
     if (B * steps == 0)
         for (const Entry& e : entries) std::fill_n(e.out, wanted(e.out, e.count), T(0));
     threads = useful_threads(threads, B * steps * 2 * G * H * (I + P));
-    const int groups = int(std::max<int64_t>(1, std::min<int64_t>(B, threads)));
+    const Cut cut = threads > 1 ? cut_up(d, B, W, sizeof(T), threads) : Cut{1, 1};
+    const int groups = cut.groups;
     const int64_t chunk = std::max<int64_t>(
         1, std::min(steps, kGradientBytes / int64_t(blocks * deep * sizeof(T)) / std::max<int64_t>(B, 1)));
+
+    // Whether anybody wants what lies before the first step; else its product is left out.
+    const bool to_start = g.dh0 || g.dc0 || to.initial_h || to.initial_c;
+    const auto phases = [&](int64_t first, int64_t last) {
+        return phases_back(d, last - first) - !(first || to_start);
+    };
+    const bool again = !s.gates;  // they are made again, a chunk's at a time
+    const int64_t planes = d.planes(), norms = d.norm_size(), chunk_rows = chunk * B;
+    const int64_t rows_again = std::min<int64_t>(chunk_rows, kAgainRows * threads);
 
     const bool vectors_kept = d.peepholes || d.layer_norm;
     const auto if_ = [](bool needed, int64_t count) { return needed ? Parts<T>::size(count) : 0; };
@@ -67,13 +112,19 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
     const int64_t dropped = if_(s.drops.recurrent, chunk * B * P);
     const int64_t rows_dm = if_(by_rows, B * unit_columns), lines = if_(by_rows, 2 * blocks * W);
     const int64_t vectors = if_(vectors_kept, B * kVectors * blocks * W);
-    const int64_t sums = Parts<T>::size(blocks * (I + P + 2 + (reset_before ? P : 0)) * deep);
-    const int64_t sums_out = if_(d.projects(), output_blocks * (H + 1) * W);
+    const int64_t matrices = d.rows ? I + P + (reset_before ? P : 0) : 0;  // columns that are summed before written
+    const int64_t sums = Parts<T>::size(blocks * (matrices + 2) * deep);
+    const int64_t sums_out = if_(d.projects() && d.rows, output_blocks * H * W);
     const int64_t most = std::max({I, P, H});
-    const int64_t copies = Parts<T>::size(gradient_copy(I) + 2 * gradient_copy(most));
+    const int64_t gates_again = if_(again, chunk_rows * planes * H), norms_again = if_(again, chunk_rows * norms);
+    const int64_t x_again = if_(again, rows_again * I), h_again = if_(again, rows_again * P);
+    const int64_t c_again = if_(again && lstm, rows_again * H);
+    const int64_t copies =
+        Parts<T>::size(chunk_rows * (gradient_stride(I) + gradient_stride(most) * (reset_before ? 2 : 1)));
     Scratch<T> scratch(3 * rows_h + 2 * rows_c + (1 + reset_before) * transposed + transposed_in + transposed_out +
                        (1 + d.apart()) * chunk_dz + chunk_dp + chunk_m + dropped + rows_dm + groups * lines + vectors +
-                       sums + sums_out + threads * copies + Parts<T>::size(most));
+                       sums + sums_out + threads * copies + Parts<T>::size(most) + gates_again + norms_again + x_again +
+                       h_again + c_again);
     Parts<T> parts(scratch.get());
     const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
     T *dh = take(rows_h), *dc = take(rows_c), *carry = take(rows_h);
@@ -83,30 +134,53 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
     T *dz = take(chunk_dz), *dq = d.apart() ? take(chunk_dz) : dz, *dp = take(chunk_dp), *m_rows_at = take(chunk_m);
     T *h_dropped = take(dropped), *dm = take(rows_dm), *line = take(groups * lines), *vector_sums = take(vectors);
     T *gradients = take(sums), *gradients_out = take(sums_out), *copied = take(threads * copies), *zeros = take(most);
+    T *made_gates = take(gates_again), *made_norms = take(norms_again), *x_in = take(x_again), *h_in = take(h_again),
+      *c_in = take(c_again);
     std::fill(zeros, zeros + most, T(0));
     std::fill_n(vector_sums, vectors, T(0));
     std::fill_n(initial_h, rows_h, T(0));
     std::fill_n(initial_c, rows_c, T(0));
     const Matrix<T> recurrent = matrix_of(d, arrays.recurrent_kernel, P, H, G);
-    leaf.pack_transposed(recurrent_t, recurrent, 0, reset_before ? 2 : G);
-    if (candidate_t) leaf.pack_transposed(candidate_t, recurrent, 2, 3);
-    if (g.dx) leaf.pack_transposed(kernel_t, matrix_of(d, arrays.kernel, I, H, G), 0, G);
-    if (projection_t) leaf.pack_transposed(projection_t, matrix_of(d, arrays.projection, H, P, 1), 0, 1);
+    const struct {
+        T* to;
+        Matrix<T> from;
+        int first, last;
+        int64_t panels;
+    } packs[] = {{steps > 1 || to_start ? recurrent_t : nullptr, recurrent, 0, reset_before ? 2 : G, ceil_div(P, wide)},
+                 {candidate_t, recurrent, 2, 3, ceil_div(P, wide)},
+                 {kernel_t, matrix_of(d, arrays.kernel, I, H, G), 0, G, ceil_div(I, wide)},
+                 {projection_t, matrix_of(d, arrays.projection, H, P, 1), 0, 1, ceil_div(H, wide)}};
+    parallel(threads, [&](int k) {
+        for (const auto& pack : packs)
+            if (pack.to)
+                leaf.pack_transposed(pack.to, pack.from, pack.first, pack.last, pack.panels * k / threads,
+                                     pack.panels * (k + 1) / threads);
+    });
     pad(dh, columns, g.dhn, B, P);
     if (dc) pad(dc, blocks * W, g.dcn, B, H);
 
-    // Back through the time of a chunk, rows apart.
-    const auto through_time = [&](int group, int64_t first_step, int64_t last_step) {
+    // Back through the time of a chunk: some rows, and some of the blocks.
+    const auto through_time = [&](int group, int share, int64_t first_step, int64_t last_step) {
         const int64_t first = B * group / groups, rows = B * (group + 1) / groups - first;
         const auto at = [&](auto* all, int64_t per_row) { return all ? all + first * per_row : nullptr; };
         Backward<T> f{};
         f.d = &d, f.arrays = arrays, f.blocks = blocks, f.output_blocks = output_blocks;
         f.rows = rows, f.steps = steps, f.batch = B, f.row0 = first;
+        const int64_t panels = ceil_div(blocks, kBlocksOfPanel);
+        f.phase = 0, f.end_phase = phases(first_step, last_step);
+        f.block = panels * share / cut.shares * kBlocksOfPanel;
+        f.end_block = std::min(blocks, panels * (share + 1) / cut.shares * kBlocksOfPanel);
         f.first = first_step, f.last = last_step, f.reverse = in.reverse;
         f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t;
-        f.gates = at(s.gates, steps * d.planes() * H), f.cells = at(s.cells, steps * H);
+        f.gates = again ? made_gates : at(s.gates, steps * planes * H), f.cells = at(s.cells, steps * H);
+        f.norms = again ? made_norms : at(s.norms, steps * norms);
+        f.kept_first = 0, f.kept_row = steps, f.kept_time = 1;
+        if (again) {  // rows of a chunk, step by step in the processing order, as those of dz
+            f.kept_row = 1, f.kept_time = in.reverse ? -B : B;
+            f.kept_first = first + (in.reverse ? steps - 1 - first_step : -first_step) * B;
+        }
         f.y_row = in.row_stride(P), f.y_time = in.time_stride(P), f.y = at(s.y, f.y_row), f.dy = at(g.dy, f.y_row);
-        f.norms = at(s.norms, steps * d.norm_size()), f.h0 = at(s.h0, P), f.c0 = at(s.c0, H);
+        f.h0 = at(s.h0, P), f.c0 = at(s.c0, H);
         f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
         f.recurrent_dropout = at(s.drops.recurrent, P);
         f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);
@@ -115,7 +189,7 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
         f.dinitial_h = at(initial_h, columns), f.dinitial_c = at(initial_c, blocks * W);
         f.vectors = at(vector_sums, kVectors * blocks * W);
         f.dz = dz, f.dq = dq, f.dp = dp, f.m = m_rows_at, f.line = line ? line + group * lines : nullptr;
-        leaf.backward(f);
+        return f;
     };
 
     // Where the rows of dz came from, in its order: x, the h that went into the step, and dx.
@@ -143,11 +217,45 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
                     h_rows[m] = product;
                 }
                 if (m_rows_at) m_rows[m] = m_rows_at + m * H;
-                if (reset_before) {
-                    const T* r = s.gates + ((b * steps + t) * 3 + 1) * H;
-                    for (int64_t k = 0; k < H; ++k) m_rows_at[m * H + k] = r[k] * h_rows[m][k];
-                }
             }
+    };
+    // r·h, that went into the candidate.
+    const auto find_products = [&](int64_t first, int64_t last) {
+        for (int64_t n = first, m = 0; n < last; ++n)
+            for (int64_t b = 0; b < B; ++b, ++m) {
+                const int64_t t = in.reverse ? steps - 1 - n : n;
+                const T* r = again ? made_gates + (m * 3 + 1) * H : s.gates + ((b * steps + t) * 3 + 1) * H;
+                for (int64_t k = 0; k < H; ++k) m_rows_at[m * H + k] = r[k] * h_rows[m][k];
+            }
+    };
+    // Gates of a chunk, as forward had them: all of its rows and steps are rows of one step, as the states before them
+    // are known. The weights are packed as forward packs them.
+    std::unique_ptr<Weights<T>> packed;
+    if (again && B * steps) packed.reset(new Weights<T>(d, arrays));
+    std::vector<uint8_t> mask_in(again && in.mask ? size_t(rows_again) : 0);
+    const auto make_gates = [&](int64_t first, int64_t last) {
+        const T* initial_c = arrays.initial_c ? arrays.initial_c : zeros;
+        const int64_t all = (last - first) * B;
+        for (int64_t from = 0; from < all; from += rows_again) {
+            const int64_t rows = std::min(rows_again, all - from);
+            for (int64_t k = 0; k < rows; ++k) {
+                const int64_t m = from + k, n = first + m / B, b = m % B, t = in.reverse ? steps - 1 - n : n;
+                memcpy(x_in + k * I, x_rows[m], size_t(I) * sizeof(T));
+                memcpy(h_in + k * P, h_rows[m], size_t(P) * sizeof(T));
+                if (in.mask) mask_in[k] = in.mask[b * steps + t];
+                if (!c_in) continue;
+                const T* c = in.reset && in.reset[b * steps + t] ? initial_c
+                             : n > 0 ? s.cells + (b * steps + (in.reverse ? steps - n : n - 1)) * H
+                             : s.c0  ? s.c0 + b * H
+                                     : initial_c;
+                memcpy(c_in + k * H, c, size_t(H) * sizeof(T));
+            }
+            Layer<T> layer{};
+            layer.weights = packed.get(), layer.h0 = h_in, layer.c0 = c_in;
+            layer.gates = made_gates + from * planes * H;
+            layer.norms = made_norms ? made_norms + from * norms : nullptr;
+            forward<T>({rows, 1, x_in, I, I, in.mask ? mask_in.data() : nullptr, nullptr, false}, {layer}, threads);
+        }
     };
 
     // Matrices whose gradients are made of the same dz.
@@ -170,7 +278,8 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
             if (!of.out) of.columns = 0;
             any = any || of.out;
         }
-        pass.tasks = std::min<int64_t>(threads, pass.blocks);
+        // Small pieces: a thread whose core another program uses too takes fewer of them.
+        pass.tasks = threads == 1 ? 1 : std::min<int64_t>(4 * threads, pass.blocks);
         if (any) passes.push_back(pass);
     };
     T* const bias = d.layer_norm ? nullptr : to.bias;
@@ -195,7 +304,7 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
                   0,
                   {{&h_rows, to.recurrent_kernel, P, 0, G}, {}, {}},
                   d.layer_norm ? nullptr : recurrent_bias,
-                  gradients + blocks * (I + 1) * deep});
+                  gradients + blocks * ((d.rows ? I : 0) + 1) * deep});
     }
     if (d.projects())
         add_pass({dp, 1, P, output_blocks, 0, {{&m_rows, to.projection, H, 0, 1}, {}, {}}, nullptr, gradients_out});
@@ -204,11 +313,27 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
 
     for (int64_t last = steps; last > 0 && B > 0; last -= std::min(chunk, last)) {
         const int64_t first = std::max<int64_t>(0, last - chunk), rows = (last - first) * B;
-        parallel(groups, [&](int group) {
-            FlushDenormals flush;
-            through_time(group, first, last);
-        });
         find_rows(first, last);
+        if (again) make_gates(first, last);
+        if (cut.shares == 1) {
+            parallel(groups, [&](int group) {
+                FlushDenormals flush;
+                Backward<T> f = through_time(group, 0, first, last);
+                leaf.backward(f);
+            });
+        } else {
+            std::deque<Lockstep> teams;
+            for (int group = 0; group < groups; ++group) teams.emplace_back(cut.shares, phases(first, last));
+            parallel(groups * cut.shares, [&](int k) {
+                FlushDenormals flush;
+                teams[k % groups].run(k / groups, [&](int64_t phase, int share) {
+                    Backward<T> f = through_time(k % groups, share, first, last);
+                    f.phase = phase, f.end_phase = phase + 1;
+                    leaf.backward(f);
+                });
+            });
+        }
+        if (reset_before) find_products(first, last);
         // Every task writes a part of its own, so the bits do not depend on which thread takes it.
         const int64_t tasks = weight_tasks + (g.dx ? ceil_div(rows, kInputRows) : 0);
         std::atomic<int64_t> next{0};
@@ -232,11 +357,17 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
                 T *copy = copied + k * copies, *sum = pass.sums;
                 for (int o = 0; o < 3; ++o) {
                     const auto& of = pass.of[o];
-                    f.of[o] = {of.rows ? of.rows->data() : nullptr, of.columns, of.first_gate, of.last_gate, of.out,
-                               sum + f.first * of.columns * panel,  copy};
-                    sum += pass.blocks * of.columns * panel, copy += of.columns ? gradient_copy(of.columns) : 0;
+                    const int64_t summed = d.rows ? of.columns * panel : 0;
+                    f.of[o] = {of.rows ? of.rows->data() : nullptr,
+                               of.columns,
+                               of.first_gate,
+                               of.last_gate,
+                               of.out,
+                               sum + f.first * summed,
+                               copy};
+                    sum += pass.blocks * summed, copy += of.columns ? rows * gradient_stride(of.columns) : 0;
                 }
-                f.bias = pass.bias, f.bias_sums = sum + f.first * panel;
+                f.bias = pass.bias, f.bias_sums = pass.bias ? sum + f.first * panel : nullptr;
                 f.more = last < steps, f.write = first == 0;
                 leaf.weight_gradient(f);
             }

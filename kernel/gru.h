@@ -58,10 +58,10 @@ void gru_row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int6
     const Description& d = *f.d;
     const int64_t t = time_of(f, n);
     const T* h_prev = output_before(f, r, n);
-    each_block<T>(r, t, f.blocks, d.units, [&](const Place& at) INLINED {
+    each_block(f, r, t, [&](const Place& at) INLINED {
         V<T> gates[4];
         const int64_t H = d.units;
-        const T* from = f.gates + (r * f.steps + t) * d.planes() * H + at.unit;
+        const T* from = f.gates + kept_at(f, r, t) * d.planes() * H + at.unit;
         unroll<3>([&](auto v) INLINED { gates[v] = load_lanes(from + v * H, at.lanes); });
         const V<T> h = units_of(h_prev, at), dh = load(f.dm + r * columns + at.unit), zero = splat(T(0));
         const V<T> dz_z =
@@ -96,7 +96,7 @@ INLINE void gru_reset_back(const Backward<T>& f, const Limits<T>& limits, int64_
                            V<T> given) {
     const Description& d = *f.d;
     const int64_t H = d.units;
-    const V<T> reset = load_lanes(f.gates + ((at.r * f.steps + at.t) * 3 + 1) * H + at.unit, at.lanes);
+    const V<T> reset = load_lanes(f.gates + (kept_at(f, at.r, at.t) * 3 + 1) * H + at.unit, at.lanes);
     if (f.recurrent_dropout) given *= load_lanes(f.recurrent_dropout + at.r * H + at.unit, at.lanes);
     const V<T> dr = given * units_of(output_before(f, at.r, n), at) + extra(f, at, 1);
     store(block_of(f, f.dz, 3, at.r, n, at.unit) + Vec<T>::W,

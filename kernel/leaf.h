@@ -78,19 +78,24 @@ struct Forward {
     Patches<T> patches;  // from the first of the rows on
 };
 
-// Backward over rows of one layer, for steps n in [first, last) of the processing order, last to first.
+// Backward over rows of one layer, for steps n in [first, last) of the processing order, last to first. It goes in
+// phases (see phases_back), and by blocks of units: all of both in one call; or, where threads share out the units,
+// each has some of the blocks, and a phase begins when all of them have ended the one before.
 template <class T>
 struct Backward {
     const Description* d;
     Arrays<const T> arrays;
     int64_t blocks, output_blocks, rows, steps, first, last, batch, row0;  // rows row0 … row0+rows of a batch
+    int64_t phase, end_phase, block, end_block;                            // those that are run now
     bool reverse;
     const T *recurrent_t, *candidate_t, *projection_t;  // transposed panels, see pack_transposed; the second: of a GRU
                                                         // whose reset acts before the product
-    const T *gates, *cells, *norms, *y;                 // [rows][steps][planes][H] and so on, as forward left them
-    int64_t y_row, y_time;                              // y and dy have strides of their own, as in Forward
-    const T *h0, *c0;                                   // [rows][P], [rows][H] or null
-    const uint8_t *mask, *reset;                        // [rows][steps] or null
+    const T *gates, *norms;                             // [planes][H], [norms] of every row and step,
+    int64_t kept_first, kept_row, kept_time;  // that of row r at time t: kept_first + r·kept_row + t·kept_time
+    const T *cells, *y;                       // [rows][steps][H] and so on, as forward left them
+    int64_t y_row, y_time;                    // y and dy have strides of their own, as in Forward
+    const T *h0, *c0;                         // [rows][P], [rows][H] or null
+    const uint8_t *mask, *reset;              // [rows][steps] or null
     const T* recurrent_dropout;
     const T *zoneout, *zoneout_cell;
     const T *dy, *dgates, *dcells;  // as y, gates, cells; or null
@@ -105,6 +110,15 @@ struct Backward {
     T *dinitial_h, *dinitial_c;  // sums [rows][columns of P], [rows][blocks·W]; or null
 };
 
+// A step forms its dz from dh and dc, after dh was formed from the dz of the step behind it; the last phase forms that
+// of before the first step. Where a GRU's reset acts before the product, dz of r waits for the others in phases of its
+// own.
+inline int64_t phases_of_step(const Description& d) { return d.kind == kGru && !d.reset_after ? 3 : 1; }
+inline int64_t phases_back(const Description& d, int64_t steps) { return steps * phases_of_step(d) + 1; }
+
+// Blocks that a share begins and ends with are a multiple of this apart: a panel of transposed weights is as wide.
+constexpr int64_t kBlocksOfPanel = 4;
+
 // Which sums of `vectors` belong to which array: the first of as many as it has gates.
 enum Vector : int {
     kPeepholes = 0,
@@ -117,8 +131,9 @@ enum Vector : int {
     kVectors = 21
 };
 
-// Gradients of matrices of some blocks: sums over m of a[m]ᵀ·dz[m], where a is x, h, or what took their place. All go
-// over dz together, some rows at a time, since dz is what does not fit into the cache.
+// Gradients of matrices of some blocks: sums over m of a[m]ᵀ·dz[m], where a is x, h, or what took their place. A
+// block's sums stay in the cache while all rows of its dz are gone over, some at a time. They are made where they are
+// to go, or, where that is transposed, in `sums`.
 template <class T>
 struct WeightGradient {
     int gates;
@@ -131,8 +146,8 @@ struct WeightGradient {
         int64_t columns;       // 0: not wanted
         int first_gate, last_gate;
         T* out;   // [columns, gates·H]; columns of these gates and of blocks first … last are written
-        T* sums;  // scratch [last - first][columns][gates][W]
-        T* copy;  // scratch, gradient_copy(columns)
+        T* sums;  // scratch [last - first][columns][gates][W] where out is transposed
+        T* copy;  // scratch [dz_rows][gradient_stride(columns)]
     } of[3];
     T* bias;       // [gates·H] or null
     T* bias_sums;  // scratch [last - first][gates][W]
@@ -140,12 +155,10 @@ struct WeightGradient {
     bool write;    // sums are whole: write `out` and `bias`
 };
 
-// Rows of dz that stay in L1 while columns of a pass over them, and the room that as many rows of a are copied to:
-// their own distance may be one at which a cache keeps only few of them. A line is left between rows for the same
-// reason.
-constexpr int64_t kGradientRows = 96;
+// Rows of dz that stay in L1 while columns of a pass over them; and how far apart rows of a are copied to: their own
+// distance may be one at which a cache keeps only few of them. A line is left between rows for the same reason.
+constexpr int64_t kGradientRows = 128;
 inline int64_t gradient_stride(int64_t columns) { return (columns + 31) / 16 * 16; }
-inline int64_t gradient_copy(int64_t columns) { return kGradientRows * gradient_stride(columns); }
 
 template <class T>
 struct Leaf {
@@ -155,8 +168,8 @@ struct Leaf {
     // the same in a narrow element, as quantised.h reads it; scratch: a block's panel, [K][gates][W]
     void (*pack_narrow)(T* to, const Matrix<T>& from, Element element, T* panel);
     // a matrix [K, gates·H] -> [panel][blocks·gates·W][4·W]: columns are K (zeros beyond), in the order that dz has;
-    // gates outside of [first, last) are zero
-    void (*pack_transposed)(T* to, const Matrix<T>& from, int first, int last);
+    // gates outside of [first, last) are zero. Of its panels, panel … end_panel, which go where they lie in the whole
+    void (*pack_transposed)(T* to, const Matrix<T>& from, int first, int last, int64_t panel, int64_t end_panel);
     void (*forward)(Forward<T>&);
     void (*backward)(Backward<T>&);
     // out[m] (rows of `columns`) = dz[m]·kernelᵀ for m in [first, last) of the rows·steps; row m goes to out[m]

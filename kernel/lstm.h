@@ -122,7 +122,7 @@ void lstm_row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int
     const T* c_before = cell_before(f, r, n);
     T *cell = f.line, *dcell = f.line + wide;
     const int gates_in_dz = d.gates();
-    const auto blocks = [&](auto&& body) INLINED { each_block<T>(r, t, f.blocks, d.units, body); };
+    const auto blocks = [&](auto&& body) INLINED { each_block(f, r, t, body); };
     const auto fresh = [&](const Place& at, const V<T>(&gates)[4]) INLINED {  // c of the step, before zoneout
         return limited<T>(d.cell_clip, fma(gates[1], units_of(c_before, at), gates[0] * gates[2]));
     };

@@ -198,31 +198,42 @@ __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows,
         });
 }
 
-// sums[r][v] = dz[m+r]·panel over all blocks, for R rows of G gates that lie side by side in each block of dz.
+// sums[r][v] = dz[m+r]·panel over all blocks, for R rows of G gates that lie side by side in each block of dz. A tile
+// of several rows fetches lines from `ahead` on.
 template <class T, int R, int G>
-INLINE void times_transposed(V<T> (&sums)[1][R][4], const T* dz, int64_t blocks, int64_t dz_rows, const T* panel) {
+INLINE void times_transposed(V<T> (&sums)[1][R][4], const T* dz, int64_t blocks, int64_t dz_rows, const T* panel,
+                             const T* ahead) {
     constexpr int W = Vec<T>::W, wide = 4 * W, deep = G * W;
     unroll<R>([&](auto r) INLINED { unroll<4>([&](auto v) INLINED { sums[0][r][v] = splat(T(0)); }); });
     for (int64_t block = 0; block < blocks; ++block) {
         const T* a[R];
         unroll<R>([&](auto r) INLINED { a[r] = dz + (block * dz_rows + r) * deep; });
-        accumulate<T, R, 1, 4, 4>(sums, a, panel + block * deep * wide, 0, deep);
+        accumulate<T, R, 1, 4, 4, (R > 1)>(sums, a, panel + block * deep * wide, 0, deep,
+                                           ahead + block * deep * kLine<T>);
     }
 }
 
-// body(row, column, vector): dz·matrixᵀ, for `count` rows from row m of dz on, by vectors of the matrix's rows.
+// body(row, column, vector): dz·matrixᵀ, for `count` rows from row m of dz on, by vectors of the matrix's rows: of its
+// panels first … last, upwards or `down`.
 template <class T, int G, class F>
 INLINE void product_transposed(const T* dz, int64_t m, int64_t count, int64_t blocks, int64_t dz_rows, const T* panels,
-                               int64_t columns, F&& body) {
+                               int64_t first, int64_t last, bool down, F&& body) {
     constexpr int W = Vec<T>::W, wide = 4 * W, deep = G * W;
-    for (int64_t column = 0; column < columns; column += wide, panels += blocks * deep * wide)
+    for (int64_t n = first; n < last; ++n) {
+        const int64_t panel = down ? first + last - 1 - n : n, after = n + 1 == last ? panel
+                                                                       : down        ? panel - 1
+                                                                                     : panel + 1;
+        const T* ahead = panels + after * blocks * deep * wide;
         tiles(count, [&](auto R, int64_t row) INLINED {
             V<T> sums[1][R][4];
-            times_transposed<T, R, G>(sums, dz + (m + row) * deep, blocks, dz_rows, panels);
+            times_transposed<T, R, G>(sums, dz + (m + row) * deep, blocks, dz_rows,
+                                      panels + panel * blocks * deep * wide, ahead);
+            ahead += blocks * deep * kLine<T>;
             unroll<R>([&](auto r) INLINED {
-                unroll<4>([&](auto v) INLINED { body(row + r, column + v * W, sums[0][r][v]); });
+                unroll<4>([&](auto v) INLINED { body(row + r, panel * wide + v * W, sums[0][r][v]); });
             });
         });
+    }
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ template <class T, bool Usual>
 void rnn_row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int64_t n, int64_t columns) {
     const Description& d = *f.d;
     const int64_t t = time_of(f, n);
-    each_block<T>(r, t, f.blocks, d.units, [&](const Place& at) INLINED {
+    each_block(f, r, t, [&](const Place& at) INLINED {
         V<T> gates[1];
         load_gates(f, at, gates);
         const V<T> dz = (load(f.dm + r * columns + at.unit) + extra(f, at, 0)) *

@@ -73,10 +73,11 @@ void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
 }
 
 template <class T>
-void pack_transposed(T* to, const Matrix<T>& m, int first, int last) {
+void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
     const int64_t blocks = (m.units + W - 1) / W;
-    for (int64_t column = 0; column < m.depth; column += wide)
+    to += panel * blocks * m.gates * W * wide;
+    for (int64_t column = panel * wide; column < m.depth && column < end_panel * wide; column += wide)
         for (int64_t block = 0; block < blocks; ++block)
             for (int gate = 0; gate < m.gates; ++gate, to += W * wide) {
                 const bool used = gate >= first && gate < last;

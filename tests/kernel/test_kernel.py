@@ -92,6 +92,13 @@ def compare(spec, arrays, case, rng, dtype, tolerance, threads=2, copy=True):
     law_gradients = reference.backward(spec, law_arrays, law, **gradients)
     found = calls.backward(spec, cast(arrays, dtype), got, **cast(gradients, dtype), threads=threads)
     assert_same(found, law_gradients, tolerances.KERNEL_GRADIENT * tolerance)
+    again = calls.backward(spec, cast(arrays, dtype), bare(got), **cast(gradients, dtype), threads=threads)
+    assert_equal(again, found)
+
+
+def bare(out):
+    """A pass of which only y and c were kept: the way back makes gates and norms again."""
+    return out._replace(gates=None, case={**out.case, "norms": None})
 
 
 SHAPES = [
@@ -265,6 +272,32 @@ def test_a_thread_that_never_comes_holds_nobody_up(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 2, run.stdout
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_gradients_have_the_same_bits_where_threads_share_out_the_units(isa, member, batch):
+    spec, arrays, case, rng = make(5, batch, 9, 70, 330, **MEMBERS[member])
+    case["mask"], case["reset"] = rng.random((batch, 9)) < 0.8, rng.random((batch, 9)) < 0.2
+    out = calls.forward(spec, arrays, **case)
+    dy = rng.standard_normal(out.y.shape).astype(np.float32)
+    one = calls.backward(spec, arrays, out, dy=dy, threads=1)
+    for threads in (2, 3, 4):
+        assert_equal(calls.backward(spec, arrays, out, dy=dy, threads=threads), one)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_gates_made_again_chunk_by_chunk_give_the_same_bits(isa, member, reverse):
+    """600 rows a step: several chunks of what the second-level cache holds."""
+    spec, arrays, case, rng = make(6, 600, 5, 6, 70, **MEMBERS[member])
+    case["mask"], case["reset"] = rng.random((600, 5)) < 0.8, rng.random((600, 5)) < 0.2
+    case["recurrent_dropout"] = ((rng.random((600, spec.output_size)) < 0.6) / 0.6).astype(np.float32)
+    out = calls.forward(spec, arrays, **case, reverse=reverse, threads=2)
+    dy = rng.standard_normal(out.y.shape).astype(np.float32)
+    kept = calls.backward(spec, arrays, out, dy=dy, threads=2)
+    for threads in (1, 2):
+        assert_equal(calls.backward(spec, arrays, bare(out), dy=dy, threads=threads), kept)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

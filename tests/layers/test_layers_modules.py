@@ -140,6 +140,7 @@ GIVEN = {
     "learn_initial_state": True,
     "implementation": 1,
     "use_cudnn": False,
+    "remat": True,
     "input_size": 2,
     "dtype": "float64",
     "device": "cpu",

@@ -14,7 +14,7 @@ from cellstack.layers.cells import GRUCell, LSTMCell, SimpleRNNCell
 from cellstack.layers.rnn import RNN
 from cellstack.spec import Plan
 
-OF_LAYER = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
+OF_LAYER = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask", "remat")
 
 
 class _OfOneCell(RNN):
@@ -60,7 +60,7 @@ class LSTM(_OfOneCell):
         use_cudnn: "auto", True or False, accepted for Keras's sake: device, dtype and flags choose what runs. `plan`
             says what.
         activity_regularizer, return_sequences, return_state, go_backwards, stateful, unroll, zero_output_for_mask,
-        name: see `RNN`.
+        remat, name: see `RNN`.
 
     Raises:
         ShapeError: a width below 1.
@@ -116,6 +116,7 @@ class LSTM(_OfOneCell):
         learn_initial_state: bool = False,
         implementation: int = 2,
         use_cudnn: bool | str = "auto",
+        remat: bool = False,
         input_size: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: Any = None,
@@ -136,7 +137,7 @@ class GRU(_OfOneCell):
         gate_activations, learn_initial_state, implementation, input_size, dtype, device: see `GRUCell`.
         use_cudnn: see `LSTM`.
         activity_regularizer, return_sequences, return_state, go_backwards, stateful, unroll, zero_output_for_mask,
-        name: see `RNN`.
+        remat, name: see `RNN`.
 
     Raises:
         ShapeError: a width below 1.
@@ -185,6 +186,7 @@ class GRU(_OfOneCell):
         learn_initial_state: bool = False,
         implementation: int = 2,
         use_cudnn: bool | str = "auto",
+        remat: bool = False,
         input_size: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: Any = None,
@@ -204,7 +206,7 @@ class SimpleRNN(_OfOneCell):
         recurrent_dropout, seed, layer_norm, norm_epsilon, clip, zoneout, gate_activations, learn_initial_state,
         input_size, dtype, device: see `SimpleRNNCell`.
         activity_regularizer, return_sequences, return_state, go_backwards, stateful, unroll, zero_output_for_mask,
-        name: see `RNN`.
+        remat, name: see `RNN`.
 
     Raises:
         ShapeError: a width below 1.
@@ -249,6 +251,7 @@ class SimpleRNN(_OfOneCell):
         zoneout: float = 0.0,
         gate_activations: Any = (),
         learn_initial_state: bool = False,
+        remat: bool = False,
         input_size: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: Any = None,

@@ -3,11 +3,13 @@
     recurrent(x, starts[], weights[], drops[], mask?, reset?, cells[], reverse, sequences, save, threads, time_major)
 
 runs a stack of L layers in one call of the fused kernel. `cells` has one `CellSpec.text` a layer, or `in_rows` of it,
-where the layer's weights are those of a module of PyTorch. Results, in order:
+where the layer's weights are those of a module of PyTorch; of either, `made_again`, where the backward pass makes gates
+and norms again that forward then doesn't keep. Results, in order:
 
     states after, layer by layer: h [B, P], and an LSTM's c [B, H],
     with save: y [B, T, P] a layer, gates [B, T, planes, H] a layer, cells [B, T, H] a layer (size 0 but for an LSTM),
-        norms [B, T, norm_size] a layer (size 0 without layer_norm); all but norms are differentiable,
+        norms [B, T, norm_size] a layer (size 0 without layer_norm); all but norms are differentiable; gates and norms
+        of a layer that makes them again are of size 0,
     else, with sequences: y [B, T, P] of the top layer.
 
 `starts` is empty (each layer's initial state) or has every array of the states, in the order of the results.
@@ -55,6 +57,7 @@ class _Form(NamedTuple):
 
     spec: CellSpec
     rows: bool  # whether its weights are those of a module of PyTorch
+    again: bool  # whether the backward pass makes gates and norms again
     description: Any  # as the kernel takes it
     names: tuple[str, ...]  # of its weights
     shapes: tuple[tuple[int, ...], ...]  # of its weights
@@ -68,6 +71,8 @@ class _Form(NamedTuple):
         shapes = native.results(self.spec, batch, steps)
         if time_major:
             shapes["y"] = (steps, batch, self.width)
+        if self.again:
+            shapes = {name: shapes[name] for name in ("y", "cells") if name in shapes}
         return [shapes.get(name, (0,)) for name in ("y", "gates", "cells", "norms")]
 
 
@@ -83,8 +88,18 @@ def in_rows(text: str) -> str:
     return _ROWS + text
 
 
+_AGAIN = "again "
+
+
+def made_again(text: str) -> str:
+    """Return what stands in the op's `cells` for a cell whose gates are made again in the backward pass, not kept."""
+    return _AGAIN + text
+
+
 @lru_cache(maxsize=1024)
 def _form(text: str) -> _Form:
+    again = text.startswith(_AGAIN)
+    text = text.removeprefix(_AGAIN)
     rows = text.startswith(_ROWS)
     spec = described(text.removeprefix(_ROWS))
     weights: dict[str, tuple[int, ...]] = dict(spec.shapes)
@@ -96,6 +111,7 @@ def _form(text: str) -> _Form:
     return _Form(
         spec,
         rows,
+        again,
         native.description(spec, rows),
         tuple(weights),
         tuple(weights.values()),
@@ -412,7 +428,7 @@ def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     ctx.save_for_backward(x, *starts, *weights, *drops, *flags, *kept)
     if save:
         count = len(cells)
-        absent = [t for t in kept[2 * count : 3 * count] if t.ndim == 1]  # cells of what has none
+        absent = [t for t in kept[count : 3 * count] if t.ndim == 1]  # cells of what has none, gates that aren't kept
         ctx.mark_non_differentiable(*absent, *kept[3 * count :])
 
 

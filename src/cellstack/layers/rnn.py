@@ -41,6 +41,9 @@ class RNN(StatefulLayer):
         unroll: accepted for Keras's sake; the result is the same either way.
         zero_output_for_mask: output zeros at steps that the mask leaves out, not the previous output.
         activity_regularizer: a term of the output that `losses` gives after a call.
+        remat: keep of each step only h and c for the backward pass, which then makes the gates again: for an LSTM a
+            third of the memory, for a longer step (see `docs/semantics.md`). Outputs and gradients have the same bits.
+            A call with `return_gates` returns the gates, and so keeps them.
         input_size: width I, to make the weights at once; None: at the first call.
         name: said in error messages.
 
@@ -55,6 +58,7 @@ class RNN(StatefulLayer):
     """
 
     _observers: tuple[Callable[[Call], None], ...] = ()  # are shown every call, see `observer`
+    remat = False
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class RNN(StatefulLayer):
         zero_output_for_mask: bool = False,
         *,
         activity_regularizer: weights.Given = None,
+        remat: bool = False,
         input_size: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -78,6 +83,7 @@ class RNN(StatefulLayer):
             "stateful": stateful,
             "unroll": unroll,
             "zero_output_for_mask": zero_output_for_mask,
+            "remat": remat,
         }
         for flag, value in flags.items():
             flags[flag] = as_flag(self._owner, flag, value)
@@ -92,6 +98,7 @@ class RNN(StatefulLayer):
         self.return_sequences, self.return_state = return_sequences, return_state
         self.go_backwards, self.stateful, self.unroll = go_backwards, stateful, unroll
         self.zero_output_for_mask = zero_output_for_mask
+        self.remat = flags["remat"]
         self.activity_regularizer = weights.find(activity_regularizer, weights.REGULARIZERS, "activity_regularizer")
         self._activity: Tensor | None = None
         self._ours = all(isinstance(part, Cell) for part in self.cells)
@@ -121,7 +128,7 @@ class RNN(StatefulLayer):
 
     def extra_repr(self) -> str:
         """Say which flags are set."""
-        flags = ("return_sequences", "return_state", "go_backwards", "stateful", "zero_output_for_mask")
+        flags = ("return_sequences", "return_state", "go_backwards", "stateful", "zero_output_for_mask", "remat")
         return ", ".join(f"{flag}=True" for flag in flags if getattr(self, flag))
 
     def build(self, input_size: int | Sequence[int | None]) -> None:
@@ -152,13 +159,17 @@ class RNN(StatefulLayer):
             head = f"{self._owner} layer {n} {cell_name(cell)}"
             if not self._ours:
                 foreign_names = sorted({cell_name(c) for c in self.cells if not isinstance(c, Cell)})
-                lines.append(f"{head}: torch loop: foreign cell {', '.join(foreign_names)}")
+                idle = "; remat=True without effect" if self.remat else ""
+                lines.append(f"{head}: torch loop: foreign cell {', '.join(foreign_names)}{idle}")
                 continue
             kernel = cell.like
             route, why = cell.route(kernel)
             width = "?" if cell.input_size is None else cell.input_size
             how = {"fused": f"fused cpu kernel ({op.isa()}){op.autocast()}", "cudnn": f"cuDNN through torch; {why}"}
-            lines.append(f"{head} {width} -> {cell.output_size}: {how.get(route, f'torch loop: {why}')}")
+            again = ""
+            if self.remat:
+                again = "; backward makes the gates again" if route == "fused" else "; remat=True without effect"
+            lines.append(f"{head} {width} -> {cell.output_size}: {how.get(route, f'torch loop: {why}')}{again}")
         return Plan(lines)
 
     def forward(
@@ -267,6 +278,7 @@ class RNN(StatefulLayer):
                 self.return_sequences,
                 self.residual,
                 self._observers,
+                self.remat,
             )
         elif return_gates:
             raise TypeError(f"{owner}: expected return_gates=False: only cells of ours have gates to return")

@@ -155,6 +155,7 @@ def run_cells(
     sequences: bool,
     residual: bool,
     observers: Sequence[Callable[[Call], None]] = (),
+    remat: bool = False,
 ) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
     """Run built cells over a sequence: as many as can be in one call of the op, the others by their own routes.
 
@@ -170,6 +171,7 @@ def run_cells(
         sequences: whether y is wanted, not only the last output.
         residual: see `StackedRNNCells`.
         observers: are shown what was run.
+        remat: whether the backward pass makes gates again, where they aren't traced.
 
     Returns:
         y `[B, T, P]` (where `sequences`), the last output `[B, P]`, a state a cell, a trace a cell (where `traced`).
@@ -208,7 +210,8 @@ def run_cells(
         wanted = sequences or stop < count or adds[start]
         save = traced or needs_grad(y, *starts, *flat)
         if routes[start] == "fused":
-            texts = [cell._text for cell in cells[part]]
+            again = remat and save and not traced
+            texts = [op.made_again(cell._text) if again else cell._text for cell in cells[part]]
             out = op.run(y, starts, flat, drops, used, reset, texts, reverse, wanted, save)
         elif routes[start] == "torch":
             if not eager.torch_kind(cells[start]._spec) or traced or drops or used is not None or reset is not None:
