@@ -5,6 +5,7 @@ import itertools
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -303,6 +304,19 @@ def test_a_reset_of_one_row_leaves_the_others_alone(runs):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
+def test_torch_compile_of_a_whole_graph(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+    torch._dynamo.reset()
+    _, ours = pair(nn.LSTM, 4, 128, 2, batch_first=True)
+    x = torch.randn(3, 20, 4, requires_grad=True)
+    whole = torch.compile(lambda x: ours(x)[0] * 2, fullgraph=True, backend="aot_eager")
+    y = whole(x)
+    torch.testing.assert_close(y, ours(x)[0] * 2)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad((ours(x)[0] * 2).sum(), x)[0])
+
+
 @pytest.mark.parametrize("reset", [torch.zeros(5, 2), torch.zeros(2, 5, dtype=torch.bool), [[False] * 2] * 5])
 def test_a_reset_that_fits_nothing_is_refused(reset):
     _, ours = pair(nn.LSTM, 4, 6)
@@ -344,6 +358,51 @@ def test_gates_of_a_call_that_pytorch_runs_are_refused():
     _, ours = pair(nn.LSTM, 4, 6)
     with pytest.raises(RuntimeError, match="no reset or return_gates in a call that PyTorch runs"):
         ours.half()(torch.randn(5, 2, 4).half(), return_gates=True)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("held", [False, True])
+def test_cells_give_their_gates_and_start_rows_anew(kind, held):
+    theirs, ours = pair(kind, 4, 6)
+    x, lstm = torch.randn(3, 4), kind is nn.LSTMCell
+    hx = (torch.randn(3, 6), torch.randn(3, 6)) if lstm else torch.randn(3, 6)
+    with cs.frozen(ours) if held else nullcontext(), torch.set_grad_enabled(not held):
+        state, trace = ours(x, hx, return_gates=True)
+        same([*state] if lstm else [state], theirs(x, hx), 1e-6)
+        h = state[0] if lstm else state
+        torch.testing.assert_close(trace.h, h)
+        if lstm:  # gates after their activations, as those of a sequence are
+            torch.testing.assert_close(trace.f * hx[1] + trace.i * trace.g, state[1])
+            torch.testing.assert_close(trace.o * torch.tanh(trace.c), h)
+        elif kind is nn.GRUCell:
+            torch.testing.assert_close(trace.z * hx + (1 - trace.z) * trace.g, h)
+        reset = torch.tensor([True, False, True])
+        zeros = [torch.where(reset[:, None], 0.0, part) for part in (hx if lstm else [hx])]
+        begun = ours(x, hx, reset=reset)
+        same([*begun] if lstm else [begun], theirs(x, tuple(zeros) if lstm else zeros[0]), 1e-6)
+        both, _ = ours(x, hx, reset=reset, return_gates=True)
+        same([*both] if lstm else [both], [*begun] if lstm else [begun], 1e-6)
+        row, trace = ours(x[0], return_gates=True)  # without a batch, from zeros
+        same([*row] if lstm else [row], theirs(x[0]), 1e-6)
+        assert trace.h.shape == (6,)
+
+
+def test_gates_of_a_cell_are_differentiable():
+    _, ours = pair(nn.GRUCell, 4, 6)
+    x = torch.randn(3, 4, requires_grad=True)
+    _, trace = ours(x, torch.randn(3, 6), return_gates=True)
+    trace.z.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_gates_and_resets_of_a_cell_that_it_cannot_give_are_refused():
+    _, ours = pair(nn.LSTMCell, 4, 6)
+    with pytest.raises(ValueError, match=r"LSTMCell: expected reset of the shape of input .* \(3,\), got \(2,\)"):
+        ours(torch.randn(3, 4), reset=torch.zeros(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="LSTMCell: expected reset to be a tensor of bool, got list"):
+        ours(torch.randn(3, 4), reset=[False] * 3)
+    with pytest.raises(RuntimeError, match="LSTMCell: expected no reset or return_gates in a call that PyTorch runs"):
+        ours.half()(torch.randn(3, 4).half(), return_gates=True)
 
 
 # ── what a user's program relies on ──────────────────────────────────────────────────────────────────────────────────

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from cellstack.formats import load
 from cellstack.formats.pytorch import from_torch
+from cellstack.formats.pytorch.modules import KNOWN
+from cellstack.formats.runtimes import ordered, parted
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
-NESTED = (  # a state among the inputs: the commonest example that can't be taken
-    ": leave a state (h, c) out where the module can do without, for a Network keeps its own; "
-    "a module that steps a cell says what it is made of with to_nodes()"
-)
 TOLERANCE = 1e-4  # greatest relative difference that passes: float32 on both sides, sums in other orders
+STEPS = 4  # of a module that steps a cell, when it is compared
 
 
 def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
@@ -33,13 +33,14 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
 
     Args:
         module: the module; one that was accelerated, too.
-        example: an input as the module takes it, such as `[B, T, I]`; one tuple of several. States that the module can
-            do without are left out: a Network starts from zeros, and takes others in `run`.
+        example: an input as the module takes it, such as `[B, T, I]`; one tuple of several, which may hold tuples, as
+            `(x, (h, c))`. What a recurrent layer starts from becomes the network's state: what `run` takes as `state`.
         tolerance: the greatest relative difference of an output that passes.
 
     Returns:
         The network, with inputs and outputs in the order of the module's. Last states that the module returns beside
-        them are those that `Network.run` returns.
+        them are those that `Network.run` returns; a state that is all that is wanted of a layer is an output, `[B, H]`.
+        A module that steps a cell, as in `model(x, h, c)` with `x [B, I]`, becomes one over as many steps as there are.
 
     Raises:
         TypeError: it is no module, the example is no tensor, or the tolerance no number.
@@ -62,15 +63,15 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             "several inputs go into example as one tuple"
         )
     inputs = example if isinstance(example, tuple) else (example,)
-    if not inputs or not all(isinstance(value, torch.Tensor) for value in inputs):
-        got = f"a tuple of {', '.join(type(v).__name__ for v in example)}" if isinstance(example, tuple) else None
+    flat = _tensors(inputs)
+    if not flat or not all(isinstance(value, torch.Tensor) for value in flat):
+        got = f"a tuple of {', '.join(type(v).__name__ for v in flat)}" if isinstance(example, tuple) else None
         raise TypeError(
             "compile: expected example to be a tensor, or a tuple of tensors, as the module takes them, "
             f"got {got or type(example).__name__}"
-            + (NESTED if any(isinstance(v, (tuple, list)) for v in inputs) else "")
         )
-    if not all(value.numel() for value in inputs):
-        shapes = " and ".join(str(list(value.shape)) for value in inputs)
+    if not all(value.numel() for value in flat):
+        shapes = " and ".join(str(list(value.shape)) for value in flat)
         raise ValueError(f"compile: expected an example with a row and a step at least, got {shapes}")
     try:
         still = copy.deepcopy(module).eval()
@@ -78,34 +79,36 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         raise FormatError(f"compile: {type(module).__name__} can't be copied: {error}") from error
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):
         still = still.float()
-        inputs = tuple(value.float() if value.is_floating_point() else value for value in inputs)
-    packed = _runs_packed(still, inputs)  # what the module itself refuses, it refuses in its own words
+        inputs = _like(inputs, (value.float() if value.is_floating_point() else value for value in flat))
+    packs, answers = _first(still, inputs)  # what the module itself refuses, it refuses in its own words
     reasons = []
-    for how, read in (("read as it is", from_torch), ("by way of ONNX", lambda m: _by_onnx(m, inputs))):
-        try:
-            network = read(still)
-        except (TypeError, ValueError, FormatError) as error:
-            reasons.append(f"{how}: {error}")
-            continue
-        why = _difference(network, still, inputs, tolerance)
-        if why is None:
-            return network
-        reasons.append(f"{how}: {why}")
-    if any(getattr(part, "batch_first", True) is False for part in still.modules()):
+    if packs:
+        reasons.append(
+            "it packs its rows, which no exporter can follow: give a module that runs over them as they are padded, "
+            "without lengths; net(x, mask=...) then leaves the padding out, as packing does"
+        )
+    elif any(getattr(part, "batch_first", True) is False for part in still.modules()):
         reasons.append(
             "it has layers with batch_first=False, and a Network takes batch before time: set batch_first=True, "
             "which changes no weight, and give an example that is so"
         )
-    if packed:
-        reasons.append(
-            "it packs its rows: give a module that runs over them as they are padded, without lengths; "
-            "net(x, mask=...) then leaves the padding out, as packing does"
-        )
-    raise FormatError(f"compile: {type(module).__name__} can't be a Network: " + "; ".join(reasons))
+    tried = []
+    for how, read in (("read as it is", _as_it_is), ("by way of ONNX", _by_onnx)):
+        if read is _by_onnx and packs:
+            continue
+        try:
+            network = read(still, inputs, answers)
+            why = _difference(network, still, inputs, tolerance)
+        except (TypeError, ValueError, FormatError) as error:
+            why = str(error)
+        if why is None:
+            return network
+        tried.insert(0, f"{how}: {why}")
+    raise FormatError(f"compile: {type(module).__name__} can't be a Network: " + "; ".join(reasons + tried))
 
 
-def _runs_packed(module: Any, inputs: tuple[Any, ...]) -> bool:
-    """Run a module, and return whether one of its recurrent layers is given packed rows."""
+def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any]]:
+    """Run a module, and return whether one of its recurrent layers is given packed rows, and what it answers."""
     import torch
 
     packed = []
@@ -117,29 +120,44 @@ def _runs_packed(module: Any, inputs: tuple[Any, ...]) -> bool:
     hooks = [part.register_forward_pre_hook(look) for part in parts]
     try:
         with torch.no_grad():
-            module(*_fresh(inputs))
+            answers = _tensors(module(*_fresh(inputs)))
     finally:
         for hook in hooks:
             hook.remove()
-    return bool(packed)
+    return bool(packed), answers
 
 
-def _fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return inputs that a module may write to."""
-    return tuple(value.detach().clone() for value in inputs)
+def _as_it_is(module: Any, inputs: tuple[Any, ...], _: list[Any]) -> Network:
+    """Return the network that `from_torch` reads."""
+    try:
+        network = from_torch(module)
+    except TypeError as error:  # a class of one's own is what most modules are: the other way may lead on
+        raise TypeError(str(error).replace(KNOWN, "a class of its own, without to_nodes()")) from error
+    if len(_tensors(inputs)) != len(network.inputs):
+        raise TypeError("it takes states, or something else, beside x")
+    return network
 
 
-def _by_onnx(module: Any, inputs: tuple[Any, ...]) -> Network:
-    """Return the network that a module's ONNX graph holds, of any batch size and number of steps where it allows it."""
+def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any]) -> Network:
+    """Return the network that a module's ONNX graph holds, of any batch size and number of steps where it allows it.
+
+    The graph's ends are called `input_n` and `output_n`, by their place among the tensors.
+    """
     import torch
 
-    names = [f"input_{n}" for n in range(len(inputs))] if len(inputs) > 1 else ["input"]
-    axes = {name: {0: f"{name}_0", 1: f"{name}_1"} for name, value in zip(names, inputs, strict=True) if value.ndim > 2}
+    for n, value in enumerate(answers):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise FormatError(_no_tensor(n, value))
+    flat = _tensors(inputs)
+    names = [f"input_{n}" for n in range(len(flat))] if len(flat) > 1 else ["input"]
+    axes = {name: {0: f"{name}_0", 1: f"{name}_1"} for name, value in zip(names, flat, strict=True) if value.ndim > 2}
+    outs = [f"output_{n}" for n, value in enumerate(answers) if value is not None]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, on its own ways
         path = os.path.join(folder, "module.onnx")
+        options = {"input_names": names, "output_names": outs, "dynamic_axes": axes, "dynamo": False}
         try:
-            torch.onnx.export(module, _fresh(inputs), path, input_names=names, dynamic_axes=axes, dynamo=False)
+            torch.onnx.export(_as_one_step(module, flat), _fresh(inputs), path, **options)
         except ModuleNotFoundError:
             raise
         except Exception as error:  # the exporter fails in as many ways as there are modules
@@ -151,78 +169,212 @@ def _by_onnx(module: Any, inputs: tuple[Any, ...]) -> Network:
             raise FormatError(str(error).replace(path, "its graph")) from error
 
 
-def _difference(network: Network, module: Any, inputs: tuple[Any, ...], tolerance: float) -> str | None:
+def _as_one_step(module: Any, flat: list[Any]) -> Any:
+    """Return a module of which a call is one step so that its cells are exported as operators, whose states are known.
+
+    PyTorch writes out an nn.GRUCell and an nn.RNNCell as sums and products, in which nothing says what is a state.
+    """
+    import torch
+
+    if any(value.ndim != 2 for value in flat):
+        return module
+
+    def once(cell: Any, input: Any, hx: Any = None) -> Any:
+        if hx is None or input.ndim != 2:
+            return type(cell).forward(cell, input, hx)
+        mode = "gru" if isinstance(cell, torch.nn.GRUCell) else f"rnn_{cell.nonlinearity}"
+        weights = [cell.weight_ih, cell.weight_hh, *((cell.bias_ih, cell.bias_hh) if cell.bias else ())]
+        run = getattr(torch._VF, mode)
+        return run(input[None], hx[None], weights, cell.bias, 1, 0.0, False, False, False)[1][0]
+
+    stepped = copy.deepcopy(module)
+    for part in stepped.modules():
+        if isinstance(part, (torch.nn.GRUCell, torch.nn.RNNCell)):
+            part.forward = functools.partial(once, part)
+    return stepped
+
+
+def _difference(network: Network, module: Any, example: tuple[Any, ...], tolerance: float) -> str | None:
     """Return in what the network's outputs differ from the module's; None where they don't."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
+    ends = _Ends(network, len(_tensors(example)))
 
-    def drawn(given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for t in given
-        )
+    def drawn(given: list[Any]) -> list[Any]:
+        return [torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for t in given]
 
-    for what, given in (("", inputs), ("", drawn(inputs)), *((s, drawn(more)) for s, more in _longer(inputs))):
+    first = _tensors(example)
+    for what, given in (("", first), ("", drawn(first)), *((s, drawn(more)) for s, more in ends.longer(first))):
         try:
             with torch.no_grad():
-                expected = _tensors(module(*_fresh(given)))
+                expected = ends.answers(module, example, given)
         except Exception:
-            if given is inputs:
+            if given is first:
                 raise
             continue  # the module is one for such numbers, or for this shape, alone
-        arrays = [_array(value) for value in given]
         try:
-            ours, states = network.run(tuple(arrays) if len(arrays) > 1 else arrays[0])
+            ours, states = ends.run(network, given)
         except (TypeError, ValueError) as error:
             if not what:
                 return f"the network refuses the example: {error}"
             continue  # it says so to whoever asks for that shape
-        why = _unlike(ours if isinstance(ours, tuple) else (ours,), states, expected, tolerance)
+        why = ends.unlike(ours, states, expected, tolerance)
         if why is not None:
             return f"{what}{why}"
     return None
 
 
-def _longer(inputs: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Yield the inputs with a row more, and with more steps, with how a reason begins that comes of these."""
-    for axis, more, what in ((0, 1, "with a row more "), (1, 4, "with more steps ")):
-        if all(value.ndim > axis for value in inputs):
-            sizes = [range(value.shape[axis] + more) for value in inputs]
-            yield (
-                what,
-                tuple(
-                    v[(slice(None),) * axis + ([n % v.shape[axis] for n in size],)]
-                    for v, size in zip(inputs, sizes, strict=True)
-                ),
-            )
+class _Ends:
+    """What the inputs and outputs of a module are to the network that was read of it.
 
-
-def _unlike(ours: tuple[Any, ...], states: tuple[Any, ...], expected: list[Any], tolerance: float) -> str | None:
-    """Return what of a module's outputs isn't what the network gives; None: it gives all, and no more.
-
-    Those that aren't its outputs, in order, have to be among its last states, `[B, H]` or one upon the other.
+    Where it was read as it is, they are those of the network, in order. In the metadata of a graph stand those that
+    hold states, and the axes of each; and whether a call of the module is one step.
     """
-    import torch
 
-    parts = [part for state in states for part in state]
-    left = list(ours)
-    for n, wanted in enumerate(expected):
-        if wanted is None:
-            continue
-        if not isinstance(wanted, torch.Tensor):
-            return f"output {n} of the module is a {type(wanted).__name__}, and no tensor"
-        theirs = _array(wanted)
-        if left and _same(left[0], theirs, tolerance):
-            left.pop(0)
-            continue
-        rows = list(theirs) if theirs.ndim == 3 else [theirs]
-        if not all(any(_same(part, row, tolerance) for part in parts) for row in rows):
-            if not left:
-                return f"output {n} of the module, {list(theirs.shape)}, is none of the network's"
-            if left[0].shape != theirs.shape:
-                return f"output {n} has the shape {left[0].shape}, the module's {theirs.shape}"
-            return f"output {n} lies {_off(left[0], theirs):.1e} off the module's, more than {tolerance:.0e}"
-    return f"the network has {len(left)} outputs more than the module" if left else None
+    def __init__(self, network: Network, count: int) -> None:
+        noted = network.metadata.get("onnx", {})
+        self.data = [int(name.partition("_")[2] or 0) for name in noted.get("inputs", ())] or list(range(count))
+        self.starts = {int(name.partition("_")[2]): refs for name, refs in noted.get("starts", {}).items()}
+        self.states, self.axes = noted.get("states", {}), noted.get("state_axes", {})
+        self.outputs: dict[str, str] = noted.get("outputs", {})
+        self.steps = noted.get("frames") is not None
+        celled = [name for name, node in zip(network.names, network.nodes, strict=True) if node.cells]
+        numbers = [celled.index(name) if name in celled else None for name in network.outputs]
+        self.answered = dict(zip(self.outputs, numbers, strict=False))  # the place of the node that gives each output
+        counts = [len(node.cells) for node in network.nodes if node.cells]
+        self.firsts = [sum(counts[:number]) for number in range(len(counts))]
+
+    def longer(self, given: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+        """Yield the inputs with a row more, and with more steps, with how a reason begins that comes of these."""
+        for axis, more, what in ((0, 1, "with a row more "), (1, 4, "with more steps ")):
+            if axis and self.steps:
+                continue  # `answers` takes several
+            along = {n: self.axes[f"input_{n}"].find("BT"[axis]) for n in self.starts} | dict.fromkeys(self.data, axis)
+            if all(given[n].ndim > axis for n in self.data):
+                yield (
+                    what,
+                    [value if along.get(n, -1) < 0 else _wider(value, along[n], more) for n, value in enumerate(given)],
+                )
+
+    def answers(self, module: Any, example: tuple[Any, ...], given: list[Any]) -> list[Any]:
+        """Return what a module answers, one after the other; where a call is one step, after a few of them."""
+        if not self.steps:
+            return _tensors(module(*_fresh(_like(example, given))))
+        import torch
+
+        made: list[list[Any]] = []
+        after = self._goes_on()
+        for t in range(STEPS):
+            now = [value.roll(t, -1) if n in self.data else value for n, value in enumerate(given)]
+            if made:
+                now = [made[-1][after[n]] if n in after else value for n, value in enumerate(now)]
+            made.append(_tensors(module(*_fresh(_like(example, now)))))
+        last = made[-1]
+        return [
+            torch.stack([step[n] for step in made], 1) if f"output_{n}" in self.outputs else last[n]
+            for n in range(len(last))
+        ]
+
+    def _goes_on(self) -> dict[int, int]:
+        """Return which output holds, after a step, the state that an input holds before it."""
+        ends = {tuple(map(tuple, refs)): name for name, refs in self.states.items()}
+        # An h that the network gives as an answer too isn't among the states.
+        ends |= {((number, 0, "h"),): name for name, number in self.answered.items() if number is not None}
+        found = {n: ends.get(tuple(map(tuple, refs))) for n, refs in self.starts.items()}
+        return {n: int(name.partition("_")[2]) for n, name in found.items() if name is not None}
+
+    def run(self, network: Network, given: list[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the outputs and the last states of a network, for the inputs of the module."""
+        arrays = [_array(given[n]) for n in self.data]
+        if self.steps:
+            arrays = [np.stack([np.roll(array, t, -1) for t in range(STEPS)], 1) for array in arrays]
+        states: list[Any] = [None] * len(network.cells)
+        kept = [dict.fromkeys(cell.spec.state_sizes) for cell in network.cells]
+        for n, refs in self.starts.items():
+            for ref, part in zip(refs, parted(_array(given[n]), self.axes[f"input_{n}"]), strict=False):
+                if ref is not None:
+                    kept[self.firsts[ref[0]] + ref[1]][ref[2]] = part
+        for n, (own, cell) in enumerate(zip(kept, network.cells, strict=True)):
+            lacks = [name for name, part in own.items() if part is None]
+            if lacks and len(lacks) < len(own):
+                if cell.spec.learn_initial_state:
+                    raise ValueError(f"a cell is given a part of its state, but starts from a {lacks[0]} of its own")
+                own |= {name: np.zeros((len(arrays[0]), cell.spec.state_sizes[name]), network.dtype) for name in lacks}
+            states[n] = tuple(own.values()) if len(lacks) < len(own) else None
+        x = tuple(arrays) if len(arrays) > 1 else arrays[0]
+        ours, after = network.run(x, states if self.starts else None)
+        return ours if isinstance(ours, tuple) else (ours,), after
+
+    def unlike(
+        self, ours: tuple[Any, ...], states: tuple[Any, ...], expected: list[Any], tolerance: float
+    ) -> str | None:
+        """Return what of a module's outputs isn't what the network gives; None: it gives all, and no more.
+
+        Those that aren't its outputs, in order, have to be among its last states, `[B, H]` or one upon the other.
+        """
+        import torch
+
+        parts = [part for state in states for part in state]
+        left = list(ours)
+        for n, wanted in enumerate(expected):
+            if wanted is None:
+                continue
+            if not isinstance(wanted, torch.Tensor):
+                return _no_tensor(n, wanted)
+            theirs = _array(wanted)
+            name = f"output_{n}"
+            axes = self.outputs.get(name, "")
+            if axes[:1] in ("1", "D") and "T" not in axes:  # a last state, which the network gives as it gives answers
+                theirs = ordered(theirs, axes, theirs.shape[axes.index("B")])
+            if left and name not in self.states and _same(left[0], theirs, tolerance):
+                left.pop(0)
+                continue
+            if name in self.states:
+                rows = list(parted(theirs, self.axes[name]))
+                own = [getattr(states[self.firsts[ref[0]] + ref[1]], ref[2]) for ref in self.states[name]]
+                for row, part in zip(rows, own, strict=True):
+                    if not _same(part, row, tolerance):
+                        return f"output {n}, a state, lies {_off(part, row):.1e} off the module's"
+                continue
+            rows = list(theirs) if theirs.ndim == 3 else [theirs]
+            if not all(any(_same(part, row, tolerance) for part in parts) for row in rows):
+                if not left:
+                    return f"output {n} of the module, {list(theirs.shape)}, is none of the network's"
+                if left[0].shape != theirs.shape:
+                    return f"output {n} has the shape {left[0].shape}, the module's {theirs.shape}"
+                return f"output {n} lies {_off(left[0], theirs):.1e} off the module's, more than {tolerance:.0e}"
+        return f"the network has {len(left)} outputs more than the module" if left else None
+
+
+def _no_tensor(n: int, value: Any) -> str:
+    return f"output {n} of the module is a {type(value).__name__}, and no tensor"
+
+
+def _wider(value: Any, axis: int, more: int) -> Any:
+    """Return a tensor with more entries along an axis, those it has from the start."""
+    size = value.shape[axis]
+    return value[(slice(None),) * axis + ([n % size for n in range(size + more)],)]
+
+
+def _fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return inputs that a module may write to."""
+    return _like(inputs, [value.detach().clone() for value in _tensors(inputs)])
+
+
+def _like(structure: Any, values: Iterable[Any]) -> Any:
+    """Return values in the structure of nested tuples and lists that `structure` has."""
+    queue = iter(values)
+
+    def put(part: Any) -> Any:
+        if not isinstance(part, (tuple, list)):
+            return next(queue)
+        made = [put(one) for one in part]
+        if hasattr(part, "_fields"):
+            return type(part)(*made)
+        return tuple(made) if isinstance(part, tuple) else made
+
+    return put(structure)
 
 
 def _array(value: Any) -> Any:

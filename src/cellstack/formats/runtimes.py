@@ -8,6 +8,7 @@ ourselves, once the file has turned out to be the same.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
 import shutil
@@ -205,11 +206,11 @@ def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
     names = ends["outputs"] or dict.fromkeys(list(found)[: len(net.outputs)], "")
     if len(names) != len(net.outputs) or not names.keys() <= found.keys():
         raise CannotRunError(f"expected the outputs {', '.join(net.outputs)}, found {', '.join(found)}")
-    outputs = {ours: _ordered(found[name], names[name], batch) for ours, name in zip(net.outputs, names, strict=True)}
+    outputs = {ours: ordered(found[name], names[name], batch) for ours, name in zip(net.outputs, names, strict=True)}
     states: dict[str, Array] = {}
     for name, refs in ends["states"].items():
         cells = [ends["firsts"][node] + way for node, way, _ in refs]
-        parts = _parted(found[name], ends["state_axes"][name])
+        parts = parted(found[name], ends["state_axes"][name])
         states |= {f"cell {cell} {ref[2]}": part for cell, ref, part in zip(cells, refs, parts, strict=True)}
     if not ends["outputs"]:  # what our reader doesn't read, masks say, we may have written
         states = {name: found[after] for name, after in state_names(net).items() if after in found}
@@ -297,7 +298,7 @@ def _run_frames(ends: dict[str, Any], session: Any, inputs: Inputs) -> dict[str,
     return made[-1] | answers
 
 
-def _parted(array: Array, axes: str) -> Array:
+def parted(array: Array, axes: str) -> Array:
     """Return the states `[S, B, H]` that an output holds, whose axes our reader notes: one row where there is no B."""
     array = array.transpose(sorted(range(array.ndim), key=lambda n: "SBF".index(axes[n])))
     array = array if "B" in axes else array[..., None, :]
@@ -362,7 +363,7 @@ def _fed(
     return {name: axes for name, (_, axes) in given.items() if name in fed}, fed
 
 
-def _ordered(array: Array, axes: str, batch: int) -> Array:
+def ordered(array: Array, axes: str, batch: int) -> Array:
     """Return an output as ours are: rows, steps, directions beside each other in the features.
 
     Args:
@@ -392,11 +393,18 @@ def _ordered(array: Array, axes: str, batch: int) -> Array:
 # ── Keras ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _choose_backend() -> None:
-    """Let keras find a backend that is installed, where nobody has chosen one."""
-    there = next((name for name in ("tensorflow", "torch", "jax") if find_spec(name) is not None), None)
+def _choose_backend(ours: bool) -> None:
+    """Let keras find a backend that is installed, where nobody has chosen one; layers of ours run on torch alone."""
+    names = ("torch",) if ours else ("tensorflow", "torch", "jax")
+    there = next((name for name in names if find_spec(name) is not None), None)
     if there is not None and "keras" not in sys.modules:
         os.environ.setdefault("KERAS_BACKEND", there)
+
+
+def _holds(path: str, text: bytes) -> bool:
+    """Whether a file has these bytes somewhere: both of Keras's containers keep a model's description as it is."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        return whole.find(text) >= 0
 
 
 def _check_sizes(net: Network, shapes: Sequence[Any], inputs: Inputs) -> None:
@@ -409,9 +417,12 @@ def _check_sizes(net: Network, shapes: Sequence[Any], inputs: Inputs) -> None:
 
 
 def _by_keras(net: Network, path: str, inputs: Inputs) -> Answers:
-    _choose_backend()
+    ours = _holds(path, b"cellstack>")
+    _choose_backend(ours)
     keras = _package("keras", path)
     try:
+        if ours:
+            import_module("cellstack.keras")  # Keras knows layers of ours once this is imported
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
         names = [tensor.name for tensor in model.inputs]
         _check_sizes(net, [tensor.shape for tensor in model.inputs], inputs)
@@ -447,8 +458,10 @@ def _with_states(keras: Any, net: Network, model: Any) -> tuple[Any, str]:
     Each such layer is made again with `return_state` and its weights, on what it takes in the model; the states stand
     in the order of the network's cells.
     """
-    kinds = (keras.layers.RNN, keras.layers.Bidirectional)
-    layers = {layer.name: layer for layer in model.layers if isinstance(layer, kinds)}
+    ours = sys.modules.get("cellstack.keras")
+    kinds = (keras.layers.RNN, *((ours.LSTM, ours.GRU, ours.SimpleRNN) if ours is not None else ()))
+    wraps = keras.layers.Bidirectional
+    layers = {layer.name: layer for layer in model.layers if isinstance(layer, (*kinds, wraps))}
     for layer in _inner(model):  # one that keeps its state may run twice in the new model; it is new, so at zero
         if getattr(layer, "stateful", False):
             layer.stateful = False
@@ -461,8 +474,9 @@ def _with_states(keras: Any, net: Network, model: Any) -> tuple[Any, str]:
         settings = keras.saving.serialize_keras_object(layer)
         settings["config"]["name"] = names.fresh(f"{name}_states")
         for one in (settings, *(settings["config"].get(key) for key in ("layer", "backward_layer"))):
-            if one is not None and isinstance(layer, keras.layers.RNN) == (one is settings):
-                one["config"] |= {"return_state": True, "stateful": False}
+            if one is not None and isinstance(layer, wraps) == (one is not settings):
+                own = {"return_gates": False} if "return_gates" in one["config"] else {"stateful": False}
+                one["config"] |= {"return_state": True, **own}
         try:
             again = keras.saving.deserialize_keras_object(settings)
             x, *others = keras.tree.flatten(layer.input)

@@ -9,7 +9,7 @@ import keras
 NAME: str = keras.backend.backend()
 
 if NAME == "torch":
-    from cellstack.keras.torch_backend import concrete, draw, isa, run, run_layer, why_not
+    from cellstack.keras.torch_backend import concrete, draw, isa, run, run_layer, symbolic, why_not
 else:
 
     def why_not(x: Any, mask: Any) -> str:
@@ -19,6 +19,10 @@ else:
     def concrete(x: Any) -> bool:
         """Say that nothing is looked at."""
         return False
+
+    def symbolic(x: Any) -> bool:
+        """Whether a call only asks for shapes."""
+        return isinstance(x, keras.KerasTensor)
 
     def isa() -> str:
         """Return the instruction set that the kernel would use: none."""

@@ -40,7 +40,7 @@ class _Recurrent(keras.layers.Layer):
     """What the kinds share: a description out of their arguments, its arrays as weights, a call of the op."""
 
     kind: ClassVar[str]
-    stateful = False  # Bidirectional asks
+    stateful, states = False, None  # Bidirectional asks
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         given = {key: value for key, value in arguments.items() if key not in ("self", "__class__", "kwargs")}
@@ -117,6 +117,8 @@ class _Recurrent(keras.layers.Layer):
                 f"{self.name}: expected Keras's torch backend, got {engines.NAME}: set KERAS_BACKEND=torch before "
                 "Keras is imported"
             )
+        if mask is None:  # Keras hands it on to a layer that takes one tensor alone
+            mask = getattr(sequences, "_keras_mask", None)
         states = None
         if initial_state is not None:
             dtype = self.compute_dtype

@@ -14,6 +14,7 @@ from cellstack.keras.calls import count
 from cellstack.keras.cells import of, why_not, why_not_training
 
 _RNN, _LSTM, _GRU = keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU
+_PLAIN = (_RNN, _LSTM, _GRU, keras.layers.SimpleRNN)
 
 _everywhere = False
 _accelerated: WeakSet[Any] = WeakSet()
@@ -47,7 +48,8 @@ def _inner_loop(original: Callable[..., Any]) -> Callable[..., Any]:
         if not why:
             given = list(initial_state) if keras.tree.is_nested(initial_state) else [initial_state]
             results, why = engines.run(self, sequences, given, used, training)
-        count(why)
+        if not engines.symbolic(sequences):
+            count(why)
         return original(self, sequences, initial_state, mask, training=training) if results is None else results
 
     return inner_loop
@@ -57,9 +59,40 @@ def _call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, sequences: Any, initial_state: Any = None, mask: Any = None, training: Any = False) -> Any:
         if active(self) and engines.concrete(sequences):
             initial_state = states.start(self, sequences, initial_state)
+            if initial_state is None and not training and _goes_straight(self):
+                results = _inferred(self, sequences, mask)
+                if results is not None:
+                    return results
         return original(self, sequences, initial_state=initial_state, mask=mask, training=training)
 
     return call
+
+
+def _goes_straight(layer: Any) -> bool:
+    """Whether what Keras does around a layer's loop comes to nothing where it starts from zeros, at inference.
+
+    It makes the zeros, casts states, and draws masks of dropout, which count as draws even where they aren't used.
+    """
+    return (
+        type(layer) in _PLAIN
+        and not layer.stateful
+        and not (layer.return_state and len(of(layer)) > 1)  # nested as the cells are
+        and not any(getattr(cell, "dropout", 0) or getattr(cell, "recurrent_dropout", 0) for cell in of(layer))
+    )
+
+
+def _inferred(layer: Any, sequences: Any, mask: Any) -> Any:
+    """Return what a call of a layer returns, straight from our op; None where Keras has to run it."""
+    used = mask[0] if isinstance(mask, (list, tuple)) else mask
+    if reason(layer, sequences, used, False):
+        return None
+    results, _ = engines.run(layer, sequences, (), used, False)
+    if results is None:
+        return None
+    count("")
+    last, y, ends = results
+    output = y if layer.return_sequences else last
+    return (output, *ends) if layer.return_state else output
 
 
 def _reset_state(original: Callable[..., Any]) -> Callable[..., Any]:

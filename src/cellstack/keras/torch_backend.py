@@ -24,7 +24,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def why_not(x: Any, mask: Any) -> str:
     """Say why our op can't be given these sequences, or not now; "" where it can."""
     if not concrete(x):
-        return "symbolic, traced, exported or transformed, or on another device"
+        return "traced, exported or transformed, or on another device"
     if x.ndim != 3 or 0 in x.shape:
         return "not sequences [B, T, I] with at least one step"
     if torch.is_autocast_enabled("cpu"):
@@ -46,6 +46,11 @@ def concrete(x: Any) -> bool:
     )
 
 
+def symbolic(x: Any) -> bool:
+    """Whether a call only asks for shapes, as when a model is built: Keras gives it tensors without numbers."""
+    return isinstance(x, keras.KerasTensor) or (isinstance(x, Tensor) and x.is_meta)
+
+
 def draw(cells: Sequence[Any], step: Tensor) -> None:
     """Let cells draw the dropout masks of a call, in Keras's order, for `step [B, I]`; they keep them for the call."""
     for cell in cells:
@@ -57,11 +62,12 @@ def draw(cells: Sequence[Any], step: Tensor) -> None:
 def run(
     layer: Any, x: Tensor, initial_state: Sequence[Any], mask: Tensor | None, training: Any
 ) -> tuple[tuple[Any, ...] | None, str]:
-    """Run a layer that can be served over `x [B, T, I]`.
+    """Run a layer that can be served over `x [B, T, I]`, from `initial_state`, or from zeros where that is empty.
 
     Returns:
         What Keras's own loop returns: the last output `[B, H]`, the outputs `[B, T, H]` in the order processed (with
-        `return_sequences`, else `[B, 1, H]`), and the states in the structure in which they came. Or None, and why not.
+        `return_sequences`, else `[B, 1, H]`), and the states in the structure in which they came, in a row where none
+        did. Or None, and why not.
     """
     cells = own.of(layer)
     weights = [[variable.value for variable in own.arrays(cell)] for cell in cells]
@@ -77,7 +83,7 @@ def run(
     if x.shape[1] < _least_steps(layer, cells, weights, mask, needs_grad(x, *flat[1:])):
         return None, "too short to be worth it"
     sizes = [cell.units for cell in cells for _ in range(own.state_sizes(cell))]
-    if [(state.dtype, *state.shape) for state in starts] != [(dtype, x.shape[0], size) for size in sizes]:
+    if starts and [(state.dtype, *state.shape) for state in starts] != [(dtype, x.shape[0], size) for size in sizes]:
         return None, "an initial state that isn't [B, H]"
     if layer.stateful:  # Keras writes the new state into the variables that the backward pass would look at
         starts = [state.clone() for state in starts]
@@ -86,12 +92,14 @@ def run(
     drops = [_drops(cell, training) for cell in cells]
     y, last, ends = _stacked(cells, weights, x, starts, drops, used, reverse, sequences)
     if used is not None:
-        y, last = _masked(y, last, starts[_h(cells)], used, reverse, bool(layer.zero_output_for_mask))
+        y, last = _masked(
+            y, last, starts[_h(cells)] if starts else None, used, reverse, bool(layer.zero_output_for_mask)
+        )
     if y is None:
         y = last.unsqueeze(1)
     elif reverse:
         y = y.flip(1)
-    return (last, y, keras.tree.pack_sequence_as(initial_state, ends)), ""
+    return (last, y, keras.tree.pack_sequence_as(initial_state, ends) if starts else ends), ""
 
 
 # From how many steps on a call of ours takes less time than Keras's, for weights of so many numbers: they are packed
@@ -160,18 +168,18 @@ def _stacked(
         for cell in cells[part]:
             texts.append(own.text(cell, width))
             width = cell.units
-        sizes = [own.state_sizes(cell) for cell in cells[part]]
-        begin = list(islice(queue, sum(sizes)))
+        states = sum(own.state_sizes(cell) for cell in cells[part])
+        begin = list(islice(queue, states))
         flat = [array for group in weights[part] for array in group]
         save = needs_grad(x, *begin, *flat)
         wanted = sequences or stop < count
         out = op.run(x, begin, flat, as_drops(drops[part], x.new_empty(0)), used, None, texts, reverse, wanted, save)
-        ends += out[: len(begin)]
+        ends += out[:states]
         y = None
         if save:
-            y = out[len(begin) + len(texts) - 1]
+            y = out[states + len(texts) - 1]
         elif wanted:
-            y = out[len(begin)]
+            y = out[states]
         if stop == count:
             return y if sequences else None, ends[_h(cells)], ends
         assert y is not None
@@ -179,7 +187,7 @@ def _stacked(
 
 
 def _masked(
-    y: Tensor | None, last: Tensor, start: Tensor, used: Tensor, reverse: bool, zero: bool
+    y: Tensor | None, last: Tensor, start: Tensor | None, used: Tensor, reverse: bool, zero: bool
 ) -> tuple[Tensor | None, Tensor]:
     """Bring outputs at steps that the mask leaves out to what Keras has there.
 
@@ -190,7 +198,7 @@ def _masked(
         shown, last_shown = used, at_end
     else:
         at_start = used[:, -1 if reverse else 0]
-        if bool(at_start.all()) or not (start.requires_grad or bool(start.any())):
+        if start is None or bool(at_start.all()) or not (start.requires_grad or bool(start.any())):
             return y, last
         begun = used.flip(1).cummax(1).values.flip(1) if reverse else used.cummax(1).values
         shown, last_shown = begun, used.any(1)

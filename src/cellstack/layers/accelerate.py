@@ -126,11 +126,42 @@ def _states(hx: Any, mode: str) -> Sequence[Any]:
     return () if hx is None else hx if mode == "LSTM" and isinstance(hx, (tuple, list)) else (hx,)
 
 
-@lru_cache(maxsize=1024)
+@torch.compiler.assume_constant_result  # torch.compile would trace into the description, through a cache too
 def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
     """Return a layer's cell as the op takes it."""
+    return _text(mode, width, hidden, proj, bias)
+
+
+@lru_cache(maxsize=1024)
+def _text(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
     activation = "relu" if mode == "RNN_RELU" else "tanh"
     return op.in_rows(CellSpec(width, hidden, activation, use_bias=bias, kind=_KINDS[mode], proj_size=proj).text)
+
+
+def _in_full(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any, torch.dtype | None]:
+    """Return what a call takes in the dtype of the weights, and under autocast the dtype of what it gives, else None."""
+    if not torch.is_autocast_enabled("cpu"):
+        return x, states, None
+    return x.to(dtype), [state.to(dtype) for state in states], torch.get_autocast_dtype("cpu")
+
+
+def _checked_reset(module: nn.Module, reset: Any, shape: tuple[int, ...]) -> Tensor:
+    """Return `reset`, which has to be a tensor of bool of a shape."""
+    if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
+        came = str(reset.dtype).removeprefix("torch.") if isinstance(reset, Tensor) else type(reset).__name__
+        raise ValueError(f"{_name(module)}: expected reset to be a tensor of bool, got {came}")
+    if reset.shape != shape:
+        raise ValueError(
+            f"{_name(module)}: expected reset of the shape of input without its last axis, {tuple(shape)}, "
+            f"got {tuple(reset.shape)}"
+        )
+    return reset.to("cpu")
+
+
+def _only_here(module: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"{_name(module)}: expected no reset or return_gates in a call that PyTorch runs: {_why(module)}"
+    )
 
 
 # ── the subclasses ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,18 +260,13 @@ class _Sequence(_Accelerated, nn.RNNBase):
         states = _states(hx, self.mode)
         if not self._serves(x, weights, states, packed):
             if asked:
-                raise RuntimeError(
-                    f"{_name(self)}: expected no reset or return_gates in a call that PyTorch runs: {_why(self)}"
-                )
+                raise _only_here(self)
             if packed is not None and isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] != self.input_size:
                 raise RuntimeError(  # PyTorch says so but for packed rows, of which it writes beyond arrays
                     f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[1]}"
                 )
             return super().forward(input, hx)
-        dtype = weights[0].dtype
-        mixed = torch.is_autocast_enabled("cpu")
-        if mixed:
-            x, states = x.to(dtype), [state.to(dtype) for state in states]
+        x, states, lowered = _in_full(x, states, weights[0].dtype)
         batched = packed is not None or x.ndim == 3
         used = None
         if packed is not None:
@@ -251,11 +277,10 @@ class _Sequence(_Accelerated, nn.RNNBase):
             x, states = x.unsqueeze(0), [state.unsqueeze(1) for state in states]
         elif not self.batch_first:
             x = x.transpose(0, 1)
-        flags = None if reset is None else self._flags(reset, x, packed)
+        flags = None if reset is None else self._flags(reset, packed is None and input.shape[:-1], packed is not None)
         y, ends, traces = self._run(x, weights, states, used, flags, return_gates, packed)  # y [T, B, ·]
-        if mixed and self.mode != "GRU":
-            to = torch.get_autocast_dtype("cpu")
-            y, ends = y.to(to), [end.to(to) for end in ends]
+        if lowered is not None and self.mode != "GRU":
+            y, ends = y.to(lowered), [end.to(lowered) for end in ends]
         if packed is not None:
             y = PackedSequence(_packed(y, packed), *packed[1:])
             if packed.unsorted_indices is not None:
@@ -301,19 +326,12 @@ class _Sequence(_Accelerated, nn.RNNBase):
             least = _LEAST_STEPS[self.mode][0 if self._frozen is None else 2]
         return least > 1 and x.ndim > 1 and x.shape[1 if self.batch_first and x.ndim == 3 else 0] < least
 
-    def _flags(self, reset: Any, x: Tensor, packed: PackedSequence | None) -> Tensor:
-        """Return `reset` as `[B, T]`, checked."""
-        if packed is not None:
+    def _flags(self, reset: Any, shape: tuple[int, ...], packed: bool) -> Tensor:
+        """Return `reset` as `[B, T]`, checked; `shape` is that of the input without its last axis."""
+        if packed:
             raise ValueError(f"{_name(self)}: expected no reset with a PackedSequence, whose rows end by their lengths")
-        if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
-            came = str(reset.dtype).removeprefix("torch.") if isinstance(reset, Tensor) else type(reset).__name__
-            raise ValueError(f"{_name(self)}: expected reset to be a tensor of bool, got {came}")
-        flags = reset.unsqueeze(0) if reset.ndim == 1 else reset if self.batch_first else reset.transpose(0, 1)
-        if flags.shape != x.shape[:2]:
-            raise ValueError(
-                f"{_name(self)}: expected reset of the shape of input without its last axis, got {tuple(reset.shape)}"
-            )
-        return flags.to(x.device)
+        reset = _checked_reset(self, reset, shape)
+        return reset.unsqueeze(0) if reset.ndim == 1 else reset if self.batch_first else reset.transpose(0, 1)
 
     def _run(
         self,
@@ -392,34 +410,63 @@ def _packed(y: Tensor, packed: PackedSequence) -> Tensor:
 class _Step(_Accelerated, nn.RNNCellBase):
     """An `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """Run one step, as PyTorch's module does; see there."""
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Any, hx: Any = None, *, reset: Tensor | None = None, return_gates: bool = False
+    ) -> Any:
+        """Run one step, as PyTorch's module does; see there for `input`, `hx` and what is returned.
+
+        Args:
+            input: `[B, I]`, or `[I]` without a batch.
+            hx: the state to start from.
+            reset: bool, `[B]`, or without a batch of no axis: True where a row starts anew from zeros.
+            return_gates: return `(state, trace)`, a `Trace`, `GRUTrace` or `RNNTrace` of arrays as the state has them.
+
+        Raises:
+            ValueError: `reset` of another shape, or not of bool.
+            RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
+        """
         keep = self._frozen
-        if keep is None:  # what packing costs, and the way back through one step, no kernel makes up for
+        asked = reset is not None or return_gates
+        if keep is None and not asked:  # what packing costs, and the way back through a step, no kernel makes up for
             return super().forward(input, hx)
         mode = _mode(self)
         states = _states(hx, mode)
         weights = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
-        if not self._serves(input, states, weights):
+        if not self._fits(input, states, weights):
+            if asked:
+                raise _only_here(self)
             return super().forward(input, hx)
-        mixed = torch.is_autocast_enabled("cpu")
-        x, dtype, batched = input, weights[0].dtype, input.ndim == 2
-        if mixed:
-            x, states = x.to(dtype), [state.to(dtype) for state in states]
+        if reset is not None:
+            begins = _checked_reset(self, reset, input.shape[:-1]).unsqueeze(-1)
+            states = [torch.where(begins, 0.0, state) for state in states]
+        kernel = keep is not None and not needs_grad(input, *states, *weights) and op.direct(input)
+        if not (kernel or return_gates):
+            return super().forward(input, hx if reset is None or not states else self._as_one(states))
+        x, states, lowered = _in_full(input, states, weights[0].dtype)
+        batched = input.ndim == 2
         if not batched:
             x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
-        ends = op.step(x, states, weights, _cell(mode, self.input_size, self.hidden_size, 0, self.bias), keep)
-        if mixed and mode.startswith("RNN"):
-            ends = (ends[0].to(torch.get_autocast_dtype("cpu")),)
-        if not batched:
-            ends = tuple(end.squeeze(0) for end in ends)
-        return ends if mode == "LSTM" else ends[0]
+        cell, trace = _cell(mode, self.input_size, self.hidden_size, 0, self.bias), None
+        if return_gates:
+            parts, kind = 2 if mode == "LSTM" else 1, _KINDS[mode]
+            out = op.run(x.unsqueeze(1), list(states), weights, [], None, None, [cell], False, True, True)
+            ends, (y, gates, memory) = tuple(out[:parts]), out[parts : parts + 3]
+            every = trace_of(kind, gates, memory, y)
+            trace = type(every)(*(part.squeeze(1) if batched else part[0, 0] for part in every))
+        else:
+            ends = op.step(x, states, weights, cell, keep)
+        if lowered is not None and mode.startswith("RNN"):
+            ends = (ends[0].to(lowered),)
+        state = self._as_one(ends if batched else [end.squeeze(0) for end in ends])
+        return state if trace is None else (state, trace)
 
-    def _serves(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
-        """Whether the kernel runs this call."""
+    def _as_one(self, parts: Sequence[Tensor]) -> Any:
+        """Return the arrays of a state as the module takes and gives it."""
+        return tuple(parts) if _mode(self) == "LSTM" else parts[0]
+
+    def _fits(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
+        """Whether these are the tensors of a call that the kernel could run."""
         if not _is_ready(x, self.input_size, weights, states) or x.ndim not in (1, 2):
-            return False
-        if needs_grad(x, *states, *weights) or not op.direct(x):
             return False
         shape = (*x.shape[:-1], self.hidden_size)
         parts = 2 if _mode(self) == "LSTM" else 1

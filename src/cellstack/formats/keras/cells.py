@@ -7,10 +7,12 @@ keep their blocks transposed: both are put right in `layout`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellstack.formats.keras.config import OURS as OURS_OF_KERAS
 from cellstack.formats.keras.config import Layer, numbered
 from cellstack.formats.keras.files import short
 from cellstack.layout import OURS, from_cudnn, reorder
@@ -22,7 +24,9 @@ from cellstack.spec import CellSpec, FormatError
 KINDS = {name: kind for kind, name in KIND_NAMES.items()}
 CUDNN = {"CuDNNLSTM": "lstm", "CuDNNGRU": "gru"}
 CELLS = {f"{name}Cell": kind for name, kind in KINDS.items()}
-RECURRENT = (*KINDS, *CUDNN, "RNN", "Bidirectional")
+FLAGGED = {f"{OURS_OF_KERAS}{name}": kind for name, kind in KINDS.items()}  # with every flag that a cell has
+ALONE = {**KINDS, **CUDNN, **FLAGGED}  # layers that are a cell over time
+RECURRENT = (*ALONE, "RNN", "Bidirectional")
 SPLIT = {"lstm": "igfo", "gru": "zrg", "rnn": "g"}  # the order in which Keras 1 lists a cell's arrays, gate by gate
 SPLIT_NAMES = {"g": "c"}  # and what it calls a gate where that isn't our letter; a GRU's candidate is h
 SCALES = ("kernel_scale", "embeddings_scale")  # of integers, which stand first among a layer's weights
@@ -47,7 +51,9 @@ class Slot(NamedTuple):
 
     def below(self, prefix: str, trainable: bool = True) -> Slot:
         """Return the slot as seen from the layer around."""
-        return self._replace(path=f"{prefix}/{self.path}", trainable=self.trainable and trainable)
+        return self._replace(
+            path=f"{prefix}/{self.path}" if prefix else self.path, trainable=self.trainable and trainable
+        )
 
 
 def own_slots(layer: Layer, leaves: list[str]) -> list[Slot]:
@@ -127,8 +133,8 @@ def _number(layer: Layer, name: str, usual: float) -> float:
 
 def cells_of(layer: Layer) -> list[tuple[Layer, str, str]]:
     """Return the cells of a recurrent layer: each described, its kind, and where Keras 3 keeps its weights."""
-    if layer.kind in KINDS or layer.kind in CUDNN:
-        return [(layer, {**KINDS, **CUDNN}[layer.kind], "cell")]
+    if layer.kind in ALONE:
+        return [(layer, ALONE[layer.kind], "" if layer.kind in FLAGGED else "cell")]
     cell = layer.within(layer.config.get("cell"), "cell")
     if cell.kind == "StackedRNNCells":
         if cell.flag("reverse_state_order"):
@@ -147,12 +153,30 @@ def cells_of(layer: Layer) -> list[tuple[Layer, str, str]]:
 
 def _leaves(layer: Layer, kind: str, major: int) -> list[str]:
     """Return the names of a cell's arrays in the order in which Keras lists them."""
+    if layer.kind in FLAGGED:
+        return list(_spec_of(layer, 1).shapes)
     biased = layer.flag("use_bias", True)
     if major == 1:
         together = kind == "rnn" or layer.config.get("consume_less") == "gpu"
         gates = [""] if together else [f"_{_letter(kind, gate)}" for gate in SPLIT[kind]]
         return [f"{letter}{gate}" for gate in gates for letter in "WUb"]
     return ["kernel", "recurrent_kernel", *(["bias"] if biased else [])]
+
+
+def flagged(layer: Layer) -> bool:
+    """Whether a recurrent layer, or those that a Bidirectional holds, are of cellstack.keras."""
+    inner = layer.within(layer.config.get("layer"), "layer") if layer.kind == "Bidirectional" else layer
+    return inner.kind in FLAGGED
+
+
+def _spec_of(layer: Layer, width: int) -> CellSpec:
+    """Return the cell of a layer of cellstack.keras, whose settings are those of a `CellSpec`."""
+    names = {field.name for field in fields(CellSpec)} - {"input_size", "units", "kind"}
+    settings = {name: value for name, value in layer.config.items() if name in names}
+    try:
+        return CellSpec(width, layer.integer("units"), kind=FLAGGED[layer.kind], **settings)
+    except (TypeError, ValueError) as error:
+        raise layer.refuse(str(error)) from None
 
 
 def _letter(kind: str, gate: str) -> str:
@@ -215,12 +239,18 @@ def _halves(layer: Layer) -> tuple[Layer, Layer]:
         config = {**ahead.config, "go_backwards": not ahead.flag("go_backwards")}
         back = Layer(ahead.where, ahead.name, ahead.kind, config)
     for half in (ahead, back):
-        if half.kind not in (*KINDS, *CUDNN, "RNN"):
+        if half.kind not in (*ALONE, "RNN"):
             raise layer.refuse(f"expected a recurrent layer within, found {short(half.kind)}")
     return ahead, back
 
 
 def _cell(layer: Layer, kind: str, arrays: list[Array], major: int) -> Cell:
+    if layer.kind in FLAGGED:
+        spec = _spec_of(layer, arrays[0].shape[0] if arrays[0].ndim == 2 else 1)
+        for (name, shape), array in zip(spec.shapes.items(), arrays, strict=True):
+            if array.shape != shape:
+                raise layer.refuse(f"expected {name} {list(shape)}, found {array.shape}")
+        return Cell(spec, **dict(zip(spec.shapes, arrays, strict=True)))
     units = layer.integer("units")
     order = OURS[kind]
     if len(arrays) > 3:  # Keras 1: kernel, recurrent kernel and bias of one gate after the other

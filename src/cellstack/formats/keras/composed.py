@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+from cellstack.formats.keras.config import Layer
 from cellstack.formats.keras.files import short
 from cellstack.formats.keras.layer_builder import LayerBuilder, Pending, Value
 from cellstack.nodes import (
@@ -18,6 +19,7 @@ from cellstack.nodes import (
     Scale,
 )
 from cellstack.nodes.base import Node
+from cellstack.spec import TRACES
 
 Composer = Callable[[LayerBuilder, list[Node], list[Value]], Value]
 
@@ -127,7 +129,9 @@ def returned(build: LayerBuilder, node: Node, value: Value, masked: bool) -> lis
     """
     layer = build.layer
     if isinstance(node, Recurrent):
-        return [value, *(_states(build, node, value, lambda: value, masked, 0) if layer.flag("return_state") else [])]
+        states = _states(build, node, value, lambda: value, masked, 0) if layer.flag("return_state") else []
+        gates = TRACES[node.cells[-1].spec.kind]._fields if layer.flag("return_gates") else ()
+        return [value, *states, *(partial(_no_gates, layer) for _ in gates)]
     assert isinstance(node, Bidirectional)
     whole = value
     units = node.forward.units
@@ -143,6 +147,10 @@ def returned(build: LayerBuilder, node: Node, value: Value, masked: bool) -> lis
         return [*outputs]
     ahead = _states(build, node.forward, whole, halves[0], masked, 0)
     return [*outputs, *ahead, *_states(build, node.backward, whole, halves[1], masked, 1)]
+
+
+def _no_gates(layer: Layer) -> Value:
+    raise layer.refuse("gates of every step aren't values of a Network: net.trace(x) shows them")
 
 
 def _states(

@@ -20,6 +20,7 @@ BIGGEST = 2**31 - 1
 OPERATION = "ops."  # before the name of what is one of Keras 3's operations: layers have names in common with them
 LAMBDAS = ("TFOpLambda", "SlicingOpLambda")  # functions of TensorFlow among the layers of its own Keras
 TYPED = ("Cast", "ZerosLike", "OnesLike")  # of them, those that have a dtype as layers do
+OURS = "cellstack>"  # before the name of what is a layer of cellstack.keras
 CONSTANT = "_CONSTANT_VALUE"  # stands for a tensor where TensorFlow's own Keras lists a number among them
 
 
@@ -141,12 +142,14 @@ def snake(name: str) -> str:
 def numbered(kinds: list[str]) -> list[str]:
     """Return the names by which Keras 3 keeps the members of a list: those of their classes, the repeated numbered.
 
+    Of which package a class is makes no difference there.
+
     >>> numbered(["LSTM", "Dense", "LSTM"])
     ['lstm', 'dense', 'lstm_1']
     """
     seen: dict[str, int] = {}
     names = []
-    for kind in map(snake, kinds):
+    for kind in (snake(kind.rpartition(">")[2]) for kind in kinds):
         seen[kind] = seen.get(kind, -1) + 1
         names.append(f"{kind}_{seen[kind]}" if seen[kind] else kind)
     return names
@@ -254,6 +257,8 @@ def _class(entry: dict[str, Any]) -> str:
         operation = called and plain and kind not in MODELS
     if operation:
         return f"{OPERATION}{kind}"
+    if isinstance(registered, str) and registered.startswith(OURS):
+        return registered
     if isinstance(module, str) and not re.match(r"(tensorflow\.(python\.)?|tf_)?keras(\.|$)", module):
         return f"{module}>{kind}"
     if isinstance(registered, str) and registered != kind:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.build import Builder, TooMuchError
-from cellstack.formats.keras.cells import RECURRENT
+from cellstack.formats.keras.cells import FLAGGED, RECURRENT, flagged
 from cellstack.formats.keras.composed import composer, returned
 from cellstack.formats.keras.config import Call, Layer, Model, Ref
 from cellstack.formats.keras.files import short
@@ -188,6 +188,8 @@ class Reader:
     ) -> list[Value]:
         """Return what a layer takes, with the mask that it is given; a `FormatError` for a call that nodes can't be."""
         for keyword, value in named:
+            if keyword == "reset" and FLAGGED.keys() & {layer.kind}:
+                raise layer.refuse("reset is an input of the model, where a Network has net.run(x, reset=...)")
             if keyword != "mask":
                 raise layer.refuse(f"{keyword} comes from another layer, which a node doesn't take")
             if len(inputs) == 1 and value.flag is None and value.wire in self.builder.inputs:
@@ -232,7 +234,7 @@ class Reader:
             return self._frames(inner, inputs, name)
         nodes, build = self.built.nodes[id(layer)], self._of(layer, name)
         passed = None
-        if starts and self.major >= 3 and value.mask is not None and "mask" not in given:
+        if starts and self.major >= 3 and value.mask is not None and "mask" not in given and not flagged(layer):
             # Keras 3 leaves the mask of a sequence out where states are given, and hands it on past the layer.
             passed = ("passed", _own(value.mask))
             value = build.bare(value)

@@ -309,8 +309,9 @@ class Reader:
         handed = {origin(wire) for wire in taken if STATE in wire}
         taken |= {run.in_order for run in self.runs if run.node in handed}
         for number, run in enumerate(self.runs):
-            if run.in_order not in taken:  # its last h is all that is wanted of it: an answer, not a state alone
-                data.update([name for name, value in after.items() if _is_h(value, number)][:1])
+            if run.in_order not in taken:  # its last h, or c, is all that is wanted of it: an answer, not a state alone
+                wanted = [name for part in "hc" for name, value in after.items() if _is_all(value, part, number)]
+                data.update(wanted[:1])
         if self.model.said:
             data |= values.keys() - {end for _, end in self.model.said["states"]}
         for name, value in values.items():
@@ -370,10 +371,10 @@ class Reader:
         return {"states": states} | ({"starts": starts} if starts else {})
 
 
-def _is_h(ends: States, operator: int) -> bool:
-    """Whether states are all h, some of them an operator's."""
+def _is_all(ends: States, part: str, operator: int) -> bool:
+    """Whether states are all of one part, h or c, some of them an operator's."""
     refs = ends.refs.reshape(-1)
-    return all(ref.part == "h" for ref in refs) and any(ref.operator == operator for ref in refs)
+    return all(ref.part == part for ref in refs) and any(ref.operator == operator for ref in refs)
 
 
 def _settled(array: Any) -> Any:
