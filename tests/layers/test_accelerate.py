@@ -17,8 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import cellstack as cs
 from cellstack import _kernel
-from cellstack.layers import accelerate as door
-from cellstack.layers import op
+from cellstack.layers import accelerated, op, served
 from cellstack.spec import CellSpec
 
 MODULES = [nn.LSTM, nn.GRU, nn.RNN]
@@ -28,7 +27,7 @@ CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
 @pytest.fixture
 def runs(monkeypatch):
     """Count the calls that went to the kernel, which here takes those too that PyTorch is faster with."""
-    monkeypatch.setattr(door, "_LEAST_STEPS", dict.fromkeys(door._LEAST_STEPS, (1, 1, 1)))
+    monkeypatch.setattr(served, "LEAST_STEPS", dict.fromkeys(served.LEAST_STEPS, (1, 1, 1)))
     calls = []
     for name in ("run", "step"):
         real = getattr(op, name)
@@ -688,7 +687,7 @@ def test_accelerating_twice_changes_nothing():
     module = cs.accelerate(nn.LSTM(3, 4))
     kind = type(module)
     assert type(cs.accelerate(module)) is kind
-    assert door._accelerated(nn.LSTM) is kind
+    assert accelerated.class_of(nn.LSTM) is kind
     kind_of_cells = type(cs.accelerate(nn.LSTMCell(3, 4)))
     assert issubclass(kind_of_cells, nn.LSTMCell)
     assert not issubclass(kind_of_cells, nn.LSTM)

@@ -7,6 +7,7 @@ from networks import make_cell, make_graph, make_states
 from cellstack import Network, ShapeError
 from cellstack.nodes import (
     Activation,
+    Context,
     Conv1D,
     Dense,
     Embedding,
@@ -15,6 +16,7 @@ from cellstack.nodes import (
     LayerNorm,
     Masking,
     Merge,
+    PerFrame,
     Permute,
     Pool1D,
     Recurrent,
@@ -22,6 +24,7 @@ from cellstack.nodes import (
     Reshape,
     Scale,
     Select,
+    Take,
 )
 from cellstack.streaming.parts import Frames
 
@@ -265,3 +268,18 @@ def test_a_bad_call_says_what_was_expected_and_changes_nothing(case):
     with pytest.raises(error, match=message):
         call(stream)
     assert all(equal(tuple(one), tuple(other)) for one, other in zip(stream.state, before, strict=True))
+
+
+def test_widths_that_a_network_says_are_not_checked_again_at_every_frame(monkeypatch):
+    """Whether the nodes meet was told when it was made; a frame of the wrong width is refused all the same."""
+    rng = np.random.default_rng(0)
+    nodes = (Reshape((-1, 1)), Conv1D(rng.normal(size=(3, 1, 2)).astype("float32")), Flatten())
+    mirrored = Take((1, 0, 1, 2, 3, 4))
+    net = Network((Context(2), mirrored, PerFrame((6,), nodes, ((0,), (1,), (2,)))), inputs={"x": (None, 4)})
+    monkeypatch.setattr("cellstack.streaming.engine.check_widths", None)
+    x = rng.normal(size=(1, 3, 4)).astype("float32")
+    stream = net.stream()
+    answers = np.stack([stream.step(x[:, t]) for t in range(3)], axis=1)
+    np.testing.assert_array_equal(answers, net(x))
+    with pytest.raises(ShapeError, match=r"expected x \[B, I=4\], got \(1, 5\)"):
+        stream.step(np.zeros((1, 5), np.float32))

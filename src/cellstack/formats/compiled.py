@@ -99,10 +99,10 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         try:
             network = read(still, inputs, answers)
             why = _difference(network, still, inputs, tolerance)
+            if why is None:
+                return network
         except (TypeError, ValueError, FormatError) as error:
             why = str(error)
-        if why is None:
-            return network
         tried.insert(0, f"{how}: {why}")
     raise FormatError(f"compile: {type(module).__name__} can't be a Network: " + "; ".join(reasons + tried))
 

@@ -8,498 +8,25 @@ what is wrong with a call that no one can serve; `plan` says which calls these a
 
 from __future__ import annotations
 
-import copy
-import copyreg
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import dropout
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch import nn
 
 from cellstack.layers import op
+from cellstack.layers.accelerated import PASSING, Accelerated, class_of, copied
 from cellstack.layers.bidirectional import Bidirectional
-from cellstack.layers.cell import needs_grad
 from cellstack.layers.rnn import RNN
-from cellstack.layers.sequences import shifted
-from cellstack.layers.stack import trace_of
-from cellstack.spec import CellSpec, Plan
-
-_KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn", "RNN_RELU": "rnn"}
-_MODES = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}  # that of an nn.RNNCell is told by its nonlinearity
-_MODULES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-# By which they run; a class that has one of its own runs by that.
-_METHODS = (
-    "forward",
-    "check_forward_args",
-    "check_input",
-    "check_hidden_size",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-    "permute_hidden",
-)
-_DTYPES = (torch.float32, torch.float64)
-# Steps from which the kernel is the faster one, in a call without gradients, with them, and with frozen weights;
-# measured (benchmarks/doors.py).
-_LEAST_STEPS = {"LSTM": (1, 16, 1), "GRU": (8, 4, 1), "RNN_TANH": (16, 16, 4), "RNN_RELU": (16, 16, 4)}
-# Units, or rows × steps, from which an LSTM's training step is the faster one whatever its steps.
-_WIDE_LSTM, _BIG_LSTM = 128, 512
-
-# ── which modules, and which calls ───────────────────────────────────────────────────────────────────────────────────
-
-
-def _base_of(kind: type) -> type | None:
-    """Return which of PyTorch's recurrent classes `kind` is or derives from; None for another class."""
-    return next((base for base in _MODULES if issubclass(kind, base)), None)
-
-
-def _own_part(kind: type) -> str | None:
-    """Return the name of a method of `kind` that isn't the one by which PyTorch's own class runs; None: all are."""
-    base = _base_of(kind)
-    return next((name for name in _METHODS if getattr(kind, name, None) is not getattr(base, name, None)), None)
-
-
-def _own_way(module: nn.Module) -> str | None:
-    """Return by what of its own a recurrent module runs, so that it keeps its class; None: by what PyTorch's has."""
-    kind = _original(type(module))
-    own = _own_part(kind)
-    if own is not None:
-        return f"{kind.__name__} has a {own} of its own"
-    if parametrize.is_parametrized(module) and not isinstance(module, _Accelerated):
-        return "its weights are parametrised"
-    if any(map(is_lazy, module.parameters(recurse=False))):
-        return "its weights aren't there yet"
-    return None
-
-
-def _obstacle(module: nn.Module) -> str | None:
-    """Return why PyTorch runs every call of a recurrent module as it is now; None where the kernel can run some."""
-    own = _own_way(module)
-    if own is not None:
-        return own
-    weights = list(module.parameters(recurse=False))
-    devices = sorted({weight.device.type for weight in weights})
-    if devices != ["cpu"]:
-        return f"its weights are on {' and '.join(devices)}"
-    dtypes = {weight.dtype for weight in weights}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        named = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"its weights are {' and '.join(named)}, not float32 or float64"
-    return None
-
-
-def _watched() -> bool:
-    """Whether something looks on that knows PyTorch's operations alone: a tracer, an exporter, a transform."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is not None or op.transformed()
-
-
-def _is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) -> bool:
-    """Whether these are the tensors that the kernel takes; where it is no, PyTorch runs the call, or refuses it."""
-    if not isinstance(x, Tensor) or _watched() or not x.numel() or x.shape[-1] != width:
-        return False
-    dtype = weights[0].dtype
-    mixed = torch.is_autocast_enabled("cpu")
-    if dtype is not torch.float32 and (mixed or dtype is not torch.float64):
-        return False
-    for weight in weights:
-        if weight.dtype is not dtype or not weight.is_cpu:
-            return False
-    for given in (x, *states):
-        if not isinstance(given, Tensor) or not given.is_cpu:
-            return False
-        if given.dtype is not dtype and not (mixed and given.is_floating_point()):
-            return False
-    return True
-
-
-def _states(hx: Any, mode: str) -> Sequence[Any]:
-    """Return the arrays of a state as PyTorch's modules take it: a pair of an LSTM, else the array itself."""
-    return () if hx is None else hx if mode == "LSTM" and isinstance(hx, (tuple, list)) else (hx,)
-
-
-@torch.compiler.assume_constant_result  # torch.compile would trace into the description, through a cache too
-def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
-    """Return a layer's cell as the op takes it."""
-    return _text(mode, width, hidden, proj, bias)
-
-
-@lru_cache(maxsize=1024)
-def _text(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
-    activation = "relu" if mode == "RNN_RELU" else "tanh"
-    return op.in_rows(CellSpec(width, hidden, activation, use_bias=bias, kind=_KINDS[mode], proj_size=proj).text)
-
-
-def _in_full(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any, torch.dtype | None]:
-    """Return what a call takes in the dtype of the weights, and under autocast the dtype of what it gives, else None."""
-    if not torch.is_autocast_enabled("cpu"):
-        return x, states, None
-    return x.to(dtype), [state.to(dtype) for state in states], torch.get_autocast_dtype("cpu")
-
-
-def _checked_reset(module: nn.Module, reset: Any, shape: tuple[int, ...]) -> Tensor:
-    """Return `reset`, which has to be a tensor of bool of a shape."""
-    if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
-        came = str(reset.dtype).removeprefix("torch.") if isinstance(reset, Tensor) else type(reset).__name__
-        raise ValueError(f"{_name(module)}: expected reset to be a tensor of bool, got {came}")
-    if reset.shape != shape:
-        raise ValueError(
-            f"{_name(module)}: expected reset of the shape of input without its last axis, {tuple(shape)}, "
-            f"got {tuple(reset.shape)}"
-        )
-    return reset.to("cpu")
-
-
-def _only_here(module: nn.Module) -> RuntimeError:
-    return RuntimeError(
-        f"{_name(module)}: expected no reset or return_gates in a call that PyTorch runs: {_why(module)}"
-    )
-
-
-# ── the subclasses ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-# What a module has while `frozen` holds: its packed weights, and how many contexts hold them.
-_PASSING = ("_frozen", "_holders")
-
-
-class _Accelerated(nn.Module):
-    """What these subclasses share: copies are of the same class; what is pickled is a module of PyTorch's own."""
-
-    original: type[nn.Module]
-    _frozen: dict[Any, Any] | None = None
-
-    def __init_subclass__(cls) -> None:
-        """Keep the class from what the class below does with its subclasses, such as list or refuse them."""
-
-    def __getstate__(self) -> Any:
-        state = super().__getstate__()  # type: ignore[misc]
-        own, *slots = state if isinstance(state, tuple) else (state,)
-        if isinstance(own, dict):
-            own = {name: value for name, value in own.items() if name not in _PASSING}
-        return (own, *slots) if slots else own
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        if isinstance(reduced, str):
-            return reduced
-        make, args, *rest = reduced
-        if getattr(make, "__name__", None) == "__newobj__":  # pickle wants it of the object's own class
-            make, args = copyreg._reconstructor, (self.original, object, None)  # type: ignore[attr-defined]
-        make, *args = (self.original if part is type(self) else part for part in (make, *args))
-        return make, tuple(args), *rest
-
-    def __copy__(self) -> Any:
-        own = getattr(super(), "__copy__", None)
-        return self._as_this(copy._reconstruct(self, None, *self.__reduce_ex__(4)) if own is None else own())  # type: ignore[attr-defined]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        own = getattr(super(), "__deepcopy__", None)
-        if own is not None:
-            return self._as_this(own(memo))
-        if parametrize.is_parametrized(self):  # its class lets nothing be reduced
-            return _copied(self, memo)
-        return self._as_this(copy._reconstruct(self, memo, *self.__reduce_ex__(4)))  # type: ignore[attr-defined]
-
-    def _as_this(self, copied: Any) -> Any:
-        """Return a copy with the class that this module has."""
-        if type(copied) is self.original:
-            copied.__class__ = type(self)
-        return copied
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        # A module that took this one's place here would do so in the model for good, which torch.jit.script changes.
-        raise RuntimeError(
-            "torch.jit.script: expected PyTorch's own modules: call cellstack.restore(model) before, and "
-            "accelerate(model) after it"
-        )
-
-
-def _copied(module: nn.Module, memo: dict[int, Any]) -> Any:
-    """Return a deep copy of a module of the same class."""
-    copied = memo[id(module)] = type(module).__new__(type(module))
-    own = {name: value for name, value in module.__dict__.items() if name not in _PASSING}
-    copied.__dict__ = copy.deepcopy(own, memo)
-    return copied
-
-
-class _Sequence(_Accelerated, nn.RNNBase):
-    """An `nn.LSTM`, `nn.GRU` or `nn.RNN`."""
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Any, hx: Any = None, *, reset: Tensor | None = None, return_gates: bool = False
-    ) -> Any:
-        """Run over a sequence, as PyTorch's module does; see there for `input`, `hx` and what is returned.
-
-        Args:
-            input: `[T, B, I]`, with `batch_first` `[B, T, I]`; `[T, I]` without a batch; or a PackedSequence.
-            hx: the state to start from.
-            reset: bool, of the shape of `input` without its last axis: True where a row starts anew from zeros before
-                that step.
-            return_gates: return a trace of each layer and direction too, in the order of h_n: `Trace`, `GRUTrace` or
-                `RNNTrace`, with the axes that the output has; of packed input padded, rows in the order of the batch.
-
-        Raises:
-            ValueError: `reset` of another shape, not of bool, or with a PackedSequence.
-            RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
-        """
-        asked = reset is not None or return_gates
-        if isinstance(input, Tensor) and not asked and self._is_short(input):
-            return super().forward(input, hx)
-        packed = input if isinstance(input, PackedSequence) else None
-        x: Any = input if packed is None else packed.data
-        weights = self._weights()
-        states = _states(hx, self.mode)
-        if not self._serves(x, weights, states, packed):
-            if asked:
-                raise _only_here(self)
-            if packed is not None and isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] != self.input_size:
-                raise RuntimeError(  # PyTorch says so but for packed rows, of which it writes beyond arrays
-                    f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[1]}"
-                )
-            return super().forward(input, hx)
-        x, states, lowered = _in_full(x, states, weights[0].dtype)
-        batched = packed is not None or x.ndim == 3
-        used = None
-        if packed is not None:
-            x, used = _padded(x, packed)
-            if packed.sorted_indices is not None:
-                states = [state.index_select(1, packed.sorted_indices) for state in states]
-        elif not batched:
-            x, states = x.unsqueeze(0), [state.unsqueeze(1) for state in states]
-        elif not self.batch_first:
-            x = x.transpose(0, 1)
-        flags = None if reset is None else self._flags(reset, packed is None and input.shape[:-1], packed is not None)
-        y, ends, traces = self._run(x, weights, states, used, flags, return_gates, packed)  # y [T, B, ·]
-        if lowered is not None and self.mode != "GRU":
-            y, ends = y.to(lowered), [end.to(lowered) for end in ends]
-        if packed is not None:
-            y = PackedSequence(_packed(y, packed), *packed[1:])
-            if packed.unsorted_indices is not None:
-                ends = [end.index_select(1, packed.unsorted_indices) for end in ends]
-        elif not batched:
-            y, ends = y.squeeze(1), [end.squeeze(1) for end in ends]
-        elif self.batch_first:
-            y = y.transpose(0, 1)
-        out = y, tuple(ends) if len(ends) > 1 else ends[0]
-        return (*out, [self._as_given(trace, packed, batched) for trace in traces]) if return_gates else out
-
-    def _weights(self) -> list[Any]:
-        """Return the weights, in PyTorch's order."""
-        own = self._parameters
-        try:
-            return [own[name] for name in self._flat_weights_names]
-        except KeyError:  # one is computed, by a hook such as that of weight_norm
-            self._update_flat_weights()
-            return self._flat_weights  # type: ignore[return-value]
-
-    def _serves(self, x: Any, weights: list[Any], states: Sequence[Any], packed: PackedSequence | None) -> bool:
-        """Whether the kernel can run this call."""
-        if not _is_ready(x, self.input_size, weights, states) or x.ndim not in ((2,) if packed else (2, 3)):
-            return False
-        if not states:
-            return True
-        width = self.proj_size or self.hidden_size
-        layers = self.num_layers * (1 + self.bidirectional)
-        if packed is not None:
-            shape: tuple[int, ...] = (layers, int(packed.batch_sizes[0]))
-        else:
-            shape = (layers,) if x.ndim == 2 else (layers, x.shape[0 if self.batch_first else 1])
-        sizes = (width, self.hidden_size) if self.mode == "LSTM" else (width,)
-        return [state.shape for state in states] == [(*shape, size) for size in sizes]
-
-    def _is_short(self, x: Tensor) -> bool:
-        """Whether a call has so few steps that PyTorch's own is as fast or faster."""
-        if torch.is_grad_enabled():
-            least = _LEAST_STEPS[self.mode][1]
-            if self.mode == "LSTM" and (self.hidden_size >= _WIDE_LSTM or x.numel() >= _BIG_LSTM * self.input_size):
-                return False
-        else:
-            least = _LEAST_STEPS[self.mode][0 if self._frozen is None else 2]
-        return least > 1 and x.ndim > 1 and x.shape[1 if self.batch_first and x.ndim == 3 else 0] < least
-
-    def _flags(self, reset: Any, shape: tuple[int, ...], packed: bool) -> Tensor:
-        """Return `reset` as `[B, T]`, checked; `shape` is that of the input without its last axis."""
-        if packed:
-            raise ValueError(f"{_name(self)}: expected no reset with a PackedSequence, whose rows end by their lengths")
-        reset = _checked_reset(self, reset, shape)
-        return reset.unsqueeze(0) if reset.ndim == 1 else reset if self.batch_first else reset.transpose(0, 1)
-
-    def _run(
-        self,
-        x: Tensor,
-        weights: list[Any],
-        states: Sequence[Tensor],
-        used: Tensor | None,
-        reset: Tensor | None,
-        traced: bool,
-        packed: PackedSequence | None,
-    ) -> tuple[Tensor, list[Tensor], list[Any]]:
-        """Return y `[T, B, ·]`, the arrays of the last states `[layers, B, ·]`, and the traces, of `x [B, T, I]`."""
-        save = traced or needs_grad(x, *states, *weights)
-        directions = 1 + self.bidirectional
-        share = self.dropout if self.training and self.num_layers > 1 else 0.0
-        step = self.num_layers if directions == 1 and not share else 1  # layers that run as one call
-        left, kind = iter(weights), _KINDS[self.mode]
-        frozen_weights = self._frozen
-        starts = list(zip(*(state.unbind(0) for state in states), strict=True))
-        ends: list[Sequence[Tensor]] = []
-        traces: list[Any] = []
-        y = x
-        for layer in range(0, self.num_layers, step):
-            outputs = []
-            for direction in range(directions):
-                cells, arrays, begin = [], [], []
-                for n in range(layer, layer + step):
-                    width = x.shape[2] if n == 0 else (self.proj_size or self.hidden_size) * directions
-                    cells.append(_cell(self.mode, width, self.hidden_size, self.proj_size, self.bias))
-                    arrays += islice(left, 2 + 2 * self.bias + bool(self.proj_size))
-                    begin += starts[n * directions + direction] if starts else ()
-                flags = reset if reset is None or not direction else shifted(reset)
-                keep = None if frozen_weights is None else frozen_weights.setdefault((layer, direction), {})
-                out = op.run(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, True, keep)
-                parts = 2 if kind == "lstm" else 1
-                ends += [out[n : n + parts] for n in range(0, parts * step, parts)]
-                kept = out[parts * step :]
-                outputs.append(kept[step - 1 if save else 0])
-                if traced:
-                    every = zip(kept[:step], kept[step : 2 * step], kept[2 * step : 3 * step], strict=True)
-                    traces += [trace_of(kind, gates, memory, h.transpose(0, 1)) for h, gates, memory in every]
-            y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
-            if layer + step < self.num_layers:
-                if share and packed is not None:  # as PyTorch draws it: on what it has
-                    y = _padded(dropout(_packed(y, packed), share), packed)[0]
-                else:
-                    y = dropout(y, share).transpose(0, 1) if share else y.transpose(0, 1)
-        if save and directions == 1 and packed is None and not (kind == "lstm" and y.dtype is torch.float32):
-            y = y.clone()  # PyTorch's own may be written to, but for this; the way back needs the op's as it is
-        last = [list(parts) for parts in zip(*ends, strict=True)]
-        return y, [torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) for parts in last], traces
-
-    def _as_given(self, trace: Any, packed: PackedSequence | None, batched: bool) -> Any:
-        """Return a trace, whose parts are `[B, T, H]`, with the axes that the output has."""
-        if packed is not None and packed.unsorted_indices is not None:
-            trace = type(trace)(*(part.index_select(0, packed.unsorted_indices) for part in trace))
-        if not batched:
-            return type(trace)(*(part.squeeze(0) for part in trace))
-        return trace if self.batch_first else type(trace)(*(part.transpose(0, 1) for part in trace))
-
-
-def _padded(data: Tensor, packed: PackedSequence) -> tuple[Tensor, Tensor | None]:
-    """Return packed data as `[B, T, ·]`, longest row first, and which steps count `[B, T]`; None: all do."""
-    sizes = packed.batch_sizes
-    x, _ = pad_packed_sequence(PackedSequence(data, sizes))
-    used = None if sizes[-1] == sizes[0] else torch.arange(x.shape[1])[:, None] < sizes
-    return x.transpose(0, 1), used
-
-
-def _packed(y: Tensor, packed: PackedSequence) -> Tensor:
-    """Return `y [T, B, ·]`, longest row first, as packed data."""
-    lengths = (packed.batch_sizes[:, None] > torch.arange(y.shape[1])).sum(0)
-    return pack_padded_sequence(y, lengths).data
-
-
-class _Step(_Accelerated, nn.RNNCellBase):
-    """An `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`."""
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Any, hx: Any = None, *, reset: Tensor | None = None, return_gates: bool = False
-    ) -> Any:
-        """Run one step, as PyTorch's module does; see there for `input`, `hx` and what is returned.
-
-        Args:
-            input: `[B, I]`, or `[I]` without a batch.
-            hx: the state to start from.
-            reset: bool, `[B]`, or without a batch of no axis: True where a row starts anew from zeros.
-            return_gates: return `(state, trace)`, a `Trace`, `GRUTrace` or `RNNTrace` of arrays as the state has them.
-
-        Raises:
-            ValueError: `reset` of another shape, or not of bool.
-            RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
-        """
-        keep = self._frozen
-        asked = reset is not None or return_gates
-        if keep is None and not asked:  # what packing costs, and the way back through a step, no kernel makes up for
-            return super().forward(input, hx)
-        mode = _mode(self)
-        states = _states(hx, mode)
-        weights = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
-        if not self._fits(input, states, weights):
-            if asked:
-                raise _only_here(self)
-            return super().forward(input, hx)
-        if reset is not None:
-            begins = _checked_reset(self, reset, input.shape[:-1]).unsqueeze(-1)
-            states = [torch.where(begins, 0.0, state) for state in states]
-        kernel = keep is not None and not needs_grad(input, *states, *weights) and op.direct(input)
-        if not (kernel or return_gates):
-            return super().forward(input, hx if reset is None or not states else self._as_one(states))
-        x, states, lowered = _in_full(input, states, weights[0].dtype)
-        batched = input.ndim == 2
-        if not batched:
-            x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
-        cell, trace = _cell(mode, self.input_size, self.hidden_size, 0, self.bias), None
-        if return_gates:
-            parts, kind = 2 if mode == "LSTM" else 1, _KINDS[mode]
-            out = op.run(x.unsqueeze(1), list(states), weights, [], None, None, [cell], False, True, True)
-            ends, (y, gates, memory) = tuple(out[:parts]), out[parts : parts + 3]
-            every = trace_of(kind, gates, memory, y)
-            trace = type(every)(*(part.squeeze(1) if batched else part[0, 0] for part in every))
-        else:
-            ends = op.step(x, states, weights, cell, keep)
-        if lowered is not None and mode.startswith("RNN"):
-            ends = (ends[0].to(lowered),)
-        state = self._as_one(ends if batched else [end.squeeze(0) for end in ends])
-        return state if trace is None else (state, trace)
-
-    def _as_one(self, parts: Sequence[Tensor]) -> Any:
-        """Return the arrays of a state as the module takes and gives it."""
-        return tuple(parts) if _mode(self) == "LSTM" else parts[0]
-
-    def _fits(self, x: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
-        """Whether these are the tensors of a call that the kernel could run."""
-        if not _is_ready(x, self.input_size, weights, states) or x.ndim not in (1, 2):
-            return False
-        shape = (*x.shape[:-1], self.hidden_size)
-        parts = 2 if _mode(self) == "LSTM" else 1
-        return not states or (len(states) == parts and all(state.shape == shape for state in states))
-
-
-def _mode(cell: Any) -> str:
-    """Return what a cell would be called as the mode of an `nn.RNNBase`."""
-    return (
-        next((mode for kind, mode in _MODES.items() if isinstance(cell, kind)), None)
-        or f"RNN_{cell.nonlinearity.upper()}"
-    )
-
-
-# ── in place, and back ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@lru_cache(maxsize=256)
-def _accelerated(kind: type) -> type:
-    """Return the subclass of one of PyTorch's recurrent classes, or of a class that derives from it, on our op."""
-    mixin = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
-    own = {"original": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (mixin, kind), own)
-
-
-def _original(kind: type) -> type:
-    return kind.original if issubclass(kind, _Accelerated) else kind
+from cellstack.layers.served import LEAST_STEPS, WIDE_LSTM, base_of, obstacle, original_of, own_way
+from cellstack.spec import Plan
 
 
 def _recurrent(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield each of PyTorch's recurrent modules in `module`, with its name; a module that is there twice, once."""
     for name, part in module.named_modules():
-        if _base_of(type(part)) is not None:
+        if base_of(type(part)) is not None:
             yield name, part
 
 
@@ -526,16 +53,16 @@ def accelerate(module: nn.Module) -> nn.Module:
     torch.Size([2, 5, 16])
     """
     found = list(_recurrent(_checked(module, "accelerate")))
-    if all(not isinstance(part, _Accelerated) and _own_way(part) is not None for _, part in found):
-        what = ", ".join(f"{name or 'it'}: {_obstacle(part)}" for name, part in found[:3])
+    if all(not isinstance(part, Accelerated) and own_way(part) is not None for _, part in found):
+        what = ", ".join(f"{name or 'it'}: {obstacle(part)}" for name, part in found[:3])
         more = f", and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
             "accelerate: expected a module with an nn.LSTM, nn.GRU or nn.RNN, or a cell of theirs, in it, got "
             f"{type(module).__name__} without one{f' that the kernel could run ({what}{more})' if found else ''}"
         )
     for _, part in found:
-        if not isinstance(part, _Accelerated) and _own_way(part) is None:
-            part.__class__ = _accelerated(type(part))
+        if not isinstance(part, Accelerated) and own_way(part) is None:
+            part.__class__ = class_of(type(part))
     return module
 
 
@@ -563,7 +90,7 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
     ...     state = cell(torch.zeros(1, 3))
     ...     state = cell(torch.zeros(1, 3), state)
     """
-    parts = [part for _, part in _recurrent(_checked(module, "frozen")) if isinstance(part, _Accelerated)]
+    parts = [part for _, part in _recurrent(_checked(module, "frozen")) if isinstance(part, Accelerated)]
     if not parts:
         raise ValueError(f"frozen: expected a module that accelerate() was given, got {type(module).__name__}")
     with _freezing:
@@ -579,7 +106,7 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
                 own = part.__dict__
                 own["_holders"] = own.get("_holders", 1) - 1
                 if own["_holders"] < 1:
-                    for name in _PASSING:
+                    for name in PASSING:
                         own.pop(name, None)
 
 
@@ -594,20 +121,20 @@ def restore(module: nn.Module) -> nn.Module:
     """
     for _, part in _recurrent(_checked(module, "restore")):
         part.__class__ = _restored(type(part))
-        for name in _PASSING:
+        for name in PASSING:
             part.__dict__.pop(name, None)
     return module
 
 
 def _restored(kind: type) -> type:
     """Return `kind` without ours; one that derives from ours, as `parametrize` makes them, on what ours was made of."""
-    if not issubclass(kind, _Accelerated):
+    if not issubclass(kind, Accelerated):
         return kind
-    if "original" in vars(kind):
-        return kind.original
+    if "_class_before" in vars(kind):
+        return kind._class_before
     own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     if "__getstate__" in own:  # that of `parametrize`, which copies by what ours had
-        own.setdefault("__deepcopy__", _copied)
+        own.setdefault("__deepcopy__", copied)
     make: Any = type(kind)
     return make(kind.__name__, tuple(map(_restored, kind.__bases__)), own)
 
@@ -629,7 +156,7 @@ def plan(module: nn.Module) -> Plan:
         if id(part) in inside:
             continue
         head = f"{name}: " if name else ""
-        if _base_of(type(part)) is not None:
+        if base_of(type(part)) is not None:
             lines.append(f"{head}{_described(part)}: {_how(part)}")
         elif isinstance(part, (RNN, Bidirectional)):
             lines += [head + line for line in part.plan()]
@@ -644,7 +171,7 @@ def _checked(module: Any, owner: str) -> nn.Module:
 
 
 def _described(module: Any) -> str:
-    text = f"{_original(type(module)).__name__} {module.input_size} -> {module.hidden_size}"
+    text = f"{original_of(type(module)).__name__} {module.input_size} -> {module.hidden_size}"
     if isinstance(module, nn.RNNCellBase):
         return text
     text += f" -> {module.proj_size}" if module.proj_size else ""
@@ -653,10 +180,10 @@ def _described(module: Any) -> str:
 
 
 def _how(module: Any) -> str:
-    why = _obstacle(module)
+    why = obstacle(module)
     if why is not None:
         return f"PyTorch's own: {why}"
-    if not isinstance(module, _Accelerated):
+    if not isinstance(module, Accelerated):
         return "PyTorch's own: accelerate() would let the fused kernel run it"
     return f"fused cpu kernel ({op.isa()}){op.autocast()}{_small(module)}"
 
@@ -665,17 +192,9 @@ def _small(module: Any) -> str:
     """Say which calls of a module PyTorch runs because it is faster there."""
     if isinstance(module, nn.RNNCellBase):
         return " within frozen() and without gradients; else PyTorch's own, as fast for one step"
-    least, trained, _ = _LEAST_STEPS[module.mode]
-    if module.mode == "LSTM" and module.hidden_size >= _WIDE_LSTM:
+    least, trained, _ = LEAST_STEPS[module.mode]
+    if module.mode == "LSTM" and module.hidden_size >= WIDE_LSTM:
         return ""
     small = " of a small batch" if module.mode == "LSTM" else ""
     parts = [f"{trained} steps{small} in training"] + ([f"{least} otherwise"] if least > 1 else [])
     return f"; PyTorch's own, as fast there, below {' and '.join(parts)}"
-
-
-def _name(module: nn.Module) -> str:
-    return _original(type(module)).__name__
-
-
-def _why(module: nn.Module) -> str:
-    return _obstacle(module) or "under a transform or a tracer, or with an input that it refuses"

@@ -86,7 +86,9 @@ class Engine:
                 for state in network.graph.states[network.names.index(label)]:
                     places[state.value] = places[last]  # what the node answers: the others are refused
         self._outputs = tuple(places[name] for name in network.outputs)
-        self._late = any(network.graph.late)  # widths that only a call brings
+        # Whether a call brings widths that nobody knew when the network was made, and checked then.
+        known = all(network.shapes[name][-1] is not None for name in network.inputs if name not in network.graph.ids)
+        self._late = any(network.graph.late) and not known
         plain = len(network.inputs) == 1 and network.input_size is not None and not self._late
         self.frame = (self.rows, network.input_size) if plain else None
         # Cells come first in a state, in the network's order, then what else is kept.

@@ -127,7 +127,7 @@ def _is(module: Any, *names: str, package: str = "torch.nn") -> bool:
     classes = [getattr(sys.modules.get(package), name, None) for name in names]
     if "forward" in getattr(module, "__dict__", {}):
         return False
-    own = getattr(type(module), "original", type(module))  # one that was accelerated is what it was before
+    own = getattr(type(module), "_class_before", type(module))  # one that was accelerated is what it was before
     return any(isinstance(module, kind) and own.forward is kind.forward for kind in classes if kind is not None)
 
 
