@@ -304,13 +304,12 @@ def test_a_reset_of_one_row_leaves_the_others_alone(runs):
 
 
 @pytest.mark.slow
-def test_torch_compile_of_a_whole_graph(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+def test_torch_compile_of_a_whole_graph():
     torch._dynamo.reset()
     _, ours = pair(nn.LSTM, 4, 128, 2, batch_first=True)
     x = torch.randn(3, 20, 4, requires_grad=True)
-    whole = torch.compile(lambda x: ours(x)[0] * 2, fullgraph=True, backend="aot_eager")
-    y = whole(x)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        y = torch.compile(lambda x: ours(x)[0] * 2, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(y, ours(x)[0] * 2)
     (grad,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(grad, torch.autograd.grad((ours(x)[0] * 2).sum(), x)[0])

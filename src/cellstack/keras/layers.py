@@ -7,7 +7,7 @@ They are true layers of Keras's: functional models, `fit`, `summary`, masks, `Bi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import keras
@@ -17,20 +17,7 @@ from cellstack.spec import TRACES, CellSpec, as_flag, as_integer, check_state
 
 _ops: Any = keras.ops
 
-_FLAGS = (
-    "use_bias",
-    "peepholes",
-    "coupled",
-    "proj_size",
-    "layer_norm",
-    "norm_epsilon",
-    "clip",
-    "cell_clip",
-    "zoneout",
-    "zoneout_cell",
-    "reset_after",
-    "learn_initial_state",
-)
+_SETTINGS = {field.name for field in fields(CellSpec)} - {"input_size", "units", "kind"}
 _OF_CALLS = ("return_sequences", "return_state", "go_backwards", "zero_output_for_mask", "return_gates")
 _ROLES = {"kernel": "kernel", "recurrent_kernel": "recurrent", "bias": "bias"}
 _TABLES = {"initializer": keras.initializers, "regularizer": keras.regularizers, "constraint": keras.constraints}
@@ -49,12 +36,10 @@ class _Recurrent(keras.layers.Layer):
         self.units = as_integer(self.name, "units", given["units"])
         for name in _OF_CALLS:
             setattr(self, name, as_flag(self.name, name, given[name]))
-        names = [name for name in ("activation", "recurrent_activation") if name in given]
-        for name in names:
+        for name in {"activation", "recurrent_activation"} & given.keys():
             given[name] = _activation(self.name, name, given[name])
-        fields = {name: given[name] for name in names}
-        fields |= {name: given[name] for name in _FLAGS if name in given}
-        self._spec = CellSpec(1, self.units, kind=self.kind, gate_activations=given["gate_activations"], **fields)
+        settings = {name: given[name] for name in _SETTINGS & given.keys()}
+        self._spec = CellSpec(1, self.units, kind=self.kind, **settings)
         for rate in ("dropout", "recurrent_dropout"):
             if not 0.0 <= given[rate] < 1.0:
                 raise ValueError(f"{self.name}: expected {rate} in [0, 1), got {given[rate]!r}")

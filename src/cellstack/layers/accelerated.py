@@ -332,10 +332,14 @@ class _Step(Accelerated, nn.RNNCellBase):
         return not states or (len(states) == parts and all(state.shape == shape for state in states))
 
 
-@torch.compiler.assume_constant_result  # torch.compile would trace into the description, through a cache too
 def _cell(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
     """Return a layer's cell as the op takes it."""
     return _text(mode, width, hidden, proj, bias)
+
+
+# What torch.compiler.assume_constant_result sets, which imports the whole compiler: that would trace into the
+# description, through a cache too.
+_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1024)
@@ -374,5 +378,10 @@ def _only_here(module: nn.Module) -> RuntimeError:
 def class_of(kind: type) -> type:
     """Return the subclass of one of PyTorch's recurrent classes, or of a class that derives from it, on our op."""
     mixin = _Step if issubclass(kind, nn.RNNCellBase) else _Sequence
-    own = {"_class_before": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    own = {
+        "_class_before": kind,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
     return type(kind.__name__, (mixin, kind), own)

@@ -53,7 +53,7 @@ def test_a_file_is_the_network_that_the_layers_are(tmp_path, name, suffix):
     model.save(path)
     expected = keras.ops.convert_to_numpy(model(x))
     for net in (cs.load(path), cs.from_keras(model)):
-        np.testing.assert_allclose(net(x), expected, atol=1e-6)
+        np.testing.assert_allclose(net(x), expected, atol=1e-5)
 
 
 def test_verify_and_convert_take_it(tmp_path):
@@ -72,7 +72,7 @@ def test_verify_and_convert_take_it(tmp_path):
     assert "not compared" not in str(report)
     net.save(tmp_path / "m.onnx")
     x = np.random.default_rng(0).normal(size=(2, 5, 6)).astype("float32")
-    np.testing.assert_allclose(cs.load(tmp_path / "m.onnx")(x), keras.ops.convert_to_numpy(model(x)), atol=1e-6)
+    np.testing.assert_allclose(cs.load(tmp_path / "m.onnx")(x), keras.ops.convert_to_numpy(model(x)), atol=1e-5)
 
 
 def test_states_between_layers_beside_a_mask_which_ours_heed(tmp_path):
@@ -86,9 +86,9 @@ def test_states_between_layers_beside_a_mask_which_ours_heed(tmp_path):
     inputs = [rng.normal(size=shape).astype("float32") for shape in ((2, 6, 6), (2, 4))]
     inputs[0][0, 4:] = inputs[0][1, :2] = 0.0
     expected = keras.ops.convert_to_numpy(model(inputs))
-    np.testing.assert_allclose(cs.load(path)(tuple(inputs)), expected, atol=1e-6)
+    np.testing.assert_allclose(cs.load(path)(tuple(inputs)), expected, atol=1e-5)
     short = [inputs[0][:1, :4], inputs[1][:1]]  # what the mask leaves out has no influence
-    np.testing.assert_allclose(keras.ops.convert_to_numpy(model(short)), expected[:1], atol=1e-6)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(model(short)), expected[:1], atol=1e-5)
 
 
 def test_layers_of_one_name_but_of_two_packages_are_kept_apart(tmp_path):
@@ -97,7 +97,7 @@ def test_layers_of_one_name_but_of_two_packages_are_kept_apart(tmp_path):
     path = tmp_path / "m.keras"
     model.save(path)
     x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32")
-    np.testing.assert_allclose(cs.load(path)(x), keras.ops.convert_to_numpy(model(x)), atol=1e-6)
+    np.testing.assert_allclose(cs.load(path)(x), keras.ops.convert_to_numpy(model(x)), atol=1e-5)
 
 
 def test_gates_and_resets_are_refused_by_what_serves_instead(tmp_path):
