@@ -150,12 +150,16 @@ double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t wid
     return double(blocks) * (std::max(sums + near / 2, far) + double(rows * d.gates()) * activation) / gigahertz;
 }
 
+// What several threads have to be faster by than one, by the estimate.
+constexpr double kMargin = 1.15;
+
 template <class T>
 Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t steps, int64_t most_groups, bool resets,
            int threads) {
-    const int depth = int(layers.size()), width = layers[0]->impl().leaf->width;
+    const int depth = int(layers.size());
     const auto cost = [&](int l, int64_t rows, int shares) {
         const Panels<T>& w = layers[l]->impl().panels;
+        const int width = layers[l]->impl().leaf->width;
         const double bytes = w.element == Element::kBfloat16 ? 2 : w.element == Element::kInt8 ? 1 : sizeof(T);
         return steps * step_cost(*w.d, rows, ceil_div(w.blocks, shares), width, bytes);
     };
@@ -166,8 +170,11 @@ Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t step
     };
     int64_t most_shares = resets ? 1 : kMostThreads;
     for (const Weights<T>* w : layers) most_shares = std::min(most_shares, divides(*w) ? w->impl().panels.blocks : 1);
-    Cut best{1, 1, 1, chunk_steps(B, steps)};
-    double least = cost_of(0, depth, B, 1);
+    const Cut alone{1, 1, 1, chunk_steps(B, steps)};
+    if (threads < 2) return alone;
+    const double one = cost_of(0, depth, B, 1);
+    Cut best = alone;
+    double least = one;
     const auto consider = [&](Cut cut, double taken) {
         if (taken < least) least = taken, best = cut;
     };
@@ -187,7 +194,7 @@ Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t step
             consider({groups, 1, shares, whole},
                      cost_of(0, depth, rows, shares) + double(depth * steps * (shares - 1)) * lockstep_latency());
     }
-    return best;
+    return least * kMargin < one ? best : alone;
 }
 
 // A layer over some rows, run chunk by chunk.
@@ -313,9 +320,12 @@ void forward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, int th
     const int depth = int(layers.size());
     if (B == 0) return;
     const auto description = [&](int l) -> const Description& { return layers[l].weights->description(); };
-    std::vector<const Weights<T>*> weights;
-    for (const Layer<T>& layer : layers) weights.push_back(layer.weights);
-    const Cut cut = cut_of(weights, B, steps, in.reset, threads);
+    Cut cut{1, 1, 1, chunk_steps(B, steps)};
+    if (threads > 1) {
+        std::vector<const Weights<T>*> weights;
+        for (const Layer<T>& layer : layers) weights.push_back(layer.weights);
+        cut = cut_of(weights, B, steps, in.reset, threads);
+    }
     const int groups = cut.groups;
     const int64_t most_rows = ceil_div(B, groups), chunk = cut.chunk;
 
@@ -434,9 +444,8 @@ struct Stream<T>::Impl {
     int shares() const { return groups == 1 ? threads : 1; }  // at most, of the units
     size_t place(int group, int layer) const { return size_t(group) * weights.size() + size_t(layer); }
 
-    // What a runner has to know of chunk n of a call.
-    Forward<T> placed(int group, int layer, int64_t n, const T* x, T* y, int64_t steps) const {
-        Forward<T> f = runners[place(group, layer)].f;
+    // What `f`, of one group and layer, has to know of chunk n of a call.
+    void place_chunk(Forward<T>& f, int group, int layer, int64_t n, const T* x, T* y, int64_t steps) const {
         const int64_t first = n * chunk, row = first_row(group);
         const auto kept = [&](int of, int64_t width) {
             return between[place(group, of)] + n % 2 * f.rows * chunk * width;
@@ -451,13 +460,12 @@ struct Stream<T>::Impl {
             f.y_row = f.steps * f.y_time, f.y = kept(layer, f.y_time);
         else
             f.y_row = steps * f.y_time, f.y = y + row * f.y_row + first * f.y_time;
-        return f;
     }
 
     // Chunk n of a call, for one group and layer.
     void advance(int group, int layer, int64_t n, const T* x, T* y, int64_t steps) {
         Runner<T>& runner = runners[place(group, layer)];
-        runner.f = placed(group, layer, n, x, y, steps);
+        place_chunk(runner.f, group, layer, n, x, y, steps);
         runner.steps(0, runner.f.steps);
     }
 
@@ -479,7 +487,8 @@ struct Stream<T>::Impl {
                 int l = 0;
                 for (int64_t of; left >= (of = runners[l].phases(std::min(chunk, steps - n * chunk), chunk)); ++l)
                     left -= of;
-                Forward<T> f = placed(0, l, n, x, y, steps);
+                Forward<T> f = runners[l].f;
+                place_chunk(f, 0, l, n, x, y, steps);
                 runners[l].take_chunk(f, 0, f.steps);
                 runners[l].run_share(f, left, n * chunk, share, shares);
             });

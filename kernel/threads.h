@@ -84,7 +84,8 @@ class Lockstep {
     alignas(64) std::atomic<int64_t> done_{0};  // shares, of all phases
 };
 
-// Nanoseconds between two phases of a Lockstep of two threads, measured once, when the pool starts.
+// Nanoseconds that a phase of a Lockstep of two threads takes beside its work, with what a step passes on: measured
+// once.
 double lockstep_latency();
 
 // Within its scope, results and operands that are denormal count as zero; the thread's own mode comes back after.

@@ -297,10 +297,7 @@ class Network:
             record.flows.update(values)
         batch, cells = len(given[0]), self.cells
         states = as_states("Network", state, cells, batch, self.started)
-        if threads is None:
-            threads = processors()
-        else:
-            threads = check_integer("Network", "threads", threads)
+        threads = processors() if threads is None else check_integer("Network", "threads", threads)
         after: tuple[CellState, ...] = ()
         with np.errstate(all="ignore"):  # NaN and inf pass through, as they do in the kernel
             for numbers, node, sources in self._stages:
