@@ -231,7 +231,7 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
     // Gates of a chunk, as forward had them: all of its rows and steps are rows of one step, as the states before them
     // are known. The weights are packed as forward packs them.
     std::unique_ptr<Weights<T>> packed;
-    if (again && B * steps) packed.reset(new Weights<T>(d, arrays));
+    if (again && B * steps > 0) packed.reset(new Weights<T>(d, arrays));
     std::vector<uint8_t> mask_in(again && in.mask ? size_t(rows_again) : 0);
     const auto make_gates = [&](int64_t first, int64_t last) {
         const T* initial_c = arrays.initial_c ? arrays.initial_c : zeros;
