@@ -580,3 +580,26 @@ def test_co2_beats_the_seasonal_naive_forecast(capsys, tmp_path):
     assert scores["origins"] > 400
     assert errors["model"]["mae"] < 0.5 * errors["seasonal naive, 52"]["mae"]
     assert errors["model"]["mae"] < errors["seasonal naive with drift, 52"]["mae"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "train x.csv --horizn 3 -o x",
+            "cellstack train: error: unrecognized argument --horizn, did you mean --horizon?",
+        ),
+        ("bench --quik=1", "cellstack bench: error: unrecognized argument --quik=1, did you mean --quick?"),
+        ("info x --zzzz", "cellstack info: error: unrecognized argument --zzzz"),
+        ("run a b c", "cellstack run: error: unrecognized argument c"),
+        (
+            "trian x.csv",
+            "'generate', 'convert', 'inspect', 'info', 'bench'), did you mean train?",
+        ),
+    ],
+)
+def test_what_is_misspelt_is_told_with_what_is_near(capsys, words, said):
+    with pytest.raises(SystemExit) as end:
+        cli.main(words.split())
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith(said + "\n")

@@ -17,8 +17,8 @@ from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
 from cellstack.train.forecast import predict, training
 from cellstack.train.forecast.model import Calibration, Forecaster, as_network
-from cellstack.train.forecast.parts import parts, typical_errors
-from cellstack.train.forecast.plan import Request, defaults, plan, understood
+from cellstack.train.forecast.parts import epoch_steps, parts, typical_errors
+from cellstack.train.forecast.plan import MOST_WORK, Request, defaults, plan, understood
 from cellstack.train.forecast.recipe import SMOOTHED
 from cellstack.train.forecast.smoothing import Smoothing
 from cellstack.train.forecast.training import Build, calibrated, train_forecast
@@ -215,7 +215,7 @@ def test_a_share_has_to_pay_by_more_than_a_standard_error():
     assert training._smallest(np.array([[1.0, 1.0], [0.5, 1.2]]), 1.0) == 0  # two that don't agree
 
 
-def test_networks_that_are_not_followed_are_not_trained_anew(monkeypatch):
+def test_networks_that_are_not_followed_are_not_trained_on(monkeypatch):
     monkeypatch.setattr(training, "calibrated", lambda *_: Calibration(np.zeros(1), np.zeros((1, 3))))
     done = trained(growing())
     assert not any(entry["whole"] for entry in done.result.history)
@@ -296,7 +296,7 @@ def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch):
     learned = cellstack.train.loop._Run.train
 
     def train(run, batch):
-        if len(stopped) == 200:  # while the members are trained anew
+        if len(stopped) == 170:  # while the members are trained on
             raise KeyboardInterrupt
         stopped.append(1)
         learned(run, batch)
@@ -317,9 +317,20 @@ def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch):
     assert whole.result.history == again.result.history
 
 
-def test_defaults_differ_by_how_many_windows_there_are():
-    assert defaults(100)["lr"] < defaults(2000)["lr"]
-    assert defaults(10_000)["members"] < defaults(100)["members"]
+def test_defaults_differ_by_how_many_windows_there_are_and_how_long_they_are():
+    assert defaults(100, 40)["lr"] < defaults(2000, 40)["lr"]
+    assert defaults(10_000, 40)["members"] < defaults(100, 40)["members"]
+    assert defaults(10_000, 200)["epochs"] < defaults(10_000, 40)["epochs"]
+    assert defaults(10_000, 20_000)["epochs"] >= 8
+
+
+@pytest.mark.parametrize("windows", [1, 63, 64, 1499, 2000, 3001, 10**6])
+@pytest.mark.parametrize("length", [17, 60, 99, 101, 216, 400])
+def test_the_work_of_a_training_that_is_told_nothing_has_a_bound(windows, length):
+    usual = defaults(windows, length)
+    steps = epoch_steps(windows, usual["batch"])
+    work = usual["members"] * usual["epochs"] * steps * min(windows, usual["batch"]) * length
+    assert work <= max(1.05 * MOST_WORK, 8 * usual["members"] * 50 * 64 * length)
 
 
 @pytest.fixture(scope="module")

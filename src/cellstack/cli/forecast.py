@@ -19,8 +19,7 @@ from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import predict
 from cellstack.train.forecast.backtest import Backtest
-from cellstack.train.forecast.parts import parts
-from cellstack.train.forecast.plan import Request, defaults, plan, understood
+from cellstack.train.forecast.plan import Request, planned, understood
 from cellstack.train.forecast.recipe import SCALES, Recipe
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table, iso
@@ -129,12 +128,10 @@ def read(args: argparse.Namespace) -> Job:
         quantiles=args.quantiles or QUANTILES,
     )
     validation = RunOptions.validation if args.validation is None else args.validation
-    recipe = plan(table, request, share + validation)
-    cut = parts(table, recipe, validation, share)
+    recipe, cut, usual = planned(table, request, validation, share)
     said = understood(table, recipe, request, cut)
     described = {"said": said, "rows": len(table), "series": len(table.ids), "recipe": recipe.to_json()}
     described |= {"ignored": table.ignored, "origins": [len(cut.training), len(cut.validation), len(cut.test)]}
-    usual = defaults(len(cut.training))
     members = usual.pop("members") if args.members is None else args.members
     return Job(table, request, recipe, members, share, args.forecasts, said, described, usual)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +68,30 @@ class Version(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and name the option or choice that a misspelt one is near to."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return as argparse does, with nothing left over: each verb refuses that itself, as it knows its options."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            options = [word for word in left if word.startswith("-")]  # what follows one belongs to it
+            known = self._option_string_actions
+            said = [f"unrecognized argument {word}{near(word.split('=')[0], known)}" for word in options or left]
+            self.error("; ".join(said))
+        return found, left
 
     def error(self, message: str) -> Any:
         """Leave with status 2."""
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice:
+            message += near(choice[1], re.findall(r"[^', ]+", choice[2]))
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """Return a question after what is likely to be meant, "" where nothing is near."""
+    found = get_close_matches(word, list(known), 1)
+    return f", did you mean {found[0]}?" if found else ""
 
 
 def parser() -> argparse.ArgumentParser:

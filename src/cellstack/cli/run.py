@@ -19,7 +19,7 @@ from cellstack.cli.text import measure
 from cellstack.network import Network
 from cellstack.train import predict
 from cellstack.train.checks import UsageError
-from cellstack.train.data.reading import TABLES, columns_of, read_sequences
+from cellstack.train.data.reading import TABLES, read_sequences
 from cellstack.train.data.sequences import Sequences
 from cellstack.train.tables.table import iso
 
@@ -116,11 +116,8 @@ def read_as_trained(
         raise UsageError(f"{file}: expected a .ts file or .npz, as {path} was not trained on a table")
     how = merged({name: table.get(name) for name in SEQUENCES}, reading or {})
     named = {name: asked[name] or table.get(name) for name in ("id", "time", "label")}
-    if label is None and named["label"] not in columns_of(Path(file), how["encoding"]):
-        named["label"] = None
-    if named["label"] is None:
-        del told["per_step"]
-    return read_sequences(file, named["label"], id=named["id"], time=named["time"], features=columns, **told, **how)
+    y = named.pop("label")
+    return read_sequences(file, y, features=columns, optional=label is None, **named, **told, **how)
 
 
 def _header(task: predict.Trained, result: dict[str, Any], data: Sequences) -> list[str]:

@@ -133,6 +133,7 @@ def fitted(
                     resume=options.resume,
                     overwrite=options.overwrite,
                     progress=options.progress,
+                    name=options.name,
                     team=team,
                     inspect=int(options.inspect),
                     writer=writer,

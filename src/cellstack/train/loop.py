@@ -57,6 +57,7 @@ def learn(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    name: str = "",
     team: Processes | None = None,
     inspect: int = 0,
     writer: Any = None,
@@ -80,6 +81,7 @@ def learn(
             unless more epochs or no callbacks come with it.
         overwrite: begin anew where `checkpoint` exists.
         progress: show a bar with loss, metrics, steps/s and time left on standard error.
+        name: what stands before the bar.
         team: the processes that share each batch; this one alone where None.
         inspect: look at the layers in one epoch of so many, see `inspect.TrainingMonitor`; 0: never. What is trained is
             the same bit for bit. Of several processes the first one looks, at its own rows.
@@ -129,7 +131,7 @@ def learn(
             run.monitor = TrainingMonitor(run.model, inspect, writer=writer)
         if going_on and path is not None:
             run.restore(path, threads)
-        return run.go(checkpoint, progress, interrupt, measure=threads is None)
+        return run.go(checkpoint, name if progress else None, interrupt, measure=threads is None)
 
 
 class _Run:
@@ -161,14 +163,14 @@ class _Run:
         self.called_off = False  # by a callback
 
     def go(
-        self, checkpoint: str | os.PathLike[str] | None, progress: bool, interrupt: threading.Event, measure: bool
+        self, checkpoint: str | os.PathLike[str] | None, bar_name: str | None, interrupt: threading.Event, measure: bool
     ) -> Fit:
-        """Run to the end, to early stopping or to Ctrl-C."""
+        """Run to the end, to early stopping or to Ctrl-C; with a progress bar of this name, with none where None."""
         settings, result, started = self.settings, self.result, time.perf_counter()
         per_epoch = self.data.steps
         total, done = settings.epochs * per_epoch, self.epoch * per_epoch + self.step
-        show = progress and self.team.rank == 0
-        bar = tqdm(total=total, initial=done, unit="step", disable=not show, file=sys.stderr, dynamic_ncols=True)
+        hidden, look = bar_name is None or self.team.rank > 0, {"unit": "step", "dynamic_ncols": True}
+        bar = tqdm(total=total, initial=done, desc=bar_name or None, disable=hidden, file=sys.stderr, **look)
         measure = measure and not result.threads and self.team.world == 1 and self.team.device.type == "cpu"
         with bar, self.monitor or nullcontext():
             while not result.stopped and not self.ended():

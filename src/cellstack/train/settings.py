@@ -82,6 +82,7 @@ class RunOptions:
         inspect: look at the layers in each epoch, see `learn`.
         events: folder that then gets TensorBoard's events, where TensorBoard is installed; None for none.
         log: where each epoch's figures go as it ends: a file that ends in .csv or .json, or a folder for TensorBoard.
+        name: what stands before the progress bar, where several models are trained.
 
     Raises:
         UsageError: a share out of its range.
@@ -97,6 +98,7 @@ class RunOptions:
     overwrite: bool = False
     threads: int | None = None
     log: str | os.PathLike[str] | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation < 1.0:

@@ -49,6 +49,7 @@ def read_sequences(
     features: Sequence[str] | None = None,
     weight: str | None = None,
     per_step: bool | None = None,
+    optional: bool = False,
     **reading: Any,
 ) -> Sequences:
     """Read sequences from a file, told by its suffix.
@@ -58,6 +59,7 @@ def read_sequences(
             are padded at their ends, and `weight [N]`; `.csv`, `.tsv` or `.parquet`, a table with a row a step.
         y: the column of a table that holds the classes or targets; None for none, and for other files.
         task, labels, id, time, features, weight, per_step: see `as_sequences`.
+        optional: a table without the column y has no classes or targets, instead of being refused.
         reading: `day_first`, `date_format`, `decimal` and `encoding` of a table, see `read_table`.
 
     Raises:
@@ -82,6 +84,8 @@ def read_sequences(
             told = {"task": task, "labels": labels, "per_step": per_step, "name": path.stem}
             return as_sequences(arrays["x"], arrays.get("y"), weight=arrays.get("weight"), **told)
         read = read_frame(path, y, task, id=id, time=time, features=features, weight=weight, **reading)
+        if optional and y not in read.frame:
+            y = per_step = None
         data = as_sequences(
             read.frame,
             y,
@@ -97,11 +101,6 @@ def read_sequences(
         return replace(data, ignored=read.ignored | data.ignored, notes=read.notes, table=data.table | read.reading)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-def columns_of(path: Path, encoding: str | None = None) -> list[str]:
-    """Return the names of a table's columns."""
-    return list(read_source(path, encoding).frame)
 
 
 def read_frame(

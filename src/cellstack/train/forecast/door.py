@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from cellstack.train.forecast.parts import parts
-from cellstack.train.forecast.plan import Request, defaults, plan
+from cellstack.train.forecast.plan import Request, planned
 from cellstack.train.forecast.training import Build, Trained, train_forecast
 from cellstack.train.settings import RunOptions, Settings
 from cellstack.train.tables.table import Table, read_table
@@ -73,10 +72,9 @@ def fit_forecast(
     table = data if isinstance(data, Table) else read_table(data)
     targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
     request = Request(targets, horizon, **asked)
-    recipe = plan(table, request, validation + test)
+    recipe, _, usual = planned(table, request, validation, test)
     given: dict[str, Any] = {"units": units, "dropout": dropout, "members": members}
     given |= {"epochs": epochs, "batch": batch, "lr": lr, "patience": patience}
-    usual = defaults(len(parts(table, recipe, validation, test).training))
     given = {name: usual[name] if value is None else value for name, value in given.items()}
     layers = given["units"]
     layers = tuple(layers) if isinstance(layers, Sequence) else (layers,)

@@ -91,10 +91,12 @@ class Forecaster(nn.Module):
             mask: `[B, window + horizon]` bool, True = use; all steps where None.
         """
         x = self.standardise(x)
+        *lower, last = self.recurrent
         h = x
-        for layer in self.recurrent:
+        for layer in lower:
             h = self.dropout(layer(h, mask=mask))
-        out = self.head(torch.cat([h[:, -self.horizon :], x[:, -self.horizon :]], dim=-1))
+        h = self.dropout(last(h, mask=mask)[:, -self.horizon :])  # no more is read, and drawing for it takes long
+        out = self.head(torch.cat([h, x[:, -self.horizon :]], dim=-1))
         return out.unflatten(-1, (len(self.scale), len(self.quantiles)))
 
     def losses(self, out: Tensor, mask: Tensor | None, y: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+LEAST_STEPS, MOST_STEPS = 20, 50  # of an epoch
 
 
 class Parts(NamedTuple):
@@ -99,6 +100,11 @@ def spread_out(indices: Ints, most: int) -> Ints:
     return indices[np.linspace(0, len(indices) - 1, min(most, len(indices))).astype(np.int64)]
 
 
+def epoch_steps(windows: int, batch: int) -> int:
+    """Return the steps of an epoch: enough to train on a short series as well, and not all windows of a long one."""
+    return min(MOST_STEPS, max(LEAST_STEPS, -(-windows // batch)))
+
+
 class WindowData:
     """Windows as `Data` of the fit loop: as many as are wanted, drawn anew in each epoch.
 
@@ -107,8 +113,6 @@ class WindowData:
         inputs: fills gaps; measured on the training part.
         training, validation: positions in `windows`; the latter may be empty.
         batch: windows in a step.
-        most: windows in an epoch, at most; each is drawn once before any is drawn again.
-        least: steps in an epoch at least, so that a short series is trained on as well.
         seed: fixes the draws.
         held: windows that are validated on, at most, evenly spread.
     """
@@ -121,14 +125,12 @@ class WindowData:
         validation: Ints,
         batch: int,
         seed: int,
-        most: int = 3200,
-        least: int = 20,
         held: int = 1024,
     ):
         self.windows, self.inputs, self.training, self.batch, self.seed = windows, inputs, training, batch, seed
         self.validation = spread_out(validation, held)
         self.size = min(batch, len(training))
-        self.steps = max(least, -(-min(len(training), most) // self.size))
+        self.steps = epoch_steps(len(training), batch)
         self.validates = bool(len(validation))
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import calendar
-from cellstack.train.forecast.parts import Parts
+from cellstack.train.forecast.parts import Parts, epoch_steps, parts
 from cellstack.train.forecast.recipe import (
     LONGEST_WINDOW,
     NAIVE,
@@ -21,6 +21,9 @@ from cellstack.train.forecast.recipe import (
 from cellstack.train.forecast.seasons import find
 from cellstack.train.tables.table import Table, listed
 
+LONG = 100  # steps of a window and its horizon from which on batches are small
+MOST_WORK = 15_000_000  # steps of windows that all networks together are trained on: of all epochs, windows and rows
+FEWEST_EPOCHS = 8
 WITHOUT_SEASON = 12  # steps of the horizon where none is given and there is no season
 
 
@@ -51,21 +54,53 @@ class Request:
     quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
 
 
-def defaults(windows: int) -> dict[str, Any]:
-    """Return what networks are built of and fitted by where nothing is said, by how many windows there are to train on.
+class Plan(NamedTuple):
+    """What is forecast from what, the table's parts, and how networks are built and fitted where nothing is said."""
+
+    recipe: Recipe
+    parts: Parts
+    defaults: dict[str, Any]
+
+
+def planned(table: Table, request: Request, validation: float, test: float) -> Plan:
+    """Return how a table is gone about.
+
+    Args:
+        table: the series.
+        request: what is asked for.
+        validation, test: shares of each series' rows to choose and to measure by.
+
+    Raises:
+        UsageError: see `plan` and `parts`.
+    """
+    recipe = plan(table, request, validation + test)
+    cut = parts(table, recipe, validation, test)
+    return Plan(recipe, cut, defaults(len(cut.training), recipe.window + recipe.horizon))
+
+
+def defaults(windows: int, length: int) -> dict[str, Any]:
+    """Return what networks are built of and fitted by where nothing is said.
 
     They were chosen on real series, see docs/forecasting.md: few windows are learned by heart at a high rate or in many
-    epochs; of many, one network learns nearly what several do.
+    epochs; of many, one network learns nearly what several do. All of it is to be done in a minute, so that batches of
+    many windows, or of long ones, are small, and very long ones are gone through less often.
+
+    Args:
+        windows: how many there are to train on.
+        length: of each, its horizon included.
     """
     few, many = windows < 1500, windows > 3000
+    members = 2 if many else 3
+    batch = 32 if many or length > LONG else 64
+    afford = MOST_WORK / (members * epoch_steps(windows, batch) * batch * length)
     return {
         "units": (48,),
         "dropout": 0.1,
         "lr": 1e-3 if few else 3e-3,
-        "batch": 64,
-        "epochs": 60 if many else 16,
+        "batch": batch,
+        "epochs": max(FEWEST_EPOCHS, min(60 if many else 16, round(afford))),
         "patience": 8 if many else 6,
-        "members": 2 if many else 3,
+        "members": members,
     }
 
 

@@ -56,7 +56,7 @@ class Smoothing(NamedTuple):
     memory: float
 
 
-class State(NamedTuple):
+class SmoothingState(NamedTuple):
     """What is known after a row; numbers, or arrays of as many ways of smoothing.
 
     Args:
@@ -109,7 +109,7 @@ class Smoothed:
             rows = origins[:, None] + steps - length * -(-steps // length)
             season += self.phases[n, np.maximum(rows, 0)]
         level, drift, slope, rest = (each[origins, None] for each in (self.level, self.drift, self.slope, self.rest))
-        return ahead(State(None, level, drift, slope, rest, []), season, self.how, steps)
+        return ahead(SmoothingState(None, level, drift, slope, rest, []), season, self.how, steps)
 
 
 def apart(seasons: Sequence[int]) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ def scaled(values: Floats, log: bool) -> list[float]:
     return values.tolist()
 
 
-def states(y: list[float], seasons: tuple[int, ...], how: Any) -> Iterator[tuple[int, State]]:
+def states(y: list[float], seasons: tuple[int, ...], how: Any) -> Iterator[tuple[int, SmoothingState]]:
     """Yield rows and the states after them, from the first at which a whole season was seen."""
     longest = max(seasons, default=1)
     begin = next((row for row, value in enumerate(y) if value == value), len(y))
@@ -135,7 +135,7 @@ def states(y: list[float], seasons: tuple[int, ...], how: Any) -> Iterator[tuple
     slope = rest = drift = 0.0
     known = {row % longest: row for row in range(begin, end) if y[row] == y[row]}
     change = passed = 0.0
-    yield end - 1, State(float("nan"), level, drift, slope, rest, phases)
+    yield end - 1, SmoothingState(float("nan"), level, drift, slope, rest, phases)
     for row in range(end, len(y)):
         value = y[row]
         here = [(phase, row % season) for phase, season in zip(phases, seasons, strict=True)]
@@ -158,7 +158,7 @@ def states(y: list[float], seasons: tuple[int, ...], how: Any) -> Iterator[tuple
             known[row % longest] = row
         else:
             level, rest = moved, how.memory * rest
-        yield row, State(fitted, level, drift, slope, rest, phases)
+        yield row, SmoothingState(fitted, level, drift, slope, rest, phases)
 
 
 def begun(y: list[float], begin: int, seasons: tuple[int, ...]) -> tuple[float, list[list[Any]]]:
@@ -177,7 +177,7 @@ def begun(y: list[float], begin: int, seasons: tuple[int, ...]) -> tuple[float, 
     return level, phases
 
 
-def ahead(state: State, season: Any, how: Any, steps: Ints) -> Floats:
+def ahead(state: SmoothingState, season: Any, how: Any, steps: Ints) -> Floats:
     """Return forecasts over the last axis, whose steps are `steps`, of a state whose arrays end in an axis of 1."""
     damping = np.asarray(how.damping)[..., None] ** np.arange(1, steps[-1] + 1)
     damped = damping.cumsum(-1)
@@ -251,7 +251,7 @@ def _errors(values: Floats, seasons: tuple[int, ...], horizon: int, how: Any, or
         for phase in state.phases:
             season = season + np.stack([np.broadcast_to(phase[(row + k) % len(phase)], len(total)) for k in steps], -1)
         level, drift, slope, rest = (np.broadcast_to(each, len(total))[:, None] for each in state[1:5])
-        said = ahead(State(None, level, drift, slope, rest, []), season, how, steps)
+        said = ahead(SmoothingState(None, level, drift, slope, rest, []), season, how, steps)
         with np.errstate(over="ignore"):  # a way that runs away is infinitely wrong
             total += np.nan_to_num(np.abs(said - y)[:, seen], nan=np.inf).sum(-1)
         count += int(seen.sum())

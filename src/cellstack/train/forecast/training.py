@@ -3,8 +3,8 @@
 The networks' outputs are added to exponential smoothing. How the targets are smoothed, told by the training part, says
 which seasons are kept and the unit of the values. The validation part, the rows before the test part, says which epoch
 of each member is kept, how far to follow the network rather than the rule, and by how much its outer
-quantiles have to be moved to cover what they promise. Then the targets are smoothed and each member is trained anew,
-for as many epochs, on training and validation part together: the latest rows tell most of what comes next.
+quantiles have to be moved to cover what they promise. Then the targets are smoothed anew, and each member is trained
+on, for a third of these epochs, on training and validation part together: the latest rows tell most of what comes next.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,13 +31,14 @@ from cellstack.train.forecast.recipe import SMOOTHED, Recipe
 from cellstack.train.forecast.smoothing import Smoothing
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.learner import Fit
-from cellstack.train.settings import Architecture, Own, RunOptions, Settings
+from cellstack.train.settings import Architecture, RunOptions, Settings
 from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 MEASURED = 2048  # windows that scales are measured on
 FEWEST = 50  # points by which a quantile is moved
+ON, ON_RATE = 1 / 3, 0.5  # of the epochs and of the rate, that networks are trained on with the validation part as well
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class _Fits:
         each = ", ".join(f"{n} ({names[how]})" for n, how in zip(done, self.stops, strict=False))
         parts = [f"trained {len(done)} {'networks' if len(done) > 1 else 'network'} for epochs: {each}"]
         if any(kept):
-            parts.append(f"and anew, with the validation part, for {', '.join(map(str, kept))}")
+            parts.append(f"and then, with the validation part, for {', '.join(map(str, kept))} more")
         found = [f"{name} {errors['model']['mae']:.4g}" for name, errors in scores.get("targets", {}).items()]
         what = f"on the test part, which was never trained on, the mean absolute error of {', '.join(found)}"
         return "; ".join([*parts, what if found else "nothing was held out to measure it on"])
@@ -222,28 +222,25 @@ class _Fits:
         return np.where(scale > 0, scale, 1.0)
 
     def fit(
-        self, member: int, settings: Settings, options: RunOptions, until: int | None = None
+        self, member: int, settings: Settings, options: RunOptions, start: Forecaster | None = None
     ) -> tuple[Forecaster, Fit]:
-        """Fit one network: on the training part, or, `until` an epoch, on the validation part as well."""
+        """Fit one network: on the training part, or, from a `start` on, on the validation part as well."""
         inputs, windows, scale, build = self.inputs, self.windows, self.scale, self.build
         recipe = windows.recipe
-        make = partial(
-            Forecaster,
-            inputs.standardise,
-            scale,
-            recipe.horizon,
-            recipe.quantiles,
-            build.units,
-            build.cell,
-            build.dropout,
-        )
+
+        def make() -> Forecaster:
+            how = (build.units, build.cell, build.dropout)
+            model = Forecaster(inputs.standardise, scale, recipe.horizon, recipe.quantiles, *how)
+            if start is not None:
+                model.load_state_dict(start.state_dict())
+            return model
+
         check_memory(Architecture(build.units, cell=build.cell), len(inputs.standardise[0]), len(scale))
         settings = replace(settings, seed=settings.seed * self.build.members + member)
         everything = np.concatenate([self.kept, self.held])
-        training, validation = (self.kept, self.held) if until is None else (everything, self.held[:0])
+        training, validation = (self.kept, self.held) if start is None else (everything, self.held[:0])
         data = WindowData(windows, inputs, training, validation, settings.batch, settings.seed)
-        own = Own() if until is None else Own(callbacks=[lambda epoch: epoch.entry["epoch"] >= until])
-        model, fit, self.rank = fitted(make, data, settings, options, own)
+        model, fit, self.rank = fitted(make, data, settings, options)
         return model, fit
 
     def members(self) -> tuple[list[Forecaster], Calibration | None]:
@@ -251,7 +248,7 @@ class _Fits:
         first: list[Forecaster] = []
         epochs: list[int] = []
         for member in range(self.build.members):
-            model, fit = self.fit(member, self.settings, self.stage(f"{member + 1}", member == 0))
+            model, fit = self.fit(member, self.settings, self.stage(member, whole=False))
             self.join(fit, member)
             first.append(model)
             epochs.append(int(fit.best["epoch"]) if fit.best else 0)
@@ -266,8 +263,9 @@ class _Fits:
         if not calibration.followed.any():  # the rule is what forecasts
             return first, calibration
         again: list[Forecaster] = []
-        for member, until in enumerate(epochs):
-            model, fit = self.fit(member, self.settings, self.stage(f"{member + 1}-whole", False), until)
+        for member, (model, best) in enumerate(zip(first, epochs, strict=True)):
+            on = replace(self.settings, epochs=max(1, round(best * ON)), lr=self.settings.lr * ON_RATE)
+            model, fit = self.fit(member, on, self.stage(member, whole=True), model)
             self.join(fit, member, whole=True)
             if fit.interrupted:  # a part of them is worth less than all of the first ones
                 self.windows = before
@@ -285,12 +283,14 @@ class _Fits:
             return windows
         return Windows(replace(recipe, smoothing=found[0]), table, windows.origins, typical)
 
-    def stage(self, name: str, looks: bool) -> RunOptions:
-        """Return how a member's fit is run: with a checkpoint of its own, and looked at where `looks`."""
+    def stage(self, member: int, whole: bool) -> RunOptions:
+        """Return how a member's fit is run: with a checkpoint of its own; the first one is looked at."""
         checkpoint = self.options.checkpoint
         if checkpoint is not None:
-            checkpoint = f"{os.fspath(checkpoint)}.{name}"
-        return replace(self.options, checkpoint=checkpoint, inspect=self.options.inspect and looks)
+            checkpoint = f"{os.fspath(checkpoint)}.{member + 1}{'-whole' * whole}"
+        name = f"network {member + 1} of {self.build.members}{', the validation part too' * whole}"
+        inspect = self.options.inspect and member == 0 and not whole
+        return replace(self.options, checkpoint=checkpoint, inspect=inspect, name=name)
 
     def join(self, fit: Fit, member: int, whole: bool = False) -> None:
         """Add what a fit did to what all did."""
