@@ -286,7 +286,10 @@ def test_a_constant_series_is_forecast_as_that():
     )
 
 
-def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("on", [False, True])
+def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch, on):
+    monkeypatch.setattr(training, "takes_long", lambda *_: on)
+
     def options(**more):
         return RunOptions(checkpoint=tmp_path / "checkpoint", threads=1, **more)
 
@@ -301,10 +304,9 @@ def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch):
         stopped.append(1)
         learned(run, batch)
 
-    monkeypatch.setattr("cellstack.train.loop._Run.train", train)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as here, pytest.raises(KeyboardInterrupt):
+        here.setattr("cellstack.train.loop._Run.train", train)
         trained(waves(), build=build, options=options())
-    monkeypatch.undo()
     with pytest.raises(UsageError, match="a checkpoint is there already"):
         trained(waves(), build=build, options=options())
     again = trained(waves(), build=build, options=options(resume=True))
@@ -315,6 +317,19 @@ def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch):
     a, b = (predict.forecast(one.result.network, table, "model").values for one in (whole, again))
     np.testing.assert_array_equal(a, b)
     assert whole.result.history == again.result.history
+
+
+def test_what_takes_long_is_trained_on_and_all_else_anew(monkeypatch, capsys):
+    build, settings = Build((8,), members=2, dropout=0.0), Settings(epochs=6, batch=64, lr=1e-2, patience=0)
+    monkeypatch.setattr(training, "takes_long", lambda *_: True)
+    done = trained(waves(), build=build, settings=settings, options=RunOptions(threads=1, progress=True)).result
+    whole = [entry for entry in done.history if entry["whole"]]
+    assert len(whole) == 4  # a third of six epochs, of each
+    assert whole[0]["loss"] < done.history[2]["loss"]  # from what was learned
+    assert "and on, with the validation part, for 2, 2" in done.sentence
+    err = capsys.readouterr().err
+    for name in ("network 1 of 2:", "network 2 of 2:", "network 2 of 2, the validation part too:"):
+        assert name in err
 
 
 def test_defaults_differ_by_how_many_windows_there_are_and_how_long_they_are():

@@ -21,7 +21,7 @@ from cellstack.train.forecast.recipe import (
 from cellstack.train.forecast.seasons import find
 from cellstack.train.tables.table import Table, listed
 
-LONG = 100  # steps of a window and its horizon from which on batches are small
+MANY, LONG = 3000, 100  # windows, and steps of a window and its horizon, beyond which training takes long
 MOST_WORK = 15_000_000  # steps of windows that all networks together are trained on: of all epochs, windows and rows
 FEWEST_EPOCHS = 8
 WITHOUT_SEASON = 12  # steps of the horizon where none is given and there is no season
@@ -89,9 +89,9 @@ def defaults(windows: int, length: int) -> dict[str, Any]:
         windows: how many there are to train on.
         length: of each, its horizon included.
     """
-    few, many = windows < 1500, windows > 3000
+    few, many = windows < 1500, windows > MANY
     members = 2 if many else 3
-    batch = 32 if many or length > LONG else 64
+    batch = 32 if takes_long(windows, length) else 64
     afford = MOST_WORK / (members * epoch_steps(windows, batch) * batch * length)
     return {
         "units": (48,),
@@ -102,6 +102,11 @@ def defaults(windows: int, length: int) -> dict[str, Any]:
         "patience": 8 if many else 6,
         "members": members,
     }
+
+
+def takes_long(windows: int, length: int) -> bool:
+    """Return whether a network is trained for so long that steps are to be saved: on many windows, or long ones."""
+    return windows > MANY or length > LONG
 
 
 def plan(table: Table, request: Request, held: float) -> Recipe:

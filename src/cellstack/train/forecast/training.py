@@ -3,8 +3,9 @@
 The networks' outputs are added to exponential smoothing. How the targets are smoothed, told by the training part, says
 which seasons are kept and the unit of the values. The validation part, the rows before the test part, says which epoch
 of each member is kept, how far to follow the network rather than the rule, and by how much its outer
-quantiles have to be moved to cover what they promise. Then the targets are smoothed anew, and each member is trained
-on, for a third of these epochs, on training and validation part together: the latest rows tell most of what comes next.
+quantiles have to be moved to cover what they promise. Then the targets are smoothed and each member is trained anew,
+for as many epochs, on training and validation part together: the latest rows tell most of what comes next. Where that
+takes long, it is trained on from where it is, for a third of the epochs.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from cellstack.train.fitting import Result, check_memory, fitted
 from cellstack.train.forecast import backtest, smoothing
 from cellstack.train.forecast.model import Calibration, Forecaster, as_network
 from cellstack.train.forecast.parts import Parts, WindowData, floors, parts, spread_out, typical_errors
-from cellstack.train.forecast.plan import Request, plan, understood
+from cellstack.train.forecast.plan import Request, plan, takes_long, understood
 from cellstack.train.forecast.predict import forecasts_of, outputs
 from cellstack.train.forecast.recipe import SMOOTHED, Recipe
 from cellstack.train.forecast.smoothing import Smoothing
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.learner import Fit
-from cellstack.train.settings import Architecture, RunOptions, Settings
+from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table
 
 Floats = NDArray[np.float64]
@@ -209,7 +210,8 @@ class _Fits:
         each = ", ".join(f"{n} ({names[how]})" for n, how in zip(done, self.stops, strict=False))
         parts = [f"trained {len(done)} {'networks' if len(done) > 1 else 'network'} for epochs: {each}"]
         if any(kept):
-            parts.append(f"and then, with the validation part, for {', '.join(map(str, kept))} more")
+            again = "on" if takes_long(len(self.kept), int(self.windows.lengths[0])) else "anew"
+            parts.append(f"and {again}, with the validation part, for {', '.join(map(str, kept))}")
         found = [f"{name} {errors['model']['mae']:.4g}" for name, errors in scores.get("targets", {}).items()]
         what = f"on the test part, which was never trained on, the mean absolute error of {', '.join(found)}"
         return "; ".join([*parts, what if found else "nothing was held out to measure it on"])
@@ -222,9 +224,23 @@ class _Fits:
         return np.where(scale > 0, scale, 1.0)
 
     def fit(
-        self, member: int, settings: Settings, options: RunOptions, start: Forecaster | None = None
+        self,
+        member: int,
+        settings: Settings,
+        options: RunOptions,
+        whole: bool = False,
+        start: Forecaster | None = None,
+        until: int | None = None,
     ) -> tuple[Forecaster, Fit]:
-        """Fit one network: on the training part, or, from a `start` on, on the validation part as well."""
+        """Fit one network, on the training part, or on the `whole`, with the validation part.
+
+        Args:
+            member: its number, from 0.
+            settings, options: how.
+            whole: on both parts.
+            start: has the weights that it starts from; drawn where None.
+            until: the last epoch, of all those that the rate is laid out for.
+        """
         inputs, windows, scale, build = self.inputs, self.windows, self.scale, self.build
         recipe = windows.recipe
 
@@ -238,9 +254,10 @@ class _Fits:
         check_memory(Architecture(build.units, cell=build.cell), len(inputs.standardise[0]), len(scale))
         settings = replace(settings, seed=settings.seed * self.build.members + member)
         everything = np.concatenate([self.kept, self.held])
-        training, validation = (self.kept, self.held) if start is None else (everything, self.held[:0])
+        training, validation = (everything, self.held[:0]) if whole else (self.kept, self.held)
         data = WindowData(windows, inputs, training, validation, settings.batch, settings.seed)
-        model, fit, self.rank = fitted(make, data, settings, options)
+        own = Own() if until is None else Own(callbacks=[lambda epoch: epoch.entry["epoch"] >= until])
+        model, fit, self.rank = fitted(make, data, settings, options, own)
         return model, fit
 
     def members(self) -> tuple[list[Forecaster], Calibration | None]:
@@ -264,8 +281,12 @@ class _Fits:
             return first, calibration
         again: list[Forecaster] = []
         for member, (model, best) in enumerate(zip(first, epochs, strict=True)):
-            on = replace(self.settings, epochs=max(1, round(best * ON)), lr=self.settings.lr * ON_RATE)
-            model, fit = self.fit(member, on, self.stage(member, whole=True), model)
+            how, options = self.settings, self.stage(member, whole=True)
+            if takes_long(len(self.kept), int(self.windows.lengths[0])):
+                on = replace(how, epochs=max(1, round(best * ON)), lr=how.lr * ON_RATE)
+                model, fit = self.fit(member, on, options, whole=True, start=model)
+            else:
+                model, fit = self.fit(member, how, options, whole=True, until=best)
             self.join(fit, member, whole=True)
             if fit.interrupted:  # a part of them is worth less than all of the first ones
                 self.windows = before
