@@ -20,10 +20,10 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 import cellstack
 from cellstack import train
-from cellstack.sklearn import SequenceClassifier, SequenceRegressor
+from cellstack.sklearn import SequenceClassifier, SequenceRegressor, with_changes
 
 QUICK = {"units": 6, "epochs": 12, "lr": 0.03, "dropout": 0.0, "bidirectional": False, "random_state": 0}
-QUICK |= {"noise": 0.0, "offset": 0.0, "threads": 1}
+QUICK |= {"noise": 0.0, "offset": 0.0, "validation": 0.15, "threads": 1}
 
 
 @pytest.fixture
@@ -55,6 +55,41 @@ def test_ragged_lists_and_words_as_classes(ragged):
     assert (model.classes_[probabilities.argmax(1)] == model.predict(X)).all()
     assert model.n_iter_ == len(model.history_) == 12
     assert {"loss", "validation_loss", "accuracy"} <= model.history_[0].keys()
+
+
+def test_an_epoch_is_chosen_only_where_there_is_enough_to_choose_by(ragged):
+    X, y = ragged
+    few = SequenceClassifier(**QUICK | {"validation": None}).fit(X, y)
+    assert "validation_loss" not in few.history_[0]
+    many = SequenceClassifier(**QUICK | {"validation": None, "epochs": 1}).fit(X * 3, [*y] * 3)  # 27 of 180
+    assert "validation_loss" in many.history_[0]
+
+
+def test_changes_stand_beside_the_channels_they_are_of():
+    x = np.array([[1.0, np.nan], [4.0, 2.0], [np.nan, 2.5], [2.0, np.nan], [2.5, 0.5]], np.float32)
+    seen = with_changes(x)
+    np.testing.assert_array_equal(seen[:, :2], x)
+    np.testing.assert_array_equal(seen[:, 2], np.float32([0, 3, np.nan, -2, 0.5]))
+    np.testing.assert_array_equal(seen[:, 3], np.float32([np.nan, 0, 0.5, np.nan, -2]))
+
+
+def test_small_changes_on_large_swings_are_seen(rng):
+    """Whether a wave rises in small steps or smoothly is less than noise to its level, and plain in its changes."""
+    n = np.arange(40)
+    waves = [np.sin(n / 6 + phase) for phase in rng.uniform(0, 6, 60)]
+    X = np.stack([wave + 0.04 * (-1) ** n * (k % 2) for k, wave in enumerate(waves)])
+    y = np.arange(60) % 2
+    how = QUICK | {"epochs": 20, "validation": 0.0}
+    assert SequenceClassifier(**how).fit(X, y).score(X, y) == 1.0
+    assert SequenceClassifier(**how, changes=False).fit(X, y).score(X, y) < 1.0
+
+
+def test_answers_of_steps_are_averaged_and_states_are_not(ragged):
+    X, y = ragged
+    kinds = [SequenceClassifier(**QUICK | {"epochs": 1}, every_step=each).fit(X, y) for each in (False, True)]
+    pools = [node for model in kinds for node in model.network_.nodes if isinstance(node, cellstack.GlobalPool)]
+    assert [pool.mode for pool in pools] == ["max", "mean"]
+    np.testing.assert_allclose(kinds[1].predict_proba(X).sum(1), 1, rtol=1e-6)
 
 
 def test_the_forms_of_one_and_the_same_sequences(ragged, table):
@@ -152,7 +187,7 @@ def test_the_seed_is_that_of_train_fit_and_repeats(ragged):
     np.testing.assert_array_equal(fit(), fit(random_state=np.int64(0)))
     assert np.abs(fit() - fit(random_state=1)).max() > 1e-3
     options = {name: value for name, value in QUICK.items() if name != "random_state"}
-    same = train.fit(X, y, seed=0, patience=20, **options)
+    same = train.fit([with_changes(x) for x in X], y, seed=0, patience=20, pooling="max", **options)
     loss = [entry["loss"] for entry in same.history]
     assert loss == [entry["loss"] for entry in SequenceClassifier(**QUICK, patience=20).fit(X, y).history_]
     drawn = [fit(random_state=np.random.RandomState(7)) for _ in range(2)]
@@ -177,7 +212,7 @@ def test_weights_of_samples_and_classes(table):
     y = np.arange(60) % 3 == 0  # nothing to be learned: what comes out are the classes' shares
 
     def share(weight=None, **more):
-        model = SequenceClassifier(**QUICK | {"validation": 0.0, "epochs": 6, "lr": 0.01} | more)
+        model = SequenceClassifier(**QUICK | {"validation": 0.0, "epochs": 30, "lr": 0.01} | more)
         return model.fit(X * 0, y, sample_weight=weight).predict_proba(X[:1] * 0)[0, 1]
 
     assert share() < 0.42
@@ -232,7 +267,7 @@ def test_the_network_goes_where_networks_go(ragged, tmp_path):
     X, y = ragged
     model = SequenceClassifier(**QUICK).fit(X, y)
     model.network_.save(tmp_path / "net.safetensors")
-    sequences = train.Sequences(X, None, (), "X")
+    sequences = train.Sequences([with_changes(x) for x in X], None, (), "X")
     loaded = cellstack.load(tmp_path / "net.safetensors")
     answered = train.predict.sequences(loaded, sequences, "net.safetensors")
     assert answered["predicted"] == model.predict(X).tolist()

@@ -70,9 +70,9 @@ class Version(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and name the option or choice that a misspelt one is near to."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, *given: Any, **named: Any) -> Any:
         """Return as argparse does, with nothing left over: each verb refuses that itself, as it knows its options."""
-        found, left = super().parse_known_args(args, namespace)
+        found, left = super().parse_known_args(*given, **named)
         if left:
             options = [word for word in left if word.startswith("-")]  # what follows one belongs to it
             known = self._option_string_actions

@@ -4,6 +4,6 @@ Ref: scikit-learn, "Developing scikit-learn estimators", https://scikit-learn.or
 """
 
 from cellstack.sklearn.forecaster import SequenceForecaster
-from cellstack.sklearn.sequences import SequenceClassifier, SequenceRegressor
+from cellstack.sklearn.sequences import SequenceClassifier, SequenceRegressor, with_changes
 
-__all__ = ["SequenceClassifier", "SequenceForecaster", "SequenceRegressor"]
+__all__ = ["SequenceClassifier", "SequenceForecaster", "SequenceRegressor", "with_changes"]

@@ -20,6 +20,7 @@ from cellstack.network import Network
 from cellstack.train import Labelled, Sequences, predict
 from cellstack.train.settings import check_number
 
+FEWEST, HELD = 20, 0.15  # sequences that an epoch is chosen by at least, and the share of all that they are
 EPOCHS, STEPS = 60, 750  # a fit without a word on epochs takes so many at least, and so many steps of the optimiser
 
 
@@ -34,7 +35,8 @@ class _SequenceEstimator(BaseEstimator):
     cell: str = "lstm"
     bidirectional: bool = True
     dropout: float = 0.3
-    pooling: str = "mean"
+    pooling: str | None = None
+    changes: bool = False
     every_step: bool = False
     epochs: int | None = None
     batch: int = 16
@@ -43,7 +45,7 @@ class _SequenceEstimator(BaseEstimator):
     patience: int | None = None
     noise: float = 0.0
     offset: float = 0.0
-    validation: float = 0.15
+    validation: float | None = HELD
     init: Network | str | None = None
     threads: int | None = 1
     device: str = "auto"
@@ -110,14 +112,17 @@ class _SequenceEstimator(BaseEstimator):
         """
         epochs = max(EPOCHS, -(-STEPS * self.batch // len(sequences))) if self.epochs is None else self.epochs
         check_number("epochs", epochs, whole=True)
+        validation = self.validation
+        if validation is None:
+            validation = HELD if HELD * len(sequences) >= FEWEST else 0.0
         result = train.fit(
-            Sequences(sequences, y, labels, "X", weight=weight.astype(np.float32)),
-            validation=self.validation,
+            Sequences(self._seen(sequences), y, labels, "X", weight=weight.astype(np.float32)),
+            validation=validation,
             units=self.units,
             cell=self.cell,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
-            pooling=self.pooling,
+            pooling=self._pooling if self.pooling is None else self.pooling,
             every_step=self.every_step,
             epochs=epochs,
             batch=self.batch,
@@ -136,12 +141,36 @@ class _SequenceEstimator(BaseEstimator):
         if result.fit.interrupted:  # fitted as far as it came, and what called this is to stop
             raise KeyboardInterrupt
 
+    @property
+    def _pooling(self) -> str:
+        return "mean"
+
+    def _seen(self, sequences: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Return the sequences as the network sees them."""
+        return list(map(with_changes, sequences)) if self.changes else sequences
+
     def _answers(self, X: Any) -> NDArray[np.float64]:
         """Return what the network answers, `[n, O]`."""
         check_is_fitted(self)
-        sequences = Labelled(Sequences(self._check_sequences(X, reset=False), None, (), "X"))
+        sequences = Labelled(Sequences(self._seen(self._check_sequences(X, reset=False)), None, (), "X"))
         inputs = predict.trained(self.network_, type(self).__name__).inputs
         return predict.answers(self.network_, inputs, sequences, self.threads)
+
+
+def with_changes(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a sequence with the changes of its channels beside them, `[T, 2 * C]` for `[T, C]`.
+
+    A change is that from the latest step at which the channel was observed, 0 where there is none; NaN stays NaN.
+
+    Ref: Furui 1986, "Speaker-independent isolated word recognition using dynamic features of speech spectrum".
+
+    >>> with_changes(np.array([[1.0], [3.0], [np.nan], [2.0]], np.float32))[:, 1]
+    array([ 0.,  2., nan, -1.], dtype=float32)
+    """
+    rows = np.arange(len(x))[:, None]
+    latest = np.maximum.accumulate(np.where(np.isnan(x), -1, rows), axis=0)
+    before = np.concatenate([np.full((1, x.shape[1]), -1), latest[:-1]])
+    return np.concatenate([x, x - np.take_along_axis(x, np.where(before < 0, rows, before), axis=0)], axis=1)
 
 
 def seed_of(random_state: Any) -> int:
@@ -186,7 +215,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         cell: `"lstm"`, `"gru"` or `"rnn"`.
         bidirectional: run each layer from both ends.
         dropout: share of values dropped out after each layer in training.
-        pooling: `"mean"`, `"max"` or `"last"` over the steps.
+        pooling: `"mean"`, `"max"` or `"last"` over the steps; the largest where None, the mean with `every_step`.
+        changes: show the network how much each channel changed since the step before, too, as channels of their own.
         every_step: read out every step and pool the answers; such a network answers frame by frame as a stream.
         epochs: most passes over the training part; where None, as many as come to 750 steps, and 60 at least.
         batch: most sequences in a step of the optimiser.
@@ -196,7 +226,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
             of `epochs`.
         noise: standard deviation of the noise that training adds to each input, in units of its channel's scale.
         offset: the same for noise that is drawn once a sequence and channel.
-        validation: share of the sequences, of each class, that is held out to choose the epoch; 0 for none.
+        validation: share of the sequences, of each class, that is held out to choose the epoch; 0 for none, which is
+            the last one then. None: 0.15 where that is 20 sequences or more, else 0, as fewer choose badly.
         init: a network, or the file of one, of the same shapes, whose weights are the start.
         threads: how many to use. None: as many as pay, which is measured, so that the last bits may differ from fit to
             fit.
@@ -207,8 +238,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
 
     Attributes:
         classes_: the classes, sorted, `[K]`.
-        network_: the fitted `cellstack.Network`: raw values in, class probabilities out. It needs no torch, nor does a
-            pickled estimator.
+        network_: the fitted `cellstack.Network`: raw values in, where there are `changes` as `with_changes` puts them
+            beside each other, class probabilities out. It needs no torch, nor does a pickled estimator.
         history_: one dict an epoch: `loss`, `validation_loss`, `accuracy` of the validation part, `lr`.
         n_iter_: epochs run.
         n_features_in_: length of X's last axis.
@@ -228,9 +259,15 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         ((2,), (3, 2))
     """
 
+    changes: bool = True
     noise: float = 0.6
     offset: float = 0.3
+    validation: float | None = None
     class_weight: Mapping[Any, float] | str | None = None
+
+    @property
+    def _pooling(self) -> str:
+        return "mean" if self.every_step else "max"
 
     def fit(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> SequenceClassifier:
         """Train on sequences and their classes.
