@@ -304,9 +304,10 @@ def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch, on
         stopped.append(1)
         learned(run, batch)
 
-    with monkeypatch.context() as here, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as here:
         here.setattr("cellstack.train.loop._Run.train", train)
-        trained(waves(), build=build, options=options())
+        with pytest.raises(KeyboardInterrupt):
+            trained(waves(), build=build, options=options())
     with pytest.raises(UsageError, match="a checkpoint is there already"):
         trained(waves(), build=build, options=options())
     again = trained(waves(), build=build, options=options(resume=True))
