@@ -110,17 +110,22 @@ def add_arguments(train: argparse.ArgumentParser) -> None:
     model.add_argument("--dropout", type=float, metavar="P", help="after each layer (0.3; forecasts 0.1)")
     model.add_argument("--init", metavar="MODEL", help="start from the weights of this network, of the same shapes")
     how = train.add_argument_group("training")
-    how.add_argument("--epochs", type=int, metavar="N", help="most passes over the data (60; texts 30)")
+    how.add_argument(
+        "--epochs", type=int, metavar="N", help="most passes over the data (60; forecasts 16 or 60; texts 30)"
+    )
     how.add_argument("--lr", type=float, metavar="X", help="Adam's rate at the start (5e-3; forecasts 1e-3 or 3e-3)")
     how.add_argument(
-        "--batch", type=int, metavar="N", help="examples in a step, all processes (16; forecasts 64; texts 8 to 32)"
+        "--batch",
+        type=int,
+        metavar="N",
+        help="examples in a step, all processes (16; forecasts 32 or 64; texts 8 to 32)",
     )
     how.add_argument("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm (%(default)s)")
     how.add_argument(
         "--patience",
         type=int,
         metavar="N",
-        help="epochs without progress (20; forecasts 10; texts 5); 0: never stop early",
+        help="epochs without progress (20; forecasts 6 or 8; texts 5); 0: never stop early",
     )
     how.add_argument("--validation", type=float, metavar="P", help="share to validate on (0.15; texts 0.05)")
     how.add_argument("--noise", type=float, metavar="X", help="noise on inputs, in their scales (0)")
