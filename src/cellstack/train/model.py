@@ -55,10 +55,13 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x [B, T, H]` with values set to zero with probability p, the rest scaled by 1/(1-p)."""
-        if self.rows is None or not self.training:
-            return nn.functional.dropout(x, self.p, self.training)
+        if not self.training or not self.p:
+            return x
+        if self.rows is None:
+            return nn.functional.dropout(x, self.p)
         rows, total = self.rows
-        return x * nn.functional.dropout(torch.ones(total, *x.shape[1:]), self.p)[rows].to(x)
+        kept = nn.functional.dropout(torch.ones(total, *x.shape[1:]), self.p)
+        return x * (kept if len(rows) == total else kept[rows]).to(x)
 
 
 class Model(nn.Module):
