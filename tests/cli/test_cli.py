@@ -85,7 +85,7 @@ def test_train_looks_at_its_layers(capsys, tmp_path):
     assert [record["epoch"] for record in inspected["records"]] == [1, 2, 3]
     layer = inspected["records"][-1]["layers"]["recurrent.0.backward_layer"]
     assert layer["figures"].keys() >= {"gates", "gates shut", "states", "weights", "gradients", "reach"}
-    assert layer["lags"]["carried"][0] == 1.0
+    assert layer["lags"]["carried"][0] == pytest.approx(1.0)
     (events,) = folder.glob("events.out.tfevents.*")
     read = EventAccumulator(str(events))
     read.Reload()

@@ -403,8 +403,11 @@ def _choose_backend(ours: bool) -> None:
 
 def _holds(path: str, text: bytes) -> bool:
     """Whether a file has these bytes somewhere: both of Keras's containers keep a model's description as it is."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        return whole.find(text) >= 0
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # there is no map of nothing
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            return whole.find(text) >= 0
 
 
 def _check_sizes(net: Network, shapes: Sequence[Any], inputs: Inputs) -> None:

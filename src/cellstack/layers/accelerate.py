@@ -48,6 +48,7 @@ def accelerate(module: nn.Module) -> nn.Module:
         TypeError: it is no module.
         ValueError: there is no recurrent module of PyTorch in it that the kernel could run.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(3, 8), nn.LSTM(8, 16, batch_first=True))
     >>> accelerate(model)[1](torch.zeros(2, 5, 8))[0].shape
     torch.Size([2, 5, 16])
@@ -85,6 +86,7 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
         TypeError: it is no module.
         ValueError: there is no accelerated module in it.
 
+    >>> import torch
     >>> cell = accelerate(nn.LSTMCell(3, 4))
     >>> with torch.no_grad(), frozen(cell):
     ...     state = cell(torch.zeros(1, 3))
