@@ -17,34 +17,30 @@ constexpr int64_t kGradientBytes = int64_t(1) << 20;
 constexpr int64_t kInputRows = 96;   // of a task of the gradient of x
 constexpr int64_t kAgainRows = 192;  // whose gates a thread makes again at a time
 
-// How threads cut the way back through time: groups of rows, and shares of the units in each, in lockstep.
-struct Cut {
-    int groups, shares;
-};
-
 // Whether the units of a layer may be shared out: none needs anything of the others' but their dz.
-bool divides(const Description& d) { return !d.layer_norm && !d.projects(); }
+bool divides_back(const Description& d) { return !d.layer_norm && !d.projects(); }
 
 // Nanoseconds that rows and panels of a step take, roughly; for choosing among cuts. A tile of up to six rows goes over
 // `depth` vectors of a panel; weights that don't fit into the core's own cache are waited for.
-double step_cost(int64_t rows, int64_t panels, int64_t depth, int64_t panel_bytes) {
+double step_cost_back(int64_t rows, int64_t panels, int64_t depth, int64_t panel_bytes) {
     const int64_t tiles = ceil_div(rows, 6), cycles = depth * std::max(2 * rows + tiles, 4 * tiles);
     const double weights = double(panels) * double(panel_bytes);
     return double(panels * cycles) / 3 + (weights > 1.8e6 ? weights / 30 : 0);
 }
 
-Cut cut_up(const Description& d, int64_t B, int64_t width, size_t bytes, int threads) {
+// How threads cut the way back through time: groups of rows, and shares of the units in each.
+Cut cut_back(const Description& d, int64_t B, int64_t chunk, int64_t width, size_t bytes, int threads) {
     const int64_t panels = ceil_div(d.output, 4 * width), depth = ceil_div(d.units, width) * d.gates() * width;
     const auto cost = [&](const Cut& cut) {
-        const double alone =
-            step_cost(ceil_div(B, cut.groups), ceil_div(panels, cut.shares), depth, depth * 4 * width * int64_t(bytes));
+        const double alone = step_cost_back(ceil_div(B, cut.groups), ceil_div(panels, cut.shares), depth,
+                                            depth * 4 * width * int64_t(bytes));
         return alone + (cut.shares > 1 ? lockstep_latency() * phases_of_step(d) : 0);
     };
-    Cut best{1, 1};
+    Cut best{1, 1, 1, chunk};
     for (int groups = 1; groups <= std::min<int64_t>(B, threads); ++groups) {
-        const Cut cut{groups, divides(d) ? int(std::min<int64_t>(panels, threads / groups)) : 1};
-        for (const Cut& one : {Cut{groups, 1}, cut})
-            if (cost(one) < cost(best)) best = one;
+        const int most = divides_back(d) ? int(std::min<int64_t>(panels, threads / groups)) : 1;
+        for (const int shares : {1, most})
+            if (const Cut cut{groups, 1, shares, chunk}; cost(cut) < cost(best)) best = cut;
     }
     return best;
 }
@@ -86,10 +82,10 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
     if (B * steps == 0)
         for (const Entry& e : entries) std::fill_n(e.out, wanted(e.out, e.count), T(0));
     threads = useful_threads(threads, B * steps * 2 * G * H * (I + P));
-    const Cut cut = threads > 1 ? cut_up(d, B, W, sizeof(T), threads) : Cut{1, 1};
-    const int groups = cut.groups;
     const int64_t chunk = std::max<int64_t>(
         1, std::min(steps, kGradientBytes / int64_t(blocks * deep * sizeof(T)) / std::max<int64_t>(B, 1)));
+    const Cut cut = threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), threads) : Cut{1, 1, 1, chunk};
+    const int groups = cut.groups;
 
     // Whether anybody wants what lies before the first step; else its product is left out.
     const bool to_start = g.dh0 || g.dc0 || to.initial_h || to.initial_c;

@@ -50,8 +50,7 @@ class Pool {
         wake_.notify_all();
         claim_tasks(call);
         for (int spin = 0; left_.load(std::memory_order_acquire) > 0; ++spin) {
-            pause_a_moment();
-            if (spin > kSpins) sched_yield();
+            wait_a_moment(spin);
         }
     }
 
@@ -131,10 +130,14 @@ void parallel(int count, void (*task)(void*, int), void* context) {
         the_pool().run(count, task, context);
 }
 
+void wait_a_moment(int spin) {
+    pause_a_moment();
+    if (spin > kSpins) sched_yield();
+}
+
 void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
     for (int spin = 0; counter.load(std::memory_order_acquire) < value; ++spin) {
-        pause_a_moment();
-        if (spin > kSpins) sched_yield();
+        wait_a_moment(spin);
     }
 }
 
@@ -149,11 +152,6 @@ static int64_t nanoseconds() {
 Lockstep::Lockstep(int shares, int64_t phases) : shares_(shares), phases_(phases), claims_(new Claims[shares]) {}
 
 Lockstep::Waiter::Waiter(const Lockstep& lockstep) : lockstep_(lockstep), since_(nanoseconds()) {}
-
-void Lockstep::Waiter::pause(int spin) {
-    pause_a_moment();
-    if (spin > kSpins) sched_yield();
-}
 
 void Lockstep::Waiter::give_way() {
     if (++phases_ % 16) return;

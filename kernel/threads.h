@@ -15,6 +15,9 @@ void parallel(int count, F&& body) {
     parallel(count, [](void* context, int k) { (*static_cast<F*>(context))(k); }, &body);
 }
 
+// A turn of a loop that waits for what is nearly there; after some turns others may have the core.
+void wait_a_moment(int spin);
+
 // Waits until `counter` reaches `value`.
 void wait_for(const std::atomic<int64_t>& counter, int64_t value);
 
@@ -58,14 +61,13 @@ class Lockstep {
         void until(int64_t count, F&& help) {
             for (int spin = 0; lockstep_.done_.load(std::memory_order_acquire) < count; ++spin) {
                 if (spin == patience_) patience_ = help() ? 0 : kPatience;
-                pause(spin);
+                wait_a_moment(spin);
             }
             give_way();
         }
 
       private:
         static constexpr int kPatience = 64;
-        static void pause(int spin);
         void give_way();
         const Lockstep& lockstep_;
         int patience_ = kPatience, phases_ = 0;
