@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-LOOK, PATIENCE = 0.002, 0.5  # seconds: between two looks whether threads still spin, and how long that may take
+# Seconds: between two looks whether threads still spin, and how long that may take. The system adds up the time of a
+# thread on another processor at its ticks, up to 10 ms apart: a shorter look may see nothing of a thread that spins.
+LOOK, PATIENCE = 0.011, 0.5
 IDLE = 0.1  # of a processor: less than that is nobody's spinning
 
 
