@@ -169,32 +169,42 @@ def run_cellstack(task: Problem, seed: int) -> dict[str, float]:
         if not np.array_equal(table.columns[entry.target], task.panel.values, equal_nan=True):
             raise ValueError(f"{task.name}: the table isn't what the benchmark reads")
         net = cellstack.load(model)
-        forecasts = forecasts_of(task, net, table, str(model))
+        forecasts, alone = forecasts_of(task, net, table, str(model))
         processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return {**task.measure(forecasts), "seconds": seconds, "processor": processor}
+        smoothing = task.measure(alone)["mase"]
+        return {**task.measure(forecasts), "smoothing": smoothing, "seconds": seconds, "processor": processor}
 
 
-def forecasts_of(task: Problem, net: cellstack.Network, table: Table, path: str) -> list[np.ndarray]:
-    """Forecasts of a network from every origin; the naive one where a series is too short for the network yet."""
+def forecasts_of(
+    task: Problem, net: cellstack.Network, table: Table, path: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Forecasts of a network from every origin, and of the smoothing that it is added to alone.
+
+    Where a series is too short for the network yet, both are the naive one.
+    """
     needed = predict.trained(net, path)[0].needed
-    forecasts = [
+    naive = [
         rules.seasonal(task.panel.values[a:b], each, task.horizon)
         for (a, b), each in zip(pairwise(task.panel.starts), task.origins, strict=True)
     ]
     long = [each + 1 >= needed for each in task.origins]
     origins = [a + each[enough] for a, each, enough in zip(task.panel.starts[:-1], task.origins, long, strict=True)]
-    found = predict.forecast(net, table, path, np.concatenate(origins), threads=1).median[..., 0]
-    parts = np.split(found, np.cumsum([len(each) for each in origins])[:-1])
-    for forecast, enough, part in zip(forecasts, long, parts, strict=True):
-        forecast[enough] = part
-    return forecasts
+    found = predict.forecast(net, table, path, np.concatenate(origins), threads=1)
+    both = []
+    for said in (found.median, found.reference):
+        parts = np.split(said[..., 0], np.cumsum([len(each) for each in origins])[:-1])
+        both.append([forecast.copy() for forecast in naive])
+        for forecast, enough, part in zip(both[-1], long, parts, strict=True):
+            forecast[enough] = part
+    return both[0], both[1]
 
 
 def table(folder: Path) -> str:
     """Return the Markdown table of what is in a folder, and who won how often."""
     lines = [
-        "| | steps | series × rows | best rule | | boosting | cellstack, median (range of seeds) | processor s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | steps | series × rows | best rule | | boosting | smoothing alone | cellstack, median (range of seeds) | "
+        "processor s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     won: dict[bool, list[bool]] = {False: [], True: []}
     for name, entry in SERIES.items():
@@ -208,10 +218,13 @@ def table(folder: Path) -> str:
         best = min(range(3), key=lambda n: values[n])
         shown = [f"**{value:.3f}**" if n == best else f"{value:.3f}" for n, value in enumerate(values)]
         spread = f" ({seeds[0]:.3f} to {seeds[-1]:.3f})" if len(seeds) > 1 else ""
-        took = np.median([run["processor"] for run in results["cellstack"].values()])
+        took, alone = (
+            np.median([run[key] for run in results["cellstack"].values()])
+            for key in ("processor", "smoothing")
+        )
         lines.append(
             f"| {name}{', held out' if entry.held_out else ''} | {entry.spacing} | {results['series']} × "
-            f"{results['rows']:,} | {rule} | {shown[0]} | {shown[1]} | {shown[2]}{spread} | {took:.0f} |"
+            f"{results['rows']:,} | {rule} | {shown[0]} | {shown[1]} | {alone:.3f} | {shown[2]}{spread} | {took:.0f} |"
         )
         won[entry.held_out].append(best == 2)
     every = won[False] + won[True]
