@@ -19,6 +19,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "cell.h"
 
 namespace nb = nanobind;
@@ -495,6 +499,17 @@ void bind_activate(nb::module_& m) {
         "One activation over an array, for tests.");
 }
 
+// Asks the system for large pages behind memory that was just allocated, before anything is written there: fetching
+// some ten megabytes page by page takes longer than writing them.
+void prefer_large_pages(void* memory, size_t bytes) {
+#ifdef __linux__
+    constexpr uintptr_t page = 4096;
+    const uintptr_t first = (uintptr_t(memory) + page - 1) / page * page,
+                    last = (uintptr_t(memory) + bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: it may say no
+#endif
+}
+
 }  // namespace
 
 NB_MODULE(_kernel, m) {
@@ -594,6 +609,12 @@ NB_MODULE(_kernel, m) {
         "weights"_a, "batch"_a, "steps"_a, "resets"_a, "threads"_a,
         "How threads cut a call up: groups of rows; in each, teams that share out the layers, and shares of the "
         "units.");
+    m.def(
+        "prefer_large_pages",
+        [](uintptr_t memory, size_t bytes) { prefer_large_pages(reinterpret_cast<void*>(memory), bytes); }, "memory"_a,
+        "bytes"_a,
+        "Ask the system for large pages behind memory that was just allocated, which are faster to get than small "
+        "ones.");
     nb::class_<Turns>(m, "Turns")
         .def(nb::init<size_t>(), "rows"_a)
         .def("free", &Turns::free, "open"_a, nb::keep_alive<0, 1>(),

@@ -126,7 +126,7 @@ Pool& the_pool() {
 void parallel(int count, void (*task)(void*, int), void* context) {
     if (count == 1)
         task(context, 0);
-    else if (count > 1)
+    else if (count > 1 && !run_on_open_mp(count, task, context))
         the_pool().run(count, task, context);
 }
 

@@ -15,6 +15,12 @@ void parallel(int count, F&& body) {
     parallel(count, [](void* context, int k) { (*static_cast<F*>(context))(k); }, &body);
 }
 
+// Runs the tasks likewise, on the threads of PyTorch, and returns true; or returns false, as it isn't in this process,
+// or has too few of them, or they sleep. For some milliseconds after an operation of PyTorch they spin, and threads of
+// our own would have to share processors with them. Once they sleep, they are no help: a call of OpenMP ends when the
+// last of its threads has come, which may be milliseconds later.
+bool run_on_open_mp(int count, void (*task)(void* context, int k), void* context);
+
 // A turn of a loop that waits for what is nearly there; after some turns others may have the core.
 void wait_a_moment(int spin);
 

@@ -28,6 +28,7 @@ from cellstack._kernel import (
     backward,
     forward,
     isa,
+    prefer_large_pages,
     stack,
     stream,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "backward",
     "forward",
     "isa",
+    "prefer_large_pages",
     "stack",
     "stream",
     "weights_at",

@@ -79,7 +79,9 @@ def check(theirs, ours, make, tolerance=1e-10, second=False):
     for ours_of, theirs_of in zip(ga, gb, strict=True):
         for x, y in zip(ours_of, theirs_of, strict=True):
             assert (x is None) == (y is None)
-            assert x is None or float((x - y).abs().max()) <= tolerance * max(1.0, float(y.abs().max()))
+            assert x is None or float((x - y).detach().abs().max()) <= tolerance * max(
+                1.0, float(y.detach().abs().max())
+            )
 
 
 # ── PyTorch's own table of inputs ────────────────────────────────────────────────────────────────────────────────────

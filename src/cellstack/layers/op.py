@@ -146,6 +146,16 @@ def _address(tensor: Tensor | None) -> int:
     return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
 
 
+_LARGE = 1 << 22  # bytes from which large pages pay; NumPy asks for them from the same size on
+
+
+def _large(new: Tensor) -> Tensor:
+    """Return a tensor that nothing was written to yet, with large pages behind it where it is large."""
+    if new.nbytes >= _LARGE:
+        native.prefer_large_pages(new.data_ptr(), new.nbytes)
+    return new
+
+
 def _plain(tensor: Tensor) -> Tensor:
     """Return `tensor` as memory has it: numbers side by side, none of them waiting to be negated."""
     return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
@@ -275,11 +285,11 @@ def _forward(
         start = begin[len(ends) : len(ends) + len(end)]
         ends += end
         if save:
-            every = [x.new_empty(shape) for shape in form.every(batch, steps, time_major)]
+            every = [_large(x.new_empty(shape)) for shape in form.every(batch, steps, time_major)]
             for group, tensor in zip((ys, gates, memory, norms), every, strict=True):
                 group.append(tensor)
         elif sequences and n == len(cells) - 1:
-            every = [x.new_empty(form.every(batch, steps, time_major)[0])]
+            every = [_large(x.new_empty(form.every(batch, steps, time_major)[0]))]
             ys += every
         else:
             every = []

@@ -1,0 +1,114 @@
+"""Tasks on the threads of PyTorch. Each in a process of its own, whose threads are counted from the start."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+
+BEGIN = """
+import os
+import numpy as np
+import torch
+from cellstack import Network
+from cellstack.nodes import Cell, Recurrent
+from cellstack.spec import CellSpec
+
+rng = np.random.default_rng(0)
+arrays = [rng.normal(scale=0.1, size=shape).astype(np.float32) for shape in ((64, 256), (64, 256), (256,))]
+net = Network([Recurrent([Cell(CellSpec(64, 64), *arrays)])])
+x = rng.normal(size=(32, 40, 64)).astype(np.float32)
+torch.set_num_threads(2)
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def used():
+    '''Wake PyTorch's threads, and return how many there are.'''
+    a = torch.ones(500, 500)
+    a @ a
+    return threads()
+
+alone = net.run(x, threads=1)[0]
+"""
+
+
+def output_of(script):
+    done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=120)
+    assert not done.returncode, done.stderr
+    return done.stdout.split()
+
+
+def test_beside_pytorch_its_threads_do_the_work():
+    for _ in range(5):  # on a machine that is busy, PyTorch's thread may not be on a processor just then
+        same, before, after = output_of("""
+before = used()
+y = net.run(x, threads=2)[0]
+print(np.array_equal(y, alone), before, threads())
+""")
+        assert same == "True"
+        if before == after:  # no thread of our own was made
+            break
+    else:
+        pytest.fail(f"{after} threads, where there were {before}")
+
+
+def test_threads_that_pytorch_has_been_denied_are_our_own():
+    same, before, after = output_of("""
+torch.set_num_threads(1)
+before = used()
+y = net.run(x, threads=2)[0]
+print(np.array_equal(y, alone), before, threads())
+""")
+    assert same == "True"
+    assert int(after) == int(before) + 1
+
+
+def test_when_the_threads_of_pytorch_sleep_those_that_work_are_our_own():
+    same, before, after = output_of("""
+import time
+before = used()
+net.run(x, threads=2)
+for _ in range(100):  # until they sleep
+    time.sleep(0.1)
+    y = net.run(x, threads=2)[0]
+    if threads() > before:
+        break
+print(np.array_equal(y, alone), before, threads())
+""")
+    assert same == "True"
+    assert int(after) == int(before) + 1
+
+
+def test_a_forked_child_leaves_the_threads_of_its_parent_alone():
+    assert output_of("""
+used()
+net.run(x, threads=2)
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.array_equal(net.run(x, threads=2)[0], alone) else 1)
+for _ in range(500):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        break
+    import time
+    time.sleep(0.02)
+else:
+    os.kill(child, 9)
+    status = "it never came back"
+print(status)
+""") == ["0"]
+
+
+def test_callers_in_several_threads_of_python():
+    assert output_of("""
+from concurrent.futures import ThreadPoolExecutor
+
+def run(_):
+    used()
+    return all(np.array_equal(net.run(x, threads=2)[0], alone) for _ in range(20))
+
+with ThreadPoolExecutor(4) as pool:
+    print(all(pool.map(run, range(8))))
+""") == ["True"]
