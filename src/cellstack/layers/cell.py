@@ -369,7 +369,7 @@ class Cell(Layer):
         save = needs_grad(x, *starts, *arrays)
         if not save and not drops and x.is_cpu and op.direct(x):
             return op.step(x, starts, arrays, self._text)
-        out = op.recurrent(x.unsqueeze(1), starts, arrays, drops, None, None, cells, False, False, save, 0, False)
+        out = op.run(x.unsqueeze(1), starts, arrays, drops, None, None, cells, False, False, save)
         return tuple(out[: len(self._sizes)])
 
 
