@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <deque>
 #include <memory>
+#include <utility>
 
 #include "cell.h"
 #include "dispatch.h"
@@ -45,69 +46,128 @@ Cut cut_back(const Description& d, int64_t B, int64_t chunk, int64_t width, size
     return best;
 }
 
+// The way back through one layer: chunk by chunk from the last step to the first, each first through time and then for
+// the gradients that are sums over its dz.
 template <class T>
-void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T>& g, int threads) {
+class BackwardLayer {
+  public:
+    BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T>& g, int threads);
+    void run();
+
+  private:
+    // Matrices whose gradients are made of the same dz.
+    struct Pass {
+        const T* dz;
+        int gates;
+        int64_t units, blocks, tasks;
+        struct {
+            const std::vector<const T*>* rows;
+            T* out;
+            int64_t columns;
+            int first_gate, last_gate;
+        } of[3];
+        T *bias, *sums;
+    };
+    void clear() const;
+    void take_memory();
+    void transpose_weights();
+    void list_passes();
+    void add_pass(Pass pass);
+    int64_t phases(int64_t first, int64_t last) const;
+    const T* h_before(int64_t b, int64_t n, int64_t t) const;
+    void find_rows(int64_t first, int64_t last);
+    void find_products(int64_t first, int64_t last);
+    void make_gates(int64_t first, int64_t last);
+    Backward<T> through_time(int group, int share, int64_t first, int64_t last) const;
+    void go_back(int64_t first, int64_t last);
+    void sum_gradients(int64_t first, int64_t last);
+    void sum_weights(int64_t task, int thread, int64_t first, int64_t last);
+    void sum_rows() const;
+    void sum_initial(T* out, const T* fresh, const T* start, int64_t stride, int64_t width) const;
+
+    // t of the n-th step processed.
+    int64_t time_of(int64_t n) const { return in.reverse ? steps - 1 - n : n; }
+    int64_t columns_of(int64_t n) const { return ceil_div(n, wide) * wide; }
+
+    const Sequences<T>& in;
+    const Layer<T>& s;
+    const Gradients<T>& g;
     const Leaf<T>& leaf = leaf_of<T>(current());
     const Description& d = s.weights->description();
     const Arrays<const T>& arrays = s.weights->arrays();
+    const Arrays<T>& to = g.arrays;
     const int64_t B = in.batch, steps = in.steps, I = d.input, H = d.units, P = d.output;
     const int G = d.gates();
     const int64_t W = leaf.width, wide = 4 * W, deep = G * W;
     const int64_t blocks = ceil_div(H, W), output_blocks = ceil_div(P, W);
-    const auto columns_of = [&](int64_t n) { return ceil_div(n, wide) * wide; };
     const int64_t columns = columns_of(P), unit_columns = columns_of(H);
+    const int64_t planes = d.planes(), norms = d.norm_size();
     const bool lstm = d.kind == kLstm, by_rows = !d.plain(), reset_before = d.kind == kGru && !d.reset_after;
-    const auto wanted = [](const T* out, int64_t count) { return out ? count : 0; };
-    // Each array of the cell, its size, and its place among the sums that rows keep for themselves (-1: none).
-    struct Entry {
-        T* out;
-        int64_t count;
-        int vector, gates;
-    };
-    const Arrays<T>& to = g.arrays;
-    const Entry entries[] = {
-        {to.kernel, I * G * H, -1, 0},
-        {to.recurrent_kernel, P * G * H, -1, 0},
-        {to.bias, G * H, d.layer_norm ? kBias : -1, G},
-        {d.kind == kGru && d.reset_after && to.bias ? to.bias + G * H : nullptr, G * H,
-         d.layer_norm ? kRecurrentBias : -1, G},
-        {to.peepholes, int64_t(G - 1) * H, kPeepholes, G - 1},
-        {to.projection, H * P, -1, 0},
-        {to.kernel_gain, G * H, kKernelGain, G},
-        {to.recurrent_gain, G * H, kRecurrentGain, G},
-        {to.cell_gain, H, kCellGain, 1},
-        {to.cell_bias, H, kCellBias, 1},
-    };
-    T* const recurrent_bias = entries[3].out;
-    if (B * steps == 0)
-        for (const Entry& e : entries) std::fill_n(e.out, wanted(e.out, e.count), T(0));
-    threads = useful_threads(threads, B * steps * 2 * G * H * (I + P));
-    const int64_t chunk = std::max<int64_t>(
-        1, std::min(steps, kGradientBytes / int64_t(blocks * deep * sizeof(T)) / std::max<int64_t>(B, 1)));
-    const Cut cut = threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), threads) : Cut{1, 1, 1, chunk};
-    const int groups = cut.groups;
-
+    const bool again = !s.gates;  // they are made again, a chunk's at a time
     // Whether anybody wants what lies before the first step; else its product is left out.
     const bool to_start = g.dh0 || g.dc0 || to.initial_h || to.initial_c;
-    const auto phases = [&](int64_t first, int64_t last) {
-        return phases_back(d, last - first) - !(first || to_start);
-    };
-    const bool again = !s.gates;  // they are made again, a chunk's at a time
-    const int64_t planes = d.planes(), norms = d.norm_size(), chunk_rows = chunk * B;
-    const int64_t rows_again = std::min<int64_t>(chunk_rows, kAgainRows * threads);
+    const int threads;
+    const int64_t chunk;
+    const Cut cut;
 
-    const bool vectors_kept = d.peepholes || d.layer_norm;
+    std::unique_ptr<Scratch<T>> scratch;
+    T *dh, *dc, *carry, *initial_h, *initial_c;
+    T *recurrent_t, *candidate_t, *kernel_t, *projection_t;  // transposed
+    T *dz, *dq, *dp, *dm, *m_rows_at, *h_dropped, *line, *vector_sums, *zeros;
+    T *gradients, *gradients_out, *copied;
+    T *made_gates, *made_norms, *x_in, *h_in, *c_in;  // of gates that are made again
+    int64_t rows_again, lines, copies;
+    // Where the rows of dz came from, in its order: x, the h that went into the step, r·h, and dx.
+    std::vector<const T*> x_rows, h_rows, m_rows;
+    std::vector<T*> dx_rows;
+    std::unique_ptr<Weights<T>> packed;
+    std::vector<uint8_t> mask_in;
+    std::vector<Pass> passes;
+    int64_t weight_tasks = 0;
+};
+
+// As much dz as stays in the cache.
+template <class T>
+int64_t chunk_of(const Sequences<T>& in, int64_t numbers) {
+    const int64_t steps = kGradientBytes / int64_t(numbers * sizeof(T)) / std::max<int64_t>(in.batch, 1);
+    return std::max<int64_t>(1, std::min(in.steps, steps));
+}
+
+template <class T>
+BackwardLayer<T>::BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T>& g, int most_threads)
+    : in(in),
+      s(s),
+      g(g),
+      threads(useful_threads(most_threads, B * steps * 2 * G * H * (I + P))),
+      chunk(chunk_of(in, blocks * deep)),
+      cut(threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), threads) : Cut{1, 1, 1, chunk}) {}
+
+// Gradients of matrices and biases where there is no step.
+template <class T>
+void BackwardLayer<T>::clear() const {
+    const bool two = d.kind == kGru && d.reset_after;
+    const std::pair<T*, int64_t> sums[] = {
+        {to.kernel, I * G * H}, {to.recurrent_kernel, P * G * H}, {to.bias, (1 + two) * G * H}, {to.projection, H * P}};
+    for (const auto& [out, count] : sums)
+        if (out) std::fill_n(out, count, T(0));
+}
+
+template <class T>
+void BackwardLayer<T>::take_memory() {
+    const int64_t chunk_rows = chunk * B;
+    rows_again = std::min<int64_t>(chunk_rows, kAgainRows * threads);
     const auto if_ = [](bool needed, int64_t count) { return needed ? Parts<T>::size(count) : 0; };
     const int64_t rows_h = Parts<T>::size(B * columns), rows_c = if_(lstm, B * blocks * W);
     const int64_t transposed = Parts<T>::size(columns * blocks * deep);
     const int64_t transposed_in = if_(g.dx, columns_of(I) * blocks * deep);
     const int64_t transposed_out = if_(d.projects(), unit_columns * output_blocks * W);
-    const int64_t chunk_dz = Parts<T>::size(blocks * chunk * B * deep);
-    const int64_t chunk_dp = if_(d.projects(), output_blocks * chunk * B * W);
-    const int64_t chunk_m = if_(d.projects() || reset_before, chunk * B * H);
-    const int64_t dropped = if_(s.drops.recurrent, chunk * B * P);
-    const int64_t rows_dm = if_(by_rows, B * unit_columns), lines = if_(by_rows, 2 * blocks * W);
-    const int64_t vectors = if_(vectors_kept, B * kVectors * blocks * W);
+    const int64_t chunk_dz = Parts<T>::size(blocks * chunk_rows * deep);
+    const int64_t chunk_dp = if_(d.projects(), output_blocks * chunk_rows * W);
+    const int64_t chunk_m = if_(d.projects() || reset_before, chunk_rows * H);
+    const int64_t dropped = if_(s.drops.recurrent, chunk_rows * P);
+    const int64_t rows_dm = if_(by_rows, B * unit_columns);
+    lines = if_(by_rows, 2 * blocks * W);
+    const int64_t vectors = if_(d.peepholes || d.layer_norm, B * kVectors * blocks * W);
     const int64_t matrices = d.rows ? I + P + (reset_before ? P : 0) : 0;  // columns that are summed before written
     const int64_t sums = Parts<T>::size(blocks * (matrices + 2) * deep);
     const int64_t sums_out = if_(d.projects() && d.rows, output_blocks * H * W);
@@ -115,27 +175,33 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
     const int64_t gates_again = if_(again, chunk_rows * planes * H), norms_again = if_(again, chunk_rows * norms);
     const int64_t x_again = if_(again, rows_again * I), h_again = if_(again, rows_again * P);
     const int64_t c_again = if_(again && lstm, rows_again * H);
-    const int64_t copies =
-        Parts<T>::size(chunk_rows * (gradient_stride(I) + gradient_stride(most) * (reset_before ? 2 : 1)));
-    Scratch<T> scratch(3 * rows_h + 2 * rows_c + (1 + reset_before) * transposed + transposed_in + transposed_out +
-                       (1 + d.apart()) * chunk_dz + chunk_dp + chunk_m + dropped + rows_dm + groups * lines + vectors +
-                       sums + sums_out + threads * copies + Parts<T>::size(most) + gates_again + norms_again + x_again +
-                       h_again + c_again);
-    Parts<T> parts(scratch.get());
+    copies = Parts<T>::size(chunk_rows * (gradient_stride(I) + gradient_stride(most) * (reset_before ? 2 : 1)));
+    scratch.reset(new Scratch<T>(3 * rows_h + 2 * rows_c + (1 + reset_before) * transposed + transposed_in +
+                                 transposed_out + (1 + d.apart()) * chunk_dz + chunk_dp + chunk_m + dropped + rows_dm +
+                                 cut.groups * lines + vectors + sums + sums_out + threads * copies +
+                                 Parts<T>::size(most) + gates_again + norms_again + x_again + h_again + c_again));
+    Parts<T> parts(scratch->get());
     const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
-    T *dh = take(rows_h), *dc = take(rows_c), *carry = take(rows_h);
-    T *initial_h = take(rows_h), *initial_c = take(rows_c);
-    T *recurrent_t = take(transposed), *candidate_t = reset_before ? take(transposed) : nullptr;
-    T *kernel_t = take(transposed_in), *projection_t = take(transposed_out);
-    T *dz = take(chunk_dz), *dq = d.apart() ? take(chunk_dz) : dz, *dp = take(chunk_dp), *m_rows_at = take(chunk_m);
-    T *h_dropped = take(dropped), *dm = take(rows_dm), *line = take(groups * lines), *vector_sums = take(vectors);
-    T *gradients = take(sums), *gradients_out = take(sums_out), *copied = take(threads * copies), *zeros = take(most);
-    T *made_gates = take(gates_again), *made_norms = take(norms_again), *x_in = take(x_again), *h_in = take(h_again),
-      *c_in = take(c_again);
-    std::fill(zeros, zeros + most, T(0));
+    dh = take(rows_h), dc = take(rows_c), carry = take(rows_h);
+    initial_h = take(rows_h), initial_c = take(rows_c);
+    recurrent_t = take(transposed), candidate_t = reset_before ? take(transposed) : nullptr;
+    kernel_t = take(transposed_in), projection_t = take(transposed_out);
+    dz = take(chunk_dz), dq = d.apart() ? take(chunk_dz) : dz, dp = take(chunk_dp), m_rows_at = take(chunk_m);
+    h_dropped = take(dropped), dm = take(rows_dm), line = take(cut.groups * lines), vector_sums = take(vectors);
+    gradients = take(sums), gradients_out = take(sums_out), copied = take(threads * copies), zeros = take(most);
+    made_gates = take(gates_again), made_norms = take(norms_again);
+    x_in = take(x_again), h_in = take(h_again), c_in = take(c_again);
+    std::fill_n(zeros, most, T(0));
     std::fill_n(vector_sums, vectors, T(0));
     std::fill_n(initial_h, rows_h, T(0));
     std::fill_n(initial_c, rows_c, T(0));
+    for (auto* rows : {&x_rows, &h_rows, &m_rows}) rows->resize(size_t(chunk_rows));
+    dx_rows.resize(size_t(chunk_rows));
+    mask_in.resize(again && in.mask ? size_t(rows_again) : 0);
+}
+
+template <class T>
+void BackwardLayer<T>::transpose_weights() {
     const Matrix<T> recurrent = matrix_of(d, arrays.recurrent_kernel, P, H, G);
     const struct {
         T* to;
@@ -152,241 +218,279 @@ void backward_layer(const Sequences<T>& in, const Layer<T>& s, const Gradients<T
                 leaf.pack_transposed(pack.to, pack.from, pack.first, pack.last, pack.panels * k / threads,
                                      pack.panels * (k + 1) / threads);
     });
-    pad(dh, columns, g.dhn, B, P);
-    if (dc) pad(dc, blocks * W, g.dcn, B, H);
+}
 
-    // Back through the time of a chunk: some rows, and some of the blocks.
-    const auto through_time = [&](int group, int share, int64_t first_step, int64_t last_step) {
-        const int64_t first = B * group / groups, rows = B * (group + 1) / groups - first;
-        const auto at = [&](auto* all, int64_t per_row) { return all ? all + first * per_row : nullptr; };
-        Backward<T> f{};
-        f.d = &d, f.arrays = arrays, f.blocks = blocks, f.output_blocks = output_blocks;
-        f.rows = rows, f.steps = steps, f.batch = B, f.row0 = first;
-        const int64_t panels = ceil_div(blocks, kBlocksOfPanel);
-        f.phase = 0, f.end_phase = phases(first_step, last_step);
-        f.block = panels * share / cut.shares * kBlocksOfPanel;
-        f.end_block = std::min(blocks, panels * (share + 1) / cut.shares * kBlocksOfPanel);
-        f.first = first_step, f.last = last_step, f.reverse = in.reverse;
-        f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t;
-        f.gates = again ? made_gates : at(s.gates, steps * planes * H), f.cells = at(s.cells, steps * H);
-        f.norms = again ? made_norms : at(s.norms, steps * norms);
-        f.kept_first = 0, f.kept_row = steps, f.kept_time = 1;
-        if (again) {  // rows of a chunk, step by step in the processing order, as those of dz
-            f.kept_row = 1, f.kept_time = in.reverse ? -B : B;
-            f.kept_first = first + (in.reverse ? steps - 1 - first_step : -first_step) * B;
-        }
-        f.y_row = in.row_stride(P), f.y_time = in.time_stride(P), f.y = at(s.y, f.y_row), f.dy = at(g.dy, f.y_row);
-        f.h0 = at(s.h0, P), f.c0 = at(s.c0, H);
-        f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
-        f.recurrent_dropout = at(s.drops.recurrent, P);
-        f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);
-        f.dgates = at(g.dgates, steps * d.planes() * H), f.dcells = at(g.dcells, steps * H);
-        f.dh = at(dh, columns), f.dc = at(dc, blocks * W), f.carry = at(carry, columns), f.dm = at(dm, unit_columns);
-        f.dinitial_h = at(initial_h, columns), f.dinitial_c = at(initial_c, blocks * W);
-        f.vectors = at(vector_sums, kVectors * blocks * W);
-        f.dz = dz, f.dq = dq, f.dp = dp, f.m = m_rows_at, f.line = line ? line + group * lines : nullptr;
-        return f;
-    };
+template <class T>
+void BackwardLayer<T>::add_pass(Pass pass) {
+    bool any = pass.bias;
+    for (auto& of : pass.of) {
+        if (!of.out) of.columns = 0;
+        any = any || of.out;
+    }
+    if (!any) return;
+    // Small pieces: a thread whose core another program uses too takes fewer of them.
+    pass.tasks = threads == 1 ? 1 : std::min<int64_t>(4 * threads, pass.blocks);
+    weight_tasks += pass.tasks;
+    passes.push_back(pass);
+}
 
-    // Where the rows of dz came from, in its order: x, the h that went into the step, and dx.
-    std::vector<const T*> x_rows(size_t(chunk * B)), h_rows(size_t(chunk * B)), m_rows(size_t(chunk * B));
-    std::vector<T*> dx_rows(size_t(chunk * B));
-    const T* initial = arrays.initial_h ? arrays.initial_h : zeros;
-    const auto h_before = [&](int64_t b, int64_t n, int64_t t) -> const T* {
-        if (in.reset && in.reset[b * steps + t]) return initial;
-        if (n == 0) return s.h0 ? s.h0 + b * P : initial;
-        return s.y + b * in.row_stride(P) + (in.reverse ? steps - n : n - 1) * in.time_stride(P);
-    };
-    const auto find_rows = [&](int64_t first, int64_t last) {
-        for (int64_t n = first, m = 0; n < last; ++n)
-            for (int64_t b = 0; b < B; ++b, ++m) {
-                const int64_t t = in.reverse ? steps - 1 - n : n;
-                // dz is zero where the mask leaves a step out; x and h may be anything there, NaN too, and must not
-                // meet it
-                const bool used = !in.mask || in.mask[b * steps + t];
-                x_rows[m] = used ? in.x + b * in.stride_batch + t * in.stride_time : zeros;
-                dx_rows[m] = g.dx ? g.dx + b * in.row_stride(I) + t * in.time_stride(I) : nullptr;
-                h_rows[m] = used ? h_before(b, n, t) : zeros;
-                if (s.drops.recurrent) {
-                    T* product = h_dropped + m * P;
-                    for (int64_t k = 0; k < P; ++k) product[k] = h_rows[m][k] * s.drops.recurrent[b * P + k];
-                    h_rows[m] = product;
-                }
-                if (m_rows_at) m_rows[m] = m_rows_at + m * H;
-            }
-    };
-    // r·h, that went into the candidate.
-    const auto find_products = [&](int64_t first, int64_t last) {
-        for (int64_t n = first, m = 0; n < last; ++n)
-            for (int64_t b = 0; b < B; ++b, ++m) {
-                const int64_t t = in.reverse ? steps - 1 - n : n;
-                const T* r = again ? made_gates + (m * 3 + 1) * H : s.gates + ((b * steps + t) * 3 + 1) * H;
-                for (int64_t k = 0; k < H; ++k) m_rows_at[m * H + k] = r[k] * h_rows[m][k];
-            }
-    };
-    // Gates of a chunk, as forward had them: all of its rows and steps are rows of one step, as the states before them
-    // are known. The weights are packed as forward packs them.
-    std::unique_ptr<Weights<T>> packed;
-    if (again && B * steps > 0) packed.reset(new Weights<T>(d, arrays));
-    std::vector<uint8_t> mask_in(again && in.mask ? size_t(rows_again) : 0);
-    const auto make_gates = [&](int64_t first, int64_t last) {
-        const T* initial_c = arrays.initial_c ? arrays.initial_c : zeros;
-        const int64_t all = (last - first) * B;
-        for (int64_t from = 0; from < all; from += rows_again) {
-            const int64_t rows = std::min(rows_again, all - from);
-            for (int64_t k = 0; k < rows; ++k) {
-                const int64_t m = from + k, n = first + m / B, b = m % B, t = in.reverse ? steps - 1 - n : n;
-                memcpy(x_in + k * I, x_rows[m], size_t(I) * sizeof(T));
-                memcpy(h_in + k * P, h_rows[m], size_t(P) * sizeof(T));
-                if (in.mask) mask_in[k] = in.mask[b * steps + t];
-                if (!c_in) continue;
-                const T* c = in.reset && in.reset[b * steps + t] ? initial_c
-                             : n > 0 ? s.cells + (b * steps + (in.reverse ? steps - n : n - 1)) * H
-                             : s.c0  ? s.c0 + b * H
-                                     : initial_c;
-                memcpy(c_in + k * H, c, size_t(H) * sizeof(T));
-            }
-            Layer<T> layer{};
-            layer.weights = packed.get(), layer.h0 = h_in, layer.c0 = c_in;
-            layer.gates = made_gates + from * planes * H;
-            layer.norms = made_norms ? made_norms + from * norms : nullptr;
-            forward<T>({rows, 1, x_in, I, I, in.mask ? mask_in.data() : nullptr, nullptr, false}, {layer}, threads);
-        }
-    };
-
-    // Matrices whose gradients are made of the same dz.
-    struct Pass {
-        const T* dz;
-        int gates;
-        int64_t units, blocks, tasks;
-        struct {
-            const std::vector<const T*>* rows;
-            T* out;
-            int64_t columns;
-            int first_gate, last_gate;
-        } of[3];
-        T *bias, *sums;
-    };
-    std::vector<Pass> passes;
-    const auto add_pass = [&](Pass pass) {
-        bool any = pass.bias;
-        for (auto& of : pass.of) {
-            if (!of.out) of.columns = 0;
-            any = any || of.out;
-        }
-        // Small pieces: a thread whose core another program uses too takes fewer of them.
-        pass.tasks = threads == 1 ? 1 : std::min<int64_t>(4 * threads, pass.blocks);
-        if (any) passes.push_back(pass);
-    };
+template <class T>
+void BackwardLayer<T>::list_passes() {
     T* const bias = d.layer_norm ? nullptr : to.bias;
-    const int over_h = reset_before ? 2 : G;
-    if (dq == dz)
+    if (!d.apart()) {
         add_pass({dz,
                   G,
                   H,
                   blocks,
                   0,
                   {{&x_rows, to.kernel, I, 0, G},
-                   {&h_rows, to.recurrent_kernel, P, 0, over_h},
+                   {&h_rows, to.recurrent_kernel, P, 0, reset_before ? 2 : G},
                    {&m_rows, reset_before ? to.recurrent_kernel : nullptr, P, 2, 3}},
                   bias,
                   gradients});
-    else {
+    } else {
         add_pass({dz, G, H, blocks, 0, {{&x_rows, to.kernel, I, 0, G}, {}, {}}, bias, gradients});
+        T* const recurrent_bias = bias && d.kind == kGru && d.reset_after ? bias + G * H : nullptr;
         add_pass({dq,
                   G,
                   H,
                   blocks,
                   0,
                   {{&h_rows, to.recurrent_kernel, P, 0, G}, {}, {}},
-                  d.layer_norm ? nullptr : recurrent_bias,
+                  recurrent_bias,
                   gradients + blocks * ((d.rows ? I : 0) + 1) * deep});
     }
     if (d.projects())
         add_pass({dp, 1, P, output_blocks, 0, {{&m_rows, to.projection, H, 0, 1}, {}, {}}, nullptr, gradients_out});
-    int64_t weight_tasks = 0;
-    for (const Pass& pass : passes) weight_tasks += pass.tasks;
+}
 
-    for (int64_t last = steps; last > 0 && B > 0; last -= std::min(chunk, last)) {
-        const int64_t first = std::max<int64_t>(0, last - chunk), rows = (last - first) * B;
-        find_rows(first, last);
-        if (again) make_gates(first, last);
-        if (cut.shares == 1) {
-            parallel(groups, [&](int group) {
-                FlushDenormals flush;
-                Backward<T> f = through_time(group, 0, first, last);
-                leaf.backward(f);
-            });
-        } else {
-            std::deque<Lockstep> teams;
-            for (int group = 0; group < groups; ++group) teams.emplace_back(cut.shares, phases(first, last));
-            parallel(groups * cut.shares, [&](int k) {
-                FlushDenormals flush;
-                teams[k % groups].run(k / groups, [&](int64_t phase, int share) {
-                    Backward<T> f = through_time(k % groups, share, first, last);
-                    f.phase = phase, f.end_phase = phase + 1;
-                    leaf.backward(f);
-                });
-            });
-        }
-        if (reset_before) find_products(first, last);
-        // Every task writes a part of its own, so the bits do not depend on which thread takes it.
-        const int64_t tasks = weight_tasks + (g.dx ? ceil_div(rows, kInputRows) : 0);
-        std::atomic<int64_t> next{0};
-        parallel(int(std::min<int64_t>(threads, tasks)), [&](int k) {
-            FlushDenormals flush;
-            for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-                if (task >= weight_tasks) {
-                    const int64_t row = (task - weight_tasks) * kInputRows;
-                    leaf.input_gradient(dz, G, blocks, rows, kernel_t, I, row, std::min(rows, row + kInputRows),
-                                        dx_rows.data());
-                    continue;
-                }
-                size_t which = 0;
-                while (task >= passes[which].tasks) task -= passes[which++].tasks;
-                const Pass& pass = passes[which];
-                const int64_t panel = pass.gates * W;
-                WeightGradient<T> f{};
-                f.gates = pass.gates, f.rows = d.rows, f.dz = pass.dz, f.dz_rows = rows, f.units = pass.units;
-                for (int gate = 0; gate < pass.gates; ++gate) f.places[gate] = pass.gates == 1 ? 0 : d.place(gate);
-                f.first = pass.blocks * task / pass.tasks, f.last = pass.blocks * (task + 1) / pass.tasks;
-                T *copy = copied + k * copies, *sum = pass.sums;
-                for (int o = 0; o < 3; ++o) {
-                    const auto& of = pass.of[o];
-                    const int64_t summed = d.rows ? of.columns * panel : 0;
-                    f.of[o] = {of.rows ? of.rows->data() : nullptr,
-                               of.columns,
-                               of.first_gate,
-                               of.last_gate,
-                               of.out,
-                               sum + f.first * summed,
-                               copy};
-                    sum += pass.blocks * summed, copy += of.columns ? rows * gradient_stride(of.columns) : 0;
-                }
-                f.bias = pass.bias, f.bias_sums = pass.bias ? sum + f.first * panel : nullptr;
-                f.more = last < steps, f.write = first == 0;
-                leaf.weight_gradient(f);
-            }
-        });
+template <class T>
+int64_t BackwardLayer<T>::phases(int64_t first, int64_t last) const {
+    return phases_back(d, last - first) - !(first || to_start);
+}
+
+// Back through the time of a chunk: some rows, and some of the blocks.
+template <class T>
+Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_step, int64_t last_step) const {
+    const int64_t first = B * group / cut.groups, rows = B * (group + 1) / cut.groups - first;
+    const auto at = [&](auto* all, int64_t per_row) { return all ? all + first * per_row : nullptr; };
+    Backward<T> f{};
+    f.d = &d, f.arrays = arrays, f.blocks = blocks, f.output_blocks = output_blocks;
+    f.rows = rows, f.steps = steps, f.batch = B, f.row0 = first;
+    const int64_t panels = ceil_div(blocks, kBlocksOfPanel);
+    f.phase = 0, f.end_phase = phases(first_step, last_step);
+    f.block = panels * share / cut.shares * kBlocksOfPanel;
+    f.end_block = std::min(blocks, panels * (share + 1) / cut.shares * kBlocksOfPanel);
+    f.first = first_step, f.last = last_step, f.reverse = in.reverse;
+    f.recurrent_t = recurrent_t, f.candidate_t = candidate_t, f.projection_t = projection_t;
+    f.gates = again ? made_gates : at(s.gates, steps * planes * H), f.cells = at(s.cells, steps * H);
+    f.norms = again ? made_norms : at(s.norms, steps * norms);
+    f.kept_first = 0, f.kept_row = steps, f.kept_time = 1;
+    if (again) {  // rows of a chunk, step by step in the processing order, as those of dz
+        f.kept_row = 1, f.kept_time = in.reverse ? -B : B;
+        f.kept_first = first + (in.reverse ? steps - 1 - first_step : -first_step) * B;
     }
-    for (const Entry& e : entries) {
-        if (!e.out || e.vector < 0 || B * steps == 0) continue;
-        for (int gate = 0; gate < e.gates; ++gate)
+    f.y_row = in.row_stride(P), f.y_time = in.time_stride(P), f.y = at(s.y, f.y_row), f.dy = at(g.dy, f.y_row);
+    f.h0 = at(s.h0, P), f.c0 = at(s.c0, H);
+    f.mask = at(in.mask, steps), f.reset = at(in.reset, steps);
+    f.recurrent_dropout = at(s.drops.recurrent, P);
+    f.zoneout = at(s.drops.zoneout, steps * P), f.zoneout_cell = at(s.drops.zoneout_cell, steps * H);
+    f.dgates = at(g.dgates, steps * planes * H), f.dcells = at(g.dcells, steps * H);
+    f.dh = at(dh, columns), f.dc = at(dc, blocks * W), f.carry = at(carry, columns), f.dm = at(dm, unit_columns);
+    f.dinitial_h = at(initial_h, columns), f.dinitial_c = at(initial_c, blocks * W);
+    f.vectors = at(vector_sums, kVectors * blocks * W);
+    f.dz = dz, f.dq = dq, f.dp = dp, f.m = m_rows_at, f.line = line ? line + group * lines : nullptr;
+    return f;
+}
+
+template <class T>
+const T* BackwardLayer<T>::h_before(int64_t b, int64_t n, int64_t t) const {
+    const T* initial = arrays.initial_h ? arrays.initial_h : zeros;
+    if (in.reset && in.reset[b * steps + t]) return initial;
+    if (n == 0) return s.h0 ? s.h0 + b * P : initial;
+    return s.y + b * in.row_stride(P) + time_of(n - 1) * in.time_stride(P);
+}
+
+template <class T>
+void BackwardLayer<T>::find_rows(int64_t first, int64_t last) {
+    for (int64_t n = first, m = 0; n < last; ++n)
+        for (int64_t b = 0; b < B; ++b, ++m) {
+            const int64_t t = time_of(n);
+            // dz is zero where the mask leaves a step out; x and h may be anything there, NaN too, and must not meet it
+            const bool used = !in.mask || in.mask[b * steps + t];
+            x_rows[m] = used ? in.x + b * in.stride_batch + t * in.stride_time : zeros;
+            dx_rows[m] = g.dx ? g.dx + b * in.row_stride(I) + t * in.time_stride(I) : nullptr;
+            h_rows[m] = used ? h_before(b, n, t) : zeros;
+            if (s.drops.recurrent) {
+                T* product = h_dropped + m * P;
+                for (int64_t k = 0; k < P; ++k) product[k] = h_rows[m][k] * s.drops.recurrent[b * P + k];
+                h_rows[m] = product;
+            }
+            if (m_rows_at) m_rows[m] = m_rows_at + m * H;
+        }
+}
+
+// r·h, that went into the candidate.
+template <class T>
+void BackwardLayer<T>::find_products(int64_t first, int64_t last) {
+    for (int64_t n = first, m = 0; n < last; ++n)
+        for (int64_t b = 0; b < B; ++b, ++m) {
+            const T* r = again ? made_gates + (m * 3 + 1) * H : s.gates + ((b * steps + time_of(n)) * 3 + 1) * H;
+            for (int64_t k = 0; k < H; ++k) m_rows_at[m * H + k] = r[k] * h_rows[m][k];
+        }
+}
+
+// Gates of a chunk, as forward had them: all of its rows and steps are rows of one step, as the states before them are
+// known. The weights are packed as forward packs them.
+template <class T>
+void BackwardLayer<T>::make_gates(int64_t first, int64_t last) {
+    if (!packed) packed.reset(new Weights<T>(d, arrays));
+    const T* initial = arrays.initial_c ? arrays.initial_c : zeros;
+    const int64_t all = (last - first) * B;
+    for (int64_t from = 0; from < all; from += rows_again) {
+        const int64_t rows = std::min(rows_again, all - from);
+        for (int64_t k = 0; k < rows; ++k) {
+            const int64_t m = from + k, n = first + m / B, b = m % B, t = time_of(n);
+            memcpy(x_in + k * I, x_rows[m], size_t(I) * sizeof(T));
+            memcpy(h_in + k * P, h_rows[m], size_t(P) * sizeof(T));
+            if (in.mask) mask_in[k] = in.mask[b * steps + t];
+            if (!c_in) continue;
+            const T* c = in.reset && in.reset[b * steps + t] ? initial
+                         : n > 0                             ? s.cells + (b * steps + time_of(n - 1)) * H
+                         : s.c0                              ? s.c0 + b * H
+                                                             : initial;
+            memcpy(c_in + k * H, c, size_t(H) * sizeof(T));
+        }
+        Layer<T> layer{};
+        layer.weights = packed.get(), layer.h0 = h_in, layer.c0 = c_in;
+        layer.gates = made_gates + from * planes * H;
+        layer.norms = made_norms ? made_norms + from * norms : nullptr;
+        forward<T>({rows, 1, x_in, I, I, in.mask ? mask_in.data() : nullptr, nullptr, false}, {layer}, threads);
+    }
+}
+
+template <class T>
+void BackwardLayer<T>::go_back(int64_t first, int64_t last) {
+    if (cut.shares == 1)
+        return parallel(cut.groups, [&](int group) {
+            FlushDenormals flush;
+            Backward<T> f = through_time(group, 0, first, last);
+            leaf.backward(f);
+        });
+    std::deque<Lockstep> teams;
+    for (int group = 0; group < cut.groups; ++group) teams.emplace_back(cut.shares, phases(first, last));
+    parallel(cut.groups * cut.shares, [&](int k) {
+        FlushDenormals flush;
+        teams[k % cut.groups].run(k / cut.groups, [&](int64_t phase, int share) {
+            Backward<T> f = through_time(k % cut.groups, share, first, last);
+            f.phase = phase, f.end_phase = phase + 1;
+            leaf.backward(f);
+        });
+    });
+}
+
+// The gradients of x and of the weights. Every task writes a part of its own, so the bits do not depend on which thread
+// takes it.
+template <class T>
+void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
+    const int64_t rows = (last - first) * B;
+    const int64_t tasks = weight_tasks + (g.dx ? ceil_div(rows, kInputRows) : 0);
+    std::atomic<int64_t> next{0};
+    parallel(int(std::min<int64_t>(threads, tasks)), [&](int k) {
+        FlushDenormals flush;
+        for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
+            if (task < weight_tasks) {
+                sum_weights(task, k, first, last);
+                continue;
+            }
+            const int64_t row = (task - weight_tasks) * kInputRows;
+            leaf.input_gradient(dz, G, blocks, rows, kernel_t, I, row, std::min(rows, row + kInputRows),
+                                dx_rows.data());
+        }
+    });
+}
+
+template <class T>
+void BackwardLayer<T>::sum_weights(int64_t task, int thread, int64_t first, int64_t last) {
+    size_t which = 0;
+    while (task >= passes[which].tasks) task -= passes[which++].tasks;
+    const Pass& pass = passes[which];
+    const int64_t panel = pass.gates * W, rows = (last - first) * B;
+    WeightGradient<T> f{};
+    f.gates = pass.gates, f.rows = d.rows, f.dz = pass.dz, f.dz_rows = rows, f.units = pass.units;
+    for (int gate = 0; gate < pass.gates; ++gate) f.places[gate] = pass.gates == 1 ? 0 : d.place(gate);
+    f.first = pass.blocks * task / pass.tasks, f.last = pass.blocks * (task + 1) / pass.tasks;
+    T *copy = copied + thread * copies, *sum = pass.sums;
+    for (int o = 0; o < 3; ++o) {
+        const auto& of = pass.of[o];
+        const int64_t summed = d.rows ? of.columns * panel : 0;
+        f.of[o] = {of.rows ? of.rows->data() : nullptr,
+                   of.columns,
+                   of.first_gate,
+                   of.last_gate,
+                   of.out,
+                   sum + f.first * summed,
+                   copy};
+        sum += pass.blocks * summed, copy += of.columns ? rows * gradient_stride(of.columns) : 0;
+    }
+    f.bias = pass.bias, f.bias_sums = pass.bias ? sum + f.first * panel : nullptr;
+    f.more = last < steps, f.write = first == 0;
+    leaf.weight_gradient(f);
+}
+
+// What isn't a matrix: its gradients by row, on the way back, and here their sum.
+template <class T>
+void BackwardLayer<T>::sum_rows() const {
+    T* const bias = d.layer_norm ? to.bias : nullptr;
+    const struct {
+        T* out;
+        int vector, gates;
+    } sums[] = {
+        {bias, kBias, G},
+        {bias && d.kind == kGru && d.reset_after ? bias + G * H : nullptr, kRecurrentBias, G},
+        {to.peepholes, kPeepholes, G - 1},
+        {to.kernel_gain, kKernelGain, G},
+        {to.recurrent_gain, kRecurrentGain, G},
+        {to.cell_gain, kCellGain, 1},
+        {to.cell_bias, kCellBias, 1},
+    };
+    for (const auto& e : sums)
+        for (int gate = 0; e.out && gate < e.gates; ++gate)
             for (int64_t k = 0; k < H; ++k) {
                 T sum = 0;
                 for (int64_t b = 0; b < B; ++b) sum += vector_sums[(b * kVectors + e.vector + gate) * blocks * W + k];
                 e.out[gate * H + k] = sum;
             }
+}
+
+// An initial state has a gradient from rows that started afresh, and from the start, where none was given.
+template <class T>
+void BackwardLayer<T>::sum_initial(T* out, const T* fresh, const T* start, int64_t stride, int64_t width) const {
+    for (int64_t k = 0; out && k < width; ++k) {
+        out[k] = 0;
+        for (int64_t b = 0; b < B; ++b) out[k] += fresh[b * stride + k] + (start ? start[b * stride + k] : T(0));
     }
-    // An initial state has a gradient from rows that started afresh, and from the start, where none was given.
-    const auto total = [&](T* out, const T* fresh, const T* start, int64_t stride, int64_t width) {
-        for (int64_t k = 0; out && k < width; ++k) {
-            out[k] = 0;
-            for (int64_t b = 0; b < B; ++b) out[k] += fresh[b * stride + k] + (start ? start[b * stride + k] : T(0));
-        }
-    };
-    total(to.initial_h, initial_h, s.h0 ? nullptr : dh, columns, P);
-    if (lstm) total(to.initial_c, initial_c, s.c0 ? nullptr : dc, blocks * W, H);
+}
+
+template <class T>
+void BackwardLayer<T>::run() {
+    take_memory();
+    transpose_weights();
+    list_passes();
+    if (B * steps == 0) clear();
+    pad(dh, columns, g.dhn, B, P);
+    if (dc) pad(dc, blocks * W, g.dcn, B, H);
+    for (int64_t last = steps; last > 0 && B > 0; last -= std::min(chunk, last)) {
+        const int64_t first = std::max<int64_t>(0, last - chunk);
+        find_rows(first, last);
+        if (again) make_gates(first, last);
+        go_back(first, last);
+        if (reset_before) find_products(first, last);
+        sum_gradients(first, last);
+    }
+    sum_rows();
+    sum_initial(to.initial_h, initial_h, s.h0 ? nullptr : dh, columns, P);
+    if (lstm) sum_initial(to.initial_c, initial_c, s.c0 ? nullptr : dc, blocks * W, H);
     if (g.dh0) unpad(g.dh0, dh, columns, B, P);
     if (g.dc0) unpad(g.dc0, dc, blocks * W, B, H);
 }
@@ -428,7 +532,7 @@ void backward(const Sequences<T>& in, const std::vector<Layer<T>>& layers, const
             g.dy = above;
         }
         if (l > lowest) above = g.dx = between.get() + l % 2 * most;
-        backward_layer(own, layers[l], g, threads);
+        BackwardLayer<T>(own, layers[l], g, threads).run();
     }
 }
 
