@@ -219,8 +219,7 @@ def table(folder: Path) -> str:
         shown = [f"**{value:.3f}**" if n == best else f"{value:.3f}" for n, value in enumerate(values)]
         spread = f" ({seeds[0]:.3f} to {seeds[-1]:.3f})" if len(seeds) > 1 else ""
         took, alone = (
-            np.median([run[key] for run in results["cellstack"].values()])
-            for key in ("processor", "smoothing")
+            np.median([run[key] for run in results["cellstack"].values()]) for key in ("processor", "smoothing")
         )
         lines.append(
             f"| {name}{', held out' if entry.held_out else ''} | {entry.spacing} | {results['series']} × "

@@ -1,6 +1,6 @@
 """The whole surface: every shape of a grid, beside torch, ONNX Runtime and OpenVINO, outputs checked first.
 
-    python benchmarks/surface.py [--what inference training step] [--threads 1] [--rounds 7] [-o FOLDER]
+    python benchmarks/surface.py [--what inference training step] [--threads 1] [--before torch] [-o FOLDER]
 
 140 shapes of inference: batches of 1 to 128, 20 and 200 steps, 8 to 512 units, one and two layers, an input as wide as
 a layer, but at most 64; 59 of training; steps of a stream at every width. It is what `cellstack bench` measures, on
@@ -12,7 +12,7 @@ import sys
 
 from tqdm import tqdm
 
-from cellstack.bench.surface import Shape, lines, run, shapes, step_shapes
+from cellstack.bench.surface import BEFORE, Shape, lines, run, shapes, step_shapes
 from cellstack.cli.bench import write
 
 UNITS = (8, 16, 32, 64, 128, 256, 512)
@@ -29,10 +29,11 @@ def main():
     parser.add_argument("--what", nargs="*", choices=WORK, default=list(WORK))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--before", choices=BEFORE, default="nothing", help="what comes before each timed call")
     parser.add_argument("-o", "--output", metavar="FOLDER", help="write bench.json and a picture of each surface")
     args = parser.parse_args()
     progress = lambda work: tqdm(work, unit="shape", file=sys.stderr, dynamic_ncols=True)  # noqa: E731
-    report = run({what: WORK[what] for what in args.what}, args.threads, args.rounds, 0.01, progress)
+    report = run({what: WORK[what] for what in args.what}, args.threads, args.rounds, 0.01, progress, args.before)
     print("\n".join([*lines(report), *(write(report, args.output) if args.output else [])]))
 
 

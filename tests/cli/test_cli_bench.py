@@ -53,6 +53,31 @@ def run(capsys, *words):
     return status, done.out, done.err
 
 
+def test_what_comes_before_a_call_is_not_in_its_time():
+    now, order = [0.0], []
+
+    def takes(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += seconds
+
+        return run
+
+    clock = lambda: now[0]  # noqa: E731
+    assert turns.timed(takes("call", 2.0), 3, clock, takes("before", 5.0)) == 2.0
+    assert order == ["before", "call"] * 3
+
+
+@pytest.mark.parametrize("before", ["rest", "torch"])
+def test_something_may_come_before_each_call(before, light, capsys):
+    words = ("--what", "inference", *TINY, "--before", before)
+    status, out, _ = run(capsys, *words)
+    assert status == 0
+    assert f"each call {surface.BEFORE[before]}" in out
+    status, out, _ = run(capsys, *words, "--json")
+    assert json.loads(out)["before"] == before
+
+
 def test_a_report_has_every_engine_the_machine_and_its_pictures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verb, "QUICK_ROUNDS", 2)
     monkeypatch.setattr(verb, "QUICK_SECONDS", 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -17,6 +18,14 @@ from cellstack.bench.turns import alternate, kept_on
 
 TOLERANCE = 5e-5  # of outputs, which lie between -1 and 1
 GRADIENT_TOLERANCE = 1e-3  # of the largest of an array: they are sums over rows and steps
+REST = 0.01  # seconds
+BEFORE = {
+    "nothing": "",
+    "torch": "right after a matrix product of PyTorch",
+    "rest": f"after {REST * 1e3:.0f} ms of rest",
+}
+"""What may come before each timed call, outside of the time, and how that is said."""
+
 MACHINE_ROUNDS = 10  # of its limits, spread over a run
 
 
@@ -55,8 +64,28 @@ def step_shapes(units: Iterable[int]) -> list[Shape]:
     return [Shape(1, 1, h, h) for h in units]
 
 
+def before(name: str, threads: int) -> Callable[[], Any] | None:
+    """Return what `BEFORE` names; the product of PyTorch is one that takes all of `threads`."""
+    if name == "rest":
+        return lambda: time.sleep(REST)
+    if name == "torch":
+        import torch
+
+        torch.set_num_threads(threads)
+        matrix = torch.ones(512, 512)
+        return lambda: matrix @ matrix
+    return None
+
+
 def measure(
-    what: str, shape: Shape, peers: Iterable[str], threads: int, rounds: int, seconds: float = 0.0, **options: Any
+    what: str,
+    shape: Shape,
+    peers: Iterable[str],
+    threads: int,
+    rounds: int,
+    seconds: float = 0.0,
+    first: str = "nothing",
+    **options: Any,
 ) -> dict[str, Any]:
     """Measure one shape.
 
@@ -67,6 +96,7 @@ def measure(
         threads: of every engine.
         rounds: turns of each.
         seconds: how long a turn takes at least.
+        first: of `BEFORE`, what comes before each timed call.
         options: handed on to the engines.
 
     Returns:
@@ -93,7 +123,7 @@ def measure(
             differs[name] = {"output": worst[0], "difference": float(np.max(np.abs(worst[1] - worst[2])))}
     timed = {name: engine.run for name, engine in ready.items() if name not in differs}
     record: dict[str, Any] = {**shape._asdict(), "flop": shape.flop(what), "bytes": shape.bytes(what)}
-    times = alternate(timed, rounds, seconds=seconds)
+    times = alternate(timed, rounds, seconds=seconds, before=before(first, threads))
     record["milliseconds"] = {name: {"least": least, "median": middle} for name, (least, middle) in times.items()}
     record["ratio"] = ratio(record["milliseconds"])
     record["differs"] = differs
@@ -133,6 +163,7 @@ def run(
     rounds: int,
     seconds: float,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
+    first: str = "nothing",
 ) -> dict[str, Any]:
     """Measure surfaces, and the machine before, after and in between.
 
@@ -142,6 +173,7 @@ def run(
         rounds: turns of each engine at each shape.
         seconds: how long a turn takes at least.
         progress: hands on a list's items, and shows how far it is.
+        first: of `BEFORE`, what comes before each timed call.
 
     Returns:
         what JSON holds: who was measured on what, `missing` peers, `limits`, and `surfaces`, a record a shape, as
@@ -156,7 +188,7 @@ def run(
             everything = [(what, shape) for what, some in work.items() for shape in some]
             every = max(1, len(everything) // MACHINE_ROUNDS)
             for n, (what, shape) in enumerate(progress(everything), 1):
-                surfaces[what].append(measure(what, shape, peers, threads, rounds, seconds))
+                surfaces[what].append(measure(what, shape, peers, threads, rounds, seconds, first))
                 if n % every == 0:
                     machine.round()
         except KeyboardInterrupt:
@@ -168,6 +200,7 @@ def run(
         "threads": threads,
         "rounds": rounds,
         "seconds": seconds,
+        "before": first,
         "versions": {
             "cellstack": cellstack.__version__,
             **peers,
@@ -188,6 +221,8 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     """Return a report as lines: where it was measured, the machine's limits, a table a surface."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     text = [f"{report['processor']}, {report['instructions']}, threads: {report['threads']}", versions]
+    if said := BEFORE[report["before"]]:
+        text.append(f"each call {said}")
     text += [f"not measured: {name}, as {reason}" for name, reason in report["missing"].items()]
     text += ["", *limit_lines(report["limits"])]
     for what, records in report["surfaces"].items():

@@ -14,6 +14,7 @@ import numpy as np
 # Seconds: between two looks whether threads still spin, and how long that may take. The system adds up the time of a
 # thread on another processor at its ticks, up to 10 ms apart: a shorter look may see nothing of a thread that spins.
 LOOK, PATIENCE = 0.011, 0.5
+MOST_BEFORE = 10  # calls of a turn, where something else comes before each
 IDLE = 0.1  # of a processor: less than that is nobody's spinning
 
 
@@ -34,12 +35,25 @@ def rest() -> bool:
     return False
 
 
-def timed(run: Callable[[], Any], calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return the seconds that a call takes, by the mean of so many."""
-    start = clock()
+def timed(
+    run: Callable[[], Any],
+    calls: int,
+    clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], Any] | None = None,
+) -> float:
+    """Return the mean seconds of so many calls; `before`, which comes before each, isn't counted."""
+    if before is None:
+        start = clock()
+        for _ in range(calls):
+            run()
+        return (clock() - start) / calls
+    seconds = 0.0
     for _ in range(calls):
+        before()
+        start = clock()
         run()
-    return (clock() - start) / calls
+        seconds += clock() - start
+    return seconds / calls
 
 
 def alternate(
@@ -47,6 +61,7 @@ def alternate(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
     seconds: float = 0.0,
+    before: Callable[[], Any] | None = None,
 ) -> dict[Any, tuple[float, float]]:
     """Time each of `runs` once a round, in turn, so that a drift of the machine's speed meets all of them.
 
@@ -57,6 +72,7 @@ def alternate(
         rounds: how often each has its turn.
         clock: what tells the time.
         seconds: how long a turn takes at least; its figure is the mean of its calls. 0 = one call.
+        before: called before each timed call, outside of the time.
 
     Returns:
         the least and the median of each one's rounds, in milliseconds.
@@ -66,7 +82,8 @@ def alternate(
         for name, run in runs.items():
             rest()
             once = timed(run, 1)
-            times[name].append(timed(run, max(1, min(10_000, int(seconds / max(once, 1e-7)))), clock))
+            calls = max(1, min(10_000 if before is None else MOST_BEFORE, int(seconds / max(once, 1e-7))))
+            times[name].append(timed(run, calls, clock, before))
     return {name: (min(taken) * 1e3, float(np.median(taken)) * 1e3) for name, taken in times.items()}
 
 

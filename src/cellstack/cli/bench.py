@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cellstack.bench.engines import SURFACES
-from cellstack.bench.surface import Shape, lines, run, shapes, step_shapes
+from cellstack.bench.surface import BEFORE, Shape, lines, run, shapes, step_shapes
 from cellstack.cli.files import plain, show
 from cellstack.network import processors
 from cellstack.train.checks import UsageError
@@ -49,6 +49,12 @@ def add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--batch", type=sizes, metavar="N,N", help=f"sequences at once ({listed(BATCH)})")
     bench.add_argument("--steps", type=sizes, metavar="N,N", help=f"steps of a sequence ({listed(STEPS)})")
     bench.add_argument("--threads", type=int, default=1, metavar="N", help="of every engine (%(default)s)")
+    bench.add_argument(
+        "--before",
+        choices=BEFORE,
+        default="nothing",
+        help="what comes before each timed call: a product of PyTorch, whose threads spin afterwards; 10 ms of rest",
+    )
     bench.add_argument("--quick", action="store_true", help="fewer shapes and rounds: a first look")
     bench.add_argument("-o", "--output", metavar="FOLDER", help=f"write {JSON_FILE}, and a picture of each surface")
 
@@ -76,8 +82,10 @@ def bench(args: argparse.Namespace) -> int:
             raise UsageError(f"training needs torch, and {reason}: install cellstack[torch]")
         what = tuple(name for name in what if name != "training")
         said.append(f"not measured: training, as {reason}")
+    if args.before == "torch" and (reason := _no_training()):
+        raise UsageError(f"--before torch needs torch, and {reason}: install cellstack[torch]")
     rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if args.quick else (ROUNDS, SECONDS)
-    report = run({name: _shapes(name, args) for name in what}, args.threads, rounds, seconds, _progress)
+    report = run({name: _shapes(name, args) for name in what}, args.threads, rounds, seconds, _progress, args.before)
     said = [*lines(report), *said]
     if args.output is not None:
         said += write(report, args.output)
