@@ -690,7 +690,8 @@ def test_narrow_weights_keep_a_nan(isa, element):
 def test_weights_say_what_they_are_held_in():
     spec, arrays, _, _ = make(26, 1, 1, 3, 4)
     for element in native.ELEMENTS:
-        given = cast(arrays, np.float64) if element == "float64" else arrays
+        dtype = np.float64 if element == "float64" else np.float32
+        given = {name: array.astype(dtype) for name, array in arrays.items()}
         assert native.weights(spec, given, element).element == element
     for element in ("bfloat16", "int8"):
         with pytest.raises(ValueError, match="copy"):
