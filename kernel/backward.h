@@ -279,7 +279,7 @@ template <class T, int G>
 void weight_gradient_of(const WeightGradient<T>& f) {
     constexpr int W = Vec<T>::W, wide = G * W, together = G >= 3 ? 1 : 4;
     for (const auto& of : f.of)
-        for (int64_t m = 0; of.columns && m < f.dz_rows; ++m)
+        for (int64_t m = 0; !f.copied && of.columns && m < f.dz_rows; ++m)
             memcpy(of.copy + m * gradient_stride(of.columns), of.rows[m], size_t(of.columns) * sizeof(T));
     const int64_t pieces = (f.dz_rows + kGradientRows - 1) / kGradientRows;
     const auto blocks = [&](auto N, int64_t block, int lanes) INLINED {

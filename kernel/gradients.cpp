@@ -81,7 +81,7 @@ class BackwardLayer {
     Backward<T> through_time(int group, int share, int64_t first, int64_t last) const;
     void go_back(int64_t first, int64_t last);
     void sum_gradients(int64_t first, int64_t last);
-    void sum_weights(int64_t task, int thread, int64_t first, int64_t last);
+    void sum_weights(int64_t task, int thread, size_t& copied_for, int64_t first, int64_t last);
     void sum_rows() const;
     void sum_initial(T* out, const T* fresh, const T* start, int64_t stride, int64_t width) const;
 
@@ -398,9 +398,10 @@ void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
     std::atomic<int64_t> next{0};
     parallel(int(std::min<int64_t>(threads, tasks)), [&](int k) {
         FlushDenormals flush;
+        size_t copied_for = passes.size();  // none yet
         for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
             if (task < weight_tasks) {
-                sum_weights(task, k, first, last);
+                sum_weights(task, k, copied_for, first, last);
                 continue;
             }
             const int64_t row = (task - weight_tasks) * kInputRows;
@@ -410,8 +411,9 @@ void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
     });
 }
 
+// Some blocks of a pass. A thread copies the rows of x and h for its first task of the pass alone.
 template <class T>
-void BackwardLayer<T>::sum_weights(int64_t task, int thread, int64_t first, int64_t last) {
+void BackwardLayer<T>::sum_weights(int64_t task, int thread, size_t& copied_for, int64_t first, int64_t last) {
     size_t which = 0;
     while (task >= passes[which].tasks) task -= passes[which++].tasks;
     const Pass& pass = passes[which];
@@ -434,7 +436,8 @@ void BackwardLayer<T>::sum_weights(int64_t task, int thread, int64_t first, int6
         sum += pass.blocks * summed, copy += of.columns ? rows * gradient_stride(of.columns) : 0;
     }
     f.bias = pass.bias, f.bias_sums = pass.bias ? sum + f.first * panel : nullptr;
-    f.more = last < steps, f.write = first == 0;
+    f.more = last < steps, f.write = first == 0, f.copied = copied_for == which;
+    copied_for = which;
     leaf.weight_gradient(f);
 }
 

@@ -147,8 +147,9 @@ struct WeightGradient {
         int first_gate, last_gate;
         T* out;   // [columns, gates·H]; columns of these gates and of blocks first … last are written
         T* sums;  // scratch [last - first][columns][gates][W] where out is transposed
-        T* copy;  // scratch [dz_rows][gradient_stride(columns)]
+        T* copy;  // scratch [dz_rows][gradient_stride(columns)], for `rows` side by side
     } of[3];
+    bool copied;   // they are there already
     T* bias;       // [gates·H] or null
     T* bias_sums;  // scratch [last - first][gates][W]
     bool more;     // go on from the sums of the call before; else from zero
