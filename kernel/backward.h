@@ -288,6 +288,7 @@ void weight_gradient_of(const WeightGradient<T>& f) {
             const bool more = f.more || piece > 0;
             const T* dz = f.dz + (block * f.dz_rows + m) * wide;
             for (const auto& of : f.of) {
+                if (!of.columns) continue;
                 const int64_t stride = gradient_stride(of.columns), H = f.units;
                 const Sums apart = f.rows ? Sums{of.columns * wide, wide, W} : Sums{W, G * H, H};
                 T* sums = f.rows ? of.sums + (block - f.first) * apart.block : of.out + block * W;
