@@ -111,8 +111,8 @@ class SequenceForecaster(
         (True, (3,))
     """
 
-    # Exogenous values stay out: aeon hands `predict` those of the step that is forecast alone, and the network looks at
-    # those beside the series too.
+    # Exogenous values are refused: aeon hands `predict` those of the step that is forecast alone, and a window has
+    # those before it.
     _tags: ClassVar = {
         "capability:horizon": True,
         "capability:missing_values": True,
@@ -134,8 +134,8 @@ class SequenceForecaster(
             raise ValueError("expected y to end with a value, got a missing one: cut it off, for a longer horizon")
         return float(self.estimator_.predict(y[0])[-1])
 
-    def _series_to_series_forecast(self, y: Any, prediction_horizon: int, exog: NDArray | None) -> NDArray[np.float64]:
-        model: Any = self.clone().set_params(horizon=prediction_horizon)
+    def _series_to_series_forecast(self, y: Any, prediction_horizon: int, exog: NDArray | None) -> Any:
+        model = SequenceForecaster(self.estimator, prediction_horizon)
         model.forecast(y, exog)
         return model.estimator_.predict()
 
