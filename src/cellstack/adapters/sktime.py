@@ -258,7 +258,9 @@ class SequenceForecaster(BaseForecaster):
 
     def _forecasts(self, fh: Any, X: Frame | None, levels: list[float]) -> tuple[Any, NDArray[np.float64]]:
         """Return the index of the steps that `fh` asks for, and their quantiles `[steps, targets, levels]`."""
-        known, groups, whole = self._named(X), _series(self._rows), {}
+        recipe, groups, whole = self.estimator_.recipe_, _series(self._rows), {}
+        knows = bool(recipe.known) or any(category.known for category in recipe.categories)
+        known = self._named(X) if X is not None or knows else None
         ahead = {} if known is None else _series(known)
         for name, rows in groups.items():
             more = ahead.get(name, rows[:0])
@@ -274,7 +276,7 @@ class SequenceForecaster(BaseForecaster):
                 steps = pd.Index(forecasts.times[n])
             wanted, at = _places(fh, self._cutoff_of(groups[name]), steps)
             lacking = ~steps[: at.max() + 1].isin(_clock(rows.index))
-            if self.known_ and lacking.any():
+            if knows and lacking.any():
                 raise ValueError(
                     f"expected X to have a row at every step up to the last of fh, {wanted.max()}, got none at step "
                     f"{lacking.argmax() + 1}"
