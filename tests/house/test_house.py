@@ -78,7 +78,7 @@ OUTSIDE_ALSO = {
     "keras": {"keras", "torch"},
     "train": {"torch", "tqdm", "matplotlib"},
     "sklearn": {"sklearn"},
-    "adapters": {"aeon", "sb3_contrib", "sklearn", "sktime", "torch"},
+    "adapters": {"aeon", "pandas", "sb3_contrib", "sklearn", "sktime", "torch"},
 }
 # A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
 ON_CALL_ALSO = {

@@ -28,10 +28,17 @@ OTHERS = """
 from {library} import check_estimator
 from cellstack.adapters import {name} as adapters
 
-for kind in (adapters.SequenceClassifier, adapters.SequenceRegressor):
-    for check, came in check_estimator(kind).items():
-        print(came.lower() if isinstance(came, str) else "failed", kind.__name__, check, came)
+for kind in {kinds}:
+    for check, came in check_estimator(getattr(adapters, kind), **{only}).items():
+        print(came.lower() if isinstance(came, str) else "failed", kind, check, came)
 """
+SEQUENCES, FORECASTER = ("SequenceClassifier", "SequenceRegressor"), ("SequenceForecaster",)
+QUICK = [
+    "test_clone",
+    "test_save_estimators_to_file",
+    "test_predict_series_name_preserved",
+    "test_pretrain_fit_predict_workflow",
+]
 
 
 def checked(code, folder, **environment):
@@ -52,13 +59,15 @@ def test_scikit_learn_s_checks(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "library", "least"),
+    ("name", "library", "kinds", "only", "least"),
     [
-        ("aeon", "aeon.testing.estimator_checking", 50),
-        pytest.param("sktime", "sktime.utils", 200, marks=pytest.mark.slow),
+        ("aeon", "aeon.testing.estimator_checking", SEQUENCES + FORECASTER, {}, 70),
+        ("sktime", "sktime.utils", FORECASTER, {"tests_to_run": QUICK}, 30),
+        pytest.param("sktime", "sktime.utils", SEQUENCES + FORECASTER, {}, 1000, marks=pytest.mark.slow),
     ],
+    ids=["aeon", "sktime, some", "sktime"],
 )
-def test_the_checks_of_libraries_of_time_series(name, library, least, tmp_path):
-    lines = checked(OTHERS.format(name=name, library=library), tmp_path)
+def test_the_checks_of_libraries_of_time_series(name, library, kinds, only, least, tmp_path):
+    lines = checked(OTHERS.format(name=name, library=library, kinds=kinds, only=only), tmp_path)
     assert len(lines) >= least
     assert [line for line in lines if not line.startswith("passed")] == []

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -43,6 +44,49 @@ def test_a_frame_a_file_and_numbers(table, tmp_path):
     assert model.n_iter_ == len(model.history_) > 0
     alone = SequenceForecaster(**QUICK).fit(table["sales"].to_numpy())
     assert alone.predict().shape == alone.predict(table["sales"].tolist()).shape == (3,)
+
+
+def test_quantiles_between_those_of_the_fit(table):
+    model = SequenceForecaster(**QUICK, target="sales").fit(table)
+    known, levels = model.predict_quantiles(), model.predict_quantiles(quantiles=(0.9, 0.3, 0.5, 0.1))
+    np.testing.assert_array_equal(levels[:, [3, 2, 0]], known)
+    share = NormalDist().inv_cdf(0.3) / NormalDist().inv_cdf(0.1)  # a normal distribution's 0.3 is that
+    np.testing.assert_allclose(levels[:, 1], known[:, 1] + share * (known[:, 0] - known[:, 1]))
+    assert model.predict_quantiles(quantiles=[0.5 - 0.8 / 2]).shape == (3, 1)  # 0.09999999999999998
+    for level in (0.05, 0.95, np.nan):
+        with pytest.raises(ValueError, match=r"expected quantiles from 0.1 to 0.9, .* fit it with quantiles"):
+            model.predict_quantiles(quantiles=(0.5, level))
+    alone = SequenceForecaster(**QUICK, target="sales", quantiles=()).fit(table)
+    np.testing.assert_array_equal(alone.predict_quantiles(quantiles=[0.5])[:, 0], alone.predict())
+
+
+def test_quantiles_stay_apart_where_few_rows_are_held_out(rng):
+    series = np.sin(np.arange(60) * np.pi / 6) + 5 + rng.normal(size=60) * 0.1
+    model = SequenceForecaster(**QUICK | {"epochs": 12}).fit(series)
+    low, middle, high = model.predict_quantiles().T
+    assert (low < middle - 0.02).all()
+    assert (high > middle + 0.02).all()
+
+
+def test_forecasts_have_names_and_times(table):
+    both = pd.concat([table.assign(shop="a"), table[:-2].assign(shop="b")])
+    model = SequenceForecaster(**QUICK, target="sales", id="shop").fit(both)
+    came = model.forecasts()
+    assert came.ids == ["a", "b"]
+    assert came.times[:, 0].astype("datetime64[D]").astype(str).tolist() == ["2020-01-01", "2019-11-01"]
+    np.testing.assert_array_equal(came.median[..., 0], model.predict())
+
+
+def test_series_too_short_to_hold_some_of_it_out(table):
+    model = SequenceForecaster(**QUICK | {"horizon": 6}, target="sales").fit(table[:30])
+    assert "no rows held out to choose by: all are trained on, in all epochs" in model.understood_
+    assert model.n_iter_ == 3
+    whole = SequenceForecaster(**QUICK | {"horizon": 6}, target="sales", validation=0.0).fit(table[:30])
+    np.testing.assert_array_equal(model.predict(), whole.predict())
+    with pytest.raises(ValueError, match="expected more rows for the validation part"):
+        SequenceForecaster(**QUICK | {"horizon": 6}, target="sales", validation=0.15).fit(table[:30])
+    held = SequenceForecaster(**QUICK, target="sales").fit(table)
+    assert "no rows held out" not in " ".join(held.understood_)
 
 
 def test_several_series_and_targets(table):

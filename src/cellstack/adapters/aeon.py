@@ -1,21 +1,27 @@
-"""The estimators as aeon's: collections `[n, C, T]` or lists of `[C, T]`, in its pipelines and benchmarks.
+"""The estimators as aeon's: collections `[n, C, T]`, lists of `[C, T]` and series, in its pipelines and benchmarks.
 
 Ref: aeon, "Developer guide", https://www.aeon-toolkit.org/en/stable/developer_guide.html
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from aeon.classification import BaseClassifier
+from aeon.forecasting.base import (
+    BaseForecaster,
+    DirectForecastingMixin,
+    IterativeForecastingMixin,
+    SeriesToSeriesForecastingMixin,
+)
 from aeon.regression import BaseRegressor
 from numpy.typing import NDArray
 from sklearn.base import clone
 
 from cellstack import sklearn
 
-__all__ = ["SequenceClassifier", "SequenceRegressor"]
+__all__ = ["SequenceClassifier", "SequenceForecaster", "SequenceRegressor"]
 
 TAGS = {
     "capability:multivariate": True,
@@ -77,6 +83,66 @@ class SequenceRegressor(BaseRegressor):
     @classmethod
     def _get_test_params(cls, parameter_set: str = "default") -> dict[str, Any]:
         return {"estimator": sklearn.SequenceRegressor(**SMALL)}
+
+
+class SequenceForecaster(
+    DirectForecastingMixin, IterativeForecastingMixin, SeriesToSeriesForecastingMixin, BaseForecaster
+):
+    """`cellstack.sklearn.SequenceForecaster` as a forecaster of aeon's: of one series of numbers, without dates.
+
+    `predict` is aeon's: one number, `horizon` steps after the series that it is given. `series_to_series_forecast`
+    fits one network for all steps of a horizon; `direct_forecast` fits one a step, and `iterative_forecast` goes on
+    from its own forecasts, step by step.
+
+    Args:
+        estimator: what is fitted, as a copy: `estimator_`; one with its defaults where None. Its `horizon` is aeon's.
+        horizon: steps from the series' last value to the one that is forecast.
+
+    Raises:
+        ValueError: from `predict`, for a series that ends with a missing value; and what the estimator refuses.
+
+    Example:
+        >>> import numpy as np
+        >>> from cellstack import sklearn
+        >>> from cellstack.adapters.aeon import SequenceForecaster
+        >>> y = np.sin(np.arange(96) * np.pi / 6) + 5
+        >>> model = SequenceForecaster(sklearn.SequenceForecaster(units=4, members=1, epochs=2))
+        >>> isinstance(model.forecast(y), float), model.series_to_series_forecast(y, 3).shape
+        (True, (3,))
+    """
+
+    # Exogenous values are refused: aeon hands `predict` those of the step that is forecast alone, and a window has
+    # those before it.
+    _tags: ClassVar = {
+        "capability:horizon": True,
+        "capability:missing_values": True,
+        "algorithm_type": "deeplearning",
+        "python_dependencies": "torch",
+    }
+
+    def __init__(self, estimator: sklearn.SequenceForecaster | None = None, horizon: int = 1):
+        self.estimator = estimator
+        super().__init__(horizon=horizon, axis=1)
+
+    def _fit(self, y: NDArray, exog: None) -> Any:
+        estimator: Any = clone(self.estimator or sklearn.SequenceForecaster())
+        self.estimator_ = estimator.set_params(horizon=self.horizon).fit(y[0])
+        return self
+
+    def _predict(self, y: NDArray, exog: None) -> float:  # type: ignore[override]
+        if np.isnan(y[0, -1]):  # the estimator counts from the last value that was observed
+            raise ValueError("expected y to end with a value, got a missing one: cut it off, for a longer horizon")
+        return float(self.estimator_.predict(y[0])[-1])
+
+    def _series_to_series_forecast(self, y: Any, prediction_horizon: int, exog: NDArray | None) -> Any:
+        model = SequenceForecaster(self.estimator, prediction_horizon)
+        model.forecast(y, exog)
+        return model.estimator_.predict()
+
+    @classmethod
+    def _get_test_params(cls, parameter_set: str = "default") -> dict[str, Any]:
+        small = {"members": 1, "seasons": (), "validation": 0.0}
+        return {"estimator": sklearn.SequenceForecaster(**small, **SMALL)}
 
 
 def _fitted(estimator: Any, X: list[NDArray], y: NDArray) -> Any:

@@ -128,7 +128,7 @@ def read(args: argparse.Namespace) -> Job:
         quantiles=args.quantiles or QUANTILES,
     )
     validation = RunOptions.validation if args.validation is None else args.validation
-    recipe, cut, usual = planned(table, request, validation, share)
+    recipe, cut, usual, _ = planned(table, request, validation, share)
     said = understood(table, recipe, request, cut)
     described = {"said": said, "rows": len(table), "series": len(table.ids), "recipe": recipe.to_json()}
     described |= {"ignored": table.ignored, "origins": [len(cut.training), len(cut.validation), len(cut.test)]}

@@ -42,7 +42,8 @@ class SequenceForecaster(BaseEstimator):
         date, id, zone, day_first, freq: how the table is read, see `train.table.read_table`; `id` is its `ids`.
         units, cell, dropout, members: how the networks are built, see `train.forecast.training.Build`.
         epochs, batch, lr, clip, patience: how each is fitted, see `train.Settings`.
-        validation: share of each series' rows, its last, on which what isn't given is chosen.
+        validation: share of each series' rows, its last, by which epochs and more are chosen; where None, 0.15, or 0
+            where the series are too short for that: then all rows are trained on, in all epochs.
         threads, device, verbose, random_state: as those of `SequenceClassifier`.
 
     What is None of `units`, `dropout`, `members`, `epochs`, `batch`, `lr` and `patience` is as `cellstack train` has it
@@ -91,7 +92,7 @@ class SequenceForecaster(BaseEstimator):
     lr: float | None = None
     clip: float = 1.0
     patience: int | None = None
-    validation: float = 0.15
+    validation: float | None = None
     threads: int | None = 1
     device: str = "auto"
     verbose: bool = False
@@ -134,6 +135,17 @@ class SequenceForecaster(BaseEstimator):
             raise KeyboardInterrupt
         return self
 
+    def forecasts(self, X: Any = None) -> predict.Forecasts:
+        """Forecast with the names of the series, the steps' times and all quantiles.
+
+        Args:
+            X: see `predict`.
+
+        Returns:
+            One row a series, see `train.forecast.predict.Forecasts`.
+        """
+        return self._forecasts(self._seen(X))
+
     def predict(self, X: Any = None) -> Floats:
         """Forecast what comes after the last observed target of each series.
 
@@ -144,21 +156,23 @@ class SequenceForecaster(BaseEstimator):
             `[horizon]`, the median: `[S, horizon]` of S named series, in the order in which they appear, and with a
             further axis for the targets where there are several.
         """
-        forecasts = self._forecasts(self._seen(X))
+        forecasts = self.forecasts(X)
         median = forecasts.median
         return _squeezed(forecasts, median[..., 0] if median.shape[-1] == 1 else median)
 
-    def predict_quantiles(self, X: Any = None) -> Floats:
+    def predict_quantiles(self, X: Any = None, quantiles: Sequence[float] | None = None) -> Floats:
         """Forecast quantiles.
 
         Args:
             X: see `predict`.
+            quantiles: those of `recipe_.quantiles` where None; others, from the lowest of these to the highest, lie
+                between the two on either side, see `train.forecast.predict.Forecasts.at`.
 
         Returns:
-            As `predict`, with a last axis for the quantiles, in the order of `recipe_.quantiles`.
+            As `predict`, with a last axis for the quantiles, in the order in which they were asked for.
         """
-        forecasts = self._forecasts(self._seen(X))
-        values = forecasts.values
+        forecasts = self.forecasts(X)
+        values = forecasts.values if quantiles is None else forecasts.at(quantiles)
         return _squeezed(forecasts, values[:, :, 0] if values.shape[2] == 1 else values)
 
     def score(self, X: Any, y: None = None) -> float:

@@ -18,7 +18,7 @@ def fit_forecast(
     horizon: int | None = None,
     *,
     test: float = 0.2,
-    validation: float = RunOptions.validation,
+    validation: float | None = RunOptions.validation,
     units: int | Sequence[int] | None = None,
     cell: str = "lstm",
     dropout: float | None = None,
@@ -45,7 +45,8 @@ def fit_forecast(
         target: column to forecast, or several; the only column of numbers where None.
         horizon: steps to forecast; one season where None.
         test: share of each series' rows, its last, to measure on; 0 for none.
-        validation: share of the rows before these by which choices are made.
+        validation: share of the rows before these by which choices are made; where None, 0.15, or 0 where the series
+            are too short for that.
         units, cell, dropout, members: how the networks are built, see `train.forecast.training.Build`.
         epochs, batch, lr, clip, patience, seed: how each is fitted, see `train.Settings`.
         threads, device, progress, checkpoint, resume: how the training is run, see `train.fit`.
@@ -72,7 +73,7 @@ def fit_forecast(
     table = data if isinstance(data, Table) else read_table(data)
     targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
     request = Request(targets, horizon, **asked)
-    recipe, _, usual = planned(table, request, validation, test)
+    recipe, _, usual, validation = planned(table, request, validation, test)
     given: dict[str, Any] = {"units": units, "dropout": dropout, "members": members}
     given |= {"epochs": epochs, "batch": batch, "lr": lr, "patience": patience}
     given = {name: usual[name] if value is None else value for name, value in given.items()}

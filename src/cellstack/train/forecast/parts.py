@@ -45,11 +45,8 @@ def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts
         raise UsageError(
             f"expected shares to validate and test on that leave rows to train on, got {validation} and {test}"
         )
-    first, last = table.starts[:-1], table.starts[1:]
-    rows = last - first
-    ends = [first + np.rint(rows * share).astype(np.int64) for share in (1 - test - validation, 1 - test, 1.0)]
-    begin = first + recipe.needed - 1
-    starts = [begin, np.maximum(ends[0] - 1, begin), np.maximum(ends[1] - 1, begin)]
+    starts, ends = _bounds(table, recipe, validation, test)
+    first, rows = table.starts[:-1], np.diff(table.starts)
     found: list[Ints] = []
     for name, share, start, end in zip(
         ("training", "validation", "test"), (1.0, validation, test), starts, ends, strict=True
@@ -65,6 +62,20 @@ def parts(table: Table, recipe: Recipe, validation: float, test: float) -> Parts
             )
         found.append(origins)
     return Parts(found[0], found[1], found[2], ends[0], ends[1])
+
+
+def can_validate(table: Table, recipe: Recipe, validation: float, test: float) -> bool:
+    """Return whether a series is long enough to train on where another, or the same, is to validate on."""
+    (training, held, _), (end, held_end, _) = _bounds(table, recipe, validation, test)
+    return bool((training < end - recipe.horizon).any() and (held < held_end - recipe.horizon).any())
+
+
+def _bounds(table: Table, recipe: Recipe, validation: float, test: float) -> tuple[list[Ints], list[Ints]]:
+    """Return, for the three parts, each series' first origin and the row at which the part ends, `[S]` each."""
+    first, rows = table.starts[:-1], np.diff(table.starts)
+    ends = [first + np.rint(rows * share).astype(np.int64) for share in (1 - test - validation, 1 - test, 1.0)]
+    begin = first + recipe.needed - 1
+    return [begin, np.maximum(ends[0] - 1, begin), np.maximum(ends[1] - 1, begin)], ends
 
 
 def typical_errors(table: Table, recipe: Recipe, ends: Ints) -> Floats:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cellstack.train.checks import UsageError
 from cellstack.train.forecast import calendar
-from cellstack.train.forecast.parts import Parts, epoch_steps, parts
+from cellstack.train.forecast.parts import Parts, can_validate, epoch_steps, parts
 from cellstack.train.forecast.recipe import (
     LONGEST_WINDOW,
     NAIVE,
@@ -19,6 +19,7 @@ from cellstack.train.forecast.recipe import (
     Recipe,
 )
 from cellstack.train.forecast.seasons import find
+from cellstack.train.settings import RunOptions
 from cellstack.train.tables.table import Table, listed
 
 MANY, LONG = 3000, 100  # windows, and steps of a window and its horizon, beyond which training takes long
@@ -55,27 +56,35 @@ class Request:
 
 
 class Plan(NamedTuple):
-    """What is forecast from what, the table's parts, and how networks are built and fitted where nothing is said."""
+    """What is forecast from what, the table's parts, and how networks are built and fitted where nothing is said.
+
+    `validation` is the share of the rows to choose by.
+    """
 
     recipe: Recipe
     parts: Parts
     defaults: dict[str, Any]
+    validation: float
 
 
-def planned(table: Table, request: Request, validation: float, test: float) -> Plan:
+def planned(table: Table, request: Request, validation: float | None, test: float) -> Plan:
     """Return how a table is gone about.
 
     Args:
         table: the series.
         request: what is asked for.
-        validation, test: shares of each series' rows to choose and to measure by.
+        validation, test: shares of each series' rows to choose and to measure by; the first is 0.15 where None, and 0
+            where the series are too short for that.
 
     Raises:
         UsageError: see `plan` and `parts`.
     """
-    recipe = plan(table, request, validation + test)
-    cut = parts(table, recipe, validation, test)
-    return Plan(recipe, cut, defaults(len(cut.training), recipe.window + recipe.horizon))
+    share = RunOptions.validation if validation is None else validation
+    recipe = plan(table, request, share + test)
+    if validation is None and not can_validate(table, recipe, share, test):
+        share = 0.0
+    cut = parts(table, recipe, share, test)
+    return Plan(recipe, cut, defaults(len(cut.training), recipe.window + recipe.horizon), share)
 
 
 def defaults(windows: int, length: int) -> dict[str, Any]:
@@ -244,6 +253,8 @@ def understood(table: Table, recipe: Recipe, asked: Request, cut: Parts) -> list
     said.append("; ".join(looked) or "inputs: none but the target")
     still = table.unchanging()
     said += [f"the target `{name}` is {still[name]}: so is its forecast" for name in recipe.targets if name in still]
+    if not len(cut.validation):
+        said.append("no rows held out to choose by: all are trained on, in all epochs")
     return [*table.understood(leave_out=recipe.targets), *said, *_too_short(table, cut)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import signature
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +48,35 @@ class Forecasts(NamedTuple):
     def median(self) -> Floats:
         """The forecast, `[N, horizon, targets]`."""
         return self.values[..., self.recipe.quantiles.index(0.5)]
+
+    def at(self, levels: Sequence[float]) -> Floats:
+        """Return any quantiles, `[N, horizon, targets, levels]`.
+
+        Between two of the recipe's they lie on the straight line between these over the normal distribution's
+        quantiles: exact where forecasts are normally distributed, and never beyond the two where they aren't.
+
+        Args:
+            levels: from the lowest of the recipe's quantiles to the highest.
+
+        Raises:
+            UsageError: a level beyond these, of which nothing was learned.
+        """
+        known = np.array(self.recipe.quantiles)
+        at = np.array(levels, np.float64)
+        nearest = known[np.abs(at[:, None] - known).argmin(axis=1)]
+        at = np.where(np.abs(at - nearest) < 1e-9, nearest, at)  # 0.5 - 0.9 / 2 is 0.05
+        beyond = ~((at >= known[0]) & (at <= known[-1]))
+        if beyond.any():
+            raise UsageError(
+                f"expected quantiles from {known[0]:g} to {known[-1]:g}, the outermost that the network was fitted "
+                f"for, got {at[beyond][0]:g}: fit it with quantiles that reach as far"
+            )
+        normal = np.array([NormalDist().inv_cdf(level) for level in known])
+        wanted = np.array([NormalDist().inv_cdf(level) for level in at])
+        above = np.clip(np.searchsorted(known, at), 1, None) if len(known) > 1 else np.zeros(len(at), np.int64)
+        below = np.maximum(above - 1, 0)  # itself where there is one
+        share = (wanted - normal[below]) / np.where(above > below, normal[above] - normal[below], 1.0)
+        return self.values[..., below] * (1 - share) + self.values[..., above] * share
 
 
 def outputs(

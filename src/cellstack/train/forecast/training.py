@@ -360,6 +360,10 @@ def calibrated(members: Sequence[Forecaster], windows: Windows, inputs: Inputs, 
         for q, level in enumerate(recipe.quantiles):
             if q != middle and seen.sum() >= FEWEST:
                 moved[n, q] = np.quantile((y[..., n] - followed[n] * out[..., n, q])[seen], level)
+            elif (
+                q != middle
+            ):  # too few to say: as far from the median as the network has it, which it is followed for less
+                moved[n, q] = (1 - followed[n]) * (out[..., n, q] - median)[seen].mean()
     return Calibration(followed, moved)
 
 
