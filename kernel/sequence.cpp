@@ -150,6 +150,14 @@ double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t wid
     return double(blocks) * (std::max(sums + near / 2, far) + double(rows * d.gates()) * activation) / gigahertz;
 }
 
+// Nanoseconds that threads which share out the units of a layer take for a step beside its sums: they wait for each
+// other, and each fetches the others' part of h, at so many nanoseconds a byte, out of their cores.
+double step_between(const Description& d, int64_t rows, int shares, double bytes) {
+    constexpr double fetching = 0.5;
+    const double others = double(rows * d.output) * bytes * (shares - 1) / shares;
+    return lockstep_latency() * (shares - 1) + fetching * others;
+}
+
 // What several threads have to be faster by than one, by the estimate.
 constexpr double kMargin = 1.15;
 
@@ -190,9 +198,11 @@ Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t step
                 slowest = std::max(slowest, cost_of(depth * team / teams, depth * (team + 1) / teams, rows, 1));
             consider({groups, teams, 1, chunk}, slowest * (1 + double(teams - 1) * double(chunk) / double(steps)));
         }
-        for (int shares = 2; shares <= std::min<int64_t>(left, most_shares); ++shares)
-            consider({groups, 1, shares, whole},
-                     cost_of(0, depth, rows, shares) + double(depth * steps * (shares - 1)) * lockstep_latency());
+        for (int shares = 2; shares <= std::min<int64_t>(left, most_shares); ++shares) {
+            double between = 0;
+            for (const Weights<T>* w : layers) between += step_between(w->description(), rows, shares, sizeof(T));
+            consider({groups, 1, shares, whole}, cost_of(0, depth, rows, shares) + double(steps) * between);
+        }
     }
     return least * kMargin < one ? best : alone;
 }
