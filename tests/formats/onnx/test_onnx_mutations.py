@@ -18,7 +18,7 @@ from cellstack.network import Network
 from cellstack.nodes import Bidirectional, Cell, Conv1D, Dense, LayerNorm, Pool1D, Recurrent, Scale
 from cellstack.spec import FormatError, HiddenState, ShapeError, State
 
-SECONDS, LONG = 25.0, 300.0
+SECONDS, LONG = 12.0, 300.0
 NEAR = 2e-4  # relative to the greatest number above 1: a change may make numbers large, and their sums less exact
 
 
