@@ -37,7 +37,8 @@ OpenMp open_mp() {
     static unsigned long long seen = 0;
     static OpenMp found;
     std::lock_guard<std::mutex> lock(one);
-    if (const auto loaded = libraries_loaded(); !found.parallel && loaded != seen) {
+    if (found.parallel) return found;
+    if (const auto loaded = libraries_loaded(); loaded != seen) {
         seen = loaded;
         if (void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {
             const auto parallel = reinterpret_cast<Parallel>(dlsym(torch, "GOMP_parallel"));

@@ -358,11 +358,11 @@ def calibrated(members: Sequence[Forecaster], windows: Windows, inputs: Inputs, 
         errors = np.abs(y[..., n] - steps[:, None, None] * median) * weights  # [shares, B, horizon]
         followed[n] = steps[_smallest(np.where(seen, errors, 0.0).sum(-1), independent)]
         for q, level in enumerate(recipe.quantiles):
-            if q != middle and seen.sum() >= FEWEST:
+            if q == middle:
+                continue
+            if seen.sum() >= FEWEST:
                 moved[n, q] = np.quantile((y[..., n] - followed[n] * out[..., n, q])[seen], level)
-            elif (
-                q != middle
-            ):  # too few to say: as far from the median as the network has it, which it is followed for less
+            else:  # too few to say: as far from the median as the network has it, which it is followed for less
                 moved[n, q] = (1 - followed[n]) * (out[..., n, q] - median)[seen].mean()
     return Calibration(followed, moved)
 
