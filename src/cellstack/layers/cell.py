@@ -40,6 +40,8 @@ NO_MASKS = Masks()
 
 def as_drops(masks: Sequence[Masks], none: Tensor) -> list[Tensor]:
     """Return the masks of layers as the op takes them, with `none` in place of what there isn't."""
+    if all(of_layer is NO_MASKS for of_layer in masks):
+        return []
     drops = [mask for of_layer in masks for mask in of_layer[1:]]
     return [] if all(drop is None for drop in drops) else [none if drop is None else drop for drop in drops]
 
@@ -182,13 +184,13 @@ class Cell(Layer):
     @property
     def like(self) -> Tensor:
         """A tensor of the dtype and on the device that the cell works in: its kernel, once there is one."""
-        kernel = self.kernel
+        kernel = self._array("kernel")
         return self._like if kernel is None else kernel
 
     @property
     def input_size(self) -> int | None:
         """Width I of the input, None before the weights exist."""
-        kernel = self.kernel
+        kernel = self._array("kernel")
         return None if kernel is None else kernel.shape[0]
 
     @property
@@ -267,7 +269,12 @@ class Cell(Layer):
 
     def arrays(self) -> list[Tensor]:
         """Return the arrays of a built cell as the op takes them, in the order of `CellSpec.shapes`."""
-        return [getattr(self, name) for name in self._names]
+        return [self._array(name) for name in self._names]  # pyright: ignore[reportReturnType]
+
+    def _array(self, name: str) -> Tensor | None:
+        """Return the attribute `name`, without the search of a module's attributes where it is a parameter."""
+        own = self._parameters
+        return own[name] if name in own else getattr(self, name)
 
     def masks(self, batch: int, steps: int, training: bool) -> Masks:
         """Draw the masks of a call over `steps` steps: see `Masks`."""

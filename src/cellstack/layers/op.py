@@ -149,8 +149,9 @@ def _address(tensor: Tensor | None) -> int:
 _LARGE = 1 << 22  # bytes from which large pages pay; NumPy asks for them from the same size on
 
 
-def _large(new: Tensor) -> Tensor:
-    """Return a tensor that nothing was written to yet, with large pages behind it where it is large."""
+def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a new tensor of a result of every step, with large pages behind it where it is large."""
+    new = like.new_empty(*shape)  # sizes one by one are taken in half the time that a tuple of them is
     if new.nbytes >= _LARGE:
         native.prefer_large_pages(new.data_ptr(), new.nbytes)
     return new
@@ -204,6 +205,12 @@ def _weights(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype, copy: b
     """Return the kernel's weights, and what must be kept until the call has ended."""
     flat = _checked(form, weights, dtype)
     return native.weights_at(form.description, _ELEMENTS[dtype], _addresses(form, flat), copy), flat
+
+
+def _lying(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
+    """Return the kernel's weights, read where they lie, of a call whose forward pass has checked them."""
+    flat = [_plain(weight) for weight in _with_one_bias(form, weights)]
+    return native.weights_at(form.description, _ELEMENTS[dtype], _addresses(form, flat), False), flat
 
 
 # Packed weights, by the layer of a call, with the addresses and versions of the tensors that they were packed from, and
@@ -285,11 +292,11 @@ def _forward(
         start = begin[len(ends) : len(ends) + len(end)]
         ends += end
         if save:
-            every = [_large(x.new_empty(shape)) for shape in form.every(batch, steps, time_major)]
+            every = [_new(x, shape) for shape in form.every(batch, steps, time_major)]
             for group, tensor in zip((ys, gates, memory, norms), every, strict=True):
                 group.append(tensor)
         elif sequences and n == len(cells) - 1:
-            every = [_large(x.new_empty(form.every(batch, steps, time_major)[0]))]
+            every = [_new(x, form.every(batch, steps, time_major)[0])]
             ys += every
         else:
             every = []
@@ -332,7 +339,7 @@ def _backward(
         form = _form(text)
         own = slice(first, first + len(form.sizes))
         first = own.stop
-        lying, flat = _weights(form, list(islice(arrays, len(form.shapes))), x.dtype, copy=False)
+        lying, flat = _lying(form, list(islice(arrays, len(form.shapes))), x.dtype)
         into = list(islice(wanted_arrays, len(form.shapes)))
         if form.rows and form.spec.use_bias:  # of one bias, for both that the module has
             both = into[2:4]
@@ -368,8 +375,11 @@ def _empty_gradients(
 ) -> list[Tensor | None]:
     """Return a new tensor for each gradient of `[x, *others]` that is wanted."""
     (batch, steps, width), (want, *rest) = x.shape, wanted
-    dx = x.new_empty(steps, batch, width).transpose(0, 1) if time_major else x.new_empty(x.shape)
-    return [dx if want else None, *(t.new_empty(t.shape) if w else None for t, w in zip(others, rest, strict=True))]
+    dx = None
+    if want:
+        dx = x.new_empty(steps, batch, width).transpose(0, 1) if time_major else x.new_empty(batch, steps, width)
+    plain = torch.contiguous_format
+    return [dx, *[torch.empty_like(t, memory_format=plain) if w else None for t, w in zip(others, rest, strict=True)]]
 
 
 def _given(grad: Tensor | None) -> Tensor | None:

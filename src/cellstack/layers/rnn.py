@@ -109,7 +109,7 @@ class RNN(StatefulLayer):
     @property
     def cells(self) -> Sequence[Any]:
         """The cells, bottom first."""
-        cell = self.cell
+        cell: Any = self._modules["cell"]  # as `self.cell`, without the search of a module's attributes
         return cell.cells if isinstance(cell, StackedRNNCells) else (cell,)  # type: ignore[return-value]
 
     @property
@@ -120,7 +120,8 @@ class RNN(StatefulLayer):
     @property
     def residual(self) -> bool:
         """Whether the cells of a stack add their input to their output: see `StackedRNNCells`."""
-        return isinstance(self.cell, StackedRNNCells) and self.cell.residual
+        cell = self._modules["cell"]
+        return isinstance(cell, StackedRNNCells) and cell.residual
 
     def public_traces(self, traces: list[Any]) -> Any:
         """Return traces as a call returns them: a tuple, one a cell, for a stack; else the one."""

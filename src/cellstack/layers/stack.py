@@ -230,9 +230,10 @@ def run_cells(
         finals += [cell.State(*islice(results, len(cell.State._fields))) for cell in cells[part]]
         last = finals[-1].h
         if save:
-            outputs, gates, memory = (list(islice(results, stop - start)) for _ in range(3))
+            outputs = list(islice(results, stop - start))
             y = outputs[-1]
             if traced:
+                gates, memory = (list(islice(results, stop - start)) for _ in range(2))
                 traces += map(trace_of, (cell.kind for cell in cells[part]), gates, memory, outputs)
         elif wanted:
             y = next(results)
