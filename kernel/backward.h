@@ -75,7 +75,7 @@ INLINE void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
     const int64_t P = f.d->output, t = time_of(f, n);
     const Outputs<T> own(f);
     product_transposed<T, G>(f.dq, (n - f.first) * f.batch + f.row0, f.rows, f.blocks, (f.last - f.first) * f.batch,
-                             f.recurrent_t, own.panel, own.end_panel, n & 1,
+                             f.recurrent_t, P, own.panel, own.end_panel, n & 1,
                              [&](int64_t r, int64_t unit, V<T> d) INLINED {
                                  const int64_t left = P - unit;
                                  if (left <= 0) return;
@@ -164,7 +164,7 @@ void run_rows_back(Backward<T>& f) {
         if (part == 0) {
             rows([&](int64_t r, bool used) { give_back(f, r, n, columns, unit_columns, used); });
             if (Kind == kLstm && d.projects())
-                product_transposed<T, 1>(f.dp, m, f.rows, f.output_blocks, dz_rows, f.projection_t, 0,
+                product_transposed<T, 1>(f.dp, m, f.rows, f.output_blocks, dz_rows, f.projection_t, H, 0,
                                          unit_columns / wide, n & 1, to_dm);
             rows([&](int64_t r, bool used) {
                 if (!used)
@@ -181,8 +181,8 @@ void run_rows_back(Backward<T>& f) {
         if (part == 1) {
             // What goes into r's place is what the product of the whole is going to read of it, and not before.
             const Outputs<T> own(f);
-            product_transposed<T, G>(f.dz, m, f.rows, f.blocks, dz_rows, f.candidate_t, own.panel, own.end_panel, n & 1,
-                                     to_dm);
+            product_transposed<T, G>(f.dz, m, f.rows, f.blocks, dz_rows, f.candidate_t, d.output, own.panel,
+                                     own.end_panel, n & 1, to_dm);
         } else if (part == 2) {
             rows([&](int64_t r, bool used) {
                 if (!used) return;
@@ -232,8 +232,9 @@ void input_gradient(const T* dz, int gates, int64_t blocks, int64_t dz_rows, con
                     int64_t first, int64_t last, T* const* out) {
     constexpr int W = Vec<T>::W;
     with_gates(gates, [&](auto G) {
-        product_transposed<T, G>(dz, first, last - first, blocks, dz_rows, kernel_t, 0, (columns + 4 * W - 1) / (4 * W),
-                                 false, [&](int64_t row, int64_t column, V<T> sum) INLINED {
+        product_transposed<T, G>(dz, first, last - first, blocks, dz_rows, kernel_t, columns, 0,
+                                 (columns + 4 * W - 1) / (4 * W), false,
+                                 [&](int64_t row, int64_t column, V<T> sum) INLINED {
                                      const int64_t left = columns - column;
                                      if (left > 0)
                                          store_lanes(out[first + row] + column, sum, left < W ? int(left) : W);
@@ -267,7 +268,7 @@ INLINE void weight_tile(const T* dz, int64_t dz_stride, const T* a, int64_t stri
         unroll<R>([&](auto r) INLINED { s[r] = splat(a[r]); });
         unroll<N>([&](auto b) INLINED {
             unroll<G>([&](auto v) INLINED {
-                V<T> w = load(dz + b * dz_stride + (m * G + v) * W);
+                const V<T> w = load_for<T, R>(dz + b * dz_stride + (m * G + v) * W);
                 unroll<R>([&](auto r) INLINED { sums[b][r][v] = fma(s[r], w, sums[b][r][v]); });
             });
         });

@@ -28,7 +28,7 @@ INLINE void accumulate(V<T> (&sums)[N][R][C], const T* const (&a)[R], const T* p
         unroll<R>([&](auto r) INLINED { s[r] = splat(a[r][k]); });
         unroll<N>([&](auto b) INLINED {
             unroll<C>([&](auto v) INLINED {
-                V<T> w = load(p + b * panel_stride + v * W);
+                const V<T> w = load_for<T, R>(p + b * panel_stride + v * W);
                 unroll<R>([&](auto r) INLINED { sums[b][r][v] = fma(s[r], w, sums[b][r][v]); });
             });
         });
@@ -198,41 +198,50 @@ __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows,
         });
 }
 
-// sums[r][v] = dz[m+r]·panel over all blocks, for R rows of G gates that lie side by side in each block of dz. A tile
-// of several rows fetches lines from `ahead` on.
-template <class T, int R, int G>
-INLINE void times_transposed(V<T> (&sums)[1][R][4], const T* dz, int64_t blocks, int64_t dz_rows, const T* panel,
+// sums[r][v] = dz[m+r]·panel over all blocks, for R rows of G gates that lie side by side in each block of dz, and C of
+// a panel's vectors. A tile of several rows fetches lines from `ahead` on.
+template <class T, int R, int C, int G>
+INLINE void times_transposed(V<T> (&sums)[1][R][C], const T* dz, int64_t blocks, int64_t dz_rows, const T* panel,
                              const T* ahead) {
     constexpr int W = Vec<T>::W, wide = 4 * W, deep = G * W;
-    unroll<R>([&](auto r) INLINED { unroll<4>([&](auto v) INLINED { sums[0][r][v] = splat(T(0)); }); });
+    unroll<R>([&](auto r) INLINED { unroll<C>([&](auto v) INLINED { sums[0][r][v] = splat(T(0)); }); });
     for (int64_t block = 0; block < blocks; ++block) {
         const T* a[R];
         unroll<R>([&](auto r) INLINED { a[r] = dz + (block * dz_rows + r) * deep; });
-        accumulate<T, R, 1, 4, 4, (R > 1)>(sums, a, panel + block * deep * wide, 0, deep,
+        accumulate<T, R, 1, C, 4, (R > 1)>(sums, a, panel + block * deep * wide, 0, deep,
                                            ahead + block * deep * kLine<T>);
     }
 }
 
-// body(row, column, vector): dz·matrixᵀ, for `count` rows from row m of dz on, by vectors of the matrix's rows: of its
-// panels first … last, upwards or `down`.
+// body(row, column, vector): dz·matrixᵀ, for `count` rows from row m of dz on, by vectors of the matrix's `columns`
+// rows: of its panels first … last, upwards or `down`. Of a panel that isn't full only the vectors that are used.
 template <class T, int G, class F>
 INLINE void product_transposed(const T* dz, int64_t m, int64_t count, int64_t blocks, int64_t dz_rows, const T* panels,
-                               int64_t first, int64_t last, bool down, F&& body) {
+                               int64_t columns, int64_t first, int64_t last, bool down, F&& body) {
     constexpr int W = Vec<T>::W, wide = 4 * W, deep = G * W;
     for (int64_t n = first; n < last; ++n) {
         const int64_t panel = down ? first + last - 1 - n : n, after = n + 1 == last ? panel
                                                                        : down        ? panel - 1
                                                                                      : panel + 1;
         const T* ahead = panels + after * blocks * deep * wide;
-        tiles(count, [&](auto R, int64_t row) INLINED {
-            V<T> sums[1][R][4];
-            times_transposed<T, R, G>(sums, dz + (m + row) * deep, blocks, dz_rows,
-                                      panels + panel * blocks * deep * wide, ahead);
-            ahead += blocks * deep * kLine<T>;
-            unroll<R>([&](auto r) INLINED {
-                unroll<4>([&](auto v) INLINED { body(row + r, panel * wide + v * W, sums[0][r][v]); });
+        const auto vectors = [&](auto C) INLINED {
+            tiles(count, [&](auto R, int64_t row) INLINED {
+                V<T> sums[1][R][C];
+                times_transposed<T, R, C, G>(sums, dz + (m + row) * deep, blocks, dz_rows,
+                                             panels + panel * blocks * deep * wide, ahead);
+                ahead += blocks * deep * kLine<T>;
+                unroll<R>([&](auto r) INLINED {
+                    unroll<C>([&](auto v) INLINED { body(row + r, panel * wide + v * W, sums[0][r][v]); });
+                });
             });
-        });
+        };
+        const int64_t left = columns - panel * wide;
+        if (left > 2 * W)
+            vectors(Int<4>{});
+        else if (left > W)
+            vectors(Int<2>{});
+        else
+            vectors(Int<1>{});
     }
 }
 

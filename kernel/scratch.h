@@ -17,48 +17,58 @@ inline int64_t checked(int64_t a, int64_t b) {
     return a * b;
 }
 
-// Memory for the length of a call or an object, aligned to a cache line. A block that a thread gave back is kept for
-// its next call: fresh pages cost more than the sums that go into them.
+// Memory for the length of a call or an object, aligned to a cache line. Blocks that a thread gave back are kept for
+// its next calls, the largest of them: fresh pages cost more than the sums that go into them.
 template <class T>
 class Scratch {
   public:
-    explicit Scratch(int64_t count) : bytes_(bytes_of(count)) {
-        Kept& kept = spare();
-        if (kept.memory && kept.bytes >= bytes_ && kept.bytes <= 4 * bytes_ + 4096) {
-            memory_ = kept.memory, bytes_ = kept.bytes, kept.memory = nullptr;
+    explicit Scratch(int64_t count) {
+        const size_t bytes = bytes_of(count);
+        Block* best = nullptr;
+        for (Block& block : spare().blocks)
+            if (block.bytes >= bytes && block.bytes <= 4 * bytes + 4096 && (!best || block.bytes < best->bytes))
+                best = &block;
+        if (best) {
+            std::swap(own_, *best);
         } else {
-            memory_ = aligned_alloc(64, bytes_);
-            if (!memory_) throw std::bad_alloc();
+            own_ = {aligned_alloc(64, bytes), bytes};
+            if (!own_.memory) throw std::bad_alloc();
         }
     }
     ~Scratch() {
-        Kept& kept = spare();
-        if (bytes_ <= kMost && (!kept.memory || kept.bytes < bytes_)) {
-            std::swap(kept.memory, memory_);
-            std::swap(kept.bytes, bytes_);
+        // A larger one takes the place of a smaller one, which goes on to the next; the smallest is left over.
+        size_t room = kMost;
+        for (Block& block : spare().blocks) {
+            if (block.bytes < own_.bytes && own_.bytes <= room) std::swap(block, own_);
+            if (block.bytes > room) free(std::exchange(block, {}).memory);
+            room -= block.bytes;
         }
-        free(memory_);
+        free(own_.memory);
     }
     Scratch(const Scratch&) = delete;
-    T* get() const { return static_cast<T*>(memory_); }
+    T* get() const { return static_cast<T*>(own_.memory); }
 
   private:
-    static constexpr size_t kMost = size_t(64) << 20;
+    static constexpr size_t kMost = size_t(64) << 20;  // bytes that a thread keeps
     static size_t bytes_of(int64_t count) {
         if (count < 0 || count > kMostNumbers) throw std::bad_alloc();
         return (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
     }
-    struct Kept {
+    struct Block {
         void* memory = nullptr;
         size_t bytes = 0;
-        ~Kept() { free(memory); }
     };
-    static Kept& spare() {
-        static thread_local Kept kept;
+    struct Spare {
+        Block blocks[4];
+        ~Spare() {
+            for (Block& block : blocks) free(block.memory);
+        }
+    };
+    static Spare& spare() {
+        static thread_local Spare kept;
         return kept;
     }
-    void* memory_;
-    size_t bytes_;
+    Block own_;
 };
 
 // Hands out parts of one scratch block, each on a cache line of its own.

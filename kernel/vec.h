@@ -53,6 +53,16 @@ template <class T>
 INLINE V<T> load(const T* p) {
     return *reinterpret_cast<const typename Vec<T>::U*>(p);
 }
+// A vector that R operations take. A compiler may read it anew for each of two or three, which costs a line that isn't
+// in the first-level cache as many waits; so it is made to have it in a register.
+template <class T, int R>
+INLINE V<T> load_for(const T* p) {
+    V<T> v = load(p);
+#if defined(__SSE2__)
+    if constexpr (R > 1) asm("" : "+v"(v));
+#endif
+    return v;
+}
 template <class T>
 INLINE void store(T* p, V<T> v) {
     *reinterpret_cast<typename Vec<T>::U*>(p) = v;
