@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A BLAS that is told to take another processor's routines would make the peers look slow.
 UNTUNED := env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE
+# Tests start many processes: where no bytecode may be kept, each of these compiles the package anew.
+CACHED := env -u PYTHONDONTWRITEBYTECODE
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
 
 .PHONY: help demo test test-all test-models lint format bench sanitize guard clean
@@ -15,13 +17,13 @@ demo: $(VENV)/installed  ## the whole story on real speech, in under a minute
 	$(BIN)/cellstack demo
 
 test: $(VENV)/tested  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not models" -n auto --dist loadfile
+	$(CACHED) $(BIN)/python -m pytest -m "not slow and not models" -n auto --dist loadfile
 
 test-all: $(VENV)/tested  ## all tests, but for those that download
-	$(BIN)/python -m pytest -m "not models"
+	$(CACHED) $(BIN)/python -m pytest -m "not models"
 
 test-models: $(VENV)/tested  ## published models, downloaded, beside their own runtimes
-	$(BIN)/python -m pytest -m models -s
+	$(CACHED) $(BIN)/python -m pytest -m models -s
 
 lint: $(VENV)/tested  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -47,6 +49,7 @@ guard:  ## the kernel's instructions, counted, beside recorded counts (valgrind)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-sanitize-* build .pytest_cache .ruff_cache .hypothesis cellstack-demo
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

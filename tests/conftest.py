@@ -4,6 +4,9 @@ import os
 import signal
 
 os.environ["KERAS_BACKEND"] = "torch"  # before anything imports keras
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before anything imports torch
+    # Workers share the processors: threads that wait for one that another worker holds spin, and take it from both.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import numpy as np
 import pytest

@@ -572,6 +572,23 @@ def test_resume_from_the_command_line(capsys, tmp_path):
     assert (status, err.count("\n")) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("mae", "said"),
+    [
+        (1.8, "10.0% less than that of the best of the others, naive"),
+        (2.2, "10.0% more than that of the best of the others, naive: the simpler way serves better here"),
+        (2.0007, "level with that of the best of the others, naive: the simpler way serves as well here"),
+        (1.9993, "level with that of the best of the others, naive: the simpler way serves as well here"),
+    ],
+)
+def test_a_sentence_says_who_won(mae, said):
+    from cellstack.cli.forecast import text_of
+
+    found = {name: {"mae": error, "rmse": error, "mase": error} for name, error in (("model", mae), ("naive", 2.0))}
+    lines = text_of({"origins": 9, "targets": {"y": found}})
+    assert lines[-1] == f"  this model's mean absolute error is {said}"
+
+
 @pytest.mark.slow
 def test_co2_beats_the_seasonal_naive_forecast(capsys, tmp_path):
     words = ["train", CO2, "--target", "co2", "--horizon", "52", "-o", str(tmp_path / "co2"), "--threads", "1"]

@@ -127,7 +127,7 @@ def held_against_the_stream(net, inside, steps=20):
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 def test_every_kind_of_cell_with_every_flag(tmp_path, kind, dtype):
     networks = {}
-    for seed in range(30):
+    for seed in range(0, 30, 1 if dtype == "float32" else 2):
         rng = np.random.default_rng(seed)
         networks[f"{kind}_{seed}"] = Network([Recurrent((fill(rng, random_spec(rng, kind, 12), dtype),))])
     for name, inside in build(tmp_path, networks).items():
@@ -137,7 +137,7 @@ def test_every_kind_of_cell_with_every_flag(tmp_path, kind, dtype):
 def test_the_flags_above_were_all_there():
     flags = {"lstm": set(), "gru": set(), "rnn": set()}
     for kind, seen in flags.items():
-        for seed in range(30):
+        for seed in range(0, 30, 2):  # those of float64
             seen.update(random_spec(np.random.default_rng(seed), kind, 12).settings)
     common = {"layer_norm", "clip", "zoneout", "learn_initial_state", "use_bias", "gate_activations"}
     assert common | {"peepholes", "coupled", "proj_size", "cell_clip", "zoneout_cell"} <= flags["lstm"]

@@ -1,6 +1,7 @@
 """The rules of the house, read off the source: which way imports run, what is documented, what a door costs."""
 
 import ast
+import functools
 import inspect
 import os
 import re
@@ -97,6 +98,7 @@ def part_of(path):
     return "" if inside.name == "__init__.py" and len(inside.parts) == 1 else first.removesuffix(".py")
 
 
+@functools.cache
 def imports_of(path):
     """Every import in a file: what is imported, whether it is made when a function is called, and its line."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -108,6 +110,7 @@ def imports_of(path):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for inner in ast.walk(node)
     }
+    found = []
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
@@ -118,16 +121,19 @@ def imports_of(path):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        for name in names:
-            yield name, id(node) in on_call, node.lineno
+        found += [(name, id(node) in on_call, node.lineno) for name in names]
+    return found
 
 
+@functools.cache
 def parts_imported(path):
+    found = []
     for name, on_call, line in imports_of(path):
         if name.split(".")[0] == "cellstack":
             second = name.split(".")[1] if "." in name else ""
             known = (SOURCE / second).is_dir() or (SOURCE / f"{second}.py").exists() or second == "_kernel"
-            yield (second if known else ""), on_call, line
+            found.append((second if known else "", on_call, line))
+    return found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))

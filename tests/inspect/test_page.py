@@ -776,6 +776,16 @@ def test_without_a_worker_the_page_computes_itself(open_page, net, x, before):
     assert close(outputs_shown(screen)[0, 1], held(x)[0, 9, 0], 5)
 
 
+BLUE = """(canvas) => {
+    const { width, height } = canvas;
+    const copy = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    copy.drawImage(canvas, 0, 0);
+    const { data } = copy.getImageData(0, 0, width, height);
+    for (let n = 0; n < data.length; n += 4) if (data[n + 2] - data[n] > 100) return true;
+    return false;
+}"""
+
+
 def test_the_playground_learns(open_page, net, x):
     screen = open_page(net.trace(x))
     screen.tab("playground")
@@ -788,8 +798,12 @@ def test_the_playground_learns(open_page, net, x):
     screen.choose("Learning rate", "0.03")
     screen.choose("Cell", "gru")
     said = screen.page.locator("#panel-playground .readout")
+    said.filter(has_text="hasn't learned").wait_for()
+    chart = screen.page.locator("#panel-playground canvas").first
+    assert not chart.evaluate(BLUE)  # no cross, as for a loss that is no number
     screen.page.get_by_role("button", name="One step").click()
     said.filter(has_text="after 1 batch:").wait_for()
+    assert chart.evaluate(BLUE)
     first = numbers_in(said.inner_text().split("loss")[1])[0]
     screen.page.get_by_role("button", name="Learn", exact=True).click()
     for _ in range(200):
@@ -1079,6 +1093,39 @@ def test_on_a_phone(open_page, net, x):
         screen.tab(tab)
         screen.settle()
         assert screen.page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+
+
+CUT_OFF = """() => {
+    const pen = document.createElement("canvas").getContext("2d");
+    return [...document.getElementById("page").shadowRoot.querySelectorAll("select, input[type=number]")]
+        .filter((one) => one.checkVisibility())
+        .filter((one) => {
+            const style = getComputedStyle(one);
+            pen.font = style.font;
+            const said = one.tagName === "SELECT" ? one.selectedOptions[0].text : one.value;
+            const arrow = one.tagName === "SELECT" ? 18 : 0;
+            const room = one.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - arrow;
+            return pen.measureText(said).width > room;
+        })
+        .map((one) => one.tagName === "SELECT" ? one.selectedOptions[0].text : one.value);
+}"""
+
+
+def test_what_is_chosen_and_every_number_can_be_read_to_its_end(open_page, rng):
+    lower = make_cell(rng, 12, 48)
+    lower = replace_arrays(lower, kernel=-abs(lower.kernel) / 400)  # as small as some of any network: -0.001234
+    cells = lower, make_cell(rng, 48, 48)
+    net = Network([Recurrent(cells), Dense(rng.normal(size=(48, 2)))], ["recurrent_1", "head"])
+    screen = open_page(net.trace(rng.normal(size=(1, 20, 12)) / 50))
+    table = screen.page.locator(".steptable")
+    assert table.evaluate("(one) => one.parentElement.scrollWidth - one.parentElement.clientWidth") == 0
+    for cell in ("0", "1"):
+        screen.choose("Layer", f"recurrent_1/{cell}")
+        assert screen.page.evaluate(CUT_OFF) == []
+    screen.choose("Layer", "recurrent_1/0")
+    screen.tab("whatif")
+    screen.page.get_by_label("Weight of x[0] into i of unit 0").wait_for()
+    assert screen.page.evaluate(CUT_OFF) == []
 
 
 def test_the_keyboard_alone_reaches_everything(open_page, net, x):

@@ -60,7 +60,8 @@ def test_the_older_onnx_exporter(model, batch):
     close(by_onnxruntime(data.getvalue(), x := torch.randn(batch, 9, 3)), model, x)
 
 
-@pytest.mark.parametrize("model", ["lstm", "gru", "both"], indirect=True)  # it takes its time
+# It takes its time; "both" holds GRUs too.
+@pytest.mark.parametrize("model", ["lstm", "both", pytest.param("gru", marks=pytest.mark.slow)], indirect=True)
 def test_the_newer_onnx_exporter(model, tmp_path):
     x = torch.randn(2, 5, 3)
     shapes = ({0: torch.export.Dim("B")},)  # T is what torch's own nn.LSTM fixes there, too

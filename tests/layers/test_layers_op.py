@@ -16,11 +16,17 @@ from cellstack.spec import ACTIVATIONS, PARAMETERS, CellSpec, ShapeError, activa
 MIXED = [CellSpec(2, 2), CellSpec(2, 3, kind="gru"), CellSpec(3, 2, kind="rnn")]
 
 
+@pytest.fixture
+def registered(monkeypatch):
+    """The way to the kernel through the dispatcher, in place of that past it."""
+    monkeypatch.setattr(op, "direct", lambda x: False)
+
+
 @pytest.fixture(params=["direct", "registered"])
-def path(request, monkeypatch):
-    """Both ways to the kernel: past the dispatcher, and through it."""
+def path(request):
+    """Both ways to the kernel."""
     if request.param == "registered":
-        monkeypatch.setattr(op, "direct", lambda x: False)
+        request.getfixturevalue("registered")
 
 
 def as_function(g, call=fused):
@@ -87,9 +93,10 @@ def test_gradients_of_gates_and_cells_are_those_of_the_loop(seed):
     assert furthest(got, wanted) <= tolerances.KERNEL_ACTIVATIONS
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["lstm", "lstm, all", "gru", "rnn"])
-@pytest.mark.parametrize("units", [16, 50, 64])
+@pytest.mark.parametrize(
+    ("units", "dtype"), [(16, torch.float64), (50, torch.float32), (64, torch.float32), (64, torch.float64)]
+)
 def test_a_thousand_steps_are_the_reference(dtype, units, name):
     specs = [flagged(name, 8, units), flagged(name, flagged(name, 8, units).output_size, units)]
     none = dict.fromkeys(("started", "masked", "resets", "dropped", "zoned", "reverse"), False)
@@ -99,6 +106,21 @@ def test_a_thousand_steps_are_the_reference(dtype, units, name):
     tolerance = tolerances.REFERENCE if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE
     for n, wanted in enumerate(law(g)):
         assert furthest([*states[n], ys[n]], [*wanted.state, wanted.y]) <= tolerance
+
+
+@pytest.mark.parametrize("name", ["lstm, all", "gru"])
+def test_threads_of_pytorch_leave_every_bit(name):
+    """As many as PyTorch has take part: workers of these tests have one each, unless a test asks for more."""
+    g = given([flagged(name, 16, 64), CellSpec(flagged(name, 16, 64).output_size, 64)], batch=40, steps=30)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = differentiable(g, fused(g))
+            found.append([*out, *torch.autograd.grad(out, g.leaves, [torch.ones_like(t) for t in out])])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
@@ -154,7 +176,15 @@ def test_activations_go_by_their_names():
 # ── Derivatives ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("there", list(itertools.product((False, True), repeat=5)))
+PAIRS = [(a, b, c, a ^ b, a ^ c) for a, b, c in itertools.product((False, True), repeat=3)]
+
+
+def test_any_two_of_what_may_be_there_come_in_every_combination():
+    for one, other in itertools.combinations(range(5), 2):
+        assert {(there[one], there[other]) for there in PAIRS} == set(itertools.product((False, True), repeat=2))
+
+
+@pytest.mark.parametrize("there", PAIRS)
 def test_gradients_are_finite_differences(there):
     g = given(
         MIXED,
@@ -166,10 +196,11 @@ def test_gradients_are_finite_differences(there):
     assert torch.autograd.gradcheck(as_function(g), g.leaves)
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize(("way", "started"), [("direct", False), ("registered", True)])
 @pytest.mark.parametrize("name", FLAGS)
-def test_gradients_of_every_flag_are_finite_differences(name, started):
+def test_gradients_of_every_flag_are_finite_differences(name, way, started, request):
+    if way == "registered":
+        request.getfixturevalue("registered")
     g = given([flagged(name)], 5, batch=2, steps=3, started=started, masked=True, resets=True, zoned=not started)
     assert torch.autograd.gradcheck(as_function(g), g.leaves)
 

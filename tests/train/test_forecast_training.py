@@ -293,28 +293,29 @@ def test_resumed_and_unbroken_are_the_same_bit_for_bit(tmp_path, monkeypatch, on
     def options(**more):
         return RunOptions(checkpoint=tmp_path / "checkpoint", threads=1, **more)
 
-    build = Build((8,), members=2, dropout=0.3)
-    whole = trained(waves(), build=build)
-    stopped = []
-    learned = cellstack.train.loop._Run.train
+    build, frame = Build((8,), members=2, dropout=0.3), waves(300)
+    learned, batches, last = cellstack.train.loop._Run.train, [], None
 
     def train(run, batch):
-        if len(stopped) == 170:  # while the members are trained on
+        if len(batches) == last:
             raise KeyboardInterrupt
-        stopped.append(1)
+        batches.append(1)
         learned(run, batch)
 
     with monkeypatch.context() as here:
         here.setattr("cellstack.train.loop._Run.train", train)
+        whole = trained(frame, build=build)
+        last = len(batches) * 5 // 6  # while the members are trained on
+        batches.clear()
         with pytest.raises(KeyboardInterrupt):
-            trained(waves(), build=build, options=options())
+            trained(frame, build=build, options=options())
     with pytest.raises(UsageError, match="a checkpoint is there already"):
-        trained(waves(), build=build, options=options())
-    again = trained(waves(), build=build, options=options(resume=True))
+        trained(frame, build=build, options=options())
+    again = trained(frame, build=build, options=options(resume=True))
     for a, b in zip(whole.result.network.nodes, again.result.network.nodes, strict=True):
         for name, array in a.held.items() if hasattr(a, "held") else ():
             np.testing.assert_array_equal(array, b.held[name])
-    table = read_table(waves())
+    table = read_table(frame)
     a, b = (predict.forecast(one.result.network, table, "model").values for one in (whole, again))
     np.testing.assert_array_equal(a, b)
     assert whole.result.history == again.result.history

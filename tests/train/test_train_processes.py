@@ -62,10 +62,10 @@ def in_two(path, output, *extra):
 def test_two_processes_give_what_one_gives(tmp_path, bidirectional):
     path = tmp_path / "toy.ts"
     exec(MAKE, {"PATH": path})
-    extra = ["--bidirectional"] if bidirectional else ["--every-step"]
+    extra, inspected = (["--bidirectional"], ["--inspect"]) if bidirectional else (["--every-step"], [])
     one = in_one(path, tmp_path / "one.safetensors", *extra)
-    two = in_two(path, tmp_path / "two.safetensors", *extra, "--inspect")
-    assert (tmp_path / "two-inspect" / "report.html").exists()
+    two = in_two(path, tmp_path / "two.safetensors", *extra, *inspected)
+    assert (tmp_path / "two-inspect" / "report.html").exists() == bidirectional
     start = in_one(path, tmp_path / "start.safetensors", *extra, "--lr", "1e-12")
     moved = 0.0
     for cell, other, before in zip(one.cells, two.cells, start.cells, strict=True):

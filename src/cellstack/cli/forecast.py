@@ -152,11 +152,12 @@ def text_of(scores: dict[str, Any]) -> list[str]:
         rival = next((name for name in order if name != "model"), None)
         if rival is not None and found[rival]["mae"] > 0:
             share = ours["mae"] / found[rival]["mae"] - 1
-            won = f"{-share:.1%} less than" if share < 0 else f"{share:.1%} more than"
-            lines.append(
-                f"  this model's mean absolute error is {won} that of the best of the others, {rival}"
-                + ("" if share < 0 else ": the simpler way serves better here")
-            )
+            won, so = f"{share:.1%} more than", ": the simpler way serves better here"
+            if abs(share) < 0.0005:  # what a tenth of a percent can't tell
+                won, so = "level with", ": the simpler way serves as well here"
+            elif share < 0:
+                won, so = f"{-share:.1%} less than", ""
+            lines.append(f"  this model's mean absolute error is {won} that of the best of the others, {rival}{so}")
         if "coverage" in ours:
             lines.append(
                 f"  {ours['coverage']:.0%} of what came lies within the interval meant to hold {ours['interval']:.0%}"

@@ -124,9 +124,9 @@ class Layers(nn.Module):
     [
         ("LSTM", 2, True, True, False),
         ("GRU", 2, True, False, True),
-        ("RNN", 1, False, True, True),
         ("RNN", 2, True, True, False),
         ("RNN", 2, True, False, True),
+        pytest.param("RNN", 1, False, True, True, marks=pytest.mark.slow),
     ],
 )
 def test_the_newer_exporter(tmp_path, kind, layers, both, batch_first, fixed):

@@ -138,8 +138,8 @@ export class Playground {
       ? `after ${plural(count, "batch", "batches")}: loss ${shown(mean, 3)}${rights.length ? `, ${shown(100 * right, 3)} % of the answers right` : ""}${Number.isFinite(mean) ? "" : ": it has diverged, start anew with a smaller learning rate"}`
       : "It hasn't learned yet.";
     this.said.dataset.batches = String(count);
-    const logs = new Plane(Float64Array.from(count ? this.losses : [NaN], (loss) => Math.log10(Math.max(loss, 1e-12))), 1, Math.max(1, count));
-    drawLines(this.loss, view.colours, [{ plane: logs, unit: 0, colour: view.colours.accent }], { from: 0, span: Math.max(50, count) }, { zero: false });
+    const logs = new Plane(Float64Array.from(this.losses, (loss) => Math.log10(Math.max(loss, 1e-12))), 1, count);
+    drawLines(this.loss, view.colours, count ? [{ plane: logs, unit: 0, colour: view.colours.accent }] : [], { from: 0, span: Math.max(50, count) }, { zero: false });
     this.loss.setAttribute("aria-label", `The loss of each batch. ${this.said.textContent}`);
     const steps = example.target.shape[1];
     const whole = { from: 0, span: steps };

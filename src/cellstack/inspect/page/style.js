@@ -49,7 +49,7 @@ button.main { background: var(--accent); border-color: var(--accent); color: var
 button[aria-pressed="true"] { background: var(--soft); border-color: var(--accent); color: var(--accent); }
 button.plain { border: 0; background: none; padding: 0 2px; min-height: 0; color: var(--accent); text-align: left; }
 button.plain:hover { text-decoration: underline; }
-select { max-width: 150px; padding-right: 4px; }
+select { max-width: min(260px, 70vw); padding-right: 4px; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 svg g:focus-visible { outline: none; }
 svg g:focus-visible > rect:first-of-type, svg .port:focus-visible rect { stroke: var(--accent); stroke-width: 3; }
@@ -96,7 +96,7 @@ tbody th, thead th:first-child { text-align: left; }
 .chart.dragged { height: 120px; cursor: ns-resize; touch-action: none; margin: 0 0 8px; }
 .tiles { margin-top: 8px; }
 .chart { height: 190px; margin-top: 6px; cursor: pointer; }
-.cellview { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 16px 28px; align-items: start; }
+.cellview { display: grid; grid-template-columns: minmax(560px, 1fr) minmax(0, auto); gap: 16px 28px; align-items: start; }
 .port.small .value { font-size: 12px; font-weight: 500; }
 .wires { display: block; width: 100%; min-width: 560px; max-width: 880px; height: auto; }
 .wire { fill: none; stroke: var(--muted); stroke-width: 1.6; }
@@ -151,7 +151,7 @@ output { font-weight: 600; min-width: 56px; display: inline-block; align-self: c
 pre { background: var(--raised); border-radius: 8px; padding: 10px 12px; overflow-x: auto; font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 8px 0; user-select: all; white-space: pre; }
 .sliders { display: grid; grid-template-columns: auto minmax(80px, 1fr) auto; gap: 2px 10px; align-items: center; max-width: 460px; }
 .sliders input[type="range"] { width: 100%; }
-.weights input { width: 92px; min-height: 28px; padding: 1px 6px; text-align: right; }
+.weights input { width: 116px; min-height: 28px; padding: 1px 6px; text-align: right; }
 .status { color: var(--muted); min-height: 1.45em; }
 @media (max-width: 1240px) { .cellview { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 900px) {
