@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats import load
+from cellstack.formats import onnx
 from cellstack.formats.pytorch import from_torch
 from cellstack.formats.pytorch.modules import KNOWN
 from cellstack.formats.runtimes import ordered, parted
@@ -164,7 +164,7 @@ def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any]) -> Networ
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FormatError(f"PyTorch can't export it: {first}") from error
         try:
-            return load(path)
+            return onnx.load(path, whole_loops=True)
         except FormatError as error:
             raise FormatError(str(error).replace(path, "its graph")) from error
 

@@ -150,6 +150,8 @@ def flatten(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     ahead, behind = ("".join(a for a in part if a != "1") for part in (x.axes[:axis], x.axes[axis:]))
     if ahead and behind == "F" and len(ahead) == 1:  # two axes as they are
         return [replace(x, axes=(ahead, "F"))]
+    if (ahead, behind) == ("BT", "F"):  # rows of all steps
+        return [replace(x, axes=("N", "F"))]
     if ahead not in ("B", "" if "B" not in x.axes else "B"):
         raise Refused(f"expected to keep the batch, found axis {axis} of {' '.join(x.axes)}")
     return [flattened(reader, node, x, (ahead or "1", "*"))]

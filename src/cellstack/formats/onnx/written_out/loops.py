@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from cellstack.formats.onnx.fold import Broadcast, axes_of, numbers
 from cellstack.formats.onnx.written_out.chains import Chain, cell_of, find_chains, stripped
 from cellstack.formats.onnx.written_out.found import find_steps
 from cellstack.formats.onnx.written_out.linear import Place, place_of
+from cellstack.formats.onnx.written_out.rows import Loop
 from cellstack.nodes.recurrent import Cell
 
 
@@ -22,15 +24,13 @@ class _Roller:
         scope: the graph.
         chain: the steps.
         number: of the chain, for names of its own.
-        known: the steps of the chains before it, to which its own are added.
+        loop: what is put in for all steps; the chain's own steps are added to those that it knows.
         joins: the Concats of the graph, by the first value that they join.
     """
 
-    def __init__(
-        self, scope: Scope, chain: Chain, number: int, known: dict[str, Place], joins: dict[str, list[Any]]
-    ) -> None:
+    def __init__(self, scope: Scope, chain: Chain, number: int, loop: Loop, joins: dict[str, list[Any]]) -> None:
         self.scope, self.chain, self.onnx = scope, chain, onnx_package()
-        self.known, self.joins = known, joins
+        self.loop, self.known, self.joins = loop, loop.known, joins
         self.prefix = f"rolled {number} "
         self.made: list[Any] = []
         self.constants: list[Any] = []
@@ -66,19 +66,10 @@ class _Roller:
     def roll(self) -> bool:
         """Put the operator in; whether that could be done."""
         chain, scope = self.chain, self.scope
-        places = [place_of(scope, term, self.known) for term in chain.inputs]
-        count = len(places)
-        if any(place is None for place in places) or len({(p.root, p.axis) for p in places if p}) != 1:
+        taken = self._taken()
+        if taken is None:
             return False
-        found = [place for place in places if place is not None]
-        steps, axis = [place.step for place in found], found[0].axis
-        ahead = list(range(count))
-        backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
-        if (steps != ahead and not backwards) or axis not in (0, 1):
-            return False
-        x = self.put("Transpose", [found[0].root], perm=[1, 0, 2]) if axis else found[0].root
-        last = steps[0] == -1
-        x = self.sliced(x, -count if last else 0, 2**63 - 1 if last else count)  # the steps that it takes, if more come
+        x, backwards = taken
         deep = self._is_deep()
         starts = [self._start(name, deep) for name in chain.starts]
         if None in starts:
@@ -88,6 +79,29 @@ class _Roller:
         y = self.squeezed(names[0], 1)
         self._outputs(y, names, deep, backwards)
         return True
+
+    def _taken(self) -> tuple[str, bool] | None:
+        """Return the name of the sequence that the steps go over, and whether backwards; None where there is none."""
+        terms = self.chain.inputs
+        places = [place_of(self.scope, term, self.known) for term in terms]
+        count = len(places)
+        found = [place for place in places if place is not None]
+        if len(found) < count or len({(place.root, place.axis) for place in found}) != 1:
+            steps = None if any(term.moves for term in terms) else self.loop.taken([term.value for term in terms])
+            return None if steps is None else (self.put("Transpose", [steps.name], perm=[1, 0, 2]), steps.backwards)
+        steps, axis = [place.step for place in found], found[0].axis
+        ahead = list(range(count))
+        backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
+        if (steps != ahead and not backwards) or axis not in (0, 1):
+            return None
+        x = found[0].root
+        if self.loop.ranks.get(x) == 2:  # one number a step
+            x = self.loop.squeezed(x, 2, "Unsqueeze")
+        x = self.put("Transpose", [x], perm=[1, 0, 2]) if axis else x
+        if not self.loop.whole:  # the steps that it takes, if more come
+            last = steps[0] == -1
+            x = self.sliced(x, -count if last else 0, 2**63 - 1 if last else count)
+        return x, backwards
 
     def roll_step(self) -> None:
         """Put the operator in for a chain of one step, of rows `[B, F]`: it has a time axis of length 1 within."""
@@ -183,21 +197,26 @@ class _Roller:
         node.CopyFrom(made)
 
 
-def roll(model: Model) -> None:
+def roll(model: Model, whole: bool = False) -> None:
     """Put recurrent operators in the place of the steps of cells that the outermost graph writes out.
 
-    Whatever else takes a step's h takes it out of the operator's output. Steps that don't go over one sequence from one
-    end to the other, or don't begin from zeros or an input, are left as they are.
+    Whatever else takes a step's h takes it out of the operator's output; what the loop makes of it at every step, and
+    joins, is made of all steps at once. Steps that don't go over one sequence from one end to the other, or don't begin
+    from zeros or an input, become operators of one step each.
+
+    Args:
+        model: the file, which is changed.
+        whole: whether loops go over all steps that a sequence has; else over as many as the graph has them for.
     """
     scope = Scope(model, model.proto.graph)
-    known: dict[str, Place] = {}
+    loop = Loop(scope, {}, whole)
     joins: dict[str, list[Any]] = {}
-    for node in scope.graph.node:
-        if node.op_type == "Concat" and node.input:
-            joins.setdefault(stripped(scope, node.input[0]), []).append(node)
+    concats = [node for node in scope.graph.node if node.op_type == "Concat" and node.input]
+    for node in concats:
+        joins.setdefault(stripped(scope, node.input[0]), []).append(node)
     before: dict[str, list[Any]] = {}  # what is put in, by the name of what stands behind it
     for number, chain in enumerate(find_chains(scope)):
-        roller = _Roller(scope, chain, number, known, joins)
+        roller = _Roller(scope, chain, number, loop, joins)
         try:
             rolled = roller.roll()
         except ValueError:  # weights that no cell has: the operators are named where the graph is read
@@ -207,7 +226,12 @@ def roll(model: Model) -> None:
             scope.graph.initializer.extend(roller.constants)
             scope.initializers.update((tensor.name, tensor) for tensor in roller.constants)
             scope.producers.update((name, node) for node in roller.made for name in node.output)
-    _placed(scope, before)
+    for node in concats if loop.known else ():
+        name = loop.joined(list(node.input), model.attributes(node).get("axis", 0)) if len(node.input) > 1 else None
+        if name is not None:
+            node.CopyFrom(loop.onnx.helper.make_node("Identity", [name], list(node.output), name=node.name))
+    scope.graph.initializer.extend(loop.constants)
+    _placed(scope, before, loop.made)
 
 
 def roll_steps(model: Model) -> None:
@@ -217,20 +241,47 @@ def roll_steps(model: Model) -> None:
     for number, found in enumerate(list(find_steps(scope, set())), len(model.rolled)):
         starts = (found.h.value, found.step.c[1])
         chain = Chain([found.step], starts, [found.x], found.h.weights, found.name)
-        roller = _Roller(scope, chain, number, {}, {})
+        roller = _Roller(scope, chain, number, Loop(scope, {}, False), {})
         roller.roll_step()
         before[f"{roller.prefix}was {found.step.c[0]}"] = roller.made  # c may be taken before h is made
         scope.graph.initializer.extend(roller.constants)
     _placed(scope, before)
 
 
-def _placed(scope: Scope, before: dict[str, list[Any]]) -> None:
-    """Put nodes into a graph, each list ahead of the node that makes the value by whose name it goes."""
-    if before:
-        nodes = [new for node in scope.graph.node for new in (*_ahead(before, node), node)]
-        copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-        del scope.graph.node[:]
-        scope.graph.node.extend(copies)
+def _placed(scope: Scope, before: dict[str, list[Any]], more: Sequence[Any] = ()) -> None:
+    """Put nodes into a graph.
+
+    Args:
+        scope: of the graph.
+        before: nodes, each list ahead of the node that makes the value by whose name it goes.
+        more: nodes that go ahead of whatever takes what they make.
+    """
+    if not before and not more:
+        return
+    nodes = [new for node in scope.graph.node for new in (*_ahead(before, node), node)]
+    copies = [type(node).FromString(node.SerializeToString()) for node in _in_order(nodes, more)]
+    del scope.graph.node[:]
+    scope.graph.node.extend(copies)
+
+
+def _in_order(nodes: list[Any], more: Sequence[Any]) -> list[Any]:
+    """Return nodes with others among them, each behind what it takes."""
+    if not more:
+        return nodes
+    makers = {name: node for node in (*nodes, *more) for name in node.output if name}
+    done, placed = set[int](), list[Any]()
+    for node in nodes:
+        waiting = [node]
+        while waiting:
+            top = waiting[-1]
+            lacking = [makers[name] for name in top.input if name in makers and id(makers[name]) not in done]
+            if id(top) in done or not lacking:
+                waiting.pop()
+                placed += [] if id(top) in done else [top]
+                done.add(id(top))
+            else:
+                waiting += lacking
+    return placed
 
 
 def _ahead(before: dict[str, list[Any]], node: Any) -> list[Any]:
