@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cellstack.formats.onnx.cells import Operator
-from cellstack.formats.onnx.file import Scope, label, short
+from cellstack.formats.onnx.file import Scope, label, live_nodes, short
 from cellstack.formats.onnx.graph import MOVES
 from cellstack.formats.onnx.written_out.chains import cell_of, common, find_chains
 from cellstack.formats.onnx.written_out.equations import Step, steps_of
@@ -82,8 +82,9 @@ def takes_states(scope: Scope) -> bool:
     given = {name for name in scope.inputs if name not in scope.initializers}
     if len(given) < 2:
         return False
+    live = live_nodes(scope)  # what a loop that was rolled up consisted of is still there, and leads nowhere
     try:
-        steps = list(find_steps(scope, set()))
+        steps = [found for found in find_steps(scope, set()) if id(found.step.node) in live]
     except FormatError:  # which product is that of h can't be told, which is said where it is read
         return False
     return any({_root(scope, found.h.value), _root(scope, found.step.c[1])} <= given for found in steps)

@@ -28,10 +28,10 @@ class _Roller:
         joins: the Concats of the graph, by the first value that they join.
     """
 
-    def __init__(self, scope: Scope, chain: Chain, number: int, loop: Loop, joins: dict[str, list[Any]]) -> None:
+    def __init__(self, scope: Scope, chain: Chain, number: int | str, loop: Loop, joins: dict[str, list[Any]]) -> None:
         self.scope, self.chain, self.onnx = scope, chain, onnx_package()
         self.loop, self.known, self.joins = loop, loop.known, joins
-        self.prefix = f"rolled {number} "
+        self.number, self.prefix = number, f"rolled {number} "
         self.made: list[Any] = []
         self.constants: list[Any] = []
 
@@ -86,15 +86,15 @@ class _Roller:
         places = [place_of(self.scope, term, self.known) for term in terms]
         count = len(places)
         found = [place for place in places if place is not None]
-        if len(found) < count or len({(place.root, place.axis) for place in found}) != 1:
-            steps = None if any(term.moves for term in terms) else self.loop.taken([term.value for term in terms])
-            return None if steps is None else (self.put("Transpose", [steps.name], perm=[1, 0, 2]), steps.backwards)
-        steps, axis = [place.step for place in found], found[0].axis
+        steps, roots = [place.step for place in found], {(place.root, place.axis) for place in found}
         ahead = list(range(count))
         backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
-        if (steps != ahead and not backwards) or axis not in (0, 1):
+        if len(roots) != 1 or (steps != ahead and not backwards):
+            taken = None if any(term.moves for term in terms) else self.loop.taken([term.value for term in terms])
+            return None if taken is None else (self.put("Transpose", [taken.name], perm=[1, 0, 2]), taken.backwards)
+        ((x, axis),) = roots
+        if axis not in (0, 1):
             return None
-        x = found[0].root
         if self.loop.ranks.get(x) == 2:  # one number a step
             x = self.loop.squeezed(x, 2, "Unsqueeze")
         x = self.put("Transpose", [x], perm=[1, 0, 2]) if axis else x
@@ -110,6 +110,23 @@ class _Roller:
         x = self.squeezed(chain.inputs[0].value, 0, operator="Unsqueeze")
         names = self._operator(cell, x, [self._start(name, False) for name in chain.starts], "forward")
         self._ends(names, False)
+
+    def roll_apart(self) -> dict[str, list[Any]]:
+        """Return an operator for each step alone, `{name: nodes}`, each list to go ahead of what makes that name."""
+        chain, before = self.chain, dict[str, list[Any]]()
+        if self._is_deep():
+            return before
+        names = [(step.node.output[0], *([step.c[0]] if step.kind == "lstm" else [])) for step in chain.steps]
+        for n, step in enumerate(chain.steps):
+            if chain.inputs[n].moves:
+                return {}
+            starts = chain.starts if n == 0 else names[n - 1]
+            one = Chain([step], starts, [chain.inputs[n]], chain.recurrent, chain.name)
+            roller = _Roller(self.scope, one, f"{self.number} {n}", self.loop, {})
+            roller.roll_step()
+            self.constants += roller.constants
+            before[f"{roller.prefix}was {names[n][-1]}"] = roller.made
+        return before
 
     def _operator(self, cell: Cell, x: str, starts: list[str | None], direction: str) -> list[str]:
         """Put a cell in as an operator, and return the names of what it gives: Y, h, and c of an LSTM.
@@ -219,13 +236,13 @@ def roll(model: Model, whole: bool = False) -> None:
         roller = _Roller(scope, chain, number, loop, joins)
         try:
             rolled = roller.roll()
+            made = {chain.steps[0].node.output[0]: roller.made} if rolled else roller.roll_apart()
         except ValueError:  # weights that no cell has: the operators are named where the graph is read
             continue
-        if rolled:
-            before[chain.steps[0].node.output[0]] = roller.made
-            scope.graph.initializer.extend(roller.constants)
-            scope.initializers.update((tensor.name, tensor) for tensor in roller.constants)
-            scope.producers.update((name, node) for node in roller.made for name in node.output)
+        before |= made
+        scope.graph.initializer.extend(roller.constants)
+        scope.initializers.update((tensor.name, tensor) for tensor in roller.constants)
+        scope.producers.update((name, node) for nodes in made.values() for node in nodes for name in node.output)
     for node in concats if loop.known else ():
         name = loop.joined(list(node.input), model.attributes(node).get("axis", 0)) if len(node.input) > 1 else None
         if name is not None:

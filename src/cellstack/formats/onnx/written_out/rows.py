@@ -282,7 +282,7 @@ class Loop:
     def _made(self, node: Any, place: int, taken: list[Rows | str]) -> Rows | None:
         """Put the operator of the first step in for the rows of all steps; None where it may take rows together."""
         flows = [one for one in taken if isinstance(one, Rows)]
-        if len({(one.of, one.rank) for one in flows}) != 1:
+        if len({(one.of.backwards, one.rank) for one in flows}) != 1:
             return None
         of, rank = flows[0].of, flows[0].rank
         apart = self._apart(node, taken, rank)
