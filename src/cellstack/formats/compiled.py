@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from cellstack.formats import onnx
+from cellstack.formats.build import HINT
+from cellstack.formats.exported import export, mend, shortened
 from cellstack.formats.pytorch import from_torch
 from cellstack.formats.pytorch.modules import KNOWN
 from cellstack.formats.runtimes import ordered, parted
@@ -20,6 +22,7 @@ from cellstack.network import Network
 from cellstack.spec import FormatError
 
 TOLERANCE = 1e-4  # greatest relative difference that passes: float32 on both sides, sums in other orders
+MOST_WAYS = 30  # in which the axes of several inputs are tried together
 STEPS = 4  # of a module that steps a cell, when it is compared
 
 
@@ -63,6 +66,11 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             "several inputs go into example as one tuple"
         )
     inputs = example if isinstance(example, tuple) else (example,)
+    if _holds_a_dict(inputs):
+        raise TypeError(
+            "compile: expected example to be a tensor, or a tuple of tensors, got a dict: give a module whose forward "
+            "takes its tensors one by one and makes the dict of them"
+        )
     flat = _tensors(inputs)
     if not flat or not all(isinstance(value, torch.Tensor) for value in flat):
         got = f"a tuple of {', '.join(type(v).__name__ for v in flat)}" if isinstance(example, tuple) else None
@@ -80,8 +88,18 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):
         still = still.float()
         inputs = _like(inputs, (value.float() if value.is_floating_point() else value for value in flat))
-    packs, answers = _first(still, inputs)  # what the module itself refuses, it refuses in its own words
+    if any(part.is_meta for part in (*flat, *still.parameters(), *still.buffers())):
+        raise FormatError(
+            f"compile: {type(module).__name__} has no numbers on the device 'meta': give it weights first, by "
+            "module.to_empty(device='cpu') and module.load_state_dict(...), and an example on the CPU"
+        )
+    packs, answers, again = _first(still, inputs)  # what the module itself refuses, it refuses in its own words
     reasons = []
+    if not again:
+        reasons.append(
+            "called again with the same input it answers otherwise: it draws numbers, or keeps something from call to "
+            "call; let forward take the state and return it, and draw nothing"
+        )
     if packs:
         reasons.append(
             "it packs its rows, which no exporter can follow: give a module that runs over them as they are padded, "
@@ -92,23 +110,56 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             "it has layers with batch_first=False, and a Network takes batch before time: set batch_first=True, "
             "which changes no weight, and give an example that is so"
         )
-    tried = []
+    tried: list[str] = []
+    looks: list[str] = []
     for how, read in (("read as it is", _as_it_is), ("by way of ONNX", _by_onnx)):
         if read is _by_onnx and packs:
             continue
         try:
-            network = read(still, inputs, answers)
+            network = read(still, inputs, answers, looks)
             why = _difference(network, still, inputs, tolerance)
-            if why is None:
+            if why is None and again:
                 return network
+            why = why or "it answers as the module's first call does"
+            loops = network.metadata.get("onnx", {}).get("unrolled", {})
+            if loops and why.startswith("with more steps"):
+                name, count = next(iter(loops.items()))
+                reasons.append(
+                    f"its loop over {name} feeds back what it gives, and a Network can only for a number of steps that "
+                    f"is fixed, {count} here: fix it in forward, or compile the module of one step and stream it"
+                )
+            turned = [axes for axes in network.metadata.get("onnx", {}).get("inputs", {}).values() if axes[:2] == "TB"]
+            if turned and not reasons:
+                reasons.append(
+                    "it takes time before batch, and a Network batch before time: turn x round in forward, by "
+                    "x.transpose(0, 1), and give an example [B, T, I]"
+                )
         except (TypeError, ValueError, FormatError) as error:
             why = str(error)
+        if read is _by_onnx:
+            if looks and not packs:
+                reasons.append(
+                    f"it does something by the numbers themselves ({', '.join(looks[:3])}), and a graph has what it did "
+                    "for the example alone: write that without if, while, float() and numpy(), as by torch.where"
+                )
+            known = mend(why)
+            if known and not reasons:
+                reasons.append(known)
+            why = shortened(why) if reasons else why
         tried.insert(0, f"{how}: {why}")
     raise FormatError(f"compile: {type(module).__name__} can't be a Network: " + "; ".join(reasons + tried))
 
 
-def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any]]:
-    """Run a module, and return whether one of its recurrent layers is given packed rows, and what it answers."""
+def _holds_a_dict(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, (tuple, list)) and any(map(_holds_a_dict, value)))
+
+
+def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]:
+    """Run a module, twice.
+
+    Returns:
+        Whether one of its recurrent layers is given packed rows, what it answers, and whether it does so again.
+    """
     import torch
 
     packed = []
@@ -120,14 +171,19 @@ def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any]]:
     hooks = [part.register_forward_pre_hook(look) for part in parts]
     try:
         with torch.no_grad():
-            answers = _tensors(module(*_fresh(inputs)))
+            answers, second = (_tensors(module(*_fresh(inputs))) for _ in range(2))
     finally:
         for hook in hooks:
             hook.remove()
-    return bool(packed), answers
+    same = [
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True)
+        for one, other in zip(answers, second, strict=False)
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    ]
+    return bool(packed), answers, all(same)
 
 
-def _as_it_is(module: Any, inputs: tuple[Any, ...], _: list[Any]) -> Network:
+def _as_it_is(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
     """Return the network that `from_torch` reads."""
     try:
         network = from_torch(module)
@@ -138,10 +194,11 @@ def _as_it_is(module: Any, inputs: tuple[Any, ...], _: list[Any]) -> Network:
     return network
 
 
-def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any]) -> Network:
+def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: list[str]) -> Network:
     """Return the network that a module's ONNX graph holds, of any batch size and number of steps where it allows it.
 
-    The graph's ends are called `input_n` and `output_n`, by their place among the tensors.
+    The graph's ends are called `input_n` and `output_n`, by their place among the tensors. Where the module looks at
+    numbers is added to `looks`.
     """
     import torch
 
@@ -150,23 +207,64 @@ def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any]) -> Networ
             raise FormatError(_no_tensor(n, value))
     flat = _tensors(inputs)
     names = [f"input_{n}" for n in range(len(flat))] if len(flat) > 1 else ["input"]
-    axes = {name: {0: f"{name}_0", 1: f"{name}_1"} for name, value in zip(names, flat, strict=True) if value.ndim > 2}
+    axes = {
+        name: {axis: f"{name}_{axis}" for axis in free}
+        for name, free in zip(names, _free(module, inputs), strict=True)
+        if free
+    }
     outs = [f"output_{n}" for n, value in enumerate(answers) if value is not None]
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, on its own ways
+    with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "module.onnx")
-        options = {"input_names": names, "output_names": outs, "dynamic_axes": axes, "dynamo": False}
-        try:
-            torch.onnx.export(_as_one_step(module, flat), _fresh(inputs), path, **options)
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:  # the exporter fails in as many ways as there are modules
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise FormatError(f"PyTorch can't export it: {first}") from error
+        options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
+        looks += export(_as_one_step(module, flat), _fresh(inputs), path, options)
         try:
             return onnx.load(path, whole_loops=True)
         except FormatError as error:
-            raise FormatError(str(error).replace(path, "its graph")) from error
+            raise FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")) from error
+
+
+def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
+    """Return, for each tensor that a module takes, which of its first two axes may have another length.
+
+    One may where the module takes one entry more along it, alone or with such axes of the other tensors as are as long.
+    """
+    import torch
+
+    flat = _tensors(inputs)
+
+    def takes(grown: dict[int, int]) -> bool:
+        given = [_wider(value, grown[n], 1) if n in grown else value for n, value in enumerate(flat)]
+        try:
+            with torch.no_grad():
+                module(*_fresh(_like(inputs, given)))
+        except Exception:  # the module's own way to say that it doesn't
+            return False
+        return True
+
+    def goes(n: int, axis: int) -> bool:
+        if takes({n: axis}):
+            return True
+        others: dict[tuple[int, ...], list[int]] = {}  # those of one shape go together
+        for m, value in enumerate(flat):
+            if m != n:
+                others.setdefault(tuple(value.shape), []).append(m)
+        ways = [
+            [None, *(other for other in range(min(2, len(shape))) if shape[other] == flat[n].shape[axis])]
+            for shape in others
+        ]
+        for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
+            more = {m: at for group, at in zip(others.values(), way, strict=True) if at is not None for m in group}
+            if more and takes({**more, n: axis}):
+                return True
+        return False
+
+    found = []
+    for n, value in enumerate(flat):
+        if value.ndim > 2:
+            found.append([axis for axis in (0, 1) if len(flat) == 1 or goes(n, axis)] or [0, 1])
+        else:
+            found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and takes({0: 1}) else [])
+    return found
 
 
 def _as_one_step(module: Any, flat: list[Any]) -> Any:
@@ -205,7 +303,11 @@ def _difference(network: Network, module: Any, example: tuple[Any, ...], toleran
         return [torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for t in given]
 
     first = _tensors(example)
-    for what, given in (("", first), ("", drawn(first)), *((s, drawn(more)) for s, more in ends.longer(first))):
+    def times(given: list[Any], factor: float) -> list[Any]:
+        return [value * factor if value.is_floating_point() else value for value in given]
+
+    tries = [("", first), *(("", times(drawn(first), factor)) for factor in (1.0, 0.01, 10.0))]
+    for what, given in (*tries, *((words, drawn(more)) for words, more in ends.longer(first))):
         try:
             with torch.no_grad():
                 expected = ends.answers(module, example, given)
@@ -247,11 +349,11 @@ class _Ends:
 
     def longer(self, given: list[Any]) -> Iterator[tuple[str, list[Any]]]:
         """Yield the inputs with a row more, and with more steps, with how a reason begins that comes of these."""
-        for axis, more, what in ((0, 1, "with a row more "), (1, 4, "with more steps ")):
+        for axis, more, what in ((0, 1, "with a row more "), (1, 4, "with more steps "), (1, -1, "with a step less ")):
             if axis and self.steps:
                 continue  # `answers` takes several
             along = {n: self.axes[f"input_{n}"].find("BT"[axis]) for n in self.starts} | dict.fromkeys(self.data, axis)
-            if all(given[n].ndim > axis for n in self.data):
+            if all(given[n].ndim > axis and given[n].shape[axis] + more > 0 for n in self.data):
                 yield (
                     what,
                     [value if along.get(n, -1) < 0 else _wider(value, along[n], more) for n, value in enumerate(given)],

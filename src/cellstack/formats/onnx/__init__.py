@@ -187,6 +187,9 @@ def load(
         return _loaded(model, unused, sizes, contexts)
     except FormatError as error:
         hint = f"; {HINT}" if _has_parts(model) else ""
+        if model.lost:
+            text = str(error).removeprefix(f"{path}: ")
+            raise FormatError(f"{path}: {model.lost[0]}: {text}{hint}") from None
         raise FormatError(f"{error}{hint}") from None
     except ODD as error:
         raise _odd(path, error) from None

@@ -351,6 +351,8 @@ class Reader:
             contexts = {name: frame.context for name, frame in self.frames.items() if isinstance(frame, Frame)}
             by_rows = any("B" not in value.axes for value in after.values())
             ends["frames"] = {"context": contexts, "steps": "rows" if by_rows else "calls"}
+        if self.model.unrolled:
+            ends["unrolled"] = self.model.unrolled
         if self.model.given:
             ends["given"] = self.model.given
         own = {**self.model.said.get("metadata", {}), "source": self.model.source}

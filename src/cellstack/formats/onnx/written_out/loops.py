@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cellstack.formats.onnx.cells import Operator
-from cellstack.formats.onnx.file import Model, Scope, onnx_package
+from cellstack.formats.onnx.file import Model, Scope, live_nodes, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, axes_of, numbers
 from cellstack.formats.onnx.written_out.chains import Chain, cell_of, find_chains, stripped
 from cellstack.formats.onnx.written_out.found import find_steps
@@ -232,11 +232,14 @@ def roll(model: Model, whole: bool = False) -> None:
     for node in concats:
         joins.setdefault(stripped(scope, node.input[0]), []).append(node)
     before: dict[str, list[Any]] = {}  # what is put in, by the name of what stands behind it
-    for number, chain in enumerate(find_chains(scope)):
+    chains = find_chains(scope)
+    for number, chain in enumerate(chains):
         roller = _Roller(scope, chain, number, loop, joins)
         try:
             rolled = roller.roll()
             made = {chain.steps[0].node.output[0]: roller.made} if rolled else roller.roll_apart()
+            if made and not rolled:
+                model.unrolled[chain.name] = len(chain.steps)
         except ValueError:  # weights that no cell has: the operators are named where the graph is read
             continue
         before |= made
@@ -249,6 +252,13 @@ def roll(model: Model, whole: bool = False) -> None:
             node.CopyFrom(loop.onnx.helper.make_node("Identity", [name], list(node.output), name=node.name))
     scope.graph.initializer.extend(loop.constants)
     _placed(scope, before, loop.made)
+    if before:
+        scope = Scope(model, model.proto.graph)
+        live = live_nodes(scope)
+        for chain in chains:
+            inner = [scope.producers.get(step.c[0]) for step in chain.steps[:-1] if step.kind == "lstm"]
+            if chain.name not in model.unrolled and any(node is not None and id(node) in live for node in inner):
+                model.lost.append(f"the loop over {chain.name} takes c of every step, of which a Network has the last")
 
 
 def roll_steps(model: Model) -> None:
