@@ -70,8 +70,8 @@ def test_a_module_that_no_network_can_be_is_refused_with_the_reason_of_each_way_
     with pytest.raises(cs.FormatError) as raised:
         cs.compile(Sine(), torch.randn(2, 7, 4))
     assert str(raised.value) == (
-        "compile: Sine can't be a Network: by way of ONNX: PyTorch can't export it: Exporting the operator "
-        "'aten::erfinv' to ONNX opset version 20 is not supported; "
+        "compile: Sine can't be a Network: ONNX has no such operator: compute that outside of the module; "
+        "by way of ONNX: PyTorch can't export it: Exporting the operator 'aten::erfinv' to ONNX opset version 20 is not supported; "
         "read as it is: from_torch: the module (Sine): a class of its own, without to_nodes()"
     )
 

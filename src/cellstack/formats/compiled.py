@@ -123,10 +123,10 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             why = why or "it answers as the module's first call does"
             loops = network.metadata.get("onnx", {}).get("unrolled", {})
             if loops and why.startswith("with more steps"):
-                name, count = next(iter(loops.items()))
+                name, (count, what) = next(iter(loops.items()))
                 reasons.append(
-                    f"its loop over {name} feeds back what it gives, and a Network can only for a number of steps that "
-                    f"is fixed, {count} here: fix it in forward, or compile the module of one step and stream it"
+                    f"its loop over {name} {what}, which a Network can for a number of steps that is fixed alone, "
+                    f"{count} here: fix it in forward, or compile the module of one step and stream it"
                 )
             turned = [axes for axes in network.metadata.get("onnx", {}).get("inputs", {}).values() if axes[:2] == "TB"]
             if turned and not reasons:
@@ -216,7 +216,7 @@ def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: li
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "module.onnx")
         options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
-        looks += export(_as_one_step(module, flat), _fresh(inputs), path, options)
+        looks += export(_as_one_step(module, inputs), _fresh(inputs), path, options)
         try:
             return onnx.load(path, whole_loops=True)
         except FormatError as error:
@@ -267,14 +267,35 @@ def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
     return found
 
 
-def _as_one_step(module: Any, flat: list[Any]) -> Any:
+def _calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
+    """Return how often a call of a module calls the part of it that it calls most."""
+    import torch
+
+    counts = dict.fromkeys(map(id, parts), 0)
+
+    def count(part: Any, _: Any) -> None:
+        counts[id(part)] += 1
+
+    hooks = [part.register_forward_pre_hook(count) for part in parts]
+    try:
+        with torch.no_grad():
+            module(*_fresh(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(counts.values(), default=0)
+
+
+def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
     """Return a module of which a call is one step so that its cells are exported as operators, whose states are known.
 
     PyTorch writes out an nn.GRUCell and an nn.RNNCell as sums and products, in which nothing says what is a state.
     """
     import torch
 
-    if any(value.ndim != 2 for value in flat):
+    flat = _tensors(inputs)
+    cells = [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)]
+    if flat[0].ndim != 2 or _calls(module, cells, inputs) != 1:
         return module
 
     def once(cell: Any, input: Any, hx: Any = None) -> Any:
@@ -429,6 +450,8 @@ class _Ends:
             axes = self.outputs.get(name, "")
             if axes[:1] in ("1", "D") and "T" not in axes:  # a last state, which the network gives as it gives answers
                 theirs = ordered(theirs, axes, theirs.shape[axes.index("B")])
+            if theirs.ndim == 1 and left and left[0].shape == (*theirs.shape, 1):  # one number a row
+                theirs = theirs[:, None]
             if left and name not in self.states and _same(left[0], theirs, tolerance):
                 left.pop(0)
                 continue

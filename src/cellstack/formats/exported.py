@@ -29,6 +29,8 @@ MENDS = (
      "each other, as attention does, and a Network multiplies by weights: compile the module up to there"),
     (r"Einsum", "write the einsum as x @ weight, or as nn.Linear"),
     (r"aten::fft|aten::stft|STFT|DFT", "it computes a spectrum: compute that outside, and give the module without it"),
+    (r"expected a vector to be repeated over time", "it repeats a vector as often as an input has steps, and a Network "
+     "repeats by a number that is fixed: give that number"),
     (r"dynamo-optimized", "it is compiled by torch.compile: give what was, module._orig_mod"),
     (r"Python operator|PythonOp|lift_fresh", "a part of it, such as an autograd.Function, leaves PyTorch's own operators, "
      "as NumPy does: write its forward in these"),
@@ -63,6 +65,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
 
     handle = module.register_forward_pre_hook(hush) if not isinstance(module, torch.jit.ScriptModule) else None
     looks: list[str] = []
+    theirs = os.path.dirname(torch.__file__)  # checks of PyTorch's own, which hold for any numbers
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -76,7 +79,8 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
                 with _without_console():  # PyTorch warns there, past Python, of functions that it can't look into
                     torch.onnx.export(module, inputs, path, **options, dynamo=False, autograd_inlining=True)
         for warning in caught:
-            if issubclass(warning.category, torch.jit.TracerWarning) and LOOKS in str(warning.message):
+            own = not warning.filename.startswith(theirs)
+            if own and issubclass(warning.category, torch.jit.TracerWarning) and LOOKS in str(warning.message):
                 looks.append(f"{os.path.basename(warning.filename)}:{warning.lineno}")
     except ModuleNotFoundError:
         raise

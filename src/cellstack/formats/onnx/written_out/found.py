@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cellstack.formats.onnx.cells import Operator
-from cellstack.formats.onnx.file import Scope, label, live_nodes, short
+from cellstack.formats.onnx.file import Scope, declared, label, live_nodes, short
 from cellstack.formats.onnx.graph import MOVES
 from cellstack.formats.onnx.written_out.chains import cell_of, common, find_chains
 from cellstack.formats.onnx.written_out.equations import Step, steps_of
@@ -110,8 +110,16 @@ def _of_h(scope: Scope, step: Step, terms: list[Term]) -> Term | None:
         if deep == term.stop - term.start:
             found[term.weights] = term
     if len(found) == 2:
-        start = _root(scope, step.c[1])
-        found = {name: term for name, term in found.items() if _root(scope, term.value) == start}
+        start, given = _root(scope, step.c[1]), {value.name: declared(value) for value in scope.graph.input}
+        roots = {name: _root(scope, term.value) for name, term in found.items()}
+        tests = (
+            lambda root: root == start,
+            lambda root: root in given,  # where x is computed, and h is given
+            lambda root: root in given and given[root] == given.get(start),  # as c is
+        )
+        alike = ([name for name, root in roots.items() if test(root)] for test in tests)
+        one = next((names for names in alike if len(names) == 1), [])
+        found = {name: term for name, term in found.items() if name in one}
         if len(found) != 1:
             text = "expected to tell the product of h from that of x, found two that could be either"
             raise FormatError(f"{scope.model.path}: node {short(label(step.node))}: {text}")

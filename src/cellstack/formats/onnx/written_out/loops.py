@@ -236,10 +236,11 @@ def roll(model: Model, whole: bool = False) -> None:
     for number, chain in enumerate(chains):
         roller = _Roller(scope, chain, number, loop, joins)
         try:
+            h = chain.steps[0].node.output[0]
             rolled = roller.roll()
             made = {chain.steps[0].node.output[0]: roller.made} if rolled else roller.roll_apart()
             if made and not rolled:
-                model.unrolled[chain.name] = len(chain.steps)
+                model.unrolled[chain.name] = len(chain.steps), _why_apart(scope, chain, h)
         except ValueError:  # weights that no cell has: the operators are named where the graph is read
             continue
         before |= made
@@ -259,6 +260,20 @@ def roll(model: Model, whole: bool = False) -> None:
             inner = [scope.producers.get(step.c[0]) for step in chain.steps[:-1] if step.kind == "lstm"]
             if chain.name not in model.unrolled and any(node is not None and id(node) in live for node in inner):
                 model.lost.append(f"the loop over {chain.name} takes c of every step, of which a Network has the last")
+
+
+def _why_apart(scope: Scope, chain: Chain, h: str) -> str:
+    """Say why a chain's steps don't go over one sequence; `h`: the name of the first one's."""
+    waiting, seen = [chain.inputs[1].value], set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name == h:
+            return "feeds back what it gives"
+        node = scope.producers.get(name)
+        if node is not None and name not in seen:
+            waiting += [one for one in node.input if one]
+        seen.add(name)
+    return "takes, beside each step's own, values that are the same at every step, or out of order"
 
 
 def roll_steps(model: Model) -> None:
