@@ -102,7 +102,10 @@ LOOPS = {
     "LSTMCell": (loop, layers()),
     "GRUCell": (loop_of_h, layers(cell=nn.GRUCell(3, 4))),
     "RNNCell": (loop_of_h, layers(cell=nn.RNNCell(3, 4, nonlinearity="relu"))),
-    "some layers as head": (loop, layers(head=nn.Sequential(nn.Dropout(), nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 1)))),
+    "some layers as head": (
+        loop,
+        layers(head=nn.Sequential(nn.Dropout(), nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 1))),
+    ),
     "backwards": (backwards, layers(cell=nn.GRUCell(3, 4))),
     "two cells": (
         stacked,
@@ -252,7 +255,7 @@ def written(m, x):
 
 def doubled(m, x):
     y = loop(m, x)
-    while y.abs().max() < 1:
+    while y.abs().max() < x.abs().max():
         y = y * 2
     return y
 
@@ -268,8 +271,8 @@ class Square(torch.autograd.Function):
         return torch.from_numpy(x.detach().numpy() ** 2)
 
     @staticmethod
-    def backward(ctx, gradient):
-        return gradient
+    def backward(ctx, *grad_outputs):
+        return grad_outputs[0]
 
 
 REFUSED = {

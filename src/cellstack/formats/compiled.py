@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ from cellstack.network import Network
 from cellstack.spec import FormatError
 
 TOLERANCE = 1e-4  # greatest relative difference that passes: float32 on both sides, sums in other orders
+SCALES = (1.0, 0.01, 10.0)  # of the numbers that are drawn for the comparison
+MORE_SCALES = (*SCALES, -1e-3, 0.1, 0.3, -1.0, 3.0, 30.0, -100.0, 1e3)  # where a module goes by the numbers
 MOST_WAYS = 30  # in which the axes of several inputs are tried together
 STEPS = 4  # of a module that steps a cell, when it is compared
 
@@ -44,6 +47,8 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         The network, with inputs and outputs in the order of the module's. Last states that the module returns beside
         them are those that `Network.run` returns; a state that is all that is wanted of a layer is an output, `[B, H]`.
         A module that steps a cell, as in `model(x, h, c)` with `x [B, I]`, becomes one over as many steps as there are.
+
+    Where the module reads numbers out of its tensors, as an `if` does, and the network agreed nonetheless, it warns.
 
     Raises:
         TypeError: it is no module, the example is no tensor, or the tolerance no number.
@@ -117,8 +122,14 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             continue
         try:
             network = read(still, inputs, answers, looks)
-            why = _difference(network, still, inputs, tolerance)
+            why = _difference(network, still, inputs, tolerance, MORE_SCALES if looks else SCALES)
             if why is None and again:
+                if looks and _reads(still, inputs):
+                    warnings.warn(
+                        f"compile: {type(module).__name__} goes by the numbers themselves ({', '.join(looks[:3])}), and "
+                        "the network does what it did for the example: other inputs agreed, but not all can be tried",
+                        stacklevel=2,
+                    )
                 return network
             why = why or "it answers as the module's first call does"
             loops = network.metadata.get("onnx", {}).get("unrolled", {})
@@ -139,8 +150,8 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         if read is _by_onnx:
             if looks and not packs:
                 reasons.append(
-                    f"it does something by the numbers themselves ({', '.join(looks[:3])}), and a graph has what it did "
-                    "for the example alone: write that without if, while, float() and numpy(), as by torch.where"
+                    f"it does something by the numbers themselves ({', '.join(looks[:3])}), and a graph has what "
+                    "it did for the example alone: write that without if, while, float() and numpy(), as by torch.where"
                 )
             known = mend(why)
             if known and not reasons:
@@ -181,6 +192,24 @@ def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
     ]
     return bool(packed), answers, all(same)
+
+
+def _reads(module: Any, inputs: tuple[Any, ...]) -> bool:
+    """Return whether a module reads numbers out of its tensors, as `if` and `float()` do; lengths don't count."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    read = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                read.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Look():
+        module(*_fresh(inputs))
+    return bool(read)
 
 
 def _as_it_is(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
@@ -313,8 +342,13 @@ def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
     return stepped
 
 
-def _difference(network: Network, module: Any, example: tuple[Any, ...], tolerance: float) -> str | None:
-    """Return in what the network's outputs differ from the module's; None where they don't."""
+def _difference(
+    network: Network, module: Any, example: tuple[Any, ...], tolerance: float, scales: tuple[float, ...]
+) -> str | None:
+    """Return in what the network's outputs differ from the module's; None where they don't.
+
+    Compared are the example, numbers of its shape at each scale, and other shapes.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -324,10 +358,11 @@ def _difference(network: Network, module: Any, example: tuple[Any, ...], toleran
         return [torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for t in given]
 
     first = _tensors(example)
+
     def times(given: list[Any], factor: float) -> list[Any]:
         return [value * factor if value.is_floating_point() else value for value in given]
 
-    tries = [("", first), *(("", times(drawn(first), factor)) for factor in (1.0, 0.01, 10.0))]
+    tries = [("", first), *(("", times(drawn(first), factor)) for factor in scales)]
     for what, given in (*tries, *((words, drawn(more)) for words, more in ends.longer(first))):
         try:
             with torch.no_grad():

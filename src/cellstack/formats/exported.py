@@ -1,4 +1,4 @@
-"""A module of PyTorch as an ONNX file, without a word of the exporter's reaching the console; and what a failure means."""
+"""A module of PyTorch as an ONNX file, with nothing printed to the console; and what to do where that fails."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LISTED = 2  # problems that a message names, if it names a mend; the rest is cou
 
 # What is in the reason why a module can't be read, and what to do about it; the first that is in it counts.
 MENDS = (
-    (r"ScatterND|aten::index_put|aten::copy_", "it writes into a tensor that is there, as in out[:, t] = y: collect the "
-     "parts in a list and join them by torch.stack(parts, 1)"),
+    (r"ScatterND|aten::index_put|aten::copy_", "it writes into a tensor that is there, as in out[:, t] = y: collect "
+     "the parts in a list and join them by torch.stack(parts, 1)"),
     (r"Dropout '", "its dropout is on in evaluation too: give it training=self.training"),
     (r"Random|Multinomial|Bernoulli|aten::normal|aten::rand", "it draws random numbers, and a Network has none: let it "
      "return what they are drawn by, and draw outside"),
@@ -32,8 +32,8 @@ MENDS = (
     (r"expected a vector to be repeated over time", "it repeats a vector as often as an input has steps, and a Network "
      "repeats by a number that is fixed: give that number"),
     (r"dynamo-optimized", "it is compiled by torch.compile: give what was, module._orig_mod"),
-    (r"Python operator|PythonOp|lift_fresh", "a part of it, such as an autograd.Function, leaves PyTorch's own operators, "
-     "as NumPy does: write its forward in these"),
+    (r"Python operator|PythonOp|lift_fresh", "a part of it, such as an autograd.Function, leaves PyTorch's own "
+     "operators, as NumPy does: write its forward in these"),
     (r"no input;|found: no input", "its output doesn't come from the example: detach(), numpy() and .data leave the "
      "graph, and so does what is kept from another call"),
     (r"aten::\w+' to ONNX|Unsupported", "ONNX has no such operator: compute that outside of the module"),
@@ -80,7 +80,7 @@ def export(module: Any, inputs: tuple[Any, ...], path: str, options: dict[str, A
                     torch.onnx.export(module, inputs, path, **options, dynamo=False, autograd_inlining=True)
         for warning in caught:
             own = not warning.filename.startswith(theirs)
-            if own and issubclass(warning.category, torch.jit.TracerWarning) and LOOKS in str(warning.message):
+            if own and warning.category.__name__ == "TracerWarning" and LOOKS in str(warning.message):
                 looks.append(f"{os.path.basename(warning.filename)}:{warning.lineno}")
     except ModuleNotFoundError:
         raise

@@ -157,7 +157,7 @@ class Loop:
     # ── values of all steps ─────────────────────────────────────────────────────────────────────────────────────────
 
     def rows(self, values: Sequence[str]) -> Rows | str | None:
-        """Return the values of all steps, in order, as rows; a name where all are the same; None where neither is so."""
+        """Return the values of all steps, in order, as rows; a name where all are one; None where neither is so."""
         key = tuple(values)
         if key not in self.found:
             self.found[key] = None
@@ -169,11 +169,9 @@ class Loop:
             return values[0] if len(set(values)) == 1 else None
         constants = [self.scope.constant(name) for name in values]
         if any(constant is not None for constant in constants):
-            alike = all(
-                isinstance(one, np.ndarray) and np.array_equal(one, constants[0]) and one.dtype == constants[0].dtype
-                for one in constants
-            )
-            return values[0] if alike else None
+            arrays = [one for one in constants if isinstance(one, np.ndarray)]
+            alike = all(one.dtype == arrays[0].dtype and np.array_equal(one, arrays[0]) for one in arrays)
+            return values[0] if alike and len(arrays) == len(values) else None
         leaf = self._leaf(values)
         if leaf is not None:
             return leaf
@@ -183,7 +181,9 @@ class Loop:
         first = nodes[0]
         kinds = {(node.op_type, node.domain, len(node.input), len(node.output)) for node in nodes if node is not None}
         at = {list(node.output).index(name) for node, name in zip(nodes, values, strict=True) if node is not None}
-        said = {b"".join(sorted(one.SerializeToString() for one in node.attribute)) for node in nodes if node is not None}
+        said = {
+            b"".join(sorted(one.SerializeToString() for one in node.attribute)) for node in nodes if node is not None
+        }
         if first is None or first.domain not in DOMAINS or (len(kinds), len(at), len(said)) != (1, 1, 1):
             return None
         taken = [self.rows(names) if any(names) else "" for names in zip(*(n.input for n in nodes if n), strict=True)]
@@ -191,8 +191,7 @@ class Loop:
             return None
         if not any(isinstance(one, Rows) for one in taken):  # made anew at every step, of what doesn't change
             return values[0]
-        made = self._made(first, at.pop(), [one for one in taken if one is not None])
-        return made
+        return self._made(first, at.pop(), [one for one in taken if one is not None])
 
     def _leaf(self, values: tuple[str, ...]) -> Rows | None:
         """Return values that are the steps of a sequence, from one end to the other; None where they aren't."""
@@ -315,7 +314,9 @@ class Loop:
         arrays = [one for one in constants if isinstance(one, np.ndarray)]
         first = isinstance(taken[0], Rows) and len(flows) == 1
         if kind in BY_ITSELF:
-            if len(arrays) != len(constants) and not all(one.uniform for one in constants if isinstance(one, Broadcast)):
+            if len(arrays) != len(constants) and not all(
+                one.uniform for one in constants if isinstance(one, Broadcast)
+            ):
                 return None
             if any(array.ndim > rank or (array.ndim == rank and array.shape[0] != 1) for array in arrays):
                 return None
