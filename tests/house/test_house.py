@@ -67,7 +67,7 @@ BELOW_FORMATS = {
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
     "verify": {"runtimes"},
     "exported": set(),
-    "compiled": {"", "build", "exported", "onnx", "pytorch", "runtimes"},
+    "compiled": {"build", "exported", "onnx", "pytorch", "runtimes"},
 }
 
 # Who may import what from outside the standard library. Torch has a door of its own.

@@ -126,8 +126,8 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             if why is None and again:
                 if looks and _reads(still, inputs):
                     warnings.warn(
-                        f"compile: {type(module).__name__} goes by the numbers themselves ({', '.join(looks[:3])}), and "
-                        "the network does what it did for the example: other inputs agreed, but not all can be tried",
+                        f"compile: {type(module).__name__} goes by the numbers themselves ({', '.join(looks[:3])}), "
+                        "and the network does what it did for the example: other inputs agreed, but not all can be tried",
                         stacklevel=2,
                     )
                 return network
