@@ -127,7 +127,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
                 if looks and _reads(still, inputs):
                     warnings.warn(
                         f"compile: {type(module).__name__} goes by the numbers themselves ({', '.join(looks[:3])}), "
-                        "and the network does what it did for the example: other inputs agreed, but not all can be tried",
+                        "and the network does what it did for the example: others agreed, but not all can be tried",
                         stacklevel=2,
                     )
                 return network
