@@ -67,7 +67,8 @@ BELOW_FORMATS = {
     "": set(),  # formats/__init__.py, which looks its adapters up by name
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
     "verify": {"runtimes"},
-    "compiled": {"", "pytorch", "runtimes"},
+    "exported": set(),
+    "compiled": {"build", "exported", "onnx", "pytorch", "runtimes"},
 }
 
 # Who may import what from outside the standard library. Torch has a door of its own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import tempfile
 import warnings
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from cellstack.formats import load
+from cellstack.formats import onnx
+from cellstack.formats.build import HINT
+from cellstack.formats.exported import export, mend, shortened
 from cellstack.formats.pytorch import from_torch
 from cellstack.formats.pytorch.modules import KNOWN
 from cellstack.formats.runtimes import ordered, parted
@@ -20,6 +23,9 @@ from cellstack.network import Network
 from cellstack.spec import FormatError
 
 TOLERANCE = 1e-4  # greatest relative difference that passes: float32 on both sides, sums in other orders
+SCALES = (1.0, 0.01, 10.0)  # of the numbers that are drawn for the comparison
+MORE_SCALES = (*SCALES, -1e-3, 0.1, 0.3, -1.0, 3.0, 30.0, -100.0, 1e3)  # where a module goes by the numbers
+MOST_WAYS = 30  # in which the axes of several inputs are tried together
 STEPS = 4  # of a module that steps a cell, when it is compared
 
 
@@ -42,6 +48,8 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         them are those that `Network.run` returns; a state that is all that is wanted of a layer is an output, `[B, H]`.
         A module that steps a cell, as in `model(x, h, c)` with `x [B, I]`, becomes one over as many steps as there are.
 
+    Where the module reads numbers out of its tensors, as an `if` does, and the network agreed nonetheless, it warns.
+
     Raises:
         TypeError: it is no module, the example is no tensor, or the tolerance no number.
         ValueError: the example is empty, by which nothing could be compared.
@@ -63,6 +71,11 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             "several inputs go into example as one tuple"
         )
     inputs = example if isinstance(example, tuple) else (example,)
+    if _holds_a_dict(inputs):
+        raise TypeError(
+            "compile: expected example to be a tensor, or a tuple of tensors, got a dict: give a module whose forward "
+            "takes its tensors one by one and makes the dict of them"
+        )
     flat = _tensors(inputs)
     if not flat or not all(isinstance(value, torch.Tensor) for value in flat):
         got = f"a tuple of {', '.join(type(v).__name__ for v in flat)}" if isinstance(example, tuple) else None
@@ -80,8 +93,18 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in still.parameters()):
         still = still.float()
         inputs = _like(inputs, (value.float() if value.is_floating_point() else value for value in flat))
-    packs, answers = _first(still, inputs)  # what the module itself refuses, it refuses in its own words
+    if any(part.is_meta for part in (*flat, *still.parameters(), *still.buffers())):
+        raise FormatError(
+            f"compile: {type(module).__name__} has no numbers on the device 'meta': give it weights first, by "
+            "module.to_empty(device='cpu') and module.load_state_dict(...), and an example on the CPU"
+        )
+    packs, answers, again = _first(still, inputs)  # what the module itself refuses, it refuses in its own words
     reasons = []
+    if not again:
+        reasons.append(
+            "called again with the same input it answers otherwise: it draws numbers, or keeps something from call to "
+            "call; let forward take the state and return it, and draw nothing"
+        )
     if packs:
         reasons.append(
             "it packs its rows, which no exporter can follow: give a module that runs over them as they are padded, "
@@ -92,23 +115,62 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             "it has layers with batch_first=False, and a Network takes batch before time: set batch_first=True, "
             "which changes no weight, and give an example that is so"
         )
-    tried = []
+    tried: list[str] = []
+    looks: list[str] = []
     for how, read in (("read as it is", _as_it_is), ("by way of ONNX", _by_onnx)):
         if read is _by_onnx and packs:
             continue
         try:
-            network = read(still, inputs, answers)
-            why = _difference(network, still, inputs, tolerance)
-            if why is None:
+            network = read(still, inputs, answers, looks)
+            why = _difference(network, still, inputs, tolerance, MORE_SCALES if looks else SCALES)
+            if why is None and again:
+                if looks and _reads(still, inputs):
+                    warnings.warn(
+                        f"compile: {type(module).__name__} goes by the numbers themselves ({', '.join(looks[:3])}), "
+                        "and the network does what it did for the example: others agreed, but not all can be tried",
+                        stacklevel=2,
+                    )
                 return network
+            why = why or "it answers as the module's first call does"
+            loops = network.metadata.get("onnx", {}).get("unrolled", {})
+            if loops and why.startswith("with more steps"):
+                name, (count, what) = next(iter(loops.items()))
+                reasons.append(
+                    f"its loop over {name} {what}, which a Network can for a number of steps that is fixed alone, "
+                    f"{count} here: fix it in forward, or compile the module of one step and stream it"
+                )
+            turned = [axes for axes in network.metadata.get("onnx", {}).get("inputs", {}).values() if axes[:2] == "TB"]
+            if turned and not reasons:
+                reasons.append(
+                    "it takes time before batch, and a Network batch before time: turn x round in forward, by "
+                    "x.transpose(0, 1), and give an example [B, T, I]"
+                )
         except (TypeError, ValueError, FormatError) as error:
             why = str(error)
+        if read is _by_onnx:
+            if looks and not packs:
+                reasons.append(
+                    f"it does something by the numbers themselves ({', '.join(looks[:3])}), and a graph has what "
+                    "it did for the example alone: write that without if, while, float() and numpy(), as by torch.where"
+                )
+            known = mend(why)
+            if known and not reasons:
+                reasons.append(known)
+            why = shortened(why) if reasons else why
         tried.insert(0, f"{how}: {why}")
     raise FormatError(f"compile: {type(module).__name__} can't be a Network: " + "; ".join(reasons + tried))
 
 
-def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any]]:
-    """Run a module, and return whether one of its recurrent layers is given packed rows, and what it answers."""
+def _holds_a_dict(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, (tuple, list)) and any(map(_holds_a_dict, value)))
+
+
+def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]:
+    """Run a module, twice.
+
+    Returns:
+        Whether one of its recurrent layers is given packed rows, what it answers, and whether it does so again.
+    """
     import torch
 
     packed = []
@@ -120,14 +182,37 @@ def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any]]:
     hooks = [part.register_forward_pre_hook(look) for part in parts]
     try:
         with torch.no_grad():
-            answers = _tensors(module(*_fresh(inputs)))
+            answers, second = (_tensors(module(*_fresh(inputs))) for _ in range(2))
     finally:
         for hook in hooks:
             hook.remove()
-    return bool(packed), answers
+    same = [
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-6, equal_nan=True)
+        for one, other in zip(answers, second, strict=False)
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    ]
+    return bool(packed), answers, all(same)
 
 
-def _as_it_is(module: Any, inputs: tuple[Any, ...], _: list[Any]) -> Network:
+def _reads(module: Any, inputs: tuple[Any, ...]) -> bool:
+    """Return whether a module reads numbers out of its tensors, as `if` and `float()` do; lengths don't count."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    read = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                read.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Look():
+        module(*_fresh(inputs))
+    return bool(read)
+
+
+def _as_it_is(module: Any, inputs: tuple[Any, ...], *_: list[Any]) -> Network:
     """Return the network that `from_torch` reads."""
     try:
         network = from_torch(module)
@@ -138,10 +223,11 @@ def _as_it_is(module: Any, inputs: tuple[Any, ...], _: list[Any]) -> Network:
     return network
 
 
-def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any]) -> Network:
+def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: list[str]) -> Network:
     """Return the network that a module's ONNX graph holds, of any batch size and number of steps where it allows it.
 
-    The graph's ends are called `input_n` and `output_n`, by their place among the tensors.
+    The graph's ends are called `input_n` and `output_n`, by their place among the tensors. Where the module looks at
+    numbers is added to `looks`.
     """
     import torch
 
@@ -150,33 +236,95 @@ def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any]) -> Networ
             raise FormatError(_no_tensor(n, value))
     flat = _tensors(inputs)
     names = [f"input_{n}" for n in range(len(flat))] if len(flat) > 1 else ["input"]
-    axes = {name: {0: f"{name}_0", 1: f"{name}_1"} for name, value in zip(names, flat, strict=True) if value.ndim > 2}
+    axes = {
+        name: {axis: f"{name}_{axis}" for axis in free}
+        for name, free in zip(names, _free(module, inputs), strict=True)
+        if free
+    }
     outs = [f"output_{n}" for n, value in enumerate(answers) if value is not None]
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, on its own ways
+    with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "module.onnx")
-        options = {"input_names": names, "output_names": outs, "dynamic_axes": axes, "dynamo": False}
+        options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
+        looks += export(_as_one_step(module, inputs), _fresh(inputs), path, options)
         try:
-            torch.onnx.export(_as_one_step(module, flat), _fresh(inputs), path, **options)
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:  # the exporter fails in as many ways as there are modules
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise FormatError(f"PyTorch can't export it: {first}") from error
-        try:
-            return load(path)
+            return onnx.load(path, whole_loops=True)
         except FormatError as error:
-            raise FormatError(str(error).replace(path, "its graph")) from error
+            raise FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")) from error
 
 
-def _as_one_step(module: Any, flat: list[Any]) -> Any:
+def _free(module: Any, inputs: tuple[Any, ...]) -> list[list[int]]:
+    """Return, for each tensor that a module takes, which of its first two axes may have another length.
+
+    One may where the module takes one entry more along it, alone or with such axes of the other tensors as are as long.
+    """
+    import torch
+
+    flat = _tensors(inputs)
+
+    def takes(grown: dict[int, int]) -> bool:
+        given = [_wider(value, grown[n], 1) if n in grown else value for n, value in enumerate(flat)]
+        try:
+            with torch.no_grad():
+                module(*_fresh(_like(inputs, given)))
+        except Exception:  # the module's own way to say that it doesn't
+            return False
+        return True
+
+    def goes(n: int, axis: int) -> bool:
+        if takes({n: axis}):
+            return True
+        others: dict[tuple[int, ...], list[int]] = {}  # those of one shape go together
+        for m, value in enumerate(flat):
+            if m != n:
+                others.setdefault(tuple(value.shape), []).append(m)
+        ways = [
+            [None, *(other for other in range(min(2, len(shape))) if shape[other] == flat[n].shape[axis])]
+            for shape in others
+        ]
+        for way in itertools.islice(itertools.product(*ways), MOST_WAYS):
+            more = {m: at for group, at in zip(others.values(), way, strict=True) if at is not None for m in group}
+            if more and takes({**more, n: axis}):
+                return True
+        return False
+
+    found = []
+    for n, value in enumerate(flat):
+        if value.ndim > 2:
+            found.append([axis for axis in (0, 1) if len(flat) == 1 or goes(n, axis)] or [0, 1])
+        else:
+            found.append([0, 1] if value.ndim == 2 and len(flat) == 1 and takes({0: 1}) else [])
+    return found
+
+
+def _calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
+    """Return how often a call of a module calls the part of it that it calls most."""
+    import torch
+
+    counts = dict.fromkeys(map(id, parts), 0)
+
+    def count(part: Any, _: Any) -> None:
+        counts[id(part)] += 1
+
+    hooks = [part.register_forward_pre_hook(count) for part in parts]
+    try:
+        with torch.no_grad():
+            module(*_fresh(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(counts.values(), default=0)
+
+
+def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
     """Return a module of which a call is one step so that its cells are exported as operators, whose states are known.
 
     PyTorch writes out an nn.GRUCell and an nn.RNNCell as sums and products, in which nothing says what is a state.
     """
     import torch
 
-    if any(value.ndim != 2 for value in flat):
+    flat = _tensors(inputs)
+    cells = [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)]
+    if flat[0].ndim != 2 or _calls(module, cells, inputs) != 1:
         return module
 
     def once(cell: Any, input: Any, hx: Any = None) -> Any:
@@ -194,8 +342,13 @@ def _as_one_step(module: Any, flat: list[Any]) -> Any:
     return stepped
 
 
-def _difference(network: Network, module: Any, example: tuple[Any, ...], tolerance: float) -> str | None:
-    """Return in what the network's outputs differ from the module's; None where they don't."""
+def _difference(
+    network: Network, module: Any, example: tuple[Any, ...], tolerance: float, scales: tuple[float, ...]
+) -> str | None:
+    """Return in what the network's outputs differ from the module's; None where they don't.
+
+    Compared are the example, numbers of its shape at each scale, and other shapes.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -205,7 +358,12 @@ def _difference(network: Network, module: Any, example: tuple[Any, ...], toleran
         return [torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t for t in given]
 
     first = _tensors(example)
-    for what, given in (("", first), ("", drawn(first)), *((s, drawn(more)) for s, more in ends.longer(first))):
+
+    def times(given: list[Any], factor: float) -> list[Any]:
+        return [value * factor if value.is_floating_point() else value for value in given]
+
+    tries = [("", first), *(("", times(drawn(first), factor)) for factor in scales)]
+    for what, given in (*tries, *((words, drawn(more)) for words, more in ends.longer(first))):
         try:
             with torch.no_grad():
                 expected = ends.answers(module, example, given)
@@ -247,11 +405,11 @@ class _Ends:
 
     def longer(self, given: list[Any]) -> Iterator[tuple[str, list[Any]]]:
         """Yield the inputs with a row more, and with more steps, with how a reason begins that comes of these."""
-        for axis, more, what in ((0, 1, "with a row more "), (1, 4, "with more steps ")):
+        for axis, more, what in ((0, 1, "with a row more "), (1, 4, "with more steps "), (1, -1, "with a step less ")):
             if axis and self.steps:
                 continue  # `answers` takes several
             along = {n: self.axes[f"input_{n}"].find("BT"[axis]) for n in self.starts} | dict.fromkeys(self.data, axis)
-            if all(given[n].ndim > axis for n in self.data):
+            if all(given[n].ndim > axis and given[n].shape[axis] + more > 0 for n in self.data):
                 yield (
                     what,
                     [value if along.get(n, -1) < 0 else _wider(value, along[n], more) for n, value in enumerate(given)],
@@ -327,6 +485,8 @@ class _Ends:
             axes = self.outputs.get(name, "")
             if axes[:1] in ("1", "D") and "T" not in axes:  # a last state, which the network gives as it gives answers
                 theirs = ordered(theirs, axes, theirs.shape[axes.index("B")])
+            if theirs.ndim == 1 and left and left[0].shape == (*theirs.shape, 1):  # one number a row
+                theirs = theirs[:, None]
             if left and name not in self.states and _same(left[0], theirs, tolerance):
                 left.pop(0)
                 continue

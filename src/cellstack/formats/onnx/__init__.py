@@ -144,6 +144,7 @@ def load(
     weights: Mapping[str, Any] | None = None,
     frames: Mapping[str, int] | None = None,
     context: Mapping[str, int] | None = None,
+    whole_loops: bool = False,
 ) -> Network:
     """Return the whole of an ONNX file as a Network.
 
@@ -158,6 +159,8 @@ def load(
         frames: how many numbers a frame has, by input, where the file leaves that open.
         context: how many of the last numbers of a frame the file takes again ahead of the next one, by input. The
             network, and a stream of it, keep them.
+        whole_loops: whether loops that an exporter unrolled go over all steps that a sequence has, as whoever exported
+            it may know; else they go over as many as the file has them for.
 
     Returns:
         The network. Its inputs are `[B, T, I]` or `[B, I]` in whatever order the file has their axes; inputs that hold
@@ -179,11 +182,14 @@ def load(
         if model.given:
             plain(model)
         unused = unused_tensors(Scope(model, model.proto.graph))
-        roll(model)
+        roll(model, whole_loops)
         name_activations(model)
         return _loaded(model, unused, sizes, contexts)
     except FormatError as error:
         hint = f"; {HINT}" if _has_parts(model) else ""
+        if model.lost:
+            text = str(error).removeprefix(f"{path}: ")
+            raise FormatError(f"{path}: {model.lost[0]}: {text}{hint}") from None
         raise FormatError(f"{error}{hint}") from None
     except ODD as error:
         raise _odd(path, error) from None

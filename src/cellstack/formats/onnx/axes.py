@@ -488,6 +488,8 @@ def _reshaped(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list
 def _flat(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     x = values[0]
     axis = attributes.get("axis", 1)
+    if axis == 2 and len(x.axes) == 3:  # rows of all steps
+        return [Shaped([Axis(), x.axes[2]], [None, x.lengths[2]])]
     first = x.axes[0] if axis == 1 else Axis()
     last = x.axes[1] if axis == 1 and len(x.axes) == 2 else Axis("F", axes.here)
     return [Shaped([first, last], [x.lengths[0] if axis == 1 else None, None])]

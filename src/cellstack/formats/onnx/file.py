@@ -164,6 +164,8 @@ class Model:
         tensors: reads its tensors.
         budget: what may be computed of its constants.
         rolled: recurrent operators that stand in the place of a graph's steps, by the names of their Y.
+        unrolled: loops that are read a step at a time, by the name of their cell: how many steps, and why.
+        lost: why a loop that was rolled up can't be read as it is.
         given: inputs and tensors that were given a value when the file was loaded: as lists, None where it is long.
     """
 
@@ -173,6 +175,8 @@ class Model:
     tensors: Tensors
     budget: Budget
     rolled: dict[str, Any] = field(default_factory=dict)
+    unrolled: dict[str, tuple[int, str]] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
     given: dict[str, Any] = field(default_factory=dict)
 
     @property

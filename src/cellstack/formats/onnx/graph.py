@@ -193,10 +193,8 @@ class Reader:
             raise Refused(f"takes the input {short(refs[0].name)}, which holds states to start from")
         if not refs:
             raise Refused("expected states, found none")
-        if len(refs) > 2:
-            raise Refused(f"expected the states of one operator, found {len(refs)}")
-        if ends.computed:
-            raise Refused("expected states, found them beside what the graph computes, which no one value holds")
+        if len(refs) > 2 or ends.computed:
+            return self._in_turn(ends)
         run = self.runs[refs[0].operator]
         sizes = iter(ends.refs.shape)
         axes = tuple(axis if axis != "S" else "D" if next(sizes) == 2 else "1" for axis in ends.axes)
@@ -210,6 +208,19 @@ class Reader:
         if first.width != second.width:
             raise Refused("expected states of one width")
         return self.put(f"{run.in_order}.states", Merge("concat"), first, second, axes=axes)
+
+    def _in_turn(self, ends: States) -> Flowing:
+        """Return states, and vectors among them, as a wire carries them: one after the other, as steps are."""
+        if self.frames is not None or ends.axes.count("S") != 1 or "B" not in ends.axes:
+            raise Refused("expected states, found them beside what the graph computes, which no one value holds")
+        steps = []
+        for ref in ends.refs.reshape(-1):
+            flow = self.state(ref)
+            steps.append(self.put(f"{flow.wire}.step", Reshape((1, -1)), flow, axes="BTF"))
+        if len({step.width for step in steps}) != 1:
+            raise Refused(f"expected values of one width, found {[step.width for step in steps]}")
+        axes = ["T" if axis == "S" else axis for axis in ends.axes]
+        return self.put(f"{steps[0].wire}.joined", Merge("concat", axis=1), *steps, axes=axes)
 
     def state(self, ref: Final | Vector) -> Flowing:
         """Return a state after the last step as the value that its node gives; a vector as it is."""
@@ -340,6 +351,8 @@ class Reader:
             contexts = {name: frame.context for name, frame in self.frames.items() if isinstance(frame, Frame)}
             by_rows = any("B" not in value.axes for value in after.values())
             ends["frames"] = {"context": contexts, "steps": "rows" if by_rows else "calls"}
+        if self.model.unrolled:
+            ends["unrolled"] = self.model.unrolled
         if self.model.given:
             ends["given"] = self.model.given
         own = {**self.model.said.get("metadata", {}), "source": self.model.source}

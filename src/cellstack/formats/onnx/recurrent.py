@@ -13,7 +13,7 @@ from cellstack.formats.onnx.fold import Broadcast
 from cellstack.formats.onnx.graph import Handler, Reader, Refused
 from cellstack.formats.onnx.values import Final, Flowing, Lengths, Run, States
 from cellstack.formats.onnx.written_out.scans import read_scan
-from cellstack.nodes import Scale, Select
+from cellstack.nodes import Reshape, Scale, Select
 
 
 def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -22,6 +22,9 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     first, ways = operator.cells[0].spec, len(operator.cells)
     x = reader.flowing(values[0], "X")
     wanted = "BTF" if operator.batch_first else "TBF"
+    rolled = node.output[0] in reader.model.rolled
+    if rolled and x.axes == tuple(wanted.replace("T", "1")):  # a step of a loop that feeds back what it gives
+        x = reader.put(f"{label(node)}.step", Reshape((1, -1)), x, axes=wanted)
     if not x.has(wanted):
         raise Refused(f"expected X with axes {' '.join(wanted)}, found {' '.join(x.axes)}")
     if operator.lengths and not isinstance(reader.value(operator.lengths), Lengths):

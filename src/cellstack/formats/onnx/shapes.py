@@ -34,11 +34,17 @@ def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 
 def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
     """Read a Shape: lengths as far as they are known."""
-    if isinstance(values[0], States):
-        return [Unknown("the shape of a state isn't known here", False)]
-    value = reader.flowing(values[0])
+    value = values[0]
+    if isinstance(value, States):
+        if not value.counted:
+            return [Unknown("the shape of a state isn't known here", False)]
+        sizes = iter(value.refs.shape)
+        found = [next(sizes) if axis == "S" else Dim((axis,)) for axis in value.axes]
+    else:
+        value = reader.flowing(value)
+        found = value.lengths
     lengths = np.empty(len(value.axes), object)
-    for n, length in enumerate(value.lengths):
+    for n, length in enumerate(found):
         lengths[n] = length
     return [Symbols(lengths[attributes.get("start", 0) : attributes.get("end")])]
 
@@ -150,6 +156,8 @@ def flatten(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     ahead, behind = ("".join(a for a in part if a != "1") for part in (x.axes[:axis], x.axes[axis:]))
     if ahead and behind == "F" and len(ahead) == 1:  # two axes as they are
         return [replace(x, axes=(ahead, "F"))]
+    if (ahead, behind) == ("BT", "F"):  # rows of all steps
+        return [replace(x, axes=("N", "F"))]
     if ahead not in ("B", "" if "B" not in x.axes else "B"):
         raise Refused(f"expected to keep the batch, found axis {axis} of {' '.join(x.axes)}")
     return [flattened(reader, node, x, (ahead or "1", "*"))]
@@ -377,6 +385,8 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         return [_as_they_are(values[0], node, values[1])]
     x = reader.flowing(values[0])
     numbers = whole(values[1]) if isinstance(values[1], np.ndarray) else []
+    if set(numbers) == {1} and len(numbers) <= len(x.axes):
+        return [x]
     if not x.has("B1F") or len(numbers) != 3:
         raise Refused(f"expected a vector to be repeated over time, found axes {' '.join(x.axes)}")
     if numbers[0] != 1 or numbers[2] not in (1, x.width if node.op_type == "Expand" else 1):

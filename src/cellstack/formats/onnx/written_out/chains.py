@@ -119,7 +119,10 @@ def _chain(scope: Scope, step: Step, after: dict[str, Step], weights: str) -> Ch
     inputs, starts = [], set()
     for n, each in enumerate(steps):
         ours = [term for gate in each.gates.values() for term in gate.products if term.weights != weights]
-        theirs = {term.value for gate in each.gates.values() for term in gate.products if term.weights == weights}
+        hidden = [term for gate in each.gates.values() for term in gate.products if term.weights == weights]
+        theirs = {term.value for term in hidden}
+        if any(term.moves for term in hidden):  # something is cut out of a product of h, which no cell does
+            return None
         if len({(term.value, tuple(map(id, term.moves))) for term in ours}) != 1 or len(theirs) != 1:
             return None
         inputs.append(ours[0])

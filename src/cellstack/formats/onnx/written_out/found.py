@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cellstack.formats.onnx.cells import Operator
-from cellstack.formats.onnx.file import Scope, label, short
+from cellstack.formats.onnx.file import Scope, declared, label, live_nodes, short
 from cellstack.formats.onnx.graph import MOVES
 from cellstack.formats.onnx.written_out.chains import cell_of, common, find_chains
 from cellstack.formats.onnx.written_out.equations import Step, steps_of
@@ -82,8 +82,9 @@ def takes_states(scope: Scope) -> bool:
     given = {name for name in scope.inputs if name not in scope.initializers}
     if len(given) < 2:
         return False
+    live = live_nodes(scope)  # what a loop that was rolled up consisted of is still there, and leads nowhere
     try:
-        steps = list(find_steps(scope, set()))
+        steps = [found for found in find_steps(scope, set()) if id(found.step.node) in live]
     except FormatError:  # which product is that of h can't be told, which is said where it is read
         return False
     return any({_root(scope, found.h.value), _root(scope, found.step.c[1])} <= given for found in steps)
@@ -109,8 +110,16 @@ def _of_h(scope: Scope, step: Step, terms: list[Term]) -> Term | None:
         if deep == term.stop - term.start:
             found[term.weights] = term
     if len(found) == 2:
-        start = _root(scope, step.c[1])
-        found = {name: term for name, term in found.items() if _root(scope, term.value) == start}
+        start, given = _root(scope, step.c[1]), {value.name: declared(value) for value in scope.graph.input}
+        roots = {name: _root(scope, term.value) for name, term in found.items()}
+        tests = (
+            lambda root: root == start,
+            lambda root: root in given,  # where x is computed, and h is given
+            lambda root: root in given and given[root] == given.get(start),  # as c is
+        )
+        alike = ([name for name, root in roots.items() if test(root)] for test in tests)
+        one = next((names for names in alike if len(names) == 1), [])
+        found = {name: term for name, term in found.items() if name in one}
         if len(found) != 1:
             text = "expected to tell the product of h from that of x, found two that could be either"
             raise FormatError(f"{scope.model.path}: node {short(label(step.node))}: {text}")

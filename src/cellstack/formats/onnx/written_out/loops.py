@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from cellstack.formats.onnx.cells import Operator
-from cellstack.formats.onnx.file import Model, Scope, onnx_package
+from cellstack.formats.onnx.file import Model, Scope, live_nodes, onnx_package
 from cellstack.formats.onnx.fold import Broadcast, axes_of, numbers
 from cellstack.formats.onnx.written_out.chains import Chain, cell_of, find_chains, stripped
 from cellstack.formats.onnx.written_out.found import find_steps
 from cellstack.formats.onnx.written_out.linear import Place, place_of
+from cellstack.formats.onnx.written_out.rows import Loop
 from cellstack.nodes.recurrent import Cell
 
 
@@ -22,16 +24,14 @@ class _Roller:
         scope: the graph.
         chain: the steps.
         number: of the chain, for names of its own.
-        known: the steps of the chains before it, to which its own are added.
+        loop: what is put in for all steps; the chain's own steps are added to those that it knows.
         joins: the Concats of the graph, by the first value that they join.
     """
 
-    def __init__(
-        self, scope: Scope, chain: Chain, number: int, known: dict[str, Place], joins: dict[str, list[Any]]
-    ) -> None:
+    def __init__(self, scope: Scope, chain: Chain, number: int | str, loop: Loop, joins: dict[str, list[Any]]) -> None:
         self.scope, self.chain, self.onnx = scope, chain, onnx_package()
-        self.known, self.joins = known, joins
-        self.prefix = f"rolled {number} "
+        self.loop, self.known, self.joins = loop, loop.known, joins
+        self.number, self.prefix = number, f"rolled {number} "
         self.made: list[Any] = []
         self.constants: list[Any] = []
 
@@ -66,19 +66,10 @@ class _Roller:
     def roll(self) -> bool:
         """Put the operator in; whether that could be done."""
         chain, scope = self.chain, self.scope
-        places = [place_of(scope, term, self.known) for term in chain.inputs]
-        count = len(places)
-        if any(place is None for place in places) or len({(p.root, p.axis) for p in places if p}) != 1:
+        taken = self._taken()
+        if taken is None:
             return False
-        found = [place for place in places if place is not None]
-        steps, axis = [place.step for place in found], found[0].axis
-        ahead = list(range(count))
-        backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
-        if (steps != ahead and not backwards) or axis not in (0, 1):
-            return False
-        x = self.put("Transpose", [found[0].root], perm=[1, 0, 2]) if axis else found[0].root
-        last = steps[0] == -1
-        x = self.sliced(x, -count if last else 0, 2**63 - 1 if last else count)  # the steps that it takes, if more come
+        x, backwards = taken
         deep = self._is_deep()
         starts = [self._start(name, deep) for name in chain.starts]
         if None in starts:
@@ -89,6 +80,29 @@ class _Roller:
         self._outputs(y, names, deep, backwards)
         return True
 
+    def _taken(self) -> tuple[str, bool] | None:
+        """Return the name of the sequence that the steps go over, and whether backwards; None where there is none."""
+        terms = self.chain.inputs
+        places = [place_of(self.scope, term, self.known) for term in terms]
+        count = len(places)
+        found = [place for place in places if place is not None]
+        steps, roots = [place.step for place in found], {(place.root, place.axis) for place in found}
+        ahead = list(range(count))
+        backwards = steps in (ahead[::-1], [-1 - n for n in ahead])
+        if len(roots) != 1 or (steps != ahead and not backwards):
+            taken = None if any(term.moves for term in terms) else self.loop.taken([term.value for term in terms])
+            return None if taken is None else (self.put("Transpose", [taken.name], perm=[1, 0, 2]), taken.backwards)
+        ((x, axis),) = roots
+        if axis not in (0, 1):
+            return None
+        if self.loop.ranks.get(x) == 2:  # one number a step
+            x = self.loop.squeezed(x, 2, "Unsqueeze")
+        x = self.put("Transpose", [x], perm=[1, 0, 2]) if axis else x
+        if not self.loop.whole:  # the steps that it takes, if more come
+            last = steps[0] == -1
+            x = self.sliced(x, -count if last else 0, 2**63 - 1 if last else count)
+        return x, backwards
+
     def roll_step(self) -> None:
         """Put the operator in for a chain of one step, of rows `[B, F]`: it has a time axis of length 1 within."""
         chain = self.chain
@@ -96,6 +110,23 @@ class _Roller:
         x = self.squeezed(chain.inputs[0].value, 0, operator="Unsqueeze")
         names = self._operator(cell, x, [self._start(name, False) for name in chain.starts], "forward")
         self._ends(names, False)
+
+    def roll_apart(self) -> dict[str, list[Any]]:
+        """Return an operator for each step alone, `{name: nodes}`, each list to go ahead of what makes that name."""
+        chain, before = self.chain, dict[str, list[Any]]()
+        if self._is_deep():
+            return before
+        names = [(step.node.output[0], *([step.c[0]] if step.kind == "lstm" else [])) for step in chain.steps]
+        for n, step in enumerate(chain.steps):
+            if chain.inputs[n].moves:
+                return {}
+            starts = chain.starts if n == 0 else names[n - 1]
+            one = Chain([step], starts, [chain.inputs[n]], chain.recurrent, chain.name)
+            roller = _Roller(self.scope, one, f"{self.number} {n}", self.loop, {})
+            roller.roll_step()
+            self.constants += roller.constants
+            before[f"{roller.prefix}was {names[n][-1]}"] = roller.made
+        return before
 
     def _operator(self, cell: Cell, x: str, starts: list[str | None], direction: str) -> list[str]:
         """Put a cell in as an operator, and return the names of what it gives: Y, h, and c of an LSTM.
@@ -183,31 +214,66 @@ class _Roller:
         node.CopyFrom(made)
 
 
-def roll(model: Model) -> None:
+def roll(model: Model, whole: bool = False) -> None:
     """Put recurrent operators in the place of the steps of cells that the outermost graph writes out.
 
-    Whatever else takes a step's h takes it out of the operator's output. Steps that don't go over one sequence from one
-    end to the other, or don't begin from zeros or an input, are left as they are.
+    Whatever else takes a step's h takes it out of the operator's output; what the loop makes of it at every step, and
+    joins, is made of all steps at once. Steps that don't go over one sequence from one end to the other, or don't begin
+    from zeros or an input, become operators of one step each.
+
+    Args:
+        model: the file, which is changed.
+        whole: whether loops go over all steps that a sequence has; else over as many as the graph has them for.
     """
     scope = Scope(model, model.proto.graph)
-    known: dict[str, Place] = {}
+    loop = Loop(scope, {}, whole)
     joins: dict[str, list[Any]] = {}
-    for node in scope.graph.node:
-        if node.op_type == "Concat" and node.input:
-            joins.setdefault(stripped(scope, node.input[0]), []).append(node)
+    concats = [node for node in scope.graph.node if node.op_type == "Concat" and node.input]
+    for node in concats:
+        joins.setdefault(stripped(scope, node.input[0]), []).append(node)
     before: dict[str, list[Any]] = {}  # what is put in, by the name of what stands behind it
-    for number, chain in enumerate(find_chains(scope)):
-        roller = _Roller(scope, chain, number, known, joins)
+    chains = find_chains(scope)
+    for number, chain in enumerate(chains):
+        roller = _Roller(scope, chain, number, loop, joins)
         try:
+            h = chain.steps[0].node.output[0]
             rolled = roller.roll()
+            made = {chain.steps[0].node.output[0]: roller.made} if rolled else roller.roll_apart()
+            if made and not rolled:
+                model.unrolled[chain.name] = len(chain.steps), _why_apart(scope, chain, h)
         except ValueError:  # weights that no cell has: the operators are named where the graph is read
             continue
-        if rolled:
-            before[chain.steps[0].node.output[0]] = roller.made
-            scope.graph.initializer.extend(roller.constants)
-            scope.initializers.update((tensor.name, tensor) for tensor in roller.constants)
-            scope.producers.update((name, node) for node in roller.made for name in node.output)
-    _placed(scope, before)
+        before |= made
+        scope.graph.initializer.extend(roller.constants)
+        scope.initializers.update((tensor.name, tensor) for tensor in roller.constants)
+        scope.producers.update((name, node) for nodes in made.values() for node in nodes for name in node.output)
+    for node in concats if loop.known else ():
+        name = loop.joined(list(node.input), model.attributes(node).get("axis", 0)) if len(node.input) > 1 else None
+        if name is not None:
+            node.CopyFrom(loop.onnx.helper.make_node("Identity", [name], list(node.output), name=node.name))
+    scope.graph.initializer.extend(loop.constants)
+    _placed(scope, before, loop.made)
+    if before:
+        scope = Scope(model, model.proto.graph)
+        live = live_nodes(scope)
+        for chain in chains:
+            inner = [scope.producers.get(step.c[0]) for step in chain.steps[:-1] if step.kind == "lstm"]
+            if chain.name not in model.unrolled and any(node is not None and id(node) in live for node in inner):
+                model.lost.append(f"the loop over {chain.name} takes c of every step, of which a Network has the last")
+
+
+def _why_apart(scope: Scope, chain: Chain, h: str) -> str:
+    """Say why a chain's steps don't go over one sequence; `h`: the name of the first one's."""
+    waiting, seen = [chain.inputs[1].value], set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name == h:
+            return "feeds back what it gives"
+        node = scope.producers.get(name)
+        if node is not None and name not in seen:
+            waiting += [one for one in node.input if one]
+        seen.add(name)
+    return "takes, beside each step's own, values that are the same at every step, or out of order"
 
 
 def roll_steps(model: Model) -> None:
@@ -217,20 +283,47 @@ def roll_steps(model: Model) -> None:
     for number, found in enumerate(list(find_steps(scope, set())), len(model.rolled)):
         starts = (found.h.value, found.step.c[1])
         chain = Chain([found.step], starts, [found.x], found.h.weights, found.name)
-        roller = _Roller(scope, chain, number, {}, {})
+        roller = _Roller(scope, chain, number, Loop(scope, {}, False), {})
         roller.roll_step()
         before[f"{roller.prefix}was {found.step.c[0]}"] = roller.made  # c may be taken before h is made
         scope.graph.initializer.extend(roller.constants)
     _placed(scope, before)
 
 
-def _placed(scope: Scope, before: dict[str, list[Any]]) -> None:
-    """Put nodes into a graph, each list ahead of the node that makes the value by whose name it goes."""
-    if before:
-        nodes = [new for node in scope.graph.node for new in (*_ahead(before, node), node)]
-        copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-        del scope.graph.node[:]
-        scope.graph.node.extend(copies)
+def _placed(scope: Scope, before: dict[str, list[Any]], more: Sequence[Any] = ()) -> None:
+    """Put nodes into a graph.
+
+    Args:
+        scope: of the graph.
+        before: nodes, each list ahead of the node that makes the value by whose name it goes.
+        more: nodes that go ahead of whatever takes what they make.
+    """
+    if not before and not more:
+        return
+    nodes = [new for node in scope.graph.node for new in (*_ahead(before, node), node)]
+    copies = [type(node).FromString(node.SerializeToString()) for node in _in_order(nodes, more)]
+    del scope.graph.node[:]
+    scope.graph.node.extend(copies)
+
+
+def _in_order(nodes: list[Any], more: Sequence[Any]) -> list[Any]:
+    """Return nodes with others among them, each behind what it takes."""
+    if not more:
+        return nodes
+    makers = {name: node for node in (*nodes, *more) for name in node.output if name}
+    done, placed = set[int](), list[Any]()
+    for node in nodes:
+        waiting = [node]
+        while waiting:
+            top = waiting[-1]
+            lacking = [makers[name] for name in top.input if name in makers and id(makers[name]) not in done]
+            if id(top) in done or not lacking:
+                waiting.pop()
+                placed += [] if id(top) in done else [top]
+                done.add(id(top))
+            else:
+                waiting += lacking
+    return placed
 
 
 def _ahead(before: dict[str, list[Any]], node: Any) -> list[Any]:
