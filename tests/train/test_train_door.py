@@ -13,6 +13,7 @@ from torch import nn
 
 from cellstack import FormatError, load, train
 from cellstack.train import UsageError, as_sequences
+from cellstack.train.data.frames import grouped
 from cellstack.train.data.stream import Stream
 
 SMALL = {"units": 4, "epochs": 2, "threads": 1}
@@ -341,6 +342,21 @@ def test_columns_that_aren_t_used_are_named_and_gaps_are_kept(toy):
         result = train.fit(frame, "state", id="id", time="t", **SMALL)
     assert result.network.metadata["columns"] == ["c0", "c1", "c2"]
     assert result.network.metadata["observed"] == [1]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_column_of_dates_that_nobody_named_is_told_with_what_it_is_for(library):
+    columns = {
+        "id": [1, 1, 2],
+        "when": pd.date_range("2024-01-01", periods=3).to_pydatetime().tolist(),
+        "c": [1.0, 2.0, 3.0],
+    }
+    frame = pd.DataFrame(columns) if library == "pandas" else pl.DataFrame(columns)
+    given = {"id": "id", "features": None, "weight": None, "per_step": None, "name": "x"}
+    assert grouped(frame, None, time=None, **given).ignored == {
+        "when": "holds dates: time= or --time puts a sequence's rows in their order"
+    }
+    assert not grouped(frame, None, time="when", **given).ignored
 
 
 def test_constant_columns_and_a_class_of_one_example(toy):

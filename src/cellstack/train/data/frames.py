@@ -88,6 +88,8 @@ def grouped(
             used[column] = numbers
         elif features is not None:
             raise UsageError(f"{name}: expected numbers in column {column!r}, got {plain(frame, column)[0]!r:.40}")
+        elif time is None and _dated(frame, column):
+            ignored[column] = "holds dates: time= or --time puts a sequence's rows in their order"
         else:
             ignored[column] = f"holds no numbers, but {plain(frame, column)[0]!r:.40}"
     if not used:
@@ -103,6 +105,12 @@ def grouped(
         ignored,
         label,
     )
+
+
+def _dated(frame: Any, column: str) -> bool:
+    """Return whether a column is one of dates or times, of pandas or polars."""
+    dtype = _series(frame, column).dtype
+    return getattr(dtype, "kind", "") == "M" or str(dtype).startswith("Date")
 
 
 def plain(frame: Any, column: str) -> NDArray:
