@@ -305,6 +305,8 @@ class Cell(Layer):
         """Return which way weights like `kernel` are computed ("fused", "cudnn", "torch" or "loop"), and why."""
         if self._foreign:
             return "loop", f"activation {self._foreign[0]} is not one of {', '.join(ACTIVATIONS)}"
+        if kernel.is_cpu and kernel.dtype in op.ELEMENTS and op.unwatched() and not op.transformed():
+            return "fused", ""  # the usual case, which training asks at every step
         device, dtype = kernel.device.type, kernel.dtype
         if device == "cuda":
             if not self._plain:

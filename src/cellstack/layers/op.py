@@ -143,7 +143,7 @@ def _in_columns(form: _Form, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _address(tensor: Tensor | None) -> int:
-    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
+    return 0 if tensor is None else tensor.data_ptr()  # an empty one is at 0
 
 
 _LARGE = 1 << 22  # bytes from which large pages pay; NumPy asks for them from the same size on
@@ -198,19 +198,19 @@ def _checked(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> list
     return [_plain(weight) for weight in _with_one_bias(form, weights)]
 
 
-_ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
+ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
 
 
 def _weights(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype, copy: bool) -> tuple[Any, list[Tensor]]:
     """Return the kernel's weights, and what must be kept until the call has ended."""
     flat = _checked(form, weights, dtype)
-    return native.weights_at(form.description, _ELEMENTS[dtype], _addresses(form, flat), copy), flat
+    return native.weights_at(form.description, ELEMENTS[dtype], _addresses(form, flat), copy), flat
 
 
 def _lying(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
     """Return the kernel's weights, read where they lie, of a call whose forward pass has checked them."""
     flat = [_plain(weight) for weight in _with_one_bias(form, weights)]
-    return native.weights_at(form.description, _ELEMENTS[dtype], _addresses(form, flat), False), flat
+    return native.weights_at(form.description, ELEMENTS[dtype], _addresses(form, flat), False), flat
 
 
 # Packed weights, by the layer of a call, with the addresses and versions of the tensors that they were packed from, and
@@ -331,7 +331,8 @@ def _backward(
     wanted_arrays = iter(results[1 + len(starts) :])
     x = _rows(x)
     mask, reset = _flags(mask), _flags(reset)
-    begin, drops, given = [_plain(t) for t in starts], [_plain(t) for t in drops], [_given(grad) for grad in grads]
+    begin, drops = [_plain(t) for t in starts], [_plain(t) for t in drops]
+    given = [None if grad is None else _plain(grad) for grad in grads]
     arrays = iter(weights)
     every = sum(len(_form(text).sizes) for text in cells)  # where gradients of what is kept of every step begin
     layers, gradients, kept, biases, first = [], [], [], [], 0
@@ -382,13 +383,11 @@ def _empty_gradients(
     return [dx, *[torch.empty_like(t, memory_format=plain) if w else None for t, w in zip(others, rest, strict=True)]]
 
 
-def _given(grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else _plain(grad)
-
-
 def _pair(arrays: Sequence[Tensor | None]) -> tuple[int, int]:
     """Return the addresses of h and c, of those that there are."""
-    return _address(arrays[0]) if arrays else 0, _address(arrays[1]) if len(arrays) > 1 else 0
+    if not arrays:
+        return 0, 0
+    return _address(arrays[0]), _address(arrays[1]) if len(arrays) > 1 else 0
 
 
 def _fake_forward(
@@ -455,9 +454,9 @@ def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
 # ── Batches of gradients: vmap over the backward pass ──────────────────────────────────────────────────────────────
 
 
-def _batched(grad: Tensor | None) -> bool:
+def _batched(grad: Tensor) -> bool:
     """Whether `grad` is a batch of gradients, as torch.autograd.grad(…, is_grads_batched=True) gives them."""
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)  # pyright: ignore[reportAttributeAccessIssue]
+    return torch._C._functorch.is_legacy_batchedtensor(grad)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _picked(value: Any, dim: Any, n: int) -> Any:
@@ -526,7 +525,8 @@ def _gradients(ctx: Any, needs: list[bool], grads: Sequence[Tensor | None]) -> l
                 x, starts, weights, drops, mask, reset, saved, grads, cells, reverse, needs, threads, time_major
             )
 
-        found = _of_each(back, grads) if any(map(_batched, grads)) else back(grads)
+        batched = [grad for grad in grads if grad is not None and _batched(grad)]
+        found = _of_each(back, grads) if batched else back(grads)
     queue = iter(found)
     return [next(queue) if need else None for need in needs]
 
@@ -556,6 +556,10 @@ class _Direct(torch.autograd.Function):
         return None, None, *_gradients(ctx, list(ctx.needs_input_grad[2:]), grads)
 
 
+# Without what `Function.apply` does for transforms of torch.func, which nobody who calls it is in.
+_apply: Any = super(torch.autograd.Function, _Direct).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
 _LIBRARY.impl("recurrent", _forward, "CPU")
 _LIBRARY.impl("recurrent_backward", _backward, "CPU")
 torch.library.register_fake("cellstack::recurrent", _fake_forward, lib=_LIBRARY)
@@ -578,18 +582,22 @@ def transformed() -> bool:
     )
 
 
-def direct(x: Tensor) -> bool:
-    """Whether nobody watches a call on `x` that isn't `transformed`: no compiler, no tracer, no mode.
-
-    Then the dispatcher, which costs a small step more than its arithmetic does, may be left out.
-    """
+def unwatched() -> bool:
+    """Whether nobody looks on at what is called: no compiler, no tracer, no mode."""
     return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and torch._C._get_tracing_state() is None
     )
+
+
+def direct(x: Tensor) -> bool:
+    """Whether nobody watches a call on `x` that isn't `transformed`: a plain tensor, `unwatched`.
+
+    Then the dispatcher, which costs a small step more than its arithmetic does, may be left out.
+    """
+    return type(x) is Tensor and unwatched()
 
 
 def run(
@@ -615,7 +623,7 @@ def run(
     if not x.is_cpu or not direct(x):
         return recurrent(x, starts, weights, *rest)
     if save:
-        return list(_Direct.apply(len(starts), rest, x, *starts, *weights))  # type: ignore[arg-type]
+        return list(_apply(len(starts), rest, x, *starts, *weights))
     return _forward(x, starts, weights, *rest, keep)
 
 
