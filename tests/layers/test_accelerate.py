@@ -28,6 +28,7 @@ CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
 def runs(monkeypatch):
     """Count the calls that went to the kernel, which here takes those too that PyTorch is faster with."""
     monkeypatch.setattr(served, "LEAST_STEPS", dict.fromkeys(served.LEAST_STEPS, (1, 1, 1)))
+    monkeypatch.setattr(served, "WIDE_RNN_CELL", 1)
     calls = []
     for name in ("run", "step"):
         real = getattr(op, name)
@@ -231,6 +232,7 @@ def test_frozen_weights_are_packed_once_and_again_when_a_version_changes(kind, m
     x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
     packs = []
     real = op._weights
+    monkeypatch.setattr(served, "WIDE_RNN_CELL", 1)
     monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
     with torch.no_grad(), cs.frozen(nn.Sequential(ours)):
         for _ in range(3):
@@ -260,6 +262,18 @@ def test_short_calls_are_left_to_pytorch_but_for_what_it_cannot_do(monkeypatch):
     with torch.no_grad(), cs.frozen(ours):
         torch.testing.assert_close(ours(x)[0], y.detach())
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(("units", "calls"), [(served.WIDE_RNN_CELL - 1, 0), (served.WIDE_RNN_CELL, 1)])
+def test_a_narrow_rnn_cell_is_left_to_pytorch_with_frozen_weights_too(units, calls, monkeypatch):
+    theirs, ours = pair(nn.RNNCell, 3, units)
+    steps, real = [], op.step
+    monkeypatch.setattr(op, "step", lambda *args, **rest: steps.append(1) or real(*args, **rest))
+    x = torch.randn(2, 3)
+    with torch.no_grad(), cs.frozen(ours):
+        same(ours(x), theirs(x), 1e-6)
+    assert len(steps) == calls
+    assert ("as fast below" in cs.plan(ours)[0]) == (not calls)
 
 
 def test_a_relu_rnn_and_its_cell(runs):

@@ -19,7 +19,16 @@ from cellstack.layers import op
 from cellstack.layers.accelerated import PASSING, Accelerated, class_of, copied
 from cellstack.layers.bidirectional import Bidirectional
 from cellstack.layers.rnn import RNN
-from cellstack.layers.served import LEAST_STEPS, WIDE_LSTM, base_of, obstacle, original_of, own_way
+from cellstack.layers.served import (
+    LEAST_STEPS,
+    WIDE_LSTM,
+    WIDE_RNN_CELL,
+    base_of,
+    is_narrow,
+    obstacle,
+    original_of,
+    own_way,
+)
 from cellstack.spec import Plan
 
 
@@ -192,6 +201,8 @@ def _how(module: Any) -> str:
 
 def _small(module: Any) -> str:
     """Say which calls of a module PyTorch runs because it is faster there."""
+    if is_narrow(module):
+        return f" with return_gates=; else PyTorch's own, as fast below {WIDE_RNN_CELL} units"
     if isinstance(module, nn.RNNCellBase):
         return " within frozen() and without gradients; else PyTorch's own, as fast for one step"
     least, trained, _ = LEAST_STEPS[module.mode]

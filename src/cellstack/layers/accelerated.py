@@ -286,7 +286,8 @@ class _Step(Accelerated, nn.RNNCellBase):
         """
         keep = self._frozen
         asked = reset is not None or return_gates
-        if keep is None and not asked:  # what packing costs, and the way back through a step, no kernel makes up for
+        # What packing costs, and the way back through a step, no kernel makes up for.
+        if not asked and (keep is None or served.is_narrow(self)):
             return super().forward(input, hx)
         mode = mode_of(self)
         states = arrays_of(hx, mode)

@@ -29,8 +29,15 @@ _DTYPES = (torch.float32, torch.float64)
 # Steps from which the kernel is the faster one, in a call without gradients, with them, and with frozen weights;
 # measured (benchmarks/doors.py).
 LEAST_STEPS = {"LSTM": (1, 16, 1), "GRU": (8, 4, 1), "RNN_TANH": (16, 16, 4), "RNN_RELU": (16, 16, 4)}
+# Units from which a cell without gates is the faster one for a step with frozen weights.
+WIDE_RNN_CELL = 128
 # Units, or rows × steps, from which an LSTM's training step is the faster one whatever its steps.
 WIDE_LSTM, BIG_LSTM = 128, 512
+
+
+def is_narrow(module: nn.Module) -> bool:
+    """Return whether PyTorch runs a step of a module as fast with frozen weights too."""
+    return isinstance(module, nn.RNNCell) and module.hidden_size < WIDE_RNN_CELL
 
 
 def original_of(kind: type) -> type:
