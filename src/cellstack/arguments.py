@@ -147,6 +147,8 @@ def as_own(answers: Sequence[Array], given: Sequence[Array]) -> Any:
     owned: list[Array] = []
     for answer in answers:
         y = np.ascontiguousarray(answer)
+        if min(y.strides, default=0) < 0:  # of an axis of length 1, which NumPy doesn't mind and torch.from_numpy does
+            y = y.copy()
         if y.base is not None or any(y is other for other in (*given, *owned)) or len(answers) > 1:
             y = y.copy() if any(np.may_share_memory(y, other) for other in (*given, *owned)) else y
         owned.append(y)

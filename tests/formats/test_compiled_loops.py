@@ -22,13 +22,17 @@ class Of(nn.Module):
         return self.run(self, *inputs)
 
 
-def loop(m, x):
+def steps_of(m, x):
     h = c = x.new_zeros(x.size(0), 4)
     ys = []
     for t in range(x.size(1)):
         h, c = m.cell(x[:, t], (h, c))
         ys.append(m.head(h))
-    return torch.stack(ys, 1)
+    return ys
+
+
+def loop(m, x):
+    return torch.stack(steps_of(m, x), 1)
 
 
 def loop_of_h(m, x):
@@ -278,6 +282,11 @@ class Square(torch.autograd.Function):
 REFUSED = {
     "fed back": (fed_back, "its loop over cell feeds back what it gives, .* 5 here: fix it in forward"),
     "c": (of_c, "the loop over cell takes c of every step"),
+    "one left out": (
+        lambda m, x: torch.stack(steps_of(m, x)[:-1], 1),
+        "its loop leaves steps out, does something else",
+    ),
+    "added up": (lambda m, x: sum(steps_of(m, x)), "another way than torch.stack"),
     "written": (written, "Network: it writes into a tensor that is there, .* join them by torch.stack"),
     "doubled": (doubled, r"by the numbers themselves \(test_compiled_loops.py:\d+\), .* without if, while"),
     "counted": (counted, "Network: called again with the same input it answers otherwise"),

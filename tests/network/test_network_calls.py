@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cellstack import Cell, CellSpec, Dense, Network, Patch, Recurrent, ShapeError
-from cellstack.nodes import Merge
+from cellstack.nodes import Merge, Select
 
 
 def cells_of(rng, widths, dtype, **flags):
@@ -70,3 +70,9 @@ def test_a_call_of_a_network_that_is_no_chain_is_a_run(rng):
         assert net._whole is None
         x = rng.normal(size=(2, 5, 3)).astype(np.float32)
         np.testing.assert_array_equal(net(x), net.run(x)[0])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_answer_goes_forwards_in_memory(steps):
+    y = Network([Dense(np.ones((3, 2), np.float32)), Select(step=-1)])(np.zeros((2, steps, 3), np.float32))
+    assert min(y.strides) > 0  # torch.from_numpy takes no others, of an axis of length 1 neither

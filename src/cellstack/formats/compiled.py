@@ -139,6 +139,12 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
                     f"its loop over {name} {what}, which a Network can for a number of steps that is fixed alone, "
                     f"{count} here: fix it in forward, or compile the module of one step and stream it"
                 )
+            other = "has the shape" in why or why.startswith("with more steps")
+            if other and not reasons and _loops(still, inputs):
+                reasons.append(
+                    "its loop leaves steps out, does something else at some of them, or joins them in another way than "
+                    "torch.stack(ys, 1): a Network does the same at every step, and gives them all"
+                )
             turned = [axes for axes in network.metadata.get("onnx", {}).get("inputs", {}).values() if axes[:2] == "TB"]
             if turned and not reasons:
                 reasons.append(
@@ -313,6 +319,13 @@ def _calls(module: Any, parts: list[Any], inputs: tuple[Any, ...]) -> int:
         for hook in hooks:
             hook.remove()
     return max(counts.values(), default=0)
+
+
+def _loops(module: Any, inputs: tuple[Any, ...]) -> bool:
+    """Return whether a call of a module steps a cell several times."""
+    import torch
+
+    return _calls(module, [part for part in module.modules() if isinstance(part, torch.nn.RNNCellBase)], inputs) > 1
 
 
 def _as_one_step(module: Any, inputs: tuple[Any, ...]) -> Any:
