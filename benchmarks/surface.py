@@ -1,10 +1,11 @@
 """The whole surface: every shape of a grid, beside torch, ONNX Runtime and OpenVINO, outputs checked first.
 
-    python benchmarks/surface.py [--what inference training step] [--threads 1] [--before torch] [-o FOLDER]
+    python benchmarks/surface.py [--what inference bfloat16 training step] [--threads 1] [--before torch] [-o FOLDER]
 
 140 shapes of inference: batches of 1 to 128, 20 and 200 steps, 8 to 512 units, one and two layers, an input as wide as
-a layer, but at most 64; 59 of training; steps of a stream at every width. It is what `cellstack bench` measures, on
-more shapes, by the same code, and takes accordingly longer. Ctrl-C leaves what was measured.
+a layer, but at most 64; 48 of inference in bfloat16; 59 of training; steps of a stream at every width. It is what
+`cellstack bench` measures, on more shapes, by the same code, and takes accordingly longer. Ctrl-C leaves what was
+measured.
 """
 
 import argparse
@@ -19,6 +20,7 @@ UNITS = (8, 16, 32, 64, 128, 256, 512)
 BATCHES = (1, 4, 16, 32, 128)
 WORK = {
     "inference": [shape for layers in (1, 2) for shape in shapes(BATCHES, (20, 200), UNITS, layers)],
+    "bfloat16": [shape for layers in (1, 2) for shape in shapes((1, 32, 128), (20, 200), (64, 128, 256, 512), layers)],
     "training": shapes((1, 8, 32, 128), (20, 100), UNITS) + [Shape(32, 100, 64, units, 2) for units in (128, 256, 512)],
     "step": step_shapes(UNITS),
 }

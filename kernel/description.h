@@ -18,6 +18,12 @@ constexpr bool narrow(Element e) { return e == Element::kBfloat16 || e == Elemen
 constexpr int64_t narrow_words(int64_t depth, int bits) { return (depth * bits + 31) / 32; }
 constexpr int bits_of(Element e) { return e == Element::kBfloat16 ? 16 : 8; }
 
+// How far apart the rows that narrow weights are multiplied with lie, in words: halves may be floats once more, and are
+// written some vectors at a time.
+constexpr int64_t narrow_stride(Element e, int64_t depth) {
+    return e == Element::kBfloat16 ? (depth + 15) / 16 * 16 : narrow_words(depth, 8);
+}
+
 enum Kind : int { kLstm, kGru, kRnn, kDense };
 
 // In the order of cellstack.spec.ACTIVATIONS.

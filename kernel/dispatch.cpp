@@ -22,7 +22,12 @@ std::vector<const InstructionSet*> find() {
     __builtin_cpu_init();
 #endif
 #ifdef CELLSTACK_HAS_avx512vnni
-    if (avx512_runs() && __builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512vnni::set);
+    if (avx512_runs() && __builtin_cpu_supports("avx512vnni")) {
+        sets.push_back(&avx512vnni::set);
+        // Some processors take four times as long for a pair as for a multiply-add, others as long.
+        if (__builtin_cpu_supports("avx512bf16"))
+            sets.insert(avx512vnni::pairs_pay() ? sets.begin() : sets.end(), &avx512vnni::pairs);
+    }
 #endif
 #ifdef CELLSTACK_HAS_avx512
     if (avx512_runs()) sets.push_back(&avx512::set);

@@ -35,13 +35,26 @@ INLINE void swap_states(Forward<T>& f) {
 
 // ── the plain LSTM, by blocks ────────────────────────────────────────────────────────────────────────────────────────
 
-// z[block][m] = bias + x·kernel for the rows m = (n - first)·rows + r of a chunk: one matrix product.
+// The k of a panel, and of the rows that it is multiplied with: numbers, or pairs of bfloat16.
+template <bool Pairs>
+INLINE int64_t depth_of(int64_t columns) {
+    return Pairs ? narrow_words(columns, 16) : columns;
+}
+
+// Rows of x of a chunk, one step after the other.
 template <class T>
+INLINE Rows<T> rows_of_x(const Forward<T>& f) {
+    return {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows};
+}
+
+// z[block][m] = bias + x·kernel for the rows m = (n - first)·rows + r of a chunk: one matrix product.
+template <class T, bool Pairs>
 void project(const Forward<T>& f) {
     constexpr int W = Vec<T>::W;
-    const int64_t total = (f.last - f.first) * f.rows;
+    const int64_t total = (f.last - f.first) * f.rows, depth = depth_of<Pairs>(f.w.d->input);
+    const int64_t x_row = narrow_stride(f.w.element, f.w.d->input);
     for (int64_t block = f.block; block < f.end_block; ++block) {
-        const T* panel = f.w.kernel + block * f.w.d->input * 4 * W;
+        const T* panel = f.w.kernel + block * depth * 4 * W;
         const T* bias = f.w.bias + block * 4 * W;
         tiles(total, [&](auto R, int64_t m) INLINED {
             const T* a[R];
@@ -49,14 +62,14 @@ void project(const Forward<T>& f) {
             int64_t n = f.first + m / f.rows, r = m % f.rows;
             for (int k = 0; k < R; ++k) {
                 const int64_t t = time_of(f, n);
-                a[k] = f.x + r * f.x_row + t * f.x_time;
+                a[k] = Pairs ? f.narrow_x + (m + k) * x_row : f.x + r * f.x_row + t * f.x_time;
                 used = used || f.mask[r * f.steps + t];
                 if (++r == f.rows) r = 0, ++n;
             }
             if (!used) return;
             V<T> sums[1][R][4];
             unroll<R>([&](auto k) INLINED { unroll<4>([&](auto v) INLINED { sums[0][k][v] = load(bias + v * W); }); });
-            accumulate<T, R, 1, 4, 4>(sums, a, panel, 0, f.w.d->input);
+            accumulate<T, R, 1, 4, 4, false, Pairs>(sums, a, panel, 0, depth);
             T* z = f.z + (block * total + m) * 4 * W;
             unroll<R>([&](auto k)
                           INLINED { unroll<4>([&](auto v) INLINED { store(z + (k * 4 + v) * W, sums[0][k][v]); }); });
@@ -90,11 +103,12 @@ __attribute__((noinline)) void leave_out(const Forward<T>& f, int64_t block, int
 
 // Rows r … r+R of blocks block … block+N at step n. A tile of several rows has time to fetch some of `ahead`, the panel
 // that comes next: its first tile would wait for it, where the weights don't fit into a near cache.
-template <class T, int R, int N, bool Ahead>
+template <class T, int R, int N, bool Ahead, bool Pairs>
 INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row, const T* h, T* h_next,
                       const T* ahead = nullptr) {
     constexpr int W = Vec<T>::W;
-    const int64_t t = time_of(f, n), wide = f.w.blocks * W, I = f.w.d->input, H = f.w.d->units;
+    const int64_t t = time_of(f, n), wide = f.w.blocks * W;
+    const int64_t I = depth_of<Pairs>(f.w.d->input), H = depth_of<Pairs>(f.w.d->units);
     V<T> sums[N][R][4];
     const auto each = [&](auto&& body) INLINED {
         unroll<N>([&](auto b) INLINED {
@@ -113,14 +127,18 @@ INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row
     alignas(kVectorBytes) V<T> here[N][R][4];
     const T* a[R];
     if (!f.z) {
-        for (int r = 0; r < R; ++r) a[r] = f.x + (row + r) * f.x_row + t * f.x_time;
+        const T* x = Pairs ? f.narrow_x : f.x + t * f.x_time;
+        const int64_t x_row = Pairs ? narrow_stride(f.w.element, f.w.d->input) : f.x_row;
+        for (int r = 0; r < R; ++r) a[r] = x + (row + r) * x_row;
         each([&](auto b, auto r, auto v) INLINED { sums[b][r][v] = load(f.w.bias + ((block + b) * 4 + v) * W); });
-        accumulate<T, R, N, 4, 4>(sums, a, f.w.kernel + block * I * 4 * W, I * 4 * W, I);
+        accumulate<T, R, N, 4, 4, false, Pairs>(sums, a, f.w.kernel + block * I * 4 * W, I * 4 * W, I);
         each([&](auto b, auto r, auto v) INLINED { here[b][r][v] = sums[b][r][v]; });
     }
-    for (int r = 0; r < R; ++r) a[r] = h + (row + r) * wide;
+    const T* h_rows = Pairs ? f.narrow_h : h;
+    const int64_t h_row = Pairs ? narrow_stride(f.w.element, f.w.d->units) : wide;
+    for (int r = 0; r < R; ++r) a[r] = h_rows + (row + r) * h_row;
     each([&](auto b, auto r, auto v) INLINED { sums[b][r][v] = splat(T(0)); });
-    accumulate<T, R, N, 4, 4, Ahead>(sums, a, f.w.recurrent + block * H * 4 * W, H * 4 * W, H, ahead);
+    accumulate<T, R, N, 4, 4, Ahead, Pairs>(sums, a, f.w.recurrent + block * H * 4 * W, H * 4 * W, H, ahead);
     const int64_t total = (f.last - f.first) * f.rows, m = (n - f.first) * f.rows + row;
     const T* over_x = f.z ? f.z + (block * total + m) * 4 * W : reinterpret_cast<const T*>(here);
     const int64_t stride = (f.z ? total : R) * 4 * W;
@@ -139,30 +157,34 @@ INLINE void step_tile(const Forward<T>& f, int64_t n, int64_t block, int64_t row
     }
 }
 
-template <class T>
+template <class T, bool Pairs>
 void run_blocks(Forward<T>& f) {
-    const int64_t blocks = f.end_block - f.block;
-    if (f.z && f.project) project(f);
+    const int64_t blocks = f.end_block - f.block, depth = depth_of<Pairs>(f.w.d->units);
+    if constexpr (Pairs)
+        if (f.project) halve_rows<true>(f.narrow_x, rows_of_x(f), (f.last - f.first) * f.rows, f.w.d->input);
+    if (f.z && f.project) project<T, Pairs>(f);
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         const T* h = f.h;
         T* h_next = f.h_next;
+        if constexpr (Pairs)
+            halve_rows<true>(f.narrow_h, {h, f.w.blocks * Vec<T>::W, 0, f.rows}, f.rows, f.w.d->units);
         // Blocks go up in even steps and down in odd ones: the last ones are still in the cache.
         const bool down = n & 1;
         if (f.rows == 1) {  // two blocks together: eight chains hide the latency of one
             const int64_t pairs = blocks / 2;
-            if ((blocks & 1) && down) step_tile<T, 1, 1, false>(f, n, f.end_block - 1, 0, h, h_next);
+            if ((blocks & 1) && down) step_tile<T, 1, 1, false, Pairs>(f, n, f.end_block - 1, 0, h, h_next);
             for (int64_t k = 0; k < pairs; ++k)
-                step_tile<T, 1, 2, false>(f, n, f.block + 2 * (down ? pairs - 1 - k : k), 0, h, h_next);
-            if ((blocks & 1) && !down) step_tile<T, 1, 1, false>(f, n, f.end_block - 1, 0, h, h_next);
+                step_tile<T, 1, 2, false, Pairs>(f, n, f.block + 2 * (down ? pairs - 1 - k : k), 0, h, h_next);
+            if ((blocks & 1) && !down) step_tile<T, 1, 1, false, Pairs>(f, n, f.end_block - 1, 0, h, h_next);
         } else {
             for (int64_t k = 0; k < blocks; ++k) {
                 const int64_t block = down ? f.end_block - 1 - k : f.block + k;
-                const int64_t after = down ? f.end_block - 2 - k : f.block + k + 1, H = f.w.d->units;
-                const T* ahead = f.w.recurrent + (k + 1 < blocks ? after : block) * H * 4 * Vec<T>::W;
+                const int64_t after = down ? f.end_block - 2 - k : f.block + k + 1;
+                const T* ahead = f.w.recurrent + (k + 1 < blocks ? after : block) * depth * 4 * Vec<T>::W;
                 tiles(f.rows, [&](auto R, int64_t row) INLINED {
-                    step_tile<T, R, 1, true>(f, n, block, row, h, h_next, ahead);
-                    ahead += H * kLine<T>;
+                    step_tile<T, R, 1, true, Pairs>(f, n, block, row, h, h_next, ahead);
+                    ahead += depth * kLine<T>;
                 });
             }
         }
@@ -188,7 +210,7 @@ __attribute__((noinline)) void finish_tile(const Forward<float>& f, const V<floa
         }
 }
 
-// The plain LSTM with weights of bfloat16, by blocks too; the sums over x are always made ahead.
+// The plain LSTM with weights of bfloat16 that are made floats, by blocks too; the sums over x are always made ahead.
 __attribute__((noinline)) void run_halves(Forward<float>& f) {
     constexpr int W = Vec<float>::W;
     const int64_t total = (f.last - f.first) * f.rows, I = f.w.d->input, H = f.w.d->units;
@@ -206,16 +228,13 @@ __attribute__((noinline)) void run_halves(Forward<float>& f) {
             any = f.mask[k % f.rows * f.steps + time_of(f, f.first + k / f.rows)];
         return any;
     };
-    const Rows<float> x{f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows};
-    // Where a row lies is looked for once, not for each block: it takes a division.
-    const float* places[kWideRows];
-    const bool few = total <= kWideRows;
-    for (int64_t m = 0; f.project && few && m < total; ++m) places[m] = x.at(m);
+    const int64_t x_stride = narrow_stride(f.w.element, I), h_stride = narrow_stride(f.w.element, H);
+    if (f.project) halve_rows<false>(f.narrow_x, rows_of_x(f), total, I);
     for (int64_t block = f.block; f.project && block < f.end_block; ++block) {
         const float* bias = f.w.bias + block * 4 * W;
         float* z = f.z + block * total * 4 * W;
         halves_product<4, 4, 1, false>(
-            panel(f.w.kernel, I, block), I, total, [&](int64_t m) INLINED { return few ? places[m] : x.at(m); }, used,
+            panel(f.w.kernel, I, block), I, f.narrow_x, x_stride, total, used,
             [&](auto& sums, int64_t) INLINED {
                 constexpr int R = sizeof sums[0] / sizeof sums[0][0];
                 each_sum<1, R, 4>([&](auto, auto r, auto v) INLINED { sums[0][r][v] = load(bias + v * W); });
@@ -231,9 +250,10 @@ __attribute__((noinline)) void run_halves(Forward<float>& f) {
         const float* h = f.h;
         float* h_next = f.h_next;
         const int64_t before = (n - f.first) * f.rows;
+        halve_rows<false>(f.narrow_h, {h, f.w.blocks * W, 0, f.rows}, f.rows, H);
         const auto blocks = [&](auto N, auto Alone, int64_t block) INLINED {
             halves_product<4, 4, N, Alone>(
-                panel(f.w.recurrent, H, block), H, f.rows, [&](int64_t r) INLINED { return h + r * f.w.blocks * W; },
+                panel(f.w.recurrent, H, block), H, f.narrow_h, h_stride, f.rows,
                 [&](int64_t r, int R) INLINED { return used(before + r, R); }, zeros,
                 [&](auto& sums, int64_t r) INLINED {
                     constexpr int R = sizeof sums[0] / sizeof sums[0][0];
@@ -257,16 +277,17 @@ void run_rows(Forward<T>& f) {
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
     const int64_t stride = w.unpacked ? H : wide, row = G * stride;
     const auto sums_of = [&](const T* matrix, const T* bias, bool add, int64_t depth, T* to) {
-        return Product<T>{matrix,      bias, add,    w.unpacked, depth,     H,       w.blocks, f.block,
-                          f.end_block, to,   stride, false,      w.element, f.bytes, f.scales};
+        return Product<T>{matrix,      bias, add,    w.unpacked, depth,     H,          w.blocks, f.block,
+                          f.end_block, to,   stride, false,      w.element, f.narrow_h, f.scales, w.pairs};
     };
     // Layer normalisation comes between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
     const T* other_bias = d.layer_norm ? nullptr : w.recurrent_bias;
-    if (f.project)
-        multiply<T, G, 0, G>(sums_of(w.kernel, bias, false, d.input, f.z),
-                             {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
-                             (f.last - f.first) * f.rows);
+    if (f.project) {
+        Product<T> over_x = sums_of(w.kernel, bias, false, d.input, f.z);
+        over_x.narrow = f.narrow_x;
+        multiply<T, G, 0, G>(over_x, rows_of_x(f), (f.last - f.first) * f.rows);
+    }
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         const int64_t t = time_of(f, n);
@@ -323,9 +344,8 @@ void run_dense(const Forward<T>& f) {
     const Description& d = *w.d;
     const int64_t wide = w.blocks * Vec<T>::W;
     multiply<T, 1, 0, 1>({w.kernel, w.bias, false, w.unpacked, d.input, d.units, w.blocks, f.block, f.end_block, f.z,
-                          wide, false, w.element, f.bytes, f.scales},
-                         {f.x + time_of(f, f.first) * f.x_time, f.x_row, f.reverse ? -f.x_time : f.x_time, f.rows},
-                         (f.last - f.first) * f.rows);
+                          wide, false, w.element, f.narrow_x, f.scales, w.pairs},
+                         rows_of_x(f), (f.last - f.first) * f.rows);
     for (int64_t n = f.first; n < f.last; ++n)
         for (int64_t r = 0; r < f.rows; ++r)
             each_block(f, r, time_of(f, n), [&](const Place& at) INLINED {
@@ -355,7 +375,7 @@ void forward(Forward<T>& f) {
     if (f.w.d->kind == kDense)
         run_dense<T>(f);
     else if (f.w.by_blocks())
-        run_blocks<T>(f);
+        f.w.pairs ? run_blocks<T, kMultipliesPairs && sizeof(T) == 4>(f) : run_blocks<T, false>(f);
     else if (f.w.d->usual())
         choose<T, true>(f);
     else

@@ -30,12 +30,13 @@ struct Panels {
     Arrays<const T> arrays{};
     bool unpacked = false;
     Element element = element_of<T>();  // of a weight in a matrix; narrow ones are laid out as quantised.h says
+    bool pairs = false;                 // bfloat16 is multiplied two k at a time, by an instruction of the processor
     bool patched = false;               // patches act on the numbers of a step
 
     // Whether a step goes block by block, the shorter way of the plain LSTM.
-    bool by_blocks() const { return d->plain() && !unpacked && !narrow(element) && !patched; }
-    // The same with weights of bfloat16, whose sums over x are always made ahead.
-    bool halves_by_blocks() const { return d->plain() && element == Element::kBfloat16 && !patched; }
+    bool by_blocks() const { return d->plain() && !unpacked && (!narrow(element) || pairs) && !patched; }
+    // The same with weights of bfloat16 that are made floats; the sums over x are always made ahead.
+    bool halves_by_blocks() const { return d->plain() && element == Element::kBfloat16 && !pairs && !patched; }
 };
 
 // A matrix [depth, gates·units] as the caller has it, or a bias, of depth 1.
@@ -73,8 +74,7 @@ struct Forward {
                        // place. By rows: [(last-first)·rows][gates][stride], stride = blocks·W; unpacked: H
     T *q, *m, *p;      // scratch by rows: sums over h apart [rows][gates][stride]; a vector a row [rows][blocks·W];
                        // what was projected [rows][output_blocks·W]
-    T* scales;         // scratch of int8: see Product
-    uint8_t* bytes;
+    T *narrow_x, *narrow_h, *scales;  // scratch of narrow weights, for rows of x and of what is made of it: see Product
     Patches<T> patches;  // from the first of the rows on
 };
 
@@ -184,6 +184,7 @@ struct InstructionSet {
     const char* name;
     Leaf<float> single;
     Leaf<double> twice;
+    bool pairs;  // bfloat16 is multiplied two k at a time
 };
 
 namespace baseline {
@@ -196,7 +197,8 @@ namespace avx512 {
 extern const InstructionSet set;
 }
 namespace avx512vnni {
-extern const InstructionSet set;
-}
+extern const InstructionSet set, pairs;  // the same routines; the second for processors with AVX512-BF16
+bool pairs_pay();                        // whether these multiply pairs faster than the numbers one by one
+}  // namespace avx512vnni
 
 }  // namespace cellstack

@@ -16,8 +16,9 @@ template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);  // numbers in a line of a cache
 
 // sums[b][r][v] += a[r][k] · panel_b[k][v] for k < n and C of a panel's G columns: the loop that all of this is about.
-// With `Ahead`, n lines from `ahead` on come into the second-level cache meanwhile.
-template <class T, int R, int N, int C, int G, bool Ahead = false>
+// With `Ahead`, n lines from `ahead` on come into the second-level cache meanwhile. With `Pairs`, a k is a pair of
+// bfloat16 in the bits of a float, in the rows and in the panels.
+template <class T, int R, int N, int C, int G, bool Ahead = false, bool Pairs = false>
 INLINE void accumulate(V<T> (&sums)[N][R][C], const T* const (&a)[R], const T* panel, int64_t panel_stride, int64_t n,
                        const T* ahead = nullptr) {
     constexpr int W = Vec<T>::W;
@@ -29,7 +30,12 @@ INLINE void accumulate(V<T> (&sums)[N][R][C], const T* const (&a)[R], const T* p
         unroll<N>([&](auto b) INLINED {
             unroll<C>([&](auto v) INLINED {
                 const V<T> w = load_for<T, R>(p + b * panel_stride + v * W);
-                unroll<R>([&](auto r) INLINED { sums[b][r][v] = fma(s[r], w, sums[b][r][v]); });
+                unroll<R>([&](auto r) INLINED {
+                    if constexpr (Pairs)
+                        sums[b][r][v] = add_pairs(s[r], w, sums[b][r][v]);
+                    else
+                        sums[b][r][v] = fma(s[r], w, sums[b][r][v]);
+                });
             });
         });
     }
@@ -92,11 +98,12 @@ struct Product {
     int64_t stride;
     bool down;        // blocks from the last to the first
     Element element;  // of a weight; narrow ones: quantised.h
-    uint8_t* bytes;   // scratch of int8: rows in steps, [rows][depth up to a multiple of 4], and the size of a step
-    T* scales;
+    T* narrow;        // scratch for narrow weights: the rows as these take them, [rows][narrow_stride(element, depth)]
+    T* scales;        // and of int8 the size of a row's steps
+    bool pairs;       // see Panels
 };
 
-template <class T, int G, int First, int C, int R, int N>
+template <class T, int G, int First, int C, int R, int N, bool Pairs>
 INLINE void product_tile(const Product<T>& p, const Rows<T>& rows, int64_t block, int64_t m) {
     constexpr int W = Vec<T>::W;
     V<T> sums[N][R][C];
@@ -109,7 +116,8 @@ INLINE void product_tile(const Product<T>& p, const Rows<T>& rows, int64_t block
     });
     const T* a[R];
     unroll<R>([&](auto r) INLINED { a[r] = rows.at(m + r); });
-    accumulate<T, R, N, C, G>(sums, a, p.matrix + (block * p.depth * G + First) * W, p.depth * G * W, p.depth);
+    const int64_t depth = Pairs ? narrow_words(p.depth, 16) : p.depth;
+    accumulate<T, R, N, C, G, false, Pairs>(sums, a, p.matrix + (block * depth * G + First) * W, depth * G * W, depth);
     unroll<N>([&](auto b) INLINED {
         unroll<R>([&](auto r) INLINED {
             unroll<C>([&](auto v) INLINED {
@@ -180,7 +188,7 @@ INLINE void blocks_together(const Product<T>& p, int64_t rows, Single&& single, 
 }
 
 // C of the G gates, from gate First on, of the product over all rows.
-template <class T, int G, int First, int C>
+template <class T, int G, int First, int C, bool Pairs = false>
 __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows, int64_t count) {
     if (p.unpacked) {
         for (int64_t m = 0; m < count; ++m) {
@@ -192,9 +200,9 @@ __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows,
         return;
     }
     blocks_together<C>(
-        p, count, [&](auto N, int64_t block) INLINED { product_tile<T, G, First, C, 1, N>(p, rows, block, 0); },
+        p, count, [&](auto N, int64_t block) INLINED { product_tile<T, G, First, C, 1, N, Pairs>(p, rows, block, 0); },
         [&](auto N, int64_t block) INLINED {
-            tiles(count, [&](auto R, int64_t m) INLINED { product_tile<T, G, First, C, R, N>(p, rows, block, m); });
+            tiles(count, [&](auto R, int64_t m) INLINED { product_tile<T, G, First, C, R, N, Pairs>(p, rows, block, m); });
         });
 }
 

@@ -1,6 +1,8 @@
 // Products with weights of 16 or 8 bits, for float: panels whose k go two or four to a lane of 32 bits.
 //
-// bfloat16: a weight is the upper half of a float, so a shift or a mask makes a float of it; sums and rows stay floats.
+// bfloat16: weights and the rows that they are multiplied with are rounded, sums stay floats. A product of two such
+// numbers is exact in a float, and k follow each other; so sums have the same bits whether the processor multiplies pairs
+// (`Panels::pairs`) or a shift and a mask make floats of a word, which a bfloat16 is the upper half of.
 // int8: weights times a scale a column; a row is cut to steps of its largest magnitude / 127 when it comes, so that
 // sums are of whole numbers, exact on every machine, up to a depth of 133,144 (127·127·depth < 2^31). Ref: Jacob et al.
 // 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", eq. 1; ONNX's
@@ -27,10 +29,30 @@ INLINE void pack_halves(uint32_t* to, const float* panel, int64_t depth, int gat
     for (int64_t k = 0; k < depth; k += 2, to += row)
         for (int v = 0; v < gates; ++v) {
             const float* at = panel + k * row + v * W;
-            const Words low = rounded_halves(load(at));
-            const Words high = k + 1 < depth ? rounded_halves(load(at + row)) : splat(0);
-            store_words(to + v * W, (Words)((Unsigned)low >> 16) | high);
+            const Words even = rounded_halves(load(at));
+            const Words odd = k + 1 < depth ? rounded_halves(load(at + row)) : splat(0);
+            store_words(to + v * W, even | (Words)((Unsigned)odd >> 16));
         }
+}
+
+// Rows rounded to bfloat16, as floats or in pairs as in a panel; zeros beyond `depth`. They go `stride` words apart.
+template <bool Pairs>
+__attribute__((noinline)) void halve_rows(float* to, const Rows<float>& rows, int64_t count, int64_t depth) {
+    constexpr int W = Vec<float>::W;
+    const int64_t stride = narrow_stride(Element::kBfloat16, depth);
+    for (int64_t m = 0; m < count; ++m, to += stride) {
+        const float* row = rows.at(m);
+        for (int64_t k = 0; k < depth; k += W) {
+            const Words halves = rounded_halves(load_lanes(row + k, depth - k < W ? int(depth - k) : W));
+            if constexpr (Pairs) {
+                const Longs two = (Longs)halves;  // an even k in the lower 32 bits, the next one in the upper
+                const HalfOfWords pairs = __builtin_convertvector((two & 0xffff0000) | two >> 48, HalfOfWords);
+                memcpy(to + k / 2, &pairs, sizeof pairs);
+            } else {
+                store(to + k, (V<float>)halves);
+            }
+        }
+    }
 }
 
 // The same as words of int8, with the scale of each column, and what 128 in place of each of a row's zeros adds to it.
@@ -68,8 +90,8 @@ INLINE void pack_bytes(uint32_t* to, const float* panel, int64_t depth, int gate
 INLINE V<float> low_half(Words w) { return (V<float>)(w << 16); }
 INLINE V<float> high_half(Words w) { return (V<float>)(w & int32_t(0xffff0000)); }
 
-// `accumulate` over words of bfloat16. With many rows the two halves of a word are read apart, which leaves registers
-// for the sums. With Keep, the weights are left at `floats` on the way, [k][N][C][W], for the tiles that follow.
+// `accumulate` over words of bfloat16, for an even n. With many rows the two halves of a word are read apart, which leaves
+// registers for the sums. With Keep, the weights are left at `floats` on the way, [k][N][C][W], for the tiles that follow.
 template <int R, int N, int C, int G, bool Keep>
 INLINE void accumulate_halves(V<float> (&sums)[N][R][C], const float* const (&a)[R], const uint32_t* panel,
                               int64_t panel_stride, int64_t n, float* floats) {
@@ -91,21 +113,19 @@ INLINE void accumulate_halves(V<float> (&sums)[N][R][C], const float* const (&a)
     };
     const auto low = [](Words w) INLINED { return low_half(w); };
     const auto high = [](Words w) INLINED { return high_half(w); };
-    int64_t k = 0;
-    for (; k + 1 < n; k += 2) {
+    for (int64_t k = 0; k < n; k += 2) {
         if constexpr (Keep || R * N * C > (kRows == 6 ? 16 : 8)) {
-            half(k, low), half(k + 1, high);
+            half(k, high), half(k + 1, low);
         } else {
             V<float> even[R], odd[R];
             unroll<R>([&](auto r) INLINED { even[r] = splat(a[r][k]), odd[r] = splat(a[r][k + 1]); });
             each(k, [&](auto b, auto v, Words w) INLINED {
-                const V<float> first = low_half(w), second = high_half(w);
+                const V<float> first = high_half(w), second = low_half(w);
                 unroll<R>([&](auto r)
                               INLINED { sums[b][r][v] = fma(odd[r], second, fma(even[r], first, sums[b][r][v])); });
             });
         }
     }
-    if (k < n) half(k, low);
 }
 
 // A row in steps of `scale`, 128 up, so that it has no sign; NaN where a value is no number, or none that has steps.
@@ -149,21 +169,21 @@ constexpr int64_t kWideRows = 11 * kRows;
 constexpr int64_t kWideFloats = 8192;
 
 // Sums over C of the G gates of N blocks with weights of bfloat16. `panel` is the first block's, at its first gate;
-// at(m) is row m of `count`; start(sums, m) sets the sums of a tile from row m on, V<float>[N][R][C]; end(sums, m)
+// row m of `count`, rounded, is at rows + m·row; start(sums, m) sets the sums of a tile from row m on, V<float>[N][R][C]; end(sums, m)
 // takes them when they are whole. Rows of which used(m, R) is false are handed on as they were set. `Alone`: there is
 // one row.
-template <int G, int C, int N, bool Alone, class At, class Used, class Start, class End>
-INLINE void halves_product(const uint32_t* panel, int64_t depth, int64_t count, At&& at, Used&& used, Start&& start,
-                           End&& end) {
+template <int G, int C, int N, bool Alone, class Used, class Start, class End>
+INLINE void halves_product(const uint32_t* panel, int64_t depth, const float* rows, int64_t row_stride, int64_t count,
+                           Used&& used, Start&& start, End&& end) {
     constexpr int W = Vec<float>::W, wide = N * C * W;
     constexpr int64_t deep = kWideFloats / wide / 2 * 2;
-    const int64_t stride = narrow_words(depth, 16) * G * W;
+    const int64_t words = narrow_words(depth, 16), stride = words * G * W, even = 2 * words;
     const auto tile = [&](auto R, int64_t m) INLINED {
         V<float> sums[N][R][C];
         const float* a[R];
-        unroll<R>([&](auto r) INLINED { a[r] = at(m + r); });
+        unroll<R>([&](auto r) INLINED { a[r] = rows + (m + r) * row_stride; });
         start(sums, m);
-        if (used(m, R)) accumulate_halves<R, N, C, G, false>(sums, a, panel, stride, depth, nullptr);
+        if (used(m, R)) accumulate_halves<R, N, C, G, false>(sums, a, panel, stride, even, nullptr);
         end(sums, m);
     };
     if constexpr (Alone) return tile(Int<1>{}, 0);
@@ -172,11 +192,11 @@ INLINE void halves_product(const uint32_t* panel, int64_t depth, int64_t count, 
     // Parts of the rows as even as they can be: no tile is of fewer than half its rows.
     const int64_t parts = (count + kWideRows - 1) / kWideRows;
     int64_t there = -1;  // from which k on the weights are in `floats`
-    for (int64_t row = 0, part = 0, rows; part < parts; ++part, row += rows) {
-        rows = (count - row + parts - part - 1) / (parts - part);
-        for (int64_t first = 0; first < depth; first += deep) {
-            const int64_t n = depth - first < deep ? depth - first : deep;
-            tiles(rows, [&](auto R, int64_t of) INLINED {
+    for (int64_t row = 0, part = 0, some; part < parts; ++part, row += some) {
+        some = (count - row + parts - part - 1) / (parts - part);
+        for (int64_t first = 0; first < even; first += deep) {
+            const int64_t n = even - first < deep ? even - first : deep;
+            tiles(some, [&](auto R, int64_t of) INLINED {
                 if constexpr (2 * R < kRows) return;
                 const int64_t m = row + of;
                 V<float> sums[N][R][C];
@@ -187,7 +207,7 @@ INLINE void halves_product(const uint32_t* panel, int64_t depth, int64_t count, 
                 else
                     start(sums, m);
                 const float* a[R];
-                unroll<R>([&](auto r) INLINED { a[r] = at(m + r) + first; });
+                unroll<R>([&](auto r) INLINED { a[r] = rows + (m + r) * row_stride + first; });
                 if (used(m, R)) {
                     if (there == first)
                         accumulate<float, R, N, C, N * C>(sums, a, floats, C * W, n);
@@ -195,7 +215,7 @@ INLINE void halves_product(const uint32_t* panel, int64_t depth, int64_t count, 
                         accumulate_halves<R, N, C, G, true>(sums, a, panel + first / 2 * G * W, stride, n, floats);
                     there = first;
                 }
-                if (first + n == depth)
+                if (first + n == even)
                     end(sums, m);
                 else
                     each_sum<N, R, C>([&](auto b, auto r, auto v) INLINED { store(place(b, r, v), sums[b][r][v]); });
@@ -214,7 +234,7 @@ INLINE void bytes_tile(const Product<float>& p, int64_t block, int64_t m) {
     Words sums[N][R][C];
     each_sum<N, R, C>([&](auto b, auto r, auto v) INLINED { sums[b][r][v] = splat(0); });
     const uint8_t* a[R];
-    unroll<R>([&](auto r) INLINED { a[r] = p.bytes + (m + r) * words * 4; });
+    unroll<R>([&](auto r) INLINED { a[r] = reinterpret_cast<const uint8_t*>(p.narrow + (m + r) * words); });
     for (int64_t k = 0; k < words; ++k) {
         Words four[R];
         unroll<R>([&](auto r) INLINED {
@@ -244,12 +264,13 @@ INLINE void bytes_tile(const Product<float>& p, int64_t block, int64_t m) {
 }
 
 template <int G, int First, int C, int N, bool Alone>
-INLINE void halves_blocks(const Product<float>& p, const Rows<float>& rows, int64_t block, int64_t count) {
+INLINE void halves_blocks(const Product<float>& p, int64_t block, int64_t count) {
     constexpr int W = Vec<float>::W;
     const auto* panel =
         reinterpret_cast<const uint32_t*>(p.matrix) + (block * narrow_words(p.depth, 16) * G + First) * W;
     halves_product<G, C, N, Alone>(
-        panel, p.depth, count, [&](int64_t m) INLINED { return rows.at(m); }, [](int64_t, int) INLINED { return true; },
+        panel, p.depth, p.narrow, narrow_stride(p.element, p.depth), count,
+        [](int64_t, int) INLINED { return true; },
         [&](auto& sums, int64_t) INLINED {
             constexpr int R = sizeof sums[0] / sizeof sums[0][0];
             each_sum<N, R, C>([&](auto b, auto r, auto v) INLINED {
@@ -269,18 +290,20 @@ INLINE void halves_blocks(const Product<float>& p, const Rows<float>& rows, int6
 template <int Bits, int G, int First, int C>
 __attribute__((noinline)) void narrow_product(const Product<float>& p, const Rows<float>& rows, int64_t count) {
     if constexpr (Bits == 8) {
-        const int64_t wide = narrow_words(p.depth, 8) * 4;
-        for (int64_t m = 0; m < count; ++m) p.scales[m] = quantise(p.bytes + m * wide, rows.at(m), p.depth);
+        for (int64_t m = 0; m < count; ++m) {
+            float* row = p.narrow + m * narrow_stride(p.element, p.depth);
+            p.scales[m] = quantise(reinterpret_cast<uint8_t*>(row), rows.at(m), p.depth);
+        }
         blocks_together<C>(
             p, count, [&](auto N, int64_t block) INLINED { bytes_tile<G, First, C, 1, N>(p, block, 0); },
             [&](auto N, int64_t block) INLINED {
                 tiles(count, [&](auto R, int64_t m) INLINED { bytes_tile<G, First, C, R, N>(p, block, m); });
             });
     } else {
+        halve_rows<false>(p.narrow, rows, count, p.depth);
         blocks_together<C>(
-            p, count,
-            [&](auto N, int64_t block) INLINED { halves_blocks<G, First, C, N, true>(p, rows, block, count); },
-            [&](auto N, int64_t block) INLINED { halves_blocks<G, First, C, N, false>(p, rows, block, count); });
+            p, count, [&](auto N, int64_t block) INLINED { halves_blocks<G, First, C, N, true>(p, block, count); },
+            [&](auto N, int64_t block) INLINED { halves_blocks<G, First, C, N, false>(p, block, count); });
     }
 }
 
@@ -288,6 +311,12 @@ __attribute__((noinline)) void narrow_product(const Product<float>& p, const Row
 template <class T, int G, int First, int C>
 INLINE void multiply(const Product<T>& p, const Rows<T>& rows, int64_t count) {
     if constexpr (sizeof(T) == 4) {
+        if constexpr (kMultipliesPairs)
+            if (p.pairs) {
+                halve_rows<true>(p.narrow, rows, count, p.depth);
+                const Rows<T> pairs{p.narrow, narrow_stride(p.element, p.depth), 0, count};
+                return product<T, G, First, C, true>(p, pairs, count);
+            }
         if (p.element == Element::kBfloat16) return narrow_product<16, G, First, C>(p, rows, count);
         if (p.element == Element::kInt8) return narrow_product<8, G, First, C>(p, rows, count);
     }

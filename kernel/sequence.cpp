@@ -67,6 +67,7 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     impl_.reset(new Impl{&leaf, d, Scratch<T>(copy ? count : 0), {}});
     Panels<T>& p = impl_->panels;
     p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.unpacked = !copy, p.element = element;
+    p.pairs = element == Element::kBfloat16 && current().pairs;
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
     p.recurrent_bias = two_biases ? arrays.bias + columns : nullptr;
     p.projection = arrays.projection, p.arrays = arrays;
@@ -140,12 +141,12 @@ bool divides(const Weights<T>& weights) {
 }
 
 // Nanoseconds that some rows and blocks of a step take, roughly; for choosing among cuts. Cycles at two multiply-adds
-// each; a panel comes from the second-level cache for each tile of rows, which the sums hide by half, and, where the
+// each, or pairs of them; a panel comes from the second-level cache for each tile of rows, which the sums hide by half, and, where the
 // weights of a core exceed that cache, once from behind it.
-double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes) {
+double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes, bool pairs) {
     constexpr double near_bytes = 48, far_bytes = 10, near_size = 1.5e6, activation = 12, gigahertz = 3;
     const double depth = double(d.input + (d.keeps_state() ? d.output : 0)), panel = depth * d.gates() * width * bytes;
-    const double sums = double(rows) * depth * d.gates() / 2, near = double(ceil_div(rows, 6)) * panel / near_bytes;
+    const double sums = double(rows) * depth * d.gates() / (pairs ? 4 : 2), near = double(ceil_div(rows, 6)) * panel / near_bytes;
     const double far = panel * double(blocks) > near_size ? panel / far_bytes : 0;
     return double(blocks) * (std::max(sums + near / 2, far) + double(rows * d.gates()) * activation) / gigahertz;
 }
@@ -169,7 +170,7 @@ Cut cut_up(const std::vector<const Weights<T>*>& layers, int64_t B, int64_t step
         const Panels<T>& w = layers[l]->impl().panels;
         const int width = layers[l]->impl().leaf->width;
         const double bytes = w.element == Element::kBfloat16 ? 2 : w.element == Element::kInt8 ? 1 : sizeof(T);
-        return steps * step_cost(*w.d, rows, ceil_div(w.blocks, shares), width, bytes);
+        return steps * step_cost(*w.d, rows, ceil_div(w.blocks, shares), width, bytes, w.pairs);
     };
     const auto cost_of = [&](int first, int last, int64_t rows, int shares) {
         double sum = 0;
@@ -213,11 +214,11 @@ struct Runner {
     Forward<T> f;
     const Leaf<T>* leaf;
     T* product;
-    int64_t scale_size, byte_size;  // of the scratch of int8 that a share has
+    int64_t scale_size, narrow_x_size, narrow_h_size;  // of the scratch for narrow weights that a share has
 
     // What `open` takes from the parts, in numbers.
     struct Sizes {
-        int64_t h, kept, c, z, q, m, p, scales, bytes;  // the last two for each share of the units
+        int64_t h, kept, c, z, q, m, p, scales, narrow_x, narrow_h;  // the last three for each share of the units
         Sizes(const Weights<T>& weights, int64_t rows, int64_t chunk, bool dropout, bool patched) {
             Panels<T> w = weights.impl().panels;
             w.patched = patched;
@@ -230,14 +231,15 @@ struct Runner {
             q = d.apart() ? d.gates() * wide : 0;
             m = d.projects() || d.layer_norm || (d.kind == kGru && !d.reset_after) ? wide : 0;
             p = d.projects() ? h : 0;
-            const int64_t depth = std::max({d.input, d.units, d.output});
-            const bool steps_of_rows = w.element == Element::kInt8;
-            scales = steps_of_rows ? Parts<T>::size(chunk * rows) : 0;
-            bytes = steps_of_rows ? Parts<T>::size(ceil_div(chunk * rows * ceil_div(depth, 4) * 4, sizeof(T))) : 0;
+            const auto narrow_rows = [&](int64_t count, int64_t columns) {
+                return narrow(w.element) ? Parts<T>::size(count * narrow_stride(w.element, columns)) : 0;
+            };
+            scales = w.element == Element::kInt8 ? Parts<T>::size(chunk * rows) : 0;
+            narrow_x = narrow_rows(chunk * rows, d.input), narrow_h = narrow_rows(rows, std::max(d.units, d.output));
         }
         int64_t sum(int shares) const {
             int64_t total = 0;
-            for (int64_t size : {h, h, kept, c, z, q, m, p, shares * scales, shares * bytes})
+            for (int64_t size : {h, h, kept, c, z, q, m, p, shares * scales, shares * narrow_x, shares * narrow_h})
                 total += Parts<T>::size(size);
             return total;
         }
@@ -252,8 +254,9 @@ struct Runner {
         f.w = weights.impl().panels, f.w.patched = patched, f.rows = rows;
         f.h = take(sizes.h), f.h_next = take(sizes.h), f.h_kept = take(sizes.kept), f.c = take(sizes.c);
         product = take(sizes.z), f.q = take(sizes.q), f.m = take(sizes.m), f.p = take(sizes.p);
-        f.scales = take(shares * sizes.scales), f.bytes = reinterpret_cast<uint8_t*>(take(shares * sizes.bytes));
-        scale_size = sizes.scales, byte_size = sizes.bytes * int64_t(sizeof(T));
+        f.scales = take(shares * sizes.scales);
+        f.narrow_x = take(shares * sizes.narrow_x), f.narrow_h = take(shares * sizes.narrow_h);
+        scale_size = sizes.scales, narrow_x_size = sizes.narrow_x, narrow_h_size = sizes.narrow_h;
     }
     int64_t h_stride() const { return f.w.output_blocks * leaf->width; }
     int64_t c_stride() const { return f.w.blocks * leaf->width; }
@@ -286,7 +289,8 @@ struct Runner {
         own.from = own.first + phase, own.to = own.w.d->keeps_state() ? own.from + 1 : own.last;
         own.block = own.w.blocks * share / shares, own.end_block = own.w.blocks * (share + 1) / shares;
         if ((before + phase) & 1) std::swap(own.h, own.h_next);
-        if (own.scales) own.scales += share * scale_size, own.bytes += share * byte_size;
+        if (own.scales) own.scales += share * scale_size;
+        if (own.narrow_x) own.narrow_x += share * narrow_x_size, own.narrow_h += share * narrow_h_size;
         leaf->forward(own);
     }
     // After the last phase.

@@ -153,6 +153,8 @@ INLINE void store_lanes(T* p, V<T> v, int n) {
 typedef Vec<float>::I Words;  // 32 bits a lane: two bfloat16, or four int8, of as many k
 typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));  // the same bits, for sums that may wrap around
 typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));  // as many numbers
+typedef uint64_t Longs __attribute__((vector_size(kVectorBytes)));     // two words a lane
+typedef uint32_t HalfOfWords __attribute__((vector_size(kVectorBytes / 2)));
 
 INLINE Words load_words(const uint32_t* p) {
     Words v;
@@ -171,6 +173,19 @@ INLINE Words add_dot(Words sums, Words a, Words w) {
     return sums;
 #endif
 }
+
+// sums + a[0]·w[0] + a[1]·w[1] over the two bfloat16 of a lane, the upper halves first: what two fused multiply-adds of
+// the numbers as floats give, bit for bit, denormals taken for zeros.
+#if defined(__AVX512VNNI__)
+constexpr bool kMultipliesPairs = true;  // where the processor has AVX512-BF16 besides; see pairs_pay
+INLINE V<float> add_pairs(V<float> a, V<float> w, V<float> sums) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(w));
+    return sums;
+}
+#else
+constexpr bool kMultipliesPairs = false;
+INLINE V<float> add_pairs(V<float>, V<float>, V<float> sums) { return sums; }  // never called
+#endif
 
 // Compile-time loops: with every index a constant, arrays of vectors live in registers.
 template <int N>

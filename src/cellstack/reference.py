@@ -3,6 +3,7 @@
 `CellSpec` names every flag; each is a line or a few here, marked by its name. Gates stand in the order of `GATES`, in
 arrays of G·H columns one block of H columns a gate. `·` is a matrix product, `⊙` one by entries, h_in is m⊙h_prev with
 recurrent dropout's mask m, and LN(v) = (v - mean(v)) / sqrt(var(v) + norm_epsilon), over a row, the variance biased.
+What a matrix of bfloat16 (`Halves`) is multiplied with is rounded to bfloat16 too.
 
 LSTM, gates i f g o:
     a = x·kernel                               b = h_in·recurrent_kernel
@@ -67,6 +68,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cellstack.bfloat16 import Halves, rounded, widened
 from cellstack.spec import STATES, CellSpec
 
 Array = NDArray[np.float64]
@@ -132,6 +134,7 @@ class _Cell:
     def __init__(self, spec: CellSpec, arrays: Mapping[str, Any]) -> None:
         self.spec = spec
         self.w = {name: np.asarray(arrays[name], np.float64) for name in spec.shapes}
+        self.halves = {name for name in spec.shapes if isinstance(arrays[name], Halves)}
         self.patched = lambda name, value, before: value
         cut = 2 * spec.units  # columns that are normalised together: all, but a GRU's z and r, and its g
         self.together = (slice(0, cut), slice(cut, None)) if spec.kind == "gru" else (slice(None),)
@@ -145,9 +148,12 @@ class _Cell:
             for name, da in zip(self.spec.state_sizes, dstate, strict=True):
                 d[f"initial_{name}"] += da.sum(axis=0)
 
+    def rows(self, name: str, v: Array) -> Array:
+        return widened(rounded(v.astype(np.float32))).astype(np.float64) if name in self.halves else v
+
     def product(self, s: SimpleNamespace, name: str, v: Array) -> Array:
         s.factors[name] = v
-        out = v @ self.w[name]
+        out = self.rows(name, v) @ self.w[name]
         return self.normalise(s, GAINS[name], out) if self.spec.layer_norm else out
 
     def product_back(self, s: SimpleNamespace, d: Arrays, name: str, dout: Array) -> Array:
@@ -216,7 +222,7 @@ class _LSTM(_Cell):
         c_out = self.normalise(s, "cell_gain", seen) + w["cell_bias"] if spec.layer_norm else seen
         c_act = self.activate(s, "cell", c_out)
         m = o * c_act
-        h_new = m @ w["projection"] if spec.proj_size else m
+        h_new = self.rows("projection", m) @ w["projection"] if spec.proj_size else m
         s.state, s.gates = (h_new, c_new), (i, f, g, o)
         s.c_prev, s.c_new, s.c_act, s.m = c_prev, c_new, c_act, m
 
@@ -263,7 +269,10 @@ class _GRU(_Cell):
             a, q = (a + w["bias"][0], q + w["bias"][1]) if spec.reset_after else (a + w["bias"], q)
         (a_z, a_r, a_g), (q_z, q_r, q_g) = np.split(a, 3, axis=1), np.split(q, 3, axis=1)
         z, r = self.activate(s, "z", a_z + q_z), self.activate(s, "r", a_r + q_r)
-        b_g = r * q_g if spec.reset_after else (r * h_in) @ w["recurrent_kernel"][:, 2 * spec.units :]
+        if spec.reset_after:
+            b_g = r * q_g
+        else:
+            b_g = self.rows("recurrent_kernel", r * h_in) @ w["recurrent_kernel"][:, 2 * spec.units :]
         g = self.activate(s, "g", a_g + b_g)
         s.state = (z * h_prev + (1.0 - z) * g,)
         s.gates = (z, r, g, q_g) if spec.reset_after else (z, r, g)
@@ -334,7 +343,7 @@ def forward(
 
     Args:
         spec: which cell.
-        arrays: its arrays by name, in the shapes of `spec.shapes`.
+        arrays: its arrays by name, in the shapes of `spec.shapes`; matrices may be `Halves`.
         x: `[B, T, I]`.
         state: before the first step, h `[B, P]` and an LSTM's c `[B, H]`. None: the cell's initial state, `initial_h`
             and `initial_c` where it is learnt, else zeros.

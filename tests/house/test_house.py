@@ -24,7 +24,7 @@ BELOW = {
     "spec": set(),
     "bfloat16": set(),
     "_kernel": set(),
-    "reference": {"spec"},
+    "reference": {"spec", "bfloat16"},
     "layout": {"spec"},
     "native": {"spec", "_kernel"},
     "nodes": {"spec", "bfloat16", "reference", "native"},

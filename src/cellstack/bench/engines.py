@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,9 +154,9 @@ def _onnx_session(file: bytes, threads: int) -> Any:
     return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def _openvino_model(file: bytes, threads: int) -> Any:
+def _openvino_model(file: bytes, threads: int, precision: str = "f32") -> Any:
     core = importlib.import_module("openvino").Core()  # which the tests don't install, nor what checks types
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     return core.compile_model(core.read_model(file), "CPU", settings)
 
 
@@ -166,26 +167,27 @@ def _sequence(run: Callable[[], Array]) -> Engine:
     return Engine(run, lambda: {"y": run()})
 
 
-def cellstack(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
+def cellstack(x: Array, cells: Sequence[Arrays], threads: int, element: str = "float32") -> Engine:
     """`net(x)`; where this process has more processors than `threads`, `net.run` with so many."""
-    net = network(cells)
+    net = network(cells).with_weights(element)
     if threads < processors():
         return _sequence(lambda: net.run(x, threads=threads)[0])
     return _sequence(lambda: net(x))
 
 
-def pytorch(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
-    """`torch.nn.LSTM`."""
+def pytorch(x: Array, cells: Sequence[Arrays], threads: int, element: str = "float32") -> Engine:
+    """`torch.nn.LSTM`, in bfloat16 with x and y in it too."""
     import torch
 
     torch.set_num_threads(threads)
-    module, tensor = torch_lstm(cells, x.shape[2]), torch.from_numpy(x)
+    dtype = getattr(torch, element)
+    module, tensor = torch_lstm(cells, x.shape[2]).to(dtype), torch.from_numpy(x).to(dtype)
 
-    def run() -> Array:
+    def run() -> Any:
         with torch.inference_mode():
-            return module(tensor)[0].numpy()
+            return module(tensor)[0]
 
-    return _sequence(run)
+    return Engine(run, lambda: {"y": run().float().numpy()})
 
 
 def onnxruntime(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
@@ -194,9 +196,9 @@ def onnxruntime(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
     return _sequence(lambda: session.run(None, {"x": x})[0])
 
 
-def openvino(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
-    """The same file, compiled for latency in float32; x and y are shared with it."""
-    request = _openvino_model(onnx_model(cells, *x.shape), threads).create_infer_request()
+def openvino(x: Array, cells: Sequence[Arrays], threads: int, precision: str = "f32") -> Engine:
+    """The same file, compiled for latency in float32 or bfloat16; x and y are shared with it."""
+    request = _openvino_model(onnx_model(cells, *x.shape), threads, precision).create_infer_request()
     return _sequence(lambda: request.infer({"x": x}, share_inputs=True, share_outputs=True)[0])
 
 
@@ -352,7 +354,12 @@ def openvino_step(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
 
 SURFACES: Mapping[str, Mapping[str, Callable[..., Engine]]] = {
     "inference": {"cellstack": cellstack, "torch": pytorch, "onnxruntime": onnxruntime, "openvino": openvino},
+    "bfloat16": {
+        "cellstack": partial(cellstack, element="bfloat16"),
+        "torch": partial(pytorch, element="bfloat16"),
+        "openvino": partial(openvino, precision="bf16"),
+    },
     "training": {"cellstack": cellstack_training, "torch": pytorch_training},
     "step": {"cellstack": stream, "torch": torch_cell, "onnxruntime": onnx_bound, "openvino": openvino_step},
 }
-"""What is measured, and who does it, ours first. The others don't train LSTMs."""
+"""What is measured, and who does it, ours first. The others don't train LSTMs, nor run them in bfloat16."""

@@ -222,9 +222,8 @@ def convert(args: argparse.Namespace) -> int:
     """
     from cellstack.formats.verify import TOLERANCE, verify  # the other verbs start without what it needs
 
-    tolerance = TOLERANCE if args.tolerance is None else args.tolerance
-    if not 0.0 <= tolerance < math.inf:
-        raise UsageError(f"expected --tolerance >= 0 and finite, got {tolerance}")
+    if args.tolerance is not None and not 0.0 <= args.tolerance < math.inf:
+        raise UsageError(f"expected --tolerance >= 0 and finite, got {args.tolerance}")
     net, source = load_model(args.source, load_options(args))
     x = None if args.sample is None else read_sample(net, args.sample)
     read, net = net, held_in(net, args.weights)
@@ -256,14 +255,19 @@ def convert(args: argparse.Namespace) -> int:
                 f"{args.target}: {str(error).removeprefix('save: ')}; {SUFFIX} holds every network"
             ) from None
         files = [str(target)]
+    widened = net.weights == "bfloat16" and Path(files[-1]).suffix != SUFFIX
+    there = net.with_weights("float32") if widened else net  # the network that was written
     paths = [files[-1]] if Path(source).suffix == SUFFIX else [source, files[-1]]  # ours has no runtime but us
-    reports = {path: verify(read if path == source else net, path, x, streams=path == paths[-1]) for path in paths}
-    verdicts = {one.verdict(tolerance).partition(":")[0] for one in reports.values()}
+    reports = {path: verify(read if path == source else there, path, x, streams=path == paths[-1]) for path in paths}
+    allowed = {path: one.tolerance if path == source else TOLERANCE for path, one in reports.items()}
+    if args.tolerance is not None:
+        allowed = dict.fromkeys(reports, args.tolerance)
+    verdicts = {one.verdict(allowed[path]).partition(":")[0] for path, one in reports.items()}
     verdict = next(word for word in ("fail", "not verified", "pass") if word in verdicts)
     written = f"{source} -> {', '.join(files)}"
-    widened = net.weights == "bfloat16" and Path(files[-1]).suffix != SUFFIX
-    said = ["matrices held in bfloat16 are written as float32, which has the same numbers"] * widened
-    text = [written, *said, *(one.text(tolerance) for one in reports.values()), f"{verdict}: {written}"]
+    said = ["matrices held in bfloat16 are written as float32, which has the same numbers and doesn't round x and h"]
+    said *= widened
+    text = [written, *said, *(one.text(allowed[path]) for path, one in reports.items()), f"{verdict}: {written}"]
     report = {"source": source, "files": files, "sample": args.sample, "verdict": verdict, "weights": net.weights}
     report["parity"] = {path: one.to_json() for path, one in reports.items()}
     show(args, report, text)

@@ -160,7 +160,9 @@ def parser() -> argparse.ArgumentParser:
     other.add_argument(
         "--sample", metavar="FILE", help="data to compare on: .npy [B, T, I], .npz by input, .csv (drawn at random)"
     )
-    other.add_argument("--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4)")
+    other.add_argument(
+        "--tolerance", type=float, metavar="X", help="greatest relative difference that passes (1e-4, bfloat16 2e-2)"
+    )
     text = "hold the cells' matrices in so many bits: bfloat16 rounds them and halves the file (as they are)"
     other.add_argument("--weights", choices=HELD, help=text)
     add_load_options(other)

@@ -84,7 +84,7 @@ def test_other_floats(write, dtype, how):
     module = nn.LSTM(5, 7, batch_first=True, dtype=dtype)
     net = pytorch.load(write(module.state_dict(), **how))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    same(net, module.to(wide))
+    same(net.with_weights("float32"), module.to(wide))  # without what bfloat16 rounds on the way
     assert net.dtype == str(wide).removeprefix("torch.")
 
 
