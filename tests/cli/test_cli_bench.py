@@ -86,7 +86,8 @@ def test_a_report_has_every_engine_the_machine_and_its_pictures(tmp_path, capsys
     report = json.loads(out)
     assert status == 0
     assert json.loads((tmp_path / "to" / "bench.json").read_text()) == report
-    assert {Path(name).name for name in report["files"]} == {"bench.json", "inference.png", "training.png", "step.png"}
+    drawn = {f"{what}.png" for what in engines.SURFACES}
+    assert {Path(name).name for name in report["files"]} == {"bench.json", *drawn}
     assert all(Path(name).stat().st_size > 1000 for name in report["files"])
     assert not report["stopped"]
     assert report["threads"] == 1
