@@ -43,13 +43,12 @@ __attribute__((noinline)) void halve_rows(float* to, const Rows<float>& rows, in
     for (int64_t m = 0; m < count; ++m, to += stride) {
         const float* row = rows.at(m);
         for (int64_t k = 0; k < depth; k += W) {
-            const Words halves = rounded_halves(load_lanes(row + k, depth - k < W ? int(depth - k) : W));
+            const V<float> x = load_lanes(row + k, depth - k < W ? int(depth - k) : W);
             if constexpr (Pairs) {
-                const Longs two = (Longs)halves;  // an even k in the lower 32 bits, the next one in the upper
-                const HalfOfWords pairs = __builtin_convertvector((two & 0xffff0000) | two >> 48, HalfOfWords);
+                const HalfOfWords pairs = pairs_of(x);
                 memcpy(to + k / 2, &pairs, sizeof pairs);
             } else {
-                store(to + k, (V<float>)halves);
+                store(to + k, (V<float>)rounded_halves(x));
             }
         }
     }

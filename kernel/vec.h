@@ -153,7 +153,6 @@ INLINE void store_lanes(T* p, V<T> v, int n) {
 typedef Vec<float>::I Words;  // 32 bits a lane: two bfloat16, or four int8, of as many k
 typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));  // the same bits, for sums that may wrap around
 typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));  // as many numbers
-typedef uint64_t Longs __attribute__((vector_size(kVectorBytes)));     // two words a lane
 typedef uint32_t HalfOfWords __attribute__((vector_size(kVectorBytes / 2)));
 
 INLINE Words load_words(const uint32_t* p) {
@@ -182,9 +181,15 @@ INLINE V<float> add_pairs(V<float> a, V<float> w, V<float> sums) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(w));
     return sums;
 }
+INLINE HalfOfWords pairs_of(V<float> x) {
+    __m256i halves;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
+    return (HalfOfWords)_mm256_rol_epi32(halves, 16);
+}
 #else
 constexpr bool kMultipliesPairs = false;
-INLINE V<float> add_pairs(V<float>, V<float>, V<float> sums) { return sums; }  // never called
+INLINE V<float> add_pairs(V<float>, V<float>, V<float> sums) { return sums; }  // none of these is ever called
+INLINE HalfOfWords pairs_of(V<float>) { return {}; }
 #endif
 
 // Compile-time loops: with every index a constant, arrays of vectors live in registers.
