@@ -189,7 +189,7 @@ INLINE HalfOfWords pairs_of(V<float> x) {
 #else
 constexpr bool kMultipliesPairs = false;
 INLINE V<float> add_pairs(V<float>, V<float>, V<float> sums) { return sums; }  // none of these is ever called
-INLINE HalfOfWords pairs_of(V<float>) { return {}; }
+INLINE HalfOfWords pairs_of(V<float>) { return HalfOfWords{}; }
 #endif
 
 // Compile-time loops: with every index a constant, arrays of vectors live in registers.
