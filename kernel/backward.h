@@ -75,7 +75,7 @@ INLINE void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
     const int64_t P = f.d->output, t = time_of(f, n);
     const Outputs<T> own(f);
     product_transposed<T, G>(f.dq, (n - f.first) * f.batch + f.row0, f.rows, f.blocks, (f.last - f.first) * f.batch,
-                             f.recurrent_t, P, own.panel, own.end_panel, n & 1,
+                             f.recurrent_t, P, own.panel, own.end_panel, n & 1, f.pairs,
                              [&](int64_t r, int64_t unit, V<T> d) INLINED {
                                  const int64_t left = P - unit;
                                  if (left <= 0) return;
@@ -165,7 +165,7 @@ void run_rows_back(Backward<T>& f) {
             rows([&](int64_t r, bool used) { give_back(f, r, n, columns, unit_columns, used); });
             if (Kind == kLstm && d.projects())
                 product_transposed<T, 1>(f.dp, m, f.rows, f.output_blocks, dz_rows, f.projection_t, H, 0,
-                                         unit_columns / wide, n & 1, to_dm);
+                                         unit_columns / wide, n & 1, f.pairs, to_dm);
             rows([&](int64_t r, bool used) {
                 if (!used)
                     leave_out<T, G>(f, r, n);
@@ -182,7 +182,7 @@ void run_rows_back(Backward<T>& f) {
             // What goes into r's place is what the product of the whole is going to read of it, and not before.
             const Outputs<T> own(f);
             product_transposed<T, G>(f.dz, m, f.rows, f.blocks, dz_rows, f.candidate_t, d.output, own.panel,
-                                     own.end_panel, n & 1, to_dm);
+                                     own.end_panel, n & 1, f.pairs, to_dm);
         } else if (part == 2) {
             rows([&](int64_t r, bool used) {
                 if (!used) return;
@@ -229,11 +229,11 @@ INLINE void with_gates(int gates, F&& body) {
 
 template <class T>
 void input_gradient(const T* dz, int gates, int64_t blocks, int64_t dz_rows, const T* kernel_t, int64_t columns,
-                    int64_t first, int64_t last, T* const* out) {
+                    int64_t first, int64_t last, T* const* out, T* pairs) {
     constexpr int W = Vec<T>::W;
     with_gates(gates, [&](auto G) {
         product_transposed<T, G>(dz, first, last - first, blocks, dz_rows, kernel_t, columns, 0,
-                                 (columns + 4 * W - 1) / (4 * W), false,
+                                 (columns + 4 * W - 1) / (4 * W), false, pairs,
                                  [&](int64_t row, int64_t column, V<T> sum) INLINED {
                                      const int64_t left = columns - column;
                                      if (left > 0)
@@ -247,8 +247,9 @@ struct Sums {
     int64_t block, column, gate;
 };
 
-// The rows of N blocks of dz, `dz_stride` apart, against R columns of a. The sums go on from what lies in `at`.
-template <class T, int R, int N, int G>
+// The rows of N blocks of dz, `dz_stride` apart, against R columns of a. The sums go on from what lies in `at`. Rows may
+// be pairs of them in bfloat16.
+template <class T, int R, int N, int G, bool Pairs>
 INLINE void weight_tile(const T* dz, int64_t dz_stride, const T* a, int64_t stride, int64_t rows, bool more, T* at,
                         const Sums& apart) {
     constexpr int W = Vec<T>::W;
@@ -269,25 +270,58 @@ INLINE void weight_tile(const T* dz, int64_t dz_stride, const T* a, int64_t stri
         unroll<N>([&](auto b) INLINED {
             unroll<G>([&](auto v) INLINED {
                 const V<T> w = load_for<T, R>(dz + b * dz_stride + (m * G + v) * W);
-                unroll<R>([&](auto r) INLINED { sums[b][r][v] = fma(s[r], w, sums[b][r][v]); });
+                unroll<R>([&](auto r) INLINED {
+                    if constexpr (Pairs)
+                        sums[b][r][v] = add_pairs(s[r], w, sums[b][r][v]);
+                    else
+                        sums[b][r][v] = fma(s[r], w, sums[b][r][v]);
+                });
             });
         });
     }
     each([&](const V<T>& sum, T* to) INLINED { store(to, sum); });
 }
 
-template <class T, int G>
+// Numbers side by side of a row and of the one after it, which may be missing, as pairs.
+template <class T>
+INLINE void pair_up(T* to, const T* a, const T* b, int64_t n) {
+    constexpr int W = Vec<T>::W;
+    for (int64_t k = 0; k < n; k += W) {
+        const int lanes = n - k < W ? int(n - k) : W;
+        const V<T> second = b ? load_lanes(b + k, lanes) : splat(T(0));
+        store_lanes(to + k, pairs_of(load_lanes(a + k, lanes), second), lanes);
+    }
+}
+
+template <class T, int G, bool Pairs>
 void weight_gradient_of(const WeightGradient<T>& f) {
     constexpr int W = Vec<T>::W, wide = G * W, together = G >= 3 ? 1 : 4;
+    static_assert(together <= kBlocksOfPanel);
+    const int64_t count = Pairs ? (f.dz_rows + 1) / 2 : f.dz_rows, dz_stride = count * wide;
     for (const auto& of : f.of)
-        for (int64_t m = 0; !f.copied && of.columns && m < f.dz_rows; ++m)
-            memcpy(of.copy + m * gradient_stride(of.columns), of.rows[m], size_t(of.columns) * sizeof(T));
-    const int64_t pieces = (f.dz_rows + kGradientRows - 1) / kGradientRows;
+        for (int64_t m = 0; !f.copied && of.columns && m < count; ++m) {
+            T* to = of.copy + m * gradient_stride(of.columns);
+            if constexpr (Pairs)
+                pair_up<T>(to, of.rows[2 * m], 2 * m + 1 < f.dz_rows ? of.rows[2 * m + 1] : nullptr, of.columns);
+            else
+                memcpy(to, of.rows[m], size_t(of.columns) * sizeof(T));
+        }
+    const int64_t pieces = (count + kGradientRows - 1) / kGradientRows;
     const auto blocks = [&](auto N, int64_t block, int lanes) INLINED {
+        const T* all = f.dz + block * dz_stride;
+        if constexpr (Pairs) {
+            all = f.dz_pairs;
+            for (int b = 0; b < N; ++b)
+                for (int64_t m = 0; m < count; ++m) {
+                    const T* row = f.dz + ((block + b) * f.dz_rows + 2 * m) * wide;
+                    pair_up<T>(f.dz_pairs + (b * count + m) * wide, row, 2 * m + 1 < f.dz_rows ? row + wide : nullptr,
+                               wide);
+                }
+        }
         for (int64_t piece = 0; piece < pieces; ++piece) {
-            const int64_t m = f.dz_rows * piece / pieces, rows = f.dz_rows * (piece + 1) / pieces - m;
+            const int64_t m = count * piece / pieces, rows = count * (piece + 1) / pieces - m;
             const bool more = f.more || piece > 0;
-            const T* dz = f.dz + (block * f.dz_rows + m) * wide;
+            const T* dz = all + m * wide;
             for (const auto& of : f.of) {
                 if (!of.columns) continue;
                 const int64_t stride = gradient_stride(of.columns), H = f.units;
@@ -305,8 +339,8 @@ void weight_gradient_of(const WeightGradient<T>& f) {
                     };
                     if (!whole) memset(own, 0, sizeof(own));
                     if (more) each([&](const T* from, T* to) INLINED { store(to, load_lanes(from, lanes)); });
-                    weight_tile<T, R, N, G>(dz, f.dz_rows * wide, of.copy + m * stride + column, stride, rows, more, at,
-                                            inside);
+                    weight_tile<T, R, N, G, Pairs>(dz, dz_stride, of.copy + m * stride + column, stride, rows, more, at,
+                                                   inside);
                     each([&](T* to, const T* from) INLINED { store_lanes(to, load(from), lanes); });
                 });
             }
@@ -359,7 +393,9 @@ void weight_gradient_of(const WeightGradient<T>& f) {
 
 template <class T>
 void weight_gradient(const WeightGradient<T>& f) {
-    with_gates(f.gates, [&](auto G) { weight_gradient_of<T, G>(f); });
+    with_gates(f.gates, [&](auto G) {
+        f.pairs ? weight_gradient_of<T, G, kPairs<T>>(f) : weight_gradient_of<T, G, false>(f);
+    });
 }
 
 }  // namespace

@@ -170,8 +170,8 @@ template <class T>
 void run_forward(const SequencesOf& sequences, const nb::list& entries, int threads) {
     const std::vector<Layer<T>> layers = each(entries, &LayerOf::as<T>);
     for (const Layer<T>& layer : layers)
-        if (layer.weights->description().rows && !layer.weights->copied())
-            throw nb::value_error("forward: expected weights in rows to be copied");
+        if ((layer.weights->description().rows || narrow(layer.weights->element())) && !layer.weights->copied())
+            throw nb::value_error("forward: expected weights in rows, or of fewer bits, to be copied");
     const Sequences<T> in = sequences.as<T>();
     nb::gil_scoped_release released;
     forward<T>(in, layers, threads);
@@ -570,8 +570,8 @@ NB_MODULE(_kernel, m) {
         "weights",
         [](const Description& description, const std::string& name, const nb::tuple& arrays, bool copy) -> nb::object {
             const Element element = element_named(name);
-            if (narrow(element) && !copy)
-                throw nb::value_error("weights: expected bfloat16 and int8 with copy=True alone");
+            if (element == Element::kInt8 && !copy)
+                throw nb::value_error("weights: expected int8 with copy=True alone");
             if (element == Element::kFloat64)
                 return nb::cast(new Weights<double>(description, arrays_of<const double>(arrays), copy),
                                 nb::rv_policy::take_ownership);

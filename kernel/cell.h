@@ -29,7 +29,8 @@ class Weights {
     // With `copy` the arrays are packed into its layout and not needed any more afterwards; without, they are read
     // where they lie, at each call, and must outlive this object: slower by the step, but a call of a few steps costs
     // less than packing, and `backward` reads no others. The bits are the same. Matrices that are copied may be held in
-    // a narrower element.
+    // a narrower element. Without a copy, bfloat16 is for `backward` alone: its products are of rounded numbers where
+    // the instruction set multiplies pairs of these.
     Weights(const Description& description, const Arrays<const T>& arrays, bool copy = true,
             Element element = element_of<T>());
     ~Weights();

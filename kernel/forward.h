@@ -375,7 +375,7 @@ void forward(Forward<T>& f) {
     if (f.w.d->kind == kDense)
         run_dense<T>(f);
     else if (f.w.by_blocks())
-        f.w.pairs ? run_blocks<T, kMultipliesPairs && sizeof(T) == 4>(f) : run_blocks<T, false>(f);
+        f.w.pairs ? run_blocks<T, kPairs<T>>(f) : run_blocks<T, false>(f);
     else if (f.w.d->usual())
         choose<T, true>(f);
     else

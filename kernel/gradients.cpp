@@ -22,7 +22,8 @@ constexpr int64_t kAgainRows = 192;  // whose gates a thread makes again at a ti
 bool divides_back(const Description& d) { return !d.layer_norm && !d.projects(); }
 
 // Nanoseconds that rows and panels of a step take, roughly; for choosing among cuts. A tile of up to six rows goes over
-// `depth` vectors of a panel; weights that don't fit into the core's own cache are waited for.
+// `depth` vectors of a panel, half as many where these are of pairs; weights that don't fit into the core's own cache
+// are waited for.
 double step_cost_back(int64_t rows, int64_t panels, int64_t depth, int64_t panel_bytes) {
     const int64_t tiles = ceil_div(rows, 6), cycles = depth * std::max(2 * rows + tiles, 4 * tiles);
     const double weights = double(panels) * double(panel_bytes);
@@ -30,8 +31,9 @@ double step_cost_back(int64_t rows, int64_t panels, int64_t depth, int64_t panel
 }
 
 // How threads cut the way back through time: groups of rows, and shares of the units in each.
-Cut cut_back(const Description& d, int64_t B, int64_t chunk, int64_t width, size_t bytes, int threads) {
-    const int64_t panels = ceil_div(d.output, 4 * width), depth = ceil_div(d.units, width) * d.gates() * width;
+Cut cut_back(const Description& d, int64_t B, int64_t chunk, int64_t width, size_t bytes, bool pairs, int threads) {
+    const int64_t panels = ceil_div(d.output, 4 * width);
+    const int64_t depth = ceil_div(d.units, width) * d.gates() * width / (pairs ? 2 : 1);
     const auto cost = [&](const Cut& cut) {
         const double alone = step_cost_back(ceil_div(B, cut.groups), ceil_div(panels, cut.shares), depth,
                                             depth * 4 * width * int64_t(bytes));
@@ -85,6 +87,7 @@ class BackwardLayer {
     void sum_rows() const;
     void sum_initial(T* out, const T* fresh, const T* start, int64_t stride, int64_t width) const;
 
+    T* pairs_of(int thread) const { return pairs ? rows_in_pairs + thread * paired : nullptr; }
     // t of the n-th step processed.
     int64_t time_of(int64_t n) const { return in.reverse ? steps - 1 - n : n; }
     int64_t columns_of(int64_t n) const { return ceil_div(n, wide) * wide; }
@@ -104,6 +107,7 @@ class BackwardLayer {
     const int64_t planes = d.planes(), norms = d.norm_size();
     const bool lstm = d.kind == kLstm, by_rows = !d.plain(), reset_before = d.kind == kGru && !d.reset_after;
     const bool again = !s.gates;  // they are made again, a chunk's at a time
+    const bool pairs = s.weights->element() == Element::kBfloat16 && current().pairs;  // products of bfloat16
     // Whether anybody wants what lies before the first step; else its product is left out.
     const bool to_start = g.dh0 || g.dc0 || to.initial_h || to.initial_c;
     const int threads;
@@ -115,8 +119,9 @@ class BackwardLayer {
     T *recurrent_t, *candidate_t, *kernel_t, *projection_t;  // transposed
     T *dz, *dq, *dp, *dm, *m_rows_at, *h_dropped, *line, *vector_sums, *zeros;
     T *gradients, *gradients_out, *copied;
+    T* rows_in_pairs;  // of each thread, `paired` numbers: what is multiplied as bfloat16
     T *made_gates, *made_norms, *x_in, *h_in, *c_in;  // of gates that are made again
-    int64_t rows_again, lines, copies;
+    int64_t rows_again, lines, copies, paired;
     // Where the rows of dz came from, in its order: x, the h that went into the step, r·h, and dx.
     std::vector<const T*> x_rows, h_rows, m_rows;
     std::vector<T*> dx_rows;
@@ -140,7 +145,7 @@ BackwardLayer<T>::BackwardLayer(const Sequences<T>& in, const Layer<T>& s, const
       g(g),
       threads(useful_threads(most_threads, B * steps * 2 * G * H * (I + P))),
       chunk(chunk_of(in, blocks * deep)),
-      cut(threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), threads) : Cut{1, 1, 1, chunk}) {}
+      cut(threads > 1 ? cut_back(d, B, chunk, W, sizeof(T), pairs, threads) : Cut{1, 1, 1, chunk}) {}
 
 // Gradients of matrices and biases where there is no step.
 template <class T>
@@ -175,10 +180,14 @@ void BackwardLayer<T>::take_memory() {
     const int64_t gates_again = if_(again, chunk_rows * planes * H), norms_again = if_(again, chunk_rows * norms);
     const int64_t x_again = if_(again, rows_again * I), h_again = if_(again, rows_again * P);
     const int64_t c_again = if_(again && lstm, rows_again * H);
+    // Rows of a step, or of a task of the gradient of x; or all rows of some blocks, two of them together.
+    const int64_t paired_rows = std::max(ceil_div(B, cut.groups), std::min(kInputRows, chunk_rows));
+    paired = if_(pairs, std::max(paired_rows * std::max(blocks * deep, output_blocks * W) / 2,
+                                 kBlocksOfPanel * ceil_div(chunk_rows, 2) * deep));
     copies = Parts<T>::size(chunk_rows * (gradient_stride(I) + gradient_stride(most) * (reset_before ? 2 : 1)));
     scratch.reset(new Scratch<T>(3 * rows_h + 2 * rows_c + (1 + reset_before) * transposed + transposed_in +
                                  transposed_out + (1 + d.apart()) * chunk_dz + chunk_dp + chunk_m + dropped + rows_dm +
-                                 cut.groups * lines + vectors + sums + sums_out + threads * copies +
+                                 cut.groups * lines + vectors + sums + sums_out + threads * (copies + paired) +
                                  Parts<T>::size(most) + gates_again + norms_again + x_again + h_again + c_again));
     Parts<T> parts(scratch->get());
     const auto take = [&](int64_t count) { return count ? parts.take(count) : nullptr; };
@@ -189,6 +198,7 @@ void BackwardLayer<T>::take_memory() {
     dz = take(chunk_dz), dq = d.apart() ? take(chunk_dz) : dz, dp = take(chunk_dp), m_rows_at = take(chunk_m);
     h_dropped = take(dropped), dm = take(rows_dm), line = take(cut.groups * lines), vector_sums = take(vectors);
     gradients = take(sums), gradients_out = take(sums_out), copied = take(threads * copies), zeros = take(most);
+    rows_in_pairs = take(threads * paired);
     made_gates = take(gates_again), made_norms = take(norms_again);
     x_in = take(x_again), h_in = take(h_again), c_in = take(c_again);
     std::fill_n(zeros, most, T(0));
@@ -216,7 +226,7 @@ void BackwardLayer<T>::transpose_weights() {
         for (const auto& pack : packs)
             if (pack.to)
                 leaf.pack_transposed(pack.to, pack.from, pack.first, pack.last, pack.panels * k / threads,
-                                     pack.panels * (k + 1) / threads);
+                                     pack.panels * (k + 1) / threads, pairs);
     });
 }
 
@@ -300,6 +310,7 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     f.dinitial_h = at(initial_h, columns), f.dinitial_c = at(initial_c, blocks * W);
     f.vectors = at(vector_sums, kVectors * blocks * W);
     f.dz = dz, f.dq = dq, f.dp = dp, f.m = m_rows_at, f.line = line ? line + group * lines : nullptr;
+    f.pairs = pairs_of(share * cut.groups + group);
     return f;
 }
 
@@ -344,7 +355,7 @@ void BackwardLayer<T>::find_products(int64_t first, int64_t last) {
 // known. The weights are packed as forward packs them.
 template <class T>
 void BackwardLayer<T>::make_gates(int64_t first, int64_t last) {
-    if (!packed) packed.reset(new Weights<T>(d, arrays));
+    if (!packed) packed.reset(new Weights<T>(d, arrays, true, s.weights->element()));
     const T* initial = arrays.initial_c ? arrays.initial_c : zeros;
     const int64_t all = (last - first) * B;
     for (int64_t from = 0; from < all; from += rows_again) {
@@ -405,8 +416,8 @@ void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
                 continue;
             }
             const int64_t row = (task - weight_tasks) * kInputRows;
-            leaf.input_gradient(dz, G, blocks, rows, kernel_t, I, row, std::min(rows, row + kInputRows),
-                                dx_rows.data());
+            leaf.input_gradient(dz, G, blocks, rows, kernel_t, I, row, std::min(rows, row + kInputRows), dx_rows.data(),
+                                pairs_of(k));
         }
     });
 }
@@ -437,6 +448,7 @@ void BackwardLayer<T>::sum_weights(int64_t task, int thread, size_t& copied_for,
     }
     f.bias = pass.bias, f.bias_sums = pass.bias ? sum + f.first * panel : nullptr;
     f.more = last < steps, f.write = first == 0, f.copied = copied_for == which;
+    f.pairs = pairs, f.dz_pairs = pairs_of(thread);
     copied_for = which;
     leaf.weight_gradient(f);
 }

@@ -106,6 +106,7 @@ struct Backward {
     T* m;           // out, rows [(last - first)·batch][H] that were projected, or [P]: r·h that went into the candidate
     T *dm, *carry;  // scratch [rows][columns of H], [rows][columns of P]
     T* line;        // scratch [2][blocks·W], of this thread
+    T* pairs;       // scratch of this thread for rows in pairs of bfloat16, see product_transposed; null: products of T
     T* vectors;     // sums [rows][kVectors][blocks·W] of the gradients of arrays that aren't matrices; or null
     T *dinitial_h, *dinitial_c;  // sums [rows][columns of P], [rows][blocks·W]; or null
 };
@@ -150,6 +151,8 @@ struct WeightGradient {
         T* copy;  // scratch [dz_rows][gradient_stride(columns)], for `rows` side by side
     } of[3];
     bool copied;   // they are there already
+    bool pairs;    // products of bfloat16, of two rows at once; `copy` is of half as many rows then
+    T* dz_pairs;   // scratch for it, [kBlocksOfPanel][dz_rows / 2, rounded up][gates][W]
     T* bias;       // [gates·H] or null
     T* bias_sums;  // scratch [last - first][gates][W]
     bool more;     // go on from the sums of the call before; else from zero
@@ -169,13 +172,16 @@ struct Leaf {
     // the same in a narrow element, as quantised.h reads it; scratch: a block's panel, [K][gates][W]
     void (*pack_narrow)(T* to, const Matrix<T>& from, Element element, T* panel);
     // a matrix [K, gates·H] -> [panel][blocks·gates·W][4·W]: columns are K (zeros beyond), in the order that dz has;
-    // gates outside of [first, last) are zero. Of its panels, panel … end_panel, which go where they lie in the whole
-    void (*pack_transposed)(T* to, const Matrix<T>& from, int first, int last, int64_t panel, int64_t end_panel);
+    // gates outside of [first, last) are zero. Of its panels, panel … end_panel, which go where they lie in the whole.
+    // With `pairs`, two of the rows of a panel are one, in pairs of bfloat16.
+    void (*pack_transposed)(T* to, const Matrix<T>& from, int first, int last, int64_t panel, int64_t end_panel,
+                            bool pairs);
     void (*forward)(Forward<T>&);
     void (*backward)(Backward<T>&);
-    // out[m] (rows of `columns`) = dz[m]·kernelᵀ for m in [first, last) of the rows·steps; row m goes to out[m]
+    // out[m] (rows of `columns`) = dz[m]·kernelᵀ for m in [first, last) of the rows·steps; row m goes to out[m].
+    // `pairs` as in Backward
     void (*input_gradient)(const T* dz, int gates, int64_t blocks, int64_t dz_rows, const T* kernel_t, int64_t columns,
-                           int64_t first, int64_t last, T* const* out);
+                           int64_t first, int64_t last, T* const* out, T* pairs);
     void (*weight_gradient)(const WeightGradient<T>&);
     void (*activate)(const Activation& activation, const T* x, T* y, int64_t n);
 };

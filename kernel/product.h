@@ -12,6 +12,10 @@ constexpr int kRows = 6;  // of a tile: 6·4 sums, 6 broadcasts and a weight fil
 constexpr int kRows = 3;  // 3·4 sums, 3 broadcasts and a weight fill 16
 #endif
 
+// Whether there is a way of pairs for T at all.
+template <class T>
+constexpr bool kPairs = kMultipliesPairs && sizeof(T) == 4;
+
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);  // numbers in a line of a cache
 
@@ -208,25 +212,23 @@ __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows,
 
 // sums[r][v] = dz[m+r]·panel over all blocks, for R rows of G gates that lie side by side in each block of dz, and C of
 // a panel's vectors. A tile of several rows fetches lines from `ahead` on.
-template <class T, int R, int C, int G>
+template <class T, int R, int C, int G, bool Pairs>
 INLINE void times_transposed(V<T> (&sums)[1][R][C], const T* dz, int64_t blocks, int64_t dz_rows, const T* panel,
                              const T* ahead) {
-    constexpr int W = Vec<T>::W, wide = 4 * W, deep = G * W;
+    constexpr int W = Vec<T>::W, wide = 4 * W, deep = Pairs ? G * W / 2 : G * W;
     unroll<R>([&](auto r) INLINED { unroll<C>([&](auto v) INLINED { sums[0][r][v] = splat(T(0)); }); });
     for (int64_t block = 0; block < blocks; ++block) {
         const T* a[R];
         unroll<R>([&](auto r) INLINED { a[r] = dz + (block * dz_rows + r) * deep; });
-        accumulate<T, R, 1, C, 4, (R > 1)>(sums, a, panel + block * deep * wide, 0, deep,
-                                           ahead + block * deep * kLine<T>);
+        accumulate<T, R, 1, C, 4, (R > 1), Pairs>(sums, a, panel + block * deep * wide, 0, deep,
+                                                  ahead + block * deep * kLine<T>);
     }
 }
 
-// body(row, column, vector): dz·matrixᵀ, for `count` rows from row m of dz on, by vectors of the matrix's `columns`
-// rows: of its panels first … last, upwards or `down`. Of a panel that isn't full only the vectors that are used.
-template <class T, int G, class F>
-INLINE void product_transposed(const T* dz, int64_t m, int64_t count, int64_t blocks, int64_t dz_rows, const T* panels,
-                               int64_t columns, int64_t first, int64_t last, bool down, F&& body) {
-    constexpr int W = Vec<T>::W, wide = 4 * W, deep = G * W;
+template <class T, int G, bool Pairs, class F>
+INLINE void product_transposed_of(const T* dz, int64_t count, int64_t blocks, int64_t dz_rows, const T* panels,
+                                  int64_t columns, int64_t first, int64_t last, bool down, F&& body) {
+    constexpr int W = Vec<T>::W, wide = 4 * W, deep = Pairs ? G * W / 2 : G * W;
     for (int64_t n = first; n < last; ++n) {
         const int64_t panel = down ? first + last - 1 - n : n, after = n + 1 == last ? panel
                                                                        : down        ? panel - 1
@@ -235,8 +237,8 @@ INLINE void product_transposed(const T* dz, int64_t m, int64_t count, int64_t bl
         const auto vectors = [&](auto C) INLINED {
             tiles(count, [&](auto R, int64_t row) INLINED {
                 V<T> sums[1][R][C];
-                times_transposed<T, R, C, G>(sums, dz + (m + row) * deep, blocks, dz_rows,
-                                             panels + panel * blocks * deep * wide, ahead);
+                times_transposed<T, R, C, G, Pairs>(sums, dz + row * deep, blocks, dz_rows,
+                                                    panels + panel * blocks * deep * wide, ahead);
                 ahead += blocks * deep * kLine<T>;
                 unroll<R>([&](auto r) INLINED {
                     unroll<C>([&](auto v) INLINED { body(row + r, panel * wide + v * W, sums[0][r][v]); });
@@ -251,6 +253,29 @@ INLINE void product_transposed(const T* dz, int64_t m, int64_t count, int64_t bl
         else
             vectors(Int<1>{});
     }
+}
+
+// body(row, column, vector): dz·matrixᵀ, for `count` rows from row m of dz on, by vectors of the matrix's `columns`
+// rows: of its panels first … last, upwards or `down`. Of a panel that isn't full only the vectors that are used. With
+// `pairs`, scratch [blocks][count][G·W / 2], rows and panels are in pairs of bfloat16.
+template <class T, int G, class F>
+INLINE void product_transposed(const T* dz, int64_t m, int64_t count, int64_t blocks, int64_t dz_rows, const T* panels,
+                               int64_t columns, int64_t first, int64_t last, bool down, T* pairs, F&& body) {
+    constexpr int W = Vec<T>::W, deep = G * W;
+    if constexpr (kPairs<T>)
+        if (pairs) {
+            T* to = pairs;
+            for (int64_t block = 0; block < blocks; ++block) {
+                const T* from = dz + (block * dz_rows + m) * deep;
+                for (int64_t k = 0; k < count * G; ++k, to += W / 2) {
+                    const HalfOfWords two = pairs_of(load(from + k * W));
+                    memcpy(to, &two, sizeof two);
+                }
+            }
+            product_transposed_of<T, G, true>(pairs, count, blocks, count, panels, columns, first, last, down, body);
+            return;
+        }
+    product_transposed_of<T, G, false>(dz + m * deep, count, blocks, dz_rows, panels, columns, first, last, down, body);
 }
 
 }  // namespace

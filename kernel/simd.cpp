@@ -74,14 +74,14 @@ void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
     }
 }
 
-template <class T>
-void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel) {
-    constexpr int W = Vec<T>::W, wide = 4 * W;
+template <class T, bool Pairs>
+void pack_transposed_of(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel) {
+    constexpr int W = Vec<T>::W, wide = 4 * W, deep = Pairs ? W / 2 : W;
     const int64_t blocks = (m.units + W - 1) / W;
-    to += panel * blocks * m.gates * W * wide;
+    to += panel * blocks * m.gates * deep * wide;
     for (int64_t column = panel * wide; column < m.depth && column < end_panel * wide; column += wide)
         for (int64_t block = 0; block < blocks; ++block)
-            for (int gate = 0; gate < m.gates; ++gate, to += W * wide) {
+            for (int gate = 0; gate < m.gates; ++gate, to += deep * wide) {
                 const bool used = gate >= first && gate < last;
                 unroll<4>([&](auto part) INLINED {
                     const int64_t k = column + part * W;
@@ -96,9 +96,19 @@ void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t pan
                                            m.gates * m.units);
                         if (!m.rows) transpose<T>(square);
                     }
-                    unroll<W>([&](auto lane) INLINED { store(to + lane * wide + part * W, square[lane]); });
+                    if constexpr (Pairs)
+                        unroll<W / 2>([&](auto k) INLINED {
+                            store(to + k * wide + part * W, pairs_of(square[2 * k], square[2 * k + 1]));
+                        });
+                    else
+                        unroll<W>([&](auto lane) INLINED { store(to + lane * wide + part * W, square[lane]); });
                 });
             }
+}
+
+template <class T>
+void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel, bool pairs) {
+    (pairs ? pack_transposed_of<T, kPairs<T>> : pack_transposed_of<T, false>)(to, m, first, last, panel, end_panel);
 }
 
 template <class T>

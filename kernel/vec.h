@@ -181,15 +181,22 @@ INLINE V<float> add_pairs(V<float> a, V<float> w, V<float> sums) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(w));
     return sums;
 }
-INLINE HalfOfWords pairs_of(V<float> x) {
+INLINE __m256i halves_of(V<float> x) {
     __m256i halves;
     asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
-    return (HalfOfWords)_mm256_rol_epi32(halves, 16);
+    return halves;
+}
+// Pairs of neighbours in x, and of what a and b have in the same lane.
+INLINE HalfOfWords pairs_of(V<float> x) { return (HalfOfWords)_mm256_rol_epi32(halves_of(x), 16); }
+INLINE V<float> pairs_of(V<float> a, V<float> b) {
+    const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves_of(a)), 16);
+    return (V<float>)_mm512_or_si512(upper, _mm512_cvtepu16_epi32(halves_of(b)));
 }
 #else
 constexpr bool kMultipliesPairs = false;
 INLINE V<float> add_pairs(V<float>, V<float>, V<float> sums) { return sums; }  // none of these is ever called
 INLINE HalfOfWords pairs_of(V<float>) { return HalfOfWords{}; }
+INLINE V<float> pairs_of(V<float>, V<float>) { return V<float>{}; }
 #endif
 
 // Compile-time loops: with every index a constant, arrays of vectors live in registers.

@@ -4,7 +4,8 @@
 
 runs a stack of L layers in one call of the fused kernel. `cells` has one `CellSpec.text` a layer, or `in_rows` of it,
 where the layer's weights are those of a module of PyTorch; of either, `made_again`, where the backward pass makes gates
-and norms again that forward then doesn't keep. Results, in order:
+and norms again that forward then doesn't keep; of any of these `in_halves`, where products are of numbers that are
+rounded to bfloat16, forward and back. Results, in order:
 
     states after, layer by layer: h [B, P], and an LSTM's c [B, H],
     with save: y [B, T, P] a layer, gates [B, T, planes, H] a layer, cells [B, T, H] a layer (size 0 but for an LSTM),
@@ -58,6 +59,7 @@ class _Form(NamedTuple):
     spec: CellSpec
     rows: bool  # whether its weights are those of a module of PyTorch
     again: bool  # whether the backward pass makes gates and norms again
+    halves: bool  # whether products are of numbers that are rounded to bfloat16
     description: Any  # as the kernel takes it
     names: tuple[str, ...]  # of its weights
     shapes: tuple[tuple[int, ...], ...]  # of its weights
@@ -96,8 +98,18 @@ def made_again(text: str) -> str:
     return _AGAIN + text
 
 
+_HALVES = "halves "
+
+
+def in_halves(text: str) -> str:
+    """Return what stands in the op's `cells` for a cell of float32 whose products are of numbers in bfloat16."""
+    return _HALVES + text
+
+
 @lru_cache(maxsize=1024)
 def _form(text: str) -> _Form:
+    halves = text.startswith(_HALVES)
+    text = text.removeprefix(_HALVES)
     again = text.startswith(_AGAIN)
     text = text.removeprefix(_AGAIN)
     rows = text.startswith(_ROWS)
@@ -112,6 +124,7 @@ def _form(text: str) -> _Form:
         spec,
         rows,
         again,
+        halves,
         native.description(spec, rows),
         tuple(weights),
         tuple(weights.values()),
@@ -201,16 +214,20 @@ def _checked(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> list
 ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
 
 
+def _element(form: _Form, dtype: torch.dtype) -> str:
+    return "bfloat16" if form.halves else ELEMENTS[dtype]
+
+
 def _weights(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype, copy: bool) -> tuple[Any, list[Tensor]]:
     """Return the kernel's weights, and what must be kept until the call has ended."""
     flat = _checked(form, weights, dtype)
-    return native.weights_at(form.description, ELEMENTS[dtype], _addresses(form, flat), copy), flat
+    return native.weights_at(form.description, _element(form, dtype), _addresses(form, flat), copy), flat
 
 
 def _lying(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
     """Return the kernel's weights, read where they lie, of a call whose forward pass has checked them."""
     flat = [_plain(weight) for weight in _with_one_bias(form, weights)]
-    return native.weights_at(form.description, ELEMENTS[dtype], _addresses(form, flat), False), flat
+    return native.weights_at(form.description, _element(form, dtype), _addresses(form, flat), False), flat
 
 
 # Packed weights, by the layer of a call, with the addresses and versions of the tensors that they were packed from, and
@@ -221,7 +238,7 @@ Kept = dict[int, tuple[list[tuple[int, int]], Any, list[Tensor]]]
 def _kept_weights(kept: Kept, layer: int, form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> Any:
     """Return the kernel's weights of a layer out of `kept`, packed anew where the tensors are others than they were."""
     try:
-        tensors = [(weight.data_ptr(), weight._version) for weight in weights]
+        tensors = [(int(form.halves), 0), *((weight.data_ptr(), weight._version) for weight in weights)]
     except RuntimeError:  # made in inference mode: such tensors have no version
         return _weights(form, weights, dtype, copy=True)[0]
     found = kept.get(layer)
@@ -286,7 +303,7 @@ def _forward(
         if keep is not None:
             packed = _kept_weights(keep, n, form, own, x.dtype)
         else:
-            packed, flat = _weights(form, own, x.dtype, long or form.rows)
+            packed, flat = _weights(form, own, x.dtype, long or form.rows or form.halves)
             kept.append(flat)
         end = [x.new_empty(batch, size) for size in form.sizes]
         start = begin[len(ends) : len(ends) + len(end)]
@@ -619,6 +636,8 @@ def run(
     With `keep` the weights are packed at the first call alone, where nothing is saved and nobody watches: that they
     stay as they are is for the caller to know.
     """
+    if halves(x):
+        cells = [in_halves(text) for text in cells]
     rest = drops, mask, reset, cells, reverse, sequences, save, 0, time_major
     if not x.is_cpu or not direct(x):
         return recurrent(x, starts, weights, *rest)
@@ -631,11 +650,11 @@ def step(
     x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], cell: str, keep: Kept | None = None
 ) -> tuple[Tensor, ...]:
     """Run one step of one layer without gradients, where `direct(x)` holds: x `[B, I]`, a state or nothing."""
-    batch, form = x.shape[0], _form(cell)
+    batch, form = x.shape[0], _form(in_halves(cell) if halves(x) else cell)
     if keep is not None:
         packed = _kept_weights(keep, 0, form, weights, x.dtype)
     else:
-        packed, _flat = _weights(form, weights, x.dtype, batch > _UNPACKED_STEPS or form.rows)
+        packed, _flat = _weights(form, weights, x.dtype, batch > _UNPACKED_STEPS or form.rows or form.halves)
     x = _plain(x)  # a foreign cell's output may be a negated view
     begin = [_plain(part) for part in state]
     ends = tuple([x.new_empty(batch, size) for size in form.sizes])
@@ -680,6 +699,21 @@ def dropout_mask(draws: Tensor | None, like: Tensor, rows: int, width: int, rate
     return torch.ops.cellstack.dropout_mask(draws, like.detach(), rows, width, rate, seed)
 
 
+def halves(like: Tensor) -> bool:
+    """Whether products of `like`'s dtype on the CPU are of numbers in bfloat16 now.
+
+    They are under `torch.autocast("cpu", torch.bfloat16)`, in float32, where the processor multiplies pairs of
+    bfloat16 as fast as single numbers.
+    """
+    return torch.is_autocast_enabled("cpu") and like.dtype is torch.float32 and _rounds()
+
+
+def _rounds() -> bool:
+    return torch.get_autocast_dtype("cpu") is torch.bfloat16 and isa() == "avx512bf16"
+
+
 def autocast() -> str:
     """Return what a plan says of `torch.autocast`; nothing where it is off."""
-    return ", in float32 under torch.autocast" if torch.is_autocast_enabled("cpu") else ""
+    if not torch.is_autocast_enabled("cpu"):
+        return ""
+    return f", in float32{' with products in bfloat16' if _rounds() else ''} under torch.autocast"
