@@ -36,7 +36,18 @@ DROPS = ("recurrent_dropout", "zoneout", "zoneout_cell")
 
 
 def forward_stack(
-    x, cells, states, *, drops=None, mask=None, reset=None, reverse=False, threads=1, save=True, copy=True
+    x,
+    cells,
+    states,
+    *,
+    drops=None,
+    mask=None,
+    reset=None,
+    reverse=False,
+    threads=1,
+    save=True,
+    copy=True,
+    element=None,
 ):
     """Run a stack of cells, `(spec, arrays)` each; of `drops`, one of each of DROPS for each."""
     batch, steps, _ = x.shape
@@ -49,7 +60,7 @@ def forward_stack(
             for name, shape in native.results(spec, batch, steps).items()
             if name not in unwanted
         }
-        layers.append(layer(native.weights(spec, arrays, copy=copy), state, drop, **results))
+        layers.append(layer(native.weights(spec, arrays, element, copy), state, drop, **results))
         case = {"spec": spec, "x": x, "state": state, "drop": drop, "mask": mask, "reset": reset, "reverse": reverse}
         end = tuple(results[name] for name in ("hn", "cn") if name in results)
         norms = {"norms": results.get("norms")}
@@ -63,7 +74,7 @@ def forward(spec, arrays, x, state=None, *, recurrent_dropout=None, zoneout=None
     return forward_stack(x, [(spec, arrays)], [state], drops=drops, **rest)[0]
 
 
-def backward_stack(cells, outs, gradients, *, threads=1, wanted=None):
+def backward_stack(cells, outs, gradients, *, threads=1, wanted=None, element=None):
     """Go back through a stack that `forward_stack` ran.
 
     Args:
@@ -73,6 +84,7 @@ def backward_stack(cells, outs, gradients, *, threads=1, wanted=None):
         threads: how many the kernel may use.
         wanted: for each layer, the names of the gradients that are wanted: x (of the lowest), h0, c0 and its arrays;
             None = all of them.
+        element: what the matrices were held in.
 
     Returns:
         `Gradients` for each layer; NaN where none was wanted.
@@ -85,7 +97,7 @@ def backward_stack(cells, outs, gradients, *, threads=1, wanted=None):
         want = lambda name, array, names=names: array if names is None or name in names else None  # noqa: E731
         kept = {"y": out.y, "gates": out.gates, "cells": out.cells, "norms": out.case["norms"]}
         state = out.case["state"]
-        layers.append(layer(native.weights(spec, arrays, copy=False), state, out.case["drop"], **kept))
+        layers.append(layer(native.weights(spec, arrays, element, False), state, out.case["drop"], **kept))
         start = () if state is None else tuple(map(new, state))
         found = Gradients(new(x), start, {name: new(array) for name, array in arrays.items()})
         results.append(found)
@@ -102,5 +114,5 @@ def backward_stack(cells, outs, gradients, *, threads=1, wanted=None):
     return results
 
 
-def backward(spec, arrays, out, *, threads=1, **given):
-    return backward_stack([(spec, arrays)], [out], [given], threads=threads)[0]
+def backward(spec, arrays, out, *, threads=1, element=None, **given):
+    return backward_stack([(spec, arrays)], [out], [given], threads=threads, element=element)[0]

@@ -640,7 +640,7 @@ def test_autocast_gives_the_dtypes_that_pytorch_gives(kind, runs):
     x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), cs.frozen(ours):
         expected, found = flat(theirs(x)), flat(ours(x))
-        assert "in float32 under torch.autocast" in cs.plan(ours)[0]
+        assert "under torch.autocast" in cs.plan(ours)[0]
     assert "autocast" not in cs.plan(ours)[0]
     assert [t.dtype for t in found] == [t.dtype for t in expected]
     assert runs

@@ -708,8 +708,12 @@ def halves(like: Tensor) -> bool:
     return torch.is_autocast_enabled("cpu") and like.dtype is torch.float32 and _rounds()
 
 
+_MULTIPLIES_PAIRS = isa() == "avx512bf16"  # as this process began, for compilers, who see no further than Python
+
+
 def _rounds() -> bool:
-    return torch.get_autocast_dtype("cpu") is torch.bfloat16 and isa() == "avx512bf16"
+    pairs = _MULTIPLIES_PAIRS if torch.compiler.is_compiling() else isa() == "avx512bf16"
+    return pairs and torch.get_autocast_dtype("cpu") is torch.bfloat16
 
 
 def autocast() -> str:
