@@ -498,9 +498,9 @@ class Network:
     def with_weights(self, weights: str) -> Network:
         """Return the network with the matrices of its cells as data of fewer bits, in memory and in its file.
 
-        It answers what `run(…, weights=weights)` of this one answers, bit for bit: products with the rounded numbers,
-        in float32 sums, and float32 states. All else, dense layers among it, stays as it is. The native format keeps
-        such matrices as they are; other formats, and C, are given the same numbers as float32.
+        It answers what `run(…, weights=weights)` of this one answers, bit for bit: x and h are rounded as the matrices
+        are where they meet them, sums and states are float32. All else, dense layers among it, stays as it is. The
+        native format keeps such matrices as they are; other formats, and C, are given the same numbers as float32.
 
         Args:
             weights: `"bfloat16"`: each number rounded to the nearest one of 8 bits of precision, two bytes each;
