@@ -25,6 +25,7 @@ The op trusts its caller: shapes and dtypes are checked once, in the layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -159,15 +160,14 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()  # an empty one is at 0
 
 
-_LARGE = 1 << 22  # bytes from which large pages pay; NumPy asks for them from the same size on
+_LARGE = 1 << 16  # numbers from which on a result's memory is used again: fresh pages take longer than to fill them
 
 
 def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a new tensor of a result of every step, with large pages behind it where it is large."""
-    new = like.new_empty(*shape)  # sizes one by one are taken in half the time that a tuple of them is
-    if new.nbytes >= _LARGE:
-        native.prefer_large_pages(new.data_ptr(), new.nbytes)
-    return new
+    """Return a new tensor of `like`'s dtype, which has to be float32 or float64, on the CPU."""
+    if math.prod(shape) < _LARGE:
+        return like.new_empty(*shape)  # sizes one by one are taken in half the time that a tuple of them is
+    return torch.from_numpy(native.reused(shape, like.dtype is torch.float32))
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ class Stream:
         threads: the most that share a call, each with some of the rows, or, where a chunk goes through a stack, some of
             the layers. A call of less than some 50 µs keeps to one. The bits are the same.
         weights: what the matrices of cells are held in: None, as the network has them; `"float32"`; `"bfloat16"`,
-            rounded to 8 bits of precision, as are x and h where they meet them; `"int8"`, in 127 steps to either side, a scale a
-            column, and x and h in as many steps of their own. A step at batch 1 is as fast as its weights can be read.
+            rounded to 8 bits of precision, as are x and h where they meet them; `"int8"`, in 127 steps to either side,
+            a scale a column, and x and h in as many steps of their own. A step at batch 1 is as fast as its weights can
+            be read.
 
     Raises:
         ValueError: a node that needs the whole sequence before it can answer, or an input without time; a batch that
