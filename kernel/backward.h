@@ -247,8 +247,8 @@ struct Sums {
     int64_t block, column, gate;
 };
 
-// The rows of N blocks of dz, `dz_stride` apart, against R columns of a. The sums go on from what lies in `at`. Rows may
-// be pairs of them in bfloat16.
+// The rows of N blocks of dz, `dz_stride` apart, against R columns of a. The sums go on from what lies in `at`. With
+// `Pairs`, a row is two of them in bfloat16.
 template <class T, int R, int N, int G, bool Pairs>
 INLINE void weight_tile(const T* dz, int64_t dz_stride, const T* a, int64_t stride, int64_t rows, bool more, T* at,
                         const Sums& apart) {
@@ -393,9 +393,8 @@ void weight_gradient_of(const WeightGradient<T>& f) {
 
 template <class T>
 void weight_gradient(const WeightGradient<T>& f) {
-    with_gates(f.gates, [&](auto G) {
-        f.pairs ? weight_gradient_of<T, G, kPairs<T>>(f) : weight_gradient_of<T, G, false>(f);
-    });
+    with_gates(f.gates,
+               [&](auto G) { f.pairs ? weight_gradient_of<T, G, kPairs<T>>(f) : weight_gradient_of<T, G, false>(f); });
 }
 
 }  // namespace

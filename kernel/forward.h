@@ -167,8 +167,7 @@ void run_blocks(Forward<T>& f) {
         if (f.reset) restart(f, n);
         const T* h = f.h;
         T* h_next = f.h_next;
-        if constexpr (Pairs)
-            halve_rows<true>(f.narrow_h, {h, f.w.blocks * Vec<T>::W, 0, f.rows}, f.rows, f.w.d->units);
+        if constexpr (Pairs) halve_rows<true>(f.narrow_h, {h, f.w.blocks * Vec<T>::W, 0, f.rows}, f.rows, f.w.d->units);
         // Blocks go up in even steps and down in odd ones: the last ones are still in the cache.
         const bool down = n & 1;
         if (f.rows == 1) {  // two blocks together: eight chains hide the latency of one

@@ -75,7 +75,7 @@ struct Forward {
     T *q, *m, *p;      // scratch by rows: sums over h apart [rows][gates][stride]; a vector a row [rows][blocks·W];
                        // what was projected [rows][output_blocks·W]
     T *narrow_x, *narrow_h, *scales;  // scratch of narrow weights, for rows of x and of what is made of it: see Product
-    Patches<T> patches;  // from the first of the rows on
+    Patches<T> patches;               // from the first of the rows on
 };
 
 // Backward over rows of one layer, for steps n in [first, last) of the processing order, last to first. It goes in

@@ -206,7 +206,8 @@ __attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows,
     blocks_together<C>(
         p, count, [&](auto N, int64_t block) INLINED { product_tile<T, G, First, C, 1, N, Pairs>(p, rows, block, 0); },
         [&](auto N, int64_t block) INLINED {
-            tiles(count, [&](auto R, int64_t m) INLINED { product_tile<T, G, First, C, R, N, Pairs>(p, rows, block, m); });
+            tiles(count,
+                  [&](auto R, int64_t m) INLINED { product_tile<T, G, First, C, R, N, Pairs>(p, rows, block, m); });
         });
 }
 

@@ -1,8 +1,8 @@
 // Products with weights of 16 or 8 bits, for float: panels whose k go two or four to a lane of 32 bits.
 //
 // bfloat16: weights and the rows that they are multiplied with are rounded, sums stay floats. A product of two such
-// numbers is exact in a float, and k follow each other; so sums have the same bits whether the processor multiplies pairs
-// (`Panels::pairs`) or a shift and a mask make floats of a word, which a bfloat16 is the upper half of.
+// numbers is exact in a float, and k follow each other; so sums have the same bits whether the processor multiplies
+// pairs (`Panels::pairs`) or a shift and a mask make floats of a word's halves.
 // int8: weights times a scale a column; a row is cut to steps of its largest magnitude / 127 when it comes, so that
 // sums are of whole numbers, exact on every machine, up to a depth of 133,144 (127·127·depth < 2^31). Ref: Jacob et al.
 // 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", eq. 1; ONNX's
@@ -89,8 +89,9 @@ INLINE void pack_bytes(uint32_t* to, const float* panel, int64_t depth, int gate
 INLINE V<float> low_half(Words w) { return (V<float>)(w << 16); }
 INLINE V<float> high_half(Words w) { return (V<float>)(w & int32_t(0xffff0000)); }
 
-// `accumulate` over words of bfloat16, for an even n. With many rows the two halves of a word are read apart, which leaves
-// registers for the sums. With Keep, the weights are left at `floats` on the way, [k][N][C][W], for the tiles that follow.
+// `accumulate` over words of bfloat16, for an even n. With many rows the two halves of a word are read apart, which
+// leaves registers for the sums. With Keep, the weights are left at `floats` on the way, [k][N][C][W], for the tiles
+// that follow.
 template <int R, int N, int C, int G, bool Keep>
 INLINE void accumulate_halves(V<float> (&sums)[N][R][C], const float* const (&a)[R], const uint32_t* panel,
                               int64_t panel_stride, int64_t n, float* floats) {
@@ -167,10 +168,10 @@ INLINE void each_sum(F&& body) {
 constexpr int64_t kWideRows = 11 * kRows;
 constexpr int64_t kWideFloats = 8192;
 
-// Sums over C of the G gates of N blocks with weights of bfloat16. `panel` is the first block's, at its first gate;
-// row m of `count`, rounded, is at rows + m·row; start(sums, m) sets the sums of a tile from row m on, V<float>[N][R][C]; end(sums, m)
-// takes them when they are whole. Rows of which used(m, R) is false are handed on as they were set. `Alone`: there is
-// one row.
+// Sums over C of the G gates of N blocks with weights of bfloat16. `panel` is the first block's, at its first gate; row
+// m of `count`, rounded, is at rows + m·row_stride; start(sums, m) sets the sums of a tile from row m on,
+// V<float>[N][R][C]; end(sums, m) takes them when they are whole. Rows of which used(m, R) is false are handed on as
+// they were set. `Alone`: there is one row.
 template <int G, int C, int N, bool Alone, class Used, class Start, class End>
 INLINE void halves_product(const uint32_t* panel, int64_t depth, const float* rows, int64_t row_stride, int64_t count,
                            Used&& used, Start&& start, End&& end) {
@@ -268,8 +269,7 @@ INLINE void halves_blocks(const Product<float>& p, int64_t block, int64_t count)
     const auto* panel =
         reinterpret_cast<const uint32_t*>(p.matrix) + (block * narrow_words(p.depth, 16) * G + First) * W;
     halves_product<G, C, N, Alone>(
-        panel, p.depth, p.narrow, narrow_stride(p.element, p.depth), count,
-        [](int64_t, int) INLINED { return true; },
+        panel, p.depth, p.narrow, narrow_stride(p.element, p.depth), count, [](int64_t, int) INLINED { return true; },
         [&](auto& sums, int64_t) INLINED {
             constexpr int R = sizeof sums[0] / sizeof sums[0][0];
             each_sum<N, R, C>([&](auto b, auto r, auto v) INLINED {

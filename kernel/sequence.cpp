@@ -141,12 +141,13 @@ bool divides(const Weights<T>& weights) {
 }
 
 // Nanoseconds that some rows and blocks of a step take, roughly; for choosing among cuts. Cycles at two multiply-adds
-// each, or pairs of them; a panel comes from the second-level cache for each tile of rows, which the sums hide by half, and, where the
-// weights of a core exceed that cache, once from behind it.
+// each, or pairs of them; a panel comes from the second-level cache for each tile of rows, which the sums hide by half,
+// and, where the weights of a core exceed that cache, once from behind it.
 double step_cost(const Description& d, int64_t rows, int64_t blocks, int64_t width, double bytes, bool pairs) {
     constexpr double near_bytes = 48, far_bytes = 10, near_size = 1.5e6, activation = 12, gigahertz = 3;
     const double depth = double(d.input + (d.keeps_state() ? d.output : 0)), panel = depth * d.gates() * width * bytes;
-    const double sums = double(rows) * depth * d.gates() / (pairs ? 4 : 2), near = double(ceil_div(rows, 6)) * panel / near_bytes;
+    const double sums = double(rows) * depth * d.gates() / (pairs ? 4 : 2),
+                 near = double(ceil_div(rows, 6)) * panel / near_bytes;
     const double far = panel * double(blocks) > near_size ? panel / far_bytes : 0;
     return double(blocks) * (std::max(sums + near / 2, far) + double(rows * d.gates()) * activation) / gigahertz;
 }
