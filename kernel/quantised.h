@@ -18,8 +18,8 @@ namespace {
 // The float nearest to each lane among those whose lower half is zero, ties to even; a NaN stays one.
 INLINE Words rounded_halves(V<float> x) {
     const Words bits = (Words)x, nearest = (Words)((Unsigned)bits + 0x7fff + ((Unsigned)bits >> 16 & 1));
-    const Words number = x == x;
-    return ((number & nearest) | (~number & (bits | 0x400000))) & int32_t(0xffff0000);
+    const Words quiet = bits | 0x400000;
+    return (x == x ? nearest : quiet) & int32_t(0xffff0000);
 }
 
 // A block's panel of floats, [depth][gates][W], as words of bfloat16.
@@ -163,6 +163,15 @@ INLINE void each_sum(F&& body) {
                   INLINED { unroll<R>([&](auto r) INLINED { unroll<C>([&](auto v) INLINED { body(b, r, v); }); }); });
 }
 
+// Sums go through memory on their way to whoever takes them; a copy that nobody else sees stays in registers meanwhile.
+template <int N, int R, int C, class F>
+INLINE void in_registers(V<float> (&sums)[N][R][C], F&& body) {
+    V<float> own[N][R][C];
+    each_sum<N, R, C>([&](auto b, auto r, auto v) INLINED { own[b][r][v] = sums[b][r][v]; });
+    body(own);
+    each_sum<N, R, C>([&](auto b, auto r, auto v) INLINED { sums[b][r][v] = own[b][r][v]; });
+}
+
 // Rows enough to share what a word costs to be made floats of: the first tile of them widens the weights of some k, and
 // leaves them for the others in the first-level cache; sums that go on with the next k wait meanwhile.
 constexpr int64_t kWideRows = 11 * kRows;
@@ -183,7 +192,10 @@ INLINE void halves_product(const uint32_t* panel, int64_t depth, const float* ro
         const float* a[R];
         unroll<R>([&](auto r) INLINED { a[r] = rows + (m + r) * row_stride; });
         start(sums, m);
-        if (used(m, R)) accumulate_halves<R, N, C, G, false>(sums, a, panel, stride, even, nullptr);
+        if (used(m, R))
+            in_registers(sums, [&](auto& own) INLINED {
+                accumulate_halves<R, N, C, G, false>(own, a, panel, stride, even, nullptr);
+            });
         end(sums, m);
     };
     if constexpr (Alone) return tile(Int<1>{}, 0);
@@ -209,10 +221,12 @@ INLINE void halves_product(const uint32_t* panel, int64_t depth, const float* ro
                 const float* a[R];
                 unroll<R>([&](auto r) INLINED { a[r] = rows + (m + r) * row_stride + first; });
                 if (used(m, R)) {
-                    if (there == first)
-                        accumulate<float, R, N, C, N * C>(sums, a, floats, C * W, n);
-                    else
-                        accumulate_halves<R, N, C, G, true>(sums, a, panel + first / 2 * G * W, stride, n, floats);
+                    in_registers(sums, [&](auto& own) INLINED {
+                        if (there == first)
+                            accumulate<float, R, N, C, N * C>(own, a, floats, C * W, n);
+                        else
+                            accumulate_halves<R, N, C, G, true>(own, a, panel + first / 2 * G * W, stride, n, floats);
+                    });
                     there = first;
                 }
                 if (first + n == even)
