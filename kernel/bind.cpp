@@ -19,9 +19,11 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "cell.h"
-#include "reused.h"
-#include "scratch.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -497,28 +499,15 @@ void bind_activate(nb::module_& m) {
         "One activation over an array, for tests.");
 }
 
-// An array whose numbers are nowhere set, in memory that others of its size had before it.
-nb::object reused(const nb::tuple& shape, bool single) {
-    static Reused* const memory = new Reused;  // never destroyed: arrays may outlive everything; the GIL guards it
-    npy_intp sizes[NPY_MAXDIMS];
-    int64_t count = 1;
-    if (shape.size() > 8) throw nb::value_error("reused: expected a shape of at most 8 axes");
-    for (size_t n = 0; n < shape.size(); ++n) {
-        sizes[n] = nb::cast<npy_intp>(shape[n]);
-        if (sizes[n] < 0) throw nb::value_error("reused: expected sizes of 0 and more");
-        count = checked(count, sizes[n]);
-    }
-    auto* block = new Reused::Block(memory->take(size_t(count) * (single ? sizeof(float) : sizeof(double))));
-    nb::capsule owner(block, [](void* block) noexcept {
-        memory->give(*static_cast<Reused::Block*>(block));
-        delete static_cast<Reused::Block*>(block);
-    });
-    nb::object array = nb::steal(
-        PyArray_SimpleNewFromData(int(shape.size()), sizes, single ? NPY_FLOAT32 : NPY_FLOAT64, block->memory));
-    if (!array.is_valid() ||
-        PyArray_SetBaseObject(reinterpret_cast<PyArrayObject*>(array.ptr()), owner.release().ptr()) < 0)
-        nb::raise_python_error();
-    return array;
+// Asks the system for large pages behind memory that was just allocated, before anything is written there: fetching
+// some ten megabytes page by page takes longer than writing them.
+void prefer_large_pages(void* memory, size_t bytes) {
+#ifdef __linux__
+    constexpr uintptr_t page = 4096;
+    const uintptr_t first = (uintptr_t(memory) + page - 1) / page * page,
+                    last = (uintptr_t(memory) + bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: it may say no
+#endif
 }
 
 }  // namespace
@@ -620,9 +609,12 @@ NB_MODULE(_kernel, m) {
         "weights"_a, "batch"_a, "steps"_a, "resets"_a, "threads"_a,
         "How threads cut a call up: groups of rows; in each, teams that share out the layers, and shares of the "
         "units.");
-    m.def("reused", &reused, "shape"_a, "single"_a,
-          "An array of float32, or of float64, whose numbers are not set, in memory that comes back when the array and "
-          "all that shares its memory are gone, to be used again.");
+    m.def(
+        "prefer_large_pages",
+        [](uintptr_t memory, size_t bytes) { prefer_large_pages(reinterpret_cast<void*>(memory), bytes); }, "memory"_a,
+        "bytes"_a,
+        "Ask the system for large pages behind memory that was just allocated, which are faster to get than small "
+        "ones.");
     nb::class_<Turns>(m, "Turns")
         .def(nb::init<size_t>(), "rows"_a)
         .def("free", &Turns::free, "open"_a, nb::keep_alive<0, 1>(),

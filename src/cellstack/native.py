@@ -28,7 +28,7 @@ from cellstack._kernel import (
     backward,
     forward,
     isa,
-    reused,
+    prefer_large_pages,
     stack,
     stream,
 )
@@ -44,7 +44,7 @@ __all__ = [
     "backward",
     "forward",
     "isa",
-    "reused",
+    "prefer_large_pages",
     "stack",
     "stream",
     "weights_at",

@@ -634,12 +634,25 @@ def test_a_plan_says_what_runs_each_module():
     assert all("fused cpu kernel" in line for line in lines)
 
 
-@pytest.mark.parametrize("kind", [*MODULES, *CELLS])
-def test_autocast_gives_the_dtypes_that_pytorch_gives(kind, runs):
-    theirs, ours = pair(kind, 3, 4)
-    x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("start", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*MODULES, *CELLS, "projection", "packed"])
+def test_autocast_gives_the_dtypes_that_pytorch_gives(kind, dtype, start, runs):
+    projects, packed = kind == "projection", kind == "packed"
+    kind = nn.LSTM if projects or packed else kind
+    theirs, ours = pair(kind, 3, 4, **({"proj_size": 2} if projects else {}))
+    x = torch.randn(2, 3, dtype=dtype) if kind in CELLS else torch.randn(9, 2, 3, dtype=dtype)
+    width = 2 if projects else 4
+    state = None
+    if start is not None:
+        shapes = [(2, width), (2, 4)] if kind in CELLS else [(1, 2, width), (1, 2, 4)]
+        state = tuple(torch.zeros(shape, dtype=start) for shape in shapes)
+        state = state if kind in (nn.LSTM, nn.LSTMCell) else state[0]
+    if packed:
+        x = torch.nn.utils.rnn.pack_padded_sequence(x, [9, 4])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), cs.frozen(ours):
-        expected, found = flat(theirs(x)), flat(ours(x))
+        expected, found = flat(theirs(x, state)), flat(ours(x, state))
         assert "under torch.autocast" in cs.plan(ours)[0]
     assert "autocast" not in cs.plan(ours)[0]
     assert [t.dtype for t in found] == [t.dtype for t in expected]

@@ -121,7 +121,8 @@ class _Sequence(Accelerated, nn.RNNBase):
                     f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[1]}"
                 )
             return super().forward(input, hx)
-        x, states, lowered = _in_full(x, states, weights[0].dtype)
+        lowered = _lowered(self.mode, x, states, packed is None, bool(self.proj_size))
+        x, states = _in_full(x, states, weights[0].dtype)
         batched = packed is not None or x.ndim == 3
         used = None
         if packed is not None:
@@ -134,8 +135,8 @@ class _Sequence(Accelerated, nn.RNNBase):
             x = x.transpose(0, 1)
         flags = None if reset is None else self._flags(reset, input)
         y, ends, traces = self._run(x, weights, states, used, flags, return_gates, packed)  # y [T, B, ·]
-        if lowered is not None and self.mode != "GRU":
-            y, ends = y.to(lowered), [end.to(lowered) for end in ends]
+        if lowered is not None:
+            y, ends = y.to(lowered[0]), [end.to(dtype) for end, dtype in zip(ends, lowered, strict=True)]
         if packed is not None:
             y = PackedSequence(_packed(y, packed), *packed[1:])
             if packed.unsorted_indices is not None:
@@ -302,7 +303,8 @@ class _Step(Accelerated, nn.RNNCellBase):
         kernel = keep is not None and not needs_grad(input, *states, *weights) and op.direct(input)
         if not (kernel or return_gates):
             return super().forward(input, hx if reset is None or not states else self._as_one(states))
-        x, states, lowered = _in_full(input, states, weights[0].dtype)
+        lowered = _lowered(mode, input, states, False, False)
+        x, states = _in_full(input, states, weights[0].dtype)
         batched = input.ndim == 2
         if not batched:
             x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
@@ -315,8 +317,8 @@ class _Step(Accelerated, nn.RNNCellBase):
             trace = type(every)(*(part.squeeze(1) if batched else part[0, 0] for part in every))
         else:
             ends = op.step(x, states, weights, cell, keep)
-        if lowered is not None and mode.startswith("RNN"):
-            ends = (ends[0].to(lowered),)
+        if lowered is not None:
+            ends = tuple(end.to(dtype) for end, dtype in zip(ends, lowered, strict=True))
         state = self._as_one(ends if batched else [end.squeeze(0) for end in ends])
         return state if trace is None else (state, trace)
 
@@ -349,11 +351,34 @@ def _text(mode: str, width: int, hidden: int, proj: int, bias: bool) -> str:
     return op.in_rows(CellSpec(width, hidden, activation, use_bias=bias, kind=KINDS[mode], proj_size=proj).text)
 
 
-def _in_full(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any, torch.dtype | None]:
-    """Return what a call takes in the weights' dtype, and the dtype of what it gives under autocast; else None."""
+def _in_full(x: Tensor, states: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """Return what a call takes in the weights' dtype, which under autocast it may not have."""
     if not torch.is_autocast_enabled("cpu"):
-        return x, states, None
-    return x.to(dtype), [state.to(dtype) for state in states], torch.get_autocast_dtype("cpu")
+        return x, states
+    return x.to(dtype), [state.to(dtype) for state in states]
+
+
+def _lowered(
+    mode: str, x: Tensor, states: Sequence[Tensor], padded: bool, projects: bool
+) -> tuple[torch.dtype, ...] | None:
+    """Return the dtypes of h, which y has too, and of c, that PyTorch's module gives under autocast; None without it.
+
+    Its products are of autocast's dtype, and an operation on two dtypes gives the wider one: so c, and h where it isn't
+    a product or the activation of one, depend on what they start from. oneDNN's LSTM gives its own dtype alone.
+    """
+    if not torch.is_autocast_enabled("cpu"):
+        return None
+    product = torch.get_autocast_dtype("cpu")
+    mixed = torch.promote_types(product, states[-1].dtype if states else x.dtype)
+    if mode.startswith("RNN"):
+        return (product,)
+    if mode == "GRU":
+        return (mixed,)
+    if projects:
+        return product, mixed
+    if padded and product is torch.bfloat16 and x.dtype in (torch.float32, torch.bfloat16):
+        return product, product
+    return mixed, mixed
 
 
 def _checked_reset(module: nn.Module, reset: Any, shape: tuple[int, ...]) -> Tensor:

@@ -37,6 +37,7 @@ from torch.autograd import forward_ad
 
 from cellstack import native
 from cellstack.layers import eager
+from cellstack.layers.memory import Reused
 from cellstack.spec import ARRAYS, CellSpec, ShapeError, described
 
 _LIBRARY = torch.library.Library("cellstack", "DEF")
@@ -160,14 +161,15 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()  # an empty one is at 0
 
 
-_LARGE = 1 << 16  # numbers from which on a result's memory is used again: fresh pages take longer than to fill them
+_LARGE = 1 << 16  # numbers from which on a result's memory is used again
+_results = Reused()
 
 
 def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a new tensor of `like`'s dtype, which has to be float32 or float64, on the CPU."""
-    if math.prod(shape) < _LARGE:
-        return like.new_empty(*shape)  # sizes one by one are taken in half the time that a tuple of them is
-    return torch.from_numpy(native.reused(shape, like.dtype is torch.float32))
+    """Return a new tensor of a result of every step."""
+    if math.prod(shape) >= _LARGE:
+        return _results.empty(like, shape)
+    return like.new_empty(*shape)  # sizes one by one are taken in half the time that a tuple of them is
 
 
 def _plain(tensor: Tensor) -> Tensor:
