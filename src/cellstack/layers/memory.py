@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,14 @@ from cellstack import native
 
 _MOST = 256 << 20  # bytes that are kept, in use or not
 _LARGE_PAGES = 4 << 20  # bytes from which these pay; NumPy asks for them from the same size on
-_OURS = 3  # references to a storage that is ours alone: the list's, a variable's, and that of who counts them
+
+
+def _references(storages: Sequence[Any], place: int) -> int:
+    """Return how many references there are to one of them, as this interpreter counts those of a call like this."""
+    return sys.getrefcount(storages[place])
+
+
+_OURS = _references([object()], 0)  # to what a list has, and nobody else
 
 
 class Reused:
@@ -42,11 +51,12 @@ class Reused:
         for length in shape:
             size *= length
         for place in range(len(self._storages)):
+            if _references(self._storages, place) != _OURS:
+                continue
             storage = self._storages[place]
             if (
                 storage.nbytes() == size
                 and torch._C._storage_Use_Count(storage._cdata) == 1  # pyright: ignore[reportAttributeAccessIssue]
-                and sys.getrefcount(storage) == _OURS
                 and not storage.is_shared()  # with a process that may still read it
             ):
                 self._storages.append(self._storages.pop(place))
