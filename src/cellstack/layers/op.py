@@ -137,6 +137,11 @@ def _form(text: str) -> _Form:
     )
 
 
+@lru_cache(maxsize=1024)
+def _every(text: str, batch: int, steps: int, time_major: bool) -> list[tuple[int, ...]]:
+    return _form(text).every(batch, steps, time_major)
+
+
 def _with_one_bias(form: _Form, weights: Sequence[Tensor]) -> list[Tensor]:
     """Return a layer's weights with one bias, as our cells have it, in the place of a module's two."""
     if not form.rows or not form.spec.use_bias:
@@ -311,11 +316,11 @@ def _forward(
         start = begin[len(ends) : len(ends) + len(end)]
         ends += end
         if save:
-            every = [_new(x, shape) for shape in form.every(batch, steps, time_major)]
+            every = [_new(x, shape) for shape in _every(text, batch, steps, time_major)]
             for group, tensor in zip((ys, gates, memory, norms), every, strict=True):
                 group.append(tensor)
         elif sequences and n == len(cells) - 1:
-            every = [_new(x, form.every(batch, steps, time_major)[0])]
+            every = [_new(x, _every(text, batch, steps, time_major)[0])]
             ys += every
         else:
             every = []

@@ -249,7 +249,7 @@ class RNN(StatefulLayer):
         return x
 
     def _check(self, x: Tensor) -> None:
-        first = self.cells[0]
+        first = next(iter(self.cells))
         if isinstance(first, Cell):
             check_sequence(self._owner, tuple(x.shape), first.input_size, "sequences")
         elif x.ndim < 3:
@@ -302,7 +302,7 @@ class RNN(StatefulLayer):
 
     def _reference(self) -> Tensor:
         """Return a tensor of the dtype and on the device that the layer works in."""
-        first = self.cells[0]
+        first = next(iter(self.cells))  # by its number a ModuleList looks for longer
         if isinstance(first, Cell):
             return first.like
         return next((p for p in self.parameters() if p.is_floating_point()), self._like)

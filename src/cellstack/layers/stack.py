@@ -176,6 +176,7 @@ def run_cells(
     Returns:
         y `[B, T, P]` (where `sequences`), the last output `[B, P]`, a state a cell, a trace a cell (where `traced`).
     """
+    cells = list(cells)  # a part of a ModuleList is another ModuleList, which takes as long to make as a short step
     for cell in cells:
         if cell._forward_pre_hooks or cell._forward_hooks:
             raise TypeError(
