@@ -376,7 +376,8 @@ def _lowered(
         return (mixed,)
     if projects:
         return product, mixed
-    if padded and product is torch.bfloat16 and x.dtype in (torch.float32, torch.bfloat16):
+    known = x.dtype is not torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if padded and product is torch.bfloat16 and known:
         return product, product
     return mixed, mixed
 
