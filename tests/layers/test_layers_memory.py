@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cellstack import layers
+from cellstack.layers import op
 from cellstack.layers.memory import Reused
 
 LIKE = torch.empty(0)
@@ -105,6 +106,7 @@ def test_a_training_step_finds_the_memory_of_the_step_before():
     wanted = step().detach().clone()
     places = {step().data_ptr() for _ in range(6)}
     assert len(places) < 4  # y and cells take turns in what there is
+    assert step().data_ptr() in {storage.data_ptr() for storage in op._results._storages}
     kept = [step() for _ in range(3)]  # what a caller keeps is the caller's
     assert len({y.data_ptr() for y in kept}) == 3
     for y in kept:

@@ -376,10 +376,13 @@ def _lowered(
         return (mixed,)
     if projects:
         return product, mixed
-    known = x.dtype is not torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    if padded and product is torch.bfloat16 and known:
+    if padded and product is torch.bfloat16 and (x.dtype is not torch.float16 or _onednn_takes_float16()):
         return product, product
     return mixed, mixed
+
+
+def _onednn_takes_float16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def _checked_reset(module: nn.Module, reset: Any, shape: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Sequence
@@ -47,9 +48,7 @@ class Reused:
             self._turn.release()
 
     def _found(self, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        size = like.element_size()
-        for length in shape:
-            size *= length
+        size = math.prod(shape) * like.element_size()
         for place in range(len(self._storages)):
             if _references(self._storages, place) != _OURS:
                 continue

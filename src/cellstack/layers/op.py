@@ -715,12 +715,13 @@ def halves(like: Tensor) -> bool:
     return torch.is_autocast_enabled("cpu") and like.dtype is torch.float32 and _rounds()
 
 
-_MULTIPLIES_PAIRS = isa() == "avx512bf16"  # as this process began, for compilers, who see no further than Python
+_PAIRS = "avx512bf16"  # the instruction set that multiplies them
+_AT_FIRST = isa()  # that in use as this process began, for compilers, who see no further than Python
 
 
 def _rounds() -> bool:
-    pairs = _MULTIPLIES_PAIRS if torch.compiler.is_compiling() else isa() == "avx512bf16"
-    return pairs and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    now = _AT_FIRST if torch.compiler.is_compiling() else isa()
+    return now == _PAIRS and torch.get_autocast_dtype("cpu") is torch.bfloat16
 
 
 def autocast() -> str:
