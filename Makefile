@@ -38,7 +38,7 @@ format: $(VENV)/tested  ## rewrite the sources in the house's format
 
 bench: $(VENV)/tested  ## cellstack beside its peers, in one run
 	$(BIN)/pip install -q -e '.[bench]'
-	for name in inference training doors text step scaling family pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in inference training accelerate text step scaling family pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
 	PYTHON=$(PYTHON) tests/sanitize.sh address,undefined libasan.so

@@ -186,7 +186,7 @@ def main():
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # numba's and aeon's
                     results = list(runs(training, test, range(options.seeds)))
-            except (FileNotFoundError, ValueError) as error:  # a rival that can't take such sequences
+            except (FileNotFoundError, ValueError) as error:  # a baseline that can't take such sequences
                 if name == "cellstack":
                     raise
                 print(f"    {name}: not run: {error}", flush=True)

@@ -1,4 +1,4 @@
-"""cellstack: recurrent networks as data, run anywhere. This door imports NumPy and no framework; `layers` needs torch.
+"""cellstack: recurrent networks as data, run anywhere. Importing it needs NumPy and no framework; `layers` needs torch.
 
 >>> import cellstack as cs
 >>> import numpy as np
@@ -23,7 +23,7 @@ from cellstack.streaming.stream import Stream
 
 if TYPE_CHECKING:
     from cellstack import inspect
-    from cellstack.doors import accelerate, frozen, plan, restore
+    from cellstack.integrations import accelerate, packed_weights, plan, restore
     from cellstack.formats.compiled import compile
     from cellstack.formats.keras import from_keras
     from cellstack.formats.pytorch import from_torch
@@ -56,9 +56,9 @@ __all__ = [
     "extract",
     "from_keras",
     "from_torch",
-    "frozen",
     "inspect",
     "load",
+    "packed_weights",
     "plan",
     "restore",
     "verify",
@@ -68,14 +68,15 @@ __all__ = [
 # What is looked up at its first use, and the module that it comes from.
 LATER = {
     "ablate": "inspect.interventions",
-    "accelerate": "doors",
+    "accelerate": "integrations",
     "activation_patch": "inspect.interventions",
     "compile": "formats.compiled",
     "from_keras": "formats.keras",
     "from_torch": "formats.pytorch",
-    "frozen": "doors",
-    "plan": "doors",
-    "restore": "doors",
+    "frozen": "integrations",
+    "packed_weights": "integrations",
+    "plan": "integrations",
+    "restore": "integrations",
     "verify": "formats.verify",
 }
 

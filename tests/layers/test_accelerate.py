@@ -113,7 +113,7 @@ def test_pytorch_s_own_inputs_give_what_its_own_modules_give(kind, made, trainin
 
     check(theirs, ours, make, second=True)
     assert kind in CELLS or runs
-    with torch.no_grad(), cs.frozen(ours):
+    with torch.no_grad(), cs.packed_weights(ours):
         same(ours(*args), theirs(*args), 1e-10)
     assert runs
 
@@ -218,7 +218,7 @@ def test_cells(kind, bias, width, runs):
     check(theirs, ours, lambda: make(True))
     for given in (False, True):
         x, hx = make(given)
-        with cs.frozen(ours):
+        with cs.packed_weights(ours):
             check(theirs, ours, lambda g=given: make(g))
             assert len(runs) == 2 * given
             with torch.no_grad():
@@ -234,7 +234,7 @@ def test_frozen_weights_are_packed_once_and_again_when_a_version_changes(kind, m
     real = op._weights
     monkeypatch.setattr(served, "WIDE_RNN_CELL", 1)
     monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
-    with torch.no_grad(), cs.frozen(nn.Sequential(ours)):
+    with torch.no_grad(), cs.packed_weights(nn.Sequential(ours)):
         for _ in range(3):
             same(ours(x), theirs(x), 1e-6)
         assert len(packs) == 1
@@ -243,9 +243,9 @@ def test_frozen_weights_are_packed_once_and_again_when_a_version_changes(kind, m
         same(ours(x), theirs(x), 1e-6)
         assert len(packs) == 2
         assert type(pickle.loads(pickle.dumps(ours))) is kind
-        assert copy.deepcopy(ours)._frozen is None
-    assert ours._frozen is None
-    with pytest.raises(ValueError, match="frozen: expected a module that accelerate"), cs.frozen(theirs):
+        assert copy.deepcopy(ours)._packed is None
+    assert ours._packed is None
+    with pytest.raises(ValueError, match="packed_weights: expected a module that accelerate"), cs.packed_weights(theirs):
         pass
 
 
@@ -259,7 +259,7 @@ def test_short_calls_are_left_to_pytorch_but_for_what_it_cannot_do(monkeypatch):
     assert not calls
     torch.testing.assert_close(ours(x, return_gates=True)[0], y)
     torch.testing.assert_close(ours(x, reset=torch.zeros(2, 1, dtype=torch.bool))[0], y)
-    with torch.no_grad(), cs.frozen(ours):
+    with torch.no_grad(), cs.packed_weights(ours):
         torch.testing.assert_close(ours(x)[0], y.detach())
     assert len(calls) == 3
 
@@ -270,7 +270,7 @@ def test_a_narrow_rnn_cell_is_left_to_pytorch_with_frozen_weights_too(units, cal
     steps, real = [], op.step
     monkeypatch.setattr(op, "step", lambda *args, **rest: steps.append(1) or real(*args, **rest))
     x = torch.randn(2, 3)
-    with torch.no_grad(), cs.frozen(ours):
+    with torch.no_grad(), cs.packed_weights(ours):
         same(ours(x), theirs(x), 1e-6)
     assert len(steps) == calls
     assert ("as fast below" in cs.plan(ours)[0]) == (not calls)
@@ -279,7 +279,7 @@ def test_a_narrow_rnn_cell_is_left_to_pytorch_with_frozen_weights_too(units, cal
 def test_a_relu_rnn_and_its_cell(runs):
     for kind, x in ((nn.RNN, torch.randn(4, 3, 5)), (nn.RNNCell, torch.randn(3, 5))):
         theirs, ours = pair(kind, 5, 8, nonlinearity="relu")
-        with torch.no_grad(), cs.frozen(ours):
+        with torch.no_grad(), cs.packed_weights(ours):
             same(ours(x), theirs(x), 1e-5)
     assert len(runs) == 2
 
@@ -380,7 +380,7 @@ def test_cells_give_their_gates_and_start_rows_anew(kind, held):
     theirs, ours = pair(kind, 4, 6)
     x, lstm = torch.randn(3, 4), kind is nn.LSTMCell
     hx = (torch.randn(3, 6), torch.randn(3, 6)) if lstm else torch.randn(3, 6)
-    with cs.frozen(ours) if held else nullcontext(), torch.set_grad_enabled(not held):
+    with cs.packed_weights(ours) if held else nullcontext(), torch.set_grad_enabled(not held):
         state, trace = ours(x, hx, return_gates=True)
         same([*state] if lstm else [state], theirs(x, hx), 1e-6)
         h = state[0] if lstm else state
@@ -653,7 +653,7 @@ def test_autocast_gives_the_dtypes_that_pytorch_gives(kind, dtype, start, runs):
         state = state if kind in (nn.LSTM, nn.LSTMCell) else state[0]
     if packed:
         x = torch.nn.utils.rnn.pack_padded_sequence(x, [9, 4])
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), cs.frozen(ours):
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), cs.packed_weights(ours):
         expected, found = flat(theirs(x, state)), flat(ours(x, state))
         assert "under torch.autocast" in cs.plan(ours)[0]
     assert "autocast" not in cs.plan(ours)[0]
@@ -783,7 +783,7 @@ def test_a_cell_parametrised_afterwards_is_followed_while_frozen(runs):
     x = torch.randn(2, 3)
     for module in (theirs, ours):
         parametrize.register_parametrization(module, "weight_hh", nn.Tanh())
-    with torch.no_grad(), cs.frozen(ours):
+    with torch.no_grad(), cs.packed_weights(ours):
         for _ in range(4):  # each call computes a tensor, which may lie where the last one lay
             same(ours(x, torch.ones(2, 4)), theirs(x, torch.ones(2, 4)), 1e-6)
             for module in (theirs, ours):
@@ -793,19 +793,19 @@ def test_a_cell_parametrised_afterwards_is_followed_while_frozen(runs):
 
 def test_frozen_contexts_may_end_in_any_order():
     _, ours = pair(nn.LSTM, 3, 4)
-    first, second = cs.frozen(ours), cs.frozen(ours)
+    first, second = cs.packed_weights(ours), cs.packed_weights(ours)
     first.__enter__(), second.__enter__()
     first.__exit__(None, None, None)
-    assert ours._frozen is not None
+    assert ours._packed is not None
     second.__exit__(None, None, None)
-    assert ours._frozen is None
-    assert not {"_frozen", "_holders"} & set(vars(ours))
-    with cs.frozen(ours), torch.no_grad():
+    assert ours._packed is None
+    assert not {"_packed", "_holders"} & set(vars(ours))
+    with cs.packed_weights(ours), torch.no_grad():
         ours(torch.ones(20, 2, 3))
         cs.restore(ours)
-        assert not {"_frozen", "_holders"} & set(vars(ours))
+        assert not {"_packed", "_holders"} & set(vars(ours))
         pickle.dumps(ours)
-    assert not {"_frozen", "_holders"} & set(vars(ours))
+    assert not {"_packed", "_holders"} & set(vars(ours))
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell])
@@ -813,7 +813,7 @@ def test_weights_made_in_inference_mode_can_be_frozen(kind, runs):
     with torch.inference_mode():
         theirs, ours = pair(kind, 3, 4)
         x = torch.ones(2, 3) if kind in CELLS else torch.ones(5, 2, 3)
-        with cs.frozen(ours):
+        with cs.packed_weights(ours):
             for _ in range(2):
                 same(ours(x), theirs(x), 1e-6)
                 for module in (theirs, ours):
@@ -824,7 +824,7 @@ def test_weights_made_in_inference_mode_can_be_frozen(kind, runs):
 def test_what_is_packed_while_frozen_is_not_taken_for_a_later_tensor_at_the_same_place():
     theirs, ours = pair(nn.LSTM, 3, 4)
     x = torch.ones(5, 2, 3)
-    with torch.no_grad(), cs.frozen(ours):
+    with torch.no_grad(), cs.packed_weights(ours):
         for scale in range(1, 30):
             for module in (theirs, ours):
                 module.weight_hh_l0 = None

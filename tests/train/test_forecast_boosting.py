@@ -1,4 +1,4 @@
-"""Gradient boosting on lags: what it may look at, and that it is a rival to be taken seriously."""
+"""Gradient boosting on lags: what it may look at, and that it is a baseline to be taken seriously."""
 
 from dataclasses import replace
 from itertools import pairwise

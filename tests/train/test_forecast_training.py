@@ -40,7 +40,7 @@ def waves(rows=500, seed=0, noise=0.1, period=12):
 
 
 def trained(frame, request=YEARLY, ids=(), **over):
-    options = {**QUICK, "options": ALONE, "rivals": False, **over}
+    options = {**QUICK, "options": ALONE, "baselines": False, **over}
     return train_forecast(read_table(frame, ids=ids), request, **options)
 
 
@@ -220,7 +220,7 @@ def test_networks_that_are_not_followed_are_not_trained_on(monkeypatch):
     done = trained(growing())
     assert not any(entry["whole"] for entry in done.result.history)
     np.testing.assert_allclose(done.test.forecasts.median, done.test.forecasts.reference)
-    np.testing.assert_allclose(done.test.forecasts.median, done.test.rivals["exponential smoothing"])
+    np.testing.assert_allclose(done.test.forecasts.median, done.test.baselines["exponential smoothing"])
 
 
 def test_seasons_are_found_and_none_where_there_is_none():
@@ -416,7 +416,7 @@ def test_a_recipe_of_an_older_version_says_what_to_do(command):
 
 def test_the_door_is_the_command(command):
     done = train.fit_forecast(
-        str(command / "y.csv"), members=1, units=8, epochs=3, threads=1, seed=0, rivals=False, target="y"
+        str(command / "y.csv"), members=1, units=8, epochs=3, threads=1, seed=0, baselines=False, target="y"
     )
     net = cellstack.load(command / "y.safetensors")
     a, b = (predict.forecast(one, read_table(waves(300)), "y").values for one in (done.result.network, net))

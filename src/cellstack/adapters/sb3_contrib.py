@@ -13,7 +13,7 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from torch import Tensor
 
 from cellstack.layers.accelerate import accelerate as accelerate_modules
-from cellstack.layers.accelerate import frozen
+from cellstack.layers.accelerate import packed_weights
 from cellstack.layers.accelerate import restore as restore_modules
 
 __all__ = ["accelerate", "restore"]
@@ -85,7 +85,7 @@ def _with_rollouts(kind: type[RecurrentPPO]) -> type[RecurrentPPO]:
     """Return a subclass that packs the weights once a rollout, within which they don't change."""
 
     def collect_rollouts(self: Any, *args: Any, **kwargs: Any) -> bool:
-        with frozen(self.policy):
+        with packed_weights(self.policy):
             return kind.collect_rollouts(self, *args, **kwargs)
 
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

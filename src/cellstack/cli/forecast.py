@@ -99,7 +99,7 @@ class Job:
                 file.write(text.getvalue().encode())
 
     def scores(self, result: Any) -> tuple[dict[str, Any], list[str]]:
-        """Return the errors of forecasts of the test part, beside those of its rivals."""
+        """Return the errors of forecasts of the test part, beside those of its baselines."""
         return result.scores, text_of(result.scores) if result.scores else []
 
 
@@ -137,7 +137,7 @@ def read(args: argparse.Namespace) -> Job:
 
 
 def text_of(scores: dict[str, Any]) -> list[str]:
-    """Return the errors of a model and its rivals as a table, best first, and a sentence that says who won."""
+    """Return the errors of a model and its baselines as a table, best first, and a sentence that says who won."""
     lines: list[str] = []
     for target, found in scores["targets"].items():
         order = sorted(found, key=lambda name: (np.isnan(found[name]["mae"]), found[name]["mae"]))
@@ -149,15 +149,15 @@ def text_of(scores: dict[str, Any]) -> list[str]:
             shown = "this model" if name == "model" else name
             lines.append(f"  {shown:<{width}} {errors['mae']:>10.4g} {errors['rmse']:>10.4g} {errors['mase']:>8.3f}")
         ours = found["model"]
-        rival = next((name for name in order if name != "model"), None)
-        if rival is not None and found[rival]["mae"] > 0:
-            share = ours["mae"] / found[rival]["mae"] - 1
+        baseline = next((name for name in order if name != "model"), None)
+        if baseline is not None and found[baseline]["mae"] > 0:
+            share = ours["mae"] / found[baseline]["mae"] - 1
             won, so = f"{share:.1%} more than", ": the simpler way serves better here"
             if abs(share) < 0.0005:  # what a tenth of a percent can't tell
                 won, so = "level with", ": the simpler way serves as well here"
             elif share < 0:
                 won, so = f"{-share:.1%} less than", ""
-            lines.append(f"  this model's mean absolute error is {won} that of the best of the others, {rival}{so}")
+            lines.append(f"  this model's mean absolute error is {won} that of the best of the others, {baseline}{so}")
         if "coverage" in ours:
             lines.append(
                 f"  {ours['coverage']:.0%} of what came lies within the interval meant to hold {ours['interval']:.0%}"

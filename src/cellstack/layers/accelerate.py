@@ -80,7 +80,7 @@ _freezing = threading.Lock()  # contexts of several threads may hold one module
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[nn.Module]:
+def packed_weights(module: nn.Module) -> Iterator[nn.Module]:
     """Say that the weights of an accelerated module stay as they are, for as long as the context lasts.
 
     A call without gradients then packs them once, at the first call, which is most of what a step of a cell, or of a
@@ -97,18 +97,18 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
 
     >>> import torch
     >>> cell = accelerate(nn.LSTMCell(3, 4))
-    >>> with torch.no_grad(), frozen(cell):
+    >>> with torch.no_grad(), packed_weights(cell):
     ...     state = cell(torch.zeros(1, 3))
     ...     state = cell(torch.zeros(1, 3), state)
     """
-    parts = [part for _, part in _recurrent(_checked(module, "frozen")) if isinstance(part, Accelerated)]
+    parts = [part for _, part in _recurrent(_checked(module, "packed_weights")) if isinstance(part, Accelerated)]
     if not parts:
-        raise ValueError(f"frozen: expected a module that accelerate() was given, got {type(module).__name__}")
+        raise ValueError(f"packed_weights: expected a module that accelerate() was given, got {type(module).__name__}")
     with _freezing:
         for part in parts:
             own = part.__dict__  # a class of one's own may let nothing be set
             own["_holders"] = own.get("_holders", 0) + 1
-            own.setdefault("_frozen", {})
+            own.setdefault("_packed", {})
     try:
         yield module
     finally:
@@ -204,7 +204,7 @@ def _small(module: Any) -> str:
     if is_narrow(module):
         return f" with return_gates=; else PyTorch's own, as fast below {WIDE_RNN_CELL} units"
     if isinstance(module, nn.RNNCellBase):
-        return " within frozen() and without gradients; else PyTorch's own, as fast for one step"
+        return " within packed_weights() and without gradients; else PyTorch's own, as fast for one step"
     least, trained, _ = LEAST_STEPS[module.mode]
     if module.mode == "LSTM" and module.hidden_size >= WIDE_LSTM:
         return ""

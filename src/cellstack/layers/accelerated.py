@@ -22,15 +22,15 @@ from cellstack.layers.served import KINDS, arrays_of, is_ready, mode_of, name_of
 from cellstack.layers.stack import trace_of
 from cellstack.spec import CellSpec
 
-# What a module has while `frozen` holds: its packed weights, and how many contexts hold them.
-PASSING = ("_frozen", "_holders")
+# What a module has while `packed_weights` holds: its packed weights, and how many contexts hold them.
+PASSING = ("_packed", "_holders")
 
 
 class Accelerated(nn.Module):
     """What these subclasses share: copies are of the same class; what is pickled is a module of PyTorch's own."""
 
     _class_before: type[nn.Module]
-    _frozen: dict[Any, Any] | None = None
+    _packed: dict[Any, Any] | None = None
 
     def __init_subclass__(cls) -> None:
         """Keep the class from what the class below does with its subclasses, such as list or refuse them."""
@@ -181,7 +181,7 @@ class _Sequence(Accelerated, nn.RNNBase):
             ):
                 return False
         else:
-            least = served.LEAST_STEPS[self.mode][0 if self._frozen is None else 2]
+            least = served.LEAST_STEPS[self.mode][0 if self._packed is None else 2]
         return least > 1 and x.ndim > 1 and x.shape[1 if self.batch_first and x.ndim == 3 else 0] < least
 
     def _flags(self, reset: Any, given: Any) -> Tensor:
@@ -209,7 +209,7 @@ class _Sequence(Accelerated, nn.RNNBase):
         share = self.dropout if self.training and self.num_layers > 1 else 0.0
         step = self.num_layers if directions == 1 and not share else 1  # layers that run as one call
         left, kind = iter(weights), KINDS[self.mode]
-        frozen_weights = self._frozen
+        packed_weights = self._packed
         starts = list(zip(*(state.unbind(0) for state in states), strict=True))
         ends: list[Sequence[Tensor]] = []
         traces: list[Any] = []
@@ -224,7 +224,7 @@ class _Sequence(Accelerated, nn.RNNBase):
                     arrays += islice(left, 2 + 2 * self.bias + bool(self.proj_size))
                     begin += starts[n * directions + direction] if starts else ()
                 flags = reset if reset is None or not direction else shifted(reset)
-                keep = None if frozen_weights is None else frozen_weights.setdefault((layer, direction), {})
+                keep = None if packed_weights is None else packed_weights.setdefault((layer, direction), {})
                 out = op.run(y, begin, arrays, [], used, flags, cells, bool(direction), True, save, True, keep)
                 parts = 2 if kind == "lstm" else 1
                 ends += [out[n : n + parts] for n in range(0, parts * step, parts)]
@@ -285,7 +285,7 @@ class _Step(Accelerated, nn.RNNCellBase):
             ValueError: `reset` of another shape, or not of bool.
             RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
         """
-        keep = self._frozen
+        keep = self._packed
         asked = reset is not None or return_gates
         # What packing costs, and the way back through a step, no kernel makes up for.
         if not asked and (keep is None or served.is_narrow(self)):

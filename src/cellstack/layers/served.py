@@ -27,7 +27,7 @@ _METHODS = (
 )
 _DTYPES = (torch.float32, torch.float64)
 # Steps from which the kernel is the faster one, in a call without gradients, with them, and with frozen weights;
-# measured (benchmarks/doors.py).
+# measured (benchmarks/accelerate.py).
 LEAST_STEPS = {"LSTM": (1, 16, 1), "GRU": (8, 4, 1), "RNN_TANH": (16, 16, 4), "RNN_RELU": (16, 16, 4)}
 # Units from which a cell without gates is the faster one for a step with frozen weights.
 WIDE_RNN_CELL = 128

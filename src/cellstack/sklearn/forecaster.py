@@ -108,7 +108,7 @@ class SequenceForecaster(BaseEstimator):
         Returns:
             This estimator.
         """
-        from cellstack.train.forecast.door import fit_forecast  # torch
+        from cellstack.train.forecast.entry import fit_forecast  # torch
 
         table = self._table(X)
         same = ("units", "cell", "dropout", "members", "epochs", "batch", "lr", "clip", "patience", "validation")
@@ -118,7 +118,7 @@ class SequenceForecaster(BaseEstimator):
             self.horizon,
             **{name: getattr(self, name) for name in (*same, "threads", "device", "window", "scale")},
             test=0.0,
-            rivals=False,
+            baselines=False,
             seed=seed_of(self.random_state),
             progress=self.verbose,
             seasons=None if self.seasons is None else tuple(self.seasons),

@@ -22,9 +22,9 @@ from cellstack.train.tables.table import CategoryColumn, Spacing, Table, read_ta
 from cellstack.train.text.sampling import generate
 
 if TYPE_CHECKING:
-    from cellstack.train.door import fit
+    from cellstack.train.entry import fit
     from cellstack.train.fitting import Result
-    from cellstack.train.forecast.door import fit_forecast
+    from cellstack.train.forecast.entry import fit_forecast
     from cellstack.train.learner import Epoch, Fit, Learner
     from cellstack.train.loop import learn
     from cellstack.train.model import Model
@@ -36,9 +36,9 @@ _LATER = {
     "Learner": "learner",
     "Model": "model",
     "Result": "fitting",
-    "fit": "door",
+    "fit": "entry",
     "learn": "loop",
-    "fit_forecast": "forecast.door",
+    "fit_forecast": "forecast.entry",
     "fit_text": "text.workflow",
 }
 

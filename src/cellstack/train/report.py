@@ -324,14 +324,14 @@ def _probabilities(replay: dict[str, Any]) -> str:
     so_far = np.array(replay["so_far"])
     steps = np.arange(1, len(so_far) + 1)
     truth = replay["labels"].index(replay["truth"])
-    rivals = [n for n in np.argsort(-so_far.max(axis=0)) if n != truth][:2]
+    baselines = [n for n in np.argsort(-so_far.max(axis=0)) if n != truth][:2]
     with _theme():
         figure = Figure(figsize=(9, 2.7), layout="constrained")
         axis = figure.subplots()
         for n in range(so_far.shape[1]):
-            if n != truth and n not in rivals:
+            if n != truth and n not in baselines:
                 axis.plot(steps, so_far[:, n], color=FAINT, linewidth=0.9, alpha=0.5)
-        for n, color in zip([truth, *rivals], SERIES, strict=True):
+        for n, color in zip([truth, *baselines], SERIES, strict=True):
             label = f"speaker {replay['labels'][n]}" + (" (true)" if n == truth else "")
             axis.plot(steps, so_far[:, n], color=color, label=label, marker="o", markersize=3)
         axis.set(xlabel="frame", ylabel="probability so far", ylim=(-0.03, 1.03))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -28,20 +29,26 @@ class Backtest(NamedTuple):
     Args:
         forecasts: of the model.
         actual: `[N, horizon, targets]`, NaN where missing.
-        rivals: forecasts by name, each `[N, horizon, targets]`.
+        baselines: forecasts by name, each `[N, horizon, targets]`.
         typical: error by which MASE divides, `[S, targets]`.
         series: of each origin, `[N]`.
     """
 
     forecasts: Forecasts
     actual: Floats
-    rivals: dict[str, Floats]
+    baselines: dict[str, Floats]
     typical: Floats
     series: Ints
 
     @property
+    def rivals(self) -> dict[str, Floats]:
+        """Return `baselines`, by its name until 0.2."""
+        warnings.warn("Backtest.rivals is now Backtest.baselines", DeprecationWarning, stacklevel=2)
+        return self.baselines
+
+    @property
     def scores(self) -> dict[str, Any]:
-        """Return errors of the model and its rivals, for each target, over the points that all of them forecast.
+        """Return errors of the model and its baselines, for each target, over the points that all of them forecast.
 
         `mae`, `rmse` in the target's units, `mase`; of the model also the `pinball` loss and the `coverage` of the
         interval between the outer quantiles. Several series: `mase` is the median of theirs.
@@ -50,7 +57,7 @@ class Backtest(NamedTuple):
         found = {}
         for n, name in enumerate(recipe.targets):
             every = {"model": self.forecasts.median[..., n]} | {
-                key: rival[..., n] for key, rival in self.rivals.items()
+                key: baseline[..., n] for key, baseline in self.baselines.items()
             }
             actual = self.actual[..., n].copy()
             actual[np.isnan(np.array(list(every.values()))).any(axis=0)] = np.nan

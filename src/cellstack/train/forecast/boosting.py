@@ -1,4 +1,4 @@
-"""Gradient boosting on lags: the rival of a trained network in its backtest. Needs scikit-learn, no torch.
+"""Gradient boosting on lags: the baseline of a trained network in its backtest. Needs scikit-learn, no torch.
 
 One model forecasts all steps of all series: its rows are pairs of an origin and a step ahead. Features are the step,
 what was observed at the same phase of the last seasons, the latest values, means of the last seasons, the calendar of

@@ -89,7 +89,7 @@ def train_forecast(
     settings: Settings,
     options: RunOptions,
     test: float = 0.2,
-    rivals: bool = True,
+    baselines: bool = True,
     recipe: Recipe | None = None,
 ) -> Trained:
     """Train on each series' earlier rows; measure by forecasts from origins in its last `test` of the rows.
@@ -101,7 +101,7 @@ def train_forecast(
         settings: how each is fitted.
         options: how the training is run; the validation part lies between the training part and the test part.
         test: share of each series' rows to measure on; 0 for none.
-        rivals: measure gradient boosting on lags too, where scikit-learn is installed.
+        baselines: measure gradient boosting on lags too, where scikit-learn is installed.
         recipe: what `plan` makes of table and request, where that is at hand.
 
     Raises:
@@ -128,7 +128,7 @@ def train_forecast(
     found = None
     scores: dict[str, Any] = {}
     if len(cut.test) and fits.rank == 0:
-        found = measured(network, windows, fits.inputs, cut, rivals)
+        found = measured(network, windows, fits.inputs, cut, baselines)
         scores = found.scores
     result = Result(network, nn.ModuleList(members), fits.whole, scores, fits.rank, len(fits.held), fits.told(scores))
     return Trained(result, recipe, found, understood(table, recipe, request, cut))
@@ -173,15 +173,15 @@ def smoothings(
     return tuple(how for how, _ in found), float(np.mean([error for _, error in found]))
 
 
-def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, rivals: bool) -> backtest.Backtest:
-    """Return a network's forecasts of the test part beside those of its rivals."""
+def measured(network: Network, windows: Windows, inputs: Inputs, cut: Parts, baselines: bool) -> backtest.Backtest:
+    """Return a network's forecasts of the test part beside those of its baselines."""
     table, recipe, typical = windows.table, windows.recipe, windows.typical
     assert typical is not None
     origins = spread_out(cut.test, backtest.MOST_ORIGINS)
     windows = Windows(recipe, table, origins)
     forecasts = forecasts_of(network, inputs, windows)
     others = backtest.by_rules(table, windows)
-    if rivals:
+    if baselines:
         others |= backtest.by_boosting(table, recipe, origins, cut)
     return backtest.Backtest(forecasts, windows.actual(np.arange(len(origins))), others, typical, windows.series)
 

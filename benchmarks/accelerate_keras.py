@@ -1,6 +1,6 @@
 """Keras's own layers, as they are and under `cellstack.keras.patch`: a step of `fit`, and `predict`, of whole models.
 
-    python benchmarks/doors_keras.py [--threads 1] [--rounds 15] [--batch 32] [--steps 100] [--width 64] [--units 128]
+    python benchmarks/accelerate_keras.py [--threads 1] [--rounds 15] [--batch 32] [--steps 100] [--width 64] [--units 128]
 
 On the torch backend. Outputs are compared first, before and after a step of training; then rounds alternate, timed by
 processor time. A model is the layer with a Dense on it, trained with Adam; a step is `train_on_batch`, predict

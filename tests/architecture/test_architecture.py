@@ -35,7 +35,7 @@ BELOW = {
     "formats": {"spec", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"spec", "native"},
-    "doors": {"spec"},  # which looks the doors up by name, for what a model brought along
+    "integrations": {"spec"},  # which looks the doors up by name, for what a model brought along
     "keras": {"spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
     "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py

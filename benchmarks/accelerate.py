@@ -1,6 +1,6 @@
 """A program's own recurrent layers, before and after its one line: PyTorch's modules under `accelerate`.
 
-    python benchmarks/doors.py [--threads 1] [--rounds 9] [names]
+    python benchmarks/accelerate.py [--threads 1] [--rounds 9] [names]
 
 Outputs, and in training gradients, are compared first. Rounds alternate, each of many calls; what is printed is the
 least processor time a call of each, and their ratio. Names pick cases by what they begin with, such as `LSTM`.
@@ -92,7 +92,7 @@ def alternate(calls, rounds, budget=0.2):
 def measure(module, x, how, rounds):
     """Return PyTorch's time and ours, in seconds, once both gave the same."""
     ours = cs.accelerate(copy.deepcopy(module))
-    with cs.frozen(ours) if how == "frozen" else nullcontext():
+    with cs.packed_weights(ours) if how == "frozen" else nullcontext():
         calls = [call(module, x, how), call(ours, x, how)]
         for theirs, mine in zip(calls[0](), calls[1](), strict=True):
             torch.testing.assert_close(mine, theirs, atol=2e-5 * max(1.0, float(theirs.abs().max())), rtol=1e-4)

@@ -1,11 +1,12 @@
-"""Programs that people already have, on our cells: one call each, whichever framework a model is of.
+"""Models of other frameworks on the fused kernel: one call each, for PyTorch modules and Keras models alike.
 
-Nothing here imports a framework: a model that is given has brought its own.
+Nothing here imports a framework: a model that is passed in has already imported its own.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -31,7 +32,7 @@ def accelerate(model: Any) -> Any:
     >>> isinstance(accelerate(torch.nn.LSTM(3, 4)), torch.nn.LSTM)
     True
     """
-    return _door("accelerate", model).accelerate(model)
+    return _integration("accelerate", model).accelerate(model)
 
 
 def restore(model: Any) -> Any:
@@ -50,13 +51,14 @@ def restore(model: Any) -> Any:
     >>> type(restore(accelerate(torch.nn.LSTM(3, 4)))) is torch.nn.LSTM
     True
     """
-    return _door("restore", model).restore(model)
+    return _integration("restore", model).restore(model)
 
 
-def frozen(model: Any) -> Any:
+def packed_weights(model: Any) -> Any:
     """Return a context in which the weights of an accelerated PyTorch module stay as they are.
 
-    They are then packed once, which is most of what a single step costs: see `cellstack.layers.accelerate.frozen`.
+    They are then packed once, which is most of what a single step costs: see
+    `cellstack.layers.accelerate.packed_weights`.
 
     Args:
         model: a module of PyTorch that `accelerate` was given, or one with such modules inside.
@@ -70,14 +72,20 @@ def frozen(model: Any) -> Any:
 
     >>> import torch
     >>> cell = accelerate(torch.nn.LSTMCell(3, 4))
-    >>> with torch.no_grad(), frozen(cell):
+    >>> with torch.no_grad(), packed_weights(cell):
     ...     state = cell(torch.zeros(1, 3))
     ...     state = cell(torch.zeros(1, 3), state)
     """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(model, torch.nn.Module):
-        raise TypeError(f"frozen: expected a module of PyTorch, got {type(model).__name__}")
-    return import_module("cellstack.layers.accelerate").frozen(model)
+        raise TypeError(f"packed_weights: expected a module of PyTorch, got {type(model).__name__}")
+    return import_module("cellstack.layers.accelerate").packed_weights(model)
+
+
+def frozen(model: Any) -> Any:
+    """Call `packed_weights`: the name until 0.2, which says `requires_grad=False` elsewhere."""
+    warnings.warn("cellstack.frozen is now cellstack.packed_weights", DeprecationWarning, stacklevel=2)
+    return packed_weights(model)
 
 
 def plan(model: Any) -> Plan:
@@ -96,10 +104,10 @@ def plan(model: Any) -> Plan:
     >>> plan(torch.nn.LSTM(3, 4))
     LSTM 3 -> 4: PyTorch's own: accelerate() would let the fused kernel run it
     """
-    return _door("plan", model).plan(model)
+    return _integration("plan", model).plan(model)
 
 
-def _door(owner: str, model: Any) -> Any:
+def _integration(owner: str, model: Any) -> Any:
     """Return the module that knows models like this one."""
     keras = sys.modules.get("keras")
     if keras is not None and isinstance(model, keras.layers.Layer):  # with torch as its backend a torch module too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def fit_forecast(
     threads: int | None = None,
     device: str = "auto",
     progress: bool = False,
-    rivals: bool = True,
+    baselines: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     **asked: Any,
@@ -50,7 +51,7 @@ def fit_forecast(
         units, cell, dropout, members: how the networks are built, see `train.forecast.training.Build`.
         epochs, batch, lr, clip, patience, seed: how each is fitted, see `train.Settings`.
         threads, device, progress, checkpoint, resume: how the training is run, see `train.fit`.
-        rivals: measure gradient boosting on lags too, where scikit-learn is installed.
+        baselines: measure gradient boosting on lags too, where scikit-learn is installed.
         asked: `window`, `seasons`, `inputs`, `known`, `country`, `scale`, `quantiles`: see `Request`.
 
     What is None is told by the table and by how many windows there are to train on.
@@ -66,10 +67,13 @@ def fit_forecast(
         >>> from cellstack import train
         >>> n = np.arange(120)
         >>> frame = pd.DataFrame({"y": 5 + np.sin(n * np.pi / 6)})
-        >>> done = train.fit_forecast(frame, "y", horizon=4, seasons=(12,), units=4, members=1, epochs=1, rivals=False)
+        >>> done = train.fit_forecast(frame, "y", horizon=4, seasons=(12,), units=4, members=1, epochs=1, baselines=False)
         >>> done.recipe.horizon, done.result.network.metadata["task"]
         (4, 'forecast')
     """
+    if "rivals" in asked:
+        warnings.warn("fit_forecast: rivals= is now baselines=", DeprecationWarning, stacklevel=2)
+        baselines = asked.pop("rivals")
     table = data if isinstance(data, Table) else read_table(data)
     targets = () if target is None else (target,) if isinstance(target, str) else tuple(target)
     request = Request(targets, horizon, **asked)
@@ -82,4 +86,4 @@ def fit_forecast(
     build = Build(layers, cell, given["dropout"], given["members"])
     settings = Settings(given["epochs"], given["batch"], given["lr"], clip, given["patience"], seed=seed)
     options = RunOptions(validation, checkpoint, resume, progress, device, threads=threads)
-    return train_forecast(table, request, build, settings, options, test, rivals, recipe)
+    return train_forecast(table, request, build, settings, options, test, baselines, recipe)
