@@ -3,6 +3,7 @@
 #pragma once
 #include "gru.h"
 #include "lstm.h"
+#include "product.h"
 #include "rnn.h"
 
 namespace cellstack {
@@ -20,7 +21,8 @@ INLINE void differentiate(const Backward<T>& f, const Limits<T>& limits, const P
     if (f.dy) dh += load_lanes(f.dy + at.r * f.y_row + at.t * f.y_time + at.unit, at.lanes);
     if (f.dcells) dc += load_lanes(f.dcells + here * H + at.unit, at.lanes);
     if (f.mask && !f.mask[here]) {
-        unroll<4>([&](auto v) INLINED { store(to + v * W, splat(T(0))); });
+        UNROLL
+        for (int v = 0; v < 4; ++v) store(to + v * W, splat(T(0)));
         store(dh_at, dh);
         store(dc_at, dc);
         return;
@@ -30,7 +32,8 @@ INLINE void differentiate(const Backward<T>& f, const Limits<T>& limits, const P
     const V<T> phi_c = tanh<T>(load_lanes(f.cells + here * H + at.unit, at.lanes));
     dc += lstm_output_back<T, true, true>(f, limits, at, gates[3], phi_c, dh, dz[3]);
     dc = lstm_cell_back<T, true, true>(f, limits, at, gates, units_of(cell_before(f, at.r, n), at), dc, dz);
-    unroll<4>([&](auto v) INLINED { store(to + v * W, dz[v]); });
+    UNROLL
+        for (int v = 0; v < 4; ++v) store(to + v * W, dz[v]);
     store(dc_at, dc);
 }
 
@@ -69,24 +72,24 @@ __attribute__((noinline)) void restart_back(const Backward<T>& f, int64_t n, int
 
 // dh before step n: dq through the transposed weights, for rows that the mask lets in, and (not Plain) what was
 // carried. Panels go up in even steps and down in odd ones: the last ones are still in the cache.
-template <class T, int G, bool Plain>
-INLINE void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
+template <class T, bool Plain>
+void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
     constexpr int W = Vec<T>::W;
     const int64_t P = f.d->output, t = time_of(f, n);
     const Outputs<T> own(f);
-    product_transposed<T, G>(f.dq, (n - f.first) * f.batch + f.row0, f.rows, f.blocks, (f.last - f.first) * f.batch,
-                             f.recurrent_t, P, own.panel, own.end_panel, n & 1, f.pairs,
-                             [&](int64_t r, int64_t unit, V<T> d) INLINED {
-                                 const int64_t left = P - unit;
-                                 if (left <= 0) return;
-                                 T* dh = f.dh + r * columns + unit;
-                                 if (f.recurrent_dropout)
-                                     d *= load_lanes(f.recurrent_dropout + r * P + unit, left < W ? int(left) : W);
-                                 if constexpr (!Plain)
-                                     store(dh, d + load(f.carry + r * columns + unit));
-                                 else if (!f.mask || f.mask[r * f.steps + t])
-                                     store(dh, d);
-                             });
+    const Transposed<T> p{*f.tiles, f.dq, f.d->gates(), (n - f.first) * f.batch + f.row0, f.rows, f.blocks,
+                          (f.last - f.first) * f.batch, f.recurrent_t, P, own.panel, own.end_panel, bool(n & 1),
+                          f.pairs};
+    product_transposed(p, [&](int64_t r, int64_t unit, V<T> d) INLINED {
+        T* dh = f.dh + r * columns + unit;
+        const int64_t left = P - unit;
+        if (f.recurrent_dropout)
+            d *= load_lanes(f.recurrent_dropout + r * P + unit, left < W ? int(left) : W);
+        if constexpr (!Plain)
+            store(dh, d + load(f.carry + r * columns + unit));
+        else if (!f.mask || f.mask[r * f.steps + t])
+            store(dh, d);
+    });
     if (f.reset) restart_back(f, n, columns);
 }
 
@@ -97,7 +100,7 @@ void run_blocks_back(Backward<T>& f) {
     const Limits<T> limits(*f.d);
     for (int64_t phase = f.phase; phase < f.end_phase; ++phase) {
         const int64_t n = f.last - 1 - phase;
-        if (phase > 0) pass_back<T, 4, true>(f, n + 1, columns);
+        if (phase > 0) pass_back<T, true>(f, n + 1, columns);
         for (int64_t r = 0; n >= f.first && r < f.rows; ++r)
             each_block(f, r, time_of(f, n), [&](const Place& at) INLINED { differentiate(f, limits, at, n, columns); });
     }
@@ -126,15 +129,15 @@ void give_back(const Backward<T>& f, int64_t r, int64_t n, int64_t columns, int6
 }
 
 // A row that the mask leaves out has no gradient but what passes by.
-template <class T, int G>
+template <class T>
 void leave_out(const Backward<T>& f, int64_t r, int64_t n) {
     constexpr int W = Vec<T>::W;
     const Description& d = *f.d;
     each_block(f, r, time_of(f, n), [&](const Place& at) INLINED {
-        unroll<G>([&](auto v) INLINED {
-            store(block_of(f, f.dz, G, r, n, at.unit) + v * W, splat(T(0)));
-            store(block_of(f, f.dq, G, r, n, at.unit) + v * W, splat(T(0)));
-        });
+        for (int v = 0; v < d.gates(); ++v) {
+            store(block_of(f, f.dz, d.gates(), r, n, at.unit) + v * W, splat(T(0)));
+            store(block_of(f, f.dq, d.gates(), r, n, at.unit) + v * W, splat(T(0)));
+        }
         if (d.projects())
             store_lanes(f.m + ((n - f.first) * f.batch + f.row0 + r) * d.units + at.unit, splat(T(0)), at.lanes);
         if (f.dcells) {
@@ -144,7 +147,7 @@ void leave_out(const Backward<T>& f, int64_t r, int64_t n) {
     });
 }
 
-template <class T, int Kind, int G, bool Usual>
+template <class T, int Kind, bool Usual>
 void run_rows_back(Backward<T>& f) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
     const Description& d = *f.d;
@@ -152,23 +155,28 @@ void run_rows_back(Backward<T>& f) {
                   unit_columns = (H + wide - 1) / wide * wide;
     const int64_t dz_rows = (f.last - f.first) * f.batch, each_step = phases_of_step(d);
     const Limits<T> limits(d);
-    const auto to_dm = [&](int64_t r, int64_t unit, V<T> dm) INLINED { store(f.dm + r * unit_columns + unit, dm); };
     for (int64_t phase = f.phase; phase < f.end_phase; ++phase) {
         const int64_t n = f.last - 1 - phase / each_step, part = phase % each_step;
-        if (part == 0 && phase > 0) pass_back<T, G, false>(f, n + 1, columns);
+        if (part == 0 && phase > 0) pass_back<T, false>(f, n + 1, columns);
         if (n < f.first) break;
         const int64_t t = time_of(f, n), m = (n - f.first) * f.batch + f.row0;
+        const auto to_dm = [&](const T* from, int gates, int64_t blocks, const T* panels, int64_t columns,
+                               int64_t first, int64_t last) {
+            const Transposed<T> p{*f.tiles, from,    gates, m,    f.rows,      blocks, dz_rows,
+                                  panels,   columns, first, last, bool(n & 1), f.pairs};
+            product_transposed(p, [&](int64_t r, int64_t unit, V<T> dm)
+                                      INLINED { store(f.dm + r * unit_columns + unit, dm); });
+        };
         const auto rows = [&](auto&& body) INLINED {
             for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
         };
         if (part == 0) {
             rows([&](int64_t r, bool used) { give_back(f, r, n, columns, unit_columns, used); });
             if (Kind == kLstm && d.projects())
-                product_transposed<T, 1>(f.dp, m, f.rows, f.output_blocks, dz_rows, f.projection_t, H, 0,
-                                         unit_columns / wide, n & 1, f.pairs, to_dm);
+                to_dm(f.dp, 1, f.output_blocks, f.projection_t, H, 0, unit_columns / wide);
             rows([&](int64_t r, bool used) {
                 if (!used)
-                    leave_out<T, G>(f, r, n);
+                    leave_out(f, r, n);
                 else if constexpr (Kind == kLstm)
                     lstm_row_back<T, Usual>(f, limits, r, n, unit_columns);
                 else if constexpr (Kind == kGru)
@@ -181,8 +189,7 @@ void run_rows_back(Backward<T>& f) {
         if (part == 1) {
             // What goes into r's place is what the product of the whole is going to read of it, and not before.
             const Outputs<T> own(f);
-            product_transposed<T, G>(f.dz, m, f.rows, f.blocks, dz_rows, f.candidate_t, d.output, own.panel,
-                                     own.end_panel, n & 1, f.pairs, to_dm);
+            to_dm(f.dz, d.gates(), f.blocks, f.candidate_t, d.output, own.panel, own.end_panel);
         } else if (part == 2) {
             rows([&](int64_t r, bool used) {
                 if (!used) return;
@@ -197,13 +204,11 @@ void run_rows_back(Backward<T>& f) {
 template <class T, bool Usual>
 void choose_back(Backward<T>& f) {
     if (f.d->kind == kGru)
-        run_rows_back<T, kGru, 3, Usual>(f);
+        run_rows_back<T, kGru, Usual>(f);
     else if (f.d->kind == kRnn)
-        run_rows_back<T, kRnn, 1, Usual>(f);
-    else if (f.d->coupled)
-        run_rows_back<T, kLstm, 3, Usual>(f);
+        run_rows_back<T, kRnn, Usual>(f);
     else
-        run_rows_back<T, kLstm, 4, Usual>(f);
+        run_rows_back<T, kLstm, Usual>(f);
 }
 
 template <class T>
@@ -216,100 +221,53 @@ void backward(Backward<T>& f) {
         choose_back<T, false>(f);
 }
 
-// Calls body(Int<gates>) with the number of gates as a constant.
-template <class F>
-INLINE void with_gates(int gates, F&& body) {
-    if (gates == 4)
-        body(Int<4>{});
-    else if (gates == 3)
-        body(Int<3>{});
-    else
-        body(Int<1>{});
-}
-
 template <class T>
-void input_gradient(const T* dz, int gates, int64_t blocks, int64_t dz_rows, const T* kernel_t, int64_t columns,
-                    int64_t first, int64_t last, T* const* out, T* pairs) {
+void input_gradient(const Tiles<T>& tiles, const T* dz, int gates, int64_t blocks, int64_t dz_rows, const T* kernel_t,
+                    int64_t columns, int64_t first, int64_t last, T* const* out, T* pairs) {
     constexpr int W = Vec<T>::W;
-    with_gates(gates, [&](auto G) {
-        product_transposed<T, G>(dz, first, last - first, blocks, dz_rows, kernel_t, columns, 0,
-                                 (columns + 4 * W - 1) / (4 * W), false, pairs,
-                                 [&](int64_t row, int64_t column, V<T> sum) INLINED {
-                                     const int64_t left = columns - column;
-                                     if (left > 0)
-                                         store_lanes(out[first + row] + column, sum, left < W ? int(left) : W);
-                                 });
+    const Transposed<T> p{tiles,    dz,      gates, first,                          last - first, blocks, dz_rows,
+                          kernel_t, columns, 0,     (columns + 4 * W - 1) / (4 * W), false,        pairs};
+    product_transposed(p, [&](int64_t row, int64_t column, V<T> sum) INLINED {
+        const int64_t left = columns - column;
+        store_lanes(out[first + row] + column, sum, left < W ? int(left) : W);
     });
 }
 
-// Where sums of weights lie: how far blocks, columns and gates are apart.
+// Where sums of weights are: how far blocks, columns and gates are apart.
 struct Sums {
     int64_t block, column, gate;
 };
 
-// The rows of N blocks of dz, `dz_stride` apart, against R columns of a. The sums go on from what lies in `at`. With
-// `Pairs`, a row is two of them in bfloat16.
-template <class T, int R, int N, int G, bool Pairs>
-INLINE void weight_tile(const T* dz, int64_t dz_stride, const T* a, int64_t stride, int64_t rows, bool more, T* at,
-                        const Sums& apart) {
-    constexpr int W = Vec<T>::W;
-    V<T> sums[N][R][G];
-    const auto each = [&](auto&& body) INLINED {
-        unroll<N>([&](auto b) INLINED {
-            unroll<R>([&](auto r) INLINED {
-                unroll<G>([&](auto v) INLINED {
-                    body(sums[b][r][v], at + b * apart.block + r * apart.column + v * apart.gate);
-                });
-            });
-        });
-    };
-    each([&](V<T>& sum, const T* from) INLINED { sum = more ? load(from) : splat(T(0)); });
-    for (int64_t m = 0; m < rows; ++m, a += stride) {
-        V<T> s[R];
-        unroll<R>([&](auto r) INLINED { s[r] = splat(a[r]); });
-        unroll<N>([&](auto b) INLINED {
-            unroll<G>([&](auto v) INLINED {
-                const V<T> w = load_for<T, R>(dz + b * dz_stride + (m * G + v) * W);
-                unroll<R>([&](auto r) INLINED {
-                    if constexpr (Pairs)
-                        sums[b][r][v] = add_pairs(s[r], w, sums[b][r][v]);
-                    else
-                        sums[b][r][v] = fma(s[r], w, sums[b][r][v]);
-                });
-            });
-        });
-    }
-    each([&](const V<T>& sum, T* to) INLINED { store(to, sum); });
-}
-
 // Numbers side by side of a row and of the one after it, which may be missing, as pairs.
 template <class T>
 INLINE void pair_up(T* to, const T* a, const T* b, int64_t n) {
-    constexpr int W = Vec<T>::W;
-    for (int64_t k = 0; k < n; k += W) {
-        const int lanes = n - k < W ? int(n - k) : W;
-        const V<T> second = b ? load_lanes(b + k, lanes) : splat(T(0));
-        store_lanes(to + k, pairs_of(load_lanes(a + k, lanes), second), lanes);
+    if constexpr (kHasPairs && sizeof(T) == 4) {
+        constexpr int W = Vec<T>::W;
+        for (int64_t k = 0; k < n; k += W) {
+            const int lanes = n - k < W ? int(n - k) : W;
+            const V<T> second = b ? load_lanes(b + k, lanes) : splat(T(0));
+            store_lanes(to + k, pairs_of(load_lanes(a + k, lanes), second), lanes);
+        }
     }
 }
 
-template <class T, int G, bool Pairs>
-void weight_gradient_of(const WeightGradient<T>& f) {
-    constexpr int W = Vec<T>::W, wide = G * W, together = G >= 3 ? 1 : 4;
-    static_assert(together <= kBlocksOfPanel);
-    const int64_t count = Pairs ? (f.dz_rows + 1) / 2 : f.dz_rows, dz_stride = count * wide;
+template <class T>
+void weight_gradient(const WeightGradient<T>& f) {
+    constexpr int W = Vec<T>::W;
+    const int G = f.gates, wide = G * W, together = G >= 3 ? 1 : int(kBlocksOfPanel);
+    const int64_t count = f.pairs ? (f.dz_rows + 1) / 2 : f.dz_rows, dz_stride = count * wide;
     for (const auto& of : f.of)
         for (int64_t m = 0; !f.copied && of.columns && m < count; ++m) {
             T* to = of.copy + m * gradient_stride(of.columns);
-            if constexpr (Pairs)
+            if (f.pairs)
                 pair_up<T>(to, of.rows[2 * m], 2 * m + 1 < f.dz_rows ? of.rows[2 * m + 1] : nullptr, of.columns);
             else
                 memcpy(to, of.rows[m], size_t(of.columns) * sizeof(T));
         }
     const int64_t pieces = (count + kGradientRows - 1) / kGradientRows;
-    const auto blocks = [&](auto N, int64_t block, int lanes) INLINED {
+    const auto blocks = [&](int N, int64_t block, int lanes) {
         const T* all = f.dz + block * dz_stride;
-        if constexpr (Pairs) {
+        if (f.pairs) {
             all = f.dz_pairs;
             for (int b = 0; b < N; ++b)
                 for (int64_t m = 0; m < count; ++m) {
@@ -318,10 +276,10 @@ void weight_gradient_of(const WeightGradient<T>& f) {
                                wide);
                 }
         }
+        const int vectors = N > 1 ? N : G;  // one gate of some blocks, or the gates of one
         for (int64_t piece = 0; piece < pieces; ++piece) {
             const int64_t m = count * piece / pieces, rows = count * (piece + 1) / pieces - m;
             const bool more = f.more || piece > 0;
-            const T* dz = all + m * wide;
             for (const auto& of : f.of) {
                 if (!of.columns) continue;
                 const int64_t stride = gradient_stride(of.columns), H = f.units;
@@ -330,8 +288,13 @@ void weight_gradient_of(const WeightGradient<T>& f) {
                 // Where vectors reach beyond what is to be written, a tile's sums pass through memory of its own.
                 const bool whole = f.rows || (lanes == W && of.first_gate == 0 && of.last_gate == G);
                 const Sums inside = whole ? apart : Sums{0, wide, W};
-                tiles(of.columns, [&](auto R, int64_t column) INLINED {
-                    T *outside = sums + column * apart.column, own[kRows * wide], *at = whole ? outside : own;
+                Tile<T> t = tile_over<T>(rows);
+                t.a_step = stride, t.panel = all + m * wide, t.panel_step = wide;
+                t.panel_vector = N > 1 ? dz_stride : W;
+                t.from_row = t.to_row = inside.column, t.from_vector = t.to_vector = N > 1 ? inside.block : inside.gate;
+                each_tile(of.columns, [&](int64_t column, int R) {
+                    alignas(kVectorBytes) T own[kRows * 4 * W];
+                    T* outside = sums + column * apart.column;
                     const auto each = [&](auto&& body) INLINED {
                         for (int r = 0; !whole && r < R; ++r)
                             for (int v = of.first_gate; v < of.last_gate; ++v)
@@ -339,8 +302,9 @@ void weight_gradient_of(const WeightGradient<T>& f) {
                     };
                     if (!whole) memset(own, 0, sizeof(own));
                     if (more) each([&](const T* from, T* to) INLINED { store(to, load_lanes(from, lanes)); });
-                    weight_tile<T, R, N, G, Pairs>(dz, dz_stride, of.copy + m * stride + column, stride, rows, more, at,
-                                                   inside);
+                    for (int r = 0; r < R; ++r) t.a[r] = of.copy + m * stride + column + r;
+                    t.to = whole ? outside : own, t.from = more ? t.to : nullptr;
+                    routine_of(*f.tiles, R, vectors)(t);
                     each([&](T* to, const T* from) INLINED { store_lanes(to, load(from), lanes); });
                 });
             }
@@ -349,16 +313,16 @@ void weight_gradient_of(const WeightGradient<T>& f) {
     const auto lanes_of = [&](int64_t block) { return f.units - block * W < W ? int(f.units - block * W) : W; };
     int64_t block = f.first;
     for (; block + together <= f.last && lanes_of(block + together - 1) == W; block += together)
-        blocks(Int<together>{}, block, W);
-    for (; block < f.last; ++block) blocks(Int<1>{}, block, lanes_of(block));
+        blocks(together, block, W);
+    for (; block < f.last; ++block) blocks(1, block, lanes_of(block));
     for (block = f.first; f.bias && block < f.last; ++block) {
         const T* dz = f.dz + block * f.dz_rows * wide;
         T* bias = f.bias_sums + (block - f.first) * wide;
-        unroll<G>([&](auto v) INLINED {
+        for (int v = 0; v < G; ++v) {
             V<T> sum = f.more ? load(bias + v * W) : splat(T(0));
             for (int64_t m = 0; m < f.dz_rows; ++m) sum += load(dz + m * wide + v * W);
             store(bias + v * W, sum);
-        });
+        }
     }
     if (!f.write) return;
     const auto write = [&](T* out, const T* sums, int64_t rows, int first_gate, int last_gate) INLINED {
@@ -375,13 +339,13 @@ void weight_gradient_of(const WeightGradient<T>& f) {
                 for (int64_t k = 0; k < rows; k += W) {
                     const int columns = rows - k < W ? int(rows - k) : W;
                     V<T> square[W];
-                    unroll<W>([&](auto c) INLINED {
+                    UNROLL
+                    for (int c = 0; c < W; ++c)
                         square[c] = c < columns ? load(sums + ((k + c) * G + gate) * W) : splat(T(0));
-                    });
                     transpose<T>(square);
-                    unroll<W>([&](auto r) INLINED {
+                    UNROLL
+                    for (int r = 0; r < W; ++r)
                         if (r < lanes) store_lanes(out + (first_unit + r) * rows + k, square[r], columns);
-                    });
                 }
             }
         }
@@ -389,12 +353,6 @@ void weight_gradient_of(const WeightGradient<T>& f) {
     for (const auto& of : f.of)
         if (f.rows) write(of.out, of.sums, of.columns, of.first_gate, of.last_gate);
     if (f.bias) write(f.bias, f.bias_sums, 1, 0, G);
-}
-
-template <class T>
-void weight_gradient(const WeightGradient<T>& f) {
-    with_gates(f.gates,
-               [&](auto G) { f.pairs ? weight_gradient_of<T, G, kPairs<T>>(f) : weight_gradient_of<T, G, false>(f); });
 }
 
 }  // namespace

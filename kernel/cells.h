@@ -200,7 +200,8 @@ INLINE void keep_gates(const Forward<T>& f, const Place& at, const V<T> (&gates)
     if (!f.gates) return;
     const int64_t H = f.w.d->units;
     T* to = f.gates + (at.r * f.steps + at.t) * Planes * H + at.unit;
-    unroll<Planes>([&](auto v) INLINED { store_lanes(to + v * H, gates[v], at.lanes); });
+    UNROLL
+        for (int v = 0; v < Planes; ++v) store_lanes(to + v * H, gates[v], at.lanes);
 }
 
 template <class T>
@@ -322,7 +323,8 @@ template <class T, int Planes>
 INLINE void load_gates(const Backward<T>& f, const Place& at, V<T> (&gates)[Planes]) {
     const int64_t H = f.d->units;
     const T* from = f.gates + kept_at(f, at.r, at.t) * Planes * H + at.unit;
-    unroll<Planes>([&](auto v) INLINED { gates[v] = load_lanes(from + v * H, at.lanes); });
+    UNROLL
+        for (int v = 0; v < Planes; ++v) gates[v] = load_lanes(from + v * H, at.lanes);
 }
 
 }  // namespace

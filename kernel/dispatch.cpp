@@ -9,28 +9,22 @@
 namespace cellstack {
 namespace {
 
-#if defined(CELLSTACK_HAS_avx512) || defined(CELLSTACK_HAS_avx512vnni)
-bool avx512_runs() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-}
-#endif
-
 std::vector<const InstructionSet*> find() {
     std::vector<const InstructionSet*> sets;
 #if defined(__x86_64__)
     __builtin_cpu_init();
 #endif
-#ifdef CELLSTACK_HAS_avx512vnni
-    if (avx512_runs() && __builtin_cpu_supports("avx512vnni")) {
-        sets.push_back(&avx512vnni::set);
-        // Some processors take four times as long for a pair as for a multiply-add, others as long.
-        if (__builtin_cpu_supports("avx512bf16"))
-            sets.insert(avx512vnni::pairs_pay() ? sets.begin() : sets.end(), &avx512vnni::pairs);
-    }
-#endif
 #ifdef CELLSTACK_HAS_avx512
-    if (avx512_runs()) sets.push_back(&avx512::set);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
+        if (__builtin_cpu_supports("avx512vnni")) {
+            sets.push_back(&avx512::vnni);
+            // Some processors take four times as long for a pair as for a multiply-add, others as long.
+            if (__builtin_cpu_supports("avx512bf16"))
+                sets.insert(avx512::pairs_pay() ? sets.begin() : sets.end(), &avx512::pairs);
+        }
+        sets.push_back(&avx512::set);
+    }
 #endif
 #ifdef CELLSTACK_HAS_avx2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2::set);

@@ -108,6 +108,7 @@ class BackwardLayer {
     const bool lstm = d.kind == kLstm, by_rows = !d.plain(), reset_before = d.kind == kGru && !d.reset_after;
     const bool again = !s.gates;  // they are made again, a chunk's at a time
     const bool pairs = s.weights->element() == Element::kBfloat16 && current().pairs;  // products of bfloat16
+    const Tiles<T>& tiles = leaf.tiles_of(pairs ? Element::kBfloat16 : element_of<T>());
     // Whether anybody wants what lies before the first step; else its product is left out.
     const bool to_start = g.dh0 || g.dc0 || to.initial_h || to.initial_c;
     const int threads;
@@ -310,7 +311,7 @@ Backward<T> BackwardLayer<T>::through_time(int group, int share, int64_t first_s
     f.dinitial_h = at(initial_h, columns), f.dinitial_c = at(initial_c, blocks * W);
     f.vectors = at(vector_sums, kVectors * blocks * W);
     f.dz = dz, f.dq = dq, f.dp = dp, f.m = m_rows_at, f.line = line ? line + group * lines : nullptr;
-    f.pairs = pairs_of(share * cut.groups + group);
+    f.tiles = &tiles, f.pairs = pairs_of(share * cut.groups + group);
     return f;
 }
 
@@ -416,8 +417,8 @@ void BackwardLayer<T>::sum_gradients(int64_t first, int64_t last) {
                 continue;
             }
             const int64_t row = (task - weight_tasks) * kInputRows;
-            leaf.input_gradient(dz, G, blocks, rows, kernel_t, I, row, std::min(rows, row + kInputRows), dx_rows.data(),
-                                pairs_of(k));
+            leaf.input_gradient(tiles, dz, G, blocks, rows, kernel_t, I, row, std::min(rows, row + kInputRows),
+                                dx_rows.data(), pairs_of(k));
         }
     });
 }
@@ -448,7 +449,7 @@ void BackwardLayer<T>::sum_weights(int64_t task, int thread, size_t& copied_for,
     }
     f.bias = pass.bias, f.bias_sums = pass.bias ? sum + f.first * panel : nullptr;
     f.more = last < steps, f.write = first == 0, f.copied = copied_for == which;
-    f.pairs = pairs, f.dz_pairs = pairs_of(thread);
+    f.tiles = &tiles, f.pairs = pairs, f.dz_pairs = pairs_of(thread);
     copied_for = which;
     leaf.weight_gradient(f);
 }

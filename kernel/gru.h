@@ -12,13 +12,14 @@ void gru_reset(const Forward<T>& f, int64_t r, int64_t t, T* sums, int64_t strid
     const Description& d = *f.w.d;
     const int64_t wide = f.w.blocks * Vec<T>::W;
     each_block(f, r, t, [&](const Place& at) INLINED {
-        unroll<2>([&](auto v) INLINED {
+        UNROLL
+        for (int v = 0; v < 2; ++v) {
             T* sum = sums + v * stride + at.unit;
             const V<T> z = limited<T>(d.clip, load_lanes(sum, at.lanes));
             V<T> gate = act<T, Usual, false>(d.activations[v], z);
             patch_gate<T>(f, v, at, gate);
             store_lanes(sum, gate, at.lanes);
-        });
+        }
         store(f.m + r * wide + at.unit, load_lanes(sums + stride + at.unit, at.lanes) * load(h + r * wide + at.unit));
     });
 }
@@ -29,20 +30,24 @@ void gru_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t s
     if (d.layer_norm) normalise(f, r, t, sums, q, stride);
     each_block(f, r, t, [&](const Place& at) INLINED {
         V<T> z[3], after[4] = {};
-        unroll<3>([&](auto v) INLINED { z[v] = load_lanes(sums + v * stride + at.unit, at.lanes); });
+        UNROLL
+        for (int v = 0; v < 3; ++v) z[v] = load_lanes(sums + v * stride + at.unit, at.lanes);
         if (d.reset_after) {
-            unroll<3>([&](auto v) INLINED { after[v] = load_lanes(q + v * stride + at.unit, at.lanes); });
-            unroll<2>([&](auto v) INLINED {
+            UNROLL
+        for (int v = 0; v < 3; ++v) after[v] = load_lanes(q + v * stride + at.unit, at.lanes);
+            UNROLL
+            for (int v = 0; v < 2; ++v) {
                 z[v] = act<T, Usual, false>(d.activations[v], limited<T>(d.clip, z[v] + after[v]));
                 patch_gate<T>(f, v, at, z[v]);
-            });
+            }
             z[2] = fma(z[1], after[2], z[2]);
         }
         z[2] = act<T, Usual, true>(d.activations[2], limited<T>(d.clip, z[2]));
         patch_gate<T>(f, 2, at, z[2]);
         if (d.reset_after) {
             after[3] = after[2];
-            unroll<3>([&](auto v) INLINED { after[v] = z[v]; });
+            UNROLL
+        for (int v = 0; v < 3; ++v) after[v] = z[v];
             keep_gates(f, at, after);
         } else {
             keep_gates(f, at, z);
@@ -62,7 +67,8 @@ void gru_row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int6
         V<T> gates[4];
         const int64_t H = d.units;
         const T* from = f.gates + kept_at(f, r, t) * d.planes() * H + at.unit;
-        unroll<3>([&](auto v) INLINED { gates[v] = load_lanes(from + v * H, at.lanes); });
+        UNROLL
+        for (int v = 0; v < 3; ++v) gates[v] = load_lanes(from + v * H, at.lanes);
         const V<T> h = units_of(h_prev, at), dh = load(f.dm + r * columns + at.unit), zero = splat(T(0));
         const V<T> dz_z =
             (dh * (h - gates[2]) + extra(f, at, 0)) * gate_slope<T, false, Usual, false>(d, limits, 0, gates[0]);

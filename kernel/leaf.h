@@ -16,6 +16,39 @@
 
 namespace cellstack {
 
+// A tile of a product: a few rows times a few vectors of columns, whose sums stay in registers while k runs,
+//     sums[r][v] = from[r][v] + Σ_k a[r][k]·panel[k][v]
+// The vectors of a panel are the gates of one block of units, of two blocks, or one gate of several blocks. Distances
+// are in numbers. What a number is depends on the table that the routine is in, see Tiles.
+constexpr int kMostRows = 6;
+template <class T>
+struct Tile {
+    const T* a[kMostRows];  // k of row r: a[r][k·a_step]
+    int64_t a_step;
+    const T* panel;  // vector v of k: panel + k·panel_step + v·panel_vector, in a second block + panel_block
+    int64_t panel_step, panel_vector, panel_block;
+    int64_t depth;                // how many k there are in a segment
+    int64_t segments, a_segment;  // segments follow each other in the panel, and a_segment apart in the rows
+    const T* from;                // what the sums start with; null: zeros
+    int64_t from_row, from_vector, from_block;
+    T* to;
+    int64_t to_row, to_vector, to_block;
+    bool add;                                // to what is in `to`
+    const T* ahead;                          // so many lines are prefetched meanwhile, one for each k; null: none
+    const T *row_scales, *scales, *shifts;  // int8: of the rows; of the columns, as far apart as `from`
+};
+template <class T>
+using TileRoutine = void (*)(const Tile<T>&);
+
+// The routines for tiles of every size, for numbers of one kind: those of T; bfloat16, one by one or in pairs; int8.
+template <class T>
+struct Tiles {
+    TileRoutine<T> of[kMostRows][4];  // [rows - 1][vectors - 1]
+    // One row alone has too few sums to hide the latency of each: it takes more vectors.
+    TileRoutine<T> two_blocks[2];    // of three gates, of four
+    TileRoutine<T> eight_blocks;     // of one gate
+};
+
 // Weights may also stay as the caller has them (`unpacked`), for calls too short to be worth packing for. What isn't a
 // matrix or a bias always does.
 template <class T>
@@ -29,14 +62,13 @@ struct Panels {
     const T* projection = nullptr;          // [output_blocks][H][1][W]; unpacked: [H, P]
     Arrays<const T> arrays{};
     bool unpacked = false;
-    Element element = element_of<T>();  // of a weight in a matrix; narrow ones are laid out as quantised.h says
+    Element element = element_of<T>();  // of a weight in a matrix; narrow ones are laid out as narrow.h says
     bool pairs = false;                 // bfloat16 is multiplied two k at a time, by an instruction of the processor
-    bool patched = false;               // patches act on the numbers of a step
+    const Tiles<T>*tiles = nullptr, *plain = nullptr;  // for `element`, for T
+    bool patched = false;                              // patches act on the numbers of a step
 
     // Whether a step goes block by block, the shorter way of the plain LSTM.
-    bool by_blocks() const { return d->plain() && !unpacked && (!narrow(element) || pairs) && !patched; }
-    // The same with weights of bfloat16 that are made floats; the sums over x are always made ahead.
-    bool halves_by_blocks() const { return d->plain() && element == Element::kBfloat16 && !pairs && !patched; }
+    bool by_blocks() const { return d->plain() && !unpacked && element != Element::kInt8 && !patched; }
 };
 
 // A matrix [depth, gates·units] as the caller has it, or a bias, of depth 1.
@@ -106,6 +138,7 @@ struct Backward {
     T* m;           // out, rows [(last - first)·batch][H] that were projected, or [P]: r·h that went into the candidate
     T *dm, *carry;  // scratch [rows][columns of H], [rows][columns of P]
     T* line;        // scratch [2][blocks·W], of this thread
+    const Tiles<T>* tiles;
     T* pairs;       // scratch of this thread for rows in pairs of bfloat16, see product_transposed; null: products of T
     T* vectors;     // sums [rows][kVectors][blocks·W] of the gradients of arrays that aren't matrices; or null
     T *dinitial_h, *dinitial_c;  // sums [rows][columns of P], [rows][blocks·W]; or null
@@ -151,6 +184,7 @@ struct WeightGradient {
         T* copy;  // scratch [dz_rows][gradient_stride(columns)], for `rows` side by side
     } of[3];
     bool copied;   // they are there already
+    const Tiles<T>* tiles;
     bool pairs;    // products of bfloat16, of two rows at once; `copy` is of half as many rows then
     T* dz_pairs;   // scratch for it, [kBlocksOfPanel][dz_rows / 2, rounded up][gates][W]
     T* bias;       // [gates·H] or null
@@ -167,23 +201,28 @@ inline int64_t gradient_stride(int64_t columns) { return (columns + 31) / 16 * 1
 template <class T>
 struct Leaf {
     int width;
+    Tiles<T> plain, bfloat16, int8;
     // a matrix [K, gates·H] with H columns a gate -> panels [blocks][K][gates][W]
     void (*pack)(T* to, const Matrix<T>& from);
-    // the same in a narrow element, as quantised.h reads it; scratch: a block's panel, [K][gates][W]
+    // the same in a narrow element, as narrow.h reads it; scratch: a block's panel, [K][gates][W]
     void (*pack_narrow)(T* to, const Matrix<T>& from, Element element, T* panel);
     // a matrix [K, gates·H] -> [panel][blocks·gates·W][4·W]: columns are K (zeros beyond), in the order that dz has;
-    // gates outside of [first, last) are zero. Of its panels, panel … end_panel, which go where they lie in the whole.
+    // gates outside of [first, last) are zero. Of its panels, panel … end_panel, each at its place in the whole.
     // With `pairs`, two of the rows of a panel are one, in pairs of bfloat16.
     void (*pack_transposed)(T* to, const Matrix<T>& from, int first, int last, int64_t panel, int64_t end_panel,
                             bool pairs);
     void (*forward)(Forward<T>&);
     void (*backward)(Backward<T>&);
     // out[m] (rows of `columns`) = dz[m]·kernelᵀ for m in [first, last) of the rows·steps; row m goes to out[m].
-    // `pairs` as in Backward
-    void (*input_gradient)(const T* dz, int gates, int64_t blocks, int64_t dz_rows, const T* kernel_t, int64_t columns,
-                           int64_t first, int64_t last, T* const* out, T* pairs);
+    // `tiles` and `pairs` as in Backward
+    void (*input_gradient)(const Tiles<T>& tiles, const T* dz, int gates, int64_t blocks, int64_t dz_rows,
+                           const T* kernel_t, int64_t columns, int64_t first, int64_t last, T* const* out, T* pairs);
     void (*weight_gradient)(const WeightGradient<T>&);
     void (*activate)(const Activation& activation, const T* x, T* y, int64_t n);
+
+    const Tiles<T>& tiles_of(Element element) const {
+        return element == Element::kBfloat16 ? bfloat16 : element == Element::kInt8 ? int8 : plain;
+    }
 };
 
 struct InstructionSet {
@@ -193,6 +232,8 @@ struct InstructionSet {
     bool pairs;  // bfloat16 is multiplied two k at a time
 };
 
+// What kernel/simd.cpp is compiled to: the second and third for processors that have more instructions for weights of 8
+// and 16 bits, with the same routines but for their tiles.
 namespace baseline {
 extern const InstructionSet set;
 }
@@ -200,11 +241,8 @@ namespace avx2 {
 extern const InstructionSet set;
 }
 namespace avx512 {
-extern const InstructionSet set;
-}
-namespace avx512vnni {
-extern const InstructionSet set, pairs;  // the same routines; the second for processors with AVX512-BF16
-bool pairs_pay();                        // whether these multiply pairs faster than the numbers one by one
-}  // namespace avx512vnni
+extern const InstructionSet set, vnni, pairs;
+bool pairs_pay();  // whether pairs are multiplied faster than the numbers one by one
+}  // namespace avx512
 
 }  // namespace cellstack

@@ -25,7 +25,8 @@ INLINE V<T> lstm_gates(const Forward<T>& f, const Place& at, V<T> (&z)[4]) {
             z[0] = fma(peephole(d, p, 0, at), c_prev, z[0]);
             if (!d.coupled) z[1] = fma(peephole(d, p, 1, at), c_prev, z[1]);
         }
-        unroll<3>([&](auto v) INLINED { z[v] = limited<T>(d.clip, z[v]); });
+        UNROLL
+        for (int v = 0; v < 3; ++v) z[v] = limited<T>(d.clip, z[v]);
     }
     const auto patch = [&](int plane) INLINED {
         if constexpr (!Plain) patch_gate<T>(f, plane, at, z[plane]);
@@ -64,14 +65,15 @@ void lstm_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t 
     each_block(f, r, t, [&](const Place& at) INLINED {
         V<T> z[4];
         int column = 0;
-        unroll<4>([&](auto v) INLINED {
+        UNROLL
+        for (int v = 0; v < 4; ++v) {
             const int64_t from = column * stride + at.unit;
             z[v] = splat(T(0));
-            if (v == 1 && d.coupled) return;
+            if (v == 1 && d.coupled) continue;
             z[v] = load_lanes(sums + from, at.lanes);
             if (d.layer_norm) z[v] += load_lanes(q + from, at.lanes);
             ++column;
-        });
+        }
         const V<T> c = lstm_gates<T, false, Usual>(f, at, z);
         keep_gates(f, at, z);
         keep_cell(f, at);

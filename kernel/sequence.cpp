@@ -21,7 +21,7 @@ constexpr int64_t kProductRows = 64;
 
 namespace {
 
-// Matrices of 16 or 8 bits a weight, as quantised.h reads them: [blocks][words of all k][gates][W]; of 8 bits, the
+// Matrices of 16 or 8 bits a weight, as narrow.h reads them: [blocks][words of all k][gates][W]; of 8 bits, the
 // columns' scales and the sums that undo the rows' 128 follow. Numbers are floats, or words of as many bits.
 int64_t narrow_size(Element element, int64_t blocks, int64_t rows, int gates, int64_t width) {
     return blocks * gates * width * (narrow_words(rows, bits_of(element)) + (element == Element::kInt8 ? 2 : 0));
@@ -68,6 +68,7 @@ Weights<T>::Weights(const Description& d, const Arrays<const T>& arrays, bool co
     Panels<T>& p = impl_->panels;
     p.d = &impl_->d, p.blocks = blocks, p.output_blocks = output_blocks, p.unpacked = !copy, p.element = element;
     p.pairs = element == Element::kBfloat16 && current().pairs;
+    p.tiles = &leaf.tiles_of(element), p.plain = &leaf.plain;
     p.kernel = arrays.kernel, p.recurrent = arrays.recurrent_kernel, p.bias = arrays.bias;
     p.recurrent_bias = two_biases ? arrays.bias + columns : nullptr;
     p.projection = arrays.projection, p.arrays = arrays;

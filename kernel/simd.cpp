@@ -17,9 +17,9 @@ INLINE void load_square(V<T> (&square)[Vec<T>::W], const T* from, int64_t row, i
                         int64_t stride) {
     constexpr int W = Vec<T>::W;
     const int lanes = depth - k < W ? int(depth - k) : W;
-    unroll<W>([&](auto r) INLINED {
+    UNROLL
+    for (int r = 0; r < W; ++r)
         square[r] = row + r < rows ? load_lanes(from + (row + r) * stride + k, lanes) : splat(T(0));
-    });
 }
 
 // A block's panel, [depth][gates][W].
@@ -41,9 +41,9 @@ void pack_block(T* to, const Matrix<T>& m, int64_t block) {
             load_square<T>(square, m.at + m.places[gate] * m.units * m.depth, block * W, m.units, k, m.depth, m.depth);
             transpose<T>(square);
             T* column = to + (k * m.gates + gate) * W;
-            unroll<W>([&](auto c) INLINED {
+            UNROLL
+            for (int c = 0; c < W; ++c)
                 if (k + c < m.depth) store(column + c * m.gates * W, square[c]);
-            });
         }
 }
 
@@ -67,48 +67,46 @@ void pack_narrow(T* to, const Matrix<T>& m, Element element, T* panel) {
         for (int64_t block = 0; block < blocks; ++block, at += words * columns) {
             pack_block(panel, m, block);
             if (element == Element::kBfloat16)
-                pack_halves(at, panel, m.depth, m.gates);
+                pack_bfloat16(at, panel, m.depth, m.gates);
             else
                 pack_bytes(at, panel, m.depth, m.gates, scales + block * columns, shifts + block * columns);
         }
     }
 }
 
-template <class T, bool Pairs>
-void pack_transposed_of(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel) {
-    constexpr int W = Vec<T>::W, wide = 4 * W, deep = Pairs ? W / 2 : W;
-    const int64_t blocks = (m.units + W - 1) / W;
+template <class T>
+void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel, bool pairs) {
+    constexpr int W = Vec<T>::W, wide = 4 * W;
+    const int64_t blocks = (m.units + W - 1) / W, deep = pairs ? W / 2 : W;
     to += panel * blocks * m.gates * deep * wide;
     for (int64_t column = panel * wide; column < m.depth && column < end_panel * wide; column += wide)
         for (int64_t block = 0; block < blocks; ++block)
-            for (int gate = 0; gate < m.gates; ++gate, to += deep * wide) {
-                const bool used = gate >= first && gate < last;
-                unroll<4>([&](auto part) INLINED {
+            for (int gate = 0; gate < m.gates; ++gate, to += deep * wide)
+                for (int part = 0; part < 4; ++part) {
                     const int64_t k = column + part * W;
                     V<T> square[W];
-                    unroll<W>([&](auto r) INLINED { square[r] = splat(T(0)); });
-                    if (used && k < m.depth) {
-                        if (m.rows)
+                    UNROLL
+                    for (int r = 0; r < W; ++r) square[r] = splat(T(0));
+                    if (gate >= first && gate < last && k < m.depth) {
+                        if (m.rows) {
                             load_square<T>(square, m.at + m.places[gate] * m.units * m.depth, block * W, m.units, k,
                                            m.depth, m.depth);
-                        else
+                        } else {
                             load_square<T>(square, m.at + m.places[gate] * m.units, k, m.depth, block * W, m.units,
                                            m.gates * m.units);
-                        if (!m.rows) transpose<T>(square);
+                            transpose<T>(square);
+                        }
                     }
-                    if constexpr (Pairs)
-                        unroll<W / 2>([&](auto k) INLINED {
-                            store(to + k * wide + part * W, pairs_of(square[2 * k], square[2 * k + 1]));
-                        });
-                    else
-                        unroll<W>([&](auto lane) INLINED { store(to + lane * wide + part * W, square[lane]); });
-                });
-            }
-}
-
-template <class T>
-void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel, bool pairs) {
-    (pairs ? pack_transposed_of<T, kPairs<T>> : pack_transposed_of<T, false>)(to, m, first, last, panel, end_panel);
+                    if constexpr (kHasPairs && sizeof(T) == 4)
+                        if (pairs) {
+                            UNROLL
+                            for (int r = 0; r < W / 2; ++r)
+                                store(to + r * wide + part * W, pairs_of(square[2 * r], square[2 * r + 1]));
+                            continue;
+                        }
+                    UNROLL
+                    for (int r = 0; r < W; ++r) store(to + r * wide + part * W, square[r]);
+                }
 }
 
 template <class T>
@@ -121,31 +119,37 @@ void activate(const Activation& activation, const T* x, T* y, int64_t n) {
 }
 
 template <class T>
-constexpr Leaf<T> leaf() {
-    return {Vec<T>::W,   pack<T>,           pack_narrow<T>,     pack_transposed<T>, forward<T>,
-            backward<T>, input_gradient<T>, weight_gradient<T>, activate<T>};
+constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
+    return {Vec<T>::W,
+            tiles_of<Plain<T>>(),
+            bfloat16,
+            int8,
+            pack<T>,
+            pack_narrow<T>,
+            pack_transposed<T>,
+            forward<T>,
+            backward<T>,
+            input_gradient<T>,
+            weight_gradient<T>,
+            activate<T>};
 }
+constexpr Leaf<double> kDouble = leaf<double>({}, {});
 
-#define NAME_OF(x) #x
-#define NAME(x) NAME_OF(x)
-
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512F__)
 // Nanoseconds that some tiles of sums take, the fastest of several times.
-template <bool Pairs>
-double time_of_sums() {
-    constexpr int R = kRows;
-    alignas(kVectorBytes) static float rows[R * 64], panel[64 * 4 * Vec<float>::W];
+double time_of_sums(TileRoutine<float> routine) {
+    constexpr int W = Vec<float>::W, depth = 64;
+    alignas(kVectorBytes) static float rows[kRows * depth], panel[depth * 4 * W], sums[kRows * 4 * W];
+    Tile<float> t = tile_over<float>(depth);
+    for (int r = 0; r < kRows; ++r) t.a[r] = rows + r * depth;
+    t.panel = panel, t.panel_step = 4 * W, t.panel_vector = W;
+    t.to = sums, t.to_row = 4 * W, t.to_vector = W;
     double least = 1e9;
     for (int time = 0; time < 8; ++time) {
-        V<float> sums[1][R][4] = {};
-        const float* a[R];
-        for (int r = 0; r < R; ++r) a[r] = rows + r * 64;
-        asm volatile("" ::: "memory");
         timespec begin, end;
         clock_gettime(CLOCK_MONOTONIC, &begin);
-        for (int n = 0; n < 8; ++n) accumulate<float, R, 1, 4, 4, false, Pairs>(sums, a, panel, 0, 64);
+        for (int n = 0; n < 8; ++n) routine(t);
         clock_gettime(CLOCK_MONOTONIC, &end);
-        each_sum<1, R, 4>([&](auto b, auto r, auto v) INLINED { asm volatile("" ::"v"(sums[b][r][v])); });
         const double taken = double(end.tv_sec - begin.tv_sec) * 1e9 + double(end.tv_nsec - begin.tv_nsec);
         least = taken < least ? taken : least;
     }
@@ -153,15 +157,21 @@ double time_of_sums() {
 }
 #endif
 
+#define NAME_OF(x) #x
+#define NAME(x) NAME_OF(x)
+
 }  // namespace
 
 namespace CELLSTACK_ISA {
 extern const InstructionSet set;
-const InstructionSet set = {NAME(CELLSTACK_ISA), leaf<float>(), leaf<double>(), false};
-#if defined(__AVX512VNNI__)
-extern const InstructionSet pairs;
-const InstructionSet pairs = {"avx512bf16", leaf<float>(), leaf<double>(), true};
-bool pairs_pay() { return time_of_sums<true>() < 1.5 * time_of_sums<false>(); }
+const InstructionSet set = {NAME(CELLSTACK_ISA), leaf<float>(tiles_of<Widened>(), tiles_of<Int8<false>>()), kDouble,
+                            false};
+#if defined(__AVX512F__)
+const InstructionSet vnni = {"avx512vnni", leaf<float>(tiles_of<Widened>(), tiles_of<Int8<true>>()), kDouble, false};
+const InstructionSet pairs = {"avx512bf16", leaf<float>(tiles_of<Pairs>(), tiles_of<Int8<true>>()), kDouble, true};
+bool pairs_pay() {
+    return time_of_sums(pairs.single.bfloat16.of[kRows - 1][3]) < 1.5 * time_of_sums(set.single.plain.of[kRows - 1][3]);
+}
 #endif
 }  // namespace CELLSTACK_ISA
 

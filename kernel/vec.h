@@ -13,6 +13,12 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+// Before a loop over a constant few: with every index a constant, arrays of vectors are in registers.
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define INLINED __attribute__((always_inline))  // the same, for a lambda
 
 namespace cellstack {
@@ -52,16 +58,6 @@ using V = typename Vec<T>::V;
 template <class T>
 INLINE V<T> load(const T* p) {
     return *reinterpret_cast<const typename Vec<T>::U*>(p);
-}
-// A vector that R operations take. A compiler may read it anew for each of two or three, which costs a line that isn't
-// in the first-level cache as many waits; so it is made to have it in a register.
-template <class T, int R>
-INLINE V<T> load_for(const T* p) {
-    V<T> v = load(p);
-#if defined(__SSE2__)
-    if constexpr (R > 1) asm("" : "+v"(v));
-#endif
-    return v;
 }
 template <class T>
 INLINE void store(T* p, V<T> v) {
@@ -165,52 +161,44 @@ INLINE Words splat(int32_t x) { return Words{} + x; }
 
 // sums + Σ a[j]·w[j] over the four bytes of a lane, those of a without a sign.
 INLINE Words add_dot(Words sums, Words a, Words w) {
-#if defined(__AVX512VNNI__)
-    return (Words)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)w);
-#else
     for (int shift = 24; shift >= 0; shift -= 8) sums += ((a >> (24 - shift)) & 255) * ((w << shift) >> 24);
     return sums;
-#endif
 }
 
-// sums + a[0]·w[0] + a[1]·w[1] over the two bfloat16 of a lane, the upper halves first: what two fused multiply-adds of
-// the numbers as floats give, bit for bit, denormals taken for zeros.
-#if defined(__AVX512VNNI__)
-constexpr bool kMultipliesPairs = true;  // where the processor has AVX512-BF16 besides; see pairs_pay
+INLINE V<float> lower_float(Words w) { return (V<float>)(w << 16); }
+INLINE V<float> upper_float(Words w) { return (V<float>)(w & int32_t(0xffff0000)); }
+
+// Instructions of processors with AVX512-VNNI and AVX512-BF16, for routines that are only in the tables of these.
+// add_pairs: sums + a[0]·w[0] + a[1]·w[1] over the two bfloat16 of a lane, the upper ones first: what two fused
+// multiply-adds of the numbers as floats give, bit for bit, denormals taken for zeros. pairs_of: pairs of neighbours in
+// x, and of what a and b have in the same lane.
+#if defined(__AVX512F__)
+constexpr bool kHasPairs = true;
+INLINE Words add_dot_vnni(Words sums, Words a, Words w) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(w));
+    return sums;
+}
 INLINE V<float> add_pairs(V<float> a, V<float> w, V<float> sums) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(w));
     return sums;
 }
-INLINE __m256i halves_of(V<float> x) {
-    __m256i halves;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
-    return halves;
+INLINE __m256i bfloat16_of(V<float> x) {
+    __m256i rounded;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(x));
+    return rounded;
 }
-// Pairs of neighbours in x, and of what a and b have in the same lane.
-INLINE HalfOfWords pairs_of(V<float> x) { return (HalfOfWords)_mm256_rol_epi32(halves_of(x), 16); }
+INLINE HalfOfWords pairs_of(V<float> x) { return (HalfOfWords)_mm256_rol_epi32(bfloat16_of(x), 16); }
 INLINE V<float> pairs_of(V<float> a, V<float> b) {
-    const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves_of(a)), 16);
-    return (V<float>)_mm512_or_si512(upper, _mm512_cvtepu16_epi32(halves_of(b)));
+    const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16_of(a)), 16);
+    return (V<float>)_mm512_or_si512(upper, _mm512_cvtepu16_epi32(bfloat16_of(b)));
 }
 #else
-constexpr bool kMultipliesPairs = false;
-INLINE V<float> add_pairs(V<float>, V<float>, V<float> sums) { return sums; }  // none of these is ever called
+constexpr bool kHasPairs = false;  // and none of these is ever called
+INLINE Words add_dot_vnni(Words sums, Words, Words) { return sums; }
+INLINE V<float> add_pairs(V<float>, V<float>, V<float> sums) { return sums; }
 INLINE HalfOfWords pairs_of(V<float>) { return HalfOfWords{}; }
 INLINE V<float> pairs_of(V<float>, V<float>) { return V<float>{}; }
 #endif
-
-// Compile-time loops: with every index a constant, arrays of vectors live in registers.
-template <int N>
-struct Int {
-    constexpr operator int() const { return N; }
-};
-template <int N, class F>
-INLINE void unroll(F&& f) {
-    if constexpr (N > 0) {
-        unroll<N - 1>(f);
-        f(Int<N - 1>{});
-    }
-}
 
 // W vectors as a square matrix, transposed: numbers whose row and lane differ in one bit change places, bit by bit.
 // Lane l of a pair's first vector comes from lane l + First of a, or, where it has the bit Step, of b, Step before
@@ -228,8 +216,9 @@ INLINE V<T> choose_lanes(V<T> a, V<T> b) {
     constexpr Lanes<T, First, Step> lanes;
 #if defined(__clang__)
     V<T> chosen{};
-    unroll<lanes.W>(
-        [&](int l) INLINED { chosen[l] = lanes.from[l] < lanes.W ? a[lanes.from[l]] : b[lanes.from[l] - lanes.W]; });
+    UNROLL
+    for (int l = 0; l < lanes.W; ++l)
+        chosen[l] = lanes.from[l] < lanes.W ? a[lanes.from[l]] : b[lanes.from[l] - lanes.W];
     return chosen;
 #else
     typename Vec<T>::I from;
@@ -239,13 +228,13 @@ INLINE V<T> choose_lanes(V<T> a, V<T> b) {
 }
 template <class T, int Step = Vec<T>::W / 2>
 INLINE void transpose(V<T> (&v)[Vec<T>::W]) {
-    unroll<Vec<T>::W>([&](auto r) INLINED {
-        if constexpr (!(r & Step)) {
+    UNROLL
+    for (int r = 0; r < Vec<T>::W; ++r)
+        if (!(r & Step)) {
             const V<T> a = v[r], b = v[r + Step];
             v[r] = choose_lanes<T, 0, Step>(a, b);
             v[r + Step] = choose_lanes<T, Step, Step>(a, b);
         }
-    });
     if constexpr (Step > 1) transpose<T, Step / 2>(v);
 }
 
@@ -286,7 +275,8 @@ INLINE V<T> power_of_two(V<T> shifted) {
 template <class T, int N>
 INLINE V<T> polynomial(const T (&p)[N], V<T> x) {
     V<T> sum = splat(p[0]);
-    unroll<N - 1>([&](auto k) INLINED { sum = fma(sum, x, splat(p[k + 1])); });
+    UNROLL
+    for (int k = 1; k < N; ++k) sum = fma(sum, x, splat(p[k]));
     return sum;
 }
 

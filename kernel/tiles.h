@@ -1,0 +1,217 @@
+// Tiles of a product, for every size and every kind of number: the loops over k that all of the kernel is about.
+#pragma once
+#include "leaf.h"
+#include "vec.h"
+
+namespace cellstack {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 6;  // of a tile: 6·4 sums, 6 broadcasts and a weight fill 32 registers
+#else
+constexpr int kRows = 3;  // 3·4 sums, 3 broadcasts and a weight fill 16
+#endif
+
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);  // numbers in a line of a cache
+
+// Rows and a panel at some k, on the way through them.
+template <class T, int R>
+struct Cursor {
+    const T* a[R];
+    int64_t a_step;
+    const T* panel;
+    int64_t step, vector, block;
+    const T* ahead;
+
+    // Vector v of N blocks with C each. As a register: R operations take it, and a compiler may read it anew for each
+    // of two or three, which costs a line that isn't in the first-level cache as many waits.
+    template <int C>
+    INLINE V<T> weights(int v) const {
+        V<T> w = load(panel + v / C * block + v % C * vector);
+#if defined(__SSE2__)
+        if (R > 1) asm("" : "+v"(w));
+#endif
+        return w;
+    }
+    INLINE void next() {
+        if (ahead) __builtin_prefetch(ahead, 0, 2), ahead += kLine<T>;
+        panel += step;
+    }
+};
+
+// Numbers of T, each product rounded once with its sum.
+template <class T>
+struct Plain {
+    using Number = T;
+    using Sum = V<T>;
+    static constexpr bool kWidens = false;
+    static INLINE Sum multiply_add(V<T> a, V<T> w, Sum sum) { return fma(a, w, sum); }
+};
+
+// Two bfloat16 of neighbouring k in the bits of a float, in the rows and in the panel, multiplied by one instruction.
+struct Pairs {
+    using Number = float;
+    using Sum = V<float>;
+    static constexpr bool kWidens = false;
+    static INLINE Sum multiply_add(V<float> a, V<float> w, Sum sum) { return add_pairs(a, w, sum); }
+};
+
+// Four int8 of neighbouring k, those of the rows 128 up; whole numbers, exact.
+template <bool Vnni>
+struct Int8 {
+    using Number = float;
+    using Sum = Words;
+    static constexpr bool kWidens = false;
+    static INLINE Sum multiply_add(V<float> a, V<float> w, Sum sum) {
+        return Vnni ? add_dot_vnni(sum, (Words)a, (Words)w) : add_dot(sum, (Words)a, (Words)w);
+    }
+};
+
+// Two bfloat16 of neighbouring k in each word of the panel, made floats on the way; rows of floats that are rounded to
+// bfloat16. A product of two such numbers is exact in a float and k follow each other, so the bits are those of Pairs.
+struct Widened {
+    using Number = float;
+    using Sum = V<float>;
+    static constexpr bool kWidens = true;
+    static INLINE Sum multiply_add(V<float>, V<float>, Sum sum) { return sum; }  // never called
+};
+template <int R, int N, int C>
+INLINE void accumulate_widened(V<float> (&sums)[R][N * C], Cursor<float, R>& at, int64_t depth) {
+    // With many sums the two numbers of a word are taken one after the other, which leaves registers for the sums.
+    constexpr bool apart = R * N * C > (kRows == 6 ? 16 : 8);
+    for (int64_t k = 0; k < depth; ++k, at.next()) {
+        V<float> even[R], odd[R];
+        UNROLL
+        for (int r = 0; r < R; ++r) even[r] = splat(at.a[r][2 * k]);
+        if (!apart) {
+            UNROLL
+            for (int r = 0; r < R; ++r) odd[r] = splat(at.a[r][2 * k + 1]);
+        }
+        UNROLL
+        for (int v = 0; v < N * C; ++v) {
+            const Words w = (Words)at.template weights<C>(v);
+            const V<float> first = upper_float(w), second = lower_float(w);
+            UNROLL
+            for (int r = 0; r < R; ++r) sums[r][v] = fma(even[r], first, sums[r][v]);
+            if (apart) continue;
+            UNROLL
+            for (int r = 0; r < R; ++r) sums[r][v] = fma(odd[r], second, sums[r][v]);
+        }
+        if (!apart) continue;
+        UNROLL
+        for (int r = 0; r < R; ++r) odd[r] = splat(at.a[r][2 * k + 1]);
+        UNROLL
+        for (int v = 0; v < N * C; ++v) {
+            const V<float> second = lower_float((Words)at.template weights<C>(v));
+            UNROLL
+            for (int r = 0; r < R; ++r) sums[r][v] = fma(odd[r], second, sums[r][v]);
+        }
+    }
+}
+
+template <class Kind, int R, int N, int C>
+INLINE void accumulate(typename Kind::Sum (&sums)[R][N * C], Cursor<typename Kind::Number, R>& at, int64_t depth) {
+    using T = typename Kind::Number;
+    if constexpr (Kind::kWidens) return accumulate_widened<R, N, C>(sums, at, depth);
+    for (int64_t k = 0, a = 0; k < depth; ++k, a += at.a_step, at.next()) {
+        V<T> s[R];
+        UNROLL
+        for (int r = 0; r < R; ++r) s[r] = splat(at.a[r][a]);
+        UNROLL
+        for (int v = 0; v < N * C; ++v) {
+            const V<T> w = at.template weights<C>(v);
+            UNROLL
+            for (int r = 0; r < R; ++r) sums[r][v] = Kind::multiply_add(s[r], w, sums[r][v]);
+        }
+    }
+}
+
+// ── a whole tile ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+template <class T, int R, int N, int C>
+INLINE void begin(const Tile<T>& t, V<T> (&sums)[R][N * C]) {
+    if (t.from) {
+        UNROLL
+        for (int r = 0; r < R; ++r)
+            UNROLL
+            for (int v = 0; v < N * C; ++v)
+                sums[r][v] = load(t.from + r * t.from_row + v / C * t.from_block + v % C * t.from_vector);
+    } else {
+        UNROLL
+        for (int r = 0; r < R; ++r)
+            UNROLL
+            for (int v = 0; v < N * C; ++v) sums[r][v] = splat(T(0));
+    }
+}
+template <class T, int R, int N, int C>
+INLINE void end(const Tile<T>& t, const V<T> (&sums)[R][N * C]) {
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int v = 0; v < N * C; ++v) {
+            T* at = t.to + r * t.to_row + v / C * t.to_block + v % C * t.to_vector;
+            store(at, t.add ? load(at) + sums[r][v] : sums[r][v]);
+        }
+}
+
+// int8 starts from zero, and ends with what undoes the rows' 128 and the steps of rows and columns.
+template <class T, int R, int N, int C>
+INLINE void begin(const Tile<T>&, Words (&sums)[R][N * C]) {
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int v = 0; v < N * C; ++v) sums[r][v] = Words{};
+}
+template <class T, int R, int N, int C>
+INLINE void end(const Tile<T>& t, const Words (&sums)[R][N * C]) {
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int v = 0; v < N * C; ++v) {
+            const int64_t column = v / C * t.from_block + v % C * t.from_vector;
+            const Words exact = sums[r][v] - (Words)load(t.shifts + column);
+            const V<float> scale = splat(t.row_scales[r]) * load(t.scales + column);
+            const V<float> bias = t.from ? load(t.from + column) : splat(0.0f);
+            const V<float> sum = fma(__builtin_convertvector(exact, V<float>), scale, bias);
+            float* at = t.to + r * t.to_row + v / C * t.to_block + v % C * t.to_vector;
+            store(at, t.add ? load(at) + sum : sum);
+        }
+}
+
+template <class Kind, int R, int N, int C>
+__attribute__((noinline)) void tile(const Tile<typename Kind::Number>& t) {
+    using T = typename Kind::Number;
+    constexpr int W = Vec<T>::W;
+    typename Kind::Sum sums[R][N * C];
+    begin<T, R, N, C>(t, sums);
+    Cursor<T, R> at{{}, t.a_step, t.panel, t.panel_step, N == 1 ? t.panel_vector : W, t.panel_block, t.ahead};
+    UNROLL
+    for (int r = 0; r < R; ++r) at.a[r] = t.a[r];
+    for (int64_t segment = 0; segment < t.segments; ++segment) {
+        accumulate<Kind, R, N, C>(sums, at, t.depth);
+        UNROLL
+        for (int r = 0; r < R; ++r) at.a[r] += t.a_segment;
+    }
+    end<T, R, N, C>(t, sums);
+}
+
+template <class Kind, int R = 1>
+constexpr void fill(Tiles<typename Kind::Number>& tiles) {
+    if constexpr (R <= kRows) {
+        tiles.of[R - 1][0] = tile<Kind, R, 1, 1>, tiles.of[R - 1][1] = tile<Kind, R, 1, 2>;
+        tiles.of[R - 1][2] = tile<Kind, R, 1, 3>, tiles.of[R - 1][3] = tile<Kind, R, 1, 4>;
+        fill<Kind, R + 1>(tiles);
+    }
+}
+template <class Kind>
+constexpr Tiles<typename Kind::Number> tiles_of() {
+    Tiles<typename Kind::Number> tiles{};
+    fill<Kind>(tiles);
+    tiles.two_blocks[0] = tile<Kind, 1, 2, 3>, tiles.two_blocks[1] = tile<Kind, 1, 2, 4>;
+    tiles.eight_blocks = tile<Kind, 1, 1, 8>;
+    return tiles;
+}
+
+}  // namespace
+}  // namespace cellstack
