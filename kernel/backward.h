@@ -304,7 +304,7 @@ void weight_gradient(const WeightGradient<T>& f) {
                     if (more) each([&](const T* from, T* to) INLINED { store(to, load_lanes(from, lanes)); });
                     for (int r = 0; r < R; ++r) t.a[r] = of.copy + m * stride + column + r;
                     t.to = whole ? outside : own, t.from = more ? t.to : nullptr;
-                    routine_of(*f.tiles, R, vectors)(t);
+                    f.tiles->of[R - 1][vectors - 1](t);
                     each([&](T* to, const T* from) INLINED { store_lanes(to, load(from), lanes); });
                 });
             }

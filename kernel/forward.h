@@ -79,9 +79,9 @@ void project(const Forward<T>& f) {
         }
         each_tile(total, [&](int64_t m, int R) {
             if (!any_used(f, m, R)) return;
-            for (int r = 0; r < R; ++r) t.a[r] = rows.at(m + r);
+            rows.point(t, m, R);
             t.to = z + m * t.to_row;
-            routine_of(*f.w.tiles, R, 4)(t);
+            f.w.tiles->of[R - 1][3](t);
         });
     }
 }
@@ -109,7 +109,7 @@ INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h
     const int64_t t = time_of(f, n), step = 4 * W, total = f.last - f.first;
     const auto add_up = [&](V<T>(&sums)[1][N * 4], const T* row, const T* matrix, int64_t depth) INLINED {
         const int64_t words = words_of(f.w.element, depth);
-        Cursor<T, 1> at{{row}, 1, matrix + block * words * step, step, W, words * step, nullptr};
+        Cursor<T, 1> at{{row}, 1, matrix + block * words * step, step, W, words * step};
         accumulate<Kind, 1, N, 4>(sums, at, words);
     };
     V<T> sums[1][N * 4];
@@ -171,22 +171,34 @@ __attribute__((noinline)) void finish_rows(const Forward<T>& f, const T* over_x,
     }
 }
 
-// One side of a step: rows of x or of h, and the panels that they are multiplied with.
+// Rows whose sums wait for their activations together.
+constexpr int64_t kStepRows = 4 * kRows;
+
+// One of the two products of a step: with rows of x or of h.
 template <class T>
 struct Side {
-    Tile<T> t;
-    Rows<T> rows;
     const T* matrix;
-    int64_t panel;
-    Side(const Forward<T>& f, const T* matrix, int64_t depth, const Rows<T>& rows, T* sums)
-        : t(block_tile(f, depth)), rows(rows), matrix(matrix), panel(t.depth * t.panel_step) {
+    Tile<T> t;
+    int64_t panel;   // numbers of a block
+    const T* first;  // of the rows of the step, which are t.a_row apart
+    T* sums;         // [kWideRows][4][W]
+    Side(const Forward<T>& f, const T* matrix, int64_t depth, T* sums)
+        : matrix(matrix), t(block_tile(f, depth)), panel(t.depth * t.panel_step), sums(sums) {}
+
+    // The sums of some rows; a tile of h's fetches some of `ahead`.
+    INLINE void add_up(const Forward<T>& f, int64_t row, int64_t count, const T*& ahead) {
         t.to = sums;
-    }
-    // The sums of some rows, at most as many as a tile has unless they are widened together.
-    INLINE void add_up(const Forward<T>& f, int64_t row, int R) {
-        if (R > kRows) return widened_product(*f.w.plain, t, 4, {rows.at(row), rows.row, 0, R}, R);
-        for (int r = 0; r < R; ++r) t.a[r] = rows.at(row + r);
-        routine_of(*f.w.tiles, R, 4)(t);
+        if (widens_once(f.w, f.rows))
+            return widened_product(*f.w.plain, t, 4, {first + row * t.a_row, t.a_row, 0, count}, count);
+        each_tile(count, [&](int64_t r, int R) INLINED {
+            t.a[0] = first + (row + r) * t.a_row, t.to = sums + r * t.to_row;
+            if (t.from) {
+                for (int k = 1; k < R; ++k) t.a[k] = t.a[k - 1] + t.a_row;
+                return f.w.tiles->of[R - 1][3](t);
+            }
+            t.ahead = ahead, ahead += t.depth * kLine<T>;
+            f.w.tiles->recurrent[R - 1][3](t);
+        });
     }
 };
 
@@ -197,23 +209,20 @@ template <class T>
 void step_rows(const Forward<T>& f, Side<T>& x, Side<T>& h, int64_t n, int64_t block, const T* ahead, T* h_next) {
     constexpr int W = Vec<T>::W;
     const int64_t before = (n - f.first) * f.rows, total = (f.last - f.first) * f.rows;
+    const int64_t most = widens_once(f.w, f.rows) ? kWideRows : kStepRows;
     x.t.panel = x.matrix + block * x.panel, x.t.from = f.w.bias + block * 4 * W;
     h.t.panel = h.matrix + block * h.panel;
-    const auto some = [&](int64_t row, int R) INLINED {
-        const T* over_x = f.z ? f.z + (block * total + before + row) * 4 * W : x.t.to;
+    for (int64_t row = 0, some; row < f.rows; row += some) {
+        some = f.rows - row < most ? f.rows - row : most;
         // Rows that the mask leaves out, such as those of a packed sequence that have ended, are summed only where one
-        // of their tile isn't.
-        if (any_used(f, before + row, R)) {
-            if (!f.z) x.add_up(f, row, R);
-            h.t.ahead = ahead;
-            h.add_up(f, row, R);
+        // of those that go with them isn't.
+        if (any_used(f, before + row, int(some))) {
+            if (!f.z) x.add_up(f, row, some, ahead);
+            h.add_up(f, row, some, ahead);
         }
-        ahead += h.t.depth * kLine<T>;
-        finish_rows(f, over_x, h.t.to, n, block, row, R, f.h, h_next);
-    };
-    if (!widens_once(f.w, f.rows)) return each_tile(f.rows, some);
-    for (int64_t row = 0; row < f.rows; row += kWideRows)
-        some(row, int(f.rows - row < kWideRows ? f.rows - row : kWideRows));
+        const T* over_x = f.z ? f.z + (block * total + before + row) * 4 * W : x.sums;
+        finish_rows(f, over_x, h.sums, n, block, row, int(some), f.h, h_next);
+    }
 }
 
 template <class T>
@@ -228,24 +237,25 @@ void run_blocks(Forward<T>& f) {
     if (f.project) round(f.narrow_x, rows_of_x(f), (f.last - f.first) * f.rows, f.w.d->input);
     if (f.z && f.project) project<T>(f);
     alignas(kVectorBytes) T over_x[kWideRows * 4 * W], over_h[kWideRows * 4 * W];
+    Side<T> x(f, f.w.kernel, I, over_x), h(f, f.w.recurrent, H, over_h);
+    x.t.a_row = rounds ? narrow_stride(f.w.element, I) : f.x_row;
+    h.t.a_row = rounds ? narrow_stride(f.w.element, H) : f.w.blocks * W;
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
-        const T* h = f.h;
         T* h_next = f.h_next;
-        const Rows<T> own{h, f.w.blocks * W, 0, f.rows};
+        const Rows<T> own{f.h, f.w.blocks * W, 0, f.rows};
         round(f.narrow_h, own, f.rows, H);
         // Blocks go up in even steps and down in odd ones: the last ones are still in the cache.
         const bool down = n & 1;
         if (f.rows == 1) {
-            row_alone(f, n, down, h, h_next);
+            row_alone(f, n, down, static_cast<const T*>(f.h), h_next);
         } else {
-            const Rows<T> x{f.x + time_of(f, n) * f.x_time, f.x_row, 0, f.rows};
-            Side<T> by_x(f, f.w.kernel, I, rounds ? narrow_rows(f, f.narrow_x, I, f.rows) : x, over_x);
-            Side<T> by_h(f, f.w.recurrent, H, rounds ? narrow_rows(f, f.narrow_h, H, f.rows) : own, over_h);
+            x.first = rounds ? f.narrow_x : f.x + time_of(f, n) * f.x_time;
+            h.first = rounds ? f.narrow_h : f.h;
             for (int64_t k = 0; k < blocks; ++k) {
                 const int64_t block = down ? f.end_block - 1 - k : f.block + k;
                 const int64_t after = k + 1 == blocks ? block : down ? block - 1 : block + 1;
-                step_rows(f, by_x, by_h, n, block, f.w.recurrent + after * by_h.panel, h_next);
+                step_rows(f, x, h, n, block, f.w.recurrent + after * h.panel, h_next);
             }
         }
         swap_states(f);
@@ -261,39 +271,38 @@ void run_rows(Forward<T>& f) {
     const int64_t H = d.units, wide = w.blocks * Vec<T>::W, output_wide = w.output_blocks * Vec<T>::W;
     const int G = d.gates();
     const int64_t stride = w.unpacked ? H : wide, row = G * stride;
-    const auto sums_of = [&](const T* matrix, const T* bias, bool add, int64_t depth, T* to) {
-        return Product<T>{w,       matrix,      bias, add,    G,     depth,      H,       w.blocks,
-                          f.block, f.end_block, to,   stride, false, f.narrow_h, f.scales};
+    const auto product = [&](const T* matrix, const T* bias, int64_t depth, T* narrow) {
+        return Product<T>(w, matrix, bias, G, depth, H, w.blocks, f.block, f.end_block, stride, narrow, f.scales);
     };
     // Layer normalisation comes between the product and its bias.
     const T* bias = d.layer_norm ? nullptr : w.bias;
-    const T* other_bias = d.layer_norm ? nullptr : w.recurrent_bias;
     if (f.project) {
-        Product<T> over_x = sums_of(w.kernel, bias, false, d.input, f.z);
-        over_x.narrow = f.narrow_x;
-        multiply(over_x, rows_of_x(f), (f.last - f.first) * f.rows, 0, G);
+        Product<T> over_x = product(w.kernel, bias, d.input, f.narrow_x);
+        multiply(over_x, rows_of_x(f), (f.last - f.first) * f.rows, f.z);
     }
+    Product<T> over_h = product(w.recurrent, d.layer_norm ? nullptr : w.recurrent_bias, d.output, f.narrow_h);
+    Product<T> projected(w, w.projection, nullptr, 1, H, d.output, w.output_blocks, 0, w.output_blocks,
+                         w.unpacked ? d.output : output_wide, f.narrow_h, f.scales);
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         const int64_t t = time_of(f, n);
         T* z = f.z + (n - f.first) * f.rows * row;
         T* sums = d.apart() ? f.q : z;
         const Rows<T> h{f.h, output_wide, 0, f.rows};
-        Product<T> over_h = sums_of(w.recurrent, other_bias, !d.apart(), d.output, sums);
-        over_h.down = n & 1;
+        const bool add = !d.apart(), down = n & 1;
         const auto rows = [&](auto&& body) INLINED {
             for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
         };
         if constexpr (Kind == kGru) {
             if (d.reset_after) {
-                multiply(over_h, h, f.rows, 0, G);
+                multiply(over_h, h, f.rows, sums, add, down);
             } else {
-                multiply(over_h, h, f.rows, 0, 2);
+                multiply(over_h, h, f.rows, sums, add, down, 0, 2);
                 rows([&](int64_t r, bool) { gru_reset<T, Usual>(f, r, t, z + r * row, stride, f.h); });
-                multiply(over_h, {f.m, wide, 0, f.rows}, f.rows, 2, 1);
+                multiply(over_h, {f.m, wide, 0, f.rows}, f.rows, sums, add, down, 2, 1);
             }
         } else {
-            multiply(over_h, h, f.rows, 0, G);
+            multiply(over_h, h, f.rows, sums, add, down);
         }
         rows([&](int64_t r, bool used) {
             if (!used) return carry(f, r, t, f.h, f.h_next);
@@ -306,15 +315,11 @@ void run_rows(Forward<T>& f) {
                 rnn_row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
         });
         if (Kind == kLstm && d.projects()) {
-            const int64_t apart = w.unpacked ? d.output : output_wide;
-            Product<T> projected = sums_of(w.projection, nullptr, false, H, f.p);
-            projected.gates = 1, projected.units = d.output, projected.stride = apart;
-            projected.blocks = projected.end_block = w.output_blocks, projected.block = 0;
-            multiply(projected, {f.m, wide, 0, f.rows}, f.rows, 0, 1);
+            multiply(projected, {f.m, wide, 0, f.rows}, f.rows, f.p);
             rows([&](int64_t r, bool used) {
                 if (!used) return;
                 each_block<T>(r, t, w.output_blocks, d.output, [&](const Place& at) INLINED {
-                    give<T, false>(f, at, load_lanes(f.p + r * apart + at.unit, at.lanes), f.h, f.h_next);
+                    give<T, false>(f, at, load_lanes(f.p + r * projected.stride + at.unit, at.lanes), f.h, f.h_next);
                 });
             });
         }
@@ -328,9 +333,9 @@ void run_dense(const Forward<T>& f) {
     const Panels<T>& w = f.w;
     const Description& d = *w.d;
     const int64_t wide = w.blocks * Vec<T>::W;
-    const Product<T> over_x{w,       w.kernel,    w.bias, false, 1,     d.input,    d.units, w.blocks,
-                            f.block, f.end_block, f.z,    wide,  false, f.narrow_x, f.scales};
-    multiply(over_x, rows_of_x(f), (f.last - f.first) * f.rows, 0, 1);
+    Product<T> over_x(w, w.kernel, w.bias, 1, d.input, d.units, w.blocks, f.block, f.end_block, wide, f.narrow_x,
+                      f.scales);
+    multiply(over_x, rows_of_x(f), (f.last - f.first) * f.rows, f.z);
     for (int64_t n = f.first; n < f.last; ++n)
         for (int64_t r = 0; r < f.rows; ++r)
             each_block(f, r, time_of(f, n), [&](const Place& at) INLINED {

@@ -24,7 +24,7 @@ constexpr int kMostRows = 6;
 template <class T>
 struct Tile {
     const T* a[kMostRows];  // k of row r: a[r][k·a_step]
-    int64_t a_step;
+    int64_t a_step, a_row;  // the latter, of rows that are so far apart, is for `recurrent` alone
     const T* panel;  // vector v of k: panel + k·panel_step + v·panel_vector, in a second block + panel_block
     int64_t panel_step, panel_vector, panel_block;
     int64_t depth;                // how many k there are in a segment
@@ -34,7 +34,7 @@ struct Tile {
     T* to;
     int64_t to_row, to_vector, to_block;
     bool add;                                // to what is in `to`
-    const T* ahead;                          // so many lines are prefetched meanwhile, one for each k; null: none
+    const T* ahead;                         // `recurrent` prefetches from here on, a line for each k
     const T *row_scales, *scales, *shifts;  // int8: of the rows; of the columns, as far apart as `from`
 };
 template <class T>
@@ -45,8 +45,11 @@ template <class T>
 struct Tiles {
     TileRoutine<T> of[kMostRows][4];  // [rows - 1][vectors - 1]
     // One row alone has too few sums to hide the latency of each: it takes more vectors.
-    TileRoutine<T> two_blocks[2];    // of three gates, of four
-    TileRoutine<T> eight_blocks;     // of one gate
+    TileRoutine<T> two_blocks[2];  // of three gates, of four
+    TileRoutine<T> eight_blocks;   // of one gate
+    // With less to ask, for what is done at every step: rows number by number from a[0] on, panels 4·W wide, sums that
+    // start from zero and go to [rows][4][W].
+    TileRoutine<T> recurrent[kMostRows][4];
 };
 
 // Weights may also stay as the caller has them (`unpacked`), for calls too short to be worth packing for. What isn't a

@@ -148,7 +148,7 @@ void widened_product(const Tiles<float>& plain, const Tile<float>& t, int vector
                 for (int r = 0; r < R; ++r) own.a[r] = rows.at(at + m + r) + 2 * first;
                 own.from = begins ? t.from : waiting + m * row;
                 own.to = ends ? t.to + (at + m) * t.to_row : waiting + m * row;
-                routine_of(plain, R, vectors)(own);
+                plain.of[R - 1][vectors - 1](own);
             });
         }
     }
@@ -161,25 +161,26 @@ INLINE bool widens_once(const Panels<float>& w, int64_t count) {
 INLINE bool widens_once(const Panels<double>&, int64_t) { return false; }
 INLINE void widened_product(const Tiles<double>&, const Tile<double>&, int, const Rows<double>&, int64_t) {}
 
-// The product with weights of whatever width they have.
+// Runs a product with weights of any width.
 template <class T>
-void multiply(const Product<T>& p, const Rows<T>& rows, int64_t count, int first, int wanted) {
+void multiply(Product<T>& p, const Rows<T>& rows, int64_t count, T* to, bool add = false, bool down = false,
+              int first = 0, int wanted = 0) {
     if constexpr (sizeof(T) == 4) {
         const Rows<T> own{p.narrow, narrow_stride(p.w.element, p.depth), 0, count};
         if (p.w.element == Element::kBfloat16) {
             round_rows(p.w.pairs, p.narrow, rows, count, p.depth);
-            if (!widens_once(p.w, count)) return product(p, own, count, first, wanted);
-            return each_group(p, count, first, wanted, [&](const Tile<T>& t, int vectors, int) {
-                widened_product(*p.w.plain, t, vectors, own, count);
+            if (!widens_once(p.w, count)) return p.run(own, count, to, add, down, first, wanted);
+            return p.each_group(to, add, down, count, first, wanted ? wanted : p.gates, [&](auto, int vectors) {
+                widened_product(*p.w.plain, p.t, vectors, own, count);
             });
         }
         if (p.w.element == Element::kInt8) {
             for (int64_t m = 0; m < count; ++m)
-                p.scales[m] = quantise(reinterpret_cast<uint8_t*>(p.narrow + m * own.row), rows.at(m), p.depth);
-            return product(p, own, count, first, wanted);
+                p.row_scales[m] = quantise(reinterpret_cast<uint8_t*>(p.narrow + m * own.row), rows.at(m), p.depth);
+            return p.run(own, count, to, add, down, first, wanted);
         }
     }
-    product(p, rows, count, first, wanted);
+    p.run(rows, count, to, add, down, first, wanted);
 }
 
 }  // namespace

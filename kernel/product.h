@@ -5,14 +5,15 @@
 namespace cellstack {
 namespace {
 
-// Calls body(first row, rows) on tiles of at most kRows rows, as even as they can be.
+// Calls body(first row, rows) on tiles of at most kRows rows, as even as they can be, the larger ones first.
 template <class F>
 INLINE void each_tile(int64_t rows, F&& body) {
-    const int64_t count = (rows + kRows - 1) / kRows;
-    for (int64_t n = 0, r = 0, size; n < count; ++n, r += size) {
-        size = (rows - r + count - n - 1) / (count - n);
-        body(r, int(size));
+    if (rows <= kRows) {
+        if (rows > 0) body(int64_t(0), int(rows));
+        return;
     }
+    const int64_t count = (rows + kRows - 1) / kRows, least = rows / count, larger = rows % count;
+    for (int64_t n = 0, r = 0, size; n < count; ++n, r += size) body(r, int(size = least + (n < larger)));
 }
 
 template <class T>
@@ -26,33 +27,29 @@ struct Rows {
     const T* base;
     int64_t row, time, batch;  // row m is row m mod batch of step m / batch
     INLINE const T* at(int64_t m) const { return base + m % batch * row + m / batch * time; }
+    // The rows of a tile from row m on.
+    INLINE void point(Tile<T>& t, int64_t m, int R) const {
+        if (m + R <= batch) {
+            const T* first = base + m * row;
+            for (int r = 0; r < R; ++r, first += row) t.a[r] = first;
+            return;
+        }
+        int64_t in_batch = m, step = 0;
+        if (m >= batch) in_batch = m % batch, step = m / batch;
+        for (int r = 0; r < R; ++r) {
+            t.a[r] = base + in_batch * row + step * time;
+            if (++in_batch == batch) in_batch = 0, ++step;
+        }
+    }
 };
 
 // A tile whose rows are read number by number.
 template <class T>
 INLINE Tile<T> tile_over(int64_t depth) {
     Tile<T> t{};
-    t.a_step = 1, t.depth = depth, t.segments = 1;
+    t.a_step = t.segments = 1, t.depth = depth;
     return t;
 }
-
-// What a product of rows is made of: to[m] = bias + a[m]·matrix, or to[m] += a[m]·matrix, gate by gate. Each is summed
-// as a chain of its own.
-template <class T>
-struct Product {
-    const Panels<T>& w;
-    const T* matrix;  // panels [blocks][depth][gates][W]; unpacked: [depth, gates·units]
-    const T* bias;    // [blocks][gates][W]; unpacked: [gates·units]; null: zeros
-    bool add;         // to what is in `to`; without bias
-    int gates;
-    int64_t depth, units, blocks;
-    int64_t block, end_block;  // those that are made
-    T* to;                     // [rows][gates][stride]
-    int64_t stride;
-    bool down;  // blocks from the last to the first
-    T* narrow;  // scratch for narrow weights: the rows as these take them, [rows][narrow_stride(element, depth)]
-    T* scales;  // and of int8 the size of a row's steps
-};
 
 // N vectors of columns of an unpacked product, in the order of `accumulate`; the last may have fewer lanes.
 template <class T, int N>
@@ -91,59 +88,79 @@ void unpacked_product(T* to, const T* bias, bool add, const T* a, const T* matri
     }
 }
 
-// Calls body(tile, vectors, blocks) for each group of vectors of a product, with all of the tile but its rows: the
-// gates of a block, or of two where a row is alone; where one or two gates are wanted, one gate of several blocks.
-template <class T, class F>
-INLINE void each_group(const Product<T>& p, int64_t count, int first, int wanted, F&& body) {
-    constexpr int W = Vec<T>::W;
-    const int64_t words = words_of(p.w.element, p.depth), gates = p.gates * W, panel = words * gates;
-    const bool across = wanted < 3, alone = count == 1;
-    Tile<T> t = tile_over<T>(words);
-    t.panel_step = gates, t.panel_vector = across ? panel : W, t.panel_block = panel;
-    t.from_vector = across ? gates : W, t.from_block = gates;
-    t.to_row = p.gates * p.stride, t.to_vector = across ? W : p.stride, t.to_block = W, t.add = p.add;
-    const T *scales = p.matrix + p.blocks * panel, *shifts = scales + p.blocks * gates;  // of int8
-    const int64_t most = across ? (alone ? 8 : 4) : alone ? 2 : 1, total = p.end_block - p.block;
-    for (int gate = first; gate < first + wanted; gate += across ? 1 : wanted)
-        for (int64_t done = 0, some; done < total; done += some) {
-            const int64_t left = total - done;
-            some = left >= most ? most : !across ? 1 : left < 4 ? left : 4;
-            const int64_t block = p.down ? p.end_block - done - some : p.block + done, at = block * gates + gate * W;
-            t.panel = p.matrix + block * panel + gate * W, t.from = p.bias ? p.bias + at : nullptr;
-            t.scales = scales + at, t.shifts = shifts + at;
-            t.to = p.to + gate * p.stride + block * W;
-            body(t, across ? int(some) : wanted, across ? 1 : int(some));
-        }
-}
-
+// A product of rows: to[m] = bias + a[m]·matrix, or to[m] += a[m]·matrix, gate by gate. Each is summed as a chain of its
+// own. It is set up once, for a matrix and the blocks of a call, and run at every step.
 template <class T>
-INLINE TileRoutine<T> routine_of(const Tiles<T>& tiles, int rows, int vectors, int blocks = 1) {
-    return blocks == 2 ? tiles.two_blocks[vectors - 3]
-           : vectors == 8 ? tiles.eight_blocks
-                          : tiles.of[rows - 1][vectors - 1];
-}
+struct Product {
+    const Panels<T>& w;
+    const T* matrix;  // panels [blocks][depth][gates][W]; unpacked: [depth, gates·units]
+    const T* bias;    // [blocks][gates][W]; unpacked: [gates·units]; null: zeros
+    int gates;
+    int64_t depth, units, block, end_block;  // of the blocks those that are made
+    int64_t stride;                          // of what it goes to, [rows][gates][stride]
+    T* narrow;  // scratch for narrow weights: the rows as these take them, [rows][narrow_stride(element, depth)]
+    T* row_scales;  // and of int8 the size of a row's steps
+    Tile<T> t;
+    const T *scales, *shifts;
+    int64_t panel;
 
-// `wanted` of the gates, from gate `first` on, of the product over all rows.
-template <class T>
-__attribute__((noinline)) void product(const Product<T>& p, const Rows<T>& rows, int64_t count, int first, int wanted) {
-    if (p.w.unpacked) {
-        for (int64_t m = 0; m < count; ++m) {
-            T* to = p.to + m * p.gates * p.stride + first * p.stride;
-            const T* bias = p.bias ? p.bias + first * p.units : nullptr;
-            unpacked_product(to, bias, p.add, rows.at(m), p.matrix + first * p.units, wanted * p.units,
-                             p.gates * p.units, p.depth);
-        }
-        return;
+    Product(const Panels<T>& w, const T* matrix, const T* bias, int gates, int64_t depth, int64_t units, int64_t blocks,
+            int64_t block, int64_t end_block, int64_t stride, T* narrow, T* row_scales)
+        : w(w), matrix(matrix), bias(bias), gates(gates), depth(depth), units(units), block(block),
+          end_block(end_block), stride(stride), narrow(narrow), row_scales(row_scales),
+          t(tile_over<T>(words_of(w.element, depth))) {
+        constexpr int W = Vec<T>::W;
+        t.panel_step = t.from_block = gates * W, t.to_row = gates * stride, t.to_block = W;
+        t.panel_block = panel = t.depth * t.panel_step;
+        scales = matrix + blocks * panel, shifts = scales + blocks * t.panel_step;
     }
-    each_group(p, count, first, wanted, [&](Tile<T>& t, int vectors, int blocks) {
-        T* to = t.to;
-        each_tile(count, [&](int64_t m, int R) {
-            for (int r = 0; r < R; ++r) t.a[r] = rows.at(m + r);
-            t.to = to + m * t.to_row, t.row_scales = p.scales + m;
-            routine_of(*p.w.tiles, R, vectors, blocks)(t);
+
+    // Calls body(routine of a row alone, vectors) for each group of vectors, when all of the tile is there but its rows:
+    // the gates of a block, or of two where there is one row; where one or two gates are wanted, one gate of several
+    // blocks. `wanted` of the gates, from `first` on; blocks from the last to the first where `down`.
+    template <class F>
+    INLINE void each_group(T* to, bool add, bool down, int64_t count, int first, int wanted, F&& body) {
+        constexpr int W = Vec<T>::W;
+        const Tiles<T>& tiles = *w.tiles;
+        const bool across = wanted < 3, alone = count == 1;
+        t.panel_vector = across ? panel : W, t.from_vector = across ? t.from_block : W;
+        t.to_vector = across ? W : stride, t.add = add;
+        const int64_t most = across ? (alone ? 8 : 4) : alone ? 2 : 1, total = end_block - block;
+        for (int gate = first; gate < first + wanted; gate += across ? 1 : wanted)
+            for (int64_t done = 0, some; done < total; done += some) {
+                const int64_t left = total - done;
+                some = left >= most ? most : !across ? 1 : left < 4 ? left : 4;
+                const int64_t of = down ? end_block - done - some : block + done, at = of * t.from_block + gate * W;
+                t.panel = matrix + of * panel + gate * W, t.from = bias ? bias + at : nullptr;
+                t.scales = scales + at, t.shifts = shifts + at;
+                t.to = to + gate * stride + of * W;
+                const int vectors = across ? int(some) : wanted;
+                body(vectors == 8 ? tiles.eight_blocks
+                     : !across && some == 2 ? tiles.two_blocks[wanted - 3]
+                                            : tiles.of[0][vectors - 1],
+                     vectors);
+            }
+    }
+
+    __attribute__((noinline)) void run(const Rows<T>& rows, int64_t count, T* to, bool add = false, bool down = false,
+                                       int first = 0, int wanted = 0) {
+        if (!wanted) wanted = gates;
+        if (w.unpacked) {
+            for (int64_t m = 0; m < count; ++m, to += gates * stride)
+                unpacked_product(to + first * stride, bias ? bias + first * units : nullptr, add, rows.at(m),
+                                 matrix + first * units, wanted * units, gates * units, depth);
+            return;
+        }
+        each_group(to, add, down, count, first, wanted, [&](TileRoutine<T> alone, int vectors) INLINED {
+            T* first_row = t.to;
+            each_tile(count, [&](int64_t m, int R) INLINED {
+                rows.point(t, m, R);
+                t.to = first_row + m * t.to_row, t.row_scales = row_scales + m;
+                (R == 1 ? alone : w.tiles->of[R - 1][vectors - 1])(t);
+            });
         });
-    });
-}
+    }
+};
 
 // dz·matrixᵀ, for `count` rows of dz from row m on, which has G gates side by side in each block.
 template <class T>
@@ -177,9 +194,8 @@ INLINE void product_transposed(const Transposed<T>& p, F&& body) {
         }
     alignas(kVectorBytes) T sums[kRows * wide];
     Tile<T> t = tile_over<T>(deep);
-    t.segments = p.blocks, t.a_segment = dz_rows * deep;
-    t.panel_step = wide, t.panel_vector = W;
-    t.to = sums, t.to_row = wide, t.to_vector = W;
+    t.segments = p.blocks, t.a_segment = dz_rows * deep, t.a_row = deep;
+    t.to = sums;
     for (int64_t n = p.first; n < p.last; ++n) {
         const int64_t panel = p.down ? p.first + p.last - 1 - n : n, left = p.columns - panel * wide;
         const int64_t after = n + 1 == p.last ? panel : p.down ? panel - 1 : panel + 1, size = p.blocks * deep;
@@ -187,10 +203,9 @@ INLINE void product_transposed(const Transposed<T>& p, F&& body) {
         const T* ahead = p.panels + after * size * wide;
         t.panel = p.panels + panel * size * wide;
         each_tile(p.count, [&](int64_t row, int R) {
-            for (int r = 0; r < R; ++r) t.a[r] = dz + (row + r) * deep;
-            t.ahead = R > 1 ? ahead : nullptr;
+            t.a[0] = dz + row * deep, t.ahead = ahead;
             ahead += size * kLine<T>;
-            routine_of(p.tiles, R, vectors)(t);
+            p.tiles.recurrent[R - 1][vectors - 1](t);
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < vectors; ++v)
                     body(row + r, panel * wide + v * W, load(sums + r * wide + v * W));

@@ -22,7 +22,7 @@ struct Cursor {
     int64_t a_step;
     const T* panel;
     int64_t step, vector, block;
-    const T* ahead;
+    const T* ahead = nullptr;
 
     // Vector v of N blocks with C each. As a register: R operations take it, and a compiler may read it anew for each
     // of two or three, which costs a line that isn't in the first-level cache as many waits.
@@ -34,11 +34,14 @@ struct Cursor {
 #endif
         return w;
     }
+    template <bool Ahead>
     INLINE void next() {
-        if (ahead) __builtin_prefetch(ahead, 0, 2), ahead += kLine<T>;
+        if (Ahead) __builtin_prefetch(ahead, 0, 2), ahead += kLine<T>;
         panel += step;
     }
 };
+
+// kRecurrent: whether there are recurrent tiles of four vectors (1), for steps; of fewer too (2), for the backward pass.
 
 // Numbers of T, each product rounded once with its sum.
 template <class T>
@@ -46,6 +49,7 @@ struct Plain {
     using Number = T;
     using Sum = V<T>;
     static constexpr bool kWidens = false;
+    static constexpr int kRecurrent = 2;
     static INLINE Sum multiply_add(V<T> a, V<T> w, Sum sum) { return fma(a, w, sum); }
 };
 
@@ -54,6 +58,7 @@ struct Pairs {
     using Number = float;
     using Sum = V<float>;
     static constexpr bool kWidens = false;
+    static constexpr int kRecurrent = 2;
     static INLINE Sum multiply_add(V<float> a, V<float> w, Sum sum) { return add_pairs(a, w, sum); }
 };
 
@@ -63,6 +68,7 @@ struct Int8 {
     using Number = float;
     using Sum = Words;
     static constexpr bool kWidens = false;
+    static constexpr int kRecurrent = 0;
     static INLINE Sum multiply_add(V<float> a, V<float> w, Sum sum) {
         return Vnni ? add_dot_vnni(sum, (Words)a, (Words)w) : add_dot(sum, (Words)a, (Words)w);
     }
@@ -74,13 +80,14 @@ struct Widened {
     using Number = float;
     using Sum = V<float>;
     static constexpr bool kWidens = true;
+    static constexpr int kRecurrent = 1;
     static INLINE Sum multiply_add(V<float>, V<float>, Sum sum) { return sum; }  // never called
 };
-template <int R, int N, int C>
+template <int R, int N, int C, bool Ahead>
 INLINE void accumulate_widened(V<float> (&sums)[R][N * C], Cursor<float, R>& at, int64_t depth) {
     // With many sums the two numbers of a word are taken one after the other, which leaves registers for the sums.
     constexpr bool apart = R * N * C > (kRows == 6 ? 16 : 8);
-    for (int64_t k = 0; k < depth; ++k, at.next()) {
+    for (int64_t k = 0; k < depth; ++k, at.template next<Ahead>()) {
         V<float> even[R], odd[R];
         UNROLL
         for (int r = 0; r < R; ++r) even[r] = splat(at.a[r][2 * k]);
@@ -110,11 +117,11 @@ INLINE void accumulate_widened(V<float> (&sums)[R][N * C], Cursor<float, R>& at,
     }
 }
 
-template <class Kind, int R, int N, int C>
+template <class Kind, int R, int N, int C, bool Ahead = false>
 INLINE void accumulate(typename Kind::Sum (&sums)[R][N * C], Cursor<typename Kind::Number, R>& at, int64_t depth) {
     using T = typename Kind::Number;
-    if constexpr (Kind::kWidens) return accumulate_widened<R, N, C>(sums, at, depth);
-    for (int64_t k = 0, a = 0; k < depth; ++k, a += at.a_step, at.next()) {
+    if constexpr (Kind::kWidens) return accumulate_widened<R, N, C, Ahead>(sums, at, depth);
+    for (int64_t k = 0, a = 0; k < depth; ++k, a += at.a_step, at.template next<Ahead>()) {
         V<T> s[R];
         UNROLL
         for (int r = 0; r < R; ++r) s[r] = splat(at.a[r][a]);
@@ -185,22 +192,46 @@ __attribute__((noinline)) void tile(const Tile<typename Kind::Number>& t) {
     constexpr int W = Vec<T>::W;
     typename Kind::Sum sums[R][N * C];
     begin<T, R, N, C>(t, sums);
-    Cursor<T, R> at{{}, t.a_step, t.panel, t.panel_step, N == 1 ? t.panel_vector : W, t.panel_block, t.ahead};
+    Cursor<T, R> at{{}, t.a_step, t.panel, t.panel_step, N == 1 ? t.panel_vector : W, t.panel_block};
     UNROLL
     for (int r = 0; r < R; ++r) at.a[r] = t.a[r];
+    accumulate<Kind, R, N, C>(sums, at, t.depth);
+    end<T, R, N, C>(t, sums);
+}
+
+template <class Kind, int R, int C>
+__attribute__((noinline)) void recurrent_tile(const Tile<typename Kind::Number>& t) {
+    using T = typename Kind::Number;
+    constexpr int W = Vec<T>::W;
+    typename Kind::Sum sums[R][C];
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int v = 0; v < C; ++v) sums[r][v] = typename Kind::Sum{};
+    Cursor<T, R> at{{}, 1, t.panel, 4 * W, W, 0, t.ahead};
+    UNROLL
+    for (int r = 0; r < R; ++r) at.a[r] = t.a[0] + r * t.a_row;
     for (int64_t segment = 0; segment < t.segments; ++segment) {
-        accumulate<Kind, R, N, C>(sums, at, t.depth);
+        accumulate<Kind, R, 1, C, (R > 1)>(sums, at, t.depth);
         UNROLL
         for (int r = 0; r < R; ++r) at.a[r] += t.a_segment;
     }
-    end<T, R, N, C>(t, sums);
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int v = 0; v < C; ++v) store(t.to + (r * 4 + v) * W, sums[r][v]);
 }
 
 template <class Kind, int R = 1>
 constexpr void fill(Tiles<typename Kind::Number>& tiles) {
     if constexpr (R <= kRows) {
-        tiles.of[R - 1][0] = tile<Kind, R, 1, 1>, tiles.of[R - 1][1] = tile<Kind, R, 1, 2>;
-        tiles.of[R - 1][2] = tile<Kind, R, 1, 3>, tiles.of[R - 1][3] = tile<Kind, R, 1, 4>;
+        auto &any = tiles.of[R - 1], &recurrent = tiles.recurrent[R - 1];
+        any[0] = tile<Kind, R, 1, 1>, any[1] = tile<Kind, R, 1, 2>;
+        any[2] = tile<Kind, R, 1, 3>, any[3] = tile<Kind, R, 1, 4>;
+        if constexpr (Kind::kRecurrent > 1)
+            recurrent[0] = recurrent_tile<Kind, R, 1>, recurrent[1] = recurrent_tile<Kind, R, 2>,
+            recurrent[2] = recurrent_tile<Kind, R, 3>;
+        if constexpr (Kind::kRecurrent > 0) recurrent[3] = recurrent_tile<Kind, R, 4>;
         fill<Kind, R + 1>(tiles);
     }
 }
