@@ -679,9 +679,9 @@ WRONG = {
     "steps": lambda m: m(torch.randn(0, 2, 3)),
     "meta": lambda m: m(torch.randn(5, 2, 3, device="meta")),
     "nothing": lambda m: m(None),
-    "no states": lambda m: m(torch.randn(5, 2, 3), ()),
-    "a list of no states": lambda m: m(torch.randn(5, 2, 3), []),
-    "sparse": lambda m: m(torch.randn(5, 2, 3).to_sparse()),
+    "no states": lambda m: m(torch.randn(20, 2, 3), ()),
+    "a list of no states": lambda m: m(torch.randn(20, 2, 3), []),
+    "sparse": lambda m: m(torch.randn(20, 2, 3).to_sparse()),
 }
 
 

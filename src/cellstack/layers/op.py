@@ -638,7 +638,11 @@ PLAIN = (Tensor, nn.Parameter)
 
 def wraps(tensor: Tensor) -> bool:
     """Whether a tensor is of a subclass that runs PyTorch's operations itself, and may have no numbers of its own."""
-    return type(tensor) not in PLAIN and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if type(tensor) in PLAIN:
+        return False
+    kinds: tuple[Any, ...] = type(tensor), Tensor
+    own, usual = (kind.__torch_dispatch__ for kind in kinds)
+    return own is not usual
 
 
 def symbolic(tensor: Tensor) -> bool:
