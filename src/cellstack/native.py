@@ -109,7 +109,7 @@ def weights(
         copy: pack them; else the arrays are read where they lie, and must outlive what is returned.
 
     Raises:
-        ValueError: a narrow element without a copy, or an array that isn't contiguous and aligned without one.
+        ValueError: `copy=False` with a narrow element, or with an array that isn't contiguous and aligned.
     """
     for name, array in arrays.items():
         if not (copy or (array.flags.c_contiguous and array.flags.aligned)):

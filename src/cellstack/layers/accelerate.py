@@ -83,7 +83,7 @@ _hooks: list[Any] = []  # the one on optimisers' steps, while a context is open
 
 
 def _pack_again(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """Forget what was packed from the weights of an optimiser that has made a step: fused ones change no version."""
+    """Discard what was packed from an optimiser's weights, after its step: fused optimisers change no version."""
     written = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     with _freezing:
         for part in _packing.values():
@@ -102,8 +102,9 @@ def packed_weights(module: nn.Module) -> Iterator[nn.Module]:
     `torch.optim.Optimizer`, fused ones included, `load_state_dict`, an operation in place, `vector_to_parameters`, and
     another tensor in place of one. Where another tensor or process shares the memory of a weight as it is packed, as
     after `vector_to_parameters`, `share_memory` or with a `state_dict()` that is still referenced, every call packs
-    that layer's weights: such a call is correct, and as slow as outside the context. Not noticed is what is written
-    past PyTorch's count of versions: through `.data` or a NumPy array, and by a fused operator without its optimiser.
+    that layer's weights: such a call is correct, and as slow as outside the context. Writes that PyTorch's version
+    counter doesn't record aren't noticed otherwise: those through `.data` or a NumPy array, and those of a fused
+    operator that is called without its optimiser.
 
     Args:
         module: a module that `accelerate` was given, or one with such modules inside.

@@ -109,7 +109,8 @@ class _Sequence(Accelerated, nn.RNNBase):
         """
         asked = reset is not None or return_gates
         if isinstance(input, Tensor) and not asked and (exporting() or self._is_short(input)):
-            # A trace is checked without gradients and names values after variables here: it takes one way alike.
+            # torch.jit.trace names values after local variables, and repeats the call without gradients to compare the
+            # graphs: both calls have to take the same path.
             return super().forward(input, hx)
         packed = input if isinstance(input, PackedSequence) else None
         x: Any = input if packed is None else packed.data
@@ -124,7 +125,9 @@ class _Sequence(Accelerated, nn.RNNBase):
                 )
             return super().forward(input, hx)
         sizes = None if packed is None else packed.batch_sizes
-        padded = sizes is None or bool(sizes[-1] == sizes[0])  # PyTorch pads packed rows of one length too
+        padded = sizes is None or bool(
+            sizes[-1] == sizes[0]
+        )  # packed rows of equal length run in PyTorch as padded ones do
         lowered = _lowered(self.mode, x, states, padded, bool(self.proj_size))
         x, states = _in_full(x, states, weights[0].dtype)
         batched = packed is not None or x.ndim == 3

@@ -254,8 +254,7 @@ _ONE_TENSOR = _uses(_probe.untyped_storage())  # what the count is where one ten
 def _kept_weights(kept: Kept, layer: int, form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> Any:
     """Return the kernel's weights of a layer, from `kept` where its tensors are the same and have the same versions.
 
-    They aren't kept where the memory of one belongs to another tensor or process too: what is written through that one
-    doesn't change the version of this one.
+    Nothing is kept where another tensor or process shares the memory of one: what that writes changes no version here.
     """
     try:
         tensors = [(int(form.halves), 0), *((weight.data_ptr(), weight._version) for weight in weights)]
@@ -633,11 +632,11 @@ def unwatched() -> bool:
 
 
 PLAIN = (Tensor, nn.Parameter)
-"""The types of weights that the kernel reads: a subclass may keep its numbers elsewhere, or intercept operations."""
+"""The types of weights that the kernel reads: a subclass may have no memory, or intercept operations."""
 
 
 def wraps(tensor: Tensor) -> bool:
-    """Whether a tensor is of a subclass that runs PyTorch's operations itself, and may have no numbers of its own."""
+    """Whether a tensor's class defines `__torch_dispatch__`: such a tensor may have no memory."""
     if type(tensor) in PLAIN:
         return False
     kinds: tuple[Any, ...] = type(tensor), Tensor
@@ -646,7 +645,7 @@ def wraps(tensor: Tensor) -> bool:
 
 
 def symbolic(tensor: Tensor) -> bool:
-    """Whether a tensor is one by which PyTorch follows operations, as in an export, without any numbers."""
+    """Whether a tensor only records operations and has no numbers, as in an export."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 

@@ -77,7 +77,7 @@ def obstacle(module: nn.Module) -> str | None:
     weights = list(module.parameters(recurse=False))
     subclasses = sorted({type(weight).__name__ for weight in weights if type(weight) not in op.PLAIN})
     if subclasses:
-        return f"its weights are {' and '.join(subclasses)}, a subclass of torch.Tensor"
+        return f"its weights are of a subclass of torch.Tensor ({', '.join(subclasses)})"
     if any(weight.layout is not torch.strided for weight in weights):
         return "its weights are sparse"
     devices = sorted({weight.device.type for weight in weights})
@@ -101,7 +101,7 @@ def is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) 
     """Whether these are the tensors that the kernel takes; where it is no, PyTorch runs the call, or refuses it."""
     if not isinstance(x, Tensor) or op.wraps(x) or _watched() or not x.numel() or x.shape[-1] != width:
         return False
-    for array in (*weights, *states):  # before anything is asked of one, which a subclass may answer or refuse
+    for array in (*weights, *states):  # first, since a subclass may intercept the reading of an attribute
         if type(array) not in op.PLAIN:
             return False
     dtype = weights[0].dtype
@@ -122,7 +122,7 @@ def is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) 
 def arrays_of(hx: Any, mode: str) -> Sequence[Any]:
     """Return the arrays of a state as PyTorch's modules take it: a pair of an LSTM, else the array itself.
 
-    Only None is no state: an empty tuple, which PyTorch refuses, is returned as an array that isn't one.
+    An empty tuple isn't the same as None: PyTorch refuses it, so it is returned as if it were an array.
     """
     return () if hx is None else hx if mode == "LSTM" and isinstance(hx, (tuple, list)) and hx else (hx,)
 
