@@ -118,7 +118,7 @@ def as_states(
         parts = (parts,) if _is_array(parts) else parts
         arrays = [as_floats(owner, where, array, cell.dtype) for array in parts]
         check_state(owner, [array.shape for array in arrays], batch, sizes, layer)
-        states.append(STATES[cell.spec.kind](*(np.ascontiguousarray(array) for array in arrays)))
+        states.append(STATES[cell.spec.kind](*(np.require(array, requirements=("C", "A")) for array in arrays)))
     return tuple(states)
 
 

@@ -5,7 +5,9 @@ Everything in a call has a name. `Sequences` is what goes through: `x [B, T, I]`
 (`h0`, `hn` `[B, P]`, `c0`, `cn` `[B, H]`), what is kept of every step (`results` has the shapes) and the masks of a
 training. `Gradients` are those of one layer. `kernel/cell.h` says what each means, and what its absence does.
 
-An argument is a NumPy array, which the call's description keeps alive; or an address, 0 for none; or None.
+An argument is a NumPy array, which the call's description keeps alive; or an address, 0 for none; or None. `Layer`,
+`Gradients` and `Sequences` refuse an array that isn't contiguous and aligned: `plain` makes it so. The other functions
+here take any strides and any alignment.
 """
 
 from __future__ import annotations
@@ -81,6 +83,15 @@ def description(spec: CellSpec, rows: bool = False) -> _kernel.Description:
     )
 
 
+def plain(array: NDArray[Any]) -> NDArray[Any]:
+    """Return an array contiguous and aligned, as the kernel reads it: itself, or a copy.
+
+    NumPy's `ascontiguousarray` returns unaligned arrays, such as those over a file's bytes, as they are.
+    """
+    array = np.ascontiguousarray(array)
+    return array if array.flags.aligned else array.copy()
+
+
 def in_order(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return a cell's arrays, or their gradients, as the kernel takes them: in the order of `ARRAYS`, None for none."""
     return tuple(map(arrays.get, ARRAYS))
@@ -93,13 +104,17 @@ def weights(
 
     Args:
         spec: the cell.
-        arrays: those of `spec.shapes`, contiguous, all float32 or all float64.
+        arrays: those of `spec.shapes`, all float32 or all float64.
         element: what matrices are held in, one of `ELEMENTS`; None = the arrays' own dtype.
         copy: pack them; else the arrays are read where they lie, and must outlive what is returned.
 
     Raises:
-        ValueError: a narrow element without a copy.
+        ValueError: `copy=False` with a narrow element, or with an array that isn't contiguous and aligned.
     """
+    for name, array in arrays.items():
+        if not (copy or (array.flags.c_contiguous and array.flags.aligned)):
+            raise ValueError(f"weights: expected {name} to be contiguous and aligned with copy=False")
+    arrays = {name: plain(array) for name, array in arrays.items()}
     return weights_at(description(spec), element or arrays["kernel"].dtype.name, in_order(arrays), copy)
 
 
@@ -107,7 +122,7 @@ def dense(kernel: NDArray[Any], bias: NDArray[Any] | None, activation: Activatio
     """Return the weights of `activation(x·kernel + bias)` as the kernel takes them, packed.
 
     Args:
-        kernel: `[I, O]`, contiguous, float32 or float64.
+        kernel: `[I, O]`, float32 or float64.
         bias: `[O]` of the same dtype, or None.
         activation: one of `ACTIVATIONS` with its parameters.
     """
@@ -115,7 +130,8 @@ def dense(kernel: NDArray[Any], bias: NDArray[Any] | None, activation: Activatio
     code = (ACTIVATIONS.index(activation.name), activation.alpha, activation.beta)
     flags = (bias is not None, False, False, False, False, 0.0, math.inf, math.inf, 0.0, 0.0)
     what = _kernel.Description(len(GATES), width, units, units, [code], *flags)
-    return weights_at(what, kernel.dtype.name, in_order({"kernel": kernel, "bias": bias}))
+    arrays = {"kernel": plain(kernel), "bias": None if bias is None else plain(bias)}
+    return weights_at(what, kernel.dtype.name, in_order(arrays))
 
 
 def sequences(
@@ -124,13 +140,13 @@ def sequences(
     reset: NDArray[np.bool_] | None = None,
     reverse: bool = False,
 ) -> Sequences:
-    """Return `x [B, T, I]` of any strides, with flags `[B, T]`, as the kernel takes it; `reverse`: from the end."""
+    """Return `x [B, T, I]`, with flags `[B, T]`, as the kernel takes it; `reverse`: from the end."""
     item = x.itemsize
     stride_batch, stride_time, stride = x.strides
     if stride != item or stride_batch % item or stride_time % item or not x.flags.aligned:
-        x = np.ascontiguousarray(x)
+        x = plain(x)
         stride_batch, stride_time, _ = x.strides
-    mask, reset = (None if flags is None else np.ascontiguousarray(flags) for flags in (mask, reset))
+    mask, reset = (None if flags is None else plain(flags) for flags in (mask, reset))
     return Sequences(len(x), x.shape[1], x, stride_batch // item, stride_time // item, mask, reset, reverse)
 
 

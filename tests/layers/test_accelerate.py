@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
 import cellstack as cs
 from cellstack import _kernel
@@ -245,8 +246,96 @@ def test_frozen_weights_are_packed_once_and_again_when_a_version_changes(kind, m
         assert type(pickle.loads(pickle.dumps(ours))) is kind
         assert copy.deepcopy(ours)._packed is None
     assert ours._packed is None
-    with pytest.raises(ValueError, match="packed_weights: expected a module that accelerate"), cs.packed_weights(theirs):
+    with (
+        pytest.raises(ValueError, match="packed_weights: expected a module that accelerate"),
+        cs.packed_weights(theirs),
+    ):
         pass
+
+
+OPTIMIZERS = {
+    "adam": lambda w: torch.optim.Adam(w, lr=0.1, fused=True),
+    "adamw": lambda w: torch.optim.AdamW(w, lr=0.1, fused=True),
+    "sgd": lambda w: torch.optim.SGD(w, lr=0.1, fused=True),
+    "adagrad": lambda w: torch.optim.Adagrad(w, lr=0.1, fused=True),
+    "not fused": lambda w: torch.optim.SGD(w, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", [*MODULES, *CELLS])
+def test_packed_weights_follow_the_steps_of_any_optimizer(kind, name, runs):
+    theirs, ours = pair(kind, 3, 4)
+    x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
+    optimizers = [OPTIMIZERS[name](module.parameters()) for module in (theirs, ours)]
+    with cs.packed_weights(ours):
+        for _ in range(3):
+            before = len(runs)
+            with torch.no_grad():
+                same(ours(x), theirs(x), 1e-6)
+            assert len(runs) == before + 1
+            for module, optimizer in zip((theirs, ours), optimizers, strict=True):
+                for weight in module.parameters():
+                    weight.grad = torch.ones_like(weight)
+                optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [*MODULES, *CELLS])
+def test_packed_weights_follow_a_vector_that_is_edited_in_place(kind, runs):
+    theirs, ours = pair(kind, 3, 4)
+    x = torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)
+    vectors = [nn.utils.parameters_to_vector(module.parameters()).detach() for module in (theirs, ours)]
+    with torch.no_grad(), cs.packed_weights(ours):
+        for _ in range(4):
+            same(ours(x), theirs(x), 1e-6)
+            for module, vector in zip((theirs, ours), vectors, strict=True):
+                vector.mul_(1.3)
+                nn.utils.vector_to_parameters(vector, module.parameters())
+    assert runs
+
+
+def test_packed_weights_follow_memory_that_another_tensor_or_process_has(runs):
+    theirs, ours = pair(nn.LSTMCell, 3, 4)
+    x = torch.randn(2, 3)
+    others = [[w.data for w in module.parameters()] for module in (theirs, ours)]
+    ours.share_memory()
+    memory = [torch.empty(0, dtype=w.dtype).set_(w.untyped_storage(), 0, w.shape) for w in ours.parameters()]
+    with torch.no_grad(), cs.packed_weights(ours):
+        for _ in range(3):
+            same(ours(x), theirs(x), 1e-6)
+            for w in (*others[0], *memory):
+                w.mul_(1.3)
+    assert len(runs) == 3
+
+
+def test_weights_in_shared_memory_are_packed_at_each_call_and_others_once(monkeypatch):
+    packs, real = [], op._weights
+    monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
+    own, shared = cs.accelerate(nn.LSTMCell(3, 4)), cs.accelerate(nn.LSTMCell(3, 4).share_memory())
+    tied = cs.accelerate(nn.LSTMCell(3, 4))
+    tied.weight_ih = own.weight_ih  # one parameter of two modules is one tensor
+    for module, expected in ((own, 1), (shared, 3), (tied, 1)):
+        packs.clear()
+        with torch.no_grad(), cs.packed_weights(nn.ModuleList([own, module])):
+            for _ in range(3):
+                module(torch.randn(2, 3))
+            assert len(packs) == expected
+
+
+def test_an_optimizer_of_other_weights_leaves_what_is_packed(monkeypatch):
+    packs, real = [], op._weights
+    monkeypatch.setattr(op, "_weights", lambda *args, **rest: packs.append(1) or real(*args, **rest))
+    ours, other = cs.accelerate(nn.LSTMCell(3, 4)), nn.Linear(3, 4)
+    optimizer = torch.optim.Adam(other.parameters(), fused=True)
+    other.weight.grad = torch.ones_like(other.weight)
+    before = len(hooks)
+    with torch.no_grad(), cs.packed_weights(ours), cs.packed_weights(ours):
+        assert len(hooks) == before + 1
+        for _ in range(3):
+            ours(torch.randn(2, 3))
+            optimizer.step()
+    assert len(packs) == 1
+    assert len(hooks) == before
 
 
 def test_short_calls_are_left_to_pytorch_but_for_what_it_cannot_do(monkeypatch):
@@ -590,13 +679,16 @@ WRONG = {
     "steps": lambda m: m(torch.randn(0, 2, 3)),
     "meta": lambda m: m(torch.randn(5, 2, 3, device="meta")),
     "nothing": lambda m: m(None),
+    "no states": lambda m: m(torch.randn(20, 2, 3), ()),
+    "a list of no states": lambda m: m(torch.randn(20, 2, 3), []),
+    "sparse": lambda m: m(torch.randn(20, 2, 3).to_sparse()),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_pytorch_refuses_is_refused_in_its_words(name):
     theirs, ours = pair(nn.LSTM, 3, 4, 2)
-    with pytest.raises((ValueError, RuntimeError, AttributeError, TypeError)) as expected:
+    with pytest.raises((ValueError, RuntimeError, AttributeError, TypeError, IndexError)) as expected:
         WRONG[name](theirs)
     with pytest.raises(type(expected.value)) as found:
         WRONG[name](ours)
@@ -663,6 +755,17 @@ def test_autocast_gives_the_dtypes_that_pytorch_gives(kind, dtype, start, runs):
         assert float((a - b).abs().max()) < tolerances.BFLOAT16
 
 
+@pytest.mark.parametrize("lengths", [[5], [5, 5], [1, 1], [5, 3]], ids=str)
+@pytest.mark.parametrize("kind", MODULES)
+def test_autocast_gives_packed_rows_the_dtypes_that_pytorch_gives(kind, lengths, runs):
+    theirs, ours = pair(kind, 3, 4)
+    x = pack_sequence([torch.randn(length, 3) for length in lengths])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected, found = flat(theirs(x)), flat(ours(x))
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    assert runs
+
+
 def test_transforms_take_pytorch_s_own_way():
     theirs, ours = pair(nn.LSTM, 3, 4)
     x = torch.randn(5, 2, 3)
@@ -690,6 +793,56 @@ def test_tracing_scripting_and_export_see_pytorch_s_own():
     exported = torch.export.export(nn.Sequential(ours), (x,))
     same(exported.module()(x), expected, 1e-6)
     assert "cellstack" not in str(exported.graph)
+
+
+class Twice(nn.Module):
+    """Two recurrent modules, one after the other, whose forward has variables of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second = kind(3, 4), kind(4, 5)
+
+    def forward(self, x):
+        y, _ = self.first(x)
+        z, _ = self.second(y)
+        return z
+
+
+@pytest.mark.filterwarnings("ignore")  # what tracing says of itself
+@pytest.mark.parametrize("steps", [1, 6, 40])
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_model_with_two_modules_passes_the_checks_of_a_trace(kind, steps):
+    theirs, ours = pair(Twice, kind)
+    x = torch.randn(steps, 2, 3)
+    same(torch.jit.trace(ours, x)(x), theirs(x), 1e-6)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_a_cell_takes_sparse_inputs_as_pytorch_does(kind, layout, runs):
+    theirs, ours = pair(kind, 3, 4)
+    x = getattr(torch.randn(2, 3), layout)()
+    with torch.no_grad(), cs.packed_weights(ours):
+        same(ours(x), theirs(x), 0.0)
+    assert not runs
+
+
+def result_of(call):
+    try:
+        return call()
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_pytorch_runs_a_module_with_sparse_weights():
+    theirs, ours = pair(nn.LSTMCell, 3, 4)
+    for module in (theirs, ours):
+        module.weight_ih = nn.Parameter(module.weight_ih.detach().to_sparse())
+    assert cs.plan(ours) == ("LSTMCell 3 -> 4: PyTorch's own: its weights are sparse",)
+    with torch.no_grad(), cs.packed_weights(ours):
+        found, expected = (result_of(lambda m=module: m(torch.ones(2, 3))[0].tolist()) for module in (ours, theirs))
+    assert found == expected
 
 
 def test_a_compiled_model_gives_the_same_and_learns():

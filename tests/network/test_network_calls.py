@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cellstack import Cell, CellSpec, Dense, Network, Patch, Recurrent, ShapeError
-from cellstack.nodes import Merge, Select
+from cellstack import Bidirectional, Cell, CellSpec, Dense, Network, Patch, Recurrent, ShapeError, native
+from cellstack.nodes import Conv1D, Merge, Select
 
 
 def cells_of(rng, widths, dtype, **flags):
@@ -76,3 +76,66 @@ def test_a_call_of_a_network_that_is_no_chain_is_a_run(rng):
 def test_an_answer_goes_forwards_in_memory(steps):
     y = Network([Dense(np.ones((3, 2), np.float32)), Select(step=-1)])(np.zeros((2, steps, 3), np.float32))
     assert min(y.strides) > 0  # torch.from_numpy takes no others, of an axis of length 1 neither
+
+
+# ── Unaligned arrays ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def unaligned(array):
+    """Return a copy of an array that is contiguous, and not aligned."""
+    copied = np.frombuffer(bytearray(1 + array.nbytes), array.dtype, offset=1).reshape(array.shape)
+    copied[...] = array
+    assert copied.flags.c_contiguous
+    assert not copied.flags.aligned
+    return copied
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_unaligned_inputs_and_states_give_what_aligned_ones_give(dtype, rng):
+    made = {what: Network(tuple(nodes)) for what, nodes, _ in chains(rng, dtype)}
+    kernel = rng.normal(size=(3, 3, 4)).astype(dtype)
+    made["a convolution"] = Network((Conv1D(kernel), Recurrent(tuple(cells_of(rng, (4, 5), dtype)))))
+    back = Recurrent(tuple(cells_of(rng, (3, 5), dtype)), go_backwards=True)
+    made["both directions"] = Network((Bidirectional(Recurrent(tuple(cells_of(rng, (3, 5), dtype))), back),))
+    for what, net in made.items():
+        x = rng.normal(size=(2, 6, 3)).astype(dtype)
+        y, after = net.run(x)
+        assert np.array_equal(net(unaligned(x)), net(x)), what
+        assert np.array_equal(net.run(unaligned(x))[0], y), what
+        state = [type(part)(*map(unaligned, part)) for part in after]
+        assert np.array_equal(net.run(unaligned(x), state)[0], net.run(x, after)[0]), what
+        mask = rng.random((2, 6)) < 0.7
+        if "backwards" not in what:
+            assert np.array_equal(net.run(unaligned(x), mask=mask)[0], net.run(x, mask=mask)[0]), what
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_unaligned_weights_give_what_aligned_ones_give(dtype, rng):
+    (cell,) = cells_of(rng, (3, 5), dtype)
+    other = Cell(cell.spec, **{name: unaligned(array) for name, array in cell.arrays.items()})
+    first = head(rng, 5, 2, dtype, "tanh")
+    nets = [
+        Network((Recurrent((cell,)), first)),
+        Network((Recurrent((other,)), Dense(unaligned(first.kernel), unaligned(first.bias), "tanh"))),
+    ]
+    x = rng.normal(size=(2, 6, 3)).astype(dtype)
+    assert np.array_equal(nets[1](x), nets[0](x))
+    found, expected = (net.trace(x).gradient(1) for net in reversed(nets))
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_functions_of_native_take_unaligned_arrays(rng):
+    (cell,) = cells_of(rng, (3, 5), np.float32)
+    arrays = {name: unaligned(array) for name, array in cell.arrays.items()}
+    x, found = rng.normal(size=(2, 6, 3)).astype(np.float32), []
+    for weights, rows in (
+        (native.weights(cell.spec, cell.arrays), native.sequences(x)),
+        (native.weights(cell.spec, arrays), native.sequences(unaligned(x))),
+        (native.weights(cell.spec, arrays), native.sequences(unaligned(np.repeat(x, 2, axis=1))[:, ::2])),
+    ):
+        found.append(np.empty((2, 6, 5), np.float32))
+        native.forward(rows, [native.Layer(weights, y=found[-1])], 1)
+    assert np.array_equal(found[1], found[0])
+    assert np.array_equal(found[2], found[0])
+    with pytest.raises(ValueError, match="weights: expected kernel to be contiguous and aligned with copy=False"):
+        native.weights(cell.spec, arrays, copy=False)

@@ -58,13 +58,13 @@ Ends = tuple[Array | None, Array | None]
 
 def _through_cell(cell: Cell, record: Record, dy: Array | None, ends: Ends) -> tuple[Array, list[Array]]:
     """Return the gradient of what a cell took, and of the state that it started from, where one was given."""
-    own = {name: np.ascontiguousarray(array) for name, array in cell.arrays.items()}
+    own = {name: native.plain(array) for name, array in cell.arrays.items()}
     weights = native.weights(cell.spec, own, copy=False)
-    x = np.ascontiguousarray(record.x)
+    x = native.plain(record.x)
     batch, steps, _ = x.shape
     shapes = native.results(cell.spec, batch, steps)
     made: dict[str, Any] = {name: np.empty(shape, x.dtype) for name, shape in shapes.items()}
-    before = [None if record.before is None else np.ascontiguousarray(array) for array in record.before or ()]
+    before = [None if record.before is None else native.plain(array) for array in record.before or ()]
     starts: dict[str, Any] = dict(zip(("h0", "c0"), before, strict=False))
     layer = native.Layer(weights, **starts, **made)
     sequences = native.sequences(x, record.mask, record.reset, record.reverse)
@@ -72,7 +72,7 @@ def _through_cell(cell: Cell, record: Record, dy: Array | None, ends: Ends) -> t
     dx = np.zeros_like(x)
     begun = {f"d{name}": np.zeros_like(array) for name, array in starts.items()}
     given: dict[str, Any] = dict(zip(("dy", "dhn", "dcn"), (dy, *ends), strict=True))
-    given = {name: None if array is None else np.ascontiguousarray(array) for name, array in given.items()}
+    given = {name: None if array is None else native.plain(array) for name, array in given.items()}
     wanted = native.Gradients(**given, dx=dx, **begun)
     native.backward(sequences, [layer], [wanted], 1)
     return dx, list(begun.values())

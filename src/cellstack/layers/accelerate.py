@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cellstack.layers import op
 from cellstack.layers.accelerated import PASSING, Accelerated, class_of, copied
@@ -77,6 +78,17 @@ def accelerate(module: nn.Module) -> nn.Module:
 
 
 _freezing = threading.Lock()  # contexts of several threads may hold one module
+_packing: dict[int, Any] = {}  # modules of all contexts that are open, by id
+_hooks: list[Any] = []  # the one on optimisers' steps, while a context is open
+
+
+def _pack_again(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Discard what was packed from an optimiser's weights, after its step: fused optimisers change no version."""
+    written = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    with _freezing:
+        for part in _packing.values():
+            if any(id(weight) in written for weight in part.parameters()):
+                part.__dict__.get("_packed", {}).clear()
 
 
 @contextmanager
@@ -84,9 +96,15 @@ def packed_weights(module: nn.Module) -> Iterator[nn.Module]:
     """Say that the weights of an accelerated module stay as they are, for as long as the context lasts.
 
     A call without gradients then packs them once, at the first call, which is most of what a step of a cell, or of a
-    sequence of length 1, costs: in a loop that acts, generates or listens, step by step. What an optimiser or
-    `load_state_dict` writes meanwhile is noticed, since it counts as a version of the tensor; what is written through
-    `.data` or a NumPy view isn't.
+    sequence of length 1, costs: in a loop that acts, generates or listens, step by step.
+
+    Weights that change within the context are packed again after each of these changes: a step of any
+    `torch.optim.Optimizer`, fused ones included, `load_state_dict`, an operation in place, `vector_to_parameters`, and
+    another tensor in place of one. Where another tensor or process shares the memory of a weight as it is packed, as
+    after `vector_to_parameters`, `share_memory` or with a `state_dict()` that is still referenced, every call packs
+    that layer's weights: such a call is correct, and as slow as outside the context. Writes that PyTorch's version
+    counter doesn't record aren't noticed otherwise: those through `.data` or a NumPy array, and those of a fused
+    operator that is called without its optimiser.
 
     Args:
         module: a module that `accelerate` was given, or one with such modules inside.
@@ -109,6 +127,9 @@ def packed_weights(module: nn.Module) -> Iterator[nn.Module]:
             own = part.__dict__  # a class of one's own may let nothing be set
             own["_holders"] = own.get("_holders", 0) + 1
             own.setdefault("_packed", {})
+            _packing[id(part)] = part
+        if not _hooks:
+            _hooks.append(register_optimizer_step_post_hook(_pack_again))
     try:
         yield module
     finally:
@@ -117,8 +138,11 @@ def packed_weights(module: nn.Module) -> Iterator[nn.Module]:
                 own = part.__dict__
                 own["_holders"] = own.get("_holders", 1) - 1
                 if own["_holders"] < 1:
+                    _packing.pop(id(part), None)
                     for name in PASSING:
                         own.pop(name, None)
+            if not _packing and _hooks:
+                _hooks.pop().remove()
 
 
 def restore(module: nn.Module) -> nn.Module:

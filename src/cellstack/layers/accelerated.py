@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from cellstack.layers import op, served
+from cellstack.layers.base import exporting
 from cellstack.layers.cell import needs_grad
 from cellstack.layers.sequences import shifted
 from cellstack.layers.served import KINDS, arrays_of, is_ready, mode_of, name_of, why_not
@@ -107,7 +108,9 @@ class _Sequence(Accelerated, nn.RNNBase):
             RuntimeError: `reset` or `return_gates` with a call that PyTorch's own forward has to run.
         """
         asked = reset is not None or return_gates
-        if isinstance(input, Tensor) and not asked and self._is_short(input):
+        if isinstance(input, Tensor) and not asked and (exporting() or self._is_short(input)):
+            # torch.jit.trace names values after local variables, and repeats the call without gradients to compare the
+            # graphs: both calls have to take the same path.
             return super().forward(input, hx)
         packed = input if isinstance(input, PackedSequence) else None
         x: Any = input if packed is None else packed.data
@@ -121,7 +124,11 @@ class _Sequence(Accelerated, nn.RNNBase):
                     f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[1]}"
                 )
             return super().forward(input, hx)
-        lowered = _lowered(self.mode, x, states, packed is None, bool(self.proj_size))
+        sizes = None if packed is None else packed.batch_sizes
+        padded = sizes is None or bool(
+            sizes[-1] == sizes[0]
+        )  # packed rows of equal length run in PyTorch as padded ones do
+        lowered = _lowered(self.mode, x, states, padded, bool(self.proj_size))
         x, states = _in_full(x, states, weights[0].dtype)
         batched = packed is not None or x.ndim == 3
         used = None
@@ -387,8 +394,9 @@ def _onednn_takes_float16() -> bool:
 
 def _checked_reset(module: nn.Module, reset: Any, shape: tuple[int, ...]) -> Tensor:
     """Return `reset`, which has to be a tensor of bool of a shape."""
-    if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
-        came = str(reset.dtype).removeprefix("torch.") if isinstance(reset, Tensor) else type(reset).__name__
+    if not isinstance(reset, Tensor) or op.wraps(reset) or reset.dtype is not torch.bool:
+        known = isinstance(reset, Tensor) and not op.wraps(reset)
+        came = str(reset.dtype).removeprefix("torch.") if known else type(reset).__name__
         raise ValueError(f"{name_of(module)}: expected reset to be a tensor of bool, got {came}")
     if reset.shape != shape:
         raise ValueError(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from cellstack.layers import weights
+from cellstack.layers import op, weights
 from cellstack.spec import ShapeError
 
 Self = TypeVar("Self", bound="Layer")
@@ -125,6 +125,11 @@ def as_mask(owner: str, value: Any, like: Tensor, name: str = "mask") -> Tensor:
             mask = torch.from_numpy(np.array(value))
         except (ValueError, TypeError) as error:
             raise TypeError(f"{owner}: expected {name} to be an array of bool: {error}") from None
+    if op.wraps(mask) and not op.symbolic(mask):
+        raise TypeError(
+            f"{owner}: expected {name} as torch.Tensor, got {type(mask).__name__}: subclasses of torch.Tensor that "
+            "define __torch_dispatch__ aren't supported here"
+        )
     if mask.dtype != torch.bool:
         came = str(mask.dtype).removeprefix("torch.")
         raise TypeError(

@@ -268,8 +268,19 @@ class Cell(Layer):
         ]
 
     def arrays(self) -> list[Tensor]:
-        """Return the arrays of a built cell as the op takes them, in the order of `CellSpec.shapes`."""
-        return [self._array(name) for name in self._names]  # pyright: ignore[reportReturnType]
+        """Return the arrays of a built cell as the op takes them, in the order of `CellSpec.shapes`.
+
+        Raises:
+            TypeError: one is of a subclass of torch.Tensor, which the kernel can't read.
+        """
+        arrays: list[Any] = [self._array(name) for name in self._names]
+        for name, array in zip(self._names, arrays, strict=True):
+            if type(array) not in op.PLAIN and not op.symbolic(array):
+                raise TypeError(
+                    f"{self._owner}: expected {name} to be a torch.Tensor or nn.Parameter, got {type(array).__name__}: "
+                    "subclasses of torch.Tensor aren't supported as weights"
+                )
+        return arrays
 
     def _array(self, name: str) -> Tensor | None:
         """Return the attribute `name`, without the search of a module's attributes where it is a parameter."""
@@ -359,6 +370,12 @@ class Cell(Layer):
         parts = [value] if getattr(value, "ndim", 3) < 3 else list(value)
         like = self.like
         tensors = [as_input(owner, "state", part, like) for part in parts]
+        for tensor in tensors:
+            if op.wraps(tensor) and not op.symbolic(tensor):
+                raise TypeError(
+                    f"{owner}: expected the state as torch.Tensor, got {type(tensor).__name__}: subclasses of "
+                    "torch.Tensor that define __torch_dispatch__ aren't supported as states"
+                )
         shapes = [tuple(t.shape) for t in tensors]
         if batch is None:
             batch = shapes[0][0] if shapes and shapes[0] else 0

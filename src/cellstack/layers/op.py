@@ -32,7 +32,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from cellstack import native
@@ -238,12 +238,24 @@ def _lying(form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[
 
 
 # Packed weights, by the layer of a call, with the addresses and versions of the tensors that they were packed from, and
-# these tensors: as long as they are there, none that comes after has their address.
-Kept = dict[int, tuple[list[tuple[int, int]], Any, list[Tensor]]]
+# the memory of these: as long as it is there, no later tensor has such an address.
+Kept = dict[int, tuple[list[tuple[int, int]], Any, list[torch.UntypedStorage]]]
+
+
+def _uses(storage: torch.UntypedStorage) -> int:
+    """Return how many tensors and Python objects refer to a storage."""
+    return torch._C._storage_Use_Count(storage._cdata)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_probe = torch.empty(1)
+_ONE_TENSOR = _uses(_probe.untyped_storage())  # what the count is where one tensor alone has the memory
 
 
 def _kept_weights(kept: Kept, layer: int, form: _Form, weights: Sequence[Tensor], dtype: torch.dtype) -> Any:
-    """Return the kernel's weights of a layer out of `kept`, packed anew where the tensors are others than they were."""
+    """Return the kernel's weights of a layer, from `kept` where its tensors are the same and have the same versions.
+
+    Nothing is kept where another tensor or process shares the memory of one: what that writes changes no version here.
+    """
     try:
         tensors = [(int(form.halves), 0), *((weight.data_ptr(), weight._version) for weight in weights)]
     except RuntimeError:  # made in inference mode: such tensors have no version
@@ -251,7 +263,10 @@ def _kept_weights(kept: Kept, layer: int, form: _Form, weights: Sequence[Tensor]
     found = kept.get(layer)
     if found is None or found[0] != tensors:
         packed = _weights(form, weights, dtype, copy=True)[0]
-        found = kept[layer] = tensors, packed, [weight.detach() for weight in weights]
+        storages = [weight.untyped_storage() for weight in weights]
+        if any(_uses(storage) > _ONE_TENSOR or storage.is_shared() for storage in storages):
+            return packed
+        found = kept[layer] = tensors, packed, storages
     return found[1]
 
 
@@ -614,6 +629,27 @@ def unwatched() -> bool:
         and not torch._C._len_torch_function_stack()
         and torch._C._get_tracing_state() is None
     )
+
+
+PLAIN = (Tensor, nn.Parameter)
+"""The types of weights that the kernel reads: a subclass may have no memory, or intercept operations."""
+
+
+def wraps(tensor: Tensor) -> bool:
+    """Whether a tensor's class defines `__torch_dispatch__`: such a tensor may have no memory."""
+    if type(tensor) in PLAIN:
+        return False
+    kinds: tuple[Any, ...] = type(tensor), Tensor
+    own, usual = (kind.__torch_dispatch__ for kind in kinds)
+    return own is not usual
+
+
+def symbolic(tensor: Tensor) -> bool:
+    """Whether a tensor only records operations and has no numbers, as in an export."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
 def direct(x: Tensor) -> bool:

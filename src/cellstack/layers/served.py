@@ -75,6 +75,11 @@ def obstacle(module: nn.Module) -> str | None:
     if own is not None:
         return own
     weights = list(module.parameters(recurse=False))
+    subclasses = sorted({type(weight).__name__ for weight in weights if type(weight) not in op.PLAIN})
+    if subclasses:
+        return f"its weights are of a subclass of torch.Tensor ({', '.join(subclasses)})"
+    if any(weight.layout is not torch.strided for weight in weights):
+        return "its weights are sparse"
     devices = sorted({weight.device.type for weight in weights})
     if devices != ["cpu"]:
         return f"its weights are on {' and '.join(devices)}"
@@ -94,17 +99,20 @@ def _watched() -> bool:
 
 def is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) -> bool:
     """Whether these are the tensors that the kernel takes; where it is no, PyTorch runs the call, or refuses it."""
-    if not isinstance(x, Tensor) or _watched() or not x.numel() or x.shape[-1] != width:
+    if not isinstance(x, Tensor) or op.wraps(x) or _watched() or not x.numel() or x.shape[-1] != width:
         return False
+    for array in (*weights, *states):  # first, since a subclass may intercept the reading of an attribute
+        if type(array) not in op.PLAIN:
+            return False
     dtype = weights[0].dtype
     mixed = torch.is_autocast_enabled("cpu")
     if dtype is not torch.float32 and (mixed or dtype is not torch.float64):
         return False
     for weight in weights:
-        if weight.dtype is not dtype or not weight.is_cpu:
+        if weight.dtype is not dtype or not weight.is_cpu or weight.layout is not torch.strided:
             return False
     for given in (x, *states):
-        if not isinstance(given, Tensor) or not given.is_cpu:
+        if not given.is_cpu or given.layout is not torch.strided:
             return False
         if given.dtype is not dtype and not (mixed and given.is_floating_point()):
             return False
@@ -112,8 +120,11 @@ def is_ready(x: Any, width: int, weights: Sequence[Any], states: Sequence[Any]) 
 
 
 def arrays_of(hx: Any, mode: str) -> Sequence[Any]:
-    """Return the arrays of a state as PyTorch's modules take it: a pair of an LSTM, else the array itself."""
-    return () if hx is None else hx if mode == "LSTM" and isinstance(hx, (tuple, list)) else (hx,)
+    """Return the arrays of a state as PyTorch's modules take it: a pair of an LSTM, else the array itself.
+
+    An empty tuple isn't the same as None: PyTorch refuses it, so it is returned as if it were an array.
+    """
+    return () if hx is None else hx if mode == "LSTM" and isinstance(hx, (tuple, list)) and hx else (hx,)
 
 
 def mode_of(cell: Any) -> str:

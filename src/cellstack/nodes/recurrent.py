@@ -636,7 +636,7 @@ def _check_starts(owner: str, node: Node, shapes: Sequence[Shape]) -> None:
 
 def _started(node: Node, starts: Sequence[Flow]) -> tuple[CellState, ...]:
     """Return the states that flow into a node, one a cell."""
-    arrays = iter([np.ascontiguousarray(start.x) for start in starts])
+    arrays = iter([native.plain(start.x) for start in starts])
     specs = [cell.spec for cell in node.cells]
     return tuple(STATES[spec.kind](*(next(arrays) for _ in spec.state_sizes)) for spec in specs)
 

@@ -190,7 +190,7 @@ class Conv1D(Node):
         if not count or not batch:
             return np.zeros((batch, count, filters), x.dtype)
         if self.dilation == self.groups == 1:  # a window is a row of K·C numbers as they lie, and each row a Dense
-            x = np.ascontiguousarray(x)
+            x = native.plain(x)
             y = np.empty((batch, count, filters), x.dtype)
             rows = native.Sequences(batch, count, x, steps * channels, self.strides * channels)
             native.forward(rows, [native.Layer(self._packed, y=y)], 1)
