@@ -366,7 +366,7 @@ def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: li
         options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
         looks += export(_as_one_step(module, inputs), _fresh(inputs), path, options)
         try:
-            return onnx.load(path, whole_loops=True)
+            return onnx.read_whole(path, whole_loops=True)
         except FormatError as error:
             raise FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")) from error
 
