@@ -470,3 +470,14 @@ def test_a_module_of_ones_own_with_time_first_is_advised_what_keeps_its_answers(
     net = cs.compile(Turned(), torch.randn(2, 5, 3))
     y = module(turn(x)).detach()
     np.testing.assert_allclose(net(x.numpy()), (turn(y) if y.ndim == 3 else y).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_batch_first_is_not_advised_where_forward_permutes_and_takes_a_state(steps):
+    class Steps(TimeFirst):
+        def forward(self, x, h, c):
+            return torch.erfinv(turn(self.lstm(turn(x), (h, c))[0]))
+
+    with pytest.raises(cs.FormatError) as raised:
+        cs.compile(Steps(None, None), (torch.randn(4, steps, 3), torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)))
+    assert "batch" not in str(raised.value)

@@ -260,26 +260,34 @@ def _time_first(module: Any, inputs: tuple[Any, ...]) -> bool:
     import torch
 
     parts = [p for p in module.modules() if isinstance(p, torch.nn.RNNBase) and not p.batch_first]
-    flat = _tensors(inputs)
-    sizes: list[list[int]] = []
+    first, *others = _tensors(inputs)
 
-    def look(_: Any, given: tuple[Any, ...]) -> None:
-        if given and isinstance(given[0], torch.Tensor) and given[0].ndim == 3:
-            sizes[-1].append(given[0].shape[0])
+    def lengths(x: Any) -> list[int]:
+        """Return the lengths of the first axis of what the layers take, for an input."""
+        found: list[int] = []
 
-    hooks = [part.register_forward_pre_hook(look) for part in parts]
-    try:
-        for more in (0, 1) if parts else ():  # the axis that grows with the first is the same, whatever its length
-            sizes.append([])
-            wider = [_wider(t, 0, more) if t.ndim == flat[0].ndim and not n else t for n, t in enumerate(flat)]
+        def look(_: Any, given: tuple[Any, ...]) -> None:
+            if given and isinstance(given[0], torch.Tensor) and given[0].ndim == 3:
+                found.append(given[0].shape[0])
+
+        hooks = [part.register_forward_pre_hook(look) for part in parts]
+        try:
             with torch.no_grad():
-                module(*_fresh(_like(inputs, wider)))
-    except Exception:  # it takes no other length: equal lengths have to do
-        return bool(sizes[0]) and all(size == flat[0].shape[0] for size in sizes[0])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return bool(parts and sizes[0]) and sizes[1] == [size + 1 for size in sizes[0]]
+                module(*_fresh(_like(inputs, [x, *others])))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    before = lengths(first) if parts else []
+    for axis in (0, 1) if before and first.ndim > 1 else ():
+        try:
+            after = lengths(_wider(first, axis, 1))
+        except Exception:  # the module takes no other length along it
+            after = []
+        if after:
+            return all((old != new) == (axis == 0) for old, new in zip(before, after, strict=False))
+    return bool(before) and all(length == len(first) for length in before)
 
 
 def _compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> Places:
