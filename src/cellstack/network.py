@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from os import PathLike
@@ -19,7 +21,8 @@ from cellstack.graph import Graph, Inputs, check_name, wired
 from cellstack.nodes.base import Array, CellState, Flow, Node, Shape, check_choice, check_integer
 from cellstack.nodes.dense import Dense
 from cellstack.nodes.patches import CellPatches, Patch
-from cellstack.nodes.recurrent import WEIGHTS, Bidirectional, Cell, Recording, Recurrent
+from cellstack.nodes.recurrent import WEIGHTS, Bidirectional, Cell, Recording, Recurrent, ends_both_ways
+from cellstack.nodes.time import GlobalPool
 from cellstack.spec import Plan, ShapeError, check_sequence
 
 if TYPE_CHECKING:
@@ -28,6 +31,25 @@ if TYPE_CHECKING:
     from cellstack.inspect.trace import NetworkTrace
     from cellstack.streaming.sessions import Sessions
     from cellstack.streaming.stream import Stream
+
+
+def _warn_of_last_steps(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> None:
+    """Warn of a pool that takes the last step of a bidirectional layer, where its final states may be meant."""
+    by_name = dict(zip(names, nodes, strict=True))
+    sources = dict(zip(names, graph.wires, strict=True))
+
+    def before(name: str) -> Iterator[Node]:
+        while sources[name] and (name := sources[name][0]) in by_name:
+            yield by_name[name]
+
+    for name, node in by_name.items():
+        if isinstance(node, GlobalPool) and node.mode == "last" and ends_both_ways(before(name)):
+            warnings.warn(
+                f'Network: {name}: GlobalPool("last") after a Bidirectional is the last step, not both final states: '
+                "at that step the backward direction has read one step only. For both final states leave the pool out, "
+                "and give the two parts of the Bidirectional return_sequences=False",
+                stacklevel=3,
+            )
 
 
 def processors() -> int:
@@ -179,6 +201,8 @@ class Network:
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("cellstack."):  # files say what they mean
+            _warn_of_last_steps(nodes, names, graph)
 
     @property
     def cells(self) -> tuple[Cell, ...]:

@@ -64,11 +64,12 @@ BELOW_FORMATS = {
     "c": {"files", "build"},
     "safetensors_weights": {"pytorch"},  # a state dict of PyTorch's, in another container
     "safetensors": {"files", "safetensors_weights"},
-    "": set(),  # formats/__init__.py, which looks its adapters up by name
+    "": {"files"},  # formats/__init__.py, which looks its adapters up by name
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
-    "verify": {"runtimes"},
+    "verify": {"files", "runtimes"},
     "exported": set(),
-    "compiled": {"build", "exported", "onnx", "pytorch", "runtimes"},
+    "sizes": set(),
+    "compiled": {"build", "exported", "onnx", "pytorch", "runtimes", "sizes"},
 }
 
 # Who may import what from outside the standard library. Torch has a door of its own.

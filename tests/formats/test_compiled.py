@@ -388,7 +388,8 @@ def test_the_example_stays_as_it_was():
 
 
 def test_what_the_module_refuses_and_what_cannot_be_compared_is_said():
-    with pytest.raises(RuntimeError, match="Expected 3, got 5"):
+    rejected = "compile: LSTM itself rejects the example: RuntimeError: .* Expected 3, got 5"
+    with pytest.raises(ValueError, match=rejected):
         cs.compile(nn.LSTM(3, 4, batch_first=True), torch.randn(2, 7, 5))
     with pytest.raises(ValueError, match=r"a row and a step at least, got \[0, 7, 3\]"):
         cs.compile(nn.LSTM(3, 4, batch_first=True), torch.zeros(0, 7, 3))
@@ -396,3 +397,87 @@ def test_what_the_module_refuses_and_what_cannot_be_compared_is_said():
     module.last = module(torch.zeros(2, 7, 3))[0]
     with pytest.raises(cs.FormatError, match="LSTM can't be copied: Only Tensors"):
         cs.compile(module, torch.zeros(2, 7, 3))
+
+
+def test_an_index_error_of_the_module_is_reported_as_its_own():
+    module = Parts(lambda m, x, y, state: y[:, 9])
+    with pytest.raises(ValueError, match=r"^compile: Parts itself rejects the example: IndexError: .*out of bounds"):
+        cs.compile(module, torch.randn(2, 7, 3))
+
+
+def test_nan_of_the_module_is_reported_as_its_own():
+    module = nn.LSTM(3, 4, batch_first=True)
+    with torch.no_grad():
+        module.weight_ih_l0[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^compile: LSTM itself returns NaN for the example"):
+        cs.compile(module, torch.randn(2, 7, 3))
+
+
+def test_nan_for_other_numbers_than_those_of_the_example_has_to_be_the_networks_too():
+    def parts(m, x, y, state):
+        great = torch.exp(300 * x)
+        return great - 2 * great + y[..., :3]
+
+    module = Parts(parts)
+    net = cs.compile(module, -torch.rand(2, 7, 3))
+    x = torch.randn(2, 7, 3)  # of which some are infinite, and then NaN
+    expected = module(x).detach().numpy()
+    assert np.isnan(expected).any()
+    np.testing.assert_allclose(net(x.numpy()), expected, atol=1e-5)
+
+
+class TimeFirst(nn.Module):
+    """A layer with batch_first=False, and what `forward` does before and after it."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.before, self.after = nn.LSTM(3, 4), before, after
+
+    def forward(self, x):
+        return self.after(self.lstm(self.before(x))[0])
+
+
+def turn(x):
+    return x.transpose(0, 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3), (4, 4, 3), (1, 1, 3)])
+def test_batch_first_is_not_advised_where_forward_permutes(shape):
+    with pytest.raises(cs.FormatError) as raised:
+        cs.compile(TimeFirst(turn, lambda y: torch.erfinv(turn(y))), torch.randn(shape))
+    assert "batch" not in str(raised.value)
+    assert "Network: ONNX has no such operator" in str(raised.value)
+
+
+@pytest.mark.parametrize("after", [lambda y: y * 2, lambda y: y[-1]])
+def test_a_module_of_ones_own_with_time_first_is_advised_what_keeps_its_answers(after):
+    module = TimeFirst(lambda x: x, after).eval()
+    with pytest.raises(cs.FormatError, match=r"Network: it takes time before batch, .* x.transpose\(0, 1\)") as raised:
+        cs.compile(module, torch.randn(5, 2, 3))
+    assert "batch_first" not in str(raised.value)
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            y = self.inner(turn(x))
+            return turn(y) if y.ndim == 3 else y
+
+    x = torch.randn(3, 8, 3)
+    net = cs.compile(Turned(), torch.randn(2, 5, 3))
+    y = module(turn(x)).detach()
+    np.testing.assert_allclose(net(x.numpy()), (turn(y) if y.ndim == 3 else y).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_batch_first_is_not_advised_where_forward_permutes_and_takes_a_state(steps):
+    class Steps(TimeFirst):
+        def forward(self, x, h, c):
+            return torch.erfinv(turn(self.lstm(turn(x), (h, c))[0]))
+
+    with pytest.raises(cs.FormatError) as raised:
+        cs.compile(Steps(None, None), (torch.randn(4, steps, 3), torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)))
+    assert "batch" not in str(raised.value)

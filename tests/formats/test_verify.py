@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -376,6 +377,39 @@ def test_outputs_in_any_order_of_axes(tmp_path, name, axes):
 
 ORDERS = ("BTF", "TBF", "BFT", "TFB", "FTB", "FBT", "TF", "FT")
 ENDS = (*ORDERS, "BF", "FB", "F")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_time_before_batch_is_reported_when_a_file_is_loaded_and_verified(tmp_path, order):
+    path = str(tmp_path / "net.onnx")
+    onnx.save(in_order(order, "TBF", "LSTM", 1, False, {}), path)
+    says = f"input 'X' has time before batch in the file, [{', '.join(order.replace('F', 'I'))}]"
+    if "B" in order and order.index("T") < order.index("B"):
+        with pytest.warns(
+            UserWarning, match=rf"^load: {re.escape(f'{path}: {says}')}: the network takes \[B, T, I\]"
+        ) as record:
+            net = load(path)
+        assert record[0].filename == __file__
+        note = f"; {says}: the network takes [B, T, I], and x was transposed for the file"
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            net = load(path)
+        note = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the report says it
+        report = verify(net, path)
+    assert report.ok(1e-5), str(report)
+    assert report.note == "not compared: cell 0 h, cell 0 c" + note
+    assert note in str(report)
+
+
+def test_what_we_write_as_onnx_has_batch_before_time(tmp_path):
+    net = Network([Recurrent((make_cell(np.random.default_rng(0), 3, 4),))])
+    net.save(tmp_path / "net.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "before batch" not in verify(load(tmp_path / "net.onnx"), tmp_path / "net.onnx").note
 
 
 def in_order(order, end, kind, ways, states, sizes):

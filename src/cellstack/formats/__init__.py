@@ -13,6 +13,7 @@ from os import PathLike, fspath
 from pathlib import PurePath
 from typing import Any
 
+from cellstack.formats.files import check_readable
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
@@ -35,8 +36,9 @@ def adapter_of(path: str) -> Any:
 
     Raises:
         FormatError: no format is like it.
-        OSError: the file can't be read.
+        OSError: the file can't be read, or is no regular file.
     """
+    check_readable(path)
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     candidates = [adapter for adapter in adapters() if adapter.recognises(head)]
@@ -57,9 +59,9 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
         **options: what a file leaves open, for the formats that have such; None: nothing is said.
             PyTorch's weights: `order`, for those that don't say in which order their modules run, such as the weights
             of one's own class: the modules' names, in that order. `"last"` stands for the last step of a sequence,
-            `"relu"` and the like for an activation, and a node for itself; `"words:Embedding"` and `"head:Linear"` tell
-            apart what looks alike without a bias. What else the class does between its modules is for the caller to
-            know.
+            which after a bidirectional layer isn't both final states (`load` warns of that), `"relu"` and the like for
+            an activation, and a node for itself; `"words:Embedding"` and `"head:Linear"` tell apart what looks alike
+            without a bias. What else the class does between its modules is for the caller to know.
             ONNX: `constants`, values of inputs by name, `{"sr": 16000}`; `weights`, the same of inputs that are
             weights; `frames`, how many numbers a frame of an input has; `context`, how many of a frame's last numbers
             stand ahead of the next one.
@@ -72,7 +74,7 @@ def load(path: str | PathLike[str], **options: Any) -> Network:
         FormatError: the file is damaged, of a format that isn't supported, or holds what a Network can't run, each
             named; names the file, the tensor, what was expected and what was found.
         ModuleNotFoundError: the format is read by a package that isn't installed, which the message names.
-        OSError: the file can't be read.
+        OSError: the file can't be read, or is no regular file, such as a named pipe.
     """
     path = fspath(path)
     adapter = adapter_of(path)

@@ -19,6 +19,7 @@ from cellstack.formats.exported import export, mend, shortened
 from cellstack.formats.pytorch import from_torch
 from cellstack.formats.pytorch.modules import KNOWN
 from cellstack.formats.runtimes import ordered, parted
+from cellstack.formats.sizes import Places, compared
 from cellstack.network import Network
 from cellstack.spec import FormatError
 
@@ -27,15 +28,27 @@ SCALES = (1.0, 0.01, 10.0)  # of the numbers that are drawn for the comparison
 MORE_SCALES = (*SCALES, -1e-3, 0.1, 0.3, -1.0, 3.0, 30.0, -100.0, 1e3)  # where a module goes by the numbers
 MOST_WAYS = 30  # in which the axes of several inputs are tried together
 STEPS = 4  # of a module that steps a cell, when it is compared
+LONGER = 250  # steps more than the example has, in the comparison of a much longer sequence
+MORE_ROWS = 10  # than the example has, in the comparison of a larger batch
+ONE_ROW, ONE_STEP, MUCH_LONGER = "with one row ", "with one step ", f"with {LONGER} steps more "
+NUDGE = 1 + 1e-6  # a factor of the weights that changes an answer no more than rounding does
+BATCH_FIRST = (
+    "it has layers with batch_first=False, and a Network takes batch before time: set batch_first=True, "
+    "which changes no weight, and give an example [B, T, I]"
+)
+TIME_FIRST = (
+    "it takes time before batch, and a Network takes batch before time: compile a module whose forward calls it with "
+    "x.transpose(0, 1) and transposes the sequences that it returns, and give an example [B, T, I]"
+)
 
 
 def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
     """Return a module of PyTorch as a Network, which runs without PyTorch, streams, and is saved in any format.
 
     The module is read as `from_torch` reads it; where that can't be, it is exported to ONNX, and the graph is read.
-    Either way the network has to answer as the module does: for the example, for other numbers of its shape, and with
-    a row more and with more steps, where both take them. The module is taken as in evaluation, and in float32
-    where it has half precision; it is left as it was.
+    Either way the network has to answer as the module does: for the example, for other numbers of its shape, and for
+    other sizes where both take them: one row, more rows, one step, a step less, and up to 250 steps more. The module
+    is taken as in evaluation, and in float32 where it has half precision; it is left as it was.
 
     Args:
         module: the module; one that was accelerated, too.
@@ -48,11 +61,13 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
         them are those that `Network.run` returns; a state that is all that is wanted of a layer is an output, `[B, H]`.
         A module that steps a cell, as in `model(x, h, c)` with `x [B, I]`, becomes one over as many steps as there are.
 
-    Where the module reads numbers out of its tensors, as an `if` does, and the network agreed nonetheless, it warns.
+    Where the module reads numbers out of its tensors, as an `if` does, or compares sizes of its input, as in
+    `if x.shape[1] > 4`, and the network agreed nonetheless, it warns and says where. Sizes that the module gets by
+    `len` and step numbers, as in `if t == 300`, are found only where one of the sizes above shows the difference.
 
     Raises:
         TypeError: it is no module, the example is no tensor, or the tolerance no number.
-        ValueError: the example is empty, by which nothing could be compared.
+        ValueError: the example is empty, the module itself rejects it, or returns NaN for it.
         FormatError: neither way leads to a network that answers as the module does; says why, for each.
         ModuleNotFoundError: the export needs onnx or onnxscript, which aren't installed.
 
@@ -98,7 +113,12 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             f"compile: {type(module).__name__} has no numbers on the device 'meta': give it weights first, by "
             "module.to_empty(device='cpu') and module.load_state_dict(...), and an example on the CPU"
         )
-    packs, answers, again = _first(still, inputs)  # what the module itself refuses, it refuses in its own words
+    packs, answers, again = _first(still, inputs)
+    if any(isinstance(a, torch.Tensor) and a.is_floating_point() and bool(a.isnan().any()) for a in answers):
+        raise ValueError(
+            f"compile: {type(module).__name__} itself returns NaN for the example, so there is nothing to compare "
+            "with: check its weights, and give an example for which it returns numbers"
+        )
     reasons = []
     if not again:
         reasons.append(
@@ -110,13 +130,11 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             "it packs its rows, which no exporter can follow: give a module that runs over them as they are padded, "
             "without lengths; net(x, mask=...) then leaves the padding out, as packing does"
         )
-    elif any(getattr(part, "batch_first", True) is False for part in still.modules()):
-        reasons.append(
-            "it has layers with batch_first=False, and a Network takes batch before time: set batch_first=True, "
-            "which changes no weight, and give an example that is so"
-        )
+    elif _time_first(still, inputs):
+        reasons.append(BATCH_FIRST if _plain(still) else TIME_FIRST)
     tried: list[str] = []
     looks: list[str] = []
+    places: list[str] = []
     for how, read in (("read as it is", _as_it_is), ("by way of ONNX", _by_onnx)):
         if read is _by_onnx and packs:
             continue
@@ -126,8 +144,16 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             if why is None and again:
                 if looks and _reads(still, inputs):
                     warnings.warn(
-                        f"compile: {type(module).__name__} goes by the numbers themselves ({', '.join(looks[:3])}), "
+                        f"compile: {type(module).__name__} goes by the numbers themselves ({_some(looks)}), "
                         "and the network does what it did for the example: others agreed, but not all can be tried",
+                        stacklevel=2,
+                    )
+                places = _compared_sizes(network, still, inputs).compared if read is _by_onnx else []
+                if places:
+                    warnings.warn(
+                        f"compile: {type(module).__name__} compares sizes of its input ({_some(places)}), and "
+                        "the network does what it did for the example's sizes: it agrees for the other sizes that "
+                        "were tried, but may differ for sizes that weren't",
                         stacklevel=2,
                     )
                 return network
@@ -139,24 +165,34 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
                     f"its loop over {name} {what}, which a Network can for a number of steps that is fixed alone, "
                     f"{count} here: fix it in forward, or compile the module of one step and stream it"
                 )
-            other = "has the shape" in why or why.startswith("with more steps")
+            other = "has the shape" in why or why.startswith(("with more steps", MUCH_LONGER))
             if other and not reasons and _loops(still, inputs):
                 reasons.append(
                     "its loop leaves steps out, does something else at some of them, or joins them in another way than "
                     "torch.stack(ys, 1): a Network does the same at every step, and gives them all"
                 )
+            measured: list[str] = []
+            if read is _by_onnx and why.startswith("with "):
+                places, measured = _compared_sizes(network, still, inputs)
+                if places:
+                    reasons.append(
+                        f"it compares sizes of its input ({_some(places)}), and a graph has what it did for "
+                        "the example's sizes alone: do the same for all sizes, or compile a module for each case",
+                    )
+            if measured and not reasons:
+                reasons.append(
+                    f"it answers otherwise for other sizes, perhaps by what it does with len(x) ({_some(measured)}): "
+                    "a graph has what it did for the example's sizes alone"
+                )
             turned = [axes for axes in network.metadata.get("onnx", {}).get("inputs", {}).values() if axes[:2] == "TB"]
             if turned and not reasons:
-                reasons.append(
-                    "it takes time before batch, and a Network batch before time: turn x round in forward, by "
-                    "x.transpose(0, 1), and give an example [B, T, I]"
-                )
+                reasons.append(TIME_FIRST)
         except (TypeError, ValueError, FormatError) as error:
             why = str(error)
         if read is _by_onnx:
-            if looks and not packs:
+            if looks and not packs and (not places or _reads(still, inputs)):
                 reasons.append(
-                    f"it does something by the numbers themselves ({', '.join(looks[:3])}), and a graph has what "
+                    f"it does something by the numbers themselves ({_some(looks)}), and a graph has what "
                     "it did for the example alone: write that without if, while, float() and numpy(), as by torch.where"
                 )
             known = mend(why)
@@ -165,6 +201,10 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             why = shortened(why) if reasons else why
         tried.insert(0, f"{how}: {why}")
     raise FormatError(f"compile: {type(module).__name__} can't be a Network: " + "; ".join(reasons + tried))
+
+
+def _some(places: list[str]) -> str:
+    return ", ".join(places[:3])
 
 
 def _holds_a_dict(value: Any) -> bool:
@@ -176,6 +216,9 @@ def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]
 
     Returns:
         Whether one of its recurrent layers is given packed rows, what it answers, and whether it does so again.
+
+    Raises:
+        ValueError: the module rejects them.
     """
     import torch
 
@@ -189,6 +232,10 @@ def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]
     try:
         with torch.no_grad():
             answers, second = (_tensors(module(*_fresh(inputs))) for _ in range(2))
+    except Exception as error:  # a module raises what it likes
+        raise ValueError(
+            f"compile: {type(module).__name__} itself rejects the example: {type(error).__name__}: {error}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -198,6 +245,80 @@ def _first(module: Any, inputs: tuple[Any, ...]) -> tuple[bool, list[Any], bool]
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
     ]
     return bool(packed), answers, all(same)
+
+
+def _plain(module: Any) -> bool:
+    """Return whether all parts of a module are of PyTorch's classes, or ours: no `forward` that may permute axes."""
+    return all(type(part).__module__.startswith(("torch.", "cellstack.")) for part in module.modules())
+
+
+def _time_first(module: Any, inputs: tuple[Any, ...]) -> bool:
+    """Return whether the first axis of a module's input is the time of all its layers with `batch_first=False`.
+
+    It isn't where `forward` permutes the axes before it calls them.
+    """
+    import torch
+
+    parts = [p for p in module.modules() if isinstance(p, torch.nn.RNNBase) and not p.batch_first]
+    first, *others = _tensors(inputs)
+
+    def lengths(x: Any) -> list[int]:
+        """Return the lengths of the first axis of what the layers take, for an input."""
+        found: list[int] = []
+
+        def look(_: Any, given: tuple[Any, ...]) -> None:
+            if given and isinstance(given[0], torch.Tensor) and given[0].ndim == 3:
+                found.append(given[0].shape[0])
+
+        hooks = [part.register_forward_pre_hook(look) for part in parts]
+        try:
+            with torch.no_grad():
+                module(*_fresh(_like(inputs, [x, *others])))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    before = lengths(first) if parts else []
+    for axis in (0, 1) if before and first.ndim > 1 else ():
+        try:
+            after = lengths(_wider(first, axis, 1))
+        except Exception:  # the module takes no other length along it
+            after = []
+        if after:
+            return all((old != new) == (axis == 0) for old, new in zip(before, after, strict=False))
+    return bool(before) and all(length == len(first) for length in before)
+
+
+def _compared_sizes(network: Network, module: Any, example: tuple[Any, ...]) -> Places:
+    """Return where a module's code compares sizes of its input."""
+    first = _tensors(example)
+    others = [given for _, given in _Ends(network, len(first)).longer(first)]
+    try:
+        return compared(lambda given: module(*_fresh(_like(example, given))), first, others)
+    except Exception as error:  # whatever code makes of sizes that aren't plain numbers
+        warnings.warn(
+            f"compile: whether {type(module).__name__} compares sizes of its input can't be checked: {error}",
+            stacklevel=3,
+        )
+        return Places([], [])
+
+
+def _unsteady(module: Any, run: Any, expected: list[Any], tolerance: float) -> bool:
+    """Return whether a module's own answer is infinite, or rounding alone moves it by more than the tolerance.
+
+    Rounding errors may grow from step to step: then float32 doesn't determine the answer to a long sequence.
+    """
+    import torch
+
+    nudged = copy.deepcopy(module)
+    with torch.no_grad():
+        for weight in nudged.parameters():
+            if weight.is_floating_point():
+                weight.mul_(NUDGE)
+        moved = run(nudged)
+    pairs = [(_array(a), _array(b)) for a, b in zip(moved, expected, strict=True) if isinstance(b, torch.Tensor)]
+    return any(not np.isfinite(b).all() or not _same(a, b, tolerance) for a, b in pairs)
 
 
 def _reads(module: Any, inputs: tuple[Any, ...]) -> bool:
@@ -253,7 +374,7 @@ def _by_onnx(module: Any, inputs: tuple[Any, ...], answers: list[Any], looks: li
         options = {"input_names": names, "output_names": outs, "dynamic_axes": axes}
         looks += export(_as_one_step(module, inputs), _fresh(inputs), path, options)
         try:
-            return onnx.load(path, whole_loops=True)
+            return onnx.read_whole(path, whole_loops=True)
         except FormatError as error:
             raise FormatError(str(error).replace(path, "its graph").removesuffix(f"; {HINT}")) from error
 
@@ -377,6 +498,7 @@ def _difference(
 
     tries = [("", first), *(("", times(drawn(first), factor)) for factor in scales)]
     for what, given in (*tries, *((words, drawn(more)) for words, more in ends.longer(first))):
+        alone = what in (ONE_ROW, ONE_STEP)  # where a module's squeeze() may leave an axis out
         try:
             with torch.no_grad():
                 expected = ends.answers(module, example, given)
@@ -390,7 +512,11 @@ def _difference(
             if not what:
                 return f"the network refuses the example: {error}"
             continue  # it says so to whoever asks for that shape
-        why = ends.unlike(ours, states, expected, tolerance)
+        why = ends.unlike(ours, states, expected, tolerance, alone)
+        if why is not None and what == MUCH_LONGER:
+            answers = functools.partial(ends.answers, example=example, given=given)
+            if _unsteady(module, answers, expected, tolerance):
+                continue
         if why is not None:
             return f"{what}{why}"
     return None
@@ -417,9 +543,20 @@ class _Ends:
         self.firsts = [sum(counts[:number]) for number in range(len(counts))]
 
     def longer(self, given: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-        """Yield the inputs with a row more, and with more steps, with how a reason begins that comes of these."""
-        for axis, more, what in ((0, 1, "with a row more "), (1, 4, "with more steps "), (1, -1, "with a step less ")):
-            if axis and self.steps:
+        """Yield the inputs in other sizes, each with the words that begin a reason that comes of it."""
+        shapes = [given[n].shape for n in self.data]
+        rows, steps = (min((s[axis] for s in shapes if len(s) > axis), default=1) for axis in (0, 1))
+        tries = (
+            (0, 1, "with a row more "),
+            (1, 4, "with more steps "),
+            (1, -1, "with a step less "),
+            (0, 1 - rows, ONE_ROW),
+            (1, 1 - steps, ONE_STEP),
+            (0, MORE_ROWS, f"with {MORE_ROWS} rows more "),
+            (1, LONGER, MUCH_LONGER),
+        )
+        for axis, more, what in tries:
+            if (axis and self.steps) or not more:
                 continue  # `answers` takes several
             along = {n: self.axes[f"input_{n}"].find("BT"[axis]) for n in self.starts} | dict.fromkeys(self.data, axis)
             if all(given[n].ndim > axis and given[n].shape[axis] + more > 0 for n in self.data):
@@ -478,13 +615,21 @@ class _Ends:
         return ours if isinstance(ours, tuple) else (ours,), after
 
     def unlike(
-        self, ours: tuple[Any, ...], states: tuple[Any, ...], expected: list[Any], tolerance: float
+        self,
+        ours: tuple[Any, ...],
+        states: tuple[Any, ...],
+        expected: list[Any],
+        tolerance: float,
+        squeezed: bool = False,
     ) -> str | None:
         """Return what of a module's outputs isn't what the network gives; None: it gives all, and no more.
 
         Those that aren't its outputs, in order, have to be among its last states, `[B, H]` or one upon the other.
+        Where the module may have `squeezed` axes of length 1 out of its outputs, the numbers alone are compared.
         """
         import torch
+
+        same = functools.partial(_same, tolerance=tolerance, squeezed=squeezed)
 
         parts = [part for state in states for part in state]
         left = list(ours)
@@ -496,22 +641,25 @@ class _Ends:
             theirs = _array(wanted)
             name = f"output_{n}"
             axes = self.outputs.get(name, "")
+            noted = self.axes[name] if name in self.states else axes
+            if squeezed and theirs.ndim < len(noted) and (name in self.states or noted[:1] in ("1", "D")):
+                return None  # which axis of the state is missing isn't known
             if axes[:1] in ("1", "D") and "T" not in axes:  # a last state, which the network gives as it gives answers
                 theirs = ordered(theirs, axes, theirs.shape[axes.index("B")])
             if theirs.ndim == 1 and left and left[0].shape == (*theirs.shape, 1):  # one number a row
                 theirs = theirs[:, None]
-            if left and name not in self.states and _same(left[0], theirs, tolerance):
+            if left and name not in self.states and same(left[0], theirs):
                 left.pop(0)
                 continue
             if name in self.states:
                 rows = list(parted(theirs, self.axes[name]))
                 own = [getattr(states[self.firsts[ref[0]] + ref[1]], ref[2]) for ref in self.states[name]]
                 for row, part in zip(rows, own, strict=True):
-                    if not _same(part, row, tolerance):
+                    if not same(part, row):
                         return f"output {n}, a state, lies {_off(part, row):.1e} off the module's"
                 continue
             rows = list(theirs) if theirs.ndim == 3 else [theirs]
-            if not all(any(_same(part, row, tolerance) for part in parts) for row in rows):
+            if not all(any(same(part, row) for part in parts) for row in rows):
                 if not left:
                     return f"output {n} of the module, {list(theirs.shape)}, is none of the network's"
                 if left[0].shape != theirs.shape:
@@ -558,13 +706,22 @@ def _array(value: Any) -> Any:
     return np.asarray(value.float() if value.dtype is torch.bfloat16 else value)
 
 
-def _same(ours: Any, theirs: Any, tolerance: float) -> bool:
+def _same(ours: Any, theirs: Any, tolerance: float, squeezed: bool = False) -> bool:
+    if squeezed:
+        ours, theirs = ours.squeeze(), theirs.squeeze()
     return ours.shape == theirs.shape and _off(ours, theirs) <= tolerance
 
 
 def _off(ours: Any, theirs: Any) -> float:
-    """Return the greatest difference of two arrays of one shape over the greatest number of `theirs`."""
-    return float(np.abs(ours - theirs).max(initial=0.0) / max(np.abs(theirs).max(initial=0.0), 1e-30))
+    """Return the greatest difference of two arrays of one shape over the greatest finite number of `theirs`.
+
+    Where both are NaN, or the same infinity, they don't differ; where one alone is, they differ infinitely.
+    """
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(ours - theirs)
+    alike = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    apart = np.where(alike, 0, np.nan_to_num(apart, nan=np.inf, posinf=np.inf))
+    return float(apart.max(initial=0.0) / max(np.abs(theirs[np.isfinite(theirs)]).max(initial=0.0), 1e-30))
 
 
 def _tensors(value: Any) -> list[Any]:

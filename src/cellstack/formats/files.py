@@ -35,6 +35,19 @@ def short(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
+def check_readable(path: str | PathLike[str]) -> None:
+    """Check that a path leads to no named pipe, socket or device, from which reading may wait for ever.
+
+    Raises:
+        OSError: it does, or nothing is there.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises an error of its own
+        kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+        found = next((what for is_kind, what in kinds if is_kind(mode)), "a device")
+        raise OSError(f"{os.fspath(path)}: expected a regular file, found {found}: write the model to a file first")
+
+
 def check_replaceable(path: str | PathLike[str]) -> tuple[str, int | None]:
     """Check what can be told before there is anything to write: that `replacing` could replace or make a file.
 

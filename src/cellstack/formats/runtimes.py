@@ -36,7 +36,8 @@ from cellstack.spec import FormatError
 class Answers(NamedTuple):
     """What a runtime made of the inputs: outputs by the network's names, states as `named` has them, where it has any.
 
-    `runtime` and `version` name it; `no_states` says why states are missing, where there is something to say.
+    `runtime` and `version` name it; `no_states` says why states are missing, where there is something to say; `note` is
+    what to know of how the file was run.
     """
 
     runtime: str
@@ -44,6 +45,7 @@ class Answers(NamedTuple):
     outputs: dict[str, Array]
     states: dict[str, Array]
     no_states: str = ""
+    note: str = ""
 
 
 class CannotRunError(Exception):
@@ -109,7 +111,7 @@ def run(net: Network, path: str, inputs: Inputs) -> Answers:
         raise CannotRunError(said["why"])
     outputs = dict(zip(said["outputs"], arrays, strict=False))
     states = dict(zip(said["states"], arrays[len(outputs) :], strict=True))
-    return Answers(said["runtime"], said["version"], outputs, states, said["no_states"])
+    return Answers(said["runtime"], said["version"], outputs, states, said["no_states"], said["note"])
 
 
 def run_here(name: str, net: Network, path: str, inputs: Inputs) -> tuple[dict[str, Any], list[Array]]:
@@ -214,7 +216,9 @@ def _by_onnxruntime(net: Network, path: str, inputs: Inputs) -> Answers:
         states |= {f"cell {cell} {ref[2]}": part for cell, ref, part in zip(cells, refs, parts, strict=True)}
     if not ends["outputs"]:  # what our reader doesn't read, masks say, we may have written
         states = {name: found[after] for name, after in state_names(net).items() if after in found}
-    return Answers("onnxruntime", ort.__version__, outputs, states)
+    turned = onnx.time_first(ends["inputs"])
+    note = f"{turned}, and x was transposed for the file" if turned else ""
+    return Answers("onnxruntime", ort.__version__, outputs, states, note=note)
 
 
 def _run_session(net: Network, ends: dict[str, Any], session: Any, inputs: Inputs) -> dict[str, Array]:
@@ -316,7 +320,7 @@ def _ends_of(net: Network, path: str) -> dict[str, Any]:
     if isinstance(own, dict) and own.keys() & {"frames", "given"}:  # a file that needs more than its path to be read
         return _noted(net, net)
     try:
-        read = onnx.load(path)
+        read = onnx.read_whole(path)
     except (FormatError, ModuleNotFoundError):
         return {"inputs": {}, "outputs": {}, "states": {}}
     return _noted(read, net)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellstack.formats import runtimes
+from cellstack.formats.files import check_readable
 from cellstack.formats.runtimes import CannotRunError, Inputs, OtherSizesError, named
 from cellstack.network import Network
 from cellstack.nodes import Embedding
@@ -201,6 +202,7 @@ def verify(net: Network, path: str | PathLike[str], x: Any = None, seed: int = 0
     path = fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(2, "no such file", path)
+    check_readable(path)
     runtimes.runtime_of(path)  # a file of no known format is an error before anything is run
     inputs = drawn(net, seed, BATCH, usual_steps(net)) if x is None else net.as_inputs("verify", x)
     try:
@@ -238,7 +240,7 @@ def _run_both(net: Network, path: str, inputs: Inputs) -> Report:
         theirs.version,
         {name: array.shape for name, array in inputs.items()},
         tuple(_difference(name, ours.get(name), array) for name, array in pairs.items()),
-        f"not compared: {', '.join(left)}{why}" if left else "",
+        "; ".join(filter(None, [f"not compared: {', '.join(left)}{why}" if left else "", theirs.note])),
     )
 
 

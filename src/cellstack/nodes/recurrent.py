@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
@@ -654,6 +654,20 @@ def _from_the_end(reset: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
     back = np.zeros_like(reset)
     back[:, :-1] = reset[:, 1:]
     return back
+
+
+def ends_both_ways(backwards: Iterable[Node]) -> bool:
+    """Return whether a row of nodes gives the sequence of a bidirectional layer, perhaps changed step by step.
+
+    Its last step isn't the layer's final states: the backward direction ends at the first step.
+
+    Args:
+        backwards: the nodes, the last one first.
+    """
+    for node in backwards:
+        if node.cells or node.mixes_steps:
+            return isinstance(node, Bidirectional) and node.forward.return_sequences
+    return False
 
 
 @dataclass(frozen=True, eq=False)

@@ -355,7 +355,9 @@ class Pool1D(Node):
 class GlobalPool(Node):
     """`[B, T, W]` to `[B, W]`: the mean, the greatest value or the last of the steps that the mask keeps.
 
-    A row without a kept step gives zeros.
+    A row without a kept step gives zeros. `"last"` after a `Bidirectional` isn't its final states: at the last step the
+    backward direction has read that step only. A `Bidirectional` whose parts have `return_sequences=False` returns both
+    final states.
 
     Args:
         mode: `"mean"`, `"max"` or `"last"`.

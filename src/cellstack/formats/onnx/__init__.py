@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -136,8 +137,44 @@ def _options(
     return {**(weights or {}), **(constants or {})}, dict(frames or {}), dict(context or {})
 
 
+def load(path: str, **options: Any) -> Network:
+    """Return the whole of an ONNX file as a Network, and warn of inputs whose axes the file has in another order.
+
+    Args:
+        path: the file.
+        **options: see `read_whole`.
+
+    Raises:
+        FormatError, OSError, ModuleNotFoundError: see `read_whole`.
+    """
+    network = read_whole(path, **options)
+    turned = time_first(network.metadata["onnx"]["inputs"])
+    if turned:
+        how = "transpose x, by x.swapaxes(0, 1); sequences are returned in the network's order"
+        warnings.warn(f"load: {path}: {turned}; {how}", stacklevel=3)  # the call of cellstack.load
+    return network
+
+
+def time_first(inputs: Mapping[str, str]) -> str:
+    """Return what to know of inputs that have time before batch in a file; "" where none has.
+
+    Args:
+        inputs: the axes of each input, as `metadata["onnx"]` has them.
+    """
+    said = []
+    for name, axes in inputs.items():
+        batch = axes.find("B" if "B" in axes else "1")
+        if 0 <= axes.find("T") < batch:
+            theirs = ", ".join({"F": "I"}.get(axis, axis) for axis in axes)
+            ours = ", ".join(["B", "T", *(["I"] if "F" in axes else [])])
+            said.append(
+                f"input {short(name)} has time before batch in the file, [{theirs}]: the network takes [{ours}]"
+            )
+    return "; ".join(said)
+
+
 @np.errstate(all="ignore")
-def load(
+def read_whole(
     path: str,
     *,
     constants: Mapping[str, Any] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from cellstack.formats.pytorch.saved import Saved, Source, UnsaidError
 from cellstack.formats.pytorch.tensors import short
 from cellstack.formats.pytorch.tree import Contents, within
 from cellstack.network import Network
-from cellstack.nodes import Activation, Embedding, Node, Reshape, Select
+from cellstack.nodes import Activation, Embedding, GlobalPool, Node, Reshape, Select
+from cellstack.nodes.recurrent import ends_both_ways
 from cellstack.spec import FormatError
 
 LAST = "last"  # the word for the last step of a sequence
@@ -42,6 +44,15 @@ def in_order(found: Contents, source: Source, order: Sequence[str | Node]) -> Ne
     names = dict.fromkeys((*recurrent, *found.modules, *(name.rpartition(".")[0] for name in tensors)))
     used, assumed = [], []
     for entry in order:
+        last = entry == LAST or (isinstance(entry, GlobalPool) and entry.mode == "last")
+        if last and ends_both_ways(reversed(reader.builder.nodes.values())):
+            warnings.warn(
+                f"load: {where}: {entry if isinstance(entry, str) else 'GlobalPool(last)'} after a bidirectional layer "
+                "is the last step, not both final states: at that step the backward direction has read one step only. "
+                "This is right for a model that takes y[:, -1]; for one that takes h[-2] and h[-1], use "
+                "cellstack.compile(model, example)",
+                stacklevel=5,  # the call of cellstack.load
+            )
         if isinstance(entry, Node):
             reader.add(entry)
             continue

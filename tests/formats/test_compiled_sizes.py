@@ -1,0 +1,129 @@
+"""Modules that do something else for some sizes of their input: refused where that shows, else a warning says where."""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cellstack as cs
+
+X = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+
+
+class Layer(nn.Module):
+    """An LSTM, and what becomes of what it takes and returns."""
+
+    def __init__(self, after, layer=nn.LSTM, units=4, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head, self.after = layer(3, units, batch_first=True, **options), nn.Linear(units, 1), after
+
+    def forward(self, x):
+        return self.after(self, x, self.layer(x)[0])
+
+
+def twice_where(condition):
+    """Return a module that gives twice its answer where a condition on x holds, and where that condition is."""
+    code = condition.__code__
+    return Layer(lambda m, x, y: y * 2 if condition(x) else y).eval(), re.escape(
+        f"test_compiled_sizes.py:{code.co_firstlineno}"
+    )
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda x: x.shape[0] > 4,
+        lambda x: not x.size(0) <= 4,
+        lambda x: x.size(1) - 1 < 1,
+        lambda x: x.shape[1] // 2 >= 60,
+    ],
+)
+def test_a_branch_on_a_size_that_was_tried_is_refused_and_located(condition):
+    module, place = twice_where(condition)
+    with pytest.raises(cs.FormatError, match=rf"Network: it compares sizes of its input \({place}\)"):
+        cs.compile(module, X)
+
+
+@pytest.mark.parametrize("condition", [lambda x: len(x) == 1, lambda x: len(x) > 4])
+def test_a_branch_on_len_is_refused_and_located(condition):
+    module, place = twice_where(condition)
+    with pytest.raises(cs.FormatError, match=rf"Network: it answers otherwise for other sizes, .*len\(x\) \({place}\)"):
+        cs.compile(module, X)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda x: x.shape[1] % 7 == 0,
+        lambda x: x.shape[0] > 400,
+        lambda x: x.size()[1] == 600,
+        lambda x: not x.size(1) - 600,
+        lambda x: x.shape == (3, 600, 3),
+        lambda x: max(x.shape[1], 600) > 600,
+    ],
+)
+def test_a_branch_on_a_size_that_was_not_tried_is_warned_of_and_located(condition):
+    module, place = twice_where(condition)
+    with pytest.warns(UserWarning, match=rf"^compile: Layer compares sizes of its input \({place}\)"):
+        net = cs.compile(module, X)
+    np.testing.assert_allclose(net(X.numpy()), module(X).detach().numpy(), atol=1e-6)
+
+
+def test_a_branch_on_the_number_of_a_step_is_refused():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.LSTMCell(3, 4)
+
+        def forward(self, x):
+            h = c = x.new_zeros(x.size(0), 4)
+            ys = []
+            for t in range(x.size(1)):
+                h, c = self.cell(x[:, t], (h, c))
+                ys.append(-h if t == 30 else h)
+            return torch.stack(ys, 1)
+
+    with pytest.raises(
+        cs.FormatError, match=r"Network: its loop .* does something else at some .* with 250 steps more"
+    ):
+        cs.compile(Loop(), X)
+
+
+def checked(m, x, y):
+    rows, steps, features = x.shape
+    if features != 3 or x.size(-1) != m.layer.input_size:
+        raise ValueError("expected three features")
+    assert y.shape[:2] == x.shape[:2]
+    assert y.size(0) == rows
+    assert y.size(1) <= steps
+    return m.head(y)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        checked,
+        lambda m, x, y: m.head(y[:, -1]).squeeze(),  # a number alone, for one row
+        lambda m, x, y: m.head(y.reshape(x.shape[0] * x.shape[1], -1)).view(x.shape[0], x.shape[1], 1),
+    ],
+)
+def test_checks_and_the_use_of_sizes_are_no_branches(after):
+    module = Layer(after).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = cs.compile(module, X)
+    expected = module(X).detach().numpy()
+    np.testing.assert_allclose(net(X.numpy()).reshape(expected.shape), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_a_long_sequence_that_rounding_decides_is_no_reason_to_refuse(nonlinearity):
+    module = Layer(lambda m, x, y: y * 1.5, nn.RNN, 32, nonlinearity=nonlinearity).eval()
+    with torch.no_grad():
+        module.layer.weight_hh_l0.mul_(20)  # errors grow from step to step, or the answer is infinite
+    net = cs.compile(module, X)
+    np.testing.assert_allclose(net(X.numpy()), module(X).detach().numpy(), rtol=1e-3, atol=1e-3)
