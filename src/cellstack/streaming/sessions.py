@@ -27,7 +27,8 @@ class Sessions:
 
     Args:
         network: one that streams: see `Stream`.
-        capacity: how many sessions may be open at a time. The memory of a state, a few KB, is taken when it is first used.
+        capacity: how many sessions may be open at a time. The memory of a state, a few KB, is taken at
+            its first use.
         threads: how many the kernel may use for a step.
         weights: what the matrices of cells are held in, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`; None: as
             the network has them.
