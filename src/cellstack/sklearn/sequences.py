@@ -210,8 +210,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
     - a list of n arrays `[T, C]`, or `[T]` where there is one channel; T may differ;
     - `[n, T]`, an array or a data frame: n sequences of one channel, a column a step.
 
-    NaN and a masked value of a masked array are missing values; steps without any value are left out. `n_features_in_` is the length of the last axis: what
-    is predicted must have as many channels, or, as a table, as many columns, as what was fitted.
+    NaN and masked values are missing; steps without any value are left out. `n_features_in_` is the length of the last
+    axis: what is predicted must have as many channels, or, as a table, as many columns, as what was fitted.
 
     Args:
         units: width of each layer, bottom first; one number for one layer.
