@@ -15,6 +15,7 @@ import pytest
 
 from cellstack import load
 from cellstack.cli import main as cli
+from cellstack.train import history
 
 VOWELS = str(files("cellstack") / "data" / "JapaneseVowels_TRAIN.ts")
 SMALL = ["--units", "4", "--epochs", "2", "--threads", "1", "--quiet"]
@@ -303,3 +304,21 @@ def test_numbers_to_learn_with_decimal_commas(capsys, tmp_path, rng, task):
     words = ["train", tmp_path / "a.csv", "--id", "id", "--label", "y", *task]
     out = run(capsys, *words, "--dry-run")[1]
     assert f"to regress: a number a sequence, from {table.y.min():.6g} to {table.y.max():.6g}\n" in out
+
+
+def test_classes_that_a_spreadsheet_would_run_are_text(capsys, tmp_path, rng):
+    frame = pd.DataFrame({"=id": np.repeat([f"@{n}" for n in range(20)], 3), "x": rng.normal(size=60)})
+    frame["y"] = np.repeat(["=1+1", "-2"], 30)
+    frame.to_csv(tmp_path / "x.csv", index=False)
+    words = ["train", tmp_path / "x.csv", "--id", "=id", "--label", "y", "-o", tmp_path / "net", *SMALL]
+    assert run(capsys, *words)[0] == 0
+    rows = list(csv.reader(io.StringIO(run(capsys, "run", tmp_path / "net", tmp_path / "x.csv")[1])))
+    assert rows[0][:2] == ["'=id", "predicted"]
+    assert [row[0] for row in rows[1:3]] == ["'@0", "'@1"]
+    assert {row[1] for row in rows[1:]} <= {"'=1+1", "-2"}
+
+
+def test_a_sample_that_a_spreadsheet_would_run_is_text(tmp_path):
+    history.write(tmp_path / "h.csv", [{"epoch": 1, "loss": -0.5, "sample": '=1+"a"'}, {"epoch": 2, "sample": "\t+"}])
+    rows = list(csv.reader(io.StringIO((tmp_path / "h.csv").read_text())))
+    assert rows[1:] == [["1", "-0.5", '\'=1+"a"'], ["2", "", "'\t+"]]

@@ -177,3 +177,20 @@ def test_files_that_are_no_text(run, tmp_path):
     assert run("train", "latin.txt", "-o", "model", *SMALL, "--quiet", "--bytes")[0] == 0
     (tmp_path / "odd.log").write_text("a b c " * 60)
     assert run("train", "odd.log", "-o", "model", *SMALL, "--quiet", "--task", "text")[0] == 0
+
+
+@pytest.mark.parametrize("characters", ["ACGT", "的一是不了人我在有他"])
+def test_a_text_without_blanks_and_line_ends(run, tmp_path, rng, characters):
+    text = "".join(rng.choice(list(characters), 600))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    status, out, err = run("train", "text.txt", "-o", "model", *SMALL, "--json", "--quiet", "--checkpoint", "run.ckpt")
+    assert (status, err) == (0, "")
+    report, net = json.loads(out), load(tmp_path / "model.safetensors")
+    assert [len(entry["sample"]) for entry in report["history"]] == [80, 80]
+    expected = generate(net, text[0], length=80, temperature=0.8, seed=report["best"]["epoch"])
+    assert report["best"]["sample"] == "".join(expected)
+    assert (tmp_path / "run.ckpt").exists()
+    status, _, err = run("generate", "model")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "expected a prompt: the network knows neither a line end nor a blank" in err
+    assert run("generate", "model", "--prompt", text[:3], "--length", 5)[0] == 0

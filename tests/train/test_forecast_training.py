@@ -24,7 +24,7 @@ from cellstack.train.forecast.smoothing import Smoothing
 from cellstack.train.forecast.training import Build, calibrated, train_forecast
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.settings import RunOptions, Settings
-from cellstack.train.tables.table import read_table
+from cellstack.train.tables.table import date_texts, date_unit, read_table
 
 QUICK = {"build": Build((8,), members=1, dropout=0.0), "settings": Settings(epochs=4, batch=64, lr=1e-2, patience=0)}
 ALONE = RunOptions(threads=1)
@@ -384,6 +384,59 @@ def test_forecasts_of_the_test_part_are_written(command):
     assert rows[0]["origin"] == "1999-12-01"
     assert rows[0]["date"] == "2000-01-01"
     assert len(rows) == 49 * 12
+
+
+@pytest.fixture(scope="module")
+def hourly(tmp_path_factory):
+    """Forecasts over midnight, of two shops, one of them named by a formula."""
+    folder = tmp_path_factory.mktemp("hourly")
+    times = pd.date_range("2024-01-01", periods=200, freq="h")
+    shops = [
+        pd.DataFrame({"time": times, "shop": shop, "=y": np.sin(np.arange(200) / 4) + n})
+        for n, shop in enumerate(['=HYPERLINK("http://a.example","b")', "-5"])
+    ]
+    pd.concat(shops).to_csv(folder / "y.csv", index=False)
+    words = ["--id", "shop", "--horizon", "30", "--season", "24", "--window", "24", "--members", "1", "--units", "4"]
+    words += ["--epochs", "1", "--threads", "1", "--quiet", "--forecasts", str(folder / "test.csv")]
+    assert main(["train", str(folder / "y.csv"), *words, "-o", str(folder / "y")]) == 0
+    return folder
+
+
+def test_the_dates_of_a_column_have_one_form(hourly, capsys):
+    capsys.readouterr()
+    assert main(["run", str(hourly / "y"), str(hourly / "y.csv")]) == 0
+    after = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    tested = list(csv.DictReader(io.StringIO((hourly / "test.csv").read_text())))
+    assert [row["time"] for row in after[15:17]] == ["2024-01-09T23:00:00", "2024-01-10T00:00:00"]
+    columns = [(after, "time"), (tested, "time"), (tested, "origin")]
+    for rows, name in columns:
+        assert {len(row[name]) for row in rows} == {19}
+        assert any(row[name].endswith("T00:00:00") for row in rows)
+    assert main(["run", str(hourly / "y"), str(hourly / "y.csv"), "--json", "--origin", "2024-01-08"]) == 0
+    found = json.loads(capsys.readouterr().out)["forecasts"][0]
+    assert (found["origin"], found["dates"][23]) == ("2024-01-08T00:00:00", "2024-01-09T00:00:00")
+    assert pd.to_datetime([row["time"] for row in after]).notna().all()
+
+
+def test_fractions_of_seconds_have_one_form_too():
+    times = np.array(["2024-01-01T00:00:00", "2024-01-01T00:00:00.5"], "datetime64[us]")
+    assert date_unit(times) == "us"
+    assert date_texts(times, "us") == ["2024-01-01T00:00:00.000000", "2024-01-01T00:00:00.500000"]
+    assert date_unit(times[:1], times[:1]) == "D"
+    assert date_unit(times[:1], times[:1] + np.timedelta64(1, "m")) == "s"
+
+
+def test_names_that_a_spreadsheet_would_run_are_text(hourly, capsys):
+    capsys.readouterr()
+    assert main(["run", str(hourly / "y"), str(hourly / "y.csv")]) == 0
+    out = capsys.readouterr().out
+    for text in (out, (hourly / "test.csv").read_text()):
+        rows = list(csv.reader(io.StringIO(text)))
+        assert {row[0] for row in rows[1:]} == {'\'=HYPERLINK("http://a.example","b")', "-5"}
+        assert {name for name in rows[0] if "y" in name} <= {"'=y", "'=y_actual", "'=y_0.1", "'=y_0.9"}
+        assert not any(field.startswith(("=", "+", "@")) for row in rows for field in row)
+    assert main(["run", str(hourly / "y"), str(hourly / "y.csv"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["forecasts"][0]["series"].startswith("=HYPERLINK")
 
 
 def test_run_forecasts_after_the_last_row_or_another(command, capsys):

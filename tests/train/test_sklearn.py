@@ -168,6 +168,76 @@ def test_gaps_are_missing_values(ragged):
     np.testing.assert_allclose(model.predict_proba(cut), model.predict_proba(X), atol=1e-6)
 
 
+def masked(x, at):
+    """Return `x` with nonsense behind the mask."""
+    x = np.ma.array(x, copy=True)
+    x[at] = 1e6
+    x[at] = np.ma.masked
+    return x
+
+
+def test_a_mask_says_what_is_missing(ragged, table, rng):
+    def same(X, Y, y):
+        """Both are fitted and answered alike."""
+        first, second = (SequenceClassifier(**QUICK | {"epochs": 2}).fit(one, y) for one in (X, Y))
+        np.testing.assert_array_equal(first.predict_proba(X), second.predict_proba(Y))
+
+    X, y = table
+    gaps = rng.random(X.shape) < 0.2
+    with_nan = np.where(gaps, np.nan, X)
+    same(masked(X, gaps), with_nan, y)
+    same(masked(X, gaps)[:, :, None], with_nan[:, :, None], y)
+    same([masked(one, gap) for one, gap in zip(X, gaps, strict=True)], list(with_nan), y)
+    whole = np.rint(10 * X).astype(int)
+    same(masked(whole, gaps), np.where(gaps, np.nan, whole), y)
+    same(np.ma.array(X), X, y)
+    cut = [masked(x, (n % len(x), 1)) for n, x in enumerate(ragged[0])]
+    same(cut, [x.filled(np.nan) for x in cut], ragged[1])
+    assert {x.dtype for x in cut} == {np.dtype(np.float32)}
+    with pytest.raises(ValueError, match="expected real numbers in a masked array, got complex128"):
+        SequenceClassifier(**QUICK).fit(masked(X + 0j, gaps), y)
+
+
+@pytest.mark.parametrize("kind", [SequenceClassifier, SequenceRegressor])
+def test_masked_targets_and_weights_are_refused(kind, table):
+    X, y = table
+    model, some = kind(**QUICK | {"epochs": 1}), np.arange(60) == 3
+    model.fit(X, np.ma.array(y), np.ma.ones(60))
+    for called in (model.fit, model.score):
+        with pytest.raises(ValueError, match="y: masked values aren't supported: leave out the sequences"):
+            called(X, np.ma.array(y, mask=some))
+        with pytest.raises(ValueError, match="sample_weight: masked values aren't supported"):
+            called(X, y, np.ma.array(np.ones(60), mask=some))
+    with pytest.raises(ValueError, match="y: masked values"):
+        SequenceRegressor(**QUICK).fit(X, [np.ma.array([1.0, n], mask=[n == 3, False]) for n in range(60)])
+
+
+def test_targets_that_float32_cannot_hold_are_named(rng):
+    X = rng.normal(size=(40, 5, 2))
+    y = X[:, -1]
+    quick = QUICK | {"epochs": 2}
+    for column in (y, y[:, 0]):
+        with pytest.raises(
+            ValueError, match=r"y: the targets' range overflows float32, .*divide them by a constant, got"
+        ):
+            SequenceRegressor(**quick).fit(X, column * 1e300)
+        with pytest.raises(
+            ValueError, match=r"y: the targets' range underflows float32, .*multiply them by a constant"
+        ):
+            SequenceRegressor(**quick).fit(X, column * 1e-300)
+    with pytest.raises(
+        ValueError, match=r"y: the targets' range, -3\.3e\+38 to 3\.3e\+38, overflows float32: divide them"
+    ):
+        SequenceRegressor(**quick).fit(X, np.sign(y) * 3.3e38)
+    with pytest.raises(ValueError, match=r"y: the targets' range, .*underflows float32: multiply them"):
+        SequenceRegressor(**quick).fit(X, y * [1.0, 1e-40])
+    expected = SequenceRegressor(**quick).fit(X, y)
+    for scale in (1e-30, 1e-20, 1e20, 1e30):
+        model = SequenceRegressor(**quick).fit(X, y * scale)
+        np.testing.assert_allclose(model.predict(X) / scale, expected.predict(X), atol=1e-5)
+        assert model.history_[-1]["rmse"] / scale == pytest.approx(expected.history_[-1]["rmse"], rel=1e-5)
+
+
 def test_numbers_one_or_several(rng):
     X = rng.normal(size=(80, 6, 2))
     y = np.stack([X[:, :, 0].sum(1), 100 + 10 * X[:, :, 1].mean(1)], 1)

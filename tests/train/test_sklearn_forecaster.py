@@ -46,6 +46,17 @@ def test_a_frame_a_file_and_numbers(table, tmp_path):
     assert alone.predict().shape == alone.predict(table["sales"].tolist()).shape == (3,)
 
 
+def test_masked_values_are_missing(table):
+    values, gaps = table["sales"].to_numpy(), np.arange(120) % 7 == 3
+    with_nan = np.where(gaps, np.nan, values)
+    hidden = np.ma.array(np.where(gaps, 1e6, values), mask=gaps)
+    expected = SequenceForecaster(**QUICK).fit(with_nan).predict()
+    np.testing.assert_array_equal(SequenceForecaster(**QUICK).fit(hidden).predict(), expected)
+    rows = SequenceForecaster(**QUICK, target="0").fit(list(np.ma.stack([hidden, hidden], axis=1)))
+    columns = SequenceForecaster(**QUICK, target="0").fit(np.stack([with_nan, with_nan], axis=1))
+    np.testing.assert_array_equal(rows.predict(), columns.predict())
+
+
 def test_quantiles_between_those_of_the_fit(table):
     model = SequenceForecaster(**QUICK, target="sales").fit(table)
     known, levels = model.predict_quantiles(), model.predict_quantiles(quantiles=(0.9, 0.3, 0.5, 0.1))

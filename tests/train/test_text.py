@@ -192,7 +192,7 @@ def test_bytes_become_characters_as_they_come():
         ({}, {"top_p": 1.5}, "top_p above 0"),
         ({}, {"length": -1}, "length of at least 0"),
         ({}, {"stop": ""}, "a text to stop at"),
-        ({"characters": "ab"}, {}, "expected a prompt, as it knows neither"),
+        ({"characters": "ab"}, {}, "expected a prompt: the network knows neither"),
         ({"metadata": {}}, {}, "whose metadata has its characters"),
         ({"metadata": {"characters": "abca "}}, {}, "different characters"),
         ({"metadata": {"characters": ["a", "bc"]}}, {}, "its characters as a text"),

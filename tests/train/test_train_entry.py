@@ -77,6 +77,16 @@ def test_every_form_of_the_same_data_gives_the_same_network(toy):
         assert result.history == expected
 
 
+def test_a_mask_says_what_is_missing(toy, rng):
+    x, y = toy
+    gaps = rng.random(x.shape) < 0.2
+    expected = train.fit(np.where(gaps, np.nan, x), y, **SMALL).history
+    hidden = np.ma.array(np.where(gaps, 1e6, x), mask=gaps)
+    for masked in (hidden, [*hidden], Items(hidden, y)):
+        found = train.fit(masked, None if isinstance(masked, Items) else y, **SMALL)
+        assert found.history == expected
+
+
 def test_files_give_what_arrays_give(toy, tmp_path):
     x, y = toy
     x = x.astype(np.float32)
@@ -223,7 +233,11 @@ def test_whole_numbers_that_may_be_classes_or_not(toy):
     ("y", "how", "message"),
     [
         ([np.nan, *np.arange(39.0)], {}, r"y: expected an entry for every one of 40, got nan at position 0 \(1 miss"),
-        ([*np.arange(39.0), -np.inf], {}, "y: expected finite numbers that float32 holds, got -inf at position 39"),
+        ([*np.arange(39.0), -np.inf], {}, "y: expected finite numbers, got -inf at position 39"),
+        ([*np.arange(39.0), 1e300], {}, r"y: the targets' range overflows float32, .* got 1e\+300 at position 39"),
+        (np.arange(40) * 1e-300, {}, "y: the targets' range underflows float32, .*multiply them by a constant"),
+        (np.ma.array(np.arange(40.0), mask=np.arange(40) == 7), {}, "y: masked values aren't supported: leave out"),
+        (["a", "b"] * 20, {"sample_weight": np.ma.array(np.ones(40), mask=True)}, "sample_weight: masked values"),
         ([None, *"ab" * 19, "c"], {}, "got None at position 0"),
         (pd.Series([pd.NA, *["a"] * 39], dtype="string"), {}, "got None at position 0"),
         (["a", 1] * 20, {}, "y: expected entries of one type, got text and whole numbers"),

@@ -21,8 +21,9 @@ from cellstack.train.forecast import predict
 from cellstack.train.forecast.backtest import Backtest
 from cellstack.train.forecast.plan import Request, planned, understood
 from cellstack.train.forecast.recipe import SCALES, Recipe
+from cellstack.train.history import cell
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
-from cellstack.train.tables.table import Table, iso
+from cellstack.train.tables.table import Table, date_texts, date_unit, iso
 
 UNUSED = ("init", "bidirectional", "pooling", "every_step", "noise", "offset")
 TEST_SHARE, QUANTILES = 0.2, (0.1, 0.9)
@@ -62,7 +63,12 @@ def add_arguments(train: argparse.ArgumentParser) -> list[argparse.Action]:
         group.add_argument("--quantiles", type=_levels, metavar="Q,Q", help="to forecast beside the median (0.1,0.9)"),
         group.add_argument("--members", type=int, metavar="N", help="networks that are averaged (3; of many rows 2)"),
         group.add_argument("--test-share", type=float, metavar="P", help=f"last rows to measure on ({TEST_SHARE})"),
-        group.add_argument("--forecasts", metavar="FILE", help="CSV to get the test part's forecasts, and what came"),
+        group.add_argument(
+            "--forecasts",
+            metavar="FILE",
+            help="CSV to get the test part's forecasts, and what came; a name that "
+            "a spreadsheet would run as a formula gets a ' before it",
+        ),
     ]
 
 
@@ -166,7 +172,10 @@ def text_of(scores: dict[str, Any]) -> list[str]:
 
 
 def write(file: IO[str], forecasts: predict.Forecasts, table: Table, actual: NDArray | None = None) -> None:
-    """Write forecasts as CSV: series, date or step, each target and its quantiles, and what came where it is known."""
+    """Write forecasts as CSV: series, date or step, each target and its quantiles, and what came where it is known.
+
+    All dates have one form. Names that a spreadsheet would run as a formula are made text, see `history.cell`.
+    """
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header(forecasts, table, actual is not None))
     writer.writerows(rows(forecasts, table, actual))
@@ -179,26 +188,34 @@ def header(forecasts: predict.Forecasts, table: Table, actual: bool) -> list[str
     for target in recipe.targets:
         found += [f"{target}_actual"] * actual + [target]
         found += [f"{target}_{level:g}" for level in recipe.quantiles if level != 0.5]
-    return found
+    return list(map(cell, found))
 
 
 def rows(forecasts: predict.Forecasts, table: Table, actual: NDArray | None) -> Iterator[list[Any]]:
     """Return a line for each step of each origin."""
     recipe = forecasts.recipe
     outer = [n for n, level in enumerate(recipe.quantiles) if level != 0.5]
-    for n, origin in enumerate(forecasts.origins):
-        times = None if forecasts.times is None else forecasts.times[n]
+    begun, steps = dates_of(forecasts, table) or (forecasts.origins.tolist(), None)
+    for n, origin in enumerate(begun):
         for k in range(recipe.horizon):
-            row: list[Any] = [forecasts.ids[n]] if table.id else []
+            row: list[Any] = [cell(forecasts.ids[n])] if table.id else []
             if actual is not None:
-                row.append(int(origin) if table.times is None else iso(table.times[origin]))
-            row.append(k + 1 if times is None else iso(times[k]))
+                row.append(origin)
+            row.append(k + 1 if steps is None else steps[n][k])
             for target in range(len(recipe.targets)):
                 if actual is not None:
                     row.append(shown(actual[n, k, target]))
                 row.append(shown(forecasts.median[n, k, target]))
                 row += [shown(forecasts.values[n, k, target, q]) for q in outer]
             yield row
+
+
+def dates_of(forecasts: predict.Forecasts, table: Table) -> tuple[list[str], list[list[str]]] | None:
+    """Return the dates of the origins, and of the steps of each, all in one form; None without dates."""
+    if table.times is None or forecasts.times is None:
+        return None
+    unit = date_unit(table.times, forecasts.times)
+    return date_texts(table.times[forecasts.origins], unit), [date_texts(times, unit) for times in forecasts.times]
 
 
 def shown(value: float) -> str:

@@ -21,7 +21,7 @@ from cellstack.train import predict
 from cellstack.train.checks import UsageError
 from cellstack.train.data.reading import TABLES, read_sequences
 from cellstack.train.data.sequences import Sequences
-from cellstack.train.tables.table import iso
+from cellstack.train.history import cell
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,11 +69,11 @@ def _forecast(args: argparse.Namespace, net: Network, path: str) -> int:
         forecast.write(sys.stdout, found, table)
         return 0
     names, quantiles = found.recipe.targets, found.recipe.quantiles
-    every = []
-    for n, origin in enumerate(found.origins):
+    when, every = forecast.dates_of(found, table), []
+    for n in range(len(found.origins)):
         one = {"series": found.ids[n]} if table.id else {}
-        if table.times is not None and found.times is not None:
-            one |= {"origin": iso(table.times[origin]), "dates": [iso(time) for time in found.times[n]]}
+        if when is not None:
+            one |= {"origin": when[0][n], "dates": when[1][n]}
         for k, target in enumerate(names):
             levels = {f"{level:g}": found.values[n, :, k, q] for q, level in enumerate(quantiles)}
             one |= {target: {"forecast": found.median[n, :, k], "quantiles": levels}}
@@ -125,7 +125,7 @@ def _header(task: predict.Trained, result: dict[str, Any], data: Sequences) -> l
     many = not task.labels and outputs > 1
     predicted = [f"predicted_{n}" for n in range(1, outputs + 1)] if many else ["predicted"]
     first = [str(data.table.get("id") or "sequence"), *(["step"] if task.per_step else [])]
-    return [*first, *predicted, *(f"p_{label}" for label in task.labels)]
+    return [cell(name) for name in (*first, *predicted, *(f"p_{label}" for label in task.labels))]
 
 
 def _rows(task: predict.Trained, result: dict[str, Any], data: Sequences) -> Iterator[list[Any]]:
@@ -140,4 +140,4 @@ def _rows(task: predict.Trained, result: dict[str, Any], data: Sequences) -> Ite
 def _cell(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
         return forecast.shown(float(value))
-    return value
+    return cell(value)

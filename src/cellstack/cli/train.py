@@ -27,6 +27,7 @@ from cellstack.formats.files import check_replaceable, replacing
 from cellstack.network import Network
 from cellstack.train import history
 from cellstack.train.checks import UsageError
+from cellstack.train.locks import locked
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 
 EVENTS = "events.out.tfevents.*"  # files of TensorBoard's
@@ -163,6 +164,13 @@ def train(args: argparse.Namespace) -> int:
         return 0
     needs_torch(args)
     output = _checked_output(args)
+    first = int(os.environ.get("RANK", "0")) == 0  # of several processes
+    with locked(output if first else None):
+        return _train(args, module, output, first)
+
+
+def _train(args: argparse.Namespace, module: ModuleType, output: Path, first: bool) -> int:
+    """Train on a file, and write the network to `output`, as the `first` of several processes."""
     folder = _inspect_folder(output, args.resume) if args.inspect else None
     job = module.read(args)
     options = RunOptions(
@@ -179,7 +187,6 @@ def train(args: argparse.Namespace) -> int:
     )
     own = Own(init=None if args.init is None else found(args.init))
     settings, architecture = _settings(args, job), _architecture(args, job)
-    first = int(os.environ.get("RANK", "0")) == 0  # of several processes
     if first and not args.json:
         print("\n".join(job.understood), flush=True)
     with warnings.catch_warnings():
@@ -252,6 +259,8 @@ def _checked_output(args: argparse.Namespace) -> Path:
             raise UsageError(f"expected --checkpoint FILE to --{flag}")
     if args.resume and args.overwrite:
         raise UsageError("expected --resume, to go on from the checkpoint, or --overwrite, to begin anew, got both")
+    if args.checkpoint is not None and os.path.realpath(args.checkpoint) == os.path.realpath(output):
+        raise UsageError(f"--checkpoint and -o name the same file, {output}: the network would replace the checkpoint")
     return output
 
 

@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from cellstack.sklearn.sequences import seed_of
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, unmasked
 from cellstack.train.forecast import predict
 from cellstack.train.forecast.rules import seasonal
 from cellstack.train.tables.table import Table, read_table
@@ -25,9 +25,9 @@ class SequenceForecaster(BaseEstimator):
     """Stacked recurrent layers that forecast what comes next in one series or many, with quantiles.
 
     X is a table, a row a step of time: a pandas or polars frame, the name of a CSV or Parquet file, or numbers `[n]` or
-    `[n, K]`, whose columns are then `"0"`, `"1"` and so on. Rows aren't samples here but steps of one thing, so that
-    `sklearn.model_selection.TimeSeriesSplit` is the splitter to take, with test parts that hold the steps that a
-    forecast starts from and those that it is of.
+    `[n, K]`, whose columns are then `"0"`, `"1"` and so on; NaN and masked values are missing. Rows aren't samples here
+    but steps of one thing, so that `sklearn.model_selection.TimeSeriesSplit` is the splitter to take, with test parts
+    that hold the steps that a forecast starts from and those that it is of.
 
     Args:
         target: column to forecast, or several; the only column of numbers where None.
@@ -212,7 +212,7 @@ class SequenceForecaster(BaseEstimator):
         if isinstance(X, (np.ndarray, list, tuple)):
             import pandas as pd
 
-            X = np.asarray(X, np.float64)
+            X = np.asarray([unmasked(row) for row in X] if isinstance(X, (list, tuple)) else unmasked(X), np.float64)
             if X.ndim not in (1, 2):
                 raise UsageError(f"expected a frame, a file, or numbers [n] or [n, K], got {X.ndim} axes")
             X = X.reshape(len(X), -1)

@@ -18,6 +18,8 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from cellstack import train
 from cellstack.network import Network
 from cellstack.train import Labelled, Sequences, predict
+from cellstack.train.checks import refuse_masked, unmasked
+from cellstack.train.data.targets import in_float32
 from cellstack.train.settings import check_number
 
 FEWEST, HELD = 20, 0.15  # sequences that an epoch is chosen by at least, and the share of all that they are
@@ -66,6 +68,7 @@ class _SequenceEstimator(BaseEstimator):
             X: what `fit` and `predict` take.
             reset: this is the fit: remember the width.
         """
+        X = unmasked(X)
         ragged = _ragged(X)
         if ragged is None and (X.ndim if hasattr(X, "ndim") else np.asarray(X).ndim) != 3:
             table: Any = validate_data(self, X, reset=reset, dtype=np.float32, ensure_all_finite="allow-nan")
@@ -75,7 +78,7 @@ class _SequenceEstimator(BaseEstimator):
         if ragged is None:
             sequences = list(check_array(X, allow_nd=True, ensure_min_features=0, **checks))
         else:
-            sequences = [check_array(_column(one), **checks) for one in ragged]
+            sequences = [check_array(_column(unmasked(one)), **checks) for one in ragged]
         widths = {one.shape[1] for one in sequences}
         if len(widths) != 1 or not all(len(one) for one in sequences):
             raise ValueError(
@@ -207,8 +210,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
     - a list of n arrays `[T, C]`, or `[T]` where there is one channel; T may differ;
     - `[n, T]`, an array or a data frame: n sequences of one channel, a column a step.
 
-    NaN is a missing value; steps without any value are left out. `n_features_in_` is the length of the last axis: what
-    is predicted must have as many channels, or, as a table, as many columns, as what was fitted.
+    NaN and masked values are missing; steps without any value are left out. `n_features_in_` is the length of the last
+    axis: what is predicted must have as many channels, or, as a table, as many columns, as what was fitted.
 
     Args:
         units: width of each layer, bottom first; one number for one layer.
@@ -280,6 +283,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         Returns:
             This estimator.
         """
+        refuse_masked("y", y)
+        refuse_masked("sample_weight", sample_weight)
         y = validate_data(self, X="no_validation", y=y)
         sequences = self._check_sequences(X, reset=True)
         check_consistent_length(sequences, y)
@@ -318,6 +323,12 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         """
         chosen = self._answers(X).argmax(axis=1)
         return self.classes_[chosen]
+
+    def score(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> float:
+        """Return the share of sequences whose class is predicted, weighted by `sample_weight`, `[n]`."""
+        refuse_masked("y", y)
+        refuse_masked("sample_weight", sample_weight)
+        return super().score(X, y, sample_weight)
 
 
 @dataclass(repr=False, eq=False, kw_only=True)
@@ -362,12 +373,14 @@ class SequenceRegressor(RegressorMixin, _SequenceEstimator):
         Returns:
             This estimator.
         """
+        refuse_masked("y", y)
+        refuse_masked("sample_weight", sample_weight)
         y = validate_data(self, X="no_validation", y=y, multi_output=True, y_numeric=True)
         sequences = self._check_sequences(X, reset=True)
         check_consistent_length(sequences, y)
         weight = _check_sample_weight(sample_weight, y, ensure_non_negative=True)
         self._flat = y.ndim == 1
-        self._fit(sequences, y.reshape(len(y), -1).astype(np.float32), (), weight)
+        self._fit(sequences, in_float32(y.reshape(len(y), -1).astype(np.float64)), (), weight)
         return self
 
     def predict(self, X: Any) -> NDArray[np.float64]:
@@ -381,3 +394,9 @@ class SequenceRegressor(RegressorMixin, _SequenceEstimator):
         """
         answers = self._answers(X)
         return answers[:, 0] if self._flat else answers
+
+    def score(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> float:
+        """Return the coefficient of determination R² of the predictions, weighted by `sample_weight`, `[n]`."""
+        refuse_masked("y", y)
+        refuse_masked("sample_weight", sample_weight)
+        return super().score(X, y, sample_weight)

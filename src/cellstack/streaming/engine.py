@@ -76,7 +76,7 @@ class Engine:
                     patches += network.patches_of(label) or [None] * len(own)
                 places[last] = self._cells(layers, patches, on, beyond(above))
             elif rule.memory is not None:
-                places[last] = self._add_keeping(Memory(rule, self.rows, network.dtype), on)
+                places[last] = self._add_keeping(Memory(rule, self.rows, network.dtype, self.shared), on)
             else:
                 run = framewise(owner, name, node, rule, name in masked)
                 if node.takes_ids and self._keeping:

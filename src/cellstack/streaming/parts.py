@@ -79,15 +79,16 @@ class Memory:
         rule: with a memory.
         rows: how many there are.
         dtype: of the numbers.
+        sessions: each row is written to before it is first read.
     """
 
     kinds = (Frames,)
 
-    def __init__(self, rule: FrameRule, rows: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, rule: FrameRule, rows: int, dtype: np.dtype[Any], sessions: bool = False) -> None:
         assert rule.memory is not None
         assert rule.advance is not None
         self.advance, self.start = rule.advance, rule.start
-        self.frames = np.full((rows, *rule.memory), rule.start, dtype)
+        self.frames = _rows_of(np.full(rule.memory, rule.start, dtype), rows, sessions)
 
     def run(self, rows: Rows, x: Array) -> Array:
         """See `Keeps`."""
@@ -192,7 +193,7 @@ class SharedCells(Cells):
         threads: how many the kernel may use.
         dtype: of the states.
         patches: what is changed in each layer as it runs; empty = in none.
-        sessions: each row is a batch of its own, of whose rows it is the first.
+        sessions: each row is a batch of its own, of whose rows it is the first, and is written to before it is read.
     """
 
     def __init__(
@@ -216,7 +217,7 @@ class SharedCells(Cells):
             rooms = ((place, own.held(rows, dtype)) for place, own in self.patches.items())
             self.held = {place: room for place, room in rooms if room is not None}
         self.states = [
-            kind(*(np.repeat(start[None], rows, axis=0) for start in cell.initial.values()))
+            kind(*(_rows_of(start, rows, sessions) for start in cell.initial.values()))
             for kind, cell in zip(self.kinds, self.places.values(), strict=True)
         ]
         ends: dict[int, Any] = dict(zip(self.places, ((*state, None)[:2] for state in self.states), strict=True))
@@ -318,6 +319,11 @@ class SharedCells(Cells):
         self.taken[rows], held = counts
         for place, array in held.items():
             self.held[place][rows] = array
+
+
+def _rows_of(start: Array, rows: int, sessions: bool) -> Array:
+    """Return what is kept of `rows` rows, each `start`; zeros for sessions, which take no memory until written to."""
+    return np.zeros((rows, *start.shape), start.dtype) if sessions else np.repeat(start[None], rows, axis=0)
 
 
 def _own(array: Array, rows: Rows) -> Array:

@@ -27,7 +27,8 @@ class Sessions:
 
     Args:
         network: one that streams: see `Stream`.
-        capacity: how many sessions may be open at a time. Their states are held from the start, a few KB each.
+        capacity: how many sessions may be open at a time. The memory of a state, a few KB, is taken at
+            its first use.
         threads: how many the kernel may use for a step.
         weights: what the matrices of cells are held in, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`; None: as
             the network has them.
@@ -36,7 +37,7 @@ class Sessions:
         ValueError: a network that can't be streamed, which the message names; a number that isn't 1 to 2^31 - 1;
             unknown weights.
         TypeError: fewer bits for a float64 network.
-        MemoryError: states that memory can't hold.
+        MemoryError: more states than the machine can reserve memory for.
 
     >>> from cellstack import Cell, CellSpec, Network, Recurrent
     >>> cell = Cell(CellSpec(2, 3, use_bias=False), np.ones((2, 12)), np.ones((3, 12)))
@@ -53,8 +54,8 @@ class Sessions:
         self._engine = engine = Engine("Sessions", network, ("capacity", capacity), threads, weights, shared=True)
         self.network, self.capacity, self.threads, self.weights = network, engine.rows, engine.threads, engine.held
         # A session's number is its slot, and how often the slot was given away before: a number that was closed stays
-        # unknown.
-        self._rounds = np.full(self.capacity, -1, np.int64)
+        # unknown. The count includes the open session: zeros are memory that isn't taken before it is written to.
+        self._rounds = np.zeros(self.capacity, np.int64)
         self._open = np.zeros(self.capacity, bool)
         self._turns = native.Turns(self.capacity)  # of slots that are opened, stepped, read or closed
 
@@ -82,7 +83,7 @@ class Sessions:
                 self._engine.write(new, np.array([slot]))
                 self._rounds[slot] += 1
                 self._open[slot] = True
-                return slot + self.capacity * int(self._rounds[slot])
+                return slot + self.capacity * (int(self._rounds[slot]) - 1)
         except BaseException:  # such as the KeyboardInterrupt of a signal's handler: nobody would know the number
             if slot is not None:
                 self._open[slot] = False
@@ -100,7 +101,7 @@ class Sessions:
 
     def _check(self, numbers: Slots, slots: Slots, taken: tuple[int, bool] | None) -> None:
         """Raise unless these are open sessions, each once, whose slots this call has taken."""
-        known = self._open[slots] & (self._rounds[slots] == numbers // self.capacity)
+        known = self._open[slots] & (self._rounds[slots] == numbers // self.capacity + 1)
         if not known.all():
             raise KeyError(f"Sessions: expected open sessions, got {int(numbers[~known][0])}, which isn't one")
         if taken is not None:

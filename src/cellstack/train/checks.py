@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from cellstack.nodes.base import MOST
 from cellstack.spec import FormatError
@@ -19,6 +22,27 @@ class TooFewRowsError(UsageError):
 def is_count(value: object) -> bool:
     """Return whether `value` is a whole number from 1 to `MOST`; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
+
+
+def unmasked(array: Any) -> Any:
+    """Return an array with NaN for masked values; what isn't a masked array as it is.
+
+    Raises:
+        UsageError: masked values that aren't real numbers.
+    """
+    if not isinstance(array, np.ma.MaskedArray) or not np.ma.is_masked(array):
+        return array
+    if array.dtype.kind not in "biuf":
+        raise UsageError(f"expected real numbers in a masked array, got {array.dtype}")
+    dtype = array.dtype if array.dtype.kind == "f" else np.float64
+    return np.ma.filled(array.astype(dtype), np.nan)
+
+
+def refuse_masked(name: str, values: Any) -> None:
+    """Raise `UsageError` where an array, or an array in a list, has masked values."""
+    parts = values if isinstance(values, (list, tuple)) else [values]
+    if any(isinstance(part, np.ma.MaskedArray) and np.ma.is_masked(part) for part in parts):
+        raise UsageError(f"{name}: masked values aren't supported: leave out the sequences that they belong to")
 
 
 def read_text(path: Path) -> str:

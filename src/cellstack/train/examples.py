@@ -225,12 +225,22 @@ def target_scaling(values: NDArray, weight: NDArray) -> tuple[NDArray[np.float32
     """Return mean and scale of the targets in each column of `values [N, O]` where `weight` is above 0.
 
     Raises:
-        UsageError: a column without a target.
+        UsageError: a column without a target, or one whose range float32 can't hold.
     """
     counted = np.where(weight > 0, values, np.nan).astype(np.float64)
     if np.isnan(counted).all(axis=0).any():
         raise UsageError("expected at least one observed target in the training part, found none")
     scale = np.nanstd(counted, axis=0)
+    limits = np.finfo(np.float32)
+    for bad, what in (
+        (np.nanmax(counted, axis=0) - np.nanmin(counted, axis=0) > limits.max, "overflows float32: divide"),
+        ((scale > 0) & (scale < limits.tiny), "underflows float32: multiply"),
+    ):
+        if bad.any():
+            column = counted[:, np.argmax(bad)]
+            raise UsageError(
+                f"y: the targets' range, {np.nanmin(column):.3g} to {np.nanmax(column):.3g}, {what} them by a constant"
+            )
     return np.nanmean(counted, axis=0).astype(np.float32), np.where(scale > 0, scale, 1.0).astype(np.float32)
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from cellstack.train.checks import UsageError
 
 FILES, PICTURES = (".csv", ".json"), (".png", ".svg", ".pdf")
 APART = ("epoch", "lr")  # what isn't drawn
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # with which a spreadsheet's formula may begin; the last four are full-width
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def check(path: str | os.PathLike[str], suffixes: tuple[str, ...], what: str) -> None:
@@ -43,10 +46,23 @@ def write(path: str | os.PathLike[str], history: Sequence[dict[str, Any]]) -> No
         held = io.StringIO()
         writer = csv.DictWriter(held, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(history)
+        writer.writerows({name: cell(value) for name, value in entry.items()} for entry in history)
         text = held.getvalue()
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def cell(value: Any) -> Any:
+    """Return a value as a cell of CSV: text that a spreadsheet would run as a formula begins with `'`, a number never.
+
+    Ref: OWASP, "CSV injection".
+
+    >>> [cell(value) for value in ("=1+1", "-2.5", "shop-1", -1)]
+    ["'=1+1", '-2.5', 'shop-1', -1]
+    """
+    if isinstance(value, str) and value.startswith(FORMULA) and not NUMBER.fullmatch(value):
+        return f"'{value}"
+    return value
 
 
 def draw(path: str | os.PathLike[str], history: Sequence[dict[str, Any]], best: dict[str, Any] | None = None) -> None:

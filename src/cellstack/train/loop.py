@@ -40,6 +40,7 @@ from cellstack.train.checks import UsageError
 from cellstack.train.examples import Batch, Data
 from cellstack.train.interrupt import interruptible
 from cellstack.train.learner import Epoch, Fit
+from cellstack.train.locks import locked
 from cellstack.train.model import Dropout
 from cellstack.train.processes import Processes
 from cellstack.train.settings import Settings
@@ -102,27 +103,28 @@ def learn(
 
     Raises:
         UsageError: nothing to train on, a loss that isn't finite, a checkpoint that is there without `resume` or
-            `overwrite`, or one of other settings, another model or other data.
+            `overwrite`, one that another training is writing, or one of other settings, another model or other data.
         FormatError: a damaged checkpoint.
         OSError: `checkpoint` is where no file can be written, which is told before the first step.
     """
     team = team or Processes()
     path = None if checkpoint is None else os.fspath(checkpoint)
-    going_on = path is not None and Path(path).exists() and not overwrite
-    if checkpoint is not None and team.rank == 0:
-        check_replaceable(checkpoint)
-    if going_on and not resume:
-        raise UsageError(
-            f"{path}: a checkpoint is there already: resume (--resume) goes on from it, overwrite (--overwrite) begins "
-            "anew"
-        )
+    if path is not None and team.rank == 0:
+        check_replaceable(path)
     if hasattr(model, "carried") and team.world > 1:
         raise UsageError("expected one process for a model that carries its state from batch to batch, got several")
     with (
+        locked(path if team.rank == 0 else None),
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         counted.kept(),
         interruptible() as interrupt,
     ):
+        going_on = path is not None and Path(path).exists() and not overwrite
+        if going_on and not resume:
+            raise UsageError(
+                f"{path}: a checkpoint is there already: resume (--resume) goes on from it, overwrite (--overwrite) "
+                "begins anew"
+            )
         if threads is not None:
             torch.set_num_threads(threads)
         run = _Run(model, data, settings, team, optimizer, scheduler)

@@ -206,7 +206,7 @@ class Model(nn.Module):
     def measure(self, out: Tensor, mask: Tensor | None, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """Return sums over a batch, which add up over batches to what `measured` takes."""
         answer = self.answer(out, mask)
-        each = (answer.argmax(-1) == y).float() if self.task == "classify" else (answer - y).square()
+        each = (answer.argmax(-1) == y).float() if self.task == "classify" else (answer - y).double().square()
         return {"score": (each * weight).sum(dtype=torch.float64), "weight": weight.sum(dtype=torch.float64)}
 
     def measured(self, sums: dict[str, float]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, unmasked
 from cellstack.train.data import frames, lazy
 from cellstack.train.data.targets import FLOAT, as_targets, as_weights
 
@@ -86,6 +86,7 @@ def as_sequences(
         x: an array `[N, T, I]`; a list of arrays `[T, I]`, each with its own T; a pandas or polars frame in long form,
             a row a step; a map-style dataset, such as torch's, of `(sequence, target)`, which is read once now and then
             again as batches need it; or `Sequences`, which are returned as they are where `y` and `weight` are None.
+            NaN, or a masked value of a masked array, is missing.
         y: a class or number a sequence, `[N]`; numbers `[N, O]`; an array or a list of arrays with one, or O, a step;
             None for none. With a frame also: the name of a column, or a mapping, Series or frame by id.
         task: `"classify"` or `"regress"`; told by `y` where None: text, bools and whole numbers are classes.
@@ -160,7 +161,7 @@ def _arrays(x: Any, name: str) -> list[Any]:
             )
         if len(shape) != 3:
             raise UsageError(f"{name}: expected an array [N, T, C], got {tuple(shape)}")
-        x = list(np.asarray(x))
+        x = list(np.asarray(unmasked(x)))
     if not len(x):
         raise UsageError(f"{name}: expected at least one sequence, got none")
     return list(x)
@@ -171,7 +172,7 @@ def checked(array: Any, n: int, name: str, columns: tuple[str, ...] = ()) -> NDA
     if hasattr(array, "detach"):
         array = array.detach().cpu()
     try:
-        array = np.asarray(array)
+        array = np.asarray(unmasked(array))
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}[{n}]: expected numbers [T, C]: {error}") from None
     if array.dtype.kind not in "biuf":

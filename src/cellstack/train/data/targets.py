@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.train.checks import UsageError
+from cellstack.train.checks import UsageError, refuse_masked
 
 TASKS = ("classify", "regress")
 WORDS = {str: "text", bool: "bools", int: "whole numbers", float: "numbers"}
 FEW = 20  # different whole numbers that are classes without being asked for
-FLOAT = float(np.finfo(np.float32).max)
+FLOAT, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 SHARE = 5  # beyond these, so many examples a class on average
 
 
@@ -42,6 +42,7 @@ def as_targets(
         raise UsageError(f"expected task to be one of {', '.join(TASKS)}, got {task!r}")
     if y is None:
         return None, labels or ()
+    refuse_masked("y", y)
     if isinstance(y, Mapping):
         raise UsageError("y: expected one entry a sequence; by id with a frame alone, got a mapping")
     parts = [_array(part) for part in y] if _nested(y) else None
@@ -144,11 +145,29 @@ def _values(flat: NDArray, task: str | None, labels: tuple[Any, ...] | None) -> 
         raise UsageError(f"y: expected numbers with task regress, got {WORDS[kind]}")
     numbers = values.astype(np.float64)
     _refuse_missing(numbers, np.isnan(numbers))
-    bad = ~(np.abs(numbers) <= FLOAT)
-    if bad.any():
-        at = int(np.argmax(bad))
-        raise UsageError(f"y: expected finite numbers that float32 holds, got {numbers[at]} at position {at}")
-    return numbers.reshape(flat.shape).astype(np.float32), ()
+    return in_float32(numbers).reshape(flat.shape), ()
+
+
+def in_float32(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return targets in float32.
+
+    Raises:
+        UsageError: one that isn't finite, or that is too large for float32; or all of them are too small for it.
+    """
+    sizes = np.abs(numbers).ravel()
+    for bad, what in (
+        (~np.isfinite(sizes), "expected finite numbers"),
+        (sizes > FLOAT, f"the targets' range overflows float32, which ends at {FLOAT:.2g}: divide them by a constant"),
+    ):
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise UsageError(f"y: {what}, got {numbers.ravel()[at]} at position {at}")
+    if 0 < sizes.max(initial=0.0) < TINY:
+        raise UsageError(
+            f"y: the targets' range underflows float32, which begins at {TINY:.2g}: multiply them by a constant, got "
+            f"{sizes.max()} at most"
+        )
+    return numbers.astype(np.float32)
 
 
 def _plain(value: Any) -> Any:
@@ -211,6 +230,7 @@ def as_weights(weight: Any, count: int) -> NDArray[np.float32] | None:
         return None
     if isinstance(weight, Mapping):
         raise UsageError("sample_weight: expected one number a sequence; by id with a frame alone, got a mapping")
+    refuse_masked("sample_weight", weight)
     try:
         array = np.asarray(weight, np.float64)
     except (TypeError, ValueError):

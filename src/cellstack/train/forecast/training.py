@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from cellstack.formats.files import check_replaceable
 from cellstack.network import Network
 from cellstack.train.checks import UsageError
 from cellstack.train.examples import Inputs
@@ -32,6 +33,7 @@ from cellstack.train.forecast.recipe import SMOOTHED, Recipe
 from cellstack.train.forecast.smoothing import Smoothing
 from cellstack.train.forecast.windows import Windows
 from cellstack.train.learner import Fit
+from cellstack.train.locks import locked
 from cellstack.train.settings import Architecture, Own, RunOptions, Settings
 from cellstack.train.tables.table import Table
 
@@ -105,13 +107,18 @@ def train_forecast(
         recipe: what `plan` makes of table and request, where that is at hand.
 
     Raises:
-        UsageError: a column that isn't there or holds nothing, or too few rows; see `learn` for more.
+        UsageError: a column that isn't there or holds nothing, too few rows, or a checkpoint that another training is
+            writing; see `learn` for more.
     """
     if recipe is None:
         recipe = plan(table, request, options.validation + test)
     windows, cut = prepared(table, recipe, request, options.validation, test)
     fits = _Fits(build, settings, options, windows, cut)
-    members, calibration = fits.members()
+    checkpoint, first = options.checkpoint, int(os.environ.get("RANK", "0")) == 0  # of several processes
+    if checkpoint is not None and first:
+        check_replaceable(str(fits.stage(0, whole=False).checkpoint))
+    with locked(checkpoint if first else None):  # of all members; each fit locks its own
+        members, calibration = fits.members()
     windows = fits.windows
     recipe = windows.recipe
     network = as_network(

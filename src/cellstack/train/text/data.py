@@ -417,16 +417,10 @@ def gives_probabilities(net: Network) -> bool:
     return getattr(net.nodes[net.names.index(net.outputs[0])], "activation", None) == "softmax"
 
 
-def beginning(alphabet: Alphabet, name: str) -> str:
-    """Return what a text goes on from where nothing is given: a line end, or a blank where there is none.
-
-    Raises:
-        UsageError: neither is there.
-    """
-    for character in "\n ":
-        if alphabet.characters is None or character in alphabet.characters:
-            return character
-    raise UsageError(f"{name}: expected a prompt, as it knows neither a line end nor a blank to begin after")
+def beginning(alphabet: Alphabet) -> str:
+    """Return the default prompt: a line end, or a blank where the alphabet has none; "" where it has neither."""
+    known = alphabet.characters
+    return next((character for character in "\n " if known is None or character in known), "")
 
 
 def one_line(text: str) -> str:

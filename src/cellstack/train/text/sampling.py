@@ -75,7 +75,10 @@ def generate(
         raise UsageError(f"expected a seed of at least 0, got {seed}")
     if stop == "":
         raise UsageError("expected a text to stop at, got ''")
-    begin = alphabet.encode(prompt or beginning(alphabet, name), "the prompt")
+    prompt = prompt or beginning(alphabet)
+    if not prompt:
+        raise UsageError(f"{name}: expected a prompt: the network knows neither a line end nor a blank to begin after")
+    begin = alphabet.encode(prompt, "the prompt")
     try:
         stream = net.stream()
     except ValueError as error:

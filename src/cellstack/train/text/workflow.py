@@ -17,7 +17,16 @@ from cellstack.train.fitting import Result, as_network, check_memory, fitted
 from cellstack.train.loop import Epoch
 from cellstack.train.settings import Architecture as Recurrent
 from cellstack.train.settings import Own, RunOptions, Settings
-from cellstack.train.text.data import Architecture, Parts, Text, bits_per_character, content, one_line, usual_batch
+from cellstack.train.text.data import (
+    Architecture,
+    Parts,
+    Text,
+    beginning,
+    bits_per_character,
+    content,
+    one_line,
+    usual_batch,
+)
 from cellstack.train.text.model import Chunks, TextModel
 from cellstack.train.text.sampling import generate
 
@@ -64,10 +73,13 @@ def train_text(
     size, alphabet = text.alphabet.size, text.alphabet
     metadata = {**alphabet.metadata(), "data": os.path.basename(text.name)}
     check_memory(Recurrent(architecture.units, cell=architecture.cell), architecture.embedding or size, size)
+    # A text without line ends and blanks, such as DNA or Chinese, is sampled after its own first character.
+    prompt = beginning(alphabet) or alphabet.decoder()(int(text.ids[0]), True)
 
     def sample(epoch: Epoch) -> None:
         seed = settings.seed + int(epoch.entry["epoch"])
-        written = generate(as_network(epoch.model, metadata), length=SAMPLE, temperature=SAMPLE_TEMPERATURE, seed=seed)
+        net = as_network(epoch.model, metadata)
+        written = generate(net, prompt, length=SAMPLE, temperature=SAMPLE_TEMPERATURE, seed=seed)
         epoch.entry["sample"] = "".join(written)
         if say is not None:
             say(_line(epoch.entry))
