@@ -55,7 +55,7 @@ def as_mask(owner: str, mask: Any, lengths: Any, batch: int, steps: int) -> NDAr
     """Return `mask`, or `lengths` as a mask, `[B, T]`; None if both are None."""
     if lengths is not None:
         if mask is not None:
-            raise TypeError(f"{owner}: expected either mask or lengths, got both")
+            raise TypeError(f"{owner}: expected mask or lengths, got both")
         array = np.asarray(lengths)
         if array.shape != (batch,):
             raise ShapeError(f"{owner}: expected lengths [B={batch}], got {array.shape}")

@@ -306,9 +306,7 @@ class CellSpec:
         try:
             given = dict(given.items() if isinstance(given, Mapping) else given)
         except (TypeError, ValueError):
-            raise TypeError(
-                f"CellSpec: expected gate_activations to map gates to activations, got {given!r}"
-            ) from None
+            raise TypeError(f"CellSpec: expected gate_activations to map gates to activations, got {given!r}") from None
         for gate in given:
             if self.coupled and gate == "f":
                 raise ValueError("CellSpec: gate_activations can't set f of a coupled cell: it is 1 - i")

@@ -257,7 +257,7 @@ def test_a_sample_of_rows_ids_and_two_inputs(capsys, tmp_path):
     status, out, err = run(capsys, *words, str(tmp_path / "two.npz"))
     assert (status, err) == (0, "")
     assert "on x [2, 6, 3], speaker [2, 2]\n" in out
-    assert "not measured: expected inputs of a frame a step, got speaker [B, 2]: it has no time" in out
+    assert "not measured: expected inputs with a time axis, got speaker [B, 2]" in out
     status, out, err = run(capsys, *words, str(tmp_path / "ids.csv"))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "expected a .npz of the inputs x, speaker" in err

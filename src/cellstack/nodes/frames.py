@@ -77,7 +77,9 @@ class Context(Node):
         if mask is None:
             y[:, 1:, : self.size] = x[:, :-1, width - self.size :]
         elif steps:
-            last = np.maximum.accumulate(np.where(mask, np.arange(steps), -1), axis=1)  # the last used step up to each step
+            last = np.maximum.accumulate(
+                np.where(mask, np.arange(steps), -1), axis=1
+            )  # the last used step up to each step
             before = np.concatenate([np.full((batch, 1), -1), last[:, :-1]], axis=1)
             ends = np.take_along_axis(x[:, :, width - self.size :], np.maximum(before, 0)[:, :, None], axis=1)
             y[:, :, : self.size] = np.where(before[:, :, None] >= 0, ends, x.dtype.type(0))
@@ -160,7 +162,9 @@ class PerFrame(Node):
         for number, (node, sources) in enumerate(zip(self.nodes, self.takes, strict=True), 1):
             if not isinstance(node, Node) or node.cells or node.makes_mask or node.takes_ids:
                 kind = type(node).__name__
-                raise ValueError(f"{owner}: nodes with cells, with ids, or that make masks aren't allowed, got a {kind}")
+                raise ValueError(
+                    f"{owner}: nodes with cells, with ids, or that make masks aren't allowed, got a {kind}"
+                )
             known = all(type(source) is int and 0 <= source < number for source in sources)
             if not known or not sources or (node.inputs is not None and len(sources) != node.inputs):
                 raise ValueError(f"{owner}: expected node {number} to take earlier values, got {sources!r:.80}")

@@ -128,7 +128,9 @@ class Patch:
         """
         fields = TRACES[spec.kind]._fields
         if self.gate not in fields:
-            raise ValueError(f"Patch: expected gate of {self.node!r} to be one of {', '.join(fields)}, got {self.gate!r}")
+            raise ValueError(
+                f"Patch: expected gate of {self.node!r} to be one of {', '.join(fields)}, got {self.gate!r}"
+            )
         width = self.width(spec)
         chosen = _chosen(self.units, width)
         if not chosen.size or chosen.max() >= width:
@@ -347,7 +349,7 @@ class CellPatches:
 
 
 class _Table:
-    """Lines of the kernel's `patch_table`, `[3, width]` each: factors of the new and the previous value, and addends."""
+    """Lines of the kernel's `patch_table`, `[3, width]`: factors of the new and the previous value, and addends."""
 
     def __init__(self, width: int) -> None:
         self.lines = np.repeat(np.repeat(IDENTITY, width, axis=1)[None], 2, axis=0)  # the first one changes nothing
@@ -385,9 +387,7 @@ def _as_index(name: str, index: Any) -> Index:
     except ValueError:
         numbers = np.empty((0, 0))
     if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu" or numbers.min() < 0:
-        raise ValueError(
-            f"Patch: expected {name} as a slice, an index or indices, 0 or above, got {index!r:.80}"
-        )
+        raise ValueError(f"Patch: expected {name} as a slice, an index or indices, 0 or above, got {index!r:.80}")
     if len(np.unique(numbers)) != len(numbers):
         raise ValueError(f"Patch: expected {name} without repetitions, got {index!r:.80}")
     return tuple(int(number) for number in numbers)

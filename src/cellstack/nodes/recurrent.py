@@ -144,7 +144,9 @@ class Cell:
     @property
     def held(self) -> dict[str, Array | BFloat16Array]:
         """The cell's arrays as they are stored, bfloat16 ones as `BFloat16Array`."""
-        return {name: self._bfloat16[name] if name in self._bfloat16 else getattr(self, name) for name in self.spec.shapes}
+        return {
+            name: self._bfloat16[name] if name in self._bfloat16 else getattr(self, name) for name in self.spec.shapes
+        }
 
     @property
     def weights(self) -> str:
@@ -193,7 +195,9 @@ class Cell:
             return Cell(self.spec, *self.arrays.values())
         self._check_narrow(weights)
         arrays = self.arrays.items()
-        return Cell(self.spec, *(BFloat16Array(rounded(array)) if name in MATRICES else array for name, array in arrays))
+        return Cell(
+            self.spec, *(BFloat16Array(rounded(array)) if name in MATRICES else array for name, array in arrays)
+        )
 
     @cached_property
     def packed(self) -> Any:

@@ -164,7 +164,7 @@ class Reshape(_Shaping):
         (shape,) = shapes
         numbers, rest = _product(shape), prod(axis for axis in self.shape if axis != -1)
         if numbers is not None and (numbers % rest if -1 in self.shape else numbers != rest):
-            raise ShapeError(f"{owner}: can't reshape {shown(shape)} to {shown(self.shape)}: the sizes differ")
+            raise ShapeError(f"{owner}: can't reshape {shown(shape)} to {shown(self.shape)}: the sizes don't match")
         free = None if numbers is None else numbers // rest
         return tuple(free if axis == -1 else axis for axis in self.shape)
 
@@ -322,7 +322,9 @@ class Select(Along):
         """Return the slice of `x [B, …]`."""
         place = self.place(x.ndim - 1)
         y = x[(slice(None),) * place + (self.taken,)]
-        return np.ascontiguousarray(y) if place == x.ndim - 1 else y  # the rounding of the next node may depend on the layout
+        return (
+            np.ascontiguousarray(y) if place == x.ndim - 1 else y
+        )  # the rounding of the next node may depend on the layout
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         (flow,) = flows
