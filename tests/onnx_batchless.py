@@ -1,7 +1,7 @@
-"""ONNX files without a batch axis, in the style of published models: input `[T, F]`, states `[H]` in and out.
+"""ONNX files without a batch axis, in the style in which such are published: `[T, F]` in, states `[H]` in and out.
 
-An Unsqueeze adds the batch axis before each recurrent operator, and a Squeeze removes it after. The backward direction
-is a forward operator between two Slices with step -1, or one direction of a bidirectional operator.
+An Unsqueeze makes the batch before each recurrent operator, a Squeeze takes it away behind it. The half that runs
+backwards is a Slice with step -1 before a forward operator and one behind it, or one half of a bidirectional operator.
 """
 
 from itertools import product
@@ -17,7 +17,7 @@ BACK = -(2**31)
 
 
 class Plan(NamedTuple):
-    """A file: `both` is "", "slice" or "operator"; `states` is "", "flat" `[H]`, "row" `[1, H]` or "stacked" `[L, H]`."""
+    """A file: `both` is "", "slice" or "operator"; `states` "", "flat" `[H]`, "row" `[1, H]` or "stacked" `[L, H]`."""
 
     kind: str
     layers: int
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
 
 def plans():
-    """Return the plans of all files, by name."""
+    """All files, by name."""
     kinds = [("LSTM", ""), ("LSTM", "peepholes"), ("GRU", ""), ("GRU", "after"), ("RNN", "")]
     heads = ("dense", "", "softmax", "last")
     found = []
@@ -66,7 +66,7 @@ class _Graph:
 
 
 def model_of(plan, seed=0):
-    """Return the file of a plan as a ModelProto, with different weights for each gate."""
+    """Return a plan's file as a ModelProto, with weights of their own for each gate."""
     g, units, value = _Graph(seed), 4, "input"
     parts = "hc" if plan.kind == "LSTM" else "h"
     ways = 1 if not plan.both else 2
@@ -77,12 +77,12 @@ def model_of(plan, seed=0):
     ends = {part: [] for part in parts}
     for layer in range(plan.layers):
         width = 3 if layer == 0 else units * ways
-        outputs = []
+        halves = []
         for way in range(1 if plan.both == "operator" else ways):
             where = f"{'fb'[way]}{layer}"
             both, count = plan.both == "operator", (2 if plan.both == "operator" else 1)
             x = value
-            early = layer % 2 == 0  # whether it is reversed before or after the batch axis is added
+            early = layer % 2 == 0  # whether it is turned round before the batch is made, or after it
             if way and early:
                 x = g.turned(x, f"{where}.turned")
             x = g.put("Unsqueeze", [x, g.integers(1)], f"{where}.batch")
@@ -108,8 +108,8 @@ def model_of(plan, seed=0):
                 y = g.put("Reshape", [rows, g.integers(0, -1)], f"{where}.y")
             else:
                 y = g.put("Squeeze", [made[0], g.integers(1, 2)], f"{where}.y")
-            outputs.append(g.turned(y, f"{where}.back") if way else y)
-        value = outputs[0] if len(outputs) == 1 else g.put("Concat", outputs, f"both{layer}", axis=-1)
+            halves.append(g.turned(y, f"{where}.back") if way else y)
+        value = halves[0] if len(halves) == 1 else g.put("Concat", halves, f"both{layer}", axis=-1)
     if stacked:
         for part in parts:
             _out(g, g.put("Concat", ends[part], f"{part}_out", axis=0), 2)

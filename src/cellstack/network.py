@@ -484,8 +484,8 @@ class Network:
         >>> from cellstack import Cell, CellSpec, Patch, Recurrent
         >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8)))
         >>> net = Network([Recurrent((cell,))])
-        >>> held = net.edit(Patch("layer_0", gate="h", units=[1], value=0.5))
-        >>> held(np.ones((1, 3, 1)))[0, :, 1]
+        >>> patched = net.edit(Patch("layer_0", gate="h", units=[1], value=0.5))
+        >>> patched(np.ones((1, 3, 1)))[0, :, 1]
         array([0.5, 0.5, 0.5])
         """
         if not isinstance(patches, (Patch, Iterable)):

@@ -517,7 +517,7 @@ def test_the_repr_shows_wires_unless_they_are_to_the_node_before():
         "  head                    Dense       linear                [B, 2]      12",
     ]
     plan = net.plan()
-    assert [line.split()[0] for line in plan] == ["lstm", "pool", "both", "head", "in"]
+    assert [line.split()[0] for line in plan] == ["lstm", "pool", "both", "head", "total"]
     assert "of pool, speaker" in plan[2]
     assert "of " not in plan[3].split("NumPy")[0]
     shown = repr(Network([Embedding(floats(9, 3)), lstm()]))

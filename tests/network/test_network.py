@@ -592,7 +592,7 @@ BUILDS = {
         ValueError,
         "return_sequences to be the same",
     ),
-    "half": (lambda: Bidirectional(one(), None), TypeError, "backward to be a Recurrent, got NoneType"),
+    "one direction": (lambda: Bidirectional(one(), None), TypeError, "backward to be a Recurrent, got NoneType"),
     "merged widths": (
         lambda: Bidirectional(one(), Recurrent((make_cell(rng_of(), 3, 5),), go_backwards=True), "sum"),
         ShapeError,

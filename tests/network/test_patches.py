@@ -258,7 +258,7 @@ def test_what_is_refused():
         ("number or numbers", TypeError, ("layer_0", "f", None, None, None, [[1.0, 2.0], [3.0]])),
         ("number or numbers", TypeError, ("layer_0", "f", None, None, None, np.ma.masked_array([1.0], [True]))),
         ("0 or above", ValueError, ("layer_0", "f", [-1], None, None, 1.0)),
-        ("each once", ValueError, ("layer_0", "f", [1, 1], None, None, 1.0)),
+        ("without repetitions", ValueError, ("layer_0", "f", [1, 1], None, None, 1.0)),
         ("integer from 0", ValueError, ("layer_0", "f", None, None, slice(-3, None), 1.0)),
         ("1 or 2 along units", ShapeError, ("layer_0", "f", [0, 1], None, None, [1.0, 2.0, 3.0])),
         ("steps with an end", ShapeError, ("layer_0", "f", [0, 1], None, None, [[1.0], [2.0]])),

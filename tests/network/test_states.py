@@ -281,7 +281,7 @@ def test_which_states_can_be_streamed(rng):
         ),
         (
             seq2seq(*PAIRS["a GRU"]()),
-            "decoder can't run step by step: it starts from encoder/h, and a stream's cells continue from their own state",
+            "decoder can't run step by step: it starts from encoder/h, and a stream's cells continue from their own",
         ),
         (
             Network([recurrent(3, 5, 4), head], wires=[("x",), ("layer_0/1/c",)]),

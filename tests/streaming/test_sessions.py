@@ -139,7 +139,7 @@ def lstm(width=3, units=4, seed=0):
 
 
 def two_inputs():
-    """Return a network with inputs x and ids, a fused head and a sequence as outputs, and cells around a convolution."""
+    """Return a network with inputs x and ids, a head and a sequence as outputs, and cells around a convolution."""
     nodes = [Embedding(floats(9, 2)), lstm(), Merge(), Conv1D(floats(3, 6, 5), padding="causal"), lstm(5, 6)]
     names = ["e", "low", "both", "conv", "high", "head"]
     wires = [("id",), ("x",), ("low", "e"), ("both",), ("conv",), ("high",)]

@@ -525,7 +525,7 @@ class AlarmError(Exception):
 
 @pytest.fixture
 def alarms():
-    """Return a function that runs a call under an alarm, which may interrupt it anywhere, and returns whether it did."""
+    """Return a function that runs a call which an alarm may interrupt anywhere, and returns whether it did."""
 
     def ring(*_):
         raise AlarmError

@@ -265,7 +265,7 @@ CALLS = {
     "frames": (
         lambda s: setattr(s, "state", (s.state[0], Frames(X))),
         ShapeError,
-        r"expected frames \[2, 2, 3\] of the state, got \(2, 3\)",
+        r"expected Frames \[2, 2, 3\] in the state, got \(2, 3\)",
     ),
 }
 

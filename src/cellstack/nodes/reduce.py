@@ -105,4 +105,4 @@ class Reduce(Along):
 
     @property
     def summary(self) -> str:
-        return f"{self.mode} over axis {self.axis}{', which stays' if self.keepdims else ''}"
+        return f"{self.mode} over axis {self.axis}{', keepdims' if self.keepdims else ''}"

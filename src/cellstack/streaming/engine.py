@@ -42,8 +42,8 @@ class Engine:
         shared: whether a call may step only some of the rows.
 
     Attributes:
-        frame: the shape of one step of all rows for which, if contiguous and of the network's dtype, no further check
-            is needed; None if there is always one.
+        step_shape: the shape of one step of all rows; a contiguous array of this shape and of the network's dtype needs
+            no further check. None if a check is always needed.
 
     Raises:
         ValueError, TypeError, MemoryError: see `Stream`.
@@ -90,7 +90,7 @@ class Engine:
         known = all(network.shapes[name][-1] is not None for name in network.inputs if name not in network.graph.ids)
         self._late = any(network.graph.late) and not known
         plain = len(network.inputs) == 1 and network.input_size is not None and not self._late
-        self.frame = (self.rows, network.input_size) if plain else None
+        self.step_shape = (self.rows, network.input_size) if plain else None
         # In a state the cells come first, in the network's order, then the memories of other nodes.
         self._keeping.sort(key=lambda part: isinstance(part, Memory))
 
@@ -146,7 +146,7 @@ class Engine:
         """Whether the number format of the matrices differs from the network's own."""
         return self.weights not in (None, "float32", self.network.weights)
 
-    def keeps_frames(self) -> list[str]:
+    def with_memory(self) -> list[str]:
         """Return the names of the nodes with a memory of input steps."""
         rules = zip(self.network.names, frame_rules(self.network), strict=True)
         return [name for name, rule in rules if rule.memory is not None]
@@ -265,9 +265,9 @@ class Engine:
             )
         entries: list[Any] = list(as_states(owner, tuple(state[: len(cells)]) if count else state, cells, batch))
         for given, start in zip(state[len(cells) :] if count else (), starts[len(cells) :], strict=True):
-            array = as_floats(owner, "frames", given.x if isinstance(given, Frames) else given, self.network.dtype)
+            array = as_floats(owner, "Frames", given.x if isinstance(given, Frames) else given, self.network.dtype)
             if array.shape != start[0].shape:
                 expected = list(start[0].shape)
-                raise ShapeError(f"{owner}: expected frames {expected} of the state, got {array.shape}")
+                raise ShapeError(f"{owner}: expected Frames {expected} in the state, got {array.shape}")
             entries.append(Frames(array))
         return [start if entry is None else entry for entry, start in zip(entries, starts, strict=True)]

@@ -87,40 +87,40 @@ class Memory:
         assert rule.memory is not None
         assert rule.advance is not None
         self.advance, self.start = rule.advance, rule.start
-        self.frames = np.full((rows, *rule.memory), rule.start, dtype)
+        self.memory = np.full((rows, *rule.memory), rule.start, dtype)
 
     def run(self, rows: Rows, x: Array) -> Array:
         """See `Keeps`."""
         step, whole = x.ndim == 2, rows is ALL
-        y, after = self.advance(self.frames if whole else self.frames[rows], x[:, None] if step else x)
+        y, after = self.advance(self.memory if whole else self.memory[rows], x[:, None] if step else x)
         if whole:  # replace the array instead of changing it: `undo` may need the old one
-            self.frames = after if step else after.copy()
+            self.memory = after if step else after.copy()
         else:
-            self.frames[rows] = after
+            self.memory[rows] = after
         return y[:, 0] if step else y
 
     def starts(self) -> list[dict[str, Any]]:
         """See `Keeps`."""
-        return [{"x": np.full(self.frames.shape[1:], self.start, self.frames.dtype)}]
+        return [{"x": np.full(self.memory.shape[1:], self.start, self.memory.dtype)}]
 
     def read(self, rows: Rows) -> list[CellState | Frames]:
         """See `Keeps`."""
-        return [Frames(np.array(self.frames[rows]))]
+        return [Frames(np.array(self.memory[rows]))]
 
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
         """See `Keeps`."""
-        self.frames[rows] = entries[0].x
+        self.memory[rows] = entries[0].x
 
     def keep(self, rows: Rows) -> Array:
         """See `Keeps`."""
-        return self.frames if rows is ALL else self.frames[rows]
+        return self.memory if rows is ALL else self.memory[rows]
 
     def undo(self, rows: Rows, entries: Array) -> None:
         """See `Keeps`."""
         if rows is ALL:
-            self.frames = entries
+            self.memory = entries
         else:
-            self.frames[rows] = entries
+            self.memory[rows] = entries
 
 
 class Cells:
@@ -230,15 +230,15 @@ class SharedCells(Cells):
         x = np.ascontiguousarray(x)
         steps, width = x.shape[1] if x.ndim == 3 else 1, x.shape[-1]
         y = np.empty((*x.shape[:-1], self.width), x.dtype)
-        frames = native.Sequences(len(x), steps, x, steps * width, width, places=None if rows is ALL else rows)
+        sequences = native.Sequences(len(x), steps, x, steps * width, width, places=None if rows is ALL else rows)
         if not self.patches:
-            native.forward(frames, [*self.below, self._layer(-1, y=y)], self.threads)
+            native.forward(sequences, [*self.below, self._layer(-1, y=y)], self.threads)
             return y
         held = {place: np.ascontiguousarray(array[rows]) for place, array in self.held.items()}
         changes = self._changes(rows, len(x), steps, held, x.dtype)
         top = len(self.packed) - 1
         layers = [self._layer(place, **changes.get(place, {})) for place in range(top)]
-        native.forward(frames, [*layers, self._layer(top, y=y, **changes.get(top, {}))], self.threads)
+        native.forward(sequences, [*layers, self._layer(top, y=y, **changes.get(top, {}))], self.threads)
         for place, array in held.items():
             self.held[place][rows] = array
         self.taken[rows] += steps

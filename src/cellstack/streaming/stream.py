@@ -57,7 +57,7 @@ class Stream:
         self.network, self.batch, self.threads, self.weights = network, engine.rows, engine.threads, engine.held
         self._turns = native.Turns(1)
         self._alone = engine.alone()
-        self._frame = engine.frame
+        self._step_shape = engine.step_shape
         self._dtype = network.dtype
         self._history: History | None = None
 
@@ -80,7 +80,7 @@ class Stream:
             y = self._alone(x)
             if y is not None:
                 return y
-        elif type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._frame and x.flags.carray:
+        elif type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._step_shape and x.flags.carray:
             return self._run((x,))
         return self._run(self._engine.given(x, "B", self.batch))
 
@@ -188,8 +188,8 @@ class Stream:
                 f"Stream: remember() doesn't support patches, got {self.network.patches[0]}: trace the network itself "
                 "over a sequence"
             )
-        if keeps := self._engine.keeps_frames():
-            raise ValueError(f"Stream: expected cells alone to keep a state, to trace them, got {', '.join(keeps)}")
+        if nodes := self._engine.with_memory():
+            raise ValueError(f"Stream: remember() doesn't support nodes with a memory, got {', '.join(nodes)}")
         with self._turns.turn() as taken:
             self._check_turn(taken)
             self._history, self._alone = History(steps), None
