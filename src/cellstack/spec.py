@@ -298,7 +298,7 @@ class CellSpec:
             raise ValueError("CellSpec: recurrent_activation isn't valid with kind='rnn', which only has the gate g")
         if self.layer_norm and not self.reset_after:
             raise ValueError(
-                "CellSpec: layer_norm requires reset_after=True: the two products are normalised separately"
+                "CellSpec: expected reset_after=True with layer_norm: the two products are normalised separately"
             )
 
     def _check_activations(self) -> None:

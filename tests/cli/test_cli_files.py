@@ -158,7 +158,7 @@ def test_what_c_can_t_run_is_named(capsys, tmp_path):
     make_net(bidirectional=True).save(tmp_path / "net.safetensors")
     status, _, err = run(capsys, "convert", str(tmp_path / "net"), str(tmp_path / "net.c"))
     assert (status, err.count("\n")) == (2, 1)
-    assert "got lstm: it runs backwards" in err
+    assert "lstm can't run step by step: it runs backwards" in err
     assert not (tmp_path / "net.c").exists()
 
 
