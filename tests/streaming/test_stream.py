@@ -558,15 +558,15 @@ def several_parts(rng):
 def test_a_signal_leaves_a_stream_before_or_after_a_step(alarms, kind):
     rng = np.random.default_rng(0)
     net = several_parts(rng)
-    frames = rng.normal(size=(400, 2, 6)).astype(np.float32)
+    xs = rng.normal(size=(400, 2, 6)).astype(np.float32)
     twin, interrupted, taken = net.stream(2), 0, 0
     pool, stream = net.pool(4), net.stream(2)
     numbers = [pool.open(), pool.open()]
-    for frame in frames:
+    for x_t in xs:
         step = (lambda x: pool.step(numbers, x)) if kind == "sessions" else stream.step
         before = twin.state
-        twin.step(frame)
-        if alarms(rng.uniform(1e-6, 150e-6), step, frame):
+        twin.step(x_t)
+        if alarms(rng.uniform(1e-6, 150e-6), step, x_t):
             interrupted += 1
             states = [pool.state(number) for number in numbers]
             now = stacked(states) if kind == "sessions" else stream.state

@@ -262,7 +262,7 @@ CALLS = {
     ),
     "state": (lambda s: setattr(s, "state", ()), ShapeError, "tuple of 1 states, one per cell, and 1 Frames, .*got 0"),
     "state number": (lambda s: setattr(s, "state", 3), ShapeError, "one per node with a memory, got int"),
-    "frames": (
+    "memory": (
         lambda s: setattr(s, "state", (s.state[0], Frames(X))),
         ShapeError,
         r"expected Frames \[2, 2, 3\] in the state, got \(2, 3\)",

@@ -213,7 +213,7 @@ class Stream:
         >>> cell = Cell(CellSpec(2, 3, use_bias=False), np.ones((2, 12)), np.ones((3, 12)))
         >>> stream = Network([Recurrent((cell,))]).stream()
         >>> stream.remember(100)
-        >>> y = [stream.step(frame) for frame in np.arange(10.0).reshape(5, 1, 2)]
+        >>> y = [stream.step(x) for x in np.arange(10.0).reshape(5, 1, 2)]
         >>> t = stream.trace(2)
         >>> t["layer_0"].f.shape, bool((t.y[:, 1] == y[4]).all())
         ((1, 2, 3), True)
