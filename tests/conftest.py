@@ -1,18 +1,18 @@
-"""What all tests share."""
+"""Settings and fixtures of all tests."""
 
 import os
 import signal
 
 os.environ["KERAS_BACKEND"] = "torch"  # before anything imports keras
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before anything imports torch
-    # Workers share the processors: threads that wait for one that another worker holds spin, and take it from both.
+    # Workers share the processors, and spinning threads of one worker would slow down the others.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import numpy as np
 import pytest
 import torch
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: tests send it, though
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a background job of a shell: some tests send SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

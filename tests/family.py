@@ -1,4 +1,4 @@
-"""Random members of the family: cells, their arrays, and what they run on. All in float64; cast where you need to."""
+"""Random cells, with arrays, states and inputs, all in float64."""
 
 from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec
 
@@ -15,7 +15,7 @@ BETAS = {"hard_sigmoid": (0.3, 0.6), "affine": (-0.3, 0.3), "scaled_tanh": (0.5,
 
 
 def random_activation(rng, names=ACTIVATIONS):
-    """The text of an activation, with parameters of its own half the time."""
+    """Return the text of a random activation, with random parameters half of the time."""
     name = str(rng.choice(names))
     ranges = (ALPHAS.get(name), BETAS.get(name))[: len(PARAMETERS.get(name, ()))]
     if not ranges or rng.random() < 0.5:
@@ -24,9 +24,9 @@ def random_activation(rng, names=ACTIVATIONS):
 
 
 def random_spec(rng, kind=None, largest=8):
-    """A valid cell: every flag that its kind has is set about every third time, apart from the others.
+    """Return a random valid cell: every flag of its kind is set independently, about one time in three.
 
-    Gates are bounded where what they multiply isn't: values stay such that float32 can be held against float64.
+    Gates that multiply unbounded values are bounded, so that float32 can be compared with float64.
     """
     kind = str(rng.choice(list(GATES))) if kind is None else kind
     often = lambda share: bool(rng.random() < share)  # noqa: E731
@@ -62,7 +62,7 @@ def random_spec(rng, kind=None, largest=8):
 
 
 def random_arrays(rng, spec):
-    """Every array that the cell has, by name, each number another; gains lie around 1."""
+    """Return random arrays of the cell, by name; all numbers differ, and gains are near 1."""
     scales = {"kernel": spec.input_size**-0.5, "recurrent_kernel": 0.7 * spec.output_size**-0.5}
     scales["projection"] = spec.units**-0.5
     return {
@@ -72,15 +72,15 @@ def random_arrays(rng, spec):
 
 
 def random_state(rng, spec, batch):
-    """A state array for each name in `spec.state_sizes`."""
+    """Return a random state, an array for each name in `spec.state_sizes`."""
     return tuple(0.5 * rng.standard_normal((batch, size)) for size in spec.state_sizes.values())
 
 
 def random_case(rng, spec, batch=3, steps=5):
-    """What a pass takes besides the cell and its arrays, by the names of `reference.forward`'s arguments.
+    """Return random arguments of `reference.forward` after the cell and its arrays, by name.
 
-    Each of state, mask, reset, recurrent dropout and (where the cell has a rate) zoneout's masks is there half the
-    time, and None else; reverse is True half the time.
+    State, mask, reset, recurrent dropout and the masks of zoneout (if the cell has a rate) are each None half of the
+    time; reverse is True half of the time.
     """
     there = lambda: bool(rng.random() < 0.5)  # noqa: E731
     training = there()

@@ -1,4 +1,4 @@
-"""Calls of the native kernel with NumPy arrays, in the shapes of reference.py."""
+"""Calls of the kernel with NumPy arrays, with results in the shapes of reference.py."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from cellstack import native
 
 
 class Out(NamedTuple):
-    """What a pass leaves; `case` is what its backward pass needs of the call."""
+    """Results of a forward pass; `case` are the arguments that its backward pass needs."""
 
     y: Any
     state: tuple
@@ -24,7 +24,7 @@ class Gradients(NamedTuple):
 
 
 def pair(state):
-    """h and c of a state; None for what isn't there."""
+    """Return h and c of a state; None for an absent one."""
     return (None, None) if state is None else (*state, None)[:2]
 
 
@@ -49,7 +49,7 @@ def forward_stack(
     copy=True,
     element=None,
 ):
-    """Run a stack of cells, `(spec, arrays)` each; of `drops`, one of each of DROPS for each."""
+    """Run a stack of cells, `(spec, arrays)` each; `drops` has a tuple in the order of DROPS for each cell."""
     batch, steps, _ = x.shape
     layers, outs = [], []
     for n, ((spec, arrays), state) in enumerate(zip(cells, states, strict=True)):
@@ -75,19 +75,19 @@ def forward(spec, arrays, x, state=None, *, recurrent_dropout=None, zoneout=None
 
 
 def backward_stack(cells, outs, gradients, *, threads=1, wanted=None, element=None):
-    """Go back through a stack that `forward_stack` ran.
+    """Run the backward pass of a stack.
 
     Args:
-        cells: as they were run.
-        outs: what it left.
-        gradients: for each layer, those of dy, dstate, dgates and dcells that there are, by name.
-        threads: how many the kernel may use.
-        wanted: for each layer, the names of the gradients that are wanted: x (of the lowest), h0, c0 and its arrays;
-            None = all of them.
-        element: what the matrices were held in.
+        cells: the arguments of `forward_stack`.
+        outs: its results.
+        gradients: for each layer, some of dy, dstate, dgates and dcells by name.
+        threads: the number of threads that the kernel may use.
+        wanted: for each layer, the names of the gradients to compute: x (lowest layer only), h0, c0 and its arrays;
+            None: all.
+        element: the number format of the matrices.
 
     Returns:
-        `Gradients` for each layer; NaN where none was wanted.
+        `Gradients` for each layer; NaN for gradients that weren't requested.
     """
     case = outs[0].case
     x, new = case["x"], lambda like: np.full(like.shape, np.nan, case["x"].dtype)

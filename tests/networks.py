@@ -1,4 +1,4 @@
-"""Random networks, and what they must return, worked out in float64 by the reference and plain NumPy."""
+"""Random networks, and their expected results in float64 from the reference and plain NumPy."""
 
 from dataclasses import replace
 
@@ -35,12 +35,12 @@ def make_cell(rng, inputs, units, dtype="float32", **settings):
 
 
 def fill(rng, spec, dtype="float32"):
-    """A cell whose arrays differ in every number."""
+    """Return a cell with random arrays, in which all numbers differ."""
     return Cell(spec, **{name: array.astype(dtype) for name, array in random_arrays(rng, spec).items()})
 
 
 def make_stack(rng, inputs, dtype="float32", **flags):
-    """One to three cells of any kind and flags, every third one a plain LSTM; many are as wide as the one below."""
+    """Return one to three random cells, a third of them standard LSTMs; many have the width of the one below."""
     cells = []
     for _ in range(rng.integers(1, 4)):
         made = replace(random_spec(rng, largest=20), input_size=inputs)
@@ -54,11 +54,11 @@ def make_stack(rng, inputs, dtype="float32", **flags):
 
 
 def make_network(seed, dtype="float32", streams=False):
-    """A network of one to five nodes, of all kinds, or of those alone that a stream can run."""
+    """Return a random network of one to five nodes; with `streams`, of nodes that can be streamed."""
     rng = np.random.default_rng(seed)
     width, sequence, nodes = int(rng.integers(1, 10)), True, []
     for n in range(rng.integers(1, 6)):
-        kinds = ["dense", "activation"] if n else ["dense", "standardise"]  # the first one fixes width and dtype
+        kinds = ["dense", "activation"] if n else ["dense", "standardise"]  # the first node determines width and dtype
         if sequence:
             kinds += ["recurrent"] * 3 + (["pool"] if n else []) + ([] if streams else ["bidirectional"])
         kind = str(rng.choice(kinds))
@@ -112,7 +112,7 @@ def f64(array):
 
 
 def _from_the_end(reset):
-    """Where a pass from the end begins anew: with the last step of every piece but the last."""
+    """Return the resets of a backward run: the last step of every piece except the last one."""
     back = np.zeros(reset.shape, bool)
     for row, t in np.argwhere(reset):
         if t:
@@ -121,7 +121,7 @@ def _from_the_end(reset):
 
 
 def _residual(x, h, mask, reset, order):
-    """h + x; a masked step repeats that of the last step used, or h where there is none since the state was set."""
+    """Return h + x; a masked step repeats the sum of the last used step since the last reset, or h if there is none."""
     y = np.empty_like(h)
     for row in range(len(h)):
         last = None
@@ -135,7 +135,7 @@ def _residual(x, h, mask, reset, order):
 
 
 def _stack(node, x, mask, reset, states):
-    """Outputs in the order of x, or the last one; then the states."""
+    """Return the outputs in the order of x, or the last output; and the states."""
     after = []
     order = range(x.shape[1])[:: -1 if node.go_backwards else 1]
     reset = _from_the_end(reset) if reset is not None and node.go_backwards else reset
@@ -174,7 +174,7 @@ def _activate(text, z):
 
 
 def _windows(x, span, strides, before, after):
-    """Each window of steps, and which of its steps are in x, by a loop."""
+    """Yield the steps of each window; None for padding."""
     steps = x.shape[1]
     for start in range(-before, steps + after - span + 1, strides):
         yield [t if 0 <= t < steps else None for t in range(start, start + span)]
@@ -217,7 +217,7 @@ def _norm(node, x):
 
 
 def _merge(node, values):
-    """What is merged, of values with their masks and without resets."""
+    """Merge values with masks and without resets."""
     xs, masks = [value[0] for value in values], [value[1] for value in values]
     time = node.mode == "concat" and xs[0].ndim == 3 and node.axis == 1
     if all(mask is None for mask in masks):
@@ -242,7 +242,7 @@ def _merge(node, values):
 
 
 def _stepwise(node, x):
-    """What a node makes of x whose mask and resets go on as they are; None where it isn't such a node."""
+    """Return the output of a node that keeps mask and resets; None for other nodes."""
     if isinstance(node, Standardise):
         return (x - f64(node.mean)) / f64(node.scale)
     if isinstance(node, Scale):
@@ -257,7 +257,7 @@ def _stepwise(node, x):
 
 
 def _shaped(node, x):
-    """What a node makes of x whose mask ends there; None where it isn't such a node."""
+    """Return the output of a node that drops the mask; None for other nodes."""
     if isinstance(node, Conv1D):
         return _conv(node, x)
     if isinstance(node, Pool1D):
@@ -274,7 +274,7 @@ def _shaped(node, x):
 
 
 def _node(node, values, own):
-    """What one node makes of values `(x, mask, reset)`, and its states after."""
+    """Return a node's output for inputs `(x, mask, reset)`, and its states after the run."""
     x, mask, reset = values[0]
     if (y := _stepwise(node, x)) is not None:
         return (y, mask, reset), []
@@ -301,16 +301,16 @@ def _node(node, values, own):
             x, mask = x[:, ::-1], None if mask is None else mask[:, ::-1]
             reset = None if reset is None else _from_the_end(reset)[:, ::-1]
         return (x, *((mask, reset) if node.return_sequences else (None, None))), states
-    half = len(node.forward.cells)
-    a, ahead = _stack(node.forward, x, mask, reset, own[:half])
-    b, back = _stack(node.backward, x, mask, reset, own[half:])
+    count = len(node.forward.cells)
+    a, ahead = _stack(node.forward, x, mask, reset, own[:count])
+    b, back = _stack(node.backward, x, mask, reset, own[count:])
     merged = {"sum": a + b, "mul": a * b, "ave": (a + b) / 2} if node.merge_mode != "concat" else {}
     x = merged[node.merge_mode] if merged else np.concatenate([a, b], axis=-1)
     return (x, *((mask, reset) if node.forward.return_sequences else (None, None))), ahead + back
 
 
 def by_reference(net, x, state=None, mask=None, reset=None):
-    """What `net.run` must return, in float64, written without a line of the code under test."""
+    """Return the expected result of `net.run` in float64, computed without the code under test."""
     given = x if isinstance(x, dict) else {net.inputs[0]: x}
     timed = {name: array.ndim == 3 or name in net.graph.ids for name, array in given.items()}
     values = {
@@ -328,7 +328,7 @@ def by_reference(net, x, state=None, mask=None, reset=None):
 
 # ── graphs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-STEPS = 6  # of every input of a random graph
+STEPS = 6  # length of all sequences in a random graph
 STREAMED = ["dense", "activation", "scale", "layer_norm", "recurrent", "causal", "select", "merge"]
 WHOLE = [
     "conv",
@@ -346,10 +346,9 @@ WHOLE = [
 
 
 def make_graph(seed, dtype="float32", streams=False):
-    """A random graph of one to three inputs and as many outputs as values are left over, and inputs for it.
+    """Return a random graph of one to three inputs, whose outputs are all unused values, and arrays for its inputs.
 
-    The values that are still open are `(name, steps, width)`; steps are 0 for a vector. With `streams`, of nodes alone
-    that a stream can run.
+    `values` are `(name, steps, width)`, with steps = 0 for a vector. With `streams`, all nodes can be streamed.
     """
     rng = np.random.default_rng(seed)
     floats = lambda *shape: rng.normal(0, 0.6, size=shape).astype(dtype)  # noqa: E731
@@ -375,7 +374,9 @@ def make_graph(seed, dtype="float32", streams=False):
             values.append((name, STEPS, width))
     for number in range(rng.integers(2, 9)):
         name, steps, width = values[rng.integers(len(values))]
-        kind = str(rng.choice(STREAMED + ([] if streams else WHOLE))) if number else "scale"  # it fixes the dtype
+        kind = (
+            str(rng.choice(STREAMED + ([] if streams else WHOLE))) if number else "scale"
+        )  # the first node determines the dtype
         if kind == "dense":
             units = int(rng.integers(1, 6))
             add(Dense(floats(width, units), floats(units), random_activation(rng)), [name], steps, units)
@@ -406,7 +407,7 @@ def make_graph(seed, dtype="float32", streams=False):
             _add_over_time(rng, kind, add, floats, (name, steps, width), streams)
     used = set().union(*wires)
     shown = [name for name in names if name not in used] or names[-1:]
-    for name in [name for name in given if name not in used]:  # every input is used
+    for name in [name for name in given if name not in used]:  # every input has to be used
         nodes.append(Activation("softsign"))
         names.append(f"n{len(nodes)}")
         wires.append((name,))

@@ -1,4 +1,4 @@
-"""What tests of the op share: random members of the family as the op takes them, and both ways to run them."""
+"""Helpers for tests of the op: random cells as its arguments, and runs of the op, the torch loop and the reference."""
 
 from dataclasses import replace
 from itertools import islice
@@ -15,7 +15,7 @@ from cellstack.spec import GATES, CellSpec
 
 
 class Given(NamedTuple):
-    """Arguments of the op, up to `reset`, and the descriptions behind `cells`."""
+    """Arguments of the op, up to `reset`, and the specs of the cells."""
 
     x: Tensor
     starts: list[Tensor]
@@ -28,7 +28,7 @@ class Given(NamedTuple):
 
     @property
     def leaves(self):
-        """What may ask for gradients."""
+        """The tensors that can require gradients."""
         return [self.x, *self.starts, *self.weights]
 
 
@@ -40,7 +40,7 @@ CHOICES = ("started", "masked", "resets", "dropped", "zoned", "reverse")
 
 
 def given(specs, seed=0, dtype=torch.float64, grad=True, batch=3, steps=4, **choices):
-    """What a stack runs on. `choices` says by name what of CHOICES is there; the others are drawn."""
+    """Return random arguments for a stack. `choices` sets some of CHOICES by name; the others are random."""
     rng = np.random.default_rng(seed)
     there = {name: choices.get(name, bool(rng.integers(2))) for name in CHOICES}
     drops = []
@@ -67,7 +67,7 @@ def given(specs, seed=0, dtype=torch.float64, grad=True, batch=3, steps=4, **cho
 
 
 def stack(seed, kind=None, largest=6):
-    """One to three random cells, each as wide as the one below it."""
+    """Return one to three random cells, each with the input size that the cell below it has as output size."""
     rng = np.random.default_rng(seed)
     specs = [random_spec(rng, kind, largest) for _ in range(rng.integers(1, 4))]
     for n, below in enumerate(specs[:-1]):
@@ -76,7 +76,7 @@ def stack(seed, kind=None, largest=6):
 
 
 def fused(g, sequences=True, save=True):
-    """Run the op by its shortest way."""
+    """Run the op on its fast path."""
     return op.run(*g[:6], [spec.text for spec in g.specs], g.reverse, sequences, save)
 
 
@@ -87,26 +87,26 @@ def loop(g, sequences=True, save=True):
 
 
 def split(g, out):
-    """Results of a run with save, by name: a list a layer of each, states as tuples; without norms."""
+    """Split the results of a run with save into states (tuples), ys, gates and cells, a list of layers each."""
     left = iter(out)
     states = [tuple(islice(left, len(spec.state_sizes))) for spec in g.specs]
     return states, *(list(islice(left, len(g.specs))) for _ in range(3))
 
 
 def differentiable(g, out):
-    """Results of a run with save that have gradients: all but norms, and the product that a GRU's gates come with."""
+    """Return the differentiable results of a run with save: all except norms and the product in a GRU's gates."""
     states, ys, gates, cells = split(g, out)
     gates = [t[:, :, : len(GATES[spec.kind])] for spec, t in zip(g.specs, gates, strict=True)]
     return [t for t in (*(part for state in states for part in state), *ys, *gates, *cells) if t.requires_grad]
 
 
 def numbers(t):
-    """A tensor as float64; None where it is empty."""
+    """Return a tensor as a float64 array; None if it is empty."""
     return t.detach().double().numpy() if t.numel() else None
 
 
-def law(g, dy=None, dstates=None):
-    """Run the reference: a `Forward` a layer; with `dy` of the top layer, also the gradients of `g.leaves`."""
+def by_reference(g, dy=None, dstates=None):
+    """Run the reference: a `Forward` per layer; with `dy` of the top layer, also the gradients of `g.leaves`."""
     weights, starts = ([t.detach().double().numpy() for t in group] for group in (g.weights, g.starts))
     left, begin, value, cells, outs = iter(weights), iter(starts), g.x.detach().double().numpy(), [], []
     for n, spec in enumerate(g.specs):
@@ -128,7 +128,7 @@ def law(g, dy=None, dstates=None):
 
 
 def furthest(got, wanted):
-    """The greatest distance of two lists of arrays, each relative to its greatest entry above 1."""
+    """Return the largest difference of two lists of arrays, relative to the largest entry above 1 of each array."""
     worst = 0.0
     for a, b in zip(got, wanted, strict=True):
         a, b = (np.asarray(t.detach() if isinstance(t, Tensor) else t, np.float64) for t in (a, b))
@@ -158,7 +158,7 @@ FLAGS = {
         "coupled": True,
         "proj_size": 2,
         "layer_norm": True,
-        "norm_epsilon": 1e-2,  # of rows near zero a smaller one would blow up the rounding
+        "norm_epsilon": 1e-2,  # a smaller one would amplify rounding errors for rows near zero
         "clip": 1.1,
         "cell_clip": 0.9,
         "zoneout": 0.2,
@@ -186,5 +186,5 @@ FLAGS = {
 
 
 def flagged(name, width=2, units=3):
-    """The cell of that name in FLAGS."""
+    """Return the cell with this name in FLAGS."""
     return CellSpec(width, units, **FLAGS[name])

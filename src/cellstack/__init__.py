@@ -23,12 +23,12 @@ from cellstack.streaming.stream import Stream
 
 if TYPE_CHECKING:
     from cellstack import inspect
-    from cellstack.integrations import accelerate, packed_weights, plan, restore
     from cellstack.formats.compiled import compile
     from cellstack.formats.keras import from_keras
     from cellstack.formats.pytorch import from_torch
     from cellstack.formats.verify import verify
     from cellstack.inspect.interventions import ablate, activation_patch
+    from cellstack.integrations import accelerate, packed_weights, plan, restore
 
 __version__: str
 

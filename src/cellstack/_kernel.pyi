@@ -1,6 +1,6 @@
-"""What kernel/bind.cpp offers; the caller checks shapes and dtypes. Strides count numbers, not bytes.
+"""The bindings of kernel/bind.cpp. The caller checks shapes and dtypes. Strides count numbers, not bytes.
 
-Where an array is expected, it may also be given as an address, 0 = absent, or None.
+An array may also be given as an address (0: absent) or None.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What users give, as arrays: checked in Python before anything runs, and cast where nothing is lost by surprise."""
+"""Checks of user arguments and their conversion to arrays, before anything runs; only safe casts are made."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cellstack.spec import STATES, HiddenState, ShapeError, State, check_mask, c
 
 
 def as_numbers(owner: str, name: str, value: Any) -> Array:
-    """Return `value` as an array of bools, integers or floats; for what is refused, see `as_floats`."""
+    """Return `value` as an array of bools, integers or floats; for the errors see `as_floats`."""
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{owner}: expected {name} without a mask of its own, got a NumPy masked array: give mask=")
+        raise TypeError(f"{owner}: NumPy masked arrays aren't supported as {name}: pass a plain array and mask=")
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise ShapeError(f"{owner}: expected {name} to be a full array, got rows of unequal length") from error
+        raise ShapeError(f"{owner}: expected {name} to be a rectangular array, got rows of unequal length") from error
     except (RuntimeError, TypeError) as error:
         raise TypeError(f"{owner}: expected {name} array-like, got {type(value).__name__}: {error}") from error
     if array.dtype.kind not in "biuf":
@@ -29,30 +29,30 @@ def as_numbers(owner: str, name: str, value: Any) -> Array:
 
 
 def as_floats(owner: str, name: str, value: Any, dtype: np.dtype[Any]) -> Array:
-    """Return `value` as an array of `dtype`: bools, integers and floats of any width are cast, all else is refused.
+    """Return `value` as an array of `dtype`; bools, integers and floats of any width are cast.
 
     Args:
-        owner: whose argument it is, for the message.
-        name: what it is called, for the message.
+        owner: the function or class, for error messages.
+        name: the argument's name, for error messages.
         value: array-like.
         dtype: float32 or float64.
 
     Returns:
-        `value` itself where it is such an array already.
+        The array; `value` itself if it is already an array of this dtype.
 
     Raises:
-        TypeError: complex numbers, objects, text, or masked arrays (a mask is an argument of its own).
+        TypeError: complex numbers, objects, text, or masked arrays (the mask is a separate argument).
         ShapeError: rows of unequal length.
     """
     if type(value) is np.ndarray and value.dtype == dtype and value.dtype.isnative:
         return value
     array = as_numbers(owner, name, value)
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as it would be anywhere
+    with np.errstate(over="ignore"):  # a float64 above the range of float32 becomes inf
         return array.astype(dtype, copy=False)
 
 
 def as_mask(owner: str, mask: Any, lengths: Any, batch: int, steps: int) -> NDArray[np.bool_] | None:
-    """Return the mask `[B, T]` that `mask` or `lengths` stands for; None where both are None."""
+    """Return `mask`, or `lengths` as a mask, `[B, T]`; None if both are None."""
     if lengths is not None:
         if mask is not None:
             raise TypeError(f"{owner}: expected mask or lengths, got both")
@@ -68,7 +68,7 @@ def as_mask(owner: str, mask: Any, lengths: Any, batch: int, steps: int) -> NDAr
 
 
 def as_flags(owner: str, name: str, flags: Any, batch: int, steps: int, true: str) -> NDArray[np.bool_] | None:
-    """Return flags of steps as an array `[B, T]`; None where they are None. `true` says what True stands for."""
+    """Return per-step flags as an array `[B, T]`, or None; `true` is the meaning of True, for error messages."""
     if flags is None:
         return None
     try:
@@ -84,27 +84,28 @@ def as_flags(owner: str, name: str, flags: Any, batch: int, steps: int, true: st
 def as_states(
     owner: str, state: Any, cells: Sequence[Cell], batch: int, started: Sequence[str] = ()
 ) -> tuple[CellState | None, ...]:
-    """Return one state a cell, contiguous and of the cell's dtype; None for one that isn't given.
+    """Return one state per cell, contiguous and of the cell's dtype; None for a cell whose state isn't given.
 
-    What a cell without c starts from may be given as `HiddenState(h)`, as a sequence of h alone, or as h itself; and
-    what a network of one cell starts from may be given alone.
+    The state of a cell without c may be `HiddenState(h)`, a sequence of one h, or h itself. The state of a network with
+    one cell may be given without the outer tuple.
 
     Args:
-        owner: whose argument it is, for messages.
-        state: one state a cell, or None; None for all of them.
-        cells: in their order.
-        batch: how many rows.
-        started: of each cell, in words, what else it starts from, so that none is to be given; "" = nothing.
+        owner: the function or class, for error messages.
+        state: a state or None per cell; None: no states.
+        cells: the cells in order.
+        batch: the number of rows.
+        started: for each cell, which values of the network it starts from, for error messages; "" if none. The state
+            of such a cell can't be given.
 
     Raises:
-        ShapeError: it doesn't fit.
+        ShapeError: the number or the shapes of the states are wrong.
     """
     if state is None:
         return (None,) * len(cells)
     given = (state,) if len(cells) == 1 and _of_one_cell(state, cells[0]) else state
     if not isinstance(given, Sequence) or len(given) != len(cells):
         got = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
-        raise ShapeError(f"{owner}: expected state to be a tuple of {len(cells)} states, one a cell, got {got}")
+        raise ShapeError(f"{owner}: expected state to be a tuple of {len(cells)} states, one per cell, got {got}")
     states = []
     for layer, (cell, parts) in enumerate(zip(cells, given, strict=True)):
         sizes, where = cell.spec.state_sizes, f"state of layer {layer}"
@@ -112,7 +113,7 @@ def as_states(
             states.append(None)
             continue
         if started and started[layer]:
-            raise ShapeError(f"{owner}: expected None as the {where}, as {started[layer]}, got a state")
+            raise ShapeError(f"{owner}: expected None as the {where}, because {started[layer]}, got a state")
         if not isinstance(parts, Sequence) and not _is_array(parts):
             raise ShapeError(f"{owner}: expected {where} to be arrays {', '.join(sizes)}, got {type(parts).__name__}")
         parts = (parts,) if _is_array(parts) else parts
@@ -123,7 +124,7 @@ def as_states(
 
 
 def _of_one_cell(state: Any, cell: Cell) -> bool:
-    """Whether what is given as the states of one cell is its state itself: an array, or h and c."""
+    """Whether `state` is the state of the one cell itself (an array, or h and c), without an outer tuple."""
     if isinstance(state, (State, HiddenState)) or _is_array(state):
         return True
     alone = isinstance(state, Sequence) and len(state) == len(cell.spec.state_sizes) > 1
@@ -135,19 +136,19 @@ def _is_array(value: Any) -> bool:
 
 
 def as_own(answers: Sequence[Array], given: Sequence[Array]) -> Any:
-    """Return arrays, contiguous, as the caller's own: copied where they share memory with each other or with `given`.
+    """Return contiguous arrays that the caller owns: copied if they share memory with each other or with `given`.
 
     Args:
         answers: at least one.
         given: the caller's arrays.
 
     Returns:
-        The array alone where there is one, else a tuple of them.
+        The array if there is only one, else a tuple of them.
     """
     owned: list[Array] = []
     for answer in answers:
         y = np.ascontiguousarray(answer)
-        if min(y.strides, default=0) < 0:  # of an axis of length 1, which NumPy doesn't mind and torch.from_numpy does
+        if min(y.strides, default=0) < 0:  # an axis of length 1 may have such a stride: torch.from_numpy refuses it
             y = y.copy()
         if y.base is not None or any(y is other for other in (*given, *owned)) or len(answers) > 1:
             y = y.copy() if any(np.may_share_memory(y, other) for other in (*given, *owned)) else y

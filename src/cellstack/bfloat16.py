@@ -1,4 +1,4 @@
-"""bfloat16, which NumPy doesn't have: the upper half of a float32, sign, exponent and 7 bits of fraction."""
+"""bfloat16 for NumPy, which lacks it: the upper 16 bits of a float32, that is sign, exponent and 7 bits of fraction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def widened(bits: NDArray[Any]) -> NDArray[np.float32]:
-    """Return numbers of bfloat16, given by their bits, as float32: the same numbers.
+    """Convert bfloat16 values, given as bits, to float32. This is exact.
 
     Args:
         bits: any shape, uint16 of either byte order.
@@ -21,9 +21,9 @@ def widened(bits: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def rounded(array: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Return the bits of the bfloat16 nearest to each number, ties to even; what is one already keeps its bits.
+    """Round float32 values to the nearest bfloat16, ties to even, and return the bits.
 
-    Beyond the largest, 3.39e38, comes infinity; a NaN stays one.
+    Values above the largest bfloat16, 3.39e38, become infinity; NaN stays NaN; exact bfloat16 values keep their bits.
 
     Args:
         array: any shape, float32.
@@ -34,12 +34,12 @@ def rounded(array: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     upper = bits >> 16
     nearest = (bits + np.uint32(0x7FFF) + (upper & 1)) >> 16
-    lost = np.isnan(array) & ((bits & 0xFFFF) != 0)  # whose fraction may lie in the lower half alone
+    lost = np.isnan(array) & ((bits & 0xFFFF) != 0)  # the fraction may be in the lower 16 bits only
     return np.where(np.isnan(array), upper | np.where(lost, np.uint32(0x40), np.uint32(0)), nearest).astype(np.uint16)
 
 
 def exact(array: NDArray[np.float32]) -> bool:
-    """Return whether all numbers are of bfloat16, so that none would be rounded.
+    """Return whether all values are exact in bfloat16, so that rounding changes none.
 
     Args:
         array: any shape, float32.
@@ -47,15 +47,15 @@ def exact(array: NDArray[np.float32]) -> bool:
     return not (np.ascontiguousarray(array, np.float32).view(np.uint32) & 0xFFFF).any()
 
 
-class Halves:
-    """An array of bfloat16, two bytes a number; `np.asarray` gives it as float32.
+class BFloat16Array:
+    """An array of bfloat16 values, two bytes each; `np.asarray` converts it to float32.
 
     Args:
         bits: uint16, any shape.
 
-    >>> matrix = Halves(rounded(np.full((2, 3), 0.1, np.float32)))
+    >>> matrix = BFloat16Array(rounded(np.full((2, 3), 0.1, np.float32)))
     >>> matrix
-    Halves of shape (2, 3)
+    BFloat16Array of shape (2, 3)
     >>> float(np.asarray(matrix)[0, 0])
     0.10009765625
     """
@@ -66,8 +66,8 @@ class Halves:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
-            raise ValueError("Halves: expected a copy to be allowed: float32 takes other memory than bfloat16")
+            raise ValueError("BFloat16Array: conversion to float32 needs a copy, got copy=False")
         return np.asarray(widened(self.bits), dtype)
 
     def __repr__(self) -> str:
-        return f"Halves of shape {self.shape}"
+        return f"BFloat16Array of shape {self.shape}"

@@ -1,4 +1,4 @@
-"""How the nodes of a network are wired: what goes where, in which shape, and what can't be."""
+"""The wiring of a network's nodes: inputs, outputs and shapes, with the checks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from cellstack.spec import ShapeError
 Inputs = Sequence[str] | Mapping[str, Sequence[int | None] | None]
 
 
-STATE = "/"  # between a node's name and that of a state of its cells: no name has one
+STATE = "/"  # between the name of a node and of a state of its cells; names can't contain it
 
 
 def origin(value: str) -> str:
-    """Return the input or the node that a value comes from."""
+    """Return the name of the input or node that a value comes from."""
     return value.partition(STATE)[0]
 
 
 def state_of(node: str, state: str) -> str:
-    """Return the name of the value that a state of a node is: one of its `state_sizes` after the last step."""
+    """Return the name of the value for a state of a node, one of its `state_sizes`, after the last step."""
     return f"{node}{STATE}{state}"
 
 
 class StateValue(NamedTuple):
-    """A state that a node gives as a value: the value's name, which of the node's cells has it, and "h" or "c"."""
+    """A state that is used as a value: the value's name, the index of the cell in its node, and "h" or "c"."""
 
     value: str
     cell: int
@@ -33,31 +33,31 @@ class StateValue(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """The wiring of a network, checked.
+    """The checked wiring of a network.
 
-    A value goes by the name of the input or of the node that it comes from; a state, by that of its node and its own.
+    The name of a value is that of its input or node; the name of a state is `node/state`.
     """
 
     inputs: tuple[str, ...]
-    wires: tuple[tuple[str, ...], ...]  # a node's: where its values come from
+    wires: tuple[tuple[str, ...], ...]  # for each node, the names of its inputs
     outputs: tuple[str, ...]
     shapes: dict[str, Shape]  # of every value
-    ids: frozenset[str]  # inputs that no node computes with, but looks them up: they keep their dtype
-    late: tuple[bool, ...]  # a node's: whether its check needs lengths that only a call brings
-    done: tuple[tuple[str, ...], ...]  # a node's: values that nobody needs once it has run
-    states: tuple[tuple[StateValue, ...], ...]  # a node's: those that something takes, or the network answers with
+    ids: frozenset[str]  # inputs of ids, which are only used as indices and keep their dtype
+    late: tuple[bool, ...]  # for each node, whether its check needs lengths that are known only in a call
+    done: tuple[tuple[str, ...], ...]  # for each node, the values that aren't needed after it has run
+    states: tuple[tuple[StateValue, ...], ...]  # for each node, its states that are inputs of nodes or outputs
 
     def timed(self, name: str) -> bool:
-        """Whether an input has a time axis, and with it a mask."""
+        """Return whether an input has a time axis, and therefore can have a mask."""
         return name in self.ids or len(self.shapes[name]) == 2
 
     def shown(self, name: str) -> str:
-        """Return the shape of a value as it is written down."""
+        """Return the shape of a value as text."""
         return shown(self.shapes[name], name in self.ids)
 
 
 class _Parts(NamedTuple):
-    """What is wired: nodes with their names, inputs with the shapes that are given, wires and outputs."""
+    """The arguments: nodes with their names, inputs with their given shapes, wires and outputs."""
 
     nodes: tuple[Node, ...]
     names: tuple[str, ...]
@@ -66,11 +66,11 @@ class _Parts(NamedTuple):
     outputs: tuple[str, ...]
 
     def forwards(self) -> Iterator[tuple[Node, str, tuple[str, ...]]]:
-        """Give each node with its name and with what it takes."""
+        """Iterate over the nodes with their names and the names of their inputs."""
         return zip(self.nodes, self.names, self.wires, strict=True)
 
     def backwards(self) -> Iterator[tuple[Node, str, tuple[str, ...]]]:
-        """Give the same from the last node to the first."""
+        """Iterate over the same from the last node to the first."""
         return reversed([*self.forwards()])
 
 
@@ -81,32 +81,33 @@ def wired(
     wires: Sequence[Sequence[str]] | None,
     outputs: Sequence[str] | None,
 ) -> Graph:
-    """Return the wiring of some nodes, or raise what `Network` says it raises."""
+    """Check the wiring of nodes and return it; for the errors see `Network`."""
     given = _inputs(names, inputs)
     states = dict(zip(names, (node.state_sizes for node in nodes), strict=True))
     parts = _Parts(nodes, names, given, _wires(states, tuple(given), wires), _outputs(states, outputs))
     _check_used(parts)
-    handed = _states(parts)
+    used_states = _states(parts)
     ids = _ids(parts)
     shapes = _input_shapes(parts, ids)
     late = []
     for node, name, sources in parts.forwards():
         if node.inputs is not None and len(sources) not in (node.inputs, node.inputs + len(states[name])):
-            more = f", or {1 + len(states[name])} with {', '.join(states[name])} to start from" if states[name] else ""
-            raise ShapeError(f"{name}: {type(node).__name__} expected one value{more}, got {len(sources)}")
+            more = f", or {1 + len(states[name])} with the initial {', '.join(states[name])}" if states[name] else ""
+            raise ShapeError(f"{name}: {type(node).__name__} expected one input{more}, got {len(sources)}")
         comes = [shapes[source] for source in sources]
         shapes[name] = node.check(name, *comes)
-        shapes |= {state.value: (states[name][state.value.partition(STATE)[2]],) for state in handed[len(late)]}
+        shapes |= {state.value: (states[name][state.value.partition(STATE)[2]],) for state in used_states[len(late)]}
         open_width = node.input_size is not None and any(shape[-1] is None for shape in comes)
         late.append(open_width or (node.checks_late and any(None in shape for shape in comes)))
-    last = {name: number for number, name in enumerate(names)}  # of a node whose states alone are taken: at once
+    last = {name: number for number, name in enumerate(names)}  # the node itself, if only its states are used
     last |= {source: number for number, sources in enumerate(parts.wires) for source in sources}
     done: list[list[str]] = [[] for _ in nodes]
     kept = set(parts.outputs)
     for value, number in last.items():
         if value not in kept:
             done[number].append(value)
-    return Graph(tuple(given), parts.wires, parts.outputs, shapes, ids, tuple(late), tuple(map(tuple, done)), handed)
+    lists = tuple(late), tuple(map(tuple, done)), used_states
+    return Graph(tuple(given), parts.wires, parts.outputs, shapes, ids, *lists)
 
 
 def check_name(what: str, name: object) -> None:
@@ -125,7 +126,7 @@ def _inputs(names: tuple[str, ...], inputs: Inputs | None) -> dict[str, Shape | 
     for name in order:
         check_name("input's name", name)
         if name in taken:
-            raise ValueError(f"Network: expected an input's name to be no node's, got {name!r:.80} for both")
+            raise ValueError(f"Network: an input and a node have the same name, {name!r:.80}")
     if not order or len(set(order)) != len(order):
         raise ValueError(f"Network: expected inputs to be different names, at least one, got {list(order)}")
     shapes = inputs if isinstance(inputs, Mapping) else {}
@@ -143,7 +144,7 @@ def _given_shape(name: str, shape: object) -> Shape | None:
 
 
 def _states(parts: _Parts) -> tuple[tuple[StateValue, ...], ...]:
-    """Return, for each node, the states that something takes, or that are an answer."""
+    """Return, for each node, the states that are inputs of nodes or outputs."""
     taken = {value for values in (parts.outputs, *parts.wires) for value in values if STATE in value}
     found = []
     for node, name, _ in parts.forwards():
@@ -159,11 +160,11 @@ def _wires(
     names = tuple(states)
     if wires is None:
         if len(inputs) > 1:
-            raise ValueError(f"Network: expected wires, as there is more than one input, {', '.join(inputs)}; got none")
+            raise ValueError(f"Network: several inputs, {', '.join(inputs)}, require wires")
         return tuple((before,) for before in (*inputs, *names[:-1]))
     if isinstance(wires, str) or not isinstance(wires, Sequence) or len(wires) != len(names):
         got = len(wires) if isinstance(wires, Sequence) else type(wires).__name__
-        raise ValueError(f"Network: expected wires to be {len(names)} tuples of names, one a node, got {got}")
+        raise ValueError(f"Network: expected wires to be {len(names)} tuples of names, one per node, got {got}")
     known, all_names, checked = set(inputs), set(names), []
     for name, sources in zip(names, wires, strict=True):
         if isinstance(sources, str) or not isinstance(sources, Sequence) or not sources:
@@ -171,22 +172,22 @@ def _wires(
         for source in sources:
             comes = origin(source) if isinstance(source, str) else ""
             if not isinstance(source, str) or (comes not in known and comes not in all_names):
-                raise ValueError(f"Network: expected the wires of {name} to be of inputs and nodes, got {source!r:.80}")
+                raise ValueError(f"Network: expected the wires of {name} to be inputs or nodes, got {source!r:.80}")
             _check_state(f"the wires of {name}", source, states)
             if comes not in known:
-                raise ValueError(f"Network: expected the wires of {name} to be of earlier nodes, got {source!r}")
+                raise ValueError(f"Network: expected the wires of {name} to be earlier nodes, got {source!r}")
         checked.append(tuple(sources))
         known.add(name)
     return tuple(checked)
 
 
 def _check_state(what: str, value: str, states: Mapping[str, Mapping[str, int]]) -> None:
-    """Raise `ValueError` for a value that would be a state, where there is none such."""
+    """Raise `ValueError` if a value is named as a state that doesn't exist."""
     node, _, state = value.partition(STATE)
     own = states.get(node, {})
     if value != node and state not in own:
-        has = f"a state of {node}, {', '.join(own)}," if own else f"{node} itself, which has no states,"
-        raise ValueError(f"Network: expected {what} to name {has} got {value!r:.80}")
+        has = f"the states of {node} are {', '.join(own)}" if own else f"{node} has no states"
+        raise ValueError(f"Network: {what} contain {value!r:.80}, which doesn't exist: {has}")
 
 
 def _outputs(states: Mapping[str, Mapping[str, int]], outputs: Sequence[str] | None) -> tuple[str, ...]:
@@ -211,11 +212,11 @@ def _check_used(parts: _Parts) -> None:
     for what, all_names in (("node", parts.names), ("input", parts.inputs)):
         for name in all_names:
             if name not in used:
-                raise ValueError(f"Network: expected every {what} to lead to an output, got {name!r}, which doesn't")
+                raise ValueError(f"Network: {what} {name!r} doesn't lead to an output")
 
 
 def _ids(parts: _Parts) -> frozenset[str]:
-    """Return the inputs of ids: those from which every way leads to a table, past nodes that only shape."""
+    """Return the inputs of ids: those of which all uses are table look-ups, possibly after nodes that only reshape."""
     computed = set(map(origin, parts.outputs))
     for node, name, sources in parts.backwards():
         if not node.takes_ids and (name in computed or not node.shapes_only):
@@ -224,7 +225,7 @@ def _ids(parts: _Parts) -> frozenset[str]:
 
 
 def _input_shapes(parts: _Parts, ids: frozenset[str]) -> dict[str, Shape]:
-    """Return the inputs' shapes: those given, else as many axes, and as wide, as the nodes that take them say."""
+    """Return the shapes of the inputs, as given or inferred from the nodes that take them."""
     axes, widths = _axes(parts), _widths(parts)
     shapes: dict[str, Shape] = {}
     for name, shape in parts.inputs.items():
@@ -236,9 +237,9 @@ def _input_shapes(parts: _Parts, ids: frozenset[str]) -> dict[str, Shape]:
 
 
 def _axes(parts: _Parts) -> dict[str, int]:
-    """Return how many axes each input has beside the batch; a sequence's two where no node says.
+    """Infer the number of axes of each input without the batch; two, as of a sequence, if no node determines it.
 
-    Values that a node ties to each other, having as many axes as it takes, share one answer; the first to say it wins.
+    If a node keeps the number of axes, its inputs and its output are tied (union-find); the first known number wins.
     """
     states = {source for sources in parts.wires for source in sources if STATE in source}
     ties = {name: name for name in (*parts.inputs, *parts.names, *states)}
@@ -268,7 +269,7 @@ def _axes(parts: _Parts) -> dict[str, int]:
 
 
 def _widths(parts: _Parts) -> dict[str, int]:
-    """Return how wide values are, as the first node says that takes one width alone, for those of which one does."""
+    """Infer the widths of values from the first node that requires a width; values without such a node are absent."""
     widths: dict[str, int] = {}
     for node, name, sources in parts.backwards():
         width = widths.get(name) if node.input_size is None and node.keeps_width else node.input_size

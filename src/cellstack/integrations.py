@@ -1,6 +1,6 @@
-"""Models of other frameworks on the fused kernel: one call each, for PyTorch modules and Keras models alike.
+"""Run models of other frameworks on the fused kernel: the same functions for PyTorch modules and Keras models.
 
-Nothing here imports a framework: a model that is passed in has already imported its own.
+Nothing here imports a framework: a program that has a model has already imported the model's framework.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from cellstack.spec import Plan
 
 
 def accelerate(model: Any) -> Any:
-    """Let the fused kernel run the recurrent layers of a PyTorch module or a Keras model, in place.
+    """Make the fused kernel run the recurrent layers of a PyTorch module or a Keras model; change the model in place.
 
-    What changes, and what stays: `cellstack.layers.accelerate` for PyTorch, `cellstack.keras` for Keras.
+    For what changes see `cellstack.layers.accelerate` for PyTorch, and `cellstack.keras` for Keras.
 
     Args:
-        model: a module of PyTorch, or a model or layer of Keras.
+        model: a PyTorch module, or a Keras model or layer.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: it has no recurrent layer; of PyTorch's, none that the kernel could run.
+        TypeError: `model` is neither.
+        ValueError: the model has no recurrent layer, or a PyTorch module has none that the kernel can run.
 
     >>> import torch
     >>> isinstance(accelerate(torch.nn.LSTM(3, 4)), torch.nn.LSTM)
@@ -36,16 +36,16 @@ def accelerate(model: Any) -> Any:
 
 
 def restore(model: Any) -> Any:
-    """Take back what `accelerate` changed in a model, in place.
+    """Undo `accelerate` in place.
 
     Args:
-        model: a module of PyTorch, or a model or layer of Keras.
+        model: a PyTorch module, or a Keras model or layer.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: `model` is neither.
 
     >>> import torch
     >>> type(restore(accelerate(torch.nn.LSTM(3, 4)))) is torch.nn.LSTM
@@ -55,20 +55,20 @@ def restore(model: Any) -> Any:
 
 
 def packed_weights(model: Any) -> Any:
-    """Return a context in which the weights of an accelerated PyTorch module stay as they are.
+    """Return a context manager for calls of an accelerated PyTorch module whose weights don't change in between.
 
-    They are then packed once, which is most of what a single step costs: see
+    The weights are packed once instead of at every call, which is most of the cost of a single step: see
     `cellstack.layers.accelerate.packed_weights`.
 
     Args:
-        model: a module of PyTorch that `accelerate` was given, or one with such modules inside.
+        model: an accelerated PyTorch module, or a module that contains some.
 
     Returns:
-        The context, which gives the model.
+        The context manager; its `with` statement returns the model.
 
     Raises:
-        TypeError: it is no module of PyTorch.
-        ValueError: there is no accelerated module in it.
+        TypeError: `model` isn't a PyTorch module.
+        ValueError: `model` contains no accelerated module.
 
     >>> import torch
     >>> cell = accelerate(torch.nn.LSTMCell(3, 4))
@@ -83,22 +83,22 @@ def packed_weights(model: Any) -> Any:
 
 
 def frozen(model: Any) -> Any:
-    """Call `packed_weights`: the name until 0.2, which says `requires_grad=False` elsewhere."""
+    """Deprecated name of `packed_weights`; elsewhere, frozen means `requires_grad=False`."""
     warnings.warn("cellstack.frozen is now cellstack.packed_weights", DeprecationWarning, stacklevel=2)
     return packed_weights(model)
 
 
 def plan(model: Any) -> Plan:
-    """Say for each recurrent layer of a model what runs it, and why: one line each.
+    """Return which implementation runs each recurrent layer of a model, and why: one line per layer.
 
     Args:
-        model: a module of PyTorch, accelerated or not, or a model or layer of Keras.
+        model: a PyTorch module, accelerated or not, or a Keras model or layer.
 
     Returns:
         The lines.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: `model` is neither.
 
     >>> import torch
     >>> plan(torch.nn.LSTM(3, 4))
@@ -108,9 +108,9 @@ def plan(model: Any) -> Plan:
 
 
 def _integration(owner: str, model: Any) -> Any:
-    """Return the module that knows models like this one."""
+    """Return our module for the framework of `model`."""
     keras = sys.modules.get("keras")
-    if keras is not None and isinstance(model, keras.layers.Layer):  # with torch as its backend a torch module too
+    if keras is not None and isinstance(model, keras.layers.Layer):  # with the torch backend, also a torch module
         return import_module("cellstack.keras")
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(model, torch.nn.Module):

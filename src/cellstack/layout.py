@@ -1,7 +1,7 @@
-"""The one place where gates are put in order: from other formats' layouts to ours, and back.
+"""Conversion between our array layout and those of other formats: the only place where gates are reordered.
 
-Ours: columns `[n, G·H]`, a block of H a gate, in the order of `cellstack.spec.GATES`; one bias `[G·H]`, but for a GRU
-whose reset gate acts after the recurrent product two, `[2, 3H]`.
+Our layout: columns `[n, G·H]`, a block of H per gate, in the order of `cellstack.spec.GATES`; one bias `[G·H]`, or two,
+`[2, 3H]`, for a GRU with `reset_after`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def reorder(array: Array, source: str, target: str, axis: int = -1) -> Array:
     """Return `array` with its gate blocks along `axis` in another order.
 
     Args:
-        array: an axis of it holds a block of H numbers a gate.
-        source: the order it comes in, a letter a gate.
-        target: the order wanted, a permutation of `source`.
-        axis: which axis.
+        array: has a block of H numbers per gate along `axis`.
+        source: its order of gates, one letter per gate.
+        target: the new order, a permutation of `source`.
+        axis: the axis of the gate blocks.
 
     Returns:
         A new array of the same shape and dtype.
 
     Raises:
-        ShapeError: the axis doesn't hold a block a gate, all equal.
-        ValueError: orders that aren't permutations of each other.
+        ShapeError: the axis can't be split into equal blocks, one per gate.
+        ValueError: the orders aren't permutations of each other.
 
     >>> reorder(np.array([0, 1, 2, 3]), source="iofg", target="ifgo").tolist()
     [0, 2, 3, 1]
@@ -55,23 +55,23 @@ def reorder(array: Array, source: str, target: str, axis: int = -1) -> Array:
 def from_rows(
     kind: str, weight: Array, recurrent: Array, biases: tuple[Array, ...], order: str, reset_after: bool = True
 ) -> CellArrays:
-    """Return our arrays for a cell held as rows: `[G·H, I]`, `[G·H, P]`, and biases `[G·H]`.
+    """Convert arrays with gates as rows, `[G·H, I]`, `[G·H, P]` and biases `[G·H]`, to our layout.
 
     Args:
         kind: "lstm", "gru" or "rnn".
-        weight: `[G·H, I]`, what the input is multiplied by.
-        recurrent: `[G·H, P]`, what h_prev is multiplied by.
-        biases: each `[G·H]`; none where the cell has no bias. They add up, but for a GRU with `reset_after`: that has
-            two, of the input's product and of the recurrent one, and keeps them apart.
-        order: of the gate blocks, a permutation of the kind's gates.
+        weight: `[G·H, I]`, the kernel.
+        recurrent: `[G·H, P]`, the recurrent kernel.
+        biases: each `[G·H]`; empty if the cell has no bias. They are added, except for a GRU with `reset_after`, which
+            has two biases, of the kernel and of the recurrent kernel.
+        order: the order of the gate blocks, a permutation of the kind's gates.
         reset_after: whether a GRU's reset gate acts after the recurrent product.
 
     Returns:
         The arrays in our layout, of the same dtype.
 
     Raises:
-        ShapeError: an axis that doesn't hold a block a gate, all equal.
-        ValueError: another order.
+        ShapeError: an axis can't be split into equal blocks, one per gate.
+        ValueError: the order isn't a permutation of the kind's gates.
     """
     ours, bias = OURS[kind], None
     if biases:
@@ -81,12 +81,12 @@ def from_rows(
 
 
 def to_rows(kind: str, arrays: CellArrays, order: str) -> tuple[Array, Array, Array | None]:
-    """Return a cell's arrays as rows: the inverse of `from_rows`, biases as we have them.
+    """Convert arrays from our layout to gates as rows: the inverse of `from_rows`, except that biases stay added.
 
     Args:
         kind: "lstm", "gru" or "rnn".
         arrays: in our layout.
-        order: wanted of the gate blocks, a permutation of the kind's gates.
+        order: the order of the gate blocks in the result, a permutation of the kind's gates.
 
     Returns:
         `(weight [G·H, I], recurrent [G·H, P], bias [G·H], [2, G·H] or None)`.
@@ -97,10 +97,10 @@ def to_rows(kind: str, arrays: CellArrays, order: str) -> tuple[Array, Array, Ar
 
 
 def from_cudnn(kind: str, kernel: Array, recurrent: Array, bias: Array) -> CellArrays:
-    """Return our arrays for a cell of Keras's CuDNNLSTM or CuDNNGRU.
+    """Convert the arrays of Keras's CuDNNLSTM or CuDNNGRU to our layout.
 
-    Its gates stand in our order. Each gate's block of a kernel is kept as cuDNN has it, `[H, n]`, row by row: of the
-    input's kernel under the shape `[n, H]`. The two biases lie one after the other.
+    The gates are in our order. Each gate's block of a kernel is stored as in cuDNN, `[H, n]`, row by row; blocks of the
+    input kernel are declared as `[n, H]`. The two biases are concatenated.
 
     Args:
         kind: "lstm" or "gru"; the GRU's reset gate acts after the recurrent product.
@@ -112,7 +112,7 @@ def from_cudnn(kind: str, kernel: Array, recurrent: Array, bias: Array) -> CellA
         The arrays in our layout.
 
     Raises:
-        ShapeError: an axis that doesn't hold a block a gate, all equal.
+        ShapeError: an axis can't be split into equal blocks, one per gate.
     """
     gates = len(OURS[kind])
     if kernel.shape[1] % gates or recurrent.shape != (kernel.shape[1] // gates, kernel.shape[1]) or bias.ndim != 1:

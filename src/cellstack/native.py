@@ -1,12 +1,12 @@
-"""A call of the kernel: `forward(sequences, layers, threads)`, `backward(sequences, layers, gradients, threads)`.
+"""Calls of the kernel: `forward(sequences, layers, threads)`, `backward(sequences, layers, gradients, threads)`.
 
-Everything in a call has a name. `Sequences` is what goes through: `x [B, T, I]` with its strides, `mask` and `reset`
-`[B, T]`, and the places `[B]` of the rows' states. A `Layer` is one of a stack: its weights, the state before and after
-(`h0`, `hn` `[B, P]`, `c0`, `cn` `[B, H]`), what is kept of every step (`results` has the shapes) and the masks of a
-training. `Gradients` are those of one layer. `kernel/cell.h` says what each means, and what its absence does.
+All arguments are named. `Sequences` is the input: `x [B, T, I]` with its strides, `mask` and `reset` `[B, T]`, and the
+indices `[B]` of the rows' states. A `Layer` is one layer of the stack: its weights, the state before and after (`h0`,
+`hn` `[B, P]`, `c0`, `cn` `[B, H]`), the values saved at every step (see `results`) and the dropout and zoneout masks of
+training. `Gradients` are those of one layer. `kernel/cell.h` documents each field, and what its absence means.
 
-An argument is a NumPy array, which the call's description keeps alive; or an address, 0 for none; or None. `Layer`,
-`Gradients` and `Sequences` refuse an array that isn't contiguous and aligned: `plain` makes it so. The other functions
+An array argument is a NumPy array, which the object keeps alive, or an address (0: absent), or None. `Layer`,
+`Gradients` and `Sequences` refuse an array that isn't contiguous and aligned; `plain` makes it so. The other functions
 here take any strides and any alignment.
 """
 
@@ -53,15 +53,15 @@ __all__ = [
 ]
 
 ELEMENTS = ("float32", "float64", "bfloat16", "int8")
-"""What numbers are held in: those of a call in the first two, matrices of a float32 call in the last two as well."""
+"""Number formats: a call computes in one of the first two; a float32 call may have its matrices in the last two."""
 
 
 @lru_cache(maxsize=1024)
 def description(spec: CellSpec, rows: bool = False) -> _kernel.Description:
-    """Return `spec` as the kernel takes it.
+    """Convert `spec` to the kernel's description.
 
-    With `rows` the cell's arrays, and their gradients, lie as PyTorch's modules have them: matrices are transposed, and
-    a GRU's gates stand in the order r z g. A forward pass then takes weights that are packed.
+    With `rows` the cell's arrays and their gradients are in PyTorch's layout: matrices are transposed, and the order of
+    a GRU's gates is r z g. A forward pass then requires packed weights.
     """
     return _kernel.Description(
         tuple(GATES).index(spec.kind),
@@ -93,23 +93,23 @@ def plain(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def in_order(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return a cell's arrays, or their gradients, as the kernel takes them: in the order of `ARRAYS`, None for none."""
+    """Return a cell's arrays, or their gradients, in the kernel's order, that of `ARRAYS`; None for absent ones."""
     return tuple(map(arrays.get, ARRAYS))
 
 
 def weights(
     spec: CellSpec, arrays: Mapping[str, NDArray[Any]], element: str | None = None, copy: bool = True
 ) -> _kernel.Weights:
-    """Return the weights of a cell as the kernel takes them.
+    """Convert the weights of a cell to the kernel's object.
 
     Args:
         spec: the cell.
         arrays: those of `spec.shapes`, all float32 or all float64.
-        element: what matrices are held in, one of `ELEMENTS`; None = the arrays' own dtype.
-        copy: pack them; else the arrays are read where they lie, and must outlive what is returned.
+        element: the number format of the matrices, one of `ELEMENTS`; None: the dtype of the arrays.
+        copy: pack the weights; False: the kernel reads the arrays in place, and they must outlive the result.
 
     Raises:
-        ValueError: `copy=False` with a narrow element, or with an array that isn't contiguous and aligned.
+        ValueError: `copy=False` with bfloat16 or int8, or with an array that isn't contiguous and aligned.
     """
     for name, array in arrays.items():
         if not (copy or (array.flags.c_contiguous and array.flags.aligned)):
@@ -119,7 +119,7 @@ def weights(
 
 
 def dense(kernel: NDArray[Any], bias: NDArray[Any] | None, activation: Activation) -> _kernel.Weights:
-    """Return the weights of `activation(x·kernel + bias)` as the kernel takes them, packed.
+    """Pack the weights of `activation(x·kernel + bias)` for the kernel.
 
     Args:
         kernel: `[I, O]`, float32 or float64.
@@ -140,7 +140,7 @@ def sequences(
     reset: NDArray[np.bool_] | None = None,
     reverse: bool = False,
 ) -> Sequences:
-    """Return `x [B, T, I]`, with flags `[B, T]`, as the kernel takes it; `reverse`: from the end."""
+    """Return the kernel's object for `x [B, T, I]` of any strides and flags `[B, T]`; `reverse`: run from the end."""
     item = x.itemsize
     stride_batch, stride_time, stride = x.strides
     if stride != item or stride_batch % item or stride_time % item or not x.flags.aligned:
@@ -151,10 +151,10 @@ def sequences(
 
 
 def results(spec: CellSpec, batch: int, steps: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what a layer can write, by `Layer`'s names for them, without what it doesn't have.
+    """Return the shapes of the results that a layer of this kind can write, by their names in `Layer`.
 
-    `hn`, `cn`: the state after the last step. Of every step: `y`, which is h; `gates`, after their activations, a plane
-    each; `cells`, which is c; `norms`, what the way back through layer normalisation needs.
+    `hn`, `cn`: the state after the last step. At every step: `y`, which is h; `gates`, after their activations;
+    `cells`, which is c; `norms`, what the backward pass of layer normalisation needs.
     """
     every = {"hn": (batch, spec.output_size), "y": (batch, steps, spec.output_size)}
     every["gates"] = (batch, steps, spec.planes, spec.units)

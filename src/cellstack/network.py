@@ -1,4 +1,4 @@
-"""A Network: nodes and the wires between them, run in NumPy over the kernel. All else is a view of this data."""
+"""`Network`: nodes and the wires between them as data, and how they run in NumPy with the kernel."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def _warn_of_last_steps(nodes: tuple[Node, ...], names: tuple[str, ...], graph: 
 
 
 def processors() -> int:
-    """Return how many processors this process may use."""
+    """Return the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class Stage(NamedTuple):
-    """What a run does at a time: a node, or cells of several nodes that follow each other, in one call of the kernel.
+    """A unit of execution: one node, or consecutive nodes of cells, joined into one call of the kernel.
 
     Attributes:
-        nodes: the numbers of its nodes, in their order.
-        node: what is run.
-        sources: what it takes.
+        nodes: the indices of its nodes, in order.
+        node: the node to run.
+        sources: the names of its inputs.
     """
 
     nodes: tuple[int, ...]
@@ -75,32 +75,32 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
 class Network:
-    """A network as data: nodes, the wires between them, their names, and whatever else should travel with them.
+    """A network as data: nodes, their names, the wires between them, and metadata.
 
-    Without wires the nodes run one after the other. With them they are a graph: each node takes what its wires name,
-    inputs or earlier nodes, and what the `outputs` return is the answer. A Network is never written to while it runs:
-    threads may share one.
+    Without wires the nodes run in sequence. With wires they form a graph: each node takes the named inputs or earlier
+    nodes, and the network returns the values of `outputs`. Running a Network never changes it, so threads can share
+    one.
 
     Args:
-        nodes: those of `cellstack.nodes`, in an order in which they can run.
-        names: one a node, all different, without `/`; None gives layer_0, layer_1 and so on.
-        metadata: anything that JSON can hold: class labels, where the data came from, what a training measured.
-        inputs: names of the inputs; or names with shapes, the axes after the batch, None where any length will do:
-            `{"x": (None, 3), "speaker": (16,)}`. Without a shape an input has the axes that the nodes which take it
-            say, a sequence's where none says.
-        wires: for each node, a tuple of the names of what it takes; None = each takes what the one before returns.
-            The state that a node's cell has after the last step is a value too, `[B, H]`: `"lstm/h"` and `"lstm/c"`,
-            or `"stack/1/h"` of a node with several cells. And a node with cells may take, after its input, values
-            that they start from, one an array of each cell's state, in their order.
-        outputs: names of nodes, or of their states; None = the last node.
-        patches: what is changed in cells as they run, in the order in which it acts: see `edit`.
+        nodes: nodes of `cellstack.nodes`, in an order in which they can run.
+        names: a different name per node, without `/`; None: layer_0, layer_1 and so on.
+        metadata: a dict of JSON values, such as class labels, the source of the data, or results of training.
+        inputs: the names of the inputs, or a dict of names with shapes without the batch, None for any length:
+            `{"x": (None, 3), "speaker": (16,)}`. The shape of an input without one is inferred from the nodes that take
+            it; the default is a sequence.
+        wires: for each node, a tuple of the names of its inputs; None: each node takes the output of the one before.
+            The state of a node's cell after the last step is a value too, `[B, H]`: `"lstm/h"` and `"lstm/c"`, or
+            `"stack/1/h"` for a node with several cells. A node with cells may take initial states after its input: one
+            value per array of each cell's state, in order.
+        outputs: names of nodes or of their states; None: the last node.
+        patches: changes of cells during a run, in the order in which they are applied: see `edit`.
 
     Raises:
-        ShapeError: no node, or nodes that don't meet in width or rank.
-        TypeError: not a node, dtypes that differ, metadata that JSON can't hold; not a patch.
-        ValueError: names that don't fit; a wire to nothing or from a later node; a node or an input that leads nowhere;
-            a patch of what isn't there.
-        IndexError: a patch of units that aren't there.
+        ShapeError: no nodes, or nodes whose widths or ranks don't match.
+        TypeError: an object that isn't a node or a patch, different dtypes, metadata that JSON can't represent.
+        ValueError: invalid names; a wire from something unknown or from a later node; a node or an input that doesn't
+            lead to an output; a patch of an unknown node, cell or gate.
+        IndexError: a patch of units that don't exist.
 
     >>> from cellstack import Cell, CellSpec, Dense, Recurrent
     >>> rng = np.random.default_rng(0)
@@ -130,7 +130,7 @@ class Network:
       both  of lstm, speaker  Merge      concat along axis -1  [B, 6]    0
       head                    Dense      linear                [B, 2]   12
 
-    An encoder whose last state a decoder starts from:
+    An encoder whose last state is the initial state of a decoder:
 
     >>> net = Network(
     ...     [Recurrent((cell,), return_sequences=False), Recurrent((cell,))],
@@ -158,7 +158,7 @@ class Network:
     graph: Graph
     patches: tuple[Patch, ...]
     started: tuple[str, ...]
-    _hands_on: bool
+    _passes_states: bool
     _stages: tuple[Stage, ...]
     _patched: tuple[CellPatches | None, ...]
 
@@ -179,7 +179,7 @@ class Network:
         dtype = next(iter(dtypes.values()), np.dtype(np.float32))
         for name, found in dtypes.items():
             if found != dtype:
-                raise TypeError(f"Network: expected {name} in {dtype}, as the node before it, got {found}")
+                raise TypeError(f"Network: expected {name} in {dtype}, as the nodes before it, got {found}")
         graph = wired(nodes, names, inputs, wires, outputs)
         first = graph.inputs[0]
         values = {
@@ -189,14 +189,14 @@ class Network:
             "inputs": graph.inputs,
             "wires": graph.wires,
             "outputs": graph.outputs,
-            "shapes": dict(graph.shapes),  # of each input and of what each node returns, without the batch
+            "shapes": dict(graph.shapes),  # of every input and every node's output, without the batch
             "input_size": None if first in graph.ids else graph.shapes[first][-1],
             "dtype": dtype,
             "graph": graph,
             "patches": patches,
-            "_patched": _patched(nodes, names, patches),  # one a cell, in their order; empty: none
-            "started": _started(nodes, names, graph),  # a cell's: which values it starts from, or ""
-            "_hands_on": any(graph.states),
+            "_patched": _patched(nodes, names, patches),  # one per cell, in order; empty without patches
+            "started": _started(nodes, names, graph),  # for each cell, which values it starts from, or ""
+            "_passes_states": any(graph.states),
             "_stages": _stages(nodes, names, graph, {patch.node for patch in patches}),
         }
         for key, value in values.items():
@@ -206,32 +206,35 @@ class Network:
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """Every cell, in the order of the state: node by node, bottom first, forward before backward."""
+        """All cells, in the order of their states: node by node, bottom first, forward before backward."""
         return tuple(cell for node in self.nodes for cell in node.cells)
 
     def patches_of(self, name: str) -> tuple[CellPatches | None, ...]:
-        """Return what is changed in each cell of a node; nothing where the network has no patches.
+        """Return the patches of each cell of a node; empty if the network has no patches.
 
         Args:
-            name: the node's.
+            name: the node's name.
+
+        Returns:
+            An entry per cell, None for a cell without patches.
         """
         place = self.names.index(name)
         first = sum(len(node.cells) for node in self.nodes[:place])
         return self._patched[first : first + len(self.nodes[place].cells)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_whole"}  # made again where it is needed
+        return {key: value for key, value in self.__dict__.items() if key != "_whole"}  # rebuilt when needed
 
     def __call__(self, x: Any, mask: Any = None, *, lengths: Any = None) -> Any:
-        """Return what the network makes of `x`: `run` from the cells' own initial state, without the state after.
+        """Run the network from the cells' initial states and return its output: `run` without states.
 
         Args:
             x: `[B, T, I]`, or the inputs by name or in order, as for `run`.
             mask: `[B, T]`, as for `run`.
-            lengths: `[B]`, as for `run`, in place of a mask.
+            lengths: `[B]`, as for `run`, instead of a mask.
 
         Returns:
-            `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are several outputs.
+            `[B, T, W]`, or `[B, W]` if a node removes the time axis; a tuple of these if there are several outputs.
         """
         if mask is None and lengths is None and type(x) is np.ndarray and (whole := self._whole) is not None:
             stack, work = whole
@@ -243,10 +246,9 @@ class Network:
 
     @cached_property
     def _whole(self) -> tuple[Any, float] | None:
-        """The network as one call of the kernel, and its multiplications for each number of x.
+        """The network as one call of the kernel, which has little overhead, and its multiplications per number of x.
 
-        That call costs little beside the steps. None where there are other nodes than cells that go forwards and dense
-        ones, or other wires than from each to the next.
+        None unless the network is a chain of forward cells and dense layers without patches.
         """
         before = (*self.inputs, *self.names)
         chain = len(self.inputs) == 1 and self.wires == tuple((name,) for name in before[:-1])
@@ -281,42 +283,43 @@ class Network:
         """Run the network over a batch of sequences.
 
         Args:
-            x: `[B, T, I]`, array-like of real numbers; anything but the network's own dtype is cast to it, float64 to
-                a float32 network included. Any strides; B and T may be 0. Ids for an `Embedding` are `[B, T]` and
-                keep their dtype. Where there are several inputs, a dict by name, or a tuple in order.
-            state: one state a cell in the order of `cells`, `State(h, c)` for an LSTM and `HiddenState(h)` for the
-                others, each array `[B, H]`, or a pair of arrays; alone where there is one cell; None, for all or for
-                a cell = the cells' own initial state, which is zeros where it isn't learned. Of a cell that starts
-                from values of the network there is none to be given.
-            mask: `[B, T]` of bool, True = use the step; None = all of them. It goes with every input that has a time
-                axis; a dict by name gives each its own.
+            x: `[B, T, I]`, array-like of real numbers, which are cast to the network's dtype (also float64 to float32).
+                Any strides; B and T may be 0. Ids for an `Embedding` are `[B, T]` and keep their dtype. Several inputs
+                are a dict by name, or a tuple in order.
+            state: a state per cell in the order of `cells`: `State(h, c)` for an LSTM and `HiddenState(h)` for the
+                others, or a pair of arrays, each `[B, H]`. With one cell the outer tuple may be omitted. None, for all
+                or for one cell: the cell's initial state, which is zeros unless it is learned. A cell that starts from
+                values of the network has to be None.
+            mask: `[B, T]` of bool, True: the step is used; None: all steps are. The mask applies to every input with a
+                time axis; a dict by name sets one per input.
             lengths: `[B]` integers from 0 to T, instead of `mask`: the first steps of each row are used.
-            reset: `[B, T]` of bool, True = a new piece begins with this step: before it, every state becomes the
-                cells' own initial state, even where `state` is given. Where a node goes backwards, each piece is run
-                from its own end, and the last one from `state`. None = one piece. `lengths` and `reset` may be dicts
-                as `mask` may. A node that starts from values of the network takes none.
-            threads: how many the kernel may use; None = as many as this process has processors and work for.
-            weights: what the cells' matrices are held in for it: `"float32"`, `"bfloat16"` or `"int8"`, with the bits
-                that a `Stream` gives with them; None = as the network has them. They are packed at the first such run.
-            record: what is kept beside the answers: what the gates, c and h of each cell were at every step, and what
-                flowed between the nodes. The bits of all else are the same. See `trace`, which makes sense of it.
+            reset: `[B, T]` of bool, True: a new piece of the sequence begins at this step. Before it, every state is
+                set to the cell's initial state, even if `state` is given. A backward node runs each piece from its end,
+                the last piece from `state`. None: no resets. `lengths` and `reset` may be dicts like `mask`. Not
+                supported for inputs of a node that starts from values of the network.
+            threads: the number of threads that the kernel may use; None: chosen by the number of processors and the
+                amount of work.
+            weights: the number format of the cells' matrices: `"float32"`, `"bfloat16"` or `"int8"`, with the same bits
+                as in a `Stream`; None: the network's own. The weights are packed at the first such run.
+            record: a recording to fill with the gates, c and h of each cell at every step and the values between the
+                nodes. The results have the same bits. `trace` is the public interface to it.
 
         Returns:
-            `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` where a node drops time; a tuple of these where there are
-            several outputs. `state` is one state a cell, after the last step (with T = 0, that at the start). All
-            of it belongs to the caller.
+            `(y, state)`: `y` is `[B, T, W]`, or `[B, W]` if a node removes the time axis; a tuple of these if there are
+            several outputs. `state` is a tuple of one state per cell, after the last step (the initial one if T = 0).
+            The caller owns all arrays.
 
         Raises:
             ShapeError: a wrong rank, width, batch or number of states.
-            TypeError: values that aren't real numbers; mask and lengths at once; fewer bits for a float64 network.
-            ValueError: fewer than one thread, or more than 2^31 - 1; unknown weights; ids beyond a table; resets for a
-                node that can't keep pieces apart.
+            TypeError: values that aren't real numbers; both mask and lengths; bfloat16 or int8 for a float64 network.
+            ValueError: threads below 1 or above 2^31 - 1; unknown weights; ids out of range; resets for a node that
+                combines steps.
         """
         if weights is not None:
             check_choice("Network", "weights", weights, WEIGHTS)
         values = self._flows(x, mask, lengths, reset)
         given = [flow.x for flow in values.values()]
-        if record is not None:  # what is given may be written to afterwards
+        if record is not None:  # the caller may change the inputs later
             values = {name: Flow(flow.x.copy(), flow.mask, flow.reset) for name, flow in values.items()}
             record.flows.update(values)
         batch, cells = len(given[0]), self.cells
@@ -331,13 +334,13 @@ class Network:
                     node.check(name, *(flow.x.shape[1:] for flow in flows))
                 if reset is not None and node.mixes_steps and any(flow.reset is not None for flow in flows):
                     raise ValueError(
-                        f"Network: expected no reset, as {name} ({type(node).__name__}) takes steps together, "
-                        "of one piece and of the next"
+                        f"Network: reset isn't supported: {name} ({type(node).__name__}) combines steps "
+                        "that may belong to different pieces"
                     )
                 if reset is not None and flows[0].reset is not None and node.apart(flows)[1]:
                     raise ValueError(
-                        f"Network: expected no reset of {sources[0]}, as {name} starts from "
-                        f"{', '.join(sources[1:])}: a new piece would have no start"
+                        f"Network: reset of {sources[0]} isn't supported: {name} starts from "
+                        f"{', '.join(sources[1:])}, which a new piece doesn't have"
                     )
                 own = states[len(after) : len(after) + len(node.cells)]
                 if isinstance(node, (Recurrent, Bidirectional)):
@@ -349,31 +352,31 @@ class Network:
                 if record is not None:
                     record.flows[name] = values[name]
                 after += ends
-                if self._hands_on:
+                if self._passes_states:
                     values |= self._states_of(numbers, ends, record)
                 for number in numbers:
                     for value in self.graph.done[number]:
-                        values.pop(value, None)  # between nodes that are one stage there is none
-        if self._hands_on:  # the states are the caller's, and the answers too
+                        values.pop(value, None)  # absent between the nodes of one stage
+        if self._passes_states:  # an output that is a state mustn't share memory with the returned states
             given += [array for one in after for array in one]
         return as_own([values[name].x for name in self.outputs], given), after
 
     def _states_of(
         self, numbers: tuple[int, ...], ends: tuple[CellState, ...], record: Recording | None
     ) -> dict[str, Flow]:
-        """Return the states that some nodes hand on, by the values' names, out of those of all their cells."""
+        """Return the states of these nodes that are values of the network, by name; `ends` are all their states."""
         found, first = {}, 0
         for number in numbers:
             for value, cell, part in self.graph.states[number]:
                 array = getattr(ends[first + cell], part)
-                found[value] = Flow(array if record is None else array.copy())  # the caller may write to the state
+                found[value] = Flow(array if record is None else array.copy())  # the caller may change the state later
             first += len(self.nodes[number].cells)
         if record is not None:
             record.flows.update(found)
         return found
 
     def _flows(self, x: Any, mask: Any, lengths: Any, reset: Any) -> dict[str, Flow]:
-        """Return what flows in, by the inputs' names, checked."""
+        """Return the checked inputs with their masks and resets, by name."""
         arrays = self.as_inputs("Network", x)
         for name in arrays:
             self._check_input(name, arrays)
@@ -384,9 +387,10 @@ class Network:
         for what, value in flags.items():
             for name in value if isinstance(value, Mapping) else ():
                 if name not in timed:
-                    raise ValueError(f"Network: expected {what} by the inputs {', '.join(timed)}, got one for {name!r}")
+                    known = f"the inputs with a time axis are {', '.join(timed)}" if timed else "no input has one"
+                    raise ValueError(f"Network: {what} for {name!r}, which has no time axis: {known}")
             if value is not None and not timed:
-                raise ValueError(f"Network: expected no {what}, as no input has a time axis")
+                raise ValueError(f"Network: {what} isn't supported: no input has a time axis")
         flows = {}
         for name, array in arrays.items():
             if name not in timed:
@@ -399,14 +403,14 @@ class Network:
         return flows
 
     def as_inputs(self, owner: str, x: Any) -> dict[str, Array]:
-        """Return the inputs by name as arrays of real numbers: of the network's dtype, but for ids.
+        """Return the inputs by name as arrays of real numbers, cast to the network's dtype except for ids.
 
         Args:
-            owner: whose argument it is, for the message.
+            owner: the function or class, for error messages.
             x: as for `run`.
 
         Raises:
-            TypeError: values that aren't real numbers, or not one for each input.
+            TypeError: values that aren't real numbers, or missing or unknown inputs.
         """
         names = self.inputs
         if isinstance(x, Mapping):
@@ -427,7 +431,7 @@ class Network:
         }
 
     def _check_input(self, name: str, arrays: dict[str, Array]) -> None:
-        """Raise `ShapeError` unless an input has its shape, and as many rows as the first."""
+        """Raise `ShapeError` unless an input has its shape, and the batch size of the first input."""
         array, shape = arrays[name], self.shapes[name]
         if len(shape) == 2 and shape[0] is None and name not in self.graph.ids:
             check_sequence("Network", array.shape, shape[1], name)
@@ -436,8 +440,8 @@ class Network:
                 want in (None, got) for want, got in zip(shape, array.shape[1:], strict=True)
             )
             if not fits:
-                mend = ": add a batch axis: x[None]" if array.ndim == len(shape) else ""
-                raise ShapeError(f"Network: expected {name} {self.graph.shown(name)}, got {array.shape}{mend}")
+                hint = ": add a batch axis: x[None]" if array.ndim == len(shape) else ""
+                raise ShapeError(f"Network: expected {name} {self.graph.shown(name)}, got {array.shape}{hint}")
         first = next(iter(arrays.values()))
         if len(array) != len(first):
             raise ShapeError(
@@ -459,53 +463,57 @@ class Network:
         pre: bool = False,
         in_memory: int = 1 << 30,
     ) -> NetworkTrace:
-        """Run the network as `run` does, and return what every node and cell did at every step beside the answers.
+        """Run the network like `run`, and return all nodes' inputs and outputs and the cells' gates and states.
 
-        The bits of y and of the state are those of `run`.
+        `y` and the state have the same bits as with `run`.
 
         Args:
             x, state, mask, lengths, reset, threads: see `run`.
-            nodes: the names of the nodes that are kept; None = all.
-            units: which units of the cells, a slice or numbers; None = all.
-            steps: which steps, a slice or numbers, of what has as many as were run; None = all.
-            pre: keep what the gates are activations of as well; of a whole trace it can be had afterwards.
-            in_memory: how many bytes of gates and states lie in memory; what is beyond, in a file that is mapped into
-                it and goes with the trace.
+            nodes: the names of the nodes to keep; None: all.
+            units: the units of the cells to keep, a slice or indices; None: all.
+            steps: the steps to keep, a slice or indices, of all values with a time axis of T; None: all.
+            pre: also keep the pre-activations of the gates; a trace of all units and steps can compute them later.
+            in_memory: the size in bytes up to which gates and states are kept in memory; larger traces use a
+                memory-mapped file, which is deleted with the trace.
 
         Returns:
-            A mapping from the nodes' names to what went in, what came out and what their cells did, `t["layer_0"].f`,
-            each `[B, T, H]`; with `y` and `state`.
+            A mapping from the names of the nodes to their inputs, outputs, gates and states, such as `t["layer_0"].f`,
+            each `[B, T, H]`; with the attributes `y` and `state`.
 
         Raises:
-            ShapeError, TypeError, ValueError: see `run`; a node that isn't there.
-            IndexError: a unit or a step that isn't there.
+            ShapeError, TypeError, ValueError: see `run`; also an unknown node.
+            IndexError: a unit or a step out of range.
         """
         run = {"mask": mask, "lengths": lengths, "reset": reset, "threads": threads}
         return _trace()(self, x, state, run, nodes, units, steps, pre, in_memory)
 
     def edit(self, patches: Patch | Iterable[Patch]) -> Network:
-        """Return the network with patches, after those that it has: gates and states that are changed as it runs.
+        """Return the network with additional patches, which change gates and states during a run.
 
-        It is a Network again, of the same arrays: run, traced, streamed, pooled, and saved in the native format, which
-        alone can hold patches. Of two patches to one number, the later one acts on what the earlier one left.
+        The result is a Network with the same arrays, which can be run, traced, streamed, pooled, and saved in the
+        native format (other formats don't support patches). If two patches change the same value, the later one is
+        applied to the result of the earlier one.
 
         Args:
-            patches: a `Patch`, or some in the order in which they act.
+            patches: a `Patch`, or several in the order in which they are applied.
+
+        Returns:
+            A new network.
 
         Raises:
-            TypeError: what isn't a patch.
-            ValueError: a node, a cell or a gate that isn't there.
-            IndexError: units that aren't there. Rows and steps are checked by the run.
+            TypeError: an object that isn't a patch.
+            ValueError: an unknown node, cell or gate.
+            IndexError: units out of range. A run checks the rows and steps.
 
         >>> from cellstack import Cell, CellSpec, Patch, Recurrent
         >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8)))
         >>> net = Network([Recurrent((cell,))])
-        >>> held = net.edit(Patch("layer_0", gate="h", units=[1], value=0.5))
-        >>> held(np.ones((1, 3, 1)))[0, :, 1]
+        >>> patched = net.edit(Patch("layer_0", gate="h", units=[1], value=0.5))
+        >>> patched(np.ones((1, 3, 1)))[0, :, 1]
         array([0.5, 0.5, 0.5])
         """
         if not isinstance(patches, (Patch, Iterable)):
-            raise TypeError(f"Network: expected patches to be a Patch or some, got {type(patches).__name__}")
+            raise TypeError(f"Network: expected a Patch or several, got {type(patches).__name__}")
         own = (patches,) if isinstance(patches, Patch) else tuple(patches)
         return self._with(self.nodes, self.patches + own)
 
@@ -516,23 +524,26 @@ class Network:
 
     @property
     def weights(self) -> str:
-        """What the cells' matrices are held in: the network's dtype, or `"bfloat16"` where those of some cells are."""
+        """The number format of the cells' matrices: the network's dtype, or `"bfloat16"` if any cell has that."""
         return "bfloat16" if any(cell.weights == "bfloat16" for cell in self.cells) else self.dtype.name
 
     def with_weights(self, weights: str) -> Network:
-        """Return the network with the matrices of its cells as data of fewer bits, in memory and in its file.
+        """Return the network with the matrices of its cells stored in another number format, in memory and in files.
 
-        It answers what `run(…, weights=weights)` of this one answers, bit for bit: x and h are rounded as the matrices
-        are where they meet them, sums and states are float32. All else, dense layers among it, stays as it is. The
-        native format keeps such matrices as they are; other formats, and C, are given the same numbers as float32.
+        Its results are bit for bit those of `run(…, weights=weights)` of this network: x and h are rounded like the
+        matrices in products, sums and states are float32. Other weights, such as of dense layers, don't change. The
+        native format stores bfloat16 matrices as such; other formats and C get the same values as float32.
 
         Args:
-            weights: `"bfloat16"`: each number rounded to the nearest one of 8 bits of precision, two bytes each;
-                `"float32"`: the numbers that there are in four bytes each.
+            weights: `"bfloat16"`: round each number to the nearest bfloat16 (8 bits of precision, two bytes);
+                `"float32"`: convert bfloat16 to float32, without a change of the values.
+
+        Returns:
+            A new network.
 
         Raises:
-            ValueError: another word.
-            TypeError: fewer bits for a float64 network.
+            ValueError: an unknown format.
+            TypeError: bfloat16 for a float64 network.
 
         >>> from cellstack import Cell, CellSpec, Recurrent
         >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.full((1, 8), 0.1, "f4"), np.ones((2, 8), "f4"))
@@ -560,87 +571,90 @@ class Network:
         )
 
     def stream(self, batch: int = 1, threads: int = 1, weights: str | None = None) -> Stream:
-        """Return a `Stream` that runs this network frame by frame.
+        """Return a `Stream` that runs this network step by step.
 
         Args:
-            batch: how many sequences are stepped side by side.
-            threads: how many may share a call that is long enough for it.
-            weights: what the cells' matrices are held in, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`; None =
-                as the network has them.
+            batch: the number of sequences that run in parallel.
+            threads: the number of threads for calls with enough work.
+            weights: the number format of the cells' matrices, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`;
+                None: the network's own.
 
         Returns:
-            A stream of its own state, the cells' own initial state at first; any number of them share the network.
+            A stream with its own state, which starts as the cells' initial state. Streams share the network's weights.
 
         Raises:
-            ValueError: a node needs the whole sequence, which the message names; unknown weights.
-            TypeError: fewer bits for a float64 network.
+            ValueError: a node needs the whole sequence (the message names it); unknown weights.
+            TypeError: bfloat16 or int8 for a float64 network.
 
         >>> from cellstack import Cell, CellSpec, Recurrent
         >>> cell = Cell(CellSpec(3, 4, use_bias=False), np.ones((3, 16)), np.ones((4, 16)))
         >>> Network([Recurrent((cell,))]).stream().step([[1, 2, 3]]).shape
         (1, 4)
         """
-        from cellstack.streaming.stream import Stream  # a stream is built on the network, not under it
+        from cellstack.streaming.stream import Stream  # imported here because streaming depends on networks
 
         return Stream(self, batch, threads, weights)
 
     def pool(self, capacity: int, threads: int = 1, weights: str | None = None) -> Sessions:
-        """Return a `Sessions` of sessions that come and go, stepped together.
+        """Return a `Sessions`: a pool of sessions that are opened and closed at any time, and stepped in batches.
 
         Args:
-            capacity: how many sessions may be open at a time.
-            threads: how many the kernel may use for a step.
-            weights: what the cells' matrices are held in, as for `stream`.
+            capacity: the largest number of open sessions.
+            threads: the number of threads that the kernel may use for a step.
+            weights: the number format of the cells' matrices, as for `stream`.
 
         Returns:
-            A pool without sessions; any number of pools and streams share the network.
+            A pool without open sessions. Pools and streams share the network's weights.
 
         Raises:
-            ValueError: a node that can't be streamed, which the message names; a number out of range; unknown weights.
-            TypeError: fewer bits for a float64 network.
+            ValueError: a node that can't be streamed (the message names it); a number out of range; unknown weights.
+            TypeError: bfloat16 or int8 for a float64 network.
         """
-        from cellstack.streaming.sessions import Sessions  # as a stream
+        from cellstack.streaming.sessions import Sessions  # imported here, like Stream
 
         return Sessions(self, capacity, threads, weights)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the network to a file, whole or not at all; the suffix picks the format.
+        """Write the network to a file atomically; the suffix determines the format.
 
         Args:
-            path: where to; `.safetensors` is the native format. A file that is there is replaced in one step.
+            path: the file, which is replaced if it exists; `.safetensors` is the native format.
 
         Raises:
-            ValueError: no format has this suffix.
+            ValueError: an unknown suffix.
             OSError: the file can't be written.
         """
-        from cellstack import formats  # formats are built on the network, not under it
+        from cellstack import formats  # imported here because formats depend on networks
 
         formats.save(self, path)
 
     def export_c(self, directory: str | PathLike[str], name: str = "model") -> tuple[Path, Path]:
-        """Write the network as C that needs nothing else: `name.h` and `name.c`, with init, reset and step.
+        """Write the network as C code without dependencies: `name.h` and `name.c`, with init, reset and step.
 
         Args:
-            directory: where to; it is made where it isn't there.
-            name: what the files are called, and what every name in them begins with.
+            directory: the directory, which is created if it doesn't exist.
+            name: the name of the files, and the prefix of all names in them.
 
         Returns:
             The paths of the header and of the source.
 
         Raises:
-            ValueError: a node that can't be streamed or written as C, by name; a name that isn't one in C.
+            ValueError: a node that can't be streamed or written as C (the message names it); an invalid C identifier.
             OSError: the files can't be written.
         """
-        from cellstack.formats import c  # formats are built on the network, not under it
+        from cellstack.formats import c  # imported here because formats depend on networks
 
         return c.export(self, directory, name)
 
     def plan(self) -> Plan:
-        """Return what each node costs, what runs it, and why, one line a node, and what they cost in all.
+        """Return the cost of each node and which implementation runs it, one line per node, and the total cost.
 
-        What a node takes is said where it isn't what the node before returns; states that it starts from come last.
-        Counted are multiplications by the network's own numbers, and the bytes of these numbers that are read, for a
-        step of what the node returns; activations, and products of values with each other, come on top.
+        A node's inputs are listed unless its input is the node before; initial states come last. The cost of a step of
+        the node's output is the number of multiplications by parameters and the bytes of parameters read, without
+        activations and without products of two values.
+
+        Returns:
+            The lines.
         """
         rows = []
         begun = {number: self.names[stage.nodes[0]] for stage in self._stages for number in stage.nodes[1:]}
@@ -651,14 +665,14 @@ class Network:
             rows.append((name, origin, node.summary, _cost(*self._cost(node)), engine))
         costs = [self._cost(node) for node in self.nodes]
         total = _cost(*(sum(numbers) for numbers in zip(*costs, strict=True)))
-        return Plan([*_table(rows), f"in all, a step: {total}"])
+        return Plan([*_table(rows), f"total per step: {total}"])
 
     def _cost(self, node: Node) -> tuple[int, int]:
-        """Return how often a step multiplies by a node's numbers, and how many bytes of them it reads."""
+        """Return the multiplications by parameters of a node per step, and the bytes of parameters read."""
         return node.multiplications, node.bytes_read
 
     def _origins(self) -> list[str]:
-        """Return, for each node, where its values come from; nothing where it is the node before it."""
+        """Return, for each node, its inputs as text; "" if its input is the node before it."""
         before = ((self.inputs[0],), *((name,) for name in self.names[:-1]))
         return [
             "" if sources == usual else f"of {', '.join(sources)}"
@@ -679,7 +693,7 @@ class Network:
         return "\n".join([head, *("  " + line for line in _table(rows)), *patches])
 
     def _ends(self, names: tuple[str, ...]) -> str:
-        """Return the shapes of the inputs or the outputs, with their names where there are several."""
+        """Return the shapes of the inputs or outputs, with their names if there are several."""
         shapes = [self.graph.shown(name) for name in names]
         named = len(names) > 1
         return ", ".join(f"{name} {shape}" if named else shape for name, shape in zip(names, shapes, strict=True))
@@ -687,7 +701,7 @@ class Network:
 
 @cache
 def _trace() -> Callable[..., NetworkTrace]:
-    """Return what traces: built on the network, not under it, and looked up once, as that is dearer than a step."""
+    """Return the trace function, imported on demand because it depends on networks, and cached to keep calls fast."""
     from cellstack.inspect.trace import trace
 
     return trace
@@ -696,15 +710,15 @@ def _trace() -> Callable[..., NetworkTrace]:
 def _patched(
     nodes: tuple[Node, ...], names: tuple[str, ...], patches: tuple[Patch, ...]
 ) -> tuple[CellPatches | None, ...]:
-    """Return the patches by cell, in the order of the cells; nothing where there are none."""
+    """Return the patches of each cell, in the order of the cells; empty without patches."""
     for patch in patches:
         if not isinstance(patch, Patch):
-            raise TypeError(f"Network: expected patches to be Patch, got {type(patch).__name__}")
+            raise TypeError(f"Network: expected a Patch, got {type(patch).__name__}")
         if patch.node not in names:
             raise ValueError(f"Network: expected patches of {', '.join(names)}, got one of {patch.node!r:.80}")
         count = len(nodes[names.index(patch.node)].cells)
         if not count:
-            raise ValueError(f"Network: expected patches of nodes with cells, got one of {patch.node!r}")
+            raise ValueError(f"Network: node {patch.node!r} has no cells to patch")
         if patch.cell is None and count > 1:
             raise ValueError(f"Network: expected cell=0 to {count - 1} in a patch of {patch.node!r}, got {patch}")
         if patch.cell is not None and patch.cell >= count:
@@ -720,7 +734,7 @@ def _patched(
 
 
 def _started(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> tuple[str, ...]:
-    """Return, for each cell, which node starts it from which values, in words; "" where it starts by itself."""
+    """Return, for each cell, a text about the values that it starts from; "" if there are none."""
     found: list[str] = []
     for node, name, sources in zip(nodes, names, graph.wires, strict=True):
         starts = node.apart(sources)[1]
@@ -729,19 +743,18 @@ def _started(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph) -> t
 
 
 def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph, patched: set[str]) -> tuple[Stage, ...]:
-    """Return the nodes in the order in which they run, those together that one call of the kernel can run.
+    """Return the nodes in the order of execution, joined where one call of the kernel can run several.
 
-    A stack of cells in one call shares its layers out to threads, and keeps no sequence between them. The bits are the
-    same.
+    In one call, threads can work on different layers, and no sequences are stored between them. The bits are the same.
     """
     stages: list[Stage] = []
     uses = Counter((*graph.outputs, *(source for sources in graph.wires for source in sources)))
     for number, (node, sources) in enumerate(zip(nodes, graph.wires, strict=True)):
         below = stages[-1] if stages else None
-        alone = below is not None and len(below.sources) == 1  # without states to start from
+        alone = below is not None and len(below.sources) == 1  # without initial states
         if below is not None and alone and sources == (names[below.nodes[-1]],) and uses[sources[0]] == 1:
             joined = _joined(below.node, node)
-            # Above a node that goes backwards steps are counted as they come out of it, not as they went in.
+            # Patches above a backward node count the steps of its output, which is in reverse order.
             if joined is not None and not (joined.go_backwards and names[number] in patched):
                 stages[-1] = Stage((*below.nodes, number), joined, below.sources)
                 continue
@@ -750,11 +763,11 @@ def _stages(nodes: tuple[Node, ...], names: tuple[str, ...], graph: Graph, patch
 
 
 def _joined(below: Node, above: Node) -> Recurrent | None:
-    """Return two stacks of cells as one; None where they aren't."""
+    """Join two stacks of cells into one; None if that isn't possible."""
     if not isinstance(below, Recurrent) or not isinstance(above, Recurrent) or not below.return_sequences:
         return None
     if below.residual or above.residual or below.zero_output_for_mask or above.go_backwards:
-        return None  # what goes backwards turns its sequence round first: below, then, the whole stack goes backwards
+        return None  # a backward node reverses its sequence, so only the lower one may run backwards
     cells = (*below.cells, *above.cells)
     return Recurrent(cells, above.return_sequences, below.go_backwards, above.zero_output_for_mask)
 
@@ -769,18 +782,18 @@ def _checked_names(nodes: tuple[Node, ...], names: Sequence[str] | None) -> tupl
         return tuple(f"layer_{number}" for number in range(len(nodes)))
     names = tuple(names)
     if len(names) != len(nodes) or len(set(names)) != len(names):
-        raise ValueError(f"Network: expected {len(nodes)} different names, one a node, got {list(names)}")
+        raise ValueError(f"Network: expected {len(nodes)} different names, one per node, got {list(names)}")
     for name in names:
         check_name("name", name)
     return names
 
 
 def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a private copy of `metadata`, in the form in which a file would give it back."""
+    """Return a private copy of `metadata`, in the form in which a file restores it."""
     if metadata is None:
         return {}
     if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
-        raise TypeError("Network: expected metadata to be a dict with text as keys")
+        raise TypeError("Network: expected metadata to be a dict with strings as keys")
     try:
         return json.loads(json.dumps(dict(metadata), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
@@ -788,12 +801,12 @@ def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _cost(multiplications: int, read: int) -> str:
-    """Return in words what a step costs; nothing where there are no numbers."""
+    """Return the cost of a step as text; "" without parameters."""
     return f"{multiplications:,} multiplications, {read:,} bytes" if read else ""
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return rows as lines whose columns stand below each other, without columns that are empty throughout."""
+    """Return rows as lines with aligned columns, without empty columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip() for row in rows

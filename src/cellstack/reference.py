@@ -1,19 +1,20 @@
-"""The law: the equations of the whole family in NumPy, forward and backward, in float64. All else is held against it.
+"""The reference implementation: the equations of all cells in NumPy, forward and backward, in float64.
 
-`CellSpec` names every flag; each is a line or a few here, marked by its name. Gates stand in the order of `GATES`, in
-arrays of G·H columns one block of H columns a gate. `·` is a matrix product, `⊙` one by entries, h_in is m⊙h_prev with
-recurrent dropout's mask m, and LN(v) = (v - mean(v)) / sqrt(var(v) + norm_epsilon), over a row, the variance biased.
-What a matrix of bfloat16 (`Halves`) is multiplied with is rounded to bfloat16 too.
+Every other implementation is compared with this one. `CellSpec` documents the flags; the lines that a flag adds or
+changes are marked with its name. Gates are in the order of `GATES`, a block of H columns each. `·` is a matrix product,
+`⊙` is elementwise, h_in is m⊙h_prev with the mask m of recurrent dropout, and
+LN(v) = (v - mean(v)) / sqrt(var(v) + norm_epsilon) over a row, with the biased variance. Vectors that are multiplied by
+a bfloat16 matrix (`BFloat16Array`) are rounded to bfloat16 first.
 
 LSTM, gates i f g o:
     a = x·kernel                               b = h_in·recurrent_kernel
     a = LN(a)⊙kernel_gain                      b = LN(b)⊙recurrent_gain                    layer_norm
     z = a + b + bias
     z_i += p_i⊙c_prev                          z_f += p_f⊙c_prev                           peepholes
-    i = σ(z_i)    f = σ(z_f)    g = φ(z_g)     with z, once whole, cut to ±clip            clip
+    i = σ(z_i)    f = σ(z_f)    g = φ(z_g)     with the complete z clipped to ±clip        clip
     f = 1 - i                                                                              coupled
     c_new = f⊙c_prev + i⊙g
-    c_new is cut to ±cell_clip                                                             cell_clip
+    c_new is clipped to ±cell_clip                                                         cell_clip
     z_o += p_o⊙c_new                                                                       peepholes
     o = σ(z_o)
     c_out = c_new
@@ -24,38 +25,40 @@ LSTM, gates i f g o:
 GRU, gates z r g:
     a = x·kernel + bias                        q = h_in·recurrent_kernel
     a = x·kernel + bias[0]                     q = h_in·recurrent_kernel + bias[1]         reset_after
-    both products normalised as above, before the bias, g's columns apart from z's and r's layer_norm
+    both products normalised as above, before the bias, g's columns separately             layer_norm
     z = σ(a_z + q_z)                           r = σ(a_r + q_r)
     g = φ(a_g + (r⊙h_in)·recurrent_kernel_g)
     g = φ(a_g + r⊙q_g)                                                                     reset_after
-    h_new = z⊙h_prev + (1 - z)⊙g               what goes into σ and φ cut to ±clip         clip
+    h_new = z⊙h_prev + (1 - z)⊙g               with the arguments of σ, φ clipped to ±clip clip
 
 SimpleRNN, gate g:
     h_new = g = φ(a + b + bias)                with a, b, layer_norm and clip as above
 
-A clip has no slope at its ends, as it has none beyond them. And for each kind, k being masks in training, the rates
-themselves outside of it:
+The slope of a clip is 0 at its bounds, as it is beyond them. For every kind, with k random masks in training and the
+rates themselves in inference:
     h = k_h⊙h_prev + (1 - k_h)⊙h_new           c = k_c⊙c_prev + (1 - k_c)⊙c_new            zoneout, zoneout_cell
 
-Backward: the chain rule on these lines, last to first, worked out by hand. `dv` is the loss's gradient by v.
+Backward: the chain rule on these lines, last to first, derived by hand. `dv` is the gradient of the loss w.r.t. v.
 
 Ref, and where we differ:
     Hochreiter and Schmidhuber 1997, "Long Short-Term Memory", appendix A.1: i, o and the cell, without a forget gate.
     Gers, Schmidhuber and Cummins 2000, "Learning to Forget", sec. 2, and 3 for f: the LSTM; their φ are scaled
         sigmoids.
     Gers and Schmidhuber 2000, "Recurrent Nets that Time and Count"; Gers, Schraudolph and Schmidhuber 2002, "Learning
-        Precise Timing with LSTM Recurrent Networks", sec. 2: peepholes. Their gradient is cut at the gates, ours whole.
+        Precise Timing with LSTM Recurrent Networks", sec. 2: peepholes. Their gradient is truncated at the gates, ours
+        isn't.
     Sak, Senior and Beaufays 2014, "Long Short-Term Memory Based Recurrent Neural Network Architectures", eq. 7 to 12:
-        proj_size, their r; always with peepholes there. We have no part p that isn't fed back.
+        proj_size, their r; always with peepholes there. Their non-recurrent projection p isn't supported.
     Greff et al. 2017, "LSTM: A Search Space Odyssey", CIFG: coupled.
     Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 15, 20 to 22 (LSTM), 26 to 28 (GRU): layer_norm. Their shifts
-        before the sum are the one bias here, norm_epsilon stands under the root, and their z is 1 - z here.
-    Krueger et al. 2017, "Zoneout", sec. 3: zoneout. As there, h_new is made of c_new, not of c.
+        before the sum are the one bias here, norm_epsilon is under the root, and their z is 1 - z here.
+    Krueger et al. 2017, "Zoneout", sec. 3: zoneout. As there, h_new is computed from c_new, not from c.
     Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder", eq. 5 to 8: the GRU without
         reset_after, and without a bias. With it: Ba et al., eq. 24, and cuDNN, which has both biases.
     Gal and Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", sec. 4:
-        recurrent dropout, one mask a sequence, shared by the gates. What a GRU and zoneout carry of h_prev stays whole
-        here; so Semeniuta, Severyn and Barth 2016, "Recurrent Dropout without Memory Loss", ask, who drop g instead.
+        recurrent dropout, one mask per sequence, shared by the gates. The h_prev that a GRU and zoneout carry over
+        isn't dropped, as in Semeniuta, Severyn and Barth 2016, "Recurrent Dropout without Memory Loss", who drop g
+        instead.
     Elman 1990, "Finding Structure in Time": SimpleRNN.
 """
 
@@ -68,7 +71,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstack.bfloat16 import Halves, rounded, widened
+from cellstack.bfloat16 import BFloat16Array, rounded, widened
 from cellstack.spec import STATES, CellSpec
 
 Array = NDArray[np.float64]
@@ -78,10 +81,10 @@ Back = tuple[Array, Array, tuple[Any, ...]]
 
 
 def _sigmoid(z: Array, *_: float) -> Array:
-    return 0.5 * (1.0 + np.tanh(0.5 * z))  # that of exp(-z) overflows
+    return 0.5 * (1.0 + np.tanh(0.5 * z))  # the formula with exp(-z) overflows
 
 
-# name -> (y of z and the parameters, its slope dy/dz of z, y and the parameters). A NaN in z stays one.
+# name -> (y as a function of z and the parameters, dy/dz as a function of z, y and the parameters). NaN stays NaN.
 ACTIVATIONS: dict[str, tuple[Any, Any]] = {
     "sigmoid": (_sigmoid, lambda z, y, *_: y * (1.0 - y)),
     "tanh": (lambda z, *_: np.tanh(z), lambda z, y, *_: 1.0 - y * y),
@@ -102,41 +105,41 @@ ACTIVATIONS: dict[str, tuple[Any, Any]] = {
 
 
 class Forward(NamedTuple):
-    """What a pass over a sequence leaves. At masked steps gates are zero, and `y` and `cells` are carried."""
+    """Results of a forward pass. At masked steps the gates are zero, and `y` and `cells` repeat the step before."""
 
     y: Array  # [B, T, P]
-    state: Any  # after the last step: State(h, c) or HiddenState(h), as the kind has it
-    gates: Array  # [B, T, planes, H], after the activations; a GRU with reset_after has q_g as a plane of its own
-    cells: Array | None  # [B, T, H], an LSTM's
+    state: Any  # after the last step: State(h, c) or HiddenState(h), depending on the kind
+    gates: Array  # [B, T, planes, H], after the activations; with reset_after, the last plane of a GRU is q_g
+    cells: Array | None  # [B, T, H], c of an LSTM
     tape: SimpleNamespace  # what `backward` needs
 
 
 class Gradients(NamedTuple):
-    """Gradients of a scalar loss, each in the shape of what it is the gradient of."""
+    """Gradients of a scalar loss; each has the shape of its argument."""
 
     x: Array
-    state: Any  # of the state before the first step, given or not
+    state: Any  # w.r.t. the state before the first step, also if none was given
     arrays: Arrays
 
 
-# ── what all kinds share; a part's way back stands below it ─────────────────────────────────────────────────────────
+# ── parts that all kinds share; each is followed by its backward pass ───────────────────────────────────────────────
 
 GAINS = {"kernel": "kernel_gain", "recurrent_kernel": "recurrent_gain"}
 
 
 class _Cell:
-    """A cell's description and arrays, and the parts that all kinds have.
+    """A cell's description and arrays, and the operations that all kinds share.
 
-    What is kept for the way back goes to the step's tape `s`. A way back takes the gradient of what came out, adds to
-    `d`, the gradients of the arrays by name, and returns the gradient of what went in.
+    An operation saves what its backward pass needs on the step's tape `s`. A backward pass takes the gradient w.r.t.
+    the output, adds to `d`, the gradients w.r.t. the arrays by name, and returns the gradient w.r.t. the input.
     """
 
     def __init__(self, spec: CellSpec, arrays: Mapping[str, Any]) -> None:
         self.spec = spec
         self.w = {name: np.asarray(arrays[name], np.float64) for name in spec.shapes}
-        self.halves = {name for name in spec.shapes if isinstance(arrays[name], Halves)}
+        self.bfloat16 = {name for name in spec.shapes if isinstance(arrays[name], BFloat16Array)}
         self.patched = lambda name, value, before: value
-        cut = 2 * spec.units  # columns that are normalised together: all, but a GRU's z and r, and its g
+        cut = 2 * spec.units  # all columns are normalised together; of a GRU, z and r together and g separately
         self.together = (slice(0, cut), slice(cut, None)) if spec.kind == "gru" else (slice(None),)
 
     def initial_state(self, batch: int) -> list[Array]:
@@ -149,7 +152,7 @@ class _Cell:
                 d[f"initial_{name}"] += da.sum(axis=0)
 
     def rows(self, name: str, v: Array) -> Array:
-        return widened(rounded(v.astype(np.float32))).astype(np.float64) if name in self.halves else v
+        return widened(rounded(v.astype(np.float32))).astype(np.float64) if name in self.bfloat16 else v
 
     def product(self, s: SimpleNamespace, name: str, v: Array) -> Array:
         s.factors[name] = v
@@ -182,7 +185,7 @@ class _Cell:
         unit, scale = s.norms[gain]
         d[gain] += (dout * unit).sum(axis=0)
         dv = dout * self.w[gain]
-        for part in self.together:  # unit changes neither with a shift of v nor (epsilon aside) its scale
+        for part in self.together:  # unit doesn't depend on the mean of v, nor (except for epsilon) on its scale
             du, u = dv[:, part], unit[:, part]
             dv[:, part] = du - du.mean(axis=1, keepdims=True) - u * (du * u).mean(axis=1, keepdims=True)
         return dv / scale
@@ -198,7 +201,7 @@ class _Cell:
         return y if slot == "cell" else self.patched(slot, y, None)
 
 
-# ── the kinds: a step takes x [B, I], h_in and the state before; its way back returns the gradients of these three ──
+# ── the kinds: a step takes x [B, I], h_in and the state before; `back` returns the gradients w.r.t. these three ────
 
 
 class _LSTM(_Cell):
@@ -206,7 +209,7 @@ class _LSTM(_Cell):
         spec, w, c_prev = self.spec, self.w, state[1]
         z = dict(zip(spec.gates, np.split(self.sums(s, x, h_in), len(spec.gates), axis=1), strict=True))
         p = self.peepholes(w)
-        for gate in list(p)[:-1]:  # i and f see the cell before the step, o the one after it
+        for gate in list(p)[:-1]:  # i and f depend on c before the step, o on c after it
             z[gate] = z[gate] + p[gate] * c_prev
         i = self.activate(s, "i", z["i"])
         f = self.patched("f", 1.0 - i, None) if spec.coupled else self.activate(s, "f", z["f"])
@@ -250,7 +253,7 @@ class _LSTM(_Cell):
         else:
             dz["f"] = df * slopes["f"]
         dz["i"], dz["g"] = di * slopes["i"], dg * slopes["g"]
-        for gate in list(p)[:-1]:  # i and f see the cell before the step, o the one after it
+        for gate in list(p)[:-1]:  # i and f depend on c before the step, o on c after it
             dp[gate] += (dz[gate] * s.c_prev).sum(axis=0)
             dc_prev = dc_prev + dz[gate] * p[gate]
         dx, dh_in = self.sums_back(s, d, np.concatenate([dz[gate] for gate in spec.gates], axis=1))
@@ -317,7 +320,7 @@ ZEROS = (0.0, 0.0)
 
 
 def _choose(rows: Mask, a: Sequence[Any], b: Sequence[Any]) -> list[Array]:
-    """`a` in these rows `[B, 1]`, `b` in the others, for h and, where there is one, c."""
+    """Return `a` where `rows [B, 1]` is True, else `b`, for h and, if there is one, c."""
     return [np.where(rows, *pair) for pair in zip(a, b, strict=False)]
 
 
@@ -339,24 +342,24 @@ def forward(
     reverse: bool = False,
     patched: Callable[[str, int, Array, Any], Array] | None = None,
 ) -> Forward:
-    """Run a cell over a sequence. Whatever dtype comes in, all is computed in float64.
+    """Run a cell over a sequence. Arguments of any dtype are converted to float64.
 
     Args:
-        spec: which cell.
-        arrays: its arrays by name, in the shapes of `spec.shapes`; matrices may be `Halves`.
+        spec: the cell.
+        arrays: its arrays by name, in the shapes of `spec.shapes`; matrices may be `BFloat16Array`.
         x: `[B, T, I]`.
-        state: before the first step, h `[B, P]` and an LSTM's c `[B, H]`. None: the cell's initial state, `initial_h`
-            and `initial_c` where it is learnt, else zeros.
-        mask: `[B, T]`, True where a step counts; elsewhere the state is carried.
-        reset: `[B, T]`, True where the state before the step, as steps are processed, becomes the cell's initial
-            state, also where the mask leaves that step out.
-        recurrent_dropout: `[B, P]`, what h_prev is multiplied by on its way into the gates (0 or 1/(1-p)).
-        zoneout, zoneout_cell: `[B, T, P]` and `[B, T, H]`, 1 where h or c keeps its value in a step, 0 elsewhere.
-            None: the cell's rates.
+        state: the state before the first step, h `[B, P]` and an LSTM's c `[B, H]`. None: the cell's initial state,
+            `initial_h` and `initial_c` if it is learned, else zeros.
+        mask: `[B, T]`, True where a step is used; at other steps the state keeps its value.
+        reset: `[B, T]`, True where the state is set to the cell's initial state before the step (in the order of
+            processing), also at masked steps.
+        recurrent_dropout: `[B, P]`, factors of h_prev in the gates (0 or 1/(1-p)).
+        zoneout, zoneout_cell: `[B, T, P]` and `[B, T, H]`, 1 where h or c keeps its value in a step, else 0. None:
+            the cell's rates.
         reverse: run from the last step to the first; `y[:, t]` still belongs to `x[:, t]`.
-        patched: returns what a gate or a state of a step becomes: of its name, the step t, its value `[B, H]`, and of
-            h and c what it was before the step. A gate is changed right after its activation; c where o and h see it,
-            and where it is kept, after zoneout; h last of all. There is no way back through it.
+        patched: a function that returns the new value of a gate or state, given its name, the step t, its value
+            `[B, H]` and, for h and c, its value before the step. A gate is replaced right after its activation; c both
+            before o and h use it, and after zoneout; h last. The backward pass doesn't support it.
 
     >>> arrays = {"kernel": [[2.0]], "recurrent_kernel": [[1.0]], "bias": [0.0]}
     >>> forward(CellSpec(1, 1, "linear", kind="rnn"), arrays, [[[1.0], [1.0]]]).y.tolist()  # 2·1, then 2·1 + 2
@@ -385,7 +388,7 @@ def forward(
             cell.patched = lambda name, value, before, t=t: patched(name, t, value, before)
         s, used = tape.steps[t], tape.used[:, t]
         now = _choose(tape.reset[:, t], fresh, now)
-        before = _choose(used, now, ZEROS)  # rows that are left out run on zeros: a NaN in them meets nothing
+        before = _choose(used, now, ZEROS)  # masked rows run on zeros, so that a NaN in them has no effect
         cell.step(s, np.where(used, x[:, t], 0.0), before[0] * tape.dropout, before)
         after = [k[:, t] * a + (1.0 - k[:, t]) * new for k, a, new in zip(tape.kept, before, s.state, strict=True)]
         after = [cell.patched(name, new, a) for name, new, a in zip(spec.state_sizes, after, before, strict=True)]
@@ -403,7 +406,7 @@ def pre_activations(
     before: Sequence[Any],
     patched: Callable[[str, Array, Any], Array] | None = None,
 ) -> dict[str, Array]:
-    """Return what a step's gates are activations of, before any clip, each `[B, H]`, in the order of `spec.GATES`.
+    """Return the pre-activations of a step's gates, before any clip, each `[B, H]`, in the order of `spec.GATES`.
 
     A coupled forget gate, which is 1 - i, has none.
 
@@ -411,7 +414,7 @@ def pre_activations(
         spec, arrays: the cell.
         x: `[B, I]`.
         before: the state before the step, h `[B, P]` and an LSTM's c `[B, H]`.
-        patched: as for `forward`, without the step.
+        patched: as for `forward`, without the argument t.
 
     >>> arrays = {"kernel": [[2.0]], "recurrent_kernel": [[1.0]], "bias": [0.5]}
     >>> pre_activations(CellSpec(1, 1, kind="rnn"), arrays, [[1.0]], [[[3.0]]])["g"].tolist()  # 2·1 + 1·3 + 0.5
@@ -425,7 +428,7 @@ def pre_activations(
 
 
 def _tape() -> SimpleNamespace:
-    """Return what a step writes down."""
+    """Return an empty tape of one step."""
     return SimpleNamespace(factors={}, norms={}, slopes={}, sums={})
 
 
@@ -442,13 +445,13 @@ def backward(
     """Backpropagate through `forward`.
 
     Args:
-        spec, arrays: the cell of that pass.
-        out: what the pass returned.
-        dy, dstate, dgates, dcells: the loss's gradients with respect to the fields of `out`; None, whole or an entry
-            of `dstate`, is zeros. That of the plane q_g in a GRU's gates is ignored.
+        spec, arrays: the cell of the forward pass.
+        out: what `forward` returned.
+        dy, dstate, dgates, dcells: gradients of the loss w.r.t. the fields of `out`; None, also as an entry of
+            `dstate`: zeros. The gradient w.r.t. the plane q_g of a GRU's gates is ignored.
     """
     cell, tape = CELLS[spec.kind](spec, arrays), out.tape
-    assert tape.patched is None, "there is no way back through patches"
+    assert tape.patched is None, "the backward pass doesn't support patches"
     d = {name: np.zeros(shape) for name, shape in spec.shapes.items()}
     dx = np.zeros_like(tape.x)
     dgates = _given(dgates, out.gates)

@@ -1,6 +1,6 @@
-"""The words of the house: gates, activations, states, traces, the description of a cell, and what is checked once.
+"""The shared definitions: gates, activations, states, traces, the description of a cell, and the common checks.
 
-Everything else is a view of what is described here: formats read and write it, kernels run it, layers train it.
+All other parts work on what is defined here: formats read and write it, kernels run it, layers train it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 GATES = {"lstm": ("i", "f", "g", "o"), "gru": ("z", "r", "g"), "rnn": ("g",)}
-"""Kinds of cell, and the order of each one's gate blocks in every array with a block of H columns a gate.
+"""The kinds of cell, and the order of their gate blocks in every array that has H columns per gate.
 
 LSTM: input, forget, candidate, output. GRU: update, reset, candidate. SimpleRNN: the candidate alone.
 """
@@ -35,10 +35,10 @@ ARRAYS = (
     "initial_h",
     "initial_c",
 )
-"""Every array that a cell may have, in the order in which they are listed, passed and saved; see `CellSpec.shapes`."""
+"""Every array that a cell may have, in the order used for listing, passing and saving; see `CellSpec.shapes`."""
 
 MATRICES = ("kernel", "recurrent_kernel", "projection")
-"""Those of them that what comes in is multiplied with: nearly all of a cell's numbers."""
+"""The arrays that are matrices multiplied by x, h or m: nearly all of a cell's numbers."""
 
 ACTIVATIONS = (
     "sigmoid",
@@ -54,7 +54,7 @@ ACTIVATIONS = (
     "thresholded_relu",
     "scaled_tanh",
 )
-"""Activations that the kernel applies itself; the position in this tuple is the code that the kernel knows."""
+"""Activations that the kernel implements; the position in this tuple is the kernel's code for the activation."""
 
 PARAMETERS = {
     "hard_sigmoid": (1.0 / 6.0, 0.5),
@@ -64,7 +64,7 @@ PARAMETERS = {
     "thresholded_relu": (1.0,),
     "scaled_tanh": (1.0, 1.0),
 }
-"""Activations that take parameters, alpha or alpha and beta, with what these are where none are given.
+"""Activations that take parameters, alpha or alpha and beta, with their default values.
 
     hard_sigmoid  min(max(alpha·z + beta, 0), 1)          elu               z, or alpha·(e^z - 1) where negative
     affine        alpha·z + beta                          leaky_relu        z, or alpha·z where negative
@@ -76,17 +76,17 @@ OWN_FLAGS = {
     "gru": ("reset_after",),
     "rnn": (),
 }
-"""Flags of a cell that one kind alone has."""
+"""Flags that only one kind of cell has."""
 
 DTYPES = ("float32", "float64")
 
 
 class ShapeError(ValueError):
-    """An argument has the wrong rank, width or batch: the message names it, what was expected and what came."""
+    """An argument has the wrong rank, width or batch: the message names it, the expected shape and the actual one."""
 
 
 class FormatError(ValueError):
-    """A file can't be read as what it claims to be: the message names the file, the tensor, expected and found."""
+    """A file is malformed or unsupported: the message names the file, the tensor, and what was expected and found."""
 
 
 class State(NamedTuple):
@@ -102,7 +102,7 @@ class State(NamedTuple):
 
 
 class HiddenState(NamedTuple):
-    """State of one layer that has no cell, a GRU's or a SimpleRNN's: h alone, `[B, H]`."""
+    """State of one GRU or SimpleRNN layer, which has no cell state: h alone, `[B, H]`."""
 
     h: Any
 
@@ -113,9 +113,9 @@ class HiddenState(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """An LSTM's gates (after their activations), cell and output of every step, each `[B, T, H]`; h may be projected.
+    """An LSTM's gates (after their activations), c and h at every step, each `[B, T, H]`; h may be projected.
 
-    At a step that the mask leaves out, the gates are zero and `c`, `h` are carried.
+    At a masked step the gates are zero, and `c` and `h` keep their values.
     """
 
     i: Any
@@ -127,7 +127,7 @@ class Trace(NamedTuple):
 
 
 class GRUTrace(NamedTuple):
-    """A GRU's gates (after their activations) and output of every step, each `[B, T, H]`: see `Trace`."""
+    """A GRU's gates (after their activations) and h at every step, each `[B, T, H]`: see `Trace`."""
 
     z: Any
     r: Any
@@ -136,21 +136,21 @@ class GRUTrace(NamedTuple):
 
 
 class RNNTrace(NamedTuple):
-    """A SimpleRNN's candidate and output of every step, each `[B, T, H]`: see `Trace`. They differ under zoneout."""
+    """A SimpleRNN's candidate and h at every step, each `[B, T, H]`: see `Trace`. They differ only under zoneout."""
 
     g: Any
     h: Any
 
 
 STATES = {"lstm": State, "gru": HiddenState, "rnn": HiddenState}
-"""What a state of each kind of cell is held in."""
+"""The type of the state of each kind of cell."""
 
 TRACES = {"lstm": Trace, "gru": GRUTrace, "rnn": RNNTrace}
-"""What a trace of each kind of cell is held in."""
+"""The type of the trace of each kind of cell."""
 
 
 class Plan(tuple[str, ...]):
-    """What runs each part and why: a tuple of lines that shows itself as these lines.
+    """Which kernel runs each part, and why: a tuple of lines; its repr is these lines.
 
     >>> Plan(["layer_0: fused kernel", "layer_1: NumPy"])
     layer_0: fused kernel
@@ -164,7 +164,7 @@ class Plan(tuple[str, ...]):
 
 
 class Activation(NamedTuple):
-    """An activation with its parameters, as `activation` reads them; zero where it takes none."""
+    """An activation with its parameters, as `activation` parses them; parameters that it doesn't take are zero."""
 
     name: str
     alpha: float = 0.0
@@ -181,17 +181,17 @@ _ACTIVATION = re.compile(r"(\w+)\s*(?:\(([^()]*)\))?")
 
 @lru_cache(maxsize=256)
 def activation(text: str) -> Activation:
-    """Return the activation that `text` names: a name in `ACTIVATIONS`, followed by parameters where it takes any.
+    """Parse an activation: a name in `ACTIVATIONS`, followed by its parameters in parentheses if it has any.
 
     Raises:
-        ValueError: another name, or parameters that it can't have.
+        ValueError: an unknown name, or invalid parameters.
 
-    >>> activation("hard_sigmoid(0.2, 0.5)")  # as Keras 1 and 2 have it; without parameters, as Keras 3 has it
+    >>> activation("hard_sigmoid(0.2, 0.5)")  # that of Keras 1 and 2; the default parameters are Keras 3's
     Activation(name='hard_sigmoid', alpha=0.2, beta=0.5)
     """
     match = _ACTIVATION.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None or match[1] not in ACTIVATIONS:
-        raise ValueError(f"expected an activation out of {', '.join(ACTIVATIONS)}, got {text!r}")
+        raise ValueError(f"expected one of the activations {', '.join(ACTIVATIONS)}, got {text!r}")
     name, usual = match[1], PARAMETERS.get(match[1], ())
     try:
         given = () if match[2] is None else tuple(float(number) for number in match[2].split(","))
@@ -202,35 +202,36 @@ def activation(text: str) -> Activation:
     found = Activation(name, *(given or usual))
     if (name in ("elu", "leaky_relu") and found.alpha < 0.0) or (name == "scaled_tanh" and found.alpha == 0.0):
         bound = "alpha other than 0" if name == "scaled_tanh" else "alpha >= 0"
-        raise ValueError(f"expected {name} with {bound}, from whose value its slope can be told, got {text!r}")
+        raise ValueError(f"expected {name} with {bound}, so that its value determines its slope, got {text!r}")
     return found
 
 
 @dataclass(frozen=True)
 class CellSpec:
-    """Description of one cell, without its arrays. The equations of every flag: `cellstack.reference`.
+    """Description of one cell, without its arrays. For the equations of every flag see `cellstack.reference`.
 
     Args:
-        input_size: width I of a step's input.
-        units: width H of the gates, and of the state where nothing is projected.
-        activation: on the candidate g, and on an LSTM's cell before the output gate; see `activation`.
-        recurrent_activation: on the other gates.
-        use_bias: whether a bias is added to the pre-activations.
+        input_size: number I of input features.
+        units: number H of units.
+        activation: activation of the candidate g, and of an LSTM's c before the output gate; see `activation`.
+        recurrent_activation: activation of the other gates.
+        use_bias: whether the pre-activations have a bias.
         kind: "lstm", "gru" or "rnn".
-        gate_activations: other activations by gate, such as `{"o": "hard_sigmoid"}`; an LSTM's cell goes by "cell".
-        peepholes: an LSTM's gates i and f see the cell before the step, o the one after it.
-        coupled: an LSTM's forget gate is 1 - i, and has no weights of its own.
-        proj_size: width P that an LSTM's output is projected to; h is then `[B, P]`. 0: none.
-        layer_norm: normalise what comes from the input, what comes from h, and the cell before the output gate.
+        gate_activations: activations of single gates, such as `{"o": "hard_sigmoid"}`; the key of an LSTM's c is
+            "cell".
+        peepholes: an LSTM's gates i and f also depend on c before the step, o on c after it.
+        coupled: an LSTM's forget gate is 1 - i, and has no weights.
+        proj_size: width P to which an LSTM's output is projected; h is then `[B, P]`. 0: no projection.
+        layer_norm: normalise the product with x, the product with h, and an LSTM's c before the output gate.
         norm_epsilon: what layer normalisation adds to a variance.
-        clip: pre-activations are kept within ±clip. None: they aren't.
-        cell_clip: an LSTM's cell likewise.
-        zoneout, zoneout_cell: share of units of h, and of an LSTM's cell, that keep their value in a step of
-            training; outside of it each unit keeps that share of its value. In [0, 1).
-        reset_after: whether a GRU's reset gate acts after the recurrent product (Keras's default, PyTorch, cuDNN),
-            not on the h that goes into it.
-        learn_initial_state: a row starts from a state that is a parameter, not from zeros, where none is given and
-            after a reset.
+        clip: clip pre-activations to ±clip. None: no clipping.
+        cell_clip: clip an LSTM's c to ±cell_clip. None: no clipping.
+        zoneout, zoneout_cell: in training, the probability that a unit of h, or of an LSTM's c, keeps its previous
+            value in a step; in inference, the weight of the previous value. In [0, 1).
+        reset_after: apply a GRU's reset gate after the recurrent product (the default of Keras, PyTorch and cuDNN);
+            False: to h before it.
+        learn_initial_state: the initial state is a parameter instead of zeros. It is used where no state is given,
+            and after a reset.
 
     Raises:
         ShapeError: a width below 1, or a projection that isn't narrower than the units.
@@ -283,7 +284,7 @@ class CellSpec:
         for name in ("zoneout", "zoneout_cell"):
             value = getattr(self, name)
             if not 0.0 <= value < 1.0:
-                raise ValueError(f"CellSpec: expected {name} in [0, 1), got {value!r}: at 1 nothing would ever change")
+                raise ValueError(f"CellSpec: expected {name} in [0, 1), got {value!r}: at 1 the state never changes")
         if not (self.proj_size == 0 or 1 <= self.proj_size < self.units):
             raise ShapeError(
                 f"CellSpec: expected proj_size from 1 to below units={self.units}, or 0, got {self.proj_size}"
@@ -292,23 +293,25 @@ class CellSpec:
         for kind, names in OWN_FLAGS.items():
             for name in names:
                 if kind != self.kind and getattr(self, name) != usual[name]:
-                    raise ValueError(f"CellSpec: expected {name} with kind={kind!r} only, got it with {self.kind!r}")
+                    raise ValueError(f"CellSpec: {name} is valid with kind={kind!r} only, not with {self.kind!r}")
         if self.kind == "rnn" and self.recurrent_activation != usual["recurrent_activation"]:
-            raise ValueError("CellSpec: expected no recurrent_activation with kind='rnn', whose one gate is g")
+            raise ValueError("CellSpec: recurrent_activation isn't valid with kind='rnn', which only has the gate g")
         if self.layer_norm and not self.reset_after:
-            raise ValueError("CellSpec: expected reset_after=True with layer_norm: the two sums are normalised apart")
+            raise ValueError(
+                "CellSpec: expected reset_after=True with layer_norm: the two products are normalised separately"
+            )
 
     def _check_activations(self) -> None:
         given = self.gate_activations
         try:
             given = dict(given.items() if isinstance(given, Mapping) else given)
         except (TypeError, ValueError):
-            raise TypeError(f"CellSpec: expected gate_activations as names by gate, got {given!r}") from None
+            raise TypeError(f"CellSpec: expected gate_activations to map gates to activations, got {given!r}") from None
         for gate in given:
             if self.coupled and gate == "f":
-                raise ValueError("CellSpec: expected gate_activations without f where it is coupled: it is 1 - i")
+                raise ValueError("CellSpec: gate_activations can't set f of a coupled cell: it is 1 - i")
             if gate not in self.slots:
-                raise ValueError(f"CellSpec: expected gate_activations of {', '.join(self.slots)}, got one of {gate!r}")
+                raise ValueError(f"CellSpec: expected gate_activations of {', '.join(self.slots)}, got {gate!r}")
         for name in ("activation", "recurrent_activation"):
             object.__setattr__(self, name, _canonical(name, getattr(self, name)))
         named = {gate: _canonical(f"gate_activations[{gate!r}]", text) for gate, text in given.items()}
@@ -320,7 +323,7 @@ class CellSpec:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """What has an activation: every gate, and an LSTM's cell on its way out. That of a coupled f isn't used."""
+        """Names of the activations: the gates, and "cell" for an LSTM's c. That of a coupled f isn't used."""
         return (*GATES[self.kind], "cell") if self.kind == "lstm" else GATES[self.kind]
 
     @property
@@ -331,12 +334,12 @@ class CellSpec:
 
     @property
     def gates(self) -> tuple[str, ...]:
-        """Gates that have a block of H columns in the arrays, in order."""
+        """Gates with a block of H columns in the arrays, in order."""
         return tuple(gate for gate in GATES[self.kind] if not (self.coupled and gate == "f"))
 
     @property
     def output_size(self) -> int:
-        """Width of h: P where the output is projected, else H."""
+        """Width of h: P with a projection, else H."""
         return self.proj_size or self.units
 
     @cached_property
@@ -347,25 +350,25 @@ class CellSpec:
 
     @cached_property
     def planes(self) -> int:
-        """How many arrays `[B, T, H]` the kernel keeps as a pass's gates.
+        """Number of arrays `[B, T, H]` in which the kernel saves the gates of a forward pass.
 
-        One a gate of `GATES[kind]`; and for a GRU whose reset acts after the product that product of the candidate's.
+        One per gate of `GATES[kind]`; with `reset_after`, one more for the recurrent product of a GRU's candidate.
         """
         return len(GATES[self.kind]) + (self.kind == "gru" and self.reset_after)
 
     @cached_property
     def norm_size(self) -> int:
-        """How many numbers a step of a row the kernel keeps of layer normalisation; 0 without it."""
+        """How many numbers the kernel saves per step and row for layer normalisation; 0 without it."""
         return 2 * len(self.gates) * self.units + 4 if self.layer_norm else 0
 
     @property
     def plain(self) -> bool:
-        """Whether this is the LSTM that cuDNN computes too: tanh, sigmoid, no flag but `use_bias`."""
+        """Whether this is the standard LSTM, which cuDNN has too: tanh, sigmoid, and no flag except `use_bias`."""
         return self == CellSpec(self.input_size, self.units, use_bias=self.use_bias)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each array of the cell, by name, in the order of `ARRAYS`."""
+        """The shapes of the cell's arrays by name, in the order of `ARRAYS`."""
         wide = len(self.gates) * self.units
         has = {
             "kernel": (self.input_size, wide),
@@ -384,12 +387,12 @@ class CellSpec:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the cell's arrays hold."""
+        """The number of parameters."""
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this cell from a usual one, by field: what JSON can hold, and `CellSpec(**settings)` undoes."""
+        """The fields that differ from their defaults, as JSON values; `CellSpec(**settings)` is the same cell."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         usual = _usual_values(self)
         changed = {name: value for name, value in given.items() if value != usual[name]}
@@ -399,19 +402,19 @@ class CellSpec:
 
     @property
     def text(self) -> str:
-        """The description as one line of JSON, as `described` reads it."""
+        """The description as one line of JSON, which `described` parses."""
         return json.dumps(self.settings)
 
 
 def as_flag(owner: str, name: str, value: Any) -> bool:
-    """Return `value`, a bool (NumPy's too); `TypeError` for anything else: the text "False" would count as true."""
+    """Return `value`, a Python or NumPy bool; `TypeError` for anything else, such as the truthy text "False"."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{owner}: expected {name} to be True or False, got {value!r}")
     return bool(value)
 
 
 def as_integer(owner: str, name: str, value: Any) -> int:
-    """Return `value` as an int, NumPy's integers too; `TypeError` where it is none, or a bool."""
+    """Return `value`, a Python or NumPy integer, as an int; `TypeError` for anything else, bools included."""
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{owner}: expected {name} to be an integer, got {value!r}")
     return operator.index(value)
@@ -423,7 +426,7 @@ def _as_number(owner: str, name: str, value: Any) -> float:
     return float(value)
 
 
-# What a field of CellSpec is made of whatever is given for it, by the field's annotation.
+# How the fields of CellSpec are checked and converted, by annotation.
 _CONVERTERS: dict[Any, Callable[[str, str, Any], Any]] = {
     "bool": as_flag,
     "int": as_integer,
@@ -445,7 +448,7 @@ def _canonical(name: str, text: str) -> str:
 
 @lru_cache(maxsize=1024)
 def described(text: str) -> CellSpec:
-    """Return the cell that `CellSpec.text` describes.
+    """Return the `CellSpec` of a `CellSpec.text`.
 
     >>> described(CellSpec(3, 4, kind="gru", clip=5.0).text) == CellSpec(3, 4, kind="gru", clip=5.0)
     True
@@ -454,15 +457,15 @@ def described(text: str) -> CellSpec:
 
 
 def check_sequence(owner: str, shape: tuple[int, ...], input_size: int | None, name: str = "x") -> None:
-    """Raise `ShapeError` unless `shape` is `[B, T, I]` with a feature axis of `input_size` (any, where None)."""
+    """Raise `ShapeError` unless `shape` is `[B, T, I]` with `input_size` features (None: any number)."""
     expected = "I" if input_size is None else f"I={input_size}"
     if len(shape) != 3 or (input_size is not None and shape[2] != input_size):
-        mend = "the last axis is the feature axis"
+        hint = "the last axis is the feature axis"
         if len(shape) == 2 and input_size in (None, shape[1]):
-            mend = "add a batch axis: x[None]"
+            hint = "add a batch axis: x[None]"
         elif len(shape) == 2 and input_size == 1:
-            mend = "add a feature axis: x[..., None]"
-        raise ShapeError(f"{owner}: expected {name} [B, T, {expected}], got {tuple(shape)}: {mend}")
+            hint = "add a feature axis: x[..., None]"
+        raise ShapeError(f"{owner}: expected {name} [B, T, {expected}], got {tuple(shape)}: {hint}")
     if shape[2] < 1:
         raise ShapeError(f"{owner}: expected {name} [B, T, {expected}] with at least one feature, got {tuple(shape)}")
 
@@ -472,8 +475,8 @@ def check_step(owner: str, shape: tuple[int, ...], input_size: int | None, name:
     expected = "I" if input_size is None else f"I={input_size}"
     if len(shape) != 2 or shape[1] < 1 or (input_size is not None and shape[1] != input_size):
         alone = len(shape) == 1 and input_size in (None, shape[0])
-        mend = "add a batch axis: x[None]" if alone else "one step has no time axis"
-        raise ShapeError(f"{owner}: expected {name} [B, {expected}], got {tuple(shape)}: {mend}")
+        hint = "add a batch axis: x[None]" if alone else "one step has no time axis"
+        raise ShapeError(f"{owner}: expected {name} [B, {expected}], got {tuple(shape)}: {hint}")
 
 
 def check_state(

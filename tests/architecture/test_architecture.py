@@ -1,4 +1,4 @@
-"""The rules of the house, read off the source: which way imports run, what is documented, what a door costs."""
+"""The architecture, checked on the source: the direction of imports, the docstrings, and the cost of the import."""
 
 import ast
 import functools
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 import cellstack
-from cellstack import keras as keras_door
+from cellstack import keras as keras_integration
 from cellstack import layers
 from cellstack.nodes import NODES
 
 SOURCE = Path(cellstack.__file__).parent
 MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 
-# What each part may import of the house. Imports run one way: no part is above and below another.
+# Which of our parts each part may import. The graph of imports has no cycles.
 BELOW = {
     "spec": set(),
     "bfloat16": set(),
@@ -35,10 +35,10 @@ BELOW = {
     "formats": {"spec", "bfloat16", "layout", "nodes", "graph", "network", "streaming"},
     "inspect": {"spec", "reference", "native", "nodes", "graph", "arguments", "formats"},
     "layers": {"spec", "native"},
-    "integrations": {"spec"},  # which looks the doors up by name, for what a model brought along
+    "integrations": {"spec"},  # imports keras and layers by name, depending on the model
     "keras": {"spec", "layers"},
     "train": {"spec", "layers", "nodes", "network", "formats", "inspect", ""},
-    "": {"spec", "nodes", "network", "streaming", "formats"},  # the door, cellstack/__init__.py
+    "": {"spec", "nodes", "network", "streaming", "formats"},  # cellstack/__init__.py
     "bench": {"spec", "reference", "native", "nodes", "network", "layers", ""},
     "cli": {"spec", "nodes", "network", "formats", "train", "bench", ""},
     "sklearn": {"network", "train"},
@@ -46,10 +46,10 @@ BELOW = {
     "__main__": {"cli"},
 }
 
-# Methods that hand on to a part built on theirs: they import it when they are called, and only there.
+# Methods that call a part that depends on theirs: they import it only when they are called.
 ON_CALL = {("network", "streaming"), ("network", "formats"), ("network", "inspect"), ("inspect", "layers")}
 
-# What each part of formats/ may import of formats/. An adapter knows no other adapter.
+# Which parts of formats/ each part of formats/ may import. Adapters are independent of each other.
 BELOW_FORMATS = {
     "files": set(),
     "simplify": set(),
@@ -60,11 +60,11 @@ BELOW_FORMATS = {
     "keras": {"files", "build"},
     "onnx": {"files", "build", "simplify"},
     "pytorch": {"files", "build"},
-    "json": {"files", "build", "pytorch"},  # a state dict of PyTorch's, in another container
+    "json": {"files", "build", "pytorch"},  # a PyTorch state dict in another container
     "c": {"files", "build"},
-    "safetensors_weights": {"pytorch"},  # a state dict of PyTorch's, in another container
+    "safetensors_weights": {"pytorch"},  # a PyTorch state dict in another container
     "safetensors": {"files", "safetensors_weights"},
-    "": {"files"},  # formats/__init__.py, which looks its adapters up by name
+    "": {"files"},  # formats/__init__.py, which imports its adapters by name
     "runtimes": {"", "build", "onnx", "c", "safetensors", "worker"},
     "verify": {"files", "runtimes"},
     "exported": set(),
@@ -72,7 +72,7 @@ BELOW_FORMATS = {
     "compiled": {"build", "exported", "onnx", "pytorch", "runtimes", "sizes"},
 }
 
-# Who may import what from outside the standard library. Torch has a door of its own.
+# Which packages outside the standard library each part may import; torch only in the parts that are about it.
 OUTSIDE = {"numpy"}
 OUTSIDE_ALSO = {
     "formats": {"safetensors"},
@@ -83,7 +83,7 @@ OUTSIDE_ALSO = {
     "sklearn": {"sklearn"},
     "adapters": {"aeon", "pandas", "sb3_contrib", "sklearn", "sktime", "torch"},
 }
-# A verb that trains looks whether what it needs is there; a reader imports what its format needs when it reads.
+# Which packages each part may also import in a function: optional dependencies, such as those of a file format.
 ON_CALL_ALSO = {
     "bench": {"matplotlib", "onnx", "onnxruntime", "openvino", "torch"},
     "cli": {"matplotlib", "torch", "tqdm"},
@@ -102,7 +102,7 @@ def part_of(path):
 
 @functools.cache
 def imports_of(path):
-    """Every import in a file: what is imported, whether it is made when a function is called, and its line."""
+    """Return every import in a file: the imported name, whether it is in a function, and its line."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     on_call = {id(inner) for function in functions for inner in ast.walk(function)}
@@ -141,16 +141,16 @@ def parts_imported(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_run_one_way(path):
     part = part_of(path)
-    assert part in BELOW, f"{part}: say in BELOW where it stands"
+    assert part in BELOW, f"{part}: add it to BELOW"
     for other, on_call, line in parts_imported(path):
         if other != part and not (on_call and (part, other) in ON_CALL):
-            assert other in BELOW[part], f"{path.name}:{line}: {part} may not import {other or 'the door'}"
+            assert other in BELOW[part], f"{path.name}:{line}: {part} may not import {other or 'cellstack'}"
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "formats").rglob("*.py")), ids=lambda path: str(path.name))
 def test_imports_within_formats_run_one_way(path):
     part = part_of_formats(path)
-    assert part in BELOW_FORMATS, f"{part}: say in BELOW_FORMATS where it stands"
+    assert part in BELOW_FORMATS, f"{part}: add it to BELOW_FORMATS"
     for other, line in formats_imported(path):
         if other != part:
             assert other in BELOW_FORMATS[part], f"{path.name}:{line}: {part} may not import {other or 'formats'}"
@@ -169,7 +169,7 @@ def formats_imported(path):
             yield (second if known else ""), line
 
 
-def test_the_tables_allow_nothing_that_nobody_needs():
+def test_the_tables_allow_only_imports_that_exist():
     needed, needed_on_call = {part: set() for part in BELOW}, set()
     for path in MODULES:
         for other, on_call, _ in parts_imported(path):
@@ -186,11 +186,11 @@ def test_the_tables_allow_nothing_that_nobody_needs():
 
 
 @pytest.mark.parametrize("table", [BELOW, BELOW_FORMATS], ids=["cellstack", "formats"])
-def test_the_table_has_no_circle(table):
+def test_the_table_has_no_cycle(table):
     seen, done = set(), set()
 
     def visit(part):
-        assert part not in seen, f"a circle through {part}"
+        assert part not in seen, f"a cycle through {part}"
         if part not in done:
             seen.add(part)
             for other in table[part] - {part}:
@@ -202,27 +202,27 @@ def test_the_table_has_no_circle(table):
         visit(part)
 
 
-def test_layers_and_networks_meet_in_files_alone():
+def test_layers_and_networks_are_independent():
     assert "layers" not in BELOW["formats"]
     assert not BELOW["layers"] & {"network", "formats", "train"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_what_comes_from_outside_has_its_door(path):
+def test_packages_are_imported_only_where_allowed(path):
     part = part_of(path)
     for name, on_call, line in imports_of(path):
         package = name.split(".")[0]
         if package not in sys.stdlib_module_names and package != "cellstack":
             allowed = OUTSIDE | OUTSIDE_ALSO.get(part, set()) | (ON_CALL_ALSO.get(part, set()) if on_call else set())
-            assert package in allowed, f"{path.name}:{line}: {part or 'the door'} may not import {package}"
+            assert package in allowed, f"{path.name}:{line}: {part or 'cellstack'} may not import {package}"
 
 
-def test_the_door_imports_no_framework_and_opens_fast(tmp_path):
+def test_import_cellstack_is_fast_and_imports_no_framework(tmp_path):
     code = (
         "import time; start = time.process_time(); import cellstack; took = time.process_time() - start\n"
         "import sys; print(took, *sorted({name.split('.')[0] for name in sys.modules}))"
     )
-    # As it is where it was installed: the bytecode of all is there after the first start.
+    # With a bytecode cache, as in an installed package.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     env |= {"PYTHONPYCACHEPREFIX": str(tmp_path), "OPENBLAS_NUM_THREADS": "1"}  # NumPy's threads spin while they start
     took, loaded = [], set()
@@ -236,7 +236,7 @@ def test_the_door_imports_no_framework_and_opens_fast(tmp_path):
     assert min(took) < 0.15
 
 
-def test_no_module_of_the_door_leads_to_torch():
+def test_no_torch_free_module_imports_torch():
     own = [path for path in MODULES if part_of(path) not in ("layers", "keras", "train", "adapters", "cli", "__main__")]
     names = [".".join(("cellstack", *path.relative_to(SOURCE).with_suffix("").parts)) for path in own]
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
@@ -244,7 +244,7 @@ def test_no_module_of_the_door_leads_to_torch():
     assert done.stdout == "False\n"
 
 
-# ── documents ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── docstrings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def public():
@@ -266,8 +266,8 @@ def public_layers():
 
 
 def public_keras():
-    for name in keras_door.__all__:
-        yield f"keras.{name}", getattr(keras_door, name)
+    for name in keras_integration.__all__:
+        yield f"keras.{name}", getattr(keras_integration, name)
 
 
 PUBLIC = dict([*public(), *public_layers(), *public_keras()])
@@ -281,11 +281,11 @@ def test_every_method_of_a_node_is_documented(kind):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_what_is_public_is_documented(name):
+def test_everything_public_is_documented(name):
     value = PUBLIC[name]
     text = inspect.getdoc(value)
     assert text, f"{name} has no docstring"
-    if text.startswith("See `") or not value.__doc__:  # what a base class has said already
+    if text.startswith("See `") or not value.__doc__:  # documented in a base class
         return
     if inspect.isfunction(value):
         parameters = [key for key in inspect.signature(value).parameters if key != "self"]
@@ -302,7 +302,7 @@ def test_what_is_public_is_documented(name):
         assert "Raises:" in text, f"{name}: Raises"
 
 
-def test_the_door_is_small_and_whole():
+def test_the_public_api_is_small_and_sorted():
     assert 12 <= len(cellstack.__all__) <= 30
     assert list(cellstack.__all__) == sorted(cellstack.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", cellstack.__version__)
@@ -310,7 +310,7 @@ def test_the_door_is_small_and_whole():
         cellstack.nothing  # noqa: B018
 
 
-def test_the_version_stands_in_one_place():
+def test_the_version_is_in_one_place():
     root = SOURCE.parent.parent
     if not (root / "pyproject.toml").exists():
         pytest.skip("the package is installed without its source tree")
@@ -318,10 +318,10 @@ def test_the_version_stands_in_one_place():
     assert number is not None
     assert number[1] == cellstack.__version__
     for path in MODULES:
-        assert f'"{number[1]}"' not in path.read_text(encoding="utf-8"), f"{path.name} holds the version too"
+        assert f'"{number[1]}"' not in path.read_text(encoding="utf-8"), f"{path.name} contains the version too"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_no_path_of_anybody_s_machine(path):
+def test_no_machine_specific_paths(path):
     found = re.search(r"[\s\"'(](/(?:home|root|tmp|work|Users)\b\S*)", path.read_text(encoding="utf-8"))
-    assert found is None, f"{path.name} names {found and found[1]}"
+    assert found is None, f"{path.name} contains {found and found[1]}"

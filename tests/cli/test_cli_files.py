@@ -158,7 +158,7 @@ def test_what_c_can_t_run_is_named(capsys, tmp_path):
     make_net(bidirectional=True).save(tmp_path / "net.safetensors")
     status, _, err = run(capsys, "convert", str(tmp_path / "net"), str(tmp_path / "net.c"))
     assert (status, err.count("\n")) == (2, 1)
-    assert "got lstm: it runs backwards" in err
+    assert "lstm can't run step by step: it runs backwards" in err
     assert not (tmp_path / "net.c").exists()
 
 
@@ -257,7 +257,7 @@ def test_a_sample_of_rows_ids_and_two_inputs(capsys, tmp_path):
     status, out, err = run(capsys, *words, str(tmp_path / "two.npz"))
     assert (status, err) == (0, "")
     assert "on x [2, 6, 3], speaker [2, 2]\n" in out
-    assert "not measured: expected inputs of a frame a step, got speaker [B, 2]: it has no time" in out
+    assert "not measured: expected inputs with a time axis, got speaker [B, 2]" in out
     status, out, err = run(capsys, *words, str(tmp_path / "ids.csv"))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "expected a .npz of the inputs x, speaker" in err

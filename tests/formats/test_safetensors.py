@@ -453,7 +453,7 @@ DAMAGE = {
     "kind changed": (described(put("nodes", 1, "cells", 2, "kind", "rnn")), "'stack': CellSpec: expected .*'r'"),
     "flag of another kind": (
         described(put("nodes", 1, "cells", 2, "peepholes", True)),
-        "'stack': CellSpec: expected peepholes with kind='lstm' only",
+        "'stack': CellSpec: peepholes is valid with kind='lstm' only",
     ),
     "peepholes": (
         described(put("nodes", 1, "cells", 0, "peepholes", True)),
@@ -482,7 +482,7 @@ DAMAGE = {
     ),
     "gate unknown": (
         described(put("nodes", 1, "cells", 2, "gate_activations", "o", "tanh")),
-        "'stack': CellSpec: expected gate_activations of z, r, g, got one of 'o'",
+        "'stack': CellSpec: expected gate_activations of z, r, g, got 'o'",
     ),
     "gate activation": (
         described(put("nodes", 1, "cells", 2, "gate_activations", "r", "elu(1")),

@@ -113,9 +113,9 @@ def test_streams_of_two_outputs_and_ids(tmp_path):
         (make_net("float64"), "the network is in float64"),
         (Network([Dense(np.ones((3, 2), "f4"))]), "the network has no cells"),
         (Network([Bidirectional(Recurrent(make_net().cells), Recurrent(make_net().cells, go_backwards=True))]),
-         "got layer_0: it runs backwards"),
-        (Network([*make_net().nodes, GlobalPool("mean")]), "got layer_1: the mean over time"),
-        (Network([Masking(), *make_net().nodes]), "one for row 1 that layer_0 masks"),
+         "layer_0 can't run step by step: it runs backwards"),
+        (Network([*make_net().nodes, GlobalPool("mean")]), "layer_1 can't run step by step: the mean over time"),
+        (Network([Masking(), *make_net().nodes]), "layer_0 masks a step of row 1"),
     ],
 )  # fmt: skip
 def test_streams_that_can_t_be(tmp_path, net, why):

@@ -1,4 +1,4 @@
-"""The kernel against the law (reference.py), on every instruction set of the machine."""
+"""The kernel compared with reference.py, on every instruction set of the machine."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ import pytest
 import tolerances
 
 from cellstack import _kernel, bfloat16, native, reference
-from cellstack.bfloat16 import Halves
+from cellstack.bfloat16 import BFloat16Array
 from cellstack.spec import ACTIVATIONS, GATES, PARAMETERS, CellSpec, activation
 
 SIGMAS = ("sigmoid", "hard_sigmoid", "linear", "relu")
@@ -28,7 +28,7 @@ def isa(request):
 
 
 def cast(value, dtype):
-    """Every float array within `value`, in `dtype` and contiguous."""
+    """Convert all float arrays in `value` to `dtype`, contiguous."""
     if isinstance(value, dict):
         return {key: cast(item, dtype) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -37,7 +37,7 @@ def cast(value, dtype):
 
 
 def make(seed, batch, steps, width, units, dtype=np.float32, **flags):
-    """A cell that stays calm over long sequences, its arrays, and a case of x and a state."""
+    """Return a cell that is stable over long sequences, its arrays, and a case of x and a state."""
     rng = np.random.default_rng(seed)
     spec = CellSpec(width, units, **flags)
     new = lambda *shape, scale=1.0: rng.standard_normal(shape) * scale  # noqa: E731
@@ -52,17 +52,17 @@ def make(seed, batch, steps, width, units, dtype=np.float32, **flags):
 
 
 def flat(out):
-    """Every array in a result, by name."""
+    """Return all arrays of a result, by name."""
     if hasattr(out, "arrays"):
         return {"x": out.x, **{f"state {n}": a for n, a in enumerate(out.state)}, **out.arrays}
     found = {"y": out.y, "gates": out.gates, "cells": out.cells, **{f"state {n}": a for n, a in enumerate(out.state)}}
     return {name: array for name, array in found.items() if array is not None}
 
 
-def assert_same(got, law, tolerance):
-    got, law = flat(got), flat(law)
+def assert_same(got, expected, tolerance):
+    got, expected = flat(got), flat(expected)
     for name, a in got.items():
-        b = law[name]
+        b = expected[name]
         assert a.shape == b.shape, name
         scale = max(1.0, np.abs(b).max(initial=0.0))
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=name)
@@ -76,29 +76,29 @@ def assert_equal(got, expected):
 
 
 def random_gradients(rng, spec, out):
-    """A gradient into everything that a pass gives out."""
+    """Return random gradients w.r.t. all results of a forward pass."""
     new = lambda like: None if like is None else rng.standard_normal(like.shape)  # noqa: E731
     dgates = new(out.gates)
-    dgates[:, :, len(GATES[spec.kind]) :] = 0.0  # a GRU's recurrent sum is no result
+    dgates[:, :, len(GATES[spec.kind]) :] = 0.0  # the recurrent sum of a GRU isn't differentiable
     return {"dy": new(out.y), "dstate": tuple(map(new, out.state)), "dgates": dgates, "dcells": new(out.cells)}
 
 
 def compare(spec, arrays, case, rng, dtype, tolerance, threads=2, copy=True):
-    """Forward and backward in `dtype`, held against the law in float64."""
-    law_arrays, law_case = cast(arrays, np.float64), cast(case, np.float64)
-    law = reference.forward(spec, law_arrays, **law_case)
+    """Compare the forward and backward pass in `dtype` with the reference in float64."""
+    arrays64, case64 = cast(arrays, np.float64), cast(case, np.float64)
+    expected = reference.forward(spec, arrays64, **case64)
     got = calls.forward(spec, cast(arrays, dtype), **cast(case, dtype), threads=threads, copy=copy)
-    assert_same(got, law, tolerance)
-    gradients = random_gradients(rng, spec, law)
-    law_gradients = reference.backward(spec, law_arrays, law, **gradients)
+    assert_same(got, expected, tolerance)
+    gradients = random_gradients(rng, spec, expected)
+    expected_gradients = reference.backward(spec, arrays64, expected, **gradients)
     found = calls.backward(spec, cast(arrays, dtype), got, **cast(gradients, dtype), threads=threads)
-    assert_same(found, law_gradients, tolerances.KERNEL_GRADIENT * tolerance)
+    assert_same(found, expected_gradients, tolerances.KERNEL_GRADIENT * tolerance)
     again = calls.backward(spec, cast(arrays, dtype), bare(got), **cast(gradients, dtype), threads=threads)
     assert_equal(again, found)
 
 
 def bare(out):
-    """A pass of which only y and c were kept: the way back makes gates and norms again."""
+    """Return results with only y and c, so that the backward pass recomputes gates and norms."""
     return out._replace(gates=None, case={**out.case, "norms": None})
 
 
@@ -153,7 +153,7 @@ def test_every_flag_at_widths_beyond_one_block(isa, member, shape, dtype):
 
 @pytest.mark.parametrize("seed", range(150))
 def test_a_random_cell_follows_the_reference(isa, seed):
-    """Any product of flags, with any masks, in either direction."""
+    """Any combination of flags, with any masks, in either direction."""
     rng = np.random.default_rng(seed)
     spec = family.random_spec(rng, largest=40 if seed % 3 == 0 else 8)
     arrays = family.random_arrays(rng, spec)
@@ -217,7 +217,7 @@ DIVIDED = [name for name, flags in MEMBERS.items() if not flags.get("layer_norm"
 
 
 @pytest.mark.parametrize("member", DIVIDED)
-def test_threads_that_share_out_the_units_give_the_same_bits(isa, member):
+def test_threads_that_share_the_units_give_the_same_bits(isa, member):
     spec, arrays, case, rng = make(5, 1, 30, 40, 900 if member == "rnn" else 290, **MEMBERS[member])
     case["mask"] = rng.random((1, 30)) < 0.8
     weights = [native.weights(spec, arrays)]
@@ -229,7 +229,7 @@ def test_threads_that_share_out_the_units_give_the_same_bits(isa, member):
 
 
 @pytest.mark.parametrize("element", ["float32", "bfloat16", "int8"])
-def test_a_stream_shares_out_the_units_of_its_layers(isa, element):
+def test_threads_of_a_stream_share_the_units_of_its_layers(isa, element):
     spec, arrays, case, _ = make(6, 1, 90, 48, 500)
     above, more, _, _ = make(7, 1, 1, 500, 450, kind="gru")
     weights = [native.weights(spec, arrays, element), native.weights(above, more, element)]
@@ -244,8 +244,8 @@ def test_a_stream_shares_out_the_units_of_its_layers(isa, element):
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_thread_that_never_comes_holds_nobody_up(tmp_path):
-    """Two threads on one processor: the second is there only where the first one gives way."""
+def test_a_thread_that_does_not_run_does_not_block_the_others(tmp_path):
+    """Two threads on one processor: the second one runs only when the first one yields."""
     script = tmp_path / "late.py"
     script.write_text(
         "import os, time\n"
@@ -277,7 +277,7 @@ def test_a_thread_that_never_comes_holds_nobody_up(tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("member", MEMBERS)
-def test_gradients_have_the_same_bits_where_threads_share_out_the_units(isa, member, batch):
+def test_gradients_have_the_same_bits_if_threads_share_the_units(isa, member, batch):
     spec, arrays, case, rng = make(5, batch, 9, 70, 330, **MEMBERS[member])
     case["mask"], case["reset"] = rng.random((batch, 9)) < 0.8, rng.random((batch, 9)) < 0.2
     out = calls.forward(spec, arrays, **case)
@@ -289,8 +289,8 @@ def test_gradients_have_the_same_bits_where_threads_share_out_the_units(isa, mem
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
 @pytest.mark.parametrize("member", MEMBERS)
-def test_gates_made_again_chunk_by_chunk_give_the_same_bits(isa, member, reverse):
-    """600 rows a step: several chunks of what the second-level cache holds."""
+def test_gates_recomputed_in_chunks_give_the_same_bits(isa, member, reverse):
+    """600 rows per step, so that the second-level cache holds only a chunk of the steps."""
     spec, arrays, case, rng = make(6, 600, 5, 6, 70, **MEMBERS[member])
     case["mask"], case["reset"] = rng.random((600, 5)) < 0.8, rng.random((600, 5)) < 0.2
     case["recurrent_dropout"] = ((rng.random((600, spec.output_size)) < 0.6) / 0.6).astype(np.float32)
@@ -304,7 +304,7 @@ def test_gates_made_again_chunk_by_chunk_give_the_same_bits(isa, member, reverse
 @pytest.mark.parametrize(("batch", "units"), [(1, 330), (5, 70), (150, 33)])
 @pytest.mark.parametrize("member", MEMBERS)
 def test_gradients_in_bfloat16(isa, member, batch, units):
-    """Near those of float32 where pairs are multiplied, else the same; and the same on any threads, kept or not."""
+    """Close to float32 if pairs are multiplied, else equal; equal for any threads, with and without saved gates."""
     spec, arrays, case, rng = make(9, batch, 9, 21, units, **MEMBERS[member])
     case["mask"], case["reset"] = rng.random((batch, 9)) < 0.8, rng.random((batch, 9)) < 0.2
     out = calls.forward(spec, arrays, **case, element="bfloat16")
@@ -322,7 +322,7 @@ def test_gradients_in_bfloat16(isa, member, batch, units):
         assert max(off.values()) == 0
     for threads in (2, 3):
         assert_equal(calls.backward(spec, arrays, out, **given, element="bfloat16", threads=threads), found)
-    if isa == "avx512bf16":  # elsewhere the gates that are made again are of rounded numbers, and gradients aren't
+    if isa == "avx512bf16":  # on other instruction sets recomputed gates use rounded numbers, and gradients don't
         again = calls.backward(spec, arrays, bare(out), **given, element="bfloat16", threads=2)
         assert_equal(again, found)
 
@@ -346,7 +346,7 @@ KINDS = ({}, {"kind": "gru"}, {"proj_size": 20}, {"kind": "rnn"}, {"layer_norm":
 
 
 def stack(batch, dtype=np.float32):
-    """Five cells of several kinds, their states, and what draws numbers."""
+    """Return five cells of several kinds, their states, and the random generator."""
     cells, states, width = [], [], 6
     for seed, (units, flags) in enumerate(zip((20, 33, 40, 8, 17), KINDS, strict=True)):
         spec, arrays, case, rng = make(seed, batch, 1, width, units, dtype, **flags)
@@ -358,13 +358,13 @@ def stack(batch, dtype=np.float32):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_back_through_a_stack_is_its_layers_one_after_the_other(isa, threads, dtype):
+def test_the_backward_pass_of_a_stack_is_that_of_its_layers(isa, threads, dtype):
     cells, states, rng = stack(3, dtype)
     x = rng.standard_normal((3, 40, 6)).astype(dtype)
     outs = calls.forward_stack(x, cells, states, mask=rng.random((3, 40)) < 0.8, reverse=True)
     like = lambda array: rng.standard_normal(array.shape).astype(dtype)  # noqa: E731
     given = [{"dy": like(out.y), "dstate": tuple(map(like, out.state)), "dgates": like(out.gates)} for out in outs]
-    given[2] = {}  # what is asked of a layer may come from above alone
+    given[2] = {}  # a layer whose only gradient comes from the layer above
     found = calls.backward_stack(cells, outs, given, threads=threads)
     above = None
     for n in reversed(range(len(cells))):
@@ -378,7 +378,7 @@ def test_back_through_a_stack_is_its_layers_one_after_the_other(isa, threads, dt
     np.testing.assert_array_equal(found[0].x, above)
 
 
-def test_back_through_a_stack_gives_what_is_wanted_and_touches_nothing_else(isa):
+def test_the_backward_pass_of_a_stack_writes_only_the_requested_gradients(isa):
     cells, states, rng = stack(2)
     x = rng.standard_normal((2, 9, 6)).astype(np.float32)
     outs = calls.forward_stack(x, cells, states)
@@ -397,7 +397,7 @@ def test_back_through_a_stack_gives_what_is_wanted_and_touches_nothing_else(isa)
                     assert np.isnan(array).all(), (n, name)
 
 
-def test_a_call_takes_arrays_as_the_kernel_can_read_them():
+def test_a_call_accepts_only_arrays_that_the_kernel_can_read():
     spec, arrays, case, _ = make(30, 2, 3, 4, 5)
     weights, y = native.weights(spec, arrays), np.empty((2, 3, 5), np.float32)
     read_only = y.copy()
@@ -429,7 +429,7 @@ def test_a_strided_input_is_read_in_place(isa):
 
 @pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.parametrize(("batch", "steps"), [(0, 4), (3, 0), (0, 0)])
-def test_nothing_to_do(isa, batch, steps, member):
+def test_empty_batches_and_sequences(isa, batch, steps, member):
     spec, arrays, case, _ = make(1, batch, steps, 3, 4, **MEMBERS[member])
     out = calls.forward(spec, arrays, **case, threads=2)
     np.testing.assert_array_equal(out.state[0], case["state"][0])
@@ -450,46 +450,46 @@ def test_linear_mode_is_exact(isa, kind):
     arrays = {name: sparse(*shape) for name, shape in spec.shapes.items()}
     x = rng.integers(-1, 2, (3, 3, 4)).astype(np.float32)
     state = tuple(rng.integers(-1, 2, (3, 19)).astype(np.float32) for _ in spec.state_sizes)
-    law = flat(reference.forward(spec, cast(arrays, np.float64), x.astype(np.float64), cast(state, np.float64)))
-    assert np.abs(law["gates"]).max() > 2
-    assert max(np.abs(a).max() for a in law.values()) < 2**24
+    expected = flat(reference.forward(spec, cast(arrays, np.float64), x.astype(np.float64), cast(state, np.float64)))
+    assert np.abs(expected["gates"]).max() > 2
+    assert max(np.abs(a).max() for a in expected.values()) < 2**24
     for name, array in flat(calls.forward(spec, arrays, x, state)).items():
-        np.testing.assert_array_equal(array, law[name], err_msg=name)
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
-def test_a_clip_has_no_slope_at_its_very_ends(isa):
-    """On a grid of whole numbers sums and cells lie exactly there."""
+def test_a_clip_has_no_slope_at_its_bounds(isa):
+    """With integers, sums and cells are exactly at the bounds."""
     rng = np.random.default_rng(28)
     spec = CellSpec(3, 17, "linear", "linear", clip=2.0, cell_clip=3.0)
     arrays = {name: rng.integers(-1, 2, shape).astype(np.float64) for name, shape in spec.shapes.items()}
     arrays["recurrent_kernel"] *= rng.random((17, 68)) < 0.2
     case = {"x": rng.integers(-1, 2, (4, 5, 3)).astype(np.float64), "state": None}
-    law = reference.forward(spec, arrays, **case)
-    assert (np.abs(law.gates) == 2).any()
-    assert (np.abs(law.cells) == 3).any()
+    expected = reference.forward(spec, arrays, **case)
+    assert (np.abs(expected.gates) == 2).any()
+    assert (np.abs(expected.cells) == 3).any()
     compare(spec, arrays, case, rng, np.float64, tolerances.KERNEL["float64"])
 
 
 @pytest.mark.parametrize("member", ["lstm", "coupled", "gru", "gru, reset before"])
-def test_all_wrong_gate_orders_are_seen(isa, member):
+def test_all_wrong_gate_orders_fail(isa, member):
     spec, arrays, case, _ = make(9, 2, 4, 3, 5, **MEMBERS[member])
-    law = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
+    expected = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
     count = len(spec.gates)
     for order in itertools.permutations(range(count)):
         swapped = dict(arrays)
         for name in ("kernel", "recurrent_kernel", "bias"):
             blocks = np.split(arrays[name], count, axis=-1)
             swapped[name] = np.ascontiguousarray(np.concatenate([blocks[k] for k in order], axis=-1))
-        wrong = np.abs(calls.forward(spec, swapped, **case).y - law.y).max()
+        wrong = np.abs(calls.forward(spec, swapped, **case).y - expected.y).max()
         assert (wrong < tolerances.KERNEL["float32"]) == (order == tuple(range(count))), order
 
 
 @pytest.mark.parametrize("member", ["lstm", "coupled", "projection", "gru", "rnn"])
 def test_long_sequence_in_single_precision(isa, member):
     spec, arrays, case, _ = make(10, 1, 1000, 16, 64, **MEMBERS[member])
-    arrays["recurrent_kernel"] *= np.float32(0.5)  # a GRU and a SimpleRNN of random weights would be chaotic
-    law = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
-    assert np.abs(calls.forward(spec, arrays, **case).y - law.y).max() < tolerances.REFERENCE
+    arrays["recurrent_kernel"] *= np.float32(0.5)  # a GRU and a SimpleRNN with larger random weights are chaotic
+    expected = reference.forward(spec, cast(arrays, np.float64), **cast(case, np.float64))
+    assert np.abs(calls.forward(spec, arrays, **case).y - expected.y).max() < tolerances.REFERENCE
 
 
 def test_nan_weights_give_nan(isa):
@@ -501,7 +501,7 @@ def test_nan_weights_give_nan(isa):
 
 
 def activated(name, x):
-    """An activation of the kernel's over an array, by its text."""
+    """Apply an activation of the kernel to an array."""
     found, y = activation(name), np.empty_like(x)
     _kernel.activate(ACTIVATIONS.index(found.name), found.alpha, found.beta, x, y)
     return y
@@ -511,21 +511,21 @@ def activated(name, x):
 @pytest.mark.parametrize(
     "name", [*ACTIVATIONS, *(f"{name}({', '.join('0.7' for _ in PARAMETERS[name])})" for name in PARAMETERS)]
 )
-def test_activations_are_the_laws(isa, name, dtype):
+def test_activations_match_the_reference(isa, name, dtype):
     x = np.random.default_rng(5).normal(0, 3, 1001).astype(dtype)
-    law = reference.ACTIVATIONS[activation(name).name][0](x.astype(np.float64), *activation(name)[1:])
-    np.testing.assert_allclose(activated(name, x), law, rtol=1e-5 if dtype == np.float32 else 1e-13, atol=1e-7)
+    expected = reference.ACTIVATIONS[activation(name).name][0](x.astype(np.float64), *activation(name)[1:])
+    np.testing.assert_allclose(activated(name, x), expected, rtol=1e-5 if dtype == np.float32 else 1e-13, atol=1e-7)
 
 
 def ulps(name, x):
-    """How far the kernel's sigmoid or tanh of `x` lies off, in units of the exact value's last place."""
+    """Return the errors of the kernel's sigmoid or tanh, in units of the last place of the exact value."""
     exact = x.astype(np.longdouble)
     exact = np.tanh(exact) if name == "tanh" else 1 / (1 + np.exp(-exact))
     return (activated(name, x) - exact) / np.spacing(np.abs(exact).astype(x.dtype)).astype(np.longdouble)
 
 
-# Largest error in units of the last place. Every float32 is too many for each run; these are a million of them, over
-# all magnitudes at which the result is normal, and the two functions' own hard places.
+# The largest error in units of the last place, over a million float32 values: all magnitudes with a normal result, and
+# the difficult ranges of the two functions. All float32 values would take too long.
 @pytest.mark.parametrize(
     ("name", "dtype", "most"),
     [("tanh", np.float32, 1.3), ("tanh", np.float64, 2.6), ("sigmoid", np.float32, 2.5), ("sigmoid", np.float64, 2.6)],
@@ -538,15 +538,15 @@ def test_activations_are_within_some_ulp(isa, name, dtype, most):
     assert np.abs(ulps(name, x)).max() < most
 
 
-# A number rounded once is off by 0.29 units, as the root of the mean square; what an LSTM's accuracy rests on is that
-# tanh of a float is hardly more. Above 0.5 half a unit of 1 is left over from the quotient.
+# The root mean square error of a single rounding is 0.29 units; the accuracy of an LSTM depends on that of tanh being
+# hardly larger. Above 0.5 the quotient adds half a unit of 1.
 @pytest.mark.parametrize(("first", "last", "most"), [(1e-4, 0.5, 0.30), (0.5, 1.0, 0.40), (1.0, 9.0, 0.31)])
 def test_tanh_of_floats_is_hardly_more_than_one_rounding(isa, first, last, most):
     x = np.random.default_rng(3).uniform(first, last, 200_000).astype(np.float32)
     assert np.sqrt(np.mean(ulps("tanh", x) ** 2)) < most
 
 
-def test_tanh_of_floats_is_odd_and_rises(isa):
+def test_tanh_of_floats_is_odd_and_monotonic(isa):
     x = np.sort(np.random.default_rng(4).uniform(0, 12, 100_000)).astype(np.float32)
     seam = np.float32(0.6) + np.arange(-5000, 5000) * np.spacing(np.float32(0.6))
     for points in (x, seam.astype(np.float32)):
@@ -558,7 +558,7 @@ def test_tanh_of_floats_is_odd_and_rises(isa):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
-def test_activations_at_the_ends(isa, name, dtype):
+def test_activations_of_extreme_values(isa, name, dtype):
     largest = np.finfo(dtype).max
     x = np.array([np.inf, -np.inf, largest, -largest, 1e30, -1e30, np.nan, -np.nan], dtype)
     y = activated(name, x)
@@ -594,7 +594,7 @@ def test_weights_that_are_not_packed_give_the_same_bits(isa, member, shape, dtyp
 
 
 def streamed(spec, arrays, x, element=None):
-    """y of a stream over x, in one run; a second one, step by step, must give the same bits."""
+    """Return y of a stream over x in one call, and check that a stream step by step gives the same bits."""
     packed = native.weights(spec, arrays, element)
     whole, steps = (_kernel.stream([packed], len(x)) for _ in range(2))
     y = whole.run(x)
@@ -657,23 +657,23 @@ MATRICES = ("kernel", "recurrent_kernel", "projection")
 @pytest.mark.parametrize("member", MEMBERS)
 def test_weights_in_bfloat16_follow_the_reference(isa, member, units, batch):
     spec, arrays, case, _ = make(22, batch, 20, 9, units, **MEMBERS[member])
-    halves = {name: Halves(bfloat16.rounded(a)) if name in MATRICES else a for name, a in arrays.items()}
-    law = reference.forward(spec, halves, case["x"]).y
+    rounded = {name: BFloat16Array(bfloat16.rounded(a)) if name in MATRICES else a for name, a in arrays.items()}
+    expected = reference.forward(spec, rounded, case["x"]).y
     y = streamed(spec, arrays, case["x"], "bfloat16")
-    # an h that lies between two numbers of bfloat16 may go to either, a step of 1/256 of it, and others follow it
-    assert np.abs(y - law).max() < 4e-3 * max(1.0, np.abs(law).max())
-    assert np.abs(y - law).mean() < 0.2 * np.abs(reference.forward(spec, arrays, case["x"]).y - law).mean()
+    # an h halfway between two bfloat16 values may be rounded to either, a difference of 1/256, with later effects
+    assert np.abs(y - expected).max() < 4e-3 * max(1.0, np.abs(expected).max())
+    assert np.abs(y - expected).mean() < 0.2 * np.abs(reference.forward(spec, arrays, case["x"]).y - expected).mean()
 
 
-# Those of which a step multiplies matrices with x and h alone, not with what it has made of them.
+# Cells that multiply matrices only with x and h, not with intermediate results.
 DIRECT = [name for name, flags in MEMBERS.items() if "proj_size" not in flags and flags.get("reset_after", True)]
 
 
 @pytest.mark.parametrize("width", [1, 8, 17, 70])
 @pytest.mark.parametrize("batch", [1, 7, 64, 80])
 @pytest.mark.parametrize("member", DIRECT)
-def test_a_step_in_bfloat16_is_one_of_rounded_numbers(isa, member, batch, width):
-    """Bit for bit: sums of exact products, k after k, whether the processor multiplies pairs of them or not."""
+def test_a_step_in_bfloat16_is_a_step_with_rounded_numbers(isa, member, batch, width):
+    """Bit for bit: sums of exact products in order, also if the processor multiplies pairs."""
     spec, arrays, case, _ = make(28, batch, 1, width, 33, **MEMBERS[member])
     near = {name: to_bfloat16(array) if name in MATRICES else array for name, array in arrays.items()}
     assert not np.array_equal(near["kernel"], arrays["kernel"])
@@ -688,14 +688,14 @@ def test_a_step_in_bfloat16_is_one_of_rounded_numbers(isa, member, batch, width)
 
 
 def quantised(array, axis):
-    """Steps of 1/127 of the largest magnitude along `axis`: whole numbers, and the size of a step."""
+    """Quantise to integers, in units of 1/127 of the largest magnitude along `axis`; return integers and units."""
     scale = np.abs(array).max(axis=axis, keepdims=True) / 127
     return np.rint(array / scale), scale
 
 
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("units", [5, 33])
-def test_weights_in_int8_are_sums_of_whole_numbers(isa, units, batch):
+def test_products_of_int8_weights_are_integer_sums(isa, units, batch):
     spec, arrays, case, _ = make(23, batch, 20, 9, units, clip=20.0)
     exact = cast(arrays, np.float64)
 
@@ -713,14 +713,14 @@ def test_weights_in_int8_are_sums_of_whole_numbers(isa, units, batch):
         h = o * np.tanh(c)
         y.append(h)
     got = streamed(spec, arrays, case["x"], "int8")
-    # a step that lies between two whole numbers may be rounded to either: a unit of 1/127 times a weight
+    # a value halfway between two integers may be rounded to either: a difference of 1/127 times a weight
     np.testing.assert_allclose(got, np.stack(y, 1), atol=2e-3)
     whole = streamed(spec, arrays, case["x"])
     assert 1e-5 < np.abs(got - whole).max() < 0.05
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_weights_in_int8_stay_near_the_whole_ones(isa, member):
+def test_weights_in_int8_are_close_to_float32(isa, member):
     spec, arrays, case, _ = make(24, 3, 30, 20, 40, **MEMBERS[member])
     arrays["recurrent_kernel"] *= np.float32(0.5)
     whole, narrow = (streamed(spec, arrays, case["x"], element) for element in (None, "int8"))
@@ -728,7 +728,7 @@ def test_weights_in_int8_stay_near_the_whole_ones(isa, member):
 
 
 @pytest.mark.parametrize("element", ["int8", "bfloat16"])
-def test_narrow_weights_keep_a_nan(isa, element):
+def test_bfloat16_and_int8_weights_keep_a_nan(isa, element):
     spec, arrays, case, _ = make(25, 2, 3, 4, 5)
     case["x"][0, 1, 2] = np.nan
     y = streamed(spec, arrays, case["x"], element)
@@ -739,7 +739,7 @@ def test_narrow_weights_keep_a_nan(isa, element):
     assert np.isnan(streamed(spec, arrays, case["x"], element)[1, 0, 0])
 
 
-def test_weights_say_what_they_are_held_in():
+def test_weights_have_a_number_format():
     spec, arrays, _, _ = make(26, 1, 1, 3, 4)
     for element in native.ELEMENTS:
         dtype = np.float64 if element == "float64" else np.float32
@@ -755,7 +755,7 @@ def test_weights_say_what_they_are_held_in():
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("member", MEMBERS)
-def test_states_may_lie_at_places_of_a_larger_array(isa, member, threads):
+def test_states_may_be_rows_of_a_larger_array(isa, member, threads):
     spec, arrays, case, rng = make(27, 6, 5, 9, 35, **MEMBERS[member])
     expected = calls.forward(spec, arrays, **case)
     places = np.array([11, 2, 7, 0, 5, 3])
@@ -773,7 +773,7 @@ def test_states_may_lie_at_places_of_a_larger_array(isa, member, threads):
         np.testing.assert_array_equal(array[others], old[others])
 
 
-def test_calls_from_several_threads_do_not_touch():
+def test_calls_from_several_threads_are_independent():
     spec, arrays, case, _ = make(14, 6, 50, 12, 40)
     expected = calls.forward(spec, arrays, **case)
     with ThreadPoolExecutor(4) as pool:
@@ -783,11 +783,11 @@ def test_calls_from_several_threads_do_not_touch():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_has_threads_of_its_own():
+def test_a_forked_child_has_its_own_threads():
     spec, arrays, case, _ = make(15, 6, 20, 12, 40)
     expected = calls.forward(spec, arrays, **case, threads=2)
     child = os.fork()
-    if child == 0:  # no assertion may escape here: pytest would go on in the child
+    if child == 0:  # no exception may escape, or pytest would continue in the child
         out = calls.forward(spec, arrays, **case, threads=3)
         os._exit(0 if np.array_equal(out.y, expected.y) else 1)
     for _ in range(200):
@@ -798,12 +798,12 @@ def test_a_forked_child_has_threads_of_its_own():
     else:
         os.kill(child, 9)
         os.waitpid(child, 0)
-        pytest.fail("the child never came back")
+        pytest.fail("the child didn't exit")
     assert status == 0
     np.testing.assert_array_equal(calls.forward(spec, arrays, **case, threads=2).y, expected.y)
 
 
-def test_denormals_count_as_zero_and_the_mode_comes_back():
+def test_denormals_are_flushed_to_zero_and_the_mode_is_restored():
     spec, arrays, case, _ = make(16, 1, 3, 2, 4)
     (h, c), x = case["state"], case["x"]
     x[:], h[:], arrays["bias"][:] = 0, 0, 0
@@ -817,11 +817,11 @@ def test_softplus_keeps_its_tail(isa):
     np.testing.assert_allclose(activated("softplus", x), np.logaddexp(0.0, x.astype(np.float64)), rtol=1e-6)
 
 
-# Where no set is asked for, layers of few units go to narrower vectors.
+# Without a requested instruction set, layers with few units use narrower vectors.
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["single", "double"])
 @pytest.mark.parametrize("units", [1, 4, 5, 8, 9])
 @pytest.mark.parametrize("member", MEMBERS)
-def test_the_set_by_default_gives_the_bits_of_the_best_one(member, units, dtype):
+def test_the_default_instruction_set_gives_the_bits_of_the_best_one(member, units, dtype):
     flags = {**MEMBERS[member], **({"proj_size": 1} if member == "projection" else {})}
     spec, arrays, case, _ = make(18, 7, 9, 3, max(2, units) if member == "projection" else units, dtype, **flags)
     runs = []
@@ -835,7 +835,7 @@ def test_the_set_by_default_gives_the_bits_of_the_best_one(member, units, dtype)
         assert_equal(ours, expected)
 
 
-def test_an_instruction_set_may_be_asked_for_by_name():
+def test_an_instruction_set_can_be_requested_by_name():
     ask = [sys.executable, "-c", "from cellstack import _kernel; print(_kernel.isa())"]
     run = lambda name: subprocess.run(ask, env={**os.environ, "CELLSTACK_ISA": name}, capture_output=True, text=True)  # noqa: E731
     plainest = _kernel.isas()[-1]
@@ -847,7 +847,7 @@ def test_an_instruction_set_may_be_asked_for_by_name():
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_what_is_masked_may_be_nan(isa, member):
+def test_masked_values_may_be_nan(isa, member):
     spec, arrays, case, rng = make(18, 4, 9, 5, 20, **MEMBERS[member])
     mask = rng.random((4, 9)) < 0.6
     dy = rng.standard_normal((4, 9, spec.output_size)).astype(np.float32)
@@ -860,7 +860,7 @@ def test_what_is_masked_may_be_nan(isa, member):
         assert_equal(dirty, clean)
 
 
-def test_a_stream_is_one_threads_at_a_time():
+def test_a_stream_refuses_concurrent_calls():
     spec, arrays, _, rng = make(19, 1, 1, 64, 64)
     stream = _kernel.stream([native.weights(spec, arrays)], 1)
     x = rng.standard_normal((1, 20_000, 64)).astype(np.float32)
@@ -883,13 +883,13 @@ def test_a_stream_is_one_threads_at_a_time():
 
 
 @pytest.mark.parametrize("batch", [2**40, 2**59, 2**62, 2**63 - 1])
-def test_sizes_beyond_all_memory_are_refused(batch):
+def test_sizes_beyond_memory_are_refused(batch):
     spec, arrays, _, _ = make(20, 1, 1, 64, 64)
     with pytest.raises(MemoryError):
         _kernel.stream([native.weights(spec, arrays)], batch)
 
 
-def test_a_stream_goes_back_to_what_it_kept():
+def test_a_stream_restores_its_snapshot():
     cells = [make(n, 1, 1, *widths, kind=kind) for n, widths, kind in ((0, (5, 20), "lstm"), (1, (20, 7), "gru"))]
     packed = [native.weights(spec, arrays) for spec, arrays, _, _ in cells]
     rng = np.random.default_rng(2)
@@ -904,7 +904,7 @@ def test_a_stream_goes_back_to_what_it_kept():
         np.testing.assert_array_equal(again, first)
 
 
-def test_rows_are_taken_by_one_call_at_a_time():
+def test_rows_are_locked_by_one_call_at_a_time():
     turns = native.Turns(4)
     rows = np.array([2, 0])
     with turns.turn(rows) as taken:

@@ -1,4 +1,4 @@
-"""Tasks on the threads of PyTorch. Each in a process of its own, whose threads are counted from the start."""
+"""Kernel tasks on PyTorch's threads. Each test runs in a new process, so that it can count the threads."""
 
 import subprocess
 import sys
@@ -40,17 +40,17 @@ def output_of(script):
     return done.stdout.split()
 
 
-def test_beside_pytorch_its_threads_do_the_work():
+def test_the_kernel_uses_the_threads_of_pytorch():
     same, before, after = output_of("""
 before = used()
-y = net.run(x, threads=2)[0]  # one call on threads: there is one block of units, and rows are shared out
+y = net.run(x, threads=2)[0]  # one parallel call: there is one block of units, so threads share the rows
 print(np.array_equal(y, alone), before, threads())
 """)
     assert same == "True"
-    assert before == after  # no thread of our own was made
+    assert before == after  # the kernel created no thread
 
 
-def test_threads_that_pytorch_has_been_denied_are_our_own():
+def test_the_kernel_creates_threads_if_pytorch_is_limited_to_one():
     same, before, after = output_of("""
 torch.set_num_threads(1)
 before = used()
@@ -61,7 +61,7 @@ print(np.array_equal(y, alone), before, threads())
     assert int(after) == int(before) + 1
 
 
-def test_when_the_threads_of_pytorch_sleep_those_that_work_are_our_own():
+def test_the_kernel_creates_threads_while_those_of_pytorch_sleep():
     same, before, after = output_of("""
 import time
 before = used()
@@ -85,7 +85,7 @@ used()
 net.run(x, threads=2)
 child = os.fork()
 if child == 0:
-    signal.alarm(30)  # ends it, where it waits for threads that aren't there
+    signal.alarm(30)  # ends the child if it waits for threads that it doesn't have
     os._exit(0 if np.array_equal(net.run(x, threads=2)[0], alone) else 1)
 print(os.waitpid(child, 0)[1])
 """) == ["0"]

@@ -1,7 +1,7 @@
-"""The family against its peers: ONNX Runtime, PyTorch and Keras, one engine of ours after the other.
+"""Our engines compared with ONNX Runtime, PyTorch and Keras.
 
 An engine is a function of a cell, its arrays, x, the state before (None: zeros) and the flags mask, reverse and
-recurrent_dropout; it returns y and the state after. Whatever a peer doesn't have is in `test_reference`.
+recurrent_dropout; it returns y and the state after. `test_reference` tests what the others don't support.
 """
 
 import keras
@@ -17,9 +17,9 @@ from onnx import helper
 from cellstack import reference
 from cellstack.spec import CellSpec
 
-FLOAT64 = 1e-12  # float64 on both sides, another order of summation
+FLOAT64 = 1e-12  # float64 on both sides, different summation order
 FLOAT32 = 2e-6  # ONNX Runtime's float32, over six steps
-KERAS = 2e-6  # Keras's own loop on torch rounds to float32 between steps, whatever the dtype
+KERAS = 2e-6  # Keras's loop on torch rounds to float32 between steps for every dtype
 
 B, T, INPUT, H = 3, 6, 4, 5
 
@@ -74,7 +74,7 @@ SLOTS = {"lstm": ("i", "g", "cell"), "gru": ("z", "g"), "rnn": ("g",)}  # ONNX's
 
 
 def rows_of(spec, array):
-    """Columns in our order of gates as rows in ONNX's; f, which coupled gates don't have, is anything."""
+    """Convert columns in our gate order to rows in ONNX's; coupled cells get an arbitrary f."""
     blocks = dict(zip(spec.gates, np.split(array, len(spec.gates), axis=-1), strict=True))
     any_f = np.full_like(blocks[spec.gates[0]], 0.7)
     return np.concatenate([blocks.get(gate, any_f) for gate in ONNX_ORDER[spec.kind]], axis=-1).T
@@ -106,7 +106,7 @@ def by_onnxruntime(spec, arrays, x, state, lengths=None, reverse=False):
         "direction": "reverse" if reverse else "forward",
         "activations": names,
     }
-    # the parameters of those activations that have any, in their order
+    # the parameters of the activations that have some, in order
     alphas = [
         1.0 if a.name == "linear" else a.alpha for a, n in zip(activations, names, strict=True) if n in ONNX_ALPHA
     ]
@@ -191,7 +191,7 @@ def test_onnx_runtime(engine, rng, flags, given, reverse):
     y, after = engine(spec, arrays, x, state, reverse=reverse, **masked)
     expected = by_onnxruntime(spec, arrays, x, state, lengths if masked else None, reverse)
     if masked:
-        y = np.where(mask[:, :, None], y, 0.0)  # ONNX's y is zero past a row's end, ours the last h
+        y = np.where(mask[:, :, None], y, 0.0)  # y is zero past a row's end in ONNX, and the last h here
     assert_same((y, after), expected, FLOAT32)
 
 
@@ -199,7 +199,7 @@ def test_onnx_runtime(engine, rng, flags, given, reverse):
 
 
 def by_torch(spec, arrays, x, state, lengths=None):
-    """`torch.nn.LSTM`, `GRU` or `RNN`; its biases of x and of h add up but for a GRU's."""
+    """Run `torch.nn.LSTM`, `GRU` or `RNN`; its two biases are added, except for a GRU."""
     module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[spec.kind]
     given = {"lstm": {"proj_size": spec.proj_size}, "gru": {}, "rnn": {"nonlinearity": spec.activation}}[spec.kind]
     layer = module(INPUT, H, batch_first=True, bias=spec.use_bias, dtype=torch.float64, **given)
@@ -244,7 +244,7 @@ def test_torch(engine, rng, flags, packed):
     mask = np.arange(T) < lengths[:, None]
     y, after = engine(spec, arrays, x, state, mask=mask if packed else None)
     if packed:
-        y = np.where(mask[:, :, None], y, 0.0)  # torch's y is zero past a row's end, ours the last h
+        y = np.where(mask[:, :, None], y, 0.0)  # y is zero past a row's end in torch, and the last h here
     assert_same((y, after), by_torch(spec, arrays, x, state, lengths if packed else None), FLOAT64)
 
 
@@ -269,7 +269,7 @@ def by_keras(spec, arrays, x, state, *, mask=None, reverse=False, recurrent_drop
     )
     layer.build(x.shape)
     layer.set_weights([arrays[name] for name in spec.shapes])
-    if recurrent_dropout is not None:  # what the cell would draw: one mask a gate, but for the SimpleRNN
+    if recurrent_dropout is not None:  # instead of random masks: one per gate, or one for a SimpleRNN
         drawn = torch.tensor(recurrent_dropout)
         layer.cell._recurrent_dropout_mask = drawn if spec.kind == "rnn" else [drawn] * len(spec.gates)
     y, *after = layer(
@@ -305,7 +305,7 @@ def test_keras(engine, rng, flags, reverse, masked):
     spec = CellSpec(INPUT, H, **flags)
     arrays, x, state = random_arrays(rng, spec), rng.standard_normal((B, T, INPUT)), random_state(rng, spec, B)
     mask = rng.random((B, T)) < 0.6
-    mask[:, [0, -1]] = True  # Keras's y is zero, ours the h before, where the first steps are left out
+    mask[:, [0, -1]] = True  # if the first steps are masked, y is zero in Keras, and the initial h here
     given = {"reverse": reverse, "mask": mask if masked else None}
     expected = by_keras(spec, arrays, x, state, **given)
     assert_same(engine(spec, arrays, x, state, **given), expected, KERAS)
@@ -313,7 +313,7 @@ def test_keras(engine, rng, flags, reverse, masked):
 
 @pytest.mark.parametrize("flags", KERAS_CELLS.values(), ids=KERAS_CELLS)
 def test_recurrent_dropout_is_keras_s(engine, rng, flags):
-    # A GRU mixes the whole h_prev into h, not the dropped one: so does Keras 3.10 and later, unlike 3.0.
+    # A GRU mixes h_prev without dropout into h, as does Keras from 3.10, unlike 3.0.
     spec = CellSpec(INPUT, H, **flags)
     arrays, x, state = random_arrays(rng, spec), rng.standard_normal((B, T, INPUT)), random_state(rng, spec, B)
     given = {"recurrent_dropout": 2.0 * (rng.random((B, H)) < 0.5)}

@@ -1,4 +1,4 @@
-"""The law itself: against finite differences, numbers worked by hand, and equations written out a second time."""
+"""reference.py, compared with finite differences, numbers worked by hand, and a second version of the equations."""
 
 import math
 import statistics
@@ -12,19 +12,19 @@ from cellstack.spec import ACTIVATIONS, STATES, CellSpec, activation
 
 ln = math.log
 
-ROUNDING = 1e-12  # float64 on both sides, another order of summation
+ROUNDING = 1e-12  # float64 on both sides, different summation order
 STEP = 1e-6
 DIFFERENCES = 2e-7  # central differences in float64: rounding over the step (1e-10) and STEP² times third derivatives
 
 
 def results(out):
-    """Everything that a pass returns and a gradient can go into, by name."""
+    """Return all differentiable results of a forward pass, by name."""
     cells = {} if out.cells is None else {"cells": out.cells}
     return {"y": out.y, "gates": out.gates, **cells, **out.state._asdict()}
 
 
 def check_gradients(rng, spec, arrays, case):
-    """Hold `backward` to central differences of a random linear function of everything that `forward` returns."""
+    """Compare `backward` with central differences of a random linear function of all results of `forward`."""
     out = reference.forward(spec, arrays, **case)
     weights = {name: rng.standard_normal(a.shape) for name, a in results(out).items()}
     if spec.kind == "gru":
@@ -123,7 +123,7 @@ def test_gradients_of_products_of_flags(seed):
     check_gradients(rng, spec, random_arrays(rng, spec), random_case(rng, spec, batch=2, steps=3))
 
 
-# ── the equations a second time: one row, plain Python numbers, one entry after the other ───────────────────────────
+# ── a second version of the equations: one row, plain Python numbers, entry by entry ────────────────────────────────
 
 SCALARS = {
     "sigmoid": lambda z, a, b: 1.0 / (1.0 + math.exp(-z)),
@@ -223,7 +223,7 @@ ROWS = {"lstm": lstm_row, "gru": gru_row, "rnn": rnn_row}
 
 
 def by_rows(spec, w, x, state, mask, reset, recurrent_dropout, zoneout, zoneout_cell, reverse):
-    """What `reference.forward` returns, by name."""
+    """Return the results of `reference.forward`, by name."""
     B, T, _ = x.shape
     sizes = tuple(spec.state_sizes.items())
     found = {name: np.zeros((B, T, size)) for name, size in sizes}
@@ -254,7 +254,7 @@ def by_rows(spec, w, x, state, mask, reset, recurrent_dropout, zoneout, zoneout_
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_every_product_of_flags_is_the_equations_written_out(seed):
+def test_products_of_flags_match_the_second_version(seed):
     rng = np.random.default_rng(seed)
     spec = random_spec(rng, tuple(STATES)[seed % 3])
     arrays, case = random_arrays(rng, spec), random_case(rng, spec)
@@ -266,7 +266,7 @@ def test_every_product_of_flags_is_the_equations_written_out(seed):
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_every_flag_alone_is_the_equations_written_out(rng, flags):
+def test_every_flag_alone_matches_the_second_version(rng, flags):
     spec = CellSpec(3, 5, **flags)
     arrays = random_arrays(rng, spec)
     case = dict.fromkeys(("mask", "reset", "recurrent_dropout", "zoneout", "zoneout_cell"))
@@ -302,9 +302,9 @@ def test_an_lstm_step_by_hand():
         ({}, {}, [2, 5, 4, 5], [115], 23),
         # i = 2 + 1·3 = 5, f = 5 - 2·3 = -1; c = -1·3 + 5·4 = 17; o = 5 + 3·17 = 56; h = 56·17
         ({"peepholes": True}, {"peepholes": [[1], [-2], [3]]}, [5, -1, 4, 56], [952], 17),
-        # the same, o = 5 + 3·7 of the cell after it was cut to 7
+        # the same, with o = 5 + 3·7 from c clipped to 7
         ({"peepholes": True, "cell_clip": 7.0}, {"peepholes": [[1], [-2], [3]]}, [5, -1, 4, 26], [182], 7),
-        # z cut to 3 is 2, 3, 3, 3; c = 3·3 + 2·3 = 15; h = 3·15
+        # z clipped to 3 is 2, 3, 3, 3; c = 3·3 + 2·3 = 15; h = 3·15
         ({"clip": 3.0}, {}, [2, 3, 3, 3], [45], 15),
     ],
 )
@@ -379,7 +379,7 @@ def test_layer_normalisation_by_hand():
 
 
 def test_zoneout_by_hand():
-    # h_new = x, so the rate 1/4 gives 1/4·8 + 3/4·4 = 5, then 1/4·5 + 3/4·1 = 2; a mask keeps or replaces
+    # h_new = x, so the rate 1/4 gives 1/4·8 + 3/4·4 = 5, then 1/4·5 + 3/4·1 = 2; a drawn mask keeps or replaces
     spec = CellSpec(1, 1, kind="rnn", activation="linear", use_bias=False, zoneout=0.25)
     arrays = {"kernel": np.ones((1, 1)), "recurrent_kernel": np.zeros((1, 1))}
     x, state = np.array([[[4.0], [1.0]]]), [np.array([[8.0]])]
@@ -398,7 +398,7 @@ def everything(spec, arrays, case, given):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_nothing_masked_reaches_a_result_or_a_gradient(seed):
+def test_masked_steps_affect_no_result_and_no_gradient(seed):
     rng = np.random.default_rng(seed)
     spec = random_spec(rng, tuple(STATES)[seed % 3])
     arrays = random_arrays(rng, spec)
@@ -415,7 +415,7 @@ def test_nothing_masked_reaches_a_result_or_a_gradient(seed):
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
-def test_a_nan_in_the_state_of_a_row_that_is_left_out_stays_there(rng):
+def test_a_nan_in_the_state_of_a_masked_row_stays_in_that_row(rng):
     spec = CellSpec(2, 3, layer_norm=True, peepholes=True, zoneout_cell=0.2)
     arrays, state = random_arrays(rng, spec), random_state(rng, spec, 2)
     state[0][1], state[1][1] = np.nan, np.nan
@@ -433,20 +433,20 @@ def test_a_reset_starts_a_new_piece(rng, kind, reverse):
     spec = CellSpec(2, 3, kind=kind, learn_initial_state=True)
     arrays, x = random_arrays(rng, spec), rng.standard_normal((2, 6, 2))
     reset = np.zeros((2, 6), bool)
-    reset[:, 3 if reverse else 2] = True  # of a pass from the end, steps 5 4 and 3 2 1 0
+    reset[:, 3 if reverse else 2] = True  # a reverse pass runs steps 5 4, then 3 2 1 0
     out = reference.forward(spec, arrays, x, reset=reset, reverse=reverse)
     cut = 4 if reverse else 2
     parts = [reference.forward(spec, arrays, part, reverse=reverse) for part in (x[:, :cut], x[:, cut:])]
     np.testing.assert_array_equal(out.y, np.concatenate([part.y for part in parts], axis=1))
     whole = reference.backward(spec, arrays, out, dy=out.y)
-    halves = [reference.backward(spec, arrays, part, dy=part.y) for part in parts]
-    np.testing.assert_allclose(whole.x, np.concatenate([half.x for half in halves], axis=1), rtol=1e-13)
+    pieces = [reference.backward(spec, arrays, part, dy=part.y) for part in parts]
+    np.testing.assert_allclose(whole.x, np.concatenate([piece.x for piece in pieces], axis=1), rtol=1e-13)
     for name, gradient in whole.arrays.items():
-        np.testing.assert_allclose(gradient, halves[0].arrays[name] + halves[1].arrays[name], atol=1e-14, err_msg=name)
+        np.testing.assert_allclose(gradient, pieces[0].arrays[name] + pieces[1].arrays[name], atol=1e-14, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", STATES)
-def test_a_reset_at_a_step_that_the_mask_leaves_out_still_resets(rng, kind):
+def test_a_reset_at_a_masked_step_still_resets(rng, kind):
     spec = CellSpec(2, 3, kind=kind, learn_initial_state=True)
     arrays, state = random_arrays(rng, spec), random_state(rng, spec, 1)
     mask, reset = np.array([[True, False, True]]), np.array([[False, True, False]])
@@ -460,7 +460,7 @@ def test_a_reset_at_a_step_that_the_mask_leaves_out_still_resets(rng, kind):
 
 
 @pytest.mark.parametrize("kind", STATES)
-def test_a_pass_over_no_steps_returns_its_start(rng, kind):
+def test_a_pass_over_no_steps_returns_the_initial_state(rng, kind):
     spec = CellSpec(2, 3, kind=kind, learn_initial_state=True)
     arrays = random_arrays(rng, spec)
     out = reference.forward(spec, arrays, np.zeros((2, 0, 2)))
@@ -481,7 +481,7 @@ def test_float32_is_computed_in_float64(rng):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_stay_finite_and_pass_a_nan_on(name):
+def test_activations_stay_finite_and_propagate_nan(name):
     _, alpha, beta = activation(name)
     function, slope = reference.ACTIVATIONS[name]
     z = np.array([-1e3, -1.0, 0.0, 1.0, 1e3, np.nan])

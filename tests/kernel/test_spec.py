@@ -1,4 +1,4 @@
-"""The description of a cell: what it takes, what it refuses, and that every flag is found where it is said to be."""
+"""The description of a cell: valid and invalid arguments, and that every flag is implemented and documented."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIELDS = [field.name for field in dataclasses.fields(CellSpec)]
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_scalars_are_accepted():
     spec = CellSpec(np.int64(3), np.int32(4), proj_size=np.int8(2), clip=np.float32(2.5), peepholes=np.bool_(True))
     assert spec == CellSpec(3, 4, proj_size=2, clip=2.5, peepholes=True)
     assert described(spec.text) == spec
@@ -38,7 +38,7 @@ def test_numbers_of_numpy_are_numbers():
     ],
     ids=str,
 )
-def test_what_is_of_another_type(given):
+def test_wrong_types_are_refused(given):
     with pytest.raises(TypeError, match=f"CellSpec: expected {next(iter(given))}"):
         CellSpec(**{"input_size": 3, "units": 4, **given})
 
@@ -57,12 +57,12 @@ def test_what_is_of_another_type(given):
         ({"zoneout_cell": -0.1}, "zoneout_cell in"),
         ({"kind": "slstm"}, "kind to be one of lstm, gru, rnn"),
         ({"kind": ["lstm"]}, "kind to be one of"),
-        ({"kind": "gru", "peepholes": True}, "peepholes with kind='lstm' only, got it with 'gru'"),
-        ({"kind": "rnn", "reset_after": False}, "reset_after with kind='gru' only"),
-        ({"kind": "rnn", "recurrent_activation": "relu"}, "no recurrent_activation"),
-        ({"kind": "gru", "layer_norm": True, "reset_after": False}, "reset_after=True with layer_norm"),
+        ({"kind": "gru", "peepholes": True}, "peepholes is valid with kind='lstm' only, not with 'gru'"),
+        ({"kind": "rnn", "reset_after": False}, "reset_after is valid with kind='gru' only"),
+        ({"kind": "rnn", "recurrent_activation": "relu"}, "recurrent_activation isn't valid with kind='rnn'"),
+        ({"kind": "gru", "layer_norm": True, "reset_after": False}, "expected reset_after=True with layer_norm"),
         ({"gate_activations": {"z": "tanh"}}, "gate_activations of i, f, g, o, cell"),
-        ({"gate_activations": {"f": "tanh"}, "coupled": True}, "without f"),
+        ({"gate_activations": {"f": "tanh"}, "coupled": True}, "can't set f of a coupled cell"),
         ({"activation": "swish"}, "activation"),
         ({"activation": "elu(-1)"}, "alpha >= 0"),
         ({"activation": "tanh(2)"}, "tanh with 0 finite parameters"),
@@ -73,7 +73,7 @@ def test_what_is_of_another_type(given):
     ],
     ids=str,
 )
-def test_what_has_no_meaning_is_refused(given, message):
+def test_invalid_values_are_refused(given, message):
     with pytest.raises(ValueError, match=message) as caught:
         CellSpec(**{"input_size": 3, "units": 4, **given})
     assert str(caught.value).startswith("CellSpec: ")
@@ -91,7 +91,7 @@ def test_an_activation_is_its_text(name):
         assert CellSpec(3, 4, activation=f"{name}({', '.join(map(repr, PARAMETERS[name]))})").activation == name
 
 
-def test_usual_values_are_not_written_down():
+def test_settings_omit_defaults():
     spec = CellSpec(3, 4, recurrent_activation="hard_sigmoid", gate_activations={"o": "hard_sigmoid", "cell": "relu"})
     assert spec.settings == {
         "input_size": 3,
@@ -101,16 +101,16 @@ def test_usual_values_are_not_written_down():
     }
 
 
-# Where a flag isn't called by its own name.
+# Flags with a different name in the kernel.
 ELSEWHERE = {"input_size": "input, units"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_flag_is_found_by_its_name(name):
+def test_every_flag_is_in_the_kernel_the_docs_and_the_reference(name):
     kernel = (ROOT / "kernel" / "description.h").read_text(encoding="utf-8")
     assert ELSEWHERE.get(name, name) in kernel
     if name not in ("input_size", "units"):
         assert f"`{name}" in (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
-    law = (ROOT / "src" / "cellstack" / "reference.py").read_text(encoding="utf-8")
+    reference = (ROOT / "src" / "cellstack" / "reference.py").read_text(encoding="utf-8")
     if "activation" not in name and name not in ("input_size", "use_bias", "learn_initial_state"):
-        assert name in law
+        assert name in reference

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tolerances
 import torch
-from op_calls import FLAGS, flagged, furthest, fused, given, law, split
+from op_calls import FLAGS, by_reference, flagged, furthest, fused, given, split
 
 from cellstack import layers, reference
 from cellstack.spec import CellSpec
@@ -167,7 +167,7 @@ def both(name, spec):
     wrong = g._replace(specs=[spec], weights=[weights[key] for key in spec.shapes])
     (state,), (y,), *_ = split(g, fused(g))
     dy = np.random.default_rng(4).standard_normal(y.shape)
-    (out,), gradients = law(wrong, dy)
+    (out,), gradients = by_reference(wrong, dy)
     got = torch.autograd.grad(y, [g.x, g.weights[0]], torch.tensor(dy, dtype=torch.float32))
     return [*state, y], [*out.state, out.y], got, gradients[:2]
 

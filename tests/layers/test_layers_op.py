@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tolerances
 import torch
-from op_calls import FLAGS, differentiable, flagged, furthest, fused, given, law, loop, split, stack, tensor
+from op_calls import FLAGS, by_reference, differentiable, flagged, furthest, fused, given, loop, split, stack, tensor
 from torch import Tensor
 
 from cellstack import layers
@@ -49,7 +49,7 @@ CALLS = {"op": fused, "torch loop": loop}
 def test_every_result_is_that_of_the_reference(seed, call):
     g = given(stack(seed), seed)
     states, ys, gates, cells = split(g, CALLS[call](g))
-    expected = law(g)
+    expected = by_reference(g)
     for n, wanted in enumerate(expected):
         assert furthest(states[n], wanted.state) <= tolerances.KERNEL_ACTIVATIONS
         assert furthest([ys[n], gates[n]], [wanted.y, wanted.gates]) <= tolerances.KERNEL_ACTIVATIONS
@@ -67,7 +67,7 @@ def test_every_gradient_is_that_of_the_reference(seed, call, rng):
     out = [ys[-1], *(part for state in states for part in state)]
     grads = [rng.standard_normal(t.shape) for t in out]
     left = iter(grads[1:])
-    _, expected = law(g, grads[0], [tuple(next(left) for _ in state) for state in states])
+    _, expected = by_reference(g, grads[0], [tuple(next(left) for _ in state) for state in states])
     got = torch.autograd.grad(out, g.leaves, [tensor(grad) for grad in grads], materialize_grads=True)
     assert furthest(got, expected) <= tolerances.KERNEL_ACTIVATIONS
 
@@ -78,7 +78,7 @@ def test_float32_is_the_reference(name, reverse):
     spec = flagged(name, 3, 5)
     g = given([spec, CellSpec(spec.output_size, 4)], masked=True, dropped=True, reverse=reverse, dtype=torch.float32)
     states, ys, gates, _ = split(g, fused(g))
-    for n, wanted in enumerate(law(g)):
+    for n, wanted in enumerate(by_reference(g)):
         got = [*states[n], ys[n], gates[n]]
         assert furthest(got, [*wanted.state, wanted.y, wanted.gates]) <= tolerances.REFERENCE
 
@@ -104,7 +104,7 @@ def test_a_thousand_steps_are_the_reference(dtype, units, name):
     g = g._replace(weights=[w * 0.5 for w in g.weights])  # far from chaos, where rounding would grow
     states, ys, *_ = split(g, fused(g))
     tolerance = tolerances.REFERENCE if dtype == torch.float32 else tolerances.REFERENCE_DOUBLE
-    for n, wanted in enumerate(law(g)):
+    for n, wanted in enumerate(by_reference(g)):
         assert furthest([*states[n], ys[n]], [*wanted.state, wanted.y]) <= tolerance
 
 
@@ -132,7 +132,7 @@ def test_linear_mode_is_exact(rng, kind):
         integers = [torch.tensor(rng.integers(-1, 2, size=t.shape), dtype=torch.float32) for t in g.leaves]
         count = len(g.starts)
         g = g._replace(x=integers[0], starts=integers[1 : 1 + count], weights=integers[1 + count :])
-        (wanted,) = law(g)
+        (wanted,) = by_reference(g)
         _, (y,), (gates,), _ = split(g, fused(g))
         exact = (
             np.abs(np.maximum.accumulate(np.abs(wanted.y).max(axis=2), axis=1)) < 2**12

@@ -1,4 +1,4 @@
-"""Dense layers: what the equation says, and that cells and dense layers together give the bits of each alone."""
+"""Dense layers: the equation, and that cells and dense layers in one call give the same bits as separately."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, "elu(0.3)", "leaky_relu(0.01)", "softmax", "gelu"])
-def test_what_the_equation_says(activation, dtype):
+def test_the_equation(activation, dtype):
     rng = np.random.default_rng(len(activation))
     for width, units, bias in ((1, 1, True), (5, 33, False), (70, 130, True)):
         node = dense(rng, width, units, activation, dtype, bias)
@@ -50,7 +50,7 @@ def test_what_the_equation_says(activation, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_cells_and_dense_layers_go_together(batch, dtype):
+def test_cells_and_dense_layers_in_one_call_give_the_same_bits(batch, dtype):
     rng = np.random.default_rng(7)
 
     def cells(*widths, **flags):
@@ -93,12 +93,12 @@ def test_cells_and_dense_layers_go_together(batch, dtype):
         (np.ones((1, 3), int), TypeError, "expected x of float32, got int64"),
     ],
 )
-def test_what_the_kernel_can_t_read(x, error, message):
+def test_inputs_that_the_kernel_cannot_read_are_refused(x, error, message):
     with pytest.raises(error, match=message):
         dense(np.random.default_rng(0), 3, 1000).apply(x)
 
 
-def test_widths_that_only_a_call_brings():
+def test_widths_that_are_known_only_in_a_call():
     rng = np.random.default_rng(3)
     cell = make_cell(rng, 3, 4)
     wires = [("x",), ("a", "z"), ("b",)]
@@ -136,7 +136,7 @@ def test_widths_that_only_a_call_brings():
             assert_same(pool.step([session], good[0]), expected)
 
 
-def test_a_dense_layer_of_somebody_s_own():
+def test_a_subclass_of_dense():
     class Doubled(Dense):
         def apply(self, x):
             return 2 * super().apply(x)
@@ -162,8 +162,8 @@ def test_a_head_on_the_last_step():
         np.testing.assert_array_equal(net.stream(2).run(x), expected)
 
 
-def test_heads_stay_as_they_are_where_cells_have_fewer_bits():
-    """A head of bfloat16 or int8 would save little, and what it gives out is what people read."""
+def test_heads_stay_float32_if_cells_have_bfloat16_or_int8_weights():
+    """A head in bfloat16 or int8 would save little, and would round the final outputs."""
     rng = np.random.default_rng(2)
     cell = make_cell(rng, 4, 40)
     head, x = dense(rng, 40, 3), rng.standard_normal((1, 30, 4)).astype("f4")

@@ -1,4 +1,4 @@
-"""Matrices of fewer bits: a run takes them so, or a network has them as data, in memory and in its file."""
+"""Matrices in bfloat16 or int8: as an option of a run, or stored in the network, in memory and in its file."""
 
 import copy
 import json
@@ -21,37 +21,37 @@ from cellstack import (
     bfloat16,
     load,
 )
-from cellstack.bfloat16 import Halves
+from cellstack.bfloat16 import BFloat16Array
 from cellstack.cli import main as cli
 from cellstack.formats.verify import verify
 from cellstack.spec import MATRICES
 
 
 def near(array):
-    """The numbers of bfloat16 that are nearest, as float32: worked out by torch."""
+    """Return the nearest bfloat16 values as float32, computed by torch."""
     torch = pytest.importorskip("torch")
     return torch.from_numpy(np.array(array)).bfloat16().float().numpy()
 
 
 def rounded(cell):
-    """The same cell with every matrix's numbers rounded, in float32."""
+    """Return the cell with its matrices rounded to bfloat16, as float32."""
     return Cell(cell.spec, *(near(a) if name in MATRICES else a for name, a in cell.arrays.items()))
 
 
 def with_cells(net, change):
-    """A chain of a network's nodes with other cells."""
+    """Return a chain of the network's nodes with `change` applied to the cells."""
     nodes = []
     for node in net.nodes:
         if isinstance(node, Bidirectional):
             ahead, back = (
                 Recurrent(
-                    tuple(change(cell) for cell in half.cells),
-                    half.return_sequences,
-                    half.go_backwards,
-                    half.zero_output_for_mask,
-                    half.residual,
+                    tuple(change(cell) for cell in one.cells),
+                    one.return_sequences,
+                    one.go_backwards,
+                    one.zero_output_for_mask,
+                    one.residual,
                 )
-                for half in (node.forward, node.backward)
+                for one in (node.forward, node.backward)
             )
             nodes.append(Bidirectional(ahead, back, node.merge_mode))
         elif isinstance(node, Recurrent):
@@ -89,7 +89,7 @@ def test_bfloat16_rounds_matrices_and_what_they_are_multiplied_with(number, batc
     (y, after), (wanted, ends) = net.run(x, weights="bfloat16", **more), exact.run(x, **more)
     np.testing.assert_array_equal(small.run(x, **more)[0], y)
     np.testing.assert_array_equal(small.run(x, threads=2, **more)[0], y)
-    # of x and h 8 bits go into the products, which some of these networks make much of at some places
+    # x and h are rounded to 8 bits in products; some of these networks amplify the difference
     for a, b in [(y, wanted), *zip(after, ends, strict=True)]:
         for found, expected in zip(a, b, strict=True):
             assert np.abs(found - expected).mean() < 2e-2 * max(1.0, np.abs(expected).max(initial=0.0))
@@ -100,7 +100,7 @@ def test_bfloat16_rounds_matrices_and_what_they_are_multiplied_with(number, batc
 @pytest.mark.parametrize("batch", [1, 5, 40])
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 def test_products_of_a_layer_in_bfloat16_are_exact(kind, batch):
-    """One step from a state of zeros: x and the kernel are all that is rounded."""
+    """One step from a state of zeros, so that only x and the kernel are rounded."""
     rng = np.random.default_rng(batch)
     net = Network([Recurrent((make_cell(rng, 70, 33, kind=kind),))])
     x = rng.normal(size=(batch, 1, 70)).astype(np.float32)
@@ -111,7 +111,7 @@ def test_products_of_a_layer_in_bfloat16_are_exact(kind, batch):
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @pytest.mark.parametrize(("batch", "units"), [(1, 40), (7, 33), (100, 40), (13, 300)])
-def test_every_way_gives_the_same_bits(weights, batch, units):
+def test_runs_streams_and_stored_weights_give_the_same_bits(weights, batch, units):
     rng = np.random.default_rng(1)
     net = Network([Recurrent((make_cell(rng, 5, units), make_cell(rng, units, 17, kind="gru")))])
     x = rng.normal(size=(batch, 70, 5)).astype(np.float32)
@@ -159,7 +159,7 @@ def test_a_file_of_bfloat16_is_half_the_size_and_comes_back_bit_for_bit(tmp_path
     small.save(tmp_path / "small.safetensors")
     spared = 2 * sum(cell.arrays[name].size for cell in net.cells for name in MATRICES if name in cell.spec.shapes)
     sizes = [os.path.getsize(tmp_path / f"{name}.safetensors") for name in ("whole", "small")]
-    assert abs(sizes[0] - sizes[1] - spared) < 64  # the header says BF16 for F32
+    assert abs(sizes[0] - sizes[1] - spared) < 64  # the headers differ in BF16 and F32
     again = load(tmp_path / "small.safetensors")
     assert (again.weights, again.metadata, repr(again)) == ("bfloat16", {"made": "here"}, repr(small))
     np.testing.assert_array_equal(again(X), small(X))
@@ -184,18 +184,18 @@ def test_other_readers_find_bfloat16_in_the_file(tmp_path):
     np.testing.assert_array_equal(tensors["both/forward/0/projection"].float().numpy(), net.cells[2].projection)
 
 
-def test_matrices_of_which_some_alone_are_bfloat16_are_refused(tmp_path):
+def test_only_some_matrices_in_bfloat16_are_refused(tmp_path):
     cell = example().cells[0]
     small = cell.with_weights("bfloat16")
     with pytest.raises(TypeError, match="expected all of kernel, recurrent_kernel in bfloat16 or none, got kernel"):
         Cell(cell.spec, small.held["kernel"], *list(cell.arrays.values())[1:])
     with pytest.raises(TypeError, match=r"expected all of kernel, recurrent_kernel in bfloat16 or none, got .*, bias"):
-        Cell(cell.spec, *(Halves(bfloat16.rounded(array)) for array in cell.arrays.values()))
+        Cell(cell.spec, *(BFloat16Array(bfloat16.rounded(array)) for array in cell.arrays.values()))
     doubles = [array if name in MATRICES else array.astype("f8") for name, array in small.held.items()]
     with pytest.raises(TypeError, match="expected bias in float32, as matrices is, got float64"):
         Cell(cell.spec, *doubles)
     with pytest.raises(ValueError, match=r"expected kernel \[6, 96\]"):
-        Cell(cell.spec, Halves(np.zeros((6, 95), "u2")), *list(small.held.values())[1:])
+        Cell(cell.spec, BFloat16Array(np.zeros((6, 95), "u2")), *list(small.held.values())[1:])
     net = Network([Recurrent((small,))])
     net.save(tmp_path / "net.safetensors")
     data = (tmp_path / "net.safetensors").read_bytes()
@@ -208,11 +208,11 @@ def test_matrices_of_which_some_alone_are_bfloat16_are_refused(tmp_path):
         load(tmp_path / "net.safetensors")
 
 
-def test_what_can_t_be_rounded():
+def test_weights_that_cannot_be_rounded_are_refused():
     double = Network([Recurrent((make_cell(np.random.default_rng(0), 6, 3, "float64"),))])
     with pytest.raises(TypeError, match="expected float32 arrays for weights='bfloat16', got float64"):
         double.with_weights("bfloat16")
-    assert (double.with_weights("float32").dtype, double.weights) == (np.float64, "float64")  # which keeps its own
+    assert (double.with_weights("float32").dtype, double.weights) == (np.float64, "float64")  # it keeps float64
     with pytest.raises(TypeError, match="expected float32 arrays for weights='int8', got float64"):
         double.run(X, weights="int8")
     with pytest.raises(ValueError, match="Cell: expected weights to be one of float32, bfloat16, got 'int8'"):
@@ -221,18 +221,18 @@ def test_what_can_t_be_rounded():
         example().run(X, weights="int4")
 
 
-def test_rounding_keeps_what_is_no_number():
+def test_rounding_keeps_nan_and_infinity():
     odd = np.array([np.nan, -np.inf, np.inf, 0.0, -0.0, 3.4e38, 1e-45, 1.00390625, 1.01171875], np.float32)
     back = bfloat16.widened(bfloat16.rounded(odd))
     np.testing.assert_array_equal(back, np.array([np.nan, -np.inf, np.inf, 0, -0.0, np.inf, 0, 1.0, 1.015625], "f4"))
     assert np.signbit(back[4])
     bits = np.arange(1 << 16, dtype=np.uint16)  # all of them, with every NaN
     np.testing.assert_array_equal(bfloat16.rounded(bfloat16.widened(bits)), bits)
-    low = np.array([0x7F800001], np.uint32).view(np.float32)  # whose fraction lies in the lower half
+    low = np.array([0x7F800001], np.uint32).view(np.float32)  # the fraction is in the lower 16 bits
     assert np.isnan(bfloat16.widened(bfloat16.rounded(low))).all()
 
 
-def test_copies_pickles_and_what_is_said():
+def test_copies_pickles_and_descriptions():
     net = example()
     small = net.with_weights("bfloat16")
     for other in (pickle.loads(pickle.dumps(small)), copy.deepcopy(small), copy.copy(small.cells[0])):
@@ -241,8 +241,8 @@ def test_copies_pickles_and_what_is_said():
     assert len(pickle.dumps(small)) < 0.65 * len(pickle.dumps(net))
     assert "LSTM 6 -> 24 (matrices in bfloat16)" in repr(small)
     assert "float32, matrices in bfloat16): one call" in small.plan()[0]
-    whole, half = (int(plan[-1].split(", ")[-1].split()[0].replace(",", "")) for plan in (net.plan(), small.plan()))
-    assert 0.5 < half / whole < 0.65
+    whole, rounded = (int(plan[-1].split(", ")[-1].split()[0].replace(",", "")) for plan in (net.plan(), small.plan()))
+    assert 0.5 < rounded / whole < 0.65
     mixed = Network([Recurrent((net.cells[0], small.cells[1]))])
     assert "matrices of 1 cell in bfloat16" in mixed.plan()[0]
     np.testing.assert_array_equal(mixed(X).shape, (4, 12, 20))
@@ -275,7 +275,7 @@ def test_traces_patches_and_streams_that_remember():
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".onnx", ".keras"])
-def test_other_formats_are_given_the_same_numbers_as_float32(tmp_path, suffix):
+def test_other_formats_store_the_same_numbers_as_float32(tmp_path, suffix):
     pytest.importorskip({".pt": "torch", ".onnx": "onnx", ".keras": "keras"}[suffix])
     rng = np.random.default_rng(4)
     net = Network([Recurrent((make_cell(rng, 6, 24),))]).with_weights("bfloat16")
@@ -314,7 +314,7 @@ def test_checkpoints_of_bfloat16_stay_so(tmp_path, kind):
     np.testing.assert_array_equal(load(tmp_path / "again.safetensors")(X), net(X))
 
 
-def test_verify_knows_what_rounding_does(tmp_path):
+def test_verify_allows_for_rounding(tmp_path):
     net = example()
     net.save(tmp_path / "net.safetensors")
     small = net.with_weights("bfloat16")

@@ -1,4 +1,4 @@
-"""The nodes of frames: what a frame has of the one before, a small graph at every frame, entries by their places."""
+"""Nodes for signal frames: context from the previous frame, a small graph per frame, gathering by index."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def lstm(inputs, units=4):
 
 
 def by_hand(x, size, mask=None, reset=None):
-    """Frame by frame: the end of the last frame that was used in the piece."""
+    """Return the context frame by frame: the end of the last used frame since the last reset."""
     y = np.zeros((*x.shape[:2], size + x.shape[2]), x.dtype)
     for row in range(len(x)):
         before, begun = np.zeros(size, x.dtype), False
@@ -63,7 +63,7 @@ def test_the_context_is_of_the_last_frame_that_is_used(seed):
 
 
 def framed():
-    """Convolutions over the samples of a frame of 12, two ways that meet."""
+    """Return a graph with convolutions over the 12 samples of a frame, in two branches that are merged."""
     nodes = (
         Reshape((-1, 1)),
         Conv1D(floats(3, 1, 4), floats(4), strides=2, activation="relu"),
@@ -74,7 +74,7 @@ def framed():
     return PerFrame((12,), nodes, ((0,), (1,), (2,), (2, 3), (4,)))
 
 
-def test_nothing_goes_from_frame_to_frame():
+def test_frames_are_independent():
     node, x = framed(), floats(3, 2 * BLOCK + 5, 12)
     net = Network([node, lstm(4)])
     whole = node.apply(x)
@@ -87,7 +87,7 @@ def test_nothing_goes_from_frame_to_frame():
     got = [stream.step(x[:, 0])[:, None], stream.run(x[:, 1:7]), stream.run(x[:, 7:])]
     np.testing.assert_array_equal(np.concatenate(got, axis=1), net(x))
     mask = np.random.default_rng(4).random(x.shape[:2]) < 0.5
-    np.testing.assert_array_equal(net(x, mask), Network([lstm(4)])(whole, mask))  # the mask goes on
+    np.testing.assert_array_equal(net(x, mask), Network([lstm(4)])(whole, mask))  # the mask still applies
     reset = np.random.default_rng(5).random(x.shape[:2]) < 0.1
     np.testing.assert_array_equal(net.run(x, reset=reset)[0], Network([lstm(4)]).run(whole, reset=reset)[0])
     assert net(x[:0]).shape == (0, x.shape[1], 4)
@@ -102,7 +102,7 @@ def test_frames_of_several_axes():
     np.testing.assert_array_equal(net(x)[:, 1], Network([*node.nodes, Dense(floats(20, 3))])(x[:, 1]))
 
 
-def test_what_a_plan_says_of_frames():
+def test_the_plan_of_a_per_frame_graph():
     node = framed()
     assert node.parameters == 3 * 4 + 4 + 3 * 4 * 4
     assert node.multiplications == 5 * 3 * 4 + 5 * 3 * 4 * 4  # five windows of twelve samples
@@ -131,13 +131,25 @@ BAD = {
         ShapeError,
         "layer_0: Context expected frames of at least 4 numbers",
     ),
-    "no nodes": (lambda: PerFrame((4,), (), ()), ValueError, "PerFrame: expected nodes, with what each takes"),
-    "no frame": (lambda: PerFrame((), INSIDE, ((0,), (1,), (2,))), ValueError, "expected frame to be the lengths"),
-    "cells within": (lambda: PerFrame((4, 3), (lstm(3),), ((0,),)), ValueError, "without cells.*got a Recurrent"),
+    "no nodes": (
+        lambda: PerFrame((4,), (), ()),
+        ValueError,
+        "PerFrame: expected nodes and takes of the same length, got 0 and 0",
+    ),
+    "no frame": (
+        lambda: PerFrame((), INSIDE, ((0,), (1,), (2,))),
+        ValueError,
+        "expected frame to be the shape of a frame",
+    ),
+    "cells within": (
+        lambda: PerFrame((4, 3), (lstm(3),), ((0,),)),
+        ValueError,
+        "with cells, .* aren't allowed, got a Recurrent",
+    ),
     "a mask within": (lambda: PerFrame((4, 3), (Masking(),), ((0,),)), ValueError, "got a Masking"),
     "a later value": (lambda: PerFrame((4,), INSIDE, ((0,), (2,), (1,))), ValueError, "node 2 to take earlier values"),
     "two for one": (lambda: PerFrame((4,), INSIDE, ((0,), (1, 1), (2,))), ValueError, "node 2 to take earlier values"),
-    "unused": (lambda: PerFrame((4,), INSIDE, ((0,), (1,), (1,))), ValueError, "got node 2, which doesn't"),
+    "unused": (lambda: PerFrame((4,), INSIDE, ((0,), (1,), (1,))), ValueError, "the output of node 2 isn't used"),
     "too short": (
         lambda: PerFrame((4, 1), (Dense(floats(2, 2)),), ((0,),)),
         ShapeError,
@@ -153,24 +165,28 @@ BAD = {
         ShapeError,
         r"layer_0: PerFrame expected frames \[B, T, 12\], got \[B, T, 13\]",
     ),
-    "no indices": (lambda: Take(()), ValueError, "Take: expected indices to be places, at least one"),
+    "no indices": (lambda: Take(()), ValueError, "Take: expected a sequence of at least one index"),
     "below 0": (lambda: Take((0, -1)), ValueError, "Take: expected every index to be an integer from 0"),
     "beyond": (lambda: Network([Take((3,))], inputs={"x": (None, 3)}), ShapeError, "an axis of more than 3 entries"),
-    "odd": (lambda: Network([Magnitude()], inputs={"x": (None, 3)}), ShapeError, "real parts and as many imaginary"),
+    "odd": (
+        lambda: Network([Magnitude()], inputs={"x": (None, 3)}),
+        ShapeError,
+        "Magnitude expected an even number of features",
+    ),
     "epsilon": (lambda: Magnitude(-1.0), ValueError, "Magnitude: expected epsilon to be 0 or above"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_no_node_is_refused(case):
+def test_invalid_nodes_and_inputs_are_refused(case):
     build, error, message = BAD[case]
     with pytest.raises(error, match=message):
         build()
 
 
-def test_a_stream_needs_no_more_than_frames():
+def test_a_selection_of_steps_cannot_be_streamed():
     net = Network([Take((0, 2), axis=1), Activation("tanh")])
-    with pytest.raises(ValueError, match="it takes some steps of the whole sequence"):
+    with pytest.raises(ValueError, match="it selects steps of the whole sequence"):
         net.stream()
     net = Network([Select(0, 4, axis=-1), Take((3, 0)), Magnitude()], inputs={"x": (None, 6)})
     x = floats(1, 5, 6)

@@ -1,4 +1,4 @@
-"""Networks that are graphs: numbers, masks, shapes, what is refused, and how they show themselves."""
+"""Networks as graphs: results, masks, shapes, errors, and descriptions."""
 
 import copy
 import pickle
@@ -43,7 +43,7 @@ def equal(one, other):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_graph_is_what_the_reference_says(seed, dtype):
+def test_a_graph_matches_the_reference(seed, dtype):
     net, given = make_graph(seed, dtype)
     rng = np.random.default_rng(seed)
     timed = any(net.graph.timed(name) for name in net.inputs)
@@ -65,7 +65,7 @@ def test_a_graph_is_what_the_reference_says(seed, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_graph_comes_back_from_a_file_bit_for_bit(seed, dtype, tmp_path):
+def test_a_saved_graph_is_restored_bit_for_bit(seed, dtype, tmp_path):
     net, given = make_graph(seed, dtype)
     path, again = tmp_path / "net.safetensors", tmp_path / "again.safetensors"
     net.save(path)
@@ -83,7 +83,7 @@ def test_a_graph_comes_back_from_a_file_bit_for_bit(seed, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_rows_of_a_graph_don_t_depend_on_their_company(seed):
+def test_rows_of_a_graph_are_independent(seed):
     net, given = make_graph(seed)
     y = tuple_of(net(given))
     for row in range(3):
@@ -116,7 +116,7 @@ def lstm(inputs=3, units=4, **flags):
 
 
 def two_in_two_out():
-    """A sequence and a vector in; the sequence's LSTM and a head over both out."""
+    """Return a network with a sequence and a vector as inputs, and an LSTM and a head over both as outputs."""
     nodes = [lstm(), GlobalPool("mean"), Merge(), Dense(floats(6, 2))]
     wires = [("x",), ("lstm",), ("pool", "speaker"), ("both",)]
     inputs, names = {"x": (None, 3), "speaker": (2,)}, ["lstm", "pool", "both", "head"]
@@ -155,7 +155,7 @@ def test_each_input_has_its_own_mask():
         net((x, y), mask)
 
 
-def test_states_come_in_the_order_of_the_nodes():
+def test_states_are_in_the_order_of_the_nodes():
     net = Network([lstm(), lstm(4, 5)], ["a", "b"], wires=[("x",), ("a",)], outputs=["a", "b"])
     x, state = floats(2, 6, 3), make_states(np.random.default_rng(0), net, 2)
     (a, b), after = net.run(x, state)
@@ -189,8 +189,8 @@ def test_ids_may_be_any_whole_numbers(form):
     assert np.array_equal(net(form(ids)), table[ids])
 
 
-def test_ids_keep_their_dtype_past_nodes_that_only_shape():
-    """16,777,217 isn't a float32: an id that had been one on its way would be another."""
+def test_ids_keep_their_dtype_through_nodes_that_only_reshape():
+    """16,777,217 can't be represented in float32: a conversion would change the id."""
     table = np.zeros((2**24 + 2, 1), "float32")
     table[2**24 + 1] = 7
     net = Network([Select(-1, None), Embedding(table)])
@@ -218,10 +218,10 @@ def test_resets_reach_every_cell():
     assert np.array_equal(net.run(x, reset=reset)[0], np.concatenate(parts, axis=1))
 
 
-def test_a_slice_of_time_takes_resets_along():
+def test_a_slice_of_time_keeps_resets():
     net, x = Network([Select(None, None, 2), lstm()]), floats(1, 9, 3)
     reset = np.zeros((1, 9), bool)
-    reset[0, 3] = True  # left out by the slice: the piece begins with what is taken next
+    reset[0, 3] = True  # not in the slice: the reset moves to the next selected step
     expected = np.concatenate([net(x[:, :4]), net(x[:, 4:])], axis=1)
     assert np.array_equal(net.run(x, reset=reset)[0], expected)
 
@@ -234,19 +234,17 @@ def test_a_slice_of_time_takes_resets_along():
 def test_resets_are_refused_where_pieces_would_mix(node):
     net, x = Network([node], ["mixes"], inputs={"x": (4, 3)}), floats(1, 4, 3)
     net.run(x)
-    with pytest.raises(
-        ValueError, match=rf"expected no reset, as mixes \({type(node).__name__}\) takes steps together"
-    ):
+    with pytest.raises(ValueError, match=rf"reset isn't supported: mixes \({type(node).__name__}\) combines steps"):
         net.run(x, reset=np.zeros((1, 4), bool))
 
 
-def test_a_convolution_of_one_step_keeps_pieces_apart():
+def test_a_convolution_of_one_step_supports_resets():
     net, x = Network([Conv1D(floats(1, 3, 3)), lstm()]), floats(1, 6, 3)
     reset = np.array([[False, False, True, False, False, False]])
     assert np.array_equal(net.run(x, reset=reset)[0], np.concatenate([net(x[:, :2]), net(x[:, 2:])], axis=1))
 
 
-# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def graph(nodes=None, names=("a", "b"), **wiring):
@@ -257,17 +255,17 @@ TWO = {"inputs": ("x", "y"), "wires": [("x",), ("a",)]}
 MERGED = {"inputs": {"x": (None, 3), "y": (None, 3)}, "wires": [("x", "y")]}
 
 WIRINGS = {
-    "to the future": (lambda: graph(wires=[("b",), ("a",)]), ValueError, "wires of a to be of earlier nodes, got 'b'"),
-    "to itself": (lambda: graph(wires=[("a",), ("a",)]), ValueError, "wires of a to be of earlier nodes, got 'a'"),
-    "to nothing": (lambda: graph(wires=[("x",), ("c",)]), ValueError, "wires of b to be of inputs and nodes, got 'c'"),
-    "number": (lambda: graph(wires=[("x",), (0,)]), ValueError, "of inputs and nodes, got 0"),
+    "to the future": (lambda: graph(wires=[("b",), ("a",)]), ValueError, "wires of a to be earlier nodes, got 'b'"),
+    "to itself": (lambda: graph(wires=[("a",), ("a",)]), ValueError, "wires of a to be earlier nodes, got 'a'"),
+    "to nothing": (lambda: graph(wires=[("x",), ("c",)]), ValueError, "wires of b to be inputs or nodes, got 'c'"),
+    "number": (lambda: graph(wires=[("x",), (0,)]), ValueError, "to be inputs or nodes, got 0"),
     "text": (lambda: graph(wires=["x", "a"]), ValueError, "wires of a to be a tuple of names, got 'x'"),
     "none": (lambda: graph(wires=[("x",), ()]), ValueError, r"wires of b to be a tuple of names, got \(\)"),
-    "too few": (lambda: graph(wires=[("x",)]), ValueError, "wires to be 2 tuples of names, one a node, got 1"),
+    "too few": (lambda: graph(wires=[("x",)]), ValueError, "wires to be 2 tuples of names, one per node, got 1"),
     "wires text": (lambda: graph(wires="xa"), ValueError, "wires to be 2 tuples"),
-    "wires number": (lambda: graph(wires=3), ValueError, "wires to be 2 tuples of names, one a node, got int"),
-    "two to one": (lambda: graph(wires=[("x",), ("x", "a")]), ShapeError, "b: Activation expected one value, got 2"),
-    "one to a merge": (lambda: Network([Merge()]), ShapeError, "layer_0: Merge expected two values or more to concat"),
+    "wires number": (lambda: graph(wires=3), ValueError, "wires to be 2 tuples of names, one per node, got int"),
+    "two to one": (lambda: graph(wires=[("x",), ("x", "a")]), ShapeError, "b: Activation expected one input, got 2"),
+    "one to a merge": (lambda: Network([Merge()]), ShapeError, "layer_0: Merge expected at least two values to concat"),
     "three to sub": (
         lambda: Network([Merge("sub")], inputs="xyz", wires=[("x", "y", "z")]),
         TypeError,
@@ -278,13 +276,13 @@ WIRINGS = {
         ShapeError,
         "Merge expected two values to sub, got 3",
     ),
-    "unused node": (lambda: graph(wires=[("x",), ("x",)]), ValueError, "every node to lead to an output, got 'a', whi"),
-    "unused after": (lambda: graph(outputs=["a"]), ValueError, "every node to lead to an output, got 'b'"),
-    "unused input": (lambda: graph(**TWO), ValueError, "every input to lead to an output, got 'y', which doesn't"),
-    "no wires": (lambda: graph(inputs=("x", "y")), ValueError, "expected wires, as there is more than one input, x, y"),
+    "unused node": (lambda: graph(wires=[("x",), ("x",)]), ValueError, "node 'a' doesn't lead to an output"),
+    "unused after": (lambda: graph(outputs=["a"]), ValueError, "node 'b' doesn't lead to an output"),
+    "unused input": (lambda: graph(**TWO), ValueError, "input 'y' doesn't lead to an output"),
+    "no wires": (lambda: graph(inputs=("x", "y")), ValueError, "several inputs, x, y, require wires"),
     "no inputs": (lambda: graph(inputs=()), ValueError, "inputs to be different names, at least one"),
     "equal inputs": (lambda: graph(inputs=("x", "x")), ValueError, "inputs to be different names"),
-    "input a node": (lambda: graph(inputs=("a",)), ValueError, "input's name to be no node's, got 'a' for both"),
+    "input a node": (lambda: graph(inputs=("a",)), ValueError, "an input and a node have the same name, 'a'"),
     "input's slash": (lambda: graph(inputs=("a/b",)), ValueError, "input's name to be printable text without '/'"),
     "input number": (lambda: graph(inputs=(1,)), ValueError, "input's name to be printable text"),
     "shape text": (lambda: graph(inputs={"x": "T"}), ValueError, "shape of input x to be its axes after B, got 'T'"),
@@ -305,25 +303,29 @@ WIRINGS = {
     "merged ranks": (
         lambda: Network([Merge("add")], inputs={"x": (None, 3), "y": (3,)}, wires=[("x", "y")]),
         ShapeError,
-        r"as many axes as each other, got \[B, T, 3\] and \[B, 3\]",
+        r"the same number of axes, got \[B, T, 3\] and \[B, 3\]",
     ),
     "merged widths": (
         lambda: Network([Merge("add")], inputs={"x": (None, 3), "y": (None, 2)}, wires=[("x", "y")]),
         ShapeError,
-        r"that fit each other to add, got \[B, T, 3\] and \[B, T, 2\]",
+        r"of compatible shapes to add, got \[B, T, 3\] and \[B, T, 2\]",
     ),
     "merged steps": (
         lambda: Network([Merge()], inputs={"x": (4, 3), "y": (5, 3)}, wires=[("x", "y")]),
         ShapeError,
-        r"that fit each other to concat, got \[B, 4, 3\] and \[B, 5, 3\]",
+        r"of compatible shapes to concat, got \[B, 4, 3\] and \[B, 5, 3\]",
     ),
     "merged axis": (lambda: Network([Merge("concat", 3)], **MERGED), ShapeError, "values with an axis 3"),
     "reshape": (
         lambda: Network([Reshape((2, 4))], inputs={"x": (3, 3)}),
         ShapeError,
-        r"layer_0: Reshape to \[B, 2, 4\] got \[B, 3, 3\], which doesn't fit",
+        r"layer_0: can't reshape \[B, 3, 3\] to \[B, 2, 4\]: the sizes",
     ),
-    "reshape rest": (lambda: Network([Reshape((-1, 4))], inputs={"x": (3, 3)}), ShapeError, "doesn't fit into it"),
+    "reshape rest": (
+        lambda: Network([Reshape((-1, 4))], inputs={"x": (3, 3)}),
+        ShapeError,
+        r"can't reshape \[B, 3, 3\] to \[B, -1, 4\]",
+    ),
     "permute": (lambda: Network([Permute((2, 1))], inputs={"x": (3,)}), ShapeError, "2 axes after the batch, got"),
     "repeat": (lambda: Network([Repeat(2)], inputs={"x": (3, 3)}), ShapeError, "Repeat expected a vector"),
     "select": (lambda: Network([Select(0, 1, 1, 3)]), ShapeError, "a value with an axis 3"),
@@ -382,13 +384,13 @@ NODES = {
     "pool size": (lambda: Pool1D("max", 0), ValueError, "size to be an integer from 1"),
     "pool strides": (lambda: Pool1D("max", 2, -1), ValueError, "strides to be an integer from 1"),
     "pool padding": (lambda: Pool1D("max", 2, 2, "full"), ValueError, "padding to be one of valid, same, causal, got"),
-    "reshape": (lambda: Reshape(()), ValueError, r"shape to be axes, at most one of them -1, got \(\)"),
+    "reshape": (lambda: Reshape(()), ValueError, r"shape to be lengths, at most one of them -1, got \(\)"),
     "reshape two": (lambda: Reshape((-1, -1)), ValueError, "at most one of them -1"),
     "reshape zero": (lambda: Reshape((0, 2)), ValueError, "every axis to be an integer from 1"),
     "reshape float": (lambda: Reshape((2, -1.0)), ValueError, "every axis to be an integer from 1 .*got -1.0"),
     "reshape true": (lambda: Reshape((True, 2)), ValueError, "every axis to be an integer from 1 .*got True"),
-    "reshape text": (lambda: Reshape("12"), ValueError, "shape to be axes"),
-    "reshape long": (lambda: Reshape((1,) * 17), ValueError, "shape to be axes"),
+    "reshape text": (lambda: Reshape("12"), ValueError, "shape to be lengths"),
+    "reshape long": (lambda: Reshape((1,) * 17), ValueError, "shape to be lengths"),
     "permute": (lambda: Permute((1, 1)), ValueError, r"dims to be each axis once, counted from 1, got \(1, 1\)"),
     "permute zero": (lambda: Permute((0, 1)), ValueError, "dims to be each axis once"),
     "permute float": (lambda: Permute((2.0, 1)), ValueError, "dims to be each axis once"),
@@ -435,16 +437,18 @@ def test_a_bad_call_of_a_graph_says_what_was_expected(case):
 
 
 def test_masks_of_inputs_without_time_are_refused():
-    with pytest.raises(ValueError, match="expected mask by the inputs x, got one for 'speaker'"):
+    with pytest.raises(
+        ValueError, match="mask for 'speaker', which has no time axis: the inputs with a time axis are x"
+    ):
         two_in_two_out()((X, SPEAKER), {"speaker": np.ones((2, 2), bool)})
-    with pytest.raises(ValueError, match="expected no mask, as no input has a time axis"):
+    with pytest.raises(ValueError, match="mask isn't supported: no input has a time axis"):
         Network([Activation("relu")], inputs={"x": (3,)})(np.ones((2, 3)), np.ones((2, 3), bool))
 
 
 IDS = {
     "above": ([[1, 9]], ValueError, "Embedding: expected ids from 0 to 8, got 1 to 9"),
     "below": ([[-1, 2]], ValueError, "expected ids from 0 to 8, got -1 to 2"),
-    "halves": ([[0.5, 2]], ValueError, "ids to be integers, got numbers that aren't whole"),
+    "fractions": ([[0.5, 2]], ValueError, "ids to be integers, got numbers that aren't whole"),
     "nan": ([[np.nan, 2]], ValueError, "ids to be integers, got numbers that aren't whole"),
     "text": ([["a", "b"]], TypeError, "expected x to hold real numbers, got <U1"),
     "rank": ([1, 2], ShapeError, r"expected x \[B, T\], got \(2,\)"),
@@ -461,13 +465,13 @@ def test_bad_ids_say_what_was_expected(case):
 
 LATE = {
     "flat": ([Flatten(), Dense(floats(12, 2))], r"layer_1: expected an input of 12 features, got 9"),
-    "reshape": ([Reshape((2, -1))], r"layer_0: Reshape to \[B, 2, -1\] got \[B, 3, 3\], which doesn't fit"),
+    "reshape": ([Reshape((2, -1))], r"layer_0: can't reshape \[B, 3, 3\] to \[B, 2, -1\]: the sizes"),
     "permuted": ([Permute((2, 1)), Dense(floats(4, 2))], "layer_1: expected an input of 4 features, got 3"),
 }
 
 
 @pytest.mark.parametrize("case", LATE)
-def test_what_only_a_call_can_show_is_refused_by_name(case):
+def test_errors_that_only_a_call_can_find_name_the_node(case):
     nodes, message = LATE[case]
     net = Network(nodes)
     net(floats(1, 4, 3))
@@ -475,15 +479,17 @@ def test_what_only_a_call_can_show_is_refused_by_name(case):
         net(floats(1, 3, 3))
 
 
-def test_lengths_that_don_t_meet_are_refused_by_name():
+def test_lengths_that_don_t_match_are_refused_by_name():
     net = Network([Merge("add")], ["sum"], inputs=("x", "y"), wires=[("x", "y")])
-    with pytest.raises(ShapeError, match=r"sum: Merge expected values that fit .* \[B, 4, 3\] and \[B, 5, 3\]"):
+    with pytest.raises(
+        ShapeError, match=r"sum: Merge expected values of compatible shapes .* \[B, 4, 3\] and \[B, 5, 3\]"
+    ):
         net((floats(1, 4, 3), floats(1, 5, 3)))
-    one = net((floats(2, 4, 3), floats(2, 1, 3)))  # one step is spread over all, as NumPy and ONNX do
+    one = net((floats(2, 4, 3), floats(2, 1, 3)))  # one step is broadcast, as in NumPy and ONNX
     assert np.array_equal(one, floats(2, 4, 3) + floats(2, 1, 3))
 
 
-def test_what_has_no_batch_axis_is_told_to_add_one():
+def test_an_input_without_a_batch_axis_gets_a_hint():
     net = two_in_two_out()
     with pytest.raises(ShapeError, match=r"expected x \[B, T, I=3\], got \(7, 3\): add a batch axis: x\[None\]$"):
         net((floats(7, 3), floats(5, 2)))
@@ -498,10 +504,10 @@ def test_what_has_no_batch_axis_is_told_to_add_one():
         chain.stream().run(floats(7, 3))
 
 
-# ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────────
+# ── descriptions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_graph_shows_wires_where_they_aren_t_to_the_node_before():
+def test_the_repr_shows_wires_unless_they_are_to_the_node_before():
     net = two_in_two_out()
     assert repr(net).splitlines() == [
         "Network of float32: x [B, T, 3], speaker [B, 2] -> head [B, 2], lstm [B, T, 4], 140 numbers",
@@ -511,7 +517,7 @@ def test_a_graph_shows_wires_where_they_aren_t_to_the_node_before():
         "  head                    Dense       linear                [B, 2]      12",
     ]
     plan = net.plan()
-    assert [line.split()[0] for line in plan] == ["lstm", "pool", "both", "head", "in"]
+    assert [line.split()[0] for line in plan] == ["lstm", "pool", "both", "head", "total"]
     assert "of pool, speaker" in plan[2]
     assert "of " not in plan[3].split("NumPy")[0]
     shown = repr(Network([Embedding(floats(9, 3)), lstm()]))
@@ -567,18 +573,18 @@ def test_parameters_are_counted():
         ([Activation("relu")], (None, None)),
     ],
 )
-def test_inputs_have_the_shape_that_the_nodes_say(nodes, shape):
+def test_shapes_of_inputs_are_inferred_from_the_nodes(nodes, shape):
     assert Network(nodes).shapes["x"] == shape
 
 
-def test_values_that_are_merged_have_as_many_axes_as_each_other():
+def test_merged_values_have_the_same_number_of_axes():
     nodes = [lstm(return_sequences=False), Dense(floats(2, 4)), Merge("add")]
     net = Network(nodes, ["a", "b", "sum"], inputs=("x", "c"), wires=[("x",), ("c",), ("a", "b")])
     assert net.shapes["c"] == (2,)
     assert net((floats(2, 5, 3), floats(2, 2))).shape == (2, 4)
 
 
-def test_many_nodes_take_no_more_than_linear_time():
+def test_construction_takes_linear_time():
     count = 3000
     nodes = [Activation("relu")] * count + [Merge("add")]
     names = [f"n{n}" for n in range(count + 1)]

@@ -1,4 +1,4 @@
-"""Networks: numbers against the reference, masks, resets, every kind of input, and what is refused."""
+"""Networks: results compared with the reference, masks, resets, every kind of input, and errors."""
 
 import copy
 import pickle
@@ -48,7 +48,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seed", range(120))
-def test_a_network_is_what_the_reference_says(seed, dtype):
+def test_a_network_matches_the_reference(seed, dtype):
     net, rng = make_network(seed, dtype), rng_of(seed + 1000)
     batch, steps = int(rng.integers(1, 6)), int(rng.integers(1, 12))
     x = rng.normal(size=(batch, steps, net.input_size)).astype(dtype)
@@ -72,7 +72,7 @@ FLAGS = {
     "lstm": {},
     "lstm without bias": {"use_bias": False},
     "lstm of other activations": {"activation": "relu", "recurrent_activation": "hard_sigmoid(0.2, 0.5)"},
-    "an activation a gate": {"gate_activations": {"i": "scaled_tanh(0.5, 2.0)", "o": "softsign", "cell": "elu(0.5)"}},
+    "an activation per gate": {"gate_activations": {"i": "scaled_tanh(0.5, 2.0)", "o": "softsign", "cell": "elu(0.5)"}},
     "peepholes": {"peepholes": True},
     "coupled": {"coupled": True},
     "coupled with peepholes": {"coupled": True, "peepholes": True},
@@ -81,16 +81,16 @@ FLAGS = {
     "clip": {"clip": 0.4},
     "cell clip": {"cell_clip": 0.2},
     "zoneout": {"zoneout": 0.2, "zoneout_cell": 0.4},
-    "lstm's own start": {"learn_initial_state": True},
+    "lstm with a learned initial state": {"learn_initial_state": True},
     "gru": {"kind": "gru"},
     "gru, reset before": {"kind": "gru", "reset_after": False},
     "gru with layer norm": {"kind": "gru", "layer_norm": True},
     "gru with clip and zoneout": {"kind": "gru", "clip": 0.5, "zoneout": 0.3},
-    "gru's own start": {"kind": "gru", "learn_initial_state": True},
+    "gru with a learned initial state": {"kind": "gru", "learn_initial_state": True},
     "rnn": {"kind": "rnn"},
     "rnn of relu": {"kind": "rnn", "activation": "leaky_relu(0.1)", "use_bias": False},
     "rnn with layer norm": {"kind": "rnn", "layer_norm": True, "clip": 0.7},
-    "rnn's own start": {"kind": "rnn", "learn_initial_state": True, "zoneout": 0.1},
+    "rnn with a learned initial state": {"kind": "rnn", "learn_initial_state": True, "zoneout": 0.1},
 }
 
 
@@ -117,7 +117,7 @@ def test_every_flag_by_itself(case, backwards):
                 np.testing.assert_allclose(one, other, atol=tolerances.REFERENCE_DOUBLE, rtol=0)
 
 
-def test_a_learned_start_is_where_a_row_starts():
+def test_rows_start_from_the_learned_initial_state():
     for kind in ("lstm", "gru", "rnn"):
         cell = make_cell(rng_of(), 3, 4, kind=kind, learn_initial_state=True)
         net, x = Network([Recurrent((cell,))]), rng_of(1).normal(size=(2, 5, 3))
@@ -130,7 +130,7 @@ def test_a_learned_start_is_where_a_row_starts():
 # ── residual ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_residual_adds_the_input_where_the_widths_meet():
+def test_a_residual_adds_the_input_if_the_widths_match():
     rng = rng_of(3)
     widths = [(3, 4, {}), (4, 4, {"kind": "gru"}), (4, 5, {"kind": "rnn"}), (5, 9, {"proj_size": 5}), (5, 5, {})]
     cells = tuple(make_cell(rng, i, h, **flags) for i, h, flags in widths)
@@ -156,7 +156,7 @@ def test_a_residual_repeats_its_sum_at_masked_steps_and_not_across_resets(backwa
     net = Network([Recurrent(cells, go_backwards=backwards, residual=True)])
     x, state = rng_of(1).normal(size=(1, 6, 4)), make_states(rng_of(2), net, 1)
     mask = np.array([[False, True, False, True, False, False]])
-    reset = np.array([[False, False, False, False, False, True]])  # begins a piece without a step that counts
+    reset = np.array([[False, False, False, False, False, True]])  # begins a piece without used steps
     if backwards:
         x, mask, reset = x[:, ::-1], mask[:, ::-1], np.array([[False, True, False, False, False, False]])
     y = net.run(x, state, mask=mask, reset=reset)[0][0]
@@ -172,7 +172,7 @@ def test_a_residual_repeats_its_sum_at_masked_steps_and_not_across_resets(backwa
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_reset_is_as_good_as_a_new_sequence(seed, masked):
-    """Pieces run in one call and apart: the same bits, in every direction."""
+    """Pieces in one call and in separate calls give the same bits, in every direction."""
     rng = rng_of(seed)
     ahead = make_stack(rng, 3, residual=bool(seed % 2))
     back = make_stack(rng, 3, go_backwards=True, residual=bool(seed % 3))
@@ -189,24 +189,24 @@ def test_a_reset_is_as_good_as_a_new_sequence(seed, masked):
         y, after = net.run(x, mask=mask, reset=reset)
         order = parts[::-1] if turned else parts
         assert np.array_equal(y, np.concatenate([part for part, _ in order], axis=1))
-        last = [0 if cell in back.cells else -1 for cell in node.cells]  # the piece that each cell comes to at the end
+        last = [0 if cell in back.cells else -1 for cell in node.cells]  # the piece that each cell processes last
         last += [0 if turned else -1] * len(nodes[1].cells)
         for n, piece in enumerate(last):
             assert same(after[n], parts[piece][1][n])
 
 
-def test_a_reset_leaves_what_was_given_behind():
+def test_a_reset_replaces_the_given_state():
     net, rng = small(), rng_of(4)
     x, state = rng.normal(size=(2, 5, 3)), make_states(rng, small(), 2)
     reset = np.array([[True, False, False, False, False], [False] * 5])
     y = net.run(x, state, reset=reset)[0]
     assert np.array_equal(y[0], net(x)[0])
     assert np.array_equal(y[1], net.run(x, state)[0][1])
-    back = small(go_backwards=True)  # enters the last piece from what was given, whatever the first step says
+    back = small(go_backwards=True)  # runs the last piece from the given state, also with a reset at the first step
     assert np.array_equal(back.run(x, state, reset=reset)[0], back.run(x, state)[0])
 
 
-def test_a_reset_within_what_the_mask_leaves_out_counts():
+def test_a_reset_at_a_masked_step_counts():
     net, rng = small(), rng_of(5)
     x = rng.normal(size=(1, 6, 3))
     mask, reset = np.array([[True, True, False, False, True, True]]), np.array([[False, False, True] + [False] * 3])
@@ -222,7 +222,7 @@ def test_softmax_takes_any_logits():
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_rows_don_t_depend_on_their_company_nor_on_threads(seed):
+def test_rows_don_t_depend_on_other_rows_or_threads(seed):
     net, rng = make_network(seed), rng_of(seed)
     x = rng.normal(size=(7, 9, net.input_size)).astype("float32")
     y = net.run(x, threads=1)[0]
@@ -240,7 +240,7 @@ def test_a_masked_step_carries_the_state_and_repeats_the_output():
     mask = np.array([[False, True, False, False, True]])
     y, after = net.run(x, state=state, mask=mask)
     kept, kept_after = net.run(x[:, mask[0]], state=state)
-    assert np.array_equal(y[0, 0], state[0].h[0])  # nothing before it but the initial h
+    assert np.array_equal(y[0, 0], state[0].h[0])  # there is only the initial h before it
     assert np.array_equal(y[0, 1], y[0, 2])
     assert np.array_equal(y[0, 2], y[0, 3])
     assert np.array_equal(y[:, [1, 4]], kept)
@@ -256,18 +256,18 @@ def test_zero_output_for_mask(backwards):
     order = mask[:, ::-1] if backwards else mask
     assert (y[~order] == 0).all()
     assert (y[order] != 0).all()
-    assert (small(return_sequences=False, **flags)(x, mask) == 0).all()  # the last step that runs is masked
+    assert (small(return_sequences=False, **flags)(x, mask) == 0).all()  # the last processed step is masked
 
 
-def test_backwards_comes_in_the_order_processed_and_takes_its_mask_along():
+def test_backward_output_and_mask_are_in_the_order_of_processing():
     net, x = small(go_backwards=True), rng_of(3).normal(size=(2, 6, 3))
     assert np.array_equal(net(x), small()(x[:, ::-1]))
     mask = np.arange(6) < [[6], [2]]
     pooled = Network([*net.nodes, GlobalPool("last")])(x, mask)
-    assert np.array_equal(pooled, net(x, mask)[:, -1])  # the real steps are the last ones now
+    assert np.array_equal(pooled, net(x, mask)[:, -1])  # the used steps are the last ones now
 
 
-def test_what_a_masked_step_holds_never_leaks():
+def test_values_of_masked_steps_never_leak():
     net = Network(
         [
             Standardise(np.ones(3), np.ones(3)),
@@ -346,7 +346,7 @@ def test_any_array_gives_what_a_plain_one_gives(form, seed):
 
 
 @pytest.mark.parametrize("form", [name for name in FORMS if name not in ("bools", "rows a byte too long")])
-def test_a_state_may_come_as_any_array_too(form):
+def test_a_state_may_be_any_array_too(form):
     net, x = small(), np.zeros((6, 2, 3))
     h, c = rng_of(4).integers(-5, 5, size=(2, 3, 2, 4)).astype("float32")
     given = State(*(np.asarray(FORMS[form](array)).reshape(6, 4) for array in (h, c)))
@@ -359,7 +359,7 @@ def test_a_state_may_come_as_any_array_too(form):
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("seed", range(25))
-def test_nothing_in_nothing_out(seed, batch, steps):
+def test_empty_batches_and_sequences(seed, batch, steps):
     net, rng = make_network(seed), rng_of(seed)
     x = rng.normal(size=(batch, steps, net.input_size))
     state = make_states(rng, net, batch)
@@ -371,7 +371,7 @@ def test_nothing_in_nothing_out(seed, batch, steps):
             assert all(same(one, other) for one, other in zip(after, state, strict=True))
 
 
-def test_what_a_cell_without_c_starts_from_may_be_h_itself():
+def test_the_state_of_a_cell_without_c_may_be_h_itself():
     cells = [make_cell(rng_of(n), 3, 4, kind=kind) for n, kind in enumerate(("gru", "rnn"))]
     x, h = rng_of(1).normal(size=(2, 5, 3)), rng_of(2).normal(size=(2, 4)).astype("float32")
     for cell in cells:
@@ -388,7 +388,7 @@ def test_what_a_cell_without_c_starts_from_may_be_h_itself():
     assert (gru.shape, lstm.shape) == ((1, 2, 4), (2, 2, 6))
 
 
-def test_nothing_given_is_written_to_and_nothing_returned_is_shared():
+def test_arguments_are_not_changed_and_results_are_not_shared():
     net, rng = small(), rng_of(8)
     x, state = rng.normal(size=(2, 3, 3)).astype("float32"), make_states(rng, small(), 2)
     before = copy.deepcopy((x, state))
@@ -398,7 +398,7 @@ def test_nothing_given_is_written_to_and_nothing_returned_is_shared():
     assert not np.shares_memory(Network([Activation("linear")])(x), x)
 
 
-def test_weights_are_private_and_frozen():
+def test_weights_are_private_and_read_only():
     kernel = np.ones((3, 2), "float32")
     net = Network([Dense(kernel)])
     kernel[:] = np.nan
@@ -411,7 +411,7 @@ def test_weights_are_private_and_frozen():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("seed", range(10))
-def test_values_that_are_no_numbers_pass_through(bad, seed):
+def test_nan_and_infinity_pass_through(bad, seed):
     net = make_network(seed)
     x = rng_of(seed).normal(size=(3, 4, net.input_size))
     y = net(x)
@@ -420,7 +420,7 @@ def test_values_that_are_no_numbers_pass_through(bad, seed):
     assert np.array_equal(spoilt[[0, 2]], y[[0, 2]])
 
 
-def test_nan_weights_are_allowed_and_show():
+def test_nan_weights_are_allowed_and_give_nan():
     cell = make_cell(rng_of(), 3, 4)
     kernel = cell.kernel.copy()
     kernel[0, 0] = np.nan
@@ -440,7 +440,9 @@ def test_threads_share_a_network():
         def work(net=net, x=x, expected=expected, wrong=wrong):
             wrong.extend(n for n in range(20) if not np.array_equal(net(x), expected))
 
-        threads = [threading.Thread(target=work) for _ in range(4)]  # the first use packs the weights, in all at once
+        threads = [
+            threading.Thread(target=work) for _ in range(4)
+        ]  # the first use packs the weights, in all threads at once
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -458,13 +460,13 @@ def test_copies_run_alike(clone):
     assert not any(cell.kernel.flags.writeable for cell in other.cells)
 
 
-def test_a_cell_may_stand_in_a_stack_twice():
+def test_a_cell_may_be_in_a_stack_twice():
     cell = make_cell(rng_of(), 4, 4, "float64")
     net, x = Network([Recurrent((cell, cell))]), rng_of(1).normal(size=(2, 5, 4))
     np.testing.assert_allclose(net(x), by_reference(net, x)[0], atol=1e-12)
 
 
-# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 X = np.zeros((2, 5, 3))
 H = np.zeros((2, 4))
@@ -480,7 +482,7 @@ CALLS = {
     "text": ({"x": X.astype(str)}, TypeError, "real numbers, got <U"),
     "dates": ({"x": X.astype("M8[s]")}, TypeError, "real numbers, got datetime64"),
     "nothing": ({"x": None}, TypeError, "real numbers, got object"),
-    "masked array": ({"x": np.ma.masked_equal(X, 0)}, TypeError, "give mask="),
+    "masked array": ({"x": np.ma.masked_equal(X, 0)}, TypeError, "pass a plain array and mask="),
     "mask shape": ({"x": X, "mask": np.ones((2, 4), bool)}, ShapeError, r"mask \[B=2, T=5\], got \(2, 4\)"),
     "mask one row": ({"x": X, "mask": np.ones(5, bool)}, ShapeError, r"mask \[B=2, T=5\], got \(5,\)"),
     "mask of floats": ({"x": X, "mask": np.ones((2, 5))}, TypeError, "mask of bool, True = use the step, got float64"),
@@ -497,11 +499,11 @@ CALLS = {
     "lengths below": ({"x": X, "lengths": [-1, 5]}, ShapeError, "from 0 to T=5, got -1 to 5"),
     "lengths above": ({"x": X, "lengths": [0, 6]}, ShapeError, "from 0 to T=5, got 0 to 6"),
     "lengths of floats": ({"x": X, "lengths": [1.0, 2.0]}, TypeError, "integers, got float64"),
-    "two states": ({"x": X, "state": (State(H, H),) * 2}, ShapeError, "tuple of 1 states, one a cell, got 2"),
+    "two states": ({"x": X, "state": (State(H, H),) * 2}, ShapeError, "tuple of 1 states, one per cell, got 2"),
     "a state of another kind": ({"x": X, "state": HiddenState(H)}, ShapeError, r"pair \(h, c\), got 1 array"),
     "h alone": ({"x": X, "state": ((H,),)}, ShapeError, r"pair \(h, c\), got 1 array"),
     "an array as state": ({"x": X, "state": np.zeros((2, 2, 4))}, ShapeError, r"pair \(h, c\), got 1 array"),
-    "a number as state": ({"x": X, "state": 3}, ShapeError, "one a cell, got int"),
+    "a number as state": ({"x": X, "state": 3}, ShapeError, "one per cell, got int"),
     "a number in a state": ({"x": X, "state": (3,)}, ShapeError, "layer 0 to be arrays h, c, got int"),
     "state batch": (
         {"x": X, "state": (State(H[:1], H[:1]),)},
@@ -510,7 +512,7 @@ CALLS = {
     ),
     "state width": ({"x": X, "state": (State(H, H[:, :3]),)}, ShapeError, r"c of state of layer 0 .*got \(2, 3\)"),
     "state complex": ({"x": X, "state": (State(H + 1j, H),)}, TypeError, "state of layer 0 to hold real numbers"),
-    "state of numbers": ({"x": X, "state": (1, 2)}, ShapeError, "one a cell, got 2"),
+    "state of numbers": ({"x": X, "state": (1, 2)}, ShapeError, "one per cell, got 2"),
     "no threads": ({"x": X, "threads": 0}, ValueError, "threads to be an integer from 1 to 2147483647, got 0"),
     "half a thread": ({"x": X, "threads": 1.5}, ValueError, "threads to be an integer from 1 to 2147483647, got 1.5"),
 }
@@ -538,7 +540,7 @@ BUILDS = {
     "kernel shape": (lambda: Cell(SPEC, D(3, 12), D(4, 16), D(16)), ShapeError, r"kernel \[3, 16\], got \(3, 12\)"),
     "swapped": (lambda: Cell(SPEC, D(4, 16), D(3, 16), D(16)), ShapeError, r"kernel \[3, 16\], got \(4, 16\)"),
     "bias shape": (lambda: Cell(SPEC, D(3, 16), D(4, 16), D(4)), ShapeError, r"bias \[16\], got \(4,\)"),
-    "no bias": (lambda: Cell(SPEC, D(3, 16), D(4, 16)), ShapeError, r"bias \[16\] as the description says, got none"),
+    "no bias": (lambda: Cell(SPEC, D(3, 16), D(4, 16)), ShapeError, r"bias \[16\], got none"),
     "one bias of two": (
         lambda: Cell(CellSpec(3, 4, kind="gru"), D(3, 12), D(4, 12), D(12)),
         ShapeError,
@@ -552,14 +554,14 @@ BUILDS = {
     "peepholes of none": (
         lambda: Cell(SPEC, D(3, 16), D(4, 16), D(16), peepholes=D(3, 4)),
         ShapeError,
-        "peepholes none as the description says, got one",
+        "expected no peepholes, got one",
     ),
     "an array twice": (
         lambda: Cell(SPEC, D(3, 16), kernel=D(3, 16)),
         TypeError,
-        "each of kernel, .* got another kernel",
+        "each of kernel, .* once, got kernel twice",
     ),
-    "an unknown array": (lambda: Cell(SPEC, kernle=D(3, 16)), TypeError, "each of kernel, .* got another kernle"),
+    "an unknown array": (lambda: Cell(SPEC, kernle=D(3, 16)), TypeError, "each of kernel, .* once, got kernle"),
     "half floats": (lambda: Cell(SPEC, D(3, 16).astype("f2"), D(4, 16), D(16)), TypeError, "got float16"),
     "integers": (lambda: Dense(np.ones((3, 2), int)), TypeError, "kernel in float32 or float64, got int64"),
     "mixed cell": (
@@ -590,7 +592,7 @@ BUILDS = {
         ValueError,
         "return_sequences to be the same",
     ),
-    "half": (lambda: Bidirectional(one(), None), TypeError, "backward to be a Recurrent, got NoneType"),
+    "one direction": (lambda: Bidirectional(one(), None), TypeError, "backward to be a Recurrent, got NoneType"),
     "merged widths": (
         lambda: Bidirectional(one(), Recurrent((make_cell(rng_of(), 3, 5),), go_backwards=True), "sum"),
         ShapeError,
@@ -612,7 +614,7 @@ BUILDS = {
     "pool": (lambda: GlobalPool("median"), ValueError, "mode to be one of mean, max, last, got 'median'"),
     "no nodes": (lambda: Network([]), ShapeError, "at least one node"),
     "not a node": (lambda: Network([one(), "relu"]), TypeError, "node 1 to be a node, got str"),
-    "nodes that don't meet": (lambda: Network([one(), Dense(D(5, 2))]), ShapeError, "layer_1: .*5 features, got 4"),
+    "nodes that don't match": (lambda: Network([one(), Dense(D(5, 2))]), ShapeError, "layer_1: .*5 features, got 4"),
     "past an activation": (
         lambda: Network([one(), Activation("relu"), Dense(D(5, 2))]),
         ShapeError,
@@ -625,13 +627,13 @@ BUILDS = {
     ),
     "time gone again": (lambda: Network([GlobalPool(), one()]), ShapeError, "layer_1: Recurrent expected a sequence"),
     "dtypes": (lambda: Network([one(), Dense(F((4, 2)))]), TypeError, "layer_1 in float32, .*got float64"),
-    "names": (lambda: Network([one()], ["a", "b"]), ValueError, "1 different names, one a node"),
+    "names": (lambda: Network([one()], ["a", "b"]), ValueError, "1 different names, one per node"),
     "equal names": (lambda: Network([one(), GlobalPool()], ["a", "a"]), ValueError, "2 different names"),
     "slash": (lambda: Network([one()], ["a/b"]), ValueError, "without '/', got 'a/b'"),
     "unprintable": (lambda: Network([one()], ["a\ud800"]), ValueError, "printable"),
     "metadata": (lambda: Network([one()], metadata={"a": np.ones(2)}), TypeError, "JSON can hold"),
     "metadata nan": (lambda: Network([one()], metadata={"a": float("nan")}), TypeError, "JSON can hold"),
-    "metadata keys": (lambda: Network([one()], metadata={1: 2}), TypeError, "text as keys"),
+    "metadata keys": (lambda: Network([one()], metadata={1: 2}), TypeError, "strings as keys"),
 }
 
 
@@ -642,11 +644,11 @@ def test_a_bad_network_is_refused_where_it_is_built(case):
         build()
 
 
-# ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────────
+# ── descriptions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_cells_in_nodes_of_their_own_run_as_a_stack_does(seed, monkeypatch):
+def test_cells_in_separate_nodes_run_like_a_stack(seed, monkeypatch):
     rng = rng_of(seed)
     width, ways = int(rng.integers(1, 9)), {"go_backwards": bool(rng.integers(2))}
     ends = {"return_sequences": bool(rng.integers(2)), "zero_output_for_mask": bool(rng.integers(2))}
@@ -672,7 +674,7 @@ def test_cells_in_nodes_of_their_own_run_as_a_stack_does(seed, monkeypatch):
     assert all("in the call of layer_0" in line for line in apart.plan()[1 : len(cells)])
 
 
-def test_cells_run_apart_where_what_is_between_them_is_asked_for():
+def test_cells_run_separately_if_the_value_between_them_is_used():
     rng = rng_of()
     cells = [make_cell(rng, 3, 4), make_cell(rng, 4, 4)]
     nodes = [Recurrent((cell,)) for cell in cells]
@@ -733,7 +735,7 @@ SUMMARIES = {
 
 
 @pytest.mark.parametrize("summary", SUMMARIES)
-def test_a_summary_says_what_is_other_than_usual(summary):
+def test_a_summary_shows_settings_that_differ_from_the_defaults(summary):
     cells = tuple(make_cell(rng_of(), i, h, **flags) for i, h, flags in SUMMARIES[summary])
     assert Recurrent(cells).summary == summary
     if len(cells) == 1:
@@ -752,7 +754,7 @@ def test_activations_take_parameters():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_cell_holds_what_its_description_lists(seed):
+def test_a_cell_has_the_arrays_of_its_spec(seed):
     made = fill(rng_of(seed), random_spec(rng_of(seed)))
     by_place, by_name = Cell(made.spec, *made.arrays.values()), Cell(made.spec, **made.arrays)
     some = dict(list(made.arrays.items())[2:])
@@ -785,7 +787,7 @@ def test_a_network_writes_itself_as_c(tmp_path):
 
 
 def recorded(net, x, **given):
-    """A run's y and states, and what it recorded; without a record, the bits are the same."""
+    """Return y, the states and the recording of a run, and check that a run without recording gives the same bits."""
     record = Recording()
     y, state = net.run(x, **given, record=record)
     plain_y, plain_state = net.run(x, **given)
@@ -795,10 +797,10 @@ def recorded(net, x, **given):
     return y, state, record
 
 
-def by_the_law(cell, x, got, dtype, **given):
+def assert_matches_reference(cell, x, got, dtype, **given):
     arrays = {name: array.astype(np.float64) for name, array in cell.arrays.items()}
-    law = reference.forward(cell.spec, arrays, x.astype(np.float64), **given)
-    for array, exact in zip((got.gates, got.c, got.h), (law.gates, law.cells, law.y), strict=True):
+    expected = reference.forward(cell.spec, arrays, x.astype(np.float64), **given)
+    for array, exact in zip((got.gates, got.c, got.h), (expected.gates, expected.cells, expected.y), strict=True):
         assert (array is None) == (exact is None)
         if exact is not None:
             assert array.dtype == dtype
@@ -809,7 +811,7 @@ def by_the_law(cell, x, got, dtype, **given):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("return_sequences", [True, False])
-def test_a_record_has_what_every_cell_did_at_every_step(seed, dtype, return_sequences):
+def test_a_record_has_gates_and_states_of_every_cell_at_every_step(seed, dtype, return_sequences):
     rng = rng_of(seed)
     forward = make_stack(rng, 3, dtype, return_sequences=return_sequences)
     backward = make_stack(rng, 3, dtype, return_sequences=return_sequences, go_backwards=True)
@@ -819,14 +821,14 @@ def test_a_record_has_what_every_cell_did_at_every_step(seed, dtype, return_sequ
     for stack, record in ((forward, ahead), (backward, back)):
         below = x
         for cell, got in zip(stack.cells, record, strict=True):
-            by_the_law(cell, below, got, dtype, mask=mask, reverse=stack.go_backwards)
+            assert_matches_reference(cell, below, got, dtype, mask=mask, reverse=stack.go_backwards)
             below = got.h
     _, _, both = recorded(Network([Bidirectional(forward, backward)]), x, mask=mask)
     for one, other in zip(both, (*ahead, *back), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one[:4], other[:4], strict=True) if a is not None)
 
 
-def test_a_record_holds_h_as_the_cells_left_it():
+def test_a_record_has_h_before_residual_and_masking():
     rng = rng_of(3)
     cells = tuple(make_cell(rng, 4, 4) for _ in range(3))
     x, mask = rng.normal(size=(2, 5, 4)).astype("float32"), np.arange(5) < [[3], [5]]

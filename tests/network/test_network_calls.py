@@ -1,4 +1,4 @@
-"""A call of a network that the kernel takes whole: the bits of a run."""
+"""Calls of networks that run as one call of the kernel: the same bits as `run`."""
 
 from itertools import pairwise
 
@@ -57,7 +57,7 @@ def test_a_call_gives_the_bits_of_a_run(number, dtype, rng):
         net(np.zeros((2, 5, 4), dtype))
 
 
-def test_a_call_of_a_network_that_is_no_chain_is_a_run(rng):
+def test_a_call_of_a_network_that_is_not_a_chain_uses_run(rng):
     cells = tuple(cells_of(rng, (3, 3), np.float32))
     graph = Network(
         [Recurrent(cells), Recurrent(cells), Merge("add")],
@@ -73,9 +73,9 @@ def test_a_call_of_a_network_that_is_no_chain_is_a_run(rng):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_an_answer_goes_forwards_in_memory(steps):
+def test_an_output_has_positive_strides(steps):
     y = Network([Dense(np.ones((3, 2), np.float32)), Select(step=-1)])(np.zeros((2, steps, 3), np.float32))
-    assert min(y.strides) > 0  # torch.from_numpy takes no others, of an axis of length 1 neither
+    assert min(y.strides) > 0  # torch.from_numpy refuses negative ones, even for an axis of length 1
 
 
 # ── Unaligned arrays ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""What nodes say of themselves, and the nodes that reduce, pad and clip: in a run, in a stream, in every file."""
+"""Properties of all nodes, and the nodes that reduce, pad and clip: in a run, in a stream, and in every file format."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ def lstm(inputs=3, units=4, **flags):
     return Recurrent((make_cell(np.random.default_rng(1), inputs, units),), **flags)
 
 
-def halves(**flags):
+def both_ways(**flags):
     return Bidirectional(lstm(**flags), lstm(go_backwards=True, **flags))
 
 
@@ -65,8 +65,8 @@ EVERY = [
     lstm(),
     lstm(return_sequences=False),
     lstm(go_backwards=True),
-    halves(),
-    halves(return_sequences=False),
+    both_ways(),
+    both_ways(return_sequences=False),
     Standardise(floats(3), floats(3)),
     Scale(floats(3), floats(3)),
     LayerNorm(floats(3)),
@@ -112,12 +112,12 @@ NOT_IN_ONNX = (Context, PerFrame)
 
 
 def network(node):
-    """A network of one node, and its inputs: sequences of 6 steps and 3 features, ids or vectors."""
+    """Return a network of one node, and its inputs: sequences of 6 steps and 3 features, ids or vectors."""
     count = 2 if node.inputs is None else node.inputs
     shape = (6,) if node.takes_ids else (3,) if node.axes[0] == 1 else (6, 4 if type(node) is Magnitude else 3)
     names = [f"x{number}" for number in range(count)]
     shapes = dict.fromkeys(names, shape)
-    if isinstance(node, StepMask):  # a flag a step
+    if isinstance(node, StepMask):  # a flag per step
         shapes["x1"] = (6,)
     net = Network([node], ["node"], inputs=shapes, wires=[names])
     rng = np.random.default_rng(4)
@@ -136,8 +136,8 @@ def test_every_kind_of_node_is_here():
 
 
 @pytest.mark.parametrize("node", EVERY, ids=label)
-def test_what_a_node_says_holds(node):
-    """Shapes, mask and frames as the node says them are those of a run."""
+def test_properties_of_a_node_match_a_run(node):
+    """The shape, mask and step rule of the node agree with a run."""
     net, given = network(node)
     flow = node.run([net_flow(value) for value in given.values()], tuple(None for _ in node.cells), 1)
     assert flow.x.shape[1:] == net.shapes["node"]
@@ -147,7 +147,7 @@ def test_what_a_node_says_holds(node):
 
 
 class Counted:
-    """Masks as how many were made and merged."""
+    """Masks represented by how many were made and merged."""
 
     made = lambda self: 1  # noqa: E731
     both = lambda self, one, other: one + other  # noqa: E731
@@ -164,7 +164,7 @@ def net_flow(x, mask=None):
 
 @pytest.mark.parametrize("node", EVERY, ids=label)
 def test_the_mask_rule_is_that_of_a_run(node):
-    """A mask goes on where the rule says so, and what a node that doesn't heed it computes is the same without."""
+    """The output has a mask if the rule says so; the output of a node that doesn't heed masks is the same without."""
     net, given = network(node)
     if len(net.shapes["x0"]) == 1 and not node.takes_ids:
         return
@@ -183,8 +183,8 @@ def test_the_mask_rule_is_that_of_a_run(node):
 
 
 @pytest.mark.parametrize("node", EVERY, ids=label)
-def test_frames_one_by_one_are_the_run(node):
-    """A node that answers frame by frame gives the bits of a run, in any chunks; another says why it can't."""
+def test_step_by_step_gives_the_bits_of_a_run(node):
+    """A node that can be streamed gives the bits of a run for any chunking; the others give a reason."""
     net, given = network(node)
     rule = node.frames(*(net.shapes[name] for name in net.inputs))
     assert rule.why_not is not None or node.cells or rule.step or rule.advance
@@ -241,7 +241,7 @@ def test_reduce_is_numpy_s(mode, axis, keepdims, dtype):
 
 
 @pytest.mark.parametrize("mode", NUMPY)
-def test_reduce_over_time_is_of_the_steps_that_count(mode):
+def test_reduce_over_time_ignores_masked_steps(mode):
     x, mask = floats(3, 5, 2), np.array([[1, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]], bool)
     spoilt = np.where(mask[:, :, None], x, np.nan)
     for keepdims in (False, True):
@@ -254,7 +254,7 @@ def test_reduce_over_time_is_of_the_steps_that_count(mode):
         if mode in ("mean", "max"):
             np.testing.assert_array_equal(y.reshape(3, 2), Network([GlobalPool(mode)])(spoilt, mask))
     assert not Network([Reduce(mode, 1)])(x[:, :0]).any()
-    with pytest.raises(ValueError, match=r"expected no reset, as layer_0 .Reduce. takes steps together"):
+    with pytest.raises(ValueError, match=r"reset isn't supported: layer_0 .Reduce. combines steps"):
         net.run(x, reset=mask)
 
 
@@ -270,7 +270,7 @@ def test_pad_is_numpy_s(axis):
     assert Network([Pad(1, 2)]).shapes["layer_0"] == (None, None)
 
 
-def test_a_mask_ends_where_time_is_padded_and_goes_on_elsewhere():
+def test_padding_drops_the_mask_only_along_time():
     x, mask = floats(1, 4, 3), np.array([[True, False, True, False]])
     stack = lstm()
     padded = Network([Pad(0, 0, axis=1), stack])
@@ -295,7 +295,7 @@ def test_clip_is_numpy_s(low, high, dtype):
 @pytest.mark.parametrize("mode", ["mean", "max"])
 @pytest.mark.parametrize("strides", [1, 2, 3])
 def test_pools_are_padded_as_convolutions_are(padding, mode, strides):
-    """By hand: of each window the steps that are there."""
+    """Compare with a loop over the actual steps of each window."""
     size = 3
     for steps in (0, 1, 2, 5, 7):
         x = floats(2, steps, 2)
@@ -315,7 +315,7 @@ def test_pools_are_padded_as_convolutions_are(padding, mode, strides):
 
 
 def test_a_stream_of_causal_pools(rng):
-    """Each chunking gives the bits of the whole; states come back, also out of a file."""
+    """Any chunking gives the same bits; states can be restored, also for a loaded network."""
     net = Network([Pool1D("mean", 9, 1, "causal"), lstm(), Pool1D("max", 4, 1, (3, 0)), Dense(floats(4, 2))])
     x = rng.normal(size=(2, 30, 3)).astype("float32")
     whole = net(x)
@@ -345,7 +345,7 @@ BAD = {
     "reduce a vector": (
         lambda: Network([Reduce("sum", -1)], inputs={"x": (3,)}),
         ShapeError,
-        "layer_0: Reduce expected keepdims=True for a vector",
+        "layer_0: Reduce of a vector requires keepdims=True",
     ),
     "reduce no axis": (
         lambda: Network([Reduce("sum", 3)], inputs={"x": (4, 3)}),
@@ -360,8 +360,8 @@ BAD = {
         ShapeError,
         "layer_0: Pad expected a value with an axis 3",
     ),
-    "clip nothing": (lambda: Clip(), ValueError, "Clip: expected a low or a high, got neither"),
-    "clip order": (lambda: Clip(1.0, 0.0), ValueError, "Clip: expected low up to high, got 1 and 0"),
+    "clip nothing": (lambda: Clip(), ValueError, "Clip: expected low or high, got neither"),
+    "clip order": (lambda: Clip(1.0, 0.0), ValueError, "Clip: expected low <= high, got 1 and 0"),
     "clip nan": (lambda: Clip(np.nan), ValueError, "Clip: expected low to be a finite number"),
 }
 
@@ -394,7 +394,7 @@ IN_KERAS = [
 
 
 @pytest.mark.parametrize("nodes", IN_KERAS, ids=lambda nodes: label(nodes[0]))
-def test_keras_has_them_too(nodes, tmp_path):
+def test_nodes_match_keras(nodes, tmp_path):
     net, x = Network(nodes, inputs={"x": (6, 3)}), floats(2, 6, 3)
     path = str(tmp_path / "net.keras")
     keras_adapter.save(net, path)
@@ -402,7 +402,7 @@ def test_keras_has_them_too(nodes, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
-def test_the_least_of_two_in_keras(suffix, tmp_path):
+def test_the_minimum_of_two_in_keras(suffix, tmp_path):
     net = Network([Merge("min")], ["least"], inputs={"a": (6, 3), "b": (6, 3)}, wires=[("a", "b")])
     path = str(tmp_path / f"net{suffix}")
     keras_adapter.save(net, path)
@@ -434,7 +434,7 @@ NOT_IN_KERAS = {
 
 
 @pytest.mark.parametrize("case", NOT_IN_KERAS)
-def test_what_keras_has_not_is_named(case, tmp_path):
+def test_nodes_that_keras_lacks_are_named(case, tmp_path):
     nodes, suffix, message = NOT_IN_KERAS[case]
     net = Network(nodes, ["one", "two", "three", "four"][: len(nodes)], inputs={"x": (6, 3)})
     with pytest.raises(ValueError, match=f"^save: expected nodes that Keras has layers for, got {message}"):
@@ -448,7 +448,7 @@ def test_what_keras_has_not_is_named(case, tmp_path):
     ids=label,
 )
 def test_masks_in_onnx(node, tmp_path):
-    """With a mask of lengths, ONNX Runtime gives what a run gives, of the node and of cells after it."""
+    """With a mask of lengths, ONNX Runtime matches a run, for the node and for cells after it."""
     net, given = network(node)
     names = list(given)
     wires: list = [("x0",), *([("x0",)] * (len(names) - 1)), tuple(f"one{n}" for n in range(len(names)))]
@@ -467,14 +467,14 @@ def test_masks_in_onnx(node, tmp_path):
     np.testing.assert_allclose(onnx_graphs.run(path, {"x0": x}, ["end"])[0], more(x), rtol=0, atol=1e-5)
 
 
-def test_pads_that_hold_whole_windows_are_refused_in_onnx(tmp_path):
+def test_padding_by_whole_windows_is_refused_in_onnx(tmp_path):
     with pytest.raises(ValueError, match=r"save: pool: expected padding below the window's 2, got \(2, 0\)"):
         onnx_adapter.save(
             Network([Pool1D("max", 2, 1, (2, 0))], ["pool"], inputs={"x": (6, 3)}), str(tmp_path / "a.onnx")
         )
 
 
-# ── what a plan says ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── plans ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def described(net, tmp_path, capsys):
@@ -490,12 +490,12 @@ def test_a_plan_says_what_a_step_costs(tmp_path, capsys):
         ["lstm", "conv", "act", "head"],
     )
     lstm_line, conv_line, act_line, head_line, total = net.plan()
-    # 3·16 + 4·16 + 3·4; a bias of 16 is read beside them, 4 bytes each, and the initial state isn't.
+    # 3·16 + 4·16 + 3·4; a bias of 16 is read in addition, 4 bytes each, and the initial state isn't.
     assert "124 multiplications, 560 bytes" in lstm_line
     assert "60 multiplications, 264 bytes" in conv_line
     assert "multiplications" not in act_line
     assert "12 multiplications, 48 bytes" in head_line
-    assert total == "in all, a step: 196 multiplications, 872 bytes"
+    assert total == "total per step: 196 multiplications, 872 bytes"
     report = described(net, tmp_path, capsys)
     assert (report["multiplications"], report["bytes_read"]) == (196, 872)
     assert [layer["multiplications"] for layer in report["layers"]] == [124, 60, 0, 12]
@@ -506,7 +506,7 @@ def test_a_plan_says_what_a_step_costs(tmp_path, capsys):
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_file_for_which_there_is_no_memory_is_named(tmp_path):
+def test_a_memory_error_names_the_file(tmp_path):
     path = tmp_path / "large.safetensors"
     Network([Dense(np.zeros((8192, 8192), "float32"))]).save(path)  # 256 MiB
     code = f"""

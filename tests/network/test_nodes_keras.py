@@ -1,4 +1,4 @@
-"""Every node against the layer of Keras that it stands for, over random settings; masks through graphs of them."""
+"""Every node compared with its Keras layer, over random settings; masks through graphs of nodes."""
 
 import warnings
 
@@ -43,7 +43,7 @@ def weights_of(layer):
 
 
 def randomise(layer, rng):
-    """Give every weight of a Keras layer numbers of its own; variances stay above 0."""
+    """Set every weight of a Keras layer to random numbers, with variances above 0."""
     for weight in layer.weights:
         weight.assign(rng.uniform(0.3, 1.5, weight.shape) if len(weight.shape) == 1 else rng.normal(size=weight.shape))
 
@@ -53,7 +53,7 @@ def array_of(tensor):
 
 
 def predicted(layers, x):
-    """What Keras makes of x, as NumPy arrays."""
+    """Return the outputs of Keras layers for x as NumPy arrays."""
     for layer in layers if isinstance(layers, list) else [layers]:
         x = layer(x)
     return array_of(x)
@@ -96,7 +96,7 @@ def test_conv1d(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_conv1d_with_padding_of_its_own(seed):
+def test_conv1d_with_explicit_padding(seed):
     rng = np.random.default_rng(seed)
     before, after = int(rng.integers(0, 4)), int(rng.integers(0, 4))
     kernel, strides = f32(rng.normal(size=(3, 4, 5))), int(rng.integers(1, 4))
@@ -260,7 +260,7 @@ def test_merges(mode, count, rng):
 
 
 def keras_lstm(rng, width, units, **flags):
-    """An LSTM of Keras with weights of its own, and the cell that is the same."""
+    """Return a Keras LSTM with random weights, and the same cell."""
     layer = L.LSTM(units, **flags)
     layer.build((None, None, width))
     return layer, fill(layer, rng, width, units)
@@ -273,7 +273,7 @@ def fill(layer, rng, width, units):
 
 
 def steps_left_out(rng, x, value):
-    """x with steps that hold nothing but `value`: never the first one, before which Keras has an output of its own."""
+    """Set random steps of x to `value`, except the first: before it Keras repeats a different output."""
     x = x.copy()
     x[:, 1:][rng.random((x.shape[0], x.shape[1] - 1)) < 0.4] = value
     return x
@@ -283,7 +283,7 @@ PASSING = ["dense", "activation", "scale", "layer_norm", "lstm", "bidirectional"
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_masks_go_as_far_as_in_keras(seed):
+def test_masks_propagate_as_in_keras(seed):
     """A mask from an Embedding or a Masking, through random nodes, into an LSTM."""
     rng = np.random.default_rng(seed)
     embedded, width = bool(rng.integers(2)), int(rng.integers(2, 6))
@@ -349,7 +349,7 @@ def test_masks_go_as_far_as_in_keras(seed):
 
 
 def dropping(rng, width):
-    """A layer that a mask doesn't get through, and its node."""
+    """Return a layer that drops the mask, and its node."""
     which = rng.integers(4)
     if which == 0:
         layer = L.Conv1D(width, 2, padding="causal")

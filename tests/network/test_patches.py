@@ -1,4 +1,4 @@
-"""Patches: what they do to a gate or a state, held against the law; run, traced, streamed, pooled and saved."""
+"""Patches: their effect on gates and states, compared with reference.py; run, traced, streamed, pooled and saved."""
 
 import pickle
 
@@ -36,8 +36,8 @@ def random_patch(rng, spec, batch, steps, node="layer_0", cell=None):
     return Patch(node, gate, units, rows, chosen, value, how, cell)
 
 
-class Law:
-    """Patches number by number, as the words of `Patch` have it, for `reference.forward`."""
+class Patched:
+    """Patches applied element by element, as documented in `Patch`, for `reference.forward`."""
 
     def __init__(self, patches, batch, used):
         self.patches, self.batch, self.used = patches, batch, used
@@ -83,7 +83,7 @@ class Law:
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_a_patched_cell_follows_the_law(seed):
+def test_a_patched_cell_matches_the_reference(seed):
     rng = rng_of(seed)
     spec = random_spec(rng, largest=20)
     if seed % 5 == 0:
@@ -98,8 +98,8 @@ def test_a_patched_cell_follows_the_law(seed):
     mask = rng.random((batch, steps)) < 0.7 if seed % 4 == 0 else None
     used = np.ones((batch, steps), bool) if mask is None else mask
     state = make_states(rng, net, batch)
-    law = Law(patches, batch, used)
-    expected = reference.forward(spec, cell.arrays, x, state[0], mask=mask, reverse=reverse, patched=law)
+    patched = Patched(patches, batch, used)
+    expected = reference.forward(spec, cell.arrays, x, state[0], mask=mask, reverse=reverse, patched=patched)
     t = net.trace(x, state, mask)
     seen = t["layer_0"]
     bound = {"rtol": tolerances.KERNEL[dtype], "atol": tolerances.KERNEL[dtype]}
@@ -115,7 +115,7 @@ def test_a_patched_cell_follows_the_law(seed):
 
 
 def patched_stack(seed, dtype="float32", rows=2):
-    """A stack of nodes, some with several cells, a dense layer between and above; patches of a few of the cells."""
+    """Return cell nodes, some with several cells, with dense layers between and above, and patches of some cells."""
     rng = rng_of(seed)
     below = make_stack(rng, 3, dtype, residual=bool(seed % 2))
     width = below.units
@@ -162,7 +162,7 @@ def test_sessions_have_the_bits_of_their_streams(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_native_format_holds_patches(seed, tmp_path):
+def test_the_native_format_stores_patches(seed, tmp_path):
     _, net, x = patched_stack(seed)
     net.save(tmp_path / "net.safetensors")
     read = cs.load(tmp_path / "net.safetensors")
@@ -189,7 +189,7 @@ def test_a_patch_that_changes_nothing_changes_no_bit(seed):
     assert (late(x)[:, 5:] == 9.0).all()
 
 
-def test_steps_are_counted_in_the_order_of_time_whichever_way_cells_run():
+def test_steps_are_counted_in_the_order_of_time_in_both_directions():
     rng = rng_of(0)
     ahead, back = make_cell(rng, 3, 4, "float64"), make_cell(rng, 3, 4, "float64")
     both = Bidirectional(Recurrent((ahead,)), Recurrent((back,), go_backwards=True))
@@ -197,7 +197,7 @@ def test_steps_are_counted_in_the_order_of_time_whichever_way_cells_run():
     t = Network([both]).edit(Patch("layer_0", "h", steps=2, value=7.0, cell=1)).trace(x)
     assert (t["layer_0"].cells[1].h[0, 2] == 7.0).all()
     assert not (t["layer_0"].cells[1].h == 7.0)[0, 3:].any()
-    # Above a node that turns the sequence round, a step is one of what comes out of it.
+    # Above a node that reverses the sequence, steps are those of its output.
     above = Recurrent((make_cell(rng, 4, 4, "float64"),))
     net = Network([Recurrent((back,), go_backwards=True), above])
     y = net.edit(Patch("layer_1", "h", steps=2, value=7.0))(x)
@@ -205,7 +205,7 @@ def test_steps_are_counted_in_the_order_of_time_whichever_way_cells_run():
     assert np.array_equal(y[:, :2], net(x)[:, :2])
 
 
-def test_the_later_of_two_patches_to_a_number_acts_on_what_the_earlier_one_left():
+def test_a_later_patch_is_applied_to_the_result_of_an_earlier_one():
     net = Network([Recurrent((make_cell(rng_of(1), 2, 3),))])
     x = np.ones((1, 4, 2))
     first, second = Patch("layer_0", "o", value=0.25), Patch("layer_0", "o", units=1, value=0.5)
@@ -218,7 +218,7 @@ def test_the_later_of_two_patches_to_a_number_acts_on_what_the_earlier_one_left(
     assert (t["layer_0"].o[..., 1] == 1.5).all()
 
 
-def test_what_is_set_may_be_no_number_and_may_stand_where_none_was():
+def test_patches_can_set_nan_and_replace_nan():
     cell = make_cell(rng_of(1), 2, 3)
     x = np.full((1, 4, 2), np.nan)
     held = Network([Recurrent((cell,))]).edit([Patch("layer_0", gate, value=0.5) for gate in "ifgo"])
@@ -229,7 +229,7 @@ def test_what_is_set_may_be_no_number_and_may_stand_where_none_was():
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_streams_of_narrow_weights_take_patches(weights):
+def test_streams_with_bfloat16_and_int8_weights_support_patches(weights):
     net = Network([Recurrent((make_cell(rng_of(2), 6, 20), make_cell(rng_of(3), 20, 9)))])
     x = rng_of(4).normal(size=(1, 5, 6)).astype("float32")
     held = net.edit(Patch("layer_0", "h", [3], steps=slice(2, None), value=0.75, cell=1))
@@ -238,7 +238,7 @@ def test_streams_of_narrow_weights_take_patches(weights):
     assert (y[:, 2:, 3] == 0.75).all()
 
 
-def test_nothing_runs_with_no_row_and_no_step():
+def test_patches_with_empty_batches_and_sequences():
     net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit(Patch("layer_0", "f", rows=1, steps=3, value=1.0))
     assert net(np.zeros((0, 5, 2))).shape == (0, 5, 3)
     assert net(np.zeros((2, 0, 2))).shape == (2, 0, 3)
@@ -251,34 +251,34 @@ def test_what_is_refused():
     for match, error, arguments in (
         ("gate to be one of|gate", ValueError, ("layer_0", "q")),
         ("how", ValueError, ("layer_0", "f", None, None, None, 1.0, "hold")),
-        ("no value to freeze", ValueError, ("layer_0", "f", None, None, None, 1.0, "freeze")),
+        ("how='freeze' takes no value", ValueError, ("layer_0", "f", None, None, None, 1.0, "freeze")),
         ("value as a number", ShapeError, ("layer_0", "f")),
         ("number or numbers", TypeError, ("layer_0", "f", None, None, None, "one")),
         ("number or numbers", TypeError, ("layer_0", "f", None, None, None, "1.0")),
         ("number or numbers", TypeError, ("layer_0", "f", None, None, None, [[1.0, 2.0], [3.0]])),
         ("number or numbers", TypeError, ("layer_0", "f", None, None, None, np.ma.masked_array([1.0], [True]))),
-        ("counted from the first", ValueError, ("layer_0", "f", [-1], None, None, 1.0)),
-        ("each once", ValueError, ("layer_0", "f", [1, 1], None, None, 1.0)),
+        ("0 or above", ValueError, ("layer_0", "f", [-1], None, None, 1.0)),
+        ("without repetitions", ValueError, ("layer_0", "f", [1, 1], None, None, 1.0)),
         ("integer from 0", ValueError, ("layer_0", "f", None, None, slice(-3, None), 1.0)),
         ("1 or 2 along units", ShapeError, ("layer_0", "f", [0, 1], None, None, [1.0, 2.0, 3.0])),
         ("steps with an end", ShapeError, ("layer_0", "f", [0, 1], None, None, [[1.0], [2.0]])),
-        ("name of a node", TypeError, (0, "f", None, None, None, 1.0)),
+        ("a node's name", TypeError, (0, "f", None, None, None, 1.0)),
     ):
         with pytest.raises(error, match=match):
             Patch(*arguments)
     for match, error, patch in (
         ("patches of layer_0, layer_1, got one of 'lstm'", ValueError, Patch("lstm", "f", value=1.0)),
-        ("nodes with cells", ValueError, Patch("layer_1", "h", value=1.0)),
+        ("node 'layer_1' has no cells", ValueError, Patch("layer_1", "h", value=1.0)),
         ("cell=0 to 1", ValueError, Patch("layer_0", "f", value=1.0)),
         ("cell=0 to 1", ValueError, Patch("layer_0", "f", value=1.0, cell=2)),
-        ("out of z, r, g, h", ValueError, Patch("layer_0", "f", value=1.0, cell=1)),
+        ("to be one of z, r, g, h", ValueError, Patch("layer_0", "f", value=1.0, cell=1)),
         ("units of 'layer_0' from 0 to 2", IndexError, Patch("layer_0", "f", units=[3], value=1.0, cell=0)),
         ("along units", ShapeError, Patch("layer_0", "f", value=[1.0, 2.0], cell=0)),
-        ("to be Patch", TypeError, None),
+        ("expected a Patch", TypeError, None),
     ):
         with pytest.raises(error, match=match):
             net.edit([patch])
-    with pytest.raises(TypeError, match="a Patch or some, got NoneType"):
+    with pytest.raises(TypeError, match="a Patch or several, got NoneType"):
         net.edit(None)
     x = np.ones((2, 4, 2))
     for match, patch in (
@@ -324,7 +324,7 @@ def test_damaged_patches_in_a_file_are_refused(tmp_path):
             cs.load(tmp_path / "bad.safetensors")
 
 
-def test_plan_and_repr_say_what_is_patched():
+def test_plan_and_repr_show_patches():
     net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit([Patch("layer_0", "f", value=1.0)] * 2)
     assert "2 patches" in str(net.plan())
     assert repr(net).endswith("Patch('layer_0', gate='f', value=1.0)")
@@ -343,11 +343,11 @@ def test_a_stream_and_a_pool_refuse_rows_that_they_lack():
 
 def test_a_stream_of_a_patched_network_refuses_to_remember():
     stream = Network([Recurrent((make_cell(rng_of(2), 2, 3),))]).edit(Patch("layer_0", "f", value=1.0)).stream()
-    with pytest.raises(ValueError, match="without patches to remember"):
+    with pytest.raises(ValueError, match="doesn't support patches"):
         stream.remember(5)
 
 
-def test_calls_of_other_shapes_and_masks_stand_beside_each_other():
+def test_calls_with_different_shapes_and_masks_are_independent():
     net = Network([Recurrent((make_cell(rng_of(2), 2, 3),))])
     held = net.edit([Patch("layer_0", "f", steps=slice(1, 3), how="freeze"), Patch("layer_0", "h", [1], value=0.5)])
     x = rng_of(3).normal(size=(4, 6, 2)).astype("float32")
@@ -366,13 +366,13 @@ def test_numbers_of_numpy_in_slices_are_stored(tmp_path):
     assert cs.load(tmp_path / "net.safetensors").patches[0].steps == slice(1, 3, 1)
 
 
-def test_a_factor_of_zero_leaves_nothing_of_what_is_no_number():
+def test_a_factor_of_zero_replaces_nan_and_infinity():
     net = Network([Recurrent((make_cell(rng_of(1), 2, 3),))])
     t = net.edit(Patch("layer_0", "c", value=0.0, how="scale")).trace(np.full((1, 3, 2), np.nan))
     assert not t["layer_0"]["c"].any()
 
 
-def test_a_long_stream_counts_on_over_blocks_and_resets():
+def test_a_long_stream_counts_steps_across_blocks_and_resets():
     net = Network([Recurrent((make_cell(rng_of(1), 2, 3),))])
     x = rng_of(2).normal(size=(2, 200, 2)).astype("float32")
     patches = [

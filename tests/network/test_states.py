@@ -1,4 +1,4 @@
-"""States as values: a node gives those of its cells, another starts from them, and the numbers are the parts' own."""
+"""States as values: nodes that start from the states of others give the same results as when run separately."""
 
 import json
 import pickle
@@ -38,7 +38,7 @@ def both_ways(inputs, units, kind="lstm", seed=0, **flags):
 
 
 def seq2seq(encoder, decoder, *head):
-    """A decoder that starts from an encoder's last states, all of them."""
+    """Return a decoder that starts from all last states of an encoder."""
     names = ["encoder", "decoder", *(f"head_{n}" for n in range(len(head)))]
     starts = [f"encoder/{state}" for state in encoder.state_sizes]
     wires = [("x",), ("y", *starts), *((name,) for name in names[1:-1])]
@@ -91,7 +91,7 @@ def test_states_are_inputs_and_outputs_of_a_step(rng, steps):
         np.testing.assert_array_equal(got, want)
     if steps == 0:
         np.testing.assert_array_equal(h_after, h.astype("float32"))
-    h_after[:] = 7.0  # an answer is the caller's own, and the state another
+    h_after[:] = 7.0  # an output doesn't share memory with the state
     np.testing.assert_array_equal(state.h, other.h)
 
 
@@ -117,7 +117,7 @@ def test_any_chunking_through_inputs_and_outputs_is_one_pass(chunks, kind, seed)
 
 
 def test_a_state_goes_into_any_node(rng):
-    """h beside c, a vector a row each, as what a Merge, a Dense or an answer takes."""
+    """h and c are vectors per row, which a Merge, a Dense or an output can take."""
     node = recurrent(3, 4)
     head = Dense(rng.normal(size=(8, 2)).astype("float32"))
     net = Network(
@@ -134,7 +134,7 @@ def test_a_state_goes_into_any_node(rng):
 
 
 def test_a_stack_in_one_call_gives_the_states_of_each(rng):
-    """Two nodes that the kernel runs at once; the decoder takes the states of both."""
+    """Two nodes that run in one call of the kernel; the decoder takes the states of both."""
     below, above = recurrent(3, 4), recurrent(4, 5, seed=1)
     decoders = recurrent(2, 4, seed=2), recurrent(4, 5, seed=3)
     wires = [("x",), ("a",), ("y", "a/h", "a/c"), ("c", "b/h", "b/c")]
@@ -145,7 +145,7 @@ def test_a_stack_in_one_call_gives_the_states_of_each(rng):
     np.testing.assert_array_equal(net((x, y)), Network(decoders).run(y, ended)[0])
 
 
-def test_what_it_says_of_itself():
+def test_repr_and_plan():
     net = seq2seq(*PAIRS["an LSTM"]())
     assert "decoder  of y, encoder/h, encoder/c" in repr(net)
     assert "of y, encoder/h, encoder/c" in str(net.plan())
@@ -159,26 +159,36 @@ WRONG = {
         [("x",), ("y", "a/h")],
         None,
         ShapeError,
-        "b: Recurrent expected one value, or 3 with h, c to",
+        "b: Recurrent expected one input, or 3 with the initial h, c,",
     ),
     "no such state": (
         [("x",), ("y", "a/h", "a/z")],
         None,
         ValueError,
-        "the wires of b to name a state of a, h, c, got",
+        "the wires of b contain 'a/z', which doesn't exist: the states of a are h, c",
     ),
-    "of an input": ([("x",), ("y", "x/h", "x/c")], None, ValueError, "x itself, which has no states, got 'x/h'"),
-    "a later node's": ([("x", "b/h", "b/c"), ("y",)], None, ValueError, "the wires of a to be of earlier nodes"),
-    "its own": ([("x",), ("y", "b/h", "b/c")], None, ValueError, "the wires of b to be of earlier nodes, got 'b/h'"),
+    "of an input": (
+        [("x",), ("y", "x/h", "x/c")],
+        None,
+        ValueError,
+        "the wires of b contain 'x/h', which doesn't exist: x has no states",
+    ),
+    "a later node's": ([("x", "b/h", "b/c"), ("y",)], None, ValueError, "the wires of a to be earlier nodes"),
+    "its own": ([("x",), ("y", "b/h", "b/c")], None, ValueError, "the wires of b to be earlier nodes, got 'b/h'"),
     "another width": (
         [("x",), ("y", "a/h", "x")],
         None,
         ShapeError,
-        "b: expected c .B, 4. to start from, got .B, T, 3.",
+        "b: expected the initial state c .B, 4., got .B, T, 3.",
     ),
-    "no such output": ([("x",), ("y", "a/h", "a/c")], ("b", "b/0/h"), ValueError, "the outputs to name a state of b"),
+    "no such output": (
+        [("x",), ("y", "a/h", "a/c")],
+        ("b", "b/0/h"),
+        ValueError,
+        "the outputs contain 'b/0/h', which doesn't exist: the states of b are h, c",
+    ),
     "a state twice": ([("x",), ("y", "a/h", "a/c")], ("b", "b/h", "b/h"), ValueError, "outputs that differ"),
-    "a node unused": ([("x",), ("y", "a", "a")], ("a/h",), ValueError, "every node to lead to an output, got 'b'"),
+    "a node unused": ([("x",), ("y", "a", "a")], ("a/h",), ValueError, "node 'b' doesn't lead to an output"),
 }
 
 
@@ -190,19 +200,19 @@ def test_a_wrong_wiring_is_refused(case):
         Network(nodes, ["a", "b"], inputs=("x", "y"), wires=wires, outputs=outputs)
 
 
-def test_a_state_that_is_wired_is_not_the_callers_to_give(rng):
+def test_a_state_that_is_wired_cannot_be_given(rng):
     net = seq2seq(*PAIRS["an LSTM"]())
     x, y = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 3, 2))
     begun = State(rng.normal(size=(2, 4)), rng.normal(size=(2, 4)))
     with pytest.raises(
-        ShapeError, match="expected None as the state of layer 1, as decoder starts from encoder/h, enc"
+        ShapeError, match="expected None as the state of layer 1, because decoder starts from encoder/h, enc"
     ):
         net.run((x, y), (begun, begun))
     found, _ = net.run((x, y), (begun, None))
     _, ended = Network([net.nodes[0]]).run(x, begun)
     np.testing.assert_array_equal(found, Network([net.nodes[1]]).run(y, ended)[0])
     np.testing.assert_array_equal(net.trace((x, y), (begun, None)).y, found)
-    with pytest.raises(ValueError, match="no reset of y, as decoder starts from encoder/h, encoder/c"):
+    with pytest.raises(ValueError, match="reset of y isn't supported: decoder starts from encoder/h, encoder/c"):
         net.run((x, y), reset={"y": np.zeros((2, 3), bool)})
     net.run((x, y), reset={"x": np.zeros((2, 5), bool)})
 
@@ -225,7 +235,7 @@ def test_the_state_of_one_cell_is_given_alone(rng):
     np.testing.assert_array_equal(some, two.run(x, (zeros, State(h, c)))[0])
 
 
-# ── flags a step ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── flags per step ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_flags_that_are_an_input_are_a_mask(rng):
@@ -242,15 +252,15 @@ def test_flags_that_are_an_input_are_a_mask(rng):
         ShapeError, match=r"flags: StepMask expected a sequence \[B, T, W\] and its flags \[B, T\], got"
     ):
         net((x, used[:, :5]))
-    with pytest.raises(ValueError, match=r"got used .* it has no time"):
+    with pytest.raises(ValueError, match=r"expected inputs with a time axis, got used"):
         net.stream()
 
 
 # ── streams ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_can_answer_after_every_frame_does(rng):
-    """The last cell's h is what its node answers; what starts from a state or hands on c can't be streamed."""
+def test_which_states_can_be_streamed(rng):
+    """The last cell's h is the node's output; a node that starts from a state or passes on c can't be streamed."""
     head = Dense(rng.normal(size=(4, 2)).astype("float32"))
     net = Network([recurrent(3, 5, 4), head], ["a", "b"], wires=[("x",), ("a/1/h",)], outputs=("b", "a", "a/1/h"))
     x = rng.normal(size=(2, 6, 3)).astype("float32")
@@ -265,14 +275,17 @@ def test_what_can_answer_after_every_frame_does(rng):
     chunk = net.stream(2).run(x)
     np.testing.assert_array_equal(chunk[2], whole[1])
     for case, message in (
-        (seq2seq(*PAIRS["an LSTM"]()), "encoder: it hands on its state encoder/c, which a stream has after a chunk"),
+        (
+            seq2seq(*PAIRS["an LSTM"]()),
+            "encoder can't run step by step: its state encoder/c is an input of a node or an output",
+        ),
         (
             seq2seq(*PAIRS["a GRU"]()),
-            "decoder: it starts from encoder/h, and a stream's cells go on from their own state",
+            "decoder can't run step by step: it starts from encoder/h, and a stream's cells continue from their own",
         ),
         (
             Network([recurrent(3, 5, 4), head], wires=[("x",), ("layer_0/1/c",)]),
-            "layer_0: it hands on its state layer_0/1/c",
+            "layer_0 can't run step by step: its state layer_0/1/c is an input of a node or an output",
         ),
     ):
         for make in (case.stream, lambda case=case: case.pool(3), lambda case=case: case.export_c(".")):
@@ -280,19 +293,19 @@ def test_what_can_answer_after_every_frame_does(rng):
                 make()
 
 
-def test_a_decoder_of_states_says_how_it_is_run():
+def test_the_error_of_a_decoder_says_how_to_run_it():
     net = Network([recurrent(2, 4)], ["cell"], inputs=("y", "h", "c"), wires=[("y", "h", "c")])
     with pytest.raises(
-        ValueError, match=r"got h \[B, 4\]: it has no time, and cell starts from it: run the network, a step"
+        ValueError, match=r"got h \[B, 4\]. It is the initial state of cell: call run\(\) instead, one step"
     ):
         net.stream()
 
 
-# ── looked into ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── inspection ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("case", ["an LSTM", "a GRU", "stacks", "residual stacks", "backwards", "both ways"])
-def test_a_gradient_goes_back_through_states(rng, case):
+def test_gradients_through_states(rng, case):
     encoder, decoder = (_as_float64(node) for node in PAIRS[case]())
     net = seq2seq(encoder, decoder)
     x, y = rng.normal(size=(2, 4, encoder.input_size)), rng.normal(size=(2, 3, decoder.input_size))
@@ -317,7 +330,7 @@ def _as_float64(node):
     return Recurrent(tuple(cells), node.return_sequences, node.go_backwards, residual=node.residual)
 
 
-def test_a_trace_is_of_the_run_and_comes_back_from_a_file(rng, tmp_path):
+def test_a_trace_matches_the_run_and_is_restored_from_a_file(rng, tmp_path):
     net = seq2seq(*PAIRS["an LSTM"]())
     x, y = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 4, 2))
     trace = net.trace((x, y), pre=True)
@@ -363,7 +376,7 @@ def test_the_pages_engine_refuses_it_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("case", PAIRS)
-def test_a_file_holds_the_wiring(rng, tmp_path, case):
+def test_a_file_stores_the_wiring(rng, tmp_path, case):
     encoder, decoder = PAIRS[case]()
     first = seq2seq(encoder, decoder)
     outputs = ("decoder", *(f"decoder/{state}" for state in decoder.state_sizes))
@@ -378,7 +391,7 @@ def test_a_file_holds_the_wiring(rng, tmp_path, case):
     assert cs.extract(tmp_path / "net.safetensors").keys() == {"encoder", "decoder"}
 
 
-def test_flags_that_are_an_input_go_through_a_file(rng, tmp_path):
+def test_flags_that_are_an_input_are_stored_in_a_file(rng, tmp_path):
     inputs = {"x": (None, 3), "used": (None,)}
     net = Network([StepMask(), recurrent(3, 4)], inputs=inputs, wires=[("x", "used"), ("layer_0",)])
     net.save(tmp_path / "net.safetensors")
@@ -391,7 +404,10 @@ def test_a_file_whose_wiring_is_wrong_is_refused(tmp_path):
     net.save(tmp_path / "net.safetensors")
     data = (tmp_path / "net.safetensors").read_bytes()
     (tmp_path / "net.safetensors").write_bytes(data.replace(b"encoder/c", b"encoder/q"))
-    with pytest.raises(FormatError, match="the wires of decoder to name a state of encoder, h, c, got 'encoder/q'"):
+    with pytest.raises(
+        FormatError,
+        match="the wires of decoder contain 'encoder/q', which doesn't exist: the states of encoder are h, c",
+    ):
         cs.load(tmp_path / "net.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Pools: sessions that come and go, each as a stream of its own would have it."""
+"""Pools: sessions that are opened and closed at any time, each with the results of a separate stream."""
 
 import os
 import threading
@@ -14,7 +14,7 @@ from cellstack.nodes import Conv1D, Embedding, Masking, Merge
 
 
 def speech(dtype="float32", **flags):
-    """A stack of two kinds between other nodes, as a model of frames has it."""
+    """Return a stack of two kinds of cells between other nodes, like a speech model."""
     rng = np.random.default_rng(0)
     lstm, gru = make_cell(rng, 5, 9, dtype, **flags), make_cell(rng, 9, 9, dtype, kind="gru")
     new = lambda *shape: rng.normal(size=shape).astype(dtype)  # noqa: E731
@@ -24,13 +24,13 @@ def speech(dtype="float32", **flags):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("flags", [{}, {"peepholes": True, "learn_initial_state": True}, {"layer_norm": True}], ids=str)
-def test_every_session_is_a_stream_of_its_own(flags, threads):
+def test_every_session_has_the_results_of_a_separate_stream(flags, threads):
     net = speech(**flags)
     rng = np.random.default_rng(1)
     pool = net.pool(capacity=12, threads=threads)
     alone = {pool.open(): net.stream() for _ in range(7)}
     for step in range(60):
-        if step % 10 == 9:  # one leaves, another one comes
+        if step % 10 == 9:  # close one session and open another
             gone = list(alone)[int(rng.integers(len(alone)))]
             pool.close(gone)
             del alone[gone]
@@ -59,7 +59,7 @@ def test_any_network_that_streams(seed):
         np.testing.assert_array_equal(pool.step(numbers, x), stream.step(x))
 
 
-def test_a_state_may_be_taken_along():
+def test_a_state_can_be_moved_to_a_new_session():
     net = speech()
     pool, stream = net.pool(2), net.stream()
     x = np.random.default_rng(2).normal(size=(3, 1, 5))
@@ -80,16 +80,16 @@ def test_ids():
     np.testing.assert_array_equal(pool.step(numbers, [3, 7]), net.stream(2).step([3, 7]))
 
 
-def test_a_number_that_was_closed_stays_unknown():
+def test_session_numbers_are_not_reused():
     pool = speech().pool(1)
     first = pool.open()
-    with pytest.raises(RuntimeError, match="at most 1 open sessions"):
+    with pytest.raises(RuntimeError, match="all 1 sessions are open"):
         pool.open()
     pool.close(first)
     second = pool.open()
     assert second != first
     for call in (pool.close, pool.state, lambda number: pool.step([number], np.zeros((1, 5)))):
-        with pytest.raises(KeyError, match=f"expected open sessions, got {first}"):
+        with pytest.raises(KeyError, match=f"session {first} is not open"):
             call(first)
     assert repr(pool).startswith("Sessions(1 of 1 sessions open) of Network")
 
@@ -99,9 +99,9 @@ def test_what_is_refused():
     pool = net.pool(4)
     a, b = pool.open(), pool.open()
     x = np.zeros((2, 5))
-    with pytest.raises(ValueError, match="each session once"):
+    with pytest.raises(ValueError, match="is given twice in one step"):
         pool.step([a, a], x)
-    with pytest.raises(ShapeError, match="expected x with B=2, a frame a session, got"):
+    with pytest.raises(ShapeError, match="expected x with B=2, one step per session, got"):
         pool.step([a, b], x[:1])
     with pytest.raises(ShapeError, match="I=5"):
         pool.step([a, b], np.zeros((2, 4)))
@@ -118,12 +118,12 @@ def test_what_is_refused():
             net.pool(capacity)
     with pytest.raises(ValueError, match="threads"):
         net.pool(2, threads=0)
-    pool.step([a, b], x)  # after all that nothing is held
+    pool.step([a, b], x)  # no session is still locked
 
 
 def test_networks_that_a_pool_cannot_serve():
     cell = make_cell(np.random.default_rng(4), 5, 4)
-    with pytest.raises(ValueError, match="Sessions: expected nodes that can answer after every frame"):
+    with pytest.raises(ValueError, match="Sessions: layer_0 can't run step by step"):
         Network([Recurrent((cell,), go_backwards=True)]).pool(2)
     with pytest.raises(ValueError, match="Sessions: expected weights to be one of float32, bfloat16, int8, got 'int4'"):
         Network([Recurrent((cell,))]).pool(2, weights="int4")
@@ -141,7 +141,7 @@ def lstm(width=3, units=4, seed=0):
 
 
 def two_inputs():
-    """Frames and ids in, a fused head and a sequence out; the cells stand on both sides of a convolution."""
+    """Return a network with inputs x and ids, a head and a sequence as outputs, and cells around a convolution."""
     nodes = [Embedding(floats(9, 2)), lstm(), Merge(), Conv1D(floats(3, 6, 5), padding="causal"), lstm(5, 6)]
     names = ["e", "low", "both", "conv", "high", "head"]
     wires = [("id",), ("x",), ("low", "e"), ("both",), ("conv",), ("high",)]
@@ -185,7 +185,7 @@ def test_a_session_has_the_bits_of_its_stream(kind, weights):
             own = streams[int(session)].step({name: array[row : row + 1] for name, array in given.items()})
             for answer, expected in zip(tuple_of(answers), tuple_of(own), strict=True):
                 np.testing.assert_array_equal(answer[row : row + 1], expected)
-    for session, stream in streams.items():  # what a stream kept goes on as a session, and the other way
+    for session, stream in streams.items():  # states can be moved between streams and sessions
         for mine, its in zip(pool.state(session), stream.state, strict=True):
             assert type(mine) is type(its)
             for one, other in zip(mine, its, strict=True):
@@ -198,31 +198,31 @@ def tuple_of(answers):
     return answers if isinstance(answers, tuple) else (answers,)
 
 
-def test_frames_that_the_network_masks_are_refused_and_change_nothing():
+def test_steps_that_the_network_masks_are_refused_and_change_nothing():
     net = Network([Masking(0.0), lstm()], ["mask", "lstm"])
     pool = net.pool(2)
     numbers, x = [pool.open(), pool.open()], floats(2, 3)
-    with pytest.raises(ValueError, match="Sessions: expected frames without padding, got one for row 1 that mask mask"):
+    with pytest.raises(ValueError, match="Sessions: mask masks a step of row 1"):
         pool.step(numbers, x * [[1], [0]])
     assert not any(pool.state(number)[0].h.any() for number in numbers)
 
 
-def test_a_state_of_frames_that_does_not_fit_is_refused():
+def test_a_memory_of_the_wrong_shape_is_refused():
     pool = KINDS["convolution"]().pool(2)
     with pytest.raises(
-        ShapeError, match="tuple of 1 states, one a cell, and 1 Frames, one a node that keeps some, got"
+        ShapeError, match="tuple of 1 states, one per cell, and 1 Frames, one per node with a memory, got"
     ):
         pool.open(())
     assert len(pool) == 0
 
 
-def test_threads_step_different_sessions_side_by_side():
+def test_threads_step_different_sessions_concurrently():
     net = Network([Recurrent((make_cell(np.random.default_rng(5), 64, 64),))])
     pool = net.pool(200)
     x = np.random.default_rng(6).normal(size=(40, 64)).astype(np.float32)
 
     def live(seed):
-        """Open, step and close sessions; return whether each was a stream of its own."""
+        """Open, step and close sessions; return whether each had the results of a separate stream."""
         numbers = [pool.open() for _ in range(40)]
         stream = net.stream(40)
         same = all(np.array_equal(pool.step(numbers, x + seed), stream.step(x + np.float32(seed))) for _ in range(50))
@@ -235,7 +235,7 @@ def test_threads_step_different_sessions_side_by_side():
     assert len(pool) == 0
 
 
-def test_a_session_is_one_threads_at_a_time():
+def test_a_session_refuses_concurrent_steps():
     net = Network([Recurrent((make_cell(np.random.default_rng(7), 128, 128),))])
     pool = net.pool(2000)
     numbers = [pool.open() for _ in range(2000)]
@@ -259,10 +259,10 @@ def test_a_session_is_one_threads_at_a_time():
     assert "done" in outcomes
     refused = [outcome for outcome in outcomes if outcome != "done"]
     assert refused
-    assert all("no other thread steps" in outcome for outcome in refused)
+    assert all("another thread is stepping session" in outcome for outcome in refused)
 
 
-def test_a_large_pool_leaves_all_others_alone():
+def test_a_step_in_a_large_pool_does_not_touch_other_sessions():
     spec = CellSpec(8, 16)
     net = Network([Recurrent((make_cell(np.random.default_rng(8), 8, 16),))])
     assert net.cells[0].spec == spec
@@ -276,7 +276,7 @@ def test_a_large_pool_leaves_all_others_alone():
 
 
 def test_a_session_that_is_closed_while_another_opens():
-    """As a finaliser does it, or the handler of a signal: in the midst of an open()."""
+    """As a finaliser or a signal handler does, in the middle of an open()."""
     pool = speech().pool(3)
     old = pool.open()
     write, inner = pool._engine.write, []

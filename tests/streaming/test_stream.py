@@ -1,4 +1,4 @@
-"""Streams: the same bits at any chunking, states that don't touch, and what a stream can't run."""
+"""Streams: the same bits for any chunking, independent states, and networks that can't be streamed."""
 
 import signal
 import sys
@@ -45,7 +45,7 @@ def same(one, other):
 
 
 def equal(one, other):
-    """The same numbers; the same NaN too, as gates without bounds may let a cell grow past them."""
+    """Whether arrays are equal, NaN included: with unbounded gates a cell may overflow."""
     return np.array_equal(one, other, equal_nan=True)
 
 
@@ -120,7 +120,7 @@ def test_a_residual_is_added_between_kernel_streams():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_step_is_what_the_network_returns_after_that_frame(seed):
+def test_a_step_is_what_the_network_returns_after_that_step(seed):
     nodes = make_network(seed, streams=True).nodes
     net = (
         Network([*nodes, GlobalPool("last")])
@@ -148,7 +148,7 @@ def test_wide_layers_too(inputs, units, batch):
 
 @given(order=st.lists(st.integers(0, 2), max_size=30), seed=st.integers(0, 100))
 @settings(max_examples=30, deadline=None)
-def test_streams_that_interleave_don_t_touch(order, seed):
+def test_interleaved_streams_are_independent(order, seed):
     net = make_network(seed, streams=True)
     streams = [net.stream(2) for _ in range(3)]
     xs = [make_x(net, 2, 30, n) for n in range(3)]
@@ -161,7 +161,7 @@ def test_streams_that_interleave_don_t_touch(order, seed):
             assert np.array_equal(y, expected[:, t])
 
 
-def test_rows_don_t_touch():
+def test_rows_are_independent():
     net = make_lstm(3, (20, 5))
     x = make_x(net, 4, 6)
     clean = net.stream(4).run(x)
@@ -191,7 +191,7 @@ def test_threads_each_with_a_stream():
 
 
 def test_one_thread_at_a_time():
-    """Two threads in one stream would mix their frames: the second is told so, and the first goes on as if alone."""
+    """Two threads in one stream would mix their steps: the second call is refused, and the first isn't affected."""
     net = make_lstm(8, (64, 64))
     stream, alone = net.stream(8), net.stream(8)
     x = make_x(net, 8, 20_000)
@@ -201,16 +201,16 @@ def test_one_thread_at_a_time():
 
     def look_while_it_runs():
         while thread.is_alive():
-            stream.state  # noqa: B018  (unlike a step, it would leave nothing behind)
+            stream.state  # noqa: B018  (unlike a step, it doesn't change the state)
 
-    with pytest.raises(RuntimeError, match="Stream: expected one thread at a time"):
+    with pytest.raises(RuntimeError, match="Stream: only one thread at a time"):
         look_while_it_runs()
     thread.join()
     assert np.array_equal(got[0], alone.run(x))
     assert all(same(one, other) for one, other in zip(stream.state, alone.state, strict=True))
 
 
-def test_the_state_comes_and_goes_as_copies():
+def test_reading_and_setting_the_state_copies():
     net = make_lstm(3, (4, 5))
     x, stream = make_x(net, 2, 8), net.stream(2)
     assert [pair.shape for pair in stream.state] == [(2, 2, 4), (2, 2, 5)]
@@ -220,13 +220,13 @@ def test_the_state_comes_and_goes_as_copies():
     rest = stream.run(x[:, 4:])
     kept_before = [array.copy() for pair in kept for array in pair]
     stream.state = kept
-    kept[0].h[:] = 9  # ours again
+    kept[0].h[:] = 9  # this must not change the stream
     assert np.array_equal(stream.run(x[:, 4:]), rest)
-    stream.state = [State(*kept_before[:2]), kept_before[2:]]  # any pairs will do
+    stream.state = [State(*kept_before[:2]), kept_before[2:]]  # other pairs are accepted too
     assert np.array_equal(stream.run(x[:, 4:]), rest)
 
 
-def test_a_fork_goes_its_own_way():
+def test_a_fork_is_independent():
     net = make_lstm(3, (4,))
     x, stream = make_x(net, 1, 9), net.stream()
     stream.run(x[:, :5])
@@ -264,7 +264,7 @@ def test_reset_of_some_rows(rows, hit):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
-def test_a_stream_begins_and_begins_anew_at_the_learned_state(kind):
+def test_a_stream_starts_and_resets_to_the_learned_state(kind):
     cell = make_cell(np.random.default_rng(0), 3, 4, kind=kind, learn_initial_state=True)
     net = Network([Recurrent((cell,))])
     start = [np.tile(cell.arrays[f"initial_{name}"], (3, 1)) for name in cell.spec.state_sizes]
@@ -310,7 +310,7 @@ def test_reset_clears_nan():
     assert np.array_equal(stream.run(x), net(x))
 
 
-# ── frames of every kind ────────────────────────────────────────────────────────────────────────────────────────────
+# ── kinds of input ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 FORMS = {
     "float64": lambda x: x.astype("float64"),
@@ -350,7 +350,7 @@ def test_what_is_returned_is_the_caller_s(nodes):
     assert (x == 1).all()
 
 
-def test_no_frames():
+def test_a_chunk_of_no_steps():
     net = make_lstm(3, (4,))
     stream = net.stream(2)
     stream.run(make_x(net, 2, 3))
@@ -359,7 +359,7 @@ def test_no_frames():
     assert same(stream.state[0], before[0])
 
 
-# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 X = np.zeros((2, 3), "f4")
 CALLS = {
@@ -372,7 +372,7 @@ CALLS = {
     "chunk batch": (lambda s: s.run(X[:1, None]), ShapeError, r"B=2, got \(1, 1, 3\)"),
     "state": (lambda s: setattr(s, "state", (State(X, X),)), ShapeError, r"h of state of layer 0 \[B=2, H=4\]"),
     "states": (lambda s: setattr(s, "state", ()), ShapeError, "tuple of 1 states"),
-    "no state": (lambda s: setattr(s, "state", None), TypeError, "got None: reset"),
+    "no state": (lambda s: setattr(s, "state", None), TypeError, "got None: use reset"),
     "row": (lambda s: s.reset(2), IndexError, "out of bounds"),
     "rows": (lambda s: s.reset([0, 1], (State(X, X),)), ShapeError, r"\[B=2, H=4\], got \(2, 3\)"),
 }
@@ -397,9 +397,9 @@ BACKWARDS = Recurrent(make_lstm(4).nodes[0].cells, go_backwards=True)
 @pytest.mark.parametrize(
     ("node", "why"),
     [
-        (GlobalPool("mean"), "layer_1: the mean over time is of the whole sequence"),
-        (GlobalPool("max"), "layer_1: the max over time is of the whole sequence"),
-        (BACKWARDS, "layer_1: it runs backwards from the end of the sequence"),
+        (GlobalPool("mean"), "layer_1 can't run step by step: the mean over time needs the whole sequence"),
+        (GlobalPool("max"), "layer_1 can't run step by step: the max over time needs the whole sequence"),
+        (BACKWARDS, "layer_1 can't run step by step: it runs backwards from the end of the sequence"),
     ],
 )
 def test_a_network_that_needs_the_whole_sequence_is_no_stream(node, why):
@@ -411,7 +411,9 @@ def test_a_network_that_needs_the_whole_sequence_is_no_stream(node, why):
 def test_a_bidirectional_network_is_no_stream():
     cells = make_lstm().nodes[0].cells
     net = Network([Bidirectional(Recurrent(cells), Recurrent(cells, go_backwards=True))])
-    with pytest.raises(ValueError, match="layer_0: it runs backwards from the end of the sequence"):
+    with pytest.raises(
+        ValueError, match="layer_0 can't run step by step: it runs backwards from the end of the sequence"
+    ):
         net.stream()
 
 
@@ -428,7 +430,7 @@ def test_more_threads_than_can_be(threads):
     assert make_lstm().run(np.zeros((1, 2, 3)), threads=2**31 - 1)[0].shape == (1, 2, 4)
 
 
-# ── weights of fewer bits ───────────────────────────────────────────────────────────────────────────────────────────
+# ── bfloat16 and int8 weights ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def narrow_net(dtype="float32"):
@@ -438,7 +440,7 @@ def narrow_net(dtype="float32"):
 
 
 @pytest.mark.parametrize(("weights", "near", "far"), [("bfloat16", 2e-2, 1e-5), ("int8", 5e-2, 1e-5)])
-def test_weights_of_fewer_bits_are_near(weights, near, far):
+def test_results_with_bfloat16_and_int8_weights_are_close(weights, near, far):
     net = narrow_net()
     x = np.random.default_rng(12).normal(size=(2, 40, 6)).astype(np.float32)
     stream = net.stream(2, weights=weights)
@@ -452,7 +454,7 @@ def test_weights_of_fewer_bits_are_near(weights, near, far):
     np.testing.assert_array_equal(np.stack(steps, axis=1), y)
 
 
-def test_weights_that_no_stream_can_hold():
+def test_unsupported_weights_are_refused():
     with pytest.raises(ValueError, match="weights to be one of float32, bfloat16, int8, got 'int4'"):
         narrow_net().stream(weights="int4")
     with pytest.raises(TypeError, match="expected float32 arrays for weights='int8', got float64"):
@@ -460,7 +462,7 @@ def test_weights_that_no_stream_can_hold():
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_threads_leave_every_bit(batch):
+def test_bits_do_not_depend_on_threads(batch):
     net = make_network(3, "float32", streams=True)
     x, one, two = make_x(net, batch, 700), net.stream(batch), net.stream(batch, threads=2)
     assert "threads=2" in repr(two)
@@ -478,8 +480,8 @@ def test_threads_leave_every_bit(batch):
 
 
 @pytest.mark.parametrize("nodes", [("cell",), ("cell", "tanh", "cell")])
-def test_two_threads_never_find_a_stream_half_way(nodes):
-    """Cells that count their steps: what is refused has moved none of them."""
+def test_refused_concurrent_calls_change_no_state(nodes):
+    """The cells count their steps: a refused call has changed none of them."""
     one = np.ones((1, 1), "f4")
     counts = Cell(CellSpec(1, 1, kind="rnn", activation="linear"), 0 * one, one, np.ones(1, "f4"))  # h = h_prev + 1
     net = Network([Recurrent((counts,)) if node == "cell" else Activation(node) for node in nodes])
@@ -501,16 +503,16 @@ def test_two_threads_never_find_a_stream_half_way(nodes):
     assert all(state.h[0, 0] == 300 * outcomes.count("done") for state in stream.state)
 
 
-def test_ids_that_the_network_makes_are_no_frames():
+def test_ids_that_the_network_computes_cannot_be_streamed():
     table = Embedding(np.ones((5, 2), "f4"))
     cell = make_network(0, "float32", streams=True).cells[0]
     net = Network([Recurrent((cell,), return_sequences=False), table])
     for open_it in (net.stream, lambda: net.pool(2)):
-        with pytest.raises(ValueError, match="it takes a vector of ids that the network makes"):
+        with pytest.raises(ValueError, match="it takes a vector of ids that the network computes"):
             open_it()
 
 
-def test_more_than_sums_of_8_bits_hold():
+def test_layers_too_wide_for_int8_sums_are_refused():
     width = 133_153
     cell = Cell(CellSpec(width, 1, kind="rnn", use_bias=False), np.ones((width, 1), "f4"), np.ones((1, 1), "f4"))
     with pytest.raises(ValueError, match="expected at most 133144 features and units for weights='int8', got 133153"):
@@ -518,12 +520,12 @@ def test_more_than_sums_of_8_bits_hold():
 
 
 class AlarmError(Exception):
-    """What a signal's handler raises here."""
+    """The exception of the signal handler in these tests."""
 
 
 @pytest.fixture
 def alarms():
-    """Give what runs a call under an alarm that may interrupt it at any moment, and says whether it did."""
+    """Return a function that runs a call which an alarm may interrupt anywhere, and returns whether it did."""
 
     def ring(*_):
         raise AlarmError
@@ -545,7 +547,7 @@ def alarms():
 
 
 def several_parts(rng):
-    """A network whose cells, convolution and residual keep a state each, in parts that run one after the other."""
+    """Return a network whose cells, convolution and residual have separate states, in parts that run in sequence."""
     cells = tuple(make_cell(rng, 6, 6) for _ in range(3))
     kernel = rng.normal(size=(3, 6, 6)).astype(np.float32)
     head = rng.normal(size=(6, 6)).astype(np.float32)
@@ -553,18 +555,18 @@ def several_parts(rng):
 
 
 @pytest.mark.parametrize("kind", ["stream", "sessions"])
-def test_a_signal_leaves_a_stream_before_a_frame_or_after_it(alarms, kind):
+def test_a_signal_leaves_a_stream_before_or_after_a_step(alarms, kind):
     rng = np.random.default_rng(0)
     net = several_parts(rng)
-    frames = rng.normal(size=(400, 2, 6)).astype(np.float32)
+    xs = rng.normal(size=(400, 2, 6)).astype(np.float32)
     twin, interrupted, taken = net.stream(2), 0, 0
     pool, stream = net.pool(4), net.stream(2)
     numbers = [pool.open(), pool.open()]
-    for frame in frames:
+    for x_t in xs:
         step = (lambda x: pool.step(numbers, x)) if kind == "sessions" else stream.step
         before = twin.state
-        twin.step(frame)
-        if alarms(rng.uniform(1e-6, 150e-6), step, frame):
+        twin.step(x_t)
+        if alarms(rng.uniform(1e-6, 150e-6), step, x_t):
             interrupted += 1
             states = [pool.state(number) for number in numbers]
             now = stacked(states) if kind == "sessions" else stream.state
@@ -574,24 +576,26 @@ def test_a_signal_leaves_a_stream_before_a_frame_or_after_it(alarms, kind):
                 taken += 1
         now = stacked([pool.state(number) for number in numbers]) if kind == "sessions" else stream.state
         assert same(now, twin.state)
-    assert interrupted > taken  # some in the midst of a frame, which was as if it had never come
+    assert interrupted > taken  # some in the middle of a step, which then had no effect
 
 
 def stacked(states):
-    """Return the states of sessions as one state of as many rows."""
+    """Return the states of sessions as one state, with a row per session."""
     return tuple(
         type(entries[0])(*(np.concatenate(arrays) for arrays in zip(*entries, strict=True)))
         for entries in zip(*states, strict=True)
     )
 
 
-def test_an_exception_at_any_line_of_open_costs_no_session():
+def test_an_exception_at_any_line_of_open_loses_no_session():
     pool = several_parts(np.random.default_rng(1)).pool(3)
     lines = 0
 
     def interrupt(frame, event, arg):
         nonlocal reached, lines
-        if event == "line" and frame.f_lineno > reached:  # not where a with statement is left, which no signal breaks
+        if (
+            event == "line" and frame.f_lineno > reached
+        ):  # not at the exit of a with statement, which signals don't interrupt
             reached, lines = frame.f_lineno, lines + 1
             if lines == place:
                 raise AlarmError

@@ -1,4 +1,4 @@
-"""Streams of graphs: the same bits as a pass, memories of convolutions, and what can't answer frame by frame."""
+"""Streams of graphs: the same bits as a run, memories of convolutions, and nodes that can't run step by step."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_steps_and_chunks_are_a_pass(seed, dtype):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_states_come_and_go(seed):
+def test_states_can_be_read_and_set(seed):
     net, given = make_graph(seed, streams=True)
     stream, other = net.stream(3), net.stream(3)
     start = make_states(np.random.default_rng(seed), net, 3)
@@ -93,7 +93,7 @@ def causal(**settings):
     return Conv1D(floats(3, 3, 4), floats(4, seed=1), padding="causal", **settings)
 
 
-def test_a_causal_convolution_keeps_the_frames_that_it_needs():
+def test_a_causal_convolution_keeps_the_steps_that_it_needs():
     net, x = Network([causal(dilation=2), lstm(4, 5)]), floats(2, 9, 3)
     stream = net.stream(2)
     assert [type(part).__name__ for part in stream.state] == ["State", "Frames"]
@@ -102,7 +102,7 @@ def test_a_causal_convolution_keeps_the_frames_that_it_needs():
     assert np.array_equal(steps, net(x))
     assert np.array_equal(stream.state[1].x, x[:, -4:])
     kept = stream.state
-    kept[1].x[:] = 7  # ours alone
+    kept[1].x[:] = 7  # this must not change the stream
     assert np.array_equal(stream.state[1].x, x[:, -4:])
     stream.reset(1)
     assert np.array_equal(stream.state[1].x, [x[0, -4:], np.zeros((4, 3))])
@@ -118,7 +118,7 @@ def test_a_convolution_of_one_step_needs_none():
     assert np.array_equal(np.stack([stream.step(x[:, t]) for t in range(9)], axis=1), net(x))
 
 
-def test_two_inputs_of_frames_and_ids():
+def test_two_inputs_of_features_and_ids():
     nodes = [Embedding(floats(9, 2)), lstm(), Merge(), Dense(floats(6, 2)), GlobalPool("last")]
     names, wires = ["e", "lstm", "both", "head", "last"], [("id",), ("x",), ("lstm", "e"), ("both",), ("head",)]
     net = Network(nodes, names, inputs=("x", "id"), wires=wires, outputs=["last", "lstm"])
@@ -149,7 +149,7 @@ def test_what_is_returned_is_the_caller_s():
 # ── masks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_frames_that_the_network_masks_are_refused_and_change_nothing():
+def test_steps_that_the_network_masks_are_refused_and_change_nothing():
     x, ids = floats(2, 3), np.array([3, 1])
     for node, good, bad in (
         (Masking(0.0), x, x * [[1], [0]]),
@@ -159,14 +159,14 @@ def test_frames_that_the_network_masks_are_refused_and_change_nothing():
         stream = net.stream(2)
         first = stream.step(good)
         before = stream.state
-        with pytest.raises(ValueError, match="frames without padding, got one for row 1 that mask masks: leave it out"):
+        with pytest.raises(ValueError, match="mask masks a step of row 1: leave padding out"):
             stream.step(bad)
         assert equal(stream.state[0], before[0])
         chunk = np.stack([good, good], axis=1)
         assert np.array_equal(net(chunk)[:, 0], first)
 
 
-def test_masks_that_nothing_heeds_refuse_no_frame():
+def test_masks_that_affect_nothing_refuse_no_step():
     x, table = floats(2, 5, 3) * (np.arange(5) % 2)[:, None], floats(9, 3)
     ids = np.array([[0, 1, 0, 2, 3], [4, 0, 0, 5, 6]])
     dropped = Network([Masking(0.0), causal(), lstm(4)])
@@ -178,8 +178,8 @@ def test_masks_that_nothing_heeds_refuse_no_frame():
     assert np.array_equal(alone.stream(2).run(ids), alone(ids))
 
 
-@pytest.mark.parametrize(("bad", "message"), [(9, "ids from 0 to 8, got 9 to 9"), (0, "for row 0 that e masks")])
-def test_bad_ids_change_nothing_even_where_they_come_late(bad, message):
+@pytest.mark.parametrize(("bad", "message"), [(9, "ids from 0 to 8, got 9 to 9"), (0, "e masks a step of row 0")])
+def test_bad_ids_change_nothing_even_after_cells(bad, message):
     nodes = [lstm(), Embedding(floats(9, 2), True), lstm(2), Merge()]
     wires = [("x",), ("id",), ("e",), ("a", "b")]
     stream = Network(nodes, ["a", "e", "b", "both"], inputs=("x", "id"), wires=wires).stream(1)
@@ -190,21 +190,33 @@ def test_bad_ids_change_nothing_even_where_they_come_late(bad, message):
     assert all(equal(one, other) for one, other in zip(stream.state, before, strict=True))
 
 
-# ── what can't be a stream ──────────────────────────────────────────────────────────────────────────────────────────
+# ── networks that can't be streamed ─────────────────────────────────────────────────────────────────────────────────
 
 WHY = {
-    "conv": ([Conv1D(floats(3, 3, 4))], "n0: its windows reach into frames to come"),
-    "same": ([Conv1D(floats(2, 3, 4), padding="same")], "n0: its windows reach into frames to come"),
-    "strides": ([Conv1D(floats(3, 3, 4), None, 2, "causal")], "n0: it answers every 2 steps, and a stream after every"),
-    "pool1d": ([Pool1D("max", 2)], "n0: the max of 2 steps is of a window"),
-    "pool": ([GlobalPool("mean")], "n0: the mean over time is of the whole sequence"),
-    "flatten": ([Flatten()], "n0: it makes one shape of the whole sequence"),
-    "reshape": ([Reshape((-1, 3))], "n0: it makes one shape of the whole sequence"),
-    "permute": ([Permute((2, 1))], "n0: it makes one shape of the whole sequence"),
-    "repeat": ([GlobalPool("last"), Repeat(3)], "n1: it makes a sequence of 3 steps out of every frame"),
-    "select": ([Select(-1, None)], "n0: it takes some steps of the whole sequence"),
-    "ids": ([Select(-1, None), Embedding(floats(9, 3))], "n0: it takes some of all ids"),
-    "late mask": ([lstm(), Masking()], "n1: it may mask a frame after n0 has moved on"),
+    "conv": ([Conv1D(floats(3, 3, 4))], "n0 can't run step by step: its windows contain future steps"),
+    "same": ([Conv1D(floats(2, 3, 4), padding="same")], "n0 can't run step by step: its windows contain future steps"),
+    "strides": (
+        [Conv1D(floats(3, 3, 4), None, 2, "causal")],
+        "n0 can't run step by step: it has an output every 2 steps",
+    ),
+    "pool1d": (
+        [Pool1D("max", 2)],
+        "n0 can't run step by step: the max of 2 steps needs padding='causal' and strides=1",
+    ),
+    "pool": ([GlobalPool("mean")], "n0 can't run step by step: the mean over time needs the whole sequence"),
+    "flatten": ([Flatten()], "n0 can't run step by step: it changes the shape of the whole sequence"),
+    "reshape": ([Reshape((-1, 3))], "n0 can't run step by step: it changes the shape of the whole sequence"),
+    "permute": ([Permute((2, 1))], "n0 can't run step by step: it changes the shape of the whole sequence"),
+    "repeat": ([GlobalPool("last"), Repeat(3)], "n1 can't run step by step: it makes 3 steps out of every step"),
+    "select": ([Select(-1, None)], "n0 can't run step by step: it selects steps of the whole sequence"),
+    "ids": (
+        [Select(-1, None), Embedding(floats(9, 3))],
+        "n0 can't run step by step: it selects or moves ids of a sequence",
+    ),
+    "late mask": (
+        [lstm(), Masking()],
+        "n1 can't run step by step: it may mask a step after the state of n0 has changed",
+    ),
 }
 
 
@@ -212,23 +224,23 @@ WHY = {
 def test_a_graph_that_can_t_be_a_stream_says_why_in_a_line(case):
     nodes, message = WHY[case]
     net = Network(nodes, [f"n{number}" for number in range(len(nodes))])
-    with pytest.raises(ValueError, match=f"expected nodes that can answer after every frame, got {message}") as error:
+    with pytest.raises(ValueError, match=f"Stream: {message}") as error:
         net.stream()
     assert "\n" not in str(error.value)
 
 
 def test_merging_along_time_can_t_be_a_stream():
     net = Network([Merge("concat", 1)], ["ends"], inputs=("x", "y"), wires=[("x", "y")])
-    with pytest.raises(ValueError, match="got ends: it puts whole sequences end to end"):
+    with pytest.raises(ValueError, match="ends can't run step by step: it concatenates whole sequences"):
         net.stream()
 
 
 def test_an_input_without_time_can_t_be_a_stream():
-    with pytest.raises(ValueError, match=r"expected inputs of a frame a step, got x \[B, 3\]: it has no time"):
+    with pytest.raises(ValueError, match=r"expected inputs with a time axis, got x \[B, 3\]"):
         Network([Dense(floats(3, 2))], inputs={"x": (3,)}).stream()
 
 
-def test_what_comes_after_the_last_step_may_flatten():
+def test_flatten_after_the_last_step_can_be_streamed():
     net, x = Network([lstm(return_sequences=False), Flatten(), LayerNorm(), Select(1, 3, axis=1)]), floats(2, 5, 3)
     stream = net.stream(2)
     steps = [stream.step(x[:, t]) for t in range(5)]
@@ -240,20 +252,20 @@ X, IDS = floats(2, 3), np.array([1, 2])
 CALLS = {
     "one": (lambda s: s.step(X), TypeError, "Stream: expected the inputs x, id, by name or in order, got ndarray"),
     "rank": (lambda s: s.step((X[None], IDS)), ShapeError, r"x \[B, I=3\], got \(1, 2, 3\): one step has no time axis"),
-    "ids": (lambda s: s.step((X, IDS[:, None])), ShapeError, r"expected id \[B\], ids, got \(2, 1\)"),
-    "chunk of ids": (lambda s: s.run((X[:, None], IDS)), ShapeError, r"expected id \[B, T\], ids, got \(2,\)"),
+    "ids": (lambda s: s.step((X, IDS[:, None])), ShapeError, r"expected id \(ids\) \[B\], got \(2, 1\)"),
+    "chunk of ids": (lambda s: s.run((X[:, None], IDS)), ShapeError, r"expected id \(ids\) \[B, T\], got \(2,\)"),
     "batch": (lambda s: s.step((X, IDS[:1])), ShapeError, r"expected id with B=2, got \(1,\)"),
     "steps": (
         lambda s: s.run((X[:, None], np.array([[1, 2], [1, 2]]))),
         ShapeError,
         r"expected id with T=1, got \(2, 2\)",
     ),
-    "state": (lambda s: setattr(s, "state", ()), ShapeError, "tuple of 1 states, one a cell, and 1 Frames, .*got 0"),
-    "state number": (lambda s: setattr(s, "state", 3), ShapeError, "one a node that keeps some, got int"),
-    "frames": (
+    "state": (lambda s: setattr(s, "state", ()), ShapeError, "tuple of 1 states, one per cell, and 1 Frames, .*got 0"),
+    "state number": (lambda s: setattr(s, "state", 3), ShapeError, "one per node with a memory, got int"),
+    "memory": (
         lambda s: setattr(s, "state", (s.state[0], Frames(X))),
         ShapeError,
-        r"expected frames \[2, 2, 3\] of the state, got \(2, 3\)",
+        r"expected Frames \[2, 2, 3\] in the state, got \(2, 3\)",
     ),
 }
 
@@ -270,8 +282,8 @@ def test_a_bad_call_says_what_was_expected_and_changes_nothing(case):
     assert all(equal(tuple(one), tuple(other)) for one, other in zip(stream.state, before, strict=True))
 
 
-def test_widths_that_a_network_says_are_not_checked_again_at_every_frame(monkeypatch):
-    """Whether the nodes meet was told when it was made; a frame of the wrong width is refused all the same."""
+def test_known_widths_are_not_checked_again_at_every_step(monkeypatch):
+    """The nodes were checked when the network was made; a step of the wrong width is still refused."""
     rng = np.random.default_rng(0)
     nodes = (Reshape((-1, 1)), Conv1D(rng.normal(size=(3, 1, 2)).astype("float32")), Flatten())
     mirrored = Take((1, 0, 1, 2, 3, 4))

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from cellstack.bfloat16 import Halves
+from cellstack.bfloat16 import BFloat16Array
 from cellstack.formats.files import replacing, short
 from cellstack.formats.safetensors_weights import extract_weights, has_parts, load_weights, upper_halves
 from cellstack.network import Network
@@ -53,13 +53,13 @@ def recognises(head: bytes) -> bool:
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def described(network: Network) -> tuple[dict[str, Any], dict[str, Array | Halves]]:
+def described(network: Network) -> tuple[dict[str, Any], dict[str, Array | BFloat16Array]]:
     """Return the description of `network`, which JSON can hold, and its arrays by the names of their tensors.
 
     Args:
         network: what is described.
     """
-    tensors: dict[str, Array | Halves] = {}
+    tensors: dict[str, Array | BFloat16Array] = {}
     nodes = []
     for name, wires, node in zip(network.names, network.wires, network.nodes, strict=True):
         entry, arrays = node.stored()
@@ -98,10 +98,10 @@ def save(network: Network, path: str) -> None:
         file.write(_to_bytes(tensors, description))
 
 
-def _to_bytes(tensors: Mapping[str, Array | Halves], description: str) -> bytes:
+def _to_bytes(tensors: Mapping[str, Array | BFloat16Array], description: str) -> bytes:
     """Return the bytes of a file: of bfloat16, which NumPy doesn't have, the bits, as the header says."""
-    halves = {name for name, array in tensors.items() if isinstance(array, Halves)}
-    written = {name: array.bits if isinstance(array, Halves) else array for name, array in tensors.items()}
+    halves = {name for name, array in tensors.items() if isinstance(array, BFloat16Array)}
+    written = {name: array.bits if isinstance(array, BFloat16Array) else array for name, array in tensors.items()}
     data = to_bytes(written, metadata={KEY: description})
     if not halves:
         return data
@@ -168,14 +168,14 @@ class _Tensors:
         self.path, self.file = path, file
         self.left = set(file.keys())
 
-    def take(self, name: str, shape: tuple[int, ...], halves: bool = False) -> Array | Halves:
+    def take(self, name: str, shape: tuple[int, ...], bfloat16: bool = False) -> Array | BFloat16Array:
         where = f"{self.path}: tensor {short(name)}"
         if name not in self.left:
             raise FormatError(f"{where}: expected it, with shape {short(list(shape))}, found no such tensor")
         self.left.remove(name)
         entry = self.file.get_slice(name)
         dtype, found = entry.get_dtype(), entry.get_shape()
-        known = (*DTYPES, HALVES) if halves else tuple(DTYPES)
+        known = (*DTYPES, HALVES) if bfloat16 else tuple(DTYPES)
         if dtype not in known:
             raise FormatError(f"{where}: expected dtype {', '.join(known[:-1])} or {known[-1]}, found {short(dtype)}")
         if found != list(shape):
@@ -183,7 +183,7 @@ class _Tensors:
         if 0 in shape:  # the other axis could be of any length, beyond what NumPy can count
             raise FormatError(f"{where}: expected at least one number, found shape {short(found)}")
         if dtype == HALVES:
-            return Halves(upper_halves(self.path, name, shape))
+            return BFloat16Array(upper_halves(self.path, name, shape))
         np.empty(shape, DTYPES[dtype])  # a MemoryError where there is no room for it: the package would panic
         return self.file.get_tensor(name)
 
@@ -208,8 +208,8 @@ class _Entry(Entry):
             raise self.refuse(f"expected type {self.kind!r}, found {short(self.table['type'])}")
         return found
 
-    def array(self, name: str, shape: tuple[int, ...], halves: bool = False) -> Array | Halves:
-        return self.tensors.take(f"{self.prefix}/{name}", shape, halves)
+    def array(self, name: str, shape: tuple[int, ...], bfloat16: bool = False) -> Array | BFloat16Array:
+        return self.tensors.take(f"{self.prefix}/{name}", shape, bfloat16)
 
     def inner(self, name: str, description: Any, kind: str = "") -> _Entry:
         return _Entry(self.tensors, f"{self.prefix}/{name}", description, kind)

@@ -1,4 +1,4 @@
-"""Every node by its name: `from cellstack.nodes import Conv1D`. What a node is: see `node`."""
+"""All nodes: `from cellstack.nodes import Conv1D`. For their common interface see `base`."""
 
 from cellstack.nodes.base import Array, Node
 from cellstack.nodes.dense import Dense
@@ -41,7 +41,7 @@ NODES: dict[str, type[Node]] = {
         PerFrame,
     )
 }
-"""Every kind of node, by what files call it."""
+"""Every kind of node by its type in files."""
 
 __all__ = [
     "NODES",

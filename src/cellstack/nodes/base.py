@@ -1,8 +1,8 @@
-"""What a node of a network is: what it answers, what flows through it, and the checks that all of them share.
+"""The base class of nodes, the values that flow between them, and the checks that all nodes share.
 
-A node is data: a frozen dataclass whose arrays are private, read-only copies. Running one writes nothing to it, nor to
-what flows into it, so threads share nodes freely and one value may go to several nodes. Between nodes flows
-`x [B, T, W]` with its mask `[B, T]`, or, once a node has returned a single vector a row, `x [B, W]`.
+A node is data: a frozen dataclass whose arrays are private, read-only copies. Running a node changes neither the node
+nor its inputs, so threads can share nodes, and several nodes can take the same value. A value is a sequence
+`x [B, T, W]` with its mask `[B, T]`, or a vector per row, `x [B, W]`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import reference, spec
-from cellstack.bfloat16 import Halves
+from cellstack.bfloat16 import BFloat16Array
 from cellstack.nodes.masks import ArrayMasks
 from cellstack.spec import DTYPES, HiddenState, ShapeError, State
 
@@ -29,17 +29,17 @@ Array = NDArray[Any]
 CellState = State | HiddenState
 Value = TypeVar("Value")
 Shape = tuple[int | None, ...]
-"""Lengths of the axes after the batch: `(T, W)` of a sequence, `(W,)` of a vector. None = not known beforehand."""
+"""Lengths of the axes after the batch: `(T, W)` of a sequence, `(W,)` of a vector. None: not known in advance."""
 
 Types = dict[str, type | tuple[type, ...]]
-"""Keys of a file, and of what type their values are: of one, or of one of several."""
+"""Keys of a file with the types of their values; a tuple lists alternatives."""
 
-MOST = 2**31 - 1  # of what is counted, such as steps: no machine holds more, and sums of lengths stay exact
-MOST_AXES = 16  # beside the batch; NumPy stops not far above
+MOST = 2**31 - 1  # the largest count, such as of steps: no machine holds more, and sums of lengths stay exact
+MOST_AXES = 16  # in addition to the batch; NumPy's limit is not much higher
 
 
 class Flow(NamedTuple):
-    """What a node takes and returns: `x [B, T, W]` or `[B, W]`, its mask and resets, and the node's states after."""
+    """A value between nodes: `x [B, T, W]` or `[B, W]`, its mask and resets, and the node's states after the run."""
 
     x: Array
     mask: NDArray[np.bool_] | None = None
@@ -48,7 +48,7 @@ class Flow(NamedTuple):
 
 
 def shown(shape: Shape, ids: bool = False) -> str:
-    """Return a shape as it is written down: `[B, T, 3]` for `(None, 3)`."""
+    """Return a shape as text: `[B, T, 3]` for `(None, 3)`."""
     axes = list(shape)
     words = ["T" if (n == 0 and (len(axes) > 1 or ids)) else "W" for n in range(len(axes))]
     return (
@@ -58,8 +58,8 @@ def shown(shape: Shape, ids: bool = False) -> str:
 
 def softmax(z: Array) -> Array:
     """Softmax over the last axis, shifted by the largest value so that nothing overflows."""
-    z = np.ascontiguousarray(z)  # the order of a sum's terms, and so its bits, would follow the layout
-    e = z - np.maximum.reduce(z, axis=-1, keepdims=True)  # the ufuncs' own reduce: np.max costs a stream more
+    z = np.ascontiguousarray(z)  # else the order of summation, and with it the rounding, depends on the layout
+    e = z - np.maximum.reduce(z, axis=-1, keepdims=True)  # np.max has more overhead, which a stream notices
     np.exp(e, out=e)
     e /= np.add.reduce(e, axis=-1, keepdims=True)
     return e
@@ -75,7 +75,7 @@ def _silu(z: Array) -> Array:
     return z * reference.ACTIVATIONS["sigmoid"][0](z)
 
 
-_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has none; number by number, some 0.1 us each
+_erf = np.frompyfunc(math.erf, 1, 1)  # NumPy has no erf; this takes some 0.1 us per number
 
 
 def _gelu(z: Array) -> Array:
@@ -102,11 +102,11 @@ MORE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "exponential": np.exp,
     "relu6": lambda z: np.minimum(np.maximum(z, 0.0), 6.0),
 }
-"""Activations that nodes have beyond those of cells, `spec.ACTIVATIONS`: NumPy runs them, and no kernel.
+"""Activations of nodes in addition to those of cells, `spec.ACTIVATIONS`; they run in NumPy, not in the kernel.
 
-    softmax      e^z over its sum, of the last axis        log_softmax  its logarithm
+    softmax      e^z over its sum along the last axis      log_softmax  its logarithm
     silu         z·sigmoid(z)                              selu         1.0507·(z, or 1.6733·(e^z - 1) where negative)
-    gelu         z·(1 + erf(z/sqrt 2))/2                   gelu_tanh    the same with a tanh for erf
+    gelu         z·(1 + erf(z/sqrt 2))/2                   gelu_tanh    gelu with a tanh approximation of erf
     exponential  e^z                                       relu6        min(max(z, 0), 6)
 
 Ref: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units"; Klambauer et al. 2017, "Self-Normalizing Neural
@@ -116,7 +116,7 @@ Networks", eq. 2.
 
 @lru_cache(maxsize=256)
 def activation_function(text: str) -> Callable[[Array], Array]:
-    """Return what `text` names, in `MORE_ACTIVATIONS` or as `spec.activation` reads it, as a function of an array."""
+    """Return the function of an activation in `MORE_ACTIVATIONS`, or of one that `spec.activation` parses."""
     if text in MORE_ACTIVATIONS:
         return MORE_ACTIVATIONS[text]
     name, alpha, beta = spec.activation(text)
@@ -128,17 +128,17 @@ def hold(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array
     """Return a private, contiguous, read-only copy of `value`, float32 or float64.
 
     Args:
-        owner: whose array it is, for the message.
-        name: what it is called, for the message.
+        owner: the node, for error messages.
+        name: the array's name, for error messages.
         value: array-like of floats.
-        shape: one entry an axis: the length that it must have, or a letter where any length from 1 will do.
+        shape: for each axis its required length, or a letter for any length from 1.
 
     Returns:
-        The copy; its dtype is that of `value`.
+        The copy, with the dtype of `value`.
 
     Raises:
         TypeError: the dtype isn't float32 or float64.
-        ShapeError: the shape isn't `shape`.
+        ShapeError: the shape doesn't match `shape`.
     """
     array = np.asarray(value)
     if array.dtype.name not in DTYPES:
@@ -146,11 +146,11 @@ def hold(owner: str, name: str, value: Any, shape: Sequence[int | str]) -> Array
     return _own(owner, name, array, shape)
 
 
-def hold_halves(owner: str, name: str, value: Halves, shape: Sequence[int | str]) -> Halves:
+def hold_bfloat16(owner: str, name: str, value: BFloat16Array, shape: Sequence[int | str]) -> BFloat16Array:
     """Return a private, read-only copy of an array of bfloat16; see `hold`."""
     if value.bits.dtype != np.uint16:
-        raise TypeError(f"{owner}: expected {name} as bits of uint16, got {value.bits.dtype}")
-    return Halves(_own(owner, name, value.bits, shape))
+        raise TypeError(f"{owner}: expected the bits of {name} as uint16, got {value.bits.dtype}")
+    return BFloat16Array(_own(owner, name, value.bits, shape))
 
 
 def _own(owner: str, name: str, array: NDArray[Any], shape: Sequence[int | str]) -> NDArray[Any]:
@@ -165,18 +165,18 @@ def _own(owner: str, name: str, array: NDArray[Any], shape: Sequence[int | str])
 
 
 def padded(x: Array, before: int, after: int, value: float, axis: int = 1) -> Array:
-    """Return `x` with so many entries of `value` before and after an axis, as a rule steps."""
+    """Return `x` padded with `before` and `after` entries of `value` along an axis, by default time."""
     if not before and not after:
         return x
     shape = list(x.shape)
     shape[axis] += before + after
-    y = np.full(shape, value, x.dtype) if value else np.zeros(shape, x.dtype)  # zeros cost a step of a stream less
+    y = np.full(shape, value, x.dtype) if value else np.zeros(shape, x.dtype)  # np.zeros has less overhead
     y[(slice(None),) * axis + (slice(before, before + x.shape[axis]),)] = x
     return y
 
 
 def one_dtype(owner: str, arrays: dict[str, Array | None]) -> np.dtype[Any]:
-    """Return the dtype that all the arrays share; `TypeError` names the first that differs."""
+    """Return the common dtype of the arrays; the `TypeError` names the first one that differs."""
     (first, head), *rest = ((name, array) for name, array in arrays.items() if array is not None)
     for name, array in rest:
         if array.dtype != head.dtype:
@@ -197,7 +197,7 @@ def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> N
 
 
 def check_integer(owner: str, name: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int; `ValueError` unless it is a whole number from `least` to 2^31 - 1."""
+    """Return `value` as an int; `ValueError` unless it is an integer from `least` to 2^31 - 1."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or not least <= value <= MOST:
         raise ValueError(f"{owner}: expected {name} to be an integer from {least} to {MOST}, got {value!r:.80}")
@@ -205,7 +205,7 @@ def check_integer(owner: str, name: str, value: Any, least: int = 1) -> int:
 
 
 def check_number(owner: str, name: str, value: Any, above: float | None = None) -> float:
-    """Return `value` as a float; `ValueError` unless it is a finite real number, above a bound where there is one."""
+    """Return `value` as a float; `ValueError` unless it is a finite real number, greater than `above` if given."""
     real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not real or not np.isfinite(value) or (above is not None and value <= above):
         bound = "" if above is None else f" above {above:g}"
@@ -214,7 +214,7 @@ def check_number(owner: str, name: str, value: Any, above: float | None = None) 
 
 
 def check_activation(owner: str, text: Any) -> str:
-    """Return the activation that `text` names in its shortest form; `ValueError` where there is none such."""
+    """Return the activation `text` in its shortest form; `ValueError` if it is unknown."""
     if isinstance(text, str) and text in MORE_ACTIVATIONS:
         return text
     try:
@@ -224,15 +224,16 @@ def check_activation(owner: str, text: Any) -> str:
 
 
 class FrameRule(NamedTuple):
-    """How a node answers frame by frame; what its cells keep, they keep by themselves.
+    """How a node runs step by step in a stream, apart from the states of its cells.
 
     Attributes:
-        why_not: why it can't, in a few words; None where it can.
-        step: for a node that keeps nothing: from what comes in, a frame `[B, W]` or a chunk `[B, T, W]`, to the
-            answer, with the same axes.
-        memory: for a node that keeps numbers from frame to frame: their lengths after the batch.
-        start: what each of these numbers is before the first frame.
-        advance: from the memory `[B, *memory]` and a chunk `[B, T, W]` to the answers `[B, T, W]` and the memory after.
+        why_not: why it can't be streamed, in a few words; None if it can.
+        step: for a node without memory: the function of one step `[B, W]` or a chunk `[B, T, W]` of each input, which
+            returns an output with the same axes.
+        memory: for a node with a memory of past steps: the shape of the memory without the batch axis.
+        start: the initial value of every number in the memory.
+        advance: the function of the memory `[B, *memory]` and a chunk `[B, T, W]`, which returns the output
+            `[B, T, W]` and the new memory.
     """
 
     why_not: str | None = None
@@ -243,30 +244,30 @@ class FrameRule(NamedTuple):
 
 
 class Node:
-    """What every node says of itself; the rest of the library asks, and knows no kind of node by name.
+    """Base class of nodes. The rest of the library relies on these properties instead of testing for node types.
 
-    A node that takes one value needs `apply`, and a `check` where its shape changes; one that works step by step is a
-    `Stepwise`.
+    A node with one input defines `apply`, and `check` if it changes the shape; one whose output at a step depends only
+    on that step is a `Stepwise`.
 
     Attributes:
         cells: the node's cells; each has a state.
-        input_size: width of the last axis that it takes; None = any.
-        dtype: of its arrays; None = it has none.
-        axes: how many axes beside the batch it takes and how many it returns; None = any, and twice None = it returns
-            as many as it takes.
-        inputs: how many values it takes beside states to start from; None = two or more.
-        shapes_only: it moves numbers without computing any, so that ids pass through it as they are.
-        takes_ids: it looks its input up in a table: whole numbers, which keep their dtype.
-        keeps_width: the last axis of what it returns is as long as that of what it takes.
-        mixes_steps: what it returns at a step comes from several steps, so that it can't keep pieces apart.
-        checks_late: its check needs lengths that only a call brings.
-        makes_mask: it leaves out steps of its own accord: see `kept`.
-        heeds_mask: what it computes depends on the masks of what it takes.
-        file_type: what files call it.
-        arrays: its arguments that are arrays, and by which of the file's keys each of their axes is as long; one that
-            may be None has a key `use_…` besides.
-        settings: its other arguments, and what types their values have in a file.
-        multiplied: those of its arrays that are multiplied with what comes in.
+        input_size: length of the last axis of its input; None: any.
+        dtype: dtype of its arrays; None: it has no arrays.
+        axes: the number of axes, without the batch, of its input and of its output; None: any; both None: the output
+            has as many as the input.
+        inputs: the number of inputs, without initial states; None: two or more.
+        shapes_only: it moves numbers without computing with them, so that ids pass through unchanged.
+        takes_ids: its input are ids for a table: integers, which keep their dtype.
+        keeps_width: the last axes of its output and of its input have the same length.
+        mixes_steps: its output at a step depends on several steps, so that it doesn't support resets.
+        checks_late: its check needs lengths that are known only in a call.
+        makes_mask: it masks steps itself: see `kept`.
+        heeds_mask: its output depends on the masks of its inputs.
+        file_type: its type in files.
+        arrays: its array arguments, each with the file keys for the lengths of its axes; an optional array also has
+            the key `use_…`.
+        settings: its other arguments, with the types of their values in a file.
+        multiplied: the names of the arrays that are multiplied with the input.
     """
 
     cells: tuple[Any, ...] = ()
@@ -290,11 +291,10 @@ class Node:
 
     @property
     def state_sizes(self) -> dict[str, int]:
-        """Widths of its cells' states by what a network calls them: `h`, `c`; where it has several cells, `0/h` and on.
+        """Widths of its cells' states by name: `h`, `c`; with several cells, `0/h`, `0/c`, `1/h` and so on.
 
-        Each may be a value of the network, `[B, H]`: what it is after the last step goes by the node's name, a slash
-        and this one. And a node may take values that they start from: all of them, in this order, after what it takes
-        else.
+        The state after the last step is a value of the network, `[B, H]`, with the name `node/state`. A node may also
+        take initial states as inputs: all of them, in this order, after its other inputs.
         """
         several = len(self.cells) > 1
         return {
@@ -304,21 +304,21 @@ class Node:
         }
 
     def apart(self, values: Sequence[Value]) -> tuple[Sequence[Value], Sequence[Value]]:
-        """Return what the node works on, of all that it takes, and what its states start from: nothing, or all."""
+        """Split the node's inputs into its actual inputs and the initial states (none, or all of them)."""
         count = len(values) if self.inputs is None else self.inputs
         return values[:count], values[count:]
 
     # ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
-        """Return the shape of the output, given those of what comes in.
+        """Return the shape of the output, given the shapes of the inputs.
 
         Args:
-            owner: the node's name, for the message.
-            shapes: one a value that comes in.
+            owner: the node's name, for error messages.
+            shapes: one per input.
 
         Raises:
-            ShapeError: the node can't take such values.
+            ShapeError: the node can't take such inputs.
         """
         (shape,) = shapes
         check_axes(owner, self, shape)
@@ -333,16 +333,16 @@ class Node:
     # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def apply(self, x: Array) -> Array:
-        """Return what the node makes of `x [B, …]`; one that takes more than one value has a `run` of its own."""
+        """Return the output for `x [B, …]`; nodes with several inputs override `run` instead."""
         raise NotImplementedError
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
-        """Return what the node makes of `flows`, with its own states after the call.
+        """Run the node and return its output, with its states after the call.
 
         Args:
-            flows: one a value that comes in.
-            states: one a cell, contiguous arrays of the cell's dtype; None = the cell's own initial state.
-            threads: how many the kernel may use.
+            flows: the inputs.
+            states: one per cell, contiguous arrays of the cell's dtype; None: the cell's initial state.
+            threads: the number of threads that the kernel may use.
         """
         (flow,) = flows
         reset = flow.reset if self.keeps_steps(flow.x.ndim - 1) else None
@@ -351,22 +351,22 @@ class Node:
     # ── masks ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def keeps_steps(self, axes: int) -> bool:
-        """Return whether each step that comes out is the one that came in, so that mask and resets go on with it.
+        """Return whether step t of the output belongs to step t of the input, so that mask and resets still apply.
 
         Args:
-            axes: how many axes beside the batch what comes in has.
+            axes: the number of axes of the input without the batch.
         """
         return True
 
     def mask_after(self, masks: Sequence[Mask | None], axes: int, on: Masks[Mask]) -> Mask | None:
-        """Return the mask that goes on with what the node returns; None = all steps are used.
+        """Return the mask of the output; None: all steps are used.
 
-        The rule is the same whatever masks are: arrays in a run, values of a graph that is written, names.
+        The rule applies to every representation of masks: arrays in a run, values of an exported graph, or names.
 
         Args:
-            masks: those of what comes in, one a value; None where it has none.
-            axes: how many axes beside the batch what comes in has.
-            on: what can be done with such masks.
+            masks: the masks of the inputs; None for an input without one.
+            axes: the number of axes of the input without the batch.
+            on: the operations on this representation of masks.
         """
         mask = masks[0] if self.keeps_steps(axes) else None
         if not self.makes_mask:
@@ -374,11 +374,11 @@ class Node:
         return on.made() if mask is None else on.both(mask, on.made())
 
     def kept(self, x: Array, *others: Array) -> NDArray[np.bool_]:
-        """Return which steps of `x` a node that `makes_mask` uses, `[B, T]`, or `[B]` of a frame.
+        """Return which steps of `x` a node that `makes_mask` uses: `[B, T]`, or `[B]` for one step.
 
         Args:
-            x: what it takes.
-            others: what it takes besides.
+            x: its first input.
+            others: its other inputs.
         """
         raise NotImplementedError
 
@@ -389,27 +389,27 @@ class Node:
             return None
         return self.mask_after(masks, flows[0].x.ndim - 1, ArrayMasks(self, flows))
 
-    # ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── streaming ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """Return how the node answers frame by frame, or why it can't.
+        """Return how the node runs step by step, or why it can't.
 
         Args:
-            shapes: of what comes in, as for `check`.
+            shapes: the shapes of the inputs, as for `check`.
         """
         raise NotImplementedError
 
     # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def with_weights(self, weights: str) -> Node:
-        """Return the node with the matrices of its cells held in `weights`: see `Network.with_weights`."""
+        """Return the node with the matrices of its cells stored as `weights`: see `Network.with_weights`."""
         return self
 
     # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @classmethod
     def keys(cls) -> Types:
-        """Return the keys that a file has for such a node beside its type, and the types of their values."""
+        """Return the file keys of such a node, except its type, and the types of their values."""
         optional = {field.name for field in fields(cls) if field.default is None}  # pyright: ignore[reportArgumentType]
         sure = {key for name, axes in cls.arrays.items() if name not in optional for key in axes}
         sizes: Types = {key: int if key in sure else (int, type(None)) for axes in cls.arrays.values() for key in axes}
@@ -417,13 +417,13 @@ class Node:
 
     @classmethod
     def array_shapes(cls, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the arrays that a file holds for such a node.
+        """Return the shapes of the arrays that a file has for such a node.
 
         Args:
-            values: of `keys`.
+            values: the values of `keys`.
 
         Raises:
-            ValueError: values that no such node has.
+            ValueError: the values contradict each other.
         """
         there = {name: axes for name, axes in cls.arrays.items() if values.get(f"use_{name}", True)}
         for key in dict.fromkeys(key for axes in cls.arrays.values() for key in axes):
@@ -433,7 +433,7 @@ class Node:
         return {name: tuple(values[key] for key in axes) for name, axes in there.items()}
 
     def values(self) -> dict[str, Any]:
-        """Return what a file holds for the node under `keys`."""
+        """Return the values of `keys` for this node."""
         found = {}
         for key in self.keys():
             if key in self.settings:
@@ -449,28 +449,28 @@ class Node:
                 found[key] = lengths[0] if lengths else None
         return found
 
-    def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | Halves]]:
-        """Return the node as a file holds it: what JSON says of it, and its arrays by their names within the node."""
+    def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | BFloat16Array]]:
+        """Return the node's entry in a file: its JSON values, and its arrays by their names within the node."""
         values = self.values()
         return {"type": self.file_type, **values}, {name: getattr(self, name) for name in self.array_shapes(values)}
 
     @classmethod
     def restored(cls, entry: Entry) -> Node:
-        """Return the node that an entry of a file holds: the opposite of `stored`.
+        """Return the node of an entry of a file: the inverse of `stored`.
 
         Raises:
-            FormatError, ValueError, TypeError: an entry that doesn't fit such a node.
+            FormatError, ValueError, TypeError: the entry isn't valid for such a node.
         """
         values = entry.take(cls.keys())
         arrays = {name: entry.array(name, shape) for name, shape in cls.array_shapes(values).items()}
         return cls(**arrays, **{key: values[key] for key in cls.settings})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles and copies hold the arguments alone: they are checked and frozen again."""
+        """Pickles and copies contain only the arguments, which are checked and made read-only again."""
         arguments: Any = self
         return type(self), tuple(getattr(self, argument.name) for argument in fields(arguments))
 
-    # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────
+    # ── description ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def summary(self) -> str:
@@ -478,7 +478,7 @@ class Node:
         raise NotImplementedError
 
     def engine(self, dtype: np.dtype[Any]) -> str:
-        """Return what runs the node in a network of this dtype, and why."""
+        """Return which implementation runs the node in a network of this dtype, and why."""
         return f"NumPy ({dtype}): not recurrent"
 
     def _numbers(self, names: Iterable[str]) -> int:
@@ -486,35 +486,35 @@ class Node:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the node's arrays hold."""
+        """The number of parameters."""
         return self._numbers(self.arrays) + sum(cell.spec.parameters for cell in self.cells)
 
     @property
     def multiplications(self) -> int:
-        """How often a step of the node's answer multiplies by one of its own numbers."""
+        """The number of multiplications by parameters of the node per step of its output."""
         return self._numbers(self.multiplied) + sum(cell.multiplications for cell in self.cells)
 
     @property
     def numbers_read(self) -> int:
-        """How many of the node's own numbers a step of its answer reads."""
+        """The number of parameters read per step of the node's output."""
         return self._numbers(self.arrays) + sum(cell.numbers_read for cell in self.cells)
 
     @property
     def bytes_read(self) -> int:
-        """How many bytes these numbers take."""
+        """The size of these parameters in bytes."""
         each = 4 if self.dtype is None else self.dtype.itemsize
         return self.numbers_read * each - sum(cell.bytes_spared for cell in self.cells)
 
 
 class Stepwise(Node):
-    """A node whose answer at a step depends on that step alone: `apply` takes and returns `[..., W]`."""
+    """A node whose output at a step depends only on that step: `apply` takes and returns `[..., W]`."""
 
     def frames(self, *shapes: Shape) -> FrameRule:
         return FrameRule(step=self.apply)
 
 
 def check_axes(owner: str, node: Node, shape: Shape) -> None:
-    """Raise `ShapeError` unless a value has as many axes as the node takes: those of its `axes`, else one or two."""
+    """Raise `ShapeError` unless a value has the number of axes that the node requires: `axes`, else one or two."""
     wanted = node.axes[0]
     if len(shape) != wanted if wanted else len(shape) > 2:
         expected = "a sequence [B, T, W]" if wanted == 2 else "[B, T, W] or [B, W]"

@@ -1,4 +1,4 @@
-"""`Dense`: a product on the last axis, run by the kernel, so that a stack and the head on it are one call."""
+"""`Dense`: a product along the last axis, run by the kernel, so that a stack and its head are one call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cellstack.spec import ShapeError
 
 @dataclass(frozen=True, eq=False)
 class Dense(Stepwise):
-    """`activation(x·kernel + bias)` on the last axis.
+    """`activation(x·kernel + bias)` along the last axis.
 
     Args:
         kernel: `[I, O]`, float32 or float64.
@@ -33,9 +33,9 @@ class Dense(Stepwise):
         activation: see `Activation`.
 
     Raises:
-        ShapeError: a shape other than these.
-        TypeError: a dtype other than these.
-        ValueError: another activation.
+        ShapeError: a wrong shape.
+        TypeError: a wrong dtype.
+        ValueError: an unknown activation.
     """
 
     kernel: Array
@@ -59,20 +59,20 @@ class Dense(Stepwise):
 
     @cached_property
     def packed(self) -> Any:
-        """The weights in the kernel's own layout, packed at the first use."""
+        """The weights in the kernel's layout, packed at the first use."""
         return native.dense(self.kernel, self.bias, spec.activation("linear" if self.beyond else self.activation))
 
     @cached_property
     def beyond(self) -> Callable[[Array], Array] | None:
-        """The activation, where it is one that the kernel lacks."""
+        """The activation as a NumPy function if the kernel doesn't implement it, else None."""
         return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
 
     def apply(self, x: Array) -> Array:
         """Return `[..., O]` for `x [..., I]` of the kernel's dtype.
 
         Raises:
-            ShapeError: another width.
-            TypeError: another dtype.
+            ShapeError: a wrong width.
+            TypeError: a wrong dtype.
         """
         if not x.ndim or x.shape[-1] != self.kernel.shape[0]:
             raise ShapeError(f"Dense: expected x [..., I={self.kernel.shape[0]}], got {x.shape}")

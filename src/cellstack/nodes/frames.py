@@ -1,7 +1,7 @@
-"""The nodes of networks that take frames of many numbers: what a frame has of the one before, and what is done in one.
+"""Nodes for networks whose steps are signal frames: context from the frame before, and a small graph per frame.
 
-A model of audio is often given pieces of some hundred samples, and looks at each with a small network of its own, a
-convolution over the samples say, before a recurrent layer takes what comes of it.
+Audio models often take frames of some hundred samples, and process each frame with a small network, such as a
+convolution over its samples, before a recurrent layer.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from cellstack.nodes.base import (
 from cellstack.nodes.stored import Entry
 from cellstack.spec import ShapeError
 
-# Frames that go through the nodes of a PerFrame together, so that what flows between them stays in the cache.
+# The number of frames that a PerFrame processes at a time, so that intermediate values stay in the cache.
 BLOCK = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Context(Node):
-    """Each frame with the last numbers of the one before it ahead: `[B, T, W]` to `[B, T, size + W]`.
+    """Prepend the last numbers of the previous frame to each frame: `[B, T, W]` to `[B, T, size + W]`.
 
-    Before the first frame of a sequence, and of a piece, there are zeros. A frame that the mask leaves out is none: the
-    next one has the numbers of the last frame that is used.
+    At the start of a sequence and after a reset these numbers are zeros. Masked frames are skipped: the next frame gets
+    the numbers of the last used frame.
 
     Args:
-        size: how many numbers of the frame before, from 1 to W.
+        size: how many numbers of the previous frame, from 1 to W.
 
     Raises:
-        ValueError: another number.
+        ValueError: an invalid size.
 
     >>> Context(1).apply(np.array([[[1.0, 2.0], [3.0, 4.0]]]))
     array([[[0., 1., 2.],
@@ -77,7 +77,9 @@ class Context(Node):
         if mask is None:
             y[:, 1:, : self.size] = x[:, :-1, width - self.size :]
         elif steps:
-            last = np.maximum.accumulate(np.where(mask, np.arange(steps), -1), axis=1)  # used up to here
+            last = np.maximum.accumulate(
+                np.where(mask, np.arange(steps), -1), axis=1
+            )  # the last used step up to each step
             before = np.concatenate([np.full((batch, 1), -1), last[:, :-1]], axis=1)
             ends = np.take_along_axis(x[:, :, width - self.size :], np.maximum(before, 0)[:, :, None], axis=1)
             y[:, :, : self.size] = np.where(before[:, :, None] >= 0, ends, x.dtype.type(0))
@@ -106,7 +108,7 @@ class Context(Node):
 
 
 def _begun(reset: NDArray[np.bool_], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return at which of the steps used a piece begins: one that began at a step left out begins at the next."""
+    """Return the resets of the used steps: a reset at a masked step moves to the next used one."""
     begun, found = np.zeros_like(reset), np.zeros(len(reset), bool)
     for step in range(reset.shape[1]):
         found |= reset[:, step]
@@ -117,19 +119,20 @@ def _begun(reset: NDArray[np.bool_], mask: NDArray[np.bool_]) -> NDArray[np.bool
 
 @dataclass(frozen=True, eq=False)
 class PerFrame(Node):
-    """A small graph of nodes at every frame, `[B, T, *frame]` to `[B, T, …]`: nothing goes from one frame to another.
+    """A small graph of nodes that is applied to each frame separately, `[B, T, *frame]` to `[B, T, …]`.
 
-    To the nodes within, a frame is a row: what they would take for time is an axis of the frame, such as its samples.
+    The inner nodes see each frame as a row of a batch: their time axis is an axis of the frame, such as its samples.
 
     Args:
-        frame: the lengths of a frame's axes.
-        nodes: in an order in which they can run; none with cells, with a mask of its own, or a table of ids.
-        takes: what each node takes: 0 is the frame, n what the n-th node gives. The last node's is the answer.
+        frame: the shape of a frame.
+        nodes: the inner nodes in the order of execution. Nodes with cells, with ids, or that make masks aren't allowed.
+        takes: the inputs of each node: 0 is the frame, n the output of the n-th node. The output of the last node is
+            the output of the graph.
 
     Raises:
-        ValueError: no nodes, or such as can't be within; wires to nothing; a node whose answer nothing takes.
-        ShapeError: a node that can't take what its wires bring.
-        TypeError: nodes of two dtypes.
+        ValueError: no nodes, or a node that isn't allowed; a wrong input; a node whose output isn't used.
+        ShapeError: a node whose input has a wrong shape.
+        TypeError: nodes of different dtypes.
 
     >>> from cellstack.nodes import Conv1D, GlobalPool, Reshape
     >>> loud = PerFrame((6,), (Reshape((-1, 1)), Conv1D(np.ones((3, 1, 1))), GlobalPool("max")), ((0,), (1,), (2,)))
@@ -147,26 +150,28 @@ class PerFrame(Node):
     def __post_init__(self) -> None:
         owner = "PerFrame"
         if not isinstance(self.frame, Sequence) or not 1 <= len(self.frame) < MOST_AXES:
-            raise ValueError(f"{owner}: expected frame to be the lengths of its axes, got {self.frame!r:.80}")
+            raise ValueError(f"{owner}: expected frame to be the shape of a frame, got {self.frame!r:.80}")
         object.__setattr__(self, "frame", tuple(check_integer(owner, "every axis", axis) for axis in self.frame))
         object.__setattr__(self, "nodes", tuple(self.nodes))
         object.__setattr__(self, "takes", tuple(tuple(sources) for sources in self.takes))
         if not self.nodes or len(self.nodes) != len(self.takes):
             raise ValueError(
-                f"{owner}: expected nodes, with what each takes, got {len(self.nodes)} and {len(self.takes)}"
+                f"{owner}: expected nodes and takes of the same length, got {len(self.nodes)} and {len(self.takes)}"
             )
         shapes: list[Shape] = [self.frame]
         for number, (node, sources) in enumerate(zip(self.nodes, self.takes, strict=True), 1):
             if not isinstance(node, Node) or node.cells or node.makes_mask or node.takes_ids:
                 kind = type(node).__name__
-                raise ValueError(f"{owner}: expected nodes without cells, ids and masks of their own, got a {kind}")
+                raise ValueError(
+                    f"{owner}: nodes with cells, with ids, or that make masks aren't allowed, got a {kind}"
+                )
             known = all(type(source) is int and 0 <= source < number for source in sources)
             if not known or not sources or (node.inputs is not None and len(sources) != node.inputs):
                 raise ValueError(f"{owner}: expected node {number} to take earlier values, got {sources!r:.80}")
             shapes.append(node.check(f"{owner}: node {number}", *(shapes[source] for source in sources)))
         unused = set(range(1, len(self.nodes))) - {source for sources in self.takes for source in sources}
         if unused:
-            raise ValueError(f"{owner}: expected every node to lead to the last, got node {min(unused)}, which doesn't")
+            raise ValueError(f"{owner}: the output of node {min(unused)} isn't used")
         dtypes = {node.dtype for node in self.nodes if node.dtype is not None}
         if len(dtypes) > 1:
             raise TypeError(f"{owner}: expected nodes of one dtype, got {', '.join(sorted(map(str, dtypes)))}")
@@ -187,11 +192,11 @@ class PerFrame(Node):
 
     @cached_property
     def _calls(self) -> list[tuple[Callable[..., Array], tuple[int, ...]]]:
-        """How each node runs, and on which values; the shortest way, as a step of a stream is short."""
+        """The function of each node and the indices of its inputs, prepared once to keep steps of a stream fast."""
         return [(_call(node), sources) for node, sources in zip(self.nodes, self.takes, strict=True)]
 
     def _rows(self, x: Array) -> Array:
-        """Return what the nodes make of rows, `[N, *frame]`."""
+        """Return the output for frames `[N, *frame]`."""
         values = [x]
         for call, sources in self._calls:
             values.append(
@@ -224,7 +229,7 @@ class PerFrame(Node):
 
     @classmethod
     def restored(cls, entry: Entry) -> PerFrame:
-        from cellstack.nodes import NODES  # which knows this one, too
+        from cellstack.nodes import NODES  # imported here because it imports this module
 
         values = entry.take(cls.keys())
         nodes = []
@@ -237,7 +242,7 @@ class PerFrame(Node):
             raise entry.refuse("expected takes to be lists of numbers")
         return cls(tuple(values["frame"]), tuple(nodes), tuple(map(tuple, values["takes"])))
 
-    # ── what it says of itself ──────────────────────────────────────────────────────────────────────────────────────
+    # ── description ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def summary(self) -> str:
@@ -254,7 +259,7 @@ class PerFrame(Node):
 
     @property
     def multiplications(self) -> int:
-        """How often a frame multiplies by one of the nodes' own numbers."""
+        """The number of multiplications by parameters of the nodes per frame."""
         steps = (prod(shape[:-1]) for shape in self._shapes[1:])  # pyright: ignore[reportAttributeAccessIssue]
         return sum(node.multiplications * count for node, count in zip(self.nodes, steps, strict=True))
 
@@ -264,7 +269,7 @@ class PerFrame(Node):
 
 
 def _call(node: Node) -> Callable[..., Array]:
-    """Return how a node runs on rows."""
+    """Return the function that runs a node on a batch of frames."""
     if node.inputs == 1 and type(node).apply is not Node.apply:
         return node.apply
     return lambda *values: node.run([Flow(value) for value in values], (), 1).x

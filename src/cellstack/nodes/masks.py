@@ -1,4 +1,4 @@
-"""What can be done with masks, whatever they are: each node's rule is written in these words, once for all uses."""
+"""Operations on masks in any representation: each node's mask rule is written once, in terms of these operations."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Mask = TypeVar("Mask")
 
 
 class Masks(Protocol[Mask]):
-    """The operations on masks that `Node.mask_after` is made of."""
+    """The operations on masks that `Node.mask_after` uses."""
 
     def made(self) -> Mask:
-        """Return the mask that the node makes itself, out of what it takes."""
+        """Return the mask that the node itself makes from its inputs."""
         ...
 
     def both(self, one: Mask, other: Mask) -> Mask:
-        """Return the steps that both masks keep."""
+        """Return the intersection: the steps that both masks use."""
         ...
 
     def either(self, masks: Sequence[Mask]) -> Mask:
-        """Return the steps that one of the masks keeps."""
+        """Return the union: the steps that at least one mask uses."""
         ...
 
     def join(self, masks: Sequence[Mask | None]) -> Mask:
-        """Return the masks of the values that the node takes, one after the other along time; None keeps all steps."""
+        """Return the masks of the node's inputs concatenated along time; None: all steps are used."""
         ...
 
     def cut(self, mask: Mask, taken: slice) -> Mask:
@@ -40,7 +40,7 @@ class Masks(Protocol[Mask]):
 
 
 class ArrayMasks(Masks[NDArray[np.bool_]]):
-    """Masks as arrays `[B, T]` of bool, in a run of a node over what flows in."""
+    """Masks as arrays `[B, T]` of bool, in a run of a node."""
 
     def __init__(self, node: Node, flows: Sequence[Flow]) -> None:
         self.node, self.flows = node, flows
@@ -66,10 +66,10 @@ class ArrayMasks(Masks[NDArray[np.bool_]]):
 
 
 class NamedMasks(Masks[frozenset[str]]):
-    """Masks as sets of names, such as those of the nodes that make them.
+    """Masks as sets of names, such as the names of the nodes that make them.
 
     Args:
-        names: those of a mask that the node makes itself.
+        names: the names for a mask that the node itself makes.
     """
 
     def __init__(self, *names: str) -> None:

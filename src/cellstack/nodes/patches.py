@@ -1,4 +1,4 @@
-"""Patches: what is changed in a cell as it runs, a gate or a state, of some units, rows and steps; as data."""
+"""Patches: changes of a cell's gates or states during a run, for some units, rows and steps; as data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cellstack.spec import GATES, TRACES, CellSpec, ShapeError
 
 HOWS = ("set", "add", "scale", "freeze")
 STATE_TARGETS = {"c": 4, "h": 5}
-"""Where the kernel's lines have the states; a gate stands at its plane."""
+"""Positions of the states in the kernel's `patch_lines`; that of a gate is its plane."""
 
 TARGETS = 6
-IDENTITY = ((1.0,), (0.0,), (-0.0,))  # v·1 + before·0 + (-0), which is v to the bit, -0 too
+IDENTITY = ((1.0,), (0.0,), (-0.0,))  # v·1 + before·0 + (-0), which is v bit for bit, also for -0
 
 FIELDS = tuple(sorted({name for fields in TRACES.values() for name in fields._fields}))
 
@@ -27,29 +27,28 @@ Index = slice | tuple[int, ...] | None
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A change of one gate or state of a cell as it runs: of some units, rows and steps; all where none are named.
+    """A change of one gate or state of a cell during a run, for some units, rows and steps; by default for all.
 
-    A gate is changed right after its activation, so that i changes what a coupled f = 1 - i becomes and r what it
-    multiplies; c after the cell clip and zoneout, before o's peephole and h see it; h last of all, after projection and
-    zoneout, so that it is both what goes out, before any residual sum, and what the next step takes. Steps that a mask
-    leaves out stay as they are.
+    A gate is changed right after its activation, so that a patch of i affects a coupled f = 1 - i, and one of r the
+    product with it. c is changed after the cell clip and zoneout, before o's peephole and h use it. h is changed last,
+    after projection and zoneout, so that the change affects both the output (before a residual is added) and the next
+    step. Masked steps don't change.
 
     Args:
         node: the name of the node in the network.
         gate: `"i" "f" "g" "o"`, `"c"` or `"h"` of an LSTM, `"z" "r" "g" "h"` of a GRU, `"g" "h"` of a SimpleRNN.
-        units: which, numbers or a slice; of h where it is projected, which numbers of it.
-        rows: which rows of the batch, numbers or a slice. In a pool a session is row 0.
-        steps: which steps of the run, numbers or a slice, counted in the order of time, whichever way the cell runs. A
-            stream counts from its beginning, or from where its state was last set.
-        value: what to set it to, to add, or to multiply it by: a number, or an array that broadcasts to
-            `[rows, steps, units]`, those named. None for "freeze".
-        how: `"set"`; `"add"`; `"scale"`, where 0 leaves nothing, not even of what is no number; or `"freeze"`, what it
-            was after the step before: for a state at the first step what the run began with, for a gate there its own
-            value.
-        cell: which of the node's cells, bottom first, forwards before backwards; None where there is one.
+        units: indices or a slice; for a projected h, of its components.
+        rows: rows of the batch, indices or a slice. In a pool each session is row 0.
+        steps: steps of the run, indices or a slice, in the order of time also for a cell that runs backwards. A stream
+            counts from its start, or from where its state was last set.
+        value: the number to set, to add or to multiply by, or an array that broadcasts to `[rows, steps, units]` of
+            the selected entries. None for "freeze".
+        how: `"set"`; `"add"`; `"scale"`, where a factor of 0 gives 0 also for NaN and infinity; or `"freeze"`, keep
+            the value of the step before: at the first step, a state keeps its initial value, and a gate isn't changed.
+        cell: the index of the cell in the node, bottom first, forward before backward; None if there is only one.
 
     Raises:
-        ValueError, TypeError, ShapeError: what isn't as said.
+        ValueError, TypeError, ShapeError: an invalid argument.
 
     Ref: interventions on activations: Vig et al. 2020, "Investigating Gender Bias in Language Models Using Causal
     Mediation Analysis", section 3; on units of an LSTM: Lakretz et al. 2019, "The emergence of number and syntax units
@@ -70,7 +69,7 @@ class Patch:
 
     def __post_init__(self) -> None:
         if not isinstance(self.node, str):
-            raise TypeError(f"Patch: expected node to be the name of a node, got {self.node!r:.80}")
+            raise TypeError(f"Patch: expected node to be a node's name, got {self.node!r:.80}")
         check_choice("Patch", "gate", self.gate, FIELDS)
         check_choice("Patch", "how", self.how, HOWS)
         for name in ("units", "rows", "steps"):
@@ -79,7 +78,7 @@ class Patch:
             object.__setattr__(self, "cell", check_integer("Patch", "cell", self.cell, 0))
         if self.how == "freeze":
             if self.value is not None:
-                raise ValueError("Patch: expected no value to freeze, got one")
+                raise ValueError("Patch: how='freeze' takes no value")
             return
         if self.value is None:
             raise ShapeError("Patch: expected value as a number, or [rows, steps, units], got none")
@@ -96,8 +95,9 @@ class Patch:
         for axis, name in enumerate(("rows", "steps", "units")):
             count, known = whole.shape[axis], _count(getattr(self, name))
             if count not in (1, known) and (known is not None or name == "steps"):
-                what = "steps with an end, as it has one for each" if known is None else f"1 or {known} along {name}"
-                raise ShapeError(f"Patch: expected a value of {what}, got shape {value.shape}")
+                if known is None:
+                    raise ShapeError("Patch: a value for each step requires steps with an end")
+                raise ShapeError(f"Patch: expected a value of 1 or {known} along {name}, got shape {value.shape}")
         value.setflags(write=False)
         object.__setattr__(self, "value", value)
 
@@ -116,19 +116,21 @@ class Patch:
         return f"Patch({', '.join(said)})"
 
     def check(self, spec: CellSpec) -> None:
-        """Check what the patch names against the cell that it acts on.
+        """Check the patch against the cell that it changes.
 
         Args:
             spec: the cell.
 
         Raises:
-            ValueError: a gate that such a cell doesn't have.
-            IndexError: units that it doesn't have.
-            ShapeError: a value for another number of units.
+            ValueError: a gate that the cell doesn't have.
+            IndexError: units out of range.
+            ShapeError: a value for a different number of units.
         """
         fields = TRACES[spec.kind]._fields
         if self.gate not in fields:
-            raise ValueError(f"Patch: expected a gate of {self.node!r} out of {', '.join(fields)}, got {self.gate!r}")
+            raise ValueError(
+                f"Patch: expected gate of {self.node!r} to be one of {', '.join(fields)}, got {self.gate!r}"
+            )
         width = self.width(spec)
         chosen = _chosen(self.units, width)
         if not chosen.size or chosen.max() >= width:
@@ -138,7 +140,7 @@ class Patch:
             raise ShapeError(f"Patch: expected a value of 1 or {len(chosen)} along units, got {count}")
 
     def width(self, spec: CellSpec) -> int:
-        """Return how many units the gate or the state has.
+        """Return the width of the gate or state.
 
         Args:
             spec: the cell.
@@ -158,7 +160,7 @@ class Patch:
 
     @classmethod
     def restored(cls, said: dict[str, Any], value: Array | None) -> Patch:
-        """Return the patch that `stored` described; `ValueError`, `TypeError` where it is none."""
+        """Return the patch of a `stored` description; `ValueError` or `TypeError` if it is invalid."""
         indexes = {}
         for name in ("units", "rows", "steps"):
             index = said.get(name)
@@ -169,15 +171,15 @@ class Patch:
 
 
 class RunError(ShapeError, IndexError):
-    """A run without the rows or the steps that a patch names."""
+    """A patch selects rows or steps that the run doesn't have."""
 
 
 class CellPatches:
-    """The patches of one cell, in the order in which they act, as the kernel takes them.
+    """The patches of one cell, in the order in which they are applied, and their conversion for the kernel.
 
     Args:
         spec: the cell.
-        patches: all of this cell.
+        patches: all patches of this cell.
     """
 
     def __init__(self, spec: CellSpec, patches: Sequence[Patch]) -> None:
@@ -186,20 +188,20 @@ class CellPatches:
         self.timeless = all(
             patch.steps is None and (patch.value is None or _whole(patch.value).shape[1] == 1) for patch in patches
         )
-        self._last: tuple[Any, dict[str, Any]] | None = None  # what came of the last steps, and which these were
+        self._last: tuple[Any, dict[str, Any]] | None = None  # the key of the last call and its result
 
     def held(self, rows: int, dtype: np.dtype[Any]) -> Array | None:
-        """Return room for the gates of rows after their last step, `[rows, planes, H]`; None where none is frozen."""
+        """Return an array for the last gates of each row, `[rows, planes, H]`; None if no gate is frozen."""
         return np.zeros((rows, self.spec.planes, self.spec.units), dtype) if self.holds else None
 
     def of_run(
         self, batch: int, steps: int, mask: NDArray[np.bool_] | None, reverse: bool, dtype: np.dtype[Any]
     ) -> dict[str, Any]:
-        """Return what `native.Layer` takes of the patches for a whole run; nothing where none acts.
+        """Return the arguments of `native.Layer` for a whole run; empty if no patch applies.
 
         Raises:
             IndexError: rows or steps that the run doesn't have.
-            ShapeError: a value for another number of rows.
+            ShapeError: a value for a different number of rows.
         """
         key, held, last = (batch, steps, reverse, dtype), self.held(batch, dtype), self._last
         if mask is None and last is not None and last[0] == key:
@@ -216,7 +218,7 @@ class CellPatches:
         return made
 
     def check(self, name: str, count: int) -> None:
-        """Raise `IndexError` or `ShapeError` unless there are the rows, or the steps, that patches name.
+        """Raise `IndexError` or `ShapeError` unless the rows, or the steps, that the patches select exist.
 
         Args:
             name: `"rows"` or `"steps"`.
@@ -225,7 +227,7 @@ class CellPatches:
         for patch in self.patches:
             chosen = _chosen(getattr(patch, name), count)
             if not chosen.size or chosen.max() >= count:
-                raise RunError(f"Patch: expected {name} from 0 to {count - 1}, as there are, got {patch}")
+                raise RunError(f"Patch: expected {name} from 0 to {count - 1}, got {patch}")
             along = 1 if patch.value is None or name == "steps" else _whole(patch.value).shape[0]
             if along not in (1, len(chosen)):
                 raise ShapeError(f"Patch: expected a value of 1 or {len(chosen)} along {name}, got {patch}")
@@ -238,14 +240,14 @@ class CellPatches:
         held: Array | None,
         dtype: np.dtype[Any],
     ) -> dict[str, Any]:
-        """Return what `native.Layer` takes of the patches for some steps; nothing where none acts.
+        """Return the arguments of `native.Layer` for some steps; empty if no patch applies.
 
         Args:
-            rows: `[B]`, the numbers of the rows.
-            numbers: `[B, T]`, those of the steps.
-            first: `[B]`, at which of these a row takes its first step of all; -1 = at none.
-            held: the gates of these rows after their last step: see `held`; written to by the kernel.
-            dtype: of the numbers.
+            rows: `[B]`, the indices of the rows.
+            numbers: `[B, T]`, the indices of the steps.
+            first: `[B]`, the position along T of each row's first step since its state was set; -1: not among these.
+            held: the last gates of these rows, see `held`; the kernel updates them.
+            dtype: the dtype of the values.
         """
         if not self.holds and numbers.size and not self._acts(int(numbers.min()), int(numbers.max())):
             return {}
@@ -257,7 +259,7 @@ class CellPatches:
         return last[1] | {"patch_held": held} if last[1] else {}
 
     def _acts(self, first: int, last: int) -> bool:
-        """Whether a patch may act on a step from the first to the last."""
+        """Whether a patch may apply to a step from `first` to `last`."""
         for patch in self.patches:
             index = patch.steps
             if isinstance(index, slice):
@@ -269,13 +271,13 @@ class CellPatches:
         return False
 
     def changed(self, name: str, batch: int, steps: int, value: Array, before: Array) -> Array:
-        """Return what the patches make of a state, of each step on its own.
+        """Apply the patches to a state at every step, independently of the other steps.
 
         Args:
             name: `"c"` or `"h"`.
-            batch, steps: of the run.
-            value: what it is before the patches, `[B·T, H]`.
-            before: what it was after the step before, `[B·T, H]`.
+            batch, steps: the sizes of the run.
+            value: the state before the patches, `[B·T, H]`.
+            before: the state of the previous step, `[B·T, H]`.
         """
         numbers = np.broadcast_to(np.arange(steps), (batch, steps))
         made = self._act(np.arange(batch), numbers, np.full(batch, -1), None, np.dtype(np.float64))
@@ -283,7 +285,7 @@ class CellPatches:
             return value
         lines = made["patch_lines"][:, :, STATE_TARGETS[name]].reshape(-1)
         once, again, added = np.moveaxis(made["patch_table"][lines][:, :, : value.shape[1]], 1, 0)
-        # What is multiplied by nothing isn't there, be it infinite.
+        # A factor of 0 gives 0 also for NaN and infinity.
         new = np.where(once == 0, 0, once * value) + np.where(again == 0, 0, again * before) + added
         return np.where(lines[:, None] < 0, value, new)
 
@@ -314,14 +316,14 @@ class CellPatches:
         lines: NDArray[np.int32],
         table: _Table,
     ) -> None:
-        """Let a patch act on what those before it left."""
+        """Apply a patch on top of the previous ones."""
         gates = GATES[self.spec.kind]
         target = STATE_TARGETS[patch.gate] if patch.gate in STATE_TARGETS else gates.index(patch.gate)
         units = _chosen(patch.units, patch.width(self.spec))
         row_places = _places(patch.rows, rows)
         here = np.flatnonzero(row_places >= 0)
         step_places = np.array(_places(patch.steps, numbers[here]))
-        if patch.how == "freeze" and patch.gate not in STATE_TARGETS:  # at the first step of all it stays what it is
+        if patch.how == "freeze" and patch.gate not in STATE_TARGETS:  # no change at the first step
             begins = np.flatnonzero(first[here] >= 0)
             step_places[begins, first[here][begins]] = -1
         at, steps = np.nonzero(step_places >= 0)
@@ -347,18 +349,18 @@ class CellPatches:
 
 
 class _Table:
-    """Lines of the kernel's table, `[3, width]` each: what the scale, the hold and the shift of every unit are."""
+    """Lines of the kernel's `patch_table`, `[3, width]`: factors of the new and the previous value, and addends."""
 
     def __init__(self, width: int) -> None:
-        self.lines = np.repeat(np.repeat(IDENTITY, width, axis=1)[None], 2, axis=0)  # the first one is no patch at all
+        self.lines = np.repeat(np.repeat(IDENTITY, width, axis=1)[None], 2, axis=0)  # the first one changes nothing
         self.count = 0
 
     def copies(self, numbers: NDArray[np.int64]) -> Array:
-        """Return copies of lines; of -1, that of no patch."""
+        """Return copies of lines; -1 is the line that changes nothing."""
         return self.lines[numbers + 1]
 
     def add(self, made: Array) -> int:
-        """Add lines; return the number of the first."""
+        """Append lines and return the index of the first one."""
         begun, self.count = self.count, self.count + len(made)
         if self.count >= len(self.lines):
             grown = np.empty((2 * self.count + 1, *self.lines.shape[1:]))
@@ -369,7 +371,7 @@ class _Table:
 
 
 def _as_index(name: str, index: Any) -> Index:
-    """Return which units, rows or steps as a patch holds them: a slice, numbers, or None for all."""
+    """Return a checked selection of units, rows or steps: a slice, a tuple of indices, or None for all."""
     if index is None:
         return None
     if isinstance(index, slice):
@@ -385,30 +387,28 @@ def _as_index(name: str, index: Any) -> Index:
     except ValueError:
         numbers = np.empty((0, 0))
     if numbers.ndim != 1 or not numbers.size or numbers.dtype.kind not in "iu" or numbers.min() < 0:
-        raise ValueError(
-            f"Patch: expected {name} as a slice, a number or numbers, counted from the first, got {index!r:.80}"
-        )
+        raise ValueError(f"Patch: expected {name} as a slice, an index or indices, 0 or above, got {index!r:.80}")
     if len(np.unique(numbers)) != len(numbers):
-        raise ValueError(f"Patch: expected {name} each once, got {index!r:.80}")
+        raise ValueError(f"Patch: expected {name} without repetitions, got {index!r:.80}")
     return tuple(int(number) for number in numbers)
 
 
 def _count(index: Index) -> int | None:
-    """Return how many an index names; None where that takes the length of the axis."""
+    """Return how many entries an index selects; None if that depends on the length of the axis."""
     if isinstance(index, slice):
         return None if index.stop is None else len(range(index.start or 0, index.stop, index.step or 1))
     return None if index is None else len(index)
 
 
 def _chosen(index: Index, length: int) -> NDArray[np.int64]:
-    """Return the numbers that an index names, of an axis of a length; slices are cut to it."""
+    """Return the entries that an index selects from an axis of some length; slices are cut to it."""
     if isinstance(index, slice):
         return np.arange(length)[index]
     return np.arange(length) if index is None else np.array(index)
 
 
 def _places(index: Index, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each number which place it has among those that an index names; -1 where it isn't one."""
+    """Return the position of each number in the selection of an index; -1 if it isn't selected."""
     if index is None:
         return numbers
     if isinstance(index, slice):
@@ -423,13 +423,13 @@ def _places(index: Index, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _first(mask: NDArray[np.bool_], order: slice, steps: int) -> NDArray[np.int64]:
-    """Return the first step that is used, of each row of a mask in the order of the run; -1 where there is none."""
+    """Return the first used step of each row of a mask in the order of processing; -1 if there is none."""
     first = mask.argmax(axis=1) if steps else np.zeros(len(mask), np.int64)
     return np.where(mask.any(axis=1), np.arange(steps)[order][first] if steps else first, -1)
 
 
 def _whole(value: Array) -> Array:
-    """Return a value with the axes of rows, steps and units."""
+    """Return a value with leading axes added to make it `[rows, steps, units]`."""
     return value.reshape((1,) * (3 - value.ndim) + value.shape)
 
 

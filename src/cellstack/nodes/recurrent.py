@@ -1,4 +1,4 @@
-"""The nodes that run over time: stacks of cells, one way or both, each run of cells one call of the kernel."""
+"""The recurrent nodes: stacks of cells in one direction or both; consecutive cells run in one call of the kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellstack import native
-from cellstack.bfloat16 import Halves, rounded
+from cellstack.bfloat16 import BFloat16Array, rounded
 from cellstack.nodes.base import (
     Array,
     CellState,
@@ -25,7 +25,7 @@ from cellstack.nodes.base import (
     check_choice,
     check_flag,
     hold,
-    hold_halves,
+    hold_bfloat16,
     one_dtype,
     shown,
 )
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from cellstack.nodes.stored import Entry
 
 WEIGHTS = ("float32", "bfloat16", "int8")
-"""What a run or a stream can hold the matrices of cells in; float64 cells keep theirs."""
+"""Number formats of the matrices of cells in a run or a stream; float64 cells keep float64."""
 
 HELD = ("float32", "bfloat16")
-"""What the matrices of a cell's own can be held in, as data."""
+"""Number formats in which a float32 cell can store its matrices."""
 
 MOST_DEPTH = (2**31 - 1) // 127**2
-"""Products of two numbers of 8 bits that a sum of 32 can hold, whatever they are."""
+"""The largest number of products of 8-bit integers whose sum always fits into 32 bits."""
 
 MERGE_MODES = ("concat", "sum", "mul", "ave")
 BACKWARDS = "it runs backwards from the end of the sequence, which a stream doesn't have"
@@ -51,25 +51,25 @@ TYPES = {"int": int, "str": str, "bool": bool, "float": float, "float | None": f
 CELL_WIDTHS: Types = {"input_size": int, "units": int}
 CELL_FLAGS: Types = {
     flag.name: TYPES[str(flag.type)] for flag in fields(CellSpec) if flag.name not in CELL_WIDTHS
-}  # what a file may leave out where it is as usual
+}  # optional in a file: the default applies
 KIND_NAMES = {"lstm": "LSTM", "gru": "GRU", "rnn": "SimpleRNN"}
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class Cell:
-    """One cell: its description and its arrays. An array that such a cell doesn't need is None.
+    """One cell: its description and its arrays. Arrays that the cell doesn't have are None.
 
     Args:
         spec: the kind of cell, its widths and its flags.
-        arrays: those of `spec.shapes`, in that order, float32 or float64. The matrices (`kernel`, `recurrent_kernel`,
-            `projection`) may all be `Halves`, of bfloat16, beside float32: they are kept so, and an attribute gives
+        arrays: the arrays of `spec.shapes` in order, float32 or float64. The matrices of a float32 cell (`kernel`,
+            `recurrent_kernel`, `projection`) may all be `BFloat16Array`; they are stored so, and the attributes return
             them as float32. See `with_weights`.
-        named: the others of them, by name; None stands for one that such a cell doesn't need.
+        named: the remaining arrays by name; None for one that the cell doesn't have.
 
     Raises:
-        ShapeError: an array too few or too many, or one that isn't shaped as `spec` says.
-        TypeError: a dtype other than float32 and float64, or not one for all; an array given twice; some matrices of
-            bfloat16, and others not.
+        ShapeError: a missing or superfluous array, or a shape that differs from `spec.shapes`.
+        TypeError: a dtype other than float32 and float64, or several dtypes; an array given twice; only some of the
+            matrices in bfloat16.
 
     >>> spec = CellSpec(3, 4, kind="gru", reset_after=False)
     >>> cell = Cell(spec, np.ones((3, 12)), recurrent_kernel=np.ones((4, 12)), bias=np.zeros(12))
@@ -91,7 +91,7 @@ class Cell:
     cell_bias: Array | None
     initial_h: Array | None
     initial_c: Array | None
-    _halves: dict[str, Halves] = field(init=False, repr=False, compare=False)
+    _bfloat16: dict[str, BFloat16Array] = field(init=False, repr=False, compare=False)
 
     def __init__(self, spec: CellSpec, *arrays: Any, **named: Any) -> None:
         if not isinstance(spec, CellSpec):
@@ -102,64 +102,68 @@ class Cell:
         given = dict(zip(shapes, arrays, strict=False))
         for name in named:
             if name not in ARRAYS or name in given:
-                raise TypeError(f"Cell: expected each of {', '.join(shapes)} once, got another {name}")
+                got = f"{name} twice" if name in given else name
+                raise TypeError(f"Cell: expected each of {', '.join(shapes)} once, got {got}")
         given |= named
         object.__setattr__(self, "spec", spec)
-        halves: dict[str, Halves] = {}
+        bfloat16: dict[str, BFloat16Array] = {}
         for name in ARRAYS:
             value = given.get(name)
             if (value is None) == (name in shapes):
-                expected, got = (list(shapes[name]), "none") if value is None else ("none", "one")
-                raise ShapeError(f"Cell: expected {name} {expected} as the description says, got {got}")
-            if isinstance(value, Halves):  # there is no attribute then: `__getattr__` makes one
-                halves[name] = hold_halves("Cell", name, value, shapes[name])
+                expected = f"{name} {list(shapes[name])}, got none" if value is None else f"no {name}, got one"
+                raise ShapeError(f"Cell: expected {expected}")
+            if isinstance(value, BFloat16Array):  # without an attribute: `__getattr__` returns it as float32
+                bfloat16[name] = hold_bfloat16("Cell", name, value, shapes[name])
             else:
                 object.__setattr__(self, name, None if value is None else hold("Cell", name, value, shapes[name]))
-        object.__setattr__(self, "_halves", halves)
+        object.__setattr__(self, "_bfloat16", bfloat16)
         matrices = [name for name in MATRICES if name in shapes]
-        if halves and list(halves) != matrices:
-            raise TypeError(f"Cell: expected all of {', '.join(matrices)} in bfloat16 or none, got {', '.join(halves)}")
+        if bfloat16 and list(bfloat16) != matrices:
+            expected, got = ", ".join(matrices), ", ".join(bfloat16)
+            raise TypeError(f"Cell: expected all of {expected} in bfloat16 or none, got {got}")
         whole: dict[str, Array | None] = {}
-        if halves:
+        if bfloat16:
             whole["matrices"] = np.empty(0, np.float32)
-        whole |= {name: array for name, array in self.held.items() if not isinstance(array, Halves)}
+        whole |= {name: array for name, array in self.held.items() if not isinstance(array, BFloat16Array)}
         one_dtype("Cell", whole)
 
     def __getattr__(self, name: str) -> Array:
-        """Return a matrix that is held in bfloat16, as float32."""
-        halves = self.__dict__.get("_halves", {})
-        if name not in halves:
+        """Return a matrix that is stored as bfloat16, converted to float32."""
+        bfloat16 = self.__dict__.get("_bfloat16", {})
+        if name not in bfloat16:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        array = np.asarray(halves[name])
+        array = np.asarray(bfloat16[name])
         array.setflags(write=False)
         return array
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """The cell's arrays by name, in the order of `CellSpec.shapes`; those of bfloat16 as float32."""
+        """The cell's arrays by name, in the order of `CellSpec.shapes`; bfloat16 ones as float32."""
         return {name: getattr(self, name) for name in self.spec.shapes}
 
     @property
-    def held(self) -> dict[str, Array | Halves]:
-        """The cell's arrays as it holds them."""
-        return {name: self._halves[name] if name in self._halves else getattr(self, name) for name in self.spec.shapes}
+    def held(self) -> dict[str, Array | BFloat16Array]:
+        """The cell's arrays as they are stored, bfloat16 ones as `BFloat16Array`."""
+        return {
+            name: self._bfloat16[name] if name in self._bfloat16 else getattr(self, name) for name in self.spec.shapes
+        }
 
     @property
     def weights(self) -> str:
-        """What the matrices are held in: `"float32"`, `"float64"` or `"bfloat16"`."""
-        return "bfloat16" if self._halves else self.dtype.name
+        """The number format of the matrices: `"float32"`, `"float64"` or `"bfloat16"`."""
+        return "bfloat16" if self._bfloat16 else self.dtype.name
 
     @property
     def initial(self) -> dict[str, Array]:
-        """The state that it starts from, `h [P]` and `c [H]` by name: learned, or zeros."""
+        """The initial state, `h [P]` and `c [H]` by name: learned, or zeros."""
         learned = {name: getattr(self, f"initial_{name}") for name in self.spec.state_sizes}
         sizes = self.spec.state_sizes
         return {name: np.zeros(sizes[name], self.dtype) if of is None else of for name, of in learned.items()}
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Dtype of what the cell computes: that of its arrays, float32 beside matrices of bfloat16."""
-        return np.dtype(np.float32) if self._halves else self.kernel.dtype
+        """The dtype in which the cell computes: that of its arrays, or float32 if its matrices are bfloat16."""
+        return np.dtype(np.float32) if self._bfloat16 else self.kernel.dtype
 
     @property
     def summary(self) -> str:
@@ -167,15 +171,15 @@ class Cell:
         return _summary((self,))
 
     def with_weights(self, weights: str) -> Cell:
-        """Return the cell with its matrices held in one of `HELD`; all else stays as it is.
+        """Return the cell with its matrices stored in another number format; its other arrays don't change.
 
         Args:
-            weights: `"bfloat16"`: each number rounded to the nearest one of 8 bits of precision, two bytes each;
-                `"float32"`: the same numbers in four.
+            weights: `"bfloat16"`: round each number to the nearest bfloat16 (8 bits of precision, two bytes);
+                `"float32"`: convert bfloat16 to float32, without a change of the values.
 
         Raises:
-            ValueError: another word.
-            TypeError: fewer bits of a float64 cell.
+            ValueError: an unknown format.
+            TypeError: bfloat16 for a float64 cell.
 
         >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.full((1, 8), 0.1, "f4"), np.ones((2, 8), "f4"))
         >>> small = cell.with_weights("bfloat16")
@@ -185,17 +189,19 @@ class Cell:
         0.10009765625
         """
         check_choice("Cell", "weights", weights, HELD)
-        if weights == self.weights or (weights == "float32" and not self._halves):
+        if weights == self.weights or (weights == "float32" and not self._bfloat16):
             return self
         if weights == "float32":
             return Cell(self.spec, *self.arrays.values())
         self._check_narrow(weights)
         arrays = self.arrays.items()
-        return Cell(self.spec, *(Halves(rounded(array)) if name in MATRICES else array for name, array in arrays))
+        return Cell(
+            self.spec, *(BFloat16Array(rounded(array)) if name in MATRICES else array for name, array in arrays)
+        )
 
     @cached_property
     def packed(self) -> Any:
-        """The weights in the kernel's own layout, as they are, packed at the first use."""
+        """The weights in the kernel's layout and in their own number format, packed at the first use."""
         return native.weights(self.spec, self.arrays, self.weights)
 
     @cached_property
@@ -203,10 +209,10 @@ class Cell:
         return {}
 
     def packed_in(self, weights: str | None) -> Any:
-        """Return the weights in the kernel's own layout, packed at the first use; runs and streams share them.
+        """Return the weights in the kernel's layout, packed at the first use and shared by runs and streams.
 
         Args:
-            weights: as for `pack`; None: as they are.
+            weights: as for `pack`; None: their own number format.
         """
         if weights is None or weights == self.weights or (weights == "float32" and self.dtype == np.float64):
             return self.packed
@@ -218,15 +224,15 @@ class Cell:
         """Pack the weights with their matrices in one of `WEIGHTS`.
 
         Args:
-            weights: `"float32"`, as they are; `"bfloat16"`, rounded; `"int8"`, in 127 steps to either side, a scale a
-                column. Biases, gains and peepholes stay as they are.
+            weights: `"float32"`: unchanged; `"bfloat16"`: rounded; `"int8"`: quantised to integers from -127 to 127,
+                with one scale per column. Biases, gains and peepholes don't change.
 
         Returns:
-            What the kernel's calls take; it holds a copy of the arrays.
+            The kernel's weights object, with copies of the arrays.
 
         Raises:
-            TypeError: fewer bits of a float64 cell.
-            ValueError: more features or units than sums of whole numbers can hold.
+            TypeError: bfloat16 or int8 for a float64 cell.
+            ValueError: int8 with so many features or units that integer sums could overflow.
         """
         self._check_narrow(weights)
         depth = max(self.spec.input_size, self.spec.units)
@@ -240,23 +246,23 @@ class Cell:
 
     @property
     def multiplications(self) -> int:
-        """How often a step multiplies by one of the cell's own numbers."""
+        """The number of multiplications by parameters per step."""
         added = ("bias", "cell_bias", "initial_h", "initial_c")
         return sum(math.prod(shape) for name, shape in self.spec.shapes.items() if name not in added)
 
     @property
     def numbers_read(self) -> int:
-        """How many of the cell's own numbers a step reads."""
+        """The number of parameters read per step."""
         return sum(math.prod(shape) for name, shape in self.spec.shapes.items() if not name.startswith("initial"))
 
     @property
     def bytes_spared(self) -> int:
-        """How many bytes less it takes than if all its numbers were of its dtype."""
-        return sum(array.nbytes for array in self._halves.values())
+        """How many bytes bfloat16 matrices save compared with float32."""
+        return sum(array.nbytes for array in self._bfloat16.values())
 
     @classmethod
     def restored(cls, entry: Entry) -> Cell:
-        """Return the cell that an entry of a file holds: `CellSpec.settings` and its arrays; see `Node.restored`."""
+        """Return the cell of an entry of a file, `CellSpec.settings` and its arrays; see `Node.restored`."""
         settings = entry.take(CELL_WIDTHS, CELL_FLAGS)
         for gate, name in settings.get("gate_activations", {}).items():
             if type(name) is not str:
@@ -265,7 +271,7 @@ class Cell:
         return cls(spec, **{name: entry.array(name, shape, name in MATRICES) for name, shape in spec.shapes.items()})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles and copies hold the arrays alone: they are checked, frozen and packed again."""
+        """Pickles and copies contain only the arrays, which are checked, made read-only and packed again."""
         return Cell, (self.spec, *self.held.values())
 
     def __repr__(self) -> str:
@@ -273,7 +279,7 @@ class Cell:
 
 
 def _flags(cell: Cell) -> str:
-    """Return what tells the cell from a usual one of its kind and widths, in a few words."""
+    """Return the settings that differ from the defaults of this kind, in a few words."""
     words, spec = [], cell.spec
     for name, value in spec.settings.items():
         text = name.removeprefix("use_").replace("_", " ")
@@ -289,7 +295,7 @@ def _flags(cell: Cell) -> str:
 
 
 def _summary(cells: tuple[Cell, ...]) -> str:
-    """Return the kinds, widths and flags of a stack; cells alike in all but width share their words."""
+    """Return the kinds, widths and flags of a stack; consecutive cells that differ only in width are joined."""
     parts = []
     for (kind, flags), alike in groupby(cells, lambda cell: (cell.spec.kind, _flags(cell))):
         widths = "".join(f" -> {cell.spec.output_size}" for cell in alike)
@@ -299,37 +305,37 @@ def _summary(cells: tuple[Cell, ...]) -> str:
 
 
 class Record(NamedTuple):
-    """What a cell took and did at every step of a call, in the order of time whichever way it ran."""
+    """The input, gates and states of a cell at every step of a call, in the order of time for either direction."""
 
     gates: Array
     """`[B, T, planes, H]`, after their activations, in the order of `spec.GATES`: see `CellSpec.planes`."""
     c: Array | None
-    """`[B, T, H]`; None without a cell."""
+    """`[B, T, H]`; None for a kind without c."""
     h: Array
-    """`[B, T, P]`, before a residual sum, and before steps that the mask leaves out become zeros."""
+    """`[B, T, P]`, before a residual is added and before masked steps are set to zero."""
     x: Array
     """`[B, T, I]`."""
     before: CellState | None
-    """The state before the first step that was run; None = the cell's own initial state."""
+    """The state before the first processed step; None: the cell's initial state."""
     mask: NDArray[np.bool_] | None
     """`[B, T]`, or None."""
     reset: NDArray[np.bool_] | None
-    """`[B, T]`: before which steps, in the order in which they were run, the state became the initial one; or None."""
+    """`[B, T]`: True where the state was set to the initial state before this step was processed; or None."""
     reverse: bool
     """Whether it ran from the last step to the first."""
     patches: CellPatches | None = None
-    """What was changed in the cell as it ran."""
+    """The patches that were applied to the cell."""
 
 
 class Recording(list[Record | None]):
-    """What a run keeps beside its answers: the `Record` of each cell, in the order of `Network.cells`.
+    """A recording of a run: the `Record` of each cell, in the order of `Network.cells`.
 
     Args:
-        cells: the numbers of the cells that are kept, the others are None here; None = all.
-        empty: makes the arrays, of a shape and a dtype.
+        cells: the indices of the cells to record; the entries of the others are None. None: all cells.
+        empty: the function that allocates an array, given a shape and a dtype.
 
     Attributes:
-        flows: what flowed between the nodes, by the names of the inputs and of the nodes.
+        flows: the values between the nodes, by the names of the inputs and nodes.
     """
 
     def __init__(
@@ -342,11 +348,11 @@ class Recording(list[Record | None]):
         self.flows: dict[str, Flow] = {}
 
     def arrays(self, number: int, spec: CellSpec, batch: int, steps: int, dtype: np.dtype[Any]) -> dict[str, Array]:
-        """Return arrays for what a cell does at every step, by the names that `native.Layer` has for them.
+        """Allocate the arrays for a cell's results at every step, by their names in `native.Layer`.
 
         Args:
-            number: how many cells after the last one recorded.
-            spec, batch, steps, dtype: of the cell and of the call.
+            number: the index of the cell, counted from the first one without an entry here.
+            spec, batch, steps, dtype: the cell, and the sizes of the call.
         """
         place, cells = len(self) + number, self._cells
         kept = ("gates", "cells", "y")
@@ -360,24 +366,24 @@ class Recording(list[Record | None]):
 
 @dataclass(frozen=True, eq=False)
 class Recurrent(Node):
-    """A stack of cells of any kinds over time, bottom cell first; the semantics are those of Keras's `RNN`.
+    """A stack of cells of any kinds, run over a sequence; the semantics are those of Keras's `RNN`.
 
-    A step that the mask leaves out carries every state and repeats the output before it (the initial h at the start).
-    A step at which a piece begins starts from the cells' initial state. Downstream, mask and resets go on with the
+    At a masked step every state keeps its value and the output repeats that of the step before (initially h). At a
+    reset the states are set to the cells' initial states. With `return_sequences` the mask and the resets stay with the
     sequence.
 
     Args:
-        cells: bottom first; each cell's output is as wide as the next one's input.
-        return_sequences: `[B, T, W]`, else the output after the last step, `[B, W]`.
-        go_backwards: run from the last step to the first, each piece from its last step; with `return_sequences` the
-            steps come in the order in which they were run, and so do the mask and the resets that go on.
-        zero_output_for_mask: give zeros, not the output before, at steps that the mask leaves out.
-        residual: the output of each cell but the first is h plus the cell's input, where they are of one width; its
-            state stays h.
+        cells: bottom first; the output of each cell has the width of the next cell's input.
+        return_sequences: return `[B, T, W]`; False: return only the output of the last step, `[B, W]`.
+        go_backwards: run from the last step to the first, and each piece between resets from its last step. With
+            `return_sequences` the output, its mask and its resets are in the order of processing.
+        zero_output_for_mask: return zeros at masked steps instead of repeating the output.
+        residual: the output of every cell except the first is h plus the cell's input if both have the same width. The
+            state remains h.
 
     Raises:
-        ShapeError: no cell, or widths that don't meet.
-        TypeError: a cell that isn't a `Cell`, dtypes that differ, a flag that isn't a bool.
+        ShapeError: no cells, or widths that don't match.
+        TypeError: a cell that isn't a `Cell`, different dtypes, a flag that isn't a bool.
 
     Ref: residual: He et al. 2016, "Deep Residual Learning for Image Recognition", eq. 1; over recurrent layers: Wu et
     al. 2016, "Google's Neural Machine Translation System", eq. 6.
@@ -420,14 +426,14 @@ class Recurrent(Node):
 
     @property
     def units(self) -> int:
-        """Width of the output: that of the top cell's h."""
+        """Width of the output, which is that of the top cell's h."""
         return self.cells[-1].spec.output_size
 
     @cached_property
     def parts(self) -> tuple[tuple[tuple[Cell, ...], bool], ...]:
-        """Runs of cells that the kernel takes at once, and whether a run's input is added to its output.
+        """Groups of consecutive cells that run in one call of the kernel; True if the group's input is then added.
 
-        It is where the run is one cell with a residual.
+        A cell with a residual is a group by itself.
         """
         parts: list[tuple[tuple[Cell, ...], bool]] = []
         for number, cell in enumerate(self.cells):
@@ -460,15 +466,15 @@ class Recurrent(Node):
         """Run the stack over `flow.x [B, T, I]` of any strides.
 
         Args:
-            flow: with it a mask and resets `[B, T]`, or None.
-            states: one a cell, contiguous arrays of the cell's dtype; None = the cells' own initial state.
-            threads: how many the kernel may use.
-            record: what is kept of every step, if anything is.
-            patches: what is changed in each cell as it runs; empty = in none.
-            weights: what the cells' matrices are held in, one of `WEIGHTS`; None = as they are.
+            flow: the input, with its mask and resets `[B, T]` or None.
+            states: one per cell, contiguous arrays of the cell's dtype; None: the cell's initial state.
+            threads: the number of threads that the kernel may use.
+            record: a recording to extend, or None.
+            patches: the patches of each cell; empty: none.
+            weights: the number format of the cells' matrices, one of `WEIGHTS`; None: their own.
 
         Returns:
-            `(y, states)`, where `y` is `[B, T, W]` in the order of `x` whatever `go_backwards` says, or `[B, W]`.
+            `(y, states)`, where `y` is `[B, T, W]` in the order of `x` in either direction, or `[B, W]`.
         """
         steps, at_end = flow.x.shape[1], 0 if self.go_backwards else -1
         reset = _from_the_end(flow.reset) if self.go_backwards else flow.reset
@@ -482,11 +488,11 @@ class Recurrent(Node):
             after += ends
             if made is not None:
                 y = self._add(made, x, mask, reset, record is None) if added else made
-        if not self.return_sequences:  # without a step to answer after, h
+        if not self.return_sequences:  # with T = 0, the initial h
             y = y[:, at_end].copy() if self.parts[-1][1] and steps else after[-1].h.copy()
             mask = mask[:, at_end] if mask is not None and steps else None
         if self.zero_output_for_mask and mask is not None:
-            y = y if record is None or not self.return_sequences else y.copy()  # what is recorded stays
+            y = y if record is None or not self.return_sequences else y.copy()  # don't change the recording
             y[~mask] = 0.0
         return y, after
 
@@ -503,7 +509,7 @@ class Recurrent(Node):
         patches: Sequence[CellPatches | None],
         weights: str | None,
     ) -> tuple[Array | None, list[CellState]]:
-        """Run some of the cells in one call of the kernel; y, the top one's h, may be None unless `wanted`."""
+        """Run some of the cells in one call of the kernel; y, the h of the top one, may be None unless `wanted`."""
         batch, steps, _ = x.shape
         after: list[CellState] = []
         layers, made, below = [], [], x
@@ -513,7 +519,7 @@ class Recurrent(Node):
             changes = patches[number] if patches else None
             kept: dict[str, Any] = {} if record is None else record.arrays(number, spec, batch, steps, x.dtype)
             if "gates" in kept:
-                assert below is not None, "what goes into a cell that is kept is kept"
+                assert below is not None, "the input of a recorded cell is recorded too"
                 own = kept["gates"], kept.get("cells"), kept["y"]
                 made.append(Record(*own, below, before, mask, reset, self.go_backwards, changes))
             else:
@@ -532,9 +538,9 @@ class Recurrent(Node):
     def _add(
         self, h: Array, x: Array, mask: NDArray[np.bool_] | None, reset: NDArray[np.bool_] | None, own: bool
     ) -> Array:
-        """Return h + x; where the mask leaves a step out, that of the last step used since the state was set, or h.
+        """Return h + x; at a masked step, that of the last used step since the last reset, or h if there is none.
 
-        `own`: h may be written to.
+        `own`: h may be overwritten.
         """
         if mask is None:
             return np.add(h, x, out=h if own else None)
@@ -544,13 +550,13 @@ class Recurrent(Node):
         return np.where(last < 0, h[:, order], y)[:, order]
 
     def last_used(self, mask: NDArray[np.bool_], reset: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-        """Return the last step used up to each step since the state was set, `[B, T]`; -1 where there is none.
+        """Return, for each step, the last used step up to it since the last reset, `[B, T]`; -1 if there is none.
 
-        Steps are counted, and stand, in the order in which they are run.
+        The result is in the order of processing, and so are the step numbers.
 
         Args:
-            mask: `[B, T]`, which are used, in the order of time.
-            reset: `[B, T]`, before which the state is set, or None.
+            mask: `[B, T]`, the used steps, in the order of time.
+            reset: `[B, T]`, True where the state is reset before the step, or None.
         """
         order = slice(None, None, -1 if self.go_backwards else 1)
         steps = np.arange(mask.shape[1])
@@ -568,7 +574,7 @@ class Recurrent(Node):
         patches: Sequence[CellPatches | None] = (),
         weights: str | None = None,
     ) -> Flow:
-        """See `Node.run`, and for `record`, `patches` and `weights` `forward`."""
+        """See `Node.run`; for `record`, `patches` and `weights` see `forward`."""
         flow = flows[0]
         if len(flows) > 1:
             states = _started(self, flows[1:])
@@ -593,7 +599,7 @@ class Recurrent(Node):
     def with_weights(self, weights: str) -> Recurrent:
         return replace(self, cells=tuple(cell.with_weights(weights) for cell in self.cells))
 
-    def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | Halves]]:
+    def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | BFloat16Array]]:
         flags = {name: getattr(self, name) for name in self.settings if name != "cells"}
         arrays = {
             f"{number}/{name}": array for number, cell in enumerate(self.cells) for name, array in cell.held.items()
@@ -611,44 +617,44 @@ class Recurrent(Node):
 
     @property
     def calls(self) -> str:
-        """How often a pass over the stack calls the kernel, in a few words."""
+        """The number of kernel calls in a run of the stack, in a few words."""
         calls, cells = len(self.parts), len(self.cells)
         count = "one call" if calls == 1 else f"{calls} calls, NumPy's sums between them,"
         return count if cells == 1 else f"{count} for the stack of {cells} cells"
 
 
 def _narrow(node: Node) -> str:
-    """Return which matrices of a node's cells are held in bfloat16, in a few words; nothing where none are."""
+    """Return which matrices of a node's cells are bfloat16, in a few words; "" if none are."""
     few = sum(cell.weights == "bfloat16" for cell in node.cells)
     whose = "" if few == len(node.cells) else f" of {few} cell{'s' * (few > 1)}"
     return f", matrices{whose} in bfloat16" if few else ""
 
 
 def _check_starts(owner: str, node: Node, shapes: Sequence[Shape]) -> None:
-    """Raise `ShapeError` unless what a node's states start from is a vector a row for each of them, or nothing."""
+    """Raise `ShapeError` unless there is no initial state, or one vector per row for each state of the node."""
     sizes = node.state_sizes
     if shapes and len(shapes) != len(sizes):
-        raise ShapeError(f"{owner}: expected {len(sizes)} states to start from, {', '.join(sizes)}, got {len(shapes)}")
+        raise ShapeError(f"{owner}: expected {len(sizes)} initial states, {', '.join(sizes)}, got {len(shapes)}")
     for (part, size), shape in zip(sizes.items(), shapes, strict=False):
         if len(shape) != 1 or shape[0] not in (None, size):
-            raise ShapeError(f"{owner}: expected {part} [B, {size}] to start from, got {shown(shape)} from before it")
+            raise ShapeError(f"{owner}: expected the initial state {part} [B, {size}], got {shown(shape)}")
 
 
 def _started(node: Node, starts: Sequence[Flow]) -> tuple[CellState, ...]:
-    """Return the states that flow into a node, one a cell."""
+    """Return the initial states that a node takes as inputs, one per cell."""
     arrays = iter([native.plain(start.x) for start in starts])
     specs = [cell.spec for cell in node.cells]
     return tuple(STATES[spec.kind](*(next(arrays) for _ in spec.state_sizes)) for spec in specs)
 
 
 def _pair(state: CellState | None) -> tuple[Array | None, Array | None]:
-    """Return h and c; None where there is none."""
+    """Return h and c; None for an absent one."""
     h, c, *_ = (*(state or ()), None, None)
     return h, c
 
 
 def _from_the_end(reset: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
-    """Return the last step of each piece but the last one: what a pass from the end comes to first in it."""
+    """Return the resets for a backward run: True at the last step of each piece except the last piece."""
     if reset is None:
         return None
     back = np.zeros_like(reset)
@@ -672,20 +678,20 @@ def ends_both_ways(backwards: Iterable[Node]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Bidirectional(Node):
-    """Two stacks over the same sequence, one from each end, merged step by step in the order of time.
+    """A forward and a backward stack over the same sequence, whose outputs are merged step by step.
 
-    As in Keras, both give zeros at steps that the mask leaves out where they return sequences: the
-    `zero_output_for_mask` of the two is set to their `return_sequences`.
+    As in Keras, both return zeros at masked steps if they return sequences: their `zero_output_for_mask` is set to
+    their `return_sequences`.
 
     Args:
-        forward: the stack that goes forwards.
-        backward: the stack that goes backwards (`go_backwards=True`).
-        merge_mode: `"concat"` (forward half first), `"sum"`, `"mul"` or `"ave"`.
+        forward: the forward stack.
+        backward: the backward stack (`go_backwards=True`).
+        merge_mode: `"concat"` (forward first), `"sum"`, `"mul"` or `"ave"` (the mean).
 
     Raises:
-        ShapeError: the two differ in input size, or in width where they aren't concatenated.
-        TypeError: the two differ in dtype, or aren't `Recurrent`.
-        ValueError: the directions or `return_sequences` don't fit, or another merge mode.
+        ShapeError: the input sizes differ, or the output widths differ and `merge_mode` isn't `"concat"`.
+        TypeError: the dtypes differ, or one isn't a `Recurrent`.
+        ValueError: a wrong direction, different `return_sequences`, or an unknown merge mode.
     """
 
     forward: Recurrent
@@ -714,8 +720,8 @@ class Bidirectional(Node):
             raise ShapeError(
                 f"{owner}: expected backward H={forward.units} to {self.merge_mode}, got H={backward.units}"
             )
-        halves = {"forward": forward, "backward": backward}
-        numbers: dict[str, Array | None] = {name: np.empty(0, half.dtype) for name, half in halves.items()}
+        both = {"forward": forward, "backward": backward}
+        numbers: dict[str, Array | None] = {name: np.empty(0, node.dtype) for name, node in both.items()}
         object.__setattr__(self, "dtype", one_dtype(owner, numbers))
         object.__setattr__(self, "input_size", forward.input_size)
         object.__setattr__(self, "axes", forward.axes)
@@ -740,7 +746,7 @@ class Bidirectional(Node):
         patches: Sequence[CellPatches | None] = (),
         weights: str | None = None,
     ) -> Flow:
-        """See `Recurrent.run`; the forward half is recorded first."""
+        """See `Recurrent.run`; the forward stack is recorded first."""
         flow = flows[0]
         if len(flows) > 1:
             states = _started(self, flows[1:])
@@ -766,7 +772,7 @@ class Bidirectional(Node):
         forward, backward = (half.with_weights(weights) for half in (self.forward, self.backward))
         return Bidirectional(forward, backward, self.merge_mode)
 
-    def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | Halves]]:
+    def stored(self) -> tuple[dict[str, Any], Mapping[str, Array | BFloat16Array]]:
         described: dict[str, Any] = {"type": self.file_type}
         arrays = {}
         for half in ("forward", "backward"):

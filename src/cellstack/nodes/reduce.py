@@ -1,4 +1,4 @@
-"""`Reduce`: one axis of a value taken together."""
+"""`Reduce`: a reduction along one axis."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ MODES = ("sum", "mean", "max", "min")
 
 
 def reduced(mode: str, x: Array, axis: int, used: NDArray[np.bool_] | None = None) -> Array:
-    """Return `x` without an axis: its sum, mean, greatest or least, of the entries used; zeros where none is.
+    """Return the sum, mean, maximum or minimum of `x` along an axis, over the used entries; 0 where none is used.
 
-    Sums are taken in float64.
+    Sums are computed in float64.
 
     Args:
         mode: one of `MODES`.
-        x: of any shape.
-        axis: which, counted from the front.
-        used: of bool, as `x` or broadcast to it; None = all of them.
+        x: any shape.
+        axis: the axis, 0 or above.
+        used: bool, broadcastable to the shape of `x`; None: all entries.
     """
     if mode in ("sum", "mean"):
         y = np.ascontiguousarray(x if used is None else np.where(used, x, 0.0)).astype(np.float64).sum(axis=axis)
@@ -42,17 +42,17 @@ def reduced(mode: str, x: Array, axis: int, used: NDArray[np.bool_] | None = Non
 
 @dataclass(frozen=True, eq=False)
 class Reduce(Along):
-    """The sum, the mean, the greatest or the least along one axis.
+    """The sum, mean, maximum or minimum along one axis.
 
-    Over time, steps that the mask leaves out have no part, and a row without a step that is used gives zeros.
+    Over time, masked steps are ignored, and a row without used steps gives zeros.
 
     Args:
         mode: `"sum"`, `"mean"`, `"max"` or `"min"`.
-        axis: which, counted from 0, the batch; 1 is time, -1 the features. Not 0.
-        keepdims: the axis stays, of length 1.
+        axis: 1 is time, -1 the features; 0, the batch, isn't allowed.
+        keepdims: keep the axis, with length 1.
 
     Raises:
-        ValueError: another mode or axis.
+        ValueError: an unknown mode, or an invalid axis.
         TypeError: a flag that isn't a bool.
 
     >>> Reduce("sum", 1).apply(np.array([[[1.0, 2.0], [3.0, 4.0]]]))
@@ -78,11 +78,11 @@ class Reduce(Along):
         (shape,) = shapes
         at = self.placed(owner, shape)
         if len(shape) == 1 and not self.keepdims:
-            raise ShapeError(f"{owner}: Reduce expected keepdims=True for a vector, got {shown(shape)}: an axis stays")
+            raise ShapeError(f"{owner}: Reduce of a vector requires keepdims=True, got {shown(shape)}")
         return (*shape[: at - 1], *([1] if self.keepdims else []), *shape[at:])
 
     def apply(self, x: Array, mask: NDArray[np.bool_] | None = None) -> Array:
-        """Return `x [B, …]` with an axis reduced; `mask [B, T]` counts where that is time."""
+        """Reduce an axis of `x [B, …]`; `mask [B, T]` matters only if that axis is time."""
         place = self.place(x.ndim - 1)
         used = None if mask is None or place != 1 else mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
         y = reduced(self.mode, x, place, used)
@@ -98,11 +98,11 @@ class Reduce(Along):
 
     def frames(self, *shapes: Shape) -> FrameRule:
         if self.place(len(shapes[0])) != len(shapes[0]):
-            return FrameRule(f"the {self.mode} over time is of the whole sequence, which a stream doesn't have")
+            return FrameRule(f"the {self.mode} over time needs the whole sequence, which a stream doesn't have")
         if not self.keepdims:
-            return FrameRule("it makes one vector of all steps, which a stream doesn't have (keepdims=True does not)")
+            return FrameRule("it combines all steps into one vector (keepdims=True avoids this)")
         return FrameRule(step=replace(self, axis=-1).apply)
 
     @property
     def summary(self) -> str:
-        return f"{self.mode} over axis {self.axis}{', which stays' if self.keepdims else ''}"
+        return f"{self.mode} over axis {self.axis}{', keepdims' if self.keepdims else ''}"

@@ -1,4 +1,4 @@
-"""The nodes that move numbers about: shapes, copies, slices, and several values made one."""
+"""Nodes that rearrange values: shapes, copies, slices, padding, and merging of several values."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ NEUTRAL = {
     "mul": 1.0,
     "max": -np.inf,
     "min": np.inf,
-}  # what a step counts as that its mask leaves out; elsewhere, what it holds
-NOT_FRAMES = "it makes one shape of the whole sequence, which a stream doesn't have"
+}  # the value of masked steps; in other modes they keep theirs
+NOT_FRAMES = "it changes the shape of the whole sequence, which a stream doesn't have"
 
 
 def check_axis(owner: str, axis: Any) -> int:
-    """Return `axis` as an int; `ValueError` unless it is a whole number other than 0, the batch."""
+    """Return `axis` as an int; `ValueError` unless it is an integer other than 0, the batch."""
     whole = isinstance(axis, (int, np.integer)) and not isinstance(axis, bool)
     if not whole or axis == 0 or abs(axis) > MOST_AXES:
         raise ValueError(f"{owner}: expected axis to be an integer other than 0, got {axis!r:.80}")
@@ -56,23 +56,23 @@ def check_axis(owner: str, axis: Any) -> int:
 
 
 class Along(Node):
-    """What works along one axis.
+    """Base class of nodes that operate along one axis.
 
     Attributes:
-        axis: which, counted from 0, the batch, or from -1, the last.
-        why_whole: why a stream can't run it where the axis isn't the features.
+        axis: the axis; 0 is the batch, -1 the last one.
+        why_whole: why a stream can't run the node unless the axis is the features.
     """
 
     axis: int
     why_whole: ClassVar[str]
 
     def place(self, axes: int) -> int:
-        """Return the axis, counted from 1, of a value with so many beside the batch; 0 where there is no such axis."""
+        """Return the positive index of the axis in a value with `axes` axes after the batch; 0 if it doesn't exist."""
         place = self.axis if self.axis > 0 else axes + 1 + self.axis
         return place if 1 <= place <= axes else 0
 
     def placed(self, owner: str, shape: Shape) -> int:
-        """Return the `place` of the axis in a value of this shape; `ShapeError` where there is no such axis."""
+        """Return the `place` of the axis in a value of this shape; `ShapeError` if it doesn't exist."""
         at = self.place(len(shape))
         if not at:
             expected = f"expected a value with an axis {self.axis}"
@@ -82,12 +82,12 @@ class Along(Node):
     def frames(self, *shapes: Shape) -> FrameRule:
         if self.place(len(shapes[0])) != len(shapes[0]):
             return FrameRule(self.why_whole)
-        alone: Any = self  # a frame has no time: its features are the last axis, whichever they were
+        alone: Any = self  # one step has no time axis: its features are the last axis
         return FrameRule(step=replace(alone, axis=-1).apply)
 
 
 class _Shaping(Node):
-    """What changes the shape of a value as a whole: mask and resets end with it."""
+    """Base class of nodes that change the shape of a whole value and drop its mask and resets."""
 
     shapes_only = True
 
@@ -100,7 +100,7 @@ class _Shaping(Node):
 
 @dataclass(frozen=True, eq=False)
 class Flatten(_Shaping):
-    """`[B, …]` to `[B, W]`: all axes but the batch become one, the last one running fastest.
+    """`[B, …]` to `[B, W]`: flatten all axes except the batch in C order.
 
     >>> Flatten().apply(np.arange(4).reshape(1, 2, 2))
     array([[0, 1, 2, 3]])
@@ -126,19 +126,19 @@ class Flatten(_Shaping):
 
 
 def _product(shape: Shape) -> int | None:
-    """Return how many numbers a row holds; None where that isn't known."""
+    """Return the number of values in a row; None if it isn't known."""
     return None if None in shape else prod(axis for axis in shape if axis is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class Reshape(_Shaping):
-    """`[B, …]` to `[B, *shape]`, the numbers of a row in the order in which they are.
+    """`[B, …]` to `[B, *shape]`, in C order.
 
     Args:
-        shape: the axes after the batch, each from 1 up; one of them may be -1, whatever is left.
+        shape: the lengths of the axes after the batch, each from 1 up; one may be -1, to be inferred.
 
     Raises:
-        ValueError: another shape.
+        ValueError: an invalid shape.
 
     >>> Reshape((-1, 2)).apply(np.arange(4).reshape(1, 4))
     array([[[0, 1],
@@ -154,7 +154,7 @@ class Reshape(_Shaping):
         shape = tuple(self.shape) if isinstance(self.shape, Sequence) and not isinstance(self.shape, str) else ()
         free = [axis for axis in shape if isinstance(axis, (int, np.integer)) and axis == -1]
         if not 1 <= len(shape) <= MOST_AXES or len(free) > 1:
-            raise ValueError(f"Reshape: expected shape to be axes, at most one of them -1, got {self.shape!r:.80}")
+            raise ValueError(f"Reshape: expected shape to be lengths, at most one of them -1, got {self.shape!r:.80}")
         shape = tuple(-1 if axis in free else check_integer("Reshape", "every axis", axis) for axis in shape)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "axes", (None, len(shape)))
@@ -164,14 +164,14 @@ class Reshape(_Shaping):
         (shape,) = shapes
         numbers, rest = _product(shape), prod(axis for axis in self.shape if axis != -1)
         if numbers is not None and (numbers % rest if -1 in self.shape else numbers != rest):
-            raise ShapeError(f"{owner}: Reshape to {shown(self.shape)} got {shown(shape)}, which doesn't fit into it")
+            raise ShapeError(f"{owner}: can't reshape {shown(shape)} to {shown(self.shape)}: the sizes don't match")
         free = None if numbers is None else numbers // rest
         return tuple(free if axis == -1 else axis for axis in self.shape)
 
     def apply(self, x: Array) -> Array:
         """Return `x [B, …]` as `[B, *shape]`."""
         rest = prod(axis for axis in self.shape if axis != -1)
-        free = prod(x.shape[1:]) // rest  # NumPy can't tell where the batch is empty
+        free = prod(x.shape[1:]) // rest  # NumPy can't infer it if the batch is empty
         return x.reshape(len(x), *(free if axis == -1 else axis for axis in self.shape))
 
     @property
@@ -181,13 +181,13 @@ class Reshape(_Shaping):
 
 @dataclass(frozen=True, eq=False)
 class Permute(_Shaping):
-    """The axes after the batch in another order.
+    """Permute the axes after the batch.
 
     Args:
-        dims: for each axis that comes out, which one it was, counted from 1, as in Keras.
+        dims: for each output axis the input axis, counted from 1, as in Keras.
 
     Raises:
-        ValueError: not each axis once.
+        ValueError: not a permutation.
 
     >>> Permute((2, 1)).apply(np.zeros((5, 7, 3))).shape
     (5, 3, 7)
@@ -223,13 +223,13 @@ class Permute(_Shaping):
 
 @dataclass(frozen=True, eq=False)
 class Repeat(_Shaping):
-    """A vector at every step: `[B, W]` to `[B, times, W]`.
+    """Repeat a vector at every step: `[B, W]` to `[B, times, W]`.
 
     Args:
-        times: how many steps, from 1 up.
+        times: the number of steps, from 1 up.
 
     Raises:
-        ValueError: another number.
+        ValueError: an invalid number.
 
     >>> Repeat(2).apply(np.array([[1.0, 2.0]]))
     array([[[1., 2.],
@@ -257,7 +257,7 @@ class Repeat(_Shaping):
         return np.repeat(x[:, None], self.times, axis=1)
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        return FrameRule(f"it makes a sequence of {self.times} steps out of every frame")
+        return FrameRule(f"it makes {self.times} steps out of every step")
 
     @property
     def summary(self) -> str:
@@ -266,18 +266,18 @@ class Repeat(_Shaping):
 
 @dataclass(frozen=True, eq=False)
 class Select(Along):
-    """A slice of one axis, as Python slices: `x[:, start:stop:step]` where the axis is 1.
+    """A slice along one axis with Python's rules: `x[:, start:stop:step]` for axis 1.
 
-    A mask is sliced along with time. A slice that runs backwards turns a sequence round.
+    A slice of time also slices the mask. A negative step reverses the sequence.
 
     Args:
-        start: the first; None = from the end that the step comes from.
-        stop: the first that isn't taken; None = up to the other end.
-        step: from each to the next, not 0.
-        axis: which, counted from 0, the batch; 1 is time, -1 the features. Not 0.
+        start: as in a Python slice, or None.
+        stop: as in a Python slice, or None.
+        step: as in a Python slice, not 0.
+        axis: 1 is time, -1 the features; 0, the batch, isn't allowed.
 
     Raises:
-        ValueError: what doesn't make a slice, or axis 0.
+        ValueError: an invalid slice, or axis 0.
 
     >>> Select(-1, None).apply(np.arange(6).reshape(1, 3, 2))
     array([[[4, 5]]])
@@ -290,7 +290,7 @@ class Select(Along):
     file_type = "select"
     settings: ClassVar = {"start": (int, type(None)), "stop": (int, type(None)), "step": int, "axis": int}
     shapes_only = True
-    why_whole = "it takes some steps of the whole sequence, which a stream doesn't have"
+    why_whole = "it selects steps of the whole sequence, which a stream doesn't have"
 
     def __post_init__(self) -> None:
         for name in ("start", "stop", "step", "axis"):
@@ -302,7 +302,7 @@ class Select(Along):
                 object.__setattr__(self, name, int(value))
         if self.step == 0 or self.axis == 0:
             raise ValueError(f"Select: expected step and axis other than 0, got {self.step} and {self.axis}")
-        object.__setattr__(self, "mixes_steps", self.step < 0)  # backwards, no step is left at which a piece begins
+        object.__setattr__(self, "mixes_steps", self.step < 0)  # reversed, the pieces between resets have no first step
 
     @property
     def taken(self) -> slice:
@@ -322,7 +322,9 @@ class Select(Along):
         """Return the slice of `x [B, …]`."""
         place = self.place(x.ndim - 1)
         y = x[(slice(None),) * place + (self.taken,)]
-        return np.ascontiguousarray(y) if place == x.ndim - 1 else y  # what comes next may round by how numbers lie
+        return (
+            np.ascontiguousarray(y) if place == x.ndim - 1 else y
+        )  # the rounding of the next node may depend on the layout
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
         (flow,) = flows
@@ -336,7 +338,7 @@ class Select(Along):
         return mask if mask is None or self.place(axes) != 1 else on.cut(mask, self.taken)
 
     def _begun(self, reset: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return at which of the steps taken a piece begins: one that began at a step left out begins at the next."""
+        """Return the resets of the selected steps: a reset at a dropped step moves to the next selected one."""
         begun = np.cumsum(reset, axis=1)[:, self.taken]
         return np.diff(begun, axis=1, prepend=0) > 0
 
@@ -349,18 +351,18 @@ class Select(Along):
 
 @dataclass(frozen=True, eq=False)
 class Pad(Along):
-    """More entries of one value before and after an axis, as a rule steps of zeros.
+    """Pad an axis with a constant, by default time with steps of zeros.
 
-    Over time mask and resets end, as with the padding of a convolution.
+    Padding of time drops the mask and the resets, as in a convolution.
 
     Args:
-        before: how many come before.
-        after: how many come after.
-        value: what they hold.
-        axis: which, counted from 0, the batch; 1 is time, -1 the features. Not 0.
+        before: the number of entries before.
+        after: the number of entries after.
+        value: their value.
+        axis: 1 is time, -1 the features; 0, the batch, isn't allowed.
 
     Raises:
-        ValueError: numbers below 0, a value that isn't finite, or axis 0.
+        ValueError: a number below 0, a value that isn't finite, or axis 0.
 
     >>> Pad(1, 0).apply(np.array([[[1.0, 2.0]]]))
     array([[[0., 0.],
@@ -373,7 +375,7 @@ class Pad(Along):
     axis: int = 1
     file_type = "pad"
     settings: ClassVar = {"before": int, "after": int, "value": float, "axis": int}
-    why_whole = "it puts steps before or after the sequence, and a stream answers after every frame"
+    why_whole = "it adds steps before or after the sequence, and a stream has one output per step"
 
     def __post_init__(self) -> None:
         for name in ("before", "after"):
@@ -381,7 +383,7 @@ class Pad(Along):
         object.__setattr__(self, "value", check_number("Pad", "value", self.value))
         object.__setattr__(self, "axis", check_axis("Pad", self.axis))
         object.__setattr__(self, "keeps_width", self.axis == 1)
-        object.__setattr__(self, "mixes_steps", self.axis == 1 or self.axis < -1)  # where that may be time
+        object.__setattr__(self, "mixes_steps", self.axis == 1 or self.axis < -1)  # the axis may be time
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         (shape,) = shapes
@@ -404,19 +406,19 @@ class Pad(Along):
 
 @dataclass(frozen=True, eq=False)
 class Merge(Along):
-    """Several values made one: put end to end, or taken together number by number.
+    """Concatenate several values, or combine them elementwise.
 
-    Masks are Keras 3's. Put end to end along time, each goes on as it is; otherwise a step is used where any of the
-    values uses it, and a value without a mask uses all. Of `"mul"`, `"max"` and `"min"`, a value has no part in steps
-    that its own mask leaves out.
+    Masks follow Keras 3. Concatenation along time concatenates the masks; otherwise a step is used if any of the values
+    uses it, and a value without a mask uses all steps. With `"mul"`, `"max"` and `"min"`, values are ignored at steps
+    that their own masks exclude.
 
     Args:
-        mode: `"concat"`, `"add"`, `"mul"`, `"ave"` (the mean), `"max"`, `"min"`, or `"sub"`, the first less the
-            second.
-        axis: along which to concatenate, counted from 0, the batch; 1 is time, -1 the features. Not 0.
+        mode: `"concat"`, `"add"`, `"mul"`, `"ave"` (the mean), `"max"`, `"min"`, or `"sub"` (the first minus the
+            second).
+        axis: the axis of a concatenation; 1 is time, -1 the features; 0, the batch, isn't allowed.
 
     Raises:
-        ValueError: another mode or axis.
+        ValueError: an unknown mode, or an invalid axis.
     """
 
     mode: str = "concat"
@@ -433,12 +435,12 @@ class Merge(Along):
 
     def check(self, owner: str, *shapes: Shape) -> Shape:
         if len(shapes) < 2 or (self.mode == "sub" and len(shapes) != 2):
-            expected = "two values" if self.mode == "sub" else "two values or more"
+            expected = "two values" if self.mode == "sub" else "at least two values"
             raise ShapeError(f"{owner}: Merge expected {expected} to {self.mode}, got {len(shapes)}")
         first, text = shapes[0], " and ".join(map(shown, shapes))
         at = self.place(len(first))
         if len({len(shape) for shape in shapes}) > 1:
-            raise ShapeError(f"{owner}: Merge expected values of as many axes as each other, got {text}")
+            raise ShapeError(f"{owner}: Merge expected values with the same number of axes, got {text}")
         if not at and self.mode == "concat":
             raise ShapeError(f"{owner}: Merge expected values with an axis {self.axis}, got {text}")
         merged = []
@@ -451,7 +453,7 @@ class Merge(Along):
                 continue
             longer = known - {1} if self.mode != "concat" else known
             if len(longer) > 1:
-                raise ShapeError(f"{owner}: Merge expected values that fit each other to {self.mode}, got {text}")
+                raise ShapeError(f"{owner}: Merge expected values of compatible shapes to {self.mode}, got {text}")
             unknown = None in lengths and not longer
             merged.append(None if unknown else (longer or known).pop())
         return tuple(merged)
@@ -468,11 +470,11 @@ class Merge(Along):
 
     @property
     def neutral(self) -> float | None:
-        """What a step counts as that its value's mask leaves out; None = what it holds."""
+        """The value that replaces masked steps; None: they keep their values."""
         return NEUTRAL.get(self.mode)
 
     def _merge_used(self, flows: Sequence[Flow], neutral: float) -> Array:
-        """Return the values merged, each without the steps that its own mask leaves out."""
+        """Merge the values, ignoring the masked steps of each."""
         nothing = flows[0].x.dtype.type(neutral)
         used = [None if flow.mask is None else flow.mask[..., None] for flow in flows]
         y = self.merge(
@@ -508,7 +510,7 @@ class Merge(Along):
     def frames(self, *shapes: Shape) -> FrameRule:
         if self.mode != "concat" or self.place(len(shapes[0])) == len(shapes[0]):
             return FrameRule(step=replace(self, axis=-1).merge)
-        return FrameRule("it puts whole sequences end to end, which a stream doesn't have")
+        return FrameRule("it concatenates whole sequences, which a stream doesn't have")
 
     @property
     def summary(self) -> str:

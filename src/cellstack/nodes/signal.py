@@ -1,4 +1,4 @@
-"""The nodes that models of signals begin with: numbers by their places, as of a mirrored edge, and magnitudes."""
+"""Nodes for the input stage of signal models: gathering by index, such as for mirrored edges, and magnitudes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cellstack.spec import ShapeError
 
 @dataclass(frozen=True, eq=False)
 class Take(Along):
-    """Entries of one axis by their places, in any order and as often as they are named.
+    """Gather entries along one axis by index, in any order and with repetitions.
 
-    A signal with mirrored edges is one such, `x[2], x[1], x[0], x[1], …`: see `of_padding`.
+    This can mirror the edges of a signal, `x[2], x[1], x[0], x[1], …`: see `of_padding`.
 
     Args:
-        indices: the places, from 0 up.
-        axis: which, counted from 0, the batch; 1 is time, -1 the features. Not 0.
+        indices: the indices, from 0 up.
+        axis: 1 is time, -1 the features; 0, the batch, isn't allowed.
 
     Raises:
         ValueError: no indices, one below 0, or axis 0.
@@ -38,30 +38,30 @@ class Take(Along):
     settings: ClassVar = {"indices": list, "axis": int}
     shapes_only = True
     checks_late = True
-    why_whole = "it takes some steps of the whole sequence, which a stream doesn't have"
+    why_whole = "it selects steps of the whole sequence, which a stream doesn't have"
 
     def __post_init__(self) -> None:
         if not isinstance(self.indices, Sequence) or isinstance(self.indices, str) or not self.indices:
-            raise ValueError(f"Take: expected indices to be places, at least one, got {self.indices!r:.80}")
+            raise ValueError(f"Take: expected a sequence of at least one index, got {self.indices!r:.80}")
         indices = tuple(check_integer("Take", "every index", index, least=0) for index in self.indices)
         object.__setattr__(self, "indices", indices)
         object.__setattr__(self, "axis", check_axis("Take", self.axis))
-        object.__setattr__(self, "mixes_steps", self.axis == 1 or self.axis < -1)  # where that may be time
+        object.__setattr__(self, "mixes_steps", self.axis == 1 or self.axis < -1)  # the axis may be time
 
     @classmethod
     def of_padding(cls, mode: str, length: int, before: int, after: int, axis: int = -1) -> Take:
-        """Return what pads an axis with its own entries.
+        """Return a node that pads an axis with its own entries.
 
         Args:
-            mode: `"reflect"`: mirrored at the first and the last, which aren't repeated; `"edge"`: the first and the
-                last again and again; `"wrap"`: the other end.
-            length: of the axis.
-            before: how many come before it.
-            after: how many come after it.
-            axis: which.
+            mode: `"reflect"`: mirror at the first and last entries without repeating them; `"edge"`: repeat the first
+                and last entries; `"wrap"`: continue with the other end.
+            length: the length of the axis.
+            before: the number of entries before.
+            after: the number of entries after.
+            axis: the axis.
 
         Raises:
-            ValueError: another mode, or an axis that is too short for it.
+            ValueError: an unknown mode, or an axis that is too short.
 
         >>> Take.of_padding("reflect", 3, 2, 1).indices
         (2, 1, 0, 1, 2, 1)
@@ -69,7 +69,7 @@ class Take(Along):
         if mode not in ("reflect", "edge", "wrap"):
             raise ValueError(f"Take: expected mode to be reflect, edge or wrap, got {mode!r:.80}")
         if length < 1 or (mode != "edge" and max(before, after) > length - (mode == "reflect")):
-            raise ValueError(f"Take: expected an axis that {before} and {after} entries fit into, got {length}")
+            raise ValueError(f"Take: an axis of length {length} is too short for {mode} padding of {before}, {after}")
         places = np.pad(np.arange(length), (before, after), mode=mode)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return cls(tuple(places.tolist()), axis)
 
@@ -86,7 +86,7 @@ class Take(Along):
         return (*shape[: at - 1], len(self.indices), *shape[at:])
 
     def apply(self, x: Array) -> Array:
-        """Return `x [B, …]` with the entries of its axis taken."""
+        """Return the gathered entries of `x [B, …]`."""
         return x.take(self._places, axis=self.place(x.ndim - 1))
 
     def keeps_steps(self, axes: int) -> bool:
@@ -99,7 +99,7 @@ class Take(Along):
 
 @dataclass(frozen=True, eq=False)
 class Magnitude(Stepwise):
-    """The magnitudes of complex numbers, real parts first: `[…, 2W]` to `[…, W]`.
+    """The magnitudes of complex numbers given as real parts, then imaginary parts: `[…, 2W]` to `[…, W]`.
 
         y[k] = sqrt(x[k]² + x[W + k]² + epsilon)
 
@@ -107,7 +107,7 @@ class Magnitude(Stepwise):
         epsilon: 0 or above.
 
     Raises:
-        ValueError: another number.
+        ValueError: an invalid epsilon.
 
     >>> Magnitude().apply(np.array([[3.0, 1.0, 4.0, 0.0]]))
     array([[5., 1.]])
@@ -127,14 +127,14 @@ class Magnitude(Stepwise):
         shape = super().check(owner, *shapes)
         width = shape[-1]
         if width is not None and width % 2:
-            raise ShapeError(f"{owner}: Magnitude expected real parts and as many imaginary ones, got {shown(shape)}")
+            raise ShapeError(f"{owner}: Magnitude expected an even number of features, got {shown(shape)}")
         return (*shape[:-1], None if width is None else width // 2)
 
     def apply(self, x: Array) -> Array:
         """Return `[…, W]` for `x […, 2W]`."""
         squares = x * x
-        half = x.shape[-1] // 2
-        y = squares[..., :half] + squares[..., half:]
+        width = x.shape[-1] // 2
+        y = squares[..., :width] + squares[..., width:]
         if self.epsilon:
             y += x.dtype.type(self.epsilon)
         return np.sqrt(y, out=y)

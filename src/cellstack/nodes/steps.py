@@ -1,4 +1,4 @@
-"""The nodes that NumPy runs step by step: what comes out at a step depends on what went in at that step alone."""
+"""Nodes in NumPy whose output at a step depends only on the input at that step."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from cellstack.spec import ShapeError
 
 @dataclass(frozen=True, eq=False)
 class Standardise(Stepwise):
-    """`(x - mean) / scale`, feature by feature, so that a model takes raw data.
+    """`(x - mean) / scale` per feature, so that a model takes raw data.
 
     Args:
         mean: `[I]`.
         scale: `[I]`, without zeros.
 
     Raises:
-        ShapeError: not `[I]` both.
-        TypeError: not float32 or float64 both.
+        ShapeError: the shapes aren't both `[I]`.
+        TypeError: the dtypes aren't both float32 or both float64.
         ValueError: a scale of zero.
     """
 
@@ -55,10 +55,10 @@ class Standardise(Stepwise):
         object.__setattr__(self, "input_size", len(self.mean))
         if (self.scale == 0).any():
             at = int(np.argmax(self.scale == 0))
-            raise ValueError(f"Standardise: expected a scale other than zero for every feature, got 0 for feature {at}")
+            raise ValueError(f"Standardise: expected a nonzero scale for every feature, got 0 for feature {at}")
 
     def apply(self, x: Array) -> Array:
-        """Return `(x - mean) / scale`, shaped as `x [..., I]`."""
+        """Return `(x - mean) / scale`, in the shape of `x [..., I]`."""
         return (x - self.mean) / self.scale
 
     @property
@@ -68,18 +68,18 @@ class Standardise(Stepwise):
 
 @dataclass(frozen=True, eq=False)
 class Scale(Stepwise):
-    """`x·scale + shift`, feature by feature: what batch normalisation is at inference, folded.
+    """`x·scale + shift` per feature, such as a folded batch normalisation in inference.
 
-    With a batch normalisation's statistics, `scale = gamma / sqrt(variance + epsilon)` and
-    `shift = beta - mean·scale`: see `of_statistics`.
+    For a batch normalisation, `scale = gamma / sqrt(variance + epsilon)` and `shift = beta - mean·scale`: see
+    `of_statistics`.
 
     Args:
         scale: `[W]`.
         shift: `[W]`.
 
     Raises:
-        ShapeError: not `[W]` both.
-        TypeError: not float32 or float64 both.
+        ShapeError: the shapes aren't both `[W]`.
+        TypeError: the dtypes aren't both float32 or both float64.
 
     >>> Scale(np.array([2.0, 3.0]), np.array([0.0, 1.0])).apply(np.ones((1, 2)))
     array([[2., 4.]])
@@ -103,27 +103,27 @@ class Scale(Stepwise):
     def of_statistics(
         cls, mean: Array, variance: Array, epsilon: float, gamma: Array | None = None, beta: Array | None = None
     ) -> Scale:
-        """Return a batch normalisation at inference, folded in float64.
+        """Return the node for a batch normalisation in inference, folded in float64.
 
         Args:
-            mean: `[W]`; its dtype is that of the node.
+            mean: `[W]`; determines the dtype of the node.
             variance: `[W]`.
-            epsilon: what is added to the variance.
-            gamma: `[W]`; None = ones.
-            beta: `[W]`; None = zeros.
+            epsilon: added to the variance.
+            gamma: `[W]`; None: ones.
+            beta: `[W]`; None: zeros.
 
         Raises:
-            ValueError: a variance that isn't above 0 with epsilon added.
+            ValueError: a variance plus epsilon that isn't positive.
         """
         deviation = variance.astype(np.float64) + epsilon
         if not (deviation > 0.0).all():
-            raise ValueError("expected variances above 0, found others")
+            raise ValueError("expected positive variances, found others")
         scale = (1.0 if gamma is None else gamma.astype(np.float64)) / np.sqrt(deviation)
         shift = (0.0 if beta is None else beta.astype(np.float64)) - mean.astype(np.float64) * scale
         return cls(scale.astype(mean.dtype), shift.astype(mean.dtype))
 
     def apply(self, x: Array) -> Array:
-        """Return `x·scale + shift`, shaped as `x [..., W]`."""
+        """Return `x·scale + shift`, in the shape of `x [..., W]`."""
         return x * self.scale + self.shift
 
     @property
@@ -133,7 +133,7 @@ class Scale(Stepwise):
 
 @dataclass(frozen=True, eq=False)
 class LayerNorm(Stepwise):
-    """`(x - mean) / sqrt(variance + epsilon)·gain + bias` over the last axis, each step by its own mean and variance.
+    """`(x - mean) / sqrt(variance + epsilon)·gain + bias`, with the mean and variance of each step's features.
 
     Args:
         gain: `[W]`, or None for ones.
@@ -141,8 +141,8 @@ class LayerNorm(Stepwise):
         epsilon: above 0.
 
     Raises:
-        ShapeError: not `[W]` both.
-        TypeError: a dtype other than float32 and float64, or two.
+        ShapeError: the shapes aren't both `[W]`.
+        TypeError: a dtype other than float32 and float64, or different dtypes.
         ValueError: an epsilon that isn't above 0.
 
     >>> LayerNorm().apply(np.array([[1.0, 3.0]])).round(2)
@@ -174,7 +174,7 @@ class LayerNorm(Stepwise):
 
     def apply(self, x: Array) -> Array:
         """Return `x [..., W]` normalised over its last axis."""
-        x = np.ascontiguousarray(x)  # else the order of the sums, and with it the bits, depend on how x lies
+        x = np.ascontiguousarray(x)  # else the order of summation, and with it the rounding, depends on the layout
         count = x.dtype.type(x.shape[-1])
         y = x - np.add.reduce(x, axis=-1, keepdims=True) / count
         variance = np.add.reduce(y * y, axis=-1, keepdims=True) / count
@@ -192,14 +192,14 @@ class LayerNorm(Stepwise):
 
 @dataclass(frozen=True, eq=False)
 class Activation(Stepwise):
-    """One of the house's activations, or one of those that nodes have beside them, such as softmax.
+    """An activation of cells, or one that only nodes have, such as softmax.
 
     Args:
-        activation: as `cellstack.spec.activation` reads it, such as `"relu"` or `"hard_sigmoid(0.2, 0.5)"`; or a name
+        activation: what `cellstack.spec.activation` parses, such as `"relu"` or `"hard_sigmoid(0.2, 0.5)"`; or a name
             in `cellstack.nodes.base.MORE_ACTIVATIONS`, such as `"softmax"`.
 
     Raises:
-        ValueError: another name, or parameters that it can't have.
+        ValueError: an unknown name, or invalid parameters.
     """
 
     activation: str
@@ -221,14 +221,14 @@ class Activation(Stepwise):
 
 @dataclass(frozen=True, eq=False)
 class Clip(Stepwise):
-    """`min(max(x, low), high)`, number by number; NaN stays NaN.
+    """`min(max(x, low), high)`, elementwise; NaN stays NaN.
 
     Args:
-        low: the least that comes out; None = whatever goes in.
-        high: the greatest that comes out; None = whatever goes in.
+        low: the lower bound; None: no bound.
+        high: the upper bound; None: no bound.
 
     Raises:
-        ValueError: neither of them, a bound that isn't a finite number, or a low above the high.
+        ValueError: no bound at all, a bound that isn't a finite number, or low above high.
 
     >>> Clip(0.0, 2.0).apply(np.array([-1.0, 1.0, 3.0]))
     array([0., 1., 2.])
@@ -245,12 +245,12 @@ class Clip(Stepwise):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_number("Clip", name, getattr(self, name)))
         if self.low is None and self.high is None:
-            raise ValueError("Clip: expected a low or a high, got neither")
+            raise ValueError("Clip: expected low or high, got neither")
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"Clip: expected low up to high, got {self.low:g} and {self.high:g}")
+            raise ValueError(f"Clip: expected low <= high, got {self.low:g} and {self.high:g}")
 
     def apply(self, x: Array) -> Array:
-        """Return `x [..., W]` with its numbers within the bounds."""
+        """Return `x [..., W]` clipped to the bounds."""
         y = x if self.low is None else np.maximum(x, x.dtype.type(self.low))
         return y if self.high is None else np.minimum(y, x.dtype.type(self.high))
 
@@ -262,17 +262,17 @@ class Clip(Stepwise):
 
 @dataclass(frozen=True, eq=False)
 class Embedding(Stepwise):
-    """Rows of a table: ids `[B, T]` to `[B, T, E]`.
+    """Look up rows of a table: ids `[B, T]` to `[B, T, E]`.
 
-    Ids are integers, or floats that are whole. At steps that a mask leaves out they may be anything.
+    Ids are integers, or floats with integer values. At masked steps they may have any value.
 
     Args:
         table: `[V, E]`, float32 or float64.
-        mask_zero: steps whose id is 0 are left out by what comes after, as in Keras.
+        mask_zero: mask the steps whose id is 0 for the following nodes, as in Keras.
 
     Raises:
-        ShapeError: not `[V, E]`.
-        TypeError: another dtype, or a flag that isn't a bool.
+        ShapeError: the shape isn't `[V, E]`.
+        TypeError: a wrong dtype, or a flag that isn't a bool.
 
     >>> Embedding(np.arange(6.0).reshape(3, 2)).apply(np.array([[2, 0]]))
     array([[[4., 5.],
@@ -300,15 +300,15 @@ class Embedding(Stepwise):
         return (*shape, self.table.shape[1])
 
     def ids(self, x: Array) -> NDArray[np.intp]:
-        """Return `x` as the rows that it names.
+        """Return the ids `x` as row indices.
 
         Raises:
-            TypeError: not numbers.
-            ValueError: numbers that aren't whole, or beyond the table.
+            TypeError: ids that aren't numbers.
+            ValueError: ids that aren't integers, or out of range.
         """
         if x.dtype.kind not in "biuf":
             raise TypeError(f"Embedding: expected ids to be integers, got {x.dtype}")
-        if x.dtype.kind == "f" and not (x == np.floor(x)).all():  # NaN isn't either
+        if x.dtype.kind == "f" and not (x == np.floor(x)).all():  # True for NaN too
             raise ValueError("Embedding: expected ids to be integers, got numbers that aren't whole")
         last = len(self.table) - 1
         if x.size and (x.min() < 0 or x.max() > last):
@@ -316,7 +316,7 @@ class Embedding(Stepwise):
         return x.astype(np.intp)
 
     def apply(self, x: Array) -> Array:
-        """Return the rows `[..., E]` that the ids `x [...]` name."""
+        """Return the rows `[..., E]` for the ids `x [...]`."""
         return self.table[self.ids(x)]
 
     def run(self, flows: Sequence[Flow], states: tuple[CellState | None, ...], threads: int) -> Flow:
@@ -329,7 +329,7 @@ class Embedding(Stepwise):
 
     @property
     def numbers_read(self) -> int:
-        """See `Node.numbers_read`: a row of the table."""
+        """See `Node.numbers_read`: one row of the table."""
         return self.table.shape[1]
 
     @property
@@ -339,9 +339,9 @@ class Embedding(Stepwise):
 
 @dataclass(frozen=True, eq=False)
 class StepMask(Node):
-    """Leaves out the steps of a sequence `x [B, T, W]` whose flag, of a second value `[B, T]`, is 0: a mask goes on.
+    """Mask the steps of a sequence `x [B, T, W]` whose flag, in a second input `[B, T]`, is 0.
 
-    The numbers of the steps stay as they are.
+    The values of the steps don't change.
 
     >>> StepMask().kept(np.ones((1, 3, 2)), np.array([[1.0, 1.0, 0.0]]))
     array([[ True,  True, False]])
@@ -370,7 +370,7 @@ class StepMask(Node):
 
     def frames(self, *shapes: Shape) -> FrameRule:
         return FrameRule(
-            "it takes the flags of a whole sequence, which a stream doesn't have: leave out what is padding"
+            "it takes the flags of a whole sequence, which a stream doesn't have: leave padding out of the stream"
         )
 
     @property
@@ -380,13 +380,13 @@ class StepMask(Node):
 
 @dataclass(frozen=True, eq=False)
 class Masking(Stepwise):
-    """Leaves out the steps all of whose features equal `value`: they become zeros, and a mask goes on.
+    """Mask the steps all of whose features equal `value`, and set them to zeros.
 
     Args:
-        value: what tells a step that is left out.
+        value: the value that marks a masked step.
 
     Raises:
-        ValueError: not a finite number.
+        ValueError: the value isn't a finite number.
 
     >>> Masking(-1.0).kept(np.array([[[-1.0, -1.0], [-1.0, 2.0]]]))
     array([[False,  True]])
@@ -406,7 +406,7 @@ class Masking(Stepwise):
         return (x != x.dtype.type(self.value)).any(axis=-1)
 
     def apply(self, x: Array) -> Array:
-        """Return `x [..., W]` with zeros at the steps that are left out."""
+        """Return `x [..., W]` with zeros at masked steps."""
         return np.where(self.kept(x)[..., None], x, x.dtype.type(0))
 
     @property

@@ -1,46 +1,50 @@
-"""What a node asks of the entry of a file that describes it."""
+"""The interface through which a node reads its entry in a file."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from cellstack.bfloat16 import Halves
+    from cellstack.bfloat16 import BFloat16Array
     from cellstack.nodes.base import Array, Types
 
 
 class Entry(Protocol):
-    """A node's description in a file, with its arrays; whatever doesn't fit is a `FormatError` that says where."""
+    """A node's entry in a file, with its arrays. Every mismatch raises a `FormatError` that says where it is."""
 
     def take(self, keys: Types, optional: Types | None = None) -> dict[str, Any]:
-        """Return the values of the entry, which must have these keys, and no others but the optional ones.
+        """Return the values of the entry, which must have all of `keys` and may only have `optional` keys in addition.
 
         Args:
-            keys: with the types of their values.
-            optional: those that may be left out.
+            keys: the required keys with the types of their values.
+            optional: the optional keys.
         """
         ...
 
-    def array(self, name: str, shape: tuple[int, ...], halves: bool = False) -> Array | Halves:
+    def array(self, name: str, shape: tuple[int, ...], bfloat16: bool = False) -> Array | BFloat16Array:
         """Return an array of the entry.
 
         Args:
-            name: the array's.
-            shape: that it must have.
-            halves: whether it may be of bfloat16.
+            name: the array's name.
+            shape: the shape that it must have.
+            bfloat16: whether bfloat16 is allowed.
         """
         ...
 
     def inner(self, name: str, description: Any, kind: str = "") -> Entry:
-        """Return an entry within this one.
+        """Return a nested entry.
 
         Args:
-            name: its arrays' names begin with `name/`.
-            description: of it.
-            kind: the type that it must have; "": it has none.
+            name: the prefix, before a slash, of its arrays' names.
+            description: its JSON values.
+            kind: the type that it must have; "": it has no type.
         """
         ...
 
     def refuse(self, what: str) -> Exception:
-        """Return the `FormatError` that says where in the file something is wrong."""
+        """Return a `FormatError` about this entry.
+
+        Args:
+            what: what is wrong.
+        """
         ...

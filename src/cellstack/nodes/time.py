@@ -1,4 +1,4 @@
-"""The nodes over windows of steps, or over all of them: convolution, mostly by the kernel, and pooling, by NumPy."""
+"""Nodes over windows of steps or whole sequences: convolution, mostly in the kernel, and pooling, in NumPy."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ PADDINGS = ("valid", "same", "causal")
 
 
 def checked_padding(owner: str, padding: Any, span: int, strides: int) -> str | tuple[int, int]:
-    """Return padding as `Conv1D` and `Pool1D` take it, by its name where it has one; `ValueError` where it is another.
+    """Return the padding of a `Conv1D` or `Pool1D`, by name if a name exists; `ValueError` if it is invalid.
 
     Args:
-        owner: whose padding it is, for the message.
+        owner: the node, for error messages.
         padding: the padding.
         span: steps in a window.
         strides: steps from window to window.
     """
     if isinstance(padding, (tuple, list)) and len(padding) == 2:
         before, after = (check_integer(owner, "padding", steps, least=0) for steps in padding)
-        names = PADDINGS if strides == 1 else ("valid", "causal")  # else the sequence's length tells what "same" is
+        names = PADDINGS if strides == 1 else ("valid", "causal")  # else "same" depends on the sequence's length
         return next((name for name in names if pads(name, span, span, strides) == (before, after)), (before, after))
     check_choice(owner, "padding", padding, PADDINGS)
     return str(padding)
 
 
 def why_no_answers(padding: str | tuple[int, int], span: int, strides: int) -> str | None:
-    """Return why windows don't give an answer a step, which no later step changes; None where they do."""
+    """Return why windows don't give one output per step that depends only on past steps; None if they do."""
     if strides > 1:
-        return f"it answers every {strides} steps, and a stream after every frame"
+        return f"it has an output every {strides} steps, and a stream needs one per step"
     if padding == "causal" or (span == 1 and padding in PADDINGS):
         return None
-    return "its windows reach into frames to come, which a stream doesn't have (padding='causal' does without)"
+    return "its windows contain future steps, which a stream doesn't have (padding='causal' avoids this)"
 
 
 def pads(padding: str | tuple[int, int], steps: int, span: int, strides: int) -> tuple[int, int]:
-    """Return how many steps are put before a sequence and after it, for windows of `span` steps."""
+    """Return the number of padding steps before and after a sequence, for windows of `span` steps."""
     if isinstance(padding, tuple):
         return padding
     if padding == "causal":
@@ -76,18 +76,18 @@ def pads(padding: str | tuple[int, int], steps: int, span: int, strides: int) ->
 
 
 def windows(steps: int, span: int, strides: int) -> int:
-    """Return how many windows of `span` steps fit into `steps`."""
+    """Return the number of windows of `span` steps in `steps`."""
     return max(0, (steps - span) // strides + 1)
 
 
 def steps_out(steps: int | None, padding: str | tuple[int, int], span: int, strides: int) -> int | None:
-    """Return how many windows there are over `steps` and their padding; None where that isn't known."""
+    """Return the number of windows over padded `steps`; None if `steps` isn't known."""
     return None if steps is None else windows(steps + sum(pads(padding, steps, span, strides)), span, strides)
 
 
 @dataclass(frozen=True, eq=False)
 class Conv1D(Node):
-    """A convolution over time, `[B, T, C]` to `[B, T', F]`: a window of K steps times the kernel, for each window.
+    """A convolution over time, `[B, T, C]` to `[B, T', F]`: each window of K steps times the kernel.
 
         y[t] = activation(sum over k of x[t·strides + k·dilation]·kernel[k] + bias)
 
@@ -95,16 +95,17 @@ class Conv1D(Node):
         kernel: `[K, C/groups, F]`, float32 or float64.
         bias: `[F]` of the same dtype, or None.
         strides: steps from window to window.
-        padding: `"valid"`: none; `"same"`: zeros on both sides, so that T' = ceil(T / strides), the odd one at the end;
-            `"causal"`: zeros before, so that a window ends with its own step; or how many zeros before and after.
+        padding: `"valid"`: none; `"same"`: zeros on both sides, so that T' = ceil(T / strides), with an odd one at the
+            end; `"causal"`: zeros before, so that a window ends with its own step; or a pair, the number of zeros
+            before and after.
         dilation: steps from one k to the next.
-        groups: the channels are cut into so many blocks, in and out alike, which don't see each other.
+        groups: the number of equal blocks of input and output channels that are convolved separately.
         activation: see `Activation`.
 
     Raises:
-        ShapeError: a shape other than these.
-        TypeError: a dtype other than these.
-        ValueError: groups that don't divide F, another padding or activation, a number that isn't from 1 up.
+        ShapeError: a wrong shape.
+        TypeError: a wrong dtype.
+        ValueError: groups that don't divide F, an unknown padding or activation, a number that isn't from 1 up.
 
     >>> Conv1D(np.ones((2, 1, 1)), padding="causal").apply(np.array([[[1.0], [2.0], [3.0]]])).ravel()
     array([1., 3., 5.])
@@ -141,17 +142,17 @@ class Conv1D(Node):
 
     @property
     def span(self) -> int:
-        """Steps from the first of a window to its last, both counted."""
+        """Length of a window in steps, with dilation."""
         return (self.kernel.shape[0] - 1) * self.dilation + 1
 
     @property
     def by_steps(self) -> bool:
-        """Whether there is one answer a step, which no later step changes: a stream can run it."""
+        """Whether there is one output per step that depends only on past steps, so that a stream can run it."""
         return why_no_answers(self.padding, self.span, self.strides) is None
 
     @cached_property
     def _matrices(self) -> Array:
-        """The kernel as one matrix `[K·C/groups, F/groups]` a group."""
+        """The kernel as a matrix `[K·C/groups, F/groups]` per group."""
         taps, channels, filters = self.kernel.shape
         split = self.kernel.reshape(taps, channels, self.groups, filters // self.groups).transpose(2, 0, 1, 3)
         matrices = np.ascontiguousarray(split).reshape(self.groups, taps * channels, filters // self.groups)
@@ -160,12 +161,12 @@ class Conv1D(Node):
 
     @cached_property
     def _beyond(self) -> Callable[[Array], Array] | None:
-        """The activation, where it is one that the kernel lacks."""
+        """The activation as a NumPy function if the kernel doesn't implement it, else None."""
         return activation_function(self.activation) if self.activation in MORE_ACTIVATIONS else None
 
     @cached_property
     def _packed(self) -> Any:
-        """The kernel as a Dense's, `[K·C, F]`, in the layout of `native`; packed at the first use."""
+        """The convolution as a dense layer `[K·C, F]` in the layout of `native`, packed at the first use."""
         within = spec.activation("linear" if self._beyond else self.activation)
         return native.dense(self.kernel.reshape(-1, self.kernel.shape[2]), self.bias, within)
 
@@ -184,12 +185,12 @@ class Conv1D(Node):
         return self.convolve(x)
 
     def convolve(self, x: Array) -> Array:
-        """Return `[B, T', F]` for `x [B, T, C]` that has its padding already."""
+        """Return `[B, T', F]` for a padded `x [B, T, C]`."""
         batch, steps, _ = x.shape
         count, (taps, channels, filters) = windows(steps, self.span, self.strides), self.kernel.shape
         if not count or not batch:
             return np.zeros((batch, count, filters), x.dtype)
-        if self.dilation == self.groups == 1:  # a window is a row of K·C numbers as they lie, and each row a Dense
+        if self.dilation == self.groups == 1:  # each window is K·C contiguous numbers: a dense layer over them
             x = native.plain(x)
             y = np.empty((batch, count, filters), x.dtype)
             rows = native.Sequences(batch, count, x, steps * channels, self.strides * channels)
@@ -197,10 +198,10 @@ class Conv1D(Node):
             return y if self._beyond is None else self._beyond(y)
         view = sliding_window_view(x, self.span, axis=1)[:, :: self.strides, :, :: self.dilation]  # [B, T', C, K]
         view = view.reshape(batch, count, self.groups, channels, taps)
-        if self.by_steps:  # each window a product of its own: its bits mustn't depend on how many come with it
+        if self.by_steps:  # a separate product per window, so that its bits don't depend on the number of windows
             rows = np.ascontiguousarray(view.transpose(0, 1, 2, 4, 3)).reshape(batch, count, self.groups, 1, -1)
             y = np.matmul(rows, self._matrices).reshape(batch, count, filters)
-        else:  # one product a row of the batch, so that rows don't depend on their company
+        else:  # a separate product per row, so that its bits don't depend on the other rows
             rows = np.ascontiguousarray(view.transpose(0, 2, 1, 4, 3)).reshape(batch, self.groups, count, -1)
             y = np.matmul(rows, self._matrices).transpose(0, 2, 1, 3).reshape(batch, count, filters)
         if self.bias is not None:
@@ -210,8 +211,8 @@ class Conv1D(Node):
     def engine(self, dtype: np.dtype[Any]) -> str:
         if self.dilation == self.groups == 1:
             after = f", {self.activation} in NumPy" if self._beyond else ""
-            return f"fused kernel ({native.isa()}, {dtype}): a product a window{after}"
-        return f"NumPy ({dtype}): windows with gaps, or groups"
+            return f"fused kernel ({native.isa()}, {dtype}): a product per window{after}"
+        return f"NumPy ({dtype}): dilation or groups"
 
     def keeps_steps(self, axes: int) -> bool:
         return not self.mixes_steps
@@ -255,16 +256,16 @@ class Conv1D(Node):
 
 @dataclass(frozen=True, eq=False)
 class Pool1D(Node):
-    """The mean or the greatest value of each window of steps, `[B, T, W]` to `[B, T', W]`.
+    """The mean or the maximum of each window of steps, `[B, T, W]` to `[B, T', W]`.
 
     Args:
         mode: `"mean"` or `"max"`.
         size: steps in a window.
-        strides: steps from window to window; None = `size`.
-        padding: as `Conv1D` has it; what is padded counts for nothing, and a window without a step gives zeros.
+        strides: steps from window to window; None: `size`.
+        padding: as for `Conv1D`; padding steps are ignored, and a window of padding only gives zeros.
 
     Raises:
-        ValueError: another mode or padding, a number that isn't from 1 up.
+        ValueError: an unknown mode or padding, a number that isn't from 1 up.
 
     >>> Pool1D("max", 2).apply(np.array([[[1.0], [4.0], [3.0], [2.0]]])).ravel()
     array([4., 3.])
@@ -308,13 +309,13 @@ class Pool1D(Node):
         return self._pool(x, np.maximum(counts, 0)[None, :, None])
 
     def _pool(self, x: Array, counts: Array) -> Array:
-        """Return the pool of a padded `x [B, T, W]`, of whose windows so many steps count, `[B or 1, T', 1]`."""
+        """Pool a padded `x [B, T, W]`; `counts [B or 1, T', 1]` are the numbers of steps in each window."""
         view = sliding_window_view(x, self.size, axis=1)[:, :: self.strides]  # [B, T', W, size]
         if self.mode == "max":
             return np.where(counts > 0, view.max(axis=-1), x.dtype.type(0))
         if why_no_answers(self.padding, self.size, self.strides or 1):
             total = view.sum(axis=-1, dtype=np.float64)
-        else:  # step by step: the order of a sum's terms mustn't depend on how many windows come together
+        else:  # in a fixed order of summation, so that the bits don't depend on the number of windows
             total = reduce(np.add, (view[..., k].astype(np.float64) for k in range(self.size)))
         return (total / np.maximum(counts, 1)).astype(x.dtype)
 
@@ -322,16 +323,16 @@ class Pool1D(Node):
         return False
 
     def frames(self, *shapes: Shape) -> FrameRule:
-        """See `Node.frames`; beside each frame that it keeps stands a number, 1 where there was one, else 0."""
+        """See `Node.frames`; each step in the memory has an extra number: 1, or 0 before the first step."""
         width = shapes[0][-1]
         if why_no_answers(self.padding, self.size, self.strides or 1):
             return FrameRule(
-                f"the {self.mode} of {self.size} steps is of a window, and a stream answers after every frame"
+                f"the {self.mode} of {self.size} steps needs padding='causal' and strides=1 for an output per step"
             )
         if self.size == 1:
             return FrameRule(step=lambda x: x)
         if width is None:
-            return FrameRule("it keeps frames, whose width isn't known")
+            return FrameRule("it has a memory of past steps, whose width isn't known")
 
         def advance(memory: Array, x: Array) -> tuple[Array, Array]:
             if not x.shape[1]:
@@ -353,9 +354,9 @@ class Pool1D(Node):
 
 @dataclass(frozen=True, eq=False)
 class GlobalPool(Node):
-    """`[B, T, W]` to `[B, W]`: the mean, the greatest value or the last of the steps that the mask keeps.
+    """`[B, T, W]` to `[B, W]`: the mean, the maximum or the last of the steps that the mask uses.
 
-    A row without a kept step gives zeros. `"last"` after a `Bidirectional` isn't its final states: at the last step the
+    A row without such a step gives zeros. `"last"` after a `Bidirectional` isn't its final states: at the last step the
     backward direction has read that step only. A `Bidirectional` whose parts have `return_sequences=False` returns both
     final states.
 
@@ -363,7 +364,7 @@ class GlobalPool(Node):
         mode: `"mean"`, `"max"` or `"last"`.
 
     Raises:
-        ValueError: another mode.
+        ValueError: an unknown mode.
     """
 
     mode: str = "mean"
@@ -402,4 +403,4 @@ class GlobalPool(Node):
     def frames(self, *shapes: Shape) -> FrameRule:
         if self.mode == "last":
             return FrameRule(step=lambda x: x)
-        return FrameRule(f"the {self.mode} over time is of the whole sequence, which a stream doesn't have")
+        return FrameRule(f"the {self.mode} over time needs the whole sequence, which a stream doesn't have")

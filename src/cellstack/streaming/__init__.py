@@ -1,1 +1,1 @@
-"""Networks frame by frame: `Stream` has rows of its own, the rows of `Sessions` come and go."""
+"""Networks step by step: a `Stream` has a fixed batch, a `Sessions` pool opens and closes sessions at any time."""

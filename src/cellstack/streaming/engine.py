@@ -1,4 +1,4 @@
-"""The engine for frames: a network as parts that answer frame by frame, over rows with a state each."""
+"""The streaming engine: a network as parts that run step by step, over rows with a state each."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """A network that answers frame by frame, over rows whose states go on by themselves.
+    """A network that runs step by step, with a state per row.
 
     Args:
-        owner: whose engine it is, for messages.
-        network: whose nodes all answer after every frame, and whose inputs are all sequences or ids.
-        rows: how many rows have a state, and what messages call that number.
-        threads: how many the kernel may use for a call.
-        weights: what the matrices of cells are held in: see `Stream`.
-        shared: a call steps some of the rows; else it steps all of them.
+        owner: the class, for error messages.
+        network: a network whose nodes can all run step by step, and whose inputs are all sequences or ids.
+        rows: the name of the argument for the number of rows, and its value.
+        threads: the number of threads that the kernel may use for a call.
+        weights: the number format of the cells' matrices: see `Stream`.
+        shared: whether a call may step only some of the rows.
 
     Attributes:
-        frame: the shape of a frame of all rows which, contiguous and of the network's dtype, needs no further check;
-            None where there is none such.
+        step_shape: the shape of one step of all rows; a contiguous array of this shape and of the network's dtype needs
+            no further check. None if a check is always needed.
 
     Raises:
         ValueError, TypeError, MemoryError: see `Stream`.
@@ -57,9 +57,9 @@ class Engine:
         if weights is not None:
             check_choice(owner, "weights", weights, WEIGHTS)
         self.owner, self.network, self.weights, self.shared = owner, network, weights, shared
-        self._parts: list[tuple[Run, tuple[int, ...]]] = []  # how each runs, and on which of the values before it
-        self._keeping: list[Keeps] = []  # the parts that keep something
-        self._checks: list[tuple[str, Run]] = []  # of ids that are looked up only when something has moved on already
+        self._parts: list[tuple[Run, tuple[int, ...]]] = []  # each part's function and the indices of its inputs
+        self._keeping: list[Keeps] = []  # the parts with a state
+        self._checks: list[tuple[str, Run]] = []  # of ids that are looked up after a part has changed its state
         masked = answers_framewise(owner, network)
         rules = dict(zip(network.names, frame_rules(network), strict=True))
         places = {name: place for place, name in enumerate(network.inputs)}
@@ -84,18 +84,18 @@ class Engine:
                 places[last] = self._add(run, on)
             for label, _, _ in chain:
                 for state in network.graph.states[network.names.index(label)]:
-                    places[state.value] = places[last]  # what the node answers: the others are refused
+                    places[state.value] = places[last]  # the node's output; other states are refused
         self._outputs = tuple(places[name] for name in network.outputs)
-        # Whether a call brings widths that nobody knew when the network was made, and checked then.
+        # Whether some widths are known only in a call, and have to be checked there.
         known = all(network.shapes[name][-1] is not None for name in network.inputs if name not in network.graph.ids)
         self._late = any(network.graph.late) and not known
         plain = len(network.inputs) == 1 and network.input_size is not None and not self._late
-        self.frame = (self.rows, network.input_size) if plain else None
-        # Cells come first in a state, in the network's order, then what else is kept.
+        self.step_shape = (self.rows, network.input_size) if plain else None
+        # In a state the cells come first, in the network's order, then the memories of other nodes.
         self._keeping.sort(key=lambda part: isinstance(part, Memory))
 
     def _add(self, run: Run, on: tuple[int, ...]) -> int:
-        """Add a part; return the place of what it returns."""
+        """Add a part and return the index of its output."""
         self._parts.append((run, on))
         return len(self.network.inputs) + len(self._parts) - 1
 
@@ -127,9 +127,9 @@ class Engine:
         return on[0]
 
     def alone(self) -> Callable[[Array], Array | None] | None:
-        """Return the kernel's own step, which returns None where it doesn't take what is given; None if there is more.
+        """Return the kernel's step function if the network is a single call of the kernel, else None.
 
-        It is the shortest way from Python to the kernel.
+        It has the least overhead. It returns None for an input that needs a conversion.
         """
         network, (first, *others) = self.network, self._keeping or [None]
         one = len(self._parts) == 1 and len(network.inputs) == len(network.outputs) == 1 and not network.graph.ids
@@ -137,22 +137,22 @@ class Engine:
 
     @property
     def held(self) -> str:
-        """What the matrices of cells are held in; `"float32"` of a float64 network too, whose cells keep theirs."""
+        """The number format of the cells' matrices; also `"float32"` for a float64 network, which keeps float64."""
         own = self.network.weights
         return ("float32" if own == "float64" else own) if self.weights is None else self.weights
 
     @property
     def narrowed(self) -> bool:
-        """Whether the matrices are held in other numbers than the network's own."""
+        """Whether the number format of the matrices differs from the network's own."""
         return self.weights not in (None, "float32", self.network.weights)
 
-    def keeps_frames(self) -> list[str]:
-        """Return the names of the nodes that keep frames of their own."""
+    def with_memory(self) -> list[str]:
+        """Return the names of the nodes with a memory of input steps."""
         rules = zip(self.network.names, frame_rules(self.network), strict=True)
         return [name for name, rule in rules if rule.memory is not None]
 
     def count_on(self, other: Engine) -> None:
-        """Count steps, for patches, from where another engine of the same network is."""
+        """Continue the step counts, which patches use, from another engine of the same network."""
         for part, its in zip(self._keeping, other._keeping, strict=True):
             if isinstance(part, SharedCells) and isinstance(its, SharedCells):
                 part.count_on(ALL, its.counts(ALL))
@@ -160,12 +160,12 @@ class Engine:
     # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def given(self, x: Any, axes: str, batch: int) -> tuple[Array, ...]:
-        """Return what comes in, checked and contiguous, in the order of the network's inputs.
+        """Return the inputs, checked and contiguous, in the network's order.
 
         Args:
             x: as for `Network.run`.
-            axes: that ids have, `"B"` of a step or `"B, T"` of a chunk.
-            batch: how many rows there must be.
+            axes: the axes of ids, `"B"` for a step or `"B, T"` for a chunk.
+            batch: the required number of rows.
 
         Raises:
             ShapeError, TypeError, ValueError: see `Stream.step`.
@@ -178,31 +178,30 @@ class Engine:
         for name, array in arrays.items():
             if name in network.graph.ids:
                 if array.ndim != (2 if chunk else 1):
-                    raise ShapeError(f"{owner}: expected {name} [{axes}], ids, got {array.shape}")
+                    raise ShapeError(f"{owner}: expected {name} (ids) [{axes}], got {array.shape}")
             else:
                 check = check_sequence if chunk else check_step
                 check(owner, array.shape, network.shapes[name][-1], name)
             first = next(iter(arrays.values()))
             if len(array) != batch:
-                why = ", a frame a session" if self.shared else ""
+                why = ", one step per session" if self.shared else ""
                 raise ShapeError(f"{owner}: expected {name} with B={batch}{why}, got {array.shape}")
             if chunk and array.shape[1] != first.shape[1]:
                 raise ShapeError(f"{owner}: expected {name} with T={first.shape[1]}, got {array.shape}")
-        if self._late:  # what fails from here on leaves everything as it was
+        if self._late:  # no state has changed yet, so errors leave the engine as it was
             check_widths(network, arrays)
         for name, check in self._checks:
             check(ALL, arrays[name])
         return tuple(np.require(array, requirements=("C", "A")) for array in arrays.values())
 
     def run(self, given: tuple[Array, ...], rows: Rows = ALL) -> Any:
-        """Return what the network answers to the next frames of some rows.
+        """Run the next steps of some rows and return the network's output.
 
-        An exception leaves all that is kept as it was; where one part alone keeps something, that may have moved on as
-        a whole.
+        After an exception all states are as before; if only one part has a state, it may also have completed the steps.
 
         Args:
             given: see `given`.
-            rows: which, where they are shared; nobody else may touch them meanwhile.
+            rows: the rows to step, if they are shared; no other call may use them at the same time.
         """
         values = list(given)
         kept = [(part, part.keep(rows)) for part in self._keeping] if len(self._keeping) > 1 else ()
@@ -222,11 +221,11 @@ class Engine:
     # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, rows: Rows = ALL) -> tuple[CellState | Frames, ...]:
-        """Return the state of some rows: one state a cell, then the `Frames` of each node that keeps some; copies."""
+        """Return a copy of the state of some rows: a state per cell, then the `Frames` of each node with a memory."""
         return tuple(entry for part in self._keeping for entry in part.read(rows))
 
     def write(self, state: Sequence[Any], rows: Rows = ALL) -> None:
-        """Set the state of some rows to one that `as_state` returned; an exception leaves it as it was."""
+        """Set the state of some rows to a result of `as_state`; after an exception the state is as before."""
         entries = iter(state)
         new = [(part, [next(entries) for _ in part.kinds]) for part in self._keeping]
         old = [(part, part.read(rows)) for part in self._keeping]
@@ -239,15 +238,15 @@ class Engine:
             raise
 
     def as_state(self, state: Any, batch: int) -> list[CellState | Frames]:
-        """Return a state of some rows, checked, as `write` takes it.
+        """Check a state of some rows and return it in the form for `write`.
 
         Args:
-            state: one state a cell, then the `Frames` of each node that keeps some; None, for all or for a cell, =
-                what it is before the first frame.
-            batch: how many rows.
+            state: a state per cell, then the `Frames` of each node with a memory; None, for all or for a cell: the
+                initial state.
+            batch: the number of rows.
 
         Raises:
-            ShapeError: it doesn't fit.
+            ShapeError: the number or the shapes of the entries are wrong.
         """
         owner, cells = self.owner, self.network.cells
         starts = [
@@ -261,14 +260,14 @@ class Engine:
         if count and (not isinstance(state, Sequence) or len(state) != len(starts)):
             got = len(state) if isinstance(state, Sequence) else type(state).__name__
             raise ShapeError(
-                f"{owner}: expected state to be a tuple of {len(cells)} states, one a cell, and {count} Frames, one a "
-                f"node that keeps some, got {got}"
+                f"{owner}: expected state to be a tuple of {len(cells)} states, one per cell, and {count} Frames, one "
+                f"per node with a memory, got {got}"
             )
         entries: list[Any] = list(as_states(owner, tuple(state[: len(cells)]) if count else state, cells, batch))
         for given, start in zip(state[len(cells) :] if count else (), starts[len(cells) :], strict=True):
-            array = as_floats(owner, "frames", given.x if isinstance(given, Frames) else given, self.network.dtype)
+            array = as_floats(owner, "Frames", given.x if isinstance(given, Frames) else given, self.network.dtype)
             if array.shape != start[0].shape:
                 expected = list(start[0].shape)
-                raise ShapeError(f"{owner}: expected frames {expected} of the state, got {array.shape}")
+                raise ShapeError(f"{owner}: expected Frames {expected} in the state, got {array.shape}")
             entries.append(Frames(array))
         return [start if entry is None else entry for entry, start in zip(entries, starts, strict=True)]

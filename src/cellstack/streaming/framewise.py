@@ -1,4 +1,4 @@
-"""Which nodes of a graph can answer after every frame, how those that keep nothing do, and which go together."""
+"""Which nodes of a graph can run step by step, how nodes without a state do so, and which nodes run in one call."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
 
 
 def stacks(node: Any) -> bool:
-    """Return whether the kernel may take a node together with those below and above it."""
+    """Return whether one call of the kernel can run a node together with those below and above it."""
     return type(node) is Dense or (type(node) is Recurrent and len(node.parts) == 1)
 
 
 def beyond(node: Any) -> Callable[[Array], Array] | None:
-    """Return what is left to do after the kernel: an activation that it lacks."""
+    """Return the activation of a node that has to run in NumPy after the kernel, or None."""
     return node.beyond if isinstance(node, Dense) else None
 
 
 def answers_with(node: Any, state: StateValue) -> bool:
-    """Return whether a state is what the node itself answers after every frame: the h of its last cell."""
+    """Return whether a state equals the node's output at every step: the h of its last cell."""
     plain = type(node) is Recurrent and state.cell == len(node.cells) - 1 and not node.parts[-1][1]
     return plain and state.part == "h"
 
 
 def together(network: Network) -> list[list[tuple[str, Node, tuple[str, ...]]]]:
-    """Return the nodes in their order, with names and sources; those that one call of the kernel can run, together.
+    """Return the nodes in order, with names and sources, grouped into those that one call of the kernel can run.
 
-    These are cells with the dense layers below, between and above them, where each value but the last goes nowhere else
-    than to the next of them.
+    A group consists of cells and the dense layers below, between and above them, if nothing else uses the values
+    between them.
     """
     taken = (*network.outputs, *(source for sources in network.wires for source in sources))
-    used = Counter(map(origin, taken))  # what a node answers and its state are one value, frame by frame
+    used = Counter(map(origin, taken))  # step by step, a node's output and its state are the same value
     chains: list[list[tuple[str, Node, tuple[str, ...]]]] = []
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
         if chains and stacks(node) and sources == (chains[-1][-1][0],) and used[sources[0]] == 1:
@@ -51,7 +51,7 @@ def together(network: Network) -> list[list[tuple[str, Node, tuple[str, ...]]]]:
                 chains[-1].append((name, node, sources))
                 continue
         chains.append([(name, node, sources)])
-    # Dense layers alone may stand on values that have more axes than frames have.
+    # Dense layers without cells may have inputs with more axes than the kernel supports.
     return [
         part
         for chain in chains
@@ -60,11 +60,11 @@ def together(network: Network) -> list[list[tuple[str, Node, tuple[str, ...]]]]:
 
 
 def check_widths(network: Network, arrays: dict[str, Array]) -> None:
-    """Raise `ShapeError` where a node can't take what such inputs bring to it: for widths that only a call tells.
+    """Raise `ShapeError` if a node can't take its input, for widths that are known only in a call.
 
     Args:
         network: the network.
-        arrays: its inputs, frames or chunks of them; their last axes are the features, but for ids.
+        arrays: its inputs, one step or a chunk; their last axes are the features, except for ids.
     """
     ids = network.graph.ids
     shapes = {
@@ -77,14 +77,14 @@ def check_widths(network: Network, arrays: dict[str, Array]) -> None:
 
 
 def framewise(owner: str, name: str, node: Node, rule: FrameRule, masked: bool) -> Run:
-    """Return how a node that keeps nothing runs, frame by frame.
+    """Return the function that runs a node without a state, step by step.
 
     Args:
-        owner: who runs it, for messages.
-        name: the node's.
-        node: one that `answers_framewise` lets through.
-        rule: how it answers frame by frame.
-        masked: whether what it masks would matter to a node after it; then frames that it would mask are refused.
+        owner: the function or class, for error messages.
+        name: the node's name.
+        node: a node that `answers_framewise` accepts.
+        rule: how it runs step by step.
+        masked: whether its mask affects later nodes; steps that it masks are then refused.
     """
     apply = rule.step
     assert apply is not None
@@ -93,18 +93,16 @@ def framewise(owner: str, name: str, node: Node, rule: FrameRule, masked: bool) 
 
     def run(rows: Rows, x: Array) -> Array:
         used = node.kept(x)
-        if not used.all():  # refused before anything has moved on
+        if not used.all():  # before any state has changed
             row = int(np.argwhere(~used)[0, 0])
-            raise ValueError(
-                f"{owner}: expected frames without padding, got one for row {row} that {name} masks: leave it out"
-            )
+            raise ValueError(f"{owner}: {name} masks a step of row {row}: leave padding out of the stream")
         return apply(x)
 
     return run
 
 
 def frame_rules(network: Network) -> list[FrameRule]:
-    """Return how each node answers frame by frame."""
+    """Return how each node runs step by step."""
     return [
         node.frames(*(network.shapes[source] for source in sources))
         for node, sources in zip(network.nodes, network.wires, strict=True)
@@ -112,38 +110,37 @@ def frame_rules(network: Network) -> list[FrameRule]:
 
 
 def answers_framewise(owner: str, network: Network) -> frozenset[str]:
-    """Raise `ValueError` where the network can't answer after every frame; return the nodes whose mask matters."""
+    """Raise `ValueError` if the network can't run step by step; return the nodes whose masks affect later nodes."""
     nodes = list(zip(network.names, network.nodes, network.wires, strict=True))
     begun = {start: name for name, node, sources in nodes for start in node.apart(sources)[1]}
     for name in network.inputs:
         if not network.graph.timed(name):
             shape, more = network.graph.shown(name), ""
             if name in begun:
-                needs = "run the network, a step at a time where one step needs another"
-                more = f", and {begun[name]} starts from it: {needs}"
-            raise ValueError(f"{owner}: expected inputs of a frame a step, got {name} {shape}: it has no time{more}")
-    masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)  # the nodes whose mask is on a value
+                more = f". It is the initial state of {begun[name]}: call run() instead, one step at a time if needed"
+            raise ValueError(f"{owner}: expected inputs with a time axis, got {name} {shape}{more}")
+    masks: dict[str, frozenset[str] | None] = dict.fromkeys(network.inputs)  # the nodes that mask each value
     heeded: set[str] = set()
-    moved: str | None = None  # a node that keeps something from frame to frame
+    moved: str | None = None  # the first node with a state
     rules = frame_rules(network)
     for name, node, sources, rule in zip(network.names, network.nodes, network.wires, rules, strict=True):
         why = rule.why_not
         if sources[0] in network.graph.ids and not node.takes_ids:
-            why = "it takes some of all ids, or moves them, and a stream has one at a time"
+            why = "it selects or moves ids of a sequence, and a stream has one id at a time"
         if node.takes_ids and sources[0] not in network.inputs:
-            why = "it takes a vector of ids that the network makes, and answers with a sequence"
+            why = "it takes a vector of ids that the network computes, and returns a sequence"
         if why is None and moved and node.makes_mask and not node.takes_ids:
-            why = f"it may mask a frame after {moved} has moved on"
+            why = f"it may mask a step after the state of {moved} has changed"
         if why is None and node.apart(sources)[1]:
             why = (
-                f"it starts from {', '.join(node.apart(sources)[1])}, and a stream's cells go on from their own state: "
-                "run the network, a step at a time where it must be"
+                f"it starts from {', '.join(node.apart(sources)[1])}, and a stream's cells continue from their own "
+                "state: call run() instead, one step at a time if needed"
             )
         for state in network.graph.states[len(masks) - len(network.inputs)]:
             if why is None and not answers_with(node, state):
-                why = f"it hands on its state {state.value}, which a stream has after a chunk, not after every frame"
+                why = f"its state {state.value} is an input of a node or an output, which only run() supports"
         if why is not None:
-            raise ValueError(f"{owner}: expected nodes that can answer after every frame, got {name}: {why}")
+            raise ValueError(f"{owner}: {name} can't run step by step: {why}")
         on = [masks.get(source) for source in sources]  # a state has none
         if node.heeds_mask:
             heeded.update(*(mask for mask in on if mask))

@@ -1,4 +1,4 @@
-"""What a stream remembers of its last steps: frames, and states to run them from again."""
+"""The last steps of a stream: their inputs, and states from which they can be run again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class History:
-    """The frames of at least the last steps, in two blocks, each with the state before it.
+    """The inputs of at least the last `most` steps, in two blocks, each with the state before it.
 
     Args:
-        most: how many steps a block has, or more where a chunk ends it.
+        most: the number of steps in a block; a block that ends with a chunk may have more.
     """
 
     def __init__(self, most: int) -> None:
@@ -23,16 +23,16 @@ class History:
 
     @property
     def wants_state(self) -> bool:
-        """Whether the next frames begin a block, and the state before them is wanted."""
+        """Whether the next steps begin a block, so that `add` needs the state before them."""
         return not self._blocks or self._blocks[-1][2] >= self.most
 
     def add(self, before: Any, given: tuple[Array, ...], chunk: bool) -> None:
-        """Take the frames that a stream took.
+        """Add the inputs of a call.
 
         Args:
-            before: the state before them, where it was wanted.
-            given: one a value that came in, `[B, W]`, ids `[B]`.
-            chunk: whether they have an axis of time, `[B, T, W]`, ids `[B, T]`.
+            before: the state before the call, or None if `wants_state` was False.
+            given: one array per input, `[B, W]`, ids `[B]`.
+            chunk: whether they have a time axis, `[B, T, W]`, ids `[B, T]`.
         """
         if chunk and not given[0].shape[1]:
             return
@@ -43,11 +43,11 @@ class History:
         self._blocks[-1] = state, chunks, steps + chunks[-1][0].shape[1]
 
     def forget(self) -> None:
-        """Begin anew: the state was changed."""
+        """Drop all steps, because the state was changed."""
         self._blocks = []
 
     def kept(self) -> tuple[Any, list[Array]] | None:
-        """Return the state before the oldest steps and the frames since, an array an input; None without any."""
+        """Return the state before the oldest step and the inputs since, an array per input; None if there are none."""
         chunks = [chunk for _, own, _ in self._blocks for chunk in own]
         if not chunks:
             return None

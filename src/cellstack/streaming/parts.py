@@ -1,7 +1,7 @@
-"""What an engine runs: each part answers a frame or a chunk, and keeps what it must, for rows that go on by themselves.
+"""The parts of an engine: each part runs one step or a chunk of steps, and stores its state for every row.
 
-A call names the rows that it steps by their places: `ALL` of them, or some, each once. Values are a frame a row,
-`[B, W]`, or a chunk, `[B, T, W]`, B being as many as the rows.
+A call selects the rows that it steps by index: `ALL` of them, or some, each once. Values are one step per row,
+`[B, W]`, or a chunk, `[B, T, W]`, where B is the number of selected rows.
 """
 
 from __future__ import annotations
@@ -22,64 +22,64 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import CellState, FrameRule
     from cellstack.nodes.patches import CellPatches
 
-Rows = Any  # what indexes an axis of rows: ALL, or an array of their places
-Run = Callable[..., Array]  # of the rows and of what comes in
+Rows = Any  # an index of rows: ALL, or an array of indices
+Run = Callable[..., Array]  # takes the rows and the inputs
 
 ALL = slice(None)
-BLOCK = 64  # steps of which it is worked out at a time what patches change in them
+BLOCK = 64  # steps for which the patches are prepared at a time
 
 
 class Frames(NamedTuple):
-    """What a node keeps beside states of cells: its last frames, the oldest first.
+    """The last input steps that a node other than a cell needs for its next outputs, the oldest first.
 
-    Of a causal convolution they are `[B, L, C]`; of a causal pool `[B, L, W + 1]`, the last number being 1 where there
-    was a frame, 0 before the first.
+    For a causal convolution `[B, L, C]`; for a causal pool `[B, L, W + 1]`, where the last number is 1 for a step and 0
+    before the first step.
     """
 
     x: Array
 
 
 class Keeps(Protocol):
-    """A part that keeps something from frame to frame."""
+    """A part with a state."""
 
     @property
     def kinds(self) -> Sequence[type[Any]]:
-        """What `read` returns and `write` takes, an entry each."""
+        """The types of the entries that `read` returns and `write` takes."""
         ...
 
     def run(self, rows: Rows, x: Array) -> Array:
-        """Return what the part makes of the next frames of some rows, whose state moves on."""
+        """Run the next steps of some rows, update their state and return the output."""
         ...
 
     def starts(self) -> list[dict[str, Any]]:
-        """Return what each entry is before the first frame, an array for every row, by the names of its fields."""
+        """Return the initial value of each entry: arrays for one row, by the names of its fields."""
         ...
 
     def read(self, rows: Rows) -> list[CellState | Frames]:
-        """Return copies of what is kept of some rows."""
+        """Return copies of the state of some rows."""
         ...
 
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
-        """Let some rows go on from other entries, whose fields are arrays of as many rows, or of one for all."""
+        """Set the state of some rows to entries whose fields are arrays of as many rows, or of one row for all."""
         ...
 
     def keep(self, rows: Rows) -> Any:
-        """Return what `undo` takes to bring some rows back to how they are now."""
+        """Return a snapshot of some rows for `undo`."""
         ...
 
     def undo(self, rows: Rows, entries: Any) -> None:
-        """Bring some rows back to what `keep` returned."""
+        """Restore some rows from a snapshot."""
         ...
 
 
 class Memory:
-    """A node that keeps frames, by its own rule.
+    """A node with a memory of its last input steps.
 
     Args:
-        rule: with a memory.
-        rows: how many there are.
-        dtype: of the numbers.
-        sessions: each row is written to before it is first read.
+        rule: the node's rule, which has a memory.
+        rows: the number of rows.
+        dtype: the dtype of the memory.
+        sessions: whether each row is written to before it is first read.
     """
 
     kinds = (Frames,)
@@ -88,48 +88,48 @@ class Memory:
         assert rule.memory is not None
         assert rule.advance is not None
         self.advance, self.start = rule.advance, rule.start
-        self.frames = _rows_of(np.full(rule.memory, rule.start, dtype), rows, sessions)
+        self.memory = _rows_of(np.full(rule.memory, rule.start, dtype), rows, sessions)
 
     def run(self, rows: Rows, x: Array) -> Array:
         """See `Keeps`."""
         step, whole = x.ndim == 2, rows is ALL
-        y, after = self.advance(self.frames if whole else self.frames[rows], x[:, None] if step else x)
-        if whole:  # what was is left as it is, for `undo`
-            self.frames = after if step else after.copy()
+        y, after = self.advance(self.memory if whole else self.memory[rows], x[:, None] if step else x)
+        if whole:  # replace the array instead of changing it: `undo` may need the old one
+            self.memory = after if step else after.copy()
         else:
-            self.frames[rows] = after
+            self.memory[rows] = after
         return y[:, 0] if step else y
 
     def starts(self) -> list[dict[str, Any]]:
         """See `Keeps`."""
-        return [{"x": np.full(self.frames.shape[1:], self.start, self.frames.dtype)}]
+        return [{"x": np.full(self.memory.shape[1:], self.start, self.memory.dtype)}]
 
     def read(self, rows: Rows) -> list[CellState | Frames]:
         """See `Keeps`."""
-        return [Frames(np.array(self.frames[rows]))]
+        return [Frames(np.array(self.memory[rows]))]
 
     def write(self, rows: Rows, entries: Sequence[Any]) -> None:
         """See `Keeps`."""
-        self.frames[rows] = entries[0].x
+        self.memory[rows] = entries[0].x
 
     def keep(self, rows: Rows) -> Array:
         """See `Keeps`."""
-        return self.frames if rows is ALL else self.frames[rows]
+        return self.memory if rows is ALL else self.memory[rows]
 
     def undo(self, rows: Rows, entries: Array) -> None:
         """See `Keeps`."""
         if rows is ALL:
-            self.frames = entries
+            self.memory = entries
         else:
-            self.frames[rows] = entries
+            self.memory[rows] = entries
 
 
 class Cells:
-    """Cells, with the dense layers that stand among them, as one call of the kernel: what both ways to keep rows share.
+    """Cells, with the dense layers between them, as one call of the kernel: base class of both ways to store states.
 
     Args:
         layers: bottom first.
-        weights: what the cells' matrices are held in: see `Stream`.
+        weights: the number format of the cells' matrices: see `Stream`.
     """
 
     def __init__(self, layers: Sequence[Cell | Dense], weights: str | None) -> None:
@@ -143,11 +143,11 @@ class Cells:
 
 
 class OwnCells(Cells):
-    """Cells all of whose rows are stepped together: the kernel keeps the states, in its own layout.
+    """Cells whose rows are always stepped together: the kernel stores the states, in its own layout.
 
     Args:
         layers, weights: see `Cells`.
-        rows: how many there are.
+        rows: the number of rows.
         threads: see `Stream`.
     """
 
@@ -158,7 +158,7 @@ class OwnCells(Cells):
     def run(self, rows: Rows, x: Array) -> Array:
         """See `Keeps`."""
         y = (self.kernel.step if x.ndim == 2 else self.kernel.run)(np.ascontiguousarray(x))
-        assert y is not None, "what goes from node to node is as the kernel takes it"
+        assert y is not None, "values between nodes always have the form that the kernel needs"
         return y
 
     def read(self, rows: Rows) -> list[CellState | Frames]:
@@ -185,15 +185,15 @@ class OwnCells(Cells):
 
 
 class SharedCells(Cells):
-    """Cells of whose rows a call steps some: the kernel reads and writes the states where they lie.
+    """Cells of which a call may step only some rows: the kernel reads and writes the states in place.
 
     Args:
         layers, weights: see `Cells`.
-        rows: how many there are.
-        threads: how many the kernel may use.
-        dtype: of the states.
-        patches: what is changed in each layer as it runs; empty = in none.
-        sessions: each row is a batch of its own, of whose rows it is the first, and is written to before it is read.
+        rows: the number of rows.
+        threads: the number of threads that the kernel may use.
+        dtype: the dtype of the states.
+        patches: the patches of each layer; empty: none.
+        sessions: whether each row is a session: row 0 for patches, and written to before it is first read.
     """
 
     def __init__(
@@ -214,8 +214,8 @@ class SharedCells(Cells):
         if self.patches:
             self.taken = np.zeros(rows, np.int64)  # steps since the state was set
             self.block: tuple[int, dict[int, dict[str, Any]]] = (0, {})
-            rooms = ((place, own.held(rows, dtype)) for place, own in self.patches.items())
-            self.held = {place: room for place, room in rooms if room is not None}
+            arrays = ((place, own.held(rows, dtype)) for place, own in self.patches.items())
+            self.held = {place: array for place, array in arrays if array is not None}
         self.states = [
             kind(*(_rows_of(start, rows, sessions) for start in cell.initial.values()))
             for kind, cell in zip(self.kinds, self.places.values(), strict=True)
@@ -231,15 +231,15 @@ class SharedCells(Cells):
         x = np.ascontiguousarray(x)
         steps, width = x.shape[1] if x.ndim == 3 else 1, x.shape[-1]
         y = np.empty((*x.shape[:-1], self.width), x.dtype)
-        frames = native.Sequences(len(x), steps, x, steps * width, width, places=None if rows is ALL else rows)
+        sequences = native.Sequences(len(x), steps, x, steps * width, width, places=None if rows is ALL else rows)
         if not self.patches:
-            native.forward(frames, [*self.below, self._layer(-1, y=y)], self.threads)
+            native.forward(sequences, [*self.below, self._layer(-1, y=y)], self.threads)
             return y
         held = {place: np.ascontiguousarray(array[rows]) for place, array in self.held.items()}
         changes = self._changes(rows, len(x), steps, held, x.dtype)
         top = len(self.packed) - 1
         layers = [self._layer(place, **changes.get(place, {})) for place in range(top)]
-        native.forward(frames, [*layers, self._layer(top, y=y, **changes.get(top, {}))], self.threads)
+        native.forward(sequences, [*layers, self._layer(top, y=y, **changes.get(top, {}))], self.threads)
         for place, array in held.items():
             self.held[place][rows] = array
         self.taken[rows] += steps
@@ -251,7 +251,7 @@ class SharedCells(Cells):
     def _changes(
         self, rows: Rows, count: int, steps: int, held: dict[int, Array], dtype: np.dtype[Any]
     ) -> dict[int, dict[str, Any]]:
-        """Return what patches change in the next steps of some rows, by layer."""
+        """Return the kernel's arguments for the patches in the next steps of some rows, by layer."""
         taken = self.taken[rows]
         places = np.zeros(count, np.int64) if self.sessions else np.arange(len(self.taken))[rows]
         if rows is ALL and steps == 1 and (taken == taken[0]).all():
@@ -266,7 +266,7 @@ class SharedCells(Cells):
     def _of_block(
         self, step: int, places: NDArray[np.int64], held: dict[int, Array], dtype: np.dtype[Any]
     ) -> dict[int, dict[str, Any]]:
-        """Return what patches change in a step of all rows, out of a block of steps that is worked out once."""
+        """Return the kernel's arguments for the patches in a step of all rows, prepared for a block of steps."""
         begun, block = self.block
         if not begun <= step < begun + BLOCK or not block:
             first = np.full(len(places), 0 if step == 0 else -1)
@@ -307,13 +307,13 @@ class SharedCells(Cells):
         self.count_on(rows, counts)
 
     def counts(self, rows: Rows) -> Any:
-        """Return what `count_on` takes to go on from where some rows are: the steps taken, and gates to be frozen."""
+        """Return, for `count_on`, the number of steps taken by some rows and their gates to be frozen."""
         if not self.patches:
             return None
         return _own(self.taken, rows), {place: _own(array, rows) for place, array in self.held.items()}
 
     def count_on(self, rows: Rows, counts: Any) -> None:
-        """Let some rows go on as `counts` said."""
+        """Set the counts of some rows to a result of `counts`."""
         if counts is None:
             return
         self.taken[rows], held = counts

@@ -1,4 +1,4 @@
-"""A Sessions: many sessions of one network, of which those that have a frame now are stepped together."""
+"""`Sessions`: a pool of sessions of one network; the sessions with a new step are stepped together."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ Slots = NDArray[np.int64]
 
 
 class Sessions:
-    """Sessions that come and go, each with a state of its own; one step serves any of them, batched.
+    """A pool of sessions that are opened and closed at any time, each with its own state; any of them step in a batch.
 
-    The kernel reads and writes the states of the sessions that are stepped, where they lie; all others aren't touched.
-    A step gives each session the bits that a stream of its own would give it. Opening, closing and stepping are safe
-    from any thread: steps of different sessions run side by side, a session that is being stepped is refused.
+    The kernel updates the states of the stepped sessions in place and doesn't access the others. Each session gets the
+    same bits as from a separate stream. All methods are thread-safe: steps of different sessions run concurrently; a
+    session that another thread is stepping is refused.
 
     Args:
-        network: one that streams: see `Stream`.
-        capacity: how many sessions may be open at a time. The memory of a state, a few KB, is taken at
-            its first use.
-        threads: how many the kernel may use for a step.
-        weights: what the matrices of cells are held in, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`; None: as
-            the network has them.
+        network: a network that can be streamed: see `Stream`.
+        capacity: the largest number of open sessions. A session's state, a few KB, is allocated when it is first used.
+        threads: the number of threads that the kernel may use for a step.
+        weights: the number format of the cells' matrices, `"float32"`, `"bfloat16"` or `"int8"`: see `Stream`; None:
+            the network's own.
 
     Raises:
-        ValueError: a network that can't be streamed, which the message names; a number that isn't 1 to 2^31 - 1;
+        ValueError: a network that can't be streamed (the message names the node); a number outside 1 to 2^31 - 1;
             unknown weights.
-        TypeError: fewer bits for a float64 network.
+        TypeError: bfloat16 or int8 for a float64 network.
         MemoryError: more states than the machine can reserve memory for.
 
     >>> from cellstack import Cell, CellSpec, Network, Recurrent
@@ -53,38 +52,35 @@ class Sessions:
     def __init__(self, network: Network, capacity: int, threads: int = 1, weights: str | None = None) -> None:
         self._engine = engine = Engine("Sessions", network, ("capacity", capacity), threads, weights, shared=True)
         self.network, self.capacity, self.threads, self.weights = network, engine.rows, engine.threads, engine.held
-        # A session's number is its slot, and how often the slot was given away before: a number that was closed stays
-        # unknown. The count includes the open session: zeros are memory that isn't taken before it is written to.
+        # A session's number encodes its slot and how often the slot was used before, so that numbers aren't reused. The
+        # count includes the open session: zeros are memory that isn't allocated before it is written to.
         self._rounds = np.zeros(self.capacity, np.int64)
         self._open = np.zeros(self.capacity, bool)
-        self._turns = native.Turns(self.capacity)  # of slots that are opened, stepped, read or closed
+        self._turns = native.Turns(self.capacity)  # locks slots that are opened, stepped, read or closed
 
     def open(self, state: Any = None) -> int:
         """Open a session.
 
         Args:
-            state: what it starts from, as `state` and `Stream.state` give it, of one row; None = the cells' own initial
-                state.
+            state: its initial state, one row, as returned by `state` or `Stream.state`; None: the cells' initial state.
 
         Returns:
-            The session's number, never given twice.
+            The session's number, which is never reused.
 
         Raises:
-            RuntimeError: as many sessions are open as the pool has room for.
-            ShapeError: a state that doesn't fit.
+            RuntimeError: `capacity` sessions are open.
+            ShapeError: a state of the wrong shape.
         """
         new, slot = self._engine.as_state(state, 1), None
         try:
             with self._turns.free(self._open) as slot:
                 if slot is None:
-                    raise RuntimeError(
-                        f"Sessions: expected at most {self.capacity} open sessions, got another: close() one"
-                    )
+                    raise RuntimeError(f"Sessions: all {self.capacity} sessions are open: close() one first")
                 self._engine.write(new, np.array([slot]))
                 self._rounds[slot] += 1
                 self._open[slot] = True
                 return slot + self.capacity * (int(self._rounds[slot]) - 1)
-        except BaseException:  # such as the KeyboardInterrupt of a signal's handler: nobody would know the number
+        except BaseException:  # such as KeyboardInterrupt from a signal handler: the caller doesn't get the number
             if slot is not None:
                 self._open[slot] = False
             raise
@@ -94,41 +90,39 @@ class Sessions:
         numbers = np.asarray(sessions)
         if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
             raise TypeError(
-                f"Sessions: expected sessions as a list of the numbers that open() gave, got {sessions!r:.100}"
+                f"Sessions: expected sessions as a list of numbers that open() returned, got {sessions!r:.100}"
             )
         numbers = numbers.astype(np.int64)
         return numbers, numbers % self.capacity
 
     def _check(self, numbers: Slots, slots: Slots, taken: tuple[int, bool] | None) -> None:
-        """Raise unless these are open sessions, each once, whose slots this call has taken."""
+        """Raise unless these are different open sessions, whose slots this call has locked."""
         known = self._open[slots] & (self._rounds[slots] == numbers // self.capacity + 1)
         if not known.all():
-            raise KeyError(f"Sessions: expected open sessions, got {int(numbers[~known][0])}, which isn't one")
+            raise KeyError(f"Sessions: session {int(numbers[~known][0])} is not open")
         if taken is not None:
             place, twice = taken
             if twice:
-                raise ValueError(f"Sessions: expected each session once in a step, got {numbers[place]} twice")
-            raise RuntimeError(
-                f"Sessions: expected sessions that no other thread steps, got {numbers[place]}, which one does"
-            )
+                raise ValueError(f"Sessions: session {numbers[place]} is given twice in one step")
+            raise RuntimeError(f"Sessions: another thread is stepping session {numbers[place]}")
 
     def step(self, sessions: Any, x: Any) -> Any:
-        """Take one frame of each of some sessions and return what the network returns after it.
+        """Run one step of each of some sessions and return the network's outputs.
 
         Args:
-            sessions: n numbers that `open` gave, in any order, each once.
-            x: `[n, I]`, a frame a session, cast as in `Network.run`; ids are `[n]`. Where there are several inputs, a
-                dict by name, or a tuple in order.
+            sessions: n numbers that `open` returned, in any order, each once.
+            x: `[n, I]`, one step per session, cast as in `Network.run`; ids are `[n]`. Several inputs are a dict by
+                name, or a tuple in order.
 
         Returns:
-            `[n, W]`, the caller's own; a tuple of these where there are several outputs.
+            `[n, W]`, owned by the caller; a tuple of these if there are several outputs.
 
         Raises:
-            KeyError: a number that is no open session's.
+            KeyError: a session that isn't open.
             RuntimeError: a session that another thread is stepping.
-            ShapeError: another number of frames, or a wrong width.
-            TypeError: numbers that aren't integers, values that aren't real numbers.
-            ValueError: a session twice, ids beyond a table, or a frame that the network masks.
+            ShapeError: a wrong number of steps, or a wrong width.
+            TypeError: session numbers that aren't integers, values that aren't real numbers.
+            ValueError: the same session twice, ids out of range, or a step that the network masks.
         """
         numbers, slots = self._slots(sessions)
         given = self._engine.given(x, "B", len(numbers))
@@ -137,13 +131,13 @@ class Sessions:
             return self._engine.run(given, slots)
 
     def state(self, session: int) -> tuple[CellState | Frames, ...]:
-        """Return a session's state, copies, which a `Stream` or `open` takes.
+        """Return a copy of a session's state, for `open` or a `Stream`.
 
         Args:
-            session: a number that `open` gave.
+            session: a number that `open` returned.
 
         Returns:
-            One state a cell, each array `[1, H]`, then the `Frames` of each node that keeps some.
+            A state per cell, each array `[1, H]`, then the `Frames` of each node with a memory.
 
         Raises:
             KeyError, RuntimeError, TypeError: see `step`.
@@ -154,10 +148,10 @@ class Sessions:
             return self._engine.read(slots)
 
     def close(self, session: int) -> None:
-        """Forget a session; its room is another's.
+        """Close a session and free its slot.
 
         Args:
-            session: a number that `open` gave.
+            session: a number that `open` returned.
 
         Raises:
             KeyError, RuntimeError, TypeError: see `step`.

@@ -1,4 +1,4 @@
-"""A Stream: a Network run frame by frame, with a state that is the stream's own."""
+"""`Stream`: a Network that runs step by step, with its own state."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """Frames in, what the network returns after each frame out; any chunking gives the same bits.
+    """Run a network step by step, or in chunks of steps of any length with the same bits.
 
-    The state lies in the kernel; the weights are the network's, shared and never written. A stream belongs to one
-    thread at a time, and a call while another one runs is a `RuntimeError`; different streams don't touch.
+    The state is stored in the kernel; the weights are shared with the network and never changed. Only one thread at a
+    time can use a stream (a call during another call is a `RuntimeError`); different streams are independent.
 
     Args:
-        network: whose nodes all answer after every frame: cells that run forwards, causal convolutions and pools,
-            `GlobalPool("last")`, and what works step by step; and whose inputs are all sequences or ids.
-        batch: how many sequences are stepped side by side, B.
-        threads: the most that share a call, each with some of the rows, or, where a chunk goes through a stack, some of
-            the layers. A call of less than some 50 µs keeps to one. The bits are the same.
-        weights: what the matrices of cells are held in: None, as the network has them; `"float32"`; `"bfloat16"`,
-            rounded to 8 bits of precision, as are x and h where they meet them; `"int8"`, in 127 steps to either side,
-            a scale a column, and x and h in as many steps of their own. A step at batch 1 is as fast as its weights can
-            be read.
+        network: a network whose nodes can all run step by step (forward cells, causal convolutions and pools,
+            `GlobalPool("last")`, and nodes that treat each step separately), and whose inputs are all sequences or ids.
+        batch: the number B of sequences that run in parallel.
+        threads: the largest number of threads per call. They share the rows, or, for a chunk in a stack, the layers. A
+            call of less than some 50 µs uses one thread. The bits don't depend on it.
+        weights: the number format of the cells' matrices: None: the network's own; `"float32"`; `"bfloat16"`: rounded
+            to 8 bits of precision, as are x and h in products; `"int8"`: integers from -127 to 127 with a scale per
+            column, and x and h quantised likewise. At batch 1 the time of a step is the time to read its weights.
 
     Raises:
-        ValueError: a node that needs the whole sequence before it can answer, or an input without time; a batch that
-            isn't 1 to 2^31 - 1; unknown weights.
-        TypeError: fewer bits for a float64 network.
-        MemoryError: a state that memory can't hold.
+        ValueError: a node that needs the whole sequence, or an input without a time axis; a batch outside 1 to
+            2^31 - 1; unknown weights.
+        TypeError: bfloat16 or int8 for a float64 network.
+        MemoryError: not enough memory for the state.
 
     >>> from cellstack import Cell, CellSpec, Network, Recurrent
     >>> cell = Cell(CellSpec(2, 3, use_bias=False), np.ones((2, 12)), np.ones((3, 12)))
@@ -58,46 +57,46 @@ class Stream:
         self.network, self.batch, self.threads, self.weights = network, engine.rows, engine.threads, engine.held
         self._turns = native.Turns(1)
         self._alone = engine.alone()
-        self._frame = engine.frame
+        self._step_shape = engine.step_shape
         self._dtype = network.dtype
         self._history: History | None = None
 
     def step(self, x: Any) -> Any:
-        """Take one frame and return what the network returns after it.
+        """Run one step and return the network's output after it.
 
         Args:
-            x: `[B, I]`, array-like of real numbers, cast as in `Network.run`; ids are `[B]`. Where there are several
-                inputs, a dict by name, or a tuple in order.
+            x: `[B, I]`, array-like of real numbers, cast as in `Network.run`; ids are `[B]`. Several inputs are a dict
+                by name, or a tuple in order.
 
         Returns:
-            `[B, W]`, the caller's own; a tuple of these where there are several outputs.
+            `[B, W]`, owned by the caller; a tuple of these if there are several outputs.
 
         Raises:
             ShapeError: a wrong rank, batch or width.
             TypeError: values that aren't real numbers.
-            ValueError: ids beyond a table, or a frame that the network masks.
+            ValueError: ids out of range, or a step that the network masks.
         """
-        if self._alone is not None:  # the shortest way from Python to the kernel, which takes what is as it should be
+        if self._alone is not None:  # the path with the least overhead; None: the input needs checks or a conversion
             y = self._alone(x)
             if y is not None:
                 return y
-        elif type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._frame and x.flags.carray:
+        elif type(x) is np.ndarray and x.dtype is self._dtype and x.shape == self._step_shape and x.flags.carray:
             return self._run((x,))
         return self._run(self._engine.given(x, "B", self.batch))
 
     def run(self, x: Any) -> Any:
-        """Take any number of frames and return what the network returns after each: the bits are those of `step`.
+        """Run a chunk of steps and return the network's output after each, with the same bits as `step`.
 
         Args:
             x: `[B, T, I]`, as for `step`, ids `[B, T]`; T may be 0.
 
         Returns:
-            `[B, T, W]`, whether or not the network itself returns sequences; a tuple where there are several outputs.
+            `[B, T, W]`, also if the network itself doesn't return sequences; a tuple if there are several outputs.
 
         Raises:
             ShapeError: a wrong rank, batch or width.
             TypeError: values that aren't real numbers.
-            ValueError: ids beyond a table, or a frame that the network masks.
+            ValueError: ids out of range, or a step that the network masks.
         """
         return self._run(self._engine.given(x, "B, T", self.batch), chunk=True)
 
@@ -110,22 +109,25 @@ class Stream:
             try:
                 y = self._engine.run(given)
                 self._history.add(before, given, chunk)
-            except BaseException:  # the state may have moved on without the frame: what was is of no use any more
+            except BaseException:  # the state may have changed without the step being recorded
                 self._history.forget()
                 raise
             return y
 
     @staticmethod
     def _check_turn(taken: Any) -> None:
-        """Raise `RuntimeError` where another call runs: it would find some parts a step ahead of others."""
+        """Raise `RuntimeError` during another call, when some parts may be a step ahead of others."""
         if taken is not None:
-            raise RuntimeError("Stream: expected one thread at a time, got a call while another one runs: fork()")
+            raise RuntimeError(
+                "Stream: only one thread at a time can use a stream, and another call is running: "
+                "fork() makes a stream for each thread"
+            )
 
     @property
     def state(self) -> tuple[CellState | Frames, ...]:
-        """The state now: one state a cell, each array `[B, H]`, then the `Frames` of each node that keeps some.
+        """The current state: a state per cell, each array `[B, H]`, then the `Frames` of each node with a memory.
 
-        These are copies. Setting the state checks and copies likewise.
+        Reading returns copies; setting checks and copies.
         """
         with self._turns.turn() as taken:
             self._check_turn(taken)
@@ -134,25 +136,25 @@ class Stream:
     @state.setter
     def state(self, state: Any) -> None:
         if state is None:
-            raise TypeError("Stream: expected state to be a tuple of states, got None: reset() starts anew")
+            raise TypeError("Stream: expected state to be a tuple of states, got None: use reset()")
         self.reset(state=state)
 
     def reset(self, rows: Any = None, state: Any = None) -> None:
-        """Set the state of some rows, or of all, to the cells' own initial state or to a state given.
+        """Set the state of some or all rows to the initial state or to a given state.
 
         Args:
-            rows: what indexes an axis of B: a number, numbers, a slice, a mask `[B]`; None = all rows.
-            state: one state a cell, each array `[rows, H]`, then the frames of each node that keeps some; None = what
-                the stream began with: the cells' learned initial state, or zeros.
+            rows: an index of the batch axis: an integer, integers, a slice, a mask `[B]`; None: all rows.
+            state: a state per cell, each array `[rows, H]`, then the `Frames` of each node with a memory; None: the
+                initial state, which is learned or zeros.
 
         Raises:
-            ShapeError: a state that doesn't fit the rows.
-            IndexError: a row that isn't there, or what indexes no rows.
+            ShapeError: a state that doesn't match the rows.
+            IndexError: a row out of range, or an invalid index.
         """
         places = np.arange(self.batch)
         try:
             if isinstance(rows, (bool, np.bool_)):
-                raise TypeError("a flag for all rows is one a row, or none")
+                raise TypeError("a mask needs one flag per row")
             chosen = places if rows is None else places[rows].reshape(-1)
         except (IndexError, TypeError, ValueError) as error:
             raise IndexError(
@@ -166,16 +168,16 @@ class Stream:
                 self._history.forget()
 
     def remember(self, steps: int) -> None:
-        """Keep from now on what `trace` needs: the frames of the last steps, and a state from before them.
+        """Start recording what `trace` needs: the inputs of the last steps, and the state before them.
 
-        A step costs a copy of its frame more, and every so many steps one of the state.
+        Each step then also copies its input, and the state is copied once every `steps` steps.
 
         Args:
-            steps: how many `trace` shall be able to show; up to twice as many are kept.
+            steps: the number of steps that `trace` can return; up to twice as many are stored.
 
         Raises:
-            ValueError: not an integer from 1 to 2^31 - 1; weights of fewer bits, a node that keeps frames of its own,
-                or patches, as a trace is run by the network itself, from a step in between.
+            ValueError: not an integer from 1 to 2^31 - 1. Or the network can't be run from an intermediate state: it
+                has patches or a node with a memory, or the stream has other weights than the network.
         """
         steps = check_integer("Stream", "steps", steps)
         if self._engine.narrowed:
@@ -183,23 +185,26 @@ class Stream:
             raise ValueError(f"Stream: expected weights={own!r} to trace, got {self.weights!r}")
         if self.network.patches:
             raise ValueError(
-                f"Stream: expected a network without patches to remember, got {self.network.patches[0]}: trace the "
-                "network itself over a sequence"
+                f"Stream: remember() doesn't support patches, got {self.network.patches[0]}: trace the network itself "
+                "over a sequence"
             )
-        if keeps := self._engine.keeps_frames():
-            raise ValueError(f"Stream: expected cells alone to keep a state, to trace them, got {', '.join(keeps)}")
+        if nodes := self._engine.with_memory():
+            raise ValueError(f"Stream: remember() doesn't support nodes with a memory, got {', '.join(nodes)}")
         with self._turns.turn() as taken:
             self._check_turn(taken)
             self._history, self._alone = History(steps), None
 
     def trace(self, steps: int | None = None) -> NetworkTrace:
-        """Return what every node and cell did in the last steps: see `Network.trace`.
+        """Return a trace of the last steps: see `Network.trace`.
 
-        The steps are run again from a state before them, and have the bits that they had. A state that is set or reset
-        begins anew.
+        The steps are run again from the state before them, with the same bits. Setting or resetting the state drops the
+        recorded steps.
 
         Args:
-            steps: how many, at most; None = as many as `remember` was told.
+            steps: the largest number of steps; None: the number passed to `remember`.
+
+        Returns:
+            The trace.
 
         Raises:
             RuntimeError: `remember` wasn't called, or no step was taken since.
@@ -208,26 +213,26 @@ class Stream:
         >>> cell = Cell(CellSpec(2, 3, use_bias=False), np.ones((2, 12)), np.ones((3, 12)))
         >>> stream = Network([Recurrent((cell,))]).stream()
         >>> stream.remember(100)
-        >>> y = [stream.step(frame) for frame in np.arange(10.0).reshape(5, 1, 2)]
+        >>> y = [stream.step(x) for x in np.arange(10.0).reshape(5, 1, 2)]
         >>> t = stream.trace(2)
         >>> t["layer_0"].f.shape, bool((t.y[:, 1] == y[4]).all())
         ((1, 2, 3), True)
         """
         if self._history is None:
-            raise RuntimeError("Stream: expected remember(steps) before trace(), which says how many to keep")
+            raise RuntimeError("Stream: trace() needs a call of remember(steps) before the steps")
         most = self._history.most if steps is None else check_integer("Stream", "steps", steps)
         with self._turns.turn() as taken:
             self._check_turn(taken)
             kept = self._history.kept()
         if kept is None:
-            raise RuntimeError("Stream: expected a step since remember() and since the state was set, got none")
+            raise RuntimeError("Stream: no step was taken since remember() or since the state was set")
         state, arrays = kept
         whole = self.network.trace(dict(zip(self.network.inputs, arrays, strict=True)), state)
         first = max(0, len(whole.steps) - min(most, self._history.most))
         return whole.select(steps=slice(first, None))
 
     def fork(self) -> Stream:
-        """Return a new stream that starts from a copy of this one's state."""
+        """Return a new stream with a copy of this one's state."""
         other = Stream(self.network, self.batch, self.threads, self._engine.weights)
         other.state = self.state
         other._engine.count_on(self._engine)
