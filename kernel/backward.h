@@ -33,7 +33,7 @@ INLINE void differentiate(const Backward<T>& f, const Limits<T>& limits, const P
     dc += lstm_output_back<T, true, true>(f, limits, at, gates[3], phi_c, dh, dz[3]);
     dc = lstm_cell_back<T, true, true>(f, limits, at, gates, units_of(cell_before(f, at.r, n), at), dc, dz);
     UNROLL
-        for (int v = 0; v < 4; ++v) store(to + v * W, dz[v]);
+    for (int v = 0; v < 4; ++v) store(to + v * W, dz[v]);
     store(dc_at, dc);
 }
 
@@ -77,14 +77,23 @@ void pass_back(const Backward<T>& f, int64_t n, int64_t columns) {
     constexpr int W = Vec<T>::W;
     const int64_t P = f.d->output, t = time_of(f, n);
     const Outputs<T> own(f);
-    const Transposed<T> p{*f.tiles, f.dq, f.d->gates(), (n - f.first) * f.batch + f.row0, f.rows, f.blocks,
-                          (f.last - f.first) * f.batch, f.recurrent_t, P, own.panel, own.end_panel, bool(n & 1),
+    const Transposed<T> p{*f.tiles,
+                          f.dq,
+                          f.d->gates(),
+                          (n - f.first) * f.batch + f.row0,
+                          f.rows,
+                          f.blocks,
+                          (f.last - f.first) * f.batch,
+                          f.recurrent_t,
+                          P,
+                          own.panel,
+                          own.end_panel,
+                          bool(n & 1),
                           f.pairs};
     product_transposed(p, [&](int64_t r, int64_t unit, V<T> d) INLINED {
         T* dh = f.dh + r * columns + unit;
         const int64_t left = P - unit;
-        if (f.recurrent_dropout)
-            d *= load_lanes(f.recurrent_dropout + r * P + unit, left < W ? int(left) : W);
+        if (f.recurrent_dropout) d *= load_lanes(f.recurrent_dropout + r * P + unit, left < W ? int(left) : W);
         if constexpr (!Plain)
             store(dh, d + load(f.carry + r * columns + unit));
         else if (!f.mask || f.mask[r * f.steps + t])
@@ -164,8 +173,8 @@ void run_rows_back(Backward<T>& f) {
                                int64_t first, int64_t last) {
             const Transposed<T> p{*f.tiles, from,    gates, m,    f.rows,      blocks, dz_rows,
                                   panels,   columns, first, last, bool(n & 1), f.pairs};
-            product_transposed(p, [&](int64_t r, int64_t unit, V<T> dm)
-                                      INLINED { store(f.dm + r * unit_columns + unit, dm); });
+            product_transposed(
+                p, [&](int64_t r, int64_t unit, V<T> dm) INLINED { store(f.dm + r * unit_columns + unit, dm); });
         };
         const auto rows = [&](auto&& body) INLINED {
             for (int64_t r = 0; r < f.rows; ++r) body(r, !f.mask || f.mask[r * f.steps + t]);
@@ -225,8 +234,9 @@ template <class T>
 void input_gradient(const Tiles<T>& tiles, const T* dz, int gates, int64_t blocks, int64_t dz_rows, const T* kernel_t,
                     int64_t columns, int64_t first, int64_t last, T* const* out, T* pairs) {
     constexpr int W = Vec<T>::W;
-    const Transposed<T> p{tiles,    dz,      gates, first,                          last - first, blocks, dz_rows,
-                          kernel_t, columns, 0,     (columns + 4 * W - 1) / (4 * W), false,        pairs};
+    const Transposed<T> p{
+        tiles, dz,   gates, first, last - first, blocks, dz_rows, kernel_t, columns, 0, (columns + 4 * W - 1) / (4 * W),
+        false, pairs};
     product_transposed(p, [&](int64_t row, int64_t column, V<T> sum) INLINED {
         const int64_t left = columns - column;
         store_lanes(out[first + row] + column, sum, left < W ? int(left) : W);

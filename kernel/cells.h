@@ -201,7 +201,7 @@ INLINE void keep_gates(const Forward<T>& f, const Place& at, const V<T> (&gates)
     const int64_t H = f.w.d->units;
     T* to = f.gates + (at.r * f.steps + at.t) * Planes * H + at.unit;
     UNROLL
-        for (int v = 0; v < Planes; ++v) store_lanes(to + v * H, gates[v], at.lanes);
+    for (int v = 0; v < Planes; ++v) store_lanes(to + v * H, gates[v], at.lanes);
 }
 
 template <class T>
@@ -324,7 +324,7 @@ INLINE void load_gates(const Backward<T>& f, const Place& at, V<T> (&gates)[Plan
     const int64_t H = f.d->units;
     const T* from = f.gates + kept_at(f, at.r, at.t) * Planes * H + at.unit;
     UNROLL
-        for (int v = 0; v < Planes; ++v) gates[v] = load_lanes(from + v * H, at.lanes);
+    for (int v = 0; v < Planes; ++v) gates[v] = load_lanes(from + v * H, at.lanes);
 }
 
 }  // namespace

@@ -20,8 +20,8 @@ constexpr int bits_of(Element e) { return e == Element::kBfloat16 ? 16 : 8; }
 // The same of weights of any element, in numbers of the call.
 constexpr int64_t words_of(Element e, int64_t depth) { return narrow(e) ? narrow_words(depth, bits_of(e)) : depth; }
 
-// How far apart the rows that narrow weights are multiplied with are, in words: bfloat16 may be widened to floats again,
-// and is written some vectors at a time.
+// How far apart the rows that narrow weights are multiplied with are, in words: bfloat16 may be widened to floats
+// again, and is written some vectors at a time.
 constexpr int64_t narrow_stride(Element e, int64_t depth) {
     return e == Element::kBfloat16 ? (depth + 15) / 16 * 16 : narrow_words(depth, 8);
 }

@@ -15,8 +15,8 @@ std::vector<const InstructionSet*> find() {
     __builtin_cpu_init();
 #endif
 #ifdef CELLSTACK_HAS_avx512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw")) {
         if (__builtin_cpu_supports("avx512vnni")) {
             sets.push_back(&avx512::vnni);
             // Some processors take four times as long for a pair as for a multiply-add, others as long.

@@ -58,8 +58,7 @@ INLINE Tile<T> block_tile(const Forward<T>& f, int64_t depth) {
 template <class T>
 INLINE bool any_used(const Forward<T>& f, int64_t m, int R) {
     bool used = !f.mask;
-    for (int64_t k = m; !used && k < m + R; ++k)
-        used = f.mask[k % f.rows * f.steps + time_of(f, f.first + k / f.rows)];
+    for (int64_t k = m; !used && k < m + R; ++k) used = f.mask[k % f.rows * f.steps + time_of(f, f.first + k / f.rows)];
     return used;
 }
 
@@ -73,7 +72,7 @@ void project(const Forward<T>& f) {
     for (int64_t block = f.block; block < f.end_block; ++block) {
         T* z = f.z + block * total * 4 * W;
         t.panel = f.w.kernel + block * panel, t.from = f.w.bias + block * 4 * W, t.to = z;
-        if (widens_once(f.w, total)) {
+        if (widens_once(f.w, total, 4)) {
             widened_product(*f.w.plain, t, 4, rows, total);
             continue;
         }
@@ -107,7 +106,7 @@ template <class Kind, int N, class T>
 INLINE void step_alone(const Forward<T>& f, int64_t n, int64_t block, const T* h, T* h_next) {
     constexpr int W = Vec<T>::W;
     const int64_t t = time_of(f, n), step = 4 * W, total = f.last - f.first;
-    const auto add_up = [&](V<T>(&sums)[1][N * 4], const T* row, const T* matrix, int64_t depth) INLINED {
+    const auto add_up = [&](V<T>(&sums)[1][N* 4], const T* row, const T* matrix, int64_t depth) INLINED {
         const int64_t words = words_of(f.w.element, depth);
         Cursor<T, 1> at{{row}, 1, matrix + block * words * step, step, W, words * step};
         accumulate<Kind, 1, N, 4>(sums, at, words);
@@ -188,7 +187,7 @@ struct Side {
     // The sums of some rows; a tile of h's fetches some of `ahead`.
     INLINE void add_up(const Forward<T>& f, int64_t row, int64_t count, const T*& ahead) {
         t.to = sums;
-        if (widens_once(f.w, f.rows))
+        if (widens_once(f.w, f.rows, 4))
             return widened_product(*f.w.plain, t, 4, {first + row * t.a_row, t.a_row, 0, count}, count);
         each_tile(count, [&](int64_t r, int R) INLINED {
             t.a[0] = first + (row + r) * t.a_row, t.to = sums + r * t.to_row;
@@ -209,7 +208,7 @@ template <class T>
 void step_rows(const Forward<T>& f, Side<T>& x, Side<T>& h, int64_t n, int64_t block, const T* ahead, T* h_next) {
     constexpr int W = Vec<T>::W;
     const int64_t before = (n - f.first) * f.rows, total = (f.last - f.first) * f.rows;
-    const int64_t most = widens_once(f.w, f.rows) ? kWideRows : kStepRows;
+    const int64_t most = widens_once(f.w, f.rows, 4) ? kWideRows : kStepRows;
     x.t.panel = x.matrix + block * x.panel, x.t.from = f.w.bias + block * 4 * W;
     h.t.panel = h.matrix + block * h.panel;
     for (int64_t row = 0, some; row < f.rows; row += some) {
@@ -281,8 +280,6 @@ void run_rows(Forward<T>& f) {
         multiply(over_x, rows_of_x(f), (f.last - f.first) * f.rows, f.z);
     }
     Product<T> over_h = product(w.recurrent, d.layer_norm ? nullptr : w.recurrent_bias, d.output, f.narrow_h);
-    Product<T> projected(w, w.projection, nullptr, 1, H, d.output, w.output_blocks, 0, w.output_blocks,
-                         w.unpacked ? d.output : output_wide, f.narrow_h, f.scales);
     for (int64_t n = f.from; n < f.to; ++n) {
         if (f.reset) restart(f, n);
         const int64_t t = time_of(f, n);
@@ -315,6 +312,8 @@ void run_rows(Forward<T>& f) {
                 rnn_row<T, Usual>(f, r, t, own, q, stride, f.h, f.h_next);
         });
         if (Kind == kLstm && d.projects()) {
+            Product<T> projected(w, w.projection, nullptr, 1, H, d.output, w.output_blocks, 0, w.output_blocks,
+                                 w.unpacked ? d.output : output_wide, f.narrow_h, f.scales);
             multiply(projected, {f.m, wide, 0, f.rows}, f.rows, f.p);
             rows([&](int64_t r, bool used) {
                 if (!used) return;

@@ -34,7 +34,7 @@ void gru_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t s
         for (int v = 0; v < 3; ++v) z[v] = load_lanes(sums + v * stride + at.unit, at.lanes);
         if (d.reset_after) {
             UNROLL
-        for (int v = 0; v < 3; ++v) after[v] = load_lanes(q + v * stride + at.unit, at.lanes);
+            for (int v = 0; v < 3; ++v) after[v] = load_lanes(q + v * stride + at.unit, at.lanes);
             UNROLL
             for (int v = 0; v < 2; ++v) {
                 z[v] = act<T, Usual, false>(d.activations[v], limited<T>(d.clip, z[v] + after[v]));
@@ -47,7 +47,7 @@ void gru_row(const Forward<T>& f, int64_t r, int64_t t, T* sums, T* q, int64_t s
         if (d.reset_after) {
             after[3] = after[2];
             UNROLL
-        for (int v = 0; v < 3; ++v) after[v] = z[v];
+            for (int v = 0; v < 3; ++v) after[v] = z[v];
             keep_gates(f, at, after);
         } else {
             keep_gates(f, at, z);

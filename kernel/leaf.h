@@ -25,7 +25,7 @@ template <class T>
 struct Tile {
     const T* a[kMostRows];  // k of row r: a[r][k·a_step]
     int64_t a_step, a_row;  // the latter, of rows that are so far apart, is for `recurrent` alone
-    const T* panel;  // vector v of k: panel + k·panel_step + v·panel_vector, in a second block + panel_block
+    const T* panel;         // vector v of k: panel + k·panel_step + v·panel_vector, in a second block + panel_block
     int64_t panel_step, panel_vector, panel_block;
     int64_t depth;                // how many k there are in a segment
     int64_t segments, a_segment;  // segments follow each other in the panel, and a_segment apart in the rows
@@ -33,7 +33,7 @@ struct Tile {
     int64_t from_row, from_vector, from_block;
     T* to;
     int64_t to_row, to_vector, to_block;
-    bool add;                                // to what is in `to`
+    bool add;                               // to what is in `to`
     const T* ahead;                         // `recurrent` prefetches from here on, a line for each k
     const T *row_scales, *scales, *shifts;  // int8: of the rows; of the columns, as far apart as `from`
 };
@@ -142,8 +142,8 @@ struct Backward {
     T *dm, *carry;  // scratch [rows][columns of H], [rows][columns of P]
     T* line;        // scratch [2][blocks·W], of this thread
     const Tiles<T>* tiles;
-    T* pairs;       // scratch of this thread for rows in pairs of bfloat16, see product_transposed; null: products of T
-    T* vectors;     // sums [rows][kVectors][blocks·W] of the gradients of arrays that aren't matrices; or null
+    T* pairs;    // scratch of this thread for rows in pairs of bfloat16, see product_transposed; null: products of T
+    T* vectors;  // sums [rows][kVectors][blocks·W] of the gradients of arrays that aren't matrices; or null
     T *dinitial_h, *dinitial_c;  // sums [rows][columns of P], [rows][blocks·W]; or null
 };
 
@@ -186,7 +186,7 @@ struct WeightGradient {
         T* sums;  // scratch [last - first][columns][gates][W] where out is transposed
         T* copy;  // scratch [dz_rows][gradient_stride(columns)], for `rows` side by side
     } of[3];
-    bool copied;   // they are there already
+    bool copied;  // they are there already
     const Tiles<T>* tiles;
     bool pairs;    // products of bfloat16, of two rows at once; `copy` is of half as many rows then
     T* dz_pairs;   // scratch for it, [kBlocksOfPanel][dz_rows / 2, rounded up][gates][W]

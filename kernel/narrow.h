@@ -36,7 +36,8 @@ INLINE void pack_bfloat16(uint32_t* to, const float* panel, int64_t depth, int g
 }
 
 // Rows rounded to bfloat16, as floats or in pairs as in a panel; zeros beyond `depth`. They go `stride` words apart.
-__attribute__((noinline)) void round_rows(bool pairs, float* to, const Rows<float>& rows, int64_t count, int64_t depth) {
+__attribute__((noinline)) void round_rows(bool pairs, float* to, const Rows<float>& rows, int64_t count,
+                                          int64_t depth) {
     constexpr int W = Vec<float>::W;
     const int64_t stride = narrow_stride(Element::kBfloat16, depth);
     for (int64_t m = 0; m < count; ++m, to += stride) {
@@ -154,25 +155,27 @@ void widened_product(const Tiles<float>& plain, const Tile<float>& t, int vector
     }
 }
 
-// Whether rows are enough for it.
-INLINE bool widens_once(const Panels<float>& w, int64_t count) {
-    return w.element == Element::kBfloat16 && !w.pairs && count > kRows;
+// Whether it is faster than making floats of a word for each tile: where the sums of one leave no registers for that
+// (12 of 16), and where rows are many.
+INLINE bool widens_once(const Panels<float>& w, int64_t count, int vectors) {
+    const int64_t few = kRows == 3 && vectors == 4 ? 4 : 12;
+    return w.element == Element::kBfloat16 && !w.pairs && count > few;
 }
-INLINE bool widens_once(const Panels<double>&, int64_t) { return false; }
+INLINE bool widens_once(const Panels<double>&, int64_t, int) { return false; }
 INLINE void widened_product(const Tiles<double>&, const Tile<double>&, int, const Rows<double>&, int64_t) {}
 
 // Runs a product with weights of any width.
 template <class T>
-void multiply(Product<T>& p, const Rows<T>& rows, int64_t count, T* to, bool add = false, bool down = false,
-              int first = 0, int wanted = 0) {
+INLINE void multiply(Product<T>& p, const Rows<T>& rows, int64_t count, T* to, bool add = false, bool down = false,
+                     int first = 0, int wanted = 0) {
     if constexpr (sizeof(T) == 4) {
         const Rows<T> own{p.narrow, narrow_stride(p.w.element, p.depth), 0, count};
         if (p.w.element == Element::kBfloat16) {
             round_rows(p.w.pairs, p.narrow, rows, count, p.depth);
-            if (!widens_once(p.w, count)) return p.run(own, count, to, add, down, first, wanted);
-            return p.each_group(to, add, down, count, first, wanted ? wanted : p.gates, [&](auto, int vectors) {
-                widened_product(*p.w.plain, p.t, vectors, own, count);
-            });
+            const int vectors = p.gates < 3 || wanted == 1 || wanted == 2 ? 4 : p.gates;
+            if (!widens_once(p.w, count, vectors)) return p.run(own, count, to, add, down, first, wanted);
+            return p.each_group(to, add, down, count, first, wanted ? wanted : p.gates,
+                                [&](auto, int some) { widened_product(*p.w.plain, p.t, some, own, count); });
         }
         if (p.w.element == Element::kInt8) {
             for (int64_t m = 0; m < count; ++m)

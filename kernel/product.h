@@ -88,8 +88,8 @@ void unpacked_product(T* to, const T* bias, bool add, const T* a, const T* matri
     }
 }
 
-// A product of rows: to[m] = bias + a[m]·matrix, or to[m] += a[m]·matrix, gate by gate. Each is summed as a chain of its
-// own. It is set up once, for a matrix and the blocks of a call, and run at every step.
+// A product of rows: to[m] = bias + a[m]·matrix, or to[m] += a[m]·matrix, gate by gate. Each is summed as a chain of
+// its own. It is set up once, for a matrix and the blocks of a call, and run at every step.
 template <class T>
 struct Product {
     const Panels<T>& w;
@@ -98,7 +98,7 @@ struct Product {
     int gates;
     int64_t depth, units, block, end_block;  // of the blocks those that are made
     int64_t stride;                          // of what it goes to, [rows][gates][stride]
-    T* narrow;  // scratch for narrow weights: the rows as these take them, [rows][narrow_stride(element, depth)]
+    T* narrow;      // scratch for narrow weights: the rows as these take them, [rows][narrow_stride(element, depth)]
     T* row_scales;  // and of int8 the size of a row's steps
     Tile<T> t;
     const T *scales, *shifts;
@@ -106,8 +106,17 @@ struct Product {
 
     Product(const Panels<T>& w, const T* matrix, const T* bias, int gates, int64_t depth, int64_t units, int64_t blocks,
             int64_t block, int64_t end_block, int64_t stride, T* narrow, T* row_scales)
-        : w(w), matrix(matrix), bias(bias), gates(gates), depth(depth), units(units), block(block),
-          end_block(end_block), stride(stride), narrow(narrow), row_scales(row_scales),
+        : w(w),
+          matrix(matrix),
+          bias(bias),
+          gates(gates),
+          depth(depth),
+          units(units),
+          block(block),
+          end_block(end_block),
+          stride(stride),
+          narrow(narrow),
+          row_scales(row_scales),
           t(tile_over<T>(words_of(w.element, depth))) {
         constexpr int W = Vec<T>::W;
         t.panel_step = t.from_block = gates * W, t.to_row = gates * stride, t.to_block = W;
@@ -115,30 +124,28 @@ struct Product {
         scales = matrix + blocks * panel, shifts = scales + blocks * t.panel_step;
     }
 
-    // Calls body(routine of a row alone, vectors) for each group of vectors, when all of the tile is there but its rows:
-    // the gates of a block, or of two where there is one row; where one or two gates are wanted, one gate of several
-    // blocks. `wanted` of the gates, from `first` on; blocks from the last to the first where `down`.
+    // Calls body(routine of a row alone, vectors) for each group of vectors, when all of the tile is there but its
+    // rows: the gates of a block, or of two where there is one row; where one or two gates are wanted, one gate of
+    // several blocks. `wanted` of the gates, from `first` on; blocks from the last to the first where `down`.
     template <class F>
     INLINE void each_group(T* to, bool add, bool down, int64_t count, int first, int wanted, F&& body) {
         constexpr int W = Vec<T>::W;
         const Tiles<T>& tiles = *w.tiles;
-        const bool across = wanted < 3, alone = count == 1;
+        const bool across = wanted < 3;
+        const int64_t most = across ? (count == 1 ? 8 : 4) : count == 1 ? 2 : 1;
         t.panel_vector = across ? panel : W, t.from_vector = across ? t.from_block : W;
         t.to_vector = across ? W : stride, t.add = add;
-        const int64_t most = across ? (alone ? 8 : 4) : alone ? 2 : 1, total = end_block - block;
         for (int gate = first; gate < first + wanted; gate += across ? 1 : wanted)
-            for (int64_t done = 0, some; done < total; done += some) {
-                const int64_t left = total - done;
-                some = left >= most ? most : !across ? 1 : left < 4 ? left : 4;
-                const int64_t of = down ? end_block - done - some : block + done, at = of * t.from_block + gate * W;
+            for (int64_t left = end_block - block, some; left; left -= some) {
+                some = left >= most ? most : across && left < 4 ? left : across ? 4 : 1;
+                const int64_t of = down ? block + left - some : end_block - left, at = of * t.from_block + gate * W;
                 t.panel = matrix + of * panel + gate * W, t.from = bias ? bias + at : nullptr;
                 t.scales = scales + at, t.shifts = shifts + at;
                 t.to = to + gate * stride + of * W;
-                const int vectors = across ? int(some) : wanted;
-                body(vectors == 8 ? tiles.eight_blocks
-                     : !across && some == 2 ? tiles.two_blocks[wanted - 3]
-                                            : tiles.of[0][vectors - 1],
-                     vectors);
+                if (across)
+                    body(some == 8 ? tiles.eight_blocks : tiles.of[0][some - 1], int(some));
+                else
+                    body(some == 2 ? tiles.two_blocks[wanted - 3] : tiles.of[0][wanted - 1], wanted);
             }
     }
 
@@ -151,12 +158,16 @@ struct Product {
                                  matrix + first * units, wanted * units, gates * units, depth);
             return;
         }
-        each_group(to, add, down, count, first, wanted, [&](TileRoutine<T> alone, int vectors) INLINED {
+        if (count == 1) {
+            t.a[0] = rows.base, t.row_scales = row_scales;
+            return each_group(to, add, down, 1, first, wanted, [&](TileRoutine<T> alone, int) INLINED { alone(t); });
+        }
+        each_group(to, add, down, count, first, wanted, [&](TileRoutine<T>, int vectors) INLINED {
             T* first_row = t.to;
             each_tile(count, [&](int64_t m, int R) INLINED {
                 rows.point(t, m, R);
                 t.to = first_row + m * t.to_row, t.row_scales = row_scales + m;
-                (R == 1 ? alone : w.tiles->of[R - 1][vectors - 1])(t);
+                w.tiles->of[R - 1][vectors - 1](t);
             });
         });
     }
@@ -169,10 +180,10 @@ struct Transposed {
     const T* dz;  // [blocks][dz_rows][G][W]
     int gates;
     int64_t m, count, blocks, dz_rows;
-    const T* panels;                // see pack_transposed
-    int64_t columns, first, last;   // the matrix's rows; the panels that are made
-    bool down;                      // from the last to the first
-    T* pairs;                       // scratch [blocks][count][G·W / 2]: products are of pairs of bfloat16; or null
+    const T* panels;               // see pack_transposed
+    int64_t columns, first, last;  // the matrix's rows; the panels that are made
+    bool down;                     // from the last to the first
+    T* pairs;                      // scratch [blocks][count][G·W / 2]: products are of pairs of bfloat16; or null
 };
 
 // body(row, column, vector), by vectors of the matrix's rows. A tile of several rows has time to fetch some of the
@@ -207,8 +218,7 @@ INLINE void product_transposed(const Transposed<T>& p, F&& body) {
             ahead += size * kLine<T>;
             p.tiles.recurrent[R - 1][vectors - 1](t);
             for (int r = 0; r < R; ++r)
-                for (int v = 0; v < vectors; ++v)
-                    body(row + r, panel * wide + v * W, load(sums + r * wide + v * W));
+                for (int v = 0; v < vectors; ++v) body(row + r, panel * wide + v * W, load(sums + r * wide + v * W));
         });
     }
 }

@@ -78,35 +78,35 @@ template <class T>
 void pack_transposed(T* to, const Matrix<T>& m, int first, int last, int64_t panel, int64_t end_panel, bool pairs) {
     constexpr int W = Vec<T>::W, wide = 4 * W;
     const int64_t blocks = (m.units + W - 1) / W, deep = pairs ? W / 2 : W;
-    to += panel * blocks * m.gates * deep * wide;
-    for (int64_t column = panel * wide; column < m.depth && column < end_panel * wide; column += wide)
+    // A quarter of a panel at a time: so few rows are read side by side that each goes on where the last read ended.
+    for (int64_t k = panel * wide; k < end_panel * wide; k += W) {
+        T* row = to + (k / wide * blocks * m.gates * deep * 4 + k / W % 4) * W;
         for (int64_t block = 0; block < blocks; ++block)
-            for (int gate = 0; gate < m.gates; ++gate, to += deep * wide)
-                for (int part = 0; part < 4; ++part) {
-                    const int64_t k = column + part * W;
-                    V<T> square[W];
-                    UNROLL
-                    for (int r = 0; r < W; ++r) square[r] = splat(T(0));
-                    if (gate >= first && gate < last && k < m.depth) {
-                        if (m.rows) {
-                            load_square<T>(square, m.at + m.places[gate] * m.units * m.depth, block * W, m.units, k,
-                                           m.depth, m.depth);
-                        } else {
-                            load_square<T>(square, m.at + m.places[gate] * m.units, k, m.depth, block * W, m.units,
-                                           m.gates * m.units);
-                            transpose<T>(square);
-                        }
+            for (int gate = 0; gate < m.gates; ++gate, row += deep * wide) {
+                V<T> square[W];
+                UNROLL
+                for (int r = 0; r < W; ++r) square[r] = splat(T(0));
+                if (gate >= first && gate < last && k < m.depth) {
+                    if (m.rows) {
+                        load_square<T>(square, m.at + m.places[gate] * m.units * m.depth, block * W, m.units, k,
+                                       m.depth, m.depth);
+                    } else {
+                        load_square<T>(square, m.at + m.places[gate] * m.units, k, m.depth, block * W, m.units,
+                                       m.gates * m.units);
+                        transpose<T>(square);
                     }
-                    if constexpr (kHasPairs && sizeof(T) == 4)
-                        if (pairs) {
-                            UNROLL
-                            for (int r = 0; r < W / 2; ++r)
-                                store(to + r * wide + part * W, pairs_of(square[2 * r], square[2 * r + 1]));
-                            continue;
-                        }
-                    UNROLL
-                    for (int r = 0; r < W; ++r) store(to + r * wide + part * W, square[r]);
                 }
+                if constexpr (kHasPairs && sizeof(T) == 4)
+                    if (pairs) {
+                        UNROLL
+                        for (int r = 0; r < W / 2; ++r)
+                            store(row + r * wide, pairs_of(square[2 * r], square[2 * r + 1]));
+                        continue;
+                    }
+                UNROLL
+                for (int r = 0; r < W; ++r) store(row + r * wide, square[r]);
+            }
+    }
 }
 
 template <class T>
@@ -120,18 +120,9 @@ void activate(const Activation& activation, const T* x, T* y, int64_t n) {
 
 template <class T>
 constexpr Leaf<T> leaf(const Tiles<T>& bfloat16, const Tiles<T>& int8) {
-    return {Vec<T>::W,
-            tiles_of<Plain<T>>(),
-            bfloat16,
-            int8,
-            pack<T>,
-            pack_narrow<T>,
-            pack_transposed<T>,
-            forward<T>,
-            backward<T>,
-            input_gradient<T>,
-            weight_gradient<T>,
-            activate<T>};
+    return {Vec<T>::W,   tiles_of<Plain<T>>(), bfloat16,           int8,
+            pack<T>,     pack_narrow<T>,       pack_transposed<T>, forward<T>,
+            backward<T>, input_gradient<T>,    weight_gradient<T>, activate<T>};
 }
 constexpr Leaf<double> kDouble = leaf<double>({}, {});
 

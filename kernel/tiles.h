@@ -24,11 +24,16 @@ struct Cursor {
     int64_t step, vector, block;
     const T* ahead = nullptr;
 
-    // Vector v of N blocks with C each. As a register: R operations take it, and a compiler may read it anew for each
-    // of two or three, which costs a line that isn't in the first-level cache as many waits.
+    // Vector v of N blocks with C each.
+    template <int C>
+    INLINE V<T> read(int v) const {
+        return load(panel + v / C * block + v % C * vector);
+    }
+    // As a register: R operations take it, and a compiler may read it anew for each of two or three, which costs a line
+    // that isn't in the first-level cache as many waits.
     template <int C>
     INLINE V<T> weights(int v) const {
-        V<T> w = load(panel + v / C * block + v % C * vector);
+        V<T> w = read<C>(v);
 #if defined(__SSE2__)
         if (R > 1) asm("" : "+v"(w));
 #endif
@@ -41,7 +46,8 @@ struct Cursor {
     }
 };
 
-// kRecurrent: whether there are recurrent tiles of four vectors (1), for steps; of fewer too (2), for the backward pass.
+// kRecurrent: whether there are recurrent tiles of four vectors (1), for steps; of fewer too (2), for the backward
+// pass.
 
 // Numbers of T, each product rounded once with its sum.
 template <class T>
@@ -97,7 +103,7 @@ INLINE void accumulate_widened(V<float> (&sums)[R][N * C], Cursor<float, R>& at,
         }
         UNROLL
         for (int v = 0; v < N * C; ++v) {
-            const Words w = (Words)at.template weights<C>(v);
+            const Words w = (Words)at.template read<C>(v);
             const V<float> first = upper_float(w), second = lower_float(w);
             UNROLL
             for (int r = 0; r < R; ++r) sums[r][v] = fma(even[r], first, sums[r][v]);
@@ -110,7 +116,7 @@ INLINE void accumulate_widened(V<float> (&sums)[R][N * C], Cursor<float, R>& at,
         for (int r = 0; r < R; ++r) odd[r] = splat(at.a[r][2 * k + 1]);
         UNROLL
         for (int v = 0; v < N * C; ++v) {
-            const V<float> second = lower_float((Words)at.template weights<C>(v));
+            const V<float> second = lower_float((Words)at.template read<C>(v));
             UNROLL
             for (int r = 0; r < R; ++r) sums[r][v] = fma(odd[r], second, sums[r][v]);
         }
@@ -140,50 +146,62 @@ template <class T, int R, int N, int C>
 INLINE void begin(const Tile<T>& t, V<T> (&sums)[R][N * C]) {
     if (t.from) {
         UNROLL
-        for (int r = 0; r < R; ++r)
-            UNROLL
-            for (int v = 0; v < N * C; ++v)
-                sums[r][v] = load(t.from + r * t.from_row + v / C * t.from_block + v % C * t.from_vector);
+        for (int r = 0; r < R; ++r) UNROLL
+        for (int v = 0; v < N * C; ++v)
+            sums[r][v] = load(t.from + r * t.from_row + v / C * t.from_block + v % C * t.from_vector);
     } else {
         UNROLL
-        for (int r = 0; r < R; ++r)
-            UNROLL
-            for (int v = 0; v < N * C; ++v) sums[r][v] = splat(T(0));
+        for (int r = 0; r < R; ++r) UNROLL
+        for (int v = 0; v < N * C; ++v) sums[r][v] = splat(T(0));
     }
 }
+// Whatever of a tile is needed at its end is read before the first sum is written: the compiler can't know that they
+// are apart.
 template <class T, int R, int N, int C>
 INLINE void end(const Tile<T>& t, const V<T> (&sums)[R][N * C]) {
-    UNROLL
-    for (int r = 0; r < R; ++r)
+    T* row = t.to;
+    const int64_t to_row = t.to_row, vector = t.to_vector, block = t.to_block;
+    if (t.add) {
         UNROLL
+        for (int r = 0; r < R; ++r, row += to_row) UNROLL
         for (int v = 0; v < N * C; ++v) {
-            T* at = t.to + r * t.to_row + v / C * t.to_block + v % C * t.to_vector;
-            store(at, t.add ? load(at) + sums[r][v] : sums[r][v]);
+            T* at = row + v / C * block + v % C * vector;
+            store(at, load(at) + sums[r][v]);
         }
+    } else {
+        UNROLL
+        for (int r = 0; r < R; ++r, row += to_row) UNROLL
+        for (int v = 0; v < N * C; ++v) store(row + v / C * block + v % C * vector, sums[r][v]);
+    }
 }
 
 // int8 starts from zero, and ends with what undoes the rows' 128 and the steps of rows and columns.
 template <class T, int R, int N, int C>
 INLINE void begin(const Tile<T>&, Words (&sums)[R][N * C]) {
     UNROLL
-    for (int r = 0; r < R; ++r)
-        UNROLL
-        for (int v = 0; v < N * C; ++v) sums[r][v] = Words{};
+    for (int r = 0; r < R; ++r) UNROLL
+    for (int v = 0; v < N * C; ++v) sums[r][v] = Words{};
 }
 template <class T, int R, int N, int C>
 INLINE void end(const Tile<T>& t, const Words (&sums)[R][N * C]) {
+    T* to = t.to;
+    const bool add = t.add;
+    const int64_t to_row = t.to_row, to_vector = t.to_vector, to_block = t.to_block;
+    const T *row_scales = t.row_scales, *from = t.from, *scales = t.scales, *shifts = t.shifts;
+    const int64_t vector = t.from_vector, block = t.from_block;
     UNROLL
-    for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N * C; ++v) {
+        const int64_t column = v / C * block + v % C * vector;
+        const V<T> scale = load(scales + column), bias = from ? load(from + column) : splat(T(0));
+        const Words shift = (Words)load(shifts + column);
         UNROLL
-        for (int v = 0; v < N * C; ++v) {
-            const int64_t column = v / C * t.from_block + v % C * t.from_vector;
-            const Words exact = sums[r][v] - (Words)load(t.shifts + column);
-            const V<float> scale = splat(t.row_scales[r]) * load(t.scales + column);
-            const V<float> bias = t.from ? load(t.from + column) : splat(0.0f);
-            const V<float> sum = fma(__builtin_convertvector(exact, V<float>), scale, bias);
-            float* at = t.to + r * t.to_row + v / C * t.to_block + v % C * t.to_vector;
-            store(at, t.add ? load(at) + sum : sum);
+        for (int r = 0; r < R; ++r) {
+            const V<T> exact = __builtin_convertvector(sums[r][v] - shift, V<T>);
+            const V<T> sum = fma(exact, splat(row_scales[r]) * scale, bias);
+            T* at = to + r * to_row + v / C * to_block + v % C * to_vector;
+            store(at, add ? load(at) + sum : sum);
         }
+    }
 }
 
 template <class Kind, int R, int N, int C>
@@ -205,9 +223,8 @@ __attribute__((noinline)) void recurrent_tile(const Tile<typename Kind::Number>&
     constexpr int W = Vec<T>::W;
     typename Kind::Sum sums[R][C];
     UNROLL
-    for (int r = 0; r < R; ++r)
-        UNROLL
-        for (int v = 0; v < C; ++v) sums[r][v] = typename Kind::Sum{};
+    for (int r = 0; r < R; ++r) UNROLL
+    for (int v = 0; v < C; ++v) sums[r][v] = typename Kind::Sum{};
     Cursor<T, R> at{{}, 1, t.panel, 4 * W, W, 0, t.ahead};
     UNROLL
     for (int r = 0; r < R; ++r) at.a[r] = t.a[0] + r * t.a_row;
@@ -216,10 +233,10 @@ __attribute__((noinline)) void recurrent_tile(const Tile<typename Kind::Number>&
         UNROLL
         for (int r = 0; r < R; ++r) at.a[r] += t.a_segment;
     }
+    T* to = t.to;
     UNROLL
-    for (int r = 0; r < R; ++r)
-        UNROLL
-        for (int v = 0; v < C; ++v) store(t.to + (r * 4 + v) * W, sums[r][v]);
+    for (int r = 0; r < R; ++r) UNROLL
+    for (int v = 0; v < C; ++v) store(to + (r * 4 + v) * W, sums[r][v]);
 }
 
 template <class Kind, int R = 1>
