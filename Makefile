@@ -2,11 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A BLAS that is told to take another processor's routines would make the peers look slow.
+# A BLAS that is set to another processor's routines would make the peers look slow.
 UNTUNED := env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE
 # Tests start many processes: where no bytecode may be kept, each of these compiles the package anew.
 CACHED := env -u PYTHONDONTWRITEBYTECODE
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernel/*)
+# What pyproject.toml builds with. Without an environment of its own for each build, which has another path every time,
+# nothing that was compiled before is compiled again.
+BUILD_NEEDS := 'scikit-build-core>=0.10' 'nanobind>=2.4' 'numpy>=2.0' \
+	$(if $(shell command -v cmake),,'cmake>=3.18') $(if $(shell command -v ninja),,ninja)
+INSTALL := $(BIN)/pip install -q --no-build-isolation --check-build-dependencies -e
 
 .PHONY: help demo test test-all test-models lint format bench sanitize guard clean
 
@@ -22,7 +27,7 @@ test: $(VENV)/tested  ## the tests, without the slow ones
 test-all: $(VENV)/tested  ## all tests, but for those that download
 	$(CACHED) $(BIN)/python -m pytest -m "not models"
 
-test-models: $(VENV)/tested  ## published models, downloaded, beside their own runtimes
+test-models: $(VENV)/tested  ## published models, downloaded, compared with their own runtimes
 	$(CACHED) $(BIN)/python -m pytest -m models -s
 
 lint: $(VENV)/tested  ## format, lint and types
@@ -31,35 +36,38 @@ lint: $(VENV)/tested  ## format, lint and types
 	$(BIN)/clang-format --dry-run -Werror kernel/*.h kernel/*.cpp tests/guard/*.cpp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/tested  ## rewrite the sources in the house's format
+format: $(VENV)/tested  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i kernel/*.h kernel/*.cpp tests/guard/*.cpp
 
-bench: $(VENV)/tested  ## cellstack beside its peers, in one run
-	$(BIN)/pip install -q -e '.[bench]'
+bench: $(VENV)/tested  ## cellstack and its peers, in one run
+	$(INSTALL) '.[bench]'
 	for name in inference training accelerate text step scaling family pool trace monitor; do $(UNTUNED) $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 sanitize:  ## the kernel's tests under ASan and UBSan, then under TSan
 	PYTHON=$(PYTHON) tests/sanitize.sh address,undefined libasan.so
 	PYTHON=$(PYTHON) tests/sanitize.sh thread libtsan.so
 
-guard:  ## the kernel's instructions, counted, beside recorded counts (valgrind); RECORD=1 records them
-	$(PYTHON) tests/guard/instructions.py $(if $(RECORD),--record)
+guard: $(VENV)/ready  ## the compiler's memory, and the kernel's instructions (valgrind); RECORD=1 records their counts
+	$(BIN)/python tests/guard/compiler.py
+	$(BIN)/python tests/guard/instructions.py $(if $(RECORD),--record)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .venv-sanitize-* build .pytest_cache .ruff_cache .hypothesis cellstack-demo
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/bin/python:
+$(VENV)/ready:
 	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
-	@echo "installing, and compiling the kernel: this takes some minutes"
-	$(BIN)/pip install -q -e '.[torch]'
+	$(BIN)/pip install -q $(BUILD_NEEDS)
 	touch $@
 
-$(VENV)/tested: $(VENV)/bin/python $(SOURCES)
-	@echo "installing, and compiling the kernel: this takes some minutes"
-	$(BIN)/pip install -q -e '.[test,lint]'
+$(VENV)/installed: $(VENV)/ready $(SOURCES)
+	@echo "installing, and compiling the kernel: about a minute"
+	$(INSTALL) '.[torch]'
+	touch $@
+
+$(VENV)/tested: $(VENV)/ready $(SOURCES)
+	@echo "installing, and compiling the kernel: one or two minutes"
+	$(INSTALL) '.[test,lint]'
 	touch $@ $(VENV)/installed

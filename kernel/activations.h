@@ -61,7 +61,7 @@ INLINE V<T> slope(const Activation& activation, V<T> y) {
         case kRelu:
             return y > zero ? one : zero;
         case kHardSigmoid:
-            return (y > zero) & (y < one) ? alpha : zero;
+            return ((y > zero) & (y < one)) ? alpha : zero;
         case kSoftsign: {
             V<T> rest = one - (y < zero ? -y : y);
             return rest * rest;
@@ -113,7 +113,7 @@ template <class T, bool Plain, bool Usual, bool Tanh>
 INLINE V<T> gate_slope(const Description& d, const Limits<T>& limits, int gate, V<T> y) {
     const V<T> s = slope<T>(Usual ? (Tanh ? kUsualTanh : kUsualSigmoid) : d.activations[gate], y);
     if (Plain || !limits.on) return s;
-    return (y > limits.low[gate]) & (y < limits.high[gate]) ? s : splat(T(0));
+    return ((y > limits.low[gate]) & (y < limits.high[gate])) ? s : splat(T(0));
 }
 
 }  // namespace

@@ -177,7 +177,7 @@ void lstm_row_back(const Backward<T>& f, const Limits<T>& limits, int64_t r, int
         if (d.peepholes) dc = fma(dz[3], peephole(d, p, 3, at), dc);
         if (d.cell_clip < __builtin_inf()) {
             const V<T> end = splat(T(d.cell_clip));
-            dc = (c < end) & (c > -end) ? dc : splat(T(0));
+            dc = ((c < end) & (c > -end)) ? dc : splat(T(0));
         }
         passed += lstm_cell_back<T, false, Usual>(f, limits, at, gates, c_prev, dc, dz);
         if (d.peepholes) {
