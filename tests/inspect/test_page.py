@@ -215,7 +215,7 @@ def test_a_formula_goes_down_to_each_product(open_page, net, x):
         assert close(parsed(row[2].lstrip("· ")), weight, 5)
         assert close(parsed(row[3].lstrip("= ")), x[0, 2, k] * weight, 5)
     for k, row in enumerate(named[3:]):
-        assert row[0] == f"h[{k}] before"
+        assert row[0] == f"h_prev[{k}]"
         assert close(parsed(row[3].lstrip("= ")), h[k] * cell.recurrent_kernel[k, 4 + 1], 5)
     sums = [parsed(row[-1]) for row in rows if row[0] == "sum"]
     assert close(sums[0], x[0, 2] @ cell.kernel[:, 5], 5)
@@ -389,9 +389,9 @@ def test_masks_and_resets_are_seen(open_page, net, x):
     reset[:, 3] = True
     screen = open_page(net.trace(x, lengths=[7, 10], reset=reset))
     assert "the state was reset" in screen.text(".legend")
-    assert "the mask leaves out" in screen.text(".legend")
+    assert "masked steps" in screen.text(".legend")
     screen.keys("End")
-    assert "left out by the mask" in screen.text(".readout")
+    assert "masked" in screen.text(".readout")
     screen.keys("Home", *["ArrowRight"] * 3)
     screen.page.locator('.number[data-field="h_prev"][data-unit="0"]').focus()
     assert "the state was reset before this step" in screen.text(".popover")
@@ -472,7 +472,7 @@ def test_names_are_shown_as_they_are(open_page, rng):
     screen.tab("whatif")
     screen.settle()
     screen.page.locator(".sliders").filter(has_text="<b>x[0]").wait_for()
-    screen.page.get_by_role("button", name="Hold it").click()
+    screen.page.get_by_role("button", name="Add patch").click()
     screen.settle()
     assert f'cs.Patch("{names[0]}", gate="f"' in screen.text("pre")
 
@@ -587,13 +587,13 @@ def test_what_if_a_gate_is_held(open_page, net, x):
     screen = open_page(t)
     screen.tab("whatif")
     screen.keys("ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown")
-    assert screen.page.locator("#panel-whatif .status").inner_text().startswith("Without a change, this page computes")
+    assert screen.page.locator("#panel-whatif .status").inner_text().startswith("Without changes, this page reproduces")
     for _ in range(3):
         screen.page.keyboard.press("Shift+ArrowRight")
     screen.settle()
     screen.choose("at", "range")
     screen.page.get_by_label("Value", exact=True).fill("0.25")
-    screen.page.get_by_role("button", name="Hold it").click()
+    screen.page.get_by_role("button", name="Add patch").click()
     wait_for_result(screen)
     screen.keys("ArrowRight", "ArrowRight")
     y = patched_run(net, x, "f", 1, range(3, 7), 0.25)
@@ -622,7 +622,7 @@ def test_what_if_a_gate_is_held(open_page, net, x):
     screen.tab("cell")
     screen.settle()
     screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
-    assert "A patch holds it: set 0.9" in screen.text(".popover")
+    assert "It is patched: set 0.9" in screen.text(".popover")
     screen.tab("unit")
     screen.settle()
     assert "dashed: as traced" in screen.text("#panel-unit .readout")
@@ -644,7 +644,7 @@ def test_what_if_a_state_is_changed_in_other_ways(open_page, net, x, how, value)
     screen.choose("how", how)
     if value is not None:
         screen.page.get_by_label("Value", exact=True).fill(str(value))
-    screen.page.get_by_role("button", name="Hold it").click()
+    screen.page.get_by_role("button", name="Add patch").click()
     wait_for_result(screen)
     screen.field("c")
     c = t["lower"].c[0, :, 0]
@@ -709,7 +709,7 @@ def test_what_if_the_state_is_reset_and_a_weight_edited(open_page, net, x):
     screen.keys("ArrowRight")
     assert close(outputs_shown(screen)[0, 1], net.run(x, reset=reset)[0][0, 5, 0], 5)
     screen.choose("Weights into", "g")
-    screen.page.get_by_label("Weight of h before[2] into g of unit 0").fill("0.75")
+    screen.page.get_by_label("Weight of h_prev[2] into g of unit 0").fill("0.75")
     screen.settle()
     screen.page.wait_for_timeout(100)
     kernel = np.array(net.cells[0].recurrent_kernel)
@@ -730,7 +730,7 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
     screen.tab("gradient")
-    screen.page.locator("#panel-gradient .readout").filter(has_text="moves it most at step 0").wait_for()
+    screen.page.locator("#panel-gradient .readout").filter(has_text="affects it most at step 0").wait_for()
     screen.keys(*["ArrowRight"] * 6)
     screen.choose("Its unit", "1")
     slopes = np.zeros((10, 3))
@@ -738,7 +738,7 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
         moved = x[:1].copy()
         moved[0, at[0], at[1]] += 1e-6
         slopes[at] = (net(moved)[0, 6, 1] - net(x[:1])[0, 6, 1]) / 1e-6
-    screen.page.locator("#panel-gradient .readout").filter(has_text="moves it most").wait_for()
+    screen.page.locator("#panel-gradient .readout").filter(has_text="affects it most").wait_for()
 
     def shown():
         screen.settle()
@@ -769,7 +769,7 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
 def test_without_a_worker_the_page_computes_itself(open_page, net, x, before):
     screen = open_page(net.trace(x), before=before)
     screen.tab("whatif")
-    screen.page.get_by_role("button", name="Hold it").click()
+    screen.page.get_by_role("button", name="Add patch").click()
     wait_for_result(screen)
     screen.keys("End")
     held = net.edit(Patch("lower", gate="f", units=[0], value=1.0))
@@ -791,8 +791,8 @@ def test_the_playground_learns(open_page, net, x):
     screen.tab("playground")
     screen.choose("Task", "parity")
     screen.choose("Task", "echo")
-    screen.page.get_by_label("Steps before").fill("1")
-    screen.page.get_by_label("Steps before").press("Enter")
+    screen.page.get_by_label("Delay in steps").fill("1")
+    screen.page.get_by_label("Delay in steps").press("Enter")
     screen.page.get_by_label("Units", exact=True).fill("8")
     screen.page.get_by_label("Units", exact=True).press("Enter")
     screen.choose("Learning rate", "0.03")
@@ -819,7 +819,7 @@ def test_the_playground_learns(open_page, net, x):
     screen.page.locator("#panel-playground summary").click()
     screen.settle()
     assert screen.page.locator("#panel-playground tbody tr").count() == 1 + 8
-    screen.page.get_by_role("button", name="Start anew").click()
+    screen.page.get_by_role("button", name="Restart").click()
     screen.settle()
     assert "hasn't learned" in said.inner_text()
     for task in ("adding", "wave", "brackets"):
@@ -873,7 +873,7 @@ def test_a_graph_of_every_kind_of_layer(open_page, rng):
     screen.choose("Row", "1")
     screen.keys("End")
     screen.page.locator('.number[data-field="h"][data-unit="2"]').focus()
-    assert "mask leaves this step out" in screen.text(".popover")
+    assert "This step is masked" in screen.text(".popover")
     boxes = screen.page.locator(".network .box")
     assert boxes.count() == 6 * 3 + 3
     boxes.filter(has_text="lstm").first.press("Enter")
@@ -902,7 +902,7 @@ def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
     assert "whole" not in screen.text("#panel-memory h3")
 
 
-@pytest.mark.parametrize(("name", "most"), [("MOST_RUN", "1"), ("MOST_HELD", "600"), ("MOST_HELD", "100")])
+@pytest.mark.parametrize(("name", "most"), [("MOST_RUN", "1"), ("MOST_NUMBERS", "600"), ("MOST_NUMBERS", "100")])
 def test_what_would_take_too_long_is_not_computed(open_page, net, x, monkeypatch, name, most):
     text = html.module_text()
     bounded, count = re.subn(rf"const {name} = [^;]+;", f"const {name} = {most};", text)
@@ -917,7 +917,7 @@ def test_what_would_take_too_long_is_not_computed(open_page, net, x, monkeypatch
     assert screen.page.locator(".warning").count() == alone
     screen.tab("whatif")
     screen.settle()
-    assert screen.page.get_by_role("button", name="Hold it").is_visible() != alone
+    assert screen.page.get_by_role("button", name="Add patch").is_visible() != alone
 
 
 def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
@@ -942,7 +942,7 @@ def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
         screen.tab("whatif")
         wait_for_result(screen, "Without a change, this page computes what was traced to")
         assert numbers_in(screen.text("#panel-whatif .status"))[-1] < 1e-12
-        screen.page.get_by_role("button", name="Hold it").click()
+        screen.page.get_by_role("button", name="Add patch").click()
         wait_for_result(screen)
         held = Patch("lower", gate="f", units=[0], value=1.0)
         screen.keys("End")
@@ -951,14 +951,14 @@ def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
         screen.choose("Show", "trace")
         screen.keys("Home", *["ArrowRight"] * 4)
         screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
-        assert "A patch holds it: Patch(" in screen.text(".popover")
+        assert "It is patched: Patch(" in screen.text(".popover")
         screen.keys("ArrowRight")
         screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
-        assert "A patch" not in screen.text(".popover")
+        assert "patched" not in screen.text(".popover")
     screen.choose("Layer", "upper/0")
     screen.tab("memory")
     screen.settle()
-    assert "A patch writes to this state" in screen.text("#panel-memory [data-sum]")
+    assert "A patch changes this state" in screen.text("#panel-memory [data-sum]")
 
 
 def test_a_node_that_the_engine_does_not_serve_is_named(open_page, net, x, monkeypatch):

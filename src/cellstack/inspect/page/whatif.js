@@ -1,4 +1,4 @@
-// What if: an input changed, a gate held, the state reset, a weight edited; and what the network then does.
+// What if: change an input, patch a gate, reset the state, edit a weight; and see the result.
 
 import { countOf, sentenceOf } from "./changes.js";
 import { planeOf } from "./data.js";
@@ -35,8 +35,8 @@ export class WhatIf {
     this.how = select("how", HOWS, "set", () => this.fillPatchForm());
     this.value = make("input", { type: "number", step: "any", value: "1", "aria-label": "Value" });
     this.valueField = make("label", { class: "field" }, make("span", {}, "value"), this.value);
-    this.add = button("Hold it", () => this.addPatch(), { class: "main" });
-    this.patches = make("ul", { class: "patches", "aria-label": "What is held" });
+    this.add = button("Add patch", () => this.addPatch(), { class: "main" });
+    this.patches = make("ul", { class: "patches", "aria-label": "Patches" });
     // resets
     this.reset = button("", () => this.toggleReset());
     // weights
@@ -44,7 +44,7 @@ export class WhatIf {
     this.weights = make("div", { class: "scroll weights" });
     // outputs
     this.output = select("Output", [], "", () => this.draw());
-    this.outputUnit = select("Its unit", [], "", () => this.draw());
+    this.outputUnit = select("Unit", [], "", () => this.draw());
     this.chart = make("canvas", { class: "chart", role: "img" });
     this.table = make("div", { class: "scroll" });
     this.status = make("p", { class: "status", role: "status" });
@@ -84,7 +84,7 @@ export class WhatIf {
         "div",
         {},
         group("Drag an input value", make("div", { class: "toolbar" }, this.input.element, this.wide.element), this.inputChart, this.sliders),
-        group("Hold a gate or a state", make("div", { class: "toolbar" }, this.gate.element, this.units.element, this.steps.element, this.how.element, this.valueField, this.add), this.patches),
+        group("Patch a gate or a state", make("div", { class: "toolbar" }, this.gate.element, this.units.element, this.steps.element, this.how.element, this.valueField, this.add), this.patches),
         group("Reset the state", make("p", {}, this.reset)),
         group("Edit a weight", make("div", { class: "toolbar" }, this.weightGate.element), this.weights),
       ),
@@ -160,7 +160,7 @@ export class WhatIf {
     this.dragged = { name, width, low: low - room, high: high + room, ids: input.ids, ...chart };
   }
 
-  // The line of a feature is dragged up and down at the step where it was taken.
+  // Drag the line of a feature up and down at the step under the pointer.
   listenToDrags() {
     const { inputChart, view } = this;
     const drag = (event) => {
@@ -191,13 +191,13 @@ export class WhatIf {
     this.after();
   }
 
-  // A change was made: what comes of it, at once where that is quick.
+  // After a change: show the result, at once where that is fast.
   after() {
     this.changes.apply();
     this.draw();
   }
 
-  // ── a gate or a state held ───────────────────────────────────────────────────────────────────────────────────────
+  // ── patching a gate or a state ───────────────────────────────────────────────────────────────────────────────────────
 
   get cellPlace() {
     const { view } = this;
@@ -271,13 +271,13 @@ export class WhatIf {
     this.after();
   }
 
-  // ── a weight ─────────────────────────────────────────────────────────────────────────────────────────────────────
+  // ── editing a weight ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
   async fillWeights(anew) {
     const { view, changes } = this;
     const place = this.cellPlace;
     if (place === null || place.cell.weights === null) {
-      replaceChildren(this.weights, make("p", { class: "note" }, "There is no cell here whose weights the page has."));
+      replaceChildren(this.weights, make("p", { class: "note" }, "This page has no weights of a cell for this layer."));
       this.weightGate.element.hidden = true;
       return;
     }
@@ -294,7 +294,7 @@ export class WhatIf {
     this.weightKey = key;
     const column = blocks.indexOf(gate) * spec.units + unit;
     const entries = [];
-    for (const [name, letter] of [["kernel", "x"], ["recurrent_kernel", "h before"], ["bias", "bias"]]) {
+    for (const [name, letter] of [["kernel", "x"], ["recurrent_kernel", "h_prev"], ["bias", "bias"]]) {
       if (place.cell.weights[name] === undefined) continue;
       const stored = await view.store.get(place.cell.weights[name]);
       const [rows, columns] = stored.shape.length > 1 ? stored.shape : [1, stored.shape[0]];
@@ -325,7 +325,7 @@ export class WhatIf {
     );
   }
 
-  // ── what comes of it ─────────────────────────────────────────────────────────────────────────────────────────────
+  // ── the result ─────────────────────────────────────────────────────────────────────────────────────────────
 
   async draw() {
     if (!this.open) return;
@@ -336,7 +336,7 @@ export class WhatIf {
     const set = changes.resets.has(view.step);
     this.reset.textContent = set ? `Don't reset before ${view.labels.full(view.row, view.step)}` : `Reset the state before ${view.labels.full(view.row, view.step)}`;
     this.reset.setAttribute("aria-pressed", String(set));
-    this.code.textContent = changes.any ? changes.python() : "Nothing is changed yet.";
+    this.code.textContent = changes.any ? changes.python() : "No changes yet.";
     this.copy.disabled = this.undo.disabled = !changes.any;
     const name = this.output.box.value;
     const node = view.description.nodes.find((one) => one.name === name);
@@ -365,19 +365,19 @@ export class WhatIf {
       drawLines(this.chart, view.colours, lines, { from: view.window.from * stretch, span: view.window.span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: Math.floor(view.step * stretch), range: view.range });
       this.chart.setAttribute("aria-label", `${name}[${unit}] over the steps: ${shown(before(unit), 5)} at the cursor as traced, ${shown(now(unit), 5)} after the changes`);
     }
-    const change = (k) => (Math.abs(now(k) - before(k)) <= view.rounding ? 0 : now(k) - before(k)); // rounding is none
+    const change = (k) => (Math.abs(now(k) - before(k)) <= view.rounding ? 0 : now(k) - before(k)); // ignore rounding
     const rows = Array.from({ length: Math.min(width, 12) }, (_, k) => [`${name}[${k}]`, shown(before(k), 5), shown(now(k), 5), shown(change(k), 4)]);
     replaceChildren(this.table, table(["output", "before", "after", "change"], rows, { caption: node.timed ? `At ${view.labels.full(view.row, view.step)}${width > 12 ? `, the first 12 of ${width}` : ""}` : "Of the row" }));
     const said = [];
     if (changes.status) said.push(changes.status);
-    else if (after !== null) said.push(`${countOf(changes)} changed; dashed is before.`);
-    if (changes.difference !== null) said.push(`Without a change, this page computes what was traced to ${shown(changes.difference, 2)}.`);
+    else if (after !== null) said.push(`${countOf(changes)} changed; dashed: before.`);
+    if (changes.difference !== null) said.push(`Without changes, this page reproduces the trace to ${shown(changes.difference, 2)}.`);
     this.status.textContent = said.join(" ");
   }
 
   async outputPlanes(node, place, after) {
     const { view } = this;
-    // Of a node with one cell the map shows the cell's fields: its own value is read here.
+    // For a node with one cell, the map shows the cell's fields; this reads the node's value.
     const own = place?.kind === "value" ? place : { key: `value ${node.name}`, name: node.name, kind: "value", node };
     return [await view.traced(own, "y"), after === null ? null : view.after(own, "y")];
   }
@@ -388,7 +388,7 @@ export class WhatIf {
       await navigator.clipboard.writeText(text);
       this.copy.textContent = "Copied";
     } catch {
-      const range = document.createRange(); // a page from a file may not write to the clipboard: the reader can
+      const range = document.createRange(); // a page from a file can't write to the clipboard, but the reader can
       range.selectNodeContents(this.code);
       const selection = window.getSelection();
       selection.removeAllRanges();
