@@ -1,11 +1,11 @@
-"""What looking inside costs: `net.trace(x)` and patches beside `net.run(x)`, and the loop that people write for it.
+"""The cost of inspection: `net.trace(x)` and patches compared with `net.run(x)`, and with a hand-written loop.
 
     python benchmarks/trace.py [--rounds 30]
 
-The trace's y and states are compared with the run's, bit for bit, and its gates with those of the loop. The loop works
-out the gates of each step by hand, as `torch.nn.LSTM` lacks them: T times. `held` is a run with one unit's forget gate
-held open, `frozen` one with every gate and state of all units frozen from half of the steps on. Rounds go through all
-in turn on one thread; the figures are the fastest round's milliseconds, and their ratios to the run's.
+The trace's y and states are compared with the run's, bit for bit, and its gates with those of the loop. The loop
+computes the gates of each step by hand, T times, as `torch.nn.LSTM` doesn't return them. `held` is a run with one
+unit's forget gate fixed at open, `frozen` one with every gate and state of all units frozen from the middle on. Rounds
+go through all in turn on one thread; the results are the fastest round's milliseconds, and their ratios to the run's.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SHAPES = [(1, 100, 64), (1, 1000, 64), (1, 1000, 128), (1, 1000, 256), (32, 100,
 
 
 def by_hand(cell, x):
-    """Gates, c and h of every step, `[B, T, H]` each, with two products a step in torch."""
+    """Gates, c and h of every step, `[B, T, H]` each, with two products per step in torch."""
     kernel, recurrent, bias = (torch.from_numpy(array) for array in cell)
     h = c = torch.zeros(len(x), recurrent.shape[0])
     steps = []
@@ -36,7 +36,7 @@ def by_hand(cell, x):
 
 
 def measured(batch, steps, units, rounds):
-    """Return the fastest milliseconds of a run, of a trace and of the loop, whose results were compared first."""
+    """Return the fastest milliseconds of a run, a trace and the loop, after comparing their results."""
     rng = np.random.default_rng(0)
     (cell,) = engines.weights(units, units, 1)
     net = cs.Network([cs.Recurrent((cs.Cell(cs.CellSpec(units, units), *cell),))])

@@ -155,7 +155,7 @@ def test_who_is_not_there_is_said(light, monkeypatch, capsys):
     monkeypatch.setattr(importlib, "import_module", without)
     status, out, _ = run(capsys, "--what", "inference", *TINY)
     assert status == 0
-    assert "not measured: openvino, as openvino isn't installed" in out
+    assert "not measured: openvino: openvino isn't installed" in out
     assert "not measured: onnxruntime, as onnx" in out
     assert "not measured: torch, as it can't be imported: libtorch.so: no such file" in out
     assert "ratio: smallest" not in out
@@ -166,7 +166,7 @@ def test_without_torch_there_is_no_training_and_without_matplotlib_no_picture(li
         monkeypatch.setitem(sys.modules, name, None)
     status, out, err = run(capsys, *TINY, "-o", str(tmp_path))
     assert status == 0
-    assert "not measured: training, as torch isn't installed" in out
+    assert "not measured: training: torch isn't installed" in out
     assert "no pictures, as matplotlib isn't installed: install cellstack[torch]" in out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
     assert err == ""
@@ -186,7 +186,7 @@ def test_ctrl_c_leaves_what_was_measured(light, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(surface, "measure", once)
     status, out, _ = run(capsys, *TINY, "-o", str(tmp_path))
     assert status == 130
-    assert "stopped: this is what was measured until then" in out
+    assert "stopped: these are the results so far" in out
     report = json.loads((tmp_path / "bench.json").read_text())
     assert {what: len(records) for what, records in report["surfaces"].items()} == {
         "inference": 1,

@@ -61,7 +61,7 @@ def test_quick(example, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     unigram = float(re.search(r"1-gram ([\d.]+)", done.stdout)[1])
-    loss = float(re.search(r"([\d.]+) nats a character held out$", done.stdout, re.MULTILINE)[1])
+    loss = float(re.search(r"([\d.]+) nats per character held out$", done.stdout, re.MULTILINE)[1])
     assert loss < unigram - 0.5
     found = re.search(rf"^  {example.QUOTES} +(.*)$", done.stdout, re.MULTILINE)[1].replace(",", "").split()
     auc, untrained, most_by_chance = (float(found[at]) for at in (1, 4, 6))

@@ -4,7 +4,7 @@ ONNX reorders axes, a Network never does: its nodes exchange `[B, T, W]` or `[B,
 Transpose only changes the order of the labels:
 
     B  batch        T  time        F  features        N  batch and time merged, as some exporters write a Dense
-        D  the two directions of a bidirectional operator, concatenated in the wire's features        1  of length 1
+    D  the two directions of a bidirectional operator, concatenated in the wire's features        1  of length 1
 
 A value without B is one row, as in a file without a batch axis: where an operator needs a batch, an axis of length 1
 serves as it.
