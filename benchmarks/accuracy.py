@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py [--networks 80]
 
-Widths are drawn from 4 to 315, batches from 1 to 8, steps from 5 to 59; weights initialised as in PyTorch, inputs normal.
-An error is the root mean square of an output's difference from PyTorch's in float64; the output is ours divided by each
-peer's, and by the better peer's: the median and the 0.9 quantile over all networks.
+Widths are drawn from 4 to 315, batches from 1 to 8, steps from 5 to 59; weights are initialised as in PyTorch, inputs
+are normal. An error is the root mean square of an output's difference from PyTorch's in float64; the output is ours
+divided by each peer's, and by the better peer's: the median and the 0.9 quantile over all networks.
 """
 
 import argparse

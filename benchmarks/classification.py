@@ -60,7 +60,7 @@ def load(name):
     raise FileNotFoundError(f"{name}: neither in aeon's nor in sktime's package")
 
 
-# ── the torch LSTM ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the torch LSTM ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class LSTM(nn.Module):
@@ -131,7 +131,7 @@ def torch_lstm(training, test, seeds):
         yield float((chosen == test.y).mean()), seconds
 
 
-# ── the others ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the others ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cellstack(training, test, seeds):

@@ -10,8 +10,8 @@ error over all steps ahead, divided by the mean absolute change over one season 
 median over its series. Of the rules, the best one on the test part counts. `quick` is the boosting of the backtest that
 `cellstack train` prints, `boosting` the tuned one. cellstack runs from its command line, with one thread and only the
 target, the horizon, the series' column and the columns known in advance; its network then forecasts from the same
-origins. A JSON file for each data set stores the results with their duration in seconds; the table shows processor time,
-which other work on the machine doesn't affect.
+origins. A JSON file for each data set stores the results with their duration in seconds; the table shows processor
+time, which other work on the machine doesn't affect.
 """
 
 import argparse

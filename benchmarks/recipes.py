@@ -66,7 +66,7 @@ def as_default(tensor):
     return tensor.to(torch.get_default_dtype())
 
 
-# ── sb3-contrib's RecurrentPPO ──────────────────────────────────────────────────────────────────────────────────────
+# ── sb3-contrib's RecurrentPPO ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def without_velocities(envs, **settings):
@@ -164,7 +164,7 @@ def learn(ways, seeds):
             print(f"    {at:>6} steps {course.mean():6.1f} ± {error:.1f}")
 
 
-# ── packed sequences: stanza's tagger of names, kokoro's prosody ────────────────────────────────────────────────────
+# ── packed sequences: stanza's tagger of names, kokoro's prosody ──────────────────────────────────────────────────────
 
 
 def stanza(rounds, _):
@@ -253,7 +253,7 @@ def kokoro(rounds, _):
 
 
 def packed(make, run, rounds):
-    """Compare a model with the same one accelerated, outputs and gradients, and time both, in training and inference."""
+    """Compare outputs and gradients of a model and its accelerated copy, and time both, in training and inference."""
 
     def trained(model):
         model.train()
@@ -288,7 +288,7 @@ def tensors_of(results):
     return [tensor for one in results for tensor in tensors_of(one)]
 
 
-# ── NeuralHydrology's CustomLSTM ────────────────────────────────────────────────────────────────────────────────────
+# ── NeuralHydrology's CustomLSTM ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def hydrology(rounds, _):
@@ -357,7 +357,7 @@ def hydrology(rounds, _):
         turns("  gates, inference", runs, rounds)
 
 
-# ── Silero VAD ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Silero VAD ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def voice(seconds, rate):
@@ -414,7 +414,8 @@ def silero(rounds, _):
         for name, package in packages.items():
             far = float(np.abs(package() - found).max())
             print(
-                f"{what}: probabilities, {found.min():.3f} to {found.max():.3f}, differ by {far:.1e} from those of {name}"
+                f"{what}: probabilities, {found.min():.3f} to {found.max():.3f}, differ by {far:.1e} from those of "
+                f"{name}"
             )
             if not far < 1e-5:
                 raise SystemExit("expected a difference below 1e-5")

@@ -2,8 +2,8 @@
 
 The task: a sequence begins with one of four symbols, followed by noise. At the end, the network has to name the symbol:
 20 steps back, and 60. Gers, Schmidhuber and Cummins (2000) and Jozefowicz, Zaremba and Sutskever (2015) advise a high
-initial bias of the forget gate. The figures show why: how much of the output's gradient reaches the relevant step before
-training, how often the task is learned, and how long the trained units remember.
+initial bias of the forget gate. The figures show why: how much of the output's gradient reaches the relevant step
+before training, how often the task is learned, and how long the trained units remember.
 
 python examples/forget_bias.py [forget_bias.png]
 """
@@ -22,7 +22,7 @@ LEARNED = 0.99  # share of correctly classified sequences
 
 
 def draw(delay, generator):
-    """Return sequences `[B, T, I]` whose first step encodes a symbol and whose others are noise, and the symbols `[B]`."""
+    """Return sequences `[B, T, I]` with a symbol at the first step and noise after it, and the symbols `[B]`."""
     symbols = torch.randint(SYMBOLS, (BATCH,), generator=generator)
     x = torch.zeros(BATCH, delay + 1, SYMBOLS + NOISE)
     x[torch.arange(BATCH), 0, symbols] = 1.0

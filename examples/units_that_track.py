@@ -36,7 +36,7 @@ HERE, OTHERS = "#5a3a8a", "#c9b8dc"
 DIALOGUE, POEM = "`Please your Majesty,' said the Knave", "They told me you had been to her"
 
 
-# ── the text, and its ground truth ────────────────────────────────────────────────────────────────────────────────
+# ── the text, and its ground truth ────────────────────────────────────────────────────────────────────────────────────
 
 
 class Book:
@@ -89,7 +89,7 @@ def truths(text, closing):
     }
 
 
-# ── n-grams as a baseline ─────────────────────────────────────────────────────────────────────────────────────────
+# ── n-grams as a baseline ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def ngram_loss(book, order):
@@ -110,7 +110,7 @@ def ngram_loss(book, order):
     return total / (len(ids) - begin)
 
 
-# ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class CharacterModel(nn.Module):
@@ -152,7 +152,7 @@ def train(book, seed, size):
     return untrained, model.network()
 
 
-# ── units that track ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── units that track ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def ranks(values):
@@ -242,7 +242,7 @@ def find_units(book, untrained, net, seed):
     return found, after[1]
 
 
-# ── the effect of ablating one ─────────────────────────────────────────────────────────────────────────────────────────
+# ── the effect of ablating one ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Targets:
@@ -351,7 +351,7 @@ def ablate_unit(book, net, reading, unit, size, seed):
     return found
 
 
-# ── plots ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def excerpt(text, words, lines):
@@ -412,7 +412,7 @@ def save(figure, path):
     Image.open(drawn).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size
 
 
-# ── main program ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── main program ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def say_units(found):
@@ -496,7 +496,8 @@ def main(arguments=None):
         if seed == seeds[0]:
             draw_units(book, reading, found, given.out / "units-text.png")
             draw_ablation(unit, broken, given.out / "units-ablated.png")
-            for what, one in (("unchanged", net), (f"without unit {unit}", fixed(net, unit, reading.c[:, unit].mean()))):
+            without = fixed(net, unit, reading.c[:, unit].mean())
+            for what, one in (("unchanged", net), (f"without unit {unit}", without)):
                 print(f"  a sample {what}:\n" + indented(sample(book, one, *size["sampled"])[0]))
             if given.html:
                 begin = reading.part.start + excerpt(reading.text, DIALOGUE, 9).start - WARM

@@ -37,7 +37,7 @@ LSTM, LOGIT = "lstm", "logit"
 COLOURS = ("#30618f", "#c8642b", "#6a8f30", "#7a4a9a", "#888888")
 
 
-# ── speech ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── speech ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_wav(file):
@@ -84,7 +84,7 @@ def in_noise(speech):
     return speech + speech[loud].std() * noise(len(speech), 1.0)
 
 
-# ── the detector ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the detector ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def find_model():
@@ -95,7 +95,7 @@ def find_model():
 
 
 class Detector:
-    """The model in two parts: the feature extractor, run by ONNX Runtime; and the LSTM with its head, run by cellstack."""
+    """The model in two parts: the feature extractor in ONNX Runtime; the LSTM with its head in cellstack."""
 
     def __init__(self, path):
         held = onnx.load(path)
@@ -127,7 +127,7 @@ def shares(values, bounds):
     return ", ".join(f"{(values > bound).mean():.0%} over {bound * SECONDS:.2g} s" for bound in bounds)
 
 
-# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def memory(detector, x, t):
@@ -171,7 +171,7 @@ def reset_within_speech(detector, x, y):
     return course, np.stack([y[s : s + 20] for s in steps])
 
 
-# ── influential units, and the effect of patching them ───────────────────────────────────────────────────
+# ── influential units, and the effect of patching them ────────────────────────────────────────────────────────────────
 
 
 def drivers(detector, x):
@@ -228,7 +228,7 @@ def freeze(detector, x, y):
         "forget gates fixed at 1, input gates at 0": [("f", {"value": 1.0}), ("i", {"value": 0.0})],
     }
     lead, after = 8 * SECONDS, 30 * SECONDS
-    print(f"  fixed from {lead:.2f} s before the end of speech on; share of the {after:.2f} s after it classified as speech:")
+    print(f"  fixed from {lead:.2f} s before the end of speech on; share of speech in the {after:.2f} s after it:")
     for what, gates in changes.items():
         said = []
         for end in ends:
@@ -238,7 +238,7 @@ def freeze(detector, x, y):
         print(f"    {what}: {np.mean(said):.0%}")
 
 
-# ── main program ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── main program ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def look(detector, name, samples):

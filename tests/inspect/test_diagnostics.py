@@ -143,7 +143,7 @@ def test_a_projected_cell_s_radius_goes_through_its_projection():
     assert inspect.spectral_radii(cell)["f"] == pytest.approx(expected)
 
 
-# ── reports ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reports ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def report_of(cell, x, **given):
@@ -212,7 +212,7 @@ def test_a_trace_from_a_file_is_reported_as_it_was(tmp_path):
         assert all(np.array_equal(one.pre[gate], other.pre[gate]) for gate in other.pre)
 
 
-# ── pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pictures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_plot_has_a_map_for_each_gate_and_state():

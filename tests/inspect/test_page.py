@@ -127,7 +127,7 @@ def x(rng):
     return rng.normal(size=(2, 10, 3))
 
 
-# ── the modules ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the modules ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_module_is_in_the_page_after_those_that_it_imports():
@@ -151,7 +151,7 @@ def test_the_joined_text_is_one_module_without_a_tag_or_an_address():
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
 
 
-# ── a trace alone ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── a trace alone ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_numbers_of_a_step_are_numpys(open_page, net, x):
@@ -551,7 +551,7 @@ def test_a_wave_stands_above_the_map(open_page, rng):
     assert screen.text(".readout").startswith("step 1 at 0.01 ")
 
 
-# ── the page computes ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── the page computes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def outputs_shown(screen):
@@ -884,7 +884,7 @@ def test_a_graph_of_every_kind_of_layer(open_page, rng):
         screen.settle()
 
 
-# ── what can't be shown, or can't be computed ───────────────────────────────────────────────────────────────────────
+# ── what can't be shown, or can't be computed ─────────────────────────────────────────────────────────────────────────
 
 
 def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
@@ -1053,7 +1053,7 @@ def test_large_traces_are_rounded_and_say_so(open_page, rng, net, x, monkeypatch
     assert close(numbers_in(open_page(big).text(".readout"))[-1], 1.0, 3)
 
 
-# ── how it looks and feels ──────────────────────────────────────────────────────────────────────────────────────────
+# ── how it looks and feels ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_light_and_dark(open_page, net, x):

@@ -159,7 +159,7 @@ def in_time(array, reverse):
     return array[:, ::-1] if reverse else array
 
 
-# ── forward ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── forward ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def networks(seeds):
@@ -242,7 +242,7 @@ def test_gates_and_states_are_those_of_the_reference_for_every_flag(page):
     assert len({(spec.kind, *spec.settings) for _, _, spec, _ in made}) > 100
 
 
-# ── backward ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── backward ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_gradients_of_cells_are_those_of_the_reference_for_every_flag(page):
@@ -345,7 +345,7 @@ def test_gradients_of_random_networks_are_their_differences(page):
     agree(page, made)
 
 
-# ── every kind of node ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── every kind of node ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def floats(rng, *shape):
@@ -472,7 +472,7 @@ def test_gradients_of_every_kind_of_node_are_their_differences(page):
     agree(page, made)
 
 
-# ── patches ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── patches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def random_patches(rng, spec, batch, steps):
@@ -711,7 +711,7 @@ def test_a_patch_of_one_of_two_directions_leaves_the_other(page):
     assert not moved[:, 3:].any()
 
 
-# ── edges ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── edges ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
@@ -761,7 +761,7 @@ def test_nan_and_infinity_pass_through_and_meet_nothing_where_the_mask_leaves_th
         assert spoilt[0, 2:].all() == (case["options"]["mask"] is None and np.isnan(case["inputs"]["x"]).any())
 
 
-# ── what isn't served, and what doesn't fit ─────────────────────────────────────────────────────────────────────────
+# ── what isn't served, and what doesn't fit ───────────────────────────────────────────────────────────────────────────
 
 
 def test_what_is_not_served_is_named_and_never_run(page):
@@ -849,7 +849,7 @@ def test_a_setting_that_is_left_out_is_what_the_description_says(page):
         assert found == expected
 
 
-# ── the payload, a worker, speed ────────────────────────────────────────────────────────────────────────────────────
+# ── the payload, a worker, speed ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_payload_is_what_a_native_file_holds(page, tmp_path):
@@ -909,7 +909,7 @@ def test_a_thousand_steps_of_64_units_take_well_under_100_ms(page):
     assert gradient < 400
 
 
-# ── the playground ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the playground ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TRAINED = """([options, steps]) => {
   const trainer = engine.createTrainer(options);

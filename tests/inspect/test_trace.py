@@ -443,7 +443,7 @@ def test_wide_cells_and_projections_keep_their_own_widths():
     assert t["layer_0"].h.shape == (2, 10, 5)  # projected: of no unit in particular
 
 
-# ── streams ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── streams ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -89,7 +89,7 @@ def torch_lstm(cells: Sequence[Arrays], input_size: int) -> Any:
     return module
 
 
-# ── ONNX files, for the peers that run them ─────────────────────────────────────────────────────────────────────────
+# ── ONNX files, for the peers that run them ───────────────────────────────────────────────────────────────────────────
 
 
 def iofg(array: Array) -> Array:
@@ -160,7 +160,7 @@ def _openvino_model(file: bytes, threads: int, precision: str = "f32") -> Any:
     return core.compile_model(core.read_model(file), "CPU", settings)
 
 
-# ── whole sequences ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── whole sequences ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _sequence(run: Callable[[], Array]) -> Engine:
@@ -202,7 +202,7 @@ def openvino(x: Array, cells: Sequence[Arrays], threads: int, precision: str = "
     return _sequence(lambda: request.infer({"x": x}, share_inputs=True, share_outputs=True)[0])
 
 
-# ── forward and backward ────────────────────────────────────────────────────────────────────────────────────────────
+# ── forward and backward ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _training(module: Any, x: Array, gradients: Callable[[], dict[str, Any]], x_gradient: bool) -> Engine:
@@ -268,7 +268,7 @@ def pytorch_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradient
     return _training(module, x, gradients, x_gradient)
 
 
-# ── one step ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one step ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def stepping(step: Callable[[], Array]) -> Engine:

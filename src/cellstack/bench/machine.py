@@ -59,7 +59,7 @@ def caches() -> dict[str, int]:
 
 
 def arrays(levels: dict[str, int]) -> dict[str, int]:
-    """Return the array size that measures each level: half of it, less of a shared last level; twice that level for memory.
+    """Return the array size that measures each level: half of it, less of a shared last level; twice that for memory.
 
     >>> arrays({"L1": 32768, "L2": 1048576, "L3": 33554432})
     {'L1': 16384, 'L2': 524288, 'L3': 4194304, 'memory': 67108864}

@@ -34,7 +34,7 @@ def draw(what: str, records: Sequence[Mapping[str, Any]], report: Mapping[str, A
         axis.set_title(f"T = {steps}" + (f", {layers} layers" if layers > 1 else ""))
     _roofline(axes[-1], records, report["limits"])
     said = f"{what}, threads: {report['threads']}, {report['processor']}"
-    figure.suptitle(f"{said}\nleft: the fastest peer's time over ours, minimum of {report['rounds']} rounds", fontsize=10)
+    figure.suptitle(f"{said}\nleft: the fastest peer's time over ours, least of {report['rounds']} rounds", fontsize=10)
     figure.savefig(path, dpi=120)
 
 

@@ -47,8 +47,8 @@ class Shape(NamedTuple):
     def bytes(self, what: str) -> int:
         """Return the minimum number of bytes to read and write.
 
-        The matrices on h count once per step, those on x, x and y once per call; training counts three forward passes. A
-        number takes four bytes, one of a matrix in bfloat16 two.
+        The matrices on h count once per step, those on x, x and y once per call; training counts three forward passes.
+        A number takes four bytes, one of a matrix in bfloat16 two.
         """
         inputs = self.input_size + (self.layers - 1) * self.units
         weights = 4 * self.units * (self.layers * self.units * self.steps + inputs)
@@ -217,7 +217,7 @@ def run(
     }
 
 
-# ── text reports ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── text reports ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:

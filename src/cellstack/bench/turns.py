@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-# Seconds between checks whether threads still spin, and the maximum wait. The system updates the CPU time of a thread on
-# another processor at its ticks, up to 10 ms apart: a shorter interval may miss a spinning thread.
+# Seconds between checks whether threads still spin, and the maximum wait. The system updates the CPU time of a thread
+# on another processor at its ticks, up to 10 ms apart: a shorter interval may miss a spinning thread.
 LOOK, PATIENCE = 0.011, 0.5
 MOST_BEFORE = 10  # maximum calls per turn, where something else precedes each
 IDLE = 0.1  # share of a processor: below it, no thread spins

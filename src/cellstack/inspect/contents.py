@@ -197,7 +197,7 @@ def text_of(description: dict[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-# ── contents of a trace ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── contents of a trace ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _rows(t: NetworkTrace, rows: Any) -> Array:
@@ -319,7 +319,7 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
         reason = f"The network has {total:,} weights; a page can run networks of up to {MOST_WEIGHTS:,}."
         return {**nothing, "why_not": reason}
     if any(network.graph.states) or any(network.started):
-        why = "The page doesn't support networks that start from states of other nodes, or expose states to other nodes."
+        why = "The page doesn't support nodes that start from the states of others, or pass on their own."
         return {**nothing, "why_not": why}
     cells = [cell for node in t.values() for cell in node.cells]
     flows = _flows(t)
@@ -414,7 +414,7 @@ def _audio(audio: tuple[Any, float], arrays: Arrays) -> dict[str, Any]:
 
 
 def _spectrum(wave: Array) -> Array:
-    """Return the levels of a wave's bands over time, lowest band first, as bytes over a range of 80 dB, `[bands, frames]`."""
+    """Return the levels of a wave's bands over time, lowest first, as bytes over 80 dB, `[bands, frames]`."""
     size = 512
     hop = max(size // 4, -(-len(wave) // FRAMES))
     padded = np.pad(wave, (size // 2, size))

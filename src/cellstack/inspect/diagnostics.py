@@ -96,7 +96,8 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
     record = _whole(cell)
     spec = cell.cell.spec
     if spec.cell_clip is not None:
-        raise ValueError(f"contributions: cell_clip isn't supported ({spec.cell_clip}): a clipped c isn't a sum of writes")
+        clip = spec.cell_clip
+        raise ValueError(f"contributions: cell_clip isn't supported ({clip}): a clipped c isn't a sum of writes")
     name = "c" if spec.kind == "lstm" else "h"
     if record.patches is not None and any(patch.gate == name for patch in record.patches.patches):
         raise ValueError(f"contributions: patches of {name} aren't supported: a patched {name} isn't a sum of writes")
@@ -209,7 +210,7 @@ def _used(cell: CellTrace) -> Array:
     return np.ones(h.shape[:2], bool) if cell.mask is None else cell.mask
 
 
-# ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the report ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
     else:
         figures["largest Lyapunov exponent, nats a step"] = exponent
     if exponent > 0.0:
-        grow = f"small differences in the state grow by {math.expm1(exponent):.1%} per step, so outputs many steps ahead"
+        grow = f"small differences in the state grow by {math.expm1(exponent):.1%} per step, so distant outputs"
         found.append((2, f"{grow} are unreliable. Regularise the recurrent weights"))
     sizes = _rms_by_step(cell, "c" if spec.kind == "lstm" else "h")
     quarter = len(sizes) // 4
@@ -324,7 +325,7 @@ def standing(cell: CellTrace) -> list[tuple[int, str]]:
         c = cell["c"][used].astype(np.float64)
         if spec.activations[spec.slots.index("cell")].name == "tanh":
             flat = (np.abs(np.tanh(c)) > FLAT).mean(axis=0) > MOSTLY
-            say(3, flat, f"saturated: |tanh(c)| is above {FLAT} at nearly every step. Clip c, or reset it from time to time")
+            say(3, flat, f"saturated: |tanh(c)| is above {FLAT} at nearly every step. Clip c, or reset it regularly")
         closed = gate_shares(cell)["i"].left > MOSTLY
         say(4, closed, f"closed to new input: i is below {LEFT} at nearly every step")
     return found

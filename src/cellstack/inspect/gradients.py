@@ -49,7 +49,7 @@ class _UnsupportedError(Exception):
     """The reason why a node has no gradient."""
 
 
-# ── cells ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── cells ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 Ends = tuple[Array | None, Array | None]
@@ -155,7 +155,7 @@ def _ends(name: str, node: Node, found: Mapping[str, Array]) -> list[Ends]:
     return [(h, rest[0] if rest else None) for h, *rest in each]
 
 
-# ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── activations ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _sigmoid = reference.ACTIVATIONS["sigmoid"][0]
 
@@ -194,7 +194,7 @@ def _through_activation(text: str, z: Array, dy: Array) -> Array:
     return dy * slope(z, function(z, alpha, beta), alpha, beta)
 
 
-# ── nodes run by NumPy: each rule gets inputs, output and the output's gradient ────────────────
+# ── nodes run by NumPy: each rule gets inputs, output and the output's gradient ───────────────────────────────────────
 
 
 def _dense(node: Dense, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:

@@ -111,15 +111,15 @@ def ablate(
         network: the network.
         x, mask, lengths, threads: as for `Network.run`; the mask or lengths apply to all inputs.
         nodes: the names of the nodes whose cells' units are ablated; None = all with cells.
-        how: what replaces the unit's value: `"mean"`, its mean over all used rows and steps; `"zero"`; or `"resample"`, its
-            value at another row and step, drawn at random.
+        how: what replaces the unit's value: `"mean"`, its mean over all used rows and steps; `"zero"`; or `"resample"`,
+            its value at another row and step, drawn at random.
         metric: a function that maps the network's output for the batch, `y [B, …]` or a tuple of these, to a number;
             None = the mean absolute change of the first output.
         gate: the gate or state of the unit, named as in `Patch`; `"h"` is its output.
         seed: the seed of the random draws.
 
     Raises:
-        ValueError: a node without cells or one that doesn't exist, another `how`, a cell without the gate, a metric that
+        ValueError: a node that has no cells or doesn't exist, another `how`, a cell without the gate, a metric that
             isn't a number.
         ShapeError: an input without rows or without steps.
 
@@ -183,8 +183,8 @@ class ActivationPatching:
     Attributes:
         values: the metric, with one axis for each of `over`; NaN where a node lacks the gate or the unit.
         over: the names of the axes.
-        labels: the labels of each axis, by its name: names of nodes, with the cell's number if there are several; gates;
-            numbers of units; numbers of steps.
+        labels: the labels of each axis, by its name: names of nodes, with the cell's number if there are several;
+            gates; numbers of units; numbers of steps.
         clean, corrupted: the metrics of the two unchanged runs.
     """
 
@@ -195,7 +195,7 @@ class ActivationPatching:
 
     @property
     def recovered(self) -> Array:
-        """The share of the difference between corrupted and clean metric that each place recovers: 0 = none, 1 = all."""
+        """The share of the metrics' difference, clean minus corrupted, that each place recovers: 0 = none, 1 = all."""
         with np.errstate(all="ignore"):
             return (self.values - self.corrupted) / (self.clean - self.corrupted)
 
@@ -441,7 +441,7 @@ class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
         self._one, self._other = one, other
         self._found: dict[str, tuple[dict[str, Array], ...]] = {}
         if not np.array_equal(one.steps, other.steps):
-            raise ShapeError(f"diff: the traces must have the same steps, got {one.steps!r:.80} and {other.steps!r:.80}")
+            raise ShapeError(f"diff: the traces' steps must be equal, got {one.steps!r:.80} and {other.steps!r:.80}")
         for name, node in one.items():
             kinds = [[cell.fields._fields for cell in seen.cells] for seen in (node, other[name])]
             if kinds[0] != kinds[1]:

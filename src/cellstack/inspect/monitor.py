@@ -16,12 +16,12 @@ class TrainingMonitor:
     """Inspects every cellstack layer of a model during training: its gates, states, weights and gradients.
 
     It inspects one batch per epoch, the first whose gradient reaches a layer; other batches run unchanged. In the
-    inspected batch too, outputs, gradients and weights are bit-identical to those without the monitor: all other figures
-    come from running some rows of the batch once more, when `epoch` is called.
+    inspected batch too, outputs, gradients and weights are bit-identical to those without the monitor: all other
+    figures come from running some rows of the batch once more, when `epoch` is called.
 
     Args:
-        model: any module that contains cellstack layers, also within DistributedDataParallel, where the monitor sees this
-            process's rows. Layers of foreign cells aren't supported; `left_out` has their names.
+        model: any module that contains cellstack layers, also within DistributedDataParallel, where the monitor sees
+            this process's rows. Layers of foreign cells aren't supported; `left_out` has their names.
         every: inspect one epoch out of so many.
         rows: the maximum number of rows of the batch to run once more.
         lags: the maximum number of steps to follow the gradient back.
@@ -141,7 +141,7 @@ class TrainingMonitor:
                 text = f"was called {observer.calls} times before a gradient reached it: the figures and the gradient"
                 found.append((6, f"{layer}: {text} are those of the last call"))
             if observer.through_gates:
-                text = "the loss also depends on its gates (return_gates): this part of the gradient isn't followed back"
+                text = "the loss also depends on its gates (return_gates), whose gradient isn't followed back"
                 found.append((6, f"{layer}: {text}"))
             for number, one in enumerate(looked):
                 name = layer if len(looked) == 1 else f"{layer}.cells[{number}]"

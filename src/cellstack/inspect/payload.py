@@ -23,7 +23,7 @@ def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None 
         pack: encodes an array; None = `packed`.
 
     Returns:
-        `description`, in the format of docs/format.md, and `arrays`, by the names of its tensors, in the format of `packed`.
+        `description`, as in docs/format.md, and `arrays`, by the names of its tensors, as from `packed`.
 
     >>> from cellstack import CellSpec, Cell, Network, Recurrent
     >>> cell = Cell(CellSpec(1, 1, kind="rnn", use_bias=False), np.ones((1, 1)), np.zeros((1, 1)))

@@ -26,15 +26,15 @@ class LayerRecord:
 
     Attributes:
         kind: "lstm", "gru" or "rnn".
-        figures: numbers in groups. `gates shut`, `gates open`: the share of steps at which a gate is below 0.1, above 0.9,
-            averaged over the units. `gates`: the mean of a gate. `states`: the root mean square of h and c. `saturated`:
-            the share of steps at which |tanh(c)| is above 0.99. `half-life`: minimum, median and maximum over the units, in
-            steps. `weights`, `gradients`: norms of each array and of its gradient, before any clipping, and of all
-            together. `reach`: the number of steps back at which half of the gradient is left, and a hundredth; infinite
-            where more is left at the end.
-        lags: by the number of steps back from the output, `[L]` each. `h`, `c`: norm of the loss's gradient in that state,
-            over the units, root mean square over the rows. `carried`: the share left of the gradient that enters at lag 0,
-            in c for an LSTM, else in h.
+        figures: numbers in groups. `gates shut`, `gates open`: the share of steps at which a gate is below 0.1, above
+            0.9, averaged over the units. `gates`: the mean of a gate. `states`: the root mean square of h and c.
+            `saturated`: the share of steps at which |tanh(c)| is above 0.99. `half-life`: minimum, median and maximum
+            over the units, in steps. `weights`, `gradients`: norms of each array and of its gradient, before any
+            clipping, and of all together. `reach`: the number of steps back at which half of the gradient is left, and
+            a hundredth; infinite where more is left at the end.
+        lags: by the number of steps back from the output, `[L]` each. `h`, `c`: norm of the loss's gradient in that
+            state, over the units, root mean square over the rows. `carried`: the share left of the gradient that enters
+            at lag 0, in c for an LSTM, else in h.
         rows: the number of inspected rows.
     """
 
@@ -213,7 +213,8 @@ def _gradient_findings(spec: Any, lags: dict[str, Array], parts: Array, state: s
         found.append((2, f"{vanishes} ({left}): earlier steps are hardly learned. {REMEDIES[spec.kind]}"))
     top = int(np.argmax(carried))
     if carried[top] > GROWN:
-        grown = f"that of its last output grows by a factor of {carried[top]:.3g} within {top} steps back{_most(parts[top])}"
+        times = f"by a factor of {carried[top]:.3g} within {top} steps back"
+        grown = f"that of its last output grows {times}{_most(parts[top])}"
         grows = f"the gradient explodes: {grown}"
         remedy = "Clip it (torch.nn.utils.clip_grad_norm_), or initialise the recurrent weights smaller"
         found.append((1, f"{grows}. {remedy}"))

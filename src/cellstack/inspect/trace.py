@@ -97,8 +97,9 @@ class CellTrace(Mapping[str, Array]):
     def pre(self) -> dict[str, Array]:
         """The pre-activations, by gate, `[B, T, H]` each: the full sums over x and h.
 
-        They are computed in float64, and are zero at masked steps. A coupled forget gate has none. A trace of some steps or
-        units has them if they were requested, `trace(…, pre=True)`.
+        Computed in float64, and zero at masked steps. A coupled forget gate has none. A trace of some steps
+        or units has them if they were requested, `trace(…, pre=True)`.
+
         Raises:
             ValueError: they weren't kept; a cell with peepholes and patches, whose c before zoneout is unknown.
         """
@@ -123,7 +124,7 @@ class CellTrace(Mapping[str, Array]):
         return CellTrace(self.cell, type(self.fields)(**fields), self.units[at], part.mask, sums)
 
     def gate_shares(self) -> dict[str, Shares]:
-        """Return the share of steps at which each gate is nearly closed and nearly open: see `diagnostics.gate_shares`."""
+        """Return the share of steps at which each gate is nearly closed, nearly open: see `diagnostics.gate_shares`."""
         return diagnostics.gate_shares(self)
 
     def half_lives(self) -> Array:
@@ -279,8 +280,8 @@ class NetworkTrace(Mapping[str, NodeTrace]):
     def gradient(self, unit: int, step: int = -1, output: str | None = None) -> dict[str, Array]:
         """Return the gradient of one number of every row with respect to each input and each node's output.
 
-        For an input, it shows which steps the number depends on: `np.linalg.norm(g["x"], axis=-1)` is the connectivity, by
-        step.
+        For an input, it shows which steps the number depends on: `np.linalg.norm(g["x"], axis=-1)` is the connectivity,
+        by step.
 
         Args:
             unit: the index of the number in the step, or in the returned vector.
@@ -288,12 +289,12 @@ class NetworkTrace(Mapping[str, NodeTrace]):
             output: the name of the node that returns it; None = the first output.
 
         Returns:
-            An array by the name of each input and node, with the shape of its value; zeros where the number doesn't depend
-            on it. Ids have none.
+            An array by the name of each input and node, with the shape of its value; zeros where the number doesn't
+            depend on it. Ids have none.
 
         Raises:
-            ValueError: a trace of some nodes, rows, steps or units; a network with patches; a node without a gradient, which
-                the message names.
+            ValueError: a trace of some nodes, rows, steps or units; a network with patches; a node without a gradient,
+                which the message names.
             IndexError: a step or a unit that doesn't exist.
             TypeError: a step or a unit that isn't a whole number.
 
@@ -390,15 +391,15 @@ class NetworkTrace(Mapping[str, NodeTrace]):
     ) -> None:
         """Write an interactive page of the trace: one HTML file that works offline.
 
-        The page contains the network, and runs it again when the reader changes something. Up to half a million numbers of
-        the trace keep their precision, up to four million are stored as float32, more as float16.
+        The page contains the network, and runs it again when the reader changes something. Up to half a million numbers
+        of the trace keep their precision, up to four million are stored as float32, more as float16.
 
         Args:
             path: the path of the file; an existing file is replaced atomically.
-            labels: the label of each step: characters (as a string) or words, dates, or numbers, such as times; a list of
-                lists, one per row, where rows have different labels.
-            audio: `(samples [N], rate in Hz)`, the signal that the steps were computed from, aligned evenly with them; it is
-                shown above the map, with its spectrum.
+            labels: the label of each step: characters (as a string) or words, dates, or numbers, such as times; a list
+                of lists, one per row, where rows have different labels.
+            audio: `(samples [N], rate in Hz)`, the signal that the steps were computed from, aligned evenly with them;
+                it is shown above the map, with its spectrum.
             title: the heading of the page.
             rows: the rows, as a slice, a number or numbers; None = all.
 

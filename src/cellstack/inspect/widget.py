@@ -11,7 +11,7 @@ from cellstack.inspect.html import module_text
 if TYPE_CHECKING:
     from cellstack.inspect.trace import NetworkTrace
 
-MOST_SHOWN = 1 << 22  # maximum size of a trace shown at the end of a notebook cell, which is sent to the browser each time
+MOST_SHOWN = 1 << 22  # maximum size of a trace shown at the end of a notebook cell, sent to the browser each time
 
 
 def widget(t: NetworkTrace, labels: Any, audio: Any, title: str | None, rows: Any) -> Any:

@@ -76,7 +76,7 @@ def test_layout_1_is_layout_0_with_the_batch_first(tmp_path, kind, direction):
     assert_near(nets[0](x[:1]), as_ours(expected))
 
 
-# ── weights on their way ────────────────────────────────────────────────────────────────────────────────────────────
+# ── weights on their way ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def constant(name, value):
@@ -303,7 +303,7 @@ def test_an_lstm_written_out_in_products_and_sums(tmp_path, order, steps, produc
     assert_near(after.c, c)
 
 
-# ── what can't be ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what can't be ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

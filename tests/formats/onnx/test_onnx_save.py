@@ -290,7 +290,7 @@ def test_a_stream_goes_on_in_onnx_runtime(tmp_path):
     near(np.concatenate(frames, axis=1), net(x))
 
 
-# ── cells written out, masks ────────────────────────────────────────────────────────────────────────────────────────
+# ── cells written out, masks ──────────────────────────────────────────────────────────────────────────────────────────
 
 FLAGS = {
     "proj_size": {"proj_size": 2},

@@ -113,7 +113,7 @@ def test_what_torch_exports_is_one_network(tmp_path, case):
     np.testing.assert_array_equal(again(feeds), net(feeds))
 
 
-# ── graphs by hand ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── graphs by hand ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def weights(kind, inputs, units, ways=1, seed=0):
@@ -201,7 +201,7 @@ def test_an_input_that_a_cell_starts_from_may_go_elsewhere_too(tmp_path):
     np.testing.assert_allclose(found, runtime(path, feeds)[0], rtol=0, atol=TOLERANCE)
 
 
-# ── what is written ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is written ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def recurrent(inputs, *units, seed=0, dtype="float32", kind="lstm", flags=None, **ways):

@@ -216,7 +216,7 @@ def literal(value: float) -> str:
 
 
 def activate(found: Activation, inner: str) -> str:
-    """Return a C expression, as a template, that applies an activation to `inner`; the name may be in `MORE_ACTIVATIONS`."""
+    """Return a C expression, as a template, that applies an activation, which may be one of `MORE_ACTIVATIONS`."""
     if found.name == "linear":
         return inner
     if found.name == "tanh":
@@ -286,7 +286,7 @@ def _gate(spec: CellSpec, slot: str, inner: str) -> str:
 
 
 def _kept(rate: float, before: str, new: str) -> str:
-    """Return the new value of a unit under zoneout: at inference, the rate is the share of the old value that is kept."""
+    """Return a unit's value after zoneout: at inference, the rate is the share of the old value that is kept."""
     return f"{literal(rate)} * {before} + {literal(1.0 - rate)} * {new}" if rate else new
 
 

@@ -68,7 +68,7 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
         The paths of the header and of the source.
 
     Raises:
-        ValueError: a node that can't be streamed or written as C, which the message names; a name that isn't a C identifier.
+        ValueError: a node that can't be streamed or written as C, which the message names; an invalid C name.
         OSError: the files can't be written.
 
     >>> import tempfile
@@ -134,7 +134,7 @@ class _Writer:
         if at != "y":
             self.steps.append(f"    memcpy(y, {at}, {width} * sizeof *y);")
 
-    # ── names and numbers ───────────────────────────────────────────────────────────────────────────────────────
+    # ── names and numbers ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _fill(self, template: str) -> str:
         return Template(template).substitute(name=self.name, real=self.real, f=self.f)
@@ -164,10 +164,10 @@ class _Writer:
             return text.replace("inf", "INFINITY").replace("nan", "NAN")
         return f"{text}{'' if '.' in text or 'e' in text else '.0'}{self.f}"
 
-    # ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── nodes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _target(self, at: str, width: int, last: bool) -> str:
-        """Return the target of a node that reads `at`: y for the last node, unless it reads x, which may be the same array."""
+        """Return the target of a node that reads `at`: y for the last node, unless it reads x, which y may alias."""
         if last and at != "x":
             return "y"
         name = "b" if at == "s->a" else "a"
@@ -314,7 +314,7 @@ class _Writer:
         self.steps.append(f"    ${{name}}_{called}_step({passed});")
         return state[0]
 
-    # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def sizes(self) -> tuple[int, int]:

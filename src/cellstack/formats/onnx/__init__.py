@@ -1,4 +1,4 @@
-"""The ONNX adapter: reads networks from `.onnx` files and writes them. It needs the package onnx, only for its protobuf."""
+"""The ONNX adapter: reads and writes networks as `.onnx` files. It uses only the protobuf of the package onnx."""
 
 from __future__ import annotations
 
@@ -159,13 +159,13 @@ def load(
         frames: the size of a frame, by input, where the file leaves it open.
         context: the number of values at the end of a frame that the file expects again before the next frame, by input.
             The network, and a stream of it, keep them.
-        whole_loops: whether loops that an exporter unrolled run over all steps of a sequence, which only the author of the
-            file can know; by default they run over as many steps as the file unrolls.
+        whole_loops: whether loops that an exporter unrolled run over all steps of a sequence, which only the author of
+            the file can know; by default they run over as many steps as the file unrolls.
 
     Returns:
-        The network. Its inputs are `[B, T, I]` or `[B, I]`, whatever order of axes the file uses. Inputs that hold initial
-        states become the network's state, and so do outputs that hold final states. `metadata["onnx"]` records where each
-        was.
+        The network. Its inputs are `[B, T, I]` or `[B, I]`, whatever order of axes the file uses. Inputs that hold
+        initial states become the network's state, and so do outputs that hold final states. `metadata["onnx"]` records
+        where each was.
 
     Raises:
         FormatError: the file is damaged, or parts of it aren't supported; all of them are named.
@@ -240,8 +240,8 @@ def save(network: Network, path: str, lengths: bool = False) -> None:
 
     Every cell's h and c are inputs, `name.h` and `name.c`, each `[B, H]`, and outputs, `name.h.after`. An omitted input
     takes the cell's own initial state. The cells of a stack are named `name.0` and so on, those of a Bidirectional
-    `name.forward` and `name.backward`. Cells that ONNX's LSTM, GRU and RNN can't express, float64 cells and masked cells
-    are written as Scans.
+    `name.forward` and `name.backward`. Cells that ONNX's LSTM, GRU and RNN can't express, float64 cells and masked
+    cells are written as Scans.
 
     Args:
         network: what to write.

@@ -108,7 +108,7 @@ class Axes:
         self.inputs = self._decided(data)
         self.states = {name: self._of_states(name) for name in states}
 
-    # ── helpers of the rules ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── helpers of the rules ──────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def here(self) -> str:
@@ -143,7 +143,8 @@ class Axes:
         wrong = [n for n in wrong if value.lengths[value.axes.index(found[n])] != 1]
         if wrong or len(found) != len(roles):
             shown = " ".join(self.role(axis) for axis in value.axes)
-            at = "" if not wrong else f": axis {value.axes.index(found[wrong[0]])} is {self._described(found[wrong[0]])}"
+            found_at = "" if not wrong else self._described(found[wrong[0]])
+            at = "" if not wrong else f": axis {value.axes.index(found[wrong[0]])} is {found_at}"
             wanted = " ".join(roles.replace(".", "·"))
             self._contradicts(f"expected {what} with axes {wanted}, found {shown or 'none'}{at}")
 
@@ -174,7 +175,7 @@ class Axes:
             return f"expected a tensor with 1 to 3 axes, found {count}"
         return f"expected axes of batch, time and features, found {' '.join(roles or '')}"
 
-    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _read(self, node: Any) -> None:
         self.node = node
@@ -207,10 +208,10 @@ class Axes:
         made = fold(node.op_type, attributes, arrays, given, len(node.output), self.scope.model)
         return [Symbols(np.asarray(array, object)) for array in made or ()]
 
-    # ── results ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── results ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _decided(self, data: dict[str, Any]) -> dict[str, str | None]:
-        """Return the roles of the data inputs' axes. Inputs whose roles are known come first; they decide about the batch.
+        """Return the roles of the data inputs' axes. Inputs with known roles come first; they decide about the batch.
 
         A decision for one input holds for all axes unified with its axes.
         """
@@ -243,7 +244,7 @@ class Axes:
         return "".join(roles) if roles.count("F") == 1 and roles.count("B") <= 1 else None
 
 
-# ── rules: the roles an operator assigns to its inputs' axes, and its outputs' axes ─────────────────────────
+# ── rules: the roles an operator assigns to its inputs' axes, and its outputs' axes ───────────────────────────────────
 
 Rule = Callable[[Axes, dict[str, Any], list[Any]], list[Any]]
 

@@ -110,7 +110,7 @@ def network_of(operator: Operator, name: str, source: dict[str, Any]) -> Network
     return Network(nodes, [inner, f"{inner}.in_order"][: len(nodes)], {"source": {**source, "node": name}})
 
 
-# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_operator(scope: Scope, node: Any) -> Operator:
@@ -331,7 +331,7 @@ def _starts(
     return found
 
 
-# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 NOT_IN_ONNX = {"proj_size": 0, "layer_norm": False, "cell_clip": None, "zoneout": 0.0, "zoneout_cell": 0.0}
 ONNX_NAMES = {ours: theirs for theirs, ours in NAMES.items()} | {"linear": "Affine"}

@@ -65,7 +65,7 @@ def label(node: Any) -> str:
     return node.name or next((name for name in node.output if name), node.op_type)
 
 
-# ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── tensors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Tensors:
@@ -150,7 +150,7 @@ def _typed(where: str, values: Any, dtype: str, kind: int) -> Array:
     return wide.astype(dtype)
 
 
-# ── graphs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── graphs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -248,7 +248,7 @@ class Scope:
     known: dict[str, Constant | None] = field(default_factory=dict)
     alike: dict[Any, str] = field(default_factory=dict)  # first name of each constant, by its values
     first_alike: dict[str, str] = field(default_factory=dict)
-    unbound: dict[str, dict[str, int]] = field(default_factory=dict)  # by a Split's first output: the step of each output
+    unbound: dict[str, dict[str, int]] = field(default_factory=dict)  # by a Split's first output: each output's step
     counting: int = 0  # depth of nested lists of lengths
     rows: dict[str, int] = field(default_factory=dict)  # length of constants that are one row; else 0
 

@@ -125,7 +125,7 @@ def within(taken: slice, length: int) -> slice:
 
 
 def axes_of(attributes: dict[str, Any], values: list[Any]) -> list[int] | None:
-    """Return the axes that Squeeze, Unsqueeze and the reductions apply to: an attribute in older opsets, an input in newer ones."""
+    """Return the axes of a Squeeze, Unsqueeze or reduction: an attribute in older opsets, an input in newer ones."""
     if "axes" in attributes:
         return whole(attributes["axes"])
     return whole(values[1]) if len(values) > 1 and values[1] is not None else None
@@ -367,12 +367,12 @@ OPEN = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}  # the input that may be u
 def fold(
     operator: str, attributes: dict[str, Any], values: list[Any], given: list[bool], outputs: int, model: Any
 ) -> list[Any] | None:
-    """Return an operator's outputs for constant inputs; None where they aren't constant or the operator isn't supported.
+    """Return an operator's outputs for constant inputs; None where unknown or unsupported.
 
     Args:
         operator: its name.
         attributes: by name.
-        values: constants, a `Broadcast` where the shape is unknown; None for missing inputs and those that aren't constant.
+        values: constants, a `Broadcast` where the shape is unknown; None for missing or non-constant inputs.
         given: which inputs are present.
         outputs: the number of outputs.
         model: its budget counts the results.

@@ -83,8 +83,8 @@ def frames_of(
         size = int(sizes[name]) if name in sizes else None if whole is None else whole - context
         if size is not None and (size < max(1, context) or (whole is not None and size + context != whole)):
             raise FormatError(
-                f"{model.path}: input {short(name)}: frame and context must add up to {whole}, with the frame at least as "
-                f"long as the context, got {size} and {context}"
+                f"{model.path}: input {short(name)}: frame and context must add up to {whole}, with the frame at least "
+                f"as long as the context, got {size} and {context}"
             )
         found[name] = Frame(labels, size, context)
     return found
@@ -106,7 +106,7 @@ class Step(Node):
         return self.node.check(owner, (None, *shape))[1:]
 
 
-# ── recurrent operators ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── recurrent operators ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -171,7 +171,7 @@ def makes_steps(model: Model) -> bool:
     return False
 
 
-# ── adding the time axis ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── adding the time axis ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Lifter:

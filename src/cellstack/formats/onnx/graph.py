@@ -129,7 +129,7 @@ class Reader:
         self.start_axes[name] = tuple(labels)
         return States(tuple(labels), refs, None not in counts)
 
-    # ── helpers of the handlers ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── helpers of the handlers ───────────────────────────────────────────────────────────────────────────────────────
 
     def put(self, node: Any, made: Node, x: Flowing, *others: Flowing, axes: Sequence[str] | None = None) -> Flowing:
         """Add a node, and return its output.
@@ -245,7 +245,7 @@ class Reader:
             h = self.put(f"{run.node}.first", Select(0, 1), h)
         return self.put(f"{run.node}.last", GlobalPool("last"), h, axes=("B", "F")) if run.sequences else h
 
-    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self) -> None:
         """Read every node that leads to an output; unsupported ones are added to `problems`."""
@@ -397,7 +397,7 @@ def _settled(array: Any) -> Any:
     return Symbols(array)
 
 
-# ── the graph as a whole ────────────────────────────────────────────────────────────────────────────────────────────
+# ── the graph as a whole ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _roles(scope: Scope) -> tuple[set[str], set[str]]:
@@ -493,11 +493,11 @@ def load_graph(
     reader = Reader(scope, handlers, axes, live, starts, lengths, frames)
     for name in _weights(scope) - starts - lengths:
         given = f"cs.load(path, weights={{{name!r}: ...}})"
-        reader.builder.refuse(f"input {short(name)}: weights must be passed when the file is loaded: {given}", -2)
+        reader.builder.refuse(f"input {short(name)}: pass its weights when loading: {given}", -2)
     for value in scope.graph.input:
         if value.name not in scope.initializers and declared(value) == [] and value.name not in lengths:
             given = f"cs.load(path, constants={{{value.name!r}: ...}})"
-            reader.builder.refuse(f"input {short(value.name)}: a single number must be passed when the file is loaded: {given}", -2)
+            reader.builder.refuse(f"input {short(value.name)}: pass its number when loading: {given}", -2)
             reader.values[value.name] = Unknown("", True)
     reader.read()
     if not reader.inputs:

@@ -59,7 +59,7 @@ def moment(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 
 
 def squares(reader: Reader, node: Any, values: list[Any]) -> Any:
-    """Return an operator's result on squares, as in the magnitude of complex numbers; None where it isn't part of one."""
+    """Return an operator's result on squares, as in complex magnitudes; None where it isn't part of one."""
     first = values[0]
     if isinstance(first, Flowing) and "F" in first.axes and "D" not in first.axes:
         twice = node.op_type == "Mul" and _is(values[1], first)
@@ -165,7 +165,8 @@ def embedding(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
         table = table.astype(np.float32)
     table, ids = floats(table, "the table"), reader.flowing(values[1], "the ids")
     if table.ndim != 2 or attributes.get("axis", 0) not in (0, -2) or "F" in ids.axes:
-        raise Refused(f"expected a table [N, D] and ids without a feature axis, found {table.shape} and axes {' '.join(ids.axes)}")
+        found = f"{table.shape} and axes {' '.join(ids.axes)}"
+        raise Refused(f"expected a table [N, D] and ids without a feature axis, found {found}")
     return [reader.put(node, Embedding(table), ids, axes=(*ids.axes, "F"))]
 
 

@@ -43,7 +43,7 @@ def steps_apart(reader: Reader) -> None:
         raise Refused("in ONNX, it combines steps beyond the rows' lengths, sequence_lens, too; that isn't supported")
 
 
-# ── products ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── products ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def dense(reader: Reader, node: Any, x: Flowing, kernel: Array, bias: Array | None = None) -> list[Any]:
@@ -74,7 +74,7 @@ def gemm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     return dense(reader, node, x, kernel, None if bias is None else beta * bias)
 
 
-# ── along an axis ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── along an axis ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
@@ -89,7 +89,7 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         axes, keep = [] if found is None else [x.at(axis) for axis in found], bool(attributes.get("keepdims", 1))
     over = [x.axes[axis] for axis in axes if x.axes[axis] != "1"]
     if over not in (["T"], ["F"], []) or not axes or (over == ["F"] and "D" in x.axes):
-        raise Refused(f"only reductions over time or the features are supported, found axes {axes} of {' '.join(x.axes)}")
+        raise Refused(f"expected a reduction over time or the features, found axes {axes} of {' '.join(x.axes)}")
     kept = ["F" if x.axes[n] == "F" else "1" if n in axes else axis for n, axis in enumerate(x.axes)]
     labels = [axis for n, axis in enumerate(kept) if keep or n not in axes]
     if not over or (over == ["F"] and x.width == 1):  # a single number: every reduction is the identity
@@ -102,7 +102,7 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     return [reader.put(node, made, x, axes=labels)]
 
 
-# ── elementwise ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── elementwise ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def by_features(x: Flowing, value: Array) -> Array | None:

@@ -143,8 +143,8 @@ def body_of(where: str, cell: Cell, masked: bool = False, residual: bool = False
     Args:
         where: the prefix of all names.
         cell: the cell.
-        masked: whether it takes a flag per row too, False where the step is skipped: then all states are carried over. The
-            previous y is then an additional state, the last one.
+        masked: whether it takes a flag per row too, False where the step is skipped: then all states are carried over.
+            The previous y is then an additional state, the last one.
         residual: whether y is h + x; only with `masked`.
     """
     step, spec = _Step(where, cell), cell.spec

@@ -1,4 +1,4 @@
-"""ONNX's operators that move numbers: most only change the labels of axes, others become nodes that slice or reshape."""
+"""ONNX's operators that move numbers: most only relabel axes, others become nodes that slice or reshape."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     if isinstance(x, States):
         return [rearranged(x, order)]
     axes = tuple("1" if n is None else x.axes[n] for n in order)
-    if "F" not in x.axes and "T" in x.axes and x.wire not in reader.ids:  # numbers without a feature axis: one feature each
+    if "F" not in x.axes and "T" in x.axes and x.wire not in reader.ids:  # no feature axis: one feature each
         roles, chosen = reader.axes.roles_of(node.output[0]) or "", [n for n, old in enumerate(order) if old is None]
         found = [n for n in chosen if roles[n : n + 1] == "F"] or chosen
         if len(found) == 1:
@@ -178,7 +178,7 @@ def flattened(reader: Reader, node: Any, x: Flowing, axes: tuple[str, ...]) -> F
     return reader.put(node, Flatten(), x, axes=final)
 
 
-# ── slicing and joining ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── slicing and joining ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cut(reader: Reader, node: Any, x: Flowing, axis: int, taken: slice) -> Flowing:
@@ -271,7 +271,7 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         kept = [n for n in range(len(found.axes)) if index.ndim or n != axis]
         return [rearranged(found, kept)]
     if value.axes[axis] not in ("T", "D", "1"):
-        raise Refused(f"only a step or a direction can be selected, found axis {value.axes[axis]} of {' '.join(value.axes)}")
+        raise Refused(f"expected a step or a direction, found axis {value.axes[axis]} of {' '.join(value.axes)}")
     if value.axes[axis] != "T" or index.ndim:
         found = cut(reader, node, value, axis, part)
         dropped = () if index.ndim else (axis,)
@@ -286,7 +286,7 @@ def _several(reader: Reader, node: Any, x: Flowing, axis: int, indices: list[int
     """Return several features, by their indices."""
     at = x.at(axis)
     if x.axes[at] != "F" or "D" in x.axes or x.width is None:
-        raise Refused(f"several entries can be selected only from the features, found axis {x.axes[at]} of {' '.join(x.axes)}")
+        raise Refused(f"expected entries of the features, found axis {x.axes[at]} of {' '.join(x.axes)}")
     return reader.put(node, Take(tuple(n + x.width if n < 0 else n for n in indices)), x)
 
 

@@ -179,8 +179,8 @@ class Moment:
 
     Args:
         of: the value.
-        what: `"mean"`, `"centred"`: the value minus its mean, `"squares"` of that, `"variance"`, `"deviation"`: the square
-            root of the variance, `"inverse"`: its reciprocal.
+        what: `"mean"`, `"centred"`: the value minus its mean, `"squares"` of that, `"variance"`, `"deviation"`: the
+            square root of the variance, `"inverse"`: its reciprocal.
         epsilon: the number added to the variance.
     """
 

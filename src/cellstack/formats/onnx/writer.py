@@ -88,16 +88,16 @@ class Writer(Pieces):
         else:
             self.activate(f"{name}.activation", x, text, output)
 
-    # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── states ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(
         self, where: str, cells: tuple[Cell, ...], names: list[str], x: str, ways: bool, given: Sequence[str]
     ) -> list[str]:
         """Add the inputs for the initial states, and return the values of each part.
 
-        They are `[D, B, H]` where `ways`, else those of one cell, `[B, H]`. An omitted input takes the cell's own initial
-        state, `[1, H]`. Cells whose initial states are values of the graph, `given`, in order of the cells, have no such
-        inputs.
+        They are `[D, B, H]` where `ways`, else those of one cell, `[B, H]`. An omitted input takes the cell's own
+        initial state, `[1, H]`. Cells whose initial states are values of the graph, `given`, in order of the cells,
+        have no such inputs.
         """
         if given:
             parts = list(cells[0].spec.state_sizes)
@@ -155,7 +155,7 @@ class Writer(Pieces):
             self.masks[name] = of_lengths(self, name, given)
         return self.onnx.helper.make_tensor_value_info(given, self.onnx.TensorProto.INT64, [f"{given}.rows"])
 
-    # ── recurrent nodes ─────────────────────────────────────────────────────────────────────────────────────────────
+    # ── recurrent nodes ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def operator(
         self,
@@ -309,7 +309,7 @@ class Writer(Pieces):
                 self.cut(backwards, slice(None, None, -1), 1, end, f"{way}.out")
         self.merge(node.merge_mode.replace("sum", "add"), ends, -1, output, f"{name}.merged")
 
-    # ── the other nodes ─────────────────────────────────────────────────────────────────────────────────────────────
+    # ── the other nodes ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def merge(self, mode: str, sources: list[str], axis: int, output: str, name: str = "") -> None:
         """Add a Merge."""
@@ -359,7 +359,7 @@ class Writer(Pieces):
             self.conv(name, node, x)
         elif isinstance(node, Pool1D):
             if isinstance(node.padding, tuple) and max(node.padding) >= node.size:
-                raise ValueError(f"save: {name}: expected padding smaller than the window, {node.size}, got {node.padding}")
+                raise ValueError(f"save: {name}: expected padding below the window's {node.size}, got {node.padding}")
             sizes = {"kernel_shape": [node.size], "strides": [node.strides], **_padding(node.padding, node.size)}
             operator = "MaxPool" if node.mode == "max" else "AveragePool"
             y = self.put(operator, [self.channels(name, x)], self.fresh(f"{name}.pooled"), name, **sizes)

@@ -32,7 +32,7 @@ class Step:
     Args:
         kind: "lstm", "gru" or "rnn".
         node: the node that computes h.
-        gates: the sum behind each gate; for a GRU that applies its reset gate after the product of h, that product as "h".
+        gates: the sum behind each gate; "h": the product of h, for a GRU that resets after it.
         activations: the activation of each gate, and of an LSTM's "cell".
         c: the names of an LSTM's c and c_prev.
         h: the name of the h that a GRU mixes its candidate with, "" where unknown.
@@ -60,7 +60,7 @@ class Step:
         return self.kind, tuple(sorted(self.activations.items())), gates, tuple(sorted(self.flags.items()))
 
 
-# ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── activations ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def activated(scope: Scope, name: str) -> tuple[str, str] | None:
@@ -156,7 +156,7 @@ def within(scope: Scope, name: str) -> tuple[str, float | None]:
     return (name, None) if found is None or found[1] != -found[2] else (found[0], found[2])
 
 
-# ── gates ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── gates ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(eq=False)

@@ -317,7 +317,7 @@ def _apart(scope: Scope, term: Term) -> bool:
     return found is not None and found[2] == len(term.moves)
 
 
-# ── the step of a sequence that a value belongs to ─────────────────────────────────────────────────────────────────────────────
+# ── the step of a sequence that a value belongs to ────────────────────────────────────────────────────────────────────
 
 
 class Place(NamedTuple):

@@ -259,7 +259,7 @@ def roll(model: Model, whole: bool = False) -> None:
         for chain in chains:
             inner = [scope.producers.get(step.c[0]) for step in chain.steps[:-1] if step.kind == "lstm"]
             if chain.name not in model.unrolled and any(node is not None and id(node) in live for node in inner):
-                model.lost.append(f"the loop over {chain.name} uses c of every step, but a Network returns only the last")
+                model.lost.append(f"the loop over {chain.name} uses c of every step; a Network has only the last")
 
 
 def _why_apart(scope: Scope, chain: Chain, h: str) -> str:

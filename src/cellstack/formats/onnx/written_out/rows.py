@@ -97,7 +97,7 @@ class Loop:
             return self.put("Slice", [value], axes=[axis], starts=[start], ends=[stop])
         return self.put("Slice", [value, *(self.integers(n) for n in (start, stop, axis, step))])
 
-    # ── queries of the loop reader ───────────────────────────────────────────────────────────────────────────────
+    # ── queries of the loop reader ────────────────────────────────────────────────────────────────────────────────────
 
     def taken(self, values: Sequence[str]) -> Steps | None:
         """Return a cell's inputs at its steps, `[B, F]` each, as one sequence; None where they aren't one."""
@@ -138,7 +138,7 @@ class Loop:
         return name
 
     def _unsqueezed(self, name: str) -> int | None:
-        """Return the axis that an Unsqueeze adds; None where it adds several, or another operator computes the value."""
+        """Return the axis that an Unsqueeze adds; None where it adds several, or for another operator."""
         node = self.scope.producers.get(name)
         axes = self._axes(node) if node is not None and node.op_type == "Unsqueeze" else None
         return axes[0] if axes is not None and len(axes) == 1 else None
@@ -154,7 +154,7 @@ class Loop:
         lengths = self.sliced(self.put("Shape", [of.name]), 0, 0, 2)
         return self.put("Reshape", [name, self.put("Concat", [lengths, self.integers(-1)], axis=0)])
 
-    # ── values of all steps ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── values of all steps ───────────────────────────────────────────────────────────────────────────────────────────
 
     def rows(self, values: Sequence[str]) -> Rows | str | None:
         """Return the values of all steps, in order, as rows; a name where all are the same value; else None."""
