@@ -1,7 +1,7 @@
-"""ONNX files without a batch axis, in the style in which such are published: `[T, F]` in, states `[H]` in and out.
+"""ONNX files without a batch axis, in the style of published ones: `[T, F]` as input, states `[H]` as inputs and outputs.
 
-An Unsqueeze makes the batch before each recurrent operator, a Squeeze takes it away behind it. The half that runs
-backwards is a Slice with step -1 before a forward operator and one behind it, or one half of a bidirectional operator.
+An Unsqueeze adds the batch axis before each recurrent operator, a Squeeze removes it afterwards. The backward direction
+is a Slice with step -1 before and after a forward operator, or one direction of a bidirectional operator.
 """
 
 from itertools import product
@@ -66,7 +66,7 @@ class _Graph:
 
 
 def model_of(plan, seed=0):
-    """Return a plan's file as a ModelProto, with weights of their own for each gate."""
+    """Return a plan's file as a ModelProto, with different weights for each gate."""
     g, units, value = _Graph(seed), 4, "input"
     parts = "hc" if plan.kind == "LSTM" else "h"
     ways = 1 if not plan.both else 2
@@ -82,7 +82,7 @@ def model_of(plan, seed=0):
             where = f"{'fb'[way]}{layer}"
             both, count = plan.both == "operator", (2 if plan.both == "operator" else 1)
             x = value
-            early = layer % 2 == 0  # whether it is turned round before the batch is made, or after it
+            early = layer % 2 == 0  # whether it is reversed before or after the batch axis is added
             if way and early:
                 x = g.turned(x, f"{where}.turned")
             x = g.put("Unsqueeze", [x, g.integers(1)], f"{where}.batch")

@@ -87,7 +87,7 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
     ):
         raise ValueError(f"export_c: expected a name of letters, digits and single underscores, as in C, got {name!r}")
     if name.lower() in HEADERS:
-        raise ValueError(f"export_c: name {name!r} is taken by a header of C")
+        raise ValueError(f"export_c: {name!r} is the name of a standard C header")
     if not os.fspath(directory) or Path(directory).suffix in (".c", ".h"):
         raise ValueError(
             f"export_c: expected a folder, got {os.fspath(directory)!r}: name= sets the names of the files"

@@ -510,7 +510,7 @@ def load_graph(
     try:
         return reader.network(unused)
     except ProblemsError as error:
-        raise FormatError(f"{model.path}: parts of the graph aren't supported: {error}") from None
+        raise FormatError(f"{model.path}: the graph can't be read as a Network, found: {error}") from None
     except TooMuchError as error:
         raise FormatError(f"{model.path}: {error}") from None
     except (ValueError, TypeError) as error:

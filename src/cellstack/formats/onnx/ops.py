@@ -23,7 +23,7 @@ def floats(value: Any, what: str) -> Array:
     if isinstance(value, Broadcast) and value.uniform:
         value = value.array.reshape(())
     if not isinstance(value, np.ndarray):
-        raise Refused(f"{what} must be constant")
+        raise Refused(f"expected {what} to be constant")
     if value.dtype.name == "float16":
         value = value.astype(np.float32)
     if value.dtype.name not in DTYPES:

@@ -388,9 +388,9 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if set(numbers) == {1} and len(numbers) <= len(x.axes):
         return [x]
     if not x.has("B1F") or len(numbers) != 3:
-        raise Refused(f"only a vector can be repeated over time, found axes {' '.join(x.axes)}")
+        raise Refused(f"expected a vector to be repeated over time, found axes {' '.join(x.axes)}")
     if numbers[0] != 1 or numbers[2] not in (1, x.width if node.op_type == "Expand" else 1):
-        raise Refused("a vector can be repeated over time only")
+        raise Refused("expected a vector to be repeated over time only")
     return [reader.put(node, Repeat(numbers[1]), x, axes=(x.axes[0], "T", "F"))]
 
 
