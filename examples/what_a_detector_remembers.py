@@ -295,9 +295,7 @@ def main(arguments=None):
     parser.add_argument(
         "--model", type=Path, help="silero_vad_16k_sequence.onnx; default: that of the installed silero-vad"
     )
-    parser.add_argument(
-        "--wav", type=Path, nargs="*", default=[], help="your recordings, 16 kHz, one channel, 16 bits"
-    )
+    parser.add_argument("--wav", type=Path, nargs="*", default=[], help="your recordings, 16 kHz, one channel, 16 bits")
     parser.add_argument("--out", type=Path, default=Path(), help="the folder for the picture")
     parser.add_argument("--html", action="store_true", help="also write detector.html, an interactive page")
     given = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Gradients of a number that a network returned: against central differences, the reference and torch autograd."""
+"""Gradients of an output number, compared with central differences, the reference and torch autograd."""
 
 from itertools import product
 
@@ -33,7 +33,7 @@ def rng_of(seed):
 
 
 def differences(net, x, name, output, step, unit, **run):
-    """Central differences of a number of each row by each number of an input, in float64."""
+    """Central differences of a number of each row with respect to each number of an input, in float64."""
     found = np.zeros_like(x[name])
     for at in product(*map(range, x[name].shape[1:])):
         ends = []
@@ -206,7 +206,7 @@ def test_what_is_refused():
         (ValueError, "a trace of all nodes", lambda: convolution.trace(x, steps=slice(2, 5)).gradient(0)),
         (TypeError, "unit to be a whole number, got 0.5", lambda: t.gradient(0.5)),
         (TypeError, "step to be a whole number, got None", lambda: t.gradient(0, None)),
-        (ValueError, "without patches", lambda: edited.trace(np.ones((2, 5, 3))).gradient(0)),
+        (ValueError, "networks with patches have no gradient", lambda: edited.trace(np.ones((2, 5, 3))).gradient(0)),
     ):
         with pytest.raises(error, match=match):
             call()

@@ -1,4 +1,4 @@
-"""Ablation, activation patching and differences of traces, each against one edited run at a time."""
+"""Ablation, activation patching and differences of traces, each compared with single edited runs."""
 
 from itertools import product
 
@@ -36,7 +36,7 @@ def metric(y):
 def test_ablation_is_an_edited_run_a_unit(how, gate, monkeypatch):
     net, x, rng = classifier(0)
     mask = rng.random((3, 6)) < 0.8
-    monkeypatch.setattr(interventions, "AT_ONCE", 2000)  # a few units a run
+    monkeypatch.setattr(interventions, "AT_ONCE", 2000)  # a few units per run
     found = cs.ablate(net, x, how=how, metric=metric, gate=gate, mask=mask)
     t = net.trace(x, mask=mask)
     assert found.metric == metric(t.y)
@@ -183,13 +183,17 @@ def test_what_is_refused():
             r"one number for the batch, got shape \[3\]",
             lambda: cs.ablate(net, x, metric=lambda y: y[:, 0]),
         ),
-        (ShapeError, "at least a row and a step", lambda: cs.ablate(net, x[:0])),
-        (ShapeError, "at least a row and a step", lambda: cs.ablate(net, x[:, :0])),
+        (ShapeError, "at least one row and one step", lambda: cs.ablate(net, x[:0])),
+        (ShapeError, "at least one row and one step", lambda: cs.ablate(net, x[:, :0])),
         (ValueError, "over to be one of", lambda: cs.activation_patch(net, x, x, metric, "layer")),
         (ValueError, "each once", lambda: cs.activation_patch(net, x, x, metric, ("step", "step"))),
         (ValueError, "a gate of both out of", lambda: cs.activation_patch(net, x, x, metric, gates=["c"])),
-        (ShapeError, "clean and corrupted of one shape", lambda: cs.activation_patch(net, x, x[:, :3], metric)),
-        (ValueError, "a network with cells", lambda: cs.ablate(Network([Dense(np.ones((3, 1)))]), x)),
+        (
+            ShapeError,
+            "clean and corrupted must have the same shape",
+            lambda: cs.activation_patch(net, x, x[:, :3], metric),
+        ),
+        (ValueError, "the network has no cells", lambda: cs.ablate(Network([Dense(np.ones((3, 1)))]), x)),
     ):
         with pytest.raises(error, match=match):
             call()
@@ -237,21 +241,21 @@ def test_patches_of_some_rows_are_there_in_every_run():
 def test_traces_that_do_not_fit_are_not_compared():
     net, x, _ = classifier(2)
     t = net.trace(x)
-    with pytest.raises(ShapeError, match="traces of the same steps"):
+    with pytest.raises(ShapeError, match="steps must be equal"):
         t.select(steps=slice(0, 3)).diff(t.select(steps=slice(3, 6)))
     cells = {
         kind: Network([Recurrent((make_cell(rng_of(1), 3, 4, "float64", kind=kind),))]) for kind in ("lstm", "gru")
     }
-    with pytest.raises(ValueError, match="other cells in layer_0"):
+    with pytest.raises(ValueError, match="the cells of layer_0 differ"):
         cells["lstm"].trace(x).diff(cells["gru"].trace(x))
 
 
 def test_what_has_no_effect_says_why():
     net, x, _ = classifier(3)
     assert "there is nothing to recover" in repr(cs.activation_patch(net, x, x, metric, over="unit"))
-    with pytest.raises(ValueError, match="expected nodes with cells, got none"):
+    with pytest.raises(ValueError, match="none of the nodes has cells"):
         cs.ablate(net, x, [])
-    with pytest.raises(ShapeError, match="at least a row and a step"):
+    with pytest.raises(ShapeError, match="at least one row and one step"):
         cs.ablate(net, 3.0)
 
 

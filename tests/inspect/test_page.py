@@ -1,4 +1,4 @@
-"""The page of a trace in a real browser: every control used, and the numbers on the screen beside NumPy's."""
+"""The page of a trace in a real browser: every control used, and the numbers on the screen compared with NumPy's."""
 
 import itertools
 import re
@@ -21,13 +21,13 @@ def make_cell(rng, input_size, units, dtype=np.float64, **flags):
 
 
 def make_net(rng):
-    """The tutorial's stack, small: 3 inputs, LSTMs of 4 and 5 units, and a head."""
+    """A small version of the tutorial's stack: 3 inputs, LSTMs of 4 and 5 units, and a head."""
     lower, upper = Recurrent((make_cell(rng, 3, 4),)), Recurrent((make_cell(rng, 4, 5),))
     return Network([lower, upper, Dense(rng.normal(size=(5, 2)))], ["lower", "upper", "head"])
 
 
 class Screen:
-    """A page in the browser, with what it said and asked for."""
+    """A page in the browser, with its messages and requests."""
 
     def __init__(self, page, path):
         self.page = page
@@ -54,7 +54,7 @@ class Screen:
         self.settle()
 
     def settle(self):
-        """Wait until two frames are drawn: what was changed is on the screen."""
+        """Wait for two animation frames, so that changes are on the screen."""
         self.page.evaluate(
             "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 30))))"
         )
@@ -74,7 +74,7 @@ class Screen:
         return parsed(self.text(selector))
 
     def looked_at(self, **changes):
-        """Set what is looked at, as a click on a small map can't."""
+        """Set the selection, where a click on a small map can't."""
         self.page.evaluate(
             "(changes) => document.getElementById('page').ready.then(({ view }) => view.set(changes))", changes
         )
@@ -91,7 +91,7 @@ def numbers_in(text):
 
 
 def close(shown, true, digits=4):
-    """Whether a number with so many digits is what is shown of another."""
+    """Whether a number equals another, shown with so many digits."""
     return shown == pytest.approx(true, rel=0.6 * 10.0 ** (1 - digits), abs=1e-9)
 
 
@@ -151,7 +151,7 @@ def test_the_joined_text_is_one_module_without_a_tag_or_an_address():
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
 
 
-# ── a trace alone ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── traces ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_numbers_of_a_step_are_numpys(open_page, net, x):
@@ -264,7 +264,7 @@ def test_the_map_under_the_pointer_and_the_keys(open_page, net, x):
 
 
 def colour_at(screen, step, unit, of):
-    """The colour of the map at a step, of so many that are shown, and a unit's row."""
+    """The colour of the map at a step, out of the number of shown steps, and a unit's row."""
     return screen.page.evaluate(
         """([step, unit, of]) => {
             const canvas = document.getElementById("page").shadowRoot.querySelector(".stack canvas");
@@ -299,7 +299,7 @@ def replace_arrays(cell, **arrays):
     return Cell(cell.spec, **{**cell.arrays, **arrays})
 
 
-def test_numbers_that_are_none_are_told_apart(open_page, net, x):
+def test_nan_and_infinities_are_distinguished(open_page, net, x):
     x[0, 4, 1], x[1, 3, 0] = np.nan, np.inf
     t = net.trace(x)
     screen = open_page(t)
@@ -566,7 +566,7 @@ def wait_for_result(screen, sentence="changed; dashed"):
 
 
 def patched_run(net, x, gate, unit, steps, value):
-    """What comes out of the stack with a gate of the lower LSTM held, in plain NumPy."""
+    """The stack's output with a patched gate of the lower LSTM, in plain NumPy."""
     cell = net.cells[0]
     out = np.zeros((len(x), x.shape[1], 4))
     h, c = np.zeros((2, len(x), 4))
@@ -582,7 +582,7 @@ def patched_run(net, x, gate, unit, steps, value):
     return Network(net.nodes[1:])(out)
 
 
-def test_what_if_a_gate_is_held(open_page, net, x):
+def test_what_if_a_gate_is_patched(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
     screen.tab("whatif")
@@ -603,16 +603,16 @@ def test_what_if_a_gate_is_held(open_page, net, x):
         assert close(change, y[0, 8, unit] - t.y[0, 8, unit])
     assert 'cs.Patch("lower", gate="f", units=[1], steps=slice(3, 7), value=0.25)' in screen.text("pre")
     ran = {"net": net, "x": x}
-    exec(screen.text("pre"), ran)  # the same in Python
+    exec(screen.text("pre"), ran)  # the equivalent Python code
     assert np.allclose(ran["t"].y, y, rtol=0, atol=1e-12)
-    # It is dragged to another value: all follows.
+    # Drag the slider to another value: everything is updated.
     slider = screen.page.locator(".patches input[type=range]")
     slider.evaluate("(slider) => { slider.value = '0.9'; slider.dispatchEvent(new Event('input')); }")
     screen.settle()
     screen.page.wait_for_timeout(100)
     y = patched_run(net, x, "f", 1, range(3, 7), 0.9)
     assert close(outputs_shown(screen)[0, 1], y[0, 8, 0], 5)
-    # Every other view shows it: the map, the cell and its formula.
+    # All other views show the result: the map, the cell and its formula.
     screen.keys("ArrowLeft", "ArrowLeft")
     screen.field("f")
     assert close(numbers_in(screen.text(".readout"))[-1], 0.9, 5)
@@ -629,7 +629,7 @@ def test_what_if_a_gate_is_held(open_page, net, x):
     screen.tab("whatif")
     screen.page.get_by_role("button", name="Remove").click()
     screen.settle()
-    assert screen.text("pre") == "Nothing is changed yet."
+    assert screen.text("pre") == "No changes yet."
     assert screen.page.get_by_label("Show", exact=True).is_hidden()
 
 
@@ -718,7 +718,7 @@ def test_what_if_the_state_is_reset_and_a_weight_edited(open_page, net, x):
     edited = Network([replace(net.nodes[0], cells=(edited,)), *net.nodes[1:]])
     assert close(outputs_shown(screen)[0, 1], edited.run(x, reset=reset)[0][0, 5, 0], 5)
     ran = {"net": net, "x": x}
-    exec(screen.text("pre"), ran)  # the same in Python
+    exec(screen.text("pre"), ran)  # the equivalent Python code
     assert np.array_equal(ran["t"].y, edited.run(x, reset=reset)[0])
     # The cell's formula has the new weight.
     screen.tab("cell")
@@ -800,7 +800,7 @@ def test_the_playground_learns(open_page, net, x):
     said = screen.page.locator("#panel-playground .readout")
     said.filter(has_text="hasn't learned").wait_for()
     chart = screen.page.locator("#panel-playground canvas").first
-    assert not chart.evaluate(BLUE)  # no cross, as for a loss that is no number
+    assert not chart.evaluate(BLUE)  # no cross, which marks a loss of NaN
     screen.page.get_by_role("button", name="One step").click()
     said.filter(has_text="after 1 batch:").wait_for()
     assert chart.evaluate(BLUE)
@@ -861,7 +861,7 @@ def test_a_graph_of_every_kind_of_layer(open_page, rng):
     t = net.trace(rng.integers(0, 7, size=(2, 15)), lengths=[15, 9])
     screen = open_page(t)
     screen.tab("whatif")
-    wait_for_result(screen, "Without a change, this page computes what was traced to")
+    wait_for_result(screen, "Without changes, this page reproduces the trace to")
     assert numbers_in(screen.text("#panel-whatif .status"))[-1] < 1e-12
     screen.page.get_by_label("Layer", exact=True).select_option("both/1")
     screen.tab("cell")
@@ -940,7 +940,7 @@ def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
         if rows is None:
             screen.choose("Row", "1")
         screen.tab("whatif")
-        wait_for_result(screen, "Without a change, this page computes what was traced to")
+        wait_for_result(screen, "Without changes, this page reproduces the trace to")
         assert numbers_in(screen.text("#panel-whatif .status"))[-1] < 1e-12
         screen.page.get_by_role("button", name="Add patch").click()
         wait_for_result(screen)
@@ -1010,7 +1010,7 @@ def test_what_does_not_fit_is_refused_beforehand(net, x, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         t.save_html(tmp_path / "nowhere" / "page.html")
     monkeypatch.setattr(contents, "ROUNDED", ((100, np.float16),))
-    with pytest.raises(ValueError, match=r"at most .* numbers, got 1,180: take some of the rows"):
+    with pytest.raises(ValueError, match=r"at most .* numbers, got 1,180: select rows"):
         t.save_html(path)
     assert not path.exists()
 
@@ -1020,14 +1020,14 @@ def test_labels_of_every_kind_and_what_is_none_of_them(net, x, tmp_path):
     for labels in (np.ones((rows, steps)), np.full((rows, steps), np.nan), [list("a" * steps)] * rows):
         assert contents.payload(t, labels).description["labels"]["nested"]
     for labels in (5, np.array(3), np.zeros((rows, steps, 2)), [None, *[list("a" * steps)] * (rows - 1)]):
-        with pytest.raises(ValueError, match="expected labels as a text or a list, one a step"):
+        with pytest.raises(ValueError, match="expected labels as a string or a list, one per step"):
             contents.payload(t, labels)
     for chosen in (True, np.array([[0, 1]])):
         with pytest.raises(IndexError, match="rows as a slice, a number or numbers"):
             contents.payload(t, rows=chosen)
-    with pytest.raises(TypeError, match="title to be a text"):
+    with pytest.raises(TypeError, match="title to be a string"):
         t.save_html(tmp_path / "x.html", title=5)
-    t.save_html(tmp_path / "x.html", title="not a character: \udcff")  # as names of files may be
+    t.save_html(tmp_path / "x.html", title="not a character: \udcff")  # file names may contain these
 
 
 @pytest.mark.parametrize("most", [1e300, 1e38, 1e-300])
@@ -1053,7 +1053,7 @@ def test_large_traces_are_rounded_and_say_so(open_page, rng, net, x, monkeypatch
     assert close(numbers_in(open_page(big).text(".readout"))[-1], 1.0, 3)
 
 
-# ── how it looks and feels ────────────────────────────────────────────────────────────────────────────────────────────
+# ── appearance and accessibility ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_light_and_dark(open_page, net, x):
@@ -1104,8 +1104,8 @@ CUT_OFF = """() => {
             pen.font = style.font;
             const said = one.tagName === "SELECT" ? one.selectedOptions[0].text : one.value;
             const arrow = one.tagName === "SELECT" ? 18 : 0;
-            const room = one.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - arrow;
-            return pen.measureText(said).width > room;
+            const fits = one.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - arrow;
+            return pen.measureText(said).width > fits;
         })
         .map((one) => one.tagName === "SELECT" ? one.selectedOptions[0].text : one.value);
 }"""
@@ -1113,7 +1113,7 @@ CUT_OFF = """() => {
 
 def test_what_is_chosen_and_every_number_can_be_read_to_its_end(open_page, rng):
     lower = make_cell(rng, 12, 48)
-    lower = replace_arrays(lower, kernel=-abs(lower.kernel) / 400)  # as small as some of any network: -0.001234
+    lower = replace_arrays(lower, kernel=-abs(lower.kernel) / 400)  # small weights have long numbers: -0.001234
     cells = lower, make_cell(rng, 48, 48)
     net = Network([Recurrent(cells), Dense(rng.normal(size=(48, 2)))], ["recurrent_1", "head"])
     screen = open_page(net.trace(rng.normal(size=(1, 20, 12)) / 50))
@@ -1174,7 +1174,7 @@ def test_ten_thousand_steps_of_512_units_load_and_move(open_page, rng):
             return rates;
         })"""
     )
-    print(f"loaded in {loaded:.2f} s; {frames['scroll']:.0f} and {frames['zoom']:.0f} frames a second")
+    print(f"loaded in {loaded:.2f} s; {frames['scroll']:.0f} and {frames['zoom']:.0f} frames per second")
     assert loaded < 2.0
     assert min(frames.values()) >= 30.0
     assert "too long to wait for" in screen.text(".warning")

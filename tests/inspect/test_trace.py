@@ -1,4 +1,4 @@
-"""Traces: the bits of a run, what every node and cell did, and what the gates are activations of."""
+"""Traces: the bits of a run, the values of every node and cell, and the gates' pre-activations."""
 
 import copy
 import gc
@@ -48,7 +48,7 @@ def test_a_trace_has_the_bits_of_the_run_and_of_every_node(seed):
     assert all(equal(tuple(one), tuple(other)) for one, other in zip(t.state, after, strict=True))
     assert list(t) == list(net.names)
     assert len(t) == len(net.nodes)
-    # Each node's value, asked for as an output: then nodes run apart.
+    # Request each node's value as an output, so that nodes run separately.
     every = Network(net.nodes, net.names, inputs=net_inputs(net), wires=net.wires, outputs=net.names)
     apart, _ = every.run(x, state, mask)
     for name, value, sources in zip(net.names, apart if len(net.names) > 1 else (apart,), net.wires, strict=True):
@@ -68,7 +68,7 @@ def net_inputs(net):
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("seed", range(60))
 def test_cells_and_their_sums_are_the_reference(seed, backwards):
-    """Every flag: gates, c and h of the equations over the same x; and gates that are activations of their sums."""
+    """Every flag: gates, c and h equal those of the equations for the same x; gates equal the activated sums."""
     rng = rng_of(seed)
     first = fill(rng, random_spec(rng, largest=12), "float64")
     second = make_cell(rng, first.spec.output_size, 5, "float64")
@@ -79,7 +79,7 @@ def test_cells_and_their_sums_are_the_reference(seed, backwards):
     reset = rng.random((3, 6)) < 0.3 if seed % 5 == 0 else None
     t, below = net.trace(x, state, mask, reset=reset), x
     begun = reset
-    if reset is not None and backwards:  # a pass from the end comes to a piece's last step first
+    if reset is not None and backwards:  # a backward direction starts with a sequence's last step
         begun = np.concatenate([reset[:, 1:], np.zeros((3, 1), bool)], axis=1)
     for number, seen in enumerate(t["layer_0"].cells):
         cell, start = seen.cell, None if state is None else state[number]
@@ -125,7 +125,7 @@ def test_some_nodes_steps_and_units_are_those_of_the_whole():
     assert equal(part["layer_1"].pre["z"], whole["layer_1"].pre["z"][:, 2:7][..., [1, 4]])
     assert part["layer_1"].units.tolist() == [1, 4]
     assert equal(part["layer_1"].x, whole["layer_0"].y[:, 2:7])
-    with pytest.raises(ValueError, match="asked for: trace"):
+    with pytest.raises(ValueError, match="request them with trace"):
         net.trace(x, steps=slice(3))["layer_0"].cells[0].pre  # noqa: B018
     with pytest.raises(KeyError, match="got 'layer_0', which isn't kept"):
         part["layer_0"]
@@ -197,7 +197,7 @@ def test_what_is_left_out_is_given_back():
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert part["layer_0"].f.shape == (20, 2, 1)
-    assert held < 1e6  # y and x are whole in the run: 4 MB of h, 24 MB of gates and c
+    assert held < 1e6  # the full run has 4 MB of h, 24 MB of gates and c
 
 
 def test_what_the_caller_writes_to_afterwards_changes_no_trace():
@@ -215,7 +215,7 @@ def test_a_look_that_is_cut_off_spoils_no_other():
     net = Network([Recurrent((make_cell(rng, 3, 4),), go_backwards=True), Recurrent((make_cell(rng, 4, 5),))])
     whole, t = net.trace(x_of()), net.trace(x_of())
     made = t._made
-    for _ in range(3):  # as if each look but the last had been interrupted before it was kept
+    for _ in range(3):  # as if every access but the last had been interrupted before it was stored
         made()
     assert equal(t["layer_1"].h, whole["layer_1"].h)
     assert equal(t["layer_1"].y, net(x_of()))
@@ -226,7 +226,7 @@ def test_steps_stand_in_order_where_they_are_cut():
     back = Network([Recurrent((make_cell(rng, 3, 4),), go_backwards=True), Recurrent((make_cell(rng, 4, 5),))])
     whole, part = back.trace(x_of()), back.trace(x_of()).select(steps=[0])
     assert equal(part["layer_0"].h, whole["layer_0"].h[:, :1])
-    assert equal(part["layer_0"].y, whole["layer_0"].y)  # in the order in which it was run: nothing to cut by steps
+    assert equal(part["layer_0"].y, whole["layer_0"].y)  # in the order of processing: not sliced by steps
     assert equal(part["layer_1"].h, whole["layer_1"].h)
     nodes = [Recurrent((make_cell(rng, 3, 4),)), Pool1D("max", 2), Recurrent((make_cell(rng, 4, 4),))]
     t = Network(nodes).trace(x_of(2, 8)).select(steps=slice(0, 4)).select(steps=slice(0, 2))
@@ -265,7 +265,7 @@ def test_fields_by_name_and_by_attribute():
     rng = rng_of(0)
     both = Bidirectional(*(Recurrent((make_cell(rng, 3, 4),), go_backwards=way) for way in (False, True)))
     t = Network([both]).trace(x_of())
-    with pytest.raises(AttributeError, match=r"this node has 2 cells: take one of them, \.cells\[0\]\.f"):
+    with pytest.raises(AttributeError, match=r"this node has 2 cells: select one of them, \.cells\[0\]\.f"):
         t["layer_0"].f  # noqa: B018
     assert "i f g o c h | i f g o c h" in repr(t)
     assert repr(t["layer_0"]).splitlines()[1] == "  LSTM 3 -> 4: i, f, g, o, c, h [2, 10, 4]"
@@ -340,7 +340,7 @@ def test_files_that_are_no_traces(tmp_path):
     with pytest.raises(FormatError, match="expected a trace of version 1"):
         inspect.load(tmp_path / "net.safetensors")
     path.write_bytes(b"not a trace at all")
-    with pytest.raises(FormatError, match="expected a safetensors file"):
+    with pytest.raises(FormatError, match="not a safetensors file"):
         inspect.load(path)
     net.trace(x_of()).save(path)
     whole = path.read_bytes()
@@ -383,7 +383,7 @@ def test_tensors_of_other_shapes_and_dtypes_are_refused(tmp_path):
             with pytest.raises(FormatError, match=str(path)):
                 inspect.load(path)
     save_file(whole | {"more": np.zeros(3)}, path, metadata)
-    with pytest.raises(FormatError, match="tensor 'more': expected no such tensor in a trace, found one"):
+    with pytest.raises(FormatError, match="tensor 'more': a trace has no such tensor"):
         inspect.load(path)
     save_file(whole, path, metadata)
     assert inspect.load(path)["layer_0"].f.shape == (2, 10, 8)
@@ -399,9 +399,9 @@ def test_a_trace_whose_parts_do_not_fit_each_other_is_refused(tmp_path):
         save_file(arrays | {name: cut}, path, said)
         with pytest.raises(FormatError, match=match):
             inspect.load(path)
-    told = json.loads(said["cellstack_trace"])
-    save_file(arrays, path, {"cellstack_trace": json.dumps(told | {"nodes": ["nowhere"]})})
-    with pytest.raises(FormatError, match="one of 'nowhere'"):
+    described = json.loads(said["cellstack_trace"])
+    save_file(arrays, path, {"cellstack_trace": json.dumps(described | {"nodes": ["nowhere"]})})
+    with pytest.raises(FormatError, match="no node 'nowhere'"):
         inspect.load(path)
 
 
@@ -440,7 +440,7 @@ def test_wide_cells_and_projections_keep_their_own_widths():
     net = Network([Recurrent((fill(rng, CellSpec(3, 8, proj_size=5)),))])
     t = net.trace(x_of(), units=slice(6, 8))
     assert t["layer_0"].f.shape == (2, 10, 2)
-    assert t["layer_0"].h.shape == (2, 10, 5)  # projected: of no unit in particular
+    assert t["layer_0"].h.shape == (2, 10, 5)  # projected: not tied to single units
 
 
 # ── streams ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -476,7 +476,7 @@ def test_a_stream_s_last_steps_have_the_bits_that_they_had(seed):
     assert stream.trace(1000)["layer_0"].f.shape[1] == most
 
 
-def test_what_a_stream_must_be_told_before_it_can_be_traced():
+def test_a_stream_must_remember_before_it_can_be_traced():
     stream = stack().stream(1)
     with pytest.raises(RuntimeError, match=r"expected remember\(steps\) before trace\(\)"):
         stream.trace(3)
@@ -492,7 +492,7 @@ def test_what_a_stream_must_be_told_before_it_can_be_traced():
     stream.step(x)
     assert equal(stream.trace().y, stack()(x[:, None]))
     for _ in range(3):
-        stream.run(x[:, None][:, :0])  # no frame
+        stream.run(x[:, None][:, :0])  # no step
     assert stream.trace()["layer_0"].f.shape[1] == 1
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="expected steps to be an integer"):
@@ -567,7 +567,7 @@ def test_sums_of_a_patched_run_are_what_its_gates_are_activations_of(seed, from_
     for name, sums in seen.pre.items():
         own = np.ones(sums.shape, bool)
         if name == gate:
-            own[:, 2:5, 0] = False  # what was put there isn't an activation of anything
+            own[:, 2:5, 0] = False  # a patched value isn't an activation
         activation, alpha, beta = activations[name]
         expected = reference.ACTIVATIONS[activation][0](sums, alpha, beta)
         np.testing.assert_allclose(seen[name][own], expected[own], atol=1e-9)

@@ -1,4 +1,4 @@
-"""The example that looks into a published detector of speech, on what espeak-ng says."""
+"""The example that inspects a published speech detector, on speech from espeak-ng."""
 
 import re
 import shutil

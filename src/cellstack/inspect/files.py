@@ -185,9 +185,7 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
     values = [(name, nodes[name].y) for name in nodes] + list(zip(network.outputs, ys, strict=True)) + [*masks.items()]
     for name, array in values:
         if name in aligned and array.shape[1:2] != steps.shape:
-            raise FormatError(
-                f"{path}: {name}: expected {len(steps)} steps, as in 'steps', found {list(array.shape)}"
-            )
+            raise FormatError(f"{path}: {name}: expected {len(steps)} steps, as in 'steps', found {list(array.shape)}")
     parts = Parts(steps, aligned, nodes, masks, said["whole"] is True)
     return NetworkTrace(network, ys[0] if len(ys) == 1 else ys, state, parts)
 
@@ -228,9 +226,7 @@ def _cell(
         before = _state(cell, f"{at}/before", batch, dtype, tensors) if run["before"] else None
         reset = tensors.take(f"{at}/reset", [batch, *steps], "b") if run["reset"] else None
         if len(units) != spec.units or not isinstance(run["reverse"], bool):
-            raise FormatError(
-                f"{tensors.path}: {where}: the record must cover all units, with its direction"
-            )
+            raise FormatError(f"{tensors.path}: {where}: the record must cover all units, with its direction")
         gates = np.stack([getattr(fields, gate) for gate in GATES[spec.kind]], axis=2)
         c, reverse = getattr(fields, "c", None), run["reverse"]
         record = Record(gates, c, fields.h, x, before, mask, reset, reverse, patches)

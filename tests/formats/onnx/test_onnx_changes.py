@@ -49,8 +49,16 @@ def casts(source, target):
 
 
 BEFORE = {
-    "flip of the batch": ([flip("h0", "h", 1)], axis(1), r"Slice 'flip': only slices along the stacked states are supported"),
-    "flip of the units": ([flip("h0", "h", 2)], axis(2), r"Slice 'flip': only slices along the stacked states are supported"),
+    "flip of the batch": (
+        [flip("h0", "h", 1)],
+        axis(1),
+        r"Slice 'flip': only slices along the stacked states are supported",
+    ),
+    "flip of the units": (
+        [flip("h0", "h", 2)],
+        axis(2),
+        r"Slice 'flip': only slices along the stacked states are supported",
+    ),
     "cast": (casts("h0", "h"), {}, r"Cast 'cast': expected a cast from floats to floats, or of ids"),
     "dropout": (
         [make("Dropout", ["h0", "ratio", "training"], ["h"], name="dropout")],
@@ -149,7 +157,9 @@ def test_slices_that_run_past_an_end(tmp_path, taken, where):
     compare(path, {"X": floats(6, 2, 3)})
     if taken[0] < -1 and where == "time":  # the start depends on the number of entries
         path = write(tmp_path / "any.onnx", model(nodes, X, {"Y": 3}, arrays))
-        with pytest.raises(FormatError, match=r"Slice 'slice': the length is unknown, so the slice must start at the last"):
+        with pytest.raises(
+            FormatError, match=r"Slice 'slice': the length is unknown, so the slice must start at the last"
+        ):
             adapter.load(path)
 
 

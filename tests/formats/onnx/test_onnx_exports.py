@@ -136,8 +136,14 @@ def test_activations(tmp_path, name):
 @pytest.mark.parametrize(
     ("front", "message"),
     [
-        (nn.MaxPool1d(2, 2, dilation=2), r"MaxPool .*: only windows over time are supported, found \[2\] and dilations"),
-        (nn.AvgPool1d(3, 2, padding=1, ceil_mode=True), r"AveragePool .*: ceil_mode with count_include_pad and pads isn't"),
+        (
+            nn.MaxPool1d(2, 2, dilation=2),
+            r"MaxPool .*: only windows over time are supported, found \[2\] and dilations",
+        ),
+        (
+            nn.AvgPool1d(3, 2, padding=1, ceil_mode=True),
+            r"AveragePool .*: ceil_mode with count_include_pad and pads isn't",
+        ),
         (nn.GroupNorm(1, 5), r"InstanceNormalization .*: the operator isn't supported"),
     ],
 )
@@ -193,7 +199,9 @@ def test_rounded_values_of_another(tmp_path):
     ]
     arrays = {"W": np.arange(6, dtype=np.int8).reshape(3, 2)}
     proto = model(nodes, {"X": (TensorProto.FLOAT, ["B", 3])}, {"Y": 2}, arrays)
-    with pytest.raises(FormatError, match="Mul 'of two': expected an integer product times its grain, or a grain times scales"):
+    with pytest.raises(
+        FormatError, match="Mul 'of two': expected an integer product times its grain, or a grain times scales"
+    ):
         adapter.load(write(tmp_path / "net.onnx", proto))
 
 

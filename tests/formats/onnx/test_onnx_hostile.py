@@ -138,7 +138,11 @@ def test_a_circle(tmp_path):
 
 
 def test_a_node_that_feeds_itself(tmp_path):
-    refuses(tmp_path, lstm_model(nodes=[helper.make_node("Add", ["a", "a"], ["a"])]), "input 'a' isn't computed before the node")
+    refuses(
+        tmp_path,
+        lstm_model(nodes=[helper.make_node("Add", ["a", "a"], ["a"])]),
+        "input 'a' isn't computed before the node",
+    )
 
 
 def test_a_name_made_twice(tmp_path):
@@ -230,7 +234,9 @@ def test_data_in_other_files_stays_in_the_folder(tmp_path, location):
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=location)
-    refuses(inside, made, "tensor 'W': (external data must be in this file's folder|the file of its data, .*doesn't exist)")
+    refuses(
+        inside, made, "tensor 'W': (external data must be in this file's folder|the file of its data, .*doesn't exist)"
+    )
 
 
 @pytest.mark.parametrize(("key", "value"), [("offset", "-8"), ("offset", "9" * 30), ("length", "7"), ("offset", "x")])

@@ -245,7 +245,9 @@ def test_rows_lengths_as_an_input(tmp_path):
 def test_steps_past_a_row_s_end_are_not_mixed_in(tmp_path):
     mean = helper.make_node("ReduceMean", ["Y"], ["mean"], name="the mean", axes=[0], keepdims=0)
     path = write(tmp_path / "net.onnx", lengths_model([mean], {"mean": 3}))
-    with pytest.raises(FormatError, match=r"ReduceMean 'the mean': in ONNX, it combines steps beyond the rows' lengths, sequence_lens"):
+    with pytest.raises(
+        FormatError, match=r"ReduceMean 'the mean': in ONNX, it combines steps beyond the rows' lengths, sequence_lens"
+    ):
         adapter.load(path)
 
 

@@ -19,7 +19,9 @@ from cellstack.nodes import Bidirectional, Cell, Conv1D, Dense, LayerNorm, Pool1
 from cellstack.spec import FormatError, HiddenState, ShapeError, State
 
 SECONDS, LONG = 12.0, 300.0
-NEAR = 2e-4  # relative to the greatest number above 1: a change may enlarge numbers and the rounding errors of their sums
+NEAR = (
+    2e-4  # relative to the greatest number above 1: a change may enlarge numbers and the rounding errors of their sums
+)
 
 
 class Whole(nn.Module):

@@ -136,7 +136,9 @@ def test_silero_vad(name, rate, by_rate, unpacked, recording):
 
 def test_silero_vad_says_what_it_needs(unpacked):
     path = str(unpacked("silero-vad", "6.2.3") / "silero_vad" / "data" / "silero_vad.onnx")
-    with pytest.raises(cs.FormatError, match=r"branches depend on 'sr' \(int64\): pass the values.*constants=\{'sr': \.\.\.\}"):
+    with pytest.raises(
+        cs.FormatError, match=r"branches depend on 'sr' \(int64\): pass the values.*constants=\{'sr': \.\.\.\}"
+    ):
         cs.load(path)
     with pytest.raises(cs.FormatError, match=r"frames=\{'input': 512\}"):
         cs.load(path, constants={"sr": 16000})

@@ -177,7 +177,9 @@ def test_a_scan_of_another_form(tmp_path, change):
         scan.output.append("more")
     else:
         proto.opset_import[0].version = 8
-    with pytest.raises(FormatError, match=r"Scan node 'layer_0': (.*a step of a cell|expected a Scan over one sequence)"):
+    with pytest.raises(
+        FormatError, match=r"Scan node 'layer_0': (.*a step of a cell|expected a Scan over one sequence)"
+    ):
         adapter.load(write(tmp_path / "other.onnx", proto, check=False))
 
 

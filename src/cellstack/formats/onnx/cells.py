@@ -355,9 +355,7 @@ def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Writt
     for cell in cells:
         for flag, usual in NOT_IN_ONNX.items():
             if getattr(cell.spec, flag) != usual:
-                raise ValueError(
-                    f"save: {where}: ONNX's {first.kind.upper()} has no {flag}"
-                )
+                raise ValueError(f"save: {where}: ONNX's {first.kind.upper()} has no {flag}")
         alike = ("kind", "input_size", "units", "clip", "coupled", "reset_after", "peepholes", "use_bias")
         for flag in alike:
             if getattr(cell.spec, flag) != getattr(first, flag):

@@ -120,9 +120,7 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     for n, axis in enumerate(x.axes):
         if axis == "T":
             if x.steps != 1:
-                raise ValueError(
-                    f"expected one step per frame, found {x.steps if x.steps else 'an unknown number'}"
-                )
+                raise ValueError(f"expected one step per frame, found {x.steps if x.steps else 'an unknown number'}")
             pooled = reader.put(f"{x.wire}.step", GlobalPool("last"), x)
             x = replace(pooled, axes=tuple("1" if m == n else other for m, other in enumerate(x.axes)))
     number, cell = len(reader.runs), operator.cells[0]

@@ -45,9 +45,7 @@ def fix(model: Model, constants: Mapping[str, Any]) -> None:
     for name, value in constants.items():
         if name not in inputs and name not in tensors:
             names = ", ".join(map(short, (*inputs, *tensors)))
-            raise FormatError(
-                f"{model.path}: constants: no input {name!r:.80}; the inputs are {names[:300]}"
-            )
+            raise FormatError(f"{model.path}: constants: no input {name!r:.80}; the inputs are {names[:300]}")
         kind = inputs[name].type.tensor_type.elem_type if name in inputs else tensors[name].data_type
         shape = declared(inputs[name]) if name in inputs else list(tensors[name].dims)
         array = _as_kind(model, name, value, kind)
