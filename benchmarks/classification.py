@@ -82,9 +82,9 @@ class LSTM(nn.Module):
 def fit_torch(x, y, classes, seed, *, units, lr, bidirectional, mean):
     """Return a model and its lowest validation loss."""
     torch.manual_seed(seed)
-    kept, held = train.split(y, 0.2, np.random.default_rng(seed))
-    if not len(held):
-        kept = held = np.arange(len(y))
+    kept, validation = train.split(y, 0.2, np.random.default_rng(seed))
+    if not len(validation):
+        kept = validation = np.arange(len(y))
     model = LSTM(x[0].shape[1], classes, units, bidirectional, mean)
     optimizer, labels = torch.optim.Adam(model.parameters(), lr), torch.from_numpy(y)
     best, stale = (np.inf, None), 0
@@ -98,7 +98,7 @@ def fit_torch(x, y, classes, seed, *, units, lr, bidirectional, mean):
             optimizer.step()
         model.eval()
         with torch.no_grad():
-            loss = float(nn.functional.cross_entropy(model([x[n] for n in held]), labels[held]))
+            loss = float(nn.functional.cross_entropy(model([x[n] for n in validation]), labels[validation]))
         stale += 1
         if loss < best[0]:
             best, stale = (loss, copy.deepcopy(model.state_dict())), 0

@@ -77,12 +77,12 @@ def prepare(flags, call, units, batch, steps, x):
     forward()
     training()
     call_flags = {"mask": mask, "reset": reset, **drops}
-    law = reference.forward(
+    expected = reference.forward(
         spec, {name: array.astype(np.float64) for name, array in arrays.items()}, x.astype(np.float64), **call_flags
     )
     for got in (out["y"], kept["y"]):
-        np.testing.assert_allclose(got, law.y, atol=5e-6 * max(1.0, np.abs(law.y).max()), err_msg=spec.text)
-    exact = reference.backward(spec, arrays, law, dy=np.ones_like(law.y)).arrays
+        np.testing.assert_allclose(got, expected.y, atol=5e-6 * max(1.0, np.abs(expected.y).max()), err_msg=spec.text)
+    exact = reference.backward(spec, arrays, expected, dy=np.ones_like(expected.y)).arrays
     for name, gradient in gradients.items():
         np.testing.assert_allclose(gradient, exact[name], atol=1e-4 * max(1.0, np.abs(exact[name]).max()), err_msg=name)
     return forward, training

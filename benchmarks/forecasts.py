@@ -156,10 +156,10 @@ def run_boosting(task: Problem, tuned: bool) -> dict[str, object]:
 def run_cellstack(task: Problem, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file, model = write(task.name, Path(folder)), Path(folder, "model.safetensors")
-        told = ["--seed", str(seed), "--threads", "1", "-o", str(model), *options(task.name)]
+        arguments = ["--seed", str(seed), "--threads", "1", "-o", str(model), *options(task.name)]
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
-            [sys.executable, "-m", "cellstack", "train", str(file), *told], capture_output=True, text=True
+            [sys.executable, "-m", "cellstack", "train", str(file), *arguments], capture_output=True, text=True
         )
         seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:

@@ -31,7 +31,7 @@ from cellstack.bench.turns import alternate
 WORDS = ("the", "of", "Berlin", "and", "Anna", "to", "in", "is", "Danube", "was", "for", "with", "Acme", "not", "from")
 
 
-def told(packages):
+def show_versions(packages):
     names = ", ".join(f"{name} {version(name)}" for name in ("cellstack", "torch", *packages))
     print(f"{names}; {torch.get_num_threads()} thread", flush=True)
 
@@ -91,7 +91,7 @@ def without_velocities(envs, **settings):
 def ppo(rounds, seeds):
     from cellstack.adapters import sb3_contrib
 
-    told(["sb3-contrib", "stable-baselines3", "gymnasium"])
+    show_versions(["sb3-contrib", "stable-baselines3", "gymnasium"])
     ways = {"sb3": sb3_contrib.restore, "cellstack": sb3_contrib.accelerate}
     for envs in (1, 8):
         model = without_velocities(envs, seed=0)
@@ -173,7 +173,7 @@ def stanza(rounds, _):
     from stanza.models.ner.model import NERTagger
     from stanza.models.ner_tagger import build_argparse
 
-    told(["stanza"])
+    show_versions(["stanza"])
     logging.getLogger("stanza").setLevel(logging.ERROR)
     rng = np.random.default_rng(0)
     tag = lambda word: "S-PER" if word.istitle() else "O"  # noqa: E731
@@ -222,7 +222,7 @@ def kokoro(rounds, _):
     )
     sys.modules["kokoro"].__path__ = list(spec.submodule_search_locations)
     modules = importlib.import_module("kokoro.modules")
-    told(["kokoro"])
+    show_versions(["kokoro"])
 
     class Front(torch.nn.Module):
         """kokoro's computation on a text before its decoder, with the sizes of Kokoro-82M."""
@@ -298,7 +298,7 @@ def hydrology(rounds, _):
 
     from cellstack.adapters import neuralhydrology
 
-    told(["neuralhydrology"])
+    show_versions(["neuralhydrology"])
     for rows, steps, units in ((32, 365, 20), (32, 365, 64), (256, 365, 256)):
         settings = {
             "model": "customlstm",
@@ -376,7 +376,7 @@ def voice(seconds, rate):
 def silero(rounds, _):
     from silero_vad import load_silero_vad
 
-    told(["silero-vad", "onnxruntime"])
+    show_versions(["silero-vad", "onnxruntime"])
     sound = voice(20, 16000)
     frames = sound[: len(sound) // 512 * 512].reshape(-1, 1, 512)
     as_tensors = torch.from_numpy(frames[:, 0])

@@ -294,9 +294,9 @@ def write(name: str, folder: Path) -> Path:
 def options(name: str) -> list[str]:
     """Return the options of `cellstack train` for a data set."""
     entry = SERIES[name]
-    told = ["--target", entry.target, "--horizon", str(entry.horizon)]
-    told += ["--id", entry.id] if entry.id else []
-    return told + (["--known", ",".join(entry.known)] if entry.known else [])
+    given = ["--target", entry.target, "--horizon", str(entry.horizon)]
+    given += ["--id", entry.id] if entry.id else []
+    return given + (["--known", ",".join(entry.known)] if entry.known else [])
 
 
 def main() -> None:

@@ -98,19 +98,19 @@ class Detector:
     """The model in two parts: the feature extractor in ONNX Runtime; the LSTM with its head in cellstack."""
 
     def __init__(self, path):
-        held = onnx.load(path)
+        model = onnx.load(path)
         (part,) = cs.extract(path).values()
-        weights = {one.name: onnx.numpy_helper.to_array(one) for one in held.graph.initializer}
+        weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
         head = cs.Dense(weights["output.weight"].reshape(1, -1).T, weights["output.bias"])
         nodes = [*part.nodes, cs.Activation("relu"), head, cs.Activation("sigmoid")]
         self.net = cs.Network(nodes, [LSTM, "relu", LOGIT, "speech"])
         self.logits = cs.Network(nodes[:-1], [LSTM, "relu", LOGIT])
-        (lstm,) = (node for node in held.graph.node if node.op_type == "LSTM")
+        (lstm,) = (node for node in model.graph.node if node.op_type == "LSTM")
         self.features = lstm.input[0]
-        held.graph.output.append(onnx.helper.make_empty_tensor_value_info(self.features))
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(self.features))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(held.SerializeToString(), options, ["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
 
     def hear(self, samples):
         """Return the LSTM's input, `[1, T, 128]`, and ONNX Runtime's probability of speech at each frame."""
@@ -192,7 +192,7 @@ def drivers(detector, x):
     return order
 
 
-def hold(detector, x, t, order):
+def fix(detector, x, t, order):
     """Print the decisions on silence with units fixed at their values in speech, and on speech the other way round."""
     y, c = t.y[0, :, 0], t[LSTM].cells[0].c[0]
     speech, silence = y > 0.9, y < 0.1
@@ -251,7 +251,7 @@ def look(detector, name, samples):
     lives, lost, lags = memory(detector, x, t)
     course, before = reset_within_speech(detector, x, y)
     order = drivers(detector, x)
-    table = hold(detector, x, t, order)
+    table = fix(detector, x, t, order)
     freeze(detector, x, y)
     return {
         "apart": apart,
@@ -260,7 +260,7 @@ def look(detector, name, samples):
         "lags": lags,
         "course": course,
         "before": before,
-        "held": table,
+        "fixed": table,
     }
 
 

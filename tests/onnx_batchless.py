@@ -1,4 +1,4 @@
-"""ONNX files without a batch axis, in the style of published ones: `[T, F]` as input, states `[H]` as inputs and outputs.
+"""ONNX files without a batch axis, in the style of published ones: input `[T, F]`, states `[H]` as inputs and outputs.
 
 An Unsqueeze adds the batch axis before each recurrent operator, a Squeeze removes it afterwards. The backward direction
 is a Slice with step -1 before and after a forward operator, or one direction of a bidirectional operator.
@@ -77,7 +77,7 @@ def model_of(plan, seed=0):
     ends = {part: [] for part in parts}
     for layer in range(plan.layers):
         width = 3 if layer == 0 else units * ways
-        halves = []
+        directions = []
         for way in range(1 if plan.both == "operator" else ways):
             where = f"{'fb'[way]}{layer}"
             both, count = plan.both == "operator", (2 if plan.both == "operator" else 1)
@@ -108,8 +108,8 @@ def model_of(plan, seed=0):
                 y = g.put("Reshape", [rows, g.integers(0, -1)], f"{where}.y")
             else:
                 y = g.put("Squeeze", [made[0], g.integers(1, 2)], f"{where}.y")
-            halves.append(g.turned(y, f"{where}.back") if way else y)
-        value = halves[0] if len(halves) == 1 else g.put("Concat", halves, f"both{layer}", axis=-1)
+            directions.append(g.turned(y, f"{where}.back") if way else y)
+        value = directions[0] if len(directions) == 1 else g.put("Concat", directions, f"both{layer}", axis=-1)
     if stacked:
         for part in parts:
             _out(g, g.put("Concat", ends[part], f"{part}_out", axis=0), 2)

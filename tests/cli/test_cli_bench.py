@@ -156,8 +156,8 @@ def test_who_is_not_there_is_said(light, monkeypatch, capsys):
     status, out, _ = run(capsys, "--what", "inference", *TINY)
     assert status == 0
     assert "not measured: openvino: openvino isn't installed" in out
-    assert "not measured: onnxruntime, as onnx" in out
-    assert "not measured: torch, as it can't be imported: libtorch.so: no such file" in out
+    assert "not measured: onnxruntime: onnx" in out
+    assert "not measured: torch: it can't be imported: libtorch.so: no such file" in out
     assert "ratio: smallest" not in out
 
 

@@ -254,7 +254,7 @@ def test_under_sanitizers(tmp_path, seed):
     near(np.frombuffer(done.stdout, net.dtype).reshape(expected.shape), expected)
 
 
-# ── guarantees of the files ────────────────────────────────────────────────────────────────────────────────────────────
+# ── guarantees of the files ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_linear_cells_of_whole_numbers_are_exact(tmp_path):
@@ -411,7 +411,7 @@ def test_the_program_on_the_page(tmp_path):
     np.testing.assert_allclose(y, streamed(net, x)[0], rtol=0, atol=1e-5)
 
 
-# ── errors, and files ────────────────────────────────────────────────────────────────────────────────────────
+# ── errors, and files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_what_can_t_be_written_is_refused_by_name(tmp_path):

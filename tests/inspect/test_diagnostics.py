@@ -212,7 +212,7 @@ def test_a_trace_from_a_file_is_reported_as_it_was(tmp_path):
         assert all(np.array_equal(one.pre[gate], other.pre[gate]) for gate in other.pre)
 
 
-# ── plots ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_plot_has_a_map_for_each_gate_and_state():
@@ -237,12 +237,12 @@ def test_what_a_patch_writes_to_is_no_sum_and_has_no_exponent(kind):
     state = "c" if kind == "lstm" else "h"
     with pytest.raises(ValueError, match=f"patches of {state} aren't supported"):
         net.edit(Patch("layer_0", state, [1], value=0.3)).trace(x)["layer_0"].contributions()
-    held = net.edit(Patch("layer_0", "g", [1], value=0.3)).trace(x)
-    seen = held["layer_0"].cells[0]
+    patched = net.edit(Patch("layer_0", "g", [1], value=0.3)).trace(x)
+    seen = patched["layer_0"].cells[0]
     np.testing.assert_allclose(seen.contributions().sum(axis=1), seen[state][:, -1], atol=1e-12)
     with pytest.raises(ValueError, match="patched cells aren't supported"):
-        held["layer_0"].lyapunov_exponent()
-    report = held.report()
+        patched["layer_0"].lyapunov_exponent()
+    report = patched.report()
     assert "largest Lyapunov exponent, nats a step" not in report.figures["layer_0"]
     assert any("patched" in sentence for sentence in report.findings)
 

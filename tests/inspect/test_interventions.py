@@ -222,17 +222,17 @@ def test_patches_of_some_rows_are_there_in_every_run():
         Patch("both", "f", [1], value=rng.random((3, 1, 1)), cell=0),
         Patch("both", "f", [1], rows=slice(1, None), steps=slice(2, 4), value=rng.random((2, 2, 1)), cell=0),
     ):
-        held = net.edit(patch)
-        found = cs.ablate(held, x, "above", how="zero", metric=metric).effects["above", 1]
+        patched = net.edit(patch)
+        found = cs.ablate(patched, x, "above", how="zero", metric=metric).effects["above", 1]
         for unit in range(4):
-            one = held.edit(Patch("above", "h", unit, value=0.0, cell=1))
-            np.testing.assert_allclose(found[unit], metric(one(x)) - metric(held(x)), atol=1e-12)
+            one = patched.edit(Patch("above", "h", unit, value=0.0, cell=1))
+            np.testing.assert_allclose(found[unit], metric(one(x)) - metric(patched(x)), atol=1e-12)
         other = x + 1.0
-        values = cs.activation_patch(held, x, other, metric, over="unit", nodes="both").values
-        seen = held.trace(x)["both"].cells
+        values = cs.activation_patch(patched, x, other, metric, over="unit", nodes="both").values
+        seen = patched.trace(x)["both"].cells
         for unit in range(4):
             own = [(n, c) for n, c in enumerate(seen) if unit < c.h.shape[2]]
-            one = held.edit(
+            one = patched.edit(
                 [Patch("both", "h", unit, None, slice(6), c.h[:, :, unit : unit + 1], cell=n) for n, c in own]
             )
             np.testing.assert_allclose(values[unit], metric(one(other)), atol=1e-12)

@@ -151,7 +151,7 @@ def test_the_joined_text_is_one_module_without_a_tag_or_an_address():
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
 
 
-# ── traces ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_numbers_of_a_step_are_numpys(open_page, net, x):
@@ -639,7 +639,7 @@ def test_what_if_a_state_is_changed_in_other_ways(open_page, net, x, how, value)
     screen = open_page(t)
     screen.tab("whatif")
     screen.keys("ArrowRight", "ArrowRight")
-    screen.choose("Hold", "c")
+    screen.choose("Patch", "c")
     screen.choose("at", "cursor")
     screen.choose("how", how)
     if value is not None:
@@ -772,8 +772,8 @@ def test_without_a_worker_the_page_computes_itself(open_page, net, x, before):
     screen.page.get_by_role("button", name="Add patch").click()
     wait_for_result(screen)
     screen.keys("End")
-    held = net.edit(Patch("lower", gate="f", units=[0], value=1.0))
-    assert close(outputs_shown(screen)[0, 1], held(x)[0, 9, 0], 5)
+    patched = net.edit(Patch("lower", gate="f", units=[0], value=1.0))
+    assert close(outputs_shown(screen)[0, 1], patched(x)[0, 9, 0], 5)
 
 
 BLUE = """(canvas) => {
@@ -944,9 +944,9 @@ def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
         assert numbers_in(screen.text("#panel-whatif .status"))[-1] < 1e-12
         screen.page.get_by_role("button", name="Add patch").click()
         wait_for_result(screen)
-        held = Patch("lower", gate="f", units=[0], value=1.0)
+        patched = Patch("lower", gate="f", units=[0], value=1.0)
         screen.keys("End")
-        assert close(outputs_shown(screen)[0, 1], net.edit([*patches, held])(x)[1, 9, 0], 5)
+        assert close(outputs_shown(screen)[0, 1], net.edit([*patches, patched])(x)[1, 9, 0], 5)
         screen.tab("cell")
         screen.choose("Show", "trace")
         screen.keys("Home", *["ArrowRight"] * 4)
@@ -1053,7 +1053,7 @@ def test_large_traces_are_rounded_and_say_so(open_page, rng, net, x, monkeypatch
     assert close(numbers_in(open_page(big).text(".readout"))[-1], 1.0, 3)
 
 
-# ── appearance and accessibility ────────────────────────────────────────────────────────────────────────────────────────────
+# ── appearance and accessibility ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_light_and_dark(open_page, net, x):

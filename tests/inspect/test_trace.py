@@ -194,10 +194,10 @@ def test_what_is_left_out_is_given_back():
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     part = net.trace(x, units=[0], steps=[0, 1])
-    held = tracemalloc.get_traced_memory()[0] - before
+    used = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert part["layer_0"].f.shape == (20, 2, 1)
-    assert held < 1e6  # the full run has 4 MB of h, 24 MB of gates and c
+    assert used < 1e6  # the full run has 4 MB of h, 24 MB of gates and c
 
 
 def test_what_the_caller_writes_to_afterwards_changes_no_trace():

@@ -113,14 +113,14 @@ def measure(
     ready = {name: makers[name](x, cells, threads, **options) for name in makers if name in {"cellstack", *peers}}
     outputs = {name: engine.outputs() for name, engine in ready.items()}
     ours = outputs["cellstack"]
-    law = equations(what, x, cells)
+    exact = equations(what, x, cells)
     differs = {}
     allowed = BFLOAT16_TOLERANCE if what == "bfloat16" else TOLERANCE
     for name, found in outputs.items():
         pairs = [(key, found[key], ours[key]) for key in ours]
         if name == "cellstack":
             key, rows = next(iter(ours)), [0, -1]
-            pairs = [(key, ours[key][rows], law)]
+            pairs = [(key, ours[key][rows], exact)]
         worst = max(pairs, key=lambda pair: excess(*pair, allowed))
         if not excess(*worst, allowed) <= 1.0:
             differs[name] = {"output": worst[0], "difference": float(np.max(np.abs(worst[1] - worst[2])))}

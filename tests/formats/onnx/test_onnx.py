@@ -1,4 +1,4 @@
-"""Recurrent operators of ONNX files as networks, compared with ONNX Runtime: every attribute, every way to store a weight."""
+"""Recurrent operators of ONNX files as networks, compared with ONNX Runtime: all attributes, all forms of weights."""
 
 import numpy as np
 import onnx
@@ -76,7 +76,7 @@ def test_layout_1_is_layout_0_with_the_batch_first(tmp_path, kind, direction):
     assert_near(nets[0](x[:1]), as_ours(expected))
 
 
-# ── weights computed in the graph ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── weights computed in the graph ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def constant(name, value):
@@ -303,7 +303,7 @@ def test_an_lstm_written_out_in_products_and_sums(tmp_path, order, steps, produc
     assert_near(after.c, c)
 
 
-# ── unsupported operators ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── unsupported operators ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

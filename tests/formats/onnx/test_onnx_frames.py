@@ -348,8 +348,8 @@ def test_an_lstm_that_is_written_out_for_one_step(tmp_path):
     np.testing.assert_allclose(after, State(h, c), rtol=0, atol=NEAR)
 
 
-def lstm_with_inputs(folder, held):
-    """An LSTM whose weights are inputs of the graph; `held`: the file also has default values for them."""
+def lstm_with_inputs(folder, defaults):
+    """An LSTM whose weights are inputs of the graph; `defaults`: the file also has default values for them."""
     rng = np.random.default_rng(7)
     arrays = {"W": floats(rng, 1, 12, 4), "R": floats(rng, 1, 12, 3), "B": floats(rng, 1, 24)}
     inputs = {"X": ["t", "b", 4], **{name: array.shape for name, array in arrays.items()}}
@@ -357,25 +357,25 @@ def lstm_with_inputs(folder, held):
         [helper.make_node("LSTM", ["X", "W", "R", "B"], ["Y"], hidden_size=3)], "graph",
         [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in inputs.items()],
         [helper.make_tensor_value_info("Y", FLOAT, ["t", 1, "b", 3])],
-        [numpy_helper.from_array(array, name) for name, array in arrays.items() if held],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items() if defaults],
     )  # fmt: skip
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
-    return write(folder / f"weights{held}.onnx", made), arrays
+    return write(folder / f"weights{defaults}.onnx", made), arrays
 
 
 @pytest.mark.parametrize("option", ["weights", "constants"])
 def test_weights_that_are_inputs(option, tmp_path):
-    path, arrays = lstm_with_inputs(tmp_path, held=False)
+    path, arrays = lstm_with_inputs(tmp_path, defaults=False)
     x = floats(np.random.default_rng(8), 5, 2, 4, scale=1.0)
     (y,) = run(path, {"X": x, **arrays})
     net = cs.load(path, **{option: arrays})
     np.testing.assert_allclose(net(x.swapaxes(0, 1)), y[:, 0].swapaxes(0, 1), rtol=0, atol=NEAR)
-    held, _ = lstm_with_inputs(tmp_path, held=True)
-    np.testing.assert_array_equal(cs.load(held)(x.swapaxes(0, 1)), net(x.swapaxes(0, 1)))
+    defaults, _ = lstm_with_inputs(tmp_path, defaults=True)
+    np.testing.assert_array_equal(cs.load(defaults)(x.swapaxes(0, 1)), net(x.swapaxes(0, 1)))
     others = {name: 2 * array for name, array in arrays.items()}
-    (y,) = run(held, {"X": x, **others})
+    (y,) = run(defaults, {"X": x, **others})
     np.testing.assert_allclose(
-        cs.load(held, **{option: others})(x.swapaxes(0, 1)), y[:, 0].swapaxes(0, 1), rtol=0, atol=NEAR
+        cs.load(defaults, **{option: others})(x.swapaxes(0, 1)), y[:, 0].swapaxes(0, 1), rtol=0, atol=NEAR
     )
     with pytest.raises(
         FormatError, match=r"input 'W': pass its weights when loading: cs\.load\(path, weights=\{'W': \.\.\.\}\)"

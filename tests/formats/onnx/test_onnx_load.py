@@ -280,7 +280,7 @@ def test_a_tensor_that_nothing_uses_is_said(tmp_path):
 
 
 def test_idioms_of_the_converters_from_tensorflow(tmp_path):
-    """A Keras CNN-LSTM as converters write it: windows over two axes, one LSTM per direction, rows of batch and time."""
+    """A Keras CNN-LSTM as converters write it: windows over two axes, an LSTM per direction, rows of B and T."""
     rng = np.random.default_rng(0)
     floats = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     make, lists = helper.make_node, {}

@@ -125,12 +125,12 @@ def state_names(net):
     """The names of the state's arrays, in the network's order."""
     names = []
     for name, node in zip(net.names, net.nodes, strict=True):
-        halves = {name: node} if node.cells else {}
+        directions = {name: node} if node.cells else {}
         if isinstance(node, Bidirectional):
-            halves = {f"{name}.forward": node.forward, f"{name}.backward": node.backward}
-        for own, half in halves.items():
-            for n, cell in enumerate(half.cells):
-                cell_name = own if len(half.cells) == 1 else f"{own}.{n}"
+            directions = {f"{name}.forward": node.forward, f"{name}.backward": node.backward}
+        for own, direction in directions.items():
+            for n, cell in enumerate(direction.cells):
+                cell_name = own if len(direction.cells) == 1 else f"{own}.{n}"
                 names += [f"{cell_name}.{part}" for part in cell.spec.state_sizes]
     return names
 
@@ -167,7 +167,7 @@ def test_pairs(tmp_path, seed):
     alike = {"peepholes": False, "coupled": False} if kind == "lstm" else {}
     alike |= {"use_bias": True, "clip": None} | ({"reset_after": True} if kind == "gru" else {})
     widths = [inputs, *[units] * depth]
-    halves = [
+    directions = [
         Recurrent(
             tuple(random_cell(rng, *pair, kind, **alike) for pair in pairwise(widths)),
             return_sequences=sequences,
@@ -175,7 +175,7 @@ def test_pairs(tmp_path, seed):
         )
         for back in (False, True)
     ]
-    net = Network([Bidirectional(*halves, mode)], ["pair"])
+    net = Network([Bidirectional(*directions, mode)], ["pair"])
     batch, steps = (int(n) for n in rng.integers(1, 5, 2))
     states = random_states(rng, net, batch) if rng.integers(2) else None
     again = check(tmp_path, net, floats(rng, batch, steps, inputs), states)
@@ -281,16 +281,16 @@ def test_a_stream_goes_on_in_onnx_runtime(tmp_path):
     path = str(tmp_path / "net.onnx")
     adapter.save(net, path)
     x = floats(rng, 1, 6, 3)
-    held, frames = {}, []
+    state, frames = {}, []
     names = ["stack", "stack.0.h.after", "stack.0.c.after", "stack.1.h.after"]
     for t in range(6):
-        y, *after = run(path, {"x": x[:, t : t + 1], **held}, names)
-        held = dict(zip([name.removesuffix(".after") for name in names[1:]], after, strict=True))
+        y, *after = run(path, {"x": x[:, t : t + 1], **state}, names)
+        state = dict(zip([name.removesuffix(".after") for name in names[1:]], after, strict=True))
         frames.append(y)
     near(np.concatenate(frames, axis=1), net(x))
 
 
-# ── cells as Scans, masks ──────────────────────────────────────────────────────────────────────────────────────────
+# ── cells as Scans, masks ─────────────────────────────────────────────────────────────────────────────────────────────
 
 FLAGS = {
     "proj_size": {"proj_size": 2},

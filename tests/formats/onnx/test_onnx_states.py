@@ -201,7 +201,7 @@ def test_an_input_that_a_cell_starts_from_may_go_elsewhere_too(tmp_path):
     np.testing.assert_allclose(found, runtime(path, feeds)[0], rtol=0, atol=TOLERANCE)
 
 
-# ── written files ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── written files ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def recurrent(inputs, *units, seed=0, dtype="float32", kind="lstm", flags=None, **ways):

@@ -65,14 +65,14 @@ def squares(reader: Reader, node: Any, values: list[Any]) -> Any:
         twice = node.op_type == "Mul" and _is(values[1], first)
         if twice or (node.op_type == "Pow" and _number(values[1], len(first.axes)) == 2.0):
             return Squares((first,), label(node))
-    held = [value for value in values if isinstance(value, Squares)]
-    if not held or len({flow.axes for value in held for flow in value.parts}) != 1:
+    parts_of_sum = [value for value in values if isinstance(value, Squares)]
+    if not parts_of_sum or len({flow.axes for value in parts_of_sum for flow in value.parts}) != 1:
         return None
-    one = held[0]
+    one = parts_of_sum[0]
     number = next((n for value in values if (n := _number(value, len(one.parts[0].axes))) is not None), None)
-    if node.op_type == "Add" and len(held) == 2 and sum(len(value.parts) for value in held) == 2:
-        parts = (*one.parts, *held[1].parts)
-        return Squares(parts, label(node), one.epsilon + held[1].epsilon) if _one_width(parts) else None
+    if node.op_type == "Add" and len(parts_of_sum) == 2 and sum(len(value.parts) for value in parts_of_sum) == 2:
+        parts = (*one.parts, *parts_of_sum[1].parts)
+        return Squares(parts, label(node), one.epsilon + parts_of_sum[1].epsilon) if _one_width(parts) else None
     if node.op_type == "Add" and len(values) == 2 and number is not None and number >= 0 and not one.epsilon:
         return replace(one, name=label(node), epsilon=number)
     if node.op_type != "Sqrt" and not (node.op_type == "Pow" and values[0] is one and number == 0.5):

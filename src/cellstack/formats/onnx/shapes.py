@@ -210,11 +210,11 @@ def cut(reader: Reader, node: Any, x: Flowing, axis: int, taken: slice) -> Flowi
             reader.builder.shapes[y.wire] = (1, *y.shape[1:])
         return replace(y, shape=reader.shape(y.wire))
     if which == "D":
-        halves = range(2)[taken]
-        if len(halves) != 1 or x.width is None:
+        directions = range(2)[taken]
+        if len(directions) != 1 or x.width is None:
             raise Refused("the slice must select one of the two directions")
-        half = x.width // 2
-        made = Select(halves[0] * half, (halves[0] + 1) * half, axis=-1)
+        width = x.width // 2
+        made = Select(directions[0] * width, (directions[0] + 1) * width, axis=-1)
         return reader.put(node, made, x, axes=["1" if a == "D" else a for a in x.axes])
     if which != "F" or "D" in x.axes:
         raise Refused(f"only slices of time or of the features are supported, found axis {which} of {' '.join(x.axes)}")

@@ -145,11 +145,11 @@ class Flowing:
 
     def length(self, label: str) -> Length:
         """Return the length of an axis, a number if known."""
-        halves = 2 if "D" in self.axes else 1
+        directions = 2 if "D" in self.axes else 1
         known = {
             "B": self.batch,
             "T": self.steps,
-            "F": None if self.width is None else self.width // halves,
+            "F": None if self.width is None else self.width // directions,
             "D": 2,
             "1": 1,
             "N": None if self.batch is None or self.steps is None else self.batch * self.steps,

@@ -119,13 +119,13 @@ class Writer(Pieces):
             shape = self.fresh(f"{where}.{part}.shape")
             self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(size)], shape, axis=0)
             for name, cell in zip(names, cells, strict=True):
-                held = self.tensor(f"{name}.{part}", cell.initial[part][None])
-                rows = self.fresh(f"{held}.rows")
-                self.inputs.append(self.onnx.helper.make_tensor_value_info(held, self.type, [rows, size]))
-                self.begun.append([held, held])
+                start = self.tensor(f"{name}.{part}", cell.initial[part][None])
+                rows = self.fresh(f"{start}.rows")
+                self.inputs.append(self.onnx.helper.make_tensor_value_info(start, self.type, [rows, size]))
+                self.begun.append([start, start])
                 if ways:
-                    held = self.put("Unsqueeze", [held, self.integers(0)], self.fresh(f"{held}.wide"))
-                each.append(self.put("Expand", [held, shape], self.fresh(f"{name}.{part}.start")))
+                    start = self.put("Unsqueeze", [start, self.integers(0)], self.fresh(f"{start}.wide"))
+                each.append(self.put("Expand", [start, shape], self.fresh(f"{name}.{part}.start")))
             if len(each) > 1:
                 each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
             ready += each
@@ -285,8 +285,8 @@ class Writer(Pieces):
         self, name: str, node: Bidirectional, x: str, output: str, mask: str, starts: Sequence[str]
     ) -> None:
         """Add a pair of stacks: as one operator where each is one cell, with the same flags."""
-        halves = (node.forward, node.backward)
-        cells = tuple(cell for half in halves for cell in half.cells)
+        directions = (node.forward, node.backward)
+        cells = tuple(cell for direction in directions for cell in direction.cells)
         names = [f"{name}.{way}" for way in ("forward", "backward")]
         one = node.merge_mode == "concat" and len(cells) == 2 and not mask and self.dtype == np.float32
         if one and can_be_operator(cells):
@@ -300,12 +300,12 @@ class Writer(Pieces):
         ends = [self.fresh(f"{way}.out") for way in names]
         count = len(node.forward.state_sizes)
         each = (starts[:count], starts[count:])
-        for way, half, end, given in zip(names, halves, ends, each, strict=True):
-            if way == names[0] or not half.return_sequences:
-                self.stack(way, half, x, end, mask, given)
+        for way, direction, end, given in zip(names, directions, ends, each, strict=True):
+            if way == names[0] or not direction.return_sequences:
+                self.stack(way, direction, x, end, mask, given)
             else:
                 backwards = self.fresh(f"{way}.backwards")
-                self.stack(way, half, x, backwards, mask, given)
+                self.stack(way, direction, x, backwards, mask, given)
                 self.cut(backwards, slice(None, None, -1), 1, end, f"{way}.out")
         self.merge(node.merge_mode.replace("sum", "add"), ends, -1, output, f"{name}.merged")
 
@@ -468,10 +468,10 @@ class Writer(Pieces):
 
 def cell_names(name: str, node: Node) -> list[str]:
     """Return the names of the states of a node's cells."""
-    halves = {name: node.cells}
+    directions = {name: node.cells}
     if isinstance(node, Bidirectional):
-        halves = {f"{name}.forward": node.forward.cells, f"{name}.backward": node.backward.cells}
-    return [own if len(cells) == 1 else f"{own}.{n}" for own, cells in halves.items() for n in range(len(cells))]
+        directions = {f"{name}.forward": node.forward.cells, f"{name}.backward": node.backward.cells}
+    return [own if len(cells) == 1 else f"{own}.{n}" for own, cells in directions.items() for n in range(len(cells))]
 
 
 def state_names(network: Network) -> dict[str, str]:

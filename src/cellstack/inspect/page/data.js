@@ -6,21 +6,21 @@ import { shown } from "./dom.js";
 const BYTES = { f2: 2, f4: 4, f8: 8, u1: 1, i1: 1 };
 const LEAST_BLOCK = 4; // steps in a block of the lowest level of a pyramid
 
-let halves = null;
+let float16s = null;
 
 // The values of all 65,536 float16 bit patterns: some browsers have no Float16Array yet.
 function halfTable() {
-  if (halves === null) {
-    halves = new Float32Array(65536);
+  if (float16s === null) {
+    float16s = new Float32Array(65536);
     for (let bits = 0; bits < 65536; bits += 1) {
       const sign = bits & 0x8000 ? -1 : 1;
       const power = (bits >> 10) & 31;
       const rest = bits & 1023;
-      if (power === 31) halves[bits] = rest ? NaN : sign * Infinity;
-      else halves[bits] = sign * (power ? 2 ** (power - 15) * (1 + rest / 1024) : 2 ** -14 * (rest / 1024));
+      if (power === 31) float16s[bits] = rest ? NaN : sign * Infinity;
+      else float16s[bits] = sign * (power ? 2 ** (power - 15) * (1 + rest / 1024) : 2 ** -14 * (rest / 1024));
     }
   }
-  return halves;
+  return float16s;
 }
 
 function fromBase64(text) {

@@ -293,8 +293,8 @@ export class HeatMap {
         const place = Math.max(0, Math.min(255, (value - scale.low) * times)) | 0;
         const x = left + (step + 0.5 - first) / perPixel;
         const y = (row + 0.5) * rowHeight - offset;
-        const room = 1 / perPixel - 6 * ratio;
-        const text = [3, 2, 1].map((digits) => shown(value, digits)).find((one) => pen.measureText(one).width <= room);
+        const space = 1 / perPixel - 6 * ratio;
+        const text = [3, 2, 1].map((digits) => shown(value, digits)).find((one) => pen.measureText(one).width <= space);
         if (text === undefined) continue;
         if (Number.isFinite(value)) pen.fillStyle = inkOn(colours[place]);
         else {

@@ -112,8 +112,8 @@ export class NetworkDiagram {
     const { view } = this;
     const place = this.placeOf(row);
     const chosen = place !== null && view.place.name === place.name && (view.place.kind === "input") === Boolean(row.input) && (step === null || step === view.step);
-    const room = Math.floor((width - 16) / 7.2);
-    const title = row.name.length > room ? `${row.name.slice(0, room - 1)}…` : row.name;
+    const fits = Math.floor((width - 16) / 7.2);
+    const title = row.name.length > fits ? `${row.name.slice(0, fits - 1)}…` : row.name;
     const group = svg(
       "g",
       {

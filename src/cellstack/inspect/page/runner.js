@@ -33,46 +33,46 @@ export function patchesOfRow(patches, row) {
   return found;
 }
 
-// Serve a request, in a worker or in the page; `held` is the engine's state between requests.
-export function served(held, what, given) {
+// Serve a request, in a worker or in the page; `engine` is the engine's state between requests.
+export function served(engine, what, given) {
   if (what === "network") {
-    held.network = readNetwork(given.network);
-    held.patches = held.network.patches;
-    return { unsupported: unsupported(held.network), multiplications: multiplications(held.network, given.steps) };
+    engine.network = readNetwork(given.network);
+    engine.patches = engine.network.patches;
+    return { unsupported: unsupported(engine.network), multiplications: multiplications(engine.network, given.steps) };
   }
   if (what === "run" || what === "gradient") {
-    held.network.patches = patchesOfRow(held.patches, given.row);
+    engine.network.patches = patchesOfRow(engine.patches, given.row);
     const restore = [];
     for (const { node, cell, name, at, value } of given.edits) {
-      const { data } = held.network.nodes.find((one) => one.name === node).cells[cell].arrays[name];
+      const { data } = engine.network.nodes.find((one) => one.name === node).cells[cell].arrays[name];
       restore.push([data, at, data[at]]);
       data[at] = value;
     }
     try {
-      if (what === "run") return run(held.network, given.inputs, given.options);
-      return gradient(held.network, given.inputs, given.options, given.of).inputs;
+      if (what === "run") return run(engine.network, given.inputs, given.options);
+      return gradient(engine.network, given.inputs, given.options, given.of).inputs;
     } finally {
       for (const [data, at, value] of restore.reverse()) data[at] = value;
     }
   }
   if (what === "trainer") {
-    held.trainer = createTrainer(given);
-    return { options: held.trainer.options, example: held.trainer.example() };
+    engine.trainer = createTrainer(given);
+    return { options: engine.trainer.options, example: engine.trainer.example() };
   }
   if (what === "train") {
     const losses = [];
     const until = performance.now() + given.milliseconds;
-    do losses.push(held.trainer.step());
+    do losses.push(engine.trainer.step());
     while (performance.now() < until && losses.length < given.most);
-    return { losses, example: held.trainer.example() };
+    return { losses, example: engine.trainer.example() };
   }
   throw new Error(`expected network, run, gradient, trainer or train, got ${what}`);
 }
 
 const AT_WORK = `
-const held = {};
+const engine = {};
 onmessage = ({ data: { id, what, given } }) => {
-  try { postMessage({ id, answer: served(held, what, given) }); }
+  try { postMessage({ id, answer: served(engine, what, given) }); }
   catch (error) { postMessage({ id, error: error.message }); }
 };`;
 
@@ -82,7 +82,7 @@ export class Runner {
     this.count = 0;
     this.open = new Map();
     this.next = new Map();
-    this.held = {};
+    this.engine = {};
     this.worker = null;
     try {
       this.address = URL.createObjectURL(new Blob([engineSource, patchesOfRow.toString(), served.toString(), AT_WORK], { type: "text/javascript" }));
@@ -116,7 +116,7 @@ export class Runner {
   here(id, what, given) {
     setTimeout(() => {
       try {
-        this.settle({ id, answer: served(this.held, what, given) });
+        this.settle({ id, answer: served(this.engine, what, given) });
       } catch (error) {
         this.settle({ id, error: error.message });
       }

@@ -29,7 +29,7 @@ export class WhatIf {
     this.inputChart = make("canvas", { class: "chart dragged", role: "img" });
     this.listenToDrags();
     // patches
-    this.gate = select("Hold", [], "", () => this.fillPatchForm());
+    this.gate = select("Patch", [], "", () => this.fillPatchForm());
     this.units = select("of", [["unit", ""], ["all", "all units"]], "unit", () => {});
     this.steps = select("at", [["all", "all steps"]], "all", () => {});
     this.how = select("how", HOWS, "set", () => this.fillPatchForm());
@@ -115,7 +115,7 @@ export class WhatIf {
 
   // ── an input ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  async fillInputs(anew) {
+  async fillInputs(rebuild) {
     const { view, changes } = this;
     const name = this.input.box.value;
     const input = view.description.inputs.find((one) => one.name === name);
@@ -124,15 +124,15 @@ export class WhatIf {
     const base = changes.base.get(view.row).inputs[name];
     const width = value.shape.slice(input.timed ? 2 : 1).reduce((a, b) => a * b, 1);
     const [low, high] = base.data.reduce(([a, b], one) => [Math.min(a, one), Math.max(b, one)], [0, 0]);
-    const room = input.ids ? 0 : 0.5 * (high - low) || 1;
+    const margin = input.ids ? 0 : 0.5 * (high - low) || 1;
     const count = Math.min(width, MOST_SLIDERS);
     this.wide.element.hidden = view.range === null || !input.timed;
-    if (anew || this.sliderCount !== `${name} ${count}`) {
+    if (rebuild || this.sliderCount !== `${name} ${count}`) {
       this.sliderCount = `${name} ${count}`;
       this.feature = 0;
       this.rows = Array.from({ length: count }, (_, k) => {
-        const step = input.ids ? 1 : (high - low + 2 * room) / 400;
-        const slider = make("input", { type: "range", min: String(low - room), max: String(high + room), step: String(step), "aria-label": `${name} ${k}` });
+        const step = input.ids ? 1 : (high - low + 2 * margin) / 400;
+        const slider = make("input", { type: "range", min: String(low - margin), max: String(high + margin), step: String(step), "aria-label": `${name} ${k}` });
         const number = make("output", {});
         slider.addEventListener("input", () => {
           this.feature = k;
@@ -155,9 +155,9 @@ export class WhatIf {
       ...(value === base ? [] : [{ plane: planes[1], unit: this.feature, colour: view.colours.muted, dash: [4, 3] }]),
     ];
     const window_ = { ...view.window, steps: view.description.steps };
-    const chart = drawLines(this.inputChart, view.colours, lines, window_, { cursor: view.step, range: view.range, ends: { low: low - (room || 0.5), high: high + (room || 0.5) } });
+    const chart = drawLines(this.inputChart, view.colours, lines, window_, { cursor: view.step, range: view.range, ends: { low: low - (margin || 0.5), high: high + (margin || 0.5) } });
     this.inputChart.setAttribute("aria-label", `${name}[${this.feature}] over the steps, to be dragged; the sliders do the same`);
-    this.dragged = { name, width, low: low - room, high: high + room, ids: input.ids, ...chart };
+    this.dragged = { name, width, low: low - margin, high: high + margin, ids: input.ids, ...chart };
   }
 
   // Drag the line of a feature up and down at the step under the pointer.
@@ -273,7 +273,7 @@ export class WhatIf {
 
   // ── editing a weight ───────────────────────────────────────────────────────────────────────────────────────────────
 
-  async fillWeights(anew) {
+  async fillWeights(rebuild) {
     const { view, changes } = this;
     const place = this.cellPlace;
     if (place === null || place.cell.weights === null) {
@@ -283,11 +283,11 @@ export class WhatIf {
     }
     const { spec } = place.cell;
     const blocks = spec.blocks;
-    if (anew !== true) setChoices(this.weightGate.box, blocks, blocks.includes(this.weightGate.box.value) ? this.weightGate.box.value : blocks[0]);
+    if (rebuild !== true) setChoices(this.weightGate.box, blocks, blocks.includes(this.weightGate.box.value) ? this.weightGate.box.value : blocks[0]);
     const gate = this.weightGate.box.value;
     const unit = Math.min(view.unit, spec.units - 1);
     const key = `${place.key} ${gate} ${unit}`;
-    if (this.weightKey === key && !anew) {
+    if (this.weightKey === key && !rebuild) {
       this.showWeights?.();
       return;
     }

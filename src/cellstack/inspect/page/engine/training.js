@@ -81,18 +81,18 @@ export const TASKS = {
     text: "Output the value that the wave had at the last pulse; no target before the first.",
     kind: "numbers",
     inputs: ["wave", "pulse"],
-    outputs: ["held"],
+    outputs: ["stored"],
     steps: 30,
     draw(random, T, options, x, target) {
       const [period, phase] = [8 + 16 * random(), 2 * Math.PI * random()];
-      let held = 0;
+      let stored = 0;
       for (let t = 0; t < T; t += 1) {
         const wave = Math.sin((2 * Math.PI * t) / period + phase);
         const pulse = random() < 0.12;
-        if (pulse) held = wave;
+        if (pulse) stored = wave;
         x(t, 0, wave);
         x(t, 1, pulse ? 1 : 0);
-        target(t, held);
+        target(t, stored);
       }
     },
   },
