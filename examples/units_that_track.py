@@ -427,7 +427,7 @@ def say_units(found):
 
 
 def say_gates(book, reading, unit):
-    """Print what the quote unit's gates do at the marks."""
+    """Print the quote unit's gates at the marks."""
     closing, inside = book.closing[reading.part], reading.truths[QUOTES][0]
     text = np.array(list(reading.text))
     apostrophe = (text == "'") & ~closing & inside

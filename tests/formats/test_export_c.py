@@ -134,7 +134,7 @@ def test_every_kind_of_cell_with_every_flag(tmp_path, kind, dtype):
         compared_with_the_stream(networks[name], inside)
 
 
-def test_the_flags_above_were_all_there():
+def test_all_flags_are_covered():
     flags = {"lstm": set(), "gru": set(), "rnn": set()}
     for kind, seen in flags.items():
         for seed in range(0, 30, 2):  # those of float64
@@ -195,7 +195,7 @@ def test_activations_that_only_nodes_have(tmp_path, dtype):
         compared_with_the_stream(networks[name], inside)
 
 
-def test_an_id_that_the_table_hasn_t_is_taken_as_0(tmp_path):
+def test_an_id_out_of_range_is_treated_as_0(tmp_path):
     inside = build(tmp_path, {"around": around()})["around"]
     first = inside.step([0])
     for id_ in (-1, 9, 1e30, np.nan, -np.inf):
@@ -295,7 +295,7 @@ def test_narrow_layers_compile_without_a_warning(tmp_path):
         networks["narrow"].export_c(tmp_path, 5)
 
 
-def test_the_answer_may_lie_where_the_frame_was(tmp_path):
+def test_x_and_y_may_be_the_same_array(tmp_path):
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(4, 4)).astype("float32")
     networks = {
@@ -311,7 +311,7 @@ def test_the_answer_may_lie_where_the_frame_was(tmp_path):
             assert np.array_equal(frame, y)
 
 
-def test_states_are_plain_memory_and_don_t_touch(tmp_path):
+def test_states_are_plain_memory_and_independent(tmp_path):
     net = make_network(3, streams=True)
     one = build(tmp_path, {"net": net})["net"]
     other = InC(one.library, tmp_path, "net", net.dtype)
@@ -376,7 +376,7 @@ def test_a_function_is_written_once_and_only_where_it_is_used(tmp_path):
     assert "gru" not in text
 
 
-def test_names_that_c_hasn_t(tmp_path):
+def test_names_that_are_invalid_in_c(tmp_path):
     rng = np.random.default_rng(0)
     names = ["int", "a b", "a_b", "a-b", "0", "schön *", "$real ${x}", "a_b_kernel", "λ", "??)"]
     nodes = [Dense(rng.normal(size=(3, 3)).astype("f4"), np.zeros(3, "f4")) for _ in names[1:]]
@@ -414,7 +414,7 @@ def test_the_program_on_the_page(tmp_path):
 # ── errors, and files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_can_t_be_written_is_refused_by_name(tmp_path):
+def test_unsupported_nodes_are_refused_by_name(tmp_path):
     rng = np.random.default_rng(0)
     ahead = Recurrent((make_cell(rng, 3, 4),))
     back = Recurrent(ahead.cells, go_backwards=True)
@@ -461,7 +461,7 @@ def test_names_of_c_s_own_headers(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_keeps_no_state_compiles_without_a_warning(tmp_path, rng):
+def test_networks_without_state_compile_without_a_warning(tmp_path, rng):
     nets = {
         "scaled": Network([Standardise(np.zeros(3, "f4"), np.ones(3, "f4"))]),
         "plain": Network([Dense(rng.normal(size=(3, 2)).astype("f4"))]),
@@ -476,7 +476,7 @@ def test_what_keeps_no_state_compiles_without_a_warning(tmp_path, rng):
             np.testing.assert_allclose(made.run(x[0]), net.run(x)[0][0], rtol=1e-6)
 
 
-def test_a_full_disk_leaves_both_files_as_they_were(tmp_path):
+def test_a_full_disk_leaves_both_files_unchanged(tmp_path):
     net, changed = (Network([Recurrent((make_cell(np.random.default_rng(seed), 3, 16),))]) for seed in range(2))
     export(net, tmp_path, "net")
     changed.save(tmp_path / "net.safetensors")

@@ -164,7 +164,7 @@ def test_a_report_names_units_and_remedies():
     assert report_of(make_cell(rng_of(0), 1, 2), x).findings[0].startswith("lstm: units 0, 1 are NaN or infinite")
 
 
-def test_chaos_is_said():
+def test_chaos_is_reported():
     rng = rng_of(0)
     cell = Cell(CellSpec(1, 30, kind="rnn"), np.zeros((1, 30)), rng.normal(size=(30, 30)) * 0.5, np.zeros(30))
     net = Network([Recurrent((cell,))])
@@ -174,7 +174,7 @@ def test_chaos_is_said():
     assert any("small differences in the state grow by" in sentence for sentence in said.findings)
 
 
-def test_a_calm_network_has_nothing_that_stands_out():
+def test_a_stable_network_has_no_findings():
     rng = rng_of(0)
     cells = [make_cell(rng, 3, 6), make_cell(rng, 6, 5, kind="gru")]
     t = Network([Recurrent(tuple(cells)), Dense(rng.normal(size=(5, 2)).astype("f4"))]).trace(
@@ -186,7 +186,7 @@ def test_a_calm_network_has_nothing_that_stands_out():
     assert repr(said).endswith("nothing stands out") == (not said.findings)
 
 
-def test_what_can_t_be_reported():
+def test_traces_without_a_report():
     rng = rng_of(0)
     net = Network([Recurrent((make_cell(rng, 3, 6),))])
     x = rng.normal(size=(2, 8, 3))
@@ -199,7 +199,7 @@ def test_what_can_t_be_reported():
         Network([Dense(rng.normal(size=(3, 2)))]).trace(x).report()
 
 
-def test_a_trace_from_a_file_is_reported_as_it_was(tmp_path):
+def test_a_trace_from_a_file_has_the_same_report(tmp_path):
     rng = rng_of(2)
     net = Network([Recurrent((make_cell(rng, 3, 6), make_cell(rng, 6, 4, kind="gru")), go_backwards=True)])
     x, mask, reset = rng.normal(size=(2, 8, 3)), rng.random((2, 8)) < 0.8, rng.random((2, 8)) < 0.3
@@ -231,7 +231,7 @@ def test_a_plot_has_a_map_for_each_gate_and_state():
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_what_a_patch_writes_to_is_no_sum_and_has_no_exponent(kind):
+def test_patched_states_have_no_contributions_and_no_exponent(kind):
     rng = rng_of(3)
     net, x = Network([Recurrent((make_cell(rng, 3, 4, "float64", kind=kind),))]), rng.normal(size=(2, 9, 3))
     state = "c" if kind == "lstm" else "h"
@@ -247,7 +247,7 @@ def test_what_a_patch_writes_to_is_no_sum_and_has_no_exponent(kind):
     assert any("patched" in sentence for sentence in report.findings)
 
 
-def test_numbers_that_are_none_have_no_half_life():
+def test_nan_has_no_half_life():
     rng = rng_of(5)
     x = rng.normal(size=(1, 6, 3))
     x[0, 2] = np.nan

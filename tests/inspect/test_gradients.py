@@ -131,7 +131,7 @@ def test_merges(mode):
     check(Network(nodes, wires=wires, inputs=["x"]), rng.normal(size=(2, 5, 3)), unit=1)
 
 
-def test_ids_have_no_gradient_and_what_is_made_of_them_has():
+def test_ids_have_no_gradient_but_their_embeddings_do():
     rng = rng_of(6)
     net = Network([Embedding(rng.normal(size=(7, 3)), mask_zero=True), Recurrent((make_cell(rng, 3, 4, "float64"),))])
     ids = np.array([[1, 4, 0, 2], [3, 0, 0, 6]])
@@ -142,7 +142,7 @@ def test_ids_have_no_gradient_and_what_is_made_of_them_has():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_cell_has_the_gradient_of_the_law(seed):
+def test_a_cell_gradient_equals_the_reference(seed):
     rng = rng_of(seed)
     spec = random_spec(rng)
     cell = fill(rng, spec, "float64")
@@ -157,7 +157,7 @@ def test_a_cell_has_the_gradient_of_the_law(seed):
     assert not found[:, step + 1 :].any()
 
 
-def test_torch_finds_the_same():
+def test_torch_gives_the_same():
     module = torch.nn.Sequential()
     lstm, head = torch.nn.LSTM(3, 8, num_layers=2, batch_first=True, bidirectional=True), torch.nn.Linear(16, 2)
     module.append(lstm)

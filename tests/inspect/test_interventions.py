@@ -33,7 +33,7 @@ def metric(y):
 
 @pytest.mark.parametrize("how", ["zero", "mean"])
 @pytest.mark.parametrize("gate", ["h", "g"])
-def test_ablation_is_an_edited_run_a_unit(how, gate, monkeypatch):
+def test_ablation_equals_edited_runs(how, gate, monkeypatch):
     net, x, rng = classifier(0)
     mask = rng.random((3, 6)) < 0.8
     monkeypatch.setattr(interventions, "AT_ONCE", 2000)  # a few units per run
@@ -53,7 +53,7 @@ def test_ablation_is_an_edited_run_a_unit(how, gate, monkeypatch):
     assert f"{ranked[0].effect:+.6g}" in repr(found).splitlines()[1]
 
 
-def test_resampling_takes_what_the_unit_was_elsewhere():
+def test_resampling_uses_values_of_the_same_unit():
     net, x, _ = classifier(1)
     found = cs.ablate(net, x, "both", how="resample", metric=metric, seed=3)
     again = cs.ablate(net, x, "both", how="resample", metric=metric, seed=3)
@@ -67,7 +67,7 @@ def test_resampling_takes_what_the_unit_was_elsewhere():
     assert found.effects["both", 0][2] == pytest.approx(metric(y) - found.metric, abs=1e-12)
 
 
-def test_without_a_metric_it_is_how_much_the_output_changes():
+def test_the_default_metric_is_the_change_of_the_output():
     net, x, _ = classifier(2)
     found = cs.ablate(net, x, ["above"], how="zero")
     y = net.edit(Patch("above", "h", 1, value=0.0, cell=1))(x)
@@ -78,7 +78,7 @@ def test_without_a_metric_it_is_how_much_the_output_changes():
 @pytest.mark.parametrize(
     "over", [("node", "gate", "unit", "step"), ("unit", "step"), ("step",), ("node",), ("gate", "node")]
 )
-def test_activation_patching_is_an_edited_run_a_place(over, monkeypatch):
+def test_activation_patching_equals_edited_runs(over, monkeypatch):
     net, clean, rng = classifier(3)
     corrupted = clean + rng.normal(0, 0.5, size=clean.shape)
     monkeypatch.setattr(interventions, "AT_ONCE", 20000)
@@ -111,7 +111,7 @@ def test_activation_patching_is_an_edited_run_a_place(over, monkeypatch):
     assert f"{found.ranked[0][1]:+.1%}" in repr(found).splitlines()[1]
 
 
-def test_all_of_the_last_cells_h_brings_the_clean_answer_back():
+def test_patching_all_of_the_last_h_recovers_the_clean_output():
     net, clean, rng = classifier(4)
     found = cs.activation_patch(net, clean, rng.normal(size=clean.shape), metric, "node")
     assert found.recovered[-1] == pytest.approx(1.0)
@@ -132,7 +132,7 @@ def test_networks_of_several_inputs_and_outputs():
     assert done > 3
 
 
-def test_two_traces_side_by_side():
+def test_differences_of_two_traces():
     net, x, _ = classifier(5)
     one = net.trace(x)
     other = net.edit(Patch("above", "f", [1], rows=1, steps=slice(3, 5), value=1.0, cell=0)).trace(x)
@@ -199,7 +199,7 @@ def test_what_is_refused():
             call()
 
 
-def test_a_metric_that_is_no_number_is_shown_last():
+def test_nan_metrics_are_shown_last():
     net, x, _ = classifier(8)
     values = iter([1.0, np.nan, 3.0, *[0.0] * 30])
     found = cs.ablate(net, x, "both", metric=lambda y: next(values))
@@ -214,7 +214,7 @@ def test_a_stack_of_odd_cells():
     assert len(found.effects) == len(net.cells)
 
 
-def test_patches_of_some_rows_are_there_in_every_run():
+def test_patches_of_some_rows_apply_in_every_run():
     net, x, rng = classifier(4)
     for patch in (
         Patch("both", "f", [1], rows=[0], value=0.1, cell=0),
@@ -259,7 +259,7 @@ def test_what_has_no_effect_says_why():
         cs.ablate(net, 3.0)
 
 
-def test_a_picture_is_of_one_row_that_is_there():
+def test_a_plot_needs_an_existing_row():
     net, x, _ = classifier(3)
     t = net.trace(x)
     for row in (3, slice(0, 3), True, None):

@@ -179,7 +179,7 @@ FLAGS = [
 
 
 @pytest.mark.parametrize(("kind", "flags"), FLAGS)
-def test_every_flag_as_its_layer_differentiates_it(kind, flags):
+def test_every_flag_equals_the_layer_s_gradient(kind, flags):
     """dL/dh by lag, compared with the layer split after each step."""
     layer = kind(4, return_sequences=True, return_state=True, input_size=3, **flags, **DOUBLE)
     if flags.get("dropout"):
@@ -235,7 +235,7 @@ def random_stack(draw):
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_what_runs_again_is_the_call(seed, monkeypatch):
+def test_the_repeated_run_equals_the_call(seed, monkeypatch):
     """The repeated run gives the same weight gradients as the call, with its masks, resets and dropout."""
     draw = np.random.default_rng(seed)
     layer, (batch, steps) = random_stack(draw), draw.integers(1, 12, 2)
@@ -302,7 +302,7 @@ def trained(monitored, model=None, epochs=3, **options):
     return model, monitor, torch.rand(3)
 
 
-def test_training_has_the_bits_that_it_has_without():
+def test_training_is_bit_identical_with_the_monitor():
     plain, _, draws = trained(False)
     looked, monitor, draws_too = trained(True, rows=4, lags=6)
     assert torch.equal(draws, draws_too)
@@ -323,7 +323,7 @@ def test_training_has_the_bits_that_it_has_without():
     assert layer.rows == 4
 
 
-def test_a_residual_stack_beside_torch():
+def test_a_residual_stack_compared_with_torch():
     """Lower cells have two paths to the output, through the cell above and past it."""
     cells = [layers.LSTMCell(4, **DOUBLE), layers.LSTMCell(4, **DOUBLE)]
     stack = layers.RNN(layers.StackedRNNCells(cells, residual=True), return_sequences=True, input_size=4)
@@ -374,7 +374,7 @@ def test_gates_and_states_are_those_of_the_call():
     assert figures["half-life"]["median"] == pytest.approx(np.median(lives), rel=1e-5)
 
 
-def test_a_batch_without_the_monitor_s_work_has_none_of_it():
+def test_other_batches_run_without_the_monitor():
     layer = layers.LSTM(4, input_size=3)
     x = torch.randn(2, 5, 3)
     with TrainingMonitor(layer, every=2) as monitor:
@@ -413,7 +413,7 @@ def test_two_monitors_see_the_same():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_is_looked_at_as_a_call_without(reentrant):
+def test_checkpointing_is_inspected_like_a_plain_call(reentrant):
     layer, x = layers.LSTM(4, input_size=3), torch.randn(2, 5, 3, requires_grad=True)
     wanted = lags_of(layer, lambda: layer(x).sum())
     found = lags_of(layer, lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum())
@@ -444,7 +444,7 @@ def test_truncated_backpropagation_is_inspected_chunk_by_chunk():
     assert record.layers["LSTM"].lags["carried"].shape == (15,)
 
 
-def test_a_copy_and_a_pickle_are_not_looked_at():
+def test_a_copy_and_a_pickle_are_not_inspected():
     model, x = torch.nn.Sequential(layers.LSTM(4, input_size=3)), torch.randn(2, 5, 3)
     with TrainingMonitor(model) as monitor:
         twin = copy.deepcopy(model)
@@ -460,7 +460,7 @@ def test_a_copy_and_a_pickle_are_not_looked_at():
 
 
 @pytest.mark.parametrize("kind", ["frozen", "unused", "compiled"])
-def test_a_layer_that_no_gradient_comes_to_is_named(kind):
+def test_a_layer_without_a_gradient_is_named(kind):
     model = torch.nn.ModuleDict({"a": layers.LSTM(4, input_size=3), "b": layers.LSTM(4, input_size=3)})
     x, b = torch.randn(2, 12, 3), model["b"]
     if kind == "frozen":
@@ -527,7 +527,7 @@ def test_findings_name_the_layer_the_steps_and_the_remedy():
     assert str(record).startswith("epoch 1\nshort: lstm, 4 rows\n")
 
 
-def test_what_is_not_finite_is_said():
+def test_infinite_gradients_are_reported():
     layer = layers.LSTM(4, input_size=3)
     with TrainingMonitor(layer) as monitor:
         (layer(torch.randn(2, 5, 3)).sum() * torch.inf).backward()

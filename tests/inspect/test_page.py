@@ -280,7 +280,7 @@ def colour_at(screen, step, unit, of):
     )
 
 
-def test_extremes_stay_in_sight_however_far_one_zooms_out(open_page, rng):
+def test_extremes_stay_visible_at_every_zoom(open_page, rng):
     cell = make_cell(rng, 1, 4, kind="rnn", activation="linear", use_bias=False)
     cell = replace_arrays(cell, kernel=np.ones((1, 4)), recurrent_kernel=np.zeros((4, 4)))
     x = np.zeros((1, 20_000, 1))
@@ -364,7 +364,7 @@ def test_the_lines_of_a_unit(open_page, net, x):
     assert screen.text("#panel-unit .readout") == pointed
 
 
-def test_what_is_left_of_each_step(open_page, rng):
+def test_contributions_of_each_step(open_page, rng):
     for flags, name in (({"zoneout_cell": 0.2}, "c"), ({"kind": "gru", "zoneout": 0.1}, "h")):
         net = Network([Recurrent((make_cell(rng, 2, 3, learn_initial_state=True, **flags),), go_backwards=name == "h")])
         reset = np.zeros((1, 12), bool)
@@ -384,7 +384,7 @@ def test_what_is_left_of_each_step(open_page, rng):
             assert close(value, parts[1 + (11 - step if name == "h" else step)])
 
 
-def test_masks_and_resets_are_seen(open_page, net, x):
+def test_masks_and_resets_are_visible(open_page, net, x):
     reset = np.zeros((2, 10), bool)
     reset[:, 3] = True
     screen = open_page(net.trace(x, lengths=[7, 10], reset=reset))
@@ -399,7 +399,7 @@ def test_masks_and_resets_are_seen(open_page, net, x):
     assert "mask" not in screen.text(".legend")
 
 
-def test_steps_and_units_are_gone_to_by_number(open_page, rng):
+def test_steps_and_units_are_selected_by_number(open_page, rng):
     t = Network([Recurrent((make_cell(rng, 2, 60),))]).trace(rng.normal(size=(1, 500, 2)))
     screen = open_page(t)
     for label, number in (("Step", 321), ("Unit", 47)):
@@ -434,7 +434,7 @@ def test_steps_and_units_are_gone_to_by_number(open_page, rng):
     assert screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.window.from)") == 0
 
 
-def test_cells_that_are_no_sum_say_so(open_page, rng):
+def test_cells_without_contributions_give_the_reason(open_page, rng):
     for flags, why in (({"kind": "rnn"}, "no gate that keeps"), ({"cell_clip": 1.0}, "clipped")):
         screen = open_page(Network([Recurrent((make_cell(rng, 2, 3, **flags),))]).trace(rng.normal(size=(1, 5, 2))))
         screen.tab("memory")
@@ -461,7 +461,7 @@ def test_labels_as_coloured_text(open_page, net, x):
     assert "step 8 “i”" in screen.text(".readout")
 
 
-def test_names_are_shown_as_they_are(open_page, rng):
+def test_names_are_shown_unchanged(open_page, rng):
     names = ["<img src=x onerror=alert(1)>", "<script>alert(2)<script>"]
     cells = make_cell(rng, 3, 2), make_cell(rng, 2, 2)
     net = Network([Recurrent((cell,)) for cell in cells], names, inputs={"<b>x": (None, 3)})
@@ -536,7 +536,7 @@ def test_a_range_is_marked_with_the_mouse(open_page, net, x):
     assert screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.range)") == [2, 6]
 
 
-def test_a_wave_stands_above_the_map(open_page, rng):
+def test_a_wave_is_shown_above_the_map(open_page, rng):
     rate, seconds = 8000, 1.0
     samples = np.sin(2 * np.pi * 2000.0 * np.arange(int(rate * seconds)) / rate)
     net = Network([Recurrent((make_cell(rng, 80, 4),))])
@@ -903,7 +903,7 @@ def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
 
 
 @pytest.mark.parametrize(("name", "most"), [("MOST_RUN", "1"), ("MOST_NUMBERS", "600"), ("MOST_NUMBERS", "100")])
-def test_what_would_take_too_long_is_not_computed(open_page, net, x, monkeypatch, name, most):
+def test_expensive_runs_are_not_computed(open_page, net, x, monkeypatch, name, most):
     text = html.module_text()
     bounded, count = re.subn(rf"const {name} = [^;]+;", f"const {name} = {most};", text)
     assert count == 1
@@ -961,7 +961,7 @@ def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
     assert "A patch changes this state" in screen.text("#panel-memory [data-sum]")
 
 
-def test_a_node_that_the_engine_does_not_serve_is_named(open_page, net, x, monkeypatch):
+def test_a_node_that_the_engine_lacks_is_named(open_page, net, x, monkeypatch):
     found = contents.payload_of
 
     def payload_of(network, pack):
@@ -977,7 +977,7 @@ def test_a_node_that_the_engine_does_not_serve_is_named(open_page, net, x, monke
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3)])
-def test_nothing_to_draw(open_page, net, shape):
+def test_traces_without_rows_or_steps(open_page, net, shape):
     screen = open_page(net.trace(np.zeros(shape)))
     assert ("no row" if shape[0] == 0 else "no step") in screen.text(".warning")
     screen.page.get_by_role("button", name="One step").click()
@@ -994,7 +994,7 @@ def test_a_network_without_gates(open_page, rng):
         screen.settle()
 
 
-def test_what_does_not_fit_is_refused_beforehand(net, x, tmp_path, monkeypatch):
+def test_invalid_arguments_are_refused_beforehand(net, x, tmp_path, monkeypatch):
     t = net.trace(x)
     path = tmp_path / "page.html"
     for labels, found in (("short", "got 5"), ([["a"] * 10], "got 1 lists of 10"), ([["a"] * 9] * 2, "lists of 9, 9")):
@@ -1015,7 +1015,7 @@ def test_what_does_not_fit_is_refused_beforehand(net, x, tmp_path, monkeypatch):
     assert not path.exists()
 
 
-def test_labels_of_every_kind_and_what_is_none_of_them(net, x, tmp_path):
+def test_valid_and_invalid_labels(net, x, tmp_path):
     t, (rows, steps, _) = net.trace(x), x.shape
     for labels in (np.ones((rows, steps)), np.full((rows, steps), np.nan), [list("a" * steps)] * rows):
         assert contents.payload(t, labels).description["labels"]["nested"]
@@ -1041,7 +1041,7 @@ def test_waves_of_any_size_have_one_spectrum(net, x, most):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_large_traces_are_rounded_and_say_so(open_page, rng, net, x, monkeypatch, dtype):
+def test_large_traces_are_rounded_and_labelled(open_page, rng, net, x, monkeypatch, dtype):
     monkeypatch.setattr(contents, "ROUNDED", ((1 << 20, dtype),))
     t = net.trace(x)
     screen = open_page(t)
@@ -1111,7 +1111,7 @@ CUT_OFF = """() => {
 }"""
 
 
-def test_what_is_chosen_and_every_number_can_be_read_to_its_end(open_page, rng):
+def test_selections_and_numbers_are_not_cut_off(open_page, rng):
     lower = make_cell(rng, 12, 48)
     lower = replace_arrays(lower, kernel=-abs(lower.kernel) / 400)  # small weights have long numbers: -0.001234
     cells = lower, make_cell(rng, 48, 48)

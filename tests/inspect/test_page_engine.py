@@ -616,7 +616,7 @@ def patched_cases(seeds):
         yield rng, net, spec, case, patches, sent
 
 
-def test_patches_act_where_they_say(page):
+def test_patches_act_where_specified(page):
     made = list(patched_cases(range(4000, 4300)))
     answers, compared = evaluated(page, RUN, [sent for *_, sent in made]), 0
     for (_, net, spec, case, patches, _), found in zip(made, answers, strict=True):
@@ -676,7 +676,7 @@ BY_FIELDS = """(network, { inputs, options, seeds, places }) => {
 }"""
 
 
-def test_gradients_by_gates_and_states_are_what_moving_these_does(page):
+def test_gradients_of_gates_and_states_equal_differences(page):
     made = []
     for rng, net, spec, case in members(range(6000, 6090)):
         if spec.zoneout_cell:  # φ then uses a different c than the kept one, and a patch changes both
@@ -744,7 +744,7 @@ def test_no_rows_and_no_steps(page, batch, steps):
         assert moved == (batch > 0 and steps == 0 and case["network"].nodes[0].axes[1] == 1)  # y is then the previous h
 
 
-def test_nan_and_infinity_pass_through_and_meet_nothing_where_the_mask_leaves_them_out(page):
+def test_nan_and_infinity_propagate_except_at_masked_steps(page):
     rng, made = np.random.default_rng(0), []
     for kind in GATES:
         cell = make_cell(rng, 3, 4, "float64", kind=kind)
@@ -766,7 +766,7 @@ def test_nan_and_infinity_pass_through_and_meet_nothing_where_the_mask_leaves_th
 # ── unsupported networks and invalid inputs ───────────────────────────────────────────────────────────────────────────
 
 
-def test_what_is_not_served_is_named_and_never_run(page):
+def test_unsupported_parts_are_named_and_never_run(page):
     rng = np.random.default_rng(0)
     net = Network([make_stacked(rng, 3), Dense(floats(rng, 4, 2))], ["stack", "head"], inputs=["x"])
     spoil = {
@@ -819,7 +819,7 @@ def test_what_is_not_served_is_named_and_never_run(page):
         ({"of": {"seeds": {"stack": np.zeros(3)}}}, "gradient: expected 40 numbers as the seed of stack, got 3"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(page, more, message):
+def test_invalid_inputs_are_refused_by_name(page, more, message):
     net = Network([make_stacked(np.random.default_rng(0), 3)], ["stack"], inputs=["x"])
     case = {
         "inputs": {"x": np.zeros((2, 5, 3))},
@@ -842,7 +842,7 @@ def test_resets_across_nodes_that_take_steps_together_are_refused(page):
     assert said.startswith("layer_1: reset isn't supported, as it combines steps across sequences")
 
 
-def test_a_setting_that_is_left_out_is_what_the_description_says(page):
+def test_omitted_settings_have_their_defaults(page):
     rng, work = np.random.default_rng(0), "(network) => network.nodes[0].cells[0].spec"
     for kind in GATES:
         net = one_cell(rng, CellSpec(2, 3, kind=kind))
@@ -854,7 +854,7 @@ def test_a_setting_that_is_left_out_is_what_the_description_says(page):
 # ── the payload, a worker, speed ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_payload_is_what_a_native_file_holds(page, tmp_path):
+def test_the_payload_equals_a_native_file(page, tmp_path):
     net, _ = make_graph(5, "float32")
     net.save(tmp_path / "net.safetensors")
     with safe_open(tmp_path / "net.safetensors", "numpy") as file:
@@ -959,7 +959,7 @@ def test_a_trainer_draws_the_same_for_the_same_seed_and_shows_every_gate(page):
     assert one["iteration"] == 5
 
 
-def test_what_a_task_asks_is_what_it_says(page):
+def test_tasks_have_the_described_targets(page):
     work = """(task) => {
       const trainer = engine.createTrainer({ task, delay: 2 });
       return Array.from({ length: 20 }, (_, seed) => {

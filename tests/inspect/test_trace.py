@@ -187,7 +187,7 @@ def test_rows_and_units_that_are_not_there():
         t.select(units=[7])  # of the GRU, which has 6
 
 
-def test_what_is_left_out_is_given_back():
+def test_memory_of_omitted_parts_is_freed():
     net = Network([Recurrent((make_cell(rng_of(0), 3, 100),))])
     x = x_of(20, 500)
     gc.collect()
@@ -200,7 +200,7 @@ def test_what_is_left_out_is_given_back():
     assert used < 1e6  # the full run has 4 MB of h, 24 MB of gates and c
 
 
-def test_what_the_caller_writes_to_afterwards_changes_no_trace():
+def test_later_writes_of_the_caller_do_not_change_a_trace():
     net, x = stack(), x_of()
     state = (State(np.ones((2, 8), "f4"), np.ones((2, 8), "f4")), (np.ones((2, 6), "f4"),))
     t, same = net.trace(x, state), net.trace(x.copy(), copy.deepcopy(state))
@@ -210,7 +210,7 @@ def test_what_the_caller_writes_to_afterwards_changes_no_trace():
     assert equal(t["layer_0"].x, same["layer_0"].x)
 
 
-def test_a_look_that_is_cut_off_spoils_no_other():
+def test_an_interrupted_access_spoils_no_other():
     rng = rng_of(0)
     net = Network([Recurrent((make_cell(rng, 3, 4),), go_backwards=True), Recurrent((make_cell(rng, 4, 5),))])
     whole, t = net.trace(x_of()), net.trace(x_of())
@@ -221,7 +221,7 @@ def test_a_look_that_is_cut_off_spoils_no_other():
     assert equal(t["layer_1"].y, net(x_of()))
 
 
-def test_steps_stand_in_order_where_they_are_cut():
+def test_selected_steps_are_in_order():
     rng = rng_of(0)
     back = Network([Recurrent((make_cell(rng, 3, 4),), go_backwards=True), Recurrent((make_cell(rng, 4, 5),))])
     whole, part = back.trace(x_of()), back.trace(x_of()).select(steps=[0])
@@ -233,7 +233,7 @@ def test_steps_stand_in_order_where_they_are_cut():
     assert [t[name].y.shape[1] for name in t] == [2, 4, 4]
 
 
-def test_what_is_selected_by_slices_is_no_copy():
+def test_slices_are_not_copies():
     t = stack().trace(x_of(5))
     part = t.select(rows=slice(1, 3), steps=slice(2, 9), units=slice(0, 4))
     assert part["layer_0"].f.shape == (2, 7, 4)
@@ -245,7 +245,7 @@ def test_what_is_selected_by_slices_is_no_copy():
     assert t.select(rows=1)["layer_1"].z.shape == (1, 10, 6)
 
 
-def test_steps_go_where_there_are_as_many():
+def test_steps_apply_to_aligned_nodes():
     rng = rng_of(0)
     nodes = [Recurrent((make_cell(rng, 3, 4),)), Pool1D("max", 2), GlobalPool("mean")]
     t = Network(nodes).trace(x_of(), steps=slice(0, 3))
@@ -272,7 +272,7 @@ def test_fields_by_name_and_by_attribute():
 
 
 @pytest.mark.parametrize("in_memory", [0, 5000])
-def test_what_is_too_large_lies_in_files(in_memory):
+def test_large_traces_are_stored_in_files(in_memory):
     net, x = stack(), x_of(7, 20)
     whole, mapped = net.trace(x), net.trace(x, in_memory=in_memory)
     assert equal(whole.y, mapped.y)
@@ -298,7 +298,7 @@ def test_no_rows_and_no_steps(shape):
     assert t["layer_0"].f.shape == t["layer_0"].pre["f"].shape == (*shape[:2], 8)
 
 
-def test_numbers_that_are_none():
+def test_nan_and_infinities():
     net, x = stack(), x_of()
     x[0, 3] = np.nan
     x[1, 4] = np.inf
@@ -309,7 +309,7 @@ def test_numbers_that_are_none():
 
 
 @pytest.mark.parametrize("pre", [False, True])
-def test_a_file_holds_all_of_it(tmp_path, pre):
+def test_a_file_stores_the_whole_trace(tmp_path, pre):
     rng = rng_of(4)
     forward, backward = make_stack(rng, 3), make_stack(rng, 3, go_backwards=True)
     nodes = [Bidirectional(forward, backward), Dense(rng.normal(size=(forward.units + backward.units, 2)).astype("f4"))]
@@ -334,7 +334,7 @@ def test_a_file_holds_all_of_it(tmp_path, pre):
     assert inspect.load(tmp_path / "part")["both"].cells[0].h.shape[1] == 2
 
 
-def test_files_that_are_no_traces(tmp_path):
+def test_files_that_are_not_traces(tmp_path):
     net, path = stack(), tmp_path / "file"
     net.save(tmp_path / "net.safetensors")
     with pytest.raises(FormatError, match="expected a trace of version 1"):
@@ -405,7 +405,7 @@ def test_a_trace_whose_parts_do_not_fit_each_other_is_refused(tmp_path):
         inspect.load(path)
 
 
-def test_what_a_trace_cannot_be_read_from(tmp_path):
+def test_invalid_trace_files(tmp_path):
     net = stack()
     with pytest.raises(FileNotFoundError):
         inspect.load(tmp_path / "nothing")
@@ -447,7 +447,7 @@ def test_wide_cells_and_projections_keep_their_own_widths():
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_stream_s_last_steps_have_the_bits_that_they_had(seed):
+def test_a_stream_s_last_steps_are_bit_identical(seed):
     rng = rng_of(seed)
     net, most = stack(seed), int(rng.integers(1, 9))
     stream, twin = net.stream(2), net.stream(2)
@@ -547,7 +547,7 @@ def test_rows_of_a_masked_run_go_into_a_file_and_back(tmp_path):
 
 @pytest.mark.parametrize("from_file", [False, True])
 @pytest.mark.parametrize("seed", range(80))
-def test_sums_of_a_patched_run_are_what_its_gates_are_activations_of(seed, from_file, tmp_path):
+def test_pre_activations_of_a_patched_run_give_its_gates(seed, from_file, tmp_path):
     rng = rng_of(seed)
     spec = replace(random_spec(rng, largest=6), clip=None)
     cell = fill(rng, spec, "float64")

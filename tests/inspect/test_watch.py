@@ -34,7 +34,7 @@ def model():
     return made
 
 
-def test_answers_and_gradients_are_those_without_it(model):
+def test_outputs_and_gradients_do_not_change(model):
     x = torch.randn(2, 7, 3)
     expected = model(x)
     (expected.sum()).backward()
@@ -53,7 +53,7 @@ def test_answers_and_gradients_are_those_without_it(model):
     assert not model.low._forward_pre_hooks
 
 
-def test_what_is_seen_is_what_return_gates_gives(model):
+def test_records_equal_return_gates(model):
     x = torch.randn(2, 7, 3)
     with inspect.watch(model) as seen:
         model(x)
@@ -109,7 +109,7 @@ def test_an_exception_ends_the_watch(model):
     assert torch.is_tensor(model(torch.randn(2, 7, 3)))
 
 
-def test_what_was_not_called_and_what_is_not_there(model):
+def test_uncalled_and_unknown_layers(model):
     with inspect.watch(model) as seen:
         model.low(torch.randn(1, 2, 3))
     with pytest.raises(KeyError, match="'top' wasn't called since the watch began"):
@@ -131,7 +131,7 @@ def test_threads_share_a_watched_layer():
     assert len(seen.calls) == 100
 
 
-def test_a_watch_is_on_once_and_not_in_copies():
+def test_a_watch_is_active_once_and_not_in_copies():
     layer = layers.LSTM(4)
     x = torch.randn(2, 5, 3)
     expected = layer(x)

@@ -267,7 +267,7 @@ def _named(node: str, cells: Sequence[CellTrace]) -> Iterable[tuple[str, CellTra
 def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], list[tuple[int, str]]]:
     """Return the figures of a cell, and its findings with their ranks."""
     spec, used = cell.cell.spec, _used(cell)
-    found = standing(cell)
+    found = unit_findings(cell)
     h = cell["h"][used].astype(np.float64)
     figures: dict[str, float | dict[str, float]] = {"rms of h": rms(h)}
     for gate, (left, right) in gate_shares(cell).items():
@@ -305,7 +305,7 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
     return figures, found
 
 
-def standing(cell: CellTrace) -> list[tuple[int, str]]:
+def unit_findings(cell: CellTrace) -> list[tuple[int, str]]:
     """Return findings on the values of units and gates over the used steps: sentences with their ranks."""
     spec, used = cell.cell.spec, _used(cell)
     found: list[tuple[int, str]] = []

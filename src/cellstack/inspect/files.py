@@ -92,7 +92,7 @@ class _Tensors:
         """Return a tensor; `kinds`: its dtype, or the letters of the allowed kinds of dtypes."""
         array = self.arrays.pop(name, None)
         if array is None:
-            raise FormatError(f"{self.path}: tensor {name[:80]!r}: is missing")
+            raise FormatError(f"{self.path}: tensor {name[:80]!r} is missing")
         fits = array.ndim == len(shape) and all(
             want in (None, got) for want, got in zip(shape, array.shape, strict=True)
         )

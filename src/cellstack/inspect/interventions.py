@@ -406,7 +406,7 @@ def _cells(
 
 
 def _number(owner: str, value: Any) -> float:
-    """Return what a metric returned as a number; `ValueError` where it is none."""
+    """Return what a metric returned as a number; otherwise raise `ValueError`."""
     array = np.asarray(value)
     if array.size != 1 or array.dtype.kind not in "biuf":
         got = f"shape {list(array.shape)} of {array.dtype}"

@@ -136,7 +136,7 @@ def examined(looked: Any) -> tuple[LayerRecord, list[tuple[int, str]]]:
     figures, found = _figures(trace, counts, looked), _gradient_findings(spec, lags, shares, own)
     figures["reach"] = {"half": _first_below(carried, 0.5), "a hundredth": _first_below(carried, VANISHED)}
     if counts.any():
-        found += diagnostics.standing(trace)
+        found += diagnostics.unit_findings(trace)
     return LayerRecord(spec.kind, figures, lags, len(counts)), found
 
 

@@ -290,7 +290,7 @@ def written_out(rng, order, products="MatMul", steps=1):
 @pytest.mark.parametrize("products", ["MatMul", "Gemm"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("order", ["ifgo", "ofig", "gifo", "fogi"])
-def test_an_lstm_written_out_in_products_and_sums(tmp_path, order, steps, products):
+def test_a_decomposed_lstm(tmp_path, order, steps, products):
     rng = np.random.default_rng(6)
     path = write(tmp_path / "out.onnx", written_out(rng, order, products, steps))
     parts = adapter.extract(path)
@@ -351,7 +351,7 @@ def test_all_that_cannot_be_extracted_is_named(tmp_path):
         adapter.extract(path)
 
 
-def test_what_begins_as_onnx_is_recognised(tmp_path):
+def test_onnx_files_are_recognised(tmp_path):
     node, arrays, feeds, outputs = random_operator(np.random.default_rng(0))
     path = write(tmp_path / "op.onnx", operator_model(node, arrays, feeds, outputs))
     with open(path, "rb") as file:

@@ -64,5 +64,5 @@ def test_files_without_a_batch_axis(tmp_path, name):
     assert len(compared) == 1 + sum(map(len, said["states"].values())) >= 1 + len(parts) * bool(plan.states)
 
 
-def test_there_are_many():
+def test_the_test_files_are_many():
     assert len(PLANS) >= 24

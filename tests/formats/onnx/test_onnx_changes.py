@@ -85,7 +85,7 @@ def test_what_changes_a_state_after_the_last_step(tmp_path, by):
         adapter.load(path)
 
 
-def test_states_of_inputs_that_are_swapped_or_turned(tmp_path):
+def test_swapped_or_reversed_states_of_inputs(tmp_path):
     """The metadata says which input holds which state, regardless of their order."""
     turned = make("Transpose", ["c0"], ["c"], perm=[1, 0, 2])
     path = write(tmp_path / "net.onnx", lstm([turned], h="c", c="h0", shape=("B", 1, 4)), check=False)
@@ -127,7 +127,7 @@ def test_layers_whose_states_are_in_another_order(tmp_path):
     assert net.metadata["onnx"]["states"] == {"E": [[1, 0, "h"], [0, 0, "h"]]}
 
 
-def test_numbers_that_a_cast_makes_whole(tmp_path):
+def test_a_cast_to_integers(tmp_path):
     nodes = [*casts("X", "rounded"), make("Unsqueeze", ["rounded", "two"], ["wide"])]
     nodes.append(make("LSTM", ["wide", "W", "R"], ["Y"], hidden_size=4))
     arrays = WEIGHTS | {"W": floats(1, 16, 1), "two": integers(2)}
@@ -221,7 +221,7 @@ def test_a_threshold_that_is_not_given(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_an_activation_that_became_another(tmp_path, kind):
+def test_a_replaced_activation(tmp_path, kind):
     gates, names = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind], ["Sigmoid", "Relu", "Tanh"]
     arrays = {"W": floats(1, 4 * gates, 3), "R": 0.3 * floats(1, 4 * gates, 4)}
     given = names[{"LSTM": slice(0, 3), "GRU": slice(0, 2), "RNN": slice(1, 2)}[kind]]
@@ -242,7 +242,7 @@ INPUTS = (["X", "k"], ["k", "X"], ["k"], ["X"], ["X", "k", "k"], ["X", "", "k"],
 
 
 @pytest.mark.parametrize("operator", TAKERS)
-def test_constants_of_every_kind_and_inputs_that_are_not_there(tmp_path, operator):
+def test_constants_of_every_kind_and_missing_inputs(tmp_path, operator):
     for given in CONSTANTS:
         for names in INPUTS:
             nodes = [make("Constant", [], ["k"], **given), make(operator, names, ["Y"])]
@@ -268,7 +268,7 @@ def test_an_attribute_given_twice(tmp_path):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_gates_that_are_turned_round_before_they_are_cut(tmp_path, turned):
+def test_gates_reversed_before_they_are_split(tmp_path, turned):
     nodes, h = [], "zero"
     arrays = {"W": floats(3, 12), "R": floats(4, 12, seed=1), "zero": np.zeros((1, 4), np.float32)} | axis(1)
     arrays |= {"one": np.float32(1.0), "axis 0": integers(0)} | {f"at{t}": np.array(t) for t in range(3)}

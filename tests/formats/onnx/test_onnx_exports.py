@@ -147,7 +147,7 @@ def test_activations(tmp_path, name):
         (nn.GroupNorm(1, 5), r"InstanceNormalization .*: the operator isn't supported"),
     ],
 )
-def test_fronts_that_a_network_hasn_t(tmp_path, front, message):
+def test_unsupported_fronts(tmp_path, front, message):
     """They are named, and the GRU after them can still be extracted."""
     path, _ = export(tmp_path / "net.onnx", Front(conv(3), front), (torch.randn(2, 9, 3),))
     with pytest.raises(FormatError, match=message):

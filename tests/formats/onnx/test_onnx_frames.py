@@ -240,7 +240,7 @@ def test_what_is_missing_is_named(case, tmp_path):
         cs.load(path, **options)
 
 
-def test_options_are_of_a_format(tmp_path):
+def test_options_depend_on_the_format(tmp_path):
     path = detector(tmp_path)
     with pytest.raises(TypeError, match=r"expected the options constants, weights, frames, context .* ONNX, got order"):
         cs.load(path, order=["a"])
@@ -292,7 +292,7 @@ def test_options_on_the_command_line_that_can_t_be_read(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_words_and_numbers_on_the_command_line_are_of_their_types():
+def test_command_line_values_have_their_types():
     args = cli.parser().parse_args(["info", "model.onnx", "--constants", "on=true,gain=0.5,n=3,a=b=-1"])
     assert repr(load_options(args)) == "{'constants': {'on': True, 'gain': 0.5, 'n': 3, 'a=b': -1}}"
 
@@ -333,7 +333,7 @@ def written_out(folder, units=3, wide=4):
     return write(folder / "cell.onnx", made)
 
 
-def test_an_lstm_that_is_written_out_for_one_step(tmp_path):
+def test_a_decomposed_lstm_of_one_step(tmp_path):
     path = written_out(tmp_path)
     net = cs.load(path)
     assert [type(node).__name__ for node in net.nodes] == ["Recurrent"]
@@ -393,7 +393,7 @@ def one_node(operator):
     return graph_of([helper.make_node(operator, ["x"], ["r"])], "r")
 
 
-def test_branches_with_the_same_names_are_kept_apart(tmp_path):
+def test_branches_with_the_same_names_are_distinct(tmp_path):
     """Two nested choices whose branches use the same names for values."""
     node = helper.make_node
     number = lambda name, value: numpy_helper.from_array(np.full(3, value, np.float32), name)  # noqa: E731
@@ -442,7 +442,7 @@ def test_a_choice_by_the_numbers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "opset"), [("reflect", 13), ("edge", 13), ("wrap", 19)])
-def test_edges_that_are_made_of_the_signal(mode, opset, tmp_path):
+def test_padding_made_from_the_signal(mode, opset, tmp_path):
     """Over the features, and over the steps of a sequence whose length the file fixes."""
     node = helper.make_node
     for axes, pads in ((["b", 5, 4], [0, 0, 2, 0, 0, 3]), (["b", 5, 4], [0, 1, 0, 0, 3, 0])):

@@ -51,7 +51,7 @@ def made(nodes, **named):
     return model(nodes, {"X": (TensorProto.FLOAT, ["T", "B", 3])}, outputs, arrays, domains=[(OWN, 1)], **named)
 
 
-def test_calls_are_what_they_call(tmp_path):
+def test_calls_equal_their_functions(tmp_path):
     proto = made([helper.make_node("both", ["X", "W", "V", "R", "B"], ["Q", "P"], name="stack", domain=OWN)])
     proto.functions.extend(functions())
     path = write(tmp_path / "net.onnx", proto)

@@ -177,7 +177,7 @@ def test_constants_that_double_and_double(tmp_path):
     refuses(tmp_path, lstm_model(nodes=nodes, name=name), r"the constants exceed the limit of \d+ numbers")
 
 
-def test_a_long_way_to_a_weight(tmp_path):
+def test_a_weight_through_many_operators(tmp_path):
     nodes, name = [], "W"
     for n in range(5000):
         nodes.append(helper.make_node("Identity", [name], [f"w{n}"]))
@@ -197,7 +197,7 @@ def test_a_long_way_to_a_weight(tmp_path):
         ([0, 2**62], "doesn't fit into memory"),
     ],
 )
-def test_sizes_that_lie(tmp_path, dims, message):
+def test_wrong_sizes(tmp_path, dims, message):
     made = lstm_model()
     tensor = next(tensor for tensor in made.graph.initializer if tensor.name == "W")
     del tensor.dims[:]
@@ -240,7 +240,7 @@ def test_data_in_other_files_stays_in_the_folder(tmp_path, location):
 
 
 @pytest.mark.parametrize(("key", "value"), [("offset", "-8"), ("offset", "9" * 30), ("length", "7"), ("offset", "x")])
-def test_places_in_other_files_that_lie(tmp_path, key, value):
+def test_wrong_offsets_in_other_files(tmp_path, key, value):
     (tmp_path / "data.bin").write_bytes(bytes(96))
     made = lstm_model()
     tensor = next(tensor for tensor in made.graph.initializer if tensor.name == "W")
@@ -256,7 +256,7 @@ def test_places_in_other_files_that_lie(tmp_path, key, value):
 @pytest.mark.parametrize(
     "content", [b"", b"\x08", b"\x08\x08", b"PK\x03\x04" + bytes(100), bytes(1000), b"\xff" * 1000]
 )
-def test_what_is_no_onnx_file(tmp_path, content):
+def test_files_that_are_not_onnx(tmp_path, content):
     path = tmp_path / "not.onnx"
     path.write_bytes(content)
     for read in (adapter.load, adapter.extract):
@@ -279,7 +279,7 @@ def test_graphs_within_graphs(tmp_path):
         adapter.load(path)
 
 
-def test_names_that_are_no_text(tmp_path):
+def test_names_that_are_not_text(tmp_path):
     data = lstm_model().SerializeToString().replace(b"lstm", b"\xff\xfe\xff\xfe")
     path = tmp_path / "names.onnx"
     path.write_bytes(data)
@@ -296,7 +296,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         adapter.load(path)
 
 
-def test_the_checks_here_let_a_good_file_through(tmp_path):
+def test_a_valid_file_passes_the_checks(tmp_path):
     path = write(tmp_path / "good.onnx", lstm_model())
     onnx.checker.check_model(path)
     assert adapter.load(path)(np.ones((1, 2, 2), np.float32)).shape == (1, 2, 3)
@@ -388,7 +388,7 @@ def test_lengths_within_lengths(tmp_path):
         ("LSTM", [(1, 4, 2000), (1, 4, 1)], ["T", "B", 2000], [adapter.load, adapter.extract]),
     ],
 )
-def test_many_that_share_what_is_large(tmp_path, operator, shapes, axes, reads):
+def test_many_nodes_that_share_a_large_weight(tmp_path, operator, shapes, axes, reads):
     """Each node has its own copy of its weights: they must not be far larger than the file."""
     arrays = {name: np.ones(shape, np.float32) for name, shape in zip(("W", "R"), shapes, strict=True)}
     outputs = [f"v{n}" for n in range(800)]

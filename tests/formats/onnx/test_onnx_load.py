@@ -272,7 +272,7 @@ def test_all_that_cannot_be_run_is_named(tmp_path):
     assert list(adapter.extract(path)) == ["lstm"]
 
 
-def test_a_tensor_that_nothing_uses_is_said(tmp_path):
+def test_unused_tensors_are_reported(tmp_path):
     made = lengths_model()
     made.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float32), "left over"))
     net = adapter.load(write(tmp_path / "net.onnx", made))

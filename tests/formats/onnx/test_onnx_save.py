@@ -236,7 +236,7 @@ def test_chains(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["standardise", "scale", "causal", "same", "norm", "two layers"])
-def test_plain_nodes_come_back_as_they_were(tmp_path, name):
+def test_plain_nodes_are_read_back_unchanged(tmp_path, name):
     net = Network(chains(np.random.default_rng(7))[name])
     path = str(tmp_path / "net.onnx")
     adapter.save(net, path)
@@ -319,7 +319,7 @@ def flagged(rng, inputs, dtype="float32", **flags):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", FLAGS)
-def test_cells_that_onnx_has_not(tmp_path, name, dtype):
+def test_cells_that_onnx_lacks(tmp_path, name, dtype):
     """They are written as Scans, run in ONNX Runtime, and are read back unchanged."""
     rng = np.random.default_rng(3)
     first = flagged(rng, 3, dtype, **FLAGS[name])
@@ -340,7 +340,7 @@ def test_cells_that_onnx_has_not(tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("what", ["doc", "text", "width", "name", "names"])
-def test_what_a_scan_means_is_read_from_its_body(tmp_path, what):
+def test_a_scan_is_read_from_its_body(tmp_path, what):
     """Regardless of its description and of its names."""
     path = str(tmp_path / "net.onnx")
     net = Network([Recurrent((flagged(np.random.default_rng(0), 3, proj_size=2),))], ["cell"])
@@ -415,7 +415,7 @@ def test_changes_of_a_scan_s_body(tmp_path, flags):
         near(got, expected)
 
 
-def test_a_scan_whose_steps_go_and_come_in_two_orders(tmp_path):
+def test_a_scan_with_opposite_directions(tmp_path):
     path = str(tmp_path / "net.onnx")
     adapter.save(Network([Recurrent((flagged(np.random.default_rng(0), 3, proj_size=2),))], ["cell"]), path)
     model = onnx.load(path)
@@ -506,7 +506,7 @@ def test_lengths_without_time(tmp_path):
 
 
 @pytest.mark.parametrize("text", sorted(MORE_ACTIVATIONS))
-def test_activations_that_cells_have_not(tmp_path, text):
+def test_activations_that_cells_lack(tmp_path, text):
     rng = np.random.default_rng(0)
     path = str(tmp_path / "net.onnx")
     net = Network([Dense(3 * floats(rng, 3, 5), floats(rng, 5), text)])
@@ -520,7 +520,7 @@ def test_activations_that_cells_have_not(tmp_path, text):
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("sequences", [True, False])
-def test_zeros_at_steps_that_are_left_out_come_back(tmp_path, kind, sequences):
+def test_zeros_at_masked_steps_are_read_back(tmp_path, kind, sequences):
     rng = np.random.default_rng(0)
     stack = tuple(random_cell(rng, 3, 3, kind) for _ in range(2))
     net = Network([Recurrent(stack, sequences, zero_output_for_mask=True), Dense(floats(rng, 3, 2))], ["stack", "head"])
@@ -531,7 +531,7 @@ def test_zeros_at_steps_that_are_left_out_come_back(tmp_path, kind, sequences):
         near(again.run(x, lengths=lengths)[0], net.run(x, lengths=lengths)[0])
 
 
-def test_onnx_runtime_has_nothing_to_say_of_a_file(tmp_path, capfd):
+def test_onnx_runtime_does_not_warn_of_a_file(tmp_path, capfd):
     """Except that an optional initial state isn't a constant, which is intended."""
     path = str(tmp_path / "net.onnx")
     options = onnxruntime.SessionOptions()

@@ -90,7 +90,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("case", MODULES)
-def test_what_torch_exports_is_one_network(tmp_path, case):
+def test_a_torch_export_is_one_network(tmp_path, case):
     torch.manual_seed(0)
     module, feeds = MODULES[case]().eval(), {"x": floats(3, 7, 5), "y": floats(3, 4, 4, seed=1)}
     if case == "as a value":

@@ -134,7 +134,7 @@ def test_silero_vad(name, rate, by_rate, unpacked, recording):
           f"per frame {mine:.0f} us, ONNX Runtime {other:.0f} us")  # fmt: skip
 
 
-def test_silero_vad_says_what_it_needs(unpacked):
+def test_silero_vad_reports_missing_options(unpacked):
     path = str(unpacked("silero-vad", "6.2.3") / "silero_vad" / "data" / "silero_vad.onnx")
     with pytest.raises(
         cs.FormatError, match=r"branches depend on 'sr' \(int64\): pass the values.*constants=\{'sr': \.\.\.\}"

@@ -56,7 +56,7 @@ def test_clip_is_exact(tmp_path, low, high, opset):
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 0.5), (np.inf, np.inf), (np.nan, 1.0)])
-def test_clip_of_bounds_that_are_none(tmp_path, low, high):
+def test_clip_without_bounds(tmp_path, low, high):
     arrays = {"low": np.float32(low), "high": np.float32(high)}
     node = helper.make_node("Clip", ["X", "low", "high"], ["Y"], name="clip")
     path = write(tmp_path / "net.onnx", model([node], {"X": (FLOAT, ["B", "T", 3])}, {"Y": 3}, arrays))
@@ -83,7 +83,7 @@ class Candidate(nn.Module):
 
 
 @pytest.mark.parametrize("on_x", [False, True])
-def test_where_the_reset_gate_of_a_gru_is(tmp_path, on_x):
+def test_the_place_of_a_gru_s_reset_gate(tmp_path, on_x):
     torch.manual_seed(0)
     path, feeds = export(tmp_path / "net.onnx", Candidate(on_x), (torch.randn(2, 3, 3),))
     if on_x:
@@ -216,7 +216,7 @@ def test_tensors_that_a_loop_was_read_from_are_used(tmp_path):
     assert net.metadata["onnx"]["unused"] == ["left over"]
 
 
-def test_what_is_said_of_a_pool_is_not_an_affair_of_axes(tmp_path):
+def test_the_message_on_a_pool_does_not_mention_axes(tmp_path):
     node = helper.make_node("MaxPool", ["X"], ["Y"], name="pool", kernel_shape=[3], strides=[2], dilations=[2])
     path = write(tmp_path / "net.onnx", model([node], {"X": (FLOAT, ["B", 4, "T"])}, {"Y": 3}, {}))
     with pytest.raises(FormatError, match=r"MaxPool 'pool': only windows over time are supported"):

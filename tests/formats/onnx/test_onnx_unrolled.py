@@ -59,7 +59,7 @@ def test_the_last_h_alone(tmp_path):
     assert [type(node).__name__ for node in net.nodes] == ["Select", "Recurrent", "Dense"]  # of its four steps
 
 
-def test_steps_of_more_than_it_takes(tmp_path):
+def test_a_loop_over_some_of_the_steps(tmp_path):
     """A file that unrolls four steps uses four, even of longer sequences."""
 
     class Some(Loop):
@@ -102,7 +102,7 @@ def test_steps_in_an_order_of_their_own_are_read_one_by_one(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["GRUCell", "RNNCell"])
-def test_what_is_no_loop_over_a_sequence(tmp_path, kind):
+def test_loops_that_do_not_run_over_a_sequence(tmp_path, kind):
     path, _ = export(tmp_path / "net.onnx", Changed(kind), (torch.randn(2, 4, 3),))
     with pytest.raises(FormatError, match="the graph can't be read as a Network, found: "):
         adapter.load(path)

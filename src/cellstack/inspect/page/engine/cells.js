@@ -311,7 +311,7 @@ export class CellPass {
       if (keep && bound !== Infinity) this.inside[n] = Math.abs(c) < bound ? 1 : 0;
     }
     this.patch("c", seen, 0, row, t, before.c, 0); // the c that o and φ use
-    this.patch("c", now.c, 0, row, t, before.c, 0); // what is kept: the same but for zoneout
+    this.patch("c", now.c, 0, row, t, before.c, 0); // the kept c: the same except for zoneout
     if (spec.peepholes) {
       const p = arrays.peepholes.data;
       for (let u = 0; u < H; u += 1) z[o + u] += p[o - H + u] * seen[u];
