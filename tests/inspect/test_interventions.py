@@ -186,7 +186,7 @@ def test_what_is_refused():
         (ShapeError, "at least one row and one step", lambda: cs.ablate(net, x[:0])),
         (ShapeError, "at least one row and one step", lambda: cs.ablate(net, x[:, :0])),
         (ValueError, "over to be one of", lambda: cs.activation_patch(net, x, x, metric, "layer")),
-        (ValueError, "each once", lambda: cs.activation_patch(net, x, x, metric, ("step", "step"))),
+        (ValueError, "expected distinct axes", lambda: cs.activation_patch(net, x, x, metric, ("step", "step"))),
         (ValueError, "a gate of both out of", lambda: cs.activation_patch(net, x, x, metric, gates=["c"])),
         (
             ShapeError,

@@ -732,7 +732,7 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
     screen.tab("gradient")
     screen.page.locator("#panel-gradient .readout").filter(has_text="affects it most at step 0").wait_for()
     screen.keys(*["ArrowRight"] * 6)
-    screen.choose("Its unit", "1")
+    screen.choose("Output unit", "1")
     slopes = np.zeros((10, 3))
     for at in np.ndindex(7, 3):
         moved = x[:1].copy()

@@ -12,7 +12,7 @@ export class Gradients {
     this.rerun = rerun;
     this.changes = changes;
     this.of = select("Gradient of", [], "", () => this.compute());
-    this.unit = select("Unit", [], "", () => this.compute());
+    this.unit = select("Output unit", [], "", () => this.compute());
     this.by = select("With respect to", [], "", () => this.compute());
     this.feature = select("Feature", [], "", () => this.draw());
     const logarithm = checkbox("logarithm", false, (on) => { this.logarithm = on; this.draw(); });

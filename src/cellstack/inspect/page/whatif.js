@@ -44,7 +44,7 @@ export class WhatIf {
     this.weights = make("div", { class: "scroll weights" });
     // outputs
     this.output = select("Output", [], "", () => this.draw());
-    this.outputUnit = select("Unit", [], "", () => this.draw());
+    this.outputUnit = select("Output unit", [], "", () => this.draw());
     this.chart = make("canvas", { class: "chart", role: "img" });
     this.table = make("div", { class: "scroll" });
     this.status = make("p", { class: "status", role: "status" });
