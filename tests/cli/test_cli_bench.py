@@ -155,9 +155,9 @@ def test_who_is_not_there_is_said(light, monkeypatch, capsys):
     monkeypatch.setattr(importlib, "import_module", without)
     status, out, _ = run(capsys, "--what", "inference", *TINY)
     assert status == 0
-    assert "not measured: openvino: openvino isn't installed" in out
-    assert "not measured: onnxruntime: onnx" in out
-    assert "not measured: torch: it can't be imported: libtorch.so: no such file" in out
+    assert "not measured: openvino, as openvino isn't installed" in out
+    assert "not measured: onnxruntime, as onnx" in out
+    assert "not measured: torch, as it can't be imported: libtorch.so: no such file" in out
     assert "ratio: smallest" not in out
 
 
@@ -166,7 +166,7 @@ def test_without_torch_there_is_no_training_and_without_matplotlib_no_picture(li
         monkeypatch.setitem(sys.modules, name, None)
     status, out, err = run(capsys, *TINY, "-o", str(tmp_path))
     assert status == 0
-    assert "not measured: training: torch isn't installed" in out
+    assert "not measured: training, as torch isn't installed" in out
     assert "no pictures, as matplotlib isn't installed: install cellstack[torch]" in out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
     assert err == ""

@@ -226,7 +226,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     text = [f"{report['processor']}, {report['instructions']}, threads: {report['threads']}", versions]
     if said := BEFORE[report["before"]]:
         text.append(f"each call {said}")
-    text += [f"not measured: {name}: {reason}" for name, reason in report["missing"].items()]
+    text += [f"not measured: {name}, as {reason}" for name, reason in report["missing"].items()]
     text += ["", *limit_lines(report["limits"])]
     for what, records in report["surfaces"].items():
         text += ["", *table(what, records, report["limits"]), *summary(records)]
