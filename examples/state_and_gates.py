@@ -30,5 +30,5 @@ for name, gate in trace._asdict().items():
     print(f"{name}  unit 0:", gate[0, :, 0].detach().numpy().round(2))
 openness = trace.f.mean()
 openness.backward()
-print("mean forget gate:", round(openness.item(), 3), "with a gradient:", lstm.cell.bias.grad is not None)
+print("mean forget gate:", round(openness.item(), 3), "- has a gradient:", lstm.cell.bias.grad is not None)
 print(lstm.plan())
