@@ -27,7 +27,7 @@ VERSION = 1
 LARGEST = 1 << 26  # numbers of a trace in one page: 128 MB as float16, which a browser handles easily
 MOST_WEIGHTS = 1 << 23  # numbers of a network's arrays
 ROUNDED = ((1 << 19, np.float64), (1 << 22, np.float32), (LARGEST, np.float16))
-"""Traces up to so many numbers are stored in this dtype, at most."""
+"""Size limits of a trace, in numbers, and the widest dtype for each."""
 SMALLEST_NORMAL = 2.0**-14  # below, a float16 has fewer digits
 MOST_BLOCKS = 1 << 17  # maximum number of blocks of a wave's minimum and maximum
 BANDS, FRAMES = 96, 2048  # maximum size of a spectrum
@@ -243,7 +243,7 @@ def _dtype(t: NetworkTrace, taken: Array) -> Any:
 
 
 def size_of(t: NetworkTrace, rows: int | None = None) -> int:
-    """Return the number of values of a trace in so many rows, or in all of them; shared arrays count once."""
+    """Return the number of values of a trace in `rows` rows, or in all rows; shared arrays count once."""
     distinct = {array.__array_interface__["data"][0]: array for array in _all(t)}.values()
     return sum(array.size if rows is None else rows * math.prod(array.shape[1:]) for array in distinct)
 

@@ -24,8 +24,8 @@ def lightning_callback(
     `records`. With several processes, only the first one inspects, using its own rows.
 
     Args:
-        every_n_epochs: inspect one epoch out of so many.
-        every_n_train_steps: inspect once per so many optimiser steps, instead of by epochs.
+        every_n_epochs: inspect every n-th epoch.
+        every_n_train_steps: inspect at every n-th optimiser step, instead of by epochs.
         rows, lags: see `TrainingMonitor`.
 
     Raises:

@@ -22,7 +22,7 @@ class TrainingMonitor:
     Args:
         model: any module that contains cellstack layers, also within DistributedDataParallel, where the monitor sees
             this process's rows. Layers of foreign cells aren't supported; `left_out` has their names.
-        every: inspect one epoch out of so many.
+        every: inspect every n-th epoch, n = `every`.
         rows: the maximum number of rows of the batch to run once more.
         lags: the maximum number of steps to follow the gradient back.
         writer: a `torch.utils.tensorboard.SummaryWriter` that receives every record; None for no writer.

@@ -171,7 +171,7 @@ export class Plane {
     return this.levels;
   }
 
-  // The level to draw when a pixel covers so many steps; null = the original numbers.
+  // The level to draw when a pixel covers this many steps; null = the original numbers.
   level(span) {
     if (span < LEAST_BLOCK) return null;
     const levels = this.pyramid;

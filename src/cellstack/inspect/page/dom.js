@@ -25,7 +25,7 @@ export function replaceChildren(element, ...children) {
   element.replaceChildren(...children.filter((child) => child !== null && child !== undefined));
 }
 
-// A readable number: so many significant digits, no trailing zeros, NaN and infinities as words.
+// A readable number: a given number of significant digits, no trailing zeros, NaN and infinities as words.
 export function shown(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (Number.isNaN(value)) return "NaN";

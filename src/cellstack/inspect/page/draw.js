@@ -94,7 +94,7 @@ export function drawTiles(canvas, view, plane, scale, names) {
   }
 }
 
-// At most so many round numbers between two ends.
+// A limited number of round numbers between two ends.
 export function ticks(low, high, most) {
   const span = high - low;
   if (!(span > 0) || !Number.isFinite(span)) return [low];

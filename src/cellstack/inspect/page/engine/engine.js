@@ -34,7 +34,7 @@
 // OUTPUTS
 //
 //   unsupported(network)             [sentence, …]: unsupported parts, by name. Empty: everything is supported.
-//   multiplications(network, steps)  the number for one row over so many steps; about 10^9 per second.
+//   multiplications(network, steps)  the number for one row over `steps` steps; about 10^9 per second.
 //   run(network, inputs, options)
 //     { values: { name: value },     of every input, in the caller's memory, and of every node
 //       cells: { node: [{ i, f, g, o, c, h, pre: { i, f, g, o } }] },
@@ -170,7 +170,7 @@ function unsupportedCell(where, { spec, arrays }) {
   return found;
 }
 
-// The number of multiplications by weights for one row over so many steps, each node counted at every step: a good
+// The number of multiplications by weights for one row over `steps` steps, each node counted at every step: a good
 // measure of the time, about 10^9 per second.
 export function multiplications(network, steps) {
   const added = ["bias", "cell_bias", "initial_h", "initial_c", "table", "mean", "shift"];
