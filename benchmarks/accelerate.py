@@ -1,9 +1,9 @@
-"""A program's own recurrent layers, before and after its one line: PyTorch's modules under `accelerate`.
+"""A program's own recurrent layers, before and after one line: PyTorch's modules under `accelerate`.
 
     python benchmarks/accelerate.py [--threads 1] [--rounds 9] [names]
 
-Outputs, and in training gradients, are compared first. Rounds alternate, each of many calls; what is printed is the
-least processor time a call of each, and their ratio. Names pick cases by what they begin with, such as `LSTM`.
+Outputs, and in training gradients, are compared first. Rounds alternate, each of many calls; the output is the minimum
+processor time per call of each, and their ratio. Names select cases by prefix, such as `LSTM`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import cellstack as cs
 
-# kind, input, units, batch, steps (0: a cell), and how: inference, training, or frozen weights
+# kind, input, units, batch, steps (0: a cell), and mode: inference, training, or frozen weights
 SHAPES = [
     *itertools.product((nn.LSTM, nn.GRU, nn.RNN), (4, 32, 128, 256), (1, 32), (1, 4, 10, 100)),
     *itertools.product((nn.LSTMCell, nn.GRUCell, nn.RNNCell), (4, 32, 128, 256), (1, 8, 32), (0,)),
@@ -50,14 +50,14 @@ def cases():
 
 
 def output(value):
-    """Return the first tensor in what a module returns."""
+    """Return the first tensor in a module's output."""
     while not isinstance(value, torch.Tensor):
         value = value[0]
     return value
 
 
 def call(module, x, how):
-    """Return what is timed: a call, with the way back in training; it returns what has to be the same."""
+    """Return the timed function: a call, with the backward pass in training; it returns the values to compare."""
 
     def infer():
         with torch.no_grad():
@@ -73,7 +73,7 @@ def call(module, x, how):
 
 
 def alternate(calls, rounds, budget=0.2):
-    """Return the least processor time of a call of each, of as many rounds, in which they take turns."""
+    """Return the minimum processor time per call of each, over alternating rounds."""
     counts = []
     for run in calls:
         start = time.perf_counter()
@@ -90,7 +90,7 @@ def alternate(calls, rounds, budget=0.2):
 
 
 def measure(module, x, how, rounds):
-    """Return PyTorch's time and ours, in seconds, once both gave the same."""
+    """Return PyTorch's time and ours, in seconds, after checking that results agree."""
     ours = cs.accelerate(copy.deepcopy(module))
     with cs.packed_weights(ours) if how == "frozen" else nullcontext():
         calls = [call(module, x, how), call(ours, x, how)]

@@ -1,9 +1,10 @@
-"""Keras's own layers, as they are and under `cellstack.keras.patch`: a step of `fit`, and `predict`, of whole models.
+"""Keras's own layers, unchanged and under `cellstack.keras.patch`: a training step, and `predict`, of whole models.
 
-    python benchmarks/accelerate_keras.py [--threads 1] [--rounds 15] [--batch 32] [--steps 100] [--width 64] [--units 128]
+    python benchmarks/accelerate_keras.py [--threads 1] [--rounds 15] [--batch 32] [--steps 100]
+        [--width 64] [--units 128]
 
-On the torch backend. Outputs are compared first, before and after a step of training; then rounds alternate, timed by
-processor time. A model is the layer with a Dense on it, trained with Adam; a step is `train_on_batch`, predict
+On the torch backend. Outputs are compared first, before and after a training step; then rounds alternate, timed by
+processor time. A model is the layer followed by a Dense, trained with Adam; a step is `train_on_batch`, predict is
 `predict_on_batch`.
 """
 
@@ -23,7 +24,7 @@ L = keras.layers
 
 
 def models(width, units):
-    """The models by name: each a function that makes a list of layers."""
+    """The models by name: each a function that returns a list of layers."""
     return {
         "LSTM": lambda: [L.LSTM(units)],
         "GRU": lambda: [L.GRU(units)],
@@ -44,7 +45,7 @@ def built(make, steps, width):
 
 
 def alternate(runs, rounds):
-    """The least processor time of each run in milliseconds, rounds in turn."""
+    """Return the minimum processor time of each run in milliseconds, in alternating rounds."""
     least = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
@@ -59,7 +60,7 @@ def rows(batch=32, steps=100, width=64, units=128, rounds=15, names=None):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(batch, steps, width)).astype("float32")
     for row, length in enumerate(rng.integers(1, steps + 1, batch)):
-        x[row, length:] = 0.0  # what Masking leaves out
+        x[row, length:] = 0.0  # masked by Masking
     y = rng.normal(size=(batch, 10)).astype("float32")
     found = []
     for name, make in models(width, units).items():

@@ -1,10 +1,10 @@
-"""How far the outputs of random LSTMs lie off those in float64: cellstack beside PyTorch and ONNX Runtime.
+"""The error of random LSTMs relative to float64: cellstack compared with PyTorch and ONNX Runtime.
 
     python benchmarks/accuracy.py [--networks 80]
 
-Widths are drawn from 4 to 315, batches from 1 to 8, steps from 5 to 59; weights as PyTorch draws them, inputs normal.
-An error is the root of the mean square of an output's difference from PyTorch's in float64; what is printed is ours
-over each peer's, and over the better of theirs, the median and nine tenths of all networks.
+Widths are drawn from 4 to 315, batches from 1 to 8, steps from 5 to 59; weights are initialised as in PyTorch, inputs
+are normal. An error is the root mean square of an output's difference from PyTorch's in float64; the output is ours
+divided by each peer's, and by the better peer's: the median and the 0.9 quantile over all networks.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from cellstack.bench import engines
 
 
 def errors(number):
-    """Return each engine's error for the random network of that number."""
+    """Return each engine's error for the random network with this number."""
     rng = np.random.default_rng(number)
     width, units = (int(2 ** rng.uniform(2.0, 8.3)) for _ in range(2))
     batch, steps = int(rng.integers(1, 9)), int(rng.integers(5, 60))
@@ -38,7 +38,7 @@ def main():
     for peers in (("torch",), ("onnxruntime",), ("torch", "onnxruntime")):
         ratios = [error["cellstack"] / min(error[peer] for peer in peers) for error in found]
         name = peers[0] if len(peers) == 1 else "the better"
-        print(f"over {name:<12}{np.median(ratios):6.3f} in the median{np.quantile(ratios, 0.9):6.3f} at nine tenths")
+        print(f"relative to {name:<12}{np.median(ratios):6.3f} median{np.quantile(ratios, 0.9):6.3f} 0.9 quantile")
 
 
 if __name__ == "__main__":

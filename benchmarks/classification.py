@@ -1,18 +1,18 @@
-"""Classification of sequences: `SequenceClassifier` beside a tuned torch LSTM and aeon's ROCKET family.
+"""Sequence classification: `SequenceClassifier` compared with a tuned torch LSTM and aeon's ROCKET family.
 
     python benchmarks/classification.py [--problems BasicMotions,…] [--models cellstack,…] [--seeds 5]
 
-Problems are those of the UCR and UEA archives that lie in aeon's and sktime's packages, with the archives' own split
-into training and test part. All on one thread. For each model and problem: the share of the test part told right, by
-seed, its median, and the median of the seconds that a fit takes.
+The problems are those of the UCR and UEA archives that aeon's and sktime's packages contain, with the archives' split
+into training and test part. Everything runs on one thread. For each model and problem: the test accuracy by seed, its
+median, and the median duration of a fit in seconds.
 
-- cellstack: `SequenceClassifier(random_state=seed)`, all else as it stands.
-- torch LSTM: `nn.LSTM` and `nn.Linear` in plain torch on standardised inputs, Adam, 1500 steps or 100 epochs, whichever
-  is more, less where a quarter of them brings nothing better. Its weights are those with the lowest loss on a fifth of
-  the training part. That loss chooses, once a problem: units, rate, one direction or both, then what is read out, the
-  last state or the mean over the steps. The seconds are without this choice.
-- ROCKET family: aeon's classifiers as they stand. Where one needs sequences of equal length, it gets the problem in
-  the equal length in which aeon ships it too.
+- cellstack: `SequenceClassifier(random_state=seed)`, otherwise with defaults.
+- torch LSTM: `nn.LSTM` and `nn.Linear` in plain torch on standardised inputs, Adam, 1500 steps or 100 epochs, whatever
+  is more, stopped early after a quarter of them without improvement. It keeps the weights with the lowest loss on a
+  fifth of the training part. That loss also selects, once per problem: units, rate, one direction or both, then the
+  readout, the last state or the mean over the steps. The seconds exclude this selection.
+- ROCKET family: aeon's classifiers with defaults. Those that need sequences of equal length get aeon's equal-length
+  version of the problem.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def load(name):
     raise FileNotFoundError(f"{name}: neither in aeon's nor in sktime's package")
 
 
-# ── the torch LSTM ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the torch LSTM ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class LSTM(nn.Module):
@@ -82,13 +82,13 @@ class LSTM(nn.Module):
 def fit_torch(x, y, classes, seed, *, units, lr, bidirectional, mean):
     """Return a model and its lowest validation loss."""
     torch.manual_seed(seed)
-    kept, held = train.split(y, 0.2, np.random.default_rng(seed))
-    if not len(held):
-        kept = held = np.arange(len(y))
+    kept, validation = train.split(y, 0.2, np.random.default_rng(seed))
+    if not len(validation):
+        kept = validation = np.arange(len(y))
     model = LSTM(x[0].shape[1], classes, units, bidirectional, mean)
     optimizer, labels = torch.optim.Adam(model.parameters(), lr), torch.from_numpy(y)
     best, stale = (np.inf, None), 0
-    epochs = max(100, -(-1500 * 16 // len(kept)))  # a small training part takes few steps an epoch
+    epochs = max(100, -(-1500 * 16 // len(kept)))  # a small training part has few steps per epoch
     for _ in range(epochs):
         model.train()
         for batch in torch.from_numpy(kept)[torch.randperm(len(kept))].split(16):
@@ -98,7 +98,7 @@ def fit_torch(x, y, classes, seed, *, units, lr, bidirectional, mean):
             optimizer.step()
         model.eval()
         with torch.no_grad():
-            loss = float(nn.functional.cross_entropy(model([x[n] for n in held]), labels[held]))
+            loss = float(nn.functional.cross_entropy(model([x[n] for n in validation]), labels[validation]))
         stale += 1
         if loss < best[0]:
             best, stale = (loss, copy.deepcopy(model.state_dict())), 0
@@ -109,7 +109,7 @@ def fit_torch(x, y, classes, seed, *, units, lr, bidirectional, mean):
 
 
 def torch_lstm(training, test, seeds):
-    """Yield accuracy and seconds by seed, of the settings that do best on a validation part."""
+    """Yield accuracy and seconds by seed, of the settings that perform best on a validation part."""
     steps = np.concatenate(training.x)
     mean, scale = steps.mean(0), steps.std(0) + 1e-8
     x, x_test = ([torch.from_numpy((one - mean) / scale) for one in part.x] for part in (training, test))
@@ -131,7 +131,7 @@ def torch_lstm(training, test, seeds):
         yield float((chosen == test.y).mean()), seconds
 
 
-# ── the others ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the others ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cellstack(training, test, seeds):
@@ -184,9 +184,9 @@ def main():
             runs = runs or (lambda *parts, name=name, problem=problem: rocket(name, problem, *parts))
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # numba's and aeon's
+                    warnings.simplefilter("ignore")  # from numba and aeon
                     results = list(runs(training, test, range(options.seeds)))
-            except (FileNotFoundError, ValueError) as error:  # a baseline that can't take such sequences
+            except (FileNotFoundError, ValueError) as error:  # a baseline that doesn't support such sequences
                 if name == "cellstack":
                     raise
                 print(f"    {name}: not run: {error}", flush=True)

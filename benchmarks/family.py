@@ -1,9 +1,9 @@
-"""Every flag beside the plain LSTM: what it costs, forward and in training, at batch 1 and 32.
+"""Every flag compared with the plain LSTM: its cost, forward and in training, at batch 1 and 32.
 
     python benchmarks/family.py [--units 128] [--rounds 15]
 
-Each member is first held against the float64 reference. Then rounds go through all of them in turn on one thread; the
-figures are the fastest round's milliseconds, and that time over the plain LSTM's. T = 200 at batch 1, 100 at batch 32;
+Each member is first compared with the float64 reference. Then rounds go through all of them in turn on one thread; the
+results are the fastest round's milliseconds, and their ratio to the plain LSTM. T = 200 at batch 1, 100 at batch 32;
 I = H. Training is the forward pass that keeps what the backward pass needs, and the backward pass for all weights.
 """
 
@@ -49,7 +49,7 @@ def prepare(flags, call, units, batch, steps, x):
     rng = np.random.default_rng(0)
     spec = CellSpec(units, units, **flags)
     new = lambda shape: rng.uniform(-1, 1, shape).astype(np.float32) * units**-0.5  # noqa: E731
-    # gains of 1 would make a chaotic system out of random weights, in which every rounding grows
+    # with random weights, gains of 1 give a chaotic system that amplifies rounding errors
     arrays = {name: new(shape) + 0.3 * name.endswith("_gain") for name, shape in spec.shapes.items()}
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
     mask = rng.random((batch, steps)) < 0.8 if "mask" in call else None
@@ -77,12 +77,12 @@ def prepare(flags, call, units, batch, steps, x):
     forward()
     training()
     call_flags = {"mask": mask, "reset": reset, **drops}
-    law = reference.forward(
+    expected = reference.forward(
         spec, {name: array.astype(np.float64) for name, array in arrays.items()}, x.astype(np.float64), **call_flags
     )
     for got in (out["y"], kept["y"]):
-        np.testing.assert_allclose(got, law.y, atol=5e-6 * max(1.0, np.abs(law.y).max()), err_msg=spec.text)
-    exact = reference.backward(spec, arrays, law, dy=np.ones_like(law.y)).arrays
+        np.testing.assert_allclose(got, expected.y, atol=5e-6 * max(1.0, np.abs(expected.y).max()), err_msg=spec.text)
+    exact = reference.backward(spec, arrays, expected, dy=np.ones_like(expected.y)).arrays
     for name, gradient in gradients.items():
         np.testing.assert_allclose(gradient, exact[name], atol=1e-4 * max(1.0, np.abs(exact[name]).max()), err_msg=name)
     return forward, training
@@ -100,7 +100,7 @@ def main():
         for n, what in enumerate(("forward", "training")):
             times = alternate({name: both[n] for name, both in ready.items()}, args.rounds)
             columns[f"B={batch} {what}"] = {name: least for name, (least, _) in times.items()}
-    print(f"I = H = {args.units}, one thread, {native.isa()}; ms, and times the plain LSTM")
+    print(f"I = H = {args.units}, one thread, {native.isa()}; ms, and ratio to the plain LSTM")
     print(f"{'':24}" + "".join(f"{head:>20}" for head in columns))
     for name in members(args.units):
         figures = (f"{times[name]:>12.3f} {times[name] / times['plain LSTM']:>7.2f}" for times in columns.values())

@@ -1,17 +1,17 @@
 """Forecasts of real series: rules, gradient boosting on lags, and `cellstack train` with its defaults.
 
-    python benchmarks/forecasts.py --out results                        all that isn't there yet
+    python benchmarks/forecasts.py --out results                        everything that is missing
     python benchmarks/forecasts.py --out results --only rules co2 beer  a part of it
-    python benchmarks/forecasts.py --out results --table                the table of what is there, as Markdown
+    python benchmarks/forecasts.py --out results --table                the table of the results, as Markdown
 
-The last fifth of every series is the test part, the 15 per cent before it the validation part. Forecasts start from
+The last fifth of every series is the test part, the 15 % before it the validation part. Forecasts start from
 at most 400 origins, spread evenly over the test part; in a panel the series share them. MASE is the mean absolute
-error over all steps ahead, divided by the mean absolute change over one season before the test part; of a panel, the
-median over its series. Of the rules, the one that is best on the test part counts. `quick` is the boosting of the
-backtest that `cellstack train` prints, `boosting` the tuned one. cellstack is run by its command line, with one thread
-and nothing but the target, the horizon, the series' column and the columns known in advance; its network then forecasts
-from the same origins. Results are kept in a JSON file for each data set, with the seconds that each took;
-the table has the processor's, which other work on the machine leaves alone.
+error over all steps ahead, divided by the mean absolute change over one season before the test part; for a panel, the
+median over its series. Of the rules, the best one on the test part counts. `quick` is the boosting of the backtest that
+`cellstack train` prints, `boosting` the tuned one. cellstack runs from its command line, with one thread and only the
+target, the horizon, the series' column and the columns known in advance; its network then forecasts from the same
+origins. A JSON file for each data set stores the results with their duration in seconds; the table shows processor
+time, which other work on the machine doesn't affect.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Problem:
         return NATURAL[SERIES[self.name].spacing]
 
     def rows(self, low: float, high: float) -> np.ndarray:
-        """Origins whose targets all lie between two shares of their series."""
+        """Origins whose targets are all between two fractions of their series."""
         parts = []
         for a, b in pairwise(self.panel.starts):
             first, end = round((b - a) * low), round((b - a) * high)
@@ -126,7 +126,7 @@ def problem(name: str) -> Problem:
 
 
 def run_rules(task: Problem) -> dict[str, dict[str, float]]:
-    """Every rule, with every natural season that the rows before the test part allow, in most series of a panel."""
+    """Every rule, with every natural season that the rows before the test part allow for most series of a panel."""
     results = {}
     series = [task.panel.values[a:b] for a, b in pairwise(task.panel.starts)]
     rows = round(float(np.median([len(values) for values in series])) * (1 - TEST))
@@ -135,7 +135,7 @@ def run_rules(task: Problem) -> dict[str, dict[str, float]]:
         forecasts = []
         for values, origins in zip(series, task.origins, strict=True):
             forecast = rule(values, origins, task.horizon)
-            naive = rules.seasonal(values, origins, task.horizon)  # where nothing was observed at that phase
+            naive = rules.seasonal(values, origins, task.horizon)  # where no value was observed at that phase
             forecasts.append(np.where(np.isnan(forecast), naive, forecast))
         results[name] = {**task.measure(forecasts), "seconds": time.perf_counter() - start}
     return results
@@ -156,10 +156,10 @@ def run_boosting(task: Problem, tuned: bool) -> dict[str, object]:
 def run_cellstack(task: Problem, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file, model = write(task.name, Path(folder)), Path(folder, "model.safetensors")
-        told = ["--seed", str(seed), "--threads", "1", "-o", str(model), *options(task.name)]
+        arguments = ["--seed", str(seed), "--threads", "1", "-o", str(model), *options(task.name)]
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
-            [sys.executable, "-m", "cellstack", "train", str(file), *told], capture_output=True, text=True
+            [sys.executable, "-m", "cellstack", "train", str(file), *arguments], capture_output=True, text=True
         )
         seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:
@@ -167,7 +167,7 @@ def run_cellstack(task: Problem, seed: int) -> dict[str, float]:
         entry = SERIES[task.name]
         table = read_table(file, ids=(entry.id,) if entry.id else ())
         if not np.array_equal(table.columns[entry.target], task.panel.values, equal_nan=True):
-            raise ValueError(f"{task.name}: the table isn't what the benchmark reads")
+            raise ValueError(f"{task.name}: the table differs from the data that the benchmark reads")
         net = cellstack.load(model)
         forecasts, alone = forecasts_of(task, net, table, str(model))
         processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -178,9 +178,9 @@ def run_cellstack(task: Problem, seed: int) -> dict[str, float]:
 def forecasts_of(
     task: Problem, net: cellstack.Network, table: Table, path: str
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Forecasts of a network from every origin, and of the smoothing that it is added to alone.
+    """Forecasts of a network from every origin, and of the underlying smoothing alone.
 
-    Where a series is too short for the network yet, both are the naive one.
+    Where a series is still too short for the network, both are the naive forecast.
     """
     needed = predict.trained(net, path)[0].needed
     naive = [
@@ -200,7 +200,7 @@ def forecasts_of(
 
 
 def table(folder: Path) -> str:
-    """Return the Markdown table of what is in a folder, and who won how often."""
+    """Return the Markdown table of the results in a folder, and the number of wins."""
     lines = [
         "| | steps | series × rows | best rule | | boosting | smoothing alone | cellstack, median (range of seeds) | "
         "processor s |",
@@ -239,11 +239,11 @@ def table(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="data sets; all where none")
+    parser.add_argument("names", nargs="*", help="data sets; default: all")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--only", choices=COMPARED, action="append", help="what to run; may be given several times")
-    parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
-    parser.add_argument("--seeds", type=int, default=5, help="how often to train (%(default)s)")
+    parser.add_argument("--only", choices=COMPARED, action="append", help="what to run; can be repeated")
+    parser.add_argument("--table", action="store_true", help="print the table of existing results without running")
+    parser.add_argument("--seeds", type=int, default=5, help="number of trainings (%(default)s)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.table:

@@ -1,8 +1,8 @@
-"""Whole sequences: cellstack beside torch, ONNX Runtime and OpenVINO, in one run, outputs checked first.
+"""Whole sequences: cellstack compared with torch, ONNX Runtime and OpenVINO, in one run, outputs checked first.
 
     python benchmarks/inference.py [--only b1-h64] [--rounds 15] [--threads 1]
 
-Rounds go through all engines in turn, so that a drift of the machine's speed meets each of them; the figure is the
+Rounds go through all engines in turn, so that a drift of the machine's speed affects all of them; the result is the
 fastest round, the ratio is the best peer's over cellstack's. `surface.py` measures many shapes.
 """
 
@@ -25,7 +25,7 @@ CASES = {
 
 
 def row(name, record):
-    """Return a measured shape as a line: each engine's least and median of rounds in ms, and the ratio by both."""
+    """Return a measured shape as a line: each engine's minimum and median of rounds in ms, and the ratio by both."""
     if record["differs"]:
         raise SystemExit(f"{name}: outputs differ: {record['differs']}")
     text = "".join(
@@ -42,7 +42,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     peers, missing = installed()
-    print("".join(f"without {name}, as {reason}\n" for name, reason in missing.items()) + "ms: least / median")
+    print("".join(f"without {name}: {reason}\n" for name, reason in missing.items()) + "ms: minimum / median")
     with kept_on(args.threads):
         for name in args.only:
             print(row(name, measure("inference", CASES[name], peers, args.threads, args.rounds)), flush=True)

@@ -1,6 +1,6 @@
-"""One LSTM as a LiteRT (TensorFlow Lite) file, as the converter makes it of a Keras LSTM.
+"""One LSTM as a LiteRT (TensorFlow Lite) file, as the converter writes it for a Keras LSTM.
 
-It is the fused operator, which keeps its state in variables between calls.
+It is the fused operator, which stores its state in variables between calls.
 """
 
 import flatbuffers
@@ -12,7 +12,7 @@ from ai_edge_litert.interpreter import Interpreter
 def model(kernel, recurrent, bias):
     width, units = kernel.shape[0], recurrent.shape[0]
     graph, file = schema.SubGraphT(), schema.ModelT()
-    graph.tensors, file.buffers = [], [schema.BufferT()]  # buffer 0 is the one without content
+    graph.tensors, file.buffers = [], [schema.BufferT()]  # buffer 0 is empty
 
     def tensor(name, shape, content=None, variable=False):
         new = schema.TensorT()

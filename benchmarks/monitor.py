@@ -1,6 +1,6 @@
-"""What looking at a training costs: epochs with a `TrainingMonitor` and without, one thread, weights compared first.
+"""The cost of inspecting training: epochs with and without a `TrainingMonitor`, one thread, weights compared first.
 
-Seconds are those of the processor, which other work on the machine disturbs less.
+Seconds are processor time, which other work on the machine affects less.
 """
 
 import statistics
@@ -31,7 +31,7 @@ def step(model, optimizer, x, y):
 
 def main():
     torch.set_num_threads(1)
-    print(f"{'B, T, H, layers':<18} {'a step':>9} {'the one looked at':>18} {'epoch()':>9}   of 100 steps")
+    print(f"{'B, T, H, layers':<18} {'a step':>9} {'inspected step':>18} {'epoch()':>9}   of 100 steps")
     for batch, steps, units, count in SIZES:
         x, y = torch.randn(batch, steps, WIDTH), torch.randn(batch, 1)
         (plain, adam), (looked, adam_too) = model_of(units, count), model_of(units, count)

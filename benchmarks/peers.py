@@ -1,4 +1,4 @@
-"""The kernel's own calls, without a network around them, for what is measured below it."""
+"""The kernel's own calls without a network, for measurements below the network level."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from cellstack.spec import CellSpec
 
 
 def kernel_layer(spec, arrays, x, saved=False, y=True, **drops):
-    """A layer for `native.forward`, from a state of zeros, and what it writes: y, hn, cn, gates, cells, norms."""
+    """A layer for `native.forward`, from a state of zeros, and its outputs: y, hn, cn, gates, cells, norms."""
     batch, steps, _ = x.shape
     unwanted = {*(() if y else ("y",)), *(() if saved else ("gates", "cells", "norms"))}
     shapes = native.results(spec, batch, steps)

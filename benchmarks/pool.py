@@ -1,9 +1,9 @@
-"""A step of a thousand sessions out of ten thousand, beside the batched matrix product that it can't do without.
+"""A step of a thousand sessions out of ten thousand, compared with the batched matrix product that it requires.
 
     python benchmarks/pool.py [--sessions 10000] [--stepped 1000] [--units 128] [--rounds 40]
 
-Each round draws which sessions have a frame now. Answers are compared with a stream's first. The product is that of
-[x, h] with the weights, one thread of NumPy's BLAS on rows that lie side by side; us, the fastest round of each.
+Each round draws the sessions that take a step. Outputs are first compared with a stream's. The product is that of
+[x, h] with the weights, on one thread of NumPy's BLAS with contiguous rows; us, the fastest round of each.
 """
 
 import argparse

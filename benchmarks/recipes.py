@@ -1,4 +1,4 @@
-"""Programs that people have, before and after the one or two lines of docs/recipes.md.
+"""Existing programs, before and after the one or two lines of docs/recipes.md.
 
     python benchmarks/recipes.py ppo [--learn SEEDS]   pip install sb3-contrib
     python benchmarks/recipes.py stanza                pip install stanza
@@ -6,9 +6,9 @@
     python benchmarks/recipes.py hydrology             pip install neuralhydrology
     python benchmarks/recipes.py silero                pip install silero-vad onnxruntime onnx
 
-One thread. What both ways compute is compared first; then they are run in turn, and the figure is the processor time
-of the fastest of --rounds. Weights are random where a package downloads its own: the architecture and the sizes are
-the package's.
+One thread. The results of both variants are compared first; then they run in turn, and the result is the processor time
+of the fastest of --rounds. Where a package downloads its weights, they are random here: architecture and sizes are the
+package's.
 """
 
 import argparse
@@ -31,30 +31,30 @@ from cellstack.bench.turns import alternate
 WORDS = ("the", "of", "Berlin", "and", "Anna", "to", "in", "is", "Danube", "was", "for", "with", "Acme", "not", "from")
 
 
-def told(packages):
+def show_versions(packages):
     names = ", ".join(f"{name} {version(name)}" for name in ("cellstack", "torch", *packages))
     print(f"{names}; {torch.get_num_threads()} thread", flush=True)
 
 
 def turns(title, runs, rounds):
-    """Time two ways in turn and print both with their ratio."""
+    """Time two variants in turn and print both with their ratio."""
     (before, slow), (after, fast) = ((n, low) for n, (low, _) in alternate(runs, rounds, time.process_time).items())
     print(f"{title:<44}{before} {slow:>9.3f}   {after} {fast:>9.3f} ms   {slow / fast:.2f} times", flush=True)
 
 
 def agree(what, pairs, within=1e-10, dtype="float64"):
-    """Print how far what both ways computed lies apart, and stop where that is more than rounding."""
+    """Print the difference between both variants' results, and stop if it exceeds rounding."""
     pairs = list(pairs)
     largest = max(float(a.abs().max()) for a, _ in pairs)
     far = max(float((a - b).abs().max()) for a, b in pairs) / largest
-    print(f"  {what}, in {dtype}, differ by {far:.1e} of the largest", flush=True)
+    print(f"  {what}, in {dtype}, differ by {far:.1e} relative to the largest", flush=True)
     if not far < within:
         raise SystemExit(f"{what}: expected a difference below {within}")
 
 
 @contextlib.contextmanager
 def float64():
-    """Let new tensors be of float64, in which two ways to sum lie 1e-16 apart and not 1e-7."""
+    """Create new tensors in float64, where two orders of summation differ by 1e-16 rather than 1e-7."""
     torch.set_default_dtype(torch.float64)
     try:
         yield
@@ -66,11 +66,11 @@ def as_default(tensor):
     return tensor.to(torch.get_default_dtype())
 
 
-# ── sb3-contrib's RecurrentPPO ──────────────────────────────────────────────────────────────────────────────────────
+# ── sb3-contrib's RecurrentPPO ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def without_velocities(envs, **settings):
-    """Return a RecurrentPPO on CartPole of which the positions alone are seen: where it moves must be remembered."""
+    """Return a RecurrentPPO on CartPole with only the positions observed: it must remember the velocities."""
     import gymnasium
     from sb3_contrib import RecurrentPPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -91,7 +91,7 @@ def without_velocities(envs, **settings):
 def ppo(rounds, seeds):
     from cellstack.adapters import sb3_contrib
 
-    told(["sb3-contrib", "stable-baselines3", "gymnasium"])
+    show_versions(["sb3-contrib", "stable-baselines3", "gymnasium"])
     ways = {"sb3": sb3_contrib.restore, "cellstack": sb3_contrib.accelerate}
     for envs in (1, 8):
         model = without_velocities(envs, seed=0)
@@ -119,7 +119,7 @@ def ppo(rounds, seeds):
             way(model)
             model.policy.load_state_dict(before[0])
             model.policy.optimizer.load_state_dict(copy.deepcopy(before[1]))
-            model.set_random_seed(0)  # the buffer is cut at random
+            model.set_random_seed(0)  # the buffer is split at random
             model.train()
 
         turns("  train()", {name: lambda way=way: train(way) for name, way in ways.items()}, rounds)
@@ -157,14 +157,14 @@ def learn(ways, seeds):
             last = list(returns.course.values())[-1]
             print(f"  seed {seed}, {name:<10} {taken[name][-1]:6.1f} s, at the end {last:.0f}", flush=True)
     for name in ways:
-        print(f"  {name}: {np.mean(taken[name]):.1f} s of processor time a run; mean return ± standard error after")
+        print(f"  {name}: {np.mean(taken[name]):.1f} s of processor time per run; mean return ± standard error after")
         for at in list(courses[name][0])[4::5]:
             course = np.array([one[at] for one in courses[name]])
             error = course.std(ddof=1) / np.sqrt(seeds) if seeds > 1 else np.nan
             print(f"    {at:>6} steps {course.mean():6.1f} ± {error:.1f}")
 
 
-# ── packed sequences: stanza's tagger of names, kokoro's prosody ────────────────────────────────────────────────────
+# ── packed sequences: stanza's tagger of names, kokoro's prosody ──────────────────────────────────────────────────────
 
 
 def stanza(rounds, _):
@@ -173,7 +173,7 @@ def stanza(rounds, _):
     from stanza.models.ner.model import NERTagger
     from stanza.models.ner_tagger import build_argparse
 
-    told(["stanza"])
+    show_versions(["stanza"])
     logging.getLogger("stanza").setLevel(logging.ERROR)
     rng = np.random.default_rng(0)
     tag = lambda word: "S-PER" if word.istitle() else "O"  # noqa: E731
@@ -208,7 +208,7 @@ def stanza(rounds, _):
         char_lengths,
         char_order,
     )
-    print(f"NERTagger, 32 sentences of {min(lengths)} to {max(lengths)} words, {len(word_lengths)} words of letters")
+    print(f"NERTagger, 32 sentences of {min(lengths)} to {max(lengths)} words, {len(word_lengths)} words as letters")
     packed(lambda: NERTagger(settings, batches.vocab), lambda model: model(*given)[:2], rounds)
 
 
@@ -216,16 +216,16 @@ def kokoro(rounds, _):
     spec = importlib.util.find_spec("kokoro")
     if spec is None:
         raise SystemExit("kokoro isn't installed: pip install --no-deps kokoro")
-    # Its modules without its __init__, which imports what turns text into phonemes.
+    # Its modules without its __init__, which imports the phonemiser.
     sys.modules["kokoro"] = importlib.util.module_from_spec(
         importlib.machinery.ModuleSpec("kokoro", None, is_package=True)
     )
     sys.modules["kokoro"].__path__ = list(spec.submodule_search_locations)
     modules = importlib.import_module("kokoro.modules")
-    told(["kokoro"])
+    show_versions(["kokoro"])
 
     class Front(torch.nn.Module):
-        """What kokoro computes of a text before its decoder, of the sizes of Kokoro-82M."""
+        """kokoro's computation on a text before its decoder, with the sizes of Kokoro-82M."""
 
         def __init__(self):
             super().__init__()
@@ -253,7 +253,7 @@ def kokoro(rounds, _):
 
 
 def packed(make, run, rounds):
-    """Compare a model with the same one accelerated, outputs and gradients, and time both, trained and not."""
+    """Compare outputs and gradients of a model and its accelerated copy, and time both, in training and inference."""
 
     def trained(model):
         model.train()
@@ -288,7 +288,7 @@ def tensors_of(results):
     return [tensor for one in results for tensor in tensors_of(one)]
 
 
-# ── NeuralHydrology's CustomLSTM ────────────────────────────────────────────────────────────────────────────────────
+# ── NeuralHydrology's CustomLSTM ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def hydrology(rounds, _):
@@ -298,7 +298,7 @@ def hydrology(rounds, _):
 
     from cellstack.adapters import neuralhydrology
 
-    told(["neuralhydrology"])
+    show_versions(["neuralhydrology"])
     for rows, steps, units in ((32, 365, 20), (32, 365, 64), (256, 365, 256)):
         settings = {
             "model": "customlstm",
@@ -330,7 +330,7 @@ def hydrology(rounds, _):
 
         def both(kind, accelerate, settings=settings):
             before, after = (torch.manual_seed(0) and kind(Config(settings)).eval() for _ in range(2))
-            if kind is CustomLSTM:  # whose weights begin as those of an nn.LSTM, as where trained ones are copied
+            if kind is CustomLSTM:  # start from the weights of an nn.LSTM, as when trained ones are copied
                 for model in (before, after):
                     model.copy_weights(torch.manual_seed(0) and CudaLSTM(Config(settings)))
             return before, accelerate(after)
@@ -357,11 +357,11 @@ def hydrology(rounds, _):
         turns("  gates, inference", runs, rounds)
 
 
-# ── Silero VAD ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Silero VAD ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def voice(seconds, rate):
-    """Return what a detector of speech takes for it now and then: a buzz of a voice's pitch with three formants."""
+    """Return a sound that a speech detector sometimes classifies as speech: a buzz with three formants."""
     t = np.arange(int(seconds * rate)) / rate
     phase = 2 * np.pi * np.cumsum(120 + 20 * np.sin(2 * np.pi * 0.7 * t)) / rate
     formants = (500 + 200 * np.sin(2 * np.pi * 1.3 * t), 1500 + 400 * np.sin(2 * np.pi * 0.9 * t), 2500 + 0 * t)
@@ -376,7 +376,7 @@ def voice(seconds, rate):
 def silero(rounds, _):
     from silero_vad import load_silero_vad
 
-    told(["silero-vad", "onnxruntime"])
+    show_versions(["silero-vad", "onnxruntime"])
     sound = voice(20, 16000)
     frames = sound[: len(sound) // 512 * 512].reshape(-1, 1, 512)
     as_tensors = torch.from_numpy(frames[:, 0])
@@ -400,7 +400,7 @@ def silero(rounds, _):
 
     ways = {
         "frame by frame": ({"JIT": lambda: theirs(jit, as_tensors), "ONNX": lambda: theirs(onnx, as_tensors)}, ours),
-        "64 streams, a frame each": (
+        "64 streams, one frame each": (
             {"ONNX": lambda: theirs(onnx, many_tensors)},
             lambda: np.array([pool.step(sessions, frame)[:, 0] for frame in many]),
         ),
@@ -410,18 +410,19 @@ def silero(rounds, _):
         ),
     }
     for what, (packages, way) in ways.items():
-        came = way()
+        found = way()
         for name, package in packages.items():
-            far = float(np.abs(package() - came).max())
+            far = float(np.abs(package() - found).max())
             print(
-                f"{what}: probabilities, {came.min():.3f} to {came.max():.3f}, differ by {far:.1e} from those of {name}"
+                f"{what}: probabilities, {found.min():.3f} to {found.max():.3f}, differ by {far:.1e} from those of "
+                f"{name}"
             )
             if not far < 1e-5:
                 raise SystemExit("expected a difference below 1e-5")
         figures = alternate({**packages, "cellstack": way}, rounds, time.process_time)
         for name, (low, _) in figures.items():
             ratio = low / figures["cellstack"][0]
-            print(f"  {name:<32}{low / came.size * 1e3:>9.1f} us a frame   {ratio:.2f} times", flush=True)
+            print(f"  {name:<32}{low / found.size * 1e3:>9.1f} us per frame   {ratio:.2f} times", flush=True)
 
 
 def main():
@@ -429,7 +430,7 @@ def main():
     parser.add_argument("recipe", choices=["ppo", "stanza", "kokoro", "hydrology", "silero"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
-        "--learn", type=int, default=0, metavar="SEEDS", help="of ppo: learning curves of so many seeds"
+        "--learn", type=int, default=0, metavar="SEEDS", help="for ppo: learning curves of this many seeds"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)

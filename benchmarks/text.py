@@ -1,14 +1,13 @@
-"""Training on a text: cellstack's model of characters in its fit loop, beside the same in plain torch.
+"""Training on a text: cellstack's character model in its fit loop, compared with the same in plain torch.
 
     python benchmarks/text.py [BOOK.txt] [--steps 40] [--seeds 5] [--threads 1]
 
-Two layers of 256 units, streams of 128 characters a step, Adam at 2e-3, gradients cut to a norm of 1. Both begin with
-the same weights and see the same batches, and carry their state from one to the next; their answers to the first are
-compared before anything is timed. torch's model is nn.Embedding, nn.LSTM and nn.Linear in a loop as it is usually
-written. The two train in turn, seed by seed; times are those from batch to batch, all of the loop included: the least,
-the median, and the median of what the processors worked for it, which counts where other programs run beside it. A
-ratio is torch's time over cellstack's. Bits per character are those of the validation part, after the same number of
-steps.
+Two layers of 256 units, streams of 128 characters per step, Adam at 2e-3, gradients clipped to a norm of 1. Both start
+with the same weights, see the same batches, and carry their state from one batch to the next; their outputs on the
+first batch are compared before timing. torch's model is nn.Embedding, nn.LSTM and nn.Linear in a typical loop. The two
+train in turn, seed by seed; times are from batch to batch, including the whole loop: the minimum, the median, and the
+median of processor time, which is the relevant one if other programs run. A ratio is torch's time divided by
+cellstack's. Bits per character are those of the validation part, after the same number of steps.
 """
 
 import argparse
@@ -32,7 +31,7 @@ LR, CLIP = 2e-3, 1.0
 
 
 class Timed(Chunks):
-    """Notes when a batch is asked for."""
+    """Records when a batch is requested."""
 
     def epoch(self, number, first=0):
         self.asked = [(time.perf_counter(), time.process_time())]
@@ -41,13 +40,13 @@ class Timed(Chunks):
             self.asked.append((time.perf_counter(), time.process_time()))
 
     def step(self):
-        """Return the least and the median of the milliseconds of a step, and the median that processors worked."""
-        took, worked = np.diff(self.asked, axis=0)[2:].T * 1e3  # the first ones warm up
+        """Return the minimum and the median milliseconds per step, and the median processor time."""
+        took, worked = np.diff(self.asked, axis=0)[2:].T * 1e3  # the first ones are warm-up
         return took.min(), np.median(took), np.median(worked)
 
 
 class Plain(nn.Module):
-    """The same model of torch's own parts, with the weights of ours."""
+    """The same model from torch's own modules, with cellstack's weights."""
 
     def __init__(self, ours):
         super().__init__()
@@ -118,13 +117,13 @@ def main():
     torch.set_num_threads(args.threads)
     text = Text.of(content(args.book), args.book)
     parts = text.parts()
-    # As many characters as give so many steps: streams that lie side by side in the training part.
+    # The number of characters for this many steps, in parallel streams of the training part.
     most = min(parts.training[1], args.steps * args.batch * args.chunk + 1)
     chunks = Timed(text, Parts((0, most), parts.validation, parts.test), args.batch, args.chunk)
     print(
         f"{text.summary(parts)}; {chunks.steps} steps of {chunks.streams.rows} x {args.chunk}, {args.threads} threads"
     )
-    chunks.validates = False  # measured at the end, for both alike
+    chunks.validates = False  # validated at the end, in the same way for both
     ratios = []
     for seed in range(args.seeds):
         torch.manual_seed(seed)
@@ -144,7 +143,7 @@ def main():
         ours.eval()
         found = bits(carrying(ours), chunks), bits(plain, chunks)
         ratios.append([theirs / mine for mine, theirs in zip(took["cellstack"], took["torch"], strict=True)])
-        times = [f"{name} {shown(figures, 1)} ms a step" for name, figures in took.items()]
+        times = [f"{name} {shown(figures, 1)} ms per step" for name, figures in took.items()]
         print(
             f"seed {seed}: {', '.join(sorted(times))}, ratio {shown(ratios[-1], 2)}; "
             f"bits per character {found[0]:.3f}, torch {found[1]:.3f}",

@@ -1,8 +1,8 @@
-"""A training step (forward and backward): cellstack's layers beside torch.nn.LSTM.
+"""A training step (forward and backward): cellstack's layers compared with torch.nn.LSTM.
 
     python benchmarks/training.py [--threads 1] [--rounds 15]
 
-Once with the gradients of the weights alone, as where x is data, and once with that of x too, as within a network.
+Once with only the gradients of the weights, as when x is data, and once also with that of x, as within a network.
 Outputs and gradients are compared first; rounds alternate; the ratio is torch's time over cellstack's.
 """
 

@@ -1,9 +1,9 @@
-"""Train the same small LSTM from several biases of the forget gate, and see what the gate has become.
+"""Train the same small LSTM with several initial biases of the forget gate, and inspect the resulting gate.
 
-The task: a sequence begins with one of four symbols, and noise follows. At the end the network has to say which symbol
-it was: 20 steps back, and 60. Gers, Schmidhuber and Cummins (2000) and Jozefowicz, Zaremba and Sutskever (2015) advise
-to start the bias of the forget gate high. Here is why, in figures: how much of the gradient of the answer reaches the
-step that matters before training, how often the task is learned, and how long the trained units remember.
+The task: a sequence begins with one of four symbols, followed by noise. At the end, the network has to name the symbol:
+20 steps back, and 60. Gers, Schmidhuber and Cummins (2000) and Jozefowicz, Zaremba and Sutskever (2015) advise a high
+initial bias of the forget gate. The figures show why: how much of the output's gradient reaches the relevant step
+before training, how often the task is learned, and how long the trained units remember.
 
 python examples/forget_bias.py [forget_bias.png]
 """
@@ -18,11 +18,11 @@ from cellstack import layers
 
 BIASES, DELAYS, SEEDS = (-1.0, 0.0, 1.0, 3.0, 5.0), (20, 60), (0, 1, 2)
 SYMBOLS, NOISE, UNITS, BATCH, STEPS, EVERY = 4, 4, 16, 32, 800, 100
-LEARNED = 0.99  # of the sequences told right
+LEARNED = 0.99  # share of correctly classified sequences
 
 
 def draw(delay, generator):
-    """Return sequences `[B, T, I]` whose first step says a symbol and whose others are noise, and the symbols `[B]`."""
+    """Return sequences `[B, T, I]` with a symbol at the first step and noise after it, and the symbols `[B]`."""
     symbols = torch.randint(SYMBOLS, (BATCH,), generator=generator)
     x = torch.zeros(BATCH, delay + 1, SYMBOLS + NOISE)
     x[torch.arange(BATCH), 0, symbols] = 1.0
@@ -31,7 +31,7 @@ def draw(delay, generator):
 
 
 def train(bias, delay, seed):
-    """Train one network; return what was measured of it."""
+    """Train one network; return its measurements."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     lstm = layers.LSTM(UNITS, forget_bias=bias, input_size=SYMBOLS + NOISE)
@@ -62,12 +62,12 @@ def train(bias, delay, seed):
 
 
 def spread(values, form):
-    """Return the median over the seeds, with the least and the most."""
+    """Return the median over the seeds, with minimum and maximum."""
     return f"{np.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def plot(results, path):
-    """Draw how often it was learned, and the half-life before training and after it, over the bias at the start."""
+    """Plot the accuracy, and the half-life before and after training, against the initial bias."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -83,21 +83,21 @@ def plot(results, path):
     ]
     lives.plot(BIASES, before, "--", color="#777777", label="before training")
     accuracy.axhline(1 / SYMBOLS, color="#777777", linewidth=0.8, linestyle=":")
-    accuracy.set(xlabel="bias of the forget gate at the start", ylabel="sequences told right", ylim=(0, 1.05))
-    lives.set(xlabel="bias of the forget gate at the start", ylabel="half-life of the median unit, steps", yscale="log")
+    accuracy.set(xlabel="initial bias of the forget gate", ylabel="accuracy", ylim=(0, 1.05))
+    lives.set(xlabel="initial bias of the forget gate", ylabel="half-life of the median unit, steps", yscale="log")
     accuracy.legend(loc="lower right", fontsize=8)
     lives.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=80)
 
 
 def main():
-    """Train them all, print the table, draw the picture."""
-    torch.set_num_threads(1)  # steps this small gain nothing from a second one
+    """Train all networks, print the table, draw the plot."""
+    torch.set_num_threads(1)  # steps this small don't benefit from a second thread
     results = {(bias, delay): [train(bias, delay, seed) for seed in SEEDS] for delay in DELAYS for bias in BIASES}
-    print(f"median over {len(SEEDS)} seeds (least to most); {UNITS} units, {STEPS} steps of {BATCH} sequences")
+    print(f"median over {len(SEEDS)} seeds (minimum to maximum); {UNITS} units, {STEPS} steps of {BATCH} sequences")
     for delay in DELAYS:
-        print(f"\nthe symbol lies {delay} steps back")
-        head = ("bias", "told right", "gradient carried at first", "f before", "f after", "half-life before", "after")
+        print(f"\nthe symbol is {delay} steps back")
+        head = ("bias", "accuracy", "gradient carried at first", "f before", "f after", "half-life before", "after")
         print("{:>5}  {:<20} {:<30} {:<9} {:<20} {:<17} {}".format(*head))
         for bias in BIASES:
             one = {name: [run[name] for run in results[bias, delay]] for name in results[bias, delay][0]}

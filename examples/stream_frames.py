@@ -1,4 +1,4 @@
-"""Run a network frame by frame, without torch: many steps, a state that can be kept, and the time that a step takes.
+"""Run a network step by step, without torch: many steps, a state that can be saved, and the time per step.
 
 python examples/stream_frames.py [MODEL.safetensors]
 """
@@ -14,7 +14,7 @@ import cellstack as cs
 
 
 def made_here(path):
-    """Write a network of random weights: two LSTM cells and a head of three classes."""
+    """Write a network with random weights: two LSTM cells and a head of three classes."""
     rng = np.random.default_rng(0)
 
     def draw(*shape):
@@ -32,7 +32,7 @@ with tempfile.TemporaryDirectory() as folder:
     else:
         made_here(path)
     net = cs.load(path)
-if isinstance(net.nodes[-1], cs.GlobalPool):  # over all steps, at the end: a stream answers after each
+if isinstance(net.nodes[-1], cs.GlobalPool):  # it pools over all steps, but a stream answers after each
     net = cs.Network(net.nodes[:-1], net.names[:-1], net.metadata)
 print(net)
 print(net.plan())
@@ -42,7 +42,7 @@ stream = net.stream()
 for t in range(3):
     print(f"frame {t}:", stream.step(frames[:, t])[0].round(3))
 
-# The state is the stream's own: it can be kept and taken up again, here or in another process.
+# The stream owns its state: it can be saved and restored, here or in another process.
 kept = stream.state
 other = net.stream()
 other.state = kept
@@ -59,5 +59,5 @@ print(f"a step takes {np.median(took) * 1e6:.1f} us (median of {len(took)})")
 
 stream.reset()
 chunks = [stream.run(frames[:, a:b]) for a, b in ((0, 1), (1, 17), (17, 1000))]
-print("chunks and steps end at the same bits:", np.array_equal(chunks[-1][:, -1], y))
+print("chunks and steps give bit-identical results:", np.array_equal(chunks[-1][:, -1], y))
 print("torch was imported:", "torch" in sys.modules)

@@ -1,10 +1,10 @@
-"""Train a model of characters on a book, find the units that track quotes, lines and indentation, and ablate one.
+"""Train a character model on a book, find the units that track quotes, lines and indentation, and ablate one.
 
 python examples/units_that_track.py [--out FOLDER] [--seeds 0 1 2] [--html] [--quick]
 
-It prints its figures, and writes units-text.png and units-ablated.png into the folder. The method is that of Karpathy,
+It prints its results, and writes units-text.png and units-ablated.png into the folder. The method is that of Karpathy,
 Johnson and Li 2015, "Visualizing and Understanding Recurrent Networks", with two controls: labels that are shifted
-along the text, and the network before it was trained. A seed takes some four minutes on one core.
+along the text, and the untrained network. A seed takes about four minutes on one core.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from cellstack import layers
 
 WIDTH = 32  # of the embedding
 LONGEST = 100  # steps: "chrono initialisation" of Tallec and Ollivier 2018, "Can recurrent neural networks warp time?"
-WARM = 200  # characters that a row reads before its figures count
+WARM = 200  # characters that a row reads before its results count
 PAGE = 1000  # characters on the page
 SHIFTS = 200  # random relabellings
 TINY = 1e-12  # for units that don't change
@@ -36,11 +36,11 @@ HERE, OTHERS = "#5a3a8a", "#c9b8dc"
 DIALOGUE, POEM = "`Please your Majesty,' said the Knave", "They told me you had been to her"
 
 
-# ── the text, and what is true of it ────────────────────────────────────────────────────────────────────────────────
+# ── the text, and its ground truth ────────────────────────────────────────────────────────────────────────────────────
 
 
 class Book:
-    """The text as numbers, in a part to train on, one to choose by, and one that is held out for the figures."""
+    """The text as numbers, split into training, validation and held-out test part."""
 
     def __init__(self):
         self.text = (resources.files("cellstack") / "data" / "alice.txt").read_text(encoding="ascii")
@@ -56,7 +56,7 @@ class Book:
 
 
 def closing_quotes(text):
-    """Tell the marks that close a quote from apostrophes: no letter follows. (All 1105 close an open one.)"""
+    """Distinguish closing quotes from apostrophes: no letter follows them. (All 1105 close an open one.)"""
     following = text[1:] + " "
     return np.array([mark == "'" and not after.isalpha() for mark, after in zip(text, following, strict=True)])
 
@@ -71,7 +71,7 @@ def inside_quotes(text, closing):
 
 
 def truths(text, closing):
-    """Return what a unit may track: by its name the values after each character, and at which characters they count."""
+    """Return what a unit may track, by name: the values after each character, and the characters that count."""
     column, indents, past = [], [], []
     for line in text.splitlines(keepends=True):
         bare = line.lstrip(" ")
@@ -84,16 +84,16 @@ def truths(text, closing):
     return {
         QUOTES: (inside_quotes(text, closing), everywhere),
         COLUMN: (column, everywhere),
-        VERSE: (indents >= 4, past),  # verse and headings; what the indentation is is only known when it is over
+        VERSE: (indents >= 4, past),  # verse and headings; an indentation is known only after its end
         PARAGRAPH: (indents == 2, past),
     }
 
 
-# ── n-grams to compare with ─────────────────────────────────────────────────────────────────────────────────────────
+# ── n-grams as a baseline ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def ngram_loss(book, order):
-    """Return the nats a character of an n-gram model, smoothed as Witten and Bell 1991 do (method C), held out."""
+    """Return the held-out nats per character of an n-gram model, smoothed as in Witten and Bell 1991 (method C)."""
     ids, begin = book.ids, book.held_out.start
     counts = [defaultdict(Counter) for _ in range(order)]
     for length, table in enumerate(counts):
@@ -110,16 +110,16 @@ def ngram_loss(book, order):
     return total / (len(ids) - begin)
 
 
-# ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class CharacterModel(nn.Module):
     def __init__(self, characters, units):
         super().__init__()
         self.embedding = nn.Embedding(characters, WIDTH)
-        # f = 1 - i, so that c is an average and stays from -1 to 1, however long the text: else most units saturate
+        # f = 1 - i keeps c an average between -1 and 1 in texts of any length: otherwise most units saturate
         self.lstm = layers.LSTM(units, return_sequences=True, return_state=True, input_size=WIDTH, coupled=True)
-        with torch.no_grad():  # f begins open, for up to LONGEST steps, each unit for a time of its own
+        with torch.no_grad():  # f begins open, for a different time per unit, up to LONGEST steps
             self.lstm.cell.bias[:units] = -torch.empty(units).uniform_(1.0, LONGEST).log()
         self.dropout = nn.Dropout(0.3)
         self.head = nn.Linear(units, characters)
@@ -129,13 +129,13 @@ class CharacterModel(nn.Module):
         return self.head(self.dropout(y)), state
 
     def network(self):
-        """Return it as a Network that gives probabilities."""
+        """Return it as a Network that outputs probabilities."""
         parts = nn.Sequential(self.embedding, self.lstm, self.head, nn.Softmax(-1))
         return cs.from_torch(parts)
 
 
 def train(book, seed, size):
-    """Return the network before and after training on the first part of the book, read in rows side by side."""
+    """Return the network before and after training on the first part of the book, read in parallel rows."""
     torch.manual_seed(seed)
     model = CharacterModel(len(book.characters), size["units"])
     untrained = model.network()
@@ -152,11 +152,11 @@ def train(book, seed, size):
     return untrained, model.network()
 
 
-# ── units that track ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── units that track ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def ranks(values):
-    """Return the ranks of values along the first axis, from 0 to 1; equal ones share theirs."""
+    """Return the ranks of values along the first axis, from 0 to 1; ties share a rank."""
     found = np.empty(values.shape)
     for column in np.ndindex(values.shape[1:]):
         at = (slice(None), *column)
@@ -167,9 +167,9 @@ def ranks(values):
 
 
 def tracking(ranked, truth):
-    """Return how well each unit tells a truth, -1 to 1: 2·AUC - 1 of what is true or false, else Spearman's rho.
+    """Return how well each unit tracks a label, -1 to 1: 2·AUC - 1 for a binary label, else Spearman's rho.
 
-    Of ranks `[N, H]` and a truth `[N]`, or several `[S, N]`; returns `[H]` or `[S, H]`.
+    Takes ranks `[N, H]` and a label `[N]`, or several `[S, N]`; returns `[H]` or `[S, H]`.
     """
     if truth.dtype == bool:
         share = truth.mean(axis=-1, keepdims=True)
@@ -181,7 +181,7 @@ def tracking(ranked, truth):
 
 
 class Reading:
-    """What the units were as a network read a part of the book."""
+    """The values of the units while a network reads a part of the book."""
 
     def __init__(self, net, book, part):
         begin = part.start - WARM
@@ -195,7 +195,7 @@ class Reading:
         self.truths = {name: (truth[part], counts[part]) for name, (truth, counts) in every.items()}
 
     def counted(self, name):
-        """Return c and what is true, where it counts: `[N, H]` and `[N]`."""
+        """Return c and the label, at the characters that count: `[N, H]` and `[N]`."""
         truth, counts = self.truths[name]
         return self.c[counts], truth[counts]
 
@@ -204,14 +204,14 @@ class Reading:
         return tracking(ranks(c), truth)
 
     def by_chance(self, name, seed):
-        """Return the best of all units for the truths shifted along the text, each time by another stretch."""
+        """Return the best score of all units for labels shifted along the text, by a different offset each time."""
         c, truth = self.counted(name)
         shifts = np.random.default_rng(seed).integers(500, len(truth) - 500, SHIFTS)
         return np.abs(tracking(ranks(c), np.array([np.roll(truth, shift) for shift in shifts]))).max(axis=1)
 
 
 def together(choose, held_out, name):
-    """Return how well all units together track a truth held out, by a ridge regression fitted in the other part."""
+    """Return how well all units together track a label in the held-out part, by ridge regression on the other part."""
     (x, y), (ahead, truth) = choose.counted(name), held_out.counted(name)
     x, ahead = np.tanh(x, dtype=np.float64), np.tanh(ahead, dtype=np.float64)
     mean, scale = x.mean(axis=0), np.maximum(x.std(axis=0), TINY)
@@ -221,7 +221,7 @@ def together(choose, held_out, name):
 
 
 def find_units(book, untrained, net, seed):
-    """Return for each truth the unit that tracks it best in one part, and how well it does so in the other."""
+    """Return for each label the unit that tracks it best in one part, and its score in the other."""
     before, after = ([Reading(one, book, part) for part in (book.choose, book.held_out)] for one in (untrained, net))
     found = {}
     for name in after[0].truths:
@@ -242,11 +242,11 @@ def find_units(book, untrained, net, seed):
     return found, after[1]
 
 
-# ── what breaks without one ─────────────────────────────────────────────────────────────────────────────────────────
+# ── the effect of ablating one ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Targets:
-    """Losses at what comes next, by its kind, over the held-out part read in eight rows."""
+    """Losses on the next character, by its kind, over the held-out part, read in eight rows."""
 
     def __init__(self, book):
         begin, end = book.held_out.start, len(book.ids) - 1
@@ -269,7 +269,7 @@ class Targets:
         self.mark = book.of("'")
 
     def losses(self, y):
-        """Return the mean nats at each kind, of probabilities `[8, T, characters]`."""
+        """Return the mean nats at each kind, for probabilities `[8, T, characters]`."""
         nats = -np.log(np.take_along_axis(y, self.following[..., None], axis=2)[..., 0])
         return {kind: float(nats[where].mean()) for kind, where in self.kinds.items()}
 
@@ -281,12 +281,12 @@ class Targets:
         return {where: float(y[steps, self.mark].mean()) for where, steps in self.paused.items()}
 
 
-def held(net, unit, value):
+def fixed(net, unit, value):
     return net.edit(cs.Patch("layer_1", "c", unit, value=float(value)))
 
 
 def sample(book, net, rows, steps, seed=0):
-    """Return texts that the network goes on with, after as many excerpts of the second part."""
+    """Return the network's continuations of excerpts of the second part."""
     rng = np.random.default_rng(seed)
     starts = book.choose.start + np.linspace(0, 14000, rows).astype(int)
     stream = net.stream(batch=rows)
@@ -300,10 +300,10 @@ def sample(book, net, rows, steps, seed=0):
 
 
 def unmatched(texts):
-    """Return the share of quote marks that don't fit: openings while one is open, closings while none is."""
+    """Return the share of mismatched quote marks: opening while one is open, closing while none is."""
     marks = wrong = 0
     for text in texts:
-        inside = None  # the excerpt before may have left one open
+        inside = None  # the excerpt may have left one open
         for character, closes in zip(text, closing_quotes(text), strict=True):
             if character == "`" or closes:
                 opens = character == "`"
@@ -314,15 +314,15 @@ def unmatched(texts):
 
 
 def too_long(texts, longest):
-    """Return the share of whole lines that are longer than any of the book's."""
+    """Return the share of whole lines that are longer than any line of the book."""
     lengths = np.array([len(line) for text in texts for line in text.split("\n")[1:-1] if line.strip()])
     return float((lengths > longest).mean()) if len(lengths) else math.nan
 
 
 def ablate_column(book, net, reading, unit, size):
-    """Return the loss at line ends and the lines that are too long in samples, with a unit and without it."""
+    """Return the loss at line ends, and the share of overlong lines in samples, with and without a unit."""
     at, longest = Targets(book), max(map(len, book.text.splitlines()))
-    nets = {"as it is": net, "without": held(net, unit, reading.c[:, unit].mean())}
+    nets = {"unchanged": net, "without": fixed(net, unit, reading.c[:, unit].mean())}
     return {
         name: (at.losses(one(at.x))["line end"], too_long(sample(book, one, *size["sampled"]), longest))
         for name, one in nets.items()
@@ -330,7 +330,7 @@ def ablate_column(book, net, reading, unit, size):
 
 
 def ablate_unit(book, net, reading, unit, size, seed):
-    """Return what is lost without a unit, and, in its place, without each of some others."""
+    """Return the effect of ablating a unit, and of ablating each of some others instead."""
     at = Targets(book)
     ranked = cs.ablate(net, at.x, "layer_1", how="mean", gate="c", metric=at.closing_loss)
     effects = ranked.effects["layer_1", 0]
@@ -340,22 +340,22 @@ def ablate_unit(book, net, reading, unit, size, seed):
     found = {"effects": effects, "place": int((effects > effects[unit]).sum()) + 1, "plain": {}, "unit": {}}
     for name, which in (("plain", None), ("unit", unit), *((f"control {n}", n) for n in controls)):
         c = None if which is None else reading.c[:, which]
-        mean = net if which is None else held(net, which, c.mean())
+        mean = net if which is None else fixed(net, which, c.mean())
         one = {"losses": at.losses(mean(at.x)), "unmatched": unmatched(sample(book, mean, *size["sampled"]))}
         if which is None:
             one["closes"] = at.closes(net(at.x))
-        else:  # told that a quote is open where none is, and the other way round
-            told = {"outside": c[inside].mean(), "inside": c[~inside].mean()}
-            one["closes"] = {where: at.closes(held(net, which, value)(at.x))[where] for where, value in told.items()}
+        else:  # the unit signals an open quote where there is none, or the reverse
+            forced = {"outside": c[inside].mean(), "inside": c[~inside].mean()}
+            one["closes"] = {where: at.closes(fixed(net, which, value)(at.x))[where] for where, value in forced.items()}
         found[name] = one
     return found
 
 
-# ── pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def excerpt(text, words, lines):
-    """Return where an excerpt of whole lines begins and ends: those from the line on that has the words."""
+    """Return the bounds of an excerpt of whole lines that begins at the line with the given words."""
     begin = text.rindex("\n", 0, text.index(words)) + 1
     end = begin
     for _ in range(lines):
@@ -394,14 +394,14 @@ def draw_ablation(unit, broken, path):
     order = np.argsort(-effects)
     left.bar(range(len(effects)), effects[order], width=1.0, color=[HERE if n == unit else OTHERS for n in order])
     left.set_xlabel("units, by effect")
-    left.set_ylabel("nats at closing quotes, more")
-    left.set_title(f"each unit's c held at its mean; unit {unit} dark", fontsize=9, loc="left")
+    left.set_ylabel("increase in nats at closing quotes")
+    left.set_title(f"each unit's c fixed at its mean; unit {unit} dark", fontsize=9, loc="left")
     shares = [one["unmatched"] for name, one in broken.items() if name.startswith("control")]
     right.bar([0, 1], [broken["plain"]["unmatched"], broken["unit"]["unmatched"]], width=0.6, color=[OTHERS, HERE])
     right.plot(2 + np.linspace(-0.3, 0.3, len(shares)), shares, "o", markersize=3, color=HERE)
-    right.set_xticks([0, 1, 2], ["as it is", f"without\nunit {unit}", "without\nanother"])
+    right.set_xticks([0, 1, 2], ["unchanged", f"without\nunit {unit}", "without\nanother"])
     right.set_ylim(0, None)
-    right.set_title("quote marks that don't match", fontsize=9, loc="left")
+    right.set_title("mismatched quote marks", fontsize=9, loc="left")
     save(figure, path)
 
 
@@ -412,11 +412,11 @@ def save(figure, path):
     Image.open(drawn).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the size
 
 
-# ── all of it ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── main program ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def say_units(found):
-    print("  what                      unit  AUC or rho  half-life  all units  untrained  labels shifted: median, most")
+    print("  what                      unit  AUC or rho  half-life  all units  untrained  labels shifted: median, max")
     for name, one in found.items():
         figures = (abs(one["figure"]), one["together"], one["untrained"], *one["chance"])
         figure, whole, untrained, median, most = figures if name == COLUMN else ((1.0 + v) / 2.0 for v in figures)
@@ -427,7 +427,7 @@ def say_units(found):
 
 
 def say_gates(book, reading, unit):
-    """Print what the quote unit's gates do at the marks."""
+    """Print the quote unit's gates at the marks."""
     closing, inside = book.closing[reading.part], reading.truths[QUOTES][0]
     text = np.array(list(reading.text))
     apostrophe = (text == "'") & ~closing & inside
@@ -449,11 +449,11 @@ def say_gates(book, reading, unit):
 
 def say_broken(broken):
     controls = [one for name, one in broken.items() if name.startswith("control")]
-    print(f"  by the loss at closing quotes it is number {broken['place']} of {len(broken['effects'])} units")
-    print(f"  {'':34}{'as it is':>9}{'without':>9}   without others: median, most")
+    print(f"  by the loss at closing quotes, it ranks {broken['place']} of {len(broken['effects'])} units")
+    print(f"  {'':34}{'unchanged':>9}{'without':>9}   without others: median, max")
     rows = {f"nats at: {kind}": ("losses", kind) for kind in broken["plain"]["losses"]}
     rows |= {f"P(') after , . ! ?, {where}": ("closes", where) for where in broken["plain"]["closes"]}
-    rows["marks that don't match, samples"] = ("unmatched", None)
+    rows["mismatched marks, samples"] = ("unmatched", None)
     for what, (field, key) in rows.items():
         plain, without, *others = (
             one[field] if key is None else one[field][key] for one in (broken["plain"], broken["unit"], *controls)
@@ -466,17 +466,17 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="the folder for the pictures")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the models; pictures are of the first"
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the models; plots show the first"
     )
-    parser.add_argument("--quick", action="store_true", help="a small model, one seed: a look at how it goes")
-    parser.add_argument("--html", action="store_true", help="write units.html too, a page in which to look further")
+    parser.add_argument("--quick", action="store_true", help="a small model, one seed, for a quick try")
+    parser.add_argument("--html", action="store_true", help="also write units.html, an interactive page")
     given = parser.parse_args(arguments)
     size, seeds = (QUICK, given.seeds[:1]) if given.quick else (FULL, given.seeds)
-    torch.set_num_threads(1)  # a model this small gains nothing by more
+    torch.set_num_threads(1)  # a model this small doesn't benefit from more threads
     book = Book()
     orders = {order: ngram_loss(book, order) for order in ((1, 3) if given.quick else (1, 3, 5))}
-    print(f"{len(book.ids)} characters, {len(book.characters)} kinds; 80 % to train, 10 % to choose, 10 % held out")
-    print("nats a character held out: " + ", ".join(f"{order}-gram {loss:.3f}" for order, loss in orders.items()))
+    print(f"{len(book.ids)} characters, {len(book.characters)} kinds; 80 % training, 10 % validation, 10 % held out")
+    print("nats per character held out: " + ", ".join(f"{order}-gram {loss:.3f}" for order, loss in orders.items()))
     given.out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         untrained, net = train(book, seed, size)
@@ -484,19 +484,20 @@ def main(arguments=None):
         unit = found[QUOTES]["unit"]
         at = Targets(book)
         loss = at.losses(net(at.x))["all"]
-        print(f"\nseed {seed}: LSTM of {size['units']} units, {loss:.3f} nats a character held out")
+        print(f"\nseed {seed}: LSTM of {size['units']} units, {loss:.3f} nats per character held out")
         say_units(found)
         say_gates(book, reading, unit)
         broken = ablate_unit(book, net, reading, unit, size, seed)
         say_broken(broken)
         column = ablate_column(book, net, reading, found[COLUMN]["unit"], size)
-        print(f"  unit {found[COLUMN]['unit']}, of the position in the line: ", end="")
+        print(f"  unit {found[COLUMN]['unit']}, position in the line: ", end="")
         said = (f"{name} {loss:.3f} nats at line ends, {share:.1%} of lines" for name, (loss, share) in column.items())
-        print("; ".join(said) + " in samples longer than any of the book's")
+        print("; ".join(said) + " in samples longer than any line of the book")
         if seed == seeds[0]:
             draw_units(book, reading, found, given.out / "units-text.png")
             draw_ablation(unit, broken, given.out / "units-ablated.png")
-            for what, one in (("as it is", net), (f"without unit {unit}", held(net, unit, reading.c[:, unit].mean()))):
+            without = fixed(net, unit, reading.c[:, unit].mean())
+            for what, one in (("unchanged", net), (f"without unit {unit}", without)):
                 print(f"  a sample {what}:\n" + indented(sample(book, one, *size["sampled"])[0]))
             if given.html:
                 begin = reading.part.start + excerpt(reading.text, DIALOGUE, 9).start - WARM

@@ -1,7 +1,7 @@
-"""ONNX files without a batch axis, in the style in which such are published: `[T, F]` in, states `[H]` in and out.
+"""ONNX files without a batch axis, in the style of published ones: input `[T, F]`, states `[H]` as inputs and outputs.
 
-An Unsqueeze makes the batch before each recurrent operator, a Squeeze takes it away behind it. The half that runs
-backwards is a Slice with step -1 before a forward operator and one behind it, or one half of a bidirectional operator.
+An Unsqueeze adds the batch axis before each recurrent operator, a Squeeze removes it afterwards. The backward direction
+is a Slice with step -1 before and after a forward operator, or one direction of a bidirectional operator.
 """
 
 from itertools import product
@@ -66,7 +66,7 @@ class _Graph:
 
 
 def model_of(plan, seed=0):
-    """Return a plan's file as a ModelProto, with weights of their own for each gate."""
+    """Return a plan's file as a ModelProto, with different weights for each gate."""
     g, units, value = _Graph(seed), 4, "input"
     parts = "hc" if plan.kind == "LSTM" else "h"
     ways = 1 if not plan.both else 2
@@ -77,12 +77,12 @@ def model_of(plan, seed=0):
     ends = {part: [] for part in parts}
     for layer in range(plan.layers):
         width = 3 if layer == 0 else units * ways
-        halves = []
+        directions = []
         for way in range(1 if plan.both == "operator" else ways):
             where = f"{'fb'[way]}{layer}"
             both, count = plan.both == "operator", (2 if plan.both == "operator" else 1)
             x = value
-            early = layer % 2 == 0  # whether it is turned round before the batch is made, or after it
+            early = layer % 2 == 0  # whether it is reversed before or after the batch axis is added
             if way and early:
                 x = g.turned(x, f"{where}.turned")
             x = g.put("Unsqueeze", [x, g.integers(1)], f"{where}.batch")
@@ -108,8 +108,8 @@ def model_of(plan, seed=0):
                 y = g.put("Reshape", [rows, g.integers(0, -1)], f"{where}.y")
             else:
                 y = g.put("Squeeze", [made[0], g.integers(1, 2)], f"{where}.y")
-            halves.append(g.turned(y, f"{where}.back") if way else y)
-        value = halves[0] if len(halves) == 1 else g.put("Concat", halves, f"both{layer}", axis=-1)
+            directions.append(g.turned(y, f"{where}.back") if way else y)
+        value = directions[0] if len(directions) == 1 else g.put("Concat", directions, f"both{layer}", axis=-1)
     if stacked:
         for part in parts:
             _out(g, g.put("Concat", ends[part], f"{part}_out", axis=0), 2)

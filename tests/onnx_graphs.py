@@ -1,4 +1,4 @@
-"""ONNX models made for tests by onnx.helper alone, and ONNX Runtime, which they are run in."""
+"""ONNX models for tests, made with onnx.helper alone, and ONNX Runtime to run them."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from cellstack.formats import onnx as adapter
 
-EIGHT_BITS = 0.03  # relative to the greatest number: 8-bit operators round x and h at every step, ours don't
+EIGHT_BITS = 0.03  # relative to the greatest number: 8-bit operators round x and h at every step, cellstack's don't
 TOLERANCE = 1e-5  # float32 on both sides, through a few nodes, numbers of about 1
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 ACTIVATIONS = {  # with a range for alpha and one for beta
@@ -47,7 +47,7 @@ def model(nodes, inputs, outputs, arrays, opset=17, domains=()):
 
 
 def write(path, made, check=True):
-    """Write a model, after the checker has looked at it, and return the path."""
+    """Write a model, after running the checker, and return the path."""
     if check:
         onnx.checker.check_model(made)
     path.write_bytes(made.SerializeToString())
@@ -55,7 +55,7 @@ def write(path, made, check=True):
 
 
 def run(path, feeds, outputs=None):
-    """What ONNX Runtime makes of a file, outputs in order."""
+    """ONNX Runtime's outputs of a file, in order."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -102,7 +102,7 @@ def random_operator(rng, kind=None, lengths=None):
 
 
 def random_activations(rng, kind, ways):
-    """Attributes: bounded ones on the gates that multiply, any on the candidate, with parameters of their own."""
+    """Attributes: bounded ones on the gates that multiply, any on the candidate, with different parameters."""
     names, alphas, betas = [], [], []
     slots = {"LSTM": (BOUNDED, None, BOUNDED), "GRU": (BOUNDED, BOUNDED), "RNN": (None,)}[kind]
     for choices in slots * ways:
@@ -125,7 +125,7 @@ def operator_model(node, arrays, feeds, outputs, opset=17):
 
 
 def export(path, module, inputs, fixed=(), opset=None):
-    """Export a module by the exporter that traces; batch and time of any length but for the inputs in `fixed`."""
+    """Export a module with the tracing exporter; batch and time of any length except for the inputs in `fixed`."""
     names = [f"in{n}" for n in range(len(inputs))]
     free = {
         name: {axis: f"{name}_{axis}" for axis in range(min(2, x.dim()))}
@@ -140,7 +140,7 @@ def export(path, module, inputs, fixed=(), opset=None):
 
 
 def compare(path, feeds):
-    """Hold a loaded file against ONNX Runtime, axes put in our order by what the metadata says; return the network."""
+    """Compare a loaded file with ONNX Runtime, with axes reordered according to the metadata; return the network."""
     net = adapter.load(path)
     said = net.metadata["onnx"]
     x = [
@@ -160,7 +160,7 @@ def compare(path, feeds):
 
 
 def unrolled_model(steps, chains=1, broken=False):
-    """RNNs of 2 units, written out step by step; `broken`: no state goes on after the second step."""
+    """RNNs of 2 units, unrolled step by step; `broken`: the state isn't passed on after the second step."""
     rng = np.random.default_rng(5)
     floats = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     make, nodes, arrays = helper.make_node, [], {"zeros": np.zeros((1, 2), np.float32)}

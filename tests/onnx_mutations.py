@@ -1,4 +1,4 @@
-"""ONNX models with one change each, and ONNX Runtime in a process of its own, as some changes make it crash."""
+"""ONNX models with one change each, and ONNX Runtime in a separate process, as some changes make it crash."""
 
 import pickle
 import struct
@@ -31,7 +31,7 @@ ACTIVATIONS = ("Relu", "Tanh", "Sigmoid", "HardSigmoid", "Softsign", "Thresholde
 
 
 class Runtime:
-    """ONNX Runtime, or what another program runs, in another process, which is started again where it dies."""
+    """ONNX Runtime, or another program, in a separate process that is restarted when it dies."""
 
     def __init__(self, worker=WORKER):
         self.worker = worker
@@ -68,14 +68,14 @@ class Runtime:
 
 
 def mutated(data, rng):
-    """Return a model with one change, and what that is."""
+    """Return a model with one change, and its description."""
     made = onnx.ModelProto.FromString(data)
     change = (attribute, attribute, inputs, constant, constant, inserted, inserted)[int(rng.integers(7))]
     return made, f"{change.__name__}: {change(made.graph, rng)}"
 
 
 def attribute(graph, rng):
-    """Change an attribute, or leave it out."""
+    """Change an attribute, or omit it."""
     held = [(node, entry) for node in graph.node for entry in node.attribute if entry.type != 5]
     if not held:
         return inserted(graph, rng)
@@ -106,7 +106,7 @@ def attribute(graph, rng):
 
 
 def inputs(graph, rng):
-    """Swap two inputs of an operator, leave one out, or take another value."""
+    """Swap two inputs of an operator, omit one, or use another value."""
     node = graph.node[int(rng.integers(len(graph.node)))]
     if not node.input:
         return inserted(graph, rng)
@@ -129,7 +129,7 @@ def inputs(graph, rng):
 
 
 def constant(graph, rng):
-    """Change numbers, or the shape, of a constant; short lists of integers are the likeliest."""
+    """Change numbers, or the shape, of a constant; preferring short lists of integers."""
     if not graph.initializer:
         return attribute(graph, rng)
     small = [n for n, tensor in enumerate(graph.initializer) if tensor.data_type == TensorProto.INT64]
@@ -159,7 +159,7 @@ def _changed(array, rng):
 
 
 def inserted(graph, rng):
-    """Put an operator in before an input of another, or before an output."""
+    """Insert an operator before an input of another, or before an output."""
     place = int(rng.integers(len(graph.node)))
     node = graph.node[place]
     taken = [n for n, name in enumerate(node.input) if name]

@@ -70,13 +70,13 @@ def run(arguments, folder):
 
 def test_the_example_of_state_and_gates(tmp_path):
     said = run([ROOT / "examples" / "state_and_gates.py"], tmp_path)
-    assert "cut in two, the same bits: True" in said
+    assert "cut in two, bit-identical: True" in said
     assert "has a gradient: True" in said
 
 
 def test_the_example_of_a_stream(tmp_path):
     said = run([ROOT / "examples" / "stream_frames.py"], tmp_path)
-    assert "chunks and steps end at the same bits: True" in said
+    assert "chunks and steps give bit-identical results: True" in said
     assert "torch was imported: False" in said
     assert not list(tmp_path.iterdir())
 
@@ -93,7 +93,7 @@ def test_the_example_of_the_forget_bias_on_less(tmp_path, monkeypatch, capsys):
     finally:
         torch.set_num_threads(threads)
     said = capsys.readouterr().out
-    assert "the symbol lies 9 steps back" in said
+    assert "the symbol is 9 steps back" in said
     assert "learned, of 2 runs:" in said
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
 

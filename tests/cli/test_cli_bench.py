@@ -186,7 +186,7 @@ def test_ctrl_c_leaves_what_was_measured(light, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(surface, "measure", once)
     status, out, _ = run(capsys, *TINY, "-o", str(tmp_path))
     assert status == 130
-    assert "stopped: this is what was measured until then" in out
+    assert "stopped: these are the results so far" in out
     report = json.loads((tmp_path / "bench.json").read_text())
     assert {what: len(records) for what, records in report["surfaces"].items()} == {
         "inference": 1,

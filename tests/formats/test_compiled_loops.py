@@ -280,8 +280,8 @@ class Square(torch.autograd.Function):
 
 
 REFUSED = {
-    "fed back": (fed_back, "its loop over cell feeds back what it gives, .* 5 here: fix it in forward"),
-    "c": (of_c, "the loop over cell takes c of every step"),
+    "fed back": (fed_back, "its loop over cell feeds its output back as its input, .* 5 here: fix it in forward"),
+    "c": (of_c, "the loop over cell uses c of every step"),
     "one left out": (
         lambda m, x: torch.stack(steps_of(m, x)[:-1], 1),
         "its loop leaves steps out, does something else",

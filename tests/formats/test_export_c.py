@@ -1,4 +1,4 @@
-"""Networks as C: compiled without a warning, held against the stream, run under sanitizers."""
+"""Networks as C: compiled without a warning, compared with the stream, run under sanitizers."""
 
 import ctypes
 import re
@@ -28,7 +28,7 @@ def compiled(command, folder):
 
 
 class InC:
-    """A network in C within a loaded library: a state of its own, members by name."""
+    """A network in C in a loaded library, with its own state; members by name."""
 
     def __init__(self, library, folder, name, dtype):
         self.library, self.name, self.dtype = library, name, np.dtype(dtype)
@@ -64,14 +64,14 @@ class InC:
         raise KeyError(name)
 
     def spoil(self):
-        """Put NaN into whatever needn't be kept between frames."""
+        """Write NaN into everything that needn't be kept between steps."""
         for name, (_, text) in self.members.items():
             if text == "scratch":
                 self.member(name)[:] = np.nan
 
 
 def build(folder, networks, *, language="c", standard="c99"):
-    """Write networks, compile them strictly into one library, and return each as C."""
+    """Write networks, compile them strictly into one library, and return a wrapper of each."""
     for name, net in networks.items():
         export(net, folder, name)
     sources = [f"{name}.c" for name in networks]
@@ -96,13 +96,13 @@ def streamed(net, x):
 
 
 def near(got, expected, moved=0.0):
-    """Within the kernel's tolerance; and within ten times what rounding the frames moves this network's numbers by."""
+    """Within the kernel's tolerance, or ten times the change that rounding of the inputs causes in this network."""
     scale = max(1.0, np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
     within = KERNEL[got.dtype.name] * scale + 10 * np.abs(np.nan_to_num(moved)).max(initial=0.0)
     np.testing.assert_allclose(got, expected, rtol=0, atol=within)
 
 
-def held_against_the_stream(net, inside, steps=20):
+def compared_with_the_stream(net, inside, steps=20):
     x = frames(net, steps)
     expected, stream = streamed(net, x)
     rounded = x if np.array_equal(x, np.floor(x)) else np.nextafter(x, np.inf, dtype=x.dtype)
@@ -120,7 +120,7 @@ def held_against_the_stream(net, inside, steps=20):
     near(inside.run(x), expected, moved)
 
 
-# ── the whole family, compiled strictly ─────────────────────────────────────────────────────────────────────────────
+# ── the whole family, compiled strictly ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -131,10 +131,10 @@ def test_every_kind_of_cell_with_every_flag(tmp_path, kind, dtype):
         rng = np.random.default_rng(seed)
         networks[f"{kind}_{seed}"] = Network([Recurrent((fill(rng, random_spec(rng, kind, 12), dtype),))])
     for name, inside in build(tmp_path, networks).items():
-        held_against_the_stream(networks[name], inside)
+        compared_with_the_stream(networks[name], inside)
 
 
-def test_the_flags_above_were_all_there():
+def test_all_flags_are_covered():
     flags = {"lstm": set(), "gru": set(), "rnn": set()}
     for kind, seen in flags.items():
         for seed in range(0, 30, 2):  # those of float64
@@ -149,11 +149,11 @@ def test_the_flags_above_were_all_there():
 def test_random_networks(tmp_path, dtype):
     networks = {f"net{seed}": make_network(seed, dtype, streams=True) for seed in range(40)}
     for name, inside in build(tmp_path, networks).items():
-        held_against_the_stream(networks[name], inside)
+        compared_with_the_stream(networks[name], inside)
 
 
 def around(dtype="float32"):
-    """A network of every node that can stand around the cells, and stacks with residuals."""
+    """A network of every node that can surround the cells, and stacks with residuals."""
     rng = np.random.default_rng(5)
     array = lambda *shape: rng.normal(size=shape).astype(dtype)  # noqa: E731
     stack = Recurrent(tuple(make_cell(rng, 6, 6, dtype, kind=kind) for kind in ("lstm", "gru", "rnn")), residual=True)
@@ -182,7 +182,7 @@ def around(dtype="float32"):
 def test_every_node_around_the_cells(tmp_path, dtype):
     net = around(dtype)
     inside = build(tmp_path, {"around": net})["around"]
-    held_against_the_stream(net, inside)
+    compared_with_the_stream(net, inside)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -192,10 +192,10 @@ def test_activations_that_only_nodes_have(tmp_path, dtype):
         kernel = np.random.default_rng(number).normal(size=(4, 3)).astype(dtype)
         networks[f"net{number}"] = Network([Dense(kernel, activation=name), Activation("tanh"), Activation(name)])
     for name, inside in build(tmp_path, networks).items():
-        held_against_the_stream(networks[name], inside)
+        compared_with_the_stream(networks[name], inside)
 
 
-def test_an_id_that_the_table_hasn_t_is_taken_as_0(tmp_path):
+def test_an_id_out_of_range_is_treated_as_0(tmp_path):
     inside = build(tmp_path, {"around": around()})["around"]
     first = inside.step([0])
     for id_ in (-1, 9, 1e30, np.nan, -np.inf):
@@ -209,7 +209,7 @@ def test_an_id_that_the_table_hasn_t_is_taken_as_0(tmp_path):
 def test_it_is_c_and_c_plus_plus(tmp_path, language, standard):
     networks = {f"net{seed}": make_network(seed, streams=True) for seed in range(6)} | {"around": around()}
     for name, inside in build(tmp_path, networks, language=language, standard=standard).items():
-        held_against_the_stream(networks[name], inside)
+        compared_with_the_stream(networks[name], inside)
 
 
 DRIVER = """
@@ -254,11 +254,11 @@ def test_under_sanitizers(tmp_path, seed):
     near(np.frombuffer(done.stdout, net.dtype).reshape(expected.shape), expected)
 
 
-# ── what the files promise ──────────────────────────────────────────────────────────────────────────────────────────
+# ── guarantees of the files ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_linear_cells_of_whole_numbers_are_exact(tmp_path):
-    """Every gate and array has numbers of its own: what lies elsewhere shows."""
+    """Every gate and array has unique numbers, so that misplaced ones show."""
     networks = {}
     for kind, flags in (("lstm", {"proj_size": 2, "peepholes": True}), ("gru", {}), ("gru", {"reset_after": False})):
         spec = CellSpec(2, 3, "linear", "linear", kind=kind, **flags)
@@ -279,23 +279,23 @@ def test_a_convolution_alone_remembers(tmp_path):
         for taps, dilation in ((2, 1), (2, 4), (5, 1), (3, 3))
     }
     for name, inside in build(tmp_path, networks).items():
-        held_against_the_stream(networks[name], inside)
+        compared_with_the_stream(networks[name], inside)
 
 
 def test_narrow_layers_compile_without_a_warning(tmp_path):
-    """As many bytes to begin with as there are numbers in the array: GCC takes a memset of these for a mistake."""
+    """The number of bytes equals the number of array elements: GCC warns of a memset like this."""
     rng = np.random.default_rng(0)
     nodes = [Dense(rng.normal(size=(2, 4)).astype("f4"), None, "tanh"), Dense(rng.normal(size=(4, 1)).astype("f4"))]
     networks = {"narrow": Network([*nodes, Dense(rng.normal(size=(1, 4)).astype("f4"), None, "relu")])}
     for name, inside in build(tmp_path, networks).items():
-        held_against_the_stream(networks[name], inside)
+        compared_with_the_stream(networks[name], inside)
     with pytest.raises(
         ValueError, match=r"export_c: expected a name of letters, digits and single underscores, .*got 5"
     ):
         networks["narrow"].export_c(tmp_path, 5)
 
 
-def test_the_answer_may_lie_where_the_frame_was(tmp_path):
+def test_x_and_y_may_be_the_same_array(tmp_path):
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(4, 4)).astype("float32")
     networks = {
@@ -311,7 +311,7 @@ def test_the_answer_may_lie_where_the_frame_was(tmp_path):
             assert np.array_equal(frame, y)
 
 
-def test_states_are_plain_memory_and_don_t_touch(tmp_path):
+def test_states_are_plain_memory_and_independent(tmp_path):
     net = make_network(3, streams=True)
     one = build(tmp_path, {"net": net})["net"]
     other = InC(one.library, tmp_path, "net", net.dtype)
@@ -376,12 +376,12 @@ def test_a_function_is_written_once_and_only_where_it_is_used(tmp_path):
     assert "gru" not in text
 
 
-def test_names_that_c_hasn_t(tmp_path):
+def test_names_that_are_invalid_in_c(tmp_path):
     rng = np.random.default_rng(0)
     names = ["int", "a b", "a_b", "a-b", "0", "schön *", "$real ${x}", "a_b_kernel", "λ", "??)"]
     nodes = [Dense(rng.normal(size=(3, 3)).astype("f4"), np.zeros(3, "f4")) for _ in names[1:]]
     net = Network([Recurrent((make_cell(rng, 3, 3), make_cell(rng, 3, 3))), *nodes], names)
-    held_against_the_stream(net, build(tmp_path, {"n": net})["n"])
+    compared_with_the_stream(net, build(tmp_path, {"n": net})["n"])
     with pytest.raises(ValueError, match="expected a name"):
         export(net, tmp_path, "3d")
     for name in ("", "a-b", "a__b", "a_", "../a", "a.b"):
@@ -411,10 +411,10 @@ def test_the_program_on_the_page(tmp_path):
     np.testing.assert_allclose(y, streamed(net, x)[0], rtol=0, atol=1e-5)
 
 
-# ── what is refused, and files ──────────────────────────────────────────────────────────────────────────────────────
+# ── errors, and files ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_can_t_be_written_is_refused_by_name(tmp_path):
+def test_unsupported_nodes_are_refused_by_name(tmp_path):
     rng = np.random.default_rng(0)
     ahead = Recurrent((make_cell(rng, 3, 4),))
     back = Recurrent(ahead.cells, go_backwards=True)
@@ -425,19 +425,19 @@ def test_what_can_t_be_written_is_refused_by_name(tmp_path):
     for message, net in refused.items():
         with pytest.raises(ValueError, match=rf"c can't run step by step: .*{message}"):
             export(net, tmp_path)
-    with pytest.raises(ValueError, match="fixes the width"):
+    with pytest.raises(ValueError, match="must fix the width"):
         export(Network([Activation("tanh")]), tmp_path)
     wires = [("x",), ("x",), ("layer_0", "layer_1")]
     branched = Network([Scale(np.ones(3, "f4"), np.ones(3, "f4")), ahead, Merge("concat")], wires=wires)
-    with pytest.raises(ValueError, match="got layer_1 of x"):
+    with pytest.raises(ValueError, match="layer_1 reads x"):
         export(branched, tmp_path)
-    with pytest.raises(ValueError, match="expected the last node alone as output, got layer_0, layer_1"):
+    with pytest.raises(ValueError, match="the last node must be the only output, got layer_0, layer_1"):
         export(Network([ahead, Activation("tanh")], outputs=("layer_0", "layer_1")), tmp_path)
     with pytest.raises(ValueError, match="layer_0 can't run step by step"):
         export(Network([Conv1D(np.ones((2, 3, 3), "f4")), ahead]), tmp_path)
-    with pytest.raises(ValueError, match="of one group, got layer_0"):
+    with pytest.raises(ValueError, match="layer_0: expected a Conv1D with one group"):
         export(Network([Conv1D(np.ones((2, 1, 3), "f4"), groups=3, padding="causal"), ahead]), tmp_path)
-    with pytest.raises(ValueError, match="got layer_0"):
+    with pytest.raises(ValueError, match="layer_0: mask_zero isn't supported"):
         export(Network([Embedding(np.ones((4, 3), "f4"), mask_zero=True), ahead]), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -454,14 +454,14 @@ def test_files_are_replaced_and_folders_made(tmp_path):
 
 @pytest.mark.parametrize("name", ["string", "math", "stdio", "Float"])
 def test_names_of_c_s_own_headers(tmp_path, name):
-    with pytest.raises(ValueError, match="expected a name that no header of C has"):
+    with pytest.raises(ValueError, match="is the name of a standard C header"):
         export(make_network(0, "float32", streams=True), tmp_path, name)
     with pytest.raises(ValueError, match="expected a folder, got"):
         export(make_network(0, "float32", streams=True), tmp_path / "model.c", "model")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_keeps_no_state_compiles_without_a_warning(tmp_path, rng):
+def test_networks_without_state_compile_without_a_warning(tmp_path, rng):
     nets = {
         "scaled": Network([Standardise(np.zeros(3, "f4"), np.ones(3, "f4"))]),
         "plain": Network([Dense(rng.normal(size=(3, 2)).astype("f4"))]),
@@ -476,7 +476,7 @@ def test_what_keeps_no_state_compiles_without_a_warning(tmp_path, rng):
             np.testing.assert_allclose(made.run(x[0]), net.run(x)[0][0], rtol=1e-6)
 
 
-def test_a_full_disk_leaves_both_files_as_they_were(tmp_path):
+def test_a_full_disk_leaves_both_files_unchanged(tmp_path):
     net, changed = (Network([Recurrent((make_cell(np.random.default_rng(seed), 3, 16),))]) for seed in range(2))
     export(net, tmp_path, "net")
     changed.save(tmp_path / "net.safetensors")

@@ -1,4 +1,4 @@
-"""A browser for the tests of what runs in one."""
+"""A browser for the tests that need one."""
 
 import os
 import shutil
@@ -9,9 +9,9 @@ from playwright.sync_api import sync_playwright
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium without a window: the system's, or else the one that Playwright has installed.
+    """Headless Chromium: the system's, or the one that Playwright has installed.
 
-    One a module, and gone after it: while it is there, no other event loop can run in this thread.
+    One per module, closed after it: while it runs, no other event loop can run in this thread.
     """
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path

@@ -1,4 +1,4 @@
-"""Diagnostics: each measure against its definition, worked out another way, and reports that name what is wrong."""
+"""Diagnostics: each measure compared with its definition, computed differently, and reports that name the problem."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_contributions_sum_to_the_state(seed, backwards):
         given["reset"] = rng.random((3, 9)) < 0.3
     seen = net.trace(x, **given)["layer_0"].cells[0]
     if spec.cell_clip is not None:
-        with pytest.raises(ValueError, match="expected a cell without cell_clip"):
+        with pytest.raises(ValueError, match="cell_clip isn't supported"):
             seen.contributions()
         return
     state = seen["c" if spec.kind == "lstm" else "h"]
@@ -53,16 +53,16 @@ def test_contributions_are_what_each_step_wrote_and_later_gates_kept():
         parts = seen.contributions(5)[:, 1 + step]
         expected = seen.i[:, step] * seen.g[:, step] * np.prod(seen.f[:, step + 1 :], axis=1)
         np.testing.assert_allclose(parts, expected, atol=1e-14)
-    assert not seen.contributions(5)[:, 0].any()  # of the zeros that it began with
+    assert not seen.contributions(5)[:, 0].any()  # the initial state is zeros
 
 
 def test_what_has_no_contributions():
     rng = rng_of(0)
     x = rng.normal(size=(2, 6, 3))
     seen = traced(make_cell(rng, 3, 4, "float64", kind="rnn"), x)
-    with pytest.raises(ValueError, match="got a SimpleRNN, which has no gate that keeps a state"):
+    with pytest.raises(ValueError, match="a SimpleRNN has no gate that keeps a state"):
         seen.contributions()
-    with pytest.raises(ValueError, match="got a SimpleRNN"):
+    with pytest.raises(ValueError, match="a SimpleRNN has no gate"):
         seen.half_lives()
     seen = traced(make_cell(rng, 3, 4, "float64"), x)
     for step in (6, -7):
@@ -116,7 +116,7 @@ def test_the_exponent_of_a_linear_recurrence_is_the_logarithm_of_its_radius(fact
 
 
 def test_the_exponent_of_an_lstm_is_that_of_its_jacobians():
-    """By the product of the Jacobians of every step, by central differences of the reference, brought to length 1."""
+    """From the product of all steps' Jacobians, by central differences of the reference, normalised to length 1."""
     rng = rng_of(5)
     cell = make_cell(rng, 2, 3, "float64")
     x = rng.normal(size=(1, 12, 2))
@@ -139,11 +139,11 @@ def test_the_exponent_of_an_lstm_is_that_of_its_jacobians():
 def test_a_projected_cell_s_radius_goes_through_its_projection():
     cell = fill(rng_of(1), CellSpec(2, 6, proj_size=3), "float64")
     block = cell.recurrent_kernel[:, 6:12]
-    expected = np.abs(np.linalg.eigvals(block @ cell.projection)).max()  # the same but for zeros
+    expected = np.abs(np.linalg.eigvals(block @ cell.projection)).max()  # the same except for zeros
     assert inspect.spectral_radii(cell)["f"] == pytest.approx(expected)
 
 
-# ── reports ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reports ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def report_of(cell, x, **given):
@@ -154,17 +154,17 @@ def test_a_report_names_units_and_remedies():
     x = np.ones((1, 120, 1))
     said = report_of(constant([-9.0, 0.0, 1.0, 0.0], 8), x).findings
     assert said[0].startswith("lstm: units 0, 1, 2, 3, 4 and 3 more are dead: |h| stays below 0.01. Use fewer units")
-    assert any("closed to what comes in: i is below 0.1 at nearly every step" in sentence for sentence in said)
+    assert any("closed to new input: i is below 0.1 at nearly every step" in sentence for sentence in said)
     said = report_of(constant([9.0, 9.0, 1.0, 9.0], 1), x).findings
     assert any(sentence.startswith("lstm: unit 0 is saturated: |tanh(c)| is above 0.99") for sentence in said)
-    assert any("the state grows, by 2.3 times" in sentence for sentence in said)
+    assert any("the state grows by a factor of 2.3" in sentence for sentence in said)
     said = report_of(constant([0.0, 9.0, 0.0, 0.0], 1), x).findings
     assert any("keeping more than half over the whole run of 120 steps: reset the state" in one for one in said)
     x[0, 5] = np.nan
     assert report_of(make_cell(rng_of(0), 1, 2), x).findings[0].startswith("lstm: units 0, 1 are NaN or infinite")
 
 
-def test_chaos_is_said():
+def test_chaos_is_reported():
     rng = rng_of(0)
     cell = Cell(CellSpec(1, 30, kind="rnn"), np.zeros((1, 30)), rng.normal(size=(30, 30)) * 0.5, np.zeros(30))
     net = Network([Recurrent((cell,))])
@@ -174,7 +174,7 @@ def test_chaos_is_said():
     assert any("small differences in the state grow by" in sentence for sentence in said.findings)
 
 
-def test_a_calm_network_has_nothing_that_stands_out():
+def test_a_stable_network_has_no_findings():
     rng = rng_of(0)
     cells = [make_cell(rng, 3, 6), make_cell(rng, 6, 5, kind="gru")]
     t = Network([Recurrent(tuple(cells)), Dense(rng.normal(size=(5, 2)).astype("f4"))]).trace(
@@ -186,20 +186,20 @@ def test_a_calm_network_has_nothing_that_stands_out():
     assert repr(said).endswith("nothing stands out") == (not said.findings)
 
 
-def test_what_can_t_be_reported():
+def test_traces_without_a_report():
     rng = rng_of(0)
     net = Network([Recurrent((make_cell(rng, 3, 6),))])
     x = rng.normal(size=(2, 8, 3))
     with pytest.raises(ValueError, match="expected the trace of a whole run"):
         net.trace(x, units=[1]).report()
     for nothing in (x[:0], x[:, :0]):
-        with pytest.raises(ValueError, match="expected at least one step that is used, got none in layer_0"):
+        with pytest.raises(ValueError, match="expected at least one used step, got none in layer_0"):
             net.trace(nothing).report()
-    with pytest.raises(ValueError, match="expected a trace of cells, got none"):
+    with pytest.raises(ValueError, match="the trace has no cells"):
         Network([Dense(rng.normal(size=(3, 2)))]).trace(x).report()
 
 
-def test_a_trace_from_a_file_is_reported_as_it_was(tmp_path):
+def test_a_trace_from_a_file_has_the_same_report(tmp_path):
     rng = rng_of(2)
     net = Network([Recurrent((make_cell(rng, 3, 6), make_cell(rng, 6, 4, kind="gru")), go_backwards=True)])
     x, mask, reset = rng.normal(size=(2, 8, 3)), rng.random((2, 8)) < 0.8, rng.random((2, 8)) < 0.3
@@ -212,7 +212,7 @@ def test_a_trace_from_a_file_is_reported_as_it_was(tmp_path):
         assert all(np.array_equal(one.pre[gate], other.pre[gate]) for gate in other.pre)
 
 
-# ── pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_plot_has_a_map_for_each_gate_and_state():
@@ -226,28 +226,28 @@ def test_a_plot_has_a_map_for_each_gate_and_state():
     np.testing.assert_array_equal(maps[1].get_images()[0].get_array(), t["layer_0"].f[1].T)
     some = t.plot("layer_1", ["h"])
     assert [axis.get_ylabel() for axis in some.axes if axis.get_ylabel()] == ["layer_1\nh, unit"]
-    with pytest.raises(ValueError, match="plot: expected cells with f, got none in layer_1"):
+    with pytest.raises(ValueError, match="plot: no cells with f in layer_1"):
         t.plot("layer_1", ["f"])
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_what_a_patch_writes_to_is_no_sum_and_has_no_exponent(kind):
+def test_patched_states_have_no_contributions_and_no_exponent(kind):
     rng = rng_of(3)
     net, x = Network([Recurrent((make_cell(rng, 3, 4, "float64", kind=kind),))]), rng.normal(size=(2, 9, 3))
     state = "c" if kind == "lstm" else "h"
-    with pytest.raises(ValueError, match=f"expected a cell without patches of {state}"):
+    with pytest.raises(ValueError, match=f"patches of {state} aren't supported"):
         net.edit(Patch("layer_0", state, [1], value=0.3)).trace(x)["layer_0"].contributions()
-    held = net.edit(Patch("layer_0", "g", [1], value=0.3)).trace(x)
-    seen = held["layer_0"].cells[0]
+    patched = net.edit(Patch("layer_0", "g", [1], value=0.3)).trace(x)
+    seen = patched["layer_0"].cells[0]
     np.testing.assert_allclose(seen.contributions().sum(axis=1), seen[state][:, -1], atol=1e-12)
-    with pytest.raises(ValueError, match="expected a cell without patches"):
-        held["layer_0"].lyapunov_exponent()
-    report = held.report()
+    with pytest.raises(ValueError, match="patched cells aren't supported"):
+        patched["layer_0"].lyapunov_exponent()
+    report = patched.report()
     assert "largest Lyapunov exponent, nats a step" not in report.figures["layer_0"]
     assert any("patched" in sentence for sentence in report.findings)
 
 
-def test_numbers_that_are_none_have_no_half_life():
+def test_nan_has_no_half_life():
     rng = rng_of(5)
     x = rng.normal(size=(1, 6, 3))
     x[0, 2] = np.nan

@@ -1,4 +1,4 @@
-"""Gradients of a number that a network returned: against central differences, the reference and torch autograd."""
+"""Gradients of an output number, compared with central differences, the reference and torch autograd."""
 
 from itertools import product
 
@@ -33,7 +33,7 @@ def rng_of(seed):
 
 
 def differences(net, x, name, output, step, unit, **run):
-    """Central differences of a number of each row by each number of an input, in float64."""
+    """Central differences of a number of each row with respect to each number of an input, in float64."""
     found = np.zeros_like(x[name])
     for at in product(*map(range, x[name].shape[1:])):
         ends = []
@@ -131,7 +131,7 @@ def test_merges(mode):
     check(Network(nodes, wires=wires, inputs=["x"]), rng.normal(size=(2, 5, 3)), unit=1)
 
 
-def test_ids_have_no_gradient_and_what_is_made_of_them_has():
+def test_ids_have_no_gradient_but_their_embeddings_do():
     rng = rng_of(6)
     net = Network([Embedding(rng.normal(size=(7, 3)), mask_zero=True), Recurrent((make_cell(rng, 3, 4, "float64"),))])
     ids = np.array([[1, 4, 0, 2], [3, 0, 0, 6]])
@@ -142,7 +142,7 @@ def test_ids_have_no_gradient_and_what_is_made_of_them_has():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_cell_has_the_gradient_of_the_law(seed):
+def test_a_cell_gradient_equals_the_reference(seed):
     rng = rng_of(seed)
     spec = random_spec(rng)
     cell = fill(rng, spec, "float64")
@@ -157,7 +157,7 @@ def test_a_cell_has_the_gradient_of_the_law(seed):
     assert not found[:, step + 1 :].any()
 
 
-def test_torch_finds_the_same():
+def test_torch_gives_the_same():
     module = torch.nn.Sequential()
     lstm, head = torch.nn.LSTM(3, 8, num_layers=2, batch_first=True, bidirectional=True), torch.nn.Linear(16, 2)
     module.append(lstm)
@@ -206,7 +206,7 @@ def test_what_is_refused():
         (ValueError, "a trace of all nodes", lambda: convolution.trace(x, steps=slice(2, 5)).gradient(0)),
         (TypeError, "unit to be a whole number, got 0.5", lambda: t.gradient(0.5)),
         (TypeError, "step to be a whole number, got None", lambda: t.gradient(0, None)),
-        (ValueError, "without patches", lambda: edited.trace(np.ones((2, 5, 3))).gradient(0)),
+        (ValueError, "networks with patches have no gradient", lambda: edited.trace(np.ones((2, 5, 3))).gradient(0)),
     ):
         with pytest.raises(error, match=match):
             call()

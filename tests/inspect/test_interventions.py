@@ -1,4 +1,4 @@
-"""Ablation, activation patching and differences of traces, each against one edited run at a time."""
+"""Ablation, activation patching and differences of traces, each compared with single edited runs."""
 
 from itertools import product
 
@@ -33,10 +33,10 @@ def metric(y):
 
 @pytest.mark.parametrize("how", ["zero", "mean"])
 @pytest.mark.parametrize("gate", ["h", "g"])
-def test_ablation_is_an_edited_run_a_unit(how, gate, monkeypatch):
+def test_ablation_equals_edited_runs(how, gate, monkeypatch):
     net, x, rng = classifier(0)
     mask = rng.random((3, 6)) < 0.8
-    monkeypatch.setattr(interventions, "AT_ONCE", 2000)  # a few units a run
+    monkeypatch.setattr(interventions, "AT_ONCE", 2000)  # a few units per run
     found = cs.ablate(net, x, how=how, metric=metric, gate=gate, mask=mask)
     t = net.trace(x, mask=mask)
     assert found.metric == metric(t.y)
@@ -53,7 +53,7 @@ def test_ablation_is_an_edited_run_a_unit(how, gate, monkeypatch):
     assert f"{ranked[0].effect:+.6g}" in repr(found).splitlines()[1]
 
 
-def test_resampling_takes_what_the_unit_was_elsewhere():
+def test_resampling_uses_values_of_the_same_unit():
     net, x, _ = classifier(1)
     found = cs.ablate(net, x, "both", how="resample", metric=metric, seed=3)
     again = cs.ablate(net, x, "both", how="resample", metric=metric, seed=3)
@@ -67,7 +67,7 @@ def test_resampling_takes_what_the_unit_was_elsewhere():
     assert found.effects["both", 0][2] == pytest.approx(metric(y) - found.metric, abs=1e-12)
 
 
-def test_without_a_metric_it_is_how_much_the_output_changes():
+def test_the_default_metric_is_the_change_of_the_output():
     net, x, _ = classifier(2)
     found = cs.ablate(net, x, ["above"], how="zero")
     y = net.edit(Patch("above", "h", 1, value=0.0, cell=1))(x)
@@ -78,7 +78,7 @@ def test_without_a_metric_it_is_how_much_the_output_changes():
 @pytest.mark.parametrize(
     "over", [("node", "gate", "unit", "step"), ("unit", "step"), ("step",), ("node",), ("gate", "node")]
 )
-def test_activation_patching_is_an_edited_run_a_place(over, monkeypatch):
+def test_activation_patching_equals_edited_runs(over, monkeypatch):
     net, clean, rng = classifier(3)
     corrupted = clean + rng.normal(0, 0.5, size=clean.shape)
     monkeypatch.setattr(interventions, "AT_ONCE", 20000)
@@ -111,7 +111,7 @@ def test_activation_patching_is_an_edited_run_a_place(over, monkeypatch):
     assert f"{found.ranked[0][1]:+.1%}" in repr(found).splitlines()[1]
 
 
-def test_all_of_the_last_cells_h_brings_the_clean_answer_back():
+def test_patching_all_of_the_last_h_recovers_the_clean_output():
     net, clean, rng = classifier(4)
     found = cs.activation_patch(net, clean, rng.normal(size=clean.shape), metric, "node")
     assert found.recovered[-1] == pytest.approx(1.0)
@@ -132,7 +132,7 @@ def test_networks_of_several_inputs_and_outputs():
     assert done > 3
 
 
-def test_two_traces_side_by_side():
+def test_differences_of_two_traces():
     net, x, _ = classifier(5)
     one = net.trace(x)
     other = net.edit(Patch("above", "f", [1], rows=1, steps=slice(3, 5), value=1.0, cell=0)).trace(x)
@@ -183,19 +183,23 @@ def test_what_is_refused():
             r"one number for the batch, got shape \[3\]",
             lambda: cs.ablate(net, x, metric=lambda y: y[:, 0]),
         ),
-        (ShapeError, "at least a row and a step", lambda: cs.ablate(net, x[:0])),
-        (ShapeError, "at least a row and a step", lambda: cs.ablate(net, x[:, :0])),
+        (ShapeError, "at least one row and one step", lambda: cs.ablate(net, x[:0])),
+        (ShapeError, "at least one row and one step", lambda: cs.ablate(net, x[:, :0])),
         (ValueError, "over to be one of", lambda: cs.activation_patch(net, x, x, metric, "layer")),
-        (ValueError, "each once", lambda: cs.activation_patch(net, x, x, metric, ("step", "step"))),
+        (ValueError, "expected distinct axes", lambda: cs.activation_patch(net, x, x, metric, ("step", "step"))),
         (ValueError, "a gate of both out of", lambda: cs.activation_patch(net, x, x, metric, gates=["c"])),
-        (ShapeError, "clean and corrupted of one shape", lambda: cs.activation_patch(net, x, x[:, :3], metric)),
-        (ValueError, "a network with cells", lambda: cs.ablate(Network([Dense(np.ones((3, 1)))]), x)),
+        (
+            ShapeError,
+            "clean and corrupted must have the same shape",
+            lambda: cs.activation_patch(net, x, x[:, :3], metric),
+        ),
+        (ValueError, "the network has no cells", lambda: cs.ablate(Network([Dense(np.ones((3, 1)))]), x)),
     ):
         with pytest.raises(error, match=match):
             call()
 
 
-def test_a_metric_that_is_no_number_is_shown_last():
+def test_nan_metrics_are_shown_last():
     net, x, _ = classifier(8)
     values = iter([1.0, np.nan, 3.0, *[0.0] * 30])
     found = cs.ablate(net, x, "both", metric=lambda y: next(values))
@@ -210,7 +214,7 @@ def test_a_stack_of_odd_cells():
     assert len(found.effects) == len(net.cells)
 
 
-def test_patches_of_some_rows_are_there_in_every_run():
+def test_patches_of_some_rows_apply_in_every_run():
     net, x, rng = classifier(4)
     for patch in (
         Patch("both", "f", [1], rows=[0], value=0.1, cell=0),
@@ -218,17 +222,17 @@ def test_patches_of_some_rows_are_there_in_every_run():
         Patch("both", "f", [1], value=rng.random((3, 1, 1)), cell=0),
         Patch("both", "f", [1], rows=slice(1, None), steps=slice(2, 4), value=rng.random((2, 2, 1)), cell=0),
     ):
-        held = net.edit(patch)
-        found = cs.ablate(held, x, "above", how="zero", metric=metric).effects["above", 1]
+        patched = net.edit(patch)
+        found = cs.ablate(patched, x, "above", how="zero", metric=metric).effects["above", 1]
         for unit in range(4):
-            one = held.edit(Patch("above", "h", unit, value=0.0, cell=1))
-            np.testing.assert_allclose(found[unit], metric(one(x)) - metric(held(x)), atol=1e-12)
+            one = patched.edit(Patch("above", "h", unit, value=0.0, cell=1))
+            np.testing.assert_allclose(found[unit], metric(one(x)) - metric(patched(x)), atol=1e-12)
         other = x + 1.0
-        values = cs.activation_patch(held, x, other, metric, over="unit", nodes="both").values
-        seen = held.trace(x)["both"].cells
+        values = cs.activation_patch(patched, x, other, metric, over="unit", nodes="both").values
+        seen = patched.trace(x)["both"].cells
         for unit in range(4):
             own = [(n, c) for n, c in enumerate(seen) if unit < c.h.shape[2]]
-            one = held.edit(
+            one = patched.edit(
                 [Patch("both", "h", unit, None, slice(6), c.h[:, :, unit : unit + 1], cell=n) for n, c in own]
             )
             np.testing.assert_allclose(values[unit], metric(one(other)), atol=1e-12)
@@ -237,25 +241,25 @@ def test_patches_of_some_rows_are_there_in_every_run():
 def test_traces_that_do_not_fit_are_not_compared():
     net, x, _ = classifier(2)
     t = net.trace(x)
-    with pytest.raises(ShapeError, match="traces of the same steps"):
+    with pytest.raises(ShapeError, match="steps must be equal"):
         t.select(steps=slice(0, 3)).diff(t.select(steps=slice(3, 6)))
     cells = {
         kind: Network([Recurrent((make_cell(rng_of(1), 3, 4, "float64", kind=kind),))]) for kind in ("lstm", "gru")
     }
-    with pytest.raises(ValueError, match="other cells in layer_0"):
+    with pytest.raises(ValueError, match="the cells of layer_0 differ"):
         cells["lstm"].trace(x).diff(cells["gru"].trace(x))
 
 
 def test_what_has_no_effect_says_why():
     net, x, _ = classifier(3)
     assert "there is nothing to recover" in repr(cs.activation_patch(net, x, x, metric, over="unit"))
-    with pytest.raises(ValueError, match="expected nodes with cells, got none"):
+    with pytest.raises(ValueError, match="none of the nodes has cells"):
         cs.ablate(net, x, [])
-    with pytest.raises(ShapeError, match="at least a row and a step"):
+    with pytest.raises(ShapeError, match="at least one row and one step"):
         cs.ablate(net, 3.0)
 
 
-def test_a_picture_is_of_one_row_that_is_there():
+def test_a_plot_needs_an_existing_row():
     net, x, _ = classifier(3)
     t = net.trace(x)
     for row in (3, slice(0, 3), True, None):

@@ -1,4 +1,4 @@
-"""Looking at training: gradients by lag beside torch's autograd and a loop written here; bits that stay as they are."""
+"""Inspecting training: gradients by lag, compared with torch's autograd and a separate loop; unchanged bits."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ DOUBLE = {"dtype": "float64"}
 
 
 def lstm_steps(cell, x):
-    """The states of a plain LSTM over one row `[T, I]`, written anew: `[(h, c), …]` with their graph."""
+    """The states of a plain LSTM over one row `[T, I]`, implemented separately: `[(h, c), …]` with their graph."""
     h, c = (torch.zeros(cell.units, dtype=x.dtype) for _ in "hc")
     seen = []
     for frame in x:
@@ -37,8 +37,8 @@ def expected_lags(cell, rows, weights):
     """Norms of dL/dh and dL/dc by lag, and the share of the last output's gradient that is left in c.
 
     Args:
-        rows: each row's frames in the order in which they are run, `[T, I]`.
-        weights: the gradient of the loss in each row's outputs, `[T, H]`; the last is the output's.
+        rows: each row's steps in the order of processing, `[T, I]`.
+        weights: the gradient of the loss with respect to each row's outputs, `[T, H]`; the last is the output's.
     """
     longest = max(len(x) for x in rows)
     sums = {name: np.zeros((longest, 2)) for name in ("h", "c")}  # squared norms, rows
@@ -62,7 +62,7 @@ def expected_lags(cell, rows, weights):
 
 
 def lags_of(layer, loss, **options):
-    """What a monitor says of one batch: the lags of its first cell."""
+    """A monitor's record of one batch: the lags of its first cell."""
     with TrainingMonitor(layer, **options) as monitor:
         loss().backward()
         record = monitor.epoch()
@@ -91,7 +91,7 @@ def test_only_the_last_output_is_used():
     weights[:, -1] = w
     wanted = expected_lags(layer.cell, x, weights)
     assert_lags(found, wanted)
-    np.testing.assert_allclose(found["carried"], found["c"] / found["c"][0], rtol=1e-9)  # nothing else enters
+    np.testing.assert_allclose(found["carried"], found["c"] / found["c"][0], rtol=1e-9)  # there are no other gradients
 
 
 def test_the_state_that_a_call_returns_counts():
@@ -120,7 +120,7 @@ def test_rows_of_several_lengths_count_from_their_own_ends(backwards):
     rows = [row[:n].flip(0) if backwards else row[:n] for row, n in zip(x, lengths, strict=True)]
 
     def padded():
-        y = layer(x, lengths=lengths)  # in the order processed: what pads lies before the first step that counts
+        y = layer(x, lengths=lengths)  # in the order of processing: padding precedes the first used step
         return sum((y[r, 9 - n :] if backwards else y[r, :n]).mul(w[r, :n]).sum() for r, n in enumerate(lengths))
 
     def packed():
@@ -179,11 +179,11 @@ FLAGS = [
 
 
 @pytest.mark.parametrize(("kind", "flags"), FLAGS)
-def test_every_flag_as_its_layer_differentiates_it(kind, flags):
-    """dL/dh by lag beside the layer itself, cut in two after each step."""
+def test_every_flag_equals_the_layer_s_gradient(kind, flags):
+    """dL/dh by lag, compared with the layer split after each step."""
     layer = kind(4, return_sequences=True, return_state=True, input_size=3, **flags, **DOUBLE)
     if flags.get("dropout"):
-        layer.eval()  # a layer cut in two draws masks anew
+        layer.eval()  # a split layer redraws its masks
     x = torch.randn(2, 8, 3, dtype=torch.float64)
     w = torch.randn(2, 8, layer(x)[0].shape[2], dtype=torch.float64)
     found = lags_of(layer, lambda: (layer(x)[0] * w).sum())
@@ -218,7 +218,7 @@ def test_masks_of_dropout_and_zoneout_are_those_of_the_call(kind):
 
 
 def random_stack(draw):
-    """A stack of cells of ours with flags, run in one way or the other."""
+    """A stack of cellstack cells with flags, run forward or backward."""
     flags = [
         {}, {"peepholes": True}, {"coupled": True}, {"layer_norm": True}, {"cell_clip": 0.5},
         {"zoneout": 0.2, "zoneout_cell": 0.1}, {"learn_initial_state": True},
@@ -235,8 +235,8 @@ def random_stack(draw):
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_what_runs_again_is_the_call(seed, monkeypatch):
-    """What is run again gives weights the gradients that the call gave them: with its masks, resets and dropout."""
+def test_the_repeated_run_equals_the_call(seed, monkeypatch):
+    """The repeated run gives the same weight gradients as the call, with its masks, resets and dropout."""
     draw = np.random.default_rng(seed)
     layer, (batch, steps) = random_stack(draw), draw.integers(1, 12, 2)
     x = torch.randn(batch, steps, 4, dtype=torch.float64)
@@ -302,7 +302,7 @@ def trained(monitored, model=None, epochs=3, **options):
     return model, monitor, torch.rand(3)
 
 
-def test_training_has_the_bits_that_it_has_without():
+def test_training_is_bit_identical_with_the_monitor():
     plain, _, draws = trained(False)
     looked, monitor, draws_too = trained(True, rows=4, lags=6)
     assert torch.equal(draws, draws_too)
@@ -323,8 +323,8 @@ def test_training_has_the_bits_that_it_has_without():
     assert layer.rows == 4
 
 
-def test_a_residual_stack_beside_torch():
-    """Lower cells have two ways up, through the cell above and past it."""
+def test_a_residual_stack_compared_with_torch():
+    """Lower cells have two paths to the output, through the cell above and past it."""
     cells = [layers.LSTMCell(4, **DOUBLE), layers.LSTMCell(4, **DOUBLE)]
     stack = layers.RNN(layers.StackedRNNCells(cells, residual=True), return_sequences=True, input_size=4)
     x, w = torch.randn(1, 7, 4, dtype=torch.float64), torch.randn(1, 7, 4, dtype=torch.float64)
@@ -349,7 +349,7 @@ def test_norms_are_of_the_whole_batch_and_before_clipping():
         torch.nn.utils.clip_grad_norm_(layer.parameters(), 1e-3)
         weights = {name: float(p.detach().double().norm()) for name, p in layer.cell.named_parameters()}
         with torch.no_grad():
-            layer.cell.kernel.zero_()  # as an optimiser changes weights
+            layer.cell.kernel.zero_()  # like an optimiser step
         figures = monitor.epoch().layers["LSTM"].figures
     for group, norms in (("gradients", before), ("weights", weights)):
         assert list(figures[group]) == ["kernel", "recurrent_kernel", "bias", "all"]
@@ -374,32 +374,32 @@ def test_gates_and_states_are_those_of_the_call():
     assert figures["half-life"]["median"] == pytest.approx(np.median(lives), rel=1e-5)
 
 
-def test_a_batch_without_the_monitor_s_work_has_none_of_it():
+def test_other_batches_run_without_the_monitor():
     layer = layers.LSTM(4, input_size=3)
     x = torch.randn(2, 5, 3)
     with TrainingMonitor(layer, every=2) as monitor:
         with torch.no_grad():
-            layer(x)  # as in validation: isn't what is waited for
+            layer(x)  # as in validation: must not count
         assert len(layer._observers) == 1
         layer(x)  # nor one without a gradient
         layer(x).sum().backward()
         assert layer._observers == ()
         first = monitor.epoch()
-        assert layer._observers == ()  # the second epoch isn't looked at
+        assert layer._observers == ()  # the second epoch isn't inspected
         layer(x).sum().backward()
         assert monitor.epoch() is None
         assert len(layer._observers) == 1
     assert layer._observers == ()
     assert not monitor._observers["LSTM"]._hooks
     assert [record.epoch for record in monitor.records] == [1]
-    assert "was called 2 times before a gradient came" in first.findings[-1]
+    assert "was called 2 times before a gradient reached it" in first.findings[-1]
 
 
 def test_a_closed_monitor_says_so():
     layer = layers.LSTM(4, input_size=3)
     with TrainingMonitor(layer) as monitor:
         layer(torch.randn(2, 5, 3)).sum().backward()
-    with pytest.raises(RuntimeError, match="expected one that isn't closed"):
+    with pytest.raises(RuntimeError, match="the monitor is closed"):
         monitor.epoch()
     assert layer._observers == ()
 
@@ -413,7 +413,7 @@ def test_two_monitors_see_the_same():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_is_looked_at_as_a_call_without(reentrant):
+def test_checkpointing_is_inspected_like_a_plain_call(reentrant):
     layer, x = layers.LSTM(4, input_size=3), torch.randn(2, 5, 3, requires_grad=True)
     wanted = lags_of(layer, lambda: layer(x).sum())
     found = lags_of(layer, lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum())
@@ -421,13 +421,13 @@ def test_checkpointing_is_looked_at_as_a_call_without(reentrant):
         np.testing.assert_array_equal(found[name], values)
 
 
-def test_weights_that_are_computed_and_halves_are_looked_at():
-    class Halved(torch.nn.Module):
+def test_computed_and_bfloat16_weights_are_inspected():
+    class Scaled(torch.nn.Module):
         def forward(self, weight):
             return weight / 2
 
     layer = layers.LSTM(4, input_size=3, **DOUBLE)
-    torch.nn.utils.parametrize.register_parametrization(layer.cell, "recurrent_kernel", Halved())
+    torch.nn.utils.parametrize.register_parametrization(layer.cell, "recurrent_kernel", Scaled())
     x, w = torch.randn(2, 6, 3, dtype=torch.float64), torch.zeros(2, 6, 4, dtype=torch.float64)
     w[:, -1] = 1.0
     assert_lags(lags_of(layer, lambda: layer(x).sum()), expected_lags(layer.cell, x, w))
@@ -435,7 +435,7 @@ def test_weights_that_are_computed_and_halves_are_looked_at():
     assert lags_of(small, lambda: small(x.bfloat16()).sum())["carried"].shape == (6,)
 
 
-def test_truncated_backpropagation_is_looked_at_chunk_by_chunk():
+def test_truncated_backpropagation_is_inspected_chunk_by_chunk():
     layer, head = layers.LSTM(4, return_sequences=True, input_size=3), torch.nn.Linear(4, 1)
     x, targets = torch.randn(2, 40, 3), torch.randn(2, 40, 1)
     with TrainingMonitor(layer) as monitor:
@@ -444,7 +444,7 @@ def test_truncated_backpropagation_is_looked_at_chunk_by_chunk():
     assert record.layers["LSTM"].lags["carried"].shape == (15,)
 
 
-def test_a_copy_and_a_pickle_are_not_looked_at():
+def test_a_copy_and_a_pickle_are_not_inspected():
     model, x = torch.nn.Sequential(layers.LSTM(4, input_size=3)), torch.randn(2, 5, 3)
     with TrainingMonitor(model) as monitor:
         twin = copy.deepcopy(model)
@@ -460,7 +460,7 @@ def test_a_copy_and_a_pickle_are_not_looked_at():
 
 
 @pytest.mark.parametrize("kind", ["frozen", "unused", "compiled"])
-def test_a_layer_that_no_gradient_comes_to_is_named(kind):
+def test_a_layer_without_a_gradient_is_named(kind):
     model = torch.nn.ModuleDict({"a": layers.LSTM(4, input_size=3), "b": layers.LSTM(4, input_size=3)})
     x, b = torch.randn(2, 12, 3), model["b"]
     if kind == "frozen":
@@ -472,7 +472,7 @@ def test_a_layer_that_no_gradient_comes_to_is_named(kind):
         y.backward()
         record = monitor.epoch()
     assert list(record.layers) == ["a"]
-    assert any(sentence.startswith("b: no gradient came to it") for sentence in record.findings)
+    assert any(sentence.startswith("b: no gradient reached it") for sentence in record.findings)
 
 
 def test_foreign_cells_and_other_models_are_refused_by_name():
@@ -483,7 +483,7 @@ def test_foreign_cells_and_other_models_are_refused_by_name():
             return x + states[0], [x + states[0]]
 
     foreign = layers.RNN(Foreign())
-    with pytest.raises(ValueError, match="found none; not supported: rnn"):
+    with pytest.raises(ValueError, match="no supported cellstack layers; not supported: rnn"):
         TrainingMonitor(torch.nn.ModuleDict({"rnn": foreign}))
     model = torch.nn.ModuleDict({"rnn": foreign, "lstm": layers.LSTM(3, input_size=3)})
     with TrainingMonitor(model) as monitor:
@@ -491,7 +491,7 @@ def test_foreign_cells_and_other_models_are_refused_by_name():
         record = monitor.epoch()
     assert monitor.left_out == {"rnn": "its cells aren't cellstack's"}
     assert "rnn: isn't supported, its cells aren't cellstack's" in record.findings
-    with pytest.raises(ValueError, match=r"found none$"):
+    with pytest.raises(ValueError, match=r"no supported cellstack layers$"):
         TrainingMonitor(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="expected a torch module, got int"):
         TrainingMonitor(3)
@@ -510,7 +510,7 @@ def test_findings_name_the_layer_the_steps_and_the_remedy():
     )
     with torch.no_grad():
         model["wild"].cell.recurrent_kernel.mul_(1.5)
-        model["short"].cell.bias[2] = -40.0  # a unit whose input gate stays shut
+        model["short"].cell.bias[2] = -40.0  # a unit whose input gate stays closed
     x = torch.randn(4, 60, 3)
     with TrainingMonitor(model) as monitor:
         sum(layer(x).sum() for layer in model.values()).backward()
@@ -518,14 +518,16 @@ def test_findings_name_the_layer_the_steps_and_the_remedy():
     said = "\n".join(record.findings)
     assert re.search(r"short: the gradient of its last output vanishes within \d+ of 60 .*forget_bias=", said)
     assert re.search(r"gru: the gradient of its last output vanishes within \d+ of 60 .*gate z higher", said)
-    assert re.search(r"wild: the gradient explodes: .* grows .* times within 59 steps back.*clip_grad_norm_", said)
+    assert re.search(
+        r"wild: the gradient explodes: .* grows by a factor of .* within 59 steps back.*clip_grad_norm_", said
+    )
     assert "short: unit 2 is dead" in said or "short: unit 2 is closed" in said
     assert not any(sentence.startswith("long: the gradient") for sentence in record.findings)
     assert record.layers["long"].figures["reach"]["a hundredth"] == np.inf
     assert str(record).startswith("epoch 1\nshort: lstm, 4 rows\n")
 
 
-def test_what_is_not_finite_is_said():
+def test_infinite_gradients_are_reported():
     layer = layers.LSTM(4, input_size=3)
     with TrainingMonitor(layer) as monitor:
         (layer(torch.randn(2, 5, 3)).sum() * torch.inf).backward()
@@ -539,7 +541,7 @@ def test_a_loss_of_the_gates_is_named():
         y, trace = layer(torch.randn(2, 5, 3), return_gates=True)
         (y.sum() + trace.f.sum()).backward()
         record = monitor.epoch()
-    assert any("the loss is of its gates too" in sentence for sentence in record.findings)
+    assert any("the loss also depends on its gates" in sentence for sentence in record.findings)
 
 
 def test_empty_batches_and_rows_without_a_step():
@@ -606,7 +608,7 @@ def test_lightning_trains_for_two_epochs(tmp_path):
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=1,
         )  # fmt: skip
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice of Lightning's on workers
+            warnings.simplefilter("ignore")  # Lightning's advice on workers
             trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
         return module
 

@@ -1,4 +1,4 @@
-"""The page of a trace in a real browser: every control used, and the numbers on the screen beside NumPy's."""
+"""The page of a trace in a real browser: every control used, and the numbers on the screen compared with NumPy's."""
 
 import itertools
 import re
@@ -21,13 +21,13 @@ def make_cell(rng, input_size, units, dtype=np.float64, **flags):
 
 
 def make_net(rng):
-    """The tutorial's stack, small: 3 inputs, LSTMs of 4 and 5 units, and a head."""
+    """A small version of the tutorial's stack: 3 inputs, LSTMs of 4 and 5 units, and a head."""
     lower, upper = Recurrent((make_cell(rng, 3, 4),)), Recurrent((make_cell(rng, 4, 5),))
     return Network([lower, upper, Dense(rng.normal(size=(5, 2)))], ["lower", "upper", "head"])
 
 
 class Screen:
-    """A page in the browser, with what it said and asked for."""
+    """A page in the browser, with its messages and requests."""
 
     def __init__(self, page, path):
         self.page = page
@@ -54,7 +54,7 @@ class Screen:
         self.settle()
 
     def settle(self):
-        """Wait until two frames are drawn: what was changed is on the screen."""
+        """Wait for two animation frames, so that changes are on the screen."""
         self.page.evaluate(
             "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 30))))"
         )
@@ -74,7 +74,7 @@ class Screen:
         return parsed(self.text(selector))
 
     def looked_at(self, **changes):
-        """Set what is looked at, as a click on a small map can't."""
+        """Set the selection, where a click on a small map can't."""
         self.page.evaluate(
             "(changes) => document.getElementById('page').ready.then(({ view }) => view.set(changes))", changes
         )
@@ -91,7 +91,7 @@ def numbers_in(text):
 
 
 def close(shown, true, digits=4):
-    """Whether a number with so many digits is what is shown of another."""
+    """Whether a number equals another, shown with so many digits."""
     return shown == pytest.approx(true, rel=0.6 * 10.0 ** (1 - digits), abs=1e-9)
 
 
@@ -127,7 +127,7 @@ def x(rng):
     return rng.normal(size=(2, 10, 3))
 
 
-# ── the modules ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the modules ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_module_is_in_the_page_after_those_that_it_imports():
@@ -151,7 +151,7 @@ def test_the_joined_text_is_one_module_without_a_tag_or_an_address():
     assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
 
 
-# ── a trace alone ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── traces ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_numbers_of_a_step_are_numpys(open_page, net, x):
@@ -215,7 +215,7 @@ def test_a_formula_goes_down_to_each_product(open_page, net, x):
         assert close(parsed(row[2].lstrip("· ")), weight, 5)
         assert close(parsed(row[3].lstrip("= ")), x[0, 2, k] * weight, 5)
     for k, row in enumerate(named[3:]):
-        assert row[0] == f"h[{k}] before"
+        assert row[0] == f"h_prev[{k}]"
         assert close(parsed(row[3].lstrip("= ")), h[k] * cell.recurrent_kernel[k, 4 + 1], 5)
     sums = [parsed(row[-1]) for row in rows if row[0] == "sum"]
     assert close(sums[0], x[0, 2] @ cell.kernel[:, 5], 5)
@@ -264,7 +264,7 @@ def test_the_map_under_the_pointer_and_the_keys(open_page, net, x):
 
 
 def colour_at(screen, step, unit, of):
-    """The colour of the map at a step, of so many that are shown, and a unit's row."""
+    """The colour of the map at a step, out of the number of shown steps, and a unit's row."""
     return screen.page.evaluate(
         """([step, unit, of]) => {
             const canvas = document.getElementById("page").shadowRoot.querySelector(".stack canvas");
@@ -280,7 +280,7 @@ def colour_at(screen, step, unit, of):
     )
 
 
-def test_extremes_stay_in_sight_however_far_one_zooms_out(open_page, rng):
+def test_extremes_stay_visible_at_every_zoom(open_page, rng):
     cell = make_cell(rng, 1, 4, kind="rnn", activation="linear", use_bias=False)
     cell = replace_arrays(cell, kernel=np.ones((1, 4)), recurrent_kernel=np.zeros((4, 4)))
     x = np.zeros((1, 20_000, 1))
@@ -299,7 +299,7 @@ def replace_arrays(cell, **arrays):
     return Cell(cell.spec, **{**cell.arrays, **arrays})
 
 
-def test_numbers_that_are_none_are_told_apart(open_page, net, x):
+def test_nan_and_infinities_are_distinguished(open_page, net, x):
     x[0, 4, 1], x[1, 3, 0] = np.nan, np.inf
     t = net.trace(x)
     screen = open_page(t)
@@ -364,7 +364,7 @@ def test_the_lines_of_a_unit(open_page, net, x):
     assert screen.text("#panel-unit .readout") == pointed
 
 
-def test_what_is_left_of_each_step(open_page, rng):
+def test_contributions_of_each_step(open_page, rng):
     for flags, name in (({"zoneout_cell": 0.2}, "c"), ({"kind": "gru", "zoneout": 0.1}, "h")):
         net = Network([Recurrent((make_cell(rng, 2, 3, learn_initial_state=True, **flags),), go_backwards=name == "h")])
         reset = np.zeros((1, 12), bool)
@@ -384,14 +384,14 @@ def test_what_is_left_of_each_step(open_page, rng):
             assert close(value, parts[1 + (11 - step if name == "h" else step)])
 
 
-def test_masks_and_resets_are_seen(open_page, net, x):
+def test_masks_and_resets_are_visible(open_page, net, x):
     reset = np.zeros((2, 10), bool)
     reset[:, 3] = True
     screen = open_page(net.trace(x, lengths=[7, 10], reset=reset))
     assert "the state was reset" in screen.text(".legend")
-    assert "the mask leaves out" in screen.text(".legend")
+    assert "masked steps" in screen.text(".legend")
     screen.keys("End")
-    assert "left out by the mask" in screen.text(".readout")
+    assert "masked" in screen.text(".readout")
     screen.keys("Home", *["ArrowRight"] * 3)
     screen.page.locator('.number[data-field="h_prev"][data-unit="0"]').focus()
     assert "the state was reset before this step" in screen.text(".popover")
@@ -399,7 +399,7 @@ def test_masks_and_resets_are_seen(open_page, net, x):
     assert "mask" not in screen.text(".legend")
 
 
-def test_steps_and_units_are_gone_to_by_number(open_page, rng):
+def test_steps_and_units_are_selected_by_number(open_page, rng):
     t = Network([Recurrent((make_cell(rng, 2, 60),))]).trace(rng.normal(size=(1, 500, 2)))
     screen = open_page(t)
     for label, number in (("Step", 321), ("Unit", 47)):
@@ -434,7 +434,7 @@ def test_steps_and_units_are_gone_to_by_number(open_page, rng):
     assert screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.window.from)") == 0
 
 
-def test_cells_that_are_no_sum_say_so(open_page, rng):
+def test_cells_without_contributions_give_the_reason(open_page, rng):
     for flags, why in (({"kind": "rnn"}, "no gate that keeps"), ({"cell_clip": 1.0}, "clipped")):
         screen = open_page(Network([Recurrent((make_cell(rng, 2, 3, **flags),))]).trace(rng.normal(size=(1, 5, 2))))
         screen.tab("memory")
@@ -461,7 +461,7 @@ def test_labels_as_coloured_text(open_page, net, x):
     assert "step 8 “i”" in screen.text(".readout")
 
 
-def test_names_are_shown_as_they_are(open_page, rng):
+def test_names_are_shown_unchanged(open_page, rng):
     names = ["<img src=x onerror=alert(1)>", "<script>alert(2)<script>"]
     cells = make_cell(rng, 3, 2), make_cell(rng, 2, 2)
     net = Network([Recurrent((cell,)) for cell in cells], names, inputs={"<b>x": (None, 3)})
@@ -472,7 +472,7 @@ def test_names_are_shown_as_they_are(open_page, rng):
     screen.tab("whatif")
     screen.settle()
     screen.page.locator(".sliders").filter(has_text="<b>x[0]").wait_for()
-    screen.page.get_by_role("button", name="Hold it").click()
+    screen.page.get_by_role("button", name="Add patch").click()
     screen.settle()
     assert f'cs.Patch("{names[0]}", gate="f"' in screen.text("pre")
 
@@ -536,7 +536,7 @@ def test_a_range_is_marked_with_the_mouse(open_page, net, x):
     assert screen.page.evaluate("document.getElementById('page').ready.then(({ view }) => view.range)") == [2, 6]
 
 
-def test_a_wave_stands_above_the_map(open_page, rng):
+def test_a_wave_is_shown_above_the_map(open_page, rng):
     rate, seconds = 8000, 1.0
     samples = np.sin(2 * np.pi * 2000.0 * np.arange(int(rate * seconds)) / rate)
     net = Network([Recurrent((make_cell(rng, 80, 4),))])
@@ -551,7 +551,7 @@ def test_a_wave_stands_above_the_map(open_page, rng):
     assert screen.text(".readout").startswith("step 1 at 0.01 ")
 
 
-# ── the page computes ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── the page computes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def outputs_shown(screen):
@@ -566,7 +566,7 @@ def wait_for_result(screen, sentence="changed; dashed"):
 
 
 def patched_run(net, x, gate, unit, steps, value):
-    """What comes out of the stack with a gate of the lower LSTM held, in plain NumPy."""
+    """The stack's output with a patched gate of the lower LSTM, in plain NumPy."""
     cell = net.cells[0]
     out = np.zeros((len(x), x.shape[1], 4))
     h, c = np.zeros((2, len(x), 4))
@@ -582,18 +582,18 @@ def patched_run(net, x, gate, unit, steps, value):
     return Network(net.nodes[1:])(out)
 
 
-def test_what_if_a_gate_is_held(open_page, net, x):
+def test_what_if_a_gate_is_patched(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
     screen.tab("whatif")
     screen.keys("ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown")
-    assert screen.page.locator("#panel-whatif .status").inner_text().startswith("Without a change, this page computes")
+    assert screen.page.locator("#panel-whatif .status").inner_text().startswith("Without changes, this page reproduces")
     for _ in range(3):
         screen.page.keyboard.press("Shift+ArrowRight")
     screen.settle()
     screen.choose("at", "range")
     screen.page.get_by_label("Value", exact=True).fill("0.25")
-    screen.page.get_by_role("button", name="Hold it").click()
+    screen.page.get_by_role("button", name="Add patch").click()
     wait_for_result(screen)
     screen.keys("ArrowRight", "ArrowRight")
     y = patched_run(net, x, "f", 1, range(3, 7), 0.25)
@@ -603,16 +603,16 @@ def test_what_if_a_gate_is_held(open_page, net, x):
         assert close(change, y[0, 8, unit] - t.y[0, 8, unit])
     assert 'cs.Patch("lower", gate="f", units=[1], steps=slice(3, 7), value=0.25)' in screen.text("pre")
     ran = {"net": net, "x": x}
-    exec(screen.text("pre"), ran)  # the same in Python
+    exec(screen.text("pre"), ran)  # the equivalent Python code
     assert np.allclose(ran["t"].y, y, rtol=0, atol=1e-12)
-    # It is dragged to another value: all follows.
+    # Drag the slider to another value: everything is updated.
     slider = screen.page.locator(".patches input[type=range]")
     slider.evaluate("(slider) => { slider.value = '0.9'; slider.dispatchEvent(new Event('input')); }")
     screen.settle()
     screen.page.wait_for_timeout(100)
     y = patched_run(net, x, "f", 1, range(3, 7), 0.9)
     assert close(outputs_shown(screen)[0, 1], y[0, 8, 0], 5)
-    # Every other view shows it: the map, the cell and its formula.
+    # All other views show the result: the map, the cell and its formula.
     screen.keys("ArrowLeft", "ArrowLeft")
     screen.field("f")
     assert close(numbers_in(screen.text(".readout"))[-1], 0.9, 5)
@@ -622,14 +622,14 @@ def test_what_if_a_gate_is_held(open_page, net, x):
     screen.tab("cell")
     screen.settle()
     screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
-    assert "A patch holds it: set 0.9" in screen.text(".popover")
+    assert "It is patched: set 0.9" in screen.text(".popover")
     screen.tab("unit")
     screen.settle()
     assert "dashed: as traced" in screen.text("#panel-unit .readout")
     screen.tab("whatif")
     screen.page.get_by_role("button", name="Remove").click()
     screen.settle()
-    assert screen.text("pre") == "Nothing is changed yet."
+    assert screen.text("pre") == "No changes yet."
     assert screen.page.get_by_label("Show", exact=True).is_hidden()
 
 
@@ -639,12 +639,12 @@ def test_what_if_a_state_is_changed_in_other_ways(open_page, net, x, how, value)
     screen = open_page(t)
     screen.tab("whatif")
     screen.keys("ArrowRight", "ArrowRight")
-    screen.choose("Hold", "c")
+    screen.choose("Patch", "c")
     screen.choose("at", "cursor")
     screen.choose("how", how)
     if value is not None:
         screen.page.get_by_label("Value", exact=True).fill(str(value))
-    screen.page.get_by_role("button", name="Hold it").click()
+    screen.page.get_by_role("button", name="Add patch").click()
     wait_for_result(screen)
     screen.field("c")
     c = t["lower"].c[0, :, 0]
@@ -709,7 +709,7 @@ def test_what_if_the_state_is_reset_and_a_weight_edited(open_page, net, x):
     screen.keys("ArrowRight")
     assert close(outputs_shown(screen)[0, 1], net.run(x, reset=reset)[0][0, 5, 0], 5)
     screen.choose("Weights into", "g")
-    screen.page.get_by_label("Weight of h before[2] into g of unit 0").fill("0.75")
+    screen.page.get_by_label("Weight of h_prev[2] into g of unit 0").fill("0.75")
     screen.settle()
     screen.page.wait_for_timeout(100)
     kernel = np.array(net.cells[0].recurrent_kernel)
@@ -718,7 +718,7 @@ def test_what_if_the_state_is_reset_and_a_weight_edited(open_page, net, x):
     edited = Network([replace(net.nodes[0], cells=(edited,)), *net.nodes[1:]])
     assert close(outputs_shown(screen)[0, 1], edited.run(x, reset=reset)[0][0, 5, 0], 5)
     ran = {"net": net, "x": x}
-    exec(screen.text("pre"), ran)  # the same in Python
+    exec(screen.text("pre"), ran)  # the equivalent Python code
     assert np.array_equal(ran["t"].y, edited.run(x, reset=reset)[0])
     # The cell's formula has the new weight.
     screen.tab("cell")
@@ -730,15 +730,15 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
     t = net.trace(x)
     screen = open_page(t)
     screen.tab("gradient")
-    screen.page.locator("#panel-gradient .readout").filter(has_text="moves it most at step 0").wait_for()
+    screen.page.locator("#panel-gradient .readout").filter(has_text="affects it most at step 0").wait_for()
     screen.keys(*["ArrowRight"] * 6)
-    screen.choose("Its unit", "1")
+    screen.choose("Output unit", "1")
     slopes = np.zeros((10, 3))
     for at in np.ndindex(7, 3):
         moved = x[:1].copy()
         moved[0, at[0], at[1]] += 1e-6
         slopes[at] = (net(moved)[0, 6, 1] - net(x[:1])[0, 6, 1]) / 1e-6
-    screen.page.locator("#panel-gradient .readout").filter(has_text="moves it most").wait_for()
+    screen.page.locator("#panel-gradient .readout").filter(has_text="affects it most").wait_for()
 
     def shown():
         screen.settle()
@@ -769,11 +769,11 @@ def test_the_gradient_back_over_the_inputs(open_page, net, x):
 def test_without_a_worker_the_page_computes_itself(open_page, net, x, before):
     screen = open_page(net.trace(x), before=before)
     screen.tab("whatif")
-    screen.page.get_by_role("button", name="Hold it").click()
+    screen.page.get_by_role("button", name="Add patch").click()
     wait_for_result(screen)
     screen.keys("End")
-    held = net.edit(Patch("lower", gate="f", units=[0], value=1.0))
-    assert close(outputs_shown(screen)[0, 1], held(x)[0, 9, 0], 5)
+    patched = net.edit(Patch("lower", gate="f", units=[0], value=1.0))
+    assert close(outputs_shown(screen)[0, 1], patched(x)[0, 9, 0], 5)
 
 
 BLUE = """(canvas) => {
@@ -791,8 +791,8 @@ def test_the_playground_learns(open_page, net, x):
     screen.tab("playground")
     screen.choose("Task", "parity")
     screen.choose("Task", "echo")
-    screen.page.get_by_label("Steps before").fill("1")
-    screen.page.get_by_label("Steps before").press("Enter")
+    screen.page.get_by_label("Delay in steps").fill("1")
+    screen.page.get_by_label("Delay in steps").press("Enter")
     screen.page.get_by_label("Units", exact=True).fill("8")
     screen.page.get_by_label("Units", exact=True).press("Enter")
     screen.choose("Learning rate", "0.03")
@@ -800,7 +800,7 @@ def test_the_playground_learns(open_page, net, x):
     said = screen.page.locator("#panel-playground .readout")
     said.filter(has_text="hasn't learned").wait_for()
     chart = screen.page.locator("#panel-playground canvas").first
-    assert not chart.evaluate(BLUE)  # no cross, as for a loss that is no number
+    assert not chart.evaluate(BLUE)  # no cross, which marks a loss of NaN
     screen.page.get_by_role("button", name="One step").click()
     said.filter(has_text="after 1 batch:").wait_for()
     assert chart.evaluate(BLUE)
@@ -819,7 +819,7 @@ def test_the_playground_learns(open_page, net, x):
     screen.page.locator("#panel-playground summary").click()
     screen.settle()
     assert screen.page.locator("#panel-playground tbody tr").count() == 1 + 8
-    screen.page.get_by_role("button", name="Start anew").click()
+    screen.page.get_by_role("button", name="Restart").click()
     screen.settle()
     assert "hasn't learned" in said.inner_text()
     for task in ("adding", "wave", "brackets"):
@@ -861,7 +861,7 @@ def test_a_graph_of_every_kind_of_layer(open_page, rng):
     t = net.trace(rng.integers(0, 7, size=(2, 15)), lengths=[15, 9])
     screen = open_page(t)
     screen.tab("whatif")
-    wait_for_result(screen, "Without a change, this page computes what was traced to")
+    wait_for_result(screen, "Without changes, this page reproduces the trace to")
     assert numbers_in(screen.text("#panel-whatif .status"))[-1] < 1e-12
     screen.page.get_by_label("Layer", exact=True).select_option("both/1")
     screen.tab("cell")
@@ -873,7 +873,7 @@ def test_a_graph_of_every_kind_of_layer(open_page, rng):
     screen.choose("Row", "1")
     screen.keys("End")
     screen.page.locator('.number[data-field="h"][data-unit="2"]').focus()
-    assert "mask leaves this step out" in screen.text(".popover")
+    assert "This step is masked" in screen.text(".popover")
     boxes = screen.page.locator(".network .box")
     assert boxes.count() == 6 * 3 + 3
     boxes.filter(has_text="lstm").first.press("Enter")
@@ -884,7 +884,7 @@ def test_a_graph_of_every_kind_of_layer(open_page, rng):
         screen.settle()
 
 
-# ── what can't be shown, or can't be computed ───────────────────────────────────────────────────────────────────────
+# ── what can't be shown, or can't be computed ─────────────────────────────────────────────────────────────────────────
 
 
 def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
@@ -902,8 +902,8 @@ def test_a_part_of_a_run_is_shown_alone(open_page, net, x):
     assert "whole" not in screen.text("#panel-memory h3")
 
 
-@pytest.mark.parametrize(("name", "most"), [("MOST_RUN", "1"), ("MOST_HELD", "600"), ("MOST_HELD", "100")])
-def test_what_would_take_too_long_is_not_computed(open_page, net, x, monkeypatch, name, most):
+@pytest.mark.parametrize(("name", "most"), [("MOST_RUN", "1"), ("MOST_NUMBERS", "600"), ("MOST_NUMBERS", "100")])
+def test_expensive_runs_are_not_computed(open_page, net, x, monkeypatch, name, most):
     text = html.module_text()
     bounded, count = re.subn(rf"const {name} = [^;]+;", f"const {name} = {most};", text)
     assert count == 1
@@ -917,7 +917,7 @@ def test_what_would_take_too_long_is_not_computed(open_page, net, x, monkeypatch
     assert screen.page.locator(".warning").count() == alone
     screen.tab("whatif")
     screen.settle()
-    assert screen.page.get_by_role("button", name="Hold it").is_visible() != alone
+    assert screen.page.get_by_role("button", name="Add patch").is_visible() != alone
 
 
 def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
@@ -940,28 +940,28 @@ def test_a_network_with_patches_is_shown_with_them(open_page, net, x):
         if rows is None:
             screen.choose("Row", "1")
         screen.tab("whatif")
-        wait_for_result(screen, "Without a change, this page computes what was traced to")
+        wait_for_result(screen, "Without changes, this page reproduces the trace to")
         assert numbers_in(screen.text("#panel-whatif .status"))[-1] < 1e-12
-        screen.page.get_by_role("button", name="Hold it").click()
+        screen.page.get_by_role("button", name="Add patch").click()
         wait_for_result(screen)
-        held = Patch("lower", gate="f", units=[0], value=1.0)
+        patched = Patch("lower", gate="f", units=[0], value=1.0)
         screen.keys("End")
-        assert close(outputs_shown(screen)[0, 1], net.edit([*patches, held])(x)[1, 9, 0], 5)
+        assert close(outputs_shown(screen)[0, 1], net.edit([*patches, patched])(x)[1, 9, 0], 5)
         screen.tab("cell")
         screen.choose("Show", "trace")
         screen.keys("Home", *["ArrowRight"] * 4)
         screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
-        assert "A patch holds it: Patch(" in screen.text(".popover")
+        assert "It is patched: Patch(" in screen.text(".popover")
         screen.keys("ArrowRight")
         screen.page.locator('.number[data-field="f"][data-unit="1"]').focus()
-        assert "A patch" not in screen.text(".popover")
+        assert "patched" not in screen.text(".popover")
     screen.choose("Layer", "upper/0")
     screen.tab("memory")
     screen.settle()
-    assert "A patch writes to this state" in screen.text("#panel-memory [data-sum]")
+    assert "A patch changes this state" in screen.text("#panel-memory [data-sum]")
 
 
-def test_a_node_that_the_engine_does_not_serve_is_named(open_page, net, x, monkeypatch):
+def test_a_node_that_the_engine_lacks_is_named(open_page, net, x, monkeypatch):
     found = contents.payload_of
 
     def payload_of(network, pack):
@@ -977,7 +977,7 @@ def test_a_node_that_the_engine_does_not_serve_is_named(open_page, net, x, monke
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3)])
-def test_nothing_to_draw(open_page, net, shape):
+def test_traces_without_rows_or_steps(open_page, net, shape):
     screen = open_page(net.trace(np.zeros(shape)))
     assert ("no row" if shape[0] == 0 else "no step") in screen.text(".warning")
     screen.page.get_by_role("button", name="One step").click()
@@ -994,7 +994,7 @@ def test_a_network_without_gates(open_page, rng):
         screen.settle()
 
 
-def test_what_does_not_fit_is_refused_beforehand(net, x, tmp_path, monkeypatch):
+def test_invalid_arguments_are_refused_beforehand(net, x, tmp_path, monkeypatch):
     t = net.trace(x)
     path = tmp_path / "page.html"
     for labels, found in (("short", "got 5"), ([["a"] * 10], "got 1 lists of 10"), ([["a"] * 9] * 2, "lists of 9, 9")):
@@ -1010,24 +1010,24 @@ def test_what_does_not_fit_is_refused_beforehand(net, x, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         t.save_html(tmp_path / "nowhere" / "page.html")
     monkeypatch.setattr(contents, "ROUNDED", ((100, np.float16),))
-    with pytest.raises(ValueError, match=r"at most .* numbers, got 1,180: take some of the rows"):
+    with pytest.raises(ValueError, match=r"at most .* numbers, got 1,180: select rows"):
         t.save_html(path)
     assert not path.exists()
 
 
-def test_labels_of_every_kind_and_what_is_none_of_them(net, x, tmp_path):
+def test_valid_and_invalid_labels(net, x, tmp_path):
     t, (rows, steps, _) = net.trace(x), x.shape
     for labels in (np.ones((rows, steps)), np.full((rows, steps), np.nan), [list("a" * steps)] * rows):
         assert contents.payload(t, labels).description["labels"]["nested"]
     for labels in (5, np.array(3), np.zeros((rows, steps, 2)), [None, *[list("a" * steps)] * (rows - 1)]):
-        with pytest.raises(ValueError, match="expected labels as a text or a list, one a step"):
+        with pytest.raises(ValueError, match="expected labels as a string or a list, one per step"):
             contents.payload(t, labels)
     for chosen in (True, np.array([[0, 1]])):
         with pytest.raises(IndexError, match="rows as a slice, a number or numbers"):
             contents.payload(t, rows=chosen)
-    with pytest.raises(TypeError, match="title to be a text"):
+    with pytest.raises(TypeError, match="title to be a string"):
         t.save_html(tmp_path / "x.html", title=5)
-    t.save_html(tmp_path / "x.html", title="not a character: \udcff")  # as names of files may be
+    t.save_html(tmp_path / "x.html", title="not a character: \udcff")  # file names may contain these
 
 
 @pytest.mark.parametrize("most", [1e300, 1e38, 1e-300])
@@ -1041,7 +1041,7 @@ def test_waves_of_any_size_have_one_spectrum(net, x, most):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_large_traces_are_rounded_and_say_so(open_page, rng, net, x, monkeypatch, dtype):
+def test_large_traces_are_rounded_and_labelled(open_page, rng, net, x, monkeypatch, dtype):
     monkeypatch.setattr(contents, "ROUNDED", ((1 << 20, dtype),))
     t = net.trace(x)
     screen = open_page(t)
@@ -1053,7 +1053,7 @@ def test_large_traces_are_rounded_and_say_so(open_page, rng, net, x, monkeypatch
     assert close(numbers_in(open_page(big).text(".readout"))[-1], 1.0, 3)
 
 
-# ── how it looks and feels ──────────────────────────────────────────────────────────────────────────────────────────
+# ── appearance and accessibility ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_light_and_dark(open_page, net, x):
@@ -1104,16 +1104,16 @@ CUT_OFF = """() => {
             pen.font = style.font;
             const said = one.tagName === "SELECT" ? one.selectedOptions[0].text : one.value;
             const arrow = one.tagName === "SELECT" ? 18 : 0;
-            const room = one.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - arrow;
-            return pen.measureText(said).width > room;
+            const fits = one.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - arrow;
+            return pen.measureText(said).width > fits;
         })
         .map((one) => one.tagName === "SELECT" ? one.selectedOptions[0].text : one.value);
 }"""
 
 
-def test_what_is_chosen_and_every_number_can_be_read_to_its_end(open_page, rng):
+def test_selections_and_numbers_are_not_cut_off(open_page, rng):
     lower = make_cell(rng, 12, 48)
-    lower = replace_arrays(lower, kernel=-abs(lower.kernel) / 400)  # as small as some of any network: -0.001234
+    lower = replace_arrays(lower, kernel=-abs(lower.kernel) / 400)  # small weights have long numbers: -0.001234
     cells = lower, make_cell(rng, 48, 48)
     net = Network([Recurrent(cells), Dense(rng.normal(size=(48, 2)))], ["recurrent_1", "head"])
     screen = open_page(net.trace(rng.normal(size=(1, 20, 12)) / 50))
@@ -1174,7 +1174,7 @@ def test_ten_thousand_steps_of_512_units_load_and_move(open_page, rng):
             return rates;
         })"""
     )
-    print(f"loaded in {loaded:.2f} s; {frames['scroll']:.0f} and {frames['zoom']:.0f} frames a second")
+    print(f"loaded in {loaded:.2f} s; {frames['scroll']:.0f} and {frames['zoom']:.0f} frames per second")
     assert loaded < 2.0
     assert min(frames.values()) >= 30.0
     assert "too long to wait for" in screen.text(".warning")

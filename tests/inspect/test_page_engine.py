@@ -1,4 +1,4 @@
-"""The page's engine, run in Chromium: held against the reference, forward and backward."""
+"""The page's engine, run in Chromium, compared with the reference, forward and backward."""
 
 import base64
 import json
@@ -48,7 +48,7 @@ NEAR = (
 )
 DIFFERENCE = 1e-6  # of gradients with central differences of step 1e-6
 
-# What the tests call: arrays come and go as base64 of float64, so that NaN and every bit arrive.
+# Helpers for the tests: arrays are passed as base64 of float64, which preserves NaN and every bit.
 HARNESS = """
 const names = "cellActivation, createTrainer, gradient, multiplications, readNetwork, run, unsupported, TASKS";
 const module = new Blob([text, `export { ${names} };`], { type: "text/javascript" });
@@ -102,7 +102,7 @@ def page(browser, text):
 
 
 def plain(value):
-    """What JSON can hold: arrays as they travel."""
+    """Encode arrays for JSON."""
     if isinstance(value, np.ndarray):
         return packed(np.asarray(value, np.float64))
     if isinstance(value, dict):
@@ -113,7 +113,7 @@ def plain(value):
 
 
 def read(value):
-    """What came back: a value is an array of its shape."""
+    """Decode a result: values become arrays of their shape."""
     if isinstance(value, list):
         return [read(inner) for inner in value]
     if not isinstance(value, dict):
@@ -124,7 +124,7 @@ def read(value):
 
 
 def evaluated(page, work, cases):
-    """What `work`, a function in JavaScript of a network and the rest of a case, returns for each case."""
+    """Results of `work`, a JavaScript function of a network and the rest of a case, for each case."""
     sent = [
         {"payload": payload_of(case["network"]), **plain({key: case[key] for key in case if key != "network"})}
         for case in cases
@@ -155,15 +155,15 @@ def one_cell(rng, spec, reverse=False):
 
 
 def in_time(array, reverse):
-    """What a node that goes backwards returns, in the order of time."""
+    """The output of a backward node, in the order of time."""
     return array[:, ::-1] if reverse else array
 
 
-# ── forward ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── forward ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def networks(seeds):
-    """Random networks with what goes into them: chains and graphs, of both dtypes, with masks, states and resets."""
+    """Random networks with inputs: chains and graphs, of both dtypes, with masks, states and resets."""
     for seed in seeds:
         rng, dtype, kind = np.random.default_rng(seed), ("float32", "float64")[seed % 2], seed % 3
         if kind == 0:
@@ -196,7 +196,7 @@ def test_random_networks_are_run_as_the_reference_runs_them(page):
 
 
 def members(seeds):
-    """Random cells with every flag, their arrays and a case each, without what only a training draws."""
+    """Random cells with every flag, their arrays and a case each, without training-time randomness."""
     for seed in seeds:
         rng = np.random.default_rng(seed)
         spec = random_spec(rng, tuple(GATES)[seed % 3])
@@ -205,7 +205,7 @@ def members(seeds):
             case[drawn] = None
         net = one_cell(rng, spec, case["reverse"])
         if case["reset"] is not None and case["reverse"]:
-            case["given"] = np.zeros_like(case["reset"])  # what `reset` is of a pass that goes backwards
+            case["given"] = np.zeros_like(case["reset"])  # `reset` in a backward direction
             case["given"][:, 1:] = case["reset"][:, :-1]
             case["reset"][:, -1] = False
         yield rng, net, spec, case
@@ -242,7 +242,7 @@ def test_gates_and_states_are_those_of_the_reference_for_every_flag(page):
     assert len({(spec.kind, *spec.settings) for _, _, spec, _ in made}) > 100
 
 
-# ── backward ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── backward ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_gradients_of_cells_are_those_of_the_reference_for_every_flag(page):
@@ -312,14 +312,14 @@ SLOPES = """(network, { inputs, options, seeds, along, still }) => {
   let at = 0;
   const next = () => along.data[at++ % along.data.length];
   const ways = pairs.map(([data]) => Float64Array.from(data, (x) => (x === still ? 0 : next())));
-  const told = pairs.reduce((sum, [, slope], k) => slope.reduce((own, d, n) => own + d * ways[k][n], sum), 0);
+  const predicted = pairs.reduce((sum, [, slope], k) => slope.reduce((own, d, n) => own + d * ways[k][n], sum), 0);
   const moved = (step) => {
     pairs.forEach(([data], k) => { ways[k].forEach((way, n) => { data[n] += step * way; }); });
     const value = loss();
     pairs.forEach(([data], k) => { ways[k].forEach((way, n) => { data[n] -= step * way; }); });
     return value;
   };
-  return { told, seen: (moved(1e-6) - moved(-1e-6)) / 2e-6, loss: loss() };
+  return { predicted, seen: (moved(1e-6) - moved(-1e-6)) / 2e-6, loss: loss() };
 }"""
 
 
@@ -329,10 +329,10 @@ def with_seeds(rng, case, shapes):
 
 
 def agree(page, made):
-    """Hold the gradients of a random loss against its central difference along a random direction."""
+    """Compare the gradients of a random loss with its central difference along a random direction."""
     for case, found in zip(made, evaluated(page, SLOPES, made), strict=True):
-        bound = DIFFERENCE * max(1.0, abs(found["told"]), abs(found["loss"]))
-        assert abs(found["told"] - found["seen"]) <= bound, (str(case["network"]), found)
+        bound = DIFFERENCE * max(1.0, abs(found["predicted"]), abs(found["loss"]))
+        assert abs(found["predicted"] - found["seen"]) <= bound, (str(case["network"]), found)
 
 
 def test_gradients_of_random_networks_are_their_differences(page):
@@ -345,7 +345,7 @@ def test_gradients_of_random_networks_are_their_differences(page):
     agree(page, made)
 
 
-# ── every kind of node ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── every kind of node ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def floats(rng, *shape):
@@ -353,7 +353,7 @@ def floats(rng, *shape):
 
 
 def every_node():
-    """Each kind of node and mode, in a small network: with what goes in, a mask where it heeds one, and no ties."""
+    """Each kind of node and mode, in a small network: with inputs, a mask if it supports one, and no ties."""
     rng = np.random.default_rng(7)
     sequence = {"x": rng.normal(size=(2, 7, 4))}
     mask = np.array([[True, False, True, True, False, True, False], [False] * 7])
@@ -362,12 +362,12 @@ def every_node():
 
     def add(*nodes, inputs=None, x=None, wires=None, names=None, outputs=None, **options):
         x = sequence if x is None else x
-        for node in nodes:  # a network is of float64 where a node has arrays
+        for node in nodes:  # a network is float64 where a node has arrays
             assert node.dtype in (None, np.dtype("float64"))
         net = Network(nodes, names, inputs=inputs or list(x), wires=wires, outputs=outputs)
         alone.append({"network": net, "inputs": x, "options": options})
 
-    # A node that only moves numbers doesn't say which dtype it is of, nor how wide what it takes is.
+    # A node that only moves numbers fixes neither its dtype nor the width of its input.
     first = Scale(floats(rng, 4) + 1.0, floats(rng, 4))
     for activation in [*ACTIVATIONS, *MORE_ACTIVATIONS]:
         add(Dense(floats(rng, 4, 3), floats(rng, 3), activation))
@@ -401,7 +401,7 @@ def every_node():
             add(first, Reduce(mode, axis, True), mask=mask)
             add(first, Reduce(mode, axis), mask=mask)
     for axis in (1, 2, -1):
-        add(first, Pad(2, 1, 0.5, axis), GlobalPool("mean"), mask=mask)  # what becomes of the mask shows in the pool
+        add(first, Pad(2, 1, 0.5, axis), GlobalPool("mean"), mask=mask)  # the pool reveals the resulting mask
         for taken in ((1, None, 2), (None, -1, 1), (-2, 0, -1), (None, None, -3)):
             add(first, Select(*taken, axis), mask=mask)
     add(first, Select(1, None, 2), make_stacked(rng, 4), mask=mask, reset=reset)
@@ -416,7 +416,7 @@ def every_node():
         for masks in (None, mask, {"x": mask, "z": other}, {"z": other}):
             nodes = [first, Merge(mode, -1)]
             add(*nodes, x=pair, names=["s", "m"], wires=[("x",), ("s", "z")], mask=masks)
-            pooled = [*nodes, GlobalPool("mean")]  # what becomes of the masks shows here
+            pooled = [*nodes, GlobalPool("mean")]  # reveals the resulting masks
             add(*pooled, x=pair, names=["s", "m", "p"], wires=[("x",), ("s", "z"), ("m",)], mask=masks)
     long = {"x": sequence["x"], "z": rng.normal(size=(2, 3, 4))}
     joined = {"x": mask, "z": other[:, :3]}
@@ -438,7 +438,7 @@ def every_node():
 
 
 def make_stacked(rng, inputs, sequences=True, **flags):
-    """Three cells, each of another kind, with residual sums over the upper two."""
+    """Three cells, each of a different kind, with residual sums over the upper two."""
     kinds = ("lstm", "gru", "rnn")
     cells = [make_cell(rng, inputs if n == 0 else 4, 4, "float64", kind=kind) for n, kind in enumerate(kinds)]
     return Recurrent(tuple(cells), sequences, residual=True, **flags)
@@ -455,7 +455,7 @@ def test_every_kind_of_node_is_run_as_the_network_runs_it(page):
             near(found["values"][name], t[name].y)
 
 
-def test_what_masking_leaves_out_is_told_in_the_dtype_of_the_network(page):
+def test_masking_compares_in_the_dtype_of_the_network(page):
     net = Network([Scale(np.ones(1, "float32"), np.zeros(1, "float32")), Masking(0.1)], inputs=["x"])
     x = np.array([[[np.float32(0.1)], [2.0]]], np.float64)
     (found,) = evaluated(page, RUN, [{"network": net, "inputs": {"x": x}}])
@@ -468,15 +468,17 @@ def test_gradients_of_every_kind_of_node_are_their_differences(page):
     for case in every_node():
         net, options = case["network"], case["options"]
         y = net.run(case["inputs"], mask=options.get("mask"), reset=options.get("reset"))[0]
-        made.append(with_seeds(rng, {**case, "still": 0.25}, {net.outputs[0]: y.shape}))  # what `Masking` leaves out
+        made.append(
+            with_seeds(rng, {**case, "still": 0.25}, {net.outputs[0]: y.shape})
+        )  # the value that `Masking` masks
     agree(page, made)
 
 
-# ── patches ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── patches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def random_patches(rng, spec, batch, steps):
-    """One to four patches of gates and states, which often fight over a number."""
+    """One to four patches of gates and states, which often overlap."""
     names, patches = [*GATES[spec.kind], *(["c"] if spec.kind == "lstm" else []), "h"], []
     for _ in range(rng.integers(1, 5)):
         gate = str(rng.choice(names))
@@ -522,7 +524,7 @@ def entries_of(patch, batch, steps, width):
 
 
 def patched(patches, gate, v, row, t, shape, before):
-    """Patch a gate or state of one row at a step; `before`: what it was at the step before, None at the first."""
+    """Patch a gate or state of one row at a step; `before`: its value at the previous step, None at the first."""
     v = v.copy()
     for patch in patches:
         if patch["gate"] != gate:
@@ -614,30 +616,30 @@ def patched_cases(seeds):
         yield rng, net, spec, case, patches, sent
 
 
-def test_patches_act_where_they_say(page):
+def test_patches_act_where_specified(page):
     made = list(patched_cases(range(4000, 4300)))
-    answers, held = evaluated(page, RUN, [sent for *_, sent in made]), 0
+    answers, compared = evaluated(page, RUN, [sent for *_, sent in made]), 0
     for (_, net, spec, case, patches, _), found in zip(made, answers, strict=True):
         if spec.layer_norm:
             continue
-        held += 1
+        compared += 1
         fields = by_hand(spec, net.nodes[0].cells[0].arrays, case, patches)
         for name in found["cells"]["cell"][0].keys() - {"pre"}:
             near(found["cells"]["cell"][0][name], fields[name])
-    assert held > 180
+    assert compared > 180
 
 
 def test_patches_of_a_network_act_before_those_of_a_run(page):
     rng = np.random.default_rng(0)
     net, x = one_cell(rng, CellSpec(2, 3)), rng.normal(size=(2, 6, 2))
-    payload = payload_of(net)  # as a native file has them
+    payload = payload_of(net)  # as in a native file
     payload["description"]["patches"] = [
         {"node": "cell", "gate": "h", "how": "set", "units": [0, 2], "steps": [1, 2, 4], "value": [3, 1]},
         {"node": "cell", "gate": "f", "how": "freeze", "steps": {"start": 2, "stop": None, "step": None}},
         {"node": "cell", "gate": "o", "how": "set", "steps": {"start": 4, "stop": 9, "step": 1}, "value": [5, 1]},
     ]
     payload["arrays"]["patch/0/value"] = packed(np.array([[1.0], [2.0], [3.0]]))
-    payload["arrays"]["patch/2/value"] = packed(np.arange(5.0)[:, None])  # of more steps than the run has
+    payload["arrays"]["patch/2/value"] = packed(np.arange(5.0)[:, None])  # for more steps than the run has
     doubled = {"node": "cell", "cell": 0, "gate": "h", "units": [2], "how": "scale", "value": 2.0}
     work = "(text) => cases(text, " + RUN + ")"
     sent = [{"payload": payload, "inputs": plain({"x": x}), "options": {"patches": [doubled]}}]
@@ -669,15 +671,15 @@ BY_FIELDS = """(network, { inputs, options, seeds, places }) => {
       const { values } = engine.run(network, inputs, { ...options, patches: [patch] });
       return values.cell.data.reduce((sum, y, n) => sum + y * seeds.cell.data[n], 0);
     };
-    return { told: data[(row * shape[1] + step) * shape[2] + unit], seen: (loss(1e-6) - loss(-1e-6)) / 2e-6 };
+    return { predicted: data[(row * shape[1] + step) * shape[2] + unit], seen: (loss(1e-6) - loss(-1e-6)) / 2e-6 };
   });
 }"""
 
 
-def test_gradients_by_gates_and_states_are_what_moving_these_does(page):
+def test_gradients_of_gates_and_states_equal_differences(page):
     made = []
     for rng, net, spec, case in members(range(6000, 6090)):
-        if spec.zoneout_cell:  # what φ sees is then another c than the one that is kept, and a patch moves both
+        if spec.zoneout_cell:  # φ then uses a different c than the kept one, and a patch changes both
             continue
         batch, steps, _ = case["x"].shape
         names = [*GATES[spec.kind], *(["c"] if spec.kind == "lstm" else []), "h"]
@@ -686,13 +688,13 @@ def test_gradients_by_gates_and_states_are_what_moving_these_does(page):
              "unit": int(rng.integers(spec.output_size if gate == "h" else spec.units))}
             for gate in names for step in range(steps)
         ]  # fmt: skip
-        if case["mask"] is not None:  # a step that is left out isn't patched
+        if case["mask"] is not None:  # masked steps aren't patched
             places = [place for place in places if case["mask"][place["row"], place["step"]]]
         sent = sent_of(net, spec, case, places=places)
         made.append(with_seeds(rng, sent, {"cell": (batch, steps, spec.output_size)}))
     for found in evaluated(page, BY_FIELDS, made):
         for place in found:
-            assert abs(place["told"] - place["seen"]) <= DIFFERENCE * max(1.0, abs(place["told"])) * 10
+            assert abs(place["predicted"] - place["seen"]) <= DIFFERENCE * max(1.0, abs(place["predicted"])) * 10
 
 
 def test_a_patch_of_one_of_two_directions_leaves_the_other(page):
@@ -707,11 +709,11 @@ def test_a_patch_of_one_of_two_directions_leaves_the_other(page):
     assert np.array_equal(one["values"]["both"][:, :, :4], other["values"]["both"][:, :, :4])
     assert (other["values"]["both"][:, 1:3, 6] == 0.5).all()
     moved = one["values"]["both"][:, :, 4:] != other["values"]["both"][:, :, 4:]
-    assert moved[:, :3].any(axis=(0, 2)).all()  # it runs from the end, so what comes before is what moves
+    assert moved[:, :3].any(axis=(0, 2)).all()  # it runs from the end, so earlier steps change
     assert not moved[:, 3:].any()
 
 
-# ── edges ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── edges ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
@@ -739,10 +741,10 @@ def test_no_rows_and_no_steps(page, batch, steps):
     for case, found in zip(made, evaluated(page, GRADIENT, made), strict=True):
         assert found["inputs"]["x"].shape == (batch, steps, 4)
         moved = any(array.any() for cell in found["state"] for array in cell.values())
-        assert moved == (batch > 0 and steps == 0 and case["network"].nodes[0].axes[1] == 1)  # y is then what h was
+        assert moved == (batch > 0 and steps == 0 and case["network"].nodes[0].axes[1] == 1)  # y is then the previous h
 
 
-def test_nan_and_infinity_pass_through_and_meet_nothing_where_the_mask_leaves_them_out(page):
+def test_nan_and_infinity_propagate_except_at_masked_steps(page):
     rng, made = np.random.default_rng(0), []
     for kind in GATES:
         cell = make_cell(rng, 3, 4, "float64", kind=kind)
@@ -753,7 +755,7 @@ def test_nan_and_infinity_pass_through_and_meet_nothing_where_the_mask_leaves_th
             masks = (None, np.isfinite(x).all(axis=-1))
             made += [{"network": net, "inputs": {"x": x}, "options": {"mask": mask}} for mask in masks]
     for case, found in zip(made, evaluated(page, RUN, made), strict=True):
-        with np.errstate(invalid="ignore"):  # which some BLAS says of infinity times zero, and some doesn't
+        with np.errstate(invalid="ignore"):  # some BLAS libraries warn of infinity times zero
             y, _ = by_reference(case["network"], case["inputs"], mask=case["options"]["mask"])
         near(found["values"]["layer_1"], y)
         spoilt = np.isnan(y)
@@ -761,10 +763,10 @@ def test_nan_and_infinity_pass_through_and_meet_nothing_where_the_mask_leaves_th
         assert spoilt[0, 2:].all() == (case["options"]["mask"] is None and np.isnan(case["inputs"]["x"]).any())
 
 
-# ── what isn't served, and what doesn't fit ─────────────────────────────────────────────────────────────────────────
+# ── unsupported networks and invalid inputs ───────────────────────────────────────────────────────────────────────────
 
 
-def test_what_is_not_served_is_named_and_never_run(page):
+def test_unsupported_parts_are_named_and_never_run(page):
     rng = np.random.default_rng(0)
     net = Network([make_stacked(rng, 3), Dense(floats(rng, 4, 2))], ["stack", "head"], inputs=["x"])
     spoil = {
@@ -793,12 +795,12 @@ def test_what_is_not_served_is_named_and_never_run(page):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"inputs": {}}, "expected the input x, got none"),
+        ({"inputs": {}}, "the input x is missing"),
         ({"inputs": {"x": 3}}, "expected the input x as { data, shape }, got number"),
         ({"inputs": {"x": np.zeros((2, 5, 4))}}, "expected x [B, any, 3], got [2, 5, 4]"),
         ({"options": {"mask": np.ones((2, 4))}}, "expected mask of x [B=2, T=5], got 8 numbers"),
         ({"options": {"state": []}}, "expected 3 states, got 0"),
-        ({"options": {"state": [{"h": np.zeros((2, 3))}] * 3}}, "expected h of state 0 [B=2, 4], got another"),
+        ({"options": {"state": [{"h": np.zeros((2, 3))}] * 3}}, "expected h of state 0 [B=2, 4], got another shape"),
         ({"options": {"patches": [{"node": "no", "gate": "f"}]}}, "patch: expected a cell of the network"),
         ({"options": {"patches": [{"node": "stack", "cell": 1, "gate": "f"}]}}, "patch of stack: expected gate to be"),
         (
@@ -817,7 +819,7 @@ def test_what_is_not_served_is_named_and_never_run(page):
         ({"of": {"seeds": {"stack": np.zeros(3)}}}, "gradient: expected 40 numbers as the seed of stack, got 3"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(page, more, message):
+def test_invalid_inputs_are_refused_by_name(page, more, message):
     net = Network([make_stacked(np.random.default_rng(0), 3)], ["stack"], inputs=["x"])
     case = {
         "inputs": {"x": np.zeros((2, 5, 3))},
@@ -837,10 +839,10 @@ def test_resets_across_nodes_that_take_steps_together_are_refused(page):
     work = "(network, { inputs, options }) => { try { engine.run(network, inputs, options); return 'nothing'; } "
     work += "catch (error) { return error.message; } }"
     (said,) = evaluated(page, work, [{"network": net, "inputs": {"x": np.zeros((2, 5, 3))}, "options": options}])
-    assert said.startswith("layer_1: expected no reset, as it takes steps together")
+    assert said.startswith("layer_1: reset isn't supported, as it combines steps across sequences")
 
 
-def test_a_setting_that_is_left_out_is_what_the_description_says(page):
+def test_omitted_settings_have_their_defaults(page):
     rng, work = np.random.default_rng(0), "(network) => network.nodes[0].cells[0].spec"
     for kind in GATES:
         net = one_cell(rng, CellSpec(2, 3, kind=kind))
@@ -849,10 +851,10 @@ def test_a_setting_that_is_left_out_is_what_the_description_says(page):
         assert found == expected
 
 
-# ── the payload, a worker, speed ────────────────────────────────────────────────────────────────────────────────────
+# ── the payload, a worker, speed ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_payload_is_what_a_native_file_holds(page, tmp_path):
+def test_the_payload_equals_a_native_file(page, tmp_path):
     net, _ = make_graph(5, "float32")
     net.save(tmp_path / "net.safetensors")
     with safe_open(tmp_path / "net.safetensors", "numpy") as file:
@@ -909,7 +911,7 @@ def test_a_thousand_steps_of_64_units_take_well_under_100_ms(page):
     assert gradient < 400
 
 
-# ── the playground ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the playground ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TRAINED = """([options, steps]) => {
   const trainer = engine.createTrainer(options);
@@ -929,17 +931,17 @@ TRAINED = """([options, steps]) => {
 @pytest.mark.parametrize(
     ("task", "kind", "steps", "bound"),
     [
-        ("echo", "lstm", 250, 0.02),  # nats a bit; 0.69 by chance
+        ("echo", "lstm", 250, 0.02),  # nats per bit; 0.69 by chance
         ("parity", "gru", 250, 0.02),
         ("echo", "rnn", 250, 0.02),
-        ("adding", "gru", 400, 0.03),  # squares; 0.17 for who always says 1
-        ("wave", "lstm", 300, 0.01),  # 0.37 for who always says 0
-        ("brackets", "lstm", 300, 0.05),  # 3 for who always says the mean
+        ("adding", "gru", 400, 0.03),  # squared error; 0.17 for always 1
+        ("wave", "lstm", 300, 0.01),  # 0.37 for always 0
+        ("brackets", "lstm", 300, 0.05),  # 3 for always the mean
     ],
 )
 def test_small_networks_learn_each_task_in_seconds(page, task, kind, steps, bound):
     found = page.evaluate(TRAINED, [{"task": task, "kind": kind, "units": 12, "seed": 1}, steps])
-    print(f"{task}, {kind}: {found['first']:.3f} to {found['loss']:.4f}, {found['milliseconds']:.1f} ms a batch")
+    print(f"{task}, {kind}: {found['first']:.3f} to {found['loss']:.4f}, {found['milliseconds']:.1f} ms per batch")
     assert found["loss"] < bound < found["first"] / 4
     if task in ("echo", "parity", "brackets"):
         assert found["accuracy"] > 0.97
@@ -951,13 +953,13 @@ def test_a_trainer_draws_the_same_for_the_same_seed_and_shows_every_gate(page):
         for seed in (3, 3, 4)
     )
     assert one["losses"] == same["losses"] != other["losses"]
-    assert one["target"] == other["target"]  # an example goes by its own seed
+    assert one["target"] == other["target"]  # an example depends on its own seed
     assert one["cells"] == {"z": [1, 9, 5], "r": [1, 9, 5], "g": [1, 9, 5], "h": [1, 9, 5], "pre": None}
     assert one["output"] == [1, 9, 1]
     assert one["iteration"] == 5
 
 
-def test_what_a_task_asks_is_what_it_says(page):
+def test_tasks_have_the_described_targets(page):
     work = """(task) => {
       const trainer = engine.createTrainer({ task, delay: 2 });
       return Array.from({ length: 20 }, (_, seed) => {

@@ -1,4 +1,4 @@
-"""Traces: the bits of a run, what every node and cell did, and what the gates are activations of."""
+"""Traces: the bits of a run, the values of every node and cell, and the gates' pre-activations."""
 
 import copy
 import gc
@@ -48,7 +48,7 @@ def test_a_trace_has_the_bits_of_the_run_and_of_every_node(seed):
     assert all(equal(tuple(one), tuple(other)) for one, other in zip(t.state, after, strict=True))
     assert list(t) == list(net.names)
     assert len(t) == len(net.nodes)
-    # Each node's value, asked for as an output: then nodes run apart.
+    # Request each node's value as an output, so that nodes run separately.
     every = Network(net.nodes, net.names, inputs=net_inputs(net), wires=net.wires, outputs=net.names)
     apart, _ = every.run(x, state, mask)
     for name, value, sources in zip(net.names, apart if len(net.names) > 1 else (apart,), net.wires, strict=True):
@@ -68,7 +68,7 @@ def net_inputs(net):
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("seed", range(60))
 def test_cells_and_their_sums_are_the_reference(seed, backwards):
-    """Every flag: gates, c and h of the equations over the same x; and gates that are activations of their sums."""
+    """Every flag: gates, c and h equal those of the equations for the same x; gates equal the activated sums."""
     rng = rng_of(seed)
     first = fill(rng, random_spec(rng, largest=12), "float64")
     second = make_cell(rng, first.spec.output_size, 5, "float64")
@@ -79,7 +79,7 @@ def test_cells_and_their_sums_are_the_reference(seed, backwards):
     reset = rng.random((3, 6)) < 0.3 if seed % 5 == 0 else None
     t, below = net.trace(x, state, mask, reset=reset), x
     begun = reset
-    if reset is not None and backwards:  # a pass from the end comes to a piece's last step first
+    if reset is not None and backwards:  # a backward direction starts with a sequence's last step
         begun = np.concatenate([reset[:, 1:], np.zeros((3, 1), bool)], axis=1)
     for number, seen in enumerate(t["layer_0"].cells):
         cell, start = seen.cell, None if state is None else state[number]
@@ -125,7 +125,7 @@ def test_some_nodes_steps_and_units_are_those_of_the_whole():
     assert equal(part["layer_1"].pre["z"], whole["layer_1"].pre["z"][:, 2:7][..., [1, 4]])
     assert part["layer_1"].units.tolist() == [1, 4]
     assert equal(part["layer_1"].x, whole["layer_0"].y[:, 2:7])
-    with pytest.raises(ValueError, match="asked for: trace"):
+    with pytest.raises(ValueError, match="request them with trace"):
         net.trace(x, steps=slice(3))["layer_0"].cells[0].pre  # noqa: B018
     with pytest.raises(KeyError, match="got 'layer_0', which isn't kept"):
         part["layer_0"]
@@ -187,20 +187,20 @@ def test_rows_and_units_that_are_not_there():
         t.select(units=[7])  # of the GRU, which has 6
 
 
-def test_what_is_left_out_is_given_back():
+def test_memory_of_omitted_parts_is_freed():
     net = Network([Recurrent((make_cell(rng_of(0), 3, 100),))])
     x = x_of(20, 500)
     gc.collect()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     part = net.trace(x, units=[0], steps=[0, 1])
-    held = tracemalloc.get_traced_memory()[0] - before
+    used = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert part["layer_0"].f.shape == (20, 2, 1)
-    assert held < 1e6  # y and x are whole in the run: 4 MB of h, 24 MB of gates and c
+    assert used < 1e6  # the full run has 4 MB of h, 24 MB of gates and c
 
 
-def test_what_the_caller_writes_to_afterwards_changes_no_trace():
+def test_later_writes_of_the_caller_do_not_change_a_trace():
     net, x = stack(), x_of()
     state = (State(np.ones((2, 8), "f4"), np.ones((2, 8), "f4")), (np.ones((2, 6), "f4"),))
     t, same = net.trace(x, state), net.trace(x.copy(), copy.deepcopy(state))
@@ -210,30 +210,30 @@ def test_what_the_caller_writes_to_afterwards_changes_no_trace():
     assert equal(t["layer_0"].x, same["layer_0"].x)
 
 
-def test_a_look_that_is_cut_off_spoils_no_other():
+def test_an_interrupted_access_spoils_no_other():
     rng = rng_of(0)
     net = Network([Recurrent((make_cell(rng, 3, 4),), go_backwards=True), Recurrent((make_cell(rng, 4, 5),))])
     whole, t = net.trace(x_of()), net.trace(x_of())
     made = t._made
-    for _ in range(3):  # as if each look but the last had been interrupted before it was kept
+    for _ in range(3):  # as if every access but the last had been interrupted before it was stored
         made()
     assert equal(t["layer_1"].h, whole["layer_1"].h)
     assert equal(t["layer_1"].y, net(x_of()))
 
 
-def test_steps_stand_in_order_where_they_are_cut():
+def test_selected_steps_are_in_order():
     rng = rng_of(0)
     back = Network([Recurrent((make_cell(rng, 3, 4),), go_backwards=True), Recurrent((make_cell(rng, 4, 5),))])
     whole, part = back.trace(x_of()), back.trace(x_of()).select(steps=[0])
     assert equal(part["layer_0"].h, whole["layer_0"].h[:, :1])
-    assert equal(part["layer_0"].y, whole["layer_0"].y)  # in the order in which it was run: nothing to cut by steps
+    assert equal(part["layer_0"].y, whole["layer_0"].y)  # in the order of processing: not sliced by steps
     assert equal(part["layer_1"].h, whole["layer_1"].h)
     nodes = [Recurrent((make_cell(rng, 3, 4),)), Pool1D("max", 2), Recurrent((make_cell(rng, 4, 4),))]
     t = Network(nodes).trace(x_of(2, 8)).select(steps=slice(0, 4)).select(steps=slice(0, 2))
     assert [t[name].y.shape[1] for name in t] == [2, 4, 4]
 
 
-def test_what_is_selected_by_slices_is_no_copy():
+def test_slices_are_not_copies():
     t = stack().trace(x_of(5))
     part = t.select(rows=slice(1, 3), steps=slice(2, 9), units=slice(0, 4))
     assert part["layer_0"].f.shape == (2, 7, 4)
@@ -245,7 +245,7 @@ def test_what_is_selected_by_slices_is_no_copy():
     assert t.select(rows=1)["layer_1"].z.shape == (1, 10, 6)
 
 
-def test_steps_go_where_there_are_as_many():
+def test_steps_apply_to_aligned_nodes():
     rng = rng_of(0)
     nodes = [Recurrent((make_cell(rng, 3, 4),)), Pool1D("max", 2), GlobalPool("mean")]
     t = Network(nodes).trace(x_of(), steps=slice(0, 3))
@@ -265,14 +265,14 @@ def test_fields_by_name_and_by_attribute():
     rng = rng_of(0)
     both = Bidirectional(*(Recurrent((make_cell(rng, 3, 4),), go_backwards=way) for way in (False, True)))
     t = Network([both]).trace(x_of())
-    with pytest.raises(AttributeError, match=r"this node has 2 cells: take one of them, \.cells\[0\]\.f"):
+    with pytest.raises(AttributeError, match=r"this node has 2 cells: select one of them, \.cells\[0\]\.f"):
         t["layer_0"].f  # noqa: B018
     assert "i f g o c h | i f g o c h" in repr(t)
     assert repr(t["layer_0"]).splitlines()[1] == "  LSTM 3 -> 4: i, f, g, o, c, h [2, 10, 4]"
 
 
 @pytest.mark.parametrize("in_memory", [0, 5000])
-def test_what_is_too_large_lies_in_files(in_memory):
+def test_large_traces_are_stored_in_files(in_memory):
     net, x = stack(), x_of(7, 20)
     whole, mapped = net.trace(x), net.trace(x, in_memory=in_memory)
     assert equal(whole.y, mapped.y)
@@ -298,7 +298,7 @@ def test_no_rows_and_no_steps(shape):
     assert t["layer_0"].f.shape == t["layer_0"].pre["f"].shape == (*shape[:2], 8)
 
 
-def test_numbers_that_are_none():
+def test_nan_and_infinities():
     net, x = stack(), x_of()
     x[0, 3] = np.nan
     x[1, 4] = np.inf
@@ -309,7 +309,7 @@ def test_numbers_that_are_none():
 
 
 @pytest.mark.parametrize("pre", [False, True])
-def test_a_file_holds_all_of_it(tmp_path, pre):
+def test_a_file_stores_the_whole_trace(tmp_path, pre):
     rng = rng_of(4)
     forward, backward = make_stack(rng, 3), make_stack(rng, 3, go_backwards=True)
     nodes = [Bidirectional(forward, backward), Dense(rng.normal(size=(forward.units + backward.units, 2)).astype("f4"))]
@@ -334,13 +334,13 @@ def test_a_file_holds_all_of_it(tmp_path, pre):
     assert inspect.load(tmp_path / "part")["both"].cells[0].h.shape[1] == 2
 
 
-def test_files_that_are_no_traces(tmp_path):
+def test_files_that_are_not_traces(tmp_path):
     net, path = stack(), tmp_path / "file"
     net.save(tmp_path / "net.safetensors")
     with pytest.raises(FormatError, match="expected a trace of version 1"):
         inspect.load(tmp_path / "net.safetensors")
     path.write_bytes(b"not a trace at all")
-    with pytest.raises(FormatError, match="expected a safetensors file"):
+    with pytest.raises(FormatError, match="not a safetensors file"):
         inspect.load(path)
     net.trace(x_of()).save(path)
     whole = path.read_bytes()
@@ -383,7 +383,7 @@ def test_tensors_of_other_shapes_and_dtypes_are_refused(tmp_path):
             with pytest.raises(FormatError, match=str(path)):
                 inspect.load(path)
     save_file(whole | {"more": np.zeros(3)}, path, metadata)
-    with pytest.raises(FormatError, match="tensor 'more': expected no such tensor in a trace, found one"):
+    with pytest.raises(FormatError, match="tensor 'more': a trace has no such tensor"):
         inspect.load(path)
     save_file(whole, path, metadata)
     assert inspect.load(path)["layer_0"].f.shape == (2, 10, 8)
@@ -399,13 +399,13 @@ def test_a_trace_whose_parts_do_not_fit_each_other_is_refused(tmp_path):
         save_file(arrays | {name: cut}, path, said)
         with pytest.raises(FormatError, match=match):
             inspect.load(path)
-    told = json.loads(said["cellstack_trace"])
-    save_file(arrays, path, {"cellstack_trace": json.dumps(told | {"nodes": ["nowhere"]})})
-    with pytest.raises(FormatError, match="one of 'nowhere'"):
+    described = json.loads(said["cellstack_trace"])
+    save_file(arrays, path, {"cellstack_trace": json.dumps(described | {"nodes": ["nowhere"]})})
+    with pytest.raises(FormatError, match="no node 'nowhere'"):
         inspect.load(path)
 
 
-def test_what_a_trace_cannot_be_read_from(tmp_path):
+def test_invalid_trace_files(tmp_path):
     net = stack()
     with pytest.raises(FileNotFoundError):
         inspect.load(tmp_path / "nothing")
@@ -440,14 +440,14 @@ def test_wide_cells_and_projections_keep_their_own_widths():
     net = Network([Recurrent((fill(rng, CellSpec(3, 8, proj_size=5)),))])
     t = net.trace(x_of(), units=slice(6, 8))
     assert t["layer_0"].f.shape == (2, 10, 2)
-    assert t["layer_0"].h.shape == (2, 10, 5)  # projected: of no unit in particular
+    assert t["layer_0"].h.shape == (2, 10, 5)  # projected: not tied to single units
 
 
-# ── streams ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── streams ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_stream_s_last_steps_have_the_bits_that_they_had(seed):
+def test_a_stream_s_last_steps_are_bit_identical(seed):
     rng = rng_of(seed)
     net, most = stack(seed), int(rng.integers(1, 9))
     stream, twin = net.stream(2), net.stream(2)
@@ -476,7 +476,7 @@ def test_a_stream_s_last_steps_have_the_bits_that_they_had(seed):
     assert stream.trace(1000)["layer_0"].f.shape[1] == most
 
 
-def test_what_a_stream_must_be_told_before_it_can_be_traced():
+def test_a_stream_must_remember_before_it_can_be_traced():
     stream = stack().stream(1)
     with pytest.raises(RuntimeError, match=r"needs a call of remember\(steps\)"):
         stream.trace(3)
@@ -492,7 +492,7 @@ def test_what_a_stream_must_be_told_before_it_can_be_traced():
     stream.step(x)
     assert equal(stream.trace().y, stack()(x[:, None]))
     for _ in range(3):
-        stream.run(x[:, None][:, :0])  # no frame
+        stream.run(x[:, None][:, :0])  # no step
     assert stream.trace()["layer_0"].f.shape[1] == 1
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="expected steps to be an integer"):
@@ -547,7 +547,7 @@ def test_rows_of_a_masked_run_go_into_a_file_and_back(tmp_path):
 
 @pytest.mark.parametrize("from_file", [False, True])
 @pytest.mark.parametrize("seed", range(80))
-def test_sums_of_a_patched_run_are_what_its_gates_are_activations_of(seed, from_file, tmp_path):
+def test_pre_activations_of_a_patched_run_give_its_gates(seed, from_file, tmp_path):
     rng = rng_of(seed)
     spec = replace(random_spec(rng, largest=6), clip=None)
     cell = fill(rng, spec, "float64")
@@ -567,7 +567,7 @@ def test_sums_of_a_patched_run_are_what_its_gates_are_activations_of(seed, from_
     for name, sums in seen.pre.items():
         own = np.ones(sums.shape, bool)
         if name == gate:
-            own[:, 2:5, 0] = False  # what was put there isn't an activation of anything
+            own[:, 2:5, 0] = False  # a patched value isn't an activation
         activation, alpha, beta = activations[name]
         expected = reference.ACTIVATIONS[activation][0](sums, alpha, beta)
         np.testing.assert_allclose(seen[name][own], expected[own], atol=1e-9)

@@ -1,4 +1,4 @@
-"""The example that finds units that track something in a text, quick: its ground truth, its measures, what it finds."""
+"""The example of units that track properties of a text, in quick mode: its labels, its measures, its results."""
 
 import importlib.util
 import re
@@ -20,7 +20,7 @@ def example():
     return module
 
 
-def test_the_quotes_of_the_book_are_told_from_apostrophes(example):
+def test_quotes_are_distinguished_from_apostrophes(example):
     book = example.Book()
     text, closing = book.text, book.closing
     assert len(text) < 150_000
@@ -28,12 +28,12 @@ def test_the_quotes_of_the_book_are_told_from_apostrophes(example):
     inside = example.inside_quotes(text, closing)
     before = np.append(False, inside[:-1])
     assert text.count("`") == 1108
-    assert before[closing].all()  # none closes what isn't open
-    assert (before & (np.array(list(text)) == "`")).sum() == 3  # verse of several stanzas opens each
+    assert before[closing].all()  # no closing quote without an open one
+    assert (before & (np.array(list(text)) == "`")).sum() == 3  # quoted verse opens every stanza
     small = "She said, `I don't,'\n  and\nleft."
     truths = example.truths(small, example.closing_quotes(small))
-    told, _ = truths[example.QUOTES]
-    assert "".join(np.array(list(small))[told]) == "`I don't,"
+    inside_quotes, _ = truths[example.QUOTES]
+    assert "".join(np.array(list(small))[inside_quotes]) == "`I don't,"
     column, _ = truths[example.COLUMN]
     assert column[small.index("\n")] == 0
     assert column[small.index("left")] == 1
@@ -53,7 +53,7 @@ def test_tracking_is_auc_and_spearman_s_rho(example, rng):
 
 def test_marks_that_do_not_match_are_counted(example):
     assert example.unmatched(["`a' `b' c", "don't `x"]) == 0.0
-    assert example.unmatched(["`a `b' c' "]) == pytest.approx(2 / 3)  # the first may follow anything
+    assert example.unmatched(["`a `b' c' "]) == pytest.approx(2 / 3)  # the first may follow an open quote
 
 
 def test_quick(example, tmp_path):
@@ -61,9 +61,9 @@ def test_quick(example, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     unigram = float(re.search(r"1-gram ([\d.]+)", done.stdout)[1])
-    loss = float(re.search(r"([\d.]+) nats a character held out$", done.stdout, re.MULTILINE)[1])
+    loss = float(re.search(r"([\d.]+) nats per character held out$", done.stdout, re.MULTILINE)[1])
     assert loss < unigram - 0.5
     found = re.search(rf"^  {example.QUOTES} +(.*)$", done.stdout, re.MULTILINE)[1].replace(",", "").split()
     auc, untrained, most_by_chance = (float(found[at]) for at in (1, 4, 6))
-    assert auc > max(untrained, most_by_chance)  # of a small model, hardly trained: but it has begun to track quotes
+    assert auc > max(untrained, most_by_chance)  # a small, briefly trained model that has begun to track quotes
     assert {path.name for path in tmp_path.iterdir()} == {"units-text.png", "units-ablated.png", "units.html"}

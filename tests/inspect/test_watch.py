@@ -1,4 +1,4 @@
-"""Watching torch models: what their layers did, with the answers and gradients that they give without it."""
+"""Watching torch models: their layers' gates, with unchanged outputs and gradients."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from cellstack.spec import GRUTrace, RNNTrace, Trace
 
 
 class Model(torch.nn.Module):
-    """Layers of ours of every kind, as somebody's own module calls them."""
+    """cellstack layers of every kind, called by a user's module."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ def model():
     return made
 
 
-def test_answers_and_gradients_are_those_without_it(model):
+def test_outputs_and_gradients_do_not_change(model):
     x = torch.randn(2, 7, 3)
     expected = model(x)
     (expected.sum()).backward()
@@ -53,7 +53,7 @@ def test_answers_and_gradients_are_those_without_it(model):
     assert not model.low._forward_pre_hooks
 
 
-def test_what_is_seen_is_what_return_gates_gives(model):
+def test_records_equal_return_gates(model):
     x = torch.randn(2, 7, 3)
     with inspect.watch(model) as seen:
         model(x)
@@ -100,8 +100,8 @@ def test_two_watches_at_a_time(model):
 
 
 def test_an_exception_ends_the_watch(model):
-    with pytest.raises(RuntimeError, match="as it came"), inspect.watch(model):
-        raise RuntimeError("as it came")
+    with pytest.raises(RuntimeError, match="unchanged error"), inspect.watch(model):
+        raise RuntimeError("unchanged error")
     assert not model.low._forward_hooks
     with inspect.watch(model) as seen, pytest.raises(ValueError, match="expected"):
         model(torch.randn(2, 7, 4))
@@ -109,7 +109,7 @@ def test_an_exception_ends_the_watch(model):
     assert torch.is_tensor(model(torch.randn(2, 7, 3)))
 
 
-def test_what_was_not_called_and_what_is_not_there(model):
+def test_uncalled_and_unknown_layers(model):
     with inspect.watch(model) as seen:
         model.low(torch.randn(1, 2, 3))
     with pytest.raises(KeyError, match="'top' wasn't called since the watch began"):
@@ -117,7 +117,7 @@ def test_what_was_not_called_and_what_is_not_there(model):
     with pytest.raises(KeyError, match="expected one of 'low', 'both', 'top', got 'bottom'"):
         seen["bottom"]
     assert repr(seen) == "Watch of 3 layers, 1 calls: 'low'"
-    with pytest.raises(ValueError, match="watch: expected a model with layers of cellstack in it, found none"):
+    with pytest.raises(ValueError, match="watch: the model has no cellstack layers"):
         inspect.watch(torch.nn.Linear(2, 3))
 
 
@@ -131,13 +131,13 @@ def test_threads_share_a_watched_layer():
     assert len(seen.calls) == 100
 
 
-def test_a_watch_is_on_once_and_not_in_copies():
+def test_a_watch_is_active_once_and_not_in_copies():
     layer = layers.LSTM(4)
     x = torch.randn(2, 5, 3)
     expected = layer(x)
     with inspect.watch(layer) as seen:
         twin = copy.deepcopy(layer)
-        with pytest.raises(RuntimeError, match="expected a watch that isn't on already"):
+        with pytest.raises(RuntimeError, match="this watch is already active"):
             seen.__enter__()
         assert torch.equal(layer(x), expected)
     assert torch.equal(twin(x), expected)

@@ -1,4 +1,4 @@
-"""The example that looks into a published detector of speech, on what espeak-ng says."""
+"""The example that inspects a published speech detector, on speech from espeak-ng."""
 
 import re
 import shutil
@@ -30,15 +30,15 @@ def test_in_noise_it_needs_its_memory(tmp_path):
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["detector.png"]
     apart = [float(one) for one in re.findall(r"p differs by (\S+)", done.stdout)]
     assert len(apart) == 2
-    assert max(apart) < 1e-5  # our LSTM and head beside ONNX Runtime's whole model
+    assert max(apart) < 1e-5  # our LSTM and head compared with ONNX Runtime's whole model
     quiet, noisy = (float(one) for one in re.findall(r"([\d.]+)% of resets", done.stdout))
     assert quiet < 60
     assert noisy > 90
-    heard = [float(one) for one in re.findall(r"alone: .*?0\.26 s ([\d.]+)%", done.stdout)]
+    heard = [float(one) for one in re.findall(r"only the last …: .*?0\.26 s ([\d.]+)%", done.stdout)]
     assert heard[1] > 2 * heard[0]
 
 
 def test_what_is_missing_is_named(tmp_path):
     done = run(folder=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "silero-vad isn't installed: pip install silero-vad, or give its model by --model\n"
+    assert done.stderr == "silero-vad isn't installed: pip install silero-vad, or pass its model with --model\n"

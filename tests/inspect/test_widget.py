@@ -1,4 +1,4 @@
-"""A trace at the end of a notebook's cell: the page as a widget, or its text."""
+"""A trace at the end of a notebook cell: the page as a widget, or its text."""
 
 import base64
 import json
@@ -59,7 +59,7 @@ def test_a_large_trace_is_not_sent_at_the_end_of_every_cell(t, monkeypatch):
 
 
 def test_bytes_from_a_kernel_are_drawn_as_those_of_a_file(browser, t):
-    """The front end gets the arrays as DataViews, as ipywidgets sends bytes, at offsets of their own."""
+    """The front end gets the arrays as DataViews, as ipywidgets sends bytes, at nonzero offsets."""
     pytest.importorskip("anywidget")
     page = t.widget()
     arrays = [base64.b64encode(bytes(data)).decode() for data in page.payload["arrays"]]

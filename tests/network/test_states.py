@@ -369,7 +369,7 @@ def test_the_pages_engine_refuses_it_by_name(tmp_path):
     said, of_flags = json.loads(ran.stdout)
     assert of_flags == ["layer_0: a node of the type step_mask isn't supported."]
     assert said[0].startswith("The output decoder/c, which is a state, isn't supported")
-    assert said[1].startswith("decoder: it takes the states encoder/h, encoder/c, which isn't supported")
+    assert said[1].startswith("decoder: reading the states encoder/h, encoder/c isn't supported")
 
 
 # ── the native format ───────────────────────────────────────────────────────────────────────────────────────────────

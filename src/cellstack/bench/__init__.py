@@ -1,5 +1,5 @@
-"""How fast we are, beside whoever else is installed and beside the machine: what `cellstack bench` measures.
+"""Speed compared with other installed libraries and with the machine's limits: what `cellstack bench` measures.
 
-`engines` sets each library up with the same weights, `turns` times them in turn, `machine` measures the processor,
-`surface` goes over shapes, `picture` draws.
+`engines` sets up each library with the same weights, `turns` times them in turn, `machine` measures the processor,
+`surface` iterates over shapes, `picture` plots.
 """

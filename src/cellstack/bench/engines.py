@@ -1,7 +1,7 @@
 """LSTMs in cellstack and in its peers, with the same weights, ready to be timed.
 
-Each engine is a function of `(x [B, T, I], cells, threads)`. It returns an `Engine`: a call to be timed, and one that
-tells what is compared before.
+Each engine is a function of `(x [B, T, I], cells, threads)`. It returns an `Engine`: a call to be timed, and a function
+that returns the arrays to compare beforehand.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from cellstack.spec import CellSpec
 Array = NDArray[Any]
 Arrays = tuple[Array, Array, Array]  # kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H]; gates i f g o
 
-STEPS = 50  # of a stepping engine, before its answer is compared
+STEPS = 50  # of a stepping engine before its output is compared
 
 NEEDS = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx")}
-"""The peers, and the packages that each needs; those that run ONNX files need onnx to be given one."""
+"""The peers, and the packages that each needs; those that run ONNX files also need onnx."""
 
 
 class Engine(NamedTuple):
-    """What is timed, and what is compared: arrays by name, asked for once, before anything is timed."""
+    """A call to time, and a function that returns the arrays to compare, by name; it is called once, before timing."""
 
     run: Callable[[], Any]
     outputs: Callable[[], dict[str, Array]]
 
 
 def installed() -> tuple[dict[str, str], dict[str, str]]:
-    """Return the peers that are there with their versions, and those that aren't with the reason."""
+    """Return the available peers with their versions, and the missing ones with the reason."""
     reasons = {name: _absent(packages) for name, packages in NEEDS.items()}
     there = {name: str(importlib.import_module(name).__version__) for name, why in reasons.items() if why is None}
     return there, {name: why for name, why in reasons.items() if why is not None}
@@ -48,13 +48,13 @@ def _absent(packages: Sequence[str]) -> str | None:
             importlib.import_module(package)
     except ModuleNotFoundError as error:
         return f"{error.name} isn't installed"
-    except (ImportError, OSError) as error:  # it is there, and can't be loaded
+    except (ImportError, OSError) as error:  # installed, but can't be loaded
         return f"it can't be imported: {' '.join(str(error).split())[:200]}"
     return None
 
 
 def weights(input_size: int, units: int, layers: int, seed: int = 0) -> list[Arrays]:
-    """Return arrays of so many layers, drawn as PyTorch draws them, in Keras's layout and gate order."""
+    """Return the arrays of `layers` layers, initialised as in PyTorch, in Keras's layout and gate order."""
     rng = np.random.default_rng(seed)
     scale = units**-0.5
     new = lambda *shape: rng.uniform(-scale, scale, shape).astype(np.float32)  # noqa: E731
@@ -68,7 +68,7 @@ def network(cells: Sequence[Arrays]) -> Network:
 
 
 def exact(x: Array, cells: Sequence[Arrays]) -> Array:
-    """Return what the equations in float64 make of `x`: the last layer's y `[B, T, H]`."""
+    """Return the reference result for `x` in float64: the last layer's y `[B, T, H]`."""
     for kernel, recurrent, bias in cells:
         arrays = {"kernel": kernel, "recurrent_kernel": recurrent, "bias": bias}
         x = reference.forward(CellSpec(kernel.shape[0], recurrent.shape[0]), arrays, x).y
@@ -89,11 +89,11 @@ def torch_lstm(cells: Sequence[Arrays], input_size: int) -> Any:
     return module
 
 
-# ── ONNX files, for the peers that run them ─────────────────────────────────────────────────────────────────────────
+# ── ONNX files, for the peers that run them ───────────────────────────────────────────────────────────────────────────
 
 
 def iofg(array: Array) -> Array:
-    """From our order of gates to ONNX's."""
+    """Reorder the gates from our order to ONNX's."""
     return np.concatenate([np.split(array, 4, axis=-1)[k] for k in (0, 3, 1, 2)], axis=-1)
 
 
@@ -155,12 +155,12 @@ def _onnx_session(file: bytes, threads: int) -> Any:
 
 
 def _openvino_model(file: bytes, threads: int, precision: str = "f32") -> Any:
-    core = importlib.import_module("openvino").Core()  # which the tests don't install, nor what checks types
+    core = importlib.import_module("openvino").Core()  # not installed for tests and type checks
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     return core.compile_model(core.read_model(file), "CPU", settings)
 
 
-# ── whole sequences ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── whole sequences ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _sequence(run: Callable[[], Array]) -> Engine:
@@ -168,7 +168,7 @@ def _sequence(run: Callable[[], Array]) -> Engine:
 
 
 def cellstack(x: Array, cells: Sequence[Arrays], threads: int, element: str = "float32") -> Engine:
-    """`net(x)`; where this process has more processors than `threads`, `net.run` with so many."""
+    """`net(x)`; where this process has more processors than `threads`, `net.run` with so many threads."""
     net = network(cells).with_weights(element)
     if threads < processors():
         return _sequence(lambda: net.run(x, threads=threads)[0])
@@ -176,7 +176,7 @@ def cellstack(x: Array, cells: Sequence[Arrays], threads: int, element: str = "f
 
 
 def pytorch(x: Array, cells: Sequence[Arrays], threads: int, element: str = "float32") -> Engine:
-    """`torch.nn.LSTM`, in bfloat16 with x and y in it too."""
+    """`torch.nn.LSTM`, in bfloat16, including x and y."""
     import torch
 
     torch.set_num_threads(threads)
@@ -191,18 +191,18 @@ def pytorch(x: Array, cells: Sequence[Arrays], threads: int, element: str = "flo
 
 
 def onnxruntime(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
-    """Its LSTM, on its own processor provider."""
+    """Its LSTM, on its CPU execution provider."""
     session = _onnx_session(onnx_model(cells, *x.shape), threads)
     return _sequence(lambda: session.run(None, {"x": x})[0])
 
 
 def openvino(x: Array, cells: Sequence[Arrays], threads: int, precision: str = "f32") -> Engine:
-    """The same file, compiled for latency in float32 or bfloat16; x and y are shared with it."""
+    """The same file, compiled for latency in float32 or bfloat16; it shares the memory of x and y."""
     request = _openvino_model(onnx_model(cells, *x.shape), threads, precision).create_infer_request()
     return _sequence(lambda: request.infer({"x": x}, share_inputs=True, share_outputs=True)[0])
 
 
-# ── forward and backward ────────────────────────────────────────────────────────────────────────────────────────────
+# ── forward and backward ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _training(module: Any, x: Array, gradients: Callable[[], dict[str, Any]], x_gradient: bool) -> Engine:
@@ -230,7 +230,7 @@ PARAMETERS = {"kernel": "weight_ih", "recurrent_kernel": "weight_hh", "bias": "b
 
 
 def cellstack_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradient: bool = False) -> Engine:
-    """Our layers; the sum of y is the loss."""
+    """cellstack's layers; the sum of y is the loss."""
     import torch
 
     from cellstack import layers
@@ -260,7 +260,7 @@ def pytorch_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradient
 
     def gradients() -> dict[str, Any]:
         return {
-            f"gradient of {ours}, layer {n}": getattr(module, f"{name}_l{n}").grad.t()  # of a bias it is the same
+            f"gradient of {ours}, layer {n}": getattr(module, f"{name}_l{n}").grad.t()  # t() leaves a bias unchanged
             for n in range(len(cells))
             for ours, name in PARAMETERS.items()
         }
@@ -268,11 +268,11 @@ def pytorch_training(x: Array, cells: Sequence[Arrays], threads: int, x_gradient
     return _training(module, x, gradients, x_gradient)
 
 
-# ── one step ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one step ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def stepping(step: Callable[[], Array]) -> Engine:
-    """Return an engine of a call that makes one step, and goes on from the state that the last one left."""
+    """Return an engine whose call runs one step, from the state that the previous call left."""
     return Engine(step, lambda: {"h": [np.array(step()) for _ in range(STEPS)][-1].reshape(1, -1)})
 
 
@@ -283,7 +283,7 @@ def stream(x: Array, cells: Sequence[Arrays], threads: int, element: str = "floa
 
 
 def torch_cell(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
-    """`torch.nn.LSTMCell`, its state kept by the caller."""
+    """`torch.nn.LSTMCell`, with the state kept by the caller."""
     import torch
 
     torch.set_num_threads(threads)
@@ -306,7 +306,7 @@ def torch_cell(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
 
 
 def onnx_bound(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
-    """ONNX Runtime with io-binding: two bindings, each of which reads the states that the other one wrote."""
+    """ONNX Runtime with io-binding: two bindings, each reads the states that the other one wrote."""
     import onnxruntime as ort
 
     (cell,) = cells
@@ -335,7 +335,7 @@ def onnx_bound(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
 
 
 def openvino_step(x: Array, cells: Sequence[Arrays], threads: int) -> Engine:
-    """OpenVINO: two requests, each of which reads the states that the other one wrote."""
+    """OpenVINO: two requests, each reads the states that the other one wrote."""
     (cell,) = cells
     compiled = _openvino_model(onnx_step(cell), threads)
     requests = [compiled.create_infer_request() for _ in "01"]
@@ -362,4 +362,4 @@ SURFACES: Mapping[str, Mapping[str, Callable[..., Engine]]] = {
     "training": {"cellstack": cellstack_training, "torch": pytorch_training},
     "step": {"cellstack": stream, "torch": torch_cell, "onnxruntime": onnx_bound, "openvino": openvino_step},
 }
-"""What is measured, and who does it, ours first. The others don't train LSTMs, nor run them in bfloat16."""
+"""The surfaces, and the engines of each, cellstack first. The other peers don't train LSTMs or run them in bfloat16."""

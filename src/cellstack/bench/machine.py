@@ -1,14 +1,14 @@
-"""What the processor can do, as far as NumPy reaches it: products, and reading of arrays that fit a cache.
+"""The machine's limits, as far as NumPy reaches them: products, and reading of arrays that fit a cache.
 
     python -m cellstack.bench.machine product
 
-answers each line on its standard input with the best figures until then, a line of JSON. A process of its own has a
-BLAS with a number of threads of its own, and takes no part in the turns of others while it waits.
+answers each line on its standard input with the best figures so far, as a line of JSON. A separate process has a BLAS
+with its own number of threads, and doesn't disturb other measurements while it waits.
 
-- `product`: float32 matrix products `[N, N] · [N, N]` in NumPy's BLAS, the best of `SIZES`. That is a practical peak:
-  a loop of nothing but fused multiply-adds would come somewhat higher.
-- `reading`: the fastest of NumPy's ways to read a whole array of float32 on one core, less what the same call takes
-  for one number. What a kernel gets of a first-level cache can be more.
+- `product`: float32 matrix products `[N, N] · [N, N]` in NumPy's BLAS, the best of `SIZES`. This is a practical peak:
+  a loop of fused multiply-adds alone would be somewhat faster.
+- `reading`: the fastest of NumPy's ways to read a whole array of float32 on one core, minus the time of the same call
+  for one number. A kernel can reach more from a first-level cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cellstack.bench.turns import rest, timed
 
 SIZES = (256, 384, 512, 1024)
 TURN = 0.002  # seconds for one figure in one round
-LARGEST = 256 << 20  # bytes of an array; where twice the last cache are more, memory isn't measured
+LARGEST = 256 << 20  # bytes of an array; memory isn't measured if twice the last cache is larger
 THREADS_OF = (
     "OPENBLAS_NUM_THREADS",
     "OMP_NUM_THREADS",
@@ -38,18 +38,18 @@ THREADS_OF = (
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-MISTUNED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # would make a BLAS take another processor's routines
+MISTUNED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # make a BLAS use another processor's routines
 
 
 def processor() -> str:
-    """Return the processor's name, as the system tells it."""
+    """Return the processor's name, as reported by the system."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return named[1] if named else platform.processor() or platform.machine()
 
 
 def caches() -> dict[str, int]:
-    """Return the bytes of the levels of cache, as Linux tells them; empty where nobody does."""
+    """Return the sizes of the cache levels in bytes, as reported by Linux; empty elsewhere."""
     found = {}
     for place in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         kind, level, size = (place.joinpath(name).read_text().strip() for name in ("type", "level", "size"))
@@ -59,7 +59,7 @@ def caches() -> dict[str, int]:
 
 
 def arrays(levels: dict[str, int]) -> dict[str, int]:
-    """Return how large an array shows each level: half of it, less of a last one that others use too; twice for memory.
+    """Return the array size that measures each level: half of it, less of a shared last level; twice that for memory.
 
     >>> arrays({"L1": 32768, "L2": 1048576, "L3": 33554432})
     {'L1': 16384, 'L2': 524288, 'L3': 4194304, 'memory': 67108864}
@@ -74,7 +74,7 @@ def arrays(levels: dict[str, int]) -> dict[str, int]:
 
 
 def product(best: dict[str, float]) -> None:
-    """A round of products; what came out is in GFLOP/s."""
+    """A round of products, in GFLOP/s."""
     rng = np.random.default_rng(0)
     for size in SIZES:
         a, b = (rng.standard_normal((size, size)).astype(np.float32) for _ in "ab")
@@ -87,7 +87,7 @@ def product(best: dict[str, float]) -> None:
 
 
 def readers(flat: NDArray[np.float32]) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Return NumPy's ways to read all of an array, each with the same call for one number.
+    """Return NumPy's ways to read a whole array, each with the same call for one number.
 
     Args:
         flat: `[N]`, contiguous, of at least 64 numbers.
@@ -103,7 +103,7 @@ def readers(flat: NDArray[np.float32]) -> dict[str, tuple[Callable[[], Any], Cal
 
 
 def reading(best: dict[str, float], levels: dict[str, NDArray[np.float32]], seconds: dict[Any, float]) -> None:
-    """A round of reading; what came out is in GB/s, by level. `seconds` keeps the least of each call."""
+    """A round of reading, in GB/s, by level. `seconds` keeps the minimum of each call."""
     for level, flat in levels.items():
         for way, calls in readers(flat).items():
             for which, run in zip(("all", "one"), calls, strict=True):
@@ -111,12 +111,12 @@ def reading(best: dict[str, float], levels: dict[str, NDArray[np.float32]], seco
                 key = level, way, which
                 seconds[key] = min(seconds.get(key, np.inf), timed(run, max(1, min(2000, int(TURN / once)))))
             whole, one = seconds[level, way, "all"], seconds[level, way, "one"]
-            if whole > 1.1 * one:  # else the call itself is all that is seen
+            if whole > 1.1 * one:  # otherwise the overhead of the call dominates
                 best[level] = max(best.get(level, 0.0), flat.nbytes / (whole - one) * 1e-9)
 
 
 def answer(what: str) -> None:
-    """Answer the lines of standard input, until it ends."""
+    """Answer the lines of standard input until it ends."""
     best: dict[str, float] = {}
     seconds: dict[Any, float] = {}
     levels = (
@@ -132,13 +132,13 @@ def answer(what: str) -> None:
 
 
 class Machine:
-    """Measures the processor, a round at a time, in processes that wait between their rounds.
+    """Measures the processor in rounds, in processes that wait between them.
 
     Args:
-        threads: of the product that shows the peak beside that of one core.
+        threads: the threads of a second product, in addition to the one on a single core.
 
     Raises:
-        RuntimeError: by `round`, where such a process has ended.
+        RuntimeError: from `round`, if such a process has ended.
     """
 
     def __init__(self, threads: int) -> None:
@@ -158,7 +158,7 @@ class Machine:
             stdout=subprocess.PIPE,
             text=True,
             env=env,
-            start_new_session=True,  # Ctrl-C is for us alone
+            start_new_session=True,  # Ctrl-C must not reach it
         )
 
     def round(self) -> None:
@@ -174,9 +174,9 @@ class Machine:
             self.best[name] = json.loads(line)
 
     def limits(self) -> dict[str, Any]:
-        """Return the best of all rounds: GFLOP/s of one core and of the threads, and GB/s that one core reads.
+        """Return the best of all rounds: GFLOP/s of one core and of the threads, and GB/s read by one core.
 
-        What couldn't be measured is None.
+        Figures that couldn't be measured are None.
         """
         core, levels = self.best["core"].get("gflops"), caches()
         sizes = {**dict.fromkeys((*levels, "memory")), **arrays(levels)}
@@ -192,7 +192,7 @@ class Machine:
             "how": {
                 "gflops": f"float32 matrix products of NumPy's BLAS, N = {', '.join(map(str, SIZES))}: the best",
                 "reading": "one core: the fastest of NumPy's max, bitwise or and vector-matrix product over an array, "
-                "less the same call for one number",
+                "minus the same call for one number",
                 "barrier": "not measured: Python's own steps take longer than a barrier between two threads",
             },
         }

@@ -1,4 +1,4 @@
-"""A surface as a picture: the ratio over H and B, and every engine under the machine's roofs."""
+"""A plot of a surface: the ratio over H and B, and every engine with the machine's roofline."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cellstack.bench.surface import gflops
 
 
 def draw(what: str, records: Sequence[Mapping[str, Any]], report: Mapping[str, Any], path: Path) -> None:
-    """Write a surface's picture.
+    """Write the plot of a surface.
 
     Args:
-        what: its name.
-        records: as `surface.measure` makes them, at least one.
-        report: of the run that they are of.
-        path: where to; the suffix picks the format.
+        what: the name of the surface.
+        records: results of `surface.measure`, at least one.
+        report: the report of their run.
+        path: the path of the file; its suffix sets the format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def _roofline(axis: Any, records: Sequence[Mapping[str, Any]], limits: Mapping[s
     x = np.geomspace(min(intensity) / 2, max(intensity) * 2, 200)
     for level in limits["reading"]:
         if level["gb_per_s"] and limits["gflops_core"]:
-            roof = np.minimum(x * level["gb_per_s"], limits["gflops_core"])  # one core's, as the reading is
+            roof = np.minimum(x * level["gb_per_s"], limits["gflops_core"])  # of one core, like the reading
             axis.plot(x, roof, color="grey", lw=1)
             axis.annotate(level["level"], (x[0], roof[0]), fontsize=8, color="grey")
     for key, text in {
@@ -83,5 +83,5 @@ def _roofline(axis: Any, records: Sequence[Mapping[str, Any]], limits: Mapping[s
     if any(speeds):
         axis.legend(fontsize=8)
     axis.set_xlim(x[0], x[-1])
-    axis.set(xscale="log", yscale="log", xlabel="operations for each byte of weights, x and y", ylabel="GFLOP/s")
-    axis.set_title("roofs: one core, reading by level")
+    axis.set(xscale="log", yscale="log", xlabel="operations per byte of weights, x and y", ylabel="GFLOP/s")
+    axis.set_title("roofline of one core, by level of memory")

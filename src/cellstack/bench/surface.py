@@ -1,4 +1,4 @@
-"""Shapes gone over: every engine in turn, outputs compared first, the machine's limits measured in between."""
+"""Measurements over shapes: every engine in turn, outputs compared first, the machine's limits measured in between."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from cellstack.bench import engines
 from cellstack.bench.machine import Machine, processor
 from cellstack.bench.turns import alternate, kept_on
 
-TOLERANCE = 5e-5  # of outputs, which lie between -1 and 1
-BFLOAT16_TOLERANCE = 3e-2  # of those in bfloat16: some steps of 1/256, which is how far apart its numbers below 1 are
-GRADIENT_TOLERANCE = 1e-3  # of the largest of an array: they are sums over rows and steps
+TOLERANCE = 5e-5  # of outputs, which are between -1 and 1
+BFLOAT16_TOLERANCE = 3e-2  # of outputs in bfloat16: several times 1/256, the spacing of its numbers below 1
+GRADIENT_TOLERANCE = 1e-3  # relative to the largest value of an array: gradients sum over rows and steps
 REST = 0.01  # seconds
 BEFORE = {
     "nothing": "",
     "torch": "right after a matrix product of PyTorch",
     "rest": f"after {REST * 1e3:.0f} ms of rest",
 }
-"""What may come before each timed call, outside of the time, and how that is said."""
+"""What may precede each timed call, untimed, and its description in reports."""
 
-MACHINE_ROUNDS = 10  # of its limits, spread over a run
+MACHINE_ROUNDS = 10  # rounds of measuring its limits, spread over a run
 
 
 class Shape(NamedTuple):
-    """A stack of LSTMs of one width, and what it is given."""
+    """A stack of LSTMs of one width, and the shape of its input."""
 
     batch: int
     steps: int
@@ -40,15 +40,15 @@ class Shape(NamedTuple):
     layers: int = 1
 
     def flop(self, what: str) -> int:
-        """Return the operations in its products, two a multiplication; a training makes three times the forward's."""
+        """Return the operations in its products, two per multiplication; training counts three forward passes."""
         widths = (self.input_size + self.units) + (self.layers - 1) * 2 * self.units
         return (3 if what == "training" else 1) * self.batch * self.steps * widths * 8 * self.units
 
     def bytes(self, what: str) -> int:
-        """Return what has to be read and written at least.
+        """Return the minimum number of bytes to read and write.
 
-        The matrices on h once a step, those on x, x and y once a call; a training counts three times the forward's. A
-        number takes four bytes, one of a matrix in bfloat16 two.
+        The matrices on h count once per step, those on x, x and y once per call; training counts three forward passes.
+        A number takes four bytes, one of a matrix in bfloat16 two.
         """
         inputs = self.input_size + (self.layers - 1) * self.units
         weights = 4 * self.units * (self.layers * self.units * self.steps + inputs)
@@ -57,7 +57,7 @@ class Shape(NamedTuple):
 
 
 def shapes(batch: Sequence[int], steps: Sequence[int], units: Sequence[int], layers: int = 1) -> list[Shape]:
-    """Return every combination; the input is as wide as a layer, but at most 64."""
+    """Return every combination; the input is as wide as a layer, up to 64."""
     return [Shape(b, t, min(h, 64), h, layers) for t, b, h in product(steps, batch, units)]
 
 
@@ -67,7 +67,7 @@ def step_shapes(units: Iterable[int]) -> list[Shape]:
 
 
 def before(name: str, threads: int) -> Callable[[], Any] | None:
-    """Return what `BEFORE` names; the product of PyTorch is one that takes all of `threads`."""
+    """Return the function for a name in `BEFORE`; PyTorch's product uses all `threads`."""
     if name == "rest":
         return lambda: time.sleep(REST)
     if name == "torch":
@@ -93,18 +93,18 @@ def measure(
 
     Args:
         what: one of `engines.SURFACES`.
-        shape: of the work.
-        peers: who is there beside us.
-        threads: of every engine.
-        rounds: turns of each.
-        seconds: how long a turn takes at least.
-        first: of `BEFORE`, what comes before each timed call.
-        options: handed on to the engines.
+        shape: the shape of the work.
+        peers: the available peers.
+        threads: the threads of every engine.
+        rounds: the number of turns of each.
+        seconds: the minimum duration of a turn.
+        first: the name in `BEFORE` of what precedes each timed call.
+        options: passed to the engines.
 
     Returns:
-        the shape; `milliseconds`, the least and the median by engine; `ratio`, the fastest peer's over ours by the
-        least and the median; `differs`, by how much outputs lie off where they are no longer the same: by engine,
-        ours against the equations in float64, the others against ours. Who differs isn't timed.
+        the shape; `milliseconds`, the minimum and the median by engine; `ratio`, the fastest peer's time over ours, by
+        minimum and median; `differs`, the deviation of outputs beyond the tolerance, by engine: ours compared with the
+        float64 reference, the others compared with ours. Engines that differ aren't timed.
     """
     rng = np.random.default_rng(1)
     x = rng.standard_normal((shape.batch, shape.steps, shape.input_size)).astype(np.float32)
@@ -113,14 +113,14 @@ def measure(
     ready = {name: makers[name](x, cells, threads, **options) for name in makers if name in {"cellstack", *peers}}
     outputs = {name: engine.outputs() for name, engine in ready.items()}
     ours = outputs["cellstack"]
-    law = equations(what, x, cells)
+    exact = equations(what, x, cells)
     differs = {}
     allowed = BFLOAT16_TOLERANCE if what == "bfloat16" else TOLERANCE
     for name, found in outputs.items():
         pairs = [(key, found[key], ours[key]) for key in ours]
         if name == "cellstack":
             key, rows = next(iter(ours)), [0, -1]
-            pairs = [(key, ours[key][rows], law)]
+            pairs = [(key, ours[key][rows], exact)]
         worst = max(pairs, key=lambda pair: excess(*pair, allowed))
         if not excess(*worst, allowed) <= 1.0:
             differs[name] = {"output": worst[0], "difference": float(np.max(np.abs(worst[1] - worst[2])))}
@@ -134,14 +134,14 @@ def measure(
 
 
 def equations(what: str, x: engines.Array, cells: Sequence[engines.Arrays]) -> engines.Array:
-    """Return what our first and last row should be, by the equations in float64."""
+    """Return the expected first and last row, from the reference in float64."""
     if what == "step":
         return engines.exact(np.repeat(x, engines.STEPS, axis=1), cells)[[0, -1], -1]
     return engines.exact(x[[0, -1]], cells)
 
 
 def excess(name: str, found: engines.Array, expected: engines.Array, allowed: float) -> float:
-    """Return how far two arrays lie apart, as a multiple of what they may; infinite where they have other shapes."""
+    """Return the difference of two arrays as a multiple of the tolerance; infinite for different shapes."""
     if found.shape != expected.shape:
         return np.inf
     largest = float(np.max(np.abs(expected), initial=0.0))
@@ -151,7 +151,7 @@ def excess(name: str, found: engines.Array, expected: engines.Array, allowed: fl
 
 
 def ratio(milliseconds: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
-    """Return the fastest peer, and its time over ours by the least and by the median of rounds; None without one."""
+    """Return the fastest peer, and its time over ours by minimum and median of the rounds; None without a peer."""
     peers = [name for name in milliseconds if name != "cellstack"]
     if not peers or "cellstack" not in milliseconds:
         return None
@@ -168,19 +168,19 @@ def run(
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
     first: str = "nothing",
 ) -> dict[str, Any]:
-    """Measure surfaces, and the machine before, after and in between.
+    """Measure surfaces, and the machine before, between and after them.
 
     Args:
-        work: the shapes by what is done with them.
-        threads: of every engine; the process is kept on as many processors, where the system offers that.
-        rounds: turns of each engine at each shape.
-        seconds: how long a turn takes at least.
-        progress: hands on a list's items, and shows how far it is.
-        first: of `BEFORE`, what comes before each timed call.
+        work: the shapes by surface.
+        threads: the threads of every engine; the process is pinned to as many processors, if the system supports it.
+        rounds: the number of turns of each engine at each shape.
+        seconds: the minimum duration of a turn.
+        progress: iterates over a list, and shows the progress.
+        first: the name in `BEFORE` of what precedes each timed call.
 
     Returns:
-        what JSON holds: who was measured on what, `missing` peers, `limits`, and `surfaces`, a record a shape, as
-        `measure` makes it. After Ctrl-C it is what was done until then, and `stopped` is true.
+        a JSON-compatible report: the engines and the machine, `missing` peers, `limits`, and `surfaces`, a record of
+        `measure` for each shape. After Ctrl-C, it contains the results so far, and `stopped` is true.
     """
     peers, missing = engines.installed()
     surfaces: dict[str, list[dict[str, Any]]] = {what: [] for what in work}
@@ -217,11 +217,11 @@ def run(
     }
 
 
-# ── as text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── text reports ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:
-    """Return a report as lines: where it was measured, the machine's limits, a table a surface."""
+    """Return a report as lines: the machine, its limits, a table for each surface."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     text = [f"{report['processor']}, {report['instructions']}, threads: {report['threads']}", versions]
     if said := BEFORE[report["before"]]:
@@ -230,7 +230,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     text += ["", *limit_lines(report["limits"])]
     for what, records in report["surfaces"].items():
         text += ["", *table(what, records, report["limits"]), *summary(records)]
-    return [*text, *(["", "stopped: this is what was measured until then"] if report["stopped"] else [])]
+    return [*text, *(["", "stopped: these are the results so far"] if report["stopped"] else [])]
 
 
 def limit_lines(limits: Mapping[str, Any]) -> list[str]:
@@ -246,13 +246,13 @@ def limit_lines(limits: Mapping[str, Any]) -> list[str]:
 
 
 def table(what: str, records: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> list[str]:
-    """Return a surface as lines: the least of each engine, the ratio by least and median, our share of the peak."""
+    """Return a surface as lines: the minimum of each engine, the ratio by minimum and median, our share of the peak."""
     scale, unit = (1e3, "µs") if what == "step" else (1.0, "ms")
     names = list(dict.fromkeys(name for record in records for name in (*record["milliseconds"], *record["differs"])))
     head = f"{'B':>5}{'T':>5}{'I':>5}{'H':>5}{'L':>3}" + "".join(f"{name:>13}" for name in names)
     text = [
-        f"{what}: {unit}, least of the rounds; ratio: the fastest peer's time over ours, by least and by median"
-        + ("; the peak is that of float32" if what == "bfloat16" else ""),
+        f"{what}: {unit}, minimum of the rounds; ratio: the fastest peer's time over ours, by minimum and by median"
+        + ("; the peak is for float32" if what == "bfloat16" else ""),
         head + f"{'ratio':>8}{'median':>8}{'GFLOP/s':>9}{'of peak':>9}",
     ]
     peak = limits["gflops_threads"]
@@ -279,7 +279,7 @@ def gflops(record: Mapping[str, Any], name: str = "cellstack") -> float | None:
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line on all ratios of a surface, by the least of rounds."""
+    """Return a line on all ratios of a surface, by the minimum of the rounds."""
     ratios = [record["ratio"]["least"] for record in records if record["ratio"]]
     if not ratios:
         return []

@@ -1,4 +1,4 @@
-"""Calls timed in turn, each alone on the machine as far as this process can see to it."""
+"""Timing of calls in turn, each alone on the machine as far as this process can ensure it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 import numpy as np
 
-# Seconds: between two looks whether threads still spin, and how long that may take. The system adds up the time of a
-# thread on another processor at its ticks, up to 10 ms apart: a shorter look may see nothing of a thread that spins.
+# Seconds between checks whether threads still spin, and the maximum wait. The system updates the CPU time of a thread
+# on another processor at its ticks, up to 10 ms apart: a shorter interval may miss a spinning thread.
 LOOK, PATIENCE = 0.011, 0.5
-MOST_BEFORE = 10  # calls of a turn, where something else comes before each
-IDLE = 0.1  # of a processor: less than that is nobody's spinning
+MOST_BEFORE = 10  # maximum calls per turn, where something else precedes each
+IDLE = 0.1  # share of a processor: below it, no thread spins
 
 
 def rest() -> bool:
     """Wait until no thread of this process computes or spins.
 
-    Pools of threads spin for some time after a call, to catch the next one; so they would take another's core.
+    Thread pools spin for some time after a call, to catch the next one, and would occupy another engine's core.
 
     Returns:
-        whether that came about within half a second.
+        whether they stopped within half a second.
     """
     end = time.perf_counter() + PATIENCE
     while time.perf_counter() < end:
@@ -41,7 +41,7 @@ def timed(
     clock: Callable[[], float] = time.perf_counter,
     before: Callable[[], Any] | None = None,
 ) -> float:
-    """Return the mean seconds of so many calls; `before`, which comes before each, isn't counted."""
+    """Return the mean seconds of `count` calls; `before`, which precedes each, isn't timed."""
     if before is None:
         start = clock()
         for _ in range(calls):
@@ -63,19 +63,19 @@ def alternate(
     seconds: float = 0.0,
     before: Callable[[], Any] | None = None,
 ) -> dict[Any, tuple[float, float]]:
-    """Time each of `runs` once a round, in turn, so that a drift of the machine's speed meets all of them.
+    """Time each of `runs` once per round, in turn, so that a drift of the machine's speed affects all of them.
 
-    Before its turn everybody rests, then it is called once untimed, which wakes its own threads.
+    Before each turn, all threads come to rest; then one untimed call wakes the run's own threads.
 
     Args:
-        runs: what is timed, by name.
-        rounds: how often each has its turn.
-        clock: what tells the time.
-        seconds: how long a turn takes at least; its figure is the mean of its calls. 0 = one call.
-        before: called before each timed call, outside of the time.
+        runs: the functions to time, by name.
+        rounds: the number of turns of each.
+        clock: the clock.
+        seconds: the minimum duration of a turn, whose result is the mean of its calls. 0 = one call.
+        before: called before each timed call, untimed.
 
     Returns:
-        the least and the median of each one's rounds, in milliseconds.
+        the minimum and the median of each run's rounds, in milliseconds.
     """
     times: dict[Any, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -88,7 +88,7 @@ def alternate(
 
 
 def apart(processors: set[int]) -> list[int]:
-    """Return processors in the order in which they share a core last, as far as the system tells who shares one."""
+    """Return processors ordered so that those sharing a core come last, if the system reports which do."""
     seen: dict[str, int] = {}
 
     def order(number: int) -> tuple[int, int]:
@@ -102,7 +102,7 @@ def apart(processors: set[int]) -> list[int]:
 
 @contextmanager
 def kept_on(threads: int) -> Iterator[None]:
-    """Keep this thread, and those that are started meanwhile, on as many processors, where the system offers that."""
+    """Pin this thread, and threads started meanwhile, to as many processors, if the system supports it."""
     if not hasattr(os, "sched_setaffinity") or threads >= len(before := os.sched_getaffinity(0)):
         yield
         return

@@ -1,4 +1,4 @@
-"""Looking inside: what every gate, cell and node did at every step of a run."""
+"""Inspection: what every gate, cell and node computes at every step of a run."""
 
 from cellstack.inspect.diagnostics import Report, Shares, spectral_radii
 from cellstack.inspect.files import load

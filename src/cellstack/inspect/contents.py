@@ -1,7 +1,7 @@
-"""A trace as what its page takes: a description that JSON can hold, and arrays as bytes.
+"""The contents of a trace's page: a description in JSON, and arrays as bytes.
 
-A sequence lies in it as `[B, W, T]`, so that what a map draws of one unit lies together. The numbers of the network's
-own arrays are kept as they are; those of the trace too while there are few, else they are rounded: see `ROUNDED`.
+A sequence is stored as `[B, W, T]`, so that the values that a map draws for one unit are contiguous. The network's own
+arrays keep their precision; those of the trace keep it while they are small, else they are rounded: see `ROUNDED`.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import Array
 
 VERSION = 1
-LARGEST = 1 << 26  # numbers of a trace in one page: 128 MB as float16, what a browser holds with ease
+LARGEST = 1 << 26  # numbers of a trace in one page: 128 MB as float16, which a browser handles easily
 MOST_WEIGHTS = 1 << 23  # numbers of a network's arrays
 ROUNDED = ((1 << 19, np.float64), (1 << 22, np.float32), (LARGEST, np.float16))
-"""Up to how many numbers of a trace are kept in which dtype, at most."""
-SMALLEST_HALF = 2.0**-14  # below, a float16 has fewer digits
-MOST_BLOCKS = 1 << 17  # of a wave's lowest and highest samples
-BANDS, FRAMES = 96, 2048  # of a spectrum, at most
+"""Size limits of a trace, in numbers, and the widest dtype for each."""
+SMALLEST_NORMAL = 2.0**-14  # below, a float16 has fewer digits
+MOST_BLOCKS = 1 << 17  # maximum number of blocks of a wave's minimum and maximum
+BANDS, FRAMES = 96, 2048  # maximum size of a spectrum
 
 
 class Payload(NamedTuple):
-    """What a page is made of.
+    """The contents of a page.
 
     Attributes:
-        description: what JSON can hold; an array in it is `{"array": n}`.
-        arrays: the bytes of each array, as `description["arrays"]` says.
+        description: JSON-compatible values; an array in it is `{"array": n}`.
+        arrays: the bytes of each array, described by `description["arrays"]`.
     """
 
     description: dict[str, Any]
@@ -46,10 +46,10 @@ class Payload(NamedTuple):
 
 
 class Arrays:
-    """Arrays put in one after the other, each once, however often it is put in.
+    """Collects arrays, each one once, even if it is added repeatedly.
 
     Args:
-        dtype: the widest in which numbers of a trace are kept.
+        dtype: the widest dtype for numbers of a trace.
         packed: whether the bytes are compressed: for a file, not for a page on the same machine.
     """
 
@@ -58,19 +58,19 @@ class Arrays:
         self.entries: list[dict[str, Any]] = []
         self.bytes: list[bytes] = []
         self._places: dict[Any, int] = {}
-        self._held: list[Array] = []  # so that no address is used twice
+        self._alive: list[Array] = []  # keeps addresses from being reused
 
     def put(self, array: Array, sequence: bool = False) -> dict[str, int]:
-        """Put an array in and return what stands for it.
+        """Add an array and return its reference.
 
         Args:
             array: of any real dtype.
-            sequence: it is `[B, T, …]` of a trace: rounded where there is much, and laid out as `[B, W, T]`.
+            sequence: whether it is `[B, T, …]` of a trace: rounded if large, and stored as `[B, W, T]`.
         """
         interface = array.__array_interface__
         key = interface["data"][0], interface["typestr"], array.shape, array.strides, sequence
         if key not in self._places:
-            self._held.append(array)
+            self._alive.append(array)
             self._places[key] = len(self.entries)
             self._add(self._laid_out(array) if sequence else array)
         return {"array": self._places[key]}
@@ -84,7 +84,7 @@ class Arrays:
         rounded = self.dtype
         if rounded == np.float16:
             sizes = np.abs(turned[np.isfinite(turned)])
-            if sizes.size and not SMALLEST_HALF <= float(sizes.max()) <= float(np.finfo(np.float16).max):
+            if sizes.size and not SMALLEST_NORMAL <= float(sizes.max()) <= float(np.finfo(np.float16).max):
                 rounded = np.dtype(np.float32)
         with np.errstate(over="ignore"):
             return turned.astype(rounded)
@@ -93,10 +93,10 @@ class Arrays:
         if array.dtype.kind == "b":
             array = array.astype(np.uint8)
         elif array.dtype.kind in "iu" and array.dtype.itemsize > 1:
-            array = array.astype(np.float64)  # ids: JavaScript's own numbers
+            array = array.astype(np.float64)  # ids: JavaScript's number type
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         data, size = array.tobytes(), array.dtype.itemsize
-        if self.packed:  # the bytes of like weight together: they repeat, where whole numbers don't
+        if self.packed:  # group bytes by significance: these repeat, whole numbers don't
             planes = np.frombuffer(data, np.uint8).reshape(-1, size).T
             data = gzip.compress(planes.tobytes(), 1 if len(data) > 1 << 22 else 6, mtime=0)
         kind = f"{array.dtype.kind}{size}"
@@ -112,7 +112,7 @@ def payload(
     rows: Any = None,
     packed: bool = True,
 ) -> Payload:
-    """Return what the page of a trace is made of: see `NetworkTrace.save_html`.
+    """Return the contents of a trace's page: see `NetworkTrace.save_html`.
 
     Args:
         t: the trace.
@@ -120,12 +120,12 @@ def payload(
         packed: whether the arrays are compressed.
 
     Raises:
-        ValueError: more numbers than a page can hold; labels or a wave that don't fit.
-        IndexError: a row that isn't there.
-        TypeError: a title that isn't a text.
+        ValueError: more numbers than a page supports; labels or a wave that don't fit.
+        IndexError: a row that doesn't exist.
+        TypeError: a title that isn't a string.
     """
     if not isinstance(title, (str, type(None))):
-        raise TypeError(f"save_html: expected title to be a text, got {title!r:.80}")
+        raise TypeError(f"save_html: expected title to be a string, got {title!r:.80}")
     taken = _rows(t, rows)
     count = len(taken)
     arrays = Arrays(_dtype(t, taken), packed)
@@ -150,7 +150,7 @@ def payload(
         seen = nodes.get(name)
         value = _value(None if seen is None else seen.y, network.graph.timed(name), name in aligned, taken, arrays)
         cells = [] if seen is None else [_cell(cell, taken, arrays, sequence) for cell in seen.cells]
-        if cells and seen is not None and seen.cells[0].record is None:  # what its first cell took is known anyway
+        if cells and seen is not None and seen.cells[0].record is None:  # the input of its first cell is known
             first = seen.x[0] if isinstance(seen.x, tuple) else seen.x
             if first.ndim == 3:
                 cells[0]["x"] = sequence(first)
@@ -192,12 +192,12 @@ def payload(
 
 
 def text_of(description: dict[str, Any]) -> str:
-    """Return a description as JSON that may stand in a script of an HTML file: nothing in it ends the script."""
+    """Return a description as JSON that is safe in an HTML script element: nothing in it ends the script."""
     text = json.dumps(description, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-# ── what a trace holds ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── contents of a trace ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _rows(t: NetworkTrace, rows: Any) -> Array:
@@ -213,12 +213,12 @@ def _rows(t: NetworkTrace, rows: Any) -> Array:
 
 
 def _some(array: Array, taken: Array) -> Array:
-    """Return some rows of an array; all of them as it is, so that it is known again."""
+    """Return some rows of an array; for all rows, the array itself, so that duplicates are recognised."""
     return array if np.array_equal(taken, np.arange(len(array))) else array[taken]
 
 
 def _flows(t: NetworkTrace) -> dict[str, Array]:
-    """Return what flowed into the nodes, by the names of the inputs and nodes that it came from."""
+    """Return the inputs of the nodes, by the names of the inputs and nodes that they come from."""
     flows: dict[str, Array] = {}
     for name, node in t.items():
         values = node.x if isinstance(node.x, tuple) else (node.x,)
@@ -227,23 +227,23 @@ def _flows(t: NetworkTrace) -> dict[str, Array]:
 
 
 def _dtype(t: NetworkTrace, taken: Array) -> Any:
-    """Return the dtype that the numbers of a trace are kept in at most.
+    """Return the widest dtype for the numbers of a trace.
 
     Raises:
-        ValueError: there are too many.
+        ValueError: there are too many numbers.
     """
     total = size_of(t, len(taken))
     for most, dtype in ROUNDED:
         if total <= most:
             return dtype
     raise ValueError(
-        f"save_html: expected at most {LARGEST:,} numbers, got {total:,}: take some of the rows, rows=0, or some steps "
+        f"save_html: expected at most {LARGEST:,} numbers, got {total:,}: select rows, rows=0, or steps "
         "or units, select(steps=slice(0, 1000))"
     )
 
 
 def size_of(t: NetworkTrace, rows: int | None = None) -> int:
-    """Return how many numbers a trace holds in so many rows, or in all of them; what is held twice counts once."""
+    """Return the number of values of a trace in `rows` rows, or in all rows; shared arrays count once."""
     distinct = {array.__array_interface__["data"][0]: array for array in _all(t)}.values()
     return sum(array.size if rows is None else rows * math.prod(array.shape[1:]) for array in distinct)
 
@@ -258,7 +258,7 @@ def _all(t: NetworkTrace) -> list[Array]:
 
 
 def _value(array: Array | None, timed: bool, aligned: bool, taken: Array, arrays: Arrays) -> dict[str, Any]:
-    """Return what flowed out of an input or a node: a sequence `[B, W, T]`, or a vector `[B, W]`."""
+    """Return the value of an input or the output of a node: a sequence `[B, W, T]`, or a vector `[B, W]`."""
     if array is None:
         return {"timed": timed, "value": None, "in_step": aligned}
     some = _some(array, taken)
@@ -300,7 +300,7 @@ def _cell(cell: CellTrace, taken: Array, arrays: Arrays, sequence: Callable[[Arr
 
 
 def spec_of(spec: Any) -> dict[str, Any]:
-    """Return a `CellSpec` as JSON has it, with the activation of each slot, and the gates in their order."""
+    """Return a `CellSpec` in JSON-compatible form, with the activation of each slot, and the gates in order."""
     fields = asdict(spec)
     fields["gate_activations"] = dict(spec.gate_activations)
     fields["activations"] = {slot: str(found) for slot, found in zip(spec.slots, spec.activations, strict=True)}
@@ -311,26 +311,26 @@ def spec_of(spec: Any) -> dict[str, Any]:
 
 
 def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
-    """Return what the page needs to run the network anew, or why it can't."""
+    """Return what the page needs to run the network again, or why it can't."""
     network = t.network
     nothing = {"network": None, "run": None}
     total = sum(node.parameters for node in network.nodes)
     if total > MOST_WEIGHTS:
-        reason = f"The network's {total:,} weights are too many to travel in a page: at most {MOST_WEIGHTS:,} do."
+        reason = f"The network has {total:,} weights; a page can run networks of up to {MOST_WEIGHTS:,}."
         return {**nothing, "why_not": reason}
     if any(network.graph.states) or any(network.started):
-        why = "Nodes of this network start from states of others, or hand them on, which a page doesn't compute."
+        why = "The page doesn't support nodes that start from the states of others, or pass on their own."
         return {**nothing, "why_not": why}
     cells = [cell for node in t.values() for cell in node.cells]
     flows = _flows(t)
     if len(cells) < len(network.cells) or any(cell.record is None for cell in cells) or network.inputs[0] not in flows:
-        return {**nothing, "why_not": "The trace holds part of a run, so that the network can't be run anew."}
+        return {**nothing, "why_not": "The trace covers only part of a run, so the page can't run the network again."}
     if any(name not in flows for name in network.inputs):
-        return {**nothing, "why_not": "The trace doesn't hold every input, so that the network can't be run anew."}
+        return {**nothing, "why_not": "The trace lacks some inputs, so the page can't run the network again."}
     records = [cell.record for cell in cells if cell.record is not None]
     resets = [record.reset for record in records]
     if len({None if one is None else one.tobytes() for one in resets}) > 1:
-        why = "The layers of this run were reset at different steps, so that the network can't be run anew."
+        why = "The layers of this run were reset at different steps, so the page can't run the network again."
         return {**nothing, "why_not": why}
     masks = {name: mask for name, mask in t._parts.masks.items() if name in network.inputs}
     flags = {
@@ -342,7 +342,7 @@ def _computing(t: NetworkTrace, taken: Array, arrays: Arrays) -> dict[str, Any]:
 
 
 def _labels(labels: Any, steps: int, rows: int) -> dict[str, Any] | None:
-    """Return the labels of the steps, the same for all rows or each row's own."""
+    """Return the labels of the steps, for all rows, or for each row."""
     if labels is None:
         return None
     if isinstance(labels, str):
@@ -351,27 +351,27 @@ def _labels(labels: Any, steps: int, rows: int) -> dict[str, Any] | None:
         kind, lists = _texts(labels)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"save_html: expected labels as a text or a list, one a step, got {labels!r:.80}: {error}"
+            f"save_html: expected labels as a string or a list, one per step, got {labels!r:.80}: {error}"
         ) from None
     nested = bool(lists) and isinstance(lists[0], list)
     found = [len(one) for one in lists] if nested else [len(lists)]
     if any(length != steps for length in found) or (nested and len(lists) != rows):
         each = f"{len(lists)} lists of {', '.join(map(str, found[:4]))}" if nested else f"{found[0]}"
         raise ValueError(
-            f"save_html: expected labels for {steps} steps, one list for all rows or {rows} of them, got {each}"
+            f"save_html: expected labels for {steps} steps, as one list for all rows, or {rows} lists, got {each}"
         )
     return {"kind": kind, "values": lists, "nested": nested}
 
 
 def _texts(labels: Any) -> tuple[str, list[Any]]:
-    """Return what labels are, "text", "number" or "date", and they themselves as JSON has them."""
+    """Return the type of labels, "text", "number" or "date", and their JSON-compatible values."""
     array = labels if isinstance(labels, np.ndarray) and labels.ndim == 1 else None
     if array is None:
         labels = list(labels)
         if labels and isinstance(labels[0], (list, tuple, np.ndarray)):
             kinds, lists = zip(*map(_texts, labels), strict=True)
             if any(one and isinstance(one[0], list) for one in lists):
-                raise ValueError("they are lists of lists of lists")
+                raise ValueError("lists are nested too deeply")
             return kinds[0], list(lists)
         if any(isinstance(label, str) for label in labels):
             return "text", [str(label) for label in labels]
@@ -391,14 +391,14 @@ def _audio(audio: tuple[Any, float], arrays: Arrays) -> dict[str, Any]:
         samples, rate = audio
         samples, rate = np.asarray(samples), float(rate)
     except (TypeError, ValueError):
-        raise ValueError("save_html: expected audio as (samples, rate), got something else") from None
+        raise ValueError("save_html: expected audio as a pair (samples, rate)") from None
     if samples.ndim != 1 or samples.dtype.kind not in "iuf" or not len(samples) or not 0 < rate < math.inf:
         raise ValueError(
             f"save_html: expected audio as samples [N] and a rate in Hz, got {list(samples.shape)} of {samples.dtype} "
             f"and {rate}"
         )
     wave = np.nan_to_num(samples.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    wave = (wave / (float(np.abs(wave).max()) or 1.0)).astype(np.float32)  # both pictures are of ratios
+    wave = (wave / (float(np.abs(wave).max()) or 1.0)).astype(np.float32)  # both plots show ratios
     block = -(-len(wave) // MOST_BLOCKS)
     padded = np.pad(wave, (0, -len(wave) % block), mode="edge").reshape(-1, block)
     ends = np.stack([padded.min(axis=1), padded.max(axis=1)])
@@ -414,7 +414,7 @@ def _audio(audio: tuple[Any, float], arrays: Arrays) -> dict[str, Any]:
 
 
 def _spectrum(wave: Array) -> Array:
-    """Return the levels of a wave's bands over time, lowest band first, in bytes over 80 dB, `[bands, frames]`."""
+    """Return the levels of a wave's bands over time, lowest first, as bytes over 80 dB, `[bands, frames]`."""
     size = 512
     hop = max(size // 4, -(-len(wave) // FRAMES))
     padded = np.pad(wave, (size // 2, size))

@@ -1,6 +1,6 @@
-"""What a trace says of the units of a cell: how their gates stand, how long they remember, and where c came from.
+"""Diagnostics of a cell's trace: the values of its gates, how long its units remember, and which steps wrote c.
 
-Each measure stands in docs/inspect.md with its definition and its source.
+docs/inspect.md lists each measure with its definition and its source.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import Array
     from cellstack.nodes.recurrent import Cell, Record
 
-LEFT, RIGHT = 0.1, 0.9  # a gate below is nearly shut, one above nearly open (Karpathy et al.)
-MOSTLY = 0.95  # of the steps
-SILENT = 0.01  # h of a unit that does nothing, or that doesn't change
-FLAT = 0.99  # |tanh(c)| beyond has a slope of less than 0.02
-LONGEST = 1000  # steps over which a Lyapunov exponent is measured, unless told otherwise
+LEFT, RIGHT = 0.1, 0.9  # below, a gate is nearly closed; above, nearly open (Karpathy et al.)
+MOSTLY = 0.95  # share of the steps
+SILENT = 0.01  # bound on |h| of a dead unit, and on the change of h of a stuck one
+FLAT = 0.99  # above, tanh has a slope of less than 0.02
+LONGEST = 1000  # default number of steps of a Lyapunov exponent
 NUDGE = 1e-6
-GROWN = 1.5  # a state whose size has grown so many times, between quarters of at least so many steps, drifts
+GROWN = 1.5  # growth factor, and minimum steps of a quarter, from which a state drifts
 LEAST_QUARTER = 25
-NAMED = 5  # units named one by one in a sentence
+NAMED = 5  # maximum number of units listed in a sentence
 GATES_OF = {"lstm": ("i", "f", "o"), "gru": ("z", "r"), "rnn": ()}
 
 
 class Shares(NamedTuple):
-    """In what share of the steps each unit's gate is nearly shut and nearly open, `[H]` each."""
+    """The share of steps at which each unit's gate is nearly closed and nearly open, `[H]` each."""
 
     left: Array
     """Below 0.1."""
@@ -42,9 +42,9 @@ class Shares(NamedTuple):
 
 
 def gate_shares(cell: CellTrace) -> dict[str, Shares]:
-    """Return in what share of the steps each gate is below 0.1 and above 0.9, unit by unit.
+    """Return the share of steps at which each gate is below 0.1 and above 0.9, per unit.
 
-    Steps that the mask leaves out don't count. A SimpleRNN has no gates.
+    Masked steps don't count. A SimpleRNN has no gates.
 
     Ref: Karpathy, Johnson and Li 2015, "Visualizing and Understanding Recurrent Networks", section 4.2.
     """
@@ -58,13 +58,13 @@ def gate_shares(cell: CellTrace) -> dict[str, Shares]:
 
 
 def half_lives(cell: CellTrace) -> Array:
-    """Return in how many steps half of what a unit holds is forgotten, `[H]`; infinite where nothing is.
+    """Return the number of steps in which each unit forgets half of its state, `[H]`; infinite without forgetting.
 
-    It is ln 2 over the mean of -ln f, f being the forget gate (of a GRU its z): the half-life under the gate's
-    geometric mean. Steps that the mask leaves out don't count.
+    It is ln 2 over the mean of -ln f, f being the forget gate (z of a GRU): the half-life under the gate's
+    geometric mean. Masked steps don't count.
 
     Raises:
-        ValueError: a SimpleRNN, which has no gate that keeps.
+        ValueError: a SimpleRNN, which has no gate that keeps its state.
     """
     kept, used = _kept(cell.cell, cell)[0], _used(cell)
     if not used.any():
@@ -75,31 +75,32 @@ def half_lives(cell: CellTrace) -> Array:
 
 
 def contributions(cell: CellTrace, step: int = -1) -> Array:
-    """Return what each past step wrote into c, as much of it as later gates kept until a step, `[B, n + 2, H]`.
+    """Return each past step's contribution to c at a step: its write, scaled by later gates, `[B, n + 2, H]`.
 
-    Entry 0 is what is left of the state before the first step, entry 1 + s what is left of step s. They sum to c at
-    that step, to rounding: c_t is f·c + i·g, unrolled. Of a GRU it is h, z·h + (1 - z)·g.
+    Entry 0 is the remainder of the initial state, entry 1 + s that of step s. Up to rounding, they sum to c at that
+    step: c_t is f·c + i·g, unrolled. For a GRU, it is h, z·h + (1 - z)·g.
 
     Args:
         cell: the trace of a whole run.
-        step: until which step n, in the order of time; of a cell that runs backwards, steps after it are its past.
+        step: the step n, in the order of time; for a cell that runs backward, later steps are its past.
 
     Returns:
-        For a cell that runs backwards, entry 1 + s is step T - 1 - s.
+        For a cell that runs backward, entry 1 + s is step T - 1 - s.
 
     Raises:
-        ValueError: a SimpleRNN, a clipped cell, or one whose state is patched, which is no sum of what was written; a
+        ValueError: a SimpleRNN; a clipped cell, or one whose state is patched, as its state isn't a sum of writes; a
             trace of some steps or units.
-        IndexError: a step that isn't there.
+        IndexError: a step that doesn't exist.
     """
     kept, written = _kept(cell.cell, cell)
     record = _whole(cell)
     spec = cell.cell.spec
     if spec.cell_clip is not None:
-        raise ValueError(f"contributions: expected a cell without cell_clip, got {spec.cell_clip}: c is no sum then")
+        clip = spec.cell_clip
+        raise ValueError(f"contributions: cell_clip isn't supported ({clip}): a clipped c isn't a sum of writes")
     name = "c" if spec.kind == "lstm" else "h"
     if record.patches is not None and any(patch.gate == name for patch in record.patches.patches):
-        raise ValueError(f"contributions: expected a cell without patches of {name}, got one: {name} is no sum then")
+        raise ValueError(f"contributions: patches of {name} aren't supported: a patched {name} isn't a sum of writes")
     batch, steps, units = kept.shape
     if not -steps <= step < steps:
         raise IndexError(f"contributions: expected a step from 0 to {steps - 1}, got {step}")
@@ -108,10 +109,10 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
     kept, written = (array[:, order][:, : last + 1].astype(np.float64) for array in (kept, written))
     fresh = np.broadcast_to(cell.cell.initial[name], (batch, units))
     start = fresh if record.before is None else getattr(record.before, name)
-    if record.mask is not None:  # left out: all is kept, nothing is written
+    if record.mask is not None:  # masked: the state is kept, nothing is written
         used = record.mask[:, order][:, : last + 1, None]
         kept, written = np.where(used, kept, 1.0), np.where(used, written, 0.0)
-    # How much of what there was before each step is left at the end: the product of what is kept from there on.
+    # The share of the state before each step that remains at the end: the product of all later keep factors.
     left = np.ones((batch, last + 2, units))
     left[:, 1:-1] = np.flip(np.cumprod(np.flip(kept[:, 1:], axis=1), axis=1), axis=1)
     left[:, 0] = kept[:, 0] * left[:, 1]
@@ -119,14 +120,14 @@ def contributions(cell: CellTrace, step: int = -1) -> Array:
     if record.reset is not None:
         for row, begun in enumerate(record.reset[:, order][:, : last + 1]):
             if begun.any():
-                first = int(np.flatnonzero(begun)[-1])  # what lies before is gone; the initial state takes its place
+                first = int(np.flatnonzero(begun)[-1])  # earlier writes are gone; the initial state replaces them
                 parts[row, : first + 1] = 0.0
                 parts[row, 0] = fresh[row] * kept[row, first] * left[row, first + 1]
     return parts
 
 
 def spectral_radii(cell: Cell) -> dict[str, float]:
-    """Return the spectral radius of each gate's recurrent weights, by gate; of a projected cell with its projection."""
+    """Return the spectral radius of each gate's recurrent weights, including the projection, by gate."""
     spec = cell.spec
     blocks = np.split(cell.recurrent_kernel.astype(np.float64), len(spec.gates), axis=1)
     through = np.eye(spec.units) if cell.projection is None else cell.projection.astype(np.float64)
@@ -137,30 +138,30 @@ def spectral_radii(cell: Cell) -> dict[str, float]:
 
 
 def lyapunov_exponent(cell: CellTrace, steps: int = LONGEST) -> float:
-    """Return the largest Lyapunov exponent of a cell along a run, in nats a step, the mean over the rows.
+    """Return the largest Lyapunov exponent of a cell along a run, in nats per step, averaged over the rows.
 
-    How fast two states that differ a little part (above 0: chaos) or meet (below 0: the past is forgotten): a small
-    difference is carried along in float64 and brought back to its first length after every step. Resets and masks
+    The rate at which two nearly equal states diverge (above 0: chaos) or converge (below 0: the past is forgotten). A
+    small difference is propagated in float64 and rescaled to its initial length after every step. Resets and masks
     aren't applied.
 
     Args:
         cell: the trace of a whole run.
-        steps: how many, at most, from the first on.
+        steps: the maximum number of steps, from the first on.
 
     Raises:
-        ValueError: a trace of some steps or units; no step; a cell with patches.
+        ValueError: a trace of some steps or units; a trace without steps; a cell with patches.
 
-    Ref: Benettin et al. 1980, "Lyapunov Characteristic Exponents for smooth dynamical systems", Meccanica 15; of gated
+    Ref: Benettin et al. 1980, "Lyapunov Characteristic Exponents for smooth dynamical systems", Meccanica 15; for gated
     cells: Can, Krishnamurthy and Schwab 2020, "Gating creates slow modes and controls phase-space complexity".
     """
     record, spec = _whole(cell), cell.cell.spec
     if record.patches is not None:
-        raise ValueError("lyapunov_exponent: expected a cell without patches, got one with")
+        raise ValueError("lyapunov_exponent: patched cells aren't supported")
     steps = check_integer("lyapunov_exponent", "steps", steps)
     x = (record.x[:, ::-1] if record.reverse else record.x)[:, :steps].astype(np.float64)
     batch, count = x.shape[:2]
     if not batch or not count:
-        raise ValueError("lyapunov_exponent: expected at least one row and one step, got none")
+        raise ValueError("lyapunov_exponent: expected at least one row and one step")
     fresh = cell.cell.initial.values()
     sizes = [len(array) for array in fresh]
     state = [np.array(np.broadcast_to(array, (batch, len(array))), np.float64) for array in fresh]
@@ -179,17 +180,17 @@ def lyapunov_exponent(cell: CellTrace, steps: int = LONGEST) -> float:
         if not np.isfinite(length).all():
             return math.nan
         if not (length > 0.0).all():
-            return -math.inf  # the difference is gone within one step
+            return -math.inf  # the difference vanishes within one step
         total += np.log(length[:, 0] / NUDGE)
         apart *= NUDGE / length
     return float((total / count).mean())
 
 
 def _kept(cell: Cell, fields: CellTrace) -> tuple[Array, Array]:
-    """Return what a step keeps of the state before it, and what it writes, `[B, T, H]` each."""
+    """Return the factor by which each step keeps the previous state, and what it writes, `[B, T, H]` each."""
     spec = cell.spec
     if spec.kind == "rnn":
-        raise ValueError("expected an LSTM or a GRU, got a SimpleRNN, which has no gate that keeps a state")
+        raise ValueError("expected an LSTM or a GRU: a SimpleRNN has no gate that keeps a state")
     if spec.kind == "gru":
         kept, written, rate = fields["z"], (1.0 - fields["z"]) * fields["g"], spec.zoneout
     else:
@@ -209,16 +210,16 @@ def _used(cell: CellTrace) -> Array:
     return np.ones(h.shape[:2], bool) if cell.mask is None else cell.mask
 
 
-# ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the report ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Report:
-    """What stands out in a trace: a sentence for each finding, and the figures behind it, cell by cell.
+    """The findings of a trace, one sentence each, and the figures behind them, by cell.
 
     Attributes:
-        findings: sentences that name the units and what to do about them; what matters most comes first.
-        figures: for each cell, by its name in the trace, what was measured: a number, or numbers by gate.
+        findings: sentences that name the units and the remedy; the most important come first.
+        figures: the measures of each cell, by its name in the trace: a number, or numbers by gate.
     """
 
     findings: tuple[str, ...]
@@ -236,7 +237,7 @@ class Report:
 
 
 def report(t: NetworkTrace) -> Report:
-    """Return what stands out in a trace of a whole run.
+    """Return the findings of a trace of a whole run.
 
     Args:
         t: the trace.
@@ -246,13 +247,13 @@ def report(t: NetworkTrace) -> Report:
     """
     cells = {name: cell for node, seen in t.items() for name, cell in _named(node, seen.cells)}
     if not cells:
-        raise ValueError("report: expected a trace of cells, got none")
+        raise ValueError("report: the trace has no cells")
     findings: list[tuple[int, str]] = []
     figures = {}
     for name, cell in cells.items():
         _whole(cell)
         if not _used(cell).any():
-            raise ValueError(f"report: expected at least one step that is used, got none in {name}")
+            raise ValueError(f"report: expected at least one used step, got none in {name}")
         own, found = _examined(cell)
         figures[name] = own
         findings += [(rank, f"{name}: {sentence}") for rank, sentence in found]
@@ -266,7 +267,7 @@ def _named(node: str, cells: Sequence[CellTrace]) -> Iterable[tuple[str, CellTra
 def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], list[tuple[int, str]]]:
     """Return the figures of a cell, and its findings with their ranks."""
     spec, used = cell.cell.spec, _used(cell)
-    found = standing(cell)
+    found = unit_findings(cell)
     h = cell["h"][used].astype(np.float64)
     figures: dict[str, float | dict[str, float]] = {"rms of h": rms(h)}
     for gate, (left, right) in gate_shares(cell).items():
@@ -286,12 +287,12 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
     patched = cell.record is not None and cell.record.patches is not None
     exponent = math.nan if patched else lyapunov_exponent(cell)
     if patched:
-        found.append((6, "patched: these are the figures of the changed run, without a Lyapunov exponent"))
+        found.append((6, "patched: the figures describe the changed run, without a Lyapunov exponent"))
     else:
         figures["largest Lyapunov exponent, nats a step"] = exponent
     if exponent > 0.0:
-        grow = f"small differences in the state grow by {math.expm1(exponent):.1%} a step, so that outputs far ahead"
-        found.append((2, f"{grow} can't be trusted. Regularise the recurrent weights"))
+        grow = f"small differences in the state grow by {math.expm1(exponent):.1%} per step, so distant outputs"
+        found.append((2, f"{grow} are unreliable. Regularise the recurrent weights"))
     sizes = _rms_by_step(cell, "c" if spec.kind == "lstm" else "h")
     quarter = len(sizes) // 4
     if quarter >= LEAST_QUARTER:
@@ -299,13 +300,13 @@ def _examined(cell: CellTrace) -> tuple[dict[str, float | dict[str, float]], lis
         drift = late / early if early else math.nan
         figures["drift of the state, last quarter over the second"] = drift
         if drift > GROWN:
-            grown = f"the state grows, by {drift:.1f} times from the second quarter of the run to the last"
+            grown = f"the state grows by a factor of {drift:.1f} from the second quarter of the run to the last"
             found.append((2, f"{grown}. Reset it, or clip c"))
     return figures, found
 
 
-def standing(cell: CellTrace) -> list[tuple[int, str]]:
-    """Return what stands out in how units and gates stand, over the steps that count: sentences with their ranks."""
+def unit_findings(cell: CellTrace) -> list[tuple[int, str]]:
+    """Return findings on the values of units and gates over the used steps: sentences with their ranks."""
     spec, used = cell.cell.spec, _used(cell)
     found: list[tuple[int, str]] = []
 
@@ -317,33 +318,33 @@ def standing(cell: CellTrace) -> list[tuple[int, str]]:
     broken = ~np.isfinite(h).all(axis=0)
     silent = (np.abs(h) < SILENT).all(axis=0)
     stuck = (h.max(axis=0) - h.min(axis=0) < SILENT) & ~silent & (len(h) > 1)
-    say(0, broken, "NaN or infinite: look at the inputs, or train with a smaller learning rate")
+    say(0, broken, "NaN or infinite: check the inputs, or train with a smaller learning rate")
     say(1, silent, f"dead: |h| stays below {SILENT}. Use fewer units, or regularise them less")
     say(2, stuck, f"stuck: h changes by less than {SILENT}. Use fewer units, or scale the inputs")
     if spec.kind == "lstm":
         c = cell["c"][used].astype(np.float64)
         if spec.activations[spec.slots.index("cell")].name == "tanh":
             flat = (np.abs(np.tanh(c)) > FLAT).mean(axis=0) > MOSTLY
-            say(3, flat, f"saturated: |tanh(c)| is above {FLAT} nearly always. Clip c, or reset it now and then")
+            say(3, flat, f"saturated: |tanh(c)| is above {FLAT} at nearly every step. Clip c, or reset it regularly")
         closed = gate_shares(cell)["i"].left > MOSTLY
-        say(4, closed, f"closed to what comes in: i is below {LEFT} at nearly every step")
+        say(4, closed, f"closed to new input: i is below {LEFT} at nearly every step")
     return found
 
 
 def rms(values: Array) -> float:
-    """Return the root of the mean square."""
+    """Return the root mean square."""
     return float(np.sqrt((values**2).mean()))
 
 
 def _rms_by_step(cell: CellTrace, field: str) -> Array:
-    """Return the size of a state at each step in the order in which they were run, over rows and units."""
+    """Return the root mean square of a state over rows and units at each step, in the order of processing."""
     state = cell[field].astype(np.float64)
     sizes = np.sqrt((state**2).mean(axis=(0, 2)))
     return sizes[::-1] if cell.record is not None and cell.record.reverse else sizes
 
 
 def units(which: Array) -> str:
-    """Return the units that a flag marks, as the subject of a sentence with its verb."""
+    """Return the flagged units as the subject of a sentence, with its verb."""
     numbers = np.flatnonzero(which)
     shown = ", ".join(map(str, numbers[:NAMED]))
     rest = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""

@@ -1,7 +1,7 @@
-"""Traces in files: safetensors, the arrays by name, with the network that they are of.
+"""Traces in safetensors files: the arrays by name, and the network.
 
-`network` is a native file of the network, byte by byte; then come `steps`, `y/0`, `state/0/h`; of each node
-`nodes/NAME/x/0` and `y`, and of each of its cells `cells/0/f` and so on. Under `__metadata__` stands what is there.
+`network` is a native file of the network, as bytes; then follow `steps`, `y/0`, `state/0/h`; for each node,
+`nodes/NAME/x/0` and `y`, and for each of its cells, `cells/0/f` and so on. `__metadata__` describes the contents.
 """
 
 from __future__ import annotations
@@ -83,16 +83,16 @@ def _fields(where: str, values: Any) -> dict[str, Array]:
 
 
 class _Tensors:
-    """The tensors of a file, each taken once, with the shape and the dtype that it must have."""
+    """The tensors of a file, each used once, with its shape and dtype checked."""
 
     def __init__(self, path: str, arrays: dict[str, Array]) -> None:
         self.path, self.arrays = path, arrays
 
     def take(self, name: str, shape: Sequence[int | None], kinds: str | np.dtype[Any]) -> Array:
-        """Return a tensor; `kinds`: its dtype, or the letters of the kinds of dtype that it may have."""
+        """Return a tensor; `kinds`: its dtype, or the letters of the allowed kinds of dtypes."""
         array = self.arrays.pop(name, None)
         if array is None:
-            raise FormatError(f"{self.path}: tensor {name[:80]!r}: expected it, found no such tensor")
+            raise FormatError(f"{self.path}: tensor {name[:80]!r} is missing")
         fits = array.ndim == len(shape) and all(
             want in (None, got) for want, got in zip(shape, array.shape, strict=True)
         )
@@ -108,7 +108,7 @@ class _Tensors:
     def fields(
         self, where: str, kind: type[Any], shapes: Mapping[str, Sequence[int | None]], dtype: np.dtype[Any]
     ) -> Any:
-        """Return a tuple with names, a tensor a field."""
+        """Return a named tuple with a tensor in each field."""
         return kind(*(self.take(f"{where}/{field}", shapes[field], dtype) for field in kind._fields))
 
 
@@ -124,7 +124,7 @@ def load(path: str | PathLike[str]) -> NetworkTrace:
     """
     path = os.fsdecode(fspath(path))
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{path}: expected a file, found a folder")
+        raise IsADirectoryError(f"{path}: is a folder, not a file")
     try:
         with safe_open(path, framework="numpy") as file:
             said = json.loads((file.metadata() or {}).get(KEY, "null"))
@@ -134,11 +134,11 @@ def load(path: str | PathLike[str]) -> NetworkTrace:
             tensors = _Tensors(path, {name: file.get_tensor(name) for name in names})
         found = _read(path, said, tensors)
     except SafetensorError as error:
-        raise FormatError(f"{path}: expected a safetensors file, found {str(error)[:200]!r}") from None
+        raise FormatError(f"{path}: not a safetensors file: {str(error)[:200]!r}") from None
     except (AttributeError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path}: expected a trace, found one that is damaged: {error!r:.200}") from None
+        raise FormatError(f"{path}: the trace is damaged: {error!r:.200}") from None
     if tensors.arrays:
-        raise FormatError(f"{path}: tensor {min(tensors.arrays)[:80]!r}: expected no such tensor in a trace, found one")
+        raise FormatError(f"{path}: tensor {min(tensors.arrays)[:80]!r}: a trace has no such tensor")
     return found
 
 
@@ -159,7 +159,7 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
     nodes = {}
     for name in said["nodes"]:
         if name not in network.names:
-            raise FormatError(f"{path}: expected the trace of nodes of the network, found one of {name!r:.80}")
+            raise FormatError(f"{path}: the network has no node {name!r:.80}")
         number, where = network.names.index(name), f"nodes/{name}"
         xs = tuple(
             _value(network, source, f"{where}/x/{place}", batch, tensors)
@@ -185,15 +185,13 @@ def _read(path: str, said: dict[str, Any], tensors: _Tensors) -> NetworkTrace:
     values = [(name, nodes[name].y) for name in nodes] + list(zip(network.outputs, ys, strict=True)) + [*masks.items()]
     for name, array in values:
         if name in aligned and array.shape[1:2] != steps.shape:
-            raise FormatError(
-                f"{path}: {name}: expected {len(steps)} steps, as there are numbers of them, found {list(array.shape)}"
-            )
+            raise FormatError(f"{path}: {name}: expected {len(steps)} steps, as in 'steps', found {list(array.shape)}")
     parts = Parts(steps, aligned, nodes, masks, said["whole"] is True)
     return NetworkTrace(network, ys[0] if len(ys) == 1 else ys, state, parts)
 
 
 def _value(network: Network, name: str, tensor: str, batch: int, tensors: _Tensors) -> Array:
-    """Return what flowed out of an input or a node."""
+    """Return the value of an input or the output of a node."""
     ids = name in network.graph.ids
     shape = (
         [None] if ids else [None, *network.shapes[name][1:]] if len(network.shapes[name]) > 1 else network.shapes[name]
@@ -212,7 +210,7 @@ def _cell(
     spec, dtype = cell.spec, cell.dtype
     units = tensors.take(f"{where}/units", [None], "i")
     if units.size and (units.min() < 0 or units.max() >= spec.units):
-        raise FormatError(f"{tensors.path}: tensor {where + '/units'!r}: expected 0 to {spec.units - 1}, found others")
+        raise FormatError(f"{tensors.path}: tensor {where + '/units'!r}: expected values from 0 to {spec.units - 1}")
     steps, kind = tensors.arrays[f"{where}/h"].shape[1:2], TRACES[spec.kind]
     shapes = {field: [batch, *steps, len(units)] for field in kind._fields}
     if spec.output_size != spec.units:
@@ -228,9 +226,7 @@ def _cell(
         before = _state(cell, f"{at}/before", batch, dtype, tensors) if run["before"] else None
         reset = tensors.take(f"{at}/reset", [batch, *steps], "b") if run["reset"] else None
         if len(units) != spec.units or not isinstance(run["reverse"], bool):
-            raise FormatError(
-                f"{tensors.path}: {where}: expected the run of all units, with its direction, found others"
-            )
+            raise FormatError(f"{tensors.path}: {where}: the record must cover all units, with its direction")
         gates = np.stack([getattr(fields, gate) for gate in GATES[spec.kind]], axis=2)
         c, reverse = getattr(fields, "c", None), run["reverse"]
         record = Record(gates, c, fields.h, x, before, mask, reset, reverse, patches)

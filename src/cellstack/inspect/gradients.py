@@ -1,6 +1,6 @@
-"""The gradient of a number that a network returned with respect to all that flowed before it, by the chain rule.
+"""The gradient of one output number with respect to all earlier values, by the chain rule.
 
-Cells go back through the kernel, as in training; every other node by its own rule here. Nothing is approximated: each
+Cells use the kernel's backward pass, as in training; every other node has its rule here. Nothing is approximated: each
 rule is the derivative of what the node computed.
 """
 
@@ -46,18 +46,18 @@ if TYPE_CHECKING:
 
 
 class _UnsupportedError(Exception):
-    """Why there is no way back through a node."""
+    """The reason why a node has no gradient."""
 
 
-# ── cells ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── cells ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 Ends = tuple[Array | None, Array | None]
-"""Gradients of h and c after the last step; None where nothing comes back through them."""
+"""Gradients of h and c after the last step; None where they have no gradient."""
 
 
 def _through_cell(cell: Cell, record: Record, dy: Array | None, ends: Ends) -> tuple[Array, list[Array]]:
-    """Return the gradient of what a cell took, and of the state that it started from, where one was given."""
+    """Return the gradients of a cell's input, and of its initial state, where one was given."""
     own = {name: native.plain(array) for name, array in cell.arrays.items()}
     weights = native.weights(cell.spec, own, copy=False)
     x = native.plain(record.x)
@@ -81,9 +81,9 @@ def _through_cell(cell: Cell, record: Record, dy: Array | None, ends: Ends) -> t
 def _through_stack(
     node: Recurrent, records: Sequence[Record], flow: Flow, dy: Array, ends: Sequence[Ends]
 ) -> tuple[Array, list[Array]]:
-    """Return the gradient of what a stack took, in the order of time as `dy` is, and of the states that it began with.
+    """Return the gradients of a stack's input, in the order of time like `dy`, and of its initial states.
 
-    `ends`: one a cell.
+    `ends`: one per cell.
     """
     steps, at_end = flow.x.shape[1], 0 if node.go_backwards else -1
     residual = any(added for _, added in node.parts)
@@ -92,7 +92,7 @@ def _through_stack(
         if node.zero_output_for_mask and flow.mask is not None and steps:
             dy = np.where(flow.mask[:, at_end, None], dy, 0)
         dh, dy = dy, np.zeros((len(dy), steps, dy.shape[1]), dy.dtype)
-        if residual and steps:  # what is returned is a sum, of its last step
+        if residual and steps:  # the output is a sum; take its last step
             dy[:, at_end], dh = dh, None
     elif node.zero_output_for_mask and flow.mask is not None:
         dy = np.where(flow.mask[:, :, None], dy, 0)
@@ -112,7 +112,7 @@ def _through_stack(
 
 
 def _through_sum(node: Recurrent, record: Record, dy: Array) -> tuple[Array, Array]:
-    """Return the gradients of x and of h, of h + x; under a mask a step left out has the sum of the last one used."""
+    """Return the gradients of x and of h in h + x; a masked step repeats the sum of the last used one."""
     if record.mask is None:
         return dy, dy
     order, last = slice(None, None, -1 if node.go_backwards else 1), node.last_used(record.mask, record.reset)
@@ -133,36 +133,36 @@ def _recurrent(
 def _bidirectional(
     node: Bidirectional, records: Sequence[Record], flows: Sequence[Flow], dy: Array, ends: Sequence[Ends]
 ) -> list[Array]:
-    flow, half = flows[0], len(node.forward.cells)
+    flow, count = flows[0], len(node.forward.cells)
     if node.merge_mode == "concat":
         ahead, back = dy[..., : node.forward.units], dy[..., node.forward.units :]
     elif node.merge_mode == "mul":
         befores = tuple(record.before for record in records)
-        ahead, _ = node.forward.forward(flow, befores[:half], 1)
-        back, _ = node.backward.forward(flow, befores[half:], 1)
+        ahead, _ = node.forward.forward(flow, befores[:count], 1)
+        back, _ = node.backward.forward(flow, befores[count:], 1)
         ahead, back = dy * back, dy * ahead
     else:
         ahead = back = dy if node.merge_mode == "sum" else dy * dy.dtype.type(0.5)
-    dx, begun = _through_stack(node.forward, records[:half], flow, ahead, ends[:half])
-    other, begun_back = _through_stack(node.backward, records[half:], flow, back, ends[half:])
+    dx, begun = _through_stack(node.forward, records[:count], flow, ahead, ends[:count])
+    other, begun_back = _through_stack(node.backward, records[count:], flow, back, ends[count:])
     return [dx + other, *begun, *begun_back]
 
 
 def _ends(name: str, node: Node, found: Mapping[str, Array]) -> list[Ends]:
-    """Return the gradients of the states that a node gave, by its cells."""
+    """Return the gradients of a node's final states, by its cells."""
     arrays = iter([found.get(state_of(name, state)) for state in node.state_sizes])
     each = ([next(arrays) for _ in cell.spec.state_sizes] for cell in node.cells)
     return [(h, rest[0] if rest else None) for h, *rest in each]
 
 
-# ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── activations ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _sigmoid = reference.ACTIVATIONS["sigmoid"][0]
 
 
 def _gelu_slope(z: Array) -> Array:
-    half = np.where(z == 0, 0.5, activation_function("gelu")(z) / np.where(z == 0, 1, z))  # (1 + erf(z/sqrt 2))/2
-    return half + z * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
+    share = np.where(z == 0, 0.5, activation_function("gelu")(z) / np.where(z == 0, 1, z))  # (1 + erf(z/sqrt 2))/2
+    return share + z * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
 
 
 def _gelu_tanh_slope(z: Array) -> Array:
@@ -182,7 +182,7 @@ SLOPES: dict[str, Callable[[Array], Array]] = {
 
 
 def _through_activation(text: str, z: Array, dy: Array) -> Array:
-    """Return the gradient of what an activation took, z."""
+    """Return the gradient of an activation's input, z."""
     if text in ("softmax", "log_softmax"):
         y = softmax(z)
         total = (dy * y).sum(axis=-1, keepdims=True) if text == "softmax" else dy.sum(axis=-1, keepdims=True)
@@ -194,7 +194,7 @@ def _through_activation(text: str, z: Array, dy: Array) -> Array:
     return dy * slope(z, function(z, alpha, beta), alpha, beta)
 
 
-# ── nodes that NumPy runs: each takes what it took and returned, and the gradient of what it returned ────────────────
+# ── nodes run by NumPy: each rule gets inputs, output and the output's gradient ───────────────────────────────────────
 
 
 def _dense(node: Dense, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
@@ -238,7 +238,7 @@ def _convolution(node: Conv1D, flows: Sequence[Flow], y: Array, dy: Array) -> li
         for group in range(node.groups):
             kernel = node.kernel[tap][:, group * each : (group + 1) * each]
             own = dz[:, :, group * each : (group + 1) * each] @ kernel.T
-            # Windows overlap, but not within one tap: each of its steps is another one.
+            # Windows overlap, but not within one tap: its steps are distinct.
             dwide[:, starts + tap * node.dilation, group * channels : (group + 1) * channels] += own
     return [dwide[:, before : before + x.shape[1]]]
 
@@ -250,7 +250,7 @@ def _pool(node: Pool1D, flows: Sequence[Flow], y: Array, dy: Array) -> list[Arra
     first = np.arange(y.shape[1]) * strides - before
     counts = np.maximum(np.minimum(first + node.size, steps) - np.maximum(first, 0), 1)
     dx = np.zeros_like(x)
-    taken = np.zeros(y.shape, bool)  # of the greatest: the first that is as great
+    taken = np.zeros(y.shape, bool)  # of several maxima, the first
     for tap in range(node.size):
         inside = (first + tap >= 0) & (first + tap < steps)
         at = (first + tap)[inside]
@@ -264,7 +264,7 @@ def _pool(node: Pool1D, flows: Sequence[Flow], y: Array, dy: Array) -> list[Arra
 
 
 def _reduction(mode: str, x: Array, used: Array | None, y: Array, dy: Array, axis: int) -> Array:
-    """Return the gradient of what was reduced; y and dy have the axis, of length 1."""
+    """Return the gradient of a reduction's input; y and dy keep the axis, with length 1."""
     there = np.ones(x.shape, bool) if used is None else np.broadcast_to(used, x.shape)
     if mode in ("sum", "mean"):
         count = np.maximum(there.sum(axis=axis, keepdims=True), 1) if mode == "mean" else 1
@@ -316,18 +316,18 @@ def _merge(node: Merge, flows: Sequence[Flow], y: Array, dy: Array) -> list[Arra
 
 
 def _summed_to(gradient: Array, shape: tuple[int, ...]) -> Array:
-    """Return a gradient summed over the axes along which what it is of was repeated."""
+    """Return a gradient summed over the axes along which its value was broadcast."""
     axes = tuple(axis for axis, (long, own) in enumerate(zip(gradient.shape, shape, strict=True)) if long != own)
     return gradient.sum(axis=axes, keepdims=True) if axes else gradient
 
 
 def _moved(node: Node, flows: Sequence[Flow], y: Array, dy: Array) -> list[Array]:
-    """Go back through a node that moves numbers without computing any: it is told by where it puts their places."""
+    """Backpropagate through a node that only moves numbers; running it on indices shows where each number goes."""
     (flow,) = flows
     size = flow.x.size
     places = np.arange(1.0, size + 1).reshape(flow.x.shape)
     one, other = (node.run([flow._replace(x=numbers)], (), 1).x for numbers in (places, places + size))
-    from_input = other - one == size  # what is padded doesn't change
+    from_input = other - one == size  # padding doesn't change
     dx = np.zeros(size, dy.dtype)
     np.add.at(dx, (one[from_input] - 1).astype(np.int64), dy[from_input])
     return [dx.reshape(flow.x.shape)]
@@ -351,7 +351,7 @@ RULES: dict[type[Node], Rule] = {
     Merge: _merge,
     **dict.fromkeys((Pad, Flatten, Reshape, Permute, Repeat, Select), _moved),
 }
-"""How to go back through each node that isn't recurrent."""
+"""The backward rule of each node that isn't recurrent."""
 
 
 def gradient(
@@ -362,24 +362,24 @@ def gradient(
     step: int,
     unit: int,
 ) -> dict[str, Array]:
-    """Return the gradient of one number of every row with respect to each input and what each node returned.
+    """Return the gradient of one number of every row with respect to each input and each node's output.
 
     Args:
-        network: without patches.
-        flows: what flowed out of the inputs and the nodes in a run.
-        records: what the cells of each node did in it.
-        output: the node whose number it is.
-        step: which step of it; -1 = the last. Of a vector a row there is none.
-        unit: which number of the step, or of the vector.
+        network: a network without patches.
+        flows: the values of inputs and nodes in a run.
+        records: the records of each node's cells in that run.
+        output: the node that returns the number.
+        step: its step; -1 = the last. A vector per row has no step.
+        unit: the index of the number in the step, or in the vector.
 
     Returns:
-        An array by the name of each input and node, in the shape of what flowed out of it; zeros where nothing leads
-        to the number. Ids have none.
+        An array by the name of each input and node, with the shape of its value; zeros where the number doesn't depend
+        on it. Ids have none.
 
     Raises:
-        ValueError: a node through which there is no way back, by name.
-        IndexError: a step or a unit that isn't there.
-        TypeError: one that isn't a whole number.
+        ValueError: a node without a gradient; the message names it.
+        IndexError: a step or a unit that doesn't exist.
+        TypeError: a step or a unit that isn't a whole number.
     """
     dy = np.zeros_like(flows[output].x)
     if dy.ndim > 3 or dy.ndim < 2:
@@ -396,7 +396,7 @@ def gradient(
     found = {name: np.zeros_like(flow.x) for name, flow in flows.items() if name not in network.graph.ids}
     found[output] = dy
     entries = list(zip(network.names, network.nodes, network.wires, strict=True))
-    with np.errstate(all="ignore"):  # NaN and inf pass through
+    with np.errstate(all="ignore"):  # NaN and inf propagate
         for name, node, sources in reversed(entries[: network.names.index(output) + 1]):
             ends = _ends(name, node, found)
             given = (one for one in (found[name], *(one for pair in ends for one in pair)) if one is not None)
@@ -412,7 +412,7 @@ def gradient(
                     back = RULES[type(node)](node, own, y, found[name])
             except _UnsupportedError as why:
                 raise ValueError(f"gradient: {name} ({type(node).__name__}): {why} isn't supported") from None
-            for source, one in zip(sources, back, strict=False):  # a state that the caller gave is none of the sources
+            for source, one in zip(sources, back, strict=False):  # a state passed by the caller isn't among the sources
                 if source in found:
                     found[source] = (found[source] + one).astype(found[source].dtype)
     return found

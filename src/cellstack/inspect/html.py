@@ -1,4 +1,4 @@
-"""The page of a trace as one HTML file that needs nothing else: no server, no network, no other file."""
+"""The page of a trace as one self-contained HTML file: it needs no server, no network and no other file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ENGINE = (
     "engine/engine",
     "engine/training",
 )
-"""The engine's modules, each after those that it imports from."""
+"""The engine's modules, each after its imports."""
 
 MODULES = (
     *ENGINE,
@@ -61,13 +61,13 @@ MODULES = (
     "playground",
     "page",
 )
-"""The page's modules, each after those that it imports from."""
+"""The page's modules, each after its imports."""
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' blob:; worker-src blob:; style-src 'unsafe-inline'; "
     "img-src data:; base-uri 'none'; form-action 'none'"
 )
-"""What the browser lets the page do: its own text runs, and nothing is asked of any network."""
+"""The content security policy: only the page's own scripts run, and nothing is requested from a network."""
 
 HEAD = """<!doctype html>
 <html lang="en">
@@ -81,7 +81,7 @@ HEAD = """<!doctype html>
 </head>
 <body>
 <main id="page"></main>
-<noscript>This page draws what a network did with JavaScript, which is switched off in this browser.</noscript>
+<noscript>This page needs JavaScript, which is disabled in this browser.</noscript>
 <script type="application/json" id="description">"""
 
 START = """
@@ -95,13 +95,13 @@ render({ model: { get: () => payload }, el: document.getElementById("page") });
 
 @cache
 def module_text() -> str:
-    """Return the page's modules as the text of one: `render({ model, el })` is what it exports."""
-    engine = json.dumps(engine_text()).replace("<", "\\u003c")  # what a worker runs; no tag in it
+    """Return the page's modules joined into one, which exports `render({ model, el })`."""
+    engine = json.dumps(engine_text()).replace("<", "\\u003c")  # run by a worker; must contain no tag
     return "\n".join([f"const engineSource = {engine};", *map(_joinable, MODULES)])
 
 
 def engine_text() -> str:
-    """Return the engine's modules as the text of one, without exports: what a worker runs."""
+    """Return the engine's modules joined into one without exports, for a worker."""
     return "\n".join(map(_joinable, ENGINE))
 
 
@@ -116,7 +116,7 @@ def save_html(
     t: NetworkTrace, path: str | PathLike[str], labels: Any, audio: Any, title: str | None, rows: Any
 ) -> None:
     """Write the page of a trace: see `NetworkTrace.save_html`."""
-    check_replaceable(path)  # now, not after all has been compressed
+    check_replaceable(path)  # before the work of compressing
     parts = page(t, labels, audio, title, rows)
     with replacing(path) as file:
         for part in parts:
@@ -124,7 +124,7 @@ def save_html(
 
 
 def page(t: NetworkTrace, labels: Any, audio: Any, title: str | None, rows: Any) -> Iterator[bytes]:
-    """Return the page of a trace in pieces: see `NetworkTrace.save_html`; what is wrong is said before the first."""
+    """Return the page of a trace in chunks: see `NetworkTrace.save_html`; errors are raised before the first chunk."""
     made = contents.payload(t, labels, audio, title, rows)
     head = HEAD.format(policy=html.escape(POLICY), title=html.escape(made.description["title"]))
     before, after = b'<script type="text/plain" id="array-%d">', b"</script>\n"

@@ -1,4 +1,4 @@
-"""What becomes of the answer when something inside is changed: ablation, activation patching, traces side by side."""
+"""Interventions: ablation, activation patching and the comparison of traces."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 
 HOWS = ("mean", "zero", "resample")
 AXES = ("node", "gate", "unit", "step")
-AT_ONCE = 1 << 22  # numbers that the widest node returns in one run, at most: rows beyond come in the next
+AT_ONCE = 1 << 22  # maximum numbers that the widest node returns per run; further rows go into the next run
 SHOWN = 10
 
 Metric = Callable[[Any], Any]
 
 
 class UnitEffect(NamedTuple):
-    """What ablating one unit does to the metric."""
+    """The effect of ablating one unit on the metric."""
 
     node: str
     cell: int
     unit: int
     effect: float
-    """The metric with the unit ablated, less that of the network as it is."""
+    """The metric with the unit ablated, minus the metric of the unchanged network."""
 
 
 class Ablation:
-    """What ablating each unit does to the metric, the others being left as they are.
+    """The effect of ablating each unit alone on the metric.
 
     Attributes:
-        effects: by node and number of the cell, `[H]` each: the metric with a unit ablated, less `metric`.
-        metric: that of the network as it is.
+        effects: by node and number of the cell, `[H]` each: the metric with a unit ablated, minus `metric`.
+        metric: the metric of the unchanged network.
         how: `"mean"`, `"zero"` or `"resample"`.
-        gate: which gate or state was ablated.
+        gate: the ablated gate or state.
     """
 
     def __init__(self, effects: dict[tuple[str, int], Array], metric: float, how: str, gate: str) -> None:
@@ -53,7 +53,7 @@ class Ablation:
 
     @property
     def ranked(self) -> list[UnitEffect]:
-        """Every unit, the one with the greatest effect first, either way; those without a number last."""
+        """Every unit, by decreasing absolute effect; units without a number last."""
         found = [
             UnitEffect(node, cell, unit, float(effect))
             for (node, cell), effects in self.effects.items()
@@ -62,10 +62,10 @@ class Ablation:
         return sorted(found, key=lambda one: -abs(one.effect) if one.effect == one.effect else np.inf)
 
     def plot(self, count: int = 20) -> Figure:
-        """Return a matplotlib figure of the units with the greatest effects, as bars.
+        """Return a matplotlib bar chart of the units with the largest effects.
 
         Args:
-            count: of how many.
+            count: the number of units.
 
         Raises:
             ImportError: matplotlib isn't installed.
@@ -86,7 +86,7 @@ class Ablation:
             which = f", cell {cell}" if self._several(node) else ""
             lines.append(f"  {effect:+.6g}  {node}{which}, unit {unit}")
         if len(ranked) > SHOWN:
-            lines.append(f"  and {len(ranked) - SHOWN} more: .ranked has all")
+            lines.append(f"  and {len(ranked) - SHOWN} more: see .ranked")
         return "\n".join(lines)
 
 
@@ -103,25 +103,25 @@ def ablate(
     seed: int = 0,
     threads: int | None = None,
 ) -> Ablation:
-    """Return what it does to a metric when each unit of a layer, one at a time, is ablated.
+    """Return the effect on a metric of ablating each unit of a layer, one at a time.
 
-    All units are rows of one batched run, as many at a time as fit: the cost is that of the batch.
+    The runs for all units are rows of one batch, split where it gets too large.
 
     Args:
         network: the network.
-        x, mask, lengths, threads: as for `Network.run`; a mask or lengths for all inputs alike.
-        nodes: the names of the nodes whose cells' units are ablated; None = all that have cells.
-        how: what takes the place of the unit's value: its mean over all rows and steps used, zero, or what it was at
-            another row and step, drawn at random.
-        metric: of what the network returns for the batch, `y [B, …]` or a tuple of these, a number; None = the mean
-            absolute change of the first output.
-        gate: which gate or state of the unit, as `Patch` has it; `"h"` is what it gives out.
-        seed: of what is drawn.
+        x, mask, lengths, threads: as for `Network.run`; the mask or lengths apply to all inputs.
+        nodes: the names of the nodes whose cells' units are ablated; None = all with cells.
+        how: what replaces the unit's value: `"mean"`, its mean over all used rows and steps; `"zero"`; or `"resample"`,
+            its value at another row and step, drawn at random.
+        metric: a function that maps the network's output for the batch, `y [B, …]` or a tuple of these, to a number;
+            None = the mean absolute change of the first output.
+        gate: the gate or state of the unit, named as in `Patch`; `"h"` is its output.
+        seed: the seed of the random draws.
 
     Raises:
-        ValueError: a node without cells or that isn't there, another `how`, a cell without the gate, a metric that
+        ValueError: a node that has no cells or doesn't exist, another `how`, a cell without the gate, a metric that
             isn't a number.
-        ShapeError: no row, or no step.
+        ShapeError: an input without rows or without steps.
 
     Ref: ablation by zero and mean: Lakretz et al. 2019, "The emergence of number and syntax units in LSTM language
     models", section 4.1; by resampling: Chan et al. 2022, "Causal Scrubbing".
@@ -163,7 +163,7 @@ def ablate(
 
 
 def _replacements(seen: CellTrace, gate: str, how: str, rng: np.random.Generator) -> Array:
-    """Return what takes the place of each unit's value, `[1 or B, 1 or T, H]`."""
+    """Return the replacement of each unit's value, `[1 or B, 1 or T, H]`."""
     array = np.asarray(seen[gate], np.float64)
     if how == "zero":
         return np.zeros((1, 1, array.shape[2]))
@@ -178,14 +178,14 @@ def _replacements(seen: CellTrace, gate: str, how: str, rng: np.random.Generator
 
 
 class ActivationPatching:
-    """What becomes of the metric when activations of a clean run stand in a corrupted one, place by place.
+    """The metric of a corrupted run with activations of a clean run patched in, one place at a time.
 
     Attributes:
-        values: the metric, an axis for each of `over`; NaN where a node has no such gate or unit.
+        values: the metric, with one axis for each of `over`; NaN where a node lacks the gate or the unit.
         over: the names of the axes.
-        labels: what each axis counts, by its name: names of nodes, with a cell's number where there are several; gates;
-            numbers of units; numbers of steps.
-        clean, corrupted: the metric of the two runs as they are.
+        labels: the labels of each axis, by its name: names of nodes, with the cell's number if there are several;
+            gates; numbers of units; numbers of steps.
+        clean, corrupted: the metrics of the two unchanged runs.
     """
 
     def __init__(
@@ -195,29 +195,29 @@ class ActivationPatching:
 
     @property
     def recovered(self) -> Array:
-        """How much of the way from the corrupted metric to the clean one each place brings back: 0 = none, 1 = all."""
+        """The share of the metrics' difference, clean minus corrupted, that each place recovers: 0 = none, 1 = all."""
         with np.errstate(all="ignore"):
             return (self.values - self.corrupted) / (self.clean - self.corrupted)
 
     @property
     def ranked(self) -> list[tuple[tuple[Any, ...], float]]:
-        """Every place, by its labels, with the share recovered, greatest first; without those that have no number."""
+        """Every place, by its labels, with the share recovered, largest first; places without a number are omitted."""
         shares = self.recovered.ravel()
         order = [int(at) for at in np.argsort(-np.abs(shares)) if shares[at] == shares[at]]
         places = list(product(*(self.labels[axis] for axis in self.over)))
         return [(places[at], float(shares[at])) for at in order]
 
     def plot(self) -> Figure:
-        """Return a matplotlib figure of the shares recovered: bars of one axis, a map of two.
+        """Return a matplotlib figure of the shares recovered: a bar chart for one axis, a heat map for two.
 
         Raises:
             ImportError: matplotlib isn't installed.
-            ValueError: more than two axes: take the greatest over some, or ask `over` fewer.
+            ValueError: more than two axes: reduce some of them, or use fewer axes in `over`.
         """
         from cellstack.inspect.plot import bars, shares
 
         if len(self.over) > 2:
-            raise ValueError(f"plot: expected at most two axes, got {', '.join(self.over)}: ask over fewer")
+            raise ValueError(f"plot: expected at most two axes, got {', '.join(self.over)}: use fewer axes in over")
         if len(self.over) == 1:
             labels = [f"{self.over[0]} {label}" for label in self.labels[self.over[0]]]
             return bars(labels, self.recovered.tolist(), "share of the metric recovered")
@@ -228,14 +228,14 @@ class ActivationPatching:
         metric = f"the metric is {self.clean:.6g} clean, {self.corrupted:.6g} corrupted"
         lines = [f"Activation patching over {axes}; {metric}"]
         if self.clean == self.corrupted:
-            lines.append("  the same: there is nothing to recover, and no place has a share")
+            lines.append("  both metrics are equal: there is nothing to recover")
         ranked = self.ranked
         for place, share in ranked[:SHOWN]:
             named = zip(self.over, place, strict=True)
             where = ", ".join(str(label) if axis == "node" else f"{axis} {label}" for axis, label in named)
             lines.append(f"  {share:+.1%}  {where}")
         if len(ranked) > SHOWN:
-            lines.append(f"  and {len(ranked) - SHOWN} more: .recovered has all")
+            lines.append(f"  and {len(ranked) - SHOWN} more: see .recovered")
         return "\n".join(lines)
 
 
@@ -252,25 +252,25 @@ def activation_patch(
     lengths: Any = None,
     threads: int | None = None,
 ) -> ActivationPatching:
-    """Run the corrupted input with activations of the clean one put in their place, one place at a time.
+    """Run the corrupted input with activations of the clean input patched in, one place at a time.
 
-    What isn't named in `over` is put in place whole: over "step" alone, all units of all nodes at a step.
+    Axes that `over` doesn't name are patched together: over "step" alone, all units of all nodes at a step.
 
     Args:
         network: the network.
         clean, corrupted: two inputs of the same shapes, as for `Network.run`.
-        metric: of what the network returns for the batch, a number.
-        over: the axes along which places are told apart, out of `"node"`, `"gate"`, `"unit"` and `"step"`.
-        nodes: the names of the nodes whose cells are patched; None = all that have cells.
-        gates: which gates and states; None = every one that a cell has where `over` has "gate", else h.
+        metric: a function that maps the network's output for the batch to a number.
+        over: the axes that distinguish places, out of `"node"`, `"gate"`, `"unit"` and `"step"`.
+        nodes: the names of the nodes whose cells are patched; None = all with cells.
+        gates: the gates and states; None = all of each cell if `over` contains "gate", else h.
         mask, lengths, threads: as for `Network.run`, for both.
 
     Returns:
-        The metric for each place, and those of the two inputs as they are.
+        The metric for each place, and the metrics of the two unchanged runs.
 
     Raises:
-        ShapeError: inputs of two shapes, or without a row or a step.
-        ValueError: another axis, a node or a gate that isn't there, a metric that isn't a number.
+        ShapeError: inputs of different shapes, or without a row or a step.
+        ValueError: an unknown axis, a node or a gate that doesn't exist, a metric that isn't a number.
 
     Ref: Vig et al. 2020, "Investigating Gender Bias in Language Models Using Causal Mediation Analysis", section 3;
     Meng et al. 2022, "Locating and Editing Factual Associations in GPT", section 2.1; the name is TransformerLens's.
@@ -279,7 +279,7 @@ def activation_patch(
     for axis in over:
         check_choice("activation_patch", "over", axis, AXES)
     if not over or len(set(over)) != len(over):
-        raise ValueError(f"activation_patch: expected axes to tell places apart by, each once, got {list(over)}")
+        raise ValueError(f"activation_patch: expected distinct axes out of {', '.join(AXES)} as over, got {list(over)}")
     given = None if gates is None else tuple(gates)
     every = tuple(dict.fromkeys(field for fields in TRACES.values() for field in fields._fields))
     named = given or (every if "gate" in over else ("h",))
@@ -289,7 +289,7 @@ def activation_patch(
     for name, array in source.x.items():
         if array.shape != batch.x[name].shape:
             raise ShapeError(
-                f"activation_patch: expected clean and corrupted of one shape, got {array.shape} and "
+                f"activation_patch: clean and corrupted must have the same shape, got {array.shape} and "
                 f"{batch.x[name].shape} of {name}"
             )
     names = {name for name, _ in cells}
@@ -331,7 +331,7 @@ def activation_patch(
 
 
 class _Batch:
-    """An input that is run again and again, as blocks of rows of one batch, each with patches of its own."""
+    """An input that is run many times, as blocks of rows of one batch, each block with its own patches."""
 
     def __init__(self, owner: str, network: Network, x: Any, mask: Any, lengths: Any, threads: int | None) -> None:
         self.owner, self.network, self.threads = owner, network, threads
@@ -341,18 +341,18 @@ class _Batch:
         self.rows = min(len(array) if array.ndim else 0 for array in self.x.values())
         self.steps = max((array.shape[1] for array in self.x.values() if array.ndim > 1), default=1)
         if not self.rows or not self.steps:
-            raise ShapeError(f"{owner}: expected at least a row and a step, got {self.rows} and {self.steps}")
+            raise ShapeError(f"{owner}: expected at least one row and one step, got {self.rows} and {self.steps}")
 
     def trace(self, nodes: set[str]) -> NetworkTrace:
-        """Return the trace of the input as it is."""
+        """Return the trace of the unchanged input."""
         return self.network.trace(self.x, **self.flags, threads=self.threads, nodes=sorted(nodes))
 
     def edited(self, patches: Sequence[Callable[[Sequence[int]], list[Patch]]], metric: Metric) -> list[float]:
-        """Return the metric of a run with each of some sets of patches; NaN of an empty set.
+        """Return the metric for each of several sets of patches; NaN for an empty set.
 
         Args:
-            patches: each returns the patches of the rows that it is told.
-            metric: of what comes out.
+            patches: functions that return the patches for given rows.
+            metric: the metric of the output.
         """
         widest = max(cell.spec.planes * cell.spec.units for cell in self.network.cells)
         each = max(1, AT_ONCE // (widest * self.steps * self.rows))
@@ -371,7 +371,7 @@ class _Batch:
         return found
 
     def _repeated(self, blocks: int) -> Network:
-        """Return the network with the patches that it has for the rows of every block."""
+        """Return the network with each block's patches for its rows."""
         own = self.network.patches
         if all(patch.rows is None and (patch.value is None or patch.value.ndim < 3) for patch in own):
             return self.network
@@ -386,7 +386,7 @@ class _Batch:
 def _cells(
     owner: str, network: Network, nodes: str | Iterable[str] | None, gates: Iterable[str]
 ) -> list[tuple[str, int]]:
-    """Return the cells of some nodes, by name and number, checked to have the gates."""
+    """Return the cells of some nodes, by name and number, after checking that they have the gates."""
     every = dict(zip(network.names, network.nodes, strict=True))
     own = [name for name, node in every.items() if node.cells]
     names = own if nodes is None else [nodes] if isinstance(nodes, str) else list(nodes)
@@ -395,8 +395,8 @@ def _cells(
             raise ValueError(f"{owner}: expected nodes with cells, {', '.join(own)}, got {name!r:.80}")
     found = [(name, number) for name in names for number in range(len(every[name].cells))]
     if not found:
-        what = "nodes with cells, got none" if own else "a network with cells, got one without"
-        raise ValueError(f"{owner}: expected {what}")
+        what = "none of the nodes has cells" if own else "the network has no cells"
+        raise ValueError(f"{owner}: {what}")
     for gate in gates:
         for name, number in found:
             fields = TRACES[every[name].cells[number].spec.kind]._fields
@@ -406,11 +406,11 @@ def _cells(
 
 
 def _number(owner: str, value: Any) -> float:
-    """Return what a metric returned as a number; `ValueError` where it is none."""
+    """Return what a metric returned as a number; otherwise raise `ValueError`."""
     array = np.asarray(value)
     if array.size != 1 or array.dtype.kind not in "biuf":
         got = f"shape {list(array.shape)} of {array.dtype}"
-        raise ValueError(f"{owner}: expected the metric to return one number for the batch, got {got}")
+        raise ValueError(f"{owner}: the metric must return one number for the batch, got {got}")
     return float(array.reshape(()))
 
 
@@ -432,25 +432,25 @@ class Difference(NamedTuple):
 
 
 class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
-    """How two traces of one network differ: by node, of each of its cells, the differences by field, `[B, T, H]` each.
+    """The differences of two traces of one network: by node, cell and field, `[B, T, H]` each.
 
-    A difference is the other trace less the first.
+    A difference is the other trace minus the first.
     """
 
     def __init__(self, one: NetworkTrace, other: NetworkTrace) -> None:
         self._one, self._other = one, other
         self._found: dict[str, tuple[dict[str, Array], ...]] = {}
         if not np.array_equal(one.steps, other.steps):
-            raise ShapeError(f"diff: expected traces of the same steps, got {one.steps!r:.80} and {other.steps!r:.80}")
+            raise ShapeError(f"diff: the traces' steps must be equal, got {one.steps!r:.80} and {other.steps!r:.80}")
         for name, node in one.items():
             kinds = [[cell.fields._fields for cell in seen.cells] for seen in (node, other[name])]
             if kinds[0] != kinds[1]:
-                raise ValueError(f"diff: expected traces of one network, got other cells in {name}")
+                raise ValueError(f"diff: the traces must be of the same network, but the cells of {name} differ")
             cells = []
             for own, its in zip(node.cells, other[name].cells, strict=True):
                 if own.fields.h.shape != its.fields.h.shape or not np.array_equal(own.units, its.units):
                     shapes = f"{list(own.fields.h.shape)} and {list(its.fields.h.shape)}"
-                    raise ShapeError(f"diff: expected traces of the same rows, steps and units of {name}, got {shapes}")
+                    raise ShapeError(f"diff: {name}: the traces must have the same rows, steps and units, got {shapes}")
                 with np.errstate(all="ignore"):
                     cells.append({field: its[field] - own[field] for field in own})
             self._found[name] = tuple(cells)
@@ -465,10 +465,10 @@ class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
         return len(self._found)
 
     def largest(self, count: int = SHOWN) -> list[Difference]:
-        """Return the numbers that differ most, the greatest difference of each unit and field alone.
+        """Return the largest differences, one per unit and field.
 
         Args:
-            count: how many.
+            count: the number of differences.
         """
         found = []
         for name, cells in self._found.items():
@@ -485,7 +485,7 @@ class TraceDifference(Mapping[str, tuple[dict[str, "Array"], ...]]):
         return [one for _, one in sorted(found, key=lambda entry: -entry[0])[:count]]
 
     def _step(self, place: int) -> int:
-        """Return the number of the step at a place."""
+        """Return the number of the step at an index."""
         return int(self._one.steps[place]) if place < len(self._one.steps) else place
 
     def __repr__(self) -> str:

@@ -18,14 +18,14 @@ NAMES = ("lightning.pytorch", "pytorch_lightning")  # the same library under two
 def lightning_callback(
     every_n_epochs: int = 1, every_n_train_steps: int | None = None, rows: int = 32, lags: int = 256
 ) -> Any:
-    """Return a Lightning callback that looks at a model's layers while it is trained: see `TrainingMonitor`.
+    """Return a Lightning callback that inspects a model's layers during training: see `TrainingMonitor`.
 
-    Every record goes to all of the Trainer's loggers (`log_metrics`), TensorBoard's among them, and into the callback's
-    `records`. In a training of several processes the first one looks, at its own rows.
+    Every record goes to all of the Trainer's loggers (`log_metrics`), including TensorBoard's, and into the callback's
+    `records`. With several processes, only the first one inspects, using its own rows.
 
     Args:
-        every_n_epochs: look at one epoch of so many.
-        every_n_train_steps: look once in so many steps of the optimiser, in place of epochs.
+        every_n_epochs: inspect every n-th epoch.
+        every_n_train_steps: inspect at every n-th optimiser step, instead of by epochs.
         rows, lags: see `TrainingMonitor`.
 
     Raises:
@@ -42,11 +42,11 @@ def lightning_callback(
     base: Any = _lightning().Callback
 
     class Monitoring(base):
-        """A `TrainingMonitor` that goes by the Trainer's epochs or steps."""
+        """A `TrainingMonitor` driven by the Trainer's epochs or steps."""
 
         def __init__(self) -> None:
             self.monitor: TrainingMonitor | None = None
-            self.logged = 0  # the last step of the optimiser that was
+            self.logged = 0  # the last optimiser step that was logged
 
         @property
         def records(self) -> list[TrainingRecord]:
@@ -57,7 +57,7 @@ def lightning_callback(
                 every = 1 if every_n_train_steps else every_n_epochs
                 self.monitor = TrainingMonitor(pl_module, every, rows, lags)
                 self.logged = trainer.global_step
-                if not every_n_train_steps and trainer.current_epoch:  # a training that is resumed
+                if not every_n_train_steps and trainer.current_epoch:  # resumed training
                     self.monitor.skip(trainer.current_epoch)
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -90,7 +90,7 @@ def lightning_callback(
 
 
 def _lightning() -> Any:
-    """Return the library under the name by which the program has imported it already, else under one that is there."""
+    """Return the library under the name that the program already imported, else under an installed one."""
     for name in sorted(NAMES, key=lambda name: name not in sys.modules):
         if name in sys.modules or find_spec(name.partition(".")[0]):
             return import_module(name)

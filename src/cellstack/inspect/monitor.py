@@ -1,4 +1,4 @@
-"""Looking at layers while they are trained: once an epoch, at one batch, without touching what training computes."""
+"""Inspection of layers during training: once per epoch, at one batch, without changing what training computes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
 
 
 class TrainingMonitor:
-    """Looks at every layer of ours in a model while it is trained: its gates, states, weights and gradients.
+    """Inspects every cellstack layer of a model during training: its gates, states, weights and gradients.
 
-    It looks at one batch of an epoch, the first whose gradient reaches a layer; in any other the layers do what they do
-    without it. In that batch too, outputs, gradients and weights have the bits that they have without it: what is
-    wanted beyond them comes from running some rows of the batch once more, when `epoch` is called.
+    It inspects one batch per epoch, the first whose gradient reaches a layer; other batches run unchanged. In the
+    inspected batch too, outputs, gradients and weights are bit-identical to those without the monitor: all other
+    figures come from running some rows of the batch once more, when `epoch` is called.
 
     Args:
-        model: any module with layers of ours in it, also within DistributedDataParallel: then what is seen is this
-            process's rows. Layers of foreign cells aren't supported, `left_out` has their names.
-        every: look at one epoch of so many.
-        rows: how many rows of the batch to run once more, at most.
-        lags: how many steps to follow the gradient back, at most.
-        writer: a `torch.utils.tensorboard.SummaryWriter` that gets every record; None: none does.
+        model: any module that contains cellstack layers, also within DistributedDataParallel, where the monitor sees
+            this process's rows. Layers of foreign cells aren't supported; `left_out` has their names.
+        every: inspect every n-th epoch, n = `every`.
+        rows: the maximum number of rows of the batch to run once more.
+        lags: the maximum number of steps to follow the gradient back.
+        writer: a `torch.utils.tensorboard.SummaryWriter` that receives every record; None for no writer.
 
     Attributes:
-        records: of every epoch that was looked at.
-        left_out: layers that can't be looked at, and why.
+        records: the records of all inspected epochs.
+        left_out: layers that can't be inspected, and why.
 
     Raises:
-        ValueError: no layer that can be looked at, or a number below 1.
-        TypeError: no torch module.
+        ValueError: no layer that can be inspected, or a number below 1.
+        TypeError: not a torch module.
 
     >>> import torch
     >>> from cellstack import layers
@@ -74,7 +74,7 @@ class TrainingMonitor:
                     self.left_out[name] = "its cells aren't cellstack's"
         if not self._observers:
             found = f"; not supported: {', '.join(self.left_out)}" if self.left_out else ""
-            raise ValueError(f"TrainingMonitor: expected a model with layers of cellstack in it, found none{found}")
+            raise ValueError(f"TrainingMonitor: the model has no supported cellstack layers{found}")
         self._begin()
 
     def _begin(self) -> None:
@@ -85,24 +85,24 @@ class TrainingMonitor:
                 observer.start()
 
     def skip(self, epochs: int) -> None:
-        """Count epochs that ended before the monitor was made, as where a training is resumed."""
+        """Count epochs that ended before the monitor was created, for resumed training."""
         self.number += epochs
         self._begin()
 
     def epoch(self, step: int | None = None) -> TrainingRecord | None:
-        """End an epoch: return what was seen in it, and begin the next. An epoch is what lies between two calls.
+        """End an epoch: return its record, and begin the next. An epoch is the time between two calls.
 
         Args:
-            step: where a writer gets the record; the epoch's number where None.
+            step: the step under which the writer logs the record; None = the epoch's number.
 
         Returns:
-            None in an epoch that isn't looked at.
+            The record; None for an epoch that isn't inspected.
 
         Raises:
             RuntimeError: the monitor is closed.
         """
         if self._closed:
-            raise RuntimeError("TrainingMonitor: expected one that isn't closed: call epoch() within its block")
+            raise RuntimeError("TrainingMonitor: the monitor is closed: call epoch() within its block")
         looked_at = self.number % self._every == 0
         self.number += 1
         record = None
@@ -115,7 +115,7 @@ class TrainingMonitor:
         return record
 
     def close(self) -> None:
-        """Look no longer; what was recorded stays."""
+        """Stop inspecting; the records stay."""
         self._closed = True
         for observer in self._observers.values():
             observer.stop()
@@ -134,14 +134,14 @@ class TrainingMonitor:
         for layer, observer in self._observers.items():
             looked = observer.looked()
             if looked is None:
-                text = "no gradient came to it. It is frozen, wasn't called in training, or runs within torch.compile"
+                text = "no gradient reached it. It is frozen, wasn't called in training, or runs within torch.compile"
                 found.append((1, f"{layer}: {text}, which isn't supported"))
                 continue
             if observer.calls > 1:
-                text = f"was called {observer.calls} times before a gradient came: what is said is of the last call"
-                found.append((6, f"{layer}: {text}, and its gradient is followed back through that call alone"))
+                text = f"was called {observer.calls} times before a gradient reached it: the figures and the gradient"
+                found.append((6, f"{layer}: {text} are those of the last call"))
             if observer.through_gates:
-                text = "the loss is of its gates too (return_gates): this part of the gradient isn't followed back"
+                text = "the loss also depends on its gates (return_gates), whose gradient isn't followed back"
                 found.append((6, f"{layer}: {text}"))
             for number, one in enumerate(looked):
                 name = layer if len(looked) == 1 else f"{layer}.cells[{number}]"

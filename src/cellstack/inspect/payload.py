@@ -1,4 +1,4 @@
-"""A network as the page takes it: the description of the native format, with the arrays as text."""
+"""A network in the form that the page reads: the description of the native format, with the arrays as text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def payload_of(network: Network, pack: Callable[[Array], dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Return a network as what JSON can hold, and `readNetwork` of the page's engine reads.
+    """Return a network as JSON-compatible values, which the page engine's `readNetwork` reads.
 
     Args:
-        network: any; whether the engine computes all of it is said by the engine.
-        pack: makes an array what stands for it; None = `packed`.
+        network: any network; the engine reports nodes that it doesn't support.
+        pack: encodes an array; None = `packed`.
 
     Returns:
-        `description`, as docs/format.md has it, and `arrays`, by the names of the tensors there, as `packed` has them.
+        `description`, as in docs/format.md, and `arrays`, by the names of its tensors, as from `packed`.
 
     >>> from cellstack import CellSpec, Cell, Network, Recurrent
     >>> cell = Cell(CellSpec(1, 1, kind="rnn", use_bias=False), np.ones((1, 1)), np.zeros((1, 1)))
@@ -42,7 +42,7 @@ def packed(array: Array) -> dict[str, Any]:
     """Return an array as `dtype` (`"float32"` or `"float64"`), `shape`, and `data`: its bytes in C order as base64.
 
     Args:
-        array: float32 or float64; the bytes are little-endian, as browsers have them.
+        array: float32 or float64; the bytes are little-endian, as in browsers.
     """
     numbers = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     data = base64.b64encode(numbers.tobytes()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Pictures of a trace, for papers and notebooks."""
+"""Plots of a trace, for papers and notebooks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cellstack.inspect.trace import NetworkTrace
     from cellstack.nodes.base import Array
 
-GATES = ("i", "f", "o", "z", "r")  # from 0 to 1; the others are states and candidates, about 0
+GATES = ("i", "f", "o", "z", "r")  # from 0 to 1; states and candidates are centred on 0
 
 
 def _pyplot() -> Any:
@@ -40,9 +40,9 @@ def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[st
         if wanted is None or field in wanted
     ]
     if not panels:
-        raise ValueError(f"plot: expected cells with {', '.join(wanted or ['fields'])}, got none in {', '.join(names)}")
+        raise ValueError(f"plot: no cells with {', '.join(wanted or ['fields'])} in {', '.join(names)}")
     if not all(values.size for _, _, values in panels):
-        raise ValueError("plot: expected at least one step and one unit, got none")
+        raise ValueError("plot: expected at least one step and one unit")
     figure, axes = pyplot.subplots(
         len(panels), sharex=True, squeeze=False, figsize=(8, 0.6 + 1.3 * len(panels)), layout="constrained"
     )
@@ -62,12 +62,12 @@ def plot(t: NetworkTrace, nodes: str | Iterable[str] | None, fields: Iterable[st
         axis.set_ylabel(f"{name}\n{field}, unit")
         figure.colorbar(image, ax=axis)
     axes[-1, 0].set_xlabel("step")
-    pyplot.close(figure)  # whoever shows it has it: a notebook would draw it twice
+    pyplot.close(figure)  # otherwise a notebook draws it twice
     return figure
 
 
 def bars(labels: Sequence[str], values: Sequence[float], what: str) -> Figure:
-    """Return a figure of numbers with a label each, as bars from the top down; `what` says what they are."""
+    """Return a bar chart of labelled numbers, from the top down; `what` is the axis label."""
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(7, 0.8 + 0.25 * len(labels)), layout="constrained")
     axis.barh(range(len(labels)), values, color="#30618f")
@@ -80,7 +80,7 @@ def bars(labels: Sequence[str], values: Sequence[float], what: str) -> Figure:
 
 
 def shares(values: Array, over: Sequence[str], labels: Sequence[Sequence[object]]) -> Figure:
-    """Return a figure of a map of shares, 0 to 1 and beyond, over two axes that are named and labelled."""
+    """Return a heat map of shares, 0 to 1 and beyond, over two labelled axes."""
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
     most = max(1.0, float(abs(values[values == values]).max(initial=0.0)))

@@ -1,4 +1,4 @@
-"""What was seen of layers in training: figures, gradients by how many steps back they reach, and findings."""
+"""Records of layers in training: figures, gradients by lag, and findings."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from cellstack.nodes.recurrent import Cell
 if TYPE_CHECKING:
     from cellstack.nodes.base import Array
 
-VANISHED = 0.01  # of the gradient: what is left of it teaches nothing
+VANISHED = 0.01  # share of the gradient below which nothing is learned
 GROWN = 10.0  # times
-LEAST_STEPS = 10  # a gradient that is followed over fewer steps says little
-HALF = 0.5  # of a squared norm, which the units named make up
+LEAST_STEPS = 10  # fewer steps say little about a gradient
+MAJORITY = 0.5  # share of a squared norm that the named units make up
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What was seen of one cell in one batch.
+    """The record of one cell in one batch.
 
     Attributes:
         kind: "lstm", "gru" or "rnn".
-        figures: numbers in groups. `gates shut`, `gates open`: in what share of the steps a gate is below 0.1, above
-            0.9, mean over the units. `gates`: its mean. `states`: the root mean square of h and c. `saturated`: in what
-            share of the steps |tanh(c)| is above 0.99. `half-life`: least, median and most steps of a unit. `weights`,
-            `gradients`: norms of each array and of its gradient, before any clipping, and of all together. `reach`:
-            after how many steps back half of the gradient is left, and a hundredth; infinite where more is to the end.
-        lags: by how many steps back from the output, `[L]` each. `h`, `c`: norm of the loss's gradient in that state,
-            over the units, root mean square over the rows. `carried`: what share is left there of the gradient that
-            enters at lag 0 alone, in an LSTM's c, else in h.
-        rows: how many rows were looked at.
+        figures: numbers in groups. `gates shut`, `gates open`: the share of steps at which a gate is below 0.1, above
+            0.9, averaged over the units. `gates`: the mean of a gate. `states`: the root mean square of h and c.
+            `saturated`: the share of steps at which |tanh(c)| is above 0.99. `half-life`: minimum, median and maximum
+            over the units, in steps. `weights`, `gradients`: norms of each array and of its gradient, before any
+            clipping, and of all together. `reach`: the number of steps back at which half of the gradient is left, and
+            a hundredth; infinite where more is left at the end.
+        lags: by the number of steps back from the output, `[L]` each. `h`, `c`: norm of the loss's gradient in that
+            state, over the units, root mean square over the rows. `carried`: the share left of the gradient that enters
+            at lag 0, in c for an LSTM, else in h.
+        rows: the number of inspected rows.
     """
 
     kind: str
@@ -45,12 +46,12 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What was seen of a model's layers in one batch of an epoch.
+    """The record of a model's layers in one batch of an epoch.
 
     Attributes:
         epoch: its number, from 1.
-        layers: what was seen of each cell: by its layer's name in the model, with `.cells[n]` for those of a stack.
-        findings: sentences that name the layer, the units and what to do; what matters most comes first.
+        layers: the record of each cell, by its layer's name in the model, with `.cells[n]` in a stack.
+        findings: sentences that name the layer, the units and the remedy; the most important come first.
     """
 
     epoch: int
@@ -58,7 +59,7 @@ class TrainingRecord:
     findings: tuple[str, ...] = ()
 
     def scalars(self) -> dict[str, float]:
-        """Return every number by a name such as `encoder/gradients/kernel`; of gradients by lag those of 0, 1, 2, 4…"""
+        """Return every number by a name such as `encoder/gradients/kernel`; gradients by lag for lags 0, 1, 2, 4…"""
         found = {}
         for name, layer in self.layers.items():
             for group, numbers in layer.figures.items():
@@ -74,8 +75,8 @@ class TrainingRecord:
         """Write the numbers as scalars and the findings as text.
 
         Args:
-            writer: a `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar` and `add_text`.
-            step: where to; the epoch where None.
+            writer: a `torch.utils.tensorboard.SummaryWriter`, or an object with its `add_scalar` and `add_text`.
+            step: the step to log under; None = the epoch.
         """
         step = self.epoch if step is None else step
         for name, number in self.scalars().items():
@@ -84,7 +85,7 @@ class TrainingRecord:
             writer.add_text("findings", "\n".join(f"- {sentence}" for sentence in self.findings), step)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record in plain values; `from_json` makes it again."""
+        """Return the record as plain values; `from_json` reads it back."""
         layers = {
             name: {
                 "kind": layer.kind,
@@ -98,7 +99,7 @@ class TrainingRecord:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> TrainingRecord:
-        """Return the record that `to_json` gave."""
+        """Return the record from the values that `to_json` returned."""
         layers = {
             name: LayerRecord(
                 layer["kind"],
@@ -121,7 +122,7 @@ class TrainingRecord:
 
 
 def examined(looked: Any) -> tuple[LayerRecord, list[tuple[int, str]]]:
-    """Return the record of what `layers.observer` saw of a cell, and its findings with their ranks."""
+    """Return the record of what `layers.observer` recorded of a cell, and its findings with their ranks."""
     spec = looked.cell._spec
     cell = Cell(spec, **{name: _numbers(array) for name, array in looked.arrays.items()})
     fields = type(looked.trace)(*map(_numbers, looked.trace))
@@ -135,7 +136,7 @@ def examined(looked: Any) -> tuple[LayerRecord, list[tuple[int, str]]]:
     figures, found = _figures(trace, counts, looked), _gradient_findings(spec, lags, shares, own)
     figures["reach"] = {"half": _first_below(carried, 0.5), "a hundredth": _first_below(carried, VANISHED)}
     if counts.any():
-        found += diagnostics.standing(trace)
+        found += diagnostics.unit_findings(trace)
     return LayerRecord(spec.kind, figures, lags, len(counts)), found
 
 
@@ -176,7 +177,7 @@ def _by_lag(part: Any) -> Array:
 
 
 def _carried(part: Any) -> tuple[Array, Array]:
-    """Return what share of the gradient at lag 0 is left at each lag, `[L]`, and each unit's part of it, `[L, H]`."""
+    """Return the share of the gradient at lag 0 that is left at each lag, `[L]`, and by unit, `[L, H]`."""
     squares, start = _numbers(part.carried), _numbers(part.start)
     with np.errstate(divide="ignore", invalid="ignore"):
         whole = squares.sum(axis=1)
@@ -192,39 +193,40 @@ def _first_below(shares: Array, bound: float) -> float:
 REMEDIES = {
     "lstm": "Start the forget gate's bias higher (forget_bias=), so that c is kept for longer",
     "gru": "Start the bias of the gate z higher, so that h is kept for longer",
-    "rnn": "Take an LSTM or a GRU, whose gates can keep a state",
+    "rnn": "Use an LSTM or a GRU, whose gates can keep a state",
 }
 
 
 def _gradient_findings(spec: Any, lags: dict[str, Array], parts: Array, state: str) -> list[tuple[int, str]]:
-    """Return what stands out in how far back the gradient reaches."""
+    """Return findings on how far back the gradient reaches."""
     carried, found = lags["carried"], []
     if not all(np.isfinite(values).all() for name, values in lags.items() if name != "carried"):
         found.append((0, "the gradient of its states isn't finite: clip it, or train with a smaller learning rate"))
         return found
     if not len(carried):
-        return [(1, "the gradient that came to it is zero at every step: look whether the loss depends on its output")]
+        return [(1, "the gradient that reaches it is zero at every step: check that the loss depends on its output")]
     gone, steps = _first_below(carried, VANISHED), len(carried)
     if steps > LEAST_STEPS and gone < steps / 2:
         gone = int(gone)
         vanishes = f"the gradient of its last output vanishes within {gone} of {steps} steps back"
         left = f"less than {VANISHED:.0%} of it is left in {state}{_most(parts[gone])}"
-        found.append((2, f"{vanishes} ({left}): what lies further back is hardly learned. {REMEDIES[spec.kind]}"))
+        found.append((2, f"{vanishes} ({left}): earlier steps are hardly learned. {REMEDIES[spec.kind]}"))
     top = int(np.argmax(carried))
     if carried[top] > GROWN:
-        grown = f"that of its last output grows {carried[top]:.3g} times within {top} steps back{_most(parts[top])}"
+        times = f"by a factor of {carried[top]:.3g} within {top} steps back"
+        grown = f"that of its last output grows {times}{_most(parts[top])}"
         grows = f"the gradient explodes: {grown}"
-        remedy = "Clip it (torch.nn.utils.clip_grad_norm_), or start the recurrent weights smaller"
+        remedy = "Clip it (torch.nn.utils.clip_grad_norm_), or initialise the recurrent weights smaller"
         found.append((1, f"{grows}. {remedy}"))
     return found
 
 
 def _most(parts: Array) -> str:
-    """Return which units make up half of a squared norm, where few do."""
+    """Return the units that make up half of a squared norm, where they are few."""
     if not np.isfinite(parts).all():
         return ""
     order = np.argsort(-parts)
-    few = order[: int(np.searchsorted(np.cumsum(parts[order]), HALF)) + 1]
+    few = order[: int(np.searchsorted(np.cumsum(parts[order]), MAJORITY)) + 1]
     if len(few) > diagnostics.NAMED:
         return ""
     return f", most in unit{'s' * (len(few) > 1)} {', '.join(map(str, sorted(few)))}"

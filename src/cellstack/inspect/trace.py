@@ -1,4 +1,4 @@
-"""A trace: what went into every node of a network, what came out, and what each cell did, at every step of one run."""
+"""A trace: the inputs and outputs of every node of a network, and the gates of each cell, at every step of one run."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from cellstack.nodes.base import CellState, Node
     from cellstack.nodes.recurrent import Cell
 
-PROBES = (97, 101)  # numbers of steps: a node that keeps both makes a step of each
+PROBES = (97, 101)  # sequence lengths: a node that keeps both maps steps one to one
 
 Index = slice | Sequence[int] | Array | int | None
 
 
 class Parts(NamedTuple):
-    """What a trace is made of."""
+    """The contents of a trace."""
 
     steps: Array
     """The numbers of the steps."""
@@ -43,24 +43,24 @@ class Parts(NamedTuple):
     """The names of the inputs and nodes whose value has a step for each of them, in order."""
     nodes: dict[str, NodeTrace]
     masks: dict[str, NDArray[np.bool_]]
-    """The masks that went with what flowed, by the names of the inputs and nodes that had one, cut as these are."""
+    """The masks, by the names of the inputs and nodes that have one, with the same selection."""
     whole: bool = True
-    """Whether all rows, steps and units of the run are here."""
+    """Whether the trace covers all rows, steps and units of the run."""
 
 
 class CellTrace(Mapping[str, Array]):
-    """What one cell did at every step: its gates, its cell and its output, `[B, T, H]` each, as attributes and by name.
+    """One cell at every step: its gates, cell state and output, `[B, T, H]` each, as attributes and by name.
 
-    `i f g o c h` of an LSTM, `z r g h` of a GRU, `g h` of a SimpleRNN: gates after their activations; h may be
-    projected. Steps lie in the order of time, whichever way the cell ran. At a step that the mask leaves out, gates are
-    zero, and c and h are carried.
+    `i f g o c h` for an LSTM, `z r g h` for a GRU, `g h` for a SimpleRNN: gates after their activations; h may be
+    projected. Steps are in the order of time, regardless of the cell's direction. At masked steps, gates are zero, and
+    c and h are carried over.
 
     Attributes:
         cell: the `Cell`, its description and arrays.
         fields: the arrays in a `Trace`, `GRUTrace` or `RNNTrace`.
-        units: the numbers of the units that are here, of all that the cell has.
-        mask: `[B, T]`, which steps were used; None = all.
-        record: what the cell took and did in the whole run; None in a trace of some steps or units.
+        units: the indices of the units in the trace.
+        mask: `[B, T]`, True at used steps; None = all.
+        record: the cell's inputs and results in the whole run; None in a trace of some steps or units.
     """
 
     def __init__(
@@ -95,22 +95,22 @@ class CellTrace(Mapping[str, Array]):
 
     @property
     def pre(self) -> dict[str, Array]:
-        """What the gates are activations of, by gate, `[B, T, H]` each: sums over x and h, with all that is added.
+        """The pre-activations, by gate, `[B, T, H]` each: the full sums over x and h.
 
-        They are computed by the equations in float64, and zero at steps that the mask leaves out. A coupled forget gate
-        has none. A trace of some steps or units has them where they were asked for, `trace(…, pre=True)`.
+        Computed in float64, and zero at masked steps. A coupled forget gate has none. A trace of some steps
+        or units has them if they were requested, `trace(…, pre=True)`.
 
         Raises:
-            ValueError: they weren't kept; a cell with peepholes and patches, whose c before zoneout isn't known.
+            ValueError: they weren't kept; a cell with peepholes and patches, whose c before zoneout is unknown.
         """
         if self._sums is None:
             if self.record is None:
-                raise ValueError("expected pre-activations that were asked for: trace(…, pre=True)")
+                raise ValueError("this trace has no pre-activations: request them with trace(…, pre=True)")
             self._sums = _pre_activations(self.cell, self.record)
         return self._sums
 
     def _map(self, take: Callable[[Array], Array]) -> CellTrace:
-        """Return the trace of what `take` makes of each array, without the run's record."""
+        """Return the trace with `take` applied to each array, without the run's record."""
         fields = type(self.fields)(*map(take, self.fields))
         sums = None if self._sums is None else {gate: take(array) for gate, array in self._sums.items()}
         return CellTrace(self.cell, fields, self.units, None if self.mask is None else take(self.mask), sums)
@@ -124,19 +124,19 @@ class CellTrace(Mapping[str, Array]):
         return CellTrace(self.cell, type(self.fields)(**fields), self.units[at], part.mask, sums)
 
     def gate_shares(self) -> dict[str, Shares]:
-        """Return in what share of the steps each gate is nearly shut and open: see `diagnostics.gate_shares`."""
+        """Return the share of steps at which each gate is nearly closed, nearly open: see `diagnostics.gate_shares`."""
         return diagnostics.gate_shares(self)
 
     def half_lives(self) -> Array:
-        """Return in how many steps each unit forgets half of what it holds: see `diagnostics.half_lives`."""
+        """Return the number of steps in which each unit forgets half of its state: see `diagnostics.half_lives`."""
         return diagnostics.half_lives(self)
 
     def contributions(self, step: int = -1) -> Array:
-        """Return what each past step still contributes to c at a step: see `diagnostics.contributions`."""
+        """Return each past step's contribution to c at a step: see `diagnostics.contributions`."""
         return diagnostics.contributions(self, step)
 
     def lyapunov_exponent(self, steps: int = diagnostics.LONGEST) -> float:
-        """Return how fast states that differ a little part along the run: see `diagnostics.lyapunov_exponent`."""
+        """Return the rate at which nearly equal states diverge along the run: see `diagnostics.lyapunov_exponent`."""
         return diagnostics.lyapunov_exponent(self, steps)
 
     def __repr__(self) -> str:
@@ -144,13 +144,13 @@ class CellTrace(Mapping[str, Array]):
 
 
 class NodeTrace:
-    """What went into one node and what came out; the fields of its cell too, `t["layer_0"].f`, where it has one.
+    """The input and output of one node, and the fields of its cell, `t["layer_0"].f`, if it has one.
 
     Attributes:
         node: the node.
-        x: what went in, `[B, T, W]` or as it was; a tuple where it took several values.
-        y: what came out.
-        cells: the trace of each of its cells, bottom first, forwards before backwards.
+        x: the input, `[B, T, W]` or in its own shape; a tuple of several inputs.
+        y: the output.
+        cells: the trace of each of its cells, bottom first, forward before backward.
     """
 
     def __init__(self, node: Node, x: Any, y: Array, cells: tuple[CellTrace, ...]) -> None:
@@ -162,14 +162,14 @@ class NodeTrace:
         if len(self.cells) == 1 and hasattr(self.cells[0], name):
             return getattr(self.cells[0], name)
         if len(self.cells) > 1:
-            raise AttributeError(f"this node has {len(self.cells)} cells: take one of them, .cells[0].{name}")
+            raise AttributeError(f"this node has {len(self.cells)} cells: select one of them, .cells[0].{name}")
         has = [*self.cells[0], "pre"] if self.cells else []
         raise AttributeError(f"a trace of this node has {', '.join(['x', 'y', *has])}, not {name!r}")
 
     def __getitem__(self, name: str) -> Array:
         if len(self.cells) == 1:
             return self.cells[0][name]
-        raise KeyError(f"expected a node of one cell, got one of {len(self.cells)}: .cells[0][{name!r}]")
+        raise KeyError(f"this node has {len(self.cells)} cells: select one of them, .cells[0][{name!r}]")
 
     def __repr__(self) -> str:
         lines = [f"{type(self.node).__name__}: {_shape(self.x)} -> {_shape(self.y)}"]
@@ -177,12 +177,12 @@ class NodeTrace:
 
 
 class NetworkTrace(Mapping[str, NodeTrace]):
-    """What a network did in one run: a mapping from the names of its nodes to their `NodeTrace`.
+    """The trace of one run of a network: a mapping from the names of its nodes to their `NodeTrace`.
 
     Attributes:
         network: the network.
-        y: what it returned; a tuple where there are several outputs.
-        state: the state after the run, one a cell.
+        y: the network's output; a tuple of several outputs.
+        state: the state after the run, one per cell.
 
     >>> from cellstack import Cell, CellSpec, Network, Recurrent
     >>> cell = Cell(CellSpec(1, 2, use_bias=False), np.ones((1, 8)), np.ones((2, 8)))
@@ -204,7 +204,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 
     @property
     def _parts(self) -> Parts:
-        """What the trace is made of, put together at the first look: a call of few steps costs no more than it must."""
+        """The contents of the trace, built at the first access, which keeps short runs fast."""
         made = self._made
         if not isinstance(made, Parts):
             made = self._made = made()
@@ -215,7 +215,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
 
     @property
     def steps(self) -> Array:
-        """The numbers of the steps that are here, of all that were run."""
+        """The indices of the traced steps."""
         return self._parts.steps
 
     @property
@@ -238,12 +238,12 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         """Return the trace of some rows, steps and units; slices copy nothing.
 
         Args:
-            rows: which rows, of every array: a slice, a number, numbers, or flags.
-            steps: which steps, of what has a step for each that is here: not behind a node that makes fewer or others.
-            units: which units, of what cells did; what went into nodes and came out stays whole.
+            rows: the rows, of every array: a slice, a number, numbers, or flags.
+            steps: the steps, of all arrays aligned with the input's steps: not after a node that changes the steps.
+            units: the units, of the cells' arrays; inputs and outputs of nodes stay whole.
 
         Raises:
-            IndexError: a row, a step or a unit that isn't there.
+            IndexError: a row, a step or a unit that doesn't exist.
         """
         numbers, aligned, own, masks, whole = self._parts
         some = _places("rows", rows, len(_tuple(self.y)[0]))
@@ -267,7 +267,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         return NetworkTrace(self.network, _alone(ys), state, Parts(numbers[at], aligned, nodes, masks, whole))
 
     def _copied(self) -> NetworkTrace:
-        """Return the trace with arrays of its own, so that what they were cut from is given back."""
+        """Return the trace with copied arrays, so that the memory of the full run can be freed."""
         numbers, aligned, own, masks, whole = self._parts
         nodes = {}
         for name, node in own.items():
@@ -278,28 +278,28 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         return NetworkTrace(self.network, y, self.state, Parts(numbers, aligned, nodes, masks, whole))
 
     def gradient(self, unit: int, step: int = -1, output: str | None = None) -> dict[str, Array]:
-        """Return the gradient of one number of every row with respect to each input and to what each node returned.
+        """Return the gradient of one number of every row with respect to each input and each node's output.
 
-        At an input it says which steps the number depends on, and how: `np.linalg.norm(g["x"], axis=-1)` is its
-        connectivity, step by step.
+        For an input, it shows which steps the number depends on: `np.linalg.norm(g["x"], axis=-1)` is the connectivity,
+        by step.
 
         Args:
-            unit: which number of the step, or of the vector that is returned.
-            step: which step of what is returned; -1 = the last.
+            unit: the index of the number in the step, or in the returned vector.
+            step: the step of the output; -1 = the last.
             output: the name of the node that returns it; None = the first output.
 
         Returns:
-            An array by the name of each input and node, in the shape of what flowed out of it; zeros where nothing
-            leads to the number. Ids have none.
+            An array by the name of each input and node, with the shape of its value; zeros where the number doesn't
+            depend on it. Ids have none.
 
         Raises:
-            ValueError: a trace of some nodes, rows, steps or units; a network with patches; a node through which there
-                is no way back, by name.
-            IndexError: a step or a unit that isn't there.
-            TypeError: one that isn't a whole number.
+            ValueError: a trace of some nodes, rows, steps or units; a network with patches; a node without a gradient,
+                which the message names.
+            IndexError: a step or a unit that doesn't exist.
+            TypeError: a step or a unit that isn't a whole number.
 
         Ref: backpropagation through time: Werbos 1990, "Backpropagation Through Time: What It Does and How to Do It";
-        as a picture of what an output depends on: Madsen 2019, "Visualizing memorization in RNNs".
+        as a visualisation of an output's dependencies: Madsen 2019, "Visualizing memorization in RNNs".
 
         >>> from cellstack import Cell, CellSpec, Network, Recurrent
         >>> cell = Cell(CellSpec(1, 1, "linear", kind="rnn", use_bias=False), np.array([[2.0]]), np.array([[0.5]]))
@@ -314,11 +314,11 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         if output not in network.names:
             raise ValueError(f"gradient: expected an output out of {', '.join(network.names)}, got {output!r:.80}")
         if network.patches:
-            raise ValueError("gradient: expected a network without patches, got one with: there is no way back")
+            raise ValueError("gradient: networks with patches have no gradient")
         _, _, nodes, masks, whole = self._parts
         records = {name: [cell.record for cell in node.cells] for name, node in nodes.items()}
         if not whole or len(nodes) < len(network.names):
-            raise ValueError("gradient: expected a trace of all nodes, rows, steps and units, got one of some")
+            raise ValueError("gradient: expected a trace of all nodes, rows, steps and units")
         values = {name: node.y for name, node in nodes.items()}
         for name, sources in zip(network.names, network.wires, strict=True):
             values |= dict(zip(sources, _tuple(nodes[name].x), strict=True))
@@ -326,13 +326,13 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         return gradient(network, flows, cast(Any, records), output, step, unit)
 
     def diff(self, other: NetworkTrace) -> TraceDifference:
-        """Return how another trace differs from this one: where they part, and by how much.
+        """Return the differences between another trace and this one: where they start, and how large they are.
 
         Args:
-            other: of the same network, or of one with patches; of the same rows, steps and units.
+            other: a trace of the same network, with or without patches, and of the same rows, steps and units.
 
         Raises:
-            KeyError: a node that the other doesn't have.
+            KeyError: a node that the other trace lacks.
             ShapeError: other rows, steps or units.
             ValueError: other cells.
         """
@@ -341,7 +341,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         return TraceDifference(self, other)
 
     def report(self) -> Report:
-        """Return what stands out: dead, stuck and saturated units, how long they remember, whether the state is stable.
+        """Return findings: dead, stuck and saturated units, how long they remember, whether the state is stable.
 
         Raises:
             ValueError: a trace of some steps or units, or one without a cell, a row or a step.
@@ -354,14 +354,14 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         """Return a matplotlib figure of one row: a map of units over steps for each gate and state of each cell.
 
         Args:
-            nodes: the names of the nodes; None = all that have cells.
-            fields: which of the cells' fields; None = all.
-            row: which row.
+            nodes: the names of the nodes; None = all with cells.
+            fields: the fields of the cells; None = all.
+            row: the row.
 
         Raises:
             ImportError: matplotlib isn't installed.
-            ValueError: no cell that has such a field; no step, or no unit.
-            IndexError: a row that isn't there.
+            ValueError: no cell with such a field; no step, or no unit.
+            IndexError: a row that doesn't exist.
         """
         from cellstack.inspect.plot import plot
 
@@ -371,7 +371,7 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         """Write the trace, with its network, to a safetensors file, whole or not at all; `load` reads it.
 
         Args:
-            path: where to; a file that is there is replaced in one step.
+            path: the path of the file; an existing file is replaced atomically.
 
         Raises:
             OSError: the file can't be written.
@@ -389,24 +389,24 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         title: str | None = None,
         rows: Index = None,
     ) -> None:
-        """Write the page that looks into the trace: one HTML file that works offline and needs nothing else.
+        """Write an interactive page of the trace: one HTML file that works offline.
 
-        The network travels in it, so that the page runs it anew when its reader changes something. Up to half a million
-        numbers of the trace are kept as they are, up to four million as float32, more as float16.
+        The page contains the network, and runs it again when the reader changes something. Up to half a million numbers
+        of the trace keep their precision, up to four million are stored as float32, more as float16.
 
         Args:
-            path: where to; a file that is there is replaced in one step.
-            labels: what each step is called: characters (a text will do) or words, dates, or numbers such as the times
-                of frames; a list of lists, one a row, where the rows have their own.
-            audio: `(samples [N], rate in Hz)`, the wave that the steps were made from, spread evenly over it; it stands
-                above the map, with its spectrum.
-            title: what stands above all.
-            rows: which rows, a slice, a number or numbers; None = all.
+            path: the path of the file; an existing file is replaced atomically.
+            labels: the label of each step: characters (as a string) or words, dates, or numbers, such as times; a list
+                of lists, one per row, where rows have different labels.
+            audio: `(samples [N], rate in Hz)`, the signal that the steps were computed from, aligned evenly with them;
+                it is shown above the map, with its spectrum.
+            title: the heading of the page.
+            rows: the rows, as a slice, a number or numbers; None = all.
 
         Raises:
-            ValueError: more numbers than a page can hold; labels or a wave that don't fit.
-            IndexError: a row that isn't there.
-            TypeError: a title that isn't a text.
+            ValueError: more numbers than a page supports; labels or a wave that don't fit.
+            IndexError: a row that doesn't exist.
+            TypeError: a title that isn't a string.
             OSError: the file can't be written.
         """
         from cellstack.inspect.html import save_html  # a page is made of a trace, not a trace of it
@@ -421,9 +421,9 @@ class NetworkTrace(Mapping[str, NodeTrace]):
         title: str | None = None,
         rows: Index = None,
     ) -> Any:
-        """Return the page of the trace as a widget of Jupyter, VS Code or marimo; the arguments are `save_html`'s.
+        """Return the page of the trace as a widget for Jupyter, VS Code or marimo; arguments as in `save_html`.
 
-        At the end of a cell, the trace itself is shown so.
+        A trace at the end of a notebook cell is shown the same way.
 
         Raises:
             ImportError: anywidget isn't installed.
@@ -461,7 +461,7 @@ def trace(
     pre: bool,
     in_memory: int,
 ) -> NetworkTrace:
-    """Run a network and return what every node and cell did: see `Network.trace`; `run`: the run's other arguments."""
+    """Run a network and return its trace: see `Network.trace`; `run`: the other arguments of the run."""
     names, cells = network.names, None
     if nodes is not None:
         try:
@@ -475,7 +475,7 @@ def trace(
         cells = {number for name in names for number in numbers[name]}
     if not isinstance(in_memory, (int, float)) or not in_memory >= 0:
         raise ValueError(f"Network: expected in_memory as a number of bytes, 0 or more, got {in_memory!r:.80}")
-    if state is not None:  # it is the caller's, to write to afterwards
+    if state is not None:  # the caller may overwrite it later
         given = network.as_inputs("Network", x)
         states = as_states("Network", state, network.cells, len(next(iter(given.values()))), network.started)
         state = tuple(None if one is None else type(one)(*map(np.array, one)) for one in states)
@@ -486,7 +486,7 @@ def trace(
 
 
 def _numbers(network: Network) -> dict[str, range]:
-    """Return which cells are each node's, in the order of the state."""
+    """Return each node's cells, in the order of the state."""
     numbers, first = {}, 0
     for name, node in zip(network.names, network.nodes, strict=True):
         numbers[name] = range(first, first + len(node.cells))
@@ -495,7 +495,7 @@ def _numbers(network: Network) -> dict[str, range]:
 
 
 def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bool) -> Parts:
-    """Return the parts of a trace out of what a run recorded."""
+    """Return the parts of a trace from a run's records."""
     numbers = _numbers(network)
     records, flows = _in_own_order(network, recording, numbers)
     kept: dict[str, NodeTrace] = {}
@@ -505,7 +505,7 @@ def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bo
         cells = []
         for number, cell in zip(numbers[name], node.cells, strict=True):
             record = records[number]
-            assert record is not None, "cells of the nodes asked for are kept"
+            assert record is not None, "cells of the requested nodes are kept"
             planes = [record.gates[:, :, plane] for plane in range(len(GATES[cell.spec.kind]))]
             fields = TRACES[cell.spec.kind](*planes, *([] if record.c is None else [record.c]), record.h)
             sums = _pre_activations(cell, record) if pre else None
@@ -518,7 +518,7 @@ def _parts(network: Network, names: Sequence[str], recording: Recording, pre: bo
 
 
 def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:
-    """Return the values that have a step for each step of the first input that has time, in the same order."""
+    """Return the values whose steps match those of the first input with time, in the same order."""
     graph, first = network.graph, next(iter(lengths.values()), None)
     aligned = {name for name, steps in lengths.items() if steps == first}
     for name, node, sources in zip(network.names, network.nodes, network.wires, strict=True):
@@ -531,7 +531,7 @@ def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:
             after = [
                 node.check(name, *((steps, *graph.shapes[one][1:]) for one in comes), *begins)[0] for steps in PROBES
             ]
-        except ShapeError:  # of a node that stands on a number of steps
+        except ShapeError:  # a node that requires a fixed number of steps
             continue
         if after == list(PROBES):
             aligned.add(name)
@@ -539,7 +539,7 @@ def _aligned(network: Network, lengths: dict[str, int]) -> frozenset[str]:
 
 
 class _Arrays:
-    """Makes arrays in memory, and beyond a bound in files without a name that memory maps."""
+    """Allocates arrays in memory, and beyond a limit in memory-mapped anonymous files."""
 
     def __init__(self, in_memory: float) -> None:
         self.left = in_memory
@@ -551,18 +551,18 @@ class _Arrays:
             return np.empty(shape, dtype)
         with tempfile.TemporaryFile() as file:
             try:
-                if hasattr(os, "posix_fallocate"):  # else a page that the disk has no room for would end the process
+                if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process
                     os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 where = tempfile.gettempdir()
-                raise OSError(error.errno, f"{error.strerror}: a trace takes {size:,} bytes more in {where}") from None
+                raise OSError(error.errno, f"{error.strerror}: a trace needs {size:,} more bytes in {where}") from None
             return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
 
 
 def _in_own_order(
     network: Network, recording: Recording, numbers: Mapping[str, range]
 ) -> tuple[list[Record | None], dict[str, Flow]]:
-    """Return what cells did and what flowed, between nodes of one call too, each in the order of its own steps."""
+    """Return the records of cells and all values, also between nodes of one call, each in its own order of steps."""
     records, flows = list(recording), dict(recording.flows)
     for stage in network._stages:
         backwards = getattr(stage.node, "go_backwards", False)
@@ -572,7 +572,7 @@ def _in_own_order(
             top = own.h if own is not None else above.x if above is not None else None
             if top is not None:
                 flows[network.names[number]] = Flow(top[:, ::-1] if backwards else top)
-        for number in stage.nodes[1:] if backwards else ():  # they take the sequence as the node before gave it: turned
+        for number in stage.nodes[1:] if backwards else ():  # their input is in the previous node's order: reversed
             for cell in numbers[network.names[number]]:
                 record = recording[cell]
                 records[cell] = None if record is None else _turned(record)
@@ -580,7 +580,7 @@ def _in_own_order(
 
 
 def _turned(record: Record) -> Record:
-    """Return the record of a cell that ran backwards as that of one that runs forwards over the sequence in reverse."""
+    """Return the record of a backward cell as that of a forward cell over the reversed sequence."""
     turned = {
         name: None if (array := getattr(record, name)) is None else array[:, ::-1]
         for name in ("gates", "c", "h", "x", "mask", "reset")
@@ -610,7 +610,7 @@ def _pre_activations(cell: Cell, record: Record) -> dict[str, Array]:
 
 
 def _as_it_ran(record: Record) -> Callable[[str, Array, Any], Array]:
-    """Return what puts the gates and c of a patched run in the place of those that the equations give."""
+    """Return a function that replaces gates and c from the equations by those of the patched run."""
     assert record.patches is not None
     batch, steps, _ = record.x.shape
     planes = dict(zip(GATES[record.patches.spec.kind], np.moveaxis(record.gates, 2, 0), strict=False))
@@ -633,7 +633,7 @@ def _alone(values: tuple[Array, ...]) -> Any:
 
 
 def _places(what: str, index: Index, length: int) -> Any:
-    """Return an index of an axis that keeps the axis: a slice, or an array of places."""
+    """Return an index that keeps the axis: a slice, or an array of indices."""
     if index is None:
         return slice(None)
     if isinstance(index, slice):

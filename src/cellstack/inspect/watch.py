@@ -1,4 +1,4 @@
-"""Watching a live torch model: what each layer of ours did during anybody's forward pass."""
+"""Watching a live torch model: what each cellstack layer computes during any forward pass."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Seen(NamedTuple):
     """One call of a layer."""
 
     y: Any
-    """What the layer returned, without the gates where its caller asked for them."""
+    """The layer's output, without the gates that the caller may have requested."""
     trace: Any
-    """A `Trace`, `GRUTrace` or `RNNTrace`, each field `[B, T, H]`; of a stack a tuple of these, one a cell; of a
-    `Bidirectional` the pair of its directions."""
+    """A `Trace`, `GRUTrace` or `RNNTrace`, each field `[B, T, H]`; for a stack, a tuple of these, one per cell; for a
+    `Bidirectional`, the pair of its directions."""
 
 
 class Watch(Mapping[str, Seen]):
     """What `watch` records: a mapping from the names of a model's layers to the last call of each.
 
     Attributes:
-        calls: all calls since the watch began, in their order, as pairs of a layer's name and what was seen.
+        calls: all calls since the watch began, in order, as pairs of a layer's name and its record.
     """
 
     def __init__(self, model: nn.Module, detach: bool) -> None:
@@ -38,18 +38,18 @@ class Watch(Mapping[str, Seen]):
         inner = {id(one) for module in found.values() for one in module.modules() if one is not module}
         self._layers = {name: module for name, module in found.items() if id(module) not in inner}
         if not self._layers:
-            raise ValueError("watch: expected a model with layers of cellstack in it, found none")
+            raise ValueError("watch: the model has no cellstack layers")
         self._detach, self._hooks = detach, []
-        self._asked = threading.local()  # of each layer that runs now, whether its caller asked for gates
+        self._asked = threading.local()  # for each running layer, whether its caller requested gates
         self.calls: list[tuple[str, Seen]] = []
 
     def __enter__(self) -> Watch:
         if self._hooks:
-            raise RuntimeError("watch: expected a watch that isn't on already: watch() gives another")
+            raise RuntimeError("watch: this watch is already active: call watch() for another")
         for name, module in self._layers.items():
             self._hooks += [
                 module.register_forward_pre_hook(self._before(name), with_kwargs=True),
-                # within a watch around this one
+                # within an enclosing watch
                 module.register_forward_hook(self._after(name), prepend=True),
             ]
         return self
@@ -63,7 +63,7 @@ class Watch(Mapping[str, Seen]):
 
     def _before(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not self._hooks:  # of a copy that was made of the model meanwhile
+            if not self._hooks:  # a copy of the model made in the meantime
                 return None
             setattr(self._asked, name, bool(args[4] if len(args) > 4 else kwargs.get("return_gates", False)))
             if len(args) > 4:
@@ -103,7 +103,7 @@ class Watch(Mapping[str, Seen]):
 
 
 def _detached(value: Any) -> Any:
-    """Return tensors without their graph, in whatever tuples they come."""
+    """Return tensors, also in nested tuples, detached from their graph."""
     if hasattr(value, "detach"):
         return value.detach()
     if hasattr(value, "_fields"):
@@ -112,17 +112,17 @@ def _detached(value: Any) -> Any:
 
 
 def watch(model: nn.Module, detach: bool = True) -> Watch:
-    """Return a context in which every layer of ours in a model notes what its gates did, whoever calls the model.
+    """Return a context in which every cellstack layer of a model records its gates at each call of the model.
 
-    The layers answer as they do without it. Cells that a loop of the caller's own steps aren't layers, and aren't seen.
+    The outputs don't change. Cells that are called step by step in a loop aren't layers, and aren't recorded.
 
     Args:
-        model: any module; a layer of ours alone is called `""`.
-        detach: whether what is seen leaves the graph; else gradients flow through it.
+        model: any module; if the model is itself a layer, its name is `""`.
+        detach: whether the records are detached from the graph; otherwise gradients flow through them.
 
     Raises:
-        ValueError: no layer of ours is in the model.
-        TypeError: no torch module.
+        ValueError: the model has no cellstack layer.
+        TypeError: not a torch module.
 
     >>> import torch
     >>> from cellstack import layers

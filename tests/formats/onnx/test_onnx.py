@@ -1,4 +1,4 @@
-"""Recurrent operators of ONNX files as networks, held against ONNX Runtime: every attribute, every way to a weight."""
+"""Recurrent operators of ONNX files as networks, compared with ONNX Runtime: all attributes, all forms of weights."""
 
 import numpy as np
 import onnx
@@ -18,7 +18,7 @@ def assert_near(got, expected, tolerance=TOLERANCE):
 
 
 def run_ours(net, feeds):
-    """Y [B, T, D·H] and the states [D, B, H] of a network out of one operator, given the operator's feeds."""
+    """Y [B, T, D·H] and the states [D, B, H] of a network from one operator, for the operator's feeds."""
     state = None
     if "initial_h" in feeds:
         ways = len(net.cells)
@@ -51,7 +51,7 @@ def test_every_attribute(tmp_path, seed):
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 def test_layout_1_is_layout_0_with_the_batch_first(tmp_path, kind, direction):
-    # ONNX Runtime doesn't run layout 1: the same operator in layout 0 says what it must give
+    # ONNX Runtime doesn't run layout 1: the same operator in layout 0 gives the expected result
     rng = np.random.default_rng(3)
     ways, gates, units = 1 + (direction == "bidirectional"), {"LSTM": 4, "GRU": 3, "RNN": 1}[kind], 3
     arrays = {
@@ -76,7 +76,7 @@ def test_layout_1_is_layout_0_with_the_batch_first(tmp_path, kind, direction):
     assert_near(nets[0](x[:1]), as_ours(expected))
 
 
-# ── weights on their way ────────────────────────────────────────────────────────────────────────────────────────────
+# ── weights computed in the graph ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def constant(name, value):
@@ -84,10 +84,10 @@ def constant(name, value):
 
 
 def built_lstm(rng):
-    """An LSTM whose weights are built of pieces by every operator that exporters build them with, and its inputs."""
+    """An LSTM whose weights are built from parts, with every operator that exporters use, and its inputs."""
     units, width = 3, 2
     pieces = {
-        "w": rng.standard_normal((width, 4 * units)).astype(np.float32),  # as torch's: i f g o; turned round
+        "w": rng.standard_normal((width, 4 * units)).astype(np.float32),  # as in torch: i f g o; transposed
         "r": rng.standard_normal((4 * units, units)).astype(np.float32),
         "b": rng.standard_normal(8 * units).astype(np.float16),
         "two": np.float32(2.0),
@@ -184,7 +184,7 @@ def test_a_start_whose_rows_differ_is_refused(tmp_path):
     del node.input[5:]
     node.input.append("initial_h")
     path = write(tmp_path / "op.onnx", operator_model(node, arrays, {"X": feeds["X"]}, outputs))
-    with pytest.raises(FormatError, match=r"node 'the op': expected initial_h to be alike in every row"):
+    with pytest.raises(FormatError, match=r"node 'the op': the rows of initial_h must be equal"):
         adapter.extract(path)
 
 
@@ -223,7 +223,7 @@ def test_dynamic_quantize_lstm(tmp_path, by_column, signed):
     y, h, c = run(path, {"X": x})
     got = run_ours(net, {"X": x})
     for a, b in zip(got, (as_ours(y), h, c), strict=True):
-        assert_near(a, b, 0.03)  # the operator rounds x and h to 8 bits at every step, we don't
+        assert_near(a, b, 0.03)  # the operator rounds x and h to 8 bits at every step, cellstack doesn't
 
 
 def test_operators_within_operators(tmp_path):
@@ -250,7 +250,7 @@ def test_operators_within_operators(tmp_path):
 
 
 def written_out(rng, order, products="MatMul", steps=1):
-    """An LSTM in products and sums, its gates in some order; the model, its inputs and its outputs."""
+    """A decomposed LSTM, its gates in some order; the model, its inputs and its outputs."""
     make, units, width = helper.make_node, 3, 3
     floats = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     arrays = {"cell.w": floats(width, 4 * units), "cell.r": floats(units, 4 * units), "b": floats(4 * units)}
@@ -290,7 +290,7 @@ def written_out(rng, order, products="MatMul", steps=1):
 @pytest.mark.parametrize("products", ["MatMul", "Gemm"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("order", ["ifgo", "ofig", "gifo", "fogi"])
-def test_an_lstm_written_out_in_products_and_sums(tmp_path, order, steps, products):
+def test_a_decomposed_lstm(tmp_path, order, steps, products):
     rng = np.random.default_rng(6)
     path = write(tmp_path / "out.onnx", written_out(rng, order, products, steps))
     parts = adapter.extract(path)
@@ -303,7 +303,7 @@ def test_an_lstm_written_out_in_products_and_sums(tmp_path, order, steps, produc
     assert_near(after.c, c)
 
 
-# ── what can't be ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── unsupported operators ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -313,18 +313,18 @@ def test_an_lstm_written_out_in_products_and_sums(tmp_path, order, steps, produc
         ({"W": np.zeros((1, 11, 2), np.float32)}, r"expected W of shape \[1, 12, 2\], found \[1, 11, 2\]"),
         ({"R": np.zeros((1, 12, 4), np.float32)}, r"expected R \[1, 4·H, H\] with H=3, found \(1, 12, 4\)"),
         ({"B": np.zeros((1, 12), np.float32)}, r"expected B of shape \[1, 24\], found \[1, 12\]"),
-        ({"B": np.zeros((1, 24), np.int32)}, r"expected B in floats, found int32"),
+        ({"B": np.zeros((1, 24), np.int32)}, r"expected B as floats, found int32"),
         ({"P": np.zeros((1, 12), np.float32)}, r"expected P of shape \[1, 9\], found \[1, 12\]"),
         ({"W": None}, r"expected W to be constant, found 'W', from the input 'W'"),
         ({"direction": "sideways"}, r"expected direction to be one of forward, reverse, bidirectional"),
         ({"activations": ["Tanh"]}, r"expected 3 activations, found"),
         ({"activations": ["Tanh", "Tanh", "Selu"]}, r"expected activations of .*found 'Selu'"),
-        ({"activations": ["Tanh", "Tanh", "Affine"]}, r"expected alpha and beta of Affine, found none"),
+        ({"activations": ["Tanh", "Tanh", "Affine"]}, r"Affine needs alpha and beta"),
         ({"activations": ["Tanh", "Tanh", "Elu"], "activation_alpha": [-1.0]}, r"expected elu with alpha >= 0"),
         ({"clip": 0.0}, r"CellSpec: expected clip above 0"),
         ({"clip": -1.0}, r"CellSpec: expected clip above 0"),
         ({"hidden_size": 0}, r"expected R .* with H=0, found"),
-        ({"thing": 1}, r"expected attributes that are known, found 'thing'"),
+        ({"thing": 1}, r"unknown attribute 'thing'"),
     ],
 )
 def test_refused_by_name(tmp_path, change, message):
@@ -351,7 +351,7 @@ def test_all_that_cannot_be_extracted_is_named(tmp_path):
         adapter.extract(path)
 
 
-def test_what_begins_as_onnx_is_recognised(tmp_path):
+def test_onnx_files_are_recognised(tmp_path):
     node, arrays, feeds, outputs = random_operator(np.random.default_rng(0))
     path = write(tmp_path / "op.onnx", operator_model(node, arrays, feeds, outputs))
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Files without a batch axis load whole, states and all, held against ONNX Runtime."""
+"""Files without a batch axis load whole, including states, and match ONNX Runtime."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ PLANS = plans()
 
 
 def states_of(net, feeds):
-    """Our states, out of the inputs that the metadata says hold them."""
+    """The network's states, from the inputs that hold them according to the metadata."""
     found = [{} for _ in net.cells]
     firsts = np.cumsum([0, *(len(node.cells) for node in net.nodes if node.cells)])
     for name, refs in net.metadata["onnx"].get("starts", {}).items():
@@ -23,7 +23,7 @@ def states_of(net, feeds):
 
 
 def ends_of(net, after):
-    """What the outputs must hold, by name, out of our states."""
+    """The expected outputs, by name, from the network's states."""
     firsts = np.cumsum([0, *(len(node.cells) for node in net.nodes if node.cells)])
     said = net.metadata["onnx"]["states"].items()
     return {name: np.stack([getattr(after[firsts[n] + cell], part) for n, cell, part in refs]) for name, refs in said}
@@ -64,5 +64,5 @@ def test_files_without_a_batch_axis(tmp_path, name):
     assert len(compared) == 1 + sum(map(len, said["states"].values())) >= 1 + len(parts) * bool(plan.states)
 
 
-def test_there_are_many():
+def test_the_test_files_are_many():
     assert len(PLANS) >= 24

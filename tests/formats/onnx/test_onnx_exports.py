@@ -1,4 +1,4 @@
-"""What PyTorch's two exporters make of modules, loaded and held against ONNX Runtime."""
+"""Modules written by PyTorch's two exporters, loaded and compared with ONNX Runtime."""
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from cellstack.spec import FormatError
 
 
 def random_norm(norm):
-    """A norm with parameters, and statistics where it has them, of its own for each feature."""
+    """A norm with random parameters, and statistics if it has them, for each feature."""
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
     if isinstance(norm, nn.BatchNorm1d):
@@ -24,7 +24,7 @@ def random_norm(norm):
 
 
 class Front(nn.Module):
-    """What stands before a GRU, on channels or on features, and a head on each step."""
+    """Layers before a GRU, on channels or on features, and a head on each step."""
 
     def __init__(self, *front, channels=True):
         super().__init__()
@@ -49,7 +49,7 @@ class Head(nn.Module):
 
 
 class WrittenOut(nn.Module):
-    """A layer norm out of means and powers."""
+    """A layer norm from means and powers."""
 
     def __init__(self, root):
         super().__init__()
@@ -136,13 +136,19 @@ def test_activations(tmp_path, name):
 @pytest.mark.parametrize(
     ("front", "message"),
     [
-        (nn.MaxPool1d(2, 2, dilation=2), r"MaxPool .*: expected a window over time alone, found \[2\] and dilations"),
-        (nn.AvgPool1d(3, 2, padding=1, ceil_mode=True), r"AveragePool .*: expected ceil_mode without count_"),
+        (
+            nn.MaxPool1d(2, 2, dilation=2),
+            r"MaxPool .*: only windows over time are supported, found \[2\] and dilations",
+        ),
+        (
+            nn.AvgPool1d(3, 2, padding=1, ceil_mode=True),
+            r"AveragePool .*: ceil_mode with count_include_pad and pads isn't",
+        ),
         (nn.GroupNorm(1, 5), r"InstanceNormalization .*: the operator isn't supported"),
     ],
 )
-def test_fronts_that_a_network_hasn_t(tmp_path, front, message):
-    """They are named, and the GRU behind them is still to be had."""
+def test_unsupported_fronts(tmp_path, front, message):
+    """They are named, and the GRU after them can still be extracted."""
     path, _ = export(tmp_path / "net.onnx", Front(conv(3), front), (torch.randn(2, 9, 3),))
     with pytest.raises(FormatError, match=message):
         adapter.load(path)
@@ -150,7 +156,7 @@ def test_fronts_that_a_network_hasn_t(tmp_path, front, message):
 
 
 class Tagger(nn.Module):
-    """Ids to two numbers a step."""
+    """Ids to two numbers per step."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +169,7 @@ class Tagger(nn.Module):
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_eight_bits_throughout(tmp_path, per_channel):
-    """What ONNX Runtime's own tool makes of a model: weights are those of 8 bits, x and h stay floats here."""
+    """A model quantised by ONNX Runtime's own tool: weights have 8 bits, x and h stay floats here."""
     torch.manual_seed(9)
     path, feeds = export(tmp_path / "net.onnx", Tagger(), (torch.randint(0, 11, (2, 6)),), opset=17)
     small = str(tmp_path / "small.onnx")
@@ -182,7 +188,7 @@ def test_eight_bits_throughout(tmp_path, per_channel):
 
 
 def test_rounded_values_of_another(tmp_path):
-    """A product of one value's integers and another's grain isn't one of theirs."""
+    """A product of one value's integers and another's grain isn't a product of either."""
     nodes = [
         helper.make_node("DynamicQuantizeLinear", ["X"], ["q", "s", "z"]),
         helper.make_node("Tanh", ["X"], ["t"]),
@@ -193,12 +199,14 @@ def test_rounded_values_of_another(tmp_path):
     ]
     arrays = {"W": np.arange(6, dtype=np.int8).reshape(3, 2)}
     proto = model(nodes, {"X": (TensorProto.FLOAT, ["B", 3])}, {"Y": 2}, arrays)
-    with pytest.raises(FormatError, match="Mul 'of two': expected the product of a value's grain and scales"):
+    with pytest.raises(
+        FormatError, match="Mul 'of two': expected an integer product times its grain, or a grain times scales"
+    ):
         adapter.load(write(tmp_path / "net.onnx", proto))
 
 
 def test_zeros_of_another_width(tmp_path):
-    """PyTorch's newer exporter writes an LSTM with a projection as one without, and c of the width that it had."""
+    """PyTorch's newer exporter writes an LSTM with a projection as one without, and c of the original width."""
     arrays = {"W": np.ones((1, 20, 3)), "R": np.ones((1, 20, 5)), "h": np.zeros((1, 2, 5)), "c": np.zeros((1, 2, 7))}
     node = helper.make_node("LSTM", ["X", "W", "R", "", "", "h", "c"], ["Y"], name="lstm", hidden_size=5)
     given = {name: array.astype(np.float32) for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""Files of which a call is one step: frames, their context, branches settled at load, weights given at load."""
+"""Files where a call is one step: frames, their context, branches resolved at load, weights passed at load."""
 
 import io
 import json
@@ -101,7 +101,7 @@ def detector_nodes(rng, prefix, mirror, rows=False):
 
 
 def detector(folder, by_rate=False, rows=False, seed=0):
-    """A file of a detector; by rate: two of them, chosen by an input, of which the other has a longer mirror."""
+    """A file of a detector; by rate: two of them, chosen by an input; the other one has longer mirror padding."""
     rng = np.random.default_rng(seed)
     shapes = {"input": (FLOAT, ["batch", "samples"]), "state": (FLOAT, [2, "batch", UNITS])}
     if rows:
@@ -194,7 +194,7 @@ def test_frames_that_are_rows_of_a_call(tmp_path):
     got, (after,) = net.run(x)
     np.testing.assert_allclose(got[0, :, 0], y, rtol=0, atol=NEAR)
     np.testing.assert_allclose(np.stack(after), np.concatenate([h, c]), rtol=0, atol=NEAR)
-    assert cs.load(path).shapes["input"] == (None, TOTAL)  # the file says how long a frame is
+    assert cs.load(path).shapes["input"] == (None, TOTAL)  # the file fixes the size of a frame
     assert cs.verify(net, path).ok(1e-5)
 
 
@@ -211,22 +211,22 @@ def test_the_network_is_saved_and_read_again(tmp_path):
     assert inside == ["Reshape", "Conv1D", "Magnitude", "Conv1D", "Conv1D", "Flatten"]  # no slices, no casts
 
 
-RATE = r"expected values of 'sr' \(int64\).*cs\.load\(path, constants=\{'sr': \.\.\.\}\)"
-LENGTH = r"If .*by the lengths of 'input'.*cs\.load\(path, frames=\{'input': 512\}\)"
-TOO_MUCH = "expected frames and context of .*a frame as long as its context at least, got 12 and 20"
+RATE = r"branches depend on 'sr' \(int64\): pass the values.*cs\.load\(path, constants=\{'sr': \.\.\.\}\)"
+LENGTH = r"If .*depends on the lengths of 'input'.*cs\.load\(path, frames=\{'input': 512\}\)"
+TOO_MUCH = "frame and context must add up to .*, with the frame at least as long as the context, got 12 and 20"
 LOADS = {
     "no rate": ({"frames": {"input": 24}}, RATE),
     "no length": ({"constants": {"sr": 8000}}, LENGTH),
-    "another": ({"constants": {"speed": 1}}, "expected constants for its inputs, 'input', 'state', 'sr'.*for 'speed'"),
+    "another": ({"constants": {"speed": 1}}, "constants: no input 'speed'; the inputs are 'input', 'state', 'sr'"),
     "a fraction": ({"constants": {"sr": 0.5}}, "input 'sr': expected a value of type int64, got float64 0.5"),
     "a list": ({"constants": {"sr": [8000]}}, r"input 'sr': expected a value \[\], got \[1\]"),
     "text": ({"constants": {"sr": "fast"}}, "input 'sr': expected a value of type int64, got <U4 'fast'"),
-    "frames of another": ({"constants": {"sr": 1}, "frames": {"x": 24}}, "expected frames of the inputs .*of 'x'"),
+    "frames of another": ({"constants": {"sr": 1}, "frames": {"x": 24}}, "frames: no input 'x'; the inputs are"),
     "a frame of 0": (
         {"constants": {"sr": 1}, "frames": {"input": 0}},
         "frames of 'input' to be a whole number from 1 up, got 0",
     ),
-    "context alone": ({"constants": {"sr": 1}, "context": {"input": 8}}, "by the lengths of 'input'"),
+    "context alone": ({"constants": {"sr": 1}, "context": {"input": 8}}, "depends on the lengths of 'input'"),
     "too much": ({"constants": {"sr": 1}, "frames": {"input": 12}, "context": {"input": 20}}, TOO_MUCH),
     "too short": (
         {"constants": {"sr": 1}, "frames": {"input": 4}},
@@ -243,11 +243,11 @@ def test_what_is_missing_is_named(case, tmp_path):
         cs.load(path, **options)
 
 
-def test_options_are_of_a_format(tmp_path):
+def test_options_depend_on_the_format(tmp_path):
     path = detector(tmp_path)
     with pytest.raises(TypeError, match=r"expected the options constants, weights, frames, context .* ONNX, got order"):
         cs.load(path, order=["a"])
-    with pytest.raises(TypeError, match="load: expected frames by the names of inputs, a dict, got int"):
+    with pytest.raises(TypeError, match="load: expected frames to be a dict by names of inputs, got int"):
         cs.load(path, frames=512)
     cs.load(path, frames={"input": FRAME}).save(tmp_path / "net.safetensors")
     with pytest.raises(TypeError, match="expected the option order for a file of safetensors, got frames"):
@@ -295,13 +295,13 @@ def test_options_on_the_command_line_that_can_t_be_read(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_words_and_numbers_on_the_command_line_are_of_their_types():
+def test_command_line_values_have_their_types():
     args = cli.parser().parse_args(["info", "model.onnx", "--constants", "on=true,gain=0.5,n=3,a=b=-1"])
     assert repr(load_options(args)) == "{'constants': {'on': True, 'gain': 0.5, 'n': 3, 'a=b': -1}}"
 
 
 def written_out(folder, units=3, wide=4):
-    """An LSTM of one step in products and gates, as exporters write nn.LSTMCell, its states in and out."""
+    """A decomposed single LSTM step, as exporters write nn.LSTMCell, its states as inputs and outputs."""
     rng = np.random.default_rng(5)
     arrays = {
         "cell.w_ih": floats(rng, wide, 4 * units),
@@ -336,7 +336,7 @@ def written_out(folder, units=3, wide=4):
     return write(folder / "cell.onnx", made)
 
 
-def test_an_lstm_that_is_written_out_for_one_step(tmp_path):
+def test_a_decomposed_lstm_of_one_step(tmp_path):
     path = written_out(tmp_path)
     net = cs.load(path)
     assert [type(node).__name__ for node in net.nodes] == ["Recurrent"]
@@ -351,8 +351,8 @@ def test_an_lstm_that_is_written_out_for_one_step(tmp_path):
     np.testing.assert_allclose(after, State(h, c), rtol=0, atol=NEAR)
 
 
-def lstm_with_inputs(folder, held):
-    """An LSTM whose weights are inputs of the graph; `held`: the file has values for them, too."""
+def lstm_with_inputs(folder, defaults):
+    """An LSTM whose weights are inputs of the graph; `defaults`: the file also has default values for them."""
     rng = np.random.default_rng(7)
     arrays = {"W": floats(rng, 1, 12, 4), "R": floats(rng, 1, 12, 3), "B": floats(rng, 1, 24)}
     inputs = {"X": ["t", "b", 4], **{name: array.shape for name, array in arrays.items()}}
@@ -360,28 +360,28 @@ def lstm_with_inputs(folder, held):
         [helper.make_node("LSTM", ["X", "W", "R", "B"], ["Y"], hidden_size=3)], "graph",
         [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in inputs.items()],
         [helper.make_tensor_value_info("Y", FLOAT, ["t", 1, "b", 3])],
-        [numpy_helper.from_array(array, name) for name, array in arrays.items() if held],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items() if defaults],
     )  # fmt: skip
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
-    return write(folder / f"weights{held}.onnx", made), arrays
+    return write(folder / f"weights{defaults}.onnx", made), arrays
 
 
 @pytest.mark.parametrize("option", ["weights", "constants"])
 def test_weights_that_are_inputs(option, tmp_path):
-    path, arrays = lstm_with_inputs(tmp_path, held=False)
+    path, arrays = lstm_with_inputs(tmp_path, defaults=False)
     x = floats(np.random.default_rng(8), 5, 2, 4, scale=1.0)
     (y,) = run(path, {"X": x, **arrays})
     net = cs.load(path, **{option: arrays})
     np.testing.assert_allclose(net(x.swapaxes(0, 1)), y[:, 0].swapaxes(0, 1), rtol=0, atol=NEAR)
-    held, _ = lstm_with_inputs(tmp_path, held=True)
-    np.testing.assert_array_equal(cs.load(held)(x.swapaxes(0, 1)), net(x.swapaxes(0, 1)))
+    defaults, _ = lstm_with_inputs(tmp_path, defaults=True)
+    np.testing.assert_array_equal(cs.load(defaults)(x.swapaxes(0, 1)), net(x.swapaxes(0, 1)))
     others = {name: 2 * array for name, array in arrays.items()}
-    (y,) = run(held, {"X": x, **others})
+    (y,) = run(defaults, {"X": x, **others})
     np.testing.assert_allclose(
-        cs.load(held, **{option: others})(x.swapaxes(0, 1)), y[:, 0].swapaxes(0, 1), rtol=0, atol=NEAR
+        cs.load(defaults, **{option: others})(x.swapaxes(0, 1)), y[:, 0].swapaxes(0, 1), rtol=0, atol=NEAR
     )
     with pytest.raises(
-        FormatError, match=r"input 'W': weights, which are given when .*cs\.load\(path, weights=\{'W': \.\.\.\}\)"
+        FormatError, match=r"input 'W': pass its weights when loading: cs\.load\(path, weights=\{'W': \.\.\.\}\)"
     ):
         cs.load(path)
     with pytest.raises(FormatError, match=r"input 'W': expected a value \[1, 12, 4\], got \[12, 4\]"):
@@ -396,8 +396,8 @@ def one_node(operator):
     return graph_of([helper.make_node(operator, ["x"], ["r"])], "r")
 
 
-def test_branches_with_the_same_names_are_kept_apart(tmp_path):
-    """Two choices whose branches call their values alike, one within the other."""
+def test_branches_with_the_same_names_are_distinct(tmp_path):
+    """Two nested choices whose branches use the same names for values."""
     node = helper.make_node
     number = lambda name, value: numpy_helper.from_array(np.full(3, value, np.float32), name)  # noqa: E731
     inner = node("If", ["flag"], ["t"], name="inner",
@@ -423,7 +423,7 @@ def test_branches_with_the_same_names_are_kept_apart(tmp_path):
             net = cs.load(path, constants={"flag": flag, "other": other})
             expected = (2 * x + 3 if flag else x) * (1 if other else 5)
             np.testing.assert_allclose(net(x), np.tanh(expected), rtol=0, atol=NEAR)
-    with pytest.raises(FormatError, match=r"expected values of 'other' \(bool\)"):
+    with pytest.raises(FormatError, match=r"branches depend on 'other' \(bool\): pass the values"):
         cs.load(path, constants={"flag": True})
 
 
@@ -440,13 +440,13 @@ def test_a_choice_by_the_numbers_is_refused(tmp_path):
                           [numpy_helper.from_array(np.array(1.0, np.float32), "k")]),
         opset_imports=[helper.make_opsetid("", 16)], ir_version=8,
     )  # fmt: skip
-    with pytest.raises(FormatError, match=r"If 'gate': expected a choice that is known when the file is loaded"):
+    with pytest.raises(FormatError, match=r"If 'gate': its branch must be known when the file is loaded"):
         cs.load(write(tmp_path / "if.onnx", made, check=False))
 
 
 @pytest.mark.parametrize(("mode", "opset"), [("reflect", 13), ("edge", 13), ("wrap", 19)])
-def test_edges_that_are_made_of_the_signal(mode, opset, tmp_path):
-    """Over the features, and over the steps of a sequence whose length the file says."""
+def test_padding_made_from_the_signal(mode, opset, tmp_path):
+    """Over the features, and over the steps of a sequence whose length the file fixes."""
     node = helper.make_node
     for axes, pads in ((["b", 5, 4], [0, 0, 2, 0, 0, 3]), (["b", 5, 4], [0, 1, 0, 0, 3, 0])):
         made = helper.make_model(
@@ -482,7 +482,7 @@ def test_pads_of_the_axes_that_are_named(tmp_path):
 
 
 def test_torch_s_own_export_of_a_step(tmp_path):
-    """A module whose call is one step, with its state in and out, as torch writes it."""
+    """A module whose call is one step, with its state as input and output, as torch exports it."""
     import torch
 
     class Step(torch.nn.Module):

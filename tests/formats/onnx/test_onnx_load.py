@@ -1,4 +1,4 @@
-"""Whole ONNX files as Networks: what PyTorch's exporter writes, and idioms of others, held against ONNX Runtime."""
+"""Whole ONNX files as Networks: files of PyTorch's exporter, and idioms of others, compared with ONNX Runtime."""
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from cellstack.spec import FormatError, State
 
 
 class Layers(nn.Module):
-    """torch's recurrent layers, and what is made of their output."""
+    """torch's recurrent layers, and uses of their output."""
 
     def __init__(self, kind, layers, both, batch_first, how):
         super().__init__()
@@ -154,7 +154,7 @@ class OneNumber(nn.Module):
 
 
 class Rows(nn.Module):
-    """The head over rows of batch and time in one, halves of both directions added, the last three steps."""
+    """The head over rows of batch and time in one, both directions added, the last three steps."""
 
     def __init__(self):
         super().__init__()
@@ -245,7 +245,9 @@ def test_rows_lengths_as_an_input(tmp_path):
 def test_steps_past_a_row_s_end_are_not_mixed_in(tmp_path):
     mean = helper.make_node("ReduceMean", ["Y"], ["mean"], name="the mean", axes=[0], keepdims=0)
     path = write(tmp_path / "net.onnx", lengths_model([mean], {"mean": 3}))
-    with pytest.raises(FormatError, match=r"ReduceMean 'the mean': takes steps together, .* sequence_lens"):
+    with pytest.raises(
+        FormatError, match=r"ReduceMean 'the mean': in ONNX, it combines steps beyond the rows' lengths, sequence_lens"
+    ):
         adapter.load(path)
 
 
@@ -270,7 +272,7 @@ def test_all_that_cannot_be_run_is_named(tmp_path):
     assert list(adapter.extract(path)) == ["lstm"]
 
 
-def test_a_tensor_that_nothing_uses_is_said(tmp_path):
+def test_unused_tensors_are_reported(tmp_path):
     made = lengths_model()
     made.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float32), "left over"))
     net = adapter.load(write(tmp_path / "net.onnx", made))
@@ -278,7 +280,7 @@ def test_a_tensor_that_nothing_uses_is_said(tmp_path):
 
 
 def test_idioms_of_the_converters_from_tensorflow(tmp_path):
-    """A Keras CNN-LSTM as converters write it: windows over two axes, one LSTM a direction, rows of batch and time."""
+    """A Keras CNN-LSTM as converters write it: windows over two axes, an LSTM per direction, rows of B and T."""
     rng = np.random.default_rng(0)
     floats = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     make, lists = helper.make_node, {}

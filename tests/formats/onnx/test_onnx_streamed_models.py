@@ -1,7 +1,7 @@
-"""Published models as one network, streamed frame by frame, beside ONNX Runtime over a whole recording.
+"""Published models as one network, streamed frame by frame, compared with ONNX Runtime on a whole recording.
 
-silero-vad finds speech: every one of its ONNX files, with the rates that each has. DTLN takes noise out of speech: its
-two models in a row, with a Fourier transform between them.
+silero-vad detects speech: every one of its ONNX files, at each of its rates. DTLN removes noise from speech: its two
+models in sequence, with a Fourier transform between them.
 """
 
 import shutil
@@ -51,7 +51,7 @@ def unpacked(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory):
-    """Speech between silences, with a little noise, at a rate: what espeak-ng says where it is, else vowels."""
+    """Speech between silences, with a little noise, at a rate: from espeak-ng if installed, else vowels."""
     path = tmp_path_factory.mktemp("speech") / "speech.wav"
     text = (
         "The quick brown fox jumps over the lazy dog. It was a bright cold day, and the clocks were striking thirteen."
@@ -84,7 +84,7 @@ def session_of(path):
 
 
 def seconds(*calls, rounds=5):
-    """The least processor time of each call, in turn."""
+    """The minimum processor time of each call, in turn."""
     best = [np.inf] * len(calls)
     for _ in range(rounds):
         for number, call in enumerate(calls):
@@ -131,19 +131,21 @@ def test_silero_vad(name, rate, by_rate, unpacked, recording):
     assert cs.verify(net, path, streams=False).ok()
     mine, other = (1e6 * one / len(frames) for one in seconds(ours, theirs))
     print(f"{name} at {rate} Hz: {len(frames)} frames, {speech:.0%} speech, apart by {apart:.1e}; "
-          f"a frame {mine:.0f} us, ONNX Runtime {other:.0f} us")  # fmt: skip
+          f"per frame {mine:.0f} us, ONNX Runtime {other:.0f} us")  # fmt: skip
 
 
-def test_silero_vad_says_what_it_needs(unpacked):
+def test_silero_vad_reports_missing_options(unpacked):
     path = str(unpacked("silero-vad", "6.2.3") / "silero_vad" / "data" / "silero_vad.onnx")
-    with pytest.raises(cs.FormatError, match=r"expected values of 'sr' \(int64\).*constants=\{'sr': \.\.\.\}"):
+    with pytest.raises(
+        cs.FormatError, match=r"branches depend on 'sr' \(int64\): pass the values.*constants=\{'sr': \.\.\.\}"
+    ):
         cs.load(path)
     with pytest.raises(cs.FormatError, match=r"frames=\{'input': 512\}"):
         cs.load(path, constants={"sr": 16000})
 
 
 def denoised(first, second, samples, block=512, shift=128):
-    """DTLN's way through a recording: a mask on magnitudes, back to samples, then a mask of the second model's own.
+    """DTLN on a recording: a mask on magnitudes, back to samples, then the second model's mask.
 
     Ref: Westhausen and Meyer 2020, "Dual-Signal Transformation LSTM Network for Real-Time Noise Suppression"
     """
@@ -186,11 +188,11 @@ def test_dtln(unpacked, recording):
     y, expected = ours(), theirs()
     apart = np.abs(y - expected).max()
     assert apart <= NEAR
-    rest = slice(2000, 14000)  # before anybody speaks: noise alone
+    rest = slice(2000, 14000)  # before the speech: only noise
     assert np.std(y[rest]) < 0.2 * np.std(noisy[rest])
     for net, path in zip(nets, paths, strict=True):
         assert cs.verify(net, path, streams=False).ok()
     count = len(noisy) // 128
     mine, other = (1e6 * one / count for one in seconds(ours, theirs, rounds=3))
     print(f"DTLN's two models: {count} blocks, apart by {apart:.1e} of {np.abs(expected).max():.2f}; "
-          f"a block with its transforms {mine:.0f} us, with ONNX Runtime {other:.0f} us")  # fmt: skip
+          f"per block with its transforms {mine:.0f} us, with ONNX Runtime {other:.0f} us")  # fmt: skip

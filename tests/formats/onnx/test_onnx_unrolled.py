@@ -1,4 +1,4 @@
-"""Loops that an exporter unrolled: the steps of cells become one node again, held against ONNX Runtime."""
+"""Loops that an exporter unrolled: the steps of cells become one node again, compared with ONNX Runtime."""
 
 import time
 import warnings
@@ -17,7 +17,7 @@ KINDS = {"LSTMCell": "lstm", "GRUCell": "gru", "RNNCell": "rnn"}
 
 
 class Loop(nn.Module):
-    """A loop over steps in Python, a cell or two in each, and a head on what is asked for."""
+    """A loop over steps in Python, a cell or two in each, and a head on the selected steps."""
 
     def __init__(self, kind, bias=True, layers=1, backwards=False, how="all"):
         super().__init__()
@@ -59,8 +59,8 @@ def test_the_last_h_alone(tmp_path):
     assert [type(node).__name__ for node in net.nodes] == ["Select", "Recurrent", "Dense"]  # of its four steps
 
 
-def test_steps_of_more_than_it_takes(tmp_path):
-    """A file that unrolls four steps takes four, however many more there are."""
+def test_a_loop_over_some_of_the_steps(tmp_path):
+    """A file that unrolls four steps uses four, even of longer sequences."""
 
     class Some(Loop):
         def forward(self, x):
@@ -75,7 +75,7 @@ def test_steps_of_more_than_it_takes(tmp_path):
 
 
 class Odd(Loop):
-    """Steps in an order of their own."""
+    """Steps in a custom order."""
 
     def forward(self, x):
         h = x.new_zeros(x.shape[0], 4)
@@ -85,7 +85,7 @@ class Odd(Loop):
 
 
 class Changed(Loop):
-    """A cell whose h is halved between its steps."""
+    """A cell whose h is multiplied by 0.5 between its steps."""
 
     def forward(self, x):
         h = x.new_zeros(x.shape[0], 4)
@@ -102,9 +102,9 @@ def test_steps_in_an_order_of_their_own_are_read_one_by_one(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["GRUCell", "RNNCell"])
-def test_what_is_no_loop_over_a_sequence(tmp_path, kind):
+def test_loops_that_do_not_run_over_a_sequence(tmp_path, kind):
     path, _ = export(tmp_path / "net.onnx", Changed(kind), (torch.randn(2, 4, 3),))
-    with pytest.raises(FormatError, match="expected operators that a Network can run"):
+    with pytest.raises(FormatError, match="the graph can't be read as a Network, found: "):
         adapter.load(path)
     assert not adapter.extract(path)
 
@@ -135,7 +135,7 @@ class Layers(nn.Module):
     ],
 )
 def test_the_newer_exporter(tmp_path, kind, layers, both, batch_first, fixed):
-    """It writes nn.RNN out step by step; where sizes are fixed, the product of the first state of zeros is computed."""
+    """It unrolls nn.RNN step by step; for fixed sizes, the product of the initial state of zeros is folded."""
     torch.manual_seed(8)
     x, path = torch.randn(4, 5, 3), tmp_path / "net.onnx"
     free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
@@ -151,7 +151,7 @@ def test_the_newer_exporter(tmp_path, kind, layers, both, batch_first, fixed):
 
 
 def ladder(count, weights):
-    """An MLP of so many layers that looks like the steps of an RNN, of matrices that alternate."""
+    """An MLP that looks like the steps of an RNN, with alternating matrices."""
     nodes = [helper.make_node("MatMul", ["X", "W"], ["h0"])]
     for n in range(count):
         nodes += [

@@ -1,4 +1,4 @@
-"""Scan files that 0.1.0 wrote load, and give what they gave there (tests/fixtures/README.md)."""
+"""Scan files written by 0.1.0 load, and give the same results as then (tests/fixtures/README.md)."""
 
 from pathlib import Path
 

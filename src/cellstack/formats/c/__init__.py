@@ -1,4 +1,4 @@
-"""A network as C99: `export` writes one header and one source (docs/c.md)."""
+"""Export of a network as C99: `export` writes one header and one source file (docs/c.md)."""
 
 from cellstack.formats.c.source import export
 

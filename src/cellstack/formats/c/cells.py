@@ -1,7 +1,7 @@
-"""The cells of the family as C: a struct of weights and a step for each form of cell, with the lines of its flags.
+"""The cells of the family as C: for each form of cell, a struct of weights and a step function.
 
-Texts are templates: `$name` is the network's prefix, `$real` float or double, `$f` the suffix of the numbers and of the
-functions of <math.h>. Equations: `cellstack.reference`.
+The texts are templates: `$name` is the network's prefix, `$real` is float or double, `$f` is the suffix of literals and
+of the functions of <math.h>. Equations: `cellstack.reference`.
 """
 
 from __future__ import annotations
@@ -184,17 +184,17 @@ static $real ${name}_scaled_tanh($real z, $real alpha, $real beta)
 }
 """,
 }
-"""Functions that others call, each written where it is called."""
+"""Helper functions in C; only those that are called are written."""
 
 STEMS = {"lstm": "lstm", "gru": "gru", "rnn": "simple_rnn"}
 WIDTHS = {"inputs": "I", "units": "H", "projected": "P"}
 
 
 class Form(NamedTuple):
-    """A form of cell: cells of one form share a function, whatever their widths.
+    """A form of cell: cells of one form share a function, regardless of their widths.
 
-    `arrays` are the members of the struct that point to weights, and `scratch` the arguments after the state, each
-    with its length in units of H.
+    `arrays` are the members of the struct that point to weights; `scratch` are the arguments after the state, each with
+    its length in units of H.
     """
 
     text: str
@@ -204,19 +204,19 @@ class Form(NamedTuple):
 
 
 def form_key(spec: CellSpec) -> str:
-    """Return what tells one form from another: every setting but the widths and what the state starts from."""
+    """Return what identifies a form: every setting except the widths and the initial state."""
     apart = ("input_size", "units", "learn_initial_state")
     settings = {name: value for name, value in spec.settings.items() if name not in apart}
     return json.dumps({**settings, "proj_size": spec.proj_size > 0}, sort_keys=True)
 
 
 def literal(value: float) -> str:
-    """Return a number as a template of C."""
+    """Return a number as a C literal, in a template."""
     return f"{float(value)!r}$f"
 
 
 def activate(found: Activation, inner: str) -> str:
-    """Return the activation of an expression of C, as a template; its name may be one of `MORE_ACTIVATIONS`."""
+    """Return a C expression, as a template, that applies an activation, which may be one of `MORE_ACTIVATIONS`."""
     if found.name == "linear":
         return inner
     if found.name == "tanh":
@@ -226,18 +226,18 @@ def activate(found: Activation, inner: str) -> str:
 
 
 def form_of(spec: CellSpec, stem: str) -> Form:
-    """Return the struct and the step of `spec`'s form of cell.
+    """Return the struct and the step function of `spec`'s form of cell.
 
     Args:
         spec: the cell.
-        stem: what the two are called, after the network's name.
+        stem: the name of both, after the network's prefix.
 
     Returns:
         The form; its text is a template.
     """
     wide = f"{len(spec.gates)}H"
     height = "P" if spec.proj_size else "H"
-    apart = spec.kind == "gru" and not spec.reset_after  # g's columns meet r*h, the others h
+    apart = spec.kind == "gru" and not spec.reset_after  # g multiplies r*h, the other gates h
     recurrent = {"recurrent_zr": "[H, 2H]", "recurrent_g": "[H, H]"} if apart else {}
     shapes = {
         "kernel": f"[I, {wide}]",
@@ -279,24 +279,24 @@ def form_of(spec: CellSpec, stem: str) -> Form:
 
 
 def _gate(spec: CellSpec, slot: str, inner: str) -> str:
-    """Return a gate out of its pre-activation."""
+    """Return the expression of a gate, given its pre-activation."""
     if spec.clip is not None:
         inner = f"${{name}}_clip({inner}, {literal(spec.clip)})"
     return activate(spec.activations[spec.slots.index(slot)], inner)
 
 
 def _kept(rate: float, before: str, new: str) -> str:
-    """Return what a unit is after a step: outside of training, zoneout's rate is the share that it keeps."""
+    """Return a unit's value after zoneout: at inference, the rate is the share of the old value that is kept."""
     return f"{literal(rate)} * {before} + {literal(1.0 - rate)} * {new}" if rate else new
 
 
 def _at(block: int) -> str:
-    """Return where unit j of a block of H stands."""
+    """Return the index expression of unit j in a block of H."""
     return f"{block} * H + j" if block > 1 else "H + j" if block else "j"
 
 
 def _sums(spec: CellSpec, height: str) -> tuple[list[str], dict[str, int]]:
-    """Return the lines that make z [G*H] of x and h in one sum, and the scratch that they take."""
+    """Return the lines that compute z [G*H] from x and h in one sum, and the scratch that they need."""
     count = len(spec.gates)
     wide = f"{count} * H" if count > 1 else "H"
     if not spec.layer_norm:
@@ -348,12 +348,12 @@ def _lstm(spec: CellSpec) -> tuple[list[str], dict[str, int]]:
         f"    c[j] = {_kept(spec.zoneout_cell, 'c[j]', 'c_new')};",
     ]
     on_cell = spec.activations[spec.slots.index("cell")]
-    last = "z[j]" if spec.proj_size else "h[j]"  # what is projected afterwards lies where i was
+    last = "z[j]" if spec.proj_size else "h[j]"  # the projection reads it from the place of i
     share = 0.0 if spec.proj_size else spec.zoneout
     if spec.layer_norm:
         out = _kept(share, "h[j]", f"z[H + j] * {activate(on_cell, 'c_out')}")
         lines += [
-            f"    z[j] = c_new; /* over i and {'g' if spec.coupled else 'f'}, which are done with */",
+            f"    z[j] = c_new; /* overwrites i and {'g' if spec.coupled else 'f'}, no longer needed */",
             "    z[H + j] = o;",
             "}",
             f"${{name}}_normalise(z, H, {literal(spec.norm_epsilon)});",
@@ -406,7 +406,7 @@ def _gru(spec: CellSpec) -> tuple[list[str], dict[str, int]]:
             f"{start}3 * H * sizeof *{array});",
             f"${{name}}_accumulate({array}, 3 * H, {source}, {rows}, w->{kernel});",
         ]
-    if norm:  # g's columns apart from those of z and r
+    if norm:  # g is normalised separately from z and r
         epsilon = literal(spec.norm_epsilon)
         for array in ("a", "q"):
             lines += [

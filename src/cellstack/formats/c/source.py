@@ -1,8 +1,8 @@
-"""A network as C99: one header and one source, for microcontrollers, audio plugins and whatever else has a C compiler.
+"""Export of a network as C99: one header and one source, for microcontrollers, audio plugins and any C compiler.
 
-The source needs <math.h> and <string.h>, allocates nothing and holds no state of its own: weights are constants, and
-everything that changes lies in a struct of the caller's. What it computes is what a `Stream` of one row computes, to
-rounding. The cells' functions are in `cells`; what the files look like: docs/c.md.
+The source needs <math.h> and <string.h>, allocates nothing and has no global state: weights are constants, and
+everything that changes is in a struct that the caller owns. The results equal those of a `Stream` of one row, up to
+rounding. The cells' functions are in `cells`; docs/c.md describes the files.
 """
 
 from __future__ import annotations
@@ -48,27 +48,27 @@ HEADERS = {
 }
 # fmt: on
 NODES = (Standardise, Scale, LayerNorm, Clip, Embedding, Dense, Activation, GlobalPool, Conv1D, Recurrent)
-WHOLE = ("softmax", "log_softmax")  # activations of all numbers of a frame together
+WHOLE = ("softmax", "log_softmax")  # activations over all features of a step together
 
 
 def export(network: Network, directory: str | PathLike[str], name: str = "model") -> tuple[Path, Path]:
-    """Write a network as `name.h` and `name.c`, C99 that is C++ too.
+    """Write a network as `name.h` and `name.c`, in C99 that also compiles as C++.
 
-    The header offers `name_IN` and `name_OUT`, the widths of a frame and of an answer; the struct `name_state`; and
+    The header defines `name_IN` and `name_OUT`, the widths of a step's input and output; the struct `name_state`; and
     `name_init`, `name_reset` and `name_step`. A float64 network computes in double, a float32 one in float.
 
     Args:
-        network: a chain of nodes that can answer after every frame: `Recurrent` that runs forwards, `Standardise`,
+        network: a chain of nodes that can run step by step: `Recurrent` that runs forward, `Standardise`,
             `Scale`, `LayerNorm`, `Clip`, `Embedding` (without `mask_zero`), `Dense`, `Activation`, causal `Conv1D` of
             one group, `GlobalPool("last")`.
-        directory: where to; it is made where it isn't there. Files that are there are replaced, both or none.
-        name: what the files are called, and what every name in them begins with.
+        directory: the output folder; it is created if it doesn't exist. Both files are replaced, or neither.
+        name: the name of the files, and the prefix of every identifier in them.
 
     Returns:
         The paths of the header and of the source.
 
     Raises:
-        ValueError: a node that can't be streamed or written as C, which the message names; a name that isn't one in C.
+        ValueError: a node that can't be streamed or written as C, which the message names; an invalid C name.
         OSError: the files can't be written.
 
     >>> import tempfile
@@ -85,19 +85,19 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
         or "__" in name
         or name.endswith("_")
     ):
-        raise ValueError(f"export_c: expected a name of letters, digits and single underscores, as C has, got {name!r}")
+        raise ValueError(f"export_c: expected a name of letters, digits and single underscores, as in C, got {name!r}")
     if name.lower() in HEADERS:
-        raise ValueError(f"export_c: expected a name that no header of C has, got {name!r}")
+        raise ValueError(f"export_c: {name!r} is the name of a standard C header")
     if not os.fspath(directory) or Path(directory).suffix in (".c", ".h"):
         raise ValueError(
-            f"export_c: expected a folder, got {os.fspath(directory)!r}: name= is what the files are called"
+            f"export_c: expected a folder, got {os.fspath(directory)!r}: name= sets the names of the files"
         )
     check_unedited(network, "C")
     writer = _Writer(network, name)
     header, source = writer.header(), writer.source()
     os.makedirs(directory, exist_ok=True)
     paths = Path(directory, f"{name}.h"), Path(directory, f"{name}.c")
-    with ExitStack() as stack:  # both or none, so both are on the disk before either takes its place
+    with ExitStack() as stack:  # both or neither: both are on disk before either replaces an old file
         for path, text in zip(paths, (header, source), strict=True):
             file = stack.enter_context(replacing(path))
             file.write(text.encode("ascii"))
@@ -107,18 +107,18 @@ def export(network: Network, directory: str | PathLike[str], name: str = "model"
 
 
 class _Writer:
-    """Collects what the files consist of: arrays, members of the state, functions, and the lines of a step."""
+    """Collects the parts of the files: arrays, members of the state, functions, and the lines of a step."""
 
     def __init__(self, network: Network, name: str) -> None:
         _check(network)
         self.network, self.name = network, name
         self.real, self.f = TYPES[network.dtype.name]
-        self.identifiers = Names(mark="_")  # so that no two nodes meet in one
+        self.identifiers = Names(mark="_")  # keeps the nodes' identifiers distinct
         self.arrays: list[str] = []
         self.weights = 0  # numbers in constants
-        self.forms: dict[str, tuple[str, Form]] = {}  # by `form_key`: what it is called, and the form
-        self.members: list[tuple[str, int, str]] = []  # of the state: name, length, what it is
-        self.frames: list[tuple[str, int, str]] = []  # members too: what convolutions remember
+        self.forms: dict[str, tuple[str, Form]] = {}  # by `form_key`: its name, and the form
+        self.members: list[tuple[str, int, str]] = []  # of the state: name, length, description
+        self.frames: list[tuple[str, int, str]] = []  # members too: the past steps that convolutions need
         self.scratch: dict[str, int] = {}
         self.steps: list[str] = []
         self.resets: list[str] = []
@@ -126,7 +126,7 @@ class _Writer:
         first = nodes[0][1] if nodes else None
         width = 1 if isinstance(first, Embedding) else network.input_size
         if width is None or not nodes:
-            raise ValueError("export_c: expected a network that fixes the width of its input, got one that takes any")
+            raise ValueError("export_c: the network must fix the width of its input")
         self.inputs, at = width, "x"
         for number, (label, node) in enumerate(nodes):
             at, width = self._node(label, node, at, width, number == len(nodes) - 1)
@@ -134,17 +134,17 @@ class _Writer:
         if at != "y":
             self.steps.append(f"    memcpy(y, {at}, {width} * sizeof *y);")
 
-    # ── names and numbers ───────────────────────────────────────────────────────────────────────────────────────
+    # ── names and numbers ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _fill(self, template: str) -> str:
         return Template(template).substitute(name=self.name, real=self.real, f=self.f)
 
     def _identifier(self, text: str) -> str:
-        """Return `text` as part of a name in C, one that nothing else has."""
+        """Return `text` as part of a C identifier, made unique."""
         return self.identifiers.fresh(re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "node")
 
     def _array(self, owner: str, name: str, array: Array, shape: str) -> str:
-        """Write an array of constants, and return what it is called."""
+        """Write an array of constants, and return its name."""
         called = f"{self.name}_{self._identifier(f'{owner}_{name}')}"
         self.weights += array.size
         self.arrays += ["", f"static const {self.real} {called}[{array.size}] = {{ /* {shape} */", *self._rows(array)]
@@ -152,7 +152,7 @@ class _Writer:
         return called
 
     def _rows(self, array: Array) -> Iterable[str]:
-        """Give the numbers of an array, a row of it beginning a line; as many digits as tell its numbers apart."""
+        """Yield the numbers of an array, each row on a new line, with as many digits as a round trip needs."""
         digits = "%.9g" if self.real == "float" else "%.17g"
         for row in array.reshape(-1, array.shape[-1]).tolist():
             numbers = [self._number(digits % value) for value in row]
@@ -164,10 +164,10 @@ class _Writer:
             return text.replace("inf", "INFINITY").replace("nan", "NAN")
         return f"{text}{'' if '.' in text or 'e' in text else '.0'}{self.f}"
 
-    # ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── nodes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _target(self, at: str, width: int, last: bool) -> str:
-        """Return where what is made of `at` goes: y at the end, but where x is read, which may lie where y does."""
+        """Return the target of a node that reads `at`: y for the last node, unless it reads x, which y may alias."""
         if last and at != "x":
             return "y"
         name = "b" if at == "s->a" else "a"
@@ -178,13 +178,13 @@ class _Writer:
         return [f"    for (size_t j = 0; j < {width}; j++) {{", f"        {target}[j] = {expression};", "    }"]
 
     def _activated(self, target: str, width: int, text: str) -> list[str]:
-        """Return the lines that put an activation on what is there."""
+        """Return the lines that apply an activation in place."""
         if text in WHOLE:
             return [f"    ${{name}}_{text}({target}, {width});"]
         return [] if text == "linear" else self._each(width, target, activate(_named(text), f"{target}[j]"))
 
     def _node(self, label: str, node: Node, at: str, width: int, last: bool) -> tuple[str, int]:
-        """Write a node that takes `at [width]`; return where its answer lies, and of which width it is."""
+        """Write a node that reads `at [width]`; return the name of its output and the output's width."""
         kind = type(node).__name__
         owner = self._identifier(label)
         self.steps += ["", _comment(f"    /* {label}: {kind}, {node.summary} */")]
@@ -232,13 +232,13 @@ class _Writer:
         return target, width_out
 
     def _start(self, owner: str, target: str, width: int, bias: Array | None) -> list[str]:
-        """Return the lines that put the bias, or zeros, where a sum is to be."""
-        if bias is None:  # no memset: GCC warns of one whose bytes are as many as the array has numbers
+        """Return the lines that initialise a sum with the bias, or with zeros."""
+        if bias is None:  # no memset: GCC warns where its byte count equals the array's length
             return self._each(width, target, "0")
         return [f"    memcpy({target}, {self._array(owner, 'bias', bias, f'[{width}]')}, {width} * sizeof *{target});"]
 
     def _convolution(self, owner: str, node: Conv1D, at: str, last: bool) -> tuple[str, int]:
-        """Write a causal convolution. The frames that it sees lie in the state, the oldest first."""
+        """Write a causal convolution. The steps in its window are stored in the state, the oldest first."""
         taps, channels, filters = node.kernel.shape
         kernel = self._array(owner, "kernel", node.kernel, f"[K={taps}, C={channels}, F={filters}]")
         target = self._target(at, filters, last)
@@ -248,7 +248,7 @@ class _Writer:
             self.steps += [*start, f"    ${{name}}_accumulate({taken});", *done]
             return target, filters
         seen, kept = self._identifier(f"{owner}_x"), (node.span - 1) * channels
-        self.frames.append((seen, node.span * channels, f"the last frames into {owner}"))
+        self.frames.append((seen, node.span * channels, f"the last steps into {owner}"))
         self.resets.append(f"    memset(s->{seen}, 0, sizeof s->{seen});")
         tap = f"s->{seen} + k * {node.dilation * channels}, {channels}, {kernel} + k * {channels * filters}"
         self.steps += [
@@ -263,7 +263,7 @@ class _Writer:
         return target, filters
 
     def _recurrent(self, owner: str, node: Recurrent, at: str, last: bool) -> tuple[str, int]:
-        """Write a stack of cells. What a cell returns lies in the state: it is h."""
+        """Write a stack of cells. A cell's output is h, in the state."""
         for number, cell in enumerate(node.cells):
             name = owner if len(node.cells) == 1 else self._identifier(f"{owner}_{number}")
             below = at
@@ -314,14 +314,14 @@ class _Writer:
         self.steps.append(f"    ${{name}}_{called}_step({passed});")
         return state[0]
 
-    # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of the constants, and of the state with its scratch."""
         item = self.network.dtype.itemsize
         state = sum(size for _, size, _ in self.members + self.frames) + sum(self.scratch.values())
-        return item * self.weights, item * max(state, 1)  # C allows no struct without a member
+        return item * self.weights, item * max(state, 1)  # C doesn't allow an empty struct
 
     def header(self) -> str:
         """Return the header."""
@@ -330,19 +330,19 @@ class _Writer:
         described = [f" *     {line}" for line in repr(self.network).splitlines()]
         kept = [f"    {real} {member}[{size}]; /* {text} */" for member, size, text in self.members + self.frames]
         scratch = [f"    {real} {member}[{size}]; /* scratch */" for member, size in sorted(self.scratch.items())]
-        nothing = [] if kept or scratch else [f"    {real} unused[1]; /* nothing is kept between frames */"]
+        nothing = [] if kept or scratch else [f"    {real} unused[1]; /* nothing is kept between steps */"]
         ids = isinstance(next(filter(_acts, self.network.nodes)), Embedding)
-        what = "one id, a whole number; one beyond the table is taken as 0" if ids else "one frame"
+        what = "one id, a whole number; ids out of range are treated as 0" if ids else "one step"
         text = f"""\
-/* {name}: a recurrent network, a frame at a time. Written by cellstack (export_c); don't edit, export again.
+/* {name}: a recurrent network, one step at a time. Written by cellstack (export_c); don't edit, export again.
  *
 {chr(10).join(described)}
  *
  * Flash:  {flash:,} bytes of constants, and the code.
- * RAM:    {ram:,} bytes, sizeof({name}_state): what is kept between frames, and scratch. Nothing is allocated.
- * Stack:  no arrays and no recursion: a few pointers and counters a call, three calls deep, and <math.h>'s own.
+ * RAM:    {ram:,} bytes, sizeof({name}_state): what is kept between steps, and scratch. Nothing is allocated.
+ * Stack:  no arrays and no recursion: a few pointers and counters per call, three calls deep, and <math.h>'s own.
  *
- * States don't touch: there may be any number of them, in as many threads. One is plain memory, and may be copied.
+ * States are independent: use any number of them, in any threads. A state is plain memory, and may be copied.
  */
 #ifndef {name.upper()}_H
 #define {name.upper()}_H
@@ -358,13 +358,13 @@ typedef struct {{
 {chr(10).join(kept + scratch + nothing)}
 }} {name}_state;
 
-/* Make a state ready: to be called before all else. */
+/* Initialise a state: call this first. */
 void {name}_init({name}_state *s);
 
-/* Go back to where a sequence begins: every cell's own initial state. */
+/* Reset a state to the start of a sequence: every cell's own initial state. */
 void {name}_reset({name}_state *s);
 
-/* Take x, {what}, and put what the network returns after it into y. The two may lie in one place. */
+/* Take x, {what}, and write the network's output to y, which may be the same array as x. */
 void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT]);
 
 #ifdef __cplusplus
@@ -384,7 +384,7 @@ void {name}_step({name}_state *s, const {real} x[{name}_IN], {real} y[{name}_OUT
         helpers = self._helpers(forms + steps)
         resets = "\n".join(self.resets) or "    (void)s; /* no cell, no state */"
         text = f"""\
-/* {name}: see {name}.h. Arrays are by rows, the last axis without gaps; I is a cell's input, H its units. */
+/* {name}: see {name}.h. Arrays are row-major; I is a cell's input width, H its units. */
 #include "{name}.h"
 
 #include <math.h>
@@ -421,19 +421,19 @@ def _named(text: str) -> spec.Activation:
 
 
 def _clipped(node: Clip, inner: str) -> str:
-    """Return an expression of C within the bounds of a node, as a template."""
+    """Return a C expression, as a template, that clips `inner` to the bounds of a node."""
     below = "" if node.low is None else f"{inner} < {literal(node.low)} ? {literal(node.low)} : "
     above = "" if node.high is None else f"{inner} > {literal(node.high)} ? {literal(node.high)} : "
     return f"{below}{above}{inner}"
 
 
 def _acts(node: Node) -> bool:
-    """Whether a node changes a frame."""
+    """Whether a node changes the values of a step."""
     return not isinstance(node, GlobalPool) and not (isinstance(node, Activation) and node.activation == "linear")
 
 
 def _comment(text: str) -> str:
-    """Return a comment with nothing in it that ends it, and nothing that a template takes for its own."""
+    """Return a comment in which nothing ends the comment early or looks like a template field."""
     return text[:-2].replace("*/", "* /").replace("$", "$$") + text[-2:]
 
 
@@ -442,18 +442,18 @@ def _ascii(text: str) -> str:
 
 
 def _check(network: Network) -> None:
-    """Raise `ValueError` where a node can't answer after every frame, or be written as C."""
+    """Raise `ValueError` where a node can't run step by step, or can't be written as C."""
     answers_framewise("export_c", network)
     expected = (network.inputs[0], *network.names)
     for name, node, sources, before in zip(network.names, network.nodes, network.wires, expected, strict=False):
         if not isinstance(node, NODES):
             found = ", ".join(kind.__name__ for kind in NODES)
-            raise ValueError(f"export_c: expected nodes out of {found}, got {name}: {type(node).__name__}")
+            raise ValueError(f"export_c: {name}: {type(node).__name__} isn't supported; these nodes are: {found}")
         if isinstance(node, Embedding) and node.mask_zero:
-            raise ValueError(f"export_c: expected an Embedding without mask_zero, got {name}: C has no masks")
+            raise ValueError(f"export_c: {name}: mask_zero isn't supported, as the C code has no masks")
         if isinstance(node, Conv1D) and node.groups > 1:
-            raise ValueError(f"export_c: expected a Conv1D of one group, got {name}: groups {node.groups}")
+            raise ValueError(f"export_c: {name}: expected a Conv1D with one group, got {node.groups}")
         if sources != (before,):
-            raise ValueError(f"export_c: expected a chain of nodes, got {name} of {', '.join(sources)}")
+            raise ValueError(f"export_c: only a chain of nodes is supported, but {name} reads {', '.join(sources)}")
     if network.outputs != network.names[-1:]:
-        raise ValueError(f"export_c: expected the last node alone as output, got {', '.join(network.outputs)}")
+        raise ValueError(f"export_c: the last node must be the only output, got {', '.join(network.outputs)}")

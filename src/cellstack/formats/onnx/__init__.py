@@ -1,4 +1,4 @@
-"""The ONNX adapter: networks out of `.onnx` files and into them. It needs the package onnx, for its protobuf alone."""
+"""The ONNX adapter: reads and writes networks as `.onnx` files. It uses only the protobuf of the package onnx."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from cellstack.spec import FormatError
 NAME = "ONNX"
 SUFFIXES = (".onnx",)
 OPTIONS = ("constants", "weights", "frames", "context")  # of `load`
-FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # what may follow the version in a ModelProto
+FIELDS = (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)  # tags that may follow the version in a ModelProto
 PARTS = (ops, windows, activations, norms, shapes, quantised, recurrent)
 HANDLERS = {name: handler for part in PARTS for name, handler in part.HANDLERS.items()}
 HANDLERS |= {name: quantised.quantised(HANDLERS[name]) for name in ("Mul", "Cast")}
-ODD = (ValueError, TypeError, LookupError, ArithmeticError)  # what attributes of another type than usual lead to
+ODD = (ValueError, TypeError, LookupError, ArithmeticError)  # raised where attributes have unexpected types
 
 
 def _odd(path: str, error: Exception) -> FormatError:
-    return FormatError(f"{path}: expected a graph as ONNX has it, found {type(error).__name__}: {str(error)[:200]}")
+    return FormatError(f"{path}: the graph isn't valid ONNX: {type(error).__name__}: {str(error)[:200]}")
 
 
 def recognises(head: bytes) -> bool:
-    """Return whether a file that begins with `head` looks like ONNX: protobuf, the version of its format first."""
+    """Return whether a file that begins with `head` looks like ONNX: protobuf that begins with the format's version."""
     return len(head) > 2 and head[0] == 0x08 and 1 <= head[1] < 0x80 and head[2] in FIELDS
 
 
 def _parts(scope: Scope) -> Iterator[tuple[str, Callable[[], Operator]]]:
-    """Give the recurrent parts of a graph and of the graphs within, by name, each with what reads it."""
+    """Yield the recurrent operators of a graph and its subgraphs: the name of each, and a function that reads it."""
     within: list[Scope] = []
-    whole: set[int] = set()  # ids of the Scans that are a cell
+    whole: set[int] = set()  # ids of the Scans that are cells
     for node, graph in scope.inner():
         if graph is not None:
             within += [graph] if id(node) not in whole else []
@@ -56,7 +56,7 @@ def _parts(scope: Scope) -> Iterator[tuple[str, Callable[[], Operator]]]:
             yield label(node), partial(read_operator, scope, node)
         elif is_scan(node):
             operator = None
-            with suppress(*ODD):  # of one that is no cell, the body is looked into
+            with suppress(*ODD):  # a Scan that isn't a cell: its body is searched
                 operator = read_scan(scope, node)
             if operator is not None:
                 whole.add(id(node))
@@ -72,28 +72,28 @@ def _same(operator: Operator) -> Operator:
 
 
 def _has_parts(model: Model) -> bool:
-    """Whether a file has recurrent parts, or what would be some."""
+    """Whether a file has recurrent operators, readable or not."""
     try:
         return any(True for _ in _parts(Scope(model, model.proto.graph)))
-    except ODD:  # what is wrong with it is being said
+    except ODD:  # the caller is already reporting the error
         return False
 
 
-@np.errstate(all="ignore")  # infinities and NaN in weights are the file's affair
+@np.errstate(all="ignore")  # weights may hold infinities and NaN
 def extract(path: str) -> dict[str, Network]:
-    """Return the recurrent parts of an ONNX file: each LSTM, GRU and RNN, whatever else the graphs hold.
+    """Return the recurrent parts of an ONNX file: each LSTM, GRU and RNN, regardless of what else the graphs contain.
 
-    LSTMs that a graph writes out, products, gates and all, are found too, and go by the name of their weights.
+    LSTMs that a graph spells out as products and gates are found too, and are named after their weights.
 
     Args:
         path: the file.
 
     Returns:
-        Networks by the operators' names, each `[B, T, I]` to `[B, T, W]`, both directions of a bidirectional one in
-        one; those in the graphs of an If, a Loop or a Scan too. A name that comes twice has a number after it.
+        Networks by the operators' names, each from `[B, T, I]` to `[B, T, W]`; a bidirectional operator is one network.
+        Those in the subgraphs of an If, a Loop or a Scan are included. Repeated names get a number.
 
     Raises:
-        FormatError: the file is damaged, or an operator can't be run; all of them are named.
+        FormatError: the file is damaged, or operators aren't supported; all of them are named.
         OSError: the file can't be read.
         ModuleNotFoundError: the package onnx isn't installed.
     """
@@ -117,7 +117,7 @@ def extract(path: str) -> dict[str, Network]:
     except ODD as error:
         raise _odd(path, error) from None
     if problems:
-        raise FormatError(f"{path}: expected recurrent operators that can be run, found: {'; '.join(problems)}")
+        raise FormatError(f"{path}: these recurrent operators aren't supported: {'; '.join(problems)}")
     return parts
 
 
@@ -128,12 +128,12 @@ def _options(
     frames: Mapping[str, int] | None,
     context: Mapping[str, int] | None,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return what is given at load, checked to be by name: constants and weights, frames, contexts."""
+    """Check that load's options are dicts by name; return constants and weights, frames, contexts."""
     given = {"constants": constants, "weights": weights, "frames": frames, "context": context}
     for what, values in given.items():
         named = isinstance(values, Mapping) and all(isinstance(name, str) for name in values)
         if values is not None and not named:
-            raise TypeError(f"load: expected {what} by the names of inputs, a dict, got {type(values).__name__}")
+            raise TypeError(f"load: expected {what} to be a dict by names of inputs, got {type(values).__name__}")
     return {**(weights or {}), **(constants or {})}, dict(frames or {}), dict(context or {})
 
 
@@ -183,29 +183,29 @@ def read_whole(
     context: Mapping[str, int] | None = None,
     whole_loops: bool = False,
 ) -> Network:
-    """Return the whole of an ONNX file as a Network.
+    """Return a whole ONNX file as a Network.
 
-    Where a call of the file is one step, the states going in and coming out, the network goes over as many steps as
-    there are: the file's input `[B, n]` is a frame then, and the network's `[B, T, n]`.
+    Where a call of the file is one step, with states as inputs and outputs, the network runs over any number of steps:
+    the file's input `[B, n]` is one step, a frame, and the network's input is `[B, T, n]`.
 
     Args:
         path: the file.
-        constants: values of inputs, by name, that the network fixes: `{"sr": 16000}`. A branch that depends on nothing
-            else is taken.
-        weights: the same of inputs, or of tensors of the file, that are weights.
-        frames: how many numbers a frame has, by input, where the file leaves that open.
-        context: how many of the last numbers of a frame the file takes again ahead of the next one, by input. The
-            network, and a stream of it, keep them.
-        whole_loops: whether loops that an exporter unrolled go over all steps that a sequence has, as whoever exported
-            it may know; else they go over as many as the file has them for.
+        constants: values of inputs, by name, that the network fixes: `{"sr": 16000}`. Branches that depend on them are
+            resolved.
+        weights: the same for weights: values of inputs or of tensors of the file.
+        frames: the size of a frame, by input, where the file leaves it open.
+        context: the number of values at the end of a frame that the file expects again before the next frame, by input.
+            The network, and a stream of it, keep them.
+        whole_loops: whether loops that an exporter unrolled run over all steps of a sequence, which only the author of
+            the file can know; by default they run over as many steps as the file unrolls.
 
     Returns:
-        The network. Its inputs are `[B, T, I]` or `[B, I]` in whatever order the file has their axes; inputs that hold
-        states to start from are the network's state, and so are outputs that hold states after the last step. What was
-        where is in `metadata["onnx"]`.
+        The network. Its inputs are `[B, T, I]` or `[B, I]`, whatever order of axes the file uses. Inputs that hold
+        initial states become the network's state, and so do outputs that hold final states. `metadata["onnx"]` records
+        where each was.
 
     Raises:
-        FormatError: the file is damaged, or holds something that a Network can't run; all of it is named.
+        FormatError: the file is damaged, or parts of it aren't supported; all of them are named.
         OSError: the file can't be read.
         ModuleNotFoundError: the package onnx isn't installed.
     """
@@ -233,7 +233,7 @@ def read_whole(
 
 
 def _lengths(model: Model, framed: Mapping[str, Frame | str]) -> dict[str, list[int | None]]:
-    """Return the lengths of the inputs' axes, by name, that frames and contexts say."""
+    """Return the lengths of the inputs' axes, by name, that follow from frames and contexts."""
     return {
         name: [frame.size + frame.context if label == "F" else None for label in frame.labels]
         for name, frame in framed.items()
@@ -242,13 +242,13 @@ def _lengths(model: Model, framed: Mapping[str, Frame | str]) -> dict[str, list[
 
 
 def _loaded(model: Model, unused: list[str], sizes: dict[str, Any], contexts: dict[str, Any]) -> Network:
-    """Return a graph as a Network: with time where it has time, else with a step a call.
+    """Return a graph as a Network: over time where it has a time axis, else with one step per call.
 
     Args:
         model: the file.
-        unused: tensors that nothing takes.
-        sizes: of frames, by input; where there are some, or contexts, a call is one step.
-        contexts: by input.
+        unused: tensors that nothing uses.
+        sizes: sizes of frames, by input; with sizes or contexts, a call is one step.
+        contexts: sizes of contexts, by input.
     """
     problem: FormatError | None = None
     if not sizes and not contexts and not takes_states(Scope(model, model.proto.graph)):
@@ -273,22 +273,22 @@ def _loaded(model: Model, unused: list[str], sizes: dict[str, Any], contexts: di
 
 
 def save(network: Network, path: str, lengths: bool = False) -> None:
-    """Write a network as an ONNX file, whole or not at all: opset 17, batch and time of any length.
+    """Write a network as an ONNX file, whole or not at all: opset 17, any batch size and any number of steps.
 
-    Every cell's h and c are inputs, `name.h` and `name.c`, each `[B, H]`, and outputs, `name.h.after`; an input may be
-    left out, and the cell's own initial state then takes its place. A cell of a stack goes by `name.0`, and so on, one
-    of a Bidirectional by `name.forward` and `name.backward`. Cells that ONNX's LSTM, GRU and RNN can't hold, those of
-    float64 and those under a mask are Scans.
+    Every cell's h and c are inputs, `name.h` and `name.c`, each `[B, H]`, and outputs, `name.h.after`. An omitted input
+    takes the cell's own initial state. The cells of a stack are named `name.0` and so on, those of a Bidirectional
+    `name.forward` and `name.backward`. Cells that ONNX's LSTM, GRU and RNN can't express, float64 cells and masked
+    cells are written as Scans.
 
     Args:
         network: what to write.
-        path: where to.
-        lengths: whether to put in an input `lengths` `[B]`, int64, of how many steps of each row are used; left out,
-            all are. Such a file isn't read again.
+        path: the path of the file.
+        lengths: whether to add an input `lengths` `[B]`, int64: the number of valid steps of each row; if omitted, all
+            steps are. cellstack can't read such a file back.
 
     Raises:
-        ValueError: lengths for a network without time, a LayerNorm whose width isn't known, or more than protobuf
-            holds, 2 GiB.
+        ValueError: lengths for a network without time, a LayerNorm of unknown width, or more data than protobuf
+            allows, 2 GiB.
         OSError: the file can't be written.
         ModuleNotFoundError: the package onnx isn't installed.
     """

@@ -1,4 +1,4 @@
-"""ONNX's operators that work number by number on one value, as activations."""
+"""ONNX's elementwise operators on one value, as activations."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cellstack.formats.onnx.values import Flowing
 from cellstack.nodes import Activation, Clip, Merge
 
 CALLED = tuple(name for name in NAMES if None not in PARAMETERS.get(name, ()))
-GATED = {"HardSwish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times what these make of it
+GATED = {"HardSwish": ("hard_sigmoid",), "Mish": ("softplus", "tanh")}  # x times these activations of x
 USUAL = {
-    "Selu": {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875},  # those of the paper
+    "Selu": {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875},  # as in the paper
     "Swish": {"alpha": 1.0},
 }
 
 
 def activation(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read an activation that cells have too."""
+    """Read an activation that cells also support."""
     text = activation_text(node, attributes)
     assert text is not None  # CALLED holds no other operators
     return as_activation(reader, node, values[0], text)
@@ -38,7 +38,7 @@ def softmax(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     x = reader.flowing(values[0])
     axis = x.at(attributes.get("axis", 1 if reader.model.opset < 13 else -1))
     if x.axes[axis] != "F" or "D" in x.axes or (reader.model.opset < 13 and axis != len(x.axes) - 1):
-        raise Refused(f"expected the axis of the features, found axis {axis} of {' '.join(x.axes)}")
+        raise Refused(f"expected the feature axis, found axis {axis} of {' '.join(x.axes)}")
     return as_activation(reader, node, x, OPERATORS[node.op_type])
 
 
@@ -49,7 +49,7 @@ def gelu(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 
 
 def plain(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read an activation whose parameters, where it has some, are the usual ones."""
+    """Read an activation; its parameters, if any, must be the defaults."""
     for name, usual in USUAL.get(node.op_type, {}).items():
         if np.float32(attributes.get(name, usual)) != np.float32(usual):
             raise Refused(f"expected {name} {usual}, found {attributes[name]}")
@@ -80,11 +80,11 @@ def clipped(reader: Reader, node: Any, x: Flowing, low: Any, high: Any) -> list[
             raise Refused(f"expected {name} to be a constant")
         dtype = value.dtype if isinstance(value, np.ndarray) and value.dtype.kind == "f" else np.dtype(np.float32)
         number = float(np.reshape(value, ()))
-        # a bound that no number lies beyond is none, which is how exporters write such
+        # exporters write an absent bound as the largest number
         bounds.append(usual if np.sign(usual) * number >= np.finfo(dtype).max else number)
     low, high = bounds
     if low > high or low == np.inf or high == -np.inf:
-        raise Refused(f"expected bounds from a number to a greater one, found {low} and {high}")
+        raise Refused(f"expected min below max, found {low} and {high}")
     low, high = (bound if np.isfinite(bound) else None for bound in bounds)
     return [x] if low is high is None else [reader.put(node, Clip(low, high), x)]
 

@@ -1,12 +1,12 @@
-"""Which axis of each value is the batch, which is time, which the features: inferred from what operators need.
+"""Infers which axis of each value is batch, time or features, from the requirements of the operators.
 
-Every axis of every value is a variable. What moves numbers hands variables on, operators that take values together make
-two of them one, and those that need an axis to be something say so: an LSTM, what its X has. A role, once it is said,
-holds for all axes that are one. Two roles for one axis contradict each other, and that is the message. Conventions
-decide only what no operator says: of a file of products and sums alone, that inputs are `[B, T, F]`.
+Every axis of every value is a variable. Operators that move numbers pass variables on, operators that combine values
+unify their variables, and operators that need a role assign it: an LSTM assigns the roles of X's axes. A role holds for
+all unified axes. Two roles for one axis are a contradiction, and are reported. Conventions decide only what no operator
+determines: in a file of products and sums alone, inputs are `[B, T, F]`.
 
-A file may have no batch axis, as where each row is a call: `[T, F]`. The axis of length 1 that stands where an operator
-needs the batch is made within the file then.
+A file may have no batch axis, where each call is one row: `[T, F]`. Such a file adds the axis of length 1 itself, where
+an operator needs a batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cellstack.formats.onnx.fold import axes_of, fold, order_of, pads_of, place,
 from cellstack.formats.onnx.values import Dim, Symbols
 
 WORDS = {"B": "the batch", "T": "time", "F": "the features", "D": "the directions", "S": "the states"}
-CONVENTIONS = {  # the orders that a data input's axes come in, the likeliest first
+CONVENTIONS = {  # the possible orders of a data input's axes, the likeliest first
     1: ("F", "T"),
     2: ("BF", "BT", "TB", "TF", "FT", "FB"),
     3: ("BTF", "TBF", "BFT", "TFB", "FTB", "FBT"),
@@ -39,7 +39,7 @@ ODD = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 
 class Axis:
-    """A variable: what an axis is, and which operator says so. Axes that are one share the variable `same`."""
+    """A variable: the role of an axis, and which operator assigned it. Unified axes share the variable `same`."""
 
     __slots__ = ("role", "same", "source")
 
@@ -48,7 +48,7 @@ class Axis:
 
     @property
     def root(self) -> Axis:
-        """The variable that stands for all axes that are one with this."""
+        """The representative of all axes unified with this one."""
         root = self
         while root.same is not root:
             root = root.same
@@ -74,13 +74,13 @@ class Axes:
     Args:
         scope: the outermost graph.
         live: ids of the nodes that lead to an output.
-        states: inputs that hold states to start from.
+        states: inputs that hold initial states.
         lengths: inputs that hold the rows' lengths.
-        framed: whether a call is one step: what recurrent operators take for time is made within the graph then.
+        framed: whether a call is one step; the graph then adds the recurrent operators' time axis itself.
 
     Attributes:
         inputs: the roles of the axes of each data input, such as "TBF"; None where it can't be one.
-        states: those of each input that holds states, of B, F and S; None where they can't be told.
+        states: the same for each input that holds states, of B, F and S; None where unknown.
         problems: contradictions, by the id of the node.
     """
 
@@ -88,7 +88,7 @@ class Axes:
         self.framed = framed
         self.scope, self.values, self.problems = scope, dict[str, Any](), dict[int, str]()
         self.node: Any = None
-        self.hints: list[tuple[Axis, str]] = []  # what an axis is where no operator needs it to be something
+        self.hints: list[tuple[Axis, str]] = []  # roles of axes that no operator determines
         self.known: dict[str, Axis] = {}  # axes by the labels of the lengths that the graph computes with
         data: dict[str, Any] = {}
         for value in scope.graph.input:
@@ -108,28 +108,28 @@ class Axes:
         self.inputs = self._decided(data)
         self.states = {name: self._of_states(name) for name in states}
 
-    # ── what rules use ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── helpers of the rules ──────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def here(self) -> str:
-        """The node at hand, as messages name it."""
+        """The current node, as messages name it."""
         return f"{self.node.op_type} {short(label(self.node))}"
 
     def unify(self, one: Axis, other: Axis) -> None:
-        """Make two axes one."""
+        """Unify two axes."""
         a, b = one.root, other.root
         if a is b:
             return
         if a.role and b.role and a.role != b.role:
             what = f"{WORDS[a.role]} to {a.source} and {WORDS[b.role]} to {b.source}"
-            self._contradicts(f"expected values whose axes go together, found an axis that is {what}")
+            self._contradicts(f"the axes of its inputs don't match: one axis is {what}")
             return
         if not a.role:
             a, b = b, a
         b.same = a
 
     def needs(self, value: Any, roles: str, what: str, first: int = 0) -> None:
-        """Say what axes of a value are, from `first` on, `.` where any will do; what contradicts it is a problem."""
+        """Assign roles to a value's axes from `first` on, `.` for any role; a contradiction becomes a problem."""
         if not isinstance(value, Shaped):
             return
         found = value.axes[first:] if first < 0 else value.axes[first : first + len(roles)]
@@ -143,15 +143,16 @@ class Axes:
         wrong = [n for n in wrong if value.lengths[value.axes.index(found[n])] != 1]
         if wrong or len(found) != len(roles):
             shown = " ".join(self.role(axis) for axis in value.axes)
-            at = "" if not wrong else f": axis {value.axes.index(found[wrong[0]])} is {self._told(found[wrong[0]])}"
+            found_at = "" if not wrong else self._described(found[wrong[0]])
+            at = "" if not wrong else f": axis {value.axes.index(found[wrong[0]])} is {found_at}"
             wanted = " ".join(roles.replace(".", "·"))
             self._contradicts(f"expected {what} with axes {wanted}, found {shown or 'none'}{at}")
 
     def role(self, axis: Axis) -> str:
-        """Return what an axis is, `·` where that is open."""
+        """Return the role of an axis, `·` where it is open."""
         return axis.root.role or "·"
 
-    def _told(self, axis: Axis) -> str:
+    def _described(self, axis: Axis) -> str:
         return f"{WORDS[axis.root.role]} to {axis.root.source}"
 
     def _contradicts(self, text: str) -> None:
@@ -162,19 +163,19 @@ class Axes:
         return self.scope.constant(name) if name else None
 
     def roles_of(self, name: str) -> str | None:
-        """Return the roles of a value's axes, `·` where one is open; None where nothing is known of it."""
+        """Return the roles of a value's axes, `·` where one is open; None where the value is unknown."""
         value = self.values.get(name)
         return "".join(map(self.role, value.axes)) if isinstance(value, Shaped) else None
 
     def why_not(self, name: str) -> str:
-        """Say why an input's axes aren't those of data or states."""
+        """Explain why an input's axes aren't those of data or states."""
         roles = self.roles_of(name)
         count = 0 if roles is None else len(roles)
         if name in self.inputs and count not in CONVENTIONS:
-            return f"expected numbers with 1 to 3 axes, found {count}"
+            return f"expected a tensor with 1 to 3 axes, found {count}"
         return f"expected axes of batch, time and features, found {' '.join(roles or '')}"
 
-    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _read(self, node: Any) -> None:
         self.node = node
@@ -185,7 +186,7 @@ class Axes:
                 made = self._counted(node, values)
             else:
                 made = [] if rule is None else list(rule(self, self.scope.model.attributes(node), values))
-        except ODD:  # a FormatError too: whoever reads the operator says what is wrong with it
+        except ODD:  # a FormatError too: reading the operator reports the error later
             made = []
         for name, value in zip(node.output, made, strict=False):
             self.values[name] = value
@@ -196,7 +197,7 @@ class Axes:
         return self.constant(name)
 
     def _counted(self, node: Any, values: list[Any]) -> list[Any]:
-        """Return what a node makes of lengths of axes and constants."""
+        """Return the outputs of a node that computes with lengths of axes and constants."""
         if not any(isinstance(value, Symbols) for value in values):
             return []
         attributes = self.scope.model.attributes(node)
@@ -207,20 +208,20 @@ class Axes:
         made = fold(node.op_type, attributes, arrays, given, len(node.output), self.scope.model)
         return [Symbols(np.asarray(array, object)) for array in made or ()]
 
-    # ── what comes of it ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── results ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _decided(self, data: dict[str, Any]) -> dict[str, str | None]:
-        """Return the roles of the data inputs' axes; those that are told come first, and say whether there is a batch.
+        """Return the roles of the data inputs' axes. Inputs with known roles come first; they decide about the batch.
 
-        What is decided of an input holds for all that is one with its axes.
+        A decision for one input holds for all axes unified with its axes.
         """
         decided: dict[str, str | None] = {}
         whole = {name: self.roles_of(name) or "" for name in data}
-        told = [name for name, roles in whole.items() if "·" not in roles]
-        batchless = bool(told) and all("B" not in whole[name] for name in told)
-        for name in (*told, *(name for name in data if name not in told)):
+        known = [name for name, roles in whole.items() if "·" not in roles]
+        batchless = bool(known) and all("B" not in whole[name] for name in known)
+        for name in (*known, *(name for name in data if name not in known)):
             axes = self.values[name].axes
-            ways = [way for way in self._ways(axes, data[name]) if not batchless or "B" not in way or name in told]
+            ways = [way for way in self._ways(axes, data[name]) if not batchless or "B" not in way or name in known]
             decided[name] = ways[0] if ways else None
             for axis, role in zip(axes, decided[name] or "", strict=False):
                 root = axis.root
@@ -229,13 +230,13 @@ class Axes:
         return {name: decided[name] for name in data}
 
     def _ways(self, axes: list[Axis], conventions: dict[int, tuple[str, ...]]) -> Iterator[str]:
-        """Give the orders of an input's axes that contradict nothing."""
+        """Yield the orders of an input's axes that are free of contradictions."""
         for way in conventions.get(len(axes), ()):
             if all(axis.root.role in ("", role) for axis, role in zip(axes, way, strict=True)):
                 yield way
 
     def _of_states(self, name: str) -> str | None:
-        """Return the roles of the axes of an input that holds states: batch, units, and what tells several apart."""
+        """Return the roles of the axes of an input that holds states: batch, units, and the index of the state."""
         value = self.values.get(name)
         if not isinstance(value, Shaped):
             return None
@@ -243,7 +244,7 @@ class Axes:
         return "".join(roles) if roles.count("F") == 1 and roles.count("B") <= 1 else None
 
 
-# ── rules: what an operator needs of its inputs' axes, and what the axes of its outputs are ─────────────────────────
+# ── rules: the roles an operator assigns to its inputs' axes, and its outputs' axes ───────────────────────────────────
 
 Rule = Callable[[Axes, dict[str, Any], list[Any]], list[Any]]
 
@@ -253,7 +254,7 @@ def _same(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any
 
 
 def _padded(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Steps are padded more often than features, which are last, unless the last axis alone may have any length."""
+    """Padding applies to steps rather than to features, the last axis, unless only the last axis has an open length."""
     x, pads = values[0], pads_of(attributes, values, len(values[0].axes))
     last = len(x.axes) - 1
     more = [sum(pads[n :: len(x.axes)]) for n in range(len(x.axes))]
@@ -265,7 +266,7 @@ def _padded(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[A
 
 
 def _together(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Numbers of values go together: axes are one, counted from the last, where neither is of length 1."""
+    """Elementwise operators unify axes, counted from the last, where neither has length 1."""
     flows = [value for value in values if isinstance(value, Shaped)]
     arrays = [value for value in values if isinstance(value, np.ndarray)]
     rank = max(len(flow.axes) for flow in flows)
@@ -273,7 +274,7 @@ def _together(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list
         long = [n - array.ndim for n, length in enumerate(array.shape) if length > 1]
         for flow in flows:
             if len(long) == 1 and -long[0] <= len(flow.axes) and flow.lengths[long[0]] != 1:
-                axes.needs(flow, "F" + "." * (-long[0] - 1), "one number a feature", long[0])
+                axes.needs(flow, "F" + "." * (-long[0] - 1), "one number per feature", long[0])
         rank = max(rank, array.ndim)
     made: list[Axis] = []
     lengths: list[int | None] = []
@@ -297,7 +298,7 @@ def _product(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[
 
 
 def _windows(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Windows go over time: the one axis behind the channels, or the one of two whose windows are longer than 1."""
+    """Windows slide over time: the axis after the channels, or of two such axes the one with windows longer than 1."""
     x = values[0]
     kernel = values[1].shape[2:] if len(values) > 1 and isinstance(values[1], np.ndarray) else None
     sizes = list(kernel or attributes.get("kernel_shape", ()))
@@ -363,7 +364,7 @@ def _recurrent(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> lis
 
 
 def _scan(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """A Scan with one value to go over: time first, and rows of features, as the states are."""
+    """A Scan over one value: time first, then rows of features, as in the states."""
     *states, x = values
     axes.needs(x, "TBF", "its steps")
     for state in states:
@@ -436,7 +437,7 @@ def _joined(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[A
 
 
 def _tiled(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """A Tile or an Expand: an axis of length 1 may have become another."""
+    """A Tile or an Expand: an axis of length 1 may have been expanded."""
     x, target = values[:2]
     count = len(target.array if isinstance(target, Symbols) else target)
     made: list[Axis] = [Axis() for _ in range(count - len(x.axes))]
@@ -455,7 +456,7 @@ def _shape(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[An
 
 
 def _reshaped(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Axes whose lengths go on are the same: the first ones, the last ones, those whose lengths the graph asks for."""
+    """Axes that keep their lengths are unified: the first, the last, and those whose lengths the graph queries."""
     x, target = values[:2]
     entries = list((target.array if isinstance(target, Symbols) else target).reshape(-1))
     made: list[Axis] = [Axis() for _ in entries]
@@ -471,13 +472,13 @@ def _reshaped(axes: Axes, attributes: dict[str, Any], values: list[Any]) -> list
         elif entry > 0:
             lengths[n] = int(entry)
     for n, entry in enumerate(entries):
-        if not isinstance(entry, Dim) and entry > 1:  # alike at either end
+        if not isinstance(entry, Dim) and entry > 1:  # equal lengths at the start or the end
             if n < len(x.axes) and entries[:n] == x.lengths[:n] and x.lengths[n] == entry:
                 made[n] = x.axes[n]
             elif n == len(entries) - 1 and x.lengths[-1] == entry:
                 made[n] = x.axes[-1]
         same.append(any(axis is made[n] for axis in x.axes))
-    if fits and sum(same) == len(entries) - 1:  # what is left is what it was
+    if fits and sum(same) == len(entries) - 1:  # the remaining axis is unchanged
         rest = same.index(False)
         left = [n for n, axis in enumerate(x.axes) if not any(axis is one for one in made)]
         if left == [rest]:

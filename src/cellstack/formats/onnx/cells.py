@@ -1,4 +1,4 @@
-"""ONNX's recurrent operators as cells, and cells as their attributes and inputs.
+"""ONNX's recurrent operators as cells, and cells as the operators' attributes and inputs.
 
 Ref: ONNX, Operators.md, LSTM, GRU and RNN; DynamicQuantizeLSTM: ONNX Runtime, ContribOperators.md.
 """
@@ -19,13 +19,13 @@ from cellstack.nodes.recurrent import Bidirectional, Cell, Recurrent
 from cellstack.spec import GATES, CellSpec, FormatError, activation
 from cellstack.spec import PARAMETERS as USUAL_PARAMETERS
 
-ORDER = {"lstm": "iofg", "gru": "zrg", "rnn": "g"}  # their gate blocks; g is their c or h
+ORDER = {"lstm": "iofg", "gru": "zrg", "rnn": "g"}  # order of the gate blocks; ONNX calls g c or h
 PEEPHOLES, OUR_PEEPHOLES = "iof", "ifo"
 KINDS = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn", "DynamicQuantizeLSTM": "lstm"}
 MICROSOFT = "com.microsoft"
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 QUANTISED = (*INPUTS, "W_scale", "W_zero_point", "R_scale", "R_zero_point")
-SLOTS = {"lstm": ("i", "g", "cell"), "gru": ("z", "g"), "rnn": ("g",)}  # what their activations f, g and h are on
+SLOTS = {"lstm": ("i", "g", "cell"), "gru": ("z", "g"), "rnn": ("g",)}  # where the activations f, g and h apply
 USUAL = {"lstm": ("Sigmoid", "Tanh", "Tanh"), "gru": ("Sigmoid", "Tanh"), "rnn": ("Tanh",)}
 DIRECTIONS = ("forward", "reverse", "bidirectional")
 NAMES = {
@@ -41,14 +41,14 @@ NAMES = {
     "ThresholdedRelu": "thresholded_relu",
     "ScaledTanh": "scaled_tanh",
 }
-OPERATORS = {  # of their own, which no cell has
+OPERATORS = {  # standalone activation operators
     "Exp": "exponential",
     "LogSoftmax": "log_softmax",
     "Selu": "selu",
     "Softmax": "softmax",
     "Swish": "silu",
 }
-PARAMETERS = {  # alpha and beta of an operator of its own; None: there is none such
+PARAMETERS = {  # alpha and beta of a standalone operator; None: no such operator
     "HardSigmoid": (0.2, 0.5),
     "Elu": (1.0,),
     "Affine": (None, None),
@@ -56,7 +56,7 @@ PARAMETERS = {  # alpha and beta of an operator of its own; None: there is none 
     "ThresholdedRelu": (1.0,),
     "ScaledTanh": (None, None),
 }
-GIVEN = ("Affine", "ScaledTanh", "ThresholdedRelu")  # in cells, ONNX and ONNX Runtime differ in what is usual
+GIVEN = ("Affine", "ScaledTanh", "ThresholdedRelu")  # in cells, ONNX and ONNX Runtime have different defaults
 ATTRIBUTES = {
     "activation_alpha",
     "activation_beta",
@@ -71,13 +71,13 @@ ATTRIBUTES = {
 
 
 class Operator(NamedTuple):
-    """A recurrent operator, read: its cells, one a direction, and what it does with the axes and the states."""
+    """A recurrent operator: its cells, one per direction, its order of axes and its states."""
 
     cells: tuple[Cell, ...]
     direction: str
     batch_first: bool  # layout 1: [B, T, …] in and out; 0: [T, B, …]
-    lengths: str  # name of the value that holds them; "" where every row is whole
-    started: dict[str, str]  # initial_h and initial_c that aren't constant: the names of their values
+    lengths: str  # name of the value with the rows' lengths; "" where all steps count
+    started: dict[str, str]  # names of the values of initial_h and initial_c that aren't constant
 
 
 def is_recurrent(node: Any) -> bool:
@@ -87,12 +87,12 @@ def is_recurrent(node: Any) -> bool:
 
 
 def nodes_of(operator: Operator, sequences: bool, zeros: bool) -> list[Node]:
-    """Return the nodes that run an operator: one, and where it is reversed one more, which turns the steps round.
+    """Return the nodes that run an operator: one, and a second that reverses the steps where it runs backward.
 
     Args:
-        operator: as `read_operator` gives it.
-        sequences: whether every step's output is wanted, or the last one's alone.
-        zeros: whether steps past a row's length give zeros.
+        operator: from `read_operator`.
+        sequences: whether to return every step's output, or only the last.
+        zeros: whether steps past a row's length yield zeros.
     """
     if operator.direction == "bidirectional":
         ahead, back = operator.cells
@@ -104,20 +104,20 @@ def nodes_of(operator: Operator, sequences: bool, zeros: bool) -> list[Node]:
 
 
 def network_of(operator: Operator, name: str, source: dict[str, Any]) -> Network:
-    """Return an operator as a Network of its own, `[B, T, I]` to `[B, T, W]`."""
+    """Return an operator as a separate Network, `[B, T, I]` to `[B, T, W]`."""
     nodes = nodes_of(operator, sequences=True, zeros=bool(operator.lengths))
     inner = clean(name)
     return Network(nodes, [inner, f"{inner}.in_order"][: len(nodes)], {"source": {**source, "node": name}})
 
 
-# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_operator(scope: Scope, node: Any) -> Operator:
     """Return a recurrent operator of a graph as cells.
 
     Raises:
-        FormatError: weights that aren't constant or of another shape, a setting that isn't known.
+        FormatError: weights that aren't constant or have the wrong shape, an unknown setting.
     """
     model = scope.model
     if node.output and node.output[0] in model.rolled:
@@ -147,25 +147,25 @@ def read_operator(scope: Scope, node: Any) -> Operator:
 
 
 def _origin(scope: Scope, name: str) -> str:
-    """Return what makes a value that isn't constant: the operator furthest back on its way, or an input."""
+    """Return the origin of a value that isn't constant: its earliest operator, or an input."""
     text, seen = f"{short(name)}", set()
     while name not in seen:
         seen.add(name)
         node = scope.producers.get(name)
         if node is None:
             return f"{text}, from the input {short(name)}" if name in scope.inputs else text
-        text = f"{text}, made by {node.op_type} {short(label(node))}" if len(seen) == 1 else text
+        text = f"{text}, computed by {node.op_type} {short(label(node))}" if len(seen) == 1 else text
         name = next((n for n in node.input if n and scope.constant(n) is None), "")
         if not name:
-            return f"{text}, for which {node.op_type} {short(label(node))} isn't known here"
+            return f"{text}, but {node.op_type} {short(label(node))} can't be evaluated"
     return text
 
 
 def _settings(where: str, kind: str, attributes: dict[str, Any], direction: str) -> list[dict[str, Any]]:
-    """Return the flags of the cell of each direction, out of the attributes."""
+    """Return the cell flags of each direction, from the attributes."""
     unknown = sorted(attributes.keys() - ATTRIBUTES - {"output_sequence"})
     if unknown:
-        raise FormatError(f"{where}: expected attributes that are known, found {short(unknown[0])}")
+        raise FormatError(f"{where}: unknown attribute {short(unknown[0])}")
     if direction not in DIRECTIONS:
         raise FormatError(f"{where}: expected direction to be one of {', '.join(DIRECTIONS)}, found {short(direction)}")
     each, count = len(USUAL[kind]), 2 if direction == "bidirectional" else 1
@@ -193,7 +193,7 @@ def _settings(where: str, kind: str, attributes: dict[str, Any], direction: str)
 
 
 def _activations(where: str, names: list[str], attributes: dict[str, Any]) -> list[str]:
-    """Return activations as ours are written; alpha and beta go, in order, to those that take them."""
+    """Return activations in cellstack's notation; alpha and beta are assigned, in order, to those that use them."""
     values = [list(attributes.get(key, ())) for key in ("activation_alpha", "activation_beta")]
     texts = []
     for name in names:
@@ -202,7 +202,7 @@ def _activations(where: str, names: list[str], attributes: dict[str, Any]) -> li
         given = []
         for left, usual in zip(values, PARAMETERS.get(name, ()), strict=False):
             if not left and name in GIVEN:
-                raise FormatError(f"{where}: expected alpha and beta of {name}, found none")
+                raise FormatError(f"{where}: {name} needs alpha and beta")
             given.append(decimal(left.pop(0) if left else usual))
         text = NAMES[name] + (f"({', '.join(map(repr, given))})" if given else "")
         text = "linear" if text == "affine(1.0, 0.0)" else text
@@ -215,9 +215,9 @@ def _activations(where: str, names: list[str], attributes: dict[str, Any]) -> li
 
 
 def activation_text(node: Any, attributes: dict[str, Any]) -> str | None:
-    """Return the activation that an operator of a graph is, as ours are written; None where it is none.
+    """Return the activation of a graph's operator in cellstack's notation; None where it isn't one.
 
-    Affine and ScaledTanh aren't: ONNX has them beside the recurrent operators no more.
+    Affine and ScaledTanh exist in recurrent operators only.
     """
     usual = PARAMETERS.get(node.op_type, ())
     if node.op_type not in NAMES or None in usual:
@@ -228,17 +228,17 @@ def activation_text(node: Any, attributes: dict[str, Any]) -> str | None:
 
 
 def decimal(value: float) -> float:
-    """Return the shortest decimal that a float32 stands for: 0.2, not 0.20000000298; and a sixth for a sixth."""
+    """Return the shortest decimal that rounds to the same float32: 0.2, not 0.20000000298; 1/6 stays 1/6."""
     sixth = USUAL_PARAMETERS["hard_sigmoid"][0]
     return sixth if np.float32(value) == np.float32(sixth) else float(str(np.float32(value)))
 
 
 def _dequantise(where: str, arrays: dict[str, Array]) -> None:
-    """Put W and R as floats in the place of their integers `[D, I, 4H]`, which stand the other way round."""
+    """Replace the integers of W and R, transposed as `[D, I, 4H]`, by floats."""
     for key in ("W", "R"):
         scale, zero = arrays.get(f"{key}_scale"), arrays.get(f"{key}_zero_point")
         if scale is None or zero is None:
-            raise FormatError(f"{where}: expected {key}_scale and {key}_zero_point, found none")
+            raise FormatError(f"{where}: {key}_scale and {key}_zero_point are missing")
         weights = arrays[key]
         fits = weights.ndim == 3 and weights.dtype.kind in "iu" and scale.shape == zero.shape
         if not fits or scale.shape not in (weights.shape[:1], (weights.shape[0], weights.shape[2])):
@@ -273,7 +273,7 @@ def _cells(
         if key in arrays and (arrays[key].shape != shape or 0 in shape):
             raise FormatError(f"{where}: expected {key} of shape {list(shape)}, found {list(arrays[key].shape)}")
         if key in arrays and arrays[key].dtype.kind != "f":
-            raise FormatError(f"{where}: expected {key} in floats, found {arrays[key].dtype}")
+            raise FormatError(f"{where}: expected {key} as floats, found {arrays[key].dtype}")
     arrays = {key: value.astype(dtype) for key, value in arrays.items() if key in wanted}
     starts = _starts(where, states, ways, units, batch_first)
     cells = []
@@ -288,7 +288,7 @@ def _cells(
         own: dict[str, Any] = rows._asdict()
         if spec.peepholes:
             own["peepholes"] = reorder(arrays["P"][d], PEEPHOLES, OUR_PEEPHOLES).reshape(3, units)
-        if spec.coupled:  # f is 1 - i: its weights are there, and the operator doesn't look at them
+        if spec.coupled:  # f is 1 - i: its weights exist, but the operator ignores them
             own = {name: None if a is None else _without_f(name, a, units) for name, a in own.items()}
         own |= {f"initial_{key}": values[d].astype(dtype) for key, values in starts.items() if key in spec.state_sizes}
         cells.append(Cell(spec, **own))
@@ -304,9 +304,9 @@ def _without_f(name: str, array: Array, units: int) -> Array:
 def _starts(
     where: str, states: dict[str, Constant | None], ways: int, units: int, batch_first: bool
 ) -> dict[str, Array]:
-    """Return the constant initial states `[D, H]` by name, both of them; none where they are zeros or come from inputs.
+    """Return the constant initial states `[D, H]` by name; none where they are zeros or come from inputs.
 
-    Rows that start alike are what a learned initial state is.
+    A learned initial state has equal rows.
     """
     found: dict[str, Array] = {}
     for key, value in states.items():
@@ -324,21 +324,21 @@ def _starts(
         except ValueError:
             raise FormatError(f"{where}: expected {key} of [{ways}, B, {units}], found {array.shape}") from None
         if not np.isfinite(wide).all() or (wide != wide[:, :1]).any():
-            raise FormatError(f"{where}: expected {key} to be alike in every row, found rows that differ")
+            raise FormatError(f"{where}: the rows of {key} must be equal")
         found[key.removeprefix("initial_")] = wide[:, 0]
     if found:
         found = {key: found.get(key, np.zeros((ways, units))) for key in ("h", "c")}
     return found
 
 
-# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 NOT_IN_ONNX = {"proj_size": 0, "layer_norm": False, "cell_clip": None, "zoneout": 0.0, "zoneout_cell": 0.0}
 ONNX_NAMES = {ours: theirs for theirs, ours in NAMES.items()} | {"linear": "Affine"}
 
 
 class Written(NamedTuple):
-    """A recurrent operator as it is written: its inputs but X and the states by name, and its attributes."""
+    """A recurrent operator to be written: its attributes, and its inputs by name, except X and the states."""
 
     kind: str
     arrays: dict[str, Array]
@@ -346,27 +346,25 @@ class Written(NamedTuple):
 
 
 def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Written:
-    """Return cells, one a direction, as one recurrent operator.
+    """Return cells, one per direction, as one recurrent operator.
 
     Raises:
-        ValueError: a flag that the operator doesn't have, or one that the directions don't share.
+        ValueError: a flag that the operator lacks, or that differs between the directions.
     """
     first = cells[0].spec
     for cell in cells:
         for flag, usual in NOT_IN_ONNX.items():
             if getattr(cell.spec, flag) != usual:
-                raise ValueError(
-                    f"save: {where}: expected a cell that ONNX's {first.kind.upper()} can be, got one with {flag}"
-                )
+                raise ValueError(f"save: {where}: ONNX's {first.kind.upper()} has no {flag}")
         alike = ("kind", "input_size", "units", "clip", "coupled", "reset_after", "peepholes", "use_bias")
         for flag in alike:
             if getattr(cell.spec, flag) != getattr(first, flag):
-                raise ValueError(f"save: {where}: expected {flag} to be the same forwards and backwards, as in ONNX")
+                raise ValueError(f"save: {where}: ONNX needs the same {flag} forward and backward")
         named = dict(zip(cell.spec.slots, cell.spec.activations, strict=True))
         apart = [("f", "i"), ("o", "i")] if first.kind == "lstm" else [("r", "z")] if first.kind == "gru" else []
         for gate, other in apart:
             if named[gate] != named[other] and not (gate == "f" and cell.spec.coupled):
-                raise ValueError(f"save: {where}: expected gates {other} and {gate} with one activation, as in ONNX")
+                raise ValueError(f"save: {where}: ONNX needs the same activation for gates {other} and {gate}")
     rows = [_rows(cell) for cell in cells]
     arrays = {key: np.ascontiguousarray(np.stack([row[key] for row in rows])) for key in rows[0]}
     attributes: dict[str, Any] = {"hidden_size": first.units, "direction": direction}
@@ -381,7 +379,7 @@ def write_operator(where: str, cells: tuple[Cell, ...], direction: str) -> Writt
 
 
 def _rows(cell: Cell) -> dict[str, Array]:
-    """Return a cell's arrays in ONNX's layout, without the axis of directions."""
+    """Return a cell's arrays in ONNX's layout, without the direction axis."""
     spec, units = cell.spec, cell.spec.units
     own = {name: a for name, a in cell.arrays.items() if name in ("kernel", "recurrent_kernel", "bias", "peepholes")}
     if spec.coupled:
@@ -398,7 +396,7 @@ def _rows(cell: Cell) -> dict[str, Array]:
 
 
 def _with_f(name: str, array: Array, units: int) -> Array:
-    """Return an array of a coupled cell with zeros where f's block would be."""
+    """Return an array of a coupled cell with a block of zeros for f."""
     if name == "peepholes":
         return np.stack([array[0], np.zeros_like(array[0]), array[1]])
     return np.concatenate([array[..., :units], np.zeros_like(array[..., :units]), array[..., units:]], axis=-1)

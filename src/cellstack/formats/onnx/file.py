@@ -1,8 +1,8 @@
-"""ONNX files: the protobuf taken apart and checked, tensors as arrays, names resolved, constants computed on demand.
+"""ONNX files: parses and checks the protobuf, reads tensors as arrays, resolves names, computes constants on demand.
 
-Nothing in a file is trusted: what it claims of a tensor is checked against the bytes that are there, graphs must be in
-order (so that none is a circle), tensors in other files must lie in the file's own folder, and what constants are
-computed is bounded by the size of the file.
+Nothing in a file is trusted: sizes of tensors are checked against the bytes present, nodes must come in order (which
+rules out cycles), external tensors must be in the file's own folder, and the constants to compute are bounded by the
+size of the file.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from cellstack.formats.onnx.functions import DOMAINS, inline
 from cellstack.layout import Array
 from cellstack.spec import FormatError
 
-KEY = "cellstack"  # under which a file that we wrote has the network's metadata
-KNOWN_TYPES = {  # TensorProto's data types: what NumPy calls them, and the field that holds them where not raw
+KEY = "cellstack"  # metadata key that cellstack's own files use
+KNOWN_TYPES = {  # TensorProto's data types: the NumPy name, and the field of data that isn't raw
     1: ("<f4", "float_data"),
     2: ("u1", "int32_data"),
     3: ("i1", "int32_data"),
@@ -39,12 +39,12 @@ KNOWN_TYPES = {  # TensorProto's data types: what NumPy calls them, and the fiel
     11: ("<f8", "double_data"),
     12: ("<u4", "uint64_data"),
     13: ("<u8", "uint64_data"),
-    16: ("<u2", "int32_data"),  # bfloat16: the upper half of a float32
+    16: ("<u2", "int32_data"),  # bfloat16: the upper 16 bits of a float32
 }
 BFLOAT16 = 16
 MOST_AXES = 32
-MOST_COUNTING = 16  # lists of lengths, one within the other
-FIRST_OPSET = 7  # before it, broadcasting and the recurrent operators were others
+MOST_COUNTING = 16  # nested lists of lengths
+FIRST_OPSET = 7  # earlier opsets broadcast and define recurrent operators differently
 NEEDS_ONNX = "ONNX files need the package onnx: pip install 'cellstack[onnx]'"
 
 Constant = Array | Broadcast
@@ -52,7 +52,7 @@ Attributes = dict[str, Any]
 
 
 def onnx_package() -> Any:
-    """Return the onnx package; `ModuleNotFoundError` says how to get it where it isn't there."""
+    """Return the onnx package; raises `ModuleNotFoundError` with the install command."""
     try:
         import onnx
     except ModuleNotFoundError as error:
@@ -61,18 +61,18 @@ def onnx_package() -> Any:
 
 
 def label(node: Any) -> str:
-    """Return what a node goes by: its name, else that of its first output."""
+    """Return a node's name, else that of its first output."""
     return node.name or next((name for name in node.output if name), node.op_type)
 
 
-# ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── tensors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Tensors:
     """Reads the tensors of one file as arrays.
 
     Args:
-        path: the file; tensors that lie elsewhere must lie in its folder.
+        path: the file; external tensors must be in its folder.
     """
 
     def __init__(self, path: str) -> None:
@@ -82,18 +82,18 @@ class Tensors:
         """Return a TensorProto as an array.
 
         Raises:
-            FormatError: a type that isn't known, sizes that don't fit its data, data where it may not be.
+            FormatError: an unknown type, sizes that don't match the data, data outside the file's folder.
         """
         where = f"{self.path}: tensor {short(tensor.name)}"
         if tensor.data_type not in KNOWN_TYPES:
-            raise FormatError(f"{where}: expected numbers of a known type, found type {tensor.data_type}")
+            raise FormatError(f"{where}: data type {tensor.data_type} isn't supported")
         dtype, field_name = KNOWN_TYPES[tensor.data_type]
         dims = list(tensor.dims)
         if len(dims) > MOST_AXES or any(axis < 0 for axis in dims):
             raise FormatError(f"{where}: expected at most {MOST_AXES} axes, none negative, found {short(dims)}")
         count, width = prod(dims), np.dtype(dtype).itemsize
-        if prod(max(1, axis) for axis in dims) * width >= 1 << 62:  # what NumPy can't count, an axis of 0 or not
-            raise FormatError(f"{where}: expected sizes that memory can hold, found {short(dims)}")
+        if prod(max(1, axis) for axis in dims) * width >= 1 << 62:  # NumPy's limit, even with an axis of length 0
+            raise FormatError(f"{where}: shape {short(dims)} doesn't fit into memory")
         if tensor.data_location == 1:
             array = np.frombuffer(self._elsewhere(where, tensor, count * width), dtype)
         elif tensor.HasField("raw_data"):
@@ -112,23 +112,23 @@ class Tensors:
         return array.reshape(dims)
 
     def _elsewhere(self, where: str, tensor: Any, size: int) -> bytes:
-        """Return the bytes of a tensor that lies in a file of its own, in this file's folder."""
+        """Return the bytes of an external tensor, from a file in this file's folder."""
         entries = {str(entry.key): str(entry.value) for entry in tensor.external_data}
         location, folder = entries.get("location", ""), os.path.realpath(os.path.dirname(self.path) or ".")
         target = os.path.realpath(os.path.join(folder, location)) if "\0" not in location else ""
         inside = os.path.dirname(target) == folder or target.startswith(folder + os.sep)
         if not location or os.path.isabs(location) or ".." in location.replace("\\", "/").split("/") or not inside:
-            raise FormatError(f"{where}: expected data in this file's folder, found location {short(location)}")
+            raise FormatError(f"{where}: external data must be in this file's folder, found location {short(location)}")
         if not os.path.isfile(target):
-            raise FormatError(f"{where}: expected its data in the file {short(location)}, found none")
+            raise FormatError(f"{where}: the file of its data, {short(location)}, doesn't exist")
         try:
             offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(size)))
         except ValueError:
             raise FormatError(f"{where}: expected offset and length as numbers, found {short(entries)}") from None
-        held = os.path.getsize(target)
-        if length != size or offset < 0 or offset + size > held:
+        available = os.path.getsize(target)
+        if length != size or offset < 0 or offset + size > available:
             raise FormatError(
-                f"{where}: expected {size} bytes in {short(location)}, of {held} bytes, "
+                f"{where}: expected {size} bytes within the {available} bytes of {short(location)}, "
                 f"found offset {short(offset)} and length {short(length)}"
             )
         with open(target, "rb") as file:
@@ -137,20 +137,20 @@ class Tensors:
 
 
 def _typed(where: str, values: Any, dtype: str, kind: int) -> Array:
-    """Return numbers that stand in a typed field of a tensor."""
+    """Return the numbers in a typed field of a tensor."""
     wide = np.array(values, dtype="<u2" if kind == BFLOAT16 else None) if len(values) else np.zeros(0, dtype)
-    if dtype == "<f2":  # float16 stands there as the bits of it
+    if dtype == "<f2":  # float16 is stored as its bits
         if len(values) and not (wide.min() >= 0 and wide.max() < 1 << 16):
             raise FormatError(f"{where}: expected the bits of float16, found {short(int(wide.max()))}")
         return wide.astype("<u2").view("<f2")
     if np.dtype(dtype).kind in "iu" and len(values):
         bounds = np.iinfo(dtype)
         if not (bounds.min <= wide.min() and wide.max() <= bounds.max):
-            raise FormatError(f"{where}: expected numbers from {bounds.min} to {bounds.max}, found others")
+            raise FormatError(f"{where}: expected numbers from {bounds.min} to {bounds.max}, found values out of range")
     return wide.astype(dtype)
 
 
-# ── graphs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── graphs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -158,15 +158,15 @@ class Model:
     """An ONNX file, parsed.
 
     Args:
-        path: where it is.
+        path: its path.
         proto: the ModelProto.
-        opset: version of the usual operators.
+        opset: version of the default operator set.
         tensors: reads its tensors.
-        budget: what may be computed of its constants.
-        rolled: recurrent operators that stand in the place of a graph's steps, by the names of their Y.
-        unrolled: loops that are read a step at a time, by the name of their cell: how many steps, and why.
-        lost: why a loop that was rolled up can't be read as it is.
-        given: inputs and tensors that were given a value when the file was loaded: as lists, None where it is long.
+        budget: the limit on computed constants.
+        rolled: recurrent operators that replace a graph's unrolled steps, by the names of their Y.
+        unrolled: unrolled loops that stay unrolled, by the name of their cell: the number of steps, and why.
+        lost: why an unrolled loop couldn't be read as one operator.
+        given: inputs and tensors that were given a value when the file was loaded: as lists, None for long ones.
     """
 
     path: str
@@ -181,20 +181,20 @@ class Model:
 
     @property
     def source(self) -> dict[str, Any]:
-        """Where a network comes from, as its metadata says it."""
+        """The origin of the network, for its metadata."""
         made = {"producer": f"{self.proto.producer_name} {self.proto.producer_version}".strip(), "opset": self.opset}
         return {"format": "onnx", **{key: value for key, value in made.items() if value}}
 
     @cached_property
     def said(self) -> dict[str, Any]:
-        """What this package wrote about a network: its metadata, and its states' inputs and outputs; {} elsewhere."""
+        """What cellstack wrote about a network: its metadata, and its states' inputs and outputs; {} in other files."""
         text = next((entry.value for entry in self.proto.metadata_props if entry.key == KEY), None)
         if text is None:
             return {}
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise FormatError(f"{self.path}: expected the metadata {KEY} as JSON, found {str(error)[:200]}") from None
+            raise FormatError(f"{self.path}: the metadata {KEY} isn't valid JSON: {str(error)[:200]}") from None
         metadata, states = (found.get("metadata"), found.get("states")) if isinstance(found, dict) else (None, None)
         pairs = states if isinstance(states, list) else [None]
         named = all(isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p) for p in pairs)
@@ -204,7 +204,7 @@ class Model:
         return {"metadata": metadata, "states": states, "zeros": zeros if isinstance(zeros, list) else []}
 
     def attributes(self, node: Any) -> Attributes:
-        """Return a node's attributes by name, as Python has them; tensors as arrays, graphs as they are."""
+        """Return a node's attributes by name, as Python values; tensors as arrays, graphs unchanged."""
         return {entry.name: self._attribute(node, entry) for entry in node.attribute}
 
     def _attribute(self, node: Any, entry: Any) -> Any:
@@ -222,20 +222,20 @@ class Model:
         if entry.type == 10:
             return list(entry.graphs)
         raise FormatError(
-            f"{self.path}: node {short(label(node))}: expected attribute {short(entry.name)} of a known type, "
-            f"found type {entry.type}"
+            f"{self.path}: node {short(label(node))}: attribute {short(entry.name)} has the unsupported "
+            f"type {entry.type}"
         )
 
 
 @dataclass
 class Scope:
-    """A graph of a file with the names that it knows, its own and those of the graphs around it.
+    """A graph of a file with the names in its scope: its own and those of the enclosing graphs.
 
     Args:
         model: the file.
         graph: the GraphProto.
-        parent: the graph around it.
-        place: the nodes around it, as a message names them.
+        parent: the enclosing graph.
+        place: the path of enclosing nodes, for messages.
     """
 
     model: Model
@@ -246,46 +246,45 @@ class Scope:
     producers: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     known: dict[str, Constant | None] = field(default_factory=dict)
-    alike: dict[Any, str] = field(default_factory=dict)  # constants by their numbers: the first name
+    alike: dict[Any, str] = field(default_factory=dict)  # first name of each constant, by its values
     first_alike: dict[str, str] = field(default_factory=dict)
-    unbound: dict[str, dict[str, int]] = field(default_factory=dict)  # by a Split's first output: which step each is
-    counting: int = 0  # lists of lengths, each for the sake of the one before
-    rows: dict[str, int] = field(default_factory=dict)  # constants that are one row: how long it is; else 0
+    unbound: dict[str, dict[str, int]] = field(default_factory=dict)  # by a Split's first output: each output's step
+    counting: int = 0  # depth of nested lists of lengths
+    rows: dict[str, int] = field(default_factory=dict)  # length of constants that are one row; else 0
 
     def __post_init__(self) -> None:
         where = f"{self.model.path}: graph {short(self.place or self.graph.name)}"
         names = [entry.name for entry in (*self.graph.initializer, *self.graph.input, *self.graph.output)]
         if not all(isinstance(name, str) for name in names):
-            raise FormatError(f"{where}: expected names in UTF-8, found others")
+            raise FormatError(f"{where}: names must be UTF-8")
         for tensor in self.graph.initializer:
             if tensor.name in self.initializers:
-                raise FormatError(f"{where}: expected every tensor once, found {short(tensor.name)} twice")
+                raise FormatError(f"{where}: tensor {short(tensor.name)} occurs twice")
             self.initializers[tensor.name] = tensor
         self.inputs = tuple(value.name for value in self.graph.input)
         if len(set(self.inputs)) != len(self.inputs):
-            raise FormatError(f"{where}: expected inputs that differ, found {short(list(self.inputs))}")
+            raise FormatError(f"{where}: the names of inputs must differ, found {short(list(self.inputs))}")
         made = {*self.initializers, *self.inputs, *(tensor.values.name for tensor in self.graph.sparse_initializer)}
         for node in self.graph.node:
             if len({entry.name for entry in node.attribute}) != len(node.attribute):
-                raise FormatError(f"{where}: node {short(label(node))}: expected every attribute once, found one twice")
+                raise FormatError(f"{where}: node {short(label(node))}: an attribute occurs twice")
             words = (node.name, node.op_type, node.domain, *node.input, *node.output, *(e.name for e in node.attribute))
-            if not all(isinstance(word, str) for word in words):  # protobuf gives bytes where they are no UTF-8
-                raise FormatError(f"{where}: node {short(label(node))}: expected names in UTF-8, found others")
+            if not all(isinstance(word, str) for word in words):  # protobuf returns bytes that aren't UTF-8
+                raise FormatError(f"{where}: node {short(label(node))}: names must be UTF-8")
             for name in node.input:
                 if name and name not in made and not self._outside(name):
                     raise FormatError(
-                        f"{where}: node {short(label(node))}: expected inputs that are made before it, "
-                        f"found {short(name)}, which isn't"
+                        f"{where}: node {short(label(node))}: input {short(name)} isn't computed before the node"
                     )
             for name in node.output:
                 if name in made:
-                    raise FormatError(f"{where}: node {short(label(node))}: expected to make {short(name)} once")
+                    raise FormatError(f"{where}: node {short(label(node))}: {short(name)} is computed more than once")
                 if name:
                     made.add(name)
                     self.producers[name] = node
         for value in self.graph.output:
             if value.name not in made and not self._outside(value.name):
-                raise FormatError(f"{where}: expected output {short(value.name)} to be made by a node, found none")
+                raise FormatError(f"{where}: no node computes the output {short(value.name)}")
 
     def _outside(self, name: str) -> bool:
         scope = self.parent
@@ -299,9 +298,9 @@ class Scope:
         return name in self.initializers or name in self.producers or name in self.inputs
 
     def constant(self, name: str) -> Constant | None:
-        """Return what a name stands for where it doesn't depend on any input; None where it does.
+        """Return the value of a name that doesn't depend on any input; None where it does.
 
-        An input with a value of its own in the file is taken to have that value.
+        An input with a default in the file is taken to have that value.
         """
         if not self._own(name):
             return None if self.parent is None or not name else self.parent.constant(name)
@@ -325,7 +324,7 @@ class Scope:
         return self.known[name]
 
     def _blocked(self, node: Any) -> bool:
-        """Whether some input is known not to be constant: the others needn't be computed then."""
+        """Whether some input is known not to be constant: the others then needn't be computed."""
         return any(name in self.known and self.known[name] is None for name in node.input)
 
     def _compute(self, node: Any, values: list[Constant | None]) -> None:
@@ -343,7 +342,7 @@ class Scope:
             if found is not None:
                 made = found
                 if node.op_type == "Expand" and isinstance(made[0], Broadcast) and self.counting < MOST_COUNTING:
-                    self.counting += 1  # what is counted may hold an Expand whose lengths are counted, too
+                    self.counting += 1  # the list may contain an Expand whose own lengths are counted
                     made = [self._ranked(made[0], self._count(node.input[1]))]
                     self.counting -= 1
         for name, value in zip(node.output, made, strict=True):
@@ -355,9 +354,9 @@ class Scope:
         return Broadcast(value.array.reshape([1] * (axes - value.array.ndim) + list(value.array.shape)), True)
 
     def _count(self, name: str) -> int | None:
-        """Return how many numbers a list of lengths has, where only these aren't known; None where that isn't either.
+        """Return the length of a list of lengths whose entries are unknown; None where its length is unknown too.
 
-        It follows the ways in which exporters put such lists together.
+        It follows the ways in which exporters build such lists.
         """
         total, waiting, steps = 0, [name], 0
         while waiting and steps < 256:
@@ -375,13 +374,13 @@ class Scope:
             elif node.op_type == "Where" and len(node.input) == 3:
                 waiting.append(node.input[2])
             elif node.op_type == "Unsqueeze" or self._one_length(node):
-                total += 1  # a number made a list, or one length of a shape
+                total += 1  # a number as a list, or one length of a shape
             else:
                 return None
         return None if waiting else total
 
     def _one_length(self, node: Any) -> bool:
-        """Whether a node is a Shape that gives one length."""
+        """Whether a node is a Shape that returns one length."""
         found = {entry.name: entry.i for entry in node.attribute} if node.op_type == "Shape" else {}
         return found.get("end", 0) - found.get("start", 0) == 1
 
@@ -391,7 +390,7 @@ class Scope:
         return isinstance(shape, np.ndarray) and shape.tolist() == [-1]
 
     def inner(self) -> Iterator[tuple[Any, Scope | None]]:
-        """Give every node, and after it a scope for each graph inside it."""
+        """Yield every node, followed by a scope for each graph inside it."""
         for node in self.graph.node:
             yield node, None
             for entry in node.attribute:
@@ -418,7 +417,7 @@ def live_nodes(scope: Scope) -> set[int]:
 
 
 def uses(scope: Scope, live: set[int]) -> dict[str, int]:
-    """Return how often each value is taken, by nodes that lead to an output and by the outputs."""
+    """Return how often each value is used, by nodes that lead to an output and by the outputs."""
     counts: dict[str, int] = {}
     names = [name for node in scope.graph.node if id(node) in live for name in node.input]
     for name in [*names, *(value.name for value in scope.graph.output)]:
@@ -427,13 +426,13 @@ def uses(scope: Scope, live: set[int]) -> dict[str, int]:
 
 
 def unused_tensors(scope: Scope) -> list[str]:
-    """Return the tensors of a graph that nothing that leads to an output takes, inputs left out."""
+    """Return the tensors of a graph that no output depends on, except inputs."""
     taken = uses(scope, live_nodes(scope)).keys() | set(scope.inputs)
     return [name for name in scope.initializers if name not in taken]
 
 
 def declared(value: Any) -> list[int | None] | None:
-    """Return the lengths that a file declares of an input, None where any will do; None where it declares no axes."""
+    """Return the lengths that a file declares of an input, None for an open length; None where it declares no axes."""
     kind = value.type.tensor_type
     if not kind.HasField("shape"):
         return None
@@ -441,10 +440,10 @@ def declared(value: Any) -> list[int | None] | None:
 
 
 def read(path: str) -> Model:
-    """Return the ONNX file at `path`, parsed; its tensors are read when they are asked for.
+    """Return the ONNX file at `path`, parsed; its tensors are read on demand.
 
     Raises:
-        FormatError: no ONNX file, or of a version that isn't known.
+        FormatError: not an ONNX file, or of an unsupported version.
         OSError: the file can't be read.
         ModuleNotFoundError: the package onnx isn't installed.
     """
@@ -454,10 +453,10 @@ def read(path: str) -> Model:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
-    except Exception as error:  # DecodeError of protobuf, a package that is onnx's affair
-        raise FormatError(f"{path}: expected an ONNX file, found {str(error)[:200]}") from None
+    except Exception as error:  # protobuf's DecodeError; this package doesn't depend on protobuf
+        raise FormatError(f"{path}: not an ONNX file: {str(error)[:200]}") from None
     if not proto.HasField("graph") or not 1 <= proto.ir_version <= 1 << 16:
-        raise FormatError(f"{path}: expected an ONNX file with a graph, found none")
+        raise FormatError(f"{path}: the ONNX file has no graph")
     versions = [entry.version for entry in proto.opset_import if entry.domain in DOMAINS]
     newest = onnx.defs.onnx_opset_version()
     if len(versions) != 1 or not FIRST_OPSET <= versions[0] <= newest:
@@ -468,7 +467,7 @@ def read(path: str) -> Model:
 
 
 def _companions(path: str, proto: Any) -> Iterator[os.DirEntry[str]]:
-    """Give the other files that tensors of the outermost graph lie in; those beside the file alone count."""
+    """Yield the files with external tensors of the outermost graph; only those in the file's own folder count."""
     names = {
         entry.value
         for tensor in proto.graph.initializer

@@ -1,4 +1,4 @@
-"""Constants that an ONNX graph computes out of constants, by the operators that exporters build weights with."""
+"""Constants that an ONNX graph computes from constants, with the operators that exporters use to build weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from cellstack.formats.build import TooMuchError
 from cellstack.layout import Array
 
-FREE = 1 << 22  # numbers that any file may compute, however small it is
-TIMES = 8  # and how many for each of its bytes
-NO_END = (2**31 - 1, 2**63 - 1)  # ends that stand for none, whichever way a slice goes
-LARGEST = 2**31 - 1  # from here on, the start or end of a slice is that of the axis
+FREE = 1 << 22  # numbers that any file may compute, regardless of its size
+TIMES = 8  # further numbers per byte of the file
+NO_END = (2**31 - 1, 2**63 - 1)  # ends that mean an open end, in either direction
+LARGEST = 2**31 - 1  # larger starts or ends mean those of the axis
 CASTS = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 12: "u4", 13: "u8"}
 
 
-NEEDED = {  # how many inputs an operator can't do without; 1 where nothing is said
+NEEDED = {  # number of required inputs, 1 by default
     "BatchNormalization": 5,
     "Constant": 0,
     "Range": 3,
@@ -31,41 +31,41 @@ NEEDED = {  # how many inputs an operator can't do without; 1 where nothing is s
 
 
 def check_inputs(operator: str, given: Sequence[bool]) -> None:
-    """Raise `ValueError` where an operator lacks an input that it can't do without."""
+    """Raise `ValueError` where an operator lacks a required input."""
     count = max(1, len(given)) if operator in ("Concat", "Max", "Mean", "Min", "Sum") else NEEDED.get(operator, 1)
     if not all(given[:count]) or len(given) < count:
         raise ValueError(f"expected at least {count} input{'s' * (count != 1)}, found {sum(given[:count])}")
 
 
 class Budget:
-    """How many numbers the constants of a file may still take.
+    """The budget of numbers that a file's constants may still use.
 
     Args:
-        size: of the file, in bytes.
+        size: the size of the file, in bytes.
     """
 
     def __init__(self, size: int) -> None:
         self.most = self.left = FREE + TIMES * size
 
     def again(self) -> Budget:
-        """Return one as it was at first."""
+        """Return a full budget of the same size."""
         fresh = Budget(0)
         fresh.most = fresh.left = self.most
         return fresh
 
     def take(self, *shape: int) -> None:
-        """Count an array of this shape; `TooMuchError` where there is no room for it, `ValueError` if there is none."""
+        """Count an array of this shape; `TooMuchError` beyond the budget, `ValueError` for an invalid shape."""
         if any(axis < 0 for axis in shape):
             raise ValueError(f"expected a shape without negative axes, found {list(shape)}")
         self.left -= prod(shape) + 1
         if self.left < 0:
-            raise TooMuchError(f"expected constants of at most {self.most} numbers, found more")
+            raise TooMuchError(f"the constants exceed the limit of {self.most} numbers")
 
 
 class Broadcast(NamedTuple):
-    """A constant of a shape that isn't known: `array` spread out over it, as broadcasting does.
+    """A constant of unknown shape: `array`, broadcast to that shape.
 
-    `ranked`: whether it has as many axes as `array`, so that what moves axes about can be done to `array`.
+    `ranked`: whether it has as many axes as `array`, so that operations that move axes can be applied to `array`.
     """
 
     array: Array
@@ -73,17 +73,17 @@ class Broadcast(NamedTuple):
 
     @property
     def uniform(self) -> bool:
-        """Whether it is one number throughout."""
+        """Whether all its values are equal."""
         return self.array.size == 1
 
 
 def numbers(value: Any) -> Any:
-    """Return the array of a constant of whatever shape; what is no `Broadcast` as it is."""
+    """Return the array of a `Broadcast`; other values are returned unchanged."""
     return value.array if isinstance(value, Broadcast) else value
 
 
 def whole(values: Any, most: int = 0) -> list[int]:
-    """Return a constant list of integers, such as axes, of `most` or a few; `ValueError` where it isn't one."""
+    """Return a constant list of integers, such as axes, of length up to `most` or 64; else `ValueError`."""
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or array.ndim > 1 or array.size > max(most, 64):
         raise ValueError(f"expected a short list of integers, found {array.dtype} {array.shape}")
@@ -91,14 +91,14 @@ def whole(values: Any, most: int = 0) -> list[int]:
 
 
 def place(axis: int, axes: int) -> int:
-    """Return an axis counted from the front; `ValueError` where there are fewer."""
+    """Return an axis counted from the front; `ValueError` where it doesn't exist."""
     if not -axes <= axis < axes:
         raise ValueError(f"expected an axis of {axes}, found {axis}")
     return axis % axes
 
 
 def slices(attributes: dict[str, Any], values: list[Any], axes: int) -> tuple[slice, ...] | None:
-    """Return what a Slice takes of a value with so many axes; None where that isn't constant."""
+    """Return the slices that a Slice takes of a value with `axes` axes; None where they aren't constant."""
     if len(values) == 1:  # before opset 10
         starts, ends, chosen = attributes["starts"], attributes["ends"], attributes.get("axes")
         steps = None
@@ -110,7 +110,7 @@ def slices(attributes: dict[str, Any], values: list[Any], axes: int) -> tuple[sl
     chosen = list(range(len(starts))) if chosen is None else [place(axis, axes) for axis in whole(chosen)]
     steps = [1] * len(starts) if steps is None else whole(steps)
     if not len(starts) == len(ends) == len(chosen) == len(steps) or len(set(chosen)) != len(chosen) or 0 in steps:
-        raise ValueError("expected starts, ends, axes and steps that belong together")
+        raise ValueError("starts, ends, axes and steps must have one length, with distinct axes and no step of 0")
     taken = [slice(None)] * axes
     for start, end, axis, step in zip(starts, ends, chosen, steps, strict=True):
         backwards_to_the_front = step < 0 and (end <= -LARGEST or end in NO_END)
@@ -119,23 +119,23 @@ def slices(attributes: dict[str, Any], values: list[Any], axes: int) -> tuple[sl
 
 
 def within(taken: slice, length: int) -> slice:
-    """Return a slice of an axis of this length as Python has it: backwards, a start before the first is the first."""
+    """Return a slice in Python's terms for an axis of this length: backward, an early start is clipped to 0."""
     start, step = taken.start, taken.step or 1
     return slice(0, taken.stop, step) if step < 0 and start is not None and start < -length else taken
 
 
 def axes_of(attributes: dict[str, Any], values: list[Any]) -> list[int] | None:
-    """Return the axes that Squeeze, Unsqueeze and the reductions work on: an attribute once, an input later."""
+    """Return the axes of a Squeeze, Unsqueeze or reduction: an attribute in older opsets, an input in newer ones."""
     if "axes" in attributes:
         return whole(attributes["axes"])
     return whole(values[1]) if len(values) > 1 and values[1] is not None else None
 
 
 def pads_of(attributes: dict[str, Any], values: list[Any], count: int) -> list[int]:
-    """Return what a Pad puts before each of so many axes, then after each; `ValueError` where that isn't constant."""
+    """Return the pads before each of `count` axes, then after each; `ValueError` where they aren't constant."""
     pads = attributes.get("pads", values[1] if len(values) > 1 else None)
     if pads is None:
-        raise ValueError("expected constant pads")
+        raise ValueError("pads must be constant")
     pads = whole(pads)
     if len(values) > 3 and values[3] is not None:
         over = [place(axis, count) for axis in whole(values[3])]
@@ -147,28 +147,28 @@ def pads_of(attributes: dict[str, Any], values: list[Any], count: int) -> list[i
 
 
 def order_of(operator: str, attributes: dict[str, Any], values: list[Any], ones: Sequence[bool]) -> list[int | None]:
-    """Return, for each axis after a Transpose, a Squeeze or an Unsqueeze, which it was before; None where it is new.
+    """Return, for each output axis of a Transpose, Squeeze or Unsqueeze, its input axis; None for a new one.
 
     Args:
-        operator: which of them.
+        operator: which of the three.
         attributes: by name.
-        values: the inputs; what is moved comes first.
-        ones: which axes of that are of length 1: where a Squeeze names none, they go.
+        values: the inputs; the data comes first.
+        ones: which axes of the data have length 1: a Squeeze without axes removes these.
     """
     count, axes = len(ones), axes_of(attributes, values)
     if operator == "Transpose":
         perm = whole(attributes.get("perm", list(range(count))[::-1]))
         if sorted(perm) != list(range(count)):
-            raise ValueError(f"expected the order of {count} axes, found {perm}")
+            raise ValueError(f"expected perm to be a permutation of {count} axes, found {perm}")
         return [*perm]
     if operator == "Squeeze":
         gone = [n for n in range(count) if ones[n]] if axes is None else [place(axis, count) for axis in axes]
         return [n for n in range(count) if n not in gone]
     if axes is None:
-        raise ValueError("expected constant axes")
+        raise ValueError("axes must be constant")
     old, new = iter(range(count)), {place(axis, count + len(axes)) for axis in axes}
     if len(new) != len(axes):
-        raise ValueError(f"expected every axis once, found {axes}")
+        raise ValueError(f"axes must be distinct, found {axes}")
     return [None if n in new else next(old) for n in range(count + len(axes))]
 
 
@@ -185,12 +185,12 @@ def split_sizes(attributes: dict[str, Any], values: list[Any], length: int, outp
 
 
 def reshape(array: Array, target: list[int], keep_zero: bool) -> Array:
-    """Return `array` in a shape as Reshape gives it: 0 is the length before, -1 what is left."""
+    """Return `array` in a shape in Reshape's notation: 0 keeps a length, -1 is inferred."""
     shape = [
         array.shape[n] if axis == 0 and not keep_zero and n < array.ndim else axis for n, axis in enumerate(target)
     ]
     if any(axis < -1 for axis in shape):
-        raise ValueError(f"expected a shape with one -1 at most, found {shape}")
+        raise ValueError(f"the shape may have at most one -1, found {shape}")
     return array.reshape(shape)
 
 
@@ -208,7 +208,7 @@ def _divide(a: Array, b: Array) -> Array:
     if a.dtype.kind == "f":
         return a / b
     if not b.all():
-        raise ZeroDivisionError("expected a divisor other than 0, found 0")
+        raise ZeroDivisionError("division by 0")
     return a // b
 
 
@@ -295,7 +295,7 @@ def _concat(model: Any, attributes: dict[str, Any], values: list[Any], outputs: 
 
 
 def _concat_broadcast(attributes: dict[str, Any], arrays: list[Array]) -> list[Broadcast]:
-    """Put constants together whose shapes aren't known, each as long along the axis as its own array."""
+    """Concatenate constants of unknown shape, each as long along the axis as its array."""
     axis = place(attributes["axis"], arrays[0].ndim)
     shapes = [(*array.shape[:axis], 1, *array.shape[axis + 1 :]) for array in arrays]
     wide = np.broadcast_shapes(*shapes)
@@ -361,25 +361,25 @@ OPERATORS: dict[str, Callable[..., list[Any] | None]] = {
 }
 KEEP_RANKED = {"Gather", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 KEEP_BROADCAST = {*KEEP_RANKED, "Expand", "Reshape", "Tile"}
-OPEN = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}  # which input may be unknown
+OPEN = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}  # the input that may be unknown
 
 
 def fold(
     operator: str, attributes: dict[str, Any], values: list[Any], given: list[bool], outputs: int, model: Any
 ) -> list[Any] | None:
-    """Return what an operator makes of constants; None where it isn't constant, or one that isn't known here.
+    """Return an operator's outputs for constant inputs; None where unknown or unsupported.
 
     Args:
         operator: its name.
         attributes: by name.
-        values: constants, a `Broadcast` where the shape isn't known; None for what isn't constant or isn't there.
-        given: which inputs are there.
-        outputs: how many values it makes.
-        model: whose budget counts what is made.
+        values: constants, a `Broadcast` where the shape is unknown; None for missing or non-constant inputs.
+        given: which inputs are present.
+        outputs: the number of outputs.
+        model: its budget counts the results.
 
     Raises:
         TooMuchError: more numbers than a file of this size may compute.
-        ValueError: inputs that the operator can't take.
+        ValueError: invalid inputs of the operator.
     """
     run = OPERATORS.get(operator)
     if run is None:

@@ -1,8 +1,8 @@
-"""Files of which a call is one step: a frame goes in, and the states that the step before gave.
+"""Files where a call is one step: the inputs are a frame and the states that the previous call returned.
 
-Such a graph has no time: where a recurrent operator needs an axis of it, the graph makes one of length 1, or takes the
-rows for it. It is read as what it does with the rows of a batch, each a frame; then time is put ahead of what flows:
-recurrent operators go from frame to frame, and what looks along an axis within a frame becomes a PerFrame.
+Such a graph has no time axis: where a recurrent operator needs one, the graph adds one of length 1, or uses the rows as
+time. The graph is read as if each row of a batch were a frame; then a time axis is added to all data: recurrent
+operators run over the frames, and operators along an axis within a frame become a PerFrame.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ EXAMPLE = "cs.load(path, frames={{{name!r}: 512}})"
 
 
 class Frame(NamedTuple):
-    """How an input of a file goes with frames.
+    """How an input of a file relates to frames.
 
     Attributes:
         labels: of the input's axes: B rows, F the frame, 1 of length 1.
-        size: how many numbers a frame of the network's has; None where that isn't known.
-        context: how many of the frame before stand ahead of it.
+        size: the size of a frame of the network; None if unknown.
+        context: how many values of the previous frame come before it.
     """
 
     labels: str
@@ -47,23 +47,23 @@ class Frame(NamedTuple):
 def frames_of(
     model: Model, data: list[str], sizes: Mapping[str, Any], contexts: Mapping[str, Any]
 ) -> dict[str, Frame | str]:
-    """Return how each input that carries data goes with frames; why it doesn't, where it can't.
+    """Return how each data input relates to frames; a string with the reason where it can't.
 
     Args:
         model: the file.
         data: the inputs' names.
-        sizes: how many numbers a frame has, by input, where that is given.
-        contexts: how many numbers of the frame before stand ahead of each, by input, where there are such.
+        sizes: the sizes of frames, by input, where given.
+        contexts: how many values of the previous frame come before each frame, by input, where given.
 
     Raises:
-        FormatError: sizes that don't fit the file, or of what is no input.
+        FormatError: sizes that don't fit the file, or a name that isn't an input.
     """
     graph, found = model.proto.graph, dict[str, Frame | str]()
     for what, given in (("frames", sizes), ("context", contexts)):
         for name, number in given.items():
             if name not in data:
                 names = ", ".join(map(short, data or [value.name for value in graph.input]))
-                raise FormatError(f"{model.path}: expected {what} of the inputs {names}, got one of {name!r:.80}")
+                raise FormatError(f"{model.path}: {what}: no input {name!r:.80}; the inputs are {names}")
             least = 1 if what == "frames" else 0
             if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or not least <= number < 1 << 31:
                 kind = f"a whole number from {least} up"
@@ -72,19 +72,19 @@ def frames_of(
     for name in data:
         shape = shapes[name]
         if shape is None:
-            found[name] = "expected its axes to be declared, of a frame a row, found none"
+            found[name] = "its axes must be declared, with one frame per row"
             continue
         wide = [n for n, axis in enumerate(shape) if n and axis != 1] or [len(shape) - 1]
         if len(wide) > 1 or not shape:
-            found[name] = f"expected a frame of one axis, [B, n], found {shape}"
+            found[name] = f"expected one frame per row, [B, n], found {shape}"
             continue
         labels = "".join("F" if n == wide[0] else "1" if n or len(shape) == 1 else "B" for n in range(len(shape)))
         whole, context = shape[wide[0]], int(contexts.get(name, 0))
         size = int(sizes[name]) if name in sizes else None if whole is None else whole - context
         if size is not None and (size < max(1, context) or (whole is not None and size + context != whole)):
             raise FormatError(
-                f"{model.path}: input {short(name)}: expected frames and context of {whole} numbers together, a frame "
-                f"as long as its context at least, got {size} and {context}"
+                f"{model.path}: input {short(name)}: frame and context must add up to {whole}, with the frame at least "
+                f"as long as the context, got {size} and {context}"
             )
         found[name] = Frame(labels, size, context)
     return found
@@ -92,7 +92,7 @@ def frames_of(
 
 @dataclass(frozen=True, eq=False)
 class Step(Node):
-    """A node that goes from frame to frame, among nodes that take frames as rows; it stands for `node` until then."""
+    """A placeholder for `node`, which runs over the frames, in a graph whose other nodes take frames as rows."""
 
     node: Node
 
@@ -106,23 +106,21 @@ class Step(Node):
         return self.node.check(owner, (None, *shape))[1:]
 
 
-# ── recurrent operators ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── recurrent operators ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a recurrent operator that takes frames as its steps: those of the rows, or one of each."""
+    """Read a recurrent operator whose steps are frames: the rows, or one step per row."""
     operator = read_operator(reader.scope, node)
     if len(operator.cells) != 1 or operator.direction != "forward" or operator.lengths:
-        raise ValueError("expected one direction, forwards, and no lengths, where a call is one step")
+        raise ValueError("where a call is one step, only forward operators without lengths are supported")
     x = reader.flowing(values[0], "X")
     if x.axes[-1:] != ("F",) or len(x.axes) != 3:
-        raise ValueError(f"expected X [T, B, F] of frames, found axes {' '.join(x.axes)}")
+        raise ValueError(f"expected X [T, B, F], found axes {' '.join(x.axes)}")
     for n, axis in enumerate(x.axes):
         if axis == "T":
             if x.steps != 1:
-                raise ValueError(
-                    f"expected one step a frame, found {x.steps if x.steps else 'steps of unknown number'}"
-                )
+                raise ValueError(f"expected one step per frame, found {x.steps if x.steps else 'an unknown number'}")
             pooled = reader.put(f"{x.wire}.step", GlobalPool("last"), x)
             x = replace(pooled, axes=tuple("1" if m == n else other for m, other in enumerate(x.axes)))
     number, cell = len(reader.runs), operator.cells[0]
@@ -144,21 +142,21 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
 
 
 def _start(reader: Reader, value: Any, what: str, final: Final) -> None:
-    """Note which state of the inputs an operator starts from; zeros need no note."""
+    """Record which input holds an operator's initial state; zeros need no record."""
     if isinstance(value, Broadcast) and not value.array.any():
         return
     if not isinstance(value, States) or not value.initial or value.refs.size != 1:
-        raise ValueError(f"expected {what} to be an input, zeros or a constant, found what the graph computes")
+        raise ValueError(f"{what} must be an input, zeros or a constant, but the graph computes it")
     (initial,) = value.refs.reshape(-1)
     if reader.starts.setdefault(initial, final) != final:
-        raise ValueError(f"expected {what} to be a state of its own, found one that another starts from, too")
+        raise ValueError(f"{what} is also the initial state of another operator")
 
 
 HANDLERS = dict.fromkeys(KINDS, recurrent)
 
 
 def makes_steps(model: Model) -> bool:
-    """Whether recurrent operators of the outermost graph take a time axis that the graph makes within."""
+    """Whether the outermost graph adds the time axis of its recurrent operators itself."""
     nodes = model.proto.graph.node
     producers = {name: node for node in nodes for name in node.output}
     for node in nodes:
@@ -171,14 +169,14 @@ def makes_steps(model: Model) -> bool:
     return False
 
 
-# ── time ahead of all ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── adding the time axis ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Lifter:
-    """Makes a graph over rows one over frames: see the head of this file.
+    """Turns a graph over rows into one over frames; see the module's docstring.
 
     Args:
-        builder: what has been read.
+        builder: the graph that was read.
     """
 
     def __init__(self, builder: Builder) -> None:
@@ -203,7 +201,7 @@ class _Lifter:
         return self.builder
 
     def _alike(self, name: str) -> bool:
-        """Whether a node does with frames `[B, T, F]` what it does with rows `[B, F]`."""
+        """Whether a node computes the same on frames `[B, T, F]` as on rows `[B, F]`."""
         node, values = self.draft.nodes[name], (name, *self.draft.sources[name])
         if isinstance(node, Step):
             return True
@@ -212,13 +210,13 @@ class _Lifter:
         return vectors and (isinstance(node, Stepwise) or (isinstance(node, Along) and node.axis == -1))
 
     def wire(self, name: str) -> str:
-        """Return the wire of a value, which is one number after the other in each frame."""
+        """Return the wire of a value that is a vector per frame."""
         if name not in self.wires:
             self.wires[name] = self._within(name)
         return self.wires[name]
 
     def _within(self, name: str) -> str:
-        """Put in a PerFrame that makes a value out of those that flow from frame to frame, and return its wire."""
+        """Add a PerFrame that computes a value from values per frame, and return its wire."""
         draft = self.draft
         inner, outer, waiting = set[str](), dict[str, None](), [name]
         while waiting:
@@ -231,12 +229,12 @@ class _Lifter:
         shape = draft.shapes[name]
         if shape is None or len(shape) != 1:
             found = "of several axes" if shape is None else list(shape)
-            raise ValueError(f"{name}: expected one axis where frames go on, found {found}")
+            raise ValueError(f"{name}: expected a vector per frame, found axes {found}")
         widths = []
         for value in outer:
             width = (draft.shapes[value] or (None,))[-1]
             if width is None:
-                raise ValueError(f"{value}: expected frames of a length that is known")
+                raise ValueError(f"{value}: the length of the frames must be known")
             widths.append(width)
         wires = [self.wire(value) for value in outer]
         wire = wires[0] if len(wires) == 1 else self.builder.add(f"{name}.takes", Merge("concat"), *wires)
@@ -263,25 +261,25 @@ class _Lifter:
 
 
 def lifted(builder: Builder) -> Builder:
-    """Return a graph that was read over rows as one over frames.
+    """Return a graph over rows as a graph over frames.
 
     Args:
-        builder: the graph; `Step` stands for what goes from frame to frame.
+        builder: the graph; a `Step` wraps each node that runs over the frames.
 
     Raises:
-        ValueError: what can't be at every frame.
+        ValueError: a value that can't be computed per frame.
     """
     return _Lifter(builder).lift()
 
 
 def input_of(reader: Reader, name: str, frame: Frame, rows: int | None) -> Flowing:
-    """Put in an input of frames, and return what the file takes of it: the frame, after its context.
+    """Add an input of frames, and return the file's input: the context, then the frame.
 
     Args:
-        reader: of the graph.
-        name: of the input.
-        frame: how it goes with frames.
-        rows: how many rows the file takes; None where any will do.
+        reader: the reader of the graph.
+        name: the name of the input.
+        frame: how it relates to frames.
+        rows: the number of rows that the file fixes; None if open.
     """
     wire = reader.builder.input(name, (frame.size,))
     flow = Flowing(wire, tuple(frame.labels), reader.shape(wire), rows)

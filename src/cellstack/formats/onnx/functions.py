@@ -1,4 +1,4 @@
-"""Functions that an ONNX file brings with it: each call becomes the nodes of the function, as the format defines it."""
+"""Functions that an ONNX file defines: each call is replaced by the nodes of the function, as the format specifies."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 from cellstack.spec import FormatError
 
 DOMAINS = ("", "ai.onnx")
-FREE = 1 << 20  # bytes that any file's calls may become, however small it is
-TIMES = 8  # and how many for each of its bytes
-EACH = 64  # what a node counts for beyond its bytes
+FREE = 1 << 20  # bytes that calls may expand to, regardless of the file's size
+TIMES = 8  # further bytes per byte of the file
+EACH = 64  # counted for each node, in addition to its bytes
 DEEPEST = 32
 
 Key = tuple[str, str, str]
 
 
 class _Inliner:
-    """Puts the nodes of functions in the place of calls.
+    """Replaces calls by the nodes of their functions.
 
     Args:
         path: the file, for messages.
         proto: the ModelProto.
-        size: of the file, in bytes.
+        size: the size of the file, in bytes.
     """
 
     def __init__(self, path: str, proto: Any, size: int) -> None:
@@ -34,18 +34,18 @@ class _Inliner:
         for function in proto.functions:
             key = (function.domain, function.name, function.overload)
             if not all(isinstance(word, str) for word in (*key, *function.input, *function.output)):
-                raise FormatError(f"{path}: expected names of functions in UTF-8, found others")
+                raise FormatError(f"{path}: names of functions must be UTF-8")
             if key in self.functions:
-                raise FormatError(f"{path}: expected every function once, found {_shown(function)} twice")
+                raise FormatError(f"{path}: function {_shown(function)} occurs twice")
             other = {entry.version for entry in function.opset_import if entry.domain in DOMAINS} - opsets
             if other:
                 raise FormatError(
-                    f"{path}: expected function {_shown(function)} in the file's opset, found {sorted(other)[0]}"
+                    f"{path}: function {_shown(function)} has another opset than the file: {sorted(other)[0]}"
                 )
             self.functions[key] = function
 
     def graph(self, graph: Any, calls: tuple[Key, ...] = ()) -> None:
-        """Put nodes in the place of the calls of a graph, and of the graphs within it."""
+        """Replace the calls of a graph and its subgraphs."""
         made = list(self._expanded(graph.node, calls))
         del graph.node[:]
         graph.node.extend(made)
@@ -61,22 +61,22 @@ class _Inliner:
             yield node
 
     def _body(self, call: Any, function: Any, calls: tuple[Key, ...]) -> list[Any]:
-        """Return the nodes that one call is."""
+        """Return the nodes that replace a call."""
         where = f"{self.path}: function {_shown(function)}"
         if (function.domain, function.name, function.overload) in calls or len(calls) >= DEEPEST:
-            raise FormatError(f"{where}: expected no function to call itself, and few to call each other")
+            raise FormatError(f"{where}: recursive or too deeply nested functions aren't supported")
         if len(call.input) > len(function.input) or len(call.output) > len(function.output):
-            raise FormatError(f"{where}: expected a call with its inputs and outputs, found more of them")
+            raise FormatError(f"{where}: a call has more inputs or outputs than the function")
         self._take(where, EACH * (len(function.input) + len(function.output) + len(function.attribute_proto)))
         _check(where, call)
         prefix = self._prefix(call)
         names = dict.fromkeys(function.input, "") | dict(zip(function.input, call.input, strict=False))
         given = {entry.name: entry for entry in (*function.attribute_proto, *call.attribute)}
         if not all(isinstance(name, str) for name in given):
-            raise FormatError(f"{where}: expected names in UTF-8, found others")
+            raise FormatError(f"{where}: names must be UTF-8")
         same = []
         for inner, outer in zip(function.output, call.output, strict=False):
-            if inner in names:  # an output that is an input, or another output, too
+            if inner in names:  # an output that is also an input or another output
                 same.append((names[inner], outer))
             elif outer:
                 names[inner] = outer
@@ -97,10 +97,10 @@ class _Inliner:
         return f"{own}/" if number == 1 else f"{own}.{number}/"
 
     def _take(self, where: str, size: int) -> None:
-        """Count what a call becomes; `FormatError` where there is no room for it."""
+        """Count the size of an expanded call; `FormatError` beyond the limit."""
         self.left -= size
         if self.left < 0:
-            raise FormatError(f"{where}: expected calls that become at most {self.most} bytes, found more")
+            raise FormatError(f"{where}: the calls expand to more than the limit of {self.most} bytes")
 
     def _copy(
         self, where: str, node: Any, prefix: str, names: dict[str, str], longest: int, given: dict[str, Any]
@@ -112,7 +112,7 @@ class _Inliner:
         return made
 
     def _rename(self, where: str, node: Any, prefix: str, names: dict[str, str], given: dict[str, Any]) -> None:
-        """Give a node of a function the names and the attributes that it has in a call."""
+        """Set the names and the attributes that a function's node has in a call."""
         _check(where, node)
         if node.name:
             node.name = prefix + node.name
@@ -124,7 +124,7 @@ class _Inliner:
         for entry in node.attribute:
             if entry.ref_attr_name:
                 if entry.ref_attr_name not in given:
-                    continue  # the call doesn't give it, and so the node doesn't have it
+                    continue  # an attribute that the call omits is absent in the node
                 found = type(entry)()
                 found.CopyFrom(given[entry.ref_attr_name])
                 found.name = entry.name
@@ -151,17 +151,17 @@ def _inner(node: Any) -> Iterable[Any]:
 
 
 def _check(where: str, node: Any) -> None:
-    """Raise `FormatError` where names of a node are no text: protobuf gives bytes then."""
+    """Raise `FormatError` where names of a node aren't text: protobuf returns bytes then."""
     words = [node.name, node.op_type, *node.input, *node.output]
     words += [word for entry in node.attribute for word in (entry.name, entry.ref_attr_name)]
     for graph in _inner(node):
         words += [value.name for value in (*graph.initializer, *graph.input, *graph.output)]
     if not all(isinstance(word, str) for word in words):
-        raise FormatError(f"{where}: expected names in UTF-8, found others")
+        raise FormatError(f"{where}: names must be UTF-8")
 
 
 def _growth(node: Any, longest: int, given: dict[str, Any]) -> int:
-    """Return by how many bytes a node may grow when it gets the names, each so long at most, and the attributes."""
+    """Return a bound on the bytes by which a node grows from renaming, up to `longest` per name, and attributes."""
     size = longest * (1 + len(node.input) + len(node.output))
     for entry in node.attribute:
         size += given[entry.ref_attr_name].ByteSize() if entry.ref_attr_name in given else 0
@@ -172,15 +172,15 @@ def _growth(node: Any, longest: int, given: dict[str, Any]) -> int:
 
 
 def inline(path: str, proto: Any, size: int) -> None:
-    """Put the nodes of functions in the place of calls, in a file that has functions.
+    """Replace calls by the nodes of their functions, in a file that has functions.
 
     Args:
         path: the file, for messages.
         proto: the ModelProto, which is changed; it has no functions afterwards.
-        size: of the file, in bytes, which bounds what its calls may become.
+        size: the size of the file, in bytes, which limits the expansion.
 
     Raises:
-        FormatError: functions that call themselves, become too much, or are of another opset.
+        FormatError: functions that are recursive, expand beyond the limit, or have another opset.
     """
     if proto.functions:
         _Inliner(path, proto, size).graph(proto.graph)

@@ -1,4 +1,4 @@
-"""Whole ONNX graphs as Networks: axes are put in order, operators become nodes, and what can't be is listed."""
+"""Whole ONNX graphs as Networks: axes are ordered, operators become nodes, and unsupported parts are listed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SHAPES = {"Cast", "Concat", "Gather", "Identity", "Mul", "Reshape", "Shape", "Sl
 
 
 class Refused(ValueError):  # noqa: N818
-    """An operator that a Network can't run as it stands; the message says why."""
+    """An operator that a Network can't run; the message says why."""
 
 
 class Reader:
@@ -54,12 +54,12 @@ class Reader:
 
     Args:
         scope: the outermost graph.
-        handlers: what reads each operator.
-        axes: what each axis of each value is.
+        handlers: the function that reads each operator.
+        axes: the roles of the values' axes.
         live: ids of the nodes that lead to an output.
-        starts: inputs that hold states to start from.
+        starts: inputs that hold initial states.
         lengths: inputs that hold the rows' lengths.
-        frames: where a call is one step: how the inputs that carry data go with frames, or why they don't.
+        frames: where a call is one step: how the data inputs relate to frames, or why they can't.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Reader:
         frames: dict[str, Frame | str] | None = None,
     ) -> None:
         self.frames = frames
-        self.rows: int | None = None  # how many frames a call takes, where a call is one step
+        self.rows: int | None = None  # the number of rows per call, where a call is one step
         self.scope, self.model, self.handlers, self.axes = scope, scope.model, handlers, axes
         self.builder = Builder(self.model.budget.most, self.model.budget.most)
         self.values: dict[str, Any] = {name: Lengths(name) for name in lengths}
         self.lengths, self.live, self.uses = lengths, live, uses(scope, live)
         self.runs: list[Run] = []
-        self.starts: dict[Initial, Final] = {}  # which state each of those is that the inputs hold
+        self.starts: dict[Initial, Final] = {}  # which state each input state initialises
         self.start_axes: dict[str, tuple[str, ...]] = {}
         self.inputs: dict[str, str] = {}  # the axes of each data input
         shapes = {value.name: declared(value) or [] for value in scope.graph.input}
@@ -111,13 +111,13 @@ class Reader:
                 batched = batched or name
         for name, labels in self.inputs.items() if frames is None else ():
             if batched and "B" not in labels:
-                found = f"as {short(batched)} has one, found {' '.join(labels)}"
-                self.builder.refuse(f"input {short(name)}: expected an axis of the batch, {found}")
+                found = f"like {short(batched)}, found {' '.join(labels)}"
+                self.builder.refuse(f"input {short(name)}: expected a batch axis, {found}")
 
     def _start(self, name: str, labels: str | None, shape: list[int | None]) -> States | Unknown:
-        """Return what an input holds as states, by the axes along which it holds several."""
+        """Return the states that an input holds, indexed by its state axes."""
         if labels is None:
-            self.builder.refuse(f"input {short(name)}: expected states [.., B, H], {self.axes.why_not(name)}")
+            self.builder.refuse(f"input {short(name)}: expected states [.., B, H]: {self.axes.why_not(name)}")
             return Unknown("", True)
         counts = [n for n, role in zip(shape, labels, strict=True) if role == "S"]
         ways = sum(1 + (self.model.attributes(n).get("direction") == "bidirectional") for n in self.scope.graph.node)
@@ -129,40 +129,40 @@ class Reader:
         self.start_axes[name] = tuple(labels)
         return States(tuple(labels), refs, None not in counts)
 
-    # ── what handlers use ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── helpers of the handlers ───────────────────────────────────────────────────────────────────────────────────────
 
     def put(self, node: Any, made: Node, x: Flowing, *others: Flowing, axes: Sequence[str] | None = None) -> Flowing:
-        """Put a node in, and return what it gives.
+        """Add a node, and return its output.
 
         Args:
-            node: the operator whose node it is, or a name.
+            node: the operator it comes from, or a name.
             made: the node.
-            x: what it takes.
-            others: what it takes besides.
-            axes: those of what it gives; None = as `x` has them.
+            x: its first input.
+            others: its other inputs.
+            axes: those of its output; None = the axes of `x`.
         """
-        self.builder.make(made.parameters)  # each node has its own copy, however many share what the file holds
+        self.builder.make(made.parameters)  # each node has its own copy, even of shared weights
         name = node if isinstance(node, str) else label(node)
         wire = self.builder.add(name, made, x.wire, *(other.wire for other in others))
         return Flowing(wire, x.axes if axes is None else tuple(axes), self.shape(wire), x.batch)
 
     def shape(self, wire: str) -> Shape:
-        """Return the shape of what a wire carries."""
+        """Return the shape of a wire."""
         found = self.builder.shapes[wire]
         assert found is not None  # every input has one
         return found
 
     def value(self, name: str) -> Any:
-        """Return what a name stands for; None where there is none."""
+        """Return the value of a name; None for an empty name."""
         if not name:
             return None
         if name not in self.values:
             constant = self.scope.constant(name)
-            self.values[name] = Unknown(f"{short(name)} isn't known", True) if constant is None else constant
+            self.values[name] = Unknown(f"{short(name)} is unknown", True) if constant is None else constant
         return self.values[name]
 
     def flowing(self, value: Any, what: str = "its input") -> Flowing:
-        """Return a value that a wire carries; `Refused` where it is something else."""
+        """Return a value as a wire; `Refused` where it isn't data."""
         if isinstance(value, States):
             value = self.settled(value)
         if isinstance(value, Moment) and value.what == "mean":
@@ -175,11 +175,11 @@ class Reader:
             found = (
                 "none" if value is None else "a constant" if isinstance(value, (np.ndarray, Broadcast)) else "another"
             )
-            raise Refused(f"expected {what} to be data that flows, found {found}")
+            raise Refused(f"{what} must be data, found {found}")
         return value
 
     def summed(self, squares: Squares) -> Flowing:
-        """Return a sum of squares as a wire carries it."""
+        """Return a sum of squares as a wire."""
         made = [self.put(squares.name, Merge("mul"), part, part) for part in squares.parts]
         total = made[0] if len(made) == 1 else self.put(squares.name, Merge("add"), *made)
         if squares.epsilon:
@@ -187,12 +187,12 @@ class Reader:
         return total
 
     def settled(self, ends: States) -> Flowing:
-        """Return states as a wire carries them: one, or the two directions of an operator side by side."""
+        """Return states as one wire: a single state, or the two directions of an operator concatenated."""
         refs = list(ends.refs.reshape(-1))
         if ends.initial:
-            raise Refused(f"takes the input {short(refs[0].name)}, which holds states to start from")
+            raise Refused(f"uses the input {short(refs[0].name)}, which holds initial states")
         if not refs:
-            raise Refused("expected states, found none")
+            raise Refused("states are missing")
         if len(refs) > 2 or ends.computed:
             return self._in_turn(ends)
         run = self.runs[refs[0].operator]
@@ -206,24 +206,24 @@ class Reader:
             return Flowing(run.in_order, axes, self.shape(run.in_order))
         first, second = (self._end(ref) for ref in refs)
         if first.width != second.width:
-            raise Refused("expected states of one width")
+            raise Refused("both states must have the same width")
         return self.put(f"{run.in_order}.states", Merge("concat"), first, second, axes=axes)
 
     def _in_turn(self, ends: States) -> Flowing:
-        """Return states, and vectors among them, as a wire carries them: one after the other, as steps are."""
+        """Return states, and vectors among them, as one wire with the states as its steps."""
         if self.frames is not None or ends.axes.count("S") != 1 or "B" not in ends.axes:
-            raise Refused("expected states, found them beside what the graph computes, which no one value holds")
+            raise Refused("states combined with computed values aren't supported here")
         steps = []
         for ref in ends.refs.reshape(-1):
             flow = self.state(ref)
             steps.append(self.put(f"{flow.wire}.step", Reshape((1, -1)), flow, axes="BTF"))
         if len({step.width for step in steps}) != 1:
-            raise Refused(f"expected values of one width, found {[step.width for step in steps]}")
+            raise Refused(f"expected values of the same width, found {[step.width for step in steps]}")
         axes = ["T" if axis == "S" else axis for axis in ends.axes]
         return self.put(f"{steps[0].wire}.joined", Merge("concat", axis=1), *steps, axes=axes)
 
     def state(self, ref: Final | Vector) -> Flowing:
-        """Return a state after the last step as the value that its node gives; a vector as it is."""
+        """Return a final state as an output of its node; a vector is returned unchanged."""
         if isinstance(ref, Vector):
             return Flowing(ref.wire, ("B", "F"), self.shape(ref.wire))
         run = self.runs[ref.operator]
@@ -231,12 +231,12 @@ class Reader:
         return Flowing(wire, ("B", "F"), self.shape(wire))
 
     def _end(self, ref: Final) -> Flowing:
-        """Return a state after the last step; an h as the step of the sequence that it is, where that can be."""
+        """Return a final state; an h is taken from the output sequence where possible."""
         run = self.runs[ref.operator]
-        if ref.part != "h" or len(self.builder.sources[run.node]) > 1:  # such a node can't be streamed anyhow
+        if ref.part != "h" or len(self.builder.sources[run.node]) > 1:  # such a node can't be streamed in any case
             return self.state(ref)
         width = run.cells[ref.way].spec.output_size
-        if self.frames is not None:  # a call is one step, and its h what it answers
+        if self.frames is not None:  # a call is one step: its h is the output
             return Flowing(run.node, ("B", "F"), self.shape(run.node), self.rows)
         h = Flowing(run.node, ("B", "T", "F") if run.sequences else ("B", "F"), self.shape(run.node))
         if len(run.cells) == 2:
@@ -245,10 +245,10 @@ class Reader:
             h = self.put(f"{run.node}.first", Select(0, 1), h)
         return self.put(f"{run.node}.last", GlobalPool("last"), h, axes=("B", "F")) if run.sequences else h
 
-    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self) -> None:
-        """Read every node that leads to an output; what can't be is in `problems` after it."""
+        """Read every node that leads to an output; unsupported ones are added to `problems`."""
         for node in self.scope.graph.node:
             if id(node) in self.live and any(name and self.scope.constant(name) is None for name in node.output):
                 made = self._read(node)
@@ -258,21 +258,21 @@ class Reader:
 
     def _read(self, node: Any) -> list[Any]:
         values = [self.value(name) for name in node.input]
-        told = [value.told for value in values if isinstance(value, Unknown)]
+        reported = [value.reported for value in values if isinstance(value, Unknown)]
         ours = node.domain in DOMAINS or is_recurrent(node)
         handler = self.handlers.get(node.op_type) if ours else None
         if self.frames is not None and ours:
             handler = FRAME_HANDLERS.get(node.op_type, handler)
         try:
             check_inputs(node.op_type, [bool(name) for name in node.input])
-            if not any(told) and all(
+            if not any(reported) and all(
                 isinstance(v, (np.ndarray, Broadcast, Symbols, Unknown, type(None))) for v in values
             ):
                 return self._symbols(node, self.model.attributes(node), values)
             if handler is None:
                 domain = f" of {node.domain}" if node.domain not in DOMAINS else ""
                 raise Refused(f"the operator{domain} isn't supported")
-            if any(told):
+            if any(reported):
                 return [Unknown("", True)] * len(node.output)
             made = handler(self, node, self.model.attributes(node), values)
             return [*made, *[Unknown("the output isn't supported", False)] * (len(node.output) - len(made))]
@@ -287,8 +287,8 @@ class Reader:
         return [Unknown("", True)] * len(node.output)
 
     def _symbols(self, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-        """Return what a node makes of lengths that aren't known yet, and of constants."""
-        unknown = [Unknown(f"what {node.op_type} {short(label(node))} gives isn't known here", False)]
+        """Return a node's outputs for constants and lengths that aren't known yet."""
+        unknown = [Unknown(f"the output of {node.op_type} {short(label(node))} is unknown", False)]
         if node.op_type not in SHAPES or any(isinstance(value, (Broadcast, Unknown)) for value in values):
             return unknown * len(node.output)
         if node.op_type == "Cast":
@@ -296,7 +296,7 @@ class Reader:
         arrays = [value.array if isinstance(value, Symbols) else value for value in values]
         try:
             made = fold(node.op_type, attributes, arrays, [bool(n) for n in node.input], len(node.output), self.model)
-        except TypeError:  # sums and the like of lengths that aren't known
+        except TypeError:  # arithmetic on unknown lengths
             made = None
         return unknown * len(node.output) if made is None else [_settled(np.asarray(array, object)) for array in made]
 
@@ -304,10 +304,10 @@ class Reader:
         self.builder.refuse(f"{node.op_type} {text}")
 
     def network(self, unused: list[str]) -> Network:
-        """Return the network; the metadata says what all ends of the graph are.
+        """Return the network; its metadata describes all inputs and outputs of the graph.
 
         Args:
-            unused: tensors of the file that nothing takes, which the metadata names.
+            unused: tensors of the file that nothing uses, listed in the metadata.
         """
         axes: dict[str, str] = {}
         values = {value.name: self.value(value.name) for value in self.scope.graph.output}
@@ -317,16 +317,16 @@ class Reader:
         taken = {source for sources in self.builder.sources.values() for source in sources}
         flows = [value.of if isinstance(value, Moment) else value for value in values.values()]
         taken |= {flow.wire for flow in flows if isinstance(flow, Flowing)}
-        handed = {origin(wire) for wire in taken if STATE in wire}
-        taken |= {run.in_order for run in self.runs if run.node in handed}
+        exported = {origin(wire) for wire in taken if STATE in wire}
+        taken |= {run.in_order for run in self.runs if run.node in exported}
         for number, run in enumerate(self.runs):
-            if run.in_order not in taken:  # its last h, or c, is all that is wanted of it: an answer, not a state alone
+            if run.in_order not in taken:  # only its final h or c is used: that is data, not just a state
                 wanted = [name for part in "hc" for name, value in after.items() if _is_all(value, part, number)]
                 data.update(wanted[:1])
         if self.model.said:
             data |= values.keys() - {end for _, end in self.model.said["states"]}
         for name, value in values.items():
-            if name not in data or (isinstance(value, Unknown) and value.told):
+            if name not in data or (isinstance(value, Unknown) and value.reported):
                 continue
             try:
                 flow = self.flowing(value)
@@ -334,10 +334,10 @@ class Reader:
                 self.builder.refuse(f"output {short(name)}: {error}")
                 continue
             axes[name] = "".join(flow.axes)
-            if self.frames is not None:  # an answer a frame
+            if self.frames is not None:  # one output per frame
                 self.builder.output(flow.wire, name)
                 continue
-            if axes[name].replace("1", "") in ("BFT", "FT"):  # as the file has it
+            if axes[name].replace("1", "") in ("BFT", "FT"):  # restore the file's order of axes
                 flow = self.put(f"{name}.transposed", Permute((2, 1)), flow)
             elif axes[name] in ("B1F", "BF1"):
                 flow = self.put(f"{name}.shaped", Reshape((1, -1) if axes[name] == "B1F" else (-1, 1)), flow)
@@ -361,9 +361,9 @@ class Reader:
         return builder.network(lambda draft: own | {"onnx": ends | self._states(draft, states)})
 
     def _states(self, draft: Draft, ends: dict[str, list[Final]]) -> dict[str, Any]:
-        """Return which states the outputs and inputs hold.
+        """Return which states each output and input holds.
 
-        A state goes by the place of its node among those that have cells, of its cell among theirs, and "h" or "c".
+        A state is identified by the index of its node among those with cells, the index of its cell, and "h" or "c".
         """
         celled = [name for name, node in draft.nodes.items() if node.cells]
         numbers = {name: number for number, name in enumerate(celled)}
@@ -380,12 +380,12 @@ class Reader:
         states = {name: [named(ref) for ref in refs] for name, refs in ends.items()}
         for name, refs in states.items():
             if None in refs:
-                raise Refused(f"output {short(name)}: a state of a cell that leads to no other output")
+                raise Refused(f"output {short(name)}: a state of a cell that no other output depends on")
         return {"states": states} | ({"starts": starts} if starts else {})
 
 
 def _is_all(ends: States, part: str, operator: int) -> bool:
-    """Whether states are all of one part, h or c, some of them an operator's."""
+    """Whether all states are the given part, h or c, and some belong to the given operator."""
     refs = ends.refs.reshape(-1)
     return all(ref.part == part for ref in refs) and any(ref.operator == operator for ref in refs)
 
@@ -397,11 +397,11 @@ def _settled(array: Any) -> Any:
     return Symbols(array)
 
 
-# ── the graph as a whole ────────────────────────────────────────────────────────────────────────────────────────────
+# ── the graph as a whole ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _roles(scope: Scope) -> tuple[set[str], set[str]]:
-    """Return the inputs that hold states to start from and nothing else, and those that hold the rows' lengths."""
+    """Return the inputs that hold only initial states, and those that hold the rows' lengths."""
     starts: set[str] = set()
     lengths: set[str] = set()
     given = {name for name in scope.inputs if name not in scope.initializers}
@@ -412,7 +412,7 @@ def _roles(scope: Scope) -> tuple[set[str], set[str]]:
             starts.update(_behind(scope, given, node.input[5:7]))
             lengths.update(_behind(scope, given, node.input[4:5]))
     takers: dict[str, list[Any]] = {}
-    live = live_nodes(scope)  # what a cell that was written out consisted of is still there, and leads nowhere
+    live = live_nodes(scope)  # the replaced nodes of decomposed cells are still there, but dead
     for node in scope.graph.node:
         for name in set(node.input) if id(node) in live else ():
             takers.setdefault(name, []).append(node)
@@ -420,11 +420,11 @@ def _roles(scope: Scope) -> tuple[set[str], set[str]]:
 
 
 def _starts_alone(takers: dict[str, list[Any]], name: str) -> bool:
-    """Whether an input goes, by moves alone, nowhere else than to where operators take their states.
+    """Whether an input reaches, through moves only, nothing but the initial states of operators.
 
     Args:
-        takers: the nodes that take each value.
-        name: the input's.
+        takers: the nodes that use each value.
+        name: the name of the input.
     """
     waiting, seen = [name], {name}
     while waiting:
@@ -446,14 +446,14 @@ def _starts_alone(takers: dict[str, list[Any]], name: str) -> bool:
 
 
 def _weights(scope: Scope) -> set[str]:
-    """Return the inputs without a value that recurrent operators take as weights."""
+    """Return the inputs without a default that recurrent operators use as weights."""
     given = {name for name in scope.inputs if name not in scope.initializers}
     nodes = [node for node in scope.graph.node if is_recurrent(node)]
     return {name for node in nodes for name in _behind(scope, given, [*node.input[1:4], *node.input[7:]])}
 
 
 def _behind(scope: Scope, given: set[str], names: Sequence[str]) -> Iterator[str]:
-    """Give the inputs that values are made of by moves alone."""
+    """Yield the inputs from which values derive through moves only."""
     waiting, seen = [name for name in names if name], set[str]()
     while waiting:
         name = waiting.pop()
@@ -466,7 +466,7 @@ def _behind(scope: Scope, given: set[str], names: Sequence[str]) -> Iterator[str
 
 
 def data_inputs(scope: Scope) -> list[str]:
-    """Return the inputs of a graph that carry data: neither states to start from, nor lengths, nor single numbers."""
+    """Return the data inputs of a graph: neither initial states, nor lengths, nor single numbers."""
     starts, lengths = _roles(scope)
     given = [value for value in scope.graph.input if value.name not in scope.initializers]
     return [value.name for value in given if value.name not in starts | lengths and declared(value) != []]
@@ -475,16 +475,16 @@ def data_inputs(scope: Scope) -> list[str]:
 def load_graph(
     model: Model, handlers: dict[str, Handler], unused: list[str], frames: dict[str, Frame | str] | None = None
 ) -> Network:
-    """Return the whole of a file as a Network.
+    """Return a whole file as a Network.
 
     Args:
         model: the file.
-        handlers: what reads each operator.
-        unused: tensors of the file that nothing takes, which the metadata names.
-        frames: where a call is one step: how the inputs go with frames; None = the file has time.
+        handlers: the function that reads each operator.
+        unused: tensors of the file that nothing uses, listed in the metadata.
+        frames: where a call is one step: how the inputs relate to frames; None = the file has a time axis.
 
     Raises:
-        FormatError: something that a Network can't run; all of it is named.
+        FormatError: unsupported parts; all of them are named.
     """
     scope = Scope(model, model.proto.graph)
     starts, lengths = _roles(scope)
@@ -493,11 +493,11 @@ def load_graph(
     reader = Reader(scope, handlers, axes, live, starts, lengths, frames)
     for name in _weights(scope) - starts - lengths:
         given = f"cs.load(path, weights={{{name!r}: ...}})"
-        reader.builder.refuse(f"input {short(name)}: weights, which are given when the file is loaded: {given}", -2)
+        reader.builder.refuse(f"input {short(name)}: pass its weights when loading: {given}", -2)
     for value in scope.graph.input:
         if value.name not in scope.initializers and declared(value) == [] and value.name not in lengths:
             given = f"cs.load(path, constants={{{value.name!r}: ...}})"
-            reader.builder.refuse(f"input {short(value.name)}: one number, which a Network fixes: {given}", -2)
+            reader.builder.refuse(f"input {short(value.name)}: pass its number when loading: {given}", -2)
             reader.values[value.name] = Unknown("", True)
     reader.read()
     if not reader.inputs:
@@ -506,11 +506,11 @@ def load_graph(
     if reader.builder.problems and open_frames:
         name = open_frames[0]
         example = EXAMPLE.format(name=name)
-        reader.builder.refuse(f"input {short(name)}: a frame of unknown length, which is given by {example}", -1)
+        reader.builder.refuse(f"input {short(name)}: the size of a frame is unknown; pass it: {example}", -1)
     try:
         return reader.network(unused)
     except ProblemsError as error:
-        raise FormatError(f"{model.path}: expected operators that a Network can run, found: {error}") from None
+        raise FormatError(f"{model.path}: the graph can't be read as a Network, found: {error}") from None
     except TooMuchError as error:
         raise FormatError(f"{model.path}: {error}") from None
     except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Masks in ONNX, which has none: flags `[B, T, 1]` that are computed beside the values, True where a step is used."""
+"""Masks in ONNX, which has none: flags `[B, T, 1]` computed alongside the values, True where a step is used."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 def of_lengths(pieces: Pieces, x: str, lengths: str) -> str:
-    """Return the mask that lengths `[B]` stand for, of an input `x [B, T, …]`."""
+    """Return the mask of an input `x [B, T, …]` from lengths `[B]`."""
     steps = pieces.of("Squeeze", pieces.of("Shape", x, start=1, end=2), pieces.integers(0))
     zero, one = (pieces.tensor(f"{x}.{name}", np.array(n, np.int64)) for name, n in (("first", 0), ("next", 1)))
     places = pieces.of("Unsqueeze", pieces.of("Range", zero, steps, one), pieces.integers(0, 2))
     used = pieces.of("Less", places, pieces.of("Unsqueeze", lengths, pieces.integers(1, 2)))
     batch = pieces.of("Concat", pieces.of("Shape", x, start=0, end=2), pieces.integers(1), axis=0)
-    return pieces.of("Expand", used, batch)  # one length for all rows is one for each
+    return pieces.of("Expand", used, batch)  # a single length applies to every row
 
 
 def masked(pieces: Pieces, name: str, node: Embedding | Masking, x: str, mask: str) -> str:
-    """Put a node in that may make a mask, whose output goes by its name, and return the mask that it makes, or ""."""
+    """Add a node that may create a mask, with its name as output, and return the mask, or ""."""
     if isinstance(node, Masking):
         same = pieces.of("Cast", pieces.of("Equal", x, pieces.number(node.value)), to=pieces.type)
         least = pieces.of("ReduceMin", same, axes=[-1], keepdims=1)
         kept = pieces.of("Less", least, pieces.number(1.0))
         pieces.put("Where", [kept, x, pieces.number(0.0)], name)
         return kept
-    if mask:  # ids that are left out may be anything
+    if mask:  # masked ids may have any value
         zeros = pieces.tensor(f"{name}.zero", np.array(0, np.int64))
         x = pieces.of("Where", pieces.of("Squeeze", mask, pieces.integers(2)), x, zeros)
     pieces.put("Gather", [pieces.tensor(f"{name}.table", node.table), x], name, axis=0)
@@ -44,11 +44,11 @@ def masked(pieces: Pieces, name: str, node: Embedding | Masking, x: str, mask: s
 
 
 def last_used(pieces: Pieces, name: str, x: str, mask: str) -> None:
-    """Put in, under `name`, the last step that the mask keeps; zeros where it keeps none."""
+    """Add, as `name`, the last step that the mask keeps; zeros where it keeps none."""
     of, zero = pieces.of, pieces.number(0.0)
     ones = of("Cast", mask, to=pieces.type)
     later = of("CumSum", ones, pieces.tensor(f"{name}.axis", np.array(1, np.int64)), reverse=1)
-    last = of("And", mask, of("Less", later, pieces.number(1.5)))  # the one that no step used comes after
+    last = of("And", mask, of("Less", later, pieces.number(1.5)))  # the one without a used step after it
     taken = of("ReduceSum", of("Where", last, x, zero), pieces.integers(1), keepdims=0)
     pieces.put("Where", [_some(pieces, ones), taken, zero], name)
 
@@ -58,16 +58,16 @@ def _some(pieces: Pieces, ones: str, keepdims: int = 0) -> str:
 
 
 def reduced(pieces: Pieces, name: str, mode: str, x: str, axis: int, keepdims: bool, mask: str) -> None:
-    """Put in, under `name`, the sum, mean, greatest or least over an axis.
+    """Add, as `name`, the sum, mean, maximum or minimum over an axis.
 
     Args:
         pieces: the graph.
-        name: of the node.
+        name: the name of the node.
         mode: `"sum"`, `"mean"`, `"max"` or `"min"`.
-        x: what it takes.
-        axis: which.
-        keepdims: it stays.
-        mask: of `x`, where the axis is time; "" = all steps count.
+        x: the input.
+        axis: the axis.
+        keepdims: whether the axis stays, with length 1.
+        mask: the mask of `x`, where the axis is time; "" = all steps count.
     """
     keep = int(keepdims)
     if not mask and mode == "sum":
@@ -91,9 +91,9 @@ def reduced(pieces: Pieces, name: str, mode: str, x: str, axis: int, keepdims: b
 
 
 def neutral(pieces: Pieces, node: Merge, sources: Sequence[str], masks: Sequence[str]) -> list[str]:
-    """Return what a Merge takes: where a value's mask leaves a step out, what changes nothing.
+    """Return the inputs of a Merge, with the neutral element at each value's masked steps.
 
-    Where the masks leave a step out of all values, the first one stands for what comes out: itself, or 0 of products.
+    Where all masks leave out a step, the result is the first value, or 0 for products.
     """
     if node.neutral is None or not any(masks):
         return list(sources)
@@ -106,12 +106,12 @@ def neutral(pieces: Pieces, node: Merge, sources: Sequence[str], masks: Sequence
 
 
 class GraphMasks:
-    """Masks as values of a graph, as `Node.mask_after` works with them.
+    """Masks as values of a graph, for use by `Node.mask_after`.
 
     Args:
         pieces: the graph.
-        own: the mask that the node makes itself, where it makes one.
-        sources: what the node takes.
+        own: the mask that the node itself creates, if any.
+        sources: the inputs of the node.
     """
 
     def __init__(self, pieces: Pieces, own: str, sources: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""ONNX's normalisations, as one operator each and written out as means and squares, and tables of vectors."""
+"""ONNX's normalisations, as one operator or decomposed into means and squares, and lookups in tables of vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cellstack.formats.onnx.ops import reduce as over_time
 from cellstack.formats.onnx.values import Flowing, Moment, Squares
 from cellstack.nodes import Embedding, LayerNorm, Magnitude, Merge, Scale
 
-NEXT = {  # of a LayerNorm written out: what leads from one moment to the next, by operator; `x` is the value itself
+NEXT = {  # transitions between the moments of a decomposed LayerNorm, by operator; `x` is the input
     ("Sub", "x", "mean"): "centred",
     ("Pow", "centred", 2.0): "squares",
     ("Mul", "centred", "centred"): "squares",
@@ -33,14 +33,14 @@ NEXT = {  # of a LayerNorm written out: what leads from one moment to the next, 
 
 
 def moment(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> Any:
-    """Return what an operator makes of moments; None where that is none of a layer norm's."""
-    held = [value for value in values if isinstance(value, Moment)]
-    if not held:
+    """Return an operator's result on moments; None where it isn't a step of a layer norm."""
+    moments = [value for value in values if isinstance(value, Moment)]
+    if not moments:
         return None
-    first = held[0]
-    if any(value.of != first.of for value in held):
+    first = moments[0]
+    if any(value.of != first.of for value in moments):
         return None
-    epsilon = max(value.epsilon for value in held)
+    epsilon = max(value.epsilon for value in moments)
     if node.op_type == "ReduceMean" and not _features(first.of, attributes, values):
         return None
     key: list[Any] = [node.op_type]
@@ -53,26 +53,26 @@ def moment(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     what = NEXT.get(tuple(key))
     if what == "normed":
         if epsilon <= 0.0:
-            raise Refused("expected a number above 0 to be added to the variance")
+            raise Refused("epsilon, added to the variance, must be above 0")
         return reader.put(node, LayerNorm(None, None, epsilon), first.of)
     return None if what is None else Moment(first.of, what, epsilon)
 
 
 def squares(reader: Reader, node: Any, values: list[Any]) -> Any:
-    """Return what an operator makes of squares, as the magnitude of complex numbers does; None where it is no such."""
+    """Return an operator's result on squares, as in complex magnitudes; None where it isn't part of one."""
     first = values[0]
     if isinstance(first, Flowing) and "F" in first.axes and "D" not in first.axes:
         twice = node.op_type == "Mul" and _is(values[1], first)
         if twice or (node.op_type == "Pow" and _number(values[1], len(first.axes)) == 2.0):
             return Squares((first,), label(node))
-    held = [value for value in values if isinstance(value, Squares)]
-    if not held or len({flow.axes for value in held for flow in value.parts}) != 1:
+    parts_of_sum = [value for value in values if isinstance(value, Squares)]
+    if not parts_of_sum or len({flow.axes for value in parts_of_sum for flow in value.parts}) != 1:
         return None
-    one = held[0]
+    one = parts_of_sum[0]
     number = next((n for value in values if (n := _number(value, len(one.parts[0].axes))) is not None), None)
-    if node.op_type == "Add" and len(held) == 2 and sum(len(value.parts) for value in held) == 2:
-        parts = (*one.parts, *held[1].parts)
-        return Squares(parts, label(node), one.epsilon + held[1].epsilon) if _one_width(parts) else None
+    if node.op_type == "Add" and len(parts_of_sum) == 2 and sum(len(value.parts) for value in parts_of_sum) == 2:
+        parts = (*one.parts, *parts_of_sum[1].parts)
+        return Squares(parts, label(node), one.epsilon + parts_of_sum[1].epsilon) if _one_width(parts) else None
     if node.op_type == "Add" and len(values) == 2 and number is not None and number >= 0 and not one.epsilon:
         return replace(one, name=label(node), epsilon=number)
     if node.op_type != "Sqrt" and not (node.op_type == "Pow" and values[0] is one and number == 0.5):
@@ -92,14 +92,14 @@ def _is(value: Any, flow: Flowing) -> bool:
 
 
 def _number(value: Any, axes: int) -> float | None:
-    """Return a constant as a number; None where it isn't one, or has more axes than what it is put together with."""
+    """Return a constant as a number; None where it isn't one, or has more axes than the value it is combined with."""
     value = numbers(value)
     fits = isinstance(value, np.ndarray) and value.size == 1 and value.ndim <= axes
     return decimal(float(value.reshape(()))) if fits else None
 
 
 def _features(x: Flowing, attributes: dict[str, Any], values: list[Any]) -> bool:
-    """Whether a reduction goes over the features, the last axis, alone, and keeps it."""
+    """Whether a reduction runs over the features, the last axis, only, and keeps it."""
     axes = axes_of(attributes, values)
     last = x.axes[-1:] == ("F",) and "D" not in x.axes
     return (
@@ -111,7 +111,7 @@ def _features(x: Flowing, attributes: dict[str, Any], values: list[Any]) -> bool
 
 
 def written_out(usual: Handler | None) -> Handler:
-    """Return a handler that reads an operator as a step of a layer norm where it is one, and else as `usual` does."""
+    """Return a handler that reads an operator as a step of a layer norm where it is one, else with `usual`."""
 
     def read(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
         made = moment(reader, node, attributes, values)
@@ -135,13 +135,13 @@ def mean(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 
 
 def batch_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a BatchNormalization as it is at inference."""
+    """Read a BatchNormalization at inference."""
     x = reader.flowing(values[0])
     gain, bias, mean, variance = (floats(value, "its parameters") for value in values[1:5])
     if attributes.get("training_mode", 0) or not attributes.get("spatial", 1):
-        raise Refused("expected the form of inference")
+        raise Refused("training mode and spatial=0 aren't supported")
     if len(x.axes) < 2 or x.axes[1] != "F" or "D" in x.axes:
-        raise Refused(f"expected the features on axis 1, found axes {' '.join(x.axes)}")
+        raise Refused(f"expected the feature axis to be axis 1, found axes {' '.join(x.axes)}")
     made = Scale.of_statistics(mean, variance, float(attributes.get("epsilon", 1e-5)), gain, bias)
     return [reader.put(node, made, x)]
 
@@ -151,7 +151,7 @@ def layer_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
     x = reader.flowing(values[0])
     features_last(x)
     if x.at(attributes.get("axis", -1)) != len(x.axes) - 1:
-        raise Refused("expected to go over the features alone")
+        raise Refused("only normalisation over the features is supported")
     gain = floats(values[1], "the gain").reshape(-1)
     bias = floats(values[2], "the bias").reshape(-1) if len(values) > 2 and values[2] is not None else None
     epsilon = decimal(attributes.get("epsilon", 1e-5))
@@ -159,13 +159,14 @@ def layer_norm(reader: Reader, node: Any, attributes: dict[str, Any], values: li
 
 
 def embedding(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Gather of rows of a constant table by ids that flow."""
+    """Read a Gather of rows of a constant table by ids from the data."""
     table = values[0]
     if isinstance(table, np.ndarray) and table.dtype.name in ("int8", "uint8"):  # a DequantizeLinear comes after it
         table = table.astype(np.float32)
     table, ids = floats(table, "the table"), reader.flowing(values[1], "the ids")
     if table.ndim != 2 or attributes.get("axis", 0) not in (0, -2) or "F" in ids.axes:
-        raise Refused(f"expected ids for the rows of a table, found {table.shape} and axes {' '.join(ids.axes)}")
+        found = f"{table.shape} and axes {' '.join(ids.axes)}"
+        raise Refused(f"expected a table [N, D] and ids without a feature axis, found {found}")
     return [reader.put(node, Embedding(table), ids, axes=(*ids.axes, "F"))]
 
 

@@ -1,4 +1,4 @@
-"""ONNX's operators that compute, as nodes: products, sums of values, what takes an axis together."""
+"""ONNX's computing operators as nodes: products, elementwise operators, reductions."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def floats(value: Any, what: str) -> Array:
     if value.dtype.name == "float16":
         value = value.astype(np.float32)
     if value.dtype.name not in DTYPES:
-        raise Refused(f"expected {what} in floats, found {value.dtype}")
+        raise Refused(f"expected {what} as floats, found {value.dtype}")
     return value
 
 
 def features_last(flow: Flowing) -> None:
     """Raise `Refused` unless the last axis of a value is its features."""
     if flow.axes[-1:] != ("F",) or "D" in flow.axes:
-        raise Refused(f"expected the features on the last axis, found axes {' '.join(flow.axes)}")
+        raise Refused(f"expected the feature axis last, found axes {' '.join(flow.axes)}")
 
 
 def steps_apart(reader: Reader) -> None:
-    """Raise `Refused` where rows have lengths: what takes steps together sees those past a row's end in ONNX."""
+    """Raise `Refused` where rows have lengths: in ONNX, reductions over time include steps past a row's end."""
     if reader.lengths:
-        raise Refused("takes steps together, in ONNX also those past the end that sequence_lens gives a row")
+        raise Refused("in ONNX, it combines steps beyond the rows' lengths, sequence_lens, too; that isn't supported")
 
 
-# ── products ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── products ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def dense(reader: Reader, node: Any, x: Flowing, kernel: Array, bias: Array | None = None) -> list[Any]:
-    """Put in a Dense and return what it gives."""
+    """Add a Dense and return its output."""
     features_last(x)
     if kernel.ndim != 2:
         raise Refused(f"expected a matrix of weights, found {kernel.shape}")
@@ -65,20 +65,20 @@ def gemm(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
     """Read a Gemm with constant weights."""
     x, kernel = reader.flowing(values[0]), floats(values[1], "the weights")
     if attributes.get("transA", 0) or len(x.axes) != 2:
-        raise Refused(f"expected rows of features, found axes {' '.join(x.axes)}")
+        raise Refused(f"expected axes B F, found axes {' '.join(x.axes)}")
     bias = floats(values[2], "the bias") if len(values) > 2 and values[2] is not None else None
     if bias is not None and bias.ndim > 1 and bias.shape[0] != 1:
-        raise Refused("expected one bias for all rows")
+        raise Refused("the bias must be the same for all rows")
     alpha, beta = (kernel.dtype.type(attributes.get(name, 1.0)) for name in ("alpha", "beta"))
     kernel = alpha * (kernel.T if attributes.get("transB", 0) else kernel)
     return dense(reader, node, x, kernel, None if bias is None else beta * bias)
 
 
-# ── along an axis ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── along an axis ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a sum, a mean, the greatest or the least over all of time, or over the features."""
+    """Read a sum, mean, maximum or minimum over all of time, or over the features."""
     x, keep = reader.flowing(values[0]), True
     if node.op_type.startswith("Global"):
         mode, axes = ("max" if "Max" in node.op_type else "mean"), list(range(2, len(x.axes)))
@@ -89,10 +89,10 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         axes, keep = [] if found is None else [x.at(axis) for axis in found], bool(attributes.get("keepdims", 1))
     over = [x.axes[axis] for axis in axes if x.axes[axis] != "1"]
     if over not in (["T"], ["F"], []) or not axes or (over == ["F"] and "D" in x.axes):
-        raise Refused(f"expected to go over time or the features, found axes {axes} of {' '.join(x.axes)}")
+        raise Refused(f"expected a reduction over time or the features, found axes {axes} of {' '.join(x.axes)}")
     kept = ["F" if x.axes[n] == "F" else "1" if n in axes else axis for n, axis in enumerate(x.axes)]
     labels = [axis for n, axis in enumerate(kept) if keep or n not in axes]
-    if not over or (over == ["F"] and x.width == 1):  # one number, however it is taken
+    if not over or (over == ["F"] and x.width == 1):  # a single number: every reduction is the identity
         return [replace(x, axes=tuple(labels))]
     made: Node = GlobalPool(mode) if mode in ("mean", "max") else Reduce(mode, 1)
     if over == ["F"]:  # a vector keeps its axis in a Network
@@ -102,11 +102,11 @@ def reduce(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     return [reader.put(node, made, x, axes=labels)]
 
 
-# ── number by number ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── elementwise ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def by_features(x: Flowing, value: Array) -> Array | None:
-    """Return a constant as one number a feature, or one in all `[1]`; None where it goes along other axes."""
+    """Return a constant as one number per feature, or a single one `[1]`; None where it varies along other axes."""
     if value.ndim > len(x.axes):
         return None
     if value.size == 1:
@@ -120,21 +120,21 @@ def by_features(x: Flowing, value: Array) -> Array | None:
 
 
 def arithmetic(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read an Add, Sub, Mul, Div, Max, Min, Sum or Mean of values that flow, or of one and a constant."""
+    """Read an Add, Sub, Mul, Div, Max, Min, Sum or Mean of data values, or of one and a constant."""
     name = node.op_type
     constants = [isinstance(value, (np.ndarray, Broadcast)) for value in values]
     if not any(constants):
         return merged(reader, node, values)
     if len(values) != 2 or name not in ("Add", "Sub", "Mul", "Div", "Max", "Min"):
-        raise Refused("expected values that flow, found a constant")
+        raise Refused("a constant isn't supported here")
     x, first = reader.flowing(values[constants.index(False)]), constants[0]
     numbers = by_features(x, constant := floats(values[constants.index(True)], "the other"))
     if numbers is None:
-        raise Refused(f"expected one number, or one a feature, found {constant.shape} with axes {' '.join(x.axes)}")
+        raise Refused(f"expected one number, or one per feature, found {constant.shape} with axes {' '.join(x.axes)}")
     if name in ("Max", "Min"):
         return clipped(reader, node, x, *((numbers, None) if name == "Max" else (None, numbers)))
     if name == "Div" and first:
-        raise Refused("expected a constant as the divisor")
+        raise Refused("the divisor must be constant if the dividend is")
     one, zero = np.ones_like(numbers), np.zeros_like(numbers)
     with np.errstate(all="ignore"):
         scale, shift = {
@@ -152,12 +152,12 @@ def arithmetic(reader: Reader, node: Any, attributes: dict[str, Any], values: li
 
 
 def merged(reader: Reader, node: Any, values: list[Any]) -> list[Any]:
-    """Read an operator that takes several values together, number by number."""
+    """Read an elementwise operator on several values."""
     flows = [reader.flowing(value) for value in values]
     if node.op_type not in MERGES or len({flow.axes for flow in flows}) != 1:
         raise Refused(f"expected values with the same axes, found {', '.join(' '.join(f.axes) for f in flows)}")
     if len({flow.width for flow in flows}) != 1:
-        raise Refused(f"expected values of one width, found {[flow.width for flow in flows]}")
+        raise Refused(f"expected values of the same width, found {[flow.width for flow in flows]}")
     if len(flows) == 1:
         return [flows[0]]
     return [reader.put(node, Merge(MERGES[node.op_type]), *flows)]

@@ -1,4 +1,4 @@
-"""What a graph that is being written consists of: operators, constants, and activations out of these."""
+"""Parts of a graph that is being written: operators, constants, and activations built from them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from cellstack.spec import PARAMETERS, activation
 
 FIRST, LAST = -(2**63), 2**63 - 1
 SINGLE = ("Elu", "HardSigmoid", "LeakyRelu", "Softplus", "Softsign", "ThresholdedRelu")
-"""Activations that ONNX Runtime has in float32 alone, or whose parameters ONNX has in float32 alone."""
+"""Activations that ONNX Runtime supports in float32 only, or whose parameters ONNX stores in float32 only."""
 
 
 class Pieces:
-    """A graph's operators and constants, by names that are all different.
+    """A graph's operators and constants, with unique names.
 
     Args:
         onnx: the package.
-        dtype: of the numbers.
-        taken: names that something has.
-        prefix: what the name of each value of lasting use begins with.
+        dtype: the dtype of the numbers.
+        taken: names already in use.
+        prefix: the prefix of generated names.
     """
 
     def __init__(self, onnx: Any, dtype: np.dtype[Any], taken: set[str], prefix: str = "") -> None:
@@ -37,40 +37,40 @@ class Pieces:
         self.constants: dict[Any, str] = {}
 
     def fresh(self, name: str) -> str:
-        """Return a name that nothing has, and keep it."""
+        """Return an unused name, and reserve it."""
         return self.names.fresh(name)
 
     def put(self, operator: str, inputs: list[str], output: str, name: str = "", **attributes: Any) -> str:
-        """Put an operator in that makes `output`, and return that; it goes by `name`, else by its output."""
+        """Add an operator with the output `output`, and return that; it is named `name`, else after its output."""
         self.nodes.append(self.onnx.helper.make_node(operator, inputs, [output], name=name or output, **attributes))
         return output
 
     def of(self, operator: str, *inputs: str, **attributes: Any) -> str:
-        """Put an operator in whose output's name doesn't matter, and return that."""
+        """Add an operator with a generated output name, and return that."""
         return self.put(operator, list(inputs), self.fresh(f"{self.prefix}{operator}"), **attributes)
 
     def tensor(self, name: str, array: Array) -> str:
-        """Put an array in, and return its name."""
+        """Add an array, and return its name."""
         name = self.fresh(name)
         self.tensors.append(self.onnx.numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def integers(self, *values: int) -> str:
-        """Return the name of a list of integers; lists alike are one."""
+        """Return the name of a list of integers; equal lists are shared."""
         if values not in self.constants:
             name = f"{self.prefix}to_" + "_".join(str(value).replace("-", "minus") for value in values)
             self.constants[values] = self.tensor(name, np.array(values, np.int64))
         return self.constants[values]
 
     def number(self, value: float) -> str:
-        """Return the name of a number of the graph's dtype; numbers alike are one."""
+        """Return the name of a number of the graph's dtype; equal numbers are shared."""
         key = repr(float(value))
         if key not in self.constants:
             self.constants[key] = self.tensor(f"{self.prefix}number", np.array(value, self.dtype))
         return self.constants[key]
 
     def cut(self, x: str, taken: slice, axis: int, output: str, name: str = "") -> str:
-        """Put a slice of an axis in."""
+        """Add a slice of an axis."""
         step = taken.step or 1
         start = taken.start if taken.start is not None else 0 if step > 0 else LAST
         stop = taken.stop if taken.stop is not None else LAST if step > 0 else FIRST
@@ -78,14 +78,14 @@ class Pieces:
         return self.put("Slice", [x, *given], output, name)
 
     def activate(self, name: str, x: str, text: str, output: str, plain: bool = False) -> str:
-        """Put an activation in.
+        """Add an activation.
 
         Args:
-            name: of the operator.
-            x: what it is of.
-            text: as `check_activation` reads it.
-            output: the name of what it makes.
-            plain: made of operators that ONNX and ONNX Runtime have in float64 too.
+            name: the name of the operator.
+            x: the input.
+            text: the activation, as `check_activation` accepts it.
+            output: the name of the output.
+            plain: whether to use only operators that ONNX and ONNX Runtime also support in float64.
         """
         if text in MORE_ACTIVATIONS:
             return self._more(name, x, text, output)
@@ -101,7 +101,7 @@ class Pieces:
         return self.put(ONNX_NAMES[kind], [x], output, name, **dict(zip(keys, (alpha, beta), strict=False)))
 
     def _made(self, kind: str, alpha: float, beta: float, x: str) -> str:
-        """Put in an activation that ONNX has within recurrent operators alone, or ONNX Runtime in float32 alone."""
+        """Add an activation that ONNX has in recurrent operators only, or ONNX Runtime in float32 only."""
         of, number = self.of, self.number
         if kind == "affine":
             return of("Add", of("Mul", x, number(alpha)), number(beta))
@@ -122,7 +122,7 @@ class Pieces:
         return of("Where", of("Greater", x, above), x, below)
 
     def _more(self, name: str, x: str, text: str, output: str) -> str:
-        """Put in an activation that nodes have beyond those of cells."""
+        """Add an activation that nodes have in addition to those of cells."""
         of, number = self.of, self.number
         if text == "silu":
             return self.put("Mul", [x, of("Sigmoid", x)], output, name)

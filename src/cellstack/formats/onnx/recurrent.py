@@ -1,4 +1,4 @@
-"""ONNX's recurrent operators, and cells that it has as Scan, as nodes: where they start, and what they end with."""
+"""ONNX's recurrent operators, and cells written as Scan, as nodes: their initial and final states."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
     x = reader.flowing(values[0], "X")
     wanted = "BTF" if operator.batch_first else "TBF"
     rolled = node.output[0] in reader.model.rolled
-    if rolled and x.axes == tuple(wanted.replace("T", "1")):  # a step of a loop that feeds back what it gives
+    if rolled and x.axes == tuple(wanted.replace("T", "1")):  # a step of a loop that feeds its output back
         x = reader.put(f"{label(node)}.step", Reshape((1, -1)), x, axes=wanted)
     if not x.has(wanted):
         raise Refused(f"expected X with axes {' '.join(wanted)}, found {' '.join(x.axes)}")
     if operator.lengths and not isinstance(reader.value(operator.lengths), Lengths):
-        raise Refused("expected sequence_lens to be an input, found what the graph computes, or a constant")
+        raise Refused("sequence_lens must be an input, neither computed nor constant")
     given: dict[str, Any] = dict(zip(INPUTS[5:7], values[5:7], strict=False))
     number, wanted = len(reader.runs), "BSF" if operator.batch_first else "SBF"
     starts = _started(reader, node, operator, {key[-1]: (key, given[key]) for key in operator.started}, wanted)
@@ -55,7 +55,7 @@ def recurrent(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
 def _put(
     reader: Reader, node: Any, operator: Operator, x: Flowing, sequences: bool, zeros: bool, starts: list[Flowing]
 ) -> Flowing:
-    """Put an operator's nodes in, and return what it gives, in the order of `x`."""
+    """Add an operator's nodes, and return the output, with steps in the order of `x`."""
     made, *reversal = nodes_of(operator, sequences, zeros)
     run = y = reader.put(node, made, x, *starts)
     for step in reversal:
@@ -67,14 +67,14 @@ def _put(
 def _started(
     reader: Reader, node: Any, operator: Operator, given: dict[str, tuple[str, Any]], wanted: str
 ) -> list[Flowing]:
-    """Return the values that an operator's cells start from, cell by cell; none where they are the network's state.
+    """Return the initial states of an operator's cells as values; none where they are the network's state.
 
     Args:
-        reader: of the graph.
+        reader: the reader of the graph.
         node: the operator.
-        operator: the same, read.
-        given: by "h" and "c", what the operator calls it, and the value, which isn't constant.
-        wanted: the axes of these.
+        operator: the same as cells.
+        given: by "h" and "c": the operator's name for it, and the value, which isn't constant.
+        wanted: the axes of these values.
     """
     ways, flows, noted = len(operator.cells), dict[str, list[Flowing]](), []
     for part, (what, value) in given.items():
@@ -88,7 +88,7 @@ def _started(
     if not flows:
         return []
     if noted:
-        raise Refused(f"expected all states that it starts from to be computed or inputs, found {noted[0]} an input")
+        raise Refused(f"its initial states must be either all computed or all inputs, but {noted[0]} is an input")
     first = next(iter(flows.values()))
     starts = []
     for way, cell in enumerate(operator.cells):
@@ -99,13 +99,13 @@ def _started(
                 name, like = f"{label(node)}.{part}", first[way]
                 width = cell.spec.state_sizes["c" if part == "h" else "h"]
                 if width != len(initial):
-                    raise Refused(f"expected states of one width, found {width} and {len(initial)}")
+                    raise Refused(f"expected states of the same width, found {width} and {len(initial)}")
                 starts.append(reader.put(name, Scale(np.zeros_like(initial), initial), like))
     return starts
 
 
 def _vectors(reader: Reader, value: Any, what: str, wanted: str, ways: int) -> list[Flowing]:
-    """Return what the graph computes as states to start from, one a direction."""
+    """Return initial states that the graph computes, one per direction."""
     if isinstance(value, States):
         refs = _in_order(value, what, wanted, ways)
         return [reader.state(ref) for ref in refs]
@@ -116,36 +116,36 @@ def _vectors(reader: Reader, value: Any, what: str, wanted: str, ways: int) -> l
         return [flow]
     turned = ["D", *rows, "F"] if wanted.startswith("S") else [*rows, "D", "F"]
     if ways == 2 and labels == turned and flow.width is not None:
-        half = flow.width // 2
-        cuts = (Select(0, half, axis=-1), Select(half, None, axis=-1))
+        middle = flow.width // 2
+        cuts = (Select(0, middle, axis=-1), Select(middle, None, axis=-1))
         return [reader.put(f"{flow.wire}.{what}", cut, flow, axes=("B", "F")) for cut in cuts]
     raise Refused(f"expected {what} with axes {' '.join(wanted)}, found {' '.join(flow.axes)}")
 
 
 def _note(reader: Reader, value: States, what: str, wanted: str, states: tuple[int, int, str]) -> None:
-    """Note which states of the inputs an operator starts from.
+    """Record which input states are an operator's initial states.
 
     Args:
-        reader: of the graph.
-        value: what it starts from.
-        what: what the operator calls it.
-        wanted: its axes.
-        states: the operator's number, how many directions it has, and "h" or "c".
+        reader: the reader of the graph.
+        value: the initial states.
+        what: the operator's name for them.
+        wanted: the expected axes.
+        states: the operator's index, its number of directions, and "h" or "c".
     """
     operator, ways, part = states
     for way, initial in enumerate(_in_order(value, what, wanted, ways)):
         if reader.starts.setdefault(initial, Final(operator, way, part)) != Final(operator, way, part):
-            raise Refused(f"expected {what} to be a state of its own, found one that another starts from, too")
+            raise Refused(f"{what} is also the initial state of another operator")
 
 
 def _in_order(value: States, what: str, wanted: str, ways: int) -> list[Any]:
-    """Return the state of each direction, of states that have the axes wanted."""
+    """Return the state of each direction, with the expected axes checked."""
     axes, refs = list(value.axes), value.refs
     at = wanted.index("B")
     if "B" not in axes and at < len(axes) and axes[at] == "S":  # a state of one row
         stacked = axes[:at].count("S")
         if refs.shape[stacked] != 1:
-            raise Refused(f"expected {what} of one row, found {refs.shape[stacked]}")
+            raise Refused(f"expected {what} with one row, found {refs.shape[stacked]}")
         axes[at], refs = "B", refs.reshape([n for axis, n in enumerate(refs.shape) if axis != stacked])
     if "".join(axes) != wanted:
         raise Refused(f"expected {what} with axes {' '.join(wanted)}, found {' '.join(value.axes)}")
@@ -159,7 +159,7 @@ def scanned(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     """Read a Scan that is a cell."""
     operator, number = read_scan(reader.scope, node), len(reader.runs)
     given = {
-        part: (f"the {part} to start from", value)
+        part: (f"the initial {part}", value)
         for part, value in zip("hc", values[:-1], strict=False)
         if f"initial_{part}" in operator.started
     }

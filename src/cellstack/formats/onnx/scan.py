@@ -1,8 +1,8 @@
-"""Cells of any flags as ONNX's Scan: the equations of `cellstack.reference`, written out as the graph of one step.
+"""Cells with any flags as ONNX's Scan: the equations of `cellstack.reference` as the graph of one step.
 
-What LSTM, GRU and RNN of ONNX can't hold goes so, and cells of float64, which ONNX Runtime's operators don't take. The
-body takes the states and x, and gives the states and y. It holds its arrays, and the cell's description as its
-`doc_string`: what it means is read from its equations, and the numbers that float32 has rounded from there.
+Used for cells that ONNX's LSTM, GRU and RNN can't express, and for float64 cells, which ONNX Runtime's operators don't
+support. The body maps the states and x to the states and y. It holds its arrays, and the cell's description as its
+`doc_string`: the reader takes the cell from the equations, and from the description only numbers that float32 rounded.
 
 Ref: ONNX, Operators.md, Scan.
 """
@@ -18,14 +18,14 @@ from cellstack.formats.onnx.file import onnx_package
 from cellstack.formats.onnx.pieces import Pieces
 from cellstack.nodes.recurrent import Cell
 
-FIRST_OPSET = 9  # before it, a Scan's inputs were others
+FIRST_OPSET = 9  # earlier, a Scan had other inputs
 
 
 class _Step(Pieces):
     """The graph of one step of a cell."""
 
     def __init__(self, where: str, cell: Cell) -> None:
-        super().__init__(onnx_package(), cell.dtype, set(), f"{where}/")  # a Network's names have no slash
+        super().__init__(onnx_package(), cell.dtype, set(), f"{where}/")  # names of a Network have no slash
         self.spec, self.where = cell.spec, where
         self.w = {
             name: self.tensor(f"{where}/{name}", array)
@@ -34,18 +34,18 @@ class _Step(Pieces):
         }
 
     def columns(self, v: str, gates: int, *only: int) -> list[str]:
-        """Cut what has a block of H columns a gate into these, or into some of them."""
+        """Split an array with a block of H columns per gate into these blocks, or into some of them."""
         units = self.spec.units
         places = only or range(gates)
         axis = self.integers(-1)
         return [self.of("Slice", v, self.integers(n * units), self.integers((n + 1) * units), axis) for n in places]
 
     def rows(self, name: str, count: int) -> list[str]:
-        """Cut an array into its rows."""
+        """Split an array into its rows."""
         return [self.of("Gather", self.w[name], self.at(n), axis=0) for n in range(count)]
 
     def at(self, place: int) -> str:
-        """Return the name of an integer that picks one of several."""
+        """Return the name of a constant index."""
         key = ("at", place)
         if key not in self.constants:
             self.constants[key] = self.tensor(f"{self.prefix}at_{place}", np.array(place, np.int64))
@@ -59,7 +59,7 @@ class _Step(Pieces):
         return self.of("Div", apart, scale)
 
     def product(self, v: str, name: str, gain: str) -> str:
-        """Multiply by one of the two matrices, and normalise; a GRU's g is normalised apart from its z and r."""
+        """Multiply by one of the two matrices, and normalise; a GRU normalises g separately from z and r."""
         out = self.of("MatMul", v, self.w[name])
         if not self.spec.layer_norm:
             return out
@@ -72,11 +72,11 @@ class _Step(Pieces):
         return self.of("Mul", out, self.w[gain])
 
     def clipped(self, v: str, bound: float | None) -> str:
-        """Keep within ±bound."""
+        """Clip to ±bound."""
         return v if bound is None else self.of("Clip", v, self.number(-bound), self.number(bound))
 
     def gate(self, slot: str, z: str) -> str:
-        """Activate a gate, or the cell on its way out."""
+        """Apply the activation of a gate, or of the cell output."""
         z = z if slot == "cell" else self.clipped(z, self.spec.clip)
         text = str(self.spec.activations[self.spec.slots.index(slot)])
         made = self.fresh(f"{self.prefix}{slot}")
@@ -141,10 +141,10 @@ def body_of(where: str, cell: Cell, masked: bool = False, residual: bool = False
     """Return a step of a cell as a GraphProto: states and x in, states and y out.
 
     Args:
-        where: what all names in it begin with.
-        cell: whose step.
-        masked: whether it takes a flag a row too, False where the step is left out: then all is carried. The y before
-            is a state of its own then, the last one.
+        where: the prefix of all names.
+        cell: the cell.
+        masked: whether it takes a flag per row too, False where the step is skipped: then all states are carried over.
+            The previous y is then an additional state, the last one.
         residual: whether y is h + x; only with `masked`.
     """
     step, spec = _Step(where, cell), cell.spec
@@ -176,7 +176,7 @@ def body_of(where: str, cell: Cell, masked: bool = False, residual: bool = False
 
 
 def described(cell: Cell) -> str:
-    """Return a cell's description as one line of JSON; where it starts isn't the step's affair."""
+    """Return a cell's description as one line of JSON; without its initial state, which isn't part of the step."""
     settings = {**cell.spec.settings, "input_size": cell.spec.input_size, "units": cell.spec.units}
     settings.pop("learn_initial_state", None)
     return json.dumps(settings)

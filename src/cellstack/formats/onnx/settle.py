@@ -1,7 +1,7 @@
-"""What a graph leaves open until it runs, settled when it is loaded: inputs with a value given, and branches of `If`.
+"""Resolves at load time what a graph leaves open until it runs: inputs with a given value, and branches of `If`.
 
-A file may hold several models and choose by an input, or look at the lengths of what comes in. Where the input has a
-value, and the lengths are known, the branch that would be taken is put in the place of the `If`.
+A file may hold several models and choose by an input, or by the lengths of its inputs. Where the input has a value, and
+the lengths are known, the branch that would run replaces the `If`.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from cellstack.formats.onnx.values import Dim
 from cellstack.layout import Array
 from cellstack.spec import FormatError
 
-MOST_BRANCHES = 1000  # that are put in their places
-MOST_LISTED = 64  # numbers in a list of lengths
+MOST_BRANCHES = 1000  # maximum number of resolved branches
+MOST_LISTED = 64  # maximum length of a list of lengths
 OF_LENGTHS = {
     "And", "Cast", "Concat", "Equal", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Mul",
     "Not", "Or", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze",
 }  # fmt: skip
-KINDS = {  # what TensorProto calls the types of values that can be given
+KINDS = {  # TensorProto's names of the types of values that can be passed
     1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 2: "uint8", 3: "int8", 12: "uint32",
     13: "uint64", 5: "int16", 4: "uint16",
 }  # fmt: skip
 
 
 def fix(model: Model, constants: Mapping[str, Any]) -> None:
-    """Give inputs of a graph, or tensors that it holds already, a value.
+    """Set the values of inputs of a graph, or of its tensors.
 
     Args:
         model: the file, which is changed.
         constants: array-like values by name.
 
     Raises:
-        FormatError: no input and no tensor of this name, or one of another type or shape.
+        FormatError: no input or tensor of this name, or a value of another type or shape.
     """
     onnx, graph = onnx_package(), model.proto.graph
     inputs = {value.name: value for value in graph.input}
@@ -45,9 +45,7 @@ def fix(model: Model, constants: Mapping[str, Any]) -> None:
     for name, value in constants.items():
         if name not in inputs and name not in tensors:
             names = ", ".join(map(short, (*inputs, *tensors)))
-            raise FormatError(
-                f"{model.path}: expected constants for its inputs, {names[:300]}, got one for {name!r:.80}"
-            )
+            raise FormatError(f"{model.path}: constants: no input {name!r:.80}; the inputs are {names[:300]}")
         kind = inputs[name].type.tensor_type.elem_type if name in inputs else tensors[name].data_type
         shape = declared(inputs[name]) if name in inputs else list(tensors[name].dims)
         array = _as_kind(model, name, value, kind)
@@ -82,7 +80,7 @@ def _as_kind(model: Model, name: str, value: Any, kind: int) -> Array:
 
 
 class _Lengths:
-    """What is known of lengths in a graph, by the package onnx's own inference.
+    """The known lengths in a graph, from the onnx package's shape inference.
 
     Args:
         model: the file.
@@ -97,12 +95,12 @@ class _Lengths:
             for axis, length in zip(value.type.tensor_type.shape.dim, sizes.get(value.name, ()), strict=False):
                 if length is not None:
                     axis.dim_value = length
-        del proto.graph.value_info[:]  # what an exporter noted of all branches, or wrongly
+        del proto.graph.value_info[:]  # an exporter's notes cover all branches, or are wrong
         self.scope = Scope(model, model.proto.graph)
         self._with_lists(proto.graph)
         try:
             found = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-        except Exception:  # a graph that it can't follow: nothing is known, and what needs it is refused by name
+        except Exception:  # inference failed: nothing is known, and operators that need it are reported
             found = proto
         self.shapes = {
             value.name: declared(value)
@@ -112,7 +110,7 @@ class _Lengths:
         self.values: dict[str, Array | None] = {}
 
     def _with_lists(self, graph: Any) -> None:
-        """Put in lists of lengths and pads that a graph computes out of constants, which the package doesn't follow."""
+        """Add lists of lengths and pads that a graph computes from constants, which the package doesn't infer."""
         onnx, kept = onnx_package(), []
         for node in graph.node:
             constants = [self.scope.constant(name) if name else None for name in node.output]
@@ -125,7 +123,7 @@ class _Lengths:
         graph.node.extend(kept)
 
     def value(self, name: str, depth: int = 0) -> Array | None:
-        """Return what a name stands for: integers and flags that come out of lengths and constants; None if unknown."""
+        """Return the value of a name: integers and flags computed from lengths and constants; None if unknown."""
         if name in self.values or depth > 200:
             return self.values.get(name)
         constant = self.scope.constant(name) if name else None
@@ -176,14 +174,14 @@ def _numbers(value: Any) -> Array | None:
 
 
 def settle(model: Model, sizes: Mapping[str, list[int | None]]) -> None:
-    """Put branches in the place of each `If` whose condition is known.
+    """Replace each `If` whose condition is known by its branch.
 
     Args:
         model: the file, which is changed.
         sizes: lengths of inputs that the file leaves open, by name.
 
     Raises:
-        FormatError: branches without end.
+        FormatError: too many branches.
     """
     graph, taken = model.proto.graph, 0
     while any(node.op_type == "If" for node in graph.node):
@@ -201,7 +199,7 @@ def settle(model: Model, sizes: Mapping[str, list[int | None]]) -> None:
         if not done:
             return
         if taken > MOST_BRANCHES:
-            raise FormatError(f"{model.path}: expected at most {MOST_BRANCHES} branches of If, found more")
+            raise FormatError(f"{model.path}: more than {MOST_BRANCHES} branches of If aren't supported")
         copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
         del graph.node[:]
         graph.node.extend(copies)
@@ -209,13 +207,13 @@ def settle(model: Model, sizes: Mapping[str, list[int | None]]) -> None:
 
 
 class _Branches:
-    """Puts branches into the graph around them; a name that is taken there gets the name of its `If` ahead.
+    """Inserts branches into the enclosing graph; names already in use there get the name of the `If` as a prefix.
 
     Args:
-        graph: the outermost one.
+        graph: the outermost graph.
 
     Attributes:
-        tensors: what the branches hold, to be added to those of the graph.
+        tensors: the tensors of the branches, to be added to those of the graph.
     """
 
     def __init__(self, graph: Any) -> None:
@@ -224,7 +222,7 @@ class _Branches:
         self.taken.update(name for node in graph.node for name in node.output)
 
     def put(self, choice: Any, branch: Any) -> list[Any]:
-        """Return the nodes that an `If` is where it takes this branch."""
+        """Return the nodes that replace an `If` which takes this branch."""
         own = [tensor.name for tensor in branch.initializer]
         own += [name for node in branch.node for name in node.output if name]
         names: dict[str, str] = {}
@@ -247,13 +245,13 @@ class _Branches:
             _rename(made, names)
             nodes.append(made)
         for inner, outer in zip((value.name for value in branch.output), choice.output, strict=False):
-            if outer and names.get(inner) != outer:  # what the graph around it makes, or what is given twice
+            if outer and names.get(inner) != outer:  # a value of the enclosing graph, or one that is returned twice
                 nodes.append(type(choice)(op_type="Identity", input=[names.get(inner, inner)], output=[outer]))
         return nodes
 
 
 def _rename(node: Any, names: dict[str, str]) -> None:
-    """Give values that a node takes and makes their names, in the graphs within it too."""
+    """Rename a node's inputs and outputs, in its subgraphs too."""
     for field in (node.input, node.output):
         renamed = [names.get(name, name) for name in field]
         del field[:]
@@ -269,7 +267,7 @@ def _rename(node: Any, names: dict[str, str]) -> None:
 
 
 def _branch(lengths: _Lengths, node: Any) -> Any | None:
-    """Return the graph that an `If` takes; None where that isn't known, or for another node."""
+    """Return the branch that an `If` takes; None where unknown, or for another node."""
     if node.op_type != "If" or node.domain not in DOMAINS or len(node.input) != 1:
         return None
     condition = lengths.value(node.input[0])
@@ -282,7 +280,7 @@ def _branch(lengths: _Lengths, node: Any) -> Any | None:
 
 
 def plain(model: Model) -> None:
-    """Make sums with 0 and products with 1, as exporters write to keep an input in a graph, what they are: nothing."""
+    """Remove sums with 0 and products with 1, which exporters write to keep an input in a graph."""
     scope = Scope(model, model.proto.graph)
     for node in scope.graph.node:
         neutral = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}.get(node.op_type)
@@ -300,7 +298,7 @@ def plain(model: Model) -> None:
 
 
 def needs(scope: Scope, name: str) -> list[str]:
-    """Return the inputs of the graph that a value comes from."""
+    """Return the inputs of the graph that a value depends on."""
     seen, waiting, found = set[str](), [name], []
     while waiting:
         name = waiting.pop()
@@ -323,7 +321,7 @@ def _taken(node: Any) -> Iterator[str]:
 
 
 def check_settled(model: Model) -> None:
-    """Raise `FormatError` where an `If` that leads to an output is left: it says what would settle it."""
+    """Raise `FormatError` where an `If` that leads to an output remains; the message says what would resolve it."""
     if not any(node.op_type == "If" for node in model.proto.graph.node):
         return
     scope = Scope(model, model.proto.graph)
@@ -335,11 +333,11 @@ def check_settled(model: Model) -> None:
     if numbers:
         kinds = [f"{short(name)} ({KINDS.get(inputs[name].type.tensor_type.elem_type, '?')})" for name in numbers]
         example = ", ".join(f"{name!r}: ..." for name in numbers)
-        text = f"expected values of {', '.join(kinds)}, by which the file chooses its branches, got none"
+        text = f"the file's branches depend on {', '.join(kinds)}: pass the values"
         raise FormatError(f"{model.path}: {text}: cs.load(path, constants={{{example}}})")
     if left:
-        names = ", ".join(short(name) for name in dict.fromkeys(found)) or "nothing that is known"
+        names = ", ".join(short(name) for name in dict.fromkeys(found)) or "unknown values"
         where = f"{model.path}: If {short(label(left[0]))}"
-        text = f"{where}: expected a choice that is known when the file is loaded, found one by the lengths of {names}"
+        text = f"{where}: its branch must be known when the file is loaded, but depends on the lengths of {names}"
         example = next((name for name in scope.inputs if len(declared(inputs[name]) or ()) in (2, 3)), "input")
-        raise FormatError(f"{text}: how long a frame is can be given, as in cs.load(path, frames={{{example!r}: 512}})")
+        raise FormatError(f"{text}: pass the size of a frame, as in cs.load(path, frames={{{example!r}: 512}})")

@@ -1,4 +1,4 @@
-"""ONNX's operators that move numbers: most change labels of axes alone, others become nodes that cut and flatten."""
+"""ONNX's operators that move numbers: most only relabel axes, others become nodes that slice or reshape."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from cellstack.nodes import Flatten, GlobalPool, Merge, Pad, Permute, Repeat, Re
 
 
 def same(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read what changes nothing: Identity, Dropout at inference, a Cast from floats to floats or of ids."""
+    """Read an operator without effect: Identity, Dropout at inference, a Cast from floats to floats or of ids."""
     value, training = values[0], values[2] if node.op_type == "Dropout" and len(values) > 2 else None
     if training is not None and (not isinstance(training, np.ndarray) or training.any()):
-        raise Refused("expected the form of inference")
+        raise Refused("training mode isn't supported")
     if not isinstance(value, (States, Lengths)):
         value = reader.flowing(value)
     if node.op_type == "Cast":
         whole_numbers = isinstance(value, Lengths) or (isinstance(value, Flowing) and value.wire in reader.ids)
         if attributes.get("to") not in ((6, 7, 12, 13) if whole_numbers else (1, 11)):
-            raise Refused(f"expected a cast from numbers to their like, found one to type {attributes.get('to')}")
+            raise Refused(f"expected a cast from floats to floats, or of ids, found one to type {attributes.get('to')}")
     return [value]
 
 
 def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Shape: lengths as far as they are known."""
+    """Read a Shape: lengths, where known."""
     value = values[0]
     if isinstance(value, States):
         if not value.counted:
-            return [Unknown("the shape of a state isn't known here", False)]
+            return [Unknown("the shape of a state is unknown", False)]
         sizes = iter(value.refs.shape)
         found = [next(sizes) if axis == "S" else Dim((axis,)) for axis in value.axes]
     else:
@@ -50,12 +50,12 @@ def shape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
 
 
 def moving(reader: Reader, value: Any) -> Flowing | States:
-    """Return a value whose axes can be moved and cut; `Refused` where it is something else."""
+    """Return a value whose axes can be moved and sliced; otherwise raise `Refused`."""
     return value if isinstance(value, (Flowing, States)) else reader.flowing(value)
 
 
 def rearranged(value: States, order: Sequence[int | None]) -> States:
-    """Return states with their axes as `order_of` has them."""
+    """Return states with their axes in the notation of `order_of`."""
     stacked = [n for n, axis in enumerate(value.axes) if axis == "S"]
     gone = [n for n in range(len(value.axes)) if n not in order]
     for axis in gone:
@@ -69,7 +69,7 @@ def rearranged(value: States, order: Sequence[int | None]) -> States:
 
 
 def transpose(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Transpose: the labels in another order."""
+    """Read a Transpose: reorders the labels."""
     value = moving(reader, values[0])
     order = order_of("Transpose", attributes, values[:1], [False for _ in value.axes])
     if isinstance(value, States):
@@ -78,17 +78,17 @@ def transpose(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
 
 
 def squeeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Squeeze: axes of length 1 go; one of time too, where one step was taken out of it."""
+    """Read a Squeeze: removes axes of length 1, and a time axis from which one step was selected."""
     x = moving(reader, values[0])
     if isinstance(x, States):
         return [rearranged(x, order_of("Squeeze", attributes, values, [axis == "S" for axis in x.axes]))]
-    one_row = x.batch == 1  # a batch of length 1 may go: what stands for it comes again, or it is left out of the file
+    one_row = x.batch == 1  # a batch axis of length 1 may go: it comes back later, or the file omits it
     ones = [axis == "1" or (axis == "B" and one_row) for axis in x.axes]
     order, y = order_of("Squeeze", attributes, values, ones), x
     for n, axis in enumerate(x.axes):
         if n in order or ones[n]:
             continue
-        if axis == "F" and x.width == 1:  # one number a row is `[B, 1]` in a Network
+        if axis == "F" and x.width == 1:  # a Network stores one number per row as `[B, 1]`
             y = reader.put(node, Flatten(), y) if "T" in x.axes else y
         elif axis == "T" and x.steps == 1:
             y = reader.put(node, GlobalPool("last"), y)
@@ -98,13 +98,13 @@ def squeeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
 
 
 def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read an Unsqueeze: axes of length 1 come."""
+    """Read an Unsqueeze: adds axes of length 1."""
     x = moving(reader, values[0])
     order = order_of("Unsqueeze", attributes, values, [False for _ in x.axes])
     if isinstance(x, States):
         return [rearranged(x, order)]
     axes = tuple("1" if n is None else x.axes[n] for n in order)
-    if "F" not in x.axes and "T" in x.axes and x.wire not in reader.ids:  # numbers without features: one feature each
+    if "F" not in x.axes and "T" in x.axes and x.wire not in reader.ids:  # no feature axis: one feature each
         roles, chosen = reader.axes.roles_of(node.output[0]) or "", [n for n, old in enumerate(order) if old is None]
         found = [n for n in chosen if roles[n : n + 1] == "F"] or chosen
         if len(found) == 1:
@@ -114,7 +114,7 @@ def unsqueeze(reader: Reader, node: Any, attributes: dict[str, Any], values: lis
 
 
 def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Reshape: axes of length 1 come and go, two become one, or all after the batch."""
+    """Read a Reshape: adds and removes axes of length 1, or merges two axes or all after the batch."""
     x = reader.flowing(values[0])
     target = values[1]
     if isinstance(target, Symbols):
@@ -122,9 +122,9 @@ def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     elif isinstance(target, np.ndarray):
         entries = whole(target)
     else:
-        raise Refused("expected a shape that is known")
+        raise Refused("the shape must be known")
     axes = reshaped(x, entries, bool(attributes.get("allowzero", 0)))
-    if axes is None and x.width == 1 and "T" not in x.axes:  # one number a row may go without an axis
+    if axes is None and x.width == 1 and "T" not in x.axes:  # one number per row needs no axis
         without = replace(x, axes=tuple("1" if axis == "F" else axis for axis in x.axes))
         axes = reshaped(without, entries, bool(attributes.get("allowzero", 0)))
     whole_shape = entries[1:] if all(isinstance(entry, int) for entry in entries[1:]) else []
@@ -139,7 +139,7 @@ def reshape(reader: Reader, node: Any, attributes: dict[str, Any], values: list[
     ):
         return [reader.put(node, Reshape(tuple(whole_shape)), x, axes="BTF" if len(whole_shape) == 2 else "BF")]
     if axes is None:
-        raise Refused(f"expected a shape that keeps batch, time and features apart, found {_shown(entries)}")
+        raise Refused(f"the shape must keep batch, time and features separate, found {_shown(entries)}")
     if "*" in axes:
         return [flattened(reader, node, x, axes)]
     return [replace(x, axes=axes)]
@@ -150,21 +150,21 @@ def _shown(entries: list[Any]) -> str:
 
 
 def flatten(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Flatten: all axes after the batch become one."""
+    """Read a Flatten: merges all axes after the batch."""
     x = reader.flowing(values[0])
     axis = attributes.get("axis", 1) % max(1, len(x.axes))
     ahead, behind = ("".join(a for a in part if a != "1") for part in (x.axes[:axis], x.axes[axis:]))
-    if ahead and behind == "F" and len(ahead) == 1:  # two axes as they are
+    if ahead and behind == "F" and len(ahead) == 1:  # two axes stay unchanged
         return [replace(x, axes=(ahead, "F"))]
     if (ahead, behind) == ("BT", "F"):  # rows of all steps
         return [replace(x, axes=("N", "F"))]
     if ahead not in ("B", "" if "B" not in x.axes else "B"):
-        raise Refused(f"expected to keep the batch, found axis {axis} of {' '.join(x.axes)}")
+        raise Refused(f"the batch axis must stay, found axis {axis} of {' '.join(x.axes)}")
     return [flattened(reader, node, x, (ahead or "1", "*"))]
 
 
 def flattened(reader: Reader, node: Any, x: Flowing, axes: tuple[str, ...]) -> Flowing:
-    """Return a value with all axes after the batch in one, in the order in which they stand."""
+    """Return a value with all axes after the batch merged, in their order."""
     labels = [a for a in x.axes if a not in "1B"]
     final = tuple("F" if a == "*" else a for a in axes)
     if labels in (["F"], ["D", "F"]):
@@ -178,7 +178,7 @@ def flattened(reader: Reader, node: Any, x: Flowing, axes: tuple[str, ...]) -> F
     return reader.put(node, Flatten(), x, axes=final)
 
 
-# ── cutting and joining ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── slicing and joining ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cut(reader: Reader, node: Any, x: Flowing, axis: int, taken: slice) -> Flowing:
@@ -200,24 +200,24 @@ def cut(reader: Reader, node: Any, x: Flowing, axis: int, taken: slice) -> Flowi
         start = None
     if step < 0 and known is None and (start or 0) < 0:
         raise Refused(
-            f"expected to start from the last, as the length isn't known, found start {start} and step {step}"
+            f"the length is unknown, so the slice must start at the last entry; found start {start} and step {step}"
         )
     if which == "T":
         if start not in (-1, None) or step != 1 or stop is not None:
             steps_apart(reader)
         y = reader.put(node, Select(start, stop, step), x)
-        if (start, stop, step) in ((-1, None, 1), (None, 1, 1)):  # one step, whatever there is to be cut
+        if (start, stop, step) in ((-1, None, 1), (None, 1, 1)):  # one step, regardless of the length
             reader.builder.shapes[y.wire] = (1, *y.shape[1:])
         return replace(y, shape=reader.shape(y.wire))
     if which == "D":
-        halves = range(2)[taken]
-        if len(halves) != 1 or x.width is None:
-            raise Refused("expected one direction of the two")
-        half = x.width // 2
-        made = Select(halves[0] * half, (halves[0] + 1) * half, axis=-1)
+        directions = range(2)[taken]
+        if len(directions) != 1 or x.width is None:
+            raise Refused("the slice must select one of the two directions")
+        width = x.width // 2
+        made = Select(directions[0] * width, (directions[0] + 1) * width, axis=-1)
         return reader.put(node, made, x, axes=["1" if a == "D" else a for a in x.axes])
     if which != "F" or "D" in x.axes:
-        raise Refused(f"expected a slice of time or of the features, found axis {which} of {' '.join(x.axes)}")
+        raise Refused(f"only slices of time or of the features are supported, found axis {which} of {' '.join(x.axes)}")
     return reader.put(node, Select(start, stop, step, axis=-1), x)
 
 
@@ -227,11 +227,11 @@ def _cut_states(value: States, axis: int, taken: slice) -> States:
     if value.axes[axis] != "S":
         everything = taken.start in (None, 0) and (taken.stop is None or taken.stop >= 2**31 - 1)
         if backwards or not everything or taken.step not in (None, 1):
-            raise Refused(f"expected a slice of the stacked states, found axis {value.axes[axis]}")
+            raise Refused(f"only slices along the stacked states are supported, found axis {value.axes[axis]}")
         return value
     ends = [end for end in (taken.start, taken.stop) if end is not None and end < 2**31 - 1]
     if not value.counted and (backwards or any(end < 0 for end in ends)):
-        raise Refused("expected states whose number is known, to count from the last")
+        raise Refused("the number of states is unknown, so indices from the end aren't supported")
     place_in = (slice(None),) * value.axes[:axis].count("S") + (taken,)
     whole_axis = not value.counted and len(ends) < 2
     return replace(value, refs=value.refs[place_in], counted=value.counted or not whole_axis)
@@ -243,7 +243,7 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     constants = [v if v is None or isinstance(v, np.ndarray) else None for v in values[1:]]
     taken = slices(attributes, [value, *constants], len(value.axes))
     if taken is None:
-        raise Refused("expected starts and ends that are constant")
+        raise Refused("starts and ends must be constant")
     for axis, part in enumerate(taken):
         if part != slice(None):
             if isinstance(value, States):
@@ -254,14 +254,14 @@ def slice_(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 
 
 def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Gather: of a table's rows by ids, or of one entry of an axis."""
+    """Read a Gather: rows of a table by ids, or one entry of an axis."""
     value, index = values
     if isinstance(value, np.ndarray):
         return embedding(reader, node, attributes, values)
     if isinstance(index, np.ndarray) and index.ndim == 1 and index.size > 1 and not isinstance(value, States):
         return [_several(reader, node, reader.flowing(value), attributes.get("axis", 0), whole(index, index.size))]
     if not isinstance(index, np.ndarray) or index.size != 1:
-        raise Refused("expected one index that is constant")
+        raise Refused("expected one constant index")
     number = int(index.reshape(()))
     value = moving(reader, value)
     axis = place(attributes.get("axis", 0), len(value.axes))
@@ -271,7 +271,7 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         kept = [n for n in range(len(found.axes)) if index.ndim or n != axis]
         return [rearranged(found, kept)]
     if value.axes[axis] not in ("T", "D", "1"):
-        raise Refused(f"expected one step or one direction, found axis {value.axes[axis]} of {' '.join(value.axes)}")
+        raise Refused(f"expected a step or a direction, found axis {value.axes[axis]} of {' '.join(value.axes)}")
     if value.axes[axis] != "T" or index.ndim:
         found = cut(reader, node, value, axis, part)
         dropped = () if index.ndim else (axis,)
@@ -283,10 +283,10 @@ def gather(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 
 
 def _several(reader: Reader, node: Any, x: Flowing, axis: int, indices: list[int]) -> Flowing:
-    """Return several entries of the features, by their places."""
+    """Return several features, by their indices."""
     at = x.at(axis)
     if x.axes[at] != "F" or "D" in x.axes or x.width is None:
-        raise Refused(f"expected several entries of the features, found axis {x.axes[at]} of {' '.join(x.axes)}")
+        raise Refused(f"expected entries of the features, found axis {x.axes[at]} of {' '.join(x.axes)}")
     return reader.put(node, Take(tuple(n + x.width if n < 0 else n for n in indices)), x)
 
 
@@ -299,7 +299,7 @@ def split(reader: Reader, node: Any, attributes: dict[str, Any], values: list[An
     else:
         length = value.length(value.axes[axis])
     if not isinstance(length, int):
-        raise Refused(f"expected an axis of a length that is known, found {value.axes[axis]}")
+        raise Refused(f"expected an axis of known length, found {value.axes[axis]}")
     made, start = [], 0
     for name, size in zip(node.output, split_sizes(attributes, values, length, len(node.output)), strict=True):
         part = slice(start, start + size)
@@ -320,7 +320,7 @@ def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
         axis = place(attributes["axis"], len(axes))
         if axes[axis] == "S":
             if len({value.initial for value in values}) != 1 or not all(value.counted for value in values):
-                raise Refused("expected states of inputs, or those after the last step")
+                raise Refused("initial and final states can't be joined")
             refs = np.concatenate([value.refs for value in values], axis=axes[:axis].count("S"))
             return [States(axes, refs)]
     among = [one for one in map(_among_states, values) if one is not None]
@@ -332,7 +332,7 @@ def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     axis = place(attributes["axis"], len(axes))
     if any(flow.axes != axes for flow in flows) or axes[axis] not in ("F", "T") or "D" in axes:
         found = ", ".join(" ".join(flow.axes) for flow in flows)
-        raise Refused(f"expected values to be joined along features or time, found axis {axis} of {found}")
+        raise Refused(f"values can be joined along features or time only, found axis {axis} of {found}")
     if len(flows) == 1:
         return [flows[0]]
     if axes[axis] == "T":
@@ -341,7 +341,7 @@ def concat(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
 
 
 def _among_states(value: Any) -> States | None:
-    """Return a vector a row, with an axis of length 1 more, as a state among others; None for anything else."""
+    """Return a vector per row with an additional axis of length 1 as a state; None for anything else."""
     if isinstance(value, States) and not value.initial and value.axes.count("S") == 1 and len(value.axes) == 3:
         return value
     if not isinstance(value, Flowing) or value.axes not in (("1", "B", "F"), ("B", "1", "F")):
@@ -352,26 +352,26 @@ def _among_states(value: Any) -> States | None:
 
 
 def pad(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a Pad with one number, over time or the features."""
+    """Read a Pad with one value, over time or the features."""
     x = reader.flowing(values[0])
     value = np.asarray(attributes.get("value", values[2] if len(values) > 2 and values[2] is not None else 0.0))
     mode, count = attributes.get("mode", "constant"), len(x.axes)
     if value.dtype.kind not in "fiu" or value.size != 1:
-        raise Refused("expected constant pads of one number")
+        raise Refused("the pads must be constant, with a single value")
     pads = pads_of(attributes, values, count)
     if min(pads) < 0:
-        raise Refused(f"expected pads for {count} axes, none below 0, found {pads}")
+        raise Refused(f"expected pads for {count} axes, none negative, found {pads}")
     for n, axis in enumerate(x.axes):
         if pads[n] or pads[n + count]:
             if axis not in ("T", "F") or (axis == "F" and "D" in x.axes):
-                raise Refused(f"expected pads over time or the features, found {pads} of axes {' '.join(x.axes)}")
+                raise Refused(f"only time and the features can be padded, found {pads} of axes {' '.join(x.axes)}")
             if axis == "T":
                 steps_apart(reader)
             over_axis = 1 if axis == "T" else -1
             if mode != "constant":
                 length = x.steps if axis == "T" else x.width
                 if length is None:
-                    raise Refused(f"expected an axis whose length is known, to pad it by {mode}, found {axis}")
+                    raise Refused(f"padding with mode {mode} needs an axis of known length, found {axis}")
                 reader.builder.pinned |= axis == "T"
                 x = reader.put(node, Take.of_padding(mode, length, pads[n], pads[n + count], over_axis), x)
                 continue
@@ -390,12 +390,12 @@ def expand(reader: Reader, node: Any, attributes: dict[str, Any], values: list[A
     if not x.has("B1F") or len(numbers) != 3:
         raise Refused(f"expected a vector to be repeated over time, found axes {' '.join(x.axes)}")
     if numbers[0] != 1 or numbers[2] not in (1, x.width if node.op_type == "Expand" else 1):
-        raise Refused("expected a vector to be repeated over time alone")
+        raise Refused("expected a vector to be repeated over time only")
     return [reader.put(node, Repeat(numbers[1]), x, axes=(x.axes[0], "T", "F"))]
 
 
 def _as_they_are(states: States, node: Any, target: Any) -> States:
-    """Return states that an Expand leaves as they are; `Refused` where it does something to them."""
+    """Return states that an Expand doesn't change; otherwise raise `Refused`."""
     entries = list(target.array if isinstance(target, Symbols) else target if isinstance(target, np.ndarray) else ())
     sizes = iter(states.refs.shape)
     fits = {"B": (1, Dim(("B",))), "S": (1,), "F": (1,)}
@@ -404,7 +404,7 @@ def _as_they_are(states: States, node: Any, target: Any) -> States:
         for axis, entry in zip(states.axes, entries, strict=False)
     ]
     if node.op_type != "Expand" or len(entries) != len(states.axes) or not all(same_axes):
-        raise Refused(f"takes states {' '.join(states.axes)}, and gives others")
+        raise Refused(f"it changes states {' '.join(states.axes)}, which isn't supported")
     return states
 
 

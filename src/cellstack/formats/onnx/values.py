@@ -1,13 +1,13 @@
-"""What an ONNX value is to a Network while a graph is read: a wire with axes in ONNX's order, a state, a shape.
+"""ONNX values while a graph is read: a wire with axes in ONNX's order, a state, or a shape.
 
-ONNX moves axes about, a Network never does: between its nodes flows `[B, T, W]` or `[B, W]`. So an axis has a label,
-and a Transpose changes the order of labels alone:
+ONNX reorders axes, a Network never does: its nodes exchange `[B, T, W]` or `[B, W]`. So each axis has a label, and a
+Transpose only changes the order of the labels:
 
-    B  batch        T  time        F  features        N  batch and time in one, as some exporters write a Dense
-    D  the two directions of a bidirectional operator, whose features are the wire's halves        1  of length 1
+    B  batch        T  time        F  features        N  batch and time merged, as some exporters write a Dense
+    D  the two directions of a bidirectional operator, concatenated in the wire's features        1  of length 1
 
-A value without B is one row, as of a file without a batch axis: where an operator needs a batch, an axis of length 1
-stands for it.
+A value without B is one row, as in a file without a batch axis: where an operator needs a batch, an axis of length 1
+serves as it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cellstack.nodes.recurrent import Cell
 
 @dataclass(frozen=True)
 class Dim:
-    """A length that a call brings: so many times the product of some labels' lengths."""
+    """A length that depends on the call: `times` the product of the lengths of some labels."""
 
     labels: tuple[str, ...]
     times: int = 1
@@ -41,27 +41,27 @@ Length = int | Dim
 
 
 class Symbols(NamedTuple):
-    """Lengths as numbers that a graph computes with: an array of objects, integers and `Dim`."""
+    """Lengths that a graph computes with: an array of objects, integers and `Dim`."""
 
     array: Array
 
 
 class Unknown(NamedTuple):
-    """A value of which nothing is known here; `why` says why. `told`: whether the reader has refused it already."""
+    """An unknown value, with the reason in `why`. `reported`: whether the reader has already reported it."""
 
     why: str
-    told: bool
+    reported: bool
 
 
 class Lengths(NamedTuple):
-    """An input that holds how long each row is."""
+    """An input that holds the rows' lengths."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Final:
-    """One state after an operator's last step."""
+    """One final state of an operator."""
 
     operator: int
     way: int
@@ -70,14 +70,14 @@ class Final:
 
 @dataclass(frozen=True)
 class Vector:
-    """A vector a row that the graph computes, where it stands among states to start from."""
+    """A computed vector per row that is used as an initial state."""
 
     wire: str
 
 
 @dataclass(frozen=True)
 class Initial:
-    """One state to start from, `[B, H]`, as an input of the file holds it: the one at `place` of those in it."""
+    """One initial state `[B, H]` in an input of the file: the one at index `place`."""
 
     name: str
     place: int
@@ -85,9 +85,9 @@ class Initial:
 
 @dataclass(frozen=True)
 class States:
-    """States put together along axes S: `refs` is an array over these, of `Final` and `Vector`, or of `Initial`.
+    """States stacked along axes S: `refs` is an array over these axes, of `Final` and `Vector`, or of `Initial`.
 
-    `counted`: whether it is known how many there are along S; else `refs` holds as many as the graph could take.
+    `counted`: whether the number along S is known; else `refs` holds as many as the graph could use.
     """
 
     axes: tuple[str, ...]  # of B, F and S
@@ -96,19 +96,19 @@ class States:
 
     @property
     def initial(self) -> bool:
-        """Whether they come from an input."""
+        """Whether they are initial states, from an input."""
         return isinstance(next(iter(self.refs.reshape(-1)), None), Initial)
 
     @property
     def computed(self) -> bool:
-        """Whether they aren't all states that operators end with."""
+        """Whether some of them aren't final states of operators."""
         return any(isinstance(ref, Vector) for ref in self.refs.reshape(-1))
 
 
 class Run(NamedTuple):
-    """An operator that has been put in: the node with its cells, and whether it gives every step.
+    """An operator that has been added: the node with its cells, and whether it returns every step.
 
-    `in_order` is the wire with the steps in the order of the input's; `node` gives them in the order in which it runs.
+    `in_order` is the wire with the steps in the input's order; `node` returns them in the order of processing.
     """
 
     cells: tuple[Cell, ...]
@@ -119,13 +119,13 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Flowing:
-    """What a wire carries, with its axes as ONNX has them.
+    """A value on a wire, with its axes in ONNX's order.
 
     Args:
         wire: name of an input or a node of the Network.
-        axes: a label for each axis of ONNX's.
-        shape: the wire's axes after the batch, as the Network has them.
-        batch: how many rows the file says that there are; None where any will do.
+        axes: a label for each axis in ONNX.
+        shape: the wire's axes after the batch, in the Network's order.
+        batch: the batch size that the file declares; None if open.
     """
 
     wire: str
@@ -135,21 +135,21 @@ class Flowing:
 
     @property
     def width(self) -> int | None:
-        """Features of the wire; None where not known, or where there are none."""
+        """Features of the wire; None where unknown or absent."""
         return self.shape[-1] if "F" in self.axes else None
 
     @property
     def steps(self) -> int | None:
-        """How many steps, where known."""
+        """The number of steps, if known."""
         return self.shape[0] if "T" in self.axes or "N" in self.axes else None
 
     def length(self, label: str) -> Length:
-        """Return the length of an axis, a number where it is known."""
-        halves = 2 if "D" in self.axes else 1
+        """Return the length of an axis, a number if known."""
+        directions = 2 if "D" in self.axes else 1
         known = {
             "B": self.batch,
             "T": self.steps,
-            "F": None if self.width is None else self.width // halves,
+            "F": None if self.width is None else self.width // directions,
             "D": 2,
             "1": 1,
             "N": None if self.batch is None or self.steps is None else self.batch * self.steps,
@@ -162,12 +162,12 @@ class Flowing:
         return [self.length(label) for label in self.axes]
 
     def has(self, axes: str) -> bool:
-        """Return whether the axes are these; an axis of length 1 stands for the batch where there is no B."""
+        """Return whether the axes are these; without a B, an axis of length 1 counts as the batch."""
         found = "".join(self.axes)
         return found == axes or ("B" not in found and found == axes.replace("B", "1"))
 
     def at(self, axis: int) -> int:
-        """Return an axis counted from the front; `ValueError` where there are fewer."""
+        """Return an axis counted from the front; `ValueError` where it doesn't exist."""
         if not -len(self.axes) <= axis < len(self.axes):
             raise ValueError(f"expected an axis of {len(self.axes)}, found {axis}")
         return axis % len(self.axes)
@@ -175,13 +175,13 @@ class Flowing:
 
 @dataclass(frozen=True)
 class Moment:
-    """What is on the way from a value to its normalised self, each step by the mean and the variance of its features.
+    """An intermediate result of a layer normalisation, which uses the mean and the variance of the features.
 
     Args:
         of: the value.
-        what: `"mean"`, `"centred"`: less its mean, `"squares"` of that, `"variance"`, `"deviation"`: the root of the
-            variance, `"inverse"`: one over it.
-        epsilon: what was added to the variance.
+        what: `"mean"`, `"centred"`: the value minus its mean, `"squares"` of that, `"variance"`, `"deviation"`: the
+            square root of the variance, `"inverse"`: its reciprocal.
+        epsilon: the number added to the variance.
     """
 
     of: Flowing
@@ -191,12 +191,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Squares:
-    """A sum of squares, on the way to a magnitude.
+    """A sum of squares, an intermediate result of a magnitude.
 
     Args:
-        parts: what is squared; one or two.
-        name: of the operator that made it.
-        epsilon: what was added.
+        parts: the values that are squared; one or two.
+        name: the name of the operator that computes it.
+        epsilon: the number added to the sum.
     """
 
     parts: tuple[Flowing, ...]
@@ -205,10 +205,10 @@ class Squares:
 
 
 def reshaped(flow: Flowing, target: Sequence[Any], keep_zero: bool) -> tuple[str, ...] | None:
-    """Return the axes of a value in another shape; None where the shape isn't one that a wire can have.
+    """Return the axes of a value in another shape; None where a wire can't have that shape.
 
-    Axes of length 1 come and go. D and F become one, B and T become N, N becomes B and T again, and all axes after B
-    become one, `*`, which is what Flatten does.
+    Axes of length 1 are added and removed. D and F become one axis, B and T become N, N becomes B and T again, and all
+    axes after B become one, `*`, as in Flatten.
     """
     lengths = flow.lengths
     wanted = [
@@ -225,7 +225,7 @@ def reshaped(flow: Flowing, target: Sequence[Any], keep_zero: bool) -> tuple[str
 
 
 def _candidates(labels: list[str]) -> Iterator[list[str]]:
-    """Give the ways in which axes can become others, the plainest first."""
+    """Yield the possible mappings of axes, the simplest first."""
     merged = _replaced(labels, ["D", "F"], ["F"])
     for now in (labels, merged):
         yield now
@@ -253,9 +253,9 @@ def _length(flow: Flowing, label: str, candidate: list[str], labels: list[str]) 
 
 
 def _aligned(labels: list[str], lengths: list[Length], wanted: list[Length], strict: bool) -> tuple[str, ...] | None:
-    """Return `labels` with axes of length 1 between them so that they have the lengths wanted; None where they can't.
+    """Return `labels` with axes of length 1 inserted to match the lengths wanted; None where impossible.
 
-    Not `strict`: a number may stand for a length of B or T that isn't known, as in files written for one size.
+    Not `strict`: a number may match an unknown length of B or T, as in files written for one size.
     """
     if not wanted:
         return () if not labels else None

@@ -1,4 +1,4 @@
-"""ONNX's operators that go over windows of steps, as nodes: convolutions and pools."""
+"""ONNX's operators over windows of steps, as nodes: convolutions and pools."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cellstack.nodes import Conv1D, Dense, Node, Pad, Pool1D, Reshape
 
 
 def over_time(reader: Reader, node: Any, value: Any) -> tuple[Flowing, int, int]:
-    """Return a value, which of the axes that windows go over is time, and how many of these there are.
+    """Return a value, the index of time among the windowed axes, and the number of windowed axes.
 
-    The windows go over one axis, or over two of which one is of length 1.
+    Windows slide over one axis, or over two of which one has length 1.
     """
     x = reader.flowing(value)
-    if reader.frames is not None and x.axes == ("B", "1", "F"):  # one channel, whose steps are the numbers of a frame
+    if reader.frames is not None and x.axes == ("B", "1", "F"):  # one channel; its steps are the values of a frame
         x = reader.put(f"{x.wire}.steps", Reshape((-1, 1)), x, axes=("B", "F", "T"))
     spatial = x.axes[2:]
     if not x.has("BF" + "".join(spatial)) or sorted(spatial) not in (["T"], ["1", "T"]):
@@ -28,12 +28,12 @@ def over_time(reader: Reader, node: Any, value: Any) -> tuple[Flowing, int, int]
 
 
 def window(attributes: dict[str, Any], over: int, count: int) -> tuple[int, list[int], Any]:
-    """Return the strides over time, all dilations, and the padding over time as nodes have it.
+    """Return the strides over time, all dilations, and the padding over time in the nodes' notation.
 
     Args:
-        attributes: of the operator.
-        over: which of the axes is time.
-        count: over how many axes the windows go.
+        attributes: the attributes of the operator.
+        over: the index of time among the windowed axes.
+        count: the number of windowed axes.
     """
     strides, dilations, steps = [
         whole(attributes.get(name, usual))
@@ -47,17 +47,17 @@ def window(attributes: dict[str, Any], over: int, count: int) -> tuple[int, list
     if auto in ("VALID", "SAME_UPPER"):
         return strides[over], dilations, "same" if auto == "SAME_UPPER" else "valid"
     if any(number for n, number in enumerate(steps) if n % count != over) or min(steps) < 0:
-        raise Refused(f"expected pads over time alone, found {steps}")
+        raise Refused(f"only time can be padded, found {steps}")
     return strides[over], dilations, (steps[over], steps[over + count])
 
 
 def put(reader: Reader, node: Any, made: Node, x: Flowing) -> list[Any]:
-    """Put a node in that goes over windows, and return what it gives; `Refused` where that is none."""
+    """Add a node over windows, and return its output; `Refused` where the output would have no steps."""
     if made.mixes_steps:
         steps_apart(reader)
     y = reader.put(node, made, x)
     if y.steps == 0:
-        raise Refused(f"expected at least one window of {x.steps} steps, found none")
+        raise Refused(f"the input's {x.steps} steps are fewer than one window")
     return [y]
 
 
@@ -69,10 +69,10 @@ def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
         return [made]
     x, over, count = over_time(reader, node, values[0])
     if kernel.ndim != count + 2:
-        raise Refused(f"expected weights of {count + 2} axes, found {kernel.shape}")
+        raise Refused(f"expected weights with {count + 2} axes, found {kernel.shape}")
     if count == 2:
         if kernel.shape[3 - over] != 1:
-            raise Refused(f"expected a window over time alone, found {kernel.shape[2:]}")
+            raise Refused(f"only windows over time are supported, found {kernel.shape[2:]}")
         kernel = kernel[:, :, :, 0] if over == 0 else kernel[:, :, 0]
     strides, dilations, padding = window(attributes, over, count)
     taps, group = kernel.transpose(2, 1, 0), attributes.get("group", 1)
@@ -82,7 +82,7 @@ def conv(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any
 def _at_once(
     reader: Reader, node: Any, attributes: dict[str, Any], value: Any, kernel: Array, bias: Array | None
 ) -> Flowing | None:
-    """Return what a convolution by windows of one step makes of rows of features; None where it is another."""
+    """Return the output of a convolution with kernel size 1, read as a Dense; None for other convolutions."""
     x = reader.flowing(value)
     plain = attributes.get("group", 1) == 1 and set(kernel.shape[2:]) == {1} and "T" not in x.axes
     if len(x.axes) != kernel.ndim or x.axes[1] != "F" or not plain:
@@ -94,23 +94,23 @@ def _at_once(
 
 
 def pool(reader: Reader, node: Any, attributes: dict[str, Any], values: list[Any]) -> list[Any]:
-    """Read a MaxPool or AveragePool over time; with ceil_mode, a last window that isn't whole counts too."""
+    """Read a MaxPool or AveragePool over time; with ceil_mode, an incomplete last window counts too."""
     x, over, count = over_time(reader, node, values[0])
     sizes = whole(attributes["kernel_shape"])
     strides, dilations, padding = window(attributes, over, count)
     if len(sizes) != count or any(n != 1 for axis, n in enumerate(sizes) if axis != over) or set(dilations) != {1}:
-        raise Refused(f"expected a window over time alone, found {sizes} and dilations {dilations}")
+        raise Refused(f"only windows over time are supported, found {sizes} and dilations {dilations}")
     mode, size, ceil = "max" if node.op_type == "MaxPool" else "mean", sizes[over], attributes.get("ceil_mode", 0)
     counts = mode == "mean" and attributes.get("count_include_pad", 0) and padding not in ("valid", (0, 0))
     if padding == "same" and (counts or ceil):
-        raise Refused("expected auto_pad without ceil_mode and count_include_pad")
+        raise Refused("auto_pad can't be combined with ceil_mode or count_include_pad")
     if isinstance(padding, tuple):
         before, after = padding
         if max(padding) >= size or (ceil and size < strides + after):
-            raise Refused(f"expected windows that hold steps, found {size} steps every {strides}, pads {list(padding)}")
-        if counts and ceil:  # runtimes differ in whether what is past the pads counts
+            raise Refused(f"every window must contain a step, found {size} steps every {strides}, pads {list(padding)}")
+        if counts and ceil:  # runtimes differ in whether positions beyond the pads count
             if x.steps is None or (x.steps + before + after - size) % strides:
-                raise Refused("expected ceil_mode without count_include_pad, where there are pads")
+                raise Refused("ceil_mode with count_include_pad and pads isn't supported")
             reader.builder.pinned, ceil = True, 0
         if counts:
             x = reader.put(f"{label(node)}.padded", Pad(before, after), x)

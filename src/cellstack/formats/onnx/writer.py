@@ -1,4 +1,4 @@
-"""Networks as ONNX files: every node as the operators that it is, every cell's state as an input and an output."""
+"""Networks as ONNX files: every node as its operators, every cell's state as an input and an output."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ MERGES = {"concat": "Concat", "add": "Add", "mul": "Mul", "ave": "Mean", "max": 
 
 
 def _padding(padding: str | tuple[int, int], span: int) -> dict[str, Any]:
-    """Return the attributes that say how a sequence is padded for windows of `span` steps."""
+    """Return the attributes for padding a sequence to windows of `span` steps."""
     if padding in ("valid", "same"):
         return {"auto_pad": "SAME_UPPER" if padding == "same" else "VALID"}
     return {"pads": [span - 1, 0] if padding == "causal" else list(padding)}
 
 
 def can_be_operator(cells: tuple[Cell, ...]) -> bool:
-    """Whether cells, one a direction, can be one of ONNX's recurrent operators."""
+    """Whether cells, one per direction, can be written as one of ONNX's recurrent operators."""
     try:
         write_operator("", cells, "forward")
     except ValueError:
@@ -65,10 +65,10 @@ def can_be_operator(cells: tuple[Cell, ...]) -> bool:
 
 
 class Writer(Pieces):
-    """Puts a network's nodes into a graph.
+    """Writes a network's nodes into a graph.
 
     Args:
-        network: whose names the values have.
+        network: the network; its names become the names of values.
     """
 
     def __init__(self, network: Network) -> None:
@@ -77,27 +77,27 @@ class Writer(Pieces):
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self.states: list[list[str]] = []  # by cell and part: the input's name, "" without one, and the output's
-        self.begun: list[list[str]] = []  # of the operator at hand: the inputs, and what its states go by
-        self.zeros: list[str] = []  # operators whose output is zeros at steps that a mask leaves out
-        self.masks: dict[str, str] = {}  # of values that have one: a flag a step, [B, T, 1], True where it is used
+        self.begun: list[list[str]] = []  # of the current operator: the inputs, and the names of its states
+        self.zeros: list[str] = []  # operators whose output is zero at masked steps
+        self.masks: dict[str, str] = {}  # masks by value: a flag per step, [B, T, 1], True where it is used
 
     def finish(self, name: str, x: str, text: str, output: str) -> None:
-        """Put in the activation with which a node ends, whose value before it is `x`; `x` is made last."""
+        """Add a node's final activation of `x`, the output of the last operator added."""
         if text == "linear":
             self.nodes[-1].output[0] = output
         else:
             self.activate(f"{name}.activation", x, text, output)
 
-    # ── states ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── states ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(
         self, where: str, cells: tuple[Cell, ...], names: list[str], x: str, ways: bool, given: Sequence[str]
     ) -> list[str]:
-        """Put in the inputs that hold a call's states, and return the values of each part.
+        """Add the inputs for the initial states, and return the values of each part.
 
-        They are `[D, B, H]` where `ways`, else those of one cell, `[B, H]`. An input may be left out: the cell's own
-        initial state then takes its place, `[1, H]`. There is none for what starts from values of the graph, `given`,
-        which has them cell by cell.
+        They are `[D, B, H]` where `ways`, else those of one cell, `[B, H]`. An omitted input takes the cell's own
+        initial state, `[1, H]`. Cells whose initial states are values of the graph, `given`, in order of the cells,
+        have no such inputs.
         """
         if given:
             parts = list(cells[0].spec.state_sizes)
@@ -119,20 +119,20 @@ class Writer(Pieces):
             shape = self.fresh(f"{where}.{part}.shape")
             self.put("Concat", [*([self.integers(1)] if ways else []), batch, self.integers(size)], shape, axis=0)
             for name, cell in zip(names, cells, strict=True):
-                held = self.tensor(f"{name}.{part}", cell.initial[part][None])
-                rows = self.fresh(f"{held}.rows")
-                self.inputs.append(self.onnx.helper.make_tensor_value_info(held, self.type, [rows, size]))
-                self.begun.append([held, held])
+                start = self.tensor(f"{name}.{part}", cell.initial[part][None])
+                rows = self.fresh(f"{start}.rows")
+                self.inputs.append(self.onnx.helper.make_tensor_value_info(start, self.type, [rows, size]))
+                self.begun.append([start, start])
                 if ways:
-                    held = self.put("Unsqueeze", [held, self.integers(0)], self.fresh(f"{held}.wide"))
-                each.append(self.put("Expand", [held, shape], self.fresh(f"{name}.{part}.start")))
+                    start = self.put("Unsqueeze", [start, self.integers(0)], self.fresh(f"{start}.wide"))
+                each.append(self.put("Expand", [start, shape], self.fresh(f"{name}.{part}.start")))
             if len(each) > 1:
                 each = [self.put("Concat", each, self.fresh(f"{where}.{part}.start"), axis=0)]
             ready += each
         return ready
 
     def after(self, sizes: Iterable[int]) -> list[str]:
-        """Put in outputs `[B, H]` for the states that were started last, and return their names, to be made."""
+        """Add outputs `[B, H]` for the states added last, and return their names, which are yet to be computed."""
         names = []
         for (given, name), size in zip(self.begun, sizes, strict=True):
             after = self.fresh(f"{name}.after")
@@ -143,19 +143,19 @@ class Writer(Pieces):
         return names
 
     def lengths(self) -> Any:
-        """Put lengths of rows in, as the masks of the inputs that have time, and return the graph's input.
+        """Add the rows' lengths as masks of the inputs with time, and return the graph's input.
 
-        It may be left out: all steps are used then.
+        If it is omitted, all steps are used.
         """
         timed = [name for name in self.network.inputs if self.network.graph.timed(name)]
         if not timed:
-            raise ValueError("save: expected no lengths, as no input has a time axis")
+            raise ValueError("save: lengths need an input with a time axis")
         given = self.tensor("lengths", np.array([LAST]))
         for name in timed:
             self.masks[name] = of_lengths(self, name, given)
         return self.onnx.helper.make_tensor_value_info(given, self.onnx.TensorProto.INT64, [f"{given}.rows"])
 
-    # ── recurrent nodes ─────────────────────────────────────────────────────────────────────────────────────────────
+    # ── recurrent nodes ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def operator(
         self,
@@ -168,20 +168,20 @@ class Writer(Pieces):
         wanted: bool,
         given: Sequence[str],
     ) -> tuple[str, str]:
-        """Put a recurrent operator in.
+        """Add a recurrent operator.
 
         Args:
-            where: its name.
-            cells: one a direction.
-            names: what their states go by.
-            direction: as ONNX has it.
-            x: a value `[B, …]`, for the batch.
+            where: the name of the operator.
+            cells: one per direction.
+            names: the names of their states.
+            direction: ONNX's direction.
+            x: a value `[B, …]` with the batch size.
             steps: X, `[T, B, I]`.
-            wanted: whether Y is.
-            given: the values that the cells start from; empty = inputs of the graph.
+            wanted: whether Y is used.
+            given: the initial states as values; empty = inputs of the graph.
 
         Returns:
-            Y `[T, D, B, H]`, "" where it isn't wanted, and Y_h `[D, B, H]`.
+            Y `[T, D, B, H]`, "" where unused, and Y_h `[D, B, H]`.
         """
         written = write_operator(where, cells, direction)
         arrays = {key: self.tensor(f"{where}.{key}", array) for key, array in written.arrays.items()}
@@ -211,10 +211,10 @@ class Writer(Pieces):
         residual: bool,
         given: Sequence[str],
     ) -> tuple[str, str]:
-        """Put a cell in as a Scan; the arguments are those of `operator`, the mask is `[T, B, 1]`, or "".
+        """Add a cell as a Scan; the arguments are as in `operator`, the mask is `[T, B, 1]`, or "".
 
         Returns:
-            y `[T, B, P]`, and y after the last step `[B, P]`; h + x both where there is a mask and a residual.
+            y `[T, B, P]`, and y after the last step `[B, P]`; with a mask and a residual, both are h + x.
         """
         states = self.start(where, (cell,), [where], x, False, given)
         body = body_of(where, cell, bool(mask), residual)
@@ -240,13 +240,13 @@ class Writer(Pieces):
         return y, last
 
     def stack(self, name: str, node: Recurrent, x: str, output: str, mask: str, starts: Sequence[str] = ()) -> None:
-        """Put a stack of cells in; `mask` is that of `x`, or "", `starts` what its cells start from."""
+        """Add a stack of cells; `mask` is the mask of `x`, or "", `starts` the initial states."""
         direction = "reverse" if node.go_backwards else "forward"
         steps = self.put("Transpose", [x], self.fresh(f"{name}.steps"), perm=[1, 0, 2])
         transposed = self.of("Transpose", mask, perm=[1, 0, 2]) if mask else ""
         top = len(node.cells) - 1
         at = np.array(0 if node.go_backwards else -1, np.int64)
-        last = ""  # what the top cell gives after its last step, [B, P]; "": that of its steps
+        last = ""  # the top cell's final output, [B, P]; "": taken from its steps
         for number, cell in enumerate(node.cells):
             own = f"{name}.{number}" if top else name
             added = node.residual and number > 0 and cell.spec.input_size == cell.spec.output_size
@@ -278,15 +278,15 @@ class Writer(Pieces):
             last = self.of("Where", used, last, self.number(0.0))
         if list(self.nodes[-1].output) == [last]:
             self.nodes[-1].output[0] = output
-        else:  # it is the state after the call too
+        else:  # it is also the state after the call
             self.put("Identity", [last], output, f"{name}.end")
 
     def bidirectional(
         self, name: str, node: Bidirectional, x: str, output: str, mask: str, starts: Sequence[str]
     ) -> None:
-        """Put a pair of stacks in: as one operator where they are one cell each, with the same flags."""
-        halves = (node.forward, node.backward)
-        cells = tuple(cell for half in halves for cell in half.cells)
+        """Add a pair of stacks: as one operator where each is one cell, with the same flags."""
+        directions = (node.forward, node.backward)
+        cells = tuple(cell for direction in directions for cell in direction.cells)
         names = [f"{name}.{way}" for way in ("forward", "backward")]
         one = node.merge_mode == "concat" and len(cells) == 2 and not mask and self.dtype == np.float32
         if one and can_be_operator(cells):
@@ -300,19 +300,19 @@ class Writer(Pieces):
         ends = [self.fresh(f"{way}.out") for way in names]
         count = len(node.forward.state_sizes)
         each = (starts[:count], starts[count:])
-        for way, half, end, given in zip(names, halves, ends, each, strict=True):
-            if way == names[0] or not half.return_sequences:
-                self.stack(way, half, x, end, mask, given)
+        for way, direction, end, given in zip(names, directions, ends, each, strict=True):
+            if way == names[0] or not direction.return_sequences:
+                self.stack(way, direction, x, end, mask, given)
             else:
                 backwards = self.fresh(f"{way}.backwards")
-                self.stack(way, half, x, backwards, mask, given)
+                self.stack(way, direction, x, backwards, mask, given)
                 self.cut(backwards, slice(None, None, -1), 1, end, f"{way}.out")
         self.merge(node.merge_mode.replace("sum", "add"), ends, -1, output, f"{name}.merged")
 
-    # ── the other nodes ─────────────────────────────────────────────────────────────────────────────────────────────
+    # ── the other nodes ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def merge(self, mode: str, sources: list[str], axis: int, output: str, name: str = "") -> None:
-        """Put a Merge in."""
+        """Add a Merge."""
         if mode == "sub" or len(sources) == 2 or mode in ("concat", "ave", "max", "min"):
             self.put(MERGES[mode], sources, output, name, **({"axis": axis} if mode == "concat" else {}))
             return
@@ -322,14 +322,14 @@ class Writer(Pieces):
             total = self.put(MERGES[mode], [total, source], output if last else self.fresh(f"{output}.{number}"))
 
     def channels(self, name: str, x: str) -> str:
-        """Put `[B, T, W]` as `[B, W, T]` in, as ONNX's windows take it."""
+        """Transpose `[B, T, W]` to `[B, W, T]`, the order that ONNX's windows need."""
         return self.put("Transpose", [x], self.fresh(f"{name}.channels"), perm=[0, 2, 1])
 
     def node(self, name: str, node: Node, sources: list[str]) -> None:
-        """Put a node in; what it returns goes by its name.
+        """Add a node; its output has its name.
 
         Raises:
-            ValueError: a node that ONNX can't hold.
+            ValueError: a node that ONNX can't express.
         """
         x, starts = sources[0], node.apart(sources)[1]
         masks = [self.masks.get(source, "") for source in sources]
@@ -391,7 +391,7 @@ class Writer(Pieces):
             self.shaping(name, node, sources)
 
     def conv(self, name: str, node: Conv1D, x: str) -> None:
-        """Put a convolution in."""
+        """Add a convolution."""
         arrays = [self.tensor(f"{name}.kernel", node.kernel.transpose(2, 1, 0))]
         if node.bias is not None:
             arrays.append(self.tensor(f"{name}.bias", node.bias))
@@ -404,20 +404,20 @@ class Writer(Pieces):
         self.finish(name, y, node.activation, name)
 
     def layer_norm(self, name: str, node: LayerNorm, x: str) -> None:
-        """Put a LayerNorm in; ONNX's must have a gain: ones, where this one has none."""
+        """Add a LayerNorm; ONNX requires a gain, so a missing one becomes ones."""
         width = self.network.shapes[name][-1]
         if node.gain is None and width is None:
-            raise ValueError(f"save: {name}: expected a LayerNorm with a gain, or one whose width is known")
+            raise ValueError(f"save: {name}: a LayerNorm without a gain needs a known width")
         arrays = [self.tensor(f"{name}.gain", np.ones(width or 1, self.dtype) if node.gain is None else node.gain)]
         if node.bias is not None:
             arrays.append(self.tensor(f"{name}.bias", node.bias))
         self.put("LayerNormalization", [x, *arrays], name, axis=-1, epsilon=float(node.epsilon))
 
     def magnitude(self, name: str, node: Magnitude, x: str) -> None:
-        """Put the magnitudes of complex numbers in: a slice for the real parts and one for the imaginary ones."""
+        """Add the magnitudes of complex numbers: a slice for the real parts and one for the imaginary parts."""
         width = self.network.shapes[x][-1]
         if width is None:
-            raise ValueError(f"save: {name}: expected a Magnitude whose width is known")
+            raise ValueError(f"save: {name}: a Magnitude needs a known width")
         squares = []
         for part, taken in (("real", slice(0, width // 2)), ("imaginary", slice(width // 2, width))):
             cut = self.fresh(f"{name}.{part}")
@@ -429,7 +429,7 @@ class Writer(Pieces):
         self.put("Sqrt", [total], name)
 
     def shaping(self, name: str, node: Node, sources: list[str]) -> None:
-        """Put a node in that moves numbers, an activation or a table."""
+        """Add a node that moves numbers, an activation or a table."""
         x = sources[0]
         if isinstance(node, Activation):
             self.activate(name, x, node.activation, name)
@@ -463,19 +463,19 @@ class Writer(Pieces):
             masks = [self.masks.get(source, "") for source in sources]
             self.merge(node.mode, neutral(self, node, sources, masks), node.axis, name)
         else:
-            raise ValueError(f"save: {name}: expected a node that ONNX has, got {type(node).__name__}")
+            raise ValueError(f"save: {name}: {type(node).__name__} isn't supported in ONNX files")
 
 
 def cell_names(name: str, node: Node) -> list[str]:
-    """Return what the states of a node's cells go by, each."""
-    halves = {name: node.cells}
+    """Return the names of the states of a node's cells."""
+    directions = {name: node.cells}
     if isinstance(node, Bidirectional):
-        halves = {f"{name}.forward": node.forward.cells, f"{name}.backward": node.backward.cells}
-    return [own if len(cells) == 1 else f"{own}.{n}" for own, cells in halves.items() for n in range(len(cells))]
+        directions = {f"{name}.forward": node.forward.cells, f"{name}.backward": node.backward.cells}
+    return [own if len(cells) == 1 else f"{own}.{n}" for own, cells in directions.items() for n in range(len(cells))]
 
 
 def state_names(network: Network) -> dict[str, str]:
-    """Return the outputs that hold the states after a call, by cell and part, such as `cell 0 h`."""
+    """Return the outputs that hold the final states, by cell and part, such as `cell 0 h`."""
     names = [own for name, node in zip(network.names, network.nodes, strict=True) for own in cell_names(name, node)]
     return {
         f"cell {number} {part}": f"{name}.{part}.after"
@@ -489,10 +489,10 @@ def model_of(network: Network, lengths: bool = False) -> Any:
 
     Args:
         network: what to write.
-        lengths: whether to put in an input that holds how long each row is.
+        lengths: whether to add an input with the rows' lengths.
 
     Raises:
-        ValueError: something that ONNX can't hold; the message names it.
+        ValueError: something that ONNX can't express; the message names it.
     """
     writer = Writer(network)
     helper = writer.onnx.helper
@@ -530,7 +530,7 @@ def write(network: Network, path: str, lengths: bool = False) -> None:
     """Write a network to a file, whole or not at all; `lengths` as for `model_of`.
 
     Raises:
-        ValueError: something that ONNX can't hold, or more than protobuf does, 2 GiB.
+        ValueError: something that ONNX can't express, or more data than protobuf allows, 2 GiB.
         OSError: the file can't be written.
     """
     data = model_of(network, lengths).SerializeToString()

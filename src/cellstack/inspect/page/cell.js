@@ -1,23 +1,23 @@
-// The cell opened to its wires: one unit at one step, with the real numbers, and each number's formula.
+// The wiring of a cell: one unit at one step, with its actual numbers, and the formula of each.
 
 import { button, make, popover, replaceChildren, shown, svg } from "./dom.js";
 import { cssColour, inkOn, lineColour, palette, scaleOf } from "./draw.js";
 import { CellStep } from "./formulas.js";
 import { MEANINGS } from "./view.js";
 
-const MOST_TERMS = 12; // of a sum, written out; the rest is one line
+const MOST_TERMS = 12; // terms of a sum shown one by one; the rest is one line
 const MOST_UNITS = 12; // in the table
 const MOST_INPUTS = 24;
 const NAMES = { lstm: "LSTM", gru: "GRU", rnn: "SimpleRNN" };
 
-// The wires of each kind: boxes with what they show, and the paths between them.
+// The wiring of each kind: boxes with the fields they show, and the paths between them.
 const WIRING = {
   lstm: {
     size: [760, 348],
     ports: {
-      c_prev: [46, 60, "c before"],
+      c_prev: [46, 60, "c_prev"],
       c: [708, 60, "c"],
-      h_prev: [46, 262, "h before"],
+      h_prev: [46, 262, "h_prev"],
       h: [708, 262, "h"],
       x: [116, 316, "x"],
       f: [196, 190, "f"],
@@ -36,7 +36,7 @@ const WIRING = {
   gru: {
     size: [760, 348],
     ports: {
-      h_prev: [46, 60, "h before"],
+      h_prev: [46, 60, "h_prev"],
       h: [708, 60, "h"],
       x: [116, 316, "x"],
       r: [196, 200, "r"],
@@ -54,7 +54,7 @@ const WIRING = {
   rnn: {
     size: [760, 238],
     ports: {
-      h_prev: [46, 90, "h before"],
+      h_prev: [46, 90, "h_prev"],
       x: [180, 206, "x"],
       g: [370, 90, "g"],
       h: [708, 90, "h"],
@@ -94,7 +94,7 @@ export class CellView {
     const { view } = this;
     const place = view.place?.kind === "cell" ? view.place : (view.places.find((one) => one.kind === "cell" && one.name === view.place?.name) ?? null);
     if (place === null || !view.stepsOf(place)) {
-      const why = view.places.some((one) => one.kind === "cell") ? `${view.place?.title ?? "This network"} has no cell: choose a layer that has one in the network.` : "This trace has no cell.";
+      const why = view.places.some((one) => one.kind === "cell") ? `${view.place?.title ?? "This network"} has no cell: choose a layer with a cell in the network.` : "This trace has no cell.";
       this.title.textContent = "No cell here";
       this.note.textContent = why;
       replaceChildren(this.wires);
@@ -113,7 +113,7 @@ export class CellView {
     this.fill(place, unit);
   }
 
-  // The picture and the table, made anew when another cell or other units are shown.
+  // The drawing and the table, rebuilt when another cell or other units are shown.
   build(place, unit) {
     const { cell } = place;
     const first = Math.max(0, Math.min(unit - MOST_UNITS / 2, cell.units.length - MOST_UNITS));
@@ -123,7 +123,7 @@ export class CellView {
     const wiring = WIRING[cell.spec.kind];
     const [wide, high] = wiring.size;
     this.wires.setAttribute("viewBox", `0 0 ${wide} ${high}`);
-    this.wires.setAttribute("aria-label", `The wires of one unit of this ${NAMES[cell.spec.kind]} cell`);
+    this.wires.setAttribute("aria-label", `The wiring of one unit of this ${NAMES[cell.spec.kind]} cell`);
     const ports = {};
     const boxes = Object.entries(wiring.ports).map(([name, [x, y, text]]) => {
       const value = svg("text", { x, y: y + 12, class: "value" }, "");
@@ -150,15 +150,15 @@ export class CellView {
       ),
       ...boxes,
     );
-    // The table of all numbers of the step.
+    // The table of all values of the step.
     const lstm = cell.spec.kind === "lstm";
     const fields = Object.keys(cell.fields);
-    const columns = [...(lstm ? [["c_prev", "c before"]] : []), ["h_prev", "h before"], ...fields.map((field) => [field, field])];
+    const columns = [...(lstm ? [["c_prev", "c_prev"]] : []), ["h_prev", "h_prev"], ...fields.map((field) => [field, field])];
     const count = Math.min(MOST_UNITS, cell.units.length);
     const cells = [];
     const rows = Array.from({ length: count }, (_, n) => {
       const own = first + n;
-      const head = make("th", { scope: "row" }, button(`unit ${cell.units[own]}`, () => this.view.set({ unit: own }), { class: "plain", title: "Show the wires of this unit" }));
+      const head = make("th", { scope: "row" }, button(`unit ${cell.units[own]}`, () => this.view.set({ unit: own }), { class: "plain", title: "Show the wiring of this unit" }));
       const row = make("tr", { "data-unit": own }, head);
       for (const [name] of columns) {
         const number = make("button", { type: "button", class: "number", "data-field": name, "data-unit": own });
@@ -182,17 +182,17 @@ export class CellView {
         make(
           "table",
           { class: "steptable" },
-          make("caption", {}, count < cell.units.length ? `Every number of this step, for ${count} of ${cell.units.length} units` : "Every number of this step"),
+          make("caption", {}, count < cell.units.length ? `All values of this step, for ${count} of ${cell.units.length} units` : "All values of this step"),
           make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), ...columns.map(([name, text]) => make("th", { scope: "col", title: MEANINGS[name] ?? null }, text)))),
           make("tbody", {}, ...rows),
         ),
       ),
-      make("p", { class: "inputs" }, make("span", {}, `x, what goes in${inputs < cell.spec.input_size ? `, the first ${inputs} of ${cell.spec.input_size}` : ""}: `), ...xs),
+      make("p", { class: "inputs" }, make("span", {}, `x, the input${inputs < cell.spec.input_size ? `, the first ${inputs} of ${cell.spec.input_size}` : ""}: `), ...xs),
     );
     this.built = { key, ports, cells, xs, rows };
   }
 
-  // The numbers of now, into what was built.
+  // Update the numbers in the existing elements.
   fill(place, unit) {
     this.unit = unit;
     const { built, found, view } = this;
@@ -210,7 +210,7 @@ export class CellView {
       port.value.textContent = name === "x" ? this.listed(found.x) : shown(value, 4);
       if (value !== null && value !== undefined) paint(port.group, value, kind(name));
       else port.group.style.setProperty("--fill", "var(--raised)");
-      port.group.setAttribute("aria-label", name === "x" ? `x, what goes in: ${this.listed(found.x)}` : `${name.replace("_prev", " before")} of this unit: ${shown(value, 4)}`);
+      port.group.setAttribute("aria-label", name === "x" ? `x, the input: ${this.listed(found.x)}` : `${name} of this unit: ${shown(value, 4)}`);
       port.group.style.setProperty("--line", lineColour(name.replace("_prev", ""), theme));
     }
     for (const { number, name, unit: own } of built.cells) {
@@ -233,7 +233,7 @@ export class CellView {
     return x.length <= 2 ? Array.from(x, (value) => shown(value, 3)).join("  ") : `${x.length} numbers`;
   }
 
-  // What stands beside a number: how it came about.
+  // The popover of a number: its formula.
   formula(place, name, unit) {
     const { found, view } = this;
     const { cell } = place;
@@ -243,31 +243,31 @@ export class CellView {
     if (name === "x") {
       if (found.x === null) return null;
       const all = Array.from(found.x.slice(0, MOST_INPUTS), (value, n) => `x[${n}] = ${shown(value, 5)}`);
-      return [head("x: what goes in at this step"), make("div", { class: "sums" }, ...all.map((text) => make("div", {}, text)))];
+      return [head("x: the input at this step"), make("div", { class: "sums" }, ...all.map((text) => make("div", {}, text)))];
     }
     if (name === "c_prev" || name === "h_prev") {
       const letter = name[0];
       const value = valueOf(found, name, unit);
-      const from = found.begins === null ? `${letter} of the step before` : found.begins;
-      return [head(`${letter} before the step, unit ${number}`), make("div", {}, `${shown(value, 6)}: ${from}`)];
+      const from = found.begins === null ? `${letter} of the previous step` : found.begins;
+      return [head(`${letter}_prev, unit ${number}`), make("div", {}, `${shown(value, 6)}: ${from}`)];
     }
     const title = head(`${name}, unit ${number}: ${(MEANINGS[name] ?? "").split(":")[0]}`);
     const kept = valueOf(found, name, unit);
     if (found.masked) {
-      const text = name === "c" || name === "h" ? `The mask leaves this step out: ${name} stays ${shown(kept, 5)}.` : "The mask leaves this step out: its gates are 0.";
+      const text = name === "c" || name === "h" ? `This step is masked: ${name} stays ${shown(kept, 5)}.` : "This step is masked: its gates are 0.";
       return [title, make("div", {}, text)];
     }
-    const held = view.patches.filter((patch) => patchesNumber(patch, place, name, number, view));
-    const lines = held.map((patch) => {
+    const patches = view.patches.filter((patch) => patchesNumber(patch, place, name, number, view));
+    const lines = patches.map((patch) => {
       const what = patch.text ?? `${patch.how}${patch.value === null ? "" : ` ${shown(patch.value, 5)}`}`;
-      return make("div", { class: "held" }, `A patch holds it: ${what}. It is ${shown(kept, 5)} after that.`);
+      return make("div", { class: "patched" }, `It is patched: ${what}. Its value is then ${shown(kept, 5)}.`);
     });
     if (found.step === null) return [title, ...lines, make("div", {}, `${shown(kept, 6)}. ${found.why}`)];
     const { lines: made } = found.step.explain(name, unit);
     return [title, ...lines, ...made.flatMap((line) => (line.terms ? this.sum(line) : [make("div", { class: line.result ? "result" : "" }, line.text)]))];
   }
 
-  // A sum of products: each of them, or the largest and what the others come to.
+  // A sum of products: all of them, or the largest and the total of the others.
   sum({ terms, title, total }) {
     const sorted = terms.length > MOST_TERMS ? [...terms].sort((a, b) => Math.abs(b.product) - Math.abs(a.product)) : terms;
     const some = sorted.slice(0, MOST_TERMS);
@@ -297,7 +297,7 @@ function valueOf(found, name, unit) {
   return found.now[name]?.[unit];
 }
 
-// Whether an axis of a patch names a number: all, a list, [start, stop, step], or a slice by name.
+// Whether an axis of a patch includes an index: all, a list, [start, stop, step], or a slice object.
 function named(index, number, listed) {
   if (index === null) return true;
   if (Array.isArray(index) && listed) return index.includes(number);
@@ -313,7 +313,7 @@ function patchesNumber(patch, place, field, unit, view) {
   return named(patch.units, unit, true) && named(patch.rows, rows[view.row], true) && named(patch.steps, steps[view.stepAt(place)], network);
 }
 
-// All that is known of a cell at the cursor: { x, before: { h, c }, now: { i, … }, step, masked, begins, why, scale }.
+// Everything known about a cell at the cursor: { x, before: { h, c }, now: { i, … }, step, masked, begins, why, scale }.
 export async function given(view, place) {
   const { cell } = place;
   const step = view.stepAt(place);
@@ -328,7 +328,7 @@ export async function given(view, place) {
   const previous = cell.reverse ? step + 1 : step - 1;
   const first = previous < 0 || previous >= steps;
   const found = { now, x: null, before: {}, step: null, masked: mask !== null && !mask[step], begins: null, why: null, scale: null };
-  // What goes into the cell: as traced, or as the changed run has it.
+  // The input of the cell, from the trace or from the changed run.
   if (changed) found.x = changedInput(view, place, step);
   if (!changed && cell.x !== null) found.x = (await view.traced(place, "x")).column(step);
   // The state before the step.
@@ -345,11 +345,11 @@ export async function given(view, place) {
   const size = sizes.reduce((most, one) => Math.max(most, one), 1);
   found.scale = scaleOf("", { low: -size, high: size });
   if (begun) found.begins = "the state was reset before this step";
-  else if (first && cell.before !== null) found.begins = "what the run began with";
+  else if (first && cell.before !== null) found.begins = "the initial state of the run";
   const allUnits = cell.units.length === cell.spec.units;
   const known = states.every((name) => found.before[name] !== undefined) && found.x !== null && allUnits;
-  if (cell.weights === null) found.why = "The weights of this cell are too many to travel in a page, so that its sums can't be shown.";
-  else if (!known) found.why = changed && found.x === null ? "What goes into this cell after the change isn't known here, so that its sums can't be shown." : "The trace holds part of the run, so that the sums of this step can't be shown.";
+  if (cell.weights === null) found.why = "This page doesn't include the weights of this cell, so its sums can't be shown.";
+  else if (!known) found.why = changed && found.x === null ? "The input of this cell after the change is unknown, so its sums can't be shown." : "The trace covers only part of the run, so the sums of this step can't be shown.";
   else if (!found.masked) {
     const arrays = {};
     for (const [name, reference] of Object.entries(cell.weights)) arrays[name] = changed ? (view.result.weights?.[place.key]?.[name] ?? (await view.store.get(reference))) : await view.store.get(reference);
@@ -369,7 +369,7 @@ async function initialOf(view, place, name) {
   return new Float64Array(name === "h" ? spec.output_size : spec.units);
 }
 
-// What goes into a cell in a run that was changed: what comes out of the cell below it in a stack; null where it isn't known.
+// The input of a cell in a changed run: the output of the cell below it in a stack; null where unknown.
 function changedInput(view, place, step) {
   if (place.lowest) return view.after(place, "x")?.column(step) ?? null;
   const below = view.places.find((one) => one.kind === "cell" && one.name === place.name && one.number === place.number - 1);

@@ -1,27 +1,27 @@
-// What the reader has changed, the run that comes of it, and the same in words and in Python.
+// The reader's changes, the run that results from them, and the same changes in words and in Python.
 
 import { plural, shown } from "./dom.js";
 
-// All that the reader has changed. The run that it leads to goes to the view.
+// All changes of the reader. The resulting run goes to the view.
 export class Changes {
   constructor(view, rerun) {
     this.view = view;
     this.rerun = rerun;
-    this.inputs = new Map(); // name -> Map of a place in the input's array -> number
+    this.inputs = new Map(); // name -> Map from an index into the input's array -> number
     this.patches = [];
     this.resets = new Set();
     this.edits = []; // { node, cell, name, at, value }
     this.status = "";
     this.listeners = [];
-    this.difference = null; // of a run without changes from the trace
-    this.base = new Map(); // row -> what its run takes
+    this.difference = null; // between a run without changes and the trace
+    this.base = new Map(); // row -> the arguments of its run
   }
 
   get any() {
     return this.patches.length > 0 || this.resets.size > 0 || this.edits.length > 0 || [...this.inputs.values()].some((own) => own.size > 0);
   }
 
-  // What a run with these changes takes.
+  // The arguments of a run with these changes.
   async given() {
     const { row } = this.view;
     if (!this.base.has(row)) this.base.set(row, await this.rerun.given(row));
@@ -49,7 +49,7 @@ export class Changes {
     for (const listener of this.listeners) listener();
   }
 
-  // Run the network with the changes, and show what it does.
+  // Run the network with the changes, and show the result.
   async apply() {
     const { view } = this;
     if (!this.any) {
@@ -83,7 +83,7 @@ export class Changes {
     }
   }
 
-  // Run it without a change, and say how far that is from the trace.
+  // Run it without changes, and report the difference from the trace.
   async check() {
     const { view } = this;
     const given = await this.given();
@@ -148,7 +148,7 @@ export class Changes {
     return [...needed.flat(), ...lines].join("\n");
   }
 
-  // A network is never written to: one with other weights is made of its parts.
+  // Networks are immutable: one with other weights is built from its parts.
   editsInPython() {
     const { view } = this;
     const lines = ["nodes = list(net.nodes)"];

@@ -1,26 +1,26 @@
-// What a page's payload holds, unpacked when it is first asked for; and planes of numbers, units by steps, that can
-// be drawn at any scale.
+// The contents of a page's payload, unpacked at the first access; and planes of numbers, units by steps, that can be
+// drawn at any scale.
 
 import { shown } from "./dom.js";
 
 const BYTES = { f2: 2, f4: 4, f8: 8, u1: 1, i1: 1 };
 const LEAST_BLOCK = 4; // steps in a block of the lowest level of a pyramid
 
-let halves = null;
+let float16s = null;
 
-// The numbers of all 65,536 halves, looked up: some browsers have no Float16Array yet.
+// The values of all 65,536 float16 bit patterns: some browsers have no Float16Array yet.
 function halfTable() {
-  if (halves === null) {
-    halves = new Float32Array(65536);
+  if (float16s === null) {
+    float16s = new Float32Array(65536);
     for (let bits = 0; bits < 65536; bits += 1) {
       const sign = bits & 0x8000 ? -1 : 1;
       const power = (bits >> 10) & 31;
       const rest = bits & 1023;
-      if (power === 31) halves[bits] = rest ? NaN : sign * Infinity;
-      else halves[bits] = sign * (power ? 2 ** (power - 15) * (1 + rest / 1024) : 2 ** -14 * (rest / 1024));
+      if (power === 31) float16s[bits] = rest ? NaN : sign * Infinity;
+      else float16s[bits] = sign * (power ? 2 ** (power - 15) * (1 + rest / 1024) : 2 ** -14 * (rest / 1024));
     }
   }
-  return halves;
+  return float16s;
 }
 
 function fromBase64(text) {
@@ -36,10 +36,10 @@ async function gunzipped(bytes) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// Bytes that lie plane by plane, those of like weight together, as numbers.
+// Numbers from bytes stored plane by plane, grouped by significance.
 function numbersOf(bytes, dtype, packed) {
   const size = BYTES[dtype];
-  if (size === undefined) throw new Error(`The page holds an array of ${dtype}, which it doesn't know.`);
+  if (size === undefined) throw new Error(`The page contains an array of an unknown type, ${dtype}.`);
   if (size === 1) return dtype === "i1" ? new Int8Array(bytes.buffer, bytes.byteOffset, bytes.length) : bytes;
   const count = bytes.length / size;
   if (dtype === "f2") {
@@ -62,7 +62,7 @@ function numbersOf(bytes, dtype, packed) {
   return new (dtype === "f4" ? Float32Array : Float64Array)(lined.buffer, lined.byteOffset, count);
 }
 
-// Hands out a payload's arrays; each is unpacked once.
+// Returns a payload's arrays; each is unpacked once.
 export class Store {
   constructor(payload) {
     this.description = payload.description;
@@ -70,7 +70,7 @@ export class Store {
     this.made = new Map();
   }
 
-  // { data, shape } of what stands for an array; null of nothing.
+  // { data, shape } of a reference to an array; null for none.
   get(reference) {
     if (reference === null || reference === undefined) return Promise.resolve(null);
     const number = reference.array;
@@ -116,7 +116,7 @@ export class Plane {
     return out;
   }
 
-  // The least and the largest finite number, and whether there are any that aren't finite.
+  // The smallest and the largest finite number, and whether some numbers aren't finite.
   get range() {
     if (this.ends === null) {
       let low = Infinity;
@@ -134,7 +134,7 @@ export class Plane {
     return this.ends;
   }
 
-  // Minima and maxima over blocks of 4, 8, 16 … steps; a block that holds a NaN has NaN in both.
+  // Minima and maxima over blocks of 4, 8, 16 … steps; a block with a NaN has NaN in both.
   get pyramid() {
     if (this.levels === null) {
       this.levels = [];
@@ -171,7 +171,7 @@ export class Plane {
     return this.levels;
   }
 
-  // The level to draw with where a pixel is so many steps wide; null = the numbers themselves.
+  // The level to draw when a pixel covers this many steps; null = the original numbers.
   level(span) {
     if (span < LEAST_BLOCK) return null;
     const levels = this.pyramid;
@@ -180,7 +180,7 @@ export class Plane {
     return found;
   }
 
-  // The least and the largest number of a unit over steps [from, to), for drawing: blocks that stick out count too.
+  // The smallest and the largest number of a unit over steps [from, to), for drawing: partly covered blocks count too.
   extremes(unit, from, to, level, out) {
     const low = level === null ? this.data : level.low;
     const high = level === null ? this.data : level.high;
@@ -201,7 +201,7 @@ export class Plane {
   }
 }
 
-// Planes of a row of what the engine returns, `[B, T, …]`.
+// Planes of one row of an engine result `[B, T, …]`.
 export function planeOf(value, row) {
   const [, steps, ...rest] = value.shape;
   const width = rest.reduce((a, b) => a * b, 1);
@@ -213,7 +213,7 @@ export function planeOf(value, row) {
   return new Plane(data, width, steps);
 }
 
-// What the steps are called.
+// The labels of the steps.
 export class Labels {
   constructor(description) {
     this.all = description.labels;
@@ -227,7 +227,7 @@ export class Labels {
     return value === undefined ? null : value;
   }
 
-  // In a few characters, blanks made visible.
+  // Shortened, with visible blanks.
   short(row, step) {
     const value = this.raw(row, step);
     if (value === null) return "";
@@ -236,7 +236,7 @@ export class Labels {
     return value.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
   }
 
-  // "step 12 “e”": the step's own number in the run, and its label.
+  // "step 12 “e”": the step's number in the run, and its label.
   full(row, step) {
     const number = this.steps[step] ?? step;
     const label = this.short(row, step);

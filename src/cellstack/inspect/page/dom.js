@@ -1,8 +1,8 @@
-// Elements of the page. Whatever comes from a file goes in as text, never as HTML.
+// Elements of the page. Content of files is inserted as text, never as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-// An element: make("button", { class: "x", onclick: f }, "text", child, …). Children that are null are left out.
+// An element: make("button", { class: "x", onclick: f }, "text", child, …). Null children are skipped.
 export function make(tag, attributes = {}, ...children) {
   return filled(document.createElement(tag), attributes, children);
 }
@@ -25,7 +25,7 @@ export function replaceChildren(element, ...children) {
   element.replaceChildren(...children.filter((child) => child !== null && child !== undefined));
 }
 
-// A number as people read it: so many digits that count, no tail of zeros, and NaN and infinities by name.
+// A readable number: a given number of significant digits, no trailing zeros, NaN and infinities as words.
 export function shown(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (Number.isNaN(value)) return "NaN";
@@ -43,7 +43,7 @@ export function shown(value, digits = 4) {
   return text.replaceAll("-", "−");
 }
 
-// As `shown`, in brackets where a sum or product would be hard to read.
+// Like `shown`, in brackets where a sum or product would be hard to read.
 export function inBrackets(value, digits = 4) {
   const text = shown(value, digits);
   return text.startsWith("−") ? `(${text})` : text;
@@ -59,7 +59,7 @@ export function select(label, choices, value, onchange) {
   return { element: make("label", { class: "field" }, make("span", {}, label), box), box };
 }
 
-// Choices are texts, or pairs of a value and a text.
+// Choices are strings, or pairs of a value and a string.
 export function setChoices(box, choices, value) {
   const options = choices.map((choice) => {
     const [own, text] = Array.isArray(choice) ? choice : [choice, choice];
@@ -79,13 +79,13 @@ export function checkbox(label, checked, onchange) {
   return { element: make("label", { class: "check" }, box, make("span", {}, label)), box };
 }
 
-// A field for a number; its text goes to `onchange` when it is left or Enter is pressed.
+// A field for a number; `onchange` gets its text when it loses focus or Enter is pressed.
 export function numberBox(label, onchange, attributes) {
   const box = make("input", { type: "number", "aria-label": label, ...attributes, onchange: () => onchange(box.value) });
   return { element: make("label", { class: "field short" }, make("span", {}, label), box), box };
 }
 
-// Buttons of which one is pressed: for the gates and states of a cell.
+// Buttons of which one is pressed, for the gates and states of a cell.
 export function choice(label, onchange) {
   const group = make("div", { class: "choice", role: "group", "aria-label": label });
   let now = null;
@@ -106,7 +106,7 @@ export function choice(label, onchange) {
   };
 }
 
-// Panels of which one is open, with the keyboard of tabs: arrows, Home, End.
+// Panels of which one is open, with the keyboard controls of tabs: arrows, Home, End.
 export function tabs(label, panels, onchange) {
   const list = make("div", { class: "tabs", role: "tablist", "aria-label": label });
   const bodies = make("div", { class: "panels" });
@@ -144,7 +144,7 @@ export function tabs(label, panels, onchange) {
   return { element: make("div", { class: "tabbed" }, list, bodies), show, get open() { return open; } };
 }
 
-// A table of texts, with a header row, and one in each first cell where `rowHeads` asks for it.
+// A table of strings, with a header row, and row headers in the first column with `rowHeads`.
 export function table(head, rows, { caption = null, rowHeads = true } = {}) {
   return make(
     "table",
@@ -161,7 +161,7 @@ export function table(head, rows, { caption = null, rowHeads = true } = {}) {
   );
 }
 
-// One box beside whatever is pointed at, focused or touched; Escape closes it.
+// A popover next to the element that is pointed at, focused or touched; Escape closes it.
 export function popover(root) {
   const box = make("div", { class: "popover", role: "tooltip", id: "formula", hidden: true });
   root.append(box);
@@ -180,7 +180,7 @@ export function popover(root) {
     const at = element.getBoundingClientRect();
     const own = box.getBoundingClientRect();
     const base = root.getBoundingClientRect();
-    // Beside it where there is room, else below or above.
+    // Next to it if there is space, else below or above.
     const [wide, high] = [document.documentElement.clientWidth, window.innerHeight];
     let left = at.right + 10;
     if (left + own.width > wide - 8) left = at.left - own.width - 10;
@@ -195,7 +195,7 @@ export function popover(root) {
   root.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !box.hidden) hide();
   });
-  // What `content` returns when it is called stands beside `element` while it is pointed at or focused.
+  // Show the result of `content` next to `element` while it is pointed at or focused.
   const attach = (element, content) => {
     const open = () => {
       const made = content();

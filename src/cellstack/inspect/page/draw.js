@@ -2,13 +2,13 @@
 
 import { shown } from "./dom.js";
 
-// What the map and all charts leave to either side of their steps, in CSS pixels: numbers stand on the left.
+// The margins of the map and all charts left and right of the steps, in CSS pixels: numbers are on the left.
 export const LEFT = 44;
 export const RIGHT = 6;
 
-// Colours that those who see fewer can tell apart: dark blue to yellow from shut to open, after Nuñez, Anderton and
-// Renslow 2018, "Optimizing colormaps with consideration for color vision deficiency"; and blue and orange to either
-// side of what the page's ground is.
+// Colours for colour-blind readers: dark blue to yellow from closed to open, after Nuñez, Anderton and Renslow 2018,
+// "Optimizing colormaps with consideration for color vision deficiency"; and blue and orange on either side of the
+// page's background.
 const OPENING = [[0, 32, 77], [35, 61, 109], [77, 89, 112], [112, 117, 118], [150, 146, 117], [190, 178, 102], [229, 212, 75], [254, 232, 69]];
 const SIDES = {
   light: [[12, 66, 122], [58, 124, 182], [148, 190, 222], [246, 246, 244], [248, 190, 128], [222, 118, 36], [140, 60, 4]],
@@ -21,7 +21,7 @@ const LINES = {
 
 const palettes = new Map();
 
-// 256 colours as the pixels of an image have them.
+// 256 colours in the pixel format of an image.
 export function palette(kind, theme) {
   const key = `${kind} ${theme}`;
   if (!palettes.has(key)) {
@@ -52,14 +52,14 @@ export function lineColour(field, theme) {
   return LINES[theme][field] ?? LINES[theme].y;
 }
 
-// From a number to a place among the 256 colours.
+// The mapping from a number to the 256 colours.
 export function scaleOf(field, range) {
   if (["i", "f", "o", "z", "r"].includes(field) && range.low >= 0 && range.high <= 1) return { kind: "gate", low: 0, high: 1 };
   const most = Math.max(Math.abs(range.low), Math.abs(range.high)) || 1;
   return { kind: "state", low: -most, high: most };
 }
 
-// A canvas as large as it is shown, in the screen's own pixels.
+// Resize a canvas to its displayed size, in device pixels.
 export function fitted(canvas) {
   const ratio = window.devicePixelRatio || 1;
   const width = Math.max(1, Math.round(canvas.clientWidth * ratio));
@@ -71,7 +71,7 @@ export function fitted(canvas) {
   return { context: canvas.getContext("2d"), width, height, ratio };
 }
 
-// A small map of all of a plane, with names of its rows where there are such.
+// A small map of a whole plane, with names of its rows if there are any.
 export function drawTiles(canvas, view, plane, scale, names) {
   canvas.style.height = `${Math.max(24, Math.min(260, plane.units * (names === null ? 13 : 20)))}px`;
   const { context: pen, width, height, ratio } = fitted(canvas);
@@ -94,7 +94,7 @@ export function drawTiles(canvas, view, plane, scale, names) {
   }
 }
 
-// Round numbers between two ends, so many at most.
+// A limited number of round numbers between two ends.
 export function ticks(low, high, most) {
   const span = high - low;
   if (!(span > 0) || !Number.isFinite(span)) return [low];
@@ -108,8 +108,8 @@ export function ticks(low, high, most) {
 
 // A chart of lines over the steps of a window, with the cursor and a marked range.
 //
-//   lines   [{ plane, unit, colour, dash, gaps }]; gaps: what isn't a number was never meant to be one
-//   window  { from, span }: the steps that are shown
+//   lines   [{ plane, unit, colour, dash, gaps }]; gaps: NaN marks an intended gap
+//   window  { from, span }: the visible steps
 export function drawLines(canvas, colours, lines, window_, { cursor = null, range = null, zero = true, ends = null } = {}) {
   const { context: pen, width, height, ratio } = fitted(canvas);
   pen.clearRect(0, 0, width, height);
@@ -189,8 +189,8 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
     if (points.length === 1 && drawing) pen.arc(across(points[0][0]), down(points[0][1]), 2.5 * ratio, 0, 7);
     pen.stroke();
     pen.setLineDash([]);
-    if (gaps) continue; // no number is meant there
-    // What isn't a finite number stands as a cross at the edge.
+    if (gaps) continue; // an intended gap
+    // A number that isn't finite is drawn as a cross at the edge.
     pen.lineWidth = 1.5 * ratio;
     for (const [step, least, most] of points) {
       if (Number.isFinite(least) && Number.isFinite(most)) continue;
@@ -225,7 +225,7 @@ export function drawLines(canvas, colours, lines, window_, { cursor = null, rang
   };
 }
 
-// Bars over steps, such as what each past step contributes.
+// Bars over steps, such as the contributions of past steps.
 export function drawBars(canvas, colours, values, window_, { cursor = null, positive, negative }) {
   const { context: pen, width, height, ratio } = fitted(canvas);
   pen.clearRect(0, 0, width, height);

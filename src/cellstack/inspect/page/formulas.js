@@ -1,5 +1,5 @@
-// One step of one cell, worked out from its weights in float64, so that every number of it can be shown as a formula: down
-// to each product and sum. The equations are those of src/cellstack/reference.py, one line of them a line here.
+// One step of one cell, recomputed from its weights in float64, so that every number can be shown as a formula, down to
+// each product and sum. The equations are those of src/cellstack/reference.py, line by line.
 
 import { inBrackets, shown } from "./dom.js";
 import { cellActivation } from "./engine/activations.js";
@@ -7,7 +7,7 @@ import { cellActivation } from "./engine/activations.js";
 const GREEK = { sigmoid: "σ", tanh: "tanh" };
 const DIGITS = 5;
 
-// What an activation of `argument` is called in a formula: σ(0.5).
+// An activation of `argument` as written in a formula: σ(0.5).
 function callOf(text, argument) {
   const name = text.split("(")[0];
   return `${GREEK[name] ?? name.replaceAll("_", " ")}(${argument})`;
@@ -18,7 +18,7 @@ function activated(text, z) {
   return f(z, alpha, beta);
 }
 
-// v · W, of a row and a matrix.
+// v · W, for a row and a matrix.
 function productOf(v, { data, shape: [rows, columns] }) {
   const out = new Float64Array(columns);
   for (let k = 0; k < rows; k += 1) {
@@ -38,7 +38,7 @@ function momentsOf(v, from, to, epsilon) {
   return { mean, deviation: Math.sqrt(variance + epsilon) };
 }
 
-// What a step is worked out from, and all that is worked out on the way.
+// The inputs of a step, and all intermediate results.
 //
 //   weights  { kernel: { data, shape }, … }
 //   given    { x, h, c }: the input and the state before the step, c of an LSTM
@@ -52,7 +52,7 @@ export class CellStep {
     this.b = productOf(given.h, weights.recurrent_kernel);
   }
 
-  // Which columns are normalised together with a gate's: all of them; a GRU's z and r, and its g.
+  // The columns that are normalised together with a gate's: all; for a GRU, z and r together, g separately.
   together(gate) {
     const wide = this.spec.blocks.length * this.units;
     if (this.spec.kind !== "gru") return [0, wide];
@@ -72,15 +72,15 @@ export class CellStep {
     const letter = which === "kernel" ? "x" : "h";
     return Array.from(v, (value, k) => {
       const weight = matrix.data[k * columns + column];
-      return { name: letter === "x" ? `x[${k}]` : `h[${k}] before`, value, weight, product: value * weight };
+      return { name: letter === "x" ? `x[${k}]` : `h_prev[${k}]`, value, weight, product: value * weight };
     });
   }
 
-  // A product as it goes into a sum: as it is, or normalised and multiplied by its gain.
+  // A product as a term of a sum: unchanged, or normalised and multiplied by its gain.
   part(which, gate, unit, lines) {
     const column = this.column(gate, unit);
     const v = which === "kernel" ? this.a : this.b;
-    const letter = which === "kernel" ? "x" : "h before";
+    const letter = which === "kernel" ? "x" : "h_prev";
     lines.push({ terms: this.terms(which, gate, unit), title: `${letter} · ${which.replace("_", " ")}`, total: v[column] });
     if (!this.spec.layer_norm) return v[column];
     const [from, to] = this.together(gate);
@@ -91,7 +91,7 @@ export class CellStep {
     return value;
   }
 
-  // The value of a gate, with how it came about.
+  // The value of a gate, and its derivation.
   gate(gate, unit) {
     const { spec, weights, given } = this;
     const lines = [];
@@ -114,32 +114,32 @@ export class CellStep {
     } else if (spec.reset_after) {
       const inner = this.part("recurrent_kernel", gate, unit, lines) + second;
       const r = this.gate("r", unit).value;
-      if (bias !== null) lines.push({ text: `with its bias: ${shown(inner - second, DIGITS)} + ${inBrackets(second, DIGITS)} = ${shown(inner, DIGITS)}` });
-      lines.push({ text: `let through by r: ${shown(r, DIGITS)} · ${inBrackets(inner, DIGITS)} = ${shown(r * inner, DIGITS)}` });
+      if (bias !== null) lines.push({ text: `plus its bias: ${shown(inner - second, DIGITS)} + ${inBrackets(second, DIGITS)} = ${shown(inner, DIGITS)}` });
+      lines.push({ text: `times r: ${shown(r, DIGITS)} · ${inBrackets(inner, DIGITS)} = ${shown(r * inner, DIGITS)}` });
       sum.push(r * inner);
     } else {
       const columns = weights.recurrent_kernel.shape[1];
       const terms = Array.from(given.h, (value, k) => {
         const seen = this.gate("r", k).value * value;
         const weight = weights.recurrent_kernel.data[k * columns + column];
-        return { name: `r·h[${k}] before`, value: seen, weight, product: seen * weight };
+        return { name: `r·h_prev[${k}]`, value: seen, weight, product: seen * weight };
       });
       const total = terms.reduce((all, term) => all + term.product, 0);
-      lines.push({ terms, title: "(r · h before) · recurrent kernel", total });
+      lines.push({ terms, title: "(r · h_prev) · recurrent kernel", total });
       sum.push(total);
     }
     if (spec.peepholes && gate !== "g") {
       const rows = spec.blocks.filter((one) => one !== "g");
       const weight = weights.peepholes.data[rows.indexOf(gate) * this.units + unit];
       const c = gate === "o" ? this.cell(unit).fresh : given.c[unit];
-      lines.push({ terms: [{ name: gate === "o" ? "c" : "c before", value: c, weight, product: c * weight }], title: "peephole", total: c * weight });
+      lines.push({ terms: [{ name: gate === "o" ? "c" : "c_prev", value: c, weight, product: c * weight }], title: "peephole", total: c * weight });
       sum.push(c * weight);
     }
     let z = sum.reduce((all, one) => all + one, 0);
     lines.push({ text: `sum${names}: ${sum.map((one, n) => (n ? inBrackets(one, DIGITS) : shown(one, DIGITS))).join(" + ")} = ${shown(z, DIGITS)}` });
     if (spec.clip !== null) {
       const cut = Math.min(Math.max(z, -spec.clip), spec.clip);
-      lines.push({ text: `cut to ±${shown(spec.clip)}: ${shown(cut, DIGITS)}` });
+      lines.push({ text: `clipped to ±${shown(spec.clip)}: ${shown(cut, DIGITS)}` });
       z = cut;
     }
     const activation = spec.activations[gate];
@@ -148,19 +148,19 @@ export class CellStep {
     return { value, lines };
   }
 
-  // An LSTM's cell: `fresh` as the equations make it, `value` as it is kept.
+  // An LSTM's cell: `fresh` from the equations, `value` after zoneout.
   cell(unit) {
     const { spec, given } = this;
-    const [i, f, g] = ["i", "f", "g"].map((gate) => this.held(gate, unit));
+    const [i, f, g] = ["i", "f", "g"].map((gate) => this.actual(gate, unit));
     let fresh = f * given.c[unit] + i * g;
     const lines = [
-      { text: `c = f · c before + i · g` },
+      { text: `c = f · c_prev + i · g` },
       { text: `= ${shown(f, DIGITS)} · ${inBrackets(given.c[unit], DIGITS)} + ${shown(i, DIGITS)} · ${inBrackets(g, DIGITS)}` },
       { text: `= ${shown(f * given.c[unit], DIGITS)} + ${inBrackets(i * g, DIGITS)} = ${shown(fresh, DIGITS)}`, result: true },
     ];
     if (spec.cell_clip !== null) {
       fresh = Math.min(Math.max(fresh, -spec.cell_clip), spec.cell_clip);
-      lines.push({ text: `cut to ±${shown(spec.cell_clip)}: ${shown(fresh, DIGITS)}` });
+      lines.push({ text: `clipped to ±${shown(spec.cell_clip)}: ${shown(fresh, DIGITS)}` });
     }
     const value = this.keep(spec.zoneout_cell, given.c[unit], fresh, lines);
     return { value, fresh, lines };
@@ -169,17 +169,17 @@ export class CellStep {
   keep(rate, before, fresh, lines) {
     if (!rate) return fresh;
     const value = rate * before + (1 - rate) * fresh;
-    lines.push({ text: `zoneout keeps ${shown(rate)} of what was before: ${shown(rate)} · ${inBrackets(before, DIGITS)} + ${shown(1 - rate)} · ${inBrackets(fresh, DIGITS)} = ${shown(value, DIGITS)}`, result: true });
+    lines.push({ text: `zoneout keeps ${shown(rate)} of the previous value: ${shown(rate)} · ${inBrackets(before, DIGITS)} + ${shown(1 - rate)} · ${inBrackets(fresh, DIGITS)} = ${shown(value, DIGITS)}`, result: true });
     return value;
   }
 
-  // A gate as the step really had it: a patch may have held it.
-  held(gate, unit) {
+  // A gate's actual value in the step, which a patch may have changed.
+  actual(gate, unit) {
     const now = this.given.now?.[gate];
     return now === undefined ? this.gate(gate, unit).value : now[unit];
   }
 
-  // What an LSTM's unit shows before the output gate, and the product of both.
+  // An LSTM unit's activated cell before the output gate, and its product with the gate.
   shownCell(unit, lines) {
     const { spec, weights } = this;
     const cells = this.freshCells();
@@ -190,7 +190,7 @@ export class CellStep {
       out = ((cells[unit] - mean) / deviation) * gain + bias;
       lines?.push({ text: `c normalised: (${shown(cells[unit], DIGITS)} − ${inBrackets(mean, DIGITS)}) / ${shown(deviation, DIGITS)} · ${inBrackets(gain, DIGITS)} + ${inBrackets(bias, DIGITS)} = ${shown(out, DIGITS)}` });
     }
-    const o = this.held("o", unit);
+    const o = this.actual("o", unit);
     const activation = spec.activations.cell;
     const active = activated(activation, out);
     lines?.push({ text: `${spec.proj_size ? "m" : "h"} = o · ${callOf(activation, "c")} = ${shown(o, DIGITS)} · ${callOf(activation, shown(out, DIGITS))}` });
@@ -200,7 +200,7 @@ export class CellStep {
 
   freshCells() {
     this.cells ??= Float64Array.from({ length: this.units }, (_, unit) => {
-      // Without zoneout, and but for a patch, what is kept is what was made.
+      // Without zoneout and patches, the kept c is the fresh one.
       const now = this.given.now?.c;
       return now !== undefined && !this.spec.zoneout_cell ? now[unit] : this.cell(unit).fresh;
     });
@@ -212,12 +212,12 @@ export class CellStep {
     const lines = [];
     let fresh;
     if (spec.kind === "rnn") {
-      fresh = this.held("g", unit);
+      fresh = this.actual("g", unit);
       lines.push({ text: `h = g = ${shown(fresh, DIGITS)}`, result: true });
     } else if (spec.kind === "gru") {
-      const [z, g, before] = [this.held("z", unit), this.held("g", unit), given.h[unit]];
+      const [z, g, before] = [this.actual("z", unit), this.actual("g", unit), given.h[unit]];
       fresh = z * before + (1 - z) * g;
-      lines.push({ text: "h = z · h before + (1 − z) · g" });
+      lines.push({ text: "h = z · h_prev + (1 − z) · g" });
       lines.push({ text: `= ${shown(z, DIGITS)} · ${inBrackets(before, DIGITS)} + ${shown(1 - z, DIGITS)} · ${inBrackets(g, DIGITS)}` });
       lines.push({ text: `= ${shown(z * before, DIGITS)} + ${inBrackets((1 - z) * g, DIGITS)} = ${shown(fresh, DIGITS)}`, result: true });
     } else if (spec.proj_size) {
@@ -237,7 +237,7 @@ export class CellStep {
     return { value, lines };
   }
 
-  // { value, lines } of any field.
+  // { value, lines } for any field.
   explain(field, unit) {
     if (field === "c") return this.cell(unit);
     if (field === "h") return this.output(unit);

@@ -1,10 +1,10 @@
-// The gradient of a chosen number back over the inputs: how much each step of the input mattered to it.
+// The gradient of a chosen number with respect to the inputs: the influence of each step of the input.
 
 import { checkbox, make, replaceChildren, select, setChoices, shown, table } from "./dom.js";
 import { Plane } from "./data.js";
 import { drawBars, drawLines } from "./draw.js";
 
-const SMALLEST = 1e-12; // below, a logarithm is drawn as of this
+const SMALLEST = 1e-12; // smallest value on the logarithmic scale
 
 export class Gradients {
   constructor(view, rerun, changes) {
@@ -12,7 +12,7 @@ export class Gradients {
     this.rerun = rerun;
     this.changes = changes;
     this.of = select("Gradient of", [], "", () => this.compute());
-    this.unit = select("Its unit", [], "", () => this.compute());
+    this.unit = select("Output unit", [], "", () => this.compute());
     this.by = select("With respect to", [], "", () => this.compute());
     this.feature = select("Feature", [], "", () => this.draw());
     const logarithm = checkbox("logarithm", false, (on) => { this.logarithm = on; this.draw(); });
@@ -26,7 +26,7 @@ export class Gradients {
     this.open = false;
     this.asked = 0;
     this.found = null;
-    this.stale = true; // what is looked at has changed since it was computed
+    this.stale = true; // the selection has changed since the last computation
     this.chart.addEventListener("click", (event) => {
       const step = this.stepOf?.(event.offsetX);
       if (step >= 0 && step < view.steps) view.set({ step });
@@ -37,7 +37,7 @@ export class Gradients {
     });
   }
 
-  // What a gradient can be taken of: the outputs, and what the map shows.
+  // The numbers that have a gradient: the outputs, and the field that the map shows.
   choices() {
     const { view } = this;
     const { description, place, field } = view;
@@ -53,7 +53,7 @@ export class Gradients {
     if (why !== null) {
       this.controls.hidden = true;
       this.chart.hidden = true;
-      this.title.textContent = "The page can't compute here";
+      this.title.textContent = "This page can't compute gradients";
       this.said.textContent = why;
       return;
     }
@@ -83,7 +83,7 @@ export class Gradients {
       of = { value: name, row: 0, unit, ...(node.timed ? { step } : {}) };
       what = `output ${name}[${unit}]${node.timed ? `, ${view.labels.full(view.row, view.step)}` : ""}`;
     }
-    this.title.textContent = `How much each step's input moves ${what}`;
+    this.title.textContent = `How much the input of each step affects ${what}`;
     this.said.textContent = "Computing …";
     try {
       const given = await this.changes.given();
@@ -135,9 +135,9 @@ export class Gradients {
     }
     const order = Array.from(values.keys()).filter((n) => values[n] !== 0).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a])).slice(0, 8);
     this.said.textContent = order.length
-      ? `The input moves it most at ${view.labels.full(view.row, order[0])}: ${shown(values[order[0]], 5)}${this.logarithm ? ". The chart shows powers of ten." : ""}`
-      : "No step of this input moves it.";
+      ? `The input affects it most at ${view.labels.full(view.row, order[0])}: ${shown(values[order[0]], 5)}${this.logarithm ? ". The chart shows powers of ten." : ""}`
+      : "No step of this input affects it.";
     this.chart.setAttribute("aria-label", this.said.textContent);
-    replaceChildren(this.list, table(["step", chosen === "all" ? "norm of the gradient" : `gradient by feature ${chosen}`], order.map((n) => [view.labels.full(view.row, n), shown(values[n], 5)]), { caption: "The steps that matter most" }));
+    replaceChildren(this.list, table(["step", chosen === "all" ? "norm of the gradient" : `gradient by feature ${chosen}`], order.map((n) => [view.labels.full(view.row, n), shown(values[n], 5)]), { caption: "The steps with the largest influence" }));
   }
 }

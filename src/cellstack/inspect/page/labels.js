@@ -1,4 +1,4 @@
-// The steps' labels as running text, each coloured by what a unit is at its step, as in Karpathy, Johnson and Li 2015.
+// The steps' labels as running text, each coloured by the value of a unit at its step, as in Karpathy, Johnson and Li 2015.
 
 import { make, plural, replaceChildren, shown } from "./dom.js";
 import { cssColour, inkOn, palette, scaleOf } from "./draw.js";
@@ -32,9 +32,9 @@ export class LabelText {
     if (asked !== this.asked) return;
     const number = view.unitNumber(view.place, view.field, view.unit);
     if (plane.steps !== view.steps || view.labels.kind === null) {
-      this.title.textContent = "No text here";
+      this.title.textContent = "No labels to show";
       this.note.textContent =
-        view.labels.kind === null ? "The steps of this trace have no labels: give them with save_html(path, labels=…)." : `${view.place.title} doesn't have a step for each label.`;
+        view.labels.kind === null ? "The steps of this trace have no labels: pass them with save_html(path, labels=…)." : `${view.place.title} doesn't have a step for each label.`;
       this.text.replaceChildren();
       this.spans = [];
       return;
@@ -64,10 +64,10 @@ export class LabelText {
     this.now?.classList.remove("now");
     this.now = this.spans[view.step - first];
     this.now?.classList.add("now");
-    this.note.textContent = count < view.steps ? `Steps ${view.description.steps[first]} to ${view.description.steps[first + count - 1]} of ${plural(view.steps, "step")}: the others come with the cursor.` : "";
+    this.note.textContent = count < view.steps ? `Steps ${view.description.steps[first]} to ${view.description.steps[first + count - 1]} of ${plural(view.steps, "step")}: move the cursor to see the others.` : "";
   }
 
-  // Whether labels are words, which stand apart, and not characters.
+  // Whether labels are words, which need spaces, rather than characters.
   words(first, count) {
     const some = Array.from({ length: Math.min(50, count) }, (_, n) => this.view.labels.raw(this.view.row, first + n) ?? "");
     return some.filter((label) => [...label].length > 1).length > some.length / 2;

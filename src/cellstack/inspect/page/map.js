@@ -1,4 +1,4 @@
-// The heat map: units by steps of one gate or state, on a canvas, only what is in view.
+// The heat map: units by steps of one gate or state, on a canvas; only the visible part is drawn.
 
 import { button, choice, make, numberBox, plural, replaceChildren, select, setChoices, shown, table } from "./dom.js";
 import { cssColour, fitted, inkOn, LEFT, palette, RIGHT, scaleOf, ticks } from "./draw.js";
@@ -8,11 +8,11 @@ import { MEANINGS } from "./view.js";
 import { Wave } from "./wave.js";
 
 const LEAST_HALF = 2 ** -24; // above 0, of a float16
-const MOST_HIGH = 440; // of the map
-const ROW = 30; // of a unit, at most
-const ORDERS = [["number", "number"], ["memory", "memory length"], ["variance", "variance"], ["likeness", "likeness"]];
+const MOST_HIGH = 440; // height of the map, at most
+const ROW = 30; // height of a unit's row, at most
+const ORDERS = [["number", "number"], ["memory", "memory length"], ["variance", "variance"], ["likeness", "similarity"]];
 
-// Where flags are so: [from, to) pairs.
+// The ranges where flags have a value: [from, to) pairs.
 function runsOf(flags, value) {
   const runs = [];
   for (let at = 0; at < flags.length; at += 1) {
@@ -28,9 +28,9 @@ export class HeatMap {
   constructor(view) {
     this.view = view;
     this.plane = null;
-    this.positions = byNumber(0); // which unit stands in which row
+    this.positions = byNumber(0); // the unit of each row
     this.rowHeight = 0; // in CSS pixels
-    this.top = 0; // how many are scrolled away
+    this.top = 0; // CSS pixels scrolled away above
     this.marking = false;
     this.hover = null;
     this.frames = 0;
@@ -45,8 +45,8 @@ export class HeatMap {
     this.shows.element.hidden = true;
     this.stepBox = numberBox("Step", (text) => this.goToStep(text), { step: 1 });
     this.unitBox = numberBox("Unit", (text) => this.goToUnit(text), { step: 1 });
-    this.mark = button("Mark a range", () => this.toggleMarking(), { "aria-pressed": "false", title: "Then drag over the map; or hold Shift while you drag" });
-    this.unmark = button("Clear", () => this.view.set({ range: null, matches: [] }), { hidden: true, title: "Take the marked range away" });
+    this.mark = button("Mark a range", () => this.toggleMarking(), { "aria-pressed": "false", title: "Drag over the map afterwards, or drag with Shift" });
+    this.unmark = button("Clear", () => this.view.set({ range: null, matches: [] }), { hidden: true, title: "Clear the marked range" });
     const zooms = make(
       "div",
       { class: "buttons", role: "group", "aria-label": "Zoom" },
@@ -66,9 +66,9 @@ export class HeatMap {
     this.whole = make("canvas", { class: "whole", "aria-hidden": "true" });
     this.readout = make("p", { class: "readout", role: "status", "aria-live": "polite" });
     this.legend = make("div", { class: "legend" });
-    this.halves = make("span", { class: "extent", hidden: true }, "several steps a pixel: the upper half of a row shows the largest number, the lower half the least");
+    this.extremes = make("span", { class: "extent", hidden: true }, "several steps per pixel: the upper half of a row shows the largest value, the lower half the smallest");
     this.body = make("div", { class: "behind" });
-    this.behind = make("details", { ontoggle: () => this.fillTable() }, make("summary", {}, "The same as a table"), this.body);
+    this.behind = make("details", { ontoggle: () => this.fillTable() }, make("summary", {}, "Show as a table"), this.body);
     this.element = make(
       "div",
       { class: "map" },
@@ -86,7 +86,7 @@ export class HeatMap {
     view.on((changed) => this.update(changed));
   }
 
-  // ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────
+  // ── content ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
   async start() {
     const { view } = this;
@@ -118,7 +118,7 @@ export class HeatMap {
     if (has("step", "unit", "place", "field", "row")) this.say();
   }
 
-  // Read the numbers of what is shown now, and draw them.
+  // Read the selected numbers, and draw them.
   async load() {
     const { view } = this;
     const asked = (this.asked += 1);
@@ -126,9 +126,9 @@ export class HeatMap {
     const positions = await this.sorted(plane);
     const mask = await view.mask(view.place);
     const resets = await view.resets(view.place);
-    if (asked !== this.asked) return; // something else is asked for by now
+    if (asked !== this.asked) return; // a newer request has started
     this.plane = plane;
-    this.left = mask === null ? [] : runsOf(mask, 0); // steps that the mask leaves out
+    this.left = mask === null ? [] : runsOf(mask, 0); // masked steps
     this.resets = resets === null ? [] : runsOf(resets, 1);
     this.positions = positions;
     this.rowOf = new Int32Array(positions.length);
@@ -164,7 +164,7 @@ export class HeatMap {
     return byNumber(plane.units);
   }
 
-  // How high the map and its rows are.
+  // Set the height of the map and its rows.
   layOut() {
     if (this.plane === null) return;
     const { units } = this.plane;
@@ -232,9 +232,9 @@ export class HeatMap {
     else if (below > this.top + this.stack.clientHeight) this.scrollTo(below - this.stack.clientHeight);
   }
 
-  // ── drawing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+  // ── drawing ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  // A plane of another number of steps than the run's is stretched over it.
+  // A plane whose number of steps differs from the run's is stretched to it.
   get stretch() {
     return this.plane.steps === this.view.steps || !this.view.steps ? 1 : this.plane.steps / this.view.steps;
   }
@@ -269,8 +269,8 @@ export class HeatMap {
     const perPixel = (span * stretch) / wide;
     const rowHeight = this.rowHeight * ratio;
     const offset = this.top * ratio;
-    this.halves.hidden = perPixel <= 1;
-    const apart = 1 / perPixel >= 9 * ratio && rowHeight >= 9 * ratio; // large enough to stand apart
+    this.extremes.hidden = perPixel <= 1;
+    const apart = 1 / perPixel >= 9 * ratio && rowHeight >= 9 * ratio; // large enough for gaps
     paintTiles(pixels, wide, height, { plane, positions: this.positions, first, perPixel, rowHeight, offset, scale, colours, apart });
     pen.clearRect(0, 0, width, height);
     pen.putImageData(this.image, left, 0);
@@ -278,7 +278,7 @@ export class HeatMap {
     this.drawUnitNumbers(pen, left, rowHeight, offset, height, ratio);
   }
 
-  // The numbers themselves, where there is room for them.
+  // Write the numbers where they fit.
   drawNumbers(pen, left, perPixel, first, rowHeight, offset, height, ratio, colours, times) {
     if (1 / perPixel < 44 * ratio || rowHeight < 15 * ratio) return;
     const { plane, scale } = this;
@@ -293,8 +293,8 @@ export class HeatMap {
         const place = Math.max(0, Math.min(255, (value - scale.low) * times)) | 0;
         const x = left + (step + 0.5 - first) / perPixel;
         const y = (row + 0.5) * rowHeight - offset;
-        const room = 1 / perPixel - 6 * ratio;
-        const text = [3, 2, 1].map((digits) => shown(value, digits)).find((one) => pen.measureText(one).width <= room);
+        const space = 1 / perPixel - 6 * ratio;
+        const text = [3, 2, 1].map((digits) => shown(value, digits)).find((one) => pen.measureText(one).width <= space);
         if (text === undefined) continue;
         if (Number.isFinite(value)) pen.fillStyle = inkOn(colours[place]);
         else {
@@ -421,11 +421,11 @@ export class HeatMap {
     if (view.labels.kind === "text" && perStep >= 7 * ratio) {
       pen.fillStyle = view.colours.ink;
       pen.font = `${13 * ratio}px system-ui, sans-serif`;
-      const room = Math.max(1, Math.floor(perStep / (7 * ratio)));
+      const fits = Math.max(1, Math.floor(perStep / (7 * ratio)));
       for (let step = first; step <= last; step += 1) {
         const text = view.labels.short(view.row, step);
-        if (text.length > room && room < 4) continue; // a word that there is no room for
-        pen.fillText(text.length > room ? `${text.slice(0, Math.max(1, room - 1))}${room > 1 ? "…" : ""}` : text, across(step + 0.5), 24 * ratio);
+        if (text.length > fits && fits < 4) continue; // a word that doesn't fit
+        pen.fillText(text.length > fits ? `${text.slice(0, Math.max(1, fits - 1))}${fits > 1 ? "…" : ""}` : text, across(step + 0.5), 24 * ratio);
       }
     }
     pen.restore();
@@ -435,7 +435,7 @@ export class HeatMap {
     pen.fillText(numbered ? "step" : view.labels.kind === "date" ? "date" : "label", 0, 8 * ratio);
   }
 
-  // All steps, with the window that the map shows.
+  // An overview of all steps, with the visible window.
   drawWhole() {
     const { context: pen, width, height, ratio } = fitted(this.whole);
     const { view } = this;
@@ -470,13 +470,13 @@ export class HeatMap {
       make("span", {}, shown(scale.high, 3)),
       plane.range.broken ? make("span", { class: "broken" }, make("span", { class: "striped" }), "NaN", make("span", { class: "chequered" }), "infinite") : null,
       make("span", { class: "extent" }, `${plural(plane.units, "unit")} × ${plural(plane.steps, "step")}`),
-      this.left.length ? make("span", { class: "extent" }, "pale: steps that the mask leaves out") : null,
+      this.left.length ? make("span", { class: "extent" }, "pale: masked steps") : null,
       this.resets.length ? make("span", { class: "extent" }, "▾: the state was reset") : null,
-      this.halves,
+      this.extremes,
     );
   }
 
-  // ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────
+  // ── text ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
   say() {
     const { view, plane } = this;
@@ -487,7 +487,7 @@ export class HeatMap {
     const number = view.unitNumber(view.place, view.field, at.unit);
     const value = plane.at(at.unit, own);
     const what = view.shows === "difference" ? `change of ${view.field}` : view.field;
-    const out = this.left.some(([a, b]) => own >= a && own < b) ? " · left out by the mask" : "";
+    const out = this.left.some(([a, b]) => own >= a && own < b) ? " · masked" : "";
     this.readout.textContent = `${view.labels.full(view.row, at.step)} · unit ${number} · ${what} = ${shown(value, 5)}${out}`;
     this.stepBox.box.value = String(view.description.steps[view.step]);
     this.unitBox.box.value = String(view.unitNumber(view.place, view.field, view.unit));
@@ -498,7 +498,7 @@ export class HeatMap {
     );
   }
 
-  // What is in view, at most 12 units and 12 steps of it, as a table.
+  // The visible part as a table, at most 12 units and 12 steps.
   fillTable() {
     const { view, plane } = this;
     if (!this.behind.open || plane === null) return;
@@ -520,7 +520,7 @@ export class HeatMap {
     );
   }
 
-  // ── pointer and keys ─────────────────────────────────────────────────────────────────────────────────────────────
+  // ── pointer and keys ───────────────────────────────────────────────────────────────────────────────────────────────
 
   toggleMarking() {
     this.marking = !this.marking;

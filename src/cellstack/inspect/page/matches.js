@@ -1,11 +1,11 @@
-// Select and match, after Strobelt et al. 2018, "LSTMVis": which units are on throughout a marked range, and where else
-// in the data these are on together.
+// Select and match, after Strobelt et al. 2018, "LSTMVis": the units that are on throughout a marked range, and other
+// ranges in the data where they are on together.
 
 import { button, checkbox, make, plural, replaceChildren, shown } from "./dom.js";
 
 const MOST_MATCHES = 200; // matches listed
 
-// Units that are at least `threshold` at every step of [from, to); with `edges`, and not at the steps beside it.
+// Units that are at least `threshold` at every step of [from, to); with `edges`, and below it just outside.
 export function unitsOn(plane, from, to, threshold, edges) {
   const found = [];
   for (let unit = 0; unit < plane.units; unit += 1) {
@@ -37,9 +37,9 @@ export function rangesOn(plane, units, threshold) {
 export class Matches {
   constructor(view) {
     this.view = view;
-    this.threshold = null; // null: of the field that is shown
+    this.threshold = null; // null: the default of the shown field
     this.edges = false;
-    this.left = new Set(); // units that the reader took out
+    this.left = new Set(); // units that the reader deselected
     this.slider = make("input", { type: "range", min: "-1", max: "1", step: "0.01", "aria-label": "On means at least", oninput: () => { this.threshold = Number(this.slider.value); this.draw(); } });
     this.level = make("output", {});
     const edges = checkbox("and off just before and after it", false, (on) => { this.edges = on; this.draw(); });
@@ -80,7 +80,7 @@ export class Matches {
     this.level.textContent = shown(threshold, 3);
     if (view.range === null || plane.steps !== view.steps) {
       this.said.textContent =
-        plane.steps === view.steps ? "Mark a range of steps in the map: hold Shift and drag over it, or Shift and the arrow keys." : `${view.place.title} doesn't have a step for each of the input's.`;
+        plane.steps === view.steps ? "Mark a range of steps in the map: hold Shift and drag over it, or Shift and the arrow keys." : `${view.place.title} doesn't have a step for each step of the input.`;
       replaceChildren(this.units);
       replaceChildren(this.list);
       view.set({ matches: [] });
@@ -100,7 +100,7 @@ export class Matches {
             view.set({ unit });
             this.draw();
           },
-          { "aria-pressed": String(!this.left.has(unit)), title: "Count this unit, or leave it out" },
+          { "aria-pressed": String(!this.left.has(unit)), title: "Include or exclude this unit" },
         ),
       ),
     );
@@ -116,8 +116,8 @@ export class Matches {
     const others = found.filter(([a, b, row]) => row !== view.row || b <= from || a >= to);
     const range = `${view.labels.full(view.row, from)} to ${view.labels.full(view.row, to - 1)}`;
     this.said.textContent = on.length
-      ? `${plural(on.length, "unit")} with ${view.field} ≥ ${shown(threshold, 3)} at every step from ${range}${used.length < on.length ? `, ${used.length} of them counted` : ""}: on together in ${plural(others.length, "other place")}${others.length > MOST_MATCHES ? `, of which ${MOST_MATCHES} are listed` : ""}.`
-      : `No unit has ${view.field} ≥ ${shown(threshold, 3)} at every step from ${range}. Lower the bound, or mark fewer steps.`;
+      ? `${plural(on.length, "unit")} with ${view.field} ≥ ${shown(threshold, 3)} at every step from ${range}${used.length < on.length ? `, ${used.length} of them included` : ""}: on together in ${plural(others.length, "other place")}${others.length > MOST_MATCHES ? `, of which ${MOST_MATCHES} are listed` : ""}.`
+      : `No unit has ${view.field} ≥ ${shown(threshold, 3)} at every step from ${range}. Lower the threshold, or mark fewer steps.`;
     replaceChildren(
       this.list,
       ...others.slice(0, MOST_MATCHES).map(([a, b, row]) =>
@@ -143,7 +143,7 @@ export class Matches {
     view.set({ matches: [[from, to, view.row], ...others] });
   }
 
-  // What the labels say around a match.
+  // The labels around a match.
   context(row, from, to) {
     const { view } = this;
     if (view.labels.kind === null) return [];

@@ -1,10 +1,10 @@
-// Where c came from: what each past step wrote, and how much of it later gates have kept until the cursor.
+// The contributions to c: what each past step wrote, and the share that later gates kept until the cursor.
 
 import { make, replaceChildren, shown, table } from "./dom.js";
 import { drawBars } from "./draw.js";
 
-// c at a step, unrolled: entry s is what step s wrote times the product of what was kept since, and `start` what is left
-// of the state before the first step. They sum to c, to rounding; of a GRU to h. In the order of time.
+// c at a step, unrolled: entry s is the write of step s times the product of the later keep factors, and `start` the rest
+// of the initial state. Up to rounding, they sum to c, or to h for a GRU. In the order of time.
 export function contributionsOf({ kept, written, rate, start, fresh, mask, reset, reverse, step }) {
   const parts = new Float64Array(kept.length);
   const way = reverse ? 1 : -1;
@@ -44,7 +44,7 @@ export class Memory {
   }
 
   refuse(why) {
-    this.title.textContent = "Nothing to unroll here";
+    this.title.textContent = "No contributions to show";
     this.sum.textContent = why;
     this.chart.hidden = true;
     replaceChildren(this.list);
@@ -55,15 +55,15 @@ export class Memory {
     const asked = (this.asked += 1);
     const { view } = this;
     const { place } = view;
-    if (place.kind !== "cell") return this.refuse("Choose a layer that has a cell in the network.");
+    if (place.kind !== "cell") return this.refuse("Choose a layer with a cell in the network.");
     const { cell } = place;
     const { spec } = cell;
-    if (spec.kind === "rnn") return this.refuse("A SimpleRNN has no gate that keeps a state, so its state isn't a sum of what was written.");
-    if (spec.cell_clip !== null) return this.refuse("This cell is clipped, so its state isn't a sum of what was written.");
-    if (!cell.whole) return this.refuse("The trace holds part of the run, so that what was written before isn't known.");
+    if (spec.kind === "rnn") return this.refuse("A SimpleRNN has no gate that keeps a state, so its state isn't a sum of writes.");
+    if (spec.cell_clip !== null) return this.refuse("This cell is clipped, so its state isn't a sum of writes.");
+    if (!cell.whole) return this.refuse("The trace covers only part of the run, so earlier writes are unknown.");
     const changed = view.shows !== "trace" && view.result !== null;
     if (view.patches.some((patch) => patch.node === place.name && patch.cell === place.number && ["c", "h"].includes(patch.gate))) {
-      return this.refuse("A patch writes to this state, so that it isn't a sum of what the gates wrote.");
+      return this.refuse("A patch changes this state, so it isn't a sum of what the gates wrote.");
     }
     const lstm = spec.kind === "lstm";
     const get = async (field) => (changed ? view.after(place, field) : null) ?? view.traced(place, field);
@@ -84,21 +84,21 @@ export class Memory {
       kept, written, rate: lstm ? spec.zoneout_cell : spec.zoneout, start: before[unit], fresh: fresh === null ? 0 : fresh[unit], mask, reset, reverse: cell.reverse, step,
     });
     this.chart.hidden = false;
-    this.title.textContent = `What is left of each step in ${name} of unit ${cell.units[unit]}, ${view.labels.full(view.row, view.step)}`;
+    this.title.textContent = `The contribution of each step to ${name} of unit ${cell.units[unit]}, ${view.labels.full(view.row, view.step)}`;
     const { from, span } = view.window;
     const stretch = keep.steps === view.steps ? 1 : keep.steps / view.steps;
     this.stepOf = drawBars(this.chart, view.colours, parts, { from: from * stretch, span: span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: step, positive: view.colours.warm, negative: view.colours.cold }).step;
     const total = parts.reduce((all, part) => all + part, start);
-    this.sum.textContent = `what the steps wrote ${shown(total - start, 5)} + what is left of the first state ${shown(start, 5)} = ${shown(total, 5)}; ${name} is ${shown(state.at(unit, step), 5)}`;
+    this.sum.textContent = `from the steps ${shown(total - start, 5)} + from the initial state ${shown(start, 5)} = ${shown(total, 5)}; ${name} is ${shown(state.at(unit, step), 5)}`;
     this.sum.dataset.sum = String(total);
     const largest = Array.from(parts.keys()).filter((n) => parts[n] !== 0).sort((a, b) => Math.abs(parts[b]) - Math.abs(parts[a])).slice(0, 8);
-    this.chart.setAttribute("aria-label", `Bars: what each past step contributes to ${name}. They sum to ${shown(total, 5)}.`);
+    this.chart.setAttribute("aria-label", `Bars: the contribution of each past step to ${name}. They sum to ${shown(total, 5)}.`);
     replaceChildren(
       this.list,
       table(
-        ["step", "wrote", "kept since", "is left"],
+        ["step", "written", "share kept", "contribution"],
         largest.map((n) => [view.labels.full(view.row, n), shown(written[n], 4), written[n] ? shown(parts[n] / written[n], 4) : "–", shown(parts[n], 4)]),
-        { caption: "The steps that are left most of" },
+        { caption: "The steps with the largest contributions" },
       ),
     );
     return undefined;

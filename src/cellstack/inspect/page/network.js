@@ -1,4 +1,4 @@
-// The network as it is: layers stacked upwards, unrolled over the steps around the cursor.
+// A diagram of the network: layers stacked upwards, unrolled over the steps around the cursor.
 
 import { Plane } from "./data.js";
 import { make, replaceChildren, shown, svg } from "./dom.js";
@@ -37,8 +37,8 @@ export class NetworkDiagram {
     const asked = (this.asked += 1);
     const { view } = this;
     const rows = this.rowsOf();
-    const room = this.element.clientWidth < 400 ? 2 : 3; // columns
-    const count = Math.min(room, Math.max(1, view.steps));
+    const columns = this.element.clientWidth < 400 ? 2 : 3;
+    const count = Math.min(columns, Math.max(1, view.steps));
     const first = Math.max(0, Math.min(view.step - 1, view.steps - count));
     const steps = view.steps ? Array.from({ length: count }, (_, n) => first + n) : [0];
     const planes = await Promise.all(
@@ -51,7 +51,7 @@ export class NetworkDiagram {
     );
     if (asked !== this.asked) return;
     const number = new Map(rows.map((row, n) => [row.name, n]));
-    const past = rows.some((row, n) => row.sources.some((source) => number.get(source) !== n - 1)) ? 30 : 0; // room for wires past a layer
+    const past = rows.some((row, n) => row.sources.some((source) => number.get(source) !== n - 1)) ? 30 : 0; // space for wires that skip a layer
     const x = (column) => EDGE + past + 12 + column * (BOX.wide + GAP.across);
     const wide = past + EDGE + steps.length * (BOX.wide + GAP.across) + 16;
     const high = rows.length * (BOX.high + GAP.up) + 26;
@@ -65,7 +65,7 @@ export class NetworkDiagram {
       across.forEach(([left, width], column) => {
         for (const source of row.sources) {
           const below = number.get(source);
-          // What answers once, after the last step, hands on from there.
+          // A node with one output per row is connected to the last step.
           const once = !unrolled(row) && unrolled(rows[below]) && !rows[below].timed;
           const from = once ? x(steps.length - 1) + BOX.wide / 2 : unrolled(rows[below]) ? left + width / 2 : x(steps.length - 1) / 2 + (x(0) + BOX.wide) / 2;
           const to = once ? from : left + width / 2;
@@ -81,8 +81,8 @@ export class NetworkDiagram {
       for (let column = 0; column <= steps.length; column += 1) {
         const from = column === 0 ? 2 : x(column - 1) + BOX.wide;
         const to = column === steps.length ? wide - 8 : x(column);
-        if (forwards) arrow(`M ${from + 1} ${y(n) + BOX.high / 2 - (backwards ? 7 : 0)} L ${to - 6} ${y(n) + BOX.high / 2 - (backwards ? 7 : 0)}`, `${word} go on to the next step`);
-        if (backwards) arrow(`M ${to - 1} ${y(n) + BOX.high / 2 + (forwards ? 7 : 0)} L ${from + 6} ${y(n) + BOX.high / 2 + (forwards ? 7 : 0)}`, `${word} go on to the step before`);
+        if (forwards) arrow(`M ${from + 1} ${y(n) + BOX.high / 2 - (backwards ? 7 : 0)} L ${to - 6} ${y(n) + BOX.high / 2 - (backwards ? 7 : 0)}`, `${word} are passed to the next step`);
+        if (backwards) arrow(`M ${to - 1} ${y(n) + BOX.high / 2 + (forwards ? 7 : 0)} L ${from + 6} ${y(n) + BOX.high / 2 + (forwards ? 7 : 0)}`, `${word} are passed to the previous step`);
       }
     });
     const heads = steps.map((step, column) =>
@@ -112,8 +112,8 @@ export class NetworkDiagram {
     const { view } = this;
     const place = this.placeOf(row);
     const chosen = place !== null && view.place.name === place.name && (view.place.kind === "input") === Boolean(row.input) && (step === null || step === view.step);
-    const room = Math.floor((width - 16) / 7.2);
-    const title = row.name.length > room ? `${row.name.slice(0, room - 1)}…` : row.name;
+    const fits = Math.floor((width - 16) / 7.2);
+    const title = row.name.length > fits ? `${row.name.slice(0, fits - 1)}…` : row.name;
     const group = svg(
       "g",
       {
@@ -143,7 +143,7 @@ export class NetworkDiagram {
     return group;
   }
 
-  // What a node answers once a row, as a plane of one step.
+  // A node's output per row, as a plane of one step.
   async vector(row) {
     const { view } = this;
     const after = view.shows === "after" && view.result !== null ? view.result.run.values[row.name] : null;
@@ -152,7 +152,7 @@ export class NetworkDiagram {
     return new Plane(data.subarray(view.row * shape[1], (view.row + 1) * shape[1]), shape[1], 1);
   }
 
-  // The numbers of a step as small coloured fields.
+  // The numbers of a step as small coloured cells.
   chips(left, top, width, step, plane) {
     if (plane === null || plane.steps === 0) return [];
     const own = step === null ? 0 : plane.steps === this.view.steps ? step : Math.min(plane.steps - 1, Math.floor((step * plane.steps) / this.view.steps));

@@ -1,4 +1,4 @@
-// The page: what a network did in one run, and what it would do otherwise. The same module serves a file and a notebook.
+// The page: one run of a network, and runs with changes. The same module serves a file and a notebook.
 
 import { CellView } from "./cell.js";
 import { Changes } from "./changes.js";
@@ -19,9 +19,9 @@ import { WhatIf } from "./whatif.js";
 
 const COLOURS = { ground: "--ground", ink: "--ink", muted: "--muted", grid: "--grid", accent: "--accent", cursor: "--cursor", veil: "--veil", mark: "--mark", warm: "--warm", cold: "--cold" };
 
-const PLAY = "A small network of its own that learns a task in this page, while its gates are watched.";
+const PLAY = "A small network that learns a task in this page; watch its gates during training.";
 
-// What JupyterLab, VS Code or the browser is set to.
+// The theme of JupyterLab, VS Code or the browser.
 function usualTheme() {
   const { jpThemeLight, vscodeThemeKind } = document.body.dataset;
   if (jpThemeLight !== undefined) return jpThemeLight === "false" ? "dark" : "light";
@@ -29,13 +29,13 @@ function usualTheme() {
   return window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
 
-// anywidget's contract: `model.get("payload")` is what `cellstack.inspect.contents.payload` returns. `el.ready` is a
-// promise of the page's parts, kept when all is drawn.
+// anywidget's contract: `model.get("payload")` is the result of `cellstack.inspect.contents.payload`. `el.ready` is a
+// promise of the page's parts, resolved when everything is drawn.
 export function render({ model, el }) {
   const root = el.attachShadow({ mode: "open" });
   const page = make("div", { class: "page" });
   root.append(make("style", {}, pageStyle), page);
-  page.addEventListener("keydown", (event) => event.stopPropagation()); // a notebook has commands on single keys
+  page.addEventListener("keydown", (event) => event.stopPropagation()); // notebooks have single-key commands
   const built = build(model.get("payload"), page, root).catch((error) => {
     page.append(make("p", { class: "warning", role: "alert" }, `This page can't be shown: ${error.message}`));
     throw error;
@@ -61,7 +61,7 @@ async function build(payload, page, root) {
   const print = (event) => {
     if (event.matches) paint("light"); // paper is white
     else follow();
-    view.tell(); // now: the next frame may come after the print
+    view.notify(); // now: the next animation frame may be too late for printing
   };
   const paper = window.matchMedia("print");
   paper.addEventListener("change", print);
@@ -86,7 +86,7 @@ async function build(payload, page, root) {
   page.append(inner);
   follow();
   if (description.rounded !== null) {
-    inner.append(make("p", { class: "note" }, `The numbers of this trace are kept as ${description.rounded}, so that the page stays small: the last digits differ from the run's.`));
+    inner.append(make("p", { class: "note" }, `The numbers of this trace are stored as ${description.rounded} to keep the page small: the last digits differ from the run's.`));
   }
   if (description.patches.length) {
     inner.append(make("p", { class: "note" }, `The network was run with ${plural(description.patches.length, "patch", "patches")}: ${description.patches.map((patch) => patch.text).join(", ")}.`));
@@ -103,7 +103,7 @@ async function build(payload, page, root) {
   if (empty) {
     const what = description.rows === 0 ? "no row" : view.steps === 0 ? "no step" : "no gate, state or sequence";
     const play = new Playground(view, runner);
-    inner.append(make("p", { class: "warning" }, `There is nothing to draw: the trace holds ${what}.`), make("h2", {}, "Playground"), make("p", { class: "about" }, PLAY), play.element);
+    inner.append(make("p", { class: "warning" }, `There is nothing to show: the trace has ${what}.`), make("h2", {}, "Playground"), make("p", { class: "about" }, PLAY), play.element);
     play.open = true;
     play.draw();
     return { view, close };
@@ -111,18 +111,18 @@ async function build(payload, page, root) {
   const diagram = new NetworkDiagram(view);
   const map = new HeatMap(view);
   const panes = {
-    cell: { title: "Cell", about: "One unit at one step, opened to its wires. Point at a number, or move to it with Tab, to see how it came about.", pane: new CellView(view, root.querySelector(".page")) },
-    unit: { title: "Unit over time", about: "The life of one unit: its gates between 0, shut, and 1, open; below, what it holds and shows. A click moves the cursor.", pane: new UnitLines(view) },
-    text: { title: "Labels", about: "The steps' labels as a text, each coloured by what the unit is at its step.", pane: new LabelText(view) },
-    memory: { title: "Memory", about: "A cell is a sum: what each past step wrote into it, times what every forget gate since then has kept. These are the parts at the cursor.", pane: new Memory(view) },
-    gradient: { title: "Gradient", about: "How much a number would change with each input: the gradient, computed back through the network in this page. The cursor chooses the step.", pane: new Gradients(view, rerun, changes) },
-    whatif: { title: "What if", about: "Change an input, hold a gate, reset the state or edit a weight: the page runs the network anew and shows what it does then, in every view.", pane: new WhatIf(view, rerun, changes) },
-    match: { title: "Select and match", about: "Mark a range of steps: the units that are on throughout it, and where else these are on together.", pane: new Matches(view) },
+    cell: { title: "Cell", about: "The wiring of one unit at one step. Point at a number, or move to it with Tab, to see its formula.", pane: new CellView(view, root.querySelector(".page")) },
+    unit: { title: "Unit over time", about: "One unit over all steps: its gates between 0, closed, and 1, open; below, its state and output. A click moves the cursor.", pane: new UnitLines(view) },
+    text: { title: "Labels", about: "The steps' labels as text, each coloured by the unit's value at its step.", pane: new LabelText(view) },
+    memory: { title: "Memory", about: "The cell state is a sum: what each past step wrote, times the share that all later forget gates kept. These are the terms at the cursor.", pane: new Memory(view) },
+    gradient: { title: "Gradient", about: "How much a number changes with each input: the gradient, computed by backpropagation in this page. The cursor selects the step.", pane: new Gradients(view, rerun, changes) },
+    whatif: { title: "What if", about: "Change an input, patch a gate, reset the state or edit a weight: the page runs the network again and shows the result in every view.", pane: new WhatIf(view, rerun, changes) },
+    match: { title: "Select and match", about: "Mark a range of steps to find the units that are on throughout it, and other places where they are on together.", pane: new Matches(view) },
     playground: { title: "Playground", about: PLAY, pane: new Playground(view, runner) },
   };
   if (view.labels.kind === null) delete panes.text;
   const tabbed = tabs(
-    "Ways to look at the trace",
+    "Views of the trace",
     Object.entries(panes).map(([name, { title, about, pane }]) => ({ name, title, about, element: pane.element })),
     (name) => {
       for (const [own, { pane }] of Object.entries(panes)) {
@@ -138,8 +138,8 @@ async function build(payload, page, root) {
     make(
       "div",
       { class: "stage" },
-      make("section", { class: "card net" }, make("h2", {}, "The network"), make("p", { class: "about" }, "Upwards, layer by layer; to the right, step by step. Choose a layer to open it."), diagram.element),
-      make("section", { class: "card" }, make("h2", {}, "What its units did"), map.element),
+      make("section", { class: "card net" }, make("h2", {}, "The network"), make("p", { class: "about" }, "Layers upwards, steps to the right. Choose a layer to open it."), diagram.element),
+      make("section", { class: "card" }, make("h2", {}, "Units over time"), map.element),
     ),
     tabbed.element,
   );
@@ -150,7 +150,7 @@ async function build(payload, page, root) {
   await diagram.draw();
   tabbed.show("cell");
   await rerun.start();
-  if (rerun.why !== null) header.after(make("p", { class: "warning" }, `${rerun.why} The page shows the trace alone, without what-if and gradients.`));
+  if (rerun.why !== null) header.after(make("p", { class: "warning" }, `${rerun.why} The page shows only the trace, without what-if and gradients.`));
   return {
     view,
     map,

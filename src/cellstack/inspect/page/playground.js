@@ -1,4 +1,4 @@
-// The playground: a small network that learns a task while one watches.
+// The playground: a small network that learns a task live.
 
 import { Plane, planeOf } from "./data.js";
 import { button, choice, make, numberBox, plural, select, shown, table } from "./dom.js";
@@ -7,7 +7,7 @@ import { TASKS } from "./engine/training.js";
 import { MEANINGS } from "./view.js";
 
 const MOST_LEARNING = 48;
-const TURN = { milliseconds: 60, most: 50 }; // of training between two pictures
+const TURN = { milliseconds: 60, most: 50 }; // training between two redraws
 const FIELDS = { lstm: ["i", "f", "g", "o", "c", "h"], gru: ["z", "r", "g", "h"], rnn: ["g", "h"] };
 const KINDS = [["lstm", "LSTM"], ["gru", "GRU"], ["rnn", "SimpleRNN"]];
 
@@ -24,12 +24,12 @@ export class Playground {
     this.task = select("Task", Object.entries(TASKS).map(([name, task]) => [name, task.title]), "echo", () => this.begin());
     this.kind = select("Cell", KINDS, "lstm", () => this.begin());
     this.units = numberBox("Units", () => this.begin(), { value: 12, min: 1, max: MOST_LEARNING, step: 1 });
-    this.delay = numberBox("Steps before", () => this.begin(), { value: 3, min: 0, max: 15, step: 1 });
+    this.delay = numberBox("Delay in steps", () => this.begin(), { value: 3, min: 0, max: 15, step: 1 });
     this.rate = select("Learning rate", ["0.001", "0.003", "0.01", "0.03", "0.1"], "0.01", () => this.begin());
     this.seed = numberBox("Seed", () => this.begin(), { value: 1, min: 0, max: 9999, step: 1 });
     this.go = button("Learn", () => this.toggle(), { class: "main" });
     this.one = button("One step", () => this.turn({ milliseconds: 0, most: 1 }));
-    this.anew = button("Start anew", () => this.begin());
+    this.restart = button("Restart", () => this.begin());
     this.about = make("p", { class: "note" });
     this.said = make("p", { class: "readout", role: "status" });
     this.loss = make("canvas", { class: "chart", role: "img" });
@@ -38,19 +38,19 @@ export class Playground {
     this.gates = make("canvas", { class: "tiles", role: "img" });
     this.gate = choice("Gate or state", (field) => { this.field = field; this.draw(); });
     this.table = make("div", { class: "behind" });
-    this.behind = make("details", { ontoggle: () => this.draw() }, make("summary", {}, "The same as a table"), this.table);
+    this.behind = make("details", { ontoggle: () => this.draw() }, make("summary", {}, "Show as a table"), this.table);
     const group = (title, ...children) => make("div", { class: "group" }, make("h3", {}, title), ...children);
     this.element = make(
       "div",
       {},
-      make("div", { class: "toolbar" }, this.task.element, this.kind.element, this.units.element, this.delay.element, this.rate.element, this.seed.element, this.go, this.one, this.anew),
+      make("div", { class: "toolbar" }, this.task.element, this.kind.element, this.units.element, this.delay.element, this.rate.element, this.seed.element, this.go, this.one, this.restart),
       this.about,
       this.said,
       make(
         "div",
         { class: "columns" },
-        make("div", {}, group("Loss, its logarithm", this.loss), group("One sequence that it hasn't learned from: dashed is what is asked for", this.answer)),
-        make("div", {}, group("What goes in", this.inputs), group("Its units, step by step", this.gate.element, this.gates, this.behind)),
+        make("div", {}, group("Loss, logarithmic", this.loss), group("A sequence outside the training data: the target is dashed", this.answer)),
+        make("div", {}, group("Input", this.inputs), group("Units over time", this.gate.element, this.gates, this.behind)),
       ),
     );
     view.on((changed) => {
@@ -110,7 +110,7 @@ export class Playground {
     const { begun } = this;
     await begun;
     const { losses, example } = await this.runner.ask("train", given);
-    if (begun !== this.begun) return; // it was started anew meanwhile
+    if (begun !== this.begun) return; // it was restarted in the meantime
     for (const { loss, accuracy } of losses) {
       this.losses.push(loss);
       this.rights.push(accuracy);
@@ -135,7 +135,7 @@ export class Playground {
     const rights = this.rights.slice(-20).filter((one) => one !== null);
     const right = rights.reduce((sum, one) => sum + one, 0) / Math.max(1, rights.length);
     this.said.textContent = count
-      ? `after ${plural(count, "batch", "batches")}: loss ${shown(mean, 3)}${rights.length ? `, ${shown(100 * right, 3)} % of the answers right` : ""}${Number.isFinite(mean) ? "" : ": it has diverged, start anew with a smaller learning rate"}`
+      ? `after ${plural(count, "batch", "batches")}: loss ${shown(mean, 3)}${rights.length ? `, ${shown(100 * right, 3)} % of the answers right` : ""}${Number.isFinite(mean) ? "" : ": it has diverged, restart with a smaller learning rate"}`
       : "It hasn't learned yet.";
     this.said.dataset.batches = String(count);
     const logs = new Plane(Float64Array.from(this.losses, (loss) => Math.log10(Math.max(loss, 1e-12))), 1, count);
@@ -151,7 +151,7 @@ export class Playground {
       { plane: output, unit: 0, colour: view.colours.warm },
       { plane: asked, unit: 0, colour: view.colours.muted, dash: [4, 3], gaps: true },
     ], whole);
-    this.answer.setAttribute("aria-label", `What the network answers at each step, and what is asked for: ${task.outputs.join(", ")}`);
+    this.answer.setAttribute("aria-label", `The network's output at each step, and the target: ${task.outputs.join(", ")}`);
     const given = planeOf(example.input, 0);
     drawTiles(this.inputs, view, given, scaleOf("", given.range), task.inputs);
     this.inputs.setAttribute("aria-label", `The input of the sequence: ${task.inputs.join(", ")}, over ${steps} steps`);
@@ -163,6 +163,6 @@ export class Playground {
       ...task.inputs.map((name, n) => [name, ...Array.from(given.line(n), (value) => shown(value, 3))]),
       ...Array.from({ length: shownPlane.units }, (_, unit) => [`${this.field} ${unit}`, ...Array.from(shownPlane.line(unit), (value) => shown(value, 3))]),
     ];
-    this.table.replaceChildren(table(["", ...Array.from({ length: steps }, (_, step) => `step ${step}`)], rows, { caption: "What goes in, and the units, step by step" }));
+    this.table.replaceChildren(table(["", ...Array.from({ length: steps }, (_, step) => `step ${step}`)], rows, { caption: "The input and the units, by step" }));
   }
 }

@@ -1,17 +1,17 @@
-// The engine in a worker, so that the page stays awake while it computes; and what it is given to run a trace anew.
+// The engine in a worker, so that the page stays responsive; and the data for running a trace again.
 
 import { gradient, multiplications, readNetwork, run, unsupported } from "./engine/engine.js";
 import { createTrainer } from "./engine/training.js";
 import { plural } from "./dom.js";
 
-/* global engineSource */ // the engine's text, which html.py puts before the modules
+/* global engineSource */ // the engine's text, which html.py inserts before the modules
 
-export const LIVE = 2e8; // multiplications of a run that may follow a drag
-export const MOST_RUN = 6e9; // of one that is waited for: some seconds
-const MOST_HELD = 4e7; // numbers of gates and states that a run holds, in float64
-const BACK = { multiplications: 3, held: 4 }; // as many times a run's, of a gradient
+export const LIVE = 2e8; // maximum multiplications of a run during a drag
+export const MOST_RUN = 6e9; // maximum multiplications of other runs: a few seconds
+const MOST_NUMBERS = 4e7; // maximum numbers of gates and states in a run, in float64
+const BACK = { multiplications: 3, kept: 4 }; // cost of a gradient relative to a run
 
-// The patches of a network as they act on one row of its batch, which is the only row of a run in the page.
+// The patches of a network for one row of its batch, the only row that a run in the page has.
 export function patchesOfRow(patches, row) {
   const found = [];
   for (const patch of patches) {
@@ -33,56 +33,56 @@ export function patchesOfRow(patches, row) {
   return found;
 }
 
-// What the engine is asked for, in a worker or in the page itself; `held` is what it keeps from one question to the next.
-export function served(held, what, given) {
+// Serve a request, in a worker or in the page; `engine` is the engine's state between requests.
+export function served(engine, what, given) {
   if (what === "network") {
-    held.network = readNetwork(given.network);
-    held.patches = held.network.patches;
-    return { unsupported: unsupported(held.network), multiplications: multiplications(held.network, given.steps) };
+    engine.network = readNetwork(given.network);
+    engine.patches = engine.network.patches;
+    return { unsupported: unsupported(engine.network), multiplications: multiplications(engine.network, given.steps) };
   }
   if (what === "run" || what === "gradient") {
-    held.network.patches = patchesOfRow(held.patches, given.row);
+    engine.network.patches = patchesOfRow(engine.patches, given.row);
     const restore = [];
     for (const { node, cell, name, at, value } of given.edits) {
-      const { data } = held.network.nodes.find((one) => one.name === node).cells[cell].arrays[name];
+      const { data } = engine.network.nodes.find((one) => one.name === node).cells[cell].arrays[name];
       restore.push([data, at, data[at]]);
       data[at] = value;
     }
     try {
-      if (what === "run") return run(held.network, given.inputs, given.options);
-      return gradient(held.network, given.inputs, given.options, given.of).inputs;
+      if (what === "run") return run(engine.network, given.inputs, given.options);
+      return gradient(engine.network, given.inputs, given.options, given.of).inputs;
     } finally {
       for (const [data, at, value] of restore.reverse()) data[at] = value;
     }
   }
   if (what === "trainer") {
-    held.trainer = createTrainer(given);
-    return { options: held.trainer.options, example: held.trainer.example() };
+    engine.trainer = createTrainer(given);
+    return { options: engine.trainer.options, example: engine.trainer.example() };
   }
   if (what === "train") {
     const losses = [];
     const until = performance.now() + given.milliseconds;
-    do losses.push(held.trainer.step());
+    do losses.push(engine.trainer.step());
     while (performance.now() < until && losses.length < given.most);
-    return { losses, example: held.trainer.example() };
+    return { losses, example: engine.trainer.example() };
   }
   throw new Error(`expected network, run, gradient, trainer or train, got ${what}`);
 }
 
 const AT_WORK = `
-const held = {};
+const engine = {};
 onmessage = ({ data: { id, what, given } }) => {
-  try { postMessage({ id, answer: served(held, what, given) }); }
+  try { postMessage({ id, answer: served(engine, what, given) }); }
   catch (error) { postMessage({ id, error: error.message }); }
 };`;
 
-// Asks a worker, or the page itself where a browser starts none from a file's own text.
+// Sends requests to a worker, or computes in the page where a browser can't start a worker from text.
 export class Runner {
   constructor() {
     this.count = 0;
     this.open = new Map();
     this.next = new Map();
-    this.held = {};
+    this.engine = {};
     this.worker = null;
     try {
       this.address = URL.createObjectURL(new Blob([engineSource, patchesOfRow.toString(), served.toString(), AT_WORK], { type: "text/javascript" }));
@@ -93,11 +93,11 @@ export class Runner {
         this.fallBack();
       };
     } catch {
-      this.worker = null; // it then computes in the page
+      this.worker = null; // compute in the page instead
     }
   }
 
-  // The worker didn't start: what it was asked is answered here.
+  // The worker didn't start: answer its open requests here.
   fallBack() {
     this.worker?.terminate();
     this.worker = null;
@@ -116,7 +116,7 @@ export class Runner {
   here(id, what, given) {
     setTimeout(() => {
       try {
-        this.settle({ id, answer: served(this.held, what, given) });
+        this.settle({ id, answer: served(this.engine, what, given) });
       } catch (error) {
         this.settle({ id, error: error.message });
       }
@@ -131,7 +131,7 @@ export class Runner {
     else waiting.reject(new Error(error));
   }
 
-  // As `ask`, but of several questions of one kind that come while one is answered only the last is; null for the others.
+  // Like `ask`, but of several requests of one kind that arrive while one runs, only the last is served; the others get null.
   async latest(what, given) {
     const slot = this.next.get(what) ?? { busy: false, waiting: null };
     this.next.set(what, slot);
@@ -156,7 +156,7 @@ export class Runner {
   }
 }
 
-// A trace's network and inputs, ready to be run anew; `why` says why they aren't.
+// A trace's network and inputs, ready to run again; `why` is the reason if they can't.
 export class Rerun {
   constructor(view, runner) {
     this.view = view;
@@ -166,7 +166,7 @@ export class Rerun {
     this.size = 0;
   }
 
-  // Read the network; whether it can be run, and in what time.
+  // Read the network, and determine whether it can be run, and at what cost.
   async start() {
     const { view, runner } = this;
     const { description, store } = view;
@@ -184,25 +184,25 @@ export class Rerun {
     const network = { description: description.network.description, arrays };
     const found = await runner.ask("network", { network, steps: Math.max(1, view.steps) });
     this.size = found.multiplications;
-    if (found.unsupported.length) this.why = `This page can't run the network anew. ${found.unsupported.join(" ")}`;
+    if (found.unsupported.length) this.why = `This page can't run the network again. ${found.unsupported.join(" ")}`;
     else this.why = this.tooMuch("A run of this network", 1, 1);
-    if (this.why === null) this.whyNoGradient = this.tooMuch("A gradient of this run", BACK.multiplications, BACK.held);
+    if (this.why === null) this.whyNoGradient = this.tooMuch("A gradient of this run", BACK.multiplications, BACK.kept);
   }
 
-  // Why a run, or what takes so many times as much, would ask too much of a browser; null where it doesn't.
-  tooMuch(what, times, held) {
+  // The reason why a run, scaled by these factors, is too expensive for a browser; null where it isn't.
+  tooMuch(what, times, copies) {
     const count = this.size * times;
-    const numbers = this.held * held;
+    const numbers = this.numbers * copies;
     if (count > MOST_RUN) {
       const seconds = Math.round(count / 1e9);
-      return `${what} takes ${count.toLocaleString("en")} multiplications, some ${plural(seconds, "second")} in a browser: too long to wait for. With fewer steps the page would compute it.`;
+      return `${what} takes ${count.toLocaleString("en")} multiplications, about ${plural(seconds, "second")} in a browser: too long to wait for. Trace fewer steps.`;
     }
-    if (numbers > MOST_HELD) return `${what} takes ${numbers.toLocaleString("en")} numbers: too many for a browser. With fewer steps the page would compute it.`;
+    if (numbers > MOST_NUMBERS) return `${what} takes ${numbers.toLocaleString("en")} numbers: too many for a browser. Trace fewer steps.`;
     return null;
   }
 
-  // The numbers of gates and states of one row.
-  get held() {
+  // The number of gate and state values of one row.
+  get numbers() {
     const { arrays } = this.view.description;
     const fields = this.view.description.nodes.flatMap((node) => node.cells.flatMap((cell) => Object.values(cell.fields)));
     return fields.reduce((sum, { array }) => sum + arrays[array].shape[1] * arrays[array].shape[2], 0);
@@ -212,7 +212,7 @@ export class Rerun {
     return this.size <= LIVE;
   }
 
-  // What a run of the row takes: { inputs, options }.
+  // The arguments of a run of the row: { inputs, options }.
   async given(row) {
     const { description, store } = this.view;
     const inputs = {};

@@ -1,7 +1,7 @@
-// Orders of the units of a layer: by how long they remember, by how much they vary, and so that like stands by like.
+// Orders of the units of a layer: by memory length, by variance, and by similarity of neighbours.
 
-const POINTS = 256; // of a line, when lines are compared
-const MOST_COMPARED = 1024; // units; comparing takes the square of their number
+const POINTS = 256; // points per line when comparing lines
+const MOST_COMPARED = 1024; // maximum units to compare; the cost is quadratic
 
 export function byNumber(units) {
   return Int32Array.from({ length: units }, (_, n) => n);
@@ -31,8 +31,8 @@ export function variances(plane) {
   });
 }
 
-// In how many steps half of what each unit holds is forgotten: ln 2 over the mean of -ln f; f is what a step keeps.
-// Steps that the mask leaves out don't count. What was rounded to 0 counts as `least`.
+// The number of steps in which each unit forgets half of its state: ln 2 over the mean of -ln f; f is the keep factor of
+// a step. Masked steps don't count. Values rounded to 0 count as `least`.
 export function halfLives(kept, rate, mask, least) {
   return Float64Array.from({ length: kept.units }, (_, unit) => {
     const line = kept.line(unit);
@@ -48,8 +48,8 @@ export function halfLives(kept, rate, mask, least) {
   });
 }
 
-// An order in which neighbours are alike: units are joined into ever larger groups by the mean of their correlations
-// (average linkage, by chains of nearest neighbours), and each group is turned so that its ends meet what is like them.
+// An order with similar neighbours: units are merged into groups by the mean of their correlations (average linkage, by
+// nearest-neighbour chains), and each group is oriented so that adjacent ends are similar.
 export function byLikeness(plane) {
   const { units } = plane;
   if (units < 3 || units > MOST_COMPARED || plane.steps < 2) return byNumber(units);
@@ -63,7 +63,7 @@ export function byLikeness(plane) {
       distance[a * units + b] = distance[b * units + a] = 1 - sum;
     }
   }
-  const between = Float32Array.from(distance); // of groups, each held at the place of its first unit
+  const between = Float32Array.from(distance); // distances of groups, each stored at the index of its first unit
   const members = Array.from({ length: units }, (_, n) => [n]);
   const active = new Set(members.keys());
   const chain = [];
@@ -96,7 +96,7 @@ export function byLikeness(plane) {
   return Int32Array.from(members[active.values().next().value]);
 }
 
-// Two orders one after the other, each as it is or turned round, so that the ends that meet are most alike.
+// Two orders concatenated, each possibly reversed, so that the joined ends are most similar.
 function joinedEnds(a, b, distance, units) {
   const [a0, a1, b0, b1] = [a[0], a[a.length - 1], b[0], b[b.length - 1]];
   const ways = [
@@ -108,7 +108,7 @@ function joinedEnds(a, b, distance, units) {
   return ways.reduce((best, way) => (way[0] < best[0] ? way : best))[1]();
 }
 
-// Lines of few points, means over blocks, each with mean 0 and length 1; one that doesn't change is all 0.
+// Lines reduced to block means, each with mean 0 and length 1; a constant line is all 0.
 function standardised(plane) {
   const points = Math.min(POINTS, plane.steps);
   const out = new Float32Array(plane.units * points);

@@ -1,4 +1,4 @@
-// How the page looks: light, dark, narrow and printed.
+// The style of the page: light, dark, narrow and printed.
 
 const light = `
   --ground: #ffffff; --raised: #f6f7f9; --ink: #1a1f29; --muted: #5c6675; --grid: #e4e7ec; --edge: #d3d8e0;
@@ -127,7 +127,7 @@ tbody th, thead th:first-child { text-align: left; }
 .inputs .number { color: var(--ink); }
 .popover { position: absolute; z-index: 20; max-width: min(430px, calc(100vw - 16px)); max-height: 70vh; overflow: auto; background: var(--ground); color: var(--ink); border: 1px solid var(--edge); border-radius: 10px; padding: 10px 12px; box-shadow: 0 8px 30px rgba(0, 0, 0, 0.25); font-size: 13px; }
 .popover .result { font-weight: 650; }
-.popover .held { color: var(--warn); }
+.popover .patched { color: var(--warn); }
 .popover .sum { margin: 4px 0 6px; width: 100%; }
 .popover .sum th, .popover .sum td { padding: 1px 6px; border: 0; }
 .popover .sum th { font-weight: 400; }

@@ -1,8 +1,8 @@
-// The pixels of a map: units by steps as colours, drawn from the pyramid of minima and maxima, only what is in view.
+// The pixels of a map: units by steps as colours, drawn from the pyramid of minima and maxima; only the visible part.
 
-const BROKEN = [0xff000000, 0xffffffff]; // in stripes: NaN; chequered: infinite
+const BROKEN = [0xff000000, 0xffffffff]; // striped: NaN; chequered: infinite
 
-// Which blocks of the pyramid, or which step, lie under each column of pixels.
+// The blocks of the pyramid, or the step, under each column of pixels.
 function columnsOf(plane, wide, first, perPixel) {
   const level = plane.level(perPixel);
   const single = perPixel <= 1;
@@ -18,7 +18,7 @@ function columnsOf(plane, wide, first, perPixel) {
   return { end, starts, stops, single, lowData, highData, count, lows: new Float32Array(end), highs: new Float32Array(end) };
 }
 
-// The least and the largest number under each column, of the units in rows from `row` to `lastRow`.
+// The smallest and the largest number under each column, for the units in rows `row` to `lastRow`.
 function gather({ end, starts, stops, lowData, highData, count, lows, highs }, positions, row, lastRow) {
   for (let one = row; one <= lastRow; one += 1) {
     const base = positions[one] * count;
@@ -39,13 +39,13 @@ function gather({ end, starts, stops, lowData, highData, count, lows, highs }, p
   }
 }
 
-// Paint `pixels`, wide × height of them.
+// Paint `pixels`, wide × height.
 //
-//   plane, positions   the numbers, and which unit stands in which row
-//   first, perPixel    the step at the left edge, and how many steps a pixel is wide
-//   rowHeight, offset  of a unit, in pixels, and how many are scrolled away above
-//   scale, colours     from numbers to the 256 colours
-//   apart              leave a line between steps and between units
+//   plane, positions   the numbers, and the unit of each row
+//   first, perPixel    the step at the left edge, and the number of steps per pixel
+//   rowHeight, offset  height of a unit in pixels, and pixels scrolled away above
+//   scale, colours     the mapping from numbers to the 256 colours
+//   apart              whether to leave gaps between steps and between units
 export function paintTiles(pixels, wide, height, { plane, positions, first, perPixel, rowHeight, offset, scale, colours, apart }) {
   const times = 255 / (scale.high - scale.low || 1);
   const columns = columnsOf(plane, wide, first, perPixel);
@@ -53,7 +53,7 @@ export function paintTiles(pixels, wide, height, { plane, positions, first, perP
   const last = Math.min(height, Math.ceil(plane.units * rowHeight - offset));
   const { end, starts, single, lows, highs } = columns;
   for (let y = 0; y < last; ) {
-    // One unit a row of pixels, or as many as fall into it.
+    // One unit per row of pixels, or all units that fall into it.
     let row = Math.floor((y + offset + 1e-6) / rowHeight);
     let lastRow = row;
     let until = y + 1;
@@ -68,12 +68,12 @@ export function paintTiles(pixels, wide, height, { plane, positions, first, perP
     const middle = until - y > 1 && !single ? (y + until) / 2 : until;
     for (let line = y; line < until; line += 1) {
       if (line > y && (line < middle || line - 1 >= middle) && !plane.range.broken) {
-        pixels.copyWithin(line * wide, (line - 1) * wide, (line - 1) * wide + end); // as the line above it
+        pixels.copyWithin(line * wide, (line - 1) * wide, (line - 1) * wide + end); // same as the line above
         continue;
       }
       const base = line * wide;
-      // The upper half of a row shows the largest number of what lies under a pixel, the lower half the least; a
-      // row of one pixel whichever is further from the middle of the scale.
+      // The upper half of a row shows the largest number under a pixel, the lower half the smallest; a row of one pixel
+      // shows the one further from the middle of the scale.
       for (let x = 0; x < end; x += 1) {
         let value = line < middle ? highs[x] : lows[x];
         if (middle === until && lows[x] !== highs[x]) value = half - lows[x] > highs[x] - half ? lows[x] : highs[x];

@@ -1,4 +1,4 @@
-// The life of a unit: its gates and states as lines over the steps.
+// A unit over time: its gates and states as lines over the steps.
 
 import { checkbox, make, replaceChildren, shown } from "./dom.js";
 import { drawLines, lineColour } from "./draw.js";
@@ -67,7 +67,7 @@ export class UnitLines {
     this.say(null);
   }
 
-  // What the lines are at a step: the one that is pointed at, or the cursor's.
+  // The values of the lines at a step: the one under the pointer, or the cursor's.
   say(pointed) {
     const { view, lines } = this;
     const { place } = view;

@@ -1,22 +1,22 @@
-// What is looked at: which row, layer, gate, unit and step, which window of steps, which range is marked; and the numbers
-// of it. Whoever shows something is told what has changed, once a frame.
+// The selection: row, layer, gate, unit and step, the window of steps, the marked range; and its numbers. Listeners are
+// notified of changes once per animation frame.
 
 import { Labels, Plane, planeOf } from "./data.js";
 
 export const MEANINGS = {
   i: "input gate: how much of the candidate is written",
-  f: "forget gate: how much of the cell is kept",
-  g: "candidate: what may be written",
-  o: "output gate: how much of the cell is shown",
-  c: "cell: what the unit remembers",
-  h: "output of the unit, which the next step sees too",
+  f: "forget gate: how much of the cell state is kept",
+  g: "candidate: the new value that may be written",
+  o: "output gate: how much of the cell state is output",
+  c: "cell state: the unit's memory",
+  h: "output of the unit, also an input of the next step",
   z: "update gate: how much of the state is kept",
-  r: "reset gate: how much of the state the candidate sees",
-  x: "what goes into the cell",
-  y: "what comes out",
+  r: "reset gate: how much of the state the candidate uses",
+  x: "input of the cell",
+  y: "output",
 };
 
-// Everything that a map can show, in the order of the network: { key, title, kind, node, cell, fields }.
+// Everything the map can show, in the order of the network: { key, title, kind, node, cell, fields }.
 function placesOf(description) {
   const places = [];
   for (const input of description.inputs) {
@@ -27,7 +27,7 @@ function placesOf(description) {
   for (const node of description.nodes) {
     node.cells.forEach((cell, number) => {
       const several = node.cells.length > 1;
-      const way = node.kind === "Bidirectional" ? (number < node.cells.length / 2 ? ", forwards" : ", backwards") : "";
+      const way = node.kind === "Bidirectional" ? (number < node.cells.length / 2 ? ", forward" : ", backward") : "";
       places.push({
         key: `${node.name}/${number}`,
         title: several ? `${node.name}, cell ${number}${way}` : node.name,
@@ -65,9 +65,9 @@ export class View {
     this.range = null; // [from, to) of steps, marked
     this.order = "number";
     this.theme = "light";
-    this.result = null; // what the network does after a change: { planes: Map, run }
+    this.result = null; // the result after a change: { planes: Map, run }
     this.shows = "trace"; // or "after", or "difference"
-    this.rounding = 0; // how far a run without a change is from the trace: what is no difference
+    this.rounding = 0; // difference between an unchanged run and the trace; smaller ones count as 0
     this.matches = []; // [from, to, row] of steps
     this.planes = new Map();
     this.listeners = [];
@@ -80,7 +80,7 @@ export class View {
     this.listeners.push(listener);
   }
 
-  // Change what is looked at: { step: 3 }; what it leads to is kept in bounds.
+  // Change the selection: { step: 3 }; dependent values are kept in bounds.
   set(changes) {
     for (const [name, value] of Object.entries(changes)) {
       if (this[name] !== value) {
@@ -91,18 +91,18 @@ export class View {
     if ("place" in changes && !this.place.fields.includes(this.field)) this.field = this.place.fields.includes("h") ? "h" : this.place.fields[0];
     if (this.changed.size && !this.waiting) {
       this.waiting = true;
-      requestAnimationFrame(() => this.tell());
+      requestAnimationFrame(() => this.notify());
     }
   }
 
-  tell() {
+  notify() {
     const changed = this.changed;
     this.changed = new Set();
     this.waiting = false;
     for (const listener of this.listeners) listener(changed);
   }
 
-  // How many steps a place has: as the first input, or its own number.
+  // The number of steps of a place: as the first input, or different.
   stepsOf(place) {
     if (place === null) return this.steps;
     const reference = place.kind === "cell" ? Object.values(place.cell.fields)[0] : place.node.value;
@@ -114,21 +114,21 @@ export class View {
     return this.description.arrays[reference.array].shape[1];
   }
 
-  // The step of a place at the cursor: its own number where it has as many as the run, else in proportion.
+  // The step of a place at the cursor: the same index where it has as many steps as the run, else in proportion.
   stepAt(place) {
     const own = this.stepsOf(place);
     if (own === this.steps || !this.steps) return Math.min(this.step, own - 1);
     return Math.min(own - 1, Math.floor((this.step * own) / this.steps));
   }
 
-  // The number of a unit in its layer: a trace may hold some of them.
+  // The number of a unit in its layer: a trace may cover only some of them.
   unitNumber(place, field, unit) {
     if (place === null || place.kind !== "cell" || field === "x") return unit;
     const { cell } = place;
     return field === "h" && cell.spec.output_size !== cell.spec.units ? unit : (cell.units[unit] ?? unit);
   }
 
-  // One row's plane of a field as it was traced.
+  // One row's plane of a field in the trace.
   async traced(place, field, row = this.row) {
     const key = `${row} ${place.key} ${field}`;
     if (!this.planes.has(key)) {
@@ -144,7 +144,7 @@ export class View {
     return this.planes.get(key);
   }
 
-  // What the field is after the changes; null where nothing was changed.
+  // The field after the changes; null without changes.
   after(place, field) {
     const { result } = this;
     if (result === null) return null;
@@ -160,7 +160,7 @@ export class View {
     return result.planes.get(key);
   }
 
-  // What the map shows.
+  // The plane that the map shows.
   async plane(place = this.place, field = this.field) {
     const traced = await this.traced(place, field);
     const after = this.shows === "trace" ? null : this.after(place, field);
@@ -170,20 +170,20 @@ export class View {
     return new Plane(difference, after.units, after.steps);
   }
 
-  // The mask of a cell's row: which steps were used; null = all.
+  // The mask of a cell's row: True at used steps; null = all.
   async mask(place) {
     if (place.kind !== "cell" || place.cell.mask === null) return null;
     const { data, shape } = await this.store.get(place.cell.mask);
     return data.subarray(this.row * shape[1], (this.row + 1) * shape[1]);
   }
 
-  // The patches that what is shown now was run with: the network's own, and the reader's.
+  // The patches of the shown run: the network's own, and the reader's.
   get patches() {
     const own = this.description.patches;
     return this.shows !== "trace" && this.result !== null ? [...own, ...this.result.patches] : own;
   }
 
-  // Before which steps the state of a cell was reset, in what is shown now; null = none.
+  // The steps before which a cell's state was reset in the shown run; null = none.
   async resets(place) {
     if (place.kind !== "cell") return null;
     if (this.shows !== "trace" && this.result !== null) return this.result.reset;
@@ -191,7 +191,7 @@ export class View {
     return stored === null ? null : stored.data.subarray(this.row * stored.shape[1], (this.row + 1) * stored.shape[1]);
   }
 
-  // Keep a window in bounds: as wide as there are steps, or as wide as cells of a good size make it.
+  // Keep a window in bounds: all steps, or as many as fit with cells of a readable size.
   move(from, span, width) {
     const most = Math.max(this.steps, width / 72);
     const wide = Math.min(most, Math.max(Math.min(4, most), width / 72, span));

@@ -1,4 +1,4 @@
-// What if: an input changed, a gate held, the state reset, a weight edited; and what the network then does.
+// What if: change an input, patch a gate, reset the state, edit a weight; and see the result.
 
 import { countOf, sentenceOf } from "./changes.js";
 import { planeOf } from "./data.js";
@@ -29,14 +29,14 @@ export class WhatIf {
     this.inputChart = make("canvas", { class: "chart dragged", role: "img" });
     this.listenToDrags();
     // patches
-    this.gate = select("Hold", [], "", () => this.fillPatchForm());
+    this.gate = select("Patch", [], "", () => this.fillPatchForm());
     this.units = select("of", [["unit", ""], ["all", "all units"]], "unit", () => {});
     this.steps = select("at", [["all", "all steps"]], "all", () => {});
     this.how = select("how", HOWS, "set", () => this.fillPatchForm());
     this.value = make("input", { type: "number", step: "any", value: "1", "aria-label": "Value" });
     this.valueField = make("label", { class: "field" }, make("span", {}, "value"), this.value);
-    this.add = button("Hold it", () => this.addPatch(), { class: "main" });
-    this.patches = make("ul", { class: "patches", "aria-label": "What is held" });
+    this.add = button("Add patch", () => this.addPatch(), { class: "main" });
+    this.patches = make("ul", { class: "patches", "aria-label": "Patches" });
     // resets
     this.reset = button("", () => this.toggleReset());
     // weights
@@ -44,7 +44,7 @@ export class WhatIf {
     this.weights = make("div", { class: "scroll weights" });
     // outputs
     this.output = select("Output", [], "", () => this.draw());
-    this.outputUnit = select("Its unit", [], "", () => this.draw());
+    this.outputUnit = select("Output unit", [], "", () => this.draw());
     this.chart = make("canvas", { class: "chart", role: "img" });
     this.table = make("div", { class: "scroll" });
     this.status = make("p", { class: "status", role: "status" });
@@ -84,7 +84,7 @@ export class WhatIf {
         "div",
         {},
         group("Drag an input value", make("div", { class: "toolbar" }, this.input.element, this.wide.element), this.inputChart, this.sliders),
-        group("Hold a gate or a state", make("div", { class: "toolbar" }, this.gate.element, this.units.element, this.steps.element, this.how.element, this.valueField, this.add), this.patches),
+        group("Patch a gate or a state", make("div", { class: "toolbar" }, this.gate.element, this.units.element, this.steps.element, this.how.element, this.valueField, this.add), this.patches),
         group("Reset the state", make("p", {}, this.reset)),
         group("Edit a weight", make("div", { class: "toolbar" }, this.weightGate.element), this.weights),
       ),
@@ -113,9 +113,9 @@ export class WhatIf {
     this.draw();
   }
 
-  // ── an input ─────────────────────────────────────────────────────────────────────────────────────────────────────
+  // ── an input ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  async fillInputs(anew) {
+  async fillInputs(rebuild) {
     const { view, changes } = this;
     const name = this.input.box.value;
     const input = view.description.inputs.find((one) => one.name === name);
@@ -124,15 +124,15 @@ export class WhatIf {
     const base = changes.base.get(view.row).inputs[name];
     const width = value.shape.slice(input.timed ? 2 : 1).reduce((a, b) => a * b, 1);
     const [low, high] = base.data.reduce(([a, b], one) => [Math.min(a, one), Math.max(b, one)], [0, 0]);
-    const room = input.ids ? 0 : 0.5 * (high - low) || 1;
+    const margin = input.ids ? 0 : 0.5 * (high - low) || 1;
     const count = Math.min(width, MOST_SLIDERS);
     this.wide.element.hidden = view.range === null || !input.timed;
-    if (anew || this.sliderCount !== `${name} ${count}`) {
+    if (rebuild || this.sliderCount !== `${name} ${count}`) {
       this.sliderCount = `${name} ${count}`;
       this.feature = 0;
       this.rows = Array.from({ length: count }, (_, k) => {
-        const step = input.ids ? 1 : (high - low + 2 * room) / 400;
-        const slider = make("input", { type: "range", min: String(low - room), max: String(high + room), step: String(step), "aria-label": `${name} ${k}` });
+        const step = input.ids ? 1 : (high - low + 2 * margin) / 400;
+        const slider = make("input", { type: "range", min: String(low - margin), max: String(high + margin), step: String(step), "aria-label": `${name} ${k}` });
         const number = make("output", {});
         slider.addEventListener("input", () => {
           this.feature = k;
@@ -155,12 +155,12 @@ export class WhatIf {
       ...(value === base ? [] : [{ plane: planes[1], unit: this.feature, colour: view.colours.muted, dash: [4, 3] }]),
     ];
     const window_ = { ...view.window, steps: view.description.steps };
-    const chart = drawLines(this.inputChart, view.colours, lines, window_, { cursor: view.step, range: view.range, ends: { low: low - (room || 0.5), high: high + (room || 0.5) } });
+    const chart = drawLines(this.inputChart, view.colours, lines, window_, { cursor: view.step, range: view.range, ends: { low: low - (margin || 0.5), high: high + (margin || 0.5) } });
     this.inputChart.setAttribute("aria-label", `${name}[${this.feature}] over the steps, to be dragged; the sliders do the same`);
-    this.dragged = { name, width, low: low - room, high: high + room, ids: input.ids, ...chart };
+    this.dragged = { name, width, low: low - margin, high: high + margin, ids: input.ids, ...chart };
   }
 
-  // The line of a feature is dragged up and down at the step where it was taken.
+  // Drag the line of a feature up and down at the step under the pointer.
   listenToDrags() {
     const { inputChart, view } = this;
     const drag = (event) => {
@@ -191,13 +191,13 @@ export class WhatIf {
     this.after();
   }
 
-  // A change was made: what comes of it, at once where that is quick.
+  // After a change: show the result, at once where that is fast.
   after() {
     this.changes.apply();
     this.draw();
   }
 
-  // ── a gate or a state held ───────────────────────────────────────────────────────────────────────────────────────
+  // ── patching a gate or a state ─────────────────────────────────────────────────────────────────────────────────────
 
   get cellPlace() {
     const { view } = this;
@@ -271,30 +271,30 @@ export class WhatIf {
     this.after();
   }
 
-  // ── a weight ─────────────────────────────────────────────────────────────────────────────────────────────────────
+  // ── editing a weight ───────────────────────────────────────────────────────────────────────────────────────────────
 
-  async fillWeights(anew) {
+  async fillWeights(rebuild) {
     const { view, changes } = this;
     const place = this.cellPlace;
     if (place === null || place.cell.weights === null) {
-      replaceChildren(this.weights, make("p", { class: "note" }, "There is no cell here whose weights the page has."));
+      replaceChildren(this.weights, make("p", { class: "note" }, "This page has no weights of a cell for this layer."));
       this.weightGate.element.hidden = true;
       return;
     }
     const { spec } = place.cell;
     const blocks = spec.blocks;
-    if (anew !== true) setChoices(this.weightGate.box, blocks, blocks.includes(this.weightGate.box.value) ? this.weightGate.box.value : blocks[0]);
+    if (rebuild !== true) setChoices(this.weightGate.box, blocks, blocks.includes(this.weightGate.box.value) ? this.weightGate.box.value : blocks[0]);
     const gate = this.weightGate.box.value;
     const unit = Math.min(view.unit, spec.units - 1);
     const key = `${place.key} ${gate} ${unit}`;
-    if (this.weightKey === key && !anew) {
+    if (this.weightKey === key && !rebuild) {
       this.showWeights?.();
       return;
     }
     this.weightKey = key;
     const column = blocks.indexOf(gate) * spec.units + unit;
     const entries = [];
-    for (const [name, letter] of [["kernel", "x"], ["recurrent_kernel", "h before"], ["bias", "bias"]]) {
+    for (const [name, letter] of [["kernel", "x"], ["recurrent_kernel", "h_prev"], ["bias", "bias"]]) {
       if (place.cell.weights[name] === undefined) continue;
       const stored = await view.store.get(place.cell.weights[name]);
       const [rows, columns] = stored.shape.length > 1 ? stored.shape : [1, stored.shape[0]];
@@ -325,7 +325,7 @@ export class WhatIf {
     );
   }
 
-  // ── what comes of it ─────────────────────────────────────────────────────────────────────────────────────────────
+  // ── the result ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
   async draw() {
     if (!this.open) return;
@@ -336,7 +336,7 @@ export class WhatIf {
     const set = changes.resets.has(view.step);
     this.reset.textContent = set ? `Don't reset before ${view.labels.full(view.row, view.step)}` : `Reset the state before ${view.labels.full(view.row, view.step)}`;
     this.reset.setAttribute("aria-pressed", String(set));
-    this.code.textContent = changes.any ? changes.python() : "Nothing is changed yet.";
+    this.code.textContent = changes.any ? changes.python() : "No changes yet.";
     this.copy.disabled = this.undo.disabled = !changes.any;
     const name = this.output.box.value;
     const node = view.description.nodes.find((one) => one.name === name);
@@ -365,19 +365,19 @@ export class WhatIf {
       drawLines(this.chart, view.colours, lines, { from: view.window.from * stretch, span: view.window.span * stretch, steps: stretch === 1 ? view.description.steps : null }, { cursor: Math.floor(view.step * stretch), range: view.range });
       this.chart.setAttribute("aria-label", `${name}[${unit}] over the steps: ${shown(before(unit), 5)} at the cursor as traced, ${shown(now(unit), 5)} after the changes`);
     }
-    const change = (k) => (Math.abs(now(k) - before(k)) <= view.rounding ? 0 : now(k) - before(k)); // rounding is none
+    const change = (k) => (Math.abs(now(k) - before(k)) <= view.rounding ? 0 : now(k) - before(k)); // ignore rounding
     const rows = Array.from({ length: Math.min(width, 12) }, (_, k) => [`${name}[${k}]`, shown(before(k), 5), shown(now(k), 5), shown(change(k), 4)]);
     replaceChildren(this.table, table(["output", "before", "after", "change"], rows, { caption: node.timed ? `At ${view.labels.full(view.row, view.step)}${width > 12 ? `, the first 12 of ${width}` : ""}` : "Of the row" }));
     const said = [];
     if (changes.status) said.push(changes.status);
-    else if (after !== null) said.push(`${countOf(changes)} changed; dashed is before.`);
-    if (changes.difference !== null) said.push(`Without a change, this page computes what was traced to ${shown(changes.difference, 2)}.`);
+    else if (after !== null) said.push(`${countOf(changes)} changed; dashed: before.`);
+    if (changes.difference !== null) said.push(`Without changes, this page reproduces the trace to ${shown(changes.difference, 2)}.`);
     this.status.textContent = said.join(" ");
   }
 
   async outputPlanes(node, place, after) {
     const { view } = this;
-    // Of a node with one cell the map shows the cell's fields: its own value is read here.
+    // For a node with one cell, the map shows the cell's fields; this reads the node's value.
     const own = place?.kind === "value" ? place : { key: `value ${node.name}`, name: node.name, kind: "value", node };
     return [await view.traced(own, "y"), after === null ? null : view.after(own, "y")];
   }
@@ -388,7 +388,7 @@ export class WhatIf {
       await navigator.clipboard.writeText(text);
       this.copy.textContent = "Copied";
     } catch {
-      const range = document.createRange(); // a page from a file may not write to the clipboard: the reader can
+      const range = document.createRange(); // a page from a file can't write to the clipboard, but the reader can
       range.selectNodeContents(this.code);
       const selection = window.getSelection();
       selection.removeAllRanges();

@@ -1,1 +1,1 @@
-"""Cells that a graph writes out as products, sums and activations: alone, step by step, or as the body of a Scan."""
+"""Cells that a graph decomposes into products, sums and activations: single, unrolled, or as the body of a Scan."""

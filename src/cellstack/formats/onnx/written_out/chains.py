@@ -1,6 +1,6 @@
-"""Chains of steps of cells, as exporters write where they unroll a loop, and the cell that such steps are.
+"""Chains of cell steps, as exporters write them when they unroll a loop, and the cell that they belong to.
 
-A step follows another where it multiplies that one's h by the matrix that the other multiplies its h_prev by.
+A step follows another if it multiplies the other's h by the same matrix that the other uses for its h_prev.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from cellstack.spec import CellSpec
 
 @dataclass(eq=False)
 class Chain:
-    """Steps of one cell, each from the h of the one before.
+    """Steps of one cell, each with the previous step's h as its h_prev.
 
     Args:
-        steps: in the order in which they are computed.
-        starts: the names of h and c that the first begins from.
+        steps: the steps, in the order of computation.
+        starts: the names of the initial h and c.
         inputs: the product of x in each step.
         recurrent: the matrix of h.
-        name: what the names of its weights have in common, else the operator that makes the first h.
-        folded: a constant that stands where the first step adds the product of zeros and its bias; "" where none does.
+        name: the common prefix of the weights' names, else the operator that computes the first h.
+        folded: a constant that replaces the first step's product of zeros plus bias; "" without one.
     """
 
     steps: list[Step]
@@ -42,12 +42,12 @@ class Chain:
     folded: str = ""
 
     def is_h(self, term: Term) -> bool:
-        """Return whether a product is one of h."""
+        """Return whether a product multiplies h."""
         return term.weights == self.recurrent
 
 
 def stripped(scope: Scope, name: str) -> str:
-    """Return what a value is, past axes of length 1."""
+    """Return the origin of a value, ignoring axes of length 1."""
     for _ in range(4):
         node = scope.producers.get(name)
         if node is None or node.op_type not in FOLLOWED or not node.input:
@@ -57,7 +57,7 @@ def stripped(scope: Scope, name: str) -> str:
 
 
 def _of_h(scope: Scope, step: Step, before: Step) -> str | None:
-    """Return the matrix by which a step multiplies the h of another; None where it doesn't."""
+    """Return the matrix by which a step multiplies another step's h; None where it doesn't."""
     h = before.node.output[0]
     theirs = {term.weights for gate in before.gates.values() for term in gate.products}
     for gate in step.gates.values():
@@ -68,7 +68,7 @@ def _of_h(scope: Scope, step: Step, before: Step) -> str | None:
 
 
 def find_chains(scope: Scope) -> list[Chain]:
-    """Return the chains of two steps and more that a graph writes out, by the place of their first step."""
+    """Return a graph's chains of two or more steps, ordered by their first step."""
     steps = {step.node.output[0]: step for step in steps_of(scope)}
     after: dict[str, Step] = {}
     matrices: dict[str, str] = {}
@@ -93,7 +93,7 @@ def find_chains(scope: Scope) -> list[Chain]:
 
 
 def _with_folded(scope: Scope, chain: Chain) -> Chain:
-    """Return a chain with the step before its first, where an exporter computed that one's product of zeros."""
+    """Return a chain with its first step prepended, where an exporter folded that step's product of zeros."""
     after, node = chain.steps[0], scope.producers.get(stripped(scope, chain.starts[0]))
     found = gate_of(scope, node.output[0]) if node is not None else None
     if node is None or found is None or (found.text, found.clip) != (after.activations["g"], after.flags.get("clip")):
@@ -121,7 +121,7 @@ def _chain(scope: Scope, step: Step, after: dict[str, Step], weights: str) -> Ch
         ours = [term for gate in each.gates.values() for term in gate.products if term.weights != weights]
         hidden = [term for gate in each.gates.values() for term in gate.products if term.weights == weights]
         theirs = {term.value for term in hidden}
-        if any(term.moves for term in hidden):  # something is cut out of a product of h, which no cell does
+        if any(term.moves for term in hidden):  # a cell never slices a product of h
             return None
         if len({(term.value, tuple(map(id, term.moves))) for term in ours}) != 1 or len(theirs) != 1:
             return None
@@ -134,7 +134,7 @@ def _chain(scope: Scope, step: Step, after: dict[str, Step], weights: str) -> Ch
     first = next(iter(starts))
     sides = [step.gates[part].products[0].weights == weights for part in "gh" if part in step.gates]
     if step.kind == "gru" and sides != [False, True]:
-        return None  # r is on x's side of the candidate, or on both
+        return None  # r multiplies x's part of the candidate, or both parts
     if any(gate.peepholes for gate in step.gates.values()) or step.cell_norm is not None:
         return None
     if step.kind == "gru" and not _mixes(scope, steps, first):
@@ -144,14 +144,14 @@ def _chain(scope: Scope, step: Step, after: dict[str, Step], weights: str) -> Ch
 
 
 def common(one: str, other: str) -> str:
-    """Return what two names begin with alike, up to a whole word."""
+    """Return the common prefix of two names, up to a whole word."""
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     text = "".join(letter for letter, _ in alike)
     return text[: max(text.rfind("/"), text.rfind("."), 0)]
 
 
 def _mixes(scope: Scope, steps: list[Step], first: str) -> bool:
-    """Whether each step of a GRU mixes its candidate with the h that its products take."""
+    """Whether each step of a GRU mixes its candidate with the same h that its products use."""
     expected, zero = stripped(scope, first), partial(is_zero, scope)
     for step in steps:
         (one, other) = step.node.input
@@ -170,17 +170,17 @@ def _mixes(scope: Scope, steps: list[Step], first: str) -> bool:
 
 
 def cell_of(scope: Scope, step: Step, is_h: Callable[[Term], bool], flags: dict[str, Any], **arrays: Array) -> Cell:
-    """Return the cell whose step a graph writes out.
+    """Return the cell of a decomposed step.
 
     Args:
         scope: the graph.
         step: the step.
-        is_h: whether a product is one of h; else it is one of x.
-        flags: what the step's equations don't say of the cell.
-        **arrays: those that aren't in them.
+        is_h: whether a product multiplies h; otherwise it multiplies x.
+        flags: settings of the cell that don't follow from the step's equations.
+        **arrays: arrays that aren't in the equations.
 
     Raises:
-        ValueError: weights that aren't those of one cell.
+        ValueError: weights that don't form one cell.
     """
     kind, named = step.kind, step.activations
     order = [gate for gate in ORDER[kind] if gate in step.gates]
@@ -188,7 +188,7 @@ def cell_of(scope: Scope, step: Step, is_h: Callable[[Term], bool], flags: dict[
     rows, hidden = ([array_of(scope, term) for term in terms] for terms in (x, h))
     weight, recurrent, units = np.concatenate(rows), np.concatenate(hidden), len(rows[0])
     if len({len(part) for part in (*rows, *hidden)}) != 1 or recurrent.shape[1] != flags.get("proj_size", units):
-        raise ValueError(f"expected weights of one cell, found {weight.shape} and {recurrent.shape}")
+        raise ValueError(f"the weights don't form one cell: {weight.shape} and {recurrent.shape}")
     arrays |= {"kernel": weight.T, "recurrent_kernel": recurrent.T}
     if any(gate.biases for gate in step.gates.values()):
         arrays["bias"] = _biases(scope, step, order, is_h, units)
@@ -209,16 +209,16 @@ def cell_of(scope: Scope, step: Step, is_h: Callable[[Term], bool], flags: dict[
 
 
 def _product(step: Step, gate: str, is_h: Callable[[Term], bool], side: bool) -> Term:
-    """Return the one product of x, or of h, that a gate has."""
+    """Return a gate's only product of x, or of h."""
     parts = [step.gates[gate], *([step.gates["h"]] if gate == "g" and "h" in step.gates else [])]
     found = [term for part in parts for term in part.products if is_h(term) == side]
     if len(found) != 1 or sum(len(part.products) for part in parts) != 2:
-        raise ValueError("expected a product of x and one of h in each gate")
+        raise ValueError("each gate needs one product of x and one of h")
     return found[0]
 
 
 def _biases(scope: Scope, step: Step, order: list[str], is_h: Callable[[Term], bool], units: int) -> Array:
-    """Return the bias, with one row for x and one for h where a GRU's reset gate acts after the product of h."""
+    """Return the bias, with separate rows for x and h where a GRU applies its reset gate after the product of h."""
     if not step.flags.get("reset_after"):
         return np.concatenate([_total(scope, step.gates[gate], units) for gate in order])
     rows = []
@@ -236,7 +236,7 @@ def _biases(scope: Scope, step: Step, order: list[str], is_h: Callable[[Term], b
 
 
 def _peepholes(scope: Scope, step: Step, order: list[str], units: int) -> dict[str, Array]:
-    """Return the vectors by which an LSTM's gates see c, where they do: i and f the one before, o the one after."""
+    """Return an LSTM's peephole vectors, if any: i and f use the previous c, o the new one."""
     if not any(gate.peepholes for gate in step.gates.values()):
         return {}
     rows = []
@@ -245,21 +245,21 @@ def _peepholes(scope: Scope, step: Step, order: list[str], units: int) -> dict[s
         if gate == "g" and not terms:
             continue
         if len(terms) != 1 or terms[0].value != seen or gate == "g":
-            raise ValueError("expected every gate but g to see the cell")
+            raise ValueError("with peepholes, every gate except g must have one")
         array = scope.constant(terms[0].weights)
         rows.append(np.asarray(array).reshape(-1)[terms[0].start : terms[0].stop])
     if any(row.shape != (units,) for row in rows):
-        raise ValueError("expected peepholes as wide as the gates")
+        raise ValueError("peepholes must be as wide as the gates")
     return {"peepholes": np.stack(rows)}
 
 
 def _norms(scope: Scope, step: Step, x: list[Term], h: list[Term], units: int) -> tuple[dict[str, Array], float]:
-    """Return the arrays of a cell's layer normalisation, and its epsilon; none where it isn't normalised."""
+    """Return the arrays of a cell's layer normalisation, and its epsilon; empty without normalisation."""
     if not any(term.normed for term in (*x, *h)) and step.cell_norm is None:
         return {}, 0.0
     ends = (0, 2 * units, 3 * units) if step.kind == "gru" else (0, len(x) * units)
     if any(term.normed != ends for term in (*x, *h)) or (step.kind == "lstm") != (step.cell_norm is not None):
-        raise ValueError("expected both products to be normalised, and an LSTM's c")
+        raise ValueError("layer normalisation must apply to both products, and to an LSTM's c")
     epsilons = {term.epsilon for term in (*x, *h)} | ({step.cell_norm[2]} if step.cell_norm else set())
     arrays = {
         name: np.concatenate([np.asarray(scope.constant(t.gain)).reshape(-1)[t.start : t.stop] for t in terms])
@@ -269,12 +269,12 @@ def _norms(scope: Scope, step: Step, x: list[Term], h: list[Term], units: int) -
         gain, bias = (np.asarray(scope.constant(name)) for name in step.cell_norm[:2])
         arrays |= {"cell_gain": gain, "cell_bias": bias}
     if len(epsilons) != 1:
-        raise ValueError(f"expected one epsilon, found {sorted(epsilons)}")
+        raise ValueError(f"the epsilons must be equal, found {sorted(epsilons)}")
     return arrays, epsilons.pop()
 
 
 def _total(scope: Scope, part: Linear, units: int) -> Array:
-    """Return the constants of a sum, added up."""
+    """Return the sum of the constants in a sum."""
     total = np.zeros(units, np.float64)
     for term in part.biases:
         total = total + array_of(scope, term)

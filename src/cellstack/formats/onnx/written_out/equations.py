@@ -1,12 +1,12 @@
-"""A step of a cell, told from its equations in a graph, from h backwards; z stands for a sum of products:
+"""Recognises a step of a cell from its equations in a graph, from h backwards; z is any sum of products:
 
     RNN   h = act(z)
     GRU   h = Add(Mul(Sub(h_prev, n), act(z)), n), or Add(Mul(Sub(1, act(z)), n), Mul(act(z), h_prev));
           n = act(Add(z, Mul(act(z), z))), or act(z) of a z with a product of Mul(act(z), h_prev)
     LSTM  h = Mul(act(z), act(c));  c = Add(Mul(act(z), c_prev), Mul(act(z), act(z)))
 
-Any gate may be kept within bounds before its activation; an LSTM's forget gate may be Sub(1, i), its c kept within
-bounds, and normalised on its way out.
+Any gate may be clipped before its activation; an LSTM's forget gate may be Sub(1, i), and its c may be clipped, and
+normalised before the output.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Step:
 
     Args:
         kind: "lstm", "gru" or "rnn".
-        node: what makes h.
-        gates: the sum behind each gate; of a GRU whose reset gate acts after the product of h, that product as "h".
-        activations: of each gate, and of an LSTM's "cell".
-        c: the name of an LSTM's c, and of c_prev.
-        h: the name of the h that a GRU mixes its candidate with, and "" where it isn't told.
-        reset: the name of r·h, where a GRU multiplies that.
-        flags: those of the cell that the equations say: clip, cell_clip, coupled, reset_after.
-        paired: whether two constants in a sum of two products go, in their order, with one of them each.
-        cell_norm: the names of gain and bias of an LSTM's c on its way out, where it is normalised, and epsilon.
+        node: the node that computes h.
+        gates: the sum behind each gate; "h": the product of h, for a GRU that resets after it.
+        activations: the activation of each gate, and of an LSTM's "cell".
+        c: the names of an LSTM's c and c_prev.
+        h: the name of the h that a GRU mixes its candidate with, "" where unknown.
+        reset: the name of r·h, where a GRU multiplies r·h by a matrix.
+        flags: the cell's flags that follow from the equations: clip, cell_clip, coupled, reset_after.
+        paired: whether two constants in a sum of two products belong to one product each, in their order.
+        cell_norm: gain and bias, by name, and epsilon of the normalisation of an LSTM's c before the output, if any.
     """
 
     kind: str
@@ -55,16 +55,16 @@ class Step:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What every step of a cell has in common."""
+        """What all steps of a cell have in common."""
         gates = tuple((name, gate.key) for name, gate in sorted(self.gates.items()))
         return self.kind, tuple(sorted(self.activations.items())), gates, tuple(sorted(self.flags.items()))
 
 
-# ── activations ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── activations ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def activated(scope: Scope, name: str) -> tuple[str, str] | None:
-    """Return the activation that a value comes out of, and the name of what goes in; None where it is none."""
+    """Return the activation that computes a value, and the name of its input; None where it isn't one."""
     node = scope.producers.get(name)
     if node is None or not node.input or node.domain not in DOMAINS:
         return None
@@ -73,7 +73,7 @@ def activated(scope: Scope, name: str) -> tuple[str, str] | None:
 
 
 def _composed(scope: Scope, name: str) -> tuple[str, str] | None:
-    """Return an activation that is made of several operators."""
+    """Return an activation that consists of several operators."""
     bounds = clipped(scope, name)
     if bounds is not None and bounds[1:] == (0.0, 1.0):
         inner = _affine(scope, bounds[0])
@@ -121,7 +121,7 @@ def _softplus_tail(scope: Scope, name: str) -> str | None:
 
 
 def _by_sign(scope: Scope, name: str) -> tuple[str, str] | None:
-    """Return an activation that is x above a bound, and something else below it."""
+    """Return an activation that is x above a bound, and another expression below it."""
     branches = inputs_of(scope, name, "Where")
     condition = inputs_of(scope, branches[0], "Greater") if len(branches) == 3 else []
     if len(condition) != 2 or condition[0] != branches[1]:
@@ -142,7 +142,7 @@ def _by_sign(scope: Scope, name: str) -> tuple[str, str] | None:
 
 
 def clipped(scope: Scope, name: str) -> tuple[str, float, float] | None:
-    """Return what a value is that is kept within bounds, and these; None where it is no such value."""
+    """Return the input and the bounds of a clipped value; None where it isn't clipped."""
     found = inputs_of(scope, name, "Clip")
     bounds = [scalar(scope, one) for one in found[1:]]
     if len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
@@ -151,17 +151,17 @@ def clipped(scope: Scope, name: str) -> tuple[str, float, float] | None:
 
 
 def within(scope: Scope, name: str) -> tuple[str, float | None]:
-    """Return a value without the symmetric bounds within which it is kept, and these; None where there are none."""
+    """Return a value without its symmetric clipping, and the bound; None where it isn't clipped."""
     found = clipped(scope, name)
     return (name, None) if found is None or found[1] != -found[2] else (found[0], found[2])
 
 
-# ── gates ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── gates ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(eq=False)
 class Gate:
-    """A gate: its activation, the sum that goes in, and within which bounds that is kept."""
+    """A gate: its activation, the sum that is its input, and the clip bound of that sum."""
 
     text: str
     total: Linear
@@ -169,12 +169,12 @@ class Gate:
 
 
 def gate_of(scope: Scope, name: str, linear_too: bool = False, rows: bool = False) -> Gate | None:
-    """Return the gate that a value is; None where it is none.
+    """Return a value as a gate; None where it isn't one.
 
     Args:
         scope: the graph.
-        name: of the value.
-        linear_too: whether it may be one without an activation.
+        name: the name of the value.
+        linear_too: whether to accept a gate without an activation.
         rows: whether values are known to be rows of features, without time.
     """
     text, inner = activated(scope, name) or ("linear", name)
@@ -186,7 +186,7 @@ def gate_of(scope: Scope, name: str, linear_too: bool = False, rows: bool = Fals
 
 
 def bare(scope: Scope, name: str) -> str:
-    """Return a value past operators that do nothing."""
+    """Return a value's origin, skipping operators without effect."""
     seen = 0
     while seen < 100 and inputs_of(scope, name, "Identity"):
         name, seen = inputs_of(scope, name, "Identity")[0], seen + 1
@@ -194,11 +194,11 @@ def bare(scope: Scope, name: str) -> str:
 
 
 class Matcher:
-    """Tells steps of cells in a graph.
+    """Recognises steps of cells in a graph.
 
     Args:
         scope: the graph.
-        within_loop: whether the graph is one step of a loop: a gate may be without an activation there.
+        within_loop: whether the graph is one step of a loop: gates may then lack an activation.
         rows: whether values are known to be rows of features, without time.
     """
 
@@ -206,11 +206,11 @@ class Matcher:
         self.scope, self.loop, self.rows = scope, within_loop, rows
 
     def gate(self, name: str) -> Gate | None:
-        """Return the gate that a value is."""
+        """Return a value as a gate."""
         return gate_of(self.scope, bare(self.scope, name) if self.loop else name, self.loop, self.rows)
 
     def lstm(self, node: Any) -> Step | None:
-        """Return the step of an LSTM whose h a node makes."""
+        """Return the LSTM step whose h a node computes."""
         scope = self.scope
         for out, wide in pairs(scope, node.output[0], "Mul"):
             text, inner = activated(scope, wide) or ("linear", bare(scope, wide))
@@ -237,9 +237,9 @@ class Matcher:
         if i is None or g is None or (f is None and not coupled) or self.gate(c_prev) is not None:
             return None
         found = {"i": i, "g": g, "o": o} | ({} if f is None else {"f": f})
-        if not coupled and i.text == "tanh" != g.text:  # which is which doesn't matter to a product
+        if not coupled and i.text == "tanh" != g.text:  # a product doesn't say which factor is which
             return None
-        if self.loop and g.total.peepholes:  # i has them, and g never
+        if self.loop and g.total.peepholes:  # i has peepholes, g never does
             return None
         return self._step("lstm", node, found, {"coupled": True} if coupled else {})
 
@@ -254,7 +254,7 @@ class Matcher:
         return Step(kind, node, totals, texts, flags=flags, paired=self.loop)
 
     def _cell_norm(self, name: str) -> tuple[str, tuple[str, str, float] | None]:
-        """Return an LSTM's c without its normalisation, and that."""
+        """Return an LSTM's c without its normalisation, and the normalisation."""
         for scaled, bias in pairs(self.scope, name, "Add"):
             for normed, gain in pairs(self.scope, scaled, "Mul"):
                 inside = unit(self.scope, normed)
@@ -264,7 +264,7 @@ class Matcher:
         return name, None
 
     def gru(self, node: Any) -> Step | None:
-        """Return the step of a GRU whose h a node makes."""
+        """Return the GRU step whose h a node computes."""
         scope = self.scope
         for mixed, rest in pairs(scope, node.output[0], "Add"):
             for left, right in pairs(scope, mixed, "Mul"):
@@ -287,7 +287,7 @@ class Matcher:
         return None
 
     def _gru(self, node: Any, z: Gate, new: str) -> Step | None:
-        """Return a GRU's step by its candidate, act(x + r·h) or act(x + R·(r·h))."""
+        """Return a GRU's step from its candidate, act(x + r·h) or act(x + R·(r·h))."""
         scope = self.scope
         text, inner = activated(scope, new) or ("linear", bare(scope, new))
         if text == "linear" and not self.loop:
@@ -316,7 +316,7 @@ class Matcher:
         return None
 
     def rnn(self, node: Any) -> Step | None:
-        """Return the step of a plain RNN whose h a node makes."""
+        """Return the simple RNN step whose h a node computes."""
         found = self.gate(node.output[0])
         if found is None or len(found.total.products) != 2 or found.total.peepholes:
             return None
@@ -324,7 +324,7 @@ class Matcher:
 
 
 def steps_of(scope: Scope, rows: bool = False) -> Iterator[Step]:
-    """Give the steps of cells that a graph writes out; `rows`: as `Matcher` has it."""
+    """Yield the decomposed steps of cells in a graph; `rows`: as in `Matcher`."""
     match = Matcher(scope, rows=rows)
     by_operator = {"Mul": match.lstm, "Add": match.gru}
     for node in scope.graph.node:
@@ -337,12 +337,12 @@ def steps_of(scope: Scope, rows: bool = False) -> Iterator[Step]:
 
 
 def is_zero(scope: Scope, name: str) -> bool:
-    """Whether a value is zeros."""
+    """Whether a value is all zeros."""
     array = numbers(scope.constant(name))
     return isinstance(array, np.ndarray) and not array.any()
 
 
 def is_one(value: Any) -> bool:
-    """Whether a constant is ones."""
+    """Whether a constant is all ones."""
     array = numbers(value)
     return isinstance(array, np.ndarray) and array.size > 0 and bool((array == 1).all())

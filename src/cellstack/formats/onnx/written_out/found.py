@@ -1,4 +1,4 @@
-"""Cells that a graph writes out: chains of steps, and LSTMs of one step alone, as where they run frame by frame."""
+"""Finds cells that a graph decomposes: chains of steps, and single LSTM steps, as in files where a call is one step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cellstack.spec import FormatError
 
 
 def find_written_out(scope: Scope) -> Iterator[tuple[str, Operator]]:
-    """Give the cells that a graph writes out, by name; each once, however many steps of it there are.
+    """Yield the decomposed cells of a graph, by name; each once, regardless of its number of steps.
 
     Raises:
-        FormatError: one of which it can't be told which product is that of h.
+        FormatError: a cell whose product of h can't be identified.
     """
     seen = set[frozenset[str]]()
     for chain in find_chains(scope):
@@ -29,7 +29,7 @@ def find_written_out(scope: Scope) -> Iterator[tuple[str, Operator]]:
         seen.add(weights)
         try:
             cell = cell_of(scope, chain.steps[-1], chain.is_h, {})
-        except ValueError:  # sums that look like a cell's, of matrices that no cell has
+        except ValueError:  # sums that look like a cell's, but whose matrices don't form a cell
             continue
         started = {f"initial_{part}": name for part, name in zip("hc", chain.starts, strict=False)}
         yield chain.name, Operator((cell,), "forward", False, "", started)
@@ -38,9 +38,9 @@ def find_written_out(scope: Scope) -> Iterator[tuple[str, Operator]]:
 
 
 class Found(NamedTuple):
-    """An LSTM that a graph writes out for one step.
+    """A decomposed LSTM of a single step.
 
-    `x` and `h` are its products, `h.value` and `step.c[1]` the names of what it starts from.
+    `x` and `h` are its products, `h.value` and `step.c[1]` the names of its initial state.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Found(NamedTuple):
 
 
 def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[Found]:
-    """Give the LSTMs that a graph writes out for one step alone, each once.
+    """Yield the decomposed LSTMs of a single step, each once.
 
     Args:
         scope: the graph.
-        seen: the pairs of weights that are known already, to which theirs are added.
+        seen: the pairs of weights already found; new ones are added.
 
     Raises:
         FormatError: see `find_written_out`.
@@ -63,7 +63,7 @@ def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[Found]:
     for step in steps_of(scope, rows=True):
         terms = [term for gate in step.gates.values() for term in gate.products]
         weights = frozenset(term.weights for term in terms)
-        if step.kind != "lstm" or weights in seen or len(weights) != 2:  # one more step of the same LSTM
+        if step.kind != "lstm" or weights in seen or len(weights) != 2:  # another step of the same LSTM
             continue
         seen.add(weights)
         h = _of_h(scope, step, terms)
@@ -78,20 +78,20 @@ def find_steps(scope: Scope, seen: set[frozenset[str]]) -> Iterator[Found]:
 
 
 def takes_states(scope: Scope) -> bool:
-    """Whether a graph writes an LSTM out for one step that starts from inputs: a call is one step then."""
+    """Whether a graph decomposes a single LSTM step that starts from inputs: a call is then one step."""
     given = {name for name in scope.inputs if name not in scope.initializers}
     if len(given) < 2:
         return False
-    live = live_nodes(scope)  # what a loop that was rolled up consisted of is still there, and leads nowhere
+    live = live_nodes(scope)  # the replaced nodes of loops are still there, but dead
     try:
         steps = [found for found in find_steps(scope, set()) if id(found.step.node) in live]
-    except FormatError:  # which product is that of h can't be told, which is said where it is read
+    except FormatError:  # an ambiguous product of h: reading the graph reports it
         return False
     return any({_root(scope, found.h.value), _root(scope, found.step.c[1])} <= given for found in steps)
 
 
 def _root(scope: Scope, name: str) -> str:
-    """Return what a value is a part of, past whatever only moves numbers."""
+    """Return the origin of a value, skipping operators that only move numbers."""
     seen = 0
     while seen < 1000:
         seen += 1
@@ -103,7 +103,7 @@ def _root(scope: Scope, name: str) -> str:
 
 
 def _of_h(scope: Scope, step: Step, terms: list[Term]) -> Term | None:
-    """Return a product of h: its weights are square, and it comes from where c_prev comes from; None where none is."""
+    """Return a product of h: its weights are square, and its origin is that of c_prev; None where there is none."""
     found = {}
     for term in terms:
         deep = array_of(scope, term).shape[1]
@@ -114,13 +114,13 @@ def _of_h(scope: Scope, step: Step, terms: list[Term]) -> Term | None:
         roots = {name: _root(scope, term.value) for name, term in found.items()}
         tests = (
             lambda root: root == start,
-            lambda root: root in given,  # where x is computed, and h is given
-            lambda root: root in given and given[root] == given.get(start),  # as c is
+            lambda root: root in given,  # where x is computed, and h is an input
+            lambda root: root in given and given[root] == given.get(start),  # like c
         )
         alike = ([name for name, root in roots.items() if test(root)] for test in tests)
         one = next((names for names in alike if len(names) == 1), [])
         found = {name: term for name, term in found.items() if name in one}
         if len(found) != 1:
-            text = "expected to tell the product of h from that of x, found two that could be either"
+            text = "can't distinguish the product of h from that of x: both have square weights"
             raise FormatError(f"{scope.model.path}: node {short(label(step.node))}: {text}")
     return next(iter(found.values()), None)

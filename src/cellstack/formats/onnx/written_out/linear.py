@@ -1,7 +1,6 @@
-"""Values that a graph makes as sums of products of values and constants, told term by term.
+"""Reads values of a graph as sums of products of values and constants, term by term.
 
-A sum may have products with matrices, each normalised or not, products number by number, as peepholes are, and
-constants.
+A sum may have products with matrices, normalised or not, elementwise products, such as peepholes, and constants.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from cellstack.formats.onnx.file import DOMAINS, Scope
 from cellstack.formats.onnx.fold import axes_of, numbers, slices, whole
 from cellstack.layout import Array
 
-MOST_NODES = 32  # that one sum is told from
-MOST_NUMBERS = 1 << 16  # of a bias that stands in a file once for every row
-MOST_OUTPUTS = 8  # of a Split that cuts gates
+MOST_NODES = 32  # maximum number of nodes in one sum
+MOST_NUMBERS = 1 << 16  # maximum size of a bias that a file repeats for every row
+MOST_OUTPUTS = 8  # maximum number of outputs of a Split into gates
 FOLLOWED = ("Squeeze", "Unsqueeze", "Identity")
 
 
@@ -29,16 +28,16 @@ class Term:
     """Rows `start` to `stop` of a constant matrix, times a value; or, where `value` is "", of a constant vector.
 
     Args:
-        value: the name of what is multiplied.
+        value: the name of the factor.
         weights: the name of the constant.
-        transposed: whether the matrix stands as `[I, N]`.
+        transposed: whether the matrix is stored as `[I, N]`.
         start: the first row.
         stop: the row after the last.
-        moves: the nodes that took a step out of the product, in order; none where the value is of one step.
-        flat: whether the product is of rows, without time.
-        normed: where the product is normalised, from which row to which apart: `(0, N)`, or `(0, M, N)`; () where not.
-        gain: the name of what the normalised product is multiplied by then.
-        epsilon: what is added to its variance.
+        moves: the nodes that select a step of the product, in order; empty where the value is a single step.
+        flat: whether the value has rows without time.
+        normed: the bounds of separately normalised blocks of the product: `(0, N)`, or `(0, M, N)`; () without.
+        gain: the name of the normalised product's gain.
+        epsilon: the number added to its variance.
     """
 
     value: str
@@ -54,12 +53,12 @@ class Term:
 
     @property
     def rows(self) -> tuple[Any, ...]:
-        """Which numbers of the file these are."""
+        """Identifies the term's numbers in the file."""
         return self.weights, self.transposed, self.start, self.stop, self.gain
 
 
 class Linear(NamedTuple):
-    """A sum: products with matrices, constants, and products number by number with vectors."""
+    """A sum: products with matrices, constants, and elementwise products with vectors."""
 
     products: tuple[Term, ...]
     biases: tuple[Term, ...]
@@ -67,7 +66,7 @@ class Linear(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What a step has in common with the next: all but the values."""
+        """What steps have in common: everything except the values."""
         return tuple(tuple(sorted(term.rows for term in terms)) for terms in self)
 
 
@@ -80,12 +79,12 @@ def array_of(scope: Scope, term: Term) -> Array:
 
 
 def linear(scope: Scope, name: str, left: list[int] | None = None, rows: bool = False) -> Linear | None:
-    """Return the sum that a value is; None where it isn't one of products with constant matrices, and constants.
+    """Return a value as a sum of products with constant matrices, and constants; None where it isn't one.
 
     Args:
         scope: the graph.
-        name: of the value.
-        left: how many nodes it may still be told from.
+        name: the name of the value.
+        left: how many more nodes may be visited.
         rows: whether values are known to be rows of features, without time.
     """
     left = [MOST_NODES] if left is None else left
@@ -127,7 +126,7 @@ MOVED = ("Split", "Slice", "Gather", "SequenceAt", "SplitToSequence", *FOLLOWED)
 
 
 def _row(constant: Any) -> int:
-    """Return how many numbers a row has, where a constant is one row, or such a row over and over; else 0."""
+    """Return the length of a row where a constant is one row, or one repeated row; else 0."""
     if not isinstance(constant, np.ndarray) or not constant.ndim or not constant.size:
         return 0
     rows: Array = constant.reshape(-1, constant.shape[-1])
@@ -156,7 +155,7 @@ def _product(scope: Scope, node: Any, left: list[int]) -> Linear | None:
 
 
 def first_alike(scope: Scope, name: str, array: Array) -> str:
-    """Return the first name of these numbers: exporters write a matrix once for every step that it is used in."""
+    """Return the first name of equal constants: exporters repeat a matrix for every step that uses it."""
     if name not in scope.first_alike:
         key = (array.shape, array.dtype.str, sha256(np.ascontiguousarray(array).data).digest())
         scope.first_alike[name] = scope.alike.setdefault(key, name)
@@ -164,7 +163,7 @@ def first_alike(scope: Scope, name: str, array: Array) -> str:
 
 
 def _by_vector(scope: Scope, node: Any, left: list[int]) -> Linear | None:
-    """Return a product with a constant vector: of what is normalised, or number by number, as peepholes are."""
+    """Return a product with a constant vector: of a normalised value, or an elementwise product, such as a peephole."""
     names = list(node.input)
     constants = [scope.constant(name) for name in names]
     vectors = [
@@ -181,7 +180,7 @@ def _by_vector(scope: Scope, node: Any, left: list[int]) -> Linear | None:
 
 
 def _normed(scope: Scope, name: str, left: list[int]) -> Term | None:
-    """Return a product that is normalised, as a whole or in parts one after the other."""
+    """Return a product that is normalised, as a whole or in consecutive blocks."""
     node = scope.producers.get(name)
     parts = list(node.input) if node is not None and node.op_type == "Concat" else [name]
     if len(parts) > 1 and (node is None or scope.model.attributes(node).get("axis") != -1):
@@ -202,7 +201,7 @@ def _normed(scope: Scope, name: str, left: list[int]) -> Term | None:
 
 
 def unit(scope: Scope, name: str) -> tuple[str, float] | None:
-    """Return the value that is `(v - mean) / sqrt(variance + epsilon)` of another, and epsilon; None where none is."""
+    """Return v and epsilon of a value `(v - mean) / sqrt(variance + epsilon)`; None where it isn't one."""
     producers = scope.producers
     ends = [producers.get(one) for one in inputs_of(scope, name, "Div")]
     if len(ends) != 2 or None in ends:
@@ -220,7 +219,7 @@ def unit(scope: Scope, name: str) -> tuple[str, float] | None:
 
 
 def _mean_of(scope: Scope, name: str) -> str | None:
-    """Return what a value is the mean of, over the features."""
+    """Return the value whose mean over the features this is."""
     node = scope.producers.get(name)
     if node is None or node.op_type != "ReduceMean" or not node.input:
         return None
@@ -230,13 +229,13 @@ def _mean_of(scope: Scope, name: str) -> str | None:
 
 
 def inputs_of(scope: Scope, name: str, operator: str) -> list[str]:
-    """Return what the operator behind a name takes; [] where it is another."""
+    """Return the inputs of the operator that computes a name; [] where it is a different operator."""
     node = scope.producers.get(name)
     return list(node.input) if node is not None and node.op_type == operator and node.domain in DOMAINS else []
 
 
 def pairs(scope: Scope, name: str, operator: str) -> Iterator[tuple[str, str]]:
-    """Give the two inputs of the operator behind a name, both ways round; nothing where it is another."""
+    """Yield the two inputs of the operator that computes a name, in both orders; nothing where it differs."""
     found = inputs_of(scope, name, operator)
     if len(found) == 2:
         yield found[0], found[1]
@@ -244,7 +243,7 @@ def pairs(scope: Scope, name: str, operator: str) -> Iterator[tuple[str, str]]:
 
 
 def scalar(scope: Scope, name: str) -> float | None:
-    """Return a constant that is one number, without axes: of float32 the shortest decimal that it stands for."""
+    """Return a constant without axes as a number; for float32, the shortest decimal that rounds to it."""
     value = scope.constant(name) if name else None
     if not isinstance(value, np.ndarray) or value.ndim or value.dtype.kind != "f":
         return None
@@ -252,7 +251,7 @@ def scalar(scope: Scope, name: str) -> float | None:
 
 
 def sizes_of(scope: Scope, node: Any) -> list[int] | None:
-    """Return the lengths that a Split cuts an axis into; [] where it cuts evenly, None where they can't be told."""
+    """Return the lengths into which a Split divides an axis; [] for equal parts, None where unknown."""
     sizes, named = scope.model.attributes(node).get("split"), len(node.input) > 1 and node.input[1]
     if sizes is None and not named:
         return []
@@ -262,7 +261,7 @@ def sizes_of(scope: Scope, node: Any) -> list[int] | None:
 
 
 def _cut(scope: Scope, node: Any, name: str, inner: Linear, rows: bool) -> Linear | None:
-    """Return what a Split gives that cuts the features, as it cuts the gates of a cell; None where it isn't one."""
+    """Return an output of a Split of the features, as used for a cell's gates; None where it isn't one."""
     terms = (*inner.products, *inner.biases)
     if not all(_apart(scope, term) for term in inner.products):
         return None
@@ -279,9 +278,9 @@ def _cut(scope: Scope, node: Any, name: str, inner: Linear, rows: bool) -> Linea
     sizes = sizes_of(scope, node)
     if sizes is None:
         return None
-    if axis == 1:  # of rows of features it is the last one, of sequences it isn't
-        told = bool(sizes) and max(sizes) > 1
-        if not rows and not told and not all(term.flat or term.moves for term in inner.products):
+    if axis == 1:  # the last axis of rows of features, but not of sequences
+        known = bool(sizes) and max(sizes) > 1
+        if not rows and not known and not all(term.flat or term.moves for term in inner.products):
             return None
     elif axis not in (-1, 2):
         return None
@@ -301,7 +300,7 @@ def _part(inner: Linear, start: int, stop: int) -> Linear:
 
 
 def _columns(scope: Scope, node: Any) -> tuple[int, int] | None:
-    """Return from which column to which a Slice cuts the last axis; None where it cuts something else."""
+    """Return the columns, start and stop, that a Slice takes of the last axis; None for another slice."""
     values = [scope.constant(name) if name else None for name in node.input[1:]]
     lists = [whole(value) if isinstance(value, np.ndarray) else None for value in (*values, None, None, None, None)[:4]]
     starts, ends, axes, steps = lists
@@ -311,18 +310,18 @@ def _columns(scope: Scope, node: Any) -> tuple[int, int] | None:
 
 
 def _apart(scope: Scope, term: Term) -> bool:
-    """Whether moves that could turn features round, too, take one step out of a sequence."""
+    """Whether moves that might also reverse features select one step of a sequence."""
     if not any(node.op_type == "Slice" for node in term.moves):
         return True
     found = _located(scope, [(node, "") for node in reversed(term.moves)])
     return found is not None and found[2] == len(term.moves)
 
 
-# ── which step of a sequence a value is ─────────────────────────────────────────────────────────────────────────────
+# ── the step of a sequence that a value belongs to ────────────────────────────────────────────────────────────────────
 
 
 class Place(NamedTuple):
-    """A step of a sequence: the sequence, the axis of time in it, and which step, from the end where negative."""
+    """A step of a sequence: the sequence, its time axis, and the step's index, from the end where negative."""
 
     root: str
     axis: int
@@ -330,12 +329,12 @@ class Place(NamedTuple):
 
 
 def place_of(scope: Scope, term: Term, known: dict[str, Place]) -> Place | None:
-    """Return which step of which sequence a product is of; None where it can't be told.
+    """Return the step and sequence that a product belongs to; None where unknown.
 
     Args:
         scope: the graph.
         term: the product.
-        known: steps that are told already, by their names.
+        known: steps that are already known, by their names.
     """
     if term.moves:
         path = [(node, "") for node in reversed(term.moves)]
@@ -356,11 +355,11 @@ def place_of(scope: Scope, term: Term, known: dict[str, Place]) -> Place | None:
 
 
 def _located(scope: Scope, path: list[tuple[Any, str]]) -> tuple[int, int, int] | None:
-    """Return axis and step that nodes take out of a sequence, and how many of them it takes to do so.
+    """Return the axis and the step that nodes select from a sequence, and the number of nodes used.
 
     Args:
         scope: the graph.
-        path: the nodes, the last one first, each with which of its outputs is meant, where that is known.
+        path: the nodes, the last one first, each with the name of the output used, where known.
     """
     n = 0
     while n < len(path) and path[n][0].op_type in FOLLOWED:
@@ -379,7 +378,7 @@ def _located(scope: Scope, path: list[tuple[Any, str]]) -> tuple[int, int, int] 
 
 
 def _step(scope: Scope, node: Any, output: str) -> tuple[int, int] | None:
-    """Return the axis and the step that a node takes; None where it does something else."""
+    """Return the axis and the step that a node selects; None for other nodes."""
     attributes = scope.model.attributes(node)
     values = [scope.constant(name) if name else None for name in node.input]
     if node.op_type in ("Gather", "SequenceAt"):
@@ -405,7 +404,7 @@ def _step(scope: Scope, node: Any, output: str) -> tuple[int, int] | None:
 
 
 def _cuts(scope: Scope, node: Any) -> tuple[int, slice] | None:
-    """Return the axis that a Slice cuts and how; None where it cuts several, or it isn't known."""
+    """Return the axis and the slice of a Slice; None for several axes or unknown ones."""
     values = [scope.constant(name) if name else None for name in node.input[1:]]
     constants = [value if isinstance(value, np.ndarray) else None for value in values]
     taken = slices(scope.model.attributes(node), [None, *constants], 8)
@@ -416,6 +415,6 @@ def _cuts(scope: Scope, node: Any) -> tuple[int, slice] | None:
 
 
 def _reverses(scope: Scope, node: Any, axis: int) -> bool:
-    """Whether a node turns the steps round."""
+    """Whether a node reverses the steps."""
     cut = _cuts(scope, node) if node.op_type == "Slice" else None
     return cut is not None and cut[0] == axis and cut[1].step == -1 and cut[1].start == -1 and cut[1].stop is None

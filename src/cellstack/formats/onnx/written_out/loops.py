@@ -1,4 +1,4 @@
-"""Loops that an exporter unrolled, rolled up again: the steps of a cell become one recurrent operator of the graph."""
+"""Rolls up loops that an exporter unrolled: the steps of a cell become one recurrent operator of the graph."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cellstack.nodes.recurrent import Cell
 
 
 class _Roller:
-    """Writes one chain as an operator, and its values as what is taken out of that.
+    """Writes one chain as an operator, and the chain's values as selections from its output.
 
     Args:
         scope: the graph.
         chain: the steps.
-        number: of the chain, for names of its own.
-        loop: what is put in for all steps; the chain's own steps are added to those that it knows.
+        number: the index of the chain, for unique names.
+        loop: the operators over all steps; the chain's steps are added to its known steps.
         joins: the Concats of the graph, by the first value that they join.
     """
 
@@ -36,13 +36,13 @@ class _Roller:
         self.constants: list[Any] = []
 
     def put(self, operator: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
-        """Put in an operator and return the name of what it gives."""
+        """Add an operator and return the name of its output."""
         output = output or f"{self.prefix}{len(self.made)}"
         self.made.append(self.onnx.helper.make_node(operator, inputs, [output], **attributes))
         return output
 
     def integers(self, *values: int) -> str:
-        """Put in a constant list and return its name."""
+        """Add a constant list and return its name."""
         return self._constant(values)
 
     def _constant(self, value: Any) -> str:
@@ -51,20 +51,20 @@ class _Roller:
         return name
 
     def squeezed(self, value: str, axis: int, output: str = "", operator: str = "Squeeze") -> str:
-        """Put in a Squeeze, or an Unsqueeze, as this opset has it."""
+        """Add a Squeeze or an Unsqueeze, in this opset's form."""
         if self.scope.model.opset < 13:
             return self.put(operator, [value], output, axes=[axis])
         return self.put(operator, [value, self.integers(axis)], output)
 
     def sliced(self, value: str, start: int, stop: int, output: str = "", step: int = 1) -> str:
-        """Put in a Slice of the first axis, as this opset has it."""
+        """Add a Slice of the first axis, in this opset's form."""
         if self.scope.model.opset < 10:
             return self.put("Slice", [value], output, axes=[0], starts=[start], ends=[stop])
         lists = [self.integers(n) for n in (start, stop, 0, step)]
         return self.put("Slice", [value, *lists], output)
 
     def roll(self) -> bool:
-        """Put the operator in; whether that could be done."""
+        """Add the operator, and return whether that was possible."""
         chain, scope = self.chain, self.scope
         taken = self._taken()
         if taken is None:
@@ -81,7 +81,7 @@ class _Roller:
         return True
 
     def _taken(self) -> tuple[str, bool] | None:
-        """Return the name of the sequence that the steps go over, and whether backwards; None where there is none."""
+        """Return the name of the sequence that the steps run over, and whether backward; None where there is none."""
         terms = self.chain.inputs
         places = [place_of(self.scope, term, self.known) for term in terms]
         count = len(places)
@@ -95,16 +95,16 @@ class _Roller:
         ((x, axis),) = roots
         if axis not in (0, 1):
             return None
-        if self.loop.ranks.get(x) == 2:  # one number a step
+        if self.loop.ranks.get(x) == 2:  # one number per step
             x = self.loop.squeezed(x, 2, "Unsqueeze")
         x = self.put("Transpose", [x], perm=[1, 0, 2]) if axis else x
-        if not self.loop.whole:  # the steps that it takes, if more come
+        if not self.loop.whole:  # only the steps that the file unrolls
             last = steps[0] == -1
             x = self.sliced(x, -count if last else 0, 2**63 - 1 if last else count)
         return x, backwards
 
     def roll_step(self) -> None:
-        """Put the operator in for a chain of one step, of rows `[B, F]`: it has a time axis of length 1 within."""
+        """Add the operator for a chain of one step on rows `[B, F]`, with an internal time axis of length 1."""
         chain = self.chain
         cell = cell_of(self.scope, chain.steps[0], chain.is_h, {})
         x = self.squeezed(chain.inputs[0].value, 0, operator="Unsqueeze")
@@ -112,7 +112,7 @@ class _Roller:
         self._ends(names, False)
 
     def roll_apart(self) -> dict[str, list[Any]]:
-        """Return an operator for each step alone, `{name: nodes}`, each list to go ahead of what makes that name."""
+        """Return one operator per step, `{name: nodes}`, to insert before the node that computes the name."""
         chain, before = self.chain, dict[str, list[Any]]()
         if self._is_deep():
             return before
@@ -129,13 +129,13 @@ class _Roller:
         return before
 
     def _operator(self, cell: Cell, x: str, starts: list[str | None], direction: str) -> list[str]:
-        """Put a cell in as an operator, and return the names of what it gives: Y, h, and c of an LSTM.
+        """Add a cell as an operator, and return the names of its outputs: Y, h, and c of an LSTM.
 
         Args:
             cell: the cell.
             x: the name of its input, `[T, B, I]`.
-            starts: the names of the states that it starts from; "" for zeros.
-            direction: as the operator has it.
+            starts: the names of the initial states; "" for zeros.
+            direction: the operator's direction.
         """
         names = [f"{self.prefix}{part}" for part in ("Y", "h", "c")][: 3 if cell.spec.kind == "lstm" else 2]
         inputs = [x, "", "", "", "", *(name or "" for name in starts)]
@@ -155,7 +155,7 @@ class _Roller:
         return isinstance(array, np.ndarray) and array.ndim == 3
 
     def _start(self, name: str, deep: bool) -> str | None:
-        """Return the name of a state to start from, "" for zeros; None where it can't be one."""
+        """Return the name of an initial state, "" for zeros; None where it can't be one."""
         constant = self.scope.constant(name)
         if not name:
             return ""
@@ -165,7 +165,7 @@ class _Roller:
         return name if deep else self.squeezed(name, 0, operator="Unsqueeze")
 
     def _outputs(self, y: str, names: list[str], deep: bool, backwards: bool) -> None:
-        """Put in what takes the place of each step's h, of the last c, and of the values that join all steps."""
+        """Add the replacements of each step's h, of the last c, and of the values that join all steps."""
         steps = self.chain.steps
         h = [step.node.output[0] for step in steps]
         self._ends(names, deep)
@@ -184,7 +184,7 @@ class _Roller:
             step.node.output[0] = f"{self.prefix}was {step.node.output[0]}"
 
     def _ends(self, names: list[str], deep: bool) -> None:
-        """Put in what takes the place of the h and c after the last step."""
+        """Add the replacements of the final h and c."""
         last = self.chain.steps[-1]
         ends = [(last.node, last.node.output[0])]
         if names[2:]:
@@ -194,7 +194,7 @@ class _Roller:
             node.output[0] = f"{self.prefix}was {old}"
 
     def _join(self, node: Any, in_order: list[str], y: str, deep: bool) -> None:
-        """Make a Concat of every step's h what gives the operator's output."""
+        """Replace a Concat of every step's h by the operator's output."""
         axis, names = self.scope.model.attributes(node).get("axis"), list(node.input)
         if not deep:
             inner = [self.scope.producers.get(name) for name in names]
@@ -215,15 +215,15 @@ class _Roller:
 
 
 def roll(model: Model, whole: bool = False) -> None:
-    """Put recurrent operators in the place of the steps of cells that the outermost graph writes out.
+    """Replace the unrolled steps of cells in the outermost graph by recurrent operators.
 
-    Whatever else takes a step's h takes it out of the operator's output; what the loop makes of it at every step, and
-    joins, is made of all steps at once. Steps that don't go over one sequence from one end to the other, or don't begin
-    from zeros or an input, become operators of one step each.
+    Other uses of a step's h select it from the operator's output; operators that the loop repeats at every step are
+    applied to all steps at once. Steps that don't run over one sequence from one end to the other, or don't start from
+    zeros or an input, become operators of one step each.
 
     Args:
         model: the file, which is changed.
-        whole: whether loops go over all steps that a sequence has; else over as many as the graph has them for.
+        whole: whether loops run over all steps of a sequence; else over as many as the graph unrolls.
     """
     scope = Scope(model, model.proto.graph)
     loop = Loop(scope, {}, whole)
@@ -231,7 +231,7 @@ def roll(model: Model, whole: bool = False) -> None:
     concats = [node for node in scope.graph.node if node.op_type == "Concat" and node.input]
     for node in concats:
         joins.setdefault(stripped(scope, node.input[0]), []).append(node)
-    before: dict[str, list[Any]] = {}  # what is put in, by the name of what stands behind it
+    before: dict[str, list[Any]] = {}  # new nodes, by the name of the value before which they go
     chains = find_chains(scope)
     for number, chain in enumerate(chains):
         roller = _Roller(scope, chain, number, loop, joins)
@@ -241,7 +241,7 @@ def roll(model: Model, whole: bool = False) -> None:
             made = {chain.steps[0].node.output[0]: roller.made} if rolled else roller.roll_apart()
             if made and not rolled:
                 model.unrolled[chain.name] = len(chain.steps), _why_apart(scope, chain, h)
-        except ValueError:  # weights that no cell has: the operators are named where the graph is read
+        except ValueError:  # weights that don't form a cell: reading the graph reports the operators
             continue
         before |= made
         scope.graph.initializer.extend(roller.constants)
@@ -259,25 +259,25 @@ def roll(model: Model, whole: bool = False) -> None:
         for chain in chains:
             inner = [scope.producers.get(step.c[0]) for step in chain.steps[:-1] if step.kind == "lstm"]
             if chain.name not in model.unrolled and any(node is not None and id(node) in live for node in inner):
-                model.lost.append(f"the loop over {chain.name} takes c of every step, of which a Network has the last")
+                model.lost.append(f"the loop over {chain.name} uses c of every step; a Network has only the last")
 
 
 def _why_apart(scope: Scope, chain: Chain, h: str) -> str:
-    """Say why a chain's steps don't go over one sequence; `h`: the name of the first one's."""
+    """Explain why a chain's steps don't run over one sequence; `h`: the name of the first step's h."""
     waiting, seen = [chain.inputs[1].value], set[str]()
     while waiting:
         name = waiting.pop()
         if name == h:
-            return "feeds back what it gives"
+            return "feeds its output back as its input"
         node = scope.producers.get(name)
         if node is not None and name not in seen:
             waiting += [one for one in node.input if one]
         seen.add(name)
-    return "takes, beside each step's own, values that are the same at every step, or out of order"
+    return "uses values that are the same at every step, or out of order"
 
 
 def roll_steps(model: Model) -> None:
-    """Put LSTM operators in the place of the LSTMs that the outermost graph writes out for one step alone."""
+    """Replace the decomposed single LSTM steps of the outermost graph by LSTM operators."""
     scope = Scope(model, model.proto.graph)
     before: dict[str, list[Any]] = {}
     for number, found in enumerate(list(find_steps(scope, set())), len(model.rolled)):
@@ -285,18 +285,18 @@ def roll_steps(model: Model) -> None:
         chain = Chain([found.step], starts, [found.x], found.h.weights, found.name)
         roller = _Roller(scope, chain, number, Loop(scope, {}, False), {})
         roller.roll_step()
-        before[f"{roller.prefix}was {found.step.c[0]}"] = roller.made  # c may be taken before h is made
+        before[f"{roller.prefix}was {found.step.c[0]}"] = roller.made  # c may be used before h is computed
         scope.graph.initializer.extend(roller.constants)
     _placed(scope, before)
 
 
 def _placed(scope: Scope, before: dict[str, list[Any]], more: Sequence[Any] = ()) -> None:
-    """Put nodes into a graph.
+    """Insert nodes into a graph.
 
     Args:
-        scope: of the graph.
-        before: nodes, each list ahead of the node that makes the value by whose name it goes.
-        more: nodes that go ahead of whatever takes what they make.
+        scope: the scope of the graph.
+        before: lists of nodes, each inserted before the node that computes the value named by its key.
+        more: nodes that are inserted before the first use of their outputs.
     """
     if not before and not more:
         return
@@ -307,7 +307,7 @@ def _placed(scope: Scope, before: dict[str, list[Any]], more: Sequence[Any] = ()
 
 
 def _in_order(nodes: list[Any], more: Sequence[Any]) -> list[Any]:
-    """Return nodes with others among them, each behind what it takes."""
+    """Return all nodes in topological order."""
     if not more:
         return nodes
     makers = {name: node for node in (*nodes, *more) for name in node.output if name}

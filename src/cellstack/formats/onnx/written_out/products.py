@@ -1,4 +1,4 @@
-"""Activations that a graph writes out as products of x: each becomes one operator again.
+"""Recognises activations that a graph decomposes into products of x, and replaces each by one operator.
 
 gelu       ½·x·(1 + erf(x·√½)), its factors in any order
 gelu_tanh  ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))
@@ -19,7 +19,7 @@ MOST_FACTORS = 4
 
 
 def name_activations(model: Model) -> None:
-    """Put Gelu in the place of the products of the outermost graph that they are."""
+    """Replace the products in the outermost graph that form a Gelu by the operator."""
     scope, make = Scope(model, model.proto.graph), onnx_package().helper.make_node
     for node in scope.graph.node:
         if node.op_type not in ("Mul", "Div") or not node.output:
@@ -36,7 +36,7 @@ def name_activations(model: Model) -> None:
 
 
 def _factors(scope: Scope, name: str) -> tuple[list[str], float]:
-    """Return what a value is the product of, and the number that it is multiplied by besides."""
+    """Return the factors of a value, and its numeric factor."""
     factors: list[str] = []
     times, waiting, left = 1.0, [name], 2 * MOST_FACTORS
     while waiting and left:
@@ -58,13 +58,13 @@ def _factors(scope: Scope, name: str) -> tuple[list[str], float]:
 
 
 def _number(scope: Scope, name: str) -> float | None:
-    """Return a constant that is one number and adds no axis."""
+    """Return a constant that is a single number without additional axes."""
     value: Any = numbers(scope.constant(name)) if name else None
     return float(value) if isinstance(value, np.ndarray) and not value.ndim and value.dtype.kind == "f" else None
 
 
 def _bell(scope: Scope, name: str, x: str) -> str | None:
-    """Return which Gelu it is whose other factor this is, as its operator says it; None where it is none."""
+    """Return the Gelu's `approximate` attribute, given its factor other than x; None where it isn't a Gelu."""
     for curve, one in pairs(scope, name, "Add"):
         if _number(scope, one) != 1.0:
             continue

@@ -1,8 +1,8 @@
-"""What a graph makes anew at every step of a loop that was unrolled, as one value of all steps.
+"""Operators that a graph repeats at every step of an unrolled loop, merged into one operation on all steps.
 
-Beside its cell, a loop may hold layers: ahead of it, between two cells, behind them. A graph has their operators once a
-step then. Where each step's operators are those of the first on that step's values, the first step's are put in once
-more, for the rows of all steps, `[B·T, F]`; what they make is parted into steps again where the graph joins them.
+In addition to its cell, a loop may contain layers: before it, between two cells, or after them. The graph then repeats
+their operators for every step. Where they differ only in the step's values, the first step's operators are added once
+more, for the rows of all steps, `[B·T, F]`; their result is split into steps again where the graph joins them.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from cellstack.formats.onnx.fold import Broadcast, axes_of
 from cellstack.formats.onnx.written_out.linear import Place, Term, place_of
 
 BY_ITSELF = {*BY_NUMBER, *TOGETHER, "Abs", "Cos", "Erf", "Log", "Neg", "Sin"}
-ALONG = {"Concat": 0, "LogSoftmax": -1, "Softmax": -1, "Split": 0}  # operators of one axis, and the usual one
+ALONG = {"Concat": 0, "LogSoftmax": -1, "Softmax": -1, "Split": 0}  # operators along one axis, and its default
 REDUCED = {"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"}
 
 
 class Steps(NamedTuple):
-    """A value of all steps, `[B, T, F]`; `backwards`: whether the loop takes them from the last to the first."""
+    """A value of all steps, `[B, T, F]`; `backwards`: whether the loop runs from the last step to the first."""
 
     name: str
     backwards: bool
 
 
 class Rows(NamedTuple):
-    """A value of all steps as rows: what it is at one step, but with `B·T` for `B`, the first axis.
+    """A value of all steps as rows: like its value at one step, but with `B·T` for `B`, the first axis.
 
     Args:
-        name: of the value.
-        of: what says how many rows and steps there are.
-        rank: how many axes it has.
-        ones: those that are known to be of length 1.
+        name: the name of the value.
+        of: the sequence that determines the number of rows and steps.
+        rank: its number of axes.
+        ones: the axes that are known to have length 1.
     """
 
     name: str
@@ -46,30 +46,30 @@ class Rows(NamedTuple):
 
 
 class Loop:
-    """The operators of a graph's loops, put in once for all steps.
+    """The operators of a graph's loops, added once for all steps.
 
     Args:
         scope: the graph.
-        known: which step of which sequence a value is, where that is known; it may grow.
-        whole: whether loops go over all steps that a sequence has; else over as many as the graph has them for.
+        known: the step and sequence of each known value; may be extended.
+        whole: whether loops run over all steps of a sequence; else over as many as the graph unrolls.
 
     Attributes:
-        made: the nodes that were put in.
-        constants: the tensors that these need.
-        beside: values of which a step takes one that is the same at every step, and not constant.
+        made: the added nodes.
+        constants: the tensors that they need.
+        shared: values that every step uses unchanged, although they aren't constant.
     """
 
     def __init__(self, scope: Scope, known: dict[str, Place], whole: bool) -> None:
         self.scope, self.known, self.whole, self.onnx = scope, known, whole, onnx_package()
         self.made: list[Any] = []
         self.constants: list[Any] = []
-        self.beside: list[str] = []
+        self.shared: list[str] = []
         self.found: dict[tuple[str, ...], Rows | str | None] = {}
         self.sequences: dict[Any, Steps] = {}
         self.ranks = {value.name: len(declared(value) or (0, 0, 0)) for value in scope.graph.input}
 
     def put(self, operator: str, inputs: list[str], **attributes: Any) -> str:
-        """Put in an operator and return the name of what it gives."""
+        """Add an operator and return the name of its output."""
         name = f"loop {len(self.made)}"
         self._add(self.onnx.helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
@@ -79,28 +79,28 @@ class Loop:
         self.scope.producers.update((name, node) for name in node.output)
 
     def integers(self, *values: int) -> str:
-        """Put in a constant list and return its name."""
+        """Add a constant list and return its name."""
         name = f"loop constant {len(self.constants)}"
         self.constants.append(self.onnx.numpy_helper.from_array(np.array(values, np.int64), name))
         self.scope.initializers[name] = self.constants[-1]
         return name
 
     def squeezed(self, value: str, axis: int, operator: str = "Squeeze") -> str:
-        """Put in a Squeeze, or an Unsqueeze, as this opset has it."""
+        """Add a Squeeze or an Unsqueeze, in this opset's form."""
         if self.scope.model.opset < 13:
             return self.put(operator, [value], axes=[axis])
         return self.put(operator, [value, self.integers(axis)])
 
     def sliced(self, value: str, axis: int, start: int, stop: int, step: int = 1) -> str:
-        """Put in a Slice, as this opset has it."""
+        """Add a Slice, in this opset's form."""
         if self.scope.model.opset < 10:
             return self.put("Slice", [value], axes=[axis], starts=[start], ends=[stop])
         return self.put("Slice", [value, *(self.integers(n) for n in (start, stop, axis, step))])
 
-    # ── what the reader of loops asks ───────────────────────────────────────────────────────────────────────────────
+    # ── queries of the loop reader ────────────────────────────────────────────────────────────────────────────────────
 
     def taken(self, values: Sequence[str]) -> Steps | None:
-        """Return what a cell takes at its steps, `[B, F]` each, as one sequence; None where it is none."""
+        """Return a cell's inputs at its steps, `[B, F]` each, as one sequence; None where they aren't one."""
         rows = self.rows(values)
         if isinstance(rows, str):  # the same at every step
             repeated = self.squeezed(rows, 1, "Unsqueeze")
@@ -110,10 +110,10 @@ class Loop:
         return Steps(self._parted(rows.name, rows.of), rows.of.backwards)
 
     def joined(self, values: Sequence[str], axis: int) -> str | None:
-        """Return what the steps' values are once they are joined along an axis; None where they aren't steps."""
+        """Return the steps' values joined along an axis; None where they aren't steps."""
         over = {self._unsqueezed(name) for name in values}
         first = None
-        if len(over) == 1 and None not in over:  # as torch.stack has it
+        if len(over) == 1 and None not in over:  # like torch.stack
             (first,) = over
             rows = self.rows([self.scope.producers[name].input[0] for name in values])
             if first != axis or axis not in (0, 1) or not isinstance(rows, Rows) or rows.rank > 2:
@@ -131,14 +131,14 @@ class Loop:
         name = self._parted(name, rows.of)
         if rows.of.backwards:
             name = self.sliced(name, 1, -1, -(2**63), -1)
-        if single:  # one number a step, without an axis of its own
+        if single:  # one number per step, without a feature axis
             name = self.squeezed(name, 2)
         if first == 0:
             name = self.put("Transpose", [name], perm=[1, 0] if single else [1, 0, 2])
         return name
 
     def _unsqueezed(self, name: str) -> int | None:
-        """Return the axis that an Unsqueeze puts in; None where a value isn't made by one, or it puts in several."""
+        """Return the axis that an Unsqueeze adds; None where it adds several, or for another operator."""
         node = self.scope.producers.get(name)
         axes = self._axes(node) if node is not None and node.op_type == "Unsqueeze" else None
         return axes[0] if axes is not None and len(axes) == 1 else None
@@ -150,14 +150,14 @@ class Loop:
         return axes_of(self.scope.model.attributes(node), values)
 
     def _parted(self, name: str, of: Steps) -> str:
-        """Return rows `[B·T, F]` as the sequence that they are."""
+        """Return rows `[B·T, F]` as a sequence."""
         lengths = self.sliced(self.put("Shape", [of.name]), 0, 0, 2)
         return self.put("Reshape", [name, self.put("Concat", [lengths, self.integers(-1)], axis=0)])
 
-    # ── values of all steps ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── values of all steps ───────────────────────────────────────────────────────────────────────────────────────────
 
     def rows(self, values: Sequence[str]) -> Rows | str | None:
-        """Return the values of all steps, in order, as rows; a name where all are one; None where neither is so."""
+        """Return the values of all steps, in order, as rows; a name where all are the same value; else None."""
         key = tuple(values)
         if key not in self.found:
             self.found[key] = None
@@ -189,12 +189,12 @@ class Loop:
         taken = [self.rows(names) if any(names) else "" for names in zip(*(n.input for n in nodes if n), strict=True)]
         if any(one is None for one in taken):
             return None
-        if not any(isinstance(one, Rows) for one in taken):  # made anew at every step, of what doesn't change
+        if not any(isinstance(one, Rows) for one in taken):  # recomputed at every step from unchanged values
             return values[0]
         return self._made(first, at.pop(), [one for one in taken if one is not None])
 
     def _leaf(self, values: tuple[str, ...]) -> Rows | None:
-        """Return values that are the steps of a sequence, from one end to the other; None where they aren't."""
+        """Return values that are the steps of a sequence, from the first to the last; None where they aren't."""
         looked_up = self._looked_up(values)
         if looked_up is not None:
             return looked_up
@@ -220,7 +220,7 @@ class Loop:
         return Rows(self.squeezed(name, 1, "Unsqueeze"), of, 3, frozenset({1})) if axis == 1 else None
 
     def _looked_up(self, values: tuple[str, ...]) -> Rows | None:
-        """Return the entries of a table at the ids of all steps; None where the values aren't that."""
+        """Return the entries of a table at the ids of all steps; None for other values."""
         nodes = [self.scope.producers.get(name) for name in values]
         if not all(node is not None and node.op_type == "Gather" and len(node.input) == 2 for node in nodes):
             return None
@@ -245,7 +245,7 @@ class Loop:
         return Rows(self.squeezed(name, 1, "Unsqueeze"), of, 3, frozenset({1})) if thick else Rows(name, of, 2)
 
     def _thick(self, name: str, root: str, axis: int) -> bool | None:
-        """Return whether a step of a sequence has kept the axis of time, of length 1; None where that isn't known."""
+        """Return whether a step of a sequence still has its time axis, of length 1; None where unknown."""
         thick, place = True, 0
         while name != root and name not in self.known and place < 8:
             node = self.scope.producers[name]
@@ -256,7 +256,7 @@ class Loop:
                 if self._axes(node) != [axis]:
                     return None
                 gone = node.op_type == "Squeeze"
-                if not gone and thick is False:  # put in after it was taken out
+                if not gone and thick is False:  # added after it was removed
                     return None
                 if not gone:
                     name, place = node.input[0], place + 1
@@ -268,7 +268,7 @@ class Loop:
         return thick if name == root else False if name in self.known else None
 
     def _steps(self, root: str, axis: int, rank: int, count: int, backwards: bool, last: bool) -> Steps:
-        """Return a sequence as `[B, T, F]`, of those steps that the loop takes."""
+        """Return a sequence as `[B, T, F]`, restricted to the loop's steps."""
         key = root, axis, count, backwards, last
         if key not in self.sequences:
             name = root if rank == 3 else self.squeezed(root, 2, "Unsqueeze")
@@ -279,7 +279,7 @@ class Loop:
         return self.sequences[key]
 
     def _made(self, node: Any, place: int, taken: list[Rows | str]) -> Rows | None:
-        """Put the operator of the first step in for the rows of all steps; None where it may take rows together."""
+        """Add the first step's operator for the rows of all steps; None where it may combine rows."""
         flows = [one for one in taken if isinstance(one, Rows)]
         if len({(one.of.backwards, one.rank) for one in flows}) != 1:
             return None
@@ -303,13 +303,13 @@ class Loop:
         return Rows(outputs[place], of, rank, ones)
 
     def _apart(self, node: Any, taken: list[Rows | str], rank: int) -> tuple[int, frozenset[int]] | None:
-        """Return the rank of what an operator gives, and axes of length 1; None where it may take rows together."""
+        """Return the rank of an operator's output, and axes of length 1; None where it may combine rows."""
         kind, attributes = node.op_type, self.scope.model.attributes(node)
         flows = [one for one in taken if isinstance(one, Rows)]
         ones = frozenset.intersection(*(one.ones for one in flows))
         constants = [self.scope.constant(one) for one in taken if isinstance(one, str) and one]
         if not all(isinstance(one, (np.ndarray, Broadcast)) for one in constants):
-            self.beside.append(next(one for one in taken if isinstance(one, str) and self.scope.constant(one) is None))
+            self.shared.append(next(one for one in taken if isinstance(one, str) and self.scope.constant(one) is None))
             return None
         arrays = [one for one in constants if isinstance(one, np.ndarray)]
         first = isinstance(taken[0], Rows) and len(flows) == 1
@@ -356,7 +356,7 @@ class Loop:
         return None
 
     def _cut(self, node: Any, attributes: dict[str, Any], rank: int, ones: frozenset[int]) -> Any:
-        """Return the same of a Gather or a Slice of other axes than the rows'."""
+        """The same for a Gather or a Slice along axes other than the rows."""
         values = [self.scope.constant(name) for name in node.input[1:]]
         if node.op_type == "Gather":
             axis, index = attributes.get("axis", 0), values[0]

@@ -1,14 +1,14 @@
 // Every activation of a cell or a node, with its slope.
 
 const identityOf = (z) => z;
-export const sigmoidOf = (z) => 0.5 * (1 + Math.tanh(0.5 * z)); // that of exp(-z) overflows
-export const betweenOf = (z, low, high) => Math.min(Math.max(z, low), high); // a NaN stays one
+export const sigmoidOf = (z) => 0.5 * (1 + Math.tanh(0.5 * z)); // 1/(1 + exp(-z)) overflows
+export const betweenOf = (z, low, high) => Math.min(Math.max(z, low), high); // NaN stays NaN
 const SELU_ALPHA = 1.6732632423543772;
 const SELU_SCALE = 1.0507009873554805;
 const GELU_ROOT = Math.sqrt(2 / Math.PI);
 
-// The error function, for z >= 0 and below 6 by 2/sqrt(pi)·e^(-z²)·(z + 2z³/3 + 4z⁵/15 + …), whose terms are all of one
-// sign, and 1 to double precision beyond. Ref: Abramowitz and Stegun 1964, 7.1.6.
+// The error function, for 0 <= z < 6 by 2/sqrt(pi)·e^(-z²)·(z + 2z³/3 + 4z⁵/15 + …), whose terms all have the same sign;
+// beyond, it is 1 to double precision. Ref: Abramowitz and Stegun 1964, 7.1.6.
 function errorFunction(z) {
   const x = Math.abs(z);
   if (!(x < 6)) return Number.isNaN(z) ? z : Math.sign(z);
@@ -40,7 +40,7 @@ const ACTIVATION_TABLE = {
   scaled_tanh: [(z, a, b) => a * Math.tanh(b * z), (z, y, a, b) => a * b * (1 - (y / a) ** 2)],
 };
 
-// Those that nodes have beside these; softmax and log_softmax, which take a row together, are in `activateRows`.
+// Further activations of nodes; softmax and log_softmax, which act on whole rows, are in `activateRows`.
 const NODE_ACTIVATION_TABLE = {
   silu: [(z) => z * sigmoidOf(z), (z) => sigmoidOf(z) * (1 + z * (1 - sigmoidOf(z)))],
   gelu: [(z) => z * geluShare(z), (z) => geluShare(z) + z * Math.exp(-0.5 * z * z) / Math.sqrt(2 * Math.PI)],
@@ -65,7 +65,7 @@ const USUAL_PARAMETERS = {
   scaled_tanh: [1, 1],
 };
 
-// What a text such as "hard_sigmoid(0.2, 0.5)" names: { name, f, slope, alpha, beta }; null where it isn't in `table`.
+// The activation that a string such as "hard_sigmoid(0.2, 0.5)" names: { name, f, slope, alpha, beta }; null where it isn't in `table`.
 function namedActivation(text, table) {
   const match = /^\s*(\w+)\s*(?:\(([^()]*)\))?\s*$/.exec(text);
   if (match === null || !Object.hasOwn(table, match[1])) return null;
@@ -80,7 +80,7 @@ export const cellActivation = (text) => namedActivation(text, ACTIVATION_TABLE);
 const nodeActivation = (text) => namedActivation(text, { ...ACTIVATION_TABLE, ...NODE_ACTIVATION_TABLE });
 export const knowsNodeActivation = (text) => ROW_ACTIVATIONS.includes(text) || nodeActivation(text) !== null;
 
-// y of rows z of so many numbers.
+// The activation y of rows z of `width` numbers.
 export function activateRows(text, z, width) {
   const y = new Float64Array(z.length);
   if (!ROW_ACTIVATIONS.includes(text)) {
@@ -100,7 +100,7 @@ export function activateRows(text, z, width) {
   return y;
 }
 
-// The gradient by z of what `activateRows` made of it.
+// The gradient of `activateRows` with respect to z.
 export function activateRowsBack(text, z, y, width, dy) {
   const dz = new Float64Array(z.length);
   if (!ROW_ACTIVATIONS.includes(text)) {

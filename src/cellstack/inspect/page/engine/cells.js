@@ -6,7 +6,7 @@ import { addNumbers, addProduct, normaliseRow } from "./products.js";
 
 export const GATE_NAMES = { lstm: ["i", "f", "g", "o"], gru: ["z", "r", "g"], rnn: ["g"] };
 
-// The fields of CellSpec that a description may leave out, with what they are then.
+// The fields of CellSpec that a description may omit, with their defaults.
 export const USUAL_SPEC = {
   kind: "lstm",
   activation: "tanh",
@@ -26,11 +26,11 @@ export const USUAL_SPEC = {
   learn_initial_state: false,
 };
 
-// Gates that have a block of H columns in the arrays, in order.
+// Gates with a block of H columns in the arrays, in order.
 const weighedGates = (spec) => GATE_NAMES[spec.kind].filter((gate) => !(spec.coupled && gate === "f"));
 export const outputSize = (spec) => spec.proj_size || spec.units;
 
-// The text of the activation of a gate, or of an LSTM's "cell".
+// The name of the activation of a gate, or of an LSTM's "cell".
 export function slotActivation(spec, slot) {
   const usual = slot === "g" || slot === "cell" ? spec.activation : spec.recurrent_activation;
   return spec.gate_activations[slot] ?? usual;
@@ -51,7 +51,7 @@ export function cellShapes(spec) {
   return shapes;
 }
 
-// The numbers that a patch names of an axis, in their order: all of them, a list, or a slice { start, stop, step }.
+// The indices of an axis that a patch names, in their order: all of them, a list, or a slice { start, stop, step }.
 function patchedEntries(patch, name, index, length) {
   if (index === null || index === undefined) return Array.from({ length }, (_, n) => n);
   const found = Array.isArray(index) ? index : slicedEntries([index.start, index.stop, index.step], length);
@@ -62,7 +62,7 @@ function patchedEntries(patch, name, index, length) {
   return found;
 }
 
-// Which place each number of an axis has among the entries of a patch; -1 where it isn't one.
+// The position of each index of an axis among the entries of a patch; -1 where it isn't one.
 function placesAmong(entries, length) {
   const places = new Int32Array(length).fill(-1);
   entries.forEach((entry, place) => {
@@ -71,8 +71,8 @@ function placesAmong(entries, length) {
   return places;
 }
 
-// The patches of one cell by gate, later ones after earlier ones, as `patched` takes them. `value` is a number, or a
-// value that broadcasts to [rows, steps, units], those that the patch names.
+// The patches of one cell by gate, in order, in the form that `patched` takes. `value` is a number, or a
+// value that broadcasts to the patch's [rows, steps, units].
 function compiledPatches(patches, gates, H, P, B, T) {
   const found = {};
   for (const patch of patches) {
@@ -86,7 +86,7 @@ function compiledPatches(patches, gates, H, P, B, T) {
     if (how !== "freeze" && typeof value !== "number" && !Array.isArray(value?.shape)) {
       throw new Error(`patch of ${node}: expected a number or numbers as value to ${how}, got ${value}`);
     }
-    // A list of three, as a what-if says steps, is a slice; a patch of a file has them by name.
+    // A list of three, as in a what-if, is a slice; patches of a file name the fields of the slice.
     const steps = Array.isArray(patch.steps)
       ? { start: patch.steps[0], stop: patch.steps[1], step: patch.steps[2] }
       : (patch.steps?.numbers ?? patch.steps);
@@ -97,7 +97,7 @@ function compiledPatches(patches, gates, H, P, B, T) {
     ];
     const { data, shape } = typeof value === "number" || how === "freeze" ? { data: [value], shape: [] } : value;
     const whole = [...new Array(Math.max(0, 3 - shape.length)).fill(1), ...shape];
-    const fits = (length, n, axis) => length === 1 || length === n || (axis === 1 && length > n); // a slice cut to the run
+    const fits = (length, n, axis) => length === 1 || length === n || (axis === 1 && length > n); // a slice clipped to the run
     if (whole.length > 3 || !whole.every((length, axis) => fits(length, named[axis].length, axis))) {
       const expected = named.map((entries) => entries.length).join(", ");
       throw new Error(`patch of ${node}: expected a value that fits [${expected}], got ${shapeText(shape)}`);
@@ -110,7 +110,7 @@ function compiledPatches(patches, gates, H, P, B, T) {
   return found;
 }
 
-// What patches make of v[at…] at a step of a row; before[from…] is what it was at the step before, if there was one.
+// Apply patches to v[at…] at a step of a row; before[from…] is its value at the previous step, if any.
 function patched(list, v, at, row, t, before, from) {
   for (const { units, rows, steps, how, data, strides } of list) {
     if (rows[row] < 0 || steps[t] < 0) continue;
@@ -126,7 +126,7 @@ function patched(list, v, at, row, t, before, from) {
   }
 }
 
-// The way back of `patched`: dv[at…] becomes the gradient by what it took; what froze goes to dbefore[0…].
+// Backward pass of `patched`: dv[at…] becomes the gradient of its input; frozen parts go to dbefore[0…].
 export function patchedBack(list, dv, at, row, t, dbefore, from) {
   for (let p = list.length - 1; p >= 0; p -= 1) {
     const { units, rows, steps, how, data, strides } = list[p];
@@ -144,7 +144,7 @@ export function patchedBack(list, dv, at, row, t, dbefore, from) {
   }
 }
 
-// What a pass over a cell takes and keeps: its fields [B, T, H], and for the way back what `keep` asks for.
+// A forward pass of a cell: its fields [B, T, H], and with `keep`, what the backward pass needs.
 export class CellPass {
   // x [B, T, I]; state { h, c } of Float64Arrays or null; mask and reset [B·T] or null; patches of this cell.
   constructor(cell, x, B, T, { state, mask, reset, reverse, patches, pre, keep }) {
@@ -202,7 +202,7 @@ export class CellPass {
   runRow(row) {
     const { T, P, H, now, before, mask, reset, lstm } = this;
     this.begin(row, this.state);
-    let last = -1; // the step used before
+    let last = -1; // the previous used step
     for (let n = 0; n < T; n += 1) {
       const t = this.reverse ? T - 1 - n : n;
       const at = row * T + t;
@@ -224,7 +224,7 @@ export class CellPass {
     if (lstm) this.after.c.set(now.c, row * H);
   }
 
-  // z[0…] = LN(v·w)⊙gain, without LN where the cell has none; for a GRU z and r apart from g.
+  // z[0…] = LN(v·w)⊙gain, without LN where the cell has none; for a GRU, z and r separately from g.
   product(z, name, v, vAt, n, at, columns = this.G * this.H) {
     const { arrays } = this.cell;
     const wide = this.G * this.H;
@@ -241,7 +241,7 @@ export class CellPass {
     }
   }
 
-  // The activation of a gate whose pre-activations are z[zAt…], its patches with it.
+  // The activation of a gate with pre-activations z[zAt…], including its patches.
   activate(gate, z, zAt, row, t, at, last) {
     const { H } = this;
     const { f, slope, alpha, beta } = this.act[gate];
@@ -287,7 +287,7 @@ export class CellPass {
       this.product(z, "recurrent_kernel", before.h, 0, P, at);
     }
     if (spec.use_bias) addNumbers(z, 0, arrays.bias.data, 0, G * H);
-    const o = (G - 1) * H; // where o's block begins; f has one before g's unless it is coupled
+    const o = (G - 1) * H; // start of o's block; f's block precedes g's unless coupled
     if (spec.peepholes) {
       const p = arrays.peepholes.data;
       for (let u = 0; u < H; u += 1) z[u] += p[u] * before.c[u];
@@ -310,8 +310,8 @@ export class CellPass {
       now.c[u] = kept === 0 ? seen[u] : kept * before.c[u] + (1 - kept) * seen[u];
       if (keep && bound !== Infinity) this.inside[n] = Math.abs(c) < bound ? 1 : 0;
     }
-    this.patch("c", seen, 0, row, t, before.c, 0); // what o and φ see
-    this.patch("c", now.c, 0, row, t, before.c, 0); // what is kept: the same but for zoneout
+    this.patch("c", seen, 0, row, t, before.c, 0); // the c that o and φ use
+    this.patch("c", now.c, 0, row, t, before.c, 0); // the kept c: the same except for zoneout
     if (spec.peepholes) {
       const p = arrays.peepholes.data;
       for (let u = 0; u < H; u += 1) z[o + u] += p[o - H + u] * seen[u];

@@ -1,12 +1,12 @@
-// The way back through cells.
+// The backward pass of cells.
 
 import { addNumbers, addOuter, addProductBack, normaliseRowBack } from "./products.js";
 import { patchedBack } from "./cells.js";
 
-// Backpropagation through a `CellPass` that was kept: the chain rule on its lines, last to first.
+// Backpropagation through a `CellPass` with `keep`: the chain rule on its lines, last to first.
 export class CellBack {
-  // dh [B, T, P] by h as it goes out, dafter [B, P] by h after the last step, dfields { gate, c, h: [B, T, ·] } by the
-  // fields themselves; each may be null.
+  // Gradients: dh [B, T, P] of the output h, dafter [B, P] of h after the last step, dfields { gate, c, h: [B, T, ·] } of
+  // the fields; each may be null.
   constructor(pass, dh, dafter, dfields) {
     const { B, T, H, P, G, cell, spec } = pass;
     Object.assign(this, { pass, dh, dfields: dfields ?? {} });
@@ -20,7 +20,7 @@ export class CellBack {
     this.by.h = new Float64Array(B * T * P);
     this.froze = Object.fromEntries(pass.names.map((gate) => [gate, new Float64Array(H)]));
     this.now = { h: new Float64Array(P), c: new Float64Array(H) };
-    this.to = { h: new Float64Array(P), c: new Float64Array(H) }; // by the state before the step
+    this.to = { h: new Float64Array(P), c: new Float64Array(H) }; // of the state before the step
     this.scratch = {
       dz: new Float64Array(G * H),
       dq: new Float64Array(G * H),
@@ -77,7 +77,7 @@ export class CellBack {
     }
   }
 
-  // For each step, the step used before it; -1 where there is none.
+  // For each step, the previous used step; -1 where there is none.
   lastsOf(row) {
     const { T, mask, reverse } = this.pass;
     const lasts = new Int32Array(T);
@@ -95,7 +95,7 @@ export class CellBack {
     if (list !== undefined) patchedBack(list, dv, at, row, t, dbefore, from);
   }
 
-  // now.h, by h as it left the step, to dhNew and to the h before.
+  // From now.h, the gradient of the step's final h, to dhNew and the previous h.
   leaveBack(row, t) {
     const { now, to, scratch } = this;
     const { P, spec } = this.pass;
@@ -107,7 +107,7 @@ export class CellBack {
     }
   }
 
-  // By a gate, dgate as its step's equations say, to its pre-activations in dz[zAt…]; null where it has none.
+  // From dgate, the gradient of a gate, to its pre-activations in dz[zAt…]; null where it has none.
   activateBack(gate, dgate, dz, zAt, row, t, at, last) {
     const { H, slopes } = this.pass;
     const froze = this.froze[gate];
@@ -121,7 +121,7 @@ export class CellBack {
     if (dz !== null) for (let u = 0; u < H; u += 1) dz[zAt + u] = dgate[u] * slopes[gate][at * H + u];
   }
 
-  // dout, by the product that `CellPass.product` made, to its array and to dv[vAt…]; dout is overwritten.
+  // From dout, the gradient of `CellPass.product`, to its array and to dv[vAt…]; dout is overwritten.
   productBack(name, dout, v, vAt, n, at, dv, dvAt, columns = this.pass.G * this.pass.H) {
     const { pass, darrays } = this;
     const { arrays } = pass.cell;
@@ -173,12 +173,12 @@ export class CellBack {
       }
     }
     const kept = spec.zoneout_cell;
-    if (kept === 0) addNumbers(this.by.c, n, dseen, 0, H); // what o and φ see is the c that is kept
+    if (kept === 0) addNumbers(this.by.c, n, dseen, 0, H); // o and φ use the kept c
     this.patchBack("c", dseen, 0, row, t, to.c, 0);
     this.patchBack("c", now.c, 0, row, t, to.c, 0);
     for (let u = 0; u < H; u += 1) {
       const inside = pass.inside[n + u];
-      const dc = inside ? dseen[u] + (1 - kept) * now.c[u] : 0; // by f⊙c_prev + i⊙g
+      const dc = inside ? dseen[u] + (1 - kept) * now.c[u] : 0; // of f⊙c_prev + i⊙g
       to.c[u] += kept * now.c[u] + dc * gates.f[n + u];
       dseen[u] = dc;
     }
@@ -199,7 +199,7 @@ export class CellBack {
     this.sumsBack(at, dz, dq);
   }
 
-  // dz by kernel's product plus recurrent_kernel's plus bias, to all of these.
+  // From dz, the gradient of the kernel's product plus the recurrent kernel's plus bias, to all of these.
   sumsBack(at, dz, dq) {
     const { pass, darrays } = this;
     const { spec, P } = pass;

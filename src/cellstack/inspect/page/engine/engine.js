@@ -1,63 +1,62 @@
 // The engine: a network run in the browser, forward and backward, in float64 and plain typed arrays.
 //
-// The equations are those of src/cellstack/reference.py, which every result is held against in the tests. It makes no
-// request, reads no document and keeps nothing between calls, so the same text runs in a page and in a worker.
+// The equations are those of src/cellstack/reference.py, and tests compare every result with it. The engine makes no
+// requests, reads no document and keeps nothing between calls, so the same text runs in a page and in a worker.
 //
-// WHAT GOES IN
+// INPUTS
 //
-//   payload   what `cellstack.inspect.payload.payload_of(network)` returns: { description, arrays }, the description of
-//             docs/format.md and its arrays by name, { dtype, shape, data }, where data is base64 or a typed array.
+//   payload   the result of `cellstack.inspect.payload.payload_of(network)`: { description, arrays }, the description
+//             in docs/format.md and its arrays by name, { dtype, shape, data }, where data is base64 or a typed array.
 //   network   readNetwork(payload):
 //             { inputs: [{ name, shape }], outputs: [name], nodes: [{ name, type, sources: [name], settings: {…},
 //               arrays: { name: { data, shape } },
 //               cells: [{ spec: {…every field of CellSpec…}, arrays: { kernel: { data, shape }, … } }] }],
-//               patches: as of the options }
-//             A bidirectional node's cells are the forward half's, then the backward half's.
+//               patches: as in the options }
+//             A bidirectional node's cells are the forward cells, then the backward cells.
 //   a value   { data: Float64Array (or any array of numbers), shape: [B, …] }; the last axis runs fastest.
-//   inputs    { name: value }, one for each of network.inputs; ids of an embedding are numbers too, [B, T].
-//   options   all of them may be left out:
+//   inputs    { name: value }, one for each of network.inputs; ids of an embedding are also numbers, [B, T].
+//   options   all are optional:
 //     state     one entry for each cell, in the order of the nodes and of their cells: { h: value [B, P], c: value
 //               [B, H] } (c of an LSTM), or null for the cell's own initial state.
-//     mask      [B, T] of 0 and 1 (an array of B·T numbers, or a value), 1 where a step counts; for every input that
-//               has a time axis, or { name: mask } for each its own.
-//     reset     [B, T] likewise, 1 where a new piece begins.
-//     patches   [{ node, cell, gate, units, rows, steps, how, value }], which act after those that the network has:
+//     mask      [B, T] of 0 and 1 (an array of B·T numbers, or a value), 1 where a step is used; for every input that
+//               has a time axis, or { name: mask } for separate masks.
+//     reset     [B, T] likewise, 1 where a new sequence begins.
+//     patches   [{ node, cell, gate, units, rows, steps, how, value }], applied after the network's own patches:
 //               gate "i" "f" "g" "o" "c" "h" of an LSTM, "z" "r" "g" "h" of a GRU, "g" "h" of a SimpleRNN; units and
 //               rows lists of numbers or { start, stop, step }, steps [start, stop, step] or { start, stop, step } as
-//               Python slices, or { numbers: [number] }, counted in the order of time; all of them where it is null or
-//               left out; how "set", "add", "scale" or "freeze"; value a number, or a value that broadcasts to the
-//               rows, steps and units named. A gate is changed right after its activation, c after the cell clip and
-//               zoneout, before o and h see it, h last of all. "freeze": what it was after the step before; at a
-//               row's first step the state begun with, and for a gate its own value. Steps that the mask leaves out
-//               stay as they are.
-//     pre       false: leave the pre-activations out, which saves memory.
+//               Python slices, or { numbers: [number] }, counted in the order of time; null or absent means all; how
+//               "set", "add", "scale" or "freeze"; value a number, or a value that broadcasts to the named rows,
+//               steps and units. A gate is changed right after its activation, c after the cell clip and zoneout,
+//               before o and h use it, h last. "freeze": its value after the previous step; at a row's first step,
+//               the initial state, and for a gate its own value. Masked steps don't change.
+//     pre       false: omit the pre-activations, which saves memory.
 //
-// WHAT COMES OUT
+// OUTPUTS
 //
-//   unsupported(network)             [sentence, …]: what isn't served, by name. Empty: all of it is.
-//   multiplications(network, steps)  how many one row's run over so many steps takes: some 10^9 a second.
+//   unsupported(network)             [sentence, …]: unsupported parts, by name. Empty: everything is supported.
+//   multiplications(network, steps)  the number for one row over `steps` steps; about 10^9 per second.
 //   run(network, inputs, options)
-//     { values: { name: value },     of every input, in the memory that was given, and of every node
+//     { values: { name: value },     of every input, in the caller's memory, and of every node
 //       cells: { node: [{ i, f, g, o, c, h, pre: { i, f, g, o } }] },
-//                                    of each node that has cells: z, r, g, h of a GRU, g, h of a SimpleRNN; values
-//                                    [B, T, H] in the order of time whichever way the cell ran. `pre`: what the gates
-//                                    are activations of, before a clip; a coupled f has none. Where the mask leaves a
-//                                    step out, gates and pre are 0, and c and h are carried.
+//                                    of each node with cells: z, r, g, h of a GRU, g, h of a SimpleRNN; values [B, T, H]
+//                                    in the order of time, regardless of the cell's direction. `pre`: the
+//                                    pre-activations, before a clip; a coupled f has none. At masked steps, gates and
+//                                    pre are 0, and c and h are carried over.
 //       state: [{ h, c }] }          after the last step, as options.state
 //   gradient(network, inputs, options, of)
-//     of    { value: name, row, step, unit } one number of an input's or a node's value; step is left out of [B, W];
+//     of    { value: name, row, step, unit } one number of an input's or a node's value; no step for [B, W];
 //           { node, cell, gate, row, step, unit } one number of a gate or state ("c", "h") of a cell;
-//           { seeds: { name: array or value } } the gradient of a loss by what nodes return.
+//           { seeds: { name: array or value } } the gradient of a loss with respect to node outputs.
 //     { inputs: { name: value },     null for ids
-//       values: { name: value },     of every node, what it returned; null where the number doesn't depend on it
-//       cells: { node: [{ i, f, g, o, c, h }] },  by each gate after its activation, and by each state, of every step
-//       state: [{ h, c }],           by the state before the first step
-//       arrays: { node: [{ kernel, … }] } }       one entry a cell; of a node without cells one entry, or none
+//       values: { name: value },     of every node's output; null where the number doesn't depend on it
+//       cells: { node: [{ i, f, g, o, c, h }] },  of each gate after its activation and each state, at every step
+//       state: [{ h, c }],           of the initial state
+//       arrays: { node: [{ kernel, … }] } }       one entry per cell; for a node without cells, one entry or none
 //   createTrainer(options)           the playground: see there
-//   cellActivation(text)             what an activation of a cell such as "hard_sigmoid(0.2, 0.5)" is: { name, f, slope,
+//   cellActivation(text)             the activation that a string such as "hard_sigmoid(0.2, 0.5)" names: { name, f, slope,
 //                                    alpha, beta }, y = f(z, alpha, beta) and dy/dz = slope(z, y, alpha, beta); or null
 //
-// All of these throw an Error whose message is a sentence, where what goes in doesn't fit.
+// All functions throw an Error with a readable message for invalid inputs.
 
 import { floats, lastAxis, numbersIn, shapeText } from "./shapes.js";
 import { cellActivation, knowsNodeActivation } from "./activations.js";
@@ -77,7 +76,7 @@ function readArray({ dtype, shape, data }) {
   return { data: new Float64Array(numbers), shape };
 }
 
-// A network of a payload: see the head of this file. What it doesn't know, it leaves to `unsupported` to say.
+// A network from a payload: see the top of this file. `unsupported` reports parts that it doesn't support.
 export function readNetwork({ description, arrays }) {
   if (description.version !== FORMAT_VERSION) {
     throw new Error(`expected a description of version ${FORMAT_VERSION}, got ${description.version}`);
@@ -111,7 +110,7 @@ export function readNetwork({ description, arrays }) {
   return { inputs: description.inputs, outputs: description.outputs, dtype, nodes, patches, others };
 }
 
-// Sentences that say what of a network isn't served; none: all of it is.
+// Sentences about the unsupported parts of a network; none if everything is supported.
 export function unsupported(network) {
   const found = (network.others ?? []).map((key) => `The network's ${key} aren't supported.`);
   for (const name of (network.outputs ?? []).filter((output) => output.includes("/"))) {
@@ -120,7 +119,7 @@ export function unsupported(network) {
   for (const { name, type, sources, settings, arrays, cells } of network.nodes) {
     const states = sources.filter((source, n) => source.includes("/") || (cells.length && n));
     if (states.length) {
-      found.push(`${name}: it takes the states ${states.join(", ")}, which isn't supported: run the network in Python.`);
+      found.push(`${name}: reading the states ${states.join(", ")} isn't supported: run the network in Python.`);
     }
     if (!Object.hasOwn(NODE_KINDS, type)) {
       found.push(`${name}: a node of the type ${type} isn't supported.`);
@@ -171,8 +170,8 @@ function unsupportedCell(where, { spec, arrays }) {
   return found;
 }
 
-// How many multiplications by numbers of its own one row's run over so many steps takes, each node as often as there
-// are steps: a good measure of the time, some 10^9 a second.
+// The number of multiplications by weights for one row over `steps` steps, each node counted at every step: a good
+// measure of the time, about 10^9 per second.
 export function multiplications(network, steps) {
   const added = ["bias", "cell_bias", "initial_h", "initial_c", "table", "mean", "shift"];
   let sum = 0;
@@ -184,7 +183,7 @@ export function multiplications(network, steps) {
   return sum * steps;
 }
 
-// Inputs that are looked up in a table, past nodes that only move numbers: a mask goes with them too.
+// Inputs that are looked up in a table, also through nodes that only move numbers: they may have a mask, too.
 function takesIds(network, name) {
   const takers = network.nodes.filter((node) => node.sources.includes(name));
   const past = (node) =>
@@ -192,7 +191,7 @@ function takesIds(network, name) {
   return takers.length > 0 && !network.outputs.includes(name) && takers.every(past);
 }
 
-// Flags [B, T] as they are given, of one input: an array or a value for all inputs, or one of each name.
+// Flags [B, T] of one input: an array or a value for all inputs, or one by name.
 function givenFlags(what, given, name, B, T) {
   if (given === null || given === undefined) return null;
   const whole = Array.isArray(given) || ArrayBuffer.isView(given) || Array.isArray(given.shape);
@@ -209,7 +208,7 @@ function inputFlows(network, inputs, { mask, reset }) {
   const flows = {};
   for (const { name, shape } of network.inputs) {
     const value = inputs[name];
-    if (value === undefined) throw new Error(`expected the input ${name}, got none`);
+    if (value === undefined) throw new Error(`the input ${name} is missing`);
     if (!Array.isArray(value?.shape) || value.data === undefined) {
       throw new Error(`expected the input ${name} as { data, shape }, got ${typeof value}`);
     }
@@ -226,11 +225,11 @@ function inputFlows(network, inputs, { mask, reset }) {
     flows[name] = { x, mask: flags("mask", mask), reset: flags("reset", reset) };
   }
   const rows = new Set(Object.values(flows).map((flow) => flow.x.shape[0]));
-  if (rows.size > 1) throw new Error(`expected inputs of as many rows as each other, got ${[...rows].join(" and ")}`);
+  if (rows.size > 1) throw new Error(`expected inputs with the same number of rows, got ${[...rows].join(" and ")}`);
   return flows;
 }
 
-// One state a cell, as Float64Arrays, or null.
+// One state per cell, as Float64Arrays, or null.
 function givenStates(network, state, B) {
   const specs = network.nodes.flatMap((node) => node.cells.map((cell) => cell.spec));
   if (state === null || state === undefined) return specs.map(() => null);
@@ -241,7 +240,7 @@ function givenStates(network, state, B) {
     const of = ([name, size]) => {
       const data = one[name] && floats(one[name].data ?? one[name]);
       if (!data || data.length !== B * size) {
-        throw new Error(`expected ${name} of state ${n} [B=${B}, ${size}], got another`);
+        throw new Error(`expected ${name} of state ${n} [B=${B}, ${size}], got another shape`);
       }
       return [name, data];
     };
@@ -261,7 +260,7 @@ function givenPatches(network, given) {
   return found;
 }
 
-// All nodes run in their order; `keep`: with what the way back needs.
+// Run all nodes in order; `keep`: store what the backward pass needs.
 export function runNodes(network, inputs, options, keep) {
   const [problem] = unsupported(network);
   if (problem !== undefined) throw new Error(problem);
@@ -296,7 +295,7 @@ function checkTaken(node, kind, taken) {
       throw new Error(`${node.name}: expected ${shapeText([...expected, width])}, got ${shapeText(x.shape)}`);
     }
     if (reset !== null && kind.mixesSteps?.(node.settings)) {
-      throw new Error(`${node.name}: expected no reset, as it takes steps together, of one piece and of the next`);
+      throw new Error(`${node.name}: reset isn't supported, as it combines steps across sequences`);
     }
   }
 }
@@ -307,7 +306,7 @@ const statesOf = ({ h, c }, { B, P, H }) => ({
   ...(c === null ? {} : { c: { data: c, shape: [B, H] } }),
 });
 
-// Run the network: see the head of this file.
+// Run the network: see the top of this file.
 export function run(network, inputs, options) {
   return answersOf(network, runNodes(network, inputs, options ?? {}, false));
 }
@@ -323,7 +322,7 @@ export function answersOf(network, flows) {
   return { values: Object.fromEntries(Object.entries(flows).map(([name, { x }]) => [name, x])), cells, state };
 }
 
-// Where one number of an array of this shape lies; `of` has its row, step and unit.
+// The index of one number in an array of this shape; `of` has its row, step and unit.
 function placeOf(what, shape, { row, step, unit }) {
   const at = shape.length === 3 ? [row, step, unit] : shape.length === 2 ? [row, unit] : [];
   if (!at.length || at.some((entry, axis) => !Number.isInteger(entry) || entry < 0 || entry >= shape[axis])) {
@@ -332,7 +331,7 @@ function placeOf(what, shape, { row, step, unit }) {
   return at.reduce((place, entry, axis) => place * shape[axis] + entry, 0);
 }
 
-// The gradient by what nodes returned, and by fields of cells, that a call of `gradient` asks for.
+// The seeds of a call of `gradient`: gradients of node outputs, and of fields of cells.
 export function seedsOf(network, flows, of) {
   const dvalues = {};
   const dfields = Object.fromEntries(network.nodes.map((node) => [node.name, node.cells.map(() => null)]));
@@ -366,7 +365,7 @@ export function seedsOf(network, flows, of) {
   return { dvalues, dfields };
 }
 
-// The gradient of one number, or of a loss: see the head of this file.
+// The gradient of one number, or of a loss: see the top of this file.
 export function gradient(network, inputs, options, of) {
   const flows = runNodes(network, inputs, options ?? {}, true);
   return backNodes(network, flows, seedsOf(network, flows, of));

@@ -1,4 +1,4 @@
-// Nodes with cells, and every kind of node by what files call it.
+// Nodes with cells, and every kind of node by its name in files.
 
 import { lastAxis, numbersIn } from "./shapes.js";
 import { addNumbers } from "./products.js";
@@ -100,8 +100,8 @@ const bidirectionalNode = {
   },
 };
 
-// Every kind of node, by what files call it: its settings and arrays in a description; `run` a flow to a flow, with
-// what is kept for the way back; `back` from the gradient by what it returned to those by what it took.
+// Every kind of node, by its name in files: its settings and arrays in a description; `run` maps a flow to a flow, and
+// stores what the backward pass needs; `back` maps the gradient of the output to the gradients of the inputs.
 export const NODE_KINDS = {
   recurrent: recurrentNode,
   bidirectional: bidirectionalNode,

@@ -1,8 +1,8 @@
-// What nodes share: numbers that are moved, flags of steps that go on.
+// Shared code of nodes: moving numbers, passing flags of steps on.
 
 import { numbersIn } from "./shapes.js";
 
-// Which axis of a value that is, counted from 0, the batch; an axis that isn't there is an error.
+// The index of an axis, counted from 0, the batch; throws if it doesn't exist.
 export function axisOf(node, shape) {
   const axis = node.settings.axis > 0 ? node.settings.axis : shape.length + node.settings.axis;
   if (axis < 1 || axis >= shape.length) {
@@ -11,10 +11,10 @@ export function axisOf(node, shape) {
   return axis;
 }
 
-// How many entries stand before and after each entry of an axis.
+// The sizes of the axes before and after an axis.
 export const around = (shape, axis) => [numbersIn(shape.slice(0, axis)), numbersIn(shape.slice(axis + 1))];
 
-// A node that moves numbers: what comes out at n is x[map[n]], or `value` where that is -1.
+// A node that moves numbers: output n is x[map[n]], or `value` where map[n] is -1.
 function moved(x, shape, map, value = 0) {
   const data = new Float64Array(map.length);
   for (let n = 0; n < map.length; n += 1) data[n] = map[n] < 0 ? value : x.data[map[n]];
@@ -27,7 +27,7 @@ function movedBack(length, map, dy) {
   return dx;
 }
 
-// The map of `moved` that takes these entries of an axis, -1 standing for none.
+// The map for `moved` that selects these entries of an axis; -1 selects none.
 export function takenMap(shape, axis, entries) {
   const [outer, inner] = around(shape, axis);
   const map = new Int32Array(outer * entries.length * inner);
@@ -42,7 +42,7 @@ export function takenMap(shape, axis, entries) {
 
 export const withAxis = (shape, axis, length) => shape.map((old, n) => (n === axis ? length : old));
 
-// A node that moves numbers, from `plan(node, shape)`: the shape that comes out, and the map.
+// A node that moves numbers, from `plan(node, shape)`: the output's shape, and the map.
 export function movingNode(settings, plan, flags) {
   return {
     settings,
@@ -59,7 +59,7 @@ export const noFlags = () => ({ mask: null, reset: null });
 export const inOrder = (length) => Int32Array.from({ length }, (_, n) => n);
 export const flagsOf = ({ mask, reset }) => ({ mask, reset });
 
-// A node that works number by number or row by row: `run(node, x)` and `back(node, x, y, dy, darrays)` on rows.
+// An elementwise or rowwise node: `run(node, x)` and `back(node, x, y, dy, darrays)` on rows.
 export function stepwiseNode(settings, arrays, run, back) {
   return {
     settings,

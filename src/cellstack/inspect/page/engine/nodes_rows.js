@@ -1,4 +1,4 @@
-// Nodes that work step by step, and tables of ids.
+// Nodes that act on each step, and lookups of ids.
 
 import { lastAxis } from "./shapes.js";
 import { activateRows, activateRowsBack, betweenOf } from "./activations.js";
@@ -96,7 +96,7 @@ export const scaleNode = stepwiseNode(
   },
 );
 
-// Every row normalised: with LN(x) and the deviations, which the way back needs.
+// Normalise every row; also returns LN(x) and the deviations, for the backward pass.
 function layerNormRows(node, x) {
   const W = lastAxis(x.shape);
   const [gain, bias] = ["gain", "bias"].map((name) => node.arrays[name]?.data ?? null);
@@ -124,7 +124,7 @@ export const layerNormNode = stepwiseNode(
   },
 );
 
-// A mask that a node makes itself, within the one that what it takes has.
+// A mask that a node creates, combined with its input's mask.
 const withOwnMask = (mask, own) => (mask === null ? own : own.map((kept, at) => kept & mask[at]));
 
 export const embeddingNode = {

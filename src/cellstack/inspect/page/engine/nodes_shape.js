@@ -1,4 +1,4 @@
-// Nodes that move numbers about, and several values made one.
+// Nodes that move numbers, and nodes that combine several values.
 
 import { numbersIn, shapeText, slicedEntries } from "./shapes.js";
 import { around, axisOf, flagsOf, inOrder, movingNode, noFlags, takenMap, withAxis } from "./nodes_base.js";
@@ -11,7 +11,7 @@ export const reshapeNode = (settings, lengths) => ({
       const wanted = lengths(node);
       const rest = wanted.reduce((product, length) => (length === -1 ? product : product * length), 1);
       if (wanted.includes(-1) ? numbers % rest : numbers !== rest) {
-        throw new Error(`${node.name}: expected ${numbers} numbers to fit into [${wanted.join(", ")}], they don't`);
+        throw new Error(`${node.name}: ${numbers} numbers don't fit into [${wanted.join(", ")}]`);
       }
       const full = [shape[0], ...wanted.map((length) => (length === -1 ? numbers / rest : length))];
       return { shape: full, map: inOrder(numbersIn(shape)) };
@@ -76,7 +76,7 @@ export const selectNode = {
   shapesOnly: true,
 };
 
-// At which of these steps a piece begins: one that began at a step left out begins at the next.
+// The selected steps at which a sequence begins: one that begins at a dropped step begins at the next.
 function begunAt(reset, B, T, entries) {
   const begun = new Uint8Array(B * entries.length);
   for (let row = 0; row < B; row += 1) {
@@ -102,7 +102,7 @@ export const padNode = {
   mixesSteps: ({ axis }) => axis === 1 || axis < -1,
 };
 
-// For each number of a value of shape `to`, the place of the number of `shape` that is broadcast there.
+// For each number of a value of shape `to`, the index of the number of `shape` that is broadcast there.
 function broadcastMap(shape, to) {
   const map = new Int32Array(numbersIn(to));
   const strides = shape.map((length, axis) => (length === 1 ? 0 : numbersIn(shape.slice(axis + 1))));
@@ -118,7 +118,7 @@ function broadcastMap(shape, to) {
 
 const NEUTRAL = { mul: 1, max: -Infinity, min: Infinity };
 
-// What a merge of values number by number takes: their maps, and where each one's own mask leaves it out.
+// The inputs of an elementwise merge: their maps, and where each one is masked.
 function mergePlan(node, flows) {
   const shapes = flows.map((flow) => flow.x.shape);
   const shape = shapes[0].map((_, axis) => {
@@ -127,7 +127,7 @@ function mergePlan(node, flows) {
   });
   shapes.forEach((one) => {
     if (one.length !== shape.length || one.some((length, axis) => length !== 1 && length !== shape[axis])) {
-      throw new Error(`${node.name}: expected values that fit each other, got ${shapes.map(shapeText).join(", ")}`);
+      throw new Error(`${node.name}: expected values with compatible shapes, got ${shapes.map(shapeText).join(", ")}`);
     }
   });
   const maps = shapes.map((one) => broadcastMap(one, shape));
@@ -140,7 +140,7 @@ function mergePlan(node, flows) {
   return { shape, maps, out };
 }
 
-// Flags of values together, 1 where one of them is; where the steps of one are broadcast, so are its flags.
+// Flags of several values combined, 1 where one of them is 1; flags are broadcast with their values.
 function eitherFlags(flags, shapes, shape) {
   const found = new Uint8Array(shape[0] * shape[1]);
   flags.forEach((one, k) => {
@@ -189,7 +189,7 @@ function mergedFlags(node, flows, shape) {
   };
 }
 
-// Values put end to end: the shape, and for each value where its numbers go.
+// Concatenated values: the shape, and for each value the positions of its numbers.
 function concatPlan(node, flows) {
   const shapes = flows.map((flow) => flow.x.shape);
   const axis = axisOf(node, shapes[0]);
@@ -201,7 +201,7 @@ function concatPlan(node, flows) {
     const entries = inOrder(one[axis]).map((entry) => entry + begin);
     begin += one[axis];
     if (numbersIn(one) !== outer * one[axis] * inner) {
-      throw new Error(`${node.name}: expected values that fit each other, got ${shapes.map(shapeText).join(", ")}`);
+      throw new Error(`${node.name}: expected values with compatible shapes, got ${shapes.map(shapeText).join(", ")}`);
     }
     return takenMap(shape, axis, entries);
   });

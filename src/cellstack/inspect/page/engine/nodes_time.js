@@ -1,11 +1,11 @@
-// Nodes that take steps or features together: convolutions, pools, sums.
+// Nodes that combine steps or features: convolutions, pools, sums.
 
 import { numbersIn } from "./shapes.js";
 import { activateRows, activateRowsBack } from "./activations.js";
 import { addNumbers, addOuter, addProduct, addProductBack } from "./products.js";
 import { around, axisOf, flagsOf, noFlags, withAxis } from "./nodes_base.js";
 
-// Steps put before a sequence and after it, for windows of `span` steps.
+// The padding before and after a sequence, for windows of `span` steps.
 function paddingOf(padding, steps, span, strides) {
   if (Array.isArray(padding)) return padding;
   if (padding === "causal") return [span - 1, 0];
@@ -14,7 +14,7 @@ function paddingOf(padding, steps, span, strides) {
   return [Math.floor(missing / 2), missing - Math.floor(missing / 2)];
 }
 
-// How many windows there are, and at which step the first one begins.
+// The number of windows, and the first step of the first one.
 function windowsOf({ padding, strides }, steps, span) {
   const [before, after] = paddingOf(padding, steps, span, strides);
   return { count: Math.max(0, Math.floor((steps + before + after - span) / strides) + 1), first: -before };
@@ -78,8 +78,8 @@ export const convolutionNode = {
   },
 };
 
-// One number of places of x: their sum, mean, greatest or least, 0 of none. `best` is the place that it was, of max and
-// min the first; a NaN among them comes out.
+// Reduce places of x to one number: their sum, mean, maximum or minimum, 0 for none. `best` is the place of the maximum
+// or minimum, the first of several; a NaN among the values propagates.
 function pooled(mode, x, places, best, at) {
   if (mode === "sum" || mode === "mean") {
     let sum = 0;
@@ -95,7 +95,7 @@ function pooled(mode, x, places, best, at) {
   return best[at] < 0 ? 0 : x[best[at]];
 }
 
-// A node that takes numbers together; plan(node, flow): { mode, shape, places(n): those that number n is made of }.
+// A reduction; plan(node, flow): { mode, shape, places(n): the inputs of output n }.
 function poolingNode(settings, plan, flags, mixesSteps) {
   return {
     settings,
@@ -122,7 +122,7 @@ function poolingNode(settings, plan, flags, mixesSteps) {
   };
 }
 
-// The places of an axis of length n that number `at` of the result is made of, those that used(o, entry) is true of.
+// The inputs of output `at` along an axis of length n, restricted to entries for which used(o, entry) is true.
 const alongAxis = (at, n, inner, used) => {
   const [o, i] = [Math.floor(at / inner), at % inner];
   const found = [];

@@ -1,7 +1,7 @@
-// Products and layer normalisation of rows, forward and back.
+// Products and layer normalisation of rows, forward and backward.
 
-// y[yAt…] += x[xAt…]·w, where w has n rows of `stride` numbers, of which m from wAt on are used. Four rows a turn: y is
-// then read and written a quarter as often.
+// y[yAt…] += x[xAt…]·w, where w has n rows of `stride` numbers, of which m from wAt on are used. Four rows per iteration,
+// so that y is read and written a quarter as often.
 export function addProduct(y, yAt, x, xAt, n, w, wAt, stride, m) {
   let k = 0;
   for (; k + 4 <= n; k += 4) {
@@ -24,7 +24,7 @@ export function addProduct(y, yAt, x, xAt, n, w, wAt, stride, m) {
   }
 }
 
-// dx[xAt…] += w·dy[yAt…], the way back of `addProduct` to x.
+// dx[xAt…] += w·dy[yAt…], the backward pass of `addProduct` for x.
 export function addProductBack(dx, xAt, n, w, wAt, stride, m, dy, yAt) {
   for (let k = 0; k < n; k += 1) {
     const row = wAt + k * stride;
@@ -44,7 +44,7 @@ export function addProductBack(dx, xAt, n, w, wAt, stride, m, dy, yAt) {
   }
 }
 
-// dw += x·dy, the way back of `addProduct` to w.
+// dw += x·dy, the backward pass of `addProduct` for w.
 export function addOuter(dw, wAt, stride, x, xAt, n, dy, yAt, m) {
   for (let k = 0; k < n; k += 1) {
     const xk = x[xAt + k];
@@ -57,7 +57,7 @@ export function addNumbers(y, yAt, x, xAt, n) {
   for (let j = 0; j < n; j += 1) y[yAt + j] += x[xAt + j];
 }
 
-// v[at…] becomes LN(v)⊙gain + bias; LN(v) goes to `unit` at the same place where there is one. Returns the deviation.
+// v[at…] becomes LN(v)⊙gain + bias; LN(v) goes to `unit` at the same index, if given. Returns the deviation.
 export function normaliseRow(v, at, n, gain, gainAt, bias, epsilon, unit, unitAt) {
   let mean = 0;
   for (let j = 0; j < n; j += 1) mean += v[at + j];
@@ -73,7 +73,7 @@ export function normaliseRow(v, at, n, gain, gainAt, bias, epsilon, unit, unitAt
   return deviation;
 }
 
-// dv[at…], the gradient by what `normaliseRow` returned, becomes that by what it took; dgain and dbias are added to.
+// dv[at…], the gradient of `normaliseRow`'s output, becomes that of its input; dgain and dbias are added to.
 export function normaliseRowBack(dv, at, n, gain, gainAt, dgain, dbias, unit, unitAt, deviation) {
   let mean = 0;
   let along = 0;

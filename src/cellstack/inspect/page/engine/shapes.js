@@ -1,10 +1,10 @@
-// Shapes, and slices of axes as Python has them.
+// Shapes, and Python slices of axes.
 
 export const numbersIn = (shape) => shape.reduce((product, length) => product * length, 1);
 export const lastAxis = (shape) => shape[shape.length - 1];
 export const shapeText = (shape) => `[${shape.map((length) => length ?? "any").join(", ")}]`;
 
-// Where Python's slice start:stop:step of n entries begins, ends and how it goes.
+// The start, stop and step of Python's slice start:stop:step of n entries.
 function slicedRange([start, stop, given], n) {
   const step = given ?? 1;
   const [least, most] = step > 0 ? [0, n] : [-1, n - 1];

@@ -4,7 +4,7 @@ import { addNumbers } from "./products.js";
 import { CellPass } from "./cells.js";
 import { CellBack } from "./cells_back.js";
 
-// The last step of each piece but the last one: what a pass from the end comes to first in it.
+// The last step of each sequence but the last one: the first step of that sequence in a backward direction.
 export function fromTheEnd(reset, B, T) {
   if (reset === null) return null;
   const back = new Uint8Array(B * T);
@@ -12,7 +12,7 @@ export function fromTheEnd(reset, B, T) {
   return back;
 }
 
-// For each step, the last one used up to it since the row or its piece began; -1 where there is none.
+// For each step, the last used step up to it since the row or its sequence began; -1 where there is none.
 function lastUsed(mask, reset, B, T, reverse) {
   const found = new Int32Array(B * T);
   for (let row = 0; row < B; row += 1) {
@@ -27,7 +27,7 @@ function lastUsed(mask, reset, B, T, reverse) {
   return found;
 }
 
-// A stack over a flow: its layers, and y [B, T, W] in the order of time, or [B, W] of its last step.
+// A stack over a flow: its layers, and y [B, T, W] in the order of time, or [B, W] for its last step.
 export function runStack(cells, settings, flow, states, patches, { pre, keep }) {
   const [B, T] = flow.x.shape;
   const { mask } = flow;
@@ -69,7 +69,7 @@ export function runStack(cells, settings, flow, states, patches, { pre, keep }) 
   return { layers, y: { data: y, shape: [B, W] } };
 }
 
-// The way back through `runStack`: dy by its y, or null; dfields: for each cell what is asked for by its own fields.
+// Backward pass of `runStack`: dy is the gradient of y, or null; dfields: gradients of the fields of each cell.
 export function backStack(layers, settings, flow, dy, dfields) {
   const [B, T] = flow.x.shape;
   const { mask } = flow;

@@ -5,7 +5,7 @@ import { sigmoidOf } from "./activations.js";
 import { GATE_NAMES, USUAL_SPEC, cellShapes } from "./cells.js";
 import { answersOf, backNodes, runNodes, seedsOf } from "./engine.js";
 
-// Numbers from 0 to below 1 by mulberry32, the same for the same seed on every machine.
+// Numbers from 0 to below 1 by mulberry32, reproducible from the seed on every machine.
 // Ref: Tommy Ettinger 2017, mulberry32, in the public domain.
 function randomNumbers(seed) {
   let state = seed >>> 0;
@@ -17,16 +17,16 @@ function randomNumbers(seed) {
   };
 }
 
-// A task draws a sequence: x(t, feature, number), target(t, number, counted = true) where a number is asked for.
-// kind: "bits", targets are 0 or 1 and the output is the probability of a 1; "numbers", and `whole` where they are
-// counted in ones.
+// A task draws a sequence: x(t, feature, number), and target(t, number, counted = true) at the steps with a target.
+// kind: "bits", targets are 0 or 1 and the output is the probability of a 1; or "numbers", with `whole` for
+// integer targets.
 export const TASKS = {
   echo: {
     title: "Echo",
-    text: "Say at every step which bit came some steps before: the network has to hold several bits at once.",
+    text: "At every step, output the bit from some steps earlier: the network has to store several bits at once.",
     kind: "bits",
     inputs: ["bit"],
-    outputs: ["the bit before"],
+    outputs: ["the earlier bit"],
     steps: 20,
     draw(random, T, { delay }, x, target) {
       const bits = Array.from({ length: T }, () => (random() < 0.5 ? 0 : 1));
@@ -38,7 +38,7 @@ export const TASKS = {
   },
   parity: {
     title: "Parity",
-    text: "Say at every step whether the ones so far are odd: one bit of state, flipped by every one.",
+    text: "At every step, output whether the number of ones so far is odd: one bit of state, flipped by every one.",
     kind: "bits",
     inputs: ["bit"],
     outputs: ["odd"],
@@ -56,7 +56,7 @@ export const TASKS = {
   // Ref: Hochreiter and Schmidhuber 1997, "Long Short-Term Memory", sec. 5.4, experiment 4.
   adding: {
     title: "Adding",
-    text: "Add the two numbers that were marked, at the end of the sequence.",
+    text: "At the end of the sequence, output the sum of the two marked numbers.",
     kind: "numbers",
     inputs: ["number", "mark"],
     outputs: ["sum"],
@@ -78,27 +78,27 @@ export const TASKS = {
   },
   wave: {
     title: "A wave with pulses",
-    text: "Hold what the wave was when the last pulse came; nothing before the first.",
+    text: "Output the value that the wave had at the last pulse; no target before the first.",
     kind: "numbers",
     inputs: ["wave", "pulse"],
-    outputs: ["held"],
+    outputs: ["stored"],
     steps: 30,
     draw(random, T, options, x, target) {
       const [period, phase] = [8 + 16 * random(), 2 * Math.PI * random()];
-      let held = 0;
+      let stored = 0;
       for (let t = 0; t < T; t += 1) {
         const wave = Math.sin((2 * Math.PI * t) / period + phase);
         const pulse = random() < 0.12;
-        if (pulse) held = wave;
+        if (pulse) stored = wave;
         x(t, 0, wave);
         x(t, 1, pulse ? 1 : 0);
-        target(t, held);
+        target(t, stored);
       }
     },
   },
   brackets: {
     title: "Brackets",
-    text: "Count how many brackets are open: a unit that counts up and down.",
+    text: "Count the open brackets: a unit has to count up and down.",
     kind: "numbers",
     whole: true,
     inputs: ["(", ")", "other"],
@@ -117,7 +117,7 @@ export const TASKS = {
   },
 };
 
-// `rows` sequences of a task: input and target, and a weight of 1 where a number is asked for, 0 elsewhere.
+// `rows` sequences of a task: input and target, and a weight of 1 where there is a target, 0 elsewhere.
 function drawnTask(task, options, random, rows) {
   const { steps: T } = options;
   const [I, O] = [task.inputs.length, task.outputs.length];
@@ -136,7 +136,7 @@ function drawnTask(task, options, random, rows) {
   return { input, target, weight };
 }
 
-// A cell and a head, drawn evenly within ±1/sqrt(H), an LSTM's forget bias 1.
+// A cell and a head, drawn uniformly within ±1/sqrt(H), an LSTM's forget bias 1.
 // Ref: Jozefowicz, Zaremba and Sutskever 2015, "An Empirical Exploration of Recurrent Network Architectures", sec. 5.
 function newPlayground(task, kind, units, random) {
   const O = task.outputs.length;
@@ -172,8 +172,8 @@ function newPlayground(task, kind, units, random) {
   return { inputs, outputs: [bits ? "output" : "head"], dtype: "float64", nodes };
 }
 
-// The loss, the mean over the numbers asked for: of bits the cross-entropy in nats, of numbers the square of the error;
-// its gradient by what the head returns; and which share of the answers is right, null where they aren't counted.
+// The loss, averaged over the targets: cross-entropy in nats for bits, squared error for numbers; its gradient with
+// respect to the head's output; and the share of correct answers, null where they aren't counted.
 function taskLoss(task, head, target, weight) {
   const dhead = new Float64Array(head.length);
   let [loss, asked, right] = [0, 0, 0];
@@ -196,16 +196,15 @@ function taskLoss(task, head, target, weight) {
 }
 
 // createTrainer({ task, kind, units, rate, batch, steps, delay, clip, seed }): a small network that learns one of TASKS
-// by Adam, all by seeded draws. Each of these may be left out:
+// with Adam, reproducibly from the seed. All options are optional:
 //   task "echo"; kind "lstm", "gru" or "rnn"; units 12; rate 0.01, Adam's; batch 32; steps: the task's own; delay 3, of
-//   an echo; clip 1, the most that the gradient's norm may be; seed 1.
+//   an echo; clip 1, the maximum norm of the gradient; seed 1.
 // Returns { network, options, iteration, step(), example(seed) }:
-//   network        as `run` takes it; its arrays change with every step
+//   network        in the form that `run` takes; its arrays change with every step
 //   step()         trains on one batch of new sequences: { loss, accuracy, norm, iteration }. Accuracy is null where
-//                  the task's answers aren't counted; norm is the gradient's before it is cut
-//   example(seed)  one more sequence, which the training doesn't see: { input, target, weight, output: values
-//                  [1, T, …], cells: the cell's fields as `run` has them, loss, accuracy }; weight is 1 where a number
-//                  is asked for
+//                  the task's answers aren't counted; norm is the gradient's norm before clipping
+//   example(seed)  another sequence, not used for training: { input, target, weight, output: values [1, T, …], cells: the
+//                  cell's fields as in `run`, loss, accuracy }; weight is 1 where there is a target
 // Ref: Kingma and Ba 2015, "Adam", alg. 1; Pascanu, Mikolov and Bengio 2013, "On the difficulty of training recurrent
 // neural networks", alg. 1.
 export function createTrainer(given = {}) {
