@@ -15,7 +15,7 @@ import numpy as np
 
 from cellstack.formats import onnx
 from cellstack.formats.build import HINT
-from cellstack.formats.exported import export, mend, shortened
+from cellstack.formats.exported import export, remedy, shortened
 from cellstack.formats.pytorch import from_torch
 from cellstack.formats.pytorch.modules import KNOWN
 from cellstack.formats.runtimes import ordered, parted
@@ -159,7 +159,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
                     f"it does something by the numbers themselves ({', '.join(looks[:3])}), and a graph has what "
                     "it did for the example alone: write that without if, while, float() and numpy(), as by torch.where"
                 )
-            known = mend(why)
+            known = remedy(why)
             if known and not reasons:
                 reasons.append(known)
             why = shortened(why) if reasons else why
