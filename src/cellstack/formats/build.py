@@ -1,4 +1,4 @@
-"""Assembling networks: every reader adds nodes to a `Builder`, which names, wires and checks them and limits their size.
+"""Assembling networks: every reader adds nodes to a `Builder`, which names, wires and checks them, within size limits.
 
 Layers that can't be translated are collected, so that one error names all of them. At the end the graph is simplified
 and becomes a `Network`.

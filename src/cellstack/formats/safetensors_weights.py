@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from cellstack.bfloat16 import widened
 from cellstack.formats.pytorch.derived import joined
-from cellstack.formats.pytorch.names import NAME, held_as_read, network_of, networks_of, parts_of, with_dense
+from cellstack.formats.pytorch.names import NAME, keep_bfloat16, network_of, networks_of, parts_of, with_dense
 from cellstack.formats.pytorch.order import in_order
 from cellstack.formats.pytorch.ours import layers_of
 from cellstack.formats.pytorch.saved import Source
@@ -76,11 +76,11 @@ def load_weights(path: str, file: safe_open, order: Sequence[str | Node] | None 
         network = in_order(Contents(tensors), Source(path, Scripts(path, lambda _: "")), order)
     else:
         network = network_of(tensors, path)
-    return held_as_read(network, tensors)
+    return keep_bfloat16(network, tensors)
 
 
 def extract_weights(path: str, file: safe_open) -> dict[str, Network]:
     """Return the recurrent and the Linear modules of a file of weights, by name."""
     tensors = _tensors(path, file)
-    networks = {name: held_as_read(network, tensors) for name, network in networks_of(tensors, path).items()}
+    networks = {name: keep_bfloat16(network, tensors) for name, network in networks_of(tensors, path).items()}
     return with_dense(networks, tensors, path)

@@ -40,9 +40,7 @@ class _Numbers:
         count = int(np.prod(shape))
         part = self.numbers[self.at : self.at + count]
         if len(part) < count:
-            raise FormatError(
-                f"{self.path}: expected at least {self.at + count} weights, found {self.at + len(part)}"
-            )
+            raise FormatError(f"{self.path}: expected at least {self.at + count} weights, found {self.at + len(part)}")
         self.at += count
         return part.reshape(shape)
 

@@ -2,7 +2,7 @@
 
 A file is read as data: nothing in it is run, and nothing outside it is read. A layer's class, its settings and the
 version of Keras determine what it computes; a layer that isn't supported is refused by name. A layer is computed in the
-dtype of its weights, regardless of its dtype policy, such as `mixed_float16`; 8-bit integers are divided by their scale.
+dtype of its weights, regardless of its dtype policy, such as `mixed_float16`; int8 weights are divided by their scale.
 
 Ref: https://keras.io/api/models/model_saving_apis/
 """
@@ -176,9 +176,7 @@ def _described(source: Source, architecture: Architecture | None) -> Model:
     config = source.config
     if architecture is not None:
         if config is not None:
-            raise FormatError(
-                f"{source.path}: architecture is for files of weights only; this file holds its own"
-            )
+            raise FormatError(f"{source.path}: architecture is for files of weights only; this file holds its own")
         config = _given(architecture)
     if config is None:
         raise FormatError(
@@ -236,9 +234,7 @@ def _wired(source: Source, model: Model, built: Built) -> Network:
 def _check_all_used(source: Source) -> None:
     unused = source.unused
     if unused:
-        raise FormatError(
-            f"{source.path}: no layer uses the weights {', '.join(map(short, unused[:20]))}"
-        )
+        raise FormatError(f"{source.path}: no layer uses the weights {', '.join(map(short, unused[:20]))}")
 
 
 def _extract_cudnn(source: Source) -> dict[str, Network]:

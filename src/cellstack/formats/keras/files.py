@@ -1,6 +1,6 @@
 """Opens Keras's containers, the zip of a `.keras` file and the HDF5 of all versions, without trusting their contents.
 
-Nothing is unpacked to the disk, and nothing outside the file is read: links, datasets stored in other files, and objects
+Nothing is unpacked to the disk, and nothing outside the file is read: links, datasets stored in other files and objects
 with two names are refused before they are followed. Sizes are checked against the file before anything is allocated.
 """
 
@@ -259,7 +259,9 @@ def _check_texts(path: str, data: Any, heap: int, sizes: dict[bytes, int]) -> No
     while at >= 0:
         claimed, index = int.from_bytes(data[max(0, at - 4) : at], "little"), data[at + 8 : at + 12]
         if at % 8 == 4 and index in sizes and claimed > len(data):  # elsewhere the bytes mean something else
-            raise FormatError(f"{path}: expected a text of {sizes[index]} bytes, found the length {claimed} at {at - 4}")
+            raise FormatError(
+                f"{path}: expected a text of {sizes[index]} bytes, found the length {claimed} at {at - 4}"
+            )
         at = data.find(address, at + 1)
 
 

@@ -100,9 +100,7 @@ class Reader:
                     heapq.heappush(ready, one)
         stuck = [layer.where for (layer, _, _), count in zip(calls, missing, strict=True) if count]
         if stuck:
-            raise FormatError(
-                f"{stuck[0]}: its inputs form a cycle, or come from a layer that isn't in the model"
-            )
+            raise FormatError(f"{stuck[0]}: its inputs form a cycle, or come from a layer that isn't in the model")
         return [self._tensor(values, ref, f"the outputs of {short(model.name)}") for ref in model.outputs]
 
     def _tensor(self, values: Values, ref: Ref, where: str) -> Value | None:
