@@ -50,7 +50,7 @@ def test_to_our_own_format(capsys, tmp_path, model):
     status, out, err = run(capsys, "convert", model, target)
     assert (status, err) == (0, "")
     assert out.splitlines()[0] == f"{model} -> {target}"
-    assert f"{target}: greatest difference to cellstack" in out
+    assert f"{target}: greatest difference from cellstack" in out
     x = np.ones((1, 2, 3))
     assert np.array_equal(load(target)(x), load(model)(x))
 
@@ -88,7 +88,7 @@ def test_names_that_c_hasn_t(capsys, tmp_path, model, name, stem):
 def test_a_difference_is_status_1(capsys, tmp_path, model):
     status, out, err = run(capsys, "convert", model, str(tmp_path / "net.c"), "--tolerance", "1e-12")
     assert (status, err) == (1, "")
-    assert "greatest difference to cc" in out
+    assert "greatest difference from cc" in out
 
 
 @pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])

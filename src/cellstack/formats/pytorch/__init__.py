@@ -3,8 +3,8 @@
 `torch.save` writes state dicts, checkpoints that contain them, and whole modules. All are read as data: nothing that a
 pickle names is imported or called (`pickles.py`). The names and shapes in a state dict define its recurrent modules,
 but not the order in which modules run. So `load` reads a file of one recurrent module, or a whole PyTorch module such
-as a `Sequential`, whose order is known; `extract` reads the recurrent modules of any file. `from_torch` converts modules
-in memory.
+as a `Sequential`, whose order is known. `extract` reads the recurrent modules of any file, and `from_torch` converts
+modules in memory.
 
 Weights that PyTorch computes before use are computed here too: weight norm, spectral norm and pruning, as hooks and as
 parametrizations. The weights of dynamically quantised layers are dequantised.
@@ -53,7 +53,7 @@ def load(path: str, order: Sequence[str | Node] | None = None) -> Network:
 
     Args:
         path: a file of `torch.save`: a state dict of `nn.LSTM`, `GRU`, `RNN` or one of their cells, or of one of our
-            layers; the module itself, a `Sequential` of PyTorch's layers and ours, or a dict that contains any of these;
+            layers; the module itself, a `Sequential` of PyTorch's layers and ours, or a dict that contains any of them;
             TorchScript of such modules, scripted or traced, if its code computes what PyTorch's class does. The state
             of an optimiser, and what Lightning stores in addition to its `state_dict`, is ignored.
         order: the modules in the order in which they run, if the file doesn't specify it: see `cellstack.load`.
@@ -87,7 +87,7 @@ def _read(path: str, found: Contents, scripts: Scripts, order: Sequence[str | No
 
 
 def _model(root: Any) -> tuple[Any, list[str]]:
-    """Return a file's model, and descriptions of what else it holds: Lightning also stores the state of the training."""
+    """Return a file's model, and descriptions of its other contents: Lightning also stores the state of training."""
     if isinstance(root, dict) and "pytorch-lightning_version" in root and isinstance(root.get("state_dict"), dict):
         return {"state_dict": root["state_dict"]}, ["Lightning's training state"]
     return root, []

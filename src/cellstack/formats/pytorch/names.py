@@ -245,7 +245,7 @@ def say_left_out(network: Network, what: Iterable[str]) -> Network:
 
 
 def keep_bfloat16(network: Network, tensors: Mapping[str, Any]) -> Network:
-    """Return a network with its cells' matrices in bfloat16 if the file has bfloat16 tensors and none has to be rounded.
+    """Return a network with its cells' matrices in bfloat16, if the file has bfloat16 tensors and nothing is rounded.
 
     Args:
         network: the network of these tensors, in float32.

@@ -1,9 +1,9 @@
 """Reads a module's settings from TorchScript's source, and checks that it computes what PyTorch's class does.
 
-A class's name only says what the module was before it was scripted or traced; its code may also contain hooks or another
-forward pass. So the code is evaluated symbolically, statement by statement; nothing in it is run. The result has to be
-the call that defines the class, with the module's own weights; its other arguments are the settings. The source of
-functions of `torch.nn.functional` is in the file and evaluated too.
+A class's name only says what the module was before it was scripted or traced; its code may also contain hooks or
+another forward pass. So the code is evaluated symbolically, statement by statement; nothing in it is run. The result
+has to be the call that defines the class, with the module's own weights; its other arguments are the settings. The
+source of functions of `torch.nn.functional` is in the file and evaluated too.
 """
 
 from __future__ import annotations
