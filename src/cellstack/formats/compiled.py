@@ -45,8 +45,8 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
 
     Returns:
         The network, with inputs and outputs in the module's order. Final states that the module returns are among those
-        that `Network.run` returns; if the module uses only the state of a layer, it is an output `[B, H]`. A module that
-        computes one step of a cell, as in `model(x, h, c)` with `x [B, I]`, becomes a network over any number of steps.
+        that `Network.run` returns; a state is an output `[B, H]` if the module uses nothing else of its layer. A module
+        that computes one step of a cell, as in `model(x, h, c)` with `x [B, I]`, becomes a network over sequences.
 
     Where the module reads numbers out of its tensors, as an `if` does, and the network agreed nonetheless, it warns.
 
