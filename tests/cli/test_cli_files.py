@@ -141,7 +141,7 @@ def test_a_folder_with_a_format_s_ending_is_not_filled_with_c(capsys, tmp_path, 
     target.mkdir()
     status, out, err = run(capsys, "convert", model, str(target))
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert f"{target}: expected a regular file to replace" in err
+    assert f"{target}: it exists and isn't a regular file" in err
     assert list(target.iterdir()) == []
 
 
@@ -459,7 +459,7 @@ def test_modules_in_an_order_that_is_said(capsys, tmp_path, pytorch_files):
     np.testing.assert_allclose(load(target)(X[None]), wanted, atol=1e-6)
     status, out, err = run(capsys, "info", target, *order)
     assert (status, out) == (2, "")
-    assert "--order: expected no order for" in err
+    assert "--order: order isn't used for" in err
     assert run(capsys, "info", str(tmp_path / "net.pt"), "--order", "rnn,tail")[0] == 2
 
 
