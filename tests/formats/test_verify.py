@@ -605,7 +605,7 @@ def test_the_process_is_kept_and_ends_with_ours(tmp_path):
         os.kill(int(done.stdout), 0)
 
 
-# ── missing runtimes and files, and the report's text ────────────────────────────────────────────────────────────────────────
+# ── missing runtimes and files, and the report's text ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.onnx", "onnxruntime"), ("a.keras", "keras"), ("a.pt", "torch")])

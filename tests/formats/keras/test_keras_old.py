@@ -229,7 +229,7 @@ def test_a_convolution_of_keras_1(tmp_path, rng, backend):
 
 
 def cudnn_blocks(gates, order):
-    """Arrays of a cuDNN layer as Keras 2 stores them: each block `[units, n]` row by row, with the shape `[n, units]`."""
+    """Arrays of a cuDNN layer in Keras 2's form: each block `[units, n]` row by row, with the shape `[n, units]`."""
     kernel = [np.ascontiguousarray(gates[key][0].T).reshape(gates[key][0].shape) for key in order]
     recurrent = [gates[key][1].T for key in order]
     return np.concatenate(kernel, axis=1), np.concatenate(recurrent, axis=1)

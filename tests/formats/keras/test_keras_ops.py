@@ -244,7 +244,7 @@ def test_a_siamese_model(tmp_path):
 
 
 def test_int8_weights(tmp_path):
-    """Dense and Embedding after `quantize`: weights are dequantised, inputs aren't rounded, and the metadata says so."""
+    """Dense and Embedding after `quantize`: weights are dequantised; the metadata says that inputs aren't rounded."""
     rng = np.random.default_rng(0)
     inputs = keras.Input((6,))
     model = keras.Model(inputs, L.Dense(2)(L.Dense(5, "relu")(L.LSTM(4)(L.Embedding(9, 4)(inputs)))))

@@ -442,12 +442,12 @@ WRONG = {
     "a gap": ({"weight_ih_l2": (28, 7)}, r"tensor 'x.bias_hh_l1' is missing"),
     "five gates": (
         {"weight_ih_l0": (35, 5), "weight_hh_l0": (35, 7)},
-        r"'x.weight_ih_l0': expected 4H, 3H or H rows for H=7 units, as LSTM, GRU and RNN have them, found 35",
+        r"'x.weight_ih_l0': expected 4H, 3H or H rows for H=7 units, as LSTM, GRU and RNN have, found 35",
     ),
     "bias": ({"bias_ih_l0": (27,)}, r"tensor 'x.bias_ih_l0': expected \[28\], found \[27\] with 'x.weight_ih_l0'"),
     "axes": ({"weight_ih_l0": (28, 5, 1)}, r"tensor 'x.weight_ih_l0': expected \[rows, width\], found \[28, 5, 1\]"),
     "empty": ({"weight_ih_l0": (28, 0)}, r"tensor 'x.weight_ih_l0': expected \[rows, width\], found \[28, 0\]"),
-    "projected gru": ({"weight_hr_l0": (3, 9)}, r"expected 4H rows for H=9 units, as an LSTM have them, found 28"),
+    "projected gru": ({"weight_hr_l0": (3, 9)}, r"expected 4H rows for H=9 units, as an LSTM has, found 28"),
     "wide projection": (
         {"weight_hr_l0": (7, 7)},
         r"tensor 'x.weight_ih_l0': CellSpec: expected proj_size from 1 to below units=7",

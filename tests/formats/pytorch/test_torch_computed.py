@@ -101,7 +101,7 @@ def test_a_weight_whole_and_packed_is_refused(write):
     assert pytorch.extract(write(state))
     whole = {**state, "0.weight_ih_l0": torch.zeros(28, 5)}
     for found in (whole, dict(reversed(whole.items()))):
-        with pytest.raises(cs.FormatError, match=r"0\.weight_ih_l0'?: expected it once"):
+        with pytest.raises(cs.FormatError, match=r"0\.weight_ih_l0'? is stored both whole and in pieces"):
             pytorch.extract(write(found))
 
 

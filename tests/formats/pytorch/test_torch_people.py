@@ -356,7 +356,9 @@ def test_unsupported_parts_of_a_pickled_sequential_are_refused_by_name(write):
             pytorch.load(write(model))
         assert "cellstack.extract(path) gives its recurrent parts" in str(caught.value)
     for model in (own, patched):
-        with pytest.raises(TypeError, match=r"1 \((Turn|Linear)\): expected a recurrent layer, .*to_nodes\(\) returns"):
+        with pytest.raises(
+            TypeError, match=r"1 \((Turn|Linear)\): expected a recurrent layer, .*a method to_nodes\(\)"
+        ):
             cs.from_torch(model)
     own[1].to_nodes = list
     x = torch.randn(2, 6, 5)
@@ -456,7 +458,9 @@ def test_an_old_rnn_without_the_setting_nonlinearity(write):
 
 @pytest.mark.parametrize("module", [nn.TransformerEncoderLayer(8, 2), nn.LazyLinear(3), nn.EmbeddingBag(5, 7)])
 def test_unknown_layers_are_refused_by_name(write, module):
-    with pytest.raises(cs.FormatError, match=rf"1 \(torch\.nn\.modules\.\w+\.{type(module).__name__}\): expected"):
+    with pytest.raises(
+        cs.FormatError, match=rf"1 \(torch\.nn\.modules\.\w+\.{type(module).__name__}\): (expected|forward hooks)"
+    ):
         pytorch.load(write(nn.Sequential(lstm(), module)))
 
 

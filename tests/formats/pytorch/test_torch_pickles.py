@@ -136,5 +136,5 @@ def test_calls_of_attributes():
 def test_errors_name_the_file_and_the_position():
     with pytest.raises(cs.FormatError, match=r"^model.pt: byte 13: expected the classes of a model, found 'os.system'"):
         pickles.read("model.pt", b"\x80\x02cos\nsystem\n.", 0)
-    with pytest.raises(cs.FormatError, match=r"^model.pt: byte 4: expected no persistent id, found one"):
+    with pytest.raises(cs.FormatError, match=r"^model.pt: byte 4: persistent ids aren't supported"):
         pickles.read("model.pt", b"\x80\x02NQ.")
