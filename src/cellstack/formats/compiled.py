@@ -480,7 +480,7 @@ class _Ends:
     def unlike(
         self, ours: tuple[Any, ...], states: tuple[Any, ...], expected: list[Any], tolerance: float
     ) -> str | None:
-        """Return what of a module's outputs isn't what the network gives; None: it gives all, and no more.
+        """Return how the network's outputs differ from the module's; None if they are the same outputs.
 
         Those that aren't its outputs, in order, have to be among its last states, `[B, H]` or one upon the other.
         """

@@ -54,7 +54,7 @@ def function(name, inbound, number=0, kind="TFOpLambda"):
 
 
 def written(folder, layers, version="2.8.0"):
-    """A model of an input, an LSTM named h that returns sequences, and these layers, of which the last is the output."""
+    """A model of an input, an LSTM named h that returns sequences, and these layers; the last one is the output."""
     settings = {"units": 4, "activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": True}
     start = [
         {"class_name": "InputLayer", "config": {"name": "x", "batch_input_shape": [None, 6, 3]}, "name": "x"},

@@ -1,4 +1,4 @@
-"""Keras's files without Keras: `.keras`, and HDF5 of Keras 1, 2 and 3, whole models or weights alone.
+"""Keras's files without Keras: `.keras`, and HDF5 of Keras 1, 2 and 3, whole models or weights only.
 
 A file is read as data: nothing in it is run, and nothing outside it is read. A layer's class, its settings and the
 version of Keras determine what it computes; a layer that isn't supported is refused by name. A layer is computed in the

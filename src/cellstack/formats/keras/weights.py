@@ -137,7 +137,7 @@ class Built:
             listed = [(part, slot) for part in parts for slot in wanted[id(part.layer)]]
             if len(listed) != len(names):
                 found = (
-                    f"expected {len(listed)} weights, {', '.join(slot.leaf for _, slot in listed)}; found {len(names)}"
+                    f"expected {len(listed)} weights ({', '.join(slot.leaf for _, slot in listed)}), found {len(names)}"
                 )
                 self._refuse(parts[0], parts[0].top.refuse(f"{found}, {', '.join(names)}" if names else found))
                 source.taken.update(names)
