@@ -148,9 +148,9 @@ def flat(value):
 @pytest.mark.parametrize(
     ("parts", "why"),
     [
-        (lambda m, x, y, state: {"y": y, "name": "y"}, "output 1 of the module is a str, and no tensor"),
-        (lambda m, x, y, state: y * float(x.shape[1]), "with more steps output 0 lies"),
-        (lambda m, x, y, state: y * float(x.shape[0]), "with a row more output 0 lies"),
+        (lambda m, x, y, state: {"y": y, "name": "y"}, "output 1 of the module is a str, not a tensor"),
+        (lambda m, x, y, state: y * float(x.shape[1]), "with more steps output 0 differs"),
+        (lambda m, x, y, state: y * float(x.shape[0]), "with a row more output 0 differs"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # of tracing

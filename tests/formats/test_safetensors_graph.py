@@ -275,7 +275,7 @@ DAMAGE = {
         "'conv': Conv1D: expected padding to be an integer from 0",
     ),
     "conv activation": (put("conv", "activation", "cube"), "'conv': Conv1D: activation: expected"),
-    "conv bias": (put("conv", "use_bias", False), "tensor 'conv/bias': expected no such tensor"),
+    "conv bias": (put("conv", "use_bias", False), "tensor 'conv/bias': no node uses it"),
     "pool size": (put("max", "size", 0), "'max': Pool1D: expected size to be an integer from 1"),
     "pool strides null": (put("max", "strides", None), "'max': expected strides to be int, found NoneType"),
     "norm epsilon": (put("norm", "epsilon", 0), "'norm': LayerNorm: expected epsilon to be a finite number above 0"),
