@@ -33,7 +33,7 @@ from cellstack.formats.pytorch.names import (
 from cellstack.formats.pytorch.names import NAME as WEIGHT
 from cellstack.formats.pytorch.order import in_order
 from cellstack.formats.pytorch.pickles import Standin
-from cellstack.formats.pytorch.saved import Saved, Source, UnsaidError
+from cellstack.formats.pytorch.saved import MissingSettingError, Saved, Source
 from cellstack.formats.pytorch.script import Scripts
 from cellstack.formats.pytorch.tree import OUR_PACKAGE, Contents, attributes_of, contents, kind_of, within
 from cellstack.formats.pytorch.writer import save
@@ -112,7 +112,7 @@ def _network(path: str, found: Contents, module: Saved, title: str) -> Network:
         return network_of_module(module, metadata)
     except FormatError:
         raise
-    except (TypeError, ValueError, UnsaidError) as error:
+    except (TypeError, ValueError, MissingSettingError) as error:
         raise FormatError(f"{path}: {str(error).removeprefix('from_torch: ')[:1000]}; {HINT}") from None
 
 

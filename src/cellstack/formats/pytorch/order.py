@@ -9,7 +9,7 @@ from cellstack.formats.build import listed
 from cellstack.formats.pytorch.derived import joined
 from cellstack.formats.pytorch.modules import Reader
 from cellstack.formats.pytorch.names import OPTIMISER, array, by_module, dense, networks_of, say_left_out
-from cellstack.formats.pytorch.saved import Saved, Source, UnsaidError
+from cellstack.formats.pytorch.saved import MissingSettingError, Saved, Source
 from cellstack.formats.pytorch.tensors import short
 from cellstack.formats.pytorch.tree import Contents, within
 from cellstack.network import Network
@@ -96,7 +96,7 @@ def _read(reader: Reader, module: Saved, name: str, where: str) -> None:
         reader.read(module, name)
     except FormatError:
         raise
-    except (TypeError, ValueError, UnsaidError) as error:
+    except (TypeError, ValueError, MissingSettingError) as error:
         raise FormatError(f"{where}: {str(error).removeprefix('from_torch: ')[:1000]}") from None
 
 

@@ -26,7 +26,7 @@ MOST = 10_000  # modules that are read; the same one may occur many times
 LATER = {"padding_mode": "zeros", "proj_size": 0, "approximate": "none"}  # settings that older versions didn't have
 
 
-class UnsaidError(AttributeError):
+class MissingSettingError(AttributeError):
     """The file doesn't specify a setting."""
 
 
@@ -90,14 +90,14 @@ class Saved:
         if name in self.tensors:
             return self.tensors[name]
         if name not in self.settings:
-            raise UnsaidError(f"the file doesn't specify {name}")
+            raise MissingSettingError(f"the file doesn't specify {name}")
         value = self.settings[name]
         if isinstance(value, (Tensor, Quantised)):
             return value
         if value is not None and not isinstance(value, (bool, int, float, str)):
             whole = isinstance(value, (list, tuple)) and all(type(part) is int for part in value)
             if not whole:
-                raise UnsaidError(f"expected {name} to be a setting, found {type(value).__name__}")
+                raise MissingSettingError(f"expected {name} to be a setting, found {type(value).__name__}")
             return tuple(value)
         return value
 
