@@ -148,7 +148,7 @@ def test_other_c_files_are_not_run(tmp_path, monkeypatch):
     assert header.exists()
     export(net, tmp_path)
     header.unlink()
-    assert f"{header} isn't what" in str(verify(net, source))
+    assert f"{header} isn't the file" in str(verify(net, source))
     export(net, tmp_path)
     monkeypatch.setenv("CC", "no-such-compiler")
     report = verify(net, source)

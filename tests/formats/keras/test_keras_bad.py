@@ -124,8 +124,8 @@ USUAL = {"metadata.json": '{"keras_version": "3.0.0"}', "config.json": "{}", "mo
         ({**USUAL, "metadata.json": "{}"}, "expected keras_version"),
         ({**USUAL, "metadata.json": "[1"}, "expected JSON"),
         ({**USUAL, "config.json": "[" * 100_000}, "nested too deep"),
-        ({**USUAL, "model.weights.h5": b"\0" * (1 << 28)}, "expected at most"),
-        ({**USUAL, "config.json": b" " * (1 << 28)}, "expected at most"),
+        ({**USUAL, "model.weights.h5": b"\0" * (1 << 28)}, "bytes are more than the limit of"),
+        ({**USUAL, "config.json": b" " * (1 << 28)}, "bytes are more than the limit of"),
         (USUAL, "expected an HDF5 file"),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_member_twice(tmp_path):
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("config.json", "[]")
     (tmp_path / "bad.keras").write_bytes(image.getvalue())
-    with pytest.raises(FormatError, match="every member once"):
+    with pytest.raises(FormatError, match="the archive has two members of one name"):
         adapter.load(tmp_path / "bad.keras")
 
 
@@ -204,17 +204,20 @@ def circle(file, own):
 
 
 HOSTILE = {
-    "an external link": (external, "found a link, ExternalLink"),
+    "an external link": (external, "HDF5 links aren't supported \(found ExternalLink at"),
     "a soft link": (
         lambda file, own: replace(own, "bias", h5py.SoftLink("/model_weights/r/kernel")),
-        "found a link, SoftLink",
+        "HDF5 links aren't supported \(found SoftLink at",
     ),
     "a link to a group": (
         lambda file, own: file.__setitem__("model_weights/s", h5py.SoftLink("/")),
-        "found a link, SoftLink",
+        "HDF5 links aren't supported \(found SoftLink at",
     ),
-    "two names for one": (lambda file, own: own.__setitem__("more", own["bias"]), "under one name"),
-    "a circle of groups": (circle, "under one name"),
+    "two names for one": (
+        lambda file, own: own.__setitem__("more", own["bias"]),
+        "the same HDF5 object has another name too",
+    ),
+    "a circle of groups": (circle, "the same HDF5 object has another name too"),
     "numbers in another file": (raw_external, "datasets stored in another file aren't supported"),
     "numbers of another file": (virtual, "datasets stored in another file aren't supported"),
     "a shape of terabytes": (
@@ -260,7 +263,7 @@ def deep(file, own):
 
 
 def test_deeply_nested_groups(tmp_path):
-    with pytest.raises(FormatError, match="groups at most 32 deep"):
+    with pytest.raises(FormatError, match="groups are nested more than 32 deep"):
         adapter.load(hdf5(tmp_path / "bad.h5", deep))
 
 
@@ -272,7 +275,7 @@ def test_deeply_nested_groups(tmp_path):
         ('"LSTM"', "expected a Sequential or functional model"),
         ('{"class_name": "Mine", "config": {}}', "expected a Sequential or functional model, found 'Mine'"),
         ('{"class_name": "Sequential", "config": 3}', "expected the layers of the model"),
-        ('{"class_name": "Sequential", "config": []}', "expected"),
+        ('{"class_name": "Sequential", "config": []}', "no layer uses the weights"),
         ('{"class_name": "Model", "config": {"layers": [], "input_layers": [], "output_layers": []}}', "input_layers"),
     ],
 )
@@ -310,7 +313,7 @@ def test_cycles_and_too_many_nodes(tmp_path):
         else:
             layers[1]["config"] = {"name": f"m{depth}", "layers": layers[1]["config"]}
     start = time.monotonic()
-    with pytest.raises(FormatError, match="at most 10000 nodes"):
+    with pytest.raises(FormatError, match="more than 10000 nodes"):
         adapter.load(hdf5(tmp_path / "bad.h5", config=json.dumps(inner)))
     assert time.monotonic() - start < 20.0
 
@@ -342,7 +345,7 @@ def test_texts_with_lengths_of_gigabytes(tmp_path, good):
     data[first : first + 4] = (1 << 31).to_bytes(4, "little")
     path = tmp_path / "bad.h5"
     path.write_bytes(data)
-    with pytest.raises(FormatError, match=r"expected a text of .* bytes, found 2147483648 claimed"):
+    with pytest.raises(FormatError, match=r"expected a text of .* bytes, found the length 2147483648"):
         adapter.load(path)
 
 
