@@ -204,14 +204,14 @@ def circle(file, own):
 
 
 HOSTILE = {
-    "an external link": (external, "HDF5 links aren't supported \(found ExternalLink at"),
+    "an external link": (external, r"HDF5 links aren't supported \(found ExternalLink at"),
     "a soft link": (
         lambda file, own: replace(own, "bias", h5py.SoftLink("/model_weights/r/kernel")),
-        "HDF5 links aren't supported \(found SoftLink at",
+        r"HDF5 links aren't supported \(found SoftLink at",
     ),
     "a link to a group": (
         lambda file, own: file.__setitem__("model_weights/s", h5py.SoftLink("/")),
-        "HDF5 links aren't supported \(found SoftLink at",
+        r"HDF5 links aren't supported \(found SoftLink at",
     ),
     "two names for one": (
         lambda file, own: own.__setitem__("more", own["bias"]),
