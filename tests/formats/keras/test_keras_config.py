@@ -302,5 +302,5 @@ def test_a_layer_that_is_called_without_a_tensor(tmp_path, name):
         layer = config["config"]["layers"][number]
         layer["inbound_nodes"] = [{"args": [], "kwargs": {}}]
         put(members, config, tmp_path / "changed.keras")
-        with pytest.raises(FormatError, match=f"{layer['name']}.*(found a call without any|an operation on masks)"):
+        with pytest.raises(FormatError, match=f"{layer['name']}.*(found a call without any|this operation on masks)"):
             load(tmp_path / "changed.keras")

@@ -168,7 +168,7 @@ REFUSED = {
         [function("math.truediv", [["_CONSTANT_VALUE", -1, 1.0, {"y": ["h", 0, 0]}]])],
         "dividing a number by a value",
     ),
-    "many copies": (one("tile", multiples=[1, 10**6, 1]), "at most 256 copies"),
+    "many copies": (one("tile", multiples=[1, 10**6, 1]), "expected 1 to 256 copies"),
 }
 
 

@@ -228,9 +228,9 @@ def test_weights_only_with_a_separate_architecture(tmp_path):
         compare(adapter.load(path, architecture=way), model, x)
     parts = adapter.extract(path, ways[0])
     assert [net.nodes[0].cells[0].spec.input_size for net in parts.values()] == [3, 4]
-    with pytest.raises(FormatError, match=r"weights alone.*architecture"):
+    with pytest.raises(FormatError, match=r"weights only: .*architecture"):
         adapter.load(path)
-    with pytest.raises(FormatError, match=r"weights alone.*architecture"):
+    with pytest.raises(FormatError, match=r"weights only: .*architecture"):
         adapter.extract(path)
     written(model, tmp_path / "whole.keras")
     with pytest.raises(FormatError, match="architecture is for files of weights only"):

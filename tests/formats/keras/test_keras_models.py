@@ -123,7 +123,7 @@ def test_textgenrnn(package):
     ]
     ends = {"input_layers": [["input", 0, 0]], "output_layers": [["output", 0, 0]]}
     architecture = {"class_name": "Model", "config": {"layers": layers, **ends}}
-    with pytest.raises(FormatError, match="AttentionWeightedAverage 'attention': a layer that isn't supported"):
+    with pytest.raises(FormatError, match="AttentionWeightedAverage 'attention': this layer isn't supported"):
         adapter.load(path, architecture)
     again = adapter.extract(path, architecture)
     assert list(again) == ["rnn_1", "rnn_2"]
@@ -297,5 +297,5 @@ def test_whole_models(package, what):
 def test_a_network_of_convolutions_without_recurrent_layers(package):
     """TCN is a layer of another package: only it is named."""
     (path,) = package("dgad==3.1.4", "dgad/models/tcn_best.h5")
-    with pytest.raises(FormatError, match=r"found: TCN 'tcn': a layer that isn't supported$"):
+    with pytest.raises(FormatError, match=r"found: TCN 'tcn': this layer isn't supported$"):
         load(path)

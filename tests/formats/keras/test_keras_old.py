@@ -377,9 +377,9 @@ def small(tmp_path, rng, *, settings=None, weights=None, version="2.2.4", layer=
         ({"settings": {"return_sequences": 3}}, "expected return_sequences to be bool"),
         ({"settings": {"activation": "swish"}}, "'swish' isn't supported"),
         ({"version": "4.0"}, "expected keras_version 1, 2 or 3"),
-        ({"layer": "ConvLSTM2D"}, "ConvLSTM2D 'r': a layer that isn't supported"),
-        ({"layer": "Lambda"}, "Lambda 'r': a layer that isn't supported"),
-        ({"layer": "mine>LSTM"}, "mine>LSTM 'r': a layer that isn't supported"),
+        ({"layer": "ConvLSTM2D"}, "ConvLSTM2D 'r': this layer isn't supported"),
+        ({"layer": "Lambda"}, "Lambda 'r': this layer isn't supported"),
+        ({"layer": "mine>LSTM"}, "mine>LSTM 'r': this layer isn't supported"),
     ],
 )
 def test_wrong_shapes_and_settings_are_refused(tmp_path, rng, change, message):

@@ -353,7 +353,10 @@ def changed(model, change):
 
 DAMAGED = {
     "another operation": (lambda layer: layer.update(class_name="Bogus", registered_name=None), "Bogus"),
-    "no arguments": (lambda layer: layer["inbound_nodes"][0].update(args=[]), "an operation that|expected"),
+    "no arguments": (
+        lambda layer: layer["inbound_nodes"][0].update(args=[]),
+        "this operation isn't supported|expected",
+    ),
     "no key": (lambda layer: layer["inbound_nodes"][0]["args"].pop(), "expected"),
     "a text": (lambda layer: layer["inbound_nodes"][0]["args"].__setitem__(1, "x"), "expected"),
     "a step of 0": (
@@ -368,7 +371,7 @@ DAMAGED = {
     ),
     "lists in each other": (
         lambda layer: layer["inbound_nodes"][0]["args"].__setitem__(1, json.loads("[" * 900 + "]" * 900)),
-        "expected",
+        "lists are nested more than 16 deep",
     ),
 }
 

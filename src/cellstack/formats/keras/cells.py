@@ -114,7 +114,7 @@ def activation_layer(layer: Layer, major: int, more: bool = False) -> str:
         if threshold:
             return f"thresholded_relu({threshold})"
         return f"leaky_relu({slope})" if slope else "relu"
-    raise layer.refuse("an activation that isn't supported")
+    raise layer.refuse("this activation isn't supported")
 
 
 def _number(layer: Layer, name: str, usual: float) -> float:
@@ -147,7 +147,7 @@ def cells_of(layer: Layer) -> list[tuple[Layer, str, str]]:
         raise cell.refuse("expected cells, found none")
     for entry in entries:
         if entry.kind not in CELLS:
-            raise entry.refuse("a cell that isn't supported")
+            raise entry.refuse("this cell isn't supported")
     return [(entry, CELLS[entry.kind], place) for entry, place in zip(entries, places, strict=True)]
 
 

@@ -83,7 +83,7 @@ def _at(build: LayerBuilder, node: Node, value: Value) -> Value:
             return build.reshape(pooled, (frames, width))
         if isinstance(node, Pool1D):
             return _pooled(build, node, value, steps, width)
-    raise build.layer.refuse("a layer that isn't supported at every step of a sequence")
+    raise build.layer.refuse("this layer isn't supported within a TimeDistributed")
 
 
 def _convolved(build: LayerBuilder, node: Conv1D, value: Value, steps: int, width: int) -> Value:

@@ -132,7 +132,7 @@ def slots(layer: Layer, major: int) -> list[Slot]:
     elif layer.kind in BUILDERS or layer.kind in (*NOTHING, *COMPOSED, "InputLayer"):
         leaves = []
     else:
-        raise layer.refuse("a layer that isn't supported")
+        raise layer.refuse("this layer isn't supported")
     if quantised(layer):
         first, *rest = own_slots(layer, [*leaves, f"{leaves[0]}_scale"])
         return [first._replace(trainable=False, whole=True), *rest]
