@@ -163,7 +163,7 @@ BOMBS = {
     "a place far off": (b"\x80\x02Nr\xff\xff\xff\xff.", "found no tensor"),
     "an empty stack": (b"\x80\x02R.", "ends or empties its stack too early"),
     "no mark": (b"\x80\x02Nt.", "ends or empties its stack too early"),
-    "never put aside": (b"\x80\x02h\x07.", "entry 7, which never was"),
+    "never put aside": (b"\x80\x02h\x07.", "the memo has no entry 7"),
     "no end": (b"\x80\x02N", "ends or empties its stack too early"),
     "no opcode": (b"\x80\x02\xff", "expected an opcode of pickle"),
     "extension": (b"\x80\x02\x82\x01.", "expected an opcode of pickle"),
@@ -428,8 +428,8 @@ def test_inconsistent_old_files(refused):
     doubled = b"\x80\x02]" + b"2\x86" * 10_000 + b"."
     refused(row() + doubled, "expected version 1001 of the old format, found tuple")
     at = len(whole) - 24  # the count before the last storage's four numbers
-    refused(whole[:at] + struct.pack("<q", 1 << 62) + whole[at + 8 :], "expected its numbers")
-    refused(whole[:at] + struct.pack("<q", -1) + whole[at + 8 :], "expected its numbers")
+    refused(whole[:at] + struct.pack("<q", 1 << 62) + whole[at + 8 :], "the file ends before its numbers")
+    refused(whole[:at] + struct.pack("<q", -1) + whole[at + 8 :], "the file ends before its numbers")
     refused(whole[:at] + struct.pack("<q", 2) + whole[at + 8 :], "expected 16 bytes, found 8")
 
 
