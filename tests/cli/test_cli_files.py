@@ -114,7 +114,7 @@ def test_without_a_compiler_it_is_written_and_said(capsys, tmp_path, model, monk
         ("net.txt", r"expected a target with the suffix of a format, safetensors (.safetensors), "),
         ("net", r"C (.c), or a folder for C, which ends in /; got '"),
         ("a-b.c", r"expected a name of letters"),
-        ("no/folder/net.safetensors", r"expected a folder"),
+        ("no/folder/net.safetensors", r"there is no folder"),
     ],
 )
 def test_targets_that_can_t_be(capsys, tmp_path, model, target, message):
@@ -328,7 +328,7 @@ def test_info_of_what_can_t_be_run_whole(capsys, tmp_path, pytorch_files):
     report = json.loads(run(capsys, "info", str(tmp_path / "net.pt"), "--json")[1])
     assert list(report["parts"]) == ["0", "1"]
     assert report["parts"]["0"]["layers"][0]["summary"] == "LSTM 3 -> 4"
-    assert "beside them 1 (weight [2, 4], bias [2])" in report["error"]
+    assert "and 1 (weight [2, 4], bias [2])" in report["error"]
 
 
 def test_info_of_what_has_no_recurrent_part_says_why(capsys, tmp_path, pytorch_files):

@@ -422,12 +422,12 @@ NOT_IN_KERAS = {
     "cropped": (
         [Masking(), Select(1, None), lstm()],
         ".keras",
-        "two: a sequence whose mask goes on to three, where Keras drops it",
+        "two: Keras drops the mask, which three needs",
     ),
     "clipped": (
         [Masking(), Clip(-1.0, 1.0), Activation("tanh"), lstm()],
         ".keras",
-        "two: a sequence whose mask goes on to four, where Keras drops it",
+        "two: Keras drops the mask, which four needs",
     ),
     "cut vector": ([Flatten(), Select(1, None)], ".keras", r"two: Cropping1D of \[B, 18\]"),
 }
