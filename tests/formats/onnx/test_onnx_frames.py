@@ -242,12 +242,12 @@ def test_what_is_missing_is_named(case, tmp_path):
 
 def test_options_are_of_a_format(tmp_path):
     path = detector(tmp_path)
-    with pytest.raises(TypeError, match=r"expected the options constants, weights, frames, context .* ONNX, got order"):
+    with pytest.raises(TypeError, match=r"ONNX files take the options constants, weights, frames, context.*, got order"):
         cs.load(path, order=["a"])
     with pytest.raises(TypeError, match="load: expected frames by the names of inputs, a dict, got int"):
         cs.load(path, frames=512)
     cs.load(path, frames={"input": FRAME}).save(tmp_path / "net.safetensors")
-    with pytest.raises(TypeError, match="expected the option order for a file of safetensors, got frames"):
+    with pytest.raises(TypeError, match="safetensors files take the option order, got frames"):
         cs.load(tmp_path / "net.safetensors", frames={"input": FRAME})
 
 
