@@ -242,7 +242,9 @@ def test_what_is_missing_is_named(case, tmp_path):
 
 def test_options_are_of_a_format(tmp_path):
     path = detector(tmp_path)
-    with pytest.raises(TypeError, match=r"ONNX files take the options constants, weights, frames, context.*, got order"):
+    with pytest.raises(
+        TypeError, match=r"ONNX files take the options constants, weights, frames, context.*, got order"
+    ):
         cs.load(path, order=["a"])
     with pytest.raises(TypeError, match="load: expected frames by the names of inputs, a dict, got int"):
         cs.load(path, frames=512)
