@@ -136,7 +136,7 @@ def compile(module: Any, example: Any, tolerance: float = TOLERANCE) -> Network:
             if loops and why.startswith("with more steps"):
                 name, (count, what) = next(iter(loops.items()))
                 reasons.append(
-                    f"its loop over {name} {what}, which a Network only can for a fixed number of steps, "
+                    f"its loop over {name} {what}, which a Network only supports for a fixed number of steps, "
                     f"{count} here: fix the number in forward, or compile a module of one step and stream it"
                 )
             other = "has the shape" in why or why.startswith("with more steps")
